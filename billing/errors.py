@@ -1,0 +1,104 @@
+"""Every error trueup raises: one root, and messages that give cause, consequence and remedy."""
+
+from typing import TypedDict
+
+
+class TrueupError(Exception):
+    """Root of all errors raised by trueup."""
+
+
+class SettingsError(TrueupError):
+    """A setting is missing, misspelt or malformed. Nothing was started."""
+
+
+class InvalidInputError(TrueupError, ValueError):
+    """Input from outside is wrong; the message names the field and the remedy. Nothing was written."""
+
+
+class ServiceUnavailableError(TrueupError):
+    """A server trueup needs does not answer. Nothing ran unmetered; trying again is safe."""
+
+    def __init__(self, service: str, where: str, cause: str) -> None:
+        self.service = service
+        self.where = where
+        self.cause = cause
+        super().__init__(service, where, cause)  # the arguments, so that the error pickles
+
+    def __str__(self) -> str:
+        return (
+            f"{self.service} at {self.where} does not answer ({self.cause}). "
+            "No AI work is done without it. Start the server, or correct its URL in the settings."
+        )
+
+
+class NotInstalledError(TrueupError):
+    """The database lacks trueup's schema, or has one made for another mapping. Run `trueup db init`."""
+
+
+class UnknownUserError(InvalidInputError):
+    """No subscription belongs to this user."""
+
+
+class DenialPayload(TypedDict):
+    """The specification's error body, as an HTTP 402 or a denied task carries it. Tokens are counts."""
+
+    success: bool
+    error: str
+    error_code: str
+    tokens_remaining: int
+    original_tokens: int
+    consumed_tokens: int
+    days_remaining: int | None
+
+
+class TokensDenied(TrueupError):  # noqa: N818 - an answer of the gate, not a fault
+    """The gate said no: the work was not started and nothing was spent.
+
+    `payload` is the specification's error body; `error_code` is one of its reason codes.
+    """
+
+    def __init__(self, payload: DenialPayload) -> None:
+        self.payload = payload
+        super().__init__(payload)
+
+    @property
+    def error_code(self) -> str:
+        return self.payload["error_code"]
+
+    def __str__(self) -> str:
+        return f"{self.payload['error']} ({self.payload['error_code']})"
+
+
+class HoldError(TrueupError):
+    """A model call that its hold does not allow. Nothing was spent by this call."""
+
+
+class NoHoldError(HoldError):
+    """A model call outside a metered task: there is no hold to spend from."""
+
+
+class HoldExhaustedError(HoldError):
+    """What is left of the hold does not cover the prompt and one token of answer."""
+
+
+class ProviderError(TrueupError):
+    """The model provider failed, or answered with something unusable.
+
+    `retryable` says whether the same request may succeed later.
+    """
+
+    def __init__(self, message: str, *, retryable: bool = False) -> None:
+        self.message = message
+        self.retryable = retryable
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _provider_error, (type(self), self.message, self.retryable)
+
+
+class AnswerFormatError(ProviderError):
+    """The model's answer is not in the shape that was asked for. Its tokens are charged all the same."""
+
+
+def _provider_error(kind: type[ProviderError], message: str, retryable: bool) -> ProviderError:
+    return kind(message, retryable=retryable)

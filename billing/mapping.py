@@ -1,0 +1,130 @@
+"""Where the host keeps its users, plans, subscriptions and AI usage log: table and column names.
+
+The defaults are those of a Django application. All fields are names in the host's database, a table may be
+qualified by its schema ("public.billing_subscription").
+"""
+
+import hashlib
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+UserIdType = Literal["bigint", "uuid", "text"]
+
+_MAX_IDENTIFIER_BYTES = 63  # PostgreSQL's NAMEDATALEN - 1
+
+
+def _check_identifier(name: str) -> str:
+    if not name or "\x00" in name or len(name.encode()) > _MAX_IDENTIFIER_BYTES:
+        raise ValueError(f"{name!r} is no PostgreSQL name: give 1 to {_MAX_IDENTIFIER_BYTES} bytes")
+    return name
+
+
+def _check_table(name: str) -> str:
+    if name.count(".") > 1:
+        raise ValueError(f"{name!r} is no table name: give TABLE or SCHEMA.TABLE")
+    for part in name.split("."):
+        _check_identifier(part)
+    return name
+
+
+Column = Annotated[str, AfterValidator(_check_identifier)]
+Table = Annotated[str, AfterValidator(_check_table)]
+
+
+def quote_identifier(name: str) -> str:
+    """Quote a column name for use in SQL text."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def quote_table(name: str) -> str:
+    """Quote a table name, schema-qualified or not, for use in SQL text."""
+    return ".".join(quote_identifier(part) for part in name.split("."))
+
+
+class _Names(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class UserTable(_Names):
+    table: Table = "accounts_user"
+    id: Column = "id"
+    username: Column = "username"
+    email: Column = "email"
+
+
+class TokenPlanTable(_Names):
+    table: Table = "billing_tokenplan"
+    id: Column = "id"
+    name: Column = "name"
+    tokens_included: Column = "tokens_included"
+    is_active: Column = "is_active"
+
+
+class FullPlanTable(TokenPlanTable):
+    table: Table = "billing_fullplan"
+    duration_days: Column = "duration_days"
+
+
+class SubscriptionTable(_Names):
+    table: Table = "billing_subscription"
+    id: Column = "id"
+    user_id: Column = "user_id"
+    token_plan_id: Column = "token_plan_id"
+    full_plan_id: Column = "full_plan_id"
+    start_date: Column = "start_date"
+    end_date: Column = "end_date"
+    tokens_remaining: Column = "tokens_remaining"
+    is_active: Column = "is_active"
+
+
+class UsageLogTable(_Names):
+    table: Table = "ai_usage_log"
+    id: Column = "id"
+    user_id: Column = "user_id"
+    section: Column = "section"
+    prompt_tokens: Column = "prompt_tokens"
+    completion_tokens: Column = "completion_tokens"
+    total_tokens: Column = "total_tokens"
+    response_time_ms: Column = "response_time_ms"
+    success: Column = "success"
+    model_name: Column = "model_name"
+    error_message: Column = "error_message"
+    metadata: Column = "metadata"
+    created_at: Column = "created_at"
+
+
+class HostMapping(_Names):
+    """Names of the host's tables and columns, and the type of its user ids."""
+
+    user_id_type: UserIdType = "bigint"
+    user: UserTable = UserTable()
+    token_plan: TokenPlanTable = TokenPlanTable()
+    full_plan: FullPlanTable = FullPlanTable()
+    subscription: SubscriptionTable = SubscriptionTable()
+    usage_log: UsageLogTable = UsageLogTable()
+
+    def sql_names(self) -> dict[str, str]:
+        """Return quoted names for SQL templates: `{{subscription}}`, `{{subscription.user_id}}`, …"""
+        names = {"user_id_type": self.user_id_type}
+        for noun in ("user", "token_plan", "full_plan", "subscription", "usage_log"):
+            for field, name in getattr(self, noun).model_dump().items():
+                if field == "table":
+                    names[noun] = quote_table(name)
+                else:
+                    names[f"{noun}.{field}"] = quote_identifier(name)
+        return names
+
+    def fingerprint(self) -> str:
+        """Return a short hash of the whole mapping, to notice that the database was set up for another one."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+
+_PLACEHOLDER = re.compile(r"\{\{([a-z_.]+)\}\}")
+
+
+def render_sql(template: str, mapping: HostMapping) -> str:
+    """Replace each `{{name}}` of an SQL template by the host's own, quoted. Raises KeyError on an unknown name."""
+    names = mapping.sql_names()
+    return _PLACEHOLDER.sub(lambda match: names[match[1]], template)

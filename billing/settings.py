@@ -1,0 +1,211 @@
+"""Settings: environment variables `TRUEUP_*`, then `trueup.toml`, then defaults that need no server.
+
+Nothing is read at import. `get_settings()` reads once per process; `get_settings.cache_clear()` forgets.
+"""
+
+import difflib
+import json
+import os
+import tomllib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from billing.errors import SettingsError
+from billing.mapping import HostMapping
+
+PREFIX = "TRUEUP_"
+CONFIG_VARIABLE = "TRUEUP_CONFIG"
+
+
+class Settings(BaseSettings):
+    """All settings. Times are seconds, sizes are counts; each is `TRUEUP_` plus its name in capitals."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True
+    )
+
+    home: Path = Field(
+        default=Path(".trueup"), description="data folder of the embedded PostgreSQL and Redis"
+    )
+    database_url: str | None = Field(
+        default=None, description="PostgreSQL URL; unset means the embedded server"
+    )
+    broker_url: str | None = Field(
+        default=None, description="Redis URL for Celery; unset means the embedded server"
+    )
+    result_backend_url: str | None = Field(
+        default=None, description="Redis URL for results; unset means the broker's"
+    )
+    database_pool_size: int = Field(default=5, ge=1, le=100, description="connections per process")
+    database_connect_timeout_seconds: int = Field(default=5, ge=1, le=60)
+    statement_timeout_seconds: int = Field(default=30, ge=1, le=3600)
+
+    hold_ttl_seconds: int = Field(
+        default=1200, ge=30, description="a hold whose owner died is given back after this long"
+    )
+    gate_retry_max_seconds: int = Field(
+        default=60, ge=1, le=600, description="longest wait between tries while the gate is down"
+    )
+    reconcile_interval_seconds: int = Field(default=900, ge=10)
+    expire_interval_seconds: int = Field(default=60, ge=1)
+    reconcile_batch_size: int = Field(default=1000, ge=1, le=10_000)
+
+    worker_concurrency: int = Field(default=2, ge=1, le=512)
+    visibility_timeout_seconds: int = Field(
+        default=1200, ge=5, description="Redis redelivers a task not acknowledged for this long"
+    )
+    task_time_limit_seconds: int = Field(default=600, ge=2)
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    model_provider: Literal["offline", "openai"] = "offline"
+    model_name: str = "gpt-4o-mini"
+    openai_base_url: str | None = Field(
+        default=None, description="any OpenAI-compatible endpoint; unset means OpenAI's own"
+    )
+    openai_api_key: SecretStr | None = None
+    model_timeout_seconds: float = Field(default=60.0, gt=0, le=600)
+    model_max_retries: int = Field(default=2, ge=0, le=10)
+    model_max_tokens_parameter: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+
+    instagram_graph_url: str = "https://graph.instagram.com/v23.0"
+    instagram_access_token: SecretStr | None = None
+    instagram_timeout_seconds: float = Field(default=10.0, gt=0, le=120)
+
+    host: HostMapping = HostMapping()
+
+    @field_validator("home")
+    @classmethod
+    def _absolute_home(cls, home: Path) -> Path:
+        return home.expanduser().absolute()
+
+    @field_validator("database_url")
+    @classmethod
+    def _psycopg_url(cls, url: str | None) -> str | None:
+        """Accept the usual PostgreSQL schemes, and name the driver that trueup uses."""
+        if not url:
+            return None
+        scheme, separator, rest = url.partition("://")
+        if not separator or scheme not in ("postgresql", "postgres", "postgresql+psycopg"):
+            raise ValueError("give a PostgreSQL URL: postgresql://user:password@host:5432/name")
+        return f"postgresql+psycopg://{rest}"
+
+    @field_validator("broker_url", "result_backend_url")
+    @classmethod
+    def _redis_url(cls, url: str | None) -> str | None:
+        if not url:
+            return None
+        if url.partition("://")[0] not in ("redis", "rediss", "redis+socket", "sentinel"):
+            raise ValueError("give a Redis URL: redis://:password@host:6379/0")
+        return url
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        toml = TomlConfigSettingsSource(settings_cls, toml_file=_config_file())
+        return init_settings, env_settings, toml
+
+    @property
+    def stack_file(self) -> Path:
+        """The embedded stack writes its URLs here while it runs."""
+        return self.home / "run" / "stack.json"
+
+
+def _config_file() -> Path:
+    return Path(os.environ.get(CONFIG_VARIABLE, "trueup.toml"))
+
+
+def _refuse_unknown_variables() -> None:
+    """A misspelt variable would be ignored silently: refuse it, and name the nearest real one."""
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {CONFIG_VARIABLE}
+    for variable in os.environ:
+        if not variable.startswith(PREFIX) or variable.split("__")[0] in known:
+            continue
+        near = difflib.get_close_matches(variable, known, n=1)
+        hint = f"Did you mean {near[0]}?" if near else "`trueup settings` lists them."
+        raise SettingsError(f"{variable} is no setting of trueup. {hint}")
+
+
+def _describe(error: ValidationError) -> str:
+    lines = []
+    for fault in error.errors():
+        name = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, Settings.model_fields, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            lines.append(f"{name}: no such setting.{hint}")
+        else:
+            lines.append(f"{name} ({PREFIX}{name.replace('.', '__').upper()}): {fault['msg']}")
+    return "Wrong settings. " + "; ".join(lines)
+
+
+def read_settings() -> Settings:
+    """Read the settings afresh. Raises `SettingsError` on an unknown or malformed one."""
+    _refuse_unknown_variables()
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise SettingsError(_describe(error)) from None
+    except (tomllib.TOMLDecodeError, OSError) as error:
+        raise SettingsError(f"{_config_file()} cannot be read: {error}") from None
+
+
+@lru_cache(maxsize=1)
+def get_settings() -> Settings:
+    """Return this process's settings, read at the first call."""
+    return read_settings()
+
+
+def _running_stack(settings: Settings) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(settings.stack_file.read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return content
+
+
+def database_url(settings: Settings) -> str:
+    """Return the URL of PostgreSQL: the one set, else that of the embedded server now running.
+
+    Raises `SettingsError` when neither is there.
+    """
+    url = settings.database_url or _running_stack(settings).get("database_url")
+    if not url:
+        raise SettingsError(
+            f"No database: TRUEUP_DATABASE_URL is not set and no embedded stack runs in {settings.home}. "
+            "Set it, or start the stack with `trueup up`."
+        )
+    return str(url)
+
+
+def broker_url(settings: Settings) -> str:
+    """Return the URL of Redis: the one set, else that of the embedded server now running.
+
+    Raises `SettingsError` when neither is there.
+    """
+    url = settings.broker_url or _running_stack(settings).get("broker_url")
+    if not url:
+        raise SettingsError(
+            f"No broker: TRUEUP_BROKER_URL is not set and no embedded stack runs in {settings.home}. "
+            "Set it, or start the stack with `trueup up`."
+        )
+    return str(url)
+
+
+def result_backend_url(settings: Settings) -> str:
+    """Return the URL where Celery keeps results: the one set, else the broker's."""
+    return settings.result_backend_url or broker_url(settings)
