@@ -47,9 +47,7 @@ class Provider(Protocol):
 class Model(Protocol):
     """What a service may do with a model."""
 
-    def complete(
-        self, messages: Sequence[Message], *, max_completion_tokens: int | None = None
-    ) -> Completion:
+    def complete(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> Completion:
         """Return one completion, charged to the running task's hold.
 
         `max_completion_tokens`: None means as many as the hold still covers.

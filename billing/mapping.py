@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 UserIdType = Literal["bigint", "uuid", "text"]
+LogIdType = Literal["uuid", "text"]
 
 _MAX_IDENTIFIER_BYTES = 63  # PostgreSQL's NAMEDATALEN - 1
 
@@ -99,6 +100,7 @@ class HostMapping(_Names):
     """Names of the host's tables and columns, and the type of its user ids."""
 
     user_id_type: UserIdType = "bigint"
+    usage_log_id_type: LogIdType = "uuid"
     user: UserTable = UserTable()
     token_plan: TokenPlanTable = TokenPlanTable()
     full_plan: FullPlanTable = FullPlanTable()
@@ -107,7 +109,7 @@ class HostMapping(_Names):
 
     def sql_names(self) -> dict[str, str]:
         """Return quoted names for SQL templates: `{{subscription}}`, `{{subscription.user_id}}`, …"""
-        names = {"user_id_type": self.user_id_type}
+        names: dict[str, str] = {"user_id_type": self.user_id_type, "usage_log_id_type": self.usage_log_id_type}
         for noun in ("user", "token_plan", "full_plan", "subscription", "usage_log"):
             for field, name in getattr(self, noun).model_dump().items():
                 if field == "table":
@@ -121,10 +123,18 @@ class HostMapping(_Names):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
 
-_PLACEHOLDER = re.compile(r"\{\{([a-z_.]+)\}\}")
+_PLACEHOLDER = re.compile(r"\{\{(literal )?([a-z_.]+)\}\}")
 
 
 def render_sql(template: str, mapping: HostMapping) -> str:
-    """Replace each `{{name}}` of an SQL template by the host's own, quoted. Raises KeyError on an unknown name."""
+    """Replace each `{{name}}` of an SQL template by the host's own, quoted, and `{{literal name}}` by that as a string.
+
+    Raises KeyError on an unknown name.
+    """
     names = mapping.sql_names()
-    return _PLACEHOLDER.sub(lambda match: names[match[1]], template)
+
+    def replacement(match: re.Match[str]) -> str:
+        name = names[match[2]]
+        return "'" + name.replace("'", "''") + "'" if match[1] else name
+
+    return _PLACEHOLDER.sub(replacement, template)

@@ -29,22 +29,12 @@ CONFIG_VARIABLE = "TRUEUP_CONFIG"
 class Settings(BaseSettings):
     """All settings. Times are seconds, sizes are counts; each is `TRUEUP_` plus its name in capitals."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True
-    )
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True)
 
-    home: Path = Field(
-        default=Path(".trueup"), description="data folder of the embedded PostgreSQL and Redis"
-    )
-    database_url: str | None = Field(
-        default=None, description="PostgreSQL URL; unset means the embedded server"
-    )
-    broker_url: str | None = Field(
-        default=None, description="Redis URL for Celery; unset means the embedded server"
-    )
-    result_backend_url: str | None = Field(
-        default=None, description="Redis URL for results; unset means the broker's"
-    )
+    home: Path = Field(default=Path(".trueup"), description="data folder of the embedded PostgreSQL and Redis")
+    database_url: str | None = Field(default=None, description="PostgreSQL URL; unset means the embedded server")
+    broker_url: str | None = Field(default=None, description="Redis URL for Celery; unset means the embedded server")
+    result_backend_url: str | None = Field(default=None, description="Redis URL for results; unset means the broker's")
     database_pool_size: int = Field(default=5, ge=1, le=100, description="connections per process")
     database_connect_timeout_seconds: int = Field(default=5, ge=1, le=60)
     statement_timeout_seconds: int = Field(default=30, ge=1, le=3600)
@@ -52,6 +42,11 @@ class Settings(BaseSettings):
     hold_ttl_seconds: int = Field(
         default=1200, ge=30, description="a hold whose owner died is given back after this long"
     )
+    store_answers: bool = Field(
+        default=True,
+        description="keep providers' answers, so that a redelivered task need not buy them again",
+    )
+    stored_answer_max_bytes: int = Field(default=65_536, ge=0, le=10_000_000)
     gate_retry_max_seconds: int = Field(
         default=60, ge=1, le=600, description="longest wait between tries while the gate is down"
     )

@@ -1,0 +1,125 @@
+"""May this run? The decision is made in one place, SQL function `trueup.decide`; here it is put into words."""
+
+from datetime import datetime
+from typing import Any, Literal, NotRequired, TypedDict
+
+from sqlalchemy import Connection
+
+from billing.accounts import Account, read_decision
+from billing.errors import DenialPayload, InvalidInputError
+from billing.users import UserId
+
+Reason = Literal[
+    "no_subscription",
+    "subscription_deactivated",
+    "subscription_expired",
+    "no_tokens_remaining",
+    "insufficient_tokens",
+]
+
+MAX_TOKENS = 2**63 - 1
+
+
+class Access(TypedDict):
+    """The answer to a check. Tokens are counts; `days_remaining` None means unlimited.
+
+    `reason` is there only when access is denied, as in the specification.
+    """
+
+    has_access: bool
+    message: str
+    tokens_remaining: int
+    original_tokens: int
+    consumed_tokens: int
+    days_remaining: int | None
+    tokens_held: int
+    tokens_available: int
+    reason: NotRequired[str]
+
+
+def check_estimate(estimated_tokens: Any, field: str = "estimated_tokens") -> int:
+    """Return the estimate if it is a count of tokens. Raises `InvalidInputError`, a ValueError, if not."""
+    if isinstance(estimated_tokens, bool) or not isinstance(estimated_tokens, int):
+        raise InvalidInputError(f"{field}: {estimated_tokens!r} is no whole number of tokens")
+    if not 0 <= estimated_tokens <= MAX_TOKENS:
+        raise InvalidInputError(f"{field}: {estimated_tokens} is out of range: give 0 to {MAX_TOKENS}")
+    return estimated_tokens
+
+
+def describe_denial(reason: str, *, feature_name: str, estimated_tokens: int, available: int) -> str:
+    """Return the message of a reason code, for people."""
+    if reason == "insufficient_tokens":
+        return f"Insufficient tokens for {feature_name}: {estimated_tokens} needed, {available} available"
+    return {
+        "no_subscription": "No subscription found",
+        "subscription_deactivated": "Subscription is deactivated",
+        "subscription_expired": "Subscription has expired",
+        "no_tokens_remaining": "No tokens remaining in subscription",
+    }[reason]
+
+
+def check_access(
+    connection: Connection,
+    user_id: UserId,
+    estimated_tokens: int,
+    feature_name: str,
+    *,
+    now: datetime | None = None,
+) -> Access:
+    """Say whether a task of that size may run now, and why not. Reserves nothing: only a hold does.
+
+    `now`: None means the database's clock.
+    """
+    account, reason = read_decision(connection, user_id, check_estimate(estimated_tokens), now=now)
+    access = _access(account)
+    if reason is not None:
+        access["has_access"] = False
+        access["reason"] = reason
+        access["message"] = describe_denial(
+            reason,
+            feature_name=feature_name,
+            estimated_tokens=estimated_tokens,
+            available=account.available,
+        )
+    return access
+
+
+def denied_unknown_user() -> Access:
+    """The answer for a user that has no id, such as an anonymous one."""
+    return Access(
+        has_access=False,
+        reason="no_subscription",
+        message=describe_denial("no_subscription", feature_name="", estimated_tokens=0, available=0),
+        tokens_remaining=0,
+        original_tokens=0,
+        consumed_tokens=0,
+        days_remaining=None,
+        tokens_held=0,
+        tokens_available=0,
+    )
+
+
+def denial_payload(access: Access) -> DenialPayload:
+    """Return the specification's error body for a denied access."""
+    return DenialPayload(
+        success=False,
+        error=access["message"],
+        error_code=access["reason"],
+        tokens_remaining=access["tokens_remaining"],
+        original_tokens=access["original_tokens"],
+        consumed_tokens=access["consumed_tokens"],
+        days_remaining=access["days_remaining"],
+    )
+
+
+def _access(account: Account) -> Access:
+    return Access(
+        has_access=True,
+        message="Access granted",
+        tokens_remaining=account.remaining,
+        original_tokens=account.original,
+        consumed_tokens=account.consumed,
+        days_remaining=account.days_remaining,
+        tokens_held=account.held,
+        tokens_available=account.available,
+    )

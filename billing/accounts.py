@@ -1,0 +1,100 @@
+"""Reads: a user's account as it is at this moment, in one round trip and without a lock."""
+
+import math
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, text
+
+from billing.users import UserId
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """A user's subscription and tokens in one snapshot. Token figures are counts.
+
+    `end_date` None: unlimited. `counter` None: the legacy counter is null. `subscribed` False: the user has no
+    subscription, and every figure is 0.
+    """
+
+    user_id: UserId
+    subscribed: bool
+    is_active: bool
+    window_start: datetime | None
+    end_date: datetime | None
+    original: int
+    consumed: int
+    held: int
+    counter: int | None
+    now: datetime
+
+    @property
+    def remaining(self) -> int:
+        """max(0, original - consumed), as the specification defines it."""
+        return max(0, self.original - self.consumed)
+
+    @property
+    def available(self) -> int:
+        """What a new hold can still take: max(0, original - consumed - held)."""
+        return max(0, self.original - self.consumed - self.held)
+
+    @property
+    def days_remaining(self) -> int | None:
+        return days_between(self.now, self.end_date)
+
+    @property
+    def drift(self) -> int | None:
+        """counter - remaining. Positive: the user is shown tokens that are gone. None: the counter is null."""
+        return None if self.counter is None else self.counter - self.remaining
+
+
+def days_between(now: datetime, end_date: datetime | None) -> int | None:
+    """Return the full days left, never below 0; None when there is no end."""
+    if end_date is None:
+        return None
+    return max(0, math.floor((end_date - now).total_seconds() / 86_400))
+
+
+# `at` NULL means the database's clock. The LEFT JOIN gives one row for an unknown user too.
+# A window without a start begins at -infinity, which Python can't hold.
+_READ = text(
+    """
+    WITH clock AS (SELECT coalesce(CAST(:at AS timestamptz), clock_timestamp()) AS at)
+    SELECT clock.at AS now, a.subscription_id IS NOT NULL AS subscribed, a.is_active,
+           CASE WHEN isfinite(a.window_start) THEN a.window_start END AS window_start,
+           a.end_date, a.original, a.consumed, a.held, a.counter,
+           trueup.decide(a.subscription_id IS NOT NULL, a.is_active, a.end_date,
+                         a.original, a.consumed, a.held, :estimate, clock.at) AS reason
+    FROM clock LEFT JOIN LATERAL (
+        SELECT * FROM trueup.accounts(clock.at) a WHERE a.user_id = :user_id) a ON true
+    """
+)
+
+
+def read_account(connection: Connection, user_id: UserId, *, now: datetime | None = None) -> Account:
+    """Return the user's account. `now`: None means the database's clock."""
+    return read_decision(connection, user_id, 0, now=now)[0]
+
+
+def read_decision(
+    connection: Connection, user_id: UserId, estimated_tokens: int, *, now: datetime | None = None
+) -> tuple[Account, str | None]:
+    """Return the account and, in the same snapshot, why a task of that size may not run (None: it may)."""
+    row = connection.execute(_READ, {"user_id": user_id, "estimate": estimated_tokens, "at": now}).one()
+    return _account(user_id, row), row.reason
+
+
+def _account(user_id: UserId, row: Any) -> Account:
+    return Account(
+        user_id=user_id,
+        subscribed=row.subscribed,
+        is_active=bool(row.is_active),
+        window_start=row.window_start,
+        end_date=row.end_date,
+        original=row.original or 0,
+        consumed=row.consumed or 0,
+        held=row.held or 0,
+        counter=row.counter,
+        now=row.now,
+    )

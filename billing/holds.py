@@ -1,0 +1,176 @@
+"""Holds: tokens set aside for one running task, from before its work until after its last charge."""
+
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, case, select, text
+
+from billing.access import check_estimate, denial_payload, describe_denial
+from billing.accounts import days_between
+from billing.errors import TokensDenied
+from billing.schema import own_table
+from billing.settings import get_settings
+from billing.users import UserId
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hold:
+    """An open hold, as one attempt of its task sees it.
+
+    `tokens_left`: count still set aside. `attempt`: 1 for the first delivery, counted up by each later one; it fences
+    an attempt that was overtaken. `reattached`: an earlier attempt had opened it.
+    """
+
+    user_id: UserId
+    task_id: str
+    feature_name: str
+    section: str
+    attempt: int
+    reattached: bool
+    tokens_left: int
+    expires_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldRow:
+    """A hold as it stands in the database, for people. `closed_at` None: it is open."""
+
+    user_id: UserId
+    task_id: str
+    feature_name: str
+    status: str
+    attempt: int
+    owner: str
+    tokens_reserved: int
+    tokens_charged: int
+    tokens_left: int
+    opened_at: datetime
+    expires_at: datetime
+    closed_at: datetime | None
+
+
+_OPEN = text(
+    """
+    SELECT * FROM trueup.open_hold(:user_id, :task_id, :feature_name, :section, :owner, :tokens,
+                                   make_interval(secs => :lease_seconds), CAST(:now AS timestamptz))
+    """
+)
+
+
+def open_hold(
+    connection: Connection,
+    *,
+    user_id: UserId,
+    task_id: str,
+    feature_name: str,
+    section: str,
+    estimated_tokens: int,
+    owner: str,
+    lease_seconds: int,
+    now: datetime | None = None,
+) -> Hold:
+    """Set `estimated_tokens` aside for a task, in one round trip, or re-attach to the hold its task has open.
+
+    The locked balance row is the only gate: two callers can't both take the last tokens. `owner` is for people.
+    `now`: None means the database's clock. Idempotent by task id.
+    Raises `TokensDenied` with the specification's payload, `InvalidInputError` for a malformed estimate.
+    """
+    row = connection.execute(
+        _OPEN,
+        {
+            "user_id": user_id,
+            "task_id": task_id,
+            "feature_name": feature_name,
+            "section": section,
+            "owner": owner,
+            "tokens": check_estimate(estimated_tokens),
+            "lease_seconds": lease_seconds,
+            "now": now,
+        },
+    ).one()
+    if row.reason is not None:
+        raise _denied(row, feature_name, estimated_tokens)
+    return Hold(
+        user_id=user_id,
+        task_id=task_id,
+        feature_name=feature_name,
+        section=section,
+        attempt=row.hold_attempt,
+        reattached=row.reattached,
+        tokens_left=row.tokens_left,
+        expires_at=row.expiry,
+    )
+
+
+_CLOSE = text("SELECT trueup.close_hold(:user_id, :task_id, :attempt, CAST(:now AS timestamptz)) AS status")
+
+
+def close_hold(connection: Connection, hold: Hold, *, now: datetime | None = None) -> str | None:
+    """Give back what the hold has left. Returns "settled", "released", or None when it was not this attempt's to close.
+
+    Idempotent: a hold ends once. `now`: None means the database's clock.
+    """
+    status: str | None = connection.execute(
+        _CLOSE,
+        {
+            "user_id": hold.user_id,
+            "task_id": hold.task_id,
+            "attempt": hold.attempt,
+            "now": now,
+        },
+    ).scalar_one()
+    return status
+
+
+_EXPIRE = text("SELECT holds, tokens FROM trueup.expire_holds(:limit, CAST(:now AS timestamptz))")
+
+
+def expire_holds(connection: Connection, *, limit: int = 1000, now: datetime | None = None) -> tuple[int, int]:
+    """Take back holds whose owner died, those of at most `limit` at once. Returns how many, and their tokens."""
+    row = connection.execute(_EXPIRE, {"limit": limit, "now": now}).one()
+    return row.holds, row.tokens
+
+
+def list_holds(
+    connection: Connection,
+    *,
+    user_id: UserId | None = None,
+    every_status: bool = False,
+    limit: int = 100,
+) -> list[HoldRow]:
+    """Return holds, newest first: open ones, or those of `every_status`. `user_id` None: of all users."""
+    hold = own_table("hold", get_settings().host.user_id_type).c
+    tokens_left = case((hold.status == "open", hold.tokens_reserved - hold.tokens_covered), else_=0)
+    names = [field.name for field in fields(HoldRow) if field.name != "tokens_left"]
+    query = select(*(hold[name] for name in names), tokens_left.label("tokens_left"))
+    if not every_status:
+        query = query.where(hold.status == "open")
+    if user_id is not None:
+        query = query.where(hold.user_id == user_id)
+    rows = connection.execute(query.order_by(hold.id.desc()).limit(limit))
+    return [HoldRow(**row) for row in rows.mappings()]
+
+
+def _denied(row: Any, feature_name: str, estimated_tokens: int) -> TokensDenied:
+    message = describe_denial(
+        row.reason,
+        feature_name=feature_name,
+        estimated_tokens=estimated_tokens,
+        available=max(0, row.original - row.consumed - row.held),
+    )
+    return TokensDenied(
+        denial_payload(
+            {
+                "has_access": False,
+                "reason": row.reason,
+                "message": message,
+                "tokens_remaining": max(0, row.original - row.consumed),
+                "original_tokens": row.original,
+                "consumed_tokens": row.consumed,
+                "days_remaining": days_between(row.at, row.end_date),
+                "tokens_held": row.held,
+                "tokens_available": max(0, row.original - row.consumed - row.held),
+            }
+        )
+    )

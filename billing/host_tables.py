@@ -1,0 +1,146 @@
+"""The host's tables as the mapping names them: made for the embedded stack and for tests, looked up elsewhere.
+
+In production the host owns these tables; trueup reads them, adds rows to the usage log, and repairs one column.
+"""
+
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Connection,
+    DateTime,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from billing.mapping import HostMapping, quote_table
+from billing.schema import user_id_column_type
+
+
+def build_host_metadata(mapping: HostMapping) -> MetaData:
+    """Return tables shaped like a typical Django host's, under the names of the mapping."""
+    metadata = MetaData()
+    user = _table(
+        metadata,
+        mapping.user.table,
+        Column(mapping.user.id, user_id_column_type(mapping.user_id_type), primary_key=True),
+        Column(mapping.user.username, String(150), nullable=False, unique=True),
+        Column(mapping.user.email, String(254), nullable=False),
+    )
+    token_plan = _plan_table(metadata, mapping.token_plan)
+    full_plan = _plan_table(
+        metadata,
+        mapping.full_plan,
+        Column(mapping.full_plan.duration_days, Integer, nullable=False),
+    )
+    _subscription_table(metadata, mapping, user, token_plan, full_plan)
+    _usage_log_table(metadata, mapping, user)
+    return metadata
+
+
+def missing_host_tables(connection: Connection, mapping: HostMapping) -> list[str]:
+    """Return the mapped tables that the database does not have."""
+    nouns = (
+        mapping.user,
+        mapping.token_plan,
+        mapping.full_plan,
+        mapping.subscription,
+        mapping.usage_log,
+    )
+    tables = [noun.table for noun in nouns]
+    found = connection.execute(
+        text(
+            "SELECT name FROM unnest(CAST(:names AS text[]), CAST(:quoted AS text[])) AS t (name, quoted) "
+            "WHERE to_regclass(quoted) IS NULL"
+        ),
+        {"names": tables, "quoted": [quote_table(table) for table in tables]},
+    )
+    return list(found.scalars())
+
+
+def _table(metadata: MetaData, name: str, *columns: Any) -> Table:
+    schema, _, table = name.rpartition(".")
+    return Table(table, metadata, *columns, schema=schema or None)
+
+
+def _plan_table(metadata: MetaData, names: Any, *more: Column[Any]) -> Table:
+    return _table(
+        metadata,
+        names.table,
+        Column(names.id, BigInteger, primary_key=True),
+        Column(names.name, String(100), nullable=False),
+        Column(names.tokens_included, Integer, nullable=False),
+        *more,
+        Column(names.is_active, Boolean, nullable=False, server_default=text("true")),
+    )
+
+
+def _subscription_table(
+    metadata: MetaData, mapping: HostMapping, user: Table, token_plan: Table, full_plan: Table
+) -> None:
+    names = mapping.subscription
+
+    def plan(column: str, table: Table, key: str) -> Column[Any]:
+        return Column(column, BigInteger, ForeignKey(table.c[key]))
+
+    _table(
+        metadata,
+        names.table,
+        Column(names.id, BigInteger, primary_key=True),
+        Column(
+            names.user_id,
+            user_id_column_type(mapping.user_id_type),
+            ForeignKey(user.c[mapping.user.id]),
+            nullable=False,
+            unique=True,
+        ),
+        plan(names.token_plan_id, token_plan, mapping.token_plan.id),
+        plan(names.full_plan_id, full_plan, mapping.full_plan.id),
+        Column(names.start_date, DateTime(timezone=True), nullable=False),
+        Column(names.end_date, DateTime(timezone=True)),
+        # Nullable, though Django's default is not: hosts are found where it is null.
+        Column(names.tokens_remaining, Integer),
+        Column(names.is_active, Boolean, nullable=False, server_default=text("true")),
+        Column("status", String(20), nullable=False, server_default=text("'active'")),
+        Column("trial_end", DateTime(timezone=True)),
+        Column("cancel_at_period_end", Boolean, nullable=False, server_default=text("false")),
+        Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    )
+
+
+def _usage_log_table(metadata: MetaData, mapping: HostMapping, user: Table) -> None:
+    names = mapping.usage_log
+    id_type: Any = Uuid() if mapping.usage_log_id_type == "uuid" else Text()
+    log = _table(
+        metadata,
+        names.table,
+        Column(names.id, id_type, primary_key=True, server_default=text("gen_random_uuid()")),
+        Column(
+            names.user_id,
+            user_id_column_type(mapping.user_id_type),
+            ForeignKey(user.c[mapping.user.id]),
+            nullable=False,
+        ),
+        Column(names.section, String(50), nullable=False),
+        Column(names.prompt_tokens, Integer, nullable=False, server_default=text("0")),
+        Column(names.completion_tokens, Integer, nullable=False, server_default=text("0")),
+        Column(names.total_tokens, Integer, nullable=False, server_default=text("0")),
+        Column(names.response_time_ms, Integer, nullable=False, server_default=text("0")),
+        Column(names.success, Boolean, nullable=False, server_default=text("true")),
+        Column(names.model_name, String(100), nullable=False, server_default=text("''")),
+        Column(names.error_message, Text),
+        Column(names.metadata, JSONB, nullable=False, server_default=text("'{}'")),
+        Column(names.created_at, DateTime(timezone=True), nullable=False, server_default=func.now()),
+    )
+    Index(f"{log.name}_user_created", log.c[names.user_id], log.c[names.created_at])

@@ -1,0 +1,95 @@
+"""Set a database up: migrations of our own tables, then the functions and triggers for the host's mapping."""
+
+from importlib import resources
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, text
+
+from billing.errors import NotInstalledError
+from billing.host_tables import build_host_metadata, missing_host_tables
+from billing.mapping import HostMapping, render_sql
+from billing.schema import SCHEMA
+
+# Any constant will do, as long as nobody else on this database takes the same: "trueup" in ASCII.
+INSTALL_LOCK = 0x747275657570
+
+# Functions before triggers; each file may use what those before it define.
+SQL_FILES = ("accounts.sql", "triggers.sql", "holds.sql", "charges.sql", "reconcile.sql")
+
+LOCK_TIMEOUT_SECONDS = 5
+STATEMENT_TIMEOUT_SECONDS = 300
+
+
+def install(connection: Connection, mapping: HostMapping, *, with_host_tables: bool) -> list[str]:
+    """Bring the database to this version, in the caller's transaction; safe to repeat. Returns what was done.
+
+    Two installers take turns. A trigger waits at most `LOCK_TIMEOUT_SECONDS` for the usage log, so that the host's
+    writers never queue behind us for longer. Raises `NotInstalledError` when the host's tables are not there.
+    """
+    done = []
+    connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_SECONDS}s'"))
+    connection.execute(text(f"SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s'"))
+    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": INSTALL_LOCK})
+    if with_host_tables:
+        build_host_metadata(mapping).create_all(connection)
+        done.append("host tables")
+    missing = missing_host_tables(connection, mapping)
+    if missing:
+        raise NotInstalledError(
+            f"The database has no table {', '.join(missing)}. Nothing was changed. Map the host's names under [host] "
+            "in trueup.toml, or create example tables with `trueup db init --with-host-tables`."
+        )
+    connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+    _refuse_other_user_ids(connection, mapping)
+    command.upgrade(_alembic_config(connection, mapping), "head")
+    done.append("tables")
+    for name in SQL_FILES:
+        template = resources.files("billing").joinpath("sql", name).read_text()
+        connection.exec_driver_sql(render_sql(template, mapping).replace("%", "%%"))
+    done.append("functions and triggers")
+    connection.execute(_SAVE_INSTALLATION, _installation_row(mapping))
+    return done
+
+
+def check_installed(connection: Connection) -> None:
+    """Raise `NotInstalledError` unless the database has been set up."""
+    found = connection.execute(text("SELECT to_regclass('trueup.installation') IS NOT NULL"))
+    if not found.scalar_one():
+        raise NotInstalledError("This database has no trueup schema. Run `trueup db init`.")
+
+
+_SAVE_INSTALLATION = text(
+    """
+    INSERT INTO trueup.installation (mapping_fingerprint, mapping)
+    VALUES (:fingerprint, CAST(:mapping AS jsonb))
+    ON CONFLICT (singleton) DO UPDATE
+    SET mapping_fingerprint = excluded.mapping_fingerprint, mapping = excluded.mapping
+    """
+)
+
+
+def _installation_row(mapping: HostMapping) -> dict[str, str]:
+    return {"fingerprint": mapping.fingerprint(), "mapping": mapping.model_dump_json()}
+
+
+def _refuse_other_user_ids(connection: Connection, mapping: HostMapping) -> None:
+    """Our tables keep the type of user id that they were made for."""
+    if connection.scalar(text("SELECT to_regclass('trueup.installation') IS NULL")):
+        return
+    installed = connection.scalar(text("SELECT mapping->>'user_id_type' FROM trueup.installation"))
+    if installed is not None and installed != mapping.user_id_type:
+        raise NotInstalledError(
+            f"This database was set up for user ids of type {installed}, the settings now say {mapping.user_id_type}. "
+            "Nothing was changed. Set host.user_id_type back."
+        )
+
+
+def _alembic_config(connection: Connection, mapping: HostMapping) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    config.attributes["mapping"] = mapping
+    return config

@@ -1,0 +1,1 @@
+"""Alembic migrations of schema `trueup`; run through `billing.install`."""

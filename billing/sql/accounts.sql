@@ -1,0 +1,72 @@
+-- Reads. These are functions and not views: a view on a host table would make the host's own
+-- ALTER TABLE fail. Simple SQL functions are inlined by the planner, so a WHERE reaches the indexes.
+
+-- The one decision "may this run?". NULL: yes. Otherwise one of the specification's reason codes.
+CREATE OR REPLACE FUNCTION trueup.decide(
+    subscribed boolean, is_active boolean, end_date timestamptz,
+    original bigint, consumed bigint, held bigint, estimate bigint, at timestamptz
+) RETURNS text LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE
+        WHEN subscribed IS NOT TRUE THEN 'no_subscription'
+        WHEN is_active IS NOT TRUE THEN 'subscription_deactivated'
+        WHEN end_date < at THEN 'subscription_expired'
+        WHEN original <= consumed THEN 'no_tokens_remaining'
+        WHEN original - consumed - held < estimate THEN 'insufficient_tokens'
+    END
+$$;
+
+-- What each subscription entitles to. original = the token plan's tokens, else the full plan's, else 0,
+-- plus the grants given in this window that are neither revoked nor expired.
+CREATE OR REPLACE FUNCTION trueup.entitlements(at timestamptz) RETURNS TABLE (
+    user_id {{user_id_type}}, subscription_id text, is_active boolean,
+    window_start timestamptz, end_date timestamptz, original bigint, counter bigint
+) LANGUAGE sql STABLE AS $$
+    SELECT s.{{subscription.user_id}},
+           s.{{subscription.id}}::text,
+           s.{{subscription.is_active}},
+           coalesce(s.{{subscription.start_date}}, '-infinity'::timestamptz),
+           -- No end within the years that clients can hold is no end.
+           CASE WHEN s.{{subscription.end_date}} < '9999-12-31' THEN s.{{subscription.end_date}} END,
+           greatest(coalesce(tp.{{token_plan.tokens_included}}, fp.{{full_plan.tokens_included}}, 0), 0)::bigint
+           + coalesce((
+               SELECT sum(g.tokens) FROM trueup.token_grant g
+               WHERE g.user_id = s.{{subscription.user_id}}
+                 AND g.revoked_at IS NULL
+                 AND g.granted_at >= coalesce(s.{{subscription.start_date}}, '-infinity'::timestamptz)
+                 AND g.granted_at <= at
+                 AND (g.expires_at IS NULL OR g.expires_at > at)
+           ), 0)::bigint,
+           s.{{subscription.tokens_remaining}}::bigint
+    FROM {{subscription}} s
+    LEFT JOIN {{token_plan}} tp ON tp.{{token_plan.id}} = s.{{subscription.token_plan_id}}
+    LEFT JOIN {{full_plan}} fp ON fp.{{full_plan.id}} = s.{{subscription.full_plan_id}}
+$$;
+
+-- How often the log was truncated: a balance built before the last time is stale.
+CREATE OR REPLACE FUNCTION trueup.log_epoch() RETURNS bigint LANGUAGE sql STABLE AS $$
+    SELECT coalesce(max(id), 0) FROM trueup.log_truncation
+$$;
+
+-- Each subscription with its consumed and held tokens, exact at the reader's snapshot, without a lock:
+-- a log row and its delta become visible together. A stale balance is passed over for the log itself.
+-- `held` leaves out holds that are overdue: the next gate takes them back.
+CREATE OR REPLACE FUNCTION trueup.accounts(at timestamptz) RETURNS TABLE (
+    user_id {{user_id_type}}, subscription_id text, is_active boolean, window_start timestamptz,
+    end_date timestamptz, original bigint, counter bigint, consumed bigint, held bigint
+) LANGUAGE sql STABLE AS $$
+    SELECT e.user_id, e.subscription_id, e.is_active, e.window_start, e.end_date, e.original, e.counter,
+           CASE WHEN b.window_start = e.window_start AND b.log_epoch = (SELECT trueup.log_epoch())
+                THEN b.consumed + coalesce((
+                    SELECT sum(d.tokens) FROM trueup.usage_delta d
+                    WHERE d.user_id = e.user_id AND d.used_at >= e.window_start), 0)::bigint
+                ELSE coalesce((
+                    SELECT sum(l.{{usage_log.total_tokens}}) FROM {{usage_log}} l
+                    WHERE l.{{usage_log.user_id}} = e.user_id AND l.{{usage_log.success}}
+                      AND l.{{usage_log.created_at}} >= e.window_start), 0)::bigint
+           END,
+           coalesce(b.held - coalesce((
+               SELECT sum(h.tokens_reserved - h.tokens_covered) FROM trueup.hold h
+               WHERE h.user_id = e.user_id AND h.status = 'open' AND h.expires_at <= at), 0), 0)::bigint
+    FROM trueup.entitlements(at) e
+    LEFT JOIN trueup.balance b ON b.user_id = e.user_id
+$$;

@@ -1,0 +1,62 @@
+-- Record one provider call's real usage: log row, charge row, hold and balance in one transaction. A charge that is
+-- there already is left alone (recorded = false): any number of redeliveries pay once.
+--
+-- Usage is real even when its hold is gone (expired, or taken over by a later attempt): it is recorded all the same,
+-- and flagged late. tokens_over is what the hold did not cover.
+CREATE OR REPLACE FUNCTION trueup.record_charge(
+    p_user {{user_id_type}}, p_task text, p_attempt integer, p_call_key text, p_log_id text, p_section text,
+    p_prompt integer, p_completion integer, p_total integer, p_response_ms integer, p_model text,
+    p_metadata jsonb, p_answer jsonb, INOUT at timestamptz,
+    OUT recorded boolean, OUT late boolean, OUT tokens_over bigint, OUT tokens_left bigint
+) LANGUAGE plpgsql SET trueup.own_log_id = '' AS $$
+DECLARE
+    a record;
+    h trueup.hold;
+    v_covered bigint;
+BEGIN
+    SELECT * INTO a FROM trueup.lock_account(p_user, at);
+    at := a.at;
+    SELECT * INTO h FROM trueup.hold t
+    WHERE t.user_id = p_user AND t.task_id = p_task AND t.status = 'open';
+    SELECT c.late, c.tokens_total - c.tokens_covered INTO late, tokens_over
+    FROM trueup.charge c WHERE c.user_id = p_user AND c.task_id = p_task AND c.call_key = p_call_key;
+    recorded := NOT FOUND;
+    IF recorded THEN
+        late := h.id IS NULL OR h.attempt <> p_attempt;
+        -- A late charge draws on the open hold too, if there is one: both attempts together stay within it.
+        v_covered := least(p_total, coalesce(h.tokens_reserved - h.tokens_covered, 0));
+        tokens_over := p_total - v_covered;
+        PERFORM set_config('trueup.own_log_id', p_log_id, true);
+        INSERT INTO {{usage_log}} (
+            {{usage_log.id}}, {{usage_log.user_id}}, {{usage_log.section}}, {{usage_log.prompt_tokens}},
+            {{usage_log.completion_tokens}}, {{usage_log.total_tokens}}, {{usage_log.response_time_ms}},
+            {{usage_log.success}}, {{usage_log.model_name}}, {{usage_log.metadata}}, {{usage_log.created_at}})
+        VALUES (p_log_id::{{usage_log_id_type}}, p_user, p_section, p_prompt, p_completion, p_total, p_response_ms,
+                true, p_model, p_metadata, at);
+        INSERT INTO trueup.charge (user_id, task_id, call_key, attempt, log_id, section, model_name,
+                                   tokens_total, tokens_covered, late, answer, charged_at)
+        VALUES (p_user, p_task, p_call_key, p_attempt, p_log_id, p_section, p_model,
+                p_total, v_covered, late, p_answer, at);
+        UPDATE trueup.hold t SET tokens_covered = t.tokens_covered + v_covered,
+                                 tokens_charged = t.tokens_charged + p_total, calls = t.calls + 1
+        WHERE t.user_id = p_user AND t.task_id = p_task AND t.id = h.id
+        RETURNING * INTO h;
+        IF at >= a.window_start THEN
+            a.consumed := a.consumed + p_total;
+        END IF;
+        a.held := a.held - v_covered;
+        -- Lower the legacy counter too, so that our own usage never drifts. A host that has the row locked is not
+        -- waited for: the next reconcile sets the counter right. Like the host's, the counter stops at zero.
+        UPDATE {{subscription}} s
+        SET {{subscription.tokens_remaining}} = greatest(s.{{subscription.tokens_remaining}} - p_total, 0)
+        WHERE s.{{subscription.id}} = (
+            SELECT f.{{subscription.id}} FROM {{subscription}} f WHERE f.{{subscription.user_id}} = p_user
+            FOR NO KEY UPDATE SKIP LOCKED)
+          AND s.{{subscription.tokens_remaining}} > 0;
+    END IF;
+    tokens_left := CASE WHEN h.id IS NOT NULL AND h.attempt = p_attempt
+                        THEN h.tokens_reserved - h.tokens_covered ELSE 0 END;
+    UPDATE trueup.balance b SET window_start = a.window_start, log_epoch = a.log_epoch,
+                                consumed = a.consumed, held = a.held
+    WHERE b.user_id = p_user;
+END $$;

@@ -1,0 +1,152 @@
+-- Writes to the balance. Each takes the user's balance row first and reads everything else after it, in
+-- statements of their own: under READ COMMITTED each sees what was committed while it waited for the lock. (One
+-- statement that locks and reads at once would decide on what was true before the wait.)
+-- `at`: the injected clock; NULL means the database's, which all workers share.
+
+-- Lock the user's balance, and bring it up to date: fold the deltas, or rebuild it from the log if the window
+-- moved or the log was truncated; take back overdue holds. The caller stores window_start, log_epoch, consumed, held.
+CREATE OR REPLACE FUNCTION trueup.lock_account(
+    p_user {{user_id_type}}, INOUT at timestamptz,
+    OUT subscribed boolean, OUT is_active boolean, OUT end_date timestamptz, OUT original bigint,
+    OUT window_start timestamptz, OUT log_epoch bigint, OUT consumed bigint, OUT held bigint
+) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    b trueup.balance;
+    e record;
+    v_consumed bigint;
+    v_overdue bigint;
+BEGIN
+    SELECT * INTO b FROM trueup.balance WHERE user_id = p_user FOR UPDATE;
+    IF NOT FOUND AND EXISTS (SELECT FROM {{subscription}} s WHERE s.{{subscription.user_id}} = p_user) THEN
+        -- A balance of no window and no epoch: stale by construction, so it is built from the log below.
+        INSERT INTO trueup.balance (user_id, window_start, log_epoch)
+        VALUES (p_user, 'infinity', -1) ON CONFLICT DO NOTHING;
+        SELECT * INTO b FROM trueup.balance WHERE user_id = p_user FOR UPDATE;
+    END IF;
+    at := coalesce(at, clock_timestamp());
+    SELECT t.*, trueup.log_epoch() AS log_epoch INTO e FROM trueup.entitlements(at) t WHERE t.user_id = p_user;
+    subscribed := FOUND;
+    IF b.user_id IS NULL THEN
+        RETURN;
+    END IF;
+    IF subscribed AND (b.window_start, b.log_epoch) IS DISTINCT FROM (e.window_start, e.log_epoch) THEN
+        -- One statement, one snapshot: a log row and its delta are both seen here or both left for later.
+        WITH cleared AS (DELETE FROM trueup.usage_delta WHERE user_id = p_user)
+        SELECT coalesce(sum(l.{{usage_log.total_tokens}}), 0) INTO v_consumed
+        FROM {{usage_log}} l
+        WHERE l.{{usage_log.user_id}} = p_user AND l.{{usage_log.success}}
+          AND l.{{usage_log.created_at}} >= e.window_start;
+        b.window_start := e.window_start;
+        b.log_epoch := e.log_epoch;
+    ELSE
+        WITH folded AS (DELETE FROM trueup.usage_delta WHERE user_id = p_user RETURNING used_at, tokens)
+        SELECT b.consumed + coalesce(sum(tokens) FILTER (WHERE used_at >= b.window_start), 0)
+        INTO v_consumed FROM folded;
+    END IF;
+    WITH expired AS (
+        UPDATE trueup.hold SET status = 'expired', closed_at = at
+        WHERE user_id = p_user AND status = 'open' AND expires_at <= at
+        RETURNING tokens_reserved - tokens_covered AS tokens
+    )
+    SELECT coalesce(sum(tokens), 0) INTO v_overdue FROM expired;
+    is_active := e.is_active;
+    end_date := e.end_date;
+    original := coalesce(e.original, 0);
+    window_start := b.window_start;
+    log_epoch := b.log_epoch;
+    consumed := v_consumed;
+    held := b.held - v_overdue;
+END $$;
+
+-- Reserve tokens for a task, or say why not (`reason`, NULL when admitted). A redelivered task gets its open hold
+-- back: same tokens, next attempt, new lease.
+CREATE OR REPLACE FUNCTION trueup.open_hold(
+    p_user {{user_id_type}}, p_task text, p_feature text, p_section text, p_owner text,
+    p_tokens bigint, p_lease interval, INOUT at timestamptz,
+    OUT reason text, OUT hold_attempt integer, OUT tokens_left bigint, OUT reattached boolean,
+    OUT expiry timestamptz, OUT original bigint, OUT consumed bigint, OUT held bigint, OUT end_date timestamptz
+) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    a record;
+    h record;
+BEGIN
+    SELECT * INTO a FROM trueup.lock_account(p_user, at);
+    at := a.at;
+    expiry := at + p_lease;
+    original := coalesce(a.original, 0);
+    consumed := coalesce(a.consumed, 0);
+    held := coalesce(a.held, 0);
+    end_date := a.end_date;
+    SELECT max(attempt) AS attempt, max(id) FILTER (WHERE status = 'open') AS open_id INTO h
+    FROM trueup.hold WHERE user_id = p_user AND task_id = p_task;
+    hold_attempt := coalesce(h.attempt, 0) + 1;
+    reattached := h.open_id IS NOT NULL;
+    IF reattached THEN
+        UPDATE trueup.hold SET attempt = hold_attempt, owner = p_owner, expires_at = expiry
+        WHERE user_id = p_user AND task_id = p_task AND id = h.open_id
+        RETURNING tokens_reserved - tokens_covered INTO tokens_left;
+    ELSE
+        reason := trueup.decide(a.subscribed, a.is_active, a.end_date, original, consumed, held, p_tokens, at);
+        IF reason IS NULL THEN
+            INSERT INTO trueup.hold (user_id, task_id, attempt, feature_name, section, owner, status,
+                                     tokens_reserved, opened_at, expires_at)
+            VALUES (p_user, p_task, hold_attempt, p_feature, p_section, p_owner, 'open', p_tokens, at, expiry);
+            held := held + p_tokens;
+            tokens_left := p_tokens;
+        END IF;
+    END IF;
+    UPDATE trueup.balance SET window_start = a.window_start, log_epoch = a.log_epoch,
+                              consumed = a.consumed, held = coalesce(open_hold.held, a.held)
+    WHERE user_id = p_user;
+END $$;
+
+-- Give back what a hold has left. NULL when there was nothing to close: closed already, or another attempt's by now.
+CREATE OR REPLACE FUNCTION trueup.close_hold(
+    p_user {{user_id_type}}, p_task text, p_attempt integer, at timestamptz
+) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    v_status text;
+    v_rest bigint;
+BEGIN
+    PERFORM FROM trueup.balance b WHERE b.user_id = p_user FOR UPDATE;
+    UPDATE trueup.hold h
+    SET status = CASE WHEN h.calls > 0 THEN 'settled' ELSE 'released' END,
+        closed_at = coalesce(at, clock_timestamp())
+    WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open' AND h.attempt = p_attempt
+    RETURNING h.status, h.tokens_reserved - h.tokens_covered INTO v_status, v_rest;
+    IF FOUND THEN
+        UPDATE trueup.balance b SET held = b.held - v_rest WHERE b.user_id = p_user;
+    END IF;
+    RETURN v_status;
+END $$;
+
+-- Take back the holds of dead owners, at most p_limit of them. A user whose balance is in use now is passed over:
+-- that transaction, or the next sweep, does it.
+CREATE OR REPLACE FUNCTION trueup.expire_holds(p_limit integer, at timestamptz)
+RETURNS TABLE (holds bigint, tokens bigint) LANGUAGE plpgsql AS $$
+DECLARE
+    v_at timestamptz := coalesce(at, clock_timestamp());
+    v_users {{user_id_type}}[];
+BEGIN
+    -- Lock first, in a statement of its own; the next one then sees the holds as they are under the locks.
+    SELECT array_agg(locked.user_id) INTO v_users FROM (
+        SELECT b.user_id FROM trueup.balance b
+        WHERE b.user_id IN (
+            SELECT h.user_id FROM trueup.hold h WHERE h.status = 'open' AND h.expires_at <= v_at
+            ORDER BY h.expires_at LIMIT p_limit)
+        FOR UPDATE SKIP LOCKED
+    ) AS locked;
+    RETURN QUERY
+    WITH expired AS (
+        UPDATE trueup.hold h SET status = 'expired', closed_at = v_at
+        WHERE h.user_id = ANY (v_users) AND h.status = 'open' AND h.expires_at <= v_at
+        RETURNING h.user_id, h.tokens_reserved - h.tokens_covered AS rest
+    ), given_back AS (
+        UPDATE trueup.balance b SET held = b.held - e.rest
+        FROM (SELECT x.user_id, sum(x.rest) AS rest FROM expired x GROUP BY x.user_id) e
+        WHERE b.user_id = e.user_id
+    )
+    SELECT count(*), coalesce(sum(expired.rest), 0)::bigint FROM expired;
+END $$;
