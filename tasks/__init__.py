@@ -1,1 +1,11 @@
-""
+"""Celery tasks, thin: parse, pass the gate, call one service of `ai` or `billing`, return a typed result.
+
+`metered_task` is the base for AI tasks; a host decorates its own with it.
+"""
+
+from tasks.metered import MeteredTask, metered_task
+
+# Autodiscovery finds nothing in a package named "tasks", so an app lists these under `include`.
+TASK_MODULES = ("tasks.qa", "tasks.products", "tasks.instagram", "tasks.upkeep")
+
+__all__ = ["TASK_MODULES", "MeteredTask", "metered_task"]

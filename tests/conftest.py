@@ -1,0 +1,130 @@
+"""Real servers for the tests: one embedded stack a session, one database a test, cloned from a template."""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import pytest
+from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy.pool import NullPool
+
+from billing import db
+from billing.install import install
+from billing.mapping import HostMapping
+from billing.settings import Settings, get_settings
+from tests.support.host import Host
+from worker.stack import StackUrls, running_stack
+
+TEMPLATE = "trueup_template"
+
+
+def url_of_database(url: str, name: str) -> str:
+    """Return the URL of another database on the same server."""
+    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings_from_outside() -> None:
+    """The developer's own settings must not reach the tests."""
+    for variable in [name for name in os.environ if name.startswith("TRUEUP_")]:
+        del os.environ[variable]
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory, _no_settings_from_outside: None) -> Iterator[StackUrls]:
+    """A real PostgreSQL and a real Redis for this test session."""
+    with running_stack(Settings(home=tmp_path_factory.mktemp("stack"))) as urls:
+        yield urls
+
+
+@pytest.fixture(scope="session")
+def admin_engine(stack: StackUrls) -> Iterator[Engine]:
+    """For creating and dropping databases."""
+    assert stack.database_url is not None
+    engine = create_engine(
+        url_of_database(stack.database_url, "postgres"), isolation_level="AUTOCOMMIT", poolclass=NullPool
+    )
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def template_database(stack: StackUrls, admin_engine: Engine) -> str:
+    """A database with the host's tables and trueup's, made once."""
+    assert stack.database_url is not None
+    with admin_engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {TEMPLATE}"))
+    engine = create_engine(url_of_database(stack.database_url, TEMPLATE), poolclass=NullPool)
+    with engine.begin() as connection:
+        install(connection, HostMapping(), with_host_tables=True)
+    engine.dispose()
+    return TEMPLATE
+
+
+@contextlib.contextmanager
+def cloned_database(stack: StackUrls, admin_engine: Engine, template: str) -> Iterator[str]:
+    """Give the URL of a database of its own, dropped at the end with all its sessions."""
+    assert stack.database_url is not None
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    with admin_engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
+    try:
+        yield url_of_database(stack.database_url, name)
+    finally:
+        with admin_engine.connect() as connection:
+            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture
+def empty_database(
+    stack: StackUrls, admin_engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[str]:
+    """An empty database, to which this process's settings point."""
+    with cloned_database(stack, admin_engine, "template1") as url, _settings(url, stack, monkeypatch, tmp_path):
+        yield url
+
+
+@pytest.fixture
+def database(
+    stack: StackUrls,
+    admin_engine: Engine,
+    template_database: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> Iterator[str]:
+    """A database ready for trueup, to which this process's settings point. Gives its URL."""
+    with cloned_database(stack, admin_engine, template_database) as url, _settings(url, stack, monkeypatch, tmp_path):
+        yield url
+
+
+@contextlib.contextmanager
+def _settings(url: str, stack: StackUrls, monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[None]:
+    assert stack.broker_url is not None
+    monkeypatch.setenv("TRUEUP_DATABASE_URL", url)
+    monkeypatch.setenv("TRUEUP_BROKER_URL", stack.broker_url)
+    monkeypatch.setenv("TRUEUP_HOME", str(home / "home"))
+    get_settings.cache_clear()
+    try:
+        yield
+    finally:
+        db.dispose_engine()
+        get_settings.cache_clear()
+
+
+@pytest.fixture
+def host(database: str) -> Iterator[Host]:
+    """The host application: its own connection and its own SQL, knowing nothing of trueup."""
+    engine = create_engine(database, poolclass=NullPool)
+    with Host(engine) as host:
+        yield host
+    engine.dispose()
+
+
+@pytest.fixture
+def connection(host: Host) -> Iterator[Connection]:
+    """trueup's connection, on which each statement is its own transaction."""
+    with db.connect() as connection:
+        yield connection

@@ -1,0 +1,64 @@
+"""Task arguments: parsed by the types and bounds in the body's own signature, before the gate."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from billing.errors import InvalidInputError
+from billing.settings import get_settings
+from billing.users import parse_user_id
+
+USER_ARGUMENT = "user_id"
+
+
+class ArgumentParser:
+    """Parses the arguments of one task body, whose first parameters (the model client) are not the caller's.
+
+    Raises TypeError at construction for a body that names no `user_id` or takes `*args` or `**kwargs`.
+    """
+
+    def __init__(self, body: Callable[..., Any], *, given: int) -> None:
+        parameters = list(inspect.signature(body).parameters.values())[given:]
+        if USER_ARGUMENT not in [parameter.name for parameter in parameters]:
+            raise TypeError(f"{body.__qualname__} must take `{USER_ARGUMENT}`: it says whose tokens are spent")
+        self.signature = inspect.Signature(parameters)
+        self._model = _arguments_model(body, parameters)
+
+    def signature_with_task(self) -> inspect.Signature:
+        """Return the signature that Celery checks calls against: the bound task, then the caller's arguments."""
+        task = inspect.Parameter("task", inspect.Parameter.POSITIONAL_ONLY)
+        return self.signature.replace(parameters=[task, *self.signature.parameters.values()])
+
+    def parse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments by name, as the types of the signature. Raises `InvalidInputError`."""
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise InvalidInputError(f"arguments: {error}") from None
+        try:
+            parsed = self._model(**bound.arguments)
+        except ValidationError as error:
+            raise InvalidInputError("; ".join(_describe(fault) for fault in error.errors())) from None
+        arguments = {name: getattr(parsed, name) for name in self.signature.parameters}
+        arguments[USER_ARGUMENT] = parse_user_id(arguments[USER_ARGUMENT], get_settings().host.user_id_type)
+        return arguments
+
+
+def _arguments_model(body: Callable[..., Any], parameters: list[inspect.Parameter]) -> type[BaseModel]:
+    hints = get_type_hints(body, include_extras=True)
+    fields: dict[str, Any] = {}
+    for parameter in parameters:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise TypeError(f"{body.__qualname__} must name its arguments, not take `{parameter}`")
+        default = ... if parameter.default is parameter.empty else parameter.default
+        hint = Any if parameter.name == USER_ARGUMENT else hints.get(parameter.name, Any)
+        fields[parameter.name] = (hint, default)
+    config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+    return create_model(f"{body.__name__}_arguments", __config__=config, **fields)
+
+
+def _describe(fault: Any) -> str:
+    name = ".".join(str(part) for part in fault["loc"])
+    return f"{name}: {fault['msg']}"

@@ -1,0 +1,33 @@
+"""Task `tasks.generate_qa`: question and answer pairs from a text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ai import qa
+from ai.model import Model
+from ai.providers import counter_from_settings
+from billing.settings import get_settings
+from billing.users import UserId
+from tasks.metered import metered_task
+
+
+def estimate_tokens(arguments: Mapping[str, Any]) -> int:
+    """Return what the plan that the work then follows can cost at most. Refuses what the work would refuse."""
+    return qa.estimate_tokens(
+        arguments["text"],
+        arguments["max_pairs"],
+        page_title=arguments["page_title"],
+        counter=counter_from_settings(get_settings()),
+    )
+
+
+@metered_task(
+    name="tasks.generate_qa", feature_name="Q&A Generator", section="knowledge_qa", estimated_tokens=estimate_tokens
+)
+def generate_qa(model: Model, user_id: UserId, text: str, page_title: str = "", max_pairs: int = 10) -> qa.QaResult:
+    """Return question and answer pairs in the text's own language.
+
+    `text`: 100 characters or more. `max_pairs`: 1 to 50. Raises `InvalidInputError` before any token is held.
+    """
+    counter = counter_from_settings(get_settings())
+    return qa.generate_qa(model, text=text, page_title=page_title, max_pairs=max_pairs, counter=counter)

@@ -1,0 +1,125 @@
+"""The host application of the tests: plain SQL on its own tables, as a Django application would send it."""
+
+import itertools
+import uuid
+from datetime import UTC, datetime, timedelta
+from types import TracebackType
+from typing import Any, Self
+
+from sqlalchemy import Connection, Engine, text
+
+START = datetime(2026, 11, 1, 12, tzinfo=UTC)
+"""When subscriptions of the tests begin, unless told otherwise."""
+
+
+class Host:
+    """A host with one connection, each statement its own transaction."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._ids = itertools.count(1)
+
+    def __enter__(self) -> Self:
+        self.connection: Connection = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.connection.close()
+
+    def execute(self, statement: str, **values: Any) -> Any:
+        return self.connection.execute(text(statement), values)
+
+    def value(self, statement: str, **values: Any) -> Any:
+        return self.execute(statement, **values).scalar_one()
+
+    def plan(self, tokens: int, *, kind: str = "token") -> int:
+        """Sell a plan. Returns its id."""
+        number = next(self._ids)
+        duration = ", duration_days" if kind == "full" else ""
+        days = ", 30" if kind == "full" else ""
+        self.execute(
+            f"INSERT INTO billing_{kind}plan (id, name, tokens_included{duration}) VALUES (:id, :name, :tokens{days})",
+            id=number,
+            name=f"{kind} {tokens}",
+            tokens=tokens,
+        )
+        return number
+
+    def user(self) -> int:
+        """Sign up a user without a subscription. Returns its id."""
+        number = next(self._ids)
+        self.execute(
+            "INSERT INTO accounts_user (id, username, email) VALUES (:id, :name, :email)",
+            id=number,
+            name=f"user{number}",
+            email=f"user{number}@example.com",
+        )
+        return number
+
+    def subscriber(
+        self,
+        tokens: int = 10_000,
+        *,
+        kind: str = "token",
+        start: datetime = START,
+        end: datetime | None = None,
+        active: bool = True,
+        counter: int | None | str = "plan",
+    ) -> int:
+        """Sign up a user with a subscription to a plan of that size. Returns the user's id.
+
+        `counter`: what the legacy counter shows; by default the plan's tokens.
+        """
+        plan, user = self.plan(tokens, kind=kind), self.user()
+        self.execute(
+            f"INSERT INTO billing_subscription (id, user_id, {kind}_plan_id, start_date, end_date, is_active, "
+            "tokens_remaining) VALUES (:id, :user, :plan, :start, :end, :active, :counter)",
+            id=next(self._ids),
+            user=user,
+            plan=plan,
+            start=start,
+            end=end,
+            active=active,
+            counter=tokens if counter == "plan" else counter,
+        )
+        return user
+
+    def log(
+        self, user: int, tokens: int | None, *, success: bool = True, at: datetime = START + timedelta(hours=1)
+    ) -> uuid.UUID:
+        """Log an AI call, as the host does. Returns the row's id."""
+        row = uuid.uuid4()
+        self.execute(
+            "INSERT INTO ai_usage_log (id, user_id, section, total_tokens, success, created_at) "
+            "VALUES (:id, :user, 'chat', :tokens, :success, :at)",
+            id=row,
+            user=user,
+            tokens=tokens,
+            success=success,
+            at=at,
+        )
+        return row
+
+    def decrement(self, user: int, tokens: int) -> None:
+        """Lower the counter, as the host does."""
+        self.execute(
+            "UPDATE billing_subscription SET tokens_remaining = greatest(tokens_remaining - :tokens, 0) "
+            "WHERE user_id = :user",
+            user=user,
+            tokens=tokens,
+        )
+
+    def counter(self, user: int) -> int | None:
+        counter: int | None = self.value(
+            "SELECT tokens_remaining FROM billing_subscription WHERE user_id = :user", user=user
+        )
+        return counter
+
+    def used(self, user: int) -> int:
+        """Sum the user's counted log rows, whatever their window."""
+        used: int = self.value(
+            "SELECT coalesce(sum(total_tokens), 0) FROM ai_usage_log WHERE user_id = :user AND success", user=user
+        )
+        return used

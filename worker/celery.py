@@ -1,0 +1,17 @@
+"""The application that `celery -A worker` finds. Settings are read when it is first used, not at import."""
+
+from typing import Any
+
+from celery import Celery
+
+from billing.settings import get_settings
+from tasks import TASK_MODULES
+from worker.config import celery_config
+
+
+def _defaults() -> dict[str, Any]:
+    return celery_config(get_settings())
+
+
+app = Celery("trueup", include=list(TASK_MODULES))
+app.add_defaults(_defaults)
