@@ -1,1 +1,73 @@
-""
+"""`trueup`, one click group per noun.
+
+Exit codes: 0 fine, 1 error, 2 wrong usage or input, 3 denied or (with `--fail-on-drift`) drift found.
+"""
+
+import sys
+from importlib import import_module
+
+import click
+
+from billing.errors import InvalidInputError, TrueupError
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_DENIED = 3
+
+# Each command is imported when it is called: `trueup --help` need not load Celery or SQLAlchemy.
+COMMANDS = {
+    "up": ("cli.up", "Run database, Redis, workers and beat in the foreground."),
+    "db": ("cli.db", "Set the database up."),
+    "tokens": ("cli.tokens", "Show and check a user's tokens."),
+    "holds": ("cli.holds", "Tokens set aside for running tasks."),
+    "usage": ("cli.usage", "A user's rows in the AI usage log."),
+    "reconcile": ("cli.reconcile", "Compare every counter with the usage log, and correct it."),
+    "drift": ("cli.drift", "Reports of what reconciling found."),
+    "run": ("cli.run", "Enqueue a real AI task."),
+    "settings": ("cli.settings", "List the settings and where they stand."),
+    "demo": ("cli.demo", "Show everything on an embedded stack, in under a minute."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported on use; errors of trueup end in one message and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(COMMANDS[name][0]), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except InvalidInputError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(EXIT_USAGE)
+        except TrueupError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(EXIT_ERROR)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="trueup", prog_name="trueup")
+def main() -> None:
+    """Make AI token budgets true: gate, record and reconcile.
+
+    \b
+    Example:
+      trueup up                        # database, Redis, worker and beat, all embedded
+      trueup run qa --user 1 page.txt --wait
+      trueup drift report
+    """
+
+
+if __name__ == "__main__":
+    sys.exit(main())

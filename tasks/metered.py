@@ -1,4 +1,4 @@
-"""The metered base task: gate first, then the body with a model client that spends from the hold, then the rest back."""
+"""The metered base task: gate first, then the body with a model client bound to its hold, then the rest given back."""
 
 import difflib
 import functools
@@ -7,9 +7,10 @@ import os
 import random
 import socket
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from celery import Task, shared_task
 from celery.exceptions import Reject, Retry
@@ -29,7 +30,8 @@ from tasks.arguments import USER_ARGUMENT, ArgumentParser
 
 logger = logging.getLogger(__name__)
 
-Estimate = int | Callable[[Mapping[str, Any]], int]
+Estimator = Callable[[Mapping[str, Any]], int | None]
+Estimate = int | Estimator
 OnDenied = Literal["raise", "return"]
 
 # How often this task has waited for the gate; kept apart from Celery's `retries`, which the body's own retries count.
@@ -38,7 +40,7 @@ WAITS_HEADER = "trueup_waits"
 PROVIDER_RETRY_BASE_SECONDS = 2
 
 
-class MeteredTask(Task):  # type: ignore[misc]
+class MeteredTask(Task):
     """Base of every task that may spend tokens.
 
     The gate sits in `__call__`, which all ways to call a task pass through: worker, eager, direct, map and chunks.
@@ -72,29 +74,30 @@ class MeteredTask(Task):  # type: ignore[misc]
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             arguments = self.parser.parse(args, kwargs)
-            hold = self._open_hold(arguments)
+            tokens = self._estimate(arguments)
+            if tokens is None:
+                return _json_safe(self.run(**arguments))
+            hold = self._open_hold(arguments, tokens)
+            with _closing(hold), spending_from(hold):
+                return _json_safe(self.run(**arguments))
         except TokensDenied as denied:
             if self.on_denied == "return":
                 return denied.payload
             raise
         except ServiceUnavailableError as error:
             raise self._wait(error) from error
-        try:
-            with spending_from(hold):
-                return _json_safe(self.run(**arguments))
-        except ServiceUnavailableError as error:
-            raise self._wait(error) from error
         except TrueupError as error:
             if getattr(error, "retryable", False) and not self.request.called_directly:
                 raise self._retry_provider(error) from error
             raise
-        finally:
-            # Also on Retry, SystemExit and a soft time limit: what is not spent goes back at once.
-            _close(hold)
 
-    def _open_hold(self, arguments: dict[str, Any]) -> Hold:
+    def _estimate(self, arguments: dict[str, Any]) -> int | None:
+        """Return the tokens to hold; None when this call uses no AI, so that it needs none and can spend none."""
         estimate = self.estimated_tokens
-        tokens = estimate(arguments) if callable(estimate) else estimate
+        # One base type for both would be a lie: the class attribute is a count, or a static function of one argument.
+        return cast("Estimator", estimate)(arguments) if callable(estimate) else estimate
+
+    def _open_hold(self, arguments: dict[str, Any], tokens: int) -> Hold:
         settings = get_settings()
         return db.retrying(
             lambda connection: open_hold(
@@ -131,8 +134,10 @@ class MeteredTask(Task):  # type: ignore[misc]
             signature.apply_async()
         except OperationalError:
             # The broker is away too. Rejected and put back now or, if that fails, when it is not acknowledged in time.
-            return Reject(error, requeue=True)
-        return Retry(exc=error, when=countdown, sig=signature)
+            rejected: Exception = Reject(error, requeue=True)
+            return rejected
+        retry: Exception = Retry(exc=error, when=countdown, sig=signature)
+        return retry
 
     def _retry_provider(self, error: TrueupError) -> Exception:
         """Retry within the task's max_retries, then give up with the provider's own error."""
@@ -151,9 +156,10 @@ def metered_task(
 ) -> Callable[[Callable[..., Any]], Any]:
     """Make a Celery task that passes the token gate before any work.
 
-    The body's first parameter is given the model client, bound to the task's hold; the others are the caller's, `user_id`
-    among them, and are parsed by their type hints. `estimated_tokens`: a count, or a function of the parsed arguments
-    (by name) that returns one. `on_denied`: "raise" `TokensDenied`, or "return" its payload. `options`: Celery's own.
+    The body's first parameter is given the model client, bound to the task's hold; the others are the caller's,
+    `user_id` among them, and are parsed by their type hints. `estimated_tokens`: a count, or a function of the parsed
+    arguments (by name) that returns one, or None for a call that uses no AI: it is not gated, and can't spend.
+    `on_denied`: "raise" `TokensDenied`, or "return" its payload. `options`: Celery's own.
 
     Raises TypeError or ValueError at import for an unknown option, an unknown section, or a body without `user_id`.
     """
@@ -187,13 +193,42 @@ def metered_task(
 
 # Celery takes any misspelt option silently: these are the ones it knows.
 CELERY_OPTIONS = frozenset(
-    """
-    name queue routing_key exchange priority expires serializer compression acks_late acks_on_failure
-    acks_on_failure_or_timeout acks_on_timeout reject_on_worker_lost retry_on_worker_lost autoretry_for
-    dont_autoretry_for retry_backoff retry_backoff_max retry_jitter retry_kwargs max_retries default_retry_delay
-    rate_limit time_limit soft_time_limit ignore_result store_errors_even_if_ignored track_started trail send_events
-    resultrepr_maxsize throws typing backend
-    """.split()
+    (
+        "name",
+        "queue",
+        "routing_key",
+        "exchange",
+        "priority",
+        "expires",
+        "serializer",
+        "compression",
+        "acks_late",
+        "acks_on_failure",
+        "acks_on_failure_or_timeout",
+        "acks_on_timeout",
+        "reject_on_worker_lost",
+        "retry_on_worker_lost",
+        "autoretry_for",
+        "dont_autoretry_for",
+        "retry_backoff",
+        "retry_backoff_max",
+        "retry_jitter",
+        "retry_kwargs",
+        "max_retries",
+        "default_retry_delay",
+        "rate_limit",
+        "time_limit",
+        "soft_time_limit",
+        "ignore_result",
+        "store_errors_even_if_ignored",
+        "track_started",
+        "trail",
+        "send_events",
+        "resultrepr_maxsize",
+        "throws",
+        "typing",
+        "backend",
+    )
 )
 
 
@@ -220,11 +255,18 @@ def _json_safe(result: Any) -> Any:
     return result.model_dump(mode="json") if isinstance(result, BaseModel) else result
 
 
-def _close(hold: Hold) -> None:
-    """Close the hold; if that fails, its lease runs out and it is given back then: the work itself is done."""
+@contextmanager
+def _closing(hold: Hold) -> Iterator[None]:
+    """Give back what the body leaves, also on Retry, SystemExit and a soft time limit.
+
+    If that fails, the lease runs out and it is given back then: the work itself is done.
+    """
     try:
-        db.retrying(lambda connection: close_hold(connection, hold))
-    except TrueupError:
-        logger.warning(
-            "hold of task %s (user %s) not closed: it expires at %s", hold.task_id, hold.user_id, hold.expires_at
-        )
+        yield
+    finally:
+        try:
+            db.retrying(lambda connection: close_hold(connection, hold))
+        except TrueupError:
+            logger.warning(
+                "hold of task %s (user %s) not closed: it expires at %s", hold.task_id, hold.user_id, hold.expires_at
+            )

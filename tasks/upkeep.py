@@ -25,7 +25,8 @@ def reconcile_counters() -> dict[str, Any]:
     """Run one quick pass over all counters. Returns its figures, or which run was already at work."""
     settings = get_settings()
     try:
-        summary = reconcile(db.get_engine(), settings.host, batch_size=settings.reconcile_batch_size)
+        with db.translated_errors():
+            summary = reconcile(db.get_engine(), settings.host, batch_size=settings.reconcile_batch_size)
     except RunInProgressError:
         return {"skipped": "another run is in progress"}
     return {

@@ -6,12 +6,16 @@ from celery import Celery
 
 from billing.settings import get_settings
 from tasks import TASK_MODULES
+from worker import logs, redis_transport
 from worker.config import celery_config
 
 
 def _defaults() -> dict[str, Any]:
     return celery_config(get_settings())
 
+
+redis_transport.register()
+logs.connect()
 
 app = Celery("trueup", include=list(TASK_MODULES))
 app.add_defaults(_defaults)

@@ -1,0 +1,56 @@
+"""What commands share: servers for as long as they run, and the arguments and options that several take."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from billing.access import check_estimate
+from billing.errors import InvalidInputError
+from billing.settings import get_settings
+from billing.users import UserId, parse_user_id
+from worker.stack import Service, running_stack
+
+
+@contextmanager
+def servers(*services: Service) -> Iterator[None]:
+    """Have these servers: those set by URL, those of a running stack, or embedded ones for as long as this takes."""
+    with running_stack(get_settings(), services=services):
+        yield
+
+
+class UserParameter(click.ParamType[Any]):
+    """A user id of the host's own type."""
+
+    name = "user"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> UserId:
+        try:
+            return parse_user_id(value, get_settings().host.user_id_type)
+        except InvalidInputError as error:
+            self.fail(str(error), param, ctx)
+
+
+class TokensParameter(click.ParamType[Any]):
+    """A count of tokens."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return check_estimate(int(value), "tokens")
+        except ValueError as error:
+            message = str(error) if isinstance(error, InvalidInputError) else f"{value!r} is no whole number of tokens"
+            self.fail(message, param, ctx)
+
+
+USER = UserParameter()
+TOKENS = TokensParameter()
+
+Command = Callable[..., Any]
+
+
+def json_option(command: Command) -> Command:
+    """Add `--json` as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)

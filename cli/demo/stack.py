@@ -1,0 +1,121 @@
+"""The demo's own stack: `trueup up` in a subprocess, a Graph API that answers locally, and clean tables."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from celery import Celery
+from sqlalchemy import Engine, create_engine, text
+
+from billing.errors import TrueupError
+from billing.settings import PREFIX, Settings, broker_url, database_url, get_settings
+from cli.demo.graph import GraphServer
+
+START_SECONDS = 40.0
+STOP_SECONDS = 60.0
+WORKERS = 2
+
+# All that the demo writes: its stack's database is its own.
+_CLEAR = text(
+    """
+    TRUNCATE accounts_user, billing_tokenplan, billing_fullplan, billing_subscription, ai_usage_log,
+             trueup.balance, trueup.usage_delta, trueup.log_truncation, trueup.token_grant, trueup.hold,
+             trueup.charge, trueup.reconcile_run, trueup.drift
+    RESTART IDENTITY CASCADE
+    """
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoStack:
+    """What the story needs: the database as the host sees it, the Celery application, the Graph API, the log."""
+
+    engine: Engine
+    app: Celery
+    graph: GraphServer
+    log: Path
+
+
+@contextmanager
+def demo_stack(settings: Settings) -> Iterator[DemoStack]:
+    """Run a whole stack in `TRUEUP_HOME/demo` for as long as the block takes.
+
+    Raises `TrueupError` when it is not ready in time.
+    """
+    home = settings.home / "demo"
+    home.mkdir(parents=True, exist_ok=True)
+    log = home / "up.log"
+    with GraphServer() as graph:
+        _use_only(home, graph)
+        with _up(log) as process:
+            engine, app = _ready(process, log)
+            try:
+                yield DemoStack(engine=engine, app=app, graph=graph, log=log)
+            finally:
+                engine.dispose()
+
+
+def _use_only(home: Path, graph: GraphServer) -> None:
+    """Forget the user's own settings, in this process and those it starts."""
+    for variable in [name for name in os.environ if name.startswith(PREFIX)]:
+        del os.environ[variable]
+    os.environ["TRUEUP_CONFIG"] = str(home / "none.toml")
+    os.environ["TRUEUP_HOME"] = str(home)
+    os.environ["TRUEUP_INSTAGRAM_GRAPH_URL"] = graph.url
+    os.environ["TRUEUP_INSTAGRAM_ACCESS_TOKEN"] = "demo-only"
+    get_settings.cache_clear()
+
+
+@contextmanager
+def _up(log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    program = shutil.which("trueup", path=str(Path(sys.executable).parent)) or "trueup"
+    with log.open("wb") as output:
+        process = subprocess.Popen(  # noqa: S603 - our own program
+            [program, "up"], stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        process.wait(STOP_SECONDS)
+
+
+def _ready(process: subprocess.Popen[bytes], log: Path) -> tuple[Engine, Celery]:
+    """Wait until both workers answer, then clear the tables."""
+    settings = get_settings()
+    deadline = time.monotonic() + START_SECONDS
+    while not settings.stack_file.exists() or len(_workers()) < WORKERS:
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise TrueupError(f"The demo's stack did not start; {log} says why. Its end:\n{_tail(log)}")
+        time.sleep(0.2)
+    from worker.celery import app
+
+    engine = create_engine(database_url(settings))
+    with engine.begin() as connection:
+        connection.execute(_CLEAR)
+    app.control.purge()
+    return engine, app
+
+
+def _workers() -> list[object]:
+    """Return the workers that answer; none while there is no broker yet."""
+    settings = get_settings()
+    if "broker_url" not in settings.stack_file.read_text():
+        return []
+    broker_url(settings)
+    from worker.celery import app
+
+    answers: list[object] = app.control.ping(timeout=1.0)
+    return answers
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])

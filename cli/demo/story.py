@@ -1,0 +1,182 @@
+"""What the demo shows, in order, and whether each part of it really happened."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from celery.result import AsyncResult
+from sqlalchemy import text
+
+from billing import db
+from billing.accounts import read_account
+from billing.drift_reports import read_report
+from billing.errors import TokensDenied
+from billing.settings import get_settings
+from cli.demo import tenants
+from cli.demo.stack import DemoStack
+from cli.demo.tenants import BAKER, DENIED, FLORIST, KESTREL, SEPIDEH, Tenant
+from cli.output import print_table
+from cli.report import print_report
+
+TASK_SECONDS = 30
+MISSED_TOKENS = 1_180
+DOUBLED_TOKENS = 640
+SHOP = "https://kestrel-outdoor.example/shop"
+
+
+class Expectations:
+    """What should have happened and did not."""
+
+    def __init__(self) -> None:
+        self.missed: list[str] = []
+
+    def expect(self, happened: bool, what: str) -> None:
+        if not happened:
+            self.missed.append(what)
+
+
+def tell(stack: DemoStack) -> list[str]:
+    """Show everything. Returns what did not happen as it should; empty when all is well."""
+    started = time.monotonic()
+    expectations = Expectations()
+    tenants.create_tenants(stack.engine)
+    for chapter in (_run_tasks, _deny, _drift):
+        chapter(stack, expectations)
+    _next_steps(time.monotonic() - started)
+    return expectations.missed
+
+
+def _heading(title: str) -> None:
+    click.echo()
+    click.secho(title, bold=True)
+
+
+def _run_tasks(stack: DemoStack, expectations: Expectations) -> None:
+    _heading("1. AI tasks pass the gate: tokens are held before any work, and every call is charged")
+    jobs: list[tuple[str, str, Tenant, dict[str, Any], Callable[[Any], str]]] = [
+        ("Q&A, English article", "tasks.generate_qa", KESTREL, _article("help_en.txt"), _tell_pairs),
+        ("Q&A, Persian article", "tasks.generate_qa", SEPIDEH, _article("help_fa.txt"), _tell_pairs),
+        ("Products, page with JSON-LD", "tasks.extract_products", KESTREL, _page("shop.html"), _tell_products),
+        ("Products, page without", "tasks.extract_products", KESTREL, _page("shop_plain.html"), _tell_products),
+        ("DM about a product", "tasks.send_instagram_dm", KESTREL, _json("comment_product.json"), _tell_message),
+        ("DM, fixed text", "tasks.send_instagram_dm", KESTREL, _json("comment_static.json"), _tell_message),
+    ]
+    sent = [(*job, _enqueue(stack, job[1], job[2], job[3])) for job in jobs]
+    rows = []
+    for title, _task, tenant, _arguments, describe, result in sent:
+        answer = result.get(timeout=TASK_SECONDS)
+        spent = _spent(stack, result.id)
+        rows.append((title, tenant.name, spent, describe(answer)))
+        free = "JSON-LD" in title or "fixed" in title
+        expectations.expect((spent == 0) if free else (spent > 0), f"{title}: spent {spent} tokens")
+    print_table(("task", "tenant", "tokens", "result"), rows)
+    expectations.expect(len(stack.graph.requests) >= 2, "two direct messages reached the Graph API")
+    for tenant in (KESTREL, SEPIDEH):
+        account = db.retrying(lambda connection, user=tenant.id: read_account(connection, user))  # type: ignore[misc]
+        expectations.expect(account.held == 0, f"{tenant.name}: nothing is held any more")
+        expectations.expect(account.drift == 0, f"{tenant.name}: the counter follows the log")
+
+
+def _deny(stack: DemoStack, expectations: Expectations) -> None:
+    _heading("2. And some don't: one tenant for each reason, denied before any work")
+    sent = {
+        reason: _enqueue(stack, "tasks.generate_qa", tenant, _article("help_en.txt"))
+        for reason, tenant in DENIED.items()
+    }
+    rows = []
+    for reason, result in sent.items():
+        try:
+            result.get(timeout=TASK_SECONDS)
+            rows.append((DENIED[reason].name, "ran", ""))
+        except TokensDenied as denied:
+            rows.append((DENIED[reason].name, denied.error_code, denied.payload["error"]))
+        expectations.expect(rows[-1][1] == reason, f"{DENIED[reason].name} is denied with {reason}")
+    print_table(("tenant", "error code", "message"), rows)
+
+
+def _drift(stack: DemoStack, expectations: Expectations) -> None:
+    _heading("3. Two counters are broken the way legacy hosts break them")
+    tenants.miss_a_decrement(stack.engine, BAKER, MISSED_TOKENS)
+    tenants.decrement_twice(stack.engine, FLORIST, DOUBLED_TOKENS)
+    before = tenants.counters(stack.engine, BAKER, FLORIST)
+    for tenant, how in ((BAKER, "a call logged, never taken off"), (FLORIST, "a retried task took it off twice")):
+        account = db.retrying(lambda connection, user=tenant.id: read_account(connection, user))  # type: ignore[misc]
+        click.echo(f"  {tenant.name}: shows {before[tenant.name]:,}, really has {account.remaining:,} ({how})")
+    _heading("4. The reconcile task finds, corrects and explains them: `trueup drift report`")
+    figures = stack.app.tasks["tasks.reconcile_counters"].apply_async().get(timeout=TASK_SECONDS)
+    with db.connect() as connection:
+        report = read_report(connection, get_settings().host.user_id_type, figures["run_id"])
+    if report is None:
+        expectations.expect(False, "the reconcile run can be reported")
+        return
+    print_report(report, "table")
+    found = {row.user_id: (row.drift, row.cause, row.action) for row in report.rows}
+    expectations.expect(found.get(BAKER.id) == (MISSED_TOKENS, "missed_decrement", "corrected"), "the missed decrement")
+    expectations.expect(
+        found.get(FLORIST.id) == (-DOUBLED_TOKENS, "double_decrement", "corrected"), "the double decrement"
+    )
+    expectations.expect(report.drifted == 2, f"two counters had drifted, not {report.drifted}")
+
+
+def _next_steps(seconds: float) -> None:
+    _heading(f"All in {seconds:.0f} s. Next:")
+    for command, purpose in (
+        ("trueup up", "the same stack, to keep"),
+        ("trueup tokens show USER", "what a user has, and the legacy counter's drift"),
+        ("trueup run qa --user USER --wait FILE", "a real task, from your own text"),
+        ("trueup reconcile --dry-run", "look at the drift, write nothing"),
+        ("trueup --help", "the rest; README.md shows how to add it to your Celery project"),
+    ):
+        click.echo(f"  {command:<40} {purpose}")
+
+
+def _enqueue(stack: DemoStack, task: str, tenant: Tenant, arguments: dict[str, Any]) -> AsyncResult:
+    stack.app.loader.import_default_modules()
+    return stack.app.tasks[task].apply_async(kwargs={"user_id": tenant.id, **arguments})
+
+
+def _spent(stack: DemoStack, task_id: str) -> int:
+    """Return the tokens in the log that a task has written."""
+    statement = text("SELECT coalesce(sum(total_tokens), 0) FROM ai_usage_log WHERE metadata->>'task_id' = :task_id")
+    with stack.engine.connect() as connection:
+        return int(connection.execute(statement, {"task_id": task_id}).scalar_one())
+
+
+def _example(name: str) -> str:
+    """Return an example file's text: from the repository, or as packaged with the wheel."""
+    here = Path(__file__).parent
+    for folder in (here / "examples", here.parent.parent / "examples"):
+        if (folder / name).is_file():
+            return (folder / name).read_text(encoding="utf-8")
+    raise FileNotFoundError(f"examples/{name}")
+
+
+def _article(name: str) -> dict[str, Any]:
+    return {"text": _example(name), "page_title": "Help", "max_pairs": 4}
+
+
+def _page(name: str) -> dict[str, Any]:
+    return {"html": _example(name), "url": SHOP}
+
+
+def _json(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(_example(name))
+    return content
+
+
+def _tell_pairs(answer: dict[str, Any]) -> str:
+    pairs = answer["pairs"]
+    return f"{len(pairs)} pairs, e.g. “{pairs[0]['question']}”" if pairs else "no pairs"
+
+
+def _tell_products(answer: dict[str, Any]) -> str:
+    products = answer["products"]
+    first = f"{products[0]['name']}, {products[0]['price']} {products[0]['currency']}" if products else "none"
+    return f"{len(products)} products ({answer['source']}), e.g. {first}"
+
+
+def _tell_message(answer: dict[str, Any]) -> str:
+    return f"{answer['status']}: “{(answer['message'] or '')[:60]}…”"

@@ -1,0 +1,55 @@
+"""`trueup holds`: tokens set aside for running tasks."""
+
+import click
+
+from billing import db
+from billing.holds import list_holds
+from billing.users import UserId
+from cli.context import USER, json_option, servers
+from cli.output import print_json, print_table
+
+
+@click.group()
+def holds() -> None:
+    """Tokens set aside for running tasks."""
+
+
+@holds.command("list")
+@click.option("--user", type=USER, help="Only this user's.")
+@click.option("--all", "every_status", is_flag=True, help="Also those that have ended.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True)
+@json_option
+def list_(user: UserId | None, every_status: bool, limit: int, as_json: bool) -> None:
+    """List open holds, newest first.
+
+    \b
+    Example:
+      trueup holds list
+      trueup holds list --user 42 --all
+    """
+    with servers("postgres"):
+        rows = db.retrying(
+            lambda connection: list_holds(connection, user_id=user, every_status=every_status, limit=limit)
+        )
+    if as_json:
+        print_json(rows)
+        return
+    print_table(
+        ("user", "feature", "status", "reserved", "charged", "left", "opened (UTC)", "expires (UTC)", "owner", "task"),
+        [
+            (
+                str(row.user_id),
+                row.feature_name,
+                row.status,
+                row.tokens_reserved,
+                row.tokens_charged,
+                row.tokens_left,
+                row.opened_at,
+                row.expires_at,
+                row.owner,
+                row.task_id,
+            )
+            for row in rows
+        ],
+        empty="No holds." if every_status else "No open holds.",
+    )

@@ -1,0 +1,73 @@
+"""How things are shown: JSON for machines, tables for people."""
+
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+# Wide enough for every table of ours where no terminal says otherwise: a piped table must not be cut.
+PIPED_WIDTH = 200
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return a console for tables and progress."""
+    made = Console(stderr=stderr, highlight=False, emoji=False, markup=False)
+    return made if made.is_terminal else Console(stderr=stderr, width=PIPED_WIDTH, highlight=False, markup=False)
+
+
+def print_json(content: Any) -> None:
+    """Print anything of ours as JSON: dataclasses as objects, times as ISO 8601, ids as they are."""
+    click.echo(json.dumps(content, default=_plain, indent=2, ensure_ascii=False))
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, uuid.UUID | Decimal):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def print_table(
+    headings: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None, empty: str = "None."
+) -> None:
+    """Print a table; numbers are right-aligned. `empty` is said when there are no rows."""
+    if not rows:
+        click.echo(empty)
+        return
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column, heading in enumerate(headings):
+        numeric = all(row[column] is None or isinstance(row[column], int) for row in rows)
+        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(show(value) for value in row))
+    console().print(table)
+
+
+def print_facts(facts: dict[str, Any]) -> None:
+    """Print names and values, one a line."""
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        click.echo(f"{name:<{width}}  {show(value)}")
+
+
+def show(value: Any) -> str:
+    """Return a value as people read it: thousands apart, times to the second in UTC, nothing as a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M:%S}"
+    return str(value)

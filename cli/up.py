@@ -1,0 +1,41 @@
+"""`trueup up`: database, Redis, workers and beat in the foreground."""
+
+import click
+
+from billing import db
+from billing.errors import NotInstalledError
+from billing.install import check_installed, install
+from billing.settings import get_settings
+from worker.stack import StackUrls
+from worker.stack.supervisor import run_stack
+
+
+@click.command()
+def up() -> None:
+    """Run database, Redis, workers and beat in the foreground, with one log, until Ctrl-C.
+
+    Servers whose URL is set are used as they are. The others run embedded, in TRUEUP_HOME, and keep their data; an
+    embedded database is set up by itself, host tables included.
+
+    \b
+    Example:
+      trueup up
+    """
+    run_stack(get_settings(), before_commands=_prepare_database)
+
+
+def _prepare_database(urls: StackUrls) -> None:
+    """Set the embedded database up; one of the user's own is only looked at."""
+    settings = get_settings()
+    try:
+        if settings.database_url is None:
+            with db.transaction() as connection:
+                install(connection, settings.host, with_host_tables=True)
+        else:
+            with db.connect() as connection:
+                check_installed(connection)
+    except NotInstalledError as error:
+        click.echo(f"Warning: {error} Until then every AI task waits.", err=True)
+    finally:
+        # The workers have connections of their own; this process needs none any more.
+        db.dispose_engine()

@@ -1,0 +1,46 @@
+"""`trueup usage`: a user's rows in the AI usage log."""
+
+import click
+
+from billing import db
+from billing.settings import get_settings
+from billing.usage import list_usage
+from billing.users import UserId
+from cli.context import USER, json_option, servers
+from cli.output import print_json, print_table
+
+
+@click.command()
+@click.argument("user", type=USER)
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
+@json_option
+def usage(user: UserId, limit: int, as_json: bool) -> None:
+    """List USER's newest rows in the usage log, the host's own and those of trueup's tasks.
+
+    \b
+    Example:
+      trueup usage 42 --limit 10
+    """
+    mapping = get_settings().host
+    with servers("postgres"):
+        rows = db.retrying(lambda connection: list_usage(connection, mapping, user, limit=limit))
+    if as_json:
+        print_json(rows)
+        return
+    print_table(
+        ("time (UTC)", "section", "model", "prompt", "completion", "total", "counts", "task"),
+        [
+            (
+                row.created_at,
+                row.section,
+                row.model_name,
+                row.prompt_tokens,
+                row.completion_tokens,
+                row.total_tokens,
+                row.success,
+                row.task_id,
+            )
+            for row in rows
+        ],
+        empty=f"The log has no rows of user {user}.",
+    )

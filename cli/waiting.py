@@ -1,0 +1,112 @@
+"""Enqueueing a task and, if asked, waiting for it: progress on a terminal, then its result or why there is none."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from celery import Celery
+from celery.exceptions import TimeoutError as ResultTimeoutError
+from celery.result import AsyncResult
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+from rich.status import Status
+
+from billing.errors import ServiceUnavailableError, TokensDenied, TrueupError
+from billing.settings import get_settings
+from cli import EXIT_DENIED, EXIT_ERROR
+from cli.output import console, print_json
+from worker.stack.temporary import temporary_worker
+
+PING_SECONDS = 1.0
+POLL_SECONDS = 0.1
+
+
+def finish(app: Celery, task: str, arguments: dict[str, Any], *, wait: bool, timeout: int, as_json: bool) -> None:
+    """Enqueue the task. With `wait`, show how it ends: exit code 0, 1 for an error, 3 for a denial.
+
+    `timeout`: seconds to wait. Raises `ServiceUnavailableError` when Redis does not answer.
+    """
+    with _redis_errors(app):
+        # The registered task and not only its name: so that its arguments are checked here already.
+        app.loader.import_default_modules()
+        result = app.tasks[task].apply_async(kwargs=arguments)
+        if not wait:
+            _say_enqueued(result, task, as_json)
+            return
+        with _some_worker(app):
+            state = _wait(result, timeout)
+    _show(result, state, as_json)
+
+
+def _say_enqueued(result: AsyncResult, task: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"task_id": result.id, "task": task, "state": "ENQUEUED"})
+    else:
+        click.echo(f"Enqueued {task} as {result.id}. It runs when a worker does (`trueup up`).")
+
+
+@contextmanager
+def _redis_errors(app: Celery) -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, RedisError) as error:
+        where = app.connection_for_write().as_uri()
+        raise ServiceUnavailableError("Redis", where, str(error)) from error
+
+
+@contextmanager
+def _some_worker(app: Celery) -> Iterator[None]:
+    """Have a worker on the AI queue: one that runs, or on the embedded broker one for as long as this takes."""
+    if app.control.ping(timeout=PING_SECONDS):
+        yield
+    elif get_settings().broker_url is None:
+        with temporary_worker(get_settings()):
+            yield
+    else:
+        click.echo("No worker answers. Waiting for one: start it with `celery -A worker worker -Q ai`.", err=True)
+        yield
+
+
+def _wait(result: AsyncResult, timeout: int) -> str:
+    """Return the task's final state. Raises `TrueupError` when it has none in time."""
+    deadline = time.monotonic() + timeout
+    out = console(stderr=True)
+    with Status("PENDING", console=out) if out.is_terminal else _silence() as status:
+        while not result.ready():
+            if time.monotonic() > deadline:
+                raise TrueupError(
+                    f"Task {result.id} has not ended within {timeout} s (state {result.state}). It goes on; "
+                    "wait longer with --timeout, and see whether a worker runs."
+                )
+            if status is not None:
+                status.update(f"{result.state} {result.id}")
+            time.sleep(POLL_SECONDS)
+    return str(result.state)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    yield None
+
+
+def _show(result: AsyncResult, state: str, as_json: bool) -> None:
+    try:
+        value = result.get(timeout=PING_SECONDS)
+    except TokensDenied as denied:
+        if as_json:
+            print_json({"task_id": result.id, "state": "DENIED", **denied.payload})
+        else:
+            click.echo(f"Denied: {denied}", err=True)
+        sys.exit(EXIT_DENIED)
+    except ResultTimeoutError:
+        raise TrueupError(f"Task {result.id} ended as {state}, but its result is gone.") from None
+    except Exception as error:  # noqa: BLE001 - whatever the task raised, of whatever type
+        if as_json:
+            print_json({"task_id": result.id, "state": state, "error": str(error), "type": type(error).__name__})
+        else:
+            click.echo(f"Error: the task failed ({type(error).__name__}): {error}", err=True)
+        sys.exit(EXIT_ERROR)
+    print_json({"task_id": result.id, "state": state, "result": value} if as_json else value)

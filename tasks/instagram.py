@@ -1,0 +1,49 @@
+"""Task `tasks.send_instagram_dm`: answer an Instagram comment with a direct message."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ai import instagram
+from ai.comments import action_config, comment_event
+from ai.graph import GraphClient
+from ai.model import Model
+from ai.providers import counter_from_settings
+from billing.settings import get_settings
+from billing.users import UserId
+from tasks.metered import metered_task
+
+
+def estimate_tokens(arguments: Mapping[str, Any]) -> int | None:
+    """Return 1000 for PRODUCT messages; None, no gate, where no AI is used: STATIC ones and own comments.
+
+    Refuses what the work would refuse.
+    """
+    event, config = comment_event(arguments["event"]), action_config(arguments["config"])
+    if config.mode == "STATIC" or event.is_own:
+        return None
+    return instagram.estimated_tokens(counter_from_settings(get_settings()))
+
+
+@metered_task(
+    name="tasks.send_instagram_dm",
+    feature_name="Instagram Product DM",
+    section="marketing_workflow",
+    estimated_tokens=estimate_tokens,
+)
+def send_instagram_dm(
+    model: Model, user_id: UserId, event: dict[str, Any], config: dict[str, Any]
+) -> instagram.DmResult:
+    """Answer the one comment of a webhook payload by direct message and, if configured, publicly.
+
+    `event`: Instagram's `comments` payload. `config`: the action's; mode PRODUCT is written by the model and gated,
+    mode STATIC uses no AI and is not.
+    """
+    settings = get_settings()
+    with GraphClient.from_settings(settings) as graph:
+        return instagram.send_instagram_dm(
+            model,
+            event=comment_event(event),
+            config=action_config(config),
+            graph=graph,
+            counter=counter_from_settings(settings),
+        )

@@ -1,0 +1,33 @@
+"""Task `tasks.extract_products`: typed products from a page."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ai.model import Model
+from ai.products import extractor
+from ai.providers import counter_from_settings
+from billing.settings import get_settings
+from billing.users import UserId
+from tasks.metered import metered_task
+
+
+def estimate_tokens(_arguments: Mapping[str, Any]) -> int:
+    """Return 1000, the specification's estimate, scaled for models whose tokens can only be bounded."""
+    return extractor.estimated_tokens(counter_from_settings(get_settings()))
+
+
+@metered_task(
+    name="tasks.extract_products",
+    feature_name="Product Extractor",
+    section="product_recommendation",
+    estimated_tokens=estimate_tokens,
+)
+def extract_products(
+    model: Model, user_id: UserId, url: str, title: str = "", html: str | None = None, text: str | None = None
+) -> extractor.ProductResult:
+    """Return the products of a page, given as `html` or as `text`.
+
+    The page's own structured data is used first and costs nothing; only a page without any is read by the model.
+    """
+    counter = counter_from_settings(get_settings())
+    return extractor.extract_products(model, url=url, title=title, html=html, text=text, counter=counter)

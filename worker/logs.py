@@ -1,0 +1,41 @@
+"""Logs of the worker and the beat: one line a record, with the task's name and id, at the level of the settings."""
+
+import logging
+import time
+from typing import Any
+
+from celery import current_task
+from celery.signals import setup_logging
+
+from billing.settings import get_settings
+
+FORMAT = "%(asctime)sZ %(levelname)s %(name)s%(task)s: %(message)s"
+# One line for each HTTP request is more than the INFO of a worker should say.
+QUIET_LOGGERS = ("httpx", "httpcore", "openai", "alembic.runtime.migration")
+
+
+class Formatter(logging.Formatter):
+    """Times in UTC; the task's name and id where the record is of one."""
+
+    def __init__(self) -> None:
+        super().__init__(FORMAT)
+        self.converter = time.gmtime
+
+    def format(self, record: logging.LogRecord) -> str:
+        task = current_task
+        record.task = f" {task.name}[{task.request.id}]" if task and task.request.id else ""
+        return super().format(record)
+
+
+def connect() -> None:
+    """Let our handler take the place of Celery's."""
+    setup_logging.connect(configure, weak=False)
+
+
+def configure(**_signal: Any) -> None:
+    """Send every record to standard error. TRUEUP_LOG_LEVEL decides, not Celery's `-l`."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter())
+    logging.basicConfig(level=get_settings().log_level, handlers=[handler], force=True)
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)

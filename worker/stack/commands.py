@@ -1,0 +1,44 @@
+"""The processes of the stack, as one table: `trueup up` runs them, docker-compose.yml repeats them.
+
+A test compares the two token for token.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+_CELERY = ("celery", "-A", "worker")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """One process: the name shown before its lines (and its service in compose), and its tokens.
+
+    The first token is a console script of this Python environment, or a path to any program.
+    """
+
+    name: str
+    tokens: tuple[str, ...]
+
+
+def stack_commands(home: Path) -> tuple[Command, ...]:
+    """Return the workers and the beat of the stack in `home`, in the order they are started."""
+    return (
+        Command(name="worker", tokens=(*_CELERY, "worker", "-Q", "ai", "-n", "ai@%h")),
+        Command(
+            # One process: a reconcile run waits for the database, more of them only for each other.
+            name="reconcile",
+            tokens=(
+                *(*_CELERY, "worker", "-Q", "reconcile", "-n", "reconcile@%h"),
+                "--concurrency=1",
+            ),
+        ),
+        Command(
+            # No pid file: it would lie in the current folder, and the up lock already ensures that
+            # there is one beat per home.
+            name="beat",
+            tokens=(
+                *(*_CELERY, "beat", "--pidfile="),
+                *("--schedule", str(home / "run" / "celerybeat-schedule")),
+            ),
+        ),
+    )

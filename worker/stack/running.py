@@ -1,0 +1,87 @@
+"""`running_stack`: the servers a command needs, for as long as it needs them."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Literal
+
+from billing.settings import Settings
+from worker.stack.layout import Layout, prepare_layout
+from worker.stack.leases import Lease
+from worker.stack.postgres_server import PostgresServer
+from worker.stack.redis_server import RedisServer
+from worker.stack.servers import Server
+from worker.stack.stack_file import StackFile
+
+Service = Literal["postgres", "redis"]
+BOTH: tuple[Service, ...] = ("postgres", "redis")
+
+_SERVERS: dict[Service, Callable[[Layout], Server]] = {
+    "postgres": PostgresServer,
+    "redis": RedisServer,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StackUrls:
+    """Where the servers are: set ones, else embedded ones; None means neither set nor asked for."""
+
+    database_url: str | None
+    broker_url: str | None
+
+
+@contextmanager
+def running_stack(settings: Settings, *, services: Sequence[Service] = BOTH) -> Iterator[StackUrls]:
+    """Lend the block the servers in `services`: those set by URL as they are, others embedded.
+
+    An embedded server is adopted if it runs and started if not; it stops with its last user. While
+    it runs, `billing.settings.database_url` and `broker_url` find it in every process of this home.
+    Raises `StackError` when a server can't be run.
+    """
+    with leased_stack(settings, services) as (urls, _leases):
+        yield urls
+
+
+@contextmanager
+def leased_stack(settings: Settings, services: Sequence[Service] = BOTH) -> Iterator[tuple[StackUrls, Sequence[Lease]]]:
+    """Do what `running_stack` does, and yield the leases too, for who wants to look after them."""
+    configured = {"postgres": settings.database_url, "redis": settings.broker_url}
+    urls = dict(configured)
+    leases: list[Lease] = []
+    with ExitStack() as stack:
+        # Always in this order, whatever the caller's, so that two processes can't wait for each
+        # other.
+        embedded = [name for name in BOTH if name in services and not configured[name]]
+        if embedded:
+            stack.enter_context(_termination_unwinds())
+            layout = prepare_layout(settings)
+            for name in embedded:
+                lease = Lease(name, _SERVERS[name], layout, StackFile(settings.stack_file))
+                urls[name] = lease.acquire()
+                stack.callback(lease.release)
+                leases.append(lease)
+        yield StackUrls(database_url=urls["postgres"], broker_url=urls["redis"]), leases
+
+
+@contextmanager
+def _termination_unwinds() -> Iterator[None]:
+    """Let SIGTERM leave the block as Ctrl-C does: killed outright, we would leave servers running.
+
+    Only where nobody has decided what SIGTERM does; signals are a matter of the main thread.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _exit(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

@@ -1,0 +1,93 @@
+"""`trueup up`: the embedded servers, the workers and the beat, as one thing to start and to stop."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+import psutil
+
+from billing.settings import Settings
+from worker.stack.commands import Command, stack_commands
+from worker.stack.crew import Crew, Policy
+from worker.stack.errors import StackAlreadyRunningError, explained
+from worker.stack.layout import Layout, prepare_layout
+from worker.stack.leases import Lease
+from worker.stack.locks import FileLock
+from worker.stack.merged_log import MergedLog
+from worker.stack.records import ChildRecords, reap_leftovers
+from worker.stack.running import StackUrls, leased_stack
+from worker.stack.signals import StopRequests
+
+
+def run_stack(
+    settings: Settings,
+    *,
+    commands: Sequence[Command] | None = None,
+    before_commands: Callable[[StackUrls], None] | None = None,
+    policy: Policy | None = None,
+    output: TextIO | None = None,
+) -> None:
+    """Run the stack until Ctrl-C, SIGTERM or SIGHUP; a second one ends it fast, a third at once.
+
+    `before_commands` is called once the servers answer (migrations go there). `commands` defaults
+    to the table in `commands.py`, `output` to standard output. Raises `StackAlreadyRunningError`,
+    `StackError` when a server can't be run, and `ChildFailedError` when a process keeps dying.
+    """
+    policy = policy or Policy()
+    layout = prepare_layout(settings)
+    table = commands if commands is not None else stack_commands(layout.home)
+    log = MergedLog(output or sys.stdout, [command.name for command in table])
+    with _only_one(layout), StopRequests() as requests:
+        records = ChildRecords(layout.run / "children.json")
+        # Before anything is started: the old workers must not share the queues with the new ones.
+        reap_leftovers(records, layout.home, policy.grace_seconds, log.say)
+        with leased_stack(settings) as (urls, leases):
+            log.say(f"PostgreSQL and Redis are ready (home: {layout.home})")
+            if before_commands:
+                before_commands(urls)
+            crew = Crew(table, _environment(layout.home, urls), records, log, policy)
+            with explained("trueup up", layout.home):
+                crew.run(requests, tend=lambda: _revive(leases, log))
+        log.say("stopped")
+
+
+def _revive(leases: Sequence[Lease], log: MergedLog) -> None:
+    for lease in leases:
+        if lease.revive():
+            log.say(f"{lease.service} had died and was started again; its log says why")
+
+
+@contextmanager
+def _only_one(layout: Layout) -> Iterator[None]:
+    """Hold the home's up lock. Raises `StackAlreadyRunningError` when another process does."""
+    path = layout.run / "up.lock"
+    lock = FileLock(path)
+    try:
+        with explained("trueup up", path):
+            if not lock.try_exclusive():
+                raise StackAlreadyRunningError(str(layout.home), _pid_in(path))
+            path.write_text(f"{os.getpid()}\n")
+        yield
+    finally:
+        lock.release()
+
+
+def _pid_in(path: Path) -> int | None:
+    """Return the holder's pid; None in the moment between its lock and its note."""
+    with suppress(OSError, ValueError):
+        pid = int(path.read_text())
+        return pid if psutil.pid_exists(pid) else None
+    return None
+
+
+def _environment(home: Path, urls: StackUrls) -> dict[str, str]:
+    added = {
+        "TRUEUP_HOME": str(home),
+        "TRUEUP_DATABASE_URL": urls.database_url,
+        "TRUEUP_BROKER_URL": urls.broker_url,
+        "PYTHONUNBUFFERED": "1",  # or lines would arrive in blocks
+    }
+    return dict(os.environ) | {name: value for name, value in added.items() if value}
