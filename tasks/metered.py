@@ -59,6 +59,8 @@ class MeteredTask(Task):
     acks_late = True
     # A lost pool child is retried, at most max_retries times; a rejected message would come back for ever.
     retry_on_worker_lost = True
+    # Celery's 180 s would keep a hold idle for as long.
+    default_retry_delay = 2
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         request = self.request

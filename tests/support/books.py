@@ -1,0 +1,62 @@
+"""Are the books true? Checks of the invariants, for any test to call at any commit."""
+
+from billing.mapping import HostMapping, render_sql
+from tests.support.host import Host
+
+# One statement, one snapshot. A balance that says itself that it is stale (an older epoch) is not held to its figures.
+_UNTRUE_BALANCES = """
+    SELECT b.user_id, b.consumed, d.tokens AS deltas, l.tokens AS logged
+    FROM trueup.balance b
+    CROSS JOIN LATERAL (
+        SELECT coalesce(sum(tokens), 0) AS tokens FROM trueup.usage_delta
+        WHERE user_id = b.user_id AND used_at >= b.window_start) d
+    CROSS JOIN LATERAL (
+        SELECT coalesce(sum({{usage_log.total_tokens}}), 0) AS tokens FROM {{usage_log}}
+        WHERE {{usage_log.user_id}} = b.user_id AND {{usage_log.success}}
+          AND {{usage_log.created_at}} >= b.window_start) l
+    WHERE b.log_epoch = trueup.log_epoch() AND b.consumed + d.tokens <> l.tokens
+"""
+
+_UNTRUE_READS = """
+    SELECT a.user_id, a.consumed, l.tokens AS logged
+    FROM trueup.accounts(clock_timestamp()) a
+    CROSS JOIN LATERAL (
+        SELECT coalesce(sum({{usage_log.total_tokens}}), 0) AS tokens FROM {{usage_log}}
+        WHERE {{usage_log.user_id}} = a.user_id AND {{usage_log.success}}
+          AND {{usage_log.created_at}} >= a.window_start) l
+    WHERE a.consumed <> l.tokens
+"""
+
+_UNTRUE_HOLDS = """
+    SELECT user_id, coalesce(b.held, 0) AS held, coalesce(h.tokens, 0) AS in_open_holds
+    FROM trueup.balance b
+    FULL JOIN (
+        SELECT user_id, sum(tokens_reserved - tokens_covered) AS tokens FROM trueup.hold
+        WHERE status = 'open' GROUP BY user_id) h USING (user_id)
+    WHERE coalesce(b.held, 0) <> coalesce(h.tokens, 0)
+"""
+
+
+def assert_true(host: Host, mapping: HostMapping | None = None) -> None:
+    """I1: consumed + deltas = log, for every balance and every read. I4: open holds = held, for every user."""
+    mapping = mapping or HostMapping()
+    for name, statement in (
+        ("I1, balances", _UNTRUE_BALANCES),
+        ("I1, reads", _UNTRUE_READS),
+        ("I4", _UNTRUE_HOLDS),
+    ):
+        wrong = host.execute(render_sql(statement, mapping)).mappings().all()
+        assert not wrong, f"{name}: {[dict(row) for row in wrong]}"
+
+
+def dump(host: Host) -> dict[str, list[str]]:
+    """Return every row of trueup's and the host's tables with its physical version, to see that nothing was written."""
+    tables = host.execute(
+        "SELECT schemaname, tablename FROM pg_tables WHERE schemaname IN ('trueup', 'public') ORDER BY 1, 2"
+    ).all()
+    return {
+        f"{schema}.{table}": list(
+            host.execute(f'SELECT t.ctid::text || t.xmin || t::text FROM "{schema}"."{table}" t ORDER BY 1').scalars()
+        )
+        for schema, table in tables
+    }

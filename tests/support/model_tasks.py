@@ -1,0 +1,80 @@
+"""Metered tasks for the tests, registered by a worker with `-I tests.support.model_tasks`."""
+
+import time
+from typing import Any
+
+from celery.exceptions import Ignore
+
+from ai.model import Message, Model
+from billing.users import UserId
+from tasks import metered_task
+
+WORD = "token "
+
+
+def ask(model: Model, words: int) -> int:
+    """Make one model call of about that many words. Returns its tokens."""
+    return model.complete([Message(role="user", content=WORD * words)], max_completion_tokens=20).total_tokens
+
+
+@metered_task(name="test.spend", feature_name="Spender", section="chat", estimated_tokens=100)
+def spend(model: Model, user_id: UserId, words: int = 10, calls: int = 1, seconds: float = 0) -> int:
+    """Spend on some calls, then take some time. Returns the tokens spent."""
+    spent = sum(ask(model, words + call) for call in range(calls))
+    time.sleep(seconds)
+    return spent
+
+
+@metered_task(name="test.fail", feature_name="Failer", section="chat", estimated_tokens=100)
+def fail(model: Model, user_id: UserId) -> None:
+    """Spend, then fail."""
+    ask(model, 10)
+    raise RuntimeError("after spending")
+
+
+@metered_task(name="test.ignore", feature_name="Ignorer", section="chat", estimated_tokens=100)
+def ignore(model: Model, user_id: UserId) -> None:
+    raise Ignore
+
+
+@metered_task(
+    name="test.measured",
+    feature_name="Measured",
+    section="chat",
+    estimated_tokens=lambda arguments: arguments["tokens"],
+)
+def measured(model: Model, user_id: UserId, tokens: int | None) -> Any:
+    """Hold what the caller says; None: no hold."""
+    return getattr(model, "tokens_left", None) if tokens is not None else ask(model, 1)
+
+
+@metered_task(name="test.answering", feature_name="Answering", section="chat", estimated_tokens=100, on_denied="return")
+def answering(model: Model, user_id: UserId) -> str:
+    return "ran"
+
+
+@metered_task(name="test.outer", feature_name="Outer", section="chat", estimated_tokens=100)
+def outer(model: Model, user_id: UserId) -> list[int]:
+    """Spend, and call another metered task directly."""
+    return [ask(model, 10), spend(user_id=user_id)]
+
+
+@metered_task(
+    name="test.retrying",
+    feature_name="Retrying",
+    section="chat",
+    estimated_tokens=100,
+    autoretry_for=(Exception,),
+    retry_kwargs={"max_retries": 1, "countdown": 0},
+)
+def retrying(model: Model, user_id: UserId) -> int:
+    ask(model, 10)
+    raise ValueError("always")
+
+
+@metered_task(
+    name="test.exact", feature_name="Exact", section="chat", estimated_tokens=lambda arguments: arguments["tokens"]
+)
+def exact(model: Model, user_id: UserId, tokens: int) -> int:
+    """Hold what the caller says, and spend the same on every run."""
+    return ask(model, 10)

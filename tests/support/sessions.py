@@ -1,0 +1,86 @@
+"""Sessions that meet: threads with connections of their own, and waiting for what PostgreSQL says of them."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, text
+
+from tests.support.host import Host
+
+Result = TypeVar("Result")
+
+DEADLINE_SECONDS = 20.0
+
+
+def wait_until(condition: Callable[[], Any], what: str = "the condition") -> None:
+    """Return once the condition holds; fail after the deadline."""
+    end = time.monotonic() + DEADLINE_SECONDS
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < end, f"waited {DEADLINE_SECONDS:g} s in vain for {what}"
+        pause.wait(0.005)
+
+
+@contextmanager
+def in_background() -> Iterator[Callable[..., "Future[Any]"]]:
+    """Give `submit`: it runs a function in a thread and returns its future."""
+    with ThreadPoolExecutor() as pool:
+        yield pool.submit
+
+
+def run_at_once(functions: list[Callable[[], Result]]) -> list[Result]:
+    """Run the functions in threads that all start together. Returns their results, in order; raises their errors."""
+    start = threading.Barrier(len(functions), timeout=DEADLINE_SECONDS)
+
+    def run(function: Callable[[], Result]) -> Result:
+        start.wait()
+        return function()
+
+    with ThreadPoolExecutor(len(functions)) as pool:
+        futures = [pool.submit(run, function) for function in functions]
+        return [future.result() for future in futures]
+
+
+def backend_pid(connection: Connection) -> int:
+    pid: int = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
+    return pid
+
+
+def wait_for_lock(host: Host, pid: int | None = None) -> None:
+    """Return once that session, or any of this database, waits for a lock."""
+    wait_until(
+        lambda: host.value(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+            "AND wait_event_type = 'Lock' AND (CAST(:pid AS int) IS NULL OR pid = :pid)",
+            pid=pid,
+        ),
+        "a session to wait for a lock",
+    )
+
+
+@contextmanager
+def locked(host: Host, statement: str, **values: Any) -> Iterator[Connection]:
+    """Hold the locks of a statement in an open transaction of another session, rolled back at the end."""
+    with host.engine.connect() as connection:
+        connection.execute(text(statement), values)
+        yield connection
+        connection.rollback()
+
+
+@contextmanager
+def locked_balance(host: Host, user: Any) -> Iterator[Connection]:
+    """Hold a user's balance, as a gate in the middle of its work would."""
+    with locked(host, "SELECT * FROM trueup.balance WHERE user_id = :user FOR UPDATE", user=user) as connection:
+        yield connection
+
+
+@contextmanager
+def impatient(host: Host) -> Iterator[Connection]:
+    """Give a host session that fails rather than wait for a lock."""
+    with host.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("SET lock_timeout = '100ms'; SET statement_timeout = '5s'"))
+        yield connection

@@ -1,0 +1,52 @@
+"""trueup's own work as tasks do it, with the arguments that tests do not care about filled in."""
+
+import itertools
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection
+
+from billing.charges import Charge, Usage, record_charge
+from billing.holds import Hold, open_hold
+
+_numbers = itertools.count(1)
+
+
+def hold_tokens(
+    connection: Connection,
+    user: Any,
+    tokens: int = 1_000,
+    *,
+    task: str | None = None,
+    lease: int = 600,
+    now: datetime | None = None,
+) -> Hold:
+    """Open a hold; `task` None: of a new task."""
+    return open_hold(
+        connection,
+        user_id=user,
+        task_id=task or f"task-{next(_numbers)}",
+        feature_name="Test",
+        section="chat",
+        estimated_tokens=tokens,
+        owner="test:1",
+        lease_seconds=lease,
+        now=now,
+    )
+
+
+def usage_of(tokens: int, **more: Any) -> Usage:
+    figures = {"prompt_tokens": tokens // 2, "completion_tokens": tokens - tokens // 2, "total_tokens": tokens}
+    return Usage(**{**figures, "response_time_ms": 5, "model_name": "test-model", **more})
+
+
+def charge_tokens(
+    connection: Connection, hold: Hold, tokens: int, *, key: str = "1", now: datetime | None = None, **more: Any
+) -> Charge:
+    return record_charge(connection, hold, call_key=key, usage=usage_of(tokens), now=now, **more)
+
+
+def balance(host: Any, user: Any) -> tuple[int, int]:
+    """Return the balance row's own (consumed, held), deltas left out."""
+    row = host.execute("SELECT consumed, held FROM trueup.balance WHERE user_id = :user", user=user).one()
+    return row.consumed, row.held

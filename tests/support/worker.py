@@ -1,0 +1,81 @@
+"""A real Celery worker in a subprocess, for the tests that need one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+BOOT_SECONDS = 30.0
+
+Value = TypeVar("Value")
+
+
+def wait_for(condition: Callable[[], Value], what: str, *, seconds: float = 20.0) -> Value:
+    """Return the condition's first true value. Fails when there is none in time."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+    return value
+
+
+class WorkerProcess:
+    """A worker, its log, and the pids of its pool."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process = process
+        self.log = log
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def pool(self) -> list[psutil.Process]:
+        """Return the pool's processes."""
+        return psutil.Process(self.process.pid).children()
+
+    def stop(self) -> None:
+        """Stop it warm; what does not end is killed, its pool included."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """kill -9 the worker and its pool, as a machine that loses power does."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+
+
+@contextmanager
+def running_worker(
+    log: Path, *, queues: Sequence[str] = ("ai",), include: Sequence[str] = (), concurrency: int = 2
+) -> Iterator[WorkerProcess]:
+    """Run a worker on this process's settings until the block ends; ready when it is given."""
+    celery = Path(sys.executable).with_name("celery")
+    command = [str(celery), "-A", "worker", "worker", "-Q", ",".join(queues), "-c", str(concurrency)]
+    if include:
+        command += ["-I", ",".join(include)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+    worker = WorkerProcess(process, log)
+    try:
+        wait_for(
+            lambda: " ready." in worker.output or process.poll() is not None,
+            "the worker is ready",
+            seconds=BOOT_SECONDS,
+        )
+        assert process.poll() is None, worker.output
+        yield worker
+    finally:
+        worker.stop()

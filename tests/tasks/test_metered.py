@@ -1,0 +1,221 @@
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from celery import Celery
+from sqlalchemy import Connection
+
+from ai.metering import running_task_id
+from billing.errors import InvalidInputError, NoHoldError, ServiceUnavailableError, TokensDenied
+from billing.holds import HoldRow, list_holds
+from billing.settings import get_settings
+from tasks import metered_task
+from tasks.metered import _model
+from tests.support import model_tasks
+from tests.support.host import Host
+
+
+@pytest.fixture(autouse=True)
+def _fresh_model_client(database: str) -> Iterator[None]:
+    """The client is kept per process, and the settings change with each test."""
+    _model.cache_clear()
+    yield
+    _model.cache_clear()
+
+
+@pytest.fixture
+def app(database: str) -> Celery:
+    from worker.celery import app
+
+    app.finalize()
+    return app
+
+
+def holds_of(connection: Connection, user: int) -> list[HoldRow]:
+    return list_holds(connection, user_id=user, every_status=True)
+
+
+def test_a_task_spends_from_a_hold_and_gives_the_rest_back(app: Celery, host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    spent = model_tasks.spend.apply(kwargs={"user_id": user}).get()
+    [hold] = holds_of(connection, user)
+    assert (hold.status, hold.tokens_reserved, hold.tokens_charged) == ("settled", 100, spent)
+    assert host.used(user) == spent > 0
+    assert host.counter(user) == 1_000 - spent
+    assert host.value("SELECT held FROM trueup.balance WHERE user_id = :user", user=user) == 0
+
+
+def test_a_task_is_denied_before_any_work(app: Celery, host: Host, connection: Connection) -> None:
+    user = host.subscriber(99)
+    with pytest.raises(TokensDenied) as denied:
+        model_tasks.spend.apply(kwargs={"user_id": user}).get()
+    assert denied.value.payload == {
+        "success": False,
+        "error": "Insufficient tokens for Spender: 100 needed, 99 available",
+        "error_code": "insufficient_tokens",
+        "tokens_remaining": 99,
+        "original_tokens": 99,
+        "consumed_tokens": 0,
+        "days_remaining": None,
+    }
+    assert holds_of(connection, user) == []
+    assert host.used(user) == 0
+
+
+@pytest.mark.parametrize("way", ["apply", "call", "map", "starmap", "chunks", "eager"])
+def test_every_way_to_call_a_task_passes_the_gate(
+    way: str, app: Celery, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user, poor = host.subscriber(1_000), host.subscriber(10)
+    task = model_tasks.spend
+    monkeypatch.setitem(app.conf, "task_always_eager", way == "eager")
+
+    def call(user_id: int) -> Any:
+        ways = {
+            "apply": lambda: task.apply(args=(user_id,)).get(),
+            "call": lambda: task(user_id),
+            "map": lambda: task.map([user_id]).apply().get(),
+            "starmap": lambda: task.starmap([(user_id,)]).apply().get(),
+            "chunks": lambda: task.chunks([(user_id,)], 1).group().apply().get(),
+            "eager": lambda: task.delay(user_id).get(),
+        }
+        return ways[way]()
+
+    call(user)
+    assert host.used(user) > 0
+    with pytest.raises(TokensDenied):
+        call(poor)
+    assert host.used(poor) == 0
+
+
+def test_the_run_method_can_not_spend(app: Celery, host: Host) -> None:
+    user = host.subscriber(1_000)
+    with pytest.raises(NoHoldError, match="outside a metered task"):
+        model_tasks.spend.run(user_id=user)
+    assert host.used(user) == 0
+
+
+def test_a_task_that_fails_is_charged_for_what_it_spent(app: Celery, host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    with pytest.raises(RuntimeError, match="after spending"):
+        model_tasks.fail.apply(kwargs={"user_id": user}).get()
+    [hold] = holds_of(connection, user)
+    assert hold.status == "settled"
+    assert host.used(user) == hold.tokens_charged > 0
+
+
+def test_an_ignored_task_gives_its_hold_back(app: Celery, host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    model_tasks.ignore.apply(kwargs={"user_id": user})
+    [hold] = holds_of(connection, user)
+    assert (hold.status, hold.tokens_left) == ("released", 0)
+
+
+def test_a_task_may_call_another_directly_each_with_its_own_hold(
+    app: Celery, host: Host, connection: Connection
+) -> None:
+    user = host.subscriber(1_000)
+    spent = model_tasks.outer.apply(kwargs={"user_id": user}).get()
+    assert host.used(user) == sum(spent)
+    assert {(hold.feature_name, hold.status) for hold in holds_of(connection, user)} == {
+        ("Outer", "settled"),
+        ("Spender", "settled"),
+    }
+
+
+def test_a_retry_repeats_the_call_without_paying_again(app: Celery, host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    with pytest.raises(ValueError, match="always"):
+        model_tasks.retrying.apply(kwargs={"user_id": user}).get()
+    assert [hold.attempt for hold in holds_of(connection, user)] == [2, 1]
+    assert host.value("SELECT count(*) FROM ai_usage_log WHERE user_id = :user", user=user) == 1
+
+
+def test_denied_is_never_retried(app: Celery, host: Host) -> None:
+    poor = host.subscriber(10)
+    result = model_tasks.retrying.apply(kwargs={"user_id": poor})
+    assert isinstance(result.result, TokensDenied)
+    assert result.state == "FAILURE"
+
+
+def test_on_denied_return_gives_the_payload_as_result(app: Celery, host: Host) -> None:
+    answer = model_tasks.answering.apply(kwargs={"user_id": host.user()}).get()
+    assert (answer["success"], answer["error_code"]) == (False, "no_subscription")
+
+
+def test_the_estimate_may_depend_on_the_arguments(app: Celery, host: Host) -> None:
+    user = host.subscriber(1_000)
+    assert model_tasks.measured.apply(kwargs={"user_id": user, "tokens": 321}).get() == 321
+
+
+def test_a_call_without_estimate_is_not_gated_and_can_not_spend(app: Celery, host: Host) -> None:
+    with pytest.raises(NoHoldError):
+        model_tasks.measured.apply(kwargs={"user_id": host.user(), "tokens": None}).get()
+
+
+def test_the_hold_is_not_left_to_whatever_runs_next(app: Celery, host: Host) -> None:
+    model_tasks.spend.apply(kwargs={"user_id": host.subscriber(1_000)}).get()
+    assert running_task_id() is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "missing a required argument: 'user_id'"),
+        ({"user_id": 1, "wrods": 3}, "unexpected keyword argument 'wrods'"),
+        ({"user_id": 1, "words": "many"}, "words: Input should be a valid integer"),
+        ({"user_id": "someone"}, "user_id: 'someone' is no user id"),
+        ({"user_id": True}, "user_id: True is no user id"),
+    ],
+)
+def test_wrong_arguments_are_named_and_nothing_is_held(
+    arguments: dict[str, Any], message: str, app: Celery, host: Host
+) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        model_tasks.spend(**arguments)
+    assert host.value("SELECT count(*) FROM trueup.hold") == 0
+
+
+def test_without_a_database_the_task_does_not_run(app: Celery, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRUEUP_DATABASE_URL", "postgresql://nobody@127.0.0.1:1/none")
+    get_settings.cache_clear()
+    with pytest.raises(ServiceUnavailableError, match=r"PostgreSQL at 127\.0\.0\.1:1/none does not answer"):
+        model_tasks.spend(user_id=1)
+
+
+def test_a_misspelt_option_fails_at_import_with_the_nearest_name() -> None:
+    with pytest.raises(TypeError, match=r"no option 'max_retry'\. Did you mean max_retries\?"):
+        metered_task(feature_name="F", section="chat", estimated_tokens=1, max_retry=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"section": "chit-chat"}, "section: 'chit-chat' is none of the log's sections"),
+        ({"estimated_tokens": -1}, "estimated_tokens: -1 is out of range"),
+        ({"estimated_tokens": 1.5}, "estimated_tokens: 1.5 is no whole number"),
+        ({"on_denied": "skip"}, "on_denied: 'skip' is neither"),
+    ],
+)
+def test_a_malformed_option_fails_at_import(options: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"feature_name": "F", "section": "chat", "estimated_tokens": 1}
+    with pytest.raises(ValueError, match=message):
+        metered_task(**(good | options))
+
+
+def test_a_body_must_say_whose_tokens_it_spends() -> None:
+    def body(model: Any, text: str) -> None: ...
+
+    with pytest.raises(TypeError, match="must take `user_id`"):
+        metered_task(feature_name="F", section="chat", estimated_tokens=1)(body)
+
+
+def test_a_redelivered_task_gets_its_hold_and_its_paid_answers_back(
+    app: Celery, host: Host, connection: Connection
+) -> None:
+    user, task_id = host.subscriber(1_000), str(uuid.uuid4())
+    first = model_tasks.spend.apply(kwargs={"user_id": user, "calls": 2}, task_id=task_id).get()
+    again = model_tasks.spend.apply(kwargs={"user_id": user, "calls": 2}, task_id=task_id).get()
+    assert first == again == host.used(user)
+    assert host.value("SELECT count(*) FROM trueup.charge WHERE task_id = :id", id=task_id) == 2
