@@ -126,6 +126,7 @@ class MeteredTask(Task):
         waits = int(headers.get(WAITS_HEADER) or 0)
         longest = min(2**waits, get_settings().gate_retry_max_seconds)
         countdown = longest * random.uniform(0.5, 1)  # noqa: S311 - spreads load, guards nothing
+        logger.warning("task waits %.1f s, for the %d. time: %s", countdown, waits + 1, error)
         signature = self.signature_from_request(
             request,
             countdown=countdown,

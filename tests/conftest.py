@@ -83,7 +83,7 @@ def empty_database(
     stack: StackUrls, admin_engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[str]:
     """An empty database, to which this process's settings point."""
-    with cloned_database(stack, admin_engine, "template1") as url, _settings(url, stack, monkeypatch, tmp_path):
+    with cloned_database(stack, admin_engine, "template1") as url, settings_for(url, stack, monkeypatch, tmp_path):
         yield url
 
 
@@ -96,12 +96,16 @@ def database(
     tmp_path: Path,
 ) -> Iterator[str]:
     """A database ready for trueup, to which this process's settings point. Gives its URL."""
-    with cloned_database(stack, admin_engine, template_database) as url, _settings(url, stack, monkeypatch, tmp_path):
+    with (
+        cloned_database(stack, admin_engine, template_database) as url,
+        settings_for(url, stack, monkeypatch, tmp_path),
+    ):
         yield url
 
 
 @contextlib.contextmanager
-def _settings(url: str, stack: StackUrls, monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[None]:
+def settings_for(url: str, stack: StackUrls, monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[None]:
+    """Point this process's settings, and those of its children, to a database and the session's Redis."""
     assert stack.broker_url is not None
     monkeypatch.setenv("TRUEUP_DATABASE_URL", url)
     monkeypatch.setenv("TRUEUP_BROKER_URL", stack.broker_url)

@@ -1,0 +1,56 @@
+"""One worker for a whole module of tests: booting one takes seconds. Its tests use users of their own."""
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+from celery import Celery
+from sqlalchemy import Engine, create_engine
+from sqlalchemy.pool import NullPool
+
+from tests.conftest import cloned_database, settings_for
+from tests.support.host import Host
+from tests.support.worker import WorkerProcess, running_worker
+from worker.stack import StackUrls
+
+TASKS = "tests.support.model_tasks"
+
+
+@pytest.fixture(scope="module")
+def shared_database(
+    stack: StackUrls, admin_engine: Engine, template_database: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """A database for all tests of a module. Gives its URL."""
+    with (
+        pytest.MonkeyPatch.context() as monkeypatch,
+        cloned_database(stack, admin_engine, template_database) as url,
+        settings_for(url, stack, monkeypatch, tmp_path_factory.mktemp("shared")),
+    ):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def shared_host(shared_database: str) -> Iterator[Host]:
+    engine = create_engine(shared_database, poolclass=NullPool)
+    with Host(engine) as host:
+        yield host
+    engine.dispose()
+
+
+@pytest.fixture(scope="module")
+def app(shared_database: str) -> Iterator[Celery]:
+    """The application, with the session's Redis as its broker and no messages in the queues."""
+    from worker.celery import app
+
+    app.loader.import_default_modules()
+    app.control.purge()
+    yield app
+    # A result that is collected when Redis has gone complains about it.
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def worker(app: Celery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+    log = tmp_path_factory.mktemp("worker") / "worker.log"
+    with running_worker(log, queues=("ai", "reconcile"), include=(TASKS,)) as worker:
+        yield worker
