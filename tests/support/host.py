@@ -66,7 +66,7 @@ class Host:
         start: datetime = START,
         end: datetime | None = None,
         active: bool = True,
-        counter: int | None | str = "plan",
+        counter: int | str | None = "plan",
     ) -> int:
         """Sign up a user with a subscription to a plan of that size. Returns the user's id.
 

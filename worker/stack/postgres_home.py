@@ -118,7 +118,10 @@ def _outside(inside: Path, account: Account) -> Path:
             f"the data folder has gone ({pointer} says it was there)",
             f"Bring it back; or, to begin with an empty database, remove {pointer}.",
         )
-    parent = next(folder for folder in _OUTSIDE if os.access(folder, os.W_OK))
+    temporary = Path(tempfile.gettempdir())
+    # What belongs to a temporary home is temporary too.
+    places = (temporary,) if inside.is_relative_to(temporary) else _OUTSIDE
+    parent = next(folder for folder in places if os.access(folder, os.W_OK))
     base = Path(tempfile.mkdtemp(prefix="trueup-", dir=parent))
     base.chmod(0o711)
     pointer.write_text(f"{base}\n")

@@ -1,0 +1,69 @@
+"""Redis goes away for some seconds while a worker has a late-acknowledged message in work."""
+
+import gc
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from celery import Celery
+
+from billing.settings import Settings
+from tests.support.worker import running_worker, wait_for
+from worker.config import celery_config
+from worker.stack import running_stack
+
+AWAY_SECONDS = 4.0
+TASKS = "tests.support.slow_tasks"
+
+
+@pytest.fixture
+def redis_home(tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A Redis of the test's own, for the session's must not be stopped. Gives its home."""
+    monkeypatch.delenv("TRUEUP_BROKER_URL")
+    home = tmp_path / "redis"
+    with running_stack(Settings(home=home), services=("redis",)) as urls:
+        monkeypatch.setenv("TRUEUP_BROKER_URL", str(urls.broker_url))
+        yield home
+
+
+@pytest.fixture
+def app(redis_home: Path) -> Iterator[Celery]:
+    app = Celery("away", set_as_current=False)
+    app.config_from_object(celery_config(Settings()))
+    yield app
+    gc.collect()
+    app.close()
+
+
+def redis_process(home: Path) -> psutil.Process:
+    [process] = [
+        process
+        for process in psutil.process_iter(["name", "cmdline"])
+        if "redis" in (process.info["name"] or "") and str(home) in " ".join(process.info["cmdline"] or [])
+    ]
+    return process
+
+
+def test_a_worker_outlives_a_redis_that_is_away_for_seconds(
+    redis_home: Path, app: Celery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_worker(tmp_path / "worker.log", include=(TASKS,)) as worker:
+        result = app.send_task("test.slow", args=(AWAY_SECONDS + 3,), queue="ai")
+        wait_for(lambda: result.state == "STARTED", "the task has started")
+        redis = redis_process(redis_home)
+        redis.send_signal(signal.SIGTERM)
+        redis.wait(10)
+        # Not a wait for something to happen: how long Redis is away is what is tested.
+        time.sleep(AWAY_SECONDS)
+        monkeypatch.delenv("TRUEUP_BROKER_URL")
+        with running_stack(Settings(home=redis_home), services=("redis",)):
+            wait_for(lambda: _answers(app), "the worker is back", seconds=30)
+            assert app.send_task("test.slow", args=(0,), queue="ai").get(timeout=20) == "done"
+            assert worker.process.poll() is None
+
+
+def _answers(app: Celery) -> bool:
+    return bool(app.control.ping(timeout=1.0))
