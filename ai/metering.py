@@ -38,6 +38,12 @@ class RunningHold:
         self.calls = 0
 
 
+def running_task_id() -> str | None:
+    """Return the id of the metered task that runs in this context; None when none does."""
+    running = _running.get()
+    return running.hold.task_id if running else None
+
+
 @contextmanager
 def spending_from(hold: Hold) -> Iterator[RunningHold]:
     """Let model calls in this context spend from the hold."""
@@ -69,13 +75,13 @@ class MeteredModel:
         """Return one completion, charged to the running task's hold.
 
         `max_completion_tokens`: None means as many as the hold still covers.
-        Raises `NoHoldError` outside a metered task, `HoldExhaustedError` when the hold does not cover the prompt and one
-        token of answer, `ProviderError` when the provider fails, `ServiceUnavailableError` when the usage could not be
-        written.
+        Raises `NoHoldError` outside a metered task, `HoldExhaustedError` when the hold does not cover the prompt and
+        one token of answer, `ProviderError` when the provider fails, `ServiceUnavailableError` when the usage could not
+        be written.
         """
         running = _running_hold()
         running.calls += 1
-        call_key = f"{running.calls}:{_fingerprint(self._settings.model_name, messages, max_completion_tokens)}"
+        call_key = f"{running.calls}:{_fingerprint(self._settings.model_name, messages)}"
         if running.hold.attempt > 1:
             paid = db.retrying(lambda connection: find_answer(connection, running.hold, call_key))
             if paid is not None:
@@ -95,8 +101,8 @@ class MeteredModel:
         limit = running.tokens_left - prompt_tokens
         if limit < 1:
             raise HoldExhaustedError(
-                f"{running.hold.feature_name}: {running.tokens_left} tokens are left of the hold, the prompt alone takes "
-                f"{prompt_tokens}. Nothing was spent on this call. Raise the task's estimate, or send it less text."
+                f"{running.hold.feature_name}: {running.tokens_left} tokens are left of the hold, the prompt alone "
+                f"takes {prompt_tokens}. Nothing was spent on this call. Raise the task's estimate, or send it less text."
             )
         return limit
 
@@ -149,9 +155,12 @@ def _running_hold() -> RunningHold:
     return running
 
 
-def _fingerprint(model_name: str, messages: Sequence[Message], max_completion_tokens: int | None) -> str:
-    """Identify a request: a changed one at the same place in the task is a new call."""
-    request = [model_name, max_completion_tokens, *([m.role, m.content] for m in messages)]
+def _fingerprint(model_name: str, messages: Sequence[Message]) -> str:
+    """Identify a request: a changed one at the same place in the task is a new call.
+
+    The limit on its answer is left out: it follows from what the hold has left, which a redelivery finds changed.
+    """
+    request = [model_name, *([message.role, message.content] for message in messages)]
     return hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
 
 

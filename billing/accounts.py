@@ -14,8 +14,8 @@ from billing.users import UserId
 class Account:
     """A user's subscription and tokens in one snapshot. Token figures are counts.
 
-    `end_date` None: unlimited. `counter` None: the legacy counter is null. `subscribed` False: the user has no
-    subscription, and every figure is 0.
+    `window_start` None: since ever. `end_date` None: unlimited. `counter` None: the legacy counter is null.
+    `subscribed` False: the user has no subscription, and every figure is 0.
     """
 
     user_id: UserId
@@ -57,12 +57,13 @@ def days_between(now: datetime, end_date: datetime | None) -> int | None:
 
 
 # `at` NULL means the database's clock. The LEFT JOIN gives one row for an unknown user too.
-# A window without a start begins at -infinity, which Python can't hold.
+# A window may begin at -infinity, or in a year that Python can't hold: that is none.
 _READ = text(
     """
     WITH clock AS (SELECT coalesce(CAST(:at AS timestamptz), clock_timestamp()) AS at)
     SELECT clock.at AS now, a.subscription_id IS NOT NULL AS subscribed, a.is_active,
-           CASE WHEN isfinite(a.window_start) THEN a.window_start END AS window_start,
+           CASE WHEN a.window_start >= '0001-01-03' AND a.window_start < '9999-12-31' THEN a.window_start END
+               AS window_start,
            a.end_date, a.original, a.consumed, a.held, a.counter,
            trueup.decide(a.subscription_id IS NOT NULL, a.is_active, a.end_date,
                          a.original, a.consumed, a.held, :estimate, clock.at) AS reason

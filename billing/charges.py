@@ -7,14 +7,17 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import IntegrityError
 
+from billing.errors import UnknownUserError
 from billing.holds import Hold
 
-# A log row's id is the UUIDv5 of its task and call under this namespace: the same call always gets the same id.
+# A log row's id is the UUIDv5 of its user, task and call under this namespace: the same call always gets the same id.
 LOG_NAMESPACE = uuid.UUID("5b0e1c38-3d0b-5a34-9d5c-7d1f4b6f2a90")
 
 MAX_LOG_TOKENS = 2**31 - 1
 _MAX_MODEL_NAME = 100
+_FOREIGN_KEY_VIOLATION = "23503"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,33 +68,67 @@ def record_charge(
     """Write a provider call's usage: log row, charge, hold, balance and counter in one round trip.
 
     Idempotent by task and `call_key`. `metadata` goes into the log row, `answer` is kept for a redelivered task (None:
-    not kept). `now`: None means the database's clock.
+    not kept). `now`: None means the database's clock. Usage is spent money: what of it the log can't hold (a figure
+    out of range, text that is no text) is brought within its limits rather than refused.
+    Raises `UnknownUserError` when the host has deleted the user: then there is nothing to log it under.
     """
-    row = connection.execute(
-        _RECORD,
-        {
-            "user_id": hold.user_id,
-            "task_id": hold.task_id,
-            "attempt": hold.attempt,
-            "call_key": call_key,
-            "log_id": str(uuid.uuid5(LOG_NAMESPACE, f"{hold.task_id}/{call_key}")),
-            "section": hold.section,
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "total_tokens": usage.total_tokens,
-            "response_time_ms": min(usage.response_time_ms, MAX_LOG_TOKENS),
-            "model_name": usage.model_name[:_MAX_MODEL_NAME],
-            "metadata": json.dumps(metadata or {}),
-            "answer": None if answer is None else json.dumps(answer),
-            "now": now,
-        },
-    ).one()
+    total_tokens = _countable(usage.total_tokens)
+    values = {
+        "user_id": hold.user_id,
+        "task_id": hold.task_id,
+        "attempt": hold.attempt,
+        "call_key": call_key,
+        "log_id": str(_log_id(hold, call_key)),
+        "section": hold.section,
+        "prompt_tokens": _countable(usage.prompt_tokens),
+        "completion_tokens": _countable(usage.completion_tokens),
+        "total_tokens": total_tokens,
+        "response_time_ms": _countable(usage.response_time_ms),
+        "model_name": _storable_text(usage.model_name)[:_MAX_MODEL_NAME],
+        "metadata": _storable_json(metadata) or "{}",
+        "answer": _storable_json(answer),
+        "now": now,
+    }
+    try:
+        row = connection.execute(_RECORD, values).one()
+    except IntegrityError as error:
+        if getattr(error.orig, "sqlstate", None) != _FOREIGN_KEY_VIOLATION:
+            raise
+        raise UnknownUserError(
+            f"user: {hold.user_id} is no longer among the host's users. The {total_tokens} tokens that task "
+            f"{hold.task_id} used could not be logged."
+        ) from error
     return Charge(
         recorded=row.recorded,
         late=row.late,
         tokens_over=row.tokens_over,
         tokens_left=row.tokens_left,
     )
+
+
+def _log_id(hold: Hold, call_key: str) -> uuid.UUID:
+    return uuid.uuid5(LOG_NAMESPACE, json.dumps([str(hold.user_id), hold.task_id, call_key]))
+
+
+def _countable(figure: int) -> int:
+    return max(0, min(figure, MAX_LOG_TOKENS))
+
+
+def _storable_text(value: str) -> str:
+    """Return the text without what PostgreSQL's can't hold: NUL, and halves of surrogate pairs."""
+    return value.replace("\x00", "").encode(errors="replace").decode()
+
+
+def _storable_json(value: dict[str, Any] | None) -> str | None:
+    """Return the value as JSON; None if there is none, or none that jsonb can hold."""
+    if value is None:
+        return None
+    try:
+        content = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        content.encode()
+    except ValueError:  # not a finite number, or half of a surrogate pair
+        return None
+    return None if "\\u0000" in content else content
 
 
 _FIND_ANSWER = text(

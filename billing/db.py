@@ -19,16 +19,23 @@ _engine: Engine | None = None
 _engine_pid: int | None = None
 
 # SQLSTATE classes of a server that can't do the work now, though the same statement may succeed later: connection,
-# transaction rollback (deadlock, serialization), resources, operator intervention, lock not available.
-_TRANSIENT = ("08", "40", "53", "57", "55P03")
+# transaction rollback (deadlock, serialization), resources, operator intervention, lock not available, a standby that
+# takes no writes (until the failover is over), a session ended because it was idle in a transaction.
+_TRANSIENT = ("08", "40", "53", "57", "55P03", "25006", "25P03")
 # Undefined table, schema, function or column: trueup's objects, or the host's under the names of the mapping.
 _UNDEFINED = ("42P01", "3F000", "42883", "42703")
 
 
 def create_trueup_engine(settings: Settings) -> Engine:
-    """Make an engine for the settings' database. Times are UTC, isolation is READ COMMITTED."""
+    """Make an engine for the settings' database. Times are UTC, isolation is READ COMMITTED.
+
+    A process that stops in the middle of a transaction loses it after a statement's time: others wait for its locks.
+    `options` in the URL (a search_path, say) are kept.
+    """
+    url = make_url(database_url(settings))
+    own_options = url.query.get("options", "")
     return create_engine(
-        database_url(settings),
+        url,
         pool_size=settings.database_pool_size,
         max_overflow=0,
         pool_timeout=settings.database_connect_timeout_seconds,
@@ -36,7 +43,9 @@ def create_trueup_engine(settings: Settings) -> Engine:
             "connect_timeout": settings.database_connect_timeout_seconds,
             "application_name": "trueup",
             "options": (
+                f"{own_options if isinstance(own_options, str) else ' '.join(own_options)} "
                 f"-c timezone=UTC -c statement_timeout={settings.statement_timeout_seconds}s "
+                f"-c idle_in_transaction_session_timeout={settings.statement_timeout_seconds}s "
                 "-c default_transaction_isolation=read\\ committed"
             ),
         },
@@ -74,7 +83,7 @@ def connect() -> Iterator[Connection]:
     For one server-side function, which is atomic by itself, this saves the round trips of BEGIN and COMMIT.
     Raises `ServiceUnavailableError` or `NotInstalledError`.
     """
-    with _translated_errors(), get_engine().connect() as connection:
+    with translated_errors(), get_engine().connect() as connection:
         yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
 
@@ -84,7 +93,7 @@ def transaction() -> Iterator[Connection]:
 
     Raises `ServiceUnavailableError` or `NotInstalledError`.
     """
-    with _translated_errors(), get_engine().begin() as connection:
+    with translated_errors(), get_engine().begin() as connection:
         yield connection
 
 
@@ -106,7 +115,8 @@ def retrying(operation: Callable[[Connection], Result]) -> Result:
 
 
 @contextmanager
-def _translated_errors() -> Iterator[None]:
+def translated_errors() -> Iterator[None]:
+    """Turn the driver's errors in this block into `ServiceUnavailableError` or `NotInstalledError`."""
     try:
         yield
     except DBAPIError as error:

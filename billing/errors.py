@@ -35,7 +35,7 @@ class NotInstalledError(TrueupError):
     """The database lacks trueup's schema, or has one made for another mapping. Run `trueup db init`."""
 
 
-class UnknownUserError(InvalidInputError):
+class UnknownUserError(TrueupError):
     """No subscription belongs to this user."""
 
 

@@ -19,6 +19,8 @@ _MAX_IDENTIFIER_BYTES = 63  # PostgreSQL's NAMEDATALEN - 1
 def _check_identifier(name: str) -> str:
     if not name or "\x00" in name or len(name.encode()) > _MAX_IDENTIFIER_BYTES:
         raise ValueError(f"{name!r} is no PostgreSQL name: give 1 to {_MAX_IDENTIFIER_BYTES} bytes")
+    if "$$" in name:
+        raise ValueError(f"{name!r} contains $$, which would end the bodies of trueup's functions")
     return name
 
 

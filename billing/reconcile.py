@@ -1,21 +1,25 @@
 """Reconcile: compare every counter with the log's sums, correct what may be corrected, and say why.
 
-Keyset batches, each a few short transactions: bring the balances up to date, find, then correct and write the drift
-rows together. A run holds an advisory lock, so that runs never overlap; a dry run writes nothing at all.
+Keyset batches, each three statements: bring the balances up to date, find, then correct and write the drift rows
+together. Each is a transaction of its own, ended by the server: no row of the host's is locked while it waits to hear
+from us. A run holds an advisory lock, so that runs never overlap; a dry run writes nothing at all.
 """
 
+import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Engine, insert, text
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError
 
-from billing.causes import Verdict, judge
+from billing import db
+from billing.causes import Policy, Verdict, judge
 from billing.drifts import Drift, find_drifts
-from billing.mapping import HostMapping, UserIdType, render_sql
+from billing.mapping import HostMapping, render_sql
 from billing.reconcile_runs import Finding, RunSummary, finish_run, only_run, save_run, start_run
-from billing.schema import own_table
 from billing.users import UserId
 
 Progress = Callable[[int, int], None]
@@ -35,9 +39,13 @@ def reconcile(
     """Run one quick pass: counters against balances.
 
     `only_user`: None means all users. `keep_findings`: put every finding in the summary, for a dry run's report.
-    Raises `RunInProgressError` if another run is at work.
+    Raises `RunInProgressError` if another run is at work, `ServiceUnavailableError` or `NotInstalledError`.
     """
-    with engine.connect() as connection, only_run(connection):
+    with (
+        db.translated_errors(),
+        engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection,
+        only_run(connection),
+    ):
         context = _Context.read(connection, mapping, dry_run=dry_run)
         summary = start_run(connection, mapping.user_id_type, dry_run=dry_run, only_user=only_user)
         try:
@@ -51,8 +59,10 @@ def reconcile(
                 if progress:
                     progress(summary.checked, total)
         except Exception as error:
-            connection.rollback()
-            finish_run(connection, mapping.user_id_type, summary, status="failed", error=str(error))
+            # Where even this can't be written, the next run finds this one "running", and marks it interrupted.
+            with suppress(DBAPIError):
+                connection.rollback()
+                finish_run(connection, mapping.user_id_type, summary, status="failed", error=str(error))
             raise
         finish_run(connection, mapping.user_id_type, summary, status="finished", error=None)
     return summary
@@ -111,11 +121,10 @@ def _reconcile_batch(
 ) -> list[Finding]:
     user_id_type = context.mapping.user_id_type
     if not context.dry_run:
-        with connection.begin():
-            connection.execute(
-                text(f"SELECT trueup.refresh_balances(CAST(:user_ids AS {user_id_type}[]), NULL)"),
-                {"user_ids": user_ids},
-            )
+        connection.execute(
+            text(f"SELECT trueup.refresh_balances(CAST(:user_ids AS {user_id_type}[]), NULL)"),
+            {"user_ids": user_ids},
+        )
     now = connection.scalar(text("SELECT clock_timestamp()"))
     assert isinstance(now, datetime)  # noqa: S101 - for the type checker: a query of one value
     drifts = find_drifts(connection, user_ids, user_id_type, now=now)
@@ -133,72 +142,71 @@ def _reconcile_batch(
         for drift in drifts
     ]
     if context.dry_run:
-        return [_finding(drift, verdict, corrected=None) for drift, verdict in judged]
-    # The correction and the row that says why are one transaction: neither is ever there alone.
-    with connection.begin():
-        corrected = _correct(connection, user_id_type, [d for d, verdict in judged if verdict.policy == "correct"])
-        findings = [_finding(drift, verdict, corrected=corrected) for drift, verdict in judged]
-        _write_drifts(connection, context, run_id, findings, now)
-    return findings
+        return [_finding(drift, verdict, _UNCORRECTED[verdict.policy]) for drift, verdict in judged]
+    return _settle(connection, context, run_id, judged, now)
 
 
-def _correct(connection: Connection, user_id_type: UserIdType, drifts: list[Drift]) -> set[UserId]:
-    """Set the counters right by compare-and-set. Returns the users whose counter was."""
-    if not drifts:
-        return set()
-    statement = text(
-        f"SELECT trueup.correct_counters(CAST(:users AS {user_id_type}[]), CAST(:subscriptions AS text[]), "
-        "CAST(:observed AS bigint[]), CAST(:expected AS bigint[]))"
-    )
-    return set(
-        connection.scalars(
-            statement,
-            {
-                "users": [drift.user_id for drift in drifts],
-                "subscriptions": [drift.subscription_id for drift in drifts],
-                "observed": [drift.observed for drift in drifts],
-                "expected": [drift.expected for drift in drifts],
-            },
-        )
-    )
+_UNCORRECTED: dict[Policy, str] = {"correct": "reported", "review": "review", "report": "reported"}
 
 
-def _finding(drift: Drift, verdict: Verdict, *, corrected: set[UserId] | None) -> Finding:
-    """`corrected` None: a dry run, in which nothing is corrected."""
-    if verdict.policy == "review":
-        action = "review"
-    elif verdict.policy == "report" or corrected is None:
-        action = "reported"
-    else:
-        action = "corrected" if drift.user_id in corrected else "lost_race"
+def _finding(drift: Drift, verdict: Verdict, action: str) -> Finding:
     written = drift.expected if action == "corrected" else None
     return Finding(drift=drift, verdict=verdict, action=action, written=written)
 
 
-def _write_drifts(
+# One statement, so that a correction and the row that says why are never there alone, and so that the counters' locks
+# are gone before the answer is on its way.
+_SETTLE = """
+    WITH found AS MATERIALIZED (
+        SELECT * FROM unnest(
+            CAST(:users AS {user_id_type}[]), CAST(:subscriptions AS text[]), CAST(:observed AS bigint[]),
+            CAST(:expected AS bigint[]), CAST(:causes AS text[]), CAST(:actions AS text[]),
+            CAST(:evidence AS text[])
+        ) AS f (user_id, subscription_id, observed, expected, cause, action, evidence)
+    ), corrected AS MATERIALIZED (
+        SELECT c.user_id FROM (
+            SELECT array_agg(user_id) AS users, array_agg(subscription_id) AS subscriptions,
+                   array_agg(observed) AS observed, array_agg(expected) AS expected
+            FROM found WHERE action = 'correct'
+        ) f, trueup.correct_counters(f.users, f.subscriptions, f.observed, f.expected) AS c (user_id)
+    )
+    INSERT INTO trueup.drift (user_id, run_id, subscription_id, observed, expected, written,
+                              cause, action, evidence, found_at)
+    SELECT f.user_id, :run_id, f.subscription_id, f.observed, f.expected,
+           CASE WHEN c.user_id IS NOT NULL THEN f.expected END, f.cause,
+           CASE WHEN f.action <> 'correct' THEN f.action
+                WHEN c.user_id IS NULL THEN 'lost_race' ELSE 'corrected' END,
+           CAST(f.evidence AS jsonb), :now
+    FROM found f LEFT JOIN corrected c ON c.user_id = f.user_id
+    ORDER BY f.user_id
+    RETURNING user_id, action
+"""
+
+
+def _settle(
     connection: Connection,
     context: _Context,
     run_id: int | None,
-    findings: list[Finding],
+    judged: list[tuple[Drift, Verdict]],
     now: datetime,
-) -> None:
-    if not findings:
-        return
-    connection.execute(
-        insert(own_table("drift", context.mapping.user_id_type)),
-        [
-            {
-                "user_id": finding.drift.user_id,
-                "run_id": run_id,
-                "subscription_id": finding.drift.subscription_id,
-                "observed": finding.drift.observed,
-                "expected": finding.drift.expected,
-                "written": finding.written,
-                "cause": finding.verdict.cause,
-                "action": finding.action,
-                "evidence": finding.verdict.evidence,
-                "found_at": now,
-            }
-            for finding in findings
+) -> list[Finding]:
+    """Set the counters right by compare-and-set where the verdict says so, and write every drift down."""
+    if not judged:
+        return []
+    values = {
+        "users": [drift.user_id for drift, _ in judged],
+        "subscriptions": [drift.subscription_id for drift, _ in judged],
+        "observed": [drift.observed for drift, _ in judged],
+        "expected": [drift.expected for drift, _ in judged],
+        "causes": [verdict.cause for _, verdict in judged],
+        "actions": [
+            "correct" if verdict.policy == "correct" else _UNCORRECTED[verdict.policy] for _, verdict in judged
         ],
-    )
+        "evidence": [json.dumps(verdict.evidence) for _, verdict in judged],
+        "run_id": run_id,
+        "now": now,
+    }
+    rows = connection.execute(text(_SETTLE.format(user_id_type=context.mapping.user_id_type)), values)
+    actions = {row.user_id: row.action for row in rows}
+    connection.rollback()
+    return [_finding(drift, verdict, actions[drift.user_id]) for drift, verdict in judged]

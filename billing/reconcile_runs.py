@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, text, update
+from sqlalchemy.exc import DBAPIError
 
 from billing.causes import Verdict
 from billing.drifts import Drift
@@ -74,10 +75,13 @@ def only_run(connection: Connection) -> Iterator[None]:
     try:
         yield
     finally:
-        if not connection.invalidated:
+        try:
             connection.rollback()
             connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": RUN_LOCK})
             connection.rollback()
+        except DBAPIError:
+            # The lock ends with its session, at the latest here: in the pool it would keep out every later run.
+            connection.invalidate()
 
 
 def start_run(

@@ -7,17 +7,21 @@ import difflib
 import json
 import os
 import tomllib
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+from pydantic_settings import SettingsError as SourceError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from billing.errors import SettingsError
 from billing.mapping import HostMapping
@@ -91,6 +95,10 @@ class Settings(BaseSettings):
         scheme, separator, rest = url.partition("://")
         if not separator or scheme not in ("postgresql", "postgres", "postgresql+psycopg"):
             raise ValueError("give a PostgreSQL URL: postgresql://user:password@host:5432/name")
+        try:
+            make_url(f"postgresql+psycopg://{rest}")
+        except (ArgumentError, ValueError):
+            raise ValueError("this URL can't be read: check its port, and escape special characters") from None
         return f"postgresql+psycopg://{rest}"
 
     @field_validator("broker_url", "result_backend_url")
@@ -121,7 +129,13 @@ class Settings(BaseSettings):
 
 
 def _config_file() -> Path:
-    return Path(os.environ.get(CONFIG_VARIABLE, "trueup.toml"))
+    return Path(os.environ.get(CONFIG_VARIABLE) or "trueup.toml")
+
+
+def _refuse_missing_file() -> None:
+    """A file that was asked for and is not there would mean the defaults, and so another database: refuse."""
+    if os.environ.get(CONFIG_VARIABLE) and not _config_file().is_file():
+        raise SettingsError(f"{CONFIG_VARIABLE}: there is no file {_config_file()}. Correct the path, or unset it.")
 
 
 def _refuse_unknown_variables() -> None:
@@ -130,9 +144,23 @@ def _refuse_unknown_variables() -> None:
     for variable in os.environ:
         if not variable.startswith(PREFIX) or variable.split("__")[0] in known:
             continue
-        near = difflib.get_close_matches(variable, known, n=1)
+        near = [
+            PREFIX + name for name in _nearest(variable.removeprefix(PREFIX), {k.removeprefix(PREFIX) for k in known})
+        ]
         hint = f"Did you mean {near[0]}?" if near else "`trueup settings` lists them."
         raise SettingsError(f"{variable} is no setting of trueup. {hint}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(name, sorted(known), n=1)
+
+
+def _setting_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield every setting's name, the nested ones' in full: host.subscription.table."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _setting_names(field.annotation, f"{prefix}{name}.")
 
 
 def _describe(error: ValidationError) -> str:
@@ -140,7 +168,7 @@ def _describe(error: ValidationError) -> str:
     for fault in error.errors():
         name = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(name, Settings.model_fields, n=1)
+            near = _nearest(name, _setting_names(Settings))
             hint = f" Did you mean {near[0]}?" if near else ""
             lines.append(f"{name}: no such setting.{hint}")
         else:
@@ -151,11 +179,14 @@ def _describe(error: ValidationError) -> str:
 def read_settings() -> Settings:
     """Read the settings afresh. Raises `SettingsError` on an unknown or malformed one."""
     _refuse_unknown_variables()
+    _refuse_missing_file()
     try:
         return Settings()
     except ValidationError as error:
         raise SettingsError(_describe(error)) from None
-    except (tomllib.TOMLDecodeError, OSError) as error:
+    except SourceError as error:
+        raise SettingsError(f"Wrong settings. {error}: give JSON, or set its parts one by one.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise SettingsError(f"{_config_file()} cannot be read: {error}") from None
 
 

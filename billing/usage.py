@@ -8,6 +8,23 @@ from sqlalchemy import Connection, text
 from billing.mapping import HostMapping, render_sql
 from billing.users import UserId
 
+# The log's own vocabulary of features, from the specification of the host's schema.
+SECTIONS = frozenset(
+    {
+        "chat",
+        "prompt_generation",
+        "marketing_workflow",
+        "knowledge_qa",
+        "product_recommendation",
+        "rag_pipeline",
+        "web_knowledge",
+        "session_memory",
+        "intent_detection",
+        "embedding_generation",
+        "other",
+    }
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class UsageRow:
@@ -27,15 +44,21 @@ class UsageRow:
     task_id: str | None
 
 
+# A host's rows may lack anything that its table lets them lack, and have dates that Python can't hold: those are shown
+# as its calendar's ends. A task's row is told by its charge: the host may write a task_id of its own.
 _LIST = """
-    SELECT CAST(l.{{usage_log.id}} AS text) AS log_id, l.{{usage_log.created_at}} AS created_at,
-           l.{{usage_log.section}} AS section, l.{{usage_log.model_name}} AS model_name,
-           l.{{usage_log.prompt_tokens}} AS prompt_tokens, l.{{usage_log.completion_tokens}} AS completion_tokens,
-           l.{{usage_log.total_tokens}} AS total_tokens, l.{{usage_log.success}} AS success,
-           l.{{usage_log.metadata}}->>'task_id' AS task_id
+    SELECT CAST(l.{{usage_log.id}} AS text) AS log_id,
+           greatest(least(l.{{usage_log.created_at}}, '9999-12-30'), '0001-01-03') AS created_at,
+           coalesce(l.{{usage_log.section}}, '') AS section, coalesce(l.{{usage_log.model_name}}, '') AS model_name,
+           coalesce(l.{{usage_log.prompt_tokens}}, 0) AS prompt_tokens,
+           coalesce(l.{{usage_log.completion_tokens}}, 0) AS completion_tokens,
+           coalesce(l.{{usage_log.total_tokens}}, 0) AS total_tokens, l.{{usage_log.success}} IS TRUE AS success,
+           (SELECT c.task_id FROM trueup.charge c
+            WHERE c.user_id = l.{{usage_log.user_id}} AND c.task_id = l.{{usage_log.metadata}}->>'task_id'
+              AND c.log_id = CAST(l.{{usage_log.id}} AS text)) AS task_id
     FROM {{usage_log}} l
     WHERE l.{{usage_log.user_id}} = :user_id
-    ORDER BY l.{{usage_log.created_at}} DESC, l.{{usage_log.id}} LIMIT :limit
+    ORDER BY l.{{usage_log.created_at}} DESC NULLS LAST, l.{{usage_log.id}} LIMIT :limit
 """
 
 

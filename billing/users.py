@@ -37,13 +37,19 @@ def parse_user_id(value: Any, user_id_type: UserIdType) -> UserId:
             return uuid.UUID(str(value))
         except ValueError:
             raise InvalidInputError(f"user_id: {value!r} is no UUID") from None
-    if not isinstance(value, str) or not value or "\x00" in value:
+    if not isinstance(value, str) or not value or "\x00" in value or not _is_text(value):
         raise InvalidInputError(f"user_id: {value!r} is no user id: give a non-empty text")
     return value
 
 
+def _is_text(value: str) -> bool:
+    """Half of a surrogate pair is a Python character and no text."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _parse_bigint(value: Any) -> int:
-    if isinstance(value, str) and value.strip().lstrip("-").isascii():
+    # int() would also take other scripts' digits, and "1_0" for 10: somebody else's id.
+    if isinstance(value, str) and value.isascii() and "_" not in value:
         try:
             value = int(value)
         except ValueError:

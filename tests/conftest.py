@@ -16,6 +16,7 @@ from billing.install import install
 from billing.mapping import HostMapping
 from billing.settings import Settings, get_settings
 from tests.support.host import Host
+from tests.worker.stack_helpers import temporary_home
 from worker.stack import StackUrls, running_stack
 
 TEMPLATE = "trueup_template"
@@ -34,9 +35,9 @@ def _no_settings_from_outside() -> None:
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory, _no_settings_from_outside: None) -> Iterator[StackUrls]:
+def stack(_no_settings_from_outside: None) -> Iterator[StackUrls]:
     """A real PostgreSQL and a real Redis for this test session."""
-    with running_stack(Settings(home=tmp_path_factory.mktemp("stack"))) as urls:
+    with temporary_home() as home, running_stack(Settings(home=home)) as urls:
         yield urls
 
 

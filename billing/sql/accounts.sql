@@ -16,7 +16,8 @@ CREATE OR REPLACE FUNCTION trueup.decide(
 $$;
 
 -- What each subscription entitles to. original = the token plan's tokens, else the full plan's, else 0,
--- plus the grants given in this window that are neither revoked nor expired.
+-- plus the grants given in this window that are neither revoked nor expired. (`entitlements.at`: a bare `at` would be
+-- the host's column if one of its tables had one of that name.)
 CREATE OR REPLACE FUNCTION trueup.entitlements(at timestamptz) RETURNS TABLE (
     user_id {{user_id_type}}, subscription_id text, is_active boolean,
     window_start timestamptz, end_date timestamptz, original bigint, counter bigint
@@ -25,16 +26,17 @@ CREATE OR REPLACE FUNCTION trueup.entitlements(at timestamptz) RETURNS TABLE (
            s.{{subscription.id}}::text,
            s.{{subscription.is_active}},
            coalesce(s.{{subscription.start_date}}, '-infinity'::timestamptz),
-           -- No end within the years that clients can hold is no end.
-           CASE WHEN s.{{subscription.end_date}} < '9999-12-31' THEN s.{{subscription.end_date}} END,
+           -- No end within the years that clients can hold is no end; one before them is long past.
+           CASE WHEN s.{{subscription.end_date}} < '9999-12-31'
+                THEN greatest(s.{{subscription.end_date}}, '0001-01-03') END,
            greatest(coalesce(tp.{{token_plan.tokens_included}}, fp.{{full_plan.tokens_included}}, 0), 0)::bigint
            + coalesce((
                SELECT sum(g.tokens) FROM trueup.token_grant g
                WHERE g.user_id = s.{{subscription.user_id}}
                  AND g.revoked_at IS NULL
                  AND g.granted_at >= coalesce(s.{{subscription.start_date}}, '-infinity'::timestamptz)
-                 AND g.granted_at <= at
-                 AND (g.expires_at IS NULL OR g.expires_at > at)
+                 AND g.granted_at <= entitlements.at
+                 AND (g.expires_at IS NULL OR g.expires_at > entitlements.at)
            ), 0)::bigint,
            s.{{subscription.tokens_remaining}}::bigint
     FROM {{subscription}} s

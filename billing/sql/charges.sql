@@ -13,6 +13,7 @@ DECLARE
     a record;
     h trueup.hold;
     v_covered bigint;
+    v_counted bigint;
 BEGIN
     SELECT * INTO a FROM trueup.lock_account(p_user, at);
     at := a.at;
@@ -26,13 +27,20 @@ BEGIN
         -- A late charge draws on the open hold too, if there is one: both attempts together stay within it.
         v_covered := least(p_total, coalesce(h.tokens_reserved - h.tokens_covered, 0));
         tokens_over := p_total - v_covered;
-        PERFORM set_config('trueup.own_log_id', p_log_id, true);
-        INSERT INTO {{usage_log}} (
+        -- Without a balance we hold no lock, and one may be built beside us: then the row makes its delta as anyone's.
+        PERFORM set_config('trueup.own_log_id', CASE WHEN a.consumed IS NULL THEN '' ELSE p_log_id END, true);
+        INSERT INTO {{usage_log}} AS l (
             {{usage_log.id}}, {{usage_log.user_id}}, {{usage_log.section}}, {{usage_log.prompt_tokens}},
             {{usage_log.completion_tokens}}, {{usage_log.total_tokens}}, {{usage_log.response_time_ms}},
             {{usage_log.success}}, {{usage_log.model_name}}, {{usage_log.metadata}}, {{usage_log.created_at}})
         VALUES (p_log_id::{{usage_log_id_type}}, p_user, p_section, p_prompt, p_completion, p_total, p_response_ms,
-                true, p_model, p_metadata, at);
+                true, p_model, p_metadata, at)
+        -- As it was logged: a trigger of the host's may have changed or dropped the row.
+        RETURNING CASE WHEN l.{{usage_log.success}} AND l.{{usage_log.created_at}} >= a.window_start
+                       THEN l.{{usage_log.total_tokens}} END INTO v_counted;
+        -- The row's foreign key is checked now, before the counter is locked: Django's are deferred to the commit, and
+        -- a host that has the user's row and then wants the counter's would deadlock with us.
+        SET CONSTRAINTS ALL IMMEDIATE;
         INSERT INTO trueup.charge (user_id, task_id, call_key, attempt, log_id, section, model_name,
                                    tokens_total, tokens_covered, late, answer, charged_at)
         VALUES (p_user, p_task, p_call_key, p_attempt, p_log_id, p_section, p_model,
@@ -41,9 +49,7 @@ BEGIN
                                  tokens_charged = t.tokens_charged + p_total, calls = t.calls + 1
         WHERE t.user_id = p_user AND t.task_id = p_task AND t.id = h.id
         RETURNING * INTO h;
-        IF at >= a.window_start THEN
-            a.consumed := a.consumed + p_total;
-        END IF;
+        a.consumed := a.consumed + coalesce(v_counted, 0);
         a.held := a.held - v_covered;
         -- Lower the legacy counter too, so that our own usage never drifts. A host that has the row locked is not
         -- waited for: the next reconcile sets the counter right. Like the host's, the counter stops at zero.

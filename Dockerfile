@@ -1,0 +1,35 @@
+# syntax=docker/dockerfile:1
+# One image for every process of trueup: workers, beat, migrations and the command line.
+
+FROM python:3.13-slim AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+RUN python -m venv /opt/trueup
+WORKDIR /src
+# The dependencies first, so that a change of the code alone does not install them again.
+COPY requirements/main.txt requirements/main.txt
+RUN /opt/trueup/bin/pip install --require-hashes --requirement requirements/main.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY ai ai
+COPY billing billing
+COPY examples examples
+COPY cli cli
+COPY tasks tasks
+COPY worker worker
+# --no-deps: what is not in the lock file with its hash is not installed.
+RUN pip wheel --no-deps --wheel-dir /dist . \
+    && /opt/trueup/bin/pip install --no-deps --no-index /dist/trueup-*.whl
+
+FROM python:3.13-slim
+ENV PATH="/opt/trueup/bin:$PATH" \
+    PYTHONUNBUFFERED=1 \
+    TRUEUP_HOME=/var/lib/trueup
+RUN useradd --system --uid 10001 --no-create-home --home-dir /var/lib/trueup trueup \
+    && install --directory --owner=trueup --mode=0700 /var/lib/trueup /var/lib/trueup/run
+COPY --from=build /opt/trueup /opt/trueup
+WORKDIR /var/lib/trueup
+USER trueup
+# The worker of the command below, asked by its own name: other nodes' answers prove nothing about this
+# one. docker-compose.yml has a check for each of the other processes.
+HEALTHCHECK --interval=60s --timeout=30s --start-period=30s --retries=3 \
+    CMD celery -A worker inspect ping --timeout 10 --destination "ai@$(hostname)"
+CMD ["celery", "-A", "worker", "worker", "-Q", "ai", "-n", "ai@%h"]

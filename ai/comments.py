@@ -1,0 +1,162 @@
+"""Instagram's `comments` webhook, and what an account has configured to answer a comment with."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from billing.errors import InvalidInputError
+
+# Ids become parts of a URL: nothing but letters, digits and underscores may be in them.
+GraphId = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if type(value) is int else value),
+    StringConstraints(pattern=r"^[0-9A-Za-z_]{1,128}$"),
+]
+Text = Annotated[str, StringConstraints(strip_whitespace=True)]
+_Parsed = TypeVar("_Parsed", bound=BaseModel)
+
+
+class CommentAuthor(BaseModel):
+    """Who commented. `username` None: Instagram did not say."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: GraphId
+    username: str | None = None
+
+
+class CommentMedia(BaseModel):
+    """The post that was commented on."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: GraphId
+
+
+class CommentValue(BaseModel):
+    """The comment itself. `parent_id` None: it is no answer to another comment."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: GraphId
+    text: Text = ""
+    author: CommentAuthor = Field(alias="from")
+    media: CommentMedia | None = None
+    parent_id: GraphId | None = None
+
+
+class CommentEvent(BaseModel):
+    """One comment on one account's post."""
+
+    model_config = ConfigDict(frozen=True)
+
+    account_id: GraphId
+    comment: CommentValue
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the account commented itself: answering that would be an endless conversation."""
+        return self.comment.author.id == self.account_id
+
+
+class _Change(BaseModel):
+    field: str
+    value: dict[str, Any]
+
+
+class _Entry(BaseModel):
+    id: GraphId
+    changes: list[_Change] = []
+
+
+class _Payload(BaseModel):
+    object: Literal["instagram"] = "instagram"
+    entry: list[_Entry]
+
+
+class ProductInfo(BaseModel):
+    """A product that a message may speak of. `price` is text as the shop writes it, with its currency."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
+
+    name: Annotated[Text, Field(min_length=1, max_length=300)]
+    price: Text | None = None
+    currency: Text | None = None
+    description: Text | None = None
+    url: Text | None = None
+
+
+class ActionConfig(BaseModel):
+    """How an account answers comments. PRODUCT: a message about its products. STATIC: always the same one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mode: Literal["STATIC", "PRODUCT"]
+    static_message: Text | None = None
+    products: tuple[ProductInfo, ...] = Field(default=(), max_length=100)
+    product_context: Text | None = Field(default=None, max_length=20_000)
+    """Anything else the message may draw on: delivery terms, discounts."""
+    language: Annotated[str, StringConstraints(pattern=r"^[a-z]{2,3}(-[A-Za-z]{2,4})?$")] | None = None
+    """The message's language, such as "fa"; None means the comment's."""
+    tone: Text | None = Field(default=None, max_length=100)
+    public_reply_enabled: bool = False
+    public_reply_text: Text | None = Field(default=None, max_length=2200)
+
+    @model_validator(mode="after")
+    def _has_what_its_mode_needs(self) -> Self:
+        if self.mode == "STATIC" and not self.static_message:
+            raise ValueError("static_message is empty, but the mode is STATIC: write the message to send")
+        if self.mode == "PRODUCT" and not self.products and not self.product_context:
+            raise ValueError(
+                "neither products nor product_context is given, but the mode is PRODUCT: say what the message is about"
+            )
+        if self.public_reply_enabled and not self.public_reply_text:
+            raise ValueError("public_reply_text is empty, but public_reply_enabled is set: write it, or switch it off")
+        return self
+
+
+def comment_events(payload: Mapping[str, Any]) -> tuple[CommentEvent, ...]:
+    """Return the comments of a webhook payload, which may bring several, and other fields that are passed over.
+
+    Raises `InvalidInputError` for a payload that is none of Instagram's.
+    """
+    parsed = _parse(_Payload, payload, "event")
+    return tuple(
+        CommentEvent(account_id=entry.id, comment=_parse(CommentValue, change.value, "event.entry.changes.value"))
+        for entry in parsed.entry
+        for change in entry.changes
+        if change.field == "comments"
+    )
+
+
+def comment_event(payload: Mapping[str, Any]) -> CommentEvent:
+    """Return the one comment of a webhook payload. Raises `InvalidInputError` when it brings none, or several."""
+    events = comment_events(payload)
+    if len(events) != 1:
+        raise InvalidInputError(
+            f"event brings {len(events)} comments, and one task answers one. Start a task for each comment."
+        )
+    return events[0]
+
+
+def action_config(config: Mapping[str, Any]) -> ActionConfig:
+    """Return the configuration, checked. Raises `InvalidInputError`, naming the option and the remedy."""
+    return _parse(ActionConfig, config, "config")
+
+
+def _parse(kind: type[_Parsed], value: object, name: str) -> _Parsed:
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        faults = "; ".join(_describe(kind, fault, name) for fault in error.errors()[:5])
+        raise InvalidInputError(f"{faults}. Correct it and send it again.") from None
+
+
+def _describe(kind: type[BaseModel], fault: Mapping[str, Any], name: str) -> str:
+    path = ".".join([name, *(str(part) for part in fault["loc"])])
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(fault["loc"][-1]), kind.model_fields, n=1)
+        return f"{path}: no such option{f', did you mean {near[0]}?' if near else ''}"
+    return f"{path}: {fault['msg'].removeprefix('Value error, ')}"

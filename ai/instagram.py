@@ -1,0 +1,188 @@
+"""Answering an Instagram comment with a direct message."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ai.comments import ActionConfig, CommentEvent, ProductInfo
+from ai.graph import GraphClient, GraphError
+from ai.model import Message, Model
+from ai.prompts import dm_messages
+from ai.texts import cut_at_word, cut_to_bytes, without_lone_surrogates
+from ai.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
+from billing.errors import AnswerFormatError, InvalidInputError
+
+ESTIMATED_TOKENS = 1000
+"""What one message may cost by an exact counter; `estimated_tokens` says it for any."""
+_ANSWER_TOKENS = 350
+# Meta's pages say "1000 bytes or less" and "less than 1000 characters": this satisfies both.
+MAX_MESSAGE_BYTES = 999
+_MAX_COMMENT_CHARACTERS = 400
+_SPARED_NOTES_CHARACTERS = 400
+_MAX_DESCRIPTION_CHARACTERS = 150
+_MAX_AUTHOR_CHARACTERS = 40
+_LINK = re.compile(r"(?:https?://|www\.)[^\s<>\"'\])}،؛]+", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltMessage:
+    """A message ready to send, and what was changed to make it so."""
+
+    text: str
+    warnings: tuple[str, ...] = ()
+
+
+class DmResult(BaseModel):
+    """What was done about one comment. Ids are None when nothing was sent, or Instagram did not tell them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    status: Literal["sent", "skipped"]
+    reason: str | None = None
+    """Why it was skipped."""
+    mode: Literal["STATIC", "PRODUCT"]
+    comment_id: str
+    message: str | None = None
+    message_id: str | None = None
+    public_reply_sent: bool = False
+    public_reply_id: str | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def estimated_tokens(counter: TokenCounter | None = None) -> int:
+    """Return the tokens that one message may cost. `counter` None: the o200k encoding's."""
+    return scaled_estimate(ESTIMATED_TOKENS, counter or offline_counter())
+
+
+def send_instagram_dm(
+    model: Model | None,
+    *,
+    event: CommentEvent,
+    config: ActionConfig,
+    graph: GraphClient,
+    counter: TokenCounter | None = None,
+) -> DmResult:
+    """Answer a comment by direct message and, if configured, publicly. `model` None will do for STATIC.
+
+    The account's own comments are skipped. A public reply that fails is a warning: the message has been sent by then.
+    Raises `GraphError` when the message was not, or perhaps not, sent; and what `build_message` raises.
+    """
+    comment = event.comment
+    if event.is_own:
+        reason = "The account itself wrote the comment."
+        return DmResult(status="skipped", reason=reason, mode=config.mode, comment_id=comment.id)
+    built = build_message(model, event=event, config=config, counter=counter)
+    message_id = graph.send_private_reply(account_id=event.account_id, comment_id=comment.id, text=built.text)
+    warnings = list(built.warnings)
+    reply_sent, reply_id = _reply_publicly(graph, comment.id, config, warnings)
+    return DmResult(
+        status="sent",
+        mode=config.mode,
+        comment_id=comment.id,
+        message=built.text,
+        message_id=message_id,
+        public_reply_sent=reply_sent,
+        public_reply_id=reply_id,
+        warnings=tuple(warnings),
+    )
+
+
+def build_message(
+    model: Model | None, *, event: CommentEvent, config: ActionConfig, counter: TokenCounter | None = None
+) -> BuiltMessage:
+    """Return the message that answers a comment: the configured one, or one that the model writes for PRODUCT.
+
+    Raises `InvalidInputError` when PRODUCT has no model, `AnswerFormatError` when the model writes nothing, and what
+    the model raises.
+    """
+    if config.mode == "STATIC":
+        return _fitted(config.static_message or "", [])
+    if model is None:
+        raise InvalidInputError("mode PRODUCT needs a model, and none was given. Run it in a metered task.")
+    return _ask(model, event, config, counter or offline_counter())
+
+
+def _ask(model: Model, event: CommentEvent, config: ActionConfig, counter: TokenCounter) -> BuiltMessage:
+    messages = _prompt(event, config, counter)
+    answer_tokens = estimated_tokens(counter) - count_prompt_tokens(messages, counter)
+    completion = model.complete(messages, max_completion_tokens=max(1, answer_tokens))
+    text = completion.text.strip()
+    if not text:
+        raise AnswerFormatError(
+            "The model wrote no message, so none was sent. Its tokens are charged. "
+            "Try another model (TRUEUP_MODEL_NAME)."
+        )
+    warnings = ["The model's message was cut off at its token limit."] if completion.truncated else []
+    return _fitted(_without_foreign_links(text, config, warnings), warnings)
+
+
+def _prompt(event: CommentEvent, config: ActionConfig, counter: TokenCounter) -> Sequence[Message]:
+    """Return the prompt with as many products and notes as leave room for the answer."""
+    budget = estimated_tokens(counter) - scaled_estimate(_ANSWER_TOKENS, counter)
+    products = [_product_line(product) for product in config.products]
+    notes = config.product_context or ""
+    comment = cut_at_word(event.comment.text, _MAX_COMMENT_CHARACTERS)
+    while True:
+        messages = dm_messages(
+            comment=comment,
+            author=(event.comment.author.username or "")[:_MAX_AUTHOR_CHARACTERS],
+            products="\n".join(products),
+            notes=notes,
+            language=config.language,
+            tone=config.tone,
+        )
+        excess = count_prompt_tokens(messages, counter) - budget
+        if excess <= 0 or not (notes or comment or len(products) > 1):
+            return messages
+        # Long notes give way first, then the last products, the rest of the notes, and the comment itself.
+        if len(notes) > _SPARED_NOTES_CHARACTERS or (notes and len(products) <= 1):
+            notes = cut_at_word(notes, max(0, len(notes) - max(20, excess)))
+        elif len(products) > 1:
+            products = products[: len(products) * 3 // 4]
+        else:
+            comment = cut_at_word(comment, len(comment) * 3 // 4)
+
+
+def _product_line(product: ProductInfo) -> str:
+    price = " ".join(part for part in (product.price, product.currency) if part)
+    facts = {
+        "name": product.name,
+        "price": price,
+        "description": cut_at_word(product.description or "", _MAX_DESCRIPTION_CHARACTERS),
+        "url": product.url or "",
+    }
+    return json.dumps({name: fact for name, fact in facts.items() if fact}, ensure_ascii=False)
+
+
+def _without_foreign_links(text: str, config: ActionConfig, warnings: list[str]) -> str:
+    """Take out links that the shop did not give: a comment may talk the model into sending its own."""
+    known = " ".join([config.product_context or "", *(product.url or "" for product in config.products)])
+    for link in dict.fromkeys(_LINK.findall(text)):
+        if link.rstrip(".,!?:;") not in known:
+            warnings.append("A link that the shop did not give was taken out of the message.")
+            text = text.replace(link, "")
+    return text
+
+
+def _fitted(text: str, warnings: list[str]) -> BuiltMessage:
+    text = without_lone_surrogates(text)
+    kept = cut_to_bytes(text, MAX_MESSAGE_BYTES)
+    if len(kept) < len(text):
+        warnings = [*warnings, f"The message was cut to the {MAX_MESSAGE_BYTES} bytes that Instagram takes."]
+    return BuiltMessage(text=kept, warnings=tuple(warnings))
+
+
+def _reply_publicly(
+    graph: GraphClient, comment_id: str, config: ActionConfig, warnings: list[str]
+) -> tuple[bool, str | None]:
+    if not config.public_reply_enabled or not config.public_reply_text:
+        return False, None
+    try:
+        return True, graph.reply_to_comment(comment_id=comment_id, text=config.public_reply_text)
+    except GraphError as error:
+        warnings.append(f"The message was sent, the public reply was not: {error}")
+        return False, None

@@ -1,0 +1,59 @@
+"""The text of a web page, and the refusal of what is none."""
+
+import re
+from typing import Any
+
+from ai.texts import readable
+from billing.errors import InvalidInputError
+
+MAX_HTML_BYTES = 5 * 1024 * 1024
+MAX_TITLE_CHARACTERS = 500
+# The libraries that walk a page recurse. Python's own limit must not be what stops them: an error raised while lxml
+# holds the lock of a compiled XPath leaves it locked, and the next page would wait for ever.
+MAX_DEPTH = 250
+_BLANK_LINES = re.compile(r"\n\s*\n+")
+
+
+def checked_page(html: str | None, text: str | None) -> tuple[str | None, str | None]:
+    """Return the page's HTML or its text, the other None.
+
+    Raises `InvalidInputError` unless exactly one of them is given, and it is readable and of at most 5 MiB.
+    """
+    if bool(html) == bool(text):
+        found = "both are" if html else "neither is"
+        raise InvalidInputError(f"Give either html or text: {found} here.")
+    field, page = ("html", html) if html else ("text", text)
+    if len(page or "") > MAX_HTML_BYTES or len(str(page).encode(errors="replace")) > MAX_HTML_BYTES:
+        raise InvalidInputError(
+            f"{field} is larger than {MAX_HTML_BYTES // 1024**2} MiB. Send the page without its embedded data."
+        )
+    checked = readable(field, page, minimum=1, maximum=MAX_HTML_BYTES)
+    return (checked, None) if html else (None, checked)
+
+
+def parsed_page(html: str) -> Any:
+    """Return the page as an lxml tree. Raises `InvalidInputError` when it is nested too deep to be walked."""
+    import html_text  # with lxml, not needed where no page is read
+    from lxml import etree  # type: ignore[import-untyped]
+
+    tree = html_text.parse_html(html)
+    depth = 0
+    for event, _ in etree.iterwalk(tree, events=("start", "end")):
+        depth += 1 if event == "start" else -1
+        if depth > MAX_DEPTH:
+            raise InvalidInputError(
+                f"html is nested more than {MAX_DEPTH} levels deep, which no page for people is. Check its source."
+            )
+    return tree
+
+
+def page_text(tree: Any) -> str:
+    """Return the text that a visitor sees, line by line. Raises `InvalidInputError` when there is none."""
+    import html_text
+
+    text = _BLANK_LINES.sub("\n", html_text.extract_text(tree))
+    if not text.strip():
+        raise InvalidInputError(
+            "html holds no text and no product data. A page that scripts build must be sent as the browser shows it."
+        )
+    return text

@@ -1,0 +1,24 @@
+"""Where completions come from: the offline provider by default, or any OpenAI-compatible endpoint."""
+
+from ai.model import Provider
+from ai.tokens import TokenCounter, counter_for, offline_counter
+from billing.settings import Settings
+
+
+def provider_from_settings(settings: Settings) -> Provider:
+    """Return the provider that the settings name. Raises `SettingsError` when it lacks its key."""
+    if settings.model_provider == "openai":
+        # Imported on use: the SDK takes about a second and 43 MB, which offline processes don't owe.
+        from ai.providers.openai import OpenAIProvider
+
+        return OpenAIProvider(settings)
+    from ai.providers.offline import OfflineProvider
+
+    return OfflineProvider()
+
+
+def counter_from_settings(settings: Settings) -> TokenCounter:
+    """Return the counter that the settings' provider bills by, for the services' `counter` argument."""
+    if settings.model_provider == "offline":
+        return offline_counter()
+    return counter_for(settings.model_name)

@@ -1,0 +1,63 @@
+"""The default provider: no network, no key, the same answer to the same prompt, made from the prompt's own text."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from ai.model import Completion, Message
+from ai.prompts import Job, job_of
+from ai.providers.offline_messages import direct_message, plain_reply
+from ai.providers.offline_products import product_answer
+from ai.providers.offline_qa import qa_answer
+from ai.tokens import TokenCounter, count_prompt_tokens, offline_counter
+
+MODEL_NAME = "trueup-offline-1"
+
+_JOBS: dict[str, Callable[[Sequence[Message], Job], str]] = {
+    "qa": qa_answer,
+    "products": product_answer,
+    "dm": direct_message,
+}
+
+
+class OfflineProvider:
+    """Extractive answers in the shapes that `ai.prompts` asks for, billed by the o200k encoding."""
+
+    def __init__(self) -> None:
+        self._counter = offline_counter()
+
+    def count_prompt_tokens(self, messages: Sequence[Message]) -> int:
+        """Return exactly the prompt tokens that `complete` bills."""
+        return count_prompt_tokens(messages, self._counter)
+
+    def complete(self, messages: Sequence[Message], *, max_completion_tokens: int) -> Completion:
+        """Answer the job that the prompt's marker names; any other prompt with sentences of its last message."""
+        started = time.monotonic()
+        job = job_of(messages)
+        answer = _JOBS.get(job.name) if job else None
+        text = answer(messages, job) if answer and job else plain_reply(messages)
+        kept = _cut(text, max_completion_tokens, self._counter)
+        prompt_tokens = self.count_prompt_tokens(messages)
+        completion_tokens = self._counter.count(kept)
+        return Completion(
+            text=kept,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            model_name=MODEL_NAME,
+            response_time_ms=round((time.monotonic() - started) * 1000),
+            truncated=len(kept) < len(text),
+        )
+
+
+def _cut(text: str, tokens: int, counter: TokenCounter) -> str:
+    """Return the longest beginning of the text that costs at most `tokens`, found by halving."""
+    if counter.count(text) <= tokens:
+        return text
+    fits, too_long = 0, len(text)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if counter.count(text[:middle]) <= tokens:
+            fits = middle
+        else:
+            too_long = middle
+    return text[:fits]

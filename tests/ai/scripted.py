@@ -1,0 +1,55 @@
+"""A model that answers as the test says, and remembers what it was asked."""
+
+from collections.abc import Sequence
+
+from ai.model import Completion, Message
+from ai.providers.offline import OfflineProvider
+from billing.errors import HoldExhaustedError
+
+
+def completion(text: str, *, truncated: bool = False) -> Completion:
+    return Completion(
+        text=text,
+        prompt_tokens=10,
+        completion_tokens=5,
+        total_tokens=15,
+        model_name="scripted",
+        response_time_ms=1,
+        truncated=truncated,
+    )
+
+
+class ScriptedModel:
+    """Gives the answers in turn; after the last one its hold is exhausted."""
+
+    def __init__(self, *answers: str | Completion) -> None:
+        self._answers = list(answers)
+        self.prompts: list[Sequence[Message]] = []
+        self.caps: list[int | None] = []
+
+    def complete(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> Completion:
+        self.prompts.append(messages)
+        self.caps.append(max_completion_tokens)
+        if not self._answers:
+            raise HoldExhaustedError("0 tokens are left of the hold")
+        answer = self._answers.pop(0)
+        return completion(answer) if isinstance(answer, str) else answer
+
+
+class HeldModel:
+    """The offline provider behind a hold of a given size, capped and refused as a metered model is. No database."""
+
+    def __init__(self, tokens: int) -> None:
+        self._provider = OfflineProvider()
+        self.tokens_left = tokens
+        self.completions: list[Completion] = []
+
+    def complete(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> Completion:
+        affordable = self.tokens_left - self._provider.count_prompt_tokens(messages)
+        if affordable < 1:
+            raise HoldExhaustedError(f"{self.tokens_left} tokens are left of the hold")
+        cap = affordable if max_completion_tokens is None else min(affordable, max_completion_tokens)
+        done = self._provider.complete(messages, max_completion_tokens=cap)
+        self.tokens_left -= done.total_tokens
+        self.completions.append(done)
+        return done

@@ -1,0 +1,300 @@
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.pool import QueuePool
+
+from billing.accounts import read_account
+from billing.charges import Charge, Usage, find_answer, record_charge
+from billing.errors import UnknownUserError
+from billing.holds import Hold, close_hold, expire_holds
+from tests.support.books import assert_true
+from tests.support.host import START, Host
+from tests.support.sessions import (
+    backend_pid,
+    in_background,
+    locked,
+    run_at_once,
+    wait_for_lock,
+)
+from tests.support.work import balance, charge_tokens, hold_tokens, usage_of
+
+NOW = START + timedelta(days=3)
+
+
+@pytest.fixture
+def user(host: Host) -> int:
+    return host.subscriber(10_000)
+
+
+@pytest.fixture
+def hold(connection: Connection, user: int) -> Hold:
+    return hold_tokens(connection, user, 1_000, task="task")
+
+
+def test_a_charge_moves_tokens_from_the_hold_to_the_log(
+    host: Host, connection: Connection, user: int, hold: Hold
+) -> None:
+    charge = charge_tokens(connection, hold, 300)
+    assert charge == Charge(recorded=True, late=False, tokens_over=0, tokens_left=700)
+    assert balance(host, user) == (300, 700)
+    assert (host.used(user), host.counter(user)) == (300, 9_700)
+    assert_true(host)
+
+
+def test_the_log_row_says_what_the_call_cost_and_which_task_it_was(
+    host: Host, connection: Connection, user: int, hold: Hold
+) -> None:
+    usage = Usage(prompt_tokens=7, completion_tokens=4, total_tokens=12, response_time_ms=2**40, model_name="m" * 150)
+    record_charge(connection, hold, call_key="1", usage=usage, metadata={"task_id": "task", "ü": "%:x"}, now=NOW)
+    row = host.execute("SELECT * FROM ai_usage_log").mappings().one()
+    assert row["created_at"] == NOW
+    assert (row["user_id"], row["section"], row["success"]) == (user, "chat", True)
+    assert (row["prompt_tokens"], row["completion_tokens"], row["total_tokens"]) == (7, 4, 12)
+    assert (row["response_time_ms"], row["model_name"]) == (2**31 - 1, "m" * 100)
+    assert row["metadata"] == {"task_id": "task", "ü": "%:x"}
+
+
+def test_a_call_is_charged_once_however_often_it_is_recorded(
+    host: Host, connection: Connection, user: int, hold: Hold
+) -> None:
+    charge_tokens(connection, hold, 300, key="a")
+    again = charge_tokens(connection, hold, 999, key="a")
+    assert again == Charge(recorded=False, late=False, tokens_over=0, tokens_left=700)
+    charge_tokens(connection, hold, 50, key="b")
+    assert (host.used(user), host.counter(user), balance(host, user)) == (350, 9_650, (350, 650))
+    assert_true(host)
+
+
+def test_of_many_recordings_at_once_one_is_charged(host: Host, database: str, user: int, hold: Hold) -> None:
+    engine = create_engine(database, poolclass=QueuePool, pool_size=8, isolation_level="AUTOCOMMIT")
+
+    def record() -> bool:
+        with engine.connect() as own:
+            return charge_tokens(own, hold, 300).recorded
+
+    assert sorted(run_at_once([record] * 8)) == [False] * 7 + [True]
+    engine.dispose()
+    assert balance(host, user) == (300, 700)
+    assert_true(host)
+
+
+def test_the_same_call_has_the_same_log_id_and_another_call_user_or_task_another(
+    host: Host, connection: Connection, user: int, hold: Hold
+) -> None:
+    def log_id() -> str:
+        row: str = host.value("DELETE FROM ai_usage_log RETURNING id::text")
+        host.execute("TRUNCATE trueup.charge")
+        return row
+
+    ids = []
+    other_user = hold_tokens(connection, host.subscriber(), 100, task="task")
+    split = hold_tokens(connection, user, 100, task="task/1")
+    for of, key in ((hold, "1/1"), (hold, "1/1"), (hold, "2"), (other_user, "1/1"), (split, "1")):
+        charge_tokens(connection, of, 1, key=key)
+        ids.append(log_id())
+    assert ids[0] == ids[1]
+    assert len(set(ids)) == 4
+
+
+def test_two_users_tasks_of_one_id_and_one_call_are_both_charged(host: Host, connection: Connection) -> None:
+    users = [host.subscriber(), host.subscriber()]
+    for user in users:
+        charge_tokens(connection, hold_tokens(connection, user, 100, task="nightly"), 60)
+    assert [host.used(user) for user in users] == [60, 60]
+
+
+def test_what_the_hold_does_not_cover_is_charged_all_the_same_and_said(
+    host: Host, connection: Connection, user: int, hold: Hold
+) -> None:
+    assert charge_tokens(connection, hold, 1_300).tokens_over == 300
+    assert balance(host, user) == (1_300, 0)
+    assert charge_tokens(connection, hold, 5, key="2").tokens_over == 5
+    assert host.used(user) == 1_305
+    assert_true(host)
+
+
+def test_a_charge_after_its_hold_ended_is_recorded_and_flagged_late(
+    host: Host, connection: Connection, user: int, hold: Hold
+) -> None:
+    close_hold(connection, hold)
+    assert charge_tokens(connection, hold, 300) == Charge(recorded=True, late=True, tokens_over=300, tokens_left=0)
+    assert charge_tokens(connection, hold, 300).late
+    assert balance(host, user) == (300, 0)
+    assert_true(host)
+
+
+def test_a_charge_of_an_expired_hold_is_late(host: Host, connection: Connection, user: int) -> None:
+    hold = hold_tokens(connection, user, 1_000, lease=60, now=NOW)
+    expire_holds(connection, now=NOW + timedelta(hours=1))
+    assert charge_tokens(connection, hold, 10).late
+    assert_true(host)
+
+
+def test_an_overtaken_attempts_charge_is_late_and_draws_on_the_hold_of_its_successor(
+    host: Host, connection: Connection, user: int, hold: Hold
+) -> None:
+    successor = hold_tokens(connection, user, 1_000, task="task")
+    assert charge_tokens(connection, hold, 400, key="a") == Charge(
+        recorded=True, late=True, tokens_over=0, tokens_left=0
+    )
+    assert charge_tokens(connection, successor, 100, key="b").tokens_left == 500
+    assert balance(host, user) == (500, 500)
+    assert_true(host)
+
+
+@pytest.mark.parametrize(
+    ("counter", "left"), [(10_000, 9_700), (300, 0), (299, 0), (0, 0), (-5, -5), (None, None), (2**31 - 1, 2**31 - 301)]
+)
+def test_the_counter_is_lowered_to_no_less_than_zero_and_an_odd_one_left_alone(
+    host: Host, connection: Connection, user: int, hold: Hold, counter: int | None, left: int | None
+) -> None:
+    host.execute("UPDATE billing_subscription SET tokens_remaining = :counter", counter=counter)
+    charge_tokens(connection, hold, 300)
+    assert host.counter(user) == left
+
+
+def test_a_charge_does_not_wait_for_a_host_that_holds_the_counter(
+    host: Host, connection: Connection, user: int, hold: Hold
+) -> None:
+    connection.execute(text("SET lock_timeout = '100ms'"))
+    with locked(host, "SELECT * FROM billing_subscription FOR UPDATE"):
+        assert charge_tokens(connection, hold, 300).recorded
+    assert (host.used(user), host.counter(user)) == (300, 10_000)
+    assert_true(host)
+
+
+def test_usage_before_the_start_of_a_future_window_is_logged_and_does_not_count_in_it(
+    host: Host, connection: Connection
+) -> None:
+    user = host.subscriber(1_000, start=NOW + timedelta(days=1))
+    hold = hold_tokens(connection, user, 500, now=NOW)
+    charge_tokens(connection, hold, 300, now=NOW)
+    assert (host.used(user), balance(host, user)) == (300, (0, 200))
+    assert_true(host)
+
+
+def test_a_charge_after_the_window_moved_counts_in_the_new_one_only(
+    host: Host, connection: Connection, user: int, hold: Hold
+) -> None:
+    charge_tokens(connection, hold, 100, key="a", now=NOW)
+    host.execute("UPDATE billing_subscription SET start_date = :at", at=NOW + timedelta(seconds=1))
+    charge_tokens(connection, hold, 30, key="b", now=NOW + timedelta(seconds=2))
+    assert balance(host, user) == (30, 870)
+    assert_true(host)
+
+
+def test_a_charge_without_a_subscription_counts_once_there_is_one(
+    host: Host, connection: Connection, user: int, hold: Hold
+) -> None:
+    host.execute("DELETE FROM billing_subscription")
+    assert charge_tokens(connection, hold, 300).recorded
+    assert_true(host)
+    assert balance(host, user) == (300, 700)
+
+
+def test_a_charge_that_races_with_the_making_of_the_balance_counts_once(host: Host, connection: Connection) -> None:
+    """A balance built while a charge that saw none is under way must hear of its log row."""
+    user, plan = host.user(), host.plan(1_000)
+    never_held = Hold(
+        user_id=user,
+        task_id="t",
+        feature_name="Test",
+        section="chat",
+        attempt=1,
+        reattached=False,
+        tokens_left=0,
+        expires_at=NOW,
+    )
+    with host.engine.connect() as session:
+        charge_tokens(session, never_held, 40)
+        host.execute(
+            "INSERT INTO billing_subscription (id, user_id, token_plan_id, start_date) VALUES (1, :u, :p, :start)",
+            u=user,
+            p=plan,
+            start=START,
+        )
+        hold_tokens(connection, user, 0)
+        session.commit()
+    assert_true(host)
+    assert read_account(connection, user).consumed == 40
+
+
+def test_a_deleted_users_charge_is_refused_by_name(host: Host, connection: Connection, user: int, hold: Hold) -> None:
+    host.execute("DELETE FROM billing_subscription; DELETE FROM accounts_user")
+    with pytest.raises(UnknownUserError, match=rf"{user}.*300 tokens"):
+        charge_tokens(connection, hold, 300)
+    assert_true(host)
+
+
+@pytest.mark.parametrize("deferrable", ["NOT DEFERRABLE", "DEFERRABLE INITIALLY DEFERRED"])
+def test_a_host_that_holds_the_user_and_then_the_subscription_is_not_deadlocked(
+    host: Host, connection: Connection, user: int, hold: Hold, deferrable: str
+) -> None:
+    """Django's foreign keys are checked at commit: our log row's must not come after our lock on the counter."""
+    host.execute(
+        "ALTER TABLE ai_usage_log DROP CONSTRAINT ai_usage_log_user_id_fkey; ALTER TABLE ai_usage_log "
+        f"ADD CONSTRAINT key FOREIGN KEY (user_id) REFERENCES accounts_user (id) {deferrable}"
+    )
+    pid = backend_pid(connection)
+    with in_background() as submit, host.engine.connect() as session:
+        session.execute(text("SELECT * FROM accounts_user FOR UPDATE"))
+        charging = submit(charge_tokens, connection, hold, 300)
+        wait_for_lock(host, pid)
+        session.execute(text("SET LOCAL lock_timeout = '100ms'"))
+        session.execute(text("UPDATE billing_subscription SET tokens_remaining = tokens_remaining - 1"))
+        session.commit()
+        assert charging.result().recorded
+    assert host.counter(user) == 9_699
+    assert_true(host)
+
+
+@pytest.mark.parametrize(
+    "answer", [{"text": "a\x00b"}, {"text": "half an emoji \ud83d"}, {"score": float("nan")}, {"text": "\\u0000"}]
+)
+def test_an_answer_that_postgresql_cant_keep_never_costs_the_charge(
+    host: Host, connection: Connection, user: int, hold: Hold, answer: dict[str, Any]
+) -> None:
+    charge_tokens(connection, hold, 300, answer=answer, metadata=answer)
+    assert host.used(user) == 300
+    assert find_answer(connection, hold, "1") in (None, answer)
+
+
+@pytest.mark.parametrize(
+    ("figures", "logged"),
+    [
+        ({"model_name": "a\x00b\ud83d"}, ("ab?", 300)),
+        ({"total_tokens": 2**31}, ("test-model", 2**31 - 1)),
+        ({"total_tokens": 2**70, "prompt_tokens": 2**70}, ("test-model", 2**31 - 1)),
+        ({"total_tokens": -5, "completion_tokens": -5, "response_time_ms": -1}, ("test-model", 0)),
+    ],
+)
+def test_figures_that_the_log_cant_hold_are_recorded_at_its_limits(
+    host: Host, connection: Connection, hold: Hold, figures: dict[str, Any], logged: tuple[str, int]
+) -> None:
+    record_charge(connection, hold, call_key="1", usage=usage_of(300, **figures))
+    assert tuple(host.execute("SELECT model_name, total_tokens FROM ai_usage_log").one()) == logged
+    assert_true(host)
+
+
+def test_a_host_trigger_that_changes_our_row_is_counted_as_it_was_logged(
+    host: Host, connection: Connection, user: int, hold: Hold
+) -> None:
+    host.execute(
+        "CREATE FUNCTION cap() RETURNS trigger LANGUAGE plpgsql AS "
+        "'BEGIN NEW.total_tokens := least(NEW.total_tokens, 50); RETURN NEW; END'; "
+        "CREATE TRIGGER cap BEFORE INSERT ON ai_usage_log FOR EACH ROW EXECUTE FUNCTION cap()"
+    )
+    charge_tokens(connection, hold, 300)
+    assert balance(host, user) == (50, 700)
+    assert_true(host)
+
+
+def test_a_stored_answer_is_found_by_its_call_alone(host: Host, connection: Connection, hold: Hold) -> None:
+    charge_tokens(connection, hold, 1, key="a", answer={"text": "hello % :x ü"})
+    charge_tokens(connection, hold, 1, key="b")
+    assert find_answer(connection, hold, "a") == {"text": "hello % :x ü"}
+    assert find_answer(connection, hold, "b") is None
+    assert find_answer(connection, hold, "c") is None
+    assert find_answer(connection, hold_tokens(connection, host.subscriber(), 1, task="task"), "a") is None

@@ -1,0 +1,116 @@
+import os
+
+import pytest
+from sqlalchemy import text
+
+from billing import db
+from billing.errors import NotInstalledError, ServiceUnavailableError
+from billing.settings import get_settings
+from tests.support.host import Host
+from tests.support.sessions import locked, wait_until
+
+
+def one(statement: str) -> object:
+    with db.connect() as connection:
+        return connection.execute(text(statement)).scalar_one()
+
+
+def test_sessions_are_in_utc_read_committed_and_bounded_in_time(database: str) -> None:
+    assert one("SHOW timezone") == "UTC"
+    assert one("SHOW transaction_isolation") == "read committed"
+    assert one("SHOW statement_timeout") == "30s"
+    assert one("SHOW idle_in_transaction_session_timeout") == "30s"
+    assert one("SHOW application_name") == "trueup"
+
+
+def test_options_of_the_url_are_kept(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRUEUP_DATABASE_URL", f"{database}&options=-csearch_path%3Dapp%20-cwork_mem%3D5MB")
+    get_settings.cache_clear()
+    db.dispose_engine()
+    assert (one("SHOW search_path"), one("SHOW work_mem"), one("SHOW timezone")) == ("app", "5MB", "UTC")
+
+
+def test_on_connect_each_statement_is_its_own_transaction(host: Host) -> None:
+    with db.connect() as connection:
+        connection.execute(text("INSERT INTO accounts_user VALUES (1, 'a', '')"))
+        assert host.value("SELECT count(*) FROM accounts_user") == 1
+
+
+def test_a_transaction_is_committed_at_its_end_and_rolled_back_on_an_error(host: Host) -> None:
+    with pytest.raises(RuntimeError), db.transaction() as connection:
+        connection.execute(text("INSERT INTO accounts_user VALUES (1, 'a', '')"))
+        raise RuntimeError
+    assert host.value("SELECT count(*) FROM accounts_user") == 0
+    with db.transaction() as connection:
+        connection.execute(text("INSERT INTO accounts_user VALUES (1, 'a', '')"))
+        assert host.value("SELECT count(*) FROM accounts_user") == 0
+    assert host.value("SELECT count(*) FROM accounts_user") == 1
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        "SET lock_timeout = '50ms'; SELECT * FROM accounts_user",
+        "SET statement_timeout = '50ms'; SELECT * FROM accounts_user",
+        "SELECT pg_terminate_backend(pg_backend_pid())",
+        "SET default_transaction_read_only = on; CREATE TABLE on_a_standby ()",
+        "DO $$ BEGIN RAISE deadlock_detected; END $$",
+        "DO $$ BEGIN RAISE disk_full; END $$",
+    ],
+)
+def test_what_may_pass_is_reported_as_an_unavailable_service(host: Host, trouble: str) -> None:
+    with (
+        locked(host, "LOCK TABLE accounts_user IN ACCESS EXCLUSIVE MODE"),
+        pytest.raises(ServiceUnavailableError, match="PostgreSQL at .* does not answer"),
+        db.connect() as connection,
+    ):
+        for statement in trouble.split("; ") if "DO" not in trouble else [trouble]:
+            connection.exec_driver_sql(statement)
+
+
+@pytest.mark.parametrize(
+    "statement", ["SELECT * FROM nothing", "SELECT trueup.nothing()", "SELECT nothing FROM trueup.balance"]
+)
+def test_a_name_that_is_not_there_points_to_the_setup(database: str, statement: str) -> None:
+    with pytest.raises(NotInstalledError, match="trueup db init"):
+        one(statement)
+
+
+def test_a_full_pool_says_so(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRUEUP_DATABASE_POOL_SIZE", "1")
+    monkeypatch.setenv("TRUEUP_DATABASE_CONNECT_TIMEOUT_SECONDS", "1")
+    get_settings.cache_clear()
+    db.dispose_engine()
+    with db.connect(), pytest.raises(ServiceUnavailableError, match="TRUEUP_DATABASE_POOL_SIZE"):
+        one("SELECT 1")
+
+
+def test_a_dead_pooled_connection_costs_one_retry_and_a_living_error_none(host: Host) -> None:
+    one("SELECT 1")
+    host.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'trueup'")
+    wait_until(lambda: host.value("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'trueup'") == 0)
+    calls = []
+    with pytest.raises(ServiceUnavailableError):
+        one("SELECT 1")
+    host.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'trueup'")
+    assert db.retrying(lambda c: (calls.append(1), c.execute(text("SELECT 7")).scalar_one())[1]) == 7
+    calls.clear()
+    with pytest.raises(ServiceUnavailableError):
+        db.retrying(lambda c: (calls.append(1), c.exec_driver_sql("DO $$ BEGIN RAISE disk_full; END $$")))
+    assert len(calls) == 1
+
+
+def test_a_forked_child_makes_connections_of_its_own(database: str) -> None:
+    parent = one("SELECT pg_backend_pid()")
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(write, str(one("SELECT pg_backend_pid()")).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as answer:
+        assert int(answer.read()) != parent
+    os.waitpid(child, 0)
+    assert one("SELECT pg_backend_pid()") == parent

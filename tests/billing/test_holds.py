@@ -1,0 +1,254 @@
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.pool import QueuePool
+
+from billing.access import check_access
+from billing.errors import InvalidInputError, TokensDenied
+from billing.holds import Hold, close_hold, expire_holds, list_holds
+from tests.support.books import assert_true
+from tests.support.host import START, Host
+from tests.support.sessions import (
+    backend_pid,
+    in_background,
+    locked_balance,
+    run_at_once,
+    wait_for_lock,
+)
+from tests.support.work import balance, charge_tokens, hold_tokens
+
+NOW = START + timedelta(days=3)
+LATER = NOW + timedelta(hours=1)
+
+
+def statuses(host: Host) -> list[str]:
+    return list(host.execute("SELECT status FROM trueup.hold ORDER BY id").scalars())
+
+
+def test_of_32_gates_at_once_exactly_as_many_are_admitted_as_the_budget_covers(host: Host, database: str) -> None:
+    user = host.subscriber(10_999)
+    host.log(user, 500)
+    engine = create_engine(database, poolclass=QueuePool, pool_size=32, isolation_level="AUTOCOMMIT")
+
+    def gate(number: int) -> str:
+        with engine.connect() as connection:
+            try:
+                hold_tokens(connection, user, 1_000, task=f"t{number}")
+            except TokensDenied as denied:
+                return denied.error_code
+            return "admitted"
+
+    answers = run_at_once([lambda number=number: gate(number) for number in range(32)])
+    engine.dispose()
+    assert (answers.count("admitted"), answers.count("insufficient_tokens")) == (10, 22)
+    assert balance(host, user) == (500, 10_000)
+    assert_true(host)
+
+
+def test_a_gate_that_waited_decides_on_what_was_committed_meanwhile(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    hold_tokens(connection, user, 0)
+    pid = backend_pid(connection)
+    with in_background() as submit:
+        with locked_balance(host, user):
+            waiting = submit(hold_tokens, connection, user, 1_000)
+            wait_for_lock(host, pid)
+            host.log(user, 1)
+        with pytest.raises(TokensDenied) as denied:
+            waiting.result()
+    assert denied.value.payload["consumed_tokens"] == 1
+    assert_true(host)
+
+
+def test_a_gate_that_waited_sees_a_subscription_deactivated_meanwhile(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    hold_tokens(connection, user, 0)
+    pid = backend_pid(connection)
+    with in_background() as submit:
+        with locked_balance(host, user):
+            waiting = submit(hold_tokens, connection, user, 1_000)
+            wait_for_lock(host, pid)
+            host.execute("UPDATE billing_subscription SET is_active = false")
+        with pytest.raises(TokensDenied) as denied:
+            waiting.result()
+    assert denied.value.error_code == "subscription_deactivated"
+
+
+def test_the_first_gates_of_a_user_at_once_make_one_balance(host: Host, database: str) -> None:
+    user = host.subscriber(1_000)
+    host.log(user, 10)
+    engine = create_engine(database, poolclass=QueuePool, pool_size=8, isolation_level="AUTOCOMMIT")
+
+    def gate() -> Hold:
+        with engine.connect() as connection:
+            return hold_tokens(connection, user, 100)
+
+    run_at_once([gate] * 8)
+    engine.dispose()
+    assert balance(host, user) == (10, 800)
+    assert_true(host)
+
+
+def test_a_denied_task_leaves_no_hold(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    with pytest.raises(TokensDenied):
+        hold_tokens(connection, user, 1_001)
+    with pytest.raises(TokensDenied):
+        hold_tokens(connection, host.user(), 1)
+    assert statuses(host) == []
+    assert balance(host, user) == (0, 0)
+
+
+def test_an_estimate_of_zero_is_admitted_and_holds_nothing(host: Host, connection: Connection) -> None:
+    user = host.subscriber(10)
+    assert hold_tokens(connection, user, 0).tokens_left == 0
+    assert_true(host)
+
+
+@pytest.mark.parametrize("estimate", [-1, True, 1.0, "5"])
+def test_a_malformed_estimate_is_refused_before_anything_is_written(
+    host: Host, connection: Connection, estimate: object
+) -> None:
+    user = host.subscriber(10)
+    with pytest.raises(InvalidInputError):
+        hold_tokens(connection, user, estimate)  # type: ignore[arg-type]
+    assert host.value("SELECT count(*) FROM trueup.balance") == 0
+
+
+def test_a_redelivered_task_gets_its_open_hold_back_as_the_next_attempt(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    first = hold_tokens(connection, user, 900, task="t", now=NOW)
+    charge_tokens(connection, first, 300, now=NOW)
+    second = hold_tokens(connection, user, 900, task="t", now=NOW + timedelta(seconds=9))
+    assert (first.attempt, first.reattached, second.attempt, second.reattached) == (1, False, 2, True)
+    assert second.tokens_left == 600
+    assert second.expires_at - first.expires_at == timedelta(seconds=9)
+    assert statuses(host) == ["open"]
+    assert_true(host)
+
+
+def test_a_redelivered_task_keeps_its_hold_when_the_budget_is_spent_by_then(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    hold_tokens(connection, user, 900, task="t")
+    host.log(user, 5_000)
+    host.execute("UPDATE billing_subscription SET is_active = false")
+    assert hold_tokens(connection, user, 900, task="t").reattached
+
+
+def test_a_task_that_comes_back_after_its_hold_ended_passes_the_gate_again(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    close_hold(connection, hold_tokens(connection, user, 900, task="t"))
+    again = hold_tokens(connection, user, 900, task="t")
+    assert (again.attempt, again.reattached) == (2, False)
+    close_hold(connection, again)
+    host.log(user, 200)
+    with pytest.raises(TokensDenied):
+        hold_tokens(connection, user, 900, task="t")
+    assert_true(host)
+
+
+def test_two_users_may_run_tasks_of_the_same_id(host: Host, connection: Connection) -> None:
+    users = [host.subscriber(1_000), host.subscriber(1_000)]
+    assert [hold_tokens(connection, user, 900, task="t").attempt for user in users] == [1, 1]
+    assert_true(host)
+
+
+def test_closing_gives_back_the_rest_once(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    unused, used = hold_tokens(connection, user, 300), hold_tokens(connection, user, 400)
+    charge_tokens(connection, used, 150)
+    assert close_hold(connection, unused) == "released"
+    assert close_hold(connection, used) == "settled"
+    assert [close_hold(connection, hold) for hold in (unused, used)] == [None, None]
+    assert balance(host, user) == (150, 0)
+    assert statuses(host) == ["released", "settled"]
+    assert_true(host)
+
+
+def test_an_overtaken_attempt_cant_close(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    first = hold_tokens(connection, user, 300, task="t")
+    second = hold_tokens(connection, user, 300, task="t")
+    assert close_hold(connection, first) is None
+    assert balance(host, user) == (0, 300)
+    assert close_hold(connection, second) == "released"
+
+
+def test_of_many_closings_at_once_one_gives_back(host: Host, connection: Connection, database: str) -> None:
+    user = host.subscriber(1_000)
+    hold = hold_tokens(connection, user, 300)
+    hold_tokens(connection, user, 500)
+    engine = create_engine(database, poolclass=QueuePool, pool_size=8, isolation_level="AUTOCOMMIT")
+
+    def close() -> str | None:
+        with engine.connect() as own:
+            return close_hold(own, hold)
+
+    assert sorted(map(str, run_at_once([close] * 8))) == ["None"] * 7 + ["released"]
+    engine.dispose()
+    assert balance(host, user) == (0, 500)
+
+
+def test_the_next_gate_takes_overdue_holds_back(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    dead = hold_tokens(connection, user, 1_000, lease=60, now=NOW)
+    with pytest.raises(TokensDenied):
+        hold_tokens(connection, user, 1, now=NOW + timedelta(seconds=59))
+    assert check_access(connection, user, 1_000, "Test", now=NOW + timedelta(seconds=60))["has_access"]
+    hold_tokens(connection, user, 1_000, now=NOW + timedelta(seconds=60))
+    assert statuses(host) == ["expired", "open"]
+    assert close_hold(connection, dead) is None
+    assert_true(host)
+
+
+def test_the_sweep_takes_back_what_is_overdue_and_nothing_else(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    charged = hold_tokens(connection, user, 300, lease=60, now=NOW)
+    charge_tokens(connection, charged, 100, now=NOW)
+    hold_tokens(connection, user, 50, lease=60, now=NOW)
+    hold_tokens(connection, user, 7, lease=7_200, now=NOW)
+    assert expire_holds(connection, now=LATER) == (2, 250)
+    assert expire_holds(connection, now=LATER) == (0, 0)
+    assert statuses(host) == ["expired", "expired", "open"]
+    assert balance(host, user) == (100, 7)
+    assert_true(host)
+
+
+def test_the_sweep_passes_over_a_user_whose_balance_is_in_use(host: Host, connection: Connection) -> None:
+    busy, free = host.subscriber(1_000), host.subscriber(1_000)
+    for user in (busy, free):
+        hold_tokens(connection, user, 100, lease=60, now=NOW)
+    connection.execute(text("SET lock_timeout = '100ms'"))
+    with locked_balance(host, busy):
+        assert expire_holds(connection, now=LATER) == (1, 100)
+        assert statuses(host) == ["open", "expired"]
+    assert expire_holds(connection, now=LATER) == (1, 100)
+    assert_true(host)
+
+
+def test_the_sweep_takes_a_bounded_number_the_longest_overdue_first(host: Host, connection: Connection) -> None:
+    users = [host.subscriber(1_000) for _ in range(3)]
+    for wait, user in zip((30, 10, 20), users, strict=True):
+        hold_tokens(connection, user, 100, lease=wait, now=NOW)
+    assert expire_holds(connection, limit=1, now=LATER) == (1, 100)
+    assert statuses(host) == ["open", "expired", "open"]
+    assert expire_holds(connection, limit=2, now=LATER) == (2, 200)
+
+
+def test_open_holds_are_listed_newest_first_and_ended_ones_on_demand(host: Host, connection: Connection) -> None:
+    user, other = host.subscriber(1_000), host.subscriber(1_000)
+    first = hold_tokens(connection, user, 100, now=NOW)
+    second = hold_tokens(connection, other, 200, now=NOW)
+    charge_tokens(connection, second, 30, now=NOW)
+    close_hold(connection, first, now=NOW)
+    (row,) = list_holds(connection)
+    assert (row.user_id, row.tokens_reserved, row.tokens_charged, row.tokens_left) == (other, 200, 30, 170)
+    assert row.closed_at is None
+    every = list_holds(connection, every_status=True)
+    assert [(row.user_id, row.status, row.tokens_left) for row in every] == [
+        (other, "open", 170),
+        (user, "released", 0),
+    ]
+    assert [row.user_id for row in list_holds(connection, user_id=user, every_status=True)] == [user]
+    assert len(list_holds(connection, every_status=True, limit=1)) == 1

