@@ -82,10 +82,10 @@ class ProductInfo(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
     name: Annotated[Text, Field(min_length=1, max_length=300)]
-    price: Text | None = None
-    currency: Text | None = None
-    description: Text | None = None
-    url: Text | None = None
+    price: Text | None = Field(default=None, max_length=100)
+    currency: Text | None = Field(default=None, max_length=20)
+    description: Text | None = Field(default=None, max_length=5000)
+    url: Text | None = Field(default=None, max_length=500)
 
 
 class ActionConfig(BaseModel):

@@ -110,14 +110,14 @@ def _ask(model: Model, event: CommentEvent, config: ActionConfig, counter: Token
     messages = _prompt(event, config, counter)
     answer_tokens = estimated_tokens(counter) - count_prompt_tokens(messages, counter)
     completion = model.complete(messages, max_completion_tokens=max(1, answer_tokens))
-    text = completion.text.strip()
+    warnings = ["The model's message was cut off at its token limit."] if completion.truncated else []
+    text = _without_foreign_links(completion.text, config, warnings).strip()
     if not text:
         raise AnswerFormatError(
             "The model wrote no message, so none was sent. Its tokens are charged. "
             "Try another model (TRUEUP_MODEL_NAME)."
         )
-    warnings = ["The model's message was cut off at its token limit."] if completion.truncated else []
-    return _fitted(_without_foreign_links(text, config, warnings), warnings)
+    return _fitted(text, warnings)
 
 
 def _prompt(event: CommentEvent, config: ActionConfig, counter: TokenCounter) -> Sequence[Message]:

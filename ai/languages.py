@@ -14,7 +14,7 @@ FUNCTION_WORDS: dict[str, frozenset[str]] = {
         "must no not of on one or our per so such than that the their them then there these they this to up was we "
         "were what when where which while who will with within without would you your",
         "tr": "ama ancak bir bu çok da daha de değil en gibi göre her hem hangi için ile ise kadar ki mı mi mu mü ne "
-        "nasıl o olan olarak olur sizin siz sonra şu tarafından tüm üzere var ve veya ya yok iki üç",
+        "nasıl o olan önce olarak olur sizin siz sonra şu tarafından tüm üzere var ve veya ya yok iki üç",
         "fa": "از است اگر اما آن آنها این با باید بر برای بود بودن به بی پس پیش تا تر چه خود دارد دارند در را روی شد "
         "شده شما شود که کرد کردن کنید کنیم کند گر ما می نمی نیز نیست هر هم همه همین هیچ و ولی یا یک است",
         "ar": "إذا إلى إن أن أو أي التي الذي الذين أنت بعد بعض بل بين تلك تم ثم حتى حيث ذلك عبر عن على عند غير في قبل "

@@ -95,15 +95,7 @@ def generate_qa(
             f"{plan.passages_left_out} parts of the text were not read: it is long for {max_pairs} pairs. "
             "Ask for more pairs, or send it in parts."
         )
-    return QaResult(
-        pairs=tuple(work.pairs[:max_pairs]),
-        requested_pairs=max_pairs,
-        language=_main_language(work.pairs, text),
-        complete=work.done == len(plan.chunks),
-        chunks_planned=len(plan.chunks),
-        chunks_done=work.done,
-        warnings=tuple(work.warnings),
-    )
+    return work.result(text, max_pairs, planned=len(plan.chunks))
 
 
 @dataclass(kw_only=True)
@@ -134,6 +126,17 @@ class _Work:
         self.warnings.append(
             f"The tokens held ended after {self.done} of {planned} parts of the text. "
             "What was made until then is here; top up and run it again for the rest."
+        )
+
+    def result(self, text: str, max_pairs: int, *, planned: int) -> QaResult:
+        return QaResult(
+            pairs=tuple(self.pairs[:max_pairs]),
+            requested_pairs=max_pairs,
+            language=_main_language(self.pairs, text),
+            complete=self.done == planned,
+            chunks_planned=planned,
+            chunks_done=self.done,
+            warnings=tuple(self.warnings),
         )
 
 

@@ -24,7 +24,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from billing.mapping import HostMapping, quote_table
+from billing.mapping import HostMapping, UsageLogTable, quote_table
 from billing.schema import user_id_column_type
 
 
@@ -69,9 +69,66 @@ def missing_host_tables(connection: Connection, mapping: HostMapping) -> list[st
     return list(found.scalars())
 
 
+def missing_host_columns(connection: Connection, mapping: HostMapping) -> list[str]:
+    """Return the mapped columns, of those that trueup uses, that their tables do not have, as TABLE.COLUMN."""
+    plan_columns = {"id", "tokens_included"}
+    nouns = (
+        (mapping.token_plan, plan_columns),
+        (mapping.full_plan, plan_columns),
+        (mapping.subscription, None),
+        (mapping.usage_log, set(UsageLogTable.model_fields) - {"error_message"}),
+    )
+    wanted = [
+        (noun.table, column)
+        for noun, used in nouns
+        for field, column in noun.model_dump(exclude={"table"}).items()
+        if used is None or field in used
+    ]
+    found = connection.execute(
+        text(
+            """
+            SELECT name || '.' || wanted
+            FROM unnest(CAST(:names AS text[]), CAST(:quoted AS text[]), CAST(:columns AS text[]))
+                WITH ORDINALITY AS t (name, quoted, wanted, place)
+            WHERE NOT EXISTS (SELECT FROM pg_attribute a
+                              WHERE a.attrelid = to_regclass(quoted) AND a.attname = wanted AND a.attnum > 0)
+            ORDER BY place
+            """
+        ),
+        {
+            "names": [table for table, _ in wanted],
+            "quoted": [quote_table(table) for table, _ in wanted],
+            "columns": [column for _, column in wanted],
+        },
+    )
+    return list(found.scalars())
+
+
+def demanded_log_columns(connection: Connection, mapping: HostMapping) -> list[str]:
+    """Return the log's columns that each row must fill and that trueup, knowing nothing of them, could not."""
+    log = mapping.usage_log
+    found = connection.execute(
+        text(
+            """
+            SELECT attname FROM pg_attribute
+            WHERE attrelid = to_regclass(:quoted) AND attnum > 0 AND NOT attisdropped
+              AND attnotnull AND NOT atthasdef AND attidentity = '' AND attname <> ALL (CAST(:known AS text[]))
+            ORDER BY attnum
+            """
+        ),
+        {"quoted": quote_table(log.table), "known": list(log.model_dump(exclude={"table", "error_message"}).values())},
+    )
+    return [f"{log.table}.{column}" for column in found.scalars()]
+
+
 def _table(metadata: MetaData, name: str, *columns: Any) -> Table:
     schema, _, table = name.rpartition(".")
     return Table(table, metadata, *columns, schema=schema or None)
+
+
+def _foreign_key(table: Table, key: str) -> ForeignKey:
+    """Like Django's, which are checked at commit."""
+    return ForeignKey(table.c[key], deferrable=True, initially="DEFERRED")
 
 
 def _plan_table(metadata: MetaData, names: Any, *more: Column[Any]) -> Table:
@@ -92,7 +149,7 @@ def _subscription_table(
     names = mapping.subscription
 
     def plan(column: str, table: Table, key: str) -> Column[Any]:
-        return Column(column, BigInteger, ForeignKey(table.c[key]))
+        return Column(column, BigInteger, _foreign_key(table, key))
 
     _table(
         metadata,
@@ -101,7 +158,7 @@ def _subscription_table(
         Column(
             names.user_id,
             user_id_column_type(mapping.user_id_type),
-            ForeignKey(user.c[mapping.user.id]),
+            _foreign_key(user, mapping.user.id),
             nullable=False,
             unique=True,
         ),
@@ -129,7 +186,7 @@ def _usage_log_table(metadata: MetaData, mapping: HostMapping, user: Table) -> N
         Column(
             names.user_id,
             user_id_column_type(mapping.user_id_type),
-            ForeignKey(user.c[mapping.user.id]),
+            _foreign_key(user, mapping.user.id),
             nullable=False,
         ),
         Column(names.section, String(50), nullable=False),

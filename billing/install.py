@@ -8,9 +8,15 @@ from alembic.config import Config
 from sqlalchemy import Connection, text
 
 from billing.errors import NotInstalledError
-from billing.host_tables import build_host_metadata, missing_host_tables
-from billing.mapping import HostMapping, render_sql
+from billing.host_tables import (
+    build_host_metadata,
+    demanded_log_columns,
+    missing_host_columns,
+    missing_host_tables,
+)
+from billing.mapping import HostMapping, quote_table, render_sql
 from billing.schema import SCHEMA
+from billing.settings import get_settings
 
 # Any constant will do, as long as nobody else on this database takes the same: "trueup" in ASCII.
 INSTALL_LOCK = 0x747275657570
@@ -35,16 +41,12 @@ def install(connection: Connection, mapping: HostMapping, *, with_host_tables: b
     if with_host_tables:
         build_host_metadata(mapping).create_all(connection)
         done.append("host tables")
-    missing = missing_host_tables(connection, mapping)
-    if missing:
-        raise NotInstalledError(
-            f"The database has no table {', '.join(missing)}. Nothing was changed. Map the host's names under [host] "
-            "in trueup.toml, or create example tables with `trueup db init --with-host-tables`."
-        )
+    _refuse_unfit_host(connection, mapping)
     connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
     _refuse_other_user_ids(connection, mapping)
     command.upgrade(_alembic_config(connection, mapping), "head")
     done.append("tables")
+    connection.execute(_MARK_BALANCES_STALE, _installation_row(mapping) | {"log": quote_table(mapping.usage_log.table)})
     for name in SQL_FILES:
         template = resources.files("billing").joinpath("sql", name).read_text()
         connection.exec_driver_sql(render_sql(template, mapping).replace("%", "%%"))
@@ -54,11 +56,31 @@ def install(connection: Connection, mapping: HostMapping, *, with_host_tables: b
 
 
 def check_installed(connection: Connection) -> None:
-    """Raise `NotInstalledError` unless the database has been set up."""
+    """Raise `NotInstalledError` unless the database has been set up, and for the settings' mapping."""
     found = connection.execute(text("SELECT to_regclass('trueup.installation') IS NOT NULL"))
     if not found.scalar_one():
         raise NotInstalledError("This database has no trueup schema. Run `trueup db init`.")
+    installed = connection.scalar(text("SELECT mapping_fingerprint FROM trueup.installation"))
+    if installed != get_settings().host.fingerprint():
+        raise NotInstalledError(
+            "This database was set up for other table or column names of the host than [host] in the settings now says. "
+            "Set them back, or set the database up for the new ones with `trueup db init`."
+        )
 
+
+# A trigger that was not there has missed rows, and another mapping sees other rows: then no balance can be trusted, and
+# each is rebuilt from the log when next read.
+_MARK_BALANCES_STALE = text(
+    """
+    INSERT INTO trueup.log_truncation (truncated_at)
+    SELECT clock_timestamp()
+    WHERE EXISTS (SELECT FROM trueup.balance)
+      AND (NOT EXISTS (SELECT FROM trueup.installation WHERE mapping_fingerprint = :fingerprint)
+           OR (SELECT count(*) FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
+               WHERE g.tgrelid = to_regclass(:log) AND g.tgenabled IN ('O', 'A')
+                 AND p.pronamespace = to_regnamespace('trueup')) < 4)
+    """
+)
 
 _SAVE_INSTALLATION = text(
     """
@@ -72,6 +94,28 @@ _SAVE_INSTALLATION = text(
 
 def _installation_row(mapping: HostMapping) -> dict[str, str]:
     return {"fingerprint": mapping.fingerprint(), "mapping": mapping.model_dump_json()}
+
+
+def _refuse_unfit_host(connection: Connection, mapping: HostMapping) -> None:
+    """What a charge would stumble over, after its tokens are spent, is refused here."""
+    tables = missing_host_tables(connection, mapping)
+    if tables:
+        raise NotInstalledError(
+            f"The database has no table {', '.join(tables)}. Nothing was changed. Map the host's names under [host] "
+            "in trueup.toml, or create example tables with `trueup db init --with-host-tables`."
+        )
+    columns = missing_host_columns(connection, mapping)
+    if columns:
+        raise NotInstalledError(
+            f"The database has no column {', '.join(columns)}. Nothing was changed. Map the host's names under [host] "
+            "in trueup.toml."
+        )
+    demanded = demanded_log_columns(connection, mapping)
+    if demanded:
+        raise NotInstalledError(
+            f"{', '.join(demanded)} must be given in each row of the usage log, and trueup's rows could not give it. "
+            "Nothing was changed. Give the column a default in the database."
+        )
 
 
 def _refuse_other_user_ids(connection: Connection, mapping: HostMapping) -> None:

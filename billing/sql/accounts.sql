@@ -44,7 +44,7 @@ CREATE OR REPLACE FUNCTION trueup.entitlements(at timestamptz) RETURNS TABLE (
     LEFT JOIN {{full_plan}} fp ON fp.{{full_plan.id}} = s.{{subscription.full_plan_id}}
 $$;
 
--- How often the log was truncated: a balance built before the last time is stale.
+-- How often the log was truncated, or set up anew: a balance built before the last time is stale.
 CREATE OR REPLACE FUNCTION trueup.log_epoch() RETURNS bigint LANGUAGE sql STABLE AS $$
     SELECT coalesce(max(id), 0) FROM trueup.log_truncation
 $$;

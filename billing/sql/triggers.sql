@@ -51,6 +51,19 @@ BEGIN
     RETURN NULL;
 END $$;
 
+-- A log that was mapped before is let go: its rows no longer count.
+DO $$
+DECLARE
+    old record;
+BEGIN
+    FOR old IN
+        SELECT g.tgname, g.tgrelid::regclass AS log FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
+        WHERE p.pronamespace = 'trueup'::regnamespace AND g.tgrelid <> CAST({{literal usage_log}} AS regclass)
+    LOOP
+        EXECUTE format('DROP TRIGGER %I ON %s', old.tgname, old.log);
+    END LOOP;
+END $$;
+
 CREATE OR REPLACE TRIGGER trueup_inserted AFTER INSERT ON {{usage_log}}
     REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION trueup.append_inserted();
 CREATE OR REPLACE TRIGGER trueup_updated AFTER UPDATE ON {{usage_log}}

@@ -234,7 +234,15 @@ def test_a_link_that_the_shop_did_not_give_is_taken_out() -> None:
     assert "did not give" in built.warnings[0]
 
 
-@pytest.mark.parametrize("answer", ["", "  \n"])
+def test_a_comment_without_words_is_answered_within_the_estimate() -> None:
+    config = _about_products(product_context="Free delivery. " * 1000)
+    model = ScriptedModel("Hello!")
+    build_message(model, event=_event(""), config=config)
+    assert model.caps[0] is not None
+    assert model.caps[0] >= 350
+
+
+@pytest.mark.parametrize("answer", ["", "  \n", "https://evil.example/"])
 def test_a_model_that_writes_nothing_is_an_error_and_sends_nothing(
     httpserver: HTTPServer, graph: GraphClient, answer: str
 ) -> None:

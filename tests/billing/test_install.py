@@ -119,9 +119,7 @@ def test_missing_host_tables_are_named_and_nothing_is_changed(engine: Engine) ->
         ("subscription", SubscriptionTable(tokens_remaining="left")),
     ],
 )
-def test_a_missing_column_is_found_at_the_setup_and_not_at_the_first_charge(
-    host: Host, noun: str, column: Any
-) -> None:
+def test_a_missing_column_is_found_at_the_setup_and_not_at_the_first_charge(host: Host, noun: str, column: Any) -> None:
     (name,) = (value for value in column.model_dump().values() if value in ("latency", "meta", "left"))
     with pytest.raises(NotInstalledError, match=rf"{column.table}\.{name}"):
         set_up(host.engine, HostMapping(**{noun: column}), with_host_tables=False)

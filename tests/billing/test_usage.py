@@ -27,7 +27,7 @@ def test_a_task_id_that_the_host_wrote_itself_is_not_taken_for_ours(host: Host, 
     user = host.subscriber()
     charge_tokens(connection, hold_tokens(connection, user, task="t"), 300, metadata={"task_id": "t"})
     row = host.log(user, 5)
-    host.execute("UPDATE ai_usage_log SET metadata = '{\"task_id\": \"t\"}' WHERE id = :id", id=row)
+    host.execute('UPDATE ai_usage_log SET metadata = \'{"task_id": "t"}\' WHERE id = :id', id=row)
     assert {(row.total_tokens, row.task_id) for row in list_usage(connection, HostMapping(), user)} == {
         (300, "t"),
         (5, None),
