@@ -66,7 +66,10 @@ def _use_only(home: Path, graph: GraphServer) -> None:
     """Forget the user's own settings, in this process and those it starts."""
     for variable in [name for name in os.environ if name.startswith(PREFIX)]:
         del os.environ[variable]
-    os.environ["TRUEUP_CONFIG"] = str(home / "none.toml")
+    # An empty file, for a trueup.toml in the current folder would be read otherwise.
+    config = home / "trueup.toml"
+    config.write_text("")
+    os.environ["TRUEUP_CONFIG"] = str(config)
     os.environ["TRUEUP_HOME"] = str(home)
     os.environ["TRUEUP_INSTAGRAM_GRAPH_URL"] = graph.url
     os.environ["TRUEUP_INSTAGRAM_ACCESS_TOKEN"] = "demo-only"
