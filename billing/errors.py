@@ -84,21 +84,27 @@ class HoldExhaustedError(HoldError):
 class ProviderError(TrueupError):
     """The model provider failed, or answered with something unusable.
 
-    `retryable` says whether the same request may succeed later.
+    `retryable` says whether the same request may succeed later. `outcome_unknown` says whether it may have been served
+    and billed although no usage is known: no answer in time, a broken connection, a success that is no completion.
+    It is False when the request never left, and when an error status came back: providers bill nothing for 4xx and
+    5xx answers, which is taken for granted here.
     """
 
-    def __init__(self, message: str, *, retryable: bool = False) -> None:
+    def __init__(self, message: str, *, retryable: bool = False, outcome_unknown: bool = False) -> None:
         self.message = message
         self.retryable = retryable
+        self.outcome_unknown = outcome_unknown
         super().__init__(message)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _provider_error, (type(self), self.message, self.retryable)
+        return _provider_error, (type(self), self.message, self.retryable, self.outcome_unknown)
 
 
 class AnswerFormatError(ProviderError):
     """The model's answer is not in the shape that was asked for. Its tokens are charged all the same."""
 
 
-def _provider_error(kind: type[ProviderError], message: str, retryable: bool) -> ProviderError:
-    return kind(message, retryable=retryable)
+def _provider_error(
+    kind: type[ProviderError], message: str, retryable: bool, outcome_unknown: bool = False
+) -> ProviderError:
+    return kind(message, retryable=retryable, outcome_unknown=outcome_unknown)

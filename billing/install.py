@@ -63,8 +63,8 @@ def check_installed(connection: Connection) -> None:
     installed = connection.scalar(text("SELECT mapping_fingerprint FROM trueup.installation"))
     if installed != get_settings().host.fingerprint():
         raise NotInstalledError(
-            "This database was set up for other table or column names of the host than [host] in the settings now says. "
-            "Set them back, or set the database up for the new ones with `trueup db init`."
+            "This database was set up for other table or column names of the host than [host] in the settings now "
+            "says. Set them back, or set the database up for the new ones with `trueup db init`."
         )
 
 

@@ -9,6 +9,7 @@ import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
+from sqlalchemy import TextClause, text
 
 UserIdType = Literal["bigint", "uuid", "text"]
 LogIdType = Literal["uuid", "text"]
@@ -133,8 +134,19 @@ def render_sql(template: str, mapping: HostMapping) -> str:
 
     Raises KeyError on an unknown name.
     """
-    names = mapping.sql_names()
+    return _render(template, mapping.sql_names())
 
+
+def render_statement(template: str, mapping: HostMapping) -> TextClause:
+    """Render an SQL template as a statement with `:parameters`; a colon in a name of the host's begins none.
+
+    Raises KeyError on an unknown name.
+    """
+    names = {key: name.replace(":", "\\:") for key, name in mapping.sql_names().items()}
+    return text(_render(template, names))
+
+
+def _render(template: str, names: dict[str, str]) -> str:
     def replacement(match: re.Match[str]) -> str:
         name = names[match[2]]
         return "'" + name.replace("'", "''") + "'" if match[1] else name

@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from billing import db
 from billing.causes import Policy, Verdict, judge
 from billing.drifts import Drift, find_drifts
-from billing.mapping import HostMapping, render_sql
+from billing.mapping import HostMapping, render_statement
 from billing.reconcile_runs import Finding, RunSummary, finish_run, only_run, save_run, start_run
 from billing.users import UserId
 
@@ -87,10 +87,9 @@ def _batches(
     connection: Connection, mapping: HostMapping, only_user: UserId | None, size: int
 ) -> Iterator[list[UserId]]:
     """Yield the subscribed users' ids in order of id, by keyset: each batch is one index range."""
-    user = mapping.sql_names()["subscription.user_id"]
-    query = render_sql(f"SELECT {user} FROM {{{{subscription}}}} WHERE {user} ", mapping)
+    query = "SELECT {{subscription.user_id}} FROM {{subscription}} WHERE {{subscription.user_id}} "
     if only_user is not None:
-        found = connection.scalars(text(query + "= :user"), {"user": only_user}).all()
+        found = connection.scalars(render_statement(query + "= :user", mapping), {"user": only_user}).all()
         connection.rollback()
         if found:
             yield list(found)
@@ -98,7 +97,8 @@ def _batches(
     after: UserId | None = None
     while True:
         condition = "IS NOT NULL" if after is None else "> :after"
-        statement = text(f"{query} {condition} ORDER BY {user} LIMIT :size")
+        order = " ORDER BY {{subscription.user_id}} LIMIT :size"
+        statement = render_statement(query + condition + order, mapping)
         values: dict[str, Any] = {"size": size} | ({} if after is None else {"after": after})
         batch = list(connection.scalars(statement, values))
         connection.rollback()
@@ -111,7 +111,7 @@ def _batches(
 def _count(connection: Connection, mapping: HostMapping, only_user: UserId | None) -> int:
     if only_user is not None:
         return 1
-    counted = connection.scalar(text(render_sql("SELECT count(*) FROM {{subscription}}", mapping)))
+    counted = connection.scalar(render_statement("SELECT count(*) FROM {{subscription}}", mapping))
     connection.rollback()
     return counted or 0
 

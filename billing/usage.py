@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection
 
-from billing.mapping import HostMapping, render_sql
+from billing.mapping import HostMapping, render_statement
 from billing.users import UserId
 
 # The log's own vocabulary of features, from the specification of the host's schema.
@@ -64,6 +64,5 @@ _LIST = """
 
 def list_usage(connection: Connection, mapping: HostMapping, user_id: UserId, *, limit: int = 50) -> list[UsageRow]:
     """Return the user's newest log rows, newest first, whatever their window."""
-    statement = text(render_sql(_LIST, mapping))
-    rows = connection.execute(statement, {"user_id": user_id, "limit": limit})
+    rows = connection.execute(render_statement(_LIST, mapping), {"user_id": user_id, "limit": limit})
     return [UsageRow(**row) for row in rows.mappings()]

@@ -54,9 +54,9 @@ BEGIN
         -- Lower the legacy counter too, so that our own usage never drifts. A host that has the row locked is not
         -- waited for: the next reconcile sets the counter right. Like the host's, the counter stops at zero.
         UPDATE {{subscription}} s
-        SET {{subscription.tokens_remaining}} = greatest(s.{{subscription.tokens_remaining}} - p_total, 0)
+        SET {{subscription.tokens_remaining}} = greatest(s.{{subscription.tokens_remaining}} - record_charge.p_total, 0)
         WHERE s.{{subscription.id}} = (
-            SELECT f.{{subscription.id}} FROM {{subscription}} f WHERE f.{{subscription.user_id}} = p_user
+            SELECT f.{{subscription.id}} FROM {{subscription}} f WHERE f.{{subscription.user_id}} = record_charge.p_user
             FOR NO KEY UPDATE SKIP LOCKED)
           AND s.{{subscription.tokens_remaining}} > 0;
     END IF;

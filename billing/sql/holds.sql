@@ -2,6 +2,7 @@
 -- statements of their own: under READ COMMITTED each sees what was committed while it waited for the lock. (One
 -- statement that locks and reads at once would decide on what was true before the wait.)
 -- `at`: the injected clock; NULL means the database's, which all workers share.
+-- Where a host table is in scope, parameters are named in full: the host may have a column of any name.
 
 -- Lock the user's balance, and bring it up to date: fold the deltas, or rebuild it from the log if the window
 -- moved or the log was truncated; take back overdue holds. The caller stores window_start, log_epoch, consumed, held.
@@ -18,7 +19,7 @@ DECLARE
     v_overdue bigint;
 BEGIN
     SELECT * INTO b FROM trueup.balance WHERE user_id = p_user FOR UPDATE;
-    IF NOT FOUND AND EXISTS (SELECT FROM {{subscription}} s WHERE s.{{subscription.user_id}} = p_user) THEN
+    IF NOT FOUND AND EXISTS (SELECT FROM {{subscription}} s WHERE s.{{subscription.user_id}} = lock_account.p_user) THEN
         -- A balance of no window and no epoch: stale by construction, so it is built from the log below.
         INSERT INTO trueup.balance (user_id, window_start, log_epoch)
         VALUES (p_user, 'infinity', -1) ON CONFLICT DO NOTHING;
@@ -35,7 +36,7 @@ BEGIN
         WITH cleared AS (DELETE FROM trueup.usage_delta WHERE user_id = p_user)
         SELECT coalesce(sum(l.{{usage_log.total_tokens}}), 0) INTO v_consumed
         FROM {{usage_log}} l
-        WHERE l.{{usage_log.user_id}} = p_user AND l.{{usage_log.success}}
+        WHERE l.{{usage_log.user_id}} = lock_account.p_user AND l.{{usage_log.success}}
           AND l.{{usage_log.created_at}} >= e.window_start;
         b.window_start := e.window_start;
         b.log_epoch := e.log_epoch;

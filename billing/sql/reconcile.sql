@@ -11,7 +11,7 @@ BEGIN
         SELECT s.{{subscription.user_id}}
         FROM {{subscription}} s
         LEFT JOIN trueup.balance b ON b.user_id = s.{{subscription.user_id}}
-        WHERE s.{{subscription.user_id}} = ANY (p_users)
+        WHERE s.{{subscription.user_id}} = ANY (refresh_balances.p_users)
           AND (b.user_id IS NULL
                OR b.window_start <> coalesce(s.{{subscription.start_date}}, '-infinity'::timestamptz)
                OR b.log_epoch <> (SELECT trueup.log_epoch())

@@ -1,6 +1,6 @@
 """Are the books true? Checks of the invariants, for any test to call at any commit."""
 
-from billing.mapping import HostMapping, render_sql
+from billing.mapping import HostMapping, render_statement
 from tests.support.host import Host
 
 # One statement, one snapshot. A balance that says itself that it is stale (an older epoch) is not held to its figures.
@@ -45,7 +45,7 @@ def assert_true(host: Host, mapping: HostMapping | None = None) -> None:
         ("I1, reads", _UNTRUE_READS),
         ("I4", _UNTRUE_HOLDS),
     ):
-        wrong = host.execute(render_sql(statement, mapping)).mappings().all()
+        wrong = host.connection.execute(render_statement(statement, mapping)).mappings().all()
         assert not wrong, f"{name}: {[dict(row) for row in wrong]}"
 
 

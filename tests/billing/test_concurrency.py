@@ -1,0 +1,177 @@
+"""Everybody at once on the same few users: nobody fails, nobody deadlocks, and every sum is exact at the end."""
+
+import random
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy.pool import NullPool
+
+from billing.accounts import read_account
+from billing.errors import TokensDenied
+from billing.holds import close_hold, expire_holds
+from billing.mapping import HostMapping
+from billing.reconcile import reconcile
+from billing.reconcile_runs import RunInProgressError
+from tests.support.books import assert_true
+from tests.support.host import START, Host
+from tests.support.sessions import run_at_once
+from tests.support.work import charge_tokens, hold_tokens
+
+WRITERS = 8
+ROUNDS = 25
+BATCH = 30
+
+
+@pytest.fixture
+def engine(database: str) -> Iterator[Engine]:
+    engine = create_engine(database, poolclass=NullPool)
+    yield engine
+    engine.dispose()
+
+
+def host_writer(engine: Engine, users: list[int], seed: int) -> Callable[[], None]:
+    """A host: batches over many users in random order, updates, deletes and counters, each in transactions."""
+    dice = random.Random(seed)  # noqa: S311 - it makes a load, and guards nothing
+    insert = text(
+        "INSERT INTO ai_usage_log (id, user_id, section, total_tokens, success, created_at) "
+        "SELECT gen_random_uuid(), u, 'chat', (random() * 100)::int, random() < 0.9, "
+        "CAST(:start AS timestamptz) + (random() - 0.3) * interval '2 days' "
+        "FROM unnest(CAST(:users AS bigint[])) u RETURNING id"
+    )
+
+    def write() -> None:
+        with engine.connect() as session:
+            session.execute(text("SET lock_timeout = '5s'; SET deadlock_timeout = '10ms'"))
+            session.commit()
+            for _ in range(ROUNDS):
+                some = dice.choices(users, k=BATCH)
+                own = list(session.execute(insert, {"users": some, "start": START}).scalars())
+                # Only rows of its own: two hosts must not deadlock with each other.
+                session.execute(
+                    text(
+                        "UPDATE ai_usage_log SET total_tokens = total_tokens * 2, success = NOT success, "
+                        "user_id = :user, created_at = created_at + interval '1 day' WHERE id = ANY (:ids)"
+                    ),
+                    {"ids": own[::3], "user": dice.choice(users)},
+                )
+                session.execute(text("DELETE FROM ai_usage_log WHERE id = ANY (:ids)"), {"ids": own[::4]})
+                session.commit() if dice.random() < 0.9 else session.rollback()
+                # As Django's select_for_update: the user first, then the counter.
+                user = dice.choice(users)
+                session.execute(text("SELECT 1 FROM accounts_user WHERE id = :user FOR UPDATE"), {"user": user})
+                session.execute(
+                    text(
+                        "UPDATE billing_subscription SET tokens_remaining = greatest(tokens_remaining - 50, 0) "
+                        "WHERE user_id = :user"
+                    ),
+                    {"user": user},
+                )
+                session.commit()
+
+    return write
+
+
+def metered_worker(engine: Engine, users: list[int], seed: int) -> Callable[[], None]:
+    """A worker: hold, charge in random order and more than once, close."""
+    dice = random.Random(seed)  # noqa: S311 - it makes a load, and guards nothing
+
+    def work() -> None:
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            for number in range(2 * ROUNDS):
+                try:
+                    hold = hold_tokens(connection, dice.choice(users), 100, task=f"{seed}-{number}")
+                except TokensDenied:
+                    continue
+                for key in dice.choices("ab", k=2):
+                    charge_tokens(connection, hold, dice.randint(1, 120), key=key)
+                if dice.random() < 0.8:
+                    close_hold(connection, hold)
+
+    return work
+
+
+def upkeep(engine: Engine, users: list[int]) -> Callable[[], None]:
+    """Reconcile runs, sweeps that expire living holds, and moved windows."""
+    dice = random.Random(0)  # noqa: S311 - it makes a load, and guards nothing
+
+    def work() -> None:
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            for number in range(ROUNDS):
+                connection.execute(
+                    text("UPDATE billing_subscription SET start_date = :start WHERE user_id = :user"),
+                    {"start": START + timedelta(hours=dice.randint(-12, 24)), "user": dice.choice(users)},
+                )
+                expire_holds(connection, now=START + timedelta(days=36_500) if number % 5 == 0 else None)
+                reconcile(engine, HostMapping(), batch_size=dice.randint(1, 4))
+
+    return work
+
+
+def test_hosts_and_workers_and_upkeep_on_the_same_users_leave_true_books(
+    host: Host, connection: Connection, engine: Engine
+) -> None:
+    users = [host.subscriber(500_000_000) for _ in range(5)]
+    run_at_once(
+        [host_writer(engine, users, seed) for seed in range(WRITERS)]
+        + [metered_worker(engine, users, 100 + seed) for seed in range(3)]
+        + [upkeep(engine, users)]
+    )
+    assert_true(host)
+    for user in users:
+        hold_tokens(connection, user, 0)
+    assert_true(host)
+    reconcile(engine, HostMapping())
+    assert [read_account(connection, user).drift for user in users] == [0] * len(users)
+    assert host.value("SELECT count(*) FROM trueup.drift d WHERE (action = 'corrected') <> (written = expected)") == 0
+    assert host.value("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()") == 0
+
+
+def test_runs_at_once_leave_one_at_work(host: Host, engine: Engine) -> None:
+    for _ in range(20):
+        host.log(host.subscriber(), 300)
+
+    def run() -> bool:
+        try:
+            reconcile(engine, HostMapping(), batch_size=1)
+        except RunInProgressError:
+            return False
+        return True
+
+    assert any(run_at_once([run] * 6))
+    assert host.value("SELECT count(*) FROM trueup.drift WHERE action = 'corrected'") == 20
+    assert host.value("SELECT count(*) FROM trueup.drift") == 20
+
+
+def test_a_window_that_moves_to_and_fro_under_the_hosts_inserts_loses_and_doubles_nothing(
+    host: Host, connection: Connection, engine: Engine
+) -> None:
+    user = host.subscriber(500_000_000)
+
+    def insert() -> None:
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as session:
+            for _ in range(150):
+                session.execute(
+                    text(
+                        "INSERT INTO ai_usage_log (user_id, section, total_tokens, created_at) "
+                        "VALUES (:user, 'chat', 1, :at)"
+                    ),
+                    {"user": user, "at": START + timedelta(hours=1)},
+                )
+
+    def move() -> None:
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as session:
+            for number in range(150):
+                session.execute(
+                    text("UPDATE billing_subscription SET start_date = :start"),
+                    {"start": START + timedelta(hours=number % 3)},
+                )
+                hold_tokens(session, user, 0)
+
+    run_at_once([insert] * 4 + [move] * 2)
+    host.execute("UPDATE billing_subscription SET start_date = :start", start=START)
+    assert read_account(connection, user).consumed == 600
+    hold_tokens(connection, user, 0)
+    assert_true(host)
+    assert host.value("SELECT consumed FROM trueup.balance") == 600
