@@ -5,19 +5,27 @@ body in any other way finds no hold, and can't spend.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from ai.model import Completion, Message, Provider
+from ai.model import Completion, CompletionStream, Message, Provider
 from billing import db
-from billing.charges import MAX_LOG_TOKENS, Charge, Usage, find_answer, record_charge
-from billing.errors import HoldExhaustedError, NoHoldError, ServiceUnavailableError
+from billing.calls import begin_call, end_call, extend_hold
+from billing.charges import Charge, Usage, find_answer, record_charge
+from billing.errors import (
+    HoldExhaustedError,
+    HoldOvertakenError,
+    NoHoldError,
+    ProviderError,
+    ServiceUnavailableError,
+)
 from billing.holds import Hold
 from billing.settings import Settings
 
@@ -25,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 _running: ContextVar["RunningHold | None"] = ContextVar("trueup_running_hold", default=None)
 
-# A charge stands for money spent: while the database is away it is tried again, waiting this long in between.
+# How long a charge waits before each further try.
 CHARGE_RETRY_DELAYS_SECONDS = (0.1, 0.5, 1, 2, 5, 10)
 
 
@@ -35,7 +43,19 @@ class RunningHold:
     def __init__(self, hold: Hold) -> None:
         self.hold = hold
         self.tokens_left = hold.tokens_left
-        self.calls = 0
+        self.is_lost = False  # set when a charge came late: then the hold is not this attempt's any more
+        # Calls are told apart by their order in the task, so that a redelivery finds the same ones.
+        self.ordinals = itertools.count(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """A call that may be made: at most `limit` tokens of answer. `paid`: it was, by an earlier attempt."""
+
+    running: RunningHold
+    key: str
+    limit: int
+    paid: Completion | None = None
 
 
 def running_task_id() -> str | None:
@@ -71,55 +91,117 @@ class MeteredModel:
         """Count of tokens the running task may still spend. Raises `NoHoldError` outside of one."""
         return _running_hold().tokens_left
 
+    def extend(self, tokens: int) -> bool:
+        """Add `tokens` to the running task's hold, if the user's budget allows. Denied, the task goes on as it was.
+
+        Raises `NoHoldError` outside a metered task, `HoldOvertakenError` when another attempt has the hold.
+        """
+        running = _running_hold()
+        with db.connect() as connection:  # not idempotent, so not tried twice
+            reason, running.tokens_left = extend_hold(connection, running.hold, tokens)
+        return reason is None
+
     def complete(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> Completion:
         """Return one completion, charged to the running task's hold.
 
         `max_completion_tokens`: None means as many as the hold still covers.
         Raises `NoHoldError` outside a metered task, `HoldExhaustedError` when the hold does not cover the prompt and
-        one token of answer, `ProviderError` when the provider fails, `ServiceUnavailableError` when the usage could not
-        be written.
+        one token of answer, `HoldOvertakenError` when a later attempt has the hold, `ProviderError` when the provider
+        fails, `ServiceUnavailableError` when the call could not be begun or its usage not be written.
         """
-        running = _running_hold()
-        running.calls += 1
-        call_key = f"{running.calls}:{_fingerprint(self._settings.model_name, messages)}"
-        if running.hold.attempt > 1:
-            paid = db.retrying(lambda connection: find_answer(connection, running.hold, call_key))
-            if paid is not None:
-                return Completion(**paid)
-        limit = self._affordable(running, messages)
-        if max_completion_tokens is not None:
-            limit = min(limit, max_completion_tokens)
-        completion = self._provider.complete(messages, max_completion_tokens=limit)
-        charge = self._charge(running.hold, call_key, completion)
-        running.tokens_left = charge.tokens_left
-        _warn_if_uncovered(running.hold, call_key, charge)
+        call = self._begin(messages, max_completion_tokens)
+        if call.paid is not None:
+            return call.paid
+        with _noted_failure(call):
+            completion = self._provider.complete(messages, max_completion_tokens=call.limit)
+        self._charge(call, completion)
         return completion
 
-    def _affordable(self, running: RunningHold, messages: Sequence[Message]) -> int:
-        """Return how many tokens of answer the hold covers after the prompt."""
+    def stream(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> CompletionStream:
+        """Return one completion in chunks, charged when it ends: also when it breaks, or is closed early.
+
+        `max_completion_tokens` and errors as with `complete`; iterating raises `ProviderError` when the stream breaks,
+        after what had arrived was charged.
+        """
+        call = self._begin(messages, max_completion_tokens)
+        if call.paid is not None:
+            paid = call.paid
+            return CompletionStream([paid.text], lambda: paid)
+        with _noted_failure(call):
+            source = self._provider.stream(messages, max_completion_tokens=call.limit)
+
+        def finish() -> Completion:
+            completion = source.completion()
+            self._charge(call, completion)
+            return completion
+
+        return CompletionStream(source, finish)
+
+    def _begin(self, messages: Sequence[Message], max_completion_tokens: int | None) -> _Call:
+        """Find the call's paid answer, or get leave to make it; from then on it is on record as started."""
+        running = _running_hold()
+        if running.is_lost:
+            raise HoldOvertakenError(running.hold.task_id, running.hold.attempt)
+        key = f"{next(running.ordinals)}:{_fingerprint(self._settings.model_name, messages)}"
+        if running.hold.attempt > 1:
+            found = db.retrying(lambda connection: find_answer(connection, running.hold, key))
+            if found is not None:
+                return _Call(running=running, key=key, limit=0, paid=Completion(**found))
         prompt_tokens = self._provider.count_prompt_tokens(messages)
+        while True:
+            limit = self._affordable(running, prompt_tokens)
+            if max_completion_tokens is not None:
+                limit = min(limit, max_completion_tokens)
+            if self._allowed(running, key, prompt_tokens + limit):
+                return _Call(running=running, key=key, limit=limit)
+
+    def _allowed(self, running: RunningHold, key: str, tokens_bound: int) -> bool:
+        """Ask the database, which decides. If it says no, `running.tokens_left` is now what it has left: less."""
+        settings = self._settings
+        left = db.retrying(
+            lambda connection: begin_call(
+                connection,
+                running.hold,
+                call_key=key,
+                tokens_bound=tokens_bound,
+                lease_seconds=settings.lease_seconds,
+                ttl_seconds=settings.hold_ttl_seconds,
+            )
+        )
+        if left is not None:
+            running.tokens_left = left
+        return left is None
+
+    def _affordable(self, running: RunningHold, prompt_tokens: int) -> int:
+        """Return how many tokens of answer the hold covers after the prompt."""
         limit = running.tokens_left - prompt_tokens
         if limit < 1:
             raise HoldExhaustedError(
                 f"{running.hold.feature_name}: {running.tokens_left} tokens are left of the hold, the prompt alone "
-                f"takes {prompt_tokens}. Nothing was spent on this call. Raise the task's estimate, or send it less text."
+                f"takes {prompt_tokens}. Nothing was spent on this call. Raise the task's estimate, or send less text."
             )
         return limit
 
-    def _charge(self, hold: Hold, call_key: str, completion: Completion) -> Charge:
-        usage = _usage(completion)
+    def _charge(self, call: _Call, completion: Completion) -> None:
+        """Write the usage: it stands for money spent, so while the database is away it is tried again for a while."""
+        hold = call.running.hold
         metadata = {
             "task_id": hold.task_id,
             "feature": hold.feature_name,
-            "call": call_key,
+            "call": call.key,
             "usage_reported": completion.usage_reported,
         }
         answer = self._storable(completion)
         for delay in (*CHARGE_RETRY_DELAYS_SECONDS, None):
             try:
-                return db.retrying(
+                charge = db.retrying(
                     lambda connection: record_charge(
-                        connection, hold, call_key=call_key, usage=usage, metadata=metadata, answer=answer
+                        connection,
+                        hold,
+                        call_key=call.key,
+                        usage=_usage(completion),
+                        metadata=metadata,
+                        answer=answer,
                     )
                 )
             except ServiceUnavailableError:
@@ -128,12 +210,16 @@ class MeteredModel:
                         "usage not recorded: task %s, user %s, call %s, %d tokens",
                         hold.task_id,
                         hold.user_id,
-                        call_key,
-                        usage.total_tokens,
+                        call.key,
+                        completion.total_tokens,
                     )
                     raise
                 time.sleep(delay)
-        raise AssertionError("unreachable: the last try returns or raises")
+            else:
+                call.running.tokens_left = charge.tokens_left
+                call.running.is_lost = charge.late
+                _warn_if_uncovered(hold, call.key, charge)
+                return
 
     def _storable(self, completion: Completion) -> dict[str, Any] | None:
         """Return the answer to keep for a redelivery, or None if the settings or its size forbid."""
@@ -155,6 +241,18 @@ def _running_hold() -> RunningHold:
     return running
 
 
+@contextmanager
+def _noted_failure(call: _Call) -> Iterator[None]:
+    """Note how a call ended that gave no usage. Any other end, such as a kill, leaves its intent as it was: started."""
+    try:
+        yield
+    except ProviderError as error:
+        unknown = error.outcome_unknown
+        with suppress(ServiceUnavailableError):  # then its intent stays, which says no less
+            db.retrying(lambda connection: end_call(connection, call.running.hold, call_key=call.key, unknown=unknown))
+        raise
+
+
 def _fingerprint(model_name: str, messages: Sequence[Message]) -> str:
     """Identify a request: a changed one at the same place in the task is a new call.
 
@@ -166,9 +264,9 @@ def _fingerprint(model_name: str, messages: Sequence[Message]) -> str:
 
 def _usage(completion: Completion) -> Usage:
     return Usage(
-        prompt_tokens=min(completion.prompt_tokens, MAX_LOG_TOKENS),
-        completion_tokens=min(completion.completion_tokens, MAX_LOG_TOKENS),
-        total_tokens=min(completion.total_tokens, MAX_LOG_TOKENS),
+        prompt_tokens=completion.prompt_tokens,
+        completion_tokens=completion.completion_tokens,
+        total_tokens=completion.total_tokens,
         response_time_ms=completion.response_time_ms,
         model_name=completion.model_name,
     )

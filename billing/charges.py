@@ -47,7 +47,7 @@ class Charge:
 
 _RECORD = text(
     """
-    SELECT recorded, late, tokens_over, tokens_left
+    SELECT recorded, bought_twice, late, tokens_over, tokens_left
     FROM trueup.record_charge(:user_id, :task_id, :attempt, :call_key, :log_id, :section,
                               :prompt_tokens, :completion_tokens, :total_tokens, :response_time_ms, :model_name,
                               CAST(:metadata AS jsonb), CAST(:answer AS jsonb), CAST(:now AS timestamptz))
@@ -91,6 +91,11 @@ def record_charge(
     }
     try:
         row = connection.execute(_RECORD, values).one()
+        if row.bought_twice:
+            # Two attempts made the same call, and both were served: both are paid for, so both are recorded.
+            own_key = f"{call_key}~{hold.attempt}"
+            own = values | {"call_key": own_key, "log_id": str(_log_id(hold, own_key)), "answer": None}
+            row = connection.execute(_RECORD, own).one()
     except IntegrityError as error:
         if getattr(error.orig, "sqlstate", None) != _FOREIGN_KEY_VIOLATION:
             raise

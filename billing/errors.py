@@ -81,6 +81,33 @@ class HoldExhaustedError(HoldError):
     """What is left of the hold does not cover the prompt and one token of answer."""
 
 
+class HoldBusyError(HoldError):
+    """Another attempt of this task is at work, so this one is a duplicate. It may ask again in `seconds`."""
+
+    def __init__(self, task_id: str, seconds: float) -> None:
+        self.task_id = task_id
+        self.seconds = seconds
+        super().__init__(task_id, seconds)
+
+    def __str__(self) -> str:
+        return f"another attempt of task {self.task_id} is at work; this one asks again in {self.seconds:.0f} s"
+
+
+class HoldOvertakenError(HoldError):
+    """This attempt's hold has ended, or a later attempt of its task has it. It may not spend any more."""
+
+    def __init__(self, task_id: str, attempt: int) -> None:
+        self.task_id = task_id
+        self.attempt = attempt
+        super().__init__(task_id, attempt)
+
+    def __str__(self) -> str:
+        return (
+            f"attempt {self.attempt} of task {self.task_id} has lost its hold: it took longer than its lease and a "
+            "later attempt goes on, or its time ran out. Nothing more is spent by this one."
+        )
+
+
 class ProviderError(TrueupError):
     """The model provider failed, or answered with something unusable.
 

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, case, select, text
 
 from billing.access import check_estimate, denial_payload, describe_denial
 from billing.accounts import days_between
-from billing.errors import TokensDenied
+from billing.errors import HoldBusyError, TokensDenied
 from billing.schema import own_table
 from billing.settings import get_settings
 from billing.users import UserId
@@ -52,8 +52,9 @@ class HoldRow:
 
 _OPEN = text(
     """
-    SELECT * FROM trueup.open_hold(:user_id, :task_id, :feature_name, :section, :owner, :tokens,
-                                   make_interval(secs => :lease_seconds), CAST(:now AS timestamptz))
+    SELECT * FROM trueup.open_hold(:user_id, :task_id, :retries, :feature_name, :section, :owner, :tokens,
+                                   make_interval(secs => :lease_seconds), make_interval(secs => :ttl_seconds),
+                                   CAST(:now AS timestamptz))
     """
 )
 
@@ -67,30 +68,40 @@ def open_hold(
     section: str,
     estimated_tokens: int,
     owner: str,
-    lease_seconds: int,
+    lease_seconds: float,
+    ttl_seconds: float,
+    retries: int = 0,
     now: datetime | None = None,
 ) -> Hold:
-    """Set `estimated_tokens` aside for a task, in one round trip, or re-attach to the hold its task has open.
+    """Set `estimated_tokens` aside for a task, in one round trip, or give this attempt the hold its task has open.
 
-    The locked balance row is the only gate: two callers can't both take the last tokens. `owner` is for people.
+    The locked balance row is the only gate: two callers can't both take the last tokens. For `lease_seconds` the hold
+    is this attempt's alone; a later one may then take it over, or at once if its `retries` are higher: then this one
+    has ended. After `ttl_seconds` without a sign of life the tokens are given back. A task whose body has returned
+    gets a hold of no tokens, for what it has paid for already. `owner` is for people.
     `now`: None means the database's clock. Idempotent by task id.
-    Raises `TokensDenied` with the specification's payload, `InvalidInputError` for a malformed estimate.
+    Raises `TokensDenied` with the specification's payload, `HoldBusyError` while another attempt has the hold,
+    `InvalidInputError` for a malformed estimate.
     """
     row = connection.execute(
         _OPEN,
         {
             "user_id": user_id,
             "task_id": task_id,
+            "retries": retries,
             "feature_name": feature_name,
             "section": section,
             "owner": owner,
             "tokens": check_estimate(estimated_tokens),
             "lease_seconds": lease_seconds,
+            "ttl_seconds": ttl_seconds,
             "now": now,
         },
     ).one()
     if row.reason is not None:
         raise _denied(row, feature_name, estimated_tokens)
+    if row.busy_until is not None:
+        raise HoldBusyError(task_id, (row.busy_until - row.at).total_seconds())
     return Hold(
         user_id=user_id,
         task_id=task_id,
@@ -103,23 +114,38 @@ def open_hold(
     )
 
 
-_CLOSE = text("SELECT trueup.close_hold(:user_id, :task_id, :attempt, CAST(:now AS timestamptz)) AS status")
+_CLOSE = text("SELECT trueup.close_hold(:user_id, :task_id, :attempt, :completed, CAST(:now AS timestamptz)) AS status")
 
 
-def close_hold(connection: Connection, hold: Hold, *, now: datetime | None = None) -> str | None:
+def close_hold(
+    connection: Connection, hold: Hold, *, completed: bool = False, now: datetime | None = None
+) -> str | None:
     """Give back what the hold has left. Returns "settled", "released", or None when it was not this attempt's to close.
 
-    Idempotent: a hold ends once. `now`: None means the database's clock.
+    `completed`: the task's body has returned, so that a redelivery need not buy anything. Idempotent: a hold ends once.
+    `now`: None means the database's clock.
     """
-    status: str | None = connection.execute(
-        _CLOSE,
-        {
-            "user_id": hold.user_id,
-            "task_id": hold.task_id,
-            "attempt": hold.attempt,
-            "now": now,
-        },
-    ).scalar_one()
+    return _close(connection, hold.user_id, hold.task_id, hold.attempt, completed=completed, now=now)
+
+
+def close_abandoned_hold(
+    connection: Connection, user_id: UserId, task_id: str, *, now: datetime | None = None
+) -> str | None:
+    """Give back what a task's hold has left, for a caller that knows its owner to be dead. Returns as `close_hold`."""
+    return _close(connection, user_id, task_id, None, completed=False, now=now)
+
+
+def _close(
+    connection: Connection,
+    user_id: UserId,
+    task_id: str,
+    attempt: int | None,
+    *,
+    completed: bool,
+    now: datetime | None,
+) -> str | None:
+    values = {"user_id": user_id, "task_id": task_id, "attempt": attempt, "completed": completed, "now": now}
+    status: str | None = connection.execute(_CLOSE, values).scalar_one()
     return status
 
 

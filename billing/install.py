@@ -22,7 +22,7 @@ from billing.settings import get_settings
 INSTALL_LOCK = 0x747275657570
 
 # Functions before triggers; each file may use what those before it define.
-SQL_FILES = ("accounts.sql", "triggers.sql", "holds.sql", "charges.sql", "reconcile.sql")
+SQL_FILES = ("accounts.sql", "triggers.sql", "holds.sql", "calls.sql", "charges.sql", "reconcile.sql")
 
 LOCK_TIMEOUT_SECONDS = 5
 STATEMENT_TIMEOUT_SECONDS = 300
@@ -47,6 +47,7 @@ def install(connection: Connection, mapping: HostMapping, *, with_host_tables: b
     command.upgrade(_alembic_config(connection, mapping), "head")
     done.append("tables")
     connection.execute(_MARK_BALANCES_STALE, _installation_row(mapping) | {"log": quote_table(mapping.usage_log.table)})
+    connection.execute(_DROP_FUNCTIONS)
     for name in SQL_FILES:
         template = resources.files("billing").joinpath("sql", name).read_text()
         connection.exec_driver_sql(render_sql(template, mapping).replace("%", "%%"))
@@ -67,6 +68,23 @@ def check_installed(connection: Connection) -> None:
             "says. Set them back, or set the database up for the new ones with `trueup db init`."
         )
 
+
+# A function whose parameters changed would stay beside its successor. Callers in other transactions keep the old ones
+# until this one commits.
+_DROP_FUNCTIONS = text(
+    """
+    DO $$
+    DECLARE
+        f regprocedure;
+    BEGIN
+        FOR f IN SELECT oid FROM pg_proc
+                 WHERE pronamespace = 'trueup'::regnamespace AND prorettype <> 'trigger'::regtype
+        LOOP
+            EXECUTE 'DROP FUNCTION ' || f;
+        END LOOP;
+    END $$
+    """.replace("::", r"\:\:")
+)
 
 # A trigger that was not there has missed rows, and another mapping sees other rows: then no balance can be trusted, and
 # each is rebuilt from the log when next read.

@@ -147,6 +147,9 @@ def _add_hold_tables(metadata: MetaData, user_id: Any) -> None:
         _moment("opened_at"),
         _moment("expires_at"),
         _moment("closed_at", nullable=True),
+        Column("retries", Integer, nullable=False, server_default=text("0")),
+        _moment("lease_until", server_default=text("'-infinity'")),
+        Column("completed", Boolean, nullable=False, server_default=text("false")),
         PrimaryKeyConstraint("user_id", "task_id", "id", name="hold_pkey"),
         CheckConstraint("status IN ('open', 'settled', 'released', 'expired')", name="hold_status_is_known"),
         # A hold ends exactly once, and then stays ended.
@@ -178,9 +181,39 @@ def _add_hold_tables(metadata: MetaData, user_id: Any) -> None:
         Column("late", Boolean, nullable=False),
         Column("answer", JSONB),
         _moment("charged_at"),
+        Column("hold_id", BigInteger),
         # A provider call is paid for once, whatever is delivered again.
         PrimaryKeyConstraint("user_id", "task_id", "call_key", name="charge_pkey"),
         CheckConstraint("tokens_covered BETWEEN 0 AND tokens_total", name="charge_covered_within_total"),
+        Index("charge_by_time", "charged_at", postgresql_using="brin"),
+    )
+    Table(
+        "call_intent",
+        metadata,
+        user_id(),
+        Column("task_id", Text, nullable=False),
+        Column("call_key", Text, nullable=False),
+        Column("attempt", Integer, nullable=False),
+        _tokens("tokens_bound"),
+        Column("outcome", Text, nullable=False),
+        _moment("started_at"),
+        # Each attempt's call is evidence of its own, also when two attempts make the same one.
+        PrimaryKeyConstraint("user_id", "task_id", "call_key", "attempt", name="call_intent_pkey"),
+        CheckConstraint("outcome IN ('started', 'unknown')", name="call_intent_outcome_is_known"),
+    )
+    Table(
+        "outbox",
+        metadata,
+        user_id(),
+        Column("task_id", Text, nullable=False),
+        Column("effect", Text, nullable=False),
+        Column("status", Text, nullable=False),
+        Column("detail", JSONB, nullable=False, server_default=text("'{}'")),
+        _moment("created_at"),
+        _moment("updated_at"),
+        # A task's side effect is one row, whatever is delivered again.
+        PrimaryKeyConstraint("user_id", "task_id", "effect", name="outbox_pkey"),
+        CheckConstraint("status IN ('sending', 'sent', 'unknown', 'failed')", name="outbox_status_is_known"),
     )
 
 

@@ -29,6 +29,8 @@ from billing.mapping import HostMapping
 PREFIX = "TRUEUP_"
 CONFIG_VARIABLE = "TRUEUP_CONFIG"
 
+LEASE_MARGIN_SECONDS = 30
+
 
 class Settings(BaseSettings):
     """All settings. Times are seconds, sizes are counts; each is `TRUEUP_` plus its name in capitals."""
@@ -51,6 +53,13 @@ class Settings(BaseSettings):
         description="keep providers' answers, so that a redelivered task need not buy them again",
     )
     stored_answer_max_bytes: int = Field(default=65_536, ge=0, le=10_000_000)
+    answer_retention_days: int = Field(default=7, ge=0, description="stored answers are forgotten after this long")
+    keep_hold_seconds: int = Field(
+        default=60, ge=0, le=600, description="a task that retries within this long keeps its hold"
+    )
+    resend_unknown_messages: bool = Field(
+        default=False, description="send a message again whose first sending may or may not have happened"
+    )
     gate_retry_max_seconds: int = Field(
         default=60, ge=1, le=600, description="longest wait between tries while the gate is down"
     )
@@ -123,6 +132,11 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         toml = TomlConfigSettingsSource(settings_cls, toml_file=_config_file())
         return init_settings, env_settings, toml
+
+    @property
+    def lease_seconds(self) -> float:
+        """How long a hold is one attempt's alone without a sign of life: longer than any call of the model takes."""
+        return self.model_timeout_seconds * (self.model_max_retries + 1) + LEASE_MARGIN_SECONDS
 
     @property
     def stack_file(self) -> Path:

@@ -3,7 +3,8 @@
 `metered_task` is the base for AI tasks; a host decorates its own with it.
 """
 
-from tasks.metered import MeteredTask, metered_task
+from tasks.base import MeteredTask
+from tasks.metered import metered_task
 
 # Autodiscovery finds nothing in a package named "tasks", so an app lists these under `include`.
 TASK_MODULES = ("tasks.qa", "tasks.products", "tasks.instagram", "tasks.upkeep")

@@ -1,9 +1,11 @@
 """The default provider: no network, no key, the same answer to the same prompt, made from the prompt's own text."""
 
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
-from ai.model import Completion, Message
+from ai.model import Completion, CompletionStream, Message
 from ai.prompts import Job, job_of
 from ai.providers.offline_messages import direct_message, plain_reply
 from ai.providers.offline_products import product_answer
@@ -17,6 +19,8 @@ _JOBS: dict[str, Callable[[Sequence[Message], Job], str]] = {
     "products": product_answer,
     "dm": direct_message,
 }
+
+_CHUNK = re.compile(r"\s*\S+|\s+")
 
 
 class OfflineProvider:
@@ -47,6 +51,32 @@ class OfflineProvider:
             response_time_ms=round((time.monotonic() - started) * 1000),
             truncated=len(kept) < len(text),
         )
+
+    def stream(self, messages: Sequence[Message], *, max_completion_tokens: int) -> CompletionStream:
+        """Give the answer of `complete` word by word; of a stream closed early, what was given is counted."""
+        whole = self.complete(messages, max_completion_tokens=max_completion_tokens)
+        given: list[str] = []
+
+        def chunks() -> Iterator[str]:
+            for word in _CHUNK.findall(whole.text):
+                given.append(word)
+                yield word
+
+        def finish() -> Completion:
+            text = "".join(given)
+            if text == whole.text:
+                return whole
+            tokens = self._counter.count(text)
+            return replace(
+                whole,
+                text=text,
+                completion_tokens=tokens,
+                total_tokens=whole.prompt_tokens + tokens,
+                truncated=False,
+                usage_reported=False,
+            )
+
+        return CompletionStream(chunks(), finish)
 
 
 def _cut(text: str, tokens: int, counter: TokenCounter) -> str:

@@ -1,37 +1,29 @@
 """Completions from OpenAI, or from any server that speaks its chat completions API."""
 
-import json
 import time
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 import openai
 
 from ai.credentials import header_value
-from ai.model import Completion, Message
-from ai.providers.openai_answers import read_answer
-from ai.texts import cut_at_word, without_lone_surrogates
+from ai.model import Completion, CompletionStream, Message
+from ai.providers.openai_answers import Answer
+from ai.providers.openai_errors import SDK_ERRORS, Failures, PayingClient
+from ai.providers.openai_streams import StreamReader, completion_body
+from ai.texts import without_lone_surrogates
 from ai.tokens import count_prompt_tokens, counter_for
-from billing.errors import ProviderError, SettingsError
+from billing.errors import SettingsError
 from billing.settings import Settings
 
 if TYPE_CHECKING:
+    from openai._legacy_response import LegacyAPIResponse
     from openai.types.chat import ChatCompletionMessageParam
 
 # Named here, so that OPENAI_BASE_URL in the environment can't send the key elsewhere.
 _OPENAI_URL = "https://api.openai.com/v1"
 _NO_KEY = "none"  # local servers ask for no key, the SDK insists on one
-_RETRYABLE_STATUS = frozenset({408, 409, 429})
-_DETAIL_CHARACTERS = 300
-
-_REMEDIES = {
-    400: "Check TRUEUP_MODEL_NAME and TRUEUP_MODEL_MAX_TOKENS_PARAMETER.",
-    401: "Check TRUEUP_OPENAI_API_KEY.",
-    403: "Check that the key of TRUEUP_OPENAI_API_KEY may use this model.",
-    404: "Check TRUEUP_MODEL_NAME and TRUEUP_OPENAI_BASE_URL.",
-    413: "Send a shorter text.",
-    429: "Try again later, or raise the limit with the provider.",
-}
 
 
 class OpenAIProvider:
@@ -45,16 +37,18 @@ class OpenAIProvider:
                 "TRUEUP_OPENAI_API_KEY is not set, so OpenAI would refuse every call. Set it; or set "
                 "TRUEUP_OPENAI_BASE_URL for a server that needs no key; or TRUEUP_MODEL_PROVIDER=offline."
             )
-        self._key = key
-        self._url = settings.openai_base_url or _OPENAI_URL
+        url = settings.openai_base_url or _OPENAI_URL
+        self._failures = Failures(url, key)
         self._model_name = settings.model_name
         self._cap_parameter = settings.model_max_tokens_parameter
         self._counter = counter_for(settings.model_name)
+        self._asks_for_usage = True
         self._client = openai.OpenAI(
             api_key=key or _NO_KEY,
-            base_url=self._url,
+            base_url=url,
             timeout=settings.model_timeout_seconds,
             max_retries=settings.model_max_retries,
+            http_client=PayingClient(limits=openai.DEFAULT_CONNECTION_LIMITS, follow_redirects=True),
         )
 
     def count_prompt_tokens(self, messages: Sequence[Message]) -> int:
@@ -67,97 +61,90 @@ class OpenAIProvider:
         An answer without text still returns its usage, so that it is charged.
         """
         started = time.monotonic()
-        body = self._post(messages, max_completion_tokens)
-        answer = read_answer(body)
-        usage = answer.usage or self._counted(messages, answer.text, max_completion_tokens)
+        try:
+            text = self._post(messages, max_completion_tokens).text
+        except SDK_ERRORS as error:
+            raise self._failures.of(error) from None  # the SDK's text may quote part of the key
+        answer = Answer()
+        answer.add(completion_body(text, self._failures))
+        return self._completion(answer, messages, max_completion_tokens, time.monotonic() - started)
+
+    def stream(self, messages: Sequence[Message], *, max_completion_tokens: int) -> CompletionStream:
+        """Buy one completion of at most `max_completion_tokens` tokens, in chunks; returns once it has begun.
+
+        Usage is the provider's own if it was named at or after the last text, else counted.
+        Raises `ProviderError` when it does not begin, and from iterating when it breaks.
+        """
+        started = time.monotonic()
+        try:
+            events = self._open(messages, max_completion_tokens)
+        except SDK_ERRORS as error:
+            raise self._failures.of(error) from None
+        reader = StreamReader(events, self._failures)
+        chunks = reader.chunks()
+        first = next(chunks)
+
+        def finish() -> Completion:
+            reader.close()
+            seconds = reader.last_arrival - started
+            return self._completion(reader.answer, messages, max_completion_tokens, seconds)
+
+        return CompletionStream(chain((first,), chunks), finish)
+
+    def _open(self, messages: Sequence[Message], cap: int) -> "openai.Stream[object]":
+        """Open a stream that ends with its usage; from a server that does not know the option, one without."""
+        if self._asks_for_usage:
+            try:
+                return self._post(messages, cap, stream=True, usage=True).parse(to=openai.Stream[object])
+            except openai.APIStatusError as error:
+                if not _may_refuse_the_option(error):
+                    raise
+        events = self._post(messages, cap, stream=True).parse(to=openai.Stream[object])
+        pass
+        return events
+
+    def _post(
+        self, messages: Sequence[Message], cap: int, *, stream: bool = False, usage: bool = False
+    ) -> "LegacyAPIResponse[Any]":
+        """Return the raw response: the SDK's types are not validated, and usage that can't be trusted must be seen."""
+        legacy = self._cap_parameter == "max_tokens"
+        return self._client.chat.completions.with_raw_response.create(
+            model=self._model_name,
+            messages=_parameters(messages),
+            max_tokens=cap if legacy else openai.omit,
+            max_completion_tokens=openai.omit if legacy else cap,
+            stream=stream,
+            stream_options={"include_usage": True} if usage else openai.omit,
+        )
+
+    def _completion(self, answer: Answer, messages: Sequence[Message], cap: int, seconds: float) -> Completion:
+        text = answer.text
+        usage = answer.usage or self._counted(messages, text, answer.reasoning, cap)
         return Completion(
-            text=answer.text,
+            text=text,
             prompt_tokens=usage[0],
             completion_tokens=usage[1],
             total_tokens=usage[2],
             model_name=answer.model_name or self._model_name,
-            response_time_ms=round((time.monotonic() - started) * 1000),
+            response_time_ms=round(seconds * 1000),
             truncated=answer.truncated,
             usage_reported=answer.usage is not None,
         )
 
-    def _post(self, messages: Sequence[Message], cap: int) -> dict[str, Any]:
-        legacy = self._cap_parameter == "max_tokens"
-        try:
-            # The raw response: the SDK's types are not validated, and usage that can't be trusted must be seen.
-            response = self._client.chat.completions.with_raw_response.create(
-                model=self._model_name,
-                messages=_parameters(messages),
-                max_tokens=cap if legacy else openai.omit,
-                max_completion_tokens=openai.omit if legacy else cap,
-            )
-            text = response.text
-        except openai.APIStatusError as error:
-            raise self._status_error(error) from None  # the SDK's text may quote part of the key
-        except openai.APITimeoutError:
-            raise ProviderError(
-                f"The model at {self._url} did not answer in time. The call may succeed later; "
-                "raise TRUEUP_MODEL_TIMEOUT_SECONDS if it is often slow.",
-                retryable=True,
-            ) from None
-        except openai.APIConnectionError as error:
-            raise ProviderError(
-                f"The model at {self._url} can't be reached ({self._safe(str(error.__cause__ or error))}). "
-                "Check the network and TRUEUP_OPENAI_BASE_URL.",
-                retryable=True,
-            ) from None
-        except openai.OpenAIError as error:
-            raise ProviderError(f"The model at {self._url} could not be called: {self._safe(str(error))}.") from None
-        return self._object(text)
-
-    def _object(self, text: str) -> dict[str, Any]:
-        """Read the body of a success. No usage can be read from one that is no completion, so none is charged."""
-        try:
-            body = json.loads(text)
-        except (ValueError, RecursionError):
-            body = None
-        if isinstance(body, dict) and ("choices" in body or "usage" in body):
-            return body
-        raise ProviderError(
-            f"The server at {self._url} answered with something that is no chat completion "
-            f"({self._safe(text) or 'an empty body'}). Check TRUEUP_OPENAI_BASE_URL."
-        )
-
-    def _status_error(self, error: openai.APIStatusError) -> ProviderError:
-        status = error.status_code
-        out_of_credit = status == 429 and error.code == "insufficient_quota"
-        retryable = (status in _RETRYABLE_STATUS or status >= 500) and not out_of_credit
-        # A 401 quotes the key, masked more or less: its text is left out altogether.
-        detail = "" if status == 401 else f" ({self._safe(_detail(error))})"
-        remedy = _REMEDIES.get(status, "Try again later." if retryable else "See the provider's documentation.")
-        if out_of_credit:
-            remedy = "The account with the provider has no credit: add some."
-        return ProviderError(
-            f"The model at {self._url} refused the call with HTTP {status}{detail}. {remedy}",
-            retryable=retryable,
-        )
-
-    def _safe(self, text: str) -> str:
-        """Return a short line of somebody else's text, without the key."""
-        line = " ".join(text.split())
-        if self._key:
-            line = line.replace(self._key, "***")
-        return cut_at_word(line, _DETAIL_CHARACTERS)
-
-    def _counted(self, messages: Sequence[Message], text: str, cap: int) -> tuple[int, int, int]:
+    def _counted(self, messages: Sequence[Message], text: str, reasoning: str, cap: int) -> tuple[int, int, int]:
         """Count what the provider did not name. A bound is no more than the cap that the provider was given."""
         prompt = self.count_prompt_tokens(messages)
-        completion = self._counter.count(text)
+        completion = self._counter.count(text) + self._counter.count(reasoning)
         if not self._counter.exact:
             completion = min(completion, cap)
         return prompt, completion, prompt + completion
 
 
-def _detail(error: openai.APIStatusError) -> str:
-    body = error.body
-    if isinstance(body, dict) and isinstance(body.get("message"), str):
-        return str(body["message"])
-    return error.response.text
+def _may_refuse_the_option(error: openai.APIStatusError) -> bool:
+    """Say whether a refusal may be about `stream_options`: it names it, or nothing at all. Refusals cost nothing."""
+    if error.status_code not in (400, 422):
+        return False
+    return "stream_options" in error.response.text or not (error.code or error.param)
 
 
 def _parameters(messages: Sequence[Message]) -> "list[ChatCompletionMessageParam]":

@@ -1,45 +1,88 @@
 """Reading a chat completion's JSON without trusting it: servers that imitate OpenAI differ in every field."""
 
-from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from ai.texts import without_lone_surrogates
-
 _MAX_TOKENS = 2**31 - 1
+_HIGH_SURROGATES = ("\ud800", "\udbff")
 
 Usage = tuple[int, int, int]
 """Prompt, completion and total tokens."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a completion's body says. `usage` None: not named, or not believable. `model_name` None: not named."""
+    """What has arrived of a completion: all of it from one body, or a part from each chunk of a stream."""
 
-    text: str
-    truncated: bool
-    usage: Usage | None
-    model_name: str | None
+    def __init__(self) -> None:
+        self._parts: list[str] = []
+        self._half = ""
+        self.reasoning = ""
+        """Text that is billed as completion, but is no part of the answer."""
+        self.begun = False
+        self.finished = False
+        """The server said that the answer is at its end."""
+        self.truncated = False
+        self.model_name: str | None = None
+        """None: not named."""
+        self.usage: Usage | None = None
+        """None: not named, not believable, or named before the last text arrived."""
+
+    @property
+    def text(self) -> str:
+        return "".join(self._parts)
+
+    def add(self, body: object) -> str:
+        """Take in a body or chunk, and return the text it adds.
+
+        No choice, a refusal or null content adds the empty text, and is never an error. What is no part of a
+        completion at all is passed over.
+        """
+        if not is_completion(body):
+            return ""
+        self.begun = True
+        choice = _first_object(body.get("choices"))
+        self._notice_end(body, choice)
+        message = _object(choice.get("delta")) or _object(choice.get("message"))
+        added = self._joined(_content(message.get("content") if message else choice.get("text")))
+        reasoning = _content(message.get("reasoning_content") or message.get("reasoning"))
+        if added or reasoning:
+            self._parts.append(added)
+            self.reasoning += reasoning
+            self.usage = None
+        self.usage = _usage(body.get("usage"), answered=any(self._parts)) or self.usage
+        return added
+
+    def _notice_end(self, body: dict[str, Any], choice: dict[str, Any]) -> None:
+        reason, model = choice.get("finish_reason"), body.get("model")
+        # A message instead of a delta is the whole answer. Usage without a choice, after a text, is a stream's last
+        # chunk, should its server name no reason to finish.
+        self.finished |= bool(reason) or isinstance(choice.get("message"), dict)
+        self.finished |= not choice and any(self._parts) and _usage(body.get("usage"), answered=True) is not None
+        self.truncated |= reason == "length"
+        if isinstance(model, str) and model:
+            self.model_name = model
+
+    def _joined(self, content: str) -> str:
+        """Return the content with halves of surrogate pairs joined, across chunks too, and lone ones replaced.
+
+        They have no UTF-8 form: PostgreSQL, where answers are kept, refuses them.
+        """
+        content, self._half = self._half + content, ""
+        if not self.finished and content and _HIGH_SURROGATES[0] <= content[-1] <= _HIGH_SURROGATES[1]:
+            content, self._half = content[:-1], content[-1]
+        return content.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def read_answer(body: dict[str, Any]) -> Answer:
-    """Read a completion. No choice, a refusal or null content is an answer with an empty text, never an error."""
-    choice = _first_object(body.get("choices"))
-    message = choice.get("message")
-    content = _content(message.get("content") if isinstance(message, dict) else choice.get("text"))
-    text = without_lone_surrogates(content)  # PostgreSQL, where answers are kept, refuses them
-    model = body.get("model")
-    return Answer(
-        text=text,
-        truncated=choice.get("finish_reason") == "length",
-        usage=_usage(body.get("usage"), answered=bool(text)),
-        model_name=model if isinstance(model, str) and model else None,
-    )
+def is_completion(body: object) -> TypeGuard[dict[str, Any]]:
+    """Say whether it is a completion or a chunk of one, rather than something else in JSON."""
+    return isinstance(body, dict) and ("choices" in body or "usage" in body)
 
 
 def _first_object(choices: object) -> dict[str, Any]:
-    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
-        return choices[0]
-    return {}
+    return _object(choices[0]) if isinstance(choices, list) and choices else {}
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _content(content: object) -> str:

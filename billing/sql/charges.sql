@@ -1,5 +1,6 @@
 -- Record one provider call's real usage: log row, charge row, hold and balance in one transaction. A charge that is
--- there already is left alone (recorded = false): any number of redeliveries pay once.
+-- there already is left alone (recorded = false): any number of redeliveries pay once. `bought_twice`: it is there, but
+-- another attempt bought it; this one lost its lease meanwhile, and has to record its own under another key.
 --
 -- Usage is real even when its hold is gone (expired, or taken over by a later attempt): it is recorded all the same,
 -- and flagged late. tokens_over is what the hold did not cover.
@@ -7,7 +8,7 @@ CREATE OR REPLACE FUNCTION trueup.record_charge(
     p_user {{user_id_type}}, p_task text, p_attempt integer, p_call_key text, p_log_id text, p_section text,
     p_prompt integer, p_completion integer, p_total integer, p_response_ms integer, p_model text,
     p_metadata jsonb, p_answer jsonb, INOUT at timestamptz,
-    OUT recorded boolean, OUT late boolean, OUT tokens_over bigint, OUT tokens_left bigint
+    OUT recorded boolean, OUT bought_twice boolean, OUT late boolean, OUT tokens_over bigint, OUT tokens_left bigint
 ) LANGUAGE plpgsql SET trueup.own_log_id = '' AS $$
 DECLARE
     a record;
@@ -19,9 +20,10 @@ BEGIN
     at := a.at;
     SELECT * INTO h FROM trueup.hold t
     WHERE t.user_id = p_user AND t.task_id = p_task AND t.status = 'open';
-    SELECT c.late, c.tokens_total - c.tokens_covered INTO late, tokens_over
+    SELECT c.late, c.tokens_total - c.tokens_covered, c.attempt <> p_attempt INTO late, tokens_over, bought_twice
     FROM trueup.charge c WHERE c.user_id = p_user AND c.task_id = p_task AND c.call_key = p_call_key;
     recorded := NOT FOUND;
+    bought_twice := coalesce(bought_twice, false);
     IF recorded THEN
         late := h.id IS NULL OR h.attempt <> p_attempt;
         -- A late charge draws on the open hold too, if there is one: both attempts together stay within it.
@@ -42,9 +44,13 @@ BEGIN
         -- a host that has the user's row and then wants the counter's would deadlock with us.
         SET CONSTRAINTS ALL IMMEDIATE;
         INSERT INTO trueup.charge (user_id, task_id, call_key, attempt, log_id, section, model_name,
-                                   tokens_total, tokens_covered, late, answer, charged_at)
+                                   hold_id, tokens_total, tokens_covered, late, answer, charged_at)
         VALUES (p_user, p_task, p_call_key, p_attempt, p_log_id, p_section, p_model,
-                p_total, v_covered, late, p_answer, at);
+                h.id, p_total, v_covered, late, p_answer, at);
+        -- The call is not in flight any more. (Under its first key, if it was bought twice.)
+        DELETE FROM trueup.call_intent c
+        WHERE c.user_id = p_user AND c.task_id = p_task AND c.attempt = p_attempt
+          AND c.call_key = split_part(p_call_key, '~', 1);
         UPDATE trueup.hold t SET tokens_covered = t.tokens_covered + v_covered,
                                  tokens_charged = t.tokens_charged + p_total, calls = t.calls + 1
         WHERE t.user_id = p_user AND t.task_id = p_task AND t.id = h.id
@@ -61,7 +67,8 @@ BEGIN
           AND s.{{subscription.tokens_remaining}} > 0;
     END IF;
     tokens_left := CASE WHEN h.id IS NOT NULL AND h.attempt = p_attempt
-                        THEN h.tokens_reserved - h.tokens_covered ELSE 0 END;
+                        THEN greatest(h.tokens_reserved - h.tokens_covered
+                                      - trueup.in_flight(p_user, p_task, NULL, NULL), 0) ELSE 0 END;
     UPDATE trueup.balance b SET window_start = a.window_start, log_epoch = a.log_epoch,
                                 consumed = a.consumed, held = a.held
     WHERE b.user_id = p_user;

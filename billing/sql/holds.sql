@@ -60,42 +60,64 @@ BEGIN
     held := b.held - v_overdue;
 END $$;
 
--- Reserve tokens for a task, or say why not (`reason`, NULL when admitted). A redelivered task gets its open hold
--- back: same tokens, next attempt, new lease.
+-- What calls of this task that are in flight may cost at most, other than the one named.
+CREATE OR REPLACE FUNCTION trueup.in_flight(
+    p_user {{user_id_type}}, p_task text, p_call_key text, p_attempt integer
+) RETURNS bigint LANGUAGE sql STABLE AS $$
+    SELECT coalesce(sum(c.tokens_bound), 0)::bigint FROM trueup.call_intent c
+    WHERE c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started'
+      AND (c.call_key, c.attempt) IS DISTINCT FROM (p_call_key, p_attempt)
+$$;
+
+-- Reserve tokens for a task, or say why not (`reason`, NULL when admitted).
+--
+-- A task that has a hold open already gets it back, with the next attempt's number, which fences the one before:
+--   * p_retries is higher: the attempt before has ended, for it asked for this retry itself, or its worker saw it die.
+--   * its lease has run out: the attempt before is dead, or too slow. It may still be in a call, so what that call may
+--     cost is kept back.
+--   * otherwise it is at work now: this is a duplicate. `busy_until` says when to ask again, and nothing is changed.
+-- A task whose body has returned gets a hold of no tokens: what it paid for is answered from its charges, and its
+-- result is made again without buying anything.
 CREATE OR REPLACE FUNCTION trueup.open_hold(
-    p_user {{user_id_type}}, p_task text, p_feature text, p_section text, p_owner text,
-    p_tokens bigint, p_lease interval, INOUT at timestamptz,
-    OUT reason text, OUT hold_attempt integer, OUT tokens_left bigint, OUT reattached boolean,
-    OUT expiry timestamptz, OUT original bigint, OUT consumed bigint, OUT held bigint, OUT end_date timestamptz
+    p_user {{user_id_type}}, p_task text, p_retries integer, p_feature text, p_section text, p_owner text,
+    p_tokens bigint, p_lease interval, p_ttl interval, INOUT at timestamptz,
+    OUT reason text, OUT busy_until timestamptz, OUT hold_attempt integer, OUT tokens_left bigint,
+    OUT reattached boolean, OUT expiry timestamptz,
+    OUT original bigint, OUT consumed bigint, OUT held bigint, OUT end_date timestamptz
 ) LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
     a record;
-    h record;
+    h trueup.hold;
+    v_tokens bigint := p_tokens;
 BEGIN
     SELECT * INTO a FROM trueup.lock_account(p_user, at);
     at := a.at;
-    expiry := at + p_lease;
+    expiry := at + p_ttl;
     original := coalesce(a.original, 0);
     consumed := coalesce(a.consumed, 0);
     held := coalesce(a.held, 0);
     end_date := a.end_date;
-    SELECT max(attempt) AS attempt, max(id) FILTER (WHERE status = 'open') AS open_id INTO h
-    FROM trueup.hold WHERE user_id = p_user AND task_id = p_task;
+    SELECT * INTO h FROM trueup.hold WHERE user_id = p_user AND task_id = p_task ORDER BY id DESC LIMIT 1;
     hold_attempt := coalesce(h.attempt, 0) + 1;
-    reattached := h.open_id IS NOT NULL;
-    IF reattached THEN
-        UPDATE trueup.hold SET attempt = hold_attempt, owner = p_owner, expires_at = expiry
-        WHERE user_id = p_user AND task_id = p_task AND id = h.open_id
-        RETURNING tokens_reserved - tokens_covered INTO tokens_left;
+    reattached := coalesce(h.status = 'open', false);
+    IF reattached AND p_retries <= h.retries AND h.lease_until > at THEN
+        busy_until := h.lease_until;
+    ELSIF reattached THEN
+        tokens_left := trueup.take_over(h, p_retries, p_owner, at + p_lease, expiry);
     ELSE
-        reason := trueup.decide(a.subscribed, a.is_active, a.end_date, original, consumed, held, p_tokens, at);
+        IF h.completed AND p_retries <= h.retries THEN
+            v_tokens := 0;
+        ELSE
+            reason := trueup.decide(a.subscribed, a.is_active, a.end_date, original, consumed, held, v_tokens, at);
+        END IF;
         IF reason IS NULL THEN
-            INSERT INTO trueup.hold (user_id, task_id, attempt, feature_name, section, owner, status,
-                                     tokens_reserved, opened_at, expires_at)
-            VALUES (p_user, p_task, hold_attempt, p_feature, p_section, p_owner, 'open', p_tokens, at, expiry);
-            held := held + p_tokens;
-            tokens_left := p_tokens;
+            INSERT INTO trueup.hold (user_id, task_id, attempt, retries, feature_name, section, owner, status,
+                                     tokens_reserved, opened_at, lease_until, expires_at)
+            VALUES (p_user, p_task, hold_attempt, p_retries, p_feature, p_section, p_owner, 'open',
+                    v_tokens, at, at + p_lease, expiry);
+            held := held + v_tokens;
+            tokens_left := v_tokens;
         END IF;
     END IF;
     UPDATE trueup.balance SET window_start = a.window_start, log_epoch = a.log_epoch,
@@ -103,9 +125,27 @@ BEGIN
     WHERE user_id = p_user;
 END $$;
 
+-- Give an open hold to the next attempt; for trueup.open_hold, under its lock. Returns what that attempt may spend.
+CREATE OR REPLACE FUNCTION trueup.take_over(
+    h trueup.hold, p_retries integer, p_owner text, p_lease_until timestamptz, p_expires_at timestamptz
+) RETURNS bigint LANGUAGE plpgsql AS $$
+BEGIN
+    IF p_retries > h.retries THEN
+        -- The attempt before is over: what it started and did not record is not in flight, but unknown.
+        UPDATE trueup.call_intent c SET outcome = 'unknown'
+        WHERE c.user_id = h.user_id AND c.task_id = h.task_id AND c.outcome = 'started';
+    END IF;
+    UPDATE trueup.hold t
+    SET attempt = t.attempt + 1, retries = greatest(t.retries, p_retries), owner = p_owner,
+        lease_until = p_lease_until, expires_at = p_expires_at
+    WHERE t.user_id = h.user_id AND t.task_id = h.task_id AND t.id = h.id;
+    RETURN greatest(h.tokens_reserved - h.tokens_covered - trueup.in_flight(h.user_id, h.task_id, NULL, NULL), 0);
+END $$;
+
 -- Give back what a hold has left. NULL when there was nothing to close: closed already, or another attempt's by now.
+-- p_attempt NULL: whichever attempt has it, for a caller that knows it dead. p_completed: the body has returned.
 CREATE OR REPLACE FUNCTION trueup.close_hold(
-    p_user {{user_id_type}}, p_task text, p_attempt integer, at timestamptz
+    p_user {{user_id_type}}, p_task text, p_attempt integer, p_completed boolean, at timestamptz
 ) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
     v_status text;
@@ -114,8 +154,9 @@ BEGIN
     PERFORM FROM trueup.balance b WHERE b.user_id = p_user FOR UPDATE;
     UPDATE trueup.hold h
     SET status = CASE WHEN h.calls > 0 THEN 'settled' ELSE 'released' END,
-        closed_at = coalesce(at, clock_timestamp())
-    WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open' AND h.attempt = p_attempt
+        completed = p_completed, closed_at = coalesce(at, clock_timestamp())
+    WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open'
+      AND (p_attempt IS NULL OR h.attempt = p_attempt)
     RETURNING h.status, h.tokens_reserved - h.tokens_covered INTO v_status, v_rest;
     IF FOUND THEN
         UPDATE trueup.balance b SET held = b.held - v_rest WHERE b.user_id = p_user;

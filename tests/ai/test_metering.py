@@ -1,5 +1,5 @@
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -7,7 +7,15 @@ from sqlalchemy import Connection
 
 from ai.metering import MeteredModel, spending_from
 from ai.model import Completion, Message
-from billing.errors import HoldExhaustedError, NoHoldError, ProviderError, ServiceUnavailableError
+from ai.providers.offline import OfflineProvider
+from billing.calls import list_unrecorded_calls
+from billing.errors import (
+    HoldExhaustedError,
+    HoldOvertakenError,
+    NoHoldError,
+    ProviderError,
+    ServiceUnavailableError,
+)
 from billing.holds import Hold, close_hold, open_hold
 from billing.settings import get_settings
 from tests.support.host import Host
@@ -41,7 +49,7 @@ class Counting:
         )
 
 
-def hold(connection: Connection, user: int, *, tokens: int = 200, task_id: str | None = None) -> Hold:
+def hold(connection: Connection, user: int, *, tokens: int = 200, task_id: str | None = None, retries: int = 0) -> Hold:
     return open_hold(
         connection,
         user_id=user,
@@ -51,6 +59,8 @@ def hold(connection: Connection, user: int, *, tokens: int = 200, task_id: str |
         estimated_tokens=tokens,
         owner="test",
         lease_seconds=60,
+        retries=retries,
+        ttl_seconds=600,
     )
 
 
@@ -112,7 +122,7 @@ def test_a_second_attempt_gets_the_paid_answer_and_buys_only_what_is_new(host: H
     first, second = Counting(), Counting()
     with spending_from(hold(connection, user, task_id=task_id)):
         paid = model(first).complete(PROMPT)
-    with spending_from(hold(connection, user, task_id=task_id)):
+    with spending_from(hold(connection, user, task_id=task_id, retries=1)):
         client = model(second)
         assert client.complete(PROMPT) == paid
         client.complete([Message(role="user", content="another question")])
@@ -124,7 +134,7 @@ def test_a_changed_request_at_the_same_place_is_a_new_call(host: Host, connectio
     user, task_id = host.subscriber(1_000), str(uuid.uuid4())
     with spending_from(hold(connection, user, task_id=task_id)):
         model(Counting()).complete(PROMPT)
-    with spending_from(hold(connection, user, task_id=task_id)):
+    with spending_from(hold(connection, user, task_id=task_id, retries=1)):
         model(Counting()).complete([Message(role="user", content="changed")])
     assert host.used(user) == 140
 
@@ -159,11 +169,112 @@ def test_usage_that_can_not_be_written_is_an_error_and_never_ignored(
     assert "70 tokens" in caplog.text
 
 
-def test_a_closed_hold_is_charged_late_and_in_full(host: Host, connection: Connection) -> None:
+class Interrupted(Counting):
+    """A provider during whose call something else happens."""
+
+    def __init__(self, happening: Callable[[], object]) -> None:
+        super().__init__()
+        self.happening = happening
+
+    def complete(self, messages: Sequence[Message], *, max_completion_tokens: int) -> Completion:
+        self.happening()
+        return super().complete(messages, max_completion_tokens=max_completion_tokens)
+
+
+def test_a_hold_that_ends_during_the_call_is_charged_late_and_in_full(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     open_ = hold(connection, user)
     with spending_from(open_):
-        close_hold(connection, open_)
-        model(Counting()).complete(PROMPT)
+        model(Interrupted(lambda: close_hold(connection, open_))).complete(PROMPT)
+        with pytest.raises(HoldOvertakenError):
+            model(Counting(prompt_tokens=1)).complete(PROMPT)
     assert host.used(user) == 70
     assert host.value("SELECT late FROM trueup.charge") is True
+
+
+def test_an_attempt_that_was_overtaken_can_not_spend(host: Host, connection: Connection) -> None:
+    user, task_id, slow = host.subscriber(1_000), str(uuid.uuid4()), Counting()
+    with spending_from(hold(connection, user, task_id=task_id)):
+        hold(connection, user, task_id=task_id, retries=1)
+        with pytest.raises(HoldOvertakenError, match="a later attempt goes on"):
+            model(slow).complete(PROMPT)
+    assert slow.limits == []
+
+
+def test_the_same_call_bought_by_two_attempts_is_recorded_twice(host: Host, connection: Connection) -> None:
+    user, task_id = host.subscriber(1_000), str(uuid.uuid4())
+
+    def buy_as_the_next_attempt() -> None:
+        with spending_from(hold(connection, user, task_id=task_id, retries=1)):
+            model(Counting()).complete(PROMPT)
+
+    with spending_from(hold(connection, user, task_id=task_id)):
+        model(Interrupted(buy_as_the_next_attempt)).complete(PROMPT)
+    assert host.used(user) == 140
+    assert host.value("SELECT count(*) FROM trueup.charge") == 2
+
+
+def test_calls_at_the_same_time_share_what_the_hold_has(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    inner = Counting()
+
+    def call_beside() -> None:
+        with pytest.raises(HoldExhaustedError):
+            model(inner).complete(PROMPT)
+
+    with spending_from(hold(connection, user, tokens=200)):
+        model(Interrupted(call_beside)).complete(PROMPT)
+    assert inner.limits == []
+
+
+@pytest.mark.parametrize("unknown", [True, False])
+def test_a_call_with_unknown_outcome_stays_on_record(unknown: bool, host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    open_ = hold(connection, user)
+    provider = Counting(error=ProviderError("no answer", outcome_unknown=unknown))
+    with spending_from(open_), pytest.raises(ProviderError):
+        model(provider).complete(PROMPT)
+    bounds = [call.tokens_bound for call in list_unrecorded_calls(connection)]
+    assert bounds == ([200] if unknown else [])
+
+
+def test_a_call_that_never_came_back_is_named_once_its_hold_has_ended(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    open_ = hold(connection, user)
+    with spending_from(open_), pytest.raises(SystemExit):
+        model(Counting(error=SystemExit())).complete(PROMPT, max_completion_tokens=60)  # type: ignore[arg-type]
+    assert list_unrecorded_calls(connection) == []
+    close_hold(connection, open_)
+    [call] = list_unrecorded_calls(connection)
+    assert (call.user_id, call.task_id, call.tokens_bound) == (user, open_.task_id, 100)
+
+
+def test_a_hold_is_extended_as_far_as_the_budget_allows(host: Host, connection: Connection) -> None:
+    user = host.subscriber(500)
+    with spending_from(hold(connection, user, tokens=200)):
+        client = model(Counting())
+        assert client.extend(300)
+        assert client.tokens_left == 500
+        assert not client.extend(1)
+        client.complete(PROMPT)
+        assert client.tokens_left == 430
+    assert host.value("SELECT held FROM trueup.balance") == 430
+
+
+def test_a_stream_is_charged_when_it_ends(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    with spending_from(hold(connection, user)):
+        stream = model(OfflineProvider()).stream(PROMPT, max_completion_tokens=20)
+        text = "".join(stream)
+        assert stream.completion().text == text
+    assert host.used(user) == stream.completion().total_tokens > 0
+
+
+def test_a_stream_closed_early_is_charged_for_what_came(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    with spending_from(hold(connection, user)):
+        with model(OfflineProvider()).stream(PROMPT) as stream:
+            next(stream)
+        assert not stream.exhausted
+    assert host.used(user) == stream.completion().total_tokens > 0
+    assert host.value("SELECT count(*) FROM trueup.call_intent") == 0

@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,30 @@ def test_an_answer_is_cut_at_the_cap_it_is_given(provider: OfflineProvider, cap:
     assert done.truncated
     assert done.completion_tokens <= cap
     assert whole.text.startswith(done.text)
+
+
+@pytest.mark.parametrize("cap", [7, 5000])
+def test_a_stream_gives_the_same_answer_in_chunks(provider: OfflineProvider, cap: int) -> None:
+    messages = _qa_prompt("help_fa.txt")
+    with provider.stream(messages, max_completion_tokens=cap) as stream:
+        chunks = list(stream)
+    done, whole = stream.completion(), provider.complete(messages, max_completion_tokens=cap)
+    assert len(chunks) > 1
+    assert "".join(chunks) == done.text
+    assert replace(done, response_time_ms=0) == replace(whole, response_time_ms=0)
+
+
+@pytest.mark.parametrize("taken", [0, 3])
+def test_a_stream_closed_early_costs_what_it_gave(provider: OfflineProvider, taken: int) -> None:
+    messages = _qa_prompt("help_fa.txt")
+    with provider.stream(messages, max_completion_tokens=5000) as stream:
+        text = "".join(next(stream) for _ in range(taken))
+    done = stream.completion()
+    assert done.text == text
+    assert done.completion_tokens == COUNTER.count(text)
+    assert done.total_tokens == provider.count_prompt_tokens(messages) + done.completion_tokens
+    assert not done.usage_reported
+    assert not done.truncated
 
 
 @pytest.mark.parametrize(("file", "language"), [("help_en.txt", "en"), ("help_fa.txt", "fa")])

@@ -58,8 +58,8 @@ def test_available_leaves_out_what_is_held(host: Host, connection: Connection) -
 
 def test_overdue_holds_are_not_counted_as_held(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
-    hold_tokens(connection, user, 300, lease=60, now=NOW)
-    hold_tokens(connection, user, 50, lease=600, now=NOW)
+    hold_tokens(connection, user, 300, ttl=60, now=NOW)
+    hold_tokens(connection, user, 50, ttl=600, now=NOW)
     assert read_account(connection, user, now=NOW + timedelta(seconds=59)).held == 350
     assert read_account(connection, user, now=NOW + timedelta(seconds=60)).held == 50
 

@@ -126,7 +126,7 @@ def test_a_charge_after_its_hold_ended_is_recorded_and_flagged_late(
 
 
 def test_a_charge_of_an_expired_hold_is_late(host: Host, connection: Connection, user: int) -> None:
-    hold = hold_tokens(connection, user, 1_000, lease=60, now=NOW)
+    hold = hold_tokens(connection, user, 1_000, ttl=60, now=NOW)
     expire_holds(connection, now=NOW + timedelta(hours=1))
     assert charge_tokens(connection, hold, 10).late
     assert_true(host)

@@ -192,7 +192,7 @@ def test_of_many_closings_at_once_one_gives_back(host: Host, connection: Connect
 
 def test_the_next_gate_takes_overdue_holds_back(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
-    dead = hold_tokens(connection, user, 1_000, lease=60, now=NOW)
+    dead = hold_tokens(connection, user, 1_000, ttl=60, now=NOW)
     with pytest.raises(TokensDenied):
         hold_tokens(connection, user, 1, now=NOW + timedelta(seconds=59))
     assert check_access(connection, user, 1_000, "Test", now=NOW + timedelta(seconds=60))["has_access"]
@@ -204,10 +204,10 @@ def test_the_next_gate_takes_overdue_holds_back(host: Host, connection: Connecti
 
 def test_the_sweep_takes_back_what_is_overdue_and_nothing_else(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
-    charged = hold_tokens(connection, user, 300, lease=60, now=NOW)
+    charged = hold_tokens(connection, user, 300, ttl=60, now=NOW)
     charge_tokens(connection, charged, 100, now=NOW)
-    hold_tokens(connection, user, 50, lease=60, now=NOW)
-    hold_tokens(connection, user, 7, lease=7_200, now=NOW)
+    hold_tokens(connection, user, 50, ttl=60, now=NOW)
+    hold_tokens(connection, user, 7, ttl=7_200, now=NOW)
     assert expire_holds(connection, now=LATER) == (2, 250)
     assert expire_holds(connection, now=LATER) == (0, 0)
     assert statuses(host) == ["expired", "expired", "open"]
@@ -218,7 +218,7 @@ def test_the_sweep_takes_back_what_is_overdue_and_nothing_else(host: Host, conne
 def test_the_sweep_passes_over_a_user_whose_balance_is_in_use(host: Host, connection: Connection) -> None:
     busy, free = host.subscriber(1_000), host.subscriber(1_000)
     for user in (busy, free):
-        hold_tokens(connection, user, 100, lease=60, now=NOW)
+        hold_tokens(connection, user, 100, ttl=60, now=NOW)
     connection.execute(text("SET lock_timeout = '100ms'"))
     with locked_balance(host, busy):
         assert expire_holds(connection, now=LATER) == (1, 100)
@@ -230,7 +230,7 @@ def test_the_sweep_passes_over_a_user_whose_balance_is_in_use(host: Host, connec
 def test_the_sweep_takes_a_bounded_number_the_longest_overdue_first(host: Host, connection: Connection) -> None:
     users = [host.subscriber(1_000) for _ in range(3)]
     for wait, user in zip((30, 10, 20), users, strict=True):
-        hold_tokens(connection, user, 100, lease=wait, now=NOW)
+        hold_tokens(connection, user, 100, ttl=wait, now=NOW)
     assert expire_holds(connection, limit=1, now=LATER) == (1, 100)
     assert statuses(host) == ["open", "expired", "open"]
     assert expire_holds(connection, limit=2, now=LATER) == (2, 200)

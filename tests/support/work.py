@@ -18,10 +18,12 @@ def hold_tokens(
     tokens: int = 1_000,
     *,
     task: str | None = None,
-    lease: int = 600,
+    lease: float = 0,
+    ttl: int = 600,
+    retries: int = 0,
     now: datetime | None = None,
 ) -> Hold:
-    """Open a hold; `task` None: of a new task."""
+    """Open a hold; `task` None: of a new task. `lease` 0: the next attempt may take it over at once."""
     return open_hold(
         connection,
         user_id=user,
@@ -31,6 +33,8 @@ def hold_tokens(
         estimated_tokens=tokens,
         owner="test:1",
         lease_seconds=lease,
+        ttl_seconds=ttl,
+        retries=retries,
         now=now,
     )
 

@@ -1,0 +1,139 @@
+"""Calls of the provider, before and after: allowed within the hold, and never forgotten once started."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import Connection, select, text
+
+from billing.access import check_estimate
+from billing.errors import HoldOvertakenError
+from billing.holds import Hold
+from billing.schema import own_table
+from billing.settings import get_settings
+from billing.users import UserId
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnrecordedCall:
+    """A call that was started and never recorded: its task's hold has ended, or its provider gave no clear answer.
+
+    It may have been billed. `tokens_bound`: count that it can have cost at most.
+    """
+
+    user_id: UserId
+    task_id: str
+    call_key: str
+    tokens_bound: int
+    started_at: datetime
+
+
+_BEGIN = text(
+    """
+    SELECT granted, overtaken, tokens_left
+    FROM trueup.begin_call(:user_id, :task_id, :attempt, :call_key, :bound, make_interval(secs => :lease_seconds),
+                           make_interval(secs => :ttl_seconds), CAST(:now AS timestamptz))
+    """
+)
+
+
+def begin_call(
+    connection: Connection,
+    hold: Hold,
+    *,
+    call_key: str,
+    tokens_bound: int,
+    lease_seconds: float,
+    ttl_seconds: float,
+    now: datetime | None = None,
+) -> int | None:
+    """Allow a call of at most `tokens_bound` tokens, and remember that it was started.
+
+    Returns None if it may be made; else how many tokens the hold has left for it, other calls in flight taken off.
+    Renews the lease and the hold. `now`: None means the database's clock.
+    Raises `HoldOvertakenError` when the hold is not this attempt's any more.
+    """
+    row = connection.execute(
+        _BEGIN,
+        {
+            "user_id": hold.user_id,
+            "task_id": hold.task_id,
+            "attempt": hold.attempt,
+            "call_key": call_key,
+            "bound": tokens_bound,
+            "lease_seconds": lease_seconds,
+            "ttl_seconds": ttl_seconds,
+            "now": now,
+        },
+    ).one()
+    if row.overtaken:
+        raise HoldOvertakenError(hold.task_id, hold.attempt)
+    return None if row.granted else row.tokens_left
+
+
+_END = text("SELECT trueup.end_call(:user_id, :task_id, :attempt, :call_key, :unknown)")
+
+
+def end_call(connection: Connection, hold: Hold, *, call_key: str, unknown: bool) -> None:
+    """Note that a call gave no usage. `unknown`: it may have been billed all the same, so it stays on record."""
+    connection.execute(
+        _END,
+        {
+            "user_id": hold.user_id,
+            "task_id": hold.task_id,
+            "attempt": hold.attempt,
+            "call_key": call_key,
+            "unknown": unknown,
+        },
+    )
+
+
+_EXTEND = text(
+    """
+    SELECT overtaken, reason, tokens_left
+    FROM trueup.extend_hold(:user_id, :task_id, :attempt, :tokens, CAST(:now AS timestamptz))
+    """
+)
+
+
+def extend_hold(
+    connection: Connection, hold: Hold, tokens: int, *, now: datetime | None = None
+) -> tuple[str | None, int]:
+    """Add `tokens` to an open hold, by the same decision as at the gate.
+
+    Returns why not (a reason code; None: they were added), and how many tokens the hold has left.
+    Raises `HoldOvertakenError` when the hold is not this attempt's any more, `InvalidInputError` for a malformed count.
+    """
+    row = connection.execute(
+        _EXTEND,
+        {
+            "user_id": hold.user_id,
+            "task_id": hold.task_id,
+            "attempt": hold.attempt,
+            "tokens": check_estimate(tokens, "tokens"),
+            "now": now,
+        },
+    ).one()
+    if row.overtaken:
+        raise HoldOvertakenError(hold.task_id, hold.attempt)
+    return row.reason, row.tokens_left
+
+
+def list_unrecorded_calls(connection: Connection, *, limit: int = 100) -> list[UnrecordedCall]:
+    """Return calls that may have been billed and were never recorded, newest first.
+
+    A call in flight is none of them: its hold is open and its outcome not yet due.
+    """
+    user_id_type = get_settings().host.user_id_type
+    call, hold = own_table("call_intent", user_id_type).c, own_table("hold", user_id_type).c
+    in_flight = (
+        select(hold.id)
+        .where(hold.user_id == call.user_id, hold.task_id == call.task_id, hold.status == "open")
+        .exists()
+    )
+    query = (
+        select(call.user_id, call.task_id, call.call_key, call.tokens_bound, call.started_at)
+        .where((call.outcome == "unknown") | ~in_flight)
+        .order_by(call.started_at.desc())
+        .limit(limit)
+    )
+    return [UnrecordedCall(**row) for row in connection.execute(query).mappings()]

@@ -1,0 +1,127 @@
+"""The outbox: side effects of a task that must not happen twice, each a row from before it is tried."""
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import Connection, select, text
+
+from billing.schema import own_table
+from billing.settings import get_settings
+from billing.users import UserId
+
+EffectStatus = Literal["sending", "sent", "unknown", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """A side effect of a task.
+
+    "sending": being tried, or tried by an attempt that died; "sent": it happened; "failed": it certainly did not;
+    "unknown": it may have. `detail`: what was sent and what was answered, JSON-safe.
+    """
+
+    user_id: UserId
+    task_id: str
+    effect: str
+    status: EffectStatus
+    detail: dict[str, Any]
+    updated_at: datetime
+
+
+# A new effect, or one that certainly failed, may be tried: both give back a row. One that an earlier attempt left in
+# "sending" becomes "unknown": that attempt is dead, and nobody can tell how far it came.
+_BEGIN = text(
+    """
+    WITH tried AS (
+        INSERT INTO trueup.outbox AS o (user_id, task_id, effect, status, detail, created_at, updated_at)
+        VALUES (:user_id, :task_id, :effect, 'sending', CAST(:detail AS jsonb),
+                coalesce(CAST(:now AS timestamptz), clock_timestamp()),
+                coalesce(CAST(:now AS timestamptz), clock_timestamp()))
+        ON CONFLICT (user_id, task_id, effect) DO UPDATE
+        SET status = CASE WHEN o.status = 'failed' THEN 'sending'
+                          WHEN o.status = 'sending' THEN 'unknown' ELSE o.status END,
+            updated_at = excluded.updated_at
+        RETURNING o.status, o.detail, o.updated_at, (xmax = 0) AS is_new
+    )
+    SELECT * FROM tried
+    """
+)
+
+
+def begin_effect(
+    connection: Connection,
+    *,
+    user_id: UserId,
+    task_id: str,
+    effect: str,
+    detail: dict[str, Any],
+    now: datetime | None = None,
+) -> Effect:
+    """Ask to do a side effect. Do it only if the answer's status is "sending", and then call `finish_effect`.
+
+    "sent": it was done by an earlier attempt. "unknown": an earlier attempt died while doing it.
+    Commit before doing it. `now`: None means the database's clock.
+    """
+    row = connection.execute(
+        _BEGIN,
+        {
+            "user_id": user_id,
+            "task_id": task_id,
+            "effect": effect,
+            "detail": json.dumps(detail),
+            "now": now,
+        },
+    ).one()
+    return Effect(
+        user_id=user_id,
+        task_id=task_id,
+        effect=effect,
+        status=row.status,
+        detail=row.detail,
+        updated_at=row.updated_at,
+    )
+
+
+_FINISH = text(
+    """
+    UPDATE trueup.outbox SET status = :status, detail = detail || CAST(:detail AS jsonb),
+                             updated_at = coalesce(CAST(:now AS timestamptz), clock_timestamp())
+    WHERE user_id = :user_id AND task_id = :task_id AND effect = :effect
+    """
+)
+
+
+def finish_effect(
+    connection: Connection,
+    effect: Effect,
+    status: EffectStatus,
+    *,
+    detail: dict[str, Any] | None = None,
+    now: datetime | None = None,
+) -> None:
+    """Note how a side effect ended; `detail` is added to what is known of it. `now`: None: the database's clock."""
+    connection.execute(
+        _FINISH,
+        {
+            "user_id": effect.user_id,
+            "task_id": effect.task_id,
+            "effect": effect.effect,
+            "status": status,
+            "detail": json.dumps(detail or {}),
+            "now": now,
+        },
+    )
+
+
+def list_effects(connection: Connection, status: EffectStatus, *, limit: int = 100) -> list[Effect]:
+    """Return side effects of that status, newest first."""
+    outbox = own_table("outbox", get_settings().host.user_id_type).c
+    query = (
+        select(outbox.user_id, outbox.task_id, outbox.effect, outbox.status, outbox.detail, outbox.updated_at)
+        .where(outbox.status == status)
+        .order_by(outbox.updated_at.desc())
+        .limit(limit)
+    )
+    return [Effect(**row) for row in connection.execute(query).mappings()]

@@ -1,0 +1,80 @@
+-- Calls of the provider, before and after: what was started and never recorded leaves its intent behind as evidence.
+
+-- May this attempt make a call of at most p_bound tokens now? `granted` false: its hold has ended or a later attempt has
+-- it (`overtaken`), or the hold has only `tokens_left` for it, other calls in flight taken off.
+-- Leaves an intent, and renews the lease and the hold for as long as the call may take.
+-- Only the hold's own row is locked here: the balance does not change, and its users need not wait for us.
+CREATE OR REPLACE FUNCTION trueup.begin_call(
+    p_user {{user_id_type}}, p_task text, p_attempt integer, p_call_key text, p_bound bigint,
+    p_lease interval, p_ttl interval, at timestamptz,
+    OUT granted boolean, OUT overtaken boolean, OUT tokens_left bigint
+) LANGUAGE plpgsql AS $$
+DECLARE
+    v_at timestamptz := coalesce(at, clock_timestamp());
+BEGIN
+    UPDATE trueup.hold h
+    SET lease_until = greatest(h.lease_until, v_at + p_lease), expires_at = greatest(h.expires_at, v_at + p_ttl)
+    WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open' AND h.attempt = p_attempt
+    RETURNING h.tokens_reserved - h.tokens_covered INTO tokens_left;
+    overtaken := NOT FOUND;
+    tokens_left := greatest(coalesce(tokens_left, 0) - trueup.in_flight(p_user, p_task, p_call_key, p_attempt), 0);
+    granted := NOT overtaken AND p_bound <= tokens_left;
+    IF granted THEN
+        INSERT INTO trueup.call_intent AS c (user_id, task_id, call_key, attempt, tokens_bound, outcome, started_at)
+        VALUES (p_user, p_task, p_call_key, p_attempt, p_bound, 'started', v_at)
+        ON CONFLICT (user_id, task_id, call_key, attempt)
+        DO UPDATE SET tokens_bound = excluded.tokens_bound, outcome = 'started', started_at = excluded.started_at;
+    END IF;
+END $$;
+
+-- A call ended without usage: it certainly cost nothing, or nobody knows (p_unknown), which is kept.
+CREATE OR REPLACE FUNCTION trueup.end_call(
+    p_user {{user_id_type}}, p_task text, p_attempt integer, p_call_key text, p_unknown boolean
+) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF p_unknown THEN
+        UPDATE trueup.call_intent c SET outcome = 'unknown'
+        WHERE c.user_id = p_user AND c.task_id = p_task AND c.call_key = p_call_key AND c.attempt = p_attempt;
+    ELSE
+        DELETE FROM trueup.call_intent c
+        WHERE c.user_id = p_user AND c.task_id = p_task AND c.call_key = p_call_key AND c.attempt = p_attempt;
+    END IF;
+END $$;
+
+-- Add tokens to a task's open hold, by the same decision as at the gate, or say why not (`reason`, NULL when granted).
+CREATE OR REPLACE FUNCTION trueup.extend_hold(
+    p_user {{user_id_type}}, p_task text, p_attempt integer, p_tokens bigint, INOUT at timestamptz,
+    OUT overtaken boolean, OUT reason text, OUT tokens_left bigint
+) LANGUAGE plpgsql AS $$
+DECLARE
+    a record;
+BEGIN
+    SELECT * INTO a FROM trueup.lock_account(p_user, at);
+    at := a.at;
+    reason := trueup.decide(a.subscribed, a.is_active, a.end_date, coalesce(a.original, 0), coalesce(a.consumed, 0),
+                            coalesce(a.held, 0), p_tokens, at);
+    UPDATE trueup.hold h
+    SET tokens_reserved = h.tokens_reserved + CASE WHEN reason IS NULL THEN p_tokens ELSE 0 END
+    WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open' AND h.attempt = p_attempt
+    RETURNING h.tokens_reserved - h.tokens_covered INTO tokens_left;
+    overtaken := NOT FOUND;
+    tokens_left := greatest(coalesce(tokens_left, 0) - trueup.in_flight(p_user, p_task, NULL, NULL), 0);
+    UPDATE trueup.balance b
+    SET window_start = a.window_start, log_epoch = a.log_epoch, consumed = a.consumed,
+        held = a.held + CASE WHEN reason IS NULL AND NOT overtaken THEN p_tokens ELSE 0 END
+    WHERE b.user_id = p_user;
+END $$;
+
+-- Forget stored answers charged before that time, at most p_limit of them. Returns how many.
+CREATE OR REPLACE FUNCTION trueup.prune_answers(p_before timestamptz, p_limit integer)
+RETURNS bigint LANGUAGE sql AS $$
+    WITH old AS (
+        SELECT c.user_id, c.task_id, c.call_key FROM trueup.charge c
+        WHERE c.charged_at < p_before AND c.answer IS NOT NULL
+        LIMIT p_limit FOR UPDATE SKIP LOCKED
+    ), pruned AS (
+        UPDATE trueup.charge c SET answer = NULL FROM old o
+        WHERE (c.user_id, c.task_id, c.call_key) = (o.user_id, o.task_id, o.call_key) RETURNING 1
+    )
+    SELECT count(*) FROM pruned
+$$;

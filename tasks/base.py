@@ -1,0 +1,216 @@
+"""The metered base task: gate first, then the body with a model client bound to its hold, then the rest given back."""
+
+import logging
+import os
+import random
+import socket
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, ClassVar, Literal, cast
+
+from celery import Task
+from celery._state import get_current_task
+from celery.exceptions import Ignore, Reject, Retry
+from kombu.exceptions import OperationalError
+from pydantic import BaseModel
+
+from ai.metering import running_task_id, spending_from
+from billing import db
+from billing.errors import HoldBusyError, HoldOvertakenError, ServiceUnavailableError, TokensDenied, TrueupError
+from billing.holds import Hold, close_hold, open_hold
+from billing.settings import get_settings
+from tasks.arguments import USER_ARGUMENT, ArgumentParser
+
+logger = logging.getLogger(__name__)
+
+Estimator = Callable[[Mapping[str, Any]], int | None]
+Estimate = int | Estimator
+OnDenied = Literal["raise", "return"]
+
+# How often this task has waited for the gate; kept apart from Celery's `retries`, which the body's own retries count.
+WAITS_HEADER = "trueup_waits"
+# On the request of an outer task: how many metered tasks its body has called directly.
+CALLS_ATTRIBUTE = "trueup_direct_calls"
+
+PROVIDER_RETRY_BASE_SECONDS = 2
+
+
+class MeteredTask(Task):
+    """Base of every task that may spend tokens.
+
+    The gate sits in `__call__`, which all ways to call a task pass through: worker, eager, direct, map and chunks.
+    `run` bypasses it, and finds a model client that refuses to spend.
+    """
+
+    abstract = True
+    Request = "tasks.requests:MeteredRequest"
+    feature_name: ClassVar[str]
+    section: ClassVar[str]
+    estimated_tokens: ClassVar[Estimate]
+    on_denied: ClassVar[OnDenied] = "raise"
+    parser: ClassVar[ArgumentParser]
+
+    throws = (TokensDenied,)
+    dont_autoretry_for = (TokensDenied,)
+    acks_late = True
+    # A lost pool child is retried, at most max_retries times; a rejected message would come back for ever.
+    retry_on_worker_lost = True
+    # Celery's 180 s would keep a hold idle for as long.
+    default_retry_delay = 2
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        request = self.request
+        # A task called directly has no request of its own: none at all, or that of the metered task that calls it.
+        if request.called_directly or running_task_id() == request.id:
+            with self._own_request(args, kwargs):
+                return self._call(args, kwargs)
+        return self._call(args, kwargs)
+
+    @contextmanager
+    def _own_request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Give a direct call an id of its own.
+
+        Inside another task (`map`, `starmap`, `chunks`, or a body that calls this one) it follows from that task's id
+        and how many such calls came before: when that task is redelivered, this call finds what it has paid for.
+        """
+        outer = get_current_task()
+        task_id, retries = str(uuid.uuid4()), 0
+        if outer is not None and outer.request.id:
+            place = getattr(outer.request, CALLS_ATTRIBUTE, 0) + 1
+            setattr(outer.request, CALLS_ATTRIBUTE, place)
+            task_id = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{outer.request.id}/{self.name}/{place}"))
+            retries = outer.request.retries
+        self.push_request(id=task_id, args=args, kwargs=kwargs, retries=retries, called_directly=True)
+        try:
+            yield
+        finally:
+            self.pop_request()
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            arguments = self.parser.parse(args, kwargs)
+            tokens = self._estimate(arguments)
+            if tokens is None:
+                return _json_safe(self._run(arguments))
+            hold = self._open_hold(arguments, tokens)
+            with _closing(hold), spending_from(hold):
+                return _json_safe(self._run(arguments))
+        except TokensDenied as denied:
+            if self.on_denied == "return":
+                return denied.payload
+            raise
+        except HoldOvertakenError as error:
+            # A duplicate that came second: the attempt that has the hold makes the result.
+            raise (error if self.request.called_directly else Ignore(str(error))) from error
+        except HoldBusyError as error:
+            raise self._wait(error, error.seconds) from error
+        except ServiceUnavailableError as error:
+            raise self._wait(error) from error
+
+    def _run(self, arguments: dict[str, Any]) -> Any:
+        try:
+            return self.run(**arguments)
+        except TrueupError as error:
+            if getattr(error, "retryable", False) and not self.request.called_directly:
+                raise self._retry_provider(error) from error
+            raise
+
+    def _estimate(self, arguments: dict[str, Any]) -> int | None:
+        """Return the tokens to hold; None when this call uses no AI, so that it needs none and can spend none."""
+        estimate = self.estimated_tokens
+        # One base type for both would be a lie: the class attribute is a count, or a static function of one argument.
+        return cast("Estimator", estimate)(arguments) if callable(estimate) else estimate
+
+    def _open_hold(self, arguments: dict[str, Any], tokens: int) -> Hold:
+        settings = get_settings()
+        return db.retrying(
+            lambda connection: open_hold(
+                connection,
+                user_id=arguments[USER_ARGUMENT],
+                task_id=self.request.id,
+                retries=self.request.retries,
+                feature_name=self.feature_name,
+                section=self.section,
+                estimated_tokens=tokens,
+                owner=f"{self.request.hostname or socket.gethostname()}:{os.getpid()}",
+                lease_seconds=settings.lease_seconds,
+                ttl_seconds=settings.hold_ttl_seconds,
+            )
+        )
+
+    def _wait(self, error: TrueupError, seconds: float | None = None) -> Exception:
+        """Send the task back to wait, and return what to raise. `seconds` None: longer each time, up to the setting.
+
+        There is no last try: a task that could not be metered must neither run nor be lost.
+        """
+        request = self.request
+        if request.called_directly or request.is_eager:
+            return error
+        headers = request.headers or {}
+        waits = int(headers.get(WAITS_HEADER) or 0)
+        longest = float(get_settings().gate_retry_max_seconds)
+        if seconds is None:
+            seconds = 2.0 ** min(waits, 16) * random.uniform(0.5, 1)  # noqa: S311 - spreads load, guards nothing
+        countdown = min(seconds, longest)
+        logger.warning("task waits %.1f s, for the %d. time: %s", countdown, waits + 1, error)
+        signature = self.signature_from_request(
+            request,
+            countdown=countdown,
+            retries=request.retries,
+            headers={**headers, WAITS_HEADER: waits + 1},
+        )
+        try:
+            signature.apply_async()
+        except OperationalError:
+            # The broker is away too. Rejected and put back now or, if that fails, when it is not acknowledged in time.
+            rejected: Exception = Reject(error, requeue=True)
+            return rejected
+        retry: Exception = Retry(exc=error, when=countdown, sig=signature)
+        return retry
+
+    def _retry_provider(self, error: TrueupError) -> Exception:
+        """Retry within the task's max_retries, then give up with the provider's own error."""
+        countdown = PROVIDER_RETRY_BASE_SECONDS * 2**self.request.retries
+        retry: Exception = self.retry(exc=error, countdown=countdown, throw=False)
+        return retry
+
+
+def _json_safe(result: Any) -> Any:
+    return result.model_dump(mode="json") if isinstance(result, BaseModel) else result
+
+
+@contextmanager
+def _closing(hold: Hold) -> Iterator[None]:
+    """Give back what the body leaves, however it ends: also on SystemExit and a soft time limit.
+
+    A retry that comes soon keeps its hold: it is not to lose its place to others. If closing fails, the hold's time
+    runs out and it is given back then: the work itself is done.
+    """
+    completed = kept = False
+    try:
+        yield
+        completed = True
+    except Retry as retry:
+        kept = _seconds_until(retry) <= get_settings().keep_hold_seconds
+        raise
+    finally:
+        if not kept:
+            _close(hold, completed=completed)
+
+
+def _close(hold: Hold, *, completed: bool) -> None:
+    try:
+        db.retrying(lambda connection: close_hold(connection, hold, completed=completed))
+    except TrueupError:
+        logger.warning(
+            "hold of task %s (user %s) not closed: it expires at %s", hold.task_id, hold.user_id, hold.expires_at
+        )
+
+
+def _seconds_until(retry: Retry) -> float:
+    """Return when the retry comes; Celery gives a countdown or a moment."""
+    if isinstance(retry.when, datetime):
+        return (retry.when - datetime.now(retry.when.tzinfo)).total_seconds()
+    return float(retry.when or 0)

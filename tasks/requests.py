@@ -1,0 +1,51 @@
+"""What the worker's main process does for a metered task whose pool process was killed: give its hold back.
+
+A killed process runs no `finally`. Without this its tokens would be held until the hold's time runs out.
+"""
+
+import logging
+from typing import Any
+
+from celery.exceptions import WorkerLostError
+from celery.worker.request import Request
+
+from billing import db
+from billing.errors import TrueupError
+from billing.holds import close_abandoned_hold
+from tasks.arguments import USER_ARGUMENT
+
+logger = logging.getLogger(__name__)
+
+
+class MeteredRequest(Request):
+    """A request that closes the hold of a task that was killed: by a hard time limit, by revoking, or for good."""
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        super().on_timeout(soft, timeout)
+        if not soft:
+            self._give_back()
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
+        super().on_failure(exc_info, send_failed_event, return_ok)
+        # Of all that ends here, only a process that was lost has not closed its hold itself.
+        if self._was_lost(exc_info.exception) and not self._is_retried():
+            self._give_back()
+
+    def _was_lost(self, error: BaseException) -> bool:
+        lost = (WorkerLostError, SystemExit, KeyboardInterrupt)
+        cause = getattr(error, "exc", error)
+        return isinstance(cause, lost) or type(cause).__name__ == "Terminated"
+
+    def _is_retried(self) -> bool:
+        """Return whether Celery sends the task again after a lost process; it then goes on with the same hold."""
+        most = self.task.max_retries
+        revoked = self._already_revoked or self._already_cancelled
+        return not revoked and (most is None or self._context.retries < most)
+
+    def _give_back(self) -> None:
+        try:
+            arguments = self.task.parser.parse(tuple(self.args), dict(self.kwargs))
+            user_id = arguments[USER_ARGUMENT]
+            db.retrying(lambda connection: close_abandoned_hold(connection, user_id, self.id))
+        except TrueupError as error:
+            logger.warning("hold of killed task %s not closed, it expires in time: %s", self.id, error)
