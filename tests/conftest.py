@@ -16,6 +16,7 @@ from billing import db
 from billing.install import install
 from billing.mapping import HostMapping
 from billing.settings import Settings, get_settings
+from tests.support.demo import demo  # noqa: F401 - a fixture
 from tests.support.host import Host
 from tests.worker.stack_helpers import temporary_home
 from worker.stack import StackUrls, running_stack

@@ -1,8 +1,10 @@
 """Metered tasks for the tests, registered by a worker with `-I tests.support.model_tasks`."""
 
 import time
+from contextlib import suppress
 from typing import Any
 
+from billiard.exceptions import SoftTimeLimitExceeded
 from celery.exceptions import Ignore
 
 from ai.model import Message, Model
@@ -78,3 +80,23 @@ def retrying(model: Model, user_id: UserId) -> int:
 def exact(model: Model, user_id: UserId, tokens: int) -> int:
     """Hold what the caller says, and spend the same on every run."""
     return ask(model, 10)
+
+
+@metered_task(
+    name="test.limited", feature_name="Limited", section="chat", estimated_tokens=100, soft_time_limit=1, time_limit=2
+)
+def limited(model: Model, user_id: UserId) -> None:
+    """Spend, and then not heed the soft time limit."""
+    ask(model, 10)
+    with suppress(SoftTimeLimitExceeded):
+        time.sleep(20)
+    time.sleep(20)
+
+
+@metered_task(
+    name="test.soft", feature_name="Soft", section="chat", estimated_tokens=100, soft_time_limit=1, time_limit=30
+)
+def soft(model: Model, user_id: UserId) -> None:
+    """Spend, and then take longer than the soft time limit."""
+    ask(model, 10)
+    time.sleep(20)

@@ -34,9 +34,9 @@ with running_stack(Settings(home=sys.argv[1]), services=sys.argv[2].split(",")):
 
 
 @contextmanager
-def temporary_home() -> Iterator[Path]:
-    """A home that root's PostgreSQL user can reach too; pytest's own folders it can't."""
-    folder = Path(tempfile.mkdtemp(prefix="trueup-test-"))
+def temporary_home(under: Path | None = None) -> Iterator[Path]:
+    """A home that root's PostgreSQL user can reach too; pytest's own folders it can't. None: the usual place."""
+    folder = Path(tempfile.mkdtemp(prefix="trueup-test-", dir=under))
     folder.chmod(0o711)
     try:
         yield folder / "home"

@@ -5,7 +5,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from celery import Celery, chain
+from billiard.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
+from celery import Celery, Task, chain
 from celery.exceptions import TimeoutError as ResultTimeoutError
 from celery.result import AsyncResult
 from sqlalchemy import Engine, text
@@ -156,3 +157,38 @@ def test_reconciling_runs_as_a_task(app: Celery, worker: WorkerProcess, shared_h
     figures = app.tasks["tasks.reconcile_counters"].apply_async().get(timeout=RESULT_SECONDS)
     assert figures["drifted"] == figures["corrected"] == 1
     assert shared_host.counter(user) == 700
+
+
+@pytest.mark.parametrize("task", [model_tasks.limited, model_tasks.soft])
+def test_a_task_that_takes_too_long_gives_its_hold_back(
+    task: Task, app: Celery, worker: WorkerProcess, shared_host: Host
+) -> None:
+    user = shared_host.subscriber(1_000)
+    result = task.delay(user_id=user)
+    with pytest.raises((TimeLimitExceeded, SoftTimeLimitExceeded)):
+        result.get(timeout=RESULT_SECONDS)
+    wait_for(lambda: not held(shared_host, user), "nothing is held")
+    assert shared_host.value("SELECT status FROM trueup.hold WHERE user_id = :user", user=user) == "settled"
+    assert shared_host.used(user) > 0
+
+
+def test_a_revoked_task_gives_its_hold_back(app: Celery, worker: WorkerProcess, shared_host: Host) -> None:
+    user = shared_host.subscriber(1_000)
+    result = model_tasks.spend.delay(user_id=user, seconds=60)
+    wait_for(lambda: shared_host.used(user), "the call is charged")
+    result.revoke(terminate=True, signal="SIGKILL")
+    wait_for(lambda: not held(shared_host, user), "nothing is held")
+    assert shared_host.value("SELECT status FROM trueup.hold WHERE user_id = :user", user=user) == "settled"
+
+
+def test_a_duplicate_waits_while_the_first_delivery_is_at_work(
+    app: Celery, worker: WorkerProcess, shared_host: Host
+) -> None:
+    user = shared_host.subscriber(1_000)
+    first = model_tasks.spend.apply_async(kwargs={"user_id": user, "seconds": 2})
+    wait_for(lambda: shared_host.used(user), "the call is charged")
+    model_tasks.spend.apply_async(kwargs={"user_id": user, "seconds": 2}, task_id=first.id)
+    wait_for(lambda: "is at work" in worker.output, "the duplicate waits")
+    assert shared_host.value("SELECT attempt FROM trueup.hold WHERE user_id = :user", user=user) == 1
+    wait_for(lambda: not held(shared_host, user), "the first is done")
+    assert shared_host.value("SELECT count(*) FROM ai_usage_log WHERE user_id = :user", user=user) == 1

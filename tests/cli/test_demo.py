@@ -1,0 +1,37 @@
+"""`trueup demo`: all of it happened, in under a minute, and nothing runs on."""
+
+import pytest
+
+from cli.demo.tenants import DENIED
+from tests.cli.conftest import processes_of
+from tests.support.demo import Demo
+
+
+def test_the_demo_succeeds_in_under_a_minute(demo: Demo) -> None:
+    assert (demo.code, demo.errors) == (0, "")
+    assert demo.seconds < 60
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("Q&A, English article", "4 pairs"),
+        ("Q&A, Persian article", "4 pairs"),
+        ("Products, page with JSON-LD", " 0 ", "5 products (json-ld)", "64.90 GBP"),
+        ("Products, page without", "4 products (model)", "24.50 EUR"),
+        ("DM about a product", "sent"),
+        ("DM, fixed text", " 0 ", "sent"),
+        *((tenant.name, reason) for reason, tenant in DENIED.items()),
+        ("north-street-bakery: shows 3,580, really has 2,400",),
+        ("lale-flowers: shows 6,410, really has 7,050",),
+        ("3,580", "2,400", "1,180", "missed decrement", "corrected"),
+        ("6,410", "7,050", "-640", "double decrement", "corrected"),
+    ],
+    ids=lambda line: line[0],
+)
+def test_the_demo_tells(demo: Demo, line: tuple[str, ...]) -> None:
+    assert any(all(part in shown for part in line) for shown in demo.output.splitlines()), demo.output
+
+
+def test_the_demo_leaves_nothing_running(demo: Demo) -> None:
+    assert processes_of(demo.home) == []

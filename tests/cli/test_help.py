@@ -1,0 +1,103 @@
+"""Every command explains itself, and none looks at the environment before it is called."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from cli import COMMANDS, main
+from tests.cli.conftest import trueup
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def walk(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Yield every command below the group, groups too, with the words that call it."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        yield (*path, name), command
+        if isinstance(command, click.Group):
+            yield from walk(command, (*path, name))
+
+
+TREE = dict(walk(main))
+LEAVES = {path: command for path, command in TREE.items() if not isinstance(command, click.Group)}
+
+
+def test_the_walk_finds_the_commands() -> None:
+    assert {path[0] for path in TREE} == set(COMMANDS)
+    assert ("run", "dm") in LEAVES
+
+
+@pytest.mark.parametrize("path", TREE, ids=" ".join)
+def test_every_command_has_help(path: tuple[str, ...]) -> None:
+    help_text = trueup(*path, "--help").stdout
+    assert help_text.startswith(f"Usage: main {' '.join(path)} [OPTIONS]")
+    assert TREE[path].help
+    assert trueup(*path, "-h").stdout == help_text
+
+
+@pytest.mark.parametrize("path", TREE, ids=" ".join)
+def test_every_command_and_group_has_an_example_that_calls_it(path: tuple[str, ...]) -> None:
+    help_text = trueup(*path, "--help").stdout
+    _, _, example = help_text.partition("Example:\n")
+    assert f"trueup {' '.join(path)}" in example.partition("Options:")[0]
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=" ".join)
+def test_every_option_is_explained(path: tuple[str, ...]) -> None:
+    for parameter in LEAVES[path].params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=" ".join)
+def test_every_command_is_in_the_readme_or_in_the_help_above_it(path: tuple[str, ...]) -> None:
+    above = trueup(*path[:-1], "--help").stdout.partition("Commands:")[2]
+    assert f"trueup {' '.join(path)}" in README or path[-1] in above.split()
+
+
+def test_without_a_command_the_help_is_shown_and_an_unknown_one_is_wrong_usage() -> None:
+    assert "Commands:" in CliRunner().invoke(main, []).output
+    assert "No such command 'tokns'" in trueup("tokns", code=2).stderr
+
+
+def test_the_version_is_shown() -> None:
+    assert trueup("--version").stdout.startswith("trueup, version ")
+
+
+LOOK = """
+import importlib, os, pkgutil, sys
+sys.addaudithook(lambda event, args: event == "socket.connect" and sys.exit("connects at import"))
+import billing.settings, cli
+billing.settings.read_settings = lambda: sys.exit("reads the settings at import")
+for module in pkgutil.walk_packages(cli.__path__, "cli."):
+    importlib.import_module(module.name)
+"""
+
+
+def test_importing_the_commands_reads_no_settings() -> None:
+    # A misspelt variable would end whatever reads them.
+    result = subprocess.run(
+        [sys.executable, "-c", LOOK],
+        env=os.environ | {"TRUEUP_WRONG": "x"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_the_help_loads_neither_celery_nor_sqlalchemy() -> None:
+    script = "import sys, cli; cli.main(['--help'], standalone_mode=False); print([*sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "'click'" in result.stdout
+    assert "'celery'" not in result.stdout
+    assert "'sqlalchemy'" not in result.stdout

@@ -1,0 +1,99 @@
+"""`trueup reconcile` and `trueup drift report`: the same report, made and looked at again."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from tests.cli.conftest import trueup, trueup_json
+from tests.support.books import dump
+from tests.support.host import Host
+
+
+def drifted(host: Host, tokens: int = 300) -> int:
+    """A user whose counter has missed a decrement."""
+    user = host.subscriber(1_000)
+    host.log(user, tokens)
+    return user
+
+
+def test_reconcile_corrects_the_counters_and_reports_why(host: Host) -> None:
+    user = drifted(host)
+    output = trueup("reconcile").stdout
+    assert host.counter(user) == 700
+    for word in ("missed decrement", "corrected", "1,000", "700"):
+        assert word in output
+
+
+def test_a_dry_run_reports_the_same_and_writes_nothing_at_all(host: Host) -> None:
+    user = drifted(host)
+    before = dump(host)
+    report = trueup_json("reconcile", "--dry-run")
+    assert dump(host) == before
+    assert (report["run_id"], report["dry_run"], report["drifted"], report["corrected"]) == (None, True, 1, 0)
+    [row] = report["rows"]
+    assert (row["user_id"], row["drift"], row["cause"], row["action"]) == (user, 300, "missed_decrement", "reported")
+    assert "dry run, nothing was written" in trueup("reconcile", "--dry-run").stdout
+    assert host.counter(user) == 1_000
+
+
+def test_reconciling_one_user_leaves_the_others_alone(host: Host) -> None:
+    one, other = drifted(host), drifted(host)
+    assert trueup_json("reconcile", "--user", one)["checked"] == 1
+    assert (host.counter(one), host.counter(other)) == (700, 1_000)
+
+
+def test_drift_fails_the_command_only_when_asked_to(host: Host) -> None:
+    drifted(host)
+    trueup("reconcile", "--dry-run")
+    trueup("reconcile", "--dry-run", "--fail-on-drift", code=3)
+    trueup("reconcile", "--fail-on-drift", code=3)
+    assert trueup_json("reconcile", "--fail-on-drift")["drifted"] == 0
+
+
+def test_a_long_report_is_cut_and_says_where_the_rest_is(host: Host) -> None:
+    for _ in range(22):
+        drifted(host)
+    assert "and 2 more: `trueup drift report --run 1`" in trueup("reconcile").stdout
+    assert trueup("drift", "report", "--run", 1).stdout.count("missed decrement") == 22
+
+
+def test_a_cut_dry_run_does_not_name_a_run_that_is_not_kept(host: Host) -> None:
+    for _ in range(22):
+        drifted(host)
+    output = trueup("reconcile", "--dry-run").stdout
+    assert "--run None" not in output
+    assert "and 2 more: `trueup reconcile --dry-run --json`" in output
+
+
+def test_the_report_of_a_run_is_the_same_in_every_form(host: Host) -> None:
+    user = drifted(host)
+    made = trueup_json("reconcile")
+    read = trueup_json("drift", "report")
+    assert read == made
+    assert json.loads(trueup("drift", "report", "--format", "json").stdout) == made
+    [row] = csv.DictReader(io.StringIO(trueup("drift", "report", "--format", "csv").stdout))
+    assert (row["user_id"], row["observed"], row["expected"], row["written"]) == (str(user), "1000", "700", "700")
+    assert json.loads(row["evidence"]) == made["rows"][0]["evidence"]
+    assert "missed decrement" in trueup("drift", "report").stdout
+
+
+def test_the_newest_run_is_shown_unless_another_is_named(host: Host) -> None:
+    drifted(host)
+    first, second = trueup_json("reconcile"), trueup_json("reconcile")
+    assert trueup_json("drift", "report")["run_id"] == second["run_id"]
+    assert trueup_json("drift", "report", "--run", first["run_id"]) == first
+
+
+def test_before_any_run_the_report_says_what_to_do(database: str) -> None:
+    assert "Start one with `trueup reconcile`" in trueup("drift", "report", code=1).stderr
+
+
+@pytest.mark.parametrize("run", ["7", "0", "x"])
+def test_a_run_that_is_not_there_is_wrong_usage(database: str, run: str) -> None:
+    assert "run" in trueup("drift", "report", "--run", run, code=2).stderr
+
+
+def test_what_is_no_format_is_wrong_usage(database: str) -> None:
+    assert "'table', 'json', 'csv'" in trueup("drift", "report", "--format", "xml", code=2).stderr

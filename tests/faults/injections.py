@@ -1,0 +1,207 @@
+"""The faults: each kind is a function that strikes now. It returns False when there was nothing to strike."""
+
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import psutil
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from billing.holds import expire_holds
+from tests.faults.plans import VISIBILITY_SECONDS, Fault
+from tests.faults.workers import Worker
+from worker.stack.waiting import wait_until
+
+if TYPE_CHECKING:
+    from tests.faults.rounds import Stage
+
+Injection = Callable[["Stage", Fault], bool]
+
+LEASE_SECONDS = 1800
+_MOMENT_SECONDS = 0.5  # how long to wait for the moment to strike at
+
+
+def past_every_lease() -> datetime:
+    """Return a time at which every hold of this round is overdue."""
+    return datetime.now(UTC) + timedelta(seconds=2 * LEASE_SECONDS)
+
+
+def _child_killed(stage: "Stage", fault: Fault) -> bool:
+    worker, child = _pick_child(stage, fault)
+    if worker is None or child is None:
+        return False
+    worker.kill_child(child)
+    return True
+
+
+def _child_killed_in_call(stage: "Stage", fault: Fault) -> bool:
+    """Kill a process that waits for the provider: nobody will ever hear what that call cost."""
+    worker, child = _caller(stage)
+    if worker is None or child is None:
+        return False
+    worker.kill_child(child)
+    return True
+
+
+def _child_killed_after_charge(stage: "Stage", fault: Fault) -> bool:
+    owner = _wait_for_charge(stage)
+    for worker in stage.workers:
+        for child in worker.children():
+            if child.pid == owner:
+                worker.kill_child(child)
+                return True
+    return False
+
+
+def _worker_killed(stage: "Stage", fault: Fault) -> bool:
+    worker = _pick_worker(stage, fault)
+    if worker is None:
+        return False
+    worker.kill()
+    stage.later(0.2, worker.revive)
+    return True
+
+
+def _worker_killed_after_charge(stage: "Stage", fault: Fault) -> bool:
+    return _wait_for_charge(stage) is not None and _worker_killed(stage, fault)
+
+
+def _child_stopped(stage: "Stage", fault: Fault) -> bool:
+    _, child = _pick_child(stage, fault)
+    return child is not None and _stop(stage, child, fault.seconds)
+
+
+def _child_stopped_past_visibility(stage: "Stage", fault: Fault) -> bool:
+    """Stop a process in the middle of a call for so long that its task is delivered again elsewhere."""
+    _, child = _caller(stage)
+    return child is not None and _stop(stage, child, VISIBILITY_SECONDS + 1 + fault.seconds / 3)
+
+
+def _child_stopped_past_lease(stage: "Stage", fault: Fault) -> bool:
+    """Stop a process in the middle of a call, and let its lease run out: by the clock given to the sweep."""
+    _, child = _caller(stage)
+    if child is None or not _stop(stage, child, fault.seconds):
+        return False
+    with suppress(DBAPIError), stage.engine.begin() as connection:
+        expire_holds(connection, now=past_every_lease())
+    return True
+
+
+def _worker_stopped(stage: "Stage", fault: Fault) -> bool:
+    worker = _pick_worker(stage, fault)
+    if worker is None:
+        return False
+    worker.signal(signal.SIGSTOP)
+    stage.later(fault.seconds, lambda: worker.signal(signal.SIGCONT))
+    return True
+
+
+def _redis_restarted(stage: "Stage", fault: Fault) -> bool:
+    stage.servers.restart_redis(signal.SIGTERM, fault.seconds / 2)
+    return True
+
+
+def _redis_killed(stage: "Stage", fault: Fault) -> bool:
+    stage.servers.restart_redis(signal.SIGKILL, fault.seconds / 2)
+    return True
+
+
+def _redis_flushed(stage: "Stage", fault: Fault) -> bool:
+    stage.servers.flush_redis()
+    stage.flushed = True
+    return True
+
+
+def _redis_connections_cut(stage: "Stage", fault: Fault) -> bool:
+    return stage.servers.cut_redis() > 0
+
+
+def _postgres_restarted(stage: "Stage", fault: Fault) -> bool:
+    stage.servers.restart_postgres()
+    return True
+
+
+def _database_sessions_cut(stage: "Stage", fault: Fault) -> bool:
+    return stage.servers.cut_sessions(stage.database) > 0
+
+
+def _database_sessions_cut_after_charge(stage: "Stage", fault: Fault) -> bool:
+    return _wait_for_charge(stage) is not None and stage.servers.cut_sessions(stage.database) > 0
+
+
+INJECTIONS: dict[str, Injection] = {
+    "child_killed": _child_killed,
+    "child_killed_in_call": _child_killed_in_call,
+    "child_killed_after_charge": _child_killed_after_charge,
+    "worker_killed": _worker_killed,
+    "worker_killed_after_charge": _worker_killed_after_charge,
+    "child_stopped": _child_stopped,
+    "child_stopped_past_visibility": _child_stopped_past_visibility,
+    "child_stopped_past_lease": _child_stopped_past_lease,
+    "worker_stopped": _worker_stopped,
+    "redis_restarted": _redis_restarted,
+    "redis_killed": _redis_killed,
+    "redis_flushed": _redis_flushed,
+    "redis_connections_cut": _redis_connections_cut,
+    "postgres_restarted": _postgres_restarted,
+    "database_sessions_cut": _database_sessions_cut,
+    "database_sessions_cut_after_charge": _database_sessions_cut_after_charge,
+}
+
+
+def _pick_worker(stage: "Stage", fault: Fault) -> Worker | None:
+    alive = [worker for worker in stage.workers if worker.alive]
+    return alive[fault.target % len(alive)] if alive else None
+
+
+def _pick_child(stage: "Stage", fault: Fault) -> tuple[Worker | None, psutil.Process | None]:
+    children = [(worker, child) for worker in stage.workers for child in worker.children()]
+    return children[fault.target % len(children)] if children else (None, None)
+
+
+def _caller(stage: "Stage") -> tuple[Worker | None, psutil.Process | None]:
+    """Wait for a request to the provider, and return the process that waits for its answer."""
+    found: list[tuple[Worker, psutil.Process]] = []
+
+    def waiting() -> bool:
+        pids = {serving.pid for serving in stage.provider.ledger.in_flight()}
+        found.extend((w, child) for w in stage.workers for child in w.children() if child.pid in pids)
+        return bool(found)
+
+    wait_until(waiting, _MOMENT_SECONDS)
+    return found[0] if found else (None, None)
+
+
+def _wait_for_charge(stage: "Stage") -> int | None:
+    """Return as soon as a charge is committed: the pid of the process that made the call; None if none came in time."""
+    latest = text("SELECT charged_at, model_name FROM trueup.charge ORDER BY charged_at DESC LIMIT 1")
+    end = time.monotonic() + _MOMENT_SECONDS
+    try:
+        with stage.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            before = connection.execute(latest).one_or_none()
+            while time.monotonic() < end:
+                row = connection.execute(latest).one_or_none()
+                if row is not None and row != before:
+                    pids = {serving.model_name: serving.pid for serving in stage.provider.ledger.servings()}
+                    return pids.get(row.model_name)
+                time.sleep(0.002)
+    except DBAPIError:
+        return None
+    return None
+
+
+def _stop(stage: "Stage", child: psutil.Process, seconds: float) -> bool:
+    def resume() -> None:
+        with suppress(psutil.NoSuchProcess):
+            child.resume()
+
+    try:
+        child.suspend()
+    except psutil.NoSuchProcess:
+        return False
+    stage.later(seconds, resume)
+    return True

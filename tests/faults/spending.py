@@ -1,0 +1,86 @@
+"""The worker's side of a round, loaded with `-I tests.faults.spending`: its task, and some impatience.
+
+Nothing here changes what a task may spend or how that is recorded: waits are shortened, so that a round takes seconds,
+and each request to the provider says which process asked.
+"""
+
+import os
+import time
+from typing import Any
+
+import httpx2
+from kombu import Connection
+
+# Before the fork, so that each pool child need not take a second for it.
+import ai.providers.openai  # noqa: F401
+import tasks.metered
+from ai.model import Message, Model
+from billing.users import UserId
+from tasks import metered_task
+from tests.faults.plans import VISIBILITY_SECONDS
+from tests.faults.provider import PID_HEADER, prompt_of
+from worker.celery import app
+
+TASK = "faults.spend"
+
+
+@metered_task(
+    name=TASK,
+    feature_name="Faults",
+    section="chat",
+    estimated_tokens=lambda arguments: arguments["tokens"],
+    default_retry_delay=0.3,
+)
+def spend(
+    model: Model,
+    user_id: UserId,
+    label: str,
+    tokens: int,
+    calls: int = 1,
+    words: int = 10,
+    seconds: float = 0,
+    cap: int | None = None,
+) -> int:
+    """Make the calls, with a pause after each. Returns the tokens spent."""
+    spent = 0
+    for call in range(1, calls + 1):
+        prompt = prompt_of(label, call, user_id, words)
+        spent += model.complete([Message(role="user", content=prompt)], max_completion_tokens=cap).total_tokens
+        time.sleep(seconds)
+    return spent
+
+
+def _hurry() -> None:
+    tasks.metered.PROVIDER_RETRY_BASE_SECONDS = 0.2  # type: ignore[assignment]
+    options: dict[str, Any] = app.conf.broker_transport_options
+    options.update(
+        visibility_timeout=VISIBILITY_SECONDS,
+        unacked_restore_interval=1,
+        # A worker killed in the middle of its sweep keeps all others from sweeping for as long.
+        unacked_mutex_expire=2,
+    )
+
+
+def _reconnect_soon() -> None:
+    """A worker that lost Redis would wait 2, 4, 6 s between its tries."""
+    ensure = Connection._ensure_connection
+
+    def soon(self: Connection, *args: Any, **options: Any) -> Any:
+        return ensure(self, *args, **{"interval_start": 0.1, "interval_step": 0.1, "interval_max": 0.5, **options})
+
+    Connection._ensure_connection = soon
+
+
+def _sign_requests() -> None:
+    send = httpx2.Client.send
+
+    def signed(self: httpx2.Client, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        request.headers[PID_HEADER] = str(os.getpid())
+        return send(self, request, **options)
+
+    httpx2.Client.send = signed  # type: ignore[method-assign,assignment]
+
+
+_hurry()
+_reconnect_soon()
+_sign_requests()

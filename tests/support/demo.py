@@ -1,0 +1,59 @@
+"""`trueup demo`, run once for all tests that look at what it says and leaves."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.worker.stack_helpers import temporary_home
+
+DEADLINE_SECONDS = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """How the demo ended, and `home`, where its data stays."""
+
+    home: Path
+    code: int
+    output: str
+    errors: str
+    seconds: float
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment of who looks around afterwards."""
+        return environment_of(self.home)
+
+
+def environment_of(home: Path) -> dict[str, str]:
+    """Return this process's environment with only that home, and this Python's scripts first."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("TRUEUP_")}
+    scripts = str(Path(sys.executable).parent)
+    return own | {"TRUEUP_HOME": str(home), "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[Demo]:
+    with temporary_home() as home:
+        started = time.monotonic()
+        result = subprocess.run(
+            ["trueup", "demo"],
+            env=environment_of(home) | {"TRUEUP_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/never-touched"},
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_SECONDS,
+            check=False,
+        )
+        yield Demo(
+            home=home / "demo",
+            code=result.returncode,
+            output=result.stdout,
+            errors=result.stderr,
+            seconds=time.monotonic() - started,
+        )
