@@ -4,17 +4,21 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from ai.comments import ActionConfig, CommentEvent, ProductInfo
+from ai.effects import Outbox
 from ai.graph import GraphClient, GraphError
 from ai.model import Message, Model
 from ai.prompts import dm_messages
 from ai.texts import cut_at_word, cut_to_bytes, without_lone_surrogates
 from ai.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
 from billing.errors import AnswerFormatError, InvalidInputError
+
+MESSAGE_EFFECT = "instagram_message"
+REPLY_EFFECT = "instagram_public_reply"
 
 ESTIMATED_TOKENS = 1000
 """What one message may cost by an exact counter; `estimated_tokens` says it for any."""
@@ -41,9 +45,10 @@ class DmResult(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    status: Literal["sent", "skipped"]
+    status: Literal["sent", "skipped", "unknown"]
+    """"unknown": an earlier attempt may have sent it, so it was not sent again."""
     reason: str | None = None
-    """Why it was skipped."""
+    """Why it was skipped, or is not known."""
     mode: Literal["STATIC", "PRODUCT"]
     comment_id: str
     message: str | None = None
@@ -64,9 +69,10 @@ def send_instagram_dm(
     event: CommentEvent,
     config: ActionConfig,
     graph: GraphClient,
+    outbox: Outbox,
     counter: TokenCounter | None = None,
 ) -> DmResult:
-    """Answer a comment by direct message and, if configured, publicly. `model` None will do for STATIC.
+    """Answer a comment by direct message and, if configured, publicly; each at most once. `model` None: for STATIC.
 
     The account's own comments are skipped. A public reply that fails is a warning: the message has been sent by then.
     Raises `GraphError` when the message was not, or perhaps not, sent; and what `build_message` raises.
@@ -75,16 +81,27 @@ def send_instagram_dm(
     if event.is_own:
         reason = "The account itself wrote the comment."
         return DmResult(status="skipped", reason=reason, mode=config.mode, comment_id=comment.id)
-    built = build_message(model, event=event, config=config, counter=counter)
-    message_id = graph.send_private_reply(account_id=event.account_id, comment_id=comment.id, text=built.text)
-    warnings = list(built.warnings)
-    reply_sent, reply_id = _reply_publicly(graph, comment.id, config, warnings)
+    outcome = outbox.find(MESSAGE_EFFECT)
+    if outcome is None or outcome.status != "sent":
+        built = build_message(model, event=event, config=config, counter=counter)
+        detail = {"comment_id": comment.id, "message": built.text, "warnings": list(built.warnings)}
+
+        def send() -> dict[str, Any]:
+            sent = graph.send_private_reply(account_id=event.account_id, comment_id=comment.id, text=built.text)
+            return {"message_id": sent}
+
+        outcome = outbox.once(MESSAGE_EFFECT, detail, send)
+    if outcome.status != "sent":
+        reason = "An earlier attempt may have sent it: look into the conversation before sending it again."
+        return DmResult(status="unknown", reason=reason, mode=config.mode, comment_id=comment.id)
+    warnings = list(outcome.detail.get("warnings", []))
+    reply_sent, reply_id = _reply_publicly(graph, outbox, comment.id, config, warnings)
     return DmResult(
         status="sent",
         mode=config.mode,
         comment_id=comment.id,
-        message=built.text,
-        message_id=message_id,
+        message=outcome.detail.get("message"),
+        message_id=outcome.detail.get("message_id"),
         public_reply_sent=reply_sent,
         public_reply_id=reply_id,
         warnings=tuple(warnings),
@@ -177,12 +194,21 @@ def _fitted(text: str, warnings: list[str]) -> BuiltMessage:
 
 
 def _reply_publicly(
-    graph: GraphClient, comment_id: str, config: ActionConfig, warnings: list[str]
+    graph: GraphClient, outbox: Outbox, comment_id: str, config: ActionConfig, warnings: list[str]
 ) -> tuple[bool, str | None]:
-    if not config.public_reply_enabled or not config.public_reply_text:
+    text = config.public_reply_text
+    if not config.public_reply_enabled or not text:
         return False, None
     try:
-        return True, graph.reply_to_comment(comment_id=comment_id, text=config.public_reply_text)
+        outcome = outbox.once(
+            REPLY_EFFECT,
+            {"comment_id": comment_id, "text": text},
+            lambda: {"reply_id": graph.reply_to_comment(comment_id=comment_id, text=text)},
+        )
     except GraphError as error:
         warnings.append(f"The message was sent, the public reply was not: {error}")
         return False, None
+    if outcome.status != "sent":
+        warnings.append("The message was sent; an earlier attempt may have sent the public reply, so it was left.")
+        return False, None
+    return True, outcome.detail.get("reply_id")

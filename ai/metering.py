@@ -43,6 +43,7 @@ class RunningHold:
     def __init__(self, hold: Hold) -> None:
         self.hold = hold
         self.tokens_left = hold.tokens_left
+        self.streams: set[CompletionStream] = set()  # those that run; none must end uncharged
         self.is_lost = False  # set when a charge came late: then the hold is not this attempt's any more
         # Calls are told apart by their order in the task, so that a redelivery finds the same ones.
         self.ordinals = itertools.count(1)
@@ -72,7 +73,17 @@ def spending_from(hold: Hold) -> Iterator[RunningHold]:
     try:
         yield running
     finally:
-        _running.reset(token)
+        try:
+            _close_streams(running)
+        finally:
+            _running.reset(token)
+
+
+def _close_streams(running: RunningHold) -> None:
+    """Charge what the body left running. One that can't be charged now must not keep the others from it."""
+    for stream in tuple(running.streams):
+        with suppress(ServiceUnavailableError):  # logged where it happened; its intent stays on record
+            stream.close()
 
 
 class MeteredModel:
@@ -132,10 +143,14 @@ class MeteredModel:
 
         def finish() -> Completion:
             completion = source.completion()
-            self._charge(call, completion)
+            # What broke or was closed early is no answer to give to a redelivery as if it were whole.
+            self._charge(call, completion, keep_answer=source.exhausted)
+            call.running.streams.discard(stream)
             return completion
 
-        return CompletionStream(source, finish)
+        stream = CompletionStream(source, finish)
+        call.running.streams.add(stream)
+        return stream
 
     def _begin(self, messages: Sequence[Message], max_completion_tokens: int | None) -> _Call:
         """Find the call's paid answer, or get leave to make it; from then on it is on record as started."""
@@ -182,7 +197,7 @@ class MeteredModel:
             )
         return limit
 
-    def _charge(self, call: _Call, completion: Completion) -> None:
+    def _charge(self, call: _Call, completion: Completion, *, keep_answer: bool = True) -> None:
         """Write the usage: it stands for money spent, so while the database is away it is tried again for a while."""
         hold = call.running.hold
         metadata = {
@@ -191,7 +206,7 @@ class MeteredModel:
             "call": call.key,
             "usage_reported": completion.usage_reported,
         }
-        answer = self._storable(completion)
+        answer = self._storable(completion) if keep_answer else None
         for delay in (*CHARGE_RETRY_DELAYS_SECONDS, None):
             try:
                 charge = db.retrying(

@@ -110,6 +110,10 @@ class Provider(Protocol):
 class Model(Protocol):
     """What a service may do with a model."""
 
+    def extend(self, tokens: int) -> bool:
+        """Add `tokens` to the running task's hold; False if the budget does not allow it, and nothing has changed."""
+        ...
+
     def complete(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> Completion:
         """Return one completion, charged to the running task's hold.
 

@@ -3,7 +3,7 @@
 import json
 import uuid
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection, text
@@ -151,3 +151,18 @@ def find_answer(connection: Connection, hold: Hold, call_key: str) -> dict[str, 
         {"user_id": hold.user_id, "task_id": hold.task_id, "call_key": call_key},
     ).scalar_one_or_none()
     return answer
+
+
+_PRUNE = text(
+    "SELECT trueup.prune_answers("
+    "coalesce(CAST(:now AS timestamptz), clock_timestamp()) - CAST(:age AS interval), :limit)"
+)
+
+
+def prune_answers(connection: Connection, *, older_than: timedelta, limit: int, now: datetime | None = None) -> int:
+    """Forget stored answers that are older, at most `limit`; the charges stay. Returns how many were forgotten.
+
+    `now`: None means the database's clock.
+    """
+    pruned: int = connection.execute(_PRUNE, {"age": older_than, "limit": limit, "now": now}).scalar_one()
+    return pruned

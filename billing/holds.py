@@ -19,7 +19,8 @@ class Hold:
     """An open hold, as one attempt of its task sees it.
 
     `tokens_left`: count still set aside. `attempt`: 1 for the first delivery, counted up by each later one; it fences
-    an attempt that was overtaken. `reattached`: an earlier attempt had opened it.
+    an attempt that was overtaken. `reattached`: an earlier attempt had opened it. `replay`: an earlier attempt had done
+    the task's work already, so this hold has no tokens and is for making the result again.
     """
 
     user_id: UserId
@@ -28,6 +29,7 @@ class Hold:
     section: str
     attempt: int
     reattached: bool
+    replay: bool
     tokens_left: int
     expires_at: datetime
 
@@ -109,6 +111,7 @@ def open_hold(
         section=section,
         attempt=row.hold_attempt,
         reattached=row.reattached,
+        replay=row.replay,
         tokens_left=row.tokens_left,
         expires_at=row.expiry,
     )

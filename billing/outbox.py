@@ -1,7 +1,7 @@
 """The outbox: side effects of a task that must not happen twice, each a row from before it is tried."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import Any, Literal
 
@@ -34,8 +34,7 @@ class Effect:
 # "sending" becomes "unknown": that attempt is dead, and nobody can tell how far it came.
 _BEGIN = text(
     """
-    WITH tried AS (
-        INSERT INTO trueup.outbox AS o (user_id, task_id, effect, status, detail, created_at, updated_at)
+    INSERT INTO trueup.outbox AS o (user_id, task_id, effect, status, detail, created_at, updated_at)
         VALUES (:user_id, :task_id, :effect, 'sending', CAST(:detail AS jsonb),
                 coalesce(CAST(:now AS timestamptz), clock_timestamp()),
                 coalesce(CAST(:now AS timestamptz), clock_timestamp()))
@@ -43,9 +42,7 @@ _BEGIN = text(
         SET status = CASE WHEN o.status = 'failed' THEN 'sending'
                           WHEN o.status = 'sending' THEN 'unknown' ELSE o.status END,
             updated_at = excluded.updated_at
-        RETURNING o.status, o.detail, o.updated_at, (xmax = 0) AS is_new
-    )
-    SELECT * FROM tried
+        RETURNING o.status, o.detail, o.updated_at
     """
 )
 
@@ -84,6 +81,22 @@ def begin_effect(
     )
 
 
+def find_effect(connection: Connection, *, user_id: UserId, task_id: str, effect: str) -> Effect | None:
+    """Return a side effect as it stands; None if it was never tried."""
+    outbox = own_table("outbox", get_settings().host.user_id_type).c
+    query = select(*(outbox[field.name] for field in fields(Effect))).where(
+        outbox.user_id == user_id, outbox.task_id == task_id, outbox.effect == effect
+    )
+    row = connection.execute(query).mappings().one_or_none()
+    return Effect(**row) if row else None
+
+
+def reopen_effect(connection: Connection, effect: Effect) -> Effect:
+    """Try again a side effect that may have happened: for a host that would rather do it twice than not at all."""
+    finish_effect(connection, effect, "sending")
+    return replace(effect, status="sending")
+
+
 _FINISH = text(
     """
     UPDATE trueup.outbox SET status = :status, detail = detail || CAST(:detail AS jsonb),
@@ -119,7 +132,7 @@ def list_effects(connection: Connection, status: EffectStatus, *, limit: int = 1
     """Return side effects of that status, newest first."""
     outbox = own_table("outbox", get_settings().host.user_id_type).c
     query = (
-        select(outbox.user_id, outbox.task_id, outbox.effect, outbox.status, outbox.detail, outbox.updated_at)
+        select(*(outbox[field.name] for field in fields(Effect)))
         .where(outbox.status == status)
         .order_by(outbox.updated_at.desc())
         .limit(limit)

@@ -82,7 +82,7 @@ class Settings(BaseSettings):
     openai_api_key: SecretStr | None = None
     model_timeout_seconds: float = Field(default=60.0, gt=0, le=600)
     model_max_retries: int = Field(
-        default=0, ge=0, le=10, description="repeats by the SDK, each perhaps billed unseen; tasks are retried anyway"
+        default=0, ge=0, le=10, description="repeats by the SDK of requests that were not served"
     )
     model_max_tokens_parameter: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
 

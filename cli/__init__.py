@@ -19,6 +19,7 @@ COMMANDS = {
     "up": ("cli.up", "Run database, Redis, workers and beat in the foreground."),
     "db": ("cli.db", "Set the database up."),
     "tokens": ("cli.tokens", "Show and check a user's tokens."),
+    "status": ("cli.status", "How the gate has been doing, and what to look at."),
     "holds": ("cli.holds", "Tokens set aside for running tasks."),
     "usage": ("cli.usage", "A user's rows in the AI usage log."),
     "reconcile": ("cli.reconcile", "Compare every counter with the usage log, and correct it."),

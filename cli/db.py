@@ -10,7 +10,12 @@ from cli.context import servers
 
 @click.group()
 def db() -> None:
-    """Set the database up."""
+    """Set the database up.
+
+    \b
+    Example:
+      trueup db init
+    """
 
 
 @db.command()

@@ -12,12 +12,19 @@ from cli.report import FORMATS, print_report
 
 @click.group()
 def drift() -> None:
-    """Reports of what reconciling found."""
+    """Reports of what reconciling found.
+
+    \b
+    Example:
+      trueup drift report
+    """
 
 
 @drift.command()
 @click.option("--run", "run_id", type=click.IntRange(min=1), help="A run's number; by default the newest.")
-@click.option("--format", "form", type=click.Choice(FORMATS), default="table", show_default=True)
+@click.option(
+    "--format", "form", type=click.Choice(FORMATS), default="table", show_default=True, help="How to show it."
+)
 @click.option("--json", "form", flag_value="json", help="The same as --format json.")
 def report(run_id: int | None, form: str) -> None:
     """Show what a reconcile run found, corrected, and left to a person.

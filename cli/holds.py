@@ -11,13 +11,18 @@ from cli.output import print_json, print_table
 
 @click.group()
 def holds() -> None:
-    """Tokens set aside for running tasks."""
+    """Tokens set aside for running tasks.
+
+    \b
+    Example:
+      trueup holds list
+    """
 
 
 @holds.command("list")
 @click.option("--user", type=USER, help="Only this user's.")
 @click.option("--all", "every_status", is_flag=True, help="Also those that have ended.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True)
+@click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True, help="How many at most.")
 @json_option
 def list_(user: UserId | None, every_status: bool, limit: int, as_json: bool) -> None:
     """List open holds, newest first.

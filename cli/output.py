@@ -1,6 +1,7 @@
 """How things are shown: JSON for machines, tables for people."""
 
 import json
+import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
@@ -14,6 +15,17 @@ from rich.table import Table
 
 # Wide enough for every table of ours where no terminal says otherwise: a piped table must not be cut.
 PIPED_WIDTH = 200
+
+
+# A password may contain "/" and "@", so that it ends at the last "@"; a sentinel URL names several servers, each with
+# its own. libpq takes it as a parameter too.
+_PASSWORD = re.compile(r"(?<=://)([^/@:]*):(?:(?!://).)*@")
+_PASSWORD_PARAMETER = re.compile(r"(?<=[?&])([a-z_]*password)=[^&]*", re.IGNORECASE)
+
+
+def without_password(url: str) -> str:
+    """Return the URL, or any text, with three stars for a password in it."""
+    return _PASSWORD_PARAMETER.sub(r"\1=***", _PASSWORD.sub(r"\1:***@", url))
 
 
 def console(*, stderr: bool = False) -> Console:

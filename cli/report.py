@@ -1,8 +1,8 @@
 """How a drift report is shown."""
 
 import csv
+import io
 import json
-import sys
 
 import click
 
@@ -24,11 +24,14 @@ def print_report(report: DriftReport, form: str, *, most_rows: int | None = None
 
 
 def _print_csv(report: DriftReport) -> None:
-    writer = csv.writer(sys.stdout)
+    lines = io.StringIO()
+    writer = csv.writer(lines)
     writer.writerow(COLUMNS)
     for row in report.rows:
         fields = [getattr(row, name) for name in COLUMNS[:-1]]
         writer.writerow([*fields, json.dumps(row.evidence)])
+    # By click, which knows what to do when the reader has gone.
+    click.echo(lines.getvalue(), nl=False)
 
 
 def _print_table(report: DriftReport, most_rows: int | None) -> None:
@@ -66,4 +69,5 @@ def _print_table(report: DriftReport, most_rows: int | None) -> None:
         ],
     )
     if len(shown) < len(report.rows):
-        click.echo(f"and {len(report.rows) - len(shown):,} more: `trueup drift report --run {report.run_id}`")
+        everything = "reconcile --dry-run --json" if report.run_id is None else f"drift report --run {report.run_id}"
+        click.echo(f"and {len(report.rows) - len(shown):,} more: `trueup {everything}`")

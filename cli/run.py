@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from billing.errors import InvalidInputError
+from billing.settings import get_settings
 from billing.users import UserId
 from cli.context import USER, json_option, servers
 from cli.waiting import finish
@@ -32,13 +33,18 @@ def common_options(command: Command) -> Command:
 
 @click.group()
 def run() -> None:
-    """Enqueue a real AI task; it passes the gate in the worker. Exit code 3: denied."""
+    """Enqueue a real AI task; it passes the gate in the worker. Exit code 3: denied.
+
+    \b
+    Example:
+      trueup run qa --user 1 --wait examples/help_en.txt
+    """
 
 
 @run.command()
 @common_options
 @click.option("--title", default="", help="The page's title.")
-@click.option("--max-pairs", type=click.IntRange(1, 50), default=10, show_default=True)
+@click.option("--max-pairs", type=click.IntRange(1, 50), default=10, show_default=True, help="How many at most.")
 def qa(file: Path, user: UserId, title: str, max_pairs: int, wait: bool, timeout: int, as_json: bool) -> None:
     """Make question and answer pairs from a text FILE (- for standard input).
 
@@ -75,9 +81,10 @@ def dm(file: Path, user: UserId, wait: bool, timeout: int, as_json: bool) -> Non
     Example:
       trueup run dm --user 1 --wait examples/comment_product.json
     """
+    written = _read_text(file)
     try:
-        content = json.loads(_read_text(file))
-    except json.JSONDecodeError as error:
+        content = json.loads(written)
+    except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"{file}: no JSON ({error}). Correct the file.") from None
     if not isinstance(content, dict) or set(content) != {"event", "config"}:
         raise InvalidInputError(
@@ -99,8 +106,6 @@ def _read_text(file: Path) -> str:
 
 
 def _submit(task: str, user: UserId, arguments: dict[str, Any], wait: bool, timeout: int, as_json: bool) -> None:
+    user_id = user if isinstance(user, int) else str(user)
     with servers("postgres", "redis"):
-        from worker.celery import app
-
-        user_id = user if isinstance(user, int) else str(user)
-        finish(app, task, {"user_id": user_id, **arguments}, wait=wait, timeout=timeout, as_json=as_json)
+        finish(get_settings(), task, {"user_id": user_id, **arguments}, wait=wait, timeout=timeout, as_json=as_json)

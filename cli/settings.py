@@ -1,13 +1,11 @@
 """`trueup settings`: every setting, its value, and what it is for."""
 
-import re
-
 import click
 from pydantic import SecretStr
 
 from billing.settings import PREFIX, Settings, get_settings
 from cli.context import json_option
-from cli.output import print_json, print_table
+from cli.output import print_json, print_table, without_password
 
 
 @click.command()
@@ -34,12 +32,9 @@ def settings(as_json: bool) -> None:
     print_table(("variable", "value", "meaning"), [(name, str(value), meaning) for name, value, meaning in rows])
 
 
-_PASSWORD = re.compile(r"(?<=://)([^/@:]*):[^@/]*@")
-
-
 def _value(value: object) -> object:
     if isinstance(value, SecretStr):
         return "(set)"
     if isinstance(value, str):
-        return _PASSWORD.sub(r"\1:***@", value)
+        return without_password(value)
     return value if value is None or isinstance(value, int | float | str) else str(value)

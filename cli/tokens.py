@@ -14,7 +14,13 @@ from cli.output import print_facts, print_json
 
 @click.group()
 def tokens() -> None:
-    """Show and check a user's tokens."""
+    """Show and check a user's tokens.
+
+    \b
+    Example:
+      trueup tokens show 42
+      trueup tokens check 42 --tokens 1500
+    """
 
 
 @tokens.command()

@@ -12,7 +12,7 @@ from cli.output import print_json, print_table
 
 @click.command()
 @click.argument("user", type=USER)
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="How many rows at most.")
 @json_option
 def usage(user: UserId, limit: int, as_json: bool) -> None:
     """List USER's newest rows in the usage log, the host's own and those of trueup's tasks.

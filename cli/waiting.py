@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,35 +10,37 @@ import click
 from celery import Celery
 from celery.exceptions import TimeoutError as ResultTimeoutError
 from celery.result import AsyncResult
-from kombu.exceptions import OperationalError
-from redis.exceptions import RedisError
 from rich.status import Status
 
 from billing.errors import ServiceUnavailableError, TokensDenied, TrueupError
-from billing.settings import get_settings
+from billing.settings import Settings
 from cli import EXIT_DENIED, EXIT_ERROR
+from cli.client import celery_client
 from cli.output import console, print_json
+from worker.config import AI_QUEUE
 from worker.stack.temporary import temporary_worker
 
 PING_SECONDS = 1.0
 POLL_SECONDS = 0.1
 
 
-def finish(app: Celery, task: str, arguments: dict[str, Any], *, wait: bool, timeout: int, as_json: bool) -> None:
+def finish(
+    settings: Settings, task: str, arguments: dict[str, Any], *, wait: bool, timeout: int, as_json: bool
+) -> None:
     """Enqueue the task. With `wait`, show how it ends: exit code 0, 1 for an error, 3 for a denial.
 
     `timeout`: seconds to wait. Raises `ServiceUnavailableError` when Redis does not answer.
     """
-    with _redis_errors(app):
+    with celery_client(settings) as app:
         # The registered task and not only its name: so that its arguments are checked here already.
         app.loader.import_default_modules()
         result = app.tasks[task].apply_async(kwargs=arguments)
         if not wait:
             _say_enqueued(result, task, as_json)
             return
-        with _some_worker(app):
-            state = _wait(result, timeout)
-    _show(result, state, as_json)
+        with _staying_enqueued(result), _some_worker(app, settings) as tend:
+            state = _wait(result, timeout, tend)
+        _show(result, state, as_json)
 
 
 def _say_enqueued(result: AsyncResult, task: str, as_json: bool) -> None:
@@ -49,28 +51,42 @@ def _say_enqueued(result: AsyncResult, task: str, as_json: bool) -> None:
 
 
 @contextmanager
-def _redis_errors(app: Celery) -> Iterator[None]:
+def _staying_enqueued(result: AsyncResult) -> Iterator[None]:
+    """Say, where the waiting is broken off, that the task is not."""
     try:
         yield
-    except (OperationalError, RedisError) as error:
-        where = app.connection_for_write().as_uri()
-        raise ServiceUnavailableError("Redis", where, str(error)) from error
+    except (KeyboardInterrupt, SystemExit, ServiceUnavailableError):
+        click.echo(f"Not waiting any more. Task {result.id} stays enqueued: it runs when a worker does.", err=True)
+        raise
 
 
 @contextmanager
-def _some_worker(app: Celery) -> Iterator[None]:
-    """Have a worker on the AI queue: one that runs, or on the embedded broker one for as long as this takes."""
-    if app.control.ping(timeout=PING_SECONDS):
-        yield
-    elif get_settings().broker_url is None:
-        with temporary_worker(get_settings()):
-            yield
+def _some_worker(app: Celery, settings: Settings) -> Iterator[Callable[[], None]]:
+    """Have a worker on the AI queue: one that runs, or on the embedded broker one for as long as this takes.
+
+    Gives what is to be called now and then, to look after that worker.
+    """
+    if _is_consumed(app, AI_QUEUE):
+        yield _nothing
+    elif settings.broker_url is None:
+        with temporary_worker(settings) as tend:
+            yield tend
     else:
         click.echo("No worker answers. Waiting for one: start it with `celery -A worker worker -Q ai`.", err=True)
-        yield
+        yield _nothing
 
 
-def _wait(result: AsyncResult, timeout: int) -> str:
+def _is_consumed(app: Celery, queue: str) -> bool:
+    """Return whether a worker answers that takes tasks from the queue; others answer too."""
+    answers = app.control.inspect(timeout=PING_SECONDS).active_queues() or {}
+    return any(found["name"] == queue for queues in answers.values() for found in queues)
+
+
+def _nothing() -> None:
+    """Look after nobody."""
+
+
+def _wait(result: AsyncResult, timeout: int, tend: Callable[[], None]) -> str:
     """Return the task's final state. Raises `TrueupError` when it has none in time."""
     deadline = time.monotonic() + timeout
     out = console(stderr=True)
@@ -81,6 +97,7 @@ def _wait(result: AsyncResult, timeout: int) -> str:
                     f"Task {result.id} has not ended within {timeout} s (state {result.state}). It goes on; "
                     "wait longer with --timeout, and see whether a worker runs."
                 )
+            tend()
             if status is not None:
                 status.update(f"{result.state} {result.id}")
             time.sleep(POLL_SECONDS)

@@ -18,7 +18,14 @@ from pydantic import BaseModel
 
 from ai.metering import running_task_id, spending_from
 from billing import db
-from billing.errors import HoldBusyError, HoldOvertakenError, ServiceUnavailableError, TokensDenied, TrueupError
+from billing.errors import (
+    HoldBusyError,
+    HoldExhaustedError,
+    HoldOvertakenError,
+    ServiceUnavailableError,
+    TokensDenied,
+    TrueupError,
+)
 from billing.holds import Hold, close_hold, open_hold
 from billing.settings import get_settings
 from tasks.arguments import USER_ARGUMENT, ArgumentParser
@@ -96,7 +103,7 @@ class MeteredTask(Task):
                 return _json_safe(self._run(arguments))
             hold = self._open_hold(arguments, tokens)
             with _closing(hold), spending_from(hold):
-                return _json_safe(self._run(arguments))
+                return _json_safe(self._run_held(arguments, hold))
         except TokensDenied as denied:
             if self.on_denied == "return":
                 return denied.payload
@@ -108,6 +115,15 @@ class MeteredTask(Task):
             raise self._wait(error, error.seconds) from error
         except ServiceUnavailableError as error:
             raise self._wait(error) from error
+
+    def _run_held(self, arguments: dict[str, Any], hold: Hold) -> Any:
+        try:
+            return self._run(arguments)
+        except HoldExhaustedError:
+            if hold.replay:
+                # The work was done, and its answers were not kept: the result of the earlier attempt stands.
+                raise Ignore(f"task {hold.task_id} was done by an earlier delivery") from None
+            raise
 
     def _run(self, arguments: dict[str, Any]) -> Any:
         try:

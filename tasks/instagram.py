@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from celery import current_task
+
 from ai import instagram
 from ai.comments import action_config, comment_event
+from ai.effects import TaskOutbox
 from ai.graph import GraphClient
 from ai.model import Model
 from ai.providers import counter_from_settings
@@ -39,11 +42,15 @@ def send_instagram_dm(
     mode STATIC uses no AI and is not.
     """
     settings = get_settings()
+    outbox = TaskOutbox(
+        user_id=user_id, task_id=current_task.request.id, resend_unknown=settings.resend_unknown_messages
+    )
     with GraphClient.from_settings(settings) as graph:
         return instagram.send_instagram_dm(
             model,
             event=comment_event(event),
             config=action_config(config),
             graph=graph,
+            outbox=outbox,
             counter=counter_from_settings(settings),
         )

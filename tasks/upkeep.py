@@ -1,10 +1,12 @@
 """The tasks that beat sends: reconcile the counters, take back the holds of dead workers. Neither spends tokens."""
 
+from datetime import timedelta
 from typing import Any
 
 from celery import shared_task
 
 from billing import db
+from billing.charges import prune_answers as prune
 from billing.errors import ServiceUnavailableError
 from billing.holds import expire_holds as expire_overdue
 from billing.reconcile import reconcile
@@ -12,6 +14,7 @@ from billing.reconcile_runs import RunInProgressError
 from billing.settings import get_settings
 
 EXPIRE_LIMIT = 1000
+PRUNE_LIMIT = 5000
 
 
 @shared_task(
@@ -44,3 +47,10 @@ def expire_holds() -> dict[str, int]:
     """Take back overdue holds, a bounded batch; the next call goes on. Returns how many, and their tokens."""
     holds, tokens = db.retrying(lambda connection: expire_overdue(connection, limit=EXPIRE_LIMIT))
     return {"holds": holds, "tokens": tokens}
+
+
+@shared_task(name="tasks.prune_answers", acks_late=True)
+def prune_answers() -> int:
+    """Forget stored answers older than the settings' days, a bounded batch; the next call goes on. Returns how many."""
+    days = get_settings().answer_retention_days
+    return db.retrying(lambda connection: prune(connection, older_than=timedelta(days=days), limit=PRUNE_LIMIT))

@@ -9,6 +9,7 @@ AI_QUEUE = "ai"
 RECONCILE_QUEUE = "reconcile"
 
 SOFT_LIMIT_MARGIN_SECONDS = 60
+PRUNE_INTERVAL_SECONDS = 3600
 
 
 def celery_config(settings: Settings) -> dict[str, Any]:
@@ -46,6 +47,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "task_routes": {
             "tasks.reconcile_counters": {"queue": RECONCILE_QUEUE},
             "tasks.expire_holds": {"queue": RECONCILE_QUEUE},
+            "tasks.prune_answers": {"queue": RECONCILE_QUEUE},
         },
         "worker_concurrency": settings.worker_concurrency,
         "worker_prefetch_multiplier": 1,
@@ -64,6 +66,7 @@ def beat_schedule(settings: Settings) -> dict[str, Any]:
     return {
         "reconcile-counters": _every(settings.reconcile_interval_seconds, "tasks.reconcile_counters"),
         "expire-holds": _every(settings.expire_interval_seconds, "tasks.expire_holds"),
+        "prune-answers": _every(PRUNE_INTERVAL_SECONDS, "tasks.prune_answers"),
     }
 
 

@@ -11,7 +11,7 @@ from billing.settings import get_settings
 
 FORMAT = "%(asctime)sZ %(levelname)s %(name)s%(task)s: %(message)s"
 # One line for each HTTP request is more than the INFO of a worker should say.
-QUIET_LOGGERS = ("httpx", "httpcore", "openai", "alembic.runtime.migration")
+QUIET_LOGGERS = ("httpx", "httpx2", "httpcore", "httpcore2", "openai", "alembic.runtime.migration")
 
 
 class Formatter(logging.Formatter):

@@ -100,7 +100,7 @@ class OpenAIProvider:
                 if not _may_refuse_the_option(error):
                     raise
         events = self._post(messages, cap, stream=True).parse(to=openai.Stream[object])
-        pass
+        self._asks_for_usage = False
         return events
 
     def _post(

@@ -82,14 +82,14 @@ CREATE OR REPLACE FUNCTION trueup.open_hold(
     p_user {{user_id_type}}, p_task text, p_retries integer, p_feature text, p_section text, p_owner text,
     p_tokens bigint, p_lease interval, p_ttl interval, INOUT at timestamptz,
     OUT reason text, OUT busy_until timestamptz, OUT hold_attempt integer, OUT tokens_left bigint,
-    OUT reattached boolean, OUT expiry timestamptz,
+    OUT reattached boolean, OUT replay boolean, OUT expiry timestamptz,
     OUT original bigint, OUT consumed bigint, OUT held bigint, OUT end_date timestamptz
 ) LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
     a record;
     h trueup.hold;
-    v_tokens bigint := p_tokens;
+    v_tokens bigint;
 BEGIN
     SELECT * INTO a FROM trueup.lock_account(p_user, at);
     at := a.at;
@@ -101,14 +101,14 @@ BEGIN
     SELECT * INTO h FROM trueup.hold WHERE user_id = p_user AND task_id = p_task ORDER BY id DESC LIMIT 1;
     hold_attempt := coalesce(h.attempt, 0) + 1;
     reattached := coalesce(h.status = 'open', false);
+    replay := coalesce(h.completed AND p_retries <= h.retries, false);
+    v_tokens := CASE WHEN replay THEN 0 ELSE p_tokens END;
     IF reattached AND p_retries <= h.retries AND h.lease_until > at THEN
         busy_until := h.lease_until;
     ELSIF reattached THEN
-        tokens_left := trueup.take_over(h, p_retries, p_owner, at + p_lease, expiry);
+        tokens_left := trueup.take_over(p_user, p_task, h.id, p_retries, p_owner, at + p_lease, expiry);
     ELSE
-        IF h.completed AND p_retries <= h.retries THEN
-            v_tokens := 0;
-        ELSE
+        IF NOT replay THEN
             reason := trueup.decide(a.subscribed, a.is_active, a.end_date, original, consumed, held, v_tokens, at);
         END IF;
         IF reason IS NULL THEN
@@ -127,19 +127,23 @@ END $$;
 
 -- Give an open hold to the next attempt; for trueup.open_hold, under its lock. Returns what that attempt may spend.
 CREATE OR REPLACE FUNCTION trueup.take_over(
-    h trueup.hold, p_retries integer, p_owner text, p_lease_until timestamptz, p_expires_at timestamptz
+    p_user {{user_id_type}}, p_task text, p_id bigint, p_retries integer, p_owner text,
+    p_lease_until timestamptz, p_expires_at timestamptz
 ) RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    v_tokens bigint;
 BEGIN
-    IF p_retries > h.retries THEN
-        -- The attempt before is over: what it started and did not record is not in flight, but unknown.
-        UPDATE trueup.call_intent c SET outcome = 'unknown'
-        WHERE c.user_id = h.user_id AND c.task_id = h.task_id AND c.outcome = 'started';
-    END IF;
-    UPDATE trueup.hold t
-    SET attempt = t.attempt + 1, retries = greatest(t.retries, p_retries), owner = p_owner,
+    -- The attempt before is over: what it started and did not record is not in flight, but unknown.
+    UPDATE trueup.call_intent c SET outcome = 'unknown'
+    WHERE c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started'
+      AND EXISTS (SELECT FROM trueup.hold h
+                  WHERE h.user_id = p_user AND h.task_id = p_task AND h.id = p_id AND h.retries < p_retries);
+    UPDATE trueup.hold h
+    SET attempt = h.attempt + 1, retries = greatest(h.retries, p_retries), owner = p_owner,
         lease_until = p_lease_until, expires_at = p_expires_at
-    WHERE t.user_id = h.user_id AND t.task_id = h.task_id AND t.id = h.id;
-    RETURN greatest(h.tokens_reserved - h.tokens_covered - trueup.in_flight(h.user_id, h.task_id, NULL, NULL), 0);
+    WHERE h.user_id = p_user AND h.task_id = p_task AND h.id = p_id
+    RETURNING h.tokens_reserved - h.tokens_covered INTO v_tokens;
+    RETURN greatest(v_tokens - trueup.in_flight(p_user, p_task, NULL, NULL), 0);
 END $$;
 
 -- Give back what a hold has left. NULL when there was nothing to close: closed already, or another attempt's by now.

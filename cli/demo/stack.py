@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from celery import Celery
+from kombu.exceptions import OperationalError
 from sqlalchemy import Engine, create_engine, text
 
-from billing.errors import TrueupError
+from billing.errors import SettingsError, TrueupError
 from billing.settings import PREFIX, Settings, broker_url, database_url, get_settings
 from cli.demo.graph import GraphServer
+from worker.stack.layout import prepare_layout
 
 START_SECONDS = 40.0
 STOP_SECONDS = 60.0
@@ -49,10 +52,9 @@ def demo_stack(settings: Settings) -> Iterator[DemoStack]:
 
     Raises `TrueupError` when it is not ready in time.
     """
-    home = settings.home / "demo"
-    home.mkdir(parents=True, exist_ok=True)
+    home = prepare_layout(settings.model_copy(update={"home": settings.home / "demo"})).home
     log = home / "up.log"
-    with GraphServer() as graph:
+    with _termination_unwinds(), GraphServer() as graph:
         _use_only(home, graph)
         with _up(log) as process:
             engine, app = _ready(process, log)
@@ -60,6 +62,21 @@ def demo_stack(settings: Settings) -> Iterator[DemoStack]:
                 yield DemoStack(engine=engine, app=app, graph=graph, log=log)
             finally:
                 engine.dispose()
+
+
+@contextmanager
+def _termination_unwinds() -> Iterator[None]:
+    """Let SIGTERM and a closed terminal leave the block as Ctrl-C does: or the stack would run on."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    previous = {kind: signal.signal(kind, end) for kind in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for kind, handler in previous.items():
+            signal.signal(kind, handler)
 
 
 def _use_only(home: Path, graph: GraphServer) -> None:
@@ -95,7 +112,7 @@ def _ready(process: subprocess.Popen[bytes], log: Path) -> tuple[Engine, Celery]
     """Wait until both workers answer, then clear the tables."""
     settings = get_settings()
     deadline = time.monotonic() + START_SECONDS
-    while not settings.stack_file.exists() or len(_workers()) < WORKERS:
+    while len(_workers()) < WORKERS:
         if process.poll() is not None or time.monotonic() > deadline:
             raise TrueupError(f"The demo's stack did not start; {log} says why. Its end:\n{_tail(log)}")
         time.sleep(0.2)
@@ -111,12 +128,17 @@ def _ready(process: subprocess.Popen[bytes], log: Path) -> tuple[Engine, Celery]
 def _workers() -> list[object]:
     """Return the workers that answer; none while there is no broker yet."""
     settings = get_settings()
-    if "broker_url" not in settings.stack_file.read_text():
+    try:
+        broker_url(settings)
+    except SettingsError:
         return []
-    broker_url(settings)
     from worker.celery import app
 
-    answers: list[object] = app.control.ping(timeout=1.0)
+    try:
+        answers: list[object] = app.control.ping(timeout=1.0)
+    except OperationalError:
+        # A killed stack has left its file, and its successor has not come to Redis yet.
+        return []
     return answers
 
 

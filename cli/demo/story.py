@@ -1,6 +1,7 @@
 """What the demo shows, in order, and whether each part of it really happened."""
 
 import json
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -179,4 +180,4 @@ def _tell_products(answer: dict[str, Any]) -> str:
 
 
 def _tell_message(answer: dict[str, Any]) -> str:
-    return f"{answer['status']}: “{(answer['message'] or '')[:60]}…”"
+    return f"{answer['status']}: “{textwrap.shorten(answer['message'] or '', 60, placeholder='…')}”"

@@ -1,7 +1,9 @@
 """A model that answers as the test says, and remembers what it was asked."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from ai.effects import Outcome
 from ai.model import Completion, Message
 from ai.providers.offline import OfflineProvider
 from billing.errors import HoldExhaustedError
@@ -53,3 +55,13 @@ class HeldModel:
         self.tokens_left -= done.total_tokens
         self.completions.append(done)
         return done
+
+
+class AtOnce:
+    """An outbox that remembers nothing: each effect is done when it is asked for."""
+
+    def find(self, effect: str) -> Outcome | None:
+        return None
+
+    def once(self, effect: str, detail: dict[str, Any], action: Callable[[], dict[str, Any]]) -> Outcome:
+        return Outcome(status="sent", detail={**detail, **action()})

@@ -23,7 +23,7 @@ from ai.instagram import (
 from ai.tokens import BoundCounter, EncodingCounter, TokenCounter, count_prompt_tokens
 from billing.errors import AnswerFormatError, InvalidInputError, SettingsError
 from billing.settings import Settings
-from tests.ai.scripted import HeldModel, ScriptedModel
+from tests.ai.scripted import AtOnce, HeldModel, ScriptedModel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TOKEN = "IGQVJ-secret-token"
@@ -72,7 +72,7 @@ def test_a_static_message_is_sent_as_a_private_reply_to_the_comment(httpserver: 
     httpserver.expect_oneshot_request(MESSAGES, method="POST").respond_with_json(
         {"recipient_id": "1", "message_id": "m1"}
     )
-    result = send_instagram_dm(None, event=_event(), config=_static(), graph=graph)
+    result = send_instagram_dm(None, event=_event(), config=_static(), graph=graph, outbox=AtOnce())
     assert result == DmResult(status="sent", mode="STATIC", comment_id=COMMENT, message="Thank you!", message_id="m1")
     request, _ = httpserver.log[0]
     assert json.loads(request.data) == {"recipient": {"comment_id": COMMENT}, "message": {"text": "Thank you!"}}
@@ -85,7 +85,7 @@ def test_a_product_message_is_written_by_the_model_within_the_estimate(
 ) -> None:
     httpserver.expect_oneshot_request(MESSAGES).respond_with_json({"message_id": "m1"})
     model = HeldModel(ESTIMATED_TOKENS)
-    result = send_instagram_dm(model, event=_event(), config=_about_products(), graph=graph)
+    result = send_instagram_dm(model, event=_event(), config=_about_products(), graph=graph, outbox=AtOnce())
     assert result.message
     assert "Larch lantern: £38.00." in result.message
     assert json.loads(httpserver.log[0][0].data)["message"]["text"] == result.message
@@ -94,7 +94,9 @@ def test_a_product_message_is_written_by_the_model_within_the_estimate(
 
 def test_the_accounts_own_comment_is_skipped(httpserver: HTTPServer, graph: GraphClient) -> None:
     model = ScriptedModel()
-    result = send_instagram_dm(model, event=_event(author=ACCOUNT), config=_about_products(), graph=graph)
+    result = send_instagram_dm(
+        model, event=_event(author=ACCOUNT), config=_about_products(), graph=graph, outbox=AtOnce()
+    )
     assert result.status == "skipped"
     assert result.reason
     assert not model.prompts
@@ -107,7 +109,7 @@ def test_a_public_reply_is_sent_after_the_message_if_configured(httpserver: HTTP
         {"id": "r1"}
     )
     config = _static(public_reply_enabled=True, public_reply_text="See your inbox.")
-    result = send_instagram_dm(None, event=_event(), config=config, graph=graph)
+    result = send_instagram_dm(None, event=_event(), config=config, graph=graph, outbox=AtOnce())
     assert result.public_reply_sent
     assert result.public_reply_id == "r1"
 
@@ -116,7 +118,7 @@ def test_a_public_reply_that_fails_does_not_fail_the_message(httpserver: HTTPSer
     httpserver.expect_request(MESSAGES).respond_with_json({"message_id": "m1"})
     httpserver.expect_request(REPLIES).respond_with_json({"error": {"message": "No.", "code": 10}}, status=403)
     config = _static(public_reply_enabled=True, public_reply_text="See your inbox.")
-    result = send_instagram_dm(None, event=_event(), config=config, graph=graph)
+    result = send_instagram_dm(None, event=_event(), config=config, graph=graph, outbox=AtOnce())
     assert result.status == "sent"
     assert not result.public_reply_sent
     assert "public reply was not" in result.warnings[0]
@@ -125,7 +127,7 @@ def test_a_public_reply_that_fails_does_not_fail_the_message(httpserver: HTTPSer
 @pytest.mark.parametrize("body", ["", "<html>", "[1]", "{}", '{"message_id": null}'])
 def test_an_accepted_message_without_an_id_was_sent(httpserver: HTTPServer, graph: GraphClient, body: str) -> None:
     httpserver.expect_request(MESSAGES).respond_with_data(body)
-    result = send_instagram_dm(None, event=_event(), config=_static(), graph=graph)
+    result = send_instagram_dm(None, event=_event(), config=_static(), graph=graph, outbox=AtOnce())
     assert result.status == "sent"
     assert result.message_id is None
 
@@ -140,7 +142,7 @@ def test_a_refusal_says_whether_to_try_again(
 ) -> None:
     _refuse(httpserver, status, {"message": "It is so.", "code": code})
     with pytest.raises(GraphError, match=r"It is so\.") as caught:
-        send_instagram_dm(None, event=_event(), config=_static(), graph=graph)
+        send_instagram_dm(None, event=_event(), config=_static(), graph=graph, outbox=AtOnce())
     assert (caught.value.retryable, caught.value.status, caught.value.code) == (retryable, status, code)
     assert not caught.value.outcome_unknown
 
@@ -149,13 +151,13 @@ def test_a_refusal_says_whether_to_try_again(
 def test_a_refusal_in_any_shape_is_a_graph_error(httpserver: HTTPServer, graph: GraphClient, error: object) -> None:
     _refuse(httpserver, 400, error)
     with pytest.raises(GraphError):
-        send_instagram_dm(None, event=_event(), config=_static(), graph=graph)
+        send_instagram_dm(None, event=_event(), config=_static(), graph=graph, outbox=AtOnce())
 
 
 def test_no_error_shows_the_token(httpserver: HTTPServer, graph: GraphClient) -> None:
     _refuse(httpserver, 400, {"message": f"Bad token {TOKEN} given.", "code": 190})
     with pytest.raises(GraphError, match="TRUEUP_INSTAGRAM_ACCESS_TOKEN") as caught:
-        send_instagram_dm(None, event=_event(), config=_static(), graph=graph)
+        send_instagram_dm(None, event=_event(), config=_static(), graph=graph, outbox=AtOnce())
     assert TOKEN not in str(caught.value)
     assert caught.value.__cause__ is None
 
@@ -172,7 +174,7 @@ def test_a_message_whose_outcome_is_unknown_is_never_sent_again(httpserver: HTTP
     with GraphClient(base_url=url, access_token=TOKEN, timeout_seconds=0.2) as graph:
         try:
             with pytest.raises(GraphError, match="not repeated") as caught:
-                send_instagram_dm(None, event=_event(), config=_static(), graph=graph)
+                send_instagram_dm(None, event=_event(), config=_static(), graph=graph, outbox=AtOnce())
         finally:
             answered.set()
     assert caught.value.outcome_unknown
@@ -182,7 +184,7 @@ def test_a_message_whose_outcome_is_unknown_is_never_sent_again(httpserver: HTTP
 def test_a_gateway_that_timed_out_leaves_the_outcome_unknown(httpserver: HTTPServer, graph: GraphClient) -> None:
     _refuse(httpserver, 504, {"message": "Gateway"})
     with pytest.raises(GraphError) as caught:
-        send_instagram_dm(None, event=_event(), config=_static(), graph=graph)
+        send_instagram_dm(None, event=_event(), config=_static(), graph=graph, outbox=AtOnce())
     assert caught.value.outcome_unknown
     assert not caught.value.retryable
 
@@ -192,7 +194,7 @@ def test_a_message_that_never_left_may_be_sent_again() -> None:
         GraphClient(base_url="http://127.0.0.1:1/v23.0", access_token=TOKEN, timeout_seconds=1) as graph,
         pytest.raises(GraphError, match="Nothing was sent") as caught,
     ):
-        send_instagram_dm(None, event=_event(), config=_static(), graph=graph)
+        send_instagram_dm(None, event=_event(), config=_static(), graph=graph, outbox=AtOnce())
     assert caught.value.retryable
     assert not caught.value.outcome_unknown
 
@@ -247,7 +249,7 @@ def test_a_model_that_writes_nothing_is_an_error_and_sends_nothing(
     httpserver: HTTPServer, graph: GraphClient, answer: str
 ) -> None:
     with pytest.raises(AnswerFormatError, match="charged"):
-        send_instagram_dm(ScriptedModel(answer), event=_event(), config=_about_products(), graph=graph)
+        send_instagram_dm(ScriptedModel(answer), event=_event(), config=_about_products(), graph=graph, outbox=AtOnce())
     assert not httpserver.log
 
 
@@ -349,6 +351,6 @@ def test_the_examples_work(httpserver: HTTPServer, graph: GraphClient, name: str
     example = json.loads((EXAMPLES / f"{name}.json").read_text())
     httpserver.expect_request(re.compile("/v23.0/"), method="POST").respond_with_json({"message_id": "m1", "id": "r1"})
     event, config = comment_event(example["event"]), action_config(example["config"])
-    result = send_instagram_dm(HeldModel(ESTIMATED_TOKENS), event=event, config=config, graph=graph)
+    result = send_instagram_dm(HeldModel(ESTIMATED_TOKENS), event=event, config=config, graph=graph, outbox=AtOnce())
     assert result.public_reply_sent
     assert DmResult.model_validate(json.loads(json.dumps(result.model_dump(mode="json")))) == result

@@ -278,3 +278,21 @@ def test_a_stream_closed_early_is_charged_for_what_came(host: Host, connection: 
         assert not stream.exhausted
     assert host.used(user) == stream.completion().total_tokens > 0
     assert host.value("SELECT count(*) FROM trueup.call_intent") == 0
+
+
+def test_a_stream_that_the_body_forgets_is_charged_when_the_body_ends(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    with spending_from(hold(connection, user)):
+        next(model(OfflineProvider()).stream(PROMPT))
+    assert host.used(user) > 0
+    assert host.value("SELECT count(*) FROM trueup.charge WHERE answer IS NULL") == 1
+
+
+def test_a_paid_stream_is_answered_whole_to_a_redelivery(host: Host, connection: Connection) -> None:
+    user, task_id = host.subscriber(1_000), str(uuid.uuid4())
+    with spending_from(hold(connection, user, task_id=task_id)):
+        first = "".join(model(OfflineProvider()).stream(PROMPT))
+    used = host.used(user)
+    with spending_from(hold(connection, user, task_id=task_id, retries=1)):
+        assert "".join(model(OfflineProvider()).stream(PROMPT)) == first
+    assert host.used(user) == used

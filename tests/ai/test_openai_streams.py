@@ -135,6 +135,13 @@ def test_usage_may_come_with_the_last_text(wire: Wire) -> None:
     assert figures(done) == (21, 4, 25)
 
 
+def test_a_stream_may_end_with_its_usage_alone(wire: Wire) -> None:
+    wire.sends(HEAD, chunk("Well."), usage_chunk(USAGE), DONE)
+    chunks, done = read(wire)
+    assert chunks == ["Well."]
+    assert figures(done) == (21, 4, 25)
+
+
 def test_usage_named_before_the_last_text_is_out_of_date(wire: Wire) -> None:
     early = {"prompt_tokens": 21, "completion_tokens": 1}
     wire.sends(HEAD, usage_chunk(early), chunk("We", usage=early), chunk("ll.", finish="stop"), DONE)
@@ -253,6 +260,7 @@ BREAKS = {
     "closed in a chunk": [CHUNKED_HEAD, b"%x\r\n" % 5000, chunk("We"), chunk("ll")],
     "closed in an event": [HEAD, chunk("We"), chunk("ll"), b'data: {"choices": [{"delta": {"content": "."}'],
     "no end": [HEAD, chunk("We"), chunk("ll"), DONE],
+    "usage announced": [HEAD, usage_chunk(USAGE), chunk("We"), chunk("ll")],
     "no JSON": [HEAD, chunk("We"), chunk("ll"), b"data: {oops}\n\n", chunk(".", finish="stop"), DONE],
     "no UTF-8": [HEAD, chunk("We"), chunk("ll"), b"data: \xff\n\n", chunk(".", finish="stop"), DONE],
     "deep": [HEAD, chunk("We"), chunk("ll"), event(b"[" * 100_000), chunk(".", finish="stop"), DONE],

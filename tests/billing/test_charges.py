@@ -204,6 +204,7 @@ def test_a_charge_that_races_with_the_making_of_the_balance_counts_once(host: Ho
         section="chat",
         attempt=1,
         reattached=False,
+        replay=False,
         tokens_left=0,
         expires_at=NOW,
     )

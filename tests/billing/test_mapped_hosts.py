@@ -162,6 +162,10 @@ def test_the_whole_way_works_under_the_hosts_names(mapped_host: Host, mapping: H
     assert_true(host, mapping)
     do(host, mapping, "TRUNCATE {{usage_log}}", [])
     assert get_accurate_tokens_remaining(user) == (10_000, 0, 10_000)
+    host.connection.execute(
+        text("INSERT INTO trueup.token_grant (user_id, tokens, reason) VALUES (:user, 500, 'a top-up')"), {"user": user}
+    )
+    assert get_accurate_tokens_remaining(user) == (10_500, 0, 10_500)
 
 
 def test_the_setup_may_be_repeated_under_the_hosts_names(mapped_host: Host, mapping: HostMapping) -> None:

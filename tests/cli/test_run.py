@@ -124,8 +124,11 @@ class TestWithoutAWorker:
             app.backend.store_result(message["id"], result, "SUCCESS")
 
         with in_background() as submit:
-            submit(work)
-            assert trueup_json("run", "qa", "--user", 7, "--wait", ARTICLE)["result"] == result
+            worked = submit(work)
+            worked.result()
+            shown = trueup_json("run", "qa", "--user", 7, "--wait", "--timeout", 20, ARTICLE)
+            worked.result()
+        assert shown["result"] == result
 
     def test_a_worker_for_other_queues_is_none_for_this_task(
         self, waiting: Callable[[], list[dict[str, Any]]], app: Celery

@@ -13,7 +13,7 @@ from billing.errors import TrueupError
 from billing.holds import expire_holds
 from billing.mapping import HostMapping
 from billing.reconcile import reconcile
-from tests.faults.injections import past_every_lease
+from tests.faults.injections import past_every_hold
 from tests.faults.ledger import Serving
 from tests.faults.unrecorded import Unrecorded, find_unrecorded
 from tests.support.books import assert_true
@@ -33,6 +33,7 @@ VIOLATIONS = {
     "leaked_hold": "tokens still held when every task has ended",
     "untrue_balance": "a balance that is not the sum of the log",
     "drift": "a counter that is wrong after a reconcile pass",
+    "lost_task": "a task without an end, though Redis was never emptied",
     "worker_crash": "a worker that ended by itself",
 }
 
@@ -59,6 +60,8 @@ class Books:
     late: int
 
 
+NO_RESULT, UNFINISHED = "no result", "unfinished"
+
 _CHARGES = """
     SELECT c.user_id, c.task_id, c.call_key, split_part(c.call_key, ':', 1)::int AS call, c.model_name,
            c.tokens_total, c.tokens_covered, c.late, l.user_id AS log_user, l.total_tokens AS log_tokens
@@ -74,7 +77,7 @@ def read_books(stage: "Stage") -> Books:
     """Take back what dead tasks hold, as the sweep does when their leases have run out, and read everything."""
     with stage.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         expired = 0
-        while (holds := expire_holds(connection, now=past_every_lease())[0]) > 0:
+        while (holds := expire_holds(connection, now=past_every_hold())[0]) > 0:
             expired += holds
         charges = list(connection.execute(text(_CHARGES)))
         servings = stage.provider.ledger.servings()
@@ -103,6 +106,7 @@ def violations(stage: "Stage", books: Books) -> list[Violation]:
             *_held(connection),
             *_untrue(stage),
             *_drift(stage, connection),
+            *_unfinished(stage),
             *(Violation(kind="worker_crash", detail=crash) for worker in stage.workers for crash in worker.crashes),
         ]
 
@@ -127,8 +131,9 @@ def _overshoot(stage: "Stage", connection: Connection, books: Books) -> Iterator
 
 def _charged_once(connection: Connection, books: Books) -> Iterator[Violation]:
     """I3: one charge for each call of a task, one log row for each charge, and no serving recorded twice."""
+    # A call that two attempts have bought is two servings, and two charges; each serving may be in one of them.
     for what, counts in (
-        ("call", Counter((charge.task_id, charge.call) for charge in books.charges)),
+        ("call", Counter((charge.task_id, charge.call_key) for charge in books.charges)),
         ("serving", Counter(charge.model_name for charge in books.charges)),
     ):
         for name, count in counts.items():
@@ -174,6 +179,14 @@ def _unmetered(stage: "Stage", books: Books) -> Iterator[Violation]:
         if task not in books.tasks_admitted:
             detail = f"{task} ({stage.outcomes.get(task, 'unknown')}): servings {asked[task]}"
             yield Violation(kind="unmetered_call", detail=detail)
+
+
+def _unfinished(stage: "Stage") -> Iterator[Violation]:
+    """At least once: only a flush of Redis may lose a task."""
+    if stage.settled and not stage.flushed:
+        for task, outcome in stage.outcomes.items():
+            if outcome in (NO_RESULT, UNFINISHED):
+                yield Violation(kind="lost_task", detail=f"{task}: {outcome}")
 
 
 def _held(connection: Connection) -> Iterator[Violation]:

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 Injection = Callable[["Stage", Fault], bool]
 
-LEASE_SECONDS = 1800
+HOLD_TTL_SECONDS = 1800
 _MOMENT_SECONDS = 0.5  # how long to wait for the moment to strike at
 
 
-def past_every_lease() -> datetime:
+def past_every_hold() -> datetime:
     """Return a time at which every hold of this round is overdue."""
-    return datetime.now(UTC) + timedelta(seconds=2 * LEASE_SECONDS)
+    return datetime.now(UTC) + timedelta(seconds=2 * HOLD_TTL_SECONDS)
 
 
 def _child_killed(stage: "Stage", fault: Fault) -> bool:
@@ -75,19 +75,19 @@ def _child_stopped(stage: "Stage", fault: Fault) -> bool:
     return child is not None and _stop(stage, child, fault.seconds)
 
 
-def _child_stopped_past_visibility(stage: "Stage", fault: Fault) -> bool:
-    """Stop a process in the middle of a call for so long that its task is delivered again elsewhere."""
+def _child_stopped_past_lease(stage: "Stage", fault: Fault) -> bool:
+    """Stop a process in the middle of a call until its task is delivered again, and its lease has run out."""
     _, child = _caller(stage)
     return child is not None and _stop(stage, child, VISIBILITY_SECONDS + 1 + fault.seconds / 3)
 
 
-def _child_stopped_past_lease(stage: "Stage", fault: Fault) -> bool:
-    """Stop a process in the middle of a call, and let its lease run out: by the clock given to the sweep."""
+def _child_stopped_past_hold(stage: "Stage", fault: Fault) -> bool:
+    """Stop a process in the middle of a call, and let its hold expire: by the clock given to the sweep."""
     _, child = _caller(stage)
     if child is None or not _stop(stage, child, fault.seconds):
         return False
     with suppress(DBAPIError), stage.engine.begin() as connection:
-        expire_holds(connection, now=past_every_lease())
+        expire_holds(connection, now=past_every_hold())
     return True
 
 
@@ -140,8 +140,8 @@ INJECTIONS: dict[str, Injection] = {
     "worker_killed": _worker_killed,
     "worker_killed_after_charge": _worker_killed_after_charge,
     "child_stopped": _child_stopped,
-    "child_stopped_past_visibility": _child_stopped_past_visibility,
     "child_stopped_past_lease": _child_stopped_past_lease,
+    "child_stopped_past_hold": _child_stopped_past_hold,
     "worker_stopped": _worker_stopped,
     "redis_restarted": _redis_restarted,
     "redis_killed": _redis_killed,

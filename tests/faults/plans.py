@@ -14,8 +14,8 @@ TIMED_KINDS = (
     "worker_killed",
     "worker_killed_after_charge",
     "child_stopped",
-    "child_stopped_past_visibility",
     "child_stopped_past_lease",
+    "child_stopped_past_hold",
     "worker_stopped",
     "redis_restarted",
     "redis_killed",
@@ -25,7 +25,7 @@ TIMED_KINDS = (
     "database_sessions_cut",
     "database_sessions_cut_after_charge",
 )
-LONG_KINDS = ("child_stopped_past_visibility", "worker_killed", "worker_killed_after_charge")
+LONG_KINDS = ("child_stopped_past_lease", "worker_killed", "worker_killed_after_charge")
 # These hold for the whole round.
 STANDING_KINDS = ("duplicate_delivery", "clock_skewed")
 KINDS = TIMED_KINDS + STANDING_KINDS
@@ -47,6 +47,7 @@ BEHAVIOURS = (*GOOD, *PROVIDER_KINDS)
 FAULTS_PER_ROUND = 7
 WINDOW_SECONDS = 4.0
 VISIBILITY_SECONDS = 3
+LEASE_MARGIN_SECONDS = 2
 SKEWS_SECONDS = (-3600.0, -20.0, -4.0, 4.0, 8.0)
 DUPLICATES_PER_ROUND = 4
 

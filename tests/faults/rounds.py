@@ -20,7 +20,7 @@ from sqlalchemy import Engine, text
 from tests.faults.audit import Audit, auditing
 from tests.faults.checks import Books, Violation, read_books
 from tests.faults.checks import violations as find_violations
-from tests.faults.injections import INJECTIONS, LEASE_SECONDS
+from tests.faults.injections import HOLD_TTL_SECONDS, INJECTIONS
 from tests.faults.plans import VISIBILITY_SECONDS, Fault, PlannedTask, RoundPlan
 from tests.faults.provider import MODEL_NAME, MODEL_TIMEOUT_SECONDS, FakeProvider, running_provider
 from tests.faults.servers import Servers
@@ -244,7 +244,7 @@ def _environment(stage: Stage) -> dict[str, str]:
         "TRUEUP_HOME": str(stage.servers.home),
         "TRUEUP_DATABASE_URL": stage.servers.database_url(stage.database),
         "TRUEUP_BROKER_URL": stage.servers.broker_url(_redis_number(stage.plan)),
-        "TRUEUP_HOLD_TTL_SECONDS": str(LEASE_SECONDS),
+        "TRUEUP_HOLD_TTL_SECONDS": str(HOLD_TTL_SECONDS),
         "TRUEUP_VISIBILITY_TIMEOUT_SECONDS": str(max(5, VISIBILITY_SECONDS)),
         "TRUEUP_GATE_RETRY_MAX_SECONDS": "1",
         "TRUEUP_MODEL_PROVIDER": "openai",

@@ -9,15 +9,18 @@ import time
 from typing import Any
 
 import httpx2
+import openai
+import psycopg
+import sqlalchemy.dialects.postgresql.psycopg  # noqa: F401
 from kombu import Connection
 
-# Before the fork, so that each pool child need not take a second for it.
-import ai.providers.openai  # noqa: F401
-import tasks.metered
+import billing.settings
+import tasks.base
 from ai.model import Message, Model
+from ai.tokens import offline_counter
 from billing.users import UserId
 from tasks import metered_task
-from tests.faults.plans import VISIBILITY_SECONDS
+from tests.faults.plans import LEASE_MARGIN_SECONDS, VISIBILITY_SECONDS
 from tests.faults.provider import PID_HEADER, prompt_of
 from worker.celery import app
 
@@ -51,7 +54,9 @@ def spend(
 
 
 def _hurry() -> None:
-    tasks.metered.PROVIDER_RETRY_BASE_SECONDS = 0.2  # type: ignore[assignment]
+    tasks.base.PROVIDER_RETRY_BASE_SECONDS = 0.2  # type: ignore[assignment]
+    # A hold's lease is then 3 s: shorter than the longest stop of a process, longer than any call.
+    billing.settings.LEASE_MARGIN_SECONDS = LEASE_MARGIN_SECONDS
     options: dict[str, Any] = app.conf.broker_transport_options
     options.update(
         visibility_timeout=VISIBILITY_SECONDS,
@@ -71,6 +76,14 @@ def _reconnect_soon() -> None:
     Connection._ensure_connection = soon
 
 
+def _warm_up() -> None:
+    """Load before the fork what each pool child would load with its first task: that takes seconds of a round."""
+    offline_counter().count("warm")
+    with openai.OpenAI(api_key="none", base_url="http://127.0.0.1:1/v1") as client:
+        _ = client.chat.completions.with_raw_response
+    assert psycopg.pq.__impl__
+
+
 def _sign_requests() -> None:
     send = httpx2.Client.send
 
@@ -81,6 +94,7 @@ def _sign_requests() -> None:
     httpx2.Client.send = signed  # type: ignore[method-assign,assignment]
 
 
+_warm_up()
 _hurry()
 _reconnect_soon()
 _sign_requests()

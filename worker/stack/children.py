@@ -15,7 +15,7 @@ from worker.stack.records import ChildRecord, ChildRecords
 
 # The shell waits for one line before it becomes the program. Only then is the process on record;
 # and if we are killed before, the pipe closes and the shell ends: no program ever runs unrecorded.
-_GATE = 'read -r go && exec "$@" </dev/null'
+GATE = 'read -r go && exec "$@" </dev/null'
 
 
 class Child:
@@ -84,7 +84,7 @@ class Child:
 def start_child(command: Command, environment: dict[str, str], records: ChildRecords) -> Child:
     """Start the command, on record before it runs. Raises `OSError` when even a shell can't start."""
     process = subprocess.Popen(  # noqa: S603 - our own table; "$@" is never parsed by the shell
-        ["/bin/sh", "-c", _GATE, "sh", _program(command), *command.tokens[1:]],
+        ["/bin/sh", "-c", GATE, "sh", program_path(command), *command.tokens[1:]],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -96,7 +96,7 @@ def start_child(command: Command, environment: dict[str, str], records: ChildRec
         child = Child(command, process)
         os.set_blocking(child.output.fileno(), False)
         records.add(ChildRecord(name=command.name, pid=child.pid, create_time=child.create_time))
-        _open_gate(process)
+        open_gate(process)
     except BaseException:
         process.kill()
         process.communicate()
@@ -104,7 +104,8 @@ def start_child(command: Command, environment: dict[str, str], records: ChildRec
     return child
 
 
-def _open_gate(process: subprocess.Popen[bytes]) -> None:
+def open_gate(process: subprocess.Popen[bytes]) -> None:
+    """Let the shell become its program."""
     # A broken pipe means that the shell is dead already: the supervisor sees that by itself.
     if process.stdin:
         with suppress(BrokenPipeError):
@@ -113,7 +114,7 @@ def _open_gate(process: subprocess.Popen[bytes]) -> None:
             process.stdin.close()
 
 
-def _program(command: Command) -> str:
+def program_path(command: Command) -> str:
     """Return the path of the first token: a script of our own Python environment goes before PATH."""
     script = Path(sys.executable).parent / command.tokens[0]
     return str(script) if script.is_file() else command.tokens[0]

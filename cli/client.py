@@ -1,0 +1,78 @@
+"""The Celery application as a command uses it: where a worker goes on trying, it says what is wrong."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from billing.errors import ServiceUnavailableError, SettingsError
+from billing.settings import Settings, broker_url, result_backend_url
+from cli.output import without_password
+from tasks import TASK_MODULES
+from worker.config import celery_config
+
+ANSWER_SECONDS = 3.0
+
+
+@contextmanager
+def celery_client(settings: Settings) -> Iterator[Celery]:
+    """Give an application that sends trueup's tasks and reads their results.
+
+    Raises `ServiceUnavailableError` within seconds when Redis does not answer, here or in the block, and
+    `SettingsError` for a URL that Celery can't read.
+    """
+    app = Celery("trueup-client", set_as_current=False, include=list(TASK_MODULES))
+    app.conf.update(_impatient(celery_config(settings)))
+    with ExitStack() as stack:
+        stack.callback(app.close)
+        with _redis_errors(broker_url(settings)), _readable(broker_url(settings)):
+            connection = stack.enter_context(app.connection_for_write())
+            connection.ensure_connection(max_retries=0, timeout=ANSWER_SECONDS)
+        with _redis_errors(result_backend_url(settings)), _readable(result_backend_url(settings)):
+            backend = app.backend
+            # Before an embedded Redis goes: a result that is collected later than that would complain about it.
+            stack.callback(backend.client.close)
+            stack.callback(backend.result_consumer.stop)
+            backend.client.set_retry(Retry(NoBackoff(), 0))
+            backend.client.ping()
+        with _redis_errors(broker_url(settings)):
+            yield app
+
+
+def _impatient(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the worker's configuration without its retries: they would hide from a person that Redis is gone."""
+    return config | {
+        "broker_transport_options": config["broker_transport_options"]
+        | {"socket_timeout": ANSWER_SECONDS, "socket_connect_timeout": ANSWER_SECONDS},
+        "redis_socket_timeout": ANSWER_SECONDS,
+        "redis_socket_connect_timeout": ANSWER_SECONDS,
+        "result_backend_always_retry": False,
+        "result_backend_transport_options": {"retry_policy": {"max_retries": 0}},
+        "task_publish_retry": False,
+    }
+
+
+@contextmanager
+def _redis_errors(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, RedisError) as error:
+        raise ServiceUnavailableError("Redis", without_password(url), str(error).rstrip(".")) from error
+
+
+@contextmanager
+def _readable(url: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        # Where a password was split wrongly, the cause quotes a part of it.
+        cause = "" if "@" in str(error) else f" ({str(error).rstrip('.')})"
+        raise SettingsError(
+            f"The Redis URL {without_password(url)} can't be read{cause}. Correct it; "
+            "special characters in a password must be percent-encoded."
+        ) from None

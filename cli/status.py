@@ -1,0 +1,73 @@
+"""`trueup status`: how the gate has been doing, and what a person should look at."""
+
+import click
+
+from billing import db
+from billing.calls import UnrecordedCall, list_unrecorded_calls
+from billing.outbox import Effect, list_effects
+from billing.status import Status, read_status
+from cli.context import json_option, servers
+from cli.output import print_facts, print_json, print_table
+
+
+@click.command()
+@click.option("--hours", type=click.IntRange(1, 24 * 365), default=24, show_default=True, help="How far to look back.")
+@json_option
+def status(hours: int, as_json: bool) -> None:
+    """Show holds, charges, settlement lag, overdrafts, and calls and messages of unknown outcome.
+
+    \b
+    Example:
+      trueup status
+      trueup status --hours 1 --json
+    """
+    with servers("postgres"), db.connect() as connection:
+        figures = read_status(connection, hours=hours)
+        calls = list_unrecorded_calls(connection)
+        effects = list_effects(connection, "unknown")
+    if as_json:
+        print_json({"status": figures, "unrecorded_calls": calls, "unknown_effects": effects})
+        return
+    print_facts(_facts(figures))
+    _print_calls(calls)
+    _print_effects(effects)
+
+
+def _facts(status: Status) -> dict[str, object]:
+    lag = [status.settlement_lag_median_seconds, status.settlement_lag_p95_seconds]
+    median, p95 = ("–" if seconds is None else f"{seconds:.2f} s" for seconds in lag)
+    oldest = status.oldest_hold_seconds
+    return {
+        "open holds": status.open_holds,
+        "tokens held": status.tokens_held,
+        "oldest open hold": "–" if oldest is None else f"{oldest:.0f} s",
+        "last reconcile (UTC)": status.last_reconcile,
+        f"in the last {status.hours} h": "",
+        "  charges": status.charges,
+        "  tokens charged": status.tokens_charged,
+        "  settlement lag, median": median,
+        "  settlement lag, 95 %": p95,
+        "  late charges": status.late_charges,
+        "  tokens over their hold": status.tokens_over_hold,
+        "  expired holds": status.expired_holds,
+        "to look at": "",
+        "  users in overdraft": status.overdraft_users,
+        "  overdraft tokens": status.overdraft_tokens,
+        "  unrecorded calls": status.unrecorded_calls,
+        "  their tokens, at most": status.unrecorded_tokens_bound,
+        "  messages perhaps sent": status.unknown_effects,
+    }
+
+
+def _print_calls(calls: list[UnrecordedCall]) -> None:
+    if calls:
+        click.echo("\nCalls begun and never recorded; each may have been billed:")
+        rows = [(str(c.user_id), c.tokens_bound, c.started_at, c.task_id, c.call_key) for c in calls]
+        print_table(("user", "tokens at most", "begun (UTC)", "task", "call"), rows)
+
+
+def _print_effects(effects: list[Effect]) -> None:
+    if effects:
+        click.echo("\nMessages that may or may not have been sent:")
+        rows = [(str(e.user_id), e.effect, e.updated_at, e.task_id) for e in effects]
+        print_table(("user", "what", "tried (UTC)", "task"), rows)
