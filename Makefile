@@ -8,7 +8,10 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test check format lock clean
+SEED ?= 1
+ROUNDS ?= 20
+
+.PHONY: help demo test check faults format lock clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -25,6 +28,9 @@ check: $(STAMP)  ## Lint, format, types, import contracts, compose schema
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+
+faults: $(STAMP)  ## Kill and break things for ROUNDS=20 rounds from SEED=1, and check every invariant
+	@$(BIN)/python -m tests.faults --seed $(SEED) --rounds $(ROUNDS) $(ARGS)
 
 format: $(STAMP)  ## Put the code in shape
 	@$(BIN)/ruff check --fix .

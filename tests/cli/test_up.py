@@ -1,0 +1,117 @@
+"""A real `trueup up`: what runs, who finds it, and what is left of it. Two boots in all."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from billing.settings import Settings
+from cli.client import celery_client
+from tests.cli.conftest import TRUEUP, assert_nothing_runs, processes_of
+from tests.support.demo import environment_of
+from tests.support.worker import wait_for
+from tests.worker.stack_helpers import server_pids, temporary_home
+from worker.stack.processes import is_alive
+
+BOOT_SECONDS = 40.0
+STOP_SECONDS = 60.0
+
+
+class Up:
+    """A home, and the `trueup up` that runs in it."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.log = home.with_name("up.log")
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> int:
+        """Start it, and return its pid once both workers answer."""
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [TRUEUP, "up"],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment_of(self.home),
+                start_new_session=True,
+            )
+        wait_for(lambda: self.process.poll() is not None or self.runs(), "the stack is up", seconds=BOOT_SECONDS)  # type: ignore[union-attr]
+        assert self.process.poll() is None, self.log.read_text()
+        return self.process.pid
+
+    def runs(self) -> bool:
+        return self.log.read_text().count(" ready.") >= 2
+
+    def stop(self, number: signal.Signals) -> int:
+        """Signal it and everything in its terminal, and return its exit code."""
+        assert self.process is not None
+        os.killpg(self.process.pid, number)
+        return self.process.wait(STOP_SECONDS)
+
+    def trueup(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [TRUEUP, *map(str, arguments)],
+            env=environment_of(self.home),
+            capture_output=True,
+            text=True,
+            timeout=STOP_SECONDS,
+            check=False,
+        )
+
+
+@pytest.fixture(scope="module")
+def up() -> Iterator[Up]:
+    with temporary_home() as home:
+        stack = Up(home)
+        try:
+            yield stack
+        finally:
+            for process in processes_of(home):
+                process.kill()
+
+
+def test_up_runs_both_workers_and_other_commands_use_it(up: Up) -> None:
+    pid = up.start()
+    settings = Settings(home=up.home)
+    with celery_client(settings) as app:
+        workers = {name.partition("@")[0] for answer in app.control.ping(timeout=2.0) for name in answer}
+    assert workers == {"ai", "reconcile"}
+    servers = server_pids(up.home)
+    checked = up.trueup("tokens", "check", 1)
+    assert (checked.returncode, checked.stderr) == (3, "")
+    assert "no_subscription" in checked.stdout
+    assert server_pids(up.home) == servers
+
+    second = up.trueup("up")
+    assert (second.returncode, second.stdout) == (1, "")
+    assert f"already run by process {pid}" in second.stderr
+    assert f"kill {pid}" in second.stderr
+
+    denied = up.trueup("run", "qa", "--user", 1, "--wait", Path(__file__).parents[2] / "examples" / "help_en.txt")
+    assert denied.returncode == 3
+    assert not (up.home / "log" / "temporary-worker.log").exists()
+    assert "tasks.generate_qa" in up.log.read_text()
+
+
+def test_after_kill_9_a_second_start_takes_over_and_its_stop_leaves_nothing(up: Up) -> None:
+    assert up.process is not None
+    before = [process for process in processes_of(up.home) if process.pid != up.process.pid]
+    workers = [process for process in before if "celery" in " ".join(process.cmdline())]
+    assert len(workers) >= 3
+    assert up.stop(signal.SIGKILL) == -signal.SIGKILL
+    assert all(is_alive(process) for process in workers)
+
+    up.log.write_text("")
+    up.start()
+    assert not any(is_alive(process) for process in workers)
+    with celery_client(Settings(home=up.home)) as app:
+        assert len(app.control.ping(timeout=2.0)) == 2
+
+    assert up.stop(signal.SIGINT) == 0
+    assert_nothing_runs(up.home)
+    assert not Settings(home=up.home).stack_file.exists()
+    assert "Traceback" not in up.log.read_text()
