@@ -35,9 +35,10 @@ def celery_client(settings: Settings) -> Iterator[Celery]:
             connection.ensure_connection(max_retries=0, timeout=ANSWER_SECONDS)
         with _redis_errors(result_backend_url(settings)), _readable(result_backend_url(settings)):
             backend = app.backend
-            # Before an embedded Redis goes: a result that is collected later than that would complain about it.
             stack.callback(backend.client.close)
             stack.callback(backend.result_consumer.stop)
+            # A result that is collected when Redis has gone would unsubscribe there, and complain.
+            stack.callback(backend.result_consumer.subscribed_to.clear)
             backend.client.set_retry(Retry(NoBackoff(), 0))
             backend.client.ping()
         with _redis_errors(broker_url(settings)):

@@ -40,7 +40,8 @@ def reconcile(ctx: click.Context, dry_run: bool, user: UserId | None, fail_on_dr
 def _run(dry_run: bool, user: UserId | None) -> DriftReport:
     settings = get_settings()
     columns = (TextColumn("reconciling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
+    out = console(stderr=True)
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
         job = bar.add_task("counters", total=None)
 
         def progress(checked: int, total: int) -> None:

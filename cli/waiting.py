@@ -38,9 +38,22 @@ def finish(
         if not wait:
             _say_enqueued(result, task, as_json)
             return
-        with _staying_enqueued(result), _some_worker(app, settings) as tend:
+        sys.exit(_see_through(app, settings, result, timeout=timeout, as_json=as_json))
+
+
+def _see_through(app: Celery, settings: Settings, result: AsyncResult, *, timeout: int, as_json: bool) -> int:
+    """Wait for the task's end and show it. Returns the exit code."""
+    ended = False
+    try:
+        with _some_worker(app, settings) as tend:
             state = _wait(result, timeout, tend)
-        _show(result, state, as_json)
+            ended = True
+            # Before a worker of ours is stopped: that takes seconds.
+            return _show(result, state, as_json)
+    except (KeyboardInterrupt, SystemExit, ServiceUnavailableError):
+        if not ended:
+            click.echo(f"Not waiting any more. Task {result.id} stays enqueued: it runs when a worker does.", err=True)
+        raise
 
 
 def _say_enqueued(result: AsyncResult, task: str, as_json: bool) -> None:
@@ -48,16 +61,6 @@ def _say_enqueued(result: AsyncResult, task: str, as_json: bool) -> None:
         print_json({"task_id": result.id, "task": task, "state": "ENQUEUED"})
     else:
         click.echo(f"Enqueued {task} as {result.id}. It runs when a worker does (`trueup up`).")
-
-
-@contextmanager
-def _staying_enqueued(result: AsyncResult) -> Iterator[None]:
-    """Say, where the waiting is broken off, that the task is not."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, ServiceUnavailableError):
-        click.echo(f"Not waiting any more. Task {result.id} stays enqueued: it runs when a worker does.", err=True)
-        raise
 
 
 @contextmanager
@@ -109,7 +112,8 @@ def _silence() -> Iterator[None]:
     yield None
 
 
-def _show(result: AsyncResult, state: str, as_json: bool) -> None:
+def _show(result: AsyncResult, state: str, as_json: bool) -> int:
+    """Show the task's result, or why there is none. Returns the exit code."""
     try:
         value = result.get(timeout=PING_SECONDS)
     except TokensDenied as denied:
@@ -117,7 +121,7 @@ def _show(result: AsyncResult, state: str, as_json: bool) -> None:
             print_json({"task_id": result.id, "state": "DENIED", **denied.payload})
         else:
             click.echo(f"Denied: {denied}", err=True)
-        sys.exit(EXIT_DENIED)
+        return EXIT_DENIED
     except ResultTimeoutError:
         raise TrueupError(f"Task {result.id} ended as {state}, but its result is gone.") from None
     except Exception as error:  # noqa: BLE001 - whatever the task raised, of whatever type
@@ -125,5 +129,6 @@ def _show(result: AsyncResult, state: str, as_json: bool) -> None:
             print_json({"task_id": result.id, "state": state, "error": str(error), "type": type(error).__name__})
         else:
             click.echo(f"Error: the task failed ({type(error).__name__}): {error}", err=True)
-        sys.exit(EXIT_ERROR)
+        return EXIT_ERROR
     print_json({"task_id": result.id, "state": state, "result": value} if as_json else value)
+    return 0

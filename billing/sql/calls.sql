@@ -49,6 +49,7 @@ CREATE OR REPLACE FUNCTION trueup.extend_hold(
 DECLARE
     a record;
 BEGIN
+    PERFORM trueup.queue_for(p_user);
     SELECT * INTO a FROM trueup.lock_account(p_user, at);
     at := a.at;
     reason := trueup.decide(a.subscribed, a.is_active, a.end_date, coalesce(a.original, 0), coalesce(a.consumed, 0),

@@ -16,6 +16,7 @@ DECLARE
     v_covered bigint;
     v_counted bigint;
 BEGIN
+    PERFORM trueup.queue_for(p_user);
     SELECT * INTO a FROM trueup.lock_account(p_user, at);
     at := a.at;
     SELECT * INTO h FROM trueup.hold t

@@ -4,6 +4,14 @@
 -- `at`: the injected clock; NULL means the database's, which all workers share.
 -- Where a host table is in scope, parameters are named in full: the host may have a column of any name.
 
+-- Stand in line for the user's balance, until the transaction ends. The row's own lock is the gate and would do; but a
+-- crowd that waits for a row which each of them updates is woken all at once, and falls steeply with its size. Here one
+-- is woken at a time. (Two users may share a number: then one waits a moment for the other.) The number is taken before
+-- the row and by whoever takes one row only, so nobody waits for it with a row in hand.
+CREATE OR REPLACE FUNCTION trueup.queue_for(p_user {{user_id_type}}) RETURNS void LANGUAGE sql AS $$
+    SELECT pg_advisory_xact_lock(1953658213, hashtext(p_user::text))  -- "true" in ASCII
+$$;
+
 -- Lock the user's balance, and bring it up to date: fold the deltas, or rebuild it from the log if the window
 -- moved or the log was truncated; take back overdue holds. The caller stores window_start, log_epoch, consumed, held.
 CREATE OR REPLACE FUNCTION trueup.lock_account(
@@ -91,6 +99,7 @@ DECLARE
     h trueup.hold;
     v_tokens bigint;
 BEGIN
+    PERFORM trueup.queue_for(p_user);
     SELECT * INTO a FROM trueup.lock_account(p_user, at);
     at := a.at;
     expiry := at + p_ttl;
@@ -155,6 +164,7 @@ DECLARE
     v_status text;
     v_rest bigint;
 BEGIN
+    PERFORM trueup.queue_for(p_user);
     PERFORM FROM trueup.balance b WHERE b.user_id = p_user FOR UPDATE;
     UPDATE trueup.hold h
     SET status = CASE WHEN h.calls > 0 THEN 'settled' ELSE 'released' END,

@@ -109,6 +109,17 @@ def upkeep(engine: Engine, users: list[int]) -> Callable[[], None]:
     return work
 
 
+def auditor(engine: Engine) -> Callable[[], None]:
+    """The invariants hold at every commit, so they hold at every look."""
+
+    def work() -> None:
+        with Host(engine) as host:
+            for _ in range(ROUNDS):
+                assert_true(host)
+
+    return work
+
+
 def test_hosts_and_workers_and_upkeep_on_the_same_users_leave_true_books(
     host: Host, connection: Connection, engine: Engine
 ) -> None:
@@ -116,7 +127,7 @@ def test_hosts_and_workers_and_upkeep_on_the_same_users_leave_true_books(
     run_at_once(
         [host_writer(engine, users, seed) for seed in range(WRITERS)]
         + [metered_worker(engine, users, 100 + seed) for seed in range(3)]
-        + [upkeep(engine, users)]
+        + [upkeep(engine, users), auditor(engine)]
     )
     assert_true(host)
     for user in users:
@@ -169,7 +180,7 @@ def test_a_window_that_moves_to_and_fro_under_the_hosts_inserts_loses_and_double
                 )
                 hold_tokens(session, user, 0)
 
-    run_at_once([insert] * 4 + [move] * 2)
+    run_at_once([insert] * 4 + [move] * 2 + [auditor(engine)])
     assert_true(host)
     host.execute("UPDATE billing_subscription SET start_date = :start", start=START)
     hold_tokens(connection, user, 0)

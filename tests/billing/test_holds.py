@@ -75,6 +75,21 @@ def test_a_gate_that_waited_sees_a_subscription_deactivated_meanwhile(host: Host
     assert denied.value.error_code == "subscription_deactivated"
 
 
+def test_a_rebuild_sees_a_row_of_the_host_and_its_delta_or_neither(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    pid = backend_pid(connection)
+    with in_background() as submit, host.engine.connect() as session:
+        session.execute(text("LOCK TABLE ai_usage_log IN ACCESS EXCLUSIVE MODE"))
+        waiting = submit(hold_tokens, connection, user, 100)
+        wait_for_lock(host, pid)
+        session.execute(
+            text("INSERT INTO ai_usage_log (user_id, section, total_tokens) VALUES (:u, 'x', 7)"), {"u": user}
+        )
+        session.commit()
+        waiting.result()
+    assert_true(host)
+
+
 def test_the_first_gates_of_a_user_at_once_make_one_balance(host: Host, database: str) -> None:
     user = host.subscriber(1_000)
     host.log(user, 10)

@@ -148,6 +148,7 @@ def test_a_busy_log_makes_the_setup_fail_soon_rather_than_queue_the_host(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("billing.install.LOCK_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("billing.install.STATEMENT_TIMEOUT_SECONDS", 5)
     with locked(host, "LOCK TABLE ai_usage_log IN ROW EXCLUSIVE MODE"):
         with pytest.raises(OperationalError, match="lock timeout"):
             set_up(host.engine, with_host_tables=False)
@@ -157,6 +158,7 @@ def test_a_busy_log_makes_the_setup_fail_soon_rather_than_queue_the_host(
 
 def test_an_installer_waits_a_bounded_time_for_another(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("billing.install.LOCK_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("billing.install.STATEMENT_TIMEOUT_SECONDS", 5)
     with (
         locked(host, "SELECT pg_advisory_xact_lock(:key)", key=INSTALL_LOCK),
         pytest.raises(OperationalError, match="lock timeout"),
@@ -191,6 +193,19 @@ def test_mapping_another_log_counts_that_one_and_leaves_the_old_one_alone(host: 
     host.execute("INSERT INTO new_log (user_id, section, total_tokens) VALUES (:u, 'chat', 4)", u=user)
     assert_true(host, mapping)
     assert hold_tokens(connection, user, 996).tokens_left == 996
+    host.log(user, 50)
+    assert_true(host, mapping)
+
+
+def test_mapping_another_column_of_the_same_log_counts_that_one(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    host.log(user, 100)
+    hold_tokens(connection, user, 0)
+    host.execute("UPDATE ai_usage_log SET prompt_tokens = 9")
+    mapping = HostMapping(usage_log=UsageLogTable(total_tokens="prompt_tokens", prompt_tokens="total_tokens"))
+    set_up(host.engine, mapping, with_host_tables=False)
+    assert_true(host, mapping)
+    assert hold_tokens(connection, user, 991).tokens_left == 991
     assert_true(host, mapping)
 
 

@@ -67,6 +67,7 @@ def test_a_missed_decrement_is_corrected(host: Host, run: Callable[..., RunSumma
         ("UPDATE billing_subscription SET tokens_remaining = 9400", "double_decrement", "corrected", 9_700),
         ("UPDATE billing_subscription SET tokens_remaining = 9650", "failed_usage_charged", "corrected", 9_700),
         ("UPDATE billing_subscription SET tokens_remaining = 9701", "unexplained", "corrected", 9_700),
+        ("UPDATE billing_subscription SET tokens_remaining = 9770", "unexplained", "corrected", 9_700),
         ("UPDATE billing_subscription SET tokens_remaining = 19700", "credit_without_grant", "review", 19_700),
         ("UPDATE billing_subscription SET tokens_remaining = 10001", "credit_without_grant", "review", 10_001),
         (
@@ -82,7 +83,7 @@ def test_each_cause_is_found_from_the_rows_and_handled_as_its_policy_says(
 ) -> None:
     user = missed(host)
     host.log(user, 50, success=False)
-    host.log(user, 50, at=YESTERDAY)
+    host.log(user, 70, at=YESTERDAY)
     host.execute(spoil)
     run()
     assert host.counter(user) == counter

@@ -33,7 +33,7 @@ VIOLATIONS = {
     "leaked_hold": "tokens still held when every task has ended",
     "untrue_balance": "a balance that is not the sum of the log",
     "drift": "a counter that is wrong after a reconcile pass",
-    "lost_task": "a task without an end, though Redis was never emptied",
+    "lost_task": "a task that had begun and never ended, though Redis was not emptied",
     "worker_crash": "a worker that ended by itself",
 }
 
@@ -106,7 +106,7 @@ def violations(stage: "Stage", books: Books) -> list[Violation]:
             *_held(connection),
             *_untrue(stage),
             *_drift(stage, connection),
-            *_unfinished(stage),
+            *_vanished(stage, books),
             *(Violation(kind="worker_crash", detail=crash) for worker in stage.workers for crash in worker.crashes),
         ]
 
@@ -181,12 +181,20 @@ def _unmetered(stage: "Stage", books: Books) -> Iterator[Violation]:
             yield Violation(kind="unmetered_call", detail=detail)
 
 
-def _unfinished(stage: "Stage") -> Iterator[Violation]:
-    """At least once: only a flush of Redis may lose a task."""
-    if stage.settled and not stage.flushed:
-        for task, outcome in stage.outcomes.items():
-            if outcome in (NO_RESULT, UNFINISHED):
-                yield Violation(kind="lost_task", detail=f"{task}: {outcome}")
+def ended_by_nothing(stage: "Stage") -> list[str]:
+    """Return the tasks that have no end, in a round that should have ended them all: only a flush may lose a task."""
+    if stage.flushed or not stage.settled:
+        return []
+    return [task for task, outcome in stage.outcomes.items() if outcome in (NO_RESULT, UNFINISHED)]
+
+
+def _vanished(stage: "Stage", books: Books) -> Iterator[Violation]:
+    """At least once: a task that has begun comes to an end. (One that never began is a message the transport lost:
+    kombu takes it off the queue before it notes it as unacknowledged.)
+    """
+    for task in ended_by_nothing(stage):
+        if task in books.tasks_admitted:
+            yield Violation(kind="lost_task", detail=f"{task}: {stage.outcomes[task]}")
 
 
 def _held(connection: Connection) -> Iterator[Violation]:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tests.faults.checks import VIOLATIONS, Books, Violation
+from tests.faults.checks import VIOLATIONS, Books, Violation, ended_by_nothing
 from tests.faults.plans import KINDS, PROVIDER_KINDS
 from tests.faults.rounds import Stage
 
@@ -26,6 +26,7 @@ class Totals:
 
     def add(self, stage: Stage, books: Books, violations: list[Violation], seconds: float) -> None:
         """Count a round in."""
+        begun = books.tasks_admitted | {serving.task_id for serving in books.servings}
         self.rounds += 1
         self.seconds += seconds
         self.faults.update(injected.kind for injected in stage.injected)
@@ -44,6 +45,8 @@ class Totals:
                 "tokens billed": sum(serving.billed for serving in books.servings),
                 "tokens recorded": sum(charge.tokens_total for charge in books.charges),
                 "tokens billed over what was asked": sum(serving.over for serving in books.servings),
+                "calls bought twice": len(books.charges) - len({(c.task_id, c.call) for c in books.charges}),
+                "messages lost by the broker": sum(task not in begun for task in ended_by_nothing(stage)),
                 "holds taken back by expiry": books.expired,
                 "looks at the books in the midst": stage.audit.looks,
                 "rounds not settled in time": int(not stage.settled),

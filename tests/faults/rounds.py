@@ -32,7 +32,7 @@ QUEUE = "ai"
 BOOT_SECONDS = 90.0
 SETTLE_SECONDS = 40.0
 STRIKE_TRIES = 8
-_AFTER_FLUSH_SECONDS = 2.0
+CALM_SECONDS = 4.0
 _TICK_SECONDS = 0.03
 
 
@@ -109,8 +109,8 @@ class Stage:
                     calm_since = None
                 elif calm_since is None:
                     calm_since = time.monotonic()
-                # A flush leaves holds open that no message will ever close: those are not waited for.
-                elif self._open_holds() == 0 or (self.flushed and time.monotonic() - calm_since > _AFTER_FLUSH_SECONDS):
+                # A hold may be left that no message will ever close; it expires, and is not waited for.
+                elif self._open_holds() == 0 or time.monotonic() - calm_since > CALM_SECONDS:
                     self.settled = True
                 time.sleep(2 * _TICK_SECONDS)
             self._end_workers()

@@ -1,0 +1,276 @@
+"""What billing should do, in plain Python: lists and sums, no deltas, no locks, no cache. For the state machine."""
+
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+
+@dataclass(kw_only=True)
+class Row:
+    """A row of the usage log."""
+
+    tokens: int
+    success: bool
+    at: datetime
+
+
+@dataclass(kw_only=True)
+class Grant:
+    tokens: int
+    granted_at: datetime
+    expires_at: datetime | None
+    revoked: bool = False
+
+
+@dataclass(kw_only=True)
+class ModelHold:
+    """`over`, `excess`: tokens charged beyond the hold, and beyond what the calls had leave for."""
+
+    task: str
+    attempt: int
+    retries: int
+    reserved: int
+    lease_until: datetime
+    expires_at: datetime
+    status: str = "open"
+    completed: bool = False
+    covered: int = 0
+    charged: int = 0
+    calls: int = 0
+    over: int = 0
+    excess: int = 0
+
+    @property
+    def rest(self) -> int:
+        return self.reserved - self.covered if self.status == "open" else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCharge:
+    attempt: int
+    total: int
+    covered: int
+    late: bool
+
+
+@dataclass(kw_only=True)
+class Call:
+    bound: int
+    outcome: str = "started"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handle:
+    """What a task's attempt knows of its hold."""
+
+    user: int
+    task: str
+    attempt: int
+
+
+class Busy(Exception):  # noqa: N818 - an answer, as in billing
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+
+class Denied(Exception):  # noqa: N818
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+class Overtaken(Exception):  # noqa: N818
+    pass
+
+
+@dataclass(kw_only=True)
+class ModelUser:
+    """One user: its subscription, its log, its grants, and everything its tasks did."""
+
+    user: int
+    plan: int
+    start: datetime
+    end: datetime | None = None
+    subscribed: bool = True
+    is_active: bool = True
+    counter: int | None = None
+    log: dict[str, Row] = field(default_factory=dict)
+    grants: dict[int, Grant] = field(default_factory=dict)
+    holds: list[ModelHold] = field(default_factory=list)
+    charges: dict[tuple[str, str], ModelCharge] = field(default_factory=dict)
+    calls: dict[tuple[str, str, int], Call] = field(default_factory=dict)
+
+    def original(self, now: datetime) -> int:
+        if not self.subscribed:
+            return 0
+        return self.plan + sum(
+            grant.tokens
+            for grant in self.grants.values()
+            if not grant.revoked
+            and self.start <= grant.granted_at <= now
+            and (grant.expires_at is None or grant.expires_at > now)
+        )
+
+    def consumed(self) -> int:
+        if not self.subscribed:
+            return 0
+        return sum(row.tokens for row in self.log.values() if row.success and row.at >= self.start)
+
+    def held(self, now: datetime) -> int:
+        """What is held at that moment, overdue holds left out."""
+        return sum(hold.rest for hold in self.holds if hold.expires_at > now)
+
+    def reason(self, tokens: int, now: datetime) -> str | None:
+        """Why a task of that size may not run."""
+        if not self.subscribed:
+            return "no_subscription"
+        if not self.is_active:
+            return "subscription_deactivated"
+        if self.end is not None and self.end < now:
+            return "subscription_expired"
+        if self.original(now) <= self.consumed():
+            return "no_tokens_remaining"
+        left = self.original(now) - self.consumed() - self.held(now)
+        return "insufficient_tokens" if left < tokens else None
+
+    def last_hold(self, task: str) -> ModelHold | None:
+        return next((hold for hold in reversed(self.holds) if hold.task == task), None)
+
+    def open_hold_of(self, task: str) -> ModelHold | None:
+        hold = self.last_hold(task)
+        return hold if hold is not None and hold.status == "open" else None
+
+    def in_flight(self, task: str, but: tuple[str, int] | None = None) -> int:
+        return sum(
+            call.bound
+            for (of, key, attempt), call in self.calls.items()
+            if of == task and call.outcome == "started" and (key, attempt) != but
+        )
+
+    def spendable(self, hold: ModelHold, but: tuple[str, int] | None = None) -> int:
+        return max(0, hold.rest - self.in_flight(hold.task, but))
+
+    def expire(self, now: datetime) -> tuple[int, int]:
+        """End what is overdue. Returns how many holds, and their tokens."""
+        overdue = [hold for hold in self.holds if hold.status == "open" and hold.expires_at <= now]
+        tokens = sum(hold.rest for hold in overdue)
+        for hold in overdue:
+            hold.status = "expired"
+        return len(overdue), tokens
+
+    def open(self, task: str, tokens: int, retries: int, lease: int, ttl: int, now: datetime) -> ModelHold:
+        self.expire(now)
+        hold = self.last_hold(task)
+        replay = self.replays(task, retries)
+        if hold is not None and hold.status == "open":
+            if retries <= hold.retries and hold.lease_until > now:
+                raise Busy((hold.lease_until - now).total_seconds())
+            if retries > hold.retries:
+                self._forget_calls(task, hold.attempt)
+            hold.attempt += 1
+            hold.retries = max(hold.retries, retries)
+            hold.lease_until, hold.expires_at = now + timedelta(seconds=lease), now + timedelta(seconds=ttl)
+            return hold
+        reason = None if replay else self.reason(tokens, now)
+        if reason is not None:
+            raise Denied(reason)
+        self._forget_calls(task)
+        opened = ModelHold(
+            task=task,
+            attempt=hold.attempt + 1 if hold else 1,
+            retries=max(retries, hold.retries) if hold and replay else retries,
+            reserved=0 if replay else tokens,
+            lease_until=now + timedelta(seconds=lease),
+            expires_at=now + timedelta(seconds=ttl),
+            completed=replay,
+        )
+        self.holds.append(opened)
+        return opened
+
+    def replays(self, task: str, retries: int) -> bool:
+        """The task's work is done: what it paid for is there, and it buys nothing more."""
+        hold = self.last_hold(task)
+        return hold is not None and hold.completed and (hold.status == "open" or retries <= hold.retries)
+
+    def _forget_calls(self, task: str, attempt: int | None = None) -> None:
+        """Those calls' attempt is dead: nobody can tell what became of them."""
+        for (of, _, by), call in self.calls.items():
+            if of == task and attempt in (None, by) and call.outcome == "started":
+                call.outcome = "unknown"
+
+    def own_hold(self, handle: Handle) -> ModelHold:
+        hold = self.open_hold_of(handle.task)
+        if hold is None or hold.attempt != handle.attempt:
+            raise Overtaken
+        return hold
+
+    def begin(self, handle: Handle, key: str, bound: int, lease: int, ttl: int, now: datetime) -> int | None:
+        hold = self.own_hold(handle)
+        hold.lease_until = max(hold.lease_until, now + timedelta(seconds=lease))
+        hold.expires_at = max(hold.expires_at, now + timedelta(seconds=ttl))
+        left = self.spendable(hold, (key, handle.attempt))
+        if bound > left:
+            return left
+        self.calls[handle.task, key, handle.attempt] = Call(bound=bound)
+        return None
+
+    def end(self, handle: Handle, key: str, *, unknown: bool) -> None:
+        place = (handle.task, key, handle.attempt)
+        if place in self.calls and unknown:
+            self.calls[place].outcome = "unknown"
+        elif not unknown:
+            self.calls.pop(place, None)
+
+    def extend(self, handle: Handle, tokens: int, now: datetime) -> tuple[str | None, int]:
+        self.expire(now)
+        reason = self.reason(tokens, now)
+        hold = self.own_hold(handle)
+        if hold.completed:
+            reason = None
+        elif reason is None:
+            hold.reserved += tokens
+        return reason, self.spendable(hold)
+
+    def charge(self, handle: Handle, key: str, total: int, now: datetime) -> tuple[bool, bool, int, int]:
+        """Return (recorded, late, tokens over the hold, tokens left), as a charge does."""
+        self.expire(now)
+        hold = self.open_hold_of(handle.task)
+        owns = hold is not None and hold.attempt == handle.attempt
+        first = key
+        known = self.charges.get((handle.task, key))
+        if known is not None and known.attempt != handle.attempt:
+            key = f"{key}~{handle.attempt}"
+            known = self.charges.get((handle.task, key))
+        if known is None:
+            covered = min(total, hold.rest) if hold else 0
+            charge = ModelCharge(attempt=handle.attempt, total=total, covered=covered, late=not owns)
+            self.charges[handle.task, key] = charge
+            self.log[f"{handle.user}/{handle.task}/{key}"] = Row(tokens=total, success=True, at=now)
+            call = self.calls.pop((handle.task, first, handle.attempt), None)
+            if hold is not None:
+                hold.covered += covered
+                hold.charged += total
+                hold.calls += 1
+                hold.over += total - covered
+                leave = call.bound if call is not None and call.outcome == "started" else 0
+                hold.excess += max(0, total - leave)
+            if self.counter is not None and self.counter > 0:
+                self.counter = max(0, self.counter - total)
+        else:
+            charge = known
+        left = self.spendable(hold) if hold is not None and owns else 0
+        return known is None, charge.late, charge.total - charge.covered, left
+
+    def close(self, task: str, attempt: int | None, *, completed: bool) -> str | None:
+        hold = self.open_hold_of(task)
+        if hold is None or attempt not in (None, hold.attempt):
+            return None
+        hold.status = "settled" if hold.calls else "released"
+        hold.completed = hold.completed or completed
+        return hold.status
+
+    def unrecorded(self) -> list[tuple[str, str, int]]:
+        """Calls that may have been billed and are in no charge: task, key, bound."""
+        return sorted(
+            (task, key, call.bound)
+            for (task, key, _), call in self.calls.items()
+            if call.outcome == "unknown" or self.open_hold_of(task) is None
+        )
