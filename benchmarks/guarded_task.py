@@ -46,13 +46,19 @@ def prepare(url: str) -> None:
     engine = create_engine(url)
     with engine.begin() as connection:
         install(connection, get_settings().host, with_host_tables=True)
-        for statement in (
-            "INSERT INTO billing_tokenplan (id, name, tokens_included) VALUES (1, 'p', 2000000000)",
-            f"INSERT INTO accounts_user SELECT i, 'user' || i, 'e' FROM generate_series(1, {USERS}) i",
-            "INSERT INTO billing_subscription (id, user_id, token_plan_id, start_date, tokens_remaining) "
-            f"SELECT i, i, 1, now() - interval '1 day', 2000000000 FROM generate_series(1, {USERS}) i",
-        ):
-            connection.execute(text(statement))
+        connection.execute(
+            text("INSERT INTO billing_tokenplan (id, name, tokens_included) VALUES (1, 'p', 2000000000)")
+        )
+        connection.execute(
+            text("INSERT INTO accounts_user SELECT i, 'user' || i, 'e' FROM generate_series(1, :n) i"), {"n": USERS}
+        )
+        connection.execute(
+            text(
+                "INSERT INTO billing_subscription (id, user_id, token_plan_id, start_date, tokens_remaining) "
+                "SELECT i, i, 1, now() - interval '1 day', 2000000000 FROM generate_series(1, :n) i"
+            ),
+            {"n": USERS},
+        )
     engine.dispose()
 
 
@@ -109,16 +115,19 @@ def compare(app: Celery, count: int) -> None:
 def watch_memory(app: Celery, count: int) -> None:
     """The resident memory of a worker's processes while they do that many charged tasks, none being replaced."""
     rows = []
-    with worker("--max-tasks-per-child", str(count * 2)) as process, app.connection_for_read() as connection:
-        with connection.channel() as channel:
-            for sample in range(1, SAMPLES + 1):
-                for number in range(count // SAMPLES):
-                    app.tasks["bench.charged"].apply_async(kwargs={"user_id": number % USERS + 1}, ignore_result=True)
-                while channel.client.llen("ai") > 0:
-                    time.sleep(0.05)
-                family = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
-                sizes = [one.memory_info().rss / 2**20 for one in family]
-                rows.append((f"{sample * count // SAMPLES:,}", *(f"{size:.0f} MB" for size in sizes)))
+    with (
+        worker("--max-tasks-per-child", str(count * 2)) as process,
+        app.connection_for_read() as connection,
+        connection.channel() as channel,
+    ):
+        for sample in range(1, SAMPLES + 1):
+            for number in range(count // SAMPLES):
+                app.tasks["bench.charged"].apply_async(kwargs={"user_id": number % USERS + 1}, ignore_result=True)
+            while channel.client.llen("ai") > 0:
+                time.sleep(0.05)
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
+            sizes = [one.memory_info().rss / 2**20 for one in family]
+            rows.append((f"{sample * count // SAMPLES:,}", *(f"{size:.0f} MB" for size in sizes)))
     print_markdown("Memory of a worker", ("tasks done", "main", "child 1", "child 2"), rows)
 
 

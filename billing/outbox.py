@@ -41,6 +41,7 @@ _BEGIN = text(
         ON CONFLICT (user_id, task_id, effect) DO UPDATE
         SET status = CASE WHEN o.status = 'failed' THEN 'sending'
                           WHEN o.status = 'sending' THEN 'unknown' ELSE o.status END,
+            detail = CASE WHEN o.status = 'failed' THEN excluded.detail ELSE o.detail END,
             updated_at = excluded.updated_at
         RETURNING o.status, o.detail, o.updated_at
     """
@@ -91,17 +92,31 @@ def find_effect(connection: Connection, *, user_id: UserId, task_id: str, effect
     return Effect(**row) if row else None
 
 
+_REOPEN = text(
+    """
+    UPDATE trueup.outbox SET status = 'sending', updated_at = clock_timestamp()
+    WHERE user_id = :user_id AND task_id = :task_id AND effect = :effect AND status = 'unknown'
+    """
+)
+
+
 def reopen_effect(connection: Connection, effect: Effect) -> Effect:
-    """Try again a side effect that may have happened: for a host that would rather do it twice than not at all."""
-    finish_effect(connection, effect, "sending")
-    return replace(effect, status="sending")
+    """Try again a side effect that may have happened: for a host that would rather do it twice than not at all.
+
+    Do it only if the answer's status is "sending": the attempt that was thought dead may have told of its end meanwhile.
+    """
+    place = {"user_id": effect.user_id, "task_id": effect.task_id, "effect": effect.effect}
+    if connection.execute(_REOPEN, place).rowcount:
+        return replace(effect, status="sending")
+    return find_effect(connection, **place) or effect
 
 
+# What was sent stays sent, whatever an attempt that was thought dead tells later.
 _FINISH = text(
     """
     UPDATE trueup.outbox SET status = :status, detail = detail || CAST(:detail AS jsonb),
                              updated_at = coalesce(CAST(:now AS timestamptz), clock_timestamp())
-    WHERE user_id = :user_id AND task_id = :task_id AND effect = :effect
+    WHERE user_id = :user_id AND task_id = :task_id AND effect = :effect AND (status <> 'sent' OR :status = 'sent')
     """
 )
 

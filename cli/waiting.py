@@ -52,7 +52,8 @@ def _see_through(app: Celery, settings: Settings, result: AsyncResult, *, timeou
             return _show(result, state, as_json)
     except (KeyboardInterrupt, SystemExit, ServiceUnavailableError):
         if not ended:
-            click.echo(f"Not waiting any more. Task {result.id} stays enqueued: it runs when a worker does.", err=True)
+            goes_on = f"Task {result.id} is not cancelled: it runs when a worker does."
+            click.echo(f"Not waiting any more. {goes_on}", err=True)
         raise
 
 
@@ -79,10 +80,22 @@ def _some_worker(app: Celery, settings: Settings) -> Iterator[Callable[[], None]
         yield _nothing
 
 
+class _ConsumedError(Exception):
+    """Ends the collecting of answers: one is enough."""
+
+
 def _is_consumed(app: Celery, queue: str) -> bool:
     """Return whether a worker answers that takes tasks from the queue; others answer too."""
-    answers = app.control.inspect(timeout=PING_SECONDS).active_queues() or {}
-    return any(found["name"] == queue for queues in answers.values() for found in queues)
+
+    def look(answer: dict[str, list[dict[str, Any]]]) -> None:
+        if any(found["name"] == queue for queues in answer.values() for found in queues):
+            raise _ConsumedError
+
+    try:
+        app.control.inspect(timeout=PING_SECONDS, callback=look).active_queues()
+    except _ConsumedError:
+        return True
+    return False
 
 
 def _nothing() -> None:

@@ -22,10 +22,16 @@ REASON = "# Longer than"
 
 # Put together here, so that this file is not one of those it finds.
 MACHINE_PATHS = re.compile("(?<![\\w.~-])/(" + "|".join(("root", "work", "tmp/bash_jobs[^/]*")) + ")/")
-REGISTRIES = re.compile("|".join(("pythonhosted", "pypi" + "[.]org", "artifactory", "[.]jfrog", "index" + "-url [^-]")))
+REGISTRIES = re.compile("|".join(("python" + "hosted", "pypi" + "[.]org", "arti" + "factory", "index" + "-url [^-]")))
 
 # These come with what is required, in the version that it asks for, and are its own parts.
-PARTS = {"billiard": "celery", "kombu": "celery", "werkzeug": "pytest-httpserver", "ruamel": "check-jsonschema"}
+PARTS = {
+    "billiard": "celery",
+    "kombu": "celery",
+    "packaging": "pytest",
+    "ruamel": "check-jsonschema",
+    "werkzeug": "pytest-httpserver",
+}
 
 
 def _tracked() -> list[Path]:

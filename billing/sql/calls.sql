@@ -42,12 +42,15 @@ BEGIN
 END $$;
 
 -- Add tokens to a task's open hold, by the same decision as at the gate, or say why not (`reason`, NULL when granted).
+-- A replay is granted them, so that it goes the way its work went, and given none: it buys nothing.
 CREATE OR REPLACE FUNCTION trueup.extend_hold(
     p_user {{user_id_type}}, p_task text, p_attempt integer, p_tokens bigint, INOUT at timestamptz,
     OUT overtaken boolean, OUT reason text, OUT tokens_left bigint
 ) LANGUAGE plpgsql AS $$
 DECLARE
     a record;
+    v_replay boolean;
+    v_added bigint;
 BEGIN
     PERFORM trueup.queue_for(p_user);
     SELECT * INTO a FROM trueup.lock_account(p_user, at);
@@ -55,14 +58,18 @@ BEGIN
     reason := trueup.decide(a.subscribed, a.is_active, a.end_date, coalesce(a.original, 0), coalesce(a.consumed, 0),
                             coalesce(a.held, 0), p_tokens, at);
     UPDATE trueup.hold h
-    SET tokens_reserved = h.tokens_reserved + CASE WHEN reason IS NULL THEN p_tokens ELSE 0 END
+    SET tokens_reserved = h.tokens_reserved + CASE WHEN reason IS NULL AND NOT h.completed THEN p_tokens ELSE 0 END
     WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open' AND h.attempt = p_attempt
-    RETURNING h.tokens_reserved - h.tokens_covered INTO tokens_left;
+    RETURNING h.tokens_reserved - h.tokens_covered, h.completed INTO tokens_left, v_replay;
     overtaken := NOT FOUND;
+    v_added := CASE WHEN reason IS NULL AND NOT v_replay THEN p_tokens ELSE 0 END;  -- v_replay NULL: overtaken
+    IF v_replay THEN
+        reason := NULL;
+    END IF;
     tokens_left := greatest(coalesce(tokens_left, 0) - trueup.in_flight(p_user, p_task, NULL, NULL), 0);
     UPDATE trueup.balance b
     SET window_start = a.window_start, log_epoch = a.log_epoch, consumed = a.consumed,
-        held = a.held + CASE WHEN reason IS NULL AND NOT overtaken THEN p_tokens ELSE 0 END
+        held = a.held + v_added
     WHERE b.user_id = p_user;
 END $$;
 

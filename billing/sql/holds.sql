@@ -110,7 +110,7 @@ BEGIN
     SELECT * INTO h FROM trueup.hold WHERE user_id = p_user AND task_id = p_task ORDER BY id DESC LIMIT 1;
     hold_attempt := coalesce(h.attempt, 0) + 1;
     reattached := coalesce(h.status = 'open', false);
-    replay := coalesce(h.completed AND p_retries <= h.retries, false);
+    replay := coalesce(h.completed AND (reattached OR p_retries <= h.retries), false);
     v_tokens := CASE WHEN replay THEN 0 ELSE p_tokens END;
     IF reattached AND p_retries <= h.retries AND h.lease_until > at THEN
         busy_until := h.lease_until;
@@ -121,10 +121,14 @@ BEGIN
             reason := trueup.decide(a.subscribed, a.is_active, a.end_date, original, consumed, held, v_tokens, at);
         END IF;
         IF reason IS NULL THEN
+            -- A hold for a replay is completed from the start, however its attempts end: the work stays done.
             INSERT INTO trueup.hold (user_id, task_id, attempt, retries, feature_name, section, owner, status,
-                                     tokens_reserved, opened_at, lease_until, expires_at)
-            VALUES (p_user, p_task, hold_attempt, p_retries, p_feature, p_section, p_owner, 'open',
-                    v_tokens, at, at + p_lease, expiry);
+                                     tokens_reserved, opened_at, lease_until, expires_at, completed)
+            VALUES (p_user, p_task, hold_attempt, CASE WHEN replay THEN h.retries ELSE p_retries END, p_feature,
+                    p_section, p_owner, 'open', v_tokens, at, at + p_lease, expiry, replay);
+            -- What an ended hold left in flight was given back with it, and is no burden on this one.
+            UPDATE trueup.call_intent c SET outcome = 'unknown'
+            WHERE h.id IS NOT NULL AND c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started';
             held := held + v_tokens;
             tokens_left := v_tokens;
         END IF;
@@ -142,11 +146,12 @@ CREATE OR REPLACE FUNCTION trueup.take_over(
 DECLARE
     v_tokens bigint;
 BEGIN
-    -- The attempt before is over: what it started and did not record is not in flight, but unknown.
+    -- The attempt before is over: what it started and did not record is not in flight, but unknown. Not so the calls
+    -- of attempts before that one, which lost the hold by their lease: nobody knows them to be dead.
     UPDATE trueup.call_intent c SET outcome = 'unknown'
-    WHERE c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started'
-      AND EXISTS (SELECT FROM trueup.hold h
-                  WHERE h.user_id = p_user AND h.task_id = p_task AND h.id = p_id AND h.retries < p_retries);
+    FROM trueup.hold h
+    WHERE h.user_id = p_user AND h.task_id = p_task AND h.id = p_id AND h.retries < p_retries
+      AND c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started' AND c.attempt = h.attempt;
     UPDATE trueup.hold h
     SET attempt = h.attempt + 1, retries = greatest(h.retries, p_retries), owner = p_owner,
         lease_until = p_lease_until, expires_at = p_expires_at
@@ -168,7 +173,7 @@ BEGIN
     PERFORM FROM trueup.balance b WHERE b.user_id = p_user FOR UPDATE;
     UPDATE trueup.hold h
     SET status = CASE WHEN h.calls > 0 THEN 'settled' ELSE 'released' END,
-        completed = p_completed, closed_at = coalesce(at, clock_timestamp())
+        completed = h.completed OR p_completed, closed_at = coalesce(at, clock_timestamp())
     WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open'
       AND (p_attempt IS NULL OR h.attempt = p_attempt)
     RETURNING h.status, h.tokens_reserved - h.tokens_covered INTO v_status, v_rest;

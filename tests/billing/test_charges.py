@@ -83,17 +83,13 @@ def test_of_many_recordings_at_once_one_is_charged(host: Host, database: str, us
 def test_the_same_call_has_the_same_log_id_and_another_call_user_or_task_another(
     host: Host, connection: Connection, user: int, hold: Hold
 ) -> None:
-    def log_id() -> str:
-        row: str = host.value("DELETE FROM ai_usage_log RETURNING id::text")
-        host.execute("TRUNCATE trueup.charge")
-        return row
-
     ids = []
     other_user = hold_tokens(connection, host.subscriber(), 100, task="task")
     split = hold_tokens(connection, user, 100, task="task/1")
     for of, key in ((hold, "1/1"), (hold, "1/1"), (hold, "2"), (other_user, "1/1"), (split, "1")):
         charge_tokens(connection, of, 1, key=key)
-        ids.append(log_id())
+        ids.append(host.value("DELETE FROM ai_usage_log RETURNING id"))
+        host.execute("TRUNCATE trueup.charge")
     assert ids[0] == ids[1]
     assert len(set(ids)) == 4
 

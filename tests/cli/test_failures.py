@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cli import client
 from tests.cli.conftest import TRUEUP, trueup
 from tests.support.host import Host
 
@@ -21,6 +22,7 @@ COMMANDS = [
     ("tokens", "show", 1),
     ("tokens", "check", 1),
     ("holds", "list"),
+    ("status",),
     ("usage", 1),
     ("reconcile",),
     ("reconcile", "--dry-run"),
@@ -63,8 +65,13 @@ def test_without_redis_run_says_so_at_once(
 
 @pytest.mark.parametrize("variable", ["TRUEUP_BROKER_URL", "TRUEUP_RESULT_BACKEND_URL"])
 def test_a_redis_that_never_answers_is_not_waited_for(
-    database: str, settings: Callable[..., None], silent_server: str, variable: str
+    database: str,
+    settings: Callable[..., None],
+    silent_server: str,
+    variable: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(client, "ANSWER_SECONDS", 1.0)
     settings(**{variable: f"redis://{silent_server}/0"})
     started = time.monotonic()
     assert f"Redis at redis://{silent_server}/0 does not answer" in trueup(*RUN, code=1).stderr

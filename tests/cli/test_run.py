@@ -133,7 +133,7 @@ class TestWithoutAWorker:
     def test_a_worker_for_other_queues_is_none_for_this_task(
         self, waiting: Callable[[], list[dict[str, Any]]], app: Celery
     ) -> None:
-        command = [CELERY, "-b", app.conf.broker_url, "worker", "-Q", "reconcile", "-P", "solo"]
+        command = [CELERY, "-b", app.conf.broker_url, "worker", "-Q", "reconcile", "-P", "solo", "--without-mingle"]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as other:
             try:
                 wait_for(lambda: app.control.ping(timeout=0.5), "the worker answers")

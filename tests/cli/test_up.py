@@ -74,12 +74,15 @@ def up() -> Iterator[Up]:
                 process.kill()
 
 
+def answering(home: Path) -> set[str]:
+    """Return the names of the workers that answer."""
+    with celery_client(Settings(home=home)) as app:
+        return {name.partition("@")[0] for answer in app.control.ping(timeout=1.0) for name in answer}
+
+
 def test_up_runs_both_workers_and_other_commands_use_it(up: Up) -> None:
     pid = up.start()
-    settings = Settings(home=up.home)
-    with celery_client(settings) as app:
-        workers = {name.partition("@")[0] for answer in app.control.ping(timeout=2.0) for name in answer}
-    assert workers == {"ai", "reconcile"}
+    wait_for(lambda: answering(up.home) == {"ai", "reconcile"}, "both workers answer")
     servers = server_pids(up.home)
     checked = up.trueup("tokens", "check", 1)
     assert (checked.returncode, checked.stderr) == (3, "")
@@ -108,8 +111,7 @@ def test_after_kill_9_a_second_start_takes_over_and_its_stop_leaves_nothing(up: 
     up.log.write_text("")
     up.start()
     assert not any(is_alive(process) for process in workers)
-    with celery_client(Settings(home=up.home)) as app:
-        assert len(app.control.ping(timeout=2.0)) == 2
+    wait_for(lambda: answering(up.home) == {"ai", "reconcile"}, "both workers answer again")
 
     assert up.stop(signal.SIGINT) == 0
     assert_nothing_runs(up.home)

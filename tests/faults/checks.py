@@ -60,7 +60,7 @@ class Books:
     late: int
 
 
-NO_RESULT, UNFINISHED = "no result", "unfinished"
+NO_RESULT, UNFINISHED, REJECTED = "no result", "unfinished", "Reject"
 
 _CHARGES = """
     SELECT c.user_id, c.task_id, c.call_key, split_part(c.call_key, ':', 1)::int AS call, c.model_name,
@@ -185,7 +185,7 @@ def ended_by_nothing(stage: "Stage") -> list[str]:
     """Return the tasks that have no end, in a round that should have ended them all: only a flush may lose a task."""
     if stage.flushed or not stage.settled:
         return []
-    return [task for task, outcome in stage.outcomes.items() if outcome in (NO_RESULT, UNFINISHED)]
+    return [task for task, outcome in stage.outcomes.items() if outcome in (NO_RESULT, UNFINISHED, REJECTED)]
 
 
 def _vanished(stage: "Stage", books: Books) -> Iterator[Violation]:

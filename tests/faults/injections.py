@@ -153,13 +153,18 @@ INJECTIONS: dict[str, Injection] = {
 }
 
 
+def _at_work(stage: "Stage") -> list[Worker]:
+    """Return the workers that take tasks: one that boots has nothing to lose."""
+    return [worker for worker in stage.workers if worker.at_work]
+
+
 def _pick_worker(stage: "Stage", fault: Fault) -> Worker | None:
-    alive = [worker for worker in stage.workers if worker.alive]
-    return alive[fault.target % len(alive)] if alive else None
+    found = _at_work(stage)
+    return found[fault.target % len(found)] if found else None
 
 
 def _pick_child(stage: "Stage", fault: Fault) -> tuple[Worker | None, psutil.Process | None]:
-    children = [(worker, child) for worker in stage.workers for child in worker.children()]
+    children = [(worker, child) for worker in _at_work(stage) for child in worker.children()]
     return children[fault.target % len(children)] if children else (None, None)
 
 
@@ -169,7 +174,7 @@ def _caller(stage: "Stage") -> tuple[Worker | None, psutil.Process | None]:
 
     def waiting() -> bool:
         pids = {serving.pid for serving in stage.provider.ledger.in_flight()}
-        found.extend((w, child) for w in stage.workers for child in w.children() if child.pid in pids)
+        found.extend((w, child) for w in _at_work(stage) for child in w.children() if child.pid in pids)
         return bool(found)
 
     wait_until(waiting, _MOMENT_SECONDS)

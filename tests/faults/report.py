@@ -50,6 +50,7 @@ class Totals:
                 "holds taken back by expiry": books.expired,
                 "looks at the books in the midst": stage.audit.looks,
                 "rounds not settled in time": int(not stage.settled),
+                "messages left in these": stage.messages_left,
             }
         )
         for call in books.unrecorded:
@@ -63,7 +64,7 @@ def describe_round(stage: Stage, violations: list[Violation], seconds: float) ->
     """Return a line for a round; with what to know of it, where an invariant was violated."""
     plan = stage.plan
     state = f"{len(violations)} violations" if violations else "ok"
-    unsettled = "" if stage.settled else ", not settled in time"
+    unsettled = "" if stage.settled else f", not settled in time: {stage.messages_left} messages are left"
     size = f"{len(plan.tasks)} tasks, {len(stage.injected)} faults, {seconds:.1f} s"
     line = f"round {plan.number}: {size}: {state}{unsettled}"
     if not violations:

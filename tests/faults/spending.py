@@ -4,6 +4,7 @@ Nothing here changes what a task may spend or how that is recorded: waits are sh
 and each request to the provider says which process asked.
 """
 
+import inspect
 import os
 import time
 from typing import Any
@@ -68,12 +69,10 @@ def _hurry() -> None:
 
 def _reconnect_soon() -> None:
     """A worker that lost Redis would wait 2, 4, 6 s between its tries."""
-    ensure = Connection._ensure_connection
-
-    def soon(self: Connection, *args: Any, **options: Any) -> Any:
-        return ensure(self, *args, **{"interval_start": 0.1, "interval_step": 0.1, "interval_max": 0.5, **options})
-
-    Connection._ensure_connection = soon
+    names = inspect.getfullargspec(Connection._ensure_connection).args[1:]
+    defaults = dict(zip(names, Connection._ensure_connection.__defaults__, strict=True))
+    defaults |= {"interval_start": 0.1, "interval_step": 0.1, "interval_max": 0.5}
+    Connection._ensure_connection.__defaults__ = tuple(defaults.values())
 
 
 def _warm_up() -> None:

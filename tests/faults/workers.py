@@ -32,6 +32,7 @@ class Worker:
     _process: subprocess.Popen[bytes] | None = None
     _known: set[int] = field(default_factory=set)
     _log_start: int = 0
+    _is_ready: bool = False
 
     def start(self) -> None:
         command = [
@@ -50,6 +51,7 @@ class Worker:
                 start_new_session=True,
             )
         self._known = {self._process.pid}
+        self._is_ready = False
         self.starts += 1
 
     def _own_environment(self) -> dict[str, str]:
@@ -64,15 +66,20 @@ class Worker:
         return self._process is not None and self._process.poll() is None
 
     @property
+    def at_work(self) -> bool:
+        """True once it has come so far as to take tasks, until it dies."""
+        self._is_ready = self.alive and (self._is_ready or self._says_ready())
+        return self._is_ready
+
+    @property
     def crashed(self) -> bool:
         """True when it has ended, and we had no part in it."""
         return self._process is not None and not self.alive and self._process.pid not in self.killed
 
-    def ready(self) -> bool:
-        """Return whether this life of it has come so far as to take tasks."""
+    def _says_ready(self) -> bool:
         with self.log.open("rb") as log:
             log.seek(self._log_start)
-            return self.alive and b" ready." in log.read()
+            return b" ready." in log.read()
 
     def children(self) -> list[psutil.Process]:
         """Return the living processes of its pool, in order of pid."""

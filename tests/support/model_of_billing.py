@@ -1,7 +1,11 @@
 """What billing should do, in plain Python: lists and sums, no deltas, no locks, no cache. For the state machine."""
 
+import json
+import uuid
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+
+LOG_NAMESPACE = uuid.UUID("5b0e1c38-3d0b-5a34-9d5c-7d1f4b6f2a90")
 
 
 @dataclass(kw_only=True)
@@ -67,14 +71,23 @@ class Handle:
     attempt: int
 
 
-class Busy(Exception):  # noqa: N818 - an answer, as in billing
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+def log_id(handle: Handle, key: str) -> str:
+    """The id of a call's log row: always the same, so that no row is written twice."""
+    return str(uuid.uuid5(LOG_NAMESPACE, json.dumps([str(handle.user), handle.task, key])))
 
 
-class Denied(Exception):  # noqa: N818
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
+@dataclass(frozen=True)
+class Busy:
+    """The answer of the gate while another attempt is at work."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Denied:
+    """The answer of the gate: no, and why."""
+
+    reason: str
 
 
 class Overtaken(Exception):  # noqa: N818
@@ -148,7 +161,7 @@ class ModelUser:
     def spendable(self, hold: ModelHold, but: tuple[str, int] | None = None) -> int:
         return max(0, hold.rest - self.in_flight(hold.task, but))
 
-    def expire(self, now: datetime) -> tuple[int, int]:
+    def expire_holds(self, now: datetime) -> tuple[int, int]:
         """End what is overdue. Returns how many holds, and their tokens."""
         overdue = [hold for hold in self.holds if hold.status == "open" and hold.expires_at <= now]
         tokens = sum(hold.rest for hold in overdue)
@@ -156,13 +169,15 @@ class ModelUser:
             hold.status = "expired"
         return len(overdue), tokens
 
-    def open(self, task: str, tokens: int, retries: int, lease: int, ttl: int, now: datetime) -> ModelHold:
-        self.expire(now)
+    def open_hold(
+        self, task: str, tokens: int, retries: int, lease: int, ttl: int, now: datetime
+    ) -> ModelHold | Busy | Denied:
+        self.expire_holds(now)
         hold = self.last_hold(task)
         replay = self.replays(task, retries)
         if hold is not None and hold.status == "open":
             if retries <= hold.retries and hold.lease_until > now:
-                raise Busy((hold.lease_until - now).total_seconds())
+                return Busy((hold.lease_until - now).total_seconds())
             if retries > hold.retries:
                 self._forget_calls(task, hold.attempt)
             hold.attempt += 1
@@ -171,12 +186,12 @@ class ModelUser:
             return hold
         reason = None if replay else self.reason(tokens, now)
         if reason is not None:
-            raise Denied(reason)
+            return Denied(reason)
         self._forget_calls(task)
         opened = ModelHold(
             task=task,
             attempt=hold.attempt + 1 if hold else 1,
-            retries=max(retries, hold.retries) if hold and replay else retries,
+            retries=hold.retries if hold and replay else retries,
             reserved=0 if replay else tokens,
             lease_until=now + timedelta(seconds=lease),
             expires_at=now + timedelta(seconds=ttl),
@@ -202,7 +217,7 @@ class ModelUser:
             raise Overtaken
         return hold
 
-    def begin(self, handle: Handle, key: str, bound: int, lease: int, ttl: int, now: datetime) -> int | None:
+    def begin_call(self, handle: Handle, key: str, bound: int, lease: int, ttl: int, now: datetime) -> int | None:
         hold = self.own_hold(handle)
         hold.lease_until = max(hold.lease_until, now + timedelta(seconds=lease))
         hold.expires_at = max(hold.expires_at, now + timedelta(seconds=ttl))
@@ -212,15 +227,15 @@ class ModelUser:
         self.calls[handle.task, key, handle.attempt] = Call(bound=bound)
         return None
 
-    def end(self, handle: Handle, key: str, *, unknown: bool) -> None:
+    def end_call(self, handle: Handle, key: str, *, unknown: bool) -> None:
         place = (handle.task, key, handle.attempt)
         if place in self.calls and unknown:
             self.calls[place].outcome = "unknown"
         elif not unknown:
             self.calls.pop(place, None)
 
-    def extend(self, handle: Handle, tokens: int, now: datetime) -> tuple[str | None, int]:
-        self.expire(now)
+    def extend_hold(self, handle: Handle, tokens: int, now: datetime) -> tuple[str | None, int]:
+        self.expire_holds(now)
         reason = self.reason(tokens, now)
         hold = self.own_hold(handle)
         if hold.completed:
@@ -229,9 +244,9 @@ class ModelUser:
             hold.reserved += tokens
         return reason, self.spendable(hold)
 
-    def charge(self, handle: Handle, key: str, total: int, now: datetime) -> tuple[bool, bool, int, int]:
+    def record_charge(self, handle: Handle, key: str, total: int, now: datetime) -> tuple[bool, bool, int, int]:
         """Return (recorded, late, tokens over the hold, tokens left), as a charge does."""
-        self.expire(now)
+        self.expire_holds(now)
         hold = self.open_hold_of(handle.task)
         owns = hold is not None and hold.attempt == handle.attempt
         first = key
@@ -243,7 +258,7 @@ class ModelUser:
             covered = min(total, hold.rest) if hold else 0
             charge = ModelCharge(attempt=handle.attempt, total=total, covered=covered, late=not owns)
             self.charges[handle.task, key] = charge
-            self.log[f"{handle.user}/{handle.task}/{key}"] = Row(tokens=total, success=True, at=now)
+            self.log[log_id(handle, key)] = Row(tokens=total, success=True, at=now)
             call = self.calls.pop((handle.task, first, handle.attempt), None)
             if hold is not None:
                 hold.covered += covered
@@ -259,7 +274,7 @@ class ModelUser:
         left = self.spendable(hold) if hold is not None and owns else 0
         return known is None, charge.late, charge.total - charge.covered, left
 
-    def close(self, task: str, attempt: int | None, *, completed: bool) -> str | None:
+    def close_hold(self, task: str, attempt: int | None, *, completed: bool) -> str | None:
         hold = self.open_hold_of(task)
         if hold is None or attempt not in (None, hold.attempt):
             return None

@@ -73,8 +73,8 @@ class TemporaryWorker:
 
     def _start(self) -> None:
         command = stack_commands(self._layout.home)[0]
-        # A node name of its own, so that it is never taken for the worker of a `trueup up` that starts meanwhile. Without
-        # mingle it is ready a second sooner: it has nothing to learn from others.
+        # A node name of its own, so that it is never taken for the worker of a `trueup up` that starts meanwhile.
+        # Without mingle it is ready a second sooner; it has nothing to learn from others.
         options = ("-n", "temporary@%h", "--without-mingle", "--without-gossip")
         tokens = (program_path(command), *command.tokens[1:], *options)
         with self._log.open("ab") as log:

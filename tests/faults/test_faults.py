@@ -1,0 +1,43 @@
+"""A short run of the fault harness: every kind of fault, and no invariant violated. `make faults` plays more."""
+
+import pytest
+
+from tests.faults.plans import FAULTS_PER_ROUND, KINDS, PROVIDER_KINDS, plan_round
+from tests.faults.report import Totals
+from tests.faults.runs import run_rounds
+
+SEED = 11
+ROUNDS = -(-len(KINDS) // FAULTS_PER_ROUND)  # as many as it takes to deal the whole deck
+
+
+@pytest.fixture(scope="module")
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def totals(said: list[str], _no_settings_from_outside: None) -> Totals:
+    return run_rounds([plan_round(SEED, number) for number in range(ROUNDS)], said.append)
+
+
+def test_no_invariant_is_violated_whatever_is_killed_stopped_or_cut(totals: Totals, said: list[str]) -> None:
+    assert not totals.violations, "\n".join(said)
+
+
+def test_faults_of_every_kind_struck(totals: Totals) -> None:
+    struck = {kind for kind in (*KINDS, *PROVIDER_KINDS) if totals.faults[kind]}
+    # One may find nothing to strike, on a machine that is busy with something else.
+    assert len({*KINDS, *PROVIDER_KINDS} - struck) <= 2, totals.faults
+
+
+def test_the_rounds_had_something_to_lose(totals: Totals) -> None:
+    assert totals.outcomes["done"] > 20
+    assert totals.outcomes["TokensDenied"] > 0
+    assert totals.figures["calls recorded"] > 40
+    assert totals.figures["looks at the books in the midst"] > 20
+
+
+def test_a_round_is_drawn_from_its_seed_and_number_alone() -> None:
+    assert plan_round(SEED, 5) == plan_round(SEED, 5)
+    assert plan_round(SEED, 5) != plan_round(SEED, 6)
+    assert plan_round(SEED, 5) != plan_round(SEED + 1, 5)
