@@ -82,11 +82,15 @@ class HoldExhaustedError(HoldError):
 
 
 class HoldBusyError(HoldError):
-    """Another attempt of this task is at work, so this one is a duplicate. It may ask again in `seconds`."""
+    """Another attempt of this task is at work, so this one is a duplicate. It may ask again in `seconds`.
 
-    def __init__(self, task_id: str, seconds: float) -> None:
+    `superfluous`: another duplicate waits already, so this one need not.
+    """
+
+    def __init__(self, task_id: str, seconds: float, *, superfluous: bool = False) -> None:
         self.task_id = task_id
         self.seconds = seconds
+        self.superfluous = superfluous
         super().__init__(task_id, seconds)
 
     def __str__(self) -> str:

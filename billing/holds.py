@@ -103,7 +103,7 @@ def open_hold(
     if row.reason is not None:
         raise _denied(row, feature_name, estimated_tokens)
     if row.busy_until is not None:
-        raise HoldBusyError(task_id, (row.busy_until - row.at).total_seconds())
+        raise HoldBusyError(task_id, (row.busy_until - row.at).total_seconds(), superfluous=row.superfluous)
     return Hold(
         user_id=user_id,
         task_id=task_id,
@@ -150,6 +150,15 @@ def _close(
     values = {"user_id": user_id, "task_id": task_id, "attempt": attempt, "completed": completed, "now": now}
     status: str | None = connection.execute(_CLOSE, values).scalar_one()
     return status
+
+
+def has_later_attempt(connection: Connection, hold: Hold) -> bool:
+    """Return whether a later attempt of the hold's task was admitted: then this one is a duplicate that came second."""
+    holds = own_table("hold", get_settings().host.user_id_type).c
+    query = select(holds.id).where(
+        holds.user_id == hold.user_id, holds.task_id == hold.task_id, holds.attempt > hold.attempt
+    )
+    return connection.scalar(select(query.exists())) or False
 
 
 _EXPIRE = text("SELECT holds, tokens FROM trueup.expire_holds(:limit, CAST(:now AS timestamptz))")

@@ -150,6 +150,7 @@ def _add_hold_tables(metadata: MetaData, user_id: Any) -> None:
         Column("retries", Integer, nullable=False, server_default=text("0")),
         _moment("lease_until", server_default=text("'-infinity'")),
         Column("completed", Boolean, nullable=False, server_default=text("false")),
+        _moment("duplicate_until", nullable=True),
         PrimaryKeyConstraint("user_id", "task_id", "id", name="hold_pkey"),
         CheckConstraint("status IN ('open', 'settled', 'released', 'expired')", name="hold_status_is_known"),
         # A hold ends exactly once, and then stays ended.

@@ -33,8 +33,6 @@ def celery_client(settings: Settings) -> Iterator[Celery]:
         with _redis_errors(broker_url(settings)), _readable(broker_url(settings)):
             connection = stack.enter_context(app.connection_for_write())
             connection.ensure_connection(max_retries=0, timeout=ANSWER_SECONDS)
-            # kombu shares a pool between the applications of a process: its connections are closed, the pool is not.
-            stack.callback(app.pool.force_close_all, close_pool=False)
         with _redis_errors(result_backend_url(settings)), _readable(result_backend_url(settings)):
             backend = app.backend
             stack.callback(backend.client.close)
@@ -50,6 +48,8 @@ def celery_client(settings: Settings) -> Iterator[Celery]:
 def _impatient(config: dict[str, Any]) -> dict[str, Any]:
     """Return the worker's configuration without its retries: they would hide from a person that Redis is gone."""
     return config | {
+        # No pool: kombu's would outlive this application, and its connections with it.
+        "broker_pool_limit": None,
         "broker_transport_options": config["broker_transport_options"]
         | {"socket_timeout": ANSWER_SECONDS, "socket_connect_timeout": ANSWER_SECONDS},
         "redis_socket_timeout": ANSWER_SECONDS,

@@ -28,7 +28,7 @@ class ArgumentParser:
 
     def signature_with_task(self) -> inspect.Signature:
         """Return the signature that Celery checks calls against: the bound task, then the caller's arguments."""
-        task = inspect.Parameter("task", inspect.Parameter.POSITIONAL_ONLY)
+        task = inspect.Parameter("_metered_task", inspect.Parameter.POSITIONAL_ONLY)
         return self.signature.replace(parameters=[task, *self.signature.parameters.values()])
 
     def parse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from billing.errors import (
     TokensDenied,
     TrueupError,
 )
-from billing.holds import Hold, close_hold, open_hold
+from billing.holds import Hold, close_hold, has_later_attempt, open_hold
 from billing.settings import get_settings
 from tasks.arguments import USER_ARGUMENT, ArgumentParser
 
@@ -42,6 +42,8 @@ WAITS_HEADER = "trueup_waits"
 CALLS_ATTRIBUTE = "trueup_direct_calls"
 
 PROVIDER_RETRY_BASE_SECONDS = 2
+# A task that waits for another attempt's lease asks again this long after its end.
+ASK_AGAIN_SECONDS = 0.5
 
 
 class MeteredTask(Task):
@@ -108,11 +110,10 @@ class MeteredTask(Task):
             if self.on_denied == "return":
                 return denied.payload
             raise
-        except HoldOvertakenError as error:
-            # A duplicate that came second: the attempt that has the hold makes the result.
-            raise (error if self.request.called_directly else Ignore(str(error))) from error
         except HoldBusyError as error:
-            raise self._wait(error, error.seconds) from error
+            if error.superfluous and not self.request.called_directly:
+                raise Ignore(str(error)) from error
+            raise self._wait(error, error.seconds + ASK_AGAIN_SECONDS) from error
         except ServiceUnavailableError as error:
             raise self._wait(error) from error
 
@@ -124,6 +125,14 @@ class MeteredTask(Task):
                 # The work was done, and its answers were not kept: the result of the earlier attempt stands.
                 raise Ignore(f"task {hold.task_id} was done by an earlier delivery") from None
             raise
+        except HoldOvertakenError as error:
+            if self.request.called_directly:
+                raise
+            if db.retrying(lambda connection: has_later_attempt(connection, hold)):
+                # A duplicate that came second: the attempt that has the hold makes the result.
+                raise Ignore(str(error)) from error
+            # Its hold's time ran out and nobody went on: back to the gate, with what it has paid for.
+            raise self._wait(error, ASK_AGAIN_SECONDS) from error
 
     def _run(self, arguments: dict[str, Any]) -> Any:
         try:
@@ -166,10 +175,10 @@ class MeteredTask(Task):
             return error
         headers = request.headers or {}
         waits = int(headers.get(WAITS_HEADER) or 0)
-        longest = float(get_settings().gate_retry_max_seconds)
-        if seconds is None:
-            seconds = 2.0 ** min(waits, 16) * random.uniform(0.5, 1)  # noqa: S311 - spreads load, guards nothing
-        countdown = min(seconds, longest)
+        countdown = seconds
+        if countdown is None:
+            longest = min(2.0 ** min(waits, 16), get_settings().gate_retry_max_seconds)
+            countdown = longest * random.uniform(0.5, 1)  # noqa: S311 - spreads load, guards nothing
         logger.warning("task waits %.1f s, for the %d. time: %s", countdown, waits + 1, error)
         signature = self.signature_from_request(
             request,
@@ -189,7 +198,12 @@ class MeteredTask(Task):
     def _retry_provider(self, error: TrueupError) -> Exception:
         """Retry within the task's max_retries, then give up with the provider's own error."""
         countdown = PROVIDER_RETRY_BASE_SECONDS * 2**self.request.retries
-        retry: Exception = self.retry(exc=error, countdown=countdown, throw=False)
+        try:
+            retry: Exception = self.retry(exc=error, countdown=countdown, throw=False)
+        except Reject as rejected:
+            # The broker is away. Celery would give the task up here: put back, it comes again.
+            put_back: Exception = Reject(rejected.reason, requeue=True)
+            return put_back
         return retry
 
 

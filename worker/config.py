@@ -25,6 +25,8 @@ def celery_config(settings: Settings) -> dict[str, Any]:
             "visibility_timeout": settings.visibility_timeout_seconds,
             "unacked_restore_interval": 10,
             "unacked_restore_throttle": 1,
+            # A worker killed while it restores would else keep the others from it for five minutes.
+            "unacked_mutex_expire": 10,
             "socket_timeout": 30,
             "socket_connect_timeout": 5,
             "socket_keepalive": True,

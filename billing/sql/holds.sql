@@ -83,13 +83,14 @@ $$;
 --   * p_retries is higher: the attempt before has ended, for it asked for this retry itself, or its worker saw it die.
 --   * its lease has run out: the attempt before is dead, or too slow. It may still be in a call, so what that call may
 --     cost is kept back.
---   * otherwise it is at work now: this is a duplicate. `busy_until` says when to ask again, and nothing is changed.
+--   * otherwise it is at work now, and this is a duplicate. `busy_until` says when to ask again. One duplicate that waits
+--     is enough for the case that the one at work dies; any other is `superfluous`, or they would multiply.
 -- A task whose body has returned gets a hold of no tokens: what it paid for is answered from its charges, and its
 -- result is made again without buying anything.
 CREATE OR REPLACE FUNCTION trueup.open_hold(
     p_user {{user_id_type}}, p_task text, p_retries integer, p_feature text, p_section text, p_owner text,
     p_tokens bigint, p_lease interval, p_ttl interval, INOUT at timestamptz,
-    OUT reason text, OUT busy_until timestamptz, OUT hold_attempt integer, OUT tokens_left bigint,
+    OUT reason text, OUT busy_until timestamptz, OUT superfluous boolean, OUT hold_attempt integer, OUT tokens_left bigint,
     OUT reattached boolean, OUT replay boolean, OUT expiry timestamptz,
     OUT original bigint, OUT consumed bigint, OUT held bigint, OUT end_date timestamptz
 ) LANGUAGE plpgsql AS $$
@@ -113,7 +114,10 @@ BEGIN
     replay := coalesce(h.completed AND (reattached OR p_retries <= h.retries), false);
     v_tokens := CASE WHEN replay THEN 0 ELSE p_tokens END;
     IF reattached AND p_retries <= h.retries AND h.lease_until > at THEN
-        busy_until := h.lease_until;
+        superfluous := coalesce(h.duplicate_until > at, false);
+        busy_until := least(h.lease_until, at + interval '1 minute');
+        UPDATE trueup.hold SET duplicate_until = busy_until
+        WHERE NOT superfluous AND user_id = p_user AND task_id = p_task AND id = h.id;
     ELSIF reattached THEN
         tokens_left := trueup.take_over(p_user, p_task, h.id, p_retries, p_owner, at + p_lease, expiry);
     ELSE

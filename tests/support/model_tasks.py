@@ -2,12 +2,15 @@
 
 import time
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from billiard.exceptions import SoftTimeLimitExceeded
 from celery.exceptions import Ignore
 
 from ai.model import Message, Model
+from billing import db
+from billing.holds import expire_holds
 from billing.users import UserId
 from tasks import metered_task
 
@@ -100,3 +103,12 @@ def soft(model: Model, user_id: UserId) -> None:
     """Spend, and then take longer than the soft time limit."""
     ask(model, 10)
     time.sleep(20)
+
+
+@metered_task(name="test.expiring", feature_name="Expiring", section="chat", estimated_tokens=100)
+def expiring(model: Model, user_id: UserId) -> int:
+    """Spend, and go on when the hold's time has run out meanwhile."""
+    ask(model, 10)
+    with db.connect() as connection:
+        expire_holds(connection, now=datetime.now(UTC) + timedelta(days=1))
+    return ask(model, 11)

@@ -7,7 +7,7 @@ from celery import Celery
 from sqlalchemy import Connection
 
 from ai.metering import running_task_id
-from billing.errors import InvalidInputError, NoHoldError, ServiceUnavailableError, TokensDenied
+from billing.errors import HoldOvertakenError, InvalidInputError, NoHoldError, ServiceUnavailableError, TokensDenied
 from billing.holds import HoldRow, list_holds
 from billing.settings import get_settings
 from tasks import metered_task
@@ -220,3 +220,19 @@ def test_a_redelivered_task_gets_its_hold_and_its_paid_answers_back(
     again = model_tasks.spend.apply(kwargs={"user_id": user, "calls": 2}, task_id=task_id).get()
     assert first == again == host.used(user)
     assert host.value("SELECT count(*) FROM trueup.charge WHERE task_id = :id", id=task_id) == 2
+
+
+def test_a_task_whose_hold_ran_out_goes_back_to_the_gate(app: Celery, host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    with pytest.raises(HoldOvertakenError):
+        model_tasks.expiring.apply(kwargs={"user_id": user}).get()
+    assert [hold.status for hold in holds_of(connection, user)] == ["expired"]
+    assert host.used(user) > 0
+
+
+def test_a_body_may_call_its_argument_task(app: Celery, host: Host) -> None:
+    @metered_task(name="test.named", feature_name="Named", section="chat", estimated_tokens=1)
+    def named(model: Any, user_id: int, task: str) -> str:
+        return task
+
+    assert named.apply(kwargs={"user_id": host.subscriber(), "task": "mine"}).get() == "mine"

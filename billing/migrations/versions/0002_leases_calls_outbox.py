@@ -12,7 +12,8 @@ CHANGES = """
 ALTER TABLE trueup.hold
     ADD COLUMN retries integer DEFAULT 0 NOT NULL,
     ADD COLUMN lease_until timestamptz DEFAULT '-infinity' NOT NULL,
-    ADD COLUMN completed boolean DEFAULT false NOT NULL;
+    ADD COLUMN completed boolean DEFAULT false NOT NULL,
+    ADD COLUMN duplicate_until timestamptz;
 ALTER TABLE trueup.charge ADD COLUMN hold_id bigint;
 CREATE INDEX charge_by_time ON trueup.charge USING brin (charged_at);
 CREATE TABLE trueup.call_intent (
