@@ -103,9 +103,9 @@ _REOPEN = text(
 def reopen_effect(connection: Connection, effect: Effect) -> Effect:
     """Try again a side effect that may have happened: for a host that would rather do it twice than not at all.
 
-    Do it only if the answer's status is "sending": the attempt that was thought dead may have told of its end meanwhile.
+    Do it only if the answer's status is "sending": the attempt that was thought dead may have told of its end since.
     """
-    place = {"user_id": effect.user_id, "task_id": effect.task_id, "effect": effect.effect}
+    place: dict[str, Any] = {"user_id": effect.user_id, "task_id": effect.task_id, "effect": effect.effect}
     if connection.execute(_REOPEN, place).rowcount:
         return replace(effect, status="sending")
     return find_effect(connection, **place) or effect

@@ -128,6 +128,7 @@ def _add_balance_tables(metadata: MetaData, user_id: Any) -> None:
     )
 
 
+# As long as its tables: split, it would be no easier to compare with the migrations.
 def _add_hold_tables(metadata: MetaData, user_id: Any) -> None:
     Table(
         "hold",

@@ -4,19 +4,17 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from click.testing import CliRunner, Result
 
 from billing.settings import get_settings
 from cli import main
-from tests.support.demo import environment_of
+from tests.support.demo import environment_of, processes_of
 from tests.worker.conftest import app, shared_database, shared_host, worker
-from worker.stack.processes import is_alive
 
 __all__ = ["app", "shared_database", "shared_host", "worker"]
 
@@ -71,17 +69,6 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     yield change
     get_settings.cache_clear()
-
-
-def processes_of(home: Path) -> list[psutil.Process]:
-    """Return the living processes that work in a home, or for it."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            works_for = process.environ().get("TRUEUP_HOME") == str(home)
-            if (works_for or Path(process.cwd()).is_relative_to(home)) and is_alive(process):
-                found.append(process)
-    return found
 
 
 def assert_nothing_runs(home: Path) -> None:

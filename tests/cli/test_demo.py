@@ -3,7 +3,7 @@
 import pytest
 
 from cli.demo.tenants import DENIED
-from tests.cli.conftest import processes_of
+from tests.cli.conftest import assert_nothing_runs
 from tests.support.demo import Demo
 
 
@@ -34,4 +34,4 @@ def test_the_demo_tells(demo: Demo, line: tuple[str, ...]) -> None:
 
 
 def test_the_demo_leaves_nothing_running(demo: Demo) -> None:
-    assert processes_of(demo.home) == []
+    assert_nothing_runs(demo.home)

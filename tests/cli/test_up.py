@@ -10,8 +10,8 @@ import pytest
 
 from billing.settings import Settings
 from cli.client import celery_client
-from tests.cli.conftest import TRUEUP, assert_nothing_runs, processes_of
-from tests.support.demo import environment_of
+from tests.cli.conftest import TRUEUP, assert_nothing_runs
+from tests.support.demo import environment_of, processes_of
 from tests.support.worker import wait_for
 from tests.worker.stack_helpers import server_pids, temporary_home
 from worker.stack.processes import is_alive

@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from billing.settings import Settings
-from tests.cli.conftest import assert_nothing_runs, processes_of, started
-from tests.support.demo import Demo
+from tests.cli.conftest import assert_nothing_runs, started
+from tests.support.demo import Demo, processes_of
 from tests.support.worker import wait_for
 from tests.worker.stack_helpers import temporary_home
 from worker.stack.errors import StackError

@@ -5,12 +5,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.worker.stack_helpers import temporary_home
+from worker.stack.processes import is_alive
 
 DEADLINE_SECONDS = 120.0
 
@@ -38,6 +41,17 @@ def environment_of(home: Path) -> dict[str, str]:
     return own | {"TRUEUP_HOME": str(home), "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
 
 
+def processes_of(home: Path) -> list[psutil.Process]:
+    """Return the living processes that work in a home, or for it."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            works_for = process.environ().get("TRUEUP_HOME") == str(home)
+            if (works_for or Path(process.cwd()).is_relative_to(home)) and is_alive(process):
+                found.append(process)
+    return found
+
+
 @pytest.fixture(scope="session")
 def demo() -> Iterator[Demo]:
     with temporary_home() as home:
@@ -50,10 +64,14 @@ def demo() -> Iterator[Demo]:
             timeout=DEADLINE_SECONDS,
             check=False,
         )
-        yield Demo(
-            home=home / "demo",
-            code=result.returncode,
-            output=result.stdout,
-            errors=result.stderr,
-            seconds=time.monotonic() - started,
-        )
+        try:
+            yield Demo(
+                home=home / "demo",
+                code=result.returncode,
+                output=result.stdout,
+                errors=result.stderr,
+                seconds=time.monotonic() - started,
+            )
+        finally:
+            for process in processes_of(home / "demo"):
+                process.kill()
