@@ -34,7 +34,6 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         },
         "redis_socket_timeout": 30,
         "redis_socket_connect_timeout": 5,
-        "redis_socket_keepalive": True,
         "redis_backend_health_check_interval": 25,
         "result_backend_always_retry": True,
         "result_extended": True,

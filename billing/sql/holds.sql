@@ -82,7 +82,8 @@ $$;
 -- A task that has a hold open already gets it back, with the next attempt's number, which fences the one before:
 --   * p_retries is higher: the attempt before has ended, for it asked for this retry itself, or its worker saw it die.
 --   * its lease has run out: the attempt before is dead, or too slow. It may still be in a call, so what that call may
---     cost is kept back.
+--     cost is kept back; and as much is added if the budget has it, for else a task whose worker died in a call of all
+--     its hold could never go on.
 --   * otherwise it is at work now, and this is a duplicate. `busy_until` says when to ask again. One duplicate that waits
 --     is enough for the case that the one at work dies; any other is `superfluous`, or they would multiply.
 -- A task whose body has returned gets a hold of no tokens: what it paid for is answered from its charges, and its
@@ -99,6 +100,7 @@ DECLARE
     a record;
     h trueup.hold;
     v_tokens bigint;
+    v_kept bigint;
 BEGIN
     PERFORM trueup.queue_for(p_user);
     SELECT * INTO a FROM trueup.lock_account(p_user, at);
@@ -119,6 +121,15 @@ BEGIN
         UPDATE trueup.hold SET duplicate_until = busy_until
         WHERE NOT superfluous AND user_id = p_user AND task_id = p_task AND id = h.id;
     ELSIF reattached THEN
+        SELECT sum(c.tokens_bound) INTO v_kept FROM trueup.call_intent c
+        WHERE p_retries <= h.retries AND c.user_id = p_user AND c.task_id = p_task
+          AND c.attempt = h.attempt AND c.outcome = 'started';
+        IF trueup.decide(a.subscribed, a.is_active, a.end_date, original, consumed, held, v_kept, at) IS NULL
+           AND v_kept > 0 THEN
+            UPDATE trueup.hold SET tokens_reserved = tokens_reserved + v_kept
+            WHERE user_id = p_user AND task_id = p_task AND id = h.id;
+            held := held + v_kept;
+        END IF;
         tokens_left := trueup.take_over(p_user, p_task, h.id, p_retries, p_owner, at + p_lease, expiry);
     ELSE
         IF NOT replay THEN

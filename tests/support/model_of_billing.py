@@ -1,4 +1,4 @@
-"""What billing should do, in plain Python: lists and sums, no deltas, no locks, no cache. For the state machine."""
+"""What billing should do, in plain Python: lists and sums, no deltas, no locks, no cache."""
 
 import json
 import uuid
@@ -35,6 +35,7 @@ class ModelHold:
     reserved: int
     lease_until: datetime
     expires_at: datetime
+    duplicate_until: datetime | None = None
     status: str = "open"
     completed: bool = False
     covered: int = 0
@@ -78,19 +79,18 @@ def log_id(handle: Handle, key: str) -> str:
 
 @dataclass(frozen=True)
 class Busy:
-    """The answer of the gate while another attempt is at work."""
+    """The answer of the gate while another attempt is at work. `superfluous`: another duplicate waits already."""
 
     seconds: float
+    superfluous: bool
 
 
 @dataclass(frozen=True)
 class Denied:
-    """The answer of the gate: no, and why."""
-
     reason: str
 
 
-class Overtaken(Exception):  # noqa: N818
+class Overtaken(Exception):  # noqa: N818 - an answer, no fault
     pass
 
 
@@ -151,15 +151,15 @@ class ModelUser:
         hold = self.last_hold(task)
         return hold if hold is not None and hold.status == "open" else None
 
-    def in_flight(self, task: str, but: tuple[str, int] | None = None) -> int:
+    def in_flight(self, task: str, *, but: tuple[str, int] | None = None, by: int | None = None) -> int:
         return sum(
             call.bound
             for (of, key, attempt), call in self.calls.items()
-            if of == task and call.outcome == "started" and (key, attempt) != but
+            if of == task and call.outcome == "started" and (key, attempt) != but and by in (None, attempt)
         )
 
     def spendable(self, hold: ModelHold, but: tuple[str, int] | None = None) -> int:
-        return max(0, hold.rest - self.in_flight(hold.task, but))
+        return max(0, hold.rest - self.in_flight(hold.task, but=but))
 
     def expire_holds(self, now: datetime) -> tuple[int, int]:
         """End what is overdue. Returns how many holds, and their tokens."""
@@ -177,9 +177,12 @@ class ModelUser:
         replay = self.replays(task, retries)
         if hold is not None and hold.status == "open":
             if retries <= hold.retries and hold.lease_until > now:
-                return Busy((hold.lease_until - now).total_seconds())
+                return self._wait(hold, now)
             if retries > hold.retries:
                 self._forget_calls(task, hold.attempt)
+            else:
+                kept = self.in_flight(task, by=hold.attempt)
+                hold.reserved += kept if self.reason(kept, now) is None else 0
             hold.attempt += 1
             hold.retries = max(hold.retries, retries)
             hold.lease_until, hold.expires_at = now + timedelta(seconds=lease), now + timedelta(seconds=ttl)
@@ -199,6 +202,13 @@ class ModelUser:
         )
         self.holds.append(opened)
         return opened
+
+    def _wait(self, hold: ModelHold, now: datetime) -> Busy:
+        superfluous = hold.duplicate_until is not None and hold.duplicate_until > now
+        busy_until = min(hold.lease_until, now + timedelta(minutes=1))
+        if not superfluous:
+            hold.duplicate_until = busy_until
+        return Busy((busy_until - now).total_seconds(), superfluous)
 
     def replays(self, task: str, retries: int) -> bool:
         """The task's work is done: what it paid for is there, and it buys nothing more."""
@@ -249,17 +259,18 @@ class ModelUser:
         self.expire_holds(now)
         hold = self.open_hold_of(handle.task)
         owns = hold is not None and hold.attempt == handle.attempt
-        first = key
+        place = (handle.task, key, handle.attempt)
         known = self.charges.get((handle.task, key))
         if known is not None and known.attempt != handle.attempt:
             key = f"{key}~{handle.attempt}"
             known = self.charges.get((handle.task, key))
+        recorded = known is None
         if known is None:
             covered = min(total, hold.rest) if hold else 0
-            charge = ModelCharge(attempt=handle.attempt, total=total, covered=covered, late=not owns)
-            self.charges[handle.task, key] = charge
+            known = ModelCharge(attempt=handle.attempt, total=total, covered=covered, late=not owns)
+            self.charges[handle.task, key] = known
             self.log[log_id(handle, key)] = Row(tokens=total, success=True, at=now)
-            call = self.calls.pop((handle.task, first, handle.attempt), None)
+            call = self.calls.pop(place, None)
             if hold is not None:
                 hold.covered += covered
                 hold.charged += total
@@ -269,10 +280,8 @@ class ModelUser:
                 hold.excess += max(0, total - leave)
             if self.counter is not None and self.counter > 0:
                 self.counter = max(0, self.counter - total)
-        else:
-            charge = known
         left = self.spendable(hold) if hold is not None and owns else 0
-        return known is None, charge.late, charge.total - charge.covered, left
+        return recorded, known.late, known.total - known.covered, left
 
     def close_hold(self, task: str, attempt: int | None, *, completed: bool) -> str | None:
         hold = self.open_hold_of(task)

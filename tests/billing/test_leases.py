@@ -1,0 +1,296 @@
+"""Two attempts of one task: who has the hold, what each may spend, and what is done only once."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection
+
+from billing.accounts import read_account
+from billing.calls import begin_call, extend_hold, list_unrecorded_calls
+from billing.errors import HoldBusyError, HoldOvertakenError, TokensDenied
+from billing.holds import Hold, close_abandoned_hold, close_hold, expire_holds, list_holds
+from tests.support.books import assert_true
+from tests.support.host import START, Host
+from tests.support.work import balance, charge_tokens, hold_tokens
+
+NOW = START + timedelta(days=3)
+LEASE = 30
+
+
+def after(seconds: float) -> Any:
+    return NOW + timedelta(seconds=seconds)
+
+
+@pytest.fixture
+def user(host: Host) -> int:
+    return host.subscriber(1_000)
+
+
+def deliver(connection: Connection, user: int, seconds: float = 0, *, tokens: int = 600, retries: int = 0) -> Hold:
+    """Deliver the task `t` that long after NOW."""
+    return hold_tokens(connection, user, tokens, task="t", lease=LEASE, ttl=600, retries=retries, now=after(seconds))
+
+
+def begin(connection: Connection, hold: Hold, bound: int, seconds: float = 0, *, key: str = "1") -> int | None:
+    return begin_call(
+        connection,
+        hold,
+        call_key=key,
+        tokens_bound=bound,
+        lease_seconds=LEASE,
+        ttl_seconds=600,
+        now=after(seconds),
+    )
+
+
+def redo(connection: Connection, user: int, how: str) -> Hold:
+    """Have the work done, delivered again, and that replay end in some way; then deliver once more."""
+    close_hold(connection, deliver(connection, user), completed=True, now=NOW)
+    replay = deliver(connection, user)
+    if how == "its body failed":
+        close_hold(connection, replay, now=NOW)
+    elif how == "its worker died":
+        expire_holds(connection, now=after(600))
+        return deliver(connection, user, 600)
+    elif how == "it was abandoned":
+        close_abandoned_hold(connection, user, "t", now=NOW)
+    return deliver(connection, user, LEASE, retries=1 if how == "it asked for a retry" else 0)
+
+
+ENDS_OF_A_REPLAY = [
+    "its body failed",
+    "its worker died",
+    "it was abandoned",
+    "it is still open",
+    "it asked for a retry",
+]
+
+
+def test_while_an_attempt_has_its_lease_a_duplicate_is_told_when_to_ask_again(
+    host: Host, connection: Connection, user: int
+) -> None:
+    first = deliver(connection, user)
+    with pytest.raises(HoldBusyError) as busy:
+        deliver(connection, user, 20)
+    assert (busy.value.seconds, busy.value.superfluous) == (LEASE - 20, False)
+    assert begin(connection, first, 600, 20) is None
+    assert_true(host)
+
+
+def test_a_duplicate_beside_one_that_waits_is_superfluous(connection: Connection, user: int) -> None:
+    deliver(connection, user)
+    told = []
+    for seconds in (1, 2, LEASE - 1):
+        with pytest.raises(HoldBusyError) as busy:
+            deliver(connection, user, seconds)
+        told.append(busy.value.superfluous)
+    assert told == [False, True, True]
+    assert deliver(connection, user, LEASE).attempt == 2
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_the_lease_ends_to_the_moment_and_for_a_retry_at_once(connection: Connection, user: int, retries: int) -> None:
+    deliver(connection, user)
+    later = deliver(connection, user, 0 if retries else LEASE, retries=retries)
+    assert (later.attempt, later.reattached, later.tokens_left) == (2, True, 600)
+
+
+def test_a_call_renews_the_lease_and_the_hold(connection: Connection, user: int) -> None:
+    first = deliver(connection, user)
+    begin(connection, first, 10, 25)
+    with pytest.raises(HoldBusyError) as busy:
+        deliver(connection, user, 40)
+    assert busy.value.seconds == 15
+    [row] = list_holds(connection)
+    assert row.expires_at == after(25 + 600)
+
+
+def test_a_call_never_shortens_a_lease(connection: Connection, user: int) -> None:
+    first = deliver(connection, user)
+    values = {"lease_seconds": 1, "ttl_seconds": 1, "now": NOW}
+    begin_call(connection, first, call_key="1", tokens_bound=1, **values)
+    with pytest.raises(HoldBusyError):
+        deliver(connection, user, LEASE - 1)
+    assert list_holds(connection)[0].expires_at == after(600)
+
+
+def test_a_call_before_the_sweep_saves_an_overdue_hold(host: Host, connection: Connection, user: int) -> None:
+    first = deliver(connection, user)
+    assert begin(connection, first, 100, 601) is None
+    assert expire_holds(connection, now=after(602)) == (0, 0)
+    expire_holds(connection, now=after(2_000))
+    with pytest.raises(HoldOvertakenError):
+        begin(connection, first, 100, 2_001)
+    assert_true(host)
+
+
+def test_an_overtaken_attempt_can_do_nothing_but_record_what_it_spent(
+    host: Host, connection: Connection, user: int
+) -> None:
+    first = deliver(connection, user)
+    deliver(connection, user, LEASE)
+    with pytest.raises(HoldOvertakenError):
+        begin(connection, first, 1, LEASE)
+    with pytest.raises(HoldOvertakenError):
+        extend_hold(connection, first, 1, now=after(LEASE))
+    assert close_hold(connection, first) is None
+    assert charge_tokens(connection, first, 100, now=after(LEASE)).late
+    assert balance(host, user) == (100, 500)
+    assert_true(host)
+
+
+def test_what_a_slow_attempt_is_buying_is_kept_back_from_its_successor(
+    host: Host, connection: Connection, user: int
+) -> None:
+    first = deliver(connection, user)
+    begin(connection, first, 400)
+    hold_tokens(connection, user, 1, now=NOW)
+    second = deliver(connection, user, LEASE)
+    assert second.tokens_left == 200
+    assert begin(connection, second, 201, LEASE) == begin(connection, second, 201, LEASE, key="2") == 200
+    assert begin(connection, second, 200, LEASE, key="2") is None
+    assert charge_tokens(connection, second, 200, key="2", now=after(LEASE)).tokens_over == 0
+    assert charge_tokens(connection, first, 400, now=after(LEASE)).tokens_over == 0
+    assert balance(host, user) == (600, 1)
+    assert_true(host)
+
+
+def test_a_successor_gets_as_much_as_is_kept_back_if_the_budget_has_it(
+    host: Host, connection: Connection, user: int
+) -> None:
+    """Else a task whose worker died in a call of all its hold could never go on."""
+    first = deliver(connection, user, tokens=500)
+    begin(connection, first, 500)
+    second = deliver(connection, user, LEASE, tokens=500)
+    assert (second.tokens_left, balance(host, user)) == (500, (0, 1_000))
+    begin(connection, second, 500, LEASE)
+    third = deliver(connection, user, 2 * LEASE, tokens=500)
+    assert (third.tokens_left, balance(host, user)) == (0, (0, 1_000))
+    for hold in (first, second):
+        assert charge_tokens(connection, hold, 500, now=after(2 * LEASE)).tokens_over == 0
+    assert balance(host, user) == (1_000, 0)
+    assert_true(host)
+
+
+def test_what_a_dead_attempt_was_buying_is_not_kept_back_from_its_retry_and_is_named(
+    connection: Connection, user: int
+) -> None:
+    first = deliver(connection, user)
+    begin(connection, first, 400)
+    retry = deliver(connection, user, 1, retries=1)
+    assert retry.tokens_left == 600
+    assert [call.tokens_bound for call in list_unrecorded_calls(connection)] == [400]
+    assert charge_tokens(connection, first, 300, now=after(2)).late  # it lived after all
+    assert list_unrecorded_calls(connection) == []
+
+
+def test_a_retry_of_the_second_attempt_does_not_forget_the_call_of_a_slow_first(
+    host: Host, connection: Connection, user: int
+) -> None:
+    """Three attempts: the first is slow, the second asked for the third."""
+    first = deliver(connection, user)
+    begin(connection, first, 400)
+    hold_tokens(connection, user, 1, now=NOW)
+    second = deliver(connection, user, LEASE)
+    begin(connection, second, 150, LEASE, key="2")
+    third = deliver(connection, user, LEASE + 1, retries=1)
+    assert third.tokens_left == 200
+    assert [call.call_key for call in list_unrecorded_calls(connection)] == ["2"]
+    charge_tokens(connection, third, 200, key="3", now=after(LEASE + 2))
+    assert charge_tokens(connection, first, 400, now=after(LEASE + 2)).tokens_over == 0
+    assert_true(host)
+
+
+def test_a_hold_opened_anew_is_not_burdened_with_calls_of_the_one_that_ended(
+    host: Host, connection: Connection, user: int
+) -> None:
+    """They were given back with it. Else a task whose worker died in a call could never go on."""
+    first = deliver(connection, user)
+    begin(connection, first, 600)
+    expire_holds(connection, now=after(600))
+    second = deliver(connection, user, 601)
+    assert (second.attempt, second.reattached, second.tokens_left) == (2, False, 600)
+    assert begin(connection, second, 600, 601) is None
+    assert [call.tokens_bound for call in list_unrecorded_calls(connection)] == [600]
+    assert_true(host)
+
+
+def test_two_attempts_that_buy_the_same_call_are_both_recorded_and_each_once(
+    host: Host, connection: Connection, user: int
+) -> None:
+    first = deliver(connection, user)
+    begin(connection, first, 200)
+    second = deliver(connection, user, LEASE)
+    begin(connection, second, 200, LEASE)
+    for hold in (second, first, second, first):
+        charge_tokens(connection, hold, 200, now=after(LEASE))
+    assert balance(host, user) == (400, 400)
+    keys = host.execute("SELECT call_key, attempt FROM trueup.charge ORDER BY 1").all()
+    assert [tuple(key) for key in keys] == [("1", 2), ("1~1", 1)]
+    assert host.value("SELECT count(*) FROM trueup.call_intent") == 0
+    assert_true(host)
+
+
+def test_a_task_whose_work_is_done_is_replayed_without_tokens_and_without_the_gate(
+    host: Host, connection: Connection, user: int
+) -> None:
+    close_hold(connection, deliver(connection, user), completed=True)
+    host.execute("UPDATE billing_subscription SET is_active = false")
+    host.log(user, 5_000)
+    replay = deliver(connection, user, 1)
+    assert (replay.replay, replay.reattached, replay.tokens_left) == (True, False, 0)
+    assert begin(connection, replay, 1, 1) == 0
+    assert_true(host)
+
+
+def test_a_task_that_failed_after_spending_passes_the_gate_again(connection: Connection, user: int) -> None:
+    close_hold(connection, deliver(connection, user), completed=False)
+    assert not deliver(connection, user).replay
+
+
+def test_a_retry_of_work_that_is_done_passes_the_gate_again(host: Host, connection: Connection, user: int) -> None:
+    close_hold(connection, deliver(connection, user), completed=True)
+    again = deliver(connection, user, retries=1)
+    assert (again.replay, again.tokens_left) == (False, 600)
+    close_hold(connection, again)
+    host.log(user, 1_000)
+    with pytest.raises(TokensDenied):
+        deliver(connection, user, retries=2)
+
+
+@pytest.mark.parametrize("how", ENDS_OF_A_REPLAY)
+def test_work_that_is_done_stays_done_however_its_replay_ends(
+    host: Host, connection: Connection, user: int, how: str
+) -> None:
+    again = redo(connection, user, how)
+    assert (again.replay, again.tokens_left) == (True, 0)
+    assert balance(host, user) == (0, 0)
+    assert_true(host)
+
+
+def test_a_replay_that_extends_its_hold_is_granted_nothing_to_spend(
+    host: Host, connection: Connection, user: int
+) -> None:
+    close_hold(connection, deliver(connection, user), completed=True)
+    replay = deliver(connection, user)
+    assert extend_hold(connection, replay, 400, now=NOW) == (None, 0)
+    assert extend_hold(connection, replay, 4_000, now=NOW) == (None, 0)
+    assert balance(host, user) == (0, 0)
+    assert_true(host)
+
+
+def test_a_charge_that_comes_after_its_tokens_were_given_back_may_pass_the_budget_by_no_more_than_its_bound(
+    host: Host, connection: Connection, user: int
+) -> None:
+    """The one way past a budget without the provider's help: a process that stood still in a call, past its lease."""
+    first = deliver(connection, user)
+    begin(connection, first, 400)
+    close_hold(connection, deliver(connection, user, LEASE), completed=True, now=after(LEASE))
+    other = hold_tokens(connection, user, 1_000, now=after(LEASE))
+    charge_tokens(connection, other, 1_000, now=after(LEASE))
+    late = charge_tokens(connection, first, 400, now=after(LEASE + 1))
+    assert (late.late, late.tokens_over) == (True, 400)
+    account = read_account(connection, user, now=after(LEASE + 1))
+    assert account.consumed - account.original == 400
+    assert_true(host)
