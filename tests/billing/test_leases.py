@@ -160,16 +160,14 @@ def test_a_successor_gets_as_much_as_is_kept_back_if_the_budget_has_it(
     host: Host, connection: Connection, user: int
 ) -> None:
     """Else a task whose worker died in a call of all its hold could never go on."""
-    first = deliver(connection, user, tokens=500)
-    begin(connection, first, 500)
-    second = deliver(connection, user, LEASE, tokens=500)
-    assert (second.tokens_left, balance(host, user)) == (500, (0, 1_000))
-    begin(connection, second, 500, LEASE)
-    third = deliver(connection, user, 2 * LEASE, tokens=500)
-    assert (third.tokens_left, balance(host, user)) == (0, (0, 1_000))
-    for hold in (first, second):
-        assert charge_tokens(connection, hold, 500, now=after(2 * LEASE)).tokens_over == 0
-    assert balance(host, user) == (1_000, 0)
+    attempts = []
+    for number, (left, held) in enumerate([(300, 300), (300, 600), (300, 900), (0, 900)]):
+        attempts.append(deliver(connection, user, number * LEASE, tokens=300))
+        assert (attempts[-1].tokens_left, balance(host, user)) == (left, (0, held))
+        begin(connection, attempts[-1], 300, number * LEASE)
+    for slow in attempts[:3]:
+        assert charge_tokens(connection, slow, 300, now=after(3 * LEASE)).tokens_over == 0
+    assert balance(host, user) == (900, 0)
     assert_true(host)
 
 
