@@ -78,34 +78,15 @@ def read_report(connection: Connection, user_id_type: UserIdType, run_id: int | 
         raise InvalidInputError(f"run: there is no reconcile run {run_id}. `trueup drift report` shows the newest")
     drift = own_table("drift", user_id_type)
     rows = connection.execute(select(drift).where(drift.c.run_id == found.id).order_by(drift.c.id))
-    return DriftReport(
-        run_id=found.id,
-        dry_run=found.dry_run,
-        status=found.status,
-        started_at=found.started_at,
-        finished_at=found.finished_at,
-        checked=found.checked,
-        drifted=found.drifted,
-        corrected=found.corrected,
-        tokens_overstated=found.tokens_overstated,
-        tokens_understated=found.tokens_understated,
-        rows=[_stored_row(row) for row in rows],
-    )
+    return DriftReport(run_id=found.id, status=found.status, rows=[_stored_row(row) for row in rows], **_figures(found))
 
 
 def report_dry_run(summary: RunSummary) -> DriftReport:
     """Return the report of a dry run, from the findings that it kept in memory."""
     return DriftReport(
         run_id=summary.run_id,
-        dry_run=summary.dry_run,
         status="finished",
-        started_at=summary.started_at,
-        finished_at=summary.finished_at,
-        checked=summary.checked,
-        drifted=summary.drifted,
-        corrected=summary.corrected,
-        tokens_overstated=summary.tokens_overstated,
-        tokens_understated=summary.tokens_understated,
+        **_figures(summary),
         rows=[
             ReportRow(
                 user_id=finding.drift.user_id,
@@ -121,6 +102,15 @@ def report_dry_run(summary: RunSummary) -> DriftReport:
             for finding in summary.findings
         ],
     )
+
+
+def _figures(run: Any) -> dict[str, Any]:
+    """Return what a stored run and a summary in memory call by the same names."""
+    names = (
+        *("dry_run", "started_at", "finished_at", "checked", "drifted", "corrected"),
+        *("tokens_overstated", "tokens_understated"),
+    )
+    return {name: getattr(run, name) for name in names}
 
 
 def _stored_row(row: Any) -> ReportRow:
