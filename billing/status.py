@@ -62,7 +62,7 @@ _READ = text(
         SELECT count(*) AS users, coalesce(sum(b.consumed - e.original), 0) AS tokens
         FROM clock, trueup.balance b, LATERAL (
             SELECT * FROM trueup.entitlements(clock.now) t WHERE t.user_id = b.user_id) e
-        WHERE b.consumed > e.original AND b.window_start = e.window_start
+        WHERE b.consumed > e.original AND b.window_start = e.window_start AND b.log_epoch = trueup.log_epoch()
     ), unrecorded AS (
         SELECT count(*) AS calls, coalesce(sum(c.tokens_bound), 0) AS tokens
         FROM trueup.call_intent c

@@ -113,7 +113,17 @@ def test_an_overdraft_is_what_users_are_past_their_budget(host: Host, connection
         now=NOW,
     )
     assert read_status(connection, now=NOW).overdraft_tokens == 51
-    host.execute("UPDATE billing_subscription SET start_date = :now", now=NOW + timedelta(seconds=1))
+
+
+@pytest.mark.parametrize(
+    "change", ["TRUNCATE ai_usage_log", "UPDATE billing_subscription SET start_date = start_date + interval '9 days'"]
+)
+def test_a_balance_that_says_itself_that_it_is_stale_is_no_overdraft(
+    host: Host, connection: Connection, user: int, change: str
+) -> None:
+    charge_tokens(connection, hold_tokens(connection, user, 1_000, now=NOW), 1_250, now=NOW)
+    assert read_status(connection, now=NOW).overdraft_users == 1
+    host.execute(change)
     assert read_status(connection, now=NOW).overdraft_users == 0
 
 

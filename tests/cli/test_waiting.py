@@ -32,14 +32,10 @@ def worker_pid(home: Path) -> int:
 
 
 def test_ctrl_c_ends_the_waiting_its_worker_and_its_servers(demo: Demo) -> None:
-    for _ in range(3):
-        with started(*RUN, home=demo.home) as command:
-            worker_pid(demo.home)
-            os.killpg(command.pid, signal.SIGINT)
-            output, errors = command.communicate(timeout=GRACE_SECONDS + RUN_SECONDS)
-        # On a busy machine the result may be there before the signal is: then there was no waiting to end.
-        if command.returncode != 0:
-            break
+    with started(*RUN, home=demo.home) as command:
+        worker_pid(demo.home)
+        os.killpg(command.pid, signal.SIGINT)
+        output, errors = command.communicate(timeout=GRACE_SECONDS + RUN_SECONDS)
     assert (command.returncode, output) == (1, "")
     assert "is not cancelled" in errors
     assert "Traceback" not in errors
