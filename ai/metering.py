@@ -59,10 +59,10 @@ class _Call:
     paid: Completion | None = None
 
 
-def running_task_id() -> str | None:
-    """Return the id of the metered task that runs in this context; None when none does."""
+def running_hold() -> Hold | None:
+    """Return the hold of the metered task that runs in this context; None when none does."""
     running = _running.get()
-    return running.hold.task_id if running else None
+    return running.hold if running else None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from celery.exceptions import Ignore, Reject, Retry
 from kombu.exceptions import OperationalError
 from pydantic import BaseModel
 
-from ai.metering import running_task_id, spending_from
+from ai.metering import running_hold, spending_from
 from billing import db
 from billing.errors import (
     HoldBusyError,
@@ -72,7 +72,8 @@ class MeteredTask(Task):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         request = self.request
         # A task called directly has no request of its own: none at all, or that of the metered task that calls it.
-        if request.called_directly or running_task_id() == request.id:
+        outer = running_hold()
+        if request.called_directly or (outer is not None and outer.task_id == request.id):
             with self._own_request(args, kwargs):
                 return self._call(args, kwargs)
         return self._call(args, kwargs)
@@ -111,7 +112,8 @@ class MeteredTask(Task):
                 return denied.payload
             raise
         except HoldBusyError as error:
-            if error.superfluous and not self.request.called_directly:
+            # One that has waited is never superfluous: it may be the one that the others were dropped for.
+            if error.superfluous and not self.request.called_directly and not self._waits():
                 raise Ignore(str(error)) from error
             raise self._wait(error, error.seconds + ASK_AGAIN_SECONDS) from error
         except ServiceUnavailableError as error:
@@ -173,8 +175,7 @@ class MeteredTask(Task):
         request = self.request
         if request.called_directly or request.is_eager:
             return error
-        headers = request.headers or {}
-        waits = int(headers.get(WAITS_HEADER) or 0)
+        headers, waits = request.headers or {}, self._waits()
         countdown = seconds
         if countdown is None:
             longest = min(2.0 ** min(waits, 16), get_settings().gate_retry_max_seconds)
@@ -194,6 +195,17 @@ class MeteredTask(Task):
             return rejected
         retry: Exception = Retry(exc=error, when=countdown, sig=signature)
         return retry
+
+    def _waits(self) -> int:
+        """Return how often this message has been sent back to wait."""
+        return int((self.request.headers or {}).get(WAITS_HEADER) or 0)
+
+    def retry(self, *args: Any, **kwargs: Any) -> Any:
+        """Retry as Celery does, unless a later attempt has the hold: it must not lose it to an earlier one."""
+        hold = running_hold()
+        if hold is not None and db.retrying(lambda connection: has_later_attempt(connection, hold)):
+            raise Ignore(f"a later attempt of task {hold.task_id} goes on")
+        return super().retry(*args, **kwargs)
 
     def _retry_provider(self, error: TrueupError) -> Exception:
         """Retry within the task's max_retries, then give up with the provider's own error."""

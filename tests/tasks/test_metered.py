@@ -6,7 +6,7 @@ import pytest
 from celery import Celery
 from sqlalchemy import Connection
 
-from ai.metering import running_task_id
+from ai.metering import running_hold
 from billing.errors import HoldOvertakenError, InvalidInputError, NoHoldError, ServiceUnavailableError, TokensDenied
 from billing.holds import HoldRow, list_holds
 from billing.settings import get_settings
@@ -157,7 +157,7 @@ def test_a_call_without_estimate_is_not_gated_and_can_not_spend(app: Celery, hos
 
 def test_the_hold_is_not_left_to_whatever_runs_next(app: Celery, host: Host) -> None:
     model_tasks.spend.apply(kwargs={"user_id": host.subscriber(1_000)}).get()
-    assert running_task_id() is None
+    assert running_hold() is None
 
 
 @pytest.mark.parametrize(
