@@ -89,7 +89,7 @@ def test_the_patterns_find_what_they_are_for() -> None:
         assert MACHINE_PATHS.search(place)
     for registry in ("https://files.python" + "hosted.org", "--index" + "-url https://x"):
         assert REGISTRIES.search(registry)
-    for harmless in ("a/root/b", "tests/work/x", "--no-emit-index" + "-url --quiet"):
+    for harmless in ("a/" + "root/b", "tests/" + "work/x", "--no-emit-index" + "-url --quiet"):
         assert not MACHINE_PATHS.search(harmless)
         assert not REGISTRIES.search(harmless)
 
