@@ -242,8 +242,7 @@ class MeteredModel:
             return None
         answer = asdict(completion)
         size = len(json.dumps(answer).encode())
-        # PostgreSQL's jsonb holds any text but the NUL character.
-        return answer if size <= self._settings.stored_answer_max_bytes and "\x00" not in completion.text else None
+        return answer if size <= self._settings.stored_answer_max_bytes else None
 
 
 def _running_hold() -> RunningHold:
