@@ -28,8 +28,10 @@ class ReportRow:
     expected: int
     drift: int
     cause: str
+    certainty: str
     action: str
     written: int | None
+    reason: str
     evidence: dict[str, Any]
 
 
@@ -94,10 +96,12 @@ def report_dry_run(summary: RunSummary) -> DriftReport:
                 observed=finding.drift.observed,
                 expected=finding.drift.expected,
                 drift=finding.drift.tokens,
-                cause=finding.verdict.cause,
+                cause=finding.explanation.cause,
+                certainty=finding.explanation.certainty,
                 action=finding.action,
                 written=finding.written,
-                evidence=finding.verdict.evidence,
+                reason=finding.verdict.reason,
+                evidence=finding.explanation.as_evidence(),
             )
             for finding in summary.findings
         ],
@@ -121,7 +125,9 @@ def _stored_row(row: Any) -> ReportRow:
         expected=row.expected,
         drift=(row.observed or 0) - row.expected,
         cause=row.cause,
+        certainty=row.certainty,
         action=row.action,
         written=row.written,
+        reason=row.reason,
         evidence=row.evidence,
     )

@@ -25,7 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 from billing.mapping import HostMapping, UsageLogTable, quote_table
-from billing.schema import user_id_column_type
+from billing.schema.columns import user_id_column_type
 
 
 def build_host_metadata(mapping: HostMapping) -> MetaData:

@@ -99,6 +99,35 @@ class UsageLogTable(_Names):
     created_at: Column = "created_at"
 
 
+class TokenUsageTable(_Names):
+    """Optional: one row for each decrement of the counter. `table` None: the host keeps no such rows."""
+
+    table: Table | None = None
+    id: Column = "id"
+    subscription_id: Column = "subscription_id"
+    used_tokens: Column = "used_tokens"
+    usage_date: Column = "usage_date"
+    description: Column = "description"
+
+
+class PaymentTable(_Names):
+    """Optional: what was bought. `table` None: the host keeps no such rows.
+
+    `completed_status`: the value of `status` that says the money came.
+    """
+
+    table: Table | None = None
+    id: Column = "id"
+    user_id: Column = "user_id"
+    subscription_id: Column = "subscription_id"
+    token_plan_id: Column = "token_plan_id"
+    full_plan_id: Column = "full_plan_id"
+    status: Column = "status"
+    payment_date: Column = "payment_date"
+    transaction_id: Column = "transaction_id"
+    completed_status: str = "completed"
+
+
 class HostMapping(_Names):
     """Names of the host's tables and columns, and the type of its user ids."""
 
@@ -109,12 +138,19 @@ class HostMapping(_Names):
     full_plan: FullPlanTable = FullPlanTable()
     subscription: SubscriptionTable = SubscriptionTable()
     usage_log: UsageLogTable = UsageLogTable()
+    token_usage: TokenUsageTable = TokenUsageTable()
+    payment: PaymentTable = PaymentTable()
 
     def sql_names(self) -> dict[str, str]:
-        """Return quoted names for SQL templates: `{{subscription}}`, `{{subscription.user_id}}`, …"""
+        """Return quoted names for SQL templates: `{{subscription}}`, `{{subscription.user_id}}`, …
+
+        An optional table that is not mapped has no names.
+        """
         names: dict[str, str] = {"user_id_type": self.user_id_type, "usage_log_id_type": self.usage_log_id_type}
-        for noun in ("user", "token_plan", "full_plan", "subscription", "usage_log"):
-            for field, name in getattr(self, noun).model_dump().items():
+        for noun in ("user", "token_plan", "full_plan", "subscription", "usage_log", "token_usage", "payment"):
+            if getattr(self, noun).table is None:
+                continue
+            for field, name in getattr(self, noun).model_dump(exclude={"completed_status"}).items():
                 if field == "table":
                     names[noun] = quote_table(name)
                 else:

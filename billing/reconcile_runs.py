@@ -9,10 +9,11 @@ from typing import Any
 from sqlalchemy import Connection, func, insert, select, text, update
 from sqlalchemy.exc import DBAPIError
 
-from billing.causes import Verdict
+from billing.causes import Explanation
 from billing.drifts import Drift
 from billing.errors import TrueupError
 from billing.mapping import UserIdType
+from billing.policies import Verdict
 from billing.schema import own_table
 from billing.users import UserId
 
@@ -26,12 +27,13 @@ class RunInProgressError(TrueupError):
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """A drift, its verdict, and what was done: corrected, reported, review, or lost_race.
+    """A drift, why it is there, what may be done, and what was done: corrected, reported, review, lost_race, …
 
     `written`: the value the counter was set to; None if it was left alone.
     """
 
     drift: Drift
+    explanation: Explanation
     verdict: Verdict
     action: str
     written: int | None

@@ -3,8 +3,9 @@ from typing import Any
 
 import pytest
 
-from billing.causes import judge
+from billing.causes import explain
 from billing.drifts import Drift, SameSizeRows
+from billing.policies import decide
 from tests.support.host import START
 
 NOW = START + timedelta(days=3)
@@ -59,21 +60,22 @@ def drift(observed: int | None, expected: int, **more: Any) -> Drift:
 def test_the_evidence_decides_the_cause_and_the_cause_what_may_be_done(
     found: Drift, plan_sizes: set[int], cause: str, policy: str
 ) -> None:
-    verdict = judge(found, plan_sizes=frozenset(plan_sizes), counter_limit=INT4, now=NOW)
-    assert (verdict.cause, verdict.policy) == (cause, policy)
-    assert verdict.evidence["original"] == 10_000
-    assert verdict.evidence["consumed"] == found.consumed
+    explanation = explain(found, plan_sizes=frozenset(plan_sizes), counter_limit=INT4, now=NOW)
+    verdict = decide(found, explanation)
+    assert (explanation.cause, verdict.policy) == (cause, policy)
+    assert verdict.write == (found.expected if policy == "correct" else None)
+    assert explanation.evidence == {**explanation.evidence, "original": 10_000, "consumed": found.consumed}
 
 
 def test_the_rows_that_fit_are_named_in_the_evidence() -> None:
-    verdict = judge(drift(500, 200, counted_rows=ROWS), plan_sizes=frozenset(), counter_limit=INT4, now=NOW)
-    assert verdict.evidence["log_rows_of_this_size"] == 2
-    assert verdict.evidence["newest"] == ROWS.newest
+    explanation = explain(drift(500, 200, counted_rows=ROWS), plan_sizes=frozenset(), counter_limit=INT4, now=NOW)
+    assert explanation.components[0].evidence == {"log_rows_of_this_size": 2, "newest": ROWS.newest}
 
 
 def test_a_drift_larger_than_a_plan_says_which_plan_it_may_contain() -> None:
-    verdict = judge(drift(5_000, 1_000), plan_sizes=frozenset({100, 3_000, 9_000}), counter_limit=INT4, now=NOW)
-    assert verdict.evidence["may_contain_a_plan_of"] == 3_000
+    sizes = frozenset({100, 3_000, 9_000})
+    explanation = explain(drift(5_000, 1_000), plan_sizes=sizes, counter_limit=INT4, now=NOW)
+    assert explanation.evidence["may_contain_a_plan_of"] == 3_000
 
 
 def test_a_null_counter_drifts_by_what_it_does_not_show() -> None:

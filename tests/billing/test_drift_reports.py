@@ -74,8 +74,10 @@ def test_the_json_is_versioned_and_plain(host: Host, connection: Connection, dri
         "expected": 9_700,
         "drift": 300,
         "cause": "missed_decrement",
+        "certainty": "likely",
         "action": "corrected",
         "written": 9_700,
+        "reason": "policy of missed_decrement",
         "evidence": content["rows"][0]["evidence"],
     }
     assert content["rows"][0]["evidence"]["newest"][0]["tokens"] == 300

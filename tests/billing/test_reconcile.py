@@ -55,7 +55,7 @@ def test_a_missed_decrement_is_corrected(host: Host, run: Callable[..., RunSumma
     assert host.counter(user) == 9_700
     assert drifts(host) == [(user, "missed_decrement", "corrected", 10_000, 9_700, 9_700)]
     evidence = host.value("SELECT evidence FROM trueup.drift")
-    assert evidence["newest"][0]["log_id"] == str(host.value("SELECT id FROM ai_usage_log"))
+    assert evidence["components"][0]["newest"][0]["log_id"] == str(host.value("SELECT id FROM ai_usage_log"))
     assert run().drifted == 0
 
 

@@ -1,0 +1,38 @@
+"""trueup's own tables, all in PostgreSQL schema `trueup`, keyed by the user first. Tokens are bigint counts.
+
+The migrations create them; a test proves both equal. What the constraints prevent stands in their comments.
+"""
+
+from functools import cache
+from typing import Any
+
+from sqlalchemy import Column, MetaData, Table
+
+from billing.mapping import UserIdType
+from billing.schema.balances import add_balance_tables
+from billing.schema.columns import user_id_column_type
+from billing.schema.grants import add_grant_tables
+from billing.schema.holds import add_hold_tables
+from billing.schema.reconciling import add_reconcile_tables
+
+SCHEMA = "trueup"
+
+
+def build_metadata(user_id_type: UserIdType) -> MetaData:
+    """Return the tables for a host whose user ids are of that type."""
+    metadata = MetaData(schema=SCHEMA)
+
+    def user_id(name: str = "user_id", *, nullable: bool = False) -> Column[Any]:
+        return Column(name, user_id_column_type(user_id_type), nullable=nullable, autoincrement=False)
+
+    add_balance_tables(metadata, user_id)
+    add_grant_tables(metadata, user_id)
+    add_hold_tables(metadata, user_id)
+    add_reconcile_tables(metadata, user_id)
+    return metadata
+
+
+@cache
+def own_table(name: str, user_id_type: UserIdType) -> Table:
+    """Return one of trueup's own tables, for use in Core statements."""
+    return build_metadata(user_id_type).tables[f"{SCHEMA}.{name}"]

@@ -1,0 +1,65 @@
+"""Balances, and what keeps them true."""
+
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Identity,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from billing.schema.columns import moment, tokens
+
+
+def add_balance_tables(metadata: MetaData, user_id: Any) -> None:
+    Table(
+        "installation",
+        metadata,
+        # One row: this database serves one host mapping.
+        Column("singleton", Boolean, primary_key=True, server_default=text("true")),
+        Column("mapping_fingerprint", Text, nullable=False),
+        Column("mapping", JSONB, nullable=False),
+        moment("installed_at", server_default=func.now()),
+        CheckConstraint("singleton", name="installation_is_one_row"),
+    )
+    Table(
+        "balance",
+        metadata,
+        user_id(),
+        moment("window_start"),
+        tokens("log_epoch"),
+        tokens("consumed", server_default=text("0")),
+        tokens("held", server_default=text("0")),
+        # The plan's tokens when the balance was last locked; null until then.
+        tokens("plan_tokens", nullable=True),
+        PrimaryKeyConstraint("user_id", name="balance_pkey"),
+        # A hold given back twice would make tokens out of nothing.
+        CheckConstraint("held >= 0", name="balance_held_not_negative"),
+        # Room on the page, so that the row's many updates stay there (HOT) and touch no index.
+        postgresql_with={"fillfactor": 50},
+    )
+    Table(
+        "usage_delta",
+        metadata,
+        user_id(),
+        Column("id", BigInteger, Identity(always=True), nullable=False),
+        moment("used_at"),
+        tokens("tokens"),
+        # A key and not only an index: a publication for all tables refuses deletes without one.
+        PrimaryKeyConstraint("user_id", "id", name="usage_delta_pkey"),
+    )
+    Table(
+        "log_truncation",
+        metadata,
+        Column("id", BigInteger, Identity(always=True), primary_key=True),
+        moment("truncated_at", server_default=func.clock_timestamp()),
+    )

@@ -1,0 +1,53 @@
+"""Tokens given on top of plans."""
+
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Identity,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
+
+from billing.schema.columns import moment, tokens
+
+
+def add_grant_tables(metadata: MetaData, user_id: Any) -> None:
+    Table(
+        "token_grant",
+        metadata,
+        user_id(),
+        Column("id", BigInteger, Identity(always=True), nullable=False),
+        tokens("tokens"),
+        Column("reason", Text, nullable=False),
+        Column("reference", Text),
+        moment("granted_at", server_default=func.now()),
+        moment("expires_at", nullable=True),
+        moment("revoked_at", nullable=True),
+        Column("granted_by", Text, nullable=False, server_default=text("''")),
+        Column("revoked_by", Text),
+        Column("revoke_reason", Text),
+        PrimaryKeyConstraint("user_id", "id", name="token_grant_pkey"),
+        # The same payment can't grant twice.
+        UniqueConstraint("user_id", "reference", name="token_grant_once_per_reference"),
+        CheckConstraint("tokens > 0", name="token_grant_adds_tokens"),
+        CheckConstraint("(revoked_at IS NULL) = (revoked_by IS NULL)", name="token_grant_revoked_by_someone"),
+    )
+    Table(
+        "grant_use",
+        metadata,
+        user_id(),
+        Column("grant_id", BigInteger, nullable=False),
+        moment("window_start"),
+        tokens("tokens"),
+        # What a window used of a grant is settled once, whoever settles it again.
+        PrimaryKeyConstraint("user_id", "grant_id", "window_start", name="grant_use_pkey"),
+        CheckConstraint("tokens >= 0", name="grant_use_not_negative"),
+    )
