@@ -125,6 +125,8 @@ def close_hold(
 ) -> str | None:
     """Give back what the hold has left. Returns "settled", "released", or None when it was not this attempt's to close.
 
+    Returns "open" when an earlier attempt may still be in a call: what that may cost stays held until it is charged, or
+    until the hold's time runs out.
     `completed`: the task's body has returned, so that a redelivery need not buy anything. Idempotent: a hold ends once.
     `now`: None means the database's clock.
     """

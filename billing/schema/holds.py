@@ -45,6 +45,8 @@ def add_hold_tables(metadata: MetaData, user_id: Any) -> None:
         moment("lease_until", server_default=text("'-infinity'")),
         Column("completed", Boolean, nullable=False, server_default=text("false")),
         moment("duplicate_until", nullable=True),
+        # Set: its body has ended, and it is open only for calls of earlier attempts that are in flight.
+        moment("body_ended_at", nullable=True),
         PrimaryKeyConstraint("user_id", "task_id", "id", name="hold_pkey"),
         CheckConstraint("status IN ('open', 'settled', 'released', 'expired')", name="hold_status_is_known"),
         # A hold ends exactly once, and then stays ended.

@@ -15,6 +15,7 @@ BEGIN
     UPDATE trueup.hold h
     SET lease_until = greatest(h.lease_until, v_at + p_lease), expires_at = greatest(h.expires_at, v_at + p_ttl)
     WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open' AND h.attempt = p_attempt
+      AND h.body_ended_at IS NULL
     RETURNING h.tokens_reserved - h.tokens_covered INTO tokens_left;
     overtaken := NOT FOUND;
     tokens_left := greatest(coalesce(tokens_left, 0) - trueup.in_flight(p_user, p_task, p_call_key, p_attempt), 0);
@@ -60,6 +61,7 @@ BEGIN
     UPDATE trueup.hold h
     SET tokens_reserved = h.tokens_reserved + CASE WHEN reason IS NULL AND NOT h.completed THEN p_tokens ELSE 0 END
     WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open' AND h.attempt = p_attempt
+      AND h.body_ended_at IS NULL
     RETURNING h.tokens_reserved - h.tokens_covered, h.completed INTO tokens_left, v_replay;
     overtaken := NOT FOUND;
     v_added := CASE WHEN reason IS NULL AND NOT v_replay THEN p_tokens ELSE 0 END;  -- v_replay NULL: overtaken

@@ -15,6 +15,8 @@ DECLARE
     h trueup.hold;
     v_covered bigint;
     v_counted bigint;
+    v_kept bigint;
+    v_first_key text := split_part(p_call_key, '~', 1);  -- the call's key, if it was bought twice
 BEGIN
     PERFORM trueup.queue_for(p_user);
     SELECT * INTO a FROM trueup.lock_account(p_user, at);
@@ -26,9 +28,14 @@ BEGIN
     recorded := NOT FOUND;
     bought_twice := coalesce(bought_twice, false);
     IF recorded THEN
-        late := h.id IS NULL OR h.attempt <> p_attempt;
-        -- A late charge draws on the open hold too, if there is one: both attempts together stay within it.
-        v_covered := least(p_total, coalesce(h.tokens_reserved - h.tokens_covered, 0));
+        late := h.id IS NULL OR h.attempt <> p_attempt OR h.body_ended_at IS NOT NULL;
+        -- A late charge draws on the open hold too, if there is one: both attempts together stay within it. One whose body
+        -- has ended keeps what other calls in flight may cost.
+        v_covered := coalesce(h.tokens_reserved - h.tokens_covered, 0);
+        IF h.body_ended_at IS NOT NULL THEN
+            v_covered := greatest(v_covered - trueup.in_flight(p_user, p_task, v_first_key, p_attempt), 0);
+        END IF;
+        v_covered := least(p_total, v_covered);
         tokens_over := p_total - v_covered;
         -- Without a balance we hold no lock, and one may be built beside us: then the row makes its delta as anyone's.
         PERFORM set_config('trueup.own_log_id', CASE WHEN a.consumed IS NULL THEN '' ELSE p_log_id END, true);
@@ -48,16 +55,25 @@ BEGIN
                                    hold_id, tokens_total, tokens_covered, late, answer, charged_at)
         VALUES (p_user, p_task, p_call_key, p_attempt, p_log_id, p_section, p_model,
                 h.id, p_total, v_covered, late, p_answer, at);
-        -- The call is not in flight any more. (Under its first key, if it was bought twice.)
+        -- The call is not in flight any more.
         DELETE FROM trueup.call_intent c
         WHERE c.user_id = p_user AND c.task_id = p_task AND c.attempt = p_attempt
-          AND c.call_key = split_part(p_call_key, '~', 1);
+          AND c.call_key = v_first_key;
         UPDATE trueup.hold t SET tokens_covered = t.tokens_covered + v_covered,
                                  tokens_charged = t.tokens_charged + p_total, calls = t.calls + 1
         WHERE t.user_id = p_user AND t.task_id = p_task AND t.id = h.id
         RETURNING * INTO h;
         a.consumed := a.consumed + coalesce(v_counted, 0);
         a.held := a.held - v_covered;
+        IF h.body_ended_at IS NOT NULL THEN
+            -- It was open for calls in flight alone: with the last of them it ends.
+            v_kept := least(trueup.in_flight(p_user, p_task, NULL, NULL), h.tokens_reserved - h.tokens_covered);
+            a.held := a.held - (h.tokens_reserved - h.tokens_covered - v_kept);
+            UPDATE trueup.hold t SET tokens_reserved = t.tokens_covered + v_kept,
+                                     status = CASE WHEN v_kept = 0 THEN 'settled' ELSE t.status END,
+                                     closed_at = CASE WHEN v_kept = 0 THEN at END
+            WHERE t.user_id = p_user AND t.task_id = p_task AND t.id = h.id;
+        END IF;
         -- Lower the legacy counter too, so that our own usage never drifts. A host that has the row locked is not
         -- waited for: the next reconcile sets the counter right. Like the host's, the counter stops at zero.
         UPDATE {{subscription}} s
@@ -67,7 +83,7 @@ BEGIN
             FOR NO KEY UPDATE SKIP LOCKED)
           AND s.{{subscription.tokens_remaining}} > 0;
     END IF;
-    tokens_left := CASE WHEN h.id IS NOT NULL AND h.attempt = p_attempt
+    tokens_left := CASE WHEN h.id IS NOT NULL AND h.attempt = p_attempt AND h.body_ended_at IS NULL
                         THEN greatest(h.tokens_reserved - h.tokens_covered
                                       - trueup.in_flight(p_user, p_task, NULL, NULL), 0) ELSE 0 END;
     UPDATE trueup.balance b SET window_start = a.window_start, log_epoch = a.log_epoch,

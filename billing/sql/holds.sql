@@ -88,6 +88,8 @@ $$;
 --     is enough for the case that the one at work dies; any other is `superfluous`, or they would multiply.
 -- A task whose body has returned gets a hold of no tokens: what it paid for is answered from its charges, and its
 -- result is made again without buying anything.
+-- A hold whose body has ended is open for calls in flight alone (see trueup.close_hold): its task passes the gate as if it
+-- were closed, and gets it back with the new tokens added.
 CREATE OR REPLACE FUNCTION trueup.open_hold(
     p_user {{user_id_type}}, p_task text, p_retries integer, p_feature text, p_section text, p_owner text,
     p_tokens bigint, p_lease interval, p_ttl interval, INOUT at timestamptz,
@@ -101,6 +103,7 @@ DECLARE
     h trueup.hold;
     v_tokens bigint;
     v_kept bigint;
+    v_at_work boolean;
 BEGIN
     PERFORM trueup.queue_for(p_user);
     SELECT * INTO a FROM trueup.lock_account(p_user, at);
@@ -113,14 +116,15 @@ BEGIN
     SELECT * INTO h FROM trueup.hold WHERE user_id = p_user AND task_id = p_task ORDER BY id DESC LIMIT 1;
     hold_attempt := coalesce(h.attempt, 0) + 1;
     reattached := coalesce(h.status = 'open', false);
-    replay := coalesce(h.completed AND (reattached OR p_retries <= h.retries), false);
+    v_at_work := reattached AND h.body_ended_at IS NULL;
+    replay := coalesce(h.completed AND (v_at_work OR p_retries <= h.retries), false);
     v_tokens := CASE WHEN replay THEN 0 ELSE p_tokens END;
-    IF reattached AND p_retries <= h.retries AND h.lease_until > at THEN
+    IF v_at_work AND p_retries <= h.retries AND h.lease_until > at THEN
         superfluous := coalesce(h.duplicate_until > at, false);
         busy_until := least(h.lease_until, at + interval '1 minute');
         UPDATE trueup.hold SET duplicate_until = busy_until
         WHERE NOT superfluous AND user_id = p_user AND task_id = p_task AND id = h.id;
-    ELSIF reattached THEN
+    ELSIF v_at_work THEN
         SELECT sum(c.tokens_bound) INTO v_kept FROM trueup.call_intent c
         WHERE p_retries <= h.retries AND c.user_id = p_user AND c.task_id = p_task
           AND c.attempt = h.attempt AND c.outcome = 'started';
@@ -135,7 +139,12 @@ BEGIN
         IF NOT replay THEN
             reason := trueup.decide(a.subscribed, a.is_active, a.end_date, original, consumed, held, v_tokens, at);
         END IF;
-        IF reason IS NULL THEN
+        IF reason IS NULL AND reattached THEN
+            UPDATE trueup.hold SET tokens_reserved = tokens_reserved + v_tokens, completed = replay, body_ended_at = NULL
+            WHERE user_id = p_user AND task_id = p_task AND id = h.id;
+            held := held + v_tokens;
+            tokens_left := trueup.take_over(p_user, p_task, h.id, p_retries, p_owner, at + p_lease, expiry);
+        ELSIF reason IS NULL THEN
             -- A hold for a replay is completed from the start, however its attempts end: the work stays done.
             INSERT INTO trueup.hold (user_id, task_id, attempt, retries, feature_name, section, owner, status,
                                      tokens_reserved, opened_at, lease_until, expires_at, completed)
@@ -177,24 +186,43 @@ END $$;
 
 -- Give back what a hold has left. NULL when there was nothing to close: closed already, or another attempt's by now.
 -- p_attempt NULL: whichever attempt has it, for a caller that knows it dead. p_completed: the body has returned.
+-- Attempts that lost their lease may still be in calls, and what comes back is charged late: the tokens of those calls are
+-- kept, and the hold stays open with them until they are charged or its time runs out. Then this returns 'open'.
 CREATE OR REPLACE FUNCTION trueup.close_hold(
     p_user {{user_id_type}}, p_task text, p_attempt integer, p_completed boolean, at timestamptz
 ) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
-    v_status text;
+    v_at timestamptz;
+    v_attempt integer;
     v_rest bigint;
+    v_kept bigint;
+    v_status text;
 BEGIN
     PERFORM trueup.queue_for(p_user);
     PERFORM FROM trueup.balance b WHERE b.user_id = p_user FOR UPDATE;
-    UPDATE trueup.hold h
-    SET status = CASE WHEN h.calls > 0 THEN 'settled' ELSE 'released' END,
-        completed = h.completed OR p_completed, closed_at = coalesce(at, clock_timestamp())
-    WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open'
-      AND (p_attempt IS NULL OR h.attempt = p_attempt)
-    RETURNING h.status, h.tokens_reserved - h.tokens_covered INTO v_status, v_rest;
-    IF FOUND THEN
-        UPDATE trueup.balance b SET held = b.held - v_rest WHERE b.user_id = p_user;
+    v_at := coalesce(at, clock_timestamp());
+    SELECT h.attempt, h.tokens_reserved - h.tokens_covered INTO v_attempt, v_rest FROM trueup.hold h
+    WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open' AND h.body_ended_at IS NULL
+      AND (p_attempt IS NULL OR h.attempt = p_attempt);
+    IF NOT FOUND THEN
+        RETURN NULL;
     END IF;
+    SELECT least(coalesce(sum(c.tokens_bound), 0), v_rest) INTO v_kept FROM trueup.call_intent c
+    WHERE c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started' AND c.attempt <> v_attempt;
+    IF v_kept > 0 THEN
+        -- Its own are over with the body, and no reason to keep anything.
+        UPDATE trueup.call_intent c SET outcome = 'unknown'
+        WHERE c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started' AND c.attempt = v_attempt;
+    END IF;
+    UPDATE trueup.hold h
+    SET status = CASE WHEN v_kept > 0 THEN 'open' WHEN h.calls > 0 THEN 'settled' ELSE 'released' END,
+        closed_at = CASE WHEN v_kept = 0 THEN v_at END,
+        body_ended_at = CASE WHEN v_kept > 0 THEN v_at END,
+        tokens_reserved = h.tokens_reserved - CASE WHEN v_kept > 0 THEN v_rest - v_kept ELSE 0 END,
+        completed = h.completed OR p_completed
+    WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open'
+    RETURNING h.status INTO v_status;
+    UPDATE trueup.balance b SET held = b.held - (v_rest - v_kept) WHERE b.user_id = p_user;
     RETURN v_status;
 END $$;
 

@@ -278,17 +278,90 @@ def test_a_replay_that_extends_its_hold_is_granted_nothing_to_spend(
     assert_true(host)
 
 
-def test_a_charge_that_comes_after_its_tokens_were_given_back_may_pass_the_budget_by_no_more_than_its_bound(
+def overtaken_in_a_call(connection: Connection, user: int, bound: int) -> tuple[Hold, Hold]:
+    """Return a first attempt that is in a call still, and the second that has its hold."""
+    first = deliver(connection, user)
+    begin(connection, first, bound)
+    return first, deliver(connection, user, LEASE)
+
+
+def test_what_a_slow_attempt_is_buying_stays_held_when_its_successor_ends(
     host: Host, connection: Connection, user: int
 ) -> None:
-    """The one way past a budget without the provider's help: a process that stood still in a call, past its lease."""
+    first, second = overtaken_in_a_call(connection, user, 400)
+    assert close_hold(connection, second, completed=True, now=after(LEASE)) == "open"
+    assert balance(host, user) == (0, 400)
+    with pytest.raises(TokensDenied):
+        hold_tokens(connection, user, 601, now=after(LEASE))
+    charge_tokens(connection, hold_tokens(connection, user, 600, now=after(LEASE)), 600, now=after(LEASE))
+    late = charge_tokens(connection, first, 400, now=after(LEASE + 1))
+    assert (late.late, late.tokens_over, late.tokens_left) == (True, 0, 0)
+    assert balance(host, user) == (1_000, 0)
+    assert host.value("SELECT status FROM trueup.hold WHERE task_id = 't'") == "settled"
+    assert_true(host)
+
+
+def test_a_hold_that_is_open_for_calls_in_flight_ends_with_the_last_of_them_and_lets_nobody_spend(
+    host: Host, connection: Connection, user: int
+) -> None:
+    first, second = overtaken_in_a_call(connection, user, 200)
+    begin(connection, second, 100, LEASE)
+    third = deliver(connection, user, 2 * LEASE)
+    close_hold(connection, third, now=after(2 * LEASE))
+    assert balance(host, user) == (0, 300)
+    assert close_hold(connection, third, now=after(2 * LEASE)) is None
+    with pytest.raises(HoldOvertakenError):
+        begin(connection, third, 1, 2 * LEASE)
+    with pytest.raises(HoldOvertakenError):
+        extend_hold(connection, third, 1, now=after(2 * LEASE))
+    assert charge_tokens(connection, third, 50, key="own", now=after(2 * LEASE)).tokens_over == 50
+    charge_tokens(connection, first, 150, now=after(2 * LEASE))
+    assert balance(host, user) == (200, 100)
+    charge_tokens(connection, second, 120, now=after(2 * LEASE))
+    assert balance(host, user) == (320, 0)
+    assert [row.status for row in list_holds(connection, every_status=True)] == ["settled"]
+    assert_true(host)
+
+
+@pytest.mark.parametrize(("completed", "retries", "tokens"), [(True, 0, 0), (True, 1, 600), (False, 0, 600)])
+def test_a_task_comes_back_to_a_hold_that_is_open_for_calls_in_flight_as_to_a_closed_one(
+    host: Host, connection: Connection, user: int, completed: bool, retries: int, tokens: int
+) -> None:
+    first, second = overtaken_in_a_call(connection, user, 400)
+    close_hold(connection, second, completed=completed, now=after(LEASE))
+    again = deliver(connection, user, LEASE, retries=retries)
+    assert (again.attempt, again.replay, again.tokens_left) == (3, tokens == 0, tokens)
+    assert balance(host, user) == (0, 400 + tokens)
+    with pytest.raises(TokensDenied):
+        hold_tokens(connection, user, 601 - tokens, now=after(LEASE))
+    charge_tokens(connection, first, 400, now=after(LEASE))
+    assert close_hold(connection, again, completed=True, now=after(LEASE)) == "settled"
+    assert balance(host, user) == (400, 0)
+    assert_true(host)
+
+
+def test_a_task_without_tokens_for_another_try_leaves_what_is_in_flight_held(
+    host: Host, connection: Connection, user: int
+) -> None:
+    _, second = overtaken_in_a_call(connection, user, 500)
+    close_hold(connection, second, now=after(LEASE))
+    with pytest.raises(TokensDenied):
+        deliver(connection, user, LEASE)
+    assert balance(host, user) == (0, 500)
+    assert expire_holds(connection, now=after(LEASE + 600)) == (1, 500)
+    assert_true(host)
+
+
+def test_a_charge_that_comes_after_its_hold_ran_out_may_pass_the_budget_by_no_more_than_its_bound(
+    host: Host, connection: Connection, user: int
+) -> None:
+    """The one way past a budget without the provider's help: a process that stood still in a call, past its hold."""
     first = deliver(connection, user)
     begin(connection, first, 400)
-    close_hold(connection, deliver(connection, user, LEASE), completed=True, now=after(LEASE))
-    other = hold_tokens(connection, user, 1_000, now=after(LEASE))
-    charge_tokens(connection, other, 1_000, now=after(LEASE))
-    late = charge_tokens(connection, first, 400, now=after(LEASE + 1))
+    other = hold_tokens(connection, user, 1_000, now=after(601))
+    charge_tokens(connection, other, 1_000, now=after(601))
+    late = charge_tokens(connection, first, 400, now=after(602))
     assert (late.late, late.tokens_over) == (True, 400)
-    account = read_account(connection, user, now=after(LEASE + 1))
+    account = read_account(connection, user, now=after(602))
     assert account.consumed - account.original == 400
     assert_true(host)

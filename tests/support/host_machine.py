@@ -163,4 +163,8 @@ class HostMachine(RuleBasedStateMachine):
         if user.grants:
             number = draw(st.sampled_from(sorted(user.grants)))
             user.grants[number].revoked = True
-            self.host.execute("UPDATE trueup.token_grant SET revoked_at = :now WHERE id = :id", now=self.now, id=number)
+            self.host.execute(
+                "UPDATE trueup.token_grant SET revoked_at = :now, revoked_by = 'test' WHERE id = :id",
+                now=self.now,
+                id=number,
+            )

@@ -38,6 +38,7 @@ class ModelHold:
     duplicate_until: datetime | None = None
     status: str = "open"
     completed: bool = False
+    body_ended: bool = False
     covered: int = 0
     charged: int = 0
     calls: int = 0
@@ -175,7 +176,7 @@ class ModelUser:
         self.expire_holds(now)
         hold = self.last_hold(task)
         replay = self.replays(task, retries)
-        if hold is not None and hold.status == "open":
+        if hold is not None and hold.status == "open" and not hold.body_ended:
             if retries <= hold.retries and hold.lease_until > now:
                 return self._wait(hold, now)
             if retries > hold.retries:
@@ -183,13 +184,14 @@ class ModelUser:
             else:
                 kept = self.in_flight(task, by=hold.attempt)
                 hold.reserved += kept if self.reason(kept, now) is None else 0
-            hold.attempt += 1
-            hold.retries = max(hold.retries, retries)
-            hold.lease_until, hold.expires_at = now + timedelta(seconds=lease), now + timedelta(seconds=ttl)
-            return hold
+            return self._taken_over(hold, retries, lease, ttl, now)
         reason = None if replay else self.reason(tokens, now)
         if reason is not None:
             return Denied(reason)
+        if hold is not None and hold.status == "open":
+            hold.reserved += 0 if replay else tokens
+            hold.completed, hold.body_ended = replay, False
+            return self._taken_over(hold, retries, lease, ttl, now)
         self._forget_calls(task)
         opened = ModelHold(
             task=task,
@@ -203,6 +205,12 @@ class ModelUser:
         self.holds.append(opened)
         return opened
 
+    def _taken_over(self, hold: ModelHold, retries: int, lease: int, ttl: int, now: datetime) -> ModelHold:
+        hold.attempt += 1
+        hold.retries = max(hold.retries, retries)
+        hold.lease_until, hold.expires_at = now + timedelta(seconds=lease), now + timedelta(seconds=ttl)
+        return hold
+
     def _wait(self, hold: ModelHold, now: datetime) -> Busy:
         superfluous = hold.duplicate_until is not None and hold.duplicate_until > now
         busy_until = min(hold.lease_until, now + timedelta(minutes=1))
@@ -213,7 +221,9 @@ class ModelUser:
     def replays(self, task: str, retries: int) -> bool:
         """The task's work is done: what it paid for is there, and it buys nothing more."""
         hold = self.last_hold(task)
-        return hold is not None and hold.completed and (hold.status == "open" or retries <= hold.retries)
+        if hold is None or not hold.completed:
+            return False
+        return (hold.status == "open" and not hold.body_ended) or retries <= hold.retries
 
     def _forget_calls(self, task: str, attempt: int | None = None) -> None:
         """Those calls' attempt is dead: nobody can tell what became of them."""
@@ -223,7 +233,7 @@ class ModelUser:
 
     def own_hold(self, handle: Handle) -> ModelHold:
         hold = self.open_hold_of(handle.task)
-        if hold is None or hold.attempt != handle.attempt:
+        if hold is None or hold.attempt != handle.attempt or hold.body_ended:
             raise Overtaken
         return hold
 
@@ -258,7 +268,7 @@ class ModelUser:
         """Return (recorded, late, tokens over the hold, tokens left), as a charge does."""
         self.expire_holds(now)
         hold = self.open_hold_of(handle.task)
-        owns = hold is not None and hold.attempt == handle.attempt
+        owns = hold is not None and hold.attempt == handle.attempt and not hold.body_ended
         place = (handle.task, key, handle.attempt)
         known = self.charges.get((handle.task, key))
         if known is not None and known.attempt != handle.attempt:
@@ -267,6 +277,8 @@ class ModelUser:
         recorded = known is None
         if known is None:
             covered = min(total, hold.rest) if hold else 0
+            if hold is not None and hold.body_ended:
+                covered = min(total, self.spendable(hold, (place[1], handle.attempt)))
             known = ModelCharge(attempt=handle.attempt, total=total, covered=covered, late=not owns)
             self.charges[handle.task, key] = known
             self.log[log_id(handle, key)] = Row(tokens=total, success=True, at=now)
@@ -278,6 +290,8 @@ class ModelUser:
                 hold.over += total - covered
                 leave = call.bound if call is not None and call.outcome == "started" else 0
                 hold.excess += max(0, total - leave)
+                if hold.body_ended:
+                    self._keep_for_calls(hold)
             if self.counter is not None and self.counter > 0:
                 self.counter = max(0, self.counter - total)
         left = self.spendable(hold) if hold is not None and owns else 0
@@ -285,11 +299,23 @@ class ModelUser:
 
     def close_hold(self, task: str, attempt: int | None, *, completed: bool) -> str | None:
         hold = self.open_hold_of(task)
-        if hold is None or attempt not in (None, hold.attempt):
+        if hold is None or hold.body_ended or attempt not in (None, hold.attempt):
             return None
-        hold.status = "settled" if hold.calls else "released"
         hold.completed = hold.completed or completed
+        others = self.in_flight(task) - self.in_flight(task, by=hold.attempt)
+        if min(others, hold.rest) > 0:
+            self._forget_calls(task, hold.attempt)
+            hold.body_ended = True
+            self._keep_for_calls(hold)
+        else:
+            hold.status = "settled" if hold.calls else "released"
         return hold.status
+
+    def _keep_for_calls(self, hold: ModelHold) -> None:
+        """A hold whose body has ended keeps what calls in flight may cost; without any, it ends."""
+        kept = min(self.in_flight(hold.task), hold.rest)
+        hold.reserved = hold.covered + kept
+        hold.status = "open" if kept else "settled"
 
     def unrecorded(self) -> list[tuple[str, str, int]]:
         """Calls that may have been billed and are in no charge: task, key, bound."""

@@ -7,15 +7,20 @@ down_revision = "0002"
 branch_labels = None
 depends_on = None
 
-# What each constraint prevents stands beside its twin in billing/schema. The defaults are for rows that
-# are there.
+# What each constraint prevents stands beside its twin in billing/schema. The defaults are for rows that are there.
+HOLDS = """
+ALTER TABLE trueup.hold ADD COLUMN body_ended_at timestamptz;
+"""
+
 GRANTS = """
 ALTER TABLE trueup.balance ADD COLUMN plan_tokens bigint;
 ALTER TABLE trueup.charge ADD COLUMN counter_lowered boolean;
 ALTER TABLE trueup.token_grant
     ADD COLUMN granted_by text DEFAULT '' NOT NULL,
     ADD COLUMN revoked_by text,
-    ADD COLUMN revoke_reason text,
+    ADD COLUMN revoke_reason text;
+UPDATE trueup.token_grant SET revoked_by = '' WHERE revoked_at IS NOT NULL;
+ALTER TABLE trueup.token_grant
     ADD CONSTRAINT token_grant_revoked_by_someone CHECK ((revoked_at IS NULL) = (revoked_by IS NULL));
 CREATE TABLE trueup.grant_use (
     user_id {user_id} NOT NULL,
@@ -42,6 +47,7 @@ ALTER TABLE trueup.drift
     ADD CONSTRAINT drift_action_is_known CHECK (
         action IN ('corrected', 'reported', 'review', 'lost_race', 'waiting', 'tolerated', 'ignored')),
     ADD CONSTRAINT drift_certainty_is_known CHECK (certainty IN ('certain', 'likely', 'possible'));
+CREATE INDEX drift_by_last_run ON trueup.drift (last_run_id);
 CREATE INDEX drift_in_review ON trueup.drift (user_id) WHERE action = 'review';
 CREATE TABLE trueup.drift_decision (
     user_id {user_id} NOT NULL,
@@ -69,6 +75,7 @@ ALTER TABLE trueup.reconcile_run
     ADD COLUMN in_review bigint DEFAULT 0 NOT NULL,
     ADD COLUMN tokens_explained bigint DEFAULT 0 NOT NULL,
     ADD COLUMN defects bigint DEFAULT 0 NOT NULL,
+    ADD COLUMN alerted_at timestamptz,
     ADD CONSTRAINT reconcile_run_kind_is_known CHECK (kind IN ('quick', 'deep')),
     ADD CONSTRAINT reconcile_run_once_per_period UNIQUE (kind, period);
 CREATE TABLE trueup.reconcile_shard (
@@ -124,5 +131,5 @@ CREATE TABLE trueup.alert (
 
 def upgrade() -> None:
     user_id_type = context.config.attributes["mapping"].user_id_type
-    for part in (GRANTS, DRIFTS, RUNS, ALERTS):
+    for part in (HOLDS, GRANTS, DRIFTS, RUNS, ALERTS):
         op.execute(part.format(user_id=user_id_type))
