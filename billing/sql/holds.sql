@@ -117,7 +117,7 @@ BEGIN
     hold_attempt := coalesce(h.attempt, 0) + 1;
     reattached := coalesce(h.status = 'open', false);
     v_at_work := reattached AND h.body_ended_at IS NULL;
-    replay := coalesce(h.completed AND (v_at_work OR p_retries <= h.retries), false);
+    replay := coalesce(h.completed, false);
     v_tokens := CASE WHEN replay THEN 0 ELSE p_tokens END;
     IF v_at_work AND p_retries <= h.retries AND h.lease_until > at THEN
         superfluous := coalesce(h.duplicate_until > at, false);

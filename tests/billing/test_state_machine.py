@@ -107,7 +107,7 @@ class BillingMachine(HostMachine):
     def _open_hold(self, user: ModelUser, *, task: str, tokens: int, retries: int, lease: int, ttl: int) -> None:
         told = check_access(self.connection, user.user, tokens, "Test", now=self.now)
         user.expire_holds(self.now)  # as the gate does first
-        replay, reattached = user.replays(task, retries), user.open_hold_of(task)
+        replay, reattached = user.replays(task), user.open_hold_of(task)
         call = {"task": task, "retries": retries, "lease": lease, "ttl": ttl, "now": self.now}
         expected = user.open_hold(tokens=tokens, **call)
         if isinstance(expected, Busy):

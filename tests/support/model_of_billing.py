@@ -175,7 +175,7 @@ class ModelUser:
     ) -> ModelHold | Busy | Denied:
         self.expire_holds(now)
         hold = self.last_hold(task)
-        replay = self.replays(task, retries)
+        replay = self.replays(task)
         if hold is not None and hold.status == "open" and not hold.body_ended:
             if retries <= hold.retries and hold.lease_until > now:
                 return self._wait(hold, now)
@@ -218,12 +218,10 @@ class ModelUser:
             hold.duplicate_until = busy_until
         return Busy((busy_until - now).total_seconds(), superfluous)
 
-    def replays(self, task: str, retries: int) -> bool:
+    def replays(self, task: str) -> bool:
         """The task's work is done: what it paid for is there, and it buys nothing more."""
         hold = self.last_hold(task)
-        if hold is None or not hold.completed:
-            return False
-        return (hold.status == "open" and not hold.body_ended) or retries <= hold.retries
+        return hold is not None and hold.completed
 
     def _forget_calls(self, task: str, attempt: int | None = None) -> None:
         """Those calls' attempt is dead: nobody can tell what became of them."""

@@ -7,12 +7,15 @@ from typing import Any
 
 from billiard.exceptions import SoftTimeLimitExceeded
 from celery.exceptions import Ignore
+from sqlalchemy import text
 
+from ai.metering import running_hold
 from ai.model import Message, Model
 from billing import db
 from billing.holds import expire_holds
 from billing.users import UserId
 from tasks import metered_task
+from tests.support.work import hold_tokens
 
 WORD = "token "
 
@@ -112,3 +115,21 @@ def expiring(model: Model, user_id: UserId) -> int:
     with db.connect() as connection:
         expire_holds(connection, now=datetime.now(UTC) + timedelta(days=1))
     return ask(model, 11)
+
+
+@metered_task(
+    name="test.overtaken",
+    feature_name="Overtaken",
+    section="chat",
+    estimated_tokens=100,
+    autoretry_for=(ValueError,),
+    retry_kwargs={"max_retries": 1, "countdown": 0},
+)
+def overtaken(model: Model, user_id: UserId) -> None:
+    """Stand still until another delivery has the hold, then ask for a retry."""
+    hold = running_hold()
+    assert hold is not None
+    with db.connect() as connection:
+        connection.execute(text("UPDATE trueup.hold SET lease_until = '-infinity'"))
+        hold_tokens(connection, user_id, 100, task=hold.task_id, lease=60)
+    raise ValueError("after standing still")

@@ -4,16 +4,26 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from celery.exceptions import Ignore
 from sqlalchemy import Connection
 
 from ai.metering import running_hold
-from billing.errors import HoldOvertakenError, InvalidInputError, NoHoldError, ServiceUnavailableError, TokensDenied
+from billing.errors import (
+    HoldBusyError,
+    HoldOvertakenError,
+    InvalidInputError,
+    NoHoldError,
+    ServiceUnavailableError,
+    TokensDenied,
+)
 from billing.holds import HoldRow, list_holds
 from billing.settings import get_settings
 from tasks import metered_task
+from tasks.base import WAITS_HEADER
 from tasks.metered import _model
 from tests.support import model_tasks
 from tests.support.host import Host
+from tests.support.work import hold_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -228,6 +238,30 @@ def test_a_task_whose_hold_ran_out_goes_back_to_the_gate(app: Celery, host: Host
         model_tasks.expiring.apply(kwargs={"user_id": user}).get()
     assert [hold.status for hold in holds_of(connection, user)] == ["expired"]
     assert host.used(user) > 0
+
+
+@pytest.mark.parametrize("waited", [False, True])
+def test_a_duplicate_beside_one_that_waits_is_dropped_unless_it_has_waited_itself(
+    app: Celery, host: Host, connection: Connection, waited: bool
+) -> None:
+    """Of those that waited, the one that the others were dropped for may be this one."""
+    user, task_id = host.subscriber(1_000), str(uuid.uuid4())
+    hold_tokens(connection, user, 100, task=task_id, lease=60)
+    with pytest.raises(HoldBusyError) as first:
+        hold_tokens(connection, user, 100, task=task_id, lease=60)
+    assert not first.value.superfluous
+    headers = {WAITS_HEADER: 1} if waited else None
+    result = model_tasks.spend.apply(kwargs={"user_id": user}, task_id=task_id, headers=headers)
+    assert (result.state, type(result.result)) == (("FAILURE", HoldBusyError) if waited else ("IGNORED", Ignore))
+    assert [hold.attempt for hold in holds_of(connection, user)] == [1]
+
+
+def test_a_retry_that_an_overtaken_attempt_asks_for_does_not_take_the_hold_from_the_one_at_work(
+    app: Celery, host: Host, connection: Connection
+) -> None:
+    user = host.subscriber(1_000)
+    assert model_tasks.overtaken.apply(kwargs={"user_id": user}).state == "IGNORED"
+    assert [(hold.attempt, hold.status) for hold in holds_of(connection, user)] == [(2, "open")]
 
 
 def test_a_body_may_call_its_argument_task(app: Celery, host: Host) -> None:
