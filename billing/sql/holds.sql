@@ -188,6 +188,8 @@ END $$;
 -- p_attempt NULL: whichever attempt has it, for a caller that knows it dead. p_completed: the body has returned.
 -- Attempts that lost their lease may still be in calls, and what comes back is charged late: the tokens of those calls are
 -- kept, and the hold stays open with them until they are charged or its time runs out. Then this returns 'open'.
+-- The commit is not waited for to reach the disk: lost in a crash of the server, the hold is open again, which promises
+-- too much to nobody, and its time runs out.
 CREATE OR REPLACE FUNCTION trueup.close_hold(
     p_user {{user_id_type}}, p_task text, p_attempt integer, p_completed boolean, at timestamptz
 ) RETURNS text LANGUAGE plpgsql AS $$
@@ -198,6 +200,7 @@ DECLARE
     v_kept bigint;
     v_status text;
 BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
     PERFORM trueup.queue_for(p_user);
     PERFORM FROM trueup.balance b WHERE b.user_id = p_user FOR UPDATE;
     v_at := coalesce(at, clock_timestamp());

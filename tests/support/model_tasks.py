@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from billiard.exceptions import SoftTimeLimitExceeded
+from celery import current_task, shared_task
 from celery.exceptions import Ignore
 from sqlalchemy import text
 
@@ -133,3 +134,23 @@ def overtaken(model: Model, user_id: UserId) -> None:
         connection.execute(text("UPDATE trueup.hold SET lease_until = '-infinity'"))
         hold_tokens(connection, user_id, 100, task=hold.task_id, lease=60)
     raise ValueError("after standing still")
+
+
+@metered_task(name="test.exit", feature_name="Exit", section="chat", estimated_tokens=100, max_retries=1)
+def leave(model: Model, user_id: UserId) -> None:
+    """Spend, then end the process."""
+    ask(model, 10)
+    raise SystemExit(3)
+
+
+@metered_task(name="test.replaced", feature_name="Replaced", section="chat", estimated_tokens=100)
+def replaced(model: Model, user_id: UserId, successor: UserId) -> None:
+    """Spend, then have another task take this one's place."""
+    ask(model, 10)
+    current_task.replace(spend.si(user_id=successor, words=20))
+
+
+@shared_task(name="test.total")
+def total(figures: list[int]) -> int:
+    """Add up what the tasks of a chord spent."""
+    return sum(figures)

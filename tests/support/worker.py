@@ -59,13 +59,19 @@ class WorkerProcess:
 
 @contextmanager
 def running_worker(
-    log: Path, *, queues: Sequence[str] = ("ai",), include: Sequence[str] = (), concurrency: int = 2
+    log: Path,
+    *,
+    queues: Sequence[str] = ("ai",),
+    include: Sequence[str] = (),
+    concurrency: int = 2,
+    more: Sequence[str] = (),
 ) -> Iterator[WorkerProcess]:
-    """Run a worker on this process's settings until the block ends; ready when it is given."""
+    """Run a worker on this process's settings until the block ends; ready when given. `more`: its last arguments."""
     celery = Path(sys.executable).with_name("celery")
     command = [str(celery), "-A", "worker", "worker", "-Q", ",".join(queues), "-c", str(concurrency)]
     if include:
         command += ["-I", ",".join(include)]
+    command += more
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     worker = WorkerProcess(process, log)
