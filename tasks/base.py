@@ -180,6 +180,7 @@ class MeteredTask(Task):
         if countdown is None:
             longest = min(2.0 ** min(waits, 16), get_settings().gate_retry_max_seconds)
             countdown = longest * random.uniform(0.5, 1)  # noqa: S311 - spreads load, guards nothing
+        countdown = _before_redelivery(countdown)
         logger.warning("task waits %.1f s, for the %d. time: %s", countdown, waits + 1, error)
         signature = self.signature_from_request(
             request,
@@ -209,7 +210,7 @@ class MeteredTask(Task):
 
     def _retry_provider(self, error: TrueupError) -> Exception:
         """Retry within the task's max_retries, then give up with the provider's own error."""
-        countdown = PROVIDER_RETRY_BASE_SECONDS * 2**self.request.retries
+        countdown = _before_redelivery(PROVIDER_RETRY_BASE_SECONDS * 2**self.request.retries)
         try:
             retry: Exception = self.retry(exc=error, countdown=countdown, throw=False)
         except Reject as rejected:
@@ -217,6 +218,11 @@ class MeteredTask(Task):
             put_back: Exception = Reject(rejected.reason, requeue=True)
             return put_back
         return retry
+
+
+def _before_redelivery(countdown: float) -> float:
+    """Keep a countdown below the time after which Redis delivers a message again: else each wait would double it."""
+    return min(countdown, get_settings().visibility_timeout_seconds / 2)
 
 
 def _json_safe(result: Any) -> Any:

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from celery import Celery
+from celery import Celery, Signature
 from celery.exceptions import Ignore
 from sqlalchemy import Connection
 
@@ -270,3 +270,19 @@ def test_a_body_may_call_its_argument_task(app: Celery, host: Host) -> None:
         return task
 
     assert named.apply(kwargs={"user_id": host.subscriber(), "task": "mine"}).get() == "mine"
+
+
+def test_a_task_never_waits_until_redis_would_deliver_it_again(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message that waits is not acknowledged: delivered again meanwhile, it would double with each wait."""
+    monkeypatch.setenv("TRUEUP_VISIBILITY_TIMEOUT_SECONDS", "10")
+    get_settings.cache_clear()
+    sent: list[float] = []
+    monkeypatch.setattr(Signature, "apply_async", lambda signature, *_: sent.append(signature.options["countdown"]))
+    task = model_tasks.spend
+    task.push_request(id=str(uuid.uuid4()), args=(), kwargs={"user_id": 1}, called_directly=False)
+    try:
+        for seconds in (3.0, 60.0):
+            task._wait(HoldBusyError("t", seconds, superfluous=False), seconds)
+    finally:
+        task.pop_request()
+    assert sent == [3.0, 5.0]
