@@ -62,6 +62,10 @@ class TaskOutbox:
             unknown = bool(getattr(error, "outcome_unknown", False))
             self._finish(begun, "unknown" if unknown else "failed", {"error": str(error)})
             raise
+        except BaseException as error:
+            # A time limit, say: it came in the middle, and nobody can tell how far the call had got.
+            self._finish(begun, "unknown", {"error": type(error).__name__})
+            raise
         self._finish(begun, "sent", answer)
         return Outcome(status="sent", detail={**begun.detail, **answer})
 

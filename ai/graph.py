@@ -125,10 +125,11 @@ class GraphClient:
         code = error.get("code") if isinstance(error.get("code"), int) else None
         status = response.status_code
         detail = self._safe(str(error.get("message") or response.text)) or "no reason given"
-        if status == 504:  # a gateway stopped waiting; behind it the call may have gone through
+        # Without a word from Graph itself it was a gateway in between; behind it the call may have gone through.
+        if status == 504 or (status >= 500 and not error):
             return GraphError(
-                f"Instagram's gateway timed out ({detail}); the call may have taken effect, so it is not repeated. "
-                "Look in the account's inbox before sending it again.",
+                f"Instagram's gateway answered HTTP {status} ({detail}); the call may have taken effect, so "
+                "it is not repeated. Look in the account's inbox before sending it again.",
                 outcome_unknown=True,
                 status=status,
                 code=code,

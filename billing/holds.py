@@ -55,7 +55,7 @@ class HoldRow:
 _OPEN = text(
     """
     SELECT * FROM trueup.open_hold(:user_id, :task_id, :retries, :feature_name, :section, :owner, :tokens,
-                                   make_interval(secs => :lease_seconds), make_interval(secs => :ttl_seconds),
+                                   make_interval(secs => :lease_seconds), make_interval(secs => :ttl_seconds), :waits,
                                    CAST(:now AS timestamptz))
     """
 )
@@ -73,6 +73,7 @@ def open_hold(
     lease_seconds: float,
     ttl_seconds: float,
     retries: int = 0,
+    waits: int = 0,
     now: datetime | None = None,
 ) -> Hold:
     """Set `estimated_tokens` aside for a task, in one round trip, or give this attempt the hold its task has open.
@@ -80,7 +81,8 @@ def open_hold(
     The locked balance row is the only gate: two callers can't both take the last tokens. For `lease_seconds` the hold
     is this attempt's alone; a later one may then take it over, or at once if its `retries` are higher: then this one
     has ended. After `ttl_seconds` without a sign of life the tokens are given back. A task whose body has returned
-    gets a hold of no tokens, for what it has paid for already. `owner` is for people.
+    gets a hold of no tokens, for what it has paid for already. `owner` is for people. `waits`: what the last
+    `HoldBusyError` gave this message.
     `now`: None means the database's clock. Idempotent by task id.
     Raises `TokensDenied` with the specification's payload, `HoldBusyError` while another attempt has the hold,
     `InvalidInputError` for a malformed estimate.
@@ -97,13 +99,15 @@ def open_hold(
             "tokens": check_estimate(estimated_tokens),
             "lease_seconds": lease_seconds,
             "ttl_seconds": ttl_seconds,
+            "waits": waits,
             "now": now,
         },
     ).one()
     if row.reason is not None:
         raise _denied(row, feature_name, estimated_tokens)
     if row.busy_until is not None:
-        raise HoldBusyError(task_id, (row.busy_until - row.at).total_seconds(), superfluous=row.superfluous)
+        seconds = (row.busy_until - row.at).total_seconds()
+        raise HoldBusyError(task_id, seconds, superfluous=row.superfluous, waits=row.waits)
     return Hold(
         user_id=user_id,
         task_id=task_id,

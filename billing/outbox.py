@@ -2,10 +2,10 @@
 
 import json
 from dataclasses import dataclass, fields, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import Connection, select, text
+from sqlalchemy import ColumnElement, Connection, and_, func, or_, select, text
 
 from billing.schema import own_table
 from billing.settings import get_settings
@@ -19,7 +19,7 @@ class Effect:
     """A side effect of a task.
 
     "sending": being tried, or tried by an attempt that died; "sent": it happened; "failed": it certainly did not;
-    "unknown": it may have. `detail`: what was sent and what was answered, JSON-safe.
+    "unknown": it may have. `detail`: what was sent and what was answered, JSON-safe. `tries`: how often it was begun.
     """
 
     user_id: UserId
@@ -28,6 +28,7 @@ class Effect:
     status: EffectStatus
     detail: dict[str, Any]
     updated_at: datetime
+    tries: int
 
 
 # A new effect, or one that certainly failed, may be tried: both give back a row. One that an earlier attempt left in
@@ -42,8 +43,9 @@ _BEGIN = text(
         SET status = CASE WHEN o.status = 'failed' THEN 'sending'
                           WHEN o.status = 'sending' THEN 'unknown' ELSE o.status END,
             detail = CASE WHEN o.status = 'failed' THEN excluded.detail ELSE o.detail END,
+            tries = o.tries + CASE WHEN o.status = 'failed' THEN 1 ELSE 0 END,
             updated_at = excluded.updated_at
-        RETURNING o.status, o.detail, o.updated_at
+        RETURNING o.status, o.detail, o.updated_at, o.tries
     """
 )
 
@@ -79,6 +81,7 @@ def begin_effect(
         status=row.status,
         detail=row.detail,
         updated_at=row.updated_at,
+        tries=row.tries,
     )
 
 
@@ -94,8 +97,9 @@ def find_effect(connection: Connection, *, user_id: UserId, task_id: str, effect
 
 _REOPEN = text(
     """
-    UPDATE trueup.outbox SET status = 'sending', updated_at = clock_timestamp()
+    UPDATE trueup.outbox SET status = 'sending', tries = tries + 1, updated_at = clock_timestamp()
     WHERE user_id = :user_id AND task_id = :task_id AND effect = :effect AND status = 'unknown'
+    RETURNING tries
     """
 )
 
@@ -106,17 +110,20 @@ def reopen_effect(connection: Connection, effect: Effect) -> Effect:
     Do it only if the answer's status is "sending": the attempt that was thought dead may have told of its end since.
     """
     place: dict[str, Any] = {"user_id": effect.user_id, "task_id": effect.task_id, "effect": effect.effect}
-    if connection.execute(_REOPEN, place).rowcount:
-        return replace(effect, status="sending")
+    tries = connection.scalar(_REOPEN, place)
+    if tries is not None:
+        return replace(effect, status="sending", tries=tries)
     return find_effect(connection, **place) or effect
 
 
-# What was sent stays sent, whatever an attempt that was thought dead tells later.
+# What was sent stays sent, whatever an attempt that was thought dead tells later; and what it tells of its own try, or
+# tells again because the first answer was lost, says nothing of a later try.
 _FINISH = text(
     """
     UPDATE trueup.outbox SET status = :status, detail = detail || CAST(:detail AS jsonb),
                              updated_at = coalesce(CAST(:now AS timestamptz), clock_timestamp())
-    WHERE user_id = :user_id AND task_id = :task_id AND effect = :effect AND (status <> 'sent' OR :status = 'sent')
+    WHERE user_id = :user_id AND task_id = :task_id AND effect = :effect
+      AND (:status = 'sent' OR (status <> 'sent' AND tries = :tries))
     """
 )
 
@@ -136,6 +143,7 @@ def finish_effect(
             "user_id": effect.user_id,
             "task_id": effect.task_id,
             "effect": effect.effect,
+            "tries": effect.tries,
             "status": status,
             "detail": json.dumps(detail or {}),
             "now": now,
@@ -143,13 +151,20 @@ def finish_effect(
     )
 
 
-def list_effects(connection: Connection, status: EffectStatus, *, limit: int = 100) -> list[Effect]:
-    """Return side effects of that status, newest first."""
-    outbox = own_table("outbox", get_settings().host.user_id_type).c
+def list_unresolved_effects(connection: Connection, *, limit: int = 100) -> list[Effect]:
+    """Return side effects that may or may not have happened, newest first; `is_unresolved` says which."""
+    outbox = own_table("outbox", get_settings().host.user_id_type)
     query = (
-        select(*(outbox[field.name] for field in fields(Effect)))
-        .where(outbox.status == status)
-        .order_by(outbox.updated_at.desc())
+        select(*(outbox.c[field.name] for field in fields(Effect)))
+        .where(is_unresolved(func.clock_timestamp()))
+        .order_by(outbox.c.updated_at.desc())
         .limit(limit)
     )
     return [Effect(**row) for row in connection.execute(query).mappings()]
+
+
+def is_unresolved(now: Any) -> ColumnElement[bool]:
+    """Return the condition on an outbox row: unknown, or "sending" for longer than any task may take."""
+    outbox = own_table("outbox", get_settings().host.user_id_type).c
+    longest = timedelta(seconds=get_settings().task_time_limit_seconds)
+    return or_(outbox.status == "unknown", and_(outbox.status == "sending", outbox.updated_at < now - longest))

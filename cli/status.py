@@ -4,7 +4,7 @@ import click
 
 from billing import db
 from billing.calls import UnrecordedCall, list_unrecorded_calls
-from billing.outbox import Effect, list_effects
+from billing.outbox import Effect, list_unresolved_effects
 from billing.status import Status, read_status
 from cli.context import json_option, servers
 from cli.output import print_facts, print_json, print_table
@@ -24,7 +24,7 @@ def status(hours: int, as_json: bool) -> None:
     with servers("postgres"), db.connect() as connection:
         figures = read_status(connection, hours=hours)
         calls = list_unrecorded_calls(connection)
-        effects = list_effects(connection, "unknown")
+        effects = list_unresolved_effects(connection)
     if as_json:
         print_json({"status": figures, "unrecorded_calls": calls, "unknown_effects": effects})
         return

@@ -112,10 +112,9 @@ class MeteredTask(Task):
                 return denied.payload
             raise
         except HoldBusyError as error:
-            # One that has waited is never superfluous: it may be the one that the others were dropped for.
-            if error.superfluous and not self.request.called_directly and not self._waits():
+            if error.superfluous and not self.request.called_directly:
                 raise Ignore(str(error)) from error
-            raise self._wait(error, error.seconds + ASK_AGAIN_SECONDS) from error
+            raise self._wait(error, error.seconds + ASK_AGAIN_SECONDS, waits=error.waits) from error
         except ServiceUnavailableError as error:
             raise self._wait(error) from error
 
@@ -158,6 +157,7 @@ class MeteredTask(Task):
                 user_id=arguments[USER_ARGUMENT],
                 task_id=self.request.id,
                 retries=self.request.retries,
+                waits=self._waits(),
                 feature_name=self.feature_name,
                 section=self.section,
                 estimated_tokens=tokens,
@@ -167,26 +167,28 @@ class MeteredTask(Task):
             )
         )
 
-    def _wait(self, error: TrueupError, seconds: float | None = None) -> Exception:
+    def _wait(self, error: TrueupError, seconds: float | None = None, *, waits: int | None = None) -> Exception:
         """Send the task back to wait, and return what to raise. `seconds` None: longer each time, up to the setting.
+
+        `waits`: the number to come back with; None means one more than it came with.
 
         There is no last try: a task that could not be metered must neither run nor be lost.
         """
         request = self.request
         if request.called_directly or request.is_eager:
             return error
-        headers, waits = request.headers or {}, self._waits()
+        headers, waited = request.headers or {}, self._waits()
         countdown = seconds
         if countdown is None:
-            longest = min(2.0 ** min(waits, 16), get_settings().gate_retry_max_seconds)
+            longest = min(2.0 ** min(waited, 16), get_settings().gate_retry_max_seconds)
             countdown = longest * random.uniform(0.5, 1)  # noqa: S311 - spreads load, guards nothing
         countdown = _before_redelivery(countdown)
-        logger.warning("task waits %.1f s, for the %d. time: %s", countdown, waits + 1, error)
+        logger.warning("task waits %.1f s, for the %d. time: %s", countdown, waited + 1, error)
         signature = self.signature_from_request(
             request,
             countdown=countdown,
             retries=request.retries,
-            headers={**headers, WAITS_HEADER: waits + 1},
+            headers={**headers, WAITS_HEADER: waited + 1 if waits is None else waits},
         )
         try:
             signature.apply_async()

@@ -47,6 +47,8 @@ def add_hold_tables(metadata: MetaData, user_id: Any) -> None:
         moment("duplicate_until", nullable=True),
         # Set: its body has ended, and it is open only for calls of earlier attempts that are in flight.
         moment("body_ended_at", nullable=True),
+        # The number of the duplicate that waits: copies of its message carry older ones.
+        Column("duplicate_waits", Integer, nullable=False, server_default=text("0")),
         PrimaryKeyConstraint("user_id", "task_id", "id", name="hold_pkey"),
         CheckConstraint("status IN ('open', 'settled', 'released', 'expired')", name="hold_status_is_known"),
         # A hold ends exactly once, and then stays ended.
@@ -110,6 +112,8 @@ def add_hold_tables(metadata: MetaData, user_id: Any) -> None:
         Column("detail", JSONB, nullable=False, server_default=text("'{}'")),
         moment("created_at"),
         moment("updated_at"),
+        # How often it was begun to be sent: a late word about an earlier try does not count for a later one.
+        Column("tries", Integer, nullable=False, server_default=text("1")),
         # A task's side effect is one row, whatever is delivered again.
         PrimaryKeyConstraint("user_id", "task_id", "effect", name="outbox_pkey"),
         CheckConstraint("status IN ('sending', 'sent', 'unknown', 'failed')", name="outbox_status_is_known"),

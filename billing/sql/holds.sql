@@ -85,15 +85,16 @@ $$;
 --     cost is kept back; and as much is added if the budget has it, for else a task whose worker died in a call of all
 --     its hold could never go on.
 --   * otherwise it is at work now, and this is a duplicate. `busy_until` says when to ask again. One duplicate that waits
---     is enough for the case that the one at work dies; any other is `superfluous`, or they would multiply.
+--     is enough for the case that the one at work dies; any other is `superfluous`, or they would multiply. The one that
+--     waits is given a number, `waits`, and brings it back as p_waits: copies of its message come with older ones.
 -- A task whose body has returned gets a hold of no tokens: what it paid for is answered from its charges, and its
 -- result is made again without buying anything.
 -- A hold whose body has ended is open for calls in flight alone (see trueup.close_hold): its task passes the gate as if it
 -- were closed, and gets it back with the new tokens added.
 CREATE OR REPLACE FUNCTION trueup.open_hold(
     p_user {{user_id_type}}, p_task text, p_retries integer, p_feature text, p_section text, p_owner text,
-    p_tokens bigint, p_lease interval, p_ttl interval, INOUT at timestamptz,
-    OUT reason text, OUT busy_until timestamptz, OUT superfluous boolean, OUT hold_attempt integer, OUT tokens_left bigint,
+    p_tokens bigint, p_lease interval, p_ttl interval, p_waits integer, INOUT at timestamptz,
+    OUT reason text, OUT busy_until timestamptz, OUT superfluous boolean, OUT waits integer, OUT hold_attempt integer, OUT tokens_left bigint,
     OUT reattached boolean, OUT replay boolean, OUT expiry timestamptz,
     OUT original bigint, OUT consumed bigint, OUT held bigint, OUT end_date timestamptz
 ) LANGUAGE plpgsql AS $$
@@ -120,9 +121,10 @@ BEGIN
     replay := coalesce(h.completed, false);
     v_tokens := CASE WHEN replay THEN 0 ELSE p_tokens END;
     IF v_at_work AND p_retries <= h.retries AND h.lease_until > at THEN
-        superfluous := coalesce(h.duplicate_until > at, false);
+        superfluous := coalesce(h.duplicate_until > at, false) AND p_waits < h.duplicate_waits;
+        waits := greatest(h.duplicate_waits, p_waits) + 1;
         busy_until := least(h.lease_until, at + interval '1 minute');
-        UPDATE trueup.hold SET duplicate_until = busy_until
+        UPDATE trueup.hold SET duplicate_until = busy_until, duplicate_waits = waits
         WHERE NOT superfluous AND user_id = p_user AND task_id = p_task AND id = h.id;
     ELSIF v_at_work THEN
         SELECT sum(c.tokens_bound) INTO v_kept FROM trueup.call_intent c

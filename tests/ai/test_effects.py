@@ -3,6 +3,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from billiard.exceptions import SoftTimeLimitExceeded
 from pytest_httpserver import HTTPServer
 from sqlalchemy import Connection
 from werkzeug import Request, Response
@@ -11,7 +12,7 @@ from ai.comments import action_config
 from ai.effects import TaskOutbox
 from ai.graph import GraphClient, GraphError
 from ai.instagram import DmResult, send_instagram_dm
-from billing.outbox import begin_effect, list_effects
+from billing.outbox import begin_effect, list_unresolved_effects
 from tests.ai.test_instagram import _event, _static
 from tests.support.host import Host
 
@@ -94,7 +95,7 @@ def test_a_message_that_was_being_sent_when_its_worker_died_is_left_to_a_person(
     result = send(user, graph)
     assert (result.status, result.message) == ("unknown", None)
     assert asked == []
-    [effect] = list_effects(connection, "unknown")
+    [effect] = list_unresolved_effects(connection)
     assert (effect.user_id, effect.task_id, effect.effect) == (user, TASK, "instagram_message")
 
 
@@ -105,7 +106,7 @@ def test_or_it_is_sent_again_if_the_settings_say_so(
     begin_effect(connection, user_id=user, task_id=TASK, effect="instagram_message", detail={})
     assert send(user, graph, resend_unknown=True).status == "sent"
     assert len(asked) == 1
-    assert list_effects(connection, "unknown") == []
+    assert list_unresolved_effects(connection) == []
 
 
 def test_a_message_that_nobody_confirmed_is_noted_as_unknown(
@@ -115,6 +116,18 @@ def test_a_message_that_nobody_confirmed_is_noted_as_unknown(
     with pytest.raises(GraphError) as raised:
         send(user, graph)
     assert raised.value.outcome_unknown
-    assert [effect.effect for effect in list_effects(connection, "unknown")] == ["instagram_message"]
+    assert [effect.effect for effect in list_unresolved_effects(connection)] == ["instagram_message"]
     assert send(user, graph).status == "unknown"
     assert len(asked) == 1
+
+
+def test_a_message_that_a_time_limit_interrupts_is_noted_as_unknown(host: Host, connection: Connection) -> None:
+    outbox = TaskOutbox(user_id=host.user(), task_id=TASK, resend_unknown=False)
+
+    def interrupted() -> dict[str, Any]:
+        raise SoftTimeLimitExceeded
+
+    with pytest.raises(SoftTimeLimitExceeded):
+        outbox.once("instagram_message", {}, interrupted)
+    [effect] = list_unresolved_effects(connection)
+    assert (effect.status, effect.detail) == ("unknown", {"error": "SoftTimeLimitExceeded"})

@@ -189,6 +189,15 @@ def test_a_gateway_that_timed_out_leaves_the_outcome_unknown(httpserver: HTTPSer
     assert not caught.value.retryable
 
 
+def test_a_server_error_without_a_word_from_graph_leaves_the_outcome_unknown(
+    httpserver: HTTPServer, graph: GraphClient
+) -> None:
+    httpserver.expect_request(MESSAGES).respond_with_data("<html>Bad gateway</html>", status=502)
+    with pytest.raises(GraphError, match="502") as caught:
+        send_instagram_dm(None, event=_event(), config=_static(), graph=graph, outbox=AtOnce())
+    assert (caught.value.outcome_unknown, caught.value.retryable) == (True, False)
+
+
 def test_a_message_that_never_left_may_be_sent_again() -> None:
     with (
         GraphClient(base_url="http://127.0.0.1:1/v23.0", access_token=TOKEN, timeout_seconds=1) as graph,

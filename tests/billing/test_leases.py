@@ -323,7 +323,9 @@ def test_a_hold_that_is_open_for_calls_in_flight_ends_with_the_last_of_them_and_
     assert_true(host)
 
 
-@pytest.mark.parametrize(("completed", "retries", "tokens"), [(True, 0, 0), (True, 1, 0), (False, 0, 600), (False, 1, 600)])
+@pytest.mark.parametrize(
+    ("completed", "retries", "tokens"), [(True, 0, 0), (True, 1, 0), (False, 0, 600), (False, 1, 600)]
+)
 def test_a_task_comes_back_to_a_hold_that_is_open_for_calls_in_flight_as_to_a_closed_one(
     host: Host, connection: Connection, user: int, completed: bool, retries: int, tokens: int
 ) -> None:

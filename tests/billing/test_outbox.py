@@ -5,7 +5,16 @@ import pytest
 from sqlalchemy import Connection, create_engine
 from sqlalchemy.pool import QueuePool
 
-from billing.outbox import Effect, EffectStatus, begin_effect, find_effect, finish_effect, list_effects, reopen_effect
+from billing.outbox import (
+    Effect,
+    EffectStatus,
+    begin_effect,
+    find_effect,
+    finish_effect,
+    list_unresolved_effects,
+    reopen_effect,
+)
+from billing.status import read_status
 from tests.support.host import START, Host
 from tests.support.sessions import run_at_once
 
@@ -102,11 +111,30 @@ def test_an_effect_that_turns_out_to_be_sent_is_not_reopened(connection: Connect
     assert found(connection).status == "sent"
 
 
-def test_effects_are_listed_by_status_newest_first(connection: Connection) -> None:
+def test_a_late_word_about_a_try_that_failed_does_not_count_for_the_next(connection: Connection) -> None:
+    """Else a third delivery would take the message that is on its way for one that failed, and send it again."""
+    first = begin(connection)
+    finish_effect(connection, first, "failed")
+    second = begin(connection)
+    assert (second.status, second.tries) == ("sending", 2)
+    finish_effect(connection, first, "failed")
+    assert begin(connection).status == "unknown"
+    finish_effect(connection, second, "failed")
+    assert begin(connection).tries == 3
+
+
+def test_what_nobody_can_tell_is_listed_newest_first(host: Host, connection: Connection) -> None:
     for minutes, task in ((2, "b"), (1, "a"), (3, "c")):
         finish_effect(connection, begin(connection, task=task), "unknown", now=NOW + timedelta(minutes=minutes))
-    finish_effect(connection, begin(connection, task="d"), "sent")
-    assert [effect.task_id for effect in list_effects(connection, "unknown")] == ["c", "b", "a"]
-    assert [effect.task_id for effect in list_effects(connection, "unknown", limit=2)] == ["c", "b"]
-    assert [effect.task_id for effect in list_effects(connection, "sent")] == ["d"]
-    assert list_effects(connection, "failed") == []
+    for status in ("sent", "failed"):
+        finish_effect(connection, begin(connection, task=status), status)  # type: ignore[arg-type]
+    assert [effect.task_id for effect in list_unresolved_effects(connection)] == ["c", "b", "a"]
+    assert [effect.task_id for effect in list_unresolved_effects(connection, limit=2)] == ["c", "b"]
+
+
+def test_what_was_being_done_when_its_task_was_over_is_unresolved_too(host: Host, connection: Connection) -> None:
+    begin(connection, task="at work")
+    begin(connection, task="left")
+    host.execute("UPDATE trueup.outbox SET updated_at = updated_at - interval '10 minutes' WHERE task_id = 'left'")
+    assert [effect.task_id for effect in list_unresolved_effects(connection)] == ["left"]
+    assert read_status(connection).unknown_effects == 1

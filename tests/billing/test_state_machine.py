@@ -102,18 +102,22 @@ class BillingMachine(HostMachine):
             retries=draw(st.sampled_from([0, 0, 0, 1, 1, 2])),
             lease=draw(st.sampled_from([0, 30, 90])),
             ttl=draw(st.sampled_from([60, 300])),
+            waits=draw(st.sampled_from([0, 0, 1, 2])),
         )
 
-    def _open_hold(self, user: ModelUser, *, task: str, tokens: int, retries: int, lease: int, ttl: int) -> None:
+    def _open_hold(
+        self, user: ModelUser, *, task: str, tokens: int, retries: int, lease: int, ttl: int, waits: int = 0
+    ) -> None:
         told = check_access(self.connection, user.user, tokens, "Test", now=self.now)
         user.expire_holds(self.now)  # as the gate does first
         replay, reattached = user.replays(task), user.open_hold_of(task)
-        call = {"task": task, "retries": retries, "lease": lease, "ttl": ttl, "now": self.now}
+        call = {"task": task, "retries": retries, "lease": lease, "ttl": ttl, "waits": waits, "now": self.now}
         expected = user.open_hold(tokens=tokens, **call)
         if isinstance(expected, Busy):
             with pytest.raises(HoldBusyError) as busy:
                 hold_tokens(self.connection, user.user, tokens, **call)
-            assert (busy.value.seconds, busy.value.superfluous) == (expected.seconds, expected.superfluous)
+            told_to_wait = Busy(busy.value.seconds, busy.value.superfluous, busy.value.waits)
+            assert told_to_wait == expected
             return
         if isinstance(expected, Denied):
             with pytest.raises(TokensDenied) as denied:

@@ -36,6 +36,7 @@ class ModelHold:
     lease_until: datetime
     expires_at: datetime
     duplicate_until: datetime | None = None
+    duplicate_waits: int = 0
     status: str = "open"
     completed: bool = False
     body_ended: bool = False
@@ -84,6 +85,7 @@ class Busy:
 
     seconds: float
     superfluous: bool
+    waits: int
 
 
 @dataclass(frozen=True)
@@ -171,14 +173,14 @@ class ModelUser:
         return len(overdue), tokens
 
     def open_hold(
-        self, task: str, tokens: int, retries: int, lease: int, ttl: int, now: datetime
+        self, task: str, tokens: int, retries: int, lease: int, ttl: int, waits: int, now: datetime
     ) -> ModelHold | Busy | Denied:
         self.expire_holds(now)
         hold = self.last_hold(task)
         replay = self.replays(task)
         if hold is not None and hold.status == "open" and not hold.body_ended:
             if retries <= hold.retries and hold.lease_until > now:
-                return self._wait(hold, now)
+                return self._wait(hold, waits, now)
             if retries > hold.retries:
                 self._forget_calls(task, hold.attempt)
             else:
@@ -211,12 +213,14 @@ class ModelUser:
         hold.lease_until, hold.expires_at = now + timedelta(seconds=lease), now + timedelta(seconds=ttl)
         return hold
 
-    def _wait(self, hold: ModelHold, now: datetime) -> Busy:
-        superfluous = hold.duplicate_until is not None and hold.duplicate_until > now
+    def _wait(self, hold: ModelHold, waits: int, now: datetime) -> Busy:
+        somebody_waits = hold.duplicate_until is not None and hold.duplicate_until > now
+        superfluous = somebody_waits and waits < hold.duplicate_waits
+        waits = max(waits, hold.duplicate_waits) + 1
         busy_until = min(hold.lease_until, now + timedelta(minutes=1))
         if not superfluous:
-            hold.duplicate_until = busy_until
-        return Busy((busy_until - now).total_seconds(), superfluous)
+            hold.duplicate_until, hold.duplicate_waits = busy_until, waits
+        return Busy((busy_until - now).total_seconds(), superfluous, waits)
 
     def replays(self, task: str) -> bool:
         """The task's work is done: what it paid for is there, and it buys nothing more."""

@@ -21,6 +21,7 @@ def hold_tokens(
     lease: float = 0,
     ttl: int = 600,
     retries: int = 0,
+    waits: int = 0,
     now: datetime | None = None,
 ) -> Hold:
     """Open a hold; `task` None: of a new task. `lease` 0: the next attempt may take it over at once."""
@@ -35,6 +36,7 @@ def hold_tokens(
         lease_seconds=lease,
         ttl_seconds=ttl,
         retries=retries,
+        waits=waits,
         now=now,
     )
 

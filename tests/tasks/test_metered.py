@@ -249,11 +249,22 @@ def test_a_duplicate_beside_one_that_waits_is_dropped_unless_it_has_waited_itsel
     hold_tokens(connection, user, 100, task=task_id, lease=60)
     with pytest.raises(HoldBusyError) as first:
         hold_tokens(connection, user, 100, task=task_id, lease=60)
-    assert not first.value.superfluous
+    assert (first.value.superfluous, first.value.waits) == (False, 1)
     headers = {WAITS_HEADER: 1} if waited else None
     result = model_tasks.spend.apply(kwargs={"user_id": user}, task_id=task_id, headers=headers)
     assert (result.state, type(result.result)) == (("FAILURE", HoldBusyError) if waited else ("IGNORED", Ignore))
     assert [hold.attempt for hold in holds_of(connection, user)] == [1]
+
+
+def test_of_the_copies_of_a_message_that_waited_one_waits_on(app: Celery, host: Host, connection: Connection) -> None:
+    """Redis delivers a waiting message again when a worker's clock is wrong: each copy would bring forth another."""
+    user, task_id = host.subscriber(1_000), str(uuid.uuid4())
+    hold_tokens(connection, user, 100, task=task_id, lease=60)
+    with pytest.raises(HoldBusyError) as first:
+        hold_tokens(connection, user, 100, task=task_id, lease=60)
+    call = {"kwargs": {"user_id": user}, "task_id": task_id, "headers": {WAITS_HEADER: first.value.waits}}
+    states = [model_tasks.spend.apply(**call).state for _ in range(3)]
+    assert states == ["FAILURE", "IGNORED", "IGNORED"]
 
 
 def test_a_retry_that_an_overtaken_attempt_asks_for_does_not_take_the_hold_from_the_one_at_work(

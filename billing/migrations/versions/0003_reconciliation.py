@@ -9,7 +9,10 @@ depends_on = None
 
 # What each constraint prevents stands beside its twin in billing/schema. The defaults are for rows that are there.
 HOLDS = """
-ALTER TABLE trueup.hold ADD COLUMN body_ended_at timestamptz;
+ALTER TABLE trueup.hold
+    ADD COLUMN body_ended_at timestamptz,
+    ADD COLUMN duplicate_waits integer DEFAULT 0 NOT NULL;
+ALTER TABLE trueup.outbox ADD COLUMN tries integer DEFAULT 1 NOT NULL;
 """
 
 GRANTS = """
