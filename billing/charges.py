@@ -92,9 +92,10 @@ def record_charge(
     try:
         row = connection.execute(_RECORD, values).one()
         if row.bought_twice:
-            # Two attempts made the same call, and both were served: both are paid for, so both are recorded.
+            # Two attempts made the same call, and both were served: both are paid for, so both are recorded, each with
+            # its answer: that of the other may not have come whole.
             own_key = f"{call_key}~{hold.attempt}"
-            own = values | {"call_key": own_key, "log_id": str(_log_id(hold, own_key)), "answer": None}
+            own = values | {"call_key": own_key, "log_id": str(_log_id(hold, own_key))}
             row = connection.execute(_RECORD, own).one()
     except IntegrityError as error:
         if getattr(error.orig, "sqlstate", None) != _FOREIGN_KEY_VIOLATION:
@@ -139,7 +140,9 @@ def _storable_json(value: dict[str, Any] | None) -> str | None:
 _FIND_ANSWER = text(
     """
     SELECT answer FROM trueup.charge
-    WHERE user_id = :user_id AND task_id = :task_id AND call_key = :call_key AND answer IS NOT NULL
+    WHERE user_id = :user_id AND task_id = :task_id AND answer IS NOT NULL
+      AND (call_key = :call_key OR starts_with(call_key, CAST(:call_key AS text) || '~'))
+    ORDER BY charged_at, call_key LIMIT 1
     """
 )
 

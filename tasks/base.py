@@ -114,7 +114,9 @@ class MeteredTask(Task):
         except HoldBusyError as error:
             if error.superfluous and not self.request.called_directly:
                 raise Ignore(str(error)) from error
-            raise self._wait(error, error.seconds + ASK_AGAIN_SECONDS, waits=error.waits) from error
+            waiting = self._wait(error, error.seconds + ASK_AGAIN_SECONDS, waits=error.waits)
+            # The attempt at work tells how the task stands: a "retry" told of this one might come over its result.
+            raise (Ignore(str(error)) if isinstance(waiting, Retry) else waiting) from error
         except ServiceUnavailableError as error:
             raise self._wait(error) from error
 

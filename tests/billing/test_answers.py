@@ -57,3 +57,16 @@ def test_without_an_injected_clock_the_databases_counts(connection: Connection, 
     charge_tokens(connection, hold, 10, answer={"text": "now"})
     assert prune_answers(connection, older_than=timedelta(hours=1), limit=10) == 0
     assert prune_answers(connection, older_than=timedelta(0), limit=10) == 1
+
+
+def test_an_answer_that_was_bought_after_one_that_broke_is_kept_for_the_next_delivery(
+    host: Host, connection: Connection
+) -> None:
+    user = host.subscriber(1_000)
+    charge_tokens(connection, hold_tokens(connection, user, task="t"), 10, key="1:a")
+    second = hold_tokens(connection, user, task="t", retries=1)
+    charge_tokens(connection, second, 20, key="1:a", answer={"text": "whole"})
+    third = hold_tokens(connection, user, task="t", retries=2)
+    assert find_answer(connection, third, "1:a") == {"text": "whole"}
+    assert find_answer(connection, third, "1:") is None
+    assert find_answer(connection, third, "2:a") is None
