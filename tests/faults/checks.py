@@ -2,7 +2,6 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, text
@@ -10,88 +9,17 @@ from sqlalchemy.exc import DBAPIError
 
 from billing.accounts import read_account
 from billing.errors import TrueupError
-from billing.holds import expire_holds
 from billing.mapping import HostMapping
 from billing.reconcile import reconcile
-from tests.faults.injections import past_every_hold
-from tests.faults.ledger import Serving
-from tests.faults.unrecorded import Unrecorded, find_unrecorded
+from tests.faults.books import Books
+from tests.faults.effects import effect_violations
+from tests.faults.kinds import REDIS_KINDS
+from tests.faults.violations import UNENDED, WAITING, Violation
 from tests.support.books import assert_true
 from tests.support.host import Host
 
 if TYPE_CHECKING:
-    from tests.faults.rounds import Stage
-
-VIOLATIONS = {
-    "overshoot": "tokens logged beyond a budget, the provider's own excess left out",
-    "late_overshoot": "tokens logged beyond a budget by a charge whose hold had ended",
-    "double_charge": "a provider call recorded more than once",
-    "lost_usage": "a served call that is neither recorded nor named",
-    "wrong_usage": "a charge that is not what the provider billed, or no call of the provider's at all",
-    "wrong_user": "usage recorded under another user",
-    "unmetered_call": "a provider call of a task that never had a hold",
-    "leaked_hold": "tokens still held when every task has ended",
-    "untrue_balance": "a balance that is not the sum of the log",
-    "drift": "a counter that is wrong after a reconcile pass",
-    "lost_task": "a task that had begun and never ended, though Redis was not emptied",
-    "worker_crash": "a worker that ended by itself",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Violation:
-    """An invariant that did not hold. `tokens`: how many, where tokens are what it is about."""
-
-    kind: str
-    detail: str
-    tokens: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Books:
-    """What the database says after a round, beside the ledger. `named`: the table of calls in flight is there."""
-
-    charges: list[Any]
-    tasks_admitted: set[str]
-    servings: list[Serving]
-    unrecorded: list[Unrecorded]
-    named: bool
-    expired: int
-    late: int
-
-
-NO_RESULT, UNFINISHED, REJECTED = "no result", "unfinished", "Reject"
-
-_CHARGES = """
-    SELECT c.user_id, c.task_id, c.call_key, split_part(c.call_key, ':', 1)::int AS call, c.model_name,
-           c.tokens_total, c.tokens_covered, c.late, l.user_id AS log_user, l.total_tokens AS log_tokens
-    FROM trueup.charge c LEFT JOIN ai_usage_log l ON l.id::text = c.log_id
-"""
-_INTENTS = """
-    SELECT user_id, task_id, split_part(call_key, ':', 1)::int AS call, attempt, tokens_bound, outcome
-    FROM trueup.call_intent
-"""
-
-
-def read_books(stage: "Stage") -> Books:
-    """Take back what dead tasks hold, as the sweep does when their leases have run out, and read everything."""
-    with stage.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        expired = 0
-        while (holds := expire_holds(connection, now=past_every_hold())[0]) > 0:
-            expired += holds
-        charges = list(connection.execute(text(_CHARGES)))
-        servings = stage.provider.ledger.servings()
-        named = bool(connection.scalar(text("SELECT to_regclass('trueup.call_intent') IS NOT NULL")))
-        intents = list(connection.execute(text(_INTENTS))) if named else None
-        return Books(
-            charges=charges,
-            tasks_admitted=set(connection.scalars(text("SELECT DISTINCT task_id FROM trueup.hold"))),
-            servings=servings,
-            unrecorded=find_unrecorded(servings, {charge.model_name for charge in charges}, intents, stage.killed),
-            named=named,
-            expired=expired,
-            late=sum(charge.late for charge in charges),
-        )
+    from tests.faults.stages import Stage
 
 
 def violations(stage: "Stage", books: Books) -> list[Violation]:
@@ -103,10 +31,13 @@ def violations(stage: "Stage", books: Books) -> list[Violation]:
             *_charged_rightly(books),
             *_lost(books),
             *_unmetered(stage, books),
+            *_extended(stage),
+            *effect_violations(stage, books),
             *_held(connection),
             *_untrue(stage),
             *_drift(stage, connection),
             *_vanished(stage, books),
+            *_flooded(stage),
             *(Violation(kind="worker_crash", detail=crash) for worker in stage.workers for crash in worker.crashes),
         ]
 
@@ -119,7 +50,7 @@ def _overshoot(stage: "Stage", connection: Connection, books: Books) -> Iterator
     excess, late = Counter[int](), Counter[int]()
     for charge in books.charges:
         serving = by_name.get(charge.model_name)
-        excess[charge.user_id] += serving.over if serving else 0
+        excess[charge.user_id] += max(0, min(charge.tokens_total, serving.billed) - serving.asked) if serving else 0
         late[charge.user_id] += charge.tokens_total - charge.tokens_covered if charge.late else 0
     for user, budget in zip(stage.users, stage.plan.budgets, strict=True):
         over = logged.get(user, 0) - budget - excess[user]
@@ -149,16 +80,24 @@ def _charged_once(connection: Connection, books: Books) -> Iterator[Violation]:
 
 
 def _charged_rightly(books: Books) -> Iterator[Violation]:
-    """Each charge and its log row are one serving of the provider's: same task, call, user and tokens."""
+    """Each charge and its log row are one serving of the provider's: same task, call, user and tokens.
+
+    A stream that broke or was closed early is charged by what arrived, and the log row says so. What the provider
+    bills on top of that nobody has told us: it is no more than the call's bound, and the report counts it.
+    """
     by_name = {serving.model_name: serving for serving in books.servings}
     for charge in books.charges:
         name = f"charge {charge.call_key} of {charge.task_id}"
         serving = by_name.get(charge.model_name)
         if serving is None or (serving.task_id, serving.call) != (charge.task_id, charge.call):
             yield Violation(kind="wrong_usage", detail=f"{name} names {charge.model_name}: {serving}")
-        elif not serving.billed == charge.tokens_total == charge.log_tokens:
-            detail = f"{name}: billed {serving.billed}, charged {charge.tokens_total}, logged {charge.log_tokens}"
-            yield Violation(kind="wrong_usage", detail=detail, tokens=abs(serving.billed - charge.tokens_total))
+        elif not serving.chargeable == charge.tokens_total == charge.log_tokens:
+            due = f"billed {serving.billed}, of these known to its caller {serving.chargeable} ({serving.behaviour})"
+            detail = f"{name}: {due}, charged {charge.tokens_total}, logged {charge.log_tokens}"
+            yield Violation(kind="wrong_usage", detail=detail, tokens=abs(serving.chargeable - charge.tokens_total))
+        elif charge.usage_reported is not serving.usage_seen:
+            detail = f"{name}: usage_reported is {charge.usage_reported}, but it is {serving.usage_seen} that it was"
+            yield Violation(kind="wrong_usage", detail=detail)
         elif not serving.user_id == charge.user_id == charge.log_user:
             detail = f"{name}: used by {serving.user_id}, charged to {charge.user_id}, logged to {charge.log_user}"
             yield Violation(kind="wrong_user", detail=detail, tokens=charge.tokens_total)
@@ -181,20 +120,67 @@ def _unmetered(stage: "Stage", books: Books) -> Iterator[Violation]:
             yield Violation(kind="unmetered_call", detail=detail)
 
 
+def _extended(stage: "Stage") -> Iterator[Violation]:
+    """An extension adds what was asked for, or nothing. (Beside an earlier attempt's call, what is left may change.)"""
+    for task, extensions in extensions_of(stage).items():
+        for extension in extensions:
+            due = extension["asked"] if extension["granted"] else 0
+            if extension["attempt"] == 1 and extension["added"] != due:
+                tokens = abs(extension["added"] - due)
+                yield Violation(kind="wrong_extension", detail=f"{task}: {extension}", tokens=tokens)
+
+
+def extensions_of(stage: "Stage") -> dict[str, list[dict[str, Any]]]:
+    """Return how the tasks that are done have extended their holds, by task."""
+    return {
+        task: result["extensions"]
+        for task, result in stage.results.items()
+        if isinstance(result, dict) and "extensions" in result
+    }
+
+
 def ended_by_nothing(stage: "Stage") -> list[str]:
     """Return the tasks that have no end, in a round that should have ended them all: only a flush may lose a task."""
     if stage.flushed or not stage.settled:
         return []
-    return [task for task, outcome in stage.outcomes.items() if outcome in (NO_RESULT, UNFINISHED, REJECTED)]
+    return [task for task, outcome in stage.outcomes.items() if outcome in UNENDED]
 
 
 def _vanished(stage: "Stage", books: Books) -> Iterator[Violation]:
-    """At least once: a task that has begun comes to an end. (One that never began is a message the transport lost:
-    kombu takes it off the queue before it notes it as unacknowledged.)
-    """
+    """At least once: a task that has begun comes to an end, unless the transport has lost its message."""
     for task in ended_by_nothing(stage):
-        if task in books.tasks_admitted:
+        if task in books.tasks_completed:
+            if not result_may_be_lost(stage, task):
+                yield Violation(kind="lost_result", detail=f"{task}: {stage.outcomes[task]}")
+        elif not lost_by_transport(stage, books, task):
             yield Violation(kind="lost_task", detail=f"{task}: {stage.outcomes[task]}")
+
+
+def result_may_be_lost(stage: "Stage", task_id: str) -> bool:
+    """Say whether nothing can make a task's result again: the answers of streams that it ended early are not kept.
+
+    Celery stores a duplicate's state over a result that comes at the same moment; the duplicate then makes it again.
+    """
+    task = stage.plan.task(task_id)
+    return task is not None and any(task.chunks_read(call) for call in range(1, len(task.script) + 1))
+
+
+def lost_by_transport(stage: "Stage", books: Books, task: str) -> bool:
+    """Say whether a task without an end is one whose message was lost: its first one, or that of its retry.
+
+    kombu takes a message off the queue before it notes it as unacknowledged: one that is on its way when Redis goes
+    is in neither.
+    """
+    begun = task in books.tasks_begun or any(serving.task_id == task for serving in books.servings)
+    cut = any(injected.kind in REDIS_KINDS for injected in stage.injected)
+    return not begun or (cut and stage.outcomes[task] == WAITING)
+
+
+def _flooded(stage: "Stage") -> Iterator[Violation]:
+    """A task's duplicates wait or go, but are never more than its deliveries."""
+    sent = sum(task.copies for task in stage.plan.tasks)
+    if stage.messages_left > sent:
+        yield Violation(kind="message_flood", detail=f"{sent} messages sent, {stage.messages_left} left")
 
 
 def _held(connection: Connection) -> Iterator[Violation]:

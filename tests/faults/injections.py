@@ -12,12 +12,14 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from billing.holds import expire_holds
-from tests.faults.plans import VISIBILITY_SECONDS, Fault
+from tests.faults.kinds import VISIBILITY_SECONDS
+from tests.faults.ledger import GraphLedger, Ledger
+from tests.faults.plans import Fault
 from tests.faults.workers import Worker
 from worker.stack.waiting import wait_until
 
 if TYPE_CHECKING:
-    from tests.faults.rounds import Stage
+    from tests.faults.stages import Stage
 
 Injection = Callable[["Stage", Fault], bool]
 
@@ -40,7 +42,7 @@ def _child_killed(stage: "Stage", fault: Fault) -> bool:
 
 def _child_killed_in_call(stage: "Stage", fault: Fault) -> bool:
     """Kill a process that waits for the provider: nobody will ever hear what that call cost."""
-    worker, child = _caller(stage)
+    worker, child = _caller(stage, stage.provider.ledger)
     if worker is None or child is None:
         return False
     worker.kill_child(child)
@@ -55,6 +57,15 @@ def _child_killed_after_charge(stage: "Stage", fault: Fault) -> bool:
                 worker.kill_child(child)
                 return True
     return False
+
+
+def _child_killed_while_sending(stage: "Stage", fault: Fault) -> bool:
+    """Kill a process that waits for Instagram: nobody will ever hear whether that message was sent."""
+    worker, child = _caller(stage, stage.graph.ledger)
+    if worker is None or child is None:
+        return False
+    worker.kill_child(child)
+    return True
 
 
 def _worker_killed(stage: "Stage", fault: Fault) -> bool:
@@ -77,13 +88,19 @@ def _child_stopped(stage: "Stage", fault: Fault) -> bool:
 
 def _child_stopped_past_lease(stage: "Stage", fault: Fault) -> bool:
     """Stop a process in the middle of a call until its task is delivered again, and its lease has run out."""
-    _, child = _caller(stage)
+    _, child = _caller(stage, stage.provider.ledger)
+    return child is not None and _stop(stage, child, VISIBILITY_SECONDS + 1 + fault.seconds / 3)
+
+
+def _child_stopped_while_sending(stage: "Stage", fault: Fault) -> bool:
+    """Stop a process that waits for Instagram until its task is delivered again."""
+    _, child = _caller(stage, stage.graph.ledger)
     return child is not None and _stop(stage, child, VISIBILITY_SECONDS + 1 + fault.seconds / 3)
 
 
 def _child_stopped_past_hold(stage: "Stage", fault: Fault) -> bool:
     """Stop a process in the middle of a call, and let its hold expire: by the clock given to the sweep."""
-    _, child = _caller(stage)
+    _, child = _caller(stage, stage.provider.ledger)
     if child is None or not _stop(stage, child, fault.seconds):
         return False
     with suppress(DBAPIError), stage.engine.begin() as connection:
@@ -133,15 +150,21 @@ def _database_sessions_cut_after_charge(stage: "Stage", fault: Fault) -> bool:
     return _wait_for_charge(stage) is not None and stage.servers.cut_sessions(stage.database) > 0
 
 
+def _database_sessions_cut_while_sending(stage: "Stage", fault: Fault) -> bool:
+    return _caller(stage, stage.graph.ledger)[1] is not None and stage.servers.cut_sessions(stage.database) > 0
+
+
 INJECTIONS: dict[str, Injection] = {
     "child_killed": _child_killed,
     "child_killed_in_call": _child_killed_in_call,
     "child_killed_after_charge": _child_killed_after_charge,
+    "child_killed_while_sending": _child_killed_while_sending,
     "worker_killed": _worker_killed,
     "worker_killed_after_charge": _worker_killed_after_charge,
     "child_stopped": _child_stopped,
     "child_stopped_past_lease": _child_stopped_past_lease,
     "child_stopped_past_hold": _child_stopped_past_hold,
+    "child_stopped_while_sending": _child_stopped_while_sending,
     "worker_stopped": _worker_stopped,
     "redis_restarted": _redis_restarted,
     "redis_killed": _redis_killed,
@@ -150,6 +173,7 @@ INJECTIONS: dict[str, Injection] = {
     "postgres_restarted": _postgres_restarted,
     "database_sessions_cut": _database_sessions_cut,
     "database_sessions_cut_after_charge": _database_sessions_cut_after_charge,
+    "database_sessions_cut_while_sending": _database_sessions_cut_while_sending,
 }
 
 
@@ -168,12 +192,12 @@ def _pick_child(stage: "Stage", fault: Fault) -> tuple[Worker | None, psutil.Pro
     return children[fault.target % len(children)] if children else (None, None)
 
 
-def _caller(stage: "Stage") -> tuple[Worker | None, psutil.Process | None]:
-    """Wait for a request to the provider, and return the process that waits for its answer."""
+def _caller(stage: "Stage", ledger: Ledger | GraphLedger) -> tuple[Worker | None, psutil.Process | None]:
+    """Wait for a request to the server of that ledger, and return the process that waits for its answer."""
     found: list[tuple[Worker, psutil.Process]] = []
 
     def waiting() -> bool:
-        pids = {serving.pid for serving in stage.provider.ledger.in_flight()}
+        pids = {request.pid for request in ledger.in_flight()}
         found.extend((w, child) for w in _at_work(stage) for child in w.children() if child.pid in pids)
         return bool(found)
 

@@ -1,16 +1,27 @@
-"""The provider's own book: every request it took, what it bills for it, and whether the answer was sent whole."""
+"""The fake servers' own books: every request they took, what they did for it, and whether the answer was sent whole."""
 
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
+from typing import Literal
+
+from tests.faults.kinds import BREAKING_KINDS
+
+Effect = Literal["instagram_message", "instagram_public_reply"]
+EFFECTS: tuple[Effect, Effect] = ("instagram_message", "instagram_public_reply")
+
+# How many tokens of text each chunk of a stream has; its last one may have fewer.
+CHUNK_TOKENS = 2
 
 
 @dataclass(kw_only=True)
 class Serving:
-    """One request served. `asked`: the most tokens it may cost, prompt and answer; `billed`: what it does cost.
+    """One request that the provider served.
 
-    `pid`: the process that asked. `complete`: the whole answer went out. Times are of the monotonic clock.
+    `asked`: the most tokens it may cost, prompt and answer; `billed`: what it does cost. `pid`: the process that asked.
+    `complete`: the whole answer went out. `chunks_read`: after how many chunks of a stream its caller ends it; None:
+    never, or it is no stream. `tokens_sent`: of a stream's text. Times are of the monotonic clock.
     """
 
     serial: int
@@ -21,6 +32,11 @@ class Serving:
     behaviour: str
     asked: int
     started_at: float
+    prompt_tokens: int = 0
+    streamed: bool = False
+    chunks_read: int | None = None
+    tokens_sent: int = 0
+    usage_sent: bool = False
     billed: int = 0
     complete: bool = False
     ended_at: float | None = None
@@ -34,6 +50,35 @@ class Serving:
     def over(self) -> int:
         """Count of tokens billed beyond what was asked for."""
         return max(0, self.billed - self.asked)
+
+    @property
+    def closed_early(self) -> bool:
+        """True for a stream whose caller ended it, or would have, had it not broken at that very place."""
+        return self.chunks_read is not None and self.tokens_sent > (self.chunks_read - 1) * CHUNK_TOKENS
+
+    @property
+    def answered(self) -> bool:
+        """Whether its caller, if it lived, got something to charge: a whole answer, or what there was of a stream."""
+        begun = self.closed_early or self.behaviour in (*BREAKING_KINDS, "stream_usage_lost")
+        return self.complete or (self.streamed and begun)
+
+    @property
+    def usage_seen(self) -> bool:
+        """Whether the caller was told what the call cost; otherwise it counts what it got."""
+        return self.usage_sent and not self.closed_early
+
+    @property
+    def chargeable(self) -> int:
+        """Count of tokens that the caller has to charge: the bill, or without it the prompt and the text it read.
+
+        Text that was generated and never seen is billed on top of that.
+        """
+        if self.usage_seen or not self.streamed:
+            return self.billed
+        read = self.tokens_sent
+        if self.chunks_read is not None:
+            read = min(read, self.chunks_read * CHUNK_TOKENS)
+        return self.prompt_tokens + read
 
 
 class Ledger:
@@ -69,3 +114,39 @@ class Ledger:
     def in_flight(self) -> list[Serving]:
         """Return the requests that wait for their answers now, oldest first."""
         return [serving for serving in self.servings() if serving.ended_at is None]
+
+
+@dataclass(kw_only=True)
+class Posting:
+    """One request that Instagram took: to send a message, or to reply in public. `accepted`: it did."""
+
+    effect: Effect
+    comment_id: str
+    text: str
+    pid: int
+    behaviour: str = "ok"
+    accepted: bool = False
+    ended_at: float | None = None
+
+
+class GraphLedger:
+    """All postings of a round; Instagram's threads write it, the round reads it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._postings: list[Posting] = []
+
+    def open(self, *, effect: Effect, comment_id: str, text: str, pid: int) -> tuple[Posting, int]:
+        """Enter a request. Returns it, and how often the same has come before."""
+        with self._lock:
+            times = sum((p.effect, p.comment_id) == (effect, comment_id) for p in self._postings)
+            posting = Posting(effect=effect, comment_id=comment_id, text=text, pid=pid)
+            self._postings.append(posting)
+            return posting, times
+
+    def postings(self) -> list[Posting]:
+        with self._lock:
+            return list(self._postings)
+
+    def in_flight(self) -> list[Posting]:
+        return [posting for posting in self.postings() if posting.ended_at is None]

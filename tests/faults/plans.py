@@ -3,53 +3,30 @@
 # ruff: noqa: S311 - drawn to be drawn again, not to be secret
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
-# In the order of a round's chances to meet them: each is met once before any is met again.
-TIMED_KINDS = (
-    "child_killed",
-    "child_killed_in_call",
-    "child_killed_after_charge",
-    "worker_killed",
-    "worker_killed_after_charge",
-    "child_stopped",
-    "child_stopped_past_lease",
-    "child_stopped_past_hold",
-    "worker_stopped",
-    "redis_restarted",
-    "redis_killed",
-    "redis_flushed",
-    "redis_connections_cut",
-    "postgres_restarted",
-    "database_sessions_cut",
-    "database_sessions_cut_after_charge",
+from tests.faults.kinds import (
+    COMPLETE_KINDS,
+    DUPLICATES_PER_ROUND,
+    FAULTS_PER_ROUND,
+    GRAPH_KINDS,
+    KINDS,
+    LONG_KINDS,
+    SKEWS_SECONDS,
+    STREAM_KINDS,
+    TIMED_KINDS,
+    WINDOW_SECONDS,
 )
-LONG_KINDS = ("child_stopped_past_lease", "worker_killed", "worker_killed_after_charge")
-# These hold for the whole round.
-STANDING_KINDS = ("duplicate_delivery", "clock_skewed")
-KINDS = TIMED_KINDS + STANDING_KINDS
+from tests.faults.planned import COMPLETE, STREAM, STREAM_CLOSED, STREAM_LEFT, PlannedTask, Sending, Spending
 
-GOOD = ("ok", "slow")
-PROVIDER_KINDS = (
-    "http_500",
-    "http_429",
-    "timeout",
-    "broken_before",
-    "broken_after",
-    "broken_body",
-    "overbilled",
-    "no_usage",
-    "not_json",
-)
-BEHAVIOURS = (*GOOD, *PROVIDER_KINDS)
+_Task = TypeVar("_Task", bound=PlannedTask)
 
-FAULTS_PER_ROUND = 7
-WINDOW_SECONDS = 4.0
-VISIBILITY_SECONDS = 3
-LEASE_MARGIN_SECONDS = 2
-SKEWS_SECONDS = (-3600.0, -20.0, -4.0, 4.0, 8.0)
-DUPLICATES_PER_ROUND = 4
+# How many calls and messages of a round go wrong the first time that they come.
+_BAD_CALLS, _BAD_STREAMS, _BAD_POSTS = 7, 9, 5
+_AGAIN_RATE = 0.2  # and how many of those that come again
+_SHOPS = 2  # users who send direct messages, which takes a bigger budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,25 +37,6 @@ class Fault:
     kind: str
     target: int
     seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedTask:
-    """One task, sent `at` seconds from the round's start.
-
-    `script`: how the provider treats its calls the first time they come; `copies`: messages sent.
-    """
-
-    task_id: str
-    at: float
-    user: int
-    calls: int
-    words: int
-    seconds: float
-    tokens: int
-    cap: int | None
-    copies: int
-    script: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,39 +59,70 @@ class RoundPlan:
 
     def serving(self, task_id: str, call: int, times: int) -> str:
         """Say how the provider treats a call that has come `times` times before."""
-        tasks = {task.task_id: task for task in self.tasks}
-        if times == 0 and task_id in tasks:
-            return tasks[task_id].script[call - 1]
-        return _behaviour(random.Random(f"{self.seed}/{self.number}/{task_id}/{call}/{times}"), fault_rate=0.2)
+        task = self.task(task_id)
+        if times == 0 and task is not None:
+            return task.script[call - 1]
+        kinds = STREAM_KINDS if task is not None and task.streams(call) else COMPLETE_KINDS
+        return self._again(f"{task_id}/{call}/{times}", kinds)
+
+    def posting(self, comment_id: str, place: int, times: int) -> str:
+        """Say how Instagram treats a comment's message (place 0) or public reply (1) that has come before."""
+        for task in self.sendings:
+            if task.comment_id == comment_id and times == 0:
+                return task.post_script[place]
+        return self._again(f"{comment_id}/post {place}/{times}", GRAPH_KINDS)
+
+    def chunks_read(self, task_id: str, call: int) -> int | None:
+        """Return how many chunks of a stream its task reads before it ends it; None: all there are."""
+        task = self.task(task_id)
+        return task.chunks_read(call) if task else None
+
+    def task(self, task_id: str) -> PlannedTask | None:
+        return next((task for task in self.tasks if task.task_id == task_id), None)
+
+    @property
+    def sendings(self) -> list[Sending]:
+        """The tasks that send direct messages."""
+        return [task for task in self.tasks if isinstance(task, Sending)]
+
+    def _again(self, name: str, kinds: Sequence[str]) -> str:
+        draw = random.Random(f"{self.seed}/{self.number}/{name}")
+        return draw.choice(kinds) if draw.random() < _AGAIN_RATE else _good(draw)
 
 
 def plan_round(seed: int, number: int) -> RoundPlan:
     """Draw a round. The same seed and number always give the same."""
     draw = random.Random(f"{seed}/{number}")
-    kinds = _dealt(seed, number)
-    budgets = tuple(draw.randint(150, 900) for _ in range(draw.randint(4, 7)))
-    duplicates = DUPLICATES_PER_ROUND if "duplicate_delivery" in kinds else 0
+    kinds = _dealt(seed, number, KINDS, FAULTS_PER_ROUND)
+    users = draw.randint(4, 7)
+    budgets = [draw.randint(150, 900) for _ in range(users)] + [draw.randint(1500, 4500) for _ in range(_SHOPS)]
+    spendings = _scripted(
+        draw, seed, number, [_spending(draw, number, index, users) for index in range(draw.randint(26, 34))]
+    )
+    sendings = _sendings(draw, seed, number, users)
+    if "duplicate_delivery" in kinds:
+        spendings, sendings = _duplicated(spendings), _duplicated(sendings)
     return RoundPlan(
         seed=seed,
         number=number,
         workers=2,
         concurrency=draw.choice((2, 3)),
         skew_seconds=draw.choice(SKEWS_SECONDS) if "clock_skewed" in kinds else 0.0,
-        budgets=budgets,
-        tasks=tuple(_task(draw, number, index, len(budgets), duplicates) for index in range(draw.randint(28, 40))),
+        budgets=tuple(budgets),
+        tasks=(*spendings, *sendings),
         faults=tuple(sorted(_faults(draw, kinds), key=lambda fault: fault.at)),
     )
 
 
-def _dealt(seed: int, number: int) -> list[str]:
+def _dealt(seed: int, number: int, kinds: Sequence[str], count: int) -> list[str]:
     """Return the round's share of an endless row of shuffled decks, so that no kind is met rarely."""
-    first = number * FAULTS_PER_ROUND
-    return [_card(seed, position) for position in range(first, first + FAULTS_PER_ROUND)]
+    first = number * count
+    return [_card(seed, kinds, position) for position in range(first, first + count)]
 
 
-def _card(seed: int, position: int) -> str:
-    deck = list(KINDS)
-    random.Random(f"{seed}/deck/{position // len(deck)}").shuffle(deck)
+def _card(seed: int, kinds: Sequence[str], position: int) -> str:
+    deck = list(kinds)
+    random.Random(f"{seed}/{kinds[-1]}/{position // len(deck)}").shuffle(deck)
     return deck[position % len(deck)]
 
 
@@ -149,26 +138,70 @@ def _faults(draw: random.Random, kinds: list[str]) -> Iterator[Fault]:
             )
 
 
-def _task(draw: random.Random, number: int, index: int, users: int, duplicates: int) -> PlannedTask:
+def _spending(draw: random.Random, number: int, index: int, users: int) -> Spending:
     calls = draw.choice((1, 1, 2, 2, 3))
     words = draw.randint(5, 25)
-    return PlannedTask(
+    ways = [draw.choice((COMPLETE, COMPLETE, STREAM, STREAM, STREAM_CLOSED)) for _ in range(calls)]
+    # One that is left open keeps its tokens from any call after it, so none comes after it.
+    if ways[-1] == STREAM_CLOSED and draw.random() < 0.4:
+        ways[-1] = STREAM_LEFT
+    extends = draw.random() < 0.3
+    # Mostly enough for the calls; sometimes a hold that runs dry, or must be extended.
+    tokens = draw.choice((10, words + 40)) if extends else calls * (words + draw.choice((25, 45, 60, 80)))
+    return Spending(
         task_id=f"r{number}-t{index}",
         # Half at once, for the queue to be full; the others while faults strike.
         at=0.0 if index % 2 else round(draw.uniform(0, WINDOW_SECONDS), 2),
         user=draw.randrange(users),
-        calls=calls,
+        ways=tuple(ways),
         words=words,
         seconds=round(draw.choice((0.0, 0.05, 0.2, 0.5)), 2),
-        # Mostly enough for the calls; sometimes a hold that runs dry.
-        tokens=calls * (words + draw.choice((25, 45, 60, 80))),
+        tokens=tokens,
         cap=draw.choice((None, None, 15, 30)),
-        copies=2 if index < duplicates else 1,
-        script=tuple(_behaviour(draw, fault_rate=0.3) for _ in range(calls)),
+        extends=extends,
+        copies=1,
+        script=(),
     )
 
 
-def _behaviour(draw: random.Random, *, fault_rate: float) -> str:
-    if draw.random() < fault_rate:
-        return draw.choice(PROVIDER_KINDS)
+def _scripted(draw: random.Random, seed: int, number: int, tasks: list[Spending]) -> list[Spending]:
+    """Give each call a behaviour: the round's share of the bad ones to some, and good ones to the others."""
+    scripts = [[_good(draw) for _ in task.ways] for task in tasks]
+    places = [(index, call) for index, task in enumerate(tasks) for call in range(len(task.ways))]
+    # The first calls of the tasks that come first are the likeliest to be made: others are denied, or killed before.
+    places.sort(key=lambda place: draw.random() * (1 + 2 * place[1] + tasks[place[0]].at))
+    for streams, kinds, count in ((False, COMPLETE_KINDS, _BAD_CALLS), (True, STREAM_KINDS, _BAD_STREAMS)):
+        fitting = [(index, call) for index, call in places if tasks[index].streams(call + 1) == streams]
+        for (index, call), kind in zip(fitting, _dealt(seed, number, kinds, count), strict=False):
+            scripts[index][call] = kind
+    return [replace(task, script=tuple(script)) for task, script in zip(tasks, scripts, strict=True)]
+
+
+def _sendings(draw: random.Random, seed: int, number: int, users: int) -> list[Sending]:
+    count = draw.randint(8, 11)
+    bad: list[str | None] = [*_dealt(seed, number, GRAPH_KINDS, _BAD_POSTS)]
+    bad += [None] * (count - len(bad))
+    draw.shuffle(bad)
+    return [
+        Sending(
+            task_id=f"r{number}-m{index}",
+            at=0.0 if index % 3 == 0 else round(draw.uniform(0, WINDOW_SECONDS), 2),
+            user=users + draw.randrange(_SHOPS),
+            copies=1,
+            script=(draw.choice(COMPLETE_KINDS) if draw.random() < _AGAIN_RATE else _good(draw),),
+            mode=draw.choice(("PRODUCT", "PRODUCT", "STATIC")),
+            words=draw.randint(5, 25),
+            replies=draw.random() < 0.4,
+            post_script=(kind or _good(draw), draw.choice(GRAPH_KINDS) if draw.random() < _AGAIN_RATE else _good(draw)),
+        )
+        for index, kind in enumerate(bad)
+    ]
+
+
+def _duplicated(tasks: list[_Task]) -> list[_Task]:
+    """Deliver some of the tasks twice."""
+    return [replace(task, copies=2 if index < DUPLICATES_PER_ROUND else 1) for index, task in enumerate(tasks)]
+
+
+def _good(draw: random.Random) -> str:
     return draw.choice(("ok", "ok", "ok", "slow"))

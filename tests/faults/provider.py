@@ -1,156 +1,189 @@
 """A fake OpenAI-compatible server on loopback. It does as its script says, and keeps its own ledger."""
 
 import json
-import re
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from contextlib import suppress
+from typing import Any, Protocol
 
 from ai.model import Message
 from ai.tokens import count_prompt_tokens, offline_counter
-from tests.faults.ledger import Ledger, Serving
-
-Script = Callable[[str, int, int], str]
-"""Task, call, and how often it has come before: the behaviour to show."""
+from tests.faults.kinds import BREAKING_KINDS, LEASE_MARGIN_SECONDS, VISIBILITY_SECONDS
+from tests.faults.ledger import CHUNK_TOKENS, Ledger, Serving
+from tests.faults.loopback import (
+    QUICK_SECONDS,
+    SLOW_SECONDS,
+    STALLED_SECONDS,
+    TIMEOUT_SECONDS,
+    LoopbackHandler,
+    LoopbackServer,
+)
+from tests.faults.prompts import read_prompt
 
 MODEL_NAME = "gpt-4o-mini"
-MODEL_TIMEOUT_SECONDS = 1.0
-PID_HEADER = "X-Asked-By"
 
-_PROMPT = re.compile(r"task (\S+) call (\d+) user (\d+):")
-_QUICK_SECONDS = 0.03
-_SLOW_SECONDS = 0.6
-_STALLED_SECONDS = MODEL_TIMEOUT_SECONDS + 0.4
 _OVERBILLED_TOKENS = 37
+# A stream that outlasts its hold's lease and its delivery's visibility, though it never stalls.
+_LONG_SECONDS = max(VISIBILITY_SECONDS, TIMEOUT_SECONDS + LEASE_MARGIN_SECONDS) + 1.2
+_LONGEST_PAUSE_SECONDS = 0.7 * TIMEOUT_SECONDS
 
 
-def prompt_of(task_id: str, call: int, user_id: object, words: int) -> str:
-    """Return a prompt that tells the provider which call it serves."""
-    return f"task {task_id} call {call} user {user_id}:" + " token" * words
+class Script(Protocol):
+    """What to do with the calls; a round's plan is one."""
+
+    def serving(self, task_id: str, call: int, times: int) -> str:
+        """Say how a call that has come `times` times before is treated."""
+        ...
+
+    def chunks_read(self, task_id: str, call: int) -> int | None:
+        """Say after how many chunks the caller ends a stream; None: it does not."""
+        ...
 
 
-class FakeProvider(ThreadingHTTPServer):
-    """Answers chat completions."""
-
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 64
+class FakeProvider(LoopbackServer):
+    """Answers chat completions, at once or in chunks."""
 
     def __init__(self, script: Script) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.script = script
         self.ledger = Ledger()
-        self.closing = threading.Event()
         self.counter = offline_counter()
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed has hung up: that is what this is for."""
-
-
-@contextmanager
-def running_provider(script: Script) -> Iterator[FakeProvider]:
-    """Run a provider in a thread until the block ends."""
-    with FakeProvider(script) as provider:
-        thread = threading.Thread(target=provider.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
-        try:
-            yield provider
-        finally:
-            provider.closing.set()
-            provider.shutdown()
-            thread.join()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    timeout = 30
+class _Handler(LoopbackHandler):
     server: FakeProvider
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
-        """Say nothing."""
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    def answer(self) -> None:
+        request = self.read()
         prompt = request["messages"][-1]["content"]
-        task_id, call, user_id = _PROMPT.match(prompt).groups()  # type: ignore[union-attr]
+        asked = read_prompt(prompt)
         messages = [Message(role=message["role"], content=message["content"]) for message in request["messages"]]
         prompt_tokens = count_prompt_tokens(messages, self.server.counter)
         cap = request["max_tokens"]
         serving, times = self.server.ledger.open(
-            task_id=task_id,
-            call=int(call),
-            user_id=int(user_id),
-            pid=int(self.headers.get(PID_HEADER, 0)),
+            task_id=asked.task_id,
+            call=asked.call,
+            user_id=asked.user_id,
+            pid=self.asked_by,
             asked=prompt_tokens + cap,
         )
-        serving.behaviour = self.server.script(task_id, int(call), times)
+        serving.prompt_tokens = prompt_tokens
+        serving.streamed = bool(request.get("stream"))
+        serving.chunks_read = self.server.script.chunks_read(asked.task_id, asked.call) if serving.streamed else None
+        serving.behaviour = self.server.script.serving(asked.task_id, asked.call, times)
         try:
             with suppress(OSError):
-                self._serve(serving, prompt_tokens, min(cap, 5 + len(prompt) % 30))
+                self._serve(serving, min(cap, 5 + len(prompt) % 30))
         finally:
             serving.ended_at = time.monotonic()
 
-    def _serve(self, serving: Serving, prompt_tokens: int, completion_tokens: int) -> None:
+    def _serve(self, serving: Serving, completion_tokens: int) -> None:
         if serving.behaviour in ("http_500", "http_429"):
             status = int(serving.behaviour.removeprefix("http_"))
-            self._send(status, json.dumps({"error": {"message": "not now", "code": "busy"}}))
-            return
-        if serving.behaviour == "broken_before":
-            self._hang_up()
-            return
-        # From here on it has done the work, and bills it, whatever becomes of the answer.
-        billed = completion_tokens
-        if serving.behaviour == "overbilled":
-            billed = serving.asked - prompt_tokens + _OVERBILLED_TOKENS
-        serving.billed = prompt_tokens + billed
-        seconds = {"slow": _SLOW_SECONDS, "timeout": _STALLED_SECONDS}.get(serving.behaviour, _QUICK_SECONDS)
-        self.server.closing.wait(seconds)
-        body = _completion(serving, prompt_tokens, billed, " token" * completion_tokens)
-        if serving.behaviour == "broken_after":
-            self._hang_up()
-        elif serving.behaviour == "broken_body":
-            self._send(200, body, bytes_sent=len(body) // 2)
-            self._hang_up()
-        elif serving.behaviour == "not_json":
-            self._send(200, "<html>The gateway has lost the answer.</html>")
+            self.send(status, json.dumps({"error": {"message": "not now", "code": "busy"}}))
+        elif serving.behaviour == "broken_before":
+            self.hang_up()
+        elif serving.streamed and serving.behaviour not in ("broken_after", "not_json"):
+            self._stream(serving, completion_tokens)
         else:
-            self._send(200, body)
+            self._complete(serving, completion_tokens)
+
+    def _complete(self, serving: Serving, completion_tokens: int) -> None:
+        # From here on it has done the work, and bills it, whatever becomes of the answer.
+        serving.billed = serving.prompt_tokens + completion_tokens
+        if serving.behaviour == "overbilled":
+            serving.billed = serving.asked + _OVERBILLED_TOKENS
+        seconds = {"slow": SLOW_SECONDS, "timeout": STALLED_SECONDS}.get(serving.behaviour, QUICK_SECONDS)
+        self.server.closing.wait(seconds)
+        body = json.dumps(_completion(serving, " token" * completion_tokens))
+        if serving.behaviour == "broken_after":
+            self.hang_up()
+        elif serving.behaviour == "broken_body":
+            self.send(200, body, bytes_sent=len(body) // 2)
+            self.hang_up()
+        elif serving.behaviour == "not_json":
+            self.send(200, "<html>The gateway has lost the answer.</html>")
+        else:
+            serving.usage_sent = serving.behaviour != "no_usage"
+            self.send(200, body)
             serving.complete = True
 
-    def _send(self, status: int, body: str, *, bytes_sent: int | None = None) -> None:
-        content = body.encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
+    def _stream(self, serving: Serving, completion_tokens: int) -> None:
+        """Send the answer in chunks. What has been generated is billed, whether or not it gets through."""
+        serving.billed = serving.prompt_tokens
+        if serving.behaviour == "timeout":
+            self.server.closing.wait(STALLED_SECONDS)
+        self._begin_events()
+        self._event(_chunk(serving, {"role": "assistant", "content": ""}))
+        sizes = [min(CHUNK_TOKENS, completion_tokens - sent) for sent in range(0, completion_tokens, CHUNK_TOKENS)]
+        breaks_at = serving.serial % len(sizes) if serving.behaviour in BREAKING_KINDS else None
+        seconds = {"slow": SLOW_SECONDS, "stream_long": _LONG_SECONDS}.get(serving.behaviour, QUICK_SECONDS)
+        for place, tokens in enumerate(sizes):
+            self.server.closing.wait(min(seconds / len(sizes), _LONGEST_PAUSE_SECONDS))
+            if place == breaks_at:
+                self._break_off(serving, tokens, sum(sizes[place:]))
+                return
+            serving.billed += tokens
+            self._event(_chunk(serving, {"content": " token" * tokens}))
+            serving.tokens_sent += tokens
+        self._event(_chunk(serving, {}, finish="stop"))
+        if serving.behaviour == "stream_usage_lost":
+            self.hang_up()
+            return
+        if serving.behaviour == "overbilled":
+            serving.billed = serving.asked + _OVERBILLED_TOKENS
+        if serving.behaviour != "no_usage":
+            self._event(_chunk(serving, None) | {"usage": _usage(serving)})
+            serving.usage_sent = True
+        self._write(b"data: [DONE]\n\n")
+        self._write(b"")
+        serving.complete = True
+
+    def _break_off(self, serving: Serving, next_tokens: int, tokens_left: int) -> None:
+        """Cut the connection in the middle: at once, with more text generated than was sent, or after a stall."""
+        if serving.behaviour == "stream_broken_unseen":
+            serving.billed += tokens_left
+        if serving.behaviour == "stream_stalled":
+            serving.billed += next_tokens
+            self.server.closing.wait(STALLED_SECONDS)
+        self.hang_up()
+
+    def _begin_events(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        self.wfile.write(content[:bytes_sent])
+
+    def _event(self, data: dict[str, Any]) -> None:
+        self._write(f"data: {json.dumps(data)}\n\n".encode())
+
+    def _write(self, content: bytes) -> None:
+        """Write one chunk of HTTP's; an empty one is the last."""
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(content), content))
         self.wfile.flush()
 
-    def _hang_up(self) -> None:
-        self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
 
-
-def _completion(serving: Serving, prompt_tokens: int, completion_tokens: int, text: str) -> str:
-    body: dict[str, Any] = {
-        "id": f"chatcmpl-{serving.serial}",
-        "object": "chat.completion",
-        "created": 0,
-        "model": serving.model_name,
-        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
-    }
+def _completion(serving: Serving, text: str) -> dict[str, Any]:
+    body = _body(serving, "chat.completion")
+    body["choices"] = [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]
     if serving.behaviour != "no_usage":
-        body["usage"] = {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        }
-    return json.dumps(body)
+        body["usage"] = _usage(serving)
+    return body
+
+
+def _chunk(serving: Serving, delta: dict[str, str] | None, *, finish: str | None = None) -> dict[str, Any]:
+    """Return a chunk of a stream; `delta` None: one without a choice, as the usage comes in."""
+    body = _body(serving, "chat.completion.chunk")
+    body["choices"] = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish}]
+    return body
+
+
+def _body(serving: Serving, kind: str) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{serving.serial}", "object": kind, "created": 0, "model": serving.model_name}
+
+
+def _usage(serving: Serving) -> dict[str, int]:
+    return {
+        "prompt_tokens": serving.prompt_tokens,
+        "completion_tokens": serving.billed - serving.prompt_tokens,
+        "total_tokens": serving.billed,
+    }

@@ -4,10 +4,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tests.faults.checks import VIOLATIONS, Books, Violation, ended_by_nothing
-from tests.faults.plans import KINDS, PROVIDER_KINDS
-from tests.faults.rounds import Stage
+from tests.faults.books import Books
+from tests.faults.checks import ended_by_nothing, extensions_of, lost_by_transport
+from tests.faults.kinds import GRAPH_KINDS, KINDS, PROVIDER_KINDS
+from tests.faults.ledger import Serving
+from tests.faults.stages import Stage
+from tests.faults.violations import VIOLATIONS, Violation
 
+_ALL_KINDS = (*KINDS, *PROVIDER_KINDS, *GRAPH_KINDS)
 _UNRECORDED = "served, unrecorded: "
 
 
@@ -26,11 +30,10 @@ class Totals:
 
     def add(self, stage: Stage, books: Books, violations: list[Violation], seconds: float) -> None:
         """Count a round in."""
-        begun = books.tasks_admitted | {serving.task_id for serving in books.servings}
         self.rounds += 1
         self.seconds += seconds
         self.faults.update(injected.kind for injected in stage.injected)
-        self.faults.update(s.behaviour for s in books.servings if s.behaviour in PROVIDER_KINDS)
+        self.faults.update(request.behaviour for request in (*books.servings, *books.postings))
         self.outcomes.update(stage.outcomes.values())
         for violation in violations:
             self.violations[violation.kind] += 1
@@ -46,18 +49,55 @@ class Totals:
                 "tokens recorded": sum(charge.tokens_total for charge in books.charges),
                 "tokens billed over what was asked": sum(serving.over for serving in books.servings),
                 "calls bought twice": len(books.charges) - len({(c.task_id, c.call) for c in books.charges}),
-                "messages lost by the broker": sum(task not in begun for task in ended_by_nothing(stage)),
+                "messages lost by the broker": sum(
+                    lost_by_transport(stage, books, task) for task in ended_by_nothing(stage)
+                ),
+                "results lost of work that is done": sum(
+                    task in books.tasks_completed for task in ended_by_nothing(stage)
+                ),
                 "holds taken back by expiry": books.expired,
                 "looks at the books in the midst": stage.audit.looks,
                 "rounds not settled in time": int(not stage.settled),
                 "messages left in these": stage.messages_left,
             }
         )
+        self.figures.update(_figures_of_streams(books))
+        extended = [extension["granted"] for extensions in extensions_of(stage).values() for extension in extensions]
+        self.figures.update({"extensions granted": sum(extended), "extensions denied": extended.count(False)})
+        self.figures.update(_figures_of_effects(books))
         for call in books.unrecorded:
             self.figures[_UNRECORDED + call.cause] += 1
             self.figures[f"{_UNRECORDED}{call.cause}, tokens"] += call.serving.billed
             if call.named:
                 self.figures["of these, named by a row of calls in flight"] += 1
+
+
+def _figures_of_streams(books: Books) -> dict[str, int]:
+    streams = [serving for serving in books.servings if serving.streamed and serving.billed]
+    charged = {charge.model_name for charge in books.charges}
+
+    def unseen(serving: Serving) -> int:
+        return serving.billed - serving.chargeable if serving.model_name in charged else 0
+
+    return {
+        "streams": len(streams),
+        "streams broken": sum(not (serving.complete or serving.closed_early) for serving in streams),
+        "streams ended early by their task": sum(serving.closed_early for serving in streams),
+        "recorded streams: tokens billed that their tasks never saw": sum(map(unseen, streams)),
+    }
+
+
+def _figures_of_effects(books: Books) -> dict[str, int]:
+    statuses = Counter(row.status for row in books.effects)
+    return {
+        "messages and public replies begun": len(books.effects),
+        "asked of Instagram": len(books.postings),
+        "accepted by Instagram": sum(posting.accepted for posting in books.postings),
+        "said to be sent": statuses["sent"],
+        "said to be unknown": statuses["unknown"],
+        "said to have failed": statuses["failed"],
+        "left in sending, by lost tasks": statuses["sending"],
+    }
 
 
 def describe_round(stage: Stage, violations: list[Violation], seconds: float) -> str:
@@ -77,7 +117,7 @@ def describe_round(stage: Stage, violations: list[Violation], seconds: float) ->
 
 def as_markdown(totals: Totals) -> str:
     """Return the tables of a run, with the command that makes them."""
-    faults = sum(totals.faults.values())
+    faults = sum(totals.faults[kind] for kind in _ALL_KINDS)
     command = f"`make faults SEED={totals.seed} ROUNDS={totals.rounds}`"
     parts = [
         f"{command}: {totals.rounds} rounds, {faults} faults, {totals.seconds / 60:.0f} minutes.",
@@ -90,7 +130,7 @@ def as_markdown(totals: Totals) -> str:
         ),
         _table(
             ("fault", "times"),
-            [(kind.replace("_", " "), totals.faults[kind]) for kind in (*KINDS, *PROVIDER_KINDS)],
+            [(kind.replace("_", " "), totals.faults[kind]) for kind in _ALL_KINDS],
         ),
         _table(("task ended", "tasks"), totals.outcomes.most_common()),
         _table(("figure", "count"), list(totals.figures.items())),

@@ -8,14 +8,15 @@ from pathlib import Path
 
 from tests.faults.plans import RoundPlan
 from tests.faults.report import Totals, describe_round
-from tests.faults.rounds import Stage, staged
+from tests.faults.rounds import staged
 from tests.faults.servers import Servers, running_servers
+from tests.faults.stages import Stage
 
 
 def run_rounds(plans: Sequence[RoundPlan], say: Callable[[str], None]) -> Totals:
     """Play the rounds, say how each went, and return the totals. Whatever happens, no process is left.
 
-    Workers' logs of rounds that went wrong are kept, in the folder that is named then.
+    Workers' logs of rounds that went wrong, or did not settle, are kept, in the folder that is named then.
     """
     totals = Totals(seed=plans[0].seed)
     logs = Path(tempfile.mkdtemp(prefix="trueup-faults-"))
@@ -33,7 +34,7 @@ def run_rounds(plans: Sequence[RoundPlan], say: Callable[[str], None]) -> Totals
             seconds = time.monotonic() - began
             totals.add(stage, books, violations, seconds)
             say(describe_round(stage, violations, seconds))
-            _tidy(logs, plan, keep=bool(violations), say=say)
+            _tidy(logs, plan, keep=bool(violations) or not stage.settled, say=say)
     if not any(logs.iterdir()):
         logs.rmdir()
     return totals

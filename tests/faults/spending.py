@@ -1,14 +1,17 @@
-"""The worker's side of a round, loaded with `-I tests.faults.spending`: its task, and some impatience.
+"""The worker's side of a round, loaded with `-I tests.faults.spending`: the task that spends, and some impatience.
 
 Nothing here changes what a task may spend or how that is recorded: waits are shortened, so that a round takes seconds,
-and each request to the provider says which process asked.
+and each request to the provider and to Instagram says which process asked.
 """
 
 import inspect
 import os
 import time
+from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
+import httpx
 import httpx2
 import openai
 import psycopg
@@ -17,47 +20,86 @@ from kombu import Connection
 
 import billing.settings
 import tasks.base
-from ai.model import Message, Model
+from ai.metering import MeteredModel, running_hold
+from ai.model import CompletionStream, Message
 from ai.tokens import offline_counter
 from billing.users import UserId
 from tasks import metered_task
-from tests.faults.plans import LEASE_MARGIN_SECONDS, VISIBILITY_SECONDS
-from tests.faults.provider import PID_HEADER, prompt_of
+from tests.faults.kinds import CHUNKS_READ, LEASE_MARGIN_SECONDS, VISIBILITY_SECONDS
+from tests.faults.loopback import PID_HEADER
+from tests.faults.planned import COMPLETE, SPEND_TASK, STREAM_CLOSED, STREAM_LEFT
+from tests.faults.prompts import prompt_of
 from worker.celery import app
 
-TASK = "faults.spend"
+# What a call takes beside its words: the rest of the prompt, and some answer.
+ROOM_TOKENS = 40
 
 
 @metered_task(
-    name=TASK,
+    name=SPEND_TASK,
     feature_name="Faults",
     section="chat",
     estimated_tokens=lambda arguments: arguments["tokens"],
     default_retry_delay=0.3,
 )
 def spend(
-    model: Model,
+    model: MeteredModel,
     user_id: UserId,
     label: str,
     tokens: int,
-    calls: int = 1,
+    ways: list[str],
     words: int = 10,
     seconds: float = 0,
     cap: int | None = None,
-) -> int:
-    """Make the calls, with a pause after each. Returns the tokens spent."""
-    spent = 0
-    for call in range(1, calls + 1):
-        prompt = prompt_of(label, call, user_id, words)
-        spent += model.complete([Message(role="user", content=prompt)], max_completion_tokens=cap).total_tokens
+    extends: bool = False,
+) -> dict[str, Any]:
+    """Make a call in each of the ways, with a pause after it. Returns the tokens spent, and how the hold was extended.
+
+    `extends`: before a call that the hold would not cover, extend it; when that is denied, end with what there is.
+    """
+    spent, extensions = 0, list[dict[str, Any]]()
+    for call, way in enumerate(ways, 1):
+        if extends and model.tokens_left < words + ROOM_TOKENS:
+            extensions.append(_extend(model, words + ROOM_TOKENS))
+            if not extensions[-1]["granted"]:
+                break
+        spent += _buy(model, [Message(role="user", content=prompt_of(label, call, user_id, words))], way, cap)
         time.sleep(seconds)
-    return spent
+    return {"spent": spent, "extensions": extensions}
+
+
+def _extend(model: MeteredModel, tokens: int) -> dict[str, Any]:
+    hold, before = running_hold(), model.tokens_left
+    granted = model.extend(tokens)
+    return {
+        "asked": tokens,
+        "granted": granted,
+        "added": model.tokens_left - before,
+        "attempt": hold.attempt if hold else 0,
+    }
+
+
+def _buy(model: MeteredModel, messages: list[Message], way: str, cap: int | None) -> int:
+    if way == COMPLETE:
+        return model.complete(messages, max_completion_tokens=cap).total_tokens
+    stream = model.stream(messages, max_completion_tokens=cap)
+    if way == STREAM_LEFT:  # for the base task to end
+        _read(stream, CHUNKS_READ)
+        return 0
+    with stream:
+        _read(stream, CHUNKS_READ if way == STREAM_CLOSED else None)
+    return stream.completion().total_tokens
+
+
+def _read(stream: CompletionStream, chunks: int | None) -> None:
+    for _ in islice(stream, chunks):
+        pass
 
 
 def _hurry() -> None:
     tasks.base.PROVIDER_RETRY_BASE_SECONDS = 0.2  # type: ignore[assignment]
-    # A hold's lease is then 3 s: shorter than the longest stop of a process, longer than any call.
-    billing.settings.LEASE_MARGIN_SECONDS = LEASE_MARGIN_SECONDS
+    # A hold's lease is then 2.5 s: shorter than the longest stop of a process, longer than any call but a long stream.
+    billing.settings.LEASE_MARGIN_SECONDS = LEASE_MARGIN_SECONDS  # type: ignore[assignment]
     options: dict[str, Any] = app.conf.broker_transport_options
     options.update(
         visibility_timeout=VISIBILITY_SECONDS,
@@ -84,13 +126,16 @@ def _warm_up() -> None:
 
 
 def _sign_requests() -> None:
-    send = httpx2.Client.send
+    for client in (httpx.Client, httpx2.Client):
+        client.send = _signed(client.send)  # type: ignore[assignment,method-assign]
 
-    def signed(self: httpx2.Client, request: httpx2.Request, **options: Any) -> httpx2.Response:
+
+def _signed(send: Callable[..., Any]) -> Callable[..., Any]:
+    def signed(client: Any, request: Any, **options: Any) -> Any:
         request.headers[PID_HEADER] = str(os.getpid())
-        return send(self, request, **options)
+        return send(client, request, **options)
 
-    httpx2.Client.send = signed  # type: ignore[method-assign,assignment]
+    return signed
 
 
 _warm_up()

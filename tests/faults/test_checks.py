@@ -10,15 +10,29 @@ from sqlalchemy import Connection
 
 from billing.charges import record_charge
 from billing.holds import Hold, expire_holds
-from tests.faults.checks import read_books, violations
-from tests.faults.ledger import Ledger, Serving
+from tests.faults.books import read_books
+from tests.faults.checks import violations
+from tests.faults.ledger import EFFECTS, GraphLedger, Ledger, Serving
+from tests.faults.planned import Sending, Spending
 from tests.faults.plans import plan_round
-from tests.faults.rounds import Stage
+from tests.faults.stages import Stage
 from tests.faults.unrecorded import find_unrecorded
 from tests.support.host import Host
 from tests.support.work import hold_tokens, usage_of
 
 BUDGET = 100
+MESSAGE = EFFECTS[0]
+SENDING = Sending(
+    task_id="m1",
+    at=0,
+    user=0,
+    copies=1,
+    script=("ok",),
+    mode="STATIC",
+    words=5,
+    replies=False,
+    post_script=("ok", "ok"),
+)
 Found = Callable[[], set[str]]
 
 
@@ -26,13 +40,14 @@ Found = Callable[[], set[str]]
 def stage(host: Host) -> Stage:
     """A round of one user that has been played, with nothing in it yet."""
     user = host.subscriber(BUDGET, start=datetime.now(UTC) - timedelta(days=1))
-    provider = SimpleNamespace(ledger=Ledger())
+    provider, graph = SimpleNamespace(ledger=Ledger()), SimpleNamespace(ledger=GraphLedger())
     return Stage(
-        plan=replace(plan_round(1, 0), budgets=(BUDGET,)),
+        plan=replace(plan_round(1, 0), budgets=(BUDGET,), tasks=(SENDING,)),
         servers=None,  # type: ignore[arg-type] - not asked
         database="",
         engine=host.engine,
         provider=provider,  # type: ignore[arg-type] - only its ledger is asked
+        graph=graph,  # type: ignore[arg-type] - likewise
         workers=[],
         sender=None,  # type: ignore[arg-type] - not asked
         users=[user],
@@ -54,14 +69,46 @@ def hold(connection: Connection, stage: Stage) -> Hold:
 def serve(stage: Stage, billed: int, *, asked: int = 80, task: str = "t1", user: int | None = None) -> Serving:
     serving, _ = stage.provider.ledger.open(task_id=task, call=1, user_id=user or stage.users[0], pid=1, asked=asked)
     serving.billed, serving.complete, serving.ended_at = billed, True, serving.started_at
+    serving.usage_sent = True
+    return serving
+
+
+def serve_stream(stage: Stage, billed: int, *, prompt: int, sent: int, chunks_read: int | None = None) -> Serving:
+    """Serve a stream whose usage was never told."""
+    serving = serve(stage, billed)
+    serving.streamed, serving.usage_sent, serving.complete = True, False, False
+    serving.prompt_tokens, serving.tokens_sent, serving.chunks_read = prompt, sent, chunks_read
     return serving
 
 
 def record(
-    connection: Connection, hold: Hold, serving: Serving, *, tokens: int | None = None, key: str = "1:x"
+    connection: Connection,
+    hold: Hold,
+    serving: Serving,
+    *,
+    tokens: int | None = None,
+    key: str = "1:x",
+    reported: bool = True,
 ) -> None:
     usage = usage_of(tokens or serving.billed, model_name=serving.model_name)
-    record_charge(connection, hold, call_key=key, usage=usage, metadata={"task_id": hold.task_id})
+    metadata = {"task_id": hold.task_id, "usage_reported": reported}
+    record_charge(connection, hold, call_key=key, usage=usage, metadata=metadata)
+
+
+def post(stage: Stage, *, accepted: bool = True, text: str = "hello") -> None:
+    posting, _ = stage.graph.ledger.open(effect=MESSAGE, comment_id=SENDING.comment_id, text=text, pid=1)
+    posting.accepted, posting.ended_at = accepted, 0.0
+
+
+def told(host: Host, stage: Stage, status: str) -> None:
+    """Let the outbox say that of the message."""
+    host.execute(
+        "INSERT INTO trueup.outbox (user_id, task_id, effect, status, detail, created_at, updated_at) "
+        """VALUES (:user, 'm1', :effect, :status, '{"message": "hello"}', now(), now())""",
+        user=stage.users[0],
+        effect=MESSAGE,
+        status=status,
+    )
 
 
 def test_a_call_that_is_served_and_recorded_is_no_violation(
@@ -103,6 +150,49 @@ def test_a_wrong_figure_is_found(stage: Stage, connection: Connection, hold: Hol
     assert found() == {"wrong_usage"}
 
 
+def test_a_broken_stream_is_charged_by_what_arrived(
+    stage: Stage, connection: Connection, hold: Hold, found: Found
+) -> None:
+    # 50 were generated: 10 of them on top of what was sent, which nobody has told the caller.
+    record(connection, hold, serve_stream(stage, 50, prompt=30, sent=10), tokens=40, reported=False)
+    assert found() == set()
+
+
+@pytest.mark.parametrize("tokens", [39, 41, 50])
+def test_a_broken_stream_that_is_not_charged_by_what_arrived_is_found(
+    stage: Stage, connection: Connection, hold: Hold, found: Found, tokens: int
+) -> None:
+    record(connection, hold, serve_stream(stage, 50, prompt=30, sent=10), tokens=tokens, reported=False)
+    assert found() == {"wrong_usage"}
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(36, set()), (40, {"wrong_usage"})])
+def test_a_stream_that_its_task_closed_is_charged_by_what_was_read(
+    stage: Stage, connection: Connection, hold: Hold, found: Found, tokens: int, expected: set[str]
+) -> None:
+    serving = serve_stream(stage, 40, prompt=30, sent=10, chunks_read=3)
+    serving.usage_sent = True
+    record(connection, hold, serving, tokens=tokens, reported=False)
+    assert found() == expected
+
+
+@pytest.mark.parametrize("chunks_read", [None, 6])
+def test_a_stream_that_was_read_to_its_end_is_charged_by_its_bill(
+    stage: Stage, connection: Connection, hold: Hold, found: Found, chunks_read: int | None
+) -> None:
+    serving = serve_stream(stage, 77, prompt=30, sent=10, chunks_read=chunks_read)
+    serving.usage_sent = True
+    record(connection, hold, serving)
+    assert found() == set()
+
+
+def test_a_counted_charge_that_does_not_say_so_is_found(
+    stage: Stage, connection: Connection, hold: Hold, found: Found
+) -> None:
+    record(connection, hold, serve_stream(stage, 40, prompt=30, sent=10))
+    assert found() == {"wrong_usage"}
+
+
 def test_usage_of_another_user_is_found(
     stage: Stage, host: Host, connection: Connection, hold: Hold, found: Found
 ) -> None:
@@ -135,8 +225,147 @@ def test_a_task_that_vanished_is_found(stage: Stage, hold: Hold, found: Found) -
     assert found() == {"lost_task"}
 
 
-def intent(bound: int) -> SimpleNamespace:
-    return SimpleNamespace(user_id=7, task_id="t1", call=1, tokens_bound=bound)
+@pytest.mark.parametrize(("outcome", "expected"), [("waits for its retry", set()), ("unfinished", {"lost_task"})])
+def test_only_a_message_on_its_way_may_be_lost_when_redis_goes(
+    stage: Stage, hold: Hold, found: Found, outcome: str, expected: set[str]
+) -> None:
+    stage.outcomes = {"t1": outcome}
+    stage.note("redis_killed")
+    assert found() == expected
+
+
+@pytest.mark.parametrize(("ways", "expected"), [(("stream",), {"lost_result"}), (("stream_closed",), set())])
+def test_a_result_that_vanished_is_found_unless_its_answers_were_not_kept(
+    stage: Stage, host: Host, hold: Hold, found: Found, ways: tuple[str, ...], expected: set[str]
+) -> None:
+    host.execute("UPDATE trueup.hold SET completed = true")
+    spending = Spending(
+        task_id="t1",
+        at=0,
+        user=0,
+        copies=1,
+        script=("ok",),
+        ways=ways,
+        words=5,
+        seconds=0,
+        tokens=80,
+        cap=None,
+        extends=False,
+    )
+    stage.plan = replace(stage.plan, tasks=(spending,))
+    stage.outcomes = {"t1": "unfinished"}
+    assert found() == expected
+
+
+def test_a_retry_that_vanished_while_redis_was_well_is_found(stage: Stage, hold: Hold, found: Found) -> None:
+    stage.outcomes = {"t1": "waits for its retry"}
+    assert found() == {"lost_task"}
+
+
+def test_messages_that_multiply_are_found(stage: Stage, found: Found) -> None:
+    stage.settled, stage.messages_left = False, 2
+    assert found() == {"message_flood"}
+
+
+def extension(stage: Stage, *, granted: bool, added: int, attempt: int = 1) -> None:
+    made = {"asked": 20, "granted": granted, "added": added, "attempt": attempt}
+    stage.results["t1"] = {"spent": 0, "extensions": [made]}
+
+
+@pytest.mark.parametrize(("granted", "added"), [(True, 20), (False, 0)])
+def test_an_extension_that_adds_what_was_asked_or_nothing_is_no_violation(
+    stage: Stage, found: Found, granted: bool, added: int
+) -> None:
+    extension(stage, granted=granted, added=added)
+    assert found() == set()
+
+
+@pytest.mark.parametrize(("granted", "added"), [(True, 0), (True, 21), (False, 20)])
+def test_an_extension_that_adds_otherwise_is_found(stage: Stage, found: Found, granted: bool, added: int) -> None:
+    extension(stage, granted=granted, added=added)
+    assert found() == {"wrong_extension"}
+
+
+@pytest.mark.parametrize("status", ["sent", "unknown"])
+def test_a_message_sent_once_and_told_of_is_no_violation(stage: Stage, host: Host, found: Found, status: str) -> None:
+    post(stage, accepted=False)
+    post(stage)
+    told(host, stage, status)
+    assert found() == set()
+
+
+def test_a_message_sent_twice_is_found(stage: Stage, host: Host, found: Found) -> None:
+    post(stage)
+    post(stage)
+    told(host, stage, "unknown")
+    assert found() == {"message_sent_twice"}
+
+
+@pytest.mark.parametrize("status", [None, "failed", "sending"])
+def test_a_message_that_was_sent_and_is_not_told_of_is_found(
+    stage: Stage, host: Host, found: Found, status: str | None
+) -> None:
+    stage.outcomes = {"m1": "GraphError"}
+    post(stage)
+    if status:
+        told(host, stage, status)
+    assert found() == {"message_untold"}
+
+
+def test_a_message_of_a_task_that_a_flush_lost_may_stand_as_being_sent(stage: Stage, host: Host, found: Found) -> None:
+    stage.outcomes, stage.flushed = {"m1": "no result"}, True
+    post(stage)
+    told(host, stage, "sending")
+    assert found() == set()
+
+
+def test_a_message_that_is_said_to_be_sent_and_was_not_is_found(stage: Stage, host: Host, found: Found) -> None:
+    post(stage, accepted=False)
+    told(host, stage, "sent")
+    assert found() == {"message_not_sent"}
+
+
+def test_a_message_other_than_the_one_said_to_be_sent_is_found(stage: Stage, host: Host, found: Found) -> None:
+    post(stage, text="another")
+    told(host, stage, "sent")
+    assert found() == {"message_not_sent"}
+
+
+def test_a_result_that_says_sent_of_a_message_that_was_not_is_found(stage: Stage, host: Host, found: Found) -> None:
+    stage.results["m1"] = {"status": "sent", "public_reply_sent": False}
+    told(host, stage, "failed")
+    assert found() == {"message_not_sent"}
+
+
+def test_a_task_that_vanished_while_sending_is_found(stage: Stage, host: Host, found: Found) -> None:
+    stage.outcomes = {"m1": "no result"}
+    told(host, stage, "sending")
+    assert found() == {"lost_task"}
+
+
+def intent(bound: int, outcome: str = "unknown") -> SimpleNamespace:
+    return SimpleNamespace(user_id=7, task_id="t1", call=1, tokens_bound=bound, outcome=outcome)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "complete", "sent", "outcome", "lost"),
+    [
+        ("ok", True, 10, "started", True),
+        ("ok", True, 10, "unknown", False),  # it may have waited too long for it
+        ("ok", False, 10, "started", True),  # its task ended it early
+        ("stream_broken", False, 2, "started", True),
+        ("broken_after", False, 0, "started", False),
+    ],
+)
+def test_a_call_that_was_answered_and_stays_as_begun_is_lost_unless_its_process_died(
+    behaviour: str, complete: bool, sent: int, outcome: str, lost: bool
+) -> None:
+    serving, _ = Ledger().open(task_id="t1", call=1, user_id=7, pid=1, asked=80)
+    serving.billed, serving.behaviour, serving.complete = 40, behaviour, complete
+    serving.streamed, serving.tokens_sent, serving.chunks_read = True, sent, 3
+    for killed, expected in (({}, lost), ({1: serving.started_at + 1}, False)):
+        [found] = find_unrecorded([serving], set(), [intent(80, outcome)], killed)
+        assert found.lost is expected
 
 
 def test_each_unrecorded_call_needs_a_row_of_its_own_with_a_bound_that_suffices() -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.faults.plans import FAULTS_PER_ROUND, KINDS, PROVIDER_KINDS, plan_round
+from tests.faults.kinds import FAULTS_PER_ROUND, GRAPH_KINDS, KINDS, PROVIDER_KINDS
+from tests.faults.plans import plan_round
 from tests.faults.report import Totals
 from tests.faults.runs import run_rounds
 
@@ -25,9 +26,9 @@ def test_no_invariant_is_violated_whatever_is_killed_stopped_or_cut(totals: Tota
 
 
 def test_faults_of_every_kind_struck(totals: Totals) -> None:
-    struck = {kind for kind in (*KINDS, *PROVIDER_KINDS) if totals.faults[kind]}
-    # One may find nothing to strike, on a machine that is busy with something else.
-    assert len({*KINDS, *PROVIDER_KINDS} - struck) <= 2, totals.faults
+    kinds = {*KINDS, *PROVIDER_KINDS, *GRAPH_KINDS}
+    # Some may find nothing to strike, on a machine that is busy with something else.
+    assert len(kinds - {kind for kind in kinds if totals.faults[kind]}) <= 3, totals.faults
 
 
 def test_the_rounds_had_something_to_lose(totals: Totals) -> None:
@@ -35,6 +36,11 @@ def test_the_rounds_had_something_to_lose(totals: Totals) -> None:
     assert totals.outcomes["TokensDenied"] > 0
     assert totals.figures["calls recorded"] > 40
     assert totals.figures["looks at the books in the midst"] > 20
+    assert totals.figures["accepted by Instagram"] > 10
+    assert totals.figures["streams broken"] > 0
+    assert totals.figures["streams ended early by their task"] > 0
+    assert totals.figures["extensions granted"] > 0
+    assert totals.figures["extensions denied"] > 0
 
 
 def test_a_round_is_drawn_from_its_seed_and_number_alone() -> None:

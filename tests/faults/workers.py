@@ -57,7 +57,7 @@ class Worker:
     def _own_environment(self) -> dict[str, str]:
         environment = dict(self.environment)
         if self.skew_seconds:
-            environment["PYTHONPATH"] = str(_CLOCK)
+            environment["PYTHONPATH"] = os.pathsep.join([str(_CLOCK), environment["PYTHONPATH"]])
             environment["FAULTS_CLOCK_SKEW_SECONDS"] = str(self.skew_seconds)
         return environment
 

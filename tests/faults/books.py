@@ -1,0 +1,78 @@
+"""What the database says after a round, beside the ledgers of the provider and of Instagram."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import text
+
+from billing.holds import expire_holds
+from tests.faults.injections import past_every_hold
+from tests.faults.ledger import Posting, Serving
+from tests.faults.unrecorded import Unrecorded, find_unrecorded
+
+if TYPE_CHECKING:
+    from tests.faults.stages import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Books:
+    """Rows and ledgers. `tasks_completed`: those whose work is done. `named`: the table of calls in flight is there.
+
+    `effects`: the outbox, with each one's text.
+    """
+
+    charges: list[Any]
+    tasks_admitted: set[str]
+    tasks_completed: set[str]
+    servings: list[Serving]
+    unrecorded: list[Unrecorded]
+    named: bool
+    effects: list[Any]
+    postings: list[Posting]
+    expired: int
+    late: int
+
+    @property
+    def tasks_begun(self) -> set[str]:
+        """Tasks that have left a mark: one of mode STATIC needs no hold, but a row in the outbox."""
+        return self.tasks_admitted | {effect.task_id for effect in self.effects}
+
+
+_CHARGES = """
+    SELECT c.user_id, c.task_id, c.call_key, split_part(c.call_key, ':', 1)::int AS call, c.model_name,
+           c.tokens_total, c.tokens_covered, c.late, l.user_id AS log_user, l.total_tokens AS log_tokens,
+           (l.metadata ->> 'usage_reported')::boolean AS usage_reported
+    FROM trueup.charge c LEFT JOIN ai_usage_log l ON l.id::text = c.log_id
+"""
+_INTENTS = """
+    SELECT user_id, task_id, split_part(call_key, ':', 1)::int AS call, attempt, tokens_bound, outcome
+    FROM trueup.call_intent
+"""
+_EFFECTS = """
+    SELECT user_id, task_id, effect, status, coalesce(detail ->> 'message', detail ->> 'text') AS text
+    FROM trueup.outbox
+"""
+
+
+def read_books(stage: "Stage") -> Books:
+    """Take back what dead tasks hold, as the sweep does when their leases have run out, and read everything."""
+    with stage.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        expired = 0
+        while (holds := expire_holds(connection, now=past_every_hold())[0]) > 0:
+            expired += holds
+        charges = list(connection.execute(text(_CHARGES)))
+        servings = stage.provider.ledger.servings()
+        named = bool(connection.scalar(text("SELECT to_regclass('trueup.call_intent') IS NOT NULL")))
+        intents = list(connection.execute(text(_INTENTS))) if named else None
+        return Books(
+            charges=charges,
+            tasks_admitted=set(connection.scalars(text("SELECT DISTINCT task_id FROM trueup.hold"))),
+            tasks_completed=set(connection.scalars(text("SELECT task_id FROM trueup.hold WHERE completed"))),
+            servings=servings,
+            unrecorded=find_unrecorded(servings, {charge.model_name for charge in charges}, intents, stage.killed),
+            named=named,
+            effects=list(connection.execute(text(_EFFECTS))),
+            postings=stage.graph.ledger.postings(),
+            expired=expired,
+            late=sum(charge.late for charge in charges),
+        )

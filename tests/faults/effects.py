@@ -1,0 +1,50 @@
+"""What must be true of direct messages and public replies: the outbox, held against Instagram's own ledger."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from tests.faults.books import Books
+from tests.faults.ledger import EFFECTS, Effect
+from tests.faults.violations import UNENDED, Violation
+
+if TYPE_CHECKING:
+    from tests.faults.stages import Stage
+
+
+def effect_violations(stage: "Stage", books: Books) -> Iterator[Violation]:
+    """Yield what was sent twice, what was sent and not told of, and what is said to be sent and was not."""
+    accepted = defaultdict(list)
+    for posting in books.postings:
+        if posting.accepted:
+            accepted[posting.comment_id, posting.effect].append(posting.text)
+    rows = {(row.task_id, row.effect): row for row in books.effects}
+    for task in stage.plan.sendings:
+        outcome, result = stage.outcomes.get(task.task_id), stage.results.get(task.task_id)
+        for effect in EFFECTS:
+            texts, row = accepted[task.comment_id, effect], rows.get((task.task_id, effect))
+            told = f"its row says {row.status}" if row else "no row of it"
+            name = f"{effect} of {task.task_id} ({task.mode}, {outcome}): accepted {len(texts)} times, {told}"
+            if len(texts) > 1:
+                yield Violation(kind="message_sent_twice", detail=name)
+            # The row of a task that was lost on the way can't tell that nobody is at it any more.
+            if texts and _status(row) not in ("sent", "unknown") and not _is_open(row, outcome):
+                yield Violation(kind="message_untold", detail=name)
+            if row is not None and row.status == "sent" and row.text not in texts:
+                yield Violation(kind="message_not_sent", detail=f"{name}: {row.text!r}, not {texts}")
+            if _says_sent(result, effect) and not texts:
+                yield Violation(kind="message_not_sent", detail=f"{name}, its result says sent")
+
+
+def _status(row: Any) -> str | None:
+    return row.status if row else None
+
+
+def _is_open(row: Any, outcome: str | None) -> bool:
+    return _status(row) == "sending" and outcome in UNENDED
+
+
+def _says_sent(result: Any, effect: Effect) -> bool:
+    if not isinstance(result, dict):
+        return False
+    return result["status"] == "sent" if effect == EFFECTS[0] else bool(result["public_reply_sent"])

@@ -1,0 +1,75 @@
+"""The names of all that can go wrong in a round, and the times that they are timed by."""
+
+# In the order of a round's chances to meet them: each is met once before any is met again.
+TIMED_KINDS = (
+    "child_killed",
+    "child_killed_in_call",
+    "child_killed_after_charge",
+    "child_killed_while_sending",
+    "worker_killed",
+    "worker_killed_after_charge",
+    "child_stopped",
+    "child_stopped_past_lease",
+    "child_stopped_past_hold",
+    "child_stopped_while_sending",
+    "worker_stopped",
+    "redis_restarted",
+    "redis_killed",
+    "redis_flushed",
+    "redis_connections_cut",
+    "postgres_restarted",
+    "database_sessions_cut",
+    "database_sessions_cut_after_charge",
+    "database_sessions_cut_while_sending",
+)
+LONG_KINDS = (
+    "child_stopped_past_lease",
+    "child_stopped_while_sending",
+    "worker_killed",
+    "worker_killed_after_charge",
+)
+# Each may lose a message on its way from the queue to a worker.
+REDIS_KINDS = ("redis_restarted", "redis_killed", "redis_flushed", "redis_connections_cut")
+# These hold for the whole round.
+STANDING_KINDS = ("duplicate_delivery", "clock_skewed")
+KINDS = TIMED_KINDS + STANDING_KINDS
+
+GOOD = ("ok", "slow")
+# How the provider fails a call, whether its answer is asked for at once or in chunks.
+_CALL_KINDS = (
+    "http_500",
+    "http_429",
+    "timeout",
+    "broken_before",
+    "broken_after",
+    "overbilled",
+    "no_usage",
+    "not_json",
+)
+COMPLETE_KINDS = (*_CALL_KINDS, "broken_body")
+BREAKING_KINDS = ("stream_broken", "stream_broken_unseen", "stream_stalled")
+STREAM_KINDS = (*_CALL_KINDS, *BREAKING_KINDS, "stream_usage_lost", "stream_long")
+PROVIDER_KINDS = (*_CALL_KINDS, "broken_body", *STREAM_KINDS[len(_CALL_KINDS) :])
+
+# How Instagram fails a message. After the first three it was not accepted.
+GRAPH_KINDS = (
+    "graph_500",
+    "graph_429",
+    "graph_broken_before",
+    "graph_broken_after",
+    "graph_broken_body",
+    "graph_504",
+    "graph_timeout",
+)
+
+FAULTS_PER_ROUND = 7
+WINDOW_SECONDS = 4.0
+# A message that waits for another attempt's lease does so for less than the visibility, as it must in any deployment:
+# else it is delivered again while it waits, and again.
+VISIBILITY_SECONDS = 4
+LEASE_MARGIN_SECONDS = 1.5
+SKEWS_SECONDS = (-3600.0, -20.0, -4.0, 4.0, 8.0)
+DUPLICATES_PER_ROUND = 4
+
+# A streaming task that closes its stream early, or leaves it open, reads as many chunks.
+CHUNKS_READ = 3

@@ -1,0 +1,122 @@
+"""The tasks of a round, as they are planned: what each asks for, and how it is treated."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tests.faults.kinds import CHUNKS_READ
+from tests.faults.prompts import prompt_of
+
+COMPLETE, STREAM, STREAM_CLOSED, STREAM_LEFT = "complete", "stream", "stream_closed", "stream_left"
+"""Ways to make a call: at once; in chunks; in chunks that the task reads some of, and then closes or leaves open."""
+
+SPEND_TASK = "faults.spend"
+SEND_TASK = "tasks.send_instagram_dm"
+
+_PRODUCTS = ({"name": "Lamp", "price": "10", "currency": "EUR"},)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedTask(ABC):
+    """One task, sent `at` seconds from the round's start.
+
+    `script`: how the provider treats its calls the first time they come; `copies`: how often it is delivered.
+    """
+
+    name: ClassVar[str]
+
+    task_id: str
+    at: float
+    user: int
+    copies: int
+    script: tuple[str, ...]
+
+    @abstractmethod
+    def arguments(self, user_id: object) -> dict[str, Any]:
+        """Return the arguments to send it with."""
+
+    def chunks_read(self, call: int) -> int | None:
+        """Return how many chunks of a stream it reads before it ends it; None: all there are, or it is no stream."""
+        return None
+
+    def streams(self, call: int) -> bool:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spending(PlannedTask):
+    """A task that makes calls of the model, one in each of these `ways`.
+
+    `extends`: it holds less than it needs, and extends its hold before each call that it would not cover.
+    """
+
+    name = SPEND_TASK
+
+    ways: tuple[str, ...]
+    words: int
+    seconds: float
+    tokens: int
+    cap: int | None
+    extends: bool
+
+    def arguments(self, user_id: object) -> dict[str, Any]:
+        return {
+            "user_id": user_id,
+            "label": self.task_id,
+            "tokens": self.tokens,
+            "ways": list(self.ways),
+            "words": self.words,
+            "seconds": self.seconds,
+            "cap": self.cap,
+            "extends": self.extends,
+        }
+
+    def chunks_read(self, call: int) -> int | None:
+        return CHUNKS_READ if self._way(call) in (STREAM_CLOSED, STREAM_LEFT) else None
+
+    def streams(self, call: int) -> bool:
+        return self._way(call) != COMPLETE
+
+    def _way(self, call: int) -> str:
+        return self.ways[call - 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sending(PlannedTask):
+    """A task that answers a comment by a direct message, written by the model where the mode is PRODUCT.
+
+    `post_script`: how Instagram treats its message and its public reply the first time they come.
+    """
+
+    name = SEND_TASK
+
+    mode: str
+    words: int
+    replies: bool
+    post_script: tuple[str, str]
+
+    @property
+    def comment_id(self) -> str:
+        return self.task_id.replace("-", "_")
+
+    def arguments(self, user_id: object) -> dict[str, Any]:
+        comment = {
+            "id": self.comment_id,
+            "text": prompt_of(self.task_id, 1, user_id, self.words),
+            "from": {"id": "4711", "username": "kim"},
+        }
+        config: dict[str, Any] = {"mode": self.mode}
+        if self.mode == "STATIC":
+            config["static_message"] = f"Thanks for {self.comment_id}."
+        else:
+            config["products"] = list(_PRODUCTS)
+        if self.replies:
+            config |= {"public_reply_enabled": True, "public_reply_text": f"See your messages, {self.comment_id}."}
+        return {
+            "user_id": user_id,
+            "event": {
+                "object": "instagram",
+                "entry": [{"id": "1001", "changes": [{"field": "comments", "value": comment}]}],
+            },
+            "config": config,
+        }

@@ -1,0 +1,242 @@
+"""The stage of a round: played, settled, judged."""
+
+import heapq
+import itertools
+import json
+import time
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis
+from celery import Celery
+from kombu.exceptions import OperationalError
+from sqlalchemy import Engine, text
+
+from tests.faults.audit import Audit, auditing
+from tests.faults.books import Books, read_books
+from tests.faults.checks import violations as find_violations
+from tests.faults.graph import FakeGraph
+from tests.faults.injections import INJECTIONS
+from tests.faults.planned import PlannedTask
+from tests.faults.plans import Fault, RoundPlan
+from tests.faults.provider import FakeProvider
+from tests.faults.servers import Servers
+from tests.faults.violations import DONE, NO_RESULT, UNFINISHED, WAITING, Violation
+from tests.faults.workers import Worker
+
+QUEUE = "ai"
+BOOT_SECONDS = 90.0
+# How long a round may take to settle while nothing happens in it, and altogether.
+QUIET_SECONDS = 25.0
+SETTLE_SECONDS = 90.0
+FLOOD_FACTOR = 4
+STRIKE_TRIES = 8
+STRIKE_SECONDS = 20.0
+CALM_SECONDS = 4.0
+_TICK_SECONDS = 0.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class Injected:
+    """A fault that struck, and when: seconds from the start of the round."""
+
+    kind: str
+    at: float
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.at:5.2f} s  {self.kind}{f' ({self.detail})' if self.detail else ''}"
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """Everything a round plays with. `users`: ids by their number in the plan. `outcomes`: by task id;
+    `results`: of the tasks that are done.
+
+    `killed`: when each process was killed while it may have been at work, by pid.
+    """
+
+    plan: RoundPlan
+    servers: Servers
+    database: str
+    engine: Engine
+    provider: FakeProvider
+    graph: FakeGraph
+    workers: list[Worker]
+    sender: Celery
+    users: list[int] = field(default_factory=list)
+    injected: list[Injected] = field(default_factory=list)
+    outcomes: dict[str, str] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    killed: dict[int, float] = field(default_factory=dict)
+    flushed: bool = False
+    settled: bool = False
+    messages_left: int = 0
+    started_at: float = 0.0
+    audit: Audit = field(default_factory=Audit)
+    _agenda: list[tuple[float, int, Callable[[], object]]] = field(default_factory=list)
+    _order: Iterator[int] = field(default_factory=itertools.count)
+
+    def later(self, seconds: float, action: Callable[[], object]) -> None:
+        """Put an action on the round's agenda."""
+        heapq.heappush(self._agenda, (time.monotonic() + seconds, next(self._order), action))
+
+    def note(self, kind: str, detail: str = "") -> None:
+        self.injected.append(Injected(kind=kind, at=time.monotonic() - self.started_at, detail=detail))
+
+    def play(self) -> None:
+        """Send the tasks, and let the faults strike at their times."""
+        self._wait_until_ready()
+        self.started_at = time.monotonic()
+        if self.plan.skew_seconds:
+            self.note("clock_skewed", f"{self.plan.skew_seconds:+g} s")
+        for task in self.plan.tasks:
+            self.later(task.at, lambda task=task: self._send(task))
+        for fault in self.plan.faults:
+            self.later(fault.at, lambda fault=fault: self._strike(fault))
+        with auditing(self.engine, self.audit):
+            while self._agenda:
+                if self._agenda[0][0] <= time.monotonic():
+                    heapq.heappop(self._agenda)[2]()
+                else:
+                    self._supervise()
+                    time.sleep(_TICK_SECONDS)
+
+    def settle(self) -> None:
+        """Wait until no message is left and nobody works; then end the workers and read how the tasks ended."""
+        patience = _Patience()
+        calm_since: float | None = None
+        with self.servers.redis(redis_number(self.plan)) as client:
+            while not self.settled and not self._flooded(client) and patience.lasts(self._signs_of_life(client)):
+                self._supervise()
+                if not self._calm(client):
+                    calm_since = None
+                elif calm_since is None:
+                    calm_since = time.monotonic()
+                # A hold may be left that no message will ever close; it expires, and is not waited for.
+                elif self._open_holds() == 0 or time.monotonic() - calm_since > CALM_SECONDS:
+                    self.settled = True
+                time.sleep(2 * _TICK_SECONDS)
+            self.messages_left = self._messages(client)
+            self._end_workers()
+            for task in self.plan.tasks:
+                self.outcomes[task.task_id], result = _outcome(client, task.task_id)
+                if self.outcomes[task.task_id] == DONE:
+                    self.results[task.task_id] = result
+
+    def _end_workers(self) -> None:
+        """End them; that explains a call that was not recorded only where somebody may still have been at work."""
+        if self.settled and not self.flushed:
+            self.killed = self._killed()
+        for worker in self.workers:
+            worker.kill()
+        if not self.settled or self.flushed:
+            self.killed = self._killed()
+
+    def _killed(self) -> dict[int, float]:
+        return {pid: at for worker in self.workers for pid, at in worker.killed.items()}
+
+    def judge(self) -> tuple[Books, list[Violation]]:
+        """Hold the books against the ledger. The workers have ended."""
+        books = read_books(self)
+        return books, find_violations(self, books)
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + BOOT_SECONDS
+        while not all(worker.at_work for worker in self.workers):
+            assert time.monotonic() < deadline, f"a worker is not ready: {[w.log for w in self.workers]}"
+            self._supervise()
+            assert not any(worker.crashes for worker in self.workers), self.workers
+            time.sleep(_TICK_SECONDS)
+
+    def _send(self, task: PlannedTask) -> None:
+        """Send a task as the host does; when the broker is away, again a little later."""
+        try:
+            for copy in range(task.copies):
+                arguments = task.arguments(self.users[task.user])
+                self.sender.send_task(task.name, kwargs=arguments, task_id=task.task_id, queue=QUEUE, retry=False)
+                if copy:
+                    self.note("duplicate_delivery", task.task_id)
+        except OperationalError:
+            self.later(0.3, lambda: self._send(task))
+
+    def _strike(self, fault: Fault, tries: int = STRIKE_TRIES) -> None:
+        """Let a fault strike; when nothing was there to be struck, again a little later."""
+        at = len(self.injected)
+        self.note(fault.kind)
+        if not INJECTIONS[fault.kind](self, fault):
+            del self.injected[at]
+            if tries > 1 or self._is_behind():
+                self.later(0.3, lambda: self._strike(fault, tries - 1))
+
+    def _is_behind(self) -> bool:
+        """Say whether there is still work to be struck, on a machine too busy to have done it by now."""
+        if time.monotonic() - self.started_at > STRIKE_SECONDS:
+            return False
+        with suppress(redis.ConnectionError), self.servers.redis(redis_number(self.plan)) as client:
+            return self._messages(client) > 0
+        return False
+
+    def _supervise(self) -> None:
+        """Start workers that ended by themselves. Those we killed are on the agenda; once it is done, here too."""
+        for worker in self.workers:
+            if not self._agenda or (not worker.alive and worker.crashed):
+                worker.revive()
+
+    def _calm(self, client: redis.Redis) -> bool:
+        in_flight = self.provider.ledger.in_flight() or self.graph.ledger.in_flight()
+        return not self._messages(client) and not in_flight
+
+    def _flooded(self, client: redis.Redis) -> bool:
+        """Say whether there is no end to messages that multiply."""
+        return self._messages(client) > FLOOD_FACTOR * sum(task.copies for task in self.plan.tasks)
+
+    def _signs_of_life(self, client: redis.Redis) -> Hashable:
+        """Return what differs from one time to another when somebody has done something in between."""
+        requests = len(self.provider.ledger.servings()), len(self.graph.ledger.postings())
+        in_flight = len(self.provider.ledger.in_flight()), len(self.graph.ledger.in_flight())
+        return self._messages(client), requests, in_flight, client.dbsize()
+
+    def _messages(self, client: redis.Redis) -> int:
+        """Count the messages in the queue, and those that a worker has."""
+        # The index, not the hash beside it: a flush at the wrong moment leaves an entry in the hash for ever.
+        return int(client.llen(QUEUE)) + int(client.zcard("unacked_index"))  # type: ignore[arg-type]
+
+    def _open_holds(self) -> int:
+        with self.engine.connect() as connection:
+            return connection.scalar(text("SELECT count(*) FROM trueup.hold WHERE status = 'open'")) or 0
+
+
+class _Patience:
+    """It lasts while something happens, and no longer than it may."""
+
+    def __init__(self) -> None:
+        self._end = time.monotonic() + SETTLE_SECONDS
+        self._quiet_since = time.monotonic()
+        self._seen: Hashable = None
+
+    def lasts(self, signs: Hashable) -> bool:
+        now = time.monotonic()
+        if signs != self._seen:
+            self._seen, self._quiet_since = signs, now
+        return now < self._end and now - self._quiet_since < QUIET_SECONDS
+
+
+def redis_number(plan: RoundPlan) -> int:
+    """The next round's workers start while this one settles: each has a database of Redis of its own."""
+    return 1 + plan.number % 2
+
+
+def _outcome(client: redis.Redis, task_id: str) -> tuple[str, Any]:
+    """Say how a task ended: by its result, or that it has none."""
+    stored: Any = client.get(f"celery-task-meta-{task_id}")
+    if stored is None:
+        return NO_RESULT, None
+    meta = json.loads(stored)
+    if meta["status"] == "SUCCESS":
+        return DONE, meta["result"]
+    if meta["status"] != "FAILURE":
+        return WAITING if meta["status"] == "RETRY" else UNFINISHED, None
+    return str(meta["result"].get("exc_type", "failed")), None
