@@ -1,22 +1,18 @@
-"""Finding drift: counters compared with balances, and what the log says of the difference. Nothing is written."""
+"""Finding drift: counters compared with balances, and what the host's rows say of it. Nothing is written."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, text
 
+from billing.evidence import Evidence
 from billing.mapping import UserIdType
+from billing.rules import DEFAULT_MIN_AGE_SECONDS
 from billing.users import UserId
 
-
-@dataclass(frozen=True, kw_only=True)
-class SameSizeRows:
-    """Log rows in the window that alone are as large as a drift: how many, and the newest three."""
-
-    matches: int = 0
-    newest: list[dict[str, Any]] = field(default_factory=list)
+_NO_EVIDENCE = Evidence()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +20,7 @@ class Drift:
     """A counter that differs from what remains. Token figures are counts.
 
     `observed`: the counter as seen, None if it was null. `expected`: max(0, original - consumed). `end_date` None:
-    unlimited. `counted_rows` and `failed_rows`: rows with and without `success` that are as large as the drift.
+    unlimited. `window`: when the window began, as PostgreSQL writes it; "": whenever.
     """
 
     user_id: UserId
@@ -35,16 +31,21 @@ class Drift:
     consumed: int
     observed: int | None
     expected: int
-    counted_rows: SameSizeRows
-    failed_rows: SameSizeRows
+    window: str = ""
+    evidence: Evidence = _NO_EVIDENCE
 
     @property
     def tokens(self) -> int:
         """observed - expected, a null counter read as 0. Positive: the user is shown tokens that are gone."""
         return (self.observed or 0) - self.expected
 
+    @property
+    def surplus(self) -> int:
+        """observed - (original - consumed): what all causes together made of the counter, overdrafts not cut off."""
+        return (self.observed or 0) - (self.original - self.consumed)
 
-# One statement, so that a drift and its evidence are of one snapshot.
+
+# One statement, so that a drift and its evidence are of one snapshot. Without a drift no row but balances is read.
 _FIND = """
     WITH drifted AS MATERIALIZED (
         SELECT a.user_id, a.subscription_id, a.is_active, a.window_start, a.end_date, a.original, a.consumed,
@@ -52,19 +53,18 @@ _FIND = """
         FROM trueup.accounts(CAST(:now AS timestamptz)) a
         WHERE a.user_id = ANY (CAST(:user_ids AS {user_id_type}[]))
           AND a.counter IS DISTINCT FROM greatest(a.original - a.consumed, 0)
-    ), same_size AS (
-        SELECT r.* FROM (
-            SELECT array_agg(user_id) AS users, array_agg(window_start) AS windows,
-                   array_agg(abs(coalesce(observed, 0) - expected)) AS tokens
-            FROM drifted
-        ) d, trueup.rows_of_size(d.users, d.windows, d.tokens) r
+    ), known AS (
+        SELECT e.user_id, e.evidence FROM (
+            SELECT array_agg(user_id) AS users, array_agg(subscription_id) AS subscriptions,
+                   array_agg(window_start) AS windows, array_agg(original) AS original,
+                   array_agg(consumed) AS consumed, array_agg(observed) AS observed
+            FROM drifted HAVING count(*) > 0
+        ) d, trueup.drift_evidence(d.users, d.subscriptions, d.windows, d.original, d.consumed, d.observed,
+                                   CAST(:now AS timestamptz), make_interval(secs => :min_age)) e
     )
     SELECT d.user_id, d.subscription_id, d.is_active, d.end_date, d.original, d.consumed, d.observed, d.expected,
-           c.matches AS counted_matches, c.log_rows AS counted_newest,
-           f.matches AS failed_matches, f.log_rows AS failed_newest
-    FROM drifted d
-    LEFT JOIN same_size c ON c.user_id = d.user_id AND c.counted
-    LEFT JOIN same_size f ON f.user_id = d.user_id AND NOT f.counted
+           CAST(d.window_start AS text) AS window, k.evidence
+    FROM drifted d LEFT JOIN known k ON k.user_id = d.user_id
     ORDER BY d.user_id
 """
 
@@ -75,10 +75,14 @@ def find_drifts(
     user_id_type: UserIdType,
     *,
     now: datetime,
+    min_age_seconds: float = DEFAULT_MIN_AGE_SECONDS,
 ) -> list[Drift]:
-    """Return the drifts among these users' counters, ordered by user."""
+    """Return the drifts among these users' counters, ordered by user.
+
+    `min_age_seconds`: the decrement of usage that is younger may still come.
+    """
     statement = text(_FIND.format(user_id_type=user_id_type))
-    rows = connection.execute(statement, {"user_ids": list(user_ids), "now": now})
+    rows = connection.execute(statement, {"user_ids": list(user_ids), "now": now, "min_age": min_age_seconds})
     return [_drift(row) for row in rows]
 
 
@@ -92,6 +96,6 @@ def _drift(row: Any) -> Drift:
         consumed=row.consumed,
         observed=row.observed,
         expected=row.expected,
-        counted_rows=SameSizeRows(matches=row.counted_matches or 0, newest=row.counted_newest or []),
-        failed_rows=SameSizeRows(matches=row.failed_matches or 0, newest=row.failed_newest or []),
+        window=row.window,
+        evidence=Evidence.model_validate(row.evidence) if row.evidence else _NO_EVIDENCE,
     )

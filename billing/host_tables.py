@@ -12,6 +12,7 @@ from sqlalchemy import (
     Connection,
     DateTime,
     ForeignKey,
+    Identity,
     Index,
     Integer,
     MetaData,
@@ -24,7 +25,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from billing.mapping import HostMapping, UsageLogTable, quote_table
+from billing.mapping import HostMapping, PaymentTable, UsageLogTable, quote_table
 from billing.schema.columns import user_id_column_type
 
 
@@ -44,8 +45,12 @@ def build_host_metadata(mapping: HostMapping) -> MetaData:
         mapping.full_plan,
         Column(mapping.full_plan.duration_days, Integer, nullable=False),
     )
-    _subscription_table(metadata, mapping, user, token_plan, full_plan)
+    subscription = _subscription_table(metadata, mapping, user, token_plan, full_plan)
     _usage_log_table(metadata, mapping, user)
+    if mapping.token_usage.table is not None:
+        _token_usage_table(metadata, mapping, mapping.token_usage.table, subscription)
+    if mapping.payment.table is not None:
+        _payment_table(metadata, mapping, mapping.payment.table, user, subscription, token_plan, full_plan)
     return metadata
 
 
@@ -57,8 +62,10 @@ def missing_host_tables(connection: Connection, mapping: HostMapping) -> list[st
         mapping.full_plan,
         mapping.subscription,
         mapping.usage_log,
+        mapping.token_usage,
+        mapping.payment,
     )
-    tables = [noun.table for noun in nouns]
+    tables = [noun.table for noun in nouns if noun.table is not None]
     found = connection.execute(
         text(
             "SELECT name FROM unnest(CAST(:names AS text[]), CAST(:quoted AS text[])) AS t (name, quoted) "
@@ -72,16 +79,19 @@ def missing_host_tables(connection: Connection, mapping: HostMapping) -> list[st
 def missing_host_columns(connection: Connection, mapping: HostMapping) -> list[str]:
     """Return the mapped columns, of those that trueup uses, that their tables do not have, as TABLE.COLUMN."""
     plan_columns = {"id", "tokens_included"}
-    nouns = (
+    nouns: tuple[tuple[Any, set[str] | None], ...] = (
         (mapping.token_plan, plan_columns),
-        (mapping.full_plan, plan_columns),
+        (mapping.full_plan, plan_columns | ({"duration_days"} if mapping.payment.table else set())),
         (mapping.subscription, None),
         (mapping.usage_log, set(UsageLogTable.model_fields) - {"error_message"}),
+        (mapping.token_usage, {"id", "subscription_id", "used_tokens", "usage_date"}),
+        (mapping.payment, set(PaymentTable.model_fields) - {"subscription_id"}),
     )
     wanted = [
         (noun.table, column)
         for noun, used in nouns
-        for field, column in noun.model_dump(exclude={"table"}).items()
+        if noun.table is not None
+        for field, column in noun.model_dump(exclude={"table", "completed_status"}).items()
         if used is None or field in used
     ]
     found = connection.execute(
@@ -145,13 +155,13 @@ def _plan_table(metadata: MetaData, names: Any, *more: Column[Any]) -> Table:
 
 def _subscription_table(
     metadata: MetaData, mapping: HostMapping, user: Table, token_plan: Table, full_plan: Table
-) -> None:
+) -> Table:
     names = mapping.subscription
 
     def plan(column: str, table: Table, key: str) -> Column[Any]:
         return Column(column, BigInteger, _foreign_key(table, key))
 
-    _table(
+    return _table(
         metadata,
         names.table,
         Column(names.id, BigInteger, primary_key=True),
@@ -201,3 +211,52 @@ def _usage_log_table(metadata: MetaData, mapping: HostMapping, user: Table) -> N
         Column(names.created_at, DateTime(timezone=True), nullable=False, server_default=func.now()),
     )
     Index(f"{log.name}_user_created", log.c[names.user_id], log.c[names.created_at])
+
+
+def _token_usage_table(metadata: MetaData, mapping: HostMapping, name: str, subscription: Table) -> None:
+    names = mapping.token_usage
+    _table(
+        metadata,
+        name,
+        Column(names.id, BigInteger, Identity(), primary_key=True),
+        Column(
+            names.subscription_id,
+            BigInteger,
+            _foreign_key(subscription, mapping.subscription.id),
+            nullable=False,
+            index=True,
+        ),
+        Column(names.used_tokens, Integer, nullable=False),
+        Column(names.usage_date, DateTime(timezone=True), nullable=False, server_default=func.now()),
+        Column(names.description, String(255), nullable=False, server_default=text("''")),
+    )
+
+
+def _payment_table(
+    metadata: MetaData,
+    mapping: HostMapping,
+    name: str,
+    user: Table,
+    subscription: Table,
+    token_plan: Table,
+    full_plan: Table,
+) -> None:
+    names = mapping.payment
+    _table(
+        metadata,
+        name,
+        Column(names.id, BigInteger, Identity(), primary_key=True),
+        Column(
+            names.user_id,
+            user_id_column_type(mapping.user_id_type),
+            _foreign_key(user, mapping.user.id),
+            nullable=False,
+            index=True,
+        ),
+        Column(names.subscription_id, BigInteger, _foreign_key(subscription, mapping.subscription.id)),
+        Column(names.token_plan_id, BigInteger, _foreign_key(token_plan, mapping.token_plan.id)),
+        Column(names.full_plan_id, BigInteger, _foreign_key(full_plan, mapping.full_plan.id)),
+        Column(names.status, String(20), nullable=False),
+        Column(names.payment_date, DateTime(timezone=True), nullable=False, server_default=func.now()),
+        Column(names.transaction_id, String(100)),
+    )

@@ -33,7 +33,14 @@ def _check_table(name: str) -> str:
     return name
 
 
+def _check_value(value: str) -> str:
+    if "\x00" in value or "$$" in value:
+        raise ValueError(f"{value!r} contains NUL or $$, which would end the bodies of trueup's functions")
+    return value
+
+
 Column = Annotated[str, AfterValidator(_check_identifier)]
+Value = Annotated[str, AfterValidator(_check_value)]
 Table = Annotated[str, AfterValidator(_check_table)]
 
 
@@ -125,7 +132,7 @@ class PaymentTable(_Names):
     status: Column = "status"
     payment_date: Column = "payment_date"
     transaction_id: Column = "transaction_id"
-    completed_status: str = "completed"
+    completed_status: Value = "completed"
 
 
 class HostMapping(_Names):
@@ -144,7 +151,8 @@ class HostMapping(_Names):
     def sql_names(self) -> dict[str, str]:
         """Return quoted names for SQL templates: `{{subscription}}`, `{{subscription.user_id}}`, …
 
-        An optional table that is not mapped has no names.
+        An optional table that is not mapped has no names. `{{literal payment.completed_status}}` is a value, and has no
+        other form.
         """
         names: dict[str, str] = {"user_id_type": self.user_id_type, "usage_log_id_type": self.usage_log_id_type}
         for noun in ("user", "token_plan", "full_plan", "subscription", "usage_log", "token_usage", "payment"):
@@ -155,6 +163,8 @@ class HostMapping(_Names):
                     names[noun] = quote_table(name)
                 else:
                     names[f"{noun}.{field}"] = quote_identifier(name)
+        if self.payment.table is not None:
+            names["payment.completed_status"] = self.payment.completed_status
         return names
 
     def fingerprint(self) -> str:

@@ -16,6 +16,7 @@ DECLARE
     v_covered bigint;
     v_counted bigint;
     v_kept bigint;
+    v_lowered boolean;
     v_first_key text := split_part(p_call_key, '~', 1);  -- the call's key, if it was bought twice
 BEGIN
     PERFORM trueup.queue_for(p_user);
@@ -51,10 +52,22 @@ BEGIN
         -- The row's foreign key is checked now, before the counter is locked: Django's are deferred to the commit, and
         -- a host that has the user's row and then wants the counter's would deadlock with us.
         SET CONSTRAINTS ALL IMMEDIATE;
+        -- Lower the legacy counter too, so that our own usage never drifts. A host that has the row locked is not
+        -- waited for: the next reconcile sets the counter right. Like the host's, the counter stops at zero.
+        UPDATE {{subscription}} s
+        SET {{subscription.tokens_remaining}} = greatest(s.{{subscription.tokens_remaining}} - record_charge.p_total, 0)
+        WHERE s.{{subscription.id}} = (
+            SELECT f.{{subscription.id}} FROM {{subscription}} f WHERE f.{{subscription.user_id}} = record_charge.p_user
+            FOR NO KEY UPDATE SKIP LOCKED)
+          AND s.{{subscription.tokens_remaining}} > 0;
+        -- A counter that has nothing to lower (0, null, below 0) misses nothing; one that has was locked.
+        v_lowered := FOUND OR NOT EXISTS (
+            SELECT FROM {{subscription}} s
+            WHERE s.{{subscription.user_id}} = record_charge.p_user AND s.{{subscription.tokens_remaining}} > 0);
         INSERT INTO trueup.charge (user_id, task_id, call_key, attempt, log_id, section, model_name,
-                                   hold_id, tokens_total, tokens_covered, late, answer, charged_at)
+                                   hold_id, tokens_total, tokens_covered, late, answer, charged_at, counter_lowered)
         VALUES (p_user, p_task, p_call_key, p_attempt, p_log_id, p_section, p_model,
-                h.id, p_total, v_covered, late, p_answer, at);
+                h.id, p_total, v_covered, late, p_answer, at, v_lowered);
         -- The call is not in flight any more.
         DELETE FROM trueup.call_intent c
         WHERE c.user_id = p_user AND c.task_id = p_task AND c.attempt = p_attempt
@@ -74,14 +87,6 @@ BEGIN
                                      closed_at = CASE WHEN v_kept = 0 THEN at END
             WHERE t.user_id = p_user AND t.task_id = p_task AND t.id = h.id;
         END IF;
-        -- Lower the legacy counter too, so that our own usage never drifts. A host that has the row locked is not
-        -- waited for: the next reconcile sets the counter right. Like the host's, the counter stops at zero.
-        UPDATE {{subscription}} s
-        SET {{subscription.tokens_remaining}} = greatest(s.{{subscription.tokens_remaining}} - record_charge.p_total, 0)
-        WHERE s.{{subscription.id}} = (
-            SELECT f.{{subscription.id}} FROM {{subscription}} f WHERE f.{{subscription.user_id}} = record_charge.p_user
-            FOR NO KEY UPDATE SKIP LOCKED)
-          AND s.{{subscription.tokens_remaining}} > 0;
     END IF;
     tokens_left := CASE WHEN h.id IS NOT NULL AND h.attempt = p_attempt AND h.body_ended_at IS NULL
                         THEN greatest(h.tokens_reserved - h.tokens_covered

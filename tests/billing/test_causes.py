@@ -1,19 +1,23 @@
+"""Explanations from evidence alone; what the host's rows give is tested with them, in test_evidence.py."""
+
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from billing.causes import explain
-from billing.drifts import Drift, SameSizeRows
+from billing.drifts import Drift
+from billing.evidence import Evidence
+from billing.explanations import explain
 from billing.policies import decide
 from tests.support.host import START
 
 NOW = START + timedelta(days=3)
-ROWS = SameSizeRows(matches=2, newest=[{"log_id": "a", "tokens": 300, "created_at": "2026-11-02"}])
 INT4 = 2**31 - 1
+AT = "2026-11-02T12:00:00+00:00"
+LATER = "2026-11-02T13:00:00+00:00"
 
 
-def drift(observed: int | None, expected: int, **more: Any) -> Drift:
+def drift(observed: int | None, expected: int, evidence: dict[str, Any] | None = None, **more: Any) -> Drift:
     values = {
         "user_id": 1,
         "subscription_id": "1",
@@ -21,11 +25,41 @@ def drift(observed: int | None, expected: int, **more: Any) -> Drift:
         "end_date": None,
         "original": 10_000,
         "consumed": 10_000 - expected,
-        "counted_rows": SameSizeRows(),
-        "failed_rows": SameSizeRows(),
         **more,
     }
-    return Drift(observed=observed, expected=expected, **values)
+    found = Evidence.model_validate(evidence or {})
+    return Drift(observed=observed, expected=expected, evidence=found, **values)
+
+
+def named(found: Drift, *plan_sizes: int) -> dict[str, int]:
+    """Return the causes with their tokens."""
+    explanation = explain(found, plan_sizes=frozenset(plan_sizes), counter_limit=INT4, now=NOW)
+    shares: dict[str, int] = {}
+    for part in explanation.components:
+        shares[part.cause] = shares.get(part.cause, 0) + part.tokens
+    return shares
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    return [{"log_id": str(number), "tokens": 300, "created_at": AT} for number in range(count)]
+
+
+def same_size(tokens: int, *, counted: int = 0, failed: int = 0) -> dict[str, Any]:
+    return {
+        "matches": [
+            {
+                "tokens": tokens,
+                "counted": counted,
+                "counted_rows": rows(counted),
+                "failed": failed,
+                "failed_rows": rows(failed),
+            }
+        ]
+    }
+
+
+COUNTED, FAILED, BOTH = same_size(-300, counted=2), same_size(-300, failed=1), same_size(-300, counted=1, failed=1)
+MISSED = same_size(300, counted=2)
 
 
 @pytest.mark.parametrize(
@@ -33,19 +67,17 @@ def drift(observed: int | None, expected: int, **more: Any) -> Drift:
     [
         (drift(None, 500), {10_000}, "counter_null", "correct"),
         (drift(-5, 500), {10_000}, "counter_negative", "correct"),
-        (drift(500, 200, counted_rows=ROWS), {10_000}, "missed_decrement", "correct"),
-        (drift(500, 200), {10_000}, "unexplained", "correct"),
-        (drift(200, 500, counted_rows=ROWS), {10_000}, "double_decrement", "correct"),
-        (drift(200, 500, failed_rows=ROWS), {10_000}, "failed_usage_charged", "correct"),
-        (drift(200, 500, failed_rows=ROWS, counted_rows=ROWS), {10_000}, "failed_usage_charged", "correct"),
+        (drift(500, 200, MISSED), {10_000}, "missed_decrement", "correct"),
+        (drift(200, 500, COUNTED), {10_000}, "double_decrement", "correct"),
+        (drift(200, 500, FAILED), {10_000}, "failed_usage_charged", "correct"),
+        (drift(200, 500, BOTH), {10_000}, "failed_usage_charged", "correct"),
         (drift(200, 500), {10_000}, "unexplained", "correct"),
-        # What may be paid tokens is never taken: above the plan, as large as a plan, or larger than one.
+        # What may be paid tokens is never taken: above the plan, as large as a plan, or explained by nothing.
         (drift(10_001, 10_000), {50_000}, "credit_without_grant", "review"),
-        (drift(10_001, 10_000, counted_rows=ROWS), {50_000}, "credit_without_grant", "review"),
         (drift(500, 200), {300, 10_000}, "credit_without_grant", "review"),
-        (drift(500, 200, counted_rows=ROWS), {300}, "credit_without_grant", "review"),
+        (drift(500, 200, MISSED), {300}, "credit_without_grant", "review"),
         (drift(500, 200), {299}, "unexplained", "review"),
-        (drift(500, 200, counted_rows=ROWS), {299}, "missed_decrement", "correct"),
+        (drift(500, 200), {10_000}, "unexplained", "review"),
         # Zeroed at its end, on purpose.
         (drift(0, 500, is_active=False), {10_000}, "burned_at_expiry", "report"),
         (drift(0, 500, end_date=NOW - timedelta(seconds=1)), {10_000}, "burned_at_expiry", "report"),
@@ -63,20 +95,279 @@ def test_the_evidence_decides_the_cause_and_the_cause_what_may_be_done(
     explanation = explain(found, plan_sizes=frozenset(plan_sizes), counter_limit=INT4, now=NOW)
     verdict = decide(found, explanation)
     assert (explanation.cause, verdict.policy) == (cause, policy)
-    assert verdict.write == (found.expected if policy == "correct" else None)
     assert explanation.evidence == {**explanation.evidence, "original": 10_000, "consumed": found.consumed}
 
 
 def test_the_rows_that_fit_are_named_in_the_evidence() -> None:
-    explanation = explain(drift(500, 200, counted_rows=ROWS), plan_sizes=frozenset(), counter_limit=INT4, now=NOW)
-    assert explanation.components[0].evidence == {"log_rows_of_this_size": 2, "newest": ROWS.newest}
+    explanation = explain(drift(500, 200, MISSED), plan_sizes=frozenset(), counter_limit=INT4, now=NOW)
+    assert explanation.components[0].evidence == {"log_rows_of_this_size": 2, "newest": rows(2)}
+    # Without the host's decrements nobody can tell these two apart.
+    assert (explanation.alternatives, explanation.certainty) == (("lost_update",), "likely")
 
 
 def test_a_drift_larger_than_a_plan_says_which_plan_it_may_contain() -> None:
     sizes = frozenset({100, 3_000, 9_000})
     explanation = explain(drift(5_000, 1_000), plan_sizes=sizes, counter_limit=INT4, now=NOW)
     assert explanation.evidence["may_contain_a_plan_of"] == 3_000
+    assert explanation.evidence["considered"]["purchases"] is None
 
 
 def test_a_null_counter_drifts_by_what_it_does_not_show() -> None:
     assert (drift(None, 500).tokens, drift(700, 500).tokens, drift(0, 500).tokens) == (-500, 200, -500)
+
+
+def test_two_rows_explain_it_only_if_no_other_two_do() -> None:
+    pair = [{"kind": "L", "log_id": str(size), "tokens": size, "created_at": AT} for size in (100, 200)]
+    once = {"pairs": [{"kinds": "LL", "count": 1, "rows": pair}]}
+    assert named(drift(500, 200, once)) == {"missed_decrement": 300}
+    assert named(drift(200, 500, once)) == {"double_decrement": -300}
+    assert named(drift(500, 200, {"pairs": [{"kinds": "LL", "count": 2, "rows": pair}]})) == {}
+
+
+def test_young_usage_may_be_all_of_a_drift() -> None:
+    explanation = explain(
+        drift(500, 200, {"young": {"count": 2, "tokens": 300}}), plan_sizes=frozenset(), counter_limit=INT4, now=NOW
+    )
+    assert (explanation.cause, explanation.in_flight) == ("unexplained", 300)
+    more = explain(
+        drift(501, 200, {"young": {"count": 2, "tokens": 300}}), plan_sizes=frozenset(), counter_limit=INT4, now=NOW
+    )
+    assert more.in_flight == 0
+
+
+# --- With the host's decrement rows: what adds up -----------------------------------------------------------------
+
+
+def ledger(**more: Any) -> dict[str, Any]:
+    return {"decrements_mapped": True, "purchases_mapped": True, "start": 10_000, **more}
+
+
+def part(kind: str, tokens: int, *, elsewhere: bool = False) -> dict[str, Any]:
+    row = {"kind": "L", "id": "1", "at": AT}
+    sample = {"tokens": abs(tokens), "times": 1, "rows": [row]}
+    return {
+        "class": kind,
+        "count": 1,
+        "tokens": tokens,
+        "first_at": AT,
+        "elsewhere": elsewhere,
+        "late": False,
+        "samples": [sample],
+    }
+
+
+def purchase(tokens: int, **more: Any) -> dict[str, Any]:
+    return {
+        "id": "7",
+        "reference": "t7",
+        "tokens": tokens,
+        "at": AT,
+        "kind": "token plan",
+        "own_plan": False,
+        "granted": False,
+        "settled": False,
+        "opened_window": False,
+        **more,
+    }
+
+
+def concurrent(lost: int, kept: int) -> dict[str, Any]:
+    return {"lost": {"id": "1", "tokens": lost, "at": AT}, "kept": {"id": "2", "tokens": kept, "at": AT}}
+
+
+def segment(number: int, *sizes: int) -> dict[str, Any]:
+    newest = [{"id": str(place), "tokens": size, "at": AT} for place, size in enumerate(sizes)][::-1]
+    return {"number": number, "change": -sum(sizes), "lowest": -sum(sizes), "newest": newest}
+
+
+def carried(tokens: int | None, used: int, **more: Any) -> dict[str, Any]:
+    return {
+        "since": AT,
+        "tokens": tokens,
+        "used": used,
+        "lowered": used,
+        "payment": "3",
+        "upgrade": {"id": "4", "at": AT},
+        "place": 1,
+        "ran_out": False,
+        "same_plan": False,
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("observed", "expected", "evidence", "shares"),
+    [
+        (9_300, 9_000, {"parts": [part("missed", 300)]}, {"missed_decrement": 300}),
+        (8_700, 9_000, {"parts": [part("double", -300)]}, {"double_decrement": -300}),
+        (8_700, 9_000, {"parts": [part("failed", -300)]}, {"failed_usage_charged": -300}),
+        (8_700, 9_000, {"parts": [part("unlogged", -300)]}, {"charged_not_logged": -300}),
+        # What no row accounts for, a hand wrote.
+        (9_500, 9_000, {}, {"manual_edit": 500}),
+        (
+            9_500,
+            9_000,
+            {"parts": [part("missed", 300), part("failed", -50)]},
+            {"missed_decrement": 300, "failed_usage_charged": -50, "manual_edit": 250},
+        ),
+        # Of two decrements at the same moment one is lost; or two such.
+        (9_120, 9_000, {"concurrent": [concurrent(120, 80), concurrent(80, 120)]}, {"lost_update": 120}),
+        (9_200, 9_000, {"concurrent": [concurrent(120, 80), concurrent(80, 120)]}, {"lost_update": 200}),
+        (9_121, 9_000, {"concurrent": [concurrent(120, 80), concurrent(80, 120)]}, {"manual_edit": 121}),
+        # A purchase raised the counter, or it did not: the sum decides.
+        (14_000, 9_000, {"purchases": [purchase(5_000)]}, {"credit_without_grant": 5_000}),
+        (14_000, 9_000, {"purchases": [purchase(5_000, own_plan=True)]}, {"renewal_without_new_window": 5_000}),
+        (
+            9_300,
+            9_000,
+            {"purchases": [purchase(5_000)], "parts": [part("missed", 300)]},
+            {"missed_decrement": 300},
+        ),
+        (14_000, 9_000, {"purchases": [purchase(5_000, granted=True)]}, {"manual_edit": 5_000}),
+        (14_000, 9_000, {"purchases": [purchase(5_000, own_plan=True, opened_window=True)]}, {"manual_edit": 5_000}),
+        # An upgrade kept what was left of a plan that ran.
+        (11_400, 9_000, {"carried": [carried(4_000, 1_600)]}, {"carried_over_tokens": 2_400}),
+        (11_400, 9_000, {"carried": [carried(4_000, 1_600, ran_out=True)]}, {"manual_edit": 2_400}),
+        # The counter stopped at zero, and a purchase came after that.
+        (
+            4_500,
+            0,
+            {
+                "original": 10_000,
+                "consumed": 10_700,
+                "purchases": [purchase(5_000)],
+                "segments": [segment(0, 9_000, 1_200), segment(1, 500)],
+            },
+            {"clamped_at_zero": 200, "credit_without_grant": 5_000},
+        ),
+        # At zero for many requests it was not: an upgrade had kept some.
+        (
+            5_000,
+            0,
+            {
+                "original": 10_000,
+                "consumed": 12_100,
+                "purchases": [purchase(5_000)],
+                "carried": [carried(3_000, 1_000, same_plan=True)],
+                "segments": [segment(0, 9_900, *[220] * 10), segment(1)],
+            },
+            {"carried_over_tokens": 2_000, "clamped_at_zero": 100, "credit_without_grant": 5_000},
+        ),
+        # One that would have been at zero for many requests was not: somebody had raised it before.
+        (
+            600,
+            0,
+            {
+                "original": 10_000,
+                "consumed": 12_400,
+                "segments": [segment(0, 9_900, *[250] * 10)],
+            },
+            {"manual_edit": 3_000},
+        ),
+        # Charges of ours, while the host had the counter locked.
+        (
+            9_300,
+            9_000,
+            {"own_missed": {"count": 1, "tokens": 300, "rows": [{"id": "1", "tokens": 300, "at": AT}]}},
+            {"missed_decrement": 300},
+        ),
+        # Grants that the counter does not show, or kept beyond their end.
+        (
+            9_000,
+            9_500,
+            {
+                "purchases": [purchase(500, id="1", kind="grant", granted=True)],
+                "grants": [
+                    {
+                        "id": 1,
+                        "tokens": 500,
+                        "reference": None,
+                        "granted_at": AT,
+                        "given_since": True,
+                        "ended_since": None,
+                    }
+                ],
+            },
+            {"grant_not_in_counter": -500},
+        ),
+        # Below zero, and what else the rows tell.
+        (-40, 9_000, {"parts": [part("missed", 300)]}, {"missed_decrement": 300, "counter_negative": -9_340}),
+    ],
+)
+def test_the_causes_add_up_to_the_drift(
+    observed: int, expected: int, evidence: dict[str, Any], shares: dict[str, int]
+) -> None:
+    figures = {key: evidence.pop(key) for key in ("original", "consumed") if key in evidence}
+    found = drift(observed, expected, ledger(**evidence), **figures)
+    assert named(found) == shares
+    assert sum(shares.values()) == found.surplus
+
+
+@pytest.mark.parametrize(
+    ("evidence", "certainty", "alternatives"),
+    [
+        ({"parts": [part("missed", 300)]}, "certain", ()),
+        ({"parts": [part("double", 300)]}, "likely", ("charged_not_logged",)),
+        ({"parts": [part("unlogged", 300)]}, "certain", ()),
+        ({"parts": [part("unlogged", 300, elsewhere=True)]}, "likely", ("double_decrement",)),
+        # A missed decrement as large as a purchase may be that purchase.
+        ({"parts": [part("missed", 300)], "purchases": [purchase(300)]}, "likely", ("credit_without_grant",)),
+        ({"concurrent": [concurrent(300, 80)]}, "likely", ()),
+        # Two sizes of many add up to nearly anything.
+        ({"concurrent": [concurrent(220, 80), concurrent(80, 220)]}, "likely", ("manual_edit",)),
+        ({"purchases": [purchase(300)]}, "certain", ()),
+        # The purchase, or a lost decrement of its size.
+        (
+            {"purchases": [purchase(300)], "concurrent": [concurrent(300, 80)]},
+            "likely",
+            ("lost_update",),
+        ),
+        ({}, "likely", ()),
+    ],
+)
+def test_what_fits_as_well_is_named_and_makes_it_less_certain(
+    evidence: dict[str, Any], certainty: str, alternatives: tuple[str, ...]
+) -> None:
+    found = drift(9_300, 9_000, ledger(**evidence))
+    explanation = explain(found, plan_sizes=frozenset(), counter_limit=INT4, now=NOW)
+    assert (explanation.certainty, explanation.alternatives) == (certainty, alternatives)
+
+
+def edge_row(kind: str, *, settled: bool = False, young: bool = False, at: str = AT) -> dict[str, Any]:
+    return {"kind": kind, "id": kind + at, "at": at, "settled": settled, "young": young}
+
+
+@pytest.mark.parametrize(
+    ("off_by", "base", "edge", "shares", "in_flight"),
+    [
+        # Its decrement may still come, or has come and left no row yet: the counter tells.
+        (300, {}, [edge_row("L", young=True)], {}, 300),
+        (500, {}, [edge_row("L", young=True)], {"manual_edit": 200}, 300),
+        # The counter was set right between a log row and its decrement.
+        (-300, {"kind": "correction"}, [edge_row("L", settled=True), edge_row("D", at=LATER)],
+         {"double_decrement": -300}, 0),
+        # What was in flight when it was set right never came; or the host wrote back what it had read before.
+        (300, {"kind": "correction", "kept": 300}, [edge_row("L", settled=True)], {"missed_decrement": 300}, 0),
+        (120, {"kind": "correction", "written": 9_000, "seen_before": 9_120}, [], {"lost_update": 120}, 0),
+        # Settled rows alone prove nothing.
+        (500, {"kind": "window"}, [edge_row("L", settled=True)], {"manual_edit": 500}, 0),
+    ],
+)  # fmt: skip
+def test_rows_at_the_edges_count_if_the_sum_says_so(
+    off_by: int, base: dict[str, Any], edge: list[dict[str, Any]], shares: dict[str, int], in_flight: int
+) -> None:
+    edges = [{"tokens": 300, "rows": edge}] if edge else []
+    found = drift(9_000 + off_by, 9_000, ledger(edges=edges, base={"at": AT, **base}))
+    explanation = explain(found, plan_sizes=frozenset(), counter_limit=INT4, now=NOW)
+    assert (named(found), explanation.in_flight) == (shares, in_flight)
+
+
+def test_a_host_whose_decrement_rows_tell_nothing_is_not_believed() -> None:
+    evidence = ledger(parts=[part("missed", 5_000)], logged_rows=40, lowered_rows=3)
+    assert named(drift(9_100, 9_000, evidence)) == {}
+
+
+def test_without_payments_what_is_as_large_as_a_plan_may_have_been_bought() -> None:
+    evidence = ledger(purchases_mapped=False)
+    assert named(drift(9_500, 9_000, evidence), 500) == {"credit_without_grant": 500}
+    assert named(drift(9_500, 9_000, evidence), 400) == {"manual_edit": 500}

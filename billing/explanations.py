@@ -1,0 +1,211 @@
+"""Why a counter drifted: the causes whose shares add up to it, with their proof. Pure: drift in, explanation out.
+
+The counter is explained when observed = original - consumed + the sum of the causes' tokens. What the rows prove is
+taken as it is; among what they only allow, the set that makes the sum come out and strains belief least is chosen.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import combinations, product
+from typing import Any
+
+from billing.candidates import Candidate, Candidates, candidate, ledger_candidates
+from billing.causes import Cause, Certainty, Component, Explanation
+from billing.drifts import Drift
+from billing.evidence import Evidence
+from billing.replays import Clamp, clamps
+from billing.sizes import explain_by_sizes
+
+# How much a solution is stretched by what it takes for granted; the lowest sum wins, see `Candidate`.
+COST_LOST = 2.0
+COST_UNSEEN_PURCHASE = 3.0
+COST_MANUAL = 8.0
+COST_DIGIT = 0.5  # people type round figures: of each digit beyond two
+# Another explanation this close to the best one fits as well.
+CLOSE = 3.0
+FEWEST_ROWS = 20
+MOST_POSSIBLE = 8
+MOST_LOST = 60
+
+
+def explain(drift: Drift, *, plan_sizes: frozenset[int], counter_limit: int, now: datetime) -> Explanation:
+    """Name what made a drift.
+
+    `plan_sizes`: the token amounts that plans sell. `counter_limit`: the largest value that the counter's column takes.
+    """
+    if drift.expected > counter_limit:
+        return _whole("counter_out_of_range", drift, "certain", {"counter_limit": counter_limit})
+    if drift.observed is None:
+        return _whole("counter_null", drift, "certain")
+    solution = None
+    if drift.evidence.decrements_mapped:
+        solution = _best(drift, plan_sizes)
+    if solution and solution.exact and drift.observed >= 0 and not _is_lucky(solution):
+        return solution.as_explanation(drift)
+    ended = drift.end_date is not None and drift.end_date < now
+    if drift.observed == 0 and drift.tokens < 0 and (ended or not drift.is_active):
+        reason = "the subscription's end has passed" if ended else "the subscription is not active"
+        return _whole("burned_at_expiry", drift, "likely", {"note": reason}, alternatives=("manual_edit",))
+    if solution:
+        return solution.as_explanation(drift)
+    return explain_by_sizes(drift, plan_sizes)
+
+
+def _whole(
+    cause: Cause,
+    drift: Drift,
+    certainty: Certainty,
+    evidence: dict[str, Any] | None = None,
+    alternatives: tuple[str, ...] = (),
+) -> Explanation:
+    part = Component(cause=cause, tokens=drift.tokens, certainty=certainty, evidence=evidence or {})
+    return Explanation(components=(part,), alternatives=alternatives, evidence=figures(drift))
+
+
+def figures(drift: Drift) -> dict[str, Any]:
+    base = drift.evidence.base
+    return {"original": drift.original, "consumed": drift.consumed, "since": {"at": base.at, "kind": base.kind}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Solution:
+    """Candidates that add up, with what they cost. `exact` False: a rest was put down to a hand's edit."""
+
+    chosen: tuple[Candidate, ...]
+    cost: float
+    exact: bool
+
+    @property
+    def causes(self) -> frozenset[str]:
+        return frozenset(one.component.cause for one in self.chosen if not one.in_flight)
+
+    def as_explanation(self, drift: Drift) -> Explanation:
+        ordered = sorted((one for one in self.chosen if not one.in_flight), key=lambda one: one.at)
+        alternatives = [name for one in ordered for name in one.alternatives]
+        return Explanation(
+            components=tuple(one.component for one in ordered),
+            alternatives=tuple(name for name in dict.fromkeys(alternatives) if name not in self.causes),
+            in_flight=sum(one.tokens for one in self.chosen if one.in_flight),
+            evidence=figures(drift),
+        )
+
+
+def _is_lucky(solution: _Solution) -> bool:
+    return any(one.component.cause == "lost_update" for one in solution.chosen)
+
+
+def _best(drift: Drift, plan_sizes: frozenset[int]) -> _Solution:
+    """Return the solution that costs least, less certain where another comes close under other names."""
+    evidence = drift.evidence
+    found = ledger_candidates(evidence, plan_sizes)
+    solutions = list(_solutions(drift, found, plan_sizes))
+    exact = sorted((one for one in solutions if one.exact), key=lambda one: one.cost)
+    best = min(solutions, key=lambda one: one.cost)
+    close = [one for one in exact if one.causes != best.causes and one.cost <= best.cost + CLOSE]
+    if not best.exact and _ledger_is_no_story(evidence, found, best.chosen[-1].tokens):
+        return _Solution(chosen=(), cost=best.cost, exact=False)
+    others = {name for one in close for name in one.causes - best.causes}
+    if not others and not any(one.alternatives for one in best.chosen):
+        return best
+    return replace(best, chosen=tuple(_doubted(one, tuple(sorted(others)), close) for one in best.chosen))
+
+
+def _doubted(one: Candidate, others: tuple[str, ...], close: Sequence[_Solution]) -> Candidate:
+    """A cause that every close solution names as well is none the less certain."""
+    if all(one.component in [other.component for other in solution.chosen] for solution in close):
+        return one
+    part = one.component
+    certainty: Certainty = "likely" if part.certainty == "certain" else part.certainty
+    return replace(one, component=replace(part, certainty=certainty), alternatives=(*one.alternatives, *others))
+
+
+def _ledger_is_no_story(evidence: Evidence, found: Candidates, rest: int) -> bool:
+    """The decrement rows don't tell what happened to the counter: most usage has none, and yet was subtracted."""
+    missed = sum(one.tokens for one in found.proven if one.component.cause == "missed_decrement")
+    few = evidence.logged_rows >= FEWEST_ROWS and evidence.lowered_rows * 2 < evidence.logged_rows
+    return few and missed > 0 and -rest * 2 > missed
+
+
+def _solutions(drift: Drift, found: Candidates, plan_sizes: frozenset[int]) -> Iterator[_Solution]:
+    """Yield each way to make the sum come out, and each with a rest for a hand's edit."""
+    evidence = drift.evidence
+    possible = found.possible[-MOST_POSSIBLE:]
+    # Older purchases than we try both ways have raised the counter, as purchases do.
+    sure = [one for one in found.possible[:-MOST_POSSIBLE] if one.purchase is not None and not one.cost_used]
+    lost = _lost_updates(evidence)
+    unseen = frozenset() if evidence.purchases_mapped else plan_sizes
+    not_carried = max((one.cost_unused for one in found.carried), default=0.0)
+    for flags in product((True, False), repeat=len(possible)):
+        used = [one for one, flag in zip(possible, flags, strict=True) if flag]
+        cost = sum(one.cost_used if flag else one.cost_unused for one, flag in zip(possible, flags, strict=True))
+        for carried in (None, *found.carried):
+            chosen = [*found.proven, *sure, *used, *([carried] if carried else [])]
+            base_cost = cost + (carried.cost_used if carried else not_carried)
+            for clamp in clamps(evidence, chosen):
+                taken = (*chosen, *([clamp.candidate] if clamp.candidate else []))
+                rest = drift.surplus - sum(one.tokens for one in taken)
+                yield from _closed(drift, taken, base_cost, clamp, rest, lost, unseen)
+
+
+def _closed(
+    drift: Drift,
+    taken: tuple[Candidate, ...],
+    cost: float,
+    clamp: Clamp,
+    rest: int,
+    lost: dict[int, Candidate],
+    unseen: frozenset[int],
+) -> Iterator[_Solution]:
+    cost += clamp.cost
+    if (drift.observed or 0) < 0:
+        negative = candidate("counter_negative", rest, "certain", at="~")
+        yield _Solution(chosen=(*taken, negative), cost=cost, exact=rest == 0)
+        return
+    if rest == 0:
+        yield _Solution(chosen=taken, cost=cost, exact=True)
+        return
+    if rest in unseen:
+        yield _Solution(chosen=(*taken, _bought(rest)), cost=cost + COST_UNSEEN_PURCHASE, exact=True)
+    for losses in _losses(rest, lost):
+        if len(losses) > 1 or clamp.candidate:
+            # Many sums come out by chance: an edit by hand of this size can't be told from it.
+            losses = tuple(replace(one, alternatives=("manual_edit",)) for one in losses)
+        yield _Solution(chosen=(*taken, *losses), cost=cost + COST_LOST * len(losses), exact=True)
+    digits = len(str(abs(rest)).rstrip("0"))
+    strain = math.log10(abs(rest)) + COST_DIGIT * max(0, digits - 2) + clamp.cost_before_edit
+    yield _Solution(chosen=(*taken, _manual_edit(rest)), cost=cost + COST_MANUAL + strain, exact=False)
+
+
+def _bought(tokens: int) -> Candidate:
+    """Payments are not mapped: what is as large as a plan may have been bought."""
+    others = ("renewal_without_new_window", "manual_edit")
+    return candidate("credit_without_grant", tokens, "likely", at="~", alternatives=others,
+                     evidence={"plans_of_this_size": True})  # fmt: skip
+
+
+def _manual_edit(rest: int) -> Candidate:
+    proof = {"note": "no row accounts for it: log, decrements and purchases were considered"}
+    return candidate("manual_edit", rest, "likely", at="~", evidence=proof)
+
+
+def _lost_updates(evidence: Evidence) -> dict[int, Candidate]:
+    """Return the decrements that a concurrent one may have overwritten, one for each size."""
+    found: dict[int, Candidate] = {}
+    for pair in evidence.concurrent[:MOST_LOST]:
+        tokens = int(pair.lost["tokens"])
+        if tokens > 0:
+            proof = {"rows": [pair.lost, pair.kept], "note": "of two decrements at the same moment one was lost"}
+            found[tokens] = candidate("lost_update", tokens, "likely", at=pair.lost["at"], evidence=proof)
+    return found
+
+
+def _losses(rest: int, lost: dict[int, Candidate]) -> Iterator[tuple[Candidate, ...]]:
+    if rest in lost:
+        yield (lost[rest],)
+        return
+    for first, second in combinations(lost, 2):
+        if first + second == rest:
+            yield lost[first], lost[second]
+            return

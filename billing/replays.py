@@ -1,0 +1,105 @@
+"""The counter replayed, decrement by decrement: where a host that stops at zero charged less than was used. Pure."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from billing.candidates import Candidate, candidate
+from billing.causes import Certainty
+from billing.evidence import Evidence, Row, Segment
+
+COST_NO_CLAMP = 1.5
+# A host that shows nothing left lets few more requests through: those that were on their way.
+COST_ON_ITS_WAY = 0.8
+COST_LET_THROUGH = 2.0
+MOST_COST_BELOW_ZERO = 8.0
+ON_ITS_WAY = timedelta(seconds=10)
+MOST_ROWS = 4
+COST_LATER_EDIT = 4.0
+_FROM_THE_START = ("carried_over_tokens", "grant_not_in_counter")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clamp:
+    """By how much the counter stopped short of going below zero. `candidate` None: it never had to.
+
+    `cost`: how much this strains belief. `cost_before_edit`: how much more if an edit by hand comes into it as well.
+    """
+
+    candidate: Candidate | None = None
+    cost: float = 0.0
+    cost_before_edit: float = 0.0
+
+
+def clamps(evidence: Evidence, chosen: Sequence[Candidate]) -> Iterator[Clamp]:
+    """Replay the counter: yield where it stopped at zero and, should the host not stop there, that it did not."""
+    credited = {place for place, purchase in enumerate(evidence.purchases) if purchase.granted}
+    credited |= {one.purchase for one in chosen if one.purchase is not None and one.tokens > 0}
+    credited -= {one.purchase for one in chosen if one.purchase is not None and one.tokens < 0}
+    segments = {segment.number: segment for segment in evidence.segments}
+    # What was in the counter from the start, and is not in the figures; or the other way round.
+    started = [one for one in chosen if one.component.cause in _FROM_THE_START and one.purchase is None]
+    height = evidence.start + sum(one.tokens for one in started)
+    stopped, below_zero, last = 0, [], False
+    for number in range(max(segments, default=-1) + 1):
+        if number - 1 in credited:
+            height += evidence.purchases[number - 1].tokens
+            last = False
+        segment = segments.get(number)
+        if segment is None:
+            continue
+        below = max(0, -(height + min(segment.lowest, 0)))
+        if below:
+            below_zero += _rows_below_zero(segment, height)
+            last = True
+        stopped += below
+        height += segment.change + below
+    if not stopped:
+        yield Clamp()
+        return
+    strain = _strain_below_zero(below_zero)
+    proof = {"rows": below_zero[:MOST_ROWS], "count": len(below_zero), "note": "the counter held less than these took"}
+    # What an upgrade kept hides in a clamp, where nobody knows how much that was.
+    unknown = any(carried.tokens is None for carried in evidence.carried) or not evidence.purchases_mapped
+    kept = evidence.base.kind == "window" and unknown and not _names_carried(chosen)
+    certainty: Certainty = "likely" if kept or strain >= COST_LET_THROUGH else "certain"
+    at = below_zero[0]["at"] if below_zero else ""
+    others = ("carried_over_tokens",) if kept else ()
+    found = candidate("clamped_at_zero", stopped, certainty, at=at, alternatives=others, evidence=proof)
+    # An edit before these rows explains by itself that the counter is above zero after them.
+    yield Clamp(candidate=found, cost=strain, cost_before_edit=COST_LATER_EDIT if last else 0.0)
+    yield Clamp(cost=COST_NO_CLAMP)
+
+
+def _names_carried(chosen: Sequence[Candidate]) -> bool:
+    return any(one.component.cause == "carried_over_tokens" for one in chosen)
+
+
+def _strain_below_zero(rows: Sequence[Row]) -> float:
+    """Return how hard it is to believe that a host at zero let these through after the first."""
+    if not rows:
+        return 0.0
+    first = _moment(rows[0])
+    near = sum(first is not None and (_moment(row) or first) <= first + ON_ITS_WAY for row in rows[1:])
+    later = len(rows) - 1 - near
+    return min(near * COST_ON_ITS_WAY + later * COST_LET_THROUGH, MOST_COST_BELOW_ZERO)
+
+
+def _moment(row: Row) -> datetime | None:
+    """Return a row's time; None for one that Python can't hold."""
+    try:
+        return datetime.fromisoformat(row["at"])
+    except ValueError:
+        return None
+
+
+def _rows_below_zero(segment: Segment, height: int) -> list[Row]:
+    """Return the last decrements of a segment that found less than they took, oldest first."""
+    height += segment.change
+    found: list[Row] = []
+    for row in segment.newest:
+        if height >= 0:
+            break
+        found.append(row)
+        height += int(row["tokens"])
+    return found[::-1]
