@@ -1,0 +1,118 @@
+"""Compares what a reconcile run wrote down with the truth."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from tests.support.host import Host
+from tests.support.legacy.population import NO_DRIFT, Group, Person
+
+MOMENT_SECONDS = 2.0
+
+
+def looks_like_a_lost_update(person: Person) -> bool:
+    """Whether the counter was raised by hand by just what a decrement cost that had another one at its side."""
+    edited = person.life.truth.tokens.get("manual_edit")
+    rows = sorted(person.life.decrements, key=lambda row: row.at)
+    return any(
+        later.at - sooner.at <= MOMENT_SECONDS and edited in (sooner.tokens, later.tokens)
+        for sooner, later in pairwise(rows)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """What a drift row says of one subscription. No row: the causes are `NO_DRIFT`."""
+
+    causes: frozenset[str]
+    certainty: str
+    action: str
+    evidence: dict[str, Any]
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """The components' signed tokens by cause."""
+        sums: Counter[str] = Counter()
+        for part in self.evidence.get("components", []):
+            sums[part["cause"]] += part["tokens"]
+        return dict(sums)
+
+
+UNSEEN = Named(causes=NO_DRIFT, certainty="certain", action="none", evidence={})
+
+
+class Judgement:
+    """Holds each person against what was said of them."""
+
+    def __init__(self, people: list[Person], named: dict[int, Named]) -> None:
+        self.people = people
+        self.named = named
+
+    @classmethod
+    def read(cls, host: Host, people: list[Person]) -> "Judgement":
+        """Read what the first run wrote down."""
+        rows = host.execute("SELECT user_id, cause, certainty, action, evidence FROM trueup.drift")
+        named = {
+            row.user_id: Named(
+                causes=frozenset(row.cause.split("+")),
+                certainty=row.certainty,
+                action=row.action,
+                evidence=row.evidence,
+            )
+            for row in rows
+        }
+        return cls(people, named)
+
+    def of(self, person: Person) -> Named:
+        return self.named.get(person.user_id, UNSEEN)
+
+    def is_right(self, person: Person) -> bool:
+        return self.of(person).causes in person.accepted
+
+    def group(self, group: Group) -> list[Person]:
+        return [person for person in self.people if person.group == group]
+
+    def share_right(self, people: Iterable[Person]) -> float:
+        verdicts = [self.is_right(person) for person in people]
+        return sum(verdicts) / len(verdicts)
+
+    def wrong_and_certain(self) -> list[Person]:
+        """Those of whom a wrong name is stated as certain. To say nothing is not to state a name."""
+        return [
+            person
+            for person in self.people
+            if person.user_id in self.named
+            and self.of(person).certainty == "certain"
+            and self.of(person).causes != {"unexplained"}
+            and not self.is_right(person)
+        ]
+
+    def without_proof(self, people: Iterable[Person]) -> list[Person]:
+        """Those rightly named whose evidence shows none of the rows behind some cause, where there are such rows."""
+        lacking = []
+        for person in people:
+            shown = json.dumps(self.of(person).evidence)
+            for rows in person.life.truth.rows.values():
+                if rows and not any(row in shown for row in rows):
+                    lacking.append(person)
+                    break
+        return lacking
+
+    def table(self, group: Group) -> str:
+        """Return what each label's people were named, the wrong names below their label, with an example each."""
+        lines = []
+        for label in sorted({person.label for person in self.group(group)}):
+            people = [person for person in self.group(group) if person.label == label]
+            lines.append(f"{label}: {sum(map(self.is_right, people))} of {len(people)} right")
+            wrong = Counter((self._name(person)) for person in people if not self.is_right(person))
+            for name, count in wrong.most_common():
+                example = next(person for person in people if self._name(person) == name and not self.is_right(person))
+                lines.append(f"    {count} x {name}, as user {example.user_id} {example.life.truth.tokens}")
+        return "\n".join(lines)
+
+    def _name(self, person: Person) -> str:
+        named = self.of(person)
+        return f"{'+'.join(sorted(named.causes))} ({named.certainty}, {named.action})"
