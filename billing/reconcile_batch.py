@@ -1,17 +1,25 @@
 """One batch of a reconcile run: bring the balances up to date, find, explain, decide, correct and write it down."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import Connection, text
 
-from billing.causes import explain
 from billing.drifts import find_drifts
+from billing.explanations import explain
 from billing.mapping import HostMapping
-from billing.policies import Policy, decide
+from billing.policies import DEFAULT_RULES, Rules, decide
 from billing.reconcile_runs import Finding
+from billing.shards import ShardLostError, Step, move_shard
+from billing.standing import read_past
 from billing.users import UserId
+
+# Each user's gate waits while the balances of a slice are brought up to date.
+REFRESHED_AT_ONCE = 100
+# Each counter's row is locked while a slice is written.
+SETTLED_AT_ONCE = 250
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,78 +30,133 @@ class BatchContext:
     dry_run: bool
     plan_sizes: frozenset[int]
     counter_limit: int
+    rules: Rules = DEFAULT_RULES
 
     @classmethod
-    def read(cls, connection: Connection, mapping: HostMapping, *, dry_run: bool) -> "BatchContext":
+    def read(
+        cls, connection: Connection, mapping: HostMapping, *, dry_run: bool, rules: Rules = DEFAULT_RULES
+    ) -> "BatchContext":
         sizes = connection.scalars(text("SELECT trueup.plan_sizes()")).all()
         limit = connection.scalar(text("SELECT trueup.counter_limit()"))
         connection.rollback()
-        return cls(mapping=mapping, dry_run=dry_run, plan_sizes=frozenset(sizes), counter_limit=limit or 0)
+        return cls(mapping=mapping, dry_run=dry_run, plan_sizes=frozenset(sizes), counter_limit=limit or 0, rules=rules)
 
 
 def reconcile_batch(
-    connection: Connection, context: BatchContext, run_id: int | None, user_ids: list[UserId]
+    connection: Connection,
+    context: BatchContext,
+    run_id: int | None,
+    user_ids: list[UserId],
+    step: Step | None = None,
 ) -> list[Finding]:
-    """Compare these users' counters with the log. `run_id` None: a dry run, which writes nothing at all."""
+    """Compare these users' counters with the log. `run_id` None: a dry run, which writes nothing at all.
+
+    `step`: how far this brings a shard, noted together with what is written; None: the batch is of no shard.
+    Raises `ShardLostError`, with nothing written, when another has taken the shard over.
+    """
     user_id_type = context.mapping.user_id_type
     if not context.dry_run:
-        connection.execute(
-            text(f"SELECT trueup.refresh_balances(CAST(:user_ids AS {user_id_type}[]), NULL)"),
-            {"user_ids": user_ids},
-        )
+        statement = text(f"SELECT trueup.refresh_balances(CAST(:user_ids AS {user_id_type}[]), NULL)")
+        for start in range(0, len(user_ids), REFRESHED_AT_ONCE):
+            connection.execute(statement, {"user_ids": user_ids[start : start + REFRESHED_AT_ONCE]})
     now = connection.scalar(text("SELECT clock_timestamp()"))
     assert isinstance(now, datetime)  # noqa: S101 - for the type checker: a query of one value
-    drifts = find_drifts(connection, user_ids, user_id_type, now=now)
+    min_age = context.rules.min_age_seconds
+    drifts = find_drifts(connection, user_ids, user_id_type, now=now, min_age_seconds=min_age)
+    past = read_past(connection, [drift.user_id for drift in drifts], user_id_type)
     connection.rollback()
     findings = []
+    standing = {}
     for drift in drifts:
         explanation = explain(drift, plan_sizes=context.plan_sizes, counter_limit=context.counter_limit, now=now)
-        verdict = decide(drift, explanation)
-        action = _PLANNED[verdict.policy]
-        findings.append(Finding(drift=drift, explanation=explanation, verdict=verdict, action=action, written=None))
-    return findings if context.dry_run else _settle(connection, context, run_id, findings, now)
+        before = past[drift.user_id]
+        history = before.history(drift, now=now, min_age_seconds=context.rules.min_age_seconds)
+        verdict = decide(drift, explanation, rules=context.rules, history=history, counter_limit=context.counter_limit)
+        row_id = standing[drift.user_id] = before.standing_id(drift, explanation, verdict)
+        findings.append(
+            Finding(
+                drift=drift,
+                explanation=explanation,
+                verdict=verdict,
+                action=verdict.action,
+                written=None,
+                is_new=row_id is None,
+            )
+        )
+    if context.dry_run:
+        return findings
+    settled: list[Finding] = []
+    for start in range(0, len(findings), SETTLED_AT_ONCE):
+        part = findings[start : start + SETTLED_AT_ONCE]
+        reached = _step_to(step, user_ids, part[-1].drift.user_id)
+        settled += _settle(connection, context, run_id, part, standing, now, reached)
+    move_shard(connection, run_id, step, user_id_type)
+    return settled
 
 
-# What stands in a report when nothing is written.
-_PLANNED: dict[Policy, str] = {"correct": "reported", "review": "review", "report": "reported"}
+def _step_to(step: Step | None, user_ids: list[UserId], user_id: UserId) -> Step | None:
+    """Return the part of the batch's step up to that user."""
+    if step is None:
+        return None
+    return replace(step, cursor=user_id, checked=step.checked - len(user_ids) + 1 + user_ids.index(user_id))
 
-# One statement, so that a correction and the row that says why are never there alone, and so that the counters' locks
-# are gone before the answer is on its way.
+
+# One statement, so that a correction, the row that says why and the shard's cursor are never there alone, and so that
+# the counters' locks are gone before the answer is on its way. Whoever has lost the shard writes nothing.
 _SETTLE = """
-    WITH found AS MATERIALIZED (
-        SELECT * FROM unnest(
+    WITH shard AS MATERIALIZED (
+        SELECT CASE WHEN CAST(:shard AS integer) IS NULL THEN true
+                    ELSE trueup.move_shard(:run_id, :shard, :attempt, CAST(:cursor AS {user_id_type}), :checked)
+               END AS is_ours
+    ), found AS MATERIALIZED (
+        SELECT f.*, CAST(f.evidence_text AS jsonb) AS evidence FROM shard, unnest(
             CAST(:users AS {user_id_type}[]), CAST(:subscriptions AS text[]), CAST(:observed AS bigint[]),
             CAST(:expected AS bigint[]), CAST(:writes AS bigint[]), CAST(:causes AS text[]),
             CAST(:certainties AS text[]), CAST(:explained AS bigint[]), CAST(:actions AS text[]),
-            CAST(:reasons AS text[]), CAST(:evidence AS text[])
+            CAST(:reasons AS text[]), CAST(:evidence AS text[]), CAST(:standing AS bigint[]),
+            CAST(:windows AS text[])
         ) AS f (user_id, subscription_id, observed, expected, write, cause, certainty, explained, action, reason,
-                evidence)
+                evidence_text, standing_id, window_start)
+        WHERE shard.is_ours
     ), corrected AS MATERIALIZED (
         SELECT c.user_id FROM (
             SELECT array_agg(user_id) AS users, array_agg(subscription_id) AS subscriptions,
-                   array_agg(observed) AS observed, array_agg(write) AS writes
+                   array_agg(observed) AS observed, array_agg(write) AS writes, array_agg(window_start) AS windows
             FROM found WHERE write IS NOT NULL
-        ) f, trueup.correct_counters(f.users, f.subscriptions, f.observed, f.writes) AS c (user_id)
+        ) f, trueup.correct_counters(f.users, f.subscriptions, f.observed, f.writes, f.windows) AS c (user_id)
+    ), seen_again AS (
+        UPDATE trueup.drift d SET last_run_id = :run_id, last_seen_at = :now
+        FROM found f WHERE d.user_id = f.user_id AND d.id = f.standing_id
+        RETURNING d.user_id, f.action
+    ), written AS (
+        INSERT INTO trueup.drift (user_id, run_id, subscription_id, observed, expected, written, cause, certainty,
+                                  tokens_explained, action, reason, evidence, found_at, last_run_id, last_seen_at)
+        SELECT f.user_id, :run_id, f.subscription_id, f.observed, f.expected,
+               CASE WHEN c.user_id IS NOT NULL THEN f.write END, f.cause, f.certainty, f.explained,
+               CASE WHEN f.write IS NULL THEN f.action
+                    WHEN c.user_id IS NULL THEN 'lost_race' ELSE 'corrected' END,
+               f.reason, f.evidence, :now, :run_id, :now
+        FROM found f LEFT JOIN corrected c ON c.user_id = f.user_id
+        WHERE f.standing_id IS NULL
+        ORDER BY f.user_id
+        RETURNING user_id, action, written
     )
-    INSERT INTO trueup.drift (user_id, run_id, subscription_id, observed, expected, written, cause, certainty,
-                              tokens_explained, action, reason, evidence, found_at, last_run_id, last_seen_at)
-    SELECT f.user_id, :run_id, f.subscription_id, f.observed, f.expected,
-           CASE WHEN c.user_id IS NOT NULL THEN f.write END, f.cause, f.certainty, f.explained,
-           CASE WHEN f.write IS NULL THEN f.action
-                WHEN c.user_id IS NULL THEN 'lost_race' ELSE 'corrected' END,
-           f.reason, CAST(f.evidence AS jsonb), :now, :run_id, :now
-    FROM found f LEFT JOIN corrected c ON c.user_id = f.user_id
-    ORDER BY f.user_id
-    RETURNING user_id, action, written
+    SELECT user_id, action, written, true AS is_new FROM written
+    UNION ALL
+    SELECT user_id, action, NULL, false FROM seen_again
 """
 
 
 def _settle(
-    connection: Connection, context: BatchContext, run_id: int | None, findings: list[Finding], now: datetime
+    connection: Connection,
+    context: BatchContext,
+    run_id: int | None,
+    findings: list[Finding],
+    standing: dict[UserId, int | None],
+    now: datetime,
+    step: Step | None,
 ) -> list[Finding]:
-    """Set the counters right by compare-and-set where the verdict says so, and write every drift down."""
-    if not findings:
-        return []
+    """Set counters right by compare-and-set where the verdict says so, and write down every drift that is new."""
     values = {
         "users": [found.drift.user_id for found in findings],
         "subscriptions": [found.drift.subscription_id for found in findings],
@@ -106,19 +169,22 @@ def _settle(
         "actions": [found.action for found in findings],
         "reasons": [found.verdict.reason for found in findings],
         "evidence": [json.dumps(found.explanation.as_evidence()) for found in findings],
+        "standing": [standing[found.drift.user_id] for found in findings],
+        "windows": [found.drift.window or None for found in findings],
         "run_id": run_id,
         "now": now,
+        "shard": step.number if step else None,
+        "attempt": step.attempt if step else None,
+        "cursor": step.cursor if step else None,
+        "checked": step.checked if step else None,
     }
     rows = connection.execute(text(_SETTLE.format(user_id_type=context.mapping.user_id_type)), values)
     settled = {row.user_id: row for row in rows}
     connection.rollback()
-    return [
-        Finding(
-            drift=found.drift,
-            explanation=found.explanation,
-            verdict=found.verdict,
-            action=settled[found.drift.user_id].action,
-            written=settled[found.drift.user_id].written,
-        )
-        for found in findings
-    ]
+    if not settled:
+        raise ShardLostError
+    return [_as_settled(found, settled[found.drift.user_id]) for found in findings]
+
+
+def _as_settled(found: Finding, row: Any) -> Finding:
+    return replace(found, action=row.action, written=row.written, is_new=row.is_new)

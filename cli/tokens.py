@@ -9,18 +9,23 @@ from billing.errors import UnknownUserError
 from billing.users import UserId
 from cli import EXIT_DENIED
 from cli.context import TOKENS, USER, json_option, servers
+from cli.grants import grant, grants, import_payments_, revoke
 from cli.output import print_facts, print_json
 
 
 @click.group()
 def tokens() -> None:
-    """Show and check a user's tokens.
+    """Show and check a user's tokens, and grant more.
 
     \b
     Example:
       trueup tokens show 42
       trueup tokens check 42 --tokens 1500
     """
+
+
+for _command in (grant, grants, revoke, import_payments_):
+    tokens.add_command(_command)
 
 
 @tokens.command()

@@ -15,33 +15,34 @@ CREATE OR REPLACE FUNCTION trueup.decide(
     END
 $$;
 
--- What each subscription entitles to. original = the token plan's tokens, else the full plan's, else 0,
--- plus the grants given in this window that are neither revoked nor expired. (`entitlements.at`: a bare `at` would be
--- the host's column if one of its tables had one of that name.)
+-- What each subscription entitles to. original = the token plan's tokens, else the full plan's, else 0, plus what the
+-- user's grants add (grants.sql says what that is); a user without grants costs one look at an index.
+-- (`entitlements.at`: a bare `at` would be the host's column if one of its tables had one of that name.)
 CREATE OR REPLACE FUNCTION trueup.entitlements(at timestamptz) RETURNS TABLE (
     user_id {{user_id_type}}, subscription_id text, is_active boolean,
-    window_start timestamptz, end_date timestamptz, original bigint, counter bigint
+    window_start timestamptz, end_date timestamptz, original bigint, counter bigint, plan_tokens bigint
 ) LANGUAGE sql STABLE AS $$
     SELECT s.{{subscription.user_id}},
            s.{{subscription.id}}::text,
            s.{{subscription.is_active}},
-           coalesce(s.{{subscription.start_date}}, '-infinity'::timestamptz),
+           w.window_start,
            -- No end within the years that clients can hold is no end; one before them is long past.
            CASE WHEN s.{{subscription.end_date}} < '9999-12-31'
                 THEN greatest(s.{{subscription.end_date}}, '0001-01-03') END,
-           greatest(coalesce(tp.{{token_plan.tokens_included}}, fp.{{full_plan.tokens_included}}, 0), 0)::bigint
-           + coalesce((
-               SELECT sum(g.tokens) FROM trueup.token_grant g
-               WHERE g.user_id = s.{{subscription.user_id}}
-                 AND g.revoked_at IS NULL
-                 AND g.granted_at >= coalesce(s.{{subscription.start_date}}, '-infinity'::timestamptz)
-                 AND g.granted_at <= entitlements.at
-                 AND (g.expires_at IS NULL OR g.expires_at > entitlements.at)
-           ), 0)::bigint,
-           s.{{subscription.tokens_remaining}}::bigint
+           CASE WHEN EXISTS (SELECT FROM trueup.token_grant g WHERE g.user_id = s.{{subscription.user_id}})
+                THEN least(w.plan_tokens + trueup.granted(s.{{subscription.user_id}}, w.window_start, w.plan_tokens,
+                                                          entitlements.at), 9223372036854775807)::bigint
+                ELSE w.plan_tokens END,
+           s.{{subscription.tokens_remaining}}::bigint,
+           w.plan_tokens
     FROM {{subscription}} s
     LEFT JOIN {{token_plan}} tp ON tp.{{token_plan.id}} = s.{{subscription.token_plan_id}}
     LEFT JOIN {{full_plan}} fp ON fp.{{full_plan.id}} = s.{{subscription.full_plan_id}}
+    CROSS JOIN LATERAL (
+        SELECT coalesce(s.{{subscription.start_date}}, '-infinity'::timestamptz) AS window_start,
+               greatest(coalesce(tp.{{token_plan.tokens_included}}, fp.{{full_plan.tokens_included}}, 0), 0)::bigint
+                   AS plan_tokens
+    ) w
 $$;
 
 -- How often the log was truncated, or set up anew: a balance built before the last time is stale.

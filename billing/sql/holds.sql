@@ -39,6 +39,16 @@ BEGIN
     IF b.user_id IS NULL THEN
         RETURN;
     END IF;
+    IF subscribed AND EXISTS (SELECT FROM trueup.token_grant WHERE user_id = p_user) THEN
+        PERFORM trueup.settle_grants(p_user, b.window_start, e.window_start, coalesce(b.plan_tokens, e.plan_tokens),
+                                     e.plan_tokens, at);
+        -- As settled: a row that was logged between the two statements must not count in one and not in the other.
+        e.original := (SELECT t.original FROM trueup.entitlements(at) t WHERE t.user_id = p_user);
+    END IF;
+    IF subscribed AND b.plan_tokens IS DISTINCT FROM e.plan_tokens THEN
+        -- What the window's plan had is needed when the window has ended, and then the host may know it no more.
+        UPDATE trueup.balance SET plan_tokens = e.plan_tokens WHERE user_id = p_user;
+    END IF;
     IF subscribed AND (b.window_start, b.log_epoch) IS DISTINCT FROM (e.window_start, e.log_epoch) THEN
         -- One statement, one snapshot: a log row and its delta are both seen here or both left for later.
         WITH cleared AS (DELETE FROM trueup.usage_delta WHERE user_id = p_user)

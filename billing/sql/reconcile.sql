@@ -1,3 +1,8 @@
+-- By how much a drifted counter was off, without what was in flight.
+CREATE OR REPLACE FUNCTION trueup.off_by(d trueup.drift) RETURNS bigint LANGUAGE sql IMMUTABLE AS $$
+    SELECT coalesce(d.observed, 0) - d.expected - coalesce((d.evidence->>'in_flight')::bigint, 0)
+$$;
+
 -- Bring the balances of these users up to date, so that comparing counters needs no look at the log. A balance in use
 -- now is passed over: reads are exact without this, and waiting would make the gates of all users locked so far wait too.
 CREATE OR REPLACE FUNCTION trueup.refresh_balances(p_users {{user_id_type}}[], at timestamptz)
@@ -15,7 +20,16 @@ BEGIN
           AND (b.user_id IS NULL
                OR b.window_start <> coalesce(s.{{subscription.start_date}}, '-infinity'::timestamptz)
                OR b.log_epoch <> (SELECT trueup.log_epoch())
-               OR EXISTS (SELECT FROM trueup.usage_delta d WHERE d.user_id = s.{{subscription.user_id}}))
+               OR EXISTS (SELECT FROM trueup.usage_delta d WHERE d.user_id = s.{{subscription.user_id}})
+               -- A grant has ended in this window, and what it has paid for is not written down yet.
+               OR EXISTS (SELECT FROM trueup.token_grant g
+                          WHERE g.user_id = s.{{subscription.user_id}}
+                            AND least(g.expires_at, g.revoked_at) > b.window_start
+                            AND least(g.expires_at, g.revoked_at)
+                                <= coalesce(refresh_balances.at, clock_timestamp())
+                            AND NOT EXISTS (SELECT FROM trueup.grant_use u
+                                            WHERE u.user_id = g.user_id AND u.grant_id = g.id
+                                              AND u.window_start = b.window_start)))
         ORDER BY s.{{subscription.user_id}}  -- every run locks in the same order
     LOOP
         PERFORM FROM trueup.balance b WHERE b.user_id = v_user FOR UPDATE SKIP LOCKED;
@@ -29,18 +43,22 @@ BEGIN
     RETURN v_refreshed;
 END $$;
 
--- Set counters right, each only if it still shows the value that was seen (compare-and-set). A row that the host
--- has locked is passed over: we never wait for the host, nor make others wait behind our locks.
+-- Set counters right, each only if it still shows the value that was seen (compare-and-set), and in the window it was
+-- seen in: a renewal may set the very same value anew. p_windows null: whatever the window is. A row that the host has
+-- locked is passed over: we never wait for the host, nor make others wait behind our locks.
 -- Returns the users whose counter was corrected.
 CREATE OR REPLACE FUNCTION trueup.correct_counters(
-    p_users {{user_id_type}}[], p_subscriptions text[], p_observed bigint[], p_expected bigint[]
+    p_users {{user_id_type}}[], p_subscriptions text[], p_observed bigint[], p_expected bigint[],
+    p_windows text[] DEFAULT NULL
 ) RETURNS SETOF {{user_id_type}} LANGUAGE sql AS $$
     WITH locked AS (
         SELECT s.{{subscription.id}} AS id, w.expected
-        FROM unnest(p_users, p_subscriptions, p_observed, p_expected)
-            AS w (user_id, subscription_id, observed, expected)
+        FROM unnest(p_users, p_subscriptions, p_observed, p_expected, p_windows)
+            AS w (user_id, subscription_id, observed, expected, window_start)
         JOIN {{subscription}} s ON s.{{subscription.user_id}} = w.user_id
         WHERE s.{{subscription.id}}::text = w.subscription_id
+          AND (w.window_start IS NULL
+               OR coalesce(s.{{subscription.start_date}}, '-infinity'::timestamptz)::text = w.window_start)
           AND s.{{subscription.tokens_remaining}} IS NOT DISTINCT FROM w.observed
         FOR NO KEY UPDATE OF s SKIP LOCKED
     )
@@ -49,26 +67,42 @@ CREATE OR REPLACE FUNCTION trueup.correct_counters(
     RETURNING s.{{subscription.user_id}}
 $$;
 
--- Rows of the log, within the window, that alone are as large as a user's drift: evidence for its cause. `counted`
--- tells rows that count (success) from failed ones. At most three are kept of each kind, newest first, with how many
--- there are.
-CREATE OR REPLACE FUNCTION trueup.rows_of_size(
-    p_users {{user_id_type}}[], p_windows timestamptz[], p_tokens bigint[]
-) RETURNS TABLE (user_id {{user_id_type}}, counted boolean, matches bigint, log_rows jsonb) LANGUAGE sql STABLE AS $$
-    SELECT m.user_id, m.counted, count(*),
-           jsonb_agg(jsonb_build_object('log_id', m.log_id, 'tokens', m.tokens, 'created_at', m.created_at)
-                     ORDER BY m.created_at DESC) FILTER (WHERE m.place <= 3)
-    FROM (
-        SELECT w.user_id, l.{{usage_log.success}} AS counted, l.{{usage_log.id}}::text AS log_id,
-               l.{{usage_log.total_tokens}} AS tokens, l.{{usage_log.created_at}} AS created_at,
-               row_number() OVER (PARTITION BY w.user_id, l.{{usage_log.success}}
-                                  ORDER BY l.{{usage_log.created_at}} DESC) AS place
-        FROM unnest(p_users, p_windows, p_tokens) AS w (user_id, window_start, tokens)
-        JOIN {{usage_log}} l ON l.{{usage_log.user_id}} = w.user_id
-         AND l.{{usage_log.created_at}} >= w.window_start
-         AND l.{{usage_log.total_tokens}} = w.tokens
-    ) AS m
-    GROUP BY m.user_id, m.counted
+-- What was found and decided before about these users' counters. `row_id` and the columns after it: the newest drift
+-- row, if the last run over all users that has ended saw it (else the drift was gone meanwhile, and is another one now).
+-- `ignored`: the differences that a person said to leave alone. `undone`: a person put the counter back, and nobody has
+-- decided since. Both hold within a window.
+CREATE OR REPLACE FUNCTION trueup.drift_past(p_users {{user_id_type}}[]) RETURNS TABLE (
+    user_id {{user_id_type}}, row_id bigint, subscription_id text, observed bigint, expected bigint, off_by bigint,
+    cause text, action text, decision text, found_at timestamptz, ignored bigint[], undone boolean
+) LANGUAGE sql STABLE AS $$
+    WITH newest_run AS (
+        SELECT coalesce(max(r.id), 0) AS id FROM trueup.reconcile_run r
+        WHERE r.status = 'finished' AND r.only_user IS NULL AND NOT r.dry_run
+    )
+    SELECT u.user_id, d.id, d.subscription_id, d.observed, d.expected, d.off_by, d.cause, d.action,
+           d.decision, d.found_at, i.ignored, coalesce(x.undone, false)
+    FROM unnest(p_users) AS u (user_id)
+    CROSS JOIN newest_run
+    LEFT JOIN LATERAL (
+        SELECT coalesce(t.{{subscription.start_date}}, '-infinity'::timestamptz) AS window_start
+        FROM {{subscription}} t WHERE t.{{subscription.user_id}} = u.user_id
+    ) s ON true
+    LEFT JOIN LATERAL (
+        SELECT n.*, trueup.off_by(n) AS off_by,
+               (SELECT max(c.decision) FROM trueup.drift_decision c
+                WHERE c.user_id = n.user_id AND c.drift_id = n.id) AS decision
+        FROM trueup.drift n WHERE n.user_id = u.user_id ORDER BY n.id DESC LIMIT 1
+    ) d ON d.last_run_id >= newest_run.id
+    LEFT JOIN LATERAL (
+        SELECT array_agg(trueup.off_by(o)) AS ignored
+        FROM trueup.drift_decision c JOIN trueup.drift o ON o.user_id = c.user_id AND o.id = c.drift_id
+        WHERE c.user_id = u.user_id AND c.decision = 'ignore' AND c.decided_at >= s.window_start
+    ) i ON true
+    LEFT JOIN LATERAL (
+        SELECT c.decision = 'undo' AS undone FROM trueup.drift_decision c
+        WHERE c.user_id = u.user_id AND c.decision <> 'ignore' AND c.decided_at >= s.window_start
+        ORDER BY c.id DESC LIMIT 1
+    ) x ON true
 $$;
 
 -- The token amounts that plans sell: a counter too high by one of them may show a purchase.

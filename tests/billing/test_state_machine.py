@@ -6,6 +6,7 @@ draws anew each time. A failure prints the steps that lead to it.
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -22,6 +23,7 @@ from billing.accounts import read_account
 from billing.calls import begin_call, end_call, extend_hold, list_unrecorded_calls
 from billing.charges import Charge
 from billing.errors import HoldBusyError, HoldOvertakenError, TokensDenied
+from billing.grants import list_grants
 from billing.holds import Hold, close_abandoned_hold, close_hold, expire_holds, list_holds
 from billing.mapping import HostMapping
 from billing.reconcile import reconcile
@@ -200,8 +202,9 @@ class BillingMachine(HostMachine):
         for finding in summary.findings:
             user = next(user for user in self.users if user.user == finding.drift.user_id)
             if finding.action == "corrected":
-                user.counter = finding.drift.expected
+                user.counter = finding.written
         self._learn_which_expired()
+        self._learn_what_was_settled()
 
     def _learn_which_expired(self) -> None:
         """A refreshed balance gives overdue holds back; one that was fresh is not looked at. Either is right."""
@@ -210,6 +213,22 @@ class BillingMachine(HostMachine):
             overdue = [hold.task for hold in user.holds if hold.status == "open" and hold.expires_at <= self.now]
             if not any((user.user, task) in still_open for task in overdue):
                 user.expire_holds(self.now)
+
+    def _learn_what_was_settled(self) -> None:
+        """A refreshed balance settles its grants; one that was fresh is not looked at. Either is right."""
+        for user in self.users:
+            if self._settled(user) != (user.book.window, user.book.plan, user.book.settled):
+                user.lock(self.now)
+
+    def _settled(self, user: ModelUser) -> tuple[Any, Any, dict[tuple[int, Any], int]]:
+        balance = self.host.execute(
+            "SELECT window_start, plan_tokens FROM trueup.balance WHERE user_id = :u", u=user.user
+        ).one_or_none()
+        uses = self.host.execute(
+            "SELECT grant_id, window_start, tokens FROM trueup.grant_use WHERE user_id = :u", u=user.user
+        )
+        window, plan = balance or (None, None)
+        return window, plan, {(row.grant_id, row.window_start): row.tokens for row in uses}
 
     @invariant()
     def the_books_are_true(self) -> None:
@@ -222,6 +241,10 @@ class BillingMachine(HostMachine):
             held = user.held(self.now) if user.subscribed else 0
             assert (account.original, account.consumed) == (user.original(self.now), user.consumed())
             assert (account.held, account.counter) == (held, counter)
+            assert self._settled(user) == (user.book.window, user.book.plan, user.book.settled)
+            if user.subscribed:
+                left = user.book.left(user.start, user.plan, user.counted(), self.now)
+                assert {g.id: g.tokens_left for g in list_grants(self.connection, user.user, now=self.now)} == left
 
         self._check_rows()
 

@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize
 
 from tests.support.host import START, Host
-from tests.support.model_of_billing import Grant, ModelUser, Row
+from tests.support.model_of_billing import ModelUser, Row
+from tests.support.model_of_grants import Grant
 
 PLAN = 2_000
 TABLES = (
     "accounts_user, billing_tokenplan, billing_fullplan, billing_subscription, ai_usage_log, trueup.balance, "
-    "trueup.usage_delta, trueup.token_grant, trueup.hold, trueup.charge, trueup.call_intent, trueup.drift, "
-    "trueup.reconcile_run"
+    "trueup.usage_delta, trueup.token_grant, trueup.grant_use, trueup.hold, trueup.charge, trueup.call_intent, "
+    "trueup.drift, trueup.drift_decision, trueup.reconcile_run"
 )
 
 sizes = st.sampled_from([0, 1, 50, 100, 300, 600, 1_000])
@@ -142,29 +143,36 @@ class HostMachine(RuleBasedStateMachine):
 
     def grant(self, draw: Draw) -> None:
         user = self.draw_subscriber(draw)
-        ends = draw(st.sampled_from([None, 60, 200]))
-        grant = Grant(
-            tokens=draw(few),
-            granted_at=self.now,
-            expires_at=None if ends is None else self.now + timedelta(seconds=ends),
-        )
+        ends = draw(st.sampled_from([None, 60, 200, 4_000]))
+        expires_at = None if ends is None else self.now + timedelta(seconds=ends)
+        tokens = draw(few)
+        user.lock(self.now)
         number = self.host.value(
-            "INSERT INTO trueup.token_grant (user_id, tokens, reason, granted_at, expires_at) "
-            "VALUES (:user, :tokens, 'test', :now, :expires_at) RETURNING id",
+            "SELECT grant_id FROM trueup.grant_tokens(:user, :tokens, 'test', CAST(gen_random_uuid() AS text), "
+            "CAST(:expires_at AS timestamptz), 'me', :now)",
             user=user.user,
-            tokens=grant.tokens,
-            now=grant.granted_at,
-            expires_at=grant.expires_at,
+            tokens=tokens,
+            expires_at=expires_at,
+            now=self.now,
         )
-        user.grants[number] = grant
+        user.book.grants[number] = Grant(id=number, tokens=tokens, granted_at=self.now, expires_at=expires_at)
 
     def revoke(self, draw: Draw) -> None:
         user = self.draw_subscriber(draw)
-        if user.grants:
-            number = draw(st.sampled_from(sorted(user.grants)))
-            user.grants[number].revoked = True
-            self.host.execute(
-                "UPDATE trueup.token_grant SET revoked_at = :now, revoked_by = 'test' WHERE id = :id",
-                now=self.now,
-                id=number,
-            )
+        if not user.book.grants:
+            return
+        grant = user.book.grants[draw(st.sampled_from(sorted(user.book.grants)))]
+        user.lock(self.now)
+        left = user.book.left(user.start, user.plan, user.counted(), self.now)[grant.id]
+        row = self.host.execute(
+            "SELECT * FROM trueup.revoke_grant(:user, :id, 'test', 'me', :now)",
+            user=user.user,
+            id=grant.id,
+            now=self.now,
+        ).one()
+        if grant.revoked_at is not None or grant.ends <= self.now:
+            assert row.outcome == ("already" if grant.revoked_at else "ended")
+        else:
+            assert (row.outcome, row.tokens) == ("revoked", left)
+            grant.revoked_at = self.now
+            user.lock(self.now)

@@ -5,6 +5,8 @@ import uuid
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+from tests.support.model_of_grants import GrantBook, Logged
+
 LOG_NAMESPACE = uuid.UUID("5b0e1c38-3d0b-5a34-9d5c-7d1f4b6f2a90")
 
 
@@ -15,14 +17,6 @@ class Row:
     tokens: int
     success: bool
     at: datetime
-
-
-@dataclass(kw_only=True)
-class Grant:
-    tokens: int
-    granted_at: datetime
-    expires_at: datetime | None
-    revoked: bool = False
 
 
 @dataclass(kw_only=True)
@@ -109,7 +103,7 @@ class ModelUser:
     is_active: bool = True
     counter: int | None = None
     log: dict[str, Row] = field(default_factory=dict)
-    grants: dict[int, Grant] = field(default_factory=dict)
+    book: GrantBook = field(default_factory=GrantBook)
     holds: list[ModelHold] = field(default_factory=list)
     charges: dict[tuple[str, str], ModelCharge] = field(default_factory=dict)
     calls: dict[tuple[str, str, int], Call] = field(default_factory=dict)
@@ -117,13 +111,16 @@ class ModelUser:
     def original(self, now: datetime) -> int:
         if not self.subscribed:
             return 0
-        return self.plan + sum(
-            grant.tokens
-            for grant in self.grants.values()
-            if not grant.revoked
-            and self.start <= grant.granted_at <= now
-            and (grant.expires_at is None or grant.expires_at > now)
-        )
+        return self.plan + self.book.adds(self.start, self.plan, self.counted(), now)
+
+    def counted(self) -> list[Logged]:
+        return [(row.at, row.tokens) for row in self.log.values() if row.success]
+
+    def lock(self, now: datetime) -> None:
+        """Bring the balance up to date, as whoever locks it does: overdue holds end, the grants' use is settled."""
+        self.expire_holds(now)
+        if self.subscribed:
+            self.book.settle(self.start, self.plan, self.counted(), now)
 
     def consumed(self) -> int:
         if not self.subscribed:
@@ -175,7 +172,7 @@ class ModelUser:
     def open_hold(
         self, task: str, tokens: int, retries: int, lease: int, ttl: int, waits: int, now: datetime
     ) -> ModelHold | Busy | Denied:
-        self.expire_holds(now)
+        self.lock(now)
         hold = self.last_hold(task)
         replay = self.replays(task)
         if hold is not None and hold.status == "open" and not hold.body_ended:
@@ -257,7 +254,7 @@ class ModelUser:
             self.calls.pop(place, None)
 
     def extend_hold(self, handle: Handle, tokens: int, now: datetime) -> tuple[str | None, int]:
-        self.expire_holds(now)
+        self.lock(now)
         reason = self.reason(tokens, now)
         hold = self.own_hold(handle)
         if hold.completed:
@@ -268,7 +265,7 @@ class ModelUser:
 
     def record_charge(self, handle: Handle, key: str, total: int, now: datetime) -> tuple[bool, bool, int, int]:
         """Return (recorded, late, tokens over the hold, tokens left), as a charge does."""
-        self.expire_holds(now)
+        self.lock(now)
         hold = self.open_hold_of(handle.task)
         owns = hold is not None and hold.attempt == handle.attempt and not hold.body_ended
         place = (handle.task, key, handle.attempt)

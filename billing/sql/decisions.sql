@@ -1,0 +1,177 @@
+-- What people decide about drifts, and putting a run's corrections back. Each decision is compare-and-set on what the
+-- drift row says, and written with who, why, and the counter before and after.
+
+-- Decide about a drift in review: "accept" sets the counter right, "grant" gives what it shows beyond that as a grant,
+-- "ignore" leaves the difference alone for as long as it stays the same in this window. The user's balance is locked,
+-- so that of two people at once one decides, and so that what is expected stays so; the host's row is not waited for.
+-- A user who went on working has lowered both figures: the difference is what must not have changed.
+-- `outcome`: decided; already (the same was decided before); or why not: unknown, not_in_review, decided_otherwise,
+-- superseded, gone, busy, changed, out_of_range, nothing_to_grant, or trueup.grant_tokens' own after "grant_".
+CREATE OR REPLACE FUNCTION trueup.decide_drift(
+    p_drift bigint, p_decision text, p_by text, p_note text, p_reference text, p_expires_at timestamptz,
+    at timestamptz,
+    OUT outcome text, OUT drift_user {{user_id_type}}, OUT counter bigint, OUT expected bigint, OUT off_by bigint,
+    OUT counter_after bigint, OUT grant_id bigint, OUT tokens_granted bigint, OUT decision text, OUT decided_by text,
+    OUT decided_at timestamptz, OUT newer_drift bigint
+) LANGUAGE plpgsql AS $$
+DECLARE
+    a record;
+    g record;
+    d trueup.drift;
+    c trueup.drift_decision;
+    v_in_flight bigint;
+BEGIN
+    SELECT * INTO d FROM trueup.drift t WHERE t.id = p_drift AND t.action = 'review';
+    IF NOT FOUND THEN
+        SELECT * INTO d FROM trueup.drift t WHERE t.id = p_drift;  -- by no index, and to say why not
+        IF NOT FOUND THEN
+            outcome := 'unknown';
+            RETURN;
+        END IF;
+    END IF;
+    drift_user := d.user_id;
+    a := trueup.lock_and_store(d.user_id, decide_drift.at);
+    SELECT * INTO c FROM trueup.drift_decision t
+    WHERE t.user_id = d.user_id AND t.drift_id = d.id AND t.decision <> 'undo' ORDER BY t.id DESC LIMIT 1;
+    IF FOUND THEN
+        outcome := CASE WHEN c.decision = p_decision THEN 'already' ELSE 'decided_otherwise' END;
+        decision := c.decision;
+        decided_by := c.decided_by;
+        decided_at := c.decided_at;
+        counter := c.counter_before;
+        counter_after := c.counter_after;
+        grant_id := c.grant_id;
+        RETURN;
+    ELSIF d.action <> 'review' THEN
+        outcome := 'not_in_review';
+        decision := d.action;
+        RETURN;
+    END IF;
+    newer_drift := (SELECT max(t.id) FROM trueup.drift t WHERE t.user_id = d.user_id AND t.id > d.id);
+    IF newer_drift IS NOT NULL THEN
+        outcome := 'superseded';
+        RETURN;
+    END IF;
+    SELECT x.is_there, x.counter INTO g FROM trueup.lock_counter(d.user_id, d.subscription_id) x;
+    IF a.subscribed IS NOT TRUE OR g.is_there IS NOT TRUE THEN
+        outcome := CASE WHEN a.subscribed AND g.is_there IS NULL THEN 'busy' ELSE 'gone' END;
+        RETURN;
+    END IF;
+    counter := g.counter;
+    expected := greatest(a.original - a.consumed, 0);
+    off_by := coalesce(counter, 0) - expected;
+    v_in_flight := off_by - trueup.off_by(d);
+    IF (counter IS NULL) <> (d.observed IS NULL)
+       OR v_in_flight NOT IN (0, coalesce(d.observed, 0) - d.expected - trueup.off_by(d)) THEN
+        outcome := 'changed';
+        RETURN;
+    END IF;
+    counter_after := counter;
+    IF p_decision = 'accept' THEN
+        counter_after := greatest(expected + v_in_flight, 0);
+        IF counter_after > trueup.counter_limit() THEN
+            outcome := 'out_of_range';
+            RETURN;
+        END IF;
+        PERFORM trueup.correct_counters(ARRAY[d.user_id], ARRAY[d.subscription_id], ARRAY[counter], ARRAY[counter_after]);
+    ELSIF p_decision = 'grant' THEN
+        -- What the user is over budget by is part of it: only then is what the counter shows what is left.
+        tokens_granted := counter - v_in_flight - (a.original - a.consumed);
+        IF tokens_granted IS NULL OR trueup.off_by(d) <= 0 THEN
+            outcome := 'nothing_to_grant';
+            RETURN;
+        END IF;
+        g := trueup.grant_tokens(d.user_id, tokens_granted, p_note, p_reference, p_expires_at, p_by, a.at);
+        grant_id := g.grant_id;
+        IF g.outcome <> 'granted' THEN
+            outcome := 'grant_' || g.outcome;
+            RETURN;
+        END IF;
+    ELSE
+        UPDATE trueup.drift t SET action = 'ignored' WHERE t.user_id = d.user_id AND t.id = d.id;
+    END IF;
+    outcome := 'decided';
+    decision := p_decision;
+    decided_by := p_by;
+    decided_at := a.at;
+    INSERT INTO trueup.drift_decision (user_id, drift_id, decision, decided_by, note, counter_before, counter_after,
+                                       grant_id, decided_at)
+    VALUES (d.user_id, d.id, p_decision, p_by, p_note, counter, counter_after, grant_id, a.at);
+END $$;
+
+-- Lock a user's counter and read it. `is_there` false: there is no such subscription; NULL: the host has it locked.
+CREATE OR REPLACE FUNCTION trueup.lock_counter(
+    p_user {{user_id_type}}, p_subscription text, OUT is_there boolean, OUT counter bigint
+) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+BEGIN
+    SELECT true, s.{{subscription.tokens_remaining}}::bigint INTO lock_counter.is_there, lock_counter.counter
+    FROM {{subscription}} s
+    WHERE s.{{subscription.user_id}} = lock_counter.p_user AND s.{{subscription.id}}::text = lock_counter.p_subscription
+    FOR NO KEY UPDATE SKIP LOCKED;
+    IF NOT FOUND AND NOT EXISTS (
+        SELECT FROM {{subscription}} s
+        WHERE s.{{subscription.user_id}} = lock_counter.p_user
+          AND s.{{subscription.id}}::text = lock_counter.p_subscription) THEN
+        lock_counter.is_there := false;
+    END IF;
+END $$;
+
+-- The drifts that wait for a person, longest first: undecided, the newest of their user, and seen by the last run over
+-- all users that has ended. `counter` and `expected` are of now; `changed`: the difference is another one by now.
+CREATE OR REPLACE FUNCTION trueup.drifts_in_review(p_user {{user_id_type}}, p_limit integer, p_at timestamptz)
+RETURNS TABLE (
+    drift trueup.drift, off_by bigint, counter bigint, expected bigint, overdraft bigint, changed boolean
+) LANGUAGE sql STABLE AS $$
+    SELECT d.r, trueup.off_by(d.r), a.counter, greatest(a.original - a.consumed, 0),
+           greatest(a.consumed - a.original, 0),
+           a.user_id IS NULL OR (a.counter IS NULL) <> ((d.r).observed IS NULL)
+               OR a.subscription_id <> (d.r).subscription_id
+               OR coalesce(a.counter, 0) - greatest(a.original - a.consumed, 0)
+                  NOT IN (trueup.off_by(d.r), coalesce((d.r).observed, 0) - (d.r).expected)
+    FROM (
+        SELECT t AS r FROM trueup.drift t
+        WHERE t.action = 'review' AND (p_user IS NULL OR t.user_id = p_user)
+          AND t.last_run_id >= (SELECT coalesce(max(n.id), 0) FROM trueup.reconcile_run n
+                                WHERE n.status = 'finished' AND n.only_user IS NULL AND NOT n.dry_run)
+          AND NOT EXISTS (SELECT FROM trueup.drift_decision c WHERE c.user_id = t.user_id AND c.drift_id = t.id)
+          AND NOT EXISTS (SELECT FROM trueup.drift n WHERE n.user_id = t.user_id AND n.id > t.id)
+        ORDER BY t.found_at, t.id LIMIT p_limit
+    ) d
+    LEFT JOIN trueup.accounts(p_at) a ON a.user_id = (d.r).user_id
+    ORDER BY (d.r).found_at, (d.r).id
+$$;
+
+-- Put counters back to what a run had seen in them, each only if it still shows what the run wrote: those of at most
+-- p_limit corrections, after that one. `last_user` NULL: there are no more.
+CREATE OR REPLACE FUNCTION trueup.undo_corrections(
+    p_run bigint, p_after_user {{user_id_type}}, p_after_id bigint, p_limit integer, p_by text, p_note text,
+    OUT undone bigint, OUT seen bigint, OUT last_user {{user_id_type}}, OUT last_id bigint
+) LANGUAGE sql AS $$
+    WITH wanted AS MATERIALIZED (
+        SELECT t.user_id, t.id, t.subscription_id, t.observed, t.written FROM trueup.drift t
+        WHERE t.run_id = p_run AND t.action = 'corrected'
+          AND (p_after_id IS NULL OR (t.user_id, t.id) > (p_after_user, p_after_id))
+          AND NOT EXISTS (SELECT FROM trueup.drift_decision c
+                          WHERE c.user_id = t.user_id AND c.drift_id = t.id AND c.decision = 'undo')
+        ORDER BY t.user_id, t.id LIMIT p_limit
+    ), put_back AS MATERIALIZED (
+        SELECT x.user_id FROM (
+            SELECT array_agg(w.user_id) AS users, array_agg(w.subscription_id) AS subscriptions,
+                   array_agg(w.written) AS written, array_agg(w.observed) AS observed
+            FROM wanted w
+            WHERE NOT EXISTS (SELECT FROM trueup.drift n
+                              WHERE n.user_id = w.user_id AND n.id > w.id AND n.action = 'corrected')
+        ) w, trueup.correct_counters(w.users, w.subscriptions, w.written, w.observed) AS x (user_id)
+    ), noted AS (
+        INSERT INTO trueup.drift_decision (user_id, drift_id, decision, decided_by, note, counter_before,
+                                           counter_after, decided_at)
+        SELECT w.user_id, w.id, 'undo', p_by, p_note, w.written, w.observed, clock_timestamp()
+        FROM wanted w JOIN put_back p ON p.user_id = w.user_id
+        RETURNING 1
+    )
+    SELECT (SELECT count(*) FROM noted), count(*),
+           (array_agg(w.user_id ORDER BY w.user_id DESC, w.id DESC))[1],
+           (array_agg(w.id ORDER BY w.user_id DESC, w.id DESC))[1]
+    FROM wanted w
+$$;

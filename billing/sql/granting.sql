@@ -1,0 +1,96 @@
+-- Giving and taking back tokens on top of plans. Each takes the user's balance first, as the gate does.
+
+-- Lock a user's account as trueup.lock_account does, and store what it found. Lasts until the transaction ends.
+CREATE OR REPLACE FUNCTION trueup.lock_and_store(
+    p_user {{user_id_type}}, INOUT at timestamptz,
+    OUT subscribed boolean, OUT is_active boolean, OUT end_date timestamptz, OUT original bigint,
+    OUT window_start timestamptz, OUT log_epoch bigint, OUT consumed bigint, OUT held bigint
+) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+BEGIN
+    PERFORM trueup.queue_for(p_user);
+    SELECT t.at, t.subscribed, t.is_active, t.end_date, t.original, t.window_start, t.log_epoch, t.consumed, t.held
+    INTO at, subscribed, is_active, end_date, original, window_start, log_epoch, consumed, held
+    FROM trueup.lock_account(p_user, at) t;
+    UPDATE trueup.balance b
+    SET window_start = lock_and_store.window_start, log_epoch = lock_and_store.log_epoch,
+        consumed = lock_and_store.consumed, held = lock_and_store.held
+    WHERE b.user_id = p_user;
+END $$;
+
+-- A user's grants: what they had left when this window began, what it has used of them until now, and what windows
+-- before it used.
+CREATE OR REPLACE FUNCTION trueup.list_grants(p_user {{user_id_type}}, p_at timestamptz) RETURNS TABLE (
+    id bigint, rest bigint, used bigint, used_before bigint, ends timestamptz
+) LANGUAGE sql STABLE AS $$
+    SELECT g.id, t.rest, coalesce(t.settled, u.tokens, 0), g.tokens - t.rest, t.ends
+    FROM trueup.token_grant g
+    LEFT JOIN trueup.entitlements(p_at) e ON e.user_id = p_user
+    JOIN trueup.grants_at(p_user, coalesce(e.window_start, 'infinity'), coalesce(e.plan_tokens, 0)) t ON t.id = g.id
+    LEFT JOIN trueup.grant_uses(p_user, e.window_start, p_at, e.plan_tokens) u ON u.grant_id = g.id
+    WHERE g.user_id = p_user
+$$;
+
+-- Give a user tokens on top of the plan, or say why not. `outcome`: granted; already (the reference has granted the same
+-- before); other_figures or revoked (it has, and that grant is not this one); no_subscription; past (it would expire
+-- before it began).
+CREATE OR REPLACE FUNCTION trueup.grant_tokens(
+    p_user {{user_id_type}}, p_tokens bigint, p_reason text, p_reference text, p_expires_at timestamptz, p_by text,
+    at timestamptz, OUT outcome text, OUT grant_id bigint, OUT granted_at timestamptz
+) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    a record;
+    g trueup.token_grant;
+BEGIN
+    a := trueup.lock_and_store(p_user, grant_tokens.at);
+    IF a.subscribed IS NOT TRUE THEN
+        outcome := 'no_subscription';
+        RETURN;
+    END IF;
+    SELECT * INTO g FROM trueup.token_grant t WHERE t.user_id = p_user AND t.reference = p_reference;
+    IF FOUND THEN
+        outcome := CASE WHEN (g.tokens, g.expires_at) IS DISTINCT FROM (p_tokens, p_expires_at) THEN 'other_figures'
+                        WHEN g.revoked_at IS NOT NULL THEN 'revoked' ELSE 'already' END;
+    ELSIF p_expires_at <= a.at THEN
+        outcome := 'past';
+        RETURN;
+    ELSE
+        INSERT INTO trueup.token_grant (user_id, tokens, reason, reference, granted_at, expires_at, granted_by)
+        VALUES (p_user, p_tokens, p_reason, p_reference, a.at, p_expires_at, p_by) RETURNING * INTO g;
+        outcome := 'granted';
+    END IF;
+    grant_id := g.id;
+    granted_at := g.granted_at;
+END $$;
+
+-- Take back what a grant has left; what it has paid for stays paid. `outcome`: revoked; already; ended (it has expired);
+-- unknown. `tokens`: what was taken back.
+CREATE OR REPLACE FUNCTION trueup.revoke_grant(
+    p_user {{user_id_type}}, p_grant bigint, p_reason text, p_by text, at timestamptz,
+    OUT outcome text, OUT tokens bigint
+) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    a record;
+    g trueup.token_grant;
+BEGIN
+    a := trueup.lock_and_store(p_user, revoke_grant.at);
+    tokens := 0;
+    SELECT * INTO g FROM trueup.token_grant t WHERE t.user_id = p_user AND t.id = p_grant;
+    IF NOT FOUND THEN
+        outcome := 'unknown';
+    ELSIF g.revoked_at IS NOT NULL THEN
+        outcome := 'already';
+    ELSIF g.expires_at <= a.at THEN
+        outcome := 'ended';
+    ELSE
+        UPDATE trueup.token_grant t
+        -- Not before it began: a clock that was set back would make it one that never lived.
+        SET revoked_at = greatest(a.at, t.granted_at), revoked_by = p_by, revoke_reason = p_reason
+        WHERE t.user_id = p_user AND t.id = p_grant;
+        PERFORM trueup.lock_and_store(p_user, a.at);
+        outcome := 'revoked';
+        tokens := (SELECT u.rest - u.used FROM trueup.list_grants(p_user, a.at) u WHERE u.id = p_grant);
+    END IF;
+END $$;

@@ -1,0 +1,104 @@
+"""`trueup drift review`, accept, grant, ignore and undo."""
+
+import pytest
+
+from cli.audit import this_user
+from tests.cli.conftest import trueup, trueup_json
+from tests.support.host import Host
+
+
+def held(host: Host, tokens: int = 500) -> int:
+    """A user whose counter shows that many too many, as after buying a pack. Returns the drift's number."""
+    host.plan(tokens)
+    user = host.subscriber(10_000, counter=10_000 + tokens)
+    trueup("reconcile")
+    return next(item["id"] for item in trueup_json("drift", "review") if item["user_id"] == user)
+
+
+def test_a_review_tells_what_each_choice_would_do(host: Host) -> None:
+    drift = held(host)
+    (item,) = trueup_json("drift", "review")
+    assert (item["id"], item["tokens"], item["cause"]) == (drift, 500, "credit_without_grant")
+    assert item["choices"] == {"accept": {"counter": 10_000}, "grant": {"tokens": 500}, "ignore": {"tokens": 500}}
+    shown = trueup("drift", "review").stdout
+    for part in ("10,500 → 10,000", "+500", "credit without grant", "trueup drift accept DRIFT"):
+        assert part in shown
+    assert trueup_json("drift", "review", "--user", item["user_id"] + 1) == []
+
+
+def test_nothing_to_review_is_said_so(host: Host) -> None:
+    trueup("reconcile")
+    assert trueup("drift", "review").stdout == "Nothing waits for a person.\n"
+
+
+def test_a_drift_that_has_changed_is_shown_as_such(host: Host) -> None:
+    drift = held(host)
+    host.execute("UPDATE billing_subscription SET tokens_remaining = 1")
+    assert "changed: reconcile again" in trueup("drift", "review").stdout
+    (item,) = trueup_json("drift", "review")
+    assert item["choices"] == {"accept": None, "grant": None, "ignore": None}
+    result = trueup("drift", "accept", drift, "--note", "n", code=1)
+    assert "the counter is 1 and should be 10000 by now" in result.stderr
+    assert "trueup reconcile --user" in result.stderr
+
+
+def test_several_are_accepted_and_what_is_refused_is_said(host: Host) -> None:
+    first = held(host)
+    second = held(host, 700)
+    result = trueup("drift", "accept", first, 999, second, "--note", "refunded", code=1)
+    assert [line.partition(",")[0] for line in result.stdout.splitlines()] == [f"Drift {first}", f"Drift {second}"]
+    assert "counter 10,500 → 10,000" in result.stdout
+    assert "Drift 999: there is none of that number" in result.stderr
+    assert trueup_json("drift", "review") == []
+    assert "decided 'accept'" in trueup("drift", "accept", first, "--note", "n").stdout
+    assert f"{this_user()} has decided 'accept'" in trueup("drift", "ignore", first, "--note", "n", code=1).stderr
+
+
+def test_a_grant_of_a_drift_keeps_the_counter(host: Host) -> None:
+    drift = held(host)
+    told = trueup("drift", "grant", drift, "--reason", "pack", "--reference", "tx-1", "--by", "ann").stdout
+    assert "granted 500 tokens (grant 1); counter stays 10,500" in told
+    user = host.value("SELECT user_id FROM trueup.token_grant")
+    assert (host.counter(user), trueup_json("tokens", "show", user)["drift"]) == (10_500, 0)
+    assert trueup_json("tokens", "grants", user)[0]["granted_by"] == "ann"
+    (again,) = trueup_json("drift", "grant", drift, "--reason", "pack", "--reference", "tx-1")
+    assert (again["already"], again["by"]) == (True, "ann")
+
+
+def test_an_ignored_drift_is_not_raised_again(host: Host) -> None:
+    drift = held(host)
+    assert "ignored; counter stays 10,500" in trueup("drift", "ignore", drift, "--note", "ours").stdout
+    trueup("reconcile")
+    assert trueup_json("drift", "review") == []
+
+
+def test_an_undone_run_is_left_to_a_person(host: Host) -> None:
+    user = host.subscriber(10_000)
+    host.log(user, 300)
+    trueup("reconcile")
+    told = trueup("drift", "undo", 1, "--note", "wrong").stdout
+    assert told.startswith("Put back: 1. Left alone: 0, ")
+    assert host.counter(user) == 10_000
+    assert trueup_json("drift", "undo", 1, "--note", "wrong") == {"counters": 0, "left": 0}
+    trueup("reconcile")
+    assert host.counter(user) == 10_000
+    (item,) = trueup_json("drift", "review")
+    assert "undone" in item["reason"]
+    assert "There is no run 99" in trueup("drift", "undo", 99, "--note", "n", code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("accept", 1), "Missing option '--note'"),
+        (("accept", "--note", "n"), "Missing argument 'DRIFT...'"),
+        (("accept", 0, "--note", "n"), "Invalid value for 'DRIFT...'"),
+        (("accept", "x", "--note", "n"), "Invalid value for 'DRIFT...'"),
+        (("accept", 1, "--note", " "), "note: ' ' says nothing"),
+        (("grant", 1, "--reason", "r"), "Missing option '--reference'"),
+        (("grant", 1, "--reason", "r", "--reference", "x", "--expires", "2001-01-01"), "has passed"),
+        (("undo", "--note", "n"), "Missing argument 'RUN'"),
+    ],
+)
+def test_wrong_usage_is_told(database: str, arguments: tuple[object, ...], said: str) -> None:
+    assert said in trueup("drift", *arguments, code=2).stderr
