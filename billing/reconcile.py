@@ -1,22 +1,57 @@
 """Reconcile: compare every counter with the log's sums, correct what may be corrected, and say why.
 
-Keyset batches, each three statements: bring the balances up to date, find, then correct and write the drift rows
-together. Each is a transaction of its own, ended by the server: no row of the host's is locked while it waits to hear
-from us. A run holds an advisory lock, so that runs never overlap; a dry run writes nothing at all.
+A run is planned as shards, ranges of users. Each is worked on by whoever takes it: threads of this process, or workers
+on other machines. One statement finds, over the whole shard, whom to look at closely; those go through in batches of a
+few statements. Each is a transaction of its own, ended by the server: no row of the host's is locked while it waits to
+hear from us. A dry run writes nothing at all.
 """
 
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from dataclasses import replace
+from datetime import datetime
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from billing import db
-from billing.mapping import HostMapping, render_statement
-from billing.reconcile_batch import BatchContext, reconcile_batch
-from billing.reconcile_runs import RunSummary, finish_run, only_run, save_run, start_run
+from billing.deep import Defect
+from billing.errors import InvalidInputError
+from billing.mapping import HostMapping
+from billing.policies import DEFAULT_RULES
+from billing.reconcile_batch import BatchContext
+from billing.reconcile_runs import (
+    Finding,
+    RunKind,
+    RunSummary,
+    begin_run,
+    end_run,
+    read_summary,
+    refuse_beside_a_run,
+)
+from billing.rules import Rules
+from billing.shard_work import Job, connected, work_shard
+from billing.shards import (
+    Shard,
+    ShardLostError,
+    claim_shard,
+    count_subscriptions,
+    kept_alive,
+    new_owner,
+    shard_ends,
+)
 from billing.users import UserId
+
+SCAN_TIMEOUT_SECONDS = 600
+SHARD_SIZE = 250_000
+# Enough shards a job that none waits long for the last one's end.
+SHARDS_PER_JOB = 4
+SMALLEST_SHARD = 1000
+# How soon a run whose last shards others work on looks whether they are done.
+POLL_SECONDS = 0.5
 
 Progress = Callable[[int, int], None]
 """Called after each batch with the counters checked so far and those to check in all (0: not known)."""
@@ -26,72 +61,187 @@ def reconcile(
     engine: Engine,
     mapping: HostMapping,
     *,
+    kind: RunKind = "quick",
     dry_run: bool = False,
     only_user: UserId | None = None,
+    rules: Rules = DEFAULT_RULES,
     batch_size: int = 1000,
+    jobs: int = 1,
+    scan_timeout_seconds: int = SCAN_TIMEOUT_SECONDS,
+    requested_by: str = "",
     keep_findings: bool = False,
     progress: Progress | None = None,
 ) -> RunSummary:
-    """Run one quick pass: counters against balances.
+    """Run one pass in this process: quick, counters against balances; deep, before that the balances against the log.
 
-    `only_user`: None means all users. `keep_findings`: put every finding in the summary, for a dry run's report.
-    Raises `RunInProgressError` if another run is at work, `ServiceUnavailableError` or `NotInstalledError`.
+    It goes on with a run that was interrupted lately, if that is the same work. `only_user`: None means all users.
+    `jobs`: how many threads, each with a connection; the engine's pool needs one more. `keep_findings`: put the
+    findings in the summary. Interrupted by Ctrl-C, it leaves a run to go on with. Raises `RunInProgressError` if
+    another run is at work, `InvalidInputError`, `ServiceUnavailableError` or `NotInstalledError`.
     """
-    with (
-        db.translated_errors(),
-        engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection,
-        only_run(connection),
-    ):
-        context = BatchContext.read(connection, mapping, dry_run=dry_run)
-        summary = start_run(connection, mapping.user_id_type, dry_run=dry_run, only_user=only_user)
+    if only_user is not None and kind == "deep":
+        raise InvalidInputError("user: a deep pass looks at everyone. Leave out the user, or do a quick pass")
+    with db.translated_errors():
+        run = _LocalRun(engine, kind=kind, only_user=only_user, jobs=jobs, keep_findings=keep_findings or dry_run)
+        with connected(engine) as connection:
+            refuse_beside_a_run(connection)
+            context = BatchContext.read(connection, mapping, dry_run=dry_run, rules=rules)
+            if progress:
+                counted = 1 if only_user is not None else count_subscriptions(connection, mapping, None, None)
+                run.tell(progress, counted)
+        run.job = Job(
+            engine=engine,
+            context=context,
+            run_id=None,
+            kind=kind,
+            only_user=only_user,
+            batch_size=batch_size,
+            scan_timeout_seconds=scan_timeout_seconds,
+            report=run.report,
+            stop=threading.Event(),
+        )
+        return run.look() if dry_run else run.work(requested_by)
+
+
+class _LocalRun:
+    """A run that this process works on, and its figures so far."""
+
+    job: Job
+
+    def __init__(
+        self, engine: Engine, *, kind: RunKind, only_user: UserId | None, jobs: int, keep_findings: bool
+    ) -> None:
+        self.engine = engine
+        self.kind = kind
+        self.only_user = only_user
+        self.jobs = jobs
+        self.keep_findings = keep_findings
+        self.owner = new_owner()
+        self.progress: Progress | None = None
+        self.total = 0
+        self.lock = threading.Lock()
+        self.summary = RunSummary(run_id=None, dry_run=True, started_at=self._now(), kind=kind)
+
+    def tell(self, progress: Progress, total: int) -> None:
+        self.progress, self.total = progress, total
+
+    def report(self, checked: int, findings: Sequence[Finding], defects: Sequence[Defect]) -> None:
+        with self.lock:
+            self.summary.add(checked, findings)
+            self.summary.add_defects(defects)
+            if self.keep_findings:
+                self.summary.keep(findings)
+            if self.progress:
+                self.progress(self.summary.checked, max(self.total, self.summary.checked))
+
+    def look(self) -> RunSummary:
+        """Do a dry run: its shards are in memory only."""
+        size = self._shard_size()
+        ends: list[UserId | None] = []
+        if size is not None:
+            with connected(self.engine) as connection:
+                ends = list(shard_ends(connection, size))
+        starts = [None, *ends]
+        shards = [Shard(after=after, last=last) for after, last in zip(starts, [*ends, None], strict=True)]
+
+        def take() -> Shard | None:
+            with self.lock:
+                return shards.pop(0) if shards else None
+
+        self._in_threads(take)
+        self.summary.finished_at = self._now()
+        self.summary.status = "finished"
+        return self.summary
+
+    def work(self, requested_by: str) -> RunSummary:
+        """Do a run that is written down."""
+        with connected(self.engine) as connection:
+            begun = begin_run(
+                connection,
+                kind=self.kind,
+                rules=self.job.context.rules,
+                owner=self.owner,
+                requested_by=requested_by,
+                only_user=self.only_user,
+                shard_size=self._shard_size(),
+            )
+        assert begun is not None  # noqa: S101 - only a run for a period may have been done already
+        run_id = begun.run_id
+        self.job = replace(self.job, run_id=run_id)
         try:
-            total = _count(connection, mapping, only_user) if progress else 0
-            for user_ids in _batches(connection, mapping, only_user, batch_size):
-                findings = reconcile_batch(connection, context, summary.run_id, user_ids)
-                summary.add(len(user_ids), findings)
-                if keep_findings:
-                    summary.findings.extend(findings)
-                save_run(connection, mapping.user_id_type, summary)
-                if progress:
-                    progress(summary.checked, total)
-        except Exception as error:
-            # Where even this can't be written, the next run finds this one "running", and marks it interrupted.
-            with suppress(DBAPIError):
-                connection.rollback()
-                finish_run(connection, mapping.user_id_type, summary, status="failed", error=str(error))
+            with connected(self.engine) as connection:
+                self.summary.checked = read_summary(connection, run_id).checked
+            with kept_alive(self.engine, run_id, self.owner):
+                self._to_the_end(run_id)
+        except BaseException as error:
+            status, reason = ("failed", str(error)) if isinstance(error, Exception) else ("interrupted", None)
+            # Where even this can't be written, the lease runs out, and the next run goes on with this one.
+            with suppress(DBAPIError), connected(self.engine) as connection:
+                end_run(connection, run_id, status=status, error=reason)
             raise
-        finish_run(connection, mapping.user_id_type, summary, status="finished", error=None)
-    return summary
+        with connected(self.engine) as connection:
+            ended = read_summary(connection, run_id)
+        ended.resumed = begun.resumed
+        ended.findings = self.summary.findings
+        return ended
 
+    def _to_the_end(self, run_id: int) -> None:
+        """Work until no shard is left, also none that another process has: its owner may die."""
+        while True:
+            self._in_threads(lambda: self._claim(run_id))
+            with connected(self.engine) as connection:
+                if end_run(connection, run_id):
+                    return
+                status = read_summary(connection, run_id).status
+            if status != "running":
+                return
+            time.sleep(POLL_SECONDS)
 
-def _batches(
-    connection: Connection, mapping: HostMapping, only_user: UserId | None, size: int
-) -> Iterator[list[UserId]]:
-    """Yield the subscribed users' ids in order of id, by keyset: each batch is one index range."""
-    query = "SELECT {{subscription.user_id}} FROM {{subscription}} WHERE {{subscription.user_id}} "
-    if only_user is not None:
-        found = connection.scalars(render_statement(query + "= :user", mapping), {"user": only_user}).all()
-        connection.rollback()
-        if found:
-            yield list(found)
-        return
-    after: UserId | None = None
-    while True:
-        condition = "IS NOT NULL" if after is None else "> :after"
-        order = " ORDER BY {{subscription.user_id}} LIMIT :size"
-        statement = render_statement(query + condition + order, mapping)
-        values: dict[str, Any] = {"size": size} | ({} if after is None else {"after": after})
-        batch = list(connection.scalars(statement, values))
-        connection.rollback()
-        if not batch:
+    def _claim(self, run_id: int) -> Shard | None:
+        with connected(self.engine) as connection:
+            return claim_shard(connection, run_id, self.owner)
+
+    def _in_threads(self, take: Callable[[], Shard | None]) -> None:
+        """Have each thread take shards until there are none; the first error stops all, and is raised."""
+
+        def work() -> None:
+            while not self.job.stop.is_set():
+                shard = take()
+                if shard is None:
+                    return
+                try:
+                    work_shard(self.job, shard)
+                except ShardLostError:
+                    continue
+                except BaseException:
+                    self.job.stop.set()
+                    raise
+
+        if self.jobs == 1:
+            work()
             return
-        yield batch
-        after = batch[-1]
+        with ThreadPoolExecutor(self.jobs, thread_name_prefix="reconcile") as pool:
+            futures = [pool.submit(work) for _ in range(self.jobs)]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                # Reached early by an error or Ctrl-C: the others end their batch, and the pool waits for them.
+                self.job.stop.set()
+        self.job.stop.clear()
 
+    def _shard_size(self) -> int | None:
+        """Return how many subscriptions a shard is to have; None: one shard will do."""
+        if self.only_user is not None:
+            return None
+        with connected(self.engine) as connection:
+            total = self.total or count_subscriptions(connection, self.job.mapping, None, None)
+        if self.jobs == 1:
+            return SHARD_SIZE * SHARDS_PER_JOB if total > SHARD_SIZE * SHARDS_PER_JOB else None
+        return max(SMALLEST_SHARD, min(SHARD_SIZE, -(-total // (self.jobs * SHARDS_PER_JOB))))
 
-def _count(connection: Connection, mapping: HostMapping, only_user: UserId | None) -> int:
-    if only_user is not None:
-        return 1
-    counted = connection.scalar(render_statement("SELECT count(*) FROM {{subscription}}", mapping))
-    connection.rollback()
-    return counted or 0
+    def _now(self) -> datetime:
+        with connected(self.engine) as connection:
+            now = connection.scalar(text("SELECT clock_timestamp()"))
+        assert isinstance(now, datetime)  # noqa: S101 - for the type checker: a query of one value
+        return now

@@ -1,35 +1,44 @@
-"""Reconcile runs: one at a time, each a row that is brought up to date after every batch."""
+"""Reconcile runs: one at a time, each a row with a lease; the figures are counted from what the run wrote."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
-from sqlalchemy import Connection, func, insert, select, text, update
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Connection, text
 
 from billing.causes import Explanation
+from billing.deep import Defect
 from billing.drifts import Drift
 from billing.errors import TrueupError
-from billing.mapping import UserIdType
 from billing.policies import Verdict
-from billing.schema import own_table
+from billing.rules import Rules
+from billing.shards import LEASE_SECONDS, MOST_FAILURES
 from billing.users import UserId
 
-# "reconcil" in ASCII: the key of the advisory lock that keeps runs apart.
-RUN_LOCK = 0x7265636F6E63696C
+RunKind = Literal["quick", "deep"]
+
+# An interrupted run goes on where it stopped for this long; after that what it has checked is too old.
+RESUME_SECONDS: dict[RunKind, int] = {"quick": 900, "deep": 6 * 3600}
+
+KEPT_FINDINGS = 10_000
+"""How many findings, and how many defects, a summary keeps at most."""
 
 
 class RunInProgressError(TrueupError):
     """Another reconcile run is at work on this database; this one did nothing."""
+
+    def __init__(self) -> None:
+        super().__init__("Another reconcile run is at work on this database. Wait for it to end, then try again.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """A drift, why it is there, what may be done, and what was done: corrected, reported, review, lost_race, …
 
-    `written`: the value the counter was set to; None if it was left alone.
+    `written`: the value the counter was set to; None if it was left alone. `is_new` False: it stands in a drift row of
+    an earlier run, which has been brought up to date.
     """
 
     drift: Drift
@@ -37,121 +46,158 @@ class Finding:
     verdict: Verdict
     action: str
     written: int | None
+    is_new: bool = True
 
 
 @dataclass(kw_only=True)
 class RunSummary:
-    """What a run found. `run_id` None: a dry run, of which no row is kept. Token figures are counts."""
+    """What a run found. `run_id` None: a dry run, of which no row is kept. Token figures are counts.
+
+    `resumed`: it went on with what an interrupted run had left. `findings`, if they were asked for, and `defect_rows`
+    of a dry run are the first `KEPT_FINDINGS`.
+    """
 
     run_id: int | None
     dry_run: bool
     started_at: datetime
     finished_at: datetime | None = None
+    kind: RunKind = "quick"
+    status: str = "running"
+    resumed: bool = False
     checked: int = 0
     drifted: int = 0
     corrected: int = 0
     tokens_overstated: int = 0
     tokens_understated: int = 0
+    tokens_explained: int = 0
+    found_new: int = 0
+    in_review: int = 0
+    defects: int = 0
     findings: list[Finding] = field(default_factory=list)
+    defect_rows: list[Defect] = field(default_factory=list)
 
     def add(self, checked: int, findings: Sequence[Finding]) -> None:
         self.checked += checked
         self.drifted += len(findings)
         self.corrected += sum(finding.action == "corrected" for finding in findings)
+        self.found_new += sum(finding.is_new for finding in findings)
+        self.in_review += sum(finding.action == "review" for finding in findings)
         self.tokens_overstated += sum(max(0, finding.drift.tokens) for finding in findings)
         self.tokens_understated += sum(max(0, -finding.drift.tokens) for finding in findings)
+        self.tokens_explained += sum(finding.explanation.tokens_explained(finding.drift) for finding in findings)
+
+    def keep(self, findings: Sequence[Finding]) -> None:
+        self.findings.extend(findings[: KEPT_FINDINGS - len(self.findings)])
+
+    def add_defects(self, defects: Sequence[Defect]) -> None:
+        self.defects += len(defects)
+        self.defect_rows.extend(defects[: KEPT_FINDINGS - len(self.defect_rows)])
 
 
-@contextmanager
-def only_run(connection: Connection) -> Iterator[None]:
-    """Be the only run on this database, or raise `RunInProgressError`.
+@dataclass(frozen=True, kw_only=True)
+class BegunRun:
+    """A run that is this caller's to work on. `resumed`: an interrupted one that goes on."""
 
-    An advisory lock: it belongs to the session, so a run that dies gives it back.
+    run_id: int
+    resumed: bool
+
+
+def rules_as_json(rules: Rules) -> str:
+    """Return the rules as a run's row keeps them."""
+    return json.dumps({**asdict(rules), "policies": dict(rules.policies)}, sort_keys=True)
+
+
+_BEGIN = text(
     """
-    locked = connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": RUN_LOCK})
-    connection.rollback()
-    if not locked:
-        raise RunInProgressError(
-            "Another reconcile run is at work on this database. Wait for it to end, then try again."
-        )
-    try:
-        yield
-    finally:
-        try:
-            connection.rollback()
-            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": RUN_LOCK})
-            connection.rollback()
-        except DBAPIError:
-            # The lock ends with its session, at the latest here: in the pool it would keep out every later run.
-            connection.invalidate()
+    SELECT * FROM trueup.begin_run(
+        :kind, make_interval(secs => :every), make_interval(secs => :offset), CAST(:only_user AS text),
+        CAST(:rules AS jsonb), :requested_by, :owner, make_interval(secs => :lease), make_interval(secs => :resume),
+        CAST(:shard_size AS bigint))
+    """
+)
 
 
-def start_run(
-    connection: Connection, user_id_type: UserIdType, *, dry_run: bool, only_user: UserId | None
-) -> RunSummary:
-    """Begin a run, and mark those that died as interrupted. A dry run leaves no row."""
-    now = connection.scalar(text("SELECT clock_timestamp()"))
-    connection.rollback()
-    assert isinstance(now, datetime)  # noqa: S101 - for the type checker: a query of one value
-    summary = RunSummary(run_id=None, dry_run=dry_run, started_at=now)
-    if not dry_run:
-        run = own_table("reconcile_run", user_id_type)
-        with connection.begin():
-            # We hold the lock, so whoever left a run "running" is dead.
-            connection.execute(
-                update(run)
-                .where(run.c.status == "running")
-                .values(status="interrupted", finished_at=func.clock_timestamp())
-            )
-            summary.run_id = connection.execute(
-                insert(run)
-                .values(
-                    dry_run=False,
-                    only_user=None if only_user is None else str(only_user),
-                    status="running",
-                    started_at=now,
-                )
-                .returning(run.c.id)
-            ).scalar_one()
-    return summary
-
-
-def save_run(connection: Connection, user_id_type: UserIdType, summary: RunSummary, **more: Any) -> None:
-    """Write the run's figures so far, so that its progress can be seen; nothing for a dry run."""
-    if summary.run_id is None:
-        return
-    run = own_table("reconcile_run", user_id_type)
-    with connection.begin():
-        connection.execute(
-            update(run)
-            .where(run.c.id == summary.run_id)
-            .values(
-                checked=summary.checked,
-                drifted=summary.drifted,
-                corrected=summary.corrected,
-                tokens_overstated=summary.tokens_overstated,
-                tokens_understated=summary.tokens_understated,
-                **more,
-            )
-        )
-
-
-def finish_run(
+def begin_run(
     connection: Connection,
-    user_id_type: UserIdType,
-    summary: RunSummary,
     *,
-    status: str,
-    error: str | None,
-) -> None:
-    """End a run as "finished" or "failed". `error` None: there was none."""
-    summary.finished_at = connection.scalar(select(func.clock_timestamp()))
+    kind: RunKind,
+    rules: Rules,
+    owner: str,
+    requested_by: str,
+    only_user: UserId | None = None,
+    shard_size: int | None = None,
+    every_seconds: int | None = None,
+    offset_seconds: int = 0,
+) -> BegunRun | None:
+    """Begin a run, or go on with an interrupted one that is the same work.
+
+    `shard_size`: subscriptions in a shard; None: one shard. `every_seconds`: the run is for the period of that length
+    that now is in, counted from `offset_seconds` after midnight UTC; None: for no period. None is returned when this
+    period has had its run. Raises `RunInProgressError`.
+    """
+    begun = connection.execute(
+        _BEGIN,
+        {
+            "kind": kind,
+            "every": every_seconds,
+            "offset": offset_seconds,
+            "only_user": None if only_user is None else str(only_user),
+            "rules": rules_as_json(rules),
+            "requested_by": requested_by,
+            "owner": owner,
+            "lease": LEASE_SECONDS,
+            "resume": RESUME_SECONDS[kind],
+            "shard_size": shard_size,
+        },
+    ).one()
     connection.rollback()
-    save_run(
-        connection,
-        user_id_type,
-        summary,
-        status=status,
-        error=error,
-        finished_at=summary.finished_at,
+    if begun.refused == "busy":
+        raise RunInProgressError
+    return None if begun.refused else BegunRun(run_id=begun.run_id, resumed=begun.resumed)
+
+
+def refuse_beside_a_run(connection: Connection) -> None:
+    """Raise `RunInProgressError` while a run is at work: what it changes would be half in a dry run's report."""
+    busy = connection.scalar(
+        text("SELECT bool_or(trueup.run_is_alive(r.id)) FROM trueup.reconcile_run r WHERE r.status = 'running'")
     )
+    connection.rollback()
+    if busy:
+        raise RunInProgressError
+
+
+def end_run(connection: Connection, run_id: int, *, status: str | None = None, error: str | None = None) -> bool:
+    """End a run; `status` None: as its shards ended. Returns False if it has ended before, or shards are left."""
+    ended = connection.scalar(
+        text("SELECT trueup.end_run(:run_id, CAST(:status AS text), CAST(:error AS text))"),
+        {"run_id": run_id, "status": status, "error": error},
+    )
+    connection.rollback()
+    return bool(ended)
+
+
+_FIGURES = (
+    *("run_id", "dry_run", "started_at", "finished_at", "kind", "status", "checked", "drifted", "corrected"),
+    *("tokens_overstated", "tokens_understated", "tokens_explained", "found_new", "in_review", "defects"),
+)
+
+
+def read_summary(connection: Connection, run_id: int) -> RunSummary:
+    """Return the figures of a run as they stand."""
+    row: Any = connection.execute(
+        text("SELECT *, id AS run_id FROM trueup.reconcile_run WHERE id = :run_id"), {"run_id": run_id}
+    ).one()
+    connection.rollback()
+    return RunSummary(**{name: getattr(row, name) for name in _FIGURES})
+
+
+_SWEEP = text("SELECT * FROM trueup.sweep_runs(CAST(:rules AS jsonb), make_interval(secs => :lease), :most)")
+
+
+def sweep_runs(connection: Connection, rules: Rules, *, lease_seconds: float) -> list[tuple[int, int]]:
+    """End the runs whose shards are all done; return the shards, as (run, number), that nobody works on.
+
+    Only of runs under these rules: what a person allowed one run to do, another process must not do in its name.
+    """
+    values = {"rules": rules_as_json(rules), "lease": lease_seconds, "most": MOST_FAILURES}
+    return [(row.run_id, row.number) for row in connection.execute(_SWEEP, values)]

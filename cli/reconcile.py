@@ -1,65 +1,206 @@
 """`trueup reconcile`: compare every counter with the usage log, and correct it."""
 
+import getpass
+import socket
+from dataclasses import replace
+
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+from sqlalchemy import text
 
 from billing import db
 from billing import reconcile as reconciliation
-from billing.drift_reports import DriftReport, read_report, report_dry_run
-from billing.settings import get_settings
+from billing.deep import Defect, read_defects
+from billing.drift_reports import DriftReport, find_source, read_source, report_dry_run, stream_rows
+from billing.reconcile_runs import RunSummary
+from billing.rules import Rules
+from billing.settings import Settings, get_settings
 from billing.users import UserId
-from cli import EXIT_DENIED
-from cli.context import USER, json_option, servers
-from cli.output import console
-from cli.report import print_report
+from cli import EXIT_DENIED, EXIT_ERROR
+from cli.context import TOKENS, USER, json_option, servers
+from cli.output import console, print_table
+from cli.report import echo, print_report, print_summary
+from cli.reports.plain import report_json
 
 ROWS_SHOWN = 20
+MOST_JOBS = 64
 
 
 @click.command()
 @click.option("--dry-run", is_flag=True, help="Only look: write nothing at all.")
+@click.option("--deep", is_flag=True, help="Compare the balances with the usage log first, and repair them.")
 @click.option("--user", type=USER, help="Only this user's counter.")
-@click.option("--fail-on-drift", is_flag=True, help="Exit with code 3 if a counter had drifted.")
+@click.option(
+    "--jobs", type=click.IntRange(1, MOST_JOBS), default=1, show_default=True, help="Work in so many threads."
+)
+@click.option("--max-correction", type=TOKENS, help="Hold a counter that is off by more tokens for review.")
+@click.option("--tolerance", type=TOKENS, help="Leave a counter that is off by at most so many tokens alone.")
+@click.option("--batch-size", type=click.IntRange(1, 10_000), help="Counters that are corrected at once.")
+@click.option(
+    "--fail-on-drift", is_flag=True, help="Exit with code 3 if there is drift that is not set aside, or a defect."
+)
 @json_option
 @click.pass_context
-def reconcile(ctx: click.Context, dry_run: bool, user: UserId | None, fail_on_drift: bool, as_json: bool) -> None:
+def reconcile(
+    ctx: click.Context,
+    dry_run: bool,
+    deep: bool,
+    user: UserId | None,
+    jobs: int,
+    max_correction: int | None,
+    tolerance: int | None,
+    batch_size: int | None,
+    fail_on_drift: bool,
+    as_json: bool,
+) -> None:
     """Compare every counter with the usage log, correct what may be corrected, and say why.
+
+    Ctrl-C ends it after the batch it is in; the next call goes on from there.
 
     \b
     Example:
       trueup reconcile --dry-run
-      trueup reconcile --user 42
+      trueup reconcile --deep --jobs 4
+      trueup reconcile --user 42 --max-correction 10000
     """
+    if deep and user is not None:
+        raise click.UsageError("--deep looks at everyone: leave out --user, or do a quick pass.")
+    settings = get_settings()
+    rules = _rules(settings, max_correction, tolerance)
     with servers("postgres"):
-        report = _run(dry_run, user)
-    print_report(report, "json" if as_json else "table", most_rows=ROWS_SHOWN)
-    if fail_on_drift and report.drifted:
+        summary = _run(settings, rules, dry_run=dry_run, deep=deep, user=user, jobs=jobs, batch_size=batch_size)
+        report, defects = _show(settings, summary, as_json=as_json)
+    if report.status == "failed":
+        ctx.exit(EXIT_ERROR)
+    if fail_on_drift and (report.drifted > report.set_aside or defects):
         ctx.exit(EXIT_DENIED)
 
 
-def _run(dry_run: bool, user: UserId | None) -> DriftReport:
-    settings = get_settings()
-    columns = (TextColumn("reconciling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def _rules(settings: Settings, max_correction: int | None, tolerance: int | None) -> Rules:
+    """Return the settings' rules with what the options change."""
+    rules = settings.reconcile.rules()
+    if max_correction is not None:
+        rules = replace(rules, max_correction=max_correction)
+    if tolerance is not None:
+        rules = replace(rules, tolerance=tolerance)
+    return rules
+
+
+def _run(
+    settings: Settings,
+    rules: Rules,
+    *,
+    dry_run: bool,
+    deep: bool,
+    user: UserId | None,
+    jobs: int,
+    batch_size: int | None,
+) -> RunSummary:
+    # One connection a job, and one for signs of life.
+    pool = max(settings.database_pool_size, jobs + 1)
+    engine = db.create_trueup_engine(settings.model_copy(update={"database_pool_size": pool}))
     out = console(stderr=True)
-    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
-        job = bar.add_task("counters", total=None)
-
-        def progress(checked: int, total: int) -> None:
-            bar.update(job, completed=checked, total=max(total, checked))
-
-        with db.translated_errors():
-            summary = reconciliation.reconcile(
-                db.get_engine(),
+    columns = (
+        TextColumn("reconciling"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Speed(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    try:
+        with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
+            job = bar.add_task("counters", total=None)
+            return reconciliation.reconcile(
+                engine,
                 settings.host,
+                kind="deep" if deep else "quick",
                 dry_run=dry_run,
                 only_user=user,
-                batch_size=settings.reconcile_batch_size,
+                rules=rules,
+                batch_size=batch_size or settings.reconcile_batch_size,
+                jobs=jobs,
+                scan_timeout_seconds=settings.reconcile_scan_timeout_seconds,
+                requested_by=f"{_person()}@{socket.gethostname()}",
                 keep_findings=dry_run,
-                progress=progress,
+                progress=lambda checked, total: bar.update(job, completed=checked, total=max(total, checked)),
             )
+    except KeyboardInterrupt:
+        left = "Nothing was written." if dry_run else "What was corrected stays; the next `trueup reconcile` goes on."
+        click.echo(f"Interrupted. {left}", err=True)
+        raise
+    finally:
+        engine.dispose()
+
+
+def _person() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"
+
+
+def _show(settings: Settings, summary: RunSummary, *, as_json: bool) -> tuple[DriftReport, int]:
+    """Print what was found. Returns the report, and how many defects there are."""
     if summary.run_id is None:
-        return report_dry_run(summary)
-    with db.connect() as connection:
-        report = read_report(connection, settings.host.user_id_type, summary.run_id)
-    assert report is not None  # noqa: S101 - read_report raises for a run that is not there
-    return report
+        report = report_dry_run(summary)
+        print_report(report, "json" if as_json else "table", most_rows=ROWS_SHOWN)
+        if not as_json:
+            _print_defects(summary.defect_rows, summary.defects)
+        return report, summary.defects
+    kind = settings.host.user_id_type
+    with db.transaction() as connection:
+        # One snapshot for all of a report, whatever is written meanwhile; and rows that are shown as they are read.
+        connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"))
+        source = find_source(connection, kind, summary.run_id)
+        assert source is not None  # noqa: S101 - find_source raises for a run that is not there
+        report = read_source(connection, source, max_rows=0 if as_json else ROWS_SHOWN)
+        if as_json:
+            echo(report_json(replace(report, rows_left_out=0), stream_rows(connection, source)))
+        else:
+            if summary.resumed:
+                click.echo(f"Went on with run {summary.run_id}, which had been interrupted.\n")
+            print_summary(report, ROWS_SHOWN)
+            _print_defects(read_defects(connection, kind, summary.run_id, limit=ROWS_SHOWN), summary.defects)
+    return report, summary.defects
+
+
+def _print_defects(defects: list[Defect], total: int) -> None:
+    if not total:
+        return
+    click.echo()
+    print_table(
+        ("defect", "user", "seen", "expected", "repaired", "detail"),
+        [
+            (
+                defect.kind.replace("_", " "),
+                None if defect.user_id is None else str(defect.user_id),
+                defect.seen,
+                defect.expected,
+                defect.repaired,
+                ", ".join(f"{name} {value}" for name, value in defect.detail.items()),
+            )
+            for defect in defects[:ROWS_SHOWN]
+        ],
+    )
+    if total > ROWS_SHOWN:
+        click.echo(f"and {total - ROWS_SHOWN:,} more defects")
+
+
+class _Speed(ProgressColumn):
+    """Rows a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} rows/s")

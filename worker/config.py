@@ -1,15 +1,21 @@
 """Celery's configuration, made from trueup's settings. A table; the reasons stand beside the lines."""
 
+import importlib.util
 from datetime import timedelta
 from typing import Any
 
+from billing.errors import SettingsError
 from billing.settings import Settings, broker_url, result_backend_url
+from tasks.reconcile import SWEEP_INTERVAL_SECONDS
 
 AI_QUEUE = "ai"
 RECONCILE_QUEUE = "reconcile"
 
 SOFT_LIMIT_MARGIN_SECONDS = 60
 PRUNE_INTERVAL_SECONDS = 3600
+ALERT_INTERVAL_SECONDS = 60
+# A deep pass is asked for this often, and begins when its period has had none: also when the worker was busy before.
+DEEP_ASKED_SECONDS = 600
 
 
 def celery_config(settings: Settings) -> dict[str, Any]:
@@ -50,8 +56,19 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "task_default_queue": AI_QUEUE,
         "task_routes": {
             "tasks.reconcile_counters": {"queue": RECONCILE_QUEUE},
+            "tasks.reconcile_shard": {"queue": RECONCILE_QUEUE},
+            "tasks.sweep_runs": {"queue": RECONCILE_QUEUE},
             "tasks.expire_holds": {"queue": RECONCILE_QUEUE},
             "tasks.prune_answers": {"queue": RECONCILE_QUEUE},
+            "tasks.check_alerts": {"queue": RECONCILE_QUEUE},
+        },
+        # Beside its share of the limit, such a task may be in one long statement.
+        "task_annotations": {
+            task: {
+                "time_limit": hard_limit + settings.reconcile_scan_timeout_seconds,
+                "soft_time_limit": hard_limit + settings.reconcile_scan_timeout_seconds - 1,
+            }
+            for task in ("tasks.reconcile_counters", "tasks.reconcile_shard")
         },
         "worker_concurrency": settings.worker_concurrency,
         "worker_prefetch_multiplier": 1,
@@ -62,21 +79,60 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "worker_hijack_root_logger": False,
         "beat_schedule": beat_schedule(settings),
+        **_redbeat(settings),
     }
 
 
 def beat_schedule(settings: Settings) -> dict[str, Any]:
     """Return what beat sends. An entry that could not run before the next is due expires, so that none pile up."""
     return {
-        "reconcile-counters": _every(settings.reconcile_interval_seconds, "tasks.reconcile_counters"),
+        "reconcile-counters": _every(
+            settings.reconcile_interval_seconds, "tasks.reconcile_counters", {"scheduled": True}
+        ),
+        **_deep_schedule(settings),
+        "sweep-runs": _every(SWEEP_INTERVAL_SECONDS, "tasks.sweep_runs"),
         "expire-holds": _every(settings.expire_interval_seconds, "tasks.expire_holds"),
         "prune-answers": _every(PRUNE_INTERVAL_SECONDS, "tasks.prune_answers"),
+        **({"check-alerts": _every(ALERT_INTERVAL_SECONDS, "tasks.check_alerts")} if settings.alerts.channels else {}),
     }
 
 
-def _every(seconds: int, task: str) -> dict[str, Any]:
+def _deep_schedule(settings: Settings) -> dict[str, Any]:
+    if not settings.reconcile_deep_interval_seconds:
+        return {}
+    seconds = min(DEEP_ASKED_SECONDS, settings.reconcile_deep_interval_seconds)
+    return {"reconcile-deep": _every(seconds, "tasks.reconcile_counters", {"scheduled": True, "deep": True})}
+
+
+def _redbeat(settings: Settings) -> dict[str, Any]:
+    """Several beats, of which the one with the lock in Redis sends; another takes over when it dies.
+
+    Raises `SettingsError` when celery-redbeat is not installed.
+    """
+    if settings.beat_scheduler != "redbeat":
+        return {}
+    if importlib.util.find_spec("redbeat") is None:
+        raise SettingsError(
+            "TRUEUP_BEAT_SCHEDULER=redbeat needs the package celery-redbeat. Nothing was started. Install it with "
+            "`pip install celery-redbeat`, or unset the setting: one beat needs no lock."
+        )
+    url = broker_url(settings)
+    socket = url.removeprefix("redis+socket://")
+    return {
+        "beat_scheduler": "redbeat.RedBeatScheduler",
+        "redbeat_redis_url": url if socket == url else f"unix://{socket.replace('virtual_host=', 'db=')}",
+        "redbeat_redis_options": {"socket_timeout": 30, "socket_connect_timeout": 5, "retry_period": 60},
+        "redbeat_key_prefix": "trueup-beat:",
+        "redbeat_lock_timeout": settings.beat_lock_seconds,
+        # The lock is renewed by each look at the schedule, and a beat without it tries for it as often.
+        "beat_max_loop_interval": max(1, settings.beat_lock_seconds // 5),
+    }
+
+
+def _every(seconds: int, task: str, kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
     return {
         "task": task,
+        "kwargs": kwargs or {},
         "schedule": timedelta(seconds=seconds),
         "options": {"expires": max(1, seconds - 1), "queue": RECONCILE_QUEUE},
     }

@@ -1,22 +1,28 @@
+import threading
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection
 
-from billing import db
-from billing.errors import NotInstalledError, ServiceUnavailableError
+from billing import db, shards
+from billing.errors import InvalidInputError, NotInstalledError, ServiceUnavailableError
 from billing.mapping import HostMapping
 from billing.reconcile import reconcile
-from billing.reconcile_runs import RUN_LOCK, RunInProgressError, RunSummary
+from billing.reconcile_runs import RunInProgressError, RunSummary, begin_run, end_run
+from billing.rules import Rules
+from billing.shared_runs import plan_run
 from tests.support.host import Host
-from tests.support.sessions import locked, wait_until
+from tests.support.sessions import run_at_once, wait_until
+
+RULES = Rules(min_age_seconds=0)
 
 
 @pytest.fixture
 def run(host: Host) -> Callable[..., RunSummary]:
     def run(**more: Any) -> RunSummary:
-        return reconcile(db.get_engine(), HostMapping(), **more)
+        return reconcile(db.get_engine(), HostMapping(), **{"rules": RULES, **more})
 
     return run
 
@@ -26,6 +32,23 @@ def missed(host: Host, used: int = 300) -> int:
     user = host.subscriber(10_000)
     host.log(user, used)
     return user
+
+
+def runs(host: Host) -> list[tuple[str, str, int]]:
+    rows = host.execute("SELECT kind, status, checked FROM trueup.reconcile_run ORDER BY id")
+    return [tuple(row) for row in rows]
+
+
+def let_leases_run_out(host: Host) -> None:
+    for table in ("reconcile_run", "reconcile_shard"):
+        host.execute(f"UPDATE trueup.{table} SET lease_until = clock_timestamp() WHERE lease_until IS NOT NULL")
+
+
+def begun(connection: Connection, **more: Any) -> int:
+    """Begin a run as another process would, and do nothing for it."""
+    made = begin_run(connection, **{"kind": "quick", "rules": RULES, "owner": "x:1", "requested_by": "", **more})
+    assert made is not None
+    return made.run_id
 
 
 def test_one_user_may_be_reconciled_alone(host: Host, run: Callable[..., RunSummary]) -> None:
@@ -42,45 +65,151 @@ def test_every_subscription_is_checked_once_whatever_the_batch(
     users = [missed(host, 100 + number) for number in range(5)]
     seen: list[tuple[int, int]] = []
     summary = run(batch_size=batch_size, progress=lambda *figures: seen.append(figures))
-    assert (summary.checked, summary.corrected) == (5, 5)
+    assert (summary.checked, summary.corrected, summary.found_new) == (5, 5, 5)
     assert [host.counter(user) for user in users] == [9_900 - number for number in range(5)]
     assert seen[-1] == (5, 5)
     assert list(host.execute("SELECT user_id FROM trueup.drift ORDER BY id").scalars()) == users
 
 
-def test_runs_do_not_overlap(host: Host, run: Callable[..., RunSummary]) -> None:
+@pytest.mark.parametrize("page", [1, 3, 8])
+def test_a_shard_with_more_suspects_than_fit_in_memory_is_looked_at_again(
+    host: Host, run: Callable[..., RunSummary], page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("billing.shard_work.PAGE_SIZE", page)
+    monkeypatch.setattr(shards.find_suspects, "__kwdefaults__", {"page": page})
+    users = [missed(host) if number % 2 else host.subscriber(500) for number in range(8)]
+    summary = run(batch_size=2)
+    assert (summary.checked, summary.corrected) == (8, 4)
+    assert [host.counter(user) for user in users] == [500, 9_700] * 4
+    assert run().checked == 8
+
+
+def test_runs_do_not_overlap(host: Host, connection: Connection, run: Callable[..., RunSummary]) -> None:
     missed(host)
-    with locked(host, "SELECT pg_advisory_lock(:key)", key=RUN_LOCK) as other:
-        with pytest.raises(RunInProgressError):
-            run()
-        with pytest.raises(RunInProgressError):
-            run(dry_run=True)
-        other.execute(text("SELECT pg_advisory_unlock_all()"))
+    other = begun(connection)
+    for options in ({}, {"dry_run": True}, {"only_user": 1}, {"kind": "deep"}):
+        with pytest.raises(RunInProgressError, match="Wait for it to end"):
+            run(**options)
+    end_run(connection, other)
+    end_run(connection, other, status="failed")
     assert run().corrected == 1
     assert run().checked == 1
 
 
-def test_a_killed_run_is_marked_interrupted_by_the_next(host: Host, run: Callable[..., RunSummary]) -> None:
-    missed(host)
-    killed = []
+def test_of_ten_schedulers_at_once_one_begins_the_run_of_the_period(host: Host) -> None:
+    def plan() -> bool:
+        engine = db.create_trueup_engine(db.get_settings())
+        try:
+            planned = plan_run(
+                engine, kind="quick", rules=RULES, shard_size=1000, requested_by="schedule", every_seconds=3600
+            )
+        except RunInProgressError:
+            return False
+        finally:
+            engine.dispose()
+        return planned is not None
 
-    def kill(*_: Any) -> None:
-        pid = host.value(
-            "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted "
-            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-        )
-        host.execute("SELECT pg_terminate_backend(:pid)", pid=pid)
-        wait_until(lambda: host.value("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid", pid=pid) == 0)
-        killed.append(pid)
+    for _ in range(3):
+        assert sum(run_at_once([plan] * 10)) <= 1
+    assert host.value("SELECT count(*) FROM trueup.reconcile_run") == 1
+    assert host.value("SELECT count(*) FROM trueup.reconcile_shard") == 1
+
+
+def test_a_period_that_has_had_its_run_gets_no_other(host: Host, connection: Connection) -> None:
+    engine = db.get_engine()
+    plan = {"rules": RULES, "shard_size": 1000, "requested_by": "schedule", "every_seconds": 86_400}
+    first = plan_run(engine, kind="quick", **plan)
+    assert first is not None
+    end_run(connection, first.run_id, status="finished")
+    assert plan_run(engine, kind="quick", **plan) is None
+    deep = plan_run(engine, kind="deep", offset_seconds=7200, **plan)
+    assert deep is not None
+    assert host.value(
+        "SELECT extract(hour FROM period) = 2 AND period <= started_at AND period > started_at - interval '1 day' "
+        "FROM trueup.reconcile_run WHERE kind = 'deep'"
+    )
+
+
+def test_a_run_whose_process_died_is_gone_on_with_where_it_was(
+    host: Host, connection: Connection, run: Callable[..., RunSummary]
+) -> None:
+    users = [missed(host) for _ in range(4)]
+
+    def die(*_: Any) -> None:
         raise SystemExit
 
-    with pytest.raises((SystemExit, ServiceUnavailableError)):
-        run(progress=kill)
-    assert killed
-    host.execute("UPDATE trueup.reconcile_run SET status = 'running', finished_at = NULL, error = NULL")
-    run()
-    rows = host.execute("SELECT status, finished_at IS NULL FROM trueup.reconcile_run ORDER BY id").all()
-    assert [tuple(row) for row in rows] == [("interrupted", False), ("finished", False)]
+    with pytest.raises(SystemExit):
+        run(batch_size=1, progress=die)
+    # As it would be found had the process been killed there.
+    host.execute("UPDATE trueup.reconcile_run SET status = 'running', finished_at = NULL, lease_until = 'infinity'")
+    host.execute("UPDATE trueup.reconcile_shard SET status = 'running', lease_until = 'infinity'")
+    with pytest.raises(RunInProgressError):
+        run()
+    host.execute("UPDATE billing_subscription SET tokens_remaining = 1 WHERE user_id = :user", user=users[0])
+    let_leases_run_out(host)
+    summary = run()
+    assert (summary.resumed, summary.checked, summary.corrected) == (True, 4, 4)
+    assert runs(host) == [("quick", "finished", 4)]
+    assert [host.counter(user) for user in users] == [1, 9_700, 9_700, 9_700]
+
+
+def test_an_interrupted_run_is_gone_on_with_and_its_figures_are_of_the_whole(
+    host: Host, run: Callable[..., RunSummary]
+) -> None:
+    users = [missed(host) for _ in range(3)]
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(batch_size=1, progress=interrupt)
+    assert [row[1] for row in runs(host)] == ["interrupted"]
+    summary = run()
+    assert (summary.resumed, summary.corrected, summary.tokens_overstated) == (True, 3, 900)
+    assert [host.counter(user) for user in users] == [9_700] * 3
+    assert not run().resumed
+
+
+@pytest.mark.parametrize(
+    "other", [{"rules": Rules(max_correction=5)}, {"kind": "deep"}, {"only_user": 1}], ids=["rules", "kind", "user"]
+)
+def test_what_is_not_the_same_work_does_not_go_on_with_it(
+    host: Host, connection: Connection, run: Callable[..., RunSummary], other: dict[str, Any]
+) -> None:
+    missed(host)
+    begun(connection)
+    let_leases_run_out(host)
+    assert not run(**other).resumed
+    assert [row[1] for row in runs(host)] == ["interrupted", "finished"]
+
+
+def test_what_was_interrupted_long_ago_is_left(
+    host: Host, connection: Connection, run: Callable[..., RunSummary]
+) -> None:
+    begun(connection)
+    let_leases_run_out(host)
+    host.execute("UPDATE trueup.reconcile_run SET started_at = started_at - interval '16 minutes'")
+    assert not run().resumed
+    assert [row[1] for row in runs(host)] == ["interrupted", "finished"]
+
+
+def test_a_run_at_work_is_kept_by_its_signs_of_life(
+    host: Host, run: Callable[..., RunSummary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "LEASE_SECONDS", 0.6)
+    monkeypatch.setattr("billing.reconcile_runs.LEASE_SECONDS", 0.6)
+    for _ in range(3):
+        missed(host)
+    refused = []
+
+    def slow(*_: Any) -> None:
+        threading.Event().wait(0.9)
+        with pytest.raises(RunInProgressError):
+            reconcile(db.get_engine(), HostMapping(), rules=RULES)
+        refused.append(True)
+
+    assert run(batch_size=1, progress=slow).corrected == 3
+    assert len(refused) == 4
 
 
 def test_a_run_that_fails_says_why_and_lets_the_next_one_run(host: Host, run: Callable[..., RunSummary]) -> None:
@@ -94,24 +223,41 @@ def test_a_run_that_fails_says_why_and_lets_the_next_one_run(host: Host, run: Ca
     status, error = host.execute("SELECT status, error FROM trueup.reconcile_run").one()
     assert (status, error) == ("failed", "out of ink")
     assert run().checked == 1
+    assert [row[1] for row in runs(host)] == ["failed", "finished"]
 
 
-def test_a_run_whose_connection_is_cut_reports_the_database_as_unavailable(
-    host: Host, run: Callable[..., RunSummary]
+def test_a_run_whose_database_goes_away_reports_it_as_unavailable(
+    host: Host, run: Callable[..., RunSummary], admin_engine: Any
 ) -> None:
-    missed(host)
+    for _ in range(2):
+        missed(host)
+    name = host.value("SELECT current_database()")
+    cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'trueup'"
 
-    def cut(*_: Any) -> None:
-        host.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'trueup'")
+    def go_away(*_: Any) -> None:
+        with admin_engine.connect() as admin:
+            admin.exec_driver_sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        host.execute(cut)
 
-    with pytest.raises(ServiceUnavailableError):
-        run(batch_size=1, progress=cut)
-    assert run().checked == 1
+    try:
+        with pytest.raises(ServiceUnavailableError):
+            run(batch_size=1, progress=go_away)
+    finally:
+        with admin_engine.connect() as admin:
+            admin.exec_driver_sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+    let_leases_run_out(host)
+    summary = run()
+    assert (summary.resumed, summary.checked, summary.corrected) == (True, 2, 2)
 
 
 def test_a_run_on_a_database_without_trueup_says_how_to_set_it_up(empty_database: str) -> None:
     with pytest.raises(NotInstalledError, match="trueup db init"):
         reconcile(db.get_engine(), HostMapping())
+
+
+def test_a_deep_pass_of_one_user_is_refused(host: Host, run: Callable[..., RunSummary]) -> None:
+    with pytest.raises(InvalidInputError, match="looks at everyone"):
+        run(kind="deep", only_user=1)
 
 
 def test_a_run_keeps_no_transaction_open_between_its_batches(host: Host, run: Callable[..., RunSummary]) -> None:
@@ -125,3 +271,28 @@ def test_a_run_keeps_no_transaction_open_between_its_batches(host: Host, run: Ca
         )
     )
     assert set(states) == {"idle"}
+
+
+def test_a_second_pass_finds_nothing_new(host: Host, run: Callable[..., RunSummary]) -> None:
+    missed(host)
+    host.subscriber(1_000, counter=5_000)
+    first, second = run(), run()
+    assert (first.drifted, first.found_new, first.corrected, first.in_review) == (2, 2, 1, 1)
+    assert (second.drifted, second.found_new, second.corrected, second.in_review) == (1, 0, 0, 1)
+    wait_until(lambda: runs(host)[-1][1] == "finished")
+
+
+def test_usage_of_the_future_and_of_no_size_stops_no_run(host: Host, run: Callable[..., RunSummary]) -> None:
+    user = missed(host)
+    later = host.value("SELECT clock_timestamp()") + timedelta(days=400)
+    host.log(user, 50, at=later)
+    host.log(user, -20)
+    host.execute("ALTER TABLE ai_usage_log ALTER total_tokens DROP NOT NULL")
+    host.log(user, None)
+    host.execute("ALTER TABLE billing_subscription ALTER tokens_remaining TYPE bigint")
+    rich = host.subscriber(1_000, counter=2**40)
+    for kind in ("quick", "deep"):
+        assert run(kind=kind).checked == 2
+    rows = host.execute("SELECT user_id, observed, expected FROM trueup.drift ORDER BY user_id, id").all()
+    assert [tuple(row) for row in rows] == [(user, 10_000, 9_670), (rich, 2**40, 1_000)]
+    assert host.counter(rich) == 2**40, "held for review"

@@ -3,12 +3,15 @@
 import csv
 import io
 import json
+import signal
+import subprocess
 
 import pytest
 
-from tests.cli.conftest import trueup, trueup_json
+from tests.cli.conftest import TRUEUP, trueup, trueup_json
 from tests.support.books import dump
 from tests.support.host import Host
+from tests.support.sessions import wait_until
 
 
 def drifted(host: Host, tokens: int = 300) -> int:
@@ -55,8 +58,8 @@ def test_drift_fails_the_command_only_when_asked_to(host: Host) -> None:
 def test_a_long_report_is_cut_and_says_where_the_rest_is(host: Host) -> None:
     for _ in range(22):
         drifted(host)
-    assert "and 2 more: `trueup drift report --run 1`" in trueup("reconcile").stdout
-    assert trueup("drift", "report", "--run", 1).stdout.count("missed decrement") == 22
+    assert "and 2 smaller ones: `trueup drift report --run 1 --rows all`" in trueup("reconcile").stdout
+    assert trueup("drift", "report", "--run", 1).stdout.count("missed decrement") > 22
 
 
 def test_a_cut_dry_run_does_not_name_a_run_that_is_not_kept(host: Host) -> None:
@@ -64,7 +67,7 @@ def test_a_cut_dry_run_does_not_name_a_run_that_is_not_kept(host: Host) -> None:
         drifted(host)
     output = trueup("reconcile", "--dry-run").stdout
     assert "--run None" not in output
-    assert "and 2 more: `trueup reconcile --dry-run --json`" in output
+    assert "and 2 smaller ones: `trueup reconcile --dry-run --json`" in output
 
 
 def test_the_report_of_a_run_is_the_same_in_every_form(host: Host) -> None:
@@ -97,3 +100,69 @@ def test_a_run_that_is_not_there_is_wrong_usage(database: str, run: str) -> None
 
 def test_what_is_no_format_is_wrong_usage(database: str) -> None:
     assert "'table', 'json', 'csv'" in trueup("drift", "report", "--format", "xml", code=2).stderr
+
+
+def test_options_change_the_rules_of_one_run(host: Host) -> None:
+    small, large = drifted(host, 20), drifted(host, 300)
+    for _ in range(2):
+        report = trueup_json("reconcile", "--max-correction", 100, "--tolerance", 30)
+        assert {row["user_id"]: row["action"] for row in report["rows"]} == {small: "tolerated", large: "review"}
+    trueup("reconcile", "--tolerance", -1, code=2)
+    trueup("reconcile", "--max-correction", "many", code=2)
+    assert (host.counter(small), host.counter(large)) == (1_000, 1_000)
+    report = trueup_json("reconcile", "--batch-size", 1)
+    # What was held for a person stays held.
+    assert {row["user_id"]: row["action"] for row in report["rows"]} == {small: "corrected", large: "review"}
+
+
+def test_what_is_set_aside_does_not_fail_the_command(host: Host) -> None:
+    drifted(host, 20)
+    trueup("reconcile", "--tolerance", 30, "--fail-on-drift")
+
+
+def test_a_deep_pass_shows_its_defects_and_fails_the_command_when_asked_to(host: Host) -> None:
+    user = drifted(host)
+    trueup("reconcile")
+    host.execute("UPDATE trueup.balance SET consumed = 5, held = 9")
+    before = dump(host)
+    assert "balance untrue" in trueup("reconcile", "--deep", "--dry-run").stdout
+    assert trueup_json("reconcile", "--deep", "--dry-run", "--fail-on-drift", code=3)["defects"] == 2
+    assert dump(host) == before
+    output = trueup("reconcile", "--deep", "--fail-on-drift", code=3).stdout
+    for word in ("balance untrue", "held untrue", str(user), "yes"):
+        assert word in output
+    assert trueup_json("reconcile", "--deep", "--fail-on-drift")["defects"] == 0
+
+
+def test_a_deep_pass_of_one_user_is_wrong_usage(host: Host) -> None:
+    assert "leave out --user" in trueup("reconcile", "--deep", "--user", 1, code=2).stderr
+
+
+def test_several_jobs_do_what_one_does(host: Host) -> None:
+    users = [drifted(host) for _ in range(5)]
+    assert trueup_json("reconcile", "--jobs", 3)["corrected"] == 5
+    assert [host.counter(user) for user in users] == [700] * 5
+    trueup("reconcile", "--jobs", 0, code=2)
+
+
+def test_ctrl_c_ends_it_after_a_batch_and_the_next_call_goes_on(host: Host) -> None:
+    users = [drifted(host) for _ in range(30)]
+    host.execute(
+        "CREATE FUNCTION public.slow() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN PERFORM pg_sleep(0.1); RETURN NEW; END $$"
+    )
+    host.execute("CREATE TRIGGER slow BEFORE INSERT ON trueup.drift FOR EACH ROW EXECUTE FUNCTION public.slow()")
+    command = [TRUEUP, "reconcile", "--batch-size", "1", "--jobs", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: host.value("SELECT count(*) FROM trueup.drift") >= 3, "it is at work")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert "the next `trueup reconcile` goes on" in errors
+    assert "Traceback" not in errors
+    assert host.value("SELECT status FROM trueup.reconcile_run") == "interrupted"
+    host.execute("DROP TRIGGER slow ON trueup.drift")
+    output = trueup("reconcile").stdout
+    assert "Went on with run 1" in output
+    assert [host.counter(user) for user in users] == [700] * 30
+    assert host.value("SELECT count(*) FROM trueup.drift") == 30

@@ -1,0 +1,203 @@
+"""The deep pass: the balances against the log, and what else may be wrong with our own books: found, repaired, told.
+
+A range's sums are compared in one statement; a balance that differs is looked at again, and repaired, under its lock.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, Engine, text
+
+from billing.holds import expire_holds
+from billing.mapping import HostMapping, UserIdType, render_statement
+from billing.schema import own_table
+from billing.shards import bounds, within
+from billing.users import UserId
+
+ODDITIES_MOST = 100
+"""How many of each kind that no machine can repair are reported from a range: the first ones say enough."""
+
+# Holds are given back within a minute of their time. Those that are later than this show that nobody does it.
+OVERDUE_AFTER = timedelta(minutes=10)
+# A charge's log row is looked for once; again only where the last deep pass may not have come to it.
+CHARGES_SINCE_MARGIN = timedelta(days=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defect:
+    """Something wrong with our own books. `user_id` None: it is nobody's in particular.
+
+    `seen` and `expected` are tokens, or counts of what `kind` names; None: there is no such figure.
+    """
+
+    kind: str
+    user_id: UserId | None = None
+    seen: int | None = None
+    expected: int | None = None
+    repaired: bool = False
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def patient(engine: Engine, timeout_seconds: int) -> Iterator[Connection]:
+    """Give a connection for reads that take long, in a transaction: with a time limit of their own, and an end to them
+    soon after this process has died."""
+    with engine.begin() as connection:
+        connection.execute(text(f"SET LOCAL statement_timeout = '{timeout_seconds}s'"))
+        connection.execute(text("SET LOCAL client_connection_check_interval = '5s'"))
+        yield connection
+
+
+# A stale balance is no defect: it is rebuilt when next read. No function of ours is called: PostgreSQL then may work on
+# it in parallel.
+_UNTRUE = """
+    WITH epoch AS (SELECT coalesce(max(id), 0) AS epoch FROM trueup.log_truncation)
+    SELECT * FROM (
+        SELECT b.user_id, b.consumed + coalesce(d.tokens, 0) AS seen, coalesce(l.tokens, 0) AS expected,
+               b.held, coalesce(h.tokens, 0) AS in_holds,
+               coalesce(b.window_start = coalesce(s.{{subscription.start_date}}, CAST('-infinity' AS timestamptz))
+                        AND b.log_epoch = (SELECT epoch FROM epoch), false) AS is_current
+        FROM trueup.balance b
+        LEFT JOIN {{subscription}} s ON s.{{subscription.user_id}} = b.user_id
+        LEFT JOIN (
+            SELECT u.{{usage_log.user_id}} AS user_id, CAST(sum(u.{{usage_log.total_tokens}}) AS bigint) AS tokens
+            FROM {{usage_log}} u
+            JOIN {{subscription}} w ON w.{{subscription.user_id}} = u.{{usage_log.user_id}}
+             AND u.{{usage_log.created_at}} >= coalesce(w.{{subscription.start_date}}, CAST('-infinity' AS timestamptz))
+            WHERE u.{{usage_log.success}} [log range]
+            GROUP BY 1
+        ) l ON l.user_id = b.user_id
+        LEFT JOIN (
+            SELECT t.user_id, CAST(sum(t.tokens) AS bigint) AS tokens
+            FROM trueup.usage_delta t JOIN trueup.balance k ON k.user_id = t.user_id AND t.used_at >= k.window_start
+            GROUP BY 1
+        ) d ON d.user_id = b.user_id
+        LEFT JOIN (
+            SELECT o.user_id, CAST(sum(o.tokens_reserved - o.tokens_covered) AS bigint) AS tokens
+            FROM trueup.hold o WHERE o.status = 'open' GROUP BY 1
+        ) h ON h.user_id = b.user_id
+        WHERE true [balance range]
+    ) compared
+    WHERE is_current AND seen <> expected OR held <> in_holds
+    ORDER BY user_id
+"""
+_ODDITIES = """
+    SELECT * FROM trueup.oddities(CAST(:after AS {user_id_type}), CAST(:last AS {user_id_type}),
+                                  CAST(:since AS timestamptz), :most)
+"""
+_REPAIR = """
+    SELECT trueup.repair_balance(:run_id, CAST(:user_id AS {user_id_type}))
+"""
+_NOTE = """
+    SELECT trueup.note_defect(:run_id, :kind, CAST(:user_id AS {user_id_type}), :seen, :expected, :repaired,
+                              CAST(:detail AS jsonb))
+"""
+
+
+def find_untrue_balances(
+    connection: Connection, mapping: HostMapping, after: UserId | None, last: UserId | None
+) -> list[Defect]:
+    """Return the balances of a range that do not equal the log or their open holds. Nothing is written."""
+    query = _UNTRUE.replace("[log range]", within("u.{{usage_log.user_id}}", after, last)).replace(
+        "[balance range]", within("b.user_id", after, last)
+    )
+    found = []
+    for row in connection.execute(render_statement(query, mapping), bounds(after, last)):
+        if row.is_current and row.seen != row.expected:
+            found.append(Defect(kind="balance_untrue", user_id=row.user_id, seen=row.seen, expected=row.expected))
+        if row.held != row.in_holds:
+            found.append(Defect(kind="held_untrue", user_id=row.user_id, seen=row.held, expected=row.in_holds))
+    return found
+
+
+def find_oddities(
+    connection: Connection, user_id_type: UserIdType, after: UserId | None, last: UserId | None
+) -> list[Defect]:
+    """Return what is wrong in a range that only a person can set right. Nothing is written."""
+    newest = connection.scalar(
+        text("SELECT max(started_at) FROM trueup.reconcile_run WHERE kind = 'deep' AND status = 'finished'")
+    )
+    since = newest - CHARGES_SINCE_MARGIN if isinstance(newest, datetime) else None
+    statement = text(_ODDITIES.format(user_id_type=user_id_type))
+    rows = connection.execute(statement, {"after": after, "last": last, "since": since, "most": ODDITIES_MOST})
+    return [
+        Defect(kind=row.kind, user_id=row.user_id, seen=row.seen, expected=row.expected, detail=row.detail)
+        for row in rows
+    ]
+
+
+def find_installation_defects(connection: Connection) -> list[Defect]:
+    """Return what is wrong with the whole: triggers off or gone, deltas that nobody will fold, holds nobody expires."""
+    found = [
+        Defect(kind="trigger_idle", detail={"trigger": row.name, "state": row.state})
+        for row in connection.execute(text("SELECT * FROM trueup.idle_triggers()"))
+    ]
+    lost = connection.scalar(text("SELECT trueup.count_lost_deltas()"))
+    if lost:
+        found.append(Defect(kind="deltas_without_subscription", seen=lost, expected=0))
+    overdue = connection.scalar(
+        text("SELECT count(*) FROM trueup.hold WHERE status = 'open' AND expires_at <= clock_timestamp() - :after"),
+        {"after": OVERDUE_AFTER},
+    )
+    if overdue:
+        found.append(Defect(kind="holds_overdue", seen=overdue, expected=0))
+    return found
+
+
+def repair_balances(
+    connection: Connection, user_id_type: UserIdType, run_id: int, found: Sequence[Defect]
+) -> Iterator[int]:
+    """Repair the balances of these users, each in a transaction of its own; yield how many defects each had.
+
+    Looked at again under the balance's lock: what was right after all is no defect.
+    """
+    statement = text(_REPAIR.format(user_id_type=user_id_type))
+    for user_id in dict.fromkeys(defect.user_id for defect in found):
+        yield connection.execute(statement, {"run_id": run_id, "user_id": user_id}).scalar_one()
+
+
+def repair_installation(connection: Connection, user_id_type: UserIdType, run_id: int, found: Sequence[Defect]) -> int:
+    """Repair what can be, and write all of it down. Returns how many were written."""
+    noted = 0
+    for defect in found:
+        repaired = True
+        if defect.kind == "deltas_without_subscription":
+            connection.execute(text("SELECT trueup.delete_lost_deltas()"))
+        elif defect.kind == "holds_overdue":
+            while expire_holds(connection)[0]:
+                pass
+        else:
+            repaired = False
+        noted += note_defect(connection, user_id_type, run_id, defect, repaired=repaired)
+    return noted
+
+
+def note_defect(
+    connection: Connection, user_id_type: UserIdType, run_id: int, defect: Defect, *, repaired: bool = False
+) -> int:
+    """Write a defect down, once in a run. Returns 1, or 0 if it stands there already."""
+    noted = connection.scalar(
+        text(_NOTE.format(user_id_type=user_id_type)),
+        {
+            "run_id": run_id,
+            "kind": defect.kind,
+            "user_id": defect.user_id,
+            "seen": defect.seen,
+            "expected": defect.expected,
+            "repaired": repaired,
+            "detail": json.dumps(defect.detail),
+        },
+    )
+    return noted or 0
+
+
+def read_defects(connection: Connection, user_id_type: UserIdType, run_id: int, *, limit: int = 1000) -> list[Defect]:
+    """Return the defects that a run found, in order, at most so many."""
+    table = own_table("defect", user_id_type)
+    rows = connection.execute(table.select().where(table.c.run_id == run_id).order_by(table.c.id).limit(limit))
+    names = ("kind", "user_id", "seen", "expected", "repaired", "detail")
+    return [Defect(**{name: getattr(row, name) for name in names}) for row in rows]

@@ -1,0 +1,136 @@
+"""Reconcile runs that many workers share: one plans the run, any takes its shards, a sweeper sees to what is left."""
+
+import threading
+from dataclasses import dataclass
+
+from sqlalchemy import Engine, text
+
+from billing import db
+from billing.mapping import HostMapping
+from billing.reconcile import SCAN_TIMEOUT_SECONDS
+from billing.reconcile_batch import BatchContext
+from billing.reconcile_runs import RunKind, RunSummary, begin_run, end_run, read_summary, sweep_runs
+from billing.rules import Rules
+from billing.shard_work import Job, connected, work_shard
+from billing.shards import ShardLostError, claim_shard, kept_alive, new_owner
+
+SWEEP_LEASE_SECONDS = 180
+"""How long a run that the sweeper has seen is kept from others who would go on with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """A run, and the numbers of its shards that nobody works on."""
+
+    run_id: int
+    shards: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardOutcome:
+    """What became of a shard. `taken`: this call worked on it. `left`: there is more of it to do.
+
+    `ended`: the run's figures, if this was its last shard; None: it goes on.
+    """
+
+    taken: bool = False
+    left: bool = False
+    ended: RunSummary | None = None
+
+
+def plan_run(
+    engine: Engine,
+    *,
+    kind: RunKind,
+    rules: Rules,
+    shard_size: int,
+    requested_by: str,
+    every_seconds: int | None = None,
+    offset_seconds: int = 0,
+) -> PlannedRun | None:
+    """Begin a run for others to work on. None: this period has had its run; `every_seconds` None: for no period.
+
+    Raises `RunInProgressError`, `ServiceUnavailableError` or `NotInstalledError`.
+    """
+    with db.translated_errors(), connected(engine) as connection:
+        begun = begin_run(
+            connection,
+            kind=kind,
+            rules=rules,
+            owner=new_owner(),
+            requested_by=requested_by,
+            shard_size=shard_size,
+            every_seconds=every_seconds,
+            offset_seconds=offset_seconds,
+        )
+        if begun is None:
+            return None
+        numbers = connection.scalars(
+            text(
+                "SELECT number FROM trueup.reconcile_shard "
+                "WHERE run_id = :run_id AND (status = 'waiting' OR lease_until <= clock_timestamp()) ORDER BY number"
+            ),
+            {"run_id": begun.run_id},
+        )
+        return PlannedRun(run_id=begun.run_id, shards=list(numbers))
+
+
+def work_on_shard(
+    engine: Engine,
+    mapping: HostMapping,
+    *,
+    run_id: int,
+    number: int,
+    rules: Rules,
+    batch_size: int,
+    seconds: float,
+    scan_timeout_seconds: int = SCAN_TIMEOUT_SECONDS,
+) -> ShardOutcome:
+    """Work on a shard for about that many seconds, if nobody else does; and end the run with its last one.
+
+    Raises `ServiceUnavailableError` or `NotInstalledError`; then the shard is left for another attempt.
+    """
+    owner = new_owner()
+    with db.translated_errors():
+        with connected(engine) as connection:
+            shard = claim_shard(connection, run_id, owner, number=number)
+            if shard is None:
+                return _ended(engine, run_id, ShardOutcome())
+            context = BatchContext.read(connection, mapping, dry_run=False, rules=rules)
+            kind = read_summary(connection, run_id).kind
+        stop = threading.Event()
+        job = Job(
+            engine=engine,
+            context=context,
+            run_id=run_id,
+            kind=kind,
+            only_user=None,
+            batch_size=batch_size,
+            scan_timeout_seconds=scan_timeout_seconds,
+            report=lambda *_figures: None,
+            stop=stop,
+        )
+        timer = threading.Timer(seconds, stop.set)
+        timer.daemon = True
+        timer.start()
+        try:
+            with kept_alive(engine, run_id, owner):
+                finished = work_shard(job, shard)
+        except ShardLostError:
+            return ShardOutcome(taken=True)
+        finally:
+            timer.cancel()
+        return _ended(engine, run_id, ShardOutcome(taken=True, left=not finished))
+
+
+def _ended(engine: Engine, run_id: int, outcome: ShardOutcome) -> ShardOutcome:
+    with connected(engine) as connection:
+        if outcome.left or not end_run(connection, run_id):
+            return outcome
+        return ShardOutcome(taken=outcome.taken, ended=read_summary(connection, run_id))
+
+
+def sweep(engine: Engine, rules: Rules) -> list[tuple[int, int]]:
+    """End runs that are done, and return the shards, as (run, number), that nobody works on, to be sent again."""
+    with db.translated_errors(), connected(engine) as connection:
+        return sweep_runs(connection, rules, lease_seconds=SWEEP_LEASE_SECONDS)

@@ -1,0 +1,124 @@
+-- The deep pass: what is wrong with our own books beside sums that differ (billing/deep.py finds those), and repairs.
+-- The finders only look, at users after p_after, up to p_last; null: no bound. What they find is looked at again under
+-- the balance's lock before anything is written.
+
+-- Set one user's balance right, by the log and the open holds as they are under its lock, and write down what was wrong.
+-- Returns how many defects that were.
+CREATE OR REPLACE FUNCTION trueup.repair_balance(p_run bigint, p_user {{user_id_type}}) RETURNS integer
+LANGUAGE plpgsql AS $$
+DECLARE
+    b trueup.balance;
+    v_stale boolean;
+    v_deltas bigint;
+    v_logged bigint;
+    v_in_holds bigint;
+    v_defects integer := 0;
+BEGIN
+    PERFORM trueup.queue_for(p_user);
+    SELECT * INTO b FROM trueup.balance t WHERE t.user_id = p_user FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN 0;
+    END IF;
+    SELECT (b.window_start, b.log_epoch) IS DISTINCT FROM
+           (coalesce(s.{{subscription.start_date}}, '-infinity'::timestamptz), trueup.log_epoch())
+    INTO v_stale FROM {{subscription}} s WHERE s.{{subscription.user_id}} = repair_balance.p_user;
+    IF v_stale IS FALSE THEN
+        -- One statement, one snapshot: a log row and its delta are both seen here or both left for later.
+        WITH cleared AS (DELETE FROM trueup.usage_delta t WHERE t.user_id = p_user RETURNING t.used_at, t.tokens)
+        SELECT (SELECT coalesce(sum(c.tokens), 0) FROM cleared c WHERE c.used_at >= b.window_start),
+               (SELECT coalesce(sum(l.{{usage_log.total_tokens}}), 0) FROM {{usage_log}} l
+                WHERE l.{{usage_log.user_id}} = repair_balance.p_user AND l.{{usage_log.success}}
+                  AND l.{{usage_log.created_at}} >= b.window_start)
+        INTO v_deltas, v_logged;
+        v_defects := v_defects + trueup.note_defect(
+            p_run, 'balance_untrue', p_user, b.consumed + v_deltas, v_logged, true, '{}');
+    END IF;
+    SELECT coalesce(sum(h.tokens_reserved - h.tokens_covered), 0) INTO v_in_holds
+    FROM trueup.hold h WHERE h.user_id = p_user AND h.status = 'open';
+    v_defects := v_defects + trueup.note_defect(p_run, 'held_untrue', p_user, b.held, v_in_holds, true, '{}');
+    UPDATE trueup.balance t SET consumed = coalesce(v_logged, b.consumed), held = v_in_holds WHERE t.user_id = p_user;
+    RETURN v_defects;
+END $$;
+
+-- Write a defect down, once in a run; none when what was seen is what was expected. Returns how many were written.
+CREATE OR REPLACE FUNCTION trueup.note_defect(
+    p_run bigint, p_kind text, p_user {{user_id_type}}, p_seen bigint, p_expected bigint, p_repaired boolean,
+    p_detail jsonb
+) RETURNS integer LANGUAGE sql AS $$
+    WITH noted AS (
+        INSERT INTO trueup.defect (run_id, kind, user_id, seen, expected, repaired, detail, found_at)
+        SELECT p_run, p_kind, p_user, p_seen, p_expected, p_repaired, p_detail, clock_timestamp()
+        WHERE (p_seen IS DISTINCT FROM p_expected OR p_seen IS NULL) AND NOT EXISTS (
+            SELECT FROM trueup.defect f
+            WHERE f.run_id = p_run AND f.kind = p_kind AND f.user_id IS NOT DISTINCT FROM p_user
+              AND f.detail = p_detail AND NOT p_repaired)
+        RETURNING 1
+    )
+    SELECT count(*)::integer FROM noted
+$$;
+
+-- What is wrong in a range that no machine can set right: balances below zero, which a log with negative rows makes;
+-- holds of users that have no balance; and our charges since p_since whose log row is gone, p_most of each kind.
+CREATE OR REPLACE FUNCTION trueup.oddities(
+    p_after {{user_id_type}}, p_last {{user_id_type}}, p_since timestamptz, p_most integer
+) RETURNS TABLE (kind text, user_id {{user_id_type}}, seen bigint, expected bigint, detail jsonb)
+LANGUAGE sql STABLE AS $$
+    (SELECT 'balance_negative', b.user_id, b.consumed, 0::bigint, '{}'::jsonb
+     FROM trueup.balance b
+     WHERE b.consumed < 0
+       AND (oddities.p_after IS NULL OR b.user_id > oddities.p_after)
+       AND (oddities.p_last IS NULL OR b.user_id <= oddities.p_last)
+     ORDER BY b.user_id LIMIT oddities.p_most)
+    UNION ALL
+    (SELECT 'balance_of_the_future', b.user_id, b.log_epoch, trueup.log_epoch(), '{}'::jsonb
+     FROM trueup.balance b
+     WHERE b.log_epoch > trueup.log_epoch()
+       AND (oddities.p_after IS NULL OR b.user_id > oddities.p_after)
+       AND (oddities.p_last IS NULL OR b.user_id <= oddities.p_last)
+     ORDER BY b.user_id LIMIT oddities.p_most)
+    UNION ALL
+    (SELECT 'hold_without_balance', h.user_id, sum(h.tokens_reserved - h.tokens_covered)::bigint, NULL::bigint,
+            jsonb_build_object('holds', count(*))
+     FROM trueup.hold h
+     WHERE h.status = 'open' AND NOT EXISTS (SELECT FROM trueup.balance b WHERE b.user_id = h.user_id)
+       AND (oddities.p_after IS NULL OR h.user_id > oddities.p_after)
+       AND (oddities.p_last IS NULL OR h.user_id <= oddities.p_last)
+     GROUP BY h.user_id ORDER BY h.user_id LIMIT oddities.p_most)
+    UNION ALL
+    (SELECT 'charge_without_log_row', c.user_id, c.tokens_total, NULL::bigint,
+            jsonb_build_object('task_id', c.task_id, 'call_key', c.call_key, 'log_id', c.log_id)
+     FROM trueup.charge c
+     WHERE (oddities.p_since IS NULL OR c.charged_at >= oddities.p_since) AND c.tokens_total > 0
+       AND NOT EXISTS (SELECT FROM {{usage_log}} l WHERE l.{{usage_log.id}} = c.log_id::{{usage_log_id_type}})
+       AND (oddities.p_after IS NULL OR c.user_id > oddities.p_after)
+       AND (oddities.p_last IS NULL OR c.user_id <= oddities.p_last)
+     ORDER BY c.charged_at LIMIT oddities.p_most)
+$$;
+
+-- The triggers on the log that are not there, or not at work: usage passes by the balances. `state`: 'missing', or how
+-- pg_trigger.tgenabled says that it is off ('D': disabled, 'R': only for replicas).
+CREATE OR REPLACE FUNCTION trueup.idle_triggers() RETURNS TABLE (name text, state text) LANGUAGE sql STABLE AS $$
+    SELECT wanted.name, coalesce(g.tgenabled::text, 'missing')
+    FROM unnest(ARRAY['trueup_inserted', 'trueup_updated', 'trueup_deleted', 'trueup_truncated']) AS wanted (name)
+    LEFT JOIN pg_trigger g ON g.tgname = wanted.name AND g.tgrelid = CAST({{literal usage_log}} AS regclass)
+    WHERE g.tgenabled IS NULL OR g.tgenabled NOT IN ('O', 'A')
+$$;
+
+-- How many deltas belong to users without a subscription. Nobody will ever fold them.
+CREATE OR REPLACE FUNCTION trueup.count_lost_deltas() RETURNS bigint LANGUAGE sql STABLE AS $$
+    SELECT count(*) FROM trueup.usage_delta d
+    WHERE NOT EXISTS (SELECT FROM trueup.balance b WHERE b.user_id = d.user_id)
+      AND NOT EXISTS (SELECT FROM {{subscription}} s WHERE s.{{subscription.user_id}} = d.user_id)
+$$;
+
+-- Delete such deltas. Their users' usage is not lost: if one subscribes, the balance is built from the log. (A user that
+-- our snapshot shows without a subscription has no balance in the making either, which a delta could be missing in.)
+CREATE OR REPLACE FUNCTION trueup.delete_lost_deltas() RETURNS bigint LANGUAGE sql AS $$
+    WITH deleted AS (
+        DELETE FROM trueup.usage_delta d
+        WHERE NOT EXISTS (SELECT FROM trueup.balance b WHERE b.user_id = d.user_id)
+          AND NOT EXISTS (SELECT FROM {{subscription}} s WHERE s.{{subscription.user_id}} = d.user_id)
+        RETURNING 1
+    )
+    SELECT count(*) FROM deleted
+$$;

@@ -1,0 +1,211 @@
+-- Reconcile runs and their shards. Who works on what is a lease in a row, by the database's clock: it holds through a
+-- connection pooler, ends with a dead owner, and is seen by every machine.
+
+-- Whether somebody is at work on this run, or has been so lately that another must not take it over.
+CREATE OR REPLACE FUNCTION trueup.run_is_alive(p_run bigint) RETURNS boolean LANGUAGE sql AS $$
+    SELECT EXISTS (SELECT FROM trueup.reconcile_run r WHERE r.id = p_run AND r.lease_until > clock_timestamp())
+        OR EXISTS (SELECT FROM trueup.reconcile_shard s
+                   WHERE s.run_id = p_run AND s.status = 'running' AND s.lease_until > clock_timestamp())
+$$;
+
+-- The last users of all shards but the last one, which has no end: a user who comes later belongs to it.
+CREATE OR REPLACE FUNCTION trueup.shard_ends(p_size bigint) RETURNS SETOF {{user_id_type}} LANGUAGE sql STABLE AS $$
+    SELECT numbered.user_id FROM (
+        SELECT s.{{subscription.user_id}} AS user_id, row_number() OVER (ORDER BY s.{{subscription.user_id}}) AS place,
+               count(*) OVER () AS total
+        FROM {{subscription}} s WHERE s.{{subscription.user_id}} IS NOT NULL
+    ) AS numbered
+    WHERE numbered.place % shard_ends.p_size = 0 AND numbered.place < numbered.total
+    ORDER BY numbered.place
+$$;
+
+-- Begin a run, or go on with one whose owner died or was interrupted less than p_resume ago and that is the same work.
+-- `refused`: 'busy' while another run is at work (its number in `run_id`), 'done' when this period has had its run. Any
+-- number of schedulers may call this at once: it lets in one at a time, and a (kind, period) makes one run.
+-- p_size: subscriptions in a shard; null: one shard of all.
+CREATE OR REPLACE FUNCTION trueup.begin_run(
+    p_kind text, p_every interval, p_offset interval, p_only_user text, p_rules jsonb, p_by text, p_owner text,
+    p_lease interval, p_resume interval, p_size bigint,
+    OUT run_id bigint, OUT resumed boolean, OUT refused text
+) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    r trueup.reconcile_run;
+    v_period timestamptz;
+    v_now timestamptz;
+BEGIN
+    PERFORM pg_advisory_xact_lock(8243107351036553580);  -- "reconcil" in ASCII, for as long as this takes
+    v_now := clock_timestamp();
+    resumed := false;
+    v_period := to_timestamp(floor(extract(epoch FROM v_now - p_offset) / extract(epoch FROM p_every))
+                             * extract(epoch FROM p_every)) + p_offset;
+    SELECT * INTO r FROM trueup.reconcile_run t WHERE t.status = 'running';
+    IF FOUND AND trueup.run_is_alive(r.id) THEN
+        run_id := r.id;
+        refused := 'busy';
+        RETURN;
+    END IF;
+    IF r.id IS NULL THEN
+        SELECT * INTO r FROM trueup.reconcile_run t ORDER BY t.id DESC LIMIT 1;
+    END IF;
+    IF r.status IN ('running', 'interrupted') AND r.kind = p_kind AND r.only_user IS NOT DISTINCT FROM p_only_user
+       AND r.rules = p_rules AND coalesce(r.finished_at, v_now) > v_now - p_resume AND r.started_at > v_now - p_resume
+       AND EXISTS (SELECT FROM trueup.reconcile_shard s WHERE s.run_id = r.id AND s.status IN ('waiting', 'running'))
+    THEN
+        UPDATE trueup.reconcile_run t
+        SET status = 'running', finished_at = NULL, owner = p_owner, lease_until = v_now + p_lease
+        WHERE t.id = r.id;
+        run_id := r.id;
+        resumed := true;
+        RETURN;
+    END IF;
+    UPDATE trueup.reconcile_run t SET status = 'interrupted', finished_at = v_now WHERE t.status = 'running';
+    INSERT INTO trueup.reconcile_run AS t (dry_run, kind, period, only_user, rules, status, started_at, requested_by,
+                                           owner, lease_until)
+    VALUES (false, p_kind, v_period, p_only_user, p_rules, 'running', v_now, p_by, p_owner, v_now + p_lease)
+    ON CONFLICT (kind, period) DO NOTHING
+    RETURNING t.id INTO run_id;
+    IF run_id IS NULL THEN
+        refused := 'done';
+        RETURN;
+    END IF;
+    INSERT INTO trueup.reconcile_shard (run_id, number, first_user, last_user, status, updated_at)
+    SELECT begin_run.run_id, e.place, lag(e.user_id) OVER (ORDER BY e.place), e.user_id, 'waiting', v_now
+    FROM (
+        SELECT ends.user_id, ends.place
+        FROM trueup.shard_ends(p_size) WITH ORDINALITY AS ends (user_id, place) WHERE p_size IS NOT NULL
+        UNION ALL
+        SELECT NULL, 1 + coalesce((SELECT count(*) FROM trueup.shard_ends(p_size) WHERE p_size IS NOT NULL), 0)
+    ) AS e;
+END $$;
+
+-- Take a shard that waits, or whose owner's lease ran out; p_number null: any. No row when there is none to take. Its
+-- attempt's number fences the owner before: whatever that one still sends is refused. One that was begun p_most times
+-- without getting on is given up.
+CREATE OR REPLACE FUNCTION trueup.claim_shard(
+    p_run bigint, p_number integer, p_owner text, p_lease interval, p_most integer
+) RETURNS SETOF trueup.reconcile_shard LANGUAGE plpgsql AS $$
+DECLARE
+    v_number integer;
+BEGIN
+    UPDATE trueup.reconcile_shard s
+    SET status = 'failed', error = coalesce(s.error, 'its worker died each time'), updated_at = clock_timestamp()
+    WHERE s.run_id = p_run AND s.failures + (s.status = 'running')::integer >= p_most
+      AND (s.status = 'waiting' OR s.status = 'running' AND s.lease_until <= clock_timestamp());
+    SELECT s.number INTO v_number FROM trueup.reconcile_shard s
+    JOIN trueup.reconcile_run r ON r.id = s.run_id AND r.status = 'running'
+    WHERE s.run_id = p_run AND (p_number IS NULL OR s.number = p_number)
+      AND (s.status = 'waiting' OR s.status = 'running' AND s.lease_until <= clock_timestamp())
+    ORDER BY s.number LIMIT 1 FOR UPDATE OF s SKIP LOCKED;
+    RETURN QUERY
+    UPDATE trueup.reconcile_shard s
+    SET failures = s.failures + (s.status = 'running')::integer, status = 'running', owner = p_owner,
+        attempts = s.attempts + 1, lease_until = clock_timestamp() + p_lease, updated_at = clock_timestamp()
+    WHERE s.run_id = p_run AND s.number = v_number
+    RETURNING s.*;
+END $$;
+
+-- Note how far this attempt at a shard has come, in the transaction of what it did. False: another has taken it over,
+-- and nothing may be written.
+CREATE OR REPLACE FUNCTION trueup.move_shard(
+    p_run bigint, p_number integer, p_attempt integer, p_cursor {{user_id_type}}, p_checked bigint
+) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE trueup.reconcile_shard s
+    SET cursor_user = p_cursor, checked = p_checked, failures = 0,
+        error = NULL, updated_at = clock_timestamp()
+    WHERE s.run_id = p_run AND s.number = p_number AND s.attempts = p_attempt AND s.status = 'running';
+    RETURN FOUND;
+END $$;
+
+-- End this attempt at a shard. p_status: 'finished', or 'waiting' when something is left; p_error: why it is, null if it
+-- was only asked to stop. False: another has taken it over.
+CREATE OR REPLACE FUNCTION trueup.end_shard(
+    p_run bigint, p_number integer, p_attempt integer, p_status text, p_checked bigint, p_error text
+) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE trueup.reconcile_shard s
+    SET status = p_status, owner = NULL, lease_until = NULL, checked = coalesce(p_checked, s.checked),
+        failures = s.failures + (p_error IS NOT NULL)::integer, error = p_error, updated_at = clock_timestamp()
+    WHERE s.run_id = p_run AND s.number = p_number AND s.attempts = p_attempt AND s.status = 'running';
+    RETURN FOUND;
+END $$;
+
+-- An owner's sign of life: its run and the shards that it works on stay its own for p_lease from now.
+CREATE OR REPLACE FUNCTION trueup.keep_run(p_run bigint, p_owner text, p_lease interval) RETURNS void LANGUAGE sql AS $$
+    UPDATE trueup.reconcile_run r SET lease_until = clock_timestamp() + p_lease
+    WHERE r.id = p_run AND r.owner = p_owner AND r.status = 'running';
+    UPDATE trueup.reconcile_shard s SET lease_until = clock_timestamp() + p_lease
+    WHERE s.run_id = p_run AND s.owner = p_owner AND s.status = 'running';
+    UPDATE trueup.reconcile_run r
+    SET checked = (SELECT coalesce(sum(s.checked), 0) FROM trueup.reconcile_shard s WHERE s.run_id = p_run)
+    WHERE r.id = p_run AND r.status = 'running';
+$$;
+
+-- End a run, with figures that are counted from its rows: whoever wrote them, and however often it was interrupted,
+-- each counts once. p_status null: as its shards say, if none is left. False: it has ended before, or shards are left.
+CREATE OR REPLACE FUNCTION trueup.end_run(p_run bigint, p_status text, p_error text) RETURNS boolean
+LANGUAGE plpgsql AS $$
+DECLARE
+    d record;
+    v_failed bigint;
+    v_left bigint;
+    v_checked bigint;
+    v_error text;
+BEGIN
+    PERFORM FROM trueup.reconcile_run r WHERE r.id = p_run AND r.status = 'running' FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    SELECT count(*) FILTER (WHERE s.status = 'failed'), count(*) FILTER (WHERE s.status IN ('waiting', 'running')),
+           coalesce(sum(s.checked), 0), min(s.error) FILTER (WHERE s.status = 'failed')
+    INTO v_failed, v_left, v_checked, v_error
+    FROM trueup.reconcile_shard s WHERE s.run_id = p_run;
+    IF p_status IS NULL AND v_left > 0 THEN
+        RETURN false;
+    END IF;
+    SELECT count(*) AS drifted, count(*) FILTER (WHERE t.run_id = p_run) AS found_new,
+           count(*) FILTER (WHERE t.run_id = p_run AND t.action = 'corrected') AS corrected,
+           count(*) FILTER (WHERE t.action = 'review') AS in_review,
+           coalesce(sum(greatest(coalesce(t.observed, 0) - t.expected, 0)), 0) AS overstated,
+           coalesce(sum(greatest(t.expected - coalesce(t.observed, 0), 0)), 0) AS understated,
+           coalesce(sum(t.tokens_explained), 0) AS explained
+    INTO d FROM trueup.drift t WHERE t.last_run_id = p_run;
+    UPDATE trueup.reconcile_run r
+    SET status = coalesce(p_status, CASE WHEN v_failed > 0 THEN 'failed' ELSE 'finished' END),
+        error = coalesce(p_error, v_error), finished_at = clock_timestamp(), owner = NULL, lease_until = NULL,
+        checked = v_checked, drifted = d.drifted, found_new = d.found_new, corrected = d.corrected,
+        in_review = d.in_review, tokens_overstated = d.overstated, tokens_understated = d.understated,
+        tokens_explained = d.explained,
+        defects = (SELECT count(*) FROM trueup.defect f WHERE f.run_id = p_run)
+    WHERE r.id = p_run;
+    RETURN true;
+END $$;
+
+-- The shards of scheduled runs under these rules that nobody works on, and a longer life for such runs: their messages
+-- are sent again. Runs with no shard left are ended.
+CREATE OR REPLACE FUNCTION trueup.sweep_runs(p_rules jsonb, p_lease interval, p_most integer)
+RETURNS TABLE (run_id bigint, number integer) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    r record;
+BEGIN
+    FOR r IN SELECT t.id FROM trueup.reconcile_run t
+             WHERE t.status = 'running' AND t.only_user IS NULL AND t.rules = p_rules
+               AND (t.period IS NOT NULL OR NOT trueup.run_is_alive(t.id))
+             FOR UPDATE SKIP LOCKED
+    LOOP
+        UPDATE trueup.reconcile_shard s
+        SET status = 'failed', error = coalesce(s.error, 'its worker died each time'), updated_at = clock_timestamp()
+        WHERE s.run_id = r.id AND s.failures + (s.status = 'running')::integer >= p_most
+          AND (s.status = 'waiting' OR s.status = 'running' AND s.lease_until <= clock_timestamp());
+        IF NOT trueup.end_run(r.id, NULL, NULL) THEN
+            UPDATE trueup.reconcile_run t SET lease_until = clock_timestamp() + p_lease WHERE t.id = r.id;
+            RETURN QUERY
+            SELECT s.run_id, s.number FROM trueup.reconcile_shard s
+            WHERE s.run_id = r.id
+              AND (s.status = 'waiting' OR s.status = 'running' AND s.lease_until <= clock_timestamp())
+            ORDER BY s.number;
+        END IF;
+    END LOOP;
+END $$;
