@@ -1,133 +1,231 @@
-"""Drift reports: one run's summary and rows, from the database or from a dry run's summary."""
+"""Drift reports: what one run found, or all runs since a moment; from the database, or from a dry run's summary."""
 
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Row, Select, func, select
 
+from billing.drift_rows import DriftFilter, ReportRow, chosen_drifts, read_rows, row_of_finding
+from billing.drift_tallies import (
+    SET_ASIDE,
+    CauseFigures,
+    SizeFigures,
+    tally_actions,
+    tally_causes,
+    tally_findings,
+    tally_sizes,
+    tally_totals,
+)
 from billing.errors import InvalidInputError
 from billing.mapping import UserIdType
 from billing.reconcile_runs import RunSummary
 from billing.schema import own_table
-from billing.users import UserId
 
-SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportRow:
-    """One drift. Token figures are counts; `drift` = observed - expected, a null counter read as 0.
-
-    `observed` None: the counter was null. `written` None: the counter was left alone.
-    """
-
-    user_id: UserId
-    subscription_id: str
-    observed: int | None
-    expected: int
-    drift: int
-    cause: str
-    certainty: str
-    action: str
-    written: int | None
-    reason: str
-    evidence: dict[str, Any]
+# Fields may be added under the same number; one that is renamed, removed or changed in meaning raises it.
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class DriftReport:
-    """A run and its drifts. `run_id` None: a dry run, which is not kept. `finished_at` None: it has not ended.
+    """What a run found, or all runs since a moment. Token figures and the others are counts.
 
-    `tokens_overstated`: count shown to users though it is gone; `tokens_understated`: count left but not shown.
+    `run_id` None: a dry run, which is not kept, or several runs. `runs`: how many runs it tells of. `since` None: it
+    tells of one run. `finished_at` None: it has not ended. `checked`: comparisons made, in all those runs.
+    `found_new`: drifts that no earlier run had seen. `in_review`: those that still wait for a person. `set_aside`:
+    those that need nobody: tolerated, ignored, or so young that their decrements may still come.
+    `tokens_overstated`: shown to users though they are gone; `tokens_understated`: left but not shown.
+    `actions`: how many drifts were left how. `rows`: the largest drifts first; `rows_left_out`: how many more.
     """
 
     run_id: int | None
+    runs: int
+    kind: str
     dry_run: bool
     status: str
+    since: datetime | None
     started_at: datetime
     finished_at: datetime | None
+    filter: DriftFilter
     checked: int
     drifted: int
+    found_new: int
     corrected: int
+    in_review: int
+    set_aside: int
     tokens_overstated: int
     tokens_understated: int
+    tokens_explained: int
+    defects: int
+    causes: list[CauseFigures]
+    sizes: list[SizeFigures]
+    actions: dict[str, int]
     rows: list[ReportRow]
+    rows_left_out: int = 0
+
+    @property
+    def tokens_drifted(self) -> int:
+        return self.tokens_overstated + self.tokens_understated
+
+    @property
+    def share_explained(self) -> float | None:
+        """Which part of the drifted tokens has a cause, 0 to 1. None: no tokens have drifted."""
+        return self.tokens_explained / self.tokens_drifted if self.tokens_drifted else None
+
+    def summary_json(self) -> dict[str, Any]:
+        """Return everything but the rows, for JSON: times as ISO 8601, under a versioned schema."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rows", "filter")}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            **plain,
+            "since": _iso(self.since),
+            "started_at": self.started_at.isoformat(),
+            "finished_at": _iso(self.finished_at),
+            "filter": self.filter.as_json(),
+            "tokens_drifted": self.tokens_drifted,
+            "share_explained": self.share_explained,
+            "causes": [figures.as_json() for figures in self.causes],
+            "sizes": [figures.as_json() for figures in self.sizes],
+        }
 
     def as_json(self) -> dict[str, Any]:
-        """Return the report for JSON: times as ISO 8601, everything under a versioned schema."""
-        content = asdict(self)
-        content["started_at"] = self.started_at.isoformat()
-        content["finished_at"] = self.finished_at.isoformat() if self.finished_at else None
-        for row in content["rows"]:
-            row["user_id"] = row["user_id"] if isinstance(row["user_id"], int) else str(row["user_id"])
-        return {"schema_version": SCHEMA_VERSION, **content}
+        """Return the report for JSON; docs/drift-report.schema.json describes it."""
+        return {**self.summary_json(), "rows": [row.as_json() for row in self.rows]}
 
 
-def read_report(connection: Connection, user_id_type: UserIdType, run_id: int | None = None) -> DriftReport | None:
-    """Return the report of a run; `run_id` None means the newest one. None: there has been no run yet.
+@dataclass(frozen=True, kw_only=True)
+class ReportSource:
+    """The runs that a report tells of, and the statement that chooses their drifts."""
+
+    run_id: int | None
+    since: datetime | None
+    filter: DriftFilter
+    runs: list[Row[Any]] = field(repr=False)
+    chosen: Select[Any] = field(repr=False)
+
+
+_RUN = ("id", "kind", "only_user", "status", "started_at", "finished_at", "checked", "defects")
+
+
+def find_source(
+    connection: Connection,
+    user_id_type: UserIdType,
+    run_id: int | None = None,
+    *,
+    since: datetime | timedelta | None = None,
+    only: DriftFilter | None = None,
+) -> ReportSource | None:
+    """Return which runs a report tells of: `run_id`, all `since` a moment or for so long back, else the newest one.
+
+    None: there has been no run yet. Raises `InvalidInputError` for a run that does not exist.
+    """
+    run = own_table("reconcile_run", user_id_type)
+    runs = select(*(run.c[name] for name in _RUN))
+    only = only or DriftFilter()
+    newest = connection.execute(runs.order_by(run.c.id.desc()).limit(1)).one_or_none()
+    if newest is None and run_id is None:
+        return None
+    if since is not None:
+        begin = since if isinstance(since, datetime) else connection.execute(select(func.now() - since)).scalar_one()
+        rows = connection.execute(runs.where(run.c.started_at >= begin).order_by(run.c.id))
+        chosen = chosen_drifts(user_id_type, only, since=begin)
+        return ReportSource(run_id=None, since=begin, filter=only, runs=list(rows), chosen=chosen)
+    found = newest
+    if run_id is not None:
+        found = connection.execute(runs.where(run.c.id == run_id)).one_or_none()
+    if found is None:
+        raise InvalidInputError(f"run: there is no reconcile run {run_id}. `trueup drift history` lists the runs")
+    chosen = chosen_drifts(user_id_type, only, run=found)
+    return ReportSource(run_id=found.id, since=None, filter=only, runs=[found], chosen=chosen)
+
+
+def read_source(connection: Connection, source: ReportSource, *, max_rows: int | None = None) -> DriftReport:
+    """Return the report of these runs. `max_rows`: only the largest drifts get a row; None means all."""
+    totals = tally_totals(connection, source.chosen)
+    rows = list(read_rows(connection, source.chosen, limit=max_rows))
+    newest = source.runs[-1] if source.runs else None
+    started_at = source.since or (newest.started_at if newest else None)
+    assert started_at is not None  # noqa: S101 - for the type checker: without a moment there is a run
+    return DriftReport(
+        run_id=source.run_id,
+        runs=len(source.runs),
+        kind=newest.kind if newest else "quick",
+        dry_run=False,
+        status=newest.status if newest else "none",
+        since=source.since,
+        started_at=started_at,
+        finished_at=newest.finished_at if newest else None,
+        filter=source.filter,
+        checked=sum(run.checked for run in source.runs),
+        defects=sum(run.defects for run in source.runs),
+        **totals,
+        causes=tally_causes(connection, source.chosen),
+        sizes=tally_sizes(connection, source.chosen),
+        actions=tally_actions(connection, source.chosen),
+        rows=rows,
+        rows_left_out=totals["drifted"] - len(rows),
+    )
+
+
+def read_report(
+    connection: Connection,
+    user_id_type: UserIdType,
+    run_id: int | None = None,
+    *,
+    since: datetime | timedelta | None = None,
+    only: DriftFilter | None = None,
+    max_rows: int | None = None,
+) -> DriftReport | None:
+    """Return a report as of `find_source` and `read_source`. None: there has been no run yet.
 
     Raises `InvalidInputError` for a run that does not exist.
     """
-    run = own_table("reconcile_run", user_id_type)
-    query = select(run).order_by(run.c.id.desc()).limit(1)
-    if run_id is not None:
-        query = query.where(run.c.id == run_id)
-    found = connection.execute(query).one_or_none()
-    if found is None:
-        if run_id is None:
-            return None
-        raise InvalidInputError(f"run: there is no reconcile run {run_id}. `trueup drift report` shows the newest")
-    drift = own_table("drift", user_id_type)
-    rows = connection.execute(select(drift).where(drift.c.run_id == found.id).order_by(drift.c.id))
-    return DriftReport(run_id=found.id, status=found.status, rows=[_stored_row(row) for row in rows], **_figures(found))
+    source = find_source(connection, user_id_type, run_id, since=since, only=only)
+    return read_source(connection, source, max_rows=max_rows) if source else None
+
+
+def stream_rows(connection: Connection, source: ReportSource) -> Iterator[ReportRow]:
+    """Yield every row of the report, the largest drifts first, in memory that does not grow with them.
+
+    The connection must be in a transaction.
+    """
+    return read_rows(connection.execution_options(stream_results=True, max_row_buffer=1000), source.chosen)
 
 
 def report_dry_run(summary: RunSummary) -> DriftReport:
     """Return the report of a dry run, from the findings that it kept in memory."""
+    rows = sorted((row_of_finding(finding) for finding in summary.findings), key=lambda row: -abs(row.drift))
+    causes, sizes = tally_findings(rows)
+    actions = dict(Counter(row.action for row in rows).most_common())
     return DriftReport(
-        run_id=summary.run_id,
-        status="finished",
-        **_figures(summary),
-        rows=[
-            ReportRow(
-                user_id=finding.drift.user_id,
-                subscription_id=finding.drift.subscription_id,
-                observed=finding.drift.observed,
-                expected=finding.drift.expected,
-                drift=finding.drift.tokens,
-                cause=finding.explanation.cause,
-                certainty=finding.explanation.certainty,
-                action=finding.action,
-                written=finding.written,
-                reason=finding.verdict.reason,
-                evidence=finding.explanation.as_evidence(),
-            )
-            for finding in summary.findings
-        ],
+        run_id=None,
+        runs=1,
+        kind=summary.kind,
+        dry_run=True,
+        status=summary.status,
+        since=None,
+        started_at=summary.started_at,
+        finished_at=summary.finished_at,
+        filter=DriftFilter(),
+        checked=summary.checked,
+        drifted=summary.drifted,
+        found_new=summary.found_new,
+        corrected=summary.corrected,
+        in_review=summary.in_review,
+        set_aside=sum(actions.get(action, 0) for action in SET_ASIDE),
+        tokens_overstated=summary.tokens_overstated,
+        tokens_understated=summary.tokens_understated,
+        tokens_explained=summary.tokens_explained,
+        defects=summary.defects,
+        causes=causes,
+        sizes=sizes,
+        actions=actions,
+        rows=rows,
+        rows_left_out=summary.drifted - len(rows),
     )
 
 
-def _figures(run: Any) -> dict[str, Any]:
-    """Return what a stored run and a summary in memory call by the same names."""
-    names = (
-        *("dry_run", "started_at", "finished_at", "checked", "drifted", "corrected"),
-        *("tokens_overstated", "tokens_understated"),
-    )
-    return {name: getattr(run, name) for name in names}
-
-
-def _stored_row(row: Any) -> ReportRow:
-    return ReportRow(
-        user_id=row.user_id,
-        subscription_id=row.subscription_id,
-        observed=row.observed,
-        expected=row.expected,
-        drift=(row.observed or 0) - row.expected,
-        cause=row.cause,
-        certainty=row.certainty,
-        action=row.action,
-        written=row.written,
-        reason=row.reason,
-        evidence=row.evidence,
-    )
+def _iso(moment: datetime | None) -> str | None:
+    return moment.isoformat() if moment else None

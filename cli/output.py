@@ -17,6 +17,9 @@ from rich.table import Table
 PIPED_WIDTH = 200
 
 
+# What a host's id or name may hold and a terminal would obey.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
 # A password may contain "/" and "@", so that it ends at the last "@"; a sentinel URL names several servers, each with
 # its own. libpq takes it as a parameter too.
 _PASSWORD = re.compile(r"(?<=://)([^/@:]*):(?:(?!://).)*@")
@@ -73,7 +76,10 @@ def print_facts(facts: dict[str, Any]) -> None:
 
 
 def show(value: Any) -> str:
-    """Return a value as people read it: thousands apart, times to the second in UTC, nothing as a dash."""
+    """Return a value as people read it: thousands apart, times to the second in UTC, nothing as a dash.
+
+    A control character is shown as �: a terminal would obey it.
+    """
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -82,4 +88,4 @@ def show(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, datetime):
         return f"{value:%Y-%m-%d %H:%M:%S}"
-    return str(value)
+    return _CONTROL.sub("�", str(value))

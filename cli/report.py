@@ -1,73 +1,71 @@
-"""How a drift report is shown."""
+"""How a drift report is shown in a terminal, and in the formats of other programs."""
 
-import csv
-import io
-import json
+from collections.abc import Iterable
 
 import click
 
+from billing.cause_texts import cause_title
 from billing.drift_reports import DriftReport
-from cli.output import print_facts, print_json, print_table
+from cli.output import print_facts, print_table
+from cli.reports.figures import summary_of
+from cli.reports.plain import report_csv, report_json
 
-FORMATS = ("table", "json", "csv")
-COLUMNS = ("user_id", "subscription_id", "observed", "expected", "drift", "cause", "action", "written", "evidence")
+FORMATS = ("table", "json", "csv", "markdown", "html")
 
 
 def print_report(report: DriftReport, form: str, *, most_rows: int | None = None) -> None:
-    """Print a report as one of `FORMATS`. `most_rows`: a table shows no more; None means all."""
+    """Print a report as "table", "json" or "csv". `most_rows`: a table shows no more; None means all."""
     if form == "json":
-        print_json(report.as_json())
+        echo(report_json(report, report.rows))
     elif form == "csv":
-        _print_csv(report)
+        echo(report_csv(report.rows))
     else:
-        _print_table(report, most_rows)
+        print_summary(report, most_rows)
 
 
-def _print_csv(report: DriftReport) -> None:
-    lines = io.StringIO()
-    writer = csv.writer(lines)
-    writer.writerow(COLUMNS)
-    for row in report.rows:
-        fields = [getattr(row, name) for name in COLUMNS[:-1]]
-        writer.writerow([*fields, json.dumps(row.evidence)])
+def echo(chunks: Iterable[str]) -> None:
     # By click, which knows what to do when the reader has gone.
-    click.echo(lines.getvalue(), nl=False)
+    for chunk in chunks:
+        click.echo(chunk, nl=False)
 
 
-def _print_table(report: DriftReport, most_rows: int | None) -> None:
-    run = "dry run, nothing was written" if report.run_id is None else str(report.run_id)
-    print_facts(
-        {
-            "run": run,
-            "status": report.status,
-            "started (UTC)": report.started_at,
-            "finished (UTC)": report.finished_at,
-            "counters checked": report.checked,
-            "drifted": report.drifted,
-            "corrected": report.corrected,
-            "tokens overstated": report.tokens_overstated,
-            "tokens understated": report.tokens_understated,
-        }
-    )
+def print_summary(report: DriftReport, most_rows: int | None = None) -> None:
+    """Print the figures, the causes, and the largest drifts. `most_rows` None: all that the report has."""
+    print_facts(summary_of(report))
     shown = report.rows if most_rows is None else report.rows[:most_rows]
-    if not shown:
-        return
-    click.echo()
-    print_table(
-        ("user", "observed", "expected", "drift", "cause", "action", "written"),
-        [
-            (
-                str(row.user_id),
-                row.observed,
-                row.expected,
-                row.drift,
-                row.cause.replace("_", " "),
-                row.action.replace("_", " "),
-                row.written,
-            )
-            for row in shown
-        ],
-    )
-    if len(shown) < len(report.rows):
-        everything = "reconcile --dry-run --json" if report.run_id is None else f"drift report --run {report.run_id}"
-        click.echo(f"and {len(report.rows) - len(shown):,} more: `trueup {everything}`")
+    if report.causes:
+        click.echo()
+        print_table(
+            ("cause", "drifts", "certain", "tokens overstated", "tokens understated"),
+            [
+                (cause_title(c.cause), c.drifts, c.certain, c.tokens_overstated, c.tokens_understated)
+                for c in report.causes
+            ],
+        )
+    if shown:
+        click.echo()
+        print_table(
+            ("user", "observed", "expected", "drift", "cause", "certainty", "action", "written"),
+            [
+                (
+                    str(row.user_id),
+                    row.observed,
+                    row.expected,
+                    row.drift,
+                    cause_title(row.cause),
+                    row.certainty,
+                    row.action.replace("_", " "),
+                    row.written,
+                )
+                for row in shown
+            ],
+        )
+    left = report.drifted - len(shown)
+    if left and shown:
+        click.echo(f"and {left:,} smaller ones: `trueup {_everything(report)}`")
+
+
+def _everything(report: DriftReport) -> str:
+    if report.dry_run:
+        return "reconcile --dry-run --json"
+    return "drift report --rows all" if report.run_id is None else f"drift report --run {report.run_id} --rows all"

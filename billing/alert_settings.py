@@ -1,0 +1,112 @@
+"""Settings of alerts: `TRUEUP_ALERTS__WEBHOOK_URL`, or [alerts] in trueup.toml."""
+
+import base64
+import binascii
+import ipaddress
+from typing import Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+Channel = Literal["webhook", "apprise"]
+SECRET_PREFIX = "whsec_"
+LEAST_SECRET_BYTES = 16
+
+
+class AlertSettings(BaseModel):
+    """Where alerts go, and what is one. Without a webhook and without apprise there are none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    webhook_url: SecretStr | None = Field(default=None, description="alerts are sent there, signed")
+    webhook_secret: SecretStr | None = Field(
+        default=None, description="signs them: whsec_ and Base64, or a text of 16 bytes or more"
+    )
+    webhook_allow_http: bool = Field(default=False, description="allow a webhook without TLS beyond this machine")
+    webhook_timeout_seconds: float = Field(default=10.0, gt=0, le=60)
+    apprise_urls: tuple[SecretStr, ...] = Field(
+        default=(), description="alerts are sent there too, through apprise if it is installed"
+    )
+    tokens: int | None = Field(default=None, ge=1, description="a run that finds so many newly drifted tokens")
+    users: int | None = Field(default=None, ge=1, description="a run that finds so many users' counters newly drifted")
+    unexplained_share: float | None = Field(
+        default=None, gt=0, le=1, description="a run that can't explain this share of its newly drifted tokens"
+    )
+    unexplained_tokens: int = Field(
+        default=1000, ge=1, description="fewer unexplained tokens are no alert, whatever their share"
+    )
+    defects: int | None = Field(default=None, ge=1, description="a deep run that finds so many defects")
+    missed_run_seconds: int | None = Field(
+        default=None, ge=0, description="no run for so long; unset means twice the reconcile interval, 0 never"
+    )
+    max_attempts: int = Field(default=12, ge=1, le=100, description="sendings of an alert before it is given up")
+
+    @property
+    def channels(self) -> list[Channel]:
+        """Where alerts go; empty: nowhere, and so none are raised."""
+        found: list[Channel] = ["webhook"] if self.webhook_url else []
+        return [*found, "apprise"] if self.apprise_urls else found
+
+    @field_validator("webhook_url")
+    @classmethod
+    def _usable_url(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is None or not url.get_secret_value():
+            return None
+        try:
+            parts = urlsplit(url.get_secret_value())
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ValueError("give a URL: https://alerts.example/trueup")
+        return url
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _strong_secret(cls, secret: SecretStr | None) -> SecretStr | None:
+        if secret is None or not secret.get_secret_value():
+            return None
+        if len(_key(secret)) < LEAST_SECRET_BYTES:
+            raise ValueError(f"too short: give {LEAST_SECRET_BYTES} random bytes or more")
+        return secret
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.webhook_url:
+            if not self.webhook_secret:
+                raise ValueError("webhook_url is set without webhook_secret: a receiver could not tell who sends")
+            parts = urlsplit(self.webhook_url.get_secret_value())
+            if parts.scheme == "http" and not self.webhook_allow_http and not _is_this_machine(parts.hostname or ""):
+                raise ValueError("webhook_url is not https: use TLS, or set webhook_allow_http if the network is yours")
+        if not self.channels:
+            lonely = [
+                name
+                for name in ("tokens", "users", "unexplained_share", "defects", "missed_run_seconds")
+                if getattr(self, name) is not None
+            ]
+            if lonely:
+                raise ValueError(
+                    f"{lonely[0]} is set, but neither webhook_url nor apprise_urls: nobody would hear of it"
+                )
+        return self
+
+    def signing_key(self) -> bytes:
+        """Return the key that signs a webhook's messages."""
+        return _key(self.webhook_secret) if self.webhook_secret else b""
+
+
+def _key(secret: SecretStr) -> bytes:
+    text = secret.get_secret_value()
+    if not text.startswith(SECRET_PREFIX):
+        return text.encode()
+    try:
+        return base64.b64decode(text.removeprefix(SECRET_PREFIX), validate=True)
+    except binascii.Error:
+        raise ValueError(f"what follows {SECRET_PREFIX} is no Base64") from None
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,152 @@
+"""Everything about one user's counter: its figures, why it is off, since when, and what was done about it before."""
+
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, select, text
+
+from billing.accounts import Account, read_account
+from billing.drift_rows import ReportRow, drifts_of_user, plain_id
+from billing.mapping import HostMapping
+from billing.policies import DEFAULT_RULES, Rules
+from billing.reconcile_batch import BatchContext, reconcile_batch
+from billing.reconcile_runs import Finding
+from billing.schema import own_table
+from billing.users import UserId
+
+SCHEMA_VERSION = 1
+MOST_PAST_DRIFTS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class BasePoint:
+    """When a counter is known to have been right, and how: what came before is settled. `at` None: since ever."""
+
+    at: datetime | None
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What a person decided about a drift. A counter is None where it was null or was not touched."""
+
+    drift_id: int
+    decision: str
+    decided_by: str
+    note: str
+    counter_before: int | None
+    counter_after: int | None
+    grant_id: int | None
+    decided_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class CounterStory:
+    """One user's counter now, and its past. `finding` None: it does not drift."""
+
+    account: Account
+    finding: Finding | None
+    base: BasePoint
+    past: list[ReportRow]
+    decisions: list[Decision]
+
+    @property
+    def original(self) -> int:
+        """The figures are of the finding's snapshot where there is one."""
+        return self.finding.drift.original if self.finding else self.account.original
+
+    @property
+    def consumed(self) -> int:
+        return self.finding.drift.consumed if self.finding else self.account.consumed
+
+    @property
+    def observed(self) -> int | None:
+        return self.finding.drift.observed if self.finding else self.account.counter
+
+    @property
+    def expected(self) -> int:
+        return max(0, self.original - self.consumed)
+
+    @property
+    def drift(self) -> int:
+        """observed - expected, a null counter read as 0."""
+        return (self.observed or 0) - self.expected
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything for JSON, under a versioned schema."""
+        found = self.finding
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "user_id": plain_id(self.account.user_id),
+            "subscribed": self.account.subscribed,
+            "is_active": self.account.is_active,
+            "window_start": self.account.window_start,
+            "end_date": self.account.end_date,
+            "original": self.original,
+            "consumed": self.consumed,
+            "held": self.account.held,
+            "observed": self.observed,
+            "expected": self.expected,
+            "drift": self.drift,
+            "cause": found.explanation.cause if found else None,
+            "certainty": found.explanation.certainty if found else None,
+            "evidence": found.explanation.as_evidence() if found else None,
+            "action": found.action if found else None,
+            "reason": found.verdict.reason if found else None,
+            "would_write": found.verdict.write if found else None,
+            "base": asdict(self.base),
+            "past": [row.as_json() for row in self.past],
+            "decisions": [asdict(decision) for decision in self.decisions],
+        }
+
+
+def tell_counter(
+    connection: Connection, mapping: HostMapping, user_id: UserId, *, rules: Rules = DEFAULT_RULES
+) -> CounterStory:
+    """Return all about a user's counter. `rules`: what a run may do by itself.
+
+    Nothing is written; each statement must be its own transaction.
+    """
+    account = read_account(connection, user_id)
+    findings: list[Finding] = []
+    if account.subscribed:
+        context = BatchContext.read(connection, mapping, dry_run=True, rules=rules)
+        findings = reconcile_batch(connection, context, None, [user_id])
+    return CounterStory(
+        account=account,
+        finding=findings[0] if findings else None,
+        base=_base_point(connection, user_id),
+        past=drifts_of_user(connection, mapping.user_id_type, user_id, limit=MOST_PAST_DRIFTS),
+        decisions=_decisions(connection, mapping, user_id),
+    )
+
+
+# A window may begin at -infinity, or in a year that Python can't hold: that is none.
+_BASE = text(
+    """
+    SELECT CASE WHEN b.at >= '0001-01-03' AND b.at < '9999-12-31' THEN b.at END AS at, b.kind
+    FROM trueup.accounts(clock_timestamp()) a
+    CROSS JOIN LATERAL trueup.base_points(ARRAY[a.user_id], ARRAY[a.subscription_id], ARRAY[a.window_start]) b
+    WHERE a.user_id = :user_id
+    """
+)
+_WHY = {
+    "window": "the window began",
+    "run": "a run over all users found no drift",
+    "correction": "a run set the counter right",
+    "decision": "a person decided about a drift",
+}
+
+
+def _base_point(connection: Connection, user_id: UserId) -> BasePoint:
+    row = connection.execute(_BASE, {"user_id": user_id}).one_or_none()
+    return BasePoint(at=row.at, why=_WHY[row.kind]) if row else BasePoint(at=None, why="there is no subscription")
+
+
+def _decisions(connection: Connection, mapping: HostMapping, user_id: UserId) -> list[Decision]:
+    """Return what was decided about this user's drifts, newest first."""
+    table = own_table("drift_decision", mapping.user_id_type).c
+    names = Decision.__dataclass_fields__
+    query = select(*(table[name] for name in names)).where(table.user_id == user_id).order_by(table.id.desc())
+    return [Decision(**row) for row in connection.execute(query.limit(MOST_PAST_DRIFTS)).mappings()]

@@ -1,0 +1,83 @@
+"""The history of reconcile runs: each run's figures as it wrote them, to see how drift develops."""
+
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, func, select
+
+from billing.mapping import UserIdType
+from billing.schema import own_table
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFigures:
+    """One run. Token figures and the others are counts; `only_user` None: it looked at all users.
+
+    `finished_at` None: it has not ended. `error` None: there was none. `requested_by` empty: the schedule.
+    """
+
+    id: int
+    kind: str
+    only_user: str | None
+    status: str
+    started_at: datetime
+    finished_at: datetime | None
+    checked: int
+    drifted: int
+    found_new: int
+    corrected: int
+    in_review: int
+    tokens_overstated: int
+    tokens_understated: int
+    tokens_explained: int
+    defects: int
+    error: str | None
+    requested_by: str
+
+    @property
+    def tokens_drifted(self) -> int:
+        return self.tokens_overstated + self.tokens_understated
+
+    @property
+    def share_explained(self) -> float | None:
+        """Which part of the drifted tokens has a cause, 0 to 1. None: no tokens have drifted."""
+        return min(1.0, self.tokens_explained / self.tokens_drifted) if self.tokens_drifted else None
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it took; None while it has not ended."""
+        return (self.finished_at - self.started_at).total_seconds() if self.finished_at else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the run for JSON: times as ISO 8601."""
+        content = asdict(self)
+        content["run_id"] = content.pop("id")
+        for name in ("started_at", "finished_at"):
+            content[name] = content[name].isoformat() if content[name] else None
+        return content | {"tokens_drifted": self.tokens_drifted, "share_explained": self.share_explained}
+
+
+def read_history(
+    connection: Connection,
+    user_id_type: UserIdType,
+    *,
+    limit: int = 30,
+    days: int | None = None,
+    up_to_run: int | None = None,
+) -> list[RunFigures]:
+    """Return the newest runs, oldest first. `days` None: however old; `up_to_run` None: to the newest."""
+    run = own_table("reconcile_run", user_id_type).c
+    query = select(*(run[field.name] for field in fields(RunFigures))).order_by(run.id.desc()).limit(limit)
+    if days is not None:
+        query = query.where(run.started_at >= func.now() - func.make_interval(0, 0, 0, days))
+    if up_to_run is not None:
+        query = query.where(run.id <= up_to_run)
+    return [RunFigures(**row) for row in connection.execute(query).mappings()][::-1]
+
+
+def history_json(runs: list[RunFigures]) -> dict[str, Any]:
+    """Return the history for JSON, under a versioned schema."""
+    return {"schema_version": SCHEMA_VERSION, "runs": [run.as_json() for run in runs]}

@@ -1,0 +1,174 @@
+"""What drifts come to: in all, by cause, by size. Counted in the database; of a dry run, in memory."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    Integer,
+    Numeric,
+    Select,
+    Text,
+    and_,
+    case,
+    cast,
+    column,
+    func,
+    not_,
+    or_,
+    select,
+    true,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from billing.drift_rows import ReportRow
+
+SET_ASIDE = ("tolerated", "ignored", "waiting")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CauseFigures:
+    """What one cause did. `drifts`: those that name it, alone or with others; `certain`: those proven by rows.
+
+    `tokens_overstated` and `tokens_understated`: its own share of them.
+    """
+
+    cause: str
+    drifts: int
+    certain: int
+    tokens_overstated: int
+    tokens_understated: int
+
+    @property
+    def tokens(self) -> int:
+        return self.tokens_overstated + self.tokens_understated
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeFigures:
+    """How many drifts have from `at_least` to ten times that (exclusive) tokens, each way."""
+
+    at_least: int
+    overstated: int
+    understated: int
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def tally_totals(connection: Connection, chosen: Select[Any]) -> dict[str, int]:
+    """Return the chosen drifts' figures by the names of `DriftReport`."""
+    d = chosen.subquery().c
+    set_aside = or_(d.action.in_(SET_ASIDE), func.coalesce(d.decision, "") == "ignore")
+    settled = func.coalesce(d.decision, "").in_(("accept", "grant", "ignore"))
+    counted = select(
+        func.count().label("drifted"),
+        func.count().filter(d.is_new).label("found_new"),
+        func.count().filter(d.action == "corrected").label("corrected"),
+        func.count().filter(and_(d.action == "review", not_(settled))).label("in_review"),
+        func.count().filter(set_aside).label("set_aside"),
+        func.coalesce(func.sum(func.greatest(d.drift, 0)), 0).label("tokens_overstated"),
+        func.coalesce(func.sum(func.greatest(-d.drift, 0)), 0).label("tokens_understated"),
+        func.coalesce(func.sum(d.tokens_explained), 0).label("tokens_explained"),
+    )
+    return {name: int(value) for name, value in connection.execute(counted).mappings().one().items()}
+
+
+def tally_causes(connection: Connection, chosen: Select[Any]) -> list[CauseFigures]:
+    """Return the figures of each cause, those of most tokens first. A drift without components is one of its own."""
+    drifts = chosen.subquery()
+    d = drifts.c
+    components = d.evidence["components"]
+    whole = func.jsonb_build_array(
+        func.jsonb_build_object("cause", d.cause, "tokens", d.drift, "certainty", d.certainty, type_=JSONB), type_=JSONB
+    )
+    several = and_(func.jsonb_typeof(components) == "array", components != cast([], JSONB))
+    each = func.jsonb_array_elements(case((several, components), else_=whole))
+    elements = each.table_valued(column("part", JSONB), name="elements").render_derived()
+    part = elements.c.part
+    parts = (
+        select(
+            d.id,
+            part["cause"].astext.label("cause"),
+            part["certainty"].astext.label("certainty"),
+            cast(part["tokens"].astext, Numeric).label("tokens"),
+        )
+        .select_from(drifts.join(elements, true()))
+        .subquery()
+    )
+    size = func.sum(func.abs(parts.c.tokens))
+    query = (
+        select(
+            parts.c.cause,
+            func.count(parts.c.id.distinct()).label("drifts"),
+            func.count(parts.c.id.distinct()).filter(parts.c.certainty == "certain").label("certain"),
+            cast(func.sum(func.greatest(parts.c.tokens, 0)), BigInteger).label("tokens_overstated"),
+            cast(func.sum(func.greatest(-parts.c.tokens, 0)), BigInteger).label("tokens_understated"),
+        )
+        .group_by(parts.c.cause)
+        .order_by(size.desc(), parts.c.cause)
+    )
+    return [CauseFigures(**row) for row in connection.execute(query).mappings()]
+
+
+def tally_sizes(connection: Connection, chosen: Select[Any]) -> list[SizeFigures]:
+    """Return how many drifts there are of each order of magnitude, from the smallest; empty ones between are there."""
+    d = chosen.subquery().c
+    # The count of digits is exact where a logarithm would round.
+    digits = func.length(cast(func.abs(d.drift), Text)).cast(Integer)
+    query = select(
+        digits.label("digits"),
+        func.count().filter(d.drift > 0).label("overstated"),
+        func.count().filter(d.drift <= 0).label("understated"),
+    ).group_by(digits)
+    return _sizes({row.digits: (row.overstated, row.understated) for row in connection.execute(query)})
+
+
+def tally_actions(connection: Connection, chosen: Select[Any]) -> dict[str, int]:
+    """Return how many drifts were left how, the most frequent first."""
+    d = chosen.subquery().c
+    query = select(d.action, func.count()).group_by(d.action).order_by(func.count().desc(), d.action)
+    return {row.action: row[1] for row in connection.execute(query)}
+
+
+def tally_findings(rows: Iterable[ReportRow]) -> tuple[list[CauseFigures], list[SizeFigures]]:
+    """Return the same figures of rows in memory."""
+    causes: dict[str, dict[str, Any]] = defaultdict(lambda: {"ids": set(), "certain": set(), "over": 0, "under": 0})
+    sizes: dict[int, tuple[int, int]] = {}
+    for number, row in enumerate(rows):
+        over, under = sizes.get(len(str(abs(row.drift))), (0, 0))
+        sizes[len(str(abs(row.drift)))] = (over + (row.drift > 0), under + (row.drift <= 0))
+        whole: list[dict[str, Any]] = [{"cause": row.cause, "tokens": row.drift, "certainty": row.certainty}]
+        for part in row.evidence.get("components") or whole:
+            figures = causes[part["cause"]]
+            figures["ids"].add(number)
+            if part["certainty"] == "certain":
+                figures["certain"].add(number)
+            figures["over" if part["tokens"] > 0 else "under"] += abs(part["tokens"])
+    tallied = [
+        CauseFigures(
+            cause=cause,
+            drifts=len(figures["ids"]),
+            certain=len(figures["certain"]),
+            tokens_overstated=figures["over"],
+            tokens_understated=figures["under"],
+        )
+        for cause, figures in causes.items()
+    ]
+    return sorted(tallied, key=lambda figures: (-figures.tokens, figures.cause)), _sizes(sizes)
+
+
+def _sizes(by_digits: dict[int, tuple[int, int]]) -> list[SizeFigures]:
+    if not by_digits:
+        return []
+    return [
+        SizeFigures(at_least=10 ** (digits - 1), overstated=over, understated=under)
+        for digits in range(min(by_digits), max(by_digits) + 1)
+        for over, under in [by_digits.get(digits, (0, 0))]
+    ]

@@ -1,0 +1,69 @@
+"""A report's figures under the names that people read, the same in every format."""
+
+from typing import Any
+
+from billing.cause_texts import cause_title
+from billing.drift_reports import DriftReport
+from cli.output import show
+
+
+def title_of(report: DriftReport) -> str:
+    """Return what the report is of."""
+    if report.dry_run:
+        return "Drift, dry run: nothing was written"
+    if report.since is not None:
+        return f"Drift since {show(report.since)[:16]} UTC"
+    return f"Drift, run {report.run_id}"
+
+
+def percent(share: float | None) -> str:
+    """Return a share as people read it; it says 100 % only of all, and 0 % only of nothing."""
+    if share is None:
+        return "–"
+    if 0 < share < 0.001:
+        return "< 0.1 %"
+    if 0.999 < share < 1:
+        return "> 99.9 %"
+    return f"{share * 100:.1f} %".replace(".0 %", " %")
+
+
+def signed(tokens: int) -> str:
+    """Return a count with its sign."""
+    return f"{tokens:+,}".replace("-", "−")
+
+
+def summary_of(report: DriftReport) -> dict[str, Any]:
+    """Return the summary's lines."""
+    several = report.since is not None
+    return {
+        ("runs" if several else "run"): report.runs if several else _run(report),
+        "status": report.status,
+        ("since (UTC)" if several else "started (UTC)"): report.started_at,
+        "finished (UTC)": report.finished_at,
+        **({"only": filter_of(report)} if filter_of(report) else {}),
+        "counters checked": report.checked,
+        "drifted": report.drifted,
+        "new": report.found_new,
+        "corrected": report.corrected,
+        "in review": report.in_review,
+        **({"set aside": report.set_aside} if report.set_aside else {}),
+        "tokens overstated": report.tokens_overstated,
+        "tokens understated": report.tokens_understated,
+        "tokens explained": percent(report.share_explained),
+        **({"defects": report.defects} if report.defects else {}),
+    }
+
+
+def filter_of(report: DriftReport) -> str:
+    """Return in words which drifts the report was narrowed to; empty if to none."""
+    only = report.filter
+    parts = [
+        *(f"cause {cause_title(cause)}" for cause in only.causes),
+        *([f"{only.min_tokens:,} tokens or more"] if only.min_tokens else []),
+        *([f"user {only.user_id}"] if only.user_id is not None else []),
+    ]
+    return ", ".join(parts)
+
+
+def _run(report: DriftReport) -> str:
+    return "dry run, nothing was written" if report.dry_run else f"{report.run_id} ({report.kind})"

@@ -1,0 +1,126 @@
+"""A drift report as one page that needs nothing else: it sends no request, and none of the host's data runs in it."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from importlib.resources import files
+from typing import Any
+
+from mako.template import Template
+
+from billing.cause_texts import ACTIONS, CERTAINTIES, cause_sentence, cause_title
+from billing.drift_history import RunFigures
+from billing.drift_reports import DriftReport
+from cli.output import show
+from cli.reports.charts import columns_of, share_bars
+from cli.reports.figures import filter_of, percent, signed, title_of
+
+
+def report_html(report: DriftReport, runs: Sequence[RunFigures]) -> Iterator[str]:
+    """Yield the page. `runs`: what its chart over time shows, oldest first."""
+    style, script = _part("page.css"), _part("page.js")
+    # Everything is escaped; that nothing but this script and this style counts holds even if something were not.
+    policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'"
+    # The template's own marks are in "h", for HTML, unless they say otherwise.
+    template = Template(_part("page.html.mako"), default_filters=["h"], strict_undefined=True)  # noqa: S702
+    yield str(
+        template.render(
+            policy=policy,
+            style=style,
+            script=script,
+            title=title_of(report),
+            subtitle=_subtitle(report),
+            tiles=_tiles(report),
+            report=report,
+            columns=columns_of([run for run in runs if run.only_user is None], this_run=report.run_id),
+            causes=share_bars([(c.tokens_overstated, c.tokens_understated) for c in report.causes]),
+            actions=share_bars([(drifts, 0) for drifts in report.actions.values()]),
+            sizes=share_bars([(s.overstated, s.understated) for s in report.sizes]),
+            size_label=_size_label,
+            cause_title=cause_title,
+            cause_sentence=cause_sentence,
+            action_sentence=_action_sentence,
+            certainty_sentence=lambda certainty: CERTAINTIES.get(certainty, certainty),
+            sentence=lambda words: words[:1].upper() + words[1:],
+            show=show,
+            compact=compact,
+            signed=signed,
+            percent=percent,
+            pretty=lambda evidence: json.dumps(evidence, indent=1, ensure_ascii=False),
+            stamp=lambda moment: moment.timestamp() if isinstance(moment, datetime) else 0,
+        )
+    )
+
+
+def compact(tokens: int) -> str:
+    """Return a count so that it fits a tile: 9,999,999 in full, above that 12.3 M, 4.5 bn and so on."""
+    for unit, size in (("tn", 10**12), ("bn", 10**9), ("M", 10**6)):
+        if abs(tokens) >= max(size, 10**7):
+            return f"{tokens / size:,.1f} {unit}"
+    return f"{tokens:,}"
+
+
+def _action_sentence(action: str) -> str:
+    return ACTIONS.get(action, action).replace("`", "")
+
+
+def _tiles(report: DriftReport) -> list[dict[str, Any]]:
+    """The summary: label, figure, what stands below it, and which colour it has."""
+    drifted = percent(report.drifted / report.checked) if report.checked else "–"
+    tiles: list[dict[str, Any]] = [
+        _tile(
+            "Counters checked", report.checked, f"in {report.runs:,} runs" if report.since else f"{report.kind} pass"
+        ),
+        _tile("Drifted", report.drifted, f"{report.found_new:,} new · {drifted} of those checked"),
+        _tile("Corrected", report.corrected, "by compare-and-set"),
+        _tile("In review", report.in_review, "wait for a person", "attention" if report.in_review else ""),
+        _tile("Tokens overstated", report.tokens_overstated, "shown, but gone", "over"),
+        _tile("Tokens understated", report.tokens_understated, "left, but not shown", "under"),
+        {
+            "label": "Tokens explained",
+            "figure": percent(report.share_explained),
+            "full": f"{report.tokens_explained:,} of {report.tokens_drifted:,}",
+            "note": f"{compact(report.tokens_explained)} of {compact(report.tokens_drifted)}",
+            "kind": "",
+        },
+    ]
+    if report.defects:
+        tiles.append(_tile("Defects", report.defects, "in balances or triggers", "attention"))
+    return tiles
+
+
+def _tile(label: str, count: int, note: str, kind: str = "") -> dict[str, Any]:
+    return {"label": label, "figure": compact(count), "full": f"{count:,}", "note": note, "kind": kind}
+
+
+def _subtitle(report: DriftReport) -> str:
+    if report.since is not None:
+        parts = [f"{report.runs:,} runs", f"until {show(report.finished_at)} UTC" if report.finished_at else ""]
+    else:
+        parts = [f"{show(report.started_at)} UTC", f"{report.kind} pass", report.status]
+        if report.finished_at:
+            parts[-1] += f" in {(report.finished_at - report.started_at).total_seconds():,.1f} s"
+    if filter_of(report):
+        parts.append(f"only {filter_of(report)}")
+    return " · ".join(part for part in parts if part)
+
+
+def _size_label(at_least: int) -> str:
+    """Return an order of magnitude as people read it: 1–9, 10–99, …, 10 k–99 k."""
+    if at_least >= 10_000:
+        for unit, size in (("tn", 10**12), ("bn", 10**9), ("M", 10**6), ("k", 10**3)):
+            if at_least >= size:
+                return f"{at_least // size:,}–{at_least // size * 10 - 1:,} {unit}"
+    return f"{at_least:,}–{at_least * 10 - 1:,}"
+
+
+def _part(name: str) -> str:
+    return files("cli.reports").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(content: str) -> str:
+    """Return the hash by which a page's policy names a style or script, as it stands between its tags."""
+    digest = hashlib.sha256(f"\n{content}".encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"

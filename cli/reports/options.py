@@ -1,0 +1,105 @@
+"""What the options of `trueup drift` take: moments, causes, counts of rows, files."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from billing.cause_texts import CAUSES
+from billing.causes import Cause
+from billing.errors import TrueupError
+
+_UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_MOST_BACK = timedelta(days=36_500)
+_BACK = re.compile(r"(\d{1,5})\s*([mhdw])", re.IGNORECASE)
+
+
+class SinceParameter(click.ParamType[Any]):
+    """A moment, as a date or time (UTC where no offset is given), or how long back: 90m, 24h, 7d, 2w."""
+
+    name = "when"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime | timedelta:
+        if isinstance(value, datetime | timedelta):
+            return value
+        back = _BACK.fullmatch(value.strip())
+        if back:
+            long = timedelta(**{_UNITS[back[2].lower()]: int(back[1])})
+            if long > _MOST_BACK:
+                self.fail(f"{value!r} is too far back: give at most {_MOST_BACK.days}d", param, ctx)
+            return long
+        try:
+            moment = datetime.fromisoformat(value.strip())
+        except ValueError:
+            self.fail(f"{value!r} is no time: give 2026-11-01, 2026-11-01T08:30+01:00, 90m, 24h, 7d or 2w", param, ctx)
+        # The machine's own zone would make the report depend on who asks.
+        moment = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+        if moment > datetime.now(UTC):
+            self.fail(f"{value!r} has not come yet: give a time in the past", param, ctx)
+        return moment
+
+
+class CauseParameter(click.ParamType[Any]):
+    """A cause, or several joined by "+": only drifts that have all of them."""
+
+    name = "cause"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        known = set(get_args(Cause)) | set(CAUSES)
+        causes = tuple(part.strip().lower().replace(" ", "_").replace("-", "_") for part in value.split("+"))
+        for cause in causes:
+            if cause not in known:
+                near = difflib.get_close_matches(cause, sorted(known), n=1)
+                hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(sorted(known))}."
+                self.fail(f"{cause!r} is no cause. {hint}", param, ctx)
+        return causes
+
+
+class RowsParameter(click.ParamType[Any]):
+    """A count of rows, or "all"."""
+
+    name = "rows"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "all" or isinstance(value, int):
+            return str(value) if value == "all" else int(value)
+        if not (value.isascii() and value.isdigit() and len(value) <= 9):
+            self.fail(f'{value!r} is no count of rows: give a whole number, or "all"', param, ctx)
+        return int(value)
+
+
+SINCE = SinceParameter()
+CAUSE = CauseParameter()
+ROWS = RowsParameter()
+
+
+def moment_of(when: datetime | timedelta | None) -> datetime | None:
+    """Return the moment that `SINCE` gave, or that lies so long back from now; None stays None."""
+    return datetime.now(UTC) - when if isinstance(when, timedelta) else when
+
+
+def write_file(path: Path, chunks: Iterable[str]) -> None:
+    """Write a report to a file, whole or not at all: what was there stays until the new one is complete.
+
+    Raises `TrueupError` if that is not possible.
+    """
+    # A pipe or a device can't be replaced; and a link stays a link.
+    target = path.resolve()
+    place = target if target.exists() and not target.is_file() else target.with_name(f".{target.name}.part")
+    try:
+        with place.open("w", encoding="utf-8", newline="") as out:
+            for chunk in chunks:
+                out.write(chunk)
+        if place != target:
+            place.replace(target)
+    except OSError as error:
+        raise TrueupError(
+            f"--output: {path} can't be written: {error.strerror or error}. Give a file in a folder that is there."
+        ) from error
+    finally:
+        if place != target:
+            place.unlink(missing_ok=True)

@@ -1,0 +1,233 @@
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from pydantic import SecretStr, ValidationError
+from sqlalchemy import Connection
+
+from billing import db
+from billing.alert_settings import AlertSettings
+from billing.alerts import (
+    RunNews,
+    claim_due,
+    findings_of,
+    list_alerts,
+    missed_seconds,
+    note_failed,
+    note_sent,
+    raise_alerts,
+    raise_all,
+    raise_test,
+)
+from tests.support.drift_history import add_drift, add_run, see_again
+from tests.support.host import Host
+
+URL = {"webhook_url": "https://alerts.example/x", "webhook_secret": "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldY"}
+
+
+def settings(**values: Any) -> AlertSettings:
+    return AlertSettings(**{**URL, "missed_run_seconds": 0, **values})
+
+
+def news(**values: Any) -> RunNews:
+    figures = {"checked": 100, "users": 0, "tokens": 0, "tokens_explained": 0, "defects": 0, "only_user": None}
+    return RunNews(
+        run_id=7,
+        finished_at=datetime(2026, 11, 1, tzinfo=UTC),
+        **{"status": "finished", "error": None, **figures, **values},
+    )
+
+
+def kinds(news: RunNews, **values: Any) -> list[str]:
+    return [kind for kind, _ in findings_of(news, settings(**values))]
+
+
+@pytest.fixture
+def run(host: Host) -> int:
+    """A run that found 5,300 newly drifted tokens of two users, 300 without a cause; the rest is old or set aside."""
+    old = add_run(host, started_at=datetime.now(UTC) - timedelta(days=2))
+    run = add_run(host, started_at=datetime.now(UTC) - timedelta(minutes=5))
+    see_again(host, add_drift(host, old, 4, 70_000, 0, action="review"), run)
+    add_drift(host, run, 1, 15_000, 10_000, ("credit_without_grant", 5_000), action="review")
+    add_drift(host, run, 2, 0, 300)
+    add_drift(host, run, 3, 0, 9_000, ("missed_decrement", -9_000), action="waiting")
+    return run
+
+
+@pytest.mark.parametrize(
+    ("found", "thresholds", "expected"),
+    [
+        ({"tokens": 999, "tokens_explained": 999}, {"tokens": 1_000}, []),
+        ({"tokens": 1_000, "tokens_explained": 1_000}, {"tokens": 1_000}, ["tokens"]),
+        ({"users": 5}, {"users": 5}, ["users"]),
+        ({"users": 4}, {"users": 5}, []),
+        ({"tokens": 4_000, "tokens_explained": 2_000}, {"unexplained_share": 0.5}, ["unexplained"]),
+        ({"tokens": 4_001, "tokens_explained": 2_001}, {"unexplained_share": 0.5}, []),
+        ({"tokens": 999}, {"unexplained_share": 0.5}, []),
+        ({"tokens": 999}, {"unexplained_share": 0.5, "unexplained_tokens": 999}, ["unexplained"]),
+        ({}, {"unexplained_share": 0.5}, []),
+        ({"defects": 1}, {"defects": 1}, ["defects"]),
+        ({"status": "failed", "error": "disk full"}, {}, ["failed"]),
+        ({"tokens": 10**9, "only_user": "1"}, {"tokens": 1}, []),
+        ({"tokens": 10**9, "users": 10**6, "defects": 9}, {}, []),
+    ],
+)
+def test_a_run_gives_reason_for_alerts_at_its_thresholds(
+    found: dict[str, Any], thresholds: dict[str, Any], expected: list[str]
+) -> None:
+    assert kinds(news(**found), **thresholds) == expected
+
+
+def test_only_what_a_run_found_first_counts_and_nothing_set_aside(host: Host, connection: Connection, run: int) -> None:
+    assert raise_alerts(connection, run, settings=settings(tokens=5_300, users=2)) == 2
+    by_kind = {alert.kind: alert for alert in list_alerts(connection)}
+    data = by_kind["tokens"].payload["data"]
+    assert (data["tokens"], data["users"], data["tokens_unexplained"], data["run_id"]) == (5_300, 2, 300, run)
+    assert by_kind["users"].payload["type"] == "trueup.users"
+    assert by_kind["users"].payload["id"] != by_kind["tokens"].payload["id"]
+    host.execute("UPDATE trueup.reconcile_run SET alerted_at = NULL")
+    assert raise_alerts(connection, run, settings=settings(tokens=5_301, users=3)) == 0
+
+
+def test_the_same_finding_is_one_alert_on_each_channel_whoever_raises_it(connection: Connection, run: int) -> None:
+    both = settings(tokens=1, apprise_urls=["json://localhost"])
+
+    def raise_again(_: int) -> int:
+        with db.connect() as own:
+            return raise_alerts(own, run, settings=both)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(raise_again, range(8))) == 2
+    assert sorted(alert.channel for alert in list_alerts(connection)) == ["apprise", "webhook"]
+
+
+def test_what_was_cut_short_before_the_run_was_ticked_off_is_raised_once(
+    host: Host, connection: Connection, run: int
+) -> None:
+    assert raise_alerts(connection, run, settings=settings(tokens=1)) == 1
+    host.execute("UPDATE trueup.reconcile_run SET alerted_at = NULL")
+    assert raise_alerts(connection, run, settings=settings(tokens=1)) == 0
+    assert host.value("SELECT alerted_at IS NOT NULL FROM trueup.reconcile_run WHERE id = :id", id=run)
+
+
+def test_runs_that_nobody_told_of_are_found_and_old_ones_left(host: Host, connection: Connection, run: int) -> None:
+    old = add_run(host, started_at=datetime.now(UTC) - timedelta(days=2))
+    add_drift(host, old, 1, 9_999, 0, ("manual_edit", 9_999))
+    add_drift(host, add_run(host, status="running", started_at=datetime.now(UTC)), 1, 9_999, 0)
+    assert raise_all(connection, settings=settings(tokens=1)) == 1
+    assert [alert.key for alert in list_alerts(connection)] == [f"run:{run}:tokens"]
+    assert raise_all(connection, settings=settings(tokens=1)) == 0
+
+
+def test_a_run_that_did_not_happen_is_one_alert_for_one_gap(host: Host, connection: Connection) -> None:
+    ended = datetime.now(UTC) - timedelta(minutes=10)
+    add_run(host, started_at=ended, finished_at=ended)
+    # These are none: one over one user, one that failed.
+    add_run(host, started_at=datetime.now(UTC), finished_at=datetime.now(UTC), only_user="1")
+    add_run(host, started_at=datetime.now(UTC), finished_at=datetime.now(UTC), status="interrupted")
+    assert missed_seconds(connection, settings=settings(missed_run_seconds=900)) is None
+    assert missed_seconds(connection, settings=settings(missed_run_seconds=0)) is None
+    strict = settings(missed_run_seconds=300)
+    assert [raise_all(connection, settings=strict) for _ in range(3)] == [1, 0, 0]
+    [alert] = list_alerts(connection)
+    assert (alert.kind, alert.payload["data"]["seconds"] // 10) == ("missed", 60)
+    add_run(host, started_at=ended, finished_at=ended + timedelta(minutes=1))
+    assert raise_all(connection, settings=strict) == 1
+
+
+def test_the_first_run_is_awaited_from_the_installation_on(host: Host, connection: Connection) -> None:
+    strict = settings(missed_run_seconds=None)
+    assert raise_all(connection, settings=strict) == 0
+    host.execute("UPDATE trueup.installation SET installed_at = now() - interval '1801 seconds'")
+    assert raise_all(connection, settings=strict) == 1
+
+
+def test_without_a_channel_nothing_is_raised(connection: Connection, run: int) -> None:
+    assert raise_alerts(connection, run) == 0
+    assert raise_all(connection) == 0
+    assert list_alerts(connection) == []
+
+
+def test_two_senders_at_once_never_have_the_same_alert(host: Host, connection: Connection) -> None:
+    for _ in range(12):
+        raise_test(connection, settings=settings())
+    host.execute("UPDATE trueup.alert SET next_attempt_at = now() - interval '1 second'")
+
+    def take_all(_: int) -> list[int]:
+        taken = []
+        with db.connect() as own:
+            while claimed := claim_due(own):
+                taken.append(claimed[0].id)
+        return taken
+
+    with ThreadPoolExecutor(4) as pool:
+        taken = [number for batch in pool.map(take_all, range(4)) for number in batch]
+    assert sorted(taken) == sorted(alert.id for alert in list_alerts(connection))
+
+
+def test_an_alert_that_another_sender_is_claiming_is_passed_over(host: Host, connection: Connection) -> None:
+    raise_test(connection, settings=settings())
+    host.execute("UPDATE trueup.alert SET next_attempt_at = now() - interval '1 second'")
+    with db.transaction() as other:
+        assert len(claim_due(other)) == 1
+        assert claim_due(connection) == []
+
+
+def test_what_a_dead_sender_had_claimed_becomes_due_again_and_its_word_no_longer_counts(
+    host: Host, connection: Connection
+) -> None:
+    [first] = raise_test(connection, settings=settings())
+    assert claim_due(connection) == []
+    host.execute("UPDATE trueup.alert SET next_attempt_at = now() - interval '1 second'")
+    [second] = claim_due(connection)
+    assert (second.id, second.attempts, second.payload["id"]) == (first.id, 2, first.payload["id"])
+    note_failed(connection, first, "too late", final=True)
+    assert list_alerts(connection)[0].status == "waiting"
+    note_sent(connection, first)
+    note_failed(connection, second, "no", final=True)
+    assert list_alerts(connection)[0].status == "sent"
+
+
+def test_the_waits_between_sendings_grow_up_to_an_hour(host: Host, connection: Connection) -> None:
+    raise_test(connection, settings=settings())
+    waits = []
+    for _ in range(10):
+        host.execute("UPDATE trueup.alert SET next_attempt_at = now() - interval '1 second'")
+        [alert] = claim_due(connection)
+        note_failed(connection, alert, "no", final=False)
+        waits.append(round(host.value("SELECT extract(epoch FROM next_attempt_at - now()) FROM trueup.alert")))
+    assert waits == [60, 120, 240, 480, 960, 1920, 3600, 3600, 3600, 3600]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"webhook_secret": None}, "without webhook_secret"),
+        ({"webhook_secret": "short"}, "too short"),
+        ({"webhook_secret": "whsec_!!!"}, "is no Base64"),
+        ({"webhook_secret": "whsec_QUJD"}, "too short"),
+        ({"webhook_url": "http://alerts.example/x"}, "is not https"),
+        ({"webhook_url": "http://127.0.0.1.example/x"}, "is not https"),
+        ({"webhook_url": "ftp://alerts.example/x"}, "give a URL"),
+        ({"webhook_url": "https://"}, "give a URL"),
+        ({"webhook_url": "https://a:port/"}, "give a URL"),
+        ({"webhook_url": None, "webhook_secret": None, "tokens": 5}, "nobody would hear of it"),
+        ({"unexplained_share": 1.5}, "less than or equal to 1"),
+        ({"tokns": 5}, "Extra inputs"),
+    ],
+)
+def test_settings_that_would_not_work_are_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        AlertSettings(**{**URL, **values})
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/x", "http://localhost/x", "http://[::1]:9/x", "https://a.example"])
+def test_a_webhook_on_this_machine_or_behind_tls_is_taken(url: str) -> None:
+    assert AlertSettings(**{**URL, "webhook_url": url}).channels == ["webhook"]
+    assert AlertSettings(**{**URL, "webhook_url": "http://b.example", "webhook_allow_http": True}).channels
+
+
+def test_a_secret_is_read_as_its_prefix_says() -> None:
+    assert AlertSettings(**URL).signing_key() == b"ABCDEFGHIJKLMNOPQRSTUVWX"
+    assert AlertSettings(**URL | {"webhook_secret": SecretStr("s" * 16)}).signing_key() == b"s" * 16
