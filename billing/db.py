@@ -1,6 +1,7 @@
 """Connections to PostgreSQL: one lazy engine per process, and driver errors translated in one place."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -17,6 +18,8 @@ Result = TypeVar("Result")
 
 _engine: Engine | None = None
 _engine_pid: int | None = None
+# Two threads that come first at once must not make two: one of them would never be closed.
+_engine_lock = threading.Lock()
 
 # SQLSTATE classes of a server that can't do the work now, though the same statement may succeed later: connection,
 # transaction rollback (deadlock, serialization), resources, operator intervention, lock not available, a standby that
@@ -60,12 +63,15 @@ def get_engine() -> Engine:
     """
     global _engine, _engine_pid
     pid = os.getpid()
-    if _engine is None or _engine_pid != pid:
-        if _engine is not None:
-            _engine.dispose(close=False)
-        _engine = create_trueup_engine(get_settings())
-        _engine_pid = pid
-    return _engine
+    if _engine is not None and _engine_pid == pid:
+        return _engine
+    with _engine_lock:
+        if _engine is None or _engine_pid != pid:
+            if _engine is not None:
+                _engine.dispose(close=False)
+            _engine = create_trueup_engine(get_settings())
+            _engine_pid = pid
+        return _engine
 
 
 def dispose_engine() -> None:

@@ -22,7 +22,27 @@ from billing.settings import get_settings
 INSTALL_LOCK = 0x747275657570
 
 # Functions before triggers; each file may use what those before it define.
-SQL_FILES = ("accounts.sql", "triggers.sql", "holds.sql", "calls.sql", "charges.sql", "reconcile.sql")
+SQL_FILES = (
+    "grants.sql",
+    "accounts.sql",
+    "triggers.sql",
+    "holds.sql",
+    "calls.sql",
+    "charges.sql",
+    "granting.sql",
+    "reconcile.sql",
+    "shards.sql",
+    "deep.sql",
+    "decisions.sql",
+    "decrements.sql",
+    "purchases.sql",
+    "evidence.sql",
+    "ledger.sql",
+    "sizes.sql",
+    "documents.sql",
+)
+# What stands in for a file whose table the host does not have.
+_WITHOUT = {"decrements.sql": "no_decrements.sql", "purchases.sql": "no_purchases.sql"}
 
 LOCK_TIMEOUT_SECONDS = 5
 STATEMENT_TIMEOUT_SECONDS = 300
@@ -48,7 +68,7 @@ def install(connection: Connection, mapping: HostMapping, *, with_host_tables: b
     done.append("tables")
     connection.execute(_MARK_BALANCES_STALE, _installation_row(mapping) | {"log": quote_table(mapping.usage_log.table)})
     connection.execute(_DROP_FUNCTIONS)
-    for name in SQL_FILES:
+    for name in _sql_files(mapping):
         template = resources.files("billing").joinpath("sql", name).read_text()
         connection.exec_driver_sql(render_sql(template, mapping).replace("%", "%%"))
     done.append("functions and triggers")
@@ -108,6 +128,18 @@ _SAVE_INSTALLATION = text(
     SET mapping_fingerprint = excluded.mapping_fingerprint, mapping = excluded.mapping
     """
 )
+
+
+def _sql_files(mapping: HostMapping) -> list[str]:
+    unmapped = {
+        name
+        for name, table in (
+            ("decrements.sql", mapping.token_usage.table),
+            ("purchases.sql", mapping.payment.table),
+        )
+        if table is None
+    }
+    return [_WITHOUT[name] if name in unmapped else name for name in SQL_FILES]
 
 
 def _installation_row(mapping: HostMapping) -> dict[str, str]:

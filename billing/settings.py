@@ -23,8 +23,10 @@ from pydantic_settings import SettingsError as SourceError
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from billing.alert_settings import AlertSettings
 from billing.errors import SettingsError
 from billing.mapping import HostMapping
+from billing.reconcile_settings import ReconcileSettings
 
 PREFIX = "TRUEUP_"
 CONFIG_VARIABLE = "TRUEUP_CONFIG"
@@ -64,6 +66,22 @@ class Settings(BaseSettings):
         default=60, ge=1, le=600, description="longest wait between tries while the gate is down"
     )
     reconcile_interval_seconds: int = Field(default=900, ge=10)
+    reconcile_deep_interval_seconds: int = Field(
+        default=86_400, ge=0, description="how often the balances are compared with the log; 0 means never"
+    )
+    reconcile_deep_offset_seconds: int = Field(
+        default=7200, ge=0, description="when in that interval, counted from midnight UTC"
+    )
+    reconcile_shard_size: int = Field(default=250_000, ge=1000, description="subscriptions that a worker takes at once")
+    reconcile_scan_timeout_seconds: int = Field(
+        default=600, ge=1, le=86_400, description="limit of a statement that reads a whole shard"
+    )
+    beat_scheduler: Literal["file", "redbeat"] = Field(
+        default="file", description="redbeat: any number of beats, of which one sends (pip install celery-redbeat)"
+    )
+    beat_lock_seconds: int = Field(
+        default=60, ge=5, le=3600, description="with redbeat: another beat takes over after this long"
+    )
     expire_interval_seconds: int = Field(default=60, ge=1)
     reconcile_batch_size: int = Field(default=1000, ge=1, le=10_000)
 
@@ -90,6 +108,8 @@ class Settings(BaseSettings):
     instagram_access_token: SecretStr | None = None
     instagram_timeout_seconds: float = Field(default=10.0, gt=0, le=120)
 
+    reconcile: ReconcileSettings = ReconcileSettings()
+    alerts: AlertSettings = AlertSettings()
     host: HostMapping = HostMapping()
 
     @field_validator("home")

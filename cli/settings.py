@@ -1,9 +1,11 @@
 """`trueup settings`: every setting, its value, and what it is for."""
 
-import click
-from pydantic import SecretStr
+from collections.abc import Iterator
 
-from billing.settings import PREFIX, Settings, get_settings
+import click
+from pydantic import BaseModel, SecretStr
+
+from billing.settings import PREFIX, get_settings
 from cli.context import json_option
 from cli.output import print_json, print_table, without_password
 
@@ -21,20 +23,27 @@ def settings(as_json: bool) -> None:
       trueup settings
     """
     current = get_settings()
-    rows = [
-        (f"{PREFIX}{name.upper()}", _value(getattr(current, name)), field.description or "")
-        for name, field in Settings.model_fields.items()
-        if name != "host"
-    ]
+    rows = list(_rows(current, PREFIX))
     if as_json:
         print_json({variable: value for variable, value, _ in rows} | {"host": current.host.model_dump()})
         return
     print_table(("variable", "value", "meaning"), [(name, str(value), meaning) for name, value, meaning in rows])
 
 
+def _rows(settings: BaseModel, prefix: str) -> Iterator[tuple[str, object, str]]:
+    """Yield every setting's variable, value and meaning; those of a part of their own after its name."""
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, BaseModel):
+            if name != "host":
+                yield from _rows(value, f"{prefix}{name.upper()}__")
+        else:
+            yield f"{prefix}{name.upper()}", _value(value), field.description or ""
+
+
 def _value(value: object) -> object:
-    if isinstance(value, SecretStr):
+    if isinstance(value, SecretStr) or (value and isinstance(value, tuple)):
         return "(set)"
     if isinstance(value, str):
         return without_password(value)
-    return value if value is None or isinstance(value, int | float | str) else str(value)
+    return value if value is None or isinstance(value, int | float | str | dict) else str(value)

@@ -23,12 +23,13 @@ from billing.schema.columns import moment, tokens
 
 
 def add_reconcile_tables(metadata: MetaData, user_id: Any) -> None:
-    _add_run_tables(metadata, user_id)
+    _add_run_table(metadata)
+    _add_work_tables(metadata, user_id)
     _add_drift_tables(metadata, user_id)
     _add_alert_table(metadata)
 
 
-def _add_run_tables(metadata: MetaData, user_id: Any) -> None:
+def _add_run_table(metadata: MetaData) -> None:
     Table(
         "reconcile_run",
         metadata,
@@ -52,6 +53,13 @@ def _add_run_tables(metadata: MetaData, user_id: Any) -> None:
         tokens("in_review", server_default=text("0")),
         tokens("tokens_explained", server_default=text("0")),
         tokens("defects", server_default=text("0")),
+        # When its alerts were raised; null: not yet.
+        moment("alerted_at", nullable=True),
+        # What it may do by itself: only who is to do the same goes on with it.
+        Column("rules", JSONB, nullable=False, server_default=text("'{}'")),
+        # Who plans it or works on it, and until when another may not take it over.
+        Column("owner", Text),
+        moment("lease_until", nullable=True),
         CheckConstraint(
             "status IN ('running', 'finished', 'failed', 'interrupted')",
             name="reconcile_run_status_is_known",
@@ -59,7 +67,12 @@ def _add_run_tables(metadata: MetaData, user_id: Any) -> None:
         CheckConstraint("kind IN ('quick', 'deep')", name="reconcile_run_kind_is_known"),
         # Ten schedulers that are due at the same time make one run.
         UniqueConstraint("kind", "period", name="reconcile_run_once_per_period"),
+        # Runs never overlap.
+        Index("reconcile_run_one_at_work", "status", unique=True, postgresql_where=text("status = 'running'")),
     )
+
+
+def _add_work_tables(metadata: MetaData, user_id: Any) -> None:
     Table(
         "reconcile_shard",
         metadata,
@@ -71,7 +84,12 @@ def _add_run_tables(metadata: MetaData, user_id: Any) -> None:
         Column("status", Text, nullable=False),
         Column("owner", Text),
         moment("lease_until", nullable=True),
+        # How often it was begun: the number fences an owner that was overtaken.
         Column("attempts", Integer, nullable=False, server_default=text("0")),
+        # How often that ended badly since it last got on.
+        Column("failures", Integer, nullable=False, server_default=text("0")),
+        # The subscriptions in it, counted when it was begun first; null until then.
+        tokens("total", nullable=True),
         tokens("checked", server_default=text("0")),
         moment("updated_at"),
         Column("error", Text),
@@ -127,7 +145,9 @@ def _add_drift_tables(metadata: MetaData, user_id: Any) -> None:
         ),
         CheckConstraint("certainty IN ('certain', 'likely', 'possible')", name="drift_certainty_is_known"),
         Index("drift_by_run", "run_id"),
-        Index("drift_in_review", "user_id", postgresql_where=text("action = 'review'")),
+        # A run's report: what it found, and what it saw again.
+        Index("drift_by_last_run", "last_run_id"),
+        Index("drift_in_review", "id", postgresql_where=text("action = 'review'")),
     )
     Table(
         "drift_decision",

@@ -16,8 +16,9 @@ NOW = START + timedelta(days=3)
 def grant(host: Host, user: int, tokens: int, **more: Any) -> None:
     values = {"granted_at": START, "expires_at": None, "revoked_at": None, **more}
     host.execute(
-        "INSERT INTO trueup.token_grant (user_id, tokens, reason, granted_at, expires_at, revoked_at) "
-        "VALUES (:user, :tokens, 'test', :granted_at, :expires_at, :revoked_at)",
+        "INSERT INTO trueup.token_grant (user_id, tokens, reason, granted_at, expires_at, revoked_at, revoked_by) "
+        "VALUES (:user, :tokens, 'test', :granted_at, :expires_at, :revoked_at, "
+        "CASE WHEN CAST(:revoked_at AS timestamptz) IS NOT NULL THEN 'me' END)",
         user=user,
         tokens=tokens,
         **values,
@@ -92,14 +93,15 @@ def test_a_plan_without_a_token_figure_gives_way_to_the_full_plan(host: Host, co
     ("more", "counts"),
     [
         ({}, True),
-        ({"granted_at": START - timedelta(seconds=1)}, False),
+        ({"granted_at": START - timedelta(days=9)}, True),  # what is left of it goes on into a new window
+        ({"granted_at": NOW}, True),
         ({"granted_at": NOW + timedelta(seconds=1)}, False),
         ({"expires_at": NOW}, False),
         ({"expires_at": NOW + timedelta(seconds=1)}, True),
         ({"revoked_at": START}, False),
     ],
 )
-def test_grants_of_this_window_add_to_original_until_they_end(
+def test_grants_add_to_original_until_they_end(
     host: Host, connection: Connection, more: dict[str, Any], counts: bool
 ) -> None:
     user = host.subscriber(1_000)

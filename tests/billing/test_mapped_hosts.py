@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -9,22 +10,28 @@ from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.pool import NullPool
 
 from billing import db
+from billing.accounts import read_account
 from billing.charges import find_answer
+from billing.decisions import decide_drift, list_reviews, undo_run
 from billing.decorators import check_tokens_for_function
 from billing.drift_reports import read_report
 from billing.errors import TokensDenied
+from billing.grants import grant_tokens, list_grants, revoke_grant
 from billing.holds import close_hold, expire_holds, list_holds
 from billing.install import check_installed, install
 from billing.mapping import (
     FullPlanTable,
     HostMapping,
+    PaymentTable,
     SubscriptionTable,
     TokenPlanTable,
+    TokenUsageTable,
     UsageLogTable,
     UserTable,
     render_sql,
 )
 from billing.reconcile import reconcile
+from billing.rules import Rules
 from billing.settings import get_settings
 from billing.usage import list_usage
 from billing.utils import get_accurate_tokens_remaining
@@ -57,8 +64,26 @@ ODD = {
     ),
 }
 
+ODD_BOOKS = {
+    "token_usage": TokenUsageTable(
+        table="My App.it's -- used", id="tokens", subscription_id="p users", used_tokens="at", usage_date='kind"'
+    ),
+    "payment": PaymentTable(
+        table="pay : %s",
+        id="own_plan",
+        user_id="user_id",
+        token_plan_id="since",
+        full_plan_id="n",
+        status="p",
+        payment_date="base_at",
+        transaction_id="{{x}}",
+        completed_status="it's 100% \\ :paid",
+    ),
+}
+
 MAPPINGS = {
     "odd bigint": HostMapping(**ODD),
+    "odd bigint, with decrements and payments": HostMapping(**ODD, **ODD_BOOKS),
     "odd uuid, text log ids": HostMapping(**ODD, user_id_type="uuid", usage_log_id_type="text"),
     "odd text": HostMapping(**ODD, user_id_type="text"),
     "plain uuid": HostMapping(user_id_type="uuid"),
@@ -127,6 +152,25 @@ LOG = (
 )
 
 
+def lower(host: Host, mapping: HostMapping, user: Any, tokens: int) -> None:
+    """Lower the counter, and note it where the host does."""
+    do(
+        host,
+        mapping,
+        "UPDATE {{subscription}} SET {{subscription.tokens_remaining}} = {{subscription.tokens_remaining}} - ? "
+        "WHERE {{subscription.user_id}} = ?",
+        [tokens, user],
+    )
+    if mapping.token_usage.table:
+        do(
+            host,
+            mapping,
+            "INSERT INTO {{token_usage}} ({{token_usage.subscription_id}}, {{token_usage.used_tokens}}) "
+            "SELECT {{subscription.id}}, ? FROM {{subscription}} WHERE {{subscription.user_id}} = ?",
+            [tokens, user],
+        )
+
+
 def test_the_whole_way_works_under_the_hosts_names(mapped_host: Host, mapping: HostMapping) -> None:
     host = mapped_host
     users = USERS[mapping.user_id_type]
@@ -152,10 +196,11 @@ def test_the_whole_way_works_under_the_hosts_names(mapped_host: Host, mapping: H
         assert [row.task_id for row in list_usage(connection, mapping, user) if row.total_tokens == 200] == ["t"]
         assert close_hold(connection, hold) == "settled"
         expire_holds(connection)
-        reconcile(db.get_engine(), mapping, batch_size=1)
+        lower(host, mapping, user, 40)
+        reconcile(db.get_engine(), mapping, rules=Rules(min_age_seconds=0), batch_size=1)
         report = read_report(connection, mapping.user_id_type)
         assert report is not None
-        assert [(row.user_id, row.observed, row.written) for row in report.rows] == [(user, 9_800, 8_760)]
+        assert [(row.user_id, row.observed, row.written) for row in report.rows] == [(user, 9_760, 8_760)]
         assert report.as_json()["rows"][0]["user_id"] == (user if isinstance(user, int) else str(user))
         again = reconcile(db.get_engine(), mapping, only_user=user)
     assert (again.checked, again.drifted) == (1, 0)
@@ -166,6 +211,38 @@ def test_the_whole_way_works_under_the_hosts_names(mapped_host: Host, mapping: H
         text("INSERT INTO trueup.token_grant (user_id, tokens, reason) VALUES (:user, 500, 'a top-up')"), {"user": user}
     )
     assert get_accurate_tokens_remaining(user) == (10_500, 0, 10_500)
+
+
+def test_grants_and_decisions_work_under_the_hosts_names(mapped_host: Host, mapping: HostMapping) -> None:
+    host = mapped_host
+    users = USERS[mapping.user_id_type]
+    for number, user in enumerate(users, 1):
+        subscribe(host, mapping, user, number)
+        do(host, mapping, LOG, [user, 400 * number])
+    with db.connect() as connection:
+        rules = Rules(min_age_seconds=0)
+        run = reconcile(db.get_engine(), mapping, rules=rules)
+        assert run.run_id is not None
+        assert undo_run(connection, run.run_id, mapping.user_id_type, by="ann", note="n", batch_size=1).counters == 2
+        reconcile(db.get_engine(), mapping, rules=rules)
+        items = {item.user_id: item for item in list_reviews(connection, mapping.user_id_type)}
+        assert {user: item.tokens for user, item in items.items()} == {users[0]: 400, users[1]: 800}
+        assert [item.user_id for item in list_reviews(connection, mapping.user_id_type, user_id=users[0])] == [users[0]]
+        assert decide_drift(connection, items[users[0]].id, "accept", by="ann", note="n").counter_after == 9_600
+        decide_drift(connection, items[users[1]].id, "grant", by="ann", note="n", reference="tx")
+        assert reconcile(db.get_engine(), mapping, rules=rules).drifted == 0
+        user = users[1]
+        ends = datetime.now(UTC) + timedelta(days=1)
+        grant = grant_tokens(connection, user, 50, reason="r", reference="r", by="ann", expires_at=ends)
+        do(host, mapping, LOG, [user, 20])
+        later = ends + timedelta(days=1)
+        assert read_account(connection, user, now=later).original == 10_820
+        assert revoke_grant(connection, user, grant.id, reason="r", by="ann") == 30
+        assert [(one.tokens, one.tokens_used, one.tokens_left) for one in list_grants(connection, user)] == [
+            (50, 20, 0),
+            (800, 0, 800),
+        ]
+    assert_true(host, mapping)
 
 
 def test_the_setup_may_be_repeated_under_the_hosts_names(mapped_host: Host, mapping: HostMapping) -> None:

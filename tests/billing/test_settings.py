@@ -185,3 +185,35 @@ def test_a_url_that_is_set_comes_before_the_embedded_stacks(tmp_path: Path) -> N
     settings.stack_file.write_text('{"database_url": "no", "broker_url": "no"}')
     assert database_url(settings) == "postgresql+psycopg://db/x"
     assert (broker_url(settings), result_backend_url(settings)) == ("redis://r", "redis://b")
+
+
+def test_the_rules_of_reconciling_are_settings_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "trueup.toml").write_text(
+        '[reconcile]\ntolerance = 5\n[reconcile.policies]\nmissed_decrement = "review"\n'
+    )
+    monkeypatch.setenv("TRUEUP_RECONCILE__MAX_CORRECTION", "1000")
+    monkeypatch.setenv("TRUEUP_RECONCILE__POLICIES__CHARGED_NOT_LOGGED", "correct")
+    rules = read_settings().reconcile.rules()
+    assert (rules.max_correction, rules.tolerance, rules.min_age_seconds) == (1_000, 5, 60)
+    assert [rules.policy_of(cause) for cause in ("missed_decrement", "charged_not_logged", "manual_edit")] == [
+        "review",
+        "correct",
+        "review",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("POLICIES__CREDIT_WITHOUT_GRANT", "correct", "trueup drift accept"),
+        ("POLICIES__BURNED_AT_EXPIRY", "correct", "policies.burned_at_expiry"),
+        ("POLICIES__MISSED_DECREMNT", "review", "did you mean missed_decrement"),
+        ("POLICIES__MISSED_DECREMENT", "fix", "TRUEUP_RECONCILE__POLICIES__MISSED_DECREMENT"),
+        ("MAX_CORRECTION", "-1", "TRUEUP_RECONCILE__MAX_CORRECTION"),
+        ("TOLERANCE", "few", "TRUEUP_RECONCILE__TOLERANCE"),
+        ("MAX_CORECTION", "1", "Did you mean reconcile.max_correction?"),
+    ],
+)
+def test_rules_that_may_not_be_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str) -> None:
+    monkeypatch.setenv(f"TRUEUP_RECONCILE__{name}", value)
+    assert said in refusal()

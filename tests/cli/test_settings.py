@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from billing.settings import Settings
 from cli.output import without_password
@@ -22,12 +24,26 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Callab
 def test_every_setting_is_listed_with_its_value(settings: Callable[..., None]) -> None:
     settings(TRUEUP_WORKER_CONCURRENCY="7")
     shown = trueup_json("settings")
-    assert set(shown) == {f"TRUEUP_{name.upper()}" for name in Settings.model_fields if name != "host"} | {"host"}
+    parts = {name: field.annotation for name, field in Settings.model_fields.items() if name != "host"}
+    assert {name for name in shown if "__" not in name} == {
+        f"TRUEUP_{name.upper()}" for name, kind in parts.items() if not _is_part(kind)
+    } | {"host"}
+    assert {name for name in shown if "__" in name} == {
+        f"TRUEUP_{name.upper()}__{field.upper()}"
+        for name, kind in parts.items()
+        if _is_part(kind)
+        for field in kind.model_fields
+    }
+    assert shown["TRUEUP_RECONCILE__POLICIES"] == {}
     assert shown["TRUEUP_WORKER_CONCURRENCY"] == 7
     assert shown["host"]["usage_log"]["table"] == "ai_usage_log"
     table = trueup("settings").stdout
     for variable in set(shown) - {"host"}:
         assert variable in table
+
+
+def _is_part(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 @pytest.mark.parametrize(

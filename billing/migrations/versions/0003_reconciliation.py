@@ -51,7 +51,7 @@ ALTER TABLE trueup.drift
         action IN ('corrected', 'reported', 'review', 'lost_race', 'waiting', 'tolerated', 'ignored')),
     ADD CONSTRAINT drift_certainty_is_known CHECK (certainty IN ('certain', 'likely', 'possible'));
 CREATE INDEX drift_by_last_run ON trueup.drift (last_run_id);
-CREATE INDEX drift_in_review ON trueup.drift (user_id) WHERE action = 'review';
+CREATE INDEX drift_in_review ON trueup.drift (id) WHERE action = 'review';
 CREATE TABLE trueup.drift_decision (
     user_id {user_id} NOT NULL,
     id bigint GENERATED ALWAYS AS IDENTITY,
@@ -79,8 +79,13 @@ ALTER TABLE trueup.reconcile_run
     ADD COLUMN tokens_explained bigint DEFAULT 0 NOT NULL,
     ADD COLUMN defects bigint DEFAULT 0 NOT NULL,
     ADD COLUMN alerted_at timestamptz,
+    ADD COLUMN rules jsonb DEFAULT '{{}}' NOT NULL,
+    ADD COLUMN owner text,
+    ADD COLUMN lease_until timestamptz,
     ADD CONSTRAINT reconcile_run_kind_is_known CHECK (kind IN ('quick', 'deep')),
     ADD CONSTRAINT reconcile_run_once_per_period UNIQUE (kind, period);
+UPDATE trueup.reconcile_run SET status = 'interrupted', finished_at = clock_timestamp() WHERE status = 'running';
+CREATE UNIQUE INDEX reconcile_run_one_at_work ON trueup.reconcile_run (status) WHERE status = 'running';
 CREATE TABLE trueup.reconcile_shard (
     run_id bigint NOT NULL,
     number integer NOT NULL,
@@ -91,6 +96,8 @@ CREATE TABLE trueup.reconcile_shard (
     owner text,
     lease_until timestamptz,
     attempts integer DEFAULT 0 NOT NULL,
+    failures integer DEFAULT 0 NOT NULL,
+    total bigint,
     checked bigint DEFAULT 0 NOT NULL,
     updated_at timestamptz NOT NULL,
     error text,

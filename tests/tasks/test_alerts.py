@@ -1,0 +1,310 @@
+"""Alerts on their way: to a real HTTP server on this machine, through everything that can go wrong there."""
+
+import base64
+import hashlib
+import hmac
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from types import ModuleType
+
+import pytest
+from pytest_httpserver import HTTPServer
+from sqlalchemy import Connection
+from werkzeug import Request, Response
+
+from billing.alerts import Alert, list_alerts
+from billing.settings import get_settings
+from tasks import TASK_MODULES
+from tasks.alerts import check_alerts
+from tests.cli.conftest import trueup, trueup_json
+from tests.support.drift_history import add_drift, add_run
+from tests.support.host import Host
+from worker.config import celery_config
+
+SECRET = "a secret of enough bytes"
+Configure = Callable[..., None]
+
+
+@pytest.fixture
+def configure(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Configure]:
+    """Give a function that sets settings of alerts."""
+
+    def change(**values: str) -> None:
+        for name, value in values.items():
+            monkeypatch.setenv(f"TRUEUP_ALERTS__{name.upper()}", value)
+        get_settings.cache_clear()
+
+    yield change
+    get_settings.cache_clear()
+
+
+@pytest.fixture
+def webhook(httpserver: HTTPServer, configure: Configure) -> HTTPServer:
+    configure(webhook_url=httpserver.url_for("/hook"), webhook_secret=SECRET, missed_run_seconds="0", tokens="1000")
+    return httpserver
+
+
+@pytest.fixture
+def drifted(host: Host) -> int:
+    """A run that just ended and found 5,000 drifted tokens."""
+    run = add_run(host, started_at=datetime.now(UTC) - timedelta(minutes=1))
+    add_drift(host, run, 1, 15_000, 10_000, ("credit_without_grant", 5_000), action="review")
+    return run
+
+
+def due(host: Host) -> None:
+    """Let the time of waiting pass."""
+    host.execute("UPDATE trueup.alert SET next_attempt_at = now() - interval '1 second'")
+
+
+def only_alert(connection: Connection) -> Alert:
+    [alert] = list_alerts(connection)
+    return alert
+
+
+def test_beat_looks_for_alerts_each_minute_where_they_go_anywhere(host: Host, configure: Configure) -> None:
+    assert "check-alerts" not in celery_config(get_settings())["beat_schedule"]
+    configure(apprise_urls='["json://127.0.0.1"]')
+    config = celery_config(get_settings())
+    assert config["beat_schedule"]["check-alerts"]["task"] == check_alerts.name
+    assert config["beat_schedule"]["check-alerts"]["schedule"] == timedelta(minutes=1)
+    assert config["task_routes"][check_alerts.name] == {"queue": "reconcile"}
+    assert "tasks.alerts" in TASK_MODULES
+
+
+def test_an_alert_is_sent_once_and_signed_so_that_its_receiver_can_tell(
+    webhook: HTTPServer, host: Host, connection: Connection, drifted: int
+) -> None:
+    webhook.expect_request("/hook", method="POST").respond_with_data("", status=204)
+    assert check_alerts() == {"raised": 1, "sent": 1, "failed": 0}
+    assert check_alerts() == {"raised": 0, "sent": 0, "failed": 0}
+    [(request, _)] = webhook.log
+    body, headers = request.get_data(), request.headers
+    signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
+    expected = base64.b64encode(hmac.new(SECRET.encode(), signed, hashlib.sha256).digest()).decode()
+    assert headers["webhook-signature"] == f"v1,{expected}"
+    assert abs(int(headers["webhook-timestamp"]) - time.time()) < 60
+    payload = json.loads(body)
+    assert (payload["type"], payload["id"]) == ("trueup.tokens", headers["webhook-id"])
+    assert (payload["data"]["tokens"], payload["data"]["run_id"]) == (5_000, drifted)
+    alert = only_alert(connection)
+    assert (alert.status, alert.attempts, alert.error) == ("sent", 1, None)
+
+
+def test_a_receiver_that_fails_gets_it_again_under_the_same_id_and_later(
+    webhook: HTTPServer, host: Host, connection: Connection, drifted: int
+) -> None:
+    webhook.expect_ordered_request("/hook").respond_with_data("", status=500)
+    webhook.expect_ordered_request("/hook").respond_with_data("", status=429)
+    webhook.expect_ordered_request("/hook").respond_with_data("", status=200)
+    assert check_alerts()["failed"] == 1
+    assert "500" in (only_alert(connection).error or "")
+    assert check_alerts() == {"raised": 0, "sent": 0, "failed": 0}
+    due(host)
+    assert check_alerts()["failed"] == 1
+    due(host)
+    assert check_alerts()["sent"] == 1
+    sent = [(request.headers["webhook-id"], request.get_data()) for request, _ in webhook.log]
+    assert len(sent) == 3
+    assert len(set(sent)) == 1
+    assert only_alert(connection).status == "sent"
+
+
+def test_a_receiver_that_is_slow_is_not_waited_for(
+    webhook: HTTPServer, configure: Configure, connection: Connection, drifted: int
+) -> None:
+    configure(webhook_timeout_seconds="0.2")
+
+    given_up = threading.Event()
+
+    def slow(request: Request) -> Response:
+        given_up.wait(10)
+        return Response(status=200)
+
+    webhook.expect_request("/hook").respond_with_handler(slow)
+    assert check_alerts()["failed"] == 1
+    assert only_alert(connection).error == "the webhook gave no answer: ReadTimeout"
+    given_up.set()
+    # It must not end up among the requests of another test.
+    deadline = time.monotonic() + 10
+    while not webhook.log and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_a_receiver_that_is_away_is_no_error_of_ours(
+    configure: Configure, host: Host, connection: Connection, drifted: int, free_port: int
+) -> None:
+    configure(webhook_url=f"http://127.0.0.1:{free_port}/hook?key=hunter2", webhook_secret=SECRET, tokens="1")
+    configure(missed_run_seconds="0")
+    assert check_alerts()["failed"] == 1
+    error = only_alert(connection).error or ""
+    assert error == "the webhook gave no answer: ConnectError"
+
+
+def test_a_redirect_is_not_followed(webhook: HTTPServer, connection: Connection, drifted: int) -> None:
+    webhook.expect_request("/hook").respond_with_data("", status=307, headers={"location": webhook.url_for("/other")})
+    webhook.expect_request("/other").respond_with_data("", status=200)
+    assert check_alerts()["failed"] == 1
+    assert [request.path for request, _ in webhook.log] == ["/hook"]
+    assert "redirects are not followed" in (only_alert(connection).error or "")
+
+
+def test_an_alert_is_given_up_after_its_attempts_or_when_the_receiver_is_gone_for_good(
+    webhook: HTTPServer, configure: Configure, host: Host, connection: Connection, drifted: int
+) -> None:
+    configure(max_attempts="2")
+    webhook.expect_request("/hook").respond_with_data("", status=503)
+    for status in ("waiting", "failed"):
+        assert check_alerts()["failed"] == 1
+        assert only_alert(connection).status == status
+        due(host)
+    assert check_alerts() == {"raised": 0, "sent": 0, "failed": 0}
+    webhook.clear()
+    webhook.expect_request("/hook").respond_with_data("", status=410)
+    host.execute("UPDATE trueup.alert SET status = 'waiting', attempts = 0")
+    assert check_alerts()["failed"] == 1
+    assert only_alert(connection).status == "failed"
+
+
+def test_two_senders_at_once_send_each_alert_once(
+    webhook: HTTPServer, host: Host, connection: Connection, drifted: int
+) -> None:
+    webhook.expect_request("/hook").respond_with_handler(lambda request: time.sleep(0.05) or Response(status=200))
+    for _ in range(5):
+        add_drift(host, add_run(host, started_at=datetime.now(UTC)), 1, 9_000, 0)
+    with ThreadPoolExecutor(3) as pool:
+        done = list(pool.map(lambda _: check_alerts(), range(3)))
+    assert sum(each["sent"] for each in done) == 6
+    ids = [request.headers["webhook-id"] for request, _ in webhook.log]
+    assert len(ids) == len(set(ids)) == 6
+
+
+def test_a_channel_that_is_no_longer_set_gives_its_alerts_up(
+    webhook: HTTPServer, configure: Configure, host: Host, connection: Connection, drifted: int
+) -> None:
+    webhook.expect_request("/hook").respond_with_data("", status=500)
+    check_alerts()
+    configure(webhook_url="", webhook_secret="", tokens="1", apprise_urls='["json://127.0.0.1"]')
+    due(host)
+    host.execute("UPDATE trueup.reconcile_run SET alerted_at = now()")
+    check_alerts()
+    assert (only_alert(connection).status, only_alert(connection).error) == ("failed", "webhook is no longer set")
+
+
+def test_without_apprise_its_channel_says_how_to_install_it(
+    configure: Configure, connection: Connection, drifted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "apprise", None)
+    configure(apprise_urls='["json://127.0.0.1"]', tokens="1", missed_run_seconds="0")
+    assert check_alerts()["failed"] == 1
+    assert "apprise is not installed: pip install 'trueup[apprise]'" in (only_alert(connection).error or "")
+
+
+class FakeApprise:
+    """The part of apprise's interface that is used, for machines that do not have it."""
+
+    def __init__(self) -> None:
+        self.urls: list[str] = []
+
+    def add(self, url: str) -> bool:
+        self.urls.append(url)
+        return url.startswith("json://")
+
+    def notify(self, *, title: str, body: str) -> bool:
+        return bool(title and body) and "refused" not in self.urls[0]
+
+
+@pytest.mark.parametrize(
+    ("url", "error"),
+    [
+        ("json://127.0.0.1/hunter2", None),
+        ("nonsense://hunter2", "apprise does not know what number 1 of apprise_urls is"),
+        ("json://refused/hunter2", "apprise could not deliver to every one of apprise_urls"),
+    ],
+)
+def test_apprise_is_asked_where_it_is_there_and_its_urls_stay_secret(
+    configure: Configure,
+    connection: Connection,
+    drifted: int,
+    monkeypatch: pytest.MonkeyPatch,
+    url: str,
+    error: str | None,
+) -> None:
+    module = ModuleType("apprise")
+    module.Apprise = FakeApprise  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "apprise", module)
+    configure(apprise_urls=json.dumps([url]), tokens="1", missed_run_seconds="0")
+    check_alerts()
+    alert = only_alert(connection)
+    assert (alert.channel, alert.error) == ("apprise", error)
+    assert "hunter2" not in trueup("settings").output + trueup("alerts", "list").output
+
+
+# One of its plugins still uses that module on Python 3.11 and 3.12.
+@pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning")
+def test_apprise_itself_delivers(
+    httpserver: HTTPServer, configure: Configure, connection: Connection, drifted: int
+) -> None:
+    pytest.importorskip("apprise")
+    httpserver.expect_request("/hook", method="POST").respond_with_data("", status=200)
+    configure(apprise_urls=json.dumps([f"json://127.0.0.1:{httpserver.port}/hook"]), tokens="1", missed_run_seconds="0")
+    assert check_alerts()["sent"] == 1
+    [(request, _)] = httpserver.log
+    assert "5,000 newly drifted tokens" in request.get_data(as_text=True)
+
+
+def test_the_test_command_says_whether_each_channel_received_it(webhook: HTTPServer, connection: Connection) -> None:
+    webhook.expect_ordered_request("/hook").respond_with_data("", status=200)
+    webhook.expect_ordered_request("/hook").respond_with_data("", status=401)
+    assert trueup("alerts", "test").stdout == "webhook: received\n"
+    failed = trueup("alerts", "test", code=1)
+    assert "webhook: not received: the webhook answered 401" in failed.stdout
+    # A test must not arrive by surprise later.
+    assert sorted(alert.status for alert in list_alerts(connection)) == ["failed", "sent"]
+    assert json.loads(webhook.log[0][0].get_data())["type"] == "trueup.test"
+
+
+def test_without_a_channel_the_test_command_names_the_settings(host: Host) -> None:
+    assert "TRUEUP_ALERTS__WEBHOOK_URL" in trueup("alerts", "test", code=1).stderr
+    assert trueup("alerts", "list").stdout == "No alerts.\n"
+
+
+def test_the_check_command_tells_of_a_missing_run_by_its_exit_code(
+    webhook: HTTPServer, configure: Configure, host: Host, drifted: int
+) -> None:
+    webhook.expect_request("/hook").respond_with_data("", status=200)
+    assert trueup("alerts", "check").stdout == "1 raised, 1 sent, 0 not received.\n"
+    configure(missed_run_seconds="30")
+    missing = trueup_json("alerts", "check", code=3)
+    assert (missing["raised"], missing["sent"]) == (1, 1)
+    assert 50 < missing["missed_seconds"] < 300
+    webhook.clear()
+    webhook.expect_request("/hook").respond_with_data("", status=500)
+    configure(missed_run_seconds="0")
+    host.execute("UPDATE trueup.alert SET status = 'waiting'")
+    due(host)
+    assert "0 raised, 0 sent, 2 not received." in trueup("alerts", "check", code=1).stdout
+
+
+def test_alerts_are_listed_with_what_went_wrong(webhook: HTTPServer, drifted: int) -> None:
+    webhook.expect_request("/hook").respond_with_data("", status=500)
+    check_alerts()
+    [alert] = trueup_json("alerts", "list", "--waiting")
+    assert (alert["key"], alert["status"], alert["attempts"]) == (f"run:{drifted}:tokens", "waiting", 1)
+    assert "the webhook answered 500" in trueup("alerts", "list").stdout
+
+
+@pytest.fixture
+def free_port(httpserver: HTTPServer) -> int:
+    """A port on which nobody listens."""
+    import socket
+
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port: int = closed.getsockname()[1]
+    return port
