@@ -203,7 +203,7 @@ def test_a_first_start_torn_in_the_middle_does_no_harm(new_home: Path, how: sign
         assert not stack_processes(new_home)
     with running_stack(stack_settings(new_home)) as urls:
         assert query(urls, "SELECT 1") == [(1,)]
-    assert not list(new_home.glob("postgres/new-*"))
+    eventually(lambda: not list(new_home.glob("postgres/new-*")))
 
 
 def test_a_path_too_long_for_a_socket_gets_a_short_private_one(new_home: Path) -> None:
