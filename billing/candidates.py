@@ -280,7 +280,9 @@ def _carried(carried: Carried, size: int, left: int) -> Candidate:
     return candidate(
         "carried_over_tokens",
         left,
-        "likely" if guessed else "certain",
+        "likely" if guessed or carried.same_plan else "certain",
+        # A plan that is renewed seldom keeps anything: a hand may have added just as much.
+        alternatives=("manual_edit",) if carried.same_plan else (),
         at=carried.upgrade["at"],
         evidence=proof,
         cost_used=2.6 if guessed else (2.4 if carried.same_plan else 0.0) + 0.4 * (carried.place - 1),

@@ -61,9 +61,16 @@ def _chosen(drift: Drift, plan_sizes: frozenset[int]) -> tuple[list[Candidate], 
         proof = {"plans_of_this_size": rest in plan_sizes}
         return [*own, candidate("credit_without_grant", rest, "likely", evidence=proof)], (*names, "manual_edit")
     if rest in matches:
-        return [*own, _of_match(matches[rest])], ()
+        return [*own, _of_match(matches[rest])], _hidden_purchase(drift, rest, plan_sizes)
     pair = _of_pair(evidence, rest)
     return [*own, *pair] if pair else [], ()
+
+
+def _hidden_purchase(drift: Drift, rest: int, plan_sizes: frozenset[int]) -> tuple[str, ...]:
+    """A purchase that no row tells of, and something that lowered the counter, may by chance be as large as a row."""
+    if drift.evidence.purchases_mapped or not any(size <= rest for size in plan_sizes):
+        return ()
+    return ("credit_without_grant",)
 
 
 def _with_purchases(

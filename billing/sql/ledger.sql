@@ -75,7 +75,7 @@ CREATE OR REPLACE FUNCTION trueup.ledger_evidence(
             GROUP BY n.user_id, n.tokens, n.number) n
     ), named AS (
         SELECT c.*, CASE WHEN c.surplus > 0 THEN 'missed' WHEN c.l = 0 AND c.f = 0 THEN 'unlogged'
-                         WHEN c.l = 0 THEN 'failed' WHEN c.f = 0 THEN 'double' ELSE 'mixed' END AS class,
+                         WHEN c.l = 0 AND -c.surplus <= c.f THEN 'failed' WHEN c.f = 0 THEN 'double' ELSE 'mixed' END AS class,
                sum(c.l + c.f) OVER (PARTITION BY c.user_id, c.tokens) AS logged
         FROM clusters c WHERE NOT c.edge
     ), netted AS (

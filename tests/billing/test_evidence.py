@@ -76,6 +76,15 @@ def test_a_failed_request_that_was_subtracted(books: Books) -> None:
     )
 
 
+def test_two_decrements_of_one_failed_request_are_not_both_certain_to_be_its(books: Books) -> None:
+    books.log(300, success=False)
+    books.lower(300)
+    books.lower(300, NOON + MINUTE)
+    explanation = books.explained()
+    assert (explanation.cause, explanation.certainty) == ("failed_usage_charged", "likely")
+    assert explanation.alternatives == ("charged_not_logged", "double_decrement")
+
+
 def test_a_decrement_beside_a_failed_and_a_counted_row_belongs_to_the_one_before_it(books: Books) -> None:
     books.use(300)
     books.log(300, NOON + MINUTE, success=False)
