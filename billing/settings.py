@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -89,7 +89,7 @@ class Settings(BaseSettings):
     visibility_timeout_seconds: int = Field(
         default=1200, ge=5, description="Redis redelivers a task not acknowledged for this long"
     )
-    task_time_limit_seconds: int = Field(default=600, ge=2)
+    task_time_limit_seconds: int = Field(default=600, ge=2, validate_default=True)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     model_provider: Literal["offline", "openai"] = "offline"
@@ -116,6 +116,16 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute_home(cls, home: Path) -> Path:
         return home.expanduser().absolute()
+
+    @field_validator("task_time_limit_seconds")
+    @classmethod
+    def _ended_before_its_hold(cls, seconds: int, info: ValidationInfo) -> int:
+        ttl = info.data.get("hold_ttl_seconds")
+        if ttl is not None and seconds >= ttl:
+            raise ValueError(
+                f"give less than hold_ttl_seconds ({ttl}): a task that outlives its hold may spend others' tokens"
+            )
+        return seconds
 
     @field_validator("database_url")
     @classmethod

@@ -106,6 +106,15 @@ def test_a_malformed_value_is_refused_by_the_settings_name(
     assert name.split("__")[0].lower() in refusal().lower()
 
 
+@pytest.mark.parametrize(("name", "value"), [("TASK_TIME_LIMIT_SECONDS", "1200"), ("HOLD_TTL_SECONDS", "600")])
+def test_a_task_may_not_outlive_its_hold(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(f"TRUEUP_{name}", value)
+    assert "TASK_TIME_LIMIT_SECONDS" in refusal()
+    assert "hold_ttl_seconds" in refusal()
+    monkeypatch.setenv("TRUEUP_HOLD_TTL_SECONDS", "1201")
+    assert read_settings().hold_ttl_seconds == 1201
+
+
 def test_a_refusal_does_not_repeat_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRUEUP_DATABASE_URL", "mysql://me:s3cret@localhost/x")
     assert "s3cret" not in refusal()
