@@ -34,10 +34,10 @@ def test_with_no_settings_at_all_everything_has_a_default(tmp_path: Path) -> Non
 def test_a_variable_comes_before_the_file_and_the_file_before_the_default(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "trueup.toml").write_text("worker_concurrency = 7\nhold_ttl_seconds = 99\n")
+    (tmp_path / "trueup.toml").write_text("worker_concurrency = 7\nhold_ttl_seconds = 999\n")
     monkeypatch.setenv("TRUEUP_WORKER_CONCURRENCY", "3")
     settings = read_settings()
-    assert (settings.worker_concurrency, settings.hold_ttl_seconds) == (3, 99)
+    assert (settings.worker_concurrency, settings.hold_ttl_seconds) == (3, 999)
     assert settings.statement_timeout_seconds == 30
 
 
