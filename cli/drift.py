@@ -111,6 +111,7 @@ def _show(
     chunks = _chunks(connection, source, found, form, streamed=streamed)
     if output:
         write_file(output, chunks)
+        click.echo(f"Written to {output}.")
     else:
         echo(chunks)
     return found
