@@ -153,6 +153,8 @@ class Evidence(_Document):
     purchases_mapped: bool = False
     base: BasePoint = BasePoint()
     purchases: list[Purchase] = []
+    # Paid for in this window, before the counter was last right, and not granted: the credit may have come since.
+    credit_may_be_late: list[int] = []
     grants: list[Grant] = []
     own_missed: OwnMissed | None = None
     carried: list[Carried] = []

@@ -12,6 +12,9 @@ from billing.access import MAX_TOKENS
 from billing.errors import InvalidInputError, TrueupError, UnknownUserError
 from billing.users import UserId
 
+# An index row, which a reference is part of, holds no more than 2 700 bytes.
+MOST_CHARACTERS = 500
+
 
 class GrantRefusedError(TrueupError):
     """The grant can't be given or taken back as asked. Nothing was written."""
@@ -137,6 +140,8 @@ def check_text(field: str, value: str) -> str:
     """Return a text that people gave, without spaces around it. Raises `InvalidInputError` for an empty one."""
     if not value.strip() or "\x00" in value:
         raise InvalidInputError(f"{field}: {value!r} says nothing. Give a text, for the audit.")
+    if len(value) > MOST_CHARACTERS or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise InvalidInputError(f"{field}: give at most {MOST_CHARACTERS} characters of Unicode text.")
     return value.strip()
 
 

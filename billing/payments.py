@@ -11,7 +11,8 @@ from billing.grants import check_text
 from billing.mapping import HostMapping
 from billing.users import UserId
 
-BATCH_SIZE = 100
+# One user's grant locks that user's balance alone: two imports at once never wait for each other crosswise.
+BATCH_SIZE = 1
 
 
 class PaymentsNotMappedError(TrueupError):
@@ -21,7 +22,8 @@ class PaymentsNotMappedError(TrueupError):
 @dataclass(frozen=True, kw_only=True)
 class PackPayment:
     """A payment for a token pack. `outcome`: to_grant (a dry run), granted, already, or why not: other_figures, revoked
-    (its reference has granted something else, or was taken back), no_subscription (it went meanwhile).
+    (its reference has granted something else, or was taken back), same_reference (an earlier payment has it: recorded
+    twice, or another pack, which a person can grant), no_subscription (it went meanwhile).
 
     `grant_id` None: there is no grant of it.
     """
@@ -61,7 +63,10 @@ def import_payments(
     done: dict[tuple[UserId, str], PackPayment] = {}
     for start in range(0, len(wanted), BATCH_SIZE):
         done |= _give(connection, mapping, wanted[start : start + BATCH_SIZE], by)
-    return [done.get((payment.user_id, payment.reference), payment) for payment in found]
+    return [
+        done.get((payment.user_id, payment.reference), payment) if payment.outcome == "to_grant" else payment
+        for payment in found
+    ]
 
 
 def _give(
@@ -85,7 +90,9 @@ def _payment(row: Any) -> PackPayment:
 _FIND = text(
     """
     SELECT p.user_id, p.reference, p.tokens, p.at AS paid_at, g.id AS grant_id,
-           CASE WHEN g.id IS NULL THEN 'to_grant' WHEN g.revoked_at IS NOT NULL THEN 'revoked'
+           CASE WHEN row_number() OVER (PARTITION BY p.user_id, p.reference ORDER BY p.at, p.id) > 1
+                THEN 'same_reference'
+                WHEN g.id IS NULL THEN 'to_grant' WHEN g.revoked_at IS NOT NULL THEN 'revoked'
                 WHEN g.tokens = p.tokens THEN 'already' ELSE 'other_figures' END AS outcome
     FROM trueup.purchases() p
     JOIN trueup.entitlements(clock_timestamp()) e ON e.user_id = p.user_id

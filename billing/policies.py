@@ -24,6 +24,7 @@ class History:
     undone: bool = False
 
 
+HELD = "may contain tokens that were held for review, and nobody has decided about them"
 NO_HISTORY = History()
 DEFAULT_RULES = Rules()
 
@@ -112,9 +113,9 @@ def _doubt(off_by: int, explanation: Explanation, rules: Rules, history: History
         return f"may be paid tokens: {', '.join(sorted(others & PAID_CAUSES))} fits as well"
     if off_by > 0 and "may_contain_a_plan_of" in explanation.evidence:
         return "may be paid tokens: a plan's size fits into it"
-    if off_by > 0 and history.held:
+    if history.held:
         # By chance one cause may fit the sum of what is held and something new.
-        return "may contain tokens that were held for review, and nobody has decided about them"
+        return HELD
     if off_by < 0 and others & UNCORRECTABLE_CAUSES:
         return f"{', '.join(sorted(others & UNCORRECTABLE_CAUSES))} fits as well"
     if rules.max_correction is not None and abs(off_by) > rules.max_correction:

@@ -19,7 +19,7 @@ from billing.users import UserId
 # Each user's gate waits while the balances of a slice are brought up to date.
 REFRESHED_AT_ONCE = 100
 # Each counter's row is locked while a slice is written.
-SETTLED_AT_ONCE = 250
+SETTLED_AT_ONCE = 100
 
 
 @dataclass(frozen=True, kw_only=True)

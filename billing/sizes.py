@@ -68,7 +68,8 @@ def _chosen(drift: Drift, plan_sizes: frozenset[int]) -> tuple[list[Candidate], 
 
 def _hidden_purchase(drift: Drift, rest: int, plan_sizes: frozenset[int]) -> tuple[str, ...]:
     """A purchase that no row tells of, and something that lowered the counter, may by chance be as large as a row."""
-    if drift.evidence.purchases_mapped or not any(size <= rest for size in plan_sizes):
+    unseen = drift.evidence.credit_may_be_late if drift.evidence.purchases_mapped else plan_sizes
+    if not any(size <= rest for size in unseen):
         return ()
     return ("credit_without_grant",)
 
@@ -159,7 +160,11 @@ def _unexplained(drift: Drift, plan_sizes: frozenset[int]) -> tuple[tuple[str, .
     }
     if drift.tokens < 0:
         return (), more
-    sizes = [purchase.tokens for purchase in evidence.purchases] if evidence.purchases_mapped else plan_sizes
+    sizes = (
+        [*(purchase.tokens for purchase in evidence.purchases), *evidence.credit_may_be_late]
+        if evidence.purchases_mapped
+        else plan_sizes
+    )
     smaller = [size for size in sizes if size <= drift.tokens]
     if smaller:
         # A credit and something else may hide in one difference.

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, text
 from billing.causes import Explanation
 from billing.drifts import Drift
 from billing.mapping import UserIdType
-from billing.policies import History, Verdict, difference
+from billing.policies import HELD, History, Verdict, difference
 from billing.users import UserId
 
 # What is found again as it was; a correction or a lost race is an event, and written each time.
@@ -36,6 +36,7 @@ class Past:
     found_at: datetime | None = None
     ignored: frozenset[int] = frozenset()
     undone: bool = False
+    reason: str | None = None
 
     def history(self, drift: Drift, *, now: datetime, min_age_seconds: int) -> History:
         """Return what of it matters to the policy."""
@@ -44,7 +45,7 @@ class Past:
             and self.found_at is not None
             and now - self.found_at >= timedelta(seconds=min_age_seconds)
         )
-        held = self.action == "review" and self.decision is None and (self.off_by or 0) > 0
+        held = self.action == "review" and self.decision is None and ((self.off_by or 0) > 0 or self.reason == HELD)
         return History(stood=stood, held=held, ignored=self.ignored, undone=self.undone)
 
     def standing_id(self, drift: Drift, explanation: Explanation, verdict: Verdict) -> int | None:
@@ -93,4 +94,5 @@ def _past(row: Any) -> Past:
         found_at=row.found_at,
         ignored=frozenset(row.ignored or ()),
         undone=row.undone,
+        reason=row.reason,
     )

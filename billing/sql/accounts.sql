@@ -29,9 +29,10 @@ CREATE OR REPLACE FUNCTION trueup.entitlements(at timestamptz) RETURNS TABLE (
            -- No end within the years that clients can hold is no end; one before them is long past.
            CASE WHEN s.{{subscription.end_date}} < '9999-12-31'
                 THEN greatest(s.{{subscription.end_date}}, '0001-01-03') END,
+           -- Half of what bigint holds, so that no sum with usage, refunds among it, can run over.
            CASE WHEN EXISTS (SELECT FROM trueup.token_grant g WHERE g.user_id = s.{{subscription.user_id}})
                 THEN least(w.plan_tokens + trueup.granted(s.{{subscription.user_id}}, w.window_start, w.plan_tokens,
-                                                          entitlements.at), 9223372036854775807)::bigint
+                                                          entitlements.at), 4611686018427387904)::bigint
                 ELSE w.plan_tokens END,
            s.{{subscription.tokens_remaining}}::bigint,
            w.plan_tokens

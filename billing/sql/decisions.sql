@@ -57,6 +57,12 @@ BEGIN
         outcome := CASE WHEN a.subscribed AND g.is_there IS NULL THEN 'busy' ELSE 'gone' END;
         RETURN;
     END IF;
+    -- The host's row is ours now: plan and window must still be those that the account was read by, before it was.
+    IF NOT EXISTS (SELECT FROM trueup.entitlements(a.at) e
+                   WHERE e.user_id = d.user_id AND e.original = a.original AND e.window_start = a.window_start) THEN
+        outcome := 'busy';
+        RETURN;
+    END IF;
     counter := g.counter;
     expected := greatest(a.original - a.consumed, 0);
     off_by := coalesce(counter, 0) - expected;
@@ -149,7 +155,7 @@ CREATE OR REPLACE FUNCTION trueup.undo_corrections(
     OUT undone bigint, OUT seen bigint, OUT last_user {{user_id_type}}, OUT last_id bigint
 ) LANGUAGE sql AS $$
     WITH wanted AS MATERIALIZED (
-        SELECT t.user_id, t.id, t.subscription_id, t.observed, t.written FROM trueup.drift t
+        SELECT t.user_id, t.id, t.subscription_id, t.observed, t.written, t.found_at FROM trueup.drift t
         WHERE t.run_id = p_run AND t.action = 'corrected'
           AND (p_after_id IS NULL OR (t.user_id, t.id) > (p_after_user, p_after_id))
           AND NOT EXISTS (SELECT FROM trueup.drift_decision c
@@ -158,11 +164,19 @@ CREATE OR REPLACE FUNCTION trueup.undo_corrections(
     ), put_back AS MATERIALIZED (
         SELECT x.user_id FROM (
             SELECT array_agg(w.user_id) AS users, array_agg(w.subscription_id) AS subscriptions,
-                   array_agg(w.written) AS written, array_agg(w.observed) AS observed
+                   array_agg(w.written) AS written, array_agg(w.observed) AS observed,
+                   array_agg(v.window_start::text) AS windows
             FROM wanted w
+            -- A renewal may have written the very same value anew: only in the window that it was corrected in.
+            JOIN (SELECT s.{{subscription.user_id}} AS user_id,
+                         coalesce(s.{{subscription.start_date}}, '-infinity'::timestamptz) AS window_start
+                  FROM {{subscription}} s) v ON v.user_id = w.user_id AND v.window_start <= w.found_at
             WHERE NOT EXISTS (SELECT FROM trueup.drift n
                               WHERE n.user_id = w.user_id AND n.id > w.id AND n.action = 'corrected')
-        ) w, trueup.correct_counters(w.users, w.subscriptions, w.written, w.observed) AS x (user_id)
+              -- Nor what a person has set, or given as a grant, since.
+              AND NOT EXISTS (SELECT FROM trueup.drift_decision c
+                              WHERE c.user_id = w.user_id AND c.drift_id > w.id AND c.decision IN ('accept', 'grant'))
+        ) w, trueup.correct_counters(w.users, w.subscriptions, w.written, w.observed, w.windows) AS x (user_id)
     ), noted AS (
         INSERT INTO trueup.drift_decision (user_id, drift_id, decision, decided_by, note, counter_before,
                                            counter_after, decided_at)

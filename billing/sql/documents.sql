@@ -17,6 +17,16 @@ CREATE OR REPLACE FUNCTION trueup.drift_evidence(
     ), purchases AS (
         SELECT p.user_id, jsonb_agg(p.found ORDER BY p.at, p.id) AS found
         FROM arrays a, trueup.purchase_rows(a.users, a.bases, a.windows, p_at) p GROUP BY p.user_id
+    ), late AS (
+        -- Begun and dated before the counter was last right, its money and its credit may have come only since.
+        SELECT k.user_id, jsonb_agg(DISTINCT p.tokens) AS found
+        FROM known k CROSS JOIN LATERAL (
+            SELECT p.* FROM trueup.purchases() p
+            WHERE p.user_id = k.user_id AND p.at > k.window_start AND p.at < trueup.shortly_before(k.base_at)
+              AND p.tokens > 0 AND NOT p.own_plan OFFSET 0) p
+        WHERE NOT EXISTS (SELECT FROM trueup.token_grant g
+                          WHERE g.user_id = k.user_id AND g.reference = p.reference AND g.revoked_at IS NULL)
+        GROUP BY k.user_id
     ), grants AS (
         -- Those that came, went or go on from the window before: the counter need not have followed. `tokens`: what they
         -- had left when the window began, or when they ended.
@@ -58,12 +68,14 @@ CREATE OR REPLACE FUNCTION trueup.drift_evidence(
                'base', jsonb_build_object('at', k.base_at, 'kind', k.kind, 'written', k.written,
                                           'seen_before', k.seen_before, 'kept', k.kept),
                'purchases', coalesce(p.found, '[]'), 'grants', coalesce(g.found, '[]'),
+               'credit_may_be_late', coalesce(f.found, '[]'),
                'own_missed', CASE WHEN o.charges > 0 THEN jsonb_build_object(
                    'count', o.charges, 'tokens', o.tokens, 'rows', o.found) END)
            || coalesce(l.evidence, s.evidence, '{}')
     FROM known k
     LEFT JOIN purchases p ON p.user_id = k.user_id
     LEFT JOIN grants g ON g.user_id = k.user_id
+    LEFT JOIN late f ON f.user_id = k.user_id
     LEFT JOIN own o ON o.user_id = k.user_id
     LEFT JOIN ledger l ON l.user_id = k.user_id
     LEFT JOIN sizes s ON s.user_id = k.user_id

@@ -73,14 +73,14 @@ $$;
 -- decided since. Both hold within a window.
 CREATE OR REPLACE FUNCTION trueup.drift_past(p_users {{user_id_type}}[]) RETURNS TABLE (
     user_id {{user_id_type}}, row_id bigint, subscription_id text, observed bigint, expected bigint, off_by bigint,
-    cause text, action text, decision text, found_at timestamptz, ignored bigint[], undone boolean
+    cause text, action text, decision text, found_at timestamptz, ignored bigint[], undone boolean, reason text
 ) LANGUAGE sql STABLE AS $$
     WITH newest_run AS (
         SELECT coalesce(max(r.id), 0) AS id FROM trueup.reconcile_run r
         WHERE r.status = 'finished' AND r.only_user IS NULL AND NOT r.dry_run
     )
     SELECT u.user_id, d.id, d.subscription_id, d.observed, d.expected, d.off_by, d.cause, d.action,
-           d.decision, d.found_at, i.ignored, coalesce(x.undone, false)
+           d.decision, d.found_at, i.ignored, coalesce(x.undone, false), d.reason
     FROM unnest(p_users) AS u (user_id)
     CROSS JOIN newest_run
     LEFT JOIN LATERAL (

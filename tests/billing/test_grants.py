@@ -110,11 +110,19 @@ def test_the_largest_grants_do_not_overflow(host: Host, connection: Connection) 
     user = host.subscriber(PLAN)
     for _ in range(3):
         give(connection, user, 2**63 - 1)
-    assert original(connection, user, START) == 2**63 - 1
+    assert original(connection, user, START) == 2**62
     lock(connection, user, START)
     renew(host, START + DAY)
     lock(connection, user, START + DAY)
-    assert original(connection, user, START + DAY) == 2**63 - 1
+    assert original(connection, user, START + DAY) == 2**62
+
+
+def test_the_largest_grant_and_a_refund_stop_nobody_s_reconciling(host: Host, connection: Connection) -> None:
+    user, other = host.subscriber(PLAN), host.subscriber(PLAN, counter=5)
+    give(connection, user, 2**63 - 1)
+    host.log(user, -50)
+    reconcile(db.get_engine(), HostMapping())
+    assert host.counter(other) == PLAN
 
 
 def test_an_expired_grant_takes_back_what_is_unused_and_no_more(host: Host, connection: Connection) -> None:
