@@ -23,7 +23,7 @@ class AlertSettings(BaseModel):
         default=None, description="signs them: whsec_ and Base64, or a text of 16 bytes or more"
     )
     webhook_allow_http: bool = Field(default=False, description="allow a webhook without TLS beyond this machine")
-    webhook_timeout_seconds: float = Field(default=10.0, gt=0, le=60)
+    webhook_timeout_seconds: float = Field(default=10.0, gt=0, le=50)
     apprise_urls: tuple[SecretStr, ...] = Field(
         default=(), description="alerts are sent there too, through apprise if it is installed"
     )

@@ -150,6 +150,11 @@ def _translate(error: DBAPIError) -> TrueupError | None:
     return None
 
 
+def reason_of(error: BaseException) -> str:
+    """Return an error in one line that may leave this machine: no SQL, no parameters, no row of the host's."""
+    return (str(error.orig) if isinstance(error, DBAPIError) else str(error)).strip().partition("\n")[0][:500]
+
+
 def describe_database() -> str:
     """Return where the database is, without its password."""
     url = make_url(database_url(get_settings()))

@@ -174,10 +174,10 @@ class _LocalRun:
             with kept_alive(self.engine, run_id, self.owner):
                 self._to_the_end(run_id)
         except BaseException as error:
-            status, reason = ("failed", str(error)) if isinstance(error, Exception) else ("interrupted", None)
+            status, reason = ("failed", db.reason_of(error)) if isinstance(error, Exception) else ("interrupted", None)
             # Where even this can't be written, the lease runs out, and the next run goes on with this one.
             with suppress(DBAPIError), connected(self.engine) as connection:
-                end_run(connection, run_id, status=status, error=reason)
+                end_run(connection, run_id, status=status, error=reason, owner=self.owner)
             raise
         with connected(self.engine) as connection:
             ended = read_summary(connection, run_id)

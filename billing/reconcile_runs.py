@@ -166,11 +166,21 @@ def refuse_beside_a_run(connection: Connection) -> None:
         raise RunInProgressError
 
 
-def end_run(connection: Connection, run_id: int, *, status: str | None = None, error: str | None = None) -> bool:
-    """End a run; `status` None: as its shards ended. Returns False if it has ended before, or shards are left."""
+def end_run(
+    connection: Connection,
+    run_id: int,
+    *,
+    status: str | None = None,
+    error: str | None = None,
+    owner: str | None = None,
+) -> bool:
+    """End a run; `status` None: as its shards ended; `owner`: only if it is still that one's.
+
+    Returns False if it has ended before, or shards are left.
+    """
     ended = connection.scalar(
-        text("SELECT trueup.end_run(:run_id, CAST(:status AS text), CAST(:error AS text))"),
-        {"run_id": run_id, "status": status, "error": error},
+        text("SELECT trueup.end_run(:run_id, CAST(:status AS text), CAST(:error AS text), CAST(:owner AS text))"),
+        {"run_id": run_id, "status": status, "error": error, "owner": owner},
     )
     connection.rollback()
     return bool(ended)
@@ -189,6 +199,16 @@ def read_summary(connection: Connection, run_id: int) -> RunSummary:
     ).one()
     connection.rollback()
     return RunSummary(**{name: getattr(row, name) for name in _FIGURES})
+
+
+def runs_by(connection: Connection, run_id: int, rules: Rules) -> bool:
+    """Return whether the run is under these rules: another process may have read others since it was planned."""
+    same = connection.scalar(
+        text("SELECT rules = CAST(:rules AS jsonb) FROM trueup.reconcile_run WHERE id = :run_id"),
+        {"run_id": run_id, "rules": rules_as_json(rules)},
+    )
+    connection.rollback()
+    return bool(same)
 
 
 _SWEEP = text("SELECT * FROM trueup.sweep_runs(CAST(:rules AS jsonb), make_interval(secs => :lease), :most)")

@@ -43,7 +43,8 @@ class Settings(BaseSettings):
     database_url: str | None = Field(default=None, description="PostgreSQL URL; unset means the embedded server")
     broker_url: str | None = Field(default=None, description="Redis URL for Celery; unset means the embedded server")
     result_backend_url: str | None = Field(default=None, description="Redis URL for results; unset means the broker's")
-    database_pool_size: int = Field(default=5, ge=1, le=100, description="connections per process")
+    # One for the work, and one for the sign of life beside it.
+    database_pool_size: int = Field(default=5, ge=2, le=100, description="connections per process")
     database_connect_timeout_seconds: int = Field(default=5, ge=1, le=60)
     statement_timeout_seconds: int = Field(default=30, ge=1, le=3600)
 

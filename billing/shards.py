@@ -52,7 +52,8 @@ class Shard:
     """A range of users: those after `after`, up to `last`; None: no bound. `cursor` None: nothing is done yet.
 
     `run_id` None: of a dry run, in memory only. `attempt` fences whoever had it before. `total`: its subscriptions,
-    counted when it was begun first; None until then. `checked`: how many of them are done.
+    counted when it was begun first; None until then. `checked`: how many of them are done. `audited`: its balances have
+    been compared with the log. `refused`: how many users' rows the database would not take.
     """
 
     run_id: int | None = None
@@ -63,6 +64,8 @@ class Shard:
     cursor: UserId | None = None
     total: int | None = None
     checked: int = 0
+    audited: bool = False
+    refused: int = 0
 
     @classmethod
     def of_row(cls, row: Any) -> Self:

@@ -9,7 +9,7 @@ from billing import db
 from billing.mapping import HostMapping
 from billing.reconcile import SCAN_TIMEOUT_SECONDS
 from billing.reconcile_batch import BatchContext
-from billing.reconcile_runs import RunKind, RunSummary, begin_run, end_run, read_summary, sweep_runs
+from billing.reconcile_runs import RunKind, RunSummary, begin_run, end_run, read_summary, runs_by, sweep_runs
 from billing.rules import Rules
 from billing.shard_work import Job, connected, work_shard
 from billing.shards import ShardLostError, claim_shard, kept_alive, new_owner
@@ -93,6 +93,8 @@ def work_on_shard(
     owner = new_owner()
     with db.translated_errors():
         with connected(engine) as connection:
+            if not runs_by(connection, run_id, rules):
+                return ShardOutcome()
             shard = claim_shard(connection, run_id, owner, number=number)
             if shard is None:
                 return _ended(engine, run_id, ShardOutcome())

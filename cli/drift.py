@@ -44,7 +44,7 @@ for _command in (review, accept, grant, ignore, undo):
 
 
 @drift.command()
-@click.option("--run", "run_id", type=click.IntRange(min=1), help="A run's number; by default the newest.")
+@click.option("--run", "run_id", type=click.IntRange(1, 2**63 - 1), help="A run's number; by default the newest.")
 @click.option("--since", type=SINCE, help="All runs since a time, or for so long back: 2026-11-01, 24h, 7d.")
 @click.option(
     "--cause", "causes", type=CAUSE, help='Only drifts of this cause; several joined by "+" must all be there.'

@@ -80,7 +80,7 @@ def reconcile(
     with servers("postgres"):
         summary = _run(settings, rules, dry_run=dry_run, deep=deep, user=user, jobs=jobs, batch_size=batch_size)
         report, defects = _show(settings, summary, as_json=as_json)
-    if report.status == "failed":
+    if report.status != "finished":
         ctx.exit(EXIT_ERROR)
     if fail_on_drift and (report.drifted > report.set_aside or defects):
         ctx.exit(EXIT_DENIED)

@@ -5,7 +5,10 @@ import hashlib
 import hmac
 import importlib
 import json
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -54,16 +57,29 @@ def _send_webhook(alert: Alert, settings: AlertSettings) -> None:
             # A redirect could lead anywhere, and would be trusted with the message.
             httpx.Client(timeout=settings.webhook_timeout_seconds, follow_redirects=False) as client,
             # Its answer's body says nothing to us, so it is not read: it could be endless.
+            # httpx limits each read; a server that drips would have us for days.
+            _ended_after(3 * settings.webhook_timeout_seconds, client),
             client.stream("POST", settings.webhook_url.get_secret_value(), content=body, headers=headers) as answer,
         ):
             status = answer.status_code
-    except httpx.HTTPError as error:
+    except Exception as error:  # a URL or proxy that httpx can't use is no HTTPError
         raise AlertNotSentError(f"the webhook gave no answer: {type(error).__name__}") from error
     if 300 <= status < 400:
         raise AlertNotSentError(f"the webhook answered {status}: redirects are not followed, correct webhook_url")
     if not 200 <= status < 300:
         # 410 is the receiver's word that it wants no more.
         raise AlertNotSentError(f"the webhook answered {status}", final=status == 410)
+
+
+@contextmanager
+def _ended_after(seconds: float, client: httpx.Client) -> Iterator[None]:
+    timer = threading.Timer(seconds, client.close)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _send_by_apprise(alert: Alert, settings: AlertSettings) -> None:

@@ -59,7 +59,11 @@ BEGIN
         resumed := true;
         RETURN;
     END IF;
-    UPDATE trueup.reconcile_run t SET status = 'interrupted', finished_at = v_now WHERE t.status = 'running';
+    -- Whoever still works on it, paused beyond his lease, is fenced; and its period has not had its run.
+    UPDATE trueup.reconcile_run t SET status = 'interrupted', finished_at = v_now, period = NULL
+    WHERE t.status = 'running';
+    UPDATE trueup.reconcile_shard s SET status = 'waiting', owner = NULL, lease_until = NULL, updated_at = v_now
+    WHERE s.run_id = r.id AND s.status = 'running';
     INSERT INTO trueup.reconcile_run AS t (dry_run, kind, period, only_user, rules, status, started_at, requested_by,
                                            owner, lease_until)
     VALUES (false, p_kind, v_period, p_only_user, p_rules, 'running', v_now, p_by, p_owner, v_now + p_lease)
@@ -144,7 +148,9 @@ $$;
 
 -- End a run, with figures that are counted from its rows: whoever wrote them, and however often it was interrupted,
 -- each counts once. p_status null: as its shards say, if none is left. False: it has ended before, or shards are left.
-CREATE OR REPLACE FUNCTION trueup.end_run(p_run bigint, p_status text, p_error text) RETURNS boolean
+CREATE OR REPLACE FUNCTION trueup.end_run(
+    p_run bigint, p_status text, p_error text, p_owner text DEFAULT NULL
+) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE
     d record;
@@ -153,7 +159,8 @@ DECLARE
     v_checked bigint;
     v_error text;
 BEGIN
-    PERFORM FROM trueup.reconcile_run r WHERE r.id = p_run AND r.status = 'running' FOR UPDATE;
+    PERFORM FROM trueup.reconcile_run r
+    WHERE r.id = p_run AND r.status = 'running' AND (p_owner IS NULL OR r.owner = p_owner) FOR UPDATE;
     IF NOT FOUND THEN
         RETURN false;
     END IF;

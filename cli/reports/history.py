@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import click
 
 from billing.drift_history import RunFigures
-from cli.output import print_table
+from cli.output import print_table, show
 from cli.reports.figures import percent
 from cli.reports.sparkline import sparkline
 
@@ -38,4 +38,4 @@ def print_history(runs: Sequence[RunFigures]) -> None:
     )
     for run in runs:
         if run.error:
-            click.echo(f"run {run.id} failed: {run.error}")
+            click.echo(f"run {run.id} failed: {show(run.error)}")

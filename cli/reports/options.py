@@ -37,7 +37,10 @@ class SinceParameter(click.ParamType[Any]):
         except ValueError:
             self.fail(f"{value!r} is no time: give 2026-11-01, 2026-11-01T08:30+01:00, 90m, 24h, 7d or 2w", param, ctx)
         # The machine's own zone would make the report depend on who asks.
-        moment = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+        try:
+            moment = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+        except OverflowError:
+            self.fail(f"{value!r} is beyond the years 1 to 9999", param, ctx)
         if moment > datetime.now(UTC):
             self.fail(f"{value!r} has not come yet: give a time in the past", param, ctx)
         return moment

@@ -79,11 +79,11 @@ def test_a_name_that_is_not_there_points_to_the_setup(database: str, statement: 
 
 
 def test_a_full_pool_says_so(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRUEUP_DATABASE_POOL_SIZE", "1")
+    monkeypatch.setenv("TRUEUP_DATABASE_POOL_SIZE", "2")
     monkeypatch.setenv("TRUEUP_DATABASE_CONNECT_TIMEOUT_SECONDS", "1")
     get_settings.cache_clear()
     db.dispose_engine()
-    with db.connect(), pytest.raises(ServiceUnavailableError, match="TRUEUP_DATABASE_POOL_SIZE"):
+    with db.connect(), db.connect(), pytest.raises(ServiceUnavailableError, match="TRUEUP_DATABASE_POOL_SIZE"):
         one("SELECT 1")
 
 

@@ -1,0 +1,121 @@
+"""Runs that meet slow looks, owners that come back late, and rows of the host's that refuse to be corrected."""
+
+import time
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+
+from billing import db, shard_work
+from billing.mapping import HostMapping
+from billing.reconcile import reconcile
+from billing.reconcile_batch import BatchContext, reconcile_batch
+from billing.rules import Rules
+from billing.shards import ShardLostError, Step, claim_shard
+from billing.shared_runs import plan_run
+from tests.billing.test_shards import RULES, counters, let_leases_run_out, missed, plan, work
+from tests.support.host import Host
+
+DAY_SECONDS, QUARTER_SECONDS = 86_400, 900
+
+
+def planned(kind: Any, *, every: int | None = None, rules: Rules = RULES) -> int | None:
+    run = plan_run(db.get_engine(), kind=kind, rules=rules, requested_by="", shard_size=1_000, every_seconds=every)
+    return run.run_id if run else None
+
+
+@pytest.mark.parametrize(
+    ("kind", "slow"), [("quick", "find_suspects"), ("deep", "find_suspects"), ("deep", "find_untrue_balances")]
+)
+def test_a_look_that_takes_all_of_a_task_s_time_does_not_keep_a_run_from_its_end(
+    host: Host, monkeypatch: pytest.MonkeyPatch, kind: str, slow: str
+) -> None:
+    missed(host, 3)
+    run_id = plan(host, kind=kind)
+    real = getattr(shard_work, slow)
+
+    def slowly(*values: Any, **more: Any) -> Any:
+        time.sleep(0.3)
+        return real(*values, **more)
+
+    monkeypatch.setattr(shard_work, slow, slowly)
+    outcomes = [work(run_id, 1, seconds=0.2, batch_size=1) for _ in range(8)]
+    assert any(outcome.ended for outcome in outcomes)
+    assert counters(host) == [9_700] * 3
+
+
+def test_whoever_comes_back_to_a_run_that_was_ended_without_him_writes_nothing(
+    host: Host, connection: Connection
+) -> None:
+    users = missed(host, 2)
+    run_id = plan(host)
+    shard = claim_shard(connection, run_id, "paused")
+    assert shard is not None
+    let_leases_run_out(host)
+    planned("deep")
+    assert host.value("SELECT status FROM trueup.reconcile_run WHERE id = :run", run=run_id) == "interrupted"
+    context = BatchContext.read(connection, HostMapping(), dry_run=False, rules=RULES)
+    step = Step(number=1, attempt=shard.attempt, cursor=users[-1], checked=2)
+    with pytest.raises(ShardLostError):
+        reconcile_batch(connection, context, run_id, users, step)
+    assert counters(host) == [10_000, 10_000]
+
+
+@pytest.mark.parametrize("rules", [RULES, Rules(min_age_seconds=0, tolerance=1)])
+def test_a_deep_pass_that_was_interrupted_is_made_up_for_the_same_day(host: Host, rules: Rules) -> None:
+    missed(host, 3)
+    first = planned("deep", every=DAY_SECONDS)
+    let_leases_run_out(host)
+    quick = planned("quick", every=QUARTER_SECONDS, rules=rules)
+    assert quick is not None
+    ended = shard_ended(quick, rules)
+    assert ended == "finished"
+    again = planned("deep", every=DAY_SECONDS, rules=rules)
+    assert again is not None
+    assert again != first
+
+
+def shard_ended(run_id: int, rules: Rules) -> str | None:
+    ended = work(run_id, 1, rules=rules).ended
+    return ended.status if ended else None
+
+
+def test_messages_of_a_run_that_other_rules_planned_do_nothing(host: Host) -> None:
+    missed(host, 2)
+    run_id = plan(host)
+    assert work(run_id, 1, rules=Rules(min_age_seconds=0, max_correction=10)).ended is None
+    assert counters(host) == [10_000, 10_000]
+
+
+def refuse(host: Host, condition: str) -> None:
+    host.execute(
+        f"ALTER TABLE billing_subscription ADD CONSTRAINT picky CHECK ({condition} OR tokens_remaining >= 10000)"
+    )
+
+
+def test_a_row_that_refuses_its_correction_stops_nobody_else_s(host: Host) -> None:
+    users = missed(host, 5)
+    refuse(host, f"user_id <> {users[1]}")
+    for _ in range(2):
+        summary = reconcile(db.get_engine(), HostMapping(), rules=RULES)
+        assert summary.status == "finished"
+        assert counters(host) == [9_700, 10_000, 9_700, 9_700, 9_700]
+        defect = host.execute("SELECT kind, user_id FROM trueup.defect WHERE run_id = :run", run=summary.run_id).one()
+        assert tuple(defect) == ("counter_refused", users[1])
+        # It goes by its cause in the next run too: a run that could not set it right has not seen it right.
+        [told] = host.execute("SELECT cause, action FROM trueup.drift WHERE user_id = :user", user=users[1]).all()
+        assert tuple(told) == ("missed_decrement", "reported")
+
+
+def test_when_all_rows_refuse_the_run_fails_and_its_error_shows_no_row(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missed(host, 4)
+    refuse(host, "false")
+    monkeypatch.setattr(shard_work, "MOST_REFUSED", 2)
+    with pytest.raises(DBAPIError):
+        reconcile(db.get_engine(), HostMapping(), rules=RULES)
+    error = host.value("SELECT error FROM trueup.reconcile_run")
+    assert "picky" in error
+    assert not any(leak in error for leak in ("SQL:", "Failing row", "parameters"))
