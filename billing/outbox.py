@@ -152,18 +152,24 @@ def finish_effect(
 
 
 def list_unresolved_effects(connection: Connection, *, limit: int = 100) -> list[Effect]:
-    """Return side effects that may or may not have happened, newest first; `is_unresolved` says which."""
+    """Return side effects that may or may not have happened, newest first."""
     outbox = own_table("outbox", get_settings().host.user_id_type)
     query = (
         select(*(outbox.c[field.name] for field in fields(Effect)))
-        .where(is_unresolved(func.clock_timestamp()))
+        .where(_is_unresolved(func.clock_timestamp()))
         .order_by(outbox.c.updated_at.desc())
         .limit(limit)
     )
     return [Effect(**row) for row in connection.execute(query).mappings()]
 
 
-def is_unresolved(now: Any) -> ColumnElement[bool]:
+def count_unresolved_effects(connection: Connection, now: datetime) -> int:
+    """Return how many side effects may or may not have happened, as of that time."""
+    outbox = own_table("outbox", get_settings().host.user_id_type)
+    return connection.scalar(select(func.count()).select_from(outbox).where(_is_unresolved(now))) or 0
+
+
+def _is_unresolved(now: Any) -> ColumnElement[bool]:
     """Return the condition on an outbox row: unknown, or "sending" for longer than any task may take."""
     outbox = own_table("outbox", get_settings().host.user_id_type).c
     longest = timedelta(seconds=get_settings().task_time_limit_seconds)

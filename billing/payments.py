@@ -11,9 +11,6 @@ from billing.grants import check_text
 from billing.mapping import HostMapping
 from billing.users import UserId
 
-# One user's grant locks that user's balance alone: two imports at once never wait for each other crosswise.
-BATCH_SIZE = 1
-
 
 class PaymentsNotMappedError(TrueupError):
     """The host's payments are not known to trueup. Nothing was granted."""
@@ -61,8 +58,9 @@ def import_payments(
         return found
     wanted = [payment for payment in found if payment.outcome == "to_grant"]
     done: dict[tuple[UserId, str], PackPayment] = {}
-    for start in range(0, len(wanted), BATCH_SIZE):
-        done |= _give(connection, mapping, wanted[start : start + BATCH_SIZE], by)
+    # One by one: each locks one user's balance, so that two imports at once never wait for each other crosswise.
+    for payment in wanted:
+        done |= _give(connection, mapping, [payment], by)
     return [
         done.get((payment.user_id, payment.reference), payment) if payment.outcome == "to_grant" else payment
         for payment in found

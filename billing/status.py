@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from billing.settings import get_settings
+from billing.outbox import count_unresolved_effects
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +78,6 @@ _READ = text(
            charged.p95 AS settlement_lag_p95_seconds, overdrawn.users AS overdraft_users,
            overdrawn.tokens AS overdraft_tokens, unrecorded.calls AS unrecorded_calls,
            unrecorded.tokens AS unrecorded_tokens_bound,
-           (SELECT count(*) FROM trueup.outbox o
-            WHERE o.status = 'unknown'
-               OR (o.status = 'sending' AND o.updated_at < clock.now - make_interval(secs => :longest_task_seconds))
-           ) AS unknown_effects,
            (SELECT max(r.finished_at) FROM trueup.reconcile_run r WHERE r.status = 'finished') AS last_reconcile
     FROM clock, open, ended, charged, overdrawn, unrecorded
     """
@@ -90,13 +86,11 @@ _READ = text(
 
 def read_status(connection: Connection, *, hours: int = 24, now: datetime | None = None) -> Status:
     """Return how things stand, and how they went in the last `hours`. `now`: None means the database's clock."""
-    longest = get_settings().task_time_limit_seconds
-    values_of_time = {"hours": hours, "now": now, "longest_task_seconds": longest}
-    row = connection.execute(_READ, values_of_time).mappings().one()
+    row = connection.execute(_READ, {"hours": hours, "now": now}).mappings().one()
     values: dict[str, Any] = dict(row)
     for name, value in values.items():
         if name.endswith("_seconds"):
             values[name] = None if value is None else float(value)
         elif name not in ("now", "last_reconcile"):
             values[name] = int(value)
-    return Status(hours=hours, **values)
+    return Status(hours=hours, unknown_effects=count_unresolved_effects(connection, row["now"]), **values)

@@ -21,8 +21,12 @@ from sqlalchemy.dialects.postgresql import JSONB
 from billing.schema.columns import moment, tokens
 
 
-# As long as its tables: split, it would be no easier to compare with the migrations.
 def add_hold_tables(metadata: MetaData, user_id: Any) -> None:
+    _add_hold_table(metadata, user_id)
+    _add_call_tables(metadata, user_id)
+
+
+def _add_hold_table(metadata: MetaData, user_id: Any) -> None:
     Table(
         "hold",
         metadata,
@@ -65,6 +69,9 @@ def add_hold_tables(metadata: MetaData, user_id: Any) -> None:
         ),
         Index("hold_overdue", "expires_at", postgresql_where=text("status = 'open'")),
     )
+
+
+def _add_call_tables(metadata: MetaData, user_id: Any) -> None:
     Table(
         "charge",
         metadata,
