@@ -51,9 +51,20 @@ CREATE OR REPLACE FUNCTION trueup.log_epoch() RETURNS bigint LANGUAGE sql STABLE
     SELECT coalesce(max(id), 0) FROM trueup.log_truncation
 $$;
 
+-- What a hold keeps when its time runs out, and until when: what its calls in flight may cost, for as long again as it
+-- had been given since the last of them began. One whose body has ended has had that time.
+CREATE OR REPLACE FUNCTION trueup.kept_past_expiry(h trueup.hold, at timestamptz, OUT kept bigint, OUT kept_until timestamptz)
+LANGUAGE sql STABLE AS $$
+    SELECT CASE WHEN h.body_ended_at IS NULL AND h.expires_at + (h.expires_at - max(c.started_at)) > at
+                THEN least(sum(c.tokens_bound), h.tokens_reserved - h.tokens_covered) ELSE 0 END::bigint,
+           h.expires_at + (h.expires_at - max(c.started_at))
+    FROM trueup.call_intent c
+    WHERE c.user_id = h.user_id AND c.task_id = h.task_id AND c.outcome = 'started'
+$$;
+
 -- Each subscription with its consumed and held tokens, exact at the reader's snapshot, without a lock:
 -- a log row and its delta become visible together. A stale balance is passed over for the log itself.
--- `held` leaves out holds that are overdue: the next gate takes them back.
+-- `held` leaves out what overdue holds give back: the next gate takes it.
 CREATE OR REPLACE FUNCTION trueup.accounts(at timestamptz) RETURNS TABLE (
     user_id {{user_id_type}}, subscription_id text, is_active boolean, window_start timestamptz,
     end_date timestamptz, original bigint, counter bigint, consumed bigint, held bigint
@@ -69,7 +80,8 @@ CREATE OR REPLACE FUNCTION trueup.accounts(at timestamptz) RETURNS TABLE (
                       AND l.{{usage_log.created_at}} >= e.window_start), 0)::bigint
            END,
            coalesce(b.held - coalesce((
-               SELECT sum(h.tokens_reserved - h.tokens_covered) FROM trueup.hold h
+               SELECT sum(h.tokens_reserved - h.tokens_covered - k.kept)
+               FROM trueup.hold h CROSS JOIN LATERAL trueup.kept_past_expiry(h, at) k
                WHERE h.user_id = e.user_id AND h.status = 'open' AND h.expires_at <= at), 0), 0)::bigint
     FROM trueup.entitlements(at) e
     LEFT JOIN trueup.balance b ON b.user_id = e.user_id

@@ -63,19 +63,40 @@ BEGIN
         SELECT b.consumed + coalesce(sum(tokens) FILTER (WHERE used_at >= b.window_start), 0)
         INTO v_consumed FROM folded;
     END IF;
-    WITH expired AS (
-        UPDATE trueup.hold SET status = 'expired', closed_at = at
-        WHERE user_id = p_user AND status = 'open' AND expires_at <= at
-        RETURNING tokens_reserved - tokens_covered AS tokens
-    )
-    SELECT coalesce(sum(tokens), 0) INTO v_overdue FROM expired;
+    IF EXISTS (SELECT FROM trueup.hold WHERE user_id = p_user AND status = 'open' AND expires_at <= at) THEN
+        SELECT sum(o.freed) INTO v_overdue FROM trueup.end_overdue_holds(ARRAY[p_user], at) o;
+    END IF;
     is_active := e.is_active;
     end_date := e.end_date;
     original := coalesce(e.original, 0);
     window_start := b.window_start;
     log_epoch := b.log_epoch;
     consumed := v_consumed;
-    held := b.held - v_overdue;
+    held := b.held - coalesce(v_overdue, 0);
+END $$;
+
+-- End the holds of these users whose time has run out; the caller has locked their balances, and lowers `held` by `freed`.
+-- A process may be frozen in a call and still come back with it: what such calls may cost stays held for as long again as
+-- it is since the last of them began (trueup.kept_past_expiry), and `expired` is false. One that began a call of the
+-- hold meanwhile has renewed it: the conditions on `h` are looked at again under its row's lock.
+CREATE OR REPLACE FUNCTION trueup.end_overdue_holds(p_users {{user_id_type}}[], at timestamptz)
+RETURNS TABLE (user_id {{user_id_type}}, expired boolean, freed bigint) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
+    UPDATE trueup.hold h
+    SET status = CASE WHEN o.kept = 0 THEN 'expired' ELSE 'open' END,
+        closed_at = CASE WHEN o.kept = 0 THEN at END,
+        body_ended_at = CASE WHEN o.kept = 0 THEN h.body_ended_at ELSE at END,
+        tokens_reserved = CASE WHEN o.kept = 0 THEN h.tokens_reserved ELSE h.tokens_covered + o.kept END,
+        expires_at = CASE WHEN o.kept = 0 THEN h.expires_at ELSE o.kept_until END
+    FROM (
+        SELECT t.user_id, t.task_id, t.id, t.tokens_reserved - t.tokens_covered AS rest, k.kept, k.kept_until
+        FROM trueup.hold t CROSS JOIN LATERAL trueup.kept_past_expiry(t, at) k
+        WHERE t.user_id = ANY (p_users) AND t.status = 'open' AND t.expires_at <= at
+    ) o
+    WHERE (h.user_id, h.task_id, h.id) = (o.user_id, o.task_id, o.id) AND h.status = 'open' AND h.expires_at <= at
+    RETURNING h.user_id, o.kept = 0, o.rest - o.kept;
 END $$;
 
 -- What calls of this task that are in flight may cost at most, other than the one named.
@@ -199,7 +220,8 @@ END $$;
 -- Give back what a hold has left. NULL when there was nothing to close: closed already, or another attempt's by now.
 -- p_attempt NULL: whichever attempt has it, for a caller that knows it dead. p_completed: the body has returned.
 -- Attempts that lost their lease may still be in calls, and what comes back is charged late: the tokens of those calls are
--- kept, and the hold stays open with them until they are charged or its time runs out. Then this returns 'open'.
+-- kept, and the hold stays open with them until they are charged or its time runs out: as long again as it has been given
+-- since the last of them began, as in trueup.kept_past_expiry. Then this returns 'open'.
 -- The commit is not waited for to reach the disk: lost in a crash of the server, the hold is open again, which promises
 -- too much to nobody, and its time runs out.
 CREATE OR REPLACE FUNCTION trueup.close_hold(
@@ -210,6 +232,7 @@ DECLARE
     v_attempt integer;
     v_rest bigint;
     v_kept bigint;
+    v_started_at timestamptz;
     v_status text;
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
@@ -222,7 +245,8 @@ BEGIN
     IF NOT FOUND THEN
         RETURN NULL;
     END IF;
-    SELECT least(coalesce(sum(c.tokens_bound), 0), v_rest) INTO v_kept FROM trueup.call_intent c
+    SELECT least(coalesce(sum(c.tokens_bound), 0), v_rest), max(c.started_at) INTO v_kept, v_started_at
+    FROM trueup.call_intent c
     WHERE c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started' AND c.attempt <> v_attempt;
     IF v_kept > 0 THEN
         -- Its own are over with the body, and no reason to keep anything.
@@ -234,6 +258,7 @@ BEGIN
         closed_at = CASE WHEN v_kept = 0 THEN v_at END,
         body_ended_at = CASE WHEN v_kept > 0 THEN v_at END,
         tokens_reserved = h.tokens_reserved - CASE WHEN v_kept > 0 THEN v_rest - v_kept ELSE 0 END,
+        expires_at = CASE WHEN v_kept > 0 THEN h.expires_at + (h.expires_at - v_started_at) ELSE h.expires_at END,
         completed = h.completed OR p_completed
     WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open'
     RETURNING h.status INTO v_status;
@@ -241,7 +266,8 @@ BEGIN
     RETURN v_status;
 END $$;
 
--- Take back the holds of dead owners, at most p_limit of them. A user whose balance is in use now is passed over:
+-- Take back the holds of dead owners, those of at most p_limit. Returns how many have ended, and all tokens that were
+-- given back: also what holds gave back that stay open for calls in flight. A user whose balance is in use now is passed over:
 -- that transaction, or the next sweep, does it.
 CREATE OR REPLACE FUNCTION trueup.expire_holds(p_limit integer, at timestamptz)
 RETURNS TABLE (holds bigint, tokens bigint) LANGUAGE plpgsql AS $$
@@ -258,14 +284,12 @@ BEGIN
         FOR UPDATE SKIP LOCKED
     ) AS locked;
     RETURN QUERY
-    WITH expired AS (
-        UPDATE trueup.hold h SET status = 'expired', closed_at = v_at
-        WHERE h.user_id = ANY (v_users) AND h.status = 'open' AND h.expires_at <= v_at
-        RETURNING h.user_id, h.tokens_reserved - h.tokens_covered AS rest
+    WITH ended AS (
+        SELECT * FROM trueup.end_overdue_holds(v_users, v_at)
     ), given_back AS (
-        UPDATE trueup.balance b SET held = b.held - e.rest
-        FROM (SELECT x.user_id, sum(x.rest) AS rest FROM expired x GROUP BY x.user_id) e
+        UPDATE trueup.balance b SET held = b.held - e.freed
+        FROM (SELECT x.user_id, sum(x.freed) AS freed FROM ended x GROUP BY x.user_id) e
         WHERE b.user_id = e.user_id
     )
-    SELECT count(*), coalesce(sum(expired.rest), 0)::bigint FROM expired;
+    SELECT count(*) FILTER (WHERE ended.expired), coalesce(sum(ended.freed), 0)::bigint FROM ended;
 END $$;

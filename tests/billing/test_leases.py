@@ -206,10 +206,10 @@ def test_a_hold_opened_anew_is_not_burdened_with_calls_of_the_one_that_ended(
     """They were given back with it. Else a task whose worker died in a call could never go on."""
     first = deliver(connection, user)
     begin(connection, first, 600)
-    expire_holds(connection, now=after(600))
-    second = deliver(connection, user, 601)
+    expire_holds(connection, now=after(1_200))
+    second = deliver(connection, user, 1_201)
     assert (second.attempt, second.reattached, second.tokens_left) == (2, False, 600)
-    assert begin(connection, second, 600, 601) is None
+    assert begin(connection, second, 600, 1_201) is None
     assert [call.tokens_bound for call in list_unrecorded_calls(connection)] == [600]
     assert_true(host)
 
@@ -350,20 +350,72 @@ def test_a_task_without_tokens_for_another_try_leaves_what_is_in_flight_held(
     with pytest.raises(TokensDenied):
         deliver(connection, user, LEASE)
     assert balance(host, user) == (0, 500)
-    assert expire_holds(connection, now=after(LEASE + 600)) == (1, 500)
+    assert expire_holds(connection, now=after(2 * (LEASE + 600) - 1)) == (0, 0)
+    assert expire_holds(connection, now=after(2 * (LEASE + 600))) == (1, 500)
+    assert_true(host)
+
+
+def test_the_tokens_of_a_call_in_flight_outlive_their_hold_once(host: Host, connection: Connection, user: int) -> None:
+    """A process that stood still in a call may still come back with it: nobody else is given what that may cost."""
+    first = deliver(connection, user)
+    begin(connection, first, 400)
+    assert read_account(connection, user, now=after(600)).held == 400
+    assert expire_holds(connection, now=after(600)) == (0, 200)
+    assert balance(host, user) == (0, 400)
+    with pytest.raises(HoldOvertakenError):
+        begin(connection, first, 10, 601, key="2")
+    with pytest.raises(TokensDenied):
+        hold_tokens(connection, user, 601, task="other", now=after(601))
+    other = hold_tokens(connection, user, 600, task="other", now=after(601))
+    charge_tokens(connection, other, 600, now=after(601))
+    late = charge_tokens(connection, first, 400, now=after(1_199))
+    assert (late.late, late.tokens_over) == (True, 0)
+    account = read_account(connection, user, now=after(1_199))
+    assert (account.consumed, account.held) == (account.original, 0)
+    assert [row.status for row in list_holds(connection, every_status=True)] == ["open", "settled"]
+    assert_true(host)
+
+
+def test_a_gate_finds_a_call_in_flight_past_its_hold_as_the_sweep_does(
+    host: Host, connection: Connection, user: int
+) -> None:
+    first = deliver(connection, user)
+    begin(connection, first, 400)
+    other = hold_tokens(connection, user, 600, task="other", now=after(601))
+    assert balance(host, user) == (0, 1_000)
+    assert list_unrecorded_calls(connection) == []
+    close_hold(connection, other, now=after(601))
+    assert read_account(connection, user, now=after(1_199)).held == 400
+    assert read_account(connection, user, now=after(1_200)).held == 0
+    assert expire_holds(connection, now=after(1_200)) == (1, 400)
+    assert [call.tokens_bound for call in list_unrecorded_calls(connection)] == [400]
+    assert_true(host)
+
+
+def test_a_task_delivered_after_its_hold_ran_out_passes_the_gate_beside_its_call_in_flight(
+    host: Host, connection: Connection, user: int
+) -> None:
+    first = deliver(connection, user)
+    begin(connection, first, 400)
+    second = deliver(connection, user, 601)
+    assert (second.attempt, second.reattached, second.tokens_left) == (2, True, 600)
+    assert balance(host, user) == (0, 1_000)
+    charge_tokens(connection, first, 400, now=after(602))
+    close_hold(connection, second, now=after(603))
+    assert balance(host, user) == (400, 0)
     assert_true(host)
 
 
 def test_a_charge_that_comes_after_its_hold_ran_out_may_pass_the_budget_by_no_more_than_its_bound(
     host: Host, connection: Connection, user: int
 ) -> None:
-    """The one way past a budget without the provider's help: a process that stood still in a call, past its hold."""
+    """The one way past a budget without the provider's help: a process that stood still in a call for two holds."""
     first = deliver(connection, user)
     begin(connection, first, 400)
-    other = hold_tokens(connection, user, 1_000, now=after(601))
-    charge_tokens(connection, other, 1_000, now=after(601))
-    late = charge_tokens(connection, first, 400, now=after(602))
+    other = hold_tokens(connection, user, 1_000, now=after(1_201))
+    charge_tokens(connection, other, 1_000, now=after(1_201))
+    late = charge_tokens(connection, first, 400, now=after(1_202))
     assert (late.late, late.tokens_over) == (True, 400)
-    account = read_account(connection, user, now=after(602))
+    account = read_account(connection, user, now=after(1_202))
     assert account.consumed - account.original == 400
     assert_true(host)

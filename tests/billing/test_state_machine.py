@@ -208,10 +208,10 @@ class BillingMachine(HostMachine):
 
     def _learn_which_expired(self) -> None:
         """A refreshed balance gives overdue holds back; one that was fresh is not looked at. Either is right."""
-        still_open = {(row.user_id, row.task_id) for row in list_holds(self.connection)}
+        still_open = {(row.user_id, row.task_id, row.expires_at) for row in list_holds(self.connection)}
         for user in self.users:
-            overdue = [hold.task for hold in user.holds if hold.status == "open" and hold.expires_at <= self.now]
-            if not any((user.user, task) in still_open for task in overdue):
+            overdue = [hold for hold in user.holds if hold.status == "open" and hold.expires_at <= self.now]
+            if not any((user.user, hold.task, hold.expires_at) in still_open for hold in overdue):
                 user.expire_holds(self.now)
 
     def _learn_what_was_settled(self) -> None:

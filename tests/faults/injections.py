@@ -28,8 +28,8 @@ _MOMENT_SECONDS = 0.5  # how long to wait for the moment to strike at
 
 
 def past_every_hold() -> datetime:
-    """Return a time at which every hold of this round is overdue."""
-    return datetime.now(UTC) + timedelta(seconds=2 * HOLD_TTL_SECONDS)
+    """Return a time at which nothing of this round is held any more, calls in flight included."""
+    return datetime.now(UTC) + timedelta(seconds=3 * HOLD_TTL_SECONDS)
 
 
 def _child_killed(stage: "Stage", fault: Fault) -> bool:
@@ -99,12 +99,16 @@ def _child_stopped_while_sending(stage: "Stage", fault: Fault) -> bool:
 
 
 def _child_stopped_past_hold(stage: "Stage", fault: Fault) -> bool:
-    """Stop a process in the middle of a call, and let its hold expire: by the clock given to the sweep."""
+    """Stop a process in the middle of a call, and let its hold expire: by the clock given to the sweep.
+
+    For one hold's time, not for two: what a call may cost is kept that long, and no process that Celery's time limit
+    ends can stand still for longer.
+    """
     _, child = _caller(stage, stage.provider.ledger)
     if child is None or not _stop(stage, child, fault.seconds):
         return False
     with suppress(DBAPIError), stage.engine.begin() as connection:
-        expire_holds(connection, now=past_every_hold())
+        expire_holds(connection, now=datetime.now(UTC) + timedelta(seconds=HOLD_TTL_SECONDS + 1))
     return True
 
 

@@ -56,6 +56,7 @@ class ModelCharge:
 @dataclass(kw_only=True)
 class Call:
     bound: int
+    started_at: datetime
     outcome: str = "started"
 
 
@@ -128,8 +129,8 @@ class ModelUser:
         return sum(row.tokens for row in self.log.values() if row.success and row.at >= self.start)
 
     def held(self, now: datetime) -> int:
-        """What is held at that moment, overdue holds left out."""
-        return sum(hold.rest for hold in self.holds if hold.expires_at > now)
+        """What is held at that moment; of overdue holds only what they keep."""
+        return sum(hold.rest if hold.expires_at > now else self._kept(hold, now) for hold in self.holds)
 
     def reason(self, tokens: int, now: datetime) -> str | None:
         """Why a task of that size may not run."""
@@ -162,12 +163,31 @@ class ModelUser:
         return max(0, hold.rest - self.in_flight(hold.task, but=but))
 
     def expire_holds(self, now: datetime) -> tuple[int, int]:
-        """End what is overdue. Returns how many holds, and their tokens."""
+        """End what is overdue, but for calls in flight. Returns how many holds ended, and the tokens given back."""
         overdue = [hold for hold in self.holds if hold.status == "open" and hold.expires_at <= now]
-        tokens = sum(hold.rest for hold in overdue)
+        before = sum(hold.rest for hold in overdue)
         for hold in overdue:
-            hold.status = "expired"
-        return len(overdue), tokens
+            if self._kept(hold, now):
+                self._end_body(hold, self._calls_until(hold))
+            else:
+                hold.status = "expired"
+        return sum(hold.status == "expired" for hold in overdue), before - sum(hold.rest for hold in overdue)
+
+    def _kept(self, hold: ModelHold, now: datetime) -> int:
+        """What calls in flight may cost outlives the hold once, as long again as it had been given to the last."""
+        in_time = not hold.body_ended and self._calls_until(hold) > now
+        return min(self.in_flight(hold.task), hold.rest) if in_time else 0
+
+    def _calls_until(self, hold: ModelHold) -> datetime:
+        begun = [
+            call.started_at for (of, _, _), call in self.calls.items() if of == hold.task and call.outcome == "started"
+        ]
+        return hold.expires_at + (hold.expires_at - max(begun, default=hold.expires_at))
+
+    def _end_body(self, hold: ModelHold, until: datetime) -> None:
+        """From now on the hold is there for calls in flight alone."""
+        hold.body_ended, hold.expires_at = True, until
+        self._keep_for_calls(hold)
 
     def open_hold(
         self, task: str, tokens: int, retries: int, lease: int, ttl: int, waits: int, now: datetime
@@ -243,7 +263,7 @@ class ModelUser:
         left = self.spendable(hold, (key, handle.attempt))
         if bound > left:
             return left
-        self.calls[handle.task, key, handle.attempt] = Call(bound=bound)
+        self.calls[handle.task, key, handle.attempt] = Call(bound=bound, started_at=now)
         return None
 
     def end_call(self, handle: Handle, key: str, *, unknown: bool) -> None:
@@ -304,8 +324,7 @@ class ModelUser:
         others = self.in_flight(task) - self.in_flight(task, by=hold.attempt)
         if min(others, hold.rest) > 0:
             self._forget_calls(task, hold.attempt)
-            hold.body_ended = True
-            self._keep_for_calls(hold)
+            self._end_body(hold, self._calls_until(hold))
         else:
             hold.status = "settled" if hold.calls else "released"
         return hold.status
