@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Books:
-    """Rows and ledgers. `tasks_completed`: those whose work is done. `named`: the table of calls in flight is there.
+    """Rows and ledgers. `tasks_completed`: those whose work is done. `tasks_waited`: those of which a duplicate waited,
+    so that other copies of its message were dropped. `named`: the table of calls in flight is there.
 
     `effects`: the outbox, with each one's text.
     """
@@ -24,6 +25,7 @@ class Books:
     charges: list[Any]
     tasks_admitted: set[str]
     tasks_completed: set[str]
+    tasks_waited: set[str]
     servings: list[Serving]
     unrecorded: list[Unrecorded]
     named: bool
@@ -68,6 +70,7 @@ def read_books(stage: "Stage") -> Books:
             charges=charges,
             tasks_admitted=set(connection.scalars(text("SELECT DISTINCT task_id FROM trueup.hold"))),
             tasks_completed=set(connection.scalars(text("SELECT task_id FROM trueup.hold WHERE completed"))),
+            tasks_waited=set(connection.scalars(text("SELECT task_id FROM trueup.hold WHERE duplicate_waits > 0"))),
             servings=servings,
             unrecorded=find_unrecorded(servings, {charge.model_name for charge in charges}, intents, stage.killed),
             named=named,

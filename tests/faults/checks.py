@@ -166,14 +166,16 @@ def result_may_be_lost(stage: "Stage", task_id: str) -> bool:
 
 
 def lost_by_transport(stage: "Stage", books: Books, task: str) -> bool:
-    """Say whether a task without an end is one whose message was lost: its first one, or that of its retry.
+    """Say whether a task without an end is one whose message was lost: its first one, that of its retry, or the one
+    that waited for another attempt.
 
     kombu takes a message off the queue before it notes it as unacknowledged: one that is on its way when Redis goes
     is in neither.
     """
     begun = task in books.tasks_begun or any(serving.task_id == task for serving in books.servings)
     cut = any(injected.kind in REDIS_KINDS for injected in stage.injected)
-    return not begun or (cut and stage.outcomes[task] == WAITING)
+    waited = stage.outcomes[task] == WAITING or task in books.tasks_waited
+    return not begun or (cut and waited)
 
 
 def _flooded(stage: "Stage") -> Iterator[Violation]:

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 def effect_violations(stage: "Stage", books: Books) -> Iterator[Violation]:
     """Yield what was sent twice, what was sent and not told of, and what is said to be sent and was not."""
-    accepted = defaultdict(list)
+    accepted, senders = defaultdict(list), defaultdict(set)
     for posting in books.postings:
+        senders[posting.comment_id, posting.effect].add(posting.pid)
         if posting.accepted:
             accepted[posting.comment_id, posting.effect].append(posting.text)
     rows = {(row.task_id, row.effect): row for row in books.effects}
@@ -27,8 +28,10 @@ def effect_violations(stage: "Stage", books: Books) -> Iterator[Violation]:
             name = f"{effect} of {task.task_id} ({task.mode}, {outcome}): accepted {len(texts)} times, {told}"
             if len(texts) > 1:
                 yield Violation(kind="message_sent_twice", detail=name)
-            # The row of a task that was lost on the way can't tell that nobody is at it any more.
-            if texts and _status(row) not in ("sent", "unknown") and not _is_open(row, outcome):
+            # That nobody is at it any more can't be told by the row of a task that was lost on the way, nor by that of
+            # a process that was killed sending, beside a duplicate that went on. It is listed when its time is over.
+            untellable = outcome in UNENDED or not senders[task.comment_id, effect].isdisjoint(stage.killed)
+            if texts and _status(row) not in ("sent", "unknown", *(["sending"] if untellable else [])):
                 yield Violation(kind="message_untold", detail=name)
             if row is not None and row.status == "sent" and row.text not in texts:
                 yield Violation(kind="message_not_sent", detail=f"{name}: {row.text!r}, not {texts}")
@@ -38,10 +41,6 @@ def effect_violations(stage: "Stage", books: Books) -> Iterator[Violation]:
 
 def _status(row: Any) -> str | None:
     return row.status if row else None
-
-
-def _is_open(row: Any, outcome: str | None) -> bool:
-    return _status(row) == "sending" and outcome in UNENDED
 
 
 def _says_sent(result: Any, effect: Effect) -> bool:

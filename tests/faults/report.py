@@ -96,7 +96,7 @@ def _figures_of_effects(books: Books) -> dict[str, int]:
         "said to be sent": statuses["sent"],
         "said to be unknown": statuses["unknown"],
         "said to have failed": statuses["failed"],
-        "left in sending, by lost tasks": statuses["sending"],
+        "left in sending, by lost tasks and killed processes": statuses["sending"],
     }
 
 

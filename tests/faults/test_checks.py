@@ -234,6 +234,16 @@ def test_only_a_message_on_its_way_may_be_lost_when_redis_goes(
     assert found() == expected
 
 
+def test_the_message_that_waited_may_be_lost_when_redis_goes(
+    stage: Stage, host: Host, hold: Hold, found: Found
+) -> None:
+    host.execute("UPDATE trueup.hold SET duplicate_waits = 1")
+    stage.outcomes = {"t1": "unfinished"}
+    assert found() == {"lost_task"}
+    stage.note("redis_killed")
+    assert found() == set()
+
+
 @pytest.mark.parametrize(("ways", "expected"), [(("stream",), {"lost_result"}), (("stream_closed",), set())])
 def test_a_result_that_vanished_is_found_unless_its_answers_were_not_kept(
     stage: Stage, host: Host, hold: Hold, found: Found, ways: tuple[str, ...], expected: set[str]
@@ -317,6 +327,16 @@ def test_a_message_of_a_task_that_a_flush_lost_may_stand_as_being_sent(stage: St
     post(stage)
     told(host, stage, "sending")
     assert found() == set()
+
+
+@pytest.mark.parametrize(("status", "expected"), [("sending", set()), ("failed", {"message_untold"})])
+def test_a_message_that_a_killed_process_sent_may_stand_as_being_sent(
+    stage: Stage, host: Host, found: Found, status: str, expected: set[str]
+) -> None:
+    stage.outcomes, stage.killed = {"m1": "done"}, {1: 0.0}
+    post(stage)
+    told(host, stage, status)
+    assert found() == expected
 
 
 def test_a_message_that_is_said_to_be_sent_and_was_not_is_found(stage: Stage, host: Host, found: Found) -> None:
