@@ -90,7 +90,7 @@ def end_call(connection: Connection, hold: Hold, *, call_key: str, unknown: bool
 _EXTEND = text(
     """
     SELECT overtaken, reason, tokens_left
-    FROM trueup.extend_hold(:user_id, :task_id, :attempt, :tokens, CAST(:now AS timestamptz))
+    FROM trueup.extend_hold(:user_id, :task_id, :attempt, :feature_name, :tokens, :mode, CAST(:now AS timestamptz))
     """
 )
 
@@ -109,7 +109,9 @@ def extend_hold(
             "user_id": hold.user_id,
             "task_id": hold.task_id,
             "attempt": hold.attempt,
+            "feature_name": hold.feature_name,
             "tokens": check_estimate(tokens, "tokens"),
+            "mode": get_settings().gate.mode_of(hold.feature_name),
             "now": now,
         },
     ).one()

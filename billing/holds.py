@@ -11,6 +11,7 @@ from billing.accounts import days_between
 from billing.errors import HoldBusyError, TokensDenied
 from billing.schema import own_table
 from billing.settings import get_settings
+from billing.subscriptions import refuse_several_subscriptions
 from billing.users import UserId
 
 
@@ -20,7 +21,8 @@ class Hold:
 
     `tokens_left`: count still set aside. `attempt`: 1 for the first delivery, counted up by each later one; it fences
     an attempt that was overtaken. `reattached`: an earlier attempt had opened it. `replay`: an earlier attempt had done
-    the task's work already, so this hold has no tokens and is for making the result again.
+    the task's work already, so this hold has no tokens and is for making the result again. `passed`: the reason code of
+    a denial that the feature's mode let pass; None: it was admitted.
     """
 
     user_id: UserId
@@ -32,6 +34,7 @@ class Hold:
     replay: bool
     tokens_left: int
     expires_at: datetime
+    passed: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,7 @@ _OPEN = text(
     """
     SELECT * FROM trueup.open_hold(:user_id, :task_id, :retries, :feature_name, :section, :owner, :tokens,
                                    make_interval(secs => :lease_seconds), make_interval(secs => :ttl_seconds), :waits,
-                                   CAST(:now AS timestamptz))
+                                   :mode, CAST(:now AS timestamptz))
     """
 )
 
@@ -85,7 +88,7 @@ def open_hold(
     `HoldBusyError` gave this message.
     `now`: None means the database's clock. Idempotent by task id.
     Raises `TokensDenied` with the specification's payload, `HoldBusyError` while another attempt has the hold,
-    `InvalidInputError` for a malformed estimate.
+    `InvalidInputError` for a malformed estimate, `SeveralSubscriptionsError`.
     """
     row = connection.execute(
         _OPEN,
@@ -100,9 +103,12 @@ def open_hold(
             "lease_seconds": lease_seconds,
             "ttl_seconds": ttl_seconds,
             "waits": waits,
+            "mode": get_settings().gate.mode_of(feature_name),
             "now": now,
         },
     ).one()
+    if row.reason == "subscription_deactivated":
+        refuse_several_subscriptions(connection, user_id)
     if row.reason is not None:
         raise _denied(row, feature_name, estimated_tokens)
     if row.busy_until is not None:
@@ -118,10 +124,13 @@ def open_hold(
         replay=row.replay,
         tokens_left=row.tokens_left,
         expires_at=row.expiry,
+        passed=row.passed,
     )
 
 
-_CLOSE = text("SELECT trueup.close_hold(:user_id, :task_id, :attempt, :completed, CAST(:now AS timestamptz)) AS status")
+_CLOSE = text(
+    "SELECT trueup.close_hold(:user_id, :task_id, :attempt, :owner, :completed, CAST(:now AS timestamptz)) AS status"
+)
 
 
 def close_hold(
@@ -134,28 +143,35 @@ def close_hold(
     `completed`: the task's body has returned, so that a redelivery need not buy anything. Idempotent: a hold ends once.
     `now`: None means the database's clock.
     """
-    return _close(connection, hold.user_id, hold.task_id, hold.attempt, completed=completed, now=now)
+    values = {"attempt": hold.attempt, "owner": None, "completed": completed, "now": now}
+    return _close(connection, hold.user_id, hold.task_id, values)
 
 
 def close_abandoned_hold(
-    connection: Connection, user_id: UserId, task_id: str, *, now: datetime | None = None
+    connection: Connection, user_id: UserId, task_id: str, *, owner: str, now: datetime | None = None
 ) -> str | None:
-    """Give back what a task's hold has left, for a caller that knows its owner to be dead. Returns as `close_hold`."""
-    return _close(connection, user_id, task_id, None, completed=False, now=now)
+    """Give back what a task's hold has left, for a caller that knows its owner to be dead. Returns as `close_hold`.
+
+    None too when the hold is another owner's by now: that one may be alive.
+    """
+    values = {"attempt": None, "owner": owner, "completed": False, "now": now}
+    return _close(connection, user_id, task_id, values)
 
 
-def _close(
-    connection: Connection,
-    user_id: UserId,
-    task_id: str,
-    attempt: int | None,
-    *,
-    completed: bool,
-    now: datetime | None,
-) -> str | None:
-    values = {"user_id": user_id, "task_id": task_id, "attempt": attempt, "completed": completed, "now": now}
-    status: str | None = connection.execute(_CLOSE, values).scalar_one()
+def _close(connection: Connection, user_id: UserId, task_id: str, values: dict[str, Any]) -> str | None:
+    status: str | None = connection.execute(_CLOSE, {"user_id": user_id, "task_id": task_id, **values}).scalar_one()
     return status
+
+
+_ABANDON = text("SELECT trueup.abandon_calls(:user_id, :task_id, :owner)")
+
+
+def abandon_calls(connection: Connection, user_id: UserId, task_id: str, *, owner: str) -> None:
+    """Note that the calls of a hold's owner are in flight no more, for a caller that knows it to be dead.
+
+    The next attempt may then spend what they were given. Nothing, when the hold is another owner's by now.
+    """
+    connection.execute(_ABANDON, {"user_id": user_id, "task_id": task_id, "owner": owner})
 
 
 def has_later_attempt(connection: Connection, hold: Hold) -> bool:

@@ -15,7 +15,8 @@ class Status:
 
     `settlement_lag_*`: from opening a hold to a charge against it. `tokens_over_hold`: charged beyond their hold, for
     a provider billed more than it was asked for. `overdraft_*`: users past their budget, and by how much.
-    `unrecorded_*`: calls that were begun and never recorded, and what they may have cost at most.
+    `unrecorded_*`: calls that were begun and never recorded, and what they may have cost at most. `observed_*`: what
+    would have been denied, had its feature's gate been enforced, and how many tokens it asked for.
     """
 
     now: datetime
@@ -35,6 +36,8 @@ class Status:
     unrecorded_calls: int
     unrecorded_tokens_bound: int
     unknown_effects: int
+    observed_denials: int
+    observed_denial_tokens: int
     last_reconcile: datetime | None
 
 
@@ -65,6 +68,9 @@ _READ = text(
         FROM clock, trueup.balance b, LATERAL (
             SELECT * FROM trueup.entitlements(clock.now) t WHERE t.user_id = b.user_id) e
         WHERE b.consumed > e.original AND b.window_start = e.window_start AND b.log_epoch = trueup.log_epoch()
+    ), observed AS (
+        SELECT count(*) AS denials, coalesce(sum(d.tokens), 0) AS tokens
+        FROM trueup.observed_denial d, clock WHERE d.denied_at >= clock.since
     ), unrecorded AS (
         SELECT count(*) AS calls, coalesce(sum(c.tokens_bound), 0) AS tokens
         FROM trueup.call_intent c
@@ -78,8 +84,9 @@ _READ = text(
            charged.p95 AS settlement_lag_p95_seconds, overdrawn.users AS overdraft_users,
            overdrawn.tokens AS overdraft_tokens, unrecorded.calls AS unrecorded_calls,
            unrecorded.tokens AS unrecorded_tokens_bound,
+           observed.denials AS observed_denials, observed.tokens AS observed_denial_tokens,
            (SELECT max(r.finished_at) FROM trueup.reconcile_run r WHERE r.status = 'finished') AS last_reconcile
-    FROM clock, open, ended, charged, overdrawn, unrecorded
+    FROM clock, open, ended, charged, overdrawn, observed, unrecorded
     """
 )
 

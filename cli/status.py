@@ -50,6 +50,8 @@ def _facts(status: Status) -> dict[str, object]:
         "  late charges": status.late_charges,
         "  tokens over their hold": status.tokens_over_hold,
         "  expired holds": status.expired_holds,
+        "  let pass, not enforced": status.observed_denials,
+        "  tokens these asked for": status.observed_denial_tokens,
         "to look at": "",
         "  users in overdraft": status.overdraft_users,
         "  overdraft tokens": status.overdraft_tokens,

@@ -29,6 +29,7 @@ from billing.errors import (
 from billing.holds import Hold, close_hold, has_later_attempt, open_hold
 from billing.settings import get_settings
 from tasks.arguments import USER_ARGUMENT, ArgumentParser
+from tasks.requests import owner_name
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ class MeteredTask(Task):
 
     def _open_hold(self, arguments: dict[str, Any], tokens: int) -> Hold:
         settings = get_settings()
-        return db.retrying(
+        hold = db.retrying(
             lambda connection: open_hold(
                 connection,
                 user_id=arguments[USER_ARGUMENT],
@@ -163,11 +164,21 @@ class MeteredTask(Task):
                 feature_name=self.feature_name,
                 section=self.section,
                 estimated_tokens=tokens,
-                owner=f"{self.request.hostname or socket.gethostname()}:{os.getpid()}",
+                owner=owner_name(self.request.hostname or socket.gethostname(), os.getpid()),
                 lease_seconds=settings.lease_seconds,
                 ttl_seconds=settings.hold_ttl_seconds,
             )
         )
+        if hold.passed is not None:
+            logger.warning(
+                "%s runs although it would be denied (%s): its gate is not enforced; task %s, user %s, %d tokens",
+                self.feature_name,
+                hold.passed,
+                hold.task_id,
+                hold.user_id,
+                tokens,
+            )
+        return hold
 
     def _wait(self, error: TrueupError, seconds: float | None = None, *, waits: int | None = None) -> Exception:
         """Send the task back to wait, and return what to raise. `seconds` None: longer each time, up to the setting.

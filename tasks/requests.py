@@ -4,6 +4,7 @@ A killed process runs no `finally`. Without this its tokens would be held until 
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from celery.exceptions import WorkerLostError
@@ -11,10 +12,15 @@ from celery.worker.request import Request
 
 from billing import db
 from billing.errors import TrueupError
-from billing.holds import close_abandoned_hold
+from billing.holds import abandon_calls, close_abandoned_hold
 from tasks.arguments import USER_ARGUMENT
 
 logger = logging.getLogger(__name__)
+
+
+def owner_name(hostname: str, pid: int) -> str:
+    """Return what a hold's owner is called: the process, on its worker."""
+    return f"{hostname}:{pid}"
 
 
 class MeteredRequest(Request):
@@ -28,7 +34,11 @@ class MeteredRequest(Request):
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
         super().on_failure(exc_info, send_failed_event, return_ok)
         # Of all that ends here, only a process that was lost has not closed its hold itself.
-        if self._was_lost(exc_info.exception) and not self._is_retried():
+        if not self._was_lost(exc_info.exception):
+            return
+        if self._is_retried():
+            self._tell(abandon_calls)
+        else:
             self._give_back()
 
     def _was_lost(self, error: BaseException) -> bool:
@@ -43,9 +53,16 @@ class MeteredRequest(Request):
         return not revoked and (most is None or self._context.retries < most)
 
     def _give_back(self) -> None:
+        self._tell(close_abandoned_hold)
+
+    def _tell(self, note: Callable[..., Any]) -> None:
+        """Note in the database that this request's process is dead. Not known which it was: then its lease runs out."""
+        if self.worker_pid is None:
+            return
+        owner = owner_name(self.hostname, self.worker_pid)
         try:
             arguments = self.task.parser.parse(tuple(self.args), dict(self.kwargs))
             user_id = arguments[USER_ARGUMENT]
-            db.retrying(lambda connection: close_abandoned_hold(connection, user_id, self.id))
+            db.retrying(lambda connection: note(connection, user_id, self.id, owner=owner))
         except TrueupError as error:
-            logger.warning("hold of killed task %s not closed, it expires in time: %s", self.id, error)
+            logger.warning("death of the process of task %s not noted, its hold expires: %s", self.id, error)

@@ -45,8 +45,8 @@ END $$;
 -- Add tokens to a task's open hold, by the same decision as at the gate, or say why not (`reason`, NULL when granted).
 -- A replay is granted them, so that it goes the way its work went, and given none: it buys nothing.
 CREATE OR REPLACE FUNCTION trueup.extend_hold(
-    p_user {{user_id_type}}, p_task text, p_attempt integer, p_tokens bigint, INOUT at timestamptz,
-    OUT overtaken boolean, OUT reason text, OUT tokens_left bigint
+    p_user {{user_id_type}}, p_task text, p_attempt integer, p_feature text, p_tokens bigint, p_mode text,
+    INOUT at timestamptz, OUT overtaken boolean, OUT reason text, OUT tokens_left bigint
 ) LANGUAGE plpgsql AS $$
 DECLARE
     a record;
@@ -58,6 +58,12 @@ BEGIN
     at := a.at;
     reason := trueup.decide(a.subscribed, a.is_active, a.end_date, coalesce(a.original, 0), coalesce(a.consumed, 0),
                             coalesce(a.held, 0), p_tokens, at);
+    IF reason IS NOT NULL AND EXISTS (
+        SELECT FROM trueup.hold h WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open'
+                                    AND h.attempt = p_attempt AND h.body_ended_at IS NULL AND NOT h.completed)
+       AND trueup.let_pass(p_user, p_task, p_feature, p_mode, reason, p_tokens, at) THEN
+        reason := NULL;
+    END IF;
     UPDATE trueup.hold h
     SET tokens_reserved = h.tokens_reserved + CASE WHEN reason IS NULL AND NOT h.completed THEN p_tokens ELSE 0 END
     WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open' AND h.attempt = p_attempt
@@ -72,7 +78,7 @@ BEGIN
     UPDATE trueup.balance b
     SET window_start = a.window_start, log_epoch = a.log_epoch, consumed = a.consumed,
         held = a.held + v_added
-    WHERE b.user_id = p_user;
+    WHERE b.user_id = p_user AND a.consumed IS NOT NULL;  -- or one was built beside us, and is right as it is
 END $$;
 
 -- Forget stored answers charged before that time, at most p_limit of them. Returns how many.

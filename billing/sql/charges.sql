@@ -9,7 +9,7 @@ CREATE OR REPLACE FUNCTION trueup.record_charge(
     p_prompt integer, p_completion integer, p_total integer, p_response_ms integer, p_model text,
     p_metadata jsonb, p_answer jsonb, INOUT at timestamptz,
     OUT recorded boolean, OUT bought_twice boolean, OUT late boolean, OUT tokens_over bigint, OUT tokens_left bigint
-) LANGUAGE plpgsql SET trueup.own_log_id = '' AS $$
+) LANGUAGE plpgsql AS $$
 DECLARE
     a record;
     h trueup.hold;
@@ -45,25 +45,16 @@ BEGIN
             {{usage_log.completion_tokens}}, {{usage_log.total_tokens}}, {{usage_log.response_time_ms}},
             {{usage_log.success}}, {{usage_log.model_name}}, {{usage_log.metadata}}, {{usage_log.created_at}})
         VALUES (p_log_id::{{usage_log_id_type}}, p_user, p_section, p_prompt, p_completion, p_total, p_response_ms,
-                true, p_model, p_metadata, at)
+                true, p_model, p_metadata, trueup.dated(at, CASE WHEN a.subscribed THEN a.window_start END))
         -- As it was logged: a trigger of the host's may have changed or dropped the row.
         RETURNING CASE WHEN l.{{usage_log.success}} AND l.{{usage_log.created_at}} >= a.window_start
                        THEN l.{{usage_log.total_tokens}} END INTO v_counted;
+        PERFORM set_config('trueup.own_log_id', '', true);
         -- The row's foreign key is checked now, before the counter is locked: Django's are deferred to the commit, and
         -- a host that has the user's row and then wants the counter's would deadlock with us.
         SET CONSTRAINTS ALL IMMEDIATE;
-        -- Lower the legacy counter too, so that our own usage never drifts. A host that has the row locked is not
-        -- waited for: the next reconcile sets the counter right. Like the host's, the counter stops at zero.
-        UPDATE {{subscription}} s
-        SET {{subscription.tokens_remaining}} = greatest(s.{{subscription.tokens_remaining}} - record_charge.p_total, 0)
-        WHERE s.{{subscription.id}} = (
-            SELECT f.{{subscription.id}} FROM {{subscription}} f WHERE f.{{subscription.user_id}} = record_charge.p_user
-            FOR NO KEY UPDATE SKIP LOCKED)
-          AND s.{{subscription.tokens_remaining}} > 0;
-        -- A counter that has nothing to lower (0, null, below 0) misses nothing; one that has was locked.
-        v_lowered := FOUND OR NOT EXISTS (
-            SELECT FROM {{subscription}} s
-            WHERE s.{{subscription.user_id}} = record_charge.p_user AND s.{{subscription.tokens_remaining}} > 0);
+        -- The legacy counter too, so that our own usage never drifts.
+        v_lowered := trueup.lower_counter(p_user, p_total);
         INSERT INTO trueup.charge (user_id, task_id, call_key, attempt, log_id, section, model_name,
                                    hold_id, tokens_total, tokens_covered, late, answer, charged_at, counter_lowered)
         VALUES (p_user, p_task, p_call_key, p_attempt, p_log_id, p_section, p_model,
@@ -93,5 +84,5 @@ BEGIN
                                       - trueup.in_flight(p_user, p_task, NULL, NULL), 0) ELSE 0 END;
     UPDATE trueup.balance b SET window_start = a.window_start, log_epoch = a.log_epoch,
                                 consumed = a.consumed, held = a.held
-    WHERE b.user_id = p_user;
+    WHERE b.user_id = p_user AND a.consumed IS NOT NULL;  -- or one was built beside us, and is right as it is
 END $$;

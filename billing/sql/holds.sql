@@ -1,120 +1,14 @@
--- Writes to the balance. Each takes the user's balance row first and reads everything else after it, in
--- statements of their own: under READ COMMITTED each sees what was committed while it waited for the lock. (One
--- statement that locks and reads at once would decide on what was true before the wait.)
--- `at`: the injected clock; NULL means the database's, which all workers share.
--- Where a host table is in scope, parameters are named in full: the host may have a column of any name.
+-- Holds, from the gate to their end; balances.sql says how the balance's row is locked.
 
--- Stand in line for the user's balance, until the transaction ends. The row's own lock is the gate and would do; but a
--- crowd that waits for a row which each of them updates is woken all at once, and falls steeply with its size. Here one
--- is woken at a time. (Two users may share a number: then one waits a moment for the other.) The number is taken before
--- the row and by whoever takes one row only, so nobody waits for it with a row in hand.
-CREATE OR REPLACE FUNCTION trueup.queue_for(p_user {{user_id_type}}) RETURNS void LANGUAGE sql AS $$
-    SELECT pg_advisory_xact_lock(1953658213, hashtext(p_user::text))  -- "true" in ASCII
-$$;
-
--- Lock the user's balance, and bring it up to date: fold the deltas, or rebuild it from the log if the window
--- moved or the log was truncated; take back overdue holds. The caller stores window_start, log_epoch, consumed, held.
-CREATE OR REPLACE FUNCTION trueup.lock_account(
-    p_user {{user_id_type}}, INOUT at timestamptz,
-    OUT subscribed boolean, OUT is_active boolean, OUT end_date timestamptz, OUT original bigint,
-    OUT window_start timestamptz, OUT log_epoch bigint, OUT consumed bigint, OUT held bigint
-) LANGUAGE plpgsql AS $$
-#variable_conflict use_column
-DECLARE
-    b trueup.balance;
-    e record;
-    v_consumed bigint;
-    v_overdue bigint;
-BEGIN
-    SELECT * INTO b FROM trueup.balance WHERE user_id = p_user FOR UPDATE;
-    IF NOT FOUND AND EXISTS (SELECT FROM {{subscription}} s WHERE s.{{subscription.user_id}} = lock_account.p_user) THEN
-        -- A balance of no window and no epoch: stale by construction, so it is built from the log below.
-        INSERT INTO trueup.balance (user_id, window_start, log_epoch)
-        VALUES (p_user, 'infinity', -1) ON CONFLICT DO NOTHING;
-        SELECT * INTO b FROM trueup.balance WHERE user_id = p_user FOR UPDATE;
-    END IF;
-    at := coalesce(at, clock_timestamp());
-    SELECT t.*, trueup.log_epoch() AS log_epoch INTO e FROM trueup.entitlements(at) t WHERE t.user_id = p_user;
-    subscribed := FOUND;
-    IF b.user_id IS NULL THEN
-        RETURN;
-    END IF;
-    IF subscribed AND EXISTS (SELECT FROM trueup.token_grant WHERE user_id = p_user) THEN
-        PERFORM trueup.settle_grants(p_user, b.window_start, e.window_start, coalesce(b.plan_tokens, e.plan_tokens),
-                                     e.plan_tokens, at);
-        -- As settled: a row that was logged between the two statements must not count in one and not in the other.
-        e.original := (SELECT t.original FROM trueup.entitlements(at) t WHERE t.user_id = p_user);
-    END IF;
-    IF subscribed AND b.plan_tokens IS DISTINCT FROM e.plan_tokens THEN
-        -- What the window's plan had is needed when the window has ended, and then the host may know it no more.
-        UPDATE trueup.balance SET plan_tokens = e.plan_tokens WHERE user_id = p_user;
-    END IF;
-    IF subscribed AND (b.window_start, b.log_epoch) IS DISTINCT FROM (e.window_start, e.log_epoch) THEN
-        -- One statement, one snapshot: a log row and its delta are both seen here or both left for later.
-        WITH cleared AS (DELETE FROM trueup.usage_delta WHERE user_id = p_user)
-        SELECT coalesce(sum(l.{{usage_log.total_tokens}}), 0) INTO v_consumed
-        FROM {{usage_log}} l
-        WHERE l.{{usage_log.user_id}} = lock_account.p_user AND l.{{usage_log.success}}
-          AND l.{{usage_log.created_at}} >= e.window_start;
-        b.window_start := e.window_start;
-        b.log_epoch := e.log_epoch;
-    ELSE
-        WITH folded AS (DELETE FROM trueup.usage_delta WHERE user_id = p_user RETURNING used_at, tokens)
-        SELECT b.consumed + coalesce(sum(tokens) FILTER (WHERE used_at >= b.window_start), 0)
-        INTO v_consumed FROM folded;
-    END IF;
-    IF EXISTS (SELECT FROM trueup.hold WHERE user_id = p_user AND status = 'open' AND expires_at <= at) THEN
-        SELECT sum(o.freed) INTO v_overdue FROM trueup.end_overdue_holds(ARRAY[p_user], at) o;
-    END IF;
-    is_active := e.is_active;
-    end_date := e.end_date;
-    original := coalesce(e.original, 0);
-    window_start := b.window_start;
-    log_epoch := b.log_epoch;
-    consumed := v_consumed;
-    held := b.held - coalesce(v_overdue, 0);
-END $$;
-
--- End the holds of these users whose time has run out; the caller has locked their balances, and lowers `held` by `freed`.
--- A process may be frozen in a call and still come back with it: what such calls may cost stays held for as long again as
--- it is since the last of them began (trueup.kept_past_expiry), and `expired` is false. One that began a call of the
--- hold meanwhile has renewed it: the conditions on `h` are looked at again under its row's lock.
-CREATE OR REPLACE FUNCTION trueup.end_overdue_holds(p_users {{user_id_type}}[], at timestamptz)
-RETURNS TABLE (user_id {{user_id_type}}, expired boolean, freed bigint) LANGUAGE plpgsql AS $$
-#variable_conflict use_column
-BEGIN
-    RETURN QUERY
-    UPDATE trueup.hold h
-    SET status = CASE WHEN o.kept = 0 THEN 'expired' ELSE 'open' END,
-        closed_at = CASE WHEN o.kept = 0 THEN at END,
-        body_ended_at = CASE WHEN o.kept = 0 THEN h.body_ended_at ELSE at END,
-        tokens_reserved = CASE WHEN o.kept = 0 THEN h.tokens_reserved ELSE h.tokens_covered + o.kept END,
-        expires_at = CASE WHEN o.kept = 0 THEN h.expires_at ELSE o.kept_until END
-    FROM (
-        SELECT t.user_id, t.task_id, t.id, t.tokens_reserved - t.tokens_covered AS rest, k.kept, k.kept_until
-        FROM trueup.hold t CROSS JOIN LATERAL trueup.kept_past_expiry(t, at) k
-        WHERE t.user_id = ANY (p_users) AND t.status = 'open' AND t.expires_at <= at
-    ) o
-    WHERE (h.user_id, h.task_id, h.id) = (o.user_id, o.task_id, o.id) AND h.status = 'open' AND h.expires_at <= at
-    RETURNING h.user_id, o.kept = 0, o.rest - o.kept;
-END $$;
-
--- What calls of this task that are in flight may cost at most, other than the one named.
-CREATE OR REPLACE FUNCTION trueup.in_flight(
-    p_user {{user_id_type}}, p_task text, p_call_key text, p_attempt integer
-) RETURNS bigint LANGUAGE sql STABLE AS $$
-    SELECT coalesce(sum(c.tokens_bound), 0)::bigint FROM trueup.call_intent c
-    WHERE c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started'
-      AND (c.call_key, c.attempt) IS DISTINCT FROM (p_call_key, p_attempt)
-$$;
-
--- Reserve tokens for a task, or say why not (`reason`, NULL when admitted).
+-- Reserve tokens for a task, or say why not (`reason`, NULL when admitted). `passed`: why it would have been denied, had
+-- its feature's mode not let it pass; it then has all its tokens, whatever is left of the budget.
 --
 -- A task that has a hold open already gets it back, with the next attempt's number, which fences the one before:
---   * p_retries is higher: the attempt before has ended, for it asked for this retry itself, or its worker saw it die.
---   * its lease has run out: the attempt before is dead, or too slow. It may still be in a call, so what that call may
---     cost is kept back; and as much is added if the budget has it, for else a task whose worker died in a call of all
---     its hold could never go on.
+--   * p_retries is higher: the attempt that asked for this retry has ended, or its worker saw it die.
+--   * its lease has run out: the attempt before is dead, or too slow.
+--     In either case the attempt that has the hold may be in a call, for a retry may be another attempt's than that one's:
+--     so what the call may cost is kept back; and as much is added if the budget has it, for else a task whose worker died
+--     in a call of all its hold could never go on. (A worker that saw it die says so: trueup.abandon_calls.)
 --   * otherwise it is at work now, and this is a duplicate. `busy_until` says when to ask again. One duplicate that waits
 --     is enough for the case that the one at work dies; any other is `superfluous`, or they would multiply. The one that
 --     waits is given a number, `waits`, and brings it back as p_waits: copies of its message come with older ones.
@@ -124,8 +18,9 @@ $$;
 -- were closed, and gets it back with the new tokens added.
 CREATE OR REPLACE FUNCTION trueup.open_hold(
     p_user {{user_id_type}}, p_task text, p_retries integer, p_feature text, p_section text, p_owner text,
-    p_tokens bigint, p_lease interval, p_ttl interval, p_waits integer, INOUT at timestamptz,
-    OUT reason text, OUT busy_until timestamptz, OUT superfluous boolean, OUT waits integer, OUT hold_attempt integer, OUT tokens_left bigint,
+    p_tokens bigint, p_lease interval, p_ttl interval, p_waits integer, p_mode text, INOUT at timestamptz,
+    OUT reason text, OUT passed text, OUT busy_until timestamptz, OUT superfluous boolean, OUT waits integer,
+    OUT hold_attempt integer, OUT tokens_left bigint,
     OUT reattached boolean, OUT replay boolean, OUT expiry timestamptz,
     OUT original bigint, OUT consumed bigint, OUT held bigint, OUT end_date timestamptz
 ) LANGUAGE plpgsql AS $$
@@ -159,8 +54,7 @@ BEGIN
         WHERE NOT superfluous AND user_id = p_user AND task_id = p_task AND id = h.id;
     ELSIF v_at_work THEN
         SELECT sum(c.tokens_bound) INTO v_kept FROM trueup.call_intent c
-        WHERE p_retries <= h.retries AND c.user_id = p_user AND c.task_id = p_task
-          AND c.attempt = h.attempt AND c.outcome = 'started';
+        WHERE c.user_id = p_user AND c.task_id = p_task AND c.attempt = h.attempt AND c.outcome = 'started';
         IF trueup.decide(a.subscribed, a.is_active, a.end_date, original, consumed, held, v_kept, at) IS NULL
            AND v_kept > 0 THEN
             UPDATE trueup.hold SET tokens_reserved = tokens_reserved + v_kept
@@ -171,6 +65,17 @@ BEGIN
     ELSE
         IF NOT replay THEN
             reason := trueup.decide(a.subscribed, a.is_active, a.end_date, original, consumed, held, v_tokens, at);
+        END IF;
+        IF reason IS NOT NULL AND trueup.let_pass(p_user, p_task, p_feature, p_mode, reason, v_tokens, at) THEN
+            passed := reason;
+            reason := NULL;
+            IF a.consumed IS NULL THEN
+                -- Without a subscription there is no balance yet, and holds are to be told by it.
+                INSERT INTO trueup.balance (user_id, window_start, log_epoch)
+                VALUES (p_user, 'infinity', -1) ON CONFLICT DO NOTHING;
+                SELECT * INTO a FROM trueup.lock_account(p_user, at);
+                held := coalesce(a.held, 0);
+            END IF;
         END IF;
         IF reason IS NULL AND reattached THEN
             UPDATE trueup.hold SET tokens_reserved = tokens_reserved + v_tokens, completed = replay, body_ended_at = NULL
@@ -192,7 +97,7 @@ BEGIN
     END IF;
     UPDATE trueup.balance SET window_start = a.window_start, log_epoch = a.log_epoch,
                               consumed = a.consumed, held = coalesce(open_hold.held, a.held)
-    WHERE user_id = p_user;
+    WHERE user_id = p_user AND a.consumed IS NOT NULL;  -- or one was built beside us, and is right as it is
 END $$;
 
 -- Give an open hold to the next attempt; for trueup.open_hold, under its lock. Returns what that attempt may spend.
@@ -203,12 +108,6 @@ CREATE OR REPLACE FUNCTION trueup.take_over(
 DECLARE
     v_tokens bigint;
 BEGIN
-    -- The attempt before is over: what it started and did not record is not in flight, but unknown. Not so the calls
-    -- of attempts before that one, which lost the hold by their lease: nobody knows them to be dead.
-    UPDATE trueup.call_intent c SET outcome = 'unknown'
-    FROM trueup.hold h
-    WHERE h.user_id = p_user AND h.task_id = p_task AND h.id = p_id AND h.retries < p_retries
-      AND c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started' AND c.attempt = h.attempt;
     UPDATE trueup.hold h
     SET attempt = h.attempt + 1, retries = greatest(h.retries, p_retries), owner = p_owner,
         lease_until = p_lease_until, expires_at = p_expires_at
@@ -217,15 +116,25 @@ BEGIN
     RETURN greatest(v_tokens - trueup.in_flight(p_user, p_task, NULL, NULL), 0);
 END $$;
 
+-- A worker saw a process die: what that process had begun is in flight no more, and nobody knows what became of it.
+-- Only if the hold is still that process's: which attempt it was is not known of one that lost it.
+CREATE OR REPLACE FUNCTION trueup.abandon_calls(p_user {{user_id_type}}, p_task text, p_owner text)
+RETURNS void LANGUAGE sql AS $$
+    UPDATE trueup.call_intent c SET outcome = 'unknown'
+    FROM trueup.hold h
+    WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open' AND h.owner = p_owner
+      AND c.user_id = p_user AND c.task_id = p_task AND c.attempt = h.attempt AND c.outcome = 'started'
+$$;
+
 -- Give back what a hold has left. NULL when there was nothing to close: closed already, or another attempt's by now.
--- p_attempt NULL: whichever attempt has it, for a caller that knows it dead. p_completed: the body has returned.
+-- p_attempt NULL: that of p_owner, for a caller that knows it dead. p_completed: the body has returned.
 -- Attempts that lost their lease may still be in calls, and what comes back is charged late: the tokens of those calls are
 -- kept, and the hold stays open with them until they are charged or its time runs out: as long again as it has been given
 -- since the last of them began, as in trueup.kept_past_expiry. Then this returns 'open'.
 -- The commit is not waited for to reach the disk: lost in a crash of the server, the hold is open again, which promises
 -- too much to nobody, and its time runs out.
 CREATE OR REPLACE FUNCTION trueup.close_hold(
-    p_user {{user_id_type}}, p_task text, p_attempt integer, p_completed boolean, at timestamptz
+    p_user {{user_id_type}}, p_task text, p_attempt integer, p_owner text, p_completed boolean, at timestamptz
 ) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
     v_at timestamptz;
@@ -241,7 +150,7 @@ BEGIN
     v_at := coalesce(at, clock_timestamp());
     SELECT h.attempt, h.tokens_reserved - h.tokens_covered INTO v_attempt, v_rest FROM trueup.hold h
     WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open' AND h.body_ended_at IS NULL
-      AND (p_attempt IS NULL OR h.attempt = p_attempt);
+      AND (h.attempt = p_attempt OR (p_attempt IS NULL AND h.owner = p_owner));
     IF NOT FOUND THEN
         RETURN NULL;
     END IF;
@@ -267,8 +176,8 @@ BEGIN
 END $$;
 
 -- Take back the holds of dead owners, those of at most p_limit. Returns how many have ended, and all tokens that were
--- given back: also what holds gave back that stay open for calls in flight. A user whose balance is in use now is passed over:
--- that transaction, or the next sweep, does it.
+-- given back: also what holds gave back that stay open for calls in flight. A user whose balance is in use now is passed
+-- over: that transaction, or the next sweep, does it.
 CREATE OR REPLACE FUNCTION trueup.expire_holds(p_limit integer, at timestamptz)
 RETURNS TABLE (holds bigint, tokens bigint) LANGUAGE plpgsql AS $$
 DECLARE

@@ -164,8 +164,9 @@ def test_a_charge_does_not_wait_for_a_host_that_holds_the_counter(
 def test_usage_before_the_start_of_a_future_window_is_logged_and_does_not_count_in_it(
     host: Host, connection: Connection
 ) -> None:
-    user = host.subscriber(1_000, start=NOW + timedelta(days=1))
+    user = host.subscriber(1_000)
     hold = hold_tokens(connection, user, 500, now=NOW)
+    host.execute("UPDATE billing_subscription SET start_date = :at", at=NOW + timedelta(days=1))
     charge_tokens(connection, hold, 300, now=NOW)
     assert (host.used(user), balance(host, user)) == (300, (0, 200))
     assert_true(host)
@@ -296,3 +297,21 @@ def test_a_stored_answer_is_found_by_its_call_alone(host: Host, connection: Conn
     assert find_answer(connection, hold, "b") is None
     assert find_answer(connection, hold, "c") is None
     assert find_answer(connection, hold_tokens(connection, host.subscriber(), 1, task="task"), "a") is None
+
+
+def test_a_balance_that_is_made_while_a_charge_is_written_is_left_as_it_is(host: Host, connection: Connection) -> None:
+    """The work was paid for, whether its user had a subscription then or not."""
+    user = host.subscriber(1_000)
+    hold = hold_tokens(connection, user, 500)
+    host.execute("DELETE FROM trueup.hold; DELETE FROM trueup.balance")
+    host.execute("UPDATE billing_subscription SET user_id = :other", other=host.user())
+    another = host.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+    with another, in_background() as submit, locked(host, "LOCK TABLE ai_usage_log IN SHARE MODE") as session:
+        charging = submit(charge_tokens, another, hold, 300)
+        wait_for_lock(host)
+        host.execute("UPDATE billing_subscription SET user_id = :user", user=user)
+        connection.execute(text("SELECT trueup.refresh_balances(ARRAY[:user]::bigint[], NULL)"), {"user": user})
+        session.rollback()
+        assert charging.result().recorded
+    assert read_account(connection, user).consumed == 300
+    assert_true(host)

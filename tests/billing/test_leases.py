@@ -9,10 +9,10 @@ from sqlalchemy import Connection
 from billing.accounts import read_account
 from billing.calls import begin_call, extend_hold, list_unrecorded_calls
 from billing.errors import HoldBusyError, HoldOvertakenError, TokensDenied
-from billing.holds import Hold, close_abandoned_hold, close_hold, expire_holds, list_holds
+from billing.holds import Hold, abandon_calls, close_abandoned_hold, close_hold, expire_holds, list_holds
 from tests.support.books import assert_true
 from tests.support.host import START, Host
-from tests.support.work import balance, charge_tokens, hold_tokens
+from tests.support.work import OWNER, balance, charge_tokens, hold_tokens
 
 NOW = START + timedelta(days=3)
 LEASE = 30
@@ -54,7 +54,7 @@ def redo(connection: Connection, user: int, how: str) -> Hold:
         expire_holds(connection, now=after(600))
         return deliver(connection, user, 600)
     elif how == "it was abandoned":
-        close_abandoned_hold(connection, user, "t", now=NOW)
+        close_abandoned_hold(connection, user, "t", owner=OWNER, now=NOW)
     return deliver(connection, user, LEASE, retries=1 if how == "it asked for a retry" else 0)
 
 
@@ -176,6 +176,7 @@ def test_what_a_dead_attempt_was_buying_is_not_kept_back_from_its_retry_and_is_n
 ) -> None:
     first = deliver(connection, user)
     begin(connection, first, 400)
+    abandon_calls(connection, user, "t", owner=OWNER)
     retry = deliver(connection, user, 1, retries=1)
     assert retry.tokens_left == 600
     assert [call.tokens_bound for call in list_unrecorded_calls(connection)] == [400]
@@ -186,12 +187,13 @@ def test_what_a_dead_attempt_was_buying_is_not_kept_back_from_its_retry_and_is_n
 def test_a_retry_of_the_second_attempt_does_not_forget_the_call_of_a_slow_first(
     host: Host, connection: Connection, user: int
 ) -> None:
-    """Three attempts: the first is slow, the second asked for the third."""
+    """Three attempts: the first is slow, and the worker that saw the second die sent the third."""
     first = deliver(connection, user)
     begin(connection, first, 400)
     hold_tokens(connection, user, 1, now=NOW)
     second = deliver(connection, user, LEASE)
     begin(connection, second, 150, LEASE, key="2")
+    abandon_calls(connection, user, "t", owner=OWNER)
     third = deliver(connection, user, LEASE + 1, retries=1)
     assert third.tokens_left == 200
     assert [call.call_key for call in list_unrecorded_calls(connection)] == ["2"]
@@ -373,6 +375,31 @@ def test_the_tokens_of_a_call_in_flight_outlive_their_hold_once(host: Host, conn
     account = read_account(connection, user, now=after(1_199))
     assert (account.consumed, account.held) == (account.original, 0)
     assert [row.status for row in list_holds(connection, every_status=True)] == ["open", "settled"]
+    assert_true(host)
+
+
+def test_a_retry_leaves_the_call_of_another_delivery_covered(host: Host, connection: Connection, user: int) -> None:
+    """The attempt that asked for the retry is not the one that has the hold: that one lives, in a call."""
+    deliver(connection, user, tokens=900)
+    alive = deliver(connection, user, LEASE, tokens=900)
+    begin(connection, alive, 700, LEASE)
+    retry = deliver(connection, user, LEASE + 1, tokens=900, retries=1)
+    assert retry.tokens_left == 200
+    assert begin(connection, retry, 200, LEASE + 1) is None
+    charge_tokens(connection, retry, 200, now=after(LEASE + 2))
+    late = charge_tokens(connection, alive, 700, key="2", now=after(LEASE + 2))
+    assert (late.late, late.tokens_over) == (True, 0)
+    assert_true(host)
+
+
+def test_who_lost_the_hold_and_died_says_nothing_of_who_has_it(host: Host, connection: Connection, user: int) -> None:
+    alive = deliver(connection, user)
+    begin(connection, alive, 400)
+    abandon_calls(connection, user, "t", owner="test:2")
+    assert close_abandoned_hold(connection, user, "t", owner="test:2", now=NOW) is None
+    assert list_unrecorded_calls(connection) == []
+    assert begin(connection, alive, 201, key="2") == 200
+    assert close_abandoned_hold(connection, user, "t", owner=OWNER, now=NOW) == "released"
     assert_true(host)
 
 

@@ -24,23 +24,24 @@ from billing.calls import begin_call, end_call, extend_hold, list_unrecorded_cal
 from billing.charges import Charge
 from billing.errors import HoldBusyError, HoldOvertakenError, TokensDenied
 from billing.grants import list_grants
-from billing.holds import Hold, close_abandoned_hold, close_hold, expire_holds, list_holds
+from billing.holds import Hold, abandon_calls, close_abandoned_hold, close_hold, expire_holds, list_holds
 from billing.mapping import HostMapping
 from billing.reconcile import reconcile
 from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.host_machine import HOST_STEPS, Draw, HostMachine, sizes
 from tests.support.model_of_billing import Busy, Denied, Handle, ModelUser, Overtaken
-from tests.support.work import charge_tokens, hold_tokens
+from tests.support.work import OWNER, charge_tokens, hold_tokens
 
 EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "40"))
 STEP_COUNT = int(os.environ.get("STATE_MACHINE_STEPS", "50"))
 
-# `clock_timestamp()` finds this one before PostgreSQL's own: reconcile, too, then lives at the machine's time.
+# These are found before PostgreSQL's own: reconcile, too, then lives at the machine's time.
 CLOCK = """
     CREATE SCHEMA clock;
     CREATE TABLE clock.now AS SELECT clock_timestamp() AS at;
     CREATE FUNCTION clock.clock_timestamp() RETURNS timestamptz LANGUAGE sql STABLE AS 'SELECT at FROM clock.now';
+    CREATE FUNCTION clock.statement_timestamp() RETURNS timestamptz LANGUAGE sql STABLE AS 'SELECT at FROM clock.now';
 """
 
 CHARGES = """
@@ -50,11 +51,12 @@ CHARGES = """
 # Mostly the same task and call.
 tasks = st.sampled_from(["a", "a", "a", "b"])
 keys = st.sampled_from(["1", "1", "2"])
+owners = st.sampled_from([OWNER, OWNER, OWNER, "test:2"])
 STEPS = (
     *["open_hold"] * 6,
     *["begin_call", "record_charge", "close_hold"] * 4,
     *["end_call", "extend_hold"] * 2,
-    *["close_abandoned_hold", "expire_holds", "reconcile"],
+    *["close_abandoned_hold", "abandon_calls", "expire_holds", "reconcile"],
     *HOST_STEPS,
 )
 
@@ -182,9 +184,15 @@ class BillingMachine(HostMachine):
         assert close_hold(self.connection, hold, completed=completed, now=self.now) == expected
 
     def close_abandoned_hold(self, draw: Draw) -> None:
-        user, task = self.draw_user(draw), draw(tasks)
-        expected = user.close_hold(task, None, completed=False)
-        assert close_abandoned_hold(self.connection, user.user, task, now=self.now) == expected
+        user, task, owner = self.draw_user(draw), draw(tasks), draw(owners)
+        expected = user.close_hold(task, None, completed=False) if owner == OWNER else None
+        assert close_abandoned_hold(self.connection, user.user, task, owner=owner, now=self.now) == expected
+
+    def abandon_calls(self, draw: Draw) -> None:
+        user, task, owner = self.draw_user(draw), draw(tasks), draw(owners)
+        if owner == OWNER:
+            user.abandon_calls(task)
+        abandon_calls(self.connection, user.user, task, owner=owner)
 
     def expire_holds(self, draw: Draw) -> None:
         expired = [user.expire_holds(self.now) for user in self.users]
@@ -217,18 +225,26 @@ class BillingMachine(HostMachine):
     def _learn_what_was_settled(self) -> None:
         """A refreshed balance settles its grants; one that was fresh is not looked at. Either is right."""
         for user in self.users:
-            if self._settled(user) != (user.book.window, user.book.plan, user.book.settled):
+            if self._settled(user) != self._settled_in_model(user):
                 user.lock(self.now)
 
-    def _settled(self, user: ModelUser) -> tuple[Any, Any, dict[tuple[int, Any], int]]:
-        balance = self.host.execute(
-            "SELECT window_start, plan_tokens FROM trueup.balance WHERE user_id = :u", u=user.user
-        ).one_or_none()
+    def _settled(self, user: ModelUser) -> tuple[Any, Any, Any]:
+        told = self.host.execute(
+            "SELECT window_start, changed_at, settled_until FROM trueup.window_change WHERE user_id = :u ORDER BY id",
+            u=user.user,
+        ).all()
         uses = self.host.execute(
             "SELECT grant_id, window_start, tokens FROM trueup.grant_use WHERE user_id = :u", u=user.user
         )
-        window, plan = balance or (None, None)
-        return window, plan, {(row.grant_id, row.window_start): row.tokens for row in uses}
+        return (
+            [(row.window_start, row.changed_at) for row in told],
+            {row.window_start: row.settled_until for row in told if row.settled_until},
+            {(row.grant_id, row.window_start): row.tokens for row in uses},
+        )
+
+    def _settled_in_model(self, user: ModelUser) -> tuple[Any, Any, Any]:
+        book = user.book
+        return [(change.window, change.at) for change in book.told], book.closed, book.settled
 
     @invariant()
     def the_books_are_true(self) -> None:
@@ -241,7 +257,7 @@ class BillingMachine(HostMachine):
             held = user.held(self.now) if user.subscribed else 0
             assert (account.original, account.consumed) == (user.original(self.now), user.consumed())
             assert (account.held, account.counter) == (held, counter)
-            assert self._settled(user) == (user.book.window, user.book.plan, user.book.settled)
+            assert self._settled(user) == self._settled_in_model(user)
             if user.subscribed:
                 left = user.book.left(user.start, user.plan, user.counted(), self.now)
                 assert {g.id: g.tokens_left for g in list_grants(self.connection, user.user, now=self.now)} == left

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 
 from tests.support.model_of_grants import GrantBook, Logged
 
+TOLERANCE = timedelta(minutes=5)
 LOG_NAMESPACE = uuid.UUID("5b0e1c38-3d0b-5a34-9d5c-7d1f4b6f2a90")
 
 
@@ -128,6 +129,10 @@ class ModelUser:
             return 0
         return sum(row.tokens for row in self.log.values() if row.success and row.at >= self.start)
 
+    def dated(self, now: datetime) -> datetime:
+        """When usage of now counts as logged: the host's clock may be a little ahead."""
+        return self.start if self.subscribed and now < self.start <= now + TOLERANCE else now
+
     def held(self, now: datetime) -> int:
         """What is held at that moment; of overdue holds only what they keep."""
         return sum(hold.rest if hold.expires_at > now else self._kept(hold, now) for hold in self.holds)
@@ -136,7 +141,7 @@ class ModelUser:
         """Why a task of that size may not run."""
         if not self.subscribed:
             return "no_subscription"
-        if not self.is_active:
+        if not self.is_active or self.start > now + TOLERANCE:
             return "subscription_deactivated"
         if self.end is not None and self.end < now:
             return "subscription_expired"
@@ -198,11 +203,8 @@ class ModelUser:
         if hold is not None and hold.status == "open" and not hold.body_ended:
             if retries <= hold.retries and hold.lease_until > now:
                 return self._wait(hold, waits, now)
-            if retries > hold.retries:
-                self._forget_calls(task, hold.attempt)
-            else:
-                kept = self.in_flight(task, by=hold.attempt)
-                hold.reserved += kept if self.reason(kept, now) is None else 0
+            kept = self.in_flight(task, by=hold.attempt)
+            hold.reserved += kept if self.reason(kept, now) is None else 0
             return self._taken_over(hold, retries, lease, ttl, now)
         reason = None if replay else self.reason(tokens, now)
         if reason is not None:
@@ -249,6 +251,12 @@ class ModelUser:
         for (of, _, by), call in self.calls.items():
             if of == task and attempt in (None, by) and call.outcome == "started":
                 call.outcome = "unknown"
+
+    def abandon_calls(self, task: str) -> None:
+        """The process that has the hold is dead."""
+        hold = self.open_hold_of(task)
+        if hold is not None:
+            self._forget_calls(task, hold.attempt)
 
     def own_hold(self, handle: Handle) -> ModelHold:
         hold = self.open_hold_of(handle.task)
@@ -300,7 +308,7 @@ class ModelUser:
                 covered = min(total, self.spendable(hold, (place[1], handle.attempt)))
             known = ModelCharge(attempt=handle.attempt, total=total, covered=covered, late=not owns)
             self.charges[handle.task, key] = known
-            self.log[log_id(handle, key)] = Row(tokens=total, success=True, at=now)
+            self.log[log_id(handle, key)] = Row(tokens=total, success=True, at=self.dated(now))
             call = self.calls.pop(place, None)
             if hold is not None:
                 hold.covered += covered

@@ -11,6 +11,8 @@ from billing.holds import Hold, open_hold
 
 _numbers = itertools.count(1)
 
+OWNER = "test:1"
+
 
 def hold_tokens(
     connection: Connection,
@@ -32,7 +34,7 @@ def hold_tokens(
         feature_name="Test",
         section="chat",
         estimated_tokens=tokens,
-        owner="test:1",
+        owner=OWNER,
         lease_seconds=lease,
         ttl_seconds=ttl,
         retries=retries,

@@ -1,0 +1,210 @@
+"""How strict the gate is, feature by feature: a row in the database goes before the settings."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import get_args
+
+from sqlalchemy import Connection, text
+
+from billing.errors import InvalidInputError
+from billing.gate_settings import GateMode
+from billing.settings import get_settings
+from billing.users import UserId
+
+EVERY_FEATURE = "*"
+_MAX_NAME = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureMode:
+    """A feature and its mode. `source`: "run time" (a row in the database) or "settings".
+
+    `denied`, `denied_tokens`: what it would have been denied in the time looked at, had it been enforced.
+    """
+
+    feature_name: str
+    mode: GateMode
+    source: str
+    denied: int
+    denied_tokens: int
+    denied_users: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeChange:
+    """One change at run time. `mode` None: from then on the settings decide; `mode_before` None: they did."""
+
+    feature_name: str
+    mode_before: GateMode | None
+    mode: GateMode | None
+    changed_by: str
+    note: str
+    changed_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObservedDenial:
+    """What one feature would have been denied for one reason. `tokens`: the sum of what was asked for."""
+
+    feature_name: str
+    reason: str
+    times: int
+    tokens: int
+    users: int
+    last_at: datetime
+
+
+_SET = text("SELECT trueup.set_gate_mode(:feature_name, :mode, :changed_by, :note, CAST(:now AS timestamptz))")
+
+
+def set_mode(
+    connection: Connection,
+    feature_name: str,
+    mode: str | None,
+    *,
+    changed_by: str,
+    note: str,
+    now: datetime | None = None,
+) -> GateMode | None:
+    """Set a feature's mode from now on; `feature_name` "*" means every feature that has none of its own.
+
+    `mode` None: as the settings say. Returns the mode that was set before, None if none was. Each change leaves a row
+    that says who made it and why. Raises `InvalidInputError` for an unknown mode or an unusable name or note.
+    """
+    if mode is not None and mode not in get_args(GateMode):
+        raise InvalidInputError(f"mode: {mode!r} is none of {', '.join(get_args(GateMode))}")
+    values = {
+        "feature_name": _check_text("feature", feature_name),
+        "mode": mode,
+        "changed_by": _check_text("by", changed_by),
+        "note": _check_text("note", note, most=2000),
+        "now": now,
+    }
+    before: GateMode | None = connection.execute(_SET, values).scalar_one()
+    return before
+
+
+_FEATURES = text(
+    """
+    WITH seen AS (
+        SELECT d.feature_name, count(*) AS denied, sum(d.tokens)::bigint AS tokens, count(DISTINCT d.user_id) AS users
+        FROM trueup.observed_denial d WHERE d.denied_at >= clock_timestamp() - CAST(:since AS interval) GROUP BY 1
+    )
+    SELECT n.feature_name, trueup.gate_mode_of(n.feature_name, NULL) AS mode, coalesce(s.denied, 0) AS denied,
+           coalesce(s.tokens, 0) AS denied_tokens, coalesce(s.users, 0) AS denied_users
+    FROM (SELECT feature_name FROM trueup.gate_mode UNION SELECT feature_name FROM seen
+          UNION SELECT unnest(CAST(:names AS text[]))) n
+    LEFT JOIN seen s USING (feature_name)
+    ORDER BY n.feature_name = '*' DESC, n.feature_name
+    """
+)
+
+
+def list_modes(connection: Connection, *, known: list[str], hours: int = 24) -> list[FeatureMode]:
+    """Return the mode of every feature that has one of its own, was let pass lately, or is among `known`."""
+    gate = get_settings().gate
+    names = [EVERY_FEATURE, *gate.modes, *known]
+    rows = connection.execute(_FEATURES, {"names": names, "since": timedelta(hours=hours)})
+    return [
+        FeatureMode(
+            feature_name=row.feature_name,
+            mode=row.mode or gate.mode_of(row.feature_name),
+            source="run time" if row.mode else "settings",
+            denied=row.denied,
+            denied_tokens=row.denied_tokens,
+            denied_users=row.denied_users,
+        )
+        for row in rows
+    ]
+
+
+_CHANGES = text(
+    """
+    SELECT feature_name, mode_before, mode, changed_by, note, changed_at FROM trueup.gate_mode_change
+    ORDER BY id DESC LIMIT :limit
+    """
+)
+
+
+def list_changes(connection: Connection, *, limit: int = 50) -> list[ModeChange]:
+    """Return the changes at run time, newest first."""
+    return [ModeChange(**row) for row in connection.execute(_CHANGES, {"limit": limit}).mappings()]
+
+
+_DENIALS = text(
+    """
+    SELECT feature_name, reason, count(*) AS times, sum(tokens)::bigint AS tokens, count(DISTINCT user_id) AS users,
+           max(denied_at) AS last_at
+    FROM trueup.observed_denial WHERE denied_at >= clock_timestamp() - CAST(:since AS interval)
+    GROUP BY 1, 2 ORDER BY times DESC, 1, 2
+    """
+)
+
+
+def list_observed_denials(connection: Connection, *, hours: int = 24) -> list[ObservedDenial]:
+    """Return what would have been denied in the last `hours`, by feature and reason, the most frequent first."""
+    return [ObservedDenial(**row) for row in connection.execute(_DENIALS, {"since": timedelta(hours=hours)}).mappings()]
+
+
+_MODE = text("SELECT trueup.gate_mode_of(:feature_name, :mode)")
+
+
+def mode_of(connection: Connection, feature_name: str) -> GateMode:
+    """Return how strict the gate is for a feature now."""
+    settings = get_settings().gate.mode_of(feature_name)
+    mode: GateMode = connection.execute(_MODE, {"feature_name": feature_name, "mode": settings}).scalar_one()
+    return mode
+
+
+_LET_PASS = text(
+    "SELECT trueup.let_pass(:user_id, :task_id, :feature_name, :mode, :reason, :tokens, CAST(:now AS timestamptz))"
+)
+
+
+def lets_pass(
+    connection: Connection,
+    user_id: UserId,
+    *,
+    feature_name: str,
+    reason: str,
+    tokens: int,
+    task_id: str = "",
+    now: datetime | None = None,
+) -> bool:
+    """Return whether a check that was denied lets pass all the same; in mode "observe" that is noted.
+
+    For checks that hold nothing; the gate of a hold asks by itself. `task_id` "": there is none. `now`: None means the
+    database's clock.
+    """
+    values = {
+        "user_id": user_id,
+        "task_id": task_id,
+        "feature_name": feature_name,
+        "mode": get_settings().gate.mode_of(feature_name),
+        "reason": reason,
+        "tokens": tokens,
+        "now": now,
+    }
+    passed: bool = connection.execute(_LET_PASS, values).scalar_one()
+    return passed
+
+
+_PRUNE = text(
+    """
+    DELETE FROM trueup.observed_denial WHERE (user_id, id) IN (
+        SELECT user_id, id FROM trueup.observed_denial
+        WHERE denied_at < clock_timestamp() - CAST(:older_than AS interval) LIMIT :limit)
+    """
+)
+
+
+def prune_observed_denials(connection: Connection, *, older_than: timedelta, limit: int) -> int:
+    """Forget what was let pass longer ago, at most `limit` rows. Returns how many."""
+    return connection.execute(_PRUNE, {"older_than": older_than, "limit": limit}).rowcount
+
+
+def _check_text(name: str, value: str, *, most: int = _MAX_NAME) -> str:
+    value = value.strip()
+    if not value or len(value) > most or "\x00" in value:
+        raise InvalidInputError(f"{name}: give a text of 1 to {most} characters")
+    return value

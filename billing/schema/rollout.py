@@ -1,0 +1,46 @@
+"""How strict the gate is for each feature, who said so, and what it let pass."""
+
+from typing import Any
+
+from sqlalchemy import BigInteger, CheckConstraint, Column, Identity, Index, MetaData, PrimaryKeyConstraint, Table, Text
+
+from billing.schema.columns import moment, tokens
+
+
+def add_rollout_tables(metadata: MetaData, user_id: Any) -> None:
+    Table(
+        "gate_mode",
+        metadata,
+        # '*' stands for every feature that has no row of its own.
+        Column("feature_name", Text, nullable=False),
+        Column("mode", Text, nullable=False),
+        PrimaryKeyConstraint("feature_name", name="gate_mode_pkey"),
+        # A word that the gate does not know would enforce nothing.
+        CheckConstraint("mode IN ('enforce', 'observe', 'off')", name="gate_mode_is_known"),
+    )
+    Table(
+        "gate_mode_change",
+        metadata,
+        Column("id", BigInteger, Identity(always=True), nullable=False),
+        Column("feature_name", Text, nullable=False),
+        # Null: there was none, or there is none any more; then the settings decide.
+        Column("mode_before", Text, nullable=True),
+        Column("mode", Text, nullable=True),
+        Column("changed_by", Text, nullable=False),
+        Column("note", Text, nullable=False),
+        moment("changed_at"),
+        PrimaryKeyConstraint("id", name="gate_mode_change_pkey"),
+    )
+    Table(
+        "observed_denial",
+        metadata,
+        user_id(),
+        Column("id", BigInteger, Identity(always=True), nullable=False),
+        Column("task_id", Text, nullable=False),
+        Column("feature_name", Text, nullable=False),
+        Column("reason", Text, nullable=False),
+        tokens("tokens"),
+        moment("denied_at"),
+        PrimaryKeyConstraint("user_id", "id", name="observed_denial_pkey"),
+        Index("observed_denial_by_time", "denied_at"),
+    )

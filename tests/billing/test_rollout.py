@@ -1,0 +1,245 @@
+"""Modes of the gate: what is denied runs all the same, is noted or not, and leaves true books."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection
+
+from billing.access import check_gate
+from billing.calls import begin_call, extend_hold
+from billing.errors import InvalidInputError, TokensDenied
+from billing.gates import token_gate
+from billing.holds import close_hold
+from billing.rollout import (
+    lets_pass,
+    list_changes,
+    list_modes,
+    list_observed_denials,
+    mode_of,
+    prune_observed_denials,
+    set_mode,
+)
+from billing.settings import get_settings
+from billing.status import read_status
+from billing.utils import check_ai_access_for_user
+from tests.support.books import assert_true
+from tests.support.host import Host
+from tests.support.sessions import run_at_once
+from tests.support.work import balance, charge_tokens, hold_tokens
+
+FEATURE = "Test"  # of tests.support.work
+
+
+def mode(connection: Connection, mode: str | None, feature: str = FEATURE) -> str | None:
+    return set_mode(connection, feature, mode, changed_by="me", note="why")
+
+
+def denials(host: Host) -> list[Any]:
+    return [
+        tuple(row)
+        for row in host.execute("SELECT feature_name, reason, tokens FROM trueup.observed_denial ORDER BY id")
+    ]
+
+
+def subscribe(host: Host, user: int, tokens: int) -> None:
+    host.execute(
+        "INSERT INTO billing_subscription (id, user_id, token_plan_id, start_date, tokens_remaining, is_active) "
+        "VALUES (:user, :user, :plan, now() - interval '1 day', :tokens, true)",
+        user=user,
+        plan=host.plan(tokens),
+        tokens=tokens,
+    )
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    yield monkeypatch
+    monkeypatch.undo()
+    get_settings.cache_clear()
+
+
+def test_what_is_observed_runs_past_the_budget_and_is_noted(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    mode(connection, "observe")
+    hold = hold_tokens(connection, user, 1_500)
+    assert (hold.passed, hold.tokens_left) == ("insufficient_tokens", 1_500)
+    assert denials(host) == [(FEATURE, "insufficient_tokens", 1_500)]
+    charge_tokens(connection, hold, 1_400)
+    assert balance(host, user) == (1_400, 100)
+    close_hold(connection, hold)
+    again = hold_tokens(connection, user, 10)
+    assert again.passed == "no_tokens_remaining"
+    assert_true(host)
+
+
+def test_what_is_admitted_is_not_noted(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    mode(connection, "observe")
+    assert hold_tokens(connection, user, 1_000).passed is None
+    assert denials(host) == []
+
+
+def test_what_is_off_runs_and_is_not_noted(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000, active=False)
+    mode(connection, "off")
+    assert hold_tokens(connection, user, 1_500).passed == "subscription_deactivated"
+    assert denials(host) == []
+    assert_true(host)
+
+
+def test_a_feature_goes_before_every_feature_and_both_before_the_settings(
+    host: Host, connection: Connection, settings: pytest.MonkeyPatch
+) -> None:
+    user = host.subscriber(1_000)
+    settings.setenv("TRUEUP_GATE__DEFAULT_MODE", "off")
+    settings.setenv("TRUEUP_GATE__MODES", '{"Test": "observe"}')
+    get_settings.cache_clear()
+    hold_tokens(connection, user, 1_500)
+    assert len(denials(host)) == 1
+    mode(connection, "enforce", "*")
+    with pytest.raises(TokensDenied):
+        hold_tokens(connection, user, 1_500)
+    mode(connection, "off")
+    assert hold_tokens(connection, user, 1_500).passed
+    mode(connection, None)
+    with pytest.raises(TokensDenied):
+        hold_tokens(connection, user, 1_500)
+    assert len(denials(host)) == 1
+
+
+def test_a_user_without_a_subscription_is_let_pass_with_true_books(host: Host, connection: Connection) -> None:
+    user = host.user()
+    mode(connection, "observe")
+    hold = hold_tokens(connection, user, 300)
+    assert (hold.passed, hold.tokens_left) == ("no_subscription", 300)
+    assert begin_call(connection, hold, call_key="1", tokens_bound=300, lease_seconds=30, ttl_seconds=60) is None
+    charge_tokens(connection, hold, 200)
+    assert_true(host)
+    subscribe(host, user, 1_000)
+    second = hold_tokens(connection, user, 500)
+    assert second.passed is None
+    assert balance(host, user) == (200, 600)
+    close_hold(connection, hold)
+    close_hold(connection, second)
+    assert balance(host, user) == (200, 0)
+    assert_true(host)
+
+
+def test_an_extension_obeys_the_mode_too(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    hold = hold_tokens(connection, user, 800)
+    assert extend_hold(connection, hold, 500) == ("insufficient_tokens", 800)
+    mode(connection, "observe")
+    assert extend_hold(connection, hold, 500) == (None, 1_300)
+    assert denials(host) == [(FEATURE, "insufficient_tokens", 500)]
+    close_hold(connection, hold)
+    with pytest.raises(Exception, match="lost its hold"):
+        extend_hold(connection, hold, 5_000)
+    assert len(denials(host)) == 1
+    assert_true(host)
+
+
+def test_a_redelivery_of_what_was_let_pass_is_not_noted_again(host: Host, connection: Connection) -> None:
+    user = host.subscriber(100)
+    mode(connection, "observe")
+    hold_tokens(connection, user, 500, task="t")
+    again = hold_tokens(connection, user, 500, task="t", retries=1)
+    assert (again.reattached, again.tokens_left, len(denials(host))) == (True, 500, 1)
+
+
+@pytest.mark.parametrize(("set_to", "passes", "noted"), [("enforce", False, 0), ("observe", True, 1), ("off", True, 0)])
+def test_a_check_that_holds_nothing_obeys_the_mode(
+    host: Host, connection: Connection, set_to: str, passes: bool, noted: int
+) -> None:
+    user = host.subscriber(100)
+    mode(connection, set_to)
+    denied = {"feature_name": FEATURE, "reason": "insufficient_tokens", "tokens": 500}
+    assert lets_pass(connection, user, **denied) is passes
+    assert len(denials(host)) == noted
+
+
+def test_each_change_is_written_down_once(host: Host, connection: Connection) -> None:
+    assert [mode(connection, m) for m in ("observe", "observe", "enforce", None, None)] == [
+        None,
+        "observe",
+        "observe",
+        "enforce",
+        None,
+    ]
+    changes = [(c.mode_before, c.mode, c.changed_by, c.note) for c in reversed(list_changes(connection))]
+    assert changes == [
+        (None, "observe", "me", "why"),
+        ("observe", "enforce", "me", "why"),
+        ("enforce", None, "me", "why"),
+    ]
+
+
+def test_of_those_who_change_a_mode_at_once_each_says_what_it_changed(host: Host) -> None:
+    def change(to: str) -> None:
+        with host.engine.begin() as connection:
+            mode(connection, to)
+
+    run_at_once([lambda to=to: change(to) for to in ("observe", "enforce", "off", "observe", "enforce", "off")])  # type: ignore[misc]
+    changes = host.execute("SELECT mode_before, mode FROM trueup.gate_mode_change ORDER BY id").all()
+    assert [before for before, _ in changes] == [None, *(after for _, after in changes[:-1])]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "enforced"}, "mode: 'enforced' is none of enforce, observe, off"),
+        ({"feature_name": " "}, "feature: give a text"),
+        ({"note": ""}, "note: give a text"),
+        ({"changed_by": "\x00"}, "by: give a text"),
+    ],
+)
+def test_a_malformed_change_is_refused(connection: Connection, change: dict[str, str], message: str) -> None:
+    values = {"feature_name": FEATURE, "mode": "observe", "changed_by": "me", "note": "why"} | change
+    with pytest.raises(InvalidInputError, match=message):
+        set_mode(connection, values.pop("feature_name"), values.pop("mode"), **values)
+    assert list_changes(connection) == []
+
+
+def test_modes_and_denials_are_listed_with_what_they_would_have_cost(host: Host, connection: Connection) -> None:
+    first, second = host.subscriber(100), host.subscriber(100)
+    mode(connection, "observe")
+    for user in (first, first, second):
+        hold_tokens(connection, user, 500)
+    modes = {m.feature_name: m for m in list_modes(connection, known=["Other"])}
+    assert [(name, m.mode, m.source) for name, m in modes.items()] == [
+        ("*", "enforce", "settings"),
+        ("Other", "enforce", "settings"),
+        (FEATURE, "observe", "run time"),
+    ]
+    assert (modes[FEATURE].denied, modes[FEATURE].denied_tokens, modes[FEATURE].denied_users) == (3, 1_500, 2)
+    (denial,) = list_observed_denials(connection)
+    assert (denial.reason, denial.times, denial.tokens, denial.users) == ("insufficient_tokens", 3, 1_500, 2)
+    status = read_status(connection)
+    assert (status.observed_denials, status.observed_denial_tokens) == (3, 1_500)
+
+
+def test_old_denials_are_forgotten(host: Host, connection: Connection) -> None:
+    user = host.subscriber(100)
+    mode(connection, "observe")
+    for _ in range(3):
+        hold_tokens(connection, user, 500)
+    host.execute("UPDATE trueup.observed_denial SET denied_at = now() - interval '91 days' WHERE id % 3 <> 0")
+    kept = timedelta(days=90)
+    pruned = [prune_observed_denials(connection, older_than=kept, limit=1) for _ in range(3)]
+    assert pruned == [1, 1, 0]
+    assert len(denials(host)) == 1
+
+
+@pytest.mark.parametrize(("set_to", "passes"), [("enforce", False), ("observe", True), ("off", True)])
+def test_the_gate_of_a_view_obeys_the_mode_and_a_plain_check_does_not(
+    host: Host, connection: Connection, set_to: str, passes: bool
+) -> None:
+    user = host.subscriber(100)
+    mode(connection, set_to)
+    assert check_gate(connection, user, 500, FEATURE)["has_access"] is passes
+    assert token_gate(500, FEATURE).ask(user)["has_access"] is passes
+    assert check_ai_access_for_user(user, 500, FEATURE)["has_access"] is False
+    assert mode_of(connection, FEATURE) == set_to
+    assert len(denials(host)) == (2 if set_to == "observe" else 0)
