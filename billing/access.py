@@ -7,6 +7,7 @@ from sqlalchemy import Connection
 
 from billing.accounts import Account, read_decision
 from billing.errors import DenialPayload, InvalidInputError
+from billing.rollout import lets_pass
 from billing.users import UserId
 
 Reason = Literal[
@@ -80,6 +81,16 @@ def check_access(
             feature_name=feature_name,
             estimated_tokens=estimated_tokens,
             available=account.available,
+        )
+    return access
+
+
+def check_gate(connection: Connection, user_id: UserId, estimated_tokens: int, feature_name: str) -> Access:
+    """Check as the gate of a view does: what is denied has access if the feature's mode lets it pass."""
+    access = check_access(connection, user_id, estimated_tokens, feature_name)
+    if not access["has_access"]:
+        access["has_access"] = lets_pass(
+            connection, user_id, feature_name=feature_name, reason=access["reason"], tokens=estimated_tokens
         )
     return access
 

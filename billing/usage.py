@@ -1,4 +1,4 @@
-"""Rows of the AI usage log, as the host and trueup wrote them."""
+"""The AI usage log: its rows, as the host and trueup wrote them, and the tracker that adds to it."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -6,24 +6,11 @@ from datetime import datetime
 from sqlalchemy import Connection
 
 from billing.mapping import HostMapping, render_statement
+from billing.sections import SECTIONS
+from billing.tracking import TrackedUsage, ai_usage, track_ai_usage
 from billing.users import UserId
 
-# The log's own vocabulary of features, from the specification of the host's schema.
-SECTIONS = frozenset(
-    {
-        "chat",
-        "prompt_generation",
-        "marketing_workflow",
-        "knowledge_qa",
-        "product_recommendation",
-        "rag_pipeline",
-        "web_knowledge",
-        "session_memory",
-        "intent_detection",
-        "embedding_generation",
-        "other",
-    }
-)
+__all__ = ["SECTIONS", "TrackedUsage", "UsageRow", "ai_usage", "list_usage", "track_ai_usage"]
 
 
 @dataclass(frozen=True, kw_only=True)

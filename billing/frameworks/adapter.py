@@ -1,0 +1,58 @@
+"""What the decorators need of a web framework."""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from billing.gates import Refusal
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A decorated view. `name`: for messages."""
+
+    function: Callable[..., Any]
+    name: str
+
+
+class Adapter(Protocol):
+    """One call of a view, as its framework sees it."""
+
+    def user(self) -> Any:
+        """Return the request's user; None without one."""
+        ...
+
+    async def auser(self) -> Any:
+        """Return the request's user in an async view; None without one."""
+        ...
+
+    def answer(self, refusal: Refusal) -> Any:
+        """Return the framework's response for a refusal, or raise what makes it answer so."""
+        ...
+
+    def undo(self) -> None:
+        """Have the framework roll back what the view has done, as for an error that leaves it."""
+        ...
+
+
+UserLoader = Callable[..., Any]
+
+
+def loaded(module: str, name: str) -> Any:
+    """Return an attribute of a module if the host has it loaded, else None."""
+    return getattr(sys.modules.get(module), name, None)
+
+
+def first_instance(kind: Any, values: Iterable[object]) -> Any:
+    """Return the first value of that class; None without one, or when its class is not loaded."""
+    return None if kind is None else next((value for value in values if isinstance(value, kind)), None)
+
+
+def known_user(user: Any) -> Any:
+    """Return a user as `billing.users.user_id_of` takes it: None for an anonymous one, the id of claims or a row."""
+    if user is None or not getattr(user, "is_authenticated", True):
+        return None
+    if isinstance(user, Mapping):
+        return next((user[key] for key in ("id", "user_id") if key in user), None)
+    return user

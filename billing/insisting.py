@@ -1,0 +1,35 @@
+"""Writes that stand for money spent: while the database is away they are tried again, and never given up silently."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from sqlalchemy import Connection
+
+from billing import db
+from billing.errors import ServiceUnavailableError
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# How long a write waits before each further try.
+RETRY_DELAYS_SECONDS = (0.1, 0.5, 1, 2, 5, 10)
+
+
+def insist(write: Callable[[Connection], Result], what: str) -> Result:
+    """Run a write that is idempotent by key, and again for about 20 s while the database does not answer.
+
+    `what`: the figures, for the log, if it is all in vain. Raises `ServiceUnavailableError` then.
+    """
+    for delay in RETRY_DELAYS_SECONDS:
+        try:
+            return db.retrying(write)
+        except ServiceUnavailableError:
+            time.sleep(delay)
+    try:
+        return db.retrying(write)
+    except ServiceUnavailableError:
+        logger.exception("usage not recorded: %s", what)
+        raise

@@ -1,0 +1,300 @@
+"""Tokens held for a request: the same gate as a task's, charges once each, and nothing left held afterwards."""
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from ai.metering import MeteredModel, spending_from
+from ai.model import Message
+from ai.providers import provider_from_settings
+from billing import db, insisting
+from billing.decorators import ai_tokens
+from billing.errors import (
+    HoldBusyError,
+    HoldOvertakenError,
+    InvalidInputError,
+    NoHoldError,
+    ServiceUnavailableError,
+    TokensDenied,
+)
+from billing.holds import list_holds
+from billing.settings import get_settings
+from billing.utils import get_accurate_tokens_remaining
+from tests.support.books import assert_true
+from tests.support.host import Host
+from tests.support.sessions import locked_balance, run_at_once, wait_for_lock
+from tests.support.work import balance
+
+
+@pytest.fixture
+def user(host: Host) -> int:
+    return host.subscriber(10_000)
+
+
+def spend(hold: ai_tokens, tokens: int = 300, **more: Any) -> Any:
+    return hold.charge(prompt_tokens=tokens - 100, completion_tokens=100, model_name="m", **more)
+
+
+def statuses() -> list[str]:
+    with db.connect() as connection:
+        return [row.status for row in list_holds(connection, every_status=True)]
+
+
+def test_tokens_are_held_in_the_block_charged_by_it_and_given_back_after_it(host: Host, user: int) -> None:
+    with ai_tokens(user, 1_500, "Summaries", "chat") as hold:
+        assert (balance(host, user), hold.tokens_left) == ((0, 1_500), 1_500)
+        charge = spend(hold, metadata={"a": 1}, response_time_ms=5)
+        assert (charge.recorded, charge.tokens_over, hold.tokens_left) == (True, 0, 1_200)
+        assert balance(host, user) == (300, 1_200)
+    assert (balance(host, user), host.used(user), host.counter(user)) == ((300, 0), 300, 9_700)
+    row = host.execute("SELECT section, model_name, metadata FROM ai_usage_log").one()
+    assert (row.section, row.model_name) == ("chat", "m")
+    assert row.metadata["feature"] == "Summaries"
+    assert row.metadata["a"] == 1
+    assert statuses() == ["settled"]
+    assert_true(host)
+
+
+@pytest.mark.parametrize("failure", [LookupError, SystemExit, KeyboardInterrupt, asyncio.CancelledError])
+def test_a_block_that_ends_otherwise_gives_its_tokens_back_too(
+    host: Host, user: int, failure: type[BaseException]
+) -> None:
+    with pytest.raises(failure), ai_tokens(user, 1_500):
+        raise failure
+    assert (balance(host, user), statuses()) == ((0, 0), ["released"])
+
+
+def test_a_denial_carries_the_body_of_a_402_and_nothing_is_held(host: Host) -> None:
+    user = host.subscriber(1_000)
+    with pytest.raises(TokensDenied) as denied, ai_tokens(user, 1_001, "Summaries"):
+        pytest.fail("the block ran")
+    assert denied.value.payload == {
+        "success": False,
+        "error": "Insufficient tokens for Summaries: 1001 needed, 1000 available",
+        "error_code": "insufficient_tokens",
+        "tokens_remaining": 1_000,
+        "original_tokens": 1_000,
+        "consumed_tokens": 0,
+        "days_remaining": None,
+    }
+    with pytest.raises(TokensDenied, match="no_subscription"), ai_tokens(None, 1):
+        pytest.fail("the block ran")
+    assert statuses() == []
+
+
+def test_blocks_at_once_never_hold_more_than_there_is(host: Host) -> None:
+    user = host.subscriber(4_000)
+    everyone_has_asked = threading.Barrier(8, timeout=20)
+
+    def work() -> bool:
+        try:
+            with ai_tokens(user, 1_000) as hold:
+                everyone_has_asked.wait()
+                spend(hold, 1_000)
+                return True
+        except TokensDenied:
+            everyone_has_asked.wait()
+            return False
+
+    assert sorted(run_at_once([work] * 8)) == [False] * 4 + [True] * 4
+    assert (host.used(user), host.counter(user), balance(host, user)) == (4_000, 0, (4_000, 0))
+    assert_true(host)
+
+
+def test_each_charge_is_another_call_unless_it_names_the_same(host: Host, user: int) -> None:
+    with ai_tokens(user, 1_500) as hold:
+        spend(hold)
+        spend(hold)
+        assert spend(hold, key="a~1").recorded
+        assert not spend(hold, key="a~1").recorded
+        assert spend(hold, key="a").recorded
+        assert spend(hold, key="a%7E1").recorded
+        assert hold.tokens_left == 0
+    assert host.used(user) == 1_500
+    assert_true(host)
+
+
+def test_more_than_was_held_is_recorded_all_the_same_and_said(host: Host, user: int) -> None:
+    with ai_tokens(user, 200) as hold:
+        assert spend(hold).tokens_over == 100
+        assert hold.tokens_left == 0
+    assert host.used(user) == 300
+    assert_true(host)
+
+
+def test_a_hold_is_extended_if_the_budget_has_it(host: Host, user: int) -> None:
+    with ai_tokens(user, 9_000) as hold:
+        assert hold.extend(1_000)
+        assert hold.tokens_left == 10_000
+        assert not hold.extend(1)
+        assert hold.tokens_left == 10_000
+        with pytest.raises(InvalidInputError, match="tokens"):
+            hold.extend(-1)
+    assert balance(host, user) == (0, 0)
+
+
+def test_a_hold_whose_time_has_run_out_is_not_extended_and_its_charge_is_late(host: Host, user: int) -> None:
+    with ai_tokens(user, 1_000) as hold:
+        host.execute("UPDATE trueup.hold SET expires_at = clock_timestamp() - interval '1 second'")
+        get_accurate_tokens_remaining(user)
+        with pytest.raises(HoldOvertakenError):
+            hold.extend(1)
+        assert spend(hold).late
+        assert hold.tokens_left == 0
+    assert (host.used(user), statuses()) == (300, ["expired"])
+    assert_true(host)
+
+
+def test_a_copy_of_a_request_is_not_let_in_while_it_is_at_work_and_gated_anew_after_it(host: Host) -> None:
+    user = host.subscriber(1_000)
+    with ai_tokens(user, 400, key="order 7") as hold:
+        spend(hold)
+        with pytest.raises(HoldBusyError), ai_tokens(user, 400, key="order 7"):
+            pytest.fail("the copy ran")
+        with ai_tokens(host.subscriber(), 400, key="order 7"):
+            pass  # another user's key is another key
+    with ai_tokens(user, 400, key="order 7") as hold:
+        assert hold.tokens_left == 400
+        assert spend(hold).recorded  # bought again, so charged again
+    assert host.used(user) == 600
+    with pytest.raises(TokensDenied), ai_tokens(user, 401, key="order 7"):
+        pytest.fail("it ran without tokens")
+    assert_true(host)
+
+
+def test_no_name_of_a_call_is_taken_for_the_second_buying_of_another(host: Host, user: int) -> None:
+    with ai_tokens(user, 400, key="order 7") as hold:
+        spend(hold, key="a")
+    with ai_tokens(user, 1_000, key="order 7") as hold:
+        assert spend(hold, key="a~2").recorded
+        assert spend(hold, key="a").recorded
+    assert host.used(user) == 900
+
+
+def test_a_hold_is_of_use_in_its_block_only_and_one_block_at_a_time(host: Host, user: int) -> None:
+    hold = ai_tokens(user, 1_000)
+    with pytest.raises(NoHoldError):
+        spend(hold)
+    with hold, pytest.raises(InvalidInputError, match="in use"), hold:
+        pytest.fail("twice")
+    with pytest.raises(NoHoldError):
+        hold.extend(1)
+    with hold:
+        spend(hold)
+    assert (host.used(user), hold.tokens_left) == (300, 0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"estimated_tokens": -1}, "estimated_tokens"),
+        ({"estimated_tokens": 1.5}, "estimated_tokens"),
+        ({"feature_name": " "}, "feature_name"),
+        ({"feature_name": None}, "feature_name"),
+        ({"section": "sales"}, "section"),
+        ({"key": ""}, "key"),
+        ({"user": "five"}, "user_id"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_held(database: str, wrong: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidInputError, match=rf"^{field}: "):
+        ai_tokens(**{"user": 1, "estimated_tokens": 1, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"prompt_tokens": -1}, "prompt_tokens"),
+        ({"completion_tokens": None}, "completion_tokens"),
+        ({"total_tokens": 1.0}, "total_tokens"),
+        ({"model_name": None}, "model_name"),
+        ({"key": ""}, "key"),
+        ({"metadata": {"x": {1}}}, "metadata"),
+        ({"response_time_ms": "1"}, "response_time_ms"),
+    ],
+)
+def test_wrong_figures_are_refused_by_name_and_cost_no_place_in_the_order(
+    host: Host, user: int, wrong: dict[str, Any], field: str
+) -> None:
+    with ai_tokens(user, 1_000) as hold:
+        with pytest.raises(InvalidInputError, match=rf"^{field}: "):
+            hold.charge(**{"prompt_tokens": 1, "completion_tokens": 1, "model_name": "m", **wrong})
+        spend(hold)
+    assert host.value("SELECT call_key FROM trueup.charge") == "1"
+
+
+def test_without_the_database_nothing_runs_and_a_charge_is_not_lost_silently(
+    host: Host, user: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(insisting, "RETRY_DELAYS_SECONDS", (0,))
+    with ai_tokens(user, 1_000) as hold:
+        monkeypatch.setenv("TRUEUP_DATABASE_URL", "postgresql://nobody@127.0.0.1:1/x")
+        get_settings.cache_clear()
+        db.dispose_engine()
+        with pytest.raises(ServiceUnavailableError):
+            spend(hold)
+        assert "300 tokens" in caplog.text
+    assert "not closed: it expires" in caplog.text
+    with pytest.raises(ServiceUnavailableError), ai_tokens(user, 1_000):
+        pytest.fail("it ran unmetered")
+
+
+def test_trueups_own_model_client_spends_from_it(host: Host, user: int) -> None:
+    settings = get_settings()
+    model = MeteredModel(provider_from_settings(settings), settings)
+    with ai_tokens(user, 500, "Ask", "chat") as hold, spending_from(hold.hold):
+        answer = model.complete([Message(role="user", content="Summarize: orders are sent within two days.")])
+    assert host.used(user) == answer.total_tokens > 0
+    assert balance(host, user) == (answer.total_tokens, 0)
+    assert_true(host)
+
+
+def test_an_async_block_does_the_same_without_blocking_the_loop(host: Host, user: int) -> None:
+    async def work() -> None:
+        async with ai_tokens(user, 1_000) as hold:
+            await hold.acharge(prompt_tokens=200, completion_tokens=100, model_name="m")
+            assert await hold.aextend(500)
+            assert hold.tokens_left == 1_200
+        with pytest.raises(TokensDenied):
+            async with ai_tokens(user, 10_000):
+                pytest.fail("it ran")
+
+    asyncio.run(work())
+    assert (host.used(user), balance(host, user)) == (300, (300, 0))
+    assert_true(host)
+
+
+def test_a_caller_that_is_cancelled_while_its_hold_is_opened_leaves_none_open(host: Host, user: int) -> None:
+    with ai_tokens(user, 1):
+        pass  # so that there is a balance to lock
+
+    async def work() -> None:
+        with locked_balance(host, user) as session:
+            entering = asyncio.create_task(enter())
+            await asyncio.to_thread(wait_for_lock, host)
+            entering.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await entering
+            session.execute(text("ROLLBACK"))
+        while statuses() != ["released", "released"]:
+            await asyncio.sleep(0.01)
+
+    async def enter() -> None:
+        async with ai_tokens(user, 1_000):
+            pytest.fail("it ran")
+
+    asyncio.run(asyncio.wait_for(work(), 20))
+    assert balance(host, user) == (0, 0)
+
+
+def test_a_block_that_is_cancelled_gives_its_tokens_back(host: Host, user: int) -> None:
+    async def work() -> None:
+        async with ai_tokens(user, 1_000):
+            raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(work())
+    assert (balance(host, user), statuses()) == ((0, 0), ["released"])

@@ -1,0 +1,75 @@
+"""What must hold of every host, whatever its framework."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from billing.access import denial_payload
+from billing.utils import check_ai_access_for_user, get_accurate_tokens_remaining
+from tests.hosts.people import POOR, REASONS, RICH, SPENT, Person
+from tests.hosts.running import Server
+from tests.support.host import Host
+
+FEATURE = "My Feature"
+NOBODY = {"success": False, "error": "Authentication required", "error_code": "not_authenticated"}
+AWAY = {
+    "success": False,
+    "error": "Tokens can't be checked or recorded now. Try again later",
+    "error_code": "service_unavailable",
+}
+
+# Every reason of the gate, for tests of each.
+denied = pytest.mark.parametrize("person", REASONS, ids=lambda person: person.name)
+
+
+def denial_of(person: Person, tokens: int = 1500, feature: str = FEATURE) -> dict[str, Any]:
+    """Return the body of a 402 as the specification's own functions give it."""
+    return dict(denial_payload(check_ai_access_for_user(person.id, tokens, feature)))
+
+
+def assert_denied(answer: httpx.Response, person: Person, **asked: Any) -> None:
+    assert (answer.status_code, answer.json()) == (402, denial_of(person, **asked))
+    assert answer.json()["error_code"] == REASONS[person]
+
+
+def assert_asks_for_a_subscription_only(server: Server, path: str, person: Person) -> None:
+    """Who has one is let in, whatever is left of its tokens."""
+    answer = server.post(path, person)
+    if person in (POOR, SPENT):
+        assert answer.json() == {"user": person.id}
+    else:
+        assert_denied(answer, person, tokens=0)
+
+
+def assert_lets_in(server: Server, path: str) -> None:
+    answer = server.post(path, RICH)
+    assert (answer.status_code, answer.json()["user"]) == (200, RICH.id)
+
+
+def assert_turns_nobody_in(server: Server, path: str) -> None:
+    answer = server.post(path, None)
+    assert (answer.status_code, answer.json()) == (401, NOBODY)
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+
+
+def assert_closed(server: Server, path: str) -> None:
+    """The database does not answer: nobody is let in, and the answer says when to come again, not where it is."""
+    answer = server.post(path, RICH)
+    assert (answer.status_code, answer.json()) == (503, AWAY)
+    assert answer.headers["Retry-After"] == "5"
+
+
+def assert_requests_at_once_never_overspend(server: Server, host: Host, person: Person) -> None:
+    """Of eight requests of 1 000 tokens each, a budget of 4 000 pays for four; and everything shows the same."""
+    client = server.client(person)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: client.post("/spend"), range(8)))
+    assert sorted(answer.status_code for answer in answers) == [200] * 4 + [402] * 4
+    assert {answer.json()["error_code"] for answer in answers if answer.status_code == 402} <= {
+        "insufficient_tokens",
+        "no_tokens_remaining",
+    }
+    assert client.get("/counts").json() == [4_000, 4_000, 0] == list(get_accurate_tokens_remaining(person.id))
+    assert (host.used(person.id), host.counter(person.id)) == (4_000, 0)

@@ -1,0 +1,58 @@
+"""The code of the specification's examples and of the manual, in this project."""
+
+from typing import Any
+
+from rest_framework.decorators import api_view, permission_classes
+from rest_framework.exceptions import PermissionDenied
+from rest_framework.permissions import IsAuthenticated
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.views import APIView
+
+from ai.model import Completion
+from tests.hosts.documents import MANUAL, SPECIFICATION, run
+
+
+class _Service:
+    """What the examples leave to the reader."""
+
+    def generate(self, *_: Any) -> str:
+        return "generated"
+
+    def complete(self, _: Any, *, max_tokens: int) -> Completion:
+        return Completion(
+            text=f"of at most {max_tokens}",
+            prompt_tokens=200,
+            completion_tokens=100,
+            total_tokens=300,
+            model_name="m",
+            response_time_ms=1,
+        )
+
+
+_rest = {"APIView": APIView, "IsAuthenticated": IsAuthenticated, "Response": Response}
+
+display = run(SPECIFICATION, "Example 1: Get Accurate Tokens in Any View", **_rest)["my_view"]
+operation = run(SPECIFICATION, "Example 2: Validate AI Access Before Operation")["my_ai_operation"]
+GatedView = run(SPECIFICATION, "Example 3: Use Decorator on API View", **_rest, my_ai_service=_Service())["MyAIAPIView"]
+
+
+@api_view(["POST"])
+@permission_classes([IsAuthenticated])
+def operate(request: Request) -> Response:
+    """Run the second example's operation as a view would."""
+    try:
+        operation(request.user)
+    except PermissionError as denied:
+        raise PermissionDenied(str(denied)) from denied
+    return Response({"result": "done"})
+
+
+async def write_summary(*_: Any) -> str:
+    return "short"
+
+
+ManualRestView = run(MANUAL, "Django REST framework", summarize=_Service().generate)["SummaryView"]
+manual_function = run(MANUAL, "Django", summarize=_Service().generate)["summary"]
+manual_async = run(MANUAL, "Django, async", summarize=write_summary)["summary"]
+manual_hold = run(MANUAL, "Holding tokens", provider=_Service())["summary"]

@@ -1,0 +1,36 @@
+"""Who uses the hosts: one user for each answer of the gate."""
+
+from dataclasses import dataclass
+
+PASSWORD = "correct horse"
+JWT_SECRET = "only-for-tests-and-long-enough-for-hs256"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Person:
+    """A user. `tokens` None: without a subscription; `used`: count in the log."""
+
+    id: int
+    name: str
+    tokens: int | None = 1_000_000
+    used: int = 0
+    active: bool = True
+    expired: bool = False
+
+
+RICH = Person(id=101, name="rich")
+POOR = Person(id=102, name="poor", tokens=1_000)
+SPENT = Person(id=103, name="spent", tokens=2_000, used=2_000)
+EXPIRED = Person(id=104, name="expired", expired=True)
+STOPPED = Person(id=105, name="stopped", active=False)
+STRANGER = Person(id=106, name="stranger", tokens=None)
+RACERS = tuple(Person(id=200 + number, name=f"racer{number}", tokens=4_000) for number in range(4))
+
+PEOPLE = (RICH, POOR, SPENT, EXPIRED, STOPPED, STRANGER, *RACERS)
+REASONS = {
+    POOR: "insufficient_tokens",
+    SPENT: "no_tokens_remaining",
+    EXPIRED: "subscription_expired",
+    STOPPED: "subscription_deactivated",
+    STRANGER: "no_subscription",
+}

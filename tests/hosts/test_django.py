@@ -1,0 +1,136 @@
+"""A real Django project with REST framework and simplejwt, served over WSGI and ASGI, called over HTTP."""
+
+import pytest
+
+from billing.utils import get_accurate_tokens_remaining
+from tests.hosts.checks import (
+    NOBODY,
+    assert_asks_for_a_subscription_only,
+    assert_closed,
+    assert_denied,
+    assert_lets_in,
+    assert_requests_at_once_never_overspend,
+    assert_turns_nobody_in,
+    denied,
+)
+from tests.hosts.conftest import Site
+from tests.hosts.people import POOR, RACERS, RICH, SPENT, STOPPED, Person
+from tests.hosts.running import Server
+from tests.support.books import assert_true
+
+REST = ["/rest/class", "/rest/open", "/rest/method-decorator", "/rest/viewset", "/rest/function"]
+DJANGO = ["/django/function", "/django/class", "/django/async-function", "/django/async-class"]
+
+
+@pytest.fixture(params=["django_wsgi", "django_asgi"])
+def server(request: pytest.FixtureRequest) -> Server:
+    found: Server = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.mark.parametrize("path", [*REST, *DJANGO])
+def test_who_has_tokens_is_let_in(server: Server, path: str) -> None:
+    assert_lets_in(server, path)
+
+
+@pytest.mark.parametrize("path", DJANGO)
+def test_nobody_is_turned_away_by_django(server: Server, path: str) -> None:
+    assert_turns_nobody_in(server, path)
+
+
+@pytest.mark.parametrize("path", REST)
+def test_nobody_is_turned_away_by_rest_framework_in_its_own_way(server: Server, path: str) -> None:
+    answer = server.post(path, None)
+    assert (answer.status_code, answer.json()) == (401, {"detail": "Authentication credentials were not provided."})
+    assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+
+
+@denied
+@pytest.mark.parametrize("path", ["/rest/class", "/django/async-class"])
+def test_who_may_not_is_answered_with_the_specifications_body(server: Server, path: str, person: Person) -> None:
+    assert_denied(server.post(path, person), person)
+
+
+@pytest.mark.parametrize("path", [*REST, *DJANGO])
+def test_every_kind_of_view_denies(server: Server, path: str) -> None:
+    assert_denied(server.post(path, POOR), POOR)
+
+
+@denied
+def test_a_subscription_is_asked_for_without_regard_to_its_tokens(server: Server, person: Person) -> None:
+    assert_asks_for_a_subscription_only(server, "/rest/subscribers", person)
+
+
+def test_without_the_database_nobody_is_let_in_and_afterwards_as_before(server: Server, django_site: Site) -> None:
+    paths = ["/rest/class", "/rest/subscribers", *DJANGO]
+    for path in paths:
+        server.client(RICH)  # logs in first: the host's own database is there
+        assert_lets_in(server, path)
+    with django_site.away_from_trueup():
+        for path in paths:
+            assert_closed(server, path)
+        assert server.post("/django/function", None).json() == NOBODY
+    assert_lets_in(server, "/rest/class")
+
+
+def test_requests_at_once_never_overspend(django_wsgi: Server, django_asgi: Server, django_site: Site) -> None:
+    assert_requests_at_once_never_overspend(django_wsgi, django_site.host, RACERS[0])
+    assert_requests_at_once_never_overspend(django_asgi, django_site.host, RACERS[1])
+    assert_true(django_site.host)
+
+
+def test_what_a_view_wrote_before_its_hold_was_denied_is_rolled_back(server: Server, django_site: Site) -> None:
+    answer = server.post("/write-then-hold", RICH)
+    assert (answer.status_code, answer.json()["error_code"]) == (402, "insufficient_tokens")
+    assert django_site.host.value("SELECT count(*) FROM billing_tokenplan WHERE name = 'half a purchase'") == 0
+
+
+def test_a_copy_of_a_request_that_is_at_work_is_answered_409(django_wsgi: Server, django_site: Site) -> None:
+    key = {"Idempotency-Key": "order 7"}
+    assert django_wsgi.post("/spend", RICH, headers=key).status_code == 200
+    # As if it were still at work, after its charge.
+    django_site.host.execute(
+        "UPDATE trueup.hold SET status = 'open', closed_at = NULL WHERE task_id = 'request:order 7'"
+    )
+    answer = django_wsgi.post("/spend", RICH, headers=key)
+    assert (answer.status_code, answer.json()["error_code"]) == (409, "request_in_progress")
+    assert answer.headers["Retry-After"] == "5"
+
+
+def test_the_specifications_first_example_shows_what_is_true(server: Server) -> None:
+    answer = server.client(SPENT).get("/specification/1")
+    assert answer.json() == {
+        "original_tokens": 2_000,
+        "consumed_tokens": 2_000,
+        "tokens_remaining": 0,
+        "usage_percentage": 100.0,
+    }
+    assert get_accurate_tokens_remaining(SPENT.id) == (2_000, 2_000, 0)
+
+
+def test_the_specifications_second_example_denies_with_its_message(server: Server) -> None:
+    assert server.post("/specification/2", RICH).json() == {"result": "done"}
+    answer = server.post("/specification/2", STOPPED)
+    assert (answer.status_code, answer.json()) == (403, {"detail": "Access denied: Subscription is deactivated"})
+
+
+def test_the_specifications_third_example_is_gated(server: Server) -> None:
+    assert server.post("/specification/3", RICH).json() == {"result": "generated"}
+    answer = server.post("/specification/3", SPENT)
+    assert (answer.status_code, answer.json()["error_code"]) == (402, "no_tokens_remaining")
+    assert server.post("/specification/3", None).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/manual/rest", "/manual/function", "/manual/async"])
+def test_the_manuals_examples_run(server: Server, path: str) -> None:
+    assert server.post(path, RICH).is_success
+    assert_denied(server.post(path, SPENT), SPENT, feature="Summaries")
+    assert server.post(path, None).status_code == 401
+
+
+def test_the_manuals_example_of_a_hold_charges_what_it_used(server: Server, django_site: Site) -> None:
+    before = django_site.host.used(RICH.id)
+    assert server.post("/manual/hold", RICH).json() == {"summary": "of at most 1500"}
+    assert django_site.host.used(RICH.id) == before + 300
+    assert_denied(server.post("/manual/hold", POOR), POOR, feature="Summaries")
+    assert_true(django_site.host)

@@ -1,0 +1,62 @@
+"""The manual's code that needs no framework runs as it is written, and its words are those of the code."""
+
+import re
+from typing import Any
+
+import pytest
+
+from ai.metering import MeteredModel
+from ai.model import Completion, Message
+from ai.providers import provider_from_settings
+from billing.settings import PREFIX, Settings, get_settings
+from tests.hosts.documents import MANUAL, ROOT, run
+from tests.support.books import assert_true
+from tests.support.host import Host
+
+TEXT = MANUAL.read_text()
+
+
+@pytest.fixture
+def model(database: str) -> MeteredModel:
+    settings = get_settings()
+    return MeteredModel(provider_from_settings(settings), settings)
+
+
+def test_trueups_model_client_spends_from_the_block(host: Host, model: MeteredModel) -> None:
+    user = host.subscriber()
+    names = run(MANUAL, "With trueup's own model client", user=user, model=model, text="Orders are sent in two days.")
+    assert host.used(user) == names["answer"].total_tokens > 0
+    assert_true(host)
+
+
+def test_usage_is_reported_both_ways(host: Host) -> None:
+    class Provider:
+        def complete(self, text: str) -> Completion:
+            assert Message(role="user", content=text)
+            return Completion(
+                text="", prompt_tokens=90, completion_tokens=10, total_tokens=100, model_name="m", response_time_ms=1
+            )
+
+    user = host.subscriber()
+    names: dict[str, Any] = run(
+        MANUAL, "Reporting usage", user=user, request_id="request 1", text="Hello", provider=Provider()
+    )
+    assert names["usage"].recorded.recorded
+    assert (names["tracked"].recorded, names["tracked"].differs) == (True, False)
+    assert (host.used(user), host.counter(user)) == (912, 10_000 - 912)
+    assert_true(host)
+
+
+def test_every_block_of_the_manual_is_run_by_a_test() -> None:
+    headings = [
+        re.findall(r"^#+ (.+)$", TEXT[: block.start()], re.MULTILINE)[-1]
+        for block in re.finditer(r"^```python$", TEXT, re.MULTILINE)
+    ]
+    hosts = "".join(file.read_text() for file in (ROOT / "tests" / "hosts").rglob("*.py"))
+    assert [heading for heading in headings if f'(MANUAL, "{heading}"' not in re.sub(r"\(\s+", "(", hosts)] == []
+
+
+def test_the_settings_that_the_manual_names_exist() -> None:
+    named = set(re.findall(rf"\b{PREFIX}[A-Z_]+", TEXT))
+    assert named
+    assert named <= {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
