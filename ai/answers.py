@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(strict=False)  # models write line breaks into strings
+_HALF_ESCAPE = re.compile(r"(?<!\\)((?:\\\\)*)\\(?:u[0-9A-Fa-f]{0,3})?\Z")
 _MAX_STARTS = 64  # places where JSON may begin; a longer search would only reward garbage
 
 
@@ -31,6 +33,19 @@ def scalar_under(text: str, key: str) -> object:
     for value in _json_values(text):
         if isinstance(value, dict) and key in value:
             return value[key]
+    return None
+
+
+def object_with(text: str, key: str) -> dict[str, Any] | None:
+    """Return the answer's outermost JSON object that names `key`; None when there is none.
+
+    One that was cut off is closed where it ends: what it says until then is worth reading.
+    """
+    begun = _HALF_ESCAPE.sub(r"\1", text)
+    for attempt in (text, begun + '"}', begun + "}"):
+        for value in _json_values(attempt):
+            if isinstance(value, dict) and key in value:
+                return value
     return None
 
 

@@ -1,11 +1,11 @@
 """Instagram's `comments` webhook, and what an account has configured to answer a comment with."""
 
-import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
+from ai.inputs import Language, Text, parse
 from billing.errors import InvalidInputError
 
 # Ids become parts of a URL: nothing but letters, digits and underscores may be in them.
@@ -14,8 +14,6 @@ GraphId = Annotated[
     BeforeValidator(lambda value: str(value) if type(value) is int else value),
     StringConstraints(pattern=r"^[0-9A-Za-z_]{1,128}$"),
 ]
-Text = Annotated[str, StringConstraints(strip_whitespace=True)]
-_Parsed = TypeVar("_Parsed", bound=BaseModel)
 
 
 class CommentAuthor(BaseModel):
@@ -98,7 +96,7 @@ class ActionConfig(BaseModel):
     products: tuple[ProductInfo, ...] = Field(default=(), max_length=100)
     product_context: Text | None = Field(default=None, max_length=20_000)
     """Anything else the message may draw on: delivery terms, discounts."""
-    language: Annotated[str, StringConstraints(pattern=r"^[a-z]{2,3}(-[A-Za-z]{2,4})?$")] | None = None
+    language: Language | None = None
     """The message's language, such as "fa"; None means the comment's."""
     tone: Text | None = Field(default=None, max_length=100)
     public_reply_enabled: bool = False
@@ -122,9 +120,9 @@ def comment_events(payload: Mapping[str, Any]) -> tuple[CommentEvent, ...]:
 
     Raises `InvalidInputError` for a payload that is none of Instagram's.
     """
-    parsed = _parse(_Payload, payload, "event")
+    parsed = parse(_Payload, payload, "event")
     return tuple(
-        CommentEvent(account_id=entry.id, comment=_parse(CommentValue, change.value, "event.entry.changes.value"))
+        CommentEvent(account_id=entry.id, comment=parse(CommentValue, change.value, "event.entry.changes.value"))
         for entry in parsed.entry
         for change in entry.changes
         if change.field == "comments"
@@ -143,20 +141,4 @@ def comment_event(payload: Mapping[str, Any]) -> CommentEvent:
 
 def action_config(config: Mapping[str, Any]) -> ActionConfig:
     """Return the configuration, checked. Raises `InvalidInputError`, naming the option and the remedy."""
-    return _parse(ActionConfig, config, "config")
-
-
-def _parse(kind: type[_Parsed], value: object, name: str) -> _Parsed:
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        faults = "; ".join(_describe(kind, fault, name) for fault in error.errors()[:5])
-        raise InvalidInputError(f"{faults}. Correct it and send it again.") from None
-
-
-def _describe(kind: type[BaseModel], fault: Mapping[str, Any], name: str) -> str:
-    path = ".".join([name, *(str(part) for part in fault["loc"])])
-    if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(fault["loc"][-1]), kind.model_fields, n=1)
-        return f"{path}: no such option{f', did you mean {near[0]}?' if near else ''}"
-    return f"{path}: {fault['msg'].removeprefix('Value error, ')}"
+    return parse(ActionConfig, config, "config")

@@ -1,9 +1,11 @@
 """Instagram's Graph API: the two calls that answering a comment takes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
 
+from ai.buttons import Button
 from ai.credentials import header_value
 from ai.texts import cut_at_word
 from billing.errors import SettingsError, TrueupError
@@ -84,12 +86,18 @@ class GraphClient:
     def close(self) -> None:
         self._http.close()
 
-    def send_private_reply(self, *, account_id: str, comment_id: str, text: str) -> str | None:
+    def send_private_reply(
+        self, *, account_id: str, comment_id: str, text: str, buttons: Sequence[Button] = ()
+    ) -> str | None:
         """Send the one direct message that Instagram allows for a comment; return its id, None when not told.
 
         Raises `GraphError`.
         """
-        body = {"recipient": {"comment_id": comment_id}, "message": {"text": text}}
+        message: dict[str, Any] = {"text": text}
+        if buttons:
+            payload = {"template_type": "button", "text": text, "buttons": [button.as_payload() for button in buttons]}
+            message = {"attachment": {"type": "template", "payload": payload}}
+        body = {"recipient": {"comment_id": comment_id}, "message": message}
         return _id_of(self._post(f"{account_id}/messages", body), "message_id")
 
     def reply_to_comment(self, *, comment_id: str, text: str) -> str | None:

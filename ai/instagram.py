@@ -1,19 +1,20 @@
 """Answering an Instagram comment with a direct message."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ai.buttons import MAX_TEXT_CHARACTERS, Button, split_buttons, without_markers
 from ai.comments import ActionConfig, CommentEvent, ProductInfo
 from ai.effects import Outbox
 from ai.graph import GraphClient, GraphError
+from ai.links import KnownLinks, without_foreign_links
 from ai.model import Message, Model
 from ai.prompts import dm_messages
-from ai.texts import cut_at_word, cut_to_bytes, without_lone_surrogates
+from ai.texts import cut_at_word, cut_to_bytes, cut_to_characters, without_lone_surrogates
 from ai.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
 from billing.errors import AnswerFormatError, InvalidInputError
 
@@ -29,7 +30,6 @@ _MAX_COMMENT_CHARACTERS = 400
 _SPARED_NOTES_CHARACTERS = 400
 _MAX_DESCRIPTION_CHARACTERS = 150
 _MAX_AUTHOR_CHARACTERS = 40
-_LINK = re.compile(r"(?:https?://|www\.)[^\s<>\"'\])}،؛]+", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,7 @@ class BuiltMessage:
     """A message ready to send, and what was changed to make it so."""
 
     text: str
+    buttons: tuple[Button, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -52,6 +53,7 @@ class DmResult(BaseModel):
     mode: Literal["STATIC", "PRODUCT"]
     comment_id: str
     message: str | None = None
+    buttons: tuple[Button, ...] = ()
     message_id: str | None = None
     public_reply_sent: bool = False
     public_reply_id: str | None = None
@@ -84,10 +86,17 @@ def send_instagram_dm(
     outcome = outbox.find(MESSAGE_EFFECT)
     if outcome is None or outcome.status != "sent":
         built = build_message(model, event=event, config=config, counter=counter)
-        detail = {"comment_id": comment.id, "message": built.text, "warnings": list(built.warnings)}
+        detail = {
+            "comment_id": comment.id,
+            "message": built.text,
+            "buttons": [button.model_dump() for button in built.buttons],
+            "warnings": list(built.warnings),
+        }
 
         def send() -> dict[str, Any]:
-            sent = graph.send_private_reply(account_id=event.account_id, comment_id=comment.id, text=built.text)
+            sent = graph.send_private_reply(
+                account_id=event.account_id, comment_id=comment.id, text=built.text, buttons=built.buttons
+            )
             return {"message_id": sent}
 
         outcome = outbox.once(MESSAGE_EFFECT, detail, send)
@@ -101,6 +110,7 @@ def send_instagram_dm(
         mode=config.mode,
         comment_id=comment.id,
         message=outcome.detail.get("message"),
+        buttons=tuple(Button(**button) for button in outcome.detail.get("buttons", [])),
         message_id=outcome.detail.get("message_id"),
         public_reply_sent=reply_sent,
         public_reply_id=reply_id,
@@ -128,7 +138,7 @@ def _ask(model: Model, event: CommentEvent, config: ActionConfig, counter: Token
     answer_tokens = estimated_tokens(counter) - count_prompt_tokens(messages, counter)
     completion = model.complete(messages, max_completion_tokens=max(1, answer_tokens))
     warnings = ["The model's message was cut off at its token limit."] if completion.truncated else []
-    text = _without_foreign_links(completion.text, config, warnings).strip()
+    text = _with_own_links_only(completion.text, config, warnings).strip()
     if not text:
         raise AnswerFormatError(
             "The model wrote no message, so none was sent. Its tokens are charged. "
@@ -175,22 +185,25 @@ def _product_line(product: ProductInfo) -> str:
     return json.dumps({name: fact for name, fact in facts.items() if fact}, ensure_ascii=False)
 
 
-def _without_foreign_links(text: str, config: ActionConfig, warnings: list[str]) -> str:
-    """Take out links that the shop did not give: a comment may talk the model into sending its own."""
-    known = " ".join([config.product_context or "", *(product.url or "" for product in config.products)])
-    for link in dict.fromkeys(_LINK.findall(text)):
-        if link.rstrip(".,!?:;") not in known:
-            warnings.append("A link that the shop did not give was taken out of the message.")
-            text = text.replace(link, "")
-    return text
+def _with_own_links_only(text: str, config: ActionConfig, warnings: list[str]) -> str:
+    """Take out links that the shop did not give, and buttons that lead there."""
+    known = KnownLinks(config.product_context or "", *(product.url or "" for product in config.products))
+    own = without_markers(text, lambda marker: not known.has_all_of(marker))
+    if own != text:
+        warnings.append("A button with a link that the shop did not give was taken out of the message.")
+    return without_foreign_links(own, known, warnings)
 
 
 def _fitted(text: str, warnings: list[str]) -> BuiltMessage:
-    text = without_lone_surrogates(text)
-    kept = cut_to_bytes(text, MAX_MESSAGE_BYTES)
+    warnings = list(warnings)
+    text, buttons = split_buttons(without_lone_surrogates(text), warnings)
+    if buttons:
+        kept, limit = cut_to_characters(text, MAX_TEXT_CHARACTERS), f"{MAX_TEXT_CHARACTERS} characters above buttons"
+    else:
+        kept, limit = cut_to_bytes(text, MAX_MESSAGE_BYTES), f"{MAX_MESSAGE_BYTES} bytes"
     if len(kept) < len(text):
-        warnings = [*warnings, f"The message was cut to the {MAX_MESSAGE_BYTES} bytes that Instagram takes."]
-    return BuiltMessage(text=kept, warnings=tuple(warnings))
+        warnings.append(f"The message was cut to the {limit} that Instagram takes.")
+    return BuiltMessage(text=kept, buttons=buttons, warnings=tuple(warnings))
 
 
 def _reply_publicly(

@@ -23,6 +23,11 @@ def without_lone_surrogates(text: str) -> str:
     return _SURROGATE.sub("\ufffd", text)
 
 
+def cleaned_text(text: str) -> str:
+    """Return the text stripped, with control characters made spaces."""
+    return without_lone_surrogates(_CONTROL.sub(" ", text)).strip()
+
+
 def readable(field: str, text: object, *, minimum: int, maximum: int) -> str:
     """Return the text stripped, with control characters made spaces. Sizes are characters.
 
@@ -34,7 +39,7 @@ def readable(field: str, text: object, *, minimum: int, maximum: int) -> str:
         raise InvalidInputError(f"{field} has {len(text)} characters, at most {maximum} are taken. Send it in parts.")
     if _looks_binary(text):
         raise InvalidInputError(f"{field} holds binary data, not text. Send the text itself, decoded as UTF-8.")
-    cleaned = without_lone_surrogates(_CONTROL.sub(" ", text)).strip()
+    cleaned = cleaned_text(text)
     if len(cleaned) < minimum:
         raise InvalidInputError(
             f"{field} has {len(cleaned)} readable characters, at least {minimum} are needed. Send more text."
@@ -53,7 +58,8 @@ def _looks_binary(text: str) -> bool:
     return unreadable > len(text) * _UNREADABLE_SHARE
 
 
-_BINARY = frozenset({"Cc", "Cs", "Co", "Cn"})  # not Cf: Persian needs the zero-width non-joiner
+# Not Cf: Persian needs the zero-width non-joiner. Not Cn: an emoji may be newer than this Python. Not Co: icon fonts.
+_BINARY = frozenset({"Cc", "Cs"})
 
 
 def paragraph_spans(text: str) -> Iterator[tuple[int, int]]:
@@ -108,6 +114,14 @@ def cut_to_bytes(text: str, limit: int) -> str:
     if len(data) <= limit:
         return text
     return cut_at_word(text, len(data[:limit].decode(errors="ignore")))
+
+
+def cut_to_characters(text: str, limit: int) -> str:
+    """Return at most `limit` characters as JavaScript and JSON count them: an emoji is two. Ended as `cut_to_bytes`."""
+    data = text.encode("utf-16-le")
+    if len(data) <= 2 * limit:
+        return text
+    return cut_at_word(text, len(data[: 2 * limit].decode("utf-16-le", errors="ignore")))
 
 
 def words(text: str) -> list[str]:

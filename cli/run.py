@@ -1,6 +1,7 @@
 """`trueup run`: enqueue a real AI task from a file."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ Command = Callable[..., Any]
 
 
 def common_options(command: Command) -> Command:
-    """Add what all three commands take."""
+    """Add what all commands take."""
     for option in (
         json_option,
         click.option("--timeout", type=click.IntRange(1, 86_400), default=300, show_default=True, help="Seconds."),
@@ -81,16 +82,67 @@ def dm(file: Path, user: UserId, wait: bool, timeout: int, as_json: bool) -> Non
     Example:
       trueup run dm --user 1 --wait examples/comment_product.json
     """
+    content = _read_object(file, needed=("event", "config"), example="comment_product.json")
+    _submit("tasks.send_instagram_dm", user, content, wait, timeout, as_json)
+
+
+@run.command()
+@common_options
+def reply(file: Path, user: UserId, wait: bool, timeout: int, as_json: bool) -> None:
+    """Answer a customer's message: a JSON FILE with "message" and, if there are any, "history" and "business".
+
+    \b
+    Example:
+      trueup run reply --user 1 --wait examples/chat.json
+    """
+    content = _read_object(file, needed=("message",), allowed=("history", "business"), example="chat.json")
+    _submit("tasks.reply_to_message", user, content, wait, timeout, as_json)
+
+
+@run.command()
+@common_options
+@click.option("--question", required=True, help="What is asked.")
+def ask(file: Path, user: UserId, question: str, wait: bool, timeout: int, as_json: bool) -> None:
+    """Answer a question from a text FILE, whose paragraphs are the passages; an empty one: from the model's knowledge.
+
+    \b
+    Example:
+      trueup run ask --user 1 --question "Are returns free?" --wait examples/help_en.txt
+    """
+    passages = [passage.strip() for passage in re.split(r"\n\s*\n", _read_text(file))]
+    arguments = {"question": question, "context": [passage for passage in passages if passage]}
+    _submit("tasks.ask_question", user, arguments, wait, timeout, as_json)
+
+
+@run.command()
+@common_options
+@click.option("--name", help="The business's name.")
+@click.option("--description", help="What it sells, where it delivers.")
+def prompt(
+    file: Path, user: UserId, name: str | None, description: str | None, wait: bool, timeout: int, as_json: bool
+) -> None:
+    """Make a better prompt of a draft in a text FILE.
+
+    \b
+    Example:
+      trueup run prompt --user 1 --name "Kestrel & Pine" --wait examples/prompt_draft.txt
+    """
+    arguments = {"prompt": _read_text(file), "business": {"name": name, "description": description}}
+    _submit("tasks.generate_prompt", user, arguments, wait, timeout, as_json)
+
+
+def _read_object(file: Path, *, needed: tuple[str, ...], allowed: tuple[str, ...] = (), example: str) -> dict[str, Any]:
+    """Return the file's JSON object. Raises `InvalidInputError` when it has other parts than those."""
     written = _read_text(file)
     try:
         content = json.loads(written)
     except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"{file}: no JSON ({error}). Correct the file.") from None
-    if not isinstance(content, dict) or set(content) != {"event", "config"}:
-        raise InvalidInputError(
-            f'{file}: give an object with "event" and "config", as in examples/comment_product.json'
-        )
-    _submit("tasks.send_instagram_dm", user, content, wait, timeout, as_json)
+    if not isinstance(content, dict) or not set(needed) <= set(content) <= {*needed, *allowed}:
+        parts = " and ".join(f'"{part}"' for part in needed)
+        more = " and perhaps " + ", ".join(f'"{part}"' for part in allowed) if allowed else ""
+        raise InvalidInputError(f"{file}: give an object with {parts}{more}, as in examples/{example}")
+    return content
 
 
 def _read_text(file: Path) -> str:

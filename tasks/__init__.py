@@ -7,6 +7,16 @@ from tasks.base import MeteredTask
 from tasks.metered import metered_task
 
 # Autodiscovery finds nothing in a package named "tasks", so an app lists these under `include`.
-TASK_MODULES = ("tasks.qa", "tasks.products", "tasks.instagram", "tasks.upkeep", "tasks.reconcile", "tasks.alerts")
+TASK_MODULES = (
+    "tasks.qa",
+    "tasks.products",
+    "tasks.instagram",
+    "tasks.messages",
+    "tasks.questions",
+    "tasks.prompts",
+    "tasks.upkeep",
+    "tasks.reconcile",
+    "tasks.alerts",
+)
 
 __all__ = ["TASK_MODULES", "MeteredTask", "metered_task"]

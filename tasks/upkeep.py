@@ -1,20 +1,36 @@
 """The tasks that beat sends: take back the holds of dead workers, forget old answers; and those of reconciling."""
 
+from collections.abc import Callable
 from datetime import timedelta
 
 from celery import shared_task
+from sqlalchemy import Connection
 
 from billing import db
 from billing.charges import prune_answers as prune
 from billing.holds import expire_holds as expire_overdue
+from billing.requests import prune_requests as prune_old_requests
+from billing.rollout import prune_observed_denials as prune_denials
 from billing.settings import get_settings
 from tasks.reconcile import reconcile_counters, reconcile_shard, sweep_runs
 
 # A host's application that includes this module has those too.
-__all__ = ["expire_holds", "prune_answers", "reconcile_counters", "reconcile_shard", "sweep_runs"]
+__all__ = [
+    "expire_holds",
+    "prune_answers",
+    "prune_observed_denials",
+    "prune_requests",
+    "reconcile_counters",
+    "reconcile_shard",
+    "sweep_runs",
+]
 
 EXPIRE_LIMIT = 1000
 PRUNE_LIMIT = 5000
+# Of one call; the next goes on.
+MOST_BATCHES = 50
+# What was observed is looked at within weeks.
+DENIALS_KEPT = timedelta(days=90)
 
 
 @shared_task(name="tasks.expire_holds", acks_late=True)
@@ -29,3 +45,25 @@ def prune_answers() -> int:
     """Forget stored answers older than the settings' days, a bounded batch; the next call goes on. Returns how many."""
     days = get_settings().answer_retention_days
     return db.retrying(lambda connection: prune(connection, older_than=timedelta(days=days), limit=PRUNE_LIMIT))
+
+
+@shared_task(name="tasks.prune_requests", acks_late=True)
+def prune_requests() -> int:
+    """Forget requests over HTTP that are too old to be repeated, batch by batch. Returns how many."""
+    return _in_batches(lambda connection: prune_old_requests(connection, limit=PRUNE_LIMIT))
+
+
+@shared_task(name="tasks.prune_observed_denials", acks_late=True)
+def prune_observed_denials() -> int:
+    """Forget what the gate let pass long ago, batch by batch. Returns how many."""
+    return _in_batches(lambda connection: prune_denials(connection, older_than=DENIALS_KEPT, limit=PRUNE_LIMIT))
+
+
+def _in_batches(prune_some: Callable[[Connection], int]) -> int:
+    pruned = 0
+    for _ in range(MOST_BATCHES):
+        batch = db.retrying(prune_some)
+        pruned += batch
+        if batch < PRUNE_LIMIT:
+            break
+    return pruned

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict
 
 from ai.answers import objects_under, text_of
+from ai.fitting import longest_fitting
 from ai.model import Message, Model
 from ai.products.items import Product, Source, make_product
 from ai.products.pages import MAX_TITLE_CHARACTERS, checked_page, page_text, parsed_page
@@ -116,15 +117,11 @@ def _fitted(page: str, url: str, title: str, counter: TokenCounter) -> tuple[Seq
     """Return the prompt with as much of the page as leaves room for the answer, and the part of the page in it."""
     budget = estimated_tokens(counter) - scaled_estimate(_ANSWER_TOKENS, counter)
     url, title = url[:_MAX_PROMPT_URL_CHARACTERS], title[:_MAX_PROMPT_TITLE_CHARACTERS]
-    fits, beyond = 0, min(len(page), budget * 8) + 1
-    while beyond - fits > 1:
-        middle = (fits + beyond) // 2
-        messages = product_messages(page=page[:middle], url=url, title=title)
-        if count_prompt_tokens(messages, counter) <= budget:
-            fits = middle
-        else:
-            beyond = middle
-    kept = page[: _line_end(page, fits)]
+
+    def fits(length: int) -> bool:
+        return count_prompt_tokens(product_messages(page=page[:length], url=url, title=title), counter) <= budget
+
+    kept = page[: _line_end(page, longest_fitting(min(len(page), budget * 8), fits))]
     return product_messages(page=kept, url=url, title=title), kept
 
 

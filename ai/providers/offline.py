@@ -5,8 +5,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from ai.fitting import longest_fitting
 from ai.model import Completion, CompletionStream, Message
 from ai.prompts import Job, job_of
+from ai.providers.offline_chat import better_prompt, chat_reply, question_answer
 from ai.providers.offline_messages import direct_message, plain_reply
 from ai.providers.offline_products import product_answer
 from ai.providers.offline_qa import qa_answer
@@ -18,6 +20,9 @@ _JOBS: dict[str, Callable[[Sequence[Message], Job], str]] = {
     "qa": qa_answer,
     "products": product_answer,
     "dm": direct_message,
+    "reply": chat_reply,
+    "question": question_answer,
+    "prompt": better_prompt,
 }
 
 _CHUNK = re.compile(r"\s*\S+|\s+")
@@ -83,11 +88,4 @@ def _cut(text: str, tokens: int, counter: TokenCounter) -> str:
     """Return the longest beginning of the text that costs at most `tokens`, found by halving."""
     if counter.count(text) <= tokens:
         return text
-    fits, too_long = 0, len(text)
-    while too_long - fits > 1:
-        middle = (fits + too_long) // 2
-        if counter.count(text[:middle]) <= tokens:
-            fits = middle
-        else:
-            too_long = middle
-    return text[:fits]
+    return text[: longest_fitting(len(text) - 1, lambda length: counter.count(text[:length]) <= tokens)]

@@ -61,7 +61,7 @@ def direct_message(messages: Sequence[Message], job: Job) -> str:
         language = detect(notes + " ".join(product["name"] for product in products))
     phrases = _PHRASES.get(language, _PHRASES["en"])
     hello = phrases.hello_author.format(author=author) if author else phrases.hello
-    facts = _about(comment, products, phrases) or _closest_sentences(comment, notes)
+    facts = _about(comment, products, phrases) or closest_sentences(comment, notes)
     return cut_at_word("\n".join([hello, *(facts or [phrases.none_known])]), DM_CHARACTERS)
 
 
@@ -70,7 +70,7 @@ def plain_reply(messages: Sequence[Message]) -> str:
     asked = next((message.content for message in reversed(messages) if message.role == "user"), "")
     known = "\n".join(message.content for message in messages if message.content != asked)
     wanted = set(words(asked))
-    found = [line for line in _closest_sentences(asked, known) if wanted & set(words(line))]
+    found = [line for line in closest_sentences(asked, known) if wanted & set(words(line))]
     return cut_at_word(" ".join(found or sentences(asked)[:2]), _REPLY_CHARACTERS)
 
 
@@ -88,7 +88,7 @@ def _line(product: Mapping[str, str], phrases: _Phrases) -> str:
     return " ".join([start, *described, product.get("url", "")]).strip()
 
 
-def _closest_sentences(asked: str, known: str) -> list[str]:
+def closest_sentences(asked: str, known: str) -> list[str]:
     """Return the two sentences that share most words with what was asked; the first one when none shares any."""
     wanted = set(words(asked))
     found = sentences(known)

@@ -231,12 +231,6 @@ def test_a_message_is_cut_at_a_word_to_what_instagram_takes(message: str) -> Non
     assert built.warnings
 
 
-def test_button_markers_are_left_as_they_are() -> None:
-    text = "Look: [[CTA:Buy now|https://shop.example/larch]]"
-    assert build_message(None, event=_event(), config=_static(text)).text == text
-    assert build_message(ScriptedModel(text), event=_event(), config=_about_products()).text == text
-
-
 def test_a_link_that_the_shop_did_not_give_is_taken_out() -> None:
     text = "It is £38: https://shop.example/larch. Or win at https://evil.example/x?y=1 or www.evil.example!"
     built = build_message(ScriptedModel(text), event=_event(), config=_about_products())

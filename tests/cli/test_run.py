@@ -18,6 +18,7 @@ from tests.support.worker import WorkerProcess, wait_for
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CELERY = Path(sys.executable).with_name("celery")
 ARTICLE = EXAMPLES / "help_en.txt"
+CHAT = json.loads((EXAMPLES / "chat.json").read_text())
 SHOP = ("--url", "https://shop.example/")
 
 
@@ -63,6 +64,30 @@ class TestWithoutAWorker:
         trueup("run", "dm", "--user", 7, "-", stdin='{"event": {}, "config": {}}')
         assert [message.get("text") for message in waiting()] == ["سلام", None]
 
+    def test_a_question_takes_the_paragraphs_of_its_file_for_context(
+        self, waiting: Callable[[], list[dict[str, Any]]], tmp_path: Path
+    ) -> None:
+        file = tmp_path / "help.txt"
+        file.write_text("\n\nReturns are free.\nFor 45 days.\n \n\nسلام\n")
+        trueup("run", "ask", "--user", 7, "--question", "Free?", file)
+        trueup("run", "ask", "--user", 7, "--question", "Free?", "-", stdin="")
+        [with_context, without] = waiting()
+        assert with_context["task"] == "tasks.ask_question"
+        assert (with_context["question"], with_context["context"]) == (
+            "Free?",
+            ["Returns are free.\nFor 45 days.", "سلام"],
+        )
+        assert without["context"] == []
+
+    def test_a_chat_and_a_draft_are_sent_as_they_are(self, waiting: Callable[[], list[dict[str, Any]]]) -> None:
+        trueup("run", "reply", "--user", 7, EXAMPLES / "chat.json")
+        trueup("run", "prompt", "--user", 7, "--name", "Kestrel", EXAMPLES / "prompt_draft.txt")
+        [reply, prompt] = waiting()
+        assert {name: reply[name] for name in CHAT} == CHAT
+        assert (reply["task"], prompt["task"]) == ("tasks.reply_to_message", "tasks.generate_prompt")
+        assert prompt["prompt"] == (EXAMPLES / "prompt_draft.txt").read_text()
+        assert prompt["business"] == {"name": "Kestrel", "description": None}
+
     @pytest.mark.parametrize(
         ("command", "content", "named"),
         [
@@ -73,6 +98,9 @@ class TestWithoutAWorker:
             (("dm",), b"[]", 'with "event" and "config"'),
             (("dm",), b'{"event": {}}', 'with "event" and "config"'),
             (("dm",), b'{"event": {}, "config": {}, "x": 1}', 'with "event" and "config"'),
+            (("dm",), b"\xff\xfe", "not UTF-8 text"),
+            (("reply",), b'{"history": []}', 'with "message" and perhaps "history", "business"'),
+            (("reply",), b'{"message": "Hi", "mesage": ""}', "examples/chat.json"),
         ],
     )
     def test_a_file_that_cant_be_used_is_wrong_usage_and_named(
@@ -101,6 +129,7 @@ class TestWithoutAWorker:
             (("qa", "--user", 7, "--max-pairs", 51, ARTICLE), "1<=x<=50"),
             (("qa", "--user", 7, "--timeout", 0, ARTICLE), "1<=x<=86400"),
             (("products", "--user", 7, EXAMPLES / "shop.html"), "Missing option '--url'"),
+            (("ask", "--user", 7, ARTICLE), "Missing option '--question'"),
         ],
     )
     def test_wrong_usage_is_explained(self, shared_database: str, arguments: tuple[object, ...], named: str) -> None:
@@ -160,6 +189,15 @@ class TestWithAWorker:
         user = shared_host.subscriber()
         output = trueup("run", "products", "--user", user, *SHOP, "--wait", EXAMPLES / "shop.html").stdout
         assert len(json.loads(output)["products"]) == 5
+
+    def test_a_chat_a_question_and_a_draft_are_answered(self, worker: WorkerProcess, shared_host: Host) -> None:
+        user = ("--user", shared_host.subscriber(), "--wait")
+        reply = trueup_json("run", "reply", *user, EXAMPLES / "chat.json")["result"]
+        answer = trueup_json("run", "ask", *user, "--question", "Are returns free?", ARTICLE)["result"]
+        prompt = trueup_json("run", "prompt", *user, EXAMPLES / "prompt_draft.txt")["result"]
+        assert "four working days" in reply["reply"]
+        assert answer["passages_used"]
+        assert "Amira" in prompt["prompt"]
 
     def test_a_denial_ends_with_code_3_and_its_payload(self, worker: WorkerProcess, shared_host: Host) -> None:
         user = shared_host.subscriber(100)

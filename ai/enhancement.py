@@ -1,0 +1,100 @@
+"""Making a better prompt of a business's own draft, for the assistant that answers its customers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from ai import languages
+from ai.fitting import check_fits
+from ai.inputs import Business, parse
+from ai.model import Message, Model
+from ai.prompts import enhancement_messages
+from ai.texts import readable
+from ai.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
+from billing.errors import AnswerFormatError
+
+ESTIMATED_TOKENS = 700
+"""What a prompt may cost by an exact counter, unless its draft is long; `estimated_tokens` says it for any."""
+_SHORTEST_ANSWER_TOKENS = 250
+# A better prompt says all that its draft says, and more.
+_ANSWER_TOKENS_PER_DRAFT_TOKEN = 2
+# A draft at its limit, in the tokens that an assistant's prompt may well have.
+_MAX_PROMPT_TOKENS = 3000
+MAX_DRAFT_CHARACTERS = 8000
+
+
+class PromptResult(BaseModel):
+    """The better prompt. `complete` is False when it was cut off."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompt: str
+    language: str
+    """The code of the prompt's language, such as "fa"; "und" when it was not recognised."""
+    complete: bool
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnhancementPlan:
+    """The model call, and what it may cost. Costs are tokens."""
+
+    messages: tuple[Message, ...]
+    prompt_tokens: int
+    answer_tokens: int
+
+    @property
+    def estimated_tokens(self) -> int:
+        return self.prompt_tokens + self.answer_tokens
+
+
+def estimated_tokens(counter: TokenCounter | None = None) -> int:
+    """Return the tokens that a prompt of usual length may cost. `counter` None: the o200k encoding's."""
+    return scaled_estimate(ESTIMATED_TOKENS, counter or offline_counter())
+
+
+def plan_enhancement(
+    *, prompt: str, business: Mapping[str, Any] | None = None, counter: TokenCounter | None = None
+) -> EnhancementPlan:
+    """Plan the model call: the usual estimate, or more for a draft that would not fit it.
+
+    Nothing is cut: a rule that is missing from a prompt is worse than none. Raises `InvalidInputError`, naming the
+    field.
+    """
+    counter = counter or offline_counter()
+    draft = readable("prompt", prompt, minimum=1, maximum=MAX_DRAFT_CHARACTERS)
+    firm = parse(Business, business or {}, "business")
+    messages = enhancement_messages(draft=draft, business=firm.as_text(), language=firm.language)
+    check_fits("prompt", messages, scaled_estimate(_MAX_PROMPT_TOKENS, counter), counter)
+    prompt_tokens = count_prompt_tokens(messages, counter)
+    wanted = max(
+        scaled_estimate(_SHORTEST_ANSWER_TOKENS, counter), _ANSWER_TOKENS_PER_DRAFT_TOKEN * counter.count(draft)
+    )
+    return EnhancementPlan(
+        messages=messages,
+        prompt_tokens=prompt_tokens,
+        answer_tokens=max(wanted, estimated_tokens(counter) - prompt_tokens),
+    )
+
+
+def enhance_prompt(
+    model: Model, *, prompt: str, business: Mapping[str, Any] | None = None, counter: TokenCounter | None = None
+) -> PromptResult:
+    """Make a better prompt of a draft.
+
+    Give the same `counter` as to `plan_enhancement`. Raises `InvalidInputError` for unusable input,
+    `AnswerFormatError` when the model writes nothing, and what the model raises.
+    """
+    plan = plan_enhancement(prompt=prompt, business=business, counter=counter)
+    completion = model.complete(plan.messages, max_completion_tokens=plan.answer_tokens)
+    better = completion.text.strip()
+    if not better:
+        raise AnswerFormatError(
+            "The model wrote no prompt. Its tokens are charged. Try another model (TRUEUP_MODEL_NAME)."
+        )
+    cut = ["The prompt was cut off at its token limit: its end is missing."] if completion.truncated else []
+    return PromptResult(
+        prompt=better, language=languages.detect(better), complete=not completion.truncated, warnings=tuple(cut)
+    )

@@ -1,0 +1,133 @@
+"""Answering a customer's message in a chat, from what was said before and what the business says of itself."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from ai import languages
+from ai.fitting import check_fits, cut_to_fit
+from ai.inputs import MAX_MESSAGE_CHARACTERS, Business, ChatMessage, parse
+from ai.links import KnownLinks, without_foreign_links
+from ai.model import Message, Model
+from ai.prompts import reply_messages
+from ai.texts import readable
+from ai.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
+from billing.errors import AnswerFormatError, InvalidInputError
+
+ESTIMATED_TOKENS = 1500
+"""What one reply may cost by an exact counter; `estimated_tokens` says it for any."""
+_ANSWER_TOKENS = 400
+# What the business says is never cut, for its last line may be what must not be done: so it leaves room for the rest.
+_MAX_BUSINESS_TOKENS = 750
+MAX_HISTORY = 500
+
+
+class ReplyResult(BaseModel):
+    """The reply to a customer's message, and how much of the conversation it was written from."""
+
+    model_config = ConfigDict(frozen=True)
+
+    reply: str
+    language: str
+    """The code of the reply's language, such as "fa"; "und" when it was not recognised."""
+    history_used: int
+    history_left_out: int
+    """Older messages for which the tokens held had no room."""
+    message_cut: bool
+    """The customer's message was too long to be read whole; its beginning was."""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplyPlan:
+    """The prompt of a reply, and what had no room in it."""
+
+    messages: tuple[Message, ...]
+    links: KnownLinks
+    history_used: int
+    history_left_out: int
+    message_cut: bool
+
+
+def estimated_tokens(counter: TokenCounter | None = None) -> int:
+    """Return the tokens that one reply may cost. `counter` None: the o200k encoding's."""
+    return scaled_estimate(ESTIMATED_TOKENS, counter or offline_counter())
+
+
+def plan_reply(
+    *,
+    message: str,
+    history: Sequence[Mapping[str, Any]] = (),
+    business: Mapping[str, Any] | None = None,
+    counter: TokenCounter | None = None,
+) -> ReplyPlan:
+    """Plan the prompt: the business's words whole, the message, and of the history as much as the estimate covers.
+
+    The newest messages come first, each whole. It follows from the arguments alone, so that a redelivered task asks
+    the same again. Raises `InvalidInputError`, naming the field.
+    """
+    counter = counter or offline_counter()
+    asked = readable("message", message, minimum=1, maximum=MAX_MESSAGE_CHARACTERS)
+    if len(history) > MAX_HISTORY:
+        raise InvalidInputError(
+            f"history has {len(history)} messages, at most {MAX_HISTORY} are taken. Send the newest."
+        )
+    said = [parse(ChatMessage, entry, f"history.{index}") for index, entry in enumerate(history)]
+    firm = parse(Business, business or {}, "business")
+    about = firm.as_text()
+
+    def prompt(text: str, lines: Sequence[str] = ()) -> tuple[Message, ...]:
+        return reply_messages(business=about, conversation="\n".join(lines), message=text, language=firm.language)
+
+    check_fits("business", prompt(""), scaled_estimate(_MAX_BUSINESS_TOKENS, counter), counter)
+    budget = estimated_tokens(counter) - scaled_estimate(_ANSWER_TOKENS, counter)
+    kept = cut_to_fit(asked, lambda text: count_prompt_tokens(prompt(text), counter) <= budget)
+    lines: list[str] = []
+    for entry in reversed(said):
+        line = json.dumps({"from": entry.sender, "text": entry.text}, ensure_ascii=False)
+        if count_prompt_tokens(prompt(kept, [line, *lines]), counter) > budget:
+            break
+        lines.insert(0, line)
+    return ReplyPlan(
+        messages=prompt(kept, lines),
+        links=KnownLinks(about, *(entry.text for entry in said if entry.sender == "business")),
+        history_used=len(lines),
+        history_left_out=len(said) - len(lines),
+        message_cut=kept != asked,
+    )
+
+
+def reply_to_message(
+    model: Model,
+    *,
+    message: str,
+    history: Sequence[Mapping[str, Any]] = (),
+    business: Mapping[str, Any] | None = None,
+    counter: TokenCounter | None = None,
+) -> ReplyResult:
+    """Answer a customer's message. `history`: what was said before, oldest first, without that message.
+
+    Raises `InvalidInputError` for unusable input, `AnswerFormatError` when the model writes nothing, and what the
+    model raises.
+    """
+    counter = counter or offline_counter()
+    plan = plan_reply(message=message, history=history, business=business, counter=counter)
+    answer_tokens = estimated_tokens(counter) - count_prompt_tokens(plan.messages, counter)
+    completion = model.complete(plan.messages, max_completion_tokens=answer_tokens)
+    warnings = ["The reply was cut off at its token limit."] if completion.truncated else []
+    reply = without_foreign_links(completion.text, plan.links, warnings).strip()
+    if not reply:
+        raise AnswerFormatError(
+            "The model wrote no reply. Its tokens are charged. Try another model (TRUEUP_MODEL_NAME)."
+        )
+    return ReplyResult(
+        reply=reply,
+        language=languages.detect(reply),
+        history_used=plan.history_used,
+        history_left_out=plan.history_left_out,
+        message_cut=plan.message_cut,
+        warnings=tuple(warnings),
+    )

@@ -1,0 +1,42 @@
+"""Task `tasks.reply_to_message`: the answer to a customer's message in a chat."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ai import messages
+from ai.model import Model
+from ai.providers import counter_from_settings
+from billing.settings import get_settings
+from billing.users import UserId
+from tasks.metered import metered_task
+
+
+def estimate_tokens(arguments: Mapping[str, Any]) -> int:
+    """Return 1500, the specification's estimate, scaled for models whose tokens can only be bounded.
+
+    Refuses what the work would refuse.
+    """
+    counter = counter_from_settings(get_settings())
+    messages.plan_reply(
+        message=arguments["message"], history=arguments["history"], business=arguments["business"], counter=counter
+    )
+    return messages.estimated_tokens(counter)
+
+
+@metered_task(
+    name="tasks.reply_to_message", feature_name="Message Integration", section="chat", estimated_tokens=estimate_tokens
+)
+def reply_to_message(
+    model: Model,
+    user_id: UserId,
+    message: str,
+    history: list[dict[str, Any]] = [],  # noqa: B006 - Celery and pydantic copy it
+    business: dict[str, Any] | None = None,
+) -> messages.ReplyResult:
+    """Return the answer to a customer's message.
+
+    `history`: what was said before, oldest first: {"sender": "customer" or "business", "text": …}. `business`: name,
+    description, persona, instructions and language, each of which may be left out.
+    """
+    counter = counter_from_settings(get_settings())
+    return messages.reply_to_message(model, message=message, history=history, business=business, counter=counter)

@@ -1,0 +1,36 @@
+"""Task `tasks.generate_prompt`: a better prompt from a business's draft of one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ai import enhancement
+from ai.model import Model
+from ai.providers import counter_from_settings
+from billing.settings import get_settings
+from billing.users import UserId
+from tasks.metered import metered_task
+
+
+def estimate_tokens(arguments: Mapping[str, Any]) -> int:
+    """Return 700, the specification's estimate, or what a draft too long for it may cost.
+
+    Refuses what the work would refuse.
+    """
+    plan = enhancement.plan_enhancement(
+        prompt=arguments["prompt"], business=arguments["business"], counter=counter_from_settings(get_settings())
+    )
+    return plan.estimated_tokens
+
+
+@metered_task(
+    name="tasks.generate_prompt",
+    feature_name="Prompt Enhancement",
+    section="prompt_generation",
+    estimated_tokens=estimate_tokens,
+)
+def generate_prompt(
+    model: Model, user_id: UserId, prompt: str, business: dict[str, Any] | None = None
+) -> enhancement.PromptResult:
+    """Return a better prompt. `prompt`: the draft. `business`: as of `tasks.reply_to_message`."""
+    counter = counter_from_settings(get_settings())
+    return enhancement.enhance_prompt(model, prompt=prompt, business=business, counter=counter)

@@ -1,0 +1,35 @@
+"""Task `tasks.ask_question`: the answer to a question, from passages of context when some are given."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ai import questions
+from ai.model import Model
+from ai.providers import counter_from_settings
+from billing.settings import get_settings
+from billing.users import UserId
+from tasks.metered import metered_task
+
+
+def estimate_tokens(arguments: Mapping[str, Any]) -> int:
+    """Return 1500, the specification's estimate, scaled for models whose tokens can only be bounded.
+
+    Refuses what the work would refuse.
+    """
+    counter = counter_from_settings(get_settings())
+    questions.plan_question(question=arguments["question"], context=arguments["context"], counter=counter)
+    return questions.estimated_tokens(counter)
+
+
+@metered_task(
+    name="tasks.ask_question", feature_name="Ask Question", section="knowledge_qa", estimated_tokens=estimate_tokens
+)
+def ask_question(
+    model: Model,
+    user_id: UserId,
+    question: str,
+    context: list[str] = [],  # noqa: B006 - Celery and pydantic copy it
+) -> questions.QuestionResult:
+    """Return the answer to a question. `context`: passages to answer from, the nearest first; none: from knowledge."""
+    counter = counter_from_settings(get_settings())
+    return questions.answer_question(model, question=question, context=context, counter=counter)
