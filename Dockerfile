@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# One image for every process of trueup: workers, beat, migrations and the command line.
+# One image for every process of trueup: workers, beat, API, migrations and the command line.
 
 FROM python:3.13-slim AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
@@ -10,6 +10,7 @@ COPY requirements/main.txt requirements/main.txt
 RUN /opt/trueup/bin/pip install --require-hashes --requirement requirements/main.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY ai ai
+COPY api api
 COPY billing billing
 COPY examples examples
 COPY cli cli

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from celery import Celery
 from kombu.exceptions import OperationalError
@@ -14,9 +13,7 @@ from billing.errors import ServiceUnavailableError, SettingsError
 from billing.settings import Settings, broker_url, result_backend_url
 from cli.output import without_password
 from tasks import TASK_MODULES
-from worker.config import celery_config
-
-ANSWER_SECONDS = 3.0
+from worker.config import ANSWER_SECONDS, client_config
 
 
 @contextmanager
@@ -27,7 +24,8 @@ def celery_client(settings: Settings) -> Iterator[Celery]:
     `SettingsError` for a URL that Celery can't read.
     """
     app = Celery("trueup-client", set_as_current=False, include=list(TASK_MODULES))
-    app.conf.update(_impatient(celery_config(settings)))
+    # No pool: kombu's would outlive this application, and its connections with it.
+    app.conf.update(client_config(settings) | {"broker_pool_limit": None})
     with ExitStack() as stack:
         stack.callback(app.close)
         with _redis_errors(broker_url(settings)), _readable(broker_url(settings)):
@@ -43,21 +41,6 @@ def celery_client(settings: Settings) -> Iterator[Celery]:
             backend.client.ping()
         with _redis_errors(broker_url(settings)):
             yield app
-
-
-def _impatient(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the worker's configuration without its retries: they would hide from a person that Redis is gone."""
-    return config | {
-        # No pool: kombu's would outlive this application, and its connections with it.
-        "broker_pool_limit": None,
-        "broker_transport_options": config["broker_transport_options"]
-        | {"socket_timeout": ANSWER_SECONDS, "socket_connect_timeout": ANSWER_SECONDS},
-        "redis_socket_timeout": ANSWER_SECONDS,
-        "redis_socket_connect_timeout": ANSWER_SECONDS,
-        "result_backend_always_retry": False,
-        "result_backend_transport_options": {"retry_policy": {"max_retries": 0}},
-        "task_publish_retry": False,
-    }
 
 
 @contextmanager

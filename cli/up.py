@@ -14,6 +14,8 @@ from worker.stack.supervisor import run_stack
 def up() -> None:
     """Run database, Redis, workers and beat in the foreground, with one log, until Ctrl-C.
 
+    The HTTP API too, when it has a key to check tokens with (see `trueup api --help`).
+
     Servers whose URL is set are used as they are. The others run embedded, in TRUEUP_HOME, and keep their data; an
     embedded database is set up by itself, host tables included.
 

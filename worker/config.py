@@ -16,6 +16,8 @@ PRUNE_INTERVAL_SECONDS = 3600
 ALERT_INTERVAL_SECONDS = 60
 # A deep pass is asked for this often, and begins when its period has had none: also when the worker was busy before.
 DEEP_ASKED_SECONDS = 600
+# How long a client waits for Redis.
+ANSWER_SECONDS = 3.0
 
 
 def celery_config(settings: Settings) -> dict[str, Any]:
@@ -60,6 +62,8 @@ def celery_config(settings: Settings) -> dict[str, Any]:
             "tasks.sweep_runs": {"queue": RECONCILE_QUEUE},
             "tasks.expire_holds": {"queue": RECONCILE_QUEUE},
             "tasks.prune_answers": {"queue": RECONCILE_QUEUE},
+            "tasks.prune_requests": {"queue": RECONCILE_QUEUE},
+            "tasks.prune_observed_denials": {"queue": RECONCILE_QUEUE},
             "tasks.check_alerts": {"queue": RECONCILE_QUEUE},
         },
         # Beside its share of the limit, such a task may be in one long statement.
@@ -83,6 +87,20 @@ def celery_config(settings: Settings) -> dict[str, Any]:
     }
 
 
+def client_config(settings: Settings) -> dict[str, Any]:
+    """Return the worker's configuration for who sends tasks: without retries, which would hide that Redis is gone."""
+    config = celery_config(settings)
+    return config | {
+        "broker_transport_options": config["broker_transport_options"]
+        | {"socket_timeout": ANSWER_SECONDS, "socket_connect_timeout": ANSWER_SECONDS},
+        "redis_socket_timeout": ANSWER_SECONDS,
+        "redis_socket_connect_timeout": ANSWER_SECONDS,
+        "result_backend_always_retry": False,
+        "result_backend_transport_options": {"retry_policy": {"max_retries": 0}},
+        "task_publish_retry": False,
+    }
+
+
 def beat_schedule(settings: Settings) -> dict[str, Any]:
     """Return what beat sends. An entry that could not run before the next is due expires, so that none pile up."""
     return {
@@ -93,6 +111,8 @@ def beat_schedule(settings: Settings) -> dict[str, Any]:
         "sweep-runs": _every(SWEEP_INTERVAL_SECONDS, "tasks.sweep_runs"),
         "expire-holds": _every(settings.expire_interval_seconds, "tasks.expire_holds"),
         "prune-answers": _every(PRUNE_INTERVAL_SECONDS, "tasks.prune_answers"),
+        "prune-requests": _every(PRUNE_INTERVAL_SECONDS, "tasks.prune_requests"),
+        "prune-observed-denials": _every(PRUNE_INTERVAL_SECONDS, "tasks.prune_observed_denials"),
         **({"check-alerts": _every(ALERT_INTERVAL_SECONDS, "tasks.check_alerts")} if settings.alerts.channels else {}),
     }
 

@@ -5,12 +5,15 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from billing.settings import Settings
 from cli.client import celery_client
 from tests.cli.conftest import TRUEUP, assert_nothing_runs
+from tests.support.api import free_port
 from tests.support.demo import environment_of, processes_of
 from tests.support.worker import wait_for
 from tests.worker.stack_helpers import server_pids, temporary_home
@@ -27,6 +30,7 @@ class Up:
         self.home = home
         self.log = home.with_name("up.log")
         self.process: subprocess.Popen[bytes] | None = None
+        self.api = f"http://127.0.0.1:{free_port()}"
 
     def start(self) -> int:
         """Start it, and return its pid once both workers answer."""
@@ -36,7 +40,8 @@ class Up:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=environment_of(self.home),
+                env=environment_of(self.home)
+                | {"TRUEUP_API__DEMO": "true", "TRUEUP_API__PORT": self.api.rpartition(":")[2]},
                 start_new_session=True,
             )
         wait_for(lambda: self.process.poll() is not None or self.runs(), "the stack is up", seconds=BOOT_SECONDS)  # type: ignore[union-attr]
@@ -80,7 +85,16 @@ def answering(home: Path) -> set[str]:
         return {name.partition("@")[0] for answer in app.control.ping(timeout=1.0) for name in answer}
 
 
-def test_up_runs_both_workers_and_other_commands_use_it(up: Up) -> None:
+def answer_of(url: str) -> Any:
+    """Return the content of a 200; None: there is no such answer."""
+    try:
+        answer = httpx.get(url, timeout=10, trust_env=False)
+    except httpx.TransportError:
+        return None
+    return answer.json() if answer.status_code == 200 else None
+
+
+def test_up_runs_both_workers_and_the_api_and_other_commands_use_it(up: Up) -> None:
     pid = up.start()
     wait_for(lambda: answering(up.home) == {"ai", "reconcile"}, "both workers answer")
     servers = server_pids(up.home)
@@ -88,6 +102,10 @@ def test_up_runs_both_workers_and_other_commands_use_it(up: Up) -> None:
     assert (checked.returncode, checked.stderr) == (3, "")
     assert "no_subscription" in checked.stdout
     assert server_pids(up.home) == servers
+
+    ready = wait_for(lambda: answer_of(f"{up.api}/readyz"), "the API answers")
+    assert ready == {"ready": True, "database": "ok", "broker": "ok", "worker": "ok"}
+    assert "nobody is authenticated" in up.log.read_text()
 
     second = up.trueup("up")
     assert (second.returncode, second.stdout) == (1, "")
@@ -103,8 +121,8 @@ def test_up_runs_both_workers_and_other_commands_use_it(up: Up) -> None:
 def test_after_kill_9_a_second_start_takes_over_and_its_stop_leaves_nothing(up: Up) -> None:
     assert up.process is not None
     before = [process for process in processes_of(up.home) if process.pid != up.process.pid]
-    workers = [process for process in before if "celery" in " ".join(process.cmdline())]
-    assert len(workers) >= 3
+    workers = [process for process in before if {"celery", "api"} & {Path(word).name for word in process.cmdline()}]
+    assert len(workers) >= 4
     assert up.stop(signal.SIGKILL) == -signal.SIGKILL
     assert all(is_alive(process) for process in workers)
 

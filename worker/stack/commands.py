@@ -6,6 +6,8 @@ A test compares the two token for token.
 from dataclasses import dataclass
 from pathlib import Path
 
+API = "api"
+
 _CELERY = ("celery", "-A", "worker")
 
 
@@ -21,7 +23,7 @@ class Command:
 
 
 def stack_commands(home: Path) -> tuple[Command, ...]:
-    """Return the workers and the beat of the stack in `home`, in the order they are started."""
+    """Return the workers, the beat and the API of the stack in `home`, in the order they are started."""
     return (
         Command(name="worker", tokens=(*_CELERY, "worker", "-Q", "ai", "-n", "ai@%h")),
         Command(
@@ -41,4 +43,5 @@ def stack_commands(home: Path) -> tuple[Command, ...]:
                 *("--schedule", str(home / "run" / "celerybeat-schedule")),
             ),
         ),
+        Command(name=API, tokens=("trueup", "api")),
     )

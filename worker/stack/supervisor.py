@@ -10,7 +10,7 @@ from typing import TextIO
 import psutil
 
 from billing.settings import Settings
-from worker.stack.commands import Command, stack_commands
+from worker.stack.commands import API, Command, stack_commands
 from worker.stack.crew import Crew, Policy
 from worker.stack.errors import StackAlreadyRunningError, explained
 from worker.stack.layout import Layout, prepare_layout
@@ -33,12 +33,13 @@ def run_stack(
     """Run the stack until Ctrl-C, SIGTERM or SIGHUP; a second one ends it fast, a third at once.
 
     `before_commands` is called once the servers answer (migrations go there). `commands` defaults
-    to the table in `commands.py`, `output` to standard output. Raises `StackAlreadyRunningError`,
+    to the table in `commands.py`, of which the API is left out when it has no key to check tokens
+    with, `output` to standard output. Raises `StackAlreadyRunningError`,
     `StackError` when a server can't be run, and `ChildFailedError` when a process keeps dying.
     """
     policy = policy or Policy()
     layout = prepare_layout(settings)
-    table = commands if commands is not None else stack_commands(layout.home)
+    table = commands if commands is not None else commands_of(settings, layout.home)
     log = MergedLog(output or sys.stdout, [command.name for command in table])
     with _only_one(layout), StopRequests() as requests:
         records = ChildRecords(layout.run / "children.json")
@@ -46,12 +47,34 @@ def run_stack(
         reap_leftovers(records, layout.home, policy.grace_seconds, log.say)
         with leased_stack(settings) as (urls, leases):
             log.say(f"PostgreSQL and Redis are ready (home: {layout.home})")
+            if commands is None:
+                log.say(about_the_api(settings))
             if before_commands:
                 before_commands(urls)
             crew = Crew(table, _environment(layout.home, urls), records, log, policy)
             with explained("trueup up", layout.home):
                 crew.run(requests, tend=lambda: _revive(leases, log))
         log.say("stopped")
+
+
+def commands_of(settings: Settings, home: Path) -> Sequence[Command]:
+    """Return what `trueup up` runs: all of the table, but the API only with a key to check tokens with."""
+    return [command for command in stack_commands(home) if command.name != API or _serves_api(settings)]
+
+
+def _serves_api(settings: Settings) -> bool:
+    return settings.api.has_key or settings.api.demo
+
+
+def about_the_api(settings: Settings) -> str:
+    """Say where the API will be, or why it is not served."""
+    if not _serves_api(settings):
+        return (
+            "the HTTP API is not served: there is no key to check tokens with. Set TRUEUP_API__JWT_SECRET, or on this "
+            "machine alone TRUEUP_API__DEMO=true (see `trueup api --help`)"
+        )
+    demo = "; demo: the bearer token is the user id, nobody is authenticated" if settings.api.demo else ""
+    return f"the HTTP API will be at http://{settings.api.host}:{settings.api.port}{demo}"
 
 
 def _revive(leases: Sequence[Lease], log: MergedLog) -> None:

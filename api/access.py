@@ -1,0 +1,22 @@
+"""The gate as an endpoint asks it, before work is queued. The task's own hold is what reserves."""
+
+from fastapi import Request
+
+from api import metrics
+from billing import db
+from billing.access import check_access, denial_payload
+from billing.errors import TokensDenied
+from billing.rollout import mode_of
+from billing.users import UserId
+
+
+def require_tokens(request: Request, user_id: UserId, estimated_tokens: int, feature_name: str) -> None:
+    """Return if a task of that size may run now; reserves nothing.
+
+    Raises `TokensDenied`, which is answered with 402 and the specification's body, or `ServiceUnavailableError`.
+    """
+    access = db.retrying(lambda connection: check_access(connection, user_id, estimated_tokens, feature_name))
+    # What is not enforced is let pass by the task's own gate, which also notes it.
+    if not access["has_access"] and db.retrying(lambda connection: mode_of(connection, feature_name)) == "enforce":
+        raise TokensDenied(denial_payload(access))
+    metrics.of(request).count_decision()

@@ -1,0 +1,34 @@
+"""What a user is shown of the account: `/api/accounts/…`."""
+
+from fastapi import APIRouter
+
+from api.auth import CurrentUser, refusal
+from api.responses import AUTHENTICATED, responses
+from api.schemas import AccountOverview, Profile
+from billing import db
+from billing.settings import get_settings
+from billing.summaries import Summary, read_summary
+from billing.users import UserId
+
+router = APIRouter(prefix="/api/accounts", tags=["accounts"], responses=responses(*AUTHENTICATED))
+
+
+def summary_of(user_id: UserId, *, with_plans: bool = False) -> Summary:
+    """Return the user's summary, in one round trip. Raises `ApiError` 401 for a user that the host has not."""
+    mapping = get_settings().host
+    summary = db.retrying(lambda connection: read_summary(connection, mapping, user_id, with_plans=with_plans))
+    if not summary.known:
+        raise refusal("The token is of a user that is not there any more")
+    return summary
+
+
+@router.get("/overview")
+def overview(user_id: CurrentUser) -> AccountOverview:
+    """Show the user, the subscription and the tokens that are left."""
+    return AccountOverview.of(summary_of(user_id))
+
+
+@router.get("/profile")
+def profile(user_id: CurrentUser) -> Profile:
+    """Show the user, and how much of the subscription and the tokens is left, in percent."""
+    return Profile.of(summary_of(user_id))

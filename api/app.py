@@ -1,0 +1,67 @@
+"""The application: `create_app()`. It serves no web pages, so `/openapi.json` is all there is for people."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from anyio import to_thread
+from celery import Celery
+from celery.app import app_or_default
+from fastapi import FastAPI
+
+from api import accounts, ai, drift, errors, health, subscriptions, task_results
+from api.auth import Verifier
+from api.edge import Edge
+from api.limits import RateLimit
+from api.metrics import Metrics
+from billing.settings import get_settings
+
+DESCRIPTION = """
+What is left of a user's AI tokens, counted from the usage log and never from the legacy counter; AI tasks behind the
+gate; and what reconciling found. Every answer but a success and a denial (402) has the shape of `Problem`.
+"""
+
+
+def create_app(celery: Celery | None = None) -> FastAPI:
+    """Make the application of this process's settings; nothing is connected yet.
+
+    `celery`: sends the AI tasks; None: the calling thread's current one. Raises `SettingsError` when no key is set to
+    check tokens with.
+    """
+    settings = get_settings()
+    app = FastAPI(
+        title="trueup",
+        version=version("trueup"),
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=_lifespan,
+        redirect_slashes=False,
+    )
+    app.state.settings = settings
+    app.state.verifier = Verifier(settings)
+    app.state.rate_limit = RateLimit(settings)
+    app.state.metrics = Metrics()
+    app.state.celery = celery or app_or_default()
+    app.state.watch = health.Watch(app.state.celery)
+    errors.register(app)
+    for router in (*_ROUTERS, health.metrics_router(public=settings.api.public_metrics)):
+        app.include_router(router)
+    app.add_middleware(Edge, settings=settings.api, metrics=app.state.metrics)
+    return app
+
+
+_ROUTERS = (
+    accounts.router,
+    subscriptions.router,
+    ai.router,
+    task_results.router,
+    drift.router,
+    health.router,
+)
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    to_thread.current_default_thread_limiter().total_tokens = app.state.settings.api.threads
+    yield

@@ -1,0 +1,113 @@
+"""Every answer that is no success: one JSON shape; a denial has the specification's."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from api import metrics
+from billing.errors import InvalidInputError, NotInstalledError, ServiceUnavailableError, TokensDenied
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_SECONDS = 5
+
+# Codes of what Starlette raises itself.
+_CODES = {404: "not_found", 405: "method_not_allowed"}
+_TEXTS = {404: "There is nothing at this address", 405: "This address does not take that method"}
+
+
+class ApiError(HTTPException):
+    """An answer that is no success: `error_code` for machines, `error` for people."""
+
+    def __init__(
+        self, status_code: int, error_code: str, error: str, *, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(status_code, detail=error, headers=headers)
+        self.error_code = error_code
+
+
+def unavailable(error: str, *, error_code: str = "service_unavailable") -> ApiError:
+    """Return the answer for what can't be done now, but may be soon."""
+    return ApiError(503, error_code, error, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+
+
+def invalid_input(field: str, problem: str) -> ApiError:
+    """Return the answer for input that is wrong, by the field's name."""
+    return ApiError(422, "invalid_input", f"{field}: {problem}")
+
+
+def error_body(error_code: str, error: str) -> dict[str, Any]:
+    """Return the body of every error but a denial."""
+    return {"success": False, "error": error, "error_code": error_code}
+
+
+def render(error: ApiError) -> JSONResponse:
+    return JSONResponse(error_body(error.error_code, error.detail), error.status_code, error.headers)
+
+
+def register(app: FastAPI) -> None:
+    """Have the application answer so."""
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(InvalidInputError, _invalid_input)
+    app.add_exception_handler(TokensDenied, _denied)
+    app.add_exception_handler(ServiceUnavailableError, _unavailable)
+    app.add_exception_handler(NotInstalledError, _unavailable)
+
+
+async def _http_error(_request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, ApiError):
+        return render(error)
+    assert isinstance(error, HTTPException)  # noqa: S101 - for the type checker: registered for these
+    if error.status_code == 400:  # a body that FastAPI can't even begin to read
+        return render(invalid_input("body", "it can't be read: give JSON in UTF-8"))
+    code = _CODES.get(error.status_code, "error")
+    text = _TEXTS.get(error.status_code, str(error.detail))
+    return render(ApiError(error.status_code, code, text, headers=error.headers))
+
+
+async def _validation_error(_request: Request, error: Exception) -> JSONResponse:
+    """Name each field and what is wrong with it; never repeat the value, which may be secret or huge."""
+    assert isinstance(error, RequestValidationError)  # noqa: S101
+    problems = [f"{_field(fault['loc'])}: {_problem(fault)}" for fault in error.errors()]
+    return JSONResponse(error_body("invalid_input", "; ".join(problems[:20])), 422)
+
+
+def _field(location: tuple[Any, ...]) -> str:
+    """Return a field's name without the part of the request that it is in."""
+    names = [str(part) for part in location[1:] if not isinstance(part, int) or len(location) > 2]
+    return ".".join(names) or str(location[0])
+
+
+def _problem(fault: Mapping[str, Any]) -> str:
+    match fault["type"]:
+        case "extra_forbidden":
+            return "there is no such field. Leave it out"
+        case "json_invalid":
+            return f"this is no JSON ({fault['ctx']['error']})"
+        case _:
+            return str(fault["msg"])
+
+
+async def _invalid_input(_request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse(error_body("invalid_input", str(error)), 422)
+
+
+async def _denied(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, TokensDenied)  # noqa: S101
+    metrics.of(request).count_decision(error.error_code)
+    return JSONResponse(error.payload, 402)
+
+
+async def _unavailable(_request: Request, error: Exception) -> JSONResponse:
+    """Say that it is no answer. Where the servers are is for the log alone."""
+    logger.error("answered 503: %s", error)
+    if isinstance(error, NotInstalledError):
+        return render(unavailable("The database is not ready for trueup. Nothing was done", error_code="not_ready"))
+    assert isinstance(error, ServiceUnavailableError)  # noqa: S101
+    return render(unavailable(f"{error.service} does not answer. Nothing was spent; try again"))

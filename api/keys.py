@@ -1,0 +1,163 @@
+"""The keys that tokens are checked with. Each serves one algorithm, decided by its kind and never by the token."""
+
+import json
+import logging
+import threading
+from pathlib import Path
+from time import monotonic
+from typing import Any, Protocol
+
+import httpx
+import jwt
+
+from billing.api_settings import ApiSettings
+from billing.errors import SettingsError
+
+logger = logging.getLogger(__name__)
+
+# RSA keys sign RS256 and keys on the curve P-256 ES256. Others, above all symmetric ones, have no place in a JWKS.
+_ALGORITHMS = {("RSA", None): "RS256", ("EC", "P-256"): "ES256"}
+LEAST_RSA_BITS = 2048
+MAX_JWKS_BYTES = 1_000_000
+
+
+class UnknownKeyError(Exception):
+    """No key of ours has signed this token."""
+
+
+class KeysUnavailableError(Exception):
+    """The issuer does not give its keys now, and none are known that could serve instead."""
+
+
+class Keys(Protocol):
+    """Where keys come from."""
+
+    def find(self, header: dict[str, Any]) -> jwt.PyJWK:
+        """Return the key for a token with this header. Raises `UnknownKeyError` or `KeysUnavailableError`."""
+
+
+def keys_of(settings: ApiSettings) -> Keys | None:
+    """Return the settings' keys; None: no key is set. Raises `SettingsError` for a file that holds none."""
+    if settings.jwt_secret:
+        return SecretKey(settings.jwt_secret.get_secret_value().encode())
+    if settings.jwks_file:
+        return KeySet(read_jwks_file(settings.jwks_file))
+    if settings.jwks_url:
+        return RemoteKeySet(settings)
+    return None
+
+
+class SecretKey:
+    """One secret shared with the issuer, for HS256."""
+
+    def __init__(self, secret: bytes) -> None:
+        encoded = jwt.utils.base64url_encode(secret).decode()
+        self._key = jwt.PyJWK({"kty": "oct", "k": encoded}, algorithm="HS256")
+
+    def find(self, header: dict[str, Any]) -> jwt.PyJWK:
+        return self._key
+
+
+class KeySet:
+    """Public keys by their `kid`. A token without one is checked with the only key, if there is only one."""
+
+    def __init__(self, keys: dict[str | None, jwt.PyJWK]) -> None:
+        self._keys = keys
+
+    def find(self, header: dict[str, Any]) -> jwt.PyJWK:
+        kid = header.get("kid")
+        if kid is None and len(self._keys) == 1:
+            return next(iter(self._keys.values()))
+        if kid is not None and kid in self._keys:
+            return self._keys[kid]
+        raise UnknownKeyError
+
+
+class RemoteKeySet:
+    """The issuer's JWKS, read again when it is old, and for an unknown `kid`, though not too often.
+
+    Keys that are known go on serving while the issuer does not answer.
+    """
+
+    def __init__(self, settings: ApiSettings) -> None:
+        self._settings = settings
+        self._keys: KeySet | None = None
+        self._asked_at = float("-inf")
+        self._read_at = float("-inf")
+        self._lock = threading.Lock()
+
+    def find(self, header: dict[str, Any]) -> jwt.PyJWK:
+        known = self._keys
+        if known is not None and monotonic() - self._read_at < self._settings.jwks_max_age_seconds:
+            try:
+                return known.find(header)
+            except UnknownKeyError:
+                pass
+        self._refresh(known)
+        if self._keys is None:
+            raise KeysUnavailableError
+        return self._keys.find(header)
+
+    def _refresh(self, seen: KeySet | None) -> None:
+        """Read the keys again, unless another thread has done so since `seen`, or it was tried just now."""
+        with self._lock:
+            if self._keys is not seen or monotonic() - self._asked_at < self._settings.jwks_retry_seconds:
+                return
+            try:
+                self._keys = KeySet(parse_jwks(self._fetch()))
+                self._read_at = monotonic()
+            except (httpx.HTTPError, ValueError) as error:
+                logger.warning("no keys from %s: %s", self._settings.jwks_url, error)
+            finally:
+                self._asked_at = monotonic()
+
+    def _fetch(self) -> bytes:
+        assert self._settings.jwks_url is not None  # noqa: S101 - for the type checker: this class is for it
+        timeout = httpx.Timeout(self._settings.jwks_timeout_seconds)
+        # No redirects: they could lead away from TLS.
+        with httpx.stream("GET", self._settings.jwks_url, timeout=timeout, follow_redirects=False) as answer:
+            if answer.status_code != 200:
+                raise ValueError(f"it answers {answer.status_code}")
+            content = b""
+            for part in answer.iter_bytes():
+                content += part
+                if len(content) > MAX_JWKS_BYTES:
+                    raise ValueError(f"more than {MAX_JWKS_BYTES} bytes")
+        return content
+
+
+def read_jwks_file(path: Path) -> dict[str | None, jwt.PyJWK]:
+    """Return the keys in a file. Raises `SettingsError` when it holds none."""
+    try:
+        return parse_jwks(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"TRUEUP_API__JWKS_FILE: {path}: {error}. The API was not started. Give a JWKS file with the issuer's "
+            "public RSA or P-256 keys."
+        ) from None
+
+
+def parse_jwks(content: bytes) -> dict[str | None, jwt.PyJWK]:
+    """Return the usable public keys of a JWKS by `kid`; others are passed over. Raises ValueError for none."""
+    try:
+        listed = json.loads(content)["keys"]
+        usable = {entry.get("kid"): key for entry in listed if (key := _public_key(entry)) is not None}
+    except (KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError('this is no JWKS: an object with a list "keys"') from None
+    if not usable:
+        raise ValueError("it has no key that can be used")
+    return usable
+
+
+def _public_key(entry: dict[str, Any]) -> jwt.PyJWK | None:
+    kind = entry.get("kty")
+    algorithm = _ALGORITHMS.get((str(kind), entry.get("crv") if kind == "EC" else None))
+    if algorithm is None or entry.get("alg", algorithm) != algorithm or entry.get("use", "sig") != "sig":
+        return None
+    # Of a private key by mistake in the set, the public half is enough.
+    public: dict[str, Any] = {name: entry[name] for name in ("kty", "crv", "n", "e", "x", "y") if name in entry}
+    try:
+        key = jwt.PyJWK(public, algorithm=algorithm)
+    except jwt.PyJWTError:
+        return None
+    return None if kind == "RSA" and key.key.key_size < LEAST_RSA_BITS else key

@@ -1,0 +1,28 @@
+"""The API with two routes more, that differ in the gate alone. For `benchmarks.api`."""
+
+from fastapi import FastAPI, Request
+
+from api.access import require_tokens
+from api.auth import CurrentUser
+from billing.settings import get_settings
+from worker.http import create_app as create_api
+from worker.http import serve
+
+
+def create_app() -> FastAPI:
+    app = create_api()
+
+    @app.post("/bench/bare")
+    def bare(user_id: CurrentUser) -> dict[str, object]:
+        return {"user": user_id}
+
+    @app.post("/bench/gated")
+    def gated(request: Request, user_id: CurrentUser) -> dict[str, object]:
+        require_tokens(request, user_id, 1500, "Benchmark")
+        return {"user": user_id}
+
+    return app
+
+
+if __name__ == "__main__":
+    serve(get_settings(), create_app())

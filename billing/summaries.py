@@ -1,0 +1,154 @@
+"""What a user is shown: account, plan and days in one snapshot and one round trip. Every view formats from it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, Literal
+
+from sqlalchemy import Connection, TextClause
+
+from billing.accounts import ACCOUNT_COLUMNS, CLOCK, Account, account_of
+from billing.mapping import HostMapping, render_statement
+from billing.users import UserId
+
+PlanKind = Literal["token", "full"]
+SECONDS_A_DAY = 86_400
+MOST_PLANS = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A plan as the host sells it. `tokens_included` is a count. `duration_days` None: tokens without a duration."""
+
+    kind: PlanKind
+    id: int | str
+    name: str | None
+    tokens_included: int
+    duration_days: int | None
+    is_active: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A user in one snapshot.
+
+    `known` False: the host has no such user. `plan`: the one whose tokens count, None without; `plans`: those that are
+    sold, and the user's own; empty unless asked for. Percentages are 0 to 100 with one decimal.
+    """
+
+    known: bool
+    username: str | None
+    email: str | None
+    account: Account
+    own_plans: tuple[Plan, ...]
+    plans: tuple[Plan, ...] = field(default=(), repr=False)
+
+    @property
+    def plan(self) -> Plan | None:
+        return self.own_plans[0] if self.own_plans else None
+
+    @property
+    def token_usage_remaining(self) -> float:
+        """remaining / original in percent; 0 when nothing was included."""
+        return percent(self.account.remaining, self.account.original)
+
+    @property
+    def subscription_remaining(self) -> float:
+        """Full days left / duration in percent; 100 when unlimited, 0 without a subscription."""
+        days = self.account.days_remaining
+        if not self.account.subscribed:
+            return 0.0
+        if days is None:
+            return 100.0
+        return percent(days, self.duration_days) if self.duration_days else 0.0
+
+    @property
+    def duration_days(self) -> float | None:
+        """The plan's duration, else from start to end. None: unlimited, or from time immemorial."""
+        account = self.account
+        planned = next((plan.duration_days for plan in self.own_plans if plan.duration_days), None)
+        if planned is not None or account.end_date is None or account.window_start is None:
+            return planned
+        return max(0.0, (account.end_date - account.window_start).total_seconds() / SECONDS_A_DAY)
+
+    def is_current(self, plan: Plan) -> bool:
+        return any((plan.kind, plan.id) == (own.kind, own.id) for own in self.own_plans)
+
+
+def percent(part: float, whole: float) -> float:
+    """Return part / whole in percent, 0 to 100 with one decimal; 0 when the whole is 0."""
+    return round(min(100.0, max(0.0, 100 * part / whole)), 1) if whole > 0 else 0.0
+
+
+# One statement is one snapshot: the figures of a view can't contradict each other while tokens are spent.
+# An unknown user, and one without a subscription, still have their row.
+_READ = f"""
+    WITH {CLOCK}, own AS (
+        SELECT s.{{{{subscription.token_plan_id}}}} AS token_plan, s.{{{{subscription.full_plan_id}}}} AS full_plan
+        FROM {{{{subscription}}}} s WHERE s.{{{{subscription.user_id}}}} = :user_id
+    ), plan AS (
+        SELECT 'token' AS kind, to_jsonb(p.{{{{token_plan.id}}}}) AS id, p.{{{{token_plan.name}}}} AS name,
+               p.{{{{token_plan.tokens_included}}}} AS tokens_included, NULL::integer AS duration_days,
+               p.{{{{token_plan.is_active}}}} AS is_active,
+               p.{{{{token_plan.id}}}} IS NOT DISTINCT FROM (SELECT token_plan FROM own) AS is_own
+        FROM {{{{token_plan}}}} p
+        WHERE p.{{{{token_plan.id}}}} = (SELECT token_plan FROM own) OR (WITH_PLANS AND p.{{{{token_plan.is_active}}}})
+        UNION ALL
+        SELECT 'full', to_jsonb(p.{{{{full_plan.id}}}}), p.{{{{full_plan.name}}}}, p.{{{{full_plan.tokens_included}}}},
+               p.{{{{full_plan.duration_days}}}}, p.{{{{full_plan.is_active}}}},
+               p.{{{{full_plan.id}}}} IS NOT DISTINCT FROM (SELECT full_plan FROM own)
+        FROM {{{{full_plan}}}} p
+        WHERE p.{{{{full_plan.id}}}} = (SELECT full_plan FROM own) OR (WITH_PLANS AND p.{{{{full_plan.is_active}}}})
+    ), listed AS (
+        -- The user's own first, of these the token plan, whose tokens count before the full plan's.
+        SELECT row_number() OVER (ORDER BY is_own DESC, kind DESC, tokens_included, id) AS place, plan.* FROM plan
+        ORDER BY place LIMIT :most
+    )
+    SELECT {ACCOUNT_COLUMNS}, u.{{{{user.id}}}} IS NOT NULL AS known, u.{{{{user.username}}}} AS username,
+           u.{{{{user.email}}}} AS email, (SELECT jsonb_agg(to_jsonb(l) ORDER BY l.place) FROM listed l) AS plans
+    FROM clock
+    LEFT JOIN {{{{user}}}} u ON u.{{{{user.id}}}} = :user_id
+    LEFT JOIN LATERAL (SELECT * FROM trueup.accounts(clock.at) t WHERE t.user_id = :user_id) a ON true
+"""
+
+
+def read_summary(
+    connection: Connection,
+    mapping: HostMapping,
+    user_id: UserId,
+    *,
+    with_plans: bool = False,
+    now: datetime | None = None,
+) -> Summary:
+    """Return what the user is shown. `with_plans`: and what is sold, `MOST_PLANS` at most. `now`: None means the
+    database's clock.
+    """
+    values = {"user_id": user_id, "most": MOST_PLANS, "at": now}
+    row = connection.execute(_statement(mapping, with_plans), values).one()
+    listed = [(_plan(plan), plan["is_own"]) for plan in row.plans or ()]
+    return Summary(
+        known=row.known,
+        username=row.username,
+        email=row.email,
+        account=account_of(user_id, row),
+        own_plans=tuple(plan for plan, is_own in listed if is_own),
+        plans=tuple(plan for plan, _ in listed) if with_plans else (),
+    )
+
+
+@lru_cache(maxsize=8)
+def _statement(mapping: HostMapping, with_plans: bool) -> TextClause:
+    return render_statement(_READ.replace("WITH_PLANS", str(with_plans)), mapping)
+
+
+def _plan(row: Mapping[str, Any]) -> Plan:
+    return Plan(
+        kind=row["kind"],
+        id=row["id"],
+        name=row["name"],
+        # As the budget counts it: nothing, where the host has none or less.
+        tokens_included=max(0, row["tokens_included"] or 0),
+        duration_days=row["duration_days"],
+        is_active=row["is_active"] is True,
+    )

@@ -1,0 +1,24 @@
+"""`trueup api`: the HTTP API in the foreground."""
+
+import click
+
+from billing.settings import get_settings
+from cli.context import servers
+from worker.http import serve
+
+
+@click.command()
+def api() -> None:
+    """Serve the HTTP API in the foreground, until Ctrl-C.
+
+    It needs a key to check tokens with: TRUEUP_API__JWT_SECRET, TRUEUP_API__JWKS_FILE or TRUEUP_API__JWKS_URL; or, on
+    this machine alone, TRUEUP_API__DEMO=true. `trueup up` serves it too, when there is one.
+    Without a running stack the embedded servers run for as long as this takes.
+
+    \b
+    Example:
+      TRUEUP_API__DEMO=true trueup api
+      curl -H "Authorization: Bearer 1" http://127.0.0.1:8000/api/accounts/overview
+    """
+    with servers("postgres", "redis"):
+        serve(get_settings())

@@ -1,0 +1,426 @@
+"""The AI features over HTTP: a check at the door, one task for one key, and each task for its owner only."""
+
+import json
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+from fastapi.testclient import TestClient
+from httpx import Response
+
+from api.app import create_app
+from billing.errors import (
+    AnswerFormatError,
+    DenialPayload,
+    HoldExhaustedError,
+    InvalidInputError,
+    ProviderError,
+    ServiceUnavailableError,
+    TokensDenied,
+)
+from billing.settings import get_settings
+from tests.support.api import SECRET, bearer
+from tests.support.host import Host
+from tests.support.sessions import in_background, run_at_once
+from tests.support.worker import WorkerProcess, wait_for
+from tests.worker.conftest import app, shared_database, shared_host, worker
+from worker.config import client_config
+
+__all__ = ["app", "shared_database", "shared_host", "worker"]
+
+FEATURES = (Path(__file__).parents[2] / "docs" / "features.md").read_text()
+ASK, ENHANCE = "/api/ai/ask-question/", "/api/web-knowledge/generate-prompt/"
+QUESTION = {"question": "Are returns free?", "context": ["Returns are free for 45 days."]}
+BODIES: dict[str, dict[str, Any]] = {ASK: QUESTION, ENHANCE: {"prompt": "Be nice. Tell the price."}}
+ANSWER = {
+    "answer": "Yes.",
+    "answered": True,
+    "passages_used": [0],
+    "passages_left_out": 0,
+    "passage_cut": None,
+    "language": "en",
+    "warnings": [],
+}
+DENIAL = DenialPayload(
+    success=False,
+    error="No tokens remaining in subscription",
+    error_code="no_tokens_remaining",
+    tokens_remaining=0,
+    original_tokens=10,
+    consumed_tokens=10,
+    days_remaining=None,
+)
+
+Messages = Callable[[], list[dict[str, Any]]]
+MakeClient = Callable[..., TestClient]
+
+
+@pytest.fixture
+def client_with(app: Celery, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeClient]:
+    """A client of the API with these settings, and with another Celery application if one is given."""
+
+    def make(celery: Celery = app, **settings: object) -> TestClient:
+        for name, value in ({"jwt_secret": SECRET} | settings).items():
+            monkeypatch.setenv(f"TRUEUP_API__{name.upper()}", str(value))
+        get_settings.cache_clear()
+        return TestClient(create_app(celery))
+
+    yield make
+    monkeypatch.undo()
+    get_settings.cache_clear()
+
+
+@pytest.fixture
+def client(client_with: MakeClient) -> TestClient:
+    return client_with()
+
+
+@pytest.fixture
+def queued(app: Celery) -> Iterator[Messages]:
+    """Give a function that takes the messages which wait for a worker; none must run."""
+    app.control.purge()
+
+    def take() -> Iterator[dict[str, Any]]:
+        with app.connection_for_read() as connection:
+            while message := connection.default_channel.basic_get("ai", no_ack=True):
+                yield {"task": message.headers["task"], "id": message.headers["id"], **message.payload[1]}
+
+    yield lambda: list(take())
+    app.control.purge()
+
+
+def post(
+    client: TestClient, user: object, path: str = ASK, body: Any = None, *, key: str | None = None, **headers: str
+) -> Response:
+    headers = {**bearer(user), **headers} | ({"Idempotency-Key": key} if key else {})
+    return client.post(path, json=BODIES[path] if body is None else body, headers=headers)
+
+
+def get(client: TestClient, user: object, task_id: str) -> Response:
+    return client.get(f"/api/tasks/{task_id}", headers=bearer(user))
+
+
+def rows(host: Host, user: int) -> list[Any]:
+    return list(host.execute("SELECT * FROM trueup.task_request WHERE user_id = :user", user=user).all())
+
+
+class TestWithoutAWorker:
+    """What is sent, and what is told of how it stands."""
+
+    @pytest.mark.parametrize(("path", "task"), [(ASK, "tasks.ask_question"), (ENHANCE, "tasks.generate_prompt")])
+    def test_a_request_is_answered_at_once_with_where_its_task_is(
+        self, client: TestClient, shared_host: Host, queued: Messages, path: str, task: str
+    ) -> None:
+        user = shared_host.subscriber()
+        answer = post(client, user, path)
+        assert answer.status_code == 202
+        body = answer.json()
+        assert (body["state"], body["task"], body["result"]) == ("pending", task, None)
+        assert answer.headers["Location"] == f"/api/tasks/{body['task_id']}"
+        assert answer.headers["Retry-After"] == "1"
+        [message] = queued()
+        assert (message["task"], message["id"], message["user_id"]) == (task, body["task_id"], user)
+        assert {name: message[name] for name in BODIES[path]} == BODIES[path]
+        assert get(client, user, body["task_id"]).json() == body
+
+    @pytest.mark.parametrize("path", BODIES)
+    def test_a_user_without_tokens_is_denied_before_anything_is_sent(
+        self, client: TestClient, shared_host: Host, queued: Messages, path: str
+    ) -> None:
+        user = shared_host.subscriber(100)
+        shared_host.log(user, 100)
+        answer = post(client, user, path, key="key")
+        assert answer.status_code == 402
+        assert answer.json() == {
+            "success": False,
+            "error": "No tokens remaining in subscription",
+            "error_code": "no_tokens_remaining",
+            "tokens_remaining": 0,
+            "original_tokens": 100,
+            "consumed_tokens": 100,
+            "days_remaining": None,
+        }
+        assert (queued(), rows(shared_host, user)) == ([], [])
+
+    @pytest.mark.parametrize(("path", "estimate"), [(ASK, 1500), (ENHANCE, 700)])
+    def test_the_check_is_for_the_specifications_estimate(
+        self, client: TestClient, shared_host: Host, queued: Messages, path: str, estimate: int
+    ) -> None:
+        assert post(client, shared_host.subscriber(estimate), path).status_code == 202
+        denied = post(client, shared_host.subscriber(estimate - 1), path)
+        assert (denied.status_code, denied.json()["error_code"]) == (402, "insufficient_tokens")
+
+    def test_the_walk_over_the_routes_finds_each_that_can_spend_and_it_is_denied(
+        self, client: TestClient, shared_host: Host, queued: Messages
+    ) -> None:
+        user = shared_host.subscriber(0)
+        paths = client.get("/openapi.json").json()["paths"]
+        spending = {path for path, methods in paths.items() if set(methods) - {"get", "head"}}
+        assert spending == set(BODIES) == set(re.findall(r"`POST (\S+)`", FEATURES))
+        assert [post(client, user, path).status_code for path in spending] == [402] * len(spending)
+        assert queued() == []
+
+    def test_the_same_key_is_the_same_task(self, client: TestClient, shared_host: Host, queued: Messages) -> None:
+        user = shared_host.subscriber()
+        first, second = (post(client, user, key="key-1").json() for _ in range(2))
+        other = post(client, user, key="key-2").json()
+        keyless = [post(client, user).json() for _ in range(2)]
+        assert first == second
+        sent = [first["task_id"], other["task_id"], *(answer["task_id"] for answer in keyless)]
+        assert [message["id"] for message in queued()] == sent
+        assert len(set(sent)) == 4
+
+    def test_a_key_is_repeated_when_the_tokens_are_gone_meanwhile(
+        self, client: TestClient, shared_host: Host, queued: Messages
+    ) -> None:
+        user = shared_host.subscriber(1500)
+        first = post(client, user, key="key").json()
+        shared_host.log(user, 1500)
+        assert post(client, user, key="key").json() == first
+        assert post(client, user, key="another").status_code == 402
+
+    @pytest.mark.parametrize(
+        ("path", "body"), [(ASK, {"question": "Other?"}), (ASK, {**QUESTION, "context": []}), (ENHANCE, None)]
+    )
+    def test_a_key_with_another_request_is_refused(
+        self, client: TestClient, shared_host: Host, queued: Messages, path: str, body: Any
+    ) -> None:
+        user = shared_host.subscriber()
+        post(client, user, key="key")
+        answer = post(client, user, path, body, key="key")
+        assert (answer.status_code, answer.json()["error_code"]) == (409, "conflict")
+        assert "Idempotency-Key" in answer.json()["error"]
+        assert len(queued()) == 1
+
+    def test_two_users_with_one_key_have_a_task_each_and_see_their_own_only(
+        self, client: TestClient, shared_host: Host, queued: Messages
+    ) -> None:
+        mine, yours = shared_host.subscriber(), shared_host.subscriber()
+        tasks = {user: post(client, user, key="key").json()["task_id"] for user in (mine, yours)}
+        assert len(set(tasks.values())) == 2
+        assert get(client, mine, tasks[mine]).status_code == 200
+        answer = get(client, mine, tasks[yours])
+        assert (answer.status_code, answer.json()["error_code"]) == (404, "not_found")
+        assert get(client, mine, str(uuid.uuid4())).status_code == 404
+
+    def test_a_sending_that_failed_is_repeated_with_the_same_task(
+        self, client_with: MakeClient, shared_host: Host, queued: Messages
+    ) -> None:
+        user = shared_host.subscriber()
+        cut_off = Celery("cut-off", set_as_current=False)
+        cut_off.conf.update(client_config(get_settings()) | {"broker_url": "redis://127.0.0.1:1/0"})
+        failed = post(client_with(cut_off), user, key="key")
+        assert (failed.status_code, failed.json()["error_code"]) == (503, "service_unavailable")
+        assert failed.headers["Retry-After"]
+        [row] = rows(shared_host, user)
+        assert row.sent_at is None
+        client = client_with()
+        assert post(client, user, key="key").json()["task_id"] == row.task_id
+        assert [message["id"] for message in queued()] == [row.task_id]
+        assert rows(shared_host, user)[0].sent_at is not None
+
+    @pytest.mark.parametrize(
+        ("path", "body", "field"),
+        [
+            (ASK, {}, "question"),
+            (ASK, {"question": ""}, "question"),
+            (ASK, {"question": "x" * 4001}, "question"),
+            (ASK, {"question": "🧿" * 2000}, "question"),
+            (ASK, {"question": "\x00\x01"}, "question"),
+            (ASK, {"question": "When?", "context": "x"}, "context"),
+            (ASK, {"question": "When?", "context": ["x"] * 101}, "context"),
+            (ASK, {"question": "When?", "contxt": []}, "contxt"),
+            (ENHANCE, {"prompt": 5}, "prompt"),
+            (ENHANCE, {"prompt": "Be nice.", "business": {"nam": "x"}}, "business.nam"),
+            (ENHANCE, {"prompt": "Be nice.", "user_id": 1}, "user_id"),
+        ],
+    )
+    def test_wrong_input_is_refused_by_field_and_nothing_is_sent(
+        self, client: TestClient, shared_host: Host, queued: Messages, path: str, body: Any, field: str
+    ) -> None:
+        user = shared_host.subscriber()
+        answer = post(client, user, path, body)
+        assert (answer.status_code, answer.json()["error_code"]) == (422, "invalid_input")
+        assert field in answer.json()["error"]
+        assert (queued(), rows(shared_host, user)) == ([], [])
+
+    @pytest.mark.parametrize("key", ["two words", "x" * 256, "ключ".encode()])
+    def test_a_key_that_is_none_is_refused(
+        self, client: TestClient, shared_host: Host, queued: Messages, key: Any
+    ) -> None:
+        headers = {**bearer(shared_host.subscriber()), "Idempotency-Key": key}
+        answer = client.post(ASK, json=QUESTION, headers=headers)
+        assert (answer.status_code, answer.json()["error_code"]) == (422, "invalid_input")
+        assert "Idempotency-Key" in answer.json()["error"]
+
+    def test_without_a_token_nothing_is_told(self, client: TestClient) -> None:
+        assert client.post(ASK, json=QUESTION).status_code == 401
+        assert client.get(f"/api/tasks/{uuid.uuid4()}").status_code == 401
+
+    def test_a_request_of_more_than_a_day_is_not_known(
+        self, client: TestClient, shared_host: Host, queued: Messages, app: Celery
+    ) -> None:
+        user = shared_host.subscriber()
+        old = post(client, user, key="key").json()["task_id"]
+        shared_host.execute("UPDATE trueup.task_request SET created_at = created_at - interval '25 hours'")
+        assert get(client, user, old).status_code == 404
+        assert app.tasks["tasks.prune_requests"].apply().get() > 0
+        assert rows(shared_host, user) == []
+        assert post(client, user, key="key").json()["task_id"] != old
+
+    def test_sending_leaves_no_subscription_behind(
+        self, client: TestClient, shared_host: Host, queued: Messages, app: Celery
+    ) -> None:
+        task_id = post(client, shared_host.subscriber()).json()["task_id"]
+        with app.connection_for_read() as connection:
+            channels = connection.default_channel.client.pubsub_channels()
+        assert [channel for channel in channels if task_id.encode() in channel] == []
+
+
+@contextmanager
+def ended(app: Celery, task_id: str, result: Any, state: str) -> Iterator[None]:
+    """Store a task's end as a worker does."""
+    app.backend.store_result(task_id, result, state)
+    yield
+    app.backend.forget(task_id)
+
+
+@pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # by Celery, as a worker would
+class TestHowATaskStands:
+    """What Celery says of it, in the API's words."""
+
+    def send(self, client: TestClient, host: Host) -> tuple[int, str]:
+        user = host.subscriber()
+        return user, post(client, user, key="key").json()["task_id"]
+
+    @pytest.mark.parametrize(
+        ("celery_state", "state"),
+        [("STARTED", "running"), ("RETRY", "running"), ("RECEIVED", "running"), ("REVOKED", "failed")],
+    )
+    def test_states_before_the_end(
+        self, client: TestClient, shared_host: Host, queued: Messages, app: Celery, celery_state: str, state: str
+    ) -> None:
+        user, task_id = self.send(client, shared_host)
+        error = ServiceUnavailableError("PostgreSQL", "db.internal:5432", "away")
+        with ended(app, task_id, error if celery_state == "RETRY" else None, celery_state):
+            answer = get(client, user, task_id)
+        assert answer.json()["state"] == state
+        assert "db.internal" not in answer.text
+
+    def test_a_result_is_shown_and_the_key_answers_with_it(
+        self, client: TestClient, shared_host: Host, queued: Messages, app: Celery
+    ) -> None:
+        user, task_id = self.send(client, shared_host)
+        with ended(app, task_id, ANSWER, "SUCCESS"):
+            shown = get(client, user, task_id).json()
+            repeated = post(client, user, key="key")
+        assert (shown["state"], shown["result"]) == ("done", ANSWER)
+        assert (repeated.status_code, repeated.json()) == (200, shown)
+
+    def test_a_denial_of_the_gate_is_402_with_its_body(
+        self, client: TestClient, shared_host: Host, queued: Messages, app: Celery
+    ) -> None:
+        user, task_id = self.send(client, shared_host)
+        with ended(app, task_id, TokensDenied(DENIAL), "FAILURE"):
+            shown = get(client, user, task_id)
+            repeated = post(client, user, key="key", Prefer="wait=20")
+        assert (shown.status_code, shown.json()["state"], shown.json()["denial"]) == (200, "denied", DENIAL)
+        assert (repeated.status_code, repeated.json()) == (402, DENIAL)
+
+    @pytest.mark.parametrize(
+        ("error", "code", "told"),
+        [
+            (InvalidInputError("question has 0 characters"), "invalid_input", "question has 0"),
+            (AnswerFormatError("secret"), "unusable_answer", "charged"),
+            (ProviderError("secret"), "provider_failed", "provider"),
+            (HoldExhaustedError("secret"), "tokens_exhausted", "tokens"),
+            (ServiceUnavailableError("PostgreSQL", "secret", "secret"), "task_failed", "log"),
+            (RuntimeError("secret"), "task_failed", "log"),
+        ],
+    )
+    def test_a_failure_is_told_without_what_is_for_the_log(
+        self,
+        client: TestClient,
+        shared_host: Host,
+        queued: Messages,
+        app: Celery,
+        error: Exception,
+        code: str,
+        told: str,
+    ) -> None:
+        user, task_id = self.send(client, shared_host)
+        with ended(app, task_id, error, "FAILURE"):
+            shown = get(client, user, task_id)
+            waited = post(client, user, key="key", Prefer="wait=20")
+        assert shown.json()["state"] == "failed"
+        assert shown.json()["failure"]["error_code"] == waited.json()["error_code"] == code
+        assert (waited.status_code, waited.json()["success"]) == (502, False)
+        for answer in (shown, waited):
+            assert told in answer.text
+            assert "secret" not in answer.text
+
+    def test_a_request_that_waits_is_answered_when_the_task_ends(
+        self, client: TestClient, shared_host: Host, queued: Messages, app: Celery
+    ) -> None:
+        user = shared_host.subscriber()
+        with in_background() as submit:
+            waiting = submit(post, client, user, key="key", Prefer="respond-async, wait=20")
+            [message] = wait_for(queued, "the task is sent")
+            with ended(app, message["id"], ANSWER, "SUCCESS"):
+                answer = waiting.result()
+        assert (answer.status_code, answer.json()["result"]) == (200, ANSWER)
+        assert answer.headers["Preference-Applied"] == "wait=20"
+
+    @pytest.mark.parametrize(
+        ("prefer", "applied"),
+        [("wait=0", "wait=0"), ("wait=3", "wait=0"), ('foo; wait="3"', "wait=0"), ("wait=x", None), ("", None)],
+    )
+    def test_waiting_ends_with_the_time_and_the_settings_bound_it(
+        self, client_with: MakeClient, shared_host: Host, queued: Messages, prefer: str, applied: str | None
+    ) -> None:
+        client = client_with(max_wait_seconds=0)
+        answer = post(client, shared_host.subscriber(), Prefer=prefer)
+        assert answer.status_code == 202
+        assert answer.headers.get("Preference-Applied") == applied
+
+    def test_a_result_backend_that_is_away_is_503(
+        self, client_with: MakeClient, shared_host: Host, queued: Messages
+    ) -> None:
+        user, task_id = self.send(client_with(), shared_host)
+        cut_off = Celery("cut-off", set_as_current=False)
+        cut_off.conf.update(client_config(get_settings()) | {"result_backend": "redis://127.0.0.1:1/0"})
+        answer = get(client_with(cut_off), user, task_id)
+        assert (answer.status_code, answer.json()["error_code"]) == (503, "service_unavailable")
+
+
+class TestWithAWorker:
+    """From the request to the charge."""
+
+    @pytest.mark.parametrize(("path", "part"), [(ASK, "answer"), (ENHANCE, "prompt")])
+    def test_a_request_that_waits_gets_the_result_and_its_tokens_are_charged(
+        self, client: TestClient, shared_host: Host, worker: WorkerProcess, path: str, part: str
+    ) -> None:
+        user = shared_host.subscriber()
+        answer = post(client, user, path, Prefer="wait=20")
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["result"][part]
+        assert shared_host.used(user) > 0
+        assert json.loads(get(client, user, answer.json()["task_id"]).text) == answer.json()
+
+    def test_one_key_at_once_is_paid_for_once(
+        self, client: TestClient, shared_host: Host, worker: WorkerProcess
+    ) -> None:
+        user = shared_host.subscriber()
+        answers = run_at_once([lambda: post(client, user, key="key", Prefer="wait=20")] * 4)
+        # As after a mark that was lost: sent again, and the gate makes one of both.
+        shared_host.execute("UPDATE trueup.task_request SET sent_at = NULL WHERE user_id = :user", user=user)
+        answers.append(post(client, user, key="key", Prefer="wait=20"))
+        assert {answer.status_code for answer in answers} == {200}
+        assert len({answer.json()["task_id"] for answer in answers}) == 1
+        wait_for(lambda: shared_host.value("SELECT held = 0 FROM trueup.balance WHERE user_id = :u", u=user), "the end")
+        assert shared_host.value("SELECT count(*) FROM ai_usage_log WHERE user_id = :user", user=user) == 1

@@ -1,0 +1,272 @@
+"""What is answered when something is wrong: always one shape, never more than the asker may know."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import httpx
+import pytest
+from fastapi import Body, Request
+from fastapi.testclient import TestClient
+from sqlalchemy import text
+
+from api.access import require_tokens
+from api.auth import CurrentUser
+from api.edge import SECURITY_HEADERS
+from api.schemas import Body as Model
+from billing import db
+from billing.access import check_access, denial_payload
+from billing.settings import get_settings
+from tests.api.conftest import MakeClient
+from tests.support.api import OPERATOR, bearer
+from tests.support.host import Host
+from tests.support.worker import wait_for
+
+PROFILE = "/api/accounts/profile"
+SECRETS = ("Traceback", "psycopg", "sqlalchemy", "postgresql://", "redis://", "/run/", "SELECT")
+
+
+def problem(answer: httpx.Response, status: int, code: str) -> str:
+    """Check that an answer has the one shape, and return its words."""
+    assert answer.status_code == status, answer.text
+    assert set(answer.json()) == {"success", "error", "error_code"}
+    assert (answer.json()["success"], answer.json()["error_code"]) == (False, code)
+    assert answer.headers["content-type"] == "application/json"
+    for name, value in SECURITY_HEADERS:
+        assert answer.headers[name] == value
+    assert not any(secret in answer.text for secret in SECRETS)
+    words: str = answer.json()["error"]
+    return words
+
+
+class Order(Model):
+    """A body of the tests."""
+
+    number: int
+    note: str = ""
+
+
+@pytest.fixture
+def shop(client_with: MakeClient) -> TestClient:
+    """An API with routes of the tests' own: one that is gated, one that takes a body, one that crashes."""
+    return with_routes(client_with(max_body_bytes=2048))
+
+
+def with_routes(client: TestClient) -> TestClient:
+    app: Any = client.app
+
+    @app.post("/order")
+    def order(order: Order) -> Order:
+        return order
+
+    @app.post("/gated")
+    def gated(request: Request, user_id: CurrentUser, estimate: Annotated[int, Body(embed=True)]) -> str:
+        require_tokens(request, user_id, estimate, "Test")
+        return "let in"
+
+    @app.get("/crash")
+    def crash() -> None:
+        raise RuntimeError("postgresql://user:secret@db SELECT")
+
+    return client
+
+
+def test_a_denial_is_402_with_exactly_the_specifications_body(shop: TestClient, host: Host) -> None:
+    user = host.subscriber(1000)
+    host.log(user, 400)
+    ask = {"headers": bearer(user)}
+    assert shop.post("/gated", json={"estimate": 600}, **ask).json() == "let in"
+    denied = shop.post("/gated", json={"estimate": 601}, **ask)
+    with db.connect() as connection:
+        access = check_access(connection, user, 601, "Test")
+    assert (denied.status_code, denied.json()) == (402, denial_payload(access))
+    assert denied.json() == {
+        "success": False,
+        "error": "Insufficient tokens for Test: 601 needed, 600 available",
+        "error_code": "insufficient_tokens",
+        "tokens_remaining": 600,
+        "original_tokens": 1000,
+        "consumed_tokens": 400,
+        "days_remaining": None,
+    }
+    figures = shop.get("/metrics", headers=bearer(user, scope=OPERATOR)).text
+    assert 'trueup_decisions_total{outcome="insufficient_tokens"} 1.0' in figures
+    assert 'trueup_decisions_total{outcome="allowed"} 1.0' in figures
+
+
+def test_unknown_addresses_and_methods_have_the_same_shape(client: TestClient) -> None:
+    problem(client.get("/api/nothing"), 404, "not_found")
+    problem(client.get("/docs"), 404, "not_found")
+    answer = client.delete(PROFILE)
+    problem(answer, 405, "method_not_allowed")
+    assert answer.headers["allow"] == "GET"
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({"number": "x"}, "number: "),
+        ({}, "number: "),
+        ({"number": 1, "nmuber": 2}, "nmuber: there is no such field"),
+        ([], "body: "),
+        (None, "body: "),
+    ],
+    ids=str,
+)
+def test_wrong_input_is_422_and_names_the_field(shop: TestClient, body: object, named: str) -> None:
+    assert named in problem(shop.post("/order", json=body), 422, "invalid_input")
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b'{"number": 1', b"number=1", b"[" * 2000, b'{"a":"\\ud800"}'])
+def test_what_is_no_json_is_422(shop: TestClient, content: bytes) -> None:
+    answer = shop.post("/order", content=content, headers={"Content-Type": "application/json"})
+    problem(answer, 422, "invalid_input")
+
+
+def test_wrong_input_is_not_repeated_to_whoever_sent_it(shop: TestClient) -> None:
+    assert "hunter2" not in shop.post("/order", json={"number": "hunter2", "note": 5}).text
+
+
+def test_a_body_too_large_is_413_before_and_while_it_is_read(shop: TestClient) -> None:
+    large = b'{"number": 1, "note": "' + b"x" * 4000 + b'"}'
+    headers = {"Content-Type": "application/json"}
+    said = problem(shop.post("/order", content=large, headers=headers), 413, "body_too_large")
+    assert "2048" in said
+
+    def parts() -> Iterator[bytes]:
+        yield from (large[i : i + 100] for i in range(0, len(large), 100))
+
+    problem(shop.post("/order", content=parts(), headers=headers), 413, "body_too_large")
+    assert shop.post("/order", json={"number": 1}).json() == {"number": 1, "note": ""}
+
+
+def test_a_crash_is_logged_with_a_number_and_the_asker_is_told_only_that(
+    shop: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = problem(shop.get("/crash"), 500, "internal_error")
+    number = words.rsplit(" ", 1)[1]
+    assert f"error {number}" in caplog.text
+    assert "RuntimeError" in caplog.text
+
+
+@pytest.fixture
+def no_database(monkeypatch: pytest.MonkeyPatch, database: str) -> Iterator[None]:
+    """A database that has gone: nothing listens there."""
+    monkeypatch.setenv("TRUEUP_DATABASE_URL", "postgresql://user:secret@127.0.0.1:1/gone")
+    get_settings.cache_clear()
+    db.dispose_engine()
+    yield
+    db.dispose_engine()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(f"/api/accounts/{view}" for view in ("overview", "profile")),
+        *(f"/api/billing/{view}" for view in ("overview", "subscription", "plans")),
+        "/api/drift/runs",
+        "/api/drift/runs/1",
+    ],
+)
+def test_without_a_database_it_is_503_and_never_zeros(client_with: MakeClient, no_database: None, path: str) -> None:
+    answer = client_with().get(path, headers=bearer(1, scope=OPERATOR))
+    problem(answer, 503, "service_unavailable")
+    assert int(answer.headers["retry-after"]) > 0
+    assert "127.0.0.1" not in answer.text
+
+
+def test_without_a_database_nobody_passes_the_gate(client_with: MakeClient, no_database: None) -> None:
+    answer = with_routes(client_with()).post("/gated", json={"estimate": 0}, headers=bearer(1))
+    problem(answer, 503, "service_unavailable")
+
+
+def test_a_database_without_trueup_is_503(client_with: MakeClient, empty_database: str) -> None:
+    answer = client_with().get(PROFILE, headers=bearer(1))
+    problem(answer, 503, "not_ready")
+
+
+def test_when_all_connections_are_taken_a_request_waits_and_then_is_told(
+    client_with: MakeClient, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRUEUP_DATABASE_POOL_SIZE", "2")
+    monkeypatch.setenv("TRUEUP_DATABASE_CONNECT_TIMEOUT_SECONDS", "1")
+    user, client = host.subscriber(), client_with()
+    db.dispose_engine()
+    with db.connect() as one, db.connect() as two:
+        one.execute(text("SELECT 1")), two.execute(text("SELECT 1"))
+        problem(client.get(PROFILE, headers=bearer(user)), 503, "service_unavailable")
+    assert client.get(PROFILE, headers=bearer(user)).status_code == 200
+
+
+def test_more_requests_at_once_than_allowed_are_refused_and_not_kept_waiting(
+    client_with: MakeClient, host: Host
+) -> None:
+    client = client_with(max_requests=2)
+    at_work, go_on = threading.Semaphore(0), threading.Event()
+
+    @client.app.get("/slow")  # type: ignore[attr-defined]
+    def slow() -> str:
+        at_work.release()
+        assert go_on.wait(20)
+        return "done"
+
+    answers: list[httpx.Response] = []
+    threads = [threading.Thread(target=lambda: answers.append(client.get("/slow"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert all(at_work.acquire(timeout=20) for _ in threads)
+        refused = client.get("/healthz")
+        problem(refused, 503, "service_unavailable")
+        assert "retry-after" in refused.headers
+    finally:
+        go_on.set()
+        for thread in threads:
+            thread.join(20)
+    assert [answer.json() for answer in answers] == ["done"] * 2
+    assert client.get("/healthz").status_code == 200
+
+
+def test_a_user_who_asks_too_often_is_told_to_wait_and_others_are_not(client_with: MakeClient, host: Host) -> None:
+    one, other = host.subscriber(), host.subscriber()
+    client = client_with(rate_limit_per_minute=3)
+    # In Redis the count is shared by all processes: this is another one's application.
+    second = client_with(rate_limit_per_minute=3)
+    headers = {one: bearer(f"00{one}"), other: bearer(other)}
+    unique = f"limited-{host.value('SELECT current_database()')}"
+    for app in (client.app, second.app):
+        app.state.rate_limit._item.namespace = unique  # type: ignore[attr-defined]
+    assert [c.get(PROFILE, headers=headers[one]).status_code for c in (client, second, client)] == [200] * 3
+    refused = second.get(PROFILE, headers=headers[one])
+    problem(refused, 429, "too_many_requests")
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert client.get(PROFILE, headers=headers[other]).status_code == 200
+
+
+def test_without_redis_the_limit_is_kept_in_memory(
+    client_with: MakeClient, host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TRUEUP_BROKER_URL", "redis://:hunter2@127.0.0.1:1/0")
+    client, user = client_with(rate_limit_per_minute=2), host.subscriber()
+    with caplog.at_level(logging.WARNING):
+        statuses = [client.get(PROFILE, headers=bearer(user)).status_code for _ in range(3)]
+    assert statuses == [200, 200, 429]
+    assert caplog.text.count("counted in this process") == 1
+    assert "hunter2" not in caplog.text
+
+
+def test_no_limit_means_none(client_with: MakeClient, host: Host) -> None:
+    client, user = client_with(rate_limit_per_minute=0), host.subscriber()
+    assert [client.get(PROFILE, headers=bearer(user)).status_code for _ in range(5)] == [200] * 5
+
+
+def test_a_session_that_was_cut_is_replaced_without_a_word(client: TestClient, host: Host) -> None:
+    user = host.subscriber()
+    assert client.get(PROFILE, headers=bearer(user)).status_code == 200
+    host.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'trueup'")
+    wait_for(
+        lambda: host.value("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'trueup'") == 0,
+        "the sessions are gone",
+    )
+    assert client.get(PROFILE, headers=bearer(user)).status_code == 200

@@ -1,0 +1,102 @@
+"""The OpenAPI document is true: Schemathesis asks what it says may be asked, and much that may not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from api.responses import Denial, Problem
+from billing.access import Reason
+from billing.api_settings import ApiSettings
+from billing.gauges import FIGURES
+from tests.api.test_server import served
+from tests.support.api import OPERATOR, token
+from tests.support.drift_history import add_drift, add_run
+from tests.support.host import Host
+from tests.support.worker import running_worker
+
+SEED = os.environ.get("OPENAPI_SEED", "1")
+EXAMPLES = os.environ.get("OPENAPI_EXAMPLES", "8")
+CONFIG = Path(__file__).with_name("schemathesis.toml")
+DOCUMENTATION = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+OPEN = {"/healthz", "/readyz"}
+
+
+@pytest.fixture
+def document(client: TestClient) -> dict[str, Any]:
+    found: dict[str, Any] = client.get("/openapi.json").json()
+    return found
+
+
+def test_every_operation_says_who_may_and_what_else_it_may_answer(document: dict[str, Any]) -> None:
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            said = set(operation["responses"])
+            where = f"{method} {path}"
+            assert operation["summary"], where
+            assert operation["description"], where
+            if path in OPEN:
+                assert "security" not in operation, where
+                continue
+            assert operation["security"] == [{"HTTPBearer": []}], where
+            assert {"401", "422", "429", "503"} <= said, where
+            if path.startswith("/api/drift") or path == "/metrics":
+                assert "403" in said, where
+            if method == "post":
+                assert {"402", "413"} <= said, where
+            for code in said - {"200", "202"}:
+                (schema,) = [content["schema"] for content in operation["responses"][code]["content"].values()]
+                assert schema["$ref"].endswith(("/Problem", "/Denial")), f"{where} {code}"
+
+
+def test_problems_and_denials_have_examples_that_fit_them(document: dict[str, Any]) -> None:
+    answers = document["paths"]["/api/drift/runs/{run_id}"]["get"]["responses"]
+    for code in ("401", "403", "404", "422", "429", "503"):
+        Problem.model_validate(answers[code]["content"]["application/json"]["example"])
+    fields = document["components"]["schemas"]["Denial"]["properties"]
+    Denial.model_validate(
+        {"success": False} | {name: f["examples"][0] for name, f in fields.items() if "examples" in f}
+    )
+    assert set(fields["error_code"]["enum"]) == set(Reason.__args__)  # type: ignore[attr-defined]
+
+
+def test_schemathesis_finds_no_answer_that_the_document_does_not_allow(
+    client: TestClient, host: Host, tmp_path: Path
+) -> None:
+    user = host.subscriber(1_000_000)
+    host.log(user, 1234)
+    run = add_run(host, drifted=1)
+    add_drift(host, run, user, 100, 0, ("missed_decrement", 100))
+    tool = Path(sys.executable).with_name("schemathesis")
+    try:
+        with running_worker(tmp_path / "worker.log"), served(tmp_path / "api.log", max_wait_seconds=1) as (_, api):
+            asked = subprocess.run(
+                [
+                    *(tool, "--config-file", CONFIG, "run", str(api.base_url.join("/openapi.json"))),
+                    *("--checks", "all", "--seed", SEED),
+                    *("--max-examples", EXAMPLES, "--continue-on-failure", "--no-color"),
+                    *("--header", f"Authorization: Bearer {token(user, exp=2**31, scope=OPERATOR)}"),
+                ],
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+    finally:
+        client.app.state.celery.control.purge()  # type: ignore[attr-defined] - no worker is to run what was sent
+    assert asked.returncode == 0, asked.stdout[-6000:]
+    assert "Traceback" not in (tmp_path / "api.log").read_text()
+
+
+def test_every_address_setting_and_figure_is_in_the_documentation(client: TestClient, document: dict[str, Any]) -> None:
+    for path, operations in document["paths"].items():
+        for method in operations:
+            assert f"`{method.upper()} {path}`" in DOCUMENTATION
+    for setting in ApiSettings.model_fields:
+        assert f"TRUEUP_API__{setting.upper()}" in DOCUMENTATION
+    for name in (*FIGURES, "http_requests_total", "http_request_seconds", "decisions_total", "database_up"):
+        assert name.removeprefix("last_reconcile") in DOCUMENTATION

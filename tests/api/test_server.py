@@ -1,0 +1,145 @@
+"""The API as it is served: a real `trueup api`, called over HTTP while tokens are spent."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from pydantic import SecretStr
+from sqlalchemy import create_engine
+from sqlalchemy.pool import NullPool
+
+from billing.api_settings import ApiSettings
+from billing.settings import Settings
+from billing.utils import get_accurate_tokens_remaining
+from tests.support.api import SECRET, bearer, free_port
+from tests.support.host import Host
+from tests.support.worker import wait_for
+from worker.stack.supervisor import about_the_api, commands_of
+
+TRUEUP = Path(sys.executable).with_name("trueup")
+# The specification's three calls.
+CALLS = ("/api/accounts/overview", "/api/billing/overview", "/api/billing/subscription")
+BOOT_SECONDS = 60.0
+
+
+@contextmanager
+def served(log: Path, **settings: object) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+    """Serve the API on this process's database until the block ends. Gives the process and a client."""
+    port = free_port()
+    added = {"jwt_secret": SECRET, "port": port, "rate_limit_per_minute": 0} | settings
+    environment = os.environ | {f"TRUEUP_API__{k.upper()}": str(v) for k, v in added.items() if v is not None}
+    with log.open("wb") as output:
+        process = subprocess.Popen([TRUEUP, "api"], stdout=output, stderr=output, env=environment)
+    limits = httpx.Limits(max_connections=50)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", limits=limits, timeout=30, trust_env=False) as client:
+
+        def answers() -> bool:
+            if process.poll() is not None:
+                return True
+            try:
+                return client.get("/healthz").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        try:
+            wait_for(answers, "the API answers", seconds=BOOT_SECONDS)
+            assert process.poll() is None, log.read_text()
+            yield process, client
+        finally:
+            process.terminate()
+            process.wait(40)
+
+
+def figures(body: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Return original, consumed and remaining, and what is shown as remaining, from any of the three calls."""
+    current = body.get("current_subscription", body)
+    usage = current["ai_usage"]
+    if "ai_tokens_total" in body:
+        assert body["ai_tokens_total"] == usage["total_tokens_consumed"]
+        assert body["original_tokens_included"] == usage["original_tokens_included"]
+        assert body["actual_tokens_remaining"] == usage["actual_tokens_remaining"]
+    return (
+        usage["original_tokens_included"],
+        usage["total_tokens_consumed"],
+        usage["actual_tokens_remaining"],
+        current["tokens_remaining"],
+    )
+
+
+def test_the_specifications_calls_show_the_same_counts_while_tokens_are_spent(host: Host, tmp_path: Path) -> None:
+    user = host.subscriber(1_000_000)
+    stop = threading.Event()
+
+    def spend() -> int:
+        engine = create_engine(host.engine.url, poolclass=NullPool)
+        spent = 0
+        with Host(engine) as spender:
+            while not stop.is_set():
+                spender.log(user, 7)
+                spent += 7
+        return spent
+
+    with served(tmp_path / "api.log") as (_, client):
+
+        def call(path: str) -> tuple[int, int, int, int]:
+            answer = client.get(path, headers=bearer(user))
+            assert answer.status_code == 200, answer.text
+            return figures(answer.json())
+
+        with ThreadPoolExecutor(6) as pool:
+            spenders = [pool.submit(spend) for _ in range(2)]
+            try:
+                seen = list(pool.map(call, CALLS * 60))
+            finally:
+                stop.set()
+            spent = sum(spender.result() for spender in spenders)
+        for original, consumed, remaining, shown in seen:
+            assert original == 1_000_000
+            assert original - consumed == remaining == shown
+            assert consumed % 7 == 0
+        assert len({consumed for _, consumed, _, _ in seen}) > 10  # it did go on meanwhile
+
+        assert 0 < spent == host.used(user)
+        original, consumed, remaining = get_accurate_tokens_remaining(user)
+        assert (original, consumed) == (1_000_000, spent)
+        assert [call(path) for path in CALLS] == [(original, consumed, remaining, remaining)] * 3
+
+
+def test_the_specifications_calls_with_curl(host: Host, tmp_path: Path) -> None:
+    user = host.subscriber(10_000)
+    host.log(user, 1500)
+    log = tmp_path / "api.log"
+    with served(log, jwt_secret=None, demo=True) as (process, client):
+        for path in CALLS:
+            url = str(client.base_url.join(path))
+            command = ["curl", "-sS", "-H", f"Authorization: Bearer {user}", url]
+            called = subprocess.run(command, capture_output=True, text=True, check=True)
+            assert '"actual_tokens_remaining":8500' in called.stdout
+        assert "server" not in client.get("/healthz").headers
+        process.send_signal(signal.SIGINT)
+        assert process.wait(40) in (0, -signal.SIGINT)
+    assert "Traceback" not in log.read_text()
+
+
+def test_without_a_key_nothing_is_served(database: str) -> None:
+    refused = subprocess.run([TRUEUP, "api"], capture_output=True, text=True, timeout=BOOT_SECONDS, check=False)
+    assert refused.returncode == 1
+    assert "TRUEUP_API__JWT_SECRET" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_trueup_up_serves_the_api_when_it_has_a_key_and_else_says_why_not(tmp_path: Path) -> None:
+    without, keyed = Settings(home=tmp_path), Settings(home=tmp_path, api=ApiSettings(jwt_secret=SecretStr(SECRET)))
+    assert [command.name for command in commands_of(without, tmp_path)] == ["worker", "reconcile", "beat"]
+    assert [command.name for command in commands_of(keyed, tmp_path)] == ["worker", "reconcile", "beat", "api"]
+    assert "TRUEUP_API__JWT_SECRET" in about_the_api(without)
+    assert "http://127.0.0.1:8000" in about_the_api(keyed)
+    assert SECRET not in about_the_api(keyed)

@@ -1,0 +1,42 @@
+"""The API with the application that sends trueup's tasks: `uvicorn --factory worker.http:create_app`."""
+
+import uvicorn
+from celery import Celery
+from fastapi import FastAPI
+
+from api import app as api
+from billing.settings import Settings, get_settings
+from tasks import TASK_MODULES
+from worker import logs, redis_transport
+from worker.config import client_config
+
+# What a request gets to end when the server stops.
+GRACE_SECONDS = 30
+# Longer than proxies keep theirs: or one of them would send a request into a connection that is just being closed.
+KEEP_ALIVE_SECONDS = 75
+
+
+def create_app() -> FastAPI:
+    """Make the API of this process's settings. Raises `SettingsError`, as when no key is set to check tokens with."""
+    redis_transport.register()
+    celery = Celery("trueup-api", set_as_current=False, include=list(TASK_MODULES))
+    celery.conf.update(client_config(get_settings()))
+    celery.loader.import_default_modules()
+    return api.create_app(celery)
+
+
+def serve(settings: Settings, app: FastAPI | None = None) -> None:
+    """Serve the API until SIGINT or SIGTERM. `app` None: that of `create_app`. Raises `SettingsError`."""
+    logs.configure()
+    uvicorn.run(
+        app or create_app(),
+        host=settings.api.host,
+        port=settings.api.port,
+        log_config=None,  # ours, as the workers'
+        access_log=False,  # /metrics counts them
+        server_header=False,
+        proxy_headers=False,  # no answer depends on who is in between
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        backlog=2048,
+    )
