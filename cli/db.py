@@ -4,8 +4,10 @@ import click
 
 from billing import db as database
 from billing.install import install
+from billing.roles import RoleNames, grants_sql
 from billing.settings import get_settings
 from cli.context import servers
+from cli.discover import discover
 
 
 @click.group()
@@ -16,6 +18,9 @@ def db() -> None:
     Example:
       trueup db init
     """
+
+
+db.add_command(discover)
 
 
 @db.command()
@@ -37,3 +42,30 @@ def init(with_host_tables: bool) -> None:
             done = install(connection, get_settings().host, with_host_tables=with_host_tables)
         where = database.describe_database()
     click.echo(f"Ready: {', '.join(done)} in {where}.")
+
+
+@db.command()
+@click.option("--migrate-role", default=RoleNames.migrate, show_default=True, help="Who sets the database up.")
+@click.option("--worker-role", default=RoleNames.worker, show_default=True, help="Whose the workers and the API are.")
+@click.option("--readonly-role", default=RoleNames.readonly, show_default=True, help="Who only looks at reports.")
+def grants(migrate_role: str, worker_role: str, readonly_role: str) -> None:
+    """Print the SQL that makes three roles with no more rights than they need. Nothing is changed.
+
+    A superuser runs it, or whoever owns the database and the host's tables: before `trueup db init`, and again after
+    it, for then the tables are there.
+
+    \b
+    Example:
+      trueup db grants | psql app
+      trueup db grants --worker-role app_worker
+    """
+    names = RoleNames(migrate=migrate_role, worker=worker_role, readonly=readonly_role)
+    with servers("postgres"):
+        statements = database.retrying(lambda connection: grants_sql(connection, get_settings().host, names))
+        where = database.describe_database()
+    click.echo(f"-- Least-privilege roles for trueup in {where}.")
+    click.echo("-- They have no passwords yet; in psql: \\password ROLE")
+    click.echo("BEGIN;\nSET LOCAL lock_timeout = '5s';")
+    for statement in statements:
+        click.echo(f"{statement};")
+    click.echo("COMMIT;")

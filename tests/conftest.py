@@ -19,6 +19,7 @@ from billing.mapping import HostMapping
 from billing.settings import Settings, get_settings
 from tests.support.demo import demo  # noqa: F401 - a fixture
 from tests.support.host import Host
+from tests.support.postgres_versions import GIVEN, running_server
 from tests.worker.stack_helpers import temporary_home
 from worker.stack import StackUrls, running_stack
 
@@ -53,8 +54,9 @@ def _memory_with_room() -> Path | None:
 @pytest.fixture(scope="session")
 def stack(_no_settings_from_outside: None) -> Iterator[StackUrls]:
     """A real PostgreSQL and a real Redis for this test session."""
-    with temporary_home(_memory_with_room()) as home, running_stack(Settings(home=home)) as urls:
-        yield urls
+    with temporary_home(_memory_with_room()) as home, contextlib.ExitStack() as servers:
+        other = servers.enter_context(running_server(GIVEN[0], home)) if GIVEN else None
+        yield servers.enter_context(running_stack(Settings(home=home, database_url=other)))
 
 
 @pytest.fixture(scope="session")

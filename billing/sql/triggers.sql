@@ -51,6 +51,23 @@ BEGIN
     RETURN NULL;
 END $$;
 
+-- Their owner makes the triggers, and whoever writes the log then needs no right to call them. Who has it could put
+-- them on a table of his own, and write deltas with their owner's rights.
+DO $$
+DECLARE
+    f record;
+BEGIN
+    FOR f IN
+        SELECT p.oid::regprocedure AS name,
+               CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END AS who
+        FROM pg_proc p CROSS JOIN LATERAL aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+        WHERE p.pronamespace = 'trueup'::regnamespace AND p.prorettype = 'trigger'::regtype
+          AND a.grantee <> p.proowner
+    LOOP
+        EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM %s', f.name, f.who);
+    END LOOP;
+END $$;
+
 -- A log that was mapped before is let go: its rows no longer count.
 DO $$
 DECLARE
@@ -58,7 +75,8 @@ DECLARE
 BEGIN
     FOR old IN
         SELECT g.tgname, g.tgrelid::regclass AS log FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
-        WHERE p.pronamespace = 'trueup'::regnamespace AND g.tgrelid <> CAST({{literal usage_log}} AS regclass)
+        WHERE p.pronamespace = 'trueup'::regnamespace AND p.proname <> 'append_window'
+          AND g.tgrelid <> CAST({{literal usage_log}} AS regclass)
     LOOP
         EXECUTE format('DROP TRIGGER %I ON %s', old.tgname, old.log);
     END LOOP;

@@ -1,0 +1,68 @@
+"""What checks find, and running them so that one that fails hides no other."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sqlalchemy.exc import DBAPIError
+
+from billing.db import reason_of
+from billing.errors import TrueupError
+
+Level = Literal["ok", "warning", "error"]
+
+# PostgreSQL's code for a statement that took too long.
+_CANCELED = "57014"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What a check found. `check`: its lasting name. `remedy` None: nothing is to be done.
+
+    `detail`: figures and names for machines; times in seconds, tokens as counts.
+    """
+
+    check: str
+    level: Level
+    what: str
+    remedy: str | None = None
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+Look = Callable[[], Iterable[Finding]]
+
+
+def ok(check: str, what: str, **detail: Any) -> Finding:
+    return Finding(check=check, level="ok", what=what, detail=detail)
+
+
+def warning(check: str, what: str, remedy: str, **detail: Any) -> Finding:
+    return Finding(check=check, level="warning", what=what, remedy=remedy, detail=detail)
+
+
+def error(check: str, what: str, remedy: str, **detail: Any) -> Finding:
+    return Finding(check=check, level="error", what=what, remedy=remedy, detail=detail)
+
+
+def run_check(check: str, look: Look) -> list[Finding]:
+    """Return what a check finds; that it failed, if it did: a warning if it only took too long."""
+    found: list[Finding] = []
+    try:
+        found.extend(look())
+    except Exception as failure:  # noqa: BLE001 - whatever it is, the other checks have something to say
+        if isinstance(failure, DBAPIError) and getattr(failure.orig, "sqlstate", None) == _CANCELED:
+            found.append(
+                warning(check, "Not known: looking took too long.", "Look again when the database has less to do.")
+            )
+        else:
+            cause = reason_of(failure) if isinstance(failure, DBAPIError | TrueupError) else repr(failure)[:500]
+            found.append(
+                error(check, f"Not known: looking failed ({cause}).", "Mend what the cause names, and look again.")
+            )
+    return found
+
+
+def exit_code(findings: Iterable[Finding], *, strict: bool) -> int:
+    """Return 1 if anything is wrong, else 0. `strict`: a warning is wrong too."""
+    wrong = ("warning", "error") if strict else ("error",)
+    return int(any(finding.level in wrong for finding in findings))

@@ -1,0 +1,246 @@
+"""trueup's own objects in the database: of this version, for this mapping, and at work."""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, text
+
+import billing
+from billing.doctor.findings import Finding, error, ok, warning
+from billing.install import sql_scripts
+from billing.mapping import HostMapping, quote_identifier, quote_table
+from billing.roles import lacking_rights, worker_rights
+from billing.settings import Settings
+
+TRIGGERS = ("trueup_inserted", "trueup_updated", "trueup_deleted", "trueup_truncated")
+_INIT = "Run `trueup db init`."
+_SHOWN = 3
+
+
+def is_installed(connection: Connection) -> bool:
+    """Return whether trueup's tables are there, also where the role has no right to look into their schema."""
+    return bool(
+        connection.scalar(
+            text("SELECT EXISTS (SELECT FROM pg_tables WHERE schemaname = 'trueup' AND tablename = 'installation')")
+        )
+    )
+
+
+def check_schema(connection: Connection, settings: Settings) -> Iterator[Finding]:
+    """Yield whether trueup's tables are of the code's version."""
+    wanted = ScriptDirectory(str(Path(str(billing.__file__)).parent / "migrations")).get_current_head()
+    if not is_installed(connection):
+        yield error("schema", "This database has no trueup schema.", _INIT, wanted=wanted)
+        return
+    there = connection.scalar(text("SELECT version_num FROM trueup.alembic_version"))
+    if there == wanted:
+        yield ok("schema", f"Schema trueup is of this version ({there}).", version=there)
+    else:
+        yield error(
+            "schema",
+            f"Schema trueup is of version {there}, the code is of version {wanted}.",
+            f"{_INIT} If the schema is newer, upgrade trueup on this machine.",
+            version=there,
+            wanted=wanted,
+        )
+
+
+_FUNCTION = re.compile(r"^CREATE OR REPLACE FUNCTION trueup\.(\w+)\(.*?\bAS \$\$(.*?)\$\$;", re.DOTALL | re.MULTILINE)
+
+
+def expected_functions(mapping: HostMapping) -> Counter[tuple[str, str]]:
+    """Return the functions that the code would make for this mapping: names, and hashes of their bodies."""
+    scripts = "\n".join(sql_scripts(mapping))
+    return Counter((name, hashlib.md5(body.encode()).hexdigest()) for name, body in _FUNCTION.findall(scripts))  # noqa: S324 - tells versions apart
+
+
+def check_functions(connection: Connection, settings: Settings) -> Iterator[Finding]:
+    """Yield whether the functions in the database are those of this code and this mapping."""
+    fingerprint = connection.scalar(text("SELECT mapping_fingerprint FROM trueup.installation"))
+    if fingerprint != settings.host.fingerprint():
+        yield error(
+            "functions",
+            "The database was set up for other table or column names than [host] now says.",
+            f"Set them back, or: {_INIT}",
+            fingerprint=fingerprint,
+            wanted=settings.host.fingerprint(),
+        )
+        return
+    rows = connection.execute(
+        text(
+            "SELECT CAST(proname AS text), md5(convert_to(prosrc, 'UTF8')) FROM pg_proc "
+            "WHERE pronamespace = to_regnamespace('trueup')"
+        )
+    )
+    there, wanted = Counter((str(name), str(body)) for name, body in rows), expected_functions(settings.host)
+    differing = sorted({name for name, _ in (wanted - there) + (there - wanted)})
+    if differing:
+        yield error(
+            "functions",
+            f"Functions of trueup are missing or of another version: {_some(differing)}.",
+            f"{_INIT} Workers of an older version then should be restarted.",
+            functions=differing,
+        )
+    else:
+        yield ok("functions", f"All {there.total()} functions are those of this version and mapping.")
+
+
+def check_triggers(connection: Connection, settings: Settings) -> Iterator[Finding]:
+    """Yield whether each row written to the log is counted: triggers there, enabled, and not passed by."""
+    found = [
+        *_idle_triggers(connection, settings.host.usage_log.table),
+        *_triggers_elsewhere(connection, settings.host.usage_log.table),
+        *_uncovered_partitions(connection, settings.host.usage_log.table),
+        *_replica_roles(connection),
+        *_subscription(connection, settings.host.usage_log.table),
+    ]
+    yield from found or [ok("triggers", f"All {len(TRIGGERS)} triggers of the log are there and enabled.")]
+
+
+_TRIGGERS = """
+    SELECT CAST(g.tgname AS text) AS name, CAST(g.tgenabled AS text) AS state, CAST(CAST(g.tgrelid AS regclass) AS text)
+           AS log
+    FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
+    WHERE p.pronamespace = to_regnamespace('trueup') AND NOT g.tgisinternal AND p.proname <> 'append_window'
+"""
+_HOW_OFF = {"D": "disabled", "R": "enabled for replication alone"}
+
+
+def _idle_triggers(connection: Connection, log: str) -> Iterator[Finding]:
+    rows = connection.execute(text(f"{_TRIGGERS} AND g.tgrelid = to_regclass(:log)"), {"log": quote_table(log)})
+    states = {row.name: row.state for row in rows}
+    for trigger in TRIGGERS:
+        state = states.get(trigger)
+        if state in ("O", "A"):
+            continue
+        how = _HOW_OFF.get(state or "", "missing")
+        yield error(
+            "triggers",
+            f"Trigger {trigger} on {log} is {how}: what the host writes is not counted.",
+            f"{_INIT} It sets the trigger to work, and lets each balance be built anew from the log.",
+            trigger=trigger,
+            state=how,
+        )
+
+
+def _triggers_elsewhere(connection: Connection, log: str) -> Iterator[Finding]:
+    """Yield tables that carry our triggers and are neither the log nor one of its partitions."""
+    others = connection.scalars(
+        text(
+            f"SELECT DISTINCT t.log FROM ({_TRIGGERS} AND g.tgrelid <> ALL (SELECT oid FROM ({_FAMILY}) f)) t "
+            "ORDER BY 1"
+        ),
+        {"log": quote_table(log)},
+    )
+    for other in others:
+        yield warning(
+            "triggers",
+            f"trueup's triggers are on {other} too, which is not the mapped log: its rows count as usage.",
+            f"If it was the log once: {_INIT} If it is the log now, set host.usage_log.table.",
+            table=other,
+        )
+
+
+# The log with all its partitions and children.
+_FAMILY = """
+    WITH RECURSIVE family (oid) AS (
+        SELECT CAST(to_regclass(:log) AS oid)
+        UNION
+        SELECT i.inhrelid FROM pg_inherits i JOIN family ON i.inhparent = family.oid
+    )
+    SELECT oid FROM family WHERE oid IS NOT NULL
+"""
+
+
+def _uncovered_partitions(connection: Connection, log: str) -> Iterator[Finding]:
+    """Yield partitions into which rows can be written past the triggers, which fire for writes through the log only."""
+    uncovered = connection.scalars(
+        text(
+            f"SELECT CAST(CAST(f.oid AS regclass) AS text) FROM ({_FAMILY}) f WHERE f.oid <> to_regclass(:log) AND "
+            "(SELECT count(*) FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid WHERE g.tgrelid = f.oid "
+            "AND g.tgenabled IN ('O', 'A') AND p.pronamespace = to_regnamespace('trueup')) < :wanted ORDER BY 1"
+        ),
+        {"log": quote_table(log), "wanted": len(TRIGGERS)},
+    ).all()
+    if uncovered:
+        yield warning(
+            "triggers",
+            f"{len(uncovered)} partitions of {log} have no triggers of their own ({_some(uncovered)}): rows written "
+            "directly into them, attached or detached with them are not counted at once.",
+            "Write through the log itself; after attaching or detaching rows run `trueup reconcile --deep`.",
+            partitions=list(uncovered),
+        )
+
+
+def _replica_roles(connection: Connection) -> Iterator[Finding]:
+    """Yield roles and databases whose sessions fire no trigger."""
+    rows = connection.execute(
+        text(
+            """
+            SELECT coalesce('role ' || r.rolname, 'all roles') AS who
+            FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole, unnest(s.setconfig) AS c (setting)
+            WHERE s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
+              AND c.setting ~ '^session_replication_role=(replica)$'
+            UNION ALL
+            SELECT 'this server' WHERE current_setting('session_replication_role') = 'replica'
+            ORDER BY 1
+            """
+        )
+    )
+    for row in rows:
+        yield error(
+            "triggers",
+            f"session_replication_role is replica for {row.who}: no trigger counts what its sessions write.",
+            "Reset it, then run `trueup reconcile --deep`.",
+            who=row.who,
+        )
+
+
+def _subscription(connection: Connection, log: str) -> Iterator[Finding]:
+    """Yield that the log's rows come by logical replication, whose worker fires no statement's trigger."""
+    replicated = connection.scalar(
+        text("SELECT count(*) FROM pg_subscription_rel s WHERE s.srrelid = to_regclass(:log)"),
+        {"log": quote_table(log)},
+    )
+    if replicated:
+        yield error(
+            "triggers",
+            f"{log} is filled by logical replication, which fires no trigger of a statement.",
+            "Run trueup on the database that the log is written in.",
+        )
+
+
+def check_rights(connection: Connection, settings: Settings) -> Iterator[Finding]:
+    """Yield what the current role may not do though workers must."""
+    row = connection.execute(
+        text("SELECT CAST(rolname AS text) AS name, rolsuper AS super FROM pg_roles WHERE rolname = current_user")
+    ).one()
+    lacking = [str(right) for right in lacking_rights(connection, worker_rights(connection, settings.host))]
+    if lacking:
+        yield error(
+            "rights",
+            f"Role {row.name} lacks {len(lacking)} rights that workers need: {_some(lacking)}.",
+            f"Let the database's owner run: trueup db grants --worker-role {quote_identifier(row.name)} | psql",
+            role=row.name,
+            lacking=lacking,
+        )
+    elif row.super and settings.database_url:
+        yield warning(
+            "rights",
+            f"Role {row.name} is a superuser: a mistake of ours could reach anything.",
+            "Run workers as the worker role that `trueup db grants` makes.",
+            role=row.name,
+        )
+    else:
+        yield ok("rights", f"Role {row.name} has the rights that workers need.", role=row.name)
+
+
+def _some(names: Any) -> str:
+    """Return the first few, and how many more there are."""
+    shown = ", ".join(list(names)[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

@@ -1,0 +1,137 @@
+"""What the doctor finds of the host's tables: names, types, indexes, partitions."""
+
+import pytest
+from sqlalchemy import Connection
+
+from billing.doctor.host import check_log_index, check_mapping, check_subscription_index
+from billing.doctor.installation import check_triggers
+from billing.settings import get_settings
+from tests.billing.test_doctor import found, mapped, only, set_up
+from tests.support.host import Host
+
+
+def test_a_column_that_a_migration_renamed_is_named_with_the_nearest_name(host: Host, connection: Connection) -> None:
+    host.execute("ALTER TABLE ai_usage_log RENAME total_tokens TO tokens_total")
+    finding = only(check_mapping, connection)
+    assert finding.what == "ai_usage_log has no column total_tokens; tokens_total is near."
+    assert "host.usage_log.total_tokens" in str(finding.remedy)
+    assert finding.detail["nearest"] == "tokens_total"
+
+
+def test_a_table_that_a_migration_renamed_is_named_with_the_nearest_name(host: Host, connection: Connection) -> None:
+    host.execute("CREATE SCHEMA app; ALTER TABLE billing_tokenplan SET SCHEMA app")
+    host.execute("ALTER TABLE app.billing_tokenplan RENAME TO billing_token_plans")
+    finding = only(check_mapping, connection)
+    assert finding.what == "There is no table billing_tokenplan; app.billing_token_plans is near."
+    assert "host.token_plan.table" in str(finding.remedy)
+
+
+@pytest.mark.parametrize(
+    ("change", "column"),
+    [
+        ("billing_subscription ALTER start_date TYPE timestamp", "billing_subscription.start_date"),
+        ("ai_usage_log ALTER metadata DROP DEFAULT, ALTER metadata TYPE json", "ai_usage_log.metadata"),
+        ("ai_usage_log ALTER total_tokens DROP DEFAULT, ALTER total_tokens TYPE numeric", "ai_usage_log.total_tokens"),
+        ("ai_usage_log ADD cost numeric NOT NULL", "ai_usage_log.cost"),
+    ],
+)
+def test_a_column_that_does_not_fit_is_named(host: Host, connection: Connection, change: str, column: str) -> None:
+    host.execute(f"ALTER TABLE {change}")
+    finding = only(check_mapping, connection)
+    assert finding.level == "error"
+    assert finding.what.startswith(column)
+
+
+def test_smaller_integers_and_domains_fit(host: Host, connection: Connection) -> None:
+    host.execute("CREATE DOMAIN tokens AS integer CHECK (value >= 0)")
+    host.execute("ALTER TABLE ai_usage_log ALTER prompt_tokens TYPE smallint, ALTER completion_tokens TYPE tokens")
+    assert only(check_mapping, connection).level == "ok"
+
+
+def test_user_ids_of_another_type_than_the_mapping_says_are_told(
+    host: Host, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapped(monkeypatch, USER_ID_TYPE="uuid")
+    assert {finding.detail["column"] for finding in found(check_mapping, connection)} == {"id", "user_id"}
+
+
+def test_a_log_without_a_usable_index_gets_the_statement_that_makes_it(host: Host, connection: Connection) -> None:
+    host.execute("DROP INDEX ai_usage_log_user_created; CREATE INDEX partial ON ai_usage_log (user_id) WHERE success")
+    finding = only(check_log_index, connection)
+    assert finding.level == "warning"  # as long as the log is small
+    assert "reads the whole log" in finding.what
+    host.execute("CREATE INDEX other ON ai_usage_log (user_id, section)")
+    assert "reads all rows of the user" in only(check_log_index, connection).what
+    for statement in finding.detail["statements"]:
+        host.execute(statement)
+    assert only(check_log_index, connection).level == "ok"
+
+
+def test_a_large_log_without_an_index_is_an_error(host: Host, connection: Connection) -> None:
+    host.execute(
+        "DROP INDEX ai_usage_log_user_created; UPDATE pg_class SET reltuples = 1e6 WHERE relname = 'ai_usage_log'"
+    )
+    assert only(check_log_index, connection).level == "error"
+
+
+def test_an_index_that_was_never_finished_is_not_counted_on(host: Host, connection: Connection) -> None:
+    host.execute(
+        "UPDATE pg_index SET indisvalid = false WHERE indexrelid = CAST('ai_usage_log_user_created' AS regclass)"
+    )
+    finding = only(check_log_index, connection)
+    assert "DROP INDEX CONCURRENTLY ai_usage_log_user_created" in str(finding.remedy)
+
+
+def test_users_with_several_subscriptions_are_an_error_and_what_allows_them_a_warning(
+    host: Host, connection: Connection
+) -> None:
+    assert only(check_subscription_index, connection).level == "ok"
+    host.execute("ALTER TABLE billing_subscription DROP CONSTRAINT billing_subscription_user_id_key")
+    host.execute("CREATE INDEX slow ON billing_subscription (user_id)")  # which keeps nobody out
+    user = host.subscriber()
+    finding = only(check_subscription_index, connection)
+    assert finding.level == "warning"
+    host.execute(
+        "INSERT INTO billing_subscription (id, user_id, start_date) SELECT 999, :user, now()",
+        user=user,
+    )
+    assert only(check_subscription_index, connection).detail["users"] == 1
+    host.execute("DELETE FROM billing_subscription WHERE id = 999")
+    for statement in finding.detail["statements"]:
+        host.execute(statement)
+    assert only(check_subscription_index, connection).level == "ok"
+
+
+@pytest.fixture
+def partitioned(host: Host) -> Host:
+    """A host whose log is partitioned by month."""
+    host.execute(
+        "CREATE TABLE log (LIKE ai_usage_log INCLUDING DEFAULTS) PARTITION BY RANGE (created_at); "
+        "CREATE TABLE log_old PARTITION OF log FOR VALUES FROM (MINVALUE) TO ('2026-12-01'); "
+        "CREATE TABLE log_new PARTITION OF log FOR VALUES FROM ('2026-12-01') TO (MAXVALUE)"
+    )
+    return host
+
+
+def test_a_partitioned_log_gets_an_index_that_never_blocks_the_host(
+    partitioned: Host, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapped(monkeypatch, USAGE_LOG__TABLE="log")
+    finding = only(check_log_index, connection)
+    assert [statement.split(" (")[0] for statement in finding.detail["statements"]] == [
+        "CREATE INDEX CONCURRENTLY ON log_new",
+        "CREATE INDEX CONCURRENTLY ON log_old",
+        'CREATE INDEX ON "log"',
+    ]
+    for statement in finding.detail["statements"]:
+        partitioned.execute(statement)
+    assert only(check_log_index, connection).level == "ok"
+
+
+def test_partitions_into_which_rows_can_be_written_past_the_triggers_are_named(
+    partitioned: Host, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapped(monkeypatch, USAGE_LOG__TABLE="log")
+    set_up(partitioned, get_settings().host)
+    finding = only(check_triggers, connection)
+    assert (finding.level, finding.detail["partitions"]) == ("warning", ["log_new", "log_old"])

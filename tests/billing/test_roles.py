@@ -1,0 +1,316 @@
+"""Least-privilege roles: each can do its part, and nothing else."""
+
+import uuid
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.pool import NullPool
+
+from billing import db
+from billing.alerts import claim_due, raise_test
+from billing.calls import begin_call, end_call, extend_hold
+from billing.charges import prune_answers
+from billing.doctor.database import examine_database
+from billing.errors import InvalidInputError, NotInstalledError
+from billing.holds import close_hold, expire_holds
+from billing.host_tables import build_host_metadata
+from billing.install import install
+from billing.mapping import HostMapping
+from billing.outbox import begin_effect, finish_effect
+from billing.roles import RoleNames, grants_sql, lacking_rights, passing_tables, readonly_rights, worker_rights
+from billing.rules import Rules
+from billing.settings import get_settings
+from billing.shared_runs import plan_run, sweep, work_on_shard
+from billing.tracking import track_ai_usage
+from tests.cli.conftest import trueup, trueup_json
+from tests.support.books import assert_true
+from tests.support.host import Host
+from tests.support.work import charge_tokens, hold_tokens
+
+
+@dataclass
+class Site:
+    """A database set up by least-privilege roles, with a host whose own role knows nothing of trueup."""
+
+    url: str
+    roles: RoleNames
+    owner: Engine
+    host: Host
+    monkeypatch: pytest.MonkeyPatch
+
+    def grant(self) -> None:
+        """Run what `trueup db grants` prints, as the database's owner."""
+        with self.owner.begin() as connection:
+            for statement in grants_sql(connection, get_settings().host, self.roles):
+                connection.exec_driver_sql(statement)
+
+    def become(self, role: str) -> None:
+        """Let this process's settings connect as that role."""
+        url = make_url(self.url).set(username=role).render_as_string(hide_password=False)
+        self.monkeypatch.setenv("TRUEUP_DATABASE_URL", url)
+        db.dispose_engine()
+        get_settings.cache_clear()
+
+    def set_up(self) -> None:
+        self.become(self.roles.migrate)
+        with db.transaction() as connection:
+            install(connection, get_settings().host, with_host_tables=False)
+
+    def refuses(self, role: str, statement: str) -> bool:
+        """Whether that role is not allowed to do this."""
+        engine = create_engine(make_url(self.url).set(username=role), poolclass=NullPool)
+        with engine.connect() as connection, pytest.raises(ProgrammingError) as caught:
+            connection.exec_driver_sql(statement)
+        return getattr(caught.value.orig, "sqlstate", None) == "42501"
+
+
+@pytest.fixture
+def site(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A host's database as its own roles made it, before trueup."""
+    monkeypatch.setenv("TRUEUP_HOST__PAYMENT__TABLE", "billing_payment")
+    monkeypatch.setenv("TRUEUP_HOST__TOKEN_USAGE__TABLE", "billing_tokenusage")
+    get_settings.cache_clear()
+    suffix = uuid.uuid4().hex[:8]  # roles are the whole server's
+    names = RoleNames(migrate=f"mig {suffix}", worker=f'wor"ker {suffix}', readonly=f"Read'er {suffix}")
+    app = f"app_{suffix}"
+    owner = create_engine(empty_database, poolclass=NullPool)
+    with owner.begin() as connection:
+        build_host_metadata(get_settings().host).create_all(connection)
+        connection.execute(text("ALTER TABLE accounts_user ADD password text DEFAULT 'secret'"))
+        connection.execute(text(f"CREATE ROLE {app} LOGIN"))
+        connection.execute(text(f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {app}"))
+    engine = create_engine(make_url(empty_database).set(username=app), poolclass=NullPool)
+    with Host(engine) as host:
+        yield Site(url=empty_database, roles=names, owner=owner, host=host, monkeypatch=monkeypatch)
+    db.dispose_engine()
+    with owner.begin() as connection:
+        for role in (*astuple(names), app):
+            if connection.scalar(text("SELECT 1 FROM pg_roles WHERE rolname = :role"), {"role": role}):
+                quoted = connection.dialect.identifier_preparer.quote_identifier(role)
+                connection.exec_driver_sql(f"DROP OWNED BY {quoted} CASCADE; DROP ROLE {quoted}")
+
+
+@pytest.fixture
+def ready(site: Site) -> Site:
+    """The same, set up by the migrate role."""
+    site.grant()
+    site.set_up()
+    site.grant()
+    return site
+
+
+def test_the_worker_holds_calls_charges_and_grants(ready: Site) -> None:
+    user = ready.host.subscriber(10_000)
+    ready.become(ready.roles.worker)
+    with db.connect() as connection:
+        hold = hold_tokens(connection, user, 1_000)
+        assert begin_call(connection, hold, call_key="1", tokens_bound=500, lease_seconds=9, ttl_seconds=9) is None
+        charge_tokens(connection, hold, 300)
+        assert extend_hold(connection, hold, tokens=200) == (None, 900)
+        begin_call(connection, hold, call_key="2", tokens_bound=500, lease_seconds=9, ttl_seconds=9)
+        end_call(connection, hold, call_key="2", unknown=False)
+        effect = begin_effect(connection, user_id=user, task_id=hold.task_id, effect="dm", detail={})
+        finish_effect(connection, effect, "sent")
+        close_hold(connection, hold, completed=True)
+        expire_holds(connection)
+        prune_answers(connection, older_than=timedelta(0), limit=10)
+        raise_test(connection)
+        claim_due(connection)
+        assert lacking_rights(connection, worker_rights(connection, get_settings().host)) == []
+    figures = {"prompt_tokens": 5, "completion_tokens": 5, "model_name": "m", "response_time_ms": 1}
+    track_ai_usage(user, section="chat", key="a", **figures)
+    track_ai_usage(user, section="chat", key="b", success=False, error_message="refused", **figures)
+    trueup("tokens", "grant", user, 100, "--reason", "gift", "--reference", "r1")
+    trueup("tokens", "revoke", user, trueup_json("tokens", "grants", user)[0]["id"], "--reason", "wrong")
+    assert ready.host.value("SELECT count(*) FROM ai_usage_log WHERE error_message = 'refused'") == 1
+    assert ready.host.counter(user) == 9_690
+
+
+def test_the_worker_reconciles_and_people_decide_through_it(ready: Site) -> None:
+    host = ready.host
+    missed, shown, shared = host.subscriber(1_000), host.subscriber(1_000, counter=1_500), host.subscriber(1_000)
+    host.plan(500)
+    host.log(missed, 300)
+    ready.become(ready.roles.worker)
+    trueup("reconcile", "--dry-run")
+    trueup("reconcile", "--jobs", 2)
+    trueup("reconcile", "--deep")
+    assert host.counter(missed) == 700
+    [item] = trueup_json("drift", "review")
+    assert item["user_id"] == shown
+    trueup("drift", "accept", item["id"], "--note", "refunded")
+    assert host.counter(shown) == 1_000
+    host.log(shared, 10, at=datetime.now(UTC))
+    engine, rules = db.get_engine(), Rules(min_age_seconds=0)
+    run = plan_run(engine, kind="deep", rules=rules, shard_size=1_000, requested_by="test")
+    assert run is not None
+    work = {"rules": rules, "batch_size": 10, "seconds": 60.0}
+    work_on_shard(engine, get_settings().host, run_id=run.run_id, number=run.shards[0], **work)
+    sweep(engine, rules)
+    assert host.counter(shared) == 990
+    for command in (("drift", "report"), ("drift", "history"), ("drift", "explain", missed), ("status",)):
+        trueup(*command)
+
+
+FORBIDDEN = [
+    "CREATE TABLE trueup.mine (id int)",
+    "CREATE FUNCTION trueup.mine() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+    "CREATE SCHEMA mine",
+    "ALTER TABLE trueup.balance ADD mine int",
+    "DROP FUNCTION trueup.log_epoch()",
+    "DROP TABLE trueup.charge",
+    "TRUNCATE trueup.usage_delta",
+    "TRUNCATE ai_usage_log",
+    "DROP TRIGGER trueup_inserted ON ai_usage_log",
+    "ALTER TABLE ai_usage_log DISABLE TRIGGER trueup_inserted",
+    "CREATE TRIGGER t AFTER DELETE ON ai_usage_log FOR EACH STATEMENT EXECUTE FUNCTION trueup.append_truncated()",
+    "DELETE FROM trueup.charge",
+    "DELETE FROM trueup.drift_decision",
+    "UPDATE trueup.installation SET mapping_fingerprint = ''",
+    "INSERT INTO trueup.log_truncation DEFAULT VALUES",
+    "DELETE FROM ai_usage_log",
+    "UPDATE ai_usage_log SET total_tokens = 0",
+    "UPDATE billing_subscription SET start_date = now()",
+    "DELETE FROM billing_subscription",
+    "UPDATE billing_tokenplan SET tokens_included = 9",
+    "SELECT password FROM accounts_user",
+]
+
+
+def test_the_worker_changes_no_structure_and_no_more_rows_than_it_must(ready: Site) -> None:
+    assert [statement for statement in FORBIDDEN if not ready.refuses(ready.roles.worker, statement)] == []
+
+
+def test_a_host_that_has_no_right_in_trueup_writes_its_log_and_each_row_counts(ready: Site) -> None:
+    host = ready.host
+    user = host.subscriber(1_000)
+    ready.become(ready.roles.worker)
+    with db.connect() as connection:
+        hold_tokens(connection, user, 0)
+    row = host.log(user, 100)
+    host.execute("UPDATE ai_usage_log SET total_tokens = 70 WHERE id = :row", row=row)
+    host.log(user, 5)
+    host.execute("DELETE FROM ai_usage_log WHERE total_tokens = 5")
+    with Host(ready.owner) as superuser:
+        assert superuser.value("SELECT sum(tokens) FROM trueup.usage_delta WHERE user_id = :user", user=user) == 70
+        assert_true(superuser, get_settings().host)
+    app = str(host.engine.url.username)
+    assert ready.refuses(app, "SELECT * FROM trueup.usage_delta")
+    assert ready.refuses(app, "SELECT trueup.log_epoch()")
+
+
+def test_readonly_shows_every_report_and_writes_nothing(ready: Site) -> None:
+    host = ready.host
+    user = host.subscriber(1_000)
+    host.log(user, 300)
+    ready.become(ready.roles.worker)
+    trueup("reconcile")
+    ready.become(ready.roles.readonly)
+    commands = [("drift", "report"), ("drift", "history"), ("drift", "review"), ("drift", "explain", user), ("status",)]
+    commands += [("holds", "list", "--all"), ("usage", user), ("tokens", "show", user), ("tokens", "grants", user)]
+    for command in commands:
+        trueup(*command)
+    assert "refused" in trueup("tokens", "grant", user, 1, "--reason", "x", "--reference", "r", code=1).stderr
+    for statement in (
+        "UPDATE trueup.balance SET held = 0",
+        "INSERT INTO ai_usage_log (user_id, section) VALUES (1, 'chat')",
+        "UPDATE billing_subscription SET tokens_remaining = 1",
+        "CREATE TABLE trueup.mine (id int)",
+        "SELECT email FROM accounts_user",
+    ):
+        assert ready.refuses(ready.roles.readonly, statement)
+
+
+@pytest.mark.parametrize("role", ["worker", "readonly"])
+def test_nobody_else_may_use_the_triggers_functions_which_write_with_their_owners_rights(
+    ready: Site, role: str
+) -> None:
+    assert ready.refuses(
+        getattr(ready.roles, role),
+        "CREATE TEMP TABLE forged (id uuid, user_id bigint, created_at timestamptz, total_tokens int, success bool); "
+        "CREATE TRIGGER t AFTER INSERT ON forged REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT "
+        "EXECUTE FUNCTION trueup.append_inserted()",
+    )
+
+
+def test_a_setup_may_be_repeated_by_the_migrate_role_and_workers_go_on(ready: Site) -> None:
+    ready.set_up()
+    user = ready.host.subscriber(1_000)
+    ready.become(ready.roles.worker)
+    with db.connect() as connection:
+        assert hold_tokens(connection, user, 400).tokens_left == 400
+        assert lacking_rights(connection, worker_rights(connection, get_settings().host)) == []
+
+
+def test_what_a_superuser_set_up_is_handed_over(site: Site) -> None:
+    with site.owner.begin() as connection:
+        install(connection, get_settings().host, with_host_tables=False)
+    site.grant()
+    site.set_up()
+    site.become(site.roles.readonly)
+    with db.connect() as connection:
+        mapping = get_settings().host
+        assert lacking_rights(connection, readonly_rights(connection, mapping)) == []
+        lacking = lacking_rights(connection, worker_rights(connection, mapping))
+        assert "INSERT ON TABLE trueup.hold" in map(str, lacking)
+        assert 'UPDATE ("tokens_remaining") ON TABLE public.billing_subscription' in map(str, lacking)
+
+
+def test_a_role_without_rights_is_told_which_it_lacks_and_each_check_stands_alone(ready: Site) -> None:
+    ready.become(str(ready.host.engine.url.username))
+    findings = examine_database(get_settings())
+    levels = {(finding.check, finding.level) for finding in findings}
+    assert {
+        ("postgres", "ok"),
+        ("mapping", "ok"),
+        ("schema", "error"),
+        ("triggers", "ok"),
+        ("books", "error"),
+    } <= levels
+    [rights] = [finding for finding in findings if finding.check == "rights"]
+    assert {"USAGE ON SCHEMA trueup", "SELECT ON TABLE trueup.hold"} <= set(rights.detail["lacking"])
+    assert "trueup db grants --worker-role" in str(rights.remedy)
+    ready.become(ready.roles.worker)
+    assert [finding for finding in examine_database(get_settings()) if finding.level == "error"] == []
+
+
+def test_rows_may_be_deleted_where_they_come_and_go_and_nowhere_else() -> None:
+    passing = passing_tables()
+    assert {"usage_delta", "call_intent"} <= passing
+    assert not passing & {"charge", "hold", "balance", "drift", "drift_decision", "token_grant", "reconcile_run"}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"worker": "x" * 64}, "worker role: 'x+' is no role: give 1 to 63 bytes"),
+        ({"readonly": ""}, "readonly role: '' is no role"),
+        ({"migrate": "a$$b"}, r"migrate role: .* without \$\$"),
+        ({"migrate": "trueup_worker"}, "give three different names"),
+    ],
+)
+def test_a_name_that_is_no_role_is_refused(site: Site, change: dict[str, str], told: str) -> None:
+    with site.owner.connect() as connection, pytest.raises(InvalidInputError, match=told):
+        grants_sql(connection, HostMapping(), replace(RoleNames(), **change))
+
+
+def test_a_table_that_is_not_there_is_named(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRUEUP_HOST__USAGE_LOG__TABLE", "app.log")
+    get_settings.cache_clear()
+    with site.owner.connect() as connection, pytest.raises(NotInstalledError, match=r"no table app\.log"):
+        grants_sql(connection, get_settings().host, site.roles)
+
+
+def test_the_command_prints_what_psql_can_run(ready: Site) -> None:
+    ready.become("postgres")
+    printed = trueup("db", "grants", "--worker-role", ready.roles.worker).stdout
+    assert printed.startswith("-- Least-privilege roles for trueup in ")
+    assert "\nBEGIN;\n" in printed
+    assert printed.endswith("COMMIT;\n")
+    with ready.owner.connect() as connection:
+        connection.exec_driver_sql(printed.replace("COMMIT;", "ROLLBACK;").replace("%", "%%"))

@@ -1,0 +1,191 @@
+"""`trueup doctor`: what it prints, how it ends, and what it finds of Redis and the workers."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from billing.doctor.clocks import Offset
+from billing.settings import Settings, get_settings
+from cli import client
+from cli.client import celery_client
+from tests.cli.conftest import trueup, trueup_json
+from tests.support.host import Host
+from tests.support.worker import WorkerProcess
+from worker import doctor
+
+SCHEMA = Path(__file__).parents[2] / "docs" / "doctor.schema.json"
+NOWHERE = "127.0.0.1:1"
+
+
+@pytest.fixture(autouse=True)
+def _no_long_wait_for_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "ANSWER_SECONDS", 0.5)
+
+
+@pytest.fixture
+def queues(database: str) -> Iterator[Celery]:
+    """The application to send tasks with, and no messages in its queues before or after."""
+    with celery_client(get_settings()) as app:
+        app.control.purge()
+        yield app
+        app.control.purge()
+
+
+def of(findings: list[dict[str, Any]], check: str) -> list[tuple[str, str]]:
+    return [(finding["level"], finding["what"]) for finding in findings if finding["check"] == check]
+
+
+def valid(document: Any, path: Path) -> bool:
+    """Whether docs/doctor.schema.json takes it."""
+    path.write_text(json.dumps(document))
+    command = [Path(sys.executable).with_name("check-jsonschema"), "--schemafile", SCHEMA, path]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def test_without_a_worker_it_fails_and_says_how_to_start_one(queues: Celery) -> None:
+    result = trueup("doctor", code=1)
+    assert "celery -A worker worker -Q" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("1 errors, ")
+    lines = [line for line in result.stdout.splitlines() if line.startswith("│ ")]
+    assert lines[0].startswith("│ error ")  # what is wrong comes first
+
+
+def test_tasks_that_nobody_takes_are_an_error(queues: Celery) -> None:
+    for priority in (0, 9):
+        queues.send_task("tasks.expire_holds", queue="reconcile", priority=priority)
+    document = trueup_json("doctor", code=1)
+    assert ("error", "2 tasks wait in queue reconcile, and no worker takes from it.") in of(
+        document["findings"], "queues"
+    )
+
+
+def test_a_server_that_is_away_hides_nothing_of_the_other(
+    host: Host, settings: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(client, "ANSWER_SECONDS", 1.0)
+    settings(TRUEUP_BROKER_URL=f"redis://:hunter2@{NOWHERE}/0")
+    without_redis = trueup_json("doctor", code=1)
+    assert of(without_redis["findings"], "books")[0][0] == "ok"
+    assert of(without_redis["findings"], "redis")[0][0] == "error"
+    settings(TRUEUP_DATABASE_URL=f"postgresql://app:hunter2@{NOWHERE}/app")
+    without_both = trueup_json("doctor", code=1)
+    assert {finding["check"] for finding in without_both["findings"] if finding["level"] == "error"} == {
+        "database",
+        "redis",
+    }
+    assert "hunter2" not in json.dumps([without_redis, without_both])
+    assert valid(without_both, tmp_path / "doctor.json")
+
+
+def test_without_a_database_redis_is_still_looked_at(host: Host, settings: Callable[..., None]) -> None:
+    settings(TRUEUP_DATABASE_URL=f"postgresql://app@{NOWHERE}/app")
+    findings = trueup_json("doctor", code=1)["findings"]
+    assert of(findings, "redis")[0][0] == "ok"
+    assert "this machine's" in of(findings, "redis_clock")[0][1]
+
+
+def test_settings_that_cant_be_read_are_a_finding_and_not_a_failure(
+    settings: Callable[..., None], tmp_path: Path
+) -> None:
+    settings(TRUEUP_HOLD_TTL="9")
+    document = trueup_json("doctor", code=1)
+    assert [finding["check"] for finding in document["findings"]] == ["python", "packages", "settings"]
+    assert "Did you mean TRUEUP_HOLD_TTL_SECONDS?" in document["findings"][-1]["what"]
+    assert valid(document, tmp_path / "doctor.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"level": "fatal"},
+        {"check": "unheard of"},
+        {"remedy": None},
+        {"level": "ok"},
+        {"detail": []},
+        {"what": ""},
+    ],
+)
+def test_the_schema_refuses_what_is_no_finding(change: dict[str, Any], tmp_path: Path) -> None:
+    finding = {"check": "redis", "level": "error", "what": "x", "remedy": "y", "detail": {}}
+    document = {"schema_version": 1, "checked_at": "2026-11-01T00:00:00+00:00", "healthy": False}
+    document |= {"errors": 1, "warnings": 0}
+    assert valid(document | {"findings": [finding]}, tmp_path / "good.json")
+    assert not valid(document | {"findings": [finding | change]}, tmp_path / "bad.json")
+
+
+class FakeRedis:
+    """What a Redis of another making would answer; ours can't be made unsafe for a test."""
+
+    def __init__(self, **info: Any) -> None:
+        self.answers = {"redis_version": "8.2.3", "maxmemory_policy": "noeviction", "aof_enabled": 1} | info
+
+    def info(self) -> dict[str, Any]:
+        return self.answers
+
+    def time(self) -> tuple[int, int]:
+        return 0, 0
+
+
+@pytest.mark.parametrize(
+    ("info", "level", "remedy"),
+    [
+        ({"redis_version": "6.0.16"}, "error", "6.2 or newer"),
+        ({"maxmemory_policy": "allkeys-lru"}, "error", "noeviction"),
+        ({"aof_enabled": 0}, "warning", "appendonly yes"),
+    ],
+)
+def test_a_redis_that_may_lose_tasks_is_told(info: dict[str, Any], level: str, remedy: str) -> None:
+    findings = [finding for finding in doctor.check_server(FakeRedis(**info)) if finding.level != "ok"]
+    assert [(finding.level, remedy in str(finding.remedy)) for finding in findings] == [(level, True)]
+
+
+def test_redis_clock_is_compared_with_the_databases() -> None:
+    [finding] = doctor.check_clock(FakeRedis(), Offset(seconds=0, uncertainty=0))
+    assert (finding.level, "the database's" in finding.what) == ("error", True)
+
+
+@pytest.mark.parametrize(("age", "level"), [(10, "ok"), (5_000, "error")])
+def test_a_task_that_runs_longer_than_any_may_is_told(age: float, level: str) -> None:
+    active = {"ai@a": [{"name": "tasks.run", "id": "1", "time_start": 1e9 - age}, {"name": "x", "time_start": None}]}
+    [finding] = doctor._hanging(active, Settings(), 1e9)
+    assert (finding.level, finding.detail["seconds"]) == (level, age)
+
+
+@pytest.mark.parametrize(
+    ("queue", "length", "served", "level"),
+    [
+        ("ai", 0, False, "ok"),
+        ("ai", 1, False, "error"),
+        ("ai", 999, True, "ok"),
+        ("ai", 1000, True, "warning"),
+        ("reconcile", 0, False, "warning"),
+    ],
+)
+def test_a_queue_is_judged_by_its_length_and_by_who_takes_from_it(
+    queue: str, length: int, served: bool, level: str
+) -> None:
+    assert doctor._queue(queue, length, served=served, alone=False).level == level
+
+
+# Last: its worker lives as long as the module.
+
+
+def test_with_a_worker_all_is_well_but_for_the_tests_own_role(
+    worker: WorkerProcess, shared_host: Host, tmp_path: Path
+) -> None:
+    document = trueup_json("doctor")
+    assert [finding["check"] for finding in document["findings"] if finding["level"] == "error"] == []
+    [(level, told)] = of(document["findings"], "workers")
+    assert (level, told.startswith("Workers answer: celery@")) == ("ok", True)
+    assert [level for level, _ in of(document["findings"], "queues")] == ["ok", "ok"]
+    assert of(document["findings"], "redis_clock")[0][0] == "ok"
+    assert (document["healthy"], document["errors"]) == (True, 0)
+    assert document["warnings"] > 0
+    trueup("doctor", "--strict", code=1)
+    assert valid(document, tmp_path / "doctor.json")

@@ -1,0 +1,71 @@
+"""The whole way through on every version of PostgreSQL that this machine has beside the embedded one."""
+
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.pool import NullPool
+
+from billing import db
+from billing.doctor.database import examine_database
+from billing.errors import TokensDenied
+from billing.holds import close_hold
+from billing.install import install
+from billing.settings import get_settings
+from tests.cli.conftest import trueup, trueup_json
+from tests.conftest import settings_for
+from tests.support.books import assert_true
+from tests.support.host import Host
+from tests.support.postgres_versions import VARIABLE, installed_versions, running_server
+from tests.support.work import charge_tokens, hold_tokens
+from tests.worker.stack_helpers import temporary_home
+from worker.stack import StackUrls
+
+OTHERS = (14, 15, 16, 17)
+
+
+@pytest.fixture(params=OTHERS)
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A server of that version. Gives the URL of an empty database."""
+    programs = installed_versions().get(request.param)
+    if programs is None:
+        remedy = f"`python -m tests.versions` or {VARIABLE} brings it"
+        pytest.skip(f"NOT TESTED: no PostgreSQL {request.param} here; {remedy}")
+    with temporary_home() as home, running_server(programs, home) as url:
+        engine = create_engine(url, poolclass=NullPool)
+        with engine.connect() as connection:
+            assert connection.execute(text("SHOW server_version")).scalar_one().startswith(str(request.param))
+        engine.dispose()
+        yield url
+
+
+@pytest.fixture
+def host(
+    url: str, stack: StackUrls, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Host]:
+    """A host on that server, set up."""
+    with settings_for(url, stack, monkeypatch, tmp_path_factory.mktemp("version")):
+        engine = create_engine(url, poolclass=NullPool)
+        with engine.begin() as connection:
+            install(connection, get_settings().host, with_host_tables=True)
+        with Host(engine) as host:
+            yield host
+        engine.dispose()
+
+
+def test_the_gate_charges_reconciling_and_the_doctor_work(host: Host) -> None:
+    user, missed = host.subscriber(1_000), host.subscriber(1_000)
+    host.log(user, 100)
+    host.log(missed, 300)
+    with db.connect() as connection:
+        hold = hold_tokens(connection, user, 600)
+        with pytest.raises(TokensDenied, match="insufficient_tokens"):
+            hold_tokens(connection, user, 400)
+        charge_tokens(connection, hold, 250)
+        assert close_hold(connection, hold, completed=True) == "settled"
+    assert trueup_json("reconcile", "--deep")["drifted"] == 2
+    assert (host.counter(user), host.counter(missed)) == (650, 700)
+    trueup("tokens", "grant", user, 50, "--reason", "gift", "--reference", "r1")
+    assert_true(host)
+    told = [finding for finding in examine_database(get_settings()) if finding.level != "ok"]
+    assert {finding.check for finding in told} == {"rights"}  # the tests' role is a superuser
