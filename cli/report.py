@@ -66,6 +66,8 @@ def print_summary(report: DriftReport, most_rows: int | None = None) -> None:
 
 
 def _everything(report: DriftReport) -> str:
+    if report.kind == "look":
+        return "drift report --read-only --rows all"
     if report.dry_run:
         return "reconcile --dry-run --json"
     return "drift report --rows all" if report.run_id is None else f"drift report --run {report.run_id} --rows all"

@@ -1,0 +1,214 @@
+"""A [host] mapping proposed from a database's catalog: each choice with how sure it is and why, and what is missing."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection
+
+from billing.discovery.catalog import Catalog, HostTable
+from billing.discovery.columns import Certainty, certainty_of, default_name
+from billing.discovery.remarks import remarks_on
+from billing.discovery.samples import Sampler
+from billing.discovery.tables import Candidate, choose_tables
+from billing.discovery.words import FIELDS, Kind, Noun
+from billing.mapping import HostMapping
+
+SCHEMA_VERSION = 1
+
+NOUNS: tuple[Noun, ...] = ("user", "token_plan", "full_plan", "subscription", "usage_log", "token_usage", "payment")
+OPTIONAL: tuple[Noun, ...] = ("token_usage", "payment")
+MEANING: dict[Noun, str] = {
+    "user": "the users",
+    "token_plan": "plans of tokens without a duration",
+    "full_plan": "plans of tokens with a duration",
+    "subscription": "the subscriptions, with the counter",
+    "usage_log": "the AI usage log",
+    "token_usage": "one row for each decrement of the counter",
+    "payment": "the payments",
+}
+_TYPES: dict[Kind, str] = {"integer": "bigint", "uuid": "uuid", "text": "text"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A setting that was found. `value`: a name of the host's, or a type."""
+
+    setting: str
+    value: str
+    certainty: Certainty
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """A setting that was not found. `stops`: what does not work until it is; "": nothing."""
+
+    setting: str
+    why: str
+    remedy: str
+    stops: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """What is proposed. `mapping` None: a table that nothing works without was not found.
+
+    `notes`: what else a person should know of these tables, each with its remedy.
+    """
+
+    mapping: HostMapping | None
+    choices: list[Choice]
+    gaps: list[Gap]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The [host] section: only what differs from Django's default names."""
+        if self.mapping is None:
+            return {}
+        return self.mapping.model_dump(exclude_defaults=True)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "complete": self.mapping is not None,
+            "host": self.settings,
+            "choices": [asdict(choice) for choice in self.choices],
+            "gaps": [asdict(gap) for gap in self.gaps],
+            "notes": self.notes,
+        }
+
+
+def propose(connection: Connection, catalog: Catalog) -> Proposal:
+    """Return the mapping that fits these tables best. Reads a few rows where the role may; nothing is written."""
+    chosen = choose_tables(catalog)
+    drafts: dict[Noun, dict[str, Any]] = {}
+    choices: list[Choice] = []
+    gaps: list[Gap] = []
+    for noun in NOUNS:
+        candidate = chosen.get(noun)
+        if candidate is None:
+            gaps.append(_missing_table(noun))
+            continue
+        lacking = _missing_columns(noun, candidate)
+        if noun in OPTIONAL:
+            names = [gap.setting for gap in lacking if gap.stops]
+            if noun == "payment" and "duration_days" not in drafts.get("full_plan", {}):
+                names.append("host.full_plan.duration_days")
+            if names:
+                gaps.append(_left_out(noun, candidate.table, ", ".join(names)))
+                continue
+        choices += _choices_of(noun, candidate)
+        gaps += lacking
+        drafts[noun] = _names_of(candidate)
+    types = _types(drafts, chosen, choices)
+    sampler = Sampler(connection=connection)
+    notes = _paid_word(chosen, drafts, sampler, choices)
+    stopped = [gap for gap in gaps if gap.stops == "everything"]
+    mapping = None if stopped else HostMapping.model_validate({**types, **drafts})
+    notes += remarks_on(catalog, {noun: chosen[noun] for noun in drafts}, sampler)
+    return Proposal(mapping=mapping, choices=choices, gaps=gaps, notes=notes)
+
+
+def _choices_of(noun: Noun, candidate: Candidate) -> list[Choice]:
+    table = candidate.table
+    certainty = certainty_of(candidate.score)
+    why = list(candidate.why)
+    if table.rows is not None:
+        why.append(f"about {table.rows:,} rows")
+    if candidate.rival is not None:
+        certainty = "guess"
+        why.append(f"{candidate.rival.setting} would fit nearly as well")
+    found = [Choice(setting=f"host.{noun}.table", value=table.setting, certainty=certainty, why="; ".join(why))]
+    for name in FIELDS[noun]:
+        match = candidate.matches.found.get(name)
+        if match is not None:
+            found.append(
+                Choice(
+                    setting=f"host.{noun}.{name}",
+                    value=match.column.name,
+                    certainty=certainty_of(match.score),
+                    why=f"{match.why}, {match.column.type}",
+                )
+            )
+    return found
+
+
+def _names_of(candidate: Candidate) -> dict[str, Any]:
+    names = {name: match.column.name for name, match in candidate.matches.found.items()}
+    return {"table": candidate.table.setting, **names}
+
+
+def _missing_table(noun: Noun) -> Gap:
+    setting = f"host.{noun}.table"
+    example = f'table = "SCHEMA.TABLE" under [host.{noun}]'
+    if noun in OPTIONAL:
+        why = f"no table looks like {MEANING[noun]}"
+        return Gap(setting=setting, why=why, remedy=f"if there is one, set {example}: causes become certain", stops="")
+    why = f"no table has the columns of {MEANING[noun]}"
+    return Gap(setting=setting, why=why, remedy=f"set {example}, and its columns", stops="everything")
+
+
+def _left_out(noun: Noun, table: HostTable, names: str) -> Gap:
+    return Gap(
+        setting=f"host.{noun}.table",
+        why=f"{table.setting} looks like {MEANING[noun]}, but no column was found for {names}",
+        remedy=f'set table = "{table.setting}" under [host.{noun}] and these columns, or do without it',
+        stops="",
+    )
+
+
+def _missing_columns(noun: Noun, candidate: Candidate) -> list[Gap]:
+    gaps = []
+    for name, wanted in FIELDS[noun].items():
+        if name in candidate.matches.found:
+            continue
+        column = candidate.matches.wrong_type.get(name)
+        kinds = " or ".join(sorted(wanted.kinds))
+        why = f"{candidate.table.setting} has no column like {default_name(noun, name)}"
+        if column is not None:
+            why = f"{candidate.table.setting}.{column.name} is of type {column.type}, which is not {kinds}"
+        stops = "everything" if wanted.required else "" if wanted.use.startswith("nothing") else wanted.use
+        remedy = f'set {name} = "COLUMN" under [host.{noun}], or add such a column ({kinds})'
+        gaps.append(Gap(setting=f"host.{noun}.{name}", why=why, remedy=remedy, stops=stops))
+    return gaps
+
+
+def _types(drafts: dict[Noun, dict[str, Any]], chosen: dict[Noun, Candidate], choices: list[Choice]) -> dict[str, str]:
+    """The types of ids, from the columns that hold them."""
+    types = {}
+    if "subscription" in drafts:
+        column = chosen["subscription"].matches.found["user_id"].column
+        types["user_id_type"] = _TYPES[column.kind]
+        why = f"{chosen['subscription'].table.setting}.{column.name} is {column.type}"
+        choices.append(Choice(setting="host.user_id_type", value=types["user_id_type"], certainty="certain", why=why))
+    if "usage_log" in drafts and "id" in drafts["usage_log"]:
+        column = chosen["usage_log"].matches.found["id"].column
+        # Whole numbers are not in the mapping: see the remarks.
+        if column.kind in ("uuid", "text"):
+            types["usage_log_id_type"] = _TYPES[column.kind]
+            why = f"{chosen['usage_log'].table.setting}.{column.name} is {column.type}"
+            choices.append(
+                Choice(setting="host.usage_log_id_type", value=types["usage_log_id_type"], certainty="certain", why=why)
+            )
+    return types
+
+
+def _paid_word(
+    chosen: dict[Noun, Candidate], drafts: dict[Noun, dict[str, Any]], sampler: Sampler, choices: list[Choice]
+) -> list[str]:
+    """Find what a payment is called whose money has come. Returns a note if nothing tells it."""
+    if "payment" not in drafts:
+        return []
+    table, status = chosen["payment"].table, drafts["payment"]["status"]
+    word = sampler.paid_word(table, status)
+    if word is None:
+        note = (
+            f"{table.setting}.{status}: which value says that the money has come could not be told. Set "
+            'completed_status under [host.payment]; without it, "completed" is taken.'
+        )
+        return [note]
+    drafts["payment"]["completed_status"] = word
+    why = "an enum's value" if table.columns[status].labels else f"a value of {status} in a sample"
+    choices.append(Choice(setting="host.payment.completed_status", value=word, certainty="likely", why=why))
+    return []

@@ -1,0 +1,46 @@
+"""A look at a few of the host's rows, where its rights allow one: what is seen is compared, and never shown."""
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, TextClause, text
+
+from billing.discovery.catalog import HostTable
+from billing.discovery.words import PAID_WORDS
+from billing.mapping import quote_identifier, quote_table
+
+ROWS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Reads at most `ROWS` rows of a table. Without the right to read it, nothing is known."""
+
+    connection: Connection
+
+    def paid_word(self, table: HostTable, column: str) -> str | None:
+        """Return which of the words that say "the money came" is used in the column. None: none of them, or several."""
+        labels = list(table.columns[column].labels)
+        if not labels and table.readable:
+            labels = [str(value) for value in self._values(table, column) if value is not None]
+        words = [label for label in dict.fromkeys(labels) if label.lower() in PAID_WORDS]
+        return words[0] if len(words) == 1 else None
+
+    def adds_up(self, table: HostTable, prompt: str, completion: str, total: str) -> bool | None:
+        """Return whether most totals are the sum of both parts. None: there is nothing to tell it by."""
+        if not table.readable:
+            return None
+        parts = [quote_identifier(name) for name in (prompt, completion, total)]
+        found = self.connection.execute(
+            self._sample(table, f"avg(CASE WHEN {parts[0]} + {parts[1]} = {parts[2]} THEN 1 ELSE 0 END)", parts)
+        ).scalar_one()
+        return None if found is None else bool(found > 0.5)
+
+    def _values(self, table: HostTable, column: str) -> list[object]:
+        name = quote_identifier(column)
+        return list(self.connection.scalars(self._sample(table, f"DISTINCT CAST({name} AS text)", [name])))
+
+    def _sample(self, table: HostTable, wanted: str, names: list[str]) -> TextClause:
+        query = (
+            f"SELECT {wanted} FROM (SELECT {', '.join(names)} FROM {quote_table(table.setting)} LIMIT {ROWS}) sample"
+        )
+        return text(query.replace(":", "\\:"))

