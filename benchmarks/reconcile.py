@@ -3,7 +3,6 @@
 python -m benchmarks.reconcile [--subscriptions 1000000] [--users 100000] [--rows 10000000] [--drifted 20000]
 
 The figures are ratios of medians, measured in turns in one run. A small run takes seconds:
-
 python -m benchmarks.reconcile --subscriptions 10000 --users 1000 --rows 100000 --drifted 2000
 """
 
@@ -13,6 +12,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=100_000, help="of the deep pass")
     parser.add_argument("--rows", type=int, default=10_000_000, help="the deep pass's log")
     parser.add_argument("--drifted", type=int, default=20_000, help="drifts of the pass that corrects them")
-    parser.add_argument("--only", choices=("quick", "deep", "drift"), help="only this part")
+    parser.add_argument("--only", choices=("quick", "jobs", "deep", "drift"), help="only this part")
     options = parser.parse_args()
     print(f"load average before: {os.getloadavg()[0]:.2f}, {os.cpu_count()} cores")  # noqa: T201
     with own_stack() as urls:
@@ -64,6 +64,8 @@ def main() -> None:
         sizes = [size for size in (10_000, 100_000, 1_000_000) if size < options.subscriptions]
         if options.only in (None, "quick"):
             compare_quick(url, [*sizes, options.subscriptions])
+        if options.only in (None, "jobs"):
+            compare_jobs(url, options.subscriptions)
         if options.only in (None, "deep"):
             compare_deep(url, options.users, options.rows)
         if options.only in (None, "drift"):
@@ -132,8 +134,8 @@ def fill(connection: Connection, users: int, rows: int) -> None:
     install(connection, mapping, with_host_tables=False)
     connection.execute(
         text(
-            "INSERT INTO trueup.balance (user_id, window_start, log_epoch, consumed, plan_tokens) "
-            "SELECT s.user_id, s.start_date, 0, coalesce(u.tokens, 0), :plan FROM billing_subscription s "
+            "INSERT INTO trueup.balance (user_id, window_start, log_epoch, consumed) "
+            "SELECT s.user_id, s.start_date, 0, coalesce(u.tokens, 0) FROM billing_subscription s "
             "LEFT JOIN used u ON u.user_id = s.user_id"
         ),
         {"plan": PLAN_TOKENS},
@@ -190,6 +192,33 @@ def compare_quick(url: str, sizes: list[int]) -> None:
         )
     headings = ("subscriptions", "quick pass", "bare comparison", "ratio", "a subscription", "× with 10 log rows each")
     print_markdown("A quick pass that finds nothing", headings, lines)
+
+
+def compare_jobs(url: str, size: int) -> None:
+    """A pass that finds nothing by one job and by two, beside what the database allows: two halves at once, bare."""
+    with database(url, "jobs", size, 0) as engine, ThreadPoolExecutor(2) as pool:
+        halves = [f"{BARE_QUICK} AND s.user_id {half} {size // 2}" for half in ("<=", ">")]
+        taken = in_turns(
+            {
+                "bare": lambda: bare(engine, BARE_QUICK),
+                "halves": lambda: list(pool.map(lambda half: bare(engine, half), halves)),
+                "one": lambda: clean(engine),
+                "two": lambda: clean(engine, jobs=2),
+            }
+        )
+    print_markdown(
+        "By two jobs, nothing found",
+        ("subscriptions", "bare, one connection", "two halves at once", "× faster", "1 job", "2 jobs", "× faster"),
+        [
+            (
+                f"{size:,}",
+                *(f"{taken[name]:.3f} s" for name in ("bare", "halves")),
+                f"{taken['bare'] / taken['halves']:.2f}",
+                *(f"{taken[name]:.3f} s" for name in ("one", "two")),
+                f"{taken['one'] / taken['two']:.2f}",
+            )
+        ],
+    )
 
 
 def compare_deep(url: str, users: int, rows: int) -> None:

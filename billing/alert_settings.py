@@ -2,13 +2,16 @@
 
 import base64
 import binascii
+import hashlib
 import ipaddress
-from typing import Literal, Self
+from functools import lru_cache
+from typing import Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-Channel = Literal["webhook", "apprise"]
+WEBHOOK = "webhook"
+_GAPS = ("missed_run_seconds", "missed_deep_run_seconds")
 SECRET_PREFIX = "whsec_"
 LEAST_SECRET_BYTES = 16
 
@@ -39,13 +42,26 @@ class AlertSettings(BaseModel):
     missed_run_seconds: int | None = Field(
         default=None, ge=0, description="no run for so long; unset means twice the reconcile interval, 0 never"
     )
+    missed_deep_run_seconds: int | None = Field(
+        default=None, ge=0, description="no deep run for so long; unset means twice the deep interval, 0 never"
+    )
     max_attempts: int = Field(default=12, ge=1, le=100, description="sendings of an alert before it is given up")
 
     @property
-    def channels(self) -> list[Channel]:
-        """Where alerts go; empty: nowhere, and so none are raised."""
-        found: list[Channel] = ["webhook"] if self.webhook_url else []
-        return [*found, "apprise"] if self.apprise_urls else found
+    def channels(self) -> dict[str, str]:
+        """Where alerts go, and what people call that; empty: nowhere, and so none are raised.
+
+        Each of apprise's URLs is a channel: one that fails must not make the others receive an alert again.
+        """
+        found = {WEBHOOK: WEBHOOK} if self.webhook_url else {}
+        for number, url in enumerate(self.apprise_urls, 1):
+            found.setdefault(_channel_of(url.get_secret_value()), f"number {number} of apprise_urls")
+        return found
+
+    def apprise_url(self, channel: str) -> str | None:
+        """Return the URL of one of apprise's channels; None: it is not among the settings any more."""
+        urls = (url.get_secret_value() for url in self.apprise_urls)
+        return next((url for url in urls if _channel_of(url) == channel), None)
 
     @field_validator("webhook_url")
     @classmethod
@@ -81,7 +97,7 @@ class AlertSettings(BaseModel):
         if not self.channels:
             lonely = [
                 name
-                for name in ("tokens", "users", "unexplained_share", "defects", "missed_run_seconds")
+                for name in ("tokens", "users", "unexplained_share", "defects", *_GAPS)
                 if getattr(self, name) is not None
             ]
             if lonely:
@@ -93,6 +109,15 @@ class AlertSettings(BaseModel):
     def signing_key(self) -> bytes:
         """Return the key that signs a webhook's messages."""
         return _key(self.webhook_secret) if self.webhook_secret else b""
+
+
+@lru_cache
+def _channel_of(url: str) -> str:
+    """Return the name under which alerts on their way to the URL are kept, wherever it stands among the others.
+
+    The URL is a secret: what is in the database is of no use to find it, being short and slow to come by.
+    """
+    return f"apprise:{hashlib.scrypt(url.encode(), salt=b'trueup alerts', n=2**12, r=8, p=1, dklen=4).hex()}"
 
 
 def _key(secret: SecretStr) -> bytes:

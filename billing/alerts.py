@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from billing.alert_settings import AlertSettings
+from billing.missed_runs import find_missed_runs
 from billing.settings import get_settings
 
 # A sending takes less; a sender that has not told by then is dead.
@@ -132,46 +133,17 @@ _UNHEARD = text(
 
 
 def raise_all(connection: Connection, *, settings: AlertSettings | None = None) -> int:
-    """Write down what is to be heard of runs that nobody has told of, and of one that is missing. Returns how many."""
+    """Write down what is to be heard of runs that nobody has told of, and of those missing. Returns how many."""
     settings = settings or get_settings().alerts
     if not settings.channels:
         return 0
     runs = connection.scalars(_UNHEARD).all()
     raised = sum(raise_alerts(connection, run_id, settings=settings) for run_id in runs)
-    return raised + _raise_missed(connection, settings)
-
-
-# Before the first run, the time when trueup was set up stands for it.
-_LAST_RUN = text(
-    """
-    SELECT at AS last, extract(epoch FROM clock_timestamp() - at) AS seconds
-    FROM (SELECT coalesce(
-        (SELECT max(finished_at) FROM trueup.reconcile_run
-         WHERE status = 'finished' AND only_user IS NULL AND NOT dry_run),
-        (SELECT installed_at FROM trueup.installation)) AS at) AS known
-    WHERE at IS NOT NULL
-    """
-)
-
-
-def missed_seconds(connection: Connection, *, settings: AlertSettings | None = None) -> tuple[datetime, int] | None:
-    """Return when the last full run ended, and how long ago that is, if that is too long. None: all is well."""
-    settings = settings or get_settings().alerts
-    limit = settings.missed_run_seconds
-    limit = 2 * get_settings().reconcile_interval_seconds if limit is None else limit
-    row = connection.execute(_LAST_RUN).one_or_none()
-    return (row.last, int(row.seconds)) if row and limit and row.seconds > limit else None
-
-
-def _raise_missed(connection: Connection, settings: AlertSettings) -> int:
-    missed = missed_seconds(connection, settings=settings)
-    if missed is None:
-        return 0
-    last, seconds = missed
-    message = f"No reconcile run has ended for {seconds:,} s; the last one did at {last:%Y-%m-%d %H:%M:%S} UTC."
-    content = {"message": message, "last_run_ended_at": last.isoformat(), "seconds": seconds}
-    # One alert for one gap, however long it gets.
-    return _write(connection, f"missed:{last.isoformat()}", "missed", content, settings)
+    for missed in find_missed_runs(connection, settings=settings):
+        # One alert for one gap, however long it gets.
+        key = f"{missed.kind}:{missed.last.isoformat()}"
+        raised += _write(connection, key, missed.kind, missed.content(), settings)
+    return raised
 
 
 def raise_test(connection: Connection, *, settings: AlertSettings | None = None) -> list[Alert]:
@@ -207,12 +179,26 @@ def _insert(
         "key": key,
         "kind": kind,
         "payload": json.dumps(payload),
-        "channels": settings.channels,
+        "channels": list(settings.channels),
         "attempts": attempts,
         "claim_seconds": CLAIM_SECONDS,
     }
     return [Alert(**row) for row in connection.execute(_WRITE, values).mappings()]
 
+
+# Of an alert that is due after its last attempt nobody has said how that ended: a sender that dies each time must not
+# go on for ever.
+_GIVE_UP = text(
+    """
+    UPDATE trueup.alert SET status = 'failed',
+                            error = left(concat_ws('; before that: ', 'nothing was heard of attempt ' || attempts
+                                                   || ', the last one', error), 500)
+    WHERE id IN (
+        SELECT id FROM trueup.alert
+        WHERE status = 'waiting' AND attempts >= :most_attempts AND next_attempt_at <= clock_timestamp()
+        FOR UPDATE SKIP LOCKED)
+    """
+)
 
 # Counting the attempt and moving its time on is the claim: it is over when that time has come, whatever became of us.
 _CLAIM = text(
@@ -221,16 +207,21 @@ _CLAIM = text(
                             next_attempt_at = clock_timestamp() + make_interval(secs => :claim_seconds)
     WHERE id IN (
         SELECT id FROM trueup.alert
-        WHERE status = 'waiting' AND next_attempt_at <= clock_timestamp()
+        WHERE status = 'waiting' AND attempts < :most_attempts AND next_attempt_at <= clock_timestamp()
         ORDER BY next_attempt_at, id LIMIT :limit FOR UPDATE SKIP LOCKED)
     RETURNING {_COLUMNS}
     """
 )
 
 
-def claim_due(connection: Connection, *, limit: int = 1) -> list[Alert]:
-    """Take alerts that are to be sent now; nobody else gets them for `CLAIM_SECONDS`."""
-    values = {"limit": limit, "claim_seconds": CLAIM_SECONDS}
+def claim_due(connection: Connection, *, limit: int = 1, settings: AlertSettings | None = None) -> list[Alert]:
+    """Take alerts that are to be sent now; nobody else gets them for `CLAIM_SECONDS`.
+
+    Those that have used up their attempts are given up. `settings` None: this process's.
+    """
+    most = (settings or get_settings().alerts).max_attempts
+    connection.execute(_GIVE_UP, {"most_attempts": most})
+    values = {"limit": limit, "claim_seconds": CLAIM_SECONDS, "most_attempts": most}
     return [Alert(**row) for row in connection.execute(_CLAIM, values).mappings()]
 
 

@@ -19,6 +19,21 @@ class DecisionRefusedError(TrueupError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReviewFilter:
+    """Which of the drifts that wait for a person: those of exactly these causes, all of them together; off by so many
+    tokens at most; found first by this run. None or empty: whatever it is.
+    """
+
+    causes: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    run_id: int | None = None
+
+    def values(self) -> dict[str, Any]:
+        """Return them as the statements' parameters."""
+        return {"causes": list(self.causes) or None, "max_tokens": self.max_tokens, "run": self.run_id}
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReviewItem:
     """A drift that waits for a person. Token figures are counts.
 
@@ -76,12 +91,17 @@ def list_reviews(
     user_id_type: UserIdType,
     *,
     user_id: UserId | None = None,
+    only: ReviewFilter | None = None,
     limit: int = 100,
     now: datetime | None = None,
 ) -> list[ReviewItem]:
-    """Return the drifts that wait for a person, longest first. `user_id` None: of all. `now` None: the database's."""
+    """Return the drifts that wait for a person, longest first.
+
+    `user_id` None: of all users. `only` None: all. `now` None: the database's.
+    """
     statement = text(_REVIEW.format(user_id_type=user_id_type))
-    rows = connection.execute(statement, {"user": user_id, "limit": limit, "now": now})
+    values = {"user": user_id, **(only or ReviewFilter()).values(), "limit": limit, "now": now}
+    rows = connection.execute(statement, values)
     return [_item(row) for row in rows]
 
 
@@ -165,7 +185,8 @@ _REVIEW = """
            (r.drift).found_at, (r.drift).last_seen_at,
            CASE WHEN r.off_by > 0 AND r.counter IS NOT NULL THEN r.off_by + r.overdraft END AS tokens_to_grant
     FROM trueup.drifts_in_review(
-        CAST(:user AS {user_id_type}), :limit, coalesce(CAST(:now AS timestamptz), clock_timestamp())) r
+        CAST(:user AS {user_id_type}), CAST(:causes AS text[]), CAST(:max_tokens AS bigint), CAST(:run AS bigint),
+        :limit, coalesce(CAST(:now AS timestamptz), clock_timestamp())) r
 """
 _DECIDE = text("SELECT * FROM trueup.decide_drift(:drift, :choice, :by, :note, :reference, :expires_at, :now)")
 _RUN_STATUS = text("SELECT status FROM trueup.reconcile_run WHERE id = :run")

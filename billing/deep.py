@@ -148,16 +148,14 @@ def find_installation_defects(connection: Connection) -> list[Defect]:
     return found
 
 
-def repair_balances(
-    connection: Connection, user_id_type: UserIdType, run_id: int, found: Sequence[Defect]
-) -> Iterator[int]:
-    """Repair the balances of these users, each in a transaction of its own; yield how many defects each had.
+def repair_balance(connection: Connection, user_id_type: UserIdType, run_id: int, user_id: UserId) -> int:
+    """Repair a user's balance. Returns how many defects it had.
 
     Looked at again under the balance's lock: what was right after all is no defect.
     """
     statement = text(_REPAIR.format(user_id_type=user_id_type))
-    for user_id in dict.fromkeys(defect.user_id for defect in found):
-        yield connection.execute(statement, {"run_id": run_id, "user_id": user_id}).scalar_one()
+    noted: int = connection.execute(statement, {"run_id": run_id, "user_id": user_id}).scalar_one()
+    return noted
 
 
 def repair_installation(connection: Connection, user_id_type: UserIdType, run_id: int, found: Sequence[Defect]) -> int:

@@ -141,10 +141,14 @@ def find_source(
     return ReportSource(run_id=found.id, since=None, filter=only, runs=[found], chosen=chosen)
 
 
-def read_source(connection: Connection, source: ReportSource, *, max_rows: int | None = None) -> DriftReport:
-    """Return the report of these runs. `max_rows`: only the largest drifts get a row; None means all."""
+def read_source(
+    connection: Connection, source: ReportSource, *, max_rows: int | None = None, skip: int = 0
+) -> DriftReport:
+    """Return the report of these runs. `max_rows`: only the largest drifts get a row; None means all. `skip`: but for
+    so many of the largest, which a page before this one had.
+    """
     totals = tally_totals(connection, source.chosen)
-    rows = list(read_rows(connection, source.chosen, limit=max_rows))
+    rows = list(read_rows(connection, source.chosen, limit=max_rows, skip=skip))
     newest = source.runs[-1] if source.runs else None
     started_at = source.since or (newest.started_at if newest else None)
     assert started_at is not None  # noqa: S101 - for the type checker: without a moment there is a run
@@ -165,7 +169,7 @@ def read_source(connection: Connection, source: ReportSource, *, max_rows: int |
         sizes=tally_sizes(connection, source.chosen),
         actions=tally_actions(connection, source.chosen),
         rows=rows,
-        rows_left_out=totals["drifted"] - len(rows),
+        rows_left_out=max(0, totals["drifted"] - skip - len(rows)),
     )
 
 

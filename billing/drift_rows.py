@@ -123,10 +123,12 @@ def _drifts(user_id_type: UserIdType) -> Select[Any]:
     return select(drift.c.id, *stored, tokens.label("drift"), decided.label("decision"))
 
 
-def read_rows(connection: Connection, chosen: Select[Any], *, limit: int | None = None) -> Iterator[ReportRow]:
-    """Yield the chosen drifts, the largest first. `limit` None: all."""
+def read_rows(
+    connection: Connection, chosen: Select[Any], *, limit: int | None = None, skip: int = 0
+) -> Iterator[ReportRow]:
+    """Yield the chosen drifts, the largest first, without the first `skip`. `limit` None: all."""
     drifts = chosen.subquery()
-    query = select(drifts).order_by(func.abs(drifts.c.drift).desc(), drifts.c.id).limit(limit)
+    query = select(drifts).order_by(func.abs(drifts.c.drift).desc(), drifts.c.id).limit(limit).offset(skip)
     for row in connection.execute(query).mappings():
         yield _stored_row(row)
 

@@ -10,15 +10,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from datetime import datetime
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from billing import db
-from billing.deep import Defect
+from billing.deep import Defect, patient
 from billing.errors import InvalidInputError
 from billing.mapping import HostMapping
 from billing.policies import DEFAULT_RULES
@@ -86,9 +86,6 @@ def reconcile(
         with connected(engine) as connection:
             refuse_beside_a_run(connection)
             context = BatchContext.read(connection, mapping, dry_run=dry_run, rules=rules)
-            if progress:
-                counted = 1 if only_user is not None else count_subscriptions(connection, mapping, None, None)
-                run.tell(progress, counted)
         run.job = Job(
             engine=engine,
             context=context,
@@ -100,6 +97,8 @@ def reconcile(
             report=run.report,
             stop=threading.Event(),
         )
+        if progress:
+            run.tell(progress)
         return run.look() if dry_run else run.work(requested_by)
 
 
@@ -122,8 +121,12 @@ class _LocalRun:
         self.lock = threading.Lock()
         self.summary = RunSummary(run_id=None, dry_run=True, started_at=self._now(), kind=kind)
 
-    def tell(self, progress: Progress, total: int) -> None:
-        self.progress, self.total = progress, total
+    def tell(self, progress: Progress) -> None:
+        """Have the progress told, of all counters there are to check."""
+        self.progress, self.total = progress, 1
+        if self.only_user is None:
+            with self._patient() as connection:
+                self.total = count_subscriptions(connection, self.job.mapping, None, None)
 
     def report(self, checked: int, findings: Sequence[Finding], defects: Sequence[Defect]) -> None:
         with self.lock:
@@ -139,7 +142,7 @@ class _LocalRun:
         size = self._shard_size()
         ends: list[UserId | None] = []
         if size is not None:
-            with connected(self.engine) as connection:
+            with self._patient() as connection:
                 ends = list(shard_ends(connection, size))
         starts = [None, *ends]
         shards = [Shard(after=after, last=last) for after, last in zip(starts, [*ends, None], strict=True)]
@@ -155,7 +158,8 @@ class _LocalRun:
 
     def work(self, requested_by: str) -> RunSummary:
         """Do a run that is written down."""
-        with connected(self.engine) as connection:
+        size = self._shard_size()
+        with self._patient() as connection:
             begun = begin_run(
                 connection,
                 kind=self.kind,
@@ -163,7 +167,7 @@ class _LocalRun:
                 owner=self.owner,
                 requested_by=requested_by,
                 only_user=self.only_user,
-                shard_size=self._shard_size(),
+                shard_size=size,
             )
         assert begun is not None  # noqa: S101 - only a run for a period may have been done already
         run_id = begun.run_id
@@ -234,11 +238,16 @@ class _LocalRun:
         """Return how many subscriptions a shard is to have; None: one shard will do."""
         if self.only_user is not None:
             return None
-        with connected(self.engine) as connection:
-            total = self.total or count_subscriptions(connection, self.job.mapping, None, None)
+        total = self.total
+        if not total:
+            with self._patient() as connection:
+                total = count_subscriptions(connection, self.job.mapping, None, None)
         if self.jobs == 1:
             return SHARD_SIZE * SHARDS_PER_JOB if total > SHARD_SIZE * SHARDS_PER_JOB else None
         return max(SMALLEST_SHARD, min(SHARD_SIZE, -(-total // (self.jobs * SHARDS_PER_JOB))))
+
+    def _patient(self) -> AbstractContextManager[Connection]:
+        return patient(self.engine, self.job.scan_timeout_seconds)
 
     def _now(self) -> datetime:
         with connected(self.engine) as connection:

@@ -2,11 +2,11 @@
 
 import json
 from dataclasses import dataclass, replace
-from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, text
 
+from billing.drift_rows import plain_id
 from billing.drifts import find_drifts
 from billing.explanations import explain
 from billing.mapping import HostMapping
@@ -59,18 +59,17 @@ def reconcile_batch(
         statement = text(f"SELECT trueup.refresh_balances(CAST(:user_ids AS {user_id_type}[]), NULL)")
         for start in range(0, len(user_ids), REFRESHED_AT_ONCE):
             connection.execute(statement, {"user_ids": user_ids[start : start + REFRESHED_AT_ONCE]})
-    now = connection.scalar(text("SELECT clock_timestamp()"))
-    assert isinstance(now, datetime)  # noqa: S101 - for the type checker: a query of one value
     min_age = context.rules.min_age_seconds
-    drifts = find_drifts(connection, user_ids, user_id_type, now=now, min_age_seconds=min_age)
+    drifts = find_drifts(connection, user_ids, user_id_type, min_age_seconds=min_age)
     past = read_past(connection, [drift.user_id for drift in drifts], user_id_type)
     connection.rollback()
     findings = []
     standing = {}
     for drift in drifts:
+        now = drift.seen_at
         explanation = explain(drift, plan_sizes=context.plan_sizes, counter_limit=context.counter_limit, now=now)
         before = past[drift.user_id]
-        history = before.history(drift, now=now, min_age_seconds=context.rules.min_age_seconds)
+        history = before.history(drift, now=now, min_age_seconds=min_age)
         verdict = decide(drift, explanation, rules=context.rules, history=history, counter_limit=context.counter_limit)
         row_id = standing[drift.user_id] = before.standing_id(drift, explanation, verdict)
         findings.append(
@@ -89,7 +88,7 @@ def reconcile_batch(
     for start in range(0, len(findings), SETTLED_AT_ONCE):
         part = findings[start : start + SETTLED_AT_ONCE]
         reached = _step_to(step, user_ids, part[-1].drift.user_id)
-        settled += _settle(connection, context, run_id, part, standing, now, reached)
+        settled += _settle(connection, context, run_id, part, standing, reached)
     move_shard(connection, run_id, step, user_id_type)
     return settled
 
@@ -109,14 +108,11 @@ _SETTLE = """
                     ELSE trueup.move_shard(:run_id, :shard, :attempt, CAST(:cursor AS {user_id_type}), :checked)
                END AS is_ours
     ), found AS MATERIALIZED (
-        SELECT f.*, CAST(f.evidence_text AS jsonb) AS evidence FROM shard, unnest(
-            CAST(:users AS {user_id_type}[]), CAST(:subscriptions AS text[]), CAST(:observed AS bigint[]),
-            CAST(:expected AS bigint[]), CAST(:writes AS bigint[]), CAST(:causes AS text[]),
-            CAST(:certainties AS text[]), CAST(:explained AS bigint[]), CAST(:actions AS text[]),
-            CAST(:reasons AS text[]), CAST(:evidence AS text[]), CAST(:standing AS bigint[]),
-            CAST(:windows AS text[])
-        ) AS f (user_id, subscription_id, observed, expected, write, cause, certainty, explained, action, reason,
-                evidence_text, standing_id, window_start)
+        -- One document: thirteen arrays would cost the client more than all the rest of it.
+        SELECT f.* FROM shard, json_to_recordset(CAST(:found AS json)) AS f (
+            user_id {user_id_type}, subscription_id text, observed bigint, expected bigint, write bigint, cause text,
+            certainty text, explained bigint, action text, reason text, evidence jsonb, standing_id bigint,
+            window_start text)
         WHERE shard.is_ours
     ), corrected AS MATERIALIZED (
         SELECT c.user_id FROM (
@@ -137,7 +133,8 @@ _SETTLE = """
                     WHEN c.user_id IS NULL THEN 'lost_race' ELSE 'corrected' END,
                f.reason, f.evidence, :now, :run_id, :now
         FROM found f LEFT JOIN corrected c ON c.user_id = f.user_id
-        WHERE f.standing_id IS NULL
+        -- Not standing_id: the row that it stood in may have been deleted meanwhile.
+        WHERE NOT EXISTS (SELECT FROM seen_again a WHERE a.user_id = f.user_id)
         ORDER BY f.user_id
         RETURNING user_id, action, written
     )
@@ -153,37 +150,43 @@ def _settle(
     run_id: int | None,
     findings: list[Finding],
     standing: dict[UserId, int | None],
-    now: datetime,
     step: Step | None,
 ) -> list[Finding]:
     """Set counters right by compare-and-set where the verdict says so, and write down every drift that is new."""
     values = {
-        "users": [found.drift.user_id for found in findings],
-        "subscriptions": [found.drift.subscription_id for found in findings],
-        "observed": [found.drift.observed for found in findings],
-        "expected": [found.drift.expected for found in findings],
-        "writes": [found.verdict.write for found in findings],
-        "causes": [found.explanation.cause for found in findings],
-        "certainties": [found.explanation.certainty for found in findings],
-        "explained": [found.explanation.tokens_explained(found.drift) for found in findings],
-        "actions": [found.action for found in findings],
-        "reasons": [found.verdict.reason for found in findings],
-        "evidence": [json.dumps(found.explanation.as_evidence()) for found in findings],
-        "standing": [standing[found.drift.user_id] for found in findings],
-        "windows": [found.drift.window or None for found in findings],
+        "found": json.dumps([_as_row(found, standing[found.drift.user_id]) for found in findings]),
         "run_id": run_id,
-        "now": now,
+        "now": findings[0].drift.seen_at,
         "shard": step.number if step else None,
         "attempt": step.attempt if step else None,
         "cursor": step.cursor if step else None,
         "checked": step.checked if step else None,
     }
     rows = connection.execute(text(_SETTLE.format(user_id_type=context.mapping.user_id_type)), values)
-    settled = {row.user_id: row for row in rows}
+    settled = {row.user_id: row for row in rows.all()}
     connection.rollback()
     if not settled:
         raise ShardLostError
     return [_as_settled(found, settled[found.drift.user_id]) for found in findings]
+
+
+def _as_row(found: Finding, standing_id: int | None) -> dict[str, Any]:
+    drift, explanation = found.drift, found.explanation
+    return {
+        "user_id": plain_id(drift.user_id),
+        "subscription_id": drift.subscription_id,
+        "observed": drift.observed,
+        "expected": drift.expected,
+        "write": found.verdict.write,
+        "cause": explanation.cause,
+        "certainty": explanation.certainty,
+        "explained": explanation.tokens_explained(drift),
+        "action": found.action,
+        "reason": found.verdict.reason,
+        "evidence": explanation.as_evidence(),
+        "standing_id": standing_id,
+        "window_start": drift.window or None,
+    }
 
 
 def _as_settled(found: Finding, row: Any) -> Finding:

@@ -133,7 +133,8 @@ def begin_run(
 
     `shard_size`: subscriptions in a shard; None: one shard. `every_seconds`: the run is for the period of that length
     that now is in, counted from `offset_seconds` after midnight UTC; None: for no period. None is returned when this
-    period has had its run. Raises `RunInProgressError`.
+    period has had its run. With a `shard_size` all subscriptions are read: give a connection of `patient`. Raises
+    `RunInProgressError`.
     """
     begun = connection.execute(
         _BEGIN,
@@ -150,7 +151,6 @@ def begin_run(
             "shard_size": shard_size,
         },
     ).one()
-    connection.rollback()
     if begun.refused == "busy":
         raise RunInProgressError
     return None if begun.refused else BegunRun(run_id=begun.run_id, resumed=begun.resumed)

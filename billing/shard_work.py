@@ -16,7 +16,7 @@ from billing.deep import (
     find_untrue_balances,
     note_defect,
     patient,
-    repair_balances,
+    repair_balance,
     repair_installation,
 )
 from billing.errors import ServiceUnavailableError
@@ -45,6 +45,8 @@ QUERY_CANCELED = "57014"
 REFUSED = ("22", "23", "44", "P0001")
 # More than so many in a shard are no odd rows: then something is wrong that a person should see at once.
 MOST_REFUSED = 100
+# As many who reach a time limit are no odd users: the database is too slow, and each of them costs minutes.
+MOST_SLOW = 10
 
 Report = Callable[[int, Sequence[Finding], Sequence[Defect]], None]
 """Called after each batch with how many counters it checked, and what it found."""
@@ -82,9 +84,10 @@ def connected(engine: Engine) -> Iterator[Connection]:
 def work_shard(job: Job, shard: Shard) -> bool:
     """Work on a shard that was claimed, and let go of it. Returns whether it is finished: not so when asked to stop.
 
-    An error that may pass (a deadlock, a time limit, a lost connection) is tried again, `MOST_FAILURES` times in a row
-    at most, after a time limit with smaller batches. Any other ends the attempt: the shard is left for another, with
-    the reason, and the error raised. Raises `ShardLostError` when another has taken it over.
+    An error that may pass (a deadlock, a lost connection) is tried again, `MOST_FAILURES` times in a row at most. After
+    a time limit batches become smaller; a user who reaches it alone is passed over, and reported. Any other error ends
+    the attempt: the shard is left for another, with the reason, and the error raised. Raises `ShardLostError` when
+    another has taken it over.
     """
     try:
         finished = _persevere(job, shard)
@@ -103,28 +106,22 @@ def work_shard(job: Job, shard: Shard) -> bool:
 
 
 def _persevere(job: Job, shard: Shard) -> bool:
-    size, failures, place = job.batch_size, 0, shard.cursor
+    failures, place = 0, shard.cursor
     while True:
         try:
             with db.translated_errors():
                 if failures:
                     with connected(job.engine) as connection:
                         reload_shard(connection, shard)
-                return _work(job, shard, size)
-        except ServiceUnavailableError as error:
-            too_slow = getattr(getattr(error.__cause__, "orig", None), "sqlstate", None) == QUERY_CANCELED
-            if too_slow and size > 1:
-                size = max(1, size // 10)
-                continue
+                return _work(job, shard)
+        except ServiceUnavailableError:
             failures = 1 if shard.cursor != place else failures + 1
             place = shard.cursor
-            if failures >= MOST_FAILURES or job.stop.wait(0.1 * 2**failures):
+            if failures >= MOST_FAILURES or shard.slow >= MOST_SLOW or job.stop.wait(0.1 * 2**failures):
                 raise
-            if getattr(getattr(error.__cause__, "orig", None), "sqlstate", None) == QUERY_CANCELED:
-                size = max(1, size // 4)
 
 
-def _work(job: Job, shard: Shard, size: int) -> bool:
+def _work(job: Job, shard: Shard) -> bool:
     """Go on from the shard's cursor. Returns whether its end was reached."""
     if job.kind == "deep" and shard.cursor is None and not shard.audited:
         _audit(job, shard)
@@ -136,46 +133,86 @@ def _work(job: Job, shard: Shard, size: int) -> bool:
         if shard.total is None:
             with connected(job.engine) as connection:
                 measure_shard(connection, shard, left)
-        total = max(shard.total or 0, left)
-        for start in range(0, len(suspects), size):
+        total, done = max(shard.total or 0, left), 0
+        while done < len(suspects):
             if moved and job.stop.is_set():
                 return False
-            batch = suspects[start : start + size]
-            step = Step(
-                number=shard.number,
-                attempt=shard.attempt,
-                cursor=batch[-1],
-                checked=total - left + start + len(batch),
-            )
+            batch = suspects[done : done + (shard.pace or job.batch_size)]
+            done += len(batch)
+            step = Step(number=shard.number, attempt=shard.attempt, cursor=batch[-1], checked=total - left + done)
             findings = _settled(job, shard, batch, step)
-            done, shard.cursor, shard.checked = step.checked - shard.checked, step.cursor, step.checked
-            job.report(done, findings, ())
+            checked, shard.cursor, shard.checked = step.checked - shard.checked, step.cursor, step.checked
+            # What was too much for a time limit once need not be so for those who come after.
+            shard.pace = min(job.batch_size, 2 * (shard.pace or job.batch_size))
+            job.report(checked, findings, ())
             moved = True
         if len(suspects) < PAGE_SIZE:
-            done, shard.checked = total - shard.checked, total
-            job.report(done, (), ())
+            checked, shard.checked = total - shard.checked, total
+            job.report(checked, (), ())
             return True
     return False
 
 
 def _settled(job: Job, shard: Shard, user_ids: list[UserId], step: Step) -> list[Finding]:
-    """Do one batch; what the database refuses for one user's row (a host's constraint, say) stops only that one."""
+    """Do one batch; whom the database refuses (by a host's constraint, say) or takes too long for stops nobody else."""
     try:
-        with connected(job.engine) as connection:
-            return reconcile_batch(connection, job.context, job.run_id, user_ids, step)
+        return _batch(job, user_ids, step)
     except DBAPIError as error:
-        state = str(getattr(error.orig, "sqlstate", None))
-        if not state.startswith(REFUSED) or job.run_id is None or shard.refused >= MOST_REFUSED:
+        state, slow = _state(error), _state(error) == QUERY_CANCELED
+        refused = state.startswith(REFUSED) and job.run_id is not None and shard.refused < MOST_REFUSED
+        if not slow and not refused:
             raise
         if len(user_ids) > 1:
-            half = len(user_ids) // 2
-            first = replace(step, cursor=user_ids[half - 1], checked=step.checked - len(user_ids) + half)
-            return [*_settled(job, shard, user_ids[:half], first), *_settled(job, shard, user_ids[half:], step)]
+            # A time limit takes long to reach: few are tried with the one who is too slow.
+            return _settled_in_parts(job, shard, user_ids, step, max(1, len(user_ids) // (10 if slow else 2)))
+        if slow:
+            return _tried_once_more(job, shard, user_ids, step)
         shard.refused += 1
-        defect = Defect(kind="counter_refused", user_id=user_ids[0], detail={"sqlstate": state})
         with connected(job.engine) as connection:
-            note_defect(connection, job.mapping.user_id_type, job.run_id, defect)
+            defect = Defect(kind="counter_refused", user_id=user_ids[0], detail={"sqlstate": state})
+            note_defect(connection, job.mapping.user_id_type, job.run_id or 0, defect)
         return _told(job, user_ids, step)
+
+
+def _batch(job: Job, user_ids: list[UserId], step: Step) -> list[Finding]:
+    with connected(job.engine) as connection:
+        return reconcile_batch(connection, job.context, job.run_id, user_ids, step)
+
+
+def _state(error: DBAPIError) -> str:
+    return str(getattr(error.orig, "sqlstate", None))
+
+
+def _settled_in_parts(job: Job, shard: Shard, user_ids: list[UserId], step: Step, size: int) -> list[Finding]:
+    """Do a batch again in parts of that size."""
+    shard.pace = size
+    findings: list[Finding] = []
+    for start in range(0, len(user_ids), size):
+        part = user_ids[start : start + size]
+        checked = step.checked - len(user_ids) + start + len(part)
+        findings += _settled(job, shard, part, replace(step, cursor=part[-1], checked=checked))
+    return findings
+
+
+def _tried_once_more(job: Job, shard: Shard, user_ids: list[UserId], step: Step) -> list[Finding]:
+    """Do it again for one who reached a time limit; whoever does so twice is written down and passed over.
+
+    The next run tries again.
+    """
+    try:
+        return _batch(job, user_ids, step)
+    except DBAPIError as error:
+        if _state(error) != QUERY_CANCELED or shard.slow >= MOST_SLOW:
+            raise
+    shard.slow += 1
+    defect = Defect(kind="counter_too_slow", user_id=user_ids[0])
+    if job.run_id is None:
+        job.report(0, (), [defect])
+        return []
+    with connected(job.engine) as connection:
+        note_defect(connection, job.mapping.user_id_type, job.run_id, defect)
+        move_shard(connection, job.run_id, step, job.mapping.user_id_type)
+    return []
 
 
 def _told(job: Job, user_ids: list[UserId], step: Step) -> list[Finding]:
@@ -215,6 +252,28 @@ def _audit(job: Job, shard: Shard) -> None:
         repair_installation(connection, kind, job.run_id, installation)
         for oddity in oddities:
             note_defect(connection, kind, job.run_id, oddity)
-        for _ in repair_balances(connection, kind, job.run_id, untrue):
+        for user_id, defects in _by_user(untrue).items():
             if job.stop.is_set():
                 return
+            _repair(connection, job, shard, user_id, defects)
+
+
+def _by_user(defects: Sequence[Defect]) -> dict[UserId, list[Defect]]:
+    found: dict[UserId, list[Defect]] = {}
+    for defect in defects:
+        if defect.user_id is not None:
+            found.setdefault(defect.user_id, []).append(defect)
+    return found
+
+
+def _repair(connection: Connection, job: Job, shard: Shard, user_id: UserId, defects: list[Defect]) -> None:
+    """Repair a user's balance; one that takes too long is written down as it was found, and stops nobody else's."""
+    kind, run_id = job.mapping.user_id_type, job.run_id or 0
+    try:
+        repair_balance(connection, kind, run_id, user_id)
+    except DBAPIError as error:
+        if _state(error) != QUERY_CANCELED or shard.slow >= MOST_SLOW:
+            raise
+        shard.slow += 1
+        for defect in defects:
+            note_defect(connection, kind, run_id, defect)

@@ -53,7 +53,8 @@ class Shard:
 
     `run_id` None: of a dry run, in memory only. `attempt` fences whoever had it before. `total`: its subscriptions,
     counted when it was begun first; None until then. `checked`: how many of them are done. `audited`: its balances have
-    been compared with the log. `refused`: how many users' rows the database would not take.
+    been compared with the log. `refused`: how many users' rows the database would not take. `slow`: how many users were
+    passed over because of a time limit. `pace`: how many are taken into the next batch; 0: as many as may be.
     """
 
     run_id: int | None = None
@@ -66,6 +67,8 @@ class Shard:
     checked: int = 0
     audited: bool = False
     refused: int = 0
+    slow: int = 0
+    pace: int = 0
 
     @classmethod
     def of_row(cls, row: Any) -> Self:
@@ -214,9 +217,7 @@ def kept_alive(engine: Engine, run_id: int, owner: str) -> Iterator[None]:
 
 def shard_ends(connection: Connection, size: int) -> list[UserId]:
     """Return the last users of all shards of that many subscriptions but the last one, which has no end."""
-    ends = list(connection.scalars(text("SELECT trueup.shard_ends(:size)"), {"size": size}))
-    connection.rollback()
-    return ends
+    return list(connection.scalars(text("SELECT trueup.shard_ends(:size)"), {"size": size}))
 
 
 _SUBSCRIPTIONS = """

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from sqlalchemy import Engine, text
 
 from billing import db
+from billing.deep import patient
 from billing.mapping import HostMapping
 from billing.reconcile import SCAN_TIMEOUT_SECONDS
 from billing.reconcile_batch import BatchContext
@@ -47,12 +48,13 @@ def plan_run(
     requested_by: str,
     every_seconds: int | None = None,
     offset_seconds: int = 0,
+    scan_timeout_seconds: int = SCAN_TIMEOUT_SECONDS,
 ) -> PlannedRun | None:
     """Begin a run for others to work on. None: this period has had its run; `every_seconds` None: for no period.
 
     Raises `RunInProgressError`, `ServiceUnavailableError` or `NotInstalledError`.
     """
-    with db.translated_errors(), connected(engine) as connection:
+    with db.translated_errors(), patient(engine, scan_timeout_seconds) as connection:
         begun = begin_run(
             connection,
             kind=kind,
@@ -63,8 +65,9 @@ def plan_run(
             every_seconds=every_seconds,
             offset_seconds=offset_seconds,
         )
-        if begun is None:
-            return None
+    if begun is None:
+        return None
+    with db.translated_errors(), connected(engine) as connection:
         numbers = connection.scalars(
             text(
                 "SELECT number FROM trueup.reconcile_shard "

@@ -46,7 +46,10 @@ class Past:
             and now - self.found_at >= timedelta(seconds=min_age_seconds)
         )
         held = self.action == "review" and self.decision is None and ((self.off_by or 0) > 0 or self.reason == HELD)
-        return History(stood=stood, held=held, ignored=self.ignored, undone=self.undone)
+        # A new window has begun since: what was held is not in this counter any more.
+        known_at = drift.evidence.base.moment
+        over = known_at is not None and self.found_at is not None and self.found_at < known_at
+        return History(stood=stood, held=held and not over, ignored=self.ignored, undone=self.undone)
 
     def standing_id(self, drift: Drift, explanation: Explanation, verdict: Verdict) -> int | None:
         """Return the row that this drift stands in already; None: it is new.
@@ -76,7 +79,7 @@ def read_past(connection: Connection, user_ids: Sequence[UserId], user_id_type: 
     past: dict[UserId, Past] = {user_id: Past() for user_id in user_ids}
     if past:
         statement = text(f"SELECT * FROM trueup.drift_past(CAST(:user_ids AS {user_id_type}[]))")
-        for row in connection.execute(statement, {"user_ids": list(user_ids)}):
+        for row in connection.execute(statement, {"user_ids": list(user_ids)}).all():
             past[row.user_id] = _past(row)
     return past
 

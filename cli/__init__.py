@@ -14,9 +14,13 @@ EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_DENIED = 3
 
+# PostgreSQL's code for what the role may not do.
+PERMISSION_DENIED = "42501"
+
 # Each command is imported when it is called: `trueup --help` need not load Celery or SQLAlchemy.
 COMMANDS = {
     "up": ("cli.up", "Run database, Redis, workers and beat in the foreground."),
+    "api": ("cli.api", "Serve the HTTP API in the foreground."),
     "db": ("cli.db", "Set the database up."),
     "tokens": ("cli.tokens", "Show and check a user's tokens, and grant more."),
     "status": ("cli.status", "How the gate has been doing, and what to look at."),
@@ -24,8 +28,10 @@ COMMANDS = {
     "usage": ("cli.usage", "A user's rows in the AI usage log."),
     "reconcile": ("cli.reconcile", "Compare every counter with the usage log, and correct it."),
     "drift": ("cli.drift", "Reports of what reconciling found."),
+    "rollout": ("cli.rollout", "How strict the gate is, feature by feature."),
     "alerts": ("cli.alerts", "What operators are told of, and whether it reaches them."),
     "run": ("cli.run", "Enqueue a real AI task."),
+    "doctor": ("cli.doctor", "Check that everything is in place, and say what to do about what is not."),
     "settings": ("cli.settings", "List the settings and where they stand."),
     "demo": ("cli.demo", "Show everything on an embedded stack, in under a minute."),
 }
@@ -56,6 +62,33 @@ class LazyGroup(click.Group):
         except TrueupError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(EXIT_ERROR)
+        except Exception as error:
+            refusal = _refusal_of_the_database(error)
+            if refusal is None:
+                raise
+            click.echo(f"Error: {refusal}", err=True)
+            ctx.exit(EXIT_ERROR)
+
+
+def _refusal_of_the_database(error: Exception) -> str | None:
+    """Return what to say of an error that the database gave and that will not pass by itself; None: it is another one.
+
+    Its own text would show SQL, and rows of the host's.
+    """
+    if "sqlalchemy" not in sys.modules:
+        return None
+    from sqlalchemy.exc import DBAPIError
+
+    from billing import db
+
+    if not isinstance(error, DBAPIError):
+        return None
+    denied = getattr(error.orig, "sqlstate", None) == PERMISSION_DENIED
+    remedy = "Grant it to trueup's role" if denied else "Compare the host's tables with [host] in trueup.toml"
+    return (
+        f"The database at {db.describe_database()} refused: {db.reason_of(error)}. What was written before stays. "
+        f"{remedy}, then run `trueup db init`, and this again."
+    )
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -3,12 +3,15 @@
 import click
 
 from billing import db
-from billing.alerts import list_alerts, missed_seconds, raise_all, raise_test
+from billing.alerts import list_alerts, raise_all, raise_test
 from billing.errors import TrueupError
+from billing.missed_runs import find_missed_runs
 from billing.settings import get_settings
 from cli import EXIT_DENIED, EXIT_ERROR
 from cli.context import json_option, servers
 from cli.output import print_json, print_table
+
+GAPS = ("missed", "missed_deep")
 
 
 @click.group()
@@ -61,14 +64,15 @@ def test() -> None:
     """
     from tasks.alerts import deliver
 
-    if not get_settings().alerts.channels:
+    titles = get_settings().alerts.channels
+    if not titles:
         raise TrueupError("Alerts go nowhere: set TRUEUP_ALERTS__WEBHOOK_URL or TRUEUP_ALERTS__APPRISE_URLS.")
     with servers("postgres"):
         with db.connect() as connection:
             claimed = raise_test(connection)
         failures = {alert.channel: deliver(alert, retry=False) for alert in claimed}
     for channel, reason in failures.items():
-        click.echo(f"{channel}: {'received' if reason is None else f'not received: {reason}'}")
+        click.echo(f"{titles[channel]}: {'received' if reason is None else f'not received: {reason}'}")
     if any(failures.values()):
         raise TrueupError("Not every channel received the test. Correct the settings of alerts, and try again.")
 
@@ -77,9 +81,10 @@ def test() -> None:
 @json_option
 @click.pass_context
 def check(ctx: click.Context, as_json: bool) -> None:
-    """Raise and send what is due, as beat does each minute. Exit code 3: no reconcile run has ended for too long.
+    """Raise and send what is due, as beat does each minute.
 
-    From a cron job on another machine this also notices that beat itself is dead.
+    Exit code 3: no reconcile run, or no deep one, has ended for too long. From a cron job on another machine this also
+    notices that beat itself is dead.
 
     \b
     Example:
@@ -91,13 +96,14 @@ def check(ctx: click.Context, as_json: bool) -> None:
         raised = db.retrying(raise_all)
         done = {"raised": raised, **send_due()}
         with db.connect() as connection:
-            missed = missed_seconds(connection)
+            missed = {gap.kind: gap for gap in find_missed_runs(connection)}
     if as_json:
-        print_json({**done, "missed_seconds": missed[1] if missed else None})
+        gaps = {f"{kind}_seconds": missed[kind].seconds if kind in missed else None for kind in GAPS}
+        print_json({**done, **gaps})
     else:
         click.echo(f"{done['raised']} raised, {done['sent']} sent, {done['failed']} not received.")
-        if missed:
-            click.echo(f"No reconcile run has ended for {missed[1]:,} s.")
+        for gap in missed.values():
+            click.echo(gap.message)
     if missed:
         ctx.exit(EXIT_DENIED)
     if done["failed"]:

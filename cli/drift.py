@@ -17,6 +17,7 @@ from billing.settings import get_settings
 from billing.users import UserId
 from cli import EXIT_DENIED
 from cli.context import TOKENS, USER, json_option, servers
+from cli.look import show_look
 from cli.output import print_json
 from cli.report import FORMATS, echo, print_summary
 from cli.reports.options import CAUSE, ROWS, SINCE, write_file
@@ -58,6 +59,9 @@ for _command in (review, accept, grant, ignore, undo):
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to a file; its ending names the format."
 )
 @click.option("--fail-on-drift", is_flag=True, help="Exit with code 3 if it tells of drift that is not set aside.")
+@click.option(
+    "--read-only", is_flag=True, help="Compare now, with SELECT rights alone: nothing is set up, nothing is written."
+)
 @click.pass_context
 def report(
     ctx: click.Context,
@@ -70,6 +74,7 @@ def report(
     form: str | None,
     output: Path | None,
     fail_on_drift: bool,
+    read_only: bool,
 ) -> None:
     """Show what a reconcile run found, corrected, and left to a person; or all runs since a time.
 
@@ -78,6 +83,7 @@ def report(
       trueup drift report
       trueup drift report --since 7d --output drift.html
       trueup drift report --run 7 --cause missed_decrement --min 1000 --format csv > drift.csv
+      trueup drift report --read-only
     """
     if run_id is not None and since is not None:
         raise click.UsageError("--run and --since exclude each other: give one run, or a time.")
@@ -86,6 +92,13 @@ def report(
         raise click.UsageError("--output: a table is for the terminal. Add --format json, csv, markdown or html.")
     only = DriftFilter(causes=causes or (), min_tokens=min_tokens, user_id=user)
     most = DEFAULT_ROWS[form] if rows is None else None if isinstance(rows, str) else rows
+    if read_only:
+        if run_id is not None or since is not None:
+            raise click.UsageError("--read-only looks at what is now: leave out --run and --since.")
+        looked = show_look(only, form, most, output)
+        if fail_on_drift and looked.drifted > looked.set_aside:
+            ctx.exit(EXIT_DENIED)
+        return
     with servers("postgres"), db.transaction() as connection:
         # One snapshot for all of a report, whatever is written meanwhile.
         connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"))

@@ -11,37 +11,49 @@ from billing.decisions import (
     Choice,
     Decision,
     DecisionRefusedError,
+    ReviewFilter,
     ReviewItem,
     decide_drift,
     list_reviews,
     undo_run,
 )
+from billing.grants import check_text
 from billing.settings import get_settings
 from billing.users import UserId
 from cli import EXIT_ERROR
 from cli.audit import END, by_option, note_option
 from cli.context import USER, json_option, servers
 from cli.output import print_json, print_table, show
+from cli.review_many import check_choice, decide_many, filter_options, many_options
 
 NUMBER = click.IntRange(1, 2**63 - 1)
 
 
 @click.command()
 @click.option("--user", type=USER, help="Only this user's.")
+@filter_options
 @click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True, help="How many at most.")
 @json_option
-def review(user: UserId | None, limit: int, as_json: bool) -> None:
+def review(
+    user: UserId | None,
+    causes: tuple[str, ...] | None,
+    max_tokens: int | None,
+    run_id: int | None,
+    limit: int,
+    as_json: bool,
+) -> None:
     """List the drifts that wait for a person, longest first, and what each choice would do.
 
     \b
     Example:
       trueup drift review
       trueup drift review --user 42 --json
+      trueup drift review --cause missed_decrement --max 500
     """
+    kind = get_settings().host.user_id_type
+    only = ReviewFilter(causes=causes or (), max_tokens=max_tokens, run_id=run_id)
     with servers("postgres"):
-        items = db.retrying(
-            lambda connection: list_reviews(connection, get_settings().host.user_id_type, user_id=user, limit=limit)
-        )
+        items = db.retrying(lambda connection: list_reviews(connection, kind, user_id=user, only=only, limit=limit))
     if as_json:
         print_json([vars(item) | {"choices": choices_of(item)} for item in items])
         return
@@ -71,18 +83,22 @@ def review(user: UserId | None, limit: int, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("drifts", metavar="DRIFT...", type=NUMBER, nargs=-1, required=True)
+@click.argument("drifts", metavar="DRIFT...", type=NUMBER, nargs=-1)
+@many_options
 @note_option
 @by_option
 @json_option
-def accept(drifts: tuple[int, ...], note: str, by: str, as_json: bool) -> None:
+def accept(drifts: tuple[int, ...], as_json: bool, **options: Any) -> None:
     """Set the counters right of DRIFTs that wait for a person, if they are as they were found.
+
+    Give their numbers, or choose many: they are counted first, and you are asked.
 
     \b
     Example:
       trueup drift accept 7 --note "refunded"
+      trueup drift accept --cause missed_decrement --max 500 --note "checked a sample"
     """
-    _decide(drifts, "accept", as_json, note=note, by=by)
+    _decide_some(drifts, "accept", as_json, **options)
 
 
 @click.command()
@@ -103,18 +119,22 @@ def grant(drift: int, reason: str, reference: str, expires: datetime | None, by:
 
 
 @click.command()
-@click.argument("drifts", metavar="DRIFT...", type=NUMBER, nargs=-1, required=True)
+@click.argument("drifts", metavar="DRIFT...", type=NUMBER, nargs=-1)
+@many_options
 @note_option
 @by_option
 @json_option
-def ignore(drifts: tuple[int, ...], note: str, by: str, as_json: bool) -> None:
+def ignore(drifts: tuple[int, ...], as_json: bool, **options: Any) -> None:
     """Leave the differences of DRIFTs alone while they stay the same, until the user's next window.
+
+    Give their numbers, or choose many: they are counted first, and you are asked.
 
     \b
     Example:
       trueup drift ignore 7 --note "our own test account"
+      trueup drift ignore --run 12 --cause manual_edit --note "support credits"
     """
-    _decide(drifts, "ignore", as_json, note=note, by=by)
+    _decide_some(drifts, "ignore", as_json, **options)
 
 
 @click.command()
@@ -190,6 +210,30 @@ def _first_row(value: Any) -> str | None:
     if isinstance(value, list):
         return next((found for found in map(_first_row, value) if found), None)
     return None
+
+
+def _decide_some(
+    drifts: tuple[int, ...],
+    choice: Choice,
+    as_json: bool,
+    *,
+    causes: tuple[str, ...] | None,
+    max_tokens: int | None,
+    run_id: int | None,
+    limit: int | None,
+    yes: bool,
+    note: str,
+    by: str,
+) -> None:
+    """Decide about those that are named, or about many that are chosen."""
+    only = ReviewFilter(causes=causes or (), max_tokens=max_tokens, run_id=run_id)
+    check_choice(drifts, only, limit)
+    if drifts:
+        _decide(drifts, choice, as_json, note=note, by=by)
+    else:
+        decide_many(
+            choice, only, limit, by=check_text("by", by), note=check_text("note", note), yes=yes, as_json=as_json
+        )
 
 
 def _decide(drifts: tuple[int, ...], choice: Choice, as_json: bool, **more: Any) -> None:

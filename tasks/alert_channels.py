@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from billing.alert_settings import AlertSettings
+from billing.alert_settings import WEBHOOK, AlertSettings
 from billing.alerts import Alert
 from billing.errors import TrueupError
 
@@ -30,7 +30,7 @@ def send(alert: Alert, settings: AlertSettings) -> None:
     """Send an alert to its channel. Raises `AlertNotSentError`."""
     if alert.channel not in settings.channels:
         raise AlertNotSentError(f"{alert.channel} is no longer set", final=True)
-    if alert.channel == "webhook":
+    if alert.channel == WEBHOOK:
         _send_webhook(alert, settings)
     else:
         _send_by_apprise(alert, settings)
@@ -89,11 +89,9 @@ def _send_by_apprise(alert: Alert, settings: AlertSettings) -> None:
         raise AlertNotSentError(
             "apprise is not installed: pip install 'trueup[apprise]', or unset apprise_urls"
         ) from None
-    notifier = apprise.Apprise()
-    for number, url in enumerate(settings.apprise_urls, 1):
-        # The URL itself is a secret.
-        if not notifier.add(url.get_secret_value()):
-            raise AlertNotSentError(f"apprise does not know what number {number} of apprise_urls is")
-    title = f"trueup: {alert.kind}"
-    if not notifier.notify(title=title, body=alert.payload["data"]["message"]):
-        raise AlertNotSentError("apprise could not deliver to every one of apprise_urls")
+    # The URL itself is a secret.
+    name, notifier = settings.channels[alert.channel], apprise.Apprise()
+    if not notifier.add(settings.apprise_url(alert.channel)):
+        raise AlertNotSentError(f"apprise does not know what {name} is")
+    if not notifier.notify(title=f"trueup: {alert.kind}", body=alert.payload["data"]["message"]):
+        raise AlertNotSentError(f"apprise could not deliver to {name}")

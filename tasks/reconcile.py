@@ -43,6 +43,7 @@ def reconcile_counters(scheduled: bool = False, deep: bool = False) -> dict[str,
             requested_by="schedule" if scheduled else "task",
             every_seconds=every if scheduled else None,
             offset_seconds=settings.reconcile_deep_offset_seconds if deep else 0,
+            scan_timeout_seconds=settings.reconcile_scan_timeout_seconds,
         )
     except RunInProgressError:
         return {"skipped": "another run is in progress"}

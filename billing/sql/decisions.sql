@@ -101,8 +101,8 @@ BEGIN
     decided_by := p_by;
     decided_at := a.at;
     INSERT INTO trueup.drift_decision (user_id, drift_id, decision, decided_by, note, counter_before, counter_after,
-                                       grant_id, decided_at)
-    VALUES (d.user_id, d.id, p_decision, p_by, p_note, counter, counter_after, grant_id, a.at);
+                                       grant_id, decided_at, window_start)
+    VALUES (d.user_id, d.id, p_decision, p_by, p_note, counter, counter_after, grant_id, a.at, a.window_start);
 END $$;
 
 -- Lock a user's counter and read it. `is_there` false: there is no such subscription; NULL: the host has it locked.
@@ -123,10 +123,27 @@ BEGIN
     END IF;
 END $$;
 
--- The drifts that wait for a person, longest first: undecided, the newest of their user, and seen by the last run over
--- all users that has ended. `counter` and `expected` are of now; `changed`: the difference is another one by now.
-CREATE OR REPLACE FUNCTION trueup.drifts_in_review(p_user {{user_id_type}}, p_limit integer, p_at timestamptz)
-RETURNS TABLE (
+-- The drifts that wait for a person: undecided, the newest of their user, and seen by the last run over all users that
+-- has ended. Each argument narrows them, unless it is null: p_causes, exactly these; p_max, off by so many tokens at most;
+-- p_run, the run that found them first.
+CREATE OR REPLACE FUNCTION trueup.undecided_drifts(
+    p_user {{user_id_type}}, p_causes text[], p_max bigint, p_run bigint
+) RETURNS SETOF trueup.drift LANGUAGE sql STABLE AS $$
+    SELECT t.* FROM trueup.drift t
+    WHERE t.action = 'review' AND (p_user IS NULL OR t.user_id = p_user) AND (p_run IS NULL OR t.run_id = p_run)
+      AND (p_causes IS NULL
+           OR string_to_array(t.cause, '+') @> p_causes AND string_to_array(t.cause, '+') <@ p_causes)
+      AND (p_max IS NULL OR abs(trueup.off_by(t)) <= p_max)
+      AND t.last_run_id >= (SELECT coalesce(max(n.id), 0) FROM trueup.reconcile_run n
+                            WHERE n.status = 'finished' AND n.only_user IS NULL AND NOT n.dry_run)
+      AND NOT EXISTS (SELECT FROM trueup.drift_decision c WHERE c.user_id = t.user_id AND c.drift_id = t.id)
+      AND NOT EXISTS (SELECT FROM trueup.drift n WHERE n.user_id = t.user_id AND n.id > t.id)
+$$;
+
+-- Such drifts, longest first. `counter` and `expected` are of now; `changed`: the difference is another one by now.
+CREATE OR REPLACE FUNCTION trueup.drifts_in_review(
+    p_user {{user_id_type}}, p_causes text[], p_max bigint, p_run bigint, p_limit integer, p_at timestamptz
+) RETURNS TABLE (
     drift trueup.drift, off_by bigint, counter bigint, expected bigint, overdraft bigint, changed boolean
 ) LANGUAGE sql STABLE AS $$
     SELECT d.r, trueup.off_by(d.r), a.counter, greatest(a.original - a.consumed, 0),
@@ -136,12 +153,7 @@ RETURNS TABLE (
                OR coalesce(a.counter, 0) - greatest(a.original - a.consumed, 0)
                   NOT IN (trueup.off_by(d.r), coalesce((d.r).observed, 0) - (d.r).expected)
     FROM (
-        SELECT t AS r FROM trueup.drift t
-        WHERE t.action = 'review' AND (p_user IS NULL OR t.user_id = p_user)
-          AND t.last_run_id >= (SELECT coalesce(max(n.id), 0) FROM trueup.reconcile_run n
-                                WHERE n.status = 'finished' AND n.only_user IS NULL AND NOT n.dry_run)
-          AND NOT EXISTS (SELECT FROM trueup.drift_decision c WHERE c.user_id = t.user_id AND c.drift_id = t.id)
-          AND NOT EXISTS (SELECT FROM trueup.drift n WHERE n.user_id = t.user_id AND n.id > t.id)
+        SELECT t AS r FROM trueup.undecided_drifts(p_user, p_causes, p_max, p_run) t
         ORDER BY t.found_at, t.id LIMIT p_limit
     ) d
     LEFT JOIN trueup.accounts(p_at) a ON a.user_id = (d.r).user_id

@@ -5,6 +5,7 @@ $$;
 
 -- Bring the balances of these users up to date, so that comparing counters needs no look at the log. A balance in use
 -- now is passed over: reads are exact without this, and waiting would make the gates of all users locked so far wait too.
+-- Nor do they wait for the disk: a balance that a crash of the server takes back is as true as the log that came with it.
 CREATE OR REPLACE FUNCTION trueup.refresh_balances(p_users {{user_id_type}}[], at timestamptz)
 RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
@@ -12,6 +13,7 @@ DECLARE
     v_refreshed bigint := 0;
     a record;
 BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
     FOR v_user IN
         SELECT s.{{subscription.user_id}}
         FROM {{subscription}} s
@@ -96,11 +98,13 @@ CREATE OR REPLACE FUNCTION trueup.drift_past(p_users {{user_id_type}}[]) RETURNS
     LEFT JOIN LATERAL (
         SELECT array_agg(trueup.off_by(o)) AS ignored
         FROM trueup.drift_decision c JOIN trueup.drift o ON o.user_id = c.user_id AND o.id = c.drift_id
-        WHERE c.user_id = u.user_id AND c.decision = 'ignore' AND c.decided_at >= s.window_start
+        WHERE c.user_id = u.user_id AND c.decision = 'ignore'
+          AND coalesce(c.window_start = s.window_start, c.decided_at >= s.window_start)
     ) i ON true
     LEFT JOIN LATERAL (
         SELECT c.decision = 'undo' AS undone FROM trueup.drift_decision c
-        WHERE c.user_id = u.user_id AND c.decision <> 'ignore' AND c.decided_at >= s.window_start
+        WHERE c.user_id = u.user_id AND c.decision <> 'ignore'
+          AND coalesce(c.window_start = s.window_start, c.decided_at >= s.window_start)
         ORDER BY c.id DESC LIMIT 1
     ) x ON true
 $$;

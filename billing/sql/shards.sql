@@ -33,6 +33,7 @@ DECLARE
     r trueup.reconcile_run;
     v_period timestamptz;
     v_now timestamptz;
+    v_ends {{user_id_type}}[];
 BEGIN
     PERFORM pg_advisory_xact_lock(8243107351036553580);  -- "reconcil" in ASCII, for as long as this takes
     v_now := clock_timestamp();
@@ -73,14 +74,15 @@ BEGIN
         refused := 'done';
         RETURN;
     END IF;
+    IF p_size IS NOT NULL THEN
+        v_ends := ARRAY(SELECT trueup.shard_ends(p_size));  -- in order; a look at the whole table, so once
+    END IF;
+    -- An array has NULL before its first place and after its last: no bound.
     INSERT INTO trueup.reconcile_shard (run_id, number, first_user, last_user, status, updated_at)
-    SELECT begin_run.run_id, e.place, lag(e.user_id) OVER (ORDER BY e.place), e.user_id, 'waiting', v_now
-    FROM (
-        SELECT ends.user_id, ends.place
-        FROM trueup.shard_ends(p_size) WITH ORDINALITY AS ends (user_id, place) WHERE p_size IS NOT NULL
-        UNION ALL
-        SELECT NULL, 1 + coalesce((SELECT count(*) FROM trueup.shard_ends(p_size) WHERE p_size IS NOT NULL), 0)
-    ) AS e;
+    SELECT begin_run.run_id, n, v_ends[n - 1], v_ends[n], 'waiting', v_now
+    FROM generate_series(1, coalesce(cardinality(v_ends), 0) + 1) AS n;
+    -- The look may have taken longer than a lease.
+    UPDATE trueup.reconcile_run t SET lease_until = clock_timestamp() + p_lease WHERE t.id = begin_run.run_id;
 END $$;
 
 -- Take a shard that waits, or whose owner's lease ran out; p_number null: any. No row when there is none to take. Its
@@ -110,11 +112,13 @@ BEGIN
 END $$;
 
 -- Note how far this attempt at a shard has come, in the transaction of what it did. False: another has taken it over,
--- and nothing may be written.
+-- and nothing may be written. The commit is not waited for to reach the disk, and so no row is locked until it has: what a
+-- crash of the server takes away it takes together with the cursor, and the end of the shard is waited for.
 CREATE OR REPLACE FUNCTION trueup.move_shard(
     p_run bigint, p_number integer, p_attempt integer, p_cursor {{user_id_type}}, p_checked bigint
 ) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
     UPDATE trueup.reconcile_shard s
     SET cursor_user = p_cursor, checked = p_checked, failures = 0,
         error = NULL, updated_at = clock_timestamp()

@@ -9,14 +9,22 @@ from billing.drift_reports import DriftReport
 from cli.output import show
 from cli.reports.figures import summary_of, title_of
 
-# What Markdown or HTML would take for its own: a user's id may hold anything.
+# What Markdown or HTML would take for its own in words of ours.
 _SPECIAL = re.compile(r"([\\`*_\[\]|<>&~])")
+_BACKTICKS = re.compile("`+")
+
+
+class _Verbatim(str):
+    """Markdown already."""
 
 
 def report_markdown(report: DriftReport) -> Iterator[str]:
     """Yield the report with the rows that it has."""
     yield f"# {_cell(title_of(report))}\n\n"
-    yield from _table(("", ""), list(summary_of(report).items()))
+    facts = summary_of(report)
+    if "only" in facts:
+        facts["only"] = _as_it_is(facts["only"])
+    yield from _table(("", ""), list(facts.items()))
     if report.causes:
         yield "\n## Causes\n\n"
         yield from _table(
@@ -31,7 +39,15 @@ def report_markdown(report: DriftReport) -> Iterator[str]:
         yield from _table(
             ("user", "observed", "expected", "drift", "cause", "certainty", "action"),
             [
-                (str(r.user_id), r.observed, r.expected, r.drift, cause_title(r.cause), r.certainty, r.action)
+                (
+                    _as_it_is(str(r.user_id)),
+                    r.observed,
+                    r.expected,
+                    r.drift,
+                    cause_title(r.cause),
+                    r.certainty,
+                    r.action,
+                )
                 for r in report.rows
             ],
         )
@@ -50,4 +66,24 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[s
 
 
 def _cell(value: Any) -> str:
-    return _SPECIAL.sub(r"\\\1", show(value))
+    return value if isinstance(value, _Verbatim) else _SPECIAL.sub(r"\\\1", show(value))
+
+
+def _as_it_is(text: str) -> _Verbatim:
+    """Return what the host has written, a user's id say, so that nothing in it counts: no link, no name, no picture.
+
+    A backslash would not do: an address or a name is found in what it leaves. In code nothing is looked for. What ends
+    a cell of a table does so in code too, and stands between two pieces of it.
+    """
+    if text.isascii() and text.isdigit():
+        return _Verbatim(text)
+    return _Verbatim("&#124;".join(_code(part) for part in show(text).split("|")))
+
+
+def _code(text: str) -> str:
+    if not text:
+        return text
+    fence = "`" * (1 + max((len(run) for run in _BACKTICKS.findall(text)), default=0))
+    # A space at both ends is taken off, unless there is nothing else; a backtick there would belong to the fence.
+    space = " " if text.strip(" ") and (text[0] in " `" or text[-1] in " `") else ""
+    return f"{fence}{space}{text}{space}{fence}"

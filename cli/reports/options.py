@@ -1,7 +1,10 @@
 """What the options of `trueup drift` take: moments, causes, counts of rows, files."""
 
 import difflib
+import os
 import re
+import secrets
+import stat
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -88,21 +91,36 @@ def moment_of(when: datetime | timedelta | None) -> datetime | None:
 def write_file(path: Path, chunks: Iterable[str]) -> None:
     """Write a report to a file, whole or not at all: what was there stays until the new one is complete.
 
-    Raises `TrueupError` if that is not possible.
+    A file that is replaced keeps its mode, and a link stays a link. Raises `TrueupError` if that is not possible.
     """
-    # A pipe or a device can't be replaced; and a link stays a link.
-    target = path.resolve()
-    place = target if target.exists() and not target.is_file() else target.with_name(f".{target.name}.part")
     try:
-        with place.open("w", encoding="utf-8", newline="") as out:
-            for chunk in chunks:
-                out.write(chunk)
-        if place != target:
-            place.replace(target)
+        if path.exists() and not path.is_file():
+            # A pipe or a device can't be replaced.
+            with path.open("w", encoding="utf-8", newline="") as out:
+                out.writelines(chunks)
+        else:
+            _replace(Path(os.path.realpath(path)), chunks)
     except OSError as error:
         raise TrueupError(
-            f"--output: {path} can't be written: {error.strerror or error}. Give a file in a folder that is there."
+            f"--output: {path} can't be written: {error.strerror or error}. "
+            "Give a file in a folder that is there and that you may write to."
         ) from error
-    finally:
-        if place != target:
-            place.unlink(missing_ok=True)
+
+
+def _replace(target: Path, chunks: Iterable[str]) -> None:
+    # Its name can't be known before, is short however long the other's is, and is never one that is there: what others
+    # have put into the folder, a link say, is not followed. (tempfile would give it another mode than the umask's.)
+    new = target.with_name(f".{secrets.token_hex(8)}.part")
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with open(descriptor, "w", encoding="utf-8", newline="") as out:
+            if mode is not None:
+                os.fchmod(descriptor, mode)
+            out.writelines(chunks)
+            out.flush()
+            os.fsync(descriptor)
+        new.replace(target)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise

@@ -13,13 +13,14 @@ from billing.alerts import (
     claim_due,
     findings_of,
     list_alerts,
-    missed_seconds,
     note_failed,
     note_sent,
     raise_alerts,
     raise_all,
     raise_test,
 )
+from billing.missed_runs import find_missed_runs
+from billing.settings import get_settings
 from tests.support.drift_history import add_drift, add_run, see_again
 from tests.support.host import Host
 
@@ -27,7 +28,7 @@ URL = {"webhook_url": "https://alerts.example/x", "webhook_secret": "whsec_" + "
 
 
 def settings(**values: Any) -> AlertSettings:
-    return AlertSettings(**{**URL, "missed_run_seconds": 0, **values})
+    return AlertSettings(**{**URL, "missed_run_seconds": 0, "missed_deep_run_seconds": 0, **values})
 
 
 def news(**values: Any) -> RunNews:
@@ -99,7 +100,7 @@ def test_the_same_finding_is_one_alert_on_each_channel_whoever_raises_it(connect
 
     with ThreadPoolExecutor(4) as pool:
         assert sum(pool.map(raise_again, range(8))) == 2
-    assert sorted(alert.channel for alert in list_alerts(connection)) == ["apprise", "webhook"]
+    assert sorted(alert.channel.partition(":")[0] for alert in list_alerts(connection)) == ["apprise", "webhook"]
 
 
 def test_what_was_cut_short_before_the_run_was_ticked_off_is_raised_once(
@@ -126,8 +127,8 @@ def test_a_run_that_did_not_happen_is_one_alert_for_one_gap(host: Host, connecti
     # These are none: one over one user, one that failed.
     add_run(host, started_at=datetime.now(UTC), finished_at=datetime.now(UTC), only_user="1")
     add_run(host, started_at=datetime.now(UTC), finished_at=datetime.now(UTC), status="interrupted")
-    assert missed_seconds(connection, settings=settings(missed_run_seconds=900)) is None
-    assert missed_seconds(connection, settings=settings(missed_run_seconds=0)) is None
+    for seconds in (900, 0):
+        assert find_missed_runs(connection, settings=settings(missed_run_seconds=seconds)) == []
     strict = settings(missed_run_seconds=300)
     assert [raise_all(connection, settings=strict) for _ in range(3)] == [1, 0, 0]
     [alert] = list_alerts(connection)
@@ -141,6 +142,45 @@ def test_the_first_run_is_awaited_from_the_installation_on(host: Host, connectio
     assert raise_all(connection, settings=strict) == 0
     host.execute("UPDATE trueup.installation SET installed_at = now() - interval '1801 seconds'")
     assert raise_all(connection, settings=strict) == 1
+
+
+def test_a_deep_run_that_did_not_happen_is_an_alert_of_its_own(
+    host: Host, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = datetime.now(UTC) - timedelta(hours=2)
+    add_run(host, started_at=ended, finished_at=ended, kind="deep")
+    add_run(host, started_at=datetime.now(UTC), finished_at=datetime.now(UTC))
+    # None: one that has not ended.
+    add_run(host, started_at=datetime.now(UTC), finished_at=None, status="running", kind="deep")
+    both = {"missed_run_seconds": 3600, "missed_deep_run_seconds": 3600}
+    assert [raise_all(connection, settings=settings(**both)) for _ in range(2)] == [1, 0]
+    [alert] = list_alerts(connection)
+    assert (alert.kind, alert.payload["type"]) == ("missed_deep", "trueup.missed_deep")
+    assert alert.payload["data"]["message"].startswith("No deep reconcile run has ended for 7,200 s")
+    # By default after two intervals, and not at all where there are no deep runs.
+    by_default = settings(missed_deep_run_seconds=None)
+    for interval, gaps in ((3_000, 1), (3_700, 0), (0, 0)):
+        monkeypatch.setenv("TRUEUP_RECONCILE_DEEP_INTERVAL_SECONDS", str(interval))
+        get_settings.cache_clear()
+        assert len(find_missed_runs(connection, settings=by_default)) == gaps
+    monkeypatch.undo()
+    get_settings.cache_clear()
+
+
+def test_each_url_of_apprise_has_an_alert_of_its_own_wherever_it_stands(connection: Connection, run: int) -> None:
+    urls = ["json://a.example/hunter2", "json://b.example/hunter2"]
+    both = settings(tokens=1, apprise_urls=urls)
+    assert raise_alerts(connection, run, settings=both) == 3
+    assert len({alert.payload["id"] for alert in list_alerts(connection)}) == 1
+    channels = {alert.channel for alert in list_alerts(connection)}
+    assert channels == {"webhook", *settings(apprise_urls=[*reversed(urls), urls[0]]).channels}
+    assert not any("hunter2" in channel or "example" in channel for channel in channels)
+    assert [both.channels[channel] for channel in both.channels][1:] == [
+        "number 1 of apprise_urls",
+        "number 2 of apprise_urls",
+    ]
+    assert both.apprise_url(list(both.channels)[2]) == urls[1]
+    assert both.apprise_url("apprise:00000000") is None
 
 
 def test_without_a_channel_nothing_is_raised(connection: Connection, run: int) -> None:
@@ -189,6 +229,20 @@ def test_what_a_dead_sender_had_claimed_becomes_due_again_and_its_word_no_longer
     assert list_alerts(connection)[0].status == "sent"
 
 
+def test_a_sender_that_dies_each_time_uses_up_the_attempts(host: Host, connection: Connection) -> None:
+    few = settings(max_attempts=3)
+    raise_test(connection, settings=few)
+    host.execute("UPDATE trueup.alert SET error = 'the webhook answered 500'")
+    for attempt in (2, 3, None, None):
+        host.execute("UPDATE trueup.alert SET next_attempt_at = now() - interval '1 second'")
+        assert [alert.attempts for alert in claim_due(connection, settings=few)] == ([attempt] if attempt else [])
+        # While the last one may still be on its way, it is not given up.
+        assert list_alerts(connection)[0].status == ("waiting" if attempt else "failed")
+        assert claim_due(connection, settings=few) == []
+    error = "nothing was heard of attempt 3, the last one; before that: the webhook answered 500"
+    assert list_alerts(connection)[0].error == error
+
+
 def test_the_waits_between_sendings_grow_up_to_an_hour(host: Host, connection: Connection) -> None:
     raise_test(connection, settings=settings())
     waits = []
@@ -224,7 +278,7 @@ def test_settings_that_would_not_work_are_refused(values: dict[str, Any], said: 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/x", "http://localhost/x", "http://[::1]:9/x", "https://a.example"])
 def test_a_webhook_on_this_machine_or_behind_tls_is_taken(url: str) -> None:
-    assert AlertSettings(**{**URL, "webhook_url": url}).channels == ["webhook"]
+    assert list(AlertSettings(**{**URL, "webhook_url": url}).channels) == ["webhook"]
     assert AlertSettings(**{**URL, "webhook_url": "http://b.example", "webhook_allow_http": True}).channels
 
 

@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection
+from sqlalchemy import Connection, event
 from sqlalchemy.exc import DBAPIError
 
 from billing import db, shard_work
@@ -119,3 +119,42 @@ def test_when_all_rows_refuse_the_run_fails_and_its_error_shows_no_row(
     error = host.value("SELECT error FROM trueup.reconcile_run")
     assert "picky" in error
     assert not any(leak in error for leak in ("SQL:", "Failing row", "parameters"))
+
+
+def test_what_a_crash_may_take_back_with_its_cursor_is_not_waited_for_on_the_disk_but_the_end_is(host: Host) -> None:
+    """A counter's row is locked until its commit is through."""
+    missed(host, 3)
+    host.execute("CREATE TABLE public.commits (at text, waits text)")
+    host.execute(
+        "CREATE FUNCTION public.note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        "INSERT INTO public.commits VALUES (TG_ARGV[0], current_setting('synchronous_commit')); RETURN NEW; END $$"
+    )
+    for table, event_of, name in (
+        ("trueup.drift", "INSERT", "correction"),
+        ("trueup.balance", "INSERT OR UPDATE", "balance"),
+        ("trueup.reconcile_run", "UPDATE OF finished_at", "end"),
+    ):
+        host.execute(
+            f"CREATE TRIGGER note AFTER {event_of} ON {table} FOR EACH ROW EXECUTE FUNCTION public.note('{name}')"
+        )
+    reconcile(db.get_engine(), HostMapping(), rules=RULES)
+    rows = host.execute("SELECT DISTINCT at, waits FROM public.commits ORDER BY at").all()
+    assert [tuple(row) for row in rows] == [("balance", "off"), ("correction", "off"), ("end", "on")]
+
+
+def test_a_drift_whose_row_was_deleted_meanwhile_is_written_anew(host: Host) -> None:
+    host.plan(500)
+    users = [host.subscriber(10_000, counter=10_500) for _ in range(2)]
+    reconcile(db.get_engine(), HostMapping(), rules=RULES)
+    deleted = []
+
+    def delete(conn: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if "correct_counters" in statement and not deleted:
+            deleted.append(host.value("DELETE FROM trueup.drift WHERE user_id = :user RETURNING id", user=users[0]))
+
+    event.listen(db.get_engine(), "before_cursor_execute", delete)
+    summary = reconcile(db.get_engine(), HostMapping(), rules=RULES)
+    assert (summary.drifted, summary.in_review, summary.found_new) == (2, 2, 1)
+    assert deleted
+    rows = host.execute("SELECT user_id, run_id, last_run_id FROM trueup.drift ORDER BY user_id").all()
+    assert [tuple(row) for row in rows] == [(users[0], 2, 2), (users[1], 1, 2)]

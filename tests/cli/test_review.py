@@ -87,11 +87,37 @@ def test_an_undone_run_is_left_to_a_person(host: Host) -> None:
     assert "There is no run 99" in trueup("drift", "undo", 99, "--note", "n", code=1).stderr
 
 
+def test_many_are_counted_and_accepted_when_the_question_is_answered(host: Host) -> None:
+    for tokens in (500, 700, 900):
+        held(host, tokens)
+    many = ("drift", "accept", "--cause", "credit_without_grant", "--max", 700, "--note", "refunded")
+    asked = trueup(*many, code=1, stdin="n\n")
+    question = "Accept 2 drifts of credit without grant? It takes 1,200 tokens off counters that are too high"
+    assert question in asked.stderr
+    assert len(trueup_json("drift", "review")) == 3
+    # Nobody who could answer: nothing is done.
+    trueup(*many, code=1)
+    assert len(trueup_json("drift", "review", "--max", 700)) == 2
+    assert "Accepted: 2 of 2." in trueup(*many, stdin="y\n").stdout
+    assert "None of the drifts that wait" in trueup(*many, "--yes").stdout
+    [left] = trueup_json("drift", "review", "--cause", "credit_without_grant")
+    assert left["tokens"] == 900
+    host.execute("UPDATE billing_subscription SET tokens_remaining = tokens_remaining + 1")
+    run = ("drift", "ignore", "--run", left["run_id"], "--limit", 5, "--yes", "--note", "n")
+    assert trueup_json(*run, code=1) == {"chosen": 1, "decided": 0, "left": {"changed": 1}}
+    assert "Left: 1, the difference is another one by now" in trueup(*run, code=1).stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("accept", 1), "Missing option '--note'"),
         (("accept", "--note", "n"), "Missing argument 'DRIFT...'"),
+        (("accept", 1, "--cause", "missed_decrement", "--note", "n"), "exclude each other"),
+        (("ignore", 1, "--limit", 3, "--note", "n"), "exclude each other"),
+        (("accept", "--limit", 3, "--note", "n"), "choose by --cause, --max or --run"),
+        (("accept", "--cause", "missed_decremnt", "--note", "n"), "Did you mean missed_decrement?"),
+        (("accept", "--run", 1, "--note", " ", "--yes"), "note: ' ' says nothing"),
         (("accept", 0, "--note", "n"), "Invalid value for 'DRIFT...'"),
         (("accept", "x", "--note", "n"), "Invalid value for 'DRIFT...'"),
         (("accept", 1, "--note", " "), "note: ' ' says nothing"),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from types import ModuleType
+from typing import ClassVar
 
 import pytest
 from pytest_httpserver import HTTPServer
@@ -208,6 +209,8 @@ def test_without_apprise_its_channel_says_how_to_install_it(
 class FakeApprise:
     """The part of apprise's interface that is used, for machines that do not have it."""
 
+    sent: ClassVar[list[str]] = []
+
     def __init__(self) -> None:
         self.urls: list[str] = []
 
@@ -216,7 +219,19 @@ class FakeApprise:
         return url.startswith("json://")
 
     def notify(self, *, title: str, body: str) -> bool:
-        return bool(title and body) and "refused" not in self.urls[0]
+        # As the real one does: to each of its URLs, and whether all of them took it.
+        taken = ["refused" not in url for url in self.urls]
+        self.sent.extend(url for url, ok in zip(self.urls, taken, strict=True) if ok and title and body)
+        return all(taken)
+
+
+def fake_apprise(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Put it in place. Returns to which URLs it has sent."""
+    module = ModuleType("apprise")
+    module.Apprise = FakeApprise  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "apprise", module)
+    monkeypatch.setattr(FakeApprise, "sent", [])
+    return FakeApprise.sent
 
 
 @pytest.mark.parametrize(
@@ -224,7 +239,7 @@ class FakeApprise:
     [
         ("json://127.0.0.1/hunter2", None),
         ("nonsense://hunter2", "apprise does not know what number 1 of apprise_urls is"),
-        ("json://refused/hunter2", "apprise could not deliver to every one of apprise_urls"),
+        ("json://refused/hunter2", "apprise could not deliver to number 1 of apprise_urls"),
     ],
 )
 def test_apprise_is_asked_where_it_is_there_and_its_urls_stay_secret(
@@ -235,14 +250,37 @@ def test_apprise_is_asked_where_it_is_there_and_its_urls_stay_secret(
     url: str,
     error: str | None,
 ) -> None:
-    module = ModuleType("apprise")
-    module.Apprise = FakeApprise  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "apprise", module)
+    fake_apprise(monkeypatch)
     configure(apprise_urls=json.dumps([url]), tokens="1", missed_run_seconds="0")
     check_alerts()
     alert = only_alert(connection)
-    assert (alert.channel, alert.error) == ("apprise", error)
+    assert (alert.channel.partition(":")[0], alert.error) == ("apprise", error)
     assert "hunter2" not in trueup("settings").output + trueup("alerts", "list").output
+
+
+def test_a_url_that_fails_does_not_make_the_others_receive_an_alert_again(
+    configure: Configure, host: Host, connection: Connection, drifted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = fake_apprise(monkeypatch)
+    urls = ["json://a", "json://refused", "json://b"]
+    configure(apprise_urls=json.dumps(urls), tokens="1", missed_run_seconds="0")
+    assert check_alerts() == {"raised": 3, "sent": 2, "failed": 1}
+    for _ in range(2):
+        due(host)
+        assert check_alerts() == {"raised": 0, "sent": 0, "failed": 1}
+    assert sorted(sent) == ["json://a", "json://b"]
+    # One that is taken out of the settings is given up; the others keep their own, wherever they stand then.
+    configure(apprise_urls=json.dumps(urls[2:]))
+    due(host)
+    check_alerts()
+    alerts = list_alerts(connection)
+    assert sorted(alert.status for alert in alerts) == ["failed", "sent", "sent"]
+    assert [alert.error for alert in alerts if alert.error] == [f"{failed_channel(alerts)} is no longer set"]
+
+
+def failed_channel(alerts: list[Alert]) -> str:
+    (channel,) = (alert.channel for alert in alerts if alert.status == "failed")
+    return channel
 
 
 # One of its plugins still uses that module on Python 3.11 and 3.12.
@@ -289,6 +327,12 @@ def test_the_check_command_tells_of_a_missing_run_by_its_exit_code(
     host.execute("UPDATE trueup.alert SET status = 'waiting'")
     due(host)
     assert "0 raised, 0 sent, 2 not received." in trueup("alerts", "check", code=1).stdout
+    configure(missed_deep_run_seconds="1")
+    host.execute("UPDATE trueup.installation SET installed_at = now() - interval '1 hour'")
+    shown = trueup("alerts", "check", code=3).stdout
+    assert "No deep reconcile run has ended for 3,60" in shown
+    gaps = trueup_json("alerts", "check", code=3)
+    assert (gaps["missed_seconds"], gaps["missed_deep_seconds"] >= 3_600) == (None, True)
 
 
 def test_alerts_are_listed_with_what_went_wrong(webhook: HTTPServer, drifted: int) -> None:

@@ -1,0 +1,161 @@
+"""Deciding about many drifts at once: each as if it were alone, in batches, and only what was counted."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection
+
+from billing import bulk_decisions, db
+from billing.bulk_decisions import BulkDecision, ChosenDrifts, choose_drifts, decide_chosen
+from billing.decisions import ReviewFilter, decide_drift, list_reviews, undo_run
+from billing.errors import InvalidInputError
+from billing.mapping import HostMapping
+from billing.reconcile import reconcile
+from billing.rules import Rules
+from tests.support.books import assert_true
+from tests.support.host import Host
+from tests.support.sessions import locked, run_at_once
+
+RULES = Rules(min_age_seconds=0, policies={"missed_decrement": "review"})
+
+
+def held(host: Host, *tokens: int) -> list[int]:
+    """Users whose counter has missed a decrement of so many tokens each, which a run holds for a person."""
+    users = [host.subscriber(10_000) for _ in tokens]
+    for user, used in zip(users, tokens, strict=True):
+        host.log(user, used, at=datetime.now(UTC))
+    reconcile(db.get_engine(), HostMapping(), rules=RULES)
+    return users
+
+
+def choose(connection: Connection, limit: int = 100, **only: Any) -> ChosenDrifts:
+    return choose_drifts(connection, "bigint", ReviewFilter(**only), limit=limit)
+
+
+def decide(connection: Connection, chosen: ChosenDrifts, choice: Any = "accept", **more: Any) -> BulkDecision:
+    return decide_chosen(connection, "bigint", chosen, choice, **{"by": "ann", "note": "a sample was fine", **more})
+
+
+def counters(host: Host) -> list[int | None]:
+    return list(host.execute("SELECT tokens_remaining FROM billing_subscription ORDER BY user_id").scalars())
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk_decisions, "DECIDED_AT_ONCE", 2)
+    monkeypatch.setattr(bulk_decisions, "PAGE_SIZE", 3)
+
+
+def test_many_are_accepted_in_batches_and_each_is_audited_as_one_alone(host: Host, connection: Connection) -> None:
+    held(host, *range(100, 107))
+    chosen = choose(connection, causes=("missed_decrement",))
+    assert (chosen.drifts, chosen.tokens_overstated, chosen.tokens_understated) == (7, 721, 0)
+    seen: list[int] = []
+    assert decide(connection, chosen, progress=seen.append) == BulkDecision(decided=7)
+    assert seen == [2, 3, 5, 6, 7]
+    assert counters(host) == list(range(9_900, 9_893, -1))
+    rows = host.execute("SELECT * FROM trueup.drift_decision ORDER BY user_id").mappings().all()
+    alone = {"decision": "accept", "decided_by": "ann", "note": "a sample was fine", "counter_before": 10_000}
+    assert [{name: row[name] for name in alone} for row in rows] == [alone] * 7
+    assert [row["counter_after"] for row in rows] == counters(host)
+    assert_true(host)
+    # And again: nothing is left to decide.
+    assert choose(connection).drifts == 0
+    assert decide(connection, choose(connection)) == BulkDecision()
+
+
+def test_a_filter_takes_exactly_its_causes_its_sizes_and_its_run(host: Host, connection: Connection) -> None:
+    host.plan(500)
+    host.subscriber(10_000, counter=10_500)
+    held(host, 100, 300)
+    held(host, 200)
+
+    def tokens(**only: Any) -> list[int]:
+        items = list_reviews(connection, "bigint", only=ReviewFilter(**only))
+        assert choose(connection, **only).drifts == len(items)
+        return [item.tokens for item in items]
+
+    assert tokens() == [500, 100, 300, 200]
+    assert tokens(causes=("credit_without_grant",)) == [500]
+    assert tokens(causes=("missed_decrement",), max_tokens=200) == [100, 200]
+    assert tokens(run_id=1, max_tokens=300) == [100, 300]
+    assert tokens(run_id=2) == [200]
+    assert (
+        tokens(causes=("missed_decrement", "credit_without_grant")) == tokens(run_id=3) == tokens(max_tokens=99) == []
+    )
+    assert choose(connection, limit=3).tokens_overstated == 900
+    assert decide(connection, choose(connection, limit=3)).decided == 3
+    assert tokens() == [200]
+
+
+def test_a_filter_of_several_causes_is_of_their_combination(host: Host, connection: Connection) -> None:
+    held(host, 100, 200)
+    host.execute("UPDATE trueup.drift SET cause = 'missed_decrement+manual_edit' WHERE observed - expected = 200")
+    assert choose(connection, causes=("manual_edit", "missed_decrement")).tokens_overstated == 200
+    assert choose(connection, causes=("missed_decrement",)).tokens_overstated == 100
+    assert choose(connection, causes=("manual_edit",)).drifts == 0
+
+
+def test_what_is_not_as_it_was_found_is_left_and_said(host: Host, connection: Connection) -> None:
+    users = held(host, 100, 200, 300, 400, 500)
+    chosen = choose(connection)
+    host.decrement(users[0], 7)
+    host.execute(
+        f"ALTER TABLE billing_subscription ADD CONSTRAINT c CHECK (user_id <> {users[1]} OR tokens_remaining > 9900)"
+    )
+    decide_drift(connection, list_reviews(connection, "bigint")[4].id, "ignore", by="bob", note="n")
+    with locked(host, "SELECT * FROM billing_subscription WHERE user_id = :user FOR UPDATE", user=users[2]):
+        made = decide(connection, chosen)
+    assert made == BulkDecision(decided=1, left={"changed": 1, "refused": 1, "busy": 1, "decided_otherwise": 1})
+    assert counters(host) == [9_993, 10_000, 10_000, 9_600, 10_000]
+
+
+def test_what_came_after_the_count_is_not_decided(host: Host, connection: Connection) -> None:
+    held(host, 100)
+    chosen = choose(connection)
+    (later,) = held(host, 200)
+    assert decide(connection, chosen) == BulkDecision(decided=1)
+    assert host.counter(later) == 10_000
+
+
+def test_of_several_at_once_each_drift_is_decided_by_one(host: Host, connection: Connection) -> None:
+    held(host, *range(100, 120))
+    chosen = choose(connection)
+
+    def accept() -> BulkDecision:
+        with db.connect() as own:
+            return decide(own, chosen)
+
+    made = run_at_once([accept] * 3)
+    assert all(one.decided + sum(one.left.values()) == 20 for one in made)
+    assert host.value("SELECT count(*) FROM trueup.drift_decision") == 20
+    assert_true(host)
+
+
+def test_a_run_that_was_undone_is_accepted_again_in_one_go(host: Host, connection: Connection) -> None:
+    for _ in range(5):
+        host.log(host.subscriber(10_000), 300)
+    rules = Rules(min_age_seconds=0)
+    first = reconcile(db.get_engine(), HostMapping(), rules=rules).run_id
+    assert first is not None
+    undo_run(connection, first, "bigint", by="ann", note="wrong")
+    second = reconcile(db.get_engine(), HostMapping(), rules=rules).run_id
+    assert counters(host) == [10_000] * 5
+    assert decide(connection, choose(connection, run_id=second)) == BulkDecision(decided=5)
+    assert counters(host) == [9_700] * 5
+    assert reconcile(db.get_engine(), HostMapping(), rules=rules).drifted == 0
+
+
+def test_differences_are_ignored_in_bulk_too_but_grants_need_a_reference_each(
+    host: Host, connection: Connection
+) -> None:
+    held(host, 100, 200)
+    with pytest.raises(InvalidInputError, match="Grant one by one"):
+        decide(connection, choose(connection), "grant")
+    for wrong in ({"note": " "}, {"by": ""}):
+        with pytest.raises(InvalidInputError):
+            decide(connection, choose(connection), **wrong)
+    assert decide(connection, choose(connection), "ignore") == BulkDecision(decided=2)
+    assert counters(host) == [10_000] * 2
+    assert reconcile(db.get_engine(), HostMapping(), rules=RULES).in_review == 0

@@ -1,0 +1,180 @@
+"""Users and looks that take longer than a statement may: who is behind them is not stopped, and nobody is forgotten."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+
+from billing import db, shard_work
+from billing.errors import ServiceUnavailableError
+from billing.mapping import HostMapping
+from billing.reconcile import reconcile
+from billing.reconcile_runs import RunSummary
+from billing.settings import get_settings
+from billing.shared_runs import plan_run
+from tests.billing.test_shards import RULES, counters, let_leases_run_out, missed, plan, work
+from tests.cli.conftest import trueup
+from tests.support.host import Host
+
+SLOW = "DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '57014', MESSAGE = 'statement timeout'; END $$"
+Slow = Callable[..., list[int]]
+
+
+@pytest.fixture
+def slow(host: Host) -> Iterator[Slow]:
+    """Give a function that lets a statement reach its time limit whenever it is about one of these users.
+
+    It returns a list to which the size of each batch so ended is added.
+    """
+    hooks: list[Any] = []
+
+    def make_slow(users: list[int], statement_of: str = "trueup.drift_past") -> list[int]:
+        ended: list[int] = []
+
+        def hook(conn: Any, cursor: Any, statement: str, parameters: Any, *rest: Any) -> tuple[str, Any]:
+            values = parameters if isinstance(parameters, dict) else {}
+            about = values.get("user_ids", [values.get("user_id")])
+            if statement_of in statement and set(about) & set(users):
+                ended.append(len(about))
+                return SLOW, {}
+            return statement, parameters
+
+        event.listen(db.get_engine(), "before_cursor_execute", hook, retval=True)
+        hooks.append(hook)
+        return ended
+
+    yield make_slow
+    for hook in hooks:
+        event.remove(db.get_engine(), "before_cursor_execute", hook)
+
+
+def run(**more: Any) -> RunSummary:
+    return reconcile(db.get_engine(), HostMapping(), **{"rules": RULES, **more})
+
+
+def defects(host: Host, run_id: int | None) -> list[tuple[Any, ...]]:
+    rows = host.execute("SELECT kind, user_id, repaired FROM trueup.defect WHERE run_id = :run ORDER BY id", run=run_id)
+    return [tuple(row) for row in rows]
+
+
+@pytest.mark.parametrize("batch_size", [1, 1000])
+def test_a_user_who_takes_too_long_is_passed_over_and_named_and_those_behind_go_on(
+    host: Host, slow: Slow, batch_size: int
+) -> None:
+    users = missed(host, 25)
+    ended = slow([users[7]])
+    summary = run(batch_size=batch_size)
+    assert (summary.status, summary.checked, summary.corrected, summary.defects) == ("finished", 25, 24, 1)
+    assert [users[place] for place, left in enumerate(counters(host)) if left != 9_700] == [users[7]]
+    assert defects(host, summary.run_id) == [("counter_too_slow", users[7], False)]
+    # All of them, then a tenth, then alone, and once more.
+    assert ended == ([1, 1] if batch_size == 1 else [25, 2, 1, 1])
+
+
+def test_who_was_passed_over_does_not_count_as_seen_to_be_right(host: Host, slow: Slow) -> None:
+    users = missed(host, 3)
+    slow_users = [users[1]]
+    slow(slow_users)
+    run()
+    slow_users.clear()
+    summary = run(keep_findings=True)
+    assert [(found.drift.user_id, found.explanation.cause) for found in summary.findings] == [
+        (users[1], "missed_decrement")
+    ]
+    assert (counters(host), summary.defects) == ([9_700] * 3, 0)
+
+
+def test_batches_grow_again_behind_a_slow_user(host: Host, slow: Slow) -> None:
+    users = missed(host, 40)
+    slow([users[0]])
+    seen: list[int] = []
+    assert run(batch_size=10, progress=lambda checked, _total: seen.append(checked)).corrected == 39
+    assert seen == [10, 12, 16, 24, 34, 40, 40]
+
+
+def test_a_dry_run_names_a_slow_user_too_and_writes_nothing(host: Host, slow: Slow) -> None:
+    users = missed(host, 3)
+    slow([users[1]])
+    summary = run(dry_run=True)
+    assert (summary.checked, summary.drifted, summary.defects) == (3, 2, 1)
+    assert [(defect.kind, defect.user_id) for defect in summary.defect_rows] == [("counter_too_slow", users[1])]
+    assert host.value("SELECT count(*) FROM trueup.defect") == 0
+
+
+def test_a_run_tells_of_a_slow_user(host: Host) -> None:
+    users = missed(host, 2)
+    host.execute(
+        "CREATE FUNCTION public.slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        f"IF NEW.user_id = {users[0]} THEN RAISE EXCEPTION USING ERRCODE = '57014'; END IF; RETURN NEW; END $$"
+    )
+    host.execute("CREATE TRIGGER slow BEFORE INSERT ON trueup.drift FOR EACH ROW EXECUTE FUNCTION public.slow()")
+    shown = trueup("reconcile", "--fail-on-drift", code=3).stdout
+    for word in ("counter too slow", f" {users[0]} ", "defects             1"):
+        assert word in shown
+
+
+def test_when_many_take_too_long_the_run_ends_instead_of_waiting_for_each(
+    host: Host, slow: Slow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_work, "MOST_SLOW", 2)
+    users = missed(host, 6)
+    ended = slow(users)
+    with pytest.raises(ServiceUnavailableError, match="statement timeout"):
+        run()
+    assert len(defects(host, 1)) == 2
+    # Nobody is waited for again once that is known.
+    assert len(ended) == 1 + 2 + 2 + 2
+
+
+def test_a_balance_whose_repair_takes_too_long_stops_no_other_s(host: Host, slow: Slow) -> None:
+    users = missed(host, 4)
+    run()
+    host.execute("UPDATE trueup.balance SET consumed = consumed + 5")
+    slow([users[1]], "trueup.repair_balance")
+    summary = run(kind="deep")
+    assert summary.status == "finished"
+    untrue = [("balance_untrue", user, user != users[1]) for user in users]
+    assert sorted(defects(host, summary.run_id)) == sorted(untrue)
+    assert host.value("SELECT count(*) FROM trueup.balance WHERE consumed <> 300") == 1
+
+
+def test_planning_reads_the_subscriptions_once_and_under_the_limit_of_such_reads(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missed(host, 3)
+    host.execute("CREATE SEQUENCE public.looks")
+    host.execute(
+        "CREATE OR REPLACE FUNCTION trueup.shard_ends(p_size bigint) RETURNS SETOF bigint LANGUAGE sql AS $$ "
+        "SELECT nextval('public.looks') FROM pg_sleep(1.1) $$"
+    )
+    monkeypatch.setenv("TRUEUP_STATEMENT_TIMEOUT_SECONDS", "1")
+    monkeypatch.setattr("billing.reconcile_runs.LEASE_SECONDS", 1.0)
+    get_settings.cache_clear()
+    db.dispose_engine()
+    plan(host)
+    assert host.value("SELECT last_value FROM public.looks") == 1
+    assert host.value("SELECT count(*) FROM trueup.reconcile_shard") == 2
+    # The lease begins when the look is over.
+    assert host.value("SELECT lease_until - started_at > interval '2 seconds' FROM trueup.reconcile_run")
+    let_leases_run_out(host)
+    monkeypatch.setattr("billing.reconcile.SMALLEST_SHARD", 1)
+    assert run(dry_run=True, jobs=2).checked == 3
+    get_settings.cache_clear()
+
+
+def test_a_plan_gives_up_at_its_own_limit(host: Host) -> None:
+    host.execute(
+        "CREATE OR REPLACE FUNCTION trueup.shard_ends(p_size bigint) RETURNS SETOF bigint LANGUAGE sql AS $$ "
+        "SELECT 1::bigint FROM pg_sleep(60) $$"
+    )
+    with pytest.raises(ServiceUnavailableError, match="statement timeout"):
+        plan_run(db.get_engine(), kind="quick", rules=RULES, requested_by="", shard_size=1, scan_timeout_seconds=1)
+    assert host.value("SELECT count(*) FROM trueup.reconcile_run") == 0
+
+
+def test_a_slow_user_in_a_worker_s_shard_is_passed_over_too(host: Host, slow: Slow) -> None:
+    users = missed(host, 3)
+    slow([users[0]])
+    ended = work(plan(host), 1, batch_size=100).ended
+    assert (ended.status, ended.corrected, ended.defects) == ("finished", 2, 1)
