@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
+from billing.subscriptions import several_subscriptions
 from billing.users import UserId
 
 
@@ -56,15 +57,22 @@ def days_between(now: datetime, end_date: datetime | None) -> int | None:
     return max(0, math.floor((end_date - now).total_seconds() / 86_400))
 
 
-# `at` NULL means the database's clock. The LEFT JOIN gives one row for an unknown user too.
+# `at` NULL means the database's clock.
+CLOCK = "clock AS (SELECT coalesce(CAST(:at AS timestamptz), clock_timestamp()) AS at)"
+# Of a row `a` of trueup.accounts(), which an unknown user does not have.
 # A window may begin at -infinity, or in a year that Python can't hold: that is none.
-_READ = text(
-    """
-    WITH clock AS (SELECT coalesce(CAST(:at AS timestamptz), clock_timestamp()) AS at)
-    SELECT clock.at AS now, a.subscription_id IS NOT NULL AS subscribed, a.is_active,
+ACCOUNT_COLUMNS = """
+           clock.at AS now, a.subscription_id IS NOT NULL AS subscribed, a.is_active,
            CASE WHEN a.window_start >= '0001-01-03' AND a.window_start < '9999-12-31' THEN a.window_start END
                AS window_start,
-           a.end_date, a.original, a.consumed, a.held, a.counter,
+           a.end_date, a.original, a.consumed, a.held, a.counter
+"""
+
+# The LEFT JOIN gives one row for an unknown user too.
+_READ = text(
+    f"""
+    WITH {CLOCK}
+    SELECT {ACCOUNT_COLUMNS},
            trueup.decide(a.subscription_id IS NOT NULL, a.is_active, a.end_date,
                          a.original, a.consumed, a.held, :estimate, clock.at) AS reason
     FROM clock LEFT JOIN LATERAL (
@@ -74,7 +82,7 @@ _READ = text(
 
 
 def read_account(connection: Connection, user_id: UserId, *, now: datetime | None = None) -> Account:
-    """Return the user's account. `now`: None means the database's clock."""
+    """Return the user's account. `now`: None means the database's clock. Raises `SeveralSubscriptionsError`."""
     return read_decision(connection, user_id, 0, now=now)[0]
 
 
@@ -82,11 +90,14 @@ def read_decision(
     connection: Connection, user_id: UserId, estimated_tokens: int, *, now: datetime | None = None
 ) -> tuple[Account, str | None]:
     """Return the account and, in the same snapshot, why a task of that size may not run (None: it may)."""
-    row = connection.execute(_READ, {"user_id": user_id, "estimate": estimated_tokens, "at": now}).one()
-    return _account(user_id, row), row.reason
+    row, *others = connection.execute(_READ, {"user_id": user_id, "estimate": estimated_tokens, "at": now})
+    if others:
+        raise several_subscriptions(user_id)
+    return account_of(user_id, row), row.reason
 
 
-def _account(user_id: UserId, row: Any) -> Account:
+def account_of(user_id: UserId, row: Any) -> Account:
+    """Return the account in a row with `ACCOUNT_COLUMNS`."""
     return Account(
         user_id=user_id,
         subscribed=row.subscribed,

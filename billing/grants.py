@@ -1,5 +1,8 @@
 """Grants: tokens on top of a plan, given once per reference, with an optional expiry; used in the order that
 `billing/sql/grants.sql` tells.
+
+A grant pays for nothing that a plan has paid for, so that none of its tokens goes by windows or plans that trueup did
+not look at: the host's own writes tell of each, and each window is held against the plans that it was used under.
 """
 
 from dataclasses import dataclass

@@ -131,6 +131,19 @@ def demanded_log_columns(connection: Connection, mapping: HostMapping) -> list[s
     return [f"{log.table}.{column}" for column in found.scalars()]
 
 
+def tables_without_triggers(connection: Connection, mapping: HostMapping) -> list[str]:
+    """Return what of the usage log and the subscriptions is no table of this database, such as a view."""
+    tables = [mapping.usage_log.table, mapping.subscription.table]
+    found = connection.execute(
+        text(
+            "SELECT name FROM unnest(CAST(:names AS text[]), CAST(:quoted AS text[])) AS t (name, quoted) "
+            "JOIN pg_class c ON c.oid = to_regclass(quoted) WHERE c.relkind NOT IN ('r', 'p')"
+        ),
+        {"names": tables, "quoted": [quote_table(table) for table in tables]},
+    )
+    return list(found.scalars())
+
+
 def _table(metadata: MetaData, name: str, *columns: Any) -> Table:
     schema, _, table = name.rpartition(".")
     return Table(table, metadata, *columns, schema=schema or None)

@@ -13,22 +13,27 @@ from billing.host_tables import (
     demanded_log_columns,
     missing_host_columns,
     missing_host_tables,
+    tables_without_triggers,
 )
 from billing.mapping import HostMapping, quote_table, render_sql
 from billing.schema import SCHEMA
 from billing.settings import get_settings
-
-# Any constant will do, as long as nobody else on this database takes the same: "trueup" in ASCII.
-INSTALL_LOCK = 0x747275657570
+from billing.short_locks import INSTALL_LOCK, STATEMENT_TIMEOUT_SECONDS
+from billing.subscriptions import refuse_shared_users
 
 # Functions before triggers; each file may use what those before it define.
 SQL_FILES = (
     "grants.sql",
     "accounts.sql",
+    "windows.sql",
     "triggers.sql",
+    "window_triggers.sql",
+    "rollout.sql",
+    "balances.sql",
     "holds.sql",
     "calls.sql",
     "charges.sql",
+    "usage.sql",
     "granting.sql",
     "reconcile.sql",
     "shards.sql",
@@ -45,7 +50,6 @@ SQL_FILES = (
 _WITHOUT = {"decrements.sql": "no_decrements.sql", "purchases.sql": "no_purchases.sql"}
 
 LOCK_TIMEOUT_SECONDS = 5
-STATEMENT_TIMEOUT_SECONDS = 300
 
 
 def install(connection: Connection, mapping: HostMapping, *, with_host_tables: bool) -> list[str]:
@@ -62,18 +66,30 @@ def install(connection: Connection, mapping: HostMapping, *, with_host_tables: b
         build_host_metadata(mapping).create_all(connection)
         done.append("host tables")
     _refuse_unfit_host(connection, mapping)
-    connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+    # Who owns the schema need not have the right to make another.
+    if connection.scalar(text("SELECT to_regnamespace(:schema) IS NULL"), {"schema": SCHEMA}):
+        connection.execute(text(f"CREATE SCHEMA {SCHEMA}"))
     _refuse_other_user_ids(connection, mapping)
     command.upgrade(_alembic_config(connection, mapping), "head")
     done.append("tables")
     connection.execute(_MARK_BALANCES_STALE, _installation_row(mapping) | {"log": quote_table(mapping.usage_log.table)})
-    connection.execute(_DROP_FUNCTIONS)
-    for name in _sql_files(mapping):
-        template = resources.files("billing").joinpath("sql", name).read_text()
-        connection.exec_driver_sql(render_sql(template, mapping).replace("%", "%%"))
+    drop_functions(connection)
+    for script in sql_scripts(mapping):
+        connection.exec_driver_sql(script.replace("%", "%%"))
     done.append("functions and triggers")
     connection.execute(_SAVE_INSTALLATION, _installation_row(mapping))
     return done
+
+
+def sql_scripts(mapping: HostMapping) -> list[str]:
+    """Return the scripts that make the functions and triggers for this mapping, in order."""
+    templates = resources.files("billing").joinpath("sql")
+    return [render_sql(templates.joinpath(name).read_text(), mapping) for name in _sql_files(mapping)]
+
+
+def drop_functions(connection: Connection) -> None:
+    """Drop trueup's functions, but those of triggers: until they are made again, every gate refuses."""
+    connection.execute(_DROP_FUNCTIONS)
 
 
 def check_installed(connection: Connection) -> None:
@@ -166,6 +182,13 @@ def _refuse_unfit_host(connection: Connection, mapping: HostMapping) -> None:
             f"{', '.join(demanded)} must be given in each row of the usage log, and trueup's rows could not give it. "
             "Nothing was changed. Give the column a default in the database."
         )
+    views = tables_without_triggers(connection, mapping)
+    if views:
+        raise NotInstalledError(
+            f"{', '.join(views)} is no table, so that trueup could not be told of its changes. Nothing was changed. "
+            "Map the table behind it under [host] in trueup.toml."
+        )
+    refuse_shared_users(connection, mapping)
 
 
 def _refuse_other_user_ids(connection: Connection, mapping: HostMapping) -> None:

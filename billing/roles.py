@@ -144,10 +144,8 @@ def grants_sql(connection: Connection, mapping: HostMapping, roles: RoleNames) -
         f"CREATE SCHEMA IF NOT EXISTS {SCHEMA} AUTHORIZATION {migrate}",
         f"ALTER SCHEMA {SCHEMA} OWNER TO {migrate}",
         *_ownership(connection, roles.migrate),
-        *(
-            f"GRANT TRIGGER ON TABLE {_qualified(connection, table)} TO {migrate}"
-            for table in (mapping.usage_log.table, mapping.subscription.table)
-        ),
+        f"GRANT TRIGGER ON TABLE {_qualified(connection, mapping.usage_log.table)} TO {migrate}",
+        f"GRANT TRIGGER ON TABLE {_qualified(connection, mapping.subscription.table)} TO {migrate}",
         *_grants(_host_rights(connection, mapping, read_users=False, write=False), migrate),
         # What a later `trueup db init` makes; run again after it, the lines below say it exactly.
         f"{by_default} GRANT SELECT, INSERT, UPDATE ON TABLES TO {worker}",

@@ -24,7 +24,9 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from billing.alert_settings import AlertSettings
+from billing.api_settings import ApiSettings
 from billing.errors import SettingsError
+from billing.gate_settings import GateSettings
 from billing.mapping import HostMapping
 from billing.reconcile_settings import ReconcileSettings
 
@@ -111,6 +113,8 @@ class Settings(BaseSettings):
 
     reconcile: ReconcileSettings = ReconcileSettings()
     alerts: AlertSettings = AlertSettings()
+    gate: GateSettings = GateSettings()
+    api: ApiSettings = ApiSettings()
     host: HostMapping = HostMapping()
 
     @field_validator("home")

@@ -14,6 +14,8 @@ from billing.schema.columns import user_id_column_type
 from billing.schema.grants import add_grant_tables
 from billing.schema.holds import add_hold_tables
 from billing.schema.reconciling import add_reconcile_tables
+from billing.schema.requests import add_request_table
+from billing.schema.rollout import add_rollout_tables
 
 SCHEMA = "trueup"
 
@@ -29,6 +31,8 @@ def build_metadata(user_id_type: UserIdType) -> MetaData:
     add_grant_tables(metadata, user_id)
     add_hold_tables(metadata, user_id)
     add_reconcile_tables(metadata, user_id)
+    add_request_table(metadata, user_id)
+    add_rollout_tables(metadata, user_id)
     return metadata
 
 

@@ -39,8 +39,6 @@ def add_balance_tables(metadata: MetaData, user_id: Any) -> None:
         tokens("log_epoch"),
         tokens("consumed", server_default=text("0")),
         tokens("held", server_default=text("0")),
-        # The plan's tokens when the balance was last locked; null until then.
-        tokens("plan_tokens", nullable=True),
         PrimaryKeyConstraint("user_id", name="balance_pkey"),
         # A hold given back twice would make tokens out of nothing.
         CheckConstraint("held >= 0", name="balance_held_not_negative"),

@@ -51,3 +51,18 @@ def add_grant_tables(metadata: MetaData, user_id: Any) -> None:
         PrimaryKeyConstraint("user_id", "grant_id", "window_start", name="grant_use_pkey"),
         CheckConstraint("tokens >= 0", name="grant_use_not_negative"),
     )
+    Table(
+        "window_change",
+        metadata,
+        user_id(),
+        Column("id", BigInteger, Identity(always=True), nullable=False),
+        moment("window_start"),
+        # As the host's row has them; the plan's size is looked up later, and then they are not looked at any more.
+        Column("token_plan_id", Text),
+        Column("full_plan_id", Text),
+        tokens("plan_tokens", nullable=True),
+        moment("changed_at"),
+        # When the next window began, once what this one used of grants is written down.
+        moment("settled_until", nullable=True),
+        PrimaryKeyConstraint("user_id", "id", name="window_change_pkey"),
+    )

@@ -162,6 +162,7 @@ def _add_drift_tables(metadata: MetaData, user_id: Any) -> None:
         tokens("counter_after", nullable=True),
         Column("grant_id", BigInteger),
         moment("decided_at"),
+        moment("window_start", nullable=True),
         PrimaryKeyConstraint("user_id", "id", name="drift_decision_pkey"),
         CheckConstraint("decision IN ('accept', 'grant', 'ignore', 'undo')", name="drift_decision_is_known"),
         # Two people who decide the same at once decide it once.

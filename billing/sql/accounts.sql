@@ -15,6 +15,18 @@ CREATE OR REPLACE FUNCTION trueup.decide(
     END
 $$;
 
+-- How far ahead a host's clock may be: a window that it begins later than this has not begun. trueup's own usage before
+-- a window that begins within it is dated at its begin, so that it counts.
+CREATE OR REPLACE FUNCTION trueup.clock_tolerance() RETURNS interval LANGUAGE sql IMMUTABLE AS $$
+    SELECT interval '5 minutes'
+$$;
+
+-- When usage of ours counts as logged that comes at that time in that window (NULL: there is none).
+CREATE OR REPLACE FUNCTION trueup.dated(at timestamptz, p_window timestamptz) RETURNS timestamptz
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE WHEN p_window <= at + trueup.clock_tolerance() THEN greatest(at, p_window) ELSE at END
+$$;
+
 -- What each subscription entitles to. original = the token plan's tokens, else the full plan's, else 0, plus what the
 -- user's grants add (grants.sql says what that is); a user without grants costs one look at an index.
 -- (`entitlements.at`: a bare `at` would be the host's column if one of its tables had one of that name.)
@@ -24,7 +36,12 @@ CREATE OR REPLACE FUNCTION trueup.entitlements(at timestamptz) RETURNS TABLE (
 ) LANGUAGE sql STABLE AS $$
     SELECT s.{{subscription.user_id}},
            s.{{subscription.id}}::text,
-           s.{{subscription.is_active}},
+           -- In a window that has not begun no usage counts, and with two subscriptions nobody knows which one does: what
+           -- can't be limited is not active.
+           s.{{subscription.is_active}} AND w.window_start <= entitlements.at + trueup.clock_tolerance()
+               AND NOT EXISTS (SELECT FROM {{subscription}} o
+                               WHERE o.{{subscription.user_id}} = s.{{subscription.user_id}}
+                                 AND o.{{subscription.id}} <> s.{{subscription.id}}),
            w.window_start,
            -- No end within the years that clients can hold is no end; one before them is long past.
            CASE WHEN s.{{subscription.end_date}} < '9999-12-31'

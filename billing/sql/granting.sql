@@ -58,6 +58,8 @@ BEGIN
     ELSE
         INSERT INTO trueup.token_grant (user_id, tokens, reason, reference, granted_at, expires_at, granted_by)
         VALUES (p_user, p_tokens, p_reason, p_reference, a.at, p_expires_at, p_by) RETURNING * INTO g;
+        -- The window that it begins in is known from now on, whatever the host does next.
+        PERFORM trueup.settle_grants(p_user, a.at);
         outcome := 'granted';
     END IF;
     grant_id := g.id;

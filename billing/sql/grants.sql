@@ -5,9 +5,13 @@
 -- Order of use: grants with an expiry (soonest first), then the plan, then grants without one (oldest first). A grant
 -- with an expiry pays for usage logged while it lived, and for what the user was over budget by when it came.
 --
--- trueup.grant_use keeps what a window used of a grant. It is written under the balance's lock, when the window moves
--- forward (for all grants) or when a grant is found ended (for that one). No row is of a window after the balance's;
--- a row of the balance's own window is of a grant that has ended in it.
+-- A grant pays for nothing that a plan has paid for. So each window is held against its own plan, however many windows
+-- came and went unseen: trueup.window_change tells of each, written in the host's own transaction. Within a window, what
+-- is logged counts against the plan of its time: a larger plan counts from the first row logged under it, and a smaller
+-- one leaves paid what the larger had paid for. Which of window and plan the host changes first does not matter, then.
+--
+-- trueup.grant_use keeps what a window used of a grant. It is written under the balance's lock, when the window has
+-- ended (for all grants) or when a grant is found ended (for that one).
 
 -- Counted tokens of the log between each two neighbours of these times; `place` 1: between the first two.
 CREATE OR REPLACE FUNCTION trueup.usage_between(p_user {{user_id_type}}, p_times timestamptz[])
@@ -21,42 +25,56 @@ RETURNS TABLE (place integer, tokens bigint) LANGUAGE sql STABLE AS $$
     GROUP BY 1
 $$;
 
--- A user's grants as a window finds them. `rest`: what they had left when it began. `settled`: what this window has
--- used of one that ended in it, once that is written down. A window that the balance has not seen yet comes after the
--- balance's own, whose use is then worked out from the log; one before the balance's ignores the use of those after it.
-CREATE OR REPLACE FUNCTION trueup.grants_at(p_user {{user_id_type}}, p_window timestamptz, p_plan bigint)
-RETURNS TABLE (
-    id bigint, begins timestamptz, ends timestamptz, expires_at timestamptz, rest bigint, settled bigint
-) LANGUAGE plpgsql STABLE AS $$
-DECLARE
-    b trueup.balance;
-BEGIN
-    SELECT * INTO b FROM trueup.balance t WHERE t.user_id = p_user;
-    RETURN QUERY
-    SELECT g.id, g.granted_at, least(coalesce(g.expires_at, 'infinity'), coalesce(g.revoked_at, 'infinity')),
-           g.expires_at,
-           greatest(g.tokens - coalesce((
-               SELECT sum(u.tokens) FROM trueup.grant_use u
-               WHERE u.user_id = p_user AND u.grant_id = g.id AND u.window_start < least(p_window, b.window_start)
-           ), 0) - coalesce(m.tokens, 0), 0)::bigint,
-           (SELECT u.tokens FROM trueup.grant_use u
-            WHERE b.window_start = p_window AND u.user_id = p_user AND u.grant_id = g.id
-              AND u.window_start = p_window)
-    FROM trueup.token_grant g
-    LEFT JOIN (
-        SELECT x.grant_id, x.tokens
-        FROM trueup.grant_uses(p_user, b.window_start,
-                               CASE WHEN b.window_start < p_window THEN p_window END,
-                               coalesce(b.plan_tokens, p_plan)) x
-    ) m ON m.grant_id = g.id
-    WHERE g.user_id = p_user;
-END $$;
+-- The tokens of a subscription with these plans, NULL: it has none of that kind.
+CREATE OR REPLACE FUNCTION trueup.plan_size(p_token_plan text, p_full_plan text) RETURNS bigint
+LANGUAGE sql STABLE AS $$
+    SELECT greatest(coalesce(
+        (SELECT t.{{token_plan.tokens_included}} FROM {{token_plan}} t
+         WHERE t.{{token_plan.id}}::text = plan_size.p_token_plan),
+        (SELECT t.{{full_plan.tokens_included}} FROM {{full_plan}} t
+         WHERE t.{{full_plan.id}}::text = plan_size.p_full_plan), 0), 0)::bigint
+$$;
 
--- What a window used of each grant from its begin until that time (NULL: nothing is asked, nothing is returned). Goes
--- from one begin or end of a grant to the next, and lets the grants that live in between pay for what was logged then.
-CREATE OR REPLACE FUNCTION trueup.grant_uses(
-    p_user {{user_id_type}}, p_window timestamptz, p_until timestamptz, p_plan bigint
-) RETURNS TABLE (grant_id bigint, tokens bigint) LANGUAGE plpgsql STABLE AS $$
+-- A user's windows, the first one first; the last is p_window, of p_plan if trueup.window_change does not know it yet.
+-- `until`: when the next began, NULL for the last. `settled`: what it used of grants is written down. `written_until`:
+-- to which end that was written; NULL: to each grant's own. `since`, `plans`: the plans' tokens, and from when on.
+-- A window that moved back makes those after it void, as if they had never been.
+CREATE OR REPLACE FUNCTION trueup.windows(p_user {{user_id_type}}, p_window timestamptz, p_plan bigint)
+RETURNS TABLE (
+    window_start timestamptz, until timestamptz, settled boolean, written_until timestamptz,
+    since timestamptz[], plans bigint[]
+) LANGUAGE sql STABLE AS $$
+    WITH noted AS (
+        SELECT c.id, c.window_start, c.changed_at, c.settled_until,
+               coalesce(c.plan_tokens, trueup.plan_size(c.token_plan_id, c.full_plan_id)) AS plan
+        FROM trueup.window_change c WHERE c.user_id = windows.p_user
+    ), known AS (
+        SELECT * FROM noted
+        UNION ALL
+        SELECT 9223372036854775807, windows.p_window, 'infinity', NULL, windows.p_plan
+        WHERE windows.p_window IS DISTINCT FROM (SELECT n.window_start FROM noted n ORDER BY n.id DESC LIMIT 1)
+    ), passed AS (
+        SELECT k.*, min(k.window_start) OVER (ORDER BY k.id ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING) AS lowest,
+               max(k.changed_at) OVER (ORDER BY k.id) AS since  -- though a clock was set back
+        FROM known k
+    ), kept AS (
+        SELECT p.window_start, lead(p.window_start) OVER (ORDER BY p.window_start) AS until,
+               max(p.settled_until) AS settled_until, array_agg(p.since ORDER BY p.id) AS since,
+               array_agg(p.plan ORDER BY p.id) AS plans
+        FROM passed p WHERE p.window_start = p.lowest GROUP BY p.window_start
+    )
+    SELECT k.window_start, k.until, coalesce(k.settled_until = k.until, false), least(k.until, k.settled_until),
+           k.since, k.plans
+    FROM kept k
+$$;
+
+-- What a window used until that time of the grants p_ids, of which it found p_rest left, in their order. Goes from one
+-- begin or end of a grant, or change of the plan, to the next, and lets the grants that live in between pay for what
+-- was logged then.
+CREATE OR REPLACE FUNCTION trueup.used_in_window(
+    p_user {{user_id_type}}, p_window timestamptz, p_until timestamptz, p_since timestamptz[], p_plans bigint[],
+    p_ids bigint[], p_rest bigint[]
+) RETURNS bigint[] LANGUAGE plpgsql STABLE AS $$
 DECLARE
     v_ids bigint[];
     v_begins timestamptz[];
@@ -66,37 +84,57 @@ DECLARE
     v_used bigint[];
     v_times timestamptz[];
     v_logged bigint[];
+    v_of_plan integer[];  -- which plan each of them was logged under
+    v_plan bigint := p_plans[1];
+    v_number integer;  -- the plan that counts: the last one that something was logged under
     v_spent bigint := 0;  -- by the plan and by grants without an expiry
     v_funds numeric;  -- what those have
     v_due bigint;
     v_take bigint;
 BEGIN
-    IF p_until IS NULL OR p_window IS NULL OR p_until <= p_window THEN
-        RETURN;
-    END IF;
     -- In the order in which they pay.
     SELECT array_agg(o.id), array_agg(o.begins), array_agg(o.ends), array_agg(o.expires_at IS NOT NULL),
-           array_agg(coalesce(o.settled, o.rest)), array_agg(0::bigint)
+           array_agg(o.rest), array_agg(0::bigint)
     INTO v_ids, v_begins, v_ends, v_expiring, v_rest, v_used
-    FROM (SELECT * FROM trueup.grants_at(p_user, p_window, p_plan) t
-          WHERE t.begins < p_until AND t.ends > p_window ORDER BY t.expires_at NULLS LAST, t.begins, t.id) o;
-    IF v_ids IS NULL THEN
-        RETURN;
+    FROM (SELECT g.id, g.granted_at AS begins, least(g.expires_at, g.revoked_at, 'infinity') AS ends, g.expires_at,
+                 r.rest
+          FROM unnest(p_ids, p_rest) AS r (id, rest)
+          JOIN trueup.token_grant g ON g.user_id = p_user AND g.id = r.id
+          WHERE g.granted_at < p_until AND least(g.expires_at, g.revoked_at, 'infinity') > p_window
+          ORDER BY g.expires_at NULLS LAST, g.granted_at, g.id) o;
+    IF v_ids IS NULL OR p_until <= p_window THEN
+        RETURN array_fill(0::bigint, ARRAY[cardinality(p_ids)]);
     END IF;
     SELECT array_agg(DISTINCT t.at ORDER BY t.at) INTO v_times
-    FROM unnest(v_begins || v_ends || ARRAY[p_window, p_until]) AS t (at)
+    FROM unnest(v_begins || v_ends || p_since || ARRAY[p_window, p_until]) AS t (at)
     WHERE t.at BETWEEN p_window AND p_until;
-    SELECT array_agg(coalesce(l.tokens, 0) ORDER BY t.place) INTO v_logged
+    SELECT array_agg(coalesce(l.tokens, 0) ORDER BY t.place), array_agg(p.number ORDER BY t.place)
+    INTO v_logged, v_of_plan
     FROM generate_series(1, cardinality(v_times) - 1) AS t (place)
-    LEFT JOIN trueup.usage_between(p_user, v_times) l ON l.place = t.place;
+    LEFT JOIN trueup.usage_between(p_user, v_times) l ON l.place = t.place
+    -- The first plan that is known is that of all before it.
+    CROSS JOIN LATERAL (SELECT coalesce(max(c.number), 1)::integer AS number
+                        FROM unnest(p_since) WITH ORDINALITY AS c (at, number) WHERE c.at <= v_times[t.place]) p;
     FOR s IN 1 .. cardinality(v_logged) LOOP
-        v_funds := p_plan;
+        -- One that has just come takes over what the user was over budget by, by the larger of the plan that counts and
+        -- the one that is: no grant pays for what that plan is going to cover.
+        v_funds := greatest(v_plan, p_plans[v_of_plan[s]]);
         FOR i IN 1 .. cardinality(v_ids) LOOP
             IF NOT v_expiring[i] AND v_begins[i] <= v_times[s] AND v_ends[i] > v_times[s] THEN
                 v_funds := v_funds + v_rest[i];
             END IF;
         END LOOP;
-        v_due := greatest(v_logged[s] + greatest(v_spent - v_funds, 0), 0);
+        FOR i IN 1 .. cardinality(v_ids) LOOP
+            IF v_expiring[i] AND v_begins[i] = v_times[s] AND v_ends[i] > v_times[s] THEN
+                v_used[i] := least(v_rest[i], greatest(v_spent - v_funds, 0));
+                v_spent := v_spent - v_used[i];
+            END IF;
+        END LOOP;
+        IF v_logged[s] <> 0 AND v_of_plan[s] IS DISTINCT FROM v_number THEN
+            v_number := v_of_plan[s];
+            v_plan := greatest(p_plans[v_number], least(v_spent, v_plan));
+        END IF;
+        v_due := greatest(v_logged[s], 0);
         v_spent := v_spent + v_logged[s];
         FOR i IN 1 .. cardinality(v_ids) LOOP
             IF v_expiring[i] AND v_begins[i] <= v_times[s] AND v_ends[i] > v_times[s] THEN
@@ -107,7 +145,7 @@ BEGIN
             END IF;
         END LOOP;
         -- One without an expiry pays when it is revoked, or at the end: for what the plan and older ones don't cover.
-        v_funds := p_plan;
+        v_funds := v_plan;
         FOR i IN 1 .. cardinality(v_ids) LOOP
             IF NOT v_expiring[i] AND v_begins[i] <= v_times[s] AND v_ends[i] > v_times[s] THEN
                 IF v_ends[i] = v_times[s + 1] OR v_times[s + 1] = p_until THEN
@@ -121,11 +159,98 @@ BEGIN
             END IF;
         END LOOP;
     END LOOP;
-    RETURN QUERY SELECT u.id, u.used FROM unnest(v_ids, v_used) AS u (id, used);
+    RETURN ARRAY(SELECT coalesce(u.used, 0) FROM unnest(p_ids) WITH ORDINALITY AS p (id, place)
+                 LEFT JOIN unnest(v_ids, v_used) AS u (id, used) ON u.id = p.id ORDER BY p.place);
 END $$;
 
+-- What is written down of a window's use of grants that have ended in it, and holds whether or not the window has ended.
+-- p_until: to which end all of it was written, NULL: to each grant's own. Beyond that, an end was not in sight.
+CREATE OR REPLACE FUNCTION trueup.written_use(p_user {{user_id_type}}, p_window timestamptz, p_until timestamptz)
+RETURNS TABLE (grant_id bigint, tokens bigint) LANGUAGE sql STABLE AS $$
+    SELECT u.grant_id, u.tokens FROM trueup.grant_use u
+    JOIN trueup.token_grant g ON g.user_id = u.user_id AND g.id = u.grant_id
+    WHERE u.user_id = p_user AND u.window_start = p_window
+      AND least(g.expires_at, g.revoked_at) <= coalesce(p_until, 'infinity')
+$$;
+
+-- What windows that have ended used of each grant, as far as it is not written down yet.
+CREATE OR REPLACE FUNCTION trueup.unsettled_uses(p_user {{user_id_type}}, p_window timestamptz, p_plan bigint)
+RETURNS TABLE (window_start timestamptz, until timestamptz, grant_id bigint, tokens bigint)
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    w record;
+    v_ids bigint[];
+    v_rest bigint[];
+    v_written bigint[];  -- of those that ended in the window, and were found ended before it was
+    v_used bigint[];
+BEGIN
+    FOR w IN SELECT * FROM trueup.windows(p_user, p_window, p_plan) t WHERE NOT t.settled AND t.until IS NOT NULL
+             ORDER BY t.window_start LOOP
+        IF v_ids IS NULL THEN
+            SELECT array_agg(g.id ORDER BY g.id),
+                   array_agg(g.tokens - coalesce((
+                       SELECT sum(u.tokens) FROM trueup.grant_use u
+                       WHERE u.user_id = p_user AND u.grant_id = g.id AND u.window_start < w.window_start), 0)::bigint
+                       ORDER BY g.id)
+            INTO v_ids, v_rest FROM trueup.token_grant g WHERE g.user_id = p_user;
+        END IF;
+        SELECT array_agg(x.tokens ORDER BY i.place) INTO v_written
+        FROM unnest(v_ids) WITH ORDINALITY AS i (id, place)
+        LEFT JOIN trueup.written_use(p_user, w.window_start, w.written_until) x ON x.grant_id = i.id;
+        v_used := trueup.used_in_window(
+            p_user, w.window_start, w.until, w.since, w.plans, v_ids,
+            ARRAY(SELECT coalesce(x.written, x.rest)
+                  FROM unnest(v_written, v_rest) WITH ORDINALITY AS x (written, rest, place) ORDER BY x.place));
+        v_used := ARRAY(SELECT coalesce(x.written, x.used)
+                        FROM unnest(v_written, v_used) WITH ORDINALITY AS x (written, used, place) ORDER BY x.place);
+        v_rest := ARRAY(SELECT greatest(x.rest - x.used, 0)
+                        FROM unnest(v_rest, v_used) WITH ORDINALITY AS x (rest, used, place) ORDER BY x.place);
+        RETURN QUERY SELECT w.window_start, w.until, u.id, u.used FROM unnest(v_ids, v_used) AS u (id, used);
+    END LOOP;
+END $$;
+
+-- A user's grants as a window, the newest one, finds them. `rest`: what they had left when it began. `settled`: what
+-- this window has used of one that ended in it, once that is written down.
+CREATE OR REPLACE FUNCTION trueup.grants_at(p_user {{user_id_type}}, p_window timestamptz, p_plan bigint)
+RETURNS TABLE (
+    id bigint, begins timestamptz, ends timestamptz, expires_at timestamptz, rest bigint, settled bigint
+) LANGUAGE sql STABLE AS $$
+    WITH w AS MATERIALIZED (
+        SELECT * FROM trueup.windows(p_user, p_window, p_plan)
+    ), used AS (
+        SELECT u.grant_id, sum(u.tokens) AS tokens
+        FROM (SELECT u.grant_id, u.tokens FROM w JOIN trueup.grant_use u
+                  ON u.user_id = p_user AND u.window_start = w.window_start
+              WHERE w.settled
+              UNION ALL
+              SELECT u.grant_id, u.tokens FROM trueup.unsettled_uses(p_user, p_window, p_plan) u
+              WHERE EXISTS (SELECT FROM w WHERE w.until IS NOT NULL AND NOT w.settled)) u
+        GROUP BY u.grant_id
+    )
+    SELECT g.id, g.granted_at, least(g.expires_at, g.revoked_at, 'infinity'), g.expires_at,
+           greatest(g.tokens - coalesce(used.tokens, 0), 0)::bigint, x.tokens
+    FROM trueup.token_grant g
+    LEFT JOIN used ON used.grant_id = g.id
+    LEFT JOIN w ON w.until IS NULL
+    LEFT JOIN LATERAL trueup.written_use(p_user, w.window_start, w.written_until) x ON x.grant_id = g.id
+    WHERE g.user_id = p_user
+$$;
+
+-- What the newest window has used of each grant until that time (NULL: nothing is asked, nothing is returned).
+CREATE OR REPLACE FUNCTION trueup.grant_uses(
+    p_user {{user_id_type}}, p_window timestamptz, p_until timestamptz, p_plan bigint
+) RETURNS TABLE (grant_id bigint, tokens bigint) LANGUAGE sql STABLE AS $$
+    SELECT u.id, u.used
+    FROM (SELECT array_agg(g.id) AS ids, array_agg(coalesce(g.settled, g.rest)) AS rest
+          FROM trueup.grants_at(p_user, p_window, p_plan) g) a
+    JOIN trueup.windows(p_user, p_window, p_plan) w ON w.until IS NULL
+    CROSS JOIN LATERAL unnest(a.ids, trueup.used_in_window(p_user, p_window, p_until, w.since, w.plans, a.ids, a.rest))
+        AS u (id, used)
+    WHERE p_until > p_window AND a.ids IS NOT NULL
+$$;
+
 -- What a user's grants add to the plan in that window at that time. The log is read only for a grant that has ended in
--- this window, or for a window that has ended, until the next gate or reconcile writes their use down.
+-- this window, or for windows that have ended, until the next gate or reconcile writes their use down.
 CREATE OR REPLACE FUNCTION trueup.granted(
     p_user {{user_id_type}}, p_window timestamptz, p_plan bigint, p_at timestamptz
 ) RETURNS numeric LANGUAGE plpgsql STABLE AS $$
@@ -145,40 +270,4 @@ BEGIN
             WHERE g.ends <= v_ended AND g.settled IS NULL);
     END IF;
     RETURN v_tokens;
-END $$;
-
--- Write down what the window that was has used, and what grants that ended in the one that is have paid for. For
--- trueup.lock_account, under the balance's lock; idempotent by key. A window that moved back makes the use of those
--- from it on void.
-CREATE OR REPLACE FUNCTION trueup.settle_grants(
-    p_user {{user_id_type}}, p_old timestamptz, p_new timestamptz, p_old_plan bigint, p_new_plan bigint,
-    p_at timestamptz
-) RETURNS void LANGUAGE plpgsql AS $$
-DECLARE
-    v_ended timestamptz;
-BEGIN
-    IF p_old < p_new THEN
-        INSERT INTO trueup.grant_use (user_id, grant_id, window_start, tokens)
-        SELECT p_user, u.grant_id, p_old, u.tokens FROM trueup.grant_uses(p_user, p_old, p_new, p_old_plan) u
-        WHERE u.tokens > 0
-        ON CONFLICT DO NOTHING;
-    ELSIF p_old > p_new THEN
-        DELETE FROM trueup.grant_use u WHERE u.user_id = p_user AND u.window_start >= p_new;
-    END IF;
-    -- (The balance may still show the window that was: its rows say what is written, not trueup.grants_at.)
-    SELECT max(least(g.expires_at, g.revoked_at)) INTO v_ended
-    FROM trueup.token_grant g
-    WHERE g.user_id = p_user AND least(g.expires_at, g.revoked_at) > p_new
-      AND least(g.expires_at, g.revoked_at) <= p_at
-      AND NOT EXISTS (SELECT FROM trueup.grant_use u
-                      WHERE u.user_id = p_user AND u.grant_id = g.id AND u.window_start = p_new);
-    IF v_ended IS NOT NULL THEN
-        INSERT INTO trueup.grant_use (user_id, grant_id, window_start, tokens)
-        SELECT p_user, g.id, p_new, coalesce(u.tokens, 0)
-        FROM trueup.token_grant g
-        LEFT JOIN trueup.grant_uses(p_user, p_new, v_ended, p_new_plan) u ON u.grant_id = g.id
-        WHERE g.user_id = p_user AND least(g.expires_at, g.revoked_at) > p_new
-          AND least(g.expires_at, g.revoked_at) <= v_ended
-        ON CONFLICT DO NOTHING;
-    END IF;
 END $$;

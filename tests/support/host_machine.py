@@ -9,13 +9,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize
 
 from tests.support.host import START, Host
 from tests.support.model_of_billing import ModelUser, Row
-from tests.support.model_of_grants import Grant
+from tests.support.model_of_grants import Change, Grant
 
 PLAN = 2_000
 TABLES = (
     "accounts_user, billing_tokenplan, billing_fullplan, billing_subscription, ai_usage_log, trueup.balance, "
-    "trueup.usage_delta, trueup.token_grant, trueup.grant_use, trueup.hold, trueup.charge, trueup.call_intent, "
-    "trueup.drift, trueup.drift_decision, trueup.reconcile_run"
+    "trueup.usage_delta, trueup.token_grant, trueup.grant_use, trueup.window_change, trueup.hold, trueup.charge, "
+    "trueup.call_intent, trueup.drift, trueup.drift_decision, trueup.reconcile_run"
 )
 
 sizes = st.sampled_from([0, 1, 50, 100, 300, 600, 1_000])
@@ -106,13 +106,32 @@ class HostMachine(RuleBasedStateMachine):
 
     def renew(self, draw: Draw) -> None:
         user = self.draw_subscriber(draw)
+        before = self._terms(user)
         user.start = draw(st.sampled_from([self.now, user.start])) + draw(shifts)
         self._set(user, "start_date = :start", start=user.start)
+        if user.start != before.window:
+            self._tell(user, before, self._terms(user))
 
     def change_plan(self, draw: Draw) -> None:
         user = self.draw_subscriber(draw)
+        before = self._terms(user)
         user.plan = draw(st.sampled_from([0, 1_000, PLAN, 3_000]))
         self._set(user, "token_plan_id = :plan", plan=self.host.plan(user.plan))
+        self._tell(user, before, self._terms(user))
+
+    def _terms(self, user: ModelUser) -> Change:
+        return Change(at=self.now, window=user.start, plan=user.plan)
+
+    def _tell(self, user: ModelUser, *changes: Change) -> None:
+        """The trigger has told of the host's changes; it goes by the clock on the wall, and the machine by its own."""
+        user.book.tell(*changes)
+        self.host.execute(
+            "UPDATE trueup.window_change SET changed_at = :now WHERE id IN (SELECT id FROM trueup.window_change "
+            "WHERE user_id = :user AND plan_tokens IS NULL ORDER BY id DESC LIMIT :count)",
+            now=self.now,
+            user=user.user,
+            count=len(changes),
+        )
 
     def change_term(self, draw: Draw) -> None:
         user = self.draw_subscriber(draw)
@@ -135,6 +154,7 @@ class HostMachine(RuleBasedStateMachine):
             plan=self.host.plan(user.plan),
             start=user.start,
         )
+        self._tell(user, self._terms(user))
 
     def set_counter(self, draw: Draw) -> None:
         user = self.draw_subscriber(draw)
@@ -156,6 +176,7 @@ class HostMachine(RuleBasedStateMachine):
             now=self.now,
         )
         user.book.grants[number] = Grant(id=number, tokens=tokens, granted_at=self.now, expires_at=expires_at)
+        user.lock(self.now)
 
     def revoke(self, draw: Draw) -> None:
         user = self.draw_subscriber(draw)

@@ -3,9 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 
 EVER = datetime.max.replace(tzinfo=UTC)
 Logged = tuple[datetime, int]
+Plans = list[tuple[datetime, int]]
 
 
 @dataclass(kw_only=True)
@@ -29,8 +31,9 @@ class Grant:
 class Window:
     """A window as it goes by: the plan and the grants, and what each has paid for."""
 
-    def __init__(self, plan: int) -> None:
-        self.plan = plan
+    def __init__(self) -> None:
+        self.plan = 0  # what it has for the user, or what a larger one before it has paid for
+        self.next_plan: int | None = None  # nothing was logged under it yet
         self.spent = 0  # of the plan and of grants without an expiry
         self.live: list[tuple[Grant, int]] = []
         self.used: dict[int, int] = {}
@@ -40,8 +43,8 @@ class Window:
         self.spent -= tokens
 
     def lasting(self, before: Grant | None = None) -> int:
-        """What the plan and grants without an expiry have, those older than one."""
-        return self.plan + sum(
+        """What grants without an expiry have, those older than one."""
+        return sum(
             rest for grant, rest in self.live if not grant.expires_at and (before is None or grant.turn < before.turn)
         )
 
@@ -49,9 +52,12 @@ class Window:
         self.used[grant.id] = 0
         self.live.append((grant, rest))
         if grant.expires_at:
-            self.take(grant, min(rest, max(0, self.spent - self.lasting())))
+            plan = max(self.plan, self.next_plan or 0)
+            self.take(grant, min(rest, max(0, self.spent - plan - self.lasting())))
 
     def use(self, tokens: int) -> None:
+        if self.next_plan is not None:
+            self.plan, self.next_plan = max(self.next_plan, min(self.spent, self.plan)), None
         self.spent += tokens
         for grant, rest in sorted(self.live, key=lambda pair: pair[0].turn):
             if grant.expires_at:
@@ -59,97 +65,164 @@ class Window:
                 self.take(grant, paid)
                 tokens -= paid
 
+    def over(self, grant: Grant, rest: int) -> int:
+        """What one without an expiry has to pay for: what the plan and older ones don't cover."""
+        return min(rest, max(0, self.spent - self.plan - self.lasting(grant)))
+
     def end(self, grant: Grant, rest: int) -> None:
         if not grant.expires_at:
-            self.take(grant, min(rest, max(0, self.spent - self.lasting(grant))))
+            self.take(grant, self.over(grant, rest))
         self.live.remove((grant, rest))
 
 
 def used_in(
-    grants: Iterable[tuple[Grant, int]], rows: Iterable[Logged], start: datetime, until: datetime, plan: int
+    grants: Iterable[tuple[Grant, int]], rows: Iterable[Logged], start: datetime, until: datetime, plans: Plans
 ) -> dict[int, int]:
     """Return what a window used of each grant, of which it found so much left."""
     grants = [pair for pair in grants if pair[0].granted_at < until and pair[0].ends > max(pair[0].granted_at, start)]
-    window = Window(plan)
-    begins = [(max(grant.granted_at, start), 1, grant.expires_at is not None, grant.turn, (grant, rest))
-              for grant, rest in grants]  # fmt: skip
-    ends = [(grant.ends, 0, False, grant.turn, (grant, rest)) for grant, rest in grants if grant.ends <= until]
-    uses = [(at, 2, False, (EVER, EVER, 0), tokens) for at, tokens in rows if start <= at < until]
-    for _, kind, _, _, what in sorted([*begins, *ends, *uses], key=lambda event: event[:4]):
-        if isinstance(what, int):
-            window.use(what)
+    window = Window()
+    first = (EVER, EVER, 0)
+    events = [
+        *[(grant.ends, 0, False, grant.turn, (grant, rest)) for grant, rest in grants if grant.ends <= until],
+        *[(max(at, start) if place else start, 1, False, (EVER, EVER, place), plan)
+          for place, (at, plan) in enumerate(plans)],
+        *[(max(grant.granted_at, start), 2, grant.expires_at is not None, grant.turn, (grant, rest))
+          for grant, rest in grants],
+        *[(at, 3, False, first, tokens) for at, tokens in rows if start <= at < until],
+    ]  # fmt: skip
+    for _, kind, _, _, what in sorted(events, key=lambda event: event[:4]):
+        if not isinstance(what, int):
+            (window.end if kind == 0 else window.begin)(*what)
         elif kind == 1:
-            window.begin(*what)
+            window.next_plan = what
         else:
-            window.end(*what)
+            window.use(what)
     for grant, rest in sorted(window.live, key=lambda pair: pair[0].turn):
         if not grant.expires_at:
-            window.used[grant.id] = min(rest, max(0, window.spent - window.lasting(grant)))
+            window.used[grant.id] = window.over(grant, rest)
     return window.used
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """The host's subscription became so."""
+
+    at: datetime
+    window: datetime
+    plan: int
 
 
 @dataclass(kw_only=True)
 class GrantBook:
-    """A user's grants. `window`, `plan`: those at which the balance stands; None: there is no balance."""
+    """A user's grants. `told`: what the host changed. `closed`: the settled windows, and when the next began."""
 
     grants: dict[int, Grant] = field(default_factory=dict)
-    window: datetime | None = None
-    plan: int | None = None
+    told: list[Change] = field(default_factory=list)
     settled: dict[tuple[int, datetime], int] = field(default_factory=dict)
+    closed: dict[datetime, datetime] = field(default_factory=dict)
+
+    def tell(self, *changes: Change) -> None:
+        if self.grants:
+            self.told.extend(changes)
+
+    def windows(self, start: datetime, plan: int) -> list[tuple[datetime, Plans]]:
+        """Return the windows up to this one, each with its plans. One that moved back takes those after it along."""
+        told = self.told
+        if not told or told[-1].window != start:
+            told = [*told, Change(at=EVER, window=start, plan=plan)]
+        windows: list[tuple[datetime, Plans]] = []
+        for change in told:
+            while windows and windows[-1][0] > change.window:
+                windows.pop()
+            if not windows or windows[-1][0] < change.window:
+                windows.append((change.window, []))
+            windows[-1][1].append((change.at, change.plan))
+        return windows
+
+    def written(self, window: datetime, until: datetime) -> dict[int, int]:
+        """Return what is settled of grants that ended in a window, and holds however the window goes on."""
+        known = min(until, self.closed.get(window, EVER))
+        return {
+            number: tokens
+            for (number, of), tokens in self.settled.items()
+            if of == window and self.grants[number].ends <= known and self.grants[number].ends < EVER
+        }
+
+    def uses(
+        self, start: datetime, plan: int, rows: list[Logged]
+    ) -> tuple[dict[int, int], dict[tuple[int, datetime], int]]:
+        """Return what is left of each grant for this window, and what each window that has ended used of it."""
+        left = {number: grant.tokens for number, grant in self.grants.items()}
+        uses = {}
+        windows = self.windows(start, plan)
+        for (window, plans), (until, _) in pairwise(windows):
+            if self.closed.get(window) == until:
+                used = {number: tokens for (number, of), tokens in self.settled.items() if of == window}
+            else:
+                written = self.written(window, until)
+                found = [(grant, written.get(number, left[number])) for number, grant in self.grants.items()]
+                worked_out = used_in(found, rows, window, until, plans)
+                used = {number: tokens for number, tokens in worked_out.items() if tokens} | written
+            left = {number: max(0, rest - used.get(number, 0)) for number, rest in left.items()}
+            uses |= {(number, window): tokens for number, tokens in used.items()}
+        return left, uses
 
     def found(self, start: datetime, plan: int, rows: list[Logged]) -> list[tuple[Grant, int]]:
         """Return each grant with what a window finds left of it; of one settled in it, what it has paid."""
-        before = dict.fromkeys(self.grants, 0)
-        for (number, window), tokens in self.settled.items():
-            if window < min(start, self.window or start):
-                before[number] += tokens
-        if self.window is not None and self.window < start:
-            old = self.plan if self.plan is not None else plan
-            for number, tokens in used_in(self.found(self.window, old, rows), rows, self.window, start, old).items():
-                before[number] += tokens
-        return [
-            (grant, self.settled.get((grant.id, start), grant.tokens - before[grant.id])
-             if self.window == start else grant.tokens - before[grant.id])
-            for grant in self.grants.values()
-        ]  # fmt: skip
+        left, _ = self.uses(start, plan, rows)
+        written = self.written(start, EVER)
+        return [(grant, written.get(number, left[number])) for number, grant in self.grants.items()]
+
+    def used_until(self, until: datetime, start: datetime, plan: int, rows: list[Logged]) -> dict[int, int]:
+        _, plans = self.windows(start, plan)[-1]
+        return used_in(self.found(start, plan, rows), rows, start, until, plans)
 
     def adds(self, start: datetime, plan: int, rows: list[Logged], now: datetime) -> int:
         """Return what the grants add to a plan."""
         total = 0
-        found = self.found(start, plan, rows)
-        for grant, rest in found:
+        written = self.written(start, EVER)
+        for grant, rest in self.found(start, plan, rows):
             if grant.granted_at > now or grant.ends <= start:
                 continue
-            if grant.ends > now:
+            if grant.ends > now or grant.id in written:
                 total += rest
-            elif self.window == start and (grant.id, start) in self.settled:
-                total += self.settled[grant.id, start]
             else:
-                total += used_in(found, rows, start, grant.ends, plan).get(grant.id, 0)
+                total += self.used_until(grant.ends, start, plan, rows).get(grant.id, 0)
         return total
 
     def settle(self, start: datetime, plan: int, rows: list[Logged], now: datetime) -> None:
         """Write down what is settled, as whoever locks the balance does."""
-        if self.window is not None and self.window < start:
-            old = self.plan if self.plan is not None else plan
-            for number, tokens in used_in(self.found(self.window, old, rows), rows, self.window, start, old).items():
-                if tokens:
-                    self.settled.setdefault((number, self.window), tokens)
-        self.settled = {
-            place: tokens for place, tokens in self.settled.items() if place[1] < start or self.window == start
-        }
-        self.window, self.plan = start, plan
-        found = self.found(start, plan, rows)
-        ended = {
-            grant.id: used_in(found, rows, start, grant.ends, plan).get(grant.id, 0)
-            for grant, _ in found
-            if start < grant.ends <= now
-        }
-        for number, tokens in ended.items():
-            self.settled.setdefault((number, start), tokens)
+        if not self.grants:
+            return
+        if not self.told or (self.told[-1].window, self.told[-1].plan) != (start, plan):
+            self.told.append(Change(at=now, window=start, plan=plan))
+        _, uses = self.uses(start, plan, rows)
+        ended = self.written(start, EVER)
+        windows = [window for window, _ in self.windows(start, plan)]
+        self.settled = uses | {(number, start): tokens for number, tokens in ended.items()}
+        self.closed = dict(pairwise(windows))
+        self._forget_what_was_taken_back()
+        for grant in self.grants.values():
+            if start < grant.ends <= now:
+                used = self.used_until(grant.ends, start, plan, rows).get(grant.id, 0)
+                self.settled.setdefault((grant.id, start), used)
+
+    def _forget_what_was_taken_back(self) -> None:
+        told: list[Change] = []
+        for change in self.told:
+            while told and told[-1].window > change.window:
+                told.pop()
+            told.append(change)
+        self.told = [
+            change
+            for before, change in zip([None, *told], told, strict=False)
+            if before is None or (before.window, before.plan) != (change.window, change.plan)
+        ]
 
     def left(self, start: datetime, plan: int, rows: list[Logged], now: datetime) -> dict[int, int]:
         """Return what each grant still adds."""
-        found = self.found(start, plan, rows)
-        used = used_in(found, rows, start, now, plan)
-        return {grant.id: rest - used.get(grant.id, 0) if grant.ends > now else 0 for grant, rest in found}
+        used = self.used_until(now, start, plan, rows)
+        return {
+            grant.id: rest - used.get(grant.id, 0) if grant.ends > now else 0
+            for grant, rest in self.found(start, plan, rows)
+        }

@@ -16,7 +16,6 @@ ALTER TABLE trueup.outbox ADD COLUMN tries integer DEFAULT 1 NOT NULL;
 """
 
 GRANTS = """
-ALTER TABLE trueup.balance ADD COLUMN plan_tokens bigint;
 ALTER TABLE trueup.charge ADD COLUMN counter_lowered boolean;
 ALTER TABLE trueup.token_grant
     ADD COLUMN granted_by text DEFAULT '' NOT NULL,
@@ -32,6 +31,17 @@ CREATE TABLE trueup.grant_use (
     tokens bigint NOT NULL,
     CONSTRAINT grant_use_pkey PRIMARY KEY (user_id, grant_id, window_start),
     CONSTRAINT grant_use_not_negative CHECK (tokens >= 0)
+);
+CREATE TABLE trueup.window_change (
+    user_id {user_id} NOT NULL,
+    id bigint GENERATED ALWAYS AS IDENTITY,
+    window_start timestamptz NOT NULL,
+    token_plan_id text,
+    full_plan_id text,
+    plan_tokens bigint,
+    changed_at timestamptz NOT NULL,
+    settled_until timestamptz,
+    CONSTRAINT window_change_pkey PRIMARY KEY (user_id, id)
 );
 """
 
@@ -63,6 +73,7 @@ CREATE TABLE trueup.drift_decision (
     counter_after bigint,
     grant_id bigint,
     decided_at timestamptz NOT NULL,
+    window_start timestamptz,
     CONSTRAINT drift_decision_pkey PRIMARY KEY (user_id, id),
     CONSTRAINT drift_decision_is_known CHECK (decision IN ('accept', 'grant', 'ignore', 'undo')),
     CONSTRAINT drift_decision_once UNIQUE (user_id, drift_id, decision)
