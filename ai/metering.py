@@ -5,7 +5,6 @@ body in any other way finds no hold, and can't spend.
 """
 
 import hashlib
-import itertools
 import json
 import logging
 import time
@@ -45,8 +44,6 @@ class RunningHold:
         self.tokens_left = hold.tokens_left
         self.streams: set[CompletionStream] = set()  # those that run; none must end uncharged
         self.is_lost = False  # set when a charge came late: then the hold is not this attempt's any more
-        # Calls are told apart by their order in the task, so that a redelivery finds the same ones.
-        self.ordinals = itertools.count(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +154,8 @@ class MeteredModel:
         running = _running_hold()
         if running.is_lost:
             raise HoldOvertakenError(running.hold.task_id, running.hold.attempt)
-        key = f"{next(running.ordinals)}:{_fingerprint(self._settings.model_name, messages)}"
+        # Calls are told apart by their order in the task, so that a redelivery finds the same ones.
+        key = f"{next(running.hold.ordinals)}:{_fingerprint(self._settings.model_name, messages)}"
         if running.hold.attempt > 1:
             found = db.retrying(lambda connection: find_answer(connection, running.hold, key))
             if found is not None:

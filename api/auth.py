@@ -5,6 +5,7 @@
 
 from dataclasses import dataclass
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import jwt
 from fastapi import Depends, Request, Security
@@ -93,7 +94,8 @@ class Verifier:
         user_id = None if claimed is None else self._parse(claimed)
         return Token(
             user_id=user_id,
-            subject=str(claims.get("sub", "")) if user_id is None else str(user_id),
+            # A machine may have any name: it is not counted as the user whose id that is.
+            subject=f"machine {claims.get('sub', '')}" if user_id is None else str(user_id),
             scopes=frozenset(word for word in words if isinstance(word, str)),
         )
 
@@ -106,11 +108,22 @@ class Verifier:
     def _demo_token(self, request: Request, encoded: str) -> Token:
         """Take the token for the user's id: from this machine alone, and not from a page in its browser."""
         server, client = request.scope.get("server"), request.client
-        names = (server and server[0], client and client.host, request.url.hostname)
+        names = (server and server[0], client and client.host, _named_host(request))
         if not all(name and is_loopback(name) for name in names):
             raise refusal("The demo is for this machine only")
         user_id = self._parse(encoded)
         return Token(user_id=user_id, subject=str(user_id), scopes=frozenset({self._settings.operator_scope}))
+
+
+def _named_host(request: Request) -> str | None:
+    """Return what the caller calls this machine; None: nothing that can be read.
+
+    Not from the request's URL: that has this machine's own name where the caller's can't be read.
+    """
+    try:
+        return urlsplit(f"//{request.headers.get('host', '')}").hostname
+    except ValueError:
+        return None
 
 
 def refusal(problem: str) -> ApiError:

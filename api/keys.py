@@ -65,12 +65,17 @@ class KeySet:
         self._keys = keys
 
     def find(self, header: dict[str, Any]) -> jwt.PyJWK:
+        key = self.get(header)
+        if key is None:
+            raise UnknownKeyError
+        return key
+
+    def get(self, header: dict[str, Any]) -> jwt.PyJWK | None:
+        """Return the same; None: there is none."""
         kid = header.get("kid")
-        if kid is None and len(self._keys) == 1:
-            return next(iter(self._keys.values()))
-        if kid is not None and kid in self._keys:
-            return self._keys[kid]
-        raise UnknownKeyError
+        if kid is None:
+            return next(iter(self._keys.values())) if len(self._keys) == 1 else None
+        return self._keys.get(kid)
 
 
 class RemoteKeySet:
@@ -88,32 +93,39 @@ class RemoteKeySet:
 
     def find(self, header: dict[str, Any]) -> jwt.PyJWK:
         known = self._keys
-        if known is not None and monotonic() - self._read_at < self._settings.jwks_max_age_seconds:
+        key = known.get(header) if known is not None else None
+        if key is not None and monotonic() - self._read_at < self._settings.jwks_max_age_seconds:
+            return key
+        # Whom an old key can serve does not wait for another thread that asks: one slow issuer would hold up everybody.
+        if self._lock.acquire(blocking=key is None):
             try:
-                return known.find(header)
-            except UnknownKeyError:
-                pass
-        self._refresh(known)
+                self._refresh(known)
+            finally:
+                self._lock.release()
         if self._keys is None:
             raise KeysUnavailableError
         return self._keys.find(header)
 
     def _refresh(self, seen: KeySet | None) -> None:
-        """Read the keys again, unless another thread has done so since `seen`, or it was tried just now."""
-        with self._lock:
-            if self._keys is not seen or monotonic() - self._asked_at < self._settings.jwks_retry_seconds:
-                return
-            try:
-                self._keys = KeySet(parse_jwks(self._fetch()))
-                self._read_at = monotonic()
-            except (httpx.HTTPError, ValueError) as error:
-                logger.warning("no keys from %s: %s", self._settings.jwks_url, error)
-            finally:
-                self._asked_at = monotonic()
+        """Read the keys again, unless another thread has done so since `seen`, or it was tried just now.
+
+        Under the lock.
+        """
+        if self._keys is not seen or monotonic() - self._asked_at < self._settings.jwks_retry_seconds:
+            return
+        try:
+            self._keys = KeySet(parse_jwks(self._fetch()))
+            self._read_at = monotonic()
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            logger.warning("no keys from %s: %s", self._settings.jwks_url, error)
+        finally:
+            self._asked_at = monotonic()
 
     def _fetch(self) -> bytes:
         assert self._settings.jwks_url is not None  # noqa: S101 - for the type checker: this class is for it
         timeout = httpx.Timeout(self._settings.jwks_timeout_seconds)
+        # httpx limits each read: an answer that drips would never end.
+        deadline = monotonic() + self._settings.jwks_timeout_seconds
         # No redirects: they could lead away from TLS.
         with httpx.stream("GET", self._settings.jwks_url, timeout=timeout, follow_redirects=False) as answer:
             if answer.status_code != 200:
@@ -123,6 +135,8 @@ class RemoteKeySet:
                 content += part
                 if len(content) > MAX_JWKS_BYTES:
                     raise ValueError(f"more than {MAX_JWKS_BYTES} bytes")
+                if monotonic() > deadline:
+                    raise ValueError(f"more than {self._settings.jwks_timeout_seconds} s")
         return content
 
 

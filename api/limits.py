@@ -41,8 +41,7 @@ class RateLimit:
             return
         limiter, taken = self._hit(subject)
         if not taken:
-            reset_at = limiter.get_window_stats(self._item, subject).reset_time
-            seconds = max(1, min(60, round(reset_at - time.time())))
+            seconds = self._seconds_left(limiter, subject)
             raise ApiError(
                 429,
                 "too_many_requests",
@@ -61,6 +60,14 @@ class RateLimit:
                 self._retry_at = time.monotonic() + PAUSE_SECONDS
                 logger.warning("rate limits are counted in this process for now: Redis does not answer (%s)", error)
         return self._memory, self._memory.hit(self._item, subject)
+
+    def _seconds_left(self, limiter: SlidingWindowCounterRateLimiter, subject: str) -> int:
+        assert self._item is not None  # noqa: S101 - for the type checker: asked above
+        try:
+            reset_at = limiter.get_window_stats(self._item, subject).reset_time
+        except RedisError:  # it has just gone away
+            return 60
+        return max(1, min(60, round(reset_at - time.time())))
 
     def _connected(self) -> SlidingWindowCounterRateLimiter | None:
         """Return the limiter in Redis; None for a broker that `limits` can't use."""

@@ -14,7 +14,10 @@ class GateSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     default_mode: GateMode = Field(default="enforce", description="enforce, observe or off, for features not named")
-    modes: dict[str, GateMode] = Field(default_factory=dict, description="enforce, observe or off, by feature name")
+    modes: dict[str, GateMode] = Field(
+        default_factory=dict, description='enforce, observe or off, by feature name; "*": every other'
+    )
 
     def mode_of(self, feature_name: str) -> GateMode:
-        return self.modes.get(feature_name, self.default_mode)
+        """Return a feature's own mode, that of "*" (every other feature, as at run time), or the default."""
+        return self.modes.get(feature_name, self.modes.get("*", self.default_mode))

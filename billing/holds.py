@@ -1,6 +1,8 @@
 """Holds: tokens set aside for one running task, from before its work until after its last charge."""
 
-from dataclasses import dataclass, fields
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any
 
@@ -22,7 +24,8 @@ class Hold:
     `tokens_left`: count still set aside. `attempt`: 1 for the first delivery, counted up by each later one; it fences
     an attempt that was overtaken. `reattached`: an earlier attempt had opened it. `replay`: an earlier attempt had done
     the task's work already, so this hold has no tokens and is for making the result again. `passed`: the reason code of
-    a denial that the feature's mode let pass; None: it was admitted.
+    a denial that the feature's mode let pass; None: it was admitted. `ordinals`: numbers of its calls, counted through
+    however often the model client is given it: two calls of one number would be one charge.
     """
 
     user_id: UserId
@@ -35,6 +38,7 @@ class Hold:
     tokens_left: int
     expires_at: datetime
     passed: str | None = None
+    ordinals: Iterator[int] = field(default_factory=lambda: itertools.count(1), init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

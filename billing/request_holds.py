@@ -8,18 +8,20 @@ import uuid
 from types import TracebackType
 from typing import Any, Self
 
+from sqlalchemy import Connection
+
 from billing import db
 from billing.access import check_estimate, denial_payload, denied_unknown_user
 from billing.calls import extend_hold
 from billing.charges import Charge, Usage, record_charge
-from billing.errors import InvalidInputError, NoHoldError, TokensDenied, TrueupError
+from billing.errors import HoldBusyError, InvalidInputError, NoHoldError, TokensDenied, TrueupError
 from billing.figures import check_count, check_counts, check_key, check_metadata, check_name
-from billing.holds import Hold, close_hold, open_hold
+from billing.holds import Hold, close_abandoned_hold, close_hold, open_hold
 from billing.insisting import insist
 from billing.sections import check_section
 from billing.settings import get_settings
 from billing.threads import in_thread
-from billing.users import user_id_of
+from billing.users import UserId, user_id_of
 
 logger = logging.getLogger(__name__)
 
@@ -129,22 +131,38 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
             raise InvalidInputError("ai_tokens: this one is in use. Make another for each block.")
         if self._user_id is None:
             raise TokensDenied(denial_payload(denied_unknown_user()))
-        user_id, settings = self._user_id, get_settings()
-        self._hold = db.retrying(
-            lambda connection: open_hold(
+        self._hold = self._open(self._user_id)
+        self._tokens_left = self._hold.tokens_left
+        return self
+
+    def _open(self, user_id: UserId) -> Hold:
+        settings = get_settings()
+        # A name that no other block has, not even another one of this key in this process.
+        owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:12]}"
+
+        def open_own(connection: Connection) -> Hold:
+            return open_hold(
                 connection,
                 user_id=user_id,
                 task_id=self._task_id,
                 feature_name=self._feature_name,
                 section=self._section,
                 estimated_tokens=self._estimated_tokens,
-                owner=f"{socket.gethostname()}:{os.getpid()}",
+                owner=owner,
                 lease_seconds=settings.hold_ttl_seconds,
                 ttl_seconds=settings.hold_ttl_seconds,
             )
-        )
-        self._tokens_left = self._hold.tokens_left
-        return self
+
+        try:
+            return db.retrying(open_own)
+        except HoldBusyError:
+            # The first try's answer may have been lost with its connection: then the hold at work is this block's own.
+            closed = db.retrying(
+                lambda connection: close_abandoned_hold(connection, user_id, self._task_id, owner=owner)
+            )
+            if closed is None:
+                raise
+        return db.retrying(open_own)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

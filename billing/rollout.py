@@ -205,6 +205,6 @@ def prune_observed_denials(connection: Connection, *, older_than: timedelta, lim
 
 def _check_text(name: str, value: str, *, most: int = _MAX_NAME) -> str:
     value = value.strip()
-    if not value or len(value) > most or "\x00" in value:
+    if not value or len(value) > most or any(letter == "\x00" or "\ud800" <= letter <= "\udfff" for letter in value):
         raise InvalidInputError(f"{name}: give a text of 1 to {most} characters")
     return value

@@ -11,10 +11,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from sqlalchemy import Connection, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
+from billing import db
 from billing.charges import LOG_NAMESPACE
-from billing.errors import InvalidInputError, ServiceUnavailableError, UnknownUserError
+from billing.errors import InvalidInputError, TrueupError, UnknownUserError
 from billing.figures import check_count, check_counts, check_key, check_metadata, storable_text
 from billing.insisting import insist
 from billing.sections import check_section
@@ -151,8 +152,8 @@ class ai_usage:  # noqa: N801 - used as a function: `with ai_usage(user, section
         figures = _Figures.of(0, 0, None, self._model_name, self._elapsed_ms())
         try:
             self.recorded = _record(self._fixed, figures, success=False, error=said)
-        except (ServiceUnavailableError, UnknownUserError) as not_recorded:
-            error.add_note(f"This failed call is not in the usage log: {not_recorded}")
+        except (TrueupError, DBAPIError) as not_recorded:
+            error.add_note(f"This failed call is not in the usage log: {db.reason_of(not_recorded)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,8 +133,7 @@ class MeteredTask(Task):
             if self.request.called_directly:
                 raise
             if db.retrying(lambda connection: has_later_attempt(connection, hold)):
-                # A duplicate that came second: the attempt that has the hold makes the result.
-                raise Ignore(str(error)) from error
+                raise _put_back(error) from error
             # Its hold's time ran out and nobody went on: back to the gate, with what it has paid for.
             raise self._wait(error, ASK_AGAIN_SECONDS) from error
 
@@ -220,7 +219,7 @@ class MeteredTask(Task):
         """Retry as Celery does, unless a later attempt has the hold: it must not lose it to an earlier one."""
         hold = running_hold()
         if hold is not None and db.retrying(lambda connection: has_later_attempt(connection, hold)):
-            raise Ignore(f"a later attempt of task {hold.task_id} goes on")
+            raise _put_back(HoldOvertakenError(hold.task_id, hold.attempt))
         return super().retry(*args, **kwargs)
 
     def _retry_provider(self, error: TrueupError) -> Exception:
@@ -233,6 +232,16 @@ class MeteredTask(Task):
             put_back: Exception = Reject(rejected.reason, requeue=True)
             return put_back
         return retry
+
+
+def _put_back(error: HoldOvertakenError) -> Exception:
+    """Leave the task to the attempt that has its hold, and its message to the broker.
+
+    Redis delivers a message again under the same tag: acknowledged here, it would be lost if that attempt dies too. Put
+    back, it waits for that attempt at the gate, and finds its work done.
+    """
+    rejected: Exception = Reject(error, requeue=True)
+    return rejected
 
 
 def _before_redelivery(countdown: float) -> float:

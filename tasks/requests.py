@@ -4,7 +4,10 @@ A killed process runs no `finally`. Without this its tokens would be held until 
 """
 
 import logging
+import os
+import signal
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from celery.exceptions import WorkerLostError
@@ -29,6 +32,7 @@ class MeteredRequest(Request):
     def on_timeout(self, soft: bool, timeout: float) -> None:
         super().on_timeout(soft, timeout)
         if not soft:
+            self._kill()
             self._give_back()
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
@@ -40,6 +44,12 @@ class MeteredRequest(Request):
             self._tell(abandon_calls)
         else:
             self._give_back()
+
+    def _kill(self) -> None:
+        """End the process now. The pool does so after this: until then it could charge a call past its hold's end."""
+        if self.worker_pid is not None and self.worker_pid != os.getpid():  # other pools have no processes
+            with suppress(ProcessLookupError):
+                os.kill(self.worker_pid, signal.SIGKILL)
 
     def _was_lost(self, error: BaseException) -> bool:
         lost = (WorkerLostError, SystemExit, KeyboardInterrupt)

@@ -15,6 +15,7 @@ DECLARE
     h trueup.hold;
     v_covered bigint;
     v_counted bigint;
+    v_own boolean;
     v_kept bigint;
     v_lowered boolean;
     v_first_key text := split_part(p_call_key, '~', 1);  -- the call's key, if it was bought twice
@@ -48,7 +49,8 @@ BEGIN
                 true, p_model, p_metadata, trueup.dated(at, CASE WHEN a.subscribed THEN a.window_start END))
         -- As it was logged: a trigger of the host's may have changed or dropped the row.
         RETURNING CASE WHEN l.{{usage_log.success}} AND l.{{usage_log.created_at}} >= a.window_start
-                       THEN l.{{usage_log.total_tokens}} END INTO v_counted;
+                       THEN l.{{usage_log.total_tokens}} END,
+                  l.{{usage_log.id}}::text = p_log_id INTO v_counted, v_own;
         PERFORM set_config('trueup.own_log_id', '', true);
         -- The row's foreign key is checked now, before the counter is locked: Django's are deferred to the commit, and
         -- a host that has the user's row and then wants the counter's would deadlock with us.
@@ -67,7 +69,9 @@ BEGIN
                                  tokens_charged = t.tokens_charged + p_total, calls = t.calls + 1
         WHERE t.user_id = p_user AND t.task_id = p_task AND t.id = h.id
         RETURNING * INTO h;
-        a.consumed := a.consumed + coalesce(v_counted, 0);
+        IF v_own THEN  -- else it has another id by now, and has made its delta as anyone's
+            a.consumed := a.consumed + coalesce(v_counted, 0);
+        END IF;
         a.held := a.held - v_covered;
         IF h.body_ended_at IS NOT NULL THEN
             -- It was open for calls in flight alone: with the last of them it ends.

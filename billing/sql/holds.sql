@@ -8,7 +8,8 @@
 --   * its lease has run out: the attempt before is dead, or too slow.
 --     In either case the attempt that has the hold may be in a call, for a retry may be another attempt's than that one's:
 --     so what the call may cost is kept back; and as much is added if the budget has it, for else a task whose worker died
---     in a call of all its hold could never go on. (A worker that saw it die says so: trueup.abandon_calls.)
+--     in a call of all its hold could never go on. (A worker that saw it die says so: trueup.abandon_calls.) A mode that
+--     lets pass adds it whatever is left of the budget, and notes nothing: the task was noted at its gate, if it was to be.
 --   * otherwise it is at work now, and this is a duplicate. `busy_until` says when to ask again. One duplicate that waits
 --     is enough for the case that the one at work dies; any other is `superfluous`, or they would multiply. The one that
 --     waits is given a number, `waits`, and brings it back as p_waits: copies of its message come with older ones.
@@ -55,8 +56,9 @@ BEGIN
     ELSIF v_at_work THEN
         SELECT sum(c.tokens_bound) INTO v_kept FROM trueup.call_intent c
         WHERE c.user_id = p_user AND c.task_id = p_task AND c.attempt = h.attempt AND c.outcome = 'started';
-        IF trueup.decide(a.subscribed, a.is_active, a.end_date, original, consumed, held, v_kept, at) IS NULL
-           AND v_kept > 0 THEN
+        IF v_kept > 0 AND (
+            trueup.decide(a.subscribed, a.is_active, a.end_date, original, consumed, held, v_kept, at) IS NULL
+            OR trueup.gate_mode_of(p_feature, p_mode) <> 'enforce') THEN
             UPDATE trueup.hold SET tokens_reserved = tokens_reserved + v_kept
             WHERE user_id = p_user AND task_id = p_task AND id = h.id;
             held := held + v_kept;

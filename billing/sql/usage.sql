@@ -32,6 +32,7 @@ DECLARE
     a record;
     v_at timestamptz;
     v_counted bigint;
+    v_own boolean;
     v_lowered boolean := true;
 BEGIN
     PERFORM trueup.queue_for(p_user);
@@ -54,11 +55,14 @@ BEGIN
         -- As it was logged: a trigger of the host's may have changed or dropped the row.
         RETURNING CASE WHEN l.{{usage_log.success}}
                             AND l.{{usage_log.created_at}} >= coalesce(a.window_start, '-infinity'::timestamptz)
-                       THEN l.{{usage_log.total_tokens}} END INTO v_counted;
+                       THEN l.{{usage_log.total_tokens}} END,
+                  l.{{usage_log.id}}::text = p_log_id INTO v_counted, v_own;
         PERFORM set_config('trueup.own_log_id', '', true);
         PERFORM trueup.note_error(p_log_id, p_error);
         v_counted := coalesce(v_counted, 0);
-        a.consumed := a.consumed + v_counted;
+        IF v_own THEN  -- else it has another id by now, and has made its delta as anyone's
+            a.consumed := a.consumed + v_counted;
+        END IF;
         -- The row's foreign key is checked now, before the counter is locked: Django's are deferred to the commit, and
         -- a host that has the user's row and then wants the counter's would deadlock with us.
         SET CONSTRAINTS ALL IMMEDIATE;
@@ -96,7 +100,7 @@ BEGIN
         WHERE l.{{usage_log.id}} = note_error.p_log_id::{{usage_log_id_type}};
     ELSE
         UPDATE {{usage_log}} AS l
-        SET {{usage_log.metadata}} = l.{{usage_log.metadata}} || jsonb_build_object('error', note_error.p_error)
+        SET {{usage_log.metadata}} = l.{{usage_log.metadata}}::jsonb || jsonb_build_object('error', note_error.p_error)
         WHERE l.{{usage_log.id}} = note_error.p_log_id::{{usage_log_id_type}};
     END IF;
 END $$;

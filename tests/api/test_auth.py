@@ -6,7 +6,9 @@ import hmac
 import json
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fastapi.testclient import TestClient
 from pytest_httpserver import HTTPServer
+from werkzeug import Response
 
 from billing.errors import SettingsError
 from billing.settings import get_settings
 from tests.api.conftest import MakeClient
 from tests.support.api import OPERATOR, SECRET, Clock, bearer, token
 from tests.support.host import Host
+from tests.support.sessions import in_background
 from worker.http import create_app
 
 RSA_KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -207,6 +211,60 @@ def test_keys_that_are_old_are_asked_for_again(
     assert status(client, signed_by(RSA_KEY, "one", user)) == 401
 
 
+@pytest.mark.parametrize("url", ["https://127.0.0.1:1/a\x7fb", "https://127.0.0.1:1/keys"])
+def test_an_issuer_that_cant_even_be_asked_is_503(client_with: MakeClient, user: int, url: str) -> None:
+    client = client_with(jwt_secret=None, jwks_url=url)
+    assert client.get(PROFILE, headers=signed_by(RSA_KEY, "one", user)).status_code == 503
+
+
+def test_an_issuer_whose_answer_does_not_end_is_given_up(
+    client_with: MakeClient, user: int, httpserver: HTTPServer, clock: Clock
+) -> None:
+    def drip() -> Iterator[bytes]:
+        for _ in range(100):
+            clock.go_on(1)
+            sent.append(b" ")
+            yield sent[-1]
+            given_up.wait(0.05)
+        yield jwks(jwk(RSA_KEY, kid="one")).encode()
+
+    sent: list[bytes] = []
+    given_up = threading.Event()
+    httpserver.expect_request("/jwks.json").respond_with_handler(lambda _request: Response(drip()))
+    client = client_with(jwt_secret=None, jwks_url=httpserver.url_for("/jwks.json"), jwks_timeout_seconds=3)
+    assert client.get(PROFILE, headers=signed_by(RSA_KEY, "one", user)).status_code == 503
+    assert len(sent) < 100
+    given_up.set()
+
+
+def test_whom_an_old_key_serves_does_not_wait_for_another_who_asks_the_issuer(
+    client_with: MakeClient, user: int, httpserver: HTTPServer, clock: Clock
+) -> None:
+    def answer(_request: object) -> Response:
+        asked.set()
+        served.wait(20)
+        return Response(jwks(jwk(RSA_KEY, kid="one")))
+
+    asked, served = threading.Event(), threading.Event()
+    served.set()
+    httpserver.expect_request("/jwks.json").respond_with_handler(answer)
+    client = client_with(jwt_secret=None, jwks_url=httpserver.url_for("/jwks.json"), jwks_timeout_seconds=25)
+    headers = signed_by(RSA_KEY, "one", user)
+    assert status(client, headers) == 200
+    clock.go_on(10_000)
+    asked.clear()
+    served.clear()
+    with in_background() as submit:
+        first = submit(status, client, headers)
+        try:
+            assert asked.wait(10)
+            assert status(client, headers) == 200
+            assert not first.done()
+        finally:
+            served.set()
+        assert first.result() == 200
+
+
 def test_while_the_issuer_is_away_its_known_keys_serve_and_without_any_it_is_503(
     client_with: MakeClient, user: int, httpserver: HTTPServer, clock: Clock
 ) -> None:
@@ -293,8 +351,16 @@ def test_the_demo_takes_the_user_id_for_a_token_and_says_so(client_with: MakeCli
         ("192.0.2.7", "127.0.0.1", "127.0.0.1"),
         ("127.0.0.1", "192.0.2.9", "127.0.0.1"),
         ("127.0.0.1",) * 2 + ("evil.it",),
+        ("127.0.0.1",) * 2 + ("{a}.evil.it",),
+        ("127.0.0.1",) * 2 + ("[",),
     ],
-    ids=["served elsewhere", "called from elsewhere", "a page that names this machine its own"],
+    ids=[
+        "served elsewhere",
+        "called from elsewhere",
+        "a page that names this machine its own",
+        "so oddly",
+        "unreadably",
+    ],
 )
 def test_the_demo_is_for_this_machine_only(
     client_with: MakeClient, user: int, server: str, caller: str, host_header: str

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from fastapi import Body, Request
 from fastapi.testclient import TestClient
+from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import text
 
 from api.access import require_tokens
@@ -242,6 +243,28 @@ def test_a_user_who_asks_too_often_is_told_to_wait_and_others_are_not(client_wit
     problem(refused, 429, "too_many_requests")
     assert 1 <= int(refused.headers["retry-after"]) <= 60
     assert client.get(PROFILE, headers=headers[other]).status_code == 200
+
+
+def test_a_machine_is_not_counted_as_the_user_whose_id_it_has_for_a_name(client_with: MakeClient, host: Host) -> None:
+    client, user = client_with(rate_limit_per_minute=2), host.subscriber()
+    unique = f"machines-{host.value('SELECT current_database()')}"
+    client.app.state.rate_limit._item.namespace = unique  # type: ignore[attr-defined]
+    machine = bearer(None, sub=str(user), scope="trueup:operator")
+    assert [client.get("/metrics", headers=machine).status_code for _ in range(3)] == [200, 200, 429]
+    assert client.get(PROFILE, headers=bearer(user)).status_code == 200
+
+
+def test_redis_that_goes_away_after_the_last_request_is_no_crash(
+    client_with: MakeClient, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_arguments: object) -> None:
+        raise RedisConnectionError
+
+    client, user = client_with(rate_limit_per_minute=1), host.subscriber()
+    client.app.state.rate_limit._item.namespace = f"gone-{host.value('SELECT current_database()')}"  # type: ignore[attr-defined]
+    assert client.get(PROFILE, headers=bearer(user)).status_code == 200
+    monkeypatch.setattr("limits.strategies.SlidingWindowCounterRateLimiter.get_window_stats", gone)
+    problem(client.get(PROFILE, headers=bearer(user)), 429, "too_many_requests")
 
 
 def test_without_redis_the_limit_is_kept_in_memory(

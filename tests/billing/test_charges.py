@@ -9,6 +9,7 @@ from billing.accounts import read_account
 from billing.charges import Charge, Usage, find_answer, record_charge
 from billing.errors import UnknownUserError
 from billing.holds import Hold, close_hold, expire_holds
+from billing.usage import track_ai_usage
 from tests.support.books import assert_true
 from tests.support.host import START, Host
 from tests.support.sessions import (
@@ -314,4 +315,17 @@ def test_a_balance_that_is_made_while_a_charge_is_written_is_left_as_it_is(host:
         session.rollback()
         assert charging.result().recorded
     assert read_account(connection, user).consumed == 300
+    assert_true(host)
+
+
+def test_a_row_that_the_host_gives_another_id_counts_once(host: Host, connection: Connection, user: int) -> None:
+    host.execute(
+        "CREATE FUNCTION name_it() RETURNS trigger LANGUAGE plpgsql AS "
+        "'BEGIN NEW.id := gen_random_uuid(); RETURN NEW; END'"
+    )
+    host.execute("CREATE TRIGGER name_it BEFORE INSERT ON ai_usage_log FOR EACH ROW EXECUTE FUNCTION name_it()")
+    charge_tokens(connection, hold_tokens(connection, user, 1_000), 300)
+    track_ai_usage(user, section="chat", prompt_tokens=30, completion_tokens=20, model_name="m", key="1")
+    hold_tokens(connection, user, 100)
+    assert (balance(host, user), host.counter(user)) == ((350, 800), 9_650)
     assert_true(host)

@@ -5,12 +5,12 @@ import threading
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from ai.metering import MeteredModel, spending_from
 from ai.model import Message
 from ai.providers import provider_from_settings
-from billing import db, insisting
+from billing import db, insisting, request_holds
 from billing.decorators import ai_tokens
 from billing.errors import (
     HoldBusyError,
@@ -20,7 +20,7 @@ from billing.errors import (
     ServiceUnavailableError,
     TokensDenied,
 )
-from billing.holds import list_holds
+from billing.holds import Hold, list_holds, open_hold
 from billing.settings import get_settings
 from billing.utils import get_accurate_tokens_remaining
 from tests.support.books import assert_true
@@ -165,6 +165,30 @@ def test_a_copy_of_a_request_is_not_let_in_while_it_is_at_work_and_gated_anew_af
     assert_true(host)
 
 
+@pytest.mark.parametrize("key", [None, "order 7"])
+def test_a_block_whose_answer_was_lost_with_its_connection_is_let_in_and_holds_once(
+    host: Host, user: int, monkeypatch: pytest.MonkeyPatch, key: str | None
+) -> None:
+    tries = []
+
+    def open_and_lose_the_answer(connection: Connection, **values: Any) -> Hold:
+        hold = open_hold(connection, **values)
+        tries.append(hold)
+        if len(tries) == 1:
+            connection.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+        return hold
+
+    monkeypatch.setattr(request_holds, "open_hold", open_and_lose_the_answer)
+    with ai_tokens(user, 1500, key=key) as hold:
+        assert balance(host, user) == (0, 1500)
+        spend(hold)
+        if key is not None:
+            with pytest.raises(HoldBusyError), ai_tokens(user, 1500, key=key):
+                pass
+    assert sorted(statuses()) == ["released", "settled"]
+    assert_true(host)
+
+
 def test_no_name_of_a_call_is_taken_for_the_second_buying_of_another(host: Host, user: int) -> None:
     with ai_tokens(user, 400, key="order 7") as hold:
         spend(hold, key="a")
@@ -249,6 +273,21 @@ def test_trueups_own_model_client_spends_from_it(host: Host, user: int) -> None:
         answer = model.complete([Message(role="user", content="Summarize: orders are sent within two days.")])
     assert host.used(user) == answer.total_tokens > 0
     assert balance(host, user) == (answer.total_tokens, 0)
+    assert_true(host)
+
+
+def test_the_same_question_in_two_blocks_of_one_hold_is_two_charges(host: Host, user: int) -> None:
+    settings = get_settings()
+    model = MeteredModel(provider_from_settings(settings), settings)
+    question = [Message(role="user", content="Summarize: orders are sent within two days.")]
+    spent = 0
+    with ai_tokens(user, 1_000, "Ask", "chat") as hold:
+        for _ in range(2):
+            with spending_from(hold.hold):
+                spent += model.complete(question, max_completion_tokens=100).total_tokens
+    assert host.used(user) == spent > 0
+    assert host.value("SELECT count(*) FROM trueup.charge") == 2
+    assert balance(host, user) == (spent, 0)
     assert_true(host)
 
 

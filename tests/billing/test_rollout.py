@@ -74,6 +74,22 @@ def test_what_is_observed_runs_past_the_budget_and_is_noted(host: Host, connecti
     assert_true(host)
 
 
+@pytest.mark.parametrize(("mode_now", "noted"), [("observe", 1), ("off", 0)])
+def test_a_task_whose_attempt_died_in_a_call_goes_on_past_the_budget_too(
+    host: Host, connection: Connection, mode_now: str, noted: int
+) -> None:
+    user = host.subscriber(1_000)
+    mode(connection, mode_now)
+    first = hold_tokens(connection, user, 1_500, task="t")
+    begin_call(connection, first, call_key="1", tokens_bound=1_500, lease_seconds=0, ttl_seconds=600)
+    second = hold_tokens(connection, user, 1_500, task="t")
+    assert (second.tokens_left, balance(host, user)) == (1_500, (0, 3_000))
+    assert len(denials(host)) == noted
+    charge_tokens(connection, second, 1_500, key="2")
+    assert charge_tokens(connection, first, 1_500).tokens_over == 0
+    assert_true(host)
+
+
 def test_what_is_admitted_is_not_noted(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     mode(connection, "observe")
@@ -243,3 +259,17 @@ def test_the_gate_of_a_view_obeys_the_mode_and_a_plain_check_does_not(
     assert check_ai_access_for_user(user, 500, FEATURE)["has_access"] is False
     assert mode_of(connection, FEATURE) == set_to
     assert len(denials(host)) == (2 if set_to == "observe" else 0)
+
+
+def test_every_other_feature_can_be_named_in_the_settings_too(
+    connection: Connection, settings: pytest.MonkeyPatch
+) -> None:
+    settings.setenv("TRUEUP_GATE", '{"default_mode": "observe", "modes": {"*": "enforce", "Other": "off"}}')
+    get_settings.cache_clear()
+    assert [mode_of(connection, name) for name in (FEATURE, "Other")] == ["enforce", "off"]
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\x00", "caf\udce9", "a" * 201])
+def test_a_name_that_no_feature_can_have_is_refused(connection: Connection, name: str) -> None:
+    with pytest.raises(InvalidInputError, match="feature"):
+        mode(connection, "observe", name)

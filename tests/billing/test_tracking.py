@@ -402,6 +402,15 @@ def test_a_blocks_own_error_goes_on_with_a_note_when_nothing_is_lost_and_not_whe
         fail_after_figures(user)
 
 
+def test_a_blocks_own_error_goes_on_though_the_log_refuses_the_row(host: Host, user: int) -> None:
+    host.execute("ALTER TABLE ai_usage_log ADD CHECK (total_tokens > 0)")
+    with pytest.raises(LookupError) as failed, ai_usage(user, section="chat", key="call-1"):
+        raise LookupError("no model")
+    (note,) = failed.value.__notes__
+    assert "not in the usage log" in note
+    assert "INSERT" not in note
+
+
 def test_an_async_block_records_too_also_when_it_is_cancelled(host: Host, user: int) -> None:
     async def work(key: str, *, cancelled: bool) -> None:
         async with ai_usage(user, section="chat", key=key) as usage:

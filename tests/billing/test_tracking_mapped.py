@@ -64,3 +64,13 @@ def test_the_hosts_column_for_errors_is_found_whatever_its_name(odd_error_host: 
     row = odd_error_host.execute("SELECT * FROM ai_usage_log").mappings().one()
     assert row['what " went :wrong'] == "no answer"
     assert row["metadata"] == {"usage_key": "1"}
+
+
+@pytest.mark.parametrize("column_type", ["json", "jsonb", "text"])
+def test_without_a_column_for_errors_they_are_among_the_metadata_of_any_type(host: Host, column_type: str) -> None:
+    user = host.subscriber()
+    host.execute("ALTER TABLE ai_usage_log ALTER metadata DROP DEFAULT, DROP error_message")
+    host.execute(f"ALTER TABLE ai_usage_log ALTER metadata TYPE {column_type} USING metadata::text::{column_type}")
+    assert track_ai_usage(user, **FIGURES, key="1", success=False, error_message="no answer").recorded
+    said = host.value("SELECT metadata::text::jsonb FROM ai_usage_log")
+    assert said == {"usage_key": "1", "error": "no answer"}

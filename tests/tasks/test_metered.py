@@ -267,11 +267,15 @@ def test_of_the_copies_of_a_message_that_waited_one_waits_on(app: Celery, host: 
     assert states == ["FAILURE", "IGNORED", "IGNORED"]
 
 
-def test_a_retry_that_an_overtaken_attempt_asks_for_does_not_take_the_hold_from_the_one_at_work(
-    app: Celery, host: Host, connection: Connection
+@pytest.mark.parametrize("goes_on", [True, False], ids=["goes on", "asks for a retry"])
+def test_an_overtaken_attempt_leaves_the_hold_to_the_one_at_work_and_its_message_to_the_broker(
+    app: Celery, host: Host, connection: Connection, goes_on: bool
 ) -> None:
+    """Both may have the same message: acknowledged by the first, it would be lost if the second dies."""
     user = host.subscriber(1_000)
-    assert model_tasks.overtaken.apply(kwargs={"user_id": user}).state == "IGNORED"
+    result = model_tasks.overtaken.apply(kwargs={"user_id": user, "goes_on": goes_on})
+    assert (result.state, result.result.requeue) == ("REJECTED", True)
+    assert host.used(user) == 0
     assert [(hold.attempt, hold.status) for hold in holds_of(connection, user)] == [(2, "open")]
 
 
