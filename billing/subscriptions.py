@@ -4,7 +4,7 @@ import logging
 
 from sqlalchemy import Connection, text
 
-from billing.errors import NotInstalledError, TrueupError
+from billing.errors import NotInstalledError
 from billing.mapping import HostMapping, quote_table, render_statement
 from billing.settings import get_settings
 from billing.users import UserId
@@ -14,8 +14,11 @@ logger = logging.getLogger(__name__)
 _NAMED_USERS = 5
 
 
-class SeveralSubscriptionsError(TrueupError):
-    """A user has more than one subscription. Nothing is admitted for this user; what was paid for is still recorded."""
+class SeveralSubscriptionsError(NotInstalledError):
+    """The host's tables are not fit: a user has more than one subscription.
+
+    Nothing is admitted for this user; what was paid for is still recorded.
+    """
 
     def __init__(self, user_id: UserId, place: str) -> None:
         self.user_id = user_id

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, TextClause
 
 from billing.accounts import ACCOUNT_COLUMNS, CLOCK, Account, account_of
 from billing.mapping import HostMapping, render_statement
+from billing.subscriptions import several_subscriptions
 from billing.users import UserId
 
 PlanKind = Literal["token", "full"]
@@ -87,6 +88,7 @@ _READ = f"""
     WITH {CLOCK}, own AS (
         SELECT s.{{{{subscription.token_plan_id}}}} AS token_plan, s.{{{{subscription.full_plan_id}}}} AS full_plan
         FROM {{{{subscription}}}} s WHERE s.{{{{subscription.user_id}}}} = :user_id
+        LIMIT 1  -- of several each has its row below, and that is refused
     ), plan AS (
         SELECT 'token' AS kind, to_jsonb(p.{{{{token_plan.id}}}}) AS id, p.{{{{token_plan.name}}}} AS name,
                p.{{{{token_plan.tokens_included}}}} AS tokens_included, NULL::integer AS duration_days,
@@ -125,7 +127,10 @@ def read_summary(
     database's clock.
     """
     values = {"user_id": user_id, "most": MOST_PLANS, "at": now}
-    row = connection.execute(_statement(mapping, with_plans), values).one()
+    rows = connection.execute(_statement(mapping, with_plans), values).all()
+    if len(rows) > 1:
+        raise several_subscriptions(user_id)
+    (row,) = rows
     listed = [(_plan(plan), plan["is_own"]) for plan in row.plans or ()]
     return Summary(
         known=row.known,

@@ -18,6 +18,7 @@ from billing.roles import lacking_rights, worker_rights
 from billing.settings import Settings
 
 TRIGGERS = ("trueup_inserted", "trueup_updated", "trueup_deleted", "trueup_truncated")
+WINDOW_TRIGGER = "trueup_window_changed"
 _INIT = "Run `trueup db init`."
 _SHOWN = 3
 
@@ -94,12 +95,14 @@ def check_triggers(connection: Connection, settings: Settings) -> Iterator[Findi
     """Yield whether each row written to the log is counted: triggers there, enabled, and not passed by."""
     found = [
         *_idle_triggers(connection, settings.host.usage_log.table),
+        *_idle_window_trigger(connection, settings.host.subscription.table),
         *_triggers_elsewhere(connection, settings.host.usage_log.table),
         *_uncovered_partitions(connection, settings.host.usage_log.table),
         *_replica_roles(connection),
         *_subscription(connection, settings.host.usage_log.table),
     ]
-    yield from found or [ok("triggers", f"All {len(TRIGGERS)} triggers of the log are there and enabled.")]
+    wanted = len(TRIGGERS) + 1
+    yield from found or [ok("triggers", f"All {wanted} triggers of log and subscriptions are there and enabled.")]
 
 
 _TRIGGERS = """
@@ -124,6 +127,26 @@ def _idle_triggers(connection: Connection, log: str) -> Iterator[Finding]:
             f"Trigger {trigger} on {log} is {how}: what the host writes is not counted.",
             f"{_INIT} It sets the trigger to work, and lets each balance be built anew from the log.",
             trigger=trigger,
+            state=how,
+        )
+
+
+def _idle_window_trigger(connection: Connection, subscription: str) -> Iterator[Finding]:
+    state = connection.scalar(
+        text(
+            "SELECT CAST(tgenabled AS text) FROM pg_trigger "
+            "WHERE tgrelid = to_regclass(:subscription) AND tgname = :name AND NOT tgisinternal"
+        ),
+        {"subscription": quote_table(subscription), "name": WINDOW_TRIGGER},
+    )
+    if state not in ("O", "A"):
+        how = _HOW_OFF.get(state or "", "missing")
+        yield error(
+            "triggers",
+            f"Trigger {WINDOW_TRIGGER} on {subscription} is {how}: several renewals between two looks of trueup are "
+            "taken for one, which may settle grants wrongly.",
+            _INIT,
+            trigger=WINDOW_TRIGGER,
             state=how,
         )
 

@@ -95,12 +95,14 @@ LANGUAGE sql STABLE AS $$
      ORDER BY c.charged_at LIMIT oddities.p_most)
 $$;
 
--- The triggers on the log that are not there, or not at work: usage passes by the balances. `state`: 'missing', or how
--- pg_trigger.tgenabled says that it is off ('D': disabled, 'R': only for replicas).
+-- The triggers that are not there, or not at work: without those on the log usage passes by the balances, without that on
+-- the subscriptions windows that come and go unseen are taken for one. `state`: 'missing', or how pg_trigger.tgenabled says that it is off ('D': disabled, 'R': only for replicas).
 CREATE OR REPLACE FUNCTION trueup.idle_triggers() RETURNS TABLE (name text, state text) LANGUAGE sql STABLE AS $$
     SELECT wanted.name, coalesce(g.tgenabled::text, 'missing')
-    FROM unnest(ARRAY['trueup_inserted', 'trueup_updated', 'trueup_deleted', 'trueup_truncated']) AS wanted (name)
-    LEFT JOIN pg_trigger g ON g.tgname = wanted.name AND g.tgrelid = CAST({{literal usage_log}} AS regclass)
+    FROM (VALUES ('trueup_inserted', {{literal usage_log}}), ('trueup_updated', {{literal usage_log}}),
+                 ('trueup_deleted', {{literal usage_log}}), ('trueup_truncated', {{literal usage_log}}),
+                 ('trueup_window_changed', {{literal subscription}})) AS wanted (name, host_table)
+    LEFT JOIN pg_trigger g ON g.tgname = wanted.name AND g.tgrelid = CAST(wanted.host_table AS regclass)
     WHERE g.tgenabled IS NULL OR g.tgenabled NOT IN ('O', 'A')
 $$;
 

@@ -113,6 +113,11 @@ def test_holds_that_nobody_took_back_are_expired(
     assert_true(host)
 
 
+def test_the_trigger_that_tells_of_windows_is_missed_too(host: Host, deep: Callable[..., Found]) -> None:
+    host.execute("ALTER TABLE billing_subscription DISABLE TRIGGER trueup_window_changed")
+    assert deep() == [("trigger_idle", None, None, None, False)]
+
+
 @pytest.mark.parametrize(
     ("how", "state"),
     [

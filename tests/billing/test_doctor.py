@@ -276,6 +276,14 @@ def test_a_trigger_that_does_not_fire_is_named_and_its_remedy_counts_what_was_mi
     assert_true(host)
 
 
+def test_the_trigger_that_tells_of_windows_is_missed_too(host: Host, connection: Connection) -> None:
+    host.execute("DROP TRIGGER trueup_window_changed ON billing_subscription")
+    finding = only(check_triggers, connection)
+    assert (finding.level, finding.detail) == ("error", {"trigger": "trueup_window_changed", "state": "missing"})
+    set_up(host)
+    assert only(check_triggers, connection).level == "ok"
+
+
 def test_a_log_that_was_moved_away_with_its_triggers_is_told(host: Host, connection: Connection) -> None:
     host.execute("ALTER TABLE ai_usage_log RENAME TO log_2025; CREATE TABLE ai_usage_log (LIKE log_2025)")
     findings = found(check_triggers, connection)

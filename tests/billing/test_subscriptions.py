@@ -16,6 +16,7 @@ from billing.install import install
 from billing.mapping import HostMapping, SubscriptionTable
 from billing.reconcile import reconcile
 from billing.subscriptions import SeveralSubscriptionsError
+from billing.summaries import read_summary
 from billing.utils import check_ai_access_for_user
 from tests.support.books import assert_true
 from tests.support.host import START, Host
@@ -110,6 +111,7 @@ def test_a_second_subscription_stops_the_user_and_says_why(
         lambda: hold_tokens(connection, double, 1),
         lambda: check_ai_access_for_user(double, 1, "Test"),
         lambda: read_account(connection, double),
+        lambda: read_summary(connection, HostMapping(), double),
     ):
         with pytest.raises(SeveralSubscriptionsError, match=r"billing_subscription\.user_id.*unique index") as error:
             ask()
