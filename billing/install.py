@@ -1,5 +1,6 @@
 """Set a database up: migrations of our own tables, then the functions and triggers for the host's mapping."""
 
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
@@ -26,6 +27,8 @@ SQL_FILES = (
     "grants.sql",
     "accounts.sql",
     "windows.sql",
+    "deltas.sql",
+    "fill.sql",
     "triggers.sql",
     "window_triggers.sql",
     "rollout.sql",
@@ -50,6 +53,8 @@ SQL_FILES = (
 _WITHOUT = {"decrements.sql": "no_decrements.sql", "purchases.sql": "no_purchases.sql"}
 
 LOCK_TIMEOUT_SECONDS = 5
+# Stands for the mapping while the database is made ready for one.
+ATTACHING = "attaching"
 
 
 def install(connection: Connection, mapping: HostMapping, *, with_host_tables: bool) -> list[str]:
@@ -65,26 +70,40 @@ def install(connection: Connection, mapping: HostMapping, *, with_host_tables: b
     if with_host_tables:
         build_host_metadata(mapping).create_all(connection)
         done.append("host tables")
+    create_tables(connection, mapping)
+    done.append("tables")
+    connection.execute(_MARK_BALANCES_STALE, _installation_row(mapping) | {"log": quote_table(mapping.usage_log.table)})
+    drop_functions(connection)
+    run_scripts(connection, sql_scripts(mapping))
+    done.append("functions and triggers")
+    save_installation(connection, mapping)
+    return done
+
+
+def create_tables(connection: Connection, mapping: HostMapping) -> None:
+    """Make or upgrade trueup's tables, without a lock on the host's. Raises `NotInstalledError` for an unfit host."""
     _refuse_unfit_host(connection, mapping)
     # Who owns the schema need not have the right to make another.
     if connection.scalar(text("SELECT to_regnamespace(:schema) IS NULL"), {"schema": SCHEMA}):
         connection.execute(text(f"CREATE SCHEMA {SCHEMA}"))
     _refuse_other_user_ids(connection, mapping)
     command.upgrade(_alembic_config(connection, mapping), "head")
-    done.append("tables")
-    connection.execute(_MARK_BALANCES_STALE, _installation_row(mapping) | {"log": quote_table(mapping.usage_log.table)})
-    drop_functions(connection)
-    for script in sql_scripts(mapping):
-        connection.exec_driver_sql(script.replace("%", "%%"))
-    done.append("functions and triggers")
-    connection.execute(_SAVE_INSTALLATION, _installation_row(mapping))
-    return done
 
 
-def sql_scripts(mapping: HostMapping) -> list[str]:
-    """Return the scripts that make the functions and triggers for this mapping, in order."""
+def sql_scripts(mapping: HostMapping, names: Iterable[str] = SQL_FILES) -> list[str]:
+    """Return the scripts that make the functions and triggers for this mapping, in order; or these of them."""
     templates = resources.files("billing").joinpath("sql")
-    return [render_sql(templates.joinpath(name).read_text(), mapping) for name in _sql_files(mapping)]
+    return [render_sql(templates.joinpath(name).read_text(), mapping) for name in _sql_files(mapping, names)]
+
+
+def run_scripts(connection: Connection, scripts: Iterable[str]) -> None:
+    for script in scripts:
+        connection.exec_driver_sql(script.replace("%", "%%"))
+
+
+def save_installation(connection: Connection, mapping: HostMapping) -> None:
+    """Write down that the database is ready, and for which mapping."""
+    connection.execute(_SAVE_INSTALLATION, _installation_row(mapping))
 
 
 def drop_functions(connection: Connection) -> None:
@@ -98,6 +117,10 @@ def check_installed(connection: Connection) -> None:
     if not found.scalar_one():
         raise NotInstalledError("This database has no trueup schema. Run `trueup db init`.")
     installed = connection.scalar(text("SELECT mapping_fingerprint FROM trueup.installation"))
+    if installed in (None, ATTACHING):
+        raise NotInstalledError(
+            "trueup is just being attached to this database, or that was interrupted. Run `trueup db attach`."
+        )
     if installed != get_settings().host.fingerprint():
         raise NotInstalledError(
             "This database was set up for other table or column names of the host than [host] in the settings now "
@@ -146,7 +169,7 @@ _SAVE_INSTALLATION = text(
 )
 
 
-def _sql_files(mapping: HostMapping) -> list[str]:
+def _sql_files(mapping: HostMapping, names: Iterable[str]) -> list[str]:
     unmapped = {
         name
         for name, table in (
@@ -155,7 +178,7 @@ def _sql_files(mapping: HostMapping) -> list[str]:
         )
         if table is None
     }
-    return [_WITHOUT[name] if name in unmapped else name for name in SQL_FILES]
+    return [_WITHOUT[name] if name in unmapped else name for name in names]
 
 
 def _installation_row(mapping: HostMapping) -> dict[str, str]:

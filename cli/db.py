@@ -6,7 +6,9 @@ from billing import db as database
 from billing.install import install
 from billing.roles import RoleNames, grants_sql
 from billing.settings import get_settings
+from cli.attach import attach
 from cli.context import servers
+from cli.detach import detach
 from cli.discover import discover
 
 
@@ -20,7 +22,9 @@ def db() -> None:
     """
 
 
+db.add_command(attach)
 db.add_command(discover)
+db.add_command(detach)
 
 
 @db.command()

@@ -26,10 +26,13 @@ REGISTRIES = re.compile("|".join(("python" + "hosted", "pypi" + "[.]org", "arti"
 
 # These come with what is required, in the version that it asks for, and are its own parts.
 PARTS = {
+    "anyio": "fastapi",
     "billiard": "celery",
+    "cryptography": "pyjwt",
     "kombu": "celery",
     "packaging": "pytest",
     "ruamel": "check-jsonschema",
+    "starlette": "fastapi",
     "werkzeug": "pytest-httpserver",
 }
 

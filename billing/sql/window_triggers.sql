@@ -20,7 +20,9 @@ DO $$
 DECLARE
     v_before text := current_setting('lock_timeout');
 BEGIN
-    PERFORM set_config('lock_timeout', '500ms', true);
+    IF v_before::interval NOT BETWEEN '1 ms' AND '500 ms' THEN
+        PERFORM set_config('lock_timeout', '500ms', true);
+    END IF;
     CREATE OR REPLACE TRIGGER trueup_window_changed AFTER INSERT OR UPDATE ON {{subscription}}
         FOR EACH ROW EXECUTE FUNCTION trueup.append_window();
     PERFORM set_config('lock_timeout', v_before, true);

@@ -4,6 +4,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, create_engine, text
@@ -15,6 +16,7 @@ from billing import db
 from billing.alerts import claim_due, raise_test
 from billing.calls import begin_call, end_call, extend_hold
 from billing.charges import prune_answers
+from billing.detach import detach
 from billing.doctor.database import examine_database
 from billing.errors import InvalidInputError, NotInstalledError
 from billing.holds import close_hold, expire_holds
@@ -259,6 +261,13 @@ def test_what_a_superuser_set_up_is_handed_over(site: Site) -> None:
         lacking = lacking_rights(connection, worker_rights(connection, mapping))
         assert "INSERT ON TABLE trueup.hold" in map(str, lacking)
         assert 'UPDATE ("tokens_remaining") ON TABLE public.billing_subscription' in map(str, lacking)
+
+
+def test_the_role_that_set_up_may_take_it_out_again(ready: Site, tmp_path: Path) -> None:
+    ready.become(ready.roles.migrate)
+    assert detach(history=tmp_path / "history")["installation"] == 1
+    assert ready.host.value("SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'trueup%'") == 0
+    assert ready.host.value("SELECT to_regnamespace('trueup') IS NULL")
 
 
 def test_a_role_without_rights_is_told_which_it_lacks_and_each_check_stands_alone(ready: Site) -> None:

@@ -1,0 +1,82 @@
+"""Steps that lock what a running host uses: each in a transaction of its own, and never in the host's way for long."""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from sqlalchemy import Connection, text
+
+from billing import db
+from billing.errors import ServiceUnavailableError, TrueupError
+
+Result = TypeVar("Result")
+
+# Any constant will do, as long as nobody else on this database takes the same: "trueup" in ASCII.
+INSTALL_LOCK = 0x747275657570
+
+# Whoever comes after us waits for no longer than we wait ourselves.
+LOCK_TIMEOUT_MILLISECONDS = 50
+STATEMENT_TIMEOUT_SECONDS = 300
+PATIENCE_SECONDS = 60.0
+_LONGEST_PAUSE_SECONDS = 1.0
+# Lock not available; and a deadlock, should the server look for one within the time that we wait.
+_LOCKED = ("55P03", "40P01")
+
+
+class HostBusyError(TrueupError):
+    """Other transactions kept what a step needs for too long. The step was not taken; those before it stay taken."""
+
+
+def take_step(
+    step: Callable[[Connection], Result], tables: Sequence[str] = (), *, patience_seconds: float = PATIENCE_SECONDS
+) -> Result:
+    """Take a step in a transaction of its own, and again after a pause for as long as somebody has what it locks.
+
+    Each attempt waits at most `LOCK_TIMEOUT_MILLISECONDS` for each lock. Installers take turns, step by step. `tables`:
+    those of the host that it locks, as SQL names them. Raises `HostBusyError` when the patience is at its end.
+    """
+    deadline = time.monotonic() + patience_seconds
+    pause = LOCK_TIMEOUT_MILLISECONDS / 1000
+    while True:
+        try:
+            with db.transaction() as connection:
+                connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_MILLISECONDS}ms'"))
+                connection.execute(text(f"SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s'"))
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": INSTALL_LOCK})
+                # Waiting for that one, a session does not hear which functions were replaced: a table's lock tells.
+                connection.execute(text("LOCK TABLE pg_catalog.pg_proc IN ACCESS SHARE MODE"))
+                return step(connection)
+        except ServiceUnavailableError as error:
+            if getattr(getattr(error.__cause__, "orig", None), "sqlstate", None) not in _LOCKED:
+                raise
+            if time.monotonic() + pause > deadline:
+                raise HostBusyError(_busy(tables, patience_seconds)) from error
+        # Between the attempts the host's writers go on; a random pause, so that two of us don't meet again and again.
+        time.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - no secret
+        pause = min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
+
+
+_HOLDERS = text(
+    """
+    SELECT a.pid, a.application_name AS name, round(extract(epoch FROM clock_timestamp() - a.xact_start)) AS seconds
+    FROM pg_stat_activity a
+    WHERE a.pid <> pg_backend_pid() AND a.xact_start IS NOT NULL AND EXISTS (
+        SELECT FROM pg_locks l
+        WHERE l.pid = a.pid AND l.granted AND l.locktype = 'relation'
+          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+          AND (l.relation = ANY (CAST(CAST(:tables AS text[]) AS regclass[]))
+               OR l.relation IN (SELECT oid FROM pg_class WHERE relnamespace = to_regnamespace('trueup'))))
+    ORDER BY a.xact_start LIMIT 3
+    """
+)
+
+
+def _busy(tables: Sequence[str], patience_seconds: float) -> str:
+    with db.connect() as connection:
+        holders = connection.execute(_HOLDERS, {"tables": list(tables)}).all()
+    named = ", ".join(f"process {row.pid} ({row.name or 'unnamed'}, for {row.seconds} s)" for row in holders)
+    return (
+        f"Other transactions kept {', '.join(tables) or 'the tables of trueup'} for {patience_seconds:.0f} s"
+        f"{f': {named}' if named else ''}. What was done before stays done. Let them end, and run this again."
+    )

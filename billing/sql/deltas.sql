@@ -1,0 +1,69 @@
+-- The usage log's triggers only append to trueup.usage_delta: there is no row for two writers to meet at, so a
+-- host's transaction never waits for us. SECURITY DEFINER: the host's role needs no right on our schema.
+-- A row of ours, written by trueup.record_charge, has been added to its balance already and is passed over.
+
+CREATE OR REPLACE FUNCTION trueup.append_inserted() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
+    SELECT n.{{usage_log.user_id}}, n.{{usage_log.created_at}}, n.{{usage_log.total_tokens}}
+    FROM new_rows n
+    WHERE n.{{usage_log.success}} AND n.{{usage_log.total_tokens}} <> 0
+      AND n.{{usage_log.user_id}} IS NOT NULL AND n.{{usage_log.created_at}} IS NOT NULL
+      AND n.{{usage_log.id}}::text IS DISTINCT FROM current_setting('trueup.own_log_id', true);
+    RETURN NULL;
+END $$;
+
+CREATE OR REPLACE FUNCTION trueup.append_updated() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
+    SELECT changed.user_id, changed.used_at, sum(changed.tokens)
+    FROM (
+        SELECT o.{{usage_log.user_id}}, o.{{usage_log.created_at}}, -o.{{usage_log.total_tokens}}::bigint
+        FROM old_rows o WHERE o.{{usage_log.success}}
+        UNION ALL
+        SELECT n.{{usage_log.user_id}}, n.{{usage_log.created_at}}, n.{{usage_log.total_tokens}}::bigint
+        FROM new_rows n WHERE n.{{usage_log.success}}
+    ) AS changed (user_id, used_at, tokens)
+    WHERE changed.user_id IS NOT NULL AND changed.used_at IS NOT NULL
+    GROUP BY changed.user_id, changed.used_at
+    HAVING sum(changed.tokens) <> 0;
+    RETURN NULL;
+END $$;
+
+CREATE OR REPLACE FUNCTION trueup.append_deleted() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
+    SELECT o.{{usage_log.user_id}}, o.{{usage_log.created_at}}, -o.{{usage_log.total_tokens}}::bigint
+    FROM old_rows o
+    WHERE o.{{usage_log.success}} AND o.{{usage_log.total_tokens}} <> 0
+      AND o.{{usage_log.user_id}} IS NOT NULL AND o.{{usage_log.created_at}} IS NOT NULL;
+    RETURN NULL;
+END $$;
+
+-- One row makes every balance stale at once; each is rebuilt from the log when next read.
+CREATE OR REPLACE FUNCTION trueup.append_truncated() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO trueup.log_truncation DEFAULT VALUES;
+    RETURN NULL;
+END $$;
+
+-- Their owner makes the triggers, and whoever writes the log then needs no right to call them. Who has it could put
+-- them on a table of his own, and write deltas with their owner's rights.
+DO $$
+DECLARE
+    f record;
+BEGIN
+    FOR f IN
+        SELECT p.oid::regprocedure AS name,
+               CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END AS who
+        FROM pg_proc p CROSS JOIN LATERAL aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+        WHERE p.pronamespace = 'trueup'::regnamespace AND p.prorettype = 'trigger'::regtype
+          AND a.grantee <> p.proowner
+    LOOP
+        EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM %s', f.name, f.who);
+    END LOOP;
+END $$;

@@ -1,0 +1,232 @@
+from collections.abc import Callable, Iterator
+
+import pytest
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.pool import NullPool
+
+from billing import db
+from billing.attach import AttachError, attach, fill, open_gate, plan_attach, prepare, watch_log, watch_subscriptions
+from billing.errors import NotInstalledError
+from billing.host_tables import build_host_metadata
+from billing.install import check_installed, install
+from billing.mapping import HostMapping, UsageLogTable
+from billing.short_locks import HostBusyError, take_step
+from tests.billing.test_detach import writing
+from tests.support.books import assert_true
+from tests.support.dumps import pg_dump
+from tests.support.host import Host
+from tests.support.sessions import backend_pid, impatient, locked, locked_balance, run_at_once, wait_until
+from tests.support.work import charge_tokens, hold_tokens
+
+MAPPING = HostMapping()
+
+
+@pytest.fixture
+def host(empty_database: str) -> Iterator[Host]:
+    """A host from before trueup."""
+    engine = create_engine(empty_database, poolclass=NullPool)
+    with engine.begin() as connection:
+        build_host_metadata(MAPPING).create_all(connection)
+    with Host(engine) as host:
+        yield host
+    engine.dispose()
+
+
+@pytest.fixture
+def connection(host: Host) -> Iterator[Connection]:
+    with db.connect() as connection:
+        yield connection
+
+
+def balances(host: Host) -> dict[int, int]:
+    """Return what each balance that is up to date says was consumed."""
+    rows = host.execute("SELECT user_id, consumed FROM trueup.balance WHERE log_epoch = trueup.log_epoch()")
+    return {row.user_id: row.consumed for row in rows}
+
+
+def test_balances_are_true_though_the_host_writes_all_the_time(host: Host, connection: Connection) -> None:
+    users = [host.subscriber() for _ in range(5)]
+    for user in users:
+        host.log(user, 100)
+        host.log(user, 50, success=False)
+    with writing(host.engine, users[0]) as written:
+        attach(MAPPING)
+        since = len(written)
+        wait_until(lambda: len(written) > since + 10, "the host to go on")
+        assert_true(host)
+    assert_true(host)
+    assert host.used(users[0]) == 100 + sum(written)
+    assert balances(host).keys() == set(users)
+    assert all(balances(host)[user] == 100 for user in users[1:])
+    check_installed(connection)
+    hold_tokens(connection, users[1], 9_900)
+
+
+def test_it_makes_what_setting_up_at_once_makes(host: Host, empty_database: str) -> None:
+    attach(MAPPING)
+    attached = pg_dump(empty_database, "--schema-only")
+    host.execute("DROP SCHEMA trueup CASCADE")
+    with host.engine.begin() as connection:
+        install(connection, MAPPING, with_host_tables=False)
+    installed = pg_dump(empty_database, "--schema-only")
+    assert any("trueup_window_changed" in line for line in attached)
+    assert attached == installed
+
+
+def test_again_it_needs_no_lock_and_the_gate_stays_open(host: Host, connection: Connection) -> None:
+    user = host.subscriber()
+    attach(MAPPING)
+    charge_tokens(connection, hold_tokens(connection, user), 300)
+    host.log(user, 20)
+    epoch = host.value("SELECT trueup.log_epoch()")
+    with locked(host, "LOCK TABLE ai_usage_log, billing_subscription IN ROW EXCLUSIVE MODE"):
+        take_step(lambda again: prepare(again, MAPPING), patience_seconds=0)
+        hold_tokens(connection, user, 0)
+        assert attach(MAPPING, patience_seconds=0) == {"balances": 0}
+    assert host.value("SELECT trueup.log_epoch()") == epoch
+    assert_true(host)
+
+
+STEPS: tuple[Callable[[Connection], None], ...] = (
+    lambda connection: prepare(connection, MAPPING),
+    lambda connection: watch_log(connection, MAPPING),
+    lambda connection: watch_subscriptions(connection, MAPPING),
+    lambda connection: connection.execute(text("SELECT trueup.fill_balances(NULL, 1)")).close(),
+)
+
+
+@pytest.mark.parametrize("taken", range(1, len(STEPS) + 1))
+def test_stopped_after_any_step_it_is_closed_and_goes_on_where_it_was(
+    host: Host, connection: Connection, taken: int
+) -> None:
+    users = [host.subscriber(), host.subscriber()]
+    host.log(users[0], 100)
+    for step in STEPS[:taken]:
+        take_step(step)
+    host.log(users[0], 20)
+    with pytest.raises(NotInstalledError, match="is not ready for trueup"), db.connect() as worker:
+        hold_tokens(worker, users[0])
+    with pytest.raises(NotInstalledError, match=r"interrupted\. Run `trueup db attach`"):
+        check_installed(connection)
+    # What has been built needs not be built again.
+    assert attach(MAPPING)["balances"] == (1 if taken == len(STEPS) else 2)
+    assert balances(host).keys() == set(users)
+    assert_true(host)
+    hold_tokens(connection, users[0], 0)
+    assert host.value("SELECT consumed FROM trueup.balance WHERE user_id = :user", user=users[0]) == 120
+
+
+def test_two_at_once_take_turns(host: Host) -> None:
+    user = host.subscriber()
+    host.log(user, 100)
+    run_at_once([lambda: attach(MAPPING)] * 3)
+    assert balances(host) == {user: 100}
+    assert_true(host)
+
+
+@pytest.mark.parametrize("table", ["ai_usage_log", "billing_subscription"])
+def test_a_host_that_has_its_table_for_long_is_not_waited_for(host: Host, table: str) -> None:
+    user = host.subscriber()
+    with locked(host, f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE") as busy:
+        with pytest.raises(HostBusyError, match=f'kept "{table}" .*process {backend_pid(busy)} '):
+            attach(MAPPING, patience_seconds=0)
+        with impatient(host) as other:
+            other.execute(text("DELETE FROM ai_usage_log"))
+            other.execute(text("UPDATE billing_subscription SET tokens_remaining = 5"))
+    attach(MAPPING)
+    host.log(user, 20)
+    assert_true(host)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "ALTER TABLE ai_usage_log DISABLE TRIGGER USER",
+        "DROP TRIGGER trueup_inserted ON ai_usage_log",
+        "ALTER TABLE ai_usage_log RENAME TO old_log; CREATE TABLE ai_usage_log (LIKE old_log INCLUDING ALL)",
+    ],
+)
+def test_triggers_that_were_lost_are_put_back_and_what_they_missed_counts(
+    host: Host, connection: Connection, loss: str
+) -> None:
+    user = host.subscriber()
+    host.log(user, 100)
+    attach(MAPPING)
+    host.execute(loss)
+    host.log(user, 20)
+    assert not plan_attach(connection, MAPPING).log_watched
+    take_step(lambda again: prepare(again, MAPPING))
+    with pytest.raises(NotInstalledError, match="interrupted"):
+        check_installed(connection)
+    assert attach(MAPPING)["balances"] == 1
+    host.log(user, 3)
+    assert_true(host)
+    hold_tokens(connection, user, 0)
+    assert host.value("SELECT consumed FROM trueup.balance") == host.used(user)
+
+
+def test_another_mapping_counts_all_anew_even_if_it_was_interrupted(host: Host, connection: Connection) -> None:
+    user = host.subscriber()
+    host.log(user, 100)
+    attach(MAPPING)
+    host.execute("ALTER TABLE ai_usage_log ADD COLUMN billed integer; UPDATE ai_usage_log SET billed = 7")
+    other = HostMapping(usage_log=UsageLogTable(total_tokens="billed"))
+    take_step(lambda again: prepare(again, other))
+    assert attach(other)["balances"] == 1
+    assert balances(host) == {user: 7}
+    take_step(lambda again: prepare(again, MAPPING))
+    take_step(lambda again: prepare(again, other))
+    assert attach(MAPPING)["balances"] == 1
+    assert balances(host) == {user: 100}
+
+
+def test_a_balance_that_does_not_agree_with_the_log_keeps_the_gate_closed(host: Host) -> None:
+    user = host.subscriber()
+    for step in STEPS[:3]:
+        take_step(step)
+    fill()
+    host.execute("UPDATE trueup.balance SET consumed = 1")
+    with pytest.raises(AttachError, match=rf"those of {user} .*The gate stays closed"):
+        take_step(lambda connection: open_gate(connection, MAPPING))
+    host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER trueup_updated")
+    with pytest.raises(AttachError, match="missing or disabled"):
+        take_step(lambda connection: open_gate(connection, MAPPING))
+    with pytest.raises(NotInstalledError), db.connect() as worker:
+        hold_tokens(worker, user)
+
+
+def test_balances_are_filled_in_batches_and_those_that_gates_have_are_passed_over(
+    host: Host, connection: Connection
+) -> None:
+    users = [host.subscriber() for _ in range(7)]
+    attach(MAPPING)
+    for user in users:
+        host.log(user, user)
+    hold_tokens(connection, users[0], 200)
+    host.execute("TRUNCATE ai_usage_log")
+    for user in users:
+        host.log(user, 2 * user)
+    with locked_balance(host, users[3]):
+        assert fill(batch_users=2) == 6
+    assert balances(host) == {user: 2 * user for user in users if user != users[3]}
+    assert host.value("SELECT held FROM trueup.balance WHERE user_id = :user", user=users[0]) == 200
+    assert set(host.execute("SELECT user_id FROM trueup.usage_delta").scalars()) == {users[3]}
+    assert_true(host)
+
+
+def test_the_plan_says_what_there_is_to_do_and_which_rights_lack(host: Host, connection: Connection) -> None:
+    host.subscriber()
+    host.execute("ANALYZE")
+    plan = plan_attach(connection, MAPPING)
+    assert (plan.tables_there, plan.log_watched, plan.subscriptions_watched) == (False, False, False)
+    assert (plan.subscription_rows, plan.lacking) == (1, ())
+    attach(MAPPING)
+    plan = plan_attach(connection, MAPPING)
+    assert (plan.tables_there, plan.log_watched, plan.subscriptions_watched) == (True, True, True)
+    connection.execute(text("SET ROLE pg_read_all_data"))
+    lacking = plan_attach(connection, MAPPING).lacking
+    connection.execute(text("RESET ROLE"))
+    assert 'TRIGGER ON TABLE "ai_usage_log"' in lacking
+    assert "to own SCHEMA trueup" in lacking
+    with pytest.raises(NotInstalledError, match='no table "gone"'):
+        plan_attach(connection, HostMapping(usage_log=UsageLogTable(table="gone")))

@@ -1,0 +1,30 @@
+"""`trueup db attach`."""
+
+from sqlalchemy import create_engine
+from sqlalchemy.pool import NullPool
+
+from billing.host_tables import build_host_metadata
+from billing.mapping import HostMapping
+from tests.cli.conftest import trueup
+from tests.support.host import Host
+
+
+def test_it_says_what_it_will_do_asks_and_says_what_it_did(empty_database: str) -> None:
+    engine = create_engine(empty_database, poolclass=NullPool)
+    with engine.begin() as connection:
+        build_host_metadata(HostMapping()).create_all(connection)
+    with Host(engine) as host:
+        user = host.subscriber()
+        host.log(user, 100)
+        said = trueup("db", "attach", stdin="n\n", code=1).stdout
+        assert "triggers on ai_usage_log (about 0 rows): made; waits up to 50 ms" in said
+        assert host.value("SELECT to_regnamespace('trueup') IS NULL")
+        said = trueup("db", "attach", "--yes").stdout
+        assert said.endswith("Balances are built: 1.\nBalances agree with the log: ready.\n")
+        assert "triggers on ai_usage_log (about 0 rows): there" in trueup("db", "attach", "--yes").stdout
+        assert "9,900" in trueup("tokens", "show", user).stdout
+    engine.dispose()
+
+
+def test_a_host_that_does_not_fit_is_refused(empty_database: str) -> None:
+    assert "no table" in trueup("db", "attach", "--yes", code=1).stderr
