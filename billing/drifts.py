@@ -20,7 +20,8 @@ class Drift:
     """A counter that differs from what remains. Token figures are counts.
 
     `observed`: the counter as seen, None if it was null. `expected`: max(0, original - consumed). `end_date` None:
-    unlimited. `window`: when the window began, as PostgreSQL writes it; "": whenever.
+    unlimited. `seen_at`: when this was so, by the database's clock. `window`: when the window began, as PostgreSQL
+    writes it; "": whenever.
     """
 
     user_id: UserId
@@ -31,6 +32,7 @@ class Drift:
     consumed: int
     observed: int | None
     expected: int
+    seen_at: datetime
     window: str = ""
     evidence: Evidence = _NO_EVIDENCE
 
@@ -45,12 +47,14 @@ class Drift:
         return (self.observed or 0) - (self.original - self.consumed)
 
 
-# One statement, so that a drift and its evidence are of one snapshot. Without a drift no row but balances is read.
+# One statement, so that a drift and its evidence are of one snapshot. Without a drift no row but balances is read. The
+# statement's own time, for what comes between a look at the clock and the snapshot would seem to come after a
+# correction that knew of it.
 _FIND = """
     WITH drifted AS MATERIALIZED (
         SELECT a.user_id, a.subscription_id, a.is_active, a.window_start, a.end_date, a.original, a.consumed,
                a.counter AS observed, greatest(a.original - a.consumed, 0) AS expected
-        FROM trueup.accounts(CAST(:now AS timestamptz)) a
+        FROM trueup.accounts(statement_timestamp()) a
         WHERE a.user_id = ANY (CAST(:user_ids AS {user_id_type}[]))
           AND a.counter IS DISTINCT FROM greatest(a.original - a.consumed, 0)
     ), known AS (
@@ -60,10 +64,10 @@ _FIND = """
                    array_agg(consumed) AS consumed, array_agg(observed) AS observed
             FROM drifted HAVING count(*) > 0
         ) d, trueup.drift_evidence(d.users, d.subscriptions, d.windows, d.original, d.consumed, d.observed,
-                                   CAST(:now AS timestamptz), make_interval(secs => :min_age)) e
+                                   statement_timestamp(), make_interval(secs => :min_age)) e
     )
     SELECT d.user_id, d.subscription_id, d.is_active, d.end_date, d.original, d.consumed, d.observed, d.expected,
-           CAST(d.window_start AS text) AS window, k.evidence
+           CAST(d.window_start AS text) AS window, statement_timestamp() AS seen_at, k.evidence
     FROM drifted d LEFT JOIN known k ON k.user_id = d.user_id
     ORDER BY d.user_id
 """
@@ -74,7 +78,6 @@ def find_drifts(
     user_ids: Sequence[UserId],
     user_id_type: UserIdType,
     *,
-    now: datetime,
     min_age_seconds: float = DEFAULT_MIN_AGE_SECONDS,
 ) -> list[Drift]:
     """Return the drifts among these users' counters, ordered by user.
@@ -82,8 +85,8 @@ def find_drifts(
     `min_age_seconds`: the decrement of usage that is younger may still come.
     """
     statement = text(_FIND.format(user_id_type=user_id_type))
-    rows = connection.execute(statement, {"user_ids": list(user_ids), "now": now, "min_age": min_age_seconds})
-    return [_drift(row) for row in rows]
+    rows = connection.execute(statement, {"user_ids": list(user_ids), "min_age": min_age_seconds})
+    return [_drift(row) for row in rows.all()]  # .all() is one call of the driver, not one for each row
 
 
 def _drift(row: Any) -> Drift:
@@ -97,5 +100,6 @@ def _drift(row: Any) -> Drift:
         observed=row.observed,
         expected=row.expected,
         window=row.window,
+        seen_at=row.seen_at,
         evidence=Evidence.model_validate(row.evidence) if row.evidence else _NO_EVIDENCE,
     )

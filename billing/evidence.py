@@ -3,11 +3,20 @@
 Rows that only prove something stay as they come: dictionaries of id, tokens and time, JSON-safe.
 """
 
+from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Row = dict[str, Any]
+
+
+def moment_of(at: str | None) -> datetime | None:
+    """Return the time that PostgreSQL wrote; None for none, and for one that Python can't hold."""
+    try:
+        return datetime.fromisoformat(at) if at else None
+    except ValueError:
+        return None
 
 
 class _Document(BaseModel):
@@ -25,6 +34,11 @@ class BasePoint(_Document):
     written: int | None = None
     seen_before: int | None = None
     kept: int | None = None
+
+    @property
+    def moment(self) -> datetime | None:
+        """Return when that was; None for a time that Python can't hold."""
+        return moment_of(self.at)
 
 
 class Part(_Document):
@@ -60,10 +74,14 @@ class Edge(_Document):
 
 
 class Concurrent(_Document):
-    """Two decrements within seconds: the one may have been lost, the other kept."""
+    """Two decrements within seconds: the one may have been lost, the other kept.
+
+    `overlapped`: the request of another decrement after the lost one had begun before it.
+    """
 
     lost: Row
     kept: Row
+    overlapped: bool = False
 
 
 class Segment(_Document):

@@ -8,18 +8,19 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from itertools import combinations, product
+from itertools import product
 from typing import Any
 
-from billing.candidates import Candidate, Candidates, candidate, ledger_candidates
+from billing.candidates import Candidate, Candidates, candidate
 from billing.causes import Cause, Certainty, Component, Explanation
 from billing.drifts import Drift
 from billing.evidence import Evidence
+from billing.ledgers import ledger_candidates
+from billing.lost_updates import Losses, losses_by_tokens
 from billing.replays import Clamp, clamps
 from billing.sizes import explain_by_sizes
 
 # How much a solution is stretched by what it takes for granted; the lowest sum wins, see `Candidate`.
-COST_LOST = 2.0
 COST_UNSEEN_PURCHASE = 3.0
 COST_MANUAL = 8.0
 COST_DIGIT = 0.5  # people type round figures: of each digit beyond two
@@ -27,7 +28,6 @@ COST_DIGIT = 0.5  # people type round figures: of each digit beyond two
 CLOSE = 3.0
 FEWEST_ROWS = 20
 MOST_POSSIBLE = 8
-MOST_LOST = 60
 
 
 def explain(drift: Drift, *, plan_sizes: frozenset[int], counter_limit: int, now: datetime) -> Explanation:
@@ -131,10 +131,13 @@ def _ledger_is_no_story(evidence: Evidence, found: Candidates, rest: int) -> boo
 def _solutions(drift: Drift, found: Candidates, plan_sizes: frozenset[int]) -> Iterator[_Solution]:
     """Yield each way to make the sum come out, and each with a rest for a hand's edit."""
     evidence = drift.evidence
-    possible = found.possible[-MOST_POSSIBLE:]
-    # Older purchases than we try both ways have raised the counter, as purchases do.
-    sure = [one for one in found.possible[:-MOST_POSSIBLE] if one.purchase is not None and not one.cost_used]
-    lost = _lost_updates(evidence)
+    # What strains belief least is tried both ways; of that the newest.
+    likely = sorted(range(len(found.possible)), key=lambda place: (found.possible[place].cost_used, -place))
+    possible = [found.possible[place] for place in sorted(likely[:MOST_POSSIBLE])]
+    # More purchases than that have raised the counter, as purchases do.
+    more = [found.possible[place] for place in sorted(likely[MOST_POSSIBLE:])]
+    sure = [one for one in more if one.purchase is not None and not one.cost_used]
+    lost = losses_by_tokens(evidence, plan_sizes)
     unseen = frozenset() if evidence.purchases_mapped else plan_sizes
     not_carried = max((one.cost_unused for one in found.carried), default=0.0)
     for flags in product((True, False), repeat=len(possible)):
@@ -155,7 +158,7 @@ def _closed(
     cost: float,
     clamp: Clamp,
     rest: int,
-    lost: dict[int, Candidate],
+    lost: dict[int, Losses],
     unseen: frozenset[int],
 ) -> Iterator[_Solution]:
     cost += clamp.cost
@@ -168,11 +171,12 @@ def _closed(
         return
     if rest in unseen:
         yield _Solution(chosen=(*taken, _bought(rest)), cost=cost + COST_UNSEEN_PURCHASE, exact=True)
-    for losses in _losses(rest, lost):
-        if len(losses) > 1 or clamp.candidate:
-            # Many sums come out by chance: an edit by hand of this size can't be told from it.
-            losses = tuple(replace(one, alternatives=("manual_edit",)) for one in losses)
-        yield _Solution(chosen=(*taken, *losses), cost=cost + COST_LOST * len(losses), exact=True)
+    if rest in lost:
+        losses = lost[rest]
+        chosen = losses.lost
+        if losses.doubtful or clamp.candidate:
+            chosen = tuple(replace(one, alternatives=("manual_edit",)) for one in chosen)
+        yield _Solution(chosen=(*taken, *chosen), cost=cost + losses.cost, exact=True)
     digits = len(str(abs(rest)).rstrip("0"))
     strain = math.log10(abs(rest)) + COST_DIGIT * max(0, digits - 2) + clamp.cost_before_edit
     yield _Solution(chosen=(*taken, _manual_edit(rest)), cost=cost + COST_MANUAL + strain, exact=False)
@@ -188,24 +192,3 @@ def _bought(tokens: int) -> Candidate:
 def _manual_edit(rest: int) -> Candidate:
     proof = {"note": "no row accounts for it: log, decrements and purchases were considered"}
     return candidate("manual_edit", rest, "likely", at="~", evidence=proof)
-
-
-def _lost_updates(evidence: Evidence) -> dict[int, Candidate]:
-    """Return the decrements that a concurrent one may have overwritten, one for each size."""
-    found: dict[int, Candidate] = {}
-    for pair in evidence.concurrent[:MOST_LOST]:
-        tokens = int(pair.lost["tokens"])
-        if tokens > 0:
-            proof = {"rows": [pair.lost, pair.kept], "note": "of two decrements at the same moment one was lost"}
-            found[tokens] = candidate("lost_update", tokens, "likely", at=pair.lost["at"], evidence=proof)
-    return found
-
-
-def _losses(rest: int, lost: dict[int, Candidate]) -> Iterator[tuple[Candidate, ...]]:
-    if rest in lost:
-        yield (lost[rest],)
-        return
-    for first, second in combinations(lost, 2):
-        if first + second == rest:
-            yield lost[first], lost[second]
-            return

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 from billing.candidates import Candidate, candidate
 from billing.causes import Certainty
-from billing.evidence import Evidence, Row, Segment
+from billing.evidence import Evidence, Row, Segment, moment_of
 
 COST_NO_CLAMP = 1.5
 # A host that shows nothing left lets few more requests through: those that were on their way.
@@ -79,18 +79,10 @@ def _strain_below_zero(rows: Sequence[Row]) -> float:
     """Return how hard it is to believe that a host at zero let these through after the first."""
     if not rows:
         return 0.0
-    first = _moment(rows[0])
-    near = sum(first is not None and (_moment(row) or first) <= first + ON_ITS_WAY for row in rows[1:])
+    first = moment_of(rows[0]["at"])
+    near = sum(first is not None and (moment_of(row["at"]) or first) <= first + ON_ITS_WAY for row in rows[1:])
     later = len(rows) - 1 - near
     return min(near * COST_ON_ITS_WAY + later * COST_LET_THROUGH, MOST_COST_BELOW_ZERO)
-
-
-def _moment(row: Row) -> datetime | None:
-    """Return a row's time; None for one that Python can't hold."""
-    try:
-        return datetime.fromisoformat(row["at"])
-    except ValueError:
-        return None
 
 
 def _rows_below_zero(segment: Segment, height: int) -> list[Row]:

@@ -15,6 +15,8 @@ from billing.evidence import Evidence, Match
 
 PAID = ("credit_without_grant", "renewal_without_new_window", "carried_over_tokens")
 MOST_CREDITS = 6
+# What people give is mostly a multiple of it, and a sum of usage seldom is.
+ROUND_FIGURE = 100
 
 
 def explain_by_sizes(drift: Drift, plan_sizes: frozenset[int]) -> Explanation:
@@ -67,11 +69,12 @@ def _chosen(drift: Drift, plan_sizes: frozenset[int]) -> tuple[list[Candidate], 
 
 
 def _hidden_purchase(drift: Drift, rest: int, plan_sizes: frozenset[int]) -> tuple[str, ...]:
-    """A purchase that no row tells of, and something that lowered the counter, may by chance be as large as a row."""
-    unseen = drift.evidence.credit_may_be_late if drift.evidence.purchases_mapped else plan_sizes
-    if not any(size <= rest for size in unseen):
-        return ()
-    return ("credit_without_grant",)
+    """What no row tells of may be as large as a row: a purchase and something that lowered it, or tokens kept."""
+    evidence = drift.evidence
+    unseen = evidence.credit_may_be_late if evidence.purchases_mapped else plan_sizes
+    names = ["credit_without_grant"] if any(size <= rest for size in unseen) else []
+    names += ["carried_over_tokens"] if rest > 0 and evidence.used_before and not evidence.purchases_mapped else []
+    return tuple(names)
 
 
 def _with_purchases(
@@ -98,8 +101,8 @@ def _with_purchases(
         return [], ()
     best = min(found, key=lambda one: one[0])[1]
     others = {one.component.cause for _, taken in found for one in taken}
-    # A purchase that has no part in it may have one all the same, with something that no row shows.
-    others |= {one.component.cause for one in possible if one.cost_unused}
+    # What has no part in it may have one all the same, with something that no row shows: a purchase, or what was kept.
+    others |= {one.component.cause for one in possible if one.cost_unused} | {one.component.cause for one in kept}
     return [_likely(one) for one in best], tuple(sorted(others - {one.component.cause for one in best}))
 
 
@@ -165,7 +168,7 @@ def _unexplained(drift: Drift, plan_sizes: frozenset[int]) -> tuple[tuple[str, .
         if evidence.purchases_mapped
         else plan_sizes
     )
-    smaller = [size for size in sizes if size <= drift.tokens]
+    smaller = [size for size in sizes if size <= drift.surplus]
     if smaller:
         # A credit and something else may hide in one difference.
         more["may_contain_a_plan_of"] = max(smaller)
@@ -174,4 +177,11 @@ def _unexplained(drift: Drift, plan_sizes: frozenset[int]) -> tuple[tuple[str, .
     names += ["carried_over_tokens"] if evidence.used_before and not evidence.purchases_mapped else []
     names += dict.fromkeys(one.component.cause for one in credits_of(evidence))
     names += ["carried_over_tokens"] if evidence.carried else []
+    names += ["manual_edit"] if _looks_given(drift, plan_sizes) else []
     return tuple(names), more
+
+
+def _looks_given(drift: Drift, plan_sizes: frozenset[int]) -> bool:
+    """Whether it looks like a gift, not like several missed decrements: round, a plan's size, or more than was used."""
+    given = drift.surplus  # of which some may have been used beyond the plan
+    return given % ROUND_FIGURE == 0 or given in plan_sizes or given > drift.consumed

@@ -36,6 +36,10 @@ CREATE OR REPLACE FUNCTION trueup.base_points(
         WHERE r.started_at > w.window_start
           AND NOT EXISTS (SELECT FROM drifts d
                           WHERE d.user_id = w.user_id AND r.id BETWEEN d.run_id AND d.last_run_id)
+          -- Nor does a run that could not look at this counter, or set it right.
+          AND NOT EXISTS (SELECT FROM trueup.defect f
+                          WHERE f.run_id = r.id AND f.user_id = w.user_id
+                            AND f.kind IN ('counter_too_slow', 'counter_refused'))
     ), known AS (
         SELECT user_id, window_start AS at, 'window' AS kind, NULL::bigint AS written, NULL::bigint AS seen_before,
                NULL::bigint AS kept

@@ -28,7 +28,9 @@ $$;
 --     log rows), `failed` (only a failed log row), `unlogged` (no log row), `mixed` (failed and counted ones). At most
 --     four samples of each, and how many there are.
 --   `edges`: groups of rows at the base point, or so young that partners may come: read one by one.
---   `concurrent`: decrements within two seconds of another; of such two, one may be lost.
+--   `concurrent`: decrements within two seconds of another's, whose requests were at work at the same time, as far as the
+--     log tells; of such two, one may be lost. `overlapped`: the other one came later, and its log row before this one: it
+--     may have read the counter before this one was written.
 --   `segments`: the counter replayed from purchase to purchase: its `change`, the `lowest` it came to on the way, and the
 --     newest twelve decrements.
 --   `carried`: what may have been kept of the window before.
@@ -61,14 +63,15 @@ CREATE OR REPLACE FUNCTION trueup.ledger_evidence(
         SELECT o.*, sum(o.opens) OVER (PARTITION BY o.user_id, o.tokens ORDER BY o.at, o.kind DESC, o.id) AS number
         FROM opened o
     ), clusters AS MATERIALIZED (
-        SELECT n.user_id, n.tokens, n.number, n.first_at, n.edge, n.l, n.f, n.d, n.l - n.d AS surplus, n.found
+        SELECT n.user_id, n.tokens, n.number, n.first_at, n.edge, n.since, n.l, n.f, n.d, n.l - n.d AS surplus, n.found
         FROM (
             SELECT n.user_id, n.tokens, n.number, min(n.at) AS first_at, bool_or(n.settled OR n.young) AS edge,
+                   bool_or(NOT n.settled) AS since,
                    count(*) FILTER (WHERE n.kind = 'L') AS l, count(*) FILTER (WHERE n.kind = 'F') AS f,
                    count(*) FILTER (WHERE n.kind = 'D') AS d,
                    jsonb_agg(jsonb_build_object('kind', n.kind, 'id', n.id, 'at', n.at, 'settled', n.settled,
                                                 'young', n.young) ORDER BY n.at, n.kind DESC, n.id)
-                       FILTER (WHERE n.place <= 8) AS found
+                       FILTER (WHERE n.place <= 60) AS found
             FROM (SELECT n.*, row_number() OVER (PARTITION BY n.user_id, n.tokens, n.number
                                                  ORDER BY n.at, n.kind DESC, n.id) AS place
                   FROM numbered n) n
@@ -107,10 +110,12 @@ CREATE OR REPLACE FUNCTION trueup.ledger_evidence(
             GROUP BY t.user_id, t.class) t
         GROUP BY t.user_id
     ), edges AS (
-        SELECT c.user_id, jsonb_agg(jsonb_build_object('tokens', c.tokens, 'rows', c.found) ORDER BY c.first_at) AS found
-        FROM (SELECT c.*, row_number() OVER (PARTITION BY c.user_id ORDER BY c.first_at DESC) AS place
-              FROM clusters c WHERE c.edge) c
-        WHERE c.place <= 8 GROUP BY c.user_id
+        -- Those with a row since the base point first: one of them may be all that tells what it did.
+        SELECT c.user_id,
+               jsonb_agg(jsonb_build_object('tokens', c.tokens, 'rows', c.found) ORDER BY c.since, c.first_at) AS found
+        FROM (SELECT c.*, row_number() OVER (PARTITION BY c.user_id, c.since ORDER BY c.first_at DESC) AS place
+              FROM clusters c WHERE c.edge AND c.l + c.f + c.d <= 60) c
+        WHERE c.place <= CASE WHEN c.since THEN 40 ELSE 8 END GROUP BY c.user_id
     ), totals AS MATERIALIZED (
         SELECT w.user_id, w.base_at, w.window_start, w.kind, w.surplus, t.logged_rows, t.lowered_rows,
                t.logged - t.lowered AS difference,
@@ -136,24 +141,62 @@ CREATE OR REPLACE FUNCTION trueup.ledger_evidence(
         FROM (SELECT e.user_id, e.id, e.tokens, e.at, false AS own FROM events e WHERE e.kind = 'D' AND NOT e.settled
               UNION ALL SELECT o.user_id, o.id, o.tokens, o.at, true FROM own o) c
         JOIN totals t ON t.user_id = c.user_id AND t.surplus <> t.difference
+    ), looks AS (
+        -- The last look since then that accounted for all of the drift of then, and left nothing to a person: what it did
+        -- not call lost was not.
+        SELECT DISTINCT ON (d.user_id) d.user_id, d.found_at - interval '2 seconds' AS at,
+               ARRAY(SELECT p.part #>> '{rows,0,id}' FROM jsonb_array_elements(d.evidence -> 'components') AS p (part)
+                     WHERE p.part ->> 'cause' = 'lost_update') AS lost
+        FROM totals t JOIN trueup.drift d ON d.user_id = t.user_id AND d.found_at > t.base_at
+        WHERE t.surplus <> t.difference AND d.action <> 'review' AND NOT d.evidence -> 'alternatives' ? 'manual_edit'
+          AND NOT string_to_array(d.cause, '+') && ARRAY['manual_edit', 'unexplained', 'clamped_at_zero',
+                                                         'burned_at_expiry', 'counter_null', 'counter_negative',
+                                                         'counter_out_of_range']
+        ORDER BY d.user_id, d.found_at DESC
+    ), turns AS (
+        SELECT t.*, sum(t.opens) OVER (PARTITION BY t.user_id, t.tokens ORDER BY t.at, t.kind DESC, t.id) AS turn
+        FROM (SELECT e.user_id, e.id, e.kind, e.tokens, e.at,
+                     (e.kind <> 'D' AND coalesce(lag(e.kind) OVER w, 'L') = 'D')::int AS opens
+              FROM events e JOIN totals t ON t.user_id = e.user_id AND t.surplus <> t.difference
+              WINDOW w AS (PARTITION BY e.user_id, e.tokens ORDER BY e.at, e.kind DESC, e.id)) t
+    ), requests AS (
+        -- When a decrement's request began: at the last log row of its size before it. A second decrement of one log row
+        -- has none, nor has a charge of ours, which lowers the counter in one step.
+        SELECT r.user_id, r.id, r.began_at
+        FROM (SELECT t.*, max(t.at) FILTER (WHERE t.kind <> 'D') OVER turn AS began_at,
+                     count(*) FILTER (WHERE t.kind <> 'D') OVER turn AS begun,
+                     count(*) FILTER (WHERE t.kind = 'D') OVER (turn ORDER BY t.at, t.kind DESC, t.id) AS place
+              FROM turns t WINDOW turn AS (PARTITION BY t.user_id, t.tokens, t.turn)) r
+        WHERE r.kind = 'D' AND r.place <= r.begun
     ), neighbours AS (
         SELECT c.*, jsonb_build_object('id', c.id, 'tokens', c.tokens, 'at', c.at, 'own', c.own) AS found,
-               lag(c.at) OVER w AS at_before, lead(c.at) OVER w AS at_after
-        FROM changes c WINDOW w AS (PARTITION BY c.user_id ORDER BY c.at, c.id)
+               lag(c.at) OVER w AS at_before,
+               coalesce(min(r.began_at) OVER moment < c.at, false) AS overlapped, r.began_at,
+               count(*) FILTER (WHERE r.began_at IS NULL AND NOT c.own) OVER moment > 0 AS unknown_after
+        FROM (SELECT c.*, least(c.at, '9999-12-31'::timestamptz) AS about FROM changes c) c
+        LEFT JOIN requests r ON r.user_id = c.user_id AND r.id = c.id AND NOT c.own
+        WINDOW w AS (PARTITION BY c.user_id ORDER BY c.at, c.id),
+               -- Those that came after this one, but for it. (The rows of one moment have no order.)
+               moment AS (PARTITION BY c.user_id ORDER BY c.about
+                          RANGE BETWEEN CURRENT ROW AND '2 seconds' FOLLOWING EXCLUDE CURRENT ROW)
     ), paired AS (
         SELECT n.*, lag(n.found) OVER w AS before, lead(n.found) OVER w AS after,
                n.at_before IS NOT NULL AND n.at <= least(n.at_before, '9999-12-31'::timestamptz) + interval '2 seconds' AS near_before
         FROM neighbours n WINDOW w AS (PARTITION BY n.user_id ORDER BY n.at, n.id)
     ), concurrent AS (
         SELECT p.user_id,
-               jsonb_agg(jsonb_build_object('lost', p.found,
-                                            'kept', CASE WHEN p.near_before THEN p.before ELSE p.after END)
+               jsonb_agg(jsonb_build_object('lost', p.found, 'overlapped', p.overlapped,
+                                            'kept', CASE WHEN p.after IS NULL OR p.near_before AND NOT p.overlapped
+                                                         THEN p.before ELSE p.after END)
                          ORDER BY p.at) AS found
         FROM (SELECT p.*, row_number() OVER (PARTITION BY p.user_id
-                                             ORDER BY p.tokens = t.surplus - t.difference DESC, p.at DESC) AS place
-              FROM paired p JOIN totals t ON t.user_id = p.user_id
-              WHERE p.near_before
-                 OR p.at_after <= least(p.at, '9999-12-31'::timestamptz) + interval '2 seconds') p
+                                             ORDER BY p.overlapped DESC, p.tokens = t.surplus - t.difference DESC,
+                                                      p.at DESC) AS place
+              FROM paired p JOIN totals t ON t.user_id = p.user_id LEFT JOIN looks k ON k.user_id = p.user_id
+              -- Not those beside a request that began after they were done, or was done before theirs began.
+              WHERE (p.overlapped OR p.unknown_after
+                     OR p.near_before AND NOT p.own AND coalesce(p.began_at < p.at_before, true))
+                AND (k.at IS NULL OR p.at >= k.at OR p.id = ANY (k.lost))) p
         WHERE p.place <= 60 GROUP BY p.user_id
     ), path AS (
         SELECT s.*, sum(s.change) OVER (PARTITION BY s.user_id, s.segment ORDER BY s.at, s.id) AS height

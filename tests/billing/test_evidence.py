@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, text
+from sqlalchemy import text
 
 from billing import db
 from billing.causes import Explanation
@@ -20,18 +20,6 @@ from tests.support.host import START, Host
 from tests.support.sessions import locked
 from tests.support.two_books import DAY, HOUR, MAPPED, MINUTE, NOON, SECOND, Books
 from tests.support.work import charge_tokens, hold_tokens
-
-
-@pytest.fixture
-def mapped_host(host: Host) -> Host:
-    with host.engine.begin() as connection:
-        install(connection, MAPPED, with_host_tables=True)
-    return host
-
-
-@pytest.fixture
-def books(mapped_host: Host, connection: Connection) -> Books:
-    return Books(mapped_host, connection)
 
 
 def ids(explanation: Explanation) -> set[str]:
@@ -109,23 +97,6 @@ def test_rows_of_one_size_days_apart_do_not_cancel(books: Books, failed: bool, c
     books.lower(300, NOON + 3 * DAY)
     books.log(40)
     assert books.shares() == {"missed_decrement": 340, cause: -300}
-
-
-def test_of_two_decrements_within_seconds_one_is_lost(books: Books) -> None:
-    for tokens in (300, 120):
-        books.log(tokens)
-    kept, lost = books.lower(300), books.row(120, NOON + 2 * SECOND)
-    explanation = books.explained()
-    assert (explanation.cause, explanation.components[0].tokens) == ("lost_update", 120)
-    assert {row["id"] for row in explanation.components[0].evidence["rows"]} == {kept, lost}
-
-
-def test_decrements_three_seconds_apart_did_not_meet(books: Books) -> None:
-    for tokens in (300, 120):
-        books.log(tokens)
-    books.lower(300)
-    books.row(120, NOON + 4 * SECOND)
-    assert books.shares() == {"manual_edit": 120}
 
 
 def test_the_counter_stopped_at_zero_before_a_purchase(books: Books) -> None:
@@ -375,7 +346,7 @@ def test_the_log_is_read_for_drifted_users_alone_and_since_their_base_points_alo
 def rows_read(books: Books, users: list[int]) -> int:
     """Find drifts in a transaction of their own. Returns how many rows of the log were read by index."""
     with books.host.engine.begin() as connection:
-        find_drifts(connection, users, "bigint", now=datetime.now(UTC))
+        find_drifts(connection, users, "bigint")
         read: int = connection.scalar(
             text(
                 "SELECT seq_tup_read + coalesce(idx_tup_fetch, 0) FROM pg_stat_xact_user_tables "

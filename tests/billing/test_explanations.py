@@ -22,7 +22,7 @@ from billing.reconcile_runs import RunSummary
 from tests.conftest import cloned_database
 from tests.support.host import Host
 from tests.support.legacy.injections import INJECTIONS, PAID
-from tests.support.legacy.judging import Judgement, looks_like_a_lost_update
+from tests.support.legacy.judging import Judgement, looks_given, looks_like_a_lost_update
 from tests.support.legacy.loading import WITH_ROWS, load
 from tests.support.legacy.population import PAIRS, Person, make_population
 from worker.stack import StackUrls
@@ -167,15 +167,28 @@ def test_no_paid_tokens_are_taken_away(any_host: Reconciled) -> None:
     assert_not_lowered(any_host, paid)
 
 
-def test_tokens_given_by_hand_are_not_taken_away(with_rows: Reconciled) -> None:
-    """But for those of which no row tells: given just what one of two decrements of the same moment cost."""
+@pytest.mark.parametrize("mapped", ["decrements and payments", "decrements"])
+def test_tokens_given_by_hand_are_not_taken_away(hosts: Callable[[str], Reconciled], mapped: str) -> None:
+    """But for those of which no row tells: given just what a decrement cost that another may have overwritten."""
+    reconciled = hosts(mapped)
     edited = [
         person
-        for person in with_rows.people
+        for person in reconciled.people
         if person.life.truth.tokens.get("manual_edit", 0) > 0 and not looks_like_a_lost_update(person)
     ]
-    assert len(edited) > 0.01 * len(with_rows.people)
-    assert_not_lowered(with_rows, edited)
+    assert len(edited) > 0.01 * len(reconciled.people)
+    assert_not_lowered(reconciled, edited)
+
+
+@pytest.mark.parametrize("mapped", ["payments", "neither"])
+def test_without_decrement_rows_what_looks_given_is_not_taken_away(
+    hosts: Callable[[str], Reconciled], mapped: str
+) -> None:
+    """A round figure, a plan's size, or more than was used: but for those that are as large as a row of the log."""
+    reconciled = hosts(mapped)
+    given = [person for person in reconciled.people if looks_given(person)]
+    assert len(given) > 0.01 * len(reconciled.people)
+    assert_not_lowered(reconciled, given)
 
 
 def assert_not_lowered(reconciled: Reconciled, people: list[Person]) -> None:

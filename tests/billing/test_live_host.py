@@ -134,6 +134,8 @@ def live(engine: Engine, url: str, folder: Path) -> Lived:
         if person.group == "clean"
         and person.life.is_active
         and not person.life.grants
+        # What was paid for and may still be credited leaves it open what a counter too high shows: a person decides.
+        and person.label != "a payment that was never credited"
         and (person.life.counter or 0) > 100_000
     ]
     roles = {user: ROLES[place % len(ROLES)] for place, user in enumerate(at_work)}
@@ -239,7 +241,7 @@ def test_a_correction_only_ever_replaced_the_value_it_had_seen(lived: Lived) -> 
 
 
 def test_counters_are_right_when_the_host_has_stopped(lived: Lived) -> None:
-    """Where nothing was bought. Several lost updates add up to what looks like an edit, and may wait for a person."""
+    """One more pass, and no counter drifts: but for buyers', whose packs wait for a person."""
     users = lived.users("spender", "renewer", "leaver")
     lost = lost_updates(lived)
     wrong = {
@@ -247,10 +249,10 @@ def test_counters_are_right_when_the_host_has_stopped(lived: Lived) -> None:
         for user, (counter, remaining) in lived.remaining.items()
         if user in users and counter != max(0, remaining)
     }
-    sys.stdout.write(f"{len(wrong)} of {len(users)} wait for a person, {len(lost.keys() & users)} had lost updates\n")
-    assert {user: figures for user, figures in wrong.items() if not lost[user]} == {}
-    assert {figures[2][1] for figures in wrong.values() if figures[2]} <= {"review"}
-    assert len(wrong) <= 0.4 * len(lost.keys() & users), wrong
+    several = sum(count > 1 for user, count in lost.items() if user in users)
+    sys.stdout.write(f"{len(lost.keys() & users)} of {len(users)} had lost updates, {several} of them several\n")
+    assert lost.keys() & users
+    assert wrong == {}
 
 
 def lost_updates(lived: Lived) -> Counter[int]:

@@ -7,6 +7,7 @@ from billing.drifts import Drift
 from billing.errors import InvalidInputError
 from billing.policies import History, Verdict, decide
 from billing.rules import DEFAULT_POLICIES, PAID_CAUSES, UNCORRECTABLE_CAUSES, Rules
+from tests.support.host import START
 
 PLAN = 10_000
 
@@ -22,6 +23,7 @@ def drift(observed: int | None, remaining: int) -> Drift:
         consumed=PLAN - remaining,
         observed=observed,
         expected=max(0, remaining),
+        seen_at=START,
     )
 
 

@@ -4,22 +4,40 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from tests.support.host import Host
-from tests.support.legacy.population import NO_DRIFT, Group, Person
+from tests.support.legacy.population import NO_DRIFT, PLANS, Group, Person
 
 MOMENT_SECONDS = 2.0
 
 
 def looks_like_a_lost_update(person: Person) -> bool:
-    """Whether the counter was raised by hand by just what a decrement cost that had another one at its side."""
+    """Whether the counter was raised by hand by just what a decrement cost that another request may have overwritten.
+
+    That one was logged before this decrement, and subtracted after it. No row tells the two stories apart.
+    """
     edited = person.life.truth.tokens.get("manual_edit")
-    rows = sorted(person.life.decrements, key=lambda row: row.at)
     return any(
-        later.at - sooner.at <= MOMENT_SECONDS and edited in (sooner.tokens, later.tokens)
-        for sooner, later in pairwise(rows)
+        lost.tokens == edited
+        and 0 <= kept.at - lost.at <= MOMENT_SECONDS
+        and any(log.tokens == kept.tokens and log.at < lost.at for log in person.life.logs)
+        for lost in person.life.decrements
+        for kept in person.life.decrements
+        if kept is not lost
+    )
+
+
+def looks_given(person: Person) -> bool:
+    """Whether somebody gave tokens, and nothing else is wrong: an amount that no usage adds up to."""
+    life = person.life
+    given = life.truth.tokens.get("manual_edit", 0)
+    sizes = {plan.tokens for plan in PLANS}
+    return (
+        person.causes == {"manual_edit"}
+        and given > 0
+        and (given % 100 == 0 or given in sizes or given > life.consumed)
+        and given not in {row.tokens for row in life.logs}
     )
 
 

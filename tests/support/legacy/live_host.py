@@ -101,7 +101,8 @@ class HostThread(threading.Thread):
     # The pieces.
 
     def _size(self) -> int:
-        return max(7, min(20_000, int(400 * math.exp(self.dice.gauss(0, 1.2)))))
+        """Draw a request's tokens: fewer than a pack's, which nobody could tell from a pack once they are lost."""
+        return max(7, min(15_000, int(400 * math.exp(self.dice.gauss(0, 1.2)))))
 
     def _log(self, who: dict[str, Any], tokens: int, *, success: bool = True) -> None:
         self.execute(

@@ -103,7 +103,7 @@ def _person(
         elif group == "clean":
             fits = not drifted and causes <= {"clamped_at_zero"}
         else:
-            fits = drifted and causes == set(names)
+            fits = drifted and causes == set(names) and not _edit_is_a_rows_size(life)
         if fits and _last_moment(life) < now - SETTLED_SECONDS and not _cancels_without_a_trace(life):
             also = COINCIDENCES[names[0]].also if group == "coincidence" else ()
             accepted = (NO_DRIFT,) if group == "clean" else (causes, *also)
@@ -116,15 +116,24 @@ def _last_moment(life: Life) -> float:
 
 
 def _cancels_without_a_trace(life: Life) -> bool:
-    """Whether a missed decrement is followed by an injected one of its size: together they are one slow request."""
+    """Whether a missed decrement is followed by an injected one of its size within a day: both are one slow request."""
     injected = {row for rows in life.truth.rows.values() for row in rows}
     missed = [row for row in life.logs if str(row.id) in life.truth.rows.get("missed_decrement", [])]
     return any(
-        row.tokens == log.tokens and 0 <= row.at - log.at < SETTLED_SECONDS
+        row.tokens == log.tokens and 0 <= row.at - log.at < DAY
         for log in missed
         for row in life.decrements
         if str(row.id) in injected
     )
+
+
+def _edit_is_a_rows_size(life: Life) -> bool:
+    """Whether somebody has by chance changed the counter by just what a row of any kind says: a coincidence."""
+    edited = abs(life.truth.tokens.get("manual_edit", 0))
+    rows = {row.tokens for row in (*life.logs, *life.decrements)} | {
+        pay.plan.tokens for pay in life.payments if pay.plan
+    }
+    return edited in rows
 
 
 def _live(dice: random.Random, numbers: Numbers, group: Group, names: tuple[str, ...], now: float) -> Life:
