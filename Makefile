@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 
+JOBS ?= 2
 SEED ?= 1
 ROUNDS ?= 20
 
@@ -19,8 +20,8 @@ help:  ## Show this help
 demo: $(STAMP)  ## Run the whole way through on an embedded stack (under a minute)
 	@$(BIN)/trueup demo
 
-test: $(STAMP)  ## Run the tests against real embedded servers; ARGS="-k gate" narrows them
-	@$(BIN)/pytest $(ARGS)
+test: $(STAMP)  ## Run the tests against real embedded servers, JOBS=2 at once; ARGS="-k gate" narrows them
+	@$(BIN)/pytest --numprocesses=$(JOBS) --dist=loadfile $(ARGS)
 
 check: $(STAMP)  ## Lint, format, types, import contracts, compose schema
 	@$(BIN)/ruff check .
