@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 import pytest
@@ -20,13 +21,15 @@ TASKS = "tests.support.slow_tasks"
 
 
 @pytest.fixture
-def redis_home(tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def redis_home(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A Redis of the test's own, for the session's must not be stopped. Gives its home."""
     monkeypatch.delenv("TRUEUP_BROKER_URL")
-    home = tmp_path / "redis"
-    with running_stack(Settings(home=home), services=("redis",)) as urls:
-        monkeypatch.setenv("TRUEUP_BROKER_URL", str(urls.broker_url))
-        yield home
+    # Short, or its socket would be elsewhere, and Redis not be known by it.
+    with TemporaryDirectory(prefix="trueup-test-") as folder:
+        home = Path(folder) / "redis"
+        with running_stack(Settings(home=home), services=("redis",)) as urls:
+            monkeypatch.setenv("TRUEUP_BROKER_URL", str(urls.broker_url))
+            yield home
 
 
 @pytest.fixture

@@ -218,16 +218,16 @@ def test_a_path_too_long_for_a_socket_gets_a_short_private_one(new_home: Path) -
     shutil.rmtree(sockets.parent)
 
 
-def test_a_link_laid_in_the_way_of_the_sockets_is_refused(
-    new_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_a_link_laid_in_the_way_of_the_sockets_is_refused(new_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = new_home.parent / "t"
+    short.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(short))
     long_home = new_home / ("x" * 90)
     with running_stack(stack_settings(long_home), services=["redis"]):
-        (ours,) = tmp_path.glob("trueup-*")
+        (ours,) = short.glob("trueup-*")
     shutil.rmtree(ours)
-    (tmp_path / "theirs").mkdir()
-    ours.symlink_to(tmp_path / "theirs")
+    (short / "theirs").mkdir()
+    ours.symlink_to(short / "theirs")
     with (
         pytest.raises(StackError, match="made by someone else"),
         running_stack(stack_settings(long_home), services=["redis"]),
