@@ -5,6 +5,7 @@ A killed process runs no `finally`. Without this its tokens would be held until 
 
 import logging
 import os
+import secrets
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,9 +22,14 @@ from tasks.arguments import USER_ARGUMENT
 logger = logging.getLogger(__name__)
 
 
+# A container that was started again may have the name and the process ids of its predecessor. Made before the pool's
+# processes are, so that they have it too.
+_WORKER_LIFE = secrets.token_hex(4)
+
+
 def owner_name(hostname: str, pid: int) -> str:
-    """Return what a hold's owner is called: the process, on its worker."""
-    return f"{hostname}:{pid}"
+    """Return what a hold's owner is called: the process, of this life of its worker."""
+    return f"{hostname}/{_WORKER_LIFE}:{pid}"
 
 
 class MeteredRequest(Request):

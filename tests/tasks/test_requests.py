@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -42,3 +43,21 @@ def test_a_pool_without_processes_is_not_killed() -> None:
     request = TimedOut(os.getpid())
     request.on_timeout(False, 1)
     assert request.told == [(requests.close_abandoned_hold, None)]
+
+
+def test_a_worker_that_was_started_again_owns_nothing_of_its_predecessors() -> None:
+    program = (
+        "import os\n"
+        "from tasks.requests import owner_name\n"
+        "print(owner_name('celery@box', 7), flush=True)\n"
+        "if os.fork():\n"
+        "    os.wait()\n"
+        "else:\n"
+        "    print(owner_name('celery@box', 7), flush=True)\n"
+    )
+    lives = [
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+        for _ in range(2)
+    ]
+    assert [len(set(names)) for names in lives] == [1, 1]
+    assert lives[0] != lives[1]
