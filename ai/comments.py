@@ -17,12 +17,13 @@ GraphId = Annotated[
 
 
 class CommentAuthor(BaseModel):
-    """Who commented. `username` None: Instagram did not say."""
+    """Who commented. `username` None: Instagram did not say. `self_ig_scoped_id`: the account itself did."""
 
     model_config = ConfigDict(frozen=True)
 
     id: GraphId
     username: str | None = None
+    self_ig_scoped_id: GraphId | None = None
 
 
 class CommentMedia(BaseModel):
@@ -56,7 +57,8 @@ class CommentEvent(BaseModel):
     @property
     def is_own(self) -> bool:
         """Whether the account commented itself: answering that would be an endless conversation."""
-        return self.comment.author.id == self.account_id
+        author = self.comment.author
+        return author.id == self.account_id or author.self_ig_scoped_id is not None
 
 
 class _Change(BaseModel):

@@ -2,7 +2,9 @@
 
 import re
 
-LINK = re.compile(r"(?:https?://|www\.)[^\s<>\"'\])}|،؛]+", re.IGNORECASE)
+# Chats make a link of a bare host too. Without a path behind it it can't be told from a missing space: "tomorrow.We".
+_BEGINNING = r"https?://|(?<![a-z0-9+.-])[a-z][a-z0-9+.-]*://|www\.|(?<![\w.@/-])(?:[a-z0-9-]+\.)+[a-z]{2,}/"
+LINK = re.compile(rf"(?:{_BEGINNING})[^\s<>\"'\])}}|،؛]+", re.IGNORECASE)
 _SCHEME = re.compile(r"https?://", re.IGNORECASE)
 
 
@@ -11,7 +13,8 @@ class KnownLinks:
 
     def __init__(self, *texts: str) -> None:
         stated = {_plain(link) for text in texts for link in LINK.findall(text)}
-        self._links = stated | {_SCHEME.sub("", link, count=1) for link in stated}
+        bare = {_SCHEME.sub("", link, count=1) for link in stated}
+        self._links = stated | bare | {f"https://{link}" for link in stated & bare if "://" not in link}
 
     def has(self, link: str) -> bool:
         """Whether it is one of them, or a page above one: never another host that begins alike."""

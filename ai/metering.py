@@ -7,7 +7,6 @@ body in any other way finds no hold, and can't spend.
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -23,17 +22,14 @@ from billing.errors import (
     HoldOvertakenError,
     NoHoldError,
     ProviderError,
-    ServiceUnavailableError,
 )
 from billing.holds import Hold
+from billing.insisting import PASSING, insist
 from billing.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 _running: ContextVar["RunningHold | None"] = ContextVar("trueup_running_hold", default=None)
-
-# How long a charge waits before each further try.
-CHARGE_RETRY_DELAYS_SECONDS = (0.1, 0.5, 1, 2, 5, 10)
 
 
 class RunningHold:
@@ -79,7 +75,7 @@ def spending_from(hold: Hold) -> Iterator[RunningHold]:
 def _close_streams(running: RunningHold) -> None:
     """Charge what the body left running. One that can't be charged now must not keep the others from it."""
     for stream in tuple(running.streams):
-        with suppress(ServiceUnavailableError):  # logged where it happened; its intent stays on record
+        with suppress(*PASSING):  # logged where it happened; its intent stays on record
             stream.close()
 
 
@@ -196,7 +192,7 @@ class MeteredModel:
         return limit
 
     def _charge(self, call: _Call, completion: Completion, *, keep_answer: bool = True) -> None:
-        """Write the usage: it stands for money spent, so while the database is away it is tried again for a while."""
+        """Write the usage: it stands for money spent, so it is tried again while the database can't take it."""
         hold = call.running.hold
         metadata = {
             "task_id": hold.task_id,
@@ -205,34 +201,15 @@ class MeteredModel:
             "usage_reported": completion.usage_reported,
         }
         answer = self._storable(completion) if keep_answer else None
-        for delay in (*CHARGE_RETRY_DELAYS_SECONDS, None):
-            try:
-                charge = db.retrying(
-                    lambda connection: record_charge(
-                        connection,
-                        hold,
-                        call_key=call.key,
-                        usage=_usage(completion),
-                        metadata=metadata,
-                        answer=answer,
-                    )
-                )
-            except ServiceUnavailableError:
-                if delay is None:
-                    logger.exception(
-                        "usage not recorded: task %s, user %s, call %s, %d tokens",
-                        hold.task_id,
-                        hold.user_id,
-                        call.key,
-                        completion.total_tokens,
-                    )
-                    raise
-                time.sleep(delay)
-            else:
-                call.running.tokens_left = charge.tokens_left
-                call.running.is_lost = charge.late
-                _warn_if_uncovered(hold, call.key, charge)
-                return
+        charge = insist(
+            lambda connection: record_charge(
+                connection, hold, call_key=call.key, usage=_usage(completion), metadata=metadata, answer=answer
+            ),
+            f"user {hold.user_id}, task {hold.task_id}, call {call.key}, {completion.total_tokens} tokens",
+        )
+        call.running.tokens_left = charge.tokens_left
+        call.running.is_lost = charge.late
+        _warn_if_uncovered(hold, call.key, charge)
 
     def _storable(self, completion: Completion) -> dict[str, Any] | None:
         """Return the answer to keep for a redelivery, or None if the settings or its size forbid."""
@@ -260,7 +237,7 @@ def _noted_failure(call: _Call) -> Iterator[None]:
         yield
     except ProviderError as error:
         unknown = error.outcome_unknown
-        with suppress(ServiceUnavailableError):  # then its intent stays, which says no less
+        with suppress(*PASSING):  # then its intent stays, which says no less
             db.retrying(lambda connection: end_call(connection, call.running.hold, call_key=call.key, unknown=unknown))
         raise
 

@@ -1,16 +1,37 @@
 """What a user is shown of the account: `/api/accounts/…`."""
 
+import logging
+
 from fastapi import APIRouter
 
 from api.auth import CurrentUser, refusal
 from api.responses import AUTHENTICATED, responses
 from api.schemas import AccountOverview, Profile
 from billing import db
+from billing.errors import SettingsError, TrueupError
+from billing.host_catalog import VIEWS_REMEDY, missing_view_columns
 from billing.settings import get_settings
 from billing.summaries import Summary, read_summary
 from billing.users import UserId
 
 router = APIRouter(prefix="/api/accounts", tags=["accounts"], responses=responses(*AUTHENTICATED))
+
+logger = logging.getLogger(__name__)
+
+
+def check_columns() -> None:
+    """Raise `SettingsError` for columns of the mapping that only the views read, and that the host does not have.
+
+    Where the database can't be asked nothing is known of that, and nothing is raised.
+    """
+    mapping = get_settings().host
+    try:
+        missing = db.retrying(lambda connection: missing_view_columns(connection, mapping))
+    except TrueupError as error:
+        logger.warning("The columns that the views show were not looked at: %s", error)
+        return
+    if missing:
+        raise SettingsError(f"There is no column {', '.join(missing)}, which the views would show. {VIEWS_REMEDY}")
 
 
 def summary_of(user_id: UserId, *, with_plans: bool = False) -> Summary:

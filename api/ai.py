@@ -1,6 +1,7 @@
 """The AI features over HTTP: a check at the door, then a metered task, whose own gate reserves."""
 
 import asyncio
+import logging
 import re
 import time
 import uuid
@@ -20,14 +21,16 @@ from ai.inputs import Business, Prose
 from ai.texts import cleaned_text
 from api.access import require_tokens
 from api.auth import CurrentUser
-from api.errors import ApiError
+from api.errors import ApiError, unavailable
 from api.responses import AUTHENTICATED, Problem, responses
 from api.schemas import Body
-from api.task_results import ENDED, TASKS_PATH, TaskBody, read_task
+from api.task_results import ENDED, TASKS_PATH, TaskBody, body_of, read_task
 from billing import db
-from billing.errors import ServiceUnavailableError, TokensDenied
+from billing.errors import ServiceUnavailableError, TokensDenied, TrueupError
 from billing.requests import TaskRequest, begin_request, find_request, fingerprint_of, mark_sent
 from billing.users import UserId
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = (0.05, 1.0)
 _SAYS_SOMETHING = re.compile(r"[^\s\x00-\x1f\x7f-\x9f]")
@@ -133,8 +136,8 @@ async def _answer(
 def _ask(request: Request, user_id: UserId, task: str, arguments: dict[str, Any], key: str | None) -> TaskRequest:
     """Have the task sent, once for each key, and return its request.
 
-    Raises `TokensDenied` before anything is written, `ApiError` 409 for a key that another request had, and
-    `ServiceUnavailableError` when the broker does not answer: then the next request of the same key sends the task.
+    Raises `TokensDenied` before anything is written, `ApiError` 409 for a key that another request had, and 503 when
+    the broker does not answer: then the next request of the same key sends the task.
     """
     celery: Celery = request.app.state.celery
     fingerprint = fingerprint_of(task, arguments)
@@ -142,7 +145,9 @@ def _ask(request: Request, user_id: UserId, task: str, arguments: dict[str, Any]
     metered = celery.tasks[task]
     tokens: int = metered.estimated_tokens(arguments)
     known = db.retrying(lambda connection: find_request(connection, user_id, key)) if key else None
-    if known is None or known.sent_at is None:
+    # A known key was let in once. Its task may have run, though that it was sent was not noted: then what is left now
+    # says nothing of it. If it was not sent, its own gate decides.
+    if known is None:
         require_tokens(request, user_id, tokens, metered.feature_name)
     task_id = str(uuid.uuid4())
     asked = known or db.retrying(
@@ -161,7 +166,7 @@ def _ask(request: Request, user_id: UserId, task: str, arguments: dict[str, Any]
         raise ApiError(409, "conflict", problem)
     if asked.sent_at is None:
         _send(celery, asked, arguments)
-        db.retrying(lambda connection: mark_sent(connection, asked))
+        _note_sent(asked)
     return asked
 
 
@@ -169,7 +174,7 @@ def _send(celery: Celery, asked: TaskRequest, arguments: Mapping[str, Any]) -> N
     """Give the task to the broker.
 
     `apply_async` would subscribe to the result, whose reader here comes by itself: with each request there would be
-    one subscription more. Raises `ServiceUnavailableError`.
+    one subscription more. Raises `ApiError` 503.
     """
     user_id = asked.user_id if isinstance(asked.user_id, int) else str(asked.user_id)
     kwargs = {"user_id": user_id, **arguments}
@@ -180,7 +185,22 @@ def _send(celery: Celery, asked: TaskRequest, arguments: Mapping[str, Any]) -> N
         with celery.producer_or_acquire() as producer:
             amqp.send_task_message(producer, asked.task, message, **options)
     except (OperationalError, RedisError, OSError) as error:
-        raise ServiceUnavailableError("Redis", "the broker", str(error)) from error
+        logger.error("answered 503: nobody knows whether task %s was sent (%s)", asked.task_id, error)
+        raise unavailable(
+            "Redis does not answer, so that nobody knows whether the task was sent. Repeat the request with the same "
+            "Idempotency-Key; without one it is another task"
+        ) from error
+
+
+def _note_sent(asked: TaskRequest) -> None:
+    """Note that the broker has the task. If that fails it has it all the same: an error would have it asked for again.
+
+    The next request of the key then sends it a second time, and the gate makes one of both.
+    """
+    try:
+        db.retrying(lambda connection: mark_sent(connection, asked))
+    except TrueupError as error:
+        logger.warning("task %s is sent, which could not be noted: %s", asked.task_id, error)
 
 
 async def _wait(request: Request, asked: TaskRequest, seconds: int) -> dict[str, Any]:
@@ -189,12 +209,21 @@ async def _wait(request: Request, asked: TaskRequest, seconds: int) -> dict[str,
     pause, longest = POLL_SECONDS
     while True:
         # A thread for the look alone: those who wait must not keep others from theirs.
-        state = await run_in_threadpool(read_task, request.app.state.celery, asked)
+        state = await run_in_threadpool(_look, request.app.state.celery, asked)
         left = deadline - time.monotonic()
         if state["state"] in ENDED or left <= 0 or await request.is_disconnected():
             return state
         await asyncio.sleep(min(pause, left))
         pause = min(2 * pause, longest)
+
+
+def _look(celery: Celery, asked: TaskRequest) -> dict[str, Any]:
+    """Return how the task stands: pending too while Redis can't tell, for an error would have it asked for again."""
+    try:
+        return read_task(celery, asked)
+    except ServiceUnavailableError as error:
+        logger.warning("how task %s stands is not known: %s", asked.task_id, error)
+        return body_of(asked, "pending")
 
 
 def _wait_seconds(prefer: str | None, most: int) -> int | None:

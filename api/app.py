@@ -18,7 +18,7 @@ from billing.settings import get_settings
 
 DESCRIPTION = """
 What is left of a user's AI tokens, counted from the usage log and never from the legacy counter; AI tasks behind the
-gate; and what reconciling found. Every answer but a success and a denial (402) has the shape of `Problem`.
+gate; and what reconciling found. Every answer but a success, a denial (402) and `/readyz` has the shape of `Problem`.
 """
 
 
@@ -64,4 +64,5 @@ _ROUTERS = (
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     to_thread.current_default_thread_limiter().total_tokens = app.state.settings.api.threads
+    await to_thread.run_sync(accounts.check_columns)
     yield

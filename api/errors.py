@@ -110,4 +110,4 @@ async def _unavailable(_request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, NotInstalledError):
         return render(unavailable("The database is not ready for trueup. Nothing was done", error_code="not_ready"))
     assert isinstance(error, ServiceUnavailableError)  # noqa: S101
-    return render(unavailable(f"{error.service} does not answer. Nothing was spent; try again"))
+    return render(unavailable(f"{error.service} does not answer. Nothing was spent by this request; try again"))

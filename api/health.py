@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Whoever asks more often is answered from the last look.
 LOOK_EVERY_SECONDS = 2.0
+LOOK_IS_OLD_SECONDS = 15.0
 PING_EVERY_SECONDS = 10.0
 PING_SECONDS = 1.0
 WORKER_SEEN_SECONDS = 60.0
@@ -61,11 +62,24 @@ class Watch:
         self._seen_at = float("-inf")
 
     def look(self) -> Readiness:
-        with self._lock:
-            if self._last is None or monotonic() - self._looked_at >= LOOK_EVERY_SECONDS:
+        """Return what was seen by the last look, or by one that is taken now.
+
+        Who comes while another looks is answered from the last one, unless that is old: anybody may ask, and a server
+        that does not answer would hold up as many threads as there are.
+        """
+        last, age = self._last, monotonic() - self._looked_at
+        if last is not None and age < LOOK_EVERY_SECONDS:
+            return last
+        is_mine = self._lock.acquire(blocking=last is None or age >= LOOK_IS_OLD_SECONDS)
+        if not is_mine and last is not None:
+            return last
+        try:
+            if self._last is last or self._last is None:
                 self._last = self._look()
                 self._looked_at = monotonic()
             return self._last
+        finally:
+            self._lock.release()
 
     def _look(self) -> Readiness:
         database, broker = self._database(), self._broker()

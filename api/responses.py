@@ -42,9 +42,9 @@ _PROBLEMS: dict[int, tuple[str, str, str, dict[str, Any]]] = {
     429: ("Too many requests of this user", "too_many_requests", "More than 600 requests within a minute", _RETRY),
     500: ("Something went wrong here", "internal_error", "Something went wrong here, and was logged", {}),
     503: (
-        "A server does not answer, or too much is going on; nothing was spent",
+        "A server does not answer, or too much is going on",
         "service_unavailable",
-        "PostgreSQL does not answer. Nothing was spent; try again",
+        "PostgreSQL does not answer. Nothing was spent by this request; try again",
         _RETRY,
     ),
 }

@@ -87,7 +87,7 @@ def read_task(celery: Celery, asked: TaskRequest) -> dict[str, Any]:
     except (OperationalError, RedisError, OSError) as error:
         raise ServiceUnavailableError("Redis", "the result backend", str(error)) from error
     state, outcome = _STATES.get(meta["status"], "running"), meta["result"]
-    body = {"task_id": asked.task_id, "task": asked.task, "state": state, "created_at": asked.created_at}
+    body = body_of(asked, state)
     if state == "done":
         return body | {"result": outcome}
     if isinstance(outcome, TokensDenied):
@@ -95,6 +95,11 @@ def read_task(celery: Celery, asked: TaskRequest) -> dict[str, Any]:
     if state == "failed":
         return body | {"failure": _failure(outcome)}
     return body
+
+
+def body_of(asked: TaskRequest, state: State) -> dict[str, Any]:
+    """Return the fields of `TaskBody` that a task has in every state."""
+    return {"task_id": asked.task_id, "task": asked.task, "state": state, "created_at": asked.created_at}
 
 
 def _failure(error: object) -> dict[str, str]:

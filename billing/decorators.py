@@ -19,22 +19,29 @@ from billing.utils import check_ai_access_for_user
 
 __all__ = ["ai_tokens", "check_tokens_for_function", "require_active_subscription", "require_ai_tokens"]
 
+# The specification's.
+DEFAULT_TOKENS = 1500
+
 ViewFunction = TypeVar("ViewFunction", bound=Callable[..., Any])
 
 
-def check_tokens_for_function(user: Any, estimated_tokens: int = 1500, feature_name: str = "AI Feature") -> Access:
+def check_tokens_for_function(
+    user: Any, estimated_tokens: int = DEFAULT_TOKENS, feature_name: str = "AI Feature"
+) -> Access:
     """Say whether a task or service may use AI for the user; see `billing.utils.check_ai_access_for_user`."""
     return check_ai_access_for_user(user, estimated_tokens, feature_name)
 
 
 @overload
-def require_ai_tokens(estimated_tokens: ViewFunction) -> ViewFunction: ...
+def require_ai_tokens(
+    estimated_tokens: ViewFunction, feature_name: str = "AI Feature", *, user: UserLoader | None = None
+) -> ViewFunction: ...
 @overload
 def require_ai_tokens(
-    estimated_tokens: int = 1500, feature_name: str = "AI Feature", *, user: UserLoader | None = None
+    estimated_tokens: int = DEFAULT_TOKENS, feature_name: str = "AI Feature", *, user: UserLoader | None = None
 ) -> Callable[[ViewFunction], ViewFunction]: ...
 def require_ai_tokens(
-    estimated_tokens: Any = 1500, feature_name: str = "AI Feature", *, user: UserLoader | None = None
+    estimated_tokens: Any = DEFAULT_TOKENS, feature_name: str = "AI Feature", *, user: UserLoader | None = None
 ) -> Any:
     """Let a view run only if its user may spend about `estimated_tokens` tokens; else answer in its place.
 
@@ -46,12 +53,12 @@ def require_ai_tokens(
     Raises `InvalidInputError` or TypeError, when the module is imported, for what can't be meant.
     """
     if callable(estimated_tokens):
-        return require_ai_tokens()(estimated_tokens)
+        return _guarding(token_gate(DEFAULT_TOKENS, feature_name), user)(estimated_tokens)
     return _guarding(token_gate(estimated_tokens, feature_name), user)
 
 
 @overload
-def require_active_subscription(view: ViewFunction) -> ViewFunction: ...
+def require_active_subscription(view: ViewFunction, *, user: UserLoader | None = None) -> ViewFunction: ...
 @overload
 def require_active_subscription(*, user: UserLoader | None = None) -> Callable[[ViewFunction], ViewFunction]: ...
 def require_active_subscription(view: Any = None, *, user: UserLoader | None = None) -> Any:

@@ -8,28 +8,30 @@ from typing import TypeVar
 from sqlalchemy import Connection
 
 from billing import db
-from billing.errors import ServiceUnavailableError
+from billing.errors import NotInstalledError, ServiceUnavailableError
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+# A database that is not ready may be: its tables are just being changed, or trueup is being set up anew.
+PASSING = (ServiceUnavailableError, NotInstalledError)
 # How long a write waits before each further try.
 RETRY_DELAYS_SECONDS = (0.1, 0.5, 1, 2, 5, 10)
 
 
 def insist(write: Callable[[Connection], Result], what: str) -> Result:
-    """Run a write that is idempotent by key, and again for about 20 s while the database does not answer.
+    """Run a write that is idempotent by key, and again for about 20 s while the database is away or not ready.
 
-    `what`: the figures, for the log, if it is all in vain. Raises `ServiceUnavailableError` then.
+    `what`: the figures, for the log, if it is all in vain. Then it raises the one of `PASSING` that it met last.
     """
     for delay in RETRY_DELAYS_SECONDS:
         try:
             return db.retrying(write)
-        except ServiceUnavailableError:
+        except PASSING:
             time.sleep(delay)
     try:
         return db.retrying(write)
-    except ServiceUnavailableError:
+    except PASSING:
         logger.exception("usage not recorded: %s", what)
         raise

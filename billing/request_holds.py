@@ -79,6 +79,7 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
         response_time_ms: int = 0,
         key: str | None = None,
         metadata: dict[str, Any] | None = None,
+        _hold: Hold | None = None,
     ) -> Charge:
         """Record what a provider call cost, once: log row, hold, balance and legacy counter, in one transaction.
 
@@ -87,7 +88,7 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
         While the database is away it is tried again for about 20 s. Raises `InvalidInputError`, `NoHoldError` outside
         of the block, `UnknownUserError`, `ServiceUnavailableError`.
         """
-        hold = self.hold
+        hold = _hold or self.hold
         prompt, completion, total = check_counts(prompt_tokens, completion_tokens, total_tokens)
         if not isinstance(model_name, str):
             raise InvalidInputError(f"model_name: {model_name!r:.80} is no text")
@@ -105,12 +106,14 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
             lambda connection: record_charge(connection, hold, call_key=call_key, usage=usage, metadata=more | named),
             f"user {hold.user_id}, {hold.task_id}, call {call_key}, {total} tokens",
         )
-        self._tokens_left = charge.tokens_left
+        # Of charges at once the last to be told may be the first that was written.
+        self._tokens_left = min(self._tokens_left, charge.tokens_left)
         return charge
 
     async def acharge(self, **figures: Any) -> Charge:
         """Do as `charge`, without blocking the event loop."""
-        return await in_thread(lambda: self.charge(**figures))
+        hold = self.hold  # a caller that is cancelled may have left the block before a thread is free
+        return await in_thread(lambda: self.charge(**figures, _hold=hold))
 
     def extend(self, tokens: int) -> bool:
         """Add `tokens` to the hold if the user's budget allows; False if not, and nothing has changed.

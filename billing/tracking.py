@@ -97,6 +97,7 @@ class ai_usage:  # noqa: N801 - used as a function: `with ai_usage(user, section
         self._model_name = _check_model_name(model_name)
         self._figures: _Figures | None = None
         self._started = time.monotonic()
+        self._is_over = False
 
     def set(
         self,
@@ -109,14 +110,21 @@ class ai_usage:  # noqa: N801 - used as a function: `with ai_usage(user, section
     ) -> None:
         """Say what the call cost; said again, the last holds. `model_name`: None means the one given at first.
 
-        `response_time_ms`: None means measured, from the beginning of the block to here. Raises `InvalidInputError`.
+        `response_time_ms`: None means measured, from the beginning of the block to here. Raises `InvalidInputError`,
+        also after the block: what it spent is recorded by then.
         """
+        if self._is_over:
+            raise InvalidInputError(
+                f"usage: the block of key {self._fixed.key!r} has ended, so these figures are not recorded. Call "
+                "usage.set(…) within it, or report them with track_ai_usage and a key of their own."
+            )
         measured = self._elapsed_ms() if response_time_ms is None else response_time_ms
         name = self._model_name if model_name is None else model_name
         self._figures = _Figures.of(prompt_tokens, completion_tokens, total_tokens, name, measured)
 
     def __enter__(self) -> Self:
         self._started = time.monotonic()
+        self._is_over = False
         return self
 
     def __exit__(
@@ -136,6 +144,7 @@ class ai_usage:  # noqa: N801 - used as a function: `with ai_usage(user, section
         return round((time.monotonic() - self._started) * 1000)
 
     def _end(self, error: BaseException | None) -> None:
+        self._is_over = True
         said = None if error is None else f"{type(error).__name__}: {error}"
         if self._figures is not None:
             self.recorded = _record(self._fixed, self._figures, success=True, error=said)
@@ -212,7 +221,7 @@ def _check_model_name(name: object) -> str:
 
 _RECORD = text(
     """
-    SELECT recorded, differs, in_future
+    SELECT recorded, differs, in_future, log_id
     FROM trueup.record_usage(:user_id, :task_id, :call_key, :log_id, :section, :prompt_tokens, :completion_tokens,
                              :total_tokens, :response_time_ms, :success, :model_name, :error, CAST(:metadata AS jsonb),
                              CAST(:created_at AS timestamptz), make_interval(secs => :skew_seconds), NULL)
@@ -223,12 +232,11 @@ _RECORD = text(
 def _record(fixed: _Fixed, figures: _Figures, *, success: bool, error: str | None) -> TrackedUsage:
     # A failed call does not take the key away from the one that is made in its place.
     call_key = f"{'call' if success else 'failed'}:{fixed.key}"
-    log_id = str(uuid.uuid5(LOG_NAMESPACE, json.dumps([str(fixed.user_id), TASK_ID, call_key])))
     values = {
         "user_id": fixed.user_id,
         "task_id": TASK_ID,
         "call_key": call_key,
-        "log_id": log_id,
+        "log_id": str(uuid.uuid5(LOG_NAMESPACE, json.dumps([str(fixed.user_id), TASK_ID, call_key]))),
         "section": fixed.section,
         "prompt_tokens": figures.prompt_tokens,
         "completion_tokens": figures.completion_tokens,
@@ -250,7 +258,7 @@ def _record(fixed: _Fixed, figures: _Figures, *, success: bool, error: str | Non
         )
     if row.differs:
         logger.warning("usage was reported before with other figures, which stand: %s", what)
-    return TrackedUsage(recorded=row.recorded, differs=row.differs, log_id=log_id)
+    return TrackedUsage(recorded=row.recorded, differs=row.differs, log_id=row.log_id)
 
 
 def _writing(values: dict[str, Any], what: str) -> Callable[[Connection], Any]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from billing.errors import InvalidInputError
 from billing.gates import Refusal
 
 
@@ -50,9 +51,17 @@ def first_instance(kind: Any, values: Iterable[object]) -> Any:
 
 
 def known_user(user: Any) -> Any:
-    """Return a user as `billing.users.user_id_of` takes it: None for an anonymous one, the id of claims or a row."""
+    """Return a user as `billing.users.user_id_of` takes it: None for an anonymous one, the id of claims or a row.
+
+    Raises `InvalidInputError` for a dict whose `id` and `user_id` differ: one of them is somebody else's.
+    """
     if user is None or not getattr(user, "is_authenticated", True):
         return None
     if isinstance(user, Mapping):
-        return next((user[key] for key in ("id", "user_id") if key in user), None)
+        ids = {key: user[key] for key in ("id", "user_id") if user.get(key) is not None}
+        if len(set(map(str, ids.values()))) > 1:
+            raise InvalidInputError(
+                f"user: {ids} are two users. Say which one pays: user=…, a function that returns it"
+            )
+        return next(iter(ids.values()), None)
     return user

@@ -11,8 +11,9 @@ from typing import Any
 from billing.frameworks.adapter import View, first_instance, known_user, loaded
 from billing.gates import Refusal
 
-# Parameters that are taken for the user, if a dependency fills them.
-USER_PARAMETERS = ("user", "current_user")
+# Parameters that are taken for the user, if a dependency fills them; the first that is there. Beside a current_user,
+# user is whom the request is about, often by an id that the caller chose.
+USER_PARAMETERS = ("current_user", "user")
 
 
 @dataclass(frozen=True)

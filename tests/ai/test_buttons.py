@@ -148,10 +148,32 @@ def test_a_model_may_write_buttons_with_the_shops_own_links(httpserver: HTTPServ
         ("https://shop.example.evil.example/larch", False),
         ("http://shop.example/larch", False),
         ("https://shop.example/larch/other", False),
+        ("shop.example/larch", True),
+        ("shop.example/other", False),
+        ("https://bare.example/x", True),
+        ("http://bare.example/x", False),
+        ("pay.evil.example/x", False),
+        ("https:// evil.example/x", False),
+        ("bit.ly/3xyz", False),
+        ("tg://resolve?domain=evil", False),
+        ("x1https://evil.example/", False),
     ],
 )
 def test_a_link_is_known_if_the_business_gave_it_or_a_page_further_down(link: str, known: bool) -> None:
-    links = KnownLinks("See https://shop.example/larch. Or https://www.shop.example/x?y=1!")
+    links = KnownLinks("See https://shop.example/larch. Or https://www.shop.example/x?y=1! Or bare.example/x")
     warnings: list[str] = []
-    assert without_foreign_links(f"At {link}!", links, warnings) == (f"At {link}!" if known else "At !")
+    kept = without_foreign_links(f"At {link}!", links, warnings)
+    assert (kept == f"At {link}!") is known
+    assert "evil.example" not in kept
+    assert kept.endswith("!")
     assert bool(warnings) is not known
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["e.g. 24/7 and/or 2.5/kg", "Node.js, tomorrow.We deliver", "a@shop.example/x", "U.S./EU", "٢.٥/kg", "x" * 20_000],
+)
+def test_what_is_no_link_is_left_as_it_is(text: str) -> None:
+    warnings: list[str] = []
+    assert without_foreign_links(text, KnownLinks(), warnings) == text
+    assert warnings == []

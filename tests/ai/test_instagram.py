@@ -51,8 +51,8 @@ def _payload(text: str = "How much is the lantern?", author: str = COMMENTER, **
     }
 
 
-def _event(text: str = "How much is the lantern?", author: str = COMMENTER) -> CommentEvent:
-    return comment_event(_payload(text, author))
+def _event(text: str = "How much is the lantern?") -> CommentEvent:
+    return comment_event(_payload(text))
 
 
 def _static(message: str = "Thank you!", **values: object) -> ActionConfig:
@@ -92,11 +92,12 @@ def test_a_product_message_is_written_by_the_model_within_the_estimate(
     assert model.tokens_left >= 0
 
 
-def test_the_accounts_own_comment_is_skipped(httpserver: HTTPServer, graph: GraphClient) -> None:
-    model = ScriptedModel()
-    result = send_instagram_dm(
-        model, event=_event(author=ACCOUNT), config=_about_products(), graph=graph, outbox=AtOnce()
-    )
+@pytest.mark.parametrize("author", [{"id": ACCOUNT}, {"id": COMMENTER, "self_ig_scoped_id": COMMENTER}])
+def test_the_accounts_own_comment_is_skipped(
+    httpserver: HTTPServer, graph: GraphClient, author: dict[str, str]
+) -> None:
+    model, event = ScriptedModel(), comment_event(_payload(**{"from": author}))
+    result = send_instagram_dm(model, event=event, config=_about_products(), graph=graph, outbox=AtOnce())
     assert result.status == "skipped"
     assert result.reason
     assert not model.prompts

@@ -13,6 +13,7 @@ from billing.errors import (
     HoldExhaustedError,
     HoldOvertakenError,
     NoHoldError,
+    NotInstalledError,
     ProviderError,
     ServiceUnavailableError,
 )
@@ -153,19 +154,20 @@ def test_answers_are_kept_only_as_far_as_the_settings_allow(
     assert host.value("SELECT count(*) FROM trueup.charge WHERE answer IS NULL") == 1
 
 
+@pytest.mark.parametrize(("state", "error"), [("57P01", ServiceUnavailableError), ("42703", NotInstalledError)])
 def test_usage_that_can_not_be_written_is_an_error_and_never_ignored(
-    host: Host, connection: Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    host: Host, connection: Connection, monkeypatch: Any, caplog: Any, state: str, error: type[Exception]
 ) -> None:
-    monkeypatch.setattr("ai.metering.CHARGE_RETRY_DELAYS_SECONDS", (0.01,))
+    monkeypatch.setattr("billing.insisting.RETRY_DELAYS_SECONDS", (0.01,))
     user = host.subscriber(1_000)
     host.execute(
         "CREATE FUNCTION shut_down() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$ BEGIN RAISE EXCEPTION 'terminating connection' USING ERRCODE = '57P01'; END $$"
+        f"$$ BEGIN RAISE EXCEPTION 'terminating connection' USING ERRCODE = '{state}'; END $$"
     )
     host.execute("CREATE TRIGGER away BEFORE INSERT ON ai_usage_log EXECUTE FUNCTION shut_down()")
-    with spending_from(hold(connection, user)), pytest.raises(ServiceUnavailableError, match="terminating"):
+    with spending_from(hold(connection, user)), pytest.raises(error, match="terminating"):
         model(Counting()).complete(PROMPT)
-    assert "usage not recorded: task" in caplog.text
+    assert "usage not recorded: user" in caplog.text
     assert "70 tokens" in caplog.text
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import uuid
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -180,6 +181,16 @@ def test_without_a_database_it_is_503_and_never_zeros(client_with: MakeClient, n
 def test_without_a_database_nobody_passes_the_gate(client_with: MakeClient, no_database: None) -> None:
     answer = with_routes(client_with()).post("/gated", json={"estimate": 0}, headers=bearer(1))
     problem(answer, 503, "service_unavailable")
+
+
+def test_without_a_database_no_task_is_sent_and_none_is_shown(client_with: MakeClient, no_database: None) -> None:
+    client, ask = client_with(), {"headers": bearer(1)}
+    for answer in (
+        client.post("/api/ai/ask-question/", json={"question": "When?"}, **ask),
+        client.post("/api/web-knowledge/generate-prompt/", json={"prompt": "Be nice."}, **ask),
+        client.get(f"/api/tasks/{uuid.uuid4()}", **ask),
+    ):
+        assert "Nothing was spent by this request" in problem(answer, 503, "service_unavailable")
 
 
 def test_a_database_without_trueup_is_503(client_with: MakeClient, empty_database: str) -> None:

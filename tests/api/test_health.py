@@ -1,5 +1,6 @@
 """What watches the process is told the truth, and can't wear it out by asking."""
 
+import threading
 from pathlib import Path
 
 import httpx
@@ -12,6 +13,7 @@ from tests.api.conftest import MakeClient
 from tests.support.api import OPERATOR, Clock, bearer
 from tests.support.drift_history import add_run
 from tests.support.host import Host
+from tests.support.sessions import in_background
 from tests.support.worker import running_worker, wait_for
 
 
@@ -72,6 +74,31 @@ def test_the_api_is_ready_once_a_worker_is_seen(
     assert client.get("/readyz").status_code == 200
     clock.go_on(60)
     assert client.get("/readyz").json()["worker"] == "unseen"
+
+
+def test_who_asks_while_another_looks_is_answered_from_the_last_look(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(connection: object) -> None:
+        looking.set()
+        assert go_on.wait(20)
+
+    looking, go_on, clock = threading.Event(), threading.Event(), Clock()
+    monkeypatch.setattr("api.health.monotonic", clock)
+    assert client.get("/readyz").json()["database"] == "ok"
+    clock.go_on(3)
+    monkeypatch.setattr("api.health.check_installed", slow)
+    with in_background() as submit:
+        first = submit(client.get, "/readyz")
+        try:
+            assert looking.wait(20)
+            assert client.get("/readyz").json()["database"] == "ok"
+            assert not first.done()
+            clock.go_on(20)
+            late = submit(client.get, "/readyz")
+        finally:
+            go_on.set()
+        assert late.result().json() == first.result().json()
 
 
 def test_requests_are_counted_by_route_and_not_by_address(client: TestClient, host: Host) -> None:

@@ -1,5 +1,6 @@
 """The OpenAPI document is true: Schemathesis asks what it says may be asked, and much that may not."""
 
+import json
 import os
 import subprocess
 import sys
@@ -64,13 +65,21 @@ def test_problems_and_denials_have_examples_that_fit_them(document: dict[str, An
     assert set(fields["error_code"]["enum"]) == set(Reason.__args__)  # type: ignore[attr-defined]
 
 
+def person(name: str, user: int) -> dict[str, Any]:
+    """Return a user as Schemathesis takes them: see https://github.com/WebFuzzing/Commons, "auth"."""
+    header = {"name": "Authorization", "value": f"Bearer {token(user, exp=2**31, scope=OPERATOR)}"}
+    return {"name": name, "fixedHeaders": [header]}
+
+
 def test_schemathesis_finds_no_answer_that_the_document_does_not_allow(
-    client: TestClient, host: Host, tmp_path: Path
+    client: TestClient, document: dict[str, Any], host: Host, tmp_path: Path
 ) -> None:
-    user = host.subscriber(1_000_000)
+    user, other = host.subscriber(1_000_000), host.subscriber(1_000_000)
     host.log(user, 1234)
     run = add_run(host, drifted=1)
     add_drift(host, run, user, 100, 0, ("missed_decrement", 100))
+    people = tmp_path / "people.json"
+    people.write_text(json.dumps({"auth": [person("owner", user), person("other", other)]}))
     tool = Path(sys.executable).with_name("schemathesis")
     try:
         with running_worker(tmp_path / "worker.log"), served(tmp_path / "api.log", max_wait_seconds=1) as (_, api):
@@ -79,7 +88,7 @@ def test_schemathesis_finds_no_answer_that_the_document_does_not_allow(
                     *(tool, "--config-file", CONFIG, "run", str(api.base_url.join("/openapi.json"))),
                     *("--checks", "all", "--seed", SEED),
                     *("--max-examples", EXAMPLES, "--continue-on-failure", "--no-color"),
-                    *("--header", f"Authorization: Bearer {token(user, exp=2**31, scope=OPERATOR)}"),
+                    *("--auth-wfc", people),
                 ],
                 cwd=tmp_path,
                 capture_output=True,
@@ -89,6 +98,8 @@ def test_schemathesis_finds_no_answer_that_the_document_does_not_allow(
     finally:
         client.app.state.celery.control.purge()  # type: ignore[attr-defined] - no worker is to run what was sent
     assert asked.returncode == 0, asked.stdout[-6000:]
+    operations = sum(len(methods) for methods in document["paths"].values())
+    assert f"Tested: {operations}\n" in asked.stdout
     assert "Traceback" not in (tmp_path / "api.log").read_text()
 
 

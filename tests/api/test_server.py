@@ -1,5 +1,6 @@
 """The API as it is served: a real `trueup api`, called over HTTP while tokens are spent."""
 
+import json
 import os
 import signal
 import subprocess
@@ -17,9 +18,11 @@ from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
 from billing.api_settings import ApiSettings
+from billing.decorators import ai_tokens
 from billing.settings import Settings
 from billing.utils import get_accurate_tokens_remaining
-from tests.support.api import SECRET, bearer, free_port
+from tests.support.api import SECRET, free_port, token
+from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.worker import wait_for
 from worker.stack.supervisor import about_the_api, commands_of
@@ -62,6 +65,9 @@ def figures(body: dict[str, Any]) -> tuple[int, int, int, int]:
     """Return original, consumed and remaining, and what is shown as remaining, from any of the three calls."""
     current = body.get("current_subscription", body)
     usage = current["ai_usage"]
+    if "token_usage_remaining" in body:
+        share = usage["actual_tokens_remaining"] / usage["original_tokens_included"]
+        assert body["token_usage_remaining"] == round(100 * share, 1)
     if "ai_tokens_total" in body:
         assert body["ai_tokens_total"] == usage["total_tokens_consumed"]
         assert body["original_tokens_included"] == usage["original_tokens_included"]
@@ -74,32 +80,52 @@ def figures(body: dict[str, Any]) -> tuple[int, int, int, int]:
     )
 
 
+def curl(client: httpx.Client, path: str, bearer: object) -> dict[str, Any]:
+    """Call the API as the specification does."""
+    command = ["curl", "-sS", "--fail", "-H", f"Authorization: Bearer {bearer}", str(client.base_url.join(path))]
+    called = subprocess.run(command, capture_output=True, text=True, check=True)
+    body: dict[str, Any] = json.loads(called.stdout)
+    return body
+
+
+def spend_as_the_host(host: Host, user: int, stop: threading.Event) -> int:
+    """Log usage of 7 tokens at a time. Returns how many in all."""
+    engine, spent = create_engine(host.engine.url, poolclass=NullPool), 0
+    with Host(engine) as spender:
+        while not stop.is_set():
+            spender.log(user, 7)
+            spent += 7
+    return spent
+
+
+def spend_through_the_gate(user: int, stop: threading.Event) -> int:
+    """Hold, charge and give back as many at a time."""
+    spent = 0
+    while not stop.is_set():
+        with ai_tokens(user, 100) as hold:
+            hold.charge(prompt_tokens=5, completion_tokens=2, model_name="m")
+        spent += 7
+    return spent
+
+
 def test_the_specifications_calls_show_the_same_counts_while_tokens_are_spent(host: Host, tmp_path: Path) -> None:
     user = host.subscriber(1_000_000)
-    stop = threading.Event()
-
-    def spend() -> int:
-        engine = create_engine(host.engine.url, poolclass=NullPool)
-        spent = 0
-        with Host(engine) as spender:
-            while not stop.is_set():
-                spender.log(user, 7)
-                spent += 7
-        return spent
-
+    stop, signed = threading.Event(), token(user, exp=2**31)
     with served(tmp_path / "api.log") as (_, client):
 
         def call(path: str) -> tuple[int, int, int, int]:
-            answer = client.get(path, headers=bearer(user))
-            assert answer.status_code == 200, answer.text
-            return figures(answer.json())
+            return figures(curl(client, path, signed))
 
-        with ThreadPoolExecutor(6) as pool:
-            spenders = [pool.submit(spend) for _ in range(2)]
+        with ThreadPoolExecutor(5) as pool:
+            spenders = [
+                pool.submit(spend_as_the_host, host, user, stop),
+                pool.submit(spend_through_the_gate, user, stop),
+            ]
             try:
-                seen = list(pool.map(call, CALLS * 60))
+                seen = list(pool.map(call, CALLS * 30))
             finally:
                 stop.set()
+            assert all(spender.result() > 0 for spender in spenders)
             spent = sum(spender.result() for spender in spenders)
         for original, consumed, remaining, shown in seen:
             assert original == 1_000_000
@@ -111,18 +137,15 @@ def test_the_specifications_calls_show_the_same_counts_while_tokens_are_spent(ho
         original, consumed, remaining = get_accurate_tokens_remaining(user)
         assert (original, consumed) == (1_000_000, spent)
         assert [call(path) for path in CALLS] == [(original, consumed, remaining, remaining)] * 3
+    assert_true(host)
 
 
-def test_the_specifications_calls_with_curl(host: Host, tmp_path: Path) -> None:
+def test_the_demo_is_served_as_the_manual_says(host: Host, tmp_path: Path) -> None:
     user = host.subscriber(10_000)
     host.log(user, 1500)
     log = tmp_path / "api.log"
     with served(log, jwt_secret=None, demo=True) as (process, client):
-        for path in CALLS:
-            url = str(client.base_url.join(path))
-            command = ["curl", "-sS", "-H", f"Authorization: Bearer {user}", url]
-            called = subprocess.run(command, capture_output=True, text=True, check=True)
-            assert '"actual_tokens_remaining":8500' in called.stdout
+        assert [figures(curl(client, path, user)) for path in CALLS] == [(10_000, 1500, 8500, 8500)] * 3
         assert "server" not in client.get("/healthz").headers
         process.send_signal(signal.SIGINT)
         assert process.wait(40) in (0, -signal.SIGINT)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
-from billing import db
+from billing.errors import SettingsError
 from billing.install import install
 from billing.mapping import HostMapping
 from billing.settings import get_settings
@@ -18,6 +18,7 @@ from billing.utils import get_accurate_tokens_remaining
 from tests.api.conftest import MakeClient
 from tests.support.api import bearer
 from tests.support.host import START, Host
+from tests.support.round_trips import round_trips
 
 VIEWS = (
     "/api/accounts/overview",
@@ -210,19 +211,9 @@ def test_each_view_shows_the_user_of_the_token_and_nobody_else(client: TestClien
 def test_a_view_costs_one_round_trip(client: TestClient, host: Host, tmp_path: Path, path: str) -> None:
     user = host.subscriber()
     get(client, path, user)  # the first one connects
-    engine, used, trace = db.get_engine(), [], tmp_path / "trace"
-    with trace.open("wb") as file:
-
-        def watch(connection: Any, _record: Any, _proxy: Any) -> None:
-            connection.pgconn.trace(file.fileno())
-            used.append(connection.pgconn)
-
-        event.listen(engine, "checkout", watch)
+    with round_trips(tmp_path / "trace") as seen:
         get(client, path, user)
-        for pgconn in used:
-            pgconn.untrace()  # writes what it has kept back
-    answers = [line.split() for line in trace.read_text().splitlines() if "ReadyForQuery" in line]
-    assert [words[-1] for words in answers] == ["I"]  # one, and after it no transaction is open
+    assert seen == ["I"]  # one, and after it no transaction is open
 
 
 @pytest.mark.parametrize("kind", ["uuid", "text"])
@@ -254,3 +245,29 @@ def test_users_of_other_hosts_have_ids_of_their_own_type(
     assert body["id"] == user
     assert body["current_subscription"]["tokens_remaining"] == 100
     assert client.get("/api/accounts/overview", headers=bearer(7)).status_code == 401
+
+
+def test_a_column_that_only_the_views_show_is_named_at_the_start(
+    host: Host, client_with: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = host.subscriber(1_000, kind="full")
+    host.execute("ALTER TABLE accounts_user DROP email; ALTER TABLE billing_fullplan DROP duration_days")
+    with pytest.raises(SettingsError, match=r"no column accounts_user\.email, billing_fullplan\.duration_days, which"):
+        client_with()
+    monkeypatch.setenv("TRUEUP_HOST__USER__EMAIL", '{"value": "none"}')
+    monkeypatch.setenv("TRUEUP_HOST__FULL_PLAN__DURATION_DAYS", '{"value": 90}')
+    client = client_with()
+    assert get(client, "/api/accounts/profile", user)["email"] == "none"
+    assert get(client, "/api/billing/subscription", user)["plan"]["duration_days"] == 90
+
+
+def test_without_a_table_of_users_a_user_is_whoever_has_a_subscription(
+    host: Host, client_with: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user, nobody = host.subscriber(1_000), host.user()
+    monkeypatch.setenv("TRUEUP_HOST__USER", "false")
+    client = client_with()
+    body = get(client, "/api/accounts/overview", user)
+    assert (body["username"], body["email"]) == (None, None)
+    assert body["current_subscription"]["tokens_remaining"] == 1_000
+    assert client.get("/api/accounts/overview", headers=bearer(nobody)).status_code == 401

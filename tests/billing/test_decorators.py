@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from billing.errors import HoldBusyError, InvalidInputError, NotInstalledError, 
 from billing.frameworks.fastapi import active_subscription_required, ai_tokens_required
 from billing.utils import check_ai_access_for_user
 from tests.support.host import Host
+from tests.support.round_trips import round_trips
 
 FRAMEWORKS = ("asgiref", "django", "fastapi", "flask", "flask_login", "rest_framework", "starlette", "werkzeug")
 
@@ -149,6 +151,34 @@ def test_a_loader_names_who_pays(host: Host, function: Any) -> None:
     assert ask(require_ai_tokens(user=lambda request: None)(function), rich)[0] == 401
 
 
+@VIEWS
+def test_what_is_said_beside_the_view_itself_holds_too(host: Host, function: Any) -> None:
+    poor, rich = host.subscriber(10), host.subscriber(1_500)
+    assert ask(require_ai_tokens(function, user=lambda request: rich), poor) == (200, b"ran")
+    status, body = ask(require_ai_tokens(function, feature_name="Mine"), poor)
+    assert (status, b"tokens for Mine" in body) == (402, True)
+    assert ask(require_active_subscription(function, user=lambda request: rich), None) == (200, b"ran")
+
+
+@VIEWS
+def test_a_dict_of_two_users_is_a_fault_of_the_hosts_and_none_of_them_is_taken(host: Host, function: Any) -> None:
+    user = host.subscriber(1_500)
+    for same in ({"id": user, "user_id": str(user)}, {"id": None, "user_id": user}, {"user_id": user}):
+        assert ask(require_ai_tokens(function), same) == (200, b"ran")
+    with pytest.raises(InvalidInputError, match="two users"):
+        ask(require_ai_tokens(function), {"id": user, "user_id": user + 1})
+
+
+@VIEWS
+def test_a_check_costs_one_round_trip(host: Host, tmp_path: Path, function: Any) -> None:
+    user = host.subscriber()
+    for number, decorated in enumerate((require_ai_tokens(function), require_active_subscription(function))):
+        assert ask(decorated, user) == (200, b"ran")  # the first one connects
+        with round_trips(tmp_path / str(number)) as seen:
+            assert ask(decorated, user) == (200, b"ran")
+        assert seen == ["I"]
+
+
 def test_an_async_views_loader_may_be_async(host: Host) -> None:
     user = host.subscriber(1_500)
 
@@ -250,6 +280,17 @@ def test_flask_login_is_asked_where_the_host_uses_it_and_sets_no_user_itself(
     assert status_of(flask_app) == 200
     user.is_authenticated = False
     assert status_of(flask_app) == 401
+
+
+def test_the_user_that_a_flask_host_sets_itself_goes_before_flask_logins(
+    host: Host, flask_app: flask.Flask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poor, rich = host.subscriber(10), SimpleNamespace(id=host.subscriber(), is_authenticated=True)
+    login = SimpleNamespace(current_user=SimpleNamespace(_get_current_object=lambda: rich))
+    monkeypatch.setitem(sys.modules, "flask_login", login)  # type: ignore[arg-type]
+    flask_app.login_manager = object()  # type: ignore[attr-defined]
+    flask_app.before_request(lambda: setattr(flask.g, "user", poor))
+    assert status_of(flask_app) == 402
 
 
 def run_python(code: str) -> str:

@@ -1,7 +1,9 @@
 """Tokens held for a request: the same gate as a task's, charges once each, and nothing left held afterwards."""
 
 import asyncio
+import itertools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,21 +13,24 @@ from ai.metering import MeteredModel, spending_from
 from ai.model import Message
 from ai.providers import provider_from_settings
 from billing import db, insisting, request_holds
+from billing.charges import record_charge
 from billing.decorators import ai_tokens
 from billing.errors import (
     HoldBusyError,
     HoldOvertakenError,
     InvalidInputError,
     NoHoldError,
+    NotInstalledError,
     ServiceUnavailableError,
     TokensDenied,
 )
 from billing.holds import Hold, list_holds, open_hold
 from billing.settings import get_settings
+from billing.threads import in_thread
 from billing.utils import get_accurate_tokens_remaining
 from tests.support.books import assert_true
 from tests.support.host import Host
-from tests.support.sessions import locked_balance, run_at_once, wait_for_lock
+from tests.support.sessions import in_background, locked_balance, run_at_once, wait_for_lock, wait_until
 from tests.support.work import balance
 
 
@@ -114,6 +119,28 @@ def test_each_charge_is_another_call_unless_it_names_the_same(host: Host, user: 
         assert spend(hold, key="a%7E1").recorded
         assert hold.tokens_left == 0
     assert host.used(user) == 1_500
+    assert_true(host)
+
+
+def test_of_two_charges_at_once_the_one_that_is_told_last_does_not_bring_spent_tokens_back(
+    host: Host, user: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record_and_tell_the_first_last(connection: Connection, hold: Hold, **values: Any) -> Any:
+        charge = record_charge(connection, hold, **values)
+        assert values["call_key"] != "1" or second_was_told.wait(20)
+        return charge
+
+    second_was_told = threading.Event()
+    monkeypatch.setattr(request_holds, "record_charge", record_and_tell_the_first_last)
+    with in_background() as submit, ai_tokens(user, 1_000) as hold:
+        first = submit(spend, hold)
+        wait_until(lambda: host.used(user) == 300)
+        spend(hold)
+        second_was_told.set()
+        assert first.result().tokens_left == 700
+        assert hold.tokens_left == 400
+        assert hold.extend(100)
+        assert hold.tokens_left == 500
     assert_true(host)
 
 
@@ -266,6 +293,26 @@ def test_without_the_database_nothing_runs_and_a_charge_is_not_lost_silently(
         pytest.fail("it ran unmetered")
 
 
+def test_a_charge_is_tried_again_while_the_hosts_tables_are_being_changed(
+    host: Host, user: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            host.execute("ALTER TABLE ai_usage_log RENAME COLUMN part TO section")
+
+    waits: list[float] = []
+    monkeypatch.setattr(insisting.time, "sleep", wait)
+    with ai_tokens(user, 1_000) as hold:
+        host.execute("ALTER TABLE ai_usage_log RENAME COLUMN section TO part")
+        assert spend(hold).recorded
+        assert (waits, host.used(user)) == ([0.1, 0.5], 300)
+        host.execute("ALTER TABLE ai_usage_log RENAME COLUMN section TO part")
+        with pytest.raises(NotInstalledError):
+            spend(hold)
+    assert "usage not recorded: user" in caplog.text
+
+
 def test_trueups_own_model_client_spends_from_it(host: Host, user: int) -> None:
     settings = get_settings()
     model = MeteredModel(provider_from_settings(settings), settings)
@@ -304,6 +351,64 @@ def test_an_async_block_does_the_same_without_blocking_the_loop(host: Host, user
     asyncio.run(work())
     assert (host.used(user), balance(host, user)) == (300, (300, 0))
     assert_true(host)
+
+
+class _ClosedBeforeCharged(ThreadPoolExecutor):
+    """Runs the second piece of work, the charge, once the third is done: the closing of the block."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self._numbers, self._closed = itertools.count(1), threading.Event()
+
+    def submit(self, work: Any, /, *args: Any, **kwargs: Any) -> Any:
+        number = next(self._numbers)
+
+        def run() -> Any:
+            if number == 2:
+                assert self._closed.wait(20)
+            try:
+                return work(*args, **kwargs)
+            finally:
+                if number == 3:
+                    self._closed.set()
+
+        return super().submit(run)
+
+
+def test_a_charge_is_recorded_though_its_caller_is_cancelled_and_the_block_is_over_first(host: Host, user: int) -> None:
+    async def work() -> None:
+        asyncio.get_running_loop().set_default_executor(_ClosedBeforeCharged())
+        async with ai_tokens(user, 1_000) as hold:
+            charging = asyncio.create_task(hold.acharge(prompt_tokens=200, completion_tokens=100, model_name="m"))
+            await asyncio.sleep(0)  # it begins
+            charging.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await charging
+
+    asyncio.run(work())
+    assert (host.used(user), balance(host, user), statuses()) == (300, (300, 0), ["released"])
+    assert_true(host)
+
+
+def test_what_fails_when_its_caller_was_cancelled_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> None:
+        assert go_on.wait(20)
+        raise LookupError("the figures")
+
+    async def work() -> None:
+        waiting = asyncio.create_task(in_thread(fail))
+        await asyncio.sleep(0)  # it begins
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        go_on.set()
+        while not caplog.records:
+            await asyncio.sleep(0.01)
+
+    go_on = threading.Event()
+    asyncio.run(asyncio.wait_for(work(), 20))
+    assert "cancelled caller" in caplog.text
+    assert "LookupError: the figures" in caplog.text
 
 
 def test_a_caller_that_is_cancelled_while_its_hold_is_opened_leaves_none_open(host: Host, user: int) -> None:

@@ -385,6 +385,14 @@ def test_a_block_without_figures_is_an_error_and_zeros_are_figures(host: Host, u
     assert log_row(host)["total_tokens"] == 0
 
 
+def test_figures_that_come_after_the_block_are_refused_for_it_is_recorded(host: Host, user: int) -> None:
+    with ai_usage(user, section="chat", key="call-1") as usage:
+        usage.set(prompt_tokens=200, completion_tokens=100)
+    with pytest.raises(InvalidInputError, match=r"call-1.*has ended.*not recorded"):
+        usage.set(prompt_tokens=900, completion_tokens=100)
+    assert host.used(user) == 300
+
+
 @pytest.mark.parametrize(
     "wrong", [{"section": "x"}, {"key": ""}, {"metadata": {"x": {1}}}, {"model_name": 1}, {"user": None}]
 )

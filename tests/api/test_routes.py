@@ -1,0 +1,62 @@
+"""No route goes around the gate: the application is walked, and docs/features.md names those that can spend."""
+
+import re
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from tests.api.test_ai import BODIES
+from tests.support.api import OPERATOR, bearer
+from tests.support.host import Host
+
+FEATURES = (Path(__file__).parents[2] / "docs" / "features.md").read_text()
+
+
+@pytest.fixture
+def app(client: TestClient) -> Iterator[FastAPI]:
+    app: Any = client.app
+    app.state.celery.control.purge()
+    yield app
+    app.state.celery.control.purge()
+
+
+def paths_of(routes: Iterable[Any]) -> Iterator[str]:
+    """Yield the path of each route, of included routers too, whether or not the document has it."""
+    for route in routes:
+        included = getattr(route, "original_router", None)
+        yield from paths_of(included.routes) if included else [route.path]
+
+
+def sent_tasks(celery: Celery) -> list[str]:
+    """Take the tasks that wait for a worker; none runs."""
+    with celery.connection_for_read() as connection:
+        channel = connection.default_channel
+        return [message.headers["task"] for message in iter(lambda: channel.basic_get("ai", no_ack=True), None)]
+
+
+def test_every_route_is_in_the_document(app: FastAPI) -> None:
+    assert set(paths_of(app.routes)) - {"/openapi.json"} == set(app.openapi()["paths"])
+
+
+def test_each_route_that_can_spend_is_documented_and_denies(client: TestClient, app: FastAPI, host: Host) -> None:
+    user = bearer(host.subscriber(0))
+    spending = {path for path, methods in app.openapi()["paths"].items() if set(methods) - {"get", "head"}}
+    assert spending == set(BODIES) == set(re.findall(r"`POST (\S+)`", FEATURES))
+    assert [client.post(path, json=BODIES[path], headers=user).status_code for path in spending] == [402] * len(BODIES)
+    assert sent_tasks(app.state.celery) == []
+
+
+def test_no_other_route_sends_a_task(client: TestClient, app: FastAPI, host: Host) -> None:
+    user = bearer(host.subscriber(), scope=OPERATOR)
+    for path in set(app.openapi()["paths"]) - set(BODIES):
+        client.get(path.format(run_id=1, task_id=uuid.uuid4()), headers=user)
+    assert sent_tasks(app.state.celery) == []
+    path, body = next(iter(BODIES.items()))
+    client.post(path, json=body, headers=user)
+    assert len(sent_tasks(app.state.celery)) == 1  # it would have been seen

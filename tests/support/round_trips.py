@@ -1,0 +1,33 @@
+"""How often the database is asked."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import event
+
+from billing import db
+
+
+@contextmanager
+def round_trips(trace: Path) -> Iterator[list[str]]:
+    """Give a list that has, after the block, the server's state after each answer: "I" where no transaction is open.
+
+    Of this process's connections to the database, which there must be before the block. `trace`: a file for it.
+    """
+    engine, used, seen = db.get_engine(), [], []
+    with trace.open("wb") as file:
+
+        def watch(connection: Any, _record: Any, _proxy: Any) -> None:
+            connection.pgconn.trace(file.fileno())
+            used.append(connection.pgconn)
+
+        event.listen(engine, "checkout", watch)
+        try:
+            yield seen
+        finally:
+            event.remove(engine, "checkout", watch)
+            for pgconn in used:
+                pgconn.untrace()  # writes what it has kept back
+    seen += [line.split()[-1] for line in trace.read_text().splitlines() if "ReadyForQuery" in line]
