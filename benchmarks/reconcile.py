@@ -7,6 +7,7 @@ python -m benchmarks.reconcile --subscriptions 10000 --users 1000 --rows 100000 
 """
 
 import argparse
+import gc
 import os
 import resource
 import statistics
@@ -14,12 +15,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 
 from benchmarks.common import own_stack, print_markdown
+from billing import db
 from billing.host_tables import build_host_metadata
 from billing.install import install
 from billing.reconcile import reconcile
@@ -58,6 +61,7 @@ def main() -> None:
     parser.add_argument("--drifted", type=int, default=20_000, help="drifts of the pass that corrects them")
     parser.add_argument("--only", choices=("quick", "jobs", "deep", "drift"), help="only this part")
     options = parser.parse_args()
+    gc.freeze()  # as the command does
     print(f"load average before: {os.getloadavg()[0]:.2f}, {os.cpu_count()} cores")  # noqa: T201
     with own_stack() as urls:
         url = str(urls.database_url)
@@ -160,7 +164,10 @@ def bare(engine: Engine, statement: str) -> int:
 
 
 def ours(engine: Engine, **options: Any) -> RunSummary:
-    return reconcile(engine, get_settings().host, rules=RULES, **options)
+    """Run a pass as `trueup reconcile` does."""
+    settings = get_settings().model_copy(update={"database_url": engine.url.render_as_string(hide_password=False)})
+    make_engine = partial(db.create_trueup_engine, settings)
+    return reconcile(engine, settings.host, rules=RULES, make_engine=make_engine, **options)
 
 
 def clean(engine: Engine, **options: Any) -> None:
@@ -227,19 +234,9 @@ def compare_deep(url: str, users: int, rows: int) -> None:
         taken = in_turns(
             {"bare": lambda: bare(engine, BARE_DEEP), "ours": lambda: clean(engine, kind="deep")}, rounds=3
         )
-    print_markdown(
-        "A deep pass",
-        ("users", "log rows", "deep pass", "bare GROUP BY", "ratio"),
-        [
-            (
-                f"{users:,}",
-                f"{rows:,}",
-                f"{taken['ours']:.2f} s",
-                f"{taken['bare']:.2f} s",
-                f"{taken['ours'] / taken['bare']:.2f}",
-            )
-        ],
-    )
+    took = {name: f"{seconds:.2f} s" for name, seconds in taken.items()}
+    line = (f"{users:,}", f"{rows:,}", took["ours"], took["bare"], f"{taken['ours'] / taken['bare']:.2f}")
+    print_markdown("A deep pass", ("users", "log rows", "deep pass", "bare GROUP BY", "ratio"), [line])
 
 
 def correct_drift(url: str, drifted: int) -> None:
@@ -264,7 +261,7 @@ def correct_drift(url: str, drifted: int) -> None:
                 seconds.append(time.perf_counter() - started)
                 if corrected != drifted:
                     raise RuntimeError(f"{corrected} of {drifted} counters were corrected")
-    one, two = (statistics.median(taken[jobs]) for jobs in (1, 2))
+    one, two = (statistics.median(seconds) for seconds in taken.values())
     print_markdown(
         "A pass that corrects every counter, 1,000 a batch",
         ("drifts", "1 job", "2 jobs", "× faster", "longest correction", "longest refresh of balances"),

@@ -76,12 +76,14 @@ class Edge(_Document):
 class Concurrent(_Document):
     """Two decrements within seconds: the one may have been lost, the other kept.
 
-    `overlapped`: the request of another decrement after the lost one had begun before it.
+    `overlapped`: the request of another decrement after the lost one had begun before it. `called_lost`: an earlier
+    look that accounted for all of the drift said so.
     """
 
     lost: Row
     kept: Row
     overlapped: bool = False
+    called_lost: bool = False
 
 
 class Segment(_Document):
@@ -164,28 +166,34 @@ class Young(_Document):
     tokens: int
 
 
+# A list as a default is copied deeply for each document, which takes longer than all the rest of reading it.
+_NONE: Any = Field(default_factory=list)
+
+
 class Evidence(_Document):
     """All that is known of one drifted counter. What needs a table that is not mapped is empty."""
 
     decrements_mapped: bool = False
     purchases_mapped: bool = False
     base: BasePoint = BasePoint()
-    purchases: list[Purchase] = []
+    purchases: list[Purchase] = _NONE
     # Paid for in this window, before the counter was last right, and not granted: the credit may have come since.
-    credit_may_be_late: list[int] = []
-    grants: list[Grant] = []
+    credit_may_be_late: list[int] = _NONE
+    grants: list[Grant] = _NONE
     own_missed: OwnMissed | None = None
-    carried: list[Carried] = []
+    carried: list[Carried] = _NONE
     # With the decrements' rows:
     logged_rows: int = 0
     lowered_rows: int = 0
     start: int = 0
-    parts: list[Part] = []
-    edges: list[Edge] = []
-    concurrent: list[Concurrent] = []
-    segments: list[Segment] = []
+    parts: list[Part] = _NONE
+    edges: list[Edge] = _NONE
+    concurrent: list[Concurrent] = _NONE
+    # What was subtracted so soon after the last correction that its request may have read the counter before.
+    overwriting: Row | None = None
+    segments: list[Segment] = _NONE
     # Without them:
-    matches: list[Match] = []
-    pairs: list[Pair] = []
+    matches: list[Match] = _NONE
+    pairs: list[Pair] = _NONE
     young: Young | None = None
     used_before: bool = False

@@ -16,6 +16,7 @@ from billing.candidates import (
 )
 from billing.causes import Cause, Certainty
 from billing.evidence import BasePoint, Edge, EdgeRow, Evidence, Part, moment_of
+from billing.lost_updates import called_lost
 
 # Rows shown for one cause; there may be more, and `count` says how many.
 MOST_ROWS = 8
@@ -27,6 +28,7 @@ def ledger_candidates(evidence: Evidence, plan_sizes: frozenset[int]) -> Candida
     found = Candidates()
     found.proven += [_of_part(part) for part in evidence.parts]
     found.proven += own_missed(evidence)
+    found.proven += called_lost(evidence)
     for edge in evidence.edges:
         _add_edge(found, edge, evidence.base)
     found.possible += credits_of(evidence) + grants_of(evidence)
@@ -128,14 +130,16 @@ def _straddling(edge: Edge, log_row: EdgeRow, decrement: EdgeRow) -> Candidate:
 
 def _add_single_log_row(found: Candidates, edge: Edge, row: EdgeRow, base: BasePoint) -> None:
     proof = {"count": 1, "rows": [_shown(row.model_dump(), edge.tokens)]}
+    # The correction waited for a decrement of this size, which never came.
+    waited_for = edge.tokens <= (base.kept or 0)
     if row.young:
         young = candidate("missed_decrement", edge.tokens, "possible", at=row.at, evidence=proof, cost_unused=0.5)
         found.possible.append(replace(young, in_flight=True))
     elif not row.settled:
         found.proven.append(candidate("missed_decrement", edge.tokens, "certain", at=row.at, evidence=proof))
-    elif base.kind == "run" or base.kept or _just_before(row, base):
-        # Committed after it, though it is dated before; or the correction waited for a decrement that never came.
-        cost = 0.5 if base.kept else 3.0
+    elif base.kind == "run" or waited_for or _just_before(row, base):
+        # Or it was committed after the counter was looked at, though it is dated before.
+        cost = 0.5 if waited_for else 3.0
         late = candidate("missed_decrement", edge.tokens, "likely", at=row.at, evidence=proof, cost_used=cost)
         found.possible.append(late)
 
@@ -165,10 +169,22 @@ def _just_before(row: EdgeRow, base: BasePoint) -> bool:
 
 
 def _overwritten_correction(evidence: Evidence) -> Candidate | None:
-    """A host that had read the counter before trueup corrected it may have written the old figure back."""
+    """A host that had read the counter before trueup corrected it may have written the old figure back.
+
+    So may a person who disagreed, unless a request was at work at that moment.
+    """
     base = evidence.base
     if base.kind != "correction" or base.written is None or base.seen_before in (None, base.written):
         return None
     tokens = (base.seen_before or 0) - base.written
-    proof = {"correction": base.model_dump(), "note": "the host wrote back what it had read before the correction"}
-    return candidate("lost_update", tokens, "likely", at=base.at or "", evidence=proof, cost_used=2.0)
+    proof: dict[str, Any] = {"correction": base.model_dump()}
+    others: tuple[str, ...] = ()
+    if evidence.overwriting is not None:
+        proof["overwritten_by"] = evidence.overwriting
+        proof["note"] = "the host wrote back what it had read before the correction"
+    else:
+        proof["note"] = "the counter shows again what it did before the correction"
+        others = ("manual_edit",)
+    return candidate(
+        "lost_update", tokens, "likely", at=base.at or "", alternatives=others, evidence=proof, cost_used=2.0
+    )

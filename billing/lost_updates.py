@@ -38,7 +38,7 @@ def losses_by_tokens(evidence: Evidence, plan_sizes: frozenset[int]) -> dict[int
 
     Somebody who gives tokens by hand likes to give a plan's: a sum as large as one (`plan_sizes`) is doubtful.
     """
-    pairs = [pair for pair in evidence.concurrent if int(pair.lost["tokens"]) > 0]
+    pairs = [pair for pair in evidence.concurrent if int(pair.lost["tokens"]) > 0 and not pair.called_lost]
     overlapped = [_lost(pair) for pair in pairs if pair.overlapped]
     found: dict[int, Losses] = {}
     for lost in _few_sums(overlapped):
@@ -49,6 +49,11 @@ def losses_by_tokens(evidence: Evidence, plan_sizes: frozenset[int]) -> dict[int
         tokens = sum(one.tokens for one in lost)
         found.setdefault(tokens, Losses(lost=lost, doubtful=True, cost=COST_LOST * len(lost)))
     return found
+
+
+def called_lost(evidence: Evidence) -> list[Candidate]:
+    """Return what an earlier look that accounted for all of the drift called lost: no more than that is known of it."""
+    return [_lost(pair) for pair in evidence.concurrent if pair.called_lost]
 
 
 def _few_sums(lost: Sequence[Candidate]) -> Iterator[tuple[Candidate, ...]]:

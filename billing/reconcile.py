@@ -1,15 +1,14 @@
 """Reconcile: compare every counter with the log's sums, correct what may be corrected, and say why.
 
-A run is planned as shards, ranges of users. Each is worked on by whoever takes it: threads of this process, or workers
-on other machines. One statement finds, over the whole shard, whom to look at closely; those go through in batches of a
-few statements. Each is a transaction of its own, ended by the server: no row of the host's is locked while it waits to
-hear from us. A dry run writes nothing at all.
+A run is planned as shards, ranges of users. Each is worked on by whoever takes it: threads of this process, processes
+beside it where much is found, or workers on other machines. One statement finds, over the whole shard, whom to look at
+closely; those go through in batches of a few statements. Each is a transaction of its own, ended by the server: no row
+of the host's is locked while it waits to hear from us. A dry run writes nothing at all.
 """
 
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from datetime import datetime
@@ -33,16 +32,10 @@ from billing.reconcile_runs import (
     refuse_beside_a_run,
 )
 from billing.rules import Rules
-from billing.shard_work import Job, connected, work_shard
-from billing.shards import (
-    Shard,
-    ShardLostError,
-    claim_shard,
-    count_subscriptions,
-    kept_alive,
-    new_owner,
-    shard_ends,
-)
+from billing.shard_jobs import Jobs, Shards, ShardsInMemory, ShardsOfRun
+from billing.shard_processes import MakeEngine, Order, ShardProcess
+from billing.shard_work import Job, connected
+from billing.shards import Shard, count_subscriptions, kept_alive, new_owner, shard_ends
 from billing.users import UserId
 
 SCAN_TIMEOUT_SECONDS = 600
@@ -50,6 +43,9 @@ SHARD_SIZE = 250_000
 # Enough shards a job that none waits long for the last one's end.
 SHARDS_PER_JOB = 4
 SMALLEST_SHARD = 1000
+# Finding is the database's work, for which threads wait as well as processes do; what is found costs Python, and so
+# many drifts cost about as much of it as the start of a process.
+PROCESSES_FROM = 2000
 # How soon a run whose last shards others work on looks whether they are done.
 POLL_SECONDS = 0.5
 
@@ -71,18 +67,28 @@ def reconcile(
     requested_by: str = "",
     keep_findings: bool = False,
     progress: Progress | None = None,
+    make_engine: MakeEngine | None = None,
 ) -> RunSummary:
-    """Run one pass in this process: quick, counters against balances; deep, before that the balances against the log.
+    """Run one pass: quick, counters against balances; deep, before that the balances against the log.
 
     It goes on with a run that was interrupted lately, if that is the same work. `only_user`: None means all users.
-    `jobs`: how many threads, each with a connection; the engine's pool needs one more. `keep_findings`: put the
-    findings in the summary. Interrupted by Ctrl-C, it leaves a run to go on with. Raises `RunInProgressError` if
-    another run is at work, `InvalidInputError`, `ServiceUnavailableError` or `NotInstalledError`.
+    `jobs`: how many threads, each with a connection; the engine's pool needs one more. `make_engine`: once much drift
+    is found, all of them but one become processes, which make their engines by this (it must pickle); None: they stay
+    threads. `keep_findings`: put the findings in the summary. Interrupted by Ctrl-C, it leaves a run to go on with.
+    Raises `RunInProgressError` if another run is at work, `InvalidInputError`, `ServiceUnavailableError` or
+    `NotInstalledError`.
     """
     if only_user is not None and kind == "deep":
         raise InvalidInputError("user: a deep pass looks at everyone. Leave out the user, or do a quick pass")
     with db.translated_errors():
-        run = _LocalRun(engine, kind=kind, only_user=only_user, jobs=jobs, keep_findings=keep_findings or dry_run)
+        run = _LocalRun(
+            engine,
+            kind=kind,
+            only_user=only_user,
+            jobs=jobs,
+            keep_findings=keep_findings or dry_run,
+            make_engine=make_engine,
+        )
         with connected(engine) as connection:
             refuse_beside_a_run(connection)
             context = BatchContext.read(connection, mapping, dry_run=dry_run, rules=rules)
@@ -108,13 +114,22 @@ class _LocalRun:
     job: Job
 
     def __init__(
-        self, engine: Engine, *, kind: RunKind, only_user: UserId | None, jobs: int, keep_findings: bool
+        self,
+        engine: Engine,
+        *,
+        kind: RunKind,
+        only_user: UserId | None,
+        jobs: int,
+        keep_findings: bool,
+        make_engine: MakeEngine | None,
     ) -> None:
         self.engine = engine
         self.kind = kind
         self.only_user = only_user
         self.jobs = jobs
         self.keep_findings = keep_findings
+        self.make_engine = make_engine
+        self.processes_pay = threading.Event()
         self.owner = new_owner()
         self.progress: Progress | None = None
         self.total = 0
@@ -134,8 +149,19 @@ class _LocalRun:
             self.summary.add_defects(defects)
             if self.keep_findings:
                 self.summary.keep(findings)
-            if self.progress:
-                self.progress(self.summary.checked, max(self.total, self.summary.checked))
+            self._tell_progress()
+
+    def absorb(self, part: RunSummary) -> None:
+        """Add what a process has found."""
+        with self.lock:
+            self.summary.absorb(part)
+            self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        if self.make_engine and self.summary.drifted >= PROCESSES_FROM:
+            self.processes_pay.set()
+        if self.progress:
+            self.progress(self.summary.checked, max(self.total, self.summary.checked))
 
     def look(self) -> RunSummary:
         """Do a dry run: its shards are in memory only."""
@@ -146,12 +172,7 @@ class _LocalRun:
                 ends = list(shard_ends(connection, size))
         starts = [None, *ends]
         shards = [Shard(after=after, last=last) for after, last in zip(starts, [*ends, None], strict=True)]
-
-        def take() -> Shard | None:
-            with self.lock:
-                return shards.pop(0) if shards else None
-
-        self._in_threads(take)
+        self._do_jobs(ShardsInMemory(shards))
         self.summary.finished_at = self._now()
         self.summary.status = "finished"
         return self.summary
@@ -192,7 +213,7 @@ class _LocalRun:
     def _to_the_end(self, run_id: int) -> None:
         """Work until no shard is left, also none that another process has: its owner may die."""
         while True:
-            self._in_threads(lambda: self._claim(run_id))
+            self._do_jobs(ShardsOfRun(self.engine, run_id, self.owner))
             with connected(self.engine) as connection:
                 if end_run(connection, run_id):
                     return
@@ -201,38 +222,13 @@ class _LocalRun:
                 return
             time.sleep(POLL_SECONDS)
 
-    def _claim(self, run_id: int) -> Shard | None:
-        with connected(self.engine) as connection:
-            return claim_shard(connection, run_id, self.owner)
+    def _do_jobs(self, shards: Shards) -> None:
+        start = self._start_process if self.make_engine else None
+        Jobs(self.job, shards, number=self.jobs, pays=self.processes_pay, start_process=start).run()
 
-    def _in_threads(self, take: Callable[[], Shard | None]) -> None:
-        """Have each thread take shards until there are none; the first error stops all, and is raised."""
-
-        def work() -> None:
-            while not self.job.stop.is_set():
-                shard = take()
-                if shard is None:
-                    return
-                try:
-                    work_shard(self.job, shard)
-                except ShardLostError:
-                    continue
-                except BaseException:
-                    self.job.stop.set()
-                    raise
-
-        if self.jobs == 1:
-            work()
-            return
-        with ThreadPoolExecutor(self.jobs, thread_name_prefix="reconcile") as pool:
-            futures = [pool.submit(work) for _ in range(self.jobs)]
-            try:
-                for future in futures:
-                    future.result()
-            finally:
-                # Reached early by an error or Ctrl-C: the others end their batch, and the pool waits for them.
-                self.job.stop.set()
-        self.job.stop.clear()
+    def _start_process(self) -> ShardProcess:
+        assert self.make_engine is not None  # noqa: S101 - else no process is asked for
+        return ShardProcess(Order.of(self.job, self.make_engine, keep_findings=self.keep_findings), self.absorb)
 
     def _shard_size(self) -> int | None:
         """Return how many subscriptions a shard is to have; None: one shard will do."""

@@ -131,7 +131,11 @@ _SETTLE = """
                CASE WHEN c.user_id IS NOT NULL THEN f.write END, f.cause, f.certainty, f.explained,
                CASE WHEN f.write IS NULL THEN f.action
                     WHEN c.user_id IS NULL THEN 'lost_race' ELSE 'corrected' END,
-               f.reason, f.evidence, :now, :run_id, :now
+               f.reason,
+               -- The moment of the write: whoever had read the counter before may yet write back what it was.
+               CASE WHEN c.user_id IS NULL THEN f.evidence
+                    ELSE f.evidence || jsonb_build_object('written_at', clock_timestamp()) END,
+               :now, :run_id, :now
         FROM found f LEFT JOIN corrected c ON c.user_id = f.user_id
         -- Not standing_id: the row that it stood in may have been deleted meanwhile.
         WHERE NOT EXISTS (SELECT FROM seen_again a WHERE a.user_id = f.user_id)

@@ -25,6 +25,11 @@ RESUME_SECONDS: dict[RunKind, int] = {"quick": 900, "deep": 6 * 3600}
 KEPT_FINDINGS = 10_000
 """How many findings, and how many defects, a summary keeps at most."""
 
+_COUNTED = (
+    *("checked", "drifted", "corrected", "tokens_overstated", "tokens_understated", "tokens_explained"),
+    *("found_new", "in_review", "defects"),
+)
+
 
 class RunInProgressError(TrueupError):
     """Another reconcile run is at work on this database; this one did nothing."""
@@ -85,6 +90,13 @@ class RunSummary:
         self.tokens_overstated += sum(max(0, finding.drift.tokens) for finding in findings)
         self.tokens_understated += sum(max(0, -finding.drift.tokens) for finding in findings)
         self.tokens_explained += sum(finding.explanation.tokens_explained(finding.drift) for finding in findings)
+
+    def absorb(self, part: "RunSummary") -> None:
+        """Add what another process found."""
+        for name in _COUNTED:
+            setattr(self, name, getattr(self, name) + getattr(part, name))
+        self.keep(part.findings)
+        self.defect_rows.extend(part.defect_rows[: KEPT_FINDINGS - len(self.defect_rows)])
 
     def keep(self, findings: Sequence[Finding]) -> None:
         self.findings.extend(findings[: KEPT_FINDINGS - len(self.findings)])
@@ -186,10 +198,7 @@ def end_run(
     return bool(ended)
 
 
-_FIGURES = (
-    *("run_id", "dry_run", "started_at", "finished_at", "kind", "status", "checked", "drifted", "corrected"),
-    *("tokens_overstated", "tokens_understated", "tokens_explained", "found_new", "in_review", "defects"),
-)
+_FIGURES = ("run_id", "dry_run", "started_at", "finished_at", "kind", "status", *_COUNTED)
 
 
 def read_summary(connection: Connection, run_id: int) -> RunSummary:

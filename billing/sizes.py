@@ -182,6 +182,11 @@ def _unexplained(drift: Drift, plan_sizes: frozenset[int]) -> tuple[tuple[str, .
 
 
 def _looks_given(drift: Drift, plan_sizes: frozenset[int]) -> bool:
-    """Whether it looks like a gift, not like several missed decrements: round, a plan's size, or more than was used."""
+    """Whether it looks like a gift, not like several missed decrements.
+
+    It does if it is round, a plan's size, more than was used, or just what our last correction took off.
+    """
     given = drift.surplus  # of which some may have been used beyond the plan
-    return given % ROUND_FIGURE == 0 or given in plan_sizes or given > drift.consumed
+    base = drift.evidence.base
+    given_back = base.written is not None and given == (base.seen_before or 0) - base.written
+    return given % ROUND_FIGURE == 0 or given in plan_sizes or given > drift.consumed or given_back

@@ -1,8 +1,15 @@
 """`trueup reconcile`: compare every counter with the usage log, and correct it."""
 
+import gc
 import getpass
+import signal
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from types import FrameType
 
 import click
 from rich.progress import (
@@ -24,7 +31,7 @@ from billing.deep import Defect, read_defects
 from billing.drift_reports import DriftReport, find_source, read_source, report_dry_run, stream_rows
 from billing.reconcile_runs import RunSummary
 from billing.rules import Rules
-from billing.settings import Settings, get_settings
+from billing.settings import Settings, database_url, get_settings
 from billing.users import UserId
 from cli import EXIT_DENIED, EXIT_ERROR
 from cli.context import TOKENS, USER, json_option, servers
@@ -41,7 +48,11 @@ MOST_JOBS = 64
 @click.option("--deep", is_flag=True, help="Compare the balances with the usage log first, and repair them.")
 @click.option("--user", type=USER, help="Only this user's counter.")
 @click.option(
-    "--jobs", type=click.IntRange(1, MOST_JOBS), default=1, show_default=True, help="Work in so many threads."
+    "--jobs",
+    type=click.IntRange(1, MOST_JOBS),
+    default=1,
+    show_default=True,
+    help="Work on so many parts at once, in processes where much is found.",
 )
 @click.option("--max-correction", type=TOKENS, help="Hold a counter that is off by more tokens for review.")
 @click.option("--tolerance", type=TOKENS, help="Leave a counter that is off by at most so many tokens alone.")
@@ -65,7 +76,7 @@ def reconcile(
 ) -> None:
     """Compare every counter with the usage log, correct what may be corrected, and say why.
 
-    Ctrl-C ends it after the batch it is in; the next call goes on from there.
+    Ctrl-C or SIGTERM ends it after the batch it is in; the next call goes on from there.
 
     \b
     Example:
@@ -77,7 +88,7 @@ def reconcile(
         raise click.UsageError("--deep looks at everyone: leave out --user, or do a quick pass.")
     settings = get_settings()
     rules = _rules(settings, max_correction, tolerance)
-    with servers("postgres"):
+    with _sigterm_as_ctrl_c(), servers("postgres"):
         summary = _run(settings, rules, dry_run=dry_run, deep=deep, user=user, jobs=jobs, batch_size=batch_size)
         report, defects = _show(settings, summary, as_json=as_json)
     if report.status != "finished":
@@ -108,7 +119,10 @@ def _run(
 ) -> RunSummary:
     # One connection a job, and one for signs of life.
     pool = max(settings.database_pool_size, jobs + 1)
-    engine = db.create_trueup_engine(settings.model_copy(update={"database_pool_size": pool}))
+    settings = settings.model_copy(update={"database_url": database_url(settings), "database_pool_size": pool})
+    engine = db.create_trueup_engine(settings)
+    # What was imported stays until the end: to look through it again and again costs a quarter of the work.
+    gc.freeze()
     out = console(stderr=True)
     columns = (
         TextColumn("reconciling"),
@@ -134,6 +148,7 @@ def _run(
                 scan_timeout_seconds=settings.reconcile_scan_timeout_seconds,
                 requested_by=f"{_person()}@{socket.gethostname()}",
                 keep_findings=dry_run,
+                make_engine=partial(db.create_trueup_engine, settings),
                 progress=lambda checked, total: bar.update(job, completed=checked, total=max(total, checked)),
             )
     except KeyboardInterrupt:
@@ -142,6 +157,23 @@ def _run(
         raise
     finally:
         engine.dispose()
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does: what it is in the middle of is finished, and may be gone on with."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no other may set handlers
+        return
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _person() -> str:

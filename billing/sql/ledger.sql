@@ -30,7 +30,9 @@ $$;
 --   `edges`: groups of rows at the base point, or so young that partners may come: read one by one.
 --   `concurrent`: decrements within two seconds of another's, whose requests were at work at the same time, as far as the
 --     log tells; of such two, one may be lost. `overlapped`: the other one came later, and its log row before this one: it
---     may have read the counter before this one was written.
+--     may have read the counter before this one was written. `called_lost`: by an earlier look that accounted for all.
+--   `overwriting`: the first decrement between the look of the last correction and two seconds after its write: its
+--     request may have read the counter before.
 --   `segments`: the counter replayed from purchase to purchase: its `change`, the `lowest` it came to on the way, and the
 --     newest twelve decrements.
 --   `carried`: what may have been kept of the window before.
@@ -42,7 +44,7 @@ CREATE OR REPLACE FUNCTION trueup.ledger_evidence(
         SELECT * FROM unnest(p_users, p_bases, p_windows, p_kinds, p_remaining, p_surplus)
             AS w (user_id, base_at, window_start, kind, remaining, surplus)
     ), events AS MATERIALIZED (
-        SELECT * FROM trueup.ledger_rows(p_users, p_bases, p_at, p_min_age)
+        SELECT * FROM trueup.ledger_rows(p_users, p_bases, p_at, p_min_age) r
     ), own AS MATERIALIZED (
         SELECT c.user_id, c.log_id AS id, c.tokens_total AS tokens, c.charged_at AS at
         FROM wanted w JOIN trueup.charge c ON c.user_id = w.user_id AND c.charged_at >= w.base_at
@@ -180,24 +182,35 @@ CREATE OR REPLACE FUNCTION trueup.ledger_evidence(
                moment AS (PARTITION BY c.user_id ORDER BY c.about
                           RANGE BETWEEN CURRENT ROW AND '2 seconds' FOLLOWING EXCLUDE CURRENT ROW)
     ), paired AS (
-        SELECT n.*, lag(n.found) OVER w AS before, lead(n.found) OVER w AS after,
+        SELECT n.*, lag(n.found) OVER w AS before, lead(n.found) OVER w AS after, k.at AS looked_at,
+               coalesce(n.id = ANY (k.lost), false) AS called_lost,
                n.at_before IS NOT NULL AND n.at <= least(n.at_before, '9999-12-31'::timestamptz) + interval '2 seconds' AS near_before
-        FROM neighbours n WINDOW w AS (PARTITION BY n.user_id ORDER BY n.at, n.id)
+        FROM neighbours n LEFT JOIN looks k ON k.user_id = n.user_id
+        WINDOW w AS (PARTITION BY n.user_id ORDER BY n.at, n.id)
     ), concurrent AS (
         SELECT p.user_id,
-               jsonb_agg(jsonb_build_object('lost', p.found, 'overlapped', p.overlapped,
+               jsonb_agg(jsonb_build_object('lost', p.found, 'overlapped', p.overlapped, 'called_lost', p.called_lost,
                                             'kept', CASE WHEN p.after IS NULL OR p.near_before AND NOT p.overlapped
                                                          THEN p.before ELSE p.after END)
                          ORDER BY p.at) AS found
         FROM (SELECT p.*, row_number() OVER (PARTITION BY p.user_id
-                                             ORDER BY p.overlapped DESC, p.tokens = t.surplus - t.difference DESC,
-                                                      p.at DESC) AS place
-              FROM paired p JOIN totals t ON t.user_id = p.user_id LEFT JOIN looks k ON k.user_id = p.user_id
+                                             ORDER BY p.called_lost DESC, p.overlapped DESC,
+                                                      p.tokens = t.surplus - t.difference DESC, p.at DESC) AS place
+              FROM paired p JOIN totals t ON t.user_id = p.user_id
               -- Not those beside a request that began after they were done, or was done before theirs began.
-              WHERE (p.overlapped OR p.unknown_after
-                     OR p.near_before AND NOT p.own AND coalesce(p.began_at < p.at_before, true))
-                AND (k.at IS NULL OR p.at >= k.at OR p.id = ANY (k.lost))) p
+              WHERE p.called_lost
+                 OR (p.looked_at IS NULL OR p.at >= p.looked_at)
+                    AND (p.overlapped OR p.unknown_after
+                         OR p.near_before AND NOT p.own AND coalesce(p.began_at < p.at_before, true))) p
         WHERE p.place <= 60 GROUP BY p.user_id
+    ), overwriting AS (
+        SELECT DISTINCT ON (c.user_id) c.user_id, jsonb_build_object('id', c.id, 'tokens', c.tokens, 'at', c.at) AS found
+        FROM changes c
+        JOIN totals t ON t.user_id = c.user_id AND t.kind = 'correction'
+        JOIN trueup.drift d ON d.user_id = t.user_id AND d.found_at = t.base_at AND d.action = 'corrected'
+        WHERE NOT c.own AND c.at <= coalesce(CAST(d.evidence ->> 'written_at' AS timestamptz), d.found_at)
+                                    + interval '2 seconds'
+        ORDER BY c.user_id, c.at, c.id
     ), path AS (
         SELECT s.*, sum(s.change) OVER (PARTITION BY s.user_id, s.segment ORDER BY s.at, s.id) AS height
         FROM (SELECT s.*, count(*) FILTER (WHERE s.change IS NULL)
@@ -231,12 +244,14 @@ CREATE OR REPLACE FUNCTION trueup.ledger_evidence(
            jsonb_build_object(
                'logged_rows', t.logged_rows, 'lowered_rows', t.lowered_rows, 'start', t.start,
                'parts', coalesce(p.found, '[]'), 'edges', coalesce(e.found, '[]'),
-               'concurrent', coalesce(c.found, '[]'), 'segments', coalesce(s.found, '[]'),
+               'concurrent', coalesce(c.found, '[]'), 'overwriting', o.found,
+               'segments', coalesce(s.found, '[]'),
                'carried', coalesce(r.found, '[]'))
     FROM totals t
     LEFT JOIN parts p ON p.user_id = t.user_id
     LEFT JOIN edges e ON e.user_id = t.user_id
     LEFT JOIN concurrent c ON c.user_id = t.user_id
+    LEFT JOIN overwriting o ON o.user_id = t.user_id
     LEFT JOIN segments s ON s.user_id = t.user_id
     LEFT JOIN carried r ON r.user_id = t.user_id
 $$;

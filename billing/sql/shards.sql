@@ -8,16 +8,23 @@ CREATE OR REPLACE FUNCTION trueup.run_is_alive(p_run bigint) RETURNS boolean LAN
                    WHERE s.run_id = p_run AND s.status = 'running' AND s.lease_until > clock_timestamp())
 $$;
 
--- The last users of all shards but the last one, which has no end: a user who comes later belongs to it.
-CREATE OR REPLACE FUNCTION trueup.shard_ends(p_size bigint) RETURNS SETOF {{user_id_type}} LANGUAGE sql STABLE AS $$
-    SELECT numbered.user_id FROM (
-        SELECT s.{{subscription.user_id}} AS user_id, row_number() OVER (ORDER BY s.{{subscription.user_id}}) AS place,
-               count(*) OVER () AS total
-        FROM {{subscription}} s WHERE s.{{subscription.user_id}} IS NOT NULL
-    ) AS numbered
-    WHERE numbered.place % shard_ends.p_size = 0 AND numbered.place < numbered.total
-    ORDER BY numbered.place
-$$;
+-- The last users of all shards but the last one, which has no end: a user who comes later belongs to it. From end to end
+-- along the index: to number all subscriptions takes four times as long.
+CREATE OR REPLACE FUNCTION trueup.shard_ends(p_size bigint) RETURNS SETOF {{user_id_type}} LANGUAGE plpgsql STABLE AS $$
+<<ends>>
+DECLARE
+    v_last {{user_id_type}};
+BEGIN
+    SELECT s.{{subscription.user_id}} INTO v_last FROM {{subscription}} s
+    WHERE s.{{subscription.user_id}} IS NOT NULL
+    ORDER BY s.{{subscription.user_id}} OFFSET shard_ends.p_size - 1 LIMIT 1;
+    WHILE EXISTS (SELECT FROM {{subscription}} s WHERE s.{{subscription.user_id}} > ends.v_last) LOOP
+        RETURN NEXT v_last;
+        SELECT s.{{subscription.user_id}} INTO v_last FROM {{subscription}} s
+        WHERE s.{{subscription.user_id}} > ends.v_last
+        ORDER BY s.{{subscription.user_id}} OFFSET shard_ends.p_size - 1 LIMIT 1;
+    END LOOP;
+END $$;
 
 -- Begin a run, or go on with one whose owner died or was interrupted less than p_resume ago and that is the same work.
 -- `refused`: 'busy' while another run is at work (its number in `run_id`), 'done' when this period has had its run. Any

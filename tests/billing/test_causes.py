@@ -42,6 +42,7 @@ UPGRADE, TRIAL = carried(4_000, 1_600), carried(None, 1_600)
 COUNTED, FAILED, BOTH = same_size(-300, counted=2), same_size(-300, failed=1), same_size(-300, counted=1, failed=1)
 MISSED = same_size(300, counted=2)
 PAYMENTS = {"purchases_mapped": True}
+TAKEN_OFF = {"at": AT, "kind": "correction", "written": 9_000}
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,18 @@ PAYMENTS = {"purchases_mapped": True}
         (drift(9_937, 9_000, PAYMENTS), {10_000}, "unexplained", "correct"),
         (drift(10_937, 9_000, PAYMENTS), {10_000}, "unexplained", "review"),
         (drift(8_700, 9_000, PAYMENTS), {10_000}, "unexplained", "correct"),
+        (
+            drift(9_337, 9_000, {**PAYMENTS, "base": {**TAKEN_OFF, "seen_before": 9_337}}),
+            set(),
+            "unexplained",
+            "review",
+        ),
+        (
+            drift(9_337, 9_000, {**PAYMENTS, "base": {**TAKEN_OFF, "seen_before": 9_338}}),
+            set(),
+            "unexplained",
+            "correct",
+        ),
         # What was used of it beyond the plan is a part of it.
         (drift(175, 0, PAYMENTS, consumed=10_625), {20_000}, "unexplained", "review"),
         (drift(175, 0, PAYMENTS, consumed=10_626), {20_000}, "unexplained", "correct"),
@@ -340,6 +353,9 @@ def test_what_strains_belief_does_not_stand_in_the_way_of_what_is_likelier() -> 
          {"double_decrement": -300}, 0),
         # What was in flight when it was set right never came; or the host wrote back what it had read before.
         (300, {"kind": "correction", "kept": 300}, [edge_row("L", settled=True)], {"missed_decrement": 300}, 0),
+        (300, {"kind": "correction", "at": LATER, "kept": 300}, [edge_row("L", settled=True)],
+         {"missed_decrement": 300}, 0),
+        (300, {"kind": "correction", "at": LATER, "kept": 299}, [edge_row("L", settled=True)], {"manual_edit": 300}, 0),
         (120, {"kind": "correction", "written": 9_000, "seen_before": 9_120}, [], {"lost_update": 120}, 0),
         # Dated just before the counter was looked at, and committed just after; not long before.
         (300, {"kind": "correction", "at": SOON}, [edge_row("L", settled=True)], {"missed_decrement": 300}, 0),

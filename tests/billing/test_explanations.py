@@ -5,6 +5,7 @@ EXPLANATIONS_SUBSCRIPTIONS and EXPLANATIONS_SEED make it larger, and another one
 
 import functools
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -65,7 +66,19 @@ def reconcile_twice(engine: Engine, mapping: HostMapping, people: list[Person]) 
             )
             if len(done.summaries) == 1:
                 done.judgement = Judgement.read(host, people)
+    sys.stdout.write(f"{figures(done)}\n")
     return done
+
+
+def figures(done: Reconciled) -> str:
+    """Say how well that went, in a line."""
+    judgement, summary = done.judgement, done.summaries[0]
+    right = {group: judgement.share_right(judgement.group(group)) for group in ("single", "pair")}
+    return (
+        f"{summary.drifted:,} of {summary.checked:,} drifted; named right: {right['single']:.4f} of single causes, "
+        f"{right['pair']:.4f} of pairs; wrong and certain: {len(judgement.wrong_and_certain())}; "
+        f"corrected {summary.corrected:,}, review {summary.in_review:,}; {done.seconds:.1f} s"
+    )
 
 
 def read_counters(host: Host) -> dict[int, int | None]:

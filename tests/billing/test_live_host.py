@@ -65,10 +65,19 @@ _REMAINING = """
     LEFT JOIN billing_fullplan f ON f.id = s.full_plan_id
 """
 
+_DOUBTED = """
+    SELECT DISTINCT user_id FROM trueup.drift
+    WHERE action = 'review' AND (cause LIKE '%manual_edit%' OR evidence -> 'alternatives' ? 'manual_edit')
+"""
+
 
 @dataclass(kw_only=True)
 class Lived:
-    """What the host wrote, and what was found while it did. `roles`: of the users that were at work."""
+    """What the host wrote, and what was found while it did.
+
+    `roles`: of the users that were at work. `doubted`: those whom a look left to a person, because tokens that somebody
+    gave would explain it as well.
+    """
 
     people: list[Person]
     roles: dict[int, str]
@@ -80,6 +89,7 @@ class Lived:
     again: RunSummary
     counters_again: dict[int, int | None] = field(default_factory=dict)
     drifts: dict[int, tuple[str, str]] = field(default_factory=dict)
+    doubted: set[int] = field(default_factory=set)
 
     def users(self, *roles: str) -> set[int]:
         return {user for user, role in self.roles.items() if role in roles}
@@ -166,6 +176,7 @@ def live(engine: Engine, url: str, folder: Path) -> Lived:
             remaining={row.user_id: (row.counter, row.remaining) for row in host.execute(_REMAINING)},
             again=reconcile(engine, WITH_ROWS, rules=rules, batch_size=100),
             counters_again={row.user_id: row.counter for row in host.execute(_REMAINING)},
+            doubted=set(host.execute(_DOUBTED).scalars()),
             drifts={
                 row.user_id: (row.cause, row.action)
                 for row in host.execute("SELECT user_id, cause, action FROM trueup.drift ORDER BY id")
@@ -241,13 +252,14 @@ def test_a_correction_only_ever_replaced_the_value_it_had_seen(lived: Lived) -> 
 
 
 # Nearly all of this host's users lose updates, most of them several: far more than any host that lives.
-MOST_AMBIGUOUS = 0.05
+MOST_AMBIGUOUS = 0.01
 
 
 def test_counters_are_right_when_the_host_has_stopped(lived: Lived) -> None:
     """One more pass, and no counter drifts: but for buyers', whose packs wait for a person.
 
-    So may a few whose many lost updates add up to what something else explains as well.
+    So may one whose many lost updates add up to what a gift explains as well: of sums that are many enough, one is met
+    by chance. A single lost update is told from anything else that this host does.
     """
     users = lived.users("spender", "renewer", "leaver")
     lost = lost_updates(lived)
@@ -257,10 +269,13 @@ def test_counters_are_right_when_the_host_has_stopped(lived: Lived) -> None:
         if user in users and counter != max(0, remaining)
     }
     several = sum(count > 1 for user, count in lost.items() if user in users)
-    sys.stdout.write(f"{len(lost.keys() & users)} of {len(users)} had lost updates, {several} of them several\n")
+    sys.stdout.write(
+        f"{len(lost.keys() & users)} of {len(users)} had lost updates, {several} of them several; wrong: {wrong}\n"
+    )
     assert lost.keys() & users
-    assert {drift and drift[-1] for _, _, drift, _ in wrong.values()} <= {"review"}
-    assert len(wrong) <= len(users) * MOST_AMBIGUOUS
+    ambiguous = {user for user in wrong if user in lived.doubted and lost[user] > 1}
+    assert wrong.keys() - ambiguous == set()
+    assert len(ambiguous) <= max(1, len(users) * MOST_AMBIGUOUS)
 
 
 def lost_updates(lived: Lived) -> Counter[int]:
