@@ -61,8 +61,10 @@ def days_between(now: datetime, end_date: datetime | None) -> int | None:
 CLOCK = "clock AS (SELECT coalesce(CAST(:at AS timestamptz), clock_timestamp()) AS at)"
 # Of a row `a` of trueup.accounts(), which an unknown user does not have.
 # A window may begin at -infinity, or in a year that Python can't hold: that is none.
+# Figures that the host's writes pass by are no answer.
 ACCOUNT_COLUMNS = """
-           clock.at AS now, a.subscription_id IS NOT NULL AS subscribed, a.is_active,
+           trueup.require_watched() AS watched, clock.at AS now,
+           a.subscription_id IS NOT NULL AS subscribed, a.is_active,
            CASE WHEN a.window_start >= '0001-01-03' AND a.window_start < '9999-12-31' THEN a.window_start END
                AS window_start,
            a.end_date, a.original, a.consumed, a.held, a.counter

@@ -5,26 +5,31 @@ gate runs by. Until then every gate refuses. What is done is read from the datab
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
+from billing import db
+from billing.attach_rights import refuse_without_rights
 from billing.doctor.installation import expected_functions
-from billing.errors import NotInstalledError, TrueupError
+from billing.errors import TrueupError
 from billing.install import (
-    ATTACHING,
+    DROP_FUNCTIONS,
+    SAVE_TRIGGERS,
     SQL_FILES,
     create_tables,
-    drop_functions,
     run_scripts,
-    save_installation,
+    save_sql,
     sql_scripts,
+    triggers_untouched,
 )
 from billing.mapping import HostMapping, quote_table, render_statement
+from billing.partitions import uncovered_partitions
 from billing.short_locks import PATIENCE_SECONDS, take_step
 
-BATCH_USERS = 1_000
+# As many users at once as have about so many log rows: reading the log from end to end for few would be a waste.
+BATCH_ROWS = 10_000_000
+MOST_BATCH_USERS = 500_000
 SAMPLE_USERS = 1_000
 
 LOG_TRIGGERS = ("trueup_inserted", "trueup_updated", "trueup_deleted", "trueup_truncated")
@@ -32,45 +37,11 @@ WINDOW_TRIGGERS = ("trueup_window_changed",)
 
 # Whatever the triggers and the filling need; nothing of the gate's is among it.
 BEFORE_TRIGGERS = SQL_FILES[: SQL_FILES.index("triggers.sql")]
-FUNCTIONS = tuple(name for name in SQL_FILES if name not in ("triggers.sql", "window_triggers.sql"))
+FUNCTIONS = tuple(name for name in SQL_FILES if not name.endswith("triggers.sql"))
 
 
 class AttachError(TrueupError):
     """What was built does not agree with the host's log, or is not in place. The gate stays closed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttachPlan:
-    """What there is to do. Rows as the server estimates them; `lacking`: rights that the role has not."""
-
-    log: str
-    subscriptions: str
-    tables_there: bool
-    log_watched: bool
-    subscriptions_watched: bool
-    log_rows: int
-    subscription_rows: int
-    lacking: tuple[str, ...]
-
-
-def plan_attach(connection: Connection, mapping: HostMapping) -> AttachPlan:
-    """Return what there is to do. Raises `NotInstalledError` when a mapped table is not there."""
-    log, subscriptions = quote_table(mapping.usage_log.table), quote_table(mapping.subscription.table)
-    for table in (log, subscriptions):
-        if connection.scalar(text("SELECT to_regclass(:table) IS NULL"), {"table": table}):
-            raise NotInstalledError(f"The database has no table {table}. Map the host's names in trueup.toml.")
-    there = bool(connection.scalar(text("SELECT to_regclass('trueup.installation') IS NOT NULL")))
-    rows = {table: connection.scalar(_ROWS, {"table": table}) or 0 for table in (log, subscriptions)}
-    return AttachPlan(
-        log=mapping.usage_log.table,
-        subscriptions=mapping.subscription.table,
-        tables_there=there,
-        log_watched=_is_watched(connection, log, LOG_TRIGGERS),
-        subscriptions_watched=_is_watched(connection, subscriptions, WINDOW_TRIGGERS),
-        log_rows=rows[log],
-        subscription_rows=rows[subscriptions],
-        lacking=tuple(connection.scalars(_LACKING, {"log": log, "subscriptions": subscriptions})),
-    )
 
 
 Tell = Callable[[str], Any]
@@ -81,9 +52,10 @@ def attach(
 ) -> dict[str, int]:
     """Make the database ready for this mapping; return how many balances were built. Safe to repeat and to interrupt.
 
-    `tell` is given a line after each step. Raises `NotInstalledError` for a host that does not fit, `HostBusyError`,
-    and `AttachError` when what was built does not hold; then the gate stays closed.
+    `tell` is given a line after each step. Raises `MissingRightError`, `NotInstalledError` for a host that does not
+    fit, `HostBusyError`, and `AttachError` when what was built does not hold; then the gate stays closed.
     """
+    db.retrying(lambda connection: refuse_without_rights(connection, mapping))
     log, subscriptions = quote_table(mapping.usage_log.table), quote_table(mapping.subscription.table)
 
     def take(step: Callable[[Connection], None], tables: list[str], done: str) -> None:
@@ -91,10 +63,13 @@ def attach(
         tell(done)
 
     take(lambda connection: prepare(connection, mapping), [], "Tables are there.")
-    take(lambda connection: watch_log(connection, mapping), [log], f"Triggers on {mapping.usage_log.table} are there.")
+    take_step(lambda connection: watch_log(connection, mapping), [log], patience_seconds=patience_seconds)
+    done = f"Triggers on {mapping.usage_log.table} are there."
+    take(lambda connection: watch_partitions(connection, mapping), [log], done)
     done = f"The trigger on {mapping.subscription.table} is there."
     take(lambda connection: watch_subscriptions(connection, mapping), [subscriptions], done)
-    filled = fill(patience_seconds=patience_seconds)
+    users = db.retrying(lambda connection: batch_users(connection, mapping))
+    filled = fill(batch_users=users, patience_seconds=patience_seconds)
     tell(f"Balances are built: {filled}.")
     take(lambda connection: open_gate(connection, mapping), [], "Balances agree with the log: ready.")
     return {"balances": filled}
@@ -106,31 +81,66 @@ def prepare(connection: Connection, mapping: HostMapping) -> None:
     Then tables and functions are of this version at once, and the gate goes on.
     """
     create_tables(connection, mapping)
-    if _all_watched(connection, mapping) and _is_counted(connection, mapping):
-        drop_functions(connection)
-        run_scripts(connection, sql_scripts(mapping, FUNCTIONS))
-        return
-    connection.execute(_CLOSE, {"attaching": ATTACHING})
-    drop_functions(connection)
+    run_scripts(connection, prepare_scripts(mapping, ready=is_ready(connection, mapping)))
+
+
+def is_ready(connection: Connection, mapping: HostMapping) -> bool:
+    """Return whether the triggers are at work, and have been since they counted by this mapping."""
+    if connection.scalar(text("SELECT to_regclass('trueup.installation') IS NULL")):
+        return False
+    return _all_watched(connection, mapping) and _is_counted(connection, mapping) and triggers_untouched(connection)
+
+
+def prepare_scripts(mapping: HostMapping, *, ready: bool) -> list[str]:
+    if ready:
+        return [DROP_FUNCTIONS, *sql_scripts(mapping, FUNCTIONS), SAVE_TRIGGERS]
     # With these, triggers that are there count by this mapping: what was counted before is stale.
-    connection.execute(_MARK_STALE)
-    run_scripts(connection, sql_scripts(mapping, BEFORE_TRIGGERS))
+    return [DROP_FUNCTIONS, _MARK_STALE, *sql_scripts(mapping, BEFORE_TRIGGERS), save_sql(mapping, ready=False)]
 
 
 def watch_log(connection: Connection, mapping: HostMapping) -> None:
     """Put the triggers on the log, unless they are at work; each balance from before is stale then."""
-    if not _is_watched(connection, quote_table(mapping.usage_log.table), LOG_TRIGGERS):
-        connection.execute(_MARK_STALE)
-        run_scripts(connection, sql_scripts(mapping, ["triggers.sql"]))
+    if not is_log_watched(connection, mapping):
+        run_scripts(connection, watch_scripts(mapping))
+
+
+def watch_scripts(mapping: HostMapping) -> list[str]:
+    return [_MARK_STALE, *sql_scripts(mapping, ["triggers.sql"]), SAVE_TRIGGERS]
+
+
+def watch_partitions(connection: Connection, mapping: HostMapping) -> None:
+    """Put the triggers on the log's partitions that lack them; where one has rows, balances from before are stale."""
+    if uncovered_partitions(connection):
+        run_scripts(connection, sql_scripts(mapping, ["partition_triggers.sql"]))
 
 
 def watch_subscriptions(connection: Connection, mapping: HostMapping) -> None:
     """Put the trigger on the subscriptions, unless it is at work."""
-    if not _is_watched(connection, quote_table(mapping.subscription.table), WINDOW_TRIGGERS):
-        run_scripts(connection, sql_scripts(mapping, ["window_triggers.sql"]))
+    if not are_subscriptions_watched(connection, mapping):
+        _refuse_touched(connection)
+        run_scripts(connection, window_scripts(mapping))
 
 
-def fill(*, batch_users: int = BATCH_USERS, patience_seconds: float = PATIENCE_SECONDS) -> int:
+def window_scripts(mapping: HostMapping) -> list[str]:
+    return [*sql_scripts(mapping, ["window_triggers.sql"]), SAVE_TRIGGERS]
+
+
+def batch_users(connection: Connection, mapping: HostMapping) -> int:
+    """Return of how many users the balances are to be built at once, by the server's estimates."""
+    log, subscriptions = (
+        estimated_rows(connection, quote_table(table))
+        for table in (mapping.usage_log.table, mapping.subscription.table)
+    )
+    return max(1, min(MOST_BATCH_USERS, BATCH_ROWS * max(subscriptions, 1) // max(log, 1)))
+
+
+def estimated_rows(connection: Connection, table: str) -> int:
+    """Return how many rows the server takes a table, named as in SQL, to have; 0: it has never looked."""
+    rows: int | None = connection.scalar(_ROWS, {"table": table})
+    return rows or 0
+
+
+def fill(*, batch_users: int = MOST_BATCH_USERS, patience_seconds: float = PATIENCE_SECONDS) -> int:
     """Build each stale balance from the log, so many users in a transaction. Returns how many were built."""
     last: Any = None
     filled: int = 0
@@ -148,29 +158,47 @@ def open_gate(connection: Connection, mapping: HostMapping) -> None:
 
     Raises `AttachError`; nothing is made then.
     """
-    if not _all_watched(connection, mapping):
+    if not _all_watched(connection, mapping) or uncovered_partitions(connection):
         raise AttachError(
             "A trigger is missing or disabled again. The gate stays closed. Run `trueup db attach` again."
         )
-    wrong = connection.execute(render_statement(_UNTRUE, mapping), {"users": SAMPLE_USERS}).scalars().all()
+    _refuse_touched(connection)
+    wrong = connection.execute(render_statement(UNTRUE, mapping), {"users": SAMPLE_USERS}).scalars().all()
     if wrong:
         raise AttachError(
             f"Balances do not agree with the log, those of {', '.join(map(str, wrong[:5]))} among them. The gate stays "
             "closed. Look for triggers or rules of the host's own that change rows as they are logged."
         )
-    drop_functions(connection)
-    run_scripts(connection, sql_scripts(mapping, FUNCTIONS))
-    save_installation(connection, mapping)
+    run_scripts(connection, open_scripts(mapping))
+
+
+def _refuse_touched(connection: Connection) -> None:
+    """What was written while they were off was not counted, and nobody marked the balances stale for it."""
+    if not triggers_untouched(connection):
+        raise AttachError(
+            "Triggers of trueup were switched off, or made anew, by somebody else meanwhile. The gate stays closed. "
+            "Run `trueup db attach` again."
+        )
 
 
 def _fill_batch(values: dict[str, Any]) -> Callable[[Connection], Row[Any]]:
     return lambda connection: connection.execute(_FILL, values).one()
 
 
+def open_scripts(mapping: HostMapping) -> list[str]:
+    return [DROP_FUNCTIONS, *sql_scripts(mapping, FUNCTIONS), save_sql(mapping)]
+
+
 def _all_watched(connection: Connection, mapping: HostMapping) -> bool:
-    return _is_watched(connection, quote_table(mapping.usage_log.table), LOG_TRIGGERS) and _is_watched(
-        connection, quote_table(mapping.subscription.table), WINDOW_TRIGGERS
-    )
+    return is_log_watched(connection, mapping) and are_subscriptions_watched(connection, mapping)
+
+
+def is_log_watched(connection: Connection, mapping: HostMapping) -> bool:
+    return _is_watched(connection, quote_table(mapping.usage_log.table), LOG_TRIGGERS)
+
+
+def are_subscriptions_watched(connection: Connection, mapping: HostMapping) -> bool:
+    return _is_watched(connection, quote_table(mapping.subscription.table), WINDOW_TRIGGERS)
 
 
 def _is_watched(connection: Connection, table: str, triggers: tuple[str, ...]) -> bool:
@@ -187,24 +215,22 @@ def _is_counted(connection: Connection, mapping: HostMapping) -> bool:
     return wanted == {(row.name, row.body) for row in connection.execute(_TRIGGER_FUNCTIONS)}
 
 
-_FILL = text("SELECT last, filled FROM trueup.fill_balances(:after, :limit)")
-
-_CLOSE = text("UPDATE trueup.installation SET mapping_fingerprint = :attaching")
-
-_MARK_STALE = text(
-    "INSERT INTO trueup.log_truncation (truncated_at) SELECT clock_timestamp() "
-    "WHERE EXISTS (SELECT FROM trueup.balance)"
-)
-
 _ROWS = text(
     "SELECT CAST(sum(greatest(c.reltuples, 0)) AS bigint) FROM pg_class c WHERE c.oid = to_regclass(:table) "
     "OR c.oid IN (SELECT relid FROM pg_partition_tree(to_regclass(:table)) WHERE isleaf)"
 )
 
+_FILL = text("SELECT last, filled FROM trueup.fill_balances(:after, :limit)")
+
+_MARK_STALE = """
+INSERT INTO trueup.log_truncation (truncated_at) SELECT clock_timestamp() WHERE EXISTS (SELECT FROM trueup.balance);
+"""
+
 _AT_WORK = text(
     """
     SELECT count(*) FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
     WHERE g.tgrelid = to_regclass(:table) AND g.tgenabled IN ('O', 'A') AND g.tgname = ANY (CAST(:names AS text[]))
+      AND g.tgnargs = 0
       AND p.pronamespace = to_regnamespace('trueup')
     """
 )
@@ -216,20 +242,8 @@ _TRIGGER_FUNCTIONS = text(
     """
 )
 
-_LACKING = text(
-    """
-    SELECT 'CREATE ON DATABASE ' || quote_ident(current_database())
-    WHERE to_regnamespace('trueup') IS NULL AND NOT has_database_privilege(current_database(), 'CREATE')
-    UNION ALL
-    SELECT 'to own SCHEMA trueup' FROM pg_namespace WHERE nspname = 'trueup' AND NOT pg_has_role(nspowner, 'USAGE')
-    UNION ALL
-    SELECT 'TRIGGER ON TABLE ' || t FROM unnest(ARRAY[CAST(:log AS text), CAST(:subscriptions AS text)]) t
-    WHERE NOT has_table_privilege(t, 'TRIGGER')
-    """
-)
-
 # One statement, one snapshot: a log row and its delta are seen together.
-_UNTRUE = """
+UNTRUE = """
     SELECT b.user_id
     FROM (SELECT * FROM trueup.balance WHERE log_epoch = trueup.log_epoch() ORDER BY random() LIMIT :users) b
     CROSS JOIN LATERAL (

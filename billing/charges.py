@@ -13,6 +13,7 @@ from billing.errors import UnknownUserError
 from billing.holds import Hold
 
 # A log row's id is the UUIDv5 of its user, task and call under this namespace: the same call always gets the same id.
+# (A log whose ids are whole numbers draws them from their sequence: there the charge says which row is which call's.)
 LOG_NAMESPACE = uuid.UUID("5b0e1c38-3d0b-5a34-9d5c-7d1f4b6f2a90")
 
 MAX_LOG_TOKENS = 2**31 - 1

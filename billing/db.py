@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from billing.errors import NotInstalledError, ServiceUnavailableError, TrueupError
+from billing.errors import MissingRightError, NotInstalledError, ServiceUnavailableError, TrueupError
+from billing.host_changes import UNWATCHED, changed_type, explain, not_ready, unwatched
+from billing.poolers import limit_session
 from billing.settings import Settings, database_url, get_settings
 
 Result = TypeVar("Result")
@@ -27,32 +29,47 @@ _engine_lock = threading.Lock()
 _TRANSIENT = ("08", "40", "53", "57", "55P03", "25006", "25P03")
 # Undefined table, schema, function or column: trueup's objects, or the host's under the names of the mapping.
 _UNDEFINED = ("42P01", "3F000", "42883", "42703")
+# A column of another type: no such cast, datatype mismatch, an object of another kind.
+_CHANGED_TYPES = ("42846", "42804", "42809")
+_NO_OPERATOR = "operator does not exist"
+_FORBIDDEN = "42501"
+# A function that was replaced between its lookup and its call, or a statement prepared for what it returned before. The
+# same statement succeeds on a connection that has not prepared it.
+_REPLACED = (
+    "cache lookup failed for ",
+    "tuple concurrently ",
+    "cached plan must not change result type",
+    "could not open relation with OID",
+)
 
 
 def create_trueup_engine(settings: Settings) -> Engine:
     """Make an engine for the settings' database. Times are UTC, isolation is READ COMMITTED.
 
     A process that stops in the middle of a transaction loses it after a statement's time: others wait for its locks.
-    `options` in the URL (a search_path, say) are kept.
+    `options` in the URL (a search_path, say) are kept. A pooler that lends connections out may be in between.
     """
-    url = make_url(database_url(settings))
-    own_options = url.query.get("options", "")
-    return create_engine(
-        url,
+    engine = create_engine(
+        database_url(settings),
+        isolation_level="READ COMMITTED",
         pool_size=settings.database_pool_size,
         max_overflow=0,
         pool_timeout=settings.database_connect_timeout_seconds,
         connect_args={
             "connect_timeout": settings.database_connect_timeout_seconds,
             "application_name": "trueup",
-            "options": (
-                f"{own_options if isinstance(own_options, str) else ' '.join(own_options)} "
-                f"-c timezone=UTC -c statement_timeout={settings.statement_timeout_seconds}s "
-                f"-c idle_in_transaction_session_timeout={settings.statement_timeout_seconds}s "
-                "-c default_transaction_isolation=read\\ committed"
-            ),
         },
     )
+    seconds = f"{settings.statement_timeout_seconds}s"
+    limits = {
+        "timezone": "UTC",
+        "statement_timeout": seconds,
+        "idle_in_transaction_session_timeout": seconds,
+        "default_transaction_isolation": "read committed",
+    }
+    # First of all: what SQLAlchemy asks of a new connection is limited too.
+    event.listen(engine, "connect", lambda connection, _: limit_session(connection, limits), insert=True)
+    return engine
 
 
 def get_engine() -> Engine:
@@ -89,7 +106,7 @@ def connect() -> Iterator[Connection]:
     For one server-side function, which is atomic by itself, this saves the round trips of BEGIN and COMMIT.
     Raises `ServiceUnavailableError` or `NotInstalledError`.
     """
-    with translated_errors(), get_engine().connect() as connection:
+    with translated_errors(), get_engine().connect() as connection, _forgetting(connection):
         yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
 
@@ -99,22 +116,23 @@ def transaction() -> Iterator[Connection]:
 
     Raises `ServiceUnavailableError` or `NotInstalledError`.
     """
-    with translated_errors(), get_engine().begin() as connection:
+    with translated_errors(), get_engine().begin() as connection, _forgetting(connection):
         yield connection
 
 
 def retrying(operation: Callable[[Connection], Result]) -> Result:
-    """Run an idempotent operation on a connection of `connect()`, and once more if that connection was dead.
+    """Run an idempotent operation on a connection of `connect()`, and once more if that connection was of no use.
 
     A server that was restarted leaves dead connections in the pool; finding out costs one failure, and SQLAlchemy
-    then drops them all. Only for what may safely run twice: a read, or a write that is idempotent by key.
+    then drops them all. An upgrade replaces functions that a connection has prepared calls of.
+    Only for what may safely run twice: a read, or a write that is idempotent by key.
     """
     try:
         with connect() as connection:
             return operation(connection)
     except ServiceUnavailableError as error:
         cause = error.__cause__
-        if not (isinstance(cause, DBAPIError) and cause.connection_invalidated):
+        if not (isinstance(cause, DBAPIError) and (cause.connection_invalidated or _is_replaced(cause))):
             raise
     with connect() as connection:
         return operation(connection)
@@ -135,19 +153,55 @@ def translated_errors() -> Iterator[None]:
         raise ServiceUnavailableError("PostgreSQL", describe_database(), cause) from error
 
 
+@contextmanager
+def _forgetting(connection: Connection) -> Iterator[None]:
+    """Close the connection after an error of what it has prepared: it would come again with each use."""
+    try:
+        yield
+    except DBAPIError as error:
+        if _is_replaced(error):
+            connection.invalidate()
+        raise
+
+
+def _is_replaced(error: DBAPIError) -> bool:
+    return getattr(error.orig, "sqlstate", None) in ("XX000", "0A000") and any(
+        known in str(error.orig) for known in _REPLACED
+    )
+
+
 def _translate(error: DBAPIError) -> TrueupError | None:
     state = getattr(error.orig, "sqlstate", None)
     cause = str(error.orig).strip().partition("\n")[0]
+    if state == "42883" and cause.startswith(_NO_OPERATOR):
+        state = _CHANGED_TYPES[0]
     if state is None and type(error.orig).__name__ == "OperationalError":
         return ServiceUnavailableError("PostgreSQL", describe_database(), cause)
-    if state is not None and state.startswith(_TRANSIENT):
+    if _is_replaced(error) or (state is not None and state.startswith(_TRANSIENT)):
         return ServiceUnavailableError("PostgreSQL", describe_database(), cause)
-    if state is not None and state.startswith(_UNDEFINED):
-        return NotInstalledError(
-            f"The database at {describe_database()} is not ready for trueup: {cause}. Nothing was run. "
-            "Run `trueup db init`, and check the table names under [host] in trueup.toml."
+    if state in (*_UNDEFINED, *_CHANGED_TYPES, UNWATCHED):
+        return _explained(cause, undefined=state in _UNDEFINED) or _unexplained(state)(describe_database(), cause)
+    if state == _FORBIDDEN:
+        return MissingRightError(
+            f"The database at {describe_database()} refused: {cause}. Grant it to trueup's role, and do this again: "
+            "`trueup db grants` prints the statements, which the tables' owner runs."
         )
     return None
+
+
+def _explained(cause: str, *, undefined: bool) -> NotInstalledError | None:
+    """Look, on another connection, what of the host's is not there. None: nothing, or even that fails."""
+    try:
+        with get_engine().connect() as connection:
+            return explain(connection, get_settings().host, describe_database(), cause, undefined=undefined)
+    except (DBAPIError, PoolTimeoutError):
+        return None
+
+
+def _unexplained(state: str | None) -> Callable[[str, str], NotInstalledError]:
+    if state == UNWATCHED:
+        return unwatched
+    return changed_type if state in _CHANGED_TYPES else not_ready
 
 
 def reason_of(error: BaseException) -> str:

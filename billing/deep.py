@@ -23,6 +23,8 @@ ODDITIES_MOST = 100
 
 # Holds are given back within a minute of their time. Those that are later than this show that nobody does it.
 OVERDUE_AFTER = timedelta(minutes=10)
+# A quick pass comes often, and a partition without triggers stays one until somebody does something about it.
+TOLD_AGAIN_AFTER = timedelta(days=1)
 # A charge's log row is looked for once; again only where the last deep pass may not have come to it.
 CHARGES_SINCE_MARGIN = timedelta(days=1)
 
@@ -131,11 +133,13 @@ def find_oddities(
 
 
 def find_installation_defects(connection: Connection) -> list[Defect]:
-    """Return what is wrong with the whole: triggers off or gone, deltas that nobody will fold, holds nobody expires."""
+    """Return what is wrong with the whole: triggers off or gone, on partitions too, deltas that nobody will fold, holds
+    that nobody expires."""
     found = [
         Defect(kind="trigger_idle", detail={"trigger": row.name, "state": row.state})
         for row in connection.execute(text("SELECT * FROM trueup.idle_triggers()"))
     ]
+    found += find_uncovered_partitions(connection)
     lost = connection.scalar(text("SELECT trueup.count_lost_deltas()"))
     if lost:
         found.append(Defect(kind="deltas_without_subscription", seen=lost, expected=0))
@@ -146,6 +150,24 @@ def find_installation_defects(connection: Connection) -> list[Defect]:
     if overdue:
         found.append(Defect(kind="holds_overdue", seen=overdue, expected=0))
     return found
+
+
+_UNCOVERED = text(
+    """
+    SELECT u.partition
+    FROM (SELECT CAST(CAST(id AS regclass) AS text) AS partition FROM trueup.log_partitions() WHERE NOT covered) u
+    WHERE NOT EXISTS (SELECT FROM trueup.defect f
+                      WHERE f.kind = 'partition_uncovered' AND f.detail->>'partition' = u.partition
+                        AND f.found_at > clock_timestamp() - CAST(:told_within AS interval))
+    ORDER BY 1
+    """
+)
+
+
+def find_uncovered_partitions(connection: Connection, *, told_within: timedelta = timedelta(0)) -> list[Defect]:
+    """Return the log's partitions without triggers of ours, but those of which a run has told as lately as that."""
+    found = connection.scalars(_UNCOVERED, {"told_within": told_within})
+    return [Defect(kind="partition_uncovered", detail={"partition": partition}) for partition in found]
 
 
 def repair_balance(connection: Connection, user_id_type: UserIdType, run_id: int, user_id: UserId) -> int:

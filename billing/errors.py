@@ -35,6 +35,18 @@ class NotInstalledError(TrueupError):
     """The database lacks trueup's schema, or has one made for another mapping. Run `trueup db init`."""
 
 
+class GateClosedError(NotInstalledError):
+    """The gate admits nobody until `trueup db attach` is through. Tasks wait for it: what they need may come back."""
+
+
+class HostChangedError(GateClosedError):
+    """The host has changed what trueup reads or counts by: a table, a column, a trigger. Nothing was run."""
+
+
+class MissingRightError(NotInstalledError):
+    """The database role may not do what trueup needs. The message names the right, and who gives it."""
+
+
 class UnknownUserError(TrueupError):
     """No subscription belongs to this user."""
 

@@ -1,5 +1,6 @@
 """Set a database up: migrations of our own tables, then the functions and triggers for the host's mapping."""
 
+import io
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -9,14 +10,21 @@ from alembic.config import Config
 from sqlalchemy import Connection, text
 
 from billing.errors import NotInstalledError
-from billing.host_tables import (
-    build_host_metadata,
+from billing.host_catalog import (
+    COMPUTED_REMEDY,
+    computed_log_columns,
     demanded_log_columns,
     missing_host_columns,
     missing_host_tables,
     tables_without_triggers,
 )
+from billing.host_changes import ATTACHING
+from billing.host_tables import build_host_metadata
+from billing.host_trials import expression_problem
+from billing.host_values import quote_literal
+from billing.log_ids import log_id_problem
 from billing.mapping import HostMapping, quote_table, render_sql
+from billing.partitions import partition_problem
 from billing.schema import SCHEMA
 from billing.settings import get_settings
 from billing.short_locks import INSTALL_LOCK, STATEMENT_TIMEOUT_SECONDS
@@ -29,7 +37,9 @@ SQL_FILES = (
     "windows.sql",
     "deltas.sql",
     "fill.sql",
+    "watching.sql",
     "triggers.sql",
+    "partition_triggers.sql",
     "window_triggers.sql",
     "rollout.sql",
     "balances.sql",
@@ -52,9 +62,8 @@ SQL_FILES = (
 # What stands in for a file whose table the host does not have.
 _WITHOUT = {"decrements.sql": "no_decrements.sql", "purchases.sql": "no_purchases.sql"}
 
+_CREATE_SCHEMA = f"CREATE SCHEMA {SCHEMA}"
 LOCK_TIMEOUT_SECONDS = 5
-# Stands for the mapping while the database is made ready for one.
-ATTACHING = "attaching"
 
 
 def install(connection: Connection, mapping: HostMapping, *, with_host_tables: bool) -> list[str]:
@@ -72,22 +81,39 @@ def install(connection: Connection, mapping: HostMapping, *, with_host_tables: b
         done.append("host tables")
     create_tables(connection, mapping)
     done.append("tables")
-    connection.execute(_MARK_BALANCES_STALE, _installation_row(mapping) | {"log": quote_table(mapping.usage_log.table)})
+    values = {"log": quote_table(mapping.usage_log.table), "touched": not triggers_untouched(connection)}
+    connection.execute(_MARK_BALANCES_STALE, _installation_row(mapping) | values)
     drop_functions(connection)
     run_scripts(connection, sql_scripts(mapping))
     done.append("functions and triggers")
-    save_installation(connection, mapping)
+    run_scripts(connection, [save_sql(mapping)])
     return done
 
 
 def create_tables(connection: Connection, mapping: HostMapping) -> None:
     """Make or upgrade trueup's tables, without a lock on the host's. Raises `NotInstalledError` for an unfit host."""
-    _refuse_unfit_host(connection, mapping)
+    check_host(connection, mapping)
     # Who owns the schema need not have the right to make another.
-    if connection.scalar(text("SELECT to_regnamespace(:schema) IS NULL"), {"schema": SCHEMA}):
-        connection.execute(text(f"CREATE SCHEMA {SCHEMA}"))
+    if _lacks_schema(connection):
+        connection.execute(text(_CREATE_SCHEMA))
     _refuse_other_user_ids(connection, mapping)
-    command.upgrade(_alembic_config(connection, mapping), "head")
+    command.upgrade(_alembic_config(mapping, connection=connection), "head")
+
+
+def tables_sql(connection: Connection, mapping: HostMapping) -> list[str]:
+    """Return the statements by which `create_tables` would go on from what is there; none: it is of this version.
+
+    Raises `NotInstalledError` for an unfit host.
+    """
+    check_host(connection, mapping)
+    _refuse_other_user_ids(connection, mapping)
+    there = None
+    if connection.scalar(text("SELECT to_regclass('trueup.alembic_version') IS NOT NULL")):
+        there = connection.scalar(text("SELECT version_num FROM trueup.alembic_version"))
+    with io.StringIO() as output:
+        command.upgrade(_alembic_config(mapping, output=output), f"{there or 'base'}:head", sql=True)
+        migrations = output.getvalue().strip()
+    return [*([f"{_CREATE_SCHEMA};"] if _lacks_schema(connection) else []), *([migrations] if migrations else [])]
 
 
 def sql_scripts(mapping: HostMapping, names: Iterable[str] = SQL_FILES) -> list[str]:
@@ -101,14 +127,27 @@ def run_scripts(connection: Connection, scripts: Iterable[str]) -> None:
         connection.exec_driver_sql(script.replace("%", "%%"))
 
 
-def save_installation(connection: Connection, mapping: HostMapping) -> None:
-    """Write down that the database is ready, and for which mapping."""
-    connection.execute(_SAVE_INSTALLATION, _installation_row(mapping))
+def save_sql(mapping: HostMapping, *, ready: bool = True) -> str:
+    """Return the statement that writes down which mapping the database is ready for, or is being made ready for."""
+    row = _installation_row(mapping) | ({} if ready else {"fingerprint": ATTACHING})
+    statement = _SAVE_INSTALLATION.format(**{key: quote_literal(value) for key, value in row.items()})
+    return f"{statement}{SAVE_TRIGGERS}"
+
+
+def triggers_untouched(connection: Connection) -> bool:
+    """Return whether the triggers are the very ones that were there when the database was made ready.
+
+    Or when it was last begun to make it so. Also where a version of trueup did that which did not write them down.
+    """
+    if connection.scalar(text("SELECT to_regproc('trueup.trigger_marks') IS NULL")):
+        return True
+    statement = text("SELECT triggers IS NULL OR triggers = trueup.trigger_marks() FROM trueup.installation")
+    return connection.scalar(statement) is not False
 
 
 def drop_functions(connection: Connection) -> None:
     """Drop trueup's functions, but those of triggers: until they are made again, every gate refuses."""
-    connection.execute(_DROP_FUNCTIONS)
+    run_scripts(connection, [DROP_FUNCTIONS])
 
 
 def check_installed(connection: Connection) -> None:
@@ -130,20 +169,18 @@ def check_installed(connection: Connection) -> None:
 
 # A function whose parameters changed would stay beside its successor. Callers in other transactions keep the old ones
 # until this one commits.
-_DROP_FUNCTIONS = text(
-    """
-    DO $$
-    DECLARE
-        f regprocedure;
-    BEGIN
-        FOR f IN SELECT oid FROM pg_proc
-                 WHERE pronamespace = 'trueup'::regnamespace AND prorettype <> 'trigger'::regtype
-        LOOP
-            EXECUTE 'DROP FUNCTION ' || f;
-        END LOOP;
-    END $$
-    """.replace("::", r"\:\:")
-)
+DROP_FUNCTIONS = """
+DO $$
+DECLARE
+    f regprocedure;
+BEGIN
+    FOR f IN SELECT oid FROM pg_proc
+             WHERE pronamespace = 'trueup'::regnamespace AND prorettype <> 'trigger'::regtype
+    LOOP
+        EXECUTE 'DROP FUNCTION ' || f;
+    END LOOP;
+END $$;
+"""
 
 # A trigger that was not there has missed rows, and another mapping sees other rows: then no balance can be trusted, and
 # each is rebuilt from the log when next read.
@@ -152,21 +189,21 @@ _MARK_BALANCES_STALE = text(
     INSERT INTO trueup.log_truncation (truncated_at)
     SELECT clock_timestamp()
     WHERE EXISTS (SELECT FROM trueup.balance)
-      AND (NOT EXISTS (SELECT FROM trueup.installation WHERE mapping_fingerprint = :fingerprint)
+      AND (:touched OR NOT EXISTS (SELECT FROM trueup.installation WHERE mapping_fingerprint = :fingerprint)
            OR (SELECT count(*) FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
                WHERE g.tgrelid = to_regclass(:log) AND g.tgenabled IN ('O', 'A')
                  AND p.pronamespace = to_regnamespace('trueup')) < 4)
     """
 )
 
-_SAVE_INSTALLATION = text(
-    """
-    INSERT INTO trueup.installation (mapping_fingerprint, mapping)
-    VALUES (:fingerprint, CAST(:mapping AS jsonb))
-    ON CONFLICT (singleton) DO UPDATE
-    SET mapping_fingerprint = excluded.mapping_fingerprint, mapping = excluded.mapping
-    """
-)
+_SAVE_INSTALLATION = """
+INSERT INTO trueup.installation (mapping_fingerprint, mapping)
+VALUES ({fingerprint}, CAST({mapping} AS jsonb))
+ON CONFLICT (singleton) DO UPDATE
+SET mapping_fingerprint = excluded.mapping_fingerprint, mapping = excluded.mapping;
+"""
+
+SAVE_TRIGGERS = "UPDATE trueup.installation SET triggers = trueup.trigger_marks();\n"
 
 
 def _sql_files(mapping: HostMapping, names: Iterable[str]) -> list[str]:
@@ -185,8 +222,8 @@ def _installation_row(mapping: HostMapping) -> dict[str, str]:
     return {"fingerprint": mapping.fingerprint(), "mapping": mapping.model_dump_json()}
 
 
-def _refuse_unfit_host(connection: Connection, mapping: HostMapping) -> None:
-    """What a charge would stumble over, after its tokens are spent, is refused here."""
+def check_host(connection: Connection, mapping: HostMapping) -> None:
+    """What a charge would stumble over, after its tokens are spent, is refused here: raises `NotInstalledError`."""
     tables = missing_host_tables(connection, mapping)
     if tables:
         raise NotInstalledError(
@@ -196,8 +233,8 @@ def _refuse_unfit_host(connection: Connection, mapping: HostMapping) -> None:
     columns = missing_host_columns(connection, mapping)
     if columns:
         raise NotInstalledError(
-            f"The database has no column {', '.join(columns)}. Nothing was changed. Map the host's names under [host] "
-            "in trueup.toml."
+            f"The database has no column {', '.join(columns)}. Nothing was changed. Map the host's names, or what "
+            "stands for a missing column, under [host] in trueup.toml."
         )
     demanded = demanded_log_columns(connection, mapping)
     if demanded:
@@ -205,12 +242,22 @@ def _refuse_unfit_host(connection: Connection, mapping: HostMapping) -> None:
             f"{', '.join(demanded)} must be given in each row of the usage log, and trueup's rows could not give it. "
             "Nothing was changed. Give the column a default in the database."
         )
+    computed = computed_log_columns(connection, mapping)
+    if computed:
+        raise NotInstalledError(
+            f"{', '.join(computed)} is computed by the database, and trueup's rows would have to give it. Nothing was "
+            f"changed. {COMPUTED_REMEDY}"
+        )
     views = tables_without_triggers(connection, mapping)
     if views:
         raise NotInstalledError(
             f"{', '.join(views)} is no table, so that trueup could not be told of its changes. Nothing was changed. "
             "Map the table behind it under [host] in trueup.toml."
         )
+    for judge in (log_id_problem, partition_problem, expression_problem):
+        problem = judge(connection, mapping)
+        if problem is not None:
+            raise NotInstalledError(f"{problem[0]} Nothing was changed. {problem[1]}")
     refuse_shared_users(connection, mapping)
 
 
@@ -226,10 +273,13 @@ def _refuse_other_user_ids(connection: Connection, mapping: HostMapping) -> None
         )
 
 
-def _alembic_config(connection: Connection, mapping: HostMapping) -> Config:
+def _lacks_schema(connection: Connection) -> bool:
+    return bool(connection.scalar(text("SELECT to_regnamespace(:schema) IS NULL"), {"schema": SCHEMA}))
+
+
+def _alembic_config(mapping: HostMapping, **attributes: object) -> Config:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.set_main_option("path_separator", "os")
-    config.attributes["connection"] = connection
-    config.attributes["mapping"] = mapping
+    config.attributes.update(attributes, mapping=mapping)
     return config

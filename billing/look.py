@@ -20,7 +20,7 @@ from billing.drifts import Drift
 from billing.errors import TrueupError
 from billing.evidence import Evidence
 from billing.explanations import explain
-from billing.look_checks import check_columns, is_attached, missing_index
+from billing.look_checks import check_columns, check_expressions, is_attached, missing_index
 from billing.look_statements import COUNTER_LIMIT, EVIDENCE, PLAN_SIZES, Statements, needed_columns
 from billing.mapping import HostMapping
 from billing.policies import DEFAULT_RULES, Verdict, decide
@@ -107,6 +107,7 @@ class _Looker:
         """Check what can be checked, and read what is the same for all batches."""
         with self._reading(self.timeout_seconds) as connection:
             check_columns(connection, needed_columns(self.mapping), self.mapping.user_id_type)
+            check_expressions(connection, self.mapping)
             self.attached = is_attached(connection, self.mapping)
             self.index = missing_index(connection, self.mapping)
             self.statements = Statements(self.mapping, attached=self.attached)

@@ -1,6 +1,5 @@
 """May this role look at these tables, and are they as the mapping says? Asked of the catalog; no row is read."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,11 +7,11 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from billing.discovery.catalog import kind_of
-from billing.discovery.words import FIELDS
+from billing.discovery.words import FIELDS, INTEGER
 from billing.errors import NotInstalledError, TrueupError
-from billing.mapping import HostMapping, UserIdType, quote_identifier, quote_table
+from billing.host_trials import wrong_expression
+from billing.mapping import HostMapping, UserIdType, fields_named_in, quote_identifier, quote_table
 
-_NAMED = re.compile(r"\{\{(?:literal )?(?P<noun>\w+)\.(?P<field>\w+)\}\}")
 _USER_IDS = {"bigint": "integer", "uuid": "uuid", "text": "text"}
 # A log of so few bytes is read as fast without an index.
 _SMALL = 2_000_000
@@ -61,22 +60,24 @@ _OWN = text(
 
 @dataclass(frozen=True, kw_only=True)
 class Named:
-    """A column that a statement needs: where the mapping says it is."""
+    """A column that a statement needs: where the mapping says it is. `is_part`: of a condition or an expression."""
 
     noun: str
     field: str
     table: str
     column: str
+    is_part: bool
 
 
 def named_in(template: str, mapping: HostMapping) -> list[Named]:
     """Return the columns that an SQL template names, each once."""
-    found = dict.fromkeys((match["noun"], match["field"]) for match in _NAMED.finditer(template))
     return [
-        Named(noun=noun, field=name, table=part.table, column=getattr(part, name))
-        for noun, name in found
-        for part in [getattr(mapping, noun)]
-        if name != "completed_status"
+        Named(noun=noun, field=field, table=getattr(mapping, noun).table, column=column, is_part=column != given)
+        for noun, named in fields_named_in(template, mapping)
+        for field, column in mapping.columns(noun)
+        for given in [getattr(getattr(mapping, noun), field)]
+        # What counts may be said by other columns than the one for success.
+        if field == named or (named, field) == ("success", "counts")
     ]
 
 
@@ -99,6 +100,13 @@ def check_columns(connection: Connection, named: list[Named], user_id_type: User
         )
 
 
+def check_expressions(connection: Connection, mapping: HostMapping) -> None:
+    """Raise `TrueupError` naming an expression of the mapping that is none over these tables."""
+    wrong = wrong_expression(connection, mapping)
+    if wrong is not None:
+        raise TrueupError(f"This database can't be looked at: {wrong[0]} Nothing was read. {wrong[1]}")
+
+
 def _faults(one: Named, row: Any, user_id_type: UserIdType) -> Iterator[str]:
     if not row.has_table:
         yield f"host.{one.noun}.table: there is no table {one.table}"
@@ -112,10 +120,16 @@ def _faults(one: Named, row: Any, user_id_type: UserIdType) -> Iterator[str]:
         # With row security off, as it is set, PostgreSQL refuses rather than leaves rows out.
         yield f"row level security would hide rows of {one.table}: look as a role with BYPASSRLS"
     kind = kind_of(row.type, ("enum",) if row.is_enum else ())
+    if one.is_part:
+        return
     if one.field == "user_id" and kind != _USER_IDS[user_id_type]:
         yield f"host.user_id_type is {user_id_type}, but {one.table}.{one.column} is {row.type}"
-    elif kind not in FIELDS[one.noun][one.field].kinds:  # type: ignore[index]
-        wanted = " or ".join(sorted(FIELDS[one.noun][one.field].kinds))  # type: ignore[index]
+        return
+    # A subscription's own tokens are not looked for by name, and so not among the fields.
+    known = FIELDS[one.noun].get(one.field)  # type: ignore[index]
+    kinds = INTEGER if known is None else known.kinds
+    if kind not in kinds:
+        wanted = " or ".join(sorted(kinds))
         yield f"host.{one.noun}.{one.field}: {one.table}.{one.column} is {row.type}, which is not {wanted}"
 
 

@@ -1,186 +1,199 @@
 """Where the host keeps its users, plans, subscriptions and AI usage log: table and column names.
 
-The defaults are those of a Django application. All fields are names in the host's database, a table may be
-qualified by its schema ("public.billing_subscription").
+The defaults are those of a Django application. A table may be qualified by its schema ("public.billing_subscription").
+Some columns may be missing: what stands for them then is said in `billing.host_values`.
 """
 
 import hashlib
-import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import BeforeValidator, model_validator
 from sqlalchemy import TextClause, text
 
+from billing.host_values import (
+    Compared,
+    Constant,
+    Given,
+    Table,
+    columns_of,
+    quote_identifier,
+    quote_literal,
+    quote_table,
+    sql_of,
+)
+from billing.mapped_tables import (
+    FullPlanTable,
+    Names,
+    PaymentTable,
+    SubscriptionTable,
+    TokenPlanTable,
+    TokenUsageTable,
+    UsageLogTable,
+    UserTable,
+)
+from billing.templates import fill, named_fields
+
+__all__ = [
+    "NOUNS",
+    "FullPlanTable",
+    "HostMapping",
+    "LogIdType",
+    "PaymentTable",
+    "SubscriptionTable",
+    "TokenPlanTable",
+    "TokenUsageTable",
+    "UsageLogTable",
+    "UserIdType",
+    "UserTable",
+    "fields_named_in",
+    "quote_identifier",
+    "quote_table",
+    "render_sql",
+    "render_statement",
+]
+
 UserIdType = Literal["bigint", "uuid", "text"]
-LogIdType = Literal["uuid", "text"]
+LogIdType = Literal["uuid", "text", "bigint"]
 
-_MAX_IDENTIFIER_BYTES = 63  # PostgreSQL's NAMEDATALEN - 1
+NOUNS = ("user", "token_plan", "full_plan", "subscription", "usage_log", "token_usage", "payment")
 
-
-def _check_identifier(name: str) -> str:
-    if not name or "\x00" in name or len(name.encode()) > _MAX_IDENTIFIER_BYTES:
-        raise ValueError(f"{name!r} is no PostgreSQL name: give 1 to {_MAX_IDENTIFIER_BYTES} bytes")
-    if "$$" in name:
-        raise ValueError(f"{name!r} contains $$, which would end the bodies of trueup's functions")
-    return name
-
-
-def _check_table(name: str) -> str:
-    if name.count(".") > 1:
-        raise ValueError(f"{name!r} is no table name: give TABLE or SCHEMA.TABLE")
-    for part in name.split("."):
-        _check_identifier(part)
-    return name
+# Of what type a missing column is read, where a text is given for it.
+_TYPES = {"metadata": "jsonb", "end_date": "timestamptz"}
+# What a table that is not there would have in its rows, of which there are none.
+_NO_PLANS = (
+    "(SELECT CAST(NULL AS text) AS id, CAST(NULL AS text) AS name, CAST(NULL AS integer) AS tokens_included, "
+    "CAST(NULL AS integer) AS duration_days, CAST(NULL AS boolean) AS is_active WHERE false)"
+)
 
 
-def _check_value(value: str) -> str:
-    if "\x00" in value or "$$" in value:
-        raise ValueError(f"{value!r} contains NUL or $$, which would end the bodies of trueup's functions")
-    return value
+_IF_THERE = BeforeValidator(lambda given: {"table": None} if given is False else given)
 
 
-Column = Annotated[str, AfterValidator(_check_identifier)]
-Value = Annotated[str, AfterValidator(_check_value)]
-Table = Annotated[str, AfterValidator(_check_table)]
-
-
-def quote_identifier(name: str) -> str:
-    """Quote a column name for use in SQL text."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def quote_table(name: str) -> str:
-    """Quote a table name, schema-qualified or not, for use in SQL text."""
-    return ".".join(quote_identifier(part) for part in name.split("."))
-
-
-class _Names(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class UserTable(_Names):
-    table: Table = "accounts_user"
-    id: Column = "id"
-    username: Column = "username"
-    email: Column = "email"
-
-
-class TokenPlanTable(_Names):
-    table: Table = "billing_tokenplan"
-    id: Column = "id"
-    name: Column = "name"
-    tokens_included: Column = "tokens_included"
-    is_active: Column = "is_active"
-
-
-class FullPlanTable(TokenPlanTable):
-    table: Table = "billing_fullplan"
-    duration_days: Column = "duration_days"
-
-
-class SubscriptionTable(_Names):
-    table: Table = "billing_subscription"
-    id: Column = "id"
-    user_id: Column = "user_id"
-    token_plan_id: Column = "token_plan_id"
-    full_plan_id: Column = "full_plan_id"
-    start_date: Column = "start_date"
-    end_date: Column = "end_date"
-    tokens_remaining: Column = "tokens_remaining"
-    is_active: Column = "is_active"
-
-
-class UsageLogTable(_Names):
-    table: Table = "ai_usage_log"
-    id: Column = "id"
-    user_id: Column = "user_id"
-    section: Column = "section"
-    prompt_tokens: Column = "prompt_tokens"
-    completion_tokens: Column = "completion_tokens"
-    total_tokens: Column = "total_tokens"
-    response_time_ms: Column = "response_time_ms"
-    success: Column = "success"
-    model_name: Column = "model_name"
-    error_message: Column = "error_message"
-    metadata: Column = "metadata"
-    created_at: Column = "created_at"
-
-
-class TokenUsageTable(_Names):
-    """Optional: one row for each decrement of the counter. `table` None: the host keeps no such rows."""
-
-    table: Table | None = None
-    id: Column = "id"
-    subscription_id: Column = "subscription_id"
-    used_tokens: Column = "used_tokens"
-    usage_date: Column = "usage_date"
-    description: Column = "description"
-
-
-class PaymentTable(_Names):
-    """Optional: what was bought. `table` None: the host keeps no such rows.
-
-    `completed_status`: the value of `status` that says the money came.
-    """
-
-    table: Table | None = None
-    id: Column = "id"
-    user_id: Column = "user_id"
-    subscription_id: Column = "subscription_id"
-    token_plan_id: Column = "token_plan_id"
-    full_plan_id: Column = "full_plan_id"
-    status: Column = "status"
-    payment_date: Column = "payment_date"
-    transaction_id: Column = "transaction_id"
-    completed_status: Value = "completed"
-
-
-class HostMapping(_Names):
-    """Names of the host's tables and columns, and the type of its user ids."""
+class HostMapping(Names):
+    """Names of the host's tables and columns, and the type of its user ids. A table that is `false` is not there."""
 
     user_id_type: UserIdType = "bigint"
     usage_log_id_type: LogIdType = "uuid"
-    user: UserTable = UserTable()
-    token_plan: TokenPlanTable = TokenPlanTable()
-    full_plan: FullPlanTable = FullPlanTable()
+    user: Annotated[UserTable, _IF_THERE] = UserTable()
+    token_plan: Annotated[TokenPlanTable, _IF_THERE] = TokenPlanTable()
+    full_plan: Annotated[FullPlanTable, _IF_THERE] = FullPlanTable()
     subscription: SubscriptionTable = SubscriptionTable()
     usage_log: UsageLogTable = UsageLogTable()
-    token_usage: TokenUsageTable = TokenUsageTable()
-    payment: PaymentTable = PaymentTable()
+    token_usage: Annotated[TokenUsageTable, _IF_THERE] = TokenUsageTable()
+    payment: Annotated[PaymentTable, _IF_THERE] = PaymentTable()
 
-    def sql_names(self) -> dict[str, str]:
-        """Return quoted names for SQL templates: `{{subscription}}`, `{{subscription.user_id}}`, …
+    @model_validator(mode="after")
+    def _tokens_come_from_somewhere(self) -> Self:
+        if self.token_plan.table is self.full_plan.table is self.subscription.tokens_included is None:
+            raise ValueError(
+                "without token_plan and full_plan nothing says what a subscription includes: "
+                "set subscription.tokens_included"
+            )
+        return self
 
-        An optional table that is not mapped has no names. `{{literal payment.completed_status}}` is a value, and has no
-        other form.
+    def columns(self, noun: str) -> list[tuple[str, str]]:
+        """Return the host's columns that are used of a noun, as (field, column); none if its table is not there.
+
+        A field that is missing has none; an expression has one for each column that it names.
         """
-        names: dict[str, str] = {"user_id_type": self.user_id_type, "usage_log_id_type": self.usage_log_id_type}
-        for noun in ("user", "token_plan", "full_plan", "subscription", "usage_log", "token_usage", "payment"):
-            if getattr(self, noun).table is None:
-                continue
-            for field, name in getattr(self, noun).model_dump(exclude={"completed_status"}).items():
-                if field == "table":
-                    names[noun] = quote_table(name)
-                else:
-                    names[f"{noun}.{field}"] = quote_identifier(name)
-        if self.payment.table is not None:
-            names["payment.completed_status"] = self.payment.completed_status
-        return names
+        part = getattr(self, noun)
+        if part.table is None:
+            return []
+        return [
+            (field, column)
+            for field in type(part).model_fields
+            if field not in ("table", "completed_status") and self._plan_of(field) is not None
+            for column in columns_of(getattr(part, field))
+        ]
+
+    def counted_columns(self) -> list[str]:
+        """Return the log's columns that say what is used, by whom and when."""
+        fields = ("id", "user_id", "total_tokens", "success", "created_at", "counts")
+        return list(dict.fromkeys(column for field, column in self.columns("usage_log") if field in fields))
+
+    def has(self, name: str) -> bool:
+        """Return whether the host has it, in whatever form; for templates."""
+        noun, _, field = name.partition(".")
+        given = getattr(getattr(self, noun), field or "table")
+        return given is not None and (field == "tokens_included" or not isinstance(given, Constant))
+
+    def stores(self, name: str) -> bool:
+        """Return whether the host has a column for it; for templates."""
+        noun, _, field = name.partition(".")
+        return isinstance(getattr(getattr(self, noun), field), str)
+
+    def sql(self, name: str, alias: str | None) -> str:
+        """Return a name as SQL; for templates. Raises KeyError for one that there is none of.
+
+        `usage_log.success` is whether a row counts, however the host says that. `usage_log.written` is what trueup's
+        rows consist of: the columns, or with an alias their values in its row, which has all fields.
+        """
+        noun, _, field = name.partition(".")
+        if name in ("user_id_type", "usage_log_id_type"):
+            return str(getattr(self, name))
+        if name == "usage_log.written":
+            return self._written(alias)
+        if name == "usage_log.counted":
+            return ", ".join(map(quote_literal, self.counted_columns()))
+        if name == "usage_log.tells_failure":
+            return str(self.usage_log.tells_failure).lower()
+        part = getattr(self, noun) if noun in NOUNS else None
+        if part is None or (field or "table") not in type(part).model_fields:
+            raise KeyError(name)
+        if not field:
+            return quote_table(part.table) if part.table is not None else self._nobody(noun)
+        if field == "completed_status":
+            return str(part.completed_status)
+        if self._plan_of(field) is None:
+            return "CAST(NULL AS text)"
+        given: Given = getattr(part, field)
+        if name == "usage_log.success" and part.counts is not None:
+            given = part.counts
+        if part.table is None:
+            given = field
+        return sql_of(given, alias, _TYPES.get(field, "text"))
 
     def fingerprint(self) -> str:
         """Return a short hash of the whole mapping, to notice that the database was set up for another one."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+        # What came later is left out where it is not used: an upgrade alone makes no other mapping.
+        later = {"subscription": "tokens_included", "usage_log": "counts"}
+        unused = {noun: {field} for noun, field in later.items() if getattr(getattr(self, noun), field) is None}
+        return hashlib.sha256(self.model_dump_json(exclude=unused).encode()).hexdigest()[:16]
 
+    def _plan_of(self, field: str) -> Table | None:
+        """Return the table that a key to plans leads to, None: it is not there. For other fields: not None."""
+        return {"token_plan_id": self.token_plan.table, "full_plan_id": self.full_plan.table}.get(field, field)
 
-_PLACEHOLDER = re.compile(r"\{\{(literal )?([a-z_.]+)\}\}")
+    def _nobody(self, noun: str) -> str:
+        """Return what stands for a table that is not there."""
+        if noun in ("token_plan", "full_plan"):
+            return _NO_PLANS
+        if noun != "user":
+            raise KeyError(noun)
+        return (
+            f"(SELECT s.{quote_identifier(self.subscription.user_id)} AS id, CAST(NULL AS text) AS username, "
+            f"CAST(NULL AS text) AS email FROM {quote_table(self.subscription.table)} s)"
+        )
+
+    def _written(self, alias: str | None) -> str:
+        log = self.usage_log
+        if alias is None:
+            return ", ".join(map(quote_identifier, log.written))
+        values = [f"{alias}.{field}" for field in log.written_fields]
+        if isinstance(log.counts, Compared):
+            # Into whatever type the column has.
+            name, succeeded = quote_literal(log.counts.column), quote_literal(log.counts.equals[0])
+            failed = quote_literal(log.counts.failed) if log.counts.failed is not None else succeeded
+            values.append(
+                f"(jsonb_populate_record(CAST(NULL AS {quote_table(log.table)}), jsonb_build_object({name}, "
+                f"CASE WHEN {alias}.success THEN {succeeded} ELSE {failed} END))).{quote_identifier(log.counts.column)}"
+            )
+        return ", ".join(values)
 
 
 def render_sql(template: str, mapping: HostMapping) -> str:
-    """Replace each `{{name}}` of an SQL template by the host's own, quoted, and `{{literal name}}` by that as a string.
-
-    Raises KeyError on an unknown name.
-    """
-    return _render(template, mapping.sql_names())
+    """Fill an SQL template in; `billing.templates` says how it is written. Raises KeyError on an unknown name."""
+    return fill(template, mapping)
 
 
 def render_statement(template: str, mapping: HostMapping) -> TextClause:
@@ -188,13 +201,9 @@ def render_statement(template: str, mapping: HostMapping) -> TextClause:
 
     Raises KeyError on an unknown name.
     """
-    names = {key: name.replace(":", "\\:") for key, name in mapping.sql_names().items()}
-    return text(_render(template, names))
+    return text(fill(template, mapping, escape=lambda name: name.replace(":", "\\:")))
 
 
-def _render(template: str, names: dict[str, str]) -> str:
-    def replacement(match: re.Match[str]) -> str:
-        name = names[match[2]]
-        return "'" + name.replace("'", "''") + "'" if match[1] else name
-
-    return _PLACEHOLDER.sub(replacement, template)
+def fields_named_in(template: str, mapping: HostMapping) -> list[tuple[str, str]]:
+    """Return what a template reads of the host's tables, as (noun, field), each once."""
+    return [(noun, field) for noun, field in named_fields(template, mapping) if noun in NOUNS]

@@ -14,8 +14,12 @@ from typing import Literal
 from sqlalchemy import Connection, text
 
 from billing.errors import InvalidInputError, NotInstalledError
-from billing.host_tables import missing_host_tables
+from billing.host_catalog import missing_host_tables
+from billing.host_trials import is_tried
+from billing.log_ids import log_id_sequence
 from billing.mapping import HostMapping, quote_identifier, quote_table
+from billing.ownership import ownership_sql
+from billing.partitions import log_tables
 from billing.schema import SCHEMA
 
 # What only migrating writes; the log's triggers do so with its owner's rights.
@@ -25,7 +29,7 @@ _LONGEST_NAME_BYTES = 63
 
 _NOUNS = ("token_plan", "full_plan", "subscription", "usage_log", "token_usage", "payment")
 
-Kind = Literal["schema", "table", "function"]
+Kind = Literal["schema", "table", "sequence", "function"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +55,21 @@ class Right:
         return f"{self.privilege}{columns} ON {self.kind.upper()} {self.name}"
 
 
+def migrate_rights(connection: Connection, mapping: HostMapping) -> list[Right]:
+    """Return what the role that sets trueup up needs of the host, beside making or owning schema `trueup`."""
+    tables = [*log_tables(connection, mapping), _qualified(connection, mapping.subscription.table)]
+    return [
+        *(Right(kind="table", name=table, privilege="TRIGGER") for table in tables),
+        *_host_rights(connection, mapping, read_users=False, write=False),
+    ]
+
+
 def worker_rights(connection: Connection, mapping: HostMapping) -> list[Right]:
     """Return what the role of the workers, the API and the commands needs."""
     rights = [*_host_rights(connection, mapping, read_users=True, write=True), *_own_rights(connection)]
+    sequence = log_id_sequence(connection, mapping)
+    if sequence is not None:
+        rights.append(Right(kind="sequence", name=sequence, privilege="USAGE"))
     passing = passing_tables()
     for table in _own_tables(connection):
         verbs = ["INSERT", "UPDATE", "DELETE"] if table in passing else ["INSERT", "UPDATE"]
@@ -89,11 +105,12 @@ _LACKING = text(
                            AND CAST(CAST(p.oid AS regprocedure) AS text) = w.name
         LEFT JOIN (SELECT t.oid, quote_ident(s.nspname) || '.' || quote_ident(t.relname) AS name
                    FROM pg_class t JOIN pg_namespace s ON s.oid = t.relnamespace) c
-            ON w.kind = 'table' AND c.name = w.name
+            ON w.kind IN ('table', 'sequence') AND c.name = w.name
     )
     SELECT place FROM found
     WHERE CASE WHEN kind = 'schema' THEN has_schema_privilege(schema_id, privilege)
                WHEN kind = 'function' THEN has_function_privilege(function_id, privilege)
+               WHEN kind = 'sequence' THEN has_sequence_privilege(table_id, privilege)
                WHEN "column" = '' THEN has_table_privilege(table_id, privilege)
                ELSE has_column_privilege(table_id, "column", privilege) END IS NOT TRUE
     ORDER BY place
@@ -140,13 +157,13 @@ def grants_sql(connection: Connection, mapping: HostMapping, roles: RoleNames) -
     statements = [_create(role) for role in (roles.migrate, roles.worker, roles.readonly)]
     statements += [
         f"GRANT CONNECT ON DATABASE {database} TO {everyone}",
+        # Conditions and expressions of the mapping are tried out on a table that goes with the session.
+        *([f"GRANT TEMPORARY ON DATABASE {database} TO {migrate}"] if is_tried(mapping) else []),
         *(f"GRANT USAGE ON SCHEMA {schema} TO {everyone}" for schema in _schemas(connection, mapping)),
         f"CREATE SCHEMA IF NOT EXISTS {SCHEMA} AUTHORIZATION {migrate}",
         f"ALTER SCHEMA {SCHEMA} OWNER TO {migrate}",
-        *_ownership(connection, roles.migrate),
-        f"GRANT TRIGGER ON TABLE {_qualified(connection, mapping.usage_log.table)} TO {migrate}",
-        f"GRANT TRIGGER ON TABLE {_qualified(connection, mapping.subscription.table)} TO {migrate}",
-        *_grants(_host_rights(connection, mapping, read_users=False, write=False), migrate),
+        *ownership_sql(connection, roles.migrate),
+        *_grants(migrate_rights(connection, mapping), migrate),
         # What a later `trueup db init` makes; run again after it, the lines below say it exactly.
         f"{by_default} GRANT SELECT, INSERT, UPDATE ON TABLES TO {worker}",
         f"{by_default} GRANT SELECT ON TABLES TO {readonly}",
@@ -195,18 +212,17 @@ def _host_rights(connection: Connection, mapping: HostMapping, *, read_users: bo
         if names.table is None:
             continue
         table = _qualified(connection, names.table)
-        mapped = names.model_dump(exclude={"table", "completed_status"})
         there = _columns(connection, names.table)
-        columns = tuple(column for column in dict.fromkeys(mapped.values()) if column in there)
-        verbs = {"SELECT": columns}
+        mapped = dict.fromkeys(column for _, column in mapping.columns(noun))
+        verbs = {"SELECT": tuple(column for column in mapped if column in there)}
         if write and noun == "subscription":
             verbs["UPDATE"] = (names.tokens_remaining,)
         if write and noun == "usage_log":
+            verbs["INSERT"] = tuple(column for column in names.written if column in there)
             # What went wrong is written into a row of our own after its insert.
-            verbs |= {
-                "INSERT": columns,
-                "UPDATE": (names.error_message if names.error_message in there else names.metadata,),
-            }
+            told = names.error_message if names.error_message in there else names.metadata
+            if isinstance(told, str):
+                verbs["UPDATE"] = (told,)
         rights += [Right(kind="table", name=table, privilege=verb, columns=of) for verb, of in verbs.items()]
     return rights
 
@@ -241,28 +257,6 @@ def _own_tables(connection: Connection) -> list[str]:
             text("SELECT tablename FROM pg_tables WHERE schemaname = :schema ORDER BY 1"), {"schema": SCHEMA}
         )
     )
-
-
-# A sequence of an identity column goes with its table.
-_OWNED_BY_OTHERS = text(
-    """
-    SELECT 'TABLE ' || CAST(c.oid::regclass AS text)
-    FROM pg_class c
-    WHERE c.relnamespace = to_regnamespace(:schema) AND c.relkind IN ('r', 'p')
-      AND pg_get_userbyid(c.relowner) <> :owner
-    UNION ALL
-    SELECT 'FUNCTION ' || CAST(p.oid::regprocedure AS text)
-    FROM pg_proc p
-    WHERE p.pronamespace = to_regnamespace(:schema) AND pg_get_userbyid(p.proowner) <> :owner
-    ORDER BY 1
-    """.replace("::", r"\:\:")
-)
-
-
-def _ownership(connection: Connection, owner: str) -> list[str]:
-    """Return what hands over objects that another role made, as when the first setup was a superuser's."""
-    found = connection.scalars(_OWNED_BY_OTHERS, {"schema": SCHEMA, "owner": owner})
-    return [f"ALTER {what} OWNER TO {quote_identifier(owner)}" for what in found]
 
 
 def _qualified(connection: Connection, table: str) -> str:

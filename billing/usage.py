@@ -41,7 +41,8 @@ _LIST = """
            coalesce(l.{{usage_log.completion_tokens}}, 0) AS completion_tokens,
            coalesce(l.{{usage_log.total_tokens}}, 0) AS total_tokens, l.{{usage_log.success}} IS TRUE AS success,
            (SELECT c.task_id FROM trueup.charge c
-            WHERE c.user_id = l.{{usage_log.user_id}} AND c.task_id = l.{{usage_log.metadata}}->>'task_id'
+            WHERE c.user_id = l.{{usage_log.user_id}}
+              {{if usage_log.metadata}}AND c.task_id = l.{{usage_log.metadata}}->>'task_id'{{end}}
               AND c.log_id = CAST(l.{{usage_log.id}} AS text)) AS task_id
     FROM {{usage_log}} l
     WHERE l.{{usage_log.user_id}} = :user_id

@@ -3,8 +3,10 @@
 import click
 
 from billing import db
-from billing.attach import AttachPlan, plan_attach
 from billing.attach import attach as attach_to
+from billing.attach_plan import AttachPlan, plan_attach, refuse_other_installation
+from billing.attach_script import attach_script
+from billing.mapping import quote_table
 from billing.settings import get_settings
 from billing.short_locks import LOCK_TIMEOUT_MILLISECONDS, PATIENCE_SECONDS
 from cli.context import servers
@@ -12,8 +14,10 @@ from cli.output import show
 
 
 @click.command()
+@click.option("--dry-run", is_flag=True, help="Print the SQL instead, for psql. Nothing is changed.")
+@click.option("--replace", is_flag=True, help="Also if trueup counts other tables here, which it then lets go.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def attach(yes: bool) -> None:
+def attach(dry_run: bool, replace: bool, yes: bool) -> None:
     """Set trueup up in the database of a host that is running, in steps that are not in its way.
 
     Prints what it is going to do, and asks. Safe to repeat; interrupted, run it again. The gate is closed until
@@ -22,9 +26,15 @@ def attach(yes: bool) -> None:
     \b
     Example:
       trueup db attach
+      trueup db attach --dry-run > attach.sql
     """
     mapping = get_settings().host
     with servers("postgres"):
+        if not replace:
+            db.retrying(lambda connection: refuse_other_installation(connection, mapping))
+        if dry_run:
+            click.echo(db.retrying(lambda connection: attach_script(connection, mapping)), nl=False)
+            return
         plan = db.retrying(lambda connection: plan_attach(connection, mapping))
         click.echo(f"{db.describe_database()}:")
         for line in _lines(plan):
@@ -35,16 +45,48 @@ def attach(yes: bool) -> None:
 
 
 def _lines(plan: AttachPlan) -> list[str]:
-    limits = f"made; waits up to {LOCK_TIMEOUT_MILLISECONDS} ms for its lock, and again for {PATIENCE_SECONDS:.0f} s"
-    return [
+    lines = [
         f"schema trueup: {'brought to this version' if plan.tables_there else 'made'}; no lock on tables of the host",
-        f"triggers on {_about(plan.log, plan.log_rows)}: {'there' if plan.log_watched else limits}",
+        f"triggers on {_about(plan.log, plan.log_rows)}: "
+        + ("there" if plan.log_watched else _lock(plan.log_tables[0])),
+        *_partition_lines(plan),
         f"trigger on {_about(plan.subscriptions, plan.subscription_rows)}: "
-        + ("there" if plan.subscriptions_watched else limits),
-        "balances of all subscriptions: those that are not up to date are built from the log; no lock on it",
+        + ("there" if plan.subscriptions_watched else _lock(quote_table(plan.subscriptions))),
+        (
+            f"balances of all subscriptions: those that are not up to date are built from the log, {_duration(plan)};"
+            " no lock but ACCESS SHARE on tables of the host, which is in no writer's way"
+        ),
         "gate: open when the balances agree with the log",
-        *(f"this role lacks the right {right} (`trueup db grants` prints how to give it)" for right in plan.lacking),
+        "rights needed:",
+        *(f"  {right}" for right in plan.needed),
     ]
+    for right, statement in plan.lacking:
+        lines.append(f"this role lacks the right {right}: {statement};")
+    if plan.lacking_to_work:
+        lines.append("workers need more than this role has (`trueup db grants` prints how to give it):")
+        lines += [f"  {right}" for right in plan.lacking_to_work]
+    return lines
+
+
+def _partition_lines(plan: AttachPlan) -> list[str]:
+    partitions = plan.log_tables[1:]
+    if not partitions:
+        return []
+    return [f"triggers on {len(partitions)} partitions, where there are none: each as on the log"]
+
+
+def _lock(table: str) -> str:
+    """Return what a trigger locks, and for how long."""
+    return (
+        f"made, with SHARE ROW EXCLUSIVE on {table} for some milliseconds, however many rows it has; waits up to "
+        f"{LOCK_TIMEOUT_MILLISECONDS} ms for that lock, and again for {PATIENCE_SECONDS:.0f} s"
+    )
+
+
+def _duration(plan: AttachPlan) -> str:
+    if plan.fill_seconds is None:
+        return "for an unknown time (reading a sample of the log took too long)"
+    return f"for about {show(max(1, round(plan.fill_seconds)))} s"
 
 
 def _about(table: str, rows: int) -> str:

@@ -3,6 +3,7 @@
 import click
 
 from billing import db as database
+from billing.attach_plan import refuse_other_installation
 from billing.install import install
 from billing.roles import RoleNames, grants_sql
 from billing.settings import get_settings
@@ -33,7 +34,8 @@ db.add_command(detach)
     is_flag=True,
     help="Also create the host's tables, shaped like a Django application's, where there are none.",
 )
-def init(with_host_tables: bool) -> None:
+@click.option("--replace", is_flag=True, help="Also if trueup counts other tables here, which it then lets go.")
+def init(with_host_tables: bool, replace: bool) -> None:
     """Create or upgrade schema `trueup`, its functions, and the usage log's triggers. Safe to repeat.
 
     \b
@@ -43,6 +45,8 @@ def init(with_host_tables: bool) -> None:
     """
     with servers("postgres"):
         with database.transaction() as connection:
+            if not replace:
+                refuse_other_installation(connection, get_settings().host)
             done = install(connection, get_settings().host, with_host_tables=with_host_tables)
         where = database.describe_database()
     click.echo(f"Ready: {', '.join(done)} in {where}.")

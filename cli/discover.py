@@ -25,7 +25,7 @@ DEFAULT_FILE = "trueup.toml"
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    help=f"The file to write; by default the one that {CONFIG_VARIABLE} names, else {DEFAULT_FILE}.",
+    help=f"The file to write; by default the one that {CONFIG_VARIABLE} names and that exists, else {DEFAULT_FILE}.",
 )
 @click.option("--force", is_flag=True, help="Replace the [host] that the file has.")
 @json_option

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from ai.metering import running_hold, spending_from
 from billing import db
 from billing.errors import (
+    GateClosedError,
     HoldBusyError,
     HoldExhaustedError,
     HoldOvertakenError,
@@ -118,7 +119,7 @@ class MeteredTask(Task):
             waiting = self._wait(error, error.seconds + ASK_AGAIN_SECONDS, waits=error.waits)
             # The attempt at work tells how the task stands: a "retry" told of this one might come over its result.
             raise (Ignore(str(error)) if isinstance(waiting, Retry) else waiting) from error
-        except ServiceUnavailableError as error:
+        except (ServiceUnavailableError, GateClosedError) as error:
             raise self._wait(error) from error
 
     def _run_held(self, arguments: dict[str, Any], hold: Hold) -> Any:

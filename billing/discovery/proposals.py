@@ -1,5 +1,6 @@
 """A [host] mapping proposed from a database's catalog: each choice with how sure it is and why, and what is missing."""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,8 +10,10 @@ from billing.discovery.catalog import Catalog, HostTable
 from billing.discovery.columns import Certainty, certainty_of, default_name
 from billing.discovery.remarks import remarks_on
 from billing.discovery.samples import Sampler
+from billing.discovery.stand_ins import OTHERWISE, StandIn, included_column, stand_ins
 from billing.discovery.tables import Candidate, choose_tables
-from billing.discovery.words import FIELDS, Kind, Noun
+from billing.discovery.toml_file import toml_value
+from billing.discovery.words import FIELDS, PAID_WORDS, Kind, Noun
 from billing.mapping import HostMapping
 
 SCHEMA_VERSION = 1
@@ -26,6 +29,7 @@ MEANING: dict[Noun, str] = {
     "token_usage": "one row for each decrement of the counter",
     "payment": "the payments",
 }
+_PLANS: tuple[Noun, Noun] = ("token_plan", "full_plan")
 _TYPES: dict[Kind, str] = {"integer": "bigint", "uuid": "uuid", "text": "text"}
 
 
@@ -66,7 +70,7 @@ class Proposal:
         """The [host] section: only what differs from Django's default names."""
         if self.mapping is None:
             return {}
-        return self.mapping.model_dump(exclude_defaults=True)
+        return _as_written(self.mapping)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -82,32 +86,80 @@ class Proposal:
 def propose(connection: Connection, catalog: Catalog) -> Proposal:
     """Return the mapping that fits these tables best. Reads a few rows where the role may; nothing is written."""
     chosen = choose_tables(catalog)
+    sampler = Sampler(connection=connection)
     drafts: dict[Noun, dict[str, Any]] = {}
     choices: list[Choice] = []
     gaps: list[Gap] = []
+    without = _without(chosen, choices)
     for noun in NOUNS:
         candidate = chosen.get(noun)
         if candidate is None:
-            gaps.append(_missing_table(noun))
+            gaps += [] if noun in without else [_missing_table(noun)]
             continue
-        lacking = _missing_columns(noun, candidate)
+        instead = stand_ins(noun, candidate, sampler)
+        # Without such plans no key leads to them.
+        spared = {one.instead_of for one in instead} | {f"{plan}_id" for plan in _PLANS if plan in without}
+        lacking = _missing_columns(noun, candidate, spared)
         if noun in OPTIONAL:
             names = [gap.setting for gap in lacking if gap.stops]
-            if noun == "payment" and "duration_days" not in drafts.get("full_plan", {}):
+            if noun == "payment" and "full_plan" not in without and "duration_days" not in drafts.get("full_plan", {}):
                 names.append("host.full_plan.duration_days")
             if names:
                 gaps.append(_left_out(noun, candidate.table, ", ".join(names)))
                 continue
         choices += _choices_of(noun, candidate)
+        choices += [_choice_instead(noun, one) for one in instead]
         gaps += lacking
-        drafts[noun] = _names_of(candidate)
+        drafts[noun] = _names_of(candidate) | {one.field: one.value for one in instead}
     types = _types(drafts, chosen, choices)
-    sampler = Sampler(connection=connection)
+    if "subscription" in drafts:
+        drafts["subscription"] |= without.pop("subscription", {})
     notes = _paid_word(chosen, drafts, sampler, choices)
     stopped = [gap for gap in gaps if gap.stops == "everything"]
-    mapping = None if stopped else HostMapping.model_validate({**types, **drafts})
-    notes += remarks_on(catalog, {noun: chosen[noun] for noun in drafts}, sampler)
+    mapping = None if stopped else HostMapping.model_validate({**types, **without, **drafts})
+    counts = drafts.get("usage_log", {}).get("counts", {})
+    notes += remarks_on(catalog, {noun: chosen[noun] for noun in drafts}, sampler, filled=counts.get("column"))
     return Proposal(mapping=mapping, choices=choices, gaps=gaps, notes=notes)
+
+
+def _without(chosen: dict[Noun, Candidate], choices: list[Choice]) -> dict[str, Any]:
+    """Return the settings of a host that has no users or no plans: where its subscriptions do without them."""
+    settings: dict[str, Any] = {}
+    if "subscription" not in chosen:
+        return settings
+    if "user" not in chosen:
+        settings["user"] = False
+        why = "no table has the columns of the users: the views then show no names"
+        choices.append(Choice(setting="host.user", value="false", certainty="likely", why=why))
+    included = included_column(chosen["subscription"])
+    if "token_plan" in chosen or "full_plan" in chosen or included is None:
+        return settings
+    name, score, why = included
+    for noun in _PLANS:
+        settings[noun] = False
+        choices.append(
+            Choice(setting=f"host.{noun}", value="false", certainty="likely", why=f"{name} says what is included")
+        )
+    choices.append(
+        Choice(setting="host.subscription.tokens_included", value=name, certainty=certainty_of(score), why=why)
+    )
+    return settings | {"subscription": {"tokens_included": name}}
+
+
+def _choice_instead(noun: Noun, one: StandIn) -> Choice:
+    return Choice(setting=f"host.{noun}.{one.field}", value=toml_value(one.value), certainty="likely", why=one.why)
+
+
+def _as_written(mapping: HostMapping) -> dict[str, Any]:
+    """Return what differs from the defaults, as a person would write it."""
+    told = mapping.model_dump(exclude_defaults=True, exclude_none=True)
+    told |= {noun: False for noun in ("user", *_PLANS) if getattr(mapping, noun).table is None}
+    log = told.get("usage_log", {})
+    if "counts" in log:
+        log.pop("success", None)  # it is what it is anyway
+    if "value" in log.get("metadata", ()):
+        log["metadata"] = {"value": {}}
+    return told
 
 
 def _choices_of(noun: Noun, candidate: Candidate) -> list[Choice]:
@@ -158,10 +210,10 @@ def _left_out(noun: Noun, table: HostTable, names: str) -> Gap:
     )
 
 
-def _missing_columns(noun: Noun, candidate: Candidate) -> list[Gap]:
+def _missing_columns(noun: Noun, candidate: Candidate, spared: Collection[str]) -> list[Gap]:
     gaps = []
     for name, wanted in FIELDS[noun].items():
-        if name in candidate.matches.found:
+        if name in candidate.matches.found or name in spared:
             continue
         column = candidate.matches.wrong_type.get(name)
         kinds = " or ".join(sorted(wanted.kinds))
@@ -170,6 +222,8 @@ def _missing_columns(noun: Noun, candidate: Candidate) -> list[Gap]:
             why = f"{candidate.table.setting}.{column.name} is of type {column.type}, which is not {kinds}"
         stops = "everything" if wanted.required else "" if wanted.use.startswith("nothing") else wanted.use
         remedy = f'set {name} = "COLUMN" under [host.{noun}], or add such a column ({kinds})'
+        if (noun, name) in OTHERWISE:
+            remedy += f", or set {OTHERWISE[noun, name]}"
         gaps.append(Gap(setting=f"host.{noun}.{name}", why=why, remedy=remedy, stops=stops))
     return gaps
 
@@ -184,13 +238,11 @@ def _types(drafts: dict[Noun, dict[str, Any]], chosen: dict[Noun, Candidate], ch
         choices.append(Choice(setting="host.user_id_type", value=types["user_id_type"], certainty="certain", why=why))
     if "usage_log" in drafts and "id" in drafts["usage_log"]:
         column = chosen["usage_log"].matches.found["id"].column
-        # Whole numbers are not in the mapping: see the remarks.
-        if column.kind in ("uuid", "text"):
-            types["usage_log_id_type"] = _TYPES[column.kind]
-            why = f"{chosen['usage_log'].table.setting}.{column.name} is {column.type}"
-            choices.append(
-                Choice(setting="host.usage_log_id_type", value=types["usage_log_id_type"], certainty="certain", why=why)
-            )
+        types["usage_log_id_type"] = _TYPES[column.kind]
+        why = f"{chosen['usage_log'].table.setting}.{column.name} is {column.type}"
+        choices.append(
+            Choice(setting="host.usage_log_id_type", value=types["usage_log_id_type"], certainty="certain", why=why)
+        )
     return types
 
 
@@ -201,7 +253,7 @@ def _paid_word(
     if "payment" not in drafts:
         return []
     table, status = chosen["payment"].table, drafts["payment"]["status"]
-    word = sampler.paid_word(table, status)
+    word = sampler.word(table, status, PAID_WORDS)
     if word is None:
         note = (
             f"{table.setting}.{status}: which value says that the money has come could not be told. Set "

@@ -1,11 +1,11 @@
 """A look at a few of the host's rows, where its rights allow one: what is seen is compared, and never shown."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, TextClause, text
 
 from billing.discovery.catalog import HostTable
-from billing.discovery.words import PAID_WORDS
 from billing.mapping import quote_identifier, quote_table
 
 ROWS = 1000
@@ -17,13 +17,13 @@ class Sampler:
 
     connection: Connection
 
-    def paid_word(self, table: HostTable, column: str) -> str | None:
-        """Return which of the words that say "the money came" is used in the column. None: none of them, or several."""
+    def word(self, table: HostTable, column: str, words: Sequence[str]) -> str | None:
+        """Return which of these words, in any case, is a value of the column. None: none of them, or several."""
         labels = list(table.columns[column].labels)
         if not labels and table.readable:
             labels = [str(value) for value in self._values(table, column) if value is not None]
-        words = [label for label in dict.fromkeys(labels) if label.lower() in PAID_WORDS]
-        return words[0] if len(words) == 1 else None
+        used = [label for label in dict.fromkeys(labels) if label.lower() in words]
+        return used[0] if len(used) == 1 else None
 
     def adds_up(self, table: HostTable, prompt: str, completion: str, total: str) -> bool | None:
         """Return whether most totals are the sum of both parts. None: there is nothing to tell it by."""

@@ -64,11 +64,18 @@ def read_host(content: str) -> HostMapping:
         raise InvalidInputError(f"host: what was written can't be read back ({error})") from None
 
 
-def _pairs(names: Mapping[str, Any]) -> list[str]:
+def toml_value(value: Any) -> str:
+    """Return a value as TOML, a table in one line."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name} = {toml_value(one)}' for name, one in value.items())}}}"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(toml_value, value))}]"
     # JSON's strings are TOML's, but for DEL, which TOML wants escaped.
-    return [
-        f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f") for name, value in names.items()
-    ]
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _pairs(names: Mapping[str, Any]) -> list[str]:
+    return [f"{name} = {toml_value(value)}" for name, value in names.items()]
 
 
 def _without_host(content: str) -> str:

@@ -185,6 +185,11 @@ TABLES: dict[Noun, tuple[str, ...]] = {
 PAID_WORDS = ("completed", "complete", "succeeded", "success", "successful", "paid", "captured", "settled", "confirmed")
 """What hosts call a payment whose money has come; compared without case."""
 
+STATUS_NAMES = frozenset(_words("status state outcome result success ended finish_status call_status request_status"))
+OK_WORDS = ("ok", "success", "successful", "succeeded", "completed", "complete", "done", "finished")
+FAILED_WORDS = ("failed", "failure", "fail", "error", "errored")
+"""What hosts call a call that did, or did not, what was asked; compared without case."""
+
 _HUMPS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _FUZZY = 0.86
 

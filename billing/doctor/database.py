@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from sqlalchemy import Connection
 
 from billing import db
-from billing.doctor import books, host, installation, server
+from billing.doctor import books, host, indexes, installation, log_ids, server
 from billing.doctor.findings import Finding, error, run_check, warning
 from billing.errors import ServiceUnavailableError, TrueupError
 from billing.settings import Settings
@@ -20,8 +20,8 @@ _ALWAYS: tuple[tuple[str, Check], ...] = (
     ("durability", server.check_durability),
     ("database_clock", server.check_clock),
     ("mapping", host.check_mapping),
-    ("log_index", host.check_log_index),
-    ("subscription_index", host.check_subscription_index),
+    ("log_index", indexes.check_log_index),
+    ("subscription_index", indexes.check_subscription_index),
     ("schema", installation.check_schema),
 )
 # These look at trueup's own objects.
@@ -29,6 +29,7 @@ _INSTALLED: tuple[tuple[str, Check], ...] = (
     ("functions", installation.check_functions),
     ("triggers", installation.check_triggers),
     ("rights", installation.check_rights),
+    ("log_ids", log_ids.check_log_ids),
     ("holds", books.check_holds),
     ("calls", books.check_unresolved),
     ("reconcile", books.check_runs),

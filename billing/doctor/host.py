@@ -1,4 +1,4 @@
-"""The mapping against the real catalog: tables, columns and types, and the indexes that trueup leans on."""
+"""The mapping against the real catalog: tables, columns and types."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -8,11 +8,21 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from billing.doctor.findings import Finding, error, ok, warning
-from billing.host_tables import demanded_log_columns, missing_host_columns, missing_host_tables
-from billing.mapping import HostMapping, quote_identifier, quote_table
+from billing.host_catalog import (
+    COMPUTED_REMEDY,
+    VIEWS_REMEDY,
+    column_names,
+    computed_log_columns,
+    demanded_log_columns,
+    missing_host_columns,
+    missing_host_tables,
+    missing_view_columns,
+)
+from billing.host_trials import wrong_expression
+from billing.log_ids import log_id_problem
+from billing.mapping import NOUNS, HostMapping, quote_table
+from billing.partitions import partition_problem
 from billing.settings import Settings
-
-NOUNS = ("user", "token_plan", "full_plan", "subscription", "usage_log", "token_usage", "payment")
 
 _NUMBERS = frozenset({"smallint", "integer", "bigint"})
 _TEXTS = frozenset({"text", "character varying", "character"})
@@ -27,6 +37,7 @@ _TYPES = {
     "subscription.end_date": _TIME,
     "subscription.tokens_remaining": _NUMBERS,
     "subscription.is_active": _FLAG,
+    "subscription.tokens_included": _NUMBERS,
     "usage_log.prompt_tokens": _NUMBERS,
     "usage_log.completion_tokens": _NUMBERS,
     "usage_log.total_tokens": _NUMBERS,
@@ -37,8 +48,6 @@ _TYPES = {
     "token_usage.usage_date": _TIME,
     "payment.payment_date": _TIME,
 }
-# From so many rows on, a balance that is built without an index keeps its user waiting.
-LARGE_LOG_ROWS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +68,12 @@ def check_mapping(connection: Connection, settings: Settings) -> Iterator[Findin
         *_columns(connection, mapping),
         *_types(connection, mapping),
         *_demanded(connection, mapping),
+        *_computed(connection, mapping),
+        *(error("mapping", *problem) for problem in _log_problems(connection, mapping) if problem is not None),
     ]
+    if not found and (wrong := wrong_expression(connection, mapping)):
+        found.append(error("mapping", *wrong))
+    found += _view_columns(connection, mapping)
     yield from found or [ok("mapping", "Every mapped table and column is there, with a type that fits.")]
 
 
@@ -90,24 +104,31 @@ def _tables(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
 
 def _columns(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
     gone = set(missing_host_tables(connection, mapping))
-    for missing in missing_host_columns(connection, mapping):
-        table = next(t for noun in NOUNS if (t := getattr(mapping, noun).table) and missing.startswith(f"{t}."))
+    missing = set(missing_host_columns(connection, mapping))
+    for noun in NOUNS:
+        table, names = getattr(mapping, noun).table, mapping.columns(noun)
         if table in gone:
             continue
-        noun, column = _noun_of(mapping, table), missing.removeprefix(f"{table}.")
-        names = getattr(mapping, noun).model_dump(exclude={"table", "completed_status"})
-        field = next(field for field, name in names.items() if name == column)
-        free = [name for name in _names(connection, table) if name not in names.values()]
-        near = _nearest(column, free) or _nearest(field, free)
-        yield error(
-            "mapping",
-            f"{table} has no column {column}{f'; {near} is near' if near else ''}.",
-            f"If a migration renamed it, set host.{noun}.{field} in trueup.toml, then `trueup db init`.",
-            table=table,
-            column=column,
-            nearest=near,
-            free_columns=free,
-        )
+        for field, column in names:
+            if f"{table}.{column}" in missing:
+                missing.discard(f"{table}.{column}")  # two nouns may share a table
+                yield _missing_column(connection, mapping, noun, field, column)
+
+
+def _missing_column(connection: Connection, mapping: HostMapping, noun: str, field: str, column: str) -> Finding:
+    table = getattr(mapping, noun).table
+    mapped = {name for _, name in mapping.columns(noun)}
+    free = [name for name in column_names(connection, table) if name not in mapped]
+    near = _nearest(column, free) or _nearest(field, free)
+    return error(
+        "mapping",
+        f"{table} has no column {column}{f'; {near} is near' if near else ''}.",
+        f"If a migration renamed it, set host.{noun}.{field} in trueup.toml, then `trueup db init`.",
+        table=table,
+        column=column,
+        nearest=near,
+        free_columns=free,
+    )
 
 
 def _types(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
@@ -134,105 +155,36 @@ def _demanded(connection: Connection, mapping: HostMapping) -> Iterator[Finding]
         )
 
 
-def check_log_index(connection: Connection, settings: Settings) -> Iterator[Finding]:
-    """Yield whether a user's rows since a time can be found in the log without reading it all."""
-    log = settings.host.usage_log
-    wanted = [log.user_id, log.created_at]
-    if not set(wanted) <= set(_names(connection, log.table)):
-        return  # the mapping's check says so
-    leading = connection.execute(_INDEXES, {"table": quote_table(log.table)}).all()
-    if any(index.valid and index.columns[:2] == wanted for index in leading):
-        yield ok("log_index", f"{log.table} has an index on ({', '.join(wanted)}).")
-        return
-    statement = text("SELECT reltuples FROM pg_class WHERE oid = to_regclass(:table)")
-    rows = connection.execute(statement, {"table": quote_table(log.table)}).scalar_one()
-    statements = _index_statements(connection, log.table, wanted)
-    broken = [index.name for index in leading if not index.valid and index.columns[:2] == wanted]
-    if broken:
-        statements.insert(0, f"DROP INDEX CONCURRENTLY {broken[0]};")
-    partly = any(index.valid and index.columns[:1] == wanted[:1] for index in leading)
-    level = warning if partly or rows < LARGE_LOG_ROWS else error
-    slow = "reads all rows of the user" if partly else "reads the whole log"
-    yield level(
-        "log_index",
-        f"{log.table} has no usable index on ({', '.join(wanted)}): building a balance {slow}, under its lock.",
-        f"Run: {' '.join(statements)}",
-        statements=statements,
-    )
+def _computed(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
+    for column in computed_log_columns(connection, mapping):
+        what = f"{column} is computed by the database, and trueup's rows give it a value: every charge fails."
+        yield error("mapping", what, COMPUTED_REMEDY, column=column)
 
 
-def check_subscription_index(connection: Connection, settings: Settings) -> Iterator[Finding]:
-    """Yield whether a user can have only one subscription, which every decision takes for granted."""
-    names = settings.host.subscription
-    table, column = quote_table(names.table), quote_identifier(names.user_id)
-    if names.user_id not in _names(connection, names.table):
-        return  # the mapping's check says so
-    indexes = connection.execute(_INDEXES, {"table": table})
-    if any(index.valid and index.single and index.columns == [names.user_id] for index in indexes):
-        yield ok("subscription_index", f"{names.table}.{names.user_id} is unique.")
-        return
-    double = connection.scalar(
-        text(
-            f"SELECT count(*) FROM (SELECT FROM {table} WHERE {column} IS NOT NULL "
-            f"GROUP BY {column} HAVING count(*) > 1) AS t"
-        )
-    )
-    statement = f"CREATE UNIQUE INDEX CONCURRENTLY ON {table} ({column});"
-    if double:
-        yield error(
-            "subscription_index",
-            f"{double} users have several rows in {names.table}, where trueup takes one for granted.",
-            f"Remove or merge what is too many, then run: {statement}",
-            users=double,
-            statements=[statement],
-        )
-    else:
+def _view_columns(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
+    missing = missing_view_columns(connection, mapping)
+    if missing:
         yield warning(
-            "subscription_index",
-            f"Nothing keeps a user from having two rows in {names.table}; none has now.",
-            f"Run: {statement}",
-            users=0,
-            statements=[statement],
+            "mapping",
+            f"There is no column {', '.join(missing)}: the account and plan views of the API can't be served.",
+            VIEWS_REMEDY,
+            columns=missing,
         )
 
 
-# Whole tables' indexes on plain columns; NULL stands for an expression.
-_INDEXES = text(
-    """
-    SELECT CAST(i.indexrelid AS regclass)::text AS name, i.indisvalid AND i.indisready AS valid,
-           i.indisunique AS single,
-           ARRAY(SELECT CAST(a.attname AS text) FROM unnest(i.indkey) WITH ORDINALITY AS k (number, place)
-                 LEFT JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.number
-                 WHERE k.place <= i.indnkeyatts ORDER BY k.place) AS columns
-    FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am m ON m.oid = c.relam
-    WHERE i.indrelid = to_regclass(:table) AND m.amname = 'btree' AND i.indpred IS NULL
-    """.replace("::", r"\:\:")
-)
-
-
-def _index_statements(connection: Connection, table: str, columns: Iterable[str]) -> list[str]:
-    """Return what makes the index while the host goes on writing.
-
-    A partitioned table's last: it takes over those of its partitions, where it would else build each under a lock.
-    """
-    listed = ", ".join(map(quote_identifier, columns))
-    leaves = connection.scalars(
-        text(
-            "SELECT CAST(t.relid AS text) FROM pg_partition_tree(to_regclass(:table)) t "
-            "WHERE t.isleaf AND t.level > 0 ORDER BY 1"
-        ),
-        {"table": quote_table(table)},
-    ).all()
-    concurrently = [f"CREATE INDEX CONCURRENTLY ON {leaf} ({listed});" for leaf in leaves or [quote_table(table)]]
-    return concurrently + ([f"CREATE INDEX ON {quote_table(table)} ({listed});"] if leaves else [])
+def _log_problems(connection: Connection, mapping: HostMapping) -> list[tuple[str, str] | None]:
+    if mapping.usage_log.id not in column_names(connection, mapping.usage_log.table):
+        return []
+    return [log_id_problem(connection, mapping), partition_problem(connection, mapping)]
 
 
 def _mapped_columns(connection: Connection, mapping: HostMapping) -> list[Column]:
     wanted = [
-        (f"{noun}.{field}", names.table, name)
+        (f"{noun}.{field}", getattr(mapping, noun).table, name)
         for noun in NOUNS
-        if (names := getattr(mapping, noun)).table is not None
-        for field, name in names.model_dump(exclude={"table", "completed_status"}).items()
+        for field, name in mapping.columns(noun)
+        # Of what type an expression's columns are is the expression's matter.
+        if getattr(getattr(mapping, noun), field) == name
     ]
     rows = connection.execute(
         text(
@@ -259,17 +211,7 @@ def _mapped_columns(connection: Connection, mapping: HostMapping) -> list[Column
 def _wanted(mapping: HostMapping, field: str) -> frozenset[str]:
     if field in ("user.id", "subscription.user_id", "usage_log.user_id", "payment.user_id"):
         return _IDS[mapping.user_id_type]
-    if field == "usage_log.id":
-        return _IDS[mapping.usage_log_id_type]
     return _TYPES.get(field, frozenset())
-
-
-def _names(connection: Connection, table: str) -> list[str]:
-    statement = text(
-        "SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(:table) AND attnum > 0 AND NOT attisdropped "
-        "ORDER BY attnum"
-    )
-    return list(connection.scalars(statement, {"table": quote_table(table)}))
 
 
 def _noun_of(mapping: HostMapping, table: str) -> str:

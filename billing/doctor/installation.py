@@ -12,8 +12,9 @@ from sqlalchemy import Connection, text
 
 import billing
 from billing.doctor.findings import Finding, error, ok, warning
-from billing.install import sql_scripts
+from billing.install import sql_scripts, triggers_untouched
 from billing.mapping import HostMapping, quote_identifier, quote_table
+from billing.partitions import uncovered_partitions
 from billing.roles import lacking_rights, worker_rights
 from billing.settings import Settings
 
@@ -93,9 +94,12 @@ def check_functions(connection: Connection, settings: Settings) -> Iterator[Find
 
 def check_triggers(connection: Connection, settings: Settings) -> Iterator[Finding]:
     """Yield whether each row written to the log is counted: triggers there, enabled, and not passed by."""
-    found = [
+    idle = [
         *_idle_triggers(connection, settings.host.usage_log.table),
         *_idle_window_trigger(connection, settings.host.subscription.table),
+    ]
+    found = [
+        *(idle or _touched_triggers(connection)),
         *_triggers_elsewhere(connection, settings.host.usage_log.table),
         *_uncovered_partitions(connection, settings.host.usage_log.table),
         *_replica_roles(connection),
@@ -110,6 +114,7 @@ _TRIGGERS = """
            AS log
     FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
     WHERE p.pronamespace = to_regnamespace('trueup') AND NOT g.tgisinternal AND p.proname <> 'append_window'
+      AND g.tgnargs = 0  -- else it is a partition's, which counts only what belongs to the log
 """
 _HOW_OFF = {"D": "disabled", "R": "enabled for replication alone"}
 
@@ -151,6 +156,16 @@ def _idle_window_trigger(connection: Connection, subscription: str) -> Iterator[
         )
 
 
+def _touched_triggers(connection: Connection) -> Iterator[Finding]:
+    if _may_call(connection, "trigger_marks") and not triggers_untouched(connection):
+        yield error(
+            "triggers",
+            "Triggers were made anew or switched off for a while, or columns that they count were replaced, since "
+            "trueup was set up: what was written meanwhile may not be counted, and the gate is closed.",
+            "Run `trueup db attach`. It builds each balance anew from the log.",
+        )
+
+
 def _triggers_elsewhere(connection: Connection, log: str) -> Iterator[Finding]:
     """Yield tables that carry our triggers and are neither the log nor one of its partitions."""
     others = connection.scalars(
@@ -180,23 +195,29 @@ _FAMILY = """
 """
 
 
+_MAY_CALL = text(
+    "SELECT has_schema_privilege(pronamespace, 'USAGE') AND has_function_privilege(oid, 'EXECUTE') FROM pg_proc "
+    "WHERE pronamespace = to_regnamespace('trueup') AND proname = :name"
+)
+
+
+def _may_call(connection: Connection, function: str) -> bool:
+    """Return whether trueup's function is there and may be called; the checks of functions and rights say why not."""
+    return bool(connection.scalar(_MAY_CALL, {"name": function}))
+
+
 def _uncovered_partitions(connection: Connection, log: str) -> Iterator[Finding]:
-    """Yield partitions into which rows can be written past the triggers, which fire for writes through the log only."""
-    uncovered = connection.scalars(
-        text(
-            f"SELECT CAST(CAST(f.oid AS regclass) AS text) FROM ({_FAMILY}) f WHERE f.oid <> to_regclass(:log) AND "
-            "(SELECT count(*) FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid WHERE g.tgrelid = f.oid "
-            "AND g.tgenabled IN ('O', 'A') AND p.pronamespace = to_regnamespace('trueup')) < :wanted ORDER BY 1"
-        ),
-        {"log": quote_table(log), "wanted": len(TRIGGERS)},
-    ).all()
+    """Yield partitions into which rows can be written past the triggers: the log's fire for writes through it only."""
+    if not _may_call(connection, "log_partitions"):
+        return
+    uncovered = uncovered_partitions(connection)
     if uncovered:
         yield warning(
             "triggers",
             f"{len(uncovered)} partitions of {log} have no triggers of their own ({_some(uncovered)}): rows written "
-            "directly into them, attached or detached with them are not counted at once.",
-            "Write through the log itself; after attaching or detaching rows run `trueup reconcile --deep`.",
-            partitions=list(uncovered),
+            "directly into them, or attached with them, are not counted.",
+            "Run `trueup db attach`. It adds the triggers, and has balances built anew where there are rows.",
+            partitions=uncovered,
         )
 
 

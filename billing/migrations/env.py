@@ -1,14 +1,21 @@
-"""Run migrations on the connection that `billing.install` hands over, inside its transaction."""
+"""Run migrations on the connection that `billing.install` hands over, inside its transaction; or print their SQL."""
 
 from alembic import context
 
 from billing.schema import SCHEMA
 
-connection = context.config.attributes["connection"]
-context.configure(
-    connection=connection,
-    version_table_schema=SCHEMA,
-    # One transaction, the caller's: a migration that fails leaves nothing behind.
-    transactional_ddl=True,
-)
+if context.is_offline_mode():
+    context.configure(
+        dialect_name="postgresql",
+        dialect_opts={"paramstyle": "named"},
+        version_table_schema=SCHEMA,
+        output_buffer=context.config.attributes["output"],
+    )
+else:
+    context.configure(
+        connection=context.config.attributes["connection"],
+        version_table_schema=SCHEMA,
+        # One transaction, the caller's: a migration that fails leaves nothing behind.
+        transactional_ddl=True,
+    )
 context.run_migrations()

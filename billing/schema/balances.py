@@ -29,6 +29,8 @@ def add_balance_tables(metadata: MetaData, user_id: Any) -> None:
         Column("mapping_fingerprint", Text, nullable=False),
         Column("mapping", JSONB, nullable=False),
         moment("installed_at", server_default=func.now()),
+        # The triggers, and the columns that they count, when the database was made ready: trueup.trigger_marks().
+        Column("triggers", Text),
         CheckConstraint("singleton", name="installation_is_one_row"),
     )
     Table(

@@ -27,8 +27,9 @@ LANGUAGE sql IMMUTABLE AS $$
     SELECT CASE WHEN p_window <= at + trueup.clock_tolerance() THEN greatest(at, p_window) ELSE at END
 $$;
 
--- What each subscription entitles to. original = the token plan's tokens, else the full plan's, else 0, plus what the
--- user's grants add (grants.sql says what that is); a user without grants costs one look at an index.
+-- What each subscription entitles to. original = what the subscription itself says, where a host has that there; else the
+-- token plan's tokens, else the full plan's, else 0. Plus what the user's grants add (grants.sql says what that is); a
+-- user without grants costs one look at an index.
 -- (`entitlements.at`: a bare `at` would be the host's column if one of its tables had one of that name.)
 CREATE OR REPLACE FUNCTION trueup.entitlements(at timestamptz) RETURNS TABLE (
     user_id {{user_id_type}}, subscription_id text, is_active boolean,
@@ -58,7 +59,9 @@ CREATE OR REPLACE FUNCTION trueup.entitlements(at timestamptz) RETURNS TABLE (
     LEFT JOIN {{full_plan}} fp ON fp.{{full_plan.id}} = s.{{subscription.full_plan_id}}
     CROSS JOIN LATERAL (
         SELECT coalesce(s.{{subscription.start_date}}, '-infinity'::timestamptz) AS window_start,
-               greatest(coalesce(tp.{{token_plan.tokens_included}}, fp.{{full_plan.tokens_included}}, 0), 0)::bigint
+               greatest(coalesce(
+                   {{if subscription.tokens_included}}s.{{subscription.tokens_included}}
+                   {{else}}tp.{{token_plan.tokens_included}}, fp.{{full_plan.tokens_included}}{{end}}, 0), 0)::bigint
                    AS plan_tokens
     ) w
 $$;

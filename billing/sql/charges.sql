@@ -15,6 +15,7 @@ DECLARE
     h trueup.hold;
     v_covered bigint;
     v_counted bigint;
+    v_logged_id text;
     v_own boolean;
     v_kept bigint;
     v_lowered boolean;
@@ -39,19 +40,22 @@ BEGIN
         END IF;
         v_covered := least(p_total, v_covered);
         tokens_over := p_total - v_covered;
+        p_log_id := trueup.new_log_id(p_log_id);
         -- Without a balance we hold no lock, and one may be built beside us: then the row makes its delta as anyone's.
         PERFORM set_config('trueup.own_log_id', CASE WHEN a.consumed IS NULL THEN '' ELSE p_log_id END, true);
-        INSERT INTO {{usage_log}} AS l (
-            {{usage_log.id}}, {{usage_log.user_id}}, {{usage_log.section}}, {{usage_log.prompt_tokens}},
-            {{usage_log.completion_tokens}}, {{usage_log.total_tokens}}, {{usage_log.response_time_ms}},
-            {{usage_log.success}}, {{usage_log.model_name}}, {{usage_log.metadata}}, {{usage_log.created_at}})
-        VALUES (p_log_id::{{usage_log_id_type}}, p_user, p_section, p_prompt, p_completion, p_total, p_response_ms,
-                true, p_model, p_metadata, trueup.dated(at, CASE WHEN a.subscribed THEN a.window_start END))
+        INSERT INTO {{usage_log}} AS l ({{usage_log.written}})
+        OVERRIDING SYSTEM VALUE  -- an id that is GENERATED ALWAYS is drawn from its sequence all the same
+        SELECT r.{{usage_log.written}}
+        FROM (SELECT p_log_id::{{usage_log_id_type}} AS id, p_user AS user_id, p_section AS section,
+                     p_prompt AS prompt_tokens, p_completion AS completion_tokens, p_total AS total_tokens,
+                     p_response_ms AS response_time_ms, true AS success, p_model AS model_name, p_metadata AS metadata,
+                     trueup.dated(at, CASE WHEN a.subscribed THEN a.window_start END) AS created_at) r
         -- As it was logged: a trigger of the host's may have changed or dropped the row.
         RETURNING CASE WHEN l.{{usage_log.success}} AND l.{{usage_log.created_at}} >= a.window_start
                        THEN l.{{usage_log.total_tokens}} END,
-                  l.{{usage_log.id}}::text = p_log_id INTO v_counted, v_own;
+                  l.{{usage_log.id}}::text INTO v_counted, v_logged_id;
         PERFORM set_config('trueup.own_log_id', '', true);
+        v_own := v_logged_id = p_log_id;
         -- The row's foreign key is checked now, before the counter is locked: Django's are deferred to the commit, and
         -- a host that has the user's row and then wants the counter's would deadlock with us.
         SET CONSTRAINTS ALL IMMEDIATE;
@@ -59,7 +63,7 @@ BEGIN
         v_lowered := trueup.lower_counter(p_user, p_total);
         INSERT INTO trueup.charge (user_id, task_id, call_key, attempt, log_id, section, model_name,
                                    hold_id, tokens_total, tokens_covered, late, answer, charged_at, counter_lowered)
-        VALUES (p_user, p_task, p_call_key, p_attempt, p_log_id, p_section, p_model,
+        VALUES (p_user, p_task, p_call_key, p_attempt, coalesce(v_logged_id, p_log_id), p_section, p_model,
                 h.id, p_total, v_covered, late, p_answer, at, v_lowered);
         -- The call is not in flight any more.
         DELETE FROM trueup.call_intent c
@@ -90,3 +94,29 @@ BEGIN
                                 consumed = a.consumed, held = a.held
     WHERE b.user_id = p_user AND a.consumed IS NOT NULL;  -- or one was built beside us, and is right as it is
 END $$;
+
+-- The id of our next row in the log. `p_derived` is the one that its call always has, where ids are uuid or text. Whole
+-- numbers come from the column's own sequence, as the host's do; drawn before the row is written, so that its triggers
+-- know it for ours. Which row is which call's, the charge says.
+CREATE OR REPLACE FUNCTION trueup.new_log_id(p_derived text) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    v_sequence regclass;
+BEGIN
+    IF {{literal usage_log_id_type}} <> 'bigint' THEN
+        RETURN p_derived;
+    END IF;
+    v_sequence := pg_get_serial_sequence({{literal usage_log}}, (parse_ident({{literal usage_log.id}}))[1]);
+    IF v_sequence IS NULL THEN
+        RAISE undefined_column USING MESSAGE = format(
+            'column %s of %s has no sequence of its own any more', {{literal usage_log.id}}, {{literal usage_log}});
+    END IF;
+    RETURN nextval(v_sequence);
+END $$;
+
+-- A charge's log id as the log's column has it. NULL: the log had ids of another type then.
+CREATE OR REPLACE FUNCTION trueup.as_log_id(p_log_id text) RETURNS {{usage_log_id_type}} LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE WHEN p_log_id ~ CASE {{literal usage_log_id_type}}
+                         WHEN 'uuid' THEN '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
+                         WHEN 'bigint' THEN '^-?[0-9]{1,19}$' ELSE '' END
+                THEN p_log_id::{{usage_log_id_type}} END
+$$;

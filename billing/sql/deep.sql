@@ -89,7 +89,8 @@ LANGUAGE sql STABLE AS $$
             jsonb_build_object('task_id', c.task_id, 'call_key', c.call_key, 'log_id', c.log_id)
      FROM trueup.charge c
      WHERE (oddities.p_since IS NULL OR c.charged_at >= oddities.p_since) AND c.tokens_total > 0
-       AND NOT EXISTS (SELECT FROM {{usage_log}} l WHERE l.{{usage_log.id}} = c.log_id::{{usage_log_id_type}})
+       AND trueup.as_log_id(c.log_id) IS NOT NULL
+       AND NOT EXISTS (SELECT FROM {{usage_log}} l WHERE l.{{usage_log.id}} = trueup.as_log_id(c.log_id))
        AND (oddities.p_after IS NULL OR c.user_id > oddities.p_after)
        AND (oddities.p_last IS NULL OR c.user_id <= oddities.p_last)
      ORDER BY c.charged_at LIMIT oddities.p_most)
@@ -103,6 +104,7 @@ CREATE OR REPLACE FUNCTION trueup.idle_triggers() RETURNS TABLE (name text, stat
                  ('trueup_deleted', {{literal usage_log}}), ('trueup_truncated', {{literal usage_log}}),
                  ('trueup_window_changed', {{literal subscription}})) AS wanted (name, host_table)
     LEFT JOIN pg_trigger g ON g.tgname = wanted.name AND g.tgrelid = CAST(wanted.host_table AS regclass)
+                          AND g.tgnargs = 0
     WHERE g.tgenabled IS NULL OR g.tgenabled NOT IN ('O', 'A')
 $$;
 

@@ -1,10 +1,27 @@
 -- The usage log's triggers only append to trueup.usage_delta: there is no row for two writers to meet at, so a
 -- host's transaction never waits for us. SECURITY DEFINER: the host's role needs no right on our schema.
 -- A row of ours, written by trueup.record_charge, has been added to its balance already and is passed over.
+-- A partition's triggers have an argument. Once it is detached its rows are not the log's, and they pass them over. (They
+-- call no function of ours: that could be missing for a moment, and the host's statement would fail.)
+-- A host that has renamed or dropped a column goes on too: its rows are not counted then, and the gate is closed by that
+-- (trueup.require_watched) until it is attached anew. What looks for the columns reads no row, and is planned
+-- once; to ask the catalog with each statement made a host's insert half as dear again.
 
 CREATE OR REPLACE FUNCTION trueup.append_inserted() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    IF TG_NARGS > 0 THEN
+        IF NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = pg_partition_root(TG_RELID)
+                                                  AND g.tgname = TG_NAME AND g.tgnargs = 0) THEN
+            RETURN NULL;
+        END IF;
+    END IF;
+    BEGIN
+        PERFORM r.{{usage_log.user_id}}, r.{{usage_log.created_at}}, r.{{usage_log.total_tokens}}, r.{{usage_log.success}},
+                r.{{usage_log.id}} FROM new_rows r WHERE false;
+    EXCEPTION WHEN undefined_column THEN
+        RETURN NULL;
+    END;
     INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
     SELECT n.{{usage_log.user_id}}, n.{{usage_log.created_at}}, n.{{usage_log.total_tokens}}
     FROM new_rows n
@@ -17,6 +34,18 @@ END $$;
 CREATE OR REPLACE FUNCTION trueup.append_updated() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    IF TG_NARGS > 0 THEN
+        IF NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = pg_partition_root(TG_RELID)
+                                                  AND g.tgname = TG_NAME AND g.tgnargs = 0) THEN
+            RETURN NULL;
+        END IF;
+    END IF;
+    BEGIN
+        PERFORM r.{{usage_log.user_id}}, r.{{usage_log.created_at}}, r.{{usage_log.total_tokens}}, r.{{usage_log.success}},
+                r.{{usage_log.id}} FROM old_rows r WHERE false;
+    EXCEPTION WHEN undefined_column THEN
+        RETURN NULL;
+    END;
     INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
     SELECT changed.user_id, changed.used_at, sum(changed.tokens)
     FROM (
@@ -35,6 +64,18 @@ END $$;
 CREATE OR REPLACE FUNCTION trueup.append_deleted() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    IF TG_NARGS > 0 THEN
+        IF NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = pg_partition_root(TG_RELID)
+                                                  AND g.tgname = TG_NAME AND g.tgnargs = 0) THEN
+            RETURN NULL;
+        END IF;
+    END IF;
+    BEGIN
+        PERFORM r.{{usage_log.user_id}}, r.{{usage_log.created_at}}, r.{{usage_log.total_tokens}}, r.{{usage_log.success}},
+                r.{{usage_log.id}} FROM old_rows r WHERE false;
+    EXCEPTION WHEN undefined_column THEN
+        RETURN NULL;
+    END;
     INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
     SELECT o.{{usage_log.user_id}}, o.{{usage_log.created_at}}, -o.{{usage_log.total_tokens}}::bigint
     FROM old_rows o
@@ -47,9 +88,31 @@ END $$;
 CREATE OR REPLACE FUNCTION trueup.append_truncated() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    IF TG_NARGS > 0 THEN
+        IF NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = pg_partition_root(TG_RELID)
+                                                  AND g.tgname = TG_NAME AND g.tgnargs = 0) THEN
+            RETURN NULL;
+        END IF;
+    END IF;
     INSERT INTO trueup.log_truncation DEFAULT VALUES;
     RETURN NULL;
 END $$;
+
+-- The partitions of the log, at any depth, and tables that inherit from it. A statement that names one of them fires its
+-- triggers, not the log's. `covered`: it has all of its own, at work.
+CREATE OR REPLACE FUNCTION trueup.log_partitions() RETURNS TABLE (id oid, covered boolean) LANGUAGE sql STABLE AS $$
+    WITH RECURSIVE family (id) AS (
+        SELECT to_regclass({{literal usage_log}})::oid
+        UNION
+        SELECT i.inhrelid FROM pg_inherits i JOIN family f ON i.inhparent = f.id
+    )
+    SELECT f.id, 4 = (
+        SELECT count(*) FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
+        WHERE g.tgrelid = f.id AND g.tgenabled IN ('O', 'A') AND g.tgnargs = c.relispartition::integer
+          AND p.pronamespace = 'trueup'::regnamespace AND p.proname <> 'append_window')
+    FROM family f JOIN pg_class c ON c.oid = f.id
+    WHERE f.id <> to_regclass({{literal usage_log}})
+$$;
 
 -- Their owner makes the triggers, and whoever writes the log then needs no right to call them. Who has it could put
 -- them on a table of his own, and write deltas with their owner's rights.

@@ -1,39 +1,55 @@
 -- Build the balances of the next users, in the order of their ids after p_after (NULL: from the first), from the log: as
 -- trueup.lock_account does for one. A balance that is up to date, or that a gate has just now, is left as it is; one of a
 -- user with grants is left to the gate. `last` is NULL when there are no more users. The log's triggers must be there.
+-- Users are a range of ids, not a list: for many of them reading the log once from end to end is the fastest, and the
+-- planner is left to see that (so that it plans for the range that it is given, each time).
 CREATE OR REPLACE FUNCTION trueup.fill_balances(
     p_after {{user_id_type}}, p_limit integer, OUT last {{user_id_type}}, OUT filled bigint
-) LANGUAGE plpgsql AS $$
+) LANGUAGE plpgsql SET plan_cache_mode = 'force_custom_plan' SET work_mem = '64MB' AS $$
 <<fill>>
 DECLARE
     v_users {{user_id_type}}[];
-    v_at timestamptz := clock_timestamp();
+    v_epoch bigint := trueup.log_epoch();
 BEGIN
-    SELECT array_agg(t.u ORDER BY t.u) INTO v_users
+    SELECT t.u INTO last
     FROM (SELECT DISTINCT s.{{subscription.user_id}} AS u FROM {{subscription}} s
           WHERE s.{{subscription.user_id}} IS NOT NULL
             AND (fill_balances.p_after IS NULL OR s.{{subscription.user_id}} > fill_balances.p_after)
-          ORDER BY 1 LIMIT fill_balances.p_limit) t;
-    last := v_users[cardinality(v_users)];
+          ORDER BY 1 LIMIT fill_balances.p_limit) t
+    ORDER BY 1 DESC LIMIT 1;
+    filled := 0;
+    IF last IS NULL THEN
+        RETURN;
+    END IF;
     -- A balance of no window and no epoch: stale by construction.
     INSERT INTO trueup.balance (user_id, window_start, log_epoch)
-    SELECT u, 'infinity', -1 FROM unnest(v_users) u ON CONFLICT DO NOTHING;
+    SELECT DISTINCT s.{{subscription.user_id}}, 'infinity'::timestamptz, -1 FROM {{subscription}} s
+    WHERE (fill_balances.p_after IS NULL OR s.{{subscription.user_id}} > fill_balances.p_after)
+      AND s.{{subscription.user_id}} <= fill_balances.last
+    ON CONFLICT DO NOTHING;
     SELECT array_agg(t.user_id) INTO v_users
     FROM (SELECT b.user_id FROM trueup.balance b
-          WHERE b.user_id = ANY (v_users) AND b.log_epoch <> trueup.log_epoch()
+          WHERE (fill_balances.p_after IS NULL OR b.user_id > fill_balances.p_after) AND b.user_id <= fill_balances.last
+            AND b.log_epoch <> fill.v_epoch
             AND NOT EXISTS (SELECT FROM trueup.token_grant g WHERE g.user_id = b.user_id)
-          ORDER BY b.user_id FOR UPDATE SKIP LOCKED) t;
+          FOR UPDATE SKIP LOCKED) t;
     -- One statement, one snapshot: a log row and its delta are both seen here or both left for later.
-    WITH cleared AS (DELETE FROM trueup.usage_delta d WHERE d.user_id = ANY (fill.v_users)),
+    WITH mine AS MATERIALIZED (
+        SELECT m.user_id, coalesce(s.{{subscription.start_date}}, '-infinity'::timestamptz) AS window_start
+        FROM unnest(v_users) m (user_id) JOIN {{subscription}} s ON s.{{subscription.user_id}} = m.user_id
+    ),
+    cleared AS (DELETE FROM trueup.usage_delta d USING mine m WHERE d.user_id = m.user_id),
+    -- Of those who have any: an inner join leaves it to the planner which side it holds in memory, the users at best.
     sums AS (
-        SELECT e.user_id, e.window_start, coalesce(sum(l.{{usage_log.total_tokens}}), 0)::bigint AS tokens
-        FROM trueup.entitlements(fill.v_at) e
-        LEFT JOIN {{usage_log}} l ON l.{{usage_log.user_id}} = e.user_id AND l.{{usage_log.success}}
-                                  AND l.{{usage_log.created_at}} >= e.window_start
-        WHERE e.user_id = ANY (fill.v_users)
-        GROUP BY e.user_id, e.window_start
+        SELECT m.user_id, m.window_start, sum(l.{{usage_log.total_tokens}})::bigint AS tokens
+        FROM mine m
+        JOIN {{usage_log}} l ON l.{{usage_log.user_id}} = m.user_id AND l.{{usage_log.success}}
+                             AND l.{{usage_log.created_at}} >= m.window_start
+        GROUP BY m.user_id, m.window_start
     )
-    UPDATE trueup.balance b SET window_start = s.window_start, log_epoch = trueup.log_epoch(), consumed = s.tokens
-    FROM sums s WHERE b.user_id = s.user_id;
+    UPDATE trueup.balance b
+    SET window_start = m.window_start, log_epoch = fill.v_epoch, consumed = coalesce(s.tokens, 0)
+    FROM mine m LEFT JOIN sums s ON s.user_id = m.user_id AND s.window_start = m.window_start
+    WHERE b.user_id = m.user_id;
     GET DIAGNOSTICS filled = ROW_COUNT;
 END $$;

@@ -25,10 +25,12 @@ RETURNS TABLE (place integer, tokens bigint) LANGUAGE sql STABLE AS $$
     GROUP BY 1
 $$;
 
--- The tokens of a subscription with these plans, NULL: it has none of that kind.
+-- The tokens of a subscription with these plans, NULL: it has none of that kind. "tokens:" and a number in place of a plan:
+-- so many, as the subscription itself says.
 CREATE OR REPLACE FUNCTION trueup.plan_size(p_token_plan text, p_full_plan text) RETURNS bigint
 LANGUAGE sql STABLE AS $$
     SELECT greatest(coalesce(
+        CASE WHEN plan_size.p_token_plan LIKE 'tokens:%' THEN substr(plan_size.p_token_plan, 8)::bigint END,
         (SELECT t.{{token_plan.tokens_included}} FROM {{token_plan}} t
          WHERE t.{{token_plan.id}}::text = plan_size.p_token_plan),
         (SELECT t.{{full_plan.tokens_included}} FROM {{full_plan}} t
@@ -216,7 +218,7 @@ RETURNS TABLE (
     id bigint, begins timestamptz, ends timestamptz, expires_at timestamptz, rest bigint, settled bigint
 ) LANGUAGE sql STABLE AS $$
     WITH w AS MATERIALIZED (
-        SELECT * FROM trueup.windows(p_user, p_window, p_plan)
+        SELECT * FROM trueup.windows(p_user, p_window, p_plan) t
     ), used AS (
         SELECT u.grant_id, sum(u.tokens) AS tokens
         FROM (SELECT u.grant_id, u.tokens FROM w JOIN trueup.grant_use u

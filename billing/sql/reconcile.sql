@@ -111,9 +111,9 @@ $$;
 
 -- The token amounts that plans sell: a counter too high by one of them may show a purchase.
 CREATE OR REPLACE FUNCTION trueup.plan_sizes() RETURNS SETOF bigint LANGUAGE sql STABLE AS $$
-    SELECT {{token_plan.tokens_included}}::bigint FROM {{token_plan}} WHERE {{token_plan.tokens_included}} > 0
+    SELECT p.{{token_plan.tokens_included}}::bigint FROM {{token_plan}} p WHERE p.{{token_plan.tokens_included}} > 0
     UNION
-    SELECT {{full_plan.tokens_included}}::bigint FROM {{full_plan}} WHERE {{full_plan.tokens_included}} > 0
+    SELECT p.{{full_plan.tokens_included}}::bigint FROM {{full_plan}} p WHERE p.{{full_plan.tokens_included}} > 0
 $$;
 
 -- The largest value that the counter's column can take.

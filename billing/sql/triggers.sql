@@ -1,6 +1,7 @@
 -- The triggers that tell of usage, on the log; their functions are in deltas.sql.
 
--- A log that was mapped before is let go: its rows no longer count.
+-- A log that was mapped before is let go: its rows no longer count. (Those of a partition that was detached don't either:
+-- its triggers see to that, and dropping them would take its owner.)
 DO $$
 DECLARE
     old record;
@@ -8,7 +9,8 @@ BEGIN
     FOR old IN
         SELECT g.tgname, g.tgrelid::regclass AS log FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
         WHERE p.pronamespace = 'trueup'::regnamespace AND p.proname <> 'append_window'
-          AND g.tgrelid <> CAST({{literal usage_log}} AS regclass)
+          AND g.tgnargs = 0 AND g.tgrelid <> CAST({{literal usage_log}} AS regclass)
+          AND g.tgrelid NOT IN (SELECT l.id FROM trueup.log_partitions() l)
     LOOP
         EXECUTE format('DROP TRIGGER %I ON %s', old.tgname, old.log);
     END LOOP;

@@ -4,25 +4,40 @@
 -- The trigger only appends: it waits for nobody. It fails nobody either: what can't be told, the next look finds, though
 -- not what came and went before it. What has changed is compared here and not in the trigger's own condition, for that
 -- would make the host's ALTER TABLE fail. SECURITY DEFINER: the host's role needs no right on our schema.
+-- Where a subscription says itself what it includes, that is told in place of its plan: see trueup.plan_size.
 CREATE OR REPLACE FUNCTION trueup.append_window() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
 BEGIN
     IF TG_OP = 'UPDATE' THEN
         IF OLD.{{subscription.start_date}} IS NOT DISTINCT FROM NEW.{{subscription.start_date}}
+           {{if subscription.tokens_included}}
+           AND OLD.{{subscription.tokens_included}} IS NOT DISTINCT FROM NEW.{{subscription.tokens_included}}
+           {{else}}
            AND OLD.{{subscription.token_plan_id}} IS NOT DISTINCT FROM NEW.{{subscription.token_plan_id}}
            AND OLD.{{subscription.full_plan_id}} IS NOT DISTINCT FROM NEW.{{subscription.full_plan_id}}
+           {{end}}
            AND OLD.{{subscription.user_id}} IS NOT DISTINCT FROM NEW.{{subscription.user_id}} THEN
             RETURN NULL;
         END IF;
         -- The old one too: it may be the first that anybody tells of.
         INSERT INTO trueup.window_change (user_id, window_start, token_plan_id, full_plan_id, changed_at)
         SELECT OLD.{{subscription.user_id}}, coalesce(OLD.{{subscription.start_date}}, '-infinity'::timestamptz),
-               OLD.{{subscription.token_plan_id}}, OLD.{{subscription.full_plan_id}}, clock_timestamp()
+               {{if subscription.tokens_included}}
+               'tokens:' || greatest(coalesce(OLD.{{subscription.tokens_included}}, 0), 0), NULL,
+               {{else}}
+               OLD.{{subscription.token_plan_id}}, OLD.{{subscription.full_plan_id}},
+               {{end}}
+               clock_timestamp()
         WHERE EXISTS (SELECT FROM trueup.token_grant g WHERE g.user_id = OLD.{{subscription.user_id}});
     END IF;
     INSERT INTO trueup.window_change (user_id, window_start, token_plan_id, full_plan_id, changed_at)
     SELECT NEW.{{subscription.user_id}}, coalesce(NEW.{{subscription.start_date}}, '-infinity'::timestamptz),
-           NEW.{{subscription.token_plan_id}}, NEW.{{subscription.full_plan_id}}, clock_timestamp()
+           {{if subscription.tokens_included}}
+           'tokens:' || greatest(coalesce(NEW.{{subscription.tokens_included}}, 0), 0), NULL,
+           {{else}}
+           NEW.{{subscription.token_plan_id}}, NEW.{{subscription.full_plan_id}},
+           {{end}}
+           clock_timestamp()
     WHERE EXISTS (SELECT FROM trueup.token_grant g WHERE g.user_id = NEW.{{subscription.user_id}});
     RETURN NULL;
 EXCEPTION WHEN OTHERS THEN

@@ -1,11 +1,27 @@
-"""What tests of reconciling share."""
+"""What tests of reconciling and of attaching share."""
+
+from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import Connection
+from sqlalchemy import Connection, create_engine
+from sqlalchemy.pool import NullPool
 
+from billing.host_tables import build_host_metadata
 from billing.install import install
+from billing.mapping import HostMapping
 from tests.support.host import Host
 from tests.support.two_books import MAPPED, Books
+
+
+@pytest.fixture
+def bare_host(empty_database: str) -> Iterator[Host]:
+    """A host from before trueup."""
+    engine = create_engine(empty_database, poolclass=NullPool)
+    with engine.begin() as connection:
+        build_host_metadata(HostMapping()).create_all(connection)
+    with Host(engine) as host:
+        yield host
+    engine.dispose()
 
 
 @pytest.fixture

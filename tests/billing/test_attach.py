@@ -1,41 +1,45 @@
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, create_engine, text
-from sqlalchemy.pool import NullPool
+from sqlalchemy import Connection, text
+from sqlalchemy.engine import make_url
 
 from billing import db
-from billing.attach import AttachError, attach, fill, open_gate, plan_attach, prepare, watch_log, watch_subscriptions
-from billing.errors import NotInstalledError
-from billing.host_tables import build_host_metadata
+from billing.attach import AttachError, attach, fill, open_gate, prepare, watch_log, watch_subscriptions
+from billing.attach_plan import OtherInstallationError, plan_attach, refuse_other_installation
+from billing.errors import MissingRightError, NotInstalledError
+from billing.holds import close_hold
 from billing.install import check_installed, install
 from billing.mapping import HostMapping, UsageLogTable
+from billing.settings import get_settings
 from billing.short_locks import HostBusyError, take_step
 from tests.billing.test_detach import writing
 from tests.support.books import assert_true
 from tests.support.dumps import pg_dump
 from tests.support.host import Host
-from tests.support.sessions import backend_pid, impatient, locked, locked_balance, run_at_once, wait_until
+from tests.support.sessions import (
+    backend_pid,
+    impatient,
+    in_background,
+    locked,
+    locked_balance,
+    run_at_once,
+    wait_until,
+)
 from tests.support.work import charge_tokens, hold_tokens
 
 MAPPING = HostMapping()
+TRUEUP = Path(sys.executable).with_name("trueup")
 
 
 @pytest.fixture
-def host(empty_database: str) -> Iterator[Host]:
-    """A host from before trueup."""
-    engine = create_engine(empty_database, poolclass=NullPool)
-    with engine.begin() as connection:
-        build_host_metadata(MAPPING).create_all(connection)
-    with Host(engine) as host:
-        yield host
-    engine.dispose()
-
-
-@pytest.fixture
-def connection(host: Host) -> Iterator[Connection]:
-    with db.connect() as connection:
-        yield connection
+def host(bare_host: Host) -> Host:
+    return bare_host
 
 
 def balances(host: Host) -> dict[int, int]:
@@ -85,6 +89,32 @@ def test_again_it_needs_no_lock_and_the_gate_stays_open(host: Host, connection: 
         assert attach(MAPPING, patience_seconds=0) == {"balances": 0}
     assert host.value("SELECT trueup.log_epoch()") == epoch
     assert_true(host)
+
+
+def test_gates_at_work_do_not_notice_that_functions_are_replaced(host: Host) -> None:
+    user, over, held = host.subscriber(), threading.Event(), [0, 0]
+    attach(MAPPING)
+
+    def hold_and_release() -> None:
+        hold = db.retrying(lambda connection: hold_tokens(connection, user, 1))
+        db.retrying(lambda connection: close_hold(connection, hold))
+
+    def work(place: int) -> None:
+        while not over.is_set():
+            hold_and_release()
+            held[place] += 1
+
+    with in_background() as submit:
+        working = [submit(work, place) for place in range(len(held))]
+        try:
+            for _ in range(3):
+                before = list(held)
+                attach(MAPPING)
+                wait_until(lambda before=before: all(now > then for now, then in zip(held, before, strict=True)))
+        finally:
+            over.set()
+        for future in working:
+            future.result()
 
 
 STEPS: tuple[Callable[[Connection], None], ...] = (
@@ -214,6 +244,89 @@ def test_balances_are_filled_in_batches_and_those_that_gates_have_are_passed_ove
     assert_true(host)
 
 
+def test_killed_wherever_it_is_it_goes_on_while_the_host_writes(host: Host, connection: Connection) -> None:
+    """The real program, killed as soon as it has told of a step."""
+    users = [host.subscriber() for _ in range(3)]
+    host.log(users[1], 100)
+    steps = ("Tables are", "The trigger", "Balances are")
+    with writing(host.engine, users[0]):
+        for step in steps:
+            assert any(line.startswith(step) for line in told_until(step))
+        attach(MAPPING)
+        assert_true(host)
+    assert balances(host).keys() == set(users)
+    hold_tokens(connection, users[1], 9_900)
+
+
+def told_until(step: str) -> list[str]:
+    """Attach with the real program, killed once it tells of that step. Returns what it has told."""
+    told = []
+    command = [TRUEUP, "db", "attach", "--yes"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            told.append(line)
+            if line.startswith(step):
+                process.kill()
+    return told
+
+
+def test_a_trigger_that_somebody_touches_meanwhile_starts_it_anew(host: Host) -> None:
+    user = host.subscriber()
+    host.log(user, 100)
+    for step in STEPS[:2]:
+        take_step(step)
+    fill()
+    host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER USER")
+    host.log(user, 20)
+    host.execute("ALTER TABLE ai_usage_log ENABLE TRIGGER USER")
+    with pytest.raises(AttachError, match="by somebody else meanwhile"):
+        take_step(STEPS[2])
+    attach(MAPPING)
+    assert balances(host) == {user: 120}
+    assert_true(host)
+
+
+def test_the_rights_that_it_names_are_the_rights_that_it_takes(
+    host: Host, empty_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user, role = host.subscriber(), f"setup_{uuid.uuid4().hex[:8]}"
+    host.log(user, 100)
+    host.execute(f"CREATE ROLE {role} LOGIN")
+    monkeypatch.setenv("TRUEUP_DATABASE_URL", str(make_url(empty_database).set(username=role)))
+    get_settings.cache_clear()
+    db.dispose_engine()
+    try:
+        with pytest.raises(MissingRightError, match=r"CREATE ON DATABASE .*SELECT .*TRIGGER|TRIGGER") as refused:
+            attach(MAPPING)
+        assert host.value("SELECT to_regnamespace('trueup') IS NULL")
+        host.execute(str(refused.value).partition("gives it: ")[2])
+        attach(MAPPING)
+        assert balances(host) == {user: 100}
+        host.execute(
+            f"REVOKE SELECT ON ai_usage_log FROM {role}; REVOKE SELECT (total_tokens) ON ai_usage_log FROM {role}"
+        )
+        with pytest.raises(MissingRightError, match=r'SELECT \("total_tokens"\) ON TABLE public.ai_usage_log'):
+            attach(MAPPING)
+    finally:
+        db.dispose_engine()
+        host.execute(f"DROP OWNED BY {role} CASCADE; DROP ROLE {role}")
+
+
+def test_a_second_application_in_the_database_is_refused(host: Host, connection: Connection) -> None:
+    attach(MAPPING)
+    refuse_other_installation(connection, MAPPING)
+    host.execute("CREATE TABLE other_log (LIKE ai_usage_log INCLUDING ALL)")
+    other = HostMapping(usage_log=UsageLogTable(table="other_log"))
+    with pytest.raises(
+        OtherInstallationError, match=r"attached to ai_usage_log .*the settings say other_log.*--replace"
+    ):
+        refuse_other_installation(connection, other)
+    # A table that has only got another name is no other.
+    host.execute("DROP TABLE other_log; ALTER TABLE ai_usage_log RENAME TO other_log")
+    refuse_other_installation(connection, other)
+
+
 def test_the_plan_says_what_there_is_to_do_and_which_rights_lack(host: Host, connection: Connection) -> None:
     host.subscriber()
     host.execute("ANALYZE")
@@ -224,9 +337,9 @@ def test_the_plan_says_what_there_is_to_do_and_which_rights_lack(host: Host, con
     plan = plan_attach(connection, MAPPING)
     assert (plan.tables_there, plan.log_watched, plan.subscriptions_watched) == (True, True, True)
     connection.execute(text("SET ROLE pg_read_all_data"))
-    lacking = plan_attach(connection, MAPPING).lacking
+    lacking = dict(plan_attach(connection, MAPPING).lacking)
     connection.execute(text("RESET ROLE"))
-    assert 'TRIGGER ON TABLE "ai_usage_log"' in lacking
+    assert lacking["TRIGGER ON TABLE public.ai_usage_log"].endswith('public.ai_usage_log TO "pg_read_all_data"')
     assert "to own SCHEMA trueup" in lacking
     with pytest.raises(NotInstalledError, match='no table "gone"'):
         plan_attach(connection, HostMapping(usage_log=UsageLogTable(table="gone")))

@@ -3,7 +3,8 @@
 import pytest
 from sqlalchemy import Connection
 
-from billing.doctor.host import check_log_index, check_mapping, check_subscription_index
+from billing.doctor.host import check_mapping
+from billing.doctor.indexes import check_log_index, check_subscription_index
 from billing.doctor.installation import check_triggers
 from billing.settings import get_settings
 from tests.billing.test_doctor import found, mapped, only, set_up
@@ -24,6 +25,18 @@ def test_a_table_that_a_migration_renamed_is_named_with_the_nearest_name(host: H
     finding = only(check_mapping, connection)
     assert finding.what == "There is no table billing_tokenplan; app.billing_token_plans is near."
     assert "host.token_plan.table" in str(finding.remedy)
+
+
+def test_a_column_that_only_the_views_show_is_a_warning(
+    host: Host, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.execute("ALTER TABLE accounts_user RENAME email TO mail; ALTER TABLE billing_fullplan DROP name")
+    warned = only(check_mapping, connection)
+    assert warned.level == "warning"
+    assert warned.what.startswith("There is no column accounts_user.email, billing_fullplan.name: the account and plan")
+    assert 'username = {value = ""}' in str(warned.remedy)
+    mapped(monkeypatch, USER__EMAIL="mail", FULL_PLAN__NAME='{"value": "a plan"}')
+    assert only(check_mapping, connection).level == "ok"
 
 
 @pytest.mark.parametrize(
@@ -128,10 +141,15 @@ def test_a_partitioned_log_gets_an_index_that_never_blocks_the_host(
     assert only(check_log_index, connection).level == "ok"
 
 
-def test_partitions_into_which_rows_can_be_written_past_the_triggers_are_named(
+def test_partitions_made_after_the_setup_are_named_until_it_is_run_again(
     partitioned: Host, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mapped(monkeypatch, USAGE_LOG__TABLE="log")
     set_up(partitioned, get_settings().host)
+    assert only(check_triggers, connection).level == "ok"
+    partitioned.execute("ALTER TABLE log DETACH PARTITION log_old")
+    partitioned.execute("CREATE TABLE log_none PARTITION OF log FOR VALUES FROM (MINVALUE) TO ('2026-12-01')")
     finding = only(check_triggers, connection)
-    assert (finding.level, finding.detail["partitions"]) == ("warning", ["log_new", "log_old"])
+    assert (finding.level, finding.detail["partitions"]) == ("warning", ["log_none"])
+    set_up(partitioned, get_settings().host)
+    assert only(check_triggers, connection).level == "ok"

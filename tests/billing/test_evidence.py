@@ -12,7 +12,7 @@ from billing.drifts import find_drifts
 from billing.errors import NotInstalledError
 from billing.explanations import explain
 from billing.grants import grant_tokens, revoke_grant
-from billing.host_tables import missing_host_columns, missing_host_tables
+from billing.host_catalog import missing_host_columns, missing_host_tables
 from billing.install import install
 from billing.mapping import HostMapping
 from billing.reconcile import reconcile

@@ -84,6 +84,9 @@ ODD_BOOKS = {
 MAPPINGS = {
     "odd bigint": HostMapping(**ODD),
     "odd bigint, with decrements and payments": HostMapping(**ODD, **ODD_BOOKS),
+    "odd bigint, with payments of plans without a duration": HostMapping(
+        **ODD | {"full_plan": FullPlanTable(table=None)}, **ODD_BOOKS
+    ),
     "odd uuid, text log ids": HostMapping(**ODD, user_id_type="uuid", usage_log_id_type="text"),
     "odd text": HostMapping(**ODD, user_id_type="text"),
     "plain uuid": HostMapping(user_id_type="uuid"),

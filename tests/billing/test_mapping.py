@@ -1,7 +1,24 @@
-import pytest
-from pydantic import ValidationError
+import tomllib
+from collections.abc import Iterator
 
-from billing.mapping import HostMapping, SubscriptionTable, quote_identifier, quote_table, render_sql
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.pool import NullPool
+
+from billing.host_values import Compared, quote_literal
+from billing.install import run_scripts
+from billing.mapping import (
+    HostMapping,
+    SubscriptionTable,
+    quote_identifier,
+    quote_table,
+    render_sql,
+    render_statement,
+)
+from worker.stack import StackUrls
 
 
 def test_names_are_quoted_as_postgresql_wants_them() -> None:
@@ -44,3 +61,167 @@ def test_the_fingerprint_changes_with_any_name() -> None:
     assert mapping.fingerprint() == HostMapping().fingerprint()
     assert mapping.fingerprint() != HostMapping(user_id_type="text").fingerprint()
     assert mapping.fingerprint() != HostMapping(subscription=SubscriptionTable(id="pk")).fingerprint()
+
+
+def written(toml: str) -> HostMapping:
+    return HostMapping.model_validate(tomllib.loads(toml))
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("success = {value = false}", "give a column's name or {value = true}"),
+        ("success = {value = 1}", "give a column's name or {value = true}"),
+        ("success = {vlaue = true}", "give a column's name or {value = true}"),
+        ("success = {value = true, table = 'x'}", "table: Extra inputs are not permitted"),
+        ("success = {expression = 'true'}", "give a column's name or {value = true}"),
+        ("success = ''", "'' is no PostgreSQL name"),
+        ("section = {value = 5}", 'give a column\'s name or {value = "…"}'),
+        ("section = {value = 'a$$b'}", "contains NUL or $$"),
+        ("prompt_tokens = {value = -1}", "give a column's name or {value = 0}"),
+        ("prompt_tokens = {value = true}", "give a column's name or {value = 0}"),
+        ("metadata = {value = {a = 1}}", "value: Input should be a valid"),
+        ("total_tokens = {value = 5}", "Input should be a valid string"),
+        ("counts = 'success'", "give {column = "),
+        ("counts = {column = 'a', equals = []}", "equals: give one value or more"),
+        ("counts = {column = 'a', equals = ['x', 'y'], failed = 'y'}", "failed: 'y' would count"),
+        ("counts = {column = 'a'}", "equals: Field required"),
+        ("counts = {column = 'a', equals = 1.5}", "equals: Input should be a valid string"),
+        ("counts = {expression = ' '}", "expression is empty"),
+        ("counts = {expression = '{row}.a; DROP TABLE x'}", "contains ;"),
+        ("counts = {expression = '{row}.a -- b'}", "contains --"),
+        ("counts = {expression = '{row}.a /* b'}", "contains /*"),
+        ("counts = {expression = 'a = $1'}", "contains $"),
+        ("counts = {expression = '{row}.a = $$x$$'}", "contains $"),
+        ("counts = {expression = '{row} IS NULL'}", "name the row's columns as {row}.column"),
+        ("counts = {expression = '{subscription.id} = 1'}", "name the row's columns as {row}.column"),
+        ("counts = {expression = '{row}.a) OR (true'}", "a ) too many"),
+        ("counts = {expression = '({row}.a'}", "a ( is left open"),
+        ('counts = {expression = "{row}.a = \'x"}', "a ' is left open"),
+        ("counts = {expression = \"{row}.a = E'x'\"}", "without E or U&"),
+        ("counts = {expression = \"{row}.a = '$$'\"}", "contains NUL or $$"),
+    ],
+)
+def test_what_a_column_can_not_be_is_refused_with_the_remedy(setting: str, said: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        written(f"[usage_log]\n{setting}")
+    [fault] = refused.value.errors()
+    assert fault["loc"] == ("usage_log", setting.partition(" ")[0])
+    assert said in fault["msg"]
+
+
+def test_without_plans_a_subscription_says_what_it_includes() -> None:
+    with pytest.raises(ValidationError, match="set subscription\\.tokens_included"):
+        written("token_plan = false\nfull_plan = false")
+    for said in ('"quota"', "{value = 0}", '{expression = "{row}.a"}'):
+        mapping = written(f"token_plan = false\nfull_plan = false\n[subscription]\ntokens_included = {said}")
+        assert mapping.columns("token_plan") == []
+        assert not {"token_plan_id", "full_plan_id"} & set(dict(mapping.columns("subscription")))
+
+
+def test_a_mapping_is_the_same_after_it_was_written_down() -> None:
+    mapping = written(
+        """
+        user = false
+        [subscription]
+        tokens_included = {expression = '{row}."Base" + {row}.Bonus'}
+        end_date = {value = "infinity"}
+        [usage_log]
+        metadata = {value = {}}
+        counts = {column = "status", equals = ["ok", 3, true], failed = 4}
+        """
+    )
+    assert HostMapping.model_validate_json(mapping.model_dump_json()) == mapping
+    assert mapping.columns("subscription")[-2:] == [("tokens_included", "Base"), ("tokens_included", "bonus")]
+    assert mapping.usage_log.counts == Compared(column="status", equals=("ok", "3", "true"), failed="4")
+    assert "success" not in mapping.usage_log.written
+
+
+def test_a_mapping_without_the_newer_settings_has_the_fingerprint_that_it_had() -> None:
+    """Or the gates of each installation would close with an upgrade."""
+    assert HostMapping().fingerprint() == "d5d81bb04544b146"
+    odd = HostMapping(user_id_type="text", subscription=SubscriptionTable(id="ü:%"))
+    assert odd.fingerprint() == "e76d70ddfb8f6e44"
+
+
+def test_the_fingerprint_covers_what_stands_for_columns() -> None:
+    prints = {
+        written(toml).fingerprint()
+        for toml in (
+            "",
+            "user = false",
+            "[usage_log]\nsuccess = {value = true}",
+            "[usage_log]\nsection = {value = 'a'}",
+            "[usage_log]\nsection = {value = 'b'}",
+            "[usage_log]\ncounts = {column = 'a', equals = 'b'}",
+            "[usage_log]\ncounts = {column = 'a', equals = 'b', failed = 'c'}",
+            "[usage_log]\ncounts = {expression = '{row}.a'}",
+            "[subscription]\ntokens_included = 'a'",
+            "[subscription]\ntokens_included = {value = 1}",
+            "[subscription]\ntokens_included = {expression = '{row}.a'}",
+        )
+    }
+    assert len(prints) == 11
+
+
+@pytest.mark.parametrize(
+    ("success", "counts", "tells"),
+    [
+        ('"success"', "", True),
+        ("{value = true}", "", False),
+        ('"ok"', "{column = 'a', equals = 'b', failed = 'c'}", True),
+        ('"ok"', "{column = 'a', equals = 'b'}", False),
+        ('"ok"', "{expression = '{row}.a'}", True),
+        ("{value = true}", "{expression = '{row}.a'}", False),
+    ],
+)
+def test_failed_calls_get_a_row_where_it_can_say_so(success: str, counts: str, tells: bool) -> None:
+    log = written(f"[usage_log]\nsuccess = {success}\n{f'counts = {counts}' if counts else ''}").usage_log
+    assert log.tells_failure is tells
+
+
+# What hosts may have in names and values; a name is at most 63 bytes.
+NASTY = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=15) | st.sampled_from(
+    ["'", '"', "\\", ":a", "%s", "%%", "{{user}}", "{row}.a", "$1", "--", "/*", "';", "ü" * 15, "$", "{{end}}"]
+)
+VALUE = NASTY.filter(lambda value: "$$" not in value)
+NAME = VALUE.filter(bool)
+
+
+@pytest.fixture(scope="module")
+def server(stack: StackUrls) -> Iterator[Connection]:
+    assert stack.database_url is not None
+    engine = create_engine(stack.database_url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    with engine.connect() as connection:
+        yield connection
+    engine.dispose()
+
+
+@settings(max_examples=60, deadline=None)
+@given(value=VALUE, other=VALUE, name=NAME)
+def test_values_and_names_of_any_kind_reach_the_database_as_they_are(
+    server: Connection, value: str, other: str, name: str
+) -> None:
+    values = (value, f"x{other}", f"{other}y")
+    if len(set(values)) < 3:
+        return
+    column = quote_identifier(name)
+    expression = f"CASE WHEN {{row}}.{column} = 'it''s :a %s' THEN 1 ELSE 2 END"
+    mapping = HostMapping.model_validate(
+        {
+            "usage_log": {
+                "section": {"value": value},
+                "counts": {"column": name, "equals": values[:2], "failed": values[2]},
+            },
+            "subscription": {"tokens_included": {"expression": expression}},
+        }
+    )
+    asked = "SELECT l.{{usage_log.section}}, l.{{usage_log.success}}, l.{{subscription.tokens_included}} FROM "
+    for said, counts in zip((*values, None), (True, True, False, None), strict=True):
+        row = f"(SELECT CAST({'NULL' if said is None else quote_literal(said)} AS text) AS {column}) l"
+        # As a statement with parameters, and in the body of a function.
+        statement = text(render_statement(asked, mapping).text + row.replace(":", "\\:"))
+        made = "CREATE OR REPLACE FUNCTION pg_temp.f(OUT text, OUT boolean, OUT integer) LANGUAGE sql AS $$"
+        run_scripts(server, [f"{made}{render_sql(asked, mapping)}{row}$$"])
+        for found in (server.execute(statement).one(), server.execute(text("SELECT * FROM pg_temp.f()")).one()):
+            assert tuple(found) == (value, counts, 2)

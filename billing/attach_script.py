@@ -1,0 +1,97 @@
+"""`trueup db attach` as one script for psql, for a person who reads what is run before it is."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import Connection, text
+
+from billing.attach import (
+    SAMPLE_USERS,
+    UNTRUE,
+    are_subscriptions_watched,
+    batch_users,
+    is_log_watched,
+    is_ready,
+    open_scripts,
+    prepare_scripts,
+    watch_scripts,
+    window_scripts,
+)
+from billing.install import sql_scripts, tables_sql
+from billing.mapping import HostMapping, render_sql
+from billing.partitions import log_tables
+from billing.short_locks import INSTALL_LOCK, LOCK_TIMEOUT_MILLISECONDS, STATEMENT_TIMEOUT_SECONDS
+
+_HEAD = """\
+-- What `trueup db attach` runs in this database, in psql: it stops at the first error, and may be run again.
+-- Run it as the role that is to own schema trueup. Each step is a transaction of its own, and waits at most
+-- {milliseconds} ms for a lock on a table of the host's: should one be in use, run the script again.
+\\set ON_ERROR_STOP on
+SET search_path = {search_path};
+"""
+
+_BEGIN = f"""\
+BEGIN;
+SET LOCAL lock_timeout = '{LOCK_TIMEOUT_MILLISECONDS}ms';
+SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s';
+SELECT pg_advisory_xact_lock({INSTALL_LOCK});
+"""
+
+_FILL = """\
+SET lock_timeout = '{milliseconds}ms';
+SET statement_timeout = 0;
+DO $$
+DECLARE
+    v_last {{{{user_id_type}}}};
+BEGIN
+    LOOP
+        PERFORM pg_advisory_xact_lock({lock});
+        SELECT f.last INTO v_last FROM trueup.fill_balances(v_last, {users}) f;
+        COMMIT;
+        EXIT WHEN v_last IS NULL;
+    END LOOP;
+END $$;
+"""
+
+_COMPARE = """\
+DO $$
+BEGIN
+    IF EXISTS ({untrue}) THEN
+        RAISE EXCEPTION 'balances do not agree with the log: the gate stays closed';
+    END IF;
+END $$;
+"""
+
+_CHECK_TRIGGERS = "SELECT trueup.require_watched();\n"
+
+
+def attach_script(connection: Connection, mapping: HostMapping) -> str:
+    """Return what `attach` would run as the database is now. Raises `NotInstalledError` for an unfit host."""
+    tables = tables_sql(connection, mapping)
+    ready = is_ready(connection, mapping)
+    search_path = str(connection.scalar(text("SHOW search_path"))) or "''"
+    parts = [
+        _HEAD.format(milliseconds=LOCK_TIMEOUT_MILLISECONDS, search_path=search_path),
+        _step("1. Schema, tables and functions of trueup", [*tables, *prepare_scripts(mapping, ready=ready)]),
+    ]
+    if not is_log_watched(connection, mapping):
+        parts.append(_step("2. The triggers on the log", watch_scripts(mapping)))
+    if len(log_tables(connection, mapping)) > 1:
+        parts.append(_step("2. Those on its partitions", sql_scripts(mapping, ["partition_triggers.sql"])))
+    if not are_subscriptions_watched(connection, mapping):
+        parts.append(_step("2. The trigger on the subscriptions", window_scripts(mapping)))
+    users = batch_users(connection, mapping)
+    filling = _FILL.format(milliseconds=LOCK_TIMEOUT_MILLISECONDS, lock=INSTALL_LOCK, users=users)
+    parts.append(
+        f"-- 3. Balances, from the log, in batches that are committed one by one\n{render_sql(filling, mapping)}"
+    )
+    untrue = render_sql(UNTRUE, mapping).replace(":users", str(SAMPLE_USERS)).strip()
+    opening = [_COMPARE.format(untrue=untrue), *open_scripts(mapping)]
+    # After the functions that it needs, before the mark that says that all is ready.
+    opening.insert(-1, _CHECK_TRIGGERS)
+    parts.append(_step("4. If they agree with the log: the functions of the gate, and the mark", opening))
+    return "\n".join(parts)
+
+
+def _step(title: str, scripts: Sequence[str]) -> str:
+    body = "\n".join(script.strip("\n") for script in scripts)
+    return f"-- {title}\n{_BEGIN}\n{body}\nCOMMIT;\n"

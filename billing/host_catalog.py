@@ -1,0 +1,146 @@
+"""The host's tables and columns as its catalog has them, against the mapping."""
+
+from collections.abc import Iterable
+
+from sqlalchemy import Connection, text
+
+from billing.mapping import NOUNS, HostMapping, quote_table
+
+# What only the account and plan views show. (The plan's duration is a payment's matter too.)
+_SHOWN = {
+    "user": {"id", "username", "email"},
+    "token_plan": {"name", "is_active"},
+    "full_plan": {"name", "is_active", "duration_days"},
+}
+# What a host may lack: errors are then told elsewhere, or it is not read at all.
+_SPARE = {
+    "usage_log": {"error_message"},
+    "token_usage": {"description"},
+    "payment": {"subscription_id"},
+}
+COMPUTED_REMEDY = (
+    "Map a column that can be written, or {value = …} in its place; whether a row counts, "
+    "usage_log.counts = {expression = …} may read from such a column."
+)
+VIEWS_REMEDY = (
+    'Map the columns under [host], or what to show in their place: username = {value = ""}. Without such a table: '
+    "user = false."
+)
+
+
+def missing_host_tables(connection: Connection, mapping: HostMapping) -> list[str]:
+    """Return the mapped tables that the database does not have."""
+    tables = [table for noun in NOUNS if (table := getattr(mapping, noun).table) is not None]
+    found = connection.execute(
+        text(
+            "SELECT name FROM unnest(CAST(:names AS text[]), CAST(:quoted AS text[])) AS t (name, quoted) "
+            "WHERE to_regclass(quoted) IS NULL"
+        ),
+        {"names": tables, "quoted": [quote_table(table) for table in tables]},
+    )
+    return list(found.scalars())
+
+
+def missing_host_columns(connection: Connection, mapping: HostMapping) -> list[str]:
+    """Return the mapped columns, of those that trueup works by, that their tables do not have, as TABLE.COLUMN."""
+    return _missing(
+        connection,
+        (
+            (getattr(mapping, noun).table, column)
+            for noun in NOUNS
+            for field, column in mapping.columns(noun)
+            if field not in _SPARE.get(noun, ())
+            and (field not in _SHOWN.get(noun, ()) or (field == "duration_days" and mapping.payment.table is not None))
+        ),
+    )
+
+
+def missing_view_columns(connection: Connection, mapping: HostMapping) -> list[str]:
+    """Return the mapped columns that only the account and plan views read, that their tables do not have.
+
+    A table that is not there at all is not looked at.
+    """
+    gone = set(missing_host_tables(connection, mapping))
+    return _missing(
+        connection,
+        (
+            (getattr(mapping, noun).table, column)
+            for noun, fields in _SHOWN.items()
+            for field, column in mapping.columns(noun)
+            if field in fields and getattr(mapping, noun).table not in gone
+        ),
+    )
+
+
+def _missing(connection: Connection, columns: Iterable[tuple[str, str]]) -> list[str]:
+    wanted = list(columns)
+    found = connection.execute(
+        text(
+            """
+            SELECT name || '.' || wanted
+            FROM unnest(CAST(:names AS text[]), CAST(:quoted AS text[]), CAST(:columns AS text[]))
+                WITH ORDINALITY AS t (name, quoted, wanted, place)
+            WHERE NOT EXISTS (SELECT FROM pg_attribute a
+                              WHERE a.attrelid = to_regclass(quoted) AND a.attname = wanted AND a.attnum > 0)
+            ORDER BY place
+            """
+        ),
+        {
+            "names": [table for table, _ in wanted],
+            "quoted": [quote_table(table) for table, _ in wanted],
+            "columns": [column for _, column in wanted],
+        },
+    )
+    return list(found.scalars())
+
+
+def column_names(connection: Connection, table: str) -> list[str]:
+    """Return the columns that a table has, in their order; none if it is not there."""
+    statement = text(
+        "SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(:table) AND attnum > 0 AND NOT attisdropped "
+        "ORDER BY attnum"
+    )
+    return list(connection.scalars(statement, {"table": quote_table(table)}))
+
+
+def demanded_log_columns(connection: Connection, mapping: HostMapping) -> list[str]:
+    """Return the log's columns that each row must fill and that trueup, knowing nothing of them, could not."""
+    log = mapping.usage_log
+    found = connection.execute(
+        text(
+            """
+            SELECT attname FROM pg_attribute
+            WHERE attrelid = to_regclass(:quoted) AND attnum > 0 AND NOT attisdropped
+              AND attnotnull AND NOT atthasdef AND attidentity = '' AND attname <> ALL (CAST(:known AS text[]))
+            ORDER BY attnum
+            """
+        ),
+        {"quoted": quote_table(log.table), "known": log.written},
+    )
+    return [f"{log.table}.{column}" for column in found.scalars()]
+
+
+def computed_log_columns(connection: Connection, mapping: HostMapping) -> list[str]:
+    """Return the columns that trueup's rows in the log would fill, and that the database computes itself."""
+    log = mapping.usage_log
+    found = connection.execute(
+        text(
+            "SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(:quoted) AND attgenerated <> '' "
+            "AND NOT attisdropped AND attname = ANY (CAST(:written AS text[])) ORDER BY attnum"
+        ),
+        {"quoted": quote_table(log.table), "written": log.written},
+    )
+    return [f"{log.table}.{column}" for column in found.scalars()]
+
+
+def tables_without_triggers(connection: Connection, mapping: HostMapping) -> list[str]:
+    """Return what of the usage log and the subscriptions is no table of this database, such as a view."""
+    tables = [mapping.usage_log.table, mapping.subscription.table]
+    found = connection.execute(
+        text(
+            "SELECT name FROM unnest(CAST(:names AS text[]), CAST(:quoted AS text[])) AS t (name, quoted) "
+            "JOIN pg_class c ON c.oid = to_regclass(quoted) WHERE c.relkind NOT IN ('r', 'p')"
+        ),
+        {"names": tables, "quoted": [quote_table(table) for table in tables]},
+    )
+    return list(found.scalars())

@@ -1,0 +1,234 @@
+"""Conditions and expressions of the mapping, tried out before they are built upon: on a table of our own, rolled back.
+
+It has the columns of the host's table and none of its rows. Nothing of the host's is locked, read or written.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from sqlalchemy import Connection, CursorResult, text
+from sqlalchemy.exc import DBAPIError
+
+from billing.host_values import Compared, Expression, quote_identifier, quote_literal
+from billing.mapping import HostMapping, quote_table, render_sql
+
+_INTEGERS = ("smallint", "integer", "bigint")
+# The triggers' own, whatever the role's is.
+_SEARCH_PATH = "pg_catalog, pg_temp"
+_SET_SEARCH_PATH = text("SELECT set_config('search_path', :path, true)")
+
+_HOST = text("SELECT CAST(to_regclass(:table) AS oid) AS id, current_setting('search_path') AS search_path")
+_COLUMNS = text(
+    """
+    SELECT a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type, a.attgenerated <> '' AS is_generated,
+           pg_get_expr(f.adbin, f.adrelid) AS given
+    FROM pg_attribute a LEFT JOIN pg_attrdef f ON f.adrelid = a.attrelid AND f.adnum = a.attnum
+    WHERE a.attrelid = CAST(:id AS oid) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum
+    """
+)
+_COLUMN_TYPE = text(
+    "SELECT format_type(CASE WHEN t.typtype = 'd' THEN t.typbasetype ELSE t.oid END, NULL) "
+    "FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid "
+    "WHERE a.attrelid = to_regclass(:table) AND a.attname = :column"
+)
+# The second table makes a column that is not of {row} ambiguous. No row is read.
+_TYPE = """
+    SELECT CAST(pg_typeof(tried.value) AS text)
+    FROM (SELECT) AS one LEFT JOIN LATERAL (
+        SELECT EXPRESSION AS value FROM HOST AS trueup_row CROSS JOIN HOST AS trueup_other LIMIT 0) AS tried ON true
+"""
+_OWN_ROW = """
+    INSERT INTO pg_temp.trueup_own AS l ({{usage_log.written}})
+    SELECT r.{{usage_log.written}}
+    FROM (SELECT CAST(NULL AS {{usage_log_id_type}}) AS id, CAST(NULL AS {{user_id_type}}) AS user_id,
+                 'chat' AS section, 1 AS prompt_tokens, 1 AS completion_tokens, 2 AS total_tokens,
+                 1 AS response_time_ms, SUCCEEDED AS success, 'a model' AS model_name,
+                 CAST('{"task_id": "1"}' AS jsonb) AS metadata, CAST(now() AS timestamptz) AS created_at) r
+    RETURNING l.{{usage_log.success}}
+"""
+# Written while the host's own statement runs, which we must not fail: so all in it is of a kind that can't.
+_TREE = text(
+    r"""
+    WITH tree AS (
+        SELECT CAST(f.adbin AS text) AS nodes FROM pg_attrdef f JOIN pg_attribute a
+            ON a.attrelid = f.adrelid AND a.attnum = f.adnum
+        WHERE f.adrelid = to_regclass('pg_temp.trueup_row') AND a.attname = 'trueup_tried'
+    )
+    SELECT CAST(CAST(p.oid AS regprocedure) AS text)
+    FROM tree, regexp_matches(nodes, 'funcid (\d+)', 'g') AS used (id)
+    JOIN pg_proc p ON p.oid = CAST(used.id[1] AS oid)
+    WHERE NOT p.proleakproof
+      AND NOT (p.pronamespace = CAST('pg_catalog' AS regnamespace) AND p.proname = ANY (CAST(:harmless AS text[])))
+    UNION
+    SELECT lower(used.name[1])
+    FROM tree, regexp_matches(nodes, '\{([A-Z]+)', 'g') AS used (name)
+    WHERE used.name[1] <> ALL (CAST(:kinds AS text[]))
+    UNION
+    SELECT 'a cast from text' FROM tree
+    WHERE nodes ~ '\{COERCEVIAIO' AND EXISTS (
+        SELECT FROM regexp_matches(nodes, '[^a-z]resulttype (\d+)', 'g') AS used (id)
+        WHERE used.id[1] NOT IN ('25', '1043'))
+    LIMIT 1
+    """
+)
+_HARMLESS = """
+    jsonb_object_field jsonb_object_field_text jsonb_array_element jsonb_array_element_text jsonb_exists jsonb_contains
+    jsonb_eq jsonb_ne textlike textnlike texticlike texticnlike lower upper length btrim starts_with
+    numeric_eq numeric_ne numeric_lt numeric_le numeric_gt numeric_ge enum_eq enum_ne
+"""
+# As PostgreSQL calls them, before version 16 and since.
+_KINDS = """
+    OPEXPR DISTINCTEXPR NULLIFEXPR SCALARARRAYOPEXPR BOOLEXPR VAR CONST CASE CASEEXPR WHEN CASEWHEN CASETESTEXPR
+    COALESCE COALESCEEXPR MINMAX MINMAXEXPR NULLTEST BOOLEANTEST RELABELTYPE FUNCEXPR COERCEVIAIO ARRAY ARRAYEXPR
+"""
+_ALLOWED = (
+    "Use comparisons, AND, OR, NOT, IN, IS NULL, CASE, coalesce, LIKE, lower, upper, and -> and ->> of jsonb; or let "
+    "the host compute a column."
+)
+
+Problem = tuple[str, str]
+"""What is wrong, and the remedy."""
+
+
+def expression_problem(connection: Connection, mapping: HostMapping) -> Problem | None:
+    """Return why nothing can be built on a condition, an expression or a column of tokens of the mapping; None: it can.
+
+    In the caller's transaction, of which nothing is left. The columns that are named must be there.
+    """
+    included = mapping.subscription.tokens_included
+    if isinstance(included, str):
+        values = {"table": quote_table(mapping.subscription.table), "column": included}
+        problem = _type_problem(str(connection.scalar(_COLUMN_TYPE, values)), _INTEGERS)
+        if problem is not None:
+            return f"host.subscription.tokens_included: {problem[0]}.", problem[1]
+    for setting, given, table, types in _given(mapping):
+        trial = connection.begin_nested()
+        try:
+            problem = next(_problems(connection, mapping, given, table, types), None)
+        except DBAPIError as error:
+            problem = _said(error)
+        finally:
+            trial.rollback()
+        if problem is not None:
+            return f"{setting}: {problem[0]}.", problem[1]
+    return None
+
+
+def wrong_expression(connection: Connection, mapping: HostMapping) -> Problem | None:
+    """Return which condition or expression is none over the host's table, by a role that may only read; None: all are.
+
+    Whether trueup may lean on them is not looked at. The connection's transaction is over if there is one that is none.
+    """
+    for setting, given, table, types in _given(mapping):
+        try:
+            if isinstance(given, Compared):
+                problem = _value_problem(connection, given, table)
+            else:
+                problem = _type_problem(_type_of(connection, given, quote_table(table)), types)
+        except DBAPIError as error:
+            problem = _said(error)
+        if problem is not None:
+            return f"{setting}: {problem[0]}.", problem[1]
+    return None
+
+
+def is_tried(mapping: HostMapping) -> bool:
+    """Return whether the mapping has anything to try out."""
+    return next(_given(mapping), None) is not None
+
+
+def _given(mapping: HostMapping) -> Iterator[tuple[str, Compared | Expression, str, tuple[str, ...]]]:
+    included, counts = mapping.subscription.tokens_included, mapping.usage_log.counts
+    if isinstance(included, Expression):
+        yield "host.subscription.tokens_included", included, mapping.subscription.table, _INTEGERS
+    if counts is not None:
+        yield "host.usage_log.counts", counts, mapping.usage_log.table, ("boolean",)
+
+
+def _value_problem(connection: Connection, given: Compared, table: str) -> Problem | None:
+    """A value that the column can't have: the host may have renamed an enum's label."""
+    name, column = quote_literal(given.column), quote_identifier(given.column)
+    values = [*given.equals, *([] if given.failed is None else [given.failed])]
+    statement = (
+        f"SELECT value FROM unnest(CAST(ARRAY[{', '.join(map(quote_literal, values))}] AS text[])) AS value "
+        f"WHERE CAST((jsonb_populate_record(CAST(NULL AS {quote_table(table)}), jsonb_build_object({name}, value)))"
+        f".{column} AS text) IS DISTINCT FROM value LIMIT 1"
+    )
+    wrong = _run(connection, statement).scalar()
+    return None if wrong is None else (f"{given.column} can't have the value {wrong!r}", "Write it as the column does.")
+
+
+def _type_problem(found: str, types: tuple[str, ...]) -> Problem | None:
+    return None if found in types else (f"its type is {found}", f"Cast it: it must be {' or '.join(types)}.")
+
+
+def _type_of(connection: Connection, given: Expression, table: str) -> str:
+    statement = _TYPE.replace("HOST", table).replace("EXPRESSION", given.over("trueup_row"))
+    return str(_run(connection, statement).scalar_one())
+
+
+def _problems(
+    connection: Connection, mapping: HostMapping, given: Compared | Expression, table: str, types: tuple[str, ...]
+) -> Iterator[Problem]:
+    host = connection.execute(_HOST, {"table": quote_table(table)}).one()
+    connection.execute(_SET_SEARCH_PATH, {"path": _SEARCH_PATH})
+    _make_table(connection, host.id, "trueup_row", filled=False)
+    if isinstance(given, Expression):
+        found = _type_of(connection, given, "pg_temp.trueup_row")
+        if problem := _type_problem(found, types):
+            yield problem
+        made = f"ALTER TABLE pg_temp.trueup_row ADD trueup_tried {found} GENERATED ALWAYS AS"
+        _run(connection, f"{made} {given.over('trueup_row')} STORED")
+    if given is not mapping.usage_log.counts:
+        return
+    risky = connection.scalar(_TREE, {"harmless": _HARMLESS.split(), "kinds": _KINDS.split()})
+    if risky is not None:
+        yield (
+            f"it uses {risky}, which might fail for a row, and the host's own write of the row with it",
+            _ALLOWED,
+        )
+    _make_table(connection, host.id, "trueup_own", filled=True)
+    connection.execute(_SET_SEARCH_PATH, {"path": host.search_path})
+    own_row = render_sql(_OWN_ROW, mapping)
+    if _run(connection, own_row.replace("SUCCEEDED", "true")).scalar_one() is not True:
+        yield "the rows that trueup writes would not count", "Make it true of them, or map the column that tells."
+    if mapping.usage_log.tells_failure and _run(connection, own_row.replace("SUCCEEDED", "false")).scalar_one():
+        yield (
+            "a row that trueup writes of a failed call would count",
+            "Let it depend on the column of success, or set success = {value = true}: failed calls then get no row.",
+        )
+
+
+def _make_table(connection: Connection, like: int, name: str, *, filled: bool) -> None:
+    """`like`: the host's table. `filled`: with what that fills columns with, as our rows get it."""
+    columns = []
+    for row in connection.execute(_COLUMNS, {"id": like}):
+        column = f"{quote_identifier(row.name)} {row.type}"
+        # A default that draws from a sequence would use it up.
+        if filled and row.given is not None and "nextval" not in row.given:
+            column += f" GENERATED ALWAYS AS ({row.given}) STORED" if row.is_generated else f" DEFAULT {row.given}"
+        columns.append(column)
+    _run(connection, f"CREATE TEMP TABLE {name} ({', '.join(columns)})")
+
+
+def _run(connection: Connection, statement: str) -> CursorResult[Any]:
+    return connection.exec_driver_sql(statement.replace("%", "%%"))
+
+
+def _said(error: DBAPIError) -> tuple[str, str]:
+    """Return PostgreSQL's words and what to do about them."""
+    diagnosis = getattr(error.orig, "diag", None)
+    message = re.sub(r"\btrueup_row\.", "{row}.", str(getattr(diagnosis, "message_primary", None) or error.orig))
+    if getattr(error.orig, "sqlstate", None) == "42501" and "temporary" in message:
+        return f"it can't be tried out ({message})", "GRANT TEMPORARY ON DATABASE to this role."
+    if "ambiguous" in message:
+        return message, "Name the row's columns as {row}.column."
+    if "immutable" in message:
+        return (
+            "it does not always give the same for the same row (it is not immutable)",
+            "Leave out the time of now, settings of the session such as the time zone, and other tables.",
+        )
+    if "subquery" in message or "aggregate" in message or "set-returning" in message or "window" in message:
+        return "it looks beyond its row", "Use the row's own columns alone."
+    return message, "Correct it in trueup.toml."

@@ -1,0 +1,89 @@
+"""The limits of a session: of one that is ours, or of one that a pooler lends out for a transaction at a time.
+
+Behind PgBouncer in transaction mode, and its like, what is set for a session stays behind with a server connection that
+somebody else gets next, a prepared statement is looked for where nobody prepared it, and most settings are refused when
+they come with the login. There each transaction sets its limits for itself, and nothing is prepared.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any, Self, cast
+
+import psycopg
+from psycopg import Connection, Cursor, ServerCursor
+from psycopg.abc import Params
+from psycopg.pq import TransactionStatus
+from psycopg.sql import SQL, Composed, Identifier, Literal
+from psycopg.types.json import Json
+
+# A pooler in between tells the client a process of its own making: it goes on with many.
+_SET_WHERE_OURS = """
+    SELECT set_config(key, value, false) FROM json_each_text(%(limits)s) WHERE pg_backend_pid() = %(process)s
+"""
+
+
+def limit_session(connection: Connection[Any], limits: Mapping[str, str]) -> None:
+    """Have all that runs on a new connection run under these settings, with a pooler in between or without.
+
+    A transaction begun without an isolation level of its own is READ COMMITTED.
+    """
+    values = {"limits": Json(dict(limits)), "process": connection.info.backend_pid}
+    connection.autocommit = True
+    ours = connection.execute(_SET_WHERE_OURS, values).fetchall()
+    connection.autocommit = False
+    if not ours:
+        borrow(connection, limits)
+
+
+def borrow(connection: Connection[Any], limits: Mapping[str, str]) -> None:
+    """Have each transaction on this connection set these limits first, and leave nothing behind for the next one."""
+    statement = SQL("; ").join(
+        SQL("SET LOCAL {} = {}").format(Identifier(name), Literal(value)) for name, value in limits.items()
+    )
+    connection.prepare_threshold = None
+    connection.cursor_factory = cast("type[Cursor[Any]]", partial(_BorrowedCursor, limits=statement))
+    connection.server_cursor_factory = cast("type[ServerCursor[Any]]", partial(_BorrowedServerCursor, limits=statement))
+
+
+class _BorrowedCursor(Cursor[Any]):
+    """Sets the limits when a transaction begins; with autocommit each statement is one."""
+
+    def __init__(self, connection: Connection[Any], *, limits: Composed, **more: Any) -> None:
+        super().__init__(connection, **more)
+        self._limits = limits
+
+    def execute(self, query: Any, params: Params | None = None, **more: Any) -> Self:
+        connection = self.connection
+        if connection.info.transaction_status != TransactionStatus.IDLE:
+            return super().execute(query, params, **more)
+        if not connection.autocommit:
+            super().execute(self._limits)
+            return super().execute(query, params, **more)
+        try:
+            super().execute(SQL("BEGIN ISOLATION LEVEL READ COMMITTED; ") + self._limits)
+            super().execute(query, params, **more)
+            connection.commit()
+        except BaseException:
+            with suppress(psycopg.Error):  # a connection that is lost has nothing to roll back
+                connection.rollback()
+            raise
+        return self
+
+    def executemany(self, query: Any, params_seq: Any, **more: Any) -> None:
+        if self.connection.info.transaction_status == TransactionStatus.IDLE and not self.connection.autocommit:
+            super().execute(self._limits)
+        super().executemany(query, params_seq, **more)
+
+
+class _BorrowedServerCursor(ServerCursor[Any]):
+    """The same, for results that are fetched bit by bit. PostgreSQL has those in transactions alone."""
+
+    def __init__(self, connection: Connection[Any], name: str, *, limits: Composed, **more: Any) -> None:
+        super().__init__(connection, name, **more)
+        self._limits = limits
+
+    def execute(self, query: Any, params: Params | None = None, **more: Any) -> Self:
+        if self.connection.info.transaction_status == TransactionStatus.IDLE and not self.connection.autocommit:
+            Cursor(self.connection).execute(self._limits)
+        return super().execute(query, params, **more)

@@ -1,0 +1,297 @@
+"""A host that changes what trueup reads and counts by: the gate says so, and is closed until it is attached anew."""
+
+from collections.abc import Callable
+
+import pytest
+from sqlalchemy import Connection, text
+
+from billing import db
+from billing.accounts import read_account
+from billing.attach import attach
+from billing.doctor.installation import check_triggers
+from billing.errors import GateClosedError, HostChangedError, MissingRightError, ServiceUnavailableError
+from billing.gates import token_gate
+from billing.holds import Hold
+from billing.install import install
+from billing.mapping import FullPlanTable, HostMapping, SubscriptionTable, UsageLogTable
+from billing.reconcile import reconcile
+from billing.settings import get_settings
+from tests.support.books import assert_true
+from tests.support.host import START, Host
+from tests.support.work import charge_tokens, hold_tokens
+
+REPLACED = "ALTER TABLE ai_usage_log RENAME TO old_log; CREATE TABLE ai_usage_log (LIKE old_log INCLUDING ALL)"
+PARTITIONED = """
+    ALTER TABLE ai_usage_log RENAME TO old_log;
+    CREATE TABLE ai_usage_log (LIKE old_log INCLUDING DEFAULTS) PARTITION BY RANGE (created_at);
+    CREATE TABLE log_2026 PARTITION OF ai_usage_log FOR VALUES FROM ('2026-01-01') TO ('2027-01-01');
+    CREATE INDEX ON ai_usage_log (user_id, created_at);
+    INSERT INTO ai_usage_log SELECT * FROM old_log
+"""
+# What no statement stumbles over: without a look at the triggers the gate would go on with sums that stand still.
+SILENT = {
+    "replaced": (REPLACED, "trueup_deleted is missing, trueup_inserted is missing"),
+    "partitioned": (PARTITIONED, "trueup_inserted is missing"),
+    "attached as a partition": (
+        (
+            "ALTER TABLE ai_usage_log RENAME TO old_log; "
+            "CREATE TABLE ai_usage_log (LIKE old_log INCLUDING DEFAULTS) PARTITION BY RANGE (created_at); "
+            "ALTER TABLE ai_usage_log ATTACH PARTITION old_log FOR VALUES FROM ('2026-01-01') TO ('2027-01-01')"
+        ),
+        "trueup_inserted is missing",
+    ),
+    "disabled": ("ALTER TABLE ai_usage_log DISABLE TRIGGER trueup_updated", "trigger trueup_updated is disabled"),
+    "for replicas": (
+        "ALTER TABLE ai_usage_log ENABLE REPLICA TRIGGER trueup_inserted",
+        "trueup_inserted is for replicas alone",
+    ),
+    "dropped": ("DROP TRIGGER trueup_inserted ON ai_usage_log", "trigger trueup_inserted is missing"),
+    "off and on again": (
+        (
+            "ALTER TABLE ai_usage_log DISABLE TRIGGER USER; "
+            "INSERT INTO ai_usage_log (user_id, section, total_tokens, created_at) "
+            f"SELECT id, 'chat', 50, '{START}' FROM accounts_user; ALTER TABLE ai_usage_log ENABLE TRIGGER USER"
+        ),
+        "made anew or switched off for a while",
+    ),
+    "a column in place of another": (
+        (
+            "ALTER TABLE ai_usage_log RENAME COLUMN total_tokens TO old_tokens; "
+            "ALTER TABLE ai_usage_log ADD COLUMN total_tokens bigint"
+        ),
+        "or columns were replaced",
+    ),
+    "subscriptions replaced": (
+        (
+            "ALTER TABLE billing_subscription RENAME TO old_subs; "
+            "CREATE TABLE billing_subscription (LIKE old_subs INCLUDING ALL); "
+            "INSERT INTO billing_subscription SELECT * FROM old_subs"
+        ),
+        "trigger trueup_window_changed is missing",
+    ),
+}
+
+
+def renamed(noun: str, column: str, table: str) -> tuple[str, str, HostMapping]:
+    """Return a change of the host's, what is missing then, and the mapping that says so."""
+    kinds = {"usage_log": UsageLogTable, "subscription": SubscriptionTable, "full_plan": FullPlanTable}
+    mapping = HostMapping(**{noun: kinds[noun](**{column: "renamed"})})
+    return f"ALTER TABLE {table} RENAME COLUMN {column} TO renamed", f"column {table}.{column}", mapping
+
+
+LOUD = [
+    renamed("usage_log", "total_tokens", "ai_usage_log"),
+    renamed("subscription", "user_id", "billing_subscription"),
+    renamed("full_plan", "tokens_included", "billing_fullplan"),
+    (
+        "ALTER TABLE billing_subscription RENAME TO subs",
+        "table billing_subscription",
+        HostMapping(subscription=SubscriptionTable(table="subs")),
+    ),
+    (
+        "ALTER TABLE ai_usage_log RENAME TO log",
+        "table ai_usage_log",
+        HostMapping(usage_log=UsageLogTable(table="log")),
+    ),
+]
+
+
+@pytest.fixture
+def user(host: Host, connection: Connection) -> int:
+    """A user of 10 000 tokens with 100 used, whose balance is built."""
+    user = host.subscriber()
+    host.log(user, 100)
+    hold_tokens(connection, user, 0, task="warm-up")
+    return user
+
+
+def change_of(host: Host, statements: str) -> None:
+    """Run what the host changes, each statement by itself."""
+    for statement in statements.split(";"):
+        host.execute(statement)
+
+
+def ask(user: int) -> list[Callable[[], object]]:
+    """Return what asks the gate: a task, a view, a task that needs more."""
+
+    def hold() -> Hold:
+        with db.connect() as own:
+            return hold_tokens(own, user)
+
+    def check() -> object:
+        with db.connect() as own:
+            return read_account(own, user)
+
+    return [hold, check]
+
+
+def test_a_view_answers_that_it_is_not_ready(host: Host, user: int) -> None:
+    gate = token_gate(100, "Test")
+    assert gate.refusal(user) is None
+    host.execute("DROP TRIGGER trueup_deleted ON ai_usage_log")
+    refusal = gate.refusal(user)
+    assert refusal is not None
+    assert (refusal.status, refusal.body["error_code"]) == (503, "not_ready")
+
+
+def assert_closed(user: int, match: str) -> None:
+    for question in ask(user):
+        with pytest.raises(HostChangedError, match=match) as caught:
+            question()
+        assert "Nothing was run: the gate is closed" in str(caught.value)
+        assert "`trueup db attach`" in str(caught.value)
+
+
+@pytest.mark.parametrize("change", SILENT)
+def test_a_change_that_would_go_unseen_closes_the_gate_until_it_is_attached_anew(
+    host: Host, connection: Connection, user: int, change: str
+) -> None:
+    statement, wrong = SILENT[change]
+    held = hold_tokens(connection, user, 500)
+    assert {finding.level for finding in check_triggers(connection, get_settings())} == {"ok"}
+    change_of(host, statement)
+    host.log(user, 7)
+    assert_closed(user, wrong)
+    assert "error" in {finding.level for finding in check_triggers(connection, get_settings())}
+    # What is spent is spent: it is recorded all the same.
+    charge_tokens(connection, held, 300)
+    attach(HostMapping())
+    assert_true(host)
+    with db.connect() as own:
+        assert read_account(own, user).consumed == host.used(user)
+        hold_tokens(own, user, 0)
+    host.log(user, 1)
+    assert_true(host)
+
+
+@pytest.mark.parametrize(("statement", "missing", "mapping"), LOUD, ids=[missing for _, missing, _ in LOUD])
+def test_what_the_host_renames_is_named_with_the_remedy(
+    host: Host, user: int, statement: str, missing: str, mapping: HostMapping
+) -> None:
+    host.execute(statement)
+    # The host's own statements go on, whatever has become of what we count by.
+    names = mapping.usage_log
+    columns = f"user_id, section, {names.total_tokens}, created_at"
+    host.execute(
+        f"INSERT INTO {names.table} ({columns}) VALUES (:user, 'chat', 5, :at)",
+        user=user,
+        at=START,
+    )
+    host.execute(f"UPDATE {names.table} SET {names.total_tokens} = 6 WHERE {names.total_tokens} = 5")
+    host.execute(f"DELETE FROM {names.table} WHERE {names.total_tokens} = 100")
+    assert_closed(user, rf"has no {missing} any more")
+    attach(mapping)
+    assert_true(host, mapping)
+    with db.connect() as own:
+        assert read_account(own, user).consumed == 6
+        hold_tokens(own, user, 9_994)
+
+
+def test_a_column_of_another_type_is_named_as_what_it_is(host: Host, user: int) -> None:
+    host.execute("ALTER TABLE ai_usage_log ALTER user_id DROP NOT NULL, DROP CONSTRAINT ai_usage_log_user_id_fkey")
+    host.execute("ALTER TABLE ai_usage_log ALTER user_id TYPE uuid USING NULL")
+    host.execute("UPDATE trueup.balance SET log_epoch = -1")
+    with pytest.raises(HostChangedError), db.connect() as own:
+        hold_tokens(own, user)
+
+
+def test_a_quick_pass_corrects_no_counter_by_sums_that_stand_still(host: Host, user: int) -> None:
+    host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER trueup_inserted")
+    host.log(user, 400)
+    counter = host.counter(user)
+    with pytest.raises(HostChangedError, match="trueup_inserted is disabled"):
+        reconcile(db.get_engine(), HostMapping())
+    assert host.counter(user) == counter
+    reconcile(db.get_engine(), HostMapping(), kind="deep")
+    assert host.value("SELECT consumed FROM trueup.balance") == 500
+
+
+def test_more_tokens_are_a_question_to_the_gate_too(host: Host, connection: Connection, user: int) -> None:
+    hold_tokens(connection, user, 500, task="long")
+    host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER trueup_inserted")
+    statement = text("SELECT * FROM trueup.extend_hold(:user, 'long', 1, 'Test', 100, 'enforce', NULL)")
+    with pytest.raises(HostChangedError), db.connect() as own:
+        own.execute(statement, {"user": user})
+    assert host.value("SELECT held FROM trueup.balance") == 500
+
+
+def test_setting_up_again_in_place_of_attaching_counts_anew_too(host: Host, user: int) -> None:
+    change_of(host, SILENT["off and on again"][0])
+    assert_closed(user, "switched off for a while")
+    with host.engine.begin() as setting_up:
+        install(setting_up, HostMapping(), with_host_tables=False)
+    with db.connect() as own:
+        hold_tokens(own, user, 0)
+    assert host.value("SELECT consumed FROM trueup.balance") == host.used(user) == 150
+
+
+def test_what_has_nothing_to_do_with_us_closes_nothing(host: Host, connection: Connection, user: int) -> None:
+    host.execute(
+        "ALTER TABLE ai_usage_log ADD COLUMN note text, ADD CONSTRAINT positive CHECK (total_tokens >= 0); "
+        "CREATE INDEX ON ai_usage_log (section); "
+        "CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'; "
+        "CREATE TRIGGER other AFTER INSERT ON ai_usage_log FOR EACH ROW EXECUTE FUNCTION nothing(); "
+        "ALTER TABLE ai_usage_log DISABLE TRIGGER other; ALTER TABLE ai_usage_log CLUSTER ON ai_usage_log_pkey"
+    )
+    host.execute("CLUSTER ai_usage_log")
+    host.execute("VACUUM FULL pg_trigger")
+    host.log(user, 20)
+    assert hold_tokens(connection, user, 9_880).tokens_left == 9_880
+
+
+def test_settings_that_are_ahead_of_the_database_close_the_gate_until_it_is_attached(
+    host: Host, user: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host has renamed a column, the workers know it already, and nobody has attached yet."""
+    host.execute("ALTER TABLE billing_subscription RENAME COLUMN tokens_remaining TO renamed")
+    monkeypatch.setenv("TRUEUP_HOST__SUBSCRIPTION__TOKENS_REMAINING", "renamed")
+    get_settings.cache_clear()
+    with pytest.raises(GateClosedError, match="other names of the host than the settings now say"), db.connect() as own:
+        hold_tokens(own, user)
+    attach(get_settings().host)
+    with db.connect() as own:
+        hold_tokens(own, user, 9_900)
+
+
+def test_an_attach_under_way_closes_the_gate_for_a_while_and_not_for_good(host: Host, user: int) -> None:
+    host.execute("UPDATE trueup.installation SET mapping_fingerprint = 'attaching'")
+    host.execute("DROP FUNCTION trueup.require_watched()")
+    with pytest.raises(GateClosedError, match="just being attached"), db.connect() as own:
+        hold_tokens(own, user)
+
+
+def test_a_right_that_is_gone_is_named_with_who_gives_it(host: Host, user: int) -> None:
+    def hold_without_rights() -> None:
+        with db.transaction() as own:
+            own.execute(text("SET LOCAL ROLE pg_read_all_stats"))
+            hold_tokens(own, user)
+
+    with pytest.raises(MissingRightError, match=r"permission denied.*trueup db grants"):
+        hold_without_rights()
+
+
+def test_a_function_that_was_replaced_in_the_middle_of_a_call_is_called_again(host: Host) -> None:
+    calls = []
+
+    def call(own: Connection) -> str:
+        calls.append(own)
+        if len(calls) == 1:
+            message = "cache lookup failed for function 4711"
+            own.exec_driver_sql(f"DO $$ BEGIN RAISE EXCEPTION '{message}' USING ERRCODE = 'XX000'; END $$")
+        return "called"
+
+    assert db.retrying(call) == "called"
+
+
+def test_a_connection_that_prepared_what_is_there_no_more_is_not_used_again(host: Host) -> None:
+    host.execute("CREATE FUNCTION answer() RETURNS TABLE (a int) LANGUAGE sql AS 'SELECT 1'")
+    select = text("SELECT * FROM answer()")
+    with db.connect() as own:
+        for _ in range(10):
+            own.execute(select)
+    host.execute(
+        "DROP FUNCTION answer(); CREATE FUNCTION answer() RETURNS TABLE (a text) LANGUAGE sql AS 'SELECT ''2'''"
+    )
+    with pytest.raises(ServiceUnavailableError, match="cached plan must not change"), db.connect() as own:
+        own.execute(select)
+    assert db.retrying(lambda own: own.execute(select).scalar_one()) == "2"

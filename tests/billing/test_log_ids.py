@@ -1,0 +1,326 @@
+"""Logs whose ids are whole numbers, as Django makes them: identities and serials, drawn by the database."""
+
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DataError
+from sqlalchemy.pool import NullPool
+
+from billing import db
+from billing.charges import find_answer
+from billing.doctor.host import check_mapping
+from billing.doctor.log_ids import check_log_ids
+from billing.errors import NotInstalledError
+from billing.host_tables import build_host_metadata
+from billing.install import install
+from billing.mapping import HostMapping
+from billing.reconcile import reconcile
+from billing.roles import RoleNames, grants_sql, lacking_rights, worker_rights
+from billing.rules import Rules
+from billing.settings import get_settings
+from billing.tracking import TrackedUsage, track_ai_usage
+from billing.usage import list_usage
+from tests.support.books import assert_true
+from tests.support.host import START, Host
+from tests.support.sessions import run_at_once
+from tests.support.work import balance, charge_tokens, hold_tokens
+
+MAPPING = HostMapping(usage_log_id_type="bigint")
+SERIAL = (
+    "ALTER TABLE ai_usage_log ALTER id DROP IDENTITY; ALTER TABLE ai_usage_log ALTER id TYPE integer; "
+    'CREATE SEQUENCE "Log Ids" AS integer OWNED BY ai_usage_log.id; '
+    "ALTER TABLE ai_usage_log ALTER id SET DEFAULT nextval('\"Log Ids\"')"
+)
+COLUMNS = {
+    "identity": "SELECT",
+    "identity, always": "ALTER TABLE ai_usage_log ALTER id SET GENERATED ALWAYS",
+    "serial": SERIAL,
+}
+
+
+class NumberedHost(Host):
+    """A host that leaves the ids of its log to the database."""
+
+    def number(self, user: int, tokens: int, *, success: bool = True, at: datetime = START + timedelta(hours=1)) -> int:
+        row: int = self.value(
+            "INSERT INTO ai_usage_log (user_id, section, total_tokens, success, created_at) "
+            "VALUES (:user, 'chat', :tokens, :success, :at) RETURNING id",
+            user=user,
+            tokens=tokens,
+            success=success,
+            at=at,
+        )
+        return row
+
+    def ids(self) -> list[int]:
+        return list(self.execute("SELECT id FROM ai_usage_log ORDER BY id").scalars())
+
+
+@pytest.fixture
+def bare(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[NumberedHost]:
+    """Such a host before trueup."""
+    monkeypatch.setenv("TRUEUP_HOST__USAGE_LOG_ID_TYPE", "bigint")
+    get_settings.cache_clear()
+    engine = create_engine(empty_database, poolclass=NullPool)
+    with engine.begin() as connection:
+        build_host_metadata(MAPPING).create_all(connection)
+    with NumberedHost(engine) as host:
+        yield host
+    engine.dispose()
+
+
+def set_up(host: Host, mapping: HostMapping = MAPPING) -> None:
+    with host.engine.begin() as connection:
+        install(connection, mapping, with_host_tables=False)
+
+
+@pytest.fixture(params=COLUMNS)
+def numbered(request: pytest.FixtureRequest, bare: NumberedHost) -> NumberedHost:
+    """Such a host with trueup, its ids made in each of the ways."""
+    bare.execute(COLUMNS[request.param])
+    set_up(bare)
+    return bare
+
+
+@pytest.fixture
+def connection(bare: NumberedHost) -> Iterator[Connection]:
+    with db.connect() as connection:
+        yield connection
+
+
+def track(user: int, *, key: str = "k", **more: Any) -> TrackedUsage:
+    figures = {"section": "chat", "prompt_tokens": 30, "completion_tokens": 10, "model_name": "m"}
+    return track_ai_usage(user, key=key, **{**figures, **more})
+
+
+def test_a_charge_draws_its_id_as_the_hosts_rows_do_and_counts_once(
+    numbered: NumberedHost, connection: Connection
+) -> None:
+    user = numbered.subscriber(10_000)
+    first = numbered.number(user, 100)
+    hold = hold_tokens(connection, user, 1_000, task="t")
+    assert charge_tokens(connection, hold, 200, metadata={"task_id": "t"}, answer={"a": 1}).recorded
+    assert numbered.value("SELECT count(*) FROM trueup.usage_delta") == 0
+    assert balance(numbered, user) == (300, 800)
+    last = numbered.number(user, 5)
+    assert numbered.ids() == [first, first + 1, last]
+    assert numbered.value("SELECT log_id FROM trueup.charge") == str(first + 1)
+    assert {row.log_id: row.task_id for row in list_usage(connection, MAPPING, user)}[str(first + 1)] == "t"
+    assert find_answer(connection, hold, "1") == {"a": 1}
+    assert_true(numbered, MAPPING)
+
+
+def test_a_call_that_comes_again_is_found_by_its_charge_and_takes_no_id(
+    numbered: NumberedHost, connection: Connection
+) -> None:
+    user = numbered.subscriber(10_000)
+    hold = hold_tokens(connection, user, 1_000, task="t")
+    charge_tokens(connection, hold, 200)
+    assert not charge_tokens(connection, hold, 200).recorded
+    again = hold_tokens(connection, user, 1_000, task="t", retries=1)
+    assert charge_tokens(connection, again, 70).recorded  # bought twice: another attempt's
+    assert not charge_tokens(connection, again, 70).recorded
+    row = numbered.number(user, 5)
+    assert numbered.ids() == [row - 2, row - 1, row]
+    assert_true(numbered, MAPPING)
+
+
+def test_reported_usage_says_which_row_it_is_however_often_it_is_reported(numbered: NumberedHost) -> None:
+    user = numbered.subscriber(10_000)
+    hosts = numbered.number(user, 1)
+    reported = track(user)
+    assert (reported.recorded, reported.log_id) == (True, str(hosts + 1))
+    again, other = track(user), track(user, prompt_tokens=31)
+    assert (again.recorded, again.differs, again.log_id) == (False, False, reported.log_id)
+    assert (other.recorded, other.differs, other.log_id) == (False, True, reported.log_id)
+    failed = track(user, success=False, error_message="refused")
+    assert numbered.value("SELECT error_message FROM ai_usage_log WHERE id = :id", id=int(failed.log_id)) == "refused"
+    assert numbered.ids() == [hosts, hosts + 1, hosts + 2]
+    assert_true(numbered, MAPPING)
+
+
+def test_what_is_reported_by_many_at_once_is_one_row(numbered: NumberedHost) -> None:
+    user = numbered.subscriber(10_000)
+    reports = run_at_once([lambda key=key: track(user, key=key) for key in "aaab"])  # type: ignore[misc]
+    assert sorted(one.recorded for one in reports) == [False, False, True, True]
+    assert sorted({int(one.log_id) for one in reports}) == numbered.ids()
+    assert numbered.counter(user) == 10_000 - 80
+    assert_true(numbered, MAPPING)
+
+
+def test_reconciling_tells_our_rows_from_the_hosts_by_their_ids(numbered: NumberedHost, connection: Connection) -> None:
+    user = numbered.subscriber(10_000)
+    charge_tokens(connection, hold_tokens(connection, user, 1_000), 300)
+    numbered.number(user, 40, at=datetime.now(UTC))
+    run = reconcile(db.get_engine(), MAPPING, kind="deep", rules=Rules(min_age_seconds=0))
+    assert (run.drifted, run.defects) == (1, 0)
+    drift = numbered.execute("SELECT cause, written FROM trueup.drift").one()
+    assert tuple(drift) == ("missed_decrement", 9_660)
+    numbered.execute("DELETE FROM ai_usage_log WHERE total_tokens = 300")
+    deep = reconcile(db.get_engine(), MAPPING, kind="deep", dry_run=True)
+    assert [defect.kind for defect in deep.defect_rows] == ["charge_without_log_row"]
+
+
+def test_a_row_whose_id_the_host_changes_counts_once_and_is_named_as_it_was_logged(
+    numbered: NumberedHost, connection: Connection
+) -> None:
+    numbered.execute(
+        "CREATE FUNCTION renumber() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN NEW.id := NEW.id + 1000; RETURN NEW; END $$; "
+        "CREATE TRIGGER renumber BEFORE INSERT ON ai_usage_log FOR EACH ROW EXECUTE FUNCTION renumber()"
+    )
+    user = numbered.subscriber(10_000)
+    charge_tokens(connection, hold_tokens(connection, user, 1_000, task="t"), 300)
+    reported = track(user, error_message="odd")
+    assert numbered.used(user) == 340
+    assert numbered.ids() == [
+        int(row) for row in numbered.execute("SELECT log_id FROM trueup.charge ORDER BY 1").scalars()
+    ]
+    assert numbered.value("SELECT error_message FROM ai_usage_log WHERE id = :id", id=int(reported.log_id)) == "odd"
+    assert_true(numbered, MAPPING)
+
+
+def test_a_sequence_at_its_end_is_said_to_be_and_nothing_is_half_written(
+    bare: NumberedHost, connection: Connection
+) -> None:
+    bare.execute(SERIAL)
+    set_up(bare)
+    user = bare.subscriber(10_000)
+    hold = hold_tokens(connection, user, 1_000)
+    bare.execute("SELECT setval('\"Log Ids\"', 2147483647)")
+    with pytest.raises(DataError, match="reached maximum value of sequence"):
+        charge_tokens(connection, hold, 10)
+    assert bare.value("SELECT count(*) FROM trueup.charge") == 0
+    bare.execute('ALTER SEQUENCE "Log Ids" AS bigint; ALTER TABLE ai_usage_log ALTER id TYPE bigint')
+    assert charge_tokens(connection, hold, 10).recorded
+    assert bare.ids() == [2**31]
+
+
+def test_a_sequence_that_is_gone_is_named(bare: NumberedHost, connection: Connection) -> None:
+    set_up(bare)
+    hold = hold_tokens(connection, bare.subscriber(10_000), 1_000)
+    bare.execute("ALTER TABLE ai_usage_log ALTER id DROP IDENTITY")
+    with (
+        pytest.raises(NotInstalledError, match='column "id" of "ai_usage_log" has no sequence'),
+        db.connect() as worker,
+    ):
+        charge_tokens(worker, hold, 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "mapped", "said"),
+    [
+        ("ALTER id DROP IDENTITY", "bigint", "ai_usage_log.id has no sequence"),
+        ("ALTER id DROP IDENTITY, ALTER id SET DEFAULT 7", "bigint", "ai_usage_log.id has the default 7"),
+        ("ALTER section SET DEFAULT ''", "uuid", 'is of type bigint.*Set usage_log_id_type = "bigint"'),
+        ("ALTER section SET DEFAULT ''", "text", 'Set usage_log_id_type = "bigint"'),
+        ("DROP id, ADD id uuid PRIMARY KEY", "bigint", 'Set usage_log_id_type = "uuid"'),
+    ],
+)
+def test_ids_that_no_row_of_ours_could_have_are_refused_at_the_setup(
+    bare: NumberedHost, monkeypatch: pytest.MonkeyPatch, connection: Connection, change: str, mapped: Any, said: str
+) -> None:
+    bare.execute(f"ALTER TABLE ai_usage_log {change}")
+    with pytest.raises(NotInstalledError, match=said):
+        set_up(bare, HostMapping(usage_log_id_type=mapped))
+    monkeypatch.setenv("TRUEUP_HOST__USAGE_LOG_ID_TYPE", mapped)
+    get_settings.cache_clear()
+    [finding] = check_mapping(connection, get_settings())
+    assert finding.level == "error"
+
+
+def test_a_sequence_of_a_default_that_is_not_the_columns_own_is_refused_until_it_is(bare: NumberedHost) -> None:
+    bare.execute(SERIAL)
+    bare.execute('ALTER SEQUENCE "Log Ids" OWNED BY NONE')
+    with pytest.raises(NotInstalledError, match="ALTER SEQUENCE … OWNED BY"):
+        set_up(bare)
+    bare.execute('ALTER SEQUENCE "Log Ids" OWNED BY ai_usage_log.id')
+    set_up(bare)
+    bare.execute("CREATE SEQUENCE other; ALTER TABLE ai_usage_log ALTER id SET DEFAULT nextval('other')")
+    with pytest.raises(NotInstalledError, match="which draws from no sequence of its own"):
+        set_up(bare)
+
+
+def test_a_sequence_near_its_end_or_behind_its_ids_is_found(bare: NumberedHost, connection: Connection) -> None:
+    bare.execute(SERIAL)
+    set_up(bare)
+    settings = get_settings()
+    assert [finding.level for finding in check_log_ids(connection, settings)] == ["ok"]
+    user = bare.subscriber()
+    bare.number(user, 1)
+    assert [finding.level for finding in check_log_ids(connection, settings)] == ["ok"]
+    bare.execute("UPDATE ai_usage_log SET id = 9")
+    [behind] = check_log_ids(connection, settings)
+    assert (behind.level, behind.detail) == ("error", {"sequence": 'public."Log Ids"', "last": 1, "highest_id": 9})
+    bare.execute(str(behind.remedy).removeprefix("Run: "))
+    bare.number(user, 1)
+    assert [finding.level for finding in check_log_ids(connection, settings)] == ["ok"]
+    bare.execute("SELECT setval('\"Log Ids\"', 1950000000)")
+    [near] = check_log_ids(connection, settings)
+    assert (near.level, near.detail["used"]) == ("warning", 0.908)
+    # A sequence of more than its column holds ends with the column.
+    bare.execute('ALTER SEQUENCE "Log Ids" AS bigint')
+    assert [finding.level for finding in check_log_ids(connection, settings)] == ["warning"]
+    bare.execute("ALTER TABLE ai_usage_log ALTER id TYPE bigint")
+    assert [finding.level for finding in check_log_ids(connection, settings)] == ["ok"]
+
+
+def test_charges_from_before_the_log_got_other_ids_stay_known(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    user = host.subscriber(10_000)
+    before = track(user)
+    host.execute("ALTER TABLE ai_usage_log DROP id, ADD id bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY")
+    monkeypatch.setenv("TRUEUP_HOST__USAGE_LOG_ID_TYPE", "bigint")
+    get_settings.cache_clear()
+    set_up(host)
+    again = track(user, prompt_tokens=7)
+    assert (again.recorded, again.differs, again.log_id) == (False, False, before.log_id)
+    assert reconcile(db.get_engine(), MAPPING, kind="deep").defects == 0
+    assert track(user, key="new").log_id == "2"
+    assert_true(host, MAPPING)
+
+
+def test_ids_that_need_no_sequence_are_nothing_to_look_at(host: Host) -> None:
+    with db.connect() as connection:
+        [finding] = check_log_ids(connection, get_settings())
+    assert finding.level == "ok"
+
+
+@pytest.fixture
+def roles(bare: NumberedHost) -> Iterator[RoleNames]:
+    suffix = uuid.uuid4().hex[:8]
+    names = RoleNames(migrate=f"mig_{suffix}", worker=f"worker_{suffix}", readonly=f"read_{suffix}")
+    yield names
+    db.dispose_engine()
+    for role in (names.migrate, names.worker, names.readonly):
+        bare.execute(f"DROP OWNED BY {role} CASCADE; DROP ROLE {role}")
+
+
+def test_the_worker_role_draws_ids_by_a_right_on_the_sequence_alone(
+    bare: NumberedHost, roles: RoleNames, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare.execute(SERIAL)
+    user = bare.subscriber(10_000)
+    set_up(bare)
+    with bare.engine.begin() as owner:
+        for statement in grants_sql(owner, MAPPING, roles):
+            owner.exec_driver_sql(statement)
+    url = make_url(str(bare.engine.url)).set(username=roles.worker)
+    monkeypatch.setenv("TRUEUP_DATABASE_URL", url.render_as_string(hide_password=False))
+    db.dispose_engine()
+    get_settings.cache_clear()
+    assert track(user).recorded
+    with db.connect() as worker:
+        charge_tokens(worker, hold_tokens(worker, user, 1_000), 10)
+        assert lacking_rights(worker, worker_rights(worker, MAPPING)) == []
+        bare.execute(f'REVOKE USAGE ON SEQUENCE "Log Ids" FROM {roles.worker}')
+        assert [str(right) for right in lacking_rights(worker, worker_rights(worker, MAPPING))] == [
+            'USAGE ON SEQUENCE public."Log Ids"'
+        ]
+    with bare.engine.connect() as readonly:
+        readonly.execute(text(f"SET ROLE {roles.readonly}"))
+        assert not readonly.scalar(text("SELECT has_sequence_privilege('\"Log Ids\"', 'USAGE')"))

@@ -1,0 +1,72 @@
+"""A PgBouncer in transaction mode in front of the tests' PostgreSQL, where this machine has one."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy.engine import make_url
+
+from billing.settings import Settings
+from tests.support.sessions import wait_until
+from tests.worker.stack_helpers import temporary_home
+from worker.stack.layout import prepare_layout
+from worker.stack.postgres_home import find_postgres_home
+
+VARIABLE = "TRUEUP_TEST_PGBOUNCER"
+GIVEN = os.environ.get(VARIABLE)
+"""The program, if it is not on the path; read before a fixture takes trueup's variables out of the environment."""
+
+PORT = 6432
+
+
+def find_pgbouncer() -> str | None:
+    """Return the program. Distributions put it where only root's path leads."""
+    return GIVEN or shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+
+
+@contextmanager
+def running_pgbouncer(program: str, url: str, *, users: list[str], pool_size: int) -> Iterator[str]:
+    """Lend out so few sessions of that server, a transaction at a time. Gives the URL of the same database.
+
+    All else is as PgBouncer has it by default.
+    """
+    direct = make_url(url)
+    with temporary_home() as home:
+        place = find_postgres_home(prepare_layout(Settings(home=home, database_url=None)))
+        folder = place.sockets
+        (folder / "users.txt").write_text("".join(f'"{user}" ""\n' for user in users))
+        (folder / "pgbouncer.ini").write_text(
+            f"""
+            [databases]
+            * = host={direct.query["host"]} port={direct.query["port"]}
+            [pgbouncer]
+            pool_mode = transaction
+            default_pool_size = {pool_size}
+            listen_port = {PORT}
+            unix_socket_dir = {folder}
+            auth_type = trust
+            auth_file = {folder}/users.txt
+            logfile = {folder}/log
+            """.replace("            ", "")
+        )
+        account = {}
+        if place.account is not None:  # it does not run as root
+            account = {"user": place.account.uid, "group": place.account.gid}
+            for path in (folder, *folder.iterdir()):
+                os.chown(path, place.account.uid, place.account.gid)
+        process = subprocess.Popen([program, "-q", str(folder / "pgbouncer.ini")], start_new_session=True, **account)
+        try:
+            wait_until(lambda: _answers(process, folder), "PgBouncer")
+            lent = direct.set(query={"host": str(folder), "port": str(PORT)})
+            yield lent.render_as_string(hide_password=False)
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def _answers(process: subprocess.Popen[bytes], folder: Path) -> bool:
+    assert process.poll() is None, (folder / "log").read_text()
+    return (folder / f".s.PGSQL.{PORT}").exists()
