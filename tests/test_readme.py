@@ -75,11 +75,13 @@ def test_a_command_runs_as_written_on_what_the_demo_has_left(
 def find_command(words: list[str]) -> click.Command:
     """Return the command that these words call, once it has taken the rest as its arguments."""
     command: click.Command = main
+    # A command keeps the options for help of the context that it first sees.
+    context = click.Context(main, **main.context_settings)
     while isinstance(command, click.Group):
-        found = command.get_command(click.Context(command), words.pop(0))
+        found = command.get_command(context, words.pop(0))
         assert found is not None
         command = found
-    command.make_context(command.name, words)
+    command.make_context(command.name, words, parent=context)
     return command
 
 

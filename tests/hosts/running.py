@@ -82,10 +82,10 @@ def serving(
         process.communicate(timeout=STOP_SECONDS)
 
 
-def run_module(module: str, *, host_url: str) -> None:
+def run_module(module: str, *arguments: object, host_url: str) -> None:
     """Run one of the hosts' own commands to its end."""
     subprocess.run(
-        [sys.executable, "-m", module],
+        [sys.executable, "-m", module, *map(str, arguments)],
         cwd=ROOT,
         env=os.environ | {"HOST_DATABASE_URL": plain_url(host_url)},
         check=True,

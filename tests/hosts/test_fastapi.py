@@ -63,7 +63,15 @@ def test_a_user_in_the_query_is_never_taken_for_who_is_asking(fastapi_server: Se
     assert_denied(answer, POOR)
     answer = fastapi_server.post(f"/chosen-by-the-caller?user={RICH.id}", None)
     assert (answer.status_code, answer.json()) == (401, NOBODY)
-    assert fastapi_server.post(f"/unknown?user={RICH.id}", RICH).status_code == 500  # nothing says who is asking
+    # Nothing says who is asking. After such an error uvicorn closes the connection without a word.
+    answer = fastapi_server.post(f"/unknown?user={RICH.id}", RICH, headers={"Connection": "close"})
+    assert answer.status_code == 500
+
+
+def test_beside_the_current_user_another_is_never_taken_for_who_is_asking(fastapi_server: Server) -> None:
+    assert fastapi_server.post(f"/about-another?number={POOR.id}", RICH).json() == {"user": RICH.id, "about": POOR.id}
+    assert_denied(fastapi_server.post(f"/about-another?number={RICH.id}", POOR), POOR)
+    assert fastapi_server.post(f"/about-another?number={RICH.id}", None).status_code == 401
 
 
 def test_a_dependency_without_handlers_has_the_same_status_and_body(fastapi_server: Server) -> None:

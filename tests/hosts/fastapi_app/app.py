@@ -77,6 +77,16 @@ def without_a_user(user: int) -> dict[str, Any]:
     return {"user": user}
 
 
+def whom_it_is_about(number: int) -> int:
+    return number
+
+
+@app.post("/about-another")
+@needs_tokens
+def about_another(user: Annotated[int, Depends(whom_it_is_about)], current_user: CurrentUser) -> dict[str, Any]:
+    return {"user": current_user, "about": user}
+
+
 @app.post("/dependency", dependencies=[Depends(ai_tokens_required(1500, "My Feature", user=current_user))])
 async def behind_dependency(user: CurrentUser) -> dict[str, Any]:
     return {"user": user}
