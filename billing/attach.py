@@ -15,6 +15,7 @@ from billing.doctor.installation import expected_functions
 from billing.errors import TrueupError
 from billing.install import (
     DROP_FUNCTIONS,
+    KEEP_TRIGGERS,
     SAVE_TRIGGERS,
     SQL_FILES,
     create_tables,
@@ -62,17 +63,30 @@ def attach(
         take_step(step, tables, patience_seconds=patience_seconds)
         tell(done)
 
+    ready = db.retrying(lambda connection: is_ready(connection, mapping))
     take(lambda connection: prepare(connection, mapping), [], "Tables are there.")
     take_step(lambda connection: watch_log(connection, mapping), [log], patience_seconds=patience_seconds)
     done = f"Triggers on {mapping.usage_log.table} are there."
     take(lambda connection: watch_partitions(connection, mapping), [log], done)
     done = f"The trigger on {mapping.subscription.table} is there."
     take(lambda connection: watch_subscriptions(connection, mapping), [subscriptions], done)
-    users = db.retrying(lambda connection: batch_users(connection, mapping))
-    filled = fill(batch_users=users, patience_seconds=patience_seconds)
-    tell(f"Balances are built: {filled}.")
-    take(lambda connection: open_gate(connection, mapping), [], "Balances agree with the log: ready.")
-    return {"balances": filled}
+
+    def build() -> int:
+        users = db.retrying(lambda connection: batch_users(connection, mapping))
+        filled = fill(batch_users=users, patience_seconds=patience_seconds)
+        tell(f"Balances are built: {filled}.")
+        take(lambda connection: open_gate(connection, mapping), [], "Balances agree with the log: ready.")
+        return filled
+
+    try:
+        return {"balances": build()}
+    except AttachError:
+        if not ready:
+            raise
+    # It was open all along. What it counted may lack rows that came unseen, or have some that went with a partition.
+    done = "What was built does not hold: the gate is closed, and all balances are built anew."
+    take(lambda connection: close_gate(connection, mapping), [], done)
+    return {"balances": build()}
 
 
 def prepare(connection: Connection, mapping: HostMapping) -> None:
@@ -93,9 +107,14 @@ def is_ready(connection: Connection, mapping: HostMapping) -> bool:
 
 def prepare_scripts(mapping: HostMapping, *, ready: bool) -> list[str]:
     if ready:
-        return [DROP_FUNCTIONS, *sql_scripts(mapping, FUNCTIONS), SAVE_TRIGGERS]
+        return [DROP_FUNCTIONS, *sql_scripts(mapping, FUNCTIONS), KEEP_TRIGGERS]
     # With these, triggers that are there count by this mapping: what was counted before is stale.
     return [DROP_FUNCTIONS, _MARK_STALE, *sql_scripts(mapping, BEFORE_TRIGGERS), save_sql(mapping, ready=False)]
+
+
+def close_gate(connection: Connection, mapping: HostMapping) -> None:
+    """Take the gate's functions away, and let no balance from before count."""
+    run_scripts(connection, prepare_scripts(mapping, ready=False))
 
 
 def watch_log(connection: Connection, mapping: HostMapping) -> None:

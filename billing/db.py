@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from billing.errors import MissingRightError, NotInstalledError, ServiceUnavailableError, TrueupError
-from billing.host_changes import UNWATCHED, changed_type, explain, not_ready, unwatched
+from billing.host_changes import ROW_SECURITY_REMEDY, UNWATCHED, changed_type, explain, not_ready, unwatched
 from billing.poolers import limit_session
 from billing.settings import Settings, database_url, get_settings
 
@@ -33,6 +33,7 @@ _UNDEFINED = ("42P01", "3F000", "42883", "42703")
 _CHANGED_TYPES = ("42846", "42804", "42809")
 _NO_OPERATOR = "operator does not exist"
 _FORBIDDEN = "42501"
+_ROW_SECURITY = "query would be affected by row-level security"
 # A function that was replaced between its lookup and its call, or a statement prepared for what it returned before. The
 # same statement succeeds on a connection that has not prepared it.
 _REPLACED = (
@@ -66,6 +67,8 @@ def create_trueup_engine(settings: Settings) -> Engine:
         "statement_timeout": seconds,
         "idle_in_transaction_session_timeout": seconds,
         "default_transaction_isolation": "read committed",
+        # A sum over the rows that a policy leaves is too low: PostgreSQL then refuses.
+        "row_security": "off",
     }
     # First of all: what SQLAlchemy asks of a new connection is limited too.
     event.listen(engine, "connect", lambda connection, _: limit_session(connection, limits), insert=True)
@@ -181,6 +184,11 @@ def _translate(error: DBAPIError) -> TrueupError | None:
         return ServiceUnavailableError("PostgreSQL", describe_database(), cause)
     if state in (*_UNDEFINED, *_CHANGED_TYPES, UNWATCHED):
         return _explained(cause, undefined=state in _UNDEFINED) or _unexplained(state)(describe_database(), cause)
+    if state == _FORBIDDEN and cause.startswith(_ROW_SECURITY):
+        return MissingRightError(
+            f"The database at {describe_database()} would hide rows: {cause}. Nothing was run: sums would be too low. "
+            f"{ROW_SECURITY_REMEDY}"
+        )
     if state == _FORBIDDEN:
         return MissingRightError(
             f"The database at {describe_database()} refused: {cause}. Grant it to trueup's role, and do this again: "

@@ -94,6 +94,19 @@ def _missing(connection: Connection, columns: Iterable[tuple[str, str]]) -> list
     return list(found.scalars())
 
 
+def hidden_tables(connection: Connection, mapping: HostMapping) -> list[str]:
+    """Return the mapped tables of which row-level security would hide rows from the current role."""
+    tables = [table for noun in NOUNS if (table := getattr(mapping, noun).table) is not None]
+    found = connection.execute(
+        text(
+            "SELECT name FROM unnest(CAST(:names AS text[]), CAST(:quoted AS text[])) AS t (name, quoted) "
+            "WHERE row_security_active(to_regclass(quoted))"
+        ),
+        {"names": tables, "quoted": [quote_table(table) for table in tables]},
+    )
+    return list(found.scalars())
+
+
 def column_names(connection: Connection, table: str) -> list[str]:
     """Return the columns that a table has, in their order; none if it is not there."""
     statement = text(

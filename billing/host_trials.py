@@ -164,7 +164,8 @@ def _type_problem(found: str, types: tuple[str, ...]) -> Problem | None:
 
 
 def _type_of(connection: Connection, given: Expression, table: str) -> str:
-    statement = _TYPE.replace("HOST", table).replace("EXPRESSION", given.over("trueup_row"))
+    before, after = _TYPE.split("EXPRESSION")
+    statement = f"{before}{given.over('trueup_row')}{after.replace('HOST', table)}"
     return str(_run(connection, statement).scalar_one())
 
 
@@ -190,14 +191,18 @@ def _problems(
         )
     _make_table(connection, host.id, "trueup_own", filled=True)
     connection.execute(_SET_SEARCH_PATH, {"path": host.search_path})
-    own_row = render_sql(_OWN_ROW, mapping)
-    if _run(connection, own_row.replace("SUCCEEDED", "true")).scalar_one() is not True:
+    if _run(connection, _own_row(mapping, succeeded=True)).scalar_one() is not True:
         yield "the rows that trueup writes would not count", "Make it true of them, or map the column that tells."
-    if mapping.usage_log.tells_failure and _run(connection, own_row.replace("SUCCEEDED", "false")).scalar_one():
+    if mapping.usage_log.tells_failure and _run(connection, _own_row(mapping, succeeded=False)).scalar_one():
         yield (
             "a row that trueup writes of a failed call would count",
             "Let it depend on the column of success, or set success = {value = true}: failed calls then get no row.",
         )
+
+
+def _own_row(mapping: HostMapping, *, succeeded: bool) -> str:
+    # Before the host's names are in it: one of them, or a value, may be the very word.
+    return render_sql(_OWN_ROW.replace("SUCCEEDED", str(succeeded).lower()), mapping)
 
 
 def _make_table(connection: Connection, like: int, name: str, *, filled: bool) -> None:

@@ -64,8 +64,9 @@ def quote_table(name: str) -> str:
 
 
 def quote_literal(value: str) -> str:
-    """Quote a string for use in SQL text."""
-    return "'" + value.replace("'", "''") + "'"
+    """Quote a string for use in SQL text, also where standard_conforming_strings is off."""
+    quoted = value.replace("'", "''").replace("\\", r"\\")
+    return f"E'{quoted}'" if "\\" in value else f"'{quoted}'"
 
 
 class _Setting(BaseModel):

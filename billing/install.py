@@ -86,7 +86,7 @@ def install(connection: Connection, mapping: HostMapping, *, with_host_tables: b
     drop_functions(connection)
     run_scripts(connection, sql_scripts(mapping))
     done.append("functions and triggers")
-    run_scripts(connection, [save_sql(mapping)])
+    run_scripts(connection, [save_sql(mapping), SAVE_TRIGGERS])
     return done
 
 
@@ -131,17 +131,18 @@ def save_sql(mapping: HostMapping, *, ready: bool = True) -> str:
     """Return the statement that writes down which mapping the database is ready for, or is being made ready for."""
     row = _installation_row(mapping) | ({} if ready else {"fingerprint": ATTACHING})
     statement = _SAVE_INSTALLATION.format(**{key: quote_literal(value) for key, value in row.items()})
-    return f"{statement}{SAVE_TRIGGERS}"
+    return f"{statement}{KEEP_TRIGGERS if ready else SAVE_TRIGGERS}"
 
 
 def triggers_untouched(connection: Connection) -> bool:
     """Return whether the triggers are the very ones that were there when the database was made ready.
 
-    Or when it was last begun to make it so. Also where a version of trueup did that which did not write them down.
+    Or when it was last begun to make it so. Also where a version of trueup did that which did not write them down. Not
+    where what compares them went with a detach that was given up: who knows what was written since.
     """
-    if connection.scalar(text("SELECT to_regproc('trueup.trigger_marks') IS NULL")):
-        return True
-    statement = text("SELECT triggers IS NULL OR triggers = trueup.trigger_marks() FROM trueup.installation")
+    statement = text("SELECT to_jsonb(i)->>'triggers' IS NULL FROM trueup.installation i")
+    if connection.scalar(text("SELECT to_regproc('trueup.trigger_marks') IS NOT NULL")):
+        statement = text("SELECT triggers IS NULL OR triggers = trueup.trigger_marks() FROM trueup.installation")
     return connection.scalar(statement) is not False
 
 
@@ -204,6 +205,8 @@ SET mapping_fingerprint = excluded.mapping_fingerprint, mapping = excluded.mappi
 """
 
 SAVE_TRIGGERS = "UPDATE trueup.installation SET triggers = trueup.trigger_marks();\n"
+# Where nothing keeps the host from switching them off meanwhile, what was compared stays written; unless nothing is.
+KEEP_TRIGGERS = f"{SAVE_TRIGGERS.strip().removesuffix(';')} WHERE triggers IS NULL;\n"
 
 
 def _sql_files(mapping: HostMapping, names: Iterable[str]) -> list[str]:

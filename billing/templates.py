@@ -49,8 +49,8 @@ def fill(template: str, names: Names, *, escape: Callable[[str], str] = str) -> 
     def replacement(match: re.Match[str]) -> str:
         if match["otherwise"] is not None and not names.stores(match["name"]):
             return str(match["otherwise"])
-        found = escape(names.sql(match["name"], match["alias"]))
-        return quote_literal(found) if match["literal"] else found
+        found = names.sql(match["name"], match["alias"])
+        return escape(quote_literal(found) if match["literal"] else found)
 
     return _PLACEHOLDER.sub(replacement, chosen(template, names))
 

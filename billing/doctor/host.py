@@ -14,10 +14,12 @@ from billing.host_catalog import (
     column_names,
     computed_log_columns,
     demanded_log_columns,
+    hidden_tables,
     missing_host_columns,
     missing_host_tables,
     missing_view_columns,
 )
+from billing.host_changes import ROW_SECURITY_REMEDY
 from billing.host_trials import wrong_expression
 from billing.log_ids import log_id_problem
 from billing.mapping import NOUNS, HostMapping, quote_table
@@ -71,6 +73,7 @@ def check_mapping(connection: Connection, settings: Settings) -> Iterator[Findin
         *_computed(connection, mapping),
         *(error("mapping", *problem) for problem in _log_problems(connection, mapping) if problem is not None),
     ]
+    found += _hidden(connection, mapping)
     if not found and (wrong := wrong_expression(connection, mapping)):
         found.append(error("mapping", *wrong))
     found += _view_columns(connection, mapping)
@@ -169,6 +172,17 @@ def _view_columns(connection: Connection, mapping: HostMapping) -> Iterator[Find
             f"There is no column {', '.join(missing)}: the account and plan views of the API can't be served.",
             VIEWS_REMEDY,
             columns=missing,
+        )
+
+
+def _hidden(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
+    hidden = hidden_tables(connection, mapping)
+    if hidden:
+        yield error(
+            "mapping",
+            f"Row-level security hides rows of {', '.join(hidden)} from this role: what reads them is refused.",
+            ROW_SECURITY_REMEDY,
+            tables=hidden,
         )
 
 

@@ -3,9 +3,11 @@
 -- A row of ours, written by trueup.record_charge, has been added to its balance already and is passed over.
 -- A partition's triggers have an argument. Once it is detached its rows are not the log's, and they pass them over. (They
 -- call no function of ours: that could be missing for a moment, and the host's statement would fail.)
--- A host that has renamed or dropped a column goes on too: its rows are not counted then, and the gate is closed by that
--- (trueup.require_watched) until it is attached anew. What looks for the columns reads no row, and is planned
--- once; to ask the catalog with each statement made a host's insert half as dear again.
+-- A host that has renamed or dropped a column, or given it another type, goes on too: its rows are not counted then, and
+-- the gate is closed by that (trueup.require_watched) until it is attached anew. Where the mapping's condition fits its
+-- columns no more, it may also be a function that is gone, which closes nothing: each balance is stale then. What looks
+-- for the columns reads no row, and is planned once; to ask the catalog with each statement made a host's insert half as
+-- dear again.
 
 CREATE OR REPLACE FUNCTION trueup.append_inserted() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -18,9 +20,14 @@ BEGIN
     END IF;
     BEGIN
         PERFORM r.{{usage_log.user_id}}, r.{{usage_log.created_at}}, r.{{usage_log.total_tokens}}, r.{{usage_log.success}},
-                r.{{usage_log.id}} FROM new_rows r WHERE false;
-    EXCEPTION WHEN undefined_column THEN
-        RETURN NULL;
+                r.{{usage_log.id}}::text FROM new_rows r WHERE false
+        UNION ALL SELECT NULL::{{user_id_type}}, NULL::timestamptz, NULL::bigint, NULL::boolean, NULL WHERE false;
+    EXCEPTION
+        WHEN undefined_column OR datatype_mismatch THEN
+            RETURN NULL;
+        WHEN undefined_function THEN
+            INSERT INTO trueup.log_truncation DEFAULT VALUES;
+            RETURN NULL;
     END;
     INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
     SELECT n.{{usage_log.user_id}}, n.{{usage_log.created_at}}, n.{{usage_log.total_tokens}}
@@ -42,9 +49,14 @@ BEGIN
     END IF;
     BEGIN
         PERFORM r.{{usage_log.user_id}}, r.{{usage_log.created_at}}, r.{{usage_log.total_tokens}}, r.{{usage_log.success}},
-                r.{{usage_log.id}} FROM old_rows r WHERE false;
-    EXCEPTION WHEN undefined_column THEN
-        RETURN NULL;
+                r.{{usage_log.id}}::text FROM old_rows r WHERE false
+        UNION ALL SELECT NULL::{{user_id_type}}, NULL::timestamptz, NULL::bigint, NULL::boolean, NULL WHERE false;
+    EXCEPTION
+        WHEN undefined_column OR datatype_mismatch THEN
+            RETURN NULL;
+        WHEN undefined_function THEN
+            INSERT INTO trueup.log_truncation DEFAULT VALUES;
+            RETURN NULL;
     END;
     INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
     SELECT changed.user_id, changed.used_at, sum(changed.tokens)
@@ -72,9 +84,14 @@ BEGIN
     END IF;
     BEGIN
         PERFORM r.{{usage_log.user_id}}, r.{{usage_log.created_at}}, r.{{usage_log.total_tokens}}, r.{{usage_log.success}},
-                r.{{usage_log.id}} FROM old_rows r WHERE false;
-    EXCEPTION WHEN undefined_column THEN
-        RETURN NULL;
+                r.{{usage_log.id}}::text FROM old_rows r WHERE false
+        UNION ALL SELECT NULL::{{user_id_type}}, NULL::timestamptz, NULL::bigint, NULL::boolean, NULL WHERE false;
+    EXCEPTION
+        WHEN undefined_column OR datatype_mismatch THEN
+            RETURN NULL;
+        WHEN undefined_function THEN
+            INSERT INTO trueup.log_truncation DEFAULT VALUES;
+            RETURN NULL;
     END;
     INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
     SELECT o.{{usage_log.user_id}}, o.{{usage_log.created_at}}, -o.{{usage_log.total_tokens}}::bigint

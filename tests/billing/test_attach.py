@@ -10,11 +10,22 @@ from sqlalchemy import Connection, text
 from sqlalchemy.engine import make_url
 
 from billing import db
-from billing.attach import AttachError, attach, fill, open_gate, prepare, watch_log, watch_subscriptions
+from billing.attach import (
+    AttachError,
+    attach,
+    fill,
+    is_ready,
+    open_gate,
+    open_scripts,
+    prepare,
+    prepare_scripts,
+    watch_log,
+    watch_subscriptions,
+)
 from billing.attach_plan import OtherInstallationError, plan_attach, refuse_other_installation
-from billing.errors import MissingRightError, NotInstalledError
+from billing.errors import HostChangedError, MissingRightError, NotInstalledError
 from billing.holds import close_hold
-from billing.install import check_installed, install
+from billing.install import check_installed, install, run_scripts
 from billing.mapping import HostMapping, UsageLogTable
 from billing.settings import get_settings
 from billing.short_locks import HostBusyError, take_step
@@ -343,3 +354,46 @@ def test_the_plan_says_what_there_is_to_do_and_which_rights_lack(host: Host, con
     assert "to own SCHEMA trueup" in lacking
     with pytest.raises(NotInstalledError, match='no table "gone"'):
         plan_attach(connection, HostMapping(usage_log=UsageLogTable(table="gone")))
+
+
+@pytest.mark.parametrize(
+    "scripts", [prepare_scripts(MAPPING, ready=True), open_scripts(MAPPING)], ids=["first", "last"]
+)
+def test_triggers_that_are_switched_off_just_as_it_is_attached_again_are_noticed(
+    host: Host, connection: Connection, scripts: list[str]
+) -> None:
+    user = host.subscriber()
+    attach(MAPPING)
+    hold_tokens(connection, user, 0)
+    with db.transaction() as again:
+        assert is_ready(again, MAPPING)
+        host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER USER")
+        host.log(user, 20)
+        host.execute("ALTER TABLE ai_usage_log ENABLE TRIGGER USER")
+        run_scripts(again, scripts)
+    with pytest.raises(HostChangedError, match="switched off for a while"), db.connect() as worker:
+        hold_tokens(worker, user, 0)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_balances_that_were_open_and_are_not_true_are_built_anew_or_the_gate_is_closed(host: Host, again: bool) -> None:
+    user = host.subscriber()
+    host.log(user, 100)
+    attach(MAPPING)
+    # As by rows that went with a partition; and by something that makes it so each time.
+    host.execute("UPDATE trueup.balance SET consumed = 90")
+    if not again:
+        assert attach(MAPPING) == {"balances": 1}
+        assert_true(host)
+        with db.connect() as worker:
+            hold_tokens(worker, user, 9_900)
+        return
+    host.execute(
+        "CREATE FUNCTION public.wrong() RETURNS trigger LANGUAGE plpgsql "
+        "AS 'BEGIN NEW.consumed := NEW.consumed - 10; RETURN NEW; END'"
+    )
+    host.execute("CREATE TRIGGER wrong BEFORE UPDATE ON trueup.balance FOR EACH ROW EXECUTE FUNCTION public.wrong()")
+    with pytest.raises(AttachError, match=r"do not agree with the log.*The gate stays closed"):
+        attach(MAPPING)
+    with pytest.raises(NotInstalledError, match="is not ready for trueup"), db.connect() as worker:
+        hold_tokens(worker, user, 0)

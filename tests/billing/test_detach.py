@@ -11,6 +11,7 @@ from sqlalchemy.pool import NullPool
 
 from billing import db
 from billing.access import check_access
+from billing.attach import attach, prepare
 from billing.detach import DetachRefusedError, detach, plan_detach, steps
 from billing.errors import InvalidInputError, NotInstalledError
 from billing.grants import grant_tokens
@@ -242,3 +243,23 @@ def test_what_others_made_to_depend_on_the_schema_is_named_and_kept(host: Host) 
     assert triggers(host) == 5
     detach()
     assert not schema_there(host)
+
+
+def test_what_came_unseen_while_it_was_given_up_halfway_is_counted_when_it_is_attached_again(
+    host: Host, connection: Connection
+) -> None:
+    user = host.subscriber()
+    charge_tokens(connection, hold_tokens(connection, user, 0), 300)
+    close_gate, tables = next(steps(None, force=True, kept={}))
+    take_step(close_gate, tables)
+    host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER USER")
+    host.log(user, 20)
+    host.execute("ALTER TABLE ai_usage_log ENABLE TRIGGER USER")
+    with db.transaction() as again:
+        prepare(again, HostMapping())
+    with pytest.raises(NotInstalledError, match="is not ready for trueup"), db.connect() as worker:
+        hold_tokens(worker, user, 0)
+    attach(HostMapping())
+    assert_true(host)
+    hold_tokens(connection, user, 0)
+    assert host.value("SELECT consumed FROM trueup.balance") == 320

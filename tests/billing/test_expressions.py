@@ -11,6 +11,7 @@ from sqlalchemy.pool import NullPool
 from billing.doctor.host import check_mapping
 from billing.errors import NotInstalledError, TrueupError
 from billing.host_trials import expression_problem, wrong_expression
+from billing.host_values import quote_literal
 from billing.install import check_host
 from billing.look import look
 from billing.mapping import HostMapping
@@ -269,3 +270,24 @@ def test_a_role_that_may_make_no_table_of_its_own_is_told(engine: Engine) -> Non
         assert wrong_expression(connection, mapped(counts="{row}.ok")) is None
     with engine.begin() as connection:
         connection.exec_driver_sql(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+def test_a_value_may_be_any_word(engine: Engine) -> None:
+    """Also one that stands for something in the statements that it is tried out with."""
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TYPE app.outcome AS ENUM ('SUCCEEDED', 'FAILED')")
+        connection.exec_driver_sql("ALTER TABLE app.log ADD outcome app.outcome NOT NULL DEFAULT 'SUCCEEDED'")
+    compared = mapped(counts={"column": "outcome", "equals": "SUCCEEDED", "failed": "FAILED"})
+    expression = mapped(
+        counts="{row}.outcome = 'SUCCEEDED' AND coalesce({row}.kind, 'EXPRESSION') <> 'HOST'", success={"value": True}
+    )
+    assert problems(engine, {"compared": compared, "expression": expression}) == {"compared": None, "expression": None}
+
+
+@pytest.mark.parametrize("standard", ["on", "off"])
+def test_no_value_ends_the_string_that_it_is_in(engine: Engine, standard: str) -> None:
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"SET standard_conforming_strings = {standard}")
+        for value in (r"\'); DROP TABLE app.log; --", r"a\b", "it's", "\\"):
+            statement = f"SELECT {quote_literal(value)}"
+            assert connection.exec_driver_sql(statement).scalar_one() == value

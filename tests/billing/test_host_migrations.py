@@ -8,8 +8,15 @@ from sqlalchemy import Connection, text
 from billing import db
 from billing.accounts import read_account
 from billing.attach import attach
+from billing.decisions import decide_drift
 from billing.doctor.installation import check_triggers
-from billing.errors import GateClosedError, HostChangedError, MissingRightError, ServiceUnavailableError
+from billing.errors import (
+    GateClosedError,
+    HostChangedError,
+    MissingRightError,
+    NotInstalledError,
+    ServiceUnavailableError,
+)
 from billing.gates import token_gate
 from billing.holds import Hold
 from billing.install import install
@@ -193,6 +200,53 @@ def test_a_column_of_another_type_is_named_as_what_it_is(host: Host, user: int) 
     host.execute("UPDATE trueup.balance SET log_epoch = -1")
     with pytest.raises(HostChangedError), db.connect() as own:
         hold_tokens(own, user)
+
+
+RETYPED = {
+    "tokens": "ALTER total_tokens DROP DEFAULT, ALTER total_tokens TYPE text",
+    "flag": "ALTER success DROP DEFAULT, ALTER success TYPE text",
+    "time": "ALTER created_at DROP DEFAULT, ALTER created_at TYPE text",
+    "user": "DROP CONSTRAINT ai_usage_log_user_id_fkey, ALTER user_id TYPE text",
+}
+
+
+@pytest.mark.parametrize("change", RETYPED)
+def test_a_host_that_gives_a_column_another_type_goes_on_writing(host: Host, user: int, change: str) -> None:
+    host.execute(f"ALTER TABLE ai_usage_log {RETYPED[change]}")
+    values = f"'{user}', 'chat', '5', 'true', '{START}'"
+    host.execute(f"INSERT INTO ai_usage_log (user_id, section, total_tokens, success, created_at) VALUES ({values})")
+    host.execute("UPDATE ai_usage_log SET total_tokens = '6'")
+    host.execute("DELETE FROM ai_usage_log")
+    with pytest.raises(HostChangedError), db.connect() as own:
+        hold_tokens(own, user, 0)
+
+
+def test_a_host_goes_on_writing_when_the_mapping_leans_on_a_function_that_is_gone(host: Host, user: int) -> None:
+    host.execute("CREATE FUNCTION counts(boolean) RETURNS boolean IMMUTABLE LEAKPROOF LANGUAGE sql AS 'SELECT $1'")
+    mapping = HostMapping.model_validate({"usage_log": {"counts": {"expression": "public.counts({row}.success)"}}})
+    attach(mapping)
+    with db.connect() as own:
+        hold_tokens(own, user, 0)
+    host.execute("ALTER FUNCTION counts(boolean) RENAME TO was")
+    host.log(user, 7)
+    with pytest.raises(NotInstalledError, match="counts"), db.connect() as own:
+        hold_tokens(own, user, 0)
+    host.execute("ALTER FUNCTION was(boolean) RENAME TO counts")
+    with db.connect() as own:
+        hold_tokens(own, user, 0)
+    assert host.value("SELECT consumed FROM trueup.balance") == 107
+
+
+def test_nobody_sets_a_counter_right_by_sums_that_stand_still(host: Host, user: int) -> None:
+    host.plan(500)
+    host.execute("UPDATE billing_subscription SET tokens_remaining = 10400")  # as after buying a pack
+    reconcile(db.get_engine(), HostMapping())
+    drift = host.value("SELECT id FROM trueup.drift WHERE action = 'review'")
+    host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER trueup_inserted")
+    host.log(user, 400)
+    with pytest.raises(HostChangedError, match="trueup_inserted is disabled"), db.connect() as own:
+        decide_drift(own, drift, "accept", by="ann", note="looked at it")
+    assert host.counter(user) == 10_400
 
 
 def test_a_quick_pass_corrects_no_counter_by_sums_that_stand_still(host: Host, user: int) -> None:

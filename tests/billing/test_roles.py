@@ -14,11 +14,12 @@ from sqlalchemy.pool import NullPool
 
 from billing import db
 from billing.alerts import claim_due, raise_test
+from billing.attach import attach
 from billing.calls import begin_call, end_call, extend_hold
 from billing.charges import prune_answers
 from billing.detach import detach
 from billing.doctor.database import examine_database
-from billing.errors import InvalidInputError, NotInstalledError
+from billing.errors import InvalidInputError, MissingRightError, NotInstalledError
 from billing.holds import close_hold, expire_holds
 from billing.host_tables import build_host_metadata
 from billing.install import install
@@ -323,3 +324,27 @@ def test_the_command_prints_what_psql_can_run(ready: Site) -> None:
     assert printed.endswith("COMMIT;\n")
     with ready.owner.connect() as connection:
         connection.exec_driver_sql(printed.replace("COMMIT;", "ROLLBACK;").replace("%", "%%"))
+
+
+def test_rows_that_a_policy_hides_are_never_left_out_of_a_sum(ready: Site) -> None:
+    user = ready.host.subscriber(10_000)
+    ready.host.log(user, 9_000)
+    with ready.owner.begin() as connection:
+        connection.execute(text("ALTER TABLE ai_usage_log ENABLE ROW LEVEL SECURITY"))
+    for role in (ready.roles.worker, ready.roles.migrate):
+        ready.become(role)
+        with pytest.raises(MissingRightError, match=r"would hide rows.*ai_usage_log.*BYPASSRLS"):
+            db.retrying(lambda connection: hold_tokens(connection, user, 5_000))
+        [finding] = [each for each in examine_database(get_settings()) if each.check == "mapping"]
+        assert (finding.level, finding.detail["tables"]) == ("error", ["ai_usage_log"])
+    with pytest.raises(MissingRightError, match="would hide rows"):
+        attach(get_settings().host)
+    with ready.owner.begin() as connection:
+        for role in (ready.roles.worker, ready.roles.migrate):
+            quoted = connection.dialect.identifier_preparer.quote_identifier(role)
+            connection.exec_driver_sql(f"ALTER ROLE {quoted} BYPASSRLS")
+    attach(get_settings().host)
+    ready.become(ready.roles.worker)
+    with db.connect() as connection:
+        charge_tokens(connection, hold_tokens(connection, user, 1_000), 500)
+    assert ready.host.value("SELECT tokens_remaining FROM billing_subscription") == 9_500
