@@ -90,6 +90,7 @@ GOOD_TOKENS = (
     "CASE WHEN {row}.note LIKE '%pro:%' THEN 100 ELSE 5 END",
     "CAST({row}.price * 100 AS bigint)",
     "CAST({row}.size AS integer)",
+    "{row}.base / 2 + {row}.gift % 7",
 )
 BAD_TOKENS = {
     "{row}.nothing": "column {row}.nothing does not exist. Correct it",
@@ -106,6 +107,11 @@ BAD_TOKENS = {
     "generate_series(1, {row}.base)": "it looks beyond its row",
     "CASE WHEN {row}.trial_end > now() THEN 1 ELSE 2 END": "it does not always give the same for the same row",
     "CAST(random() * 10 AS integer)": "it does not always give the same for the same row",
+    "{row}.base / {row}.gift": "it divides by what may be 0 for a row",
+    "{row}.base / 2 / {row}.gift": "it divides by what may be 0 for a row",
+    "{row}.base / 0": "it divides by what may be 0 for a row",
+    "mod({row}.base, {row}.base)": "it divides by what may be 0 for a row",
+    "CAST({row}.note AS integer)": "it casts text, which may fail for a row",
     "double({row}.base)": "function double(integer) does not exist",
 }
 
