@@ -63,6 +63,16 @@ def stack_processes(home: Path) -> list[psutil.Process]:
     return [process for server in servers(home) for process in server.processes()]
 
 
+def is_initdb_at_work(home: Path) -> bool:
+    """Return whether an initdb, also an orphan, makes data in this home."""
+    programs = psutil.process_iter(["name", "cmdline"])
+    return any(
+        process.info["name"] in ("initdb", "postgres")
+        and f"{home}/postgres/new-" in " ".join(process.info["cmdline"] or [])
+        for process in programs
+    )
+
+
 def server_pids(home: Path) -> list[int]:
     """The pids of PostgreSQL and of Redis; of those that run."""
     mains = [first_of(server.processes()) for server in servers(home)]

@@ -72,6 +72,9 @@ class PostgresServer:
     def launch(self) -> psutil.Process | None:
         """Start it without waiting, its data made the first time; None when it was gone at once."""
         programs = find_programs(self._home)
+        # Of an initdb that was killed, or of its orphan, which may have gone on writing after the last start.
+        for leftover in self._home.base.glob("new-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         if not self.data.is_dir():
             self._make_data(programs)
         self._clear_stale_files()
@@ -88,8 +91,6 @@ class PostgresServer:
         successor.
         """
         base, account = self._home.base, self._home.account
-        for leftover in base.glob("new-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
         new = Path(tempfile.mkdtemp(prefix="new-", dir=base))
         if account:
             os.chown(new, account.uid, account.gid)
