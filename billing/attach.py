@@ -15,26 +15,21 @@ from billing.doctor.installation import expected_functions
 from billing.errors import TrueupError
 from billing.install import (
     DROP_FUNCTIONS,
-    KEEP_TRIGGERS,
-    SAVE_TRIGGERS,
     SQL_FILES,
     create_tables,
     run_scripts,
     save_sql,
     sql_scripts,
-    triggers_untouched,
 )
 from billing.mapping import HostMapping, quote_table, render_statement
 from billing.partitions import uncovered_partitions
 from billing.short_locks import PATIENCE_SECONDS, take_step
+from billing.watching import KEEP_WATCHED, LOG_TRIGGERS, SAVE_WATCHED, WINDOW_TRIGGER, is_untouched
 
 # As many users at once as have about so many log rows: reading the log from end to end for few would be a waste.
 BATCH_ROWS = 10_000_000
 MOST_BATCH_USERS = 500_000
 SAMPLE_USERS = 1_000
-
-LOG_TRIGGERS = ("trueup_inserted", "trueup_updated", "trueup_deleted", "trueup_truncated")
-WINDOW_TRIGGERS = ("trueup_window_changed",)
 
 # Whatever the triggers and the filling need; nothing of the gate's is among it.
 BEFORE_TRIGGERS = SQL_FILES[: SQL_FILES.index("triggers.sql")]
@@ -102,14 +97,25 @@ def is_ready(connection: Connection, mapping: HostMapping) -> bool:
     """Return whether the triggers are at work, and have been since they counted by this mapping."""
     if connection.scalar(text("SELECT to_regclass('trueup.installation') IS NULL")):
         return False
-    return _all_watched(connection, mapping) and _is_counted(connection, mapping) and triggers_untouched(connection)
+    return _all_watched(connection, mapping) and _is_counted(connection, mapping) and is_untouched(connection)
 
 
 def prepare_scripts(mapping: HostMapping, *, ready: bool) -> list[str]:
     if ready:
-        return [DROP_FUNCTIONS, *sql_scripts(mapping, FUNCTIONS), KEEP_TRIGGERS]
+        return [*function_scripts(mapping), KEEP_WATCHED]
     # With these, triggers that are there count by this mapping: what was counted before is stale.
-    return [DROP_FUNCTIONS, _MARK_STALE, *sql_scripts(mapping, BEFORE_TRIGGERS), save_sql(mapping, ready=False)]
+    counting = sql_scripts(mapping, BEFORE_TRIGGERS)
+    return [DROP_FUNCTIONS, _MARK_STALE, *counting, save_sql(mapping, ready=False), SAVE_WATCHED]
+
+
+def function_scripts(mapping: HostMapping) -> list[str]:
+    """Return what makes all of trueup's functions: the gate runs by them."""
+    return [DROP_FUNCTIONS, *sql_scripts(mapping, FUNCTIONS)]
+
+
+def ready_scripts(mapping: HostMapping) -> list[str]:
+    """Return what writes down that all is ready."""
+    return [save_sql(mapping), KEEP_WATCHED]
 
 
 def close_gate(connection: Connection, mapping: HostMapping) -> None:
@@ -124,7 +130,7 @@ def watch_log(connection: Connection, mapping: HostMapping) -> None:
 
 
 def watch_scripts(mapping: HostMapping) -> list[str]:
-    return [_MARK_STALE, *sql_scripts(mapping, ["triggers.sql"]), SAVE_TRIGGERS]
+    return [_MARK_STALE, *sql_scripts(mapping, ["triggers.sql"]), SAVE_WATCHED]
 
 
 def watch_partitions(connection: Connection, mapping: HostMapping) -> None:
@@ -141,7 +147,7 @@ def watch_subscriptions(connection: Connection, mapping: HostMapping) -> None:
 
 
 def window_scripts(mapping: HostMapping) -> list[str]:
-    return [*sql_scripts(mapping, ["window_triggers.sql"]), SAVE_TRIGGERS]
+    return [*sql_scripts(mapping, ["window_triggers.sql"]), SAVE_WATCHED]
 
 
 def batch_users(connection: Connection, mapping: HostMapping) -> int:
@@ -188,12 +194,12 @@ def open_gate(connection: Connection, mapping: HostMapping) -> None:
             f"Balances do not agree with the log, those of {', '.join(map(str, wrong[:5]))} among them. The gate stays "
             "closed. Look for triggers or rules of the host's own that change rows as they are logged."
         )
-    run_scripts(connection, open_scripts(mapping))
+    run_scripts(connection, [*function_scripts(mapping), *ready_scripts(mapping)])
 
 
 def _refuse_touched(connection: Connection) -> None:
     """What was written while they were off was not counted, and nobody marked the balances stale for it."""
-    if not triggers_untouched(connection):
+    if not is_untouched(connection):
         raise AttachError(
             "Triggers of trueup were switched off, or made anew, by somebody else meanwhile. The gate stays closed. "
             "Run `trueup db attach` again."
@@ -202,10 +208,6 @@ def _refuse_touched(connection: Connection) -> None:
 
 def _fill_batch(values: dict[str, Any]) -> Callable[[Connection], Row[Any]]:
     return lambda connection: connection.execute(_FILL, values).one()
-
-
-def open_scripts(mapping: HostMapping) -> list[str]:
-    return [DROP_FUNCTIONS, *sql_scripts(mapping, FUNCTIONS), save_sql(mapping)]
 
 
 def _all_watched(connection: Connection, mapping: HostMapping) -> bool:
@@ -217,7 +219,7 @@ def is_log_watched(connection: Connection, mapping: HostMapping) -> bool:
 
 
 def are_subscriptions_watched(connection: Connection, mapping: HostMapping) -> bool:
-    return _is_watched(connection, quote_table(mapping.subscription.table), WINDOW_TRIGGERS)
+    return _is_watched(connection, quote_table(mapping.subscription.table), (WINDOW_TRIGGER,))
 
 
 def _is_watched(connection: Connection, table: str, triggers: tuple[str, ...]) -> bool:

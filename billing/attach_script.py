@@ -9,10 +9,11 @@ from billing.attach import (
     UNTRUE,
     are_subscriptions_watched,
     batch_users,
+    function_scripts,
     is_log_watched,
     is_ready,
-    open_scripts,
     prepare_scripts,
+    ready_scripts,
     watch_scripts,
     window_scripts,
 )
@@ -86,9 +87,7 @@ def attach_script(connection: Connection, mapping: HostMapping) -> str:
         f"-- 3. Balances, from the log, in batches that are committed one by one\n{render_sql(filling, mapping)}"
     )
     untrue = render_sql(UNTRUE, mapping).replace(":users", str(SAMPLE_USERS)).strip()
-    opening = [_COMPARE.format(untrue=untrue), *open_scripts(mapping)]
-    # After the functions that it needs, before the mark that says that all is ready.
-    opening.insert(-1, _CHECK_TRIGGERS)
+    opening = [_COMPARE.format(untrue=untrue), *function_scripts(mapping), _CHECK_TRIGGERS, *ready_scripts(mapping)]
     parts.append(_step("4. If they agree with the log: the functions of the gate, and the mark", opening))
     return "\n".join(parts)
 

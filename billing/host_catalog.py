@@ -30,15 +30,7 @@ VIEWS_REMEDY = (
 
 def missing_host_tables(connection: Connection, mapping: HostMapping) -> list[str]:
     """Return the mapped tables that the database does not have."""
-    tables = [table for noun in NOUNS if (table := getattr(mapping, noun).table) is not None]
-    found = connection.execute(
-        text(
-            "SELECT name FROM unnest(CAST(:names AS text[]), CAST(:quoted AS text[])) AS t (name, quoted) "
-            "WHERE to_regclass(quoted) IS NULL"
-        ),
-        {"names": tables, "quoted": [quote_table(table) for table in tables]},
-    )
-    return list(found.scalars())
+    return _tables_where(connection, mapping.tables(), "to_regclass(quoted) IS NULL")
 
 
 def missing_host_columns(connection: Connection, mapping: HostMapping) -> list[str]:
@@ -96,15 +88,7 @@ def _missing(connection: Connection, columns: Iterable[tuple[str, str]]) -> list
 
 def hidden_tables(connection: Connection, mapping: HostMapping) -> list[str]:
     """Return the mapped tables of which row-level security would hide rows from the current role."""
-    tables = [table for noun in NOUNS if (table := getattr(mapping, noun).table) is not None]
-    found = connection.execute(
-        text(
-            "SELECT name FROM unnest(CAST(:names AS text[]), CAST(:quoted AS text[])) AS t (name, quoted) "
-            "WHERE row_security_active(to_regclass(quoted))"
-        ),
-        {"names": tables, "quoted": [quote_table(table) for table in tables]},
-    )
-    return list(found.scalars())
+    return _tables_where(connection, mapping.tables(), "row_security_active(to_regclass(quoted))")
 
 
 def column_names(connection: Connection, table: str) -> list[str]:
@@ -148,11 +132,16 @@ def computed_log_columns(connection: Connection, mapping: HostMapping) -> list[s
 
 def tables_without_triggers(connection: Connection, mapping: HostMapping) -> list[str]:
     """Return what of the usage log and the subscriptions is no table of this database, such as a view."""
-    tables = [mapping.usage_log.table, mapping.subscription.table]
+    is_none = "EXISTS (SELECT FROM pg_class c WHERE c.oid = to_regclass(quoted) AND c.relkind NOT IN ('r', 'p'))"
+    return _tables_where(connection, [mapping.usage_log.table, mapping.subscription.table], is_none)
+
+
+def _tables_where(connection: Connection, tables: list[str], condition: str) -> list[str]:
+    """Return those of the tables for which the condition is true: of `quoted`, the table as SQL names it."""
     found = connection.execute(
         text(
-            "SELECT name FROM unnest(CAST(:names AS text[]), CAST(:quoted AS text[])) AS t (name, quoted) "
-            "JOIN pg_class c ON c.oid = to_regclass(quoted) WHERE c.relkind NOT IN ('r', 'p')"
+            "SELECT name FROM unnest(CAST(:names AS text[]), CAST(:quoted AS text[])) "
+            f"WITH ORDINALITY AS t (name, quoted, place) WHERE {condition} ORDER BY place"
         ),
         {"names": tables, "quoted": [quote_table(table) for table in tables]},
     )

@@ -47,14 +47,23 @@ _OWN_ROW = """
                  CAST('{"task_id": "1"}' AS jsonb) AS metadata, CAST(now() AS timestamptz) AS created_at) r
     RETURNING l.{{usage_log.success}}
 """
-# Written while the host's own statement runs, which we must not fail: so all in it is of a kind that can't.
-_TREE = text(
-    r"""
+# The tried expression as PostgreSQL has parsed it.
+_TRIED = """
     WITH tree AS (
         SELECT CAST(f.adbin AS text) AS nodes FROM pg_attrdef f JOIN pg_attribute a
             ON a.attrelid = f.adrelid AND a.attnum = f.adnum
         WHERE f.adrelid = to_regclass('pg_temp.trueup_row') AND a.attname = 'trueup_tried'
     )
+"""
+_CASTS_TEXT = r"""
+    (nodes ~ '\{COERCEVIAIO' AND EXISTS (
+        SELECT FROM regexp_matches(nodes, '[^a-z]resulttype (\d+)', 'g') AS used (id)
+        WHERE used.id[1] NOT IN ('25', '1043')))
+"""
+# Written while the host's own statement runs, which we must not fail: so all in it is of a kind that can't.
+_TREE = text(
+    rf"""
+    {_TRIED}
     SELECT CAST(CAST(p.oid AS regprocedure) AS text)
     FROM tree, regexp_matches(nodes, 'funcid (\d+)', 'g') AS used (id)
     JOIN pg_proc p ON p.oid = CAST(used.id[1] AS oid)
@@ -62,31 +71,23 @@ _TREE = text(
       AND NOT (p.pronamespace = CAST('pg_catalog' AS regnamespace) AND p.proname = ANY (CAST(:harmless AS text[])))
     UNION
     SELECT lower(used.name[1])
-    FROM tree, regexp_matches(nodes, '\{([A-Z]+)', 'g') AS used (name)
+    FROM tree, regexp_matches(nodes, '\{{([A-Z]+)', 'g') AS used (name)
     WHERE used.name[1] <> ALL (CAST(:kinds AS text[]))
     UNION
-    SELECT 'a cast from text' FROM tree
-    WHERE nodes ~ '\{COERCEVIAIO' AND EXISTS (
-        SELECT FROM regexp_matches(nodes, '[^a-z]resulttype (\d+)', 'g') AS used (id)
-        WHERE used.id[1] NOT IN ('25', '1043'))
+    SELECT 'a cast from text' FROM tree WHERE {_CASTS_TEXT}
     LIMIT 1
     """
 )
 # What one row can make fail for all who are read together with it. (Sums can as well, by more than fits: that is left
 # to whoever writes them.)
 _DIVISIONS = text(
-    r"""
-    SELECT count(p.oid) AS divisions,
-           f.nodes ~ '\{COERCEVIAIO' AND EXISTS (
-               SELECT FROM regexp_matches(f.nodes, '[^a-z]resulttype (\d+)', 'g') AS used (id)
-               WHERE used.id[1] NOT IN ('25', '1043')) AS casts
-    FROM (SELECT CAST(f.adbin AS text) AS nodes FROM pg_attrdef f JOIN pg_attribute a
-              ON a.attrelid = f.adrelid AND a.attnum = f.adnum
-          WHERE f.adrelid = to_regclass('pg_temp.trueup_row') AND a.attname = 'trueup_tried') f
-    LEFT JOIN LATERAL regexp_matches(f.nodes, 'funcid (\d+)', 'g') AS used (id) ON true
-    LEFT JOIN pg_proc p ON p.oid = CAST(used.id[1] AS oid) AND p.proname ~ '(div|mod)$'
-                       AND p.pronamespace = CAST('pg_catalog' AS regnamespace)
-    GROUP BY f.nodes
+    rf"""
+    {_TRIED}
+    SELECT (SELECT count(*) FROM regexp_matches(nodes, 'funcid (\d+)', 'g') AS used (id)
+            JOIN pg_proc p ON p.oid = CAST(used.id[1] AS oid)
+            WHERE p.proname ~ '(div|mod)$' AND p.pronamespace = CAST('pg_catalog' AS regnamespace)) AS divisions,
+           {_CASTS_TEXT} AS casts
+    FROM tree
     """
 )
 _BY_A_NUMBER = re.compile(r"[/%]\s*[1-9][0-9]*(?![\w.])")

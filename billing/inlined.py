@@ -15,6 +15,7 @@ from sqlalchemy.dialects import postgresql
 
 from billing.mapping import HostMapping
 from billing.schema import SCHEMA, build_metadata
+from billing.templates import with_parts
 
 # [^$]: a definition ends where its body begins, and does not go on into the next one's.
 _DEFINITION = re.compile(
@@ -78,7 +79,8 @@ def _files(mapping: HostMapping) -> list[str]:
 def _functions(files: tuple[str, ...]) -> dict[str, _Function]:
     found = {}
     for name in files:
-        content = _COMMENT.sub("", resources.files("billing").joinpath("sql", name).read_text(encoding="utf-8"))
+        template = resources.files("billing").joinpath("sql", name).read_text(encoding="utf-8")
+        content = _COMMENT.sub("", with_parts(template))
         for match in _DEFINITION.finditer(content):
             returns = match["returns"]
             columns = None

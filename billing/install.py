@@ -29,6 +29,7 @@ from billing.schema import SCHEMA
 from billing.settings import get_settings
 from billing.short_locks import INSTALL_LOCK, STATEMENT_TIMEOUT_SECONDS
 from billing.subscriptions import refuse_shared_users
+from billing.watching import SAVE_WATCHED, is_untouched
 
 # Functions before triggers; each file may use what those before it define.
 SQL_FILES = (
@@ -81,12 +82,12 @@ def install(connection: Connection, mapping: HostMapping, *, with_host_tables: b
         done.append("host tables")
     create_tables(connection, mapping)
     done.append("tables")
-    values = {"log": quote_table(mapping.usage_log.table), "touched": not triggers_untouched(connection)}
+    values = {"log": quote_table(mapping.usage_log.table), "touched": not is_untouched(connection)}
     connection.execute(_MARK_BALANCES_STALE, _installation_row(mapping) | values)
     drop_functions(connection)
     run_scripts(connection, sql_scripts(mapping))
     done.append("functions and triggers")
-    run_scripts(connection, [save_sql(mapping), SAVE_TRIGGERS])
+    run_scripts(connection, [save_sql(mapping), SAVE_WATCHED])
     return done
 
 
@@ -130,20 +131,7 @@ def run_scripts(connection: Connection, scripts: Iterable[str]) -> None:
 def save_sql(mapping: HostMapping, *, ready: bool = True) -> str:
     """Return the statement that writes down which mapping the database is ready for, or is being made ready for."""
     row = _installation_row(mapping) | ({} if ready else {"fingerprint": ATTACHING})
-    statement = _SAVE_INSTALLATION.format(**{key: quote_literal(value) for key, value in row.items()})
-    return f"{statement}{KEEP_TRIGGERS if ready else SAVE_TRIGGERS}"
-
-
-def triggers_untouched(connection: Connection) -> bool:
-    """Return whether the triggers are the very ones that were there when the database was made ready.
-
-    Or when it was last begun to make it so. Also where a version of trueup did that which did not write them down. Not
-    where what compares them went with a detach that was given up: who knows what was written since.
-    """
-    statement = text("SELECT to_jsonb(i)->>'triggers' IS NULL FROM trueup.installation i")
-    if connection.scalar(text("SELECT to_regproc('trueup.trigger_marks') IS NOT NULL")):
-        statement = text("SELECT triggers IS NULL OR triggers = trueup.trigger_marks() FROM trueup.installation")
-    return connection.scalar(statement) is not False
+    return _SAVE_INSTALLATION.format(**{key: quote_literal(value) for key, value in row.items()})
 
 
 def drop_functions(connection: Connection) -> None:
@@ -203,10 +191,6 @@ VALUES ({fingerprint}, CAST({mapping} AS jsonb))
 ON CONFLICT (singleton) DO UPDATE
 SET mapping_fingerprint = excluded.mapping_fingerprint, mapping = excluded.mapping;
 """
-
-SAVE_TRIGGERS = "UPDATE trueup.installation SET triggers = trueup.trigger_marks();\n"
-# Where nothing keeps the host from switching them off meanwhile, what was compared stays written; unless nothing is.
-KEEP_TRIGGERS = f"{SAVE_TRIGGERS.strip().removesuffix(';')} WHERE triggers IS NULL;\n"
 
 
 def _sql_files(mapping: HostMapping, names: Iterable[str]) -> list[str]:

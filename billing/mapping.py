@@ -91,6 +91,10 @@ class HostMapping(Names):
             )
         return self
 
+    def tables(self) -> list[str]:
+        """Return the host's tables that are mapped."""
+        return [table for noun in NOUNS if (table := getattr(self, noun).table) is not None]
+
     def columns(self, noun: str) -> list[tuple[str, str]]:
         """Return the host's columns that are used of a noun, as (field, column); none if its table is not there.
 

@@ -4,13 +4,18 @@ from sqlalchemy import Connection, text
 
 from billing.mapping import HostMapping, quote_table
 
-_TABLES = text(
-    """
+# The log's id and theirs, as `family`.
+FAMILY = """
     WITH RECURSIVE family (id) AS (
         SELECT CAST(to_regclass(:log) AS oid)
         UNION
         SELECT i.inhrelid FROM pg_inherits i JOIN family f ON i.inhparent = f.id
     )
+"""
+
+_TABLES = text(
+    f"""
+    {FAMILY}
     SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS name, c.relkind = 'f' AS is_foreign
     FROM family f JOIN pg_class c ON c.oid = f.id JOIN pg_namespace n ON n.oid = c.relnamespace
     ORDER BY c.oid <> to_regclass(:log), 1

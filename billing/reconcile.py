@@ -34,9 +34,9 @@ from billing.reconcile_runs import (
 from billing.rules import Rules
 from billing.shard_jobs import Jobs, Shards, ShardsInMemory, ShardsOfRun
 from billing.shard_processes import MakeEngine, Order, ShardProcess
-from billing.shard_work import Job, connected
 from billing.shards import Shard, count_subscriptions, kept_alive, new_owner, shard_ends
 from billing.users import UserId
+from billing.work import Job, connected
 
 SCAN_TIMEOUT_SECONDS = 600
 SHARD_SIZE = 250_000

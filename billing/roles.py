@@ -14,20 +14,21 @@ from typing import Literal
 from sqlalchemy import Connection, text
 
 from billing.errors import InvalidInputError, NotInstalledError
-from billing.host_catalog import missing_host_tables
+from billing.host_catalog import column_names, missing_host_tables
 from billing.host_trials import is_tried
+from billing.host_values import quote_literal
 from billing.log_ids import log_id_sequence
-from billing.mapping import HostMapping, quote_identifier, quote_table
+from billing.mapping import NOUNS, HostMapping, quote_identifier, quote_table
 from billing.ownership import ownership_sql
 from billing.partitions import log_tables
 from billing.schema import SCHEMA
 
 # What only migrating writes; the log's triggers do so with its owner's rights.
 MIGRATED = frozenset({"alembic_version", "installation", "log_truncation"})
+# What a quick pass notes there: trueup.note_log_files().
+_NOTED = ("column_versions", "log_files")
 # PostgreSQL cuts a longer name, and two could become one.
 _LONGEST_NAME_BYTES = 63
-
-_NOUNS = ("token_plan", "full_plan", "subscription", "usage_log", "token_usage", "payment")
 
 Kind = Literal["schema", "table", "sequence", "function"]
 
@@ -74,6 +75,8 @@ def worker_rights(connection: Connection, mapping: HostMapping) -> list[Right]:
     for table in _own_tables(connection):
         verbs = ["INSERT", "UPDATE", "DELETE"] if table in passing else ["INSERT", "UPDATE"]
         rights += [_on_own(table, verb) for verb in ([] if table in MIGRATED else verbs)]
+        if table == "installation":
+            rights.append(replace(_on_own(table, "UPDATE"), columns=_NOTED))
     return rights
 
 
@@ -185,9 +188,8 @@ def _check_names(roles: RoleNames) -> None:
 
 
 def _create(role: str) -> str:
-    literal = role.replace("'", "''")
     return (
-        f"DO $$ BEGIN IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = '{literal}') THEN "
+        f"DO $$ BEGIN IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = {quote_literal(role)}) THEN "
         f"CREATE ROLE {quote_identifier(role)} LOGIN; END IF; END $$"
     )
 
@@ -207,12 +209,12 @@ def _grants(rights: Iterable[Right], role: str) -> Iterator[str]:
 def _host_rights(connection: Connection, mapping: HostMapping, *, read_users: bool, write: bool) -> list[Right]:
     """Return the rights on the mapped columns that there are, and on no others: hosts keep more than tokens."""
     rights = []
-    for noun in ("user", *_NOUNS) if read_users else _NOUNS:
+    for noun in NOUNS if read_users else [noun for noun in NOUNS if noun != "user"]:
         names = getattr(mapping, noun)
         if names.table is None:
             continue
         table = _qualified(connection, names.table)
-        there = _columns(connection, names.table)
+        there = column_names(connection, names.table)
         mapped = dict.fromkeys(column for _, column in mapping.columns(noun))
         verbs = {"SELECT": tuple(column for column in mapped if column in there)}
         if write and noun == "subscription":
@@ -272,7 +274,6 @@ def _qualified(connection: Connection, table: str) -> str:
 
 
 def _schemas(connection: Connection, mapping: HostMapping) -> list[str]:
-    tables = [getattr(mapping, noun).table for noun in ("user", *_NOUNS) if getattr(mapping, noun).table is not None]
     return list(
         connection.scalars(
             text(
@@ -280,15 +281,6 @@ def _schemas(connection: Connection, mapping: HostMapping) -> list[str]:
                 "JOIN pg_class c ON c.oid = to_regclass(t.name) JOIN pg_namespace n ON n.oid = c.relnamespace "
                 "ORDER BY 1"
             ),
-            {"tables": [quote_table(table) for table in tables]},
-        )
-    )
-
-
-def _columns(connection: Connection, table: str) -> set[str]:
-    return set(
-        connection.scalars(
-            text("SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(:quoted) AND attnum > 0"),
-            {"quoted": quote_table(table)},
+            {"tables": [quote_table(table) for table in mapping.tables()]},
         )
     )

@@ -12,8 +12,9 @@ from typing import Protocol
 from sqlalchemy import Engine
 
 from billing.shard_processes import ProcessEndedError, ShardProcess
-from billing.shard_work import Job, connected, work_shard
+from billing.shard_work import work_shard
 from billing.shards import Shard, ShardLostError, claim_shard, end_shard, reload_shard
+from billing.work import Job, connected
 
 logger = logging.getLogger(__name__)
 

@@ -26,11 +26,10 @@ from billing import db
 from billing.deep import Defect
 from billing.errors import TrueupError
 from billing.evidence import Evidence
-from billing.reconcile_batch import BatchContext
-from billing.reconcile_runs import KEPT_FINDINGS, Finding, RunKind, RunSummary
-from billing.shard_work import Job, work_shard
+from billing.reconcile_runs import KEPT_FINDINGS, Finding, RunSummary
+from billing.shard_work import work_shard
 from billing.shards import Shard, ShardLostError
-from billing.users import UserId
+from billing.work import Job, Work
 
 # The same modules as here, whatever lies in the working folder: a host may well have a `billing` of its own there.
 _PROGRAM = (
@@ -62,32 +61,16 @@ class ProcessEndedError(TrueupError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class Order(Work):
     """What a process is to do with the shards that it is sent. `folder`: where relative paths of the settings begin."""
 
     make_engine: MakeEngine
-    context: BatchContext
-    run_id: int | None
-    kind: RunKind
-    only_user: UserId | None
-    batch_size: int
-    scan_timeout_seconds: int
     keep_findings: bool
     folder: str
 
     @classmethod
     def of(cls, job: Job, make_engine: MakeEngine, *, keep_findings: bool) -> "Order":
-        return cls(
-            make_engine=make_engine,
-            context=job.context,
-            run_id=job.run_id,
-            kind=job.kind,
-            only_user=job.only_user,
-            batch_size=job.batch_size,
-            scan_timeout_seconds=job.scan_timeout_seconds,
-            keep_findings=keep_findings,
-            folder=os.getcwd(),
-        )
+        return cls(**job.plain(), make_engine=make_engine, keep_findings=keep_findings, folder=os.getcwd())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,17 +183,7 @@ def serve(descriptor: int) -> None:
 
     threading.Thread(target=listen, name="reconcile-channel", daemon=True).start()
     teller = _Teller(channel, keep_findings=order.keep_findings)
-    job = Job(
-        engine=engine,
-        context=order.context,
-        run_id=order.run_id,
-        kind=order.kind,
-        only_user=order.only_user,
-        batch_size=order.batch_size,
-        scan_timeout_seconds=order.scan_timeout_seconds,
-        report=teller.report,
-        stop=stop,
-    )
+    job = Job(**order.plain(), engine=engine, report=teller.report, stop=stop)
     try:
         while not stop.is_set() and (shard := shards.get()) is not None:
             teller.tell(_worked_on(job, shard))

@@ -1,11 +1,10 @@
 """Working on one shard of a reconcile run: from its cursor to its end, batch by batch, through errors that pass."""
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from billing import db
@@ -22,9 +21,8 @@ from billing.deep import (
     repair_installation,
 )
 from billing.errors import ServiceUnavailableError
-from billing.mapping import HostMapping
-from billing.reconcile_batch import BatchContext, reconcile_batch
-from billing.reconcile_runs import Finding, RunKind
+from billing.reconcile_batch import reconcile_batch
+from billing.reconcile_runs import Finding
 from billing.rules import DEFAULT_POLICIES
 from billing.shards import (
     MOST_FAILURES,
@@ -41,6 +39,7 @@ from billing.shards import (
     reload_shard,
 )
 from billing.users import UserId
+from billing.work import Job, connected
 
 QUERY_CANCELED = "57014"
 # Wrong data, a violated constraint, a view's check, RAISE in a trigger: of one row, not of the server.
@@ -49,38 +48,6 @@ REFUSED = ("22", "23", "44", "P0001")
 MOST_REFUSED = 100
 # As many who reach a time limit are no odd users: the database is too slow, and each of them costs minutes.
 MOST_SLOW = 10
-
-Report = Callable[[int, Sequence[Finding], Sequence[Defect]], None]
-"""Called after each batch with how many counters it checked, and what it found."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What all shards of a run share. `run_id` None: a dry run. `only_user` None: all users of the shard.
-
-    `stop`: set when the work is to end at the next batch.
-    """
-
-    engine: Engine
-    context: BatchContext
-    run_id: int | None
-    kind: RunKind
-    only_user: UserId | None
-    batch_size: int
-    scan_timeout_seconds: int
-    report: Report
-    stop: threading.Event
-
-    @property
-    def mapping(self) -> HostMapping:
-        return self.context.mapping
-
-
-@contextmanager
-def connected(engine: Engine) -> Iterator[Connection]:
-    """Give a connection on which each statement is its own transaction."""
-    with engine.connect() as connection:
-        yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
 
 def work_shard(job: Job, shard: Shard) -> bool:
@@ -132,8 +99,8 @@ def _work(job: Job, shard: Shard) -> bool:
         # Balances that the host's writes pass by are nothing to correct counters by. A deep pass sets them right first.
         with connected(job.engine) as connection:
             connection.execute(text("SELECT trueup.require_watched()"))
-    if job.kind == "quick" and job.only_user is None and shard.position is None:
-        _look_at_partitions(job)
+        if job.only_user is None and shard.position is None:
+            _look_at_log(job)
     # Something is always done: a shard whose first look takes all the time would else never get on.
     moved = False
     while not (moved and job.stop.is_set()):
@@ -245,13 +212,14 @@ def _look(job: Job, shard: Shard) -> tuple[list[UserId], int]:
         return find_suspects(connection, job.mapping, shard.position, shard.last), left
 
 
-def _look_at_partitions(job: Job) -> None:
+def _look_at_log(job: Job) -> None:
     """Tell of partitions that came since the log was set up: their rows may pass the balances by."""
     with connected(job.engine) as connection:
         found = find_uncovered_partitions(connection, told_within=TOLD_AGAIN_AFTER)
         if job.run_id is None:
             job.report(0, (), found)
             return
+        connection.execute(text("SELECT trueup.note_log_files()"))
         for defect in found:
             note_defect(connection, job.mapping.user_id_type, job.run_id, defect)
 

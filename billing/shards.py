@@ -259,9 +259,7 @@ _SUSPECTS = """
               b.window_start = coalesce(s.{{subscription.start_date}}, CAST('-infinity' AS timestamptz))
               AND b.log_epoch = (SELECT coalesce(max(id), 0) FROM trueup.log_truncation)
               AND s.{{subscription.tokens_remaining}} = greatest(
-                  greatest(coalesce(
-                      {{if subscription.tokens_included}}s.{{subscription.tokens_included}}
-                      {{else}}tp.{{token_plan.tokens_included}}, fp.{{full_plan.tokens_included}}{{end}}, 0), 0)
+                  {{include plan_tokens}}
                   - b.consumed, 0)
               AND d.user_id IS NULL AND g.user_id IS NULL, false)
     )

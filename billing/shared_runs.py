@@ -12,8 +12,9 @@ from billing.reconcile import SCAN_TIMEOUT_SECONDS
 from billing.reconcile_batch import BatchContext
 from billing.reconcile_runs import RunKind, RunSummary, begin_run, end_run, read_summary, runs_by, sweep_runs
 from billing.rules import Rules
-from billing.shard_work import Job, connected, work_shard
+from billing.shard_work import work_shard
 from billing.shards import ShardLostError, claim_shard, kept_alive, new_owner
+from billing.work import Job, connected
 
 SWEEP_LEASE_SECONDS = 180
 """How long a run that the sweeper has seen is kept from others who would go on with it."""

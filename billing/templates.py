@@ -5,14 +5,19 @@
 `{{literal usage_log}}`   a name as a string
 `{{usage_log.section else 'x'}}` what stands for it where the host keeps no such column
 `{{if usage_log.metadata}} … {{else}} … {{end}}` one of both, by whether the host has it; not nested
+`{{include plan_tokens}}`  on a line of its own, what stands in sql/parts/plan_tokens.sql; a name after that stands for
+                          its `{{row}}`
 """
 
 import re
 from collections.abc import Callable
+from functools import cache
+from importlib import resources
 from typing import Protocol
 
 from billing.host_values import quote_literal
 
+_INCLUDE = re.compile(r"^ *\{\{include (?P<part>[a-z_]+)(?: (?P<row>\w+))?\}\}\n", re.MULTILINE)
 _CHOICE = re.compile(
     r"\{\{if (?P<name>[a-z_.]+)\}\}(?P<then>.*?)(?:\{\{else\}\}(?P<otherwise>.*?))?\{\{end\}\}", re.DOTALL
 )
@@ -35,12 +40,23 @@ class Names(Protocol):
 
 
 def chosen(template: str, names: Names) -> str:
-    """Return the template without its choices."""
+    """Return the template with its parts, and without its choices."""
 
     def choose(match: re.Match[str]) -> str:
         return match["then"] if names.has(match["name"]) else match["otherwise"] or ""
 
-    return _CHOICE.sub(choose, template)
+    return _CHOICE.sub(choose, with_parts(template))
+
+
+def with_parts(template: str) -> str:
+    """Return the template with what it includes."""
+    return _INCLUDE.sub(lambda match: _part(match["part"], match["row"]), template)
+
+
+@cache
+def _part(name: str, row: str | None) -> str:
+    part = resources.files("billing").joinpath("sql", "parts", f"{name}.sql").read_text(encoding="utf-8")
+    return part if row is None else part.replace("{{row}}", row)
 
 
 def fill(template: str, names: Names, *, escape: Callable[[str], str] = str) -> str:

@@ -92,8 +92,7 @@ def _tables(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
             "AND n.nspname NOT IN ('information_schema', 'trueup') AND n.nspname !~ '^pg_'"
         )
     )
-    mapped = {getattr(mapping, noun).table for noun in NOUNS}
-    candidates = [table for table in there if table not in mapped]
+    candidates = [table for table in there if table not in mapping.tables()]
     for table in missing:
         near = _nearest(table, candidates)
         yield error(

@@ -12,14 +12,13 @@ from sqlalchemy import Connection, text
 
 import billing
 from billing.doctor.findings import Finding, error, ok, warning
-from billing.install import sql_scripts, triggers_untouched
+from billing.install import sql_scripts
 from billing.mapping import HostMapping, quote_identifier, quote_table
-from billing.partitions import uncovered_partitions
+from billing.partitions import FAMILY, uncovered_partitions
 from billing.roles import lacking_rights, worker_rights
 from billing.settings import Settings
+from billing.watching import LOG_TRIGGERS, WINDOW_TRIGGER, is_untouched
 
-TRIGGERS = ("trueup_inserted", "trueup_updated", "trueup_deleted", "trueup_truncated")
-WINDOW_TRIGGER = "trueup_window_changed"
 _INIT = "Run `trueup db init`."
 _SHOWN = 3
 
@@ -105,7 +104,7 @@ def check_triggers(connection: Connection, settings: Settings) -> Iterator[Findi
         *_replica_roles(connection),
         *_subscription(connection, settings.host.usage_log.table),
     ]
-    wanted = len(TRIGGERS) + 1
+    wanted = len(LOG_TRIGGERS) + 1
     yield from found or [ok("triggers", f"All {wanted} triggers of log and subscriptions are there and enabled.")]
 
 
@@ -122,7 +121,7 @@ _HOW_OFF = {"D": "disabled", "R": "enabled for replication alone"}
 def _idle_triggers(connection: Connection, log: str) -> Iterator[Finding]:
     rows = connection.execute(text(f"{_TRIGGERS} AND g.tgrelid = to_regclass(:log)"), {"log": quote_table(log)})
     states = {row.name: row.state for row in rows}
-    for trigger in TRIGGERS:
+    for trigger in LOG_TRIGGERS:
         state = states.get(trigger)
         if state in ("O", "A"):
             continue
@@ -157,11 +156,11 @@ def _idle_window_trigger(connection: Connection, subscription: str) -> Iterator[
 
 
 def _touched_triggers(connection: Connection) -> Iterator[Finding]:
-    if _may_call(connection, "trigger_marks") and not triggers_untouched(connection):
+    if _may_call(connection, "is_watched") and not is_untouched(connection):
         yield error(
             "triggers",
-            "Triggers were made anew or switched off for a while, or columns that they count were replaced, since "
-            "trueup was set up: what was written meanwhile may not be counted, and the gate is closed.",
+            "Since trueup was set up, triggers were made anew or switched off for a while, or columns that they count "
+            "were replaced or may have been given other values: not all may be counted, and the gate is closed.",
             "Run `trueup db attach`. It builds each balance anew from the log.",
         )
 
@@ -170,8 +169,8 @@ def _triggers_elsewhere(connection: Connection, log: str) -> Iterator[Finding]:
     """Yield tables that carry our triggers and are neither the log nor one of its partitions."""
     others = connection.scalars(
         text(
-            f"SELECT DISTINCT t.log FROM ({_TRIGGERS} AND g.tgrelid <> ALL (SELECT oid FROM ({_FAMILY}) f)) t "
-            "ORDER BY 1"
+            f"{FAMILY} SELECT DISTINCT t.log FROM ({_TRIGGERS} AND g.tgrelid <> ALL ("
+            "SELECT f.id FROM family f WHERE f.id IS NOT NULL)) t ORDER BY 1"
         ),
         {"log": quote_table(log)},
     )
@@ -182,17 +181,6 @@ def _triggers_elsewhere(connection: Connection, log: str) -> Iterator[Finding]:
             f"If it was the log once: {_INIT} If it is the log now, set host.usage_log.table.",
             table=other,
         )
-
-
-# The log with all its partitions and children.
-_FAMILY = """
-    WITH RECURSIVE family (oid) AS (
-        SELECT CAST(to_regclass(:log) AS oid)
-        UNION
-        SELECT i.inhrelid FROM pg_inherits i JOIN family ON i.inhparent = family.oid
-    )
-    SELECT oid FROM family WHERE oid IS NOT NULL
-"""
 
 
 _MAY_CALL = text(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from sqlalchemy import Connection, text
 
 from billing.doctor.findings import Finding, error, ok, warning
+from billing.host_values import quote_literal
 from billing.log_ids import log_id_sequence
 from billing.mapping import quote_identifier, quote_table
 from billing.settings import Settings
@@ -39,11 +40,10 @@ def check_log_ids(connection: Connection, settings: Settings) -> Iterator[Findin
     highest = connection.scalar(ends) if state.indexed else None
     used = round(state.last / state.most, 3)
     if highest is not None and highest > state.last:
-        literal = str(sequence).replace("'", "''")
         yield error(
             "log_ids",
             f"{sequence} stands at {state.last}, below the highest id {highest}: charges that draw a taken one fail.",
-            f"Run: SELECT setval('{literal}', (SELECT max({column}) FROM {table}));",
+            f"Run: SELECT setval({quote_literal(str(sequence))}, (SELECT max({column}) FROM {table}));",
             sequence=sequence,
             last=state.last,
             highest_id=highest,

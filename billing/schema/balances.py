@@ -15,7 +15,7 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, OID
 
 from billing.schema.columns import moment, tokens
 
@@ -31,6 +31,9 @@ def add_balance_tables(metadata: MetaData, user_id: Any) -> None:
         moment("installed_at", server_default=func.now()),
         # The triggers, and the columns that they count, when the database was made ready: trueup.trigger_marks().
         Column("triggers", Text),
+        # By which a log is noticed whose values were changed as a whole: trueup.is_watched().
+        Column("column_versions", Text),
+        Column("log_files", ARRAY(OID)),
         CheckConstraint("singleton", name="installation_is_one_row"),
     )
     Table(

@@ -59,10 +59,9 @@ CREATE OR REPLACE FUNCTION trueup.entitlements(at timestamptz) RETURNS TABLE (
     LEFT JOIN {{full_plan}} fp ON fp.{{full_plan.id}} = s.{{subscription.full_plan_id}}
     CROSS JOIN LATERAL (
         SELECT coalesce(s.{{subscription.start_date}}, '-infinity'::timestamptz) AS window_start,
-               greatest(coalesce(
-                   {{if subscription.tokens_included}}s.{{subscription.tokens_included}}
-                   {{else}}tp.{{token_plan.tokens_included}}, fp.{{full_plan.tokens_included}}{{end}}, 0), 0)::bigint
-                   AS plan_tokens
+               CAST(
+                   {{include plan_tokens}}
+               AS bigint) AS plan_tokens
     ) w
 $$;
 

@@ -1,34 +1,13 @@
 -- The usage log's triggers only append to trueup.usage_delta: there is no row for two writers to meet at, so a
 -- host's transaction never waits for us. SECURITY DEFINER: the host's role needs no right on our schema.
 -- A row of ours, written by trueup.record_charge, has been added to its balance already and is passed over.
--- A partition's triggers have an argument. Once it is detached its rows are not the log's, and they pass them over. (They
--- call no function of ours: that could be missing for a moment, and the host's statement would fail.)
--- A host that has renamed or dropped a column, or given it another type, goes on too: its rows are not counted then, and
--- the gate is closed by that (trueup.require_watched) until it is attached anew. Where the mapping's condition fits its
--- columns no more, it may also be a function that is gone, which closes nothing: each balance is stale then. What looks
--- for the columns reads no row, and is planned once; to ask the catalog with each statement made a host's insert half as
--- dear again.
+-- They call no function of ours: that could be missing for a moment, and the host's statement would fail.
 
 CREATE OR REPLACE FUNCTION trueup.append_inserted() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF TG_NARGS > 0 THEN
-        IF NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = pg_partition_root(TG_RELID)
-                                                  AND g.tgname = TG_NAME AND g.tgnargs = 0) THEN
-            RETURN NULL;
-        END IF;
-    END IF;
-    BEGIN
-        PERFORM r.{{usage_log.user_id}}, r.{{usage_log.created_at}}, r.{{usage_log.total_tokens}}, r.{{usage_log.success}},
-                r.{{usage_log.id}}::text FROM new_rows r WHERE false
-        UNION ALL SELECT NULL::{{user_id_type}}, NULL::timestamptz, NULL::bigint, NULL::boolean, NULL WHERE false;
-    EXCEPTION
-        WHEN undefined_column OR datatype_mismatch THEN
-            RETURN NULL;
-        WHEN undefined_function THEN
-            INSERT INTO trueup.log_truncation DEFAULT VALUES;
-            RETURN NULL;
-    END;
+    {{include is_of_the_log}}
+    {{include counted_columns_fit new_rows}}
     INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
     SELECT n.{{usage_log.user_id}}, n.{{usage_log.created_at}}, n.{{usage_log.total_tokens}}
     FROM new_rows n
@@ -41,23 +20,8 @@ END $$;
 CREATE OR REPLACE FUNCTION trueup.append_updated() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF TG_NARGS > 0 THEN
-        IF NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = pg_partition_root(TG_RELID)
-                                                  AND g.tgname = TG_NAME AND g.tgnargs = 0) THEN
-            RETURN NULL;
-        END IF;
-    END IF;
-    BEGIN
-        PERFORM r.{{usage_log.user_id}}, r.{{usage_log.created_at}}, r.{{usage_log.total_tokens}}, r.{{usage_log.success}},
-                r.{{usage_log.id}}::text FROM old_rows r WHERE false
-        UNION ALL SELECT NULL::{{user_id_type}}, NULL::timestamptz, NULL::bigint, NULL::boolean, NULL WHERE false;
-    EXCEPTION
-        WHEN undefined_column OR datatype_mismatch THEN
-            RETURN NULL;
-        WHEN undefined_function THEN
-            INSERT INTO trueup.log_truncation DEFAULT VALUES;
-            RETURN NULL;
-    END;
+    {{include is_of_the_log}}
+    {{include counted_columns_fit old_rows}}
     INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
     SELECT changed.user_id, changed.used_at, sum(changed.tokens)
     FROM (
@@ -76,23 +40,8 @@ END $$;
 CREATE OR REPLACE FUNCTION trueup.append_deleted() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF TG_NARGS > 0 THEN
-        IF NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = pg_partition_root(TG_RELID)
-                                                  AND g.tgname = TG_NAME AND g.tgnargs = 0) THEN
-            RETURN NULL;
-        END IF;
-    END IF;
-    BEGIN
-        PERFORM r.{{usage_log.user_id}}, r.{{usage_log.created_at}}, r.{{usage_log.total_tokens}}, r.{{usage_log.success}},
-                r.{{usage_log.id}}::text FROM old_rows r WHERE false
-        UNION ALL SELECT NULL::{{user_id_type}}, NULL::timestamptz, NULL::bigint, NULL::boolean, NULL WHERE false;
-    EXCEPTION
-        WHEN undefined_column OR datatype_mismatch THEN
-            RETURN NULL;
-        WHEN undefined_function THEN
-            INSERT INTO trueup.log_truncation DEFAULT VALUES;
-            RETURN NULL;
-    END;
+    {{include is_of_the_log}}
+    {{include counted_columns_fit old_rows}}
     INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
     SELECT o.{{usage_log.user_id}}, o.{{usage_log.created_at}}, -o.{{usage_log.total_tokens}}::bigint
     FROM old_rows o
@@ -105,12 +54,7 @@ END $$;
 CREATE OR REPLACE FUNCTION trueup.append_truncated() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF TG_NARGS > 0 THEN
-        IF NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = pg_partition_root(TG_RELID)
-                                                  AND g.tgname = TG_NAME AND g.tgnargs = 0) THEN
-            RETURN NULL;
-        END IF;
-    END IF;
+    {{include is_of_the_log}}
     INSERT INTO trueup.log_truncation DEFAULT VALUES;
     RETURN NULL;
 END $$;

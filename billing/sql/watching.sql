@@ -18,18 +18,71 @@ BEGIN
     ));
 END $$;
 
+-- The versions of the counted columns' rows in the catalog. A column that is given a type with USING, be it the one that
+-- it had, has another then; so has one that gets a default. `computed`: one of them is made of others by an expression.
+CREATE OR REPLACE FUNCTION trueup.column_versions(OUT versions text, OUT computed boolean) LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    SELECT string_agg(t.attnum || ':' || t.xmin, ' ' ORDER BY t.attnum), bool_or(t.attgenerated <> '')
+    INTO versions, computed
+    FROM pg_attribute t
+    WHERE t.attrelid = to_regclass({{literal usage_log}}) AND t.attname IN ({{usage_log.counted}});
+END $$;
+
+-- The files that the log's rows are in, those of all partitions. USING writes each of them anew; so does VACUUM FULL.
+CREATE OR REPLACE FUNCTION trueup.log_files() RETURNS oid[] LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN coalesce((
+        SELECT array_agg(c.relfilenode ORDER BY c.relfilenode) FROM pg_class c
+        WHERE c.relfilenode <> 0 AND (c.oid = to_regclass({{literal usage_log}})
+            OR c.oid IN (SELECT relid FROM pg_partition_tree(to_regclass({{literal usage_log}})) WHERE isleaf))
+    ), '{}');
+END $$;
+
+-- Whether the log has its old rows still: a column's new version and new files, both since this was written down, may
+-- mean other values, of which no trigger tells. (Where values are computed, a new version is enough.)
+CREATE OR REPLACE FUNCTION trueup.has_old_values() RETURNS boolean LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN EXISTS (
+        SELECT FROM trueup.installation i, trueup.column_versions() c
+        WHERE
+{{include old_values}}
+    );
+END $$;
+
+-- Whether all that the host writes is counted.
+CREATE OR REPLACE FUNCTION trueup.is_watched() RETURNS boolean LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN EXISTS (
+        SELECT FROM trueup.installation i, trueup.column_versions() c
+        WHERE i.triggers = trueup.trigger_marks() AND
+{{include old_values}}
+    );
+END $$;
+
+-- Write down new versions, or new files, by which alone no value was changed: else one of each, months apart, would be
+-- taken for a change of values. In one statement, so that nothing comes between look and write.
+CREATE OR REPLACE FUNCTION trueup.note_log_files() RETURNS void LANGUAGE sql AS $$
+    UPDATE trueup.installation i SET column_versions = c.versions, log_files = f.files
+    FROM trueup.column_versions() c, (SELECT trueup.log_files() AS files) f
+    WHERE trueup.is_watched()
+      AND ((i.column_versions = c.versions AND i.log_files <> f.files)
+           OR (i.column_versions <> c.versions AND i.log_files && f.files));
+$$;
+
 -- Refuse (SQLSTATE TU001) unless all that the host writes is counted. A charge does not ask: it is for tokens spent.
 CREATE OR REPLACE FUNCTION trueup.require_watched() RETURNS void LANGUAGE plpgsql STABLE AS $$
 DECLARE
     v_wrong text;
 BEGIN
-    IF EXISTS (SELECT FROM trueup.installation i WHERE i.triggers = trueup.trigger_marks()) THEN
+    IF trueup.is_watched() THEN
         RETURN;
     END IF;
     SELECT string_agg(t.name || ' is ' || CASE t.state WHEN 'D' THEN 'disabled' WHEN 'R' THEN 'for replicas alone'
                                                        ELSE t.state END, ', ' ORDER BY t.name)
     INTO v_wrong FROM trueup.idle_triggers() t;
-    RAISE EXCEPTION USING ERRCODE = 'TU001', MESSAGE = coalesce(
-        'trigger ' || v_wrong,
-        'triggers were made anew or switched off for a while, or columns were replaced, since trueup was set up');
+    RAISE EXCEPTION USING ERRCODE = 'TU001', MESSAGE = CASE
+        WHEN v_wrong IS NOT NULL THEN 'trigger ' || v_wrong
+        WHEN trueup.has_old_values() THEN
+            'triggers were made anew or switched off for a while, or columns were replaced, since trueup was set up'
+        ELSE 'columns that are counted were given a type or an expression anew, and with it maybe other values' END;
 END $$;

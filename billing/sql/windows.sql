@@ -20,25 +20,9 @@ BEGIN
             RETURN NULL;
         END IF;
         -- The old one too: it may be the first that anybody tells of.
-        INSERT INTO trueup.window_change (user_id, window_start, token_plan_id, full_plan_id, changed_at)
-        SELECT OLD.{{subscription.user_id}}, coalesce(OLD.{{subscription.start_date}}, '-infinity'::timestamptz),
-               {{if subscription.tokens_included}}
-               'tokens:' || greatest(coalesce(OLD.{{subscription.tokens_included}}, 0), 0), NULL,
-               {{else}}
-               OLD.{{subscription.token_plan_id}}, OLD.{{subscription.full_plan_id}},
-               {{end}}
-               clock_timestamp()
-        WHERE EXISTS (SELECT FROM trueup.token_grant g WHERE g.user_id = OLD.{{subscription.user_id}});
+        {{include window_told OLD}}
     END IF;
-    INSERT INTO trueup.window_change (user_id, window_start, token_plan_id, full_plan_id, changed_at)
-    SELECT NEW.{{subscription.user_id}}, coalesce(NEW.{{subscription.start_date}}, '-infinity'::timestamptz),
-           {{if subscription.tokens_included}}
-           'tokens:' || greatest(coalesce(NEW.{{subscription.tokens_included}}, 0), 0), NULL,
-           {{else}}
-           NEW.{{subscription.token_plan_id}}, NEW.{{subscription.full_plan_id}},
-           {{end}}
-           clock_timestamp()
-    WHERE EXISTS (SELECT FROM trueup.token_grant g WHERE g.user_id = NEW.{{subscription.user_id}});
+    {{include window_told NEW}}
     RETURN NULL;
 EXCEPTION WHEN OTHERS THEN
     RETURN NULL;

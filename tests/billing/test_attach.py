@@ -14,11 +14,12 @@ from billing.attach import (
     AttachError,
     attach,
     fill,
+    function_scripts,
     is_ready,
     open_gate,
-    open_scripts,
     prepare,
     prepare_scripts,
+    ready_scripts,
     watch_log,
     watch_subscriptions,
 )
@@ -357,7 +358,9 @@ def test_the_plan_says_what_there_is_to_do_and_which_rights_lack(host: Host, con
 
 
 @pytest.mark.parametrize(
-    "scripts", [prepare_scripts(MAPPING, ready=True), open_scripts(MAPPING)], ids=["first", "last"]
+    "scripts",
+    [prepare_scripts(MAPPING, ready=True), [*function_scripts(MAPPING), *ready_scripts(MAPPING)]],
+    ids=["first", "last"],
 )
 def test_triggers_that_are_switched_off_just_as_it_is_attached_again_are_noticed(
     host: Host, connection: Connection, scripts: list[str]

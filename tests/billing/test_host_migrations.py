@@ -68,6 +68,14 @@ SILENT = {
         ),
         "or columns were replaced",
     ),
+    "other values": (
+        "ALTER TABLE ai_usage_log ALTER COLUMN total_tokens TYPE integer USING total_tokens * 2",
+        "given a type or an expression anew",
+    ),
+    "other times": (
+        "ALTER TABLE ai_usage_log ALTER created_at TYPE timestamptz USING created_at + interval '1 minute'",
+        "given a type or an expression anew",
+    ),
     "subscriptions replaced": (
         (
             "ALTER TABLE billing_subscription RENAME TO old_subs; "

@@ -10,9 +10,10 @@ from sqlalchemy import Connection, text
 from billing import db
 from billing.accounts import read_account
 from billing.grants import grant_tokens, list_grants, revoke_grant
-from billing.install import SAVE_TRIGGERS, install
+from billing.install import install
 from billing.mapping import HostMapping, SubscriptionTable
 from billing.reconcile import reconcile
+from billing.watching import SAVE_WATCHED
 from tests.billing.test_grants import DAY, PLAN, give, original, renew
 from tests.support.books import assert_true
 from tests.support.host import START, Host
@@ -303,7 +304,7 @@ def test_without_the_trigger_a_move_is_found_at_the_next_look(host: Host, connec
     give(connection, user, 500)
     host.log(user, 1_200, at=START + DAY)
     host.execute("ALTER TABLE billing_subscription DISABLE TRIGGER trueup_window_changed")
-    host.execute(SAVE_TRIGGERS)  # else the gate would refuse
+    host.execute(SAVE_WATCHED)  # else the gate would refuse
     renew(host, START + 30 * DAY)
     assert_adds(host, connection, user, 300, START + 30 * DAY)
 
