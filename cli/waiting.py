@@ -17,7 +17,7 @@ from billing.settings import Settings
 from cli import EXIT_DENIED, EXIT_ERROR
 from cli.client import celery_client
 from cli.output import console, print_json
-from worker.config import AI_QUEUE
+from tasks.queues import AI_QUEUE
 from worker.stack.temporary import temporary_worker
 
 PING_SECONDS = 1.0

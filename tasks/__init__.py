@@ -3,6 +3,7 @@
 `metered_task` is the base for AI tasks; a host decorates its own with it.
 """
 
+from tasks import queues as queues  # whoever sends a task has its message say when
 from tasks.base import MeteredTask
 from tasks.metered import metered_task
 

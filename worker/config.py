@@ -6,10 +6,8 @@ from typing import Any
 
 from billing.errors import SettingsError
 from billing.settings import Settings, broker_url, result_backend_url
+from tasks.queues import AI_QUEUE, RECONCILE_QUEUE
 from tasks.reconcile import SWEEP_INTERVAL_SECONDS
-
-AI_QUEUE = "ai"
-RECONCILE_QUEUE = "reconcile"
 
 SOFT_LIMIT_MARGIN_SECONDS = 60
 PRUNE_INTERVAL_SECONDS = 3600

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 from celery import Celery
@@ -9,14 +10,14 @@ from celery import Celery
 from billing.doctor.clocks import Offset, judge, measure
 from billing.doctor.findings import Finding, error, ok, run_check, warning
 from billing.settings import Settings
-from worker.config import AI_QUEUE, RECONCILE_QUEUE
+from tasks.queues import AI_QUEUE, RECONCILE_QUEUE
+from worker.waiting import Waiting, look_at_queue
 
 OLDEST_REDIS = (6, 2)
 # A worker in the middle of a fork, or on a busy machine, answers within this.
 ANSWER_SECONDS = 2.0
 LONG_QUEUE = 1000
-# kombu keeps a queue of each priority beside the plain one.
-_PRIORITIES = ("", "\x06\x163", "\x06\x166", "\x06\x169")
+LONG_WAIT_SECONDS = 600
 
 
 def examine_broker(app: Celery, settings: Settings, database_offset: Offset | None) -> list[Finding]:
@@ -78,7 +79,7 @@ def check_workers(app: Celery, client: Any, settings: Settings) -> Iterator[Find
     inspect = app.control.inspect(timeout=ANSWER_SECONDS)
     taken: dict[str, list[dict[str, Any]]] = inspect.active_queues() or {}
     served = {queue["name"] for queues in taken.values() for queue in queues}
-    waiting = {queue: _length(client, queue) for queue in (AI_QUEUE, RECONCILE_QUEUE)}
+    waiting = {queue: look_at_queue(client, queue) for queue in (AI_QUEUE, RECONCILE_QUEUE)}
     if taken:
         yield ok("workers", f"Workers answer: {', '.join(sorted(taken))}.", workers=sorted(taken))
         yield from _hanging(inspect.active() or {}, settings, time.time())
@@ -89,32 +90,25 @@ def check_workers(app: Celery, client: Any, settings: Settings) -> Iterator[Find
             "Start them: `celery -A worker worker -Q ai` and `celery -A worker worker -Q reconcile`.",
             workers=[],
         )
-    for queue, length in waiting.items():
-        yield _queue(queue, length, served=queue in served, alone=not taken)
+    for queue, found in waiting.items():
+        yield _queue(queue, found, served=queue in served, alone=not taken)
 
 
-def _length(client: Any, queue: str) -> int:
-    return sum(int(client.llen(f"{queue}{priority}")) for priority in _PRIORITIES)
-
-
-def _queue(queue: str, length: int, *, served: bool, alone: bool) -> Finding:
+def _queue(queue: str, waiting: Waiting, *, served: bool, alone: bool) -> Finding:
     """Return how a queue stands. `alone`: no worker answered at all, which has been said already."""
-    detail = {"queue": queue, "length": length, "served": served}
+    detail = {"queue": queue, "served": served, **asdict(waiting)}
     start = f"Start a worker for it: `celery -A worker worker -Q {queue}`."
-    if length and not served:
-        return error("queues", f"{length} tasks wait in queue {queue}, and no worker takes from it.", start, **detail)
-    if length >= LONG_QUEUE:
+    if waiting.length and not served:
+        return error("queues", f"In queue {queue} {waiting}, and no worker takes from it.", start, **detail)
+    if waiting.length >= LONG_QUEUE or (waiting.oldest_seconds or 0) >= LONG_WAIT_SECONDS:
         return warning(
-            "queues",
-            f"{length:,} tasks wait in queue {queue}.",
-            "Start more workers for it, or see what slows them.",
-            **detail,
+            "queues", f"In queue {queue} {waiting}.", "Start more workers for it, or see what slows them.", **detail
         )
     if not served and not alone and queue == RECONCILE_QUEUE:
         return warning(
             "queues", f"No worker takes from queue {queue}: nothing is reconciled on schedule.", start, **detail
         )
-    return ok("queues", f"{length} tasks wait in queue {queue}.", **detail)
+    return ok("queues", f"In queue {queue} {waiting}.", **detail)
 
 
 def _hanging(active: dict[str, list[dict[str, Any]]], settings: Settings, now: float) -> Iterator[Finding]:

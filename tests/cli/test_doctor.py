@@ -1,6 +1,7 @@
 """`trueup doctor`: what it prints, how it ends, and what it finds of Redis and the workers."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from tests.cli.conftest import trueup, trueup_json
 from tests.support.host import Host
 from tests.support.worker import WorkerProcess
 from worker import doctor
+from worker.waiting import Waiting
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "doctor.schema.json"
 NOWHERE = "127.0.0.1:1"
@@ -60,9 +62,8 @@ def test_tasks_that_nobody_takes_are_an_error(queues: Celery) -> None:
     for priority in (0, 9):
         queues.send_task("tasks.expire_holds", queue="reconcile", priority=priority)
     document = trueup_json("doctor", code=1)
-    assert ("error", "2 tasks wait in queue reconcile, and no worker takes from it.") in of(
-        document["findings"], "queues"
-    )
+    told = dict(of(document["findings"], "queues"))["error"]
+    assert re.fullmatch(r"In queue reconcile 2 tasks wait, the oldest for \d+ s, and no worker takes from it\.", told)
 
 
 def test_a_server_that_is_away_hides_nothing_of_the_other(
@@ -158,19 +159,22 @@ def test_a_task_that_runs_longer_than_any_may_is_told(age: float, level: str) ->
 
 
 @pytest.mark.parametrize(
-    ("queue", "length", "served", "level"),
+    ("queue", "length", "oldest", "served", "level"),
     [
-        ("ai", 0, False, "ok"),
-        ("ai", 1, False, "error"),
-        ("ai", 999, True, "ok"),
-        ("ai", 1000, True, "warning"),
-        ("reconcile", 0, False, "warning"),
+        ("ai", 0, None, False, "ok"),
+        ("ai", 1, None, False, "error"),
+        ("ai", 999, 599, True, "ok"),
+        ("ai", 999, 600, True, "warning"),
+        ("ai", 1000, None, True, "warning"),
+        ("reconcile", 0, None, False, "warning"),
     ],
 )
-def test_a_queue_is_judged_by_its_length_and_by_who_takes_from_it(
-    queue: str, length: int, served: bool, level: str
+def test_a_queue_is_judged_by_its_length_its_age_and_by_who_takes_from_it(
+    queue: str, length: int, oldest: float | None, served: bool, level: str
 ) -> None:
-    assert doctor._queue(queue, length, served=served, alone=False).level == level
+    waiting = Waiting(length=length, oldest_seconds=oldest)
+    finding = doctor._queue(queue, waiting, served=served, alone=False)
+    assert (finding.level, finding.detail["length"], finding.detail["oldest_seconds"]) == (level, length, oldest)
 
 
 # Last: its worker lives as long as the module.
