@@ -271,10 +271,10 @@ def test_grants_count_beside_what_the_subscription_includes_when_that_changes(at
     assert (summary.username, [plan.name for plan in summary.own_plans]) == (("Ann", ["Pro"]) if named else (None, []))
 
 
+# Where plans say what is included, a plan that came and went is told of: tests/billing/test_windows.py.
+@pytest.mark.parametrize("site", ["of little", "of expressions"], indirect=True)
 def test_a_quota_that_came_and_went_unseen_is_told_of(attached: Site) -> None:
     site, (ann, _) = attached, attached.users
-    if site.mapping.subscription.tokens_included is None:
-        pytest.skip("its plans say what is included")
     with db.connect() as connection:
         grant_tokens(connection, ann, 500, reason="r", reference="r", by="ann")
     for change in (2_000, 0, -2_000, -10_100):
