@@ -101,8 +101,7 @@ class MeteredModel:
         Raises `NoHoldError` outside a metered task, `HoldOvertakenError` when another attempt has the hold.
         """
         running = _running_hold()
-        with db.connect() as connection:  # not idempotent, so not tried twice
-            reason, running.tokens_left = extend_hold(connection, running.hold, tokens)
+        reason, running.tokens_left = db.once(lambda connection: extend_hold(connection, running.hold, tokens))
         return reason is None
 
     def complete(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> Completion:

@@ -63,7 +63,7 @@ CLOCK = "clock AS (SELECT coalesce(CAST(:at AS timestamptz), clock_timestamp()) 
 # A window may begin at -infinity, or in a year that Python can't hold: that is none.
 # Figures that the host's writes pass by are no answer.
 ACCOUNT_COLUMNS = """
-           trueup.require_watched() AS watched, clock.at AS now,
+           trueup.require_counted() AS watched, clock.at AS now,
            a.subscription_id IS NOT NULL AS subscribed, a.is_active,
            CASE WHEN a.window_start >= '0001-01-03' AND a.window_start < '9999-12-31' THEN a.window_start END
                AS window_start,

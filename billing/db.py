@@ -1,20 +1,37 @@
 """Connections to PostgreSQL: one lazy engine per process, and driver errors translated in one place."""
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from billing.errors import MissingRightError, NotInstalledError, ServiceUnavailableError, TrueupError
-from billing.host_changes import ROW_SECURITY_REMEDY, UNWATCHED, changed_type, explain, not_ready, unwatched
+from billing.errors import (
+    LogRepartitionedError,
+    MissingRightError,
+    NotInstalledError,
+    ServiceUnavailableError,
+    TrueupError,
+)
+from billing.host_changes import (
+    REPARTITIONED,
+    ROW_SECURITY_REMEDY,
+    UNWATCHED,
+    changed_type,
+    explain,
+    not_ready,
+    unwatched,
+)
 from billing.poolers import limit_session
 from billing.settings import Settings, database_url, get_settings
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -123,22 +140,34 @@ def transaction() -> Iterator[Connection]:
         yield connection
 
 
+def once(operation: Callable[[Connection], Result]) -> Result:
+    """Run an operation on a connection of `connect()`; again only if the gate refused it before it did anything.
+
+    So it does when partitions of the usage log have come or gone, which is noted by then.
+    """
+    try:
+        with connect() as connection:
+            return operation(connection)
+    except LogRepartitionedError:
+        pass
+    with connect() as connection:
+        return operation(connection)
+
+
 def retrying(operation: Callable[[Connection], Result]) -> Result:
-    """Run an idempotent operation on a connection of `connect()`, and once more if that connection was of no use.
+    """Run an idempotent operation as `once()` does, and again if its connection was of no use.
 
     A server that was restarted leaves dead connections in the pool; finding out costs one failure, and SQLAlchemy
     then drops them all. An upgrade replaces functions that a connection has prepared calls of.
     Only for what may safely run twice: a read, or a write that is idempotent by key.
     """
     try:
-        with connect() as connection:
-            return operation(connection)
+        return once(operation)
     except ServiceUnavailableError as error:
         cause = error.__cause__
         if not (isinstance(cause, DBAPIError) and (cause.connection_invalidated or _is_replaced(cause))):
             raise
-    with connect() as connection:
-        return operation(connection)
+    return once(operation)
 
 
 @contextmanager
@@ -184,6 +213,8 @@ def _translate(error: DBAPIError) -> TrueupError | None:
         return ServiceUnavailableError("PostgreSQL", describe_database(), cause)
     if state in (*_UNDEFINED, *_CHANGED_TYPES, UNWATCHED):
         return _explained(cause, undefined=state in _UNDEFINED) or _unexplained(state)(describe_database(), cause)
+    if state == REPARTITIONED:
+        return _noted(cause)
     if state == _FORBIDDEN and cause.startswith(_ROW_SECURITY):
         return MissingRightError(
             f"The database at {describe_database()} would hide rows: {cause}. Nothing was run: sums would be too low. "
@@ -204,6 +235,17 @@ def _explained(cause: str, *, undefined: bool) -> NotInstalledError | None:
             return explain(connection, get_settings().host, describe_database(), cause, undefined=undefined)
     except (DBAPIError, PoolTimeoutError):
         return None
+
+
+def _noted(cause: str) -> TrueupError:
+    """Note what has become of the log's partitions, so that who asks again is answered. Returns the error to raise."""
+    try:
+        with translated_errors(), get_engine().begin() as connection:
+            connection.execute(text("SELECT trueup.note_log()"))
+    except TrueupError as error:
+        return error
+    logger.warning("%s: their rows count from now on; balances may be built anew from it", cause)
+    return LogRepartitionedError(f"Nothing was run: {cause}. They are counted now: do this again.")
 
 
 def _unexplained(state: str | None) -> Callable[[str, str], NotInstalledError]:

@@ -43,6 +43,10 @@ class HostChangedError(GateClosedError):
     """The host has changed what trueup reads or counts by: a table, a column, a trigger. Nothing was run."""
 
 
+class LogRepartitionedError(GateClosedError):
+    """Partitions of the usage log came or went. That is noted by now, and what is asked again is answered by it."""
+
+
 class MissingRightError(NotInstalledError):
     """The database role may not do what trueup needs. The message names the right, and who gives it."""
 

@@ -6,8 +6,9 @@ from billing.errors import GateClosedError, HostChangedError, NotInstalledError
 from billing.host_catalog import missing_host_columns, missing_host_tables
 from billing.mapping import HostMapping
 
-# Raised by trueup.require_watched().
+# Raised by trueup.require_watched() and trueup.require_counted().
 UNWATCHED = "TU001"
+REPARTITIONED = "TU002"
 ROW_SECURITY_REMEDY = "Let trueup's role see all rows: ALTER ROLE … BYPASSRLS, or make it the table's owner."
 # Stands for the mapping while the database is made ready for one.
 ATTACHING = "attaching"

@@ -121,8 +121,7 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
         Raises `NoHoldError` outside of the block, `HoldOvertakenError` when its time has run out, `InvalidInputError`.
         """
         hold = self.hold
-        with db.connect() as connection:  # not idempotent, so not tried twice
-            reason, self._tokens_left = extend_hold(connection, hold, tokens)
+        reason, self._tokens_left = db.once(lambda connection: extend_hold(connection, hold, tokens))
         return reason is None
 
     async def aextend(self, tokens: int) -> bool:

@@ -25,8 +25,8 @@ from billing.schema import SCHEMA
 
 # What only migrating writes; the log's triggers do so with its owner's rights.
 MIGRATED = frozenset({"alembic_version", "installation", "log_truncation"})
-# What a quick pass notes there: trueup.note_log_files().
-_NOTED = ("column_versions", "log_files")
+# But for what has become of the log: trueup.note_log().
+_NOTED = ("column_versions", "log_files", "log_parents", "partitions")
 # PostgreSQL cuts a longer name, and two could become one.
 _LONGEST_NAME_BYTES = 63
 
@@ -77,6 +77,8 @@ def worker_rights(connection: Connection, mapping: HostMapping) -> list[Right]:
         rights += [_on_own(table, verb) for verb in ([] if table in MIGRATED else verbs)]
         if table == "installation":
             rights.append(replace(_on_own(table, "UPDATE"), columns=_NOTED))
+        if table == "log_truncation":
+            rights.append(_on_own(table, "INSERT"))
     return rights
 
 

@@ -98,6 +98,8 @@ def _work(job: Job, shard: Shard) -> bool:
     if job.kind == "quick":
         # Balances that the host's writes pass by are nothing to correct counters by. A deep pass sets them right first.
         with connected(job.engine) as connection:
+            if job.run_id is not None:
+                connection.execute(text("SELECT trueup.note_log()"))
             connection.execute(text("SELECT trueup.require_watched()"))
         if job.only_user is None and shard.position is None:
             _look_at_log(job)
@@ -219,7 +221,6 @@ def _look_at_log(job: Job) -> None:
         if job.run_id is None:
             job.report(0, (), found)
             return
-        connection.execute(text("SELECT trueup.note_log_files()"))
         for defect in found:
             note_defect(connection, job.mapping.user_id_type, job.run_id, defect)
 

@@ -7,16 +7,19 @@ WINDOW_TRIGGER = "trueup_window_changed"
 
 SAVE_WATCHED = """
 UPDATE trueup.installation SET triggers = trueup.trigger_marks(), column_versions = c.versions,
-                               log_files = trueup.log_files()
+                               log_files = trueup.log_files(), log_parents = trueup.log_parents(),
+                               partitions = trueup.partition_marks(trueup.log_parents())
 FROM trueup.column_versions() c;
 """
 # Where nothing keeps the host from changing them meanwhile, what was compared stays written; unless nothing is.
 KEEP_WATCHED = """
 UPDATE trueup.installation SET triggers = coalesce(triggers, trueup.trigger_marks()),
                                column_versions = coalesce(column_versions, c.versions),
-                               log_files = coalesce(log_files, trueup.log_files())
+                               log_files = coalesce(log_files, trueup.log_files()),
+                               log_parents = coalesce(log_parents, trueup.log_parents()),
+                               partitions = coalesce(partitions, trueup.partition_marks(trueup.log_parents()))
 FROM trueup.column_versions() c
-WHERE triggers IS NULL OR column_versions IS NULL OR log_files IS NULL;
+WHERE triggers IS NULL OR column_versions IS NULL OR log_files IS NULL OR log_parents IS NULL OR partitions IS NULL;
 """
 # By the functions that are there, which may be of an older version; the later ones say more.
 _UNTOUCHED = (

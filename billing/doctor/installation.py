@@ -203,7 +203,7 @@ def _uncovered_partitions(connection: Connection, log: str) -> Iterator[Finding]
         yield warning(
             "triggers",
             f"{len(uncovered)} partitions of {log} have no triggers of their own ({_some(uncovered)}): rows written "
-            "directly into them, or attached with them, are not counted.",
+            "directly into them are not counted.",
             "Run `trueup db attach`. It adds the triggers, and has balances built anew where there are rows.",
             partitions=uncovered,
         )

@@ -34,6 +34,9 @@ def add_balance_tables(metadata: MetaData, user_id: Any) -> None:
         # By which a log is noticed whose values were changed as a whole: trueup.is_watched().
         Column("column_versions", Text),
         Column("log_files", ARRAY(OID)),
+        # By which partitions that came with rows are noticed: trueup.partition_marks().
+        Column("log_parents", ARRAY(OID)),
+        Column("partitions", ARRAY(Text)),
         CheckConstraint("singleton", name="installation_is_one_row"),
     )
     Table(

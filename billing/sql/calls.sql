@@ -55,7 +55,7 @@ DECLARE
 BEGIN
     PERFORM trueup.queue_for(p_user);
     SELECT * INTO a FROM trueup.lock_account(p_user, at);
-    PERFORM trueup.require_watched();
+    PERFORM trueup.require_counted();
     at := a.at;
     reason := trueup.decide(a.subscribed, a.is_active, a.end_date, coalesce(a.original, 0), coalesce(a.consumed, 0),
                             coalesce(a.held, 0), p_tokens, at);

@@ -31,7 +31,7 @@ BEGIN
     END IF;
     drift_user := d.user_id;
     a := trueup.lock_and_store(d.user_id, decide_drift.at);
-    PERFORM trueup.require_watched();  -- by sums that the host's writes pass by nothing is set right
+    PERFORM trueup.require_counted();  -- by sums that the host's writes pass by nothing is set right
     SELECT * INTO c FROM trueup.drift_decision t
     WHERE t.user_id = d.user_id AND t.drift_id = d.id AND t.decision <> 'undo' ORDER BY t.id DESC LIMIT 1;
     IF FOUND THEN

@@ -35,7 +35,7 @@ DECLARE
 BEGIN
     PERFORM trueup.queue_for(p_user);
     SELECT * INTO a FROM trueup.lock_account(p_user, at);
-    PERFORM trueup.require_watched();  -- after the look at the deltas: what they missed is missed no later than here
+    PERFORM trueup.require_counted();  -- after the look at the deltas: what they missed is missed no later than here
     at := a.at;
     expiry := at + p_ttl;
     original := coalesce(a.original, 0);

@@ -5,6 +5,7 @@ DO $$
 DECLARE
     part record;
 BEGIN
+    PERFORM trueup.note_log();
     FOR part IN
         SELECT c.oid AS id, c.oid::regclass AS name, CASE WHEN c.relispartition THEN $a$'partition'$a$ ELSE '' END AS argument
         FROM trueup.log_partitions() l JOIN pg_class c ON c.oid = l.id

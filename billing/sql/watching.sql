@@ -29,12 +29,13 @@ BEGIN
 END $$;
 
 -- The files that the log's rows are in, those of all partitions. USING writes each of them anew; so does VACUUM FULL.
+-- (Not by pg_partition_tree, which waits for whoever has one of them locked.)
 CREATE OR REPLACE FUNCTION trueup.log_files() RETURNS oid[] LANGUAGE plpgsql STABLE AS $$
 BEGIN
     RETURN coalesce((
         SELECT array_agg(c.relfilenode ORDER BY c.relfilenode) FROM pg_class c
         WHERE c.relfilenode <> 0 AND (c.oid = to_regclass({{literal usage_log}})
-            OR c.oid IN (SELECT relid FROM pg_partition_tree(to_regclass({{literal usage_log}})) WHERE isleaf))
+            OR c.oid IN (SELECT l.id FROM trueup.log_partitions() l))
     ), '{}');
 END $$;
 
@@ -59,15 +60,59 @@ BEGIN
     );
 END $$;
 
--- Write down new versions, or new files, by which alone no value was changed: else one of each, months apart, would be
--- taken for a change of values. In one statement, so that nothing comes between look and write.
-CREATE OR REPLACE FUNCTION trueup.note_log_files() RETURNS void LANGUAGE sql AS $$
+-- The tables that partitions of the log, or tables that inherit from it, can be added to: itself, and those among them.
+CREATE OR REPLACE FUNCTION trueup.log_parents() RETURNS oid[] LANGUAGE sql STABLE AS $$
+    SELECT array_agg(c.oid ORDER BY c.oid) FROM pg_class c
+    WHERE c.oid = to_regclass({{literal usage_log}})
+       OR c.oid IN (SELECT l.id FROM trueup.log_partitions() l)
+          AND (c.relkind = 'p' OR EXISTS (SELECT FROM pg_inherits i WHERE i.inhparent = c.oid))
+$$;
+
+-- What is a partition of these, each with the version of its row in the catalog: one that went and came again, with other
+-- rows maybe, has another.
+CREATE OR REPLACE FUNCTION trueup.partition_marks(p_parents oid[]) RETURNS text[] LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN coalesce((
+        SELECT array_agg(i.inhrelid || ':' || i.xmin ORDER BY i.inhrelid, i.inhparent) FROM pg_inherits i
+        WHERE i.inhparent = ANY (p_parents)
+    ), '{}');
+END $$;
+
+-- Whether a table may have rows. One that somebody keeps locked has some for all we know.
+CREATE OR REPLACE FUNCTION trueup.may_have_rows(p_table oid) RETURNS boolean
+LANGUAGE plpgsql SET lock_timeout = '100ms' AS $$
+BEGIN
+    RETURN pg_relation_size(p_table::regclass) > 0;
+EXCEPTION WHEN lock_not_available THEN
+    RETURN true;
+END $$;
+
+-- Write down what has become of the log, as far as it closes no gate; those who come at once take turns.
+-- New versions of columns, or new files, that alone change no value: else one of each, months apart, would be taken for a
+-- change of values. In one statement, so that nothing comes between look and write.
+-- And its partitions. Rows of a new one may have come with it, and nobody has told of them: then each balance is stale.
+CREATE OR REPLACE FUNCTION trueup.note_log() RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    v_noted text[];
+    v_parents oid[];
+    v_partitions text[];
+BEGIN
+    SELECT coalesce(i.partitions, '{}') INTO v_noted FROM trueup.installation i FOR UPDATE;
     UPDATE trueup.installation i SET column_versions = c.versions, log_files = f.files
     FROM trueup.column_versions() c, (SELECT trueup.log_files() AS files) f
     WHERE trueup.is_watched()
       AND ((i.column_versions = c.versions AND i.log_files <> f.files)
            OR (i.column_versions <> c.versions AND i.log_files && f.files));
-$$;
+    v_parents := trueup.log_parents();
+    v_partitions := trueup.partition_marks(v_parents);
+    INSERT INTO trueup.log_truncation (truncated_at)
+    SELECT clock_timestamp()
+    WHERE EXISTS (SELECT FROM trueup.balance)
+      AND EXISTS (SELECT FROM unnest(v_partitions) p (mark)
+                  WHERE p.mark <> ALL (v_noted) AND trueup.may_have_rows(split_part(p.mark, ':', 1)::oid));
+    UPDATE trueup.installation i SET log_parents = v_parents, partitions = v_partitions
+    WHERE (i.log_parents, i.partitions) IS DISTINCT FROM (v_parents, v_partitions);
+END $$;
 
 -- Refuse (SQLSTATE TU001) unless all that the host writes is counted. A charge does not ask: it is for tokens spent.
 CREATE OR REPLACE FUNCTION trueup.require_watched() RETURNS void LANGUAGE plpgsql STABLE AS $$
@@ -85,4 +130,19 @@ BEGIN
         WHEN trueup.has_old_values() THEN
             'triggers were made anew or switched off for a while, or columns were replaced, since trueup was set up'
         ELSE 'columns that are counted were given a type or an expression anew, and with it maybe other values' END;
+END $$;
+
+-- Refuse as well (SQLSTATE TU002) when partitions came or went since that was noted. Nothing else tells of rows that come
+-- with a partition: who is refused has them noted (trueup.note_log), and asks again.
+CREATE OR REPLACE FUNCTION trueup.require_counted() RETURNS void LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    IF EXISTS (
+        SELECT FROM trueup.installation i, trueup.column_versions() c
+        WHERE i.triggers = trueup.trigger_marks() AND i.partitions = trueup.partition_marks(i.log_parents) AND
+{{include old_values}}
+    ) THEN
+        RETURN;
+    END IF;
+    PERFORM trueup.require_watched();
+    RAISE EXCEPTION USING ERRCODE = 'TU002', MESSAGE = 'partitions of the usage log came or went';
 END $$;

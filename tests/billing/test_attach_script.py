@@ -125,7 +125,8 @@ def test_it_goes_on_from_an_older_schema(host: Host, empty_database: str) -> Non
     attach(MAPPING)
     newest = pg_dump(empty_database, "--schema-only")
     host.execute("DROP FUNCTION trueup.trigger_marks(), trueup.is_watched(), trueup.require_watched()")
-    host.execute("ALTER TABLE trueup.installation DROP triggers, DROP column_versions, DROP log_files")
+    for column in ("triggers", "column_versions", "log_files", "log_parents", "partitions"):
+        host.execute(f"ALTER TABLE trueup.installation DROP {column}")
     host.execute("UPDATE trueup.alembic_version SET version_num = '0005'")
     script = printed()
     assert "CREATE TABLE" not in script

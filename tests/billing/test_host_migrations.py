@@ -317,7 +317,7 @@ def test_settings_that_are_ahead_of_the_database_close_the_gate_until_it_is_atta
 
 def test_an_attach_under_way_closes_the_gate_for_a_while_and_not_for_good(host: Host, user: int) -> None:
     host.execute("UPDATE trueup.installation SET mapping_fingerprint = 'attaching'")
-    host.execute("DROP FUNCTION trueup.require_watched()")
+    host.execute("DROP FUNCTION trueup.require_counted()")
     with pytest.raises(GateClosedError, match="just being attached"), db.connect() as own:
         hold_tokens(own, user)
 

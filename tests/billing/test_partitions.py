@@ -9,7 +9,6 @@ from sqlalchemy import Connection, Engine, create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
 from billing import db
-from billing.accounts import read_account
 from billing.attach import AttachError, attach, open_gate, prepare
 from billing.deep import read_defects
 from billing.detach import detach, plan_detach
@@ -28,40 +27,12 @@ from tests.billing.test_triggers import consumed
 from tests.conftest import cloned_database, settings_for
 from tests.support.books import assert_true
 from tests.support.dumps import pg_dump
-from tests.support.host import START, Host
+from tests.support.partitioned import DECEMBER, NOVEMBER, PARTS, ROW, PartitionedHost, known, month, new_host
 from tests.support.sessions import locked
 from tests.support.work import balance, charge_tokens, hold_tokens
 from worker.stack import StackUrls
 
 MAPPINGS = {kind: HostMapping(usage_log_id_type=kind) for kind in ("uuid", "bigint")}
-NOVEMBER, DECEMBER = START, datetime(2026, 12, 5, tzinfo=UTC)
-ROW = "(user_id, section, total_tokens, created_at) VALUES (:user, 'chat', :tokens, :at)"
-
-
-def month(number: int) -> str:
-    later = "2027-01-01" if number == 12 else f"2026-{number + 1}-01"
-    return f"FOR VALUES FROM ('2026-{number}-01Z') TO ('{later}Z')"
-
-
-# As PostgreSQL demands, the key has the partitions' column in it. November's partition has partitions of its own.
-PARTITIONED = [
-    "ALTER TABLE ai_usage_log RENAME TO plain",
-    "ALTER INDEX ai_usage_log_user_created RENAME TO plain_user_created",
-    "CREATE TABLE ai_usage_log (LIKE plain INCLUDING DEFAULTS INCLUDING IDENTITY) PARTITION BY RANGE (created_at)",
-    "ALTER TABLE ai_usage_log ADD CONSTRAINT log_key PRIMARY KEY (id, created_at)",
-    "CREATE INDEX ai_usage_log_user_created ON ai_usage_log (user_id, created_at)",
-    "ALTER TABLE ai_usage_log ADD FOREIGN KEY (user_id) REFERENCES accounts_user ON DELETE CASCADE",
-    "CREATE TABLE log_default PARTITION OF ai_usage_log DEFAULT",
-    f"CREATE TABLE log_10 PARTITION OF ai_usage_log {month(10)}",
-    f"CREATE TABLE log_11 PARTITION OF ai_usage_log {month(11)} PARTITION BY RANGE (created_at)",
-    "CREATE TABLE log_11a PARTITION OF log_11 FOR VALUES FROM ('2026-11-01Z') TO ('2026-11-15Z')",
-    "CREATE TABLE log_11b PARTITION OF log_11 FOR VALUES FROM ('2026-11-15Z') TO ('2026-12-01Z')",
-    f'CREATE TABLE "Log 12" PARTITION OF ai_usage_log {month(12)}',
-    "DROP TABLE plain",
-]
-PARTS = ['"Log 12"', "log_10", "log_11", "log_11a", "log_11b", "log_default"]
-
-
 EPOCH = "SELECT trueup.log_epoch()"
 CHILDS = "SELECT oid, xmin::text FROM pg_trigger WHERE tgrelid = 'child'::regclass ORDER BY 1"
 MOVED_BY_HAND = f"""
@@ -74,40 +45,6 @@ FOREIGN = """
     CREATE FOREIGN TABLE far PARTITION OF spread
     FOR VALUES FROM ('2026-01-01Z') TO ('2026-02-01Z') SERVER away
 """
-
-
-class PartitionedHost(Host):
-    """A host that writes its log through the log itself, and directly into partitions."""
-
-    mapping: HostMapping
-
-    def write(self, user: int, tokens: int, *, into: str = "ai_usage_log", at: datetime = NOVEMBER) -> None:
-        self.execute(f"INSERT INTO {into} {ROW}", user=user, tokens=tokens, at=at)
-
-    def triggered(self) -> list[str]:
-        """Return the tables that have all of the log's triggers."""
-        return list(
-            self.execute(
-                "SELECT tgrelid::regclass::text FROM pg_trigger WHERE tgname IN "
-                "('trueup_inserted', 'trueup_updated', 'trueup_deleted', 'trueup_truncated') "
-                "GROUP BY tgrelid HAVING count(*) = 4 ORDER BY 1"
-            ).scalars()
-        )
-
-    def set_up(self) -> None:
-        with self.engine.begin() as connection:
-            install(connection, self.mapping, with_host_tables=False)
-
-
-def new_host(url: str, mapping: HostMapping) -> PartitionedHost:
-    engine = create_engine(url, poolclass=NullPool)
-    with engine.begin() as connection:
-        build_host_metadata(mapping).create_all(connection)
-        for statement in PARTITIONED:
-            connection.execute(text(statement))
-    host = PartitionedHost(engine)
-    host.mapping = mapping
-    return host
 
 
 @pytest.fixture
@@ -249,14 +186,14 @@ def test_what_a_detached_partition_held_stays_taken_until_a_deep_pass_goes_by_th
 ) -> None:
     host.write(user, 300, at=DECEMBER)
     host.execute('ALTER TABLE ai_usage_log DETACH PARTITION "Log 12"')
-    assert read_account(connection, user).consumed == 1_300
+    assert known(user) == 1_300
     # What is written there from now on is not the log's.
     host.write(user, 50, into='"Log 12"', at=DECEMBER)
     host.execute('UPDATE "Log 12" SET total_tokens = 7')
     host.execute('DELETE FROM "Log 12" WHERE total_tokens = 7')
     before = host.value(EPOCH)
     host.execute('TRUNCATE "Log 12"')
-    assert (host.value(EPOCH), read_account(connection, user).consumed) == (before, 1_300)
+    assert (host.value(EPOCH), known(user)) == (before, 1_300)
     assert check_triggers_of(connection) == [("ok", None)]
     deep = reconcile(db.get_engine(), host.mapping, kind="deep")
     assert deep.run_id is not None
@@ -270,7 +207,7 @@ def test_a_dropped_partition_is_like_a_detached_one(host: PartitionedHost, conne
     for table in ("log_11", "log_11a"):  # nor does what is written into one with partitions of its own
         host.write(user, 50, into=table)
     host.execute("DROP TABLE log_11")
-    assert read_account(connection, user).consumed == 1_000
+    assert known(user) == 1_000
     assert reconcile(db.get_engine(), host.mapping, kind="deep").defects == 1
     assert consumed(host, connection, user) == 0
 
@@ -314,7 +251,7 @@ def test_partitions_made_in_advance_are_covered_without_closing_the_gate_or_touc
     before = host.value(EPOCH)
     with locked(host, "LOCK TABLE ONLY ai_usage_log IN ROW EXCLUSIVE MODE"):
         take_step(lambda again: prepare(again, host.mapping), patience_seconds=0)
-        hold_tokens(connection, user, 0)
+        db.retrying(lambda worker: hold_tokens(worker, user, 0))
         assert attach(host.mapping, patience_seconds=0) == {"balances": 0}
     assert (host.value(EPOCH), "log_27" in host.triggered()) == (before, True)
     host.write(user, 2, into="log_27", at=datetime(2027, 1, 3, tzinfo=UTC))
@@ -356,7 +293,7 @@ def test_a_plain_log_that_becomes_a_partition_of_its_successor_goes_on_counting_
         assert consumed(host, connection, user) == 127
         host.execute("ALTER TABLE ai_usage_log DETACH PARTITION log_old")
         host.write(user, 500, into="log_old")
-        assert read_account(connection, user).consumed == 127
+        assert known(user) == 127
 
 
 def test_tables_that_inherit_from_the_log_count_as_its_partitions_do(empty_database: str) -> None:

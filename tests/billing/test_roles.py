@@ -13,6 +13,7 @@ from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.pool import NullPool
 
 from billing import db
+from billing.accounts import read_account
 from billing.alerts import claim_due, raise_test
 from billing.attach import attach
 from billing.calls import begin_call, end_call, extend_hold
@@ -175,7 +176,7 @@ FORBIDDEN = [
     "DELETE FROM trueup.charge",
     "DELETE FROM trueup.drift_decision",
     "UPDATE trueup.installation SET mapping_fingerprint = ''",
-    "INSERT INTO trueup.log_truncation DEFAULT VALUES",
+    "DELETE FROM trueup.log_truncation",
     "DELETE FROM ai_usage_log",
     "UPDATE ai_usage_log SET total_tokens = 0",
     "UPDATE billing_subscription SET start_date = now()",
@@ -187,6 +188,22 @@ FORBIDDEN = [
 
 def test_the_worker_changes_no_structure_and_no_more_rows_than_it_must(ready: Site) -> None:
     assert [statement for statement in FORBIDDEN if not ready.refuses(ready.roles.worker, statement)] == []
+
+
+def test_the_worker_counts_rows_that_come_with_a_table_that_inherits_from_the_log(ready: Site) -> None:
+    user = ready.host.subscriber(1_000)
+    ready.become(ready.roles.worker)
+    db.retrying(lambda connection: hold_tokens(connection, user, 0))
+    with Host(ready.owner) as owner:
+        owner.execute("CREATE TABLE child (LIKE ai_usage_log INCLUDING ALL)")
+        owner.execute("INSERT INTO child (user_id, section, total_tokens) VALUES (:user, 'chat', 40)", user=user)
+        owner.execute("ALTER TABLE child INHERIT ai_usage_log")
+        ready.become(ready.roles.readonly)
+        with pytest.raises(MissingRightError, match=r"permission denied for table installation.*`trueup db grants`"):
+            db.retrying(lambda connection: read_account(connection, user))
+        ready.become(ready.roles.worker)
+        assert db.retrying(lambda connection: read_account(connection, user)).consumed == 40
+        owner.execute("DROP TABLE child")
 
 
 def test_a_host_that_has_no_right_in_trueup_writes_its_log_and_each_row_counts(ready: Site) -> None:

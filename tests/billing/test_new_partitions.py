@@ -1,0 +1,109 @@
+"""Partitions that come, with or without rows, and go: the gate notices by itself."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+import pytest
+
+from billing import db
+from billing.errors import TokensDenied
+from billing.mapping import HostMapping
+from billing.reconcile import reconcile
+from tests.support.partitioned import DECEMBER, PartitionedHost, known, month, new_host
+from tests.support.sessions import locked, run_at_once
+from tests.support.work import hold_tokens
+
+EPOCH = "SELECT trueup.log_epoch()"
+
+
+@pytest.fixture
+def host(empty_database: str) -> Iterator[PartitionedHost]:
+    with new_host(empty_database, HostMapping()) as host:
+        host.set_up()
+        yield host
+
+
+@pytest.fixture
+def user(host: PartitionedHost) -> int:
+    """A user with 1 000 of 10 000 tokens used and a balance built."""
+    user = host.subscriber(10_000)
+    host.write(user, 1_000)
+    db.retrying(lambda worker: hold_tokens(worker, user, 0))
+    return user
+
+
+def more_of(host: PartitionedHost, user: int, tokens: int, *, name: str = "more") -> None:
+    """Make a table like the log with a row of December, and room for it among the log's partitions."""
+    host.execute('DROP TABLE IF EXISTS "Log 12"')
+    host.execute(f"CREATE TABLE {name} (LIKE ai_usage_log INCLUDING ALL)")
+    host.write(user, tokens, into=name, at=DECEMBER)
+
+
+def test_rows_that_come_with_a_partition_count_at_the_next_gate(host: PartitionedHost, user: int) -> None:
+    other = host.subscriber(10_000)
+    db.retrying(lambda worker: hold_tokens(worker, other, 0))
+    more_of(host, user, 8_500)
+    host.execute(f"ALTER TABLE ai_usage_log ATTACH PARTITION more {month(12)}")
+    host.write(other, 70, into="more", at=DECEMBER)  # passes the triggers, before anybody has looked
+    with pytest.raises(TokensDenied):
+        db.retrying(lambda worker: hold_tokens(worker, user, 501))
+    assert db.retrying(lambda worker: hold_tokens(worker, user, 500)).tokens_left == 500
+    assert (known(user), known(other)) == (9_500, 70)
+    epoch = host.value(EPOCH)
+    host.write(user, 1, at=DECEMBER)
+    assert (known(user), host.value(EPOCH)) == (9_501, epoch)
+
+
+def test_a_partition_that_went_and_came_again_with_other_rows_is_seen(host: PartitionedHost, user: int) -> None:
+    assert known(user) == 1_000
+    host.execute("ALTER TABLE log_11 DETACH PARTITION log_11a")
+    host.write(user, 300, into="log_11a")
+    host.execute("ALTER TABLE log_11 ATTACH PARTITION log_11a FOR VALUES FROM ('2026-11-01Z') TO ('2026-11-15Z')")
+    assert known(user) == 1_300
+    # And one that brings partitions of its own, or is put below another one.
+    host.execute("ALTER TABLE ai_usage_log DETACH PARTITION log_11")
+    host.write(user, 5, into="log_11")
+    host.execute(f"ALTER TABLE ai_usage_log ATTACH PARTITION log_11 {month(11)}")
+    assert known(user) == 1_305
+
+
+def test_a_partition_without_rows_makes_no_balance_stale(host: PartitionedHost, user: int) -> None:
+    epoch = host.value(EPOCH)
+    host.execute("CREATE TABLE log_27 PARTITION OF ai_usage_log FOR VALUES FROM ('2027-01-01Z') TO ('2027-02-01Z')")
+    assert (known(user), host.value(EPOCH)) == (1_000, epoch)
+    host.execute("ALTER TABLE ai_usage_log DETACH PARTITION log_10; DROP TABLE log_10")
+    assert (known(user), host.value(EPOCH)) == (1_000, epoch)
+    host.write(user, 7, at=datetime(2027, 1, 5, tzinfo=UTC))
+    assert (known(user), host.value(EPOCH)) == (1_007, epoch)
+
+
+def test_a_partition_that_somebody_keeps_locked_is_taken_for_one_with_rows(host: PartitionedHost, user: int) -> None:
+    epoch = host.value(EPOCH)
+    host.execute("CREATE TABLE log_27 PARTITION OF ai_usage_log FOR VALUES FROM ('2027-01-01Z') TO ('2027-02-01Z')")
+    with locked(host, "LOCK TABLE ONLY log_27 IN ACCESS EXCLUSIVE MODE"):
+        host.execute("SELECT trueup.note_log()")
+    assert host.value(EPOCH) > epoch
+    assert known(user) == 1_000
+
+
+def test_many_who_meet_a_new_partition_at_once_have_it_counted_once(host: PartitionedHost, user: int) -> None:
+    more_of(host, user, 8_000)
+    host.execute(f"ALTER TABLE ai_usage_log ATTACH PARTITION more {month(12)}")
+    epochs = host.value("SELECT count(*) FROM trueup.log_truncation")
+
+    def hold() -> bool:
+        try:
+            db.retrying(lambda worker: hold_tokens(worker, user, 300))
+        except TokensDenied:
+            return False
+        return True
+
+    assert sum(run_at_once([hold] * 8)) == 3
+    assert host.value("SELECT count(*) FROM trueup.log_truncation") == epochs + 1
+
+
+def test_a_quick_pass_counts_what_came_with_a_partition_before_it_corrects(host: PartitionedHost, user: int) -> None:
+    more_of(host, user, 400)
+    host.execute(f"ALTER TABLE ai_usage_log ATTACH PARTITION more {month(12)}")
+    reconcile(db.get_engine(), host.mapping)
+    assert host.value("SELECT expected FROM trueup.drift") == 10_000 - 1_400
