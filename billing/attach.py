@@ -24,7 +24,7 @@ from billing.install import (
 from billing.mapping import HostMapping, quote_table, render_statement
 from billing.partitions import uncovered_partitions
 from billing.short_locks import PATIENCE_SECONDS, take_step
-from billing.watching import KEEP_WATCHED, LOG_TRIGGERS, SAVE_WATCHED, WINDOW_TRIGGER, is_untouched
+from billing.watching import KEEP_WATCHED, LOG_TRIGGERS, SAVE_TRIGGERS, SAVE_WATCHED, WINDOW_TRIGGER, is_untouched
 
 # As many users at once as have about so many log rows: reading the log from end to end for few would be a waste.
 BATCH_ROWS = 10_000_000
@@ -147,7 +147,7 @@ def watch_subscriptions(connection: Connection, mapping: HostMapping) -> None:
 
 
 def window_scripts(mapping: HostMapping) -> list[str]:
-    return [*sql_scripts(mapping, ["window_triggers.sql"]), SAVE_WATCHED]
+    return [*sql_scripts(mapping, ["window_triggers.sql"]), SAVE_TRIGGERS]
 
 
 def batch_users(connection: Connection, mapping: HostMapping) -> int:

@@ -28,6 +28,7 @@ _HEAD = """\
 -- {milliseconds} ms for a lock on a table of the host's: should one be in use, run the script again.
 \\set ON_ERROR_STOP on
 SET search_path = {search_path};
+SET timezone = 'UTC';  -- of times without a zone
 SET row_security = off;  -- an error rather than sums over the rows that a policy leaves
 """
 

@@ -13,14 +13,14 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from billing.errors import (
-    LogRepartitionedError,
+    LogChangedError,
     MissingRightError,
     NotInstalledError,
     ServiceUnavailableError,
     TrueupError,
 )
 from billing.host_changes import (
-    REPARTITIONED,
+    LOG_CHANGED,
     ROW_SECURITY_REMEDY,
     UNWATCHED,
     changed_type,
@@ -28,6 +28,7 @@ from billing.host_changes import (
     not_ready,
     unwatched,
 )
+from billing.local_times import read_as_utc
 from billing.poolers import limit_session
 from billing.settings import Settings, database_url, get_settings
 
@@ -49,6 +50,8 @@ _UNDEFINED = ("42P01", "3F000", "42883", "42703")
 # A column of another type: no such cast, datatype mismatch, an object of another kind.
 _CHANGED_TYPES = ("42846", "42804", "42809")
 _NO_OPERATOR = "operator does not exist"
+# A value that a type does not have, met by a function of trueup's: a label that was renamed, which the mapping names.
+_NO_SUCH_VALUE = "22P02"
 _FORBIDDEN = "42501"
 _ROW_SECURITY = "query would be affected by row-level security"
 # A function that was replaced between its lookup and its call, or a statement prepared for what it returned before. The
@@ -89,6 +92,7 @@ def create_trueup_engine(settings: Settings) -> Engine:
     }
     # First of all: what SQLAlchemy asks of a new connection is limited too.
     event.listen(engine, "connect", lambda connection, _: limit_session(connection, limits), insert=True)
+    event.listen(engine, "connect", lambda connection, _: read_as_utc(connection))
     return engine
 
 
@@ -143,12 +147,12 @@ def transaction() -> Iterator[Connection]:
 def once(operation: Callable[[Connection], Result]) -> Result:
     """Run an operation on a connection of `connect()`; again only if the gate refused it before it did anything.
 
-    So it does when partitions of the usage log have come or gone, which is noted by then.
+    So it does when partitions of the usage log have come or gone, or its values may be others: that is noted by then.
     """
     try:
         with connect() as connection:
             return operation(connection)
-    except LogRepartitionedError:
+    except LogChangedError:
         pass
     with connect() as connection:
         return operation(connection)
@@ -202,10 +206,16 @@ def _is_replaced(error: DBAPIError) -> bool:
     )
 
 
+def _is_unknown_label(error: DBAPIError) -> bool:
+    diagnosis = getattr(error.orig, "diag", None)
+    inside = "function" in str(getattr(diagnosis, "context", None) or "")
+    return inside and getattr(error.orig, "sqlstate", None) == _NO_SUCH_VALUE
+
+
 def _translate(error: DBAPIError) -> TrueupError | None:
     state = getattr(error.orig, "sqlstate", None)
     cause = str(error.orig).strip().partition("\n")[0]
-    if state == "42883" and cause.startswith(_NO_OPERATOR):
+    if _is_unknown_label(error) or (state == "42883" and cause.startswith(_NO_OPERATOR)):
         state = _CHANGED_TYPES[0]
     if state is None and type(error.orig).__name__ == "OperationalError":
         return ServiceUnavailableError("PostgreSQL", describe_database(), cause)
@@ -213,7 +223,7 @@ def _translate(error: DBAPIError) -> TrueupError | None:
         return ServiceUnavailableError("PostgreSQL", describe_database(), cause)
     if state in (*_UNDEFINED, *_CHANGED_TYPES, UNWATCHED):
         return _explained(cause, undefined=state in _UNDEFINED) or _unexplained(state)(describe_database(), cause)
-    if state == REPARTITIONED:
+    if state == LOG_CHANGED:
         return _noted(cause)
     if state == _FORBIDDEN and cause.startswith(_ROW_SECURITY):
         return MissingRightError(
@@ -238,14 +248,14 @@ def _explained(cause: str, *, undefined: bool) -> NotInstalledError | None:
 
 
 def _noted(cause: str) -> TrueupError:
-    """Note what has become of the log's partitions, so that who asks again is answered. Returns the error to raise."""
+    """Note what has become of the log, so that who asks again is answered. Returns the error to raise."""
     try:
         with translated_errors(), get_engine().begin() as connection:
             connection.execute(text("SELECT trueup.note_log()"))
     except TrueupError as error:
         return error
-    logger.warning("%s: their rows count from now on; balances may be built anew from it", cause)
-    return LogRepartitionedError(f"Nothing was run: {cause}. They are counted now: do this again.")
+    logger.warning("%s: that counts from now on; balances may be built anew from it", cause)
+    return LogChangedError(f"Nothing was run: {cause}. That is noted now: do this again.")
 
 
 def _unexplained(state: str | None) -> Callable[[str, str], NotInstalledError]:

@@ -43,8 +43,8 @@ class HostChangedError(GateClosedError):
     """The host has changed what trueup reads or counts by: a table, a column, a trigger. Nothing was run."""
 
 
-class LogRepartitionedError(GateClosedError):
-    """Partitions of the usage log came or went. That is noted by now, and what is asked again is answered by it."""
+class LogChangedError(GateClosedError):
+    """Partitions of the log came or went, or its values may be others. Noted by now: who asks again is answered."""
 
 
 class MissingRightError(NotInstalledError):

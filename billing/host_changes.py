@@ -8,7 +8,7 @@ from billing.mapping import HostMapping
 
 # Raised by trueup.require_watched() and trueup.require_counted().
 UNWATCHED = "TU001"
-REPARTITIONED = "TU002"
+LOG_CHANGED = "TU002"
 ROW_SECURITY_REMEDY = "Let trueup's role see all rows: ALTER ROLE … BYPASSRLS, or make it the table's owner."
 # Stands for the mapping while the database is made ready for one.
 ATTACHING = "attaching"

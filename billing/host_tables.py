@@ -33,7 +33,8 @@ from billing.schema.columns import user_id_column_type
 def build_host_metadata(mapping: HostMapping) -> MetaData:
     """Return tables shaped like a typical Django host's, under the names of the mapping.
 
-    Raises `InvalidInputError` where a row counts by an expression: nobody knows what its columns are.
+    Raises `InvalidInputError` where a row counts, or a subscription is active, by an expression: nobody knows what its
+    columns are.
     """
     metadata = MetaData()
     user = _user_table(metadata, mapping)
@@ -96,6 +97,12 @@ def _subscription_table(
     metadata: MetaData, mapping: HostMapping, user: Table | None, token_plan: Table | None, full_plan: Table | None
 ) -> Table:
     names = mapping.subscription
+    if isinstance(names.is_active, Expression):
+        raise InvalidInputError("host.subscription.is_active: no example table can be made for an expression")
+    # A host that says it by a status has that column; the others have one that tells nothing.
+    status = _compared(names.is_active)
+    if "status" not in {column.name for column in status}:
+        status.append(Column("status", String(20), nullable=False, server_default=text("'active'")))
 
     def plan(column: str, table: Table | None, key: str) -> list[Column[Any]]:
         return [] if table is None else [Column(column, BigInteger, *_foreign_key(table, key))]
@@ -119,7 +126,7 @@ def _subscription_table(
         # Nullable, though Django's default is not: hosts are found where it is null.
         Column(names.tokens_remaining, Integer),
         *_made(names.is_active, Boolean, nullable=False, server_default=text("true")),
-        Column("status", String(20), nullable=False, server_default=text("'active'")),
+        *status,
         Column("trial_end", DateTime(timezone=True)),
         Column("cancel_at_period_end", Boolean, nullable=False, server_default=text("false")),
         Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
@@ -162,10 +169,10 @@ def _usage_log_table(metadata: MetaData, mapping: HostMapping, user: Table | Non
     Index(f"{log.name}_user_created", log.c[names.user_id], log.c[names.created_at])
 
 
-def _compared(counts: object) -> list[Column[Any]]:
-    if not isinstance(counts, Compared):
+def _compared(given: object) -> list[Column[Any]]:
+    if not isinstance(given, Compared):
         return []
-    return [Column(counts.column, String(50), nullable=False, server_default=counts.equals[0])]
+    return [Column(given.column, String(50), nullable=False, server_default=given.equals[0])]
 
 
 def _token_usage_table(metadata: MetaData, mapping: HostMapping, name: str, subscription: Table) -> None:

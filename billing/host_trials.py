@@ -15,10 +15,10 @@ from billing.mapping import HostMapping, quote_table, render_sql
 
 _INTEGERS = ("smallint", "integer", "bigint")
 # The triggers' own, whatever the role's is.
-_SEARCH_PATH = "pg_catalog, pg_temp"
-_SET_SEARCH_PATH = text("SELECT set_config('search_path', :path, true)")
+SEARCH_PATH = "pg_catalog, pg_temp"
+SET_SEARCH_PATH = text("SELECT set_config('search_path', :path, true)")
 
-_HOST = text("SELECT CAST(to_regclass(:table) AS oid) AS id, current_setting('search_path') AS search_path")
+HOST_TABLE = text("SELECT CAST(to_regclass(:table) AS oid) AS id, current_setting('search_path') AS search_path")
 _COLUMNS = text(
     """
     SELECT a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type, a.attgenerated <> '' AS is_generated,
@@ -42,7 +42,7 @@ _OWN_ROW = """
     INSERT INTO pg_temp.trueup_own AS l ({{usage_log.written}})
     SELECT r.{{usage_log.written}}
     FROM (SELECT CAST(NULL AS {{usage_log_id_type}}) AS id, CAST(NULL AS {{user_id_type}}) AS user_id,
-                 'chat' AS section, 1 AS prompt_tokens, 1 AS completion_tokens, 2 AS total_tokens,
+                 SECTION AS section, 1 AS prompt_tokens, 1 AS completion_tokens, 2 AS total_tokens,
                  1 AS response_time_ms, SUCCEEDED AS success, 'a model' AS model_name,
                  CAST('{"task_id": "1"}' AS jsonb) AS metadata, CAST(now() AS timestamptz) AS created_at) r
     RETURNING l.{{usage_log.success}}
@@ -152,15 +152,12 @@ def wrong_expression(connection: Connection, mapping: HostMapping) -> Problem | 
     return None
 
 
-def is_tried(mapping: HostMapping) -> bool:
-    """Return whether the mapping has anything to try out."""
-    return next(_given(mapping), None) is not None
-
-
 def _given(mapping: HostMapping) -> Iterator[tuple[str, Compared | Expression, str, tuple[str, ...]]]:
-    included, counts = mapping.subscription.tokens_included, mapping.usage_log.counts
-    if isinstance(included, Expression):
-        yield "host.subscription.tokens_included", included, mapping.subscription.table, _INTEGERS
+    subscription, counts = mapping.subscription, mapping.usage_log.counts
+    if isinstance(subscription.tokens_included, Expression):
+        yield "host.subscription.tokens_included", subscription.tokens_included, subscription.table, _INTEGERS
+    if isinstance(subscription.is_active, Compared | Expression):
+        yield "host.subscription.is_active", subscription.is_active, subscription.table, ("boolean",)
     if counts is not None:
         yield "host.usage_log.counts", counts, mapping.usage_log.table, ("boolean",)
 
@@ -174,7 +171,7 @@ def _value_problem(connection: Connection, given: Compared, table: str) -> Probl
         f"WHERE CAST((jsonb_populate_record(CAST(NULL AS {quote_table(table)}), jsonb_build_object({name}, value)))"
         f".{column} AS text) IS DISTINCT FROM value LIMIT 1"
     )
-    wrong = _run(connection, statement).scalar()
+    wrong = run(connection, statement).scalar()
     return None if wrong is None else (f"{given.column} can't have the value {wrong!r}", "Write it as the column does.")
 
 
@@ -185,24 +182,26 @@ def _type_problem(found: str, types: tuple[str, ...]) -> Problem | None:
 def _type_of(connection: Connection, given: Expression, table: str) -> str:
     before, after = _TYPE.split("EXPRESSION")
     statement = f"{before}{given.over('trueup_row')}{after.replace('HOST', table)}"
-    return str(_run(connection, statement).scalar_one())
+    return str(run(connection, statement).scalar_one())
 
 
 def _problems(
     connection: Connection, mapping: HostMapping, given: Compared | Expression, table: str, types: tuple[str, ...]
 ) -> Iterator[Problem]:
-    host = connection.execute(_HOST, {"table": quote_table(table)}).one()
-    connection.execute(_SET_SEARCH_PATH, {"path": _SEARCH_PATH})
-    _make_table(connection, host.id, "trueup_row", filled=False)
+    host = connection.execute(HOST_TABLE, {"table": quote_table(table)}).one()
+    connection.execute(SET_SEARCH_PATH, {"path": SEARCH_PATH})
+    make_table(connection, host.id, "trueup_row", filled=False)
     if isinstance(given, Expression):
         found = _type_of(connection, given, "pg_temp.trueup_row")
         if problem := _type_problem(found, types):
             yield problem
         made = f"ALTER TABLE pg_temp.trueup_row ADD trueup_tried {found} GENERATED ALWAYS AS"
-        _run(connection, f"{made} {given.over('trueup_row')} STORED")
+        run(connection, f"{made} {given.over('trueup_row')} STORED")
     if given is not mapping.usage_log.counts:
         if isinstance(given, Expression):
-            yield from _failing_included(connection, given)
+            yield from _failing_read(connection, given)
+        elif problem := _value_problem(connection, given, "pg_temp.trueup_row"):
+            yield problem
         return
     risky = connection.scalar(_TREE, {"harmless": _HARMLESS.split(), "kinds": _KINDS.split()})
     if risky is not None:
@@ -210,18 +209,18 @@ def _problems(
             f"it uses {risky}, which might fail for a row, and the host's own write of the row with it",
             _ALLOWED,
         )
-    _make_table(connection, host.id, "trueup_own", filled=True)
-    connection.execute(_SET_SEARCH_PATH, {"path": host.search_path})
-    if _run(connection, _own_row(mapping, succeeded=True)).scalar_one() is not True:
+    make_table(connection, host.id, "trueup_own", filled=True)
+    connection.execute(SET_SEARCH_PATH, {"path": host.search_path})
+    if run(connection, own_row(mapping, succeeded=True)).scalar_one() is not True:
         yield "the rows that trueup writes would not count", "Make it true of them, or map the column that tells."
-    if mapping.usage_log.tells_failure and _run(connection, _own_row(mapping, succeeded=False)).scalar_one():
+    if mapping.usage_log.tells_failure and run(connection, own_row(mapping, succeeded=False)).scalar_one():
         yield (
             "a row that trueup writes of a failed call would count",
             "Let it depend on the column of success, or set success = {value = true}: failed calls then get no row.",
         )
 
 
-def _failing_included(connection: Connection, given: Expression) -> Iterator[Problem]:
+def _failing_read(connection: Connection, given: Expression) -> Iterator[Problem]:
     found = connection.execute(_DIVISIONS).one()
     if found.divisions > len(_BY_A_NUMBER.findall(given.expression)):
         yield (
@@ -235,13 +234,18 @@ def _failing_included(connection: Connection, given: Expression) -> Iterator[Pro
         )
 
 
-def _own_row(mapping: HostMapping, *, succeeded: bool) -> str:
+def own_row(mapping: HostMapping, *, succeeded: bool, section: str = "chat") -> str:
+    """Return the statement that writes a row of trueup's into the table of `make_table`, and returns if it counts."""
     # Before the host's names are in it: one of them, or a value, may be the very word.
-    return render_sql(_OWN_ROW.replace("SUCCEEDED", str(succeeded).lower()), mapping)
+    values = {"SUCCEEDED": str(succeeded).lower(), "SECTION": quote_literal(section)}
+    return render_sql(re.sub("|".join(values), lambda found: values[found[0]], _OWN_ROW), mapping)
 
 
-def _make_table(connection: Connection, like: int, name: str, *, filled: bool) -> None:
-    """`like`: the host's table. `filled`: with what that fills columns with, as our rows get it."""
+def make_table(connection: Connection, like: int, name: str, *, filled: bool) -> None:
+    """Make a table of our own for this session, with the columns of the host's table `like` and no demands.
+
+    `filled`: with what that fills columns with, as our rows get it.
+    """
     columns = []
     for row in connection.execute(_COLUMNS, {"id": like}):
         column = f"{quote_identifier(row.name)} {row.type}"
@@ -249,10 +253,10 @@ def _make_table(connection: Connection, like: int, name: str, *, filled: bool) -
         if filled and row.given is not None and "nextval" not in row.given:
             column += f" GENERATED ALWAYS AS ({row.given}) STORED" if row.is_generated else f" DEFAULT {row.given}"
         columns.append(column)
-    _run(connection, f"CREATE TEMP TABLE {name} ({', '.join(columns)})")
+    run(connection, f"CREATE TEMP TABLE {name} ({', '.join(columns)})")
 
 
-def _run(connection: Connection, statement: str) -> CursorResult[Any]:
+def run(connection: Connection, statement: str) -> CursorResult[Any]:
     return connection.exec_driver_sql(statement.replace("%", "%%"))
 
 

@@ -224,6 +224,13 @@ def _check_compared(setting: Compared) -> None:
         raise ValueError(f"failed: {setting.failed!r} would count; give a value that is not among those of equals")
 
 
+def _only_read(setting: object) -> object:
+    """Refuse what trueup would write into a column that it only reads."""
+    if isinstance(setting, Compared) and setting.failed is not None:
+        raise ValueError("failed: leave it out; trueup never writes this column")
+    return setting
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and _check_value(value) == value
 
@@ -233,6 +240,11 @@ def _is_count(most: int) -> Callable[[object], bool]:
 
 
 Flag = Annotated[str | Constant, _either(value="true", fits=lambda value: value is True)]
+Active = Annotated[
+    str | Constant | Compared | Expression,
+    AfterValidator(_only_read),
+    _either(value="true", fits=lambda value: value is True, others=(Compared, Expression)),
+]
 Words = Annotated[str | Constant, _either(value='"…"', fits=_is_text)]
 Count = Annotated[str | Constant, _either(value="0", fits=_is_count(_MOST_COUNT))]
 Document = Annotated[str | Constant, _either(value="{}", fits=lambda value: value == "{}")]

@@ -21,15 +21,17 @@ from billing.host_catalog import (
 from billing.host_changes import ATTACHING
 from billing.host_tables import build_host_metadata
 from billing.host_trials import expression_problem
+from billing.host_types import wrong_types
 from billing.host_values import quote_literal
 from billing.log_ids import log_id_problem
 from billing.mapping import HostMapping, quote_table, render_sql
 from billing.partitions import partition_problem
+from billing.row_trials import row_problem
 from billing.schema import SCHEMA
 from billing.settings import get_settings
 from billing.short_locks import INSTALL_LOCK, STATEMENT_TIMEOUT_SECONDS
 from billing.subscriptions import refuse_shared_users
-from billing.watching import SAVE_WATCHED, is_untouched
+from billing.watching import KEEP_WATCHED, SAVE_TRIGGERS, is_untouched
 
 # Functions before triggers; each file may use what those before it define.
 SQL_FILES = (
@@ -87,17 +89,17 @@ def install(connection: Connection, mapping: HostMapping, *, with_host_tables: b
     drop_functions(connection)
     run_scripts(connection, sql_scripts(mapping))
     done.append("functions and triggers")
-    run_scripts(connection, [save_sql(mapping), SAVE_WATCHED])
+    run_scripts(connection, [save_sql(mapping), SAVE_TRIGGERS, KEEP_WATCHED])
     return done
 
 
 def create_tables(connection: Connection, mapping: HostMapping) -> None:
     """Make or upgrade trueup's tables, without a lock on the host's. Raises `NotInstalledError` for an unfit host."""
+    _refuse_other_user_ids(connection, mapping)
     check_host(connection, mapping)
     # Who owns the schema need not have the right to make another.
     if _lacks_schema(connection):
         connection.execute(text(_CREATE_SCHEMA))
-    _refuse_other_user_ids(connection, mapping)
     command.upgrade(_alembic_config(mapping, connection=connection), "head")
 
 
@@ -106,8 +108,8 @@ def tables_sql(connection: Connection, mapping: HostMapping) -> list[str]:
 
     Raises `NotInstalledError` for an unfit host.
     """
-    check_host(connection, mapping)
     _refuse_other_user_ids(connection, mapping)
+    check_host(connection, mapping)
     there = None
     if connection.scalar(text("SELECT to_regclass('trueup.alembic_version') IS NOT NULL")):
         there = connection.scalar(text("SELECT version_num FROM trueup.alembic_version"))
@@ -223,6 +225,12 @@ def check_host(connection: Connection, mapping: HostMapping) -> None:
             f"The database has no column {', '.join(columns)}. Nothing was changed. Map the host's names, or what "
             "stands for a missing column, under [host] in trueup.toml."
         )
+    wrong = list(wrong_types(connection, mapping))
+    if wrong:
+        raise NotInstalledError(
+            f"{' '.join(one.what for one in wrong)} Nothing was changed. "
+            f"{' '.join(dict.fromkeys(one.remedy for one in wrong))}"
+        )
     demanded = demanded_log_columns(connection, mapping)
     if demanded:
         raise NotInstalledError(
@@ -241,7 +249,7 @@ def check_host(connection: Connection, mapping: HostMapping) -> None:
             f"{', '.join(views)} is no table, so that trueup could not be told of its changes. Nothing was changed. "
             "Map the table behind it under [host] in trueup.toml."
         )
-    for judge in (log_id_problem, partition_problem, expression_problem):
+    for judge in (log_id_problem, partition_problem, expression_problem, row_problem):
         problem = judge(connection, mapping)
         if problem is not None:
             raise NotInstalledError(f"{problem[0]} Nothing was changed. {problem[1]}")

@@ -1,6 +1,6 @@
 """May this role look at these tables, and are they as the mapping says? Asked of the catalog; no row is read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,8 @@ _COLUMNS = text(
     """
     SELECT t.noun, t.field, c.oid IS NOT NULL AS has_table, a.attname IS NOT NULL AS has_column,
            format_type(b.oid, NULL) AS type, b.typtype = 'e' AS is_enum,
-           coalesce(has_schema_privilege(n.oid, 'USAGE') AND has_column_privilege(c.oid, a.attnum, 'SELECT'), false)
-               AS readable,
+           n.nspname AS schema, coalesce(has_schema_privilege(n.oid, 'USAGE'), false) AS usable,
+           coalesce(has_column_privilege(c.oid, a.attnum, 'SELECT'), false) AS readable,
            coalesce(row_security_active(c.oid), false) AS filtered
     FROM unnest(CAST(:nouns AS text[]), CAST(:fields AS text[]), CAST(:schemas AS text[]), CAST(:tables AS text[]),
                 CAST(:columns AS text[])) WITH ORDINALITY AS t (noun, field, schema, name, wanted, place)
@@ -91,8 +91,9 @@ def check_columns(connection: Connection, named: list[Named], user_id_type: User
         "tables": [table for _, _, table in parts],
         "columns": [one.column for one in named],
     }
-    rows = connection.execute(_COLUMNS, values)
+    rows = list(connection.execute(_COLUMNS, values))
     wrong = [line for one, row in zip(named, rows, strict=True) for line in _faults(one, row, user_id_type)]
+    wrong += _rights(str(connection.scalar(text("SELECT current_user"))), zip(named, rows, strict=True))
     if wrong:
         raise TrueupError(
             f"This database can't be looked at as [host] in trueup.toml says: {'; '.join(dict.fromkeys(wrong))}. "
@@ -114,8 +115,6 @@ def _faults(one: Named, row: Any, user_id_type: UserIdType) -> Iterator[str]:
     if not row.has_column:
         yield f"host.{one.noun}.{one.field}: {one.table} has no column {one.column}"
         return
-    if not row.readable:
-        yield f"this role may not read {one.table}.{one.column}: GRANT SELECT ON {quote_table(one.table)} to it"
     if row.filtered:
         # With row security off, as it is set, PostgreSQL refuses rather than leaves rows out.
         yield f"row level security would hide rows of {one.table}: look as a role with BYPASSRLS"
@@ -131,6 +130,21 @@ def _faults(one: Named, row: Any, user_id_type: UserIdType) -> Iterator[str]:
     if kind not in kinds:
         wanted = " or ".join(sorted(kinds))
         yield f"host.{one.noun}.{one.field}: {one.table}.{one.column} is {row.type}, which is not {wanted}"
+
+
+def _rights(role: str, found: Iterable[tuple[Named, Any]]) -> Iterator[str]:
+    """Yield what the role may not read, a table at a time."""
+    to = quote_identifier(role)
+    hidden: dict[str, list[str]] = {}
+    for one, row in found:
+        if row.has_table and not row.usable:
+            schema = quote_identifier(row.schema)
+            yield f"role {role} may not use schema {row.schema}: GRANT USAGE ON SCHEMA {schema} TO {to}"
+        if row.has_column and not row.readable:
+            hidden.setdefault(one.table, []).append(one.column)
+    for table, columns in hidden.items():
+        named = ", ".join(dict.fromkeys(columns))
+        yield f"role {role} may not read {table} ({named}): GRANT SELECT ON {quote_table(table)} TO {to}"
 
 
 def missing_index(connection: Connection, mapping: HostMapping) -> str | None:

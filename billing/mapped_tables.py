@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from billing.host_values import (
+    Active,
     Column,
     Compared,
     Count,
@@ -73,7 +74,7 @@ class SubscriptionTable(Names):
     start_date: Column = "start_date"
     end_date: End = "end_date"
     tokens_remaining: Column = "tokens_remaining"
-    is_active: Flag = "is_active"
+    is_active: Active = "is_active"
     tokens_included: PlanTokens = None
 
 

@@ -15,7 +15,6 @@ from sqlalchemy import Connection, text
 
 from billing.errors import InvalidInputError, NotInstalledError
 from billing.host_catalog import column_names, missing_host_tables
-from billing.host_trials import is_tried
 from billing.host_values import quote_literal
 from billing.log_ids import log_id_sequence
 from billing.mapping import NOUNS, HostMapping, quote_identifier, quote_table
@@ -162,8 +161,8 @@ def grants_sql(connection: Connection, mapping: HostMapping, roles: RoleNames) -
     statements = [_create(role) for role in (roles.migrate, roles.worker, roles.readonly)]
     statements += [
         f"GRANT CONNECT ON DATABASE {database} TO {everyone}",
-        # Conditions and expressions of the mapping are tried out on a table that goes with the session.
-        *([f"GRANT TEMPORARY ON DATABASE {database} TO {migrate}"] if is_tried(mapping) else []),
+        # Rows, conditions and expressions are tried out on a table that goes with the session.
+        f"GRANT TEMPORARY ON DATABASE {database} TO {migrate}, {worker}",
         *(f"GRANT USAGE ON SCHEMA {schema} TO {everyone}" for schema in _schemas(connection, mapping)),
         f"CREATE SCHEMA IF NOT EXISTS {SCHEMA} AUTHORIZATION {migrate}",
         f"ALTER SCHEMA {SCHEMA} OWNER TO {migrate}",

@@ -28,7 +28,8 @@ class SeveralSubscriptionsError(NotInstalledError):
     def __str__(self) -> str:
         return (
             f"User {self.user_id} has several subscriptions in {self.place}, and nobody knows which one counts. "
-            "Nothing is admitted for this user. Delete all but one, and give the column a unique index."
+            "Nothing is admitted for this user. Delete all but one, and give the column a unique index, or map a table "
+            "with one row a user."
         )
 
 
@@ -58,7 +59,8 @@ def refuse_shared_users(connection: Connection, mapping: HostMapping) -> None:
         named = ", ".join(map(str, users[:_NAMED_USERS])) + (", and more" if len(users) > _NAMED_USERS else "")
         raise NotInstalledError(
             f"{place} names a user in several rows ({named}), and nobody knows which subscription counts. Nothing was "
-            "changed. Delete all but one for each user, and give the column a unique index."
+            "changed. Delete all but one for each user, and give the column a unique index; or, where a user has one "
+            "for each period, map a table with one row a user and the counter."
         )
     logger.warning(
         "%s has no unique index. A user with several subscriptions is refused by the gate: give the column one.", place

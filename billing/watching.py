@@ -11,6 +11,8 @@ UPDATE trueup.installation SET triggers = trueup.trigger_marks(), column_version
                                partitions = trueup.partition_marks(trueup.log_parents())
 FROM trueup.column_versions() c;
 """
+# The rest stays as it was compared: what has come of it since would be taken for counted.
+SAVE_TRIGGERS = "UPDATE trueup.installation SET triggers = trueup.trigger_marks();"
 # Where nothing keeps the host from changing them meanwhile, what was compared stays written; unless nothing is.
 KEEP_WATCHED = """
 UPDATE trueup.installation SET triggers = coalesce(triggers, trueup.trigger_marks()),
@@ -21,11 +23,6 @@ UPDATE trueup.installation SET triggers = coalesce(triggers, trueup.trigger_mark
 FROM trueup.column_versions() c
 WHERE triggers IS NULL OR column_versions IS NULL OR log_files IS NULL OR log_parents IS NULL OR partitions IS NULL;
 """
-# By the functions that are there, which may be of an older version; the later ones say more.
-_UNTOUCHED = (
-    ("trigger_marks", "triggers IS NULL OR triggers = trueup.trigger_marks()"),
-    ("is_watched", "triggers IS NULL OR trueup.is_watched()"),
-)
 
 
 def is_untouched(connection: Connection) -> bool:
@@ -34,8 +31,7 @@ def is_untouched(connection: Connection) -> bool:
     Or when it was last begun to make it so. Also where a version of trueup did that which did not write them down. Not
     where what compares them went with a detach that was given up: who knows what was written since.
     """
-    statement = "to_jsonb(i)->>'triggers' IS NULL"
-    for function, condition in _UNTOUCHED:
-        if connection.scalar(text(f"SELECT to_regproc('trueup.{function}') IS NOT NULL")):
-            statement = condition
-    return connection.scalar(text(f"SELECT {statement} FROM trueup.installation i")) is not False
+    condition = "to_jsonb(i)->>'triggers' IS NULL"
+    if connection.scalar(text("SELECT to_regproc('trueup.trigger_marks') IS NOT NULL")):
+        condition = "triggers IS NULL OR triggers = trueup.trigger_marks()"
+    return connection.scalar(text(f"SELECT {condition} FROM trueup.installation i")) is not False

@@ -33,7 +33,10 @@ def attach(dry_run: bool, replace: bool, yes: bool) -> None:
         if not replace:
             db.retrying(lambda connection: refuse_other_installation(connection, mapping))
         if dry_run:
-            click.echo(db.retrying(lambda connection: attach_script(connection, mapping)), nl=False)
+            # Expressions of the mapping are tried out, which takes a transaction.
+            with db.transaction() as connection:
+                script = attach_script(connection, mapping)
+            click.echo(script, nl=False)
             return
         plan = db.retrying(lambda connection: plan_attach(connection, mapping))
         click.echo(f"{db.describe_database()}:")

@@ -57,5 +57,5 @@ def _due_since(headers: dict[str, Any]) -> datetime | None:
     try:
         moments = [datetime.fromisoformat(told) for told in (headers[SENT_AT_HEADER], headers.get("eta")) if told]
         return max(moment.astimezone(UTC) for moment in moments)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None

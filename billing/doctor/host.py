@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, text
@@ -20,46 +19,13 @@ from billing.host_catalog import (
     missing_view_columns,
 )
 from billing.host_changes import ROW_SECURITY_REMEDY
-from billing.host_trials import wrong_expression
+from billing.host_trials import Problem, wrong_expression
+from billing.host_types import local_times, wrong_types
 from billing.log_ids import log_id_problem
-from billing.mapping import NOUNS, HostMapping, quote_table
+from billing.mapping import NOUNS, HostMapping
 from billing.partitions import partition_problem
+from billing.row_trials import row_problem
 from billing.settings import Settings
-
-_NUMBERS = frozenset({"smallint", "integer", "bigint"})
-_TEXTS = frozenset({"text", "character varying", "character"})
-_IDS = {"bigint": _NUMBERS, "uuid": frozenset({"uuid"}), "text": _TEXTS}
-_TIME = frozenset({"timestamp with time zone"})
-_FLAG = frozenset({"boolean"})
-# What a column must be, by its place in the mapping; ids of users and log rows are as the mapping says.
-_TYPES = {
-    "token_plan.tokens_included": _NUMBERS,
-    "full_plan.tokens_included": _NUMBERS,
-    "subscription.start_date": _TIME,
-    "subscription.end_date": _TIME,
-    "subscription.tokens_remaining": _NUMBERS,
-    "subscription.is_active": _FLAG,
-    "subscription.tokens_included": _NUMBERS,
-    "usage_log.prompt_tokens": _NUMBERS,
-    "usage_log.completion_tokens": _NUMBERS,
-    "usage_log.total_tokens": _NUMBERS,
-    "usage_log.success": _FLAG,
-    "usage_log.metadata": frozenset({"jsonb"}),
-    "usage_log.created_at": _TIME,
-    "token_usage.used_tokens": _NUMBERS,
-    "token_usage.usage_date": _TIME,
-    "payment.payment_date": _TIME,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """A mapped column as the catalog has it. `field`: its place in the mapping, "usage_log.total_tokens", say."""
-
-    field: str
-    table: str
-    name: str
-    type: str
 
 
 def check_mapping(connection: Connection, settings: Settings) -> Iterator[Finding]:
@@ -74,8 +40,8 @@ def check_mapping(connection: Connection, settings: Settings) -> Iterator[Findin
         *(error("mapping", *problem) for problem in _log_problems(connection, mapping) if problem is not None),
     ]
     found += _hidden(connection, mapping)
-    if not found and (wrong := wrong_expression(connection, mapping)):
-        found.append(error("mapping", *wrong))
+    if all(finding.level != "error" for finding in found):
+        found += [error("mapping", *problem) for problem in _tried(connection, mapping) if problem is not None]
     found += _view_columns(connection, mapping)
     yield from found or [ok("mapping", "Every mapped table and column is there, with a type that fits.")]
 
@@ -98,7 +64,7 @@ def _tables(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
         yield error(
             "mapping",
             f"There is no table {table}{f'; {near} is near' if near else ''}.",
-            f"Set host.{_noun_of(mapping, table)}.table in trueup.toml, then `trueup db init`.",
+            f"Set host.{_noun_of(mapping, table)}.table in trueup.toml, then `trueup db attach`.",
             table=table,
             nearest=near,
         )
@@ -125,7 +91,7 @@ def _missing_column(connection: Connection, mapping: HostMapping, noun: str, fie
     return error(
         "mapping",
         f"{table} has no column {column}{f'; {near} is near' if near else ''}.",
-        f"If a migration renamed it, set host.{noun}.{field} in trueup.toml, then `trueup db init`.",
+        f"If a migration renamed it, set host.{noun}.{field} in trueup.toml, then `trueup db attach`.",
         table=table,
         column=column,
         nearest=near,
@@ -134,17 +100,17 @@ def _missing_column(connection: Connection, mapping: HostMapping, noun: str, fie
 
 
 def _types(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
-    for column in _mapped_columns(connection, mapping):
-        wanted = _wanted(mapping, column.field)
-        if wanted and column.type not in wanted:
-            yield error(
-                "mapping",
-                f"{column.table}.{column.name} is {column.type}, where trueup needs {' or '.join(sorted(wanted))}.",
-                f"Map another column as host.{column.field}, or correct the user's or log's id type under [host].",
-                table=column.table,
-                column=column.name,
-                type=column.type,
-            )
+    for wrong in wrong_types(connection, mapping):
+        column = wrong.column
+        yield error("mapping", wrong.what, wrong.remedy, table=column.table, column=column.name, type=column.type)
+    for column in local_times(connection, mapping):
+        yield warning(
+            "mapping",
+            f"{column.table}.{column.name} has no time zone: it is read as UTC.",
+            "If the host writes local times there, windows begin at the wrong moment: make it timestamptz.",
+            table=column.table,
+            column=column.name,
+        )
 
 
 def _demanded(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
@@ -191,40 +157,10 @@ def _log_problems(connection: Connection, mapping: HostMapping) -> list[tuple[st
     return [log_id_problem(connection, mapping), partition_problem(connection, mapping)]
 
 
-def _mapped_columns(connection: Connection, mapping: HostMapping) -> list[Column]:
-    wanted = [
-        (f"{noun}.{field}", getattr(mapping, noun).table, name)
-        for noun in NOUNS
-        for field, name in mapping.columns(noun)
-        # Of what type an expression's columns are is the expression's matter.
-        if getattr(getattr(mapping, noun), field) == name
-    ]
-    rows = connection.execute(
-        text(
-            """
-            SELECT w.field, w.name AS table, w.column AS name,
-                   format_type(CASE WHEN t.typtype = 'd' THEN t.typbasetype ELSE t.oid END, NULL) AS type
-            FROM unnest(CAST(:fields AS text[]), CAST(:names AS text[]), CAST(:quoted AS text[]),
-                        CAST(:columns AS text[])) WITH ORDINALITY AS w (field, name, quoted, "column", place)
-            JOIN pg_attribute a ON a.attrelid = to_regclass(w.quoted) AND a.attname = w.column AND a.attnum > 0
-            JOIN pg_type t ON t.oid = a.atttypid
-            ORDER BY w.place
-            """
-        ),
-        {
-            "fields": [field for field, _, _ in wanted],
-            "names": [table for _, table, _ in wanted],
-            "quoted": [quote_table(table) for _, table, _ in wanted],
-            "columns": [column for _, _, column in wanted],
-        },
-    )
-    return [Column(**row) for row in rows.mappings()]
-
-
-def _wanted(mapping: HostMapping, field: str) -> frozenset[str]:
-    if field in ("user.id", "subscription.user_id", "usage_log.user_id", "payment.user_id"):
-        return _IDS[mapping.user_id_type]
-    return _TYPES.get(field, frozenset())
+def _tried(connection: Connection, mapping: HostMapping) -> Iterator[Problem | None]:
+    yield wrong_expression(connection, mapping)
+    with connection.engine.begin() as trial:
+        yield row_problem(trial, mapping)
 
 
 def _noun_of(mapping: HostMapping, table: str) -> str:

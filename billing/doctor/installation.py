@@ -19,7 +19,7 @@ from billing.roles import lacking_rights, worker_rights
 from billing.settings import Settings
 from billing.watching import LOG_TRIGGERS, WINDOW_TRIGGER, is_untouched
 
-_INIT = "Run `trueup db init`."
+_INIT = "Run `trueup db attach`."
 _SHOWN = 3
 
 
@@ -156,11 +156,11 @@ def _idle_window_trigger(connection: Connection, subscription: str) -> Iterator[
 
 
 def _touched_triggers(connection: Connection) -> Iterator[Finding]:
-    if _may_call(connection, "is_watched") and not is_untouched(connection):
+    if _may_call(connection, "trigger_marks") and not is_untouched(connection):
         yield error(
             "triggers",
             "Since trueup was set up, triggers were made anew or switched off for a while, or columns that they count "
-            "were replaced or may have been given other values: not all may be counted, and the gate is closed.",
+            "were replaced: not all may be counted, and the gate is closed.",
             "Run `trueup db attach`. It builds each balance anew from the log.",
         )
 

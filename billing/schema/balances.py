@@ -31,7 +31,7 @@ def add_balance_tables(metadata: MetaData, user_id: Any) -> None:
         moment("installed_at", server_default=func.now()),
         # The triggers, and the columns that they count, when the database was made ready: trueup.trigger_marks().
         Column("triggers", Text),
-        # By which a log is noticed whose values were changed as a whole: trueup.is_watched().
+        # By which a log is noticed whose values were changed as a whole: trueup.has_old_values().
         Column("column_versions", Text),
         Column("log_files", ARRAY(OID)),
         # By which partitions that came with rows are noticed: trueup.partition_marks().

@@ -41,6 +41,7 @@ BEGIN
         v_covered := least(p_total, v_covered);
         tokens_over := p_total - v_covered;
         p_log_id := trueup.new_log_id(p_log_id);
+        p_model := trueup.fitting(p_model, {{literal usage_log.model_name}});
         -- Without a balance we hold no lock, and one may be built beside us: then the row makes its delta as anyone's.
         PERFORM set_config('trueup.own_log_id', CASE WHEN a.consumed IS NULL THEN '' ELSE p_log_id END, true);
         INSERT INTO {{usage_log}} AS l ({{usage_log.written}})
@@ -93,6 +94,18 @@ BEGIN
     UPDATE trueup.balance b SET window_start = a.window_start, log_epoch = a.log_epoch,
                                 consumed = a.consumed, held = a.held
     WHERE b.user_id = p_user AND a.consumed IS NOT NULL;  -- or one was built beside us, and is right as it is
+END $$;
+
+-- As much of a text as fits a column of the log, which is named as in SQL: usage is recorded whatever a model is called.
+CREATE OR REPLACE FUNCTION trueup.fitting(p_value text, p_column text) RETURNS text LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN left(p_value, coalesce((
+        SELECT nullif(greatest(a.atttypmod, t.typtypmod), -1) - 4
+        FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+        WHERE a.attrelid = to_regclass({{literal usage_log}}) AND a.attnum > 0 AND NOT a.attisdropped
+          AND '"' || replace(a.attname, '"', '""') || '"' = p_column
+          AND coalesce(nullif(t.typbasetype, 0), t.oid) IN ('varchar'::regtype, 'bpchar'::regtype)
+    ), length(p_value)));
 END $$;
 
 -- The id of our next row in the log. `p_derived` is the one that its call always has, where ids are uuid or text. Whole

@@ -2,9 +2,10 @@
 -- host's transaction never waits for us. SECURITY DEFINER: the host's role needs no right on our schema.
 -- A row of ours, written by trueup.record_charge, has been added to its balance already and is passed over.
 -- They call no function of ours: that could be missing for a moment, and the host's statement would fail.
+-- Times without a zone are UTC, whatever zone the host's session is in.
 
 CREATE OR REPLACE FUNCTION trueup.append_inserted() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
 BEGIN
     {{include is_of_the_log}}
     {{include counted_columns_fit new_rows}}
@@ -18,7 +19,7 @@ BEGIN
 END $$;
 
 CREATE OR REPLACE FUNCTION trueup.append_updated() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
 BEGIN
     {{include is_of_the_log}}
     {{include counted_columns_fit old_rows}}
@@ -38,7 +39,7 @@ BEGIN
 END $$;
 
 CREATE OR REPLACE FUNCTION trueup.append_deleted() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
 BEGIN
     {{include is_of_the_log}}
     {{include counted_columns_fit old_rows}}
@@ -52,7 +53,7 @@ END $$;
 
 -- One row makes every balance stale at once; each is rebuilt from the log when next read.
 CREATE OR REPLACE FUNCTION trueup.append_truncated() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
 BEGIN
     {{include is_of_the_log}}
     INSERT INTO trueup.log_truncation DEFAULT VALUES;
@@ -69,9 +70,9 @@ CREATE OR REPLACE FUNCTION trueup.log_partitions() RETURNS TABLE (id oid, covere
     )
     SELECT f.id, 4 = (
         SELECT count(*) FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
-        WHERE g.tgrelid = f.id AND g.tgenabled IN ('O', 'A') AND g.tgnargs = c.relispartition::integer
+        WHERE g.tgrelid = f.id AND g.tgenabled IN ('O', 'A') AND g.tgnargs > 0
           AND p.pronamespace = 'trueup'::regnamespace AND p.proname <> 'append_window')
-    FROM family f JOIN pg_class c ON c.oid = f.id
+    FROM family f
     WHERE f.id <> to_regclass({{literal usage_log}})
 $$;
 

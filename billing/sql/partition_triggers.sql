@@ -7,19 +7,19 @@ DECLARE
 BEGIN
     PERFORM trueup.note_log();
     FOR part IN
-        SELECT c.oid AS id, c.oid::regclass AS name, CASE WHEN c.relispartition THEN $a$'partition'$a$ ELSE '' END AS argument
+        SELECT c.oid AS id, c.oid::regclass AS name
         FROM trueup.log_partitions() l JOIN pg_class c ON c.oid = l.id
         WHERE NOT l.covered AND c.relkind IN ('r', 'p') ORDER BY c.oid
     LOOP
         EXECUTE format('CREATE OR REPLACE TRIGGER trueup_inserted AFTER INSERT ON %s REFERENCING NEW TABLE AS new_rows '
-                       'FOR EACH STATEMENT EXECUTE FUNCTION trueup.append_inserted(%s)', part.name, part.argument);
+                       'FOR EACH STATEMENT EXECUTE FUNCTION trueup.append_inserted(''partition'')', part.name);
         EXECUTE format('CREATE OR REPLACE TRIGGER trueup_updated AFTER UPDATE ON %s '
                        'REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows '
-                       'FOR EACH STATEMENT EXECUTE FUNCTION trueup.append_updated(%s)', part.name, part.argument);
+                       'FOR EACH STATEMENT EXECUTE FUNCTION trueup.append_updated(''partition'')', part.name);
         EXECUTE format('CREATE OR REPLACE TRIGGER trueup_deleted AFTER DELETE ON %s REFERENCING OLD TABLE AS old_rows '
-                       'FOR EACH STATEMENT EXECUTE FUNCTION trueup.append_deleted(%s)', part.name, part.argument);
+                       'FOR EACH STATEMENT EXECUTE FUNCTION trueup.append_deleted(''partition'')', part.name);
         EXECUTE format('CREATE OR REPLACE TRIGGER trueup_truncated AFTER TRUNCATE ON %s '
-                       'FOR EACH STATEMENT EXECUTE FUNCTION trueup.append_truncated(%s)', part.name, part.argument);
+                       'FOR EACH STATEMENT EXECUTE FUNCTION trueup.append_truncated(''partition'')', part.name);
         -- Its writers are locked out by now: what is empty stays empty until they find the triggers.
         IF pg_relation_size(part.id) > 0 THEN
             INSERT INTO trueup.log_truncation (truncated_at)

@@ -45,6 +45,7 @@ BEGIN
     WHERE c.user_id = p_user AND c.task_id = p_task AND c.call_key = p_call_key;
     recorded := NOT in_future AND log_id IS NULL;
     differs := false;
+    p_model := trueup.fitting(p_model, {{literal usage_log.model_name}});
     IF recorded THEN
         p_log_id := trueup.new_log_id(p_log_id);
         -- Without a balance we hold no lock, and one may be built beside us: then the row makes its delta as anyone's.
@@ -107,7 +108,8 @@ BEGIN
     IF EXISTS (SELECT FROM pg_attribute t
                WHERE t.attrelid = CAST({{literal usage_log}} AS regclass) AND t.attnum > 0 AND NOT t.attisdropped
                  AND '"' || replace(t.attname, '"', '""') || '"' = {{literal usage_log.error_message}}) THEN
-        UPDATE {{usage_log}} AS l SET {{usage_log.error_message}} = note_error.p_error
+        UPDATE {{usage_log}} AS l
+        SET {{usage_log.error_message}} = trueup.fitting(note_error.p_error, {{literal usage_log.error_message}})
         WHERE l.{{usage_log.id}} = note_error.p_log_id::{{usage_log_id_type}};
     {{if usage_log.metadata}}
     ELSE

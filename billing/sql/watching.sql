@@ -22,7 +22,7 @@ END $$;
 -- it had, has another then; so has one that gets a default. `computed`: one of them is made of others by an expression.
 CREATE OR REPLACE FUNCTION trueup.column_versions(OUT versions text, OUT computed boolean) LANGUAGE plpgsql STABLE AS $$
 BEGIN
-    SELECT string_agg(t.attnum || ':' || t.xmin, ' ' ORDER BY t.attnum), bool_or(t.attgenerated <> '')
+    SELECT coalesce(string_agg(t.attnum || ':' || t.xmin, ' ' ORDER BY t.attnum), ''), bool_or(t.attgenerated <> '')
     INTO versions, computed
     FROM pg_attribute t
     WHERE t.attrelid = to_regclass({{literal usage_log}}) AND t.attname IN ({{usage_log.counted}});
@@ -40,7 +40,8 @@ BEGIN
 END $$;
 
 -- Whether the log has its old rows still: a column's new version and new files, both since this was written down, may
--- mean other values, of which no trigger tells. (Where values are computed, a new version is enough.)
+-- mean other values, of which no trigger tells. (Where values are computed, a new version is enough.) Or they mean none:
+-- VACUUM FULL of a log by itself does both, where a column was once added with a default.
 CREATE OR REPLACE FUNCTION trueup.has_old_values() RETURNS boolean LANGUAGE plpgsql STABLE AS $$
 BEGIN
     RETURN EXISTS (
@@ -50,22 +51,19 @@ BEGIN
     );
 END $$;
 
--- Whether all that the host writes is counted.
+-- Whether what the host writes is told of, and has been since the balances were compared with the log.
 CREATE OR REPLACE FUNCTION trueup.is_watched() RETURNS boolean LANGUAGE plpgsql STABLE AS $$
 BEGIN
-    RETURN EXISTS (
-        SELECT FROM trueup.installation i, trueup.column_versions() c
-        WHERE i.triggers = trueup.trigger_marks() AND
-{{include old_values}}
-    );
+    RETURN EXISTS (SELECT FROM trueup.installation i WHERE i.triggers = trueup.trigger_marks());
 END $$;
 
 -- The tables that partitions of the log, or tables that inherit from it, can be added to: itself, and those among them.
+-- (To any table that is no partition: one without such tables today may have some tomorrow.)
 CREATE OR REPLACE FUNCTION trueup.log_parents() RETURNS oid[] LANGUAGE sql STABLE AS $$
     SELECT array_agg(c.oid ORDER BY c.oid) FROM pg_class c
     WHERE c.oid = to_regclass({{literal usage_log}})
        OR c.oid IN (SELECT l.id FROM trueup.log_partitions() l)
-          AND (c.relkind = 'p' OR EXISTS (SELECT FROM pg_inherits i WHERE i.inhparent = c.oid))
+          AND (c.relkind = 'p' OR NOT c.relispartition)
 $$;
 
 -- What is a partition of these, each with the version of its row in the catalog: one that went and came again, with other
@@ -78,43 +76,50 @@ BEGIN
     ), '{}');
 END $$;
 
--- Whether a table may have rows. One that somebody keeps locked has some for all we know.
+-- Whether a table may have rows. One that somebody keeps locked has some for all we know, and so has a foreign one.
 CREATE OR REPLACE FUNCTION trueup.may_have_rows(p_table oid) RETURNS boolean
 LANGUAGE plpgsql SET lock_timeout = '100ms' AS $$
 BEGIN
-    RETURN pg_relation_size(p_table::regclass) > 0;
+    RETURN pg_relation_size(p_table::regclass) > 0
+        OR EXISTS (SELECT FROM pg_class c WHERE c.oid = p_table AND c.relkind = 'f');
 EXCEPTION WHEN lock_not_available THEN
     RETURN true;
 END $$;
 
--- Write down what has become of the log, as far as it closes no gate; those who come at once take turns.
--- New versions of columns, or new files, that alone change no value: else one of each, months apart, would be taken for a
--- change of values. In one statement, so that nothing comes between look and write.
--- And its partitions. Rows of a new one may have come with it, and nobody has told of them: then each balance is stale.
+-- Write down what has become of the log; those who come at once take turns. Where rows may have come with a partition, or
+-- values may be others, nobody has told of them: then each balance is stale, and built from the log when next read.
+-- Noted in time, new versions of columns and new files, months apart, are not taken for a change of values.
 CREATE OR REPLACE FUNCTION trueup.note_log() RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
-    v_noted text[];
-    v_parents oid[];
-    v_partitions text[];
+    i trueup.installation;
+    v record;
 BEGIN
-    SELECT coalesce(i.partitions, '{}') INTO v_noted FROM trueup.installation i FOR UPDATE;
-    UPDATE trueup.installation i SET column_versions = c.versions, log_files = f.files
-    FROM trueup.column_versions() c, (SELECT trueup.log_files() AS files) f
-    WHERE trueup.is_watched()
-      AND ((i.column_versions = c.versions AND i.log_files <> f.files)
-           OR (i.column_versions <> c.versions AND i.log_files && f.files));
-    v_parents := trueup.log_parents();
-    v_partitions := trueup.partition_marks(v_parents);
+    SELECT * INTO i FROM trueup.installation FOR UPDATE;
+    -- Of one that is renamed for a moment nothing is there to note: when it is back, all would be counted anew.
+    IF to_regclass({{literal usage_log}}) IS NULL THEN
+        RETURN;
+    END IF;
+    -- In one statement, so that nothing comes between these looks.
+    SELECT c.versions, f.files, p.parents, trueup.partition_marks(p.parents) AS partitions,
+           i.column_versions <> c.versions AS changed, trueup.has_old_values() AS old
+    INTO v
+    FROM trueup.column_versions() c, (SELECT trueup.log_files() AS files) f, (SELECT trueup.log_parents() AS parents) p;
     INSERT INTO trueup.log_truncation (truncated_at)
     SELECT clock_timestamp()
     WHERE EXISTS (SELECT FROM trueup.balance)
-      AND EXISTS (SELECT FROM unnest(v_partitions) p (mark)
-                  WHERE p.mark <> ALL (v_noted) AND trueup.may_have_rows(split_part(p.mark, ':', 1)::oid));
-    UPDATE trueup.installation i SET log_parents = v_parents, partitions = v_partitions
-    WHERE (i.log_parents, i.partitions) IS DISTINCT FROM (v_parents, v_partitions);
+      AND (v.changed AND NOT v.old
+           OR EXISTS (SELECT FROM unnest(v.partitions) p (mark), split_part(p.mark, ':', 1) p_id
+                      WHERE p.mark <> ALL (coalesce(i.partitions, '{}'))
+                        -- One that was away has lost rows maybe, or has other ones below it, or in an old file.
+                        AND (EXISTS (SELECT FROM unnest(i.partitions) n (mark) WHERE split_part(n.mark, ':', 1) = p_id)
+                             OR trueup.may_have_rows(p_id::oid))));
+    UPDATE trueup.installation n
+    SET column_versions = v.versions, log_files = v.files, log_parents = v.parents, partitions = v.partitions
+    WHERE (n.column_versions, n.log_files, n.log_parents, n.partitions)
+          IS DISTINCT FROM (v.versions, v.files, v.parents, v.partitions);
 END $$;
 
--- Refuse (SQLSTATE TU001) unless all that the host writes is counted. A charge does not ask: it is for tokens spent.
+-- Refuse (SQLSTATE TU001) unless what the host writes is told of. A charge does not ask: it is for tokens spent.
 CREATE OR REPLACE FUNCTION trueup.require_watched() RETURNS void LANGUAGE plpgsql STABLE AS $$
 DECLARE
     v_wrong text;
@@ -125,15 +130,12 @@ BEGIN
     SELECT string_agg(t.name || ' is ' || CASE t.state WHEN 'D' THEN 'disabled' WHEN 'R' THEN 'for replicas alone'
                                                        ELSE t.state END, ', ' ORDER BY t.name)
     INTO v_wrong FROM trueup.idle_triggers() t;
-    RAISE EXCEPTION USING ERRCODE = 'TU001', MESSAGE = CASE
-        WHEN v_wrong IS NOT NULL THEN 'trigger ' || v_wrong
-        WHEN trueup.has_old_values() THEN
-            'triggers were made anew or switched off for a while, or columns were replaced, since trueup was set up'
-        ELSE 'columns that are counted were given a type or an expression anew, and with it maybe other values' END;
+    RAISE EXCEPTION USING ERRCODE = 'TU001', MESSAGE = coalesce('trigger ' || v_wrong,
+        'triggers were made anew or switched off for a while, or columns were replaced, since trueup was set up');
 END $$;
 
--- Refuse as well (SQLSTATE TU002) when partitions came or went since that was noted. Nothing else tells of rows that come
--- with a partition: who is refused has them noted (trueup.note_log), and asks again.
+-- Refuse as well (SQLSTATE TU002) when partitions came or went, or values may be others, since that was noted. Nothing else
+-- tells of it: who is refused has it noted (trueup.note_log), and asks again.
 CREATE OR REPLACE FUNCTION trueup.require_counted() RETURNS void LANGUAGE plpgsql STABLE AS $$
 BEGIN
     IF EXISTS (
@@ -144,5 +146,7 @@ BEGIN
         RETURN;
     END IF;
     PERFORM trueup.require_watched();
-    RAISE EXCEPTION USING ERRCODE = 'TU002', MESSAGE = 'partitions of the usage log came or went';
+    RAISE EXCEPTION USING ERRCODE = 'TU002', MESSAGE = CASE
+        WHEN trueup.has_old_values() THEN 'partitions of the usage log came or went'
+        ELSE 'the usage log was written anew, maybe with other values' END;
 END $$;

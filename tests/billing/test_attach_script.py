@@ -44,7 +44,8 @@ def run(host: Host, script: str) -> None:
 
 
 def printed(mapping: HostMapping = MAPPING) -> str:
-    return db.retrying(lambda connection: attach_script(connection, mapping))
+    with db.transaction() as connection:
+        return attach_script(connection, mapping)
 
 
 def drop_schema(host: Host) -> None:

@@ -217,7 +217,7 @@ def test_a_database_without_trueup_says_so_and_no_more(empty_database: str) -> N
     engine.dispose()
     findings = doctor.examine_database(get_settings())
     assert [finding.check for finding in findings if finding.level == "error"] == ["schema"]
-    assert "trueup db init" in str(findings[-1].remedy)
+    assert "trueup db attach" in str(findings[-1].remedy)
 
 
 def test_a_schema_of_another_version_is_told(host: Host, connection: Connection) -> None:
@@ -269,7 +269,7 @@ def test_a_trigger_that_does_not_fire_is_named_and_its_remedy_counts_what_was_mi
     host.log(user, 400)
     finding = only(check_triggers, connection)
     assert (finding.level, finding.detail) == ("error", {"trigger": "trueup_inserted", "state": state})
-    assert "trueup db init" in str(finding.remedy)
+    assert "trueup db attach" in str(finding.remedy)
     set_up(host)
     assert only(check_triggers, connection).level == "ok"
     hold_tokens(connection, user, 600)

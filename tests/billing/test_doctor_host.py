@@ -42,7 +42,7 @@ def test_a_column_that_only_the_views_show_is_a_warning(
 @pytest.mark.parametrize(
     ("change", "column"),
     [
-        ("billing_subscription ALTER start_date TYPE timestamp", "billing_subscription.start_date"),
+        ("billing_subscription ALTER start_date TYPE date", "billing_subscription.start_date"),
         ("ai_usage_log ALTER metadata DROP DEFAULT, ALTER metadata TYPE json", "ai_usage_log.metadata"),
         ("ai_usage_log ALTER total_tokens DROP DEFAULT, ALTER total_tokens TYPE numeric", "ai_usage_log.total_tokens"),
         ("ai_usage_log ADD cost numeric NOT NULL", "ai_usage_log.cost"),
@@ -59,6 +59,19 @@ def test_smaller_integers_and_domains_fit(host: Host, connection: Connection) ->
     host.execute("CREATE DOMAIN tokens AS integer CHECK (value >= 0)")
     host.execute("ALTER TABLE ai_usage_log ALTER prompt_tokens TYPE smallint, ALTER completion_tokens TYPE tokens")
     assert only(check_mapping, connection).level == "ok"
+
+
+def test_a_check_that_came_since_and_refuses_our_rows_is_told(host: Host, connection: Connection) -> None:
+    host.execute("ALTER TABLE ai_usage_log ADD CONSTRAINT known CHECK (section <> 'other')")
+    finding = only(check_mapping, connection)
+    assert (finding.level, "would refuse trueup's row of section 'other'" in finding.what) == ("error", True)
+
+
+def test_times_without_a_zone_are_read_as_utc_and_told_of(host: Host, connection: Connection) -> None:
+    host.execute("ALTER TABLE billing_subscription ALTER end_date TYPE timestamp")
+    finding = only(check_mapping, connection)
+    assert (finding.level, finding.detail["column"]) == ("warning", "end_date")
+    assert "read as UTC" in finding.what
 
 
 def test_user_ids_of_another_type_than_the_mapping_says_are_told(

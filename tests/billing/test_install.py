@@ -129,6 +129,26 @@ def test_a_log_that_demands_a_column_we_do_not_write_is_refused(host: Host) -> N
     set_up(host.engine, with_host_tables=False)
 
 
+WRONG_TYPES = {
+    "ai_usage_log ALTER total_tokens TYPE numeric(12, 2)": r"total_tokens is numeric.*host\.usage_log\.total_tokens",
+    "ai_usage_log ALTER created_at DROP DEFAULT, ALTER created_at TYPE date": r"created_at is date, where.*time zone",
+    "ai_usage_log ALTER success DROP DEFAULT, ALTER success TYPE int USING 1": r"success is integer.*needs boolean",
+    "ai_usage_log ALTER metadata DROP DEFAULT, ALTER metadata TYPE json": r"is json,.*metadata = \{value = \{\}\}",
+    "ai_usage_log DROP CONSTRAINT ai_usage_log_user_id_fkey, ALTER user_id TYPE text": r"host\.user_id_type\.",
+    "billing_subscription ALTER start_date TYPE text": r"start_date is text.*host\.subscription\.start_date",
+    "billing_subscription ALTER tokens_remaining TYPE double precision": r"tokens_remaining is double precision",
+    "billing_fullplan ALTER tokens_included TYPE numeric": r"billing_fullplan\.tokens_included is numeric",
+}
+
+
+@pytest.mark.parametrize("change", WRONG_TYPES)
+def test_columns_that_could_not_be_counted_are_refused_by_name(host: Host, change: str) -> None:
+    host.execute(f"ALTER TABLE {change}")
+    with pytest.raises(NotInstalledError, match=rf"{WRONG_TYPES[change]}") as caught:
+        set_up(host.engine, with_host_tables=False)
+    assert "Nothing was changed." in str(caught.value)
+
+
 def test_another_type_of_user_id_is_refused(host: Host) -> None:
     with pytest.raises(NotInstalledError, match=r"type bigint.*say text"):
         set_up(host.engine, HostMapping(user_id_type="text"), with_host_tables=False)

@@ -4,13 +4,16 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import pytest
+from sqlalchemy import Connection, event, text
+from sqlalchemy.exc import OperationalError
 
 from billing import db
 from billing.errors import TokensDenied
+from billing.install import install
 from billing.mapping import HostMapping
 from billing.reconcile import reconcile
 from tests.support.partitioned import DECEMBER, PartitionedHost, known, month, new_host
-from tests.support.sessions import locked, run_at_once
+from tests.support.sessions import impatient, locked, run_at_once
 from tests.support.work import hold_tokens
 
 EPOCH = "SELECT trueup.log_epoch()"
@@ -60,11 +63,35 @@ def test_a_partition_that_went_and_came_again_with_other_rows_is_seen(host: Part
     host.write(user, 300, into="log_11a")
     host.execute("ALTER TABLE log_11 ATTACH PARTITION log_11a FOR VALUES FROM ('2026-11-01Z') TO ('2026-11-15Z')")
     assert known(user) == 1_300
-    # And one that brings partitions of its own, or is put below another one.
+    # And one that brings partitions of its own, the same that it had, when each balance is built.
+    db.retrying(lambda worker: hold_tokens(worker, user, 0))
     host.execute("ALTER TABLE ai_usage_log DETACH PARTITION log_11")
     host.write(user, 5, into="log_11")
     host.execute(f"ALTER TABLE ai_usage_log ATTACH PARTITION log_11 {month(11)}")
     assert known(user) == 1_305
+    # And one that lost all its rows meanwhile.
+    db.retrying(lambda worker: hold_tokens(worker, user, 0))
+    host.execute("ALTER TABLE log_11 DETACH PARTITION log_11a; TRUNCATE log_11a")
+    host.execute("ALTER TABLE log_11 ATTACH PARTITION log_11a FOR VALUES FROM ('2026-11-01Z') TO ('2026-11-15Z')")
+    assert known(user) == 0
+
+
+def test_what_is_written_to_a_partition_that_is_being_detached_does_not_count(host: PartitionedHost, user: int) -> None:
+    host.execute("DROP TABLE log_default")
+    host.write(user, 5, at=DECEMBER)
+    # Given up while it waits for the reader: nobody reads the partition's rows any more, and it is one still.
+    with (
+        locked(host, "LOCK TABLE ai_usage_log IN ACCESS SHARE MODE"),
+        impatient(host) as detaching,
+        pytest.raises(OperationalError, match="lock timeout"),
+    ):
+        detaching.execute(text('ALTER TABLE ai_usage_log DETACH PARTITION "Log 12" CONCURRENTLY'))
+    assert host.value("SELECT count(*) FROM pg_inherits WHERE inhdetachpending") == 1
+    db.retrying(lambda worker: hold_tokens(worker, user, 0))
+    host.write(user, 50, into='"Log 12"', at=DECEMBER)
+    assert known(user) == host.used(user) == 1_000
+    host.execute('DELETE FROM "Log 12"')
+    assert known(user) == 1_000
 
 
 def test_a_partition_without_rows_makes_no_balance_stale(host: PartitionedHost, user: int) -> None:
@@ -100,6 +127,24 @@ def test_many_who_meet_a_new_partition_at_once_have_it_counted_once(host: Partit
 
     assert sum(run_at_once([hold] * 8)) == 3
     assert host.value("SELECT count(*) FROM trueup.log_truncation") == epochs + 1
+
+
+def test_a_partition_that_comes_while_trueup_is_set_up_again_is_counted(host: PartitionedHost, user: int) -> None:
+    more_of(host, user, 400)
+    host.execute("DROP TABLE log_11b")
+    host.execute("UPDATE more SET created_at = '2026-11-20Z'")
+    assert known(user) == 1_000
+    with host.engine.begin() as setting_up:
+
+        @event.listens_for(setting_up, "before_cursor_execute")
+        def attach_it(connection: Connection, cursor: object, statement: str, *rest: object) -> None:
+            if "TRIGGER trueup_window_changed" in statement:  # the partitions have been looked at by then
+                host.execute(
+                    "ALTER TABLE log_11 ATTACH PARTITION more FOR VALUES FROM ('2026-11-15Z') TO ('2026-12-01Z')"
+                )
+
+        install(setting_up, host.mapping, with_host_tables=False)
+    assert known(user) == host.used(user) == 1_400
 
 
 def test_a_quick_pass_counts_what_came_with_a_partition_before_it_corrects(host: PartitionedHost, user: int) -> None:

@@ -77,7 +77,14 @@ def test_a_message_that_is_not_due_waits_only_from_then_on(app: Celery, redis: A
 
 @pytest.mark.parametrize(
     "headers",
-    [{"redelivered": True}, {SENT_AT_HEADER: "yesterday"}, {SENT_AT_HEADER: 5}, {SENT_AT_HEADER: ""}, {"eta": "soon"}],
+    [
+        {"redelivered": True},
+        {SENT_AT_HEADER: "yesterday"},
+        {SENT_AT_HEADER: 5},
+        {SENT_AT_HEADER: ""},
+        {"eta": "soon"},
+        {"eta": "9999-12-31T23:59:59-05:00"},
+    ],
 )
 def test_a_message_of_which_nobody_can_say_since_when_it_waits_has_no_age(
     app: Celery, redis: Any, headers: dict[str, Any]

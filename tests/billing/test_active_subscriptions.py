@@ -1,0 +1,88 @@
+"""Which subscriptions are active, where a host has no flag for it: a status, or an expression."""
+
+import pytest
+from pydantic import ValidationError
+from sqlalchemy import Engine
+
+from billing.errors import InvalidInputError, NotInstalledError
+from billing.host_tables import build_host_metadata
+from billing.host_trials import wrong_expression
+from billing.install import check_host
+from billing.mapping import HostMapping
+from tests.billing.test_expressions import (
+    engine,  # noqa: F401 - a fixture
+    mapped,
+    problems,
+)
+
+STATE = 'ALTER TABLE app."Subs" ADD state app.state, ADD gone timestamp, ADD word text'
+
+
+def active(said: object) -> HostMapping:
+    mapping = mapped()
+    given = mapping.model_dump()
+    return HostMapping.model_validate(given | {"subscription": given["subscription"] | {"is_active": said}})
+
+
+def test_a_status_or_an_expression_that_the_row_alone_says_is_good(engine: Engine) -> None:  # noqa: F811
+    with engine.begin() as connection:
+        connection.exec_driver_sql(STATE)
+    good = [
+        {"column": "state", "equals": ["ok", "late"]},
+        {"column": "word", "equals": "active"},
+        {"column": "base", "equals": 1},
+        {"expression": "{row}.state = 'ok' AND {row}.gone IS NULL"},
+        {"expression": "{row}.base > 0"},
+    ]
+    assert set(problems(engine, {str(one): active(one) for one in good}).values()) == {None}
+    with engine.begin() as connection:
+        for one in good:
+            check_host(connection, active(one))
+            assert wrong_expression(connection, active(one)) is None
+
+
+def test_what_nothing_can_be_built_on_is_refused_with_the_setting_and_the_remedy(engine: Engine) -> None:  # noqa: F811
+    with engine.begin() as connection:
+        connection.exec_driver_sql(STATE)
+    bad = {
+        "{row}.state": "its type is app.state. Cast it: it must be boolean",
+        "{row}.trial_end > now()": "it does not always give the same for the same row",
+        "CAST({row}.word AS boolean)": "it casts text, which may fail for a row",
+        "{row}.base / {row}.gift > 1": "it divides by what may be 0 for a row",
+        "EXISTS (SELECT FROM app.log)": "it looks beyond its row",
+    }
+    said = problems(engine, {one: active({"expression": one}) for one in bad})
+    for one, words in bad.items():
+        assert f"host.subscription.is_active: {words}" in str(said[one])
+    with (
+        engine.begin() as connection,
+        pytest.raises(NotInstalledError, match=r"host\.subscription\.is_active: invalid input"),
+    ):
+        check_host(connection, active({"column": "state", "equals": ["OK"]}))
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"value": False}, "give a column's name or {value = true} or {column ="),
+        ({"column": "state", "equals": "ok", "failed": "late"}, "failed: leave it out"),
+        ({"column": "state", "equals": []}, "equals: give one value or more"),
+        ({"expression": "{row}.a; x"}, "contains ;"),
+    ],
+)
+def test_what_it_can_not_be_is_refused_in_the_settings(said: object, words: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        active(said)
+    assert words in refused.value.errors()[0]["msg"]
+
+
+def test_an_example_table_has_the_status_but_none_for_an_expression() -> None:
+    for column in ("status", "phase"):
+        mapping = HostMapping.model_validate(
+            {"subscription": {"is_active": {"column": column, "equals": ["on", "test"]}}}
+        )
+        table = build_host_metadata(mapping).tables["billing_subscription"]
+        assert "is_active" not in table.c
+        assert str(table.c[column].server_default.arg) == "on"  # type: ignore[union-attr]
+    with pytest.raises(InvalidInputError, match="no example table"):
+        build_host_metadata(HostMapping.model_validate({"subscription": {"is_active": {"expression": "{row}.a"}}}))
