@@ -10,7 +10,7 @@ from billing import db as database
 from billing.discovery import Proposal, propose, read_catalog
 from billing.discovery.toml_file import host_section, merged, read_host
 from billing.errors import TrueupError
-from billing.settings import CONFIG_VARIABLE, read_settings
+from billing.settings import CONFIG_VARIABLE, get_settings, read_settings
 from cli import EXIT_ERROR
 from cli.context import json_option, servers
 from cli.output import print_json, print_table, show
@@ -35,8 +35,9 @@ def discover(
 ) -> None:
     """Look for the host's tables, and propose how to map them.
 
-    Reads the catalog and a few rows in a read-only transaction. Exit code 1: a table or column that nothing works
-    without was not found; then nothing is written.
+    Reads the catalog and a few rows in a read-only transaction. What is not found is taken from [host] in trueup.toml,
+    if you have set it there. Exit code 1: a table or column that nothing works without is missing; then nothing is
+    written.
 
     \b
     Example:
@@ -47,7 +48,8 @@ def discover(
         raise click.UsageError("--output and --force belong to --write: add it, or leave them out.")
     with servers("postgres"), database.transaction() as connection:
         connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"))
-        proposal = propose(connection, read_catalog(connection, schemas))
+        given = get_settings().host.model_dump(exclude_unset=True)
+        proposal = propose(connection, read_catalog(connection, schemas), given)
     if as_json:
         print_json(proposal.as_json())
     else:
@@ -70,7 +72,10 @@ def _print(proposal: Proposal) -> None:
         for line in lines:
             click.echo(f"- {show(line)}")
     if proposal.mapping is None:
-        click.echo("\nWithout these there is no mapping: set them under [host] in trueup.toml.")
+        click.echo(
+            "\nWithout these there is no mapping: set them under [host] in trueup.toml, and run "
+            "`trueup db discover --write --force`: it keeps what you set there for what it does not find."
+        )
     elif not proposal.settings:
         click.echo("\nAll names are Django's default ones: trueup.toml needs no [host].")
     else:

@@ -17,12 +17,13 @@ MOST_TABLES = 20_000
 
 @dataclass(frozen=True, kw_only=True)
 class HostColumn:
-    """A column. `required`: each new row must give it a value. `labels`: an enum's values, else empty."""
+    """A column. `required`: each new row must give it a value; `computed`: none may. `labels`: an enum's values."""
 
     name: str
     type: str
     kind: Kind
     required: bool
+    computed: bool = False
     labels: tuple[str, ...] = ()
 
 
@@ -30,6 +31,7 @@ class HostColumn:
 class HostTable:
     """A table that the host may own. `rows` is the server's estimate; None: it has none.
 
+    `usable`: the role may use its schema; `may_select`: all of its columns.
     `references`: by column, the table (its oid) that a foreign key of this one column leads to. `unique`: columns that
     are unique by themselves. `primary_key`: its columns; a partitioned table's has several. `leading`: the columns of
     each index that serves all rows, in order.
@@ -39,13 +41,18 @@ class HostTable:
     schema: str
     name: str
     rows: int | None
-    readable: bool
+    usable: bool
+    may_select: bool
     visible: bool
     columns: dict[str, HostColumn] = field(default_factory=dict)
     primary_key: tuple[str, ...] = ()
     unique: set[str] = field(default_factory=set)
     leading: list[list[str]] = field(default_factory=list)
     references: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def readable(self) -> bool:
+        return self.usable and self.may_select
 
     @property
     def setting(self) -> str:
@@ -73,7 +80,7 @@ class Catalog:
 _TABLES = text(
     r"""
     SELECT c.oid\:\:bigint AS oid, n.nspname AS schema, c.relname AS name, pg_table_is_visible(c.oid) AS visible,
-           has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT') AS readable,
+           has_schema_privilege(n.oid, 'USAGE') AS usable, has_table_privilege(c.oid, 'SELECT') AS may_select,
            CASE WHEN c.relkind = 'p'
                 THEN (SELECT CAST(sum(greatest(p.reltuples, 0)) AS bigint)
                       FROM pg_partition_tree(c.oid) t JOIN pg_class p ON p.oid = t.relid WHERE t.isleaf)
@@ -90,6 +97,7 @@ _COLUMNS = text(
     r"""
     SELECT a.attrelid\:\:bigint AS oid, a.attname AS name, format_type(b.oid, NULL) AS type,
            a.attnotnull AND NOT a.atthasdef AND a.attidentity = '' AS required,
+           a.attgenerated <> '' AS computed,
            ARRAY(SELECT CAST(e.enumlabel AS text) FROM pg_enum e WHERE e.enumtypid = b.oid
                  ORDER BY e.enumsortorder) AS labels
     FROM pg_attribute a
@@ -161,6 +169,7 @@ def read_catalog(connection: Connection, schemas: Sequence[str] = ()) -> Catalog
             type=row.type,
             kind=kind_of(row.type, row.labels),
             required=row.required,
+            computed=row.computed,
             labels=tuple(row.labels),
         )
     for row in connection.execute(_INDEXES, oids):

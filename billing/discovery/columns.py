@@ -126,6 +126,9 @@ def _take_last_ones(noun: Noun, table: HostTable, matches: Matches, taken: set[s
     for name, wanted in FIELDS[noun].items():
         if name in matches.found or not wanted.required or name in _NOUN_OF or name in ("id", "end_date"):
             continue
+        # Where both parts are named, a number that is called otherwise is something else.
+        if name == "total_tokens" and {"prompt_tokens", "completion_tokens"} <= matches.found.keys():
+            continue
         left = [column for column in table.columns.values() if _is_free(column, wanted, table, taken)]
         if len(left) == 1:
             why = f"the only column of type {left[0].type} that is left"

@@ -1,16 +1,17 @@
 """A [host] mapping proposed from a database's catalog: each choice with how sure it is and why, and what is missing."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection
 
-from billing.discovery.catalog import Catalog, HostTable
-from billing.discovery.columns import Certainty, certainty_of, default_name
+from billing.discovery.catalog import Catalog
+from billing.discovery.columns import Certainty, certainty_of
+from billing.discovery.gaps import OPTIONAL, Gap, left_out, missing_columns, missing_table
 from billing.discovery.remarks import remarks_on
 from billing.discovery.samples import Sampler
-from billing.discovery.stand_ins import OTHERWISE, StandIn, included_column, stand_ins
+from billing.discovery.stand_ins import StandIn, included_column, stand_ins
 from billing.discovery.tables import Candidate, choose_tables
 from billing.discovery.toml_file import toml_value
 from billing.discovery.words import FIELDS, PAID_WORDS, Kind, Noun
@@ -19,16 +20,6 @@ from billing.mapping import HostMapping
 SCHEMA_VERSION = 1
 
 NOUNS: tuple[Noun, ...] = ("user", "token_plan", "full_plan", "subscription", "usage_log", "token_usage", "payment")
-OPTIONAL: tuple[Noun, ...] = ("token_usage", "payment")
-MEANING: dict[Noun, str] = {
-    "user": "the users",
-    "token_plan": "plans of tokens without a duration",
-    "full_plan": "plans of tokens with a duration",
-    "subscription": "the subscriptions, with the counter",
-    "usage_log": "the AI usage log",
-    "token_usage": "one row for each decrement of the counter",
-    "payment": "the payments",
-}
 _PLANS: tuple[Noun, Noun] = ("token_plan", "full_plan")
 _TYPES: dict[Kind, str] = {"integer": "bigint", "uuid": "uuid", "text": "text"}
 
@@ -41,16 +32,6 @@ class Choice:
     value: str
     certainty: Certainty
     why: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gap:
-    """A setting that was not found. `stops`: what does not work until it is; "": nothing."""
-
-    setting: str
-    why: str
-    remedy: str
-    stops: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +64,12 @@ class Proposal:
         }
 
 
-def propose(connection: Connection, catalog: Catalog) -> Proposal:
-    """Return the mapping that fits these tables best. Reads a few rows where the role may; nothing is written."""
+def propose(connection: Connection, catalog: Catalog, given: Mapping[str, Any] | None = None) -> Proposal:
+    """Return the mapping that fits these tables best. Reads a few rows where the role may; nothing is written.
+
+    `given`: a [host] that a person has set. It is asked for what is not found, and for nothing else.
+    """
+    given = given or {}
     chosen = choose_tables(catalog)
     sampler = Sampler(connection=connection)
     drafts: dict[Noun, dict[str, Any]] = {}
@@ -93,32 +78,44 @@ def propose(connection: Connection, catalog: Catalog) -> Proposal:
     without = _without(chosen, choices)
     for noun in NOUNS:
         candidate = chosen.get(noun)
+        told = given.get(noun) or {}
+        if candidate is None and noun in without:
+            continue
         if candidate is None:
-            gaps += [] if noun in without else [_missing_table(noun)]
+            if "table" in told:
+                drafts[noun] = dict(told)
+                choices += _choices_by_hand(noun, told)
+            else:
+                gaps.append(missing_table(noun, catalog))
             continue
         instead = stand_ins(noun, candidate, sampler)
         # Without such plans no key leads to them.
         spared = {one.instead_of for one in instead} | {f"{plan}_id" for plan in _PLANS if plan in without}
-        lacking = _missing_columns(noun, candidate, spared)
+        lacking = missing_columns(noun, candidate, spared)
+        by_hand = _by_hand(lacking, told)
+        lacking = [gap for gap in lacking if not _by_hand([gap], told)]
         if noun in OPTIONAL:
             names = [gap.setting for gap in lacking if gap.stops]
             if noun == "payment" and "full_plan" not in without and "duration_days" not in drafts.get("full_plan", {}):
                 names.append("host.full_plan.duration_days")
             if names:
-                gaps.append(_left_out(noun, candidate.table, ", ".join(names)))
+                gaps.append(left_out(noun, candidate.table, ", ".join(names)))
                 continue
         choices += _choices_of(noun, candidate)
         choices += [_choice_instead(noun, one) for one in instead]
+        choices += _choices_by_hand(noun, by_hand)
         gaps += lacking
-        drafts[noun] = _names_of(candidate) | {one.field: one.value for one in instead}
-    types = _types(drafts, chosen, choices)
+        drafts[noun] = _names_of(candidate) | {one.field: one.value for one in instead} | by_hand
+    types = {name: given[name] for name in ("user_id_type", "usage_log_id_type") if name in given}
+    types |= _types(drafts, chosen, choices)
     if "subscription" in drafts:
         drafts["subscription"] |= without.pop("subscription", {})
     notes = _paid_word(chosen, drafts, sampler, choices)
     stopped = [gap for gap in gaps if gap.stops == "everything"]
     mapping = None if stopped else HostMapping.model_validate({**types, **without, **drafts})
-    counts = drafts.get("usage_log", {}).get("counts", {})
-    notes += remarks_on(catalog, {noun: chosen[noun] for noun in drafts}, sampler, filled=counts.get("column"))
+    counts = drafts.get("usage_log", {}).get("counts") or {}
+    found = {noun: chosen[noun] for noun in drafts if noun in chosen}
+    notes += remarks_on(catalog, found, sampler, filled=counts.get("column"))
     return Proposal(mapping=mapping, choices=choices, gaps=gaps, notes=notes)
 
 
@@ -148,6 +145,28 @@ def _without(chosen: dict[Noun, Candidate], choices: list[Choice]) -> dict[str, 
 
 def _choice_instead(noun: Noun, one: StandIn) -> Choice:
     return Choice(setting=f"host.{noun}.{one.field}", value=toml_value(one.value), certainty="likely", why=one.why)
+
+
+def _by_hand(lacking: list[Gap], told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a person has set for columns that were not found, by field."""
+    fields = [gap.setting.rpartition(".")[2] for gap in lacking]
+    fields += ["counts"] if "success" in fields else []
+    return {name: told[name] for name in fields if name in told}
+
+
+def _choices_by_hand(noun: Noun, told: Mapping[str, Any]) -> list[Choice]:
+    why = "set by you under [host]"
+    if "table" in told and told["table"] is None:
+        return [Choice(setting=f"host.{noun}", value="false", certainty="certain", why=why)]
+    return [
+        Choice(
+            setting=f"host.{noun}.{name}",
+            value=value if isinstance(value, str) else toml_value(value),
+            certainty="certain",
+            why=why,
+        )
+        for name, value in told.items()
+    ]
 
 
 def _as_written(mapping: HostMapping) -> dict[str, Any]:
@@ -191,52 +210,15 @@ def _names_of(candidate: Candidate) -> dict[str, Any]:
     return {"table": candidate.table.setting, **names}
 
 
-def _missing_table(noun: Noun) -> Gap:
-    setting = f"host.{noun}.table"
-    example = f'table = "SCHEMA.TABLE" under [host.{noun}]'
-    if noun in OPTIONAL:
-        why = f"no table looks like {MEANING[noun]}"
-        return Gap(setting=setting, why=why, remedy=f"if there is one, set {example}: causes become certain", stops="")
-    why = f"no table has the columns of {MEANING[noun]}"
-    return Gap(setting=setting, why=why, remedy=f"set {example}, and its columns", stops="everything")
-
-
-def _left_out(noun: Noun, table: HostTable, names: str) -> Gap:
-    return Gap(
-        setting=f"host.{noun}.table",
-        why=f"{table.setting} looks like {MEANING[noun]}, but no column was found for {names}",
-        remedy=f'set table = "{table.setting}" under [host.{noun}] and these columns, or do without it',
-        stops="",
-    )
-
-
-def _missing_columns(noun: Noun, candidate: Candidate, spared: Collection[str]) -> list[Gap]:
-    gaps = []
-    for name, wanted in FIELDS[noun].items():
-        if name in candidate.matches.found or name in spared:
-            continue
-        column = candidate.matches.wrong_type.get(name)
-        kinds = " or ".join(sorted(wanted.kinds))
-        why = f"{candidate.table.setting} has no column like {default_name(noun, name)}"
-        if column is not None:
-            why = f"{candidate.table.setting}.{column.name} is of type {column.type}, which is not {kinds}"
-        stops = "everything" if wanted.required else "" if wanted.use.startswith("nothing") else wanted.use
-        remedy = f'set {name} = "COLUMN" under [host.{noun}], or add such a column ({kinds})'
-        if (noun, name) in OTHERWISE:
-            remedy += f", or set {OTHERWISE[noun, name]}"
-        gaps.append(Gap(setting=f"host.{noun}.{name}", why=why, remedy=remedy, stops=stops))
-    return gaps
-
-
 def _types(drafts: dict[Noun, dict[str, Any]], chosen: dict[Noun, Candidate], choices: list[Choice]) -> dict[str, str]:
     """The types of ids, from the columns that hold them."""
     types = {}
-    if "subscription" in drafts:
+    if "subscription" in drafts and "subscription" in chosen:
         column = chosen["subscription"].matches.found["user_id"].column
         types["user_id_type"] = _TYPES[column.kind]
         why = f"{chosen['subscription'].table.setting}.{column.name} is {column.type}"
         choices.append(Choice(setting="host.user_id_type", value=types["user_id_type"], certainty="certain", why=why))
-    if "usage_log" in drafts and "id" in drafts["usage_log"]:
+    if "usage_log" in drafts and "usage_log" in chosen and "id" in chosen["usage_log"].matches.found:
         column = chosen["usage_log"].matches.found["id"].column
         types["usage_log_id_type"] = _TYPES[column.kind]
         why = f"{chosen['usage_log'].table.setting}.{column.name} is {column.type}"
@@ -250,7 +232,7 @@ def _paid_word(
     chosen: dict[Noun, Candidate], drafts: dict[Noun, dict[str, Any]], sampler: Sampler, choices: list[Choice]
 ) -> list[str]:
     """Find what a payment is called whose money has come. Returns a note if nothing tells it."""
-    if "payment" not in drafts:
+    if "payment" not in drafts or "payment" not in chosen or "completed_status" in drafts["payment"]:
         return []
     table, status = chosen["payment"].table, drafts["payment"]["status"]
     word = sampler.word(table, status, PAID_WORDS)

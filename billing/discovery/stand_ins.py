@@ -1,11 +1,26 @@
 """What stands for columns and tables that a host does not have, where that can be told for sure."""
 
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from billing.discovery.catalog import HostColumn, HostTable
 from billing.discovery.samples import Sampler
 from billing.discovery.tables import Candidate
-from billing.discovery.words import FAILED_WORDS, FIELDS, OK_WORDS, STATUS_NAMES, Noun, nearness, plain
+from billing.discovery.words import (
+    ACTIVE_WORDS,
+    DELETED_NAMES,
+    FAILED_WORDS,
+    FIELDS,
+    OK_WORDS,
+    STATUS_NAMES,
+    STATUS_OF_SUBSCRIPTION,
+    Noun,
+    nearness,
+    plain,
+)
+from billing.host_values import quote_identifier, quote_literal
 
 # Nothing is decided by these: a row of the log, or a view, has this in place of the column.
 _CONSTANTS: dict[tuple[Noun, str], Any] = {
@@ -25,10 +40,15 @@ _CONSTANTS: dict[tuple[Noun, str], Any] = {
 # Who may spend is decided by these: a person has to say that it is so.
 OTHERWISE: dict[tuple[Noun, str], str] = {
     ("usage_log", "success"): "success = {value = true} if all rows count",
-    ("subscription", "is_active"): "is_active = {value = true} if all subscriptions are",
+    ("subscription", "is_active"): (
+        'is_active = {column = "COLUMN", equals = "VALUE"} if a status says so, or is_active = {value = true} if all '
+        "subscriptions are"
+    ),
     ("subscription", "end_date"): 'end_date = {value = "infinity"} if none ends',
+    ("full_plan", "duration_days"): "duration_days = {value = 30} if all plans last so long",
 }
 _LEAST = 0.6
+_PLAIN = re.compile(r"[a-z_][a-z0-9_]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,23 +76,60 @@ def stand_ins(noun: Noun, candidate: Candidate, sampler: Sampler) -> list[StandI
     ]
     if noun == "usage_log" and "success" not in matches.found:
         found += _counts(candidate, sampler)
+    if noun == "subscription" and "is_active" not in {*matches.found, *matches.wrong_type}:
+        found += _active(candidate, sampler)
     return found
+
+
+def _active(candidate: Candidate, sampler: Sampler) -> list[StandIn]:
+    """Return what says that a subscription is in force, if one status says it in a word. All other values deny."""
+    told = _told(candidate, sampler, STATUS_OF_SUBSCRIPTION, ACTIVE_WORDS)
+    if told is None:
+        return []
+    column, word = told
+    why = f"{column.name} is {column.type}, and {word!r} its only value that says so: with any other nobody may spend"
+    value: dict[str, Any] = {"column": column.name, "equals": word}
+    gone = deleted_column(candidate.table)
+    if gone is not None:
+        value = {"expression": f"{_of_row(column.name)} = {quote_literal(word)} AND {_of_row(gone)} IS NULL"}
+        why += f", nor with a {gone}"
+    return [StandIn(field="is_active", instead_of="is_active", value=value, why=why)]
+
+
+def _of_row(name: str) -> str:
+    """Return a column as an expression of the mapping names it."""
+    return "{row}." + (name if _PLAIN.fullmatch(name) else quote_identifier(name))
+
+
+def deleted_column(table: HostTable) -> str | None:
+    """Return the column that says when a row was deleted, if the host keeps such rows."""
+    names = (column.name for column in table.columns.values() if column.kind == "time")
+    return next((name for name in names if plain(name) in DELETED_NAMES), None)
 
 
 def _counts(candidate: Candidate, sampler: Sampler) -> list[StandIn]:
     """Return what says that a row counts, if one column says it in a word."""
+    told = _told(candidate, sampler, STATUS_NAMES, OK_WORDS)
+    if told is None:
+        return []
+    column, word = told
+    failed = sampler.word(candidate.table, column.name, FAILED_WORDS)
+    value = {"column": column.name, "equals": word} | ({} if failed is None else {"failed": failed})
+    why = f"{column.name} is {column.type}, and {word!r} its only value that says so"
+    return [StandIn(field="counts", instead_of="success", value=value, why=why)]
+
+
+def _told(
+    candidate: Candidate, sampler: Sampler, names: Collection[str], words: Sequence[str]
+) -> tuple[HostColumn, str] | None:
+    """Return the column called so that says it in one of these words, and the word. None: none does, or several."""
     taken = {match.column.name for match in candidate.matches.found.values()}
     told = []
     for column in candidate.table.columns.values():
-        if column.kind != "text" or column.name in taken or plain(column.name) not in STATUS_NAMES:
-            continue
-        word = sampler.word(candidate.table, column.name, OK_WORDS)
-        if word is not None:
-            failed = sampler.word(candidate.table, column.name, FAILED_WORDS)
-            value = {"column": column.name, "equals": word} | ({} if failed is None else {"failed": failed})
-            why = f"{column.name} is {column.type}, and {word!r} its only value that says so"
-            told.append(StandIn(field="counts", instead_of="success", value=value, why=why))
-    return told if len(told) == 1 else []
+        if column.kind == "text" and column.name not in taken and plain(column.name) in names:
+            word = sampler.word(candidate.table, column.name, words)
+            told += [(column, word)] if word is not None else []
+    return told[0] if len(told) == 1 else None
 
 
 def included_column(candidate: Candidate) -> tuple[str, float, str] | None:

@@ -64,6 +64,17 @@ def choose_tables(catalog: Catalog) -> dict[Noun, Candidate]:
     return chosen
 
 
+def log_without_total(catalog: Catalog) -> tuple[HostTable, Matches] | None:
+    """Return a table that would be a usage log with a column of all tokens, and what was found in it."""
+    needed = (*(name for name in ANCHORS["usage_log"] if name != "total_tokens"), "prompt_tokens", "completion_tokens")
+    near = []
+    for table in _all_but(catalog):
+        matches = match_columns("usage_log", table, {})
+        if "total_tokens" not in matches.found and all(name in matches.found for name in needed):
+            near.append((_name_score("usage_log", table)[0], table, matches))
+    return max(near, key=lambda one: one[0])[1:] if near else None
+
+
 Judge = Callable[[HostTable, Matches], tuple[float, str]]
 """Returns what a table's structure adds to its score or takes away, and why."""
 

@@ -10,6 +10,7 @@ Noun = Literal["user", "token_plan", "full_plan", "subscription", "usage_log", "
 
 ID: frozenset[Kind] = frozenset(("integer", "uuid", "text"))
 INTEGER: frozenset[Kind] = frozenset(("integer",))
+NUMBER: frozenset[Kind] = frozenset(("integer", "number"))
 TEXT: frozenset[Kind] = frozenset(("text",))
 TIME: frozenset[Kind] = frozenset(("time",))
 FLAG: frozenset[Kind] = frozenset(("boolean",))
@@ -111,7 +112,7 @@ FIELDS: dict[Noun, dict[str, Field]] = {
             required=True,
         ),
         "response_time_ms": _field(
-            INTEGER, "latency_ms duration_ms elapsed_ms response_ms took_ms latency", use=_CHARGE
+            NUMBER, "latency_ms duration_ms elapsed_ms response_ms took_ms latency", use=_CHARGE
         ),
         "success": _field(FLAG, "succeeded is_success successful is_successful was_successful ok is_ok", required=True),
         "model_name": _field(TEXT, "model llm_model model_id engine ai_model", use=_CHARGE),
@@ -184,6 +185,12 @@ TABLES: dict[Noun, tuple[str, ...]] = {
 
 PAID_WORDS = ("completed", "complete", "succeeded", "success", "successful", "paid", "captured", "settled", "confirmed")
 """What hosts call a payment whose money has come; compared without case."""
+
+ACTIVE_WORDS = ("active", "enabled")
+"""What hosts call a subscription that is in force; compared without case."""
+STATUS_OF_SUBSCRIPTION = frozenset(_words("status state subscription_status subscription_state"))
+DELETED_NAMES = frozenset(_words("deleted_at deleted_on discarded_at removed_at"))
+"""When a row was deleted that is still there."""
 
 STATUS_NAMES = frozenset(_words("status state outcome result success ended finish_status call_status request_status"))
 OK_WORDS = ("ok", "success", "successful", "succeeded", "completed", "complete", "done", "finished")

@@ -3,6 +3,7 @@
 import pytest
 from sqlalchemy import Connection
 
+from billing.discovery import propose, read_catalog
 from billing.discovery.toml_file import host_section, read_host
 from billing.install import check_host
 from tests.billing.test_discovery import (
@@ -72,6 +73,15 @@ def test_what_stands_for_missing_columns_and_tables_is_proposed_where_it_is_sure
         ("ALTER TABLE llm_calls ADD outcome text DEFAULT 'ok'", "usage_log.success", "success = {value = true}"),
         ("ALTER TABLE memberships DROP ends_at", "subscription.end_date", 'end_date = {value = "infinity"}'),
         ("ALTER TABLE memberships DROP is_active", "subscription.is_active", "is_active = {value = true}"),
+        (
+            """
+            ALTER TABLE memberships DROP is_active;
+            ALTER TABLE memberships ADD status text DEFAULT 'on';
+            INSERT INTO memberships (user_id, quota, tokens_left, started_at) VALUES (1, 1, 1, now())
+            """,
+            "subscription.is_active",
+            'is_active = {column = "COLUMN", equals = "VALUE"}',
+        ),
         ("ALTER TABLE memberships DROP quota", "token_plan.table", "under [host.token_plan]"),
     ],
 )
@@ -87,3 +97,88 @@ def test_what_decides_who_may_spend_is_left_to_a_person(
     assert proposal.mapping is None
     remedies = {gap.setting: gap.remedy for gap in proposal.gaps if gap.stops == "everything"}
     assert remedy in remedies[f"host.{setting}"]
+
+
+@pytest.mark.parametrize(
+    ("more", "proposed"),
+    [
+        ("status text", {"column": "status", "equals": ("active",)}),
+        ('"Status" standing', {"column": "Status", "equals": ("ACTIVE",)}),
+        (
+            "status text, ADD deleted_at timestamp",
+            {"expression": "{row}.status = 'active' AND {row}.deleted_at IS NULL"},
+        ),
+        (
+            '"Status" standing, ADD "deletedAt" timestamp',
+            {"expression": '{row}."Status" = \'ACTIVE\' AND {row}."deletedAt" IS NULL'},
+        ),
+    ],
+)
+def test_a_status_says_which_subscriptions_are_active(
+    catalog_of: Connection,  # noqa: F811
+    more: str,
+    proposed: dict[str, object],
+) -> None:
+    script(catalog_of, SMALL_HOST)
+    script(catalog_of, "CREATE TYPE standing AS ENUM ('ACTIVE', 'CANCELED')")
+    script(catalog_of, f"ALTER TABLE memberships DROP is_active, ADD {more}")
+    if "text" in more:
+        rows = "SELECT i, 1, 1, now(), CASE i WHEN 1 THEN 'active' ELSE 'canceled' END FROM generate_series(1, 2) i"
+        script(catalog_of, f"INSERT INTO memberships (user_id, quota, tokens_left, started_at, status) {rows}")
+    proposal = discovered(catalog_of)
+    assert proposal.settings["subscription"]["is_active"] == proposed
+    assert certainties(proposal)["host.subscription.is_active"] == "likely"
+    assert proposal.mapping is not None
+    assert read_host(host_section(proposal.settings)) == proposal.mapping
+    with catalog_of.engine.begin() as connection:
+        check_host(connection, proposal.mapping)
+
+
+def test_what_a_person_has_set_stands_for_what_is_not_found_and_for_nothing_else(
+    catalog_of: Connection,  # noqa: F811
+) -> None:
+    script(catalog_of, SMALL_HOST)
+    script(catalog_of, "ALTER TABLE memberships DROP is_active; ALTER TABLE llm_calls RENAME status TO how")
+    given = {
+        "subscription": {"is_active": {"value": True}, "tokens_remaining": "quota"},
+        "usage_log": {"counts": {"column": "how", "equals": ["OK"], "failed": "failed"}},
+    }
+    proposal = propose(catalog_of, read_catalog(catalog_of), given)
+    assert proposal.mapping is not None
+    assert proposal.settings["subscription"]["is_active"] == {"value": True}
+    assert proposal.settings["subscription"]["tokens_remaining"] == "tokens_left"
+    assert proposal.settings["usage_log"]["counts"] == {"column": "how", "equals": ("OK",), "failed": "failed"}
+    whys = {choice.setting: choice.why for choice in proposal.choices}
+    assert whys["host.usage_log.counts"] == whys["host.subscription.is_active"] == "set by you under [host]"
+
+
+def test_a_table_that_a_person_has_set_is_taken_if_none_is_found(
+    catalog_of: Connection,  # noqa: F811
+) -> None:
+    script(catalog_of, SMALL_HOST)
+    script(
+        catalog_of,
+        "ALTER TABLE llm_calls DROP created_at; ALTER TABLE llm_calls ADD xyz timestamptz, ADD zyx timestamptz",
+    )
+    log = {"table": "llm_calls", "total_tokens": "tokens", "created_at": "zyx", "success": {"value": True}}
+    assert discovered(catalog_of).mapping is None
+    proposal = propose(catalog_of, read_catalog(catalog_of), {"usage_log_id_type": "text", "usage_log": log})
+    assert proposal.mapping is not None
+    assert proposal.mapping.usage_log.created_at == "zyx"
+    assert proposal.mapping.usage_log_id_type == "text"
+
+
+def test_what_deleted_and_computed_columns_mean_is_said(
+    catalog_of: Connection,  # noqa: F811
+) -> None:
+    script(catalog_of, SMALL_HOST)
+    assert not discovered(catalog_of).notes
+    script(
+        catalog_of,
+        "ALTER TABLE memberships ADD deleted_at timestamptz; ALTER TABLE llm_calls ADD deleted_at timestamptz; "
+        "ALTER TABLE llm_calls DROP tokens; "
+        "ALTER TABLE llm_calls ADD a int, ADD b int, ADD tokens int GENERATED ALWAYS AS (a + b) STORED",
+    )
+    notes = discovered(catalog_of).notes
+    assert sum("deleted_at" in note for note in notes) == 2
+    assert sum(note.startswith("llm_calls.tokens: computed by the database") for note in notes) == 1
