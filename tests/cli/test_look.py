@@ -75,7 +75,7 @@ def test_a_role_without_rights_is_told_which(bare: Host, drifting: list[int], mo
         monkeypatch.setenv("TRUEUP_DATABASE_URL", engine.url.render_as_string(hide_password=False))
         get_settings.cache_clear()
         db.dispose_engine()
-        assert 'GRANT SELECT ON "ai_usage_log" to it' in trueup(*LOOK, code=1).stderr
+        assert 'GRANT SELECT ON "ai_usage_log" TO "reader_' in trueup(*LOOK, code=1).stderr
         bare.execute(f"GRANT {READ} TO {engine.url.username}")
         assert trueup_json(*LOOK)["drifted"] == 2
         db.dispose_engine()

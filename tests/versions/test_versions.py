@@ -1,9 +1,10 @@
 """The whole way through on every version of PostgreSQL that this machine has beside the embedded one."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.pool import NullPool
 
 from billing import db
@@ -17,10 +18,12 @@ from billing.mapping import HostMapping
 from billing.reconcile_runs import Finding
 from billing.settings import get_settings
 from tests.cli.conftest import trueup, trueup_json
-from tests.conftest import settings_for
+from tests.conftest import cloned_database, settings_for
 from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.postgres_versions import VARIABLE, installed_versions, running_server
+from tests.support.sessions import wait_until
+from tests.support.standby import caught_up, standby_of
 from tests.support.two_books import MAPPED
 from tests.support.work import charge_tokens, hold_tokens
 from tests.worker.stack_helpers import temporary_home
@@ -29,9 +32,9 @@ from worker.stack import StackUrls
 OTHERS = (14, 15, 16, 17)
 
 
-@pytest.fixture(params=OTHERS)
-def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A server of that version. Gives the URL of an empty database."""
+@pytest.fixture(scope="module", params=OTHERS)
+def server(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A server of that version. Gives the URL of its first database."""
     programs = installed_versions().get(request.param)
     if programs is None:
         remedy = f"`python -m tests.versions` or {VARIABLE} brings it"
@@ -42,6 +45,15 @@ def url(request: pytest.FixtureRequest) -> Iterator[str]:
             assert connection.execute(text("SHOW server_version")).scalar_one().startswith(str(request.param))
         engine.dispose()
         yield url
+
+
+@pytest.fixture
+def url(server: str, stack: StackUrls) -> Iterator[str]:
+    """The URL of an empty database on that server."""
+    admin = create_engine(server, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    with cloned_database(replace(stack, database_url=server), admin, "template1") as url:
+        yield url
+    admin.dispose()
 
 
 @pytest.fixture
@@ -83,6 +95,20 @@ def test_a_host_can_be_looked_at_before_anything_is_set_up(host: Host) -> None:
     host.execute("DROP SCHEMA trueup CASCADE")
     build_host_metadata(MAPPED).create_all(host.engine)
     for mapping in (HostMapping(), MAPPED):
-        found: list[Finding] = []
-        look(host.engine, mapping, lambda checked, findings, found=found: found.extend(findings))  # type: ignore[misc]
-        assert [(one.drift.observed, one.drift.expected) for one in found] == [(1_000, 700)]
+        assert seen(host.engine, mapping) == [(1_000, 700)]
+
+
+def test_so_can_a_hot_standby_of_one(host: Host) -> None:
+    user = host.subscriber(1_000)
+    host.execute("DROP SCHEMA trueup CASCADE")
+    with standby_of(host.engine) as standby:
+        host.log(user, 300)
+        wait_until(lambda: caught_up(host.engine, standby), "the standby to have the newest row")
+        assert seen(standby, HostMapping()) == [(1_000, 700)]
+
+
+def seen(engine: Engine, mapping: HostMapping) -> list[tuple[int | None, int]]:
+    """Return what a look reports: the counters that are wrong, each with what it should be."""
+    found: list[Finding] = []
+    look(engine, mapping, lambda checked, findings: found.extend(findings))
+    return [(one.drift.observed, one.drift.expected) for one in found]
