@@ -14,15 +14,14 @@ from billing.host_values import Compared, Expression, quote_identifier, quote_li
 from billing.mapping import HostMapping, quote_table, render_sql
 
 _INTEGERS = ("smallint", "integer", "bigint")
-# The triggers' own, whatever the role's is.
-SEARCH_PATH = "pg_catalog, pg_temp"
+SEARCH_PATH = "pg_catalog, pg_temp"  # the triggers' own, whatever the role's is
 SET_SEARCH_PATH = text("SELECT set_config('search_path', :path, true)")
 
 HOST_TABLE = text("SELECT CAST(to_regclass(:table) AS oid) AS id, current_setting('search_path') AS search_path")
 _COLUMNS = text(
     """
     SELECT a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type, a.attgenerated <> '' AS is_generated,
-           pg_get_expr(f.adbin, f.adrelid) AS given
+           CASE WHEN a.attidentity <> '' THEN '1' ELSE pg_get_expr(f.adbin, f.adrelid) END AS given
     FROM pg_attribute a LEFT JOIN pg_attrdef f ON f.adrelid = a.attrelid AND f.adnum = a.attnum
     WHERE a.attrelid = CAST(:id AS oid) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum
     """
@@ -41,12 +40,14 @@ _TYPE = """
 _OWN_ROW = """
     INSERT INTO pg_temp.trueup_own AS l ({{usage_log.written}})
     SELECT r.{{usage_log.written}}
-    FROM (SELECT CAST(NULL AS {{usage_log_id_type}}) AS id, CAST(NULL AS {{user_id_type}}) AS user_id,
-                 SECTION AS section, 1 AS prompt_tokens, 1 AS completion_tokens, 2 AS total_tokens,
-                 1 AS response_time_ms, SUCCEEDED AS success, 'a model' AS model_name,
+    FROM (SELECT CAST(LOG_ID AS {{usage_log_id_type}}) AS id, CAST(USER_ID AS {{user_id_type}}) AS user_id,
+                 SECTION AS section, FIGURE AS prompt_tokens, FIGURE AS completion_tokens, 2 * FIGURE AS total_tokens,
+                 FIGURE AS response_time_ms, SUCCEEDED AS success, MODEL AS model_name,
                  CAST('{"task_id": "1"}' AS jsonb) AS metadata, CAST(now() AS timestamptz) AS created_at) r
     RETURNING l.{{usage_log.success}}
 """
+_DRAWN = re.compile(r"nextval\('(?:[^']|'')*'::regclass\)")  # in a default; a sequence would be used up
+_SAMPLE_UUID = "00000000-0000-4000-8000-000000000001"
 # The tried expression as PostgreSQL has parsed it.
 _TRIED = """
     WITH tree AS (
@@ -78,16 +79,17 @@ _TREE = text(
     LIMIT 1
     """
 )
-# What one row can make fail for all who are read together with it. (Sums can as well, by more than fits: that is left
-# to whoever writes them.)
+# What one row can make fail for all who are read together with it; but for sums of more than fits.
 _DIVISIONS = text(
     rf"""
     {_TRIED}
-    SELECT (SELECT count(*) FROM regexp_matches(nodes, 'funcid (\d+)', 'g') AS used (id)
-            JOIN pg_proc p ON p.oid = CAST(used.id[1] AS oid)
-            WHERE p.proname ~ '(div|mod)$' AND p.pronamespace = CAST('pg_catalog' AS regnamespace)) AS divisions,
-           {_CASTS_TEXT} AS casts
-    FROM tree
+    SELECT count(*) FILTER (WHERE p.proname ~ '(div|mod)$') AS divisions,
+           {_CASTS_TEXT} OR coalesce(bool_or(p.pronargs = 1 AND p.proargtypes[0] = CAST('jsonb' AS regtype)
+                                             AND p.prorettype <> ALL (CAST('{{text, jsonb}}' AS regtype[]))), false)
+           AS casts
+    FROM tree LEFT JOIN LATERAL regexp_matches(nodes, 'funcid (\d+)', 'g') AS used (id) ON true
+    LEFT JOIN pg_proc p ON p.oid = CAST(used.id[1] AS oid) AND p.pronamespace = CAST('pg_catalog' AS regnamespace)
+    GROUP BY nodes
     """
 )
 _BY_A_NUMBER = re.compile(r"[/%]\s*[1-9][0-9]*(?![\w.])")
@@ -211,9 +213,9 @@ def _problems(
         )
     make_table(connection, host.id, "trueup_own", filled=True)
     connection.execute(SET_SEARCH_PATH, {"path": host.search_path})
-    if run(connection, own_row(mapping, succeeded=True)).scalar_one() is not True:
+    if _own_counts(connection, mapping, succeeded=True) is not True:
         yield "the rows that trueup writes would not count", "Make it true of them, or map the column that tells."
-    if mapping.usage_log.tells_failure and run(connection, own_row(mapping, succeeded=False)).scalar_one():
+    if mapping.usage_log.tells_failure and _own_counts(connection, mapping, succeeded=False):
         yield (
             "a row that trueup writes of a failed call would count",
             "Let it depend on the column of success, or set success = {value = true}: failed calls then get no row.",
@@ -229,15 +231,35 @@ def _failing_read(connection: Connection, given: Expression) -> Iterator[Problem
         )
     if found.casts:
         yield (
-            "it casts text, which may fail for a row, and nothing that reads the row would work then",
+            "it casts text or jsonb, which may fail for a row, and nothing that reads the row would work then",
             "Let the host compute a column.",
         )
 
 
-def own_row(mapping: HostMapping, *, succeeded: bool, section: str = "chat") -> str:
-    """Return the statement that writes a row of trueup's into the table of `make_table`, and returns if it counts."""
+def _own_counts(connection: Connection, mapping: HostMapping, *, succeeded: bool) -> Any:
+    try:
+        with connection.begin_nested():
+            return run(connection, own_row(mapping, succeeded=succeeded)).scalar_one()
+    except DBAPIError:  # the type of users' ids may know a form of them
+        return run(connection, own_row(mapping, succeeded=succeeded, user=False)).scalar_one()
+
+
+def own_row(
+    mapping: HostMapping, *, succeeded: bool, section: str = "chat", size: int = 1, model: str = "o3", user: bool = True
+) -> str:
+    """Return the statement that writes a row of trueup's into the table of `make_table`, and returns if it counts.
+
+    `size`: its tokens of each kind, and its milliseconds. `user` False: nobody's.
+    """
     # Before the host's names are in it: one of them, or a value, may be the very word.
-    values = {"SUCCEEDED": str(succeeded).lower(), "SECTION": quote_literal(section)}
+    values = {
+        "LOG_ID": quote_literal("1" if mapping.usage_log_id_type == "bigint" else _SAMPLE_UUID),
+        "USER_ID": quote_literal(_SAMPLE_UUID if mapping.user_id_type == "uuid" else "1") if user else "NULL",
+        "SECTION": quote_literal(section),
+        "FIGURE": str(size),
+        "SUCCEEDED": str(succeeded).lower(),
+        "MODEL": quote_literal(model),
+    }
     return render_sql(re.sub("|".join(values), lambda found: values[found[0]], _OWN_ROW), mapping)
 
 
@@ -249,9 +271,9 @@ def make_table(connection: Connection, like: int, name: str, *, filled: bool) ->
     columns = []
     for row in connection.execute(_COLUMNS, {"id": like}):
         column = f"{quote_identifier(row.name)} {row.type}"
-        # A default that draws from a sequence would use it up.
-        if filled and row.given is not None and "nextval" not in row.given:
-            column += f" GENERATED ALWAYS AS ({row.given}) STORED" if row.is_generated else f" DEFAULT {row.given}"
+        given = None if row.given is None else _DRAWN.sub("CAST(1 AS bigint)", row.given)
+        if filled and given is not None and "nextval" not in given:
+            column += f" GENERATED ALWAYS AS ({given}) STORED" if row.is_generated else f" DEFAULT {given}"
         columns.append(column)
     run(connection, f"CREATE TEMP TABLE {name} ({', '.join(columns)})")
 

@@ -90,8 +90,12 @@ def _mapped_columns(connection: Connection, mapping: HostMapping) -> list[Column
     rows = connection.execute(
         text(
             """
-            SELECT w.field, w.name AS table, w.column AS name,
-                   format_type(CASE WHEN t.typtype = 'd' THEN t.typbasetype ELSE t.oid END, NULL) AS type
+            SELECT w.field, w.name AS table, w.column AS name, (
+                       WITH RECURSIVE kind (id, base) AS (
+                           SELECT t.oid, t.typbasetype
+                           UNION ALL
+                           SELECT b.oid, b.typbasetype FROM kind k JOIN pg_type b ON b.oid = k.base)
+                       SELECT format_type(k.id, NULL) FROM kind k WHERE k.base = 0) AS type
             FROM unnest(CAST(:fields AS text[]), CAST(:names AS text[]), CAST(:quoted AS text[]),
                         CAST(:columns AS text[])) WITH ORDINALITY AS w (field, name, quoted, "column", place)
             JOIN pg_attribute a ON a.attrelid = to_regclass(w.quoted) AND a.attname = w.column AND a.attnum > 0

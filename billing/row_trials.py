@@ -4,6 +4,8 @@ What the log refuses is refused when its tokens are spent already. So its types,
 to other tables are looked at before.
 """
 
+from typing import Any
+
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
@@ -20,9 +22,12 @@ _CHECKS = text(
 # But those to the user: whoever is gone by then has nothing that could be logged.
 _KEYS = text(
     """
-    SELECT CAST(CAST(k.confrelid AS regclass) AS text) AS leads_to, k.columns, k.other_columns
+    SELECT CAST(CAST(k.confrelid AS regclass) AS text) AS leads_to, k.columns, k.other_columns, k.readable
     FROM (
         SELECT c.confrelid,
+               has_column_privilege(c.confrelid, c.confkey[1], 'SELECT') AND NOT row_security_active(c.confrelid)
+                   AND (SELECT has_schema_privilege(o.relnamespace, 'USAGE') FROM pg_class o WHERE o.oid = c.confrelid)
+               AS readable,
                ARRAY(SELECT CAST(a.attname AS text) FROM unnest(c.conkey) WITH ORDINALITY AS n (number, place)
                      JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = n.number ORDER BY n.place)
                AS columns,
@@ -35,10 +40,19 @@ _KEYS = text(
     ORDER BY 1
     """
 )
+_CHECK = "23514"
+_OUT_OF_RANGE = "22003"
 _REMEDIES = {
-    "23514": "Let the constraint allow it.",  # check violation
+    _CHECK: "Let the constraint allow it.",
     "22001": "Make the column longer, or map another one.",  # string data right truncation
+    _OUT_OF_RANGE: "Make the column integer or bigint, or map another one.",
+    "42501": "Grant that to trueup's roles, this one among them.",
 }
+# SQLSTATE classes that say nothing of the row: connection, deadlock, resources, locks, cancelled, the system.
+_NO_VERDICT = ("08", "40", "53", "55", "57", "58")
+# Tokens of each kind, and milliseconds, that one call may well have.
+_MANY = 600_000
+_LONG_NAME = "claude-3-5-sonnet-20241022"
 _REMEDY = (
     "Map columns that take any text and whole numbers, or {value = …} for those that the host's own default is to fill."
 )
@@ -58,7 +72,7 @@ def _refused_row(connection: Connection, mapping: HostMapping) -> Problem | None
     log = mapping.usage_log.table
     host = connection.execute(HOST_TABLE, {"table": quote_table(log)}).one()
     trial = connection.begin_nested()
-    section = ""
+    made = False
     try:
         connection.execute(SET_SEARCH_PATH, {"path": SEARCH_PATH})
         make_table(connection, host.id, "trueup_own", filled=True)
@@ -66,18 +80,61 @@ def _refused_row(connection: Connection, mapping: HostMapping) -> Problem | None
             name = quote_identifier(check.name)
             run(connection, f"ALTER TABLE pg_temp.trueup_own ADD CONSTRAINT {name} {check.definition}")
         connection.execute(SET_SEARCH_PATH, {"path": host.search_path})
-        for section in sorted(SECTIONS):
-            run(connection, own_row(mapping, succeeded=True, section=section))
+        made = True
+        return _refused(connection, mapping)
     except DBAPIError as error:
-        if not section:
-            return None  # a table like it can't be made: then there is nothing to try
-        diagnosis = getattr(error.orig, "diag", None)
-        said = getattr(diagnosis, "message_primary", None) or str(error.orig)
-        remedy = _REMEDIES.get(str(getattr(error.orig, "sqlstate", None)), _REMEDY)
-        return f"host.usage_log: {log} would refuse trueup's row of section {section!r} ({said}).", remedy
+        if made or _says_nothing(error):
+            raise
+        return None  # a table like it can't be made: then there is nothing to try
     finally:
         trial.rollback()
+
+
+def _refused(connection: Connection, mapping: HostMapping) -> Problem | None:
+    log = mapping.usage_log.table
+    for section in sorted(SECTIONS):
+        refusal = _refusal(connection, mapping, section=section)
+        if refusal is not None:
+            return _problem(f"{log} would refuse trueup's row of section {section!r}", refusal)
+    # A limit that the host has set to figures is the host's; and a name that is too long is cut before it is written.
+    for what, state, row in (
+        (f"of {2 * _MANY:,} tokens and {_MANY:,} ms", _OUT_OF_RANGE, {"size": _MANY}),
+        (f"of model {_LONG_NAME!r}", _CHECK, {"model": _LONG_NAME}),
+    ):
+        refusal = _refusal(connection, mapping, section=min(SECTIONS), **row)
+        if refusal is not None and _state(refusal) == state:
+            return _problem(f"{log} would refuse trueup's row {what}", refusal)
     return None
+
+
+def _refusal(connection: Connection, mapping: HostMapping, **row: Any) -> DBAPIError | None:
+    """What the ids of users look like nobody knows: what is refused of a user must be refused of nobody as well."""
+    refusals = []
+    for user in (True, False):
+        attempt = connection.begin_nested()
+        try:
+            run(connection, own_row(mapping, succeeded=True, user=user, **row))
+            return None
+        except DBAPIError as error:
+            if _says_nothing(error):
+                raise
+            refusals.append(error)
+        finally:
+            attempt.rollback()
+    return refusals[0]
+
+
+def _state(error: DBAPIError) -> str:
+    return str(getattr(error.orig, "sqlstate", None) or "")
+
+
+def _says_nothing(error: DBAPIError) -> bool:
+    return not _state(error) or _state(error).startswith(_NO_VERDICT)
+
+
+def _problem(what: str, refusal: DBAPIError) -> Problem:
+    said = getattr(getattr(refusal.orig, "diag", None), "message_primary", None) or str(refusal.orig)
+    return f"host.usage_log: {what} ({said}).", _REMEDIES.get(_state(refusal), _REMEDY)
 
 
 def _unknown_key(connection: Connection, mapping: HostMapping) -> Problem | None:
@@ -90,6 +147,8 @@ def _unknown_key(connection: Connection, mapping: HostMapping) -> Problem | None
         )
         if key.columns != [log.section]:
             return f"{what}, and may not.", "Drop that foreign key, or map {value = …} in place of the column."
+        if not key.readable:
+            continue  # by another role then: keys are looked up as their tables' owner
         column = quote_identifier(key.other_columns[0])
         there = set(run(connection, f"SELECT CAST({column} AS text) FROM {key.leads_to}").scalars())
         missing = sorted(SECTIONS - there)

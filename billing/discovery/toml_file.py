@@ -17,9 +17,9 @@ _HOST = re.compile(r"""(host|"host"|'host')\s*(\.|$)""")
 
 
 def host_section(settings: Mapping[str, Any], remarks: Sequence[str] = ()) -> str:
-    """Return the section as TOML. `remarks`: what is missing, as comments above it."""
-    lines = [f"# {line}" for remark in remarks for line in remark.splitlines()]
-    lines += ["[host]", *_pairs({name: value for name, value in settings.items() if not isinstance(value, dict)})]
+    """Return the section as TOML. `remarks`: what is missing, as comments at its head."""
+    lines = ["[host]", *(f"# {line}" for remark in remarks for line in remark.splitlines())]
+    lines += [*_pairs({name: value for name, value in settings.items() if not isinstance(value, dict)})]
     for noun, names in settings.items():
         if isinstance(names, dict):
             lines += ["", f"[host.{noun}]", *_pairs(names)]
@@ -79,12 +79,21 @@ def _pairs(names: Mapping[str, Any]) -> list[str]:
 
 
 def _without_host(content: str) -> str:
-    """Leave out each table called host, or host.something, from its heading to the next one."""
+    """Leave out each table called host, or host.something, up to its last line; comments after that are the next one's.
+
+    So trueup's own remarks stand below their heading.
+    """
     kept, inside = [], False
+    after: list[str] = []
     for line in content.splitlines(keepends=True):
         header = _HEADER.match(line)
         if header or line.lstrip().startswith("[["):
-            inside = bool(header and _HOST.match(header["name"]))
+            was_inside, inside = inside, bool(header and _HOST.match(header["name"]))
+            if was_inside and not inside:
+                kept += after
+            after = []
+        elif inside:
+            after = [*after, line] if not line.strip() or line.lstrip().startswith("#") else []
         if not inside:
             kept.append(line)
-    return "".join(kept)
+    return "".join([*kept, *after])

@@ -21,10 +21,12 @@ CREATE OR REPLACE FUNCTION trueup.clock_tolerance() RETURNS interval LANGUAGE sq
     SELECT interval '5 minutes'
 $$;
 
--- When usage of ours counts as logged that comes at that time in that window (NULL: there is none).
+-- When usage of ours counts as logged that comes at that time in that window (NULL: there is none). Not in the window's
+-- first part of a second: a log that keeps whole seconds would have it before the window, where it counts for nothing.
 CREATE OR REPLACE FUNCTION trueup.dated(at timestamptz, p_window timestamptz) RETURNS timestamptz
-LANGUAGE sql IMMUTABLE AS $$
-    SELECT CASE WHEN p_window <= at + trueup.clock_tolerance() THEN greatest(at, p_window) ELSE at END
+LANGUAGE sql STABLE AS $$
+    SELECT CASE WHEN p_window <= at + trueup.clock_tolerance()
+                THEN greatest(at, date_trunc('second', p_window + interval '999999 microseconds')) ELSE at END
 $$;
 
 -- What each subscription entitles to. original = what the subscription itself says, where a host has that there; else the

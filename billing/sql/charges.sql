@@ -100,11 +100,16 @@ END $$;
 CREATE OR REPLACE FUNCTION trueup.fitting(p_value text, p_column text) RETURNS text LANGUAGE plpgsql STABLE AS $$
 BEGIN
     RETURN left(p_value, coalesce((
-        SELECT nullif(greatest(a.atttypmod, t.typtypmod), -1) - 4
-        FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
-        WHERE a.attrelid = to_regclass({{literal usage_log}}) AND a.attnum > 0 AND NOT a.attisdropped
-          AND '"' || replace(a.attname, '"', '""') || '"' = p_column
-          AND coalesce(nullif(t.typbasetype, 0), t.oid) IN ('varchar'::regtype, 'bpchar'::regtype)
+        WITH RECURSIVE kind (id, typmod, base) AS (  -- the column's, and what is below it if that is a domain
+            SELECT t.oid, greatest(a.atttypmod, t.typtypmod), t.typbasetype
+            FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+            WHERE a.attrelid = to_regclass({{literal usage_log}}) AND a.attnum > 0 AND NOT a.attisdropped
+              AND '"' || replace(a.attname, '"', '""') || '"' = p_column
+            UNION ALL
+            SELECT t.oid, t.typtypmod, t.typbasetype FROM kind k JOIN pg_type t ON t.oid = k.base
+        )
+        SELECT nullif(max(k.typmod), -1) - 4 FROM kind k
+        HAVING bool_or(k.id IN ('varchar'::regtype, 'bpchar'::regtype))
     ), length(p_value)));
 END $$;
 

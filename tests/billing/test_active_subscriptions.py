@@ -15,7 +15,7 @@ from tests.billing.test_expressions import (
     problems,
 )
 
-STATE = 'ALTER TABLE app."Subs" ADD state app.state, ADD gone timestamp, ADD word text'
+STATE = 'ALTER TABLE app."Subs" ADD state app.state, ADD gone timestamp, ADD word text, ADD more jsonb'
 
 
 def active(said: object) -> HostMapping:
@@ -33,6 +33,7 @@ def test_a_status_or_an_expression_that_the_row_alone_says_is_good(engine: Engin
         {"column": "base", "equals": 1},
         {"expression": "{row}.state = 'ok' AND {row}.gone IS NULL"},
         {"expression": "{row}.base > 0"},
+        {"expression": "{row}.more->>'on' = 'true' AND jsonb_typeof({row}.more->'list') = 'array'"},
     ]
     assert set(problems(engine, {str(one): active(one) for one in good}).values()) == {None}
     with engine.begin() as connection:
@@ -47,7 +48,9 @@ def test_what_nothing_can_be_built_on_is_refused_with_the_setting_and_the_remedy
     bad = {
         "{row}.state": "its type is app.state. Cast it: it must be boolean",
         "{row}.trial_end > now()": "it does not always give the same for the same row",
-        "CAST({row}.word AS boolean)": "it casts text, which may fail for a row",
+        "CAST({row}.word AS boolean)": "it casts text or jsonb, which may fail for a row",
+        "CAST({row}.more->'on' AS boolean)": "it casts text or jsonb, which may fail for a row",
+        "jsonb_array_length({row}.more) > 0": "it casts text or jsonb, which may fail for a row",
         "{row}.base / {row}.gift > 1": "it divides by what may be 0 for a row",
         "EXISTS (SELECT FROM app.log)": "it looks beyond its row",
     }

@@ -376,7 +376,7 @@ SECTION = host_section(SETTINGS, ["one\ntwo"])
 
 def test_the_section_says_what_was_found() -> None:
     assert read_host(SECTION) == HostMapping.model_validate(SETTINGS)
-    assert SECTION.startswith("# one\n# two\n[host]\n")
+    assert SECTION.startswith("[host]\n# one\n# two\n")
     assert read_host(host_section({})) == HostMapping()
 
 
@@ -384,10 +384,13 @@ def test_a_file_keeps_its_other_sections_and_comments() -> None:
     others = '# mine\nhome = "x" # here\n\n[reconcile]\ntolerance = 5\n'
     assert merged(others, SECTION, force=False) == f"{others}\n{SECTION}"
     assert merged("", SECTION, force=False) == SECTION
-    around = "[host]\nid = 'x'\n[host.'user']\nid = '[x]'\n# old\n\n[reconcile.policies]\n[ \"host\" . payment ]\n"
+    around = "[host]\n# old\nid = 'x'\n# old\n[host.'user']\nid = '[x]'\n# kept\n\n"
+    around += '[reconcile.policies]\n[ "host" . payment ]\n'
     with pytest.raises(InvalidInputError, match=r"has a \[host\] already.*--force"):
         merged(around, SECTION, force=False)
-    assert merged(f"{others}\n{around}", SECTION, force=True) == f"{others}\n[reconcile.policies]\n\n{SECTION}"
+    again = merged(f"{others}\n{around}", SECTION, force=True)
+    assert again == f"{others}\n# kept\n\n[reconcile.policies]\n\n{SECTION}"
+    assert merged(again, SECTION, force=True) == again
 
 
 @pytest.mark.parametrize(

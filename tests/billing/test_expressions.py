@@ -111,7 +111,7 @@ BAD_TOKENS = {
     "{row}.base / 2 / {row}.gift": "it divides by what may be 0 for a row",
     "{row}.base / 0": "it divides by what may be 0 for a row",
     "mod({row}.base, {row}.base)": "it divides by what may be 0 for a row",
-    "CAST({row}.note AS integer)": "it casts text, which may fail for a row",
+    "CAST({row}.note AS integer)": "it casts text or jsonb, which may fail for a row",
     "double({row}.base)": "function double(integer) does not exist",
 }
 
@@ -153,7 +153,7 @@ GOOD_COUNTS = (
     "{row}.ok AND coalesce({row}.state, 'ok') IN ('ok', 'late')",
     "{row}.ok AND coalesce(lower({row}.extra ->> 'kind'), '') NOT LIKE 'test%'",
     "{row}.ok AND CASE WHEN {row}.cost > 0 THEN true ELSE {row}.cost IS NULL END",
-    "{row}.ok AND {row}.half = 1",
+    "{row}.ok AND {row}.half = 1 AND {row}.user_id IS NOT NULL",
     "{row}.ok AND CAST(coalesce({row}.kind, 'ok') AS text) = 'ok'",
 )
 BAD_COUNTS = {

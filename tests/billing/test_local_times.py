@@ -94,3 +94,18 @@ def test_a_look_and_the_runs_after_it_tell_the_same(host: Host) -> None:
     assert [(one.drift.expected, one.drift.observed) for one in summary.findings] == [(9_300, 10_000)]
     shown = trueup_json("usage", user)
     assert shown[0]["created_at"].endswith("+00:00")
+
+
+@pytest.mark.parametrize("kind", ["timestamp(0)", "timestamptz(0)"])
+def test_a_log_of_whole_seconds_counts_what_comes_as_a_window_begins(host: Host, kind: str) -> None:
+    host.execute(
+        f"ALTER TABLE ai_usage_log ALTER created_at TYPE {kind}; "
+        "ALTER TABLE billing_subscription ALTER start_date TYPE timestamptz"
+    )
+    attach(HostMapping())
+    user = host.subscriber(10_000)
+    host.execute("UPDATE billing_subscription SET start_date = date_trunc('second', now()) + interval '60.4 s'")
+    hold = db.retrying(lambda worker: hold_tokens(worker, user, 1_000))
+    db.retrying(lambda worker: charge_tokens(worker, hold, 100))
+    assert db.retrying(lambda worker: read_account(worker, user)).consumed == 100
+    assert_true(host)

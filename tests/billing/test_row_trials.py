@@ -2,9 +2,11 @@
 
 import pytest
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import OperationalError
 
 from billing import db
 from billing.errors import NotInstalledError
+from billing.host_trials import expression_problem
 from billing.install import install
 from billing.mapping import HostMapping
 from billing.row_trials import row_problem
@@ -32,6 +34,15 @@ REFUSED = {
     ),
     f"CREATE DOMAIN little AS integer CHECK (VALUE < 2); {LOG} ALTER total_tokens TYPE little": (
         "violates check constraint",
+        "Let the constraint",
+    ),
+    f"{LOG} ALTER total_tokens TYPE smallint": (
+        r"trueup's row of 1,200,000 tokens and 600,000 ms \(smallint out of range",
+        "Make the column integer",
+    ),
+    f"{LOG} ALTER response_time_ms TYPE numeric(4, 2)": (r"600,000 ms \(numeric field overflow", "Make the column"),
+    f"{LOG} ADD CHECK (length(model_name) <= 20)": (
+        "trueup's row of model 'claude-3-5-sonnet-20241022'",
         "Let the constraint",
     ),
     MODELS: (r"ai_usage_log\.model_name must stand in models, and may not", "Drop that foreign key"),
@@ -70,9 +81,57 @@ def test_checks_keys_and_triggers_that_take_our_rows_are_no_matter(host: Host, c
     assert charge_tokens(connection, hold, 10).recorded
 
 
-@pytest.mark.parametrize("column_type", ["varchar(8)", "char(8)", "short"])
+@pytest.mark.parametrize(
+    "statements",
+    [
+        f"{LOG} ADD CHECK (user_id IS NOT NULL AND id IS NOT NULL) NOT VALID",
+        f"CREATE DOMAIN known AS bigint NOT NULL; {LOG} ALTER user_id TYPE known",
+        f"CREATE FUNCTION good(int8) RETURNS bool LANGUAGE sql AS 'SELECT $1 <> 1'; {LOG} ADD CHECK (good(user_id))",
+        f"{LOG} ADD CHECK (model_name ~ '^[a-z0-9.-]+$')",
+        f"{LOG} ALTER model_name TYPE varchar(5)",
+        f"{LOG} ADD CHECK (total_tokens < 100000)",
+        f"CREATE DOMAIN below AS bigint; CREATE DOMAIN above AS below; {LOG} ALTER total_tokens TYPE above",
+        f"{LOG} ADD place serial, ADD CHECK (place IS NOT NULL)",
+        f"{LOG} ADD place bigint GENERATED ALWAYS AS IDENTITY, ADD CHECK (place IS NOT NULL)",
+        f"{LOG} ADD \"select\" text DEFAULT '5%', ADD CHECK (\"select\" LIKE '5%')",
+    ],
+)
+def test_what_takes_the_rows_of_a_user_is_not_refused(host: Host, statements: str) -> None:
+    change(host, statements)
+    with host.engine.begin() as setup:
+        install(setup, HostMapping(), with_host_tables=False)
+    user = host.subscriber(1_000)
+    hold = db.retrying(lambda worker: hold_tokens(worker, user, 100))
+    assert db.retrying(lambda worker: charge_tokens(worker, hold, 10)).recorded
+    assert host.value("SELECT count(*) FROM ai_usage_log") == 1
+
+
+def test_a_trial_that_is_cut_short_is_no_verdict(host: Host) -> None:
+    change(host, "CREATE FUNCTION slow(text) RETURNS boolean LANGUAGE sql AS 'SELECT pg_sleep(60) IS NOT NULL'")
+    change(host, f"{LOG} ADD CHECK (slow(section))")
+    with db.transaction() as setup:
+        setup.execute(text("SET LOCAL statement_timeout = '200ms'"))
+        with pytest.raises(OperationalError, match="statement timeout"):
+            row_problem(setup, HostMapping())
+
+
+def test_a_key_to_what_the_role_may_not_read_is_left_to_those_who_may(host: Host) -> None:
+    change(host, f"CREATE SCHEMA hidden; {KINDS.replace('kinds', 'hidden.kinds')}; CREATE ROLE key_trier")
+    with host.engine.begin() as setup:
+        assert row_problem(setup, HostMapping()) is not None
+        setup.execute(text("SET LOCAL ROLE key_trier"))
+        assert row_problem(setup, HostMapping()) is None
+        setup.execute(text("RESET ROLE; GRANT USAGE ON SCHEMA hidden TO key_trier; SET LOCAL ROLE key_trier"))
+        assert row_problem(setup, HostMapping()) is None
+        setup.execute(text("RESET ROLE; GRANT SELECT ON hidden.kinds TO key_trier; SET LOCAL ROLE key_trier"))
+        assert row_problem(setup, HostMapping()) is not None
+        setup.rollback()
+    host.execute("DROP ROLE key_trier")
+
+
+@pytest.mark.parametrize("column_type", ["varchar(8)", "char(8)", "short", "shorter"])
 def test_names_of_models_and_errors_are_cut_to_what_the_column_holds(host: Host, column_type: str) -> None:
-    host.execute("CREATE DOMAIN short AS varchar(8)")
+    change(host, "CREATE DOMAIN short AS varchar(8); CREATE DOMAIN shorter AS short")
     host.execute(f"{LOG} ALTER model_name TYPE {column_type}, ALTER error_message TYPE {column_type}")
     with host.engine.begin() as setup:
         install(setup, HostMapping(), with_host_tables=False)
@@ -101,3 +160,11 @@ def test_a_role_that_may_make_no_temporary_table_tries_nothing(host: Host) -> No
         assert row_problem(setup, HostMapping()) is None
         setup.rollback()
     host.execute("DROP ROLE row_trier")
+
+
+def test_a_condition_is_tried_of_nobody_where_ids_of_users_have_a_form(host: Host) -> None:
+    change(host, f"CREATE DOMAIN formed AS bigint CHECK (VALUE > 1); {LOG} ALTER user_id TYPE formed")
+    counts = {"expression": "{row}.success AND {row}.section <> ''"}
+    mapping = HostMapping.model_validate({"usage_log": {"success": "success", "counts": counts}})
+    with host.engine.begin() as setup:
+        assert expression_problem(setup, mapping) is None

@@ -70,7 +70,7 @@ def test_the_mapping_is_written_and_is_what_the_next_command_reads(other_host: P
     assert "Written to trueup.toml" in said
     content = other_host.read_text()
     assert content.startswith(
-        '# mine\nhome = "elsewhere"\n\n[reconcile]\ntolerance = 7\n\n# host.usage_log.error_message'
+        '# mine\nhome = "elsewhere"\n\n[reconcile]\ntolerance = 7\n\n[host]\n# host.usage_log.error_message'
     )
     settings = read_settings()
     assert settings.host == HostMapping.model_validate(UUID_MAPPING)
