@@ -1,6 +1,6 @@
 """What types the host's columns have, and which trueup can count and write by."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
@@ -55,18 +55,18 @@ class WrongType:
     remedy: str
 
 
-def wrong_types(connection: Connection, mapping: HostMapping) -> Iterator[WrongType]:
-    """Yield the mapped columns whose values could not be counted, compared or written as the mapping says."""
-    for column in _mapped_columns(connection, mapping):
+def wrong_types(columns: Iterable[Column], mapping: HostMapping) -> Iterator[WrongType]:
+    """Yield those of the mapped columns that could not be counted, compared or written as the mapping says."""
+    for column in columns:
         wanted = _wanted(mapping, column.field)
         if wanted and column.type not in wanted:
             what = f"{column.table}.{column.name} is {column.type}, where trueup needs {' or '.join(sorted(wanted))}."
             yield WrongType(column=column, what=what, remedy=_remedy(column.field))
 
 
-def local_times(connection: Connection, mapping: HostMapping) -> Iterator[Column]:
-    """Yield the mapped times without a time zone, which are read as UTC."""
-    for column in _mapped_columns(connection, mapping):
+def local_times(columns: Iterable[Column], mapping: HostMapping) -> Iterator[Column]:
+    """Yield those of the mapped columns that are times without a zone, which are read as UTC."""
+    for column in columns:
         if _wanted(mapping, column.field) is _TIME and column.type == _LOCAL_TIME:
             yield column
 
@@ -79,7 +79,8 @@ def _remedy(field: str) -> str:
     return f"Map another column as host.{field}, or give this one such a type."
 
 
-def _mapped_columns(connection: Connection, mapping: HostMapping) -> list[Column]:
+def mapped_columns(connection: Connection, mapping: HostMapping) -> list[Column]:
+    """Return the columns that are mapped by their names, as far as they are there."""
     wanted = [
         (f"{noun}.{field}", getattr(mapping, noun).table, name)
         for noun in NOUNS

@@ -21,7 +21,7 @@ from billing.host_catalog import (
 from billing.host_changes import ATTACHING
 from billing.host_tables import build_host_metadata
 from billing.host_trials import expression_problem
-from billing.host_types import wrong_types
+from billing.host_types import mapped_columns, wrong_types
 from billing.host_values import quote_literal
 from billing.log_ids import log_id_problem
 from billing.mapping import HostMapping, quote_table, render_sql
@@ -225,7 +225,7 @@ def check_host(connection: Connection, mapping: HostMapping) -> None:
             f"The database has no column {', '.join(columns)}. Nothing was changed. Map the host's names, or what "
             "stands for a missing column, under [host] in trueup.toml."
         )
-    wrong = list(wrong_types(connection, mapping))
+    wrong = list(wrong_types(mapped_columns(connection, mapping), mapping))
     if wrong:
         raise NotInstalledError(
             f"{' '.join(one.what for one in wrong)} Nothing was changed. "

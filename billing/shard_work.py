@@ -101,6 +101,7 @@ def _work(job: Job, shard: Shard) -> bool:
             if job.run_id is not None:
                 connection.execute(text("SELECT trueup.note_log()"))
             connection.execute(text("SELECT trueup.require_watched()"))
+            # Where nothing may be noted, no figures are told by values that may be others.
             connection.execute(text("SELECT trueup.require_counted() WHERE NOT trueup.has_old_values()"))
         if job.only_user is None and shard.position is None:
             _look_at_log(job)

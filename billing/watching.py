@@ -5,24 +5,30 @@ from sqlalchemy import Connection, text
 LOG_TRIGGERS = ("trueup_inserted", "trueup_updated", "trueup_deleted", "trueup_truncated")
 WINDOW_TRIGGER = "trueup_window_changed"
 
-SAVE_WATCHED = """
-UPDATE trueup.installation SET triggers = trueup.trigger_marks(), column_versions = c.versions,
-                               log_files = trueup.log_files(), log_parents = trueup.log_parents(),
-                               partitions = trueup.partition_marks(trueup.log_parents())
-FROM trueup.column_versions() c;
-"""
+# What the gate compares, by its column in trueup.installation.
+_MARKS = {
+    "triggers": "trueup.trigger_marks()",
+    "column_versions": "(SELECT c.versions FROM trueup.column_versions() c)",
+    "log_files": "trueup.log_files()",
+    "log_parents": "trueup.log_parents()",
+    "partitions": "trueup.partition_marks(trueup.log_parents())",
+}
+
+
+def _set(values: dict[str, str]) -> str:
+    return "UPDATE trueup.installation SET\n    " + ",\n    ".join(
+        f"{mark} = {value}" for mark, value in values.items()
+    )
+
+
+SAVE_WATCHED = f"{_set(_MARKS)};\n"
 # The rest stays as it was compared: what has come of it since would be taken for counted.
-SAVE_TRIGGERS = "UPDATE trueup.installation SET triggers = trueup.trigger_marks();"
+SAVE_TRIGGERS = f"{_set({'triggers': _MARKS['triggers']})};\n"
 # Where nothing keeps the host from changing them meanwhile, what was compared stays written; unless nothing is.
-KEEP_WATCHED = """
-UPDATE trueup.installation SET triggers = coalesce(triggers, trueup.trigger_marks()),
-                               column_versions = coalesce(column_versions, c.versions),
-                               log_files = coalesce(log_files, trueup.log_files()),
-                               log_parents = coalesce(log_parents, trueup.log_parents()),
-                               partitions = coalesce(partitions, trueup.partition_marks(trueup.log_parents()))
-FROM trueup.column_versions() c
-WHERE triggers IS NULL OR column_versions IS NULL OR log_files IS NULL OR log_parents IS NULL OR partitions IS NULL;
-"""
+KEEP_WATCHED = (
+    _set({mark: f"coalesce({mark}, {value})" for mark, value in _MARKS.items()})
+    + f"\nWHERE {' OR '.join(f'{mark} IS NULL' for mark in _MARKS)};\n"
+)
 
 
 def is_untouched(connection: Connection) -> bool:

@@ -20,7 +20,7 @@ from billing.host_catalog import (
 )
 from billing.host_changes import ROW_SECURITY_REMEDY
 from billing.host_trials import Problem, wrong_expression
-from billing.host_types import local_times, wrong_types
+from billing.host_types import local_times, mapped_columns, wrong_types
 from billing.log_ids import log_id_problem
 from billing.mapping import NOUNS, HostMapping
 from billing.partitions import partition_problem
@@ -100,10 +100,11 @@ def _missing_column(connection: Connection, mapping: HostMapping, noun: str, fie
 
 
 def _types(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
-    for wrong in wrong_types(connection, mapping):
+    columns = mapped_columns(connection, mapping)
+    for wrong in wrong_types(columns, mapping):
         column = wrong.column
         yield error("mapping", wrong.what, wrong.remedy, table=column.table, column=column.name, type=column.type)
-    for column in local_times(connection, mapping):
+    for column in local_times(columns, mapping):
         yield warning(
             "mapping",
             f"{column.table}.{column.name} has no time zone: it is read as UTC.",

@@ -51,12 +51,6 @@ BEGIN
     );
 END $$;
 
--- Whether what the host writes is told of, and has been since the balances were compared with the log.
-CREATE OR REPLACE FUNCTION trueup.is_watched() RETURNS boolean LANGUAGE plpgsql STABLE AS $$
-BEGIN
-    RETURN EXISTS (SELECT FROM trueup.installation i WHERE i.triggers = trueup.trigger_marks());
-END $$;
-
 -- The tables that partitions of the log, or tables that inherit from it, can be added to: itself, and those among them.
 -- (To any table that is no partition: one without such tables today may have some tomorrow.)
 CREATE OR REPLACE FUNCTION trueup.log_parents() RETURNS oid[] LANGUAGE sql STABLE AS $$
@@ -119,12 +113,13 @@ BEGIN
           IS DISTINCT FROM (v.versions, v.files, v.parents, v.partitions);
 END $$;
 
--- Refuse (SQLSTATE TU001) unless what the host writes is told of. A charge does not ask: it is for tokens spent.
+-- Refuse (SQLSTATE TU001) unless what the host writes is told of, and has been since the balances were compared with the
+-- log. A charge does not ask: it is for tokens spent.
 CREATE OR REPLACE FUNCTION trueup.require_watched() RETURNS void LANGUAGE plpgsql STABLE AS $$
 DECLARE
     v_wrong text;
 BEGIN
-    IF trueup.is_watched() THEN
+    IF EXISTS (SELECT FROM trueup.installation i WHERE i.triggers = trueup.trigger_marks()) THEN
         RETURN;
     END IF;
     SELECT string_agg(t.name || ' is ' || CASE t.state WHEN 'D' THEN 'disabled' WHEN 'R' THEN 'for replicas alone'

@@ -125,7 +125,7 @@ def test_where_all_is_there_it_has_no_step_that_locks_the_hosts_tables(host: Hos
 def test_it_goes_on_from_an_older_schema(host: Host, empty_database: str) -> None:
     attach(MAPPING)
     newest = pg_dump(empty_database, "--schema-only")
-    host.execute("DROP FUNCTION trueup.trigger_marks(), trueup.is_watched(), trueup.require_watched()")
+    host.execute("DROP FUNCTION trueup.trigger_marks(), trueup.require_watched()")
     for column in ("triggers", "column_versions", "log_files", "log_parents", "partitions"):
         host.execute(f"ALTER TABLE trueup.installation DROP {column}")
     host.execute("UPDATE trueup.alembic_version SET version_num = '0005'")
