@@ -9,10 +9,9 @@ WORKDIR /src
 COPY requirements/main.txt requirements/main.txt
 RUN /opt/trueup/bin/pip install --require-hashes --requirement requirements/main.txt
 COPY pyproject.toml README.md LICENSE ./
-COPY ai ai
-COPY api api
-COPY billing billing
+COPY trueup trueup
 COPY examples examples
+# trueup/cli, trueup/tasks and trueup/worker are links to these.
 COPY cli cli
 COPY tasks tasks
 COPY worker worker
@@ -32,5 +31,5 @@ USER trueup
 # The worker of the command below, asked by its own name: other nodes' answers prove nothing about this
 # one. docker-compose.yml has a check for each of the other processes.
 HEALTHCHECK --interval=60s --timeout=30s --start-period=30s --retries=3 \
-    CMD celery -A worker inspect ping --timeout 10 --destination "ai@$(hostname)"
-CMD ["celery", "-A", "worker", "worker", "-Q", "ai", "-n", "ai@%h"]
+    CMD celery -A trueup.worker inspect ping --timeout 10 --destination "ai@$(hostname)"
+CMD ["celery", "-A", "trueup.worker", "worker", "-Q", "ai", "-n", "ai@%h"]

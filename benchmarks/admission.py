@@ -17,13 +17,13 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
 from benchmarks.common import ROUNDS, interleaved, micros, own_stack, print_markdown
-from billing import db
-from billing.accounts import read_account
-from billing.charges import Usage, record_charge
-from billing.holds import Hold, close_hold, open_hold
-from billing.host_tables import build_host_metadata
-from billing.install import install
-from billing.settings import get_settings
+from trueup.accounts.account import read_account
+from trueup.database import engine as db
+from trueup.gate.holds import Hold, close_hold, open_hold
+from trueup.install.example_tables import build_host_metadata
+from trueup.install.install import install
+from trueup.settings.settings import get_settings
+from trueup.usage.charges import Usage, record_charge
 
 PLAN_TOKENS = 2_000_000_000
 REPEATS = 300

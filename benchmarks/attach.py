@@ -18,12 +18,12 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
 from benchmarks.common import ROUNDS, own_stack, print_markdown
-from billing import db
-from billing.attach import attach
-from billing.attach_plan import plan_attach
-from billing.detach import detach
-from billing.host_tables import build_host_metadata
-from billing.settings import get_settings
+from trueup.database import engine as db
+from trueup.install.attach import attach
+from trueup.install.detach import detach
+from trueup.install.example_tables import build_host_metadata
+from trueup.install.plan import plan_attach
+from trueup.settings.settings import get_settings
 
 WRITERS = 8
 BATCH_ROWS = 100

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from billing import db
-from billing.settings import PREFIX, Settings, get_settings
-from worker.stack import StackUrls, running_stack
+from trueup.database import engine as db
+from trueup.settings.settings import PREFIX, Settings, get_settings
+from trueup.stack import StackUrls, running_stack
 
 ROUNDS = 5
 

@@ -2,11 +2,11 @@
 
 from fastapi import FastAPI, Request
 
-from api.access import require_tokens
-from api.auth import CurrentUser
-from billing.settings import get_settings
-from worker.http import create_app as create_api
-from worker.http import serve
+from trueup.api.access import require_tokens
+from trueup.api.auth import CurrentUser
+from trueup.settings.settings import get_settings
+from trueup.worker.http import create_app as create_api
+from trueup.worker.http import serve
 
 
 def create_app() -> FastAPI:

@@ -19,8 +19,8 @@ from celery import Celery
 from sqlalchemy import create_engine, text
 
 from benchmarks.common import ROUNDS, own_stack, print_markdown
-from billing.install import install
-from billing.settings import get_settings
+from trueup.install.install import install
+from trueup.settings.settings import get_settings
 
 TASKS = "benchmarks.noop_tasks"
 USERS = 500
@@ -34,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     with own_stack() as urls:
         prepare(str(urls.database_url))
-        from worker.celery import app
+        from trueup.worker.celery import app
 
         app.loader.import_task_module(TASKS)
         compare(app, options.tasks)
@@ -66,7 +66,7 @@ def prepare(url: str) -> None:
 def worker(*more: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run a prefork worker of two processes until the block ends."""
     celery = Path(sys.executable).with_name("celery")
-    command = [str(celery), "-A", "worker", "worker", "-Q", "ai", "-c", "2", "-I", TASKS, *more]
+    command = [str(celery), "-A", "trueup.worker", "worker", "-Q", "ai", "-c", "2", "-I", TASKS, *more]
     # Celery keeps a timer for each task until its time limit, also when the task is done: a short limit, so that what
     # is seen in the end is a worker's steady state.
     environment = os.environ | {"TRUEUP_LOG_LEVEL": "WARNING", "TRUEUP_TASK_TIME_LIMIT_SECONDS": "20"}

@@ -2,9 +2,9 @@
 
 from celery import shared_task
 
-from ai.model import Message, Model
-from billing.users import UserId
-from tasks import metered_task
+from trueup.accounts.user_ids import UserId
+from trueup.llm.model import Message, Model
+from trueup.tasks import metered_task
 
 
 @shared_task(name="bench.bare", acks_late=True)

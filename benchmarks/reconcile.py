@@ -22,13 +22,13 @@ from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 
 from benchmarks.common import own_stack, print_markdown
-from billing import db
-from billing.host_tables import build_host_metadata
-from billing.install import install
-from billing.reconcile import reconcile
-from billing.reconcile_runs import RunSummary
-from billing.rules import Rules
-from billing.settings import get_settings
+from trueup.database import engine as db
+from trueup.install.example_tables import build_host_metadata
+from trueup.install.install import install
+from trueup.reconcile.local_run import reconcile
+from trueup.reconcile.runs import RunSummary
+from trueup.settings.policies import Rules
+from trueup.settings.settings import get_settings
 
 ROUNDS = 5
 PLAN_TOKENS = 1_000_000

@@ -8,7 +8,7 @@ from importlib import import_module
 
 import click
 
-from billing.errors import InvalidInputError, TrueupError
+from trueup.errors import InvalidInputError, TrueupError
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -19,21 +19,21 @@ PERMISSION_DENIED = "42501"
 
 # Each command is imported when it is called: `trueup --help` need not load Celery or SQLAlchemy.
 COMMANDS = {
-    "up": ("cli.up", "Run database, Redis, workers and beat in the foreground."),
-    "api": ("cli.api", "Serve the HTTP API in the foreground."),
-    "db": ("cli.db", "Set the database up."),
-    "tokens": ("cli.tokens", "Show and check a user's tokens, and grant more."),
-    "status": ("cli.status", "How the gate has been doing, and what to look at."),
-    "holds": ("cli.holds", "Tokens set aside for running tasks."),
-    "usage": ("cli.usage", "A user's rows in the AI usage log."),
-    "reconcile": ("cli.reconcile", "Compare every counter with the usage log, and correct it."),
-    "drift": ("cli.drift", "Reports of what reconciling found."),
-    "rollout": ("cli.rollout", "How strict the gate is, feature by feature."),
-    "alerts": ("cli.alerts", "What operators are told of, and whether it reaches them."),
-    "run": ("cli.run", "Enqueue a real AI task."),
-    "doctor": ("cli.doctor", "Check that everything is in place, and say what to do about what is not."),
-    "settings": ("cli.settings", "List the settings and where they stand."),
-    "demo": ("cli.demo", "Show everything on an embedded stack, in under a minute."),
+    "up": ("trueup.cli.up", "Run database, Redis, workers and beat in the foreground."),
+    "api": ("trueup.cli.api", "Serve the HTTP API in the foreground."),
+    "db": ("trueup.cli.db", "Set the database up."),
+    "tokens": ("trueup.cli.tokens", "Show and check a user's tokens, and grant more."),
+    "status": ("trueup.cli.status", "How the gate has been doing, and what to look at."),
+    "holds": ("trueup.cli.holds", "Tokens set aside for running tasks."),
+    "usage": ("trueup.cli.usage", "A user's rows in the AI usage log."),
+    "reconcile": ("trueup.cli.reconcile", "Compare every counter with the usage log, and correct it."),
+    "drift": ("trueup.cli.drift", "Reports of what reconciling found."),
+    "rollout": ("trueup.cli.rollout", "How strict the gate is, feature by feature."),
+    "alerts": ("trueup.cli.alerts", "What operators are told of, and whether it reaches them."),
+    "run": ("trueup.cli.run", "Enqueue a real AI task."),
+    "doctor": ("trueup.cli.doctor", "Check that everything is in place, and say what to do about what is not."),
+    "settings": ("trueup.cli.settings", "List the settings and where they stand."),
+    "demo": ("trueup.cli.demo", "Show everything on an embedded stack, in under a minute."),
 }
 
 
@@ -79,7 +79,7 @@ def _refusal_of_the_database(error: Exception) -> str | None:
         return None
     from sqlalchemy.exc import DBAPIError
 
-    from billing import db
+    from trueup.database import engine as db
 
     if not isinstance(error, DBAPIError):
         return None

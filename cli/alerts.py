@@ -2,14 +2,14 @@
 
 import click
 
-from billing import db
-from billing.alerts import list_alerts, raise_all, raise_test
-from billing.errors import TrueupError
-from billing.missed_runs import find_missed_runs
-from billing.settings import get_settings
-from cli import EXIT_DENIED, EXIT_ERROR
-from cli.context import json_option, servers
-from cli.output import print_json, print_table
+from trueup.cli import EXIT_DENIED, EXIT_ERROR
+from trueup.cli.context import json_option, servers
+from trueup.cli.output import print_json, print_table
+from trueup.database import engine as db
+from trueup.errors import TrueupError
+from trueup.monitoring.alerts import list_alerts, raise_all, raise_test
+from trueup.reconcile.missed_runs import find_missed_runs
+from trueup.settings.settings import get_settings
 
 GAPS = ("missed", "missed_deep")
 
@@ -62,7 +62,7 @@ def test() -> None:
     Example:
       trueup alerts test
     """
-    from tasks.alerts import deliver
+    from trueup.tasks.alerts import deliver
 
     titles = get_settings().alerts.channels
     if not titles:
@@ -90,7 +90,7 @@ def check(ctx: click.Context, as_json: bool) -> None:
     Example:
       trueup alerts check
     """
-    from tasks.alerts import send_due
+    from trueup.tasks.alerts import send_due
 
     with servers("postgres"):
         raised = db.retrying(raise_all)

@@ -2,9 +2,9 @@
 
 import click
 
-from billing.settings import get_settings
-from cli.context import servers
-from worker.http import serve
+from trueup.cli.context import servers
+from trueup.settings.settings import get_settings
+from trueup.worker.http import serve
 
 
 @click.command()

@@ -2,15 +2,15 @@
 
 import click
 
-from billing import db
-from billing.attach import attach as attach_to
-from billing.attach_plan import AttachPlan, plan_attach, refuse_other_installation
-from billing.attach_script import attach_script
-from billing.mapping import quote_table
-from billing.settings import get_settings
-from billing.short_locks import LOCK_TIMEOUT_MILLISECONDS, PATIENCE_SECONDS
-from cli.context import servers
-from cli.output import show
+from trueup.cli.context import servers
+from trueup.cli.output import show
+from trueup.database import engine as db
+from trueup.database.locks import LOCK_TIMEOUT_MILLISECONDS, PATIENCE_SECONDS
+from trueup.host.mapping import quote_table
+from trueup.install.attach import attach as attach_to
+from trueup.install.plan import AttachPlan, plan_attach, refuse_other_installation
+from trueup.install.script import attach_script
+from trueup.settings.settings import get_settings
 
 
 @click.command()

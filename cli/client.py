@@ -9,11 +9,11 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from billing.errors import ServiceUnavailableError, SettingsError
-from billing.settings import Settings, broker_url, result_backend_url
-from cli.output import without_password
-from tasks import TASK_MODULES
-from worker.config import ANSWER_SECONDS, client_config
+from trueup.cli.output import without_password
+from trueup.errors import ServiceUnavailableError, SettingsError
+from trueup.settings.settings import Settings, broker_url, result_backend_url
+from trueup.tasks import TASK_MODULES
+from trueup.worker.config import ANSWER_SECONDS, client_config
 
 
 @contextmanager

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from billing.access import check_estimate
-from billing.errors import InvalidInputError
-from billing.settings import get_settings
-from billing.users import UserId, parse_user_id
-from worker.stack import Service, running_stack
+from trueup.accounts.user_ids import UserId, parse_user_id
+from trueup.accounts.validation import check_estimate
+from trueup.errors import InvalidInputError
+from trueup.settings.settings import get_settings
+from trueup.stack import Service, running_stack
 
 
 @contextmanager

@@ -2,15 +2,15 @@
 
 import click
 
-from billing import db as database
-from billing.attach_plan import refuse_other_installation
-from billing.install import install
-from billing.roles import RoleNames, grants_sql
-from billing.settings import get_settings
-from cli.attach import attach
-from cli.context import servers
-from cli.detach import detach
-from cli.discover import discover
+from trueup.cli.attach import attach
+from trueup.cli.context import servers
+from trueup.cli.detach import detach
+from trueup.cli.discover import discover
+from trueup.database import engine as database
+from trueup.install.install import install
+from trueup.install.plan import refuse_other_installation
+from trueup.install.roles import RoleNames, grants_sql
+from trueup.settings.settings import get_settings
 
 
 @click.group()

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from billing import db
-from billing.detach import detach as detach_all
-from billing.detach import plan_detach
-from cli.context import servers
-from cli.output import show
+from trueup.cli.context import servers
+from trueup.cli.output import show
+from trueup.database import engine as db
+from trueup.install.detach import detach as detach_all
+from trueup.install.detach import plan_detach
 
 
 @click.command()

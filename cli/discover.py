@@ -6,15 +6,15 @@ from pathlib import Path
 import click
 from sqlalchemy import text
 
-from billing import db as database
-from billing.discovery import Proposal, propose, read_catalog
-from billing.discovery.toml_file import host_section, merged, read_host
-from billing.errors import TrueupError
-from billing.settings import CONFIG_VARIABLE, get_settings, read_settings
-from cli import EXIT_ERROR
-from cli.context import json_option, servers
-from cli.output import print_json, print_table, show
-from cli.reports.options import write_file
+from trueup.cli import EXIT_ERROR
+from trueup.cli.context import json_option, servers
+from trueup.cli.output import print_json, print_table, show
+from trueup.cli.reports.options import write_file
+from trueup.database import engine as database
+from trueup.discovery import Proposal, propose, read_catalog
+from trueup.discovery.toml import host_section, merged, read_host
+from trueup.errors import TrueupError
+from trueup.settings.settings import CONFIG_VARIABLE, get_settings, read_settings
 
 DEFAULT_FILE = "trueup.toml"
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import click
 
-from billing.doctor.clocks import Offset
-from billing.doctor.database import examine_database
-from billing.doctor.findings import Finding, error, exit_code, run_check
-from billing.doctor.settings import check_settings
-from billing.doctor.versions import check_packages, check_python
-from billing.errors import SettingsError, TrueupError
-from billing.settings import Settings, get_settings
-from cli.context import json_option, servers
-from cli.output import print_json, print_table, without_password
+from trueup.cli.context import json_option, servers
+from trueup.cli.output import print_json, print_table, without_password
+from trueup.doctor.clocks import Offset
+from trueup.doctor.database import examine_database
+from trueup.doctor.findings import Finding, error, exit_code, run_check
+from trueup.doctor.settings import check_settings
+from trueup.doctor.versions import check_packages, check_python
+from trueup.errors import SettingsError, TrueupError
+from trueup.settings.settings import Settings, get_settings
 
 SCHEMA_VERSION = 1
 """Of what `--json` prints; docs/doctor.schema.json describes it."""
@@ -65,8 +65,8 @@ def _examine() -> Iterator[Finding]:
 
 def _examine_broker(settings: Settings, database_offset: Offset | None) -> list[Finding]:
     # Celery takes half a second to load: not for who asks for help.
-    from cli.client import celery_client
-    from worker.doctor import examine_broker
+    from trueup.cli.client import celery_client
+    from trueup.worker.doctor import examine_broker
 
     with celery_client(settings) as app:
         return examine_broker(app, settings, database_offset)

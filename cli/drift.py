@@ -8,20 +8,20 @@ from pathlib import Path
 import click
 from sqlalchemy import Connection, text
 
-from billing import db
-from billing.drift_history import history_json, read_history
-from billing.drift_reports import DriftReport, ReportSource, find_source, read_source, stream_rows
-from billing.drift_rows import DriftFilter
-from billing.errors import TrueupError, UnknownUserError
-from billing.settings import get_settings
-from billing.users import UserId
-from cli import EXIT_DENIED
-from cli.context import TOKENS, USER, json_option, servers
-from cli.look import show_look
-from cli.output import print_json
-from cli.report import FORMATS, echo, print_summary
-from cli.reports.options import CAUSE, ROWS, SINCE, write_file
-from cli.review import accept, grant, ignore, review, undo
+from trueup.accounts.user_ids import UserId
+from trueup.cli import EXIT_DENIED
+from trueup.cli.context import TOKENS, USER, json_option, servers
+from trueup.cli.look import show_look
+from trueup.cli.output import print_json
+from trueup.cli.report import FORMATS, echo, print_summary
+from trueup.cli.reports.options import CAUSE, ROWS, SINCE, write_file
+from trueup.cli.review import accept, grant, ignore, review, undo
+from trueup.database import engine as db
+from trueup.errors import TrueupError, UnknownUserError
+from trueup.reports.history import history_json, read_history
+from trueup.reports.rows import DriftFilter
+from trueup.reports.run_report import DriftReport, ReportSource, find_source, read_source, stream_rows
+from trueup.settings.settings import get_settings
 
 # The largest drifts are what a person looks at; a program gets all.
 DEFAULT_ROWS: dict[str, int | None] = {"table": 50, "markdown": 50, "html": 500, "json": None, "csv": None}
@@ -133,9 +133,9 @@ def _show(
 def _chunks(
     connection: Connection, source: ReportSource, found: DriftReport, form: str, *, streamed: bool
 ) -> Iterable[str]:
-    from cli.reports.html import report_html
-    from cli.reports.markdown import report_markdown
-    from cli.reports.plain import report_csv, report_json
+    from trueup.cli.reports.html import report_html
+    from trueup.cli.reports.markdown import report_markdown
+    from trueup.cli.reports.plain import report_csv, report_json
 
     if form == "html":
         user_id_type = get_settings().host.user_id_type
@@ -161,8 +161,8 @@ def history(limit: int, days: int | None, form: str | None) -> None:
       trueup drift history
       trueup drift history --days 7 --format csv > runs.csv
     """
-    from cli.reports.history import print_history
-    from cli.reports.plain import history_csv
+    from trueup.cli.reports.history import print_history
+    from trueup.cli.reports.plain import history_csv
 
     with servers("postgres"), db.connect() as connection:
         runs = read_history(connection, get_settings().host.user_id_type, limit=limit, days=days)
@@ -184,8 +184,8 @@ def explain(user: UserId, as_json: bool) -> None:
     Example:
       trueup drift explain 42
     """
-    from billing.drift_explain import tell_counter
-    from cli.reports.story import print_story
+    from trueup.cli.reports.story import print_story
+    from trueup.reports.user_report import tell_counter
 
     settings = get_settings()
     with servers("postgres"), db.connect() as connection:

@@ -5,16 +5,16 @@ from typing import Any
 
 import click
 
-from billing import db
-from billing.errors import InvalidInputError
-from billing.grants import check_tokens, grant_tokens, list_grants, revoke_grant
-from billing.payments import import_payments
-from billing.settings import get_settings
-from billing.users import UserId
-from cli.audit import END, by_option
-from cli.context import USER, json_option, servers
-from cli.output import print_json, print_table, show
-from cli.reports.options import SINCE
+from trueup.accounts.grants import check_tokens, grant_tokens, list_grants, revoke_grant
+from trueup.accounts.payments import import_payments
+from trueup.accounts.user_ids import UserId
+from trueup.cli.audit import END, by_option
+from trueup.cli.context import USER, json_option, servers
+from trueup.cli.output import print_json, print_table, show
+from trueup.cli.reports.options import SINCE
+from trueup.database import engine as db
+from trueup.errors import InvalidInputError
+from trueup.settings.settings import get_settings
 
 GRANT = click.IntRange(1, 2**63 - 1)
 

@@ -2,11 +2,11 @@
 
 import click
 
-from billing import db
-from billing.holds import list_holds
-from billing.users import UserId
-from cli.context import USER, json_option, servers
-from cli.output import print_json, print_table
+from trueup.accounts.user_ids import UserId
+from trueup.cli.context import USER, json_option, servers
+from trueup.cli.output import print_json, print_table
+from trueup.database import engine as db
+from trueup.gate.holds import list_holds
 
 
 @click.group()

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import click
 
-from billing import db
-from billing.drift_reports import DriftReport
-from billing.drift_rows import DriftFilter
-from billing.look import look
-from billing.look_report import LookReport
-from billing.settings import get_settings
-from cli.context import servers
-from cli.output import show
-from cli.report import echo, print_summary
-from cli.reports.options import write_file
+from trueup.cli.context import servers
+from trueup.cli.output import show
+from trueup.cli.report import echo, print_summary
+from trueup.cli.reports.options import write_file
+from trueup.database import engine as db
+from trueup.preview.report import LookReport
+from trueup.preview.scan import look
+from trueup.reports.rows import DriftFilter
+from trueup.reports.run_report import DriftReport
+from trueup.settings.settings import get_settings
 
 
 def show_look(only: DriftFilter, form: str, most: int | None, output: Path | None) -> DriftReport:
@@ -49,9 +49,9 @@ def show_look(only: DriftFilter, form: str, most: int | None, output: Path | Non
 
 
 def _chunks(report: DriftReport, found: LookReport, form: str, *, streamed: bool) -> Iterable[str]:
-    from cli.reports.html import report_html
-    from cli.reports.markdown import report_markdown
-    from cli.reports.plain import report_csv, report_json
+    from trueup.cli.reports.html import report_html
+    from trueup.cli.reports.markdown import report_markdown
+    from trueup.cli.reports.plain import report_csv, report_json
 
     if form == "html":
         return report_html(report, [])

@@ -25,19 +25,19 @@ from rich.progress import (
 from rich.text import Text
 from sqlalchemy import text
 
-from billing import db
-from billing import reconcile as reconciliation
-from billing.deep import Defect, read_defects
-from billing.drift_reports import DriftReport, find_source, read_source, report_dry_run, stream_rows
-from billing.reconcile_runs import RunSummary
-from billing.rules import Rules
-from billing.settings import Settings, database_url, get_settings
-from billing.users import UserId
-from cli import EXIT_DENIED, EXIT_ERROR
-from cli.context import TOKENS, USER, json_option, servers
-from cli.output import console, print_table
-from cli.report import echo, print_report, print_summary
-from cli.reports.plain import report_json
+from trueup.accounts.user_ids import UserId
+from trueup.cli import EXIT_DENIED, EXIT_ERROR
+from trueup.cli.context import TOKENS, USER, json_option, servers
+from trueup.cli.output import console, print_table
+from trueup.cli.report import echo, print_report, print_summary
+from trueup.cli.reports.plain import report_json
+from trueup.database import engine as db
+from trueup.reconcile import local_run as reconciliation
+from trueup.reconcile.audit import Defect, read_defects
+from trueup.reconcile.runs import RunSummary
+from trueup.reports.run_report import DriftReport, find_source, read_source, report_dry_run, stream_rows
+from trueup.settings.policies import Rules
+from trueup.settings.settings import Settings, database_url, get_settings
 
 ROWS_SHOWN = 20
 MOST_JOBS = 64

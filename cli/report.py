@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 import click
 
-from billing.cause_texts import cause_title
-from billing.drift_reports import DriftReport
-from cli.output import print_facts, print_table
-from cli.reports.figures import summary_of
-from cli.reports.plain import report_csv, report_json
+from trueup.cli.output import print_facts, print_table
+from trueup.cli.reports.figures import summary_of
+from trueup.cli.reports.plain import report_csv, report_json
+from trueup.drift.cause_texts import cause_title
+from trueup.reports.run_report import DriftReport
 
 FORMATS = ("table", "json", "csv", "markdown", "html")
 

@@ -5,9 +5,16 @@ from typing import Any
 
 import click
 
-from billing import db
-from billing.cause_texts import cause_title
-from billing.decisions import (
+from trueup.accounts.grants import check_text
+from trueup.accounts.user_ids import UserId
+from trueup.cli import EXIT_ERROR
+from trueup.cli.audit import END, by_option, note_option
+from trueup.cli.context import USER, json_option, servers
+from trueup.cli.output import print_json, print_table, show
+from trueup.cli.review_many import check_choice, decide_many, filter_options, many_options
+from trueup.database import engine as db
+from trueup.drift.cause_texts import cause_title
+from trueup.review.decisions import (
     Choice,
     Decision,
     DecisionRefusedError,
@@ -17,14 +24,7 @@ from billing.decisions import (
     list_reviews,
     undo_run,
 )
-from billing.grants import check_text
-from billing.settings import get_settings
-from billing.users import UserId
-from cli import EXIT_ERROR
-from cli.audit import END, by_option, note_option
-from cli.context import USER, json_option, servers
-from cli.output import print_json, print_table, show
-from cli.review_many import check_choice, decide_many, filter_options, many_options
+from trueup.settings.settings import get_settings
 
 NUMBER = click.IntRange(1, 2**63 - 1)
 

@@ -6,15 +6,15 @@ from typing import Any
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from billing import db
-from billing.bulk_decisions import MOST_CHOSEN, BulkDecision, ChosenDrifts, choose_drifts, decide_chosen
-from billing.cause_texts import cause_title
-from billing.decisions import Choice, ReviewFilter
-from billing.settings import get_settings
-from cli import EXIT_ERROR
-from cli.context import TOKENS, servers
-from cli.output import console, print_json, show
-from cli.reports.options import CAUSE
+from trueup.cli import EXIT_ERROR
+from trueup.cli.context import TOKENS, servers
+from trueup.cli.output import console, print_json, show
+from trueup.cli.reports.options import CAUSE
+from trueup.database import engine as db
+from trueup.drift.cause_texts import cause_title
+from trueup.review.bulk import MOST_CHOSEN, BulkDecision, ChosenDrifts, choose_drifts, decide_chosen
+from trueup.review.decisions import Choice, ReviewFilter
+from trueup.settings.settings import get_settings
 
 Command = Callable[..., Any]
 

@@ -5,12 +5,12 @@ from typing import get_args
 
 import click
 
-from billing import db
-from billing.gate_settings import GateMode
-from billing.rollout import EVERY_FEATURE, list_changes, list_modes, list_observed_denials, set_mode
-from cli.audit import by_option, note_option
-from cli.context import json_option, servers
-from cli.output import print_json, print_table
+from trueup.cli.audit import by_option, note_option
+from trueup.cli.context import json_option, servers
+from trueup.cli.output import print_json, print_table
+from trueup.database import engine as db
+from trueup.gate.modes import EVERY_FEATURE, list_changes, list_modes, list_observed_denials, set_mode
+from trueup.settings.gate import GateMode
 
 
 @click.group()
@@ -124,7 +124,7 @@ def _task_features() -> list[str]:
     """Return the features of trueup's own tasks."""
     from celery import current_app
 
-    from tasks import TASK_MODULES
+    from trueup.tasks import TASK_MODULES
 
     for module in TASK_MODULES:
         import_module(module)

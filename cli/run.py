@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from billing.errors import InvalidInputError
-from billing.settings import get_settings
-from billing.users import UserId
-from cli.context import USER, json_option, servers
-from cli.waiting import finish
+from trueup.accounts.user_ids import UserId
+from trueup.cli.context import USER, json_option, servers
+from trueup.cli.waiting import finish
+from trueup.errors import InvalidInputError
+from trueup.settings.settings import get_settings
 
 FILE = click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
 Command = Callable[..., Any]

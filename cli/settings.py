@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import click
 from pydantic import BaseModel, SecretStr
 
-from billing.settings import PREFIX, get_settings
-from cli.context import json_option
-from cli.output import print_json, print_table, without_password
+from trueup.cli.context import json_option
+from trueup.cli.output import print_json, print_table, without_password
+from trueup.settings.settings import PREFIX, get_settings
 
 
 @click.command()

@@ -2,12 +2,12 @@
 
 import click
 
-from billing import db
-from billing.calls import UnrecordedCall, list_unrecorded_calls
-from billing.outbox import Effect, list_unresolved_effects
-from billing.status import Status, read_status
-from cli.context import json_option, servers
-from cli.output import print_facts, print_json, print_table
+from trueup.cli.context import json_option, servers
+from trueup.cli.output import print_facts, print_json, print_table
+from trueup.database import engine as db
+from trueup.gate.provider_calls import UnrecordedCall, list_unrecorded_calls
+from trueup.monitoring.status import Status, read_status
+from trueup.usage.outbox import Effect, list_unresolved_effects
 
 
 @click.command()

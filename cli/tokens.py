@@ -2,15 +2,15 @@
 
 import click
 
-from billing import db
-from billing.access import check_access
-from billing.accounts import Account, read_account
-from billing.errors import UnknownUserError
-from billing.users import UserId
-from cli import EXIT_DENIED
-from cli.context import TOKENS, USER, json_option, servers
-from cli.grants import grant, grants, import_payments_, revoke
-from cli.output import print_facts, print_json
+from trueup.accounts.account import Account, read_account
+from trueup.accounts.user_ids import UserId
+from trueup.cli import EXIT_DENIED
+from trueup.cli.context import TOKENS, USER, json_option, servers
+from trueup.cli.grants import grant, grants, import_payments_, revoke
+from trueup.cli.output import print_facts, print_json
+from trueup.database import engine as db
+from trueup.errors import UnknownUserError
+from trueup.gate.decision import check_access
 
 
 @click.group()

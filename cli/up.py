@@ -2,12 +2,12 @@
 
 import click
 
-from billing import db
-from billing.errors import NotInstalledError
-from billing.install import check_installed, install
-from billing.settings import get_settings
-from worker.stack import StackUrls
-from worker.stack.supervisor import run_stack
+from trueup.database import engine as db
+from trueup.errors import NotInstalledError
+from trueup.install.install import check_installed, install
+from trueup.settings.settings import get_settings
+from trueup.stack import StackUrls
+from trueup.stack.supervisor import run_stack
 
 
 @click.command()

@@ -2,12 +2,12 @@
 
 import click
 
-from billing import db
-from billing.settings import get_settings
-from billing.usage import list_usage
-from billing.users import UserId
-from cli.context import USER, json_option, servers
-from cli.output import print_json, print_table
+from trueup.accounts.user_ids import UserId
+from trueup.cli.context import USER, json_option, servers
+from trueup.cli.output import print_json, print_table
+from trueup.database import engine as db
+from trueup.settings.settings import get_settings
+from trueup.usage.log import list_usage
 
 
 @click.command()

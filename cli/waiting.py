@@ -12,13 +12,13 @@ from celery.exceptions import TimeoutError as ResultTimeoutError
 from celery.result import AsyncResult
 from rich.status import Status
 
-from billing.errors import ServiceUnavailableError, TokensDenied, TrueupError
-from billing.settings import Settings
-from cli import EXIT_DENIED, EXIT_ERROR
-from cli.client import celery_client
-from cli.output import console, print_json
-from tasks.queues import AI_QUEUE
-from worker.stack.temporary import temporary_worker
+from trueup.cli import EXIT_DENIED, EXIT_ERROR
+from trueup.cli.client import celery_client
+from trueup.cli.output import console, print_json
+from trueup.errors import ServiceUnavailableError, TokensDenied, TrueupError
+from trueup.settings.settings import Settings
+from trueup.stack.temporary import temporary_worker
+from trueup.tasks.queues import AI_QUEUE
 
 PING_SECONDS = 1.0
 POLL_SECONDS = 0.1
@@ -76,7 +76,9 @@ def _some_worker(app: Celery, settings: Settings) -> Iterator[Callable[[], None]
         with temporary_worker(settings) as tend:
             yield tend
     else:
-        click.echo("No worker answers. Waiting for one: start it with `celery -A worker worker -Q ai`.", err=True)
+        click.echo(
+            "No worker answers. Waiting for one: start it with `celery -A trueup.worker worker -Q ai`.", err=True
+        )
         yield _nothing
 
 

@@ -1,23 +1,23 @@
-"""Celery tasks, thin: parse, pass the gate, call one service of `ai` or `billing`, return a typed result.
+"""Celery tasks, thin: parse, pass the gate, call one service of a room below, return a typed result.
 
 `metered_task` is the base for AI tasks; a host decorates its own with it.
 """
 
-from tasks import queues as queues  # whoever sends a task has its message say when
-from tasks.base import MeteredTask
-from tasks.metered import metered_task
+from trueup.tasks import queues as queues  # whoever sends a task has its message say when
+from trueup.tasks.base import MeteredTask
+from trueup.tasks.metered import metered_task
 
 # Autodiscovery finds nothing in a package named "tasks", so an app lists these under `include`.
 TASK_MODULES = (
-    "tasks.qa",
-    "tasks.products",
-    "tasks.instagram",
-    "tasks.messages",
-    "tasks.questions",
-    "tasks.prompts",
-    "tasks.upkeep",
-    "tasks.reconcile",
-    "tasks.alerts",
+    "trueup.tasks.qa",
+    "trueup.tasks.products",
+    "trueup.tasks.instagram",
+    "trueup.tasks.messages",
+    "trueup.tasks.questions",
+    "trueup.tasks.prompts",
+    "trueup.tasks.upkeep",
+    "trueup.tasks.reconcile",
+    "trueup.tasks.alerts",
 )
 
 __all__ = ["TASK_MODULES", "MeteredTask", "metered_task"]

@@ -13,9 +13,9 @@ from typing import Any
 
 import httpx
 
-from billing.alert_settings import WEBHOOK, AlertSettings
-from billing.alerts import Alert
-from billing.errors import TrueupError
+from trueup.errors import TrueupError
+from trueup.monitoring.alerts import Alert
+from trueup.settings.alerts import WEBHOOK, AlertSettings
 
 
 class AlertNotSentError(TrueupError):

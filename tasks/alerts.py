@@ -4,10 +4,10 @@ import logging
 
 from celery import shared_task
 
-from billing import db
-from billing.alerts import Alert, claim_due, note_failed, note_sent, raise_all
-from billing.settings import get_settings
-from tasks.alert_channels import AlertNotSentError, send
+from trueup.database import engine as db
+from trueup.monitoring.alerts import Alert, claim_due, note_failed, note_sent, raise_all
+from trueup.settings.settings import get_settings
+from trueup.tasks.alert_channels import AlertNotSentError, send
 
 logger = logging.getLogger(__name__)
 

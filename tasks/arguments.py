@@ -6,9 +6,9 @@ from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from billing.errors import InvalidInputError
-from billing.settings import get_settings
-from billing.users import parse_user_id
+from trueup.accounts.user_ids import parse_user_id
+from trueup.errors import InvalidInputError
+from trueup.settings.settings import get_settings
 
 USER_ARGUMENT = "user_id"
 

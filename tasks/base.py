@@ -16,9 +16,8 @@ from celery.exceptions import Ignore, Reject, Retry
 from kombu.exceptions import OperationalError
 from pydantic import BaseModel
 
-from ai.metering import running_hold, spending_from
-from billing import db
-from billing.errors import (
+from trueup.database import engine as db
+from trueup.errors import (
     GateClosedError,
     HoldBusyError,
     HoldExhaustedError,
@@ -27,10 +26,11 @@ from billing.errors import (
     TokensDenied,
     TrueupError,
 )
-from billing.holds import Hold, close_hold, has_later_attempt, open_hold
-from billing.settings import get_settings
-from tasks.arguments import USER_ARGUMENT, ArgumentParser
-from tasks.requests import owner_name
+from trueup.gate.holds import Hold, close_hold, has_later_attempt, open_hold
+from trueup.llm.metering import running_hold, spending_from
+from trueup.settings.settings import get_settings
+from trueup.tasks.arguments import USER_ARGUMENT, ArgumentParser
+from trueup.tasks.requests import owner_name
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class MeteredTask(Task):
     """
 
     abstract = True
-    Request = "tasks.requests:MeteredRequest"
+    Request = "trueup.tasks.requests:MeteredRequest"
     feature_name: ClassVar[str]
     section: ClassVar[str]
     estimated_tokens: ClassVar[Estimate]

@@ -5,15 +5,15 @@ from typing import Any
 
 from celery import current_task
 
-from ai import instagram
-from ai.comments import action_config, comment_event
-from ai.effects import TaskOutbox
-from ai.graph import GraphClient
-from ai.model import Model
-from ai.providers import counter_from_settings
-from billing.settings import get_settings
-from billing.users import UserId
-from tasks.metered import metered_task
+from trueup.accounts.user_ids import UserId
+from trueup.features import instagram
+from trueup.features.comments import action_config, comment_event
+from trueup.features.effects import TaskOutbox
+from trueup.features.graph import GraphClient
+from trueup.llm.model import Model
+from trueup.llm.providers import counter_from_settings
+from trueup.settings.settings import get_settings
+from trueup.tasks.metered import metered_task
 
 
 def estimate_tokens(arguments: Mapping[str, Any]) -> int | None:

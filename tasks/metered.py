@@ -9,14 +9,14 @@ from typing import Any
 
 from celery import shared_task
 
-from ai.metering import MeteredModel
-from ai.model import Model
-from ai.providers import provider_from_settings
-from billing.access import check_estimate
-from billing.settings import get_settings
-from billing.usage import SECTIONS
-from tasks.arguments import ArgumentParser
-from tasks.base import Estimate, MeteredTask, OnDenied
+from trueup.accounts.validation import check_estimate
+from trueup.llm.metering import MeteredModel
+from trueup.llm.model import Model
+from trueup.llm.providers import provider_from_settings
+from trueup.settings.settings import get_settings
+from trueup.tasks.arguments import ArgumentParser
+from trueup.tasks.base import Estimate, MeteredTask, OnDenied
+from trueup.usage.log import SECTIONS
 
 
 def metered_task(

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ai.model import Model
-from ai.products import extractor
-from ai.providers import counter_from_settings
-from billing.settings import get_settings
-from billing.users import UserId
-from tasks.metered import metered_task
+from trueup.accounts.user_ids import UserId
+from trueup.features.products import extractor
+from trueup.llm.model import Model
+from trueup.llm.providers import counter_from_settings
+from trueup.settings.settings import get_settings
+from trueup.tasks.metered import metered_task
 
 
 def estimate_tokens(_arguments: Mapping[str, Any]) -> int:

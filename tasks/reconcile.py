@@ -8,11 +8,11 @@ from typing import Any
 
 from celery import current_task, shared_task
 
-from billing import db
-from billing.errors import ServiceUnavailableError
-from billing.reconcile_runs import RunInProgressError, RunSummary
-from billing.settings import get_settings
-from billing.shared_runs import ShardOutcome, plan_run, sweep, work_on_shard
+from trueup.database import engine as db
+from trueup.errors import ServiceUnavailableError
+from trueup.reconcile.distributed_run import ShardOutcome, plan_run, sweep, work_on_shard
+from trueup.reconcile.runs import RunInProgressError, RunSummary
+from trueup.settings.settings import get_settings
 
 SWEEP_INTERVAL_SECONDS = 60
 # Of the task's hard time limit: then a shard is put back, for the next message to go on with.

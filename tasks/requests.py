@@ -14,10 +14,10 @@ from typing import Any
 from celery.exceptions import WorkerLostError
 from celery.worker.request import Request
 
-from billing import db
-from billing.errors import TrueupError
-from billing.holds import abandon_calls, close_abandoned_hold
-from tasks.arguments import USER_ARGUMENT
+from trueup.database import engine as db
+from trueup.errors import TrueupError
+from trueup.gate.holds import abandon_calls, close_abandoned_hold
+from trueup.tasks.arguments import USER_ARGUMENT
 
 logger = logging.getLogger(__name__)
 

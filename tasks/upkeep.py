@@ -6,13 +6,13 @@ from datetime import timedelta
 from celery import shared_task
 from sqlalchemy import Connection
 
-from billing import db
-from billing.charges import prune_answers as prune
-from billing.holds import expire_holds as expire_overdue
-from billing.requests import prune_requests as prune_old_requests
-from billing.rollout import prune_observed_denials as prune_denials
-from billing.settings import get_settings
-from tasks.reconcile import reconcile_counters, reconcile_shard, sweep_runs
+from trueup.database import engine as db
+from trueup.gate.holds import expire_holds as expire_overdue
+from trueup.gate.modes import prune_observed_denials as prune_denials
+from trueup.settings.settings import get_settings
+from trueup.tasks.reconcile import reconcile_counters, reconcile_shard, sweep_runs
+from trueup.usage.charges import prune_answers as prune
+from trueup.usage.task_requests import prune_requests as prune_old_requests
 
 # A host's application that includes this module has those too.
 __all__ = [

@@ -13,15 +13,15 @@ import pytest
 from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.pool import NullPool
 
-from billing import db
-from billing.install import install
-from billing.mapping import HostMapping
-from billing.settings import Settings, get_settings
+from tests.stack.helpers import temporary_home
 from tests.support.demo import demo  # noqa: F401 - a fixture
 from tests.support.host import Host
 from tests.support.postgres_versions import GIVEN, running_server
-from tests.worker.stack_helpers import temporary_home
-from worker.stack import StackUrls, running_stack
+from trueup.database import engine as db
+from trueup.host.mapping import HostMapping
+from trueup.install.install import install
+from trueup.settings.settings import Settings, get_settings
+from trueup.stack import StackUrls, running_stack
 
 TEMPLATE = "trueup_template"
 

@@ -20,7 +20,7 @@ from tests.hosts.legacy import Shop
 from tests.hosts.running import host_at, plain_url
 from tests.support.books import dump
 from tests.test_readme import find_command
-from worker.stack import StackUrls
+from trueup.stack import StackUrls
 
 MANUAL = (ROOT / "docs" / "attach.md").read_text()
 FIRST, _, _ = MANUAL.partition("\n## From nothing to a first report\n")[2].partition("\n## ")

@@ -1,1 +1,1 @@
-"""The Celery application: configuration, process lifecycle, schedule. `celery -A worker worker` and `beat`."""
+"""The Celery application: configuration, process lifecycle, schedule. `celery -A trueup.worker worker` and `beat`."""

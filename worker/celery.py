@@ -1,13 +1,13 @@
-"""The application that `celery -A worker` finds. Settings are read when it is first used, not at import."""
+"""The application that `celery -A trueup.worker` finds. Settings are read when it is first used, not at import."""
 
 from typing import Any
 
 from celery import Celery
 
-from billing.settings import get_settings
-from tasks import TASK_MODULES
-from worker import logs, redis_transport
-from worker.config import celery_config
+from trueup.settings.settings import get_settings
+from trueup.tasks import TASK_MODULES
+from trueup.worker import logs, redis_transport
+from trueup.worker.config import celery_config
 
 
 def _defaults() -> dict[str, Any]:

@@ -4,10 +4,10 @@ import importlib.util
 from datetime import timedelta
 from typing import Any
 
-from billing.errors import SettingsError
-from billing.settings import Settings, broker_url, result_backend_url
-from tasks.queues import AI_QUEUE, RECONCILE_QUEUE
-from tasks.reconcile import SWEEP_INTERVAL_SECONDS
+from trueup.errors import SettingsError
+from trueup.settings.settings import Settings, broker_url, result_backend_url
+from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE
+from trueup.tasks.reconcile import SWEEP_INTERVAL_SECONDS
 
 SOFT_LIMIT_MARGIN_SECONDS = 60
 PRUNE_INTERVAL_SECONDS = 3600

@@ -7,11 +7,11 @@ from typing import Any
 
 from celery import Celery
 
-from billing.doctor.clocks import Offset, judge, measure
-from billing.doctor.findings import Finding, error, ok, run_check, warning
-from billing.settings import Settings
-from tasks.queues import AI_QUEUE, RECONCILE_QUEUE
-from worker.waiting import Waiting, look_at_queue
+from trueup.doctor.clocks import Offset, judge, measure
+from trueup.doctor.findings import Finding, error, ok, run_check, warning
+from trueup.settings.settings import Settings
+from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE
+from trueup.worker.waiting import Waiting, look_at_queue
 
 OLDEST_REDIS = (6, 2)
 # A worker in the middle of a fork, or on a busy machine, answers within this.
@@ -87,7 +87,7 @@ def check_workers(app: Celery, client: Any, settings: Settings) -> Iterator[Find
         yield error(
             "workers",
             f"No worker answered within {ANSWER_SECONDS:.0f} s.",
-            "Start them: `celery -A worker worker -Q ai` and `celery -A worker worker -Q reconcile`.",
+            "Start them: `celery -A trueup.worker worker -Q ai` and `celery -A trueup.worker worker -Q reconcile`.",
             workers=[],
         )
     for queue, found in waiting.items():
@@ -97,7 +97,7 @@ def check_workers(app: Celery, client: Any, settings: Settings) -> Iterator[Find
 def _queue(queue: str, waiting: Waiting, *, served: bool, alone: bool) -> Finding:
     """Return how a queue stands. `alone`: no worker answered at all, which has been said already."""
     detail = {"queue": queue, "served": served, **asdict(waiting)}
-    start = f"Start a worker for it: `celery -A worker worker -Q {queue}`."
+    start = f"Start a worker for it: `celery -A trueup.worker worker -Q {queue}`."
     if waiting.length and not served:
         return error("queues", f"In queue {queue} {waiting}, and no worker takes from it.", start, **detail)
     if waiting.length >= LONG_QUEUE or (waiting.oldest_seconds or 0) >= LONG_WAIT_SECONDS:

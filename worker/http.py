@@ -1,14 +1,14 @@
-"""The API with the application that sends trueup's tasks: `uvicorn --factory worker.http:create_app`."""
+"""The API with the application that sends trueup's tasks: `uvicorn --factory trueup.worker.http:create_app`."""
 
 import uvicorn
 from celery import Celery
 from fastapi import FastAPI
 
-from api import app as api
-from billing.settings import Settings, get_settings
-from tasks import TASK_MODULES
-from worker import logs, redis_transport
-from worker.config import client_config
+from trueup.api import app as api
+from trueup.settings.settings import Settings, get_settings
+from trueup.tasks import TASK_MODULES
+from trueup.worker import logs, redis_transport
+from trueup.worker.config import client_config
 
 # What a request gets to end when the server stops.
 GRACE_SECONDS = 30

@@ -7,7 +7,7 @@ from typing import Any
 from celery import current_task
 from celery.signals import setup_logging
 
-from billing.settings import get_settings
+from trueup.settings.settings import get_settings
 
 FORMAT = "%(asctime)sZ %(levelname)s %(name)s%(task)s: %(message)s"
 # One line for each HTTP request is more than the INFO of a worker should say.

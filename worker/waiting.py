@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from tasks.queues import SENT_AT_HEADER
+from trueup.tasks.queues import SENT_AT_HEADER
 
 # kombu keeps a queue of each priority beside the plain one.
 PRIORITIES = ("", "\x06\x163", "\x06\x166", "\x06\x169")

@@ -4,10 +4,10 @@ import sys
 
 import click
 
-from billing.settings import get_settings
-from cli import EXIT_ERROR
-from cli.demo.stack import demo_stack
-from cli.demo.story import tell
+from trueup.cli import EXIT_ERROR
+from trueup.cli.demo.stack import demo_stack
+from trueup.cli.demo.story import tell
+from trueup.settings.settings import get_settings
 
 
 @click.command()

@@ -16,10 +16,10 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from sqlalchemy import Engine, create_engine, text
 
-from billing.errors import SettingsError, TrueupError
-from billing.settings import PREFIX, Settings, broker_url, database_url, get_settings
-from cli.demo.graph import GraphServer
-from worker.stack.layout import prepare_layout
+from trueup.cli.demo.graph import GraphServer
+from trueup.errors import SettingsError, TrueupError
+from trueup.settings.settings import PREFIX, Settings, broker_url, database_url, get_settings
+from trueup.stack.layout import prepare_layout
 
 START_SECONDS = 40.0
 STOP_SECONDS = 60.0
@@ -118,7 +118,7 @@ def _ready(process: subprocess.Popen[bytes], log: Path) -> tuple[Engine, Celery]
         if process.poll() is not None or time.monotonic() > deadline:
             raise TrueupError(f"The demo's stack did not start; {log} says why. Its end:\n{_tail(log)}")
         time.sleep(0.2)
-    from worker.celery import app
+    from trueup.worker.celery import app
 
     engine = create_engine(database_url(settings))
     with engine.begin() as connection:
@@ -134,7 +134,7 @@ def _workers() -> list[object]:
         broker_url(settings)
     except SettingsError:
         return []
-    from worker.celery import app
+    from trueup.worker.celery import app
 
     try:
         answers: list[object] = app.control.ping(timeout=1.0)

@@ -11,16 +11,16 @@ import click
 from celery.result import AsyncResult
 from sqlalchemy import text
 
-from billing import db
-from billing.accounts import read_account
-from billing.drift_reports import read_report
-from billing.errors import TokensDenied
-from billing.settings import get_settings
-from cli.demo import tenants
-from cli.demo.stack import DemoStack
-from cli.demo.tenants import BAKER, DENIED, FLORIST, KESTREL, SEPIDEH, Tenant
-from cli.output import print_table
-from cli.report import print_report
+from trueup.accounts.account import read_account
+from trueup.cli.demo import tenants
+from trueup.cli.demo.stack import DemoStack
+from trueup.cli.demo.tenants import BAKER, DENIED, FLORIST, KESTREL, SEPIDEH, Tenant
+from trueup.cli.output import print_table
+from trueup.cli.report import print_report
+from trueup.database import engine as db
+from trueup.errors import TokensDenied
+from trueup.reports.run_report import read_report
+from trueup.settings.settings import get_settings
 
 TASK_SECONDS = 30
 MISSED_TOKENS = 1_180
@@ -148,7 +148,7 @@ def _spent(stack: DemoStack, task_id: str) -> int:
 
 def _example(name: str) -> str:
     """Return an example file's text: from the repository, or as packaged with the wheel."""
-    here = Path(__file__).parent
+    here = Path(__file__).resolve().parent
     for folder in (here / "examples", here.parent.parent / "examples"):
         if (folder / name).is_file():
             return (folder / name).read_text(encoding="utf-8")

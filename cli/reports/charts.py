@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from billing.drift_history import RunFigures
+from trueup.reports.history import RunFigures
 
 HEIGHT = 200
 SLOT = 100

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from billing.cause_texts import cause_title
-from billing.drift_reports import DriftReport
-from cli.output import show
+from trueup.cli.output import show
+from trueup.drift.cause_texts import cause_title
+from trueup.reports.run_report import DriftReport
 
 
 def title_of(report: DriftReport) -> str:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import click
 
-from billing.drift_history import RunFigures
-from cli.output import print_table, show
-from cli.reports.figures import percent
-from cli.reports.sparkline import sparkline
+from trueup.cli.output import print_table, show
+from trueup.cli.reports.figures import percent
+from trueup.cli.reports.sparkline import sparkline
+from trueup.reports.history import RunFigures
 
 
 def print_history(runs: Sequence[RunFigures]) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 from mako.template import Template
 
-from billing.cause_texts import ACTIONS, CERTAINTIES, cause_sentence, cause_title
-from billing.drift_history import RunFigures
-from billing.drift_reports import DriftReport
-from cli.output import show
-from cli.reports.charts import columns_of, share_bars
-from cli.reports.figures import filter_of, percent, signed, title_of
+from trueup.cli.output import show
+from trueup.cli.reports.charts import columns_of, share_bars
+from trueup.cli.reports.figures import filter_of, percent, signed, title_of
+from trueup.drift.cause_texts import ACTIONS, CERTAINTIES, cause_sentence, cause_title
+from trueup.reports.history import RunFigures
+from trueup.reports.run_report import DriftReport
 
 
 def report_html(report: DriftReport, runs: Sequence[RunFigures]) -> Iterator[str]:
@@ -117,7 +117,7 @@ def _size_label(at_least: int) -> str:
 
 
 def _part(name: str) -> str:
-    return files("cli.reports").joinpath(name).read_text(encoding="utf-8")
+    return files("trueup.cli.reports").joinpath(name).read_text(encoding="utf-8")
 
 
 def _hash(content: str) -> str:

@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from billing.cause_texts import cause_sentence, cause_title
-from billing.drift_reports import DriftReport
-from cli.output import show
-from cli.reports.figures import summary_of, title_of
+from trueup.cli.output import show
+from trueup.cli.reports.figures import summary_of, title_of
+from trueup.drift.cause_texts import cause_sentence, cause_title
+from trueup.reports.run_report import DriftReport
 
 # What Markdown or HTML would take for its own in words of ours.
 _SPECIAL = re.compile(r"([\\`*_\[\]|<>&~])")

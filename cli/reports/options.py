@@ -12,9 +12,9 @@ from typing import Any, get_args
 
 import click
 
-from billing.cause_texts import CAUSES
-from billing.causes import Cause
-from billing.errors import TrueupError
+from trueup.drift.cause_texts import CAUSES
+from trueup.drift.causes import Cause
+from trueup.errors import TrueupError
 
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _MOST_BACK = timedelta(days=36_500)

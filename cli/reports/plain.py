@@ -8,9 +8,9 @@ from dataclasses import fields
 from datetime import datetime
 from typing import Any
 
-from billing.drift_history import RunFigures
-from billing.drift_reports import DriftReport
-from billing.drift_rows import ReportRow
+from trueup.reports.history import RunFigures
+from trueup.reports.rows import ReportRow
+from trueup.reports.run_report import DriftReport
 
 ROW_COLUMNS = tuple(field.name for field in fields(ReportRow))
 RUN_COLUMNS = ("run_id", *(field.name for field in fields(RunFigures) if field.name != "id"), "tokens_drifted")

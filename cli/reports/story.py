@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from billing.cause_texts import ACTIONS, CERTAINTIES, cause_sentence, cause_title
-from billing.drift_explain import CounterStory
-from billing.reconcile_runs import Finding
-from cli.output import print_facts, print_table, show
-from cli.reports.figures import signed
+from trueup.cli.output import print_facts, print_table, show
+from trueup.cli.reports.figures import signed
+from trueup.drift.cause_texts import ACTIONS, CERTAINTIES, cause_sentence, cause_title
+from trueup.reconcile.runs import Finding
+from trueup.reports.user_report import CounterStory
 
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)$")
 # These are told in words of their own; the rest of a component's evidence is printed as it is.

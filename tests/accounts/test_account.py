@@ -4,11 +4,11 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, text
 
-from billing.accounts import days_between, read_account, read_decision
 from tests.support.books import assert_true
 from tests.support.host import START, Host
 from tests.support.sessions import locked_balance
 from tests.support.work import balance, charge_tokens, hold_tokens
+from trueup.accounts.account import days_between, read_account, read_decision
 
 NOW = START + timedelta(days=3)
 

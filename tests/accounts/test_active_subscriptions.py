@@ -4,16 +4,16 @@ import pytest
 from pydantic import ValidationError
 from sqlalchemy import Engine
 
-from billing.errors import InvalidInputError, NotInstalledError
-from billing.host_tables import build_host_metadata
-from billing.host_trials import wrong_expression
-from billing.install import check_host
-from billing.mapping import HostMapping
-from tests.billing.test_expressions import (
+from tests.host.test_expressions import (
     engine,  # noqa: F401 - a fixture
     mapped,
     problems,
 )
+from trueup.errors import InvalidInputError, NotInstalledError
+from trueup.host.expressions import wrong_expression
+from trueup.host.mapping import HostMapping
+from trueup.install.example_tables import build_host_metadata
+from trueup.install.install import check_host
 
 STATE = 'ALTER TABLE app."Subs" ADD state app.state, ADD gone timestamp, ADD word text, ADD more jsonb'
 

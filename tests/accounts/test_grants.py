@@ -6,18 +6,18 @@ from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
-from billing import db
-from billing.accounts import read_account
-from billing.errors import InvalidInputError, TokensDenied, UnknownUserError
-from billing.grants import Granted, GrantRefusedError, grant_tokens, list_grants, revoke_grant
-from billing.install import install
-from billing.mapping import HostMapping, PaymentTable
-from billing.payments import PaymentsNotMappedError, import_payments
-from billing.reconcile import reconcile
 from tests.support.books import assert_true, dump
 from tests.support.host import START, Host
 from tests.support.sessions import run_at_once
 from tests.support.work import hold_tokens
+from trueup.accounts.account import read_account
+from trueup.accounts.grants import Granted, GrantRefusedError, grant_tokens, list_grants, revoke_grant
+from trueup.accounts.payments import PaymentsNotMappedError, import_payments
+from trueup.database import engine as db
+from trueup.errors import InvalidInputError, TokensDenied, UnknownUserError
+from trueup.host.mapping import HostMapping, PaymentTable
+from trueup.install.install import install
+from trueup.reconcile.local_run import reconcile
 
 DAY = timedelta(days=1)
 PLAN = 1_000

@@ -6,13 +6,13 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import Connection
 
-from billing import db
-from billing.decisions import DecisionRefusedError, decide_drift, list_reviews, undo_run
-from billing.mapping import HostMapping
-from billing.payments import import_payments
-from billing.reconcile import reconcile
-from tests.billing.test_grants import DAY, PLAN, pay, paying
+from tests.accounts.test_grants import DAY, PLAN, pay, paying
 from tests.support.host import Host
+from trueup.accounts.payments import import_payments
+from trueup.database import engine as db
+from trueup.host.mapping import HostMapping
+from trueup.reconcile.local_run import reconcile
+from trueup.review.decisions import DecisionRefusedError, decide_drift, list_reviews, undo_run
 
 __all__ = ["paying"]  # a fixture
 PACK = 500

@@ -7,20 +7,20 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import Connection, text
 
-from billing import db
-from billing.access import check_access
-from billing.accounts import read_account
-from billing.calls import extend_hold
-from billing.errors import NotInstalledError, TokensDenied
-from billing.install import install
-from billing.mapping import HostMapping, SubscriptionTable
-from billing.reconcile import reconcile
-from billing.subscriptions import SeveralSubscriptionsError
-from billing.summaries import read_summary
-from billing.utils import check_ai_access_for_user
 from tests.support.books import assert_true
 from tests.support.host import START, Host
 from tests.support.work import balance, charge_tokens, hold_tokens
+from trueup.accounts.account import read_account
+from trueup.accounts.overview import read_summary
+from trueup.accounts.subscriptions import SeveralSubscriptionsError
+from trueup.billing.utils import check_ai_access_for_user
+from trueup.database import engine as db
+from trueup.errors import NotInstalledError, TokensDenied
+from trueup.gate.decision import check_access
+from trueup.gate.provider_calls import extend_hold
+from trueup.host.mapping import HostMapping, SubscriptionTable
+from trueup.install.install import install
+from trueup.reconcile.local_run import reconcile
 
 MINUTE = timedelta(minutes=1)
 TOLERANCE = 5 * MINUTE

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from billing.errors import InvalidInputError
-from billing.mapping import UserIdType
-from billing.settings import get_settings
-from billing.users import parse_user_id, user_id_of
+from trueup.accounts.user_ids import parse_user_id, user_id_of
+from trueup.errors import InvalidInputError
+from trueup.host.mapping import UserIdType
+from trueup.settings.settings import get_settings
 
 ID = uuid.UUID("0d5dbbcb-54bd-4a40-91b8-d4e9a0a2a6e0")
 

@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, text
 
-from billing import db
-from billing.accounts import read_account
-from billing.grants import grant_tokens, list_grants, revoke_grant
-from billing.install import install
-from billing.mapping import HostMapping, SubscriptionTable
-from billing.reconcile import reconcile
-from billing.watching import SAVE_WATCHED
-from tests.billing.test_grants import DAY, PLAN, give, original, renew
+from tests.accounts.test_grants import DAY, PLAN, give, original, renew
 from tests.support.books import assert_true
 from tests.support.host import START, Host
 from tests.support.sessions import in_background, run_at_once, wait_for_lock
 from tests.support.work import charge_tokens, hold_tokens
+from trueup.accounts.account import read_account
+from trueup.accounts.grants import grant_tokens, list_grants, revoke_grant
+from trueup.database import engine as db
+from trueup.host.mapping import HostMapping, SubscriptionTable
+from trueup.install.install import install
+from trueup.install.triggers import SAVE_WATCHED
+from trueup.reconcile.local_run import reconcile
 
 HOUR = timedelta(hours=1)
 LARGE, SMALL = 5_000, 500

@@ -6,9 +6,9 @@ from contextlib import ExitStack
 import pytest
 from fastapi.testclient import TestClient
 
-from billing.settings import get_settings
 from tests.support.api import SECRET
-from worker.http import create_app
+from trueup.settings.settings import get_settings
+from trueup.worker.http import create_app
 
 MakeClient = Callable[..., TestClient]
 

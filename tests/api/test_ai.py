@@ -11,8 +11,13 @@ from celery import Celery
 from fastapi.testclient import TestClient
 from httpx import Response
 
-from api.app import create_app
-from billing.errors import (
+from tests.support.api import SECRET, bearer
+from tests.support.host import Host
+from tests.support.sessions import in_background, run_at_once
+from tests.support.worker import WorkerProcess, wait_for
+from tests.worker.conftest import app, shared_database, shared_host, worker
+from trueup.api.app import create_app
+from trueup.errors import (
     AnswerFormatError,
     DenialPayload,
     HoldExhaustedError,
@@ -21,13 +26,8 @@ from billing.errors import (
     ServiceUnavailableError,
     TokensDenied,
 )
-from billing.settings import get_settings
-from tests.support.api import SECRET, bearer
-from tests.support.host import Host
-from tests.support.sessions import in_background, run_at_once
-from tests.support.worker import WorkerProcess, wait_for
-from tests.worker.conftest import app, shared_database, shared_host, worker
-from worker.config import client_config
+from trueup.settings.settings import get_settings
+from trueup.worker.config import client_config
 
 __all__ = ["app", "shared_database", "shared_host", "worker"]
 

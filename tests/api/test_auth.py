@@ -20,13 +20,13 @@ from fastapi.testclient import TestClient
 from pytest_httpserver import HTTPServer
 from werkzeug import Response
 
-from billing.errors import SettingsError
-from billing.settings import get_settings
 from tests.api.conftest import MakeClient
 from tests.support.api import OPERATOR, SECRET, Clock, bearer, token
 from tests.support.host import Host
 from tests.support.sessions import in_background
-from worker.http import create_app
+from trueup.errors import SettingsError
+from trueup.settings.settings import get_settings
+from trueup.worker.http import create_app
 
 RSA_KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 EC_KEY = ec.generate_private_key(ec.SECP256R1())
@@ -51,7 +51,7 @@ def user(host: Host) -> int:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("api.keys.monotonic", clock)
+    monkeypatch.setattr("trueup.api.keys.monotonic", clock)
     return clock
 
 

@@ -10,12 +10,12 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from billing.db import get_engine
-from billing.mapping import HostMapping
-from billing.reconcile import reconcile
 from tests.support.api import OPERATOR, bearer
 from tests.support.drift_history import add_drift, add_run
 from tests.support.host import Host
+from trueup.database.engine import get_engine
+from trueup.host.mapping import HostMapping
+from trueup.reconcile.local_run import reconcile
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "drift-report.schema.json"
 

@@ -13,17 +13,17 @@ from fastapi.testclient import TestClient
 from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import text
 
-from api.access import require_tokens
-from api.auth import CurrentUser
-from api.edge import SECURITY_HEADERS
-from api.schemas import Body as Model
-from billing import db
-from billing.access import check_access, denial_payload
-from billing.settings import get_settings
 from tests.api.conftest import MakeClient
 from tests.support.api import OPERATOR, bearer
 from tests.support.host import Host
 from tests.support.worker import wait_for
+from trueup.api.access import require_tokens
+from trueup.api.auth import CurrentUser
+from trueup.api.edge import SECURITY_HEADERS
+from trueup.api.schemas import Body as Model
+from trueup.database import engine as db
+from trueup.gate.decision import check_access, denial_payload
+from trueup.settings.settings import get_settings
 
 PROFILE = "/api/accounts/profile"
 SECRETS = ("Traceback", "psycopg", "sqlalchemy", "postgresql://", "redis://", "/run/", "SELECT")

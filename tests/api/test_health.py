@@ -7,14 +7,14 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from billing import db
-from billing.holds import open_hold
 from tests.api.conftest import MakeClient
 from tests.support.api import OPERATOR, Clock, bearer
 from tests.support.drift_history import add_run
 from tests.support.host import Host
 from tests.support.sessions import in_background
 from tests.support.worker import running_worker, wait_for
+from trueup.database import engine as db
+from trueup.gate.holds import open_hold
 
 
 def exposition(client: TestClient) -> httpx.Response:
@@ -55,7 +55,7 @@ def test_the_api_is_ready_once_a_worker_is_seen(
     client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr("api.health.monotonic", clock)
+    monkeypatch.setattr("trueup.api.health.monotonic", clock)
     answer = client.get("/readyz")
     assert (answer.status_code, answer.json()) == (
         503,
@@ -84,10 +84,10 @@ def test_who_asks_while_another_looks_is_answered_from_the_last_look(
         assert go_on.wait(20)
 
     looking, go_on, clock = threading.Event(), threading.Event(), Clock()
-    monkeypatch.setattr("api.health.monotonic", clock)
+    monkeypatch.setattr("trueup.api.health.monotonic", clock)
     assert client.get("/readyz").json()["database"] == "ok"
     clock.go_on(3)
-    monkeypatch.setattr("api.health.check_installed", slow)
+    monkeypatch.setattr("trueup.api.health.check_installed", slow)
     with in_background() as submit:
         first = submit(client.get, "/readyz")
         try:

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from api.responses import Denial, Problem
-from billing.access import Reason
-from billing.api_settings import ApiSettings
-from billing.gauges import FIGURES
 from tests.api.test_server import served
 from tests.support.api import OPERATOR, token
 from tests.support.drift_history import add_drift, add_run
 from tests.support.host import Host
 from tests.support.worker import running_worker
+from trueup.api.responses import Denial, Problem
+from trueup.gate.decision import Reason
+from trueup.monitoring.gauges import FIGURES
+from trueup.settings.api import ApiSettings
 
 SEED = os.environ.get("OPENAPI_SEED", "1")
 EXAMPLES = os.environ.get("OPENAPI_EXAMPLES", "8")

@@ -17,15 +17,15 @@ from pydantic import SecretStr
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
-from billing.api_settings import ApiSettings
-from billing.decorators import ai_tokens
-from billing.settings import Settings
-from billing.utils import get_accurate_tokens_remaining
 from tests.support.api import SECRET, free_port, token
 from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.worker import wait_for
-from worker.stack.supervisor import about_the_api, commands_of
+from trueup.billing.decorators import ai_tokens
+from trueup.billing.utils import get_accurate_tokens_remaining
+from trueup.settings.api import ApiSettings
+from trueup.settings.settings import Settings
+from trueup.stack.supervisor import about_the_api, commands_of
 
 TRUEUP = Path(sys.executable).with_name("trueup")
 # The specification's three calls.

@@ -10,15 +10,15 @@ from fastapi.testclient import TestClient
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
-from billing.errors import SettingsError
-from billing.install import install
-from billing.mapping import HostMapping
-from billing.settings import get_settings
-from billing.utils import get_accurate_tokens_remaining
 from tests.api.conftest import MakeClient
 from tests.support.api import bearer
 from tests.support.host import START, Host
 from tests.support.round_trips import round_trips
+from trueup.billing.utils import get_accurate_tokens_remaining
+from trueup.errors import SettingsError
+from trueup.host.mapping import HostMapping
+from trueup.install.install import install
+from trueup.settings.settings import get_settings
 
 VIEWS = (
     "/api/accounts/overview",

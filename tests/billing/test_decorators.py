@@ -14,12 +14,12 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from billing.decorators import check_tokens_for_function, require_active_subscription, require_ai_tokens
-from billing.errors import HoldBusyError, InvalidInputError, NotInstalledError, TokensDenied
-from billing.frameworks.fastapi import active_subscription_required, ai_tokens_required
-from billing.utils import check_ai_access_for_user
 from tests.support.host import Host
 from tests.support.round_trips import round_trips
+from trueup.billing.decorators import check_tokens_for_function, require_active_subscription, require_ai_tokens
+from trueup.billing.frameworks.fastapi import active_subscription_required, ai_tokens_required
+from trueup.billing.utils import check_ai_access_for_user
+from trueup.errors import HoldBusyError, InvalidInputError, NotInstalledError, TokensDenied
 
 FRAMEWORKS = ("asgiref", "django", "fastapi", "flask", "flask_login", "rest_framework", "starlette", "werkzeug")
 
@@ -302,8 +302,8 @@ def run_python(code: str) -> str:
 def test_no_framework_is_needed_and_none_is_imported() -> None:
     blocked = f"import sys\nfor name in {FRAMEWORKS}: sys.modules[name] = None\n"
     use = """
-import billing.usage, billing.frameworks.fastapi
-from billing.decorators import ai_tokens, require_active_subscription, require_ai_tokens
+import trueup.usage.log, trueup.billing.frameworks.fastapi
+from trueup.billing.decorators import ai_tokens, require_active_subscription, require_ai_tokens
 try:
     require_active_subscription(require_ai_tokens(10)(lambda request: None))(object())
 except TypeError as error:
@@ -320,7 +320,7 @@ from django.conf import settings
 settings.configure()
 from rest_framework.decorators import api_view
 from rest_framework.views import APIView
-from billing.decorators import require_ai_tokens
+from trueup.billing.decorators import require_ai_tokens
 for view in (api_view(["POST"])(lambda request: None), APIView.as_view()):
     try:
         require_ai_tokens(10)(view)

@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, text
 
-from ai.metering import MeteredModel, spending_from
-from ai.model import Message
-from ai.providers import provider_from_settings
-from billing import db, insisting, request_holds
-from billing.charges import record_charge
-from billing.decorators import ai_tokens
-from billing.errors import (
+from tests.support.books import assert_true
+from tests.support.host import Host
+from tests.support.sessions import in_background, locked_balance, run_at_once, wait_for_lock, wait_until
+from tests.support.work import balance
+from trueup.billing import token_hold
+from trueup.billing.decorators import ai_tokens
+from trueup.billing.utils import get_accurate_tokens_remaining
+from trueup.database import engine as db
+from trueup.database import retry
+from trueup.database.threads import in_thread
+from trueup.errors import (
     HoldBusyError,
     HoldOvertakenError,
     InvalidInputError,
@@ -24,14 +28,12 @@ from billing.errors import (
     ServiceUnavailableError,
     TokensDenied,
 )
-from billing.holds import Hold, list_holds, open_hold
-from billing.settings import get_settings
-from billing.threads import in_thread
-from billing.utils import get_accurate_tokens_remaining
-from tests.support.books import assert_true
-from tests.support.host import Host
-from tests.support.sessions import in_background, locked_balance, run_at_once, wait_for_lock, wait_until
-from tests.support.work import balance
+from trueup.gate.holds import Hold, list_holds, open_hold
+from trueup.llm.metering import MeteredModel, spending_from
+from trueup.llm.model import Message
+from trueup.llm.providers import provider_from_settings
+from trueup.settings.settings import get_settings
+from trueup.usage.charges import record_charge
 
 
 @pytest.fixture
@@ -131,7 +133,7 @@ def test_of_two_charges_at_once_the_one_that_is_told_last_does_not_bring_spent_t
         return charge
 
     second_was_told = threading.Event()
-    monkeypatch.setattr(request_holds, "record_charge", record_and_tell_the_first_last)
+    monkeypatch.setattr(token_hold, "record_charge", record_and_tell_the_first_last)
     with in_background() as submit, ai_tokens(user, 1_000) as hold:
         first = submit(spend, hold)
         wait_until(lambda: host.used(user) == 300)
@@ -205,7 +207,7 @@ def test_a_block_whose_answer_was_lost_with_its_connection_is_let_in_and_holds_o
             connection.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
         return hold
 
-    monkeypatch.setattr(request_holds, "open_hold", open_and_lose_the_answer)
+    monkeypatch.setattr(token_hold, "open_hold", open_and_lose_the_answer)
     with ai_tokens(user, 1500, key=key) as hold:
         assert balance(host, user) == (0, 1500)
         spend(hold)
@@ -280,7 +282,7 @@ def test_wrong_figures_are_refused_by_name_and_cost_no_place_in_the_order(
 def test_without_the_database_nothing_runs_and_a_charge_is_not_lost_silently(
     host: Host, user: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(insisting, "RETRY_DELAYS_SECONDS", (0,))
+    monkeypatch.setattr(retry, "RETRY_DELAYS_SECONDS", (0,))
     with ai_tokens(user, 1_000) as hold:
         monkeypatch.setenv("TRUEUP_DATABASE_URL", "postgresql://nobody@127.0.0.1:1/x")
         get_settings.cache_clear()
@@ -302,7 +304,7 @@ def test_a_charge_is_tried_again_while_the_hosts_tables_are_being_changed(
             host.execute("ALTER TABLE ai_usage_log RENAME COLUMN part TO section")
 
     waits: list[float] = []
-    monkeypatch.setattr(insisting.time, "sleep", wait)
+    monkeypatch.setattr(retry.time, "sleep", wait)
     with ai_tokens(user, 1_000) as hold:
         host.execute("ALTER TABLE ai_usage_log RENAME COLUMN section TO part")
         assert spend(hold).recorded

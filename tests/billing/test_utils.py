@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from billing import db
-from billing.decorators import check_tokens_for_function
-from billing.errors import InvalidInputError, NotInstalledError, ServiceUnavailableError
-from billing.settings import get_settings
-from billing.utils import check_ai_access_for_user, get_accurate_tokens_remaining
 from tests.support.host import Host
 from tests.support.sessions import wait_until
+from trueup.billing.decorators import check_tokens_for_function
+from trueup.billing.utils import check_ai_access_for_user, get_accurate_tokens_remaining
+from trueup.database import engine as db
+from trueup.errors import InvalidInputError, NotInstalledError, ServiceUnavailableError
+from trueup.settings.settings import get_settings
 
 KEYS = {
     "has_access",

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from billing.settings import get_settings
-from cli import main
 from tests.support.demo import environment_of, processes_of
 from tests.worker.conftest import app, shared_database, shared_host, worker
+from trueup.cli import main
+from trueup.settings.settings import get_settings
 
 __all__ = ["app", "shared_database", "shared_host", "worker"]
 

@@ -3,10 +3,10 @@
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
-from billing.host_tables import build_host_metadata
-from billing.mapping import HostMapping
 from tests.cli.conftest import trueup
 from tests.support.host import Host
+from trueup.host.mapping import HostMapping
+from trueup.install.example_tables import build_host_metadata
 
 
 def test_it_says_what_it_will_do_asks_and_says_what_it_did(empty_database: str) -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from cli.demo.tenants import DENIED
 from tests.cli.conftest import assert_nothing_runs
 from tests.support.demo import Demo
+from trueup.cli.demo.tenants import DENIED
 
 
 def test_the_demo_succeeds_in_under_a_minute(demo: Demo) -> None:

@@ -8,11 +8,11 @@ import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
-from billing.host_tables import build_host_metadata
-from billing.mapping import HostMapping
-from billing.settings import get_settings, read_settings
-from tests.billing.test_discovery import UUID_HOST, UUID_MAPPING
 from tests.cli.conftest import trueup, trueup_json
+from tests.discovery.test_proposal import UUID_HOST, UUID_MAPPING
+from trueup.host.mapping import HostMapping
+from trueup.install.example_tables import build_host_metadata
+from trueup.settings.settings import get_settings, read_settings
 
 
 @pytest.fixture

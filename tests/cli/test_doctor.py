@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from billing.doctor.clocks import Offset
-from billing.settings import Settings, get_settings
-from cli import client
-from cli.client import celery_client
 from tests.cli.conftest import trueup, trueup_json
 from tests.support.host import Host
 from tests.support.worker import WorkerProcess
-from worker import doctor
-from worker.waiting import Waiting
+from trueup.cli import client
+from trueup.cli.client import celery_client
+from trueup.doctor.clocks import Offset
+from trueup.settings.settings import Settings, get_settings
+from trueup.worker import doctor
+from trueup.worker.waiting import Waiting
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "doctor.schema.json"
 NOWHERE = "127.0.0.1:1"
@@ -52,7 +52,7 @@ def valid(document: Any, path: Path) -> bool:
 
 def test_without_a_worker_it_fails_and_says_how_to_start_one(queues: Celery) -> None:
     result = trueup("doctor", code=1)
-    assert "celery -A worker worker -Q" in result.stdout
+    assert "celery -A trueup.worker worker -Q" in result.stdout
     assert result.stdout.splitlines()[-1].startswith("1 errors, ")
     lines = [line for line in result.stdout.splitlines() if line.startswith("│ ")]
     assert lines[0].startswith("│ error ")  # what is wrong comes first

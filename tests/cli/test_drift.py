@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from billing.errors import ServiceUnavailableError
-from cli.reports.options import SINCE, write_file
-from cli.reports.sparkline import sparkline
 from tests.cli.conftest import trueup, trueup_json
 from tests.support.drift_history import FIRST_RUN, add_drift, add_run, decide, see_again
 from tests.support.host import Host
+from trueup.cli.reports.options import SINCE, write_file
+from trueup.cli.reports.sparkline import sparkline
+from trueup.errors import ServiceUnavailableError
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "drift-report.schema.json"
 

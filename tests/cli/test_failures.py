@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cli import client
 from tests.cli.conftest import TRUEUP, trueup
 from tests.support.host import Host
+from trueup.cli import client
 
 ARTICLE = Path(__file__).parents[2] / "examples" / "help_en.txt"
 NOWHERE = "127.0.0.1:1"  # a port that nobody listens on

@@ -7,12 +7,12 @@ import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
-from billing.discovery import propose, read_catalog
-from billing.errors import TrueupError
-from billing.settings import get_settings
-from tests.billing.test_look import as_role, seen
 from tests.cli.conftest import trueup, trueup_json
+from tests.preview.test_scan import as_role, seen
 from tests.support.host import Host
+from trueup.discovery import propose, read_catalog
+from trueup.errors import TrueupError
+from trueup.settings.settings import get_settings
 
 # As Prisma makes them: ids from the client, UTC in timestamps without a zone.
 TABLES = """

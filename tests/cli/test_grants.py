@@ -2,9 +2,9 @@
 
 import pytest
 
-from cli.audit import this_user
 from tests.cli.conftest import trueup, trueup_json
 from tests.support.host import Host
+from trueup.cli.audit import this_user
 
 NEXT_YEAR = "2999-01-31"
 

@@ -10,8 +10,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from cli import COMMANDS, main
 from tests.cli.conftest import trueup
+from trueup.cli import COMMANDS, main
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -76,9 +76,9 @@ def test_the_version_is_shown() -> None:
 LOOK = """
 import importlib, os, pkgutil, sys
 sys.addaudithook(lambda event, args: event == "socket.connect" and sys.exit("connects at import"))
-import billing.settings, cli
-billing.settings.read_settings = lambda: sys.exit("reads the settings at import")
-for module in pkgutil.walk_packages(cli.__path__, "cli."):
+import trueup.settings.settings, trueup.cli
+trueup.settings.settings.read_settings = lambda: sys.exit("reads the settings at import")
+for module in pkgutil.walk_packages(trueup.cli.__path__, "trueup.cli."):
     importlib.import_module(module.name)
 """
 
@@ -96,7 +96,7 @@ def test_importing_the_commands_reads_no_settings() -> None:
 
 
 def test_the_help_loads_neither_celery_nor_sqlalchemy() -> None:
-    script = "import sys, cli; cli.main(['--help'], standalone_mode=False); print([*sys.modules])"
+    script = "import sys; from trueup.cli import main; main(['--help'], standalone_mode=False); print([*sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "'click'" in result.stdout
     assert "'celery'" not in result.stdout

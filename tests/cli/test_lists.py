@@ -2,10 +2,10 @@
 
 from sqlalchemy import Connection
 
-from billing.holds import close_hold
 from tests.cli.conftest import trueup, trueup_json
 from tests.support.host import Host
 from tests.support.work import charge_tokens, hold_tokens
+from trueup.gate.holds import close_hold
 
 
 def test_open_holds_are_listed_with_what_is_left_of_them(host: Host, connection: Connection) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.billing.test_look import READ, as_role, bare, drifting
 from tests.cli.conftest import trueup, trueup_json
 from tests.cli.test_drift import table, valid
+from tests.preview.test_scan import READ, as_role, bare, drifting
 from tests.support.host import Host
 
 __all__ = ["bare", "drifting"]
@@ -68,8 +68,8 @@ def test_what_is_missing_is_named_with_its_remedy(bare: Host, drifting: list[int
 
 
 def test_a_role_without_rights_is_told_which(bare: Host, drifting: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    from billing import db
-    from billing.settings import get_settings
+    from trueup.database import engine as db
+    from trueup.settings.settings import get_settings
 
     with as_role(bare) as engine:
         monkeypatch.setenv("TRUEUP_DATABASE_URL", engine.url.render_as_string(hide_password=False))

@@ -12,16 +12,16 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from tests.billing.test_shards import let_leases_run_out
 from tests.cli.conftest import TRUEUP, trueup, trueup_json
+from tests.reconcile.test_shards import let_leases_run_out
 from tests.support.books import dump
 from tests.support.host import Host
 from tests.support.sessions import DEADLINE_SECONDS, wait_until
 
 # The program, but that small runs go into processes too.
 EAGER = (
-    "from billing import reconcile; reconcile.PROCESSES_FROM, reconcile.SMALLEST_SHARD = 1, 2; "
-    "from cli import main; main()"
+    "from trueup.reconcile import local_run as reconcile; reconcile.PROCESSES_FROM, reconcile.SMALLEST_SHARD = 1, 2; "
+    "from trueup.cli import main; main()"
 )
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from billing.drift_reports import report_dry_run
-from billing.drift_rows import DriftFilter, ReportRow
-from billing.errors import TrueupError
-from billing.reconcile_runs import RunSummary
-from cli.reports.markdown import report_markdown
-from cli.reports.options import write_file
+from trueup.cli.reports.markdown import report_markdown
+from trueup.cli.reports.options import write_file
+from trueup.errors import TrueupError
+from trueup.reconcile.runs import RunSummary
+from trueup.reports.rows import DriftFilter, ReportRow
+from trueup.reports.run_report import report_dry_run
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_nothing_that_others_have_put_into_the_folder_is_written_through(
     write_file(tmp_path / "d.csv", ["new"])
     assert (theirs.read_text(), (tmp_path / "d.csv").read_text()) == ("theirs", "new")
     # Not even where its name was guessed.
-    monkeypatch.setattr("cli.reports.options.secrets.token_hex", lambda _: "00")
+    monkeypatch.setattr("trueup.cli.reports.options.secrets.token_hex", lambda _: "00")
     with pytest.raises(TrueupError, match="can't be written: File exists"):
         write_file(tmp_path / "d.csv", ["newer"])
     assert (theirs.read_text(), (tmp_path / "d.csv").read_text()) == ("theirs", "new")

@@ -13,13 +13,13 @@ import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
-from billing.install import install
-from billing.mapping import HostMapping
-from billing.settings import get_settings
-from cli.reports.html import compact
 from tests.cli.conftest import trueup
 from tests.support.drift_history import add_drift, add_run
 from tests.support.host import Host
+from trueup.cli.reports.html import compact
+from trueup.host.mapping import HostMapping
+from trueup.install.install import install
+from trueup.settings.settings import get_settings
 
 HOSTILE = (
     "<script>alert(1)</script>",

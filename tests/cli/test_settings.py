@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from billing.settings import Settings
-from cli.output import without_password
 from tests.cli.conftest import trueup, trueup_json
+from trueup.cli.output import without_password
+from trueup.settings.settings import Settings
 
 SECRET = "hunter2"
 

@@ -10,14 +10,14 @@ from typing import Any
 import httpx
 import pytest
 
-from billing.settings import Settings
-from cli.client import celery_client
 from tests.cli.conftest import TRUEUP, assert_nothing_runs
+from tests.stack.helpers import server_pids, temporary_home
 from tests.support.api import free_port
 from tests.support.demo import environment_of, processes_of
 from tests.support.worker import wait_for
-from tests.worker.stack_helpers import server_pids, temporary_home
-from worker.stack.processes import is_alive
+from trueup.cli.client import celery_client
+from trueup.settings.settings import Settings
+from trueup.stack.processes import is_alive
 
 BOOT_SECONDS = 40.0
 STOP_SECONDS = 60.0

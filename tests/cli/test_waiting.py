@@ -9,16 +9,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from billing.settings import Settings
 from tests.cli.conftest import assert_nothing_runs, started
+from tests.stack.helpers import temporary_home
 from tests.support.demo import Demo, processes_of
 from tests.support.worker import wait_for
-from tests.worker.stack_helpers import temporary_home
-from worker.stack.errors import StackError
-from worker.stack.locks import FileLock
-from worker.stack.processes import is_alive
-from worker.stack.records import ChildRecords
-from worker.stack.temporary import GRACE_SECONDS, TemporaryWorker
+from trueup.settings.settings import Settings
+from trueup.stack.errors import StackError
+from trueup.stack.locks import FileLock
+from trueup.stack.processes import is_alive
+from trueup.stack.records import ChildRecords
+from trueup.stack.temporary import GRACE_SECONDS, TemporaryWorker
 
 ARTICLE = Path(__file__).parents[2] / "examples" / "help_en.txt"
 RUN = ("run", "qa", "--user", 1, "--max-pairs", 2, "--wait", ARTICLE)

@@ -3,11 +3,11 @@ import os
 import pytest
 from sqlalchemy import text
 
-from billing import db
-from billing.errors import NotInstalledError, ServiceUnavailableError
-from billing.settings import get_settings
 from tests.support.host import Host
 from tests.support.sessions import locked, wait_until
+from trueup.database import engine as db
+from trueup.errors import NotInstalledError, ServiceUnavailableError
+from trueup.settings.settings import get_settings
 
 
 def one(statement: str) -> object:

@@ -6,18 +6,18 @@ import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
-from billing import db
-from billing.accounts import read_account
-from billing.attach import attach
-from billing.attach_script import attach_script
-from billing.mapping import HostMapping
-from billing.reconcile import reconcile
-from billing.usage import list_usage
-from tests.billing.test_attach_script import psql
 from tests.cli.conftest import trueup_json
+from tests.install.test_script import psql
 from tests.support.books import assert_true
 from tests.support.host import START, Host
 from tests.support.work import charge_tokens, hold_tokens
+from trueup.accounts.account import read_account
+from trueup.database import engine as db
+from trueup.host.mapping import HostMapping
+from trueup.install.attach import attach
+from trueup.install.script import attach_script
+from trueup.reconcile.local_run import reconcile
+from trueup.usage.log import list_usage
 
 ZONES = ("Asia/Tokyo", "America/New_York")
 BARE = START.replace(tzinfo=None)

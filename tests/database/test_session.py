@@ -7,10 +7,10 @@ import psycopg
 import pytest
 from psycopg.pq import TransactionStatus
 
-from billing.poolers import borrow, limit_session
 from tests.hosts.documents import ROOT
 from tests.hosts.running import plain_url
 from tests.support.host import Host
+from trueup.database.session import borrow, limit_session
 
 LIMITS = {"timezone": "UTC", "statement_timeout": "7s", "work_mem": "5MB"}
 
@@ -30,10 +30,10 @@ OF_A_SESSION = re.compile(
 
 
 def test_nothing_else_of_trueup_is_meant_for_a_session() -> None:
-    packages = (ROOT / package for package in ("ai", "api", "billing", "cli", "tasks", "worker"))
+    packages = (ROOT / package for package in ("trueup", "cli", "tasks", "worker"))
     sources = [path for package in packages for path in package.rglob("*") if path.suffix in (".py", ".sql")]
     found = [path.name for path in sources if OF_A_SESSION.search(path.read_text())]
-    assert found == ["poolers.py"]
+    assert found == ["session.py"]
 
 
 def shown(connection: psycopg.Connection, name: str = "statement_timeout") -> object:

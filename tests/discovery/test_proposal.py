@@ -7,13 +7,13 @@ import pytest
 from sqlalchemy import Connection, create_engine
 from sqlalchemy.pool import NullPool
 
-from billing.discovery import Proposal, propose, read_catalog
-from billing.discovery.toml_file import host_section, merged, read_host
-from billing.discovery.words import nearness, plain
-from billing.errors import InvalidInputError
-from billing.host_catalog import missing_host_columns, missing_host_tables
-from billing.host_tables import build_host_metadata
-from billing.mapping import HostMapping, PaymentTable, TokenUsageTable
+from trueup.discovery import Proposal, propose, read_catalog
+from trueup.discovery.toml import host_section, merged, read_host
+from trueup.discovery.vocabulary import nearness, plain
+from trueup.errors import InvalidInputError
+from trueup.host.catalog import missing_host_columns, missing_host_tables
+from trueup.host.mapping import HostMapping, PaymentTable, TokenUsageTable
+from trueup.install.example_tables import build_host_metadata
 
 BOOKS = {"token_usage": TokenUsageTable(table="billing_tokenusage"), "payment": PaymentTable(table="billing_payment")}
 

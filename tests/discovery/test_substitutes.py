@@ -3,15 +3,15 @@
 import pytest
 from sqlalchemy import Connection
 
-from billing.discovery import propose, read_catalog
-from billing.discovery.toml_file import host_section, read_host
-from billing.install import check_host
-from tests.billing.test_discovery import (
+from tests.discovery.test_proposal import (
     catalog_of,  # noqa: F401 - a fixture
     certainties,
     discovered,
     script,
 )
+from trueup.discovery import propose, read_catalog
+from trueup.discovery.toml import host_section, read_host
+from trueup.install.install import check_host
 
 SMALL_HOST = """
     CREATE TABLE memberships (id bigserial PRIMARY KEY, user_id bigint NOT NULL UNIQUE, quota int NOT NULL,

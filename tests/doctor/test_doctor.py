@@ -8,21 +8,21 @@ from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
-from billing import db
-from billing.doctor import database as doctor
-from billing.doctor.books import check_beat, check_holds, check_invariants, check_runs, check_unresolved
-from billing.doctor.clocks import HARMFUL_SECONDS, Offset, judge, measure
-from billing.doctor.findings import Finding, error, exit_code, ok, run_check, warning
-from billing.doctor.installation import check_functions, check_rights, check_schema, check_triggers, expected_functions
-from billing.doctor.server import check_durability, check_server
-from billing.doctor.settings import check_settings
-from billing.doctor.versions import check_packages, check_python
-from billing.install import install
-from billing.mapping import HostMapping
-from billing.settings import Settings, get_settings
 from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.work import charge_tokens, hold_tokens
+from trueup.database import engine as db
+from trueup.doctor import database as doctor
+from trueup.doctor.books import check_beat, check_holds, check_invariants, check_runs, check_unresolved
+from trueup.doctor.clocks import HARMFUL_SECONDS, Offset, judge, measure
+from trueup.doctor.findings import Finding, error, exit_code, ok, run_check, warning
+from trueup.doctor.installation import check_functions, check_rights, check_schema, check_triggers
+from trueup.doctor.server import check_durability, check_server
+from trueup.doctor.settings import check_settings
+from trueup.doctor.versions import check_packages, check_python
+from trueup.host.mapping import HostMapping
+from trueup.install.install import expected_functions, install
+from trueup.settings.settings import Settings, get_settings
 
 Check = Callable[[Connection, Settings], Iterator[Finding]]
 

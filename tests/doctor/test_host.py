@@ -3,12 +3,12 @@
 import pytest
 from sqlalchemy import Connection
 
-from billing.doctor.host import check_mapping
-from billing.doctor.indexes import check_log_index, check_subscription_index
-from billing.doctor.installation import check_triggers
-from billing.settings import get_settings
-from tests.billing.test_doctor import found, mapped, only, set_up
+from tests.doctor.test_doctor import found, mapped, only, set_up
 from tests.support.host import Host
+from trueup.doctor.host import check_mapping
+from trueup.doctor.indexes import check_log_index, check_subscription_index
+from trueup.doctor.installation import check_triggers
+from trueup.settings.settings import get_settings
 
 
 def test_a_column_that_a_migration_renamed_is_named_with_the_nearest_name(host: Host, connection: Connection) -> None:

@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 
-from billing.drifts import Drift
-from billing.explanations import explain
-from billing.policies import decide
 from tests.support.findings import (
     AT,
     INT4,
@@ -27,6 +24,9 @@ from tests.support.findings import (
     same_size,
     segment,
 )
+from trueup.drift.detect import Drift
+from trueup.drift.explain import explain
+from trueup.drift.verdict import decide
 
 
 def named(found: Drift, *plan_sizes: int) -> dict[str, int]:

@@ -6,20 +6,20 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from billing import db
-from billing.causes import Explanation
-from billing.drifts import find_drifts
-from billing.errors import NotInstalledError
-from billing.explanations import explain
-from billing.grants import grant_tokens, revoke_grant
-from billing.host_catalog import missing_host_columns, missing_host_tables
-from billing.install import install
-from billing.mapping import HostMapping
-from billing.reconcile import reconcile
 from tests.support.host import START, Host
 from tests.support.sessions import locked
 from tests.support.two_books import DAY, HOUR, MAPPED, MINUTE, NOON, SECOND, Books
 from tests.support.work import charge_tokens, hold_tokens
+from trueup.accounts.grants import grant_tokens, revoke_grant
+from trueup.database import engine as db
+from trueup.drift.causes import Explanation
+from trueup.drift.detect import find_drifts
+from trueup.drift.explain import explain
+from trueup.errors import NotInstalledError
+from trueup.host.catalog import missing_host_columns, missing_host_tables
+from trueup.host.mapping import HostMapping
+from trueup.install.install import install
+from trueup.reconcile.local_run import reconcile
 
 
 def ids(explanation: Explanation) -> set[str]:

@@ -15,18 +15,18 @@ import pytest
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.pool import NullPool
 
-from billing.install import install
-from billing.mapping import HostMapping
-from billing.policies import DEFAULT_POLICIES
-from billing.reconcile import reconcile
-from billing.reconcile_runs import RunSummary
 from tests.conftest import cloned_database
 from tests.support.host import Host
 from tests.support.legacy.injections import INJECTIONS, PAID
 from tests.support.legacy.judging import Judgement, looks_given, looks_like_a_lost_update
 from tests.support.legacy.loading import WITH_ROWS, load
 from tests.support.legacy.population import PAIRS, Person, make_population
-from worker.stack import StackUrls
+from trueup.drift.verdict import DEFAULT_POLICIES
+from trueup.host.mapping import HostMapping
+from trueup.install.install import install
+from trueup.reconcile.local_run import reconcile
+from trueup.reconcile.runs import RunSummary
+from trueup.stack import StackUrls
 
 SUBSCRIPTIONS = int(os.environ.get("EXPLANATIONS_SUBSCRIPTIONS", "800"))
 SEED = int(os.environ.get("EXPLANATIONS_SEED", "1"))

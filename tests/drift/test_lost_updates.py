@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 
-from billing import db, reconcile_batch
-from billing.drifts import Drift, find_drifts
-from billing.explanations import explain
-from billing.policies import Rules
-from billing.reconcile import reconcile
 from tests.support.host import START
 from tests.support.two_books import HOUR, MAPPED, MINUTE, NOON, SECOND, Books
 from tests.support.work import charge_tokens, hold_tokens
+from trueup.database import engine as db
+from trueup.drift.detect import Drift, find_drifts
+from trueup.drift.explain import explain
+from trueup.drift.verdict import Rules
+from trueup.reconcile import batch
+from trueup.reconcile.local_run import reconcile
 
 TENTH = timedelta(seconds=0.1)
 
@@ -180,7 +181,7 @@ def test_what_comes_just_before_the_look_is_not_counted_twice(books: Books, monk
         books.log(300, books.host.value("SELECT clock_timestamp()"))
         return find_drifts(*args, **more)
 
-    monkeypatch.setattr(reconcile_batch, "find_drifts", late)
+    monkeypatch.setattr(batch, "find_drifts", late)
     run(min_age_seconds=0)
     assert books.host.counter(books.user) == 9_700
     books.add(50)

@@ -2,12 +2,12 @@ from typing import Any, get_args
 
 import pytest
 
-from billing.causes import Cause, Component, Explanation
-from billing.drifts import Drift
-from billing.errors import InvalidInputError
-from billing.policies import History, Verdict, decide
-from billing.rules import DEFAULT_POLICIES, PAID_CAUSES, UNCORRECTABLE_CAUSES, Rules
 from tests.support.host import START
+from trueup.drift.causes import Cause, Component, Explanation
+from trueup.drift.detect import Drift
+from trueup.drift.verdict import History, Verdict, decide
+from trueup.errors import InvalidInputError
+from trueup.settings.policies import DEFAULT_POLICIES, PAID_CAUSES, UNCORRECTABLE_CAUSES, Rules
 
 PLAN = 10_000
 

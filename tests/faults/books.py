@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
 
-from billing.holds import expire_holds
 from tests.faults.injections import past_every_hold
 from tests.faults.ledger import Posting, Serving
 from tests.faults.unrecorded import Unrecorded, find_unrecorded
+from trueup.gate.holds import expire_holds
 
 if TYPE_CHECKING:
     from tests.faults.stages import Stage

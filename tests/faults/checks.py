@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from billing.accounts import read_account
-from billing.errors import TrueupError
-from billing.mapping import HostMapping
-from billing.reconcile import reconcile
 from tests.faults.books import Books
 from tests.faults.effects import effect_violations
 from tests.faults.kinds import REDIS_KINDS
 from tests.faults.violations import UNENDED, WAITING, Violation
 from tests.support.books import assert_true
 from tests.support.host import Host
+from trueup.accounts.account import read_account
+from trueup.errors import TrueupError
+from trueup.host.mapping import HostMapping
+from trueup.reconcile.local_run import reconcile
 
 if TYPE_CHECKING:
     from tests.faults.stages import Stage

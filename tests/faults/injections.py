@@ -11,12 +11,12 @@ import psutil
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from billing.holds import expire_holds
 from tests.faults.kinds import VISIBILITY_SECONDS
 from tests.faults.ledger import GraphLedger, Ledger
 from tests.faults.plans import Fault
 from tests.faults.workers import Worker
-from worker.stack.waiting import wait_until
+from trueup.gate.holds import expire_holds
+from trueup.stack.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.faults.stages import Stage

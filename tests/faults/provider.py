@@ -5,8 +5,6 @@ import time
 from contextlib import suppress
 from typing import Any, Protocol
 
-from ai.model import Message
-from ai.tokens import count_prompt_tokens, offline_counter
 from tests.faults.kinds import BREAKING_KINDS, LEASE_MARGIN_SECONDS, VISIBILITY_SECONDS
 from tests.faults.ledger import CHUNK_TOKENS, Ledger, Serving
 from tests.faults.loopback import (
@@ -18,6 +16,8 @@ from tests.faults.loopback import (
     LoopbackServer,
 )
 from tests.faults.prompts import read_prompt
+from trueup.llm.model import Message
+from trueup.llm.tokens import count_prompt_tokens, offline_counter
 
 MODEL_NAME = "gpt-4o-mini"
 

@@ -11,16 +11,16 @@ from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
-from billing.install import install
-from billing.mapping import HostMapping
-from billing.settings import Settings
 from tests.conftest import TEMPLATE, url_of_database
-from tests.worker.stack_helpers import servers as servers_of
-from tests.worker.stack_helpers import stack_processes, temporary_home
-from worker.stack import running_stack
-from worker.stack.processes import first_of
-from worker.stack.servers import ensure_running
-from worker.stack.waiting import wait_until
+from tests.stack.helpers import servers as servers_of
+from tests.stack.helpers import stack_processes, temporary_home
+from trueup.host.mapping import HostMapping
+from trueup.install.install import install
+from trueup.settings.settings import Settings
+from trueup.stack import running_stack
+from trueup.stack.processes import first_of
+from trueup.stack.servers import ensure_running
+from trueup.stack.waiting import wait_until
 
 _GONE_SECONDS = 20.0
 

@@ -18,18 +18,18 @@ import psycopg
 import sqlalchemy.dialects.postgresql.psycopg  # noqa: F401
 from kombu import Connection
 
-import billing.settings
-import tasks.base
-from ai.metering import MeteredModel, running_hold
-from ai.model import CompletionStream, Message
-from ai.tokens import offline_counter
-from billing.users import UserId
-from tasks import metered_task
+import trueup.settings.settings
+import trueup.tasks.base
 from tests.faults.kinds import CHUNKS_READ, LEASE_MARGIN_SECONDS, VISIBILITY_SECONDS
 from tests.faults.loopback import PID_HEADER
 from tests.faults.planned import COMPLETE, SPEND_TASK, STREAM_CLOSED, STREAM_LEFT
 from tests.faults.prompts import prompt_of
-from worker.celery import app
+from trueup.accounts.user_ids import UserId
+from trueup.llm.metering import MeteredModel, running_hold
+from trueup.llm.model import CompletionStream, Message
+from trueup.llm.tokens import offline_counter
+from trueup.tasks import metered_task
+from trueup.worker.celery import app
 
 # What a call takes beside its words: the rest of the prompt, and some answer.
 ROOM_TOKENS = 40
@@ -97,9 +97,9 @@ def _read(stream: CompletionStream, chunks: int | None) -> None:
 
 
 def _hurry() -> None:
-    tasks.base.PROVIDER_RETRY_BASE_SECONDS = 0.2  # type: ignore[assignment]
+    trueup.tasks.base.PROVIDER_RETRY_BASE_SECONDS = 0.2  # type: ignore[assignment]
     # A hold's lease is then 2.5 s: shorter than the longest stop of a process, longer than any call but a long stream.
-    billing.settings.LEASE_MARGIN_SECONDS = LEASE_MARGIN_SECONDS  # type: ignore[assignment]
+    trueup.settings.settings.LEASE_MARGIN_SECONDS = LEASE_MARGIN_SECONDS  # type: ignore[assignment]
     options: dict[str, Any] = app.conf.broker_transport_options
     options.update(
         visibility_timeout=VISIBILITY_SECONDS,

@@ -8,8 +8,6 @@ from types import SimpleNamespace
 import pytest
 from sqlalchemy import Connection
 
-from billing.charges import record_charge
-from billing.holds import Hold, expire_holds
 from tests.faults.books import read_books
 from tests.faults.checks import violations
 from tests.faults.ledger import EFFECTS, GraphLedger, Ledger, Serving
@@ -19,6 +17,8 @@ from tests.faults.stages import Stage
 from tests.faults.unrecorded import find_unrecorded
 from tests.support.host import Host
 from tests.support.work import hold_tokens, usage_of
+from trueup.gate.holds import Hold, expire_holds
+from trueup.usage.charges import record_charge
 
 BUDGET = 100
 MESSAGE = EFFECTS[0]

@@ -36,7 +36,16 @@ class Worker:
 
     def start(self) -> None:
         command = [
-            *(str(Path(sys.executable).with_name("celery")), "-A", "worker", "worker", "-Q", "ai", "-I", TASK_MODULE),
+            *(
+                str(Path(sys.executable).with_name("celery")),
+                "-A",
+                "trueup.worker",
+                "worker",
+                "-Q",
+                "ai",
+                "-I",
+                TASK_MODULE,
+            ),
             *("-c", str(self.concurrency), "-n", f"{self.name}@%h", "--without-mingle", "--without-gossip"),
         ]
         self._log_start = self.log.stat().st_size if self.log.exists() else 0

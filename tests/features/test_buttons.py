@@ -4,12 +4,12 @@ from collections.abc import Iterator
 import pytest
 from pytest_httpserver import HTTPServer
 
-from ai.buttons import MAX_TEXT_CHARACTERS, Button, split_buttons
-from ai.comments import ActionConfig, CommentEvent, action_config, comment_event
-from ai.graph import GraphClient
-from ai.instagram import build_message, send_instagram_dm
-from ai.links import KnownLinks, without_foreign_links
-from tests.ai.scripted import AtOnce, ScriptedModel
+from tests.support.scripted import AtOnce, ScriptedModel
+from trueup.features.buttons import MAX_TEXT_CHARACTERS, Button, split_buttons
+from trueup.features.comments import ActionConfig, CommentEvent, action_config, comment_event
+from trueup.features.graph import GraphClient
+from trueup.features.instagram import build_message, send_instagram_dm
+from trueup.features.links import KnownLinks, without_foreign_links
 
 ACCOUNT, COMMENT = "17841405822304914", "17870913679156914"
 LARCH = Button(title="Buy now", url="https://shop.example/larch")

@@ -8,13 +8,13 @@ from pytest_httpserver import HTTPServer
 from sqlalchemy import Connection
 from werkzeug import Request, Response
 
-from ai.comments import action_config
-from ai.effects import TaskOutbox
-from ai.graph import GraphClient, GraphError
-from ai.instagram import DmResult, send_instagram_dm
-from billing.outbox import begin_effect, list_unresolved_effects
-from tests.ai.test_instagram import _event, _static
+from tests.features.test_instagram import _event, _static
 from tests.support.host import Host
+from trueup.features.comments import action_config
+from trueup.features.effects import TaskOutbox
+from trueup.features.graph import GraphClient, GraphError
+from trueup.features.instagram import DmResult, send_instagram_dm
+from trueup.usage.outbox import begin_effect, list_unresolved_effects
 
 TASK = "task-1"
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from ai.enhancement import ESTIMATED_TOKENS, PromptResult, enhance_prompt, plan_enhancement
-from ai.prompts import block
-from ai.tokens import BoundCounter, EncodingCounter, TokenCounter, count_prompt_tokens
-from billing.errors import AnswerFormatError, InvalidInputError
-from tests.ai.scripted import HeldModel, ScriptedModel, completion
+from tests.support.scripted import HeldModel, ScriptedModel, completion
+from trueup.errors import AnswerFormatError, InvalidInputError
+from trueup.features.enhancement import ESTIMATED_TOKENS, PromptResult, enhance_prompt, plan_enhancement
+from trueup.llm.prompts import block
+from trueup.llm.tokens import BoundCounter, EncodingCounter, TokenCounter, count_prompt_tokens
 
 DRAFT = (Path(__file__).parents[2] / "examples" / "prompt_draft.txt").read_text()
 COUNTERS = [EncodingCounter("o200k_base"), EncodingCounter("cl100k_base"), BoundCounter()]

@@ -10,9 +10,11 @@ import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
-from ai.comments import ActionConfig, CommentEvent, action_config, comment_event, comment_events
-from ai.graph import GraphClient, GraphError
-from ai.instagram import (
+from tests.support.scripted import AtOnce, HeldModel, ScriptedModel
+from trueup.errors import AnswerFormatError, InvalidInputError, SettingsError
+from trueup.features.comments import ActionConfig, CommentEvent, action_config, comment_event, comment_events
+from trueup.features.graph import GraphClient, GraphError
+from trueup.features.instagram import (
     ESTIMATED_TOKENS,
     MAX_MESSAGE_BYTES,
     DmResult,
@@ -20,10 +22,8 @@ from ai.instagram import (
     estimated_tokens,
     send_instagram_dm,
 )
-from ai.tokens import BoundCounter, EncodingCounter, TokenCounter, count_prompt_tokens
-from billing.errors import AnswerFormatError, InvalidInputError, SettingsError
-from billing.settings import Settings
-from tests.ai.scripted import AtOnce, HeldModel, ScriptedModel
+from trueup.llm.tokens import BoundCounter, EncodingCounter, TokenCounter, count_prompt_tokens
+from trueup.settings.settings import Settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TOKEN = "IGQVJ-secret-token"

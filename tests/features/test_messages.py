@@ -5,12 +5,19 @@ from typing import Any
 
 import pytest
 
-from ai.fitting import CUT_MARK
-from ai.messages import ESTIMATED_TOKENS, ReplyPlan, ReplyResult, estimated_tokens, plan_reply, reply_to_message
-from ai.prompts import block, job_of, reply_messages
-from ai.tokens import BoundCounter, EncodingCounter, TokenCounter, count_prompt_tokens
-from billing.errors import AnswerFormatError, InvalidInputError
-from tests.ai.scripted import HeldModel, ScriptedModel, completion
+from tests.support.scripted import HeldModel, ScriptedModel, completion
+from trueup.errors import AnswerFormatError, InvalidInputError
+from trueup.features.messages import (
+    ESTIMATED_TOKENS,
+    ReplyPlan,
+    ReplyResult,
+    estimated_tokens,
+    plan_reply,
+    reply_to_message,
+)
+from trueup.llm.fitting import CUT_MARK
+from trueup.llm.prompts import block, job_of, reply_messages
+from trueup.llm.tokens import BoundCounter, EncodingCounter, TokenCounter, count_prompt_tokens
 
 EXAMPLE = json.loads((Path(__file__).parents[2] / "examples" / "chat.json").read_text())
 COUNTERS = [EncodingCounter("o200k_base"), EncodingCounter("cl100k_base"), BoundCounter()]

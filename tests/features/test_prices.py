@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ai.products.prices import MAX_PRICE, iso_code, parse_price
+from trueup.features.products.prices import MAX_PRICE, iso_code, parse_price
 
 
 @pytest.mark.parametrize(

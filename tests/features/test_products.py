@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from ai.products.extractor import ESTIMATED_TOKENS, ProductResult, estimated_tokens, extract_products
-from ai.products.items import Product
-from ai.products.pages import MAX_HTML_BYTES
-from ai.tokens import BoundCounter, EncodingCounter, count_prompt_tokens
-from billing.errors import AnswerFormatError, InvalidInputError
-from tests.ai.scripted import HeldModel, ScriptedModel, completion
+from tests.support.scripted import HeldModel, ScriptedModel, completion
+from trueup.errors import AnswerFormatError, InvalidInputError
+from trueup.features.products.extractor import ESTIMATED_TOKENS, ProductResult, estimated_tokens, extract_products
+from trueup.features.products.items import Product
+from trueup.features.products.pages import MAX_HTML_BYTES
+from trueup.llm.tokens import BoundCounter, EncodingCounter, count_prompt_tokens
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 URL = "https://shop.example/lamps/"

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ai.qa import QaResult, estimate_tokens, generate_qa
-from ai.qa_plan import plan_qa
-from ai.tokens import BoundCounter, EncodingCounter, TokenCounter
-from billing.errors import AnswerFormatError, HoldExhaustedError, InvalidInputError
-from tests.ai.scripted import HeldModel, ScriptedModel, completion
+from tests.support.scripted import HeldModel, ScriptedModel, completion
+from trueup.errors import AnswerFormatError, HoldExhaustedError, InvalidInputError
+from trueup.features.qa import QaResult, estimate_tokens, generate_qa
+from trueup.features.qa_plan import plan_qa
+from trueup.llm.tokens import BoundCounter, EncodingCounter, TokenCounter
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ENGLISH = (EXAMPLES / "help_en.txt").read_text()

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from ai.prompts import block
-from ai.questions import (
+from tests.support.scripted import HeldModel, ScriptedModel, completion
+from trueup.errors import AnswerFormatError, InvalidInputError
+from trueup.features.questions import (
     ESTIMATED_TOKENS,
     QuestionPlan,
     QuestionResult,
@@ -13,9 +14,8 @@ from ai.questions import (
     estimated_tokens,
     plan_question,
 )
-from ai.tokens import BoundCounter, EncodingCounter, TokenCounter, count_prompt_tokens
-from billing.errors import AnswerFormatError, InvalidInputError
-from tests.ai.scripted import HeldModel, ScriptedModel, completion
+from trueup.llm.prompts import block
+from trueup.llm.tokens import BoundCounter, EncodingCounter, TokenCounter, count_prompt_tokens
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COUNTERS = [EncodingCounter("o200k_base"), EncodingCounter("cl100k_base"), BoundCounter()]

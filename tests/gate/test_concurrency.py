@@ -8,18 +8,18 @@ import pytest
 from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.pool import NullPool
 
-from billing.accounts import read_account
-from billing.decisions import decide_drift, list_reviews
-from billing.errors import TokensDenied
-from billing.holds import close_hold, expire_holds
-from billing.mapping import HostMapping
-from billing.reconcile import reconcile
-from billing.reconcile_runs import RunInProgressError
-from billing.rules import Rules
 from tests.support.books import assert_true
 from tests.support.host import START, Host
 from tests.support.sessions import run_at_once
 from tests.support.work import balance, charge_tokens, hold_tokens
+from trueup.accounts.account import read_account
+from trueup.errors import TokensDenied
+from trueup.gate.holds import close_hold, expire_holds
+from trueup.host.mapping import HostMapping
+from trueup.reconcile.local_run import reconcile
+from trueup.reconcile.runs import RunInProgressError
+from trueup.review.decisions import decide_drift, list_reviews
+from trueup.settings.policies import Rules
 
 WRITERS = 8
 ROUNDS = 25

@@ -4,10 +4,11 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
-from billing.access import MAX_TOKENS, check_access, check_estimate, denial_payload, denied_unknown_user
-from billing.errors import InvalidInputError, TokensDenied
 from tests.support.host import START, Host
 from tests.support.work import hold_tokens
+from trueup.accounts.validation import MAX_TOKENS, check_estimate
+from trueup.errors import InvalidInputError, TokensDenied
+from trueup.gate.decision import check_access, denial_payload, denied_unknown_user
 
 NOW = START + timedelta(days=3)
 DAY = timedelta(days=1)

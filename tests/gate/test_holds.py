@@ -4,9 +4,6 @@ import pytest
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.pool import QueuePool
 
-from billing.access import check_access
-from billing.errors import InvalidInputError, TokensDenied
-from billing.holds import Hold, close_hold, expire_holds, list_holds
 from tests.support.books import assert_true
 from tests.support.host import START, Host
 from tests.support.sessions import (
@@ -17,6 +14,9 @@ from tests.support.sessions import (
     wait_for_lock,
 )
 from tests.support.work import balance, charge_tokens, hold_tokens
+from trueup.errors import InvalidInputError, TokensDenied
+from trueup.gate.decision import check_access
+from trueup.gate.holds import Hold, close_hold, expire_holds, list_holds
 
 NOW = START + timedelta(days=3)
 LATER = NOW + timedelta(hours=1)

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
-from billing.accounts import read_account
-from billing.calls import begin_call, extend_hold, list_unrecorded_calls
-from billing.errors import HoldBusyError, HoldOvertakenError, TokensDenied
-from billing.holds import Hold, abandon_calls, close_abandoned_hold, close_hold, expire_holds, list_holds
 from tests.support.books import assert_true
 from tests.support.host import START, Host
 from tests.support.work import OWNER, balance, charge_tokens, hold_tokens
+from trueup.accounts.account import read_account
+from trueup.errors import HoldBusyError, HoldOvertakenError, TokensDenied
+from trueup.gate.holds import Hold, abandon_calls, close_abandoned_hold, close_hold, expire_holds, list_holds
+from trueup.gate.provider_calls import begin_call, extend_hold, list_unrecorded_calls
 
 NOW = START + timedelta(days=3)
 LEASE = 30

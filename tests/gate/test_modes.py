@@ -7,12 +7,16 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
-from billing.access import check_gate
-from billing.calls import begin_call, extend_hold
-from billing.errors import InvalidInputError, TokensDenied
-from billing.gates import token_gate
-from billing.holds import close_hold
-from billing.rollout import (
+from tests.support.books import assert_true
+from tests.support.host import Host
+from tests.support.sessions import run_at_once
+from tests.support.work import balance, charge_tokens, hold_tokens
+from trueup.billing.utils import check_ai_access_for_user
+from trueup.billing.view_guard import token_gate
+from trueup.errors import InvalidInputError, TokensDenied
+from trueup.gate.decision import check_gate
+from trueup.gate.holds import close_hold
+from trueup.gate.modes import (
     lets_pass,
     list_changes,
     list_modes,
@@ -21,13 +25,9 @@ from billing.rollout import (
     prune_observed_denials,
     set_mode,
 )
-from billing.settings import get_settings
-from billing.status import read_status
-from billing.utils import check_ai_access_for_user
-from tests.support.books import assert_true
-from tests.support.host import Host
-from tests.support.sessions import run_at_once
-from tests.support.work import balance, charge_tokens, hold_tokens
+from trueup.gate.provider_calls import begin_call, extend_hold
+from trueup.monitoring.status import read_status
+from trueup.settings.settings import get_settings
 
 FEATURE = "Test"  # of tests.support.work
 

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, create_engine, text
 
-from billing.accounts import read_account
-from billing.calls import begin_call, extend_hold
-from billing.errors import HoldOvertakenError, TokensDenied
-from billing.holds import Hold, close_hold, expire_holds
 from tests.conftest import cloned_database
 from tests.support.books import assert_true
 from tests.support.host import START, Host
 from tests.support.sessions import backend_pid, in_background, wait_until
 from tests.support.work import balance, charge_tokens, hold_tokens
-from worker.stack import StackUrls
+from trueup.accounts.account import read_account
+from trueup.errors import HoldOvertakenError, TokensDenied
+from trueup.gate.holds import Hold, close_hold, expire_holds
+from trueup.gate.provider_calls import begin_call, extend_hold
+from trueup.stack import StackUrls
 
 NOW = START + timedelta(days=3)
 LATER = NOW + timedelta(hours=1)

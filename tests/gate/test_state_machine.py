@@ -1,6 +1,6 @@
-"""Any sequence of billing's operations, and of the host's, leaves what a plain model says.
+"""Any sequence of trueup's operations, and of the host's, leaves what a plain model says.
 
-Longer: `STATE_MACHINE_EXAMPLES=500 STATE_MACHINE_STEPS=100 pytest tests/billing/test_state_machine.py`, which also
+Longer: `STATE_MACHINE_EXAMPLES=500 STATE_MACHINE_STEPS=100 pytest tests/gate/test_state_machine.py`, which also
 draws anew each time. A failure prints the steps that lead to it.
 """
 
@@ -18,20 +18,20 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import Connection, Engine, create_engine
 
-from billing.access import check_access
-from billing.accounts import read_account
-from billing.calls import begin_call, end_call, extend_hold, list_unrecorded_calls
-from billing.charges import Charge
-from billing.errors import HoldBusyError, HoldOvertakenError, TokensDenied
-from billing.grants import list_grants
-from billing.holds import Hold, abandon_calls, close_abandoned_hold, close_hold, expire_holds, list_holds
-from billing.mapping import HostMapping
-from billing.reconcile import reconcile
 from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.host_machine import HOST_STEPS, Draw, HostMachine, sizes
 from tests.support.model_of_billing import Busy, Denied, Handle, ModelUser, Overtaken
 from tests.support.work import OWNER, charge_tokens, hold_tokens
+from trueup.accounts.account import read_account
+from trueup.accounts.grants import list_grants
+from trueup.errors import HoldBusyError, HoldOvertakenError, TokensDenied
+from trueup.gate.decision import check_access
+from trueup.gate.holds import Hold, abandon_calls, close_abandoned_hold, close_hold, expire_holds, list_holds
+from trueup.gate.provider_calls import begin_call, end_call, extend_hold, list_unrecorded_calls
+from trueup.host.mapping import HostMapping
+from trueup.reconcile.local_run import reconcile
+from trueup.usage.charges import Charge
 
 EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "40"))
 STEP_COUNT = int(os.environ.get("STATE_MACHINE_STEPS", "50"))

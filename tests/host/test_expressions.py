@@ -8,14 +8,14 @@ from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.pool import NullPool
 
-from billing.doctor.host import check_mapping
-from billing.errors import NotInstalledError, TrueupError
-from billing.host_trials import expression_problem, wrong_expression
-from billing.host_values import quote_literal
-from billing.install import check_host
-from billing.look import look
-from billing.mapping import HostMapping
-from billing.settings import Settings
+from trueup.doctor.host import check_mapping
+from trueup.errors import NotInstalledError, TrueupError
+from trueup.host.columns import quote_literal
+from trueup.host.expressions import expression_problem, wrong_expression
+from trueup.host.mapping import HostMapping
+from trueup.install.install import check_host
+from trueup.preview.scan import look
+from trueup.settings.settings import Settings
 
 TABLES = """
     CREATE SCHEMA app;

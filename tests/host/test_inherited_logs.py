@@ -3,14 +3,14 @@
 import pytest
 from sqlalchemy import Connection
 
-from billing import db
-from billing.attach import attach
-from billing.mapping import HostMapping
-from billing.partitions import uncovered_partitions
 from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.partitioned import known
 from tests.support.work import hold_tokens
+from trueup.database import engine as db
+from trueup.host.mapping import HostMapping
+from trueup.host.partitions import uncovered_partitions
+from trueup.install.attach import attach
 
 EPOCH = "SELECT trueup.log_epoch()"
 

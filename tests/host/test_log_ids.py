@@ -11,24 +11,24 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DataError
 from sqlalchemy.pool import NullPool
 
-from billing import db
-from billing.charges import find_answer
-from billing.doctor.host import check_mapping
-from billing.doctor.log_ids import check_log_ids
-from billing.errors import NotInstalledError
-from billing.host_tables import build_host_metadata
-from billing.install import install
-from billing.mapping import HostMapping
-from billing.reconcile import reconcile
-from billing.roles import RoleNames, grants_sql, lacking_rights, worker_rights
-from billing.rules import Rules
-from billing.settings import get_settings
-from billing.tracking import TrackedUsage, track_ai_usage
-from billing.usage import list_usage
 from tests.support.books import assert_true
 from tests.support.host import START, Host
 from tests.support.sessions import run_at_once
 from tests.support.work import balance, charge_tokens, hold_tokens
+from trueup.database import engine as db
+from trueup.doctor.host import check_mapping
+from trueup.doctor.log_ids import check_log_ids
+from trueup.errors import NotInstalledError
+from trueup.host.mapping import HostMapping
+from trueup.install.example_tables import build_host_metadata
+from trueup.install.install import install
+from trueup.install.roles import RoleNames, grants_sql, lacking_rights, worker_rights
+from trueup.reconcile.local_run import reconcile
+from trueup.settings.policies import Rules
+from trueup.settings.settings import get_settings
+from trueup.usage.charges import find_answer
+from trueup.usage.log import list_usage
+from trueup.usage.tracker import TrackedUsage, track_ai_usage
 
 MAPPING = HostMapping(usage_log_id_type="bigint")
 SERIAL = (

@@ -9,17 +9,17 @@ import pytest
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.pool import NullPool
 
-from billing import db
-from billing.accounts import read_account
-from billing.charges import find_answer
-from billing.decisions import decide_drift, list_reviews, undo_run
-from billing.decorators import check_tokens_for_function
-from billing.drift_reports import read_report
-from billing.errors import TokensDenied
-from billing.grants import grant_tokens, list_grants, revoke_grant
-from billing.holds import close_hold, expire_holds, list_holds
-from billing.install import check_installed, install
-from billing.mapping import (
+from tests.support.books import assert_true
+from tests.support.host import START, Host
+from tests.support.work import charge_tokens, hold_tokens
+from trueup.accounts.account import read_account
+from trueup.accounts.grants import grant_tokens, list_grants, revoke_grant
+from trueup.billing.decorators import check_tokens_for_function
+from trueup.billing.utils import get_accurate_tokens_remaining
+from trueup.database import engine as db
+from trueup.errors import TokensDenied
+from trueup.gate.holds import close_hold, expire_holds, list_holds
+from trueup.host.mapping import (
     FullPlanTable,
     HostMapping,
     PaymentTable,
@@ -30,14 +30,14 @@ from billing.mapping import (
     UserTable,
     render_sql,
 )
-from billing.reconcile import reconcile
-from billing.rules import Rules
-from billing.settings import get_settings
-from billing.usage import list_usage
-from billing.utils import get_accurate_tokens_remaining
-from tests.support.books import assert_true
-from tests.support.host import START, Host
-from tests.support.work import charge_tokens, hold_tokens
+from trueup.install.install import check_installed, install
+from trueup.reconcile.local_run import reconcile
+from trueup.reports.run_report import read_report
+from trueup.review.decisions import decide_drift, list_reviews, undo_run
+from trueup.settings.policies import Rules
+from trueup.settings.settings import get_settings
+from trueup.usage.charges import find_answer
+from trueup.usage.log import list_usage
 
 ODD = {
     "user": UserTable(table="My App.The Users", id='the "id"', username="Name %s", email="e-mail"),

@@ -8,9 +8,8 @@ from pydantic import ValidationError
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.pool import NullPool
 
-from billing.host_values import Compared, quote_literal
-from billing.install import run_scripts
-from billing.mapping import (
+from trueup.host.columns import Compared, quote_literal
+from trueup.host.mapping import (
     HostMapping,
     SubscriptionTable,
     quote_identifier,
@@ -18,7 +17,8 @@ from billing.mapping import (
     render_sql,
     render_statement,
 )
-from worker.stack import StackUrls
+from trueup.install.install import run_scripts
+from trueup.stack import StackUrls
 
 
 def test_names_are_quoted_as_postgresql_wants_them() -> None:

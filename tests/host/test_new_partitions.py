@@ -7,14 +7,14 @@ import pytest
 from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import OperationalError
 
-from billing import db
-from billing.errors import TokensDenied
-from billing.install import install
-from billing.mapping import HostMapping
-from billing.reconcile import reconcile
 from tests.support.partitioned import DECEMBER, PartitionedHost, known, month, new_host
 from tests.support.sessions import impatient, locked, run_at_once
 from tests.support.work import hold_tokens
+from trueup.database import engine as db
+from trueup.errors import TokensDenied
+from trueup.host.mapping import HostMapping
+from trueup.install.install import install
+from trueup.reconcile.local_run import reconcile
 
 EPOCH = "SELECT trueup.log_epoch()"
 

@@ -16,31 +16,31 @@ import pytest
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.pool import NullPool
 
-from billing import db
-from billing.accounts import read_account
-from billing.attach import attach
-from billing.detach import detach
-from billing.doctor.database import examine_database
-from billing.drift_reports import read_report
-from billing.errors import TokensDenied
-from billing.grants import grant_tokens
-from billing.holds import close_hold
-from billing.install import install
-from billing.look import look
-from billing.mapping import HostMapping
-from billing.reconcile import reconcile
-from billing.reconcile_runs import Finding
-from billing.roles import RoleNames, grants_sql, worker_rights
-from billing.rules import Rules
-from billing.settings import CONFIG_VARIABLE, get_settings
-from billing.shards import find_suspects
-from billing.summaries import read_summary
-from billing.tracking import track_ai_usage
-from billing.usage import list_usage
 from tests.support.books import assert_true
 from tests.support.dumps import pg_dump
 from tests.support.host import START, Host
 from tests.support.work import charge_tokens, hold_tokens
+from trueup.accounts.account import read_account
+from trueup.accounts.grants import grant_tokens
+from trueup.accounts.overview import read_summary
+from trueup.database import engine as db
+from trueup.doctor.database import examine_database
+from trueup.errors import TokensDenied
+from trueup.gate.holds import close_hold
+from trueup.host.mapping import HostMapping
+from trueup.install.attach import attach
+from trueup.install.detach import detach
+from trueup.install.install import install
+from trueup.install.roles import RoleNames, grants_sql, worker_rights
+from trueup.preview.scan import look
+from trueup.reconcile.local_run import reconcile
+from trueup.reconcile.runs import Finding
+from trueup.reconcile.shards import find_suspects
+from trueup.reports.run_report import read_report
+from trueup.settings.policies import Rules
+from trueup.settings.settings import CONFIG_VARIABLE, get_settings
+from trueup.usage.log import list_usage
+from trueup.usage.tracker import track_ai_usage
 
 MANUAL = Path(__file__).parents[2] / "docs" / "mapping.md"
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", MANUAL.read_text(), re.DOTALL)
@@ -271,7 +271,7 @@ def test_grants_count_beside_what_the_subscription_includes_when_that_changes(at
     assert (summary.username, [plan.name for plan in summary.own_plans]) == (("Ann", ["Pro"]) if named else (None, []))
 
 
-# Where plans say what is included, a plan that came and went is told of: tests/billing/test_windows.py.
+# Where plans say what is included, a plan that came and went is told of: tests/accounts/test_windows.py.
 @pytest.mark.parametrize("site", ["of little", "of expressions"], indirect=True)
 def test_a_quota_that_came_and_went_unseen_is_told_of(attached: Site) -> None:
     site, (ann, _) = attached, attached.users

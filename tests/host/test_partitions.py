@@ -8,29 +8,29 @@ import pytest
 from sqlalchemy import Connection, Engine, create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
-from billing import db
-from billing.attach import AttachError, attach, open_gate, prepare
-from billing.deep import read_defects
-from billing.detach import detach, plan_detach
-from billing.doctor.host import check_mapping
-from billing.doctor.installation import check_triggers
-from billing.errors import NotInstalledError
-from billing.host_tables import build_host_metadata
-from billing.install import drop_functions, install
-from billing.mapping import HostMapping, UsageLogTable
-from billing.reconcile import reconcile
-from billing.roles import RoleNames, grants_sql
-from billing.settings import get_settings
-from billing.short_locks import take_step
-from billing.tracking import track_ai_usage
-from tests.billing.test_triggers import consumed
 from tests.conftest import cloned_database, settings_for
+from tests.install.test_triggers import consumed
 from tests.support.books import assert_true
 from tests.support.dumps import pg_dump
 from tests.support.partitioned import DECEMBER, NOVEMBER, PARTS, ROW, PartitionedHost, known, month, new_host
 from tests.support.sessions import locked
 from tests.support.work import balance, charge_tokens, hold_tokens
-from worker.stack import StackUrls
+from trueup.database import engine as db
+from trueup.database.locks import take_step
+from trueup.doctor.host import check_mapping
+from trueup.doctor.installation import check_triggers
+from trueup.errors import NotInstalledError
+from trueup.host.mapping import HostMapping, UsageLogTable
+from trueup.install.attach import AttachError, attach, open_gate, prepare
+from trueup.install.detach import detach, plan_detach
+from trueup.install.example_tables import build_host_metadata
+from trueup.install.install import drop_functions, install
+from trueup.install.roles import RoleNames, grants_sql
+from trueup.reconcile.audit import read_defects
+from trueup.reconcile.local_run import reconcile
+from trueup.settings.settings import get_settings
+from trueup.stack import StackUrls
+from trueup.usage.tracker import track_ai_usage
 
 MAPPINGS = {kind: HostMapping(usage_log_id_type=kind) for kind in ("uuid", "bigint")}
 EPOCH = "SELECT trueup.log_epoch()"

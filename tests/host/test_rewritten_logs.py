@@ -3,17 +3,17 @@
 import pytest
 from sqlalchemy import Connection, event
 
-from billing import db
-from billing.attach import attach
-from billing.errors import LogChangedError
-from billing.install import install
-from billing.mapping import HostMapping
-from billing.reconcile import reconcile
-from tests.billing.test_host_migrations import PARTITIONED, change_of
+from tests.host.test_schema_changes import PARTITIONED, change_of
 from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.partitioned import known
 from tests.support.work import charge_tokens, hold_tokens
+from trueup.database import engine as db
+from trueup.errors import LogChangedError
+from trueup.host.mapping import HostMapping
+from trueup.install.attach import attach
+from trueup.install.install import install
+from trueup.reconcile.local_run import reconcile
 
 
 @pytest.fixture

@@ -5,27 +5,27 @@ from collections.abc import Callable
 import pytest
 from sqlalchemy import Connection, text
 
-from billing import db
-from billing.accounts import read_account
-from billing.attach import attach
-from billing.decisions import decide_drift
-from billing.doctor.installation import check_triggers
-from billing.errors import (
+from tests.support.books import assert_true
+from tests.support.host import START, Host
+from tests.support.work import charge_tokens, hold_tokens
+from trueup.accounts.account import read_account
+from trueup.billing.view_guard import token_gate
+from trueup.database import engine as db
+from trueup.doctor.installation import check_triggers
+from trueup.errors import (
     GateClosedError,
     HostChangedError,
     MissingRightError,
     NotInstalledError,
     ServiceUnavailableError,
 )
-from billing.gates import token_gate
-from billing.holds import Hold
-from billing.install import install
-from billing.mapping import FullPlanTable, HostMapping, SubscriptionTable, UsageLogTable
-from billing.reconcile import reconcile
-from billing.settings import get_settings
-from tests.support.books import assert_true
-from tests.support.host import START, Host
-from tests.support.work import charge_tokens, hold_tokens
+from trueup.gate.holds import Hold
+from trueup.host.mapping import FullPlanTable, HostMapping, SubscriptionTable, UsageLogTable
+from trueup.install.attach import attach
+from trueup.install.install import install
+from trueup.reconcile.local_run import reconcile
+from trueup.review.decisions import decide_drift
+from trueup.settings.settings import get_settings
 
 REPLACED = "ALTER TABLE ai_usage_log RENAME TO old_log; CREATE TABLE ai_usage_log (LIKE old_log INCLUDING ALL)"
 PARTITIONED = """

@@ -4,17 +4,17 @@ import pytest
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import OperationalError
 
-from billing import db
-from billing.errors import NotInstalledError
-from billing.host_trials import expression_problem
-from billing.install import install
-from billing.mapping import HostMapping
-from billing.row_trials import row_problem
-from billing.sections import SECTIONS
-from billing.tracking import track_ai_usage
-from billing.usage import list_usage
 from tests.support.host import Host
 from tests.support.work import charge_tokens, hold_tokens
+from trueup.database import engine as db
+from trueup.errors import NotInstalledError
+from trueup.host.expressions import expression_problem
+from trueup.host.mapping import HostMapping
+from trueup.host.sections import SECTIONS
+from trueup.host.write_probe import row_problem
+from trueup.install.install import install
+from trueup.usage.log import list_usage
+from trueup.usage.tracker import track_ai_usage
 
 LOG = "ALTER TABLE ai_usage_log"
 MODELS = f"CREATE TABLE models (name text PRIMARY KEY); {LOG} ADD FOREIGN KEY (model_name) REFERENCES models"

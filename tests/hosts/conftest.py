@@ -11,9 +11,6 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.engine import make_url
 
-from billing import db
-from billing.install import install
-from billing.mapping import HostMapping
 from tests.conftest import cloned_database, settings_for
 from tests.hosts.people import PEOPLE, Person
 from tests.hosts.running import (
@@ -27,7 +24,10 @@ from tests.hosts.running import (
 )
 from tests.support.host import Host
 from tests.support.sessions import wait_until
-from worker.stack import StackUrls
+from trueup.database import engine as db
+from trueup.host.mapping import HostMapping
+from trueup.install.install import install
+from trueup.stack import StackUrls
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 import pytest
 
-from billing.utils import get_accurate_tokens_remaining
 from tests.hosts.checks import (
     NOBODY,
     assert_asks_for_a_subscription_only,
@@ -17,6 +16,7 @@ from tests.hosts.conftest import Site
 from tests.hosts.people import POOR, RACERS, RICH, SPENT, STOPPED, Person
 from tests.hosts.running import Server
 from tests.support.books import assert_true
+from trueup.billing.utils import get_accurate_tokens_remaining
 
 REST = ["/rest/class", "/rest/open", "/rest/method-decorator", "/rest/viewset", "/rest/function"]
 DJANGO = ["/django/function", "/django/class", "/django/async-function", "/django/async-class"]

@@ -13,9 +13,6 @@ import pytest
 from celery import Celery
 from sqlalchemy import Engine, text
 
-from billing import db
-from billing.errors import TokensDenied
-from billing.settings import get_settings
 from tests.cli.conftest import trueup, trueup_json
 from tests.conftest import cloned_database, settings_for
 from tests.hosts.legacy import Shop
@@ -23,7 +20,10 @@ from tests.hosts.running import host_at
 from tests.support.model_tasks import spend
 from tests.support.worker import running_worker
 from tests.worker.conftest import TASKS
-from worker.stack import StackUrls
+from trueup.database import engine as db
+from trueup.errors import TokensDenied
+from trueup.settings.settings import get_settings
+from trueup.stack import StackUrls
 
 ROLES = ("migrate", "worker", "readonly")
 # What the project did to its idle customers, and the cause by which it is found.
@@ -171,7 +171,7 @@ def lived(stack: StackUrls, admin_engine: Engine, tmp_path_factory: pytest.TempP
         host_at(url) as host,
     ):
         patch.setenv("TRUEUP_RECONCILE__MIN_AGE_SECONDS", "1")
-        from worker.celery import app
+        from trueup.worker.celery import app
 
         app.loader.import_default_modules()
         app.control.purge()

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from ai.metering import MeteredModel
-from ai.model import Completion, Message
-from ai.providers import provider_from_settings
-from billing.settings import PREFIX, Settings, get_settings
 from tests.hosts.documents import MANUAL, ROOT, run
 from tests.support.books import assert_true
 from tests.support.host import Host
+from trueup.llm.metering import MeteredModel
+from trueup.llm.model import Completion, Message
+from trueup.llm.providers import provider_from_settings
+from trueup.settings.settings import PREFIX, Settings, get_settings
 
 TEXT = MANUAL.read_text()
 

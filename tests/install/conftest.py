@@ -1,16 +1,14 @@
-"""What tests of reconciling and of attaching share."""
+"""What tests of attaching share."""
 
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import Connection, create_engine
+from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
-from billing.host_tables import build_host_metadata
-from billing.install import install
-from billing.mapping import HostMapping
 from tests.support.host import Host
-from tests.support.two_books import MAPPED, Books
+from trueup.host.mapping import HostMapping
+from trueup.install.example_tables import build_host_metadata
 
 
 @pytest.fixture
@@ -22,11 +20,3 @@ def bare_host(empty_database: str) -> Iterator[Host]:
     with Host(engine) as host:
         yield host
     engine.dispose()
-
-
-@pytest.fixture
-def books(host: Host, connection: Connection) -> Books:
-    """A subscriber of a host whose decrement rows and payments are mapped."""
-    with host.engine.begin() as mapping:
-        install(mapping, MAPPED, with_host_tables=True)
-    return Books(host, connection)

@@ -9,28 +9,7 @@ import pytest
 from sqlalchemy import Connection, text
 from sqlalchemy.engine import make_url
 
-from billing import db
-from billing.attach import (
-    AttachError,
-    attach,
-    fill,
-    function_scripts,
-    is_ready,
-    open_gate,
-    prepare,
-    prepare_scripts,
-    ready_scripts,
-    watch_log,
-    watch_subscriptions,
-)
-from billing.attach_plan import OtherInstallationError, plan_attach, refuse_other_installation
-from billing.errors import HostChangedError, MissingRightError, NotInstalledError
-from billing.holds import close_hold
-from billing.install import check_installed, install, run_scripts
-from billing.mapping import HostMapping, UsageLogTable
-from billing.settings import get_settings
-from billing.short_locks import HostBusyError, take_step
-from tests.billing.test_detach import writing
+from tests.install.test_detach import writing
 from tests.support.books import assert_true
 from tests.support.dumps import pg_dump
 from tests.support.host import Host
@@ -44,6 +23,27 @@ from tests.support.sessions import (
     wait_until,
 )
 from tests.support.work import charge_tokens, hold_tokens
+from trueup.database import engine as db
+from trueup.database.locks import HostBusyError, take_step
+from trueup.errors import HostChangedError, MissingRightError, NotInstalledError
+from trueup.gate.holds import close_hold
+from trueup.host.mapping import HostMapping, UsageLogTable
+from trueup.install.attach import (
+    AttachError,
+    attach,
+    fill,
+    function_scripts,
+    is_ready,
+    open_gate,
+    prepare,
+    prepare_scripts,
+    ready_scripts,
+    watch_log,
+    watch_subscriptions,
+)
+from trueup.install.install import check_installed, install, run_scripts
+from trueup.install.plan import OtherInstallationError, plan_attach, refuse_other_installation
+from trueup.settings.settings import get_settings
 
 MAPPING = HostMapping()
 TRUEUP = Path(sys.executable).with_name("trueup")

@@ -9,21 +9,21 @@ import pytest
 from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.pool import NullPool
 
-from billing import db
-from billing.access import check_access
-from billing.attach import attach, prepare
-from billing.detach import DetachRefusedError, detach, plan_detach, steps
-from billing.errors import InvalidInputError, NotInstalledError
-from billing.grants import grant_tokens
-from billing.host_tables import build_host_metadata
-from billing.install import install
-from billing.mapping import HostMapping
-from billing.short_locks import HostBusyError, take_step
 from tests.support.books import assert_true
 from tests.support.dumps import pg_dump
 from tests.support.host import Host
 from tests.support.sessions import backend_pid, impatient, locked, wait_until
 from tests.support.work import charge_tokens, hold_tokens
+from trueup.accounts.grants import grant_tokens
+from trueup.database import engine as db
+from trueup.database.locks import HostBusyError, take_step
+from trueup.errors import InvalidInputError, NotInstalledError
+from trueup.gate.decision import check_access
+from trueup.host.mapping import HostMapping
+from trueup.install.attach import attach, prepare
+from trueup.install.detach import DetachRefusedError, detach, plan_detach, steps
+from trueup.install.example_tables import build_host_metadata
+from trueup.install.install import install
 
 WITHOUT_PATIENCE = {"patience_seconds": 0.0}
 

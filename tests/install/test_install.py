@@ -6,18 +6,18 @@ from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
-from billing import db
-from billing.errors import NotInstalledError
-from billing.install import check_installed, install
-from billing.mapping import HostMapping, SubscriptionTable, UsageLogTable, UserIdType
-from billing.schema import build_metadata
-from billing.settings import get_settings
-from billing.short_locks import INSTALL_LOCK
 from tests.support.books import assert_true
 from tests.support.dumps import pg_dump
 from tests.support.host import Host
 from tests.support.sessions import impatient, in_background, locked, run_at_once, wait_for_lock
 from tests.support.work import charge_tokens, hold_tokens
+from trueup.database import engine as db
+from trueup.database.locks import INSTALL_LOCK
+from trueup.database.schema import build_metadata
+from trueup.errors import NotInstalledError
+from trueup.host.mapping import HostMapping, SubscriptionTable, UsageLogTable, UserIdType
+from trueup.install.install import check_installed, install
+from trueup.settings.settings import get_settings
 
 
 @pytest.fixture
@@ -157,8 +157,8 @@ def test_another_type_of_user_id_is_refused(host: Host) -> None:
 def test_a_busy_log_makes_the_setup_fail_soon_rather_than_queue_the_host(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("billing.install.LOCK_TIMEOUT_SECONDS", 0.2)
-    monkeypatch.setattr("billing.install.STATEMENT_TIMEOUT_SECONDS", 5)
+    monkeypatch.setattr("trueup.install.install.LOCK_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("trueup.install.install.STATEMENT_TIMEOUT_SECONDS", 5)
     with locked(host, "LOCK TABLE ai_usage_log IN ROW EXCLUSIVE MODE"):
         with pytest.raises(OperationalError, match="lock timeout"):
             set_up(host.engine, with_host_tables=False)
@@ -178,8 +178,8 @@ def test_the_setup_gives_up_before_a_deadlock_could_end_the_hosts_transaction(ho
 
 
 def test_an_installer_waits_a_bounded_time_for_another(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("billing.install.LOCK_TIMEOUT_SECONDS", 0.2)
-    monkeypatch.setattr("billing.install.STATEMENT_TIMEOUT_SECONDS", 5)
+    monkeypatch.setattr("trueup.install.install.LOCK_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("trueup.install.install.STATEMENT_TIMEOUT_SECONDS", 5)
     with (
         locked(host, "SELECT pg_advisory_xact_lock(:key)", key=INSTALL_LOCK),
         pytest.raises(OperationalError, match="lock timeout"),

@@ -12,29 +12,29 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.pool import NullPool
 
-from billing import db
-from billing.accounts import read_account
-from billing.alerts import claim_due, raise_test
-from billing.attach import attach
-from billing.calls import begin_call, end_call, extend_hold
-from billing.charges import prune_answers
-from billing.detach import detach
-from billing.doctor.database import examine_database
-from billing.errors import InvalidInputError, MissingRightError, NotInstalledError
-from billing.holds import close_hold, expire_holds
-from billing.host_tables import build_host_metadata
-from billing.install import install
-from billing.mapping import HostMapping
-from billing.outbox import begin_effect, finish_effect
-from billing.roles import RoleNames, grants_sql, lacking_rights, passing_tables, readonly_rights, worker_rights
-from billing.rules import Rules
-from billing.settings import get_settings
-from billing.shared_runs import plan_run, sweep, work_on_shard
-from billing.tracking import track_ai_usage
 from tests.cli.conftest import trueup, trueup_json
 from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.work import charge_tokens, hold_tokens
+from trueup.accounts.account import read_account
+from trueup.database import engine as db
+from trueup.doctor.database import examine_database
+from trueup.errors import InvalidInputError, MissingRightError, NotInstalledError
+from trueup.gate.holds import close_hold, expire_holds
+from trueup.gate.provider_calls import begin_call, end_call, extend_hold
+from trueup.host.mapping import HostMapping
+from trueup.install.attach import attach
+from trueup.install.detach import detach
+from trueup.install.example_tables import build_host_metadata
+from trueup.install.install import install
+from trueup.install.roles import RoleNames, grants_sql, lacking_rights, passing_tables, readonly_rights, worker_rights
+from trueup.monitoring.alerts import claim_due, raise_test
+from trueup.reconcile.distributed_run import plan_run, sweep, work_on_shard
+from trueup.settings.policies import Rules
+from trueup.settings.settings import get_settings
+from trueup.usage.charges import prune_answers
+from trueup.usage.outbox import begin_effect, finish_effect
+from trueup.usage.tracker import track_ai_usage
 
 
 @dataclass

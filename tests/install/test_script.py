@@ -7,18 +7,18 @@ from sqlalchemy import Connection, create_engine
 from sqlalchemy.engine import make_url
 from sqlalchemy.pool import NullPool
 
-from billing import db
-from billing.attach import attach
-from billing.attach_script import attach_script
-from billing.errors import NotInstalledError
-from billing.host_tables import build_host_metadata
-from billing.install import check_installed
-from billing.mapping import HostMapping, SubscriptionTable, UsageLogTable
 from tests.support.books import assert_true
 from tests.support.dumps import pg_dump, programs
 from tests.support.host import Host
 from tests.support.sessions import locked
 from tests.support.work import hold_tokens
+from trueup.database import engine as db
+from trueup.errors import NotInstalledError
+from trueup.host.mapping import HostMapping, SubscriptionTable, UsageLogTable
+from trueup.install.attach import attach
+from trueup.install.example_tables import build_host_metadata
+from trueup.install.install import check_installed
+from trueup.install.script import attach_script
 
 MAPPING = HostMapping()
 ODD = HostMapping(

@@ -11,12 +11,12 @@ from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.pool import NullPool
 
-from billing.accounts import read_account
-from billing.errors import TokensDenied
 from tests.support.books import assert_true
 from tests.support.host import START, Host
 from tests.support.sessions import impatient, locked_balance
 from tests.support.work import balance, hold_tokens
+from trueup.accounts.account import read_account
+from trueup.errors import TokensDenied
 
 BEFORE_WINDOW = START - timedelta(days=1)
 

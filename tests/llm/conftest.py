@@ -2,7 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.ai.wire import Wire, wire_server
+from tests.support.wire import Wire, wire_server
 
 
 @pytest.fixture

@@ -5,11 +5,8 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
-from ai.metering import MeteredModel, spending_from
-from ai.model import Completion, Message
-from ai.providers.offline import OfflineProvider
-from billing.calls import list_unrecorded_calls
-from billing.errors import (
+from tests.support.host import Host
+from trueup.errors import (
     HoldExhaustedError,
     HoldOvertakenError,
     NoHoldError,
@@ -17,9 +14,12 @@ from billing.errors import (
     ProviderError,
     ServiceUnavailableError,
 )
-from billing.holds import Hold, close_hold, open_hold
-from billing.settings import get_settings
-from tests.support.host import Host
+from trueup.gate.holds import Hold, close_hold, open_hold
+from trueup.gate.provider_calls import list_unrecorded_calls
+from trueup.llm.metering import MeteredModel, spending_from
+from trueup.llm.model import Completion, Message
+from trueup.llm.providers.offline import OfflineProvider
+from trueup.settings.settings import get_settings
 
 PROMPT = [Message(role="user", content="a question")]
 
@@ -158,7 +158,7 @@ def test_answers_are_kept_only_as_far_as_the_settings_allow(
 def test_usage_that_can_not_be_written_is_an_error_and_never_ignored(
     host: Host, connection: Connection, monkeypatch: Any, caplog: Any, state: str, error: type[Exception]
 ) -> None:
-    monkeypatch.setattr("billing.insisting.RETRY_DELAYS_SECONDS", (0.01,))
+    monkeypatch.setattr("trueup.database.retry.RETRY_DELAYS_SECONDS", (0.01,))
     user = host.subscriber(1_000)
     host.execute(
         "CREATE FUNCTION shut_down() RETURNS trigger LANGUAGE plpgsql AS "

@@ -2,9 +2,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from ai.model import Completion, CompletionStream
-from billing.errors import ProviderError
-from tests.ai.scripted import completion
+from tests.support.scripted import completion
+from trueup.errors import ProviderError
+from trueup.llm.model import Completion, CompletionStream
 
 
 class Source:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from ai.model import Message, Provider
-from ai.prompts import block, dm_messages, job_of, product_messages, qa_messages
-from ai.providers import counter_from_settings, provider_from_settings
-from ai.providers.offline import OfflineProvider
-from ai.providers.offline_questions import question_about
-from ai.tokens import BoundCounter, EncodingCounter
-from billing.settings import Settings
+from trueup.llm.model import Message, Provider
+from trueup.llm.prompts import block, dm_messages, job_of, product_messages, qa_messages
+from trueup.llm.providers import counter_from_settings, provider_from_settings
+from trueup.llm.providers.offline import OfflineProvider
+from trueup.llm.providers.offline_questions import question_about
+from trueup.llm.tokens import BoundCounter, EncodingCounter
+from trueup.settings.settings import Settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COUNTER = EncodingCounter("o200k_base")

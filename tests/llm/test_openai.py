@@ -8,11 +8,11 @@ import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
-from ai.model import Completion, Message, Provider
-from ai.providers import provider_from_settings
-from ai.tokens import BoundCounter, EncodingCounter, count_prompt_tokens
-from billing.errors import ProviderError, SettingsError
-from billing.settings import Settings
+from trueup.errors import ProviderError, SettingsError
+from trueup.llm.model import Completion, Message, Provider
+from trueup.llm.providers import provider_from_settings
+from trueup.llm.tokens import BoundCounter, EncodingCounter, count_prompt_tokens
+from trueup.settings.settings import Settings
 
 KEY = "sk-test-0123456789abcdef"
 PATH = "/v1/chat/completions"

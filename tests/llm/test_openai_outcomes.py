@@ -9,9 +9,9 @@ from typing import Any
 import openai
 import pytest
 
-from ai.model import Message, Provider
-from billing.errors import AnswerFormatError, ProviderError
-from tests.ai.wire import CHUNKED_HEAD, HEAD, Script, Wire, chunk, plain, provider_at, reset, sending
+from tests.support.wire import CHUNKED_HEAD, HEAD, Script, Wire, chunk, plain, provider_at, reset, sending
+from trueup.errors import AnswerFormatError, ProviderError
+from trueup.llm.model import Message, Provider
 
 PROMPT = [Message(role="user", content="How are you?")]
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"

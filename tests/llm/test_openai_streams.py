@@ -6,10 +6,7 @@ from typing import Any
 
 import pytest
 
-from ai.model import Completion, CompletionStream, Message
-from ai.tokens import BoundCounter, EncodingCounter, count_prompt_tokens
-from billing.errors import ProviderError
-from tests.ai.wire import (
+from tests.support.wire import (
     CHUNKED_HEAD,
     DEADLINE_SECONDS,
     DONE,
@@ -23,6 +20,9 @@ from tests.ai.wire import (
     sending,
     usage_chunk,
 )
+from trueup.errors import ProviderError
+from trueup.llm.model import Completion, CompletionStream, Message
+from trueup.llm.tokens import BoundCounter, EncodingCounter, count_prompt_tokens
 
 PROMPT = [Message(role="user", content="How are you?")]
 USAGE = {"prompt_tokens": 21, "completion_tokens": 4, "total_tokens": 25}

@@ -1,11 +1,11 @@
 import pytest
 
-from ai import languages
-from ai.answers import objects_under, share_of
-from ai.chunks import passages
-from ai.texts import cut_at_word, cut_to_bytes, readable, sentences
-from ai.tokens import BoundCounter, EncodingCounter
-from billing.errors import InvalidInputError
+from trueup.errors import InvalidInputError
+from trueup.features.answers import objects_under, share_of
+from trueup.features.chunks import passages
+from trueup.llm import languages
+from trueup.llm.texts import cut_at_word, cut_to_bytes, readable, sentences
+from trueup.llm.tokens import BoundCounter, EncodingCounter
 
 COUNTER = EncodingCounter("o200k_base")
 

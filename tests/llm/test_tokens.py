@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ai.model import Message
-from ai.tokens import BoundCounter, EncodingCounter, count_prompt_tokens, counter_for, scaled_estimate
+from trueup.llm.model import Message
+from trueup.llm.tokens import BoundCounter, EncodingCounter, count_prompt_tokens, counter_for, scaled_estimate
 
 # Counted with tiktoken 0.14.0 (encode with disallowed_special=()): text, cl100k_base, o200k_base.
 COUNTED_BY_TIKTOKEN = [
@@ -128,7 +128,7 @@ def test_the_tokenizer_loads_once_however_many_threads_ask_first() -> None:
     program = """
 import sys, threading
 from concurrent.futures import ThreadPoolExecutor
-from ai.tokens import EncodingCounter
+from trueup.llm.tokens import EncodingCounter
 start = threading.Barrier(8)
 def count(_):
     start.wait()

@@ -6,9 +6,10 @@ import pytest
 from pydantic import SecretStr, ValidationError
 from sqlalchemy import Connection
 
-from billing import db
-from billing.alert_settings import AlertSettings
-from billing.alerts import (
+from tests.support.drift_history import add_drift, add_run, see_again
+from tests.support.host import Host
+from trueup.database import engine as db
+from trueup.monitoring.alerts import (
     RunNews,
     claim_due,
     findings_of,
@@ -19,10 +20,9 @@ from billing.alerts import (
     raise_all,
     raise_test,
 )
-from billing.missed_runs import find_missed_runs
-from billing.settings import get_settings
-from tests.support.drift_history import add_drift, add_run, see_again
-from tests.support.host import Host
+from trueup.reconcile.missed_runs import find_missed_runs
+from trueup.settings.alerts import AlertSettings
+from trueup.settings.settings import get_settings
 
 URL = {"webhook_url": "https://alerts.example/x", "webhook_secret": "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldY"}
 

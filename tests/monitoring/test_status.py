@@ -4,14 +4,14 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, create_engine
 
-from billing.calls import begin_call, end_call
-from billing.holds import Hold, close_hold, expire_holds
-from billing.mapping import HostMapping
-from billing.outbox import begin_effect, finish_effect
-from billing.reconcile import reconcile
-from billing.status import Status, read_status
 from tests.support.host import START, Host
 from tests.support.work import charge_tokens, hold_tokens
+from trueup.gate.holds import Hold, close_hold, expire_holds
+from trueup.gate.provider_calls import begin_call, end_call
+from trueup.host.mapping import HostMapping
+from trueup.monitoring.status import Status, read_status
+from trueup.reconcile.local_run import reconcile
+from trueup.usage.outbox import begin_effect, finish_effect
 
 NOW = START + timedelta(days=3)
 

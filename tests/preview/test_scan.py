@@ -10,24 +10,24 @@ import pytest
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.pool import NullPool
 
-from billing import look as looking
-from billing.drift_rows import DriftFilter, row_of_finding
-from billing.errors import NotInstalledError, TrueupError
-from billing.host_tables import build_host_metadata
-from billing.install import install
-from billing.look import Look, look
-from billing.look_report import LookReport
-from billing.mapping import HostMapping, PaymentTable, SubscriptionTable, TokenUsageTable, UsageLogTable
-from billing.reconcile import reconcile
-from billing.reconcile_runs import Finding
-from billing.rules import Rules
-from tests.billing.test_discovery import UUID_HOST, UUID_MAPPING
-from tests.billing.test_mapped_hosts import LOG, MAPPINGS, USERS, do, lower, subscribe
+from tests.discovery.test_proposal import UUID_HOST, UUID_MAPPING
+from tests.host.test_mapped_hosts import LOG, MAPPINGS, USERS, do, lower, subscribe
 from tests.support.host import START, Host
 from tests.support.legacy.loading import WITH_ROWS, load
 from tests.support.legacy.population import make_population
 from tests.support.sessions import wait_until
 from tests.support.standby import caught_up, standby_of
+from trueup.errors import NotInstalledError, TrueupError
+from trueup.host.mapping import HostMapping, PaymentTable, SubscriptionTable, TokenUsageTable, UsageLogTable
+from trueup.install.example_tables import build_host_metadata
+from trueup.install.install import install
+from trueup.preview import scan as looking
+from trueup.preview.report import LookReport
+from trueup.preview.scan import Look, look
+from trueup.reconcile.local_run import reconcile
+from trueup.reconcile.runs import Finding
+from trueup.reports.rows import DriftFilter, row_of_finding
+from trueup.settings.policies import Rules
 
 NO_AGE = Rules(min_age_seconds=0)
 

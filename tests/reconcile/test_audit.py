@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, text
 
-from billing import db
-from billing.deep import read_defects
-from billing.mapping import HostMapping
-from billing.reconcile import reconcile
-from billing.reconcile_runs import RunSummary
-from billing.rules import Rules
 from tests.support.books import assert_true, dump
 from tests.support.host import START, Host
 from tests.support.sessions import in_background, locked_balance, wait_for_lock
 from tests.support.work import balance, charge_tokens, hold_tokens
+from trueup.database import engine as db
+from trueup.host.mapping import HostMapping
+from trueup.reconcile.audit import read_defects
+from trueup.reconcile.local_run import reconcile
+from trueup.reconcile.runs import RunSummary
+from trueup.settings.policies import Rules
 
 Found = list[tuple[str, Any, int | None, int | None, bool]]
 
@@ -210,7 +210,7 @@ def test_a_balance_is_looked_at_again_under_its_lock(
 def test_a_deep_pass_in_shards_finds_the_same(
     host: Host, connection: Connection, deep: Callable[..., Found], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("billing.reconcile.SMALLEST_SHARD", 2)
+    monkeypatch.setattr("trueup.reconcile.local_run.SMALLEST_SHARD", 2)
     users = [user_with_balance(host, connection) for _ in range(8)]
     bypass(host, "UPDATE ai_usage_log SET total_tokens = 400")
     host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER trueup_deleted")

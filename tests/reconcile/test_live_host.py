@@ -19,10 +19,6 @@ import pytest
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.pool import NullPool
 
-from billing.install import install
-from billing.policies import Rules
-from billing.reconcile import reconcile
-from billing.reconcile_runs import RunSummary
 from tests.conftest import cloned_database
 from tests.support.books import assert_true
 from tests.support.host import Host
@@ -30,7 +26,11 @@ from tests.support.legacy.live_host import THREADS
 from tests.support.legacy.loading import SUBSCRIPTION_OFFSET, WITH_ROWS, load
 from tests.support.legacy.population import Person, make_population
 from tests.support.sessions import DEADLINE_SECONDS
-from worker.stack import StackUrls
+from trueup.drift.verdict import Rules
+from trueup.install.install import install
+from trueup.reconcile.local_run import reconcile
+from trueup.reconcile.runs import RunSummary
+from trueup.stack import StackUrls
 
 SECONDS = float(os.environ.get("LIVE_HOST_SECONDS", "8"))
 SEED = int(os.environ.get("LIVE_HOST_SEED", "1"))

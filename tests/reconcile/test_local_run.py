@@ -6,14 +6,14 @@ import pytest
 from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.pool import NullPool
 
-from billing import db
-from billing.mapping import HostMapping
-from billing.reconcile import reconcile
-from billing.reconcile_runs import RunSummary
 from tests.support.books import assert_true, dump
 from tests.support.host import START, Host
 from tests.support.sessions import impatient, locked, locked_balance
 from tests.support.work import balance, charge_tokens, hold_tokens
+from trueup.database import engine as db
+from trueup.host.mapping import HostMapping
+from trueup.reconcile.local_run import reconcile
+from trueup.reconcile.runs import RunSummary
 
 YESTERDAY = START - timedelta(days=1)
 

@@ -7,15 +7,16 @@ import pytest
 from sqlalchemy import Connection, event
 from sqlalchemy.exc import DBAPIError
 
-from billing import db, shard_work
-from billing.mapping import HostMapping
-from billing.reconcile import reconcile
-from billing.reconcile_batch import BatchContext, reconcile_batch
-from billing.rules import Rules
-from billing.shards import ShardLostError, Step, claim_shard
-from billing.shared_runs import plan_run
-from tests.billing.test_shards import RULES, counters, let_leases_run_out, missed, plan, work
+from tests.reconcile.test_shards import RULES, counters, let_leases_run_out, missed, plan, work
 from tests.support.host import Host
+from trueup.database import engine as db
+from trueup.host.mapping import HostMapping
+from trueup.reconcile import shard_worker
+from trueup.reconcile.batch import BatchContext, reconcile_batch
+from trueup.reconcile.distributed_run import plan_run
+from trueup.reconcile.local_run import reconcile
+from trueup.reconcile.shards import ShardLostError, Step, claim_shard
+from trueup.settings.policies import Rules
 
 DAY_SECONDS, QUARTER_SECONDS = 86_400, 900
 
@@ -33,13 +34,13 @@ def test_a_look_that_takes_all_of_a_task_s_time_does_not_keep_a_run_from_its_end
 ) -> None:
     missed(host, 3)
     run_id = plan(host, kind=kind)
-    real = getattr(shard_work, slow)
+    real = getattr(shard_worker, slow)
 
     def slowly(*values: Any, **more: Any) -> Any:
         time.sleep(0.3)
         return real(*values, **more)
 
-    monkeypatch.setattr(shard_work, slow, slowly)
+    monkeypatch.setattr(shard_worker, slow, slowly)
     outcomes = [work(run_id, 1, seconds=0.2, batch_size=1) for _ in range(8)]
     assert any(outcome.ended for outcome in outcomes)
     assert counters(host) == [9_700] * 3
@@ -113,7 +114,7 @@ def test_when_all_rows_refuse_the_run_fails_and_its_error_shows_no_row(
 ) -> None:
     missed(host, 4)
     refuse(host, "false")
-    monkeypatch.setattr(shard_work, "MOST_REFUSED", 2)
+    monkeypatch.setattr(shard_worker, "MOST_REFUSED", 2)
     with pytest.raises(DBAPIError):
         reconcile(db.get_engine(), HostMapping(), rules=RULES)
     error = host.value("SELECT error FROM trueup.reconcile_run")

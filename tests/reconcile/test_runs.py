@@ -6,15 +6,16 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
-from billing import db, shards
-from billing.errors import InvalidInputError, NotInstalledError, ServiceUnavailableError
-from billing.mapping import HostMapping
-from billing.reconcile import reconcile
-from billing.reconcile_runs import RunInProgressError, RunSummary, begin_run, end_run
-from billing.rules import Rules
-from billing.shared_runs import plan_run
 from tests.support.host import Host
 from tests.support.sessions import run_at_once, wait_until
+from trueup.database import engine as db
+from trueup.errors import InvalidInputError, NotInstalledError, ServiceUnavailableError
+from trueup.host.mapping import HostMapping
+from trueup.reconcile import shards
+from trueup.reconcile.distributed_run import plan_run
+from trueup.reconcile.local_run import reconcile
+from trueup.reconcile.runs import RunInProgressError, RunSummary, begin_run, end_run
+from trueup.settings.policies import Rules
 
 RULES = Rules(min_age_seconds=0)
 
@@ -75,7 +76,7 @@ def test_every_subscription_is_checked_once_whatever_the_batch(
 def test_a_shard_with_more_suspects_than_fit_in_memory_is_looked_at_again(
     host: Host, run: Callable[..., RunSummary], page: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("billing.shard_work.PAGE_SIZE", page)
+    monkeypatch.setattr("trueup.reconcile.shard_worker.PAGE_SIZE", page)
     monkeypatch.setattr(shards.find_suspects, "__kwdefaults__", {"page": page})
     users = [missed(host) if number % 2 else host.subscriber(500) for number in range(8)]
     summary = run(batch_size=2)
@@ -197,7 +198,7 @@ def test_a_run_at_work_is_kept_by_its_signs_of_life(
     host: Host, run: Callable[..., RunSummary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "LEASE_SECONDS", 0.6)
-    monkeypatch.setattr("billing.reconcile_runs.LEASE_SECONDS", 0.6)
+    monkeypatch.setattr("trueup.reconcile.runs.LEASE_SECONDS", 0.6)
     for _ in range(3):
         missed(host)
     refused = []

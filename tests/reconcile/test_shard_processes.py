@@ -13,21 +13,22 @@ import pytest
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from billing import db, shard_processes
-from billing import reconcile as reconciliation
-from billing.errors import ServiceUnavailableError, TrueupError
-from billing.mapping import HostMapping
-from billing.reconcile import reconcile
-from billing.reconcile_batch import BatchContext
-from billing.reconcile_runs import RunSummary
-from billing.settings import Settings, get_settings
-from billing.shard_jobs import ShardsOfRun
-from billing.shard_processes import Order, ProcessEndedError, ShardProcess
-from billing.shards import Step, claim_shard, move_shard
-from tests.billing.test_shards import RULES, counters, missed, plan
+from tests.reconcile.test_shards import RULES, counters, missed, plan
 from tests.support.books import dump
 from tests.support.host import Host
 from tests.support.shard_processes import marked_engine, meet_processes
+from trueup.database import engine as db
+from trueup.errors import ServiceUnavailableError, TrueupError
+from trueup.host.mapping import HostMapping
+from trueup.reconcile import local_run as reconciliation
+from trueup.reconcile import shard_processes
+from trueup.reconcile.batch import BatchContext
+from trueup.reconcile.jobs import ShardsOfRun
+from trueup.reconcile.local_run import reconcile
+from trueup.reconcile.runs import RunSummary
+from trueup.reconcile.shard_processes import Order, ProcessEndedError, ShardProcess
+from trueup.reconcile.shards import Step, claim_shard, move_shard
+from trueup.settings.settings import Settings, get_settings
 
 USERS = 24
 
@@ -261,8 +262,8 @@ def test_where_no_process_can_be_started_the_work_is_done_here(
 def test_a_package_of_the_host_s_in_the_working_folder_is_not_taken_for_ours(
     host: Host, run: Callable[..., RunSummary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "billing").mkdir()
-    (tmp_path / "billing" / "__init__.py").write_text("raise RuntimeError('the host\\'s own')")
+    (tmp_path / "trueup").mkdir()
+    (tmp_path / "trueup" / "__init__.py").write_text("raise RuntimeError('the host\\'s own')")
     monkeypatch.chdir(tmp_path)
     missed(host, USERS)
     meet_processes(host)

@@ -12,20 +12,30 @@ import pytest
 from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.pool import NullPool
 
-from billing import db, shards
-from billing.errors import ServiceUnavailableError
-from billing.install import install
-from billing.mapping import HostMapping, UserIdType
-from billing.reconcile import reconcile
-from billing.reconcile_batch import BatchContext, reconcile_batch
-from billing.reconcile_runs import RunSummary, end_run
-from billing.rules import Rules
-from billing.shards import MOST_FAILURES, Shard, ShardLostError, Step, claim_shard, end_shard, move_shard, shard_ends
-from billing.shared_runs import plan_run, sweep, work_on_shard
 from tests.support.books import dump
 from tests.support.host import Host
 from tests.support.sessions import wait_until
 from tests.support.work import hold_tokens
+from trueup.database import engine as db
+from trueup.errors import ServiceUnavailableError
+from trueup.host.mapping import HostMapping, UserIdType
+from trueup.install.install import install
+from trueup.reconcile import shards
+from trueup.reconcile.batch import BatchContext, reconcile_batch
+from trueup.reconcile.distributed_run import plan_run, sweep, work_on_shard
+from trueup.reconcile.local_run import reconcile
+from trueup.reconcile.runs import RunSummary, end_run
+from trueup.reconcile.shards import (
+    MOST_FAILURES,
+    Shard,
+    ShardLostError,
+    Step,
+    claim_shard,
+    end_shard,
+    move_shard,
+    shard_ends,
+)
+from trueup.settings.policies import Rules
 
 TRUEUP = Path(sys.executable).with_name("trueup")
 RULES = Rules(min_age_seconds=0)
@@ -111,7 +121,7 @@ def test_a_user_who_comes_during_the_run_belongs_to_the_last_shard(host: Host, c
 def test_several_jobs_share_a_run(
     host: Host, run: Callable[..., RunSummary], jobs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("billing.reconcile.SMALLEST_SHARD", 2)
+    monkeypatch.setattr("trueup.reconcile.local_run.SMALLEST_SHARD", 2)
     missed(host, 12)
     before = dump(host)
     assert run(jobs=jobs, dry_run=True).drifted == 12

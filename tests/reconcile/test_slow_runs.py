@@ -6,16 +6,17 @@ from typing import Any
 import pytest
 from sqlalchemy import event
 
-from billing import db, shard_work
-from billing.errors import ServiceUnavailableError
-from billing.mapping import HostMapping
-from billing.reconcile import reconcile
-from billing.reconcile_runs import RunSummary
-from billing.settings import get_settings
-from billing.shared_runs import plan_run
-from tests.billing.test_shards import RULES, counters, let_leases_run_out, missed, plan, work
 from tests.cli.conftest import trueup
+from tests.reconcile.test_shards import RULES, counters, let_leases_run_out, missed, plan, work
 from tests.support.host import Host
+from trueup.database import engine as db
+from trueup.errors import ServiceUnavailableError
+from trueup.host.mapping import HostMapping
+from trueup.reconcile import shard_worker
+from trueup.reconcile.distributed_run import plan_run
+from trueup.reconcile.local_run import reconcile
+from trueup.reconcile.runs import RunSummary
+from trueup.settings.settings import get_settings
 
 SLOW = "DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '57014', MESSAGE = 'statement timeout'; END $$"
 Slow = Callable[..., list[int]]
@@ -117,7 +118,7 @@ def test_a_run_tells_of_a_slow_user(host: Host) -> None:
 def test_when_many_take_too_long_the_run_ends_instead_of_waiting_for_each(
     host: Host, slow: Slow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_work, "MOST_SLOW", 2)
+    monkeypatch.setattr(shard_worker, "MOST_SLOW", 2)
     users = missed(host, 6)
     ended = slow(users)
     with pytest.raises(ServiceUnavailableError, match="statement timeout"):
@@ -149,7 +150,7 @@ def test_planning_reads_the_subscriptions_once_and_under_the_limit_of_such_reads
         "SELECT nextval('public.looks') FROM pg_sleep(1.1) $$"
     )
     monkeypatch.setenv("TRUEUP_STATEMENT_TIMEOUT_SECONDS", "1")
-    monkeypatch.setattr("billing.reconcile_runs.LEASE_SECONDS", 1.0)
+    monkeypatch.setattr("trueup.reconcile.runs.LEASE_SECONDS", 1.0)
     get_settings.cache_clear()
     db.dispose_engine()
     plan(host)
@@ -158,7 +159,7 @@ def test_planning_reads_the_subscriptions_once_and_under_the_limit_of_such_reads
     # The lease begins when the look is over.
     assert host.value("SELECT lease_until - started_at > interval '2 seconds' FROM trueup.reconcile_run")
     let_leases_run_out(host)
-    monkeypatch.setattr("billing.reconcile.SMALLEST_SHARD", 1)
+    monkeypatch.setattr("trueup.reconcile.local_run.SMALLEST_SHARD", 1)
     assert run(dry_run=True, jobs=2).checked == 3
     get_settings.cache_clear()
 

@@ -8,18 +8,18 @@ from typing import get_args
 import pytest
 from sqlalchemy import Connection
 
-from billing import db
-from billing.cause_texts import ACTIONS, CAUSES
-from billing.causes import Cause
-from billing.drift_explain import tell_counter
-from billing.drift_history import history_json, read_history
-from billing.drift_reports import SCHEMA_VERSION, DriftReport, find_source, read_report, report_dry_run, stream_rows
-from billing.drift_rows import DriftFilter, ReportRow
-from billing.errors import InvalidInputError
-from billing.mapping import HostMapping
-from billing.reconcile import reconcile
 from tests.support.drift_history import FIRST_RUN, add_drift, add_run, decide, see_again
 from tests.support.host import Host
+from trueup.database import engine as db
+from trueup.drift.cause_texts import ACTIONS, CAUSES
+from trueup.drift.causes import Cause
+from trueup.errors import InvalidInputError
+from trueup.host.mapping import HostMapping
+from trueup.reconcile.local_run import reconcile
+from trueup.reports.history import history_json, read_history
+from trueup.reports.rows import DriftFilter, ReportRow
+from trueup.reports.run_report import SCHEMA_VERSION, DriftReport, find_source, read_report, report_dry_run, stream_rows
+from trueup.reports.user_report import tell_counter
 
 
 @pytest.fixture

@@ -6,16 +6,17 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
-from billing import bulk_decisions, db
-from billing.bulk_decisions import BulkDecision, ChosenDrifts, choose_drifts, decide_chosen
-from billing.decisions import ReviewFilter, decide_drift, list_reviews, undo_run
-from billing.errors import InvalidInputError
-from billing.mapping import HostMapping
-from billing.reconcile import reconcile
-from billing.rules import Rules
 from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.sessions import locked, run_at_once
+from trueup.database import engine as db
+from trueup.errors import InvalidInputError
+from trueup.host.mapping import HostMapping
+from trueup.reconcile.local_run import reconcile
+from trueup.review import bulk
+from trueup.review.bulk import BulkDecision, ChosenDrifts, choose_drifts, decide_chosen
+from trueup.review.decisions import ReviewFilter, decide_drift, list_reviews, undo_run
+from trueup.settings.policies import Rules
 
 RULES = Rules(min_age_seconds=0, policies={"missed_decrement": "review"})
 
@@ -43,8 +44,8 @@ def counters(host: Host) -> list[int | None]:
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk_decisions, "DECIDED_AT_ONCE", 2)
-    monkeypatch.setattr(bulk_decisions, "PAGE_SIZE", 3)
+    monkeypatch.setattr(bulk, "DECIDED_AT_ONCE", 2)
+    monkeypatch.setattr(bulk, "PAGE_SIZE", 3)
 
 
 def test_many_are_accepted_in_batches_and_each_is_audited_as_one_alone(host: Host, connection: Connection) -> None:

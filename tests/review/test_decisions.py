@@ -5,17 +5,25 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
-from billing import db
-from billing.accounts import read_account
-from billing.decisions import Decision, DecisionRefusedError, ReviewItem, Undone, decide_drift, list_reviews, undo_run
-from billing.errors import InvalidInputError
-from billing.mapping import HostMapping
-from billing.reconcile import reconcile
-from billing.reconcile_runs import RunSummary
-from billing.rules import Rules
 from tests.support.books import assert_true, dump
 from tests.support.host import START, Host
 from tests.support.sessions import locked, run_at_once
+from trueup.accounts.account import read_account
+from trueup.database import engine as db
+from trueup.errors import InvalidInputError
+from trueup.host.mapping import HostMapping
+from trueup.reconcile.local_run import reconcile
+from trueup.reconcile.runs import RunSummary
+from trueup.review.decisions import (
+    Decision,
+    DecisionRefusedError,
+    ReviewItem,
+    Undone,
+    decide_drift,
+    list_reviews,
+    undo_run,
+)
+from trueup.settings.policies import Rules
 
 LATER = timedelta(hours=2)
 

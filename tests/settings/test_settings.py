@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from billing.errors import SettingsError
-from billing.settings import (
+from trueup.errors import SettingsError
+from trueup.settings.settings import (
     Settings,
     broker_url,
     database_url,

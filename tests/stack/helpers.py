@@ -12,20 +12,20 @@ from pathlib import Path
 
 import psutil
 
-from billing.settings import Settings
-from worker.stack.layout import Layout
-from worker.stack.postgres_server import PostgresServer
-from worker.stack.processes import first_of, is_alive
-from worker.stack.redis_server import RedisServer
-from worker.stack.waiting import wait_until
+from trueup.settings.settings import Settings
+from trueup.stack.layout import Layout
+from trueup.stack.postgres_server import PostgresServer
+from trueup.stack.processes import first_of, is_alive
+from trueup.stack.redis_server import RedisServer
+from trueup.stack.waiting import wait_until
 
 DEADLINE_SECONDS = 15.0
 
 # A command that uses the stack: says so, and goes on until its standard input is closed.
 USER = """
 import sys
-from billing.settings import Settings
-from worker.stack import running_stack
+from trueup.settings.settings import Settings
+from trueup.stack import running_stack
 
 with running_stack(Settings(home=sys.argv[1]), services=sys.argv[2].split(",")):
     print("ready", flush=True)

@@ -16,9 +16,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from billing import settings as billing_settings
-from billing.settings import Settings
-from tests.worker.stack_helpers import (
+from tests.stack.helpers import (
     USER,
     eventually,
     finish,
@@ -31,9 +29,11 @@ from tests.worker.stack_helpers import (
     stack_user,
     temporary_home,
 )
-from worker.stack import StackUrls, running_stack
-from worker.stack.errors import StackError
-from worker.stack.redis_server import find_program
+from trueup.settings import settings as billing_settings
+from trueup.settings.settings import Settings
+from trueup.stack import StackUrls, running_stack
+from trueup.stack.errors import StackError
+from trueup.stack.redis_server import find_program
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 

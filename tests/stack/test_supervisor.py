@@ -14,8 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from billing.settings import Settings
-from tests.worker.stack_helpers import (
+from tests.stack.helpers import (
     alive,
     eventually,
     finish,
@@ -25,22 +24,23 @@ from tests.worker.stack_helpers import (
     stack_settings,
     temporary_home,
 )
-from worker.stack import running_stack
-from worker.stack.children import start_child
-from worker.stack.commands import Command
-from worker.stack.crew import Policy
-from worker.stack.errors import ChildFailedError, StackAlreadyRunningError
-from worker.stack.records import ChildRecords
-from worker.stack.supervisor import run_stack
+from trueup.settings.settings import Settings
+from trueup.stack import running_stack
+from trueup.stack.children import start_child
+from trueup.stack.commands import Command
+from trueup.stack.crew import Policy
+from trueup.stack.errors import ChildFailedError, StackAlreadyRunningError
+from trueup.stack.records import ChildRecords
+from trueup.stack.supervisor import run_stack
 
 # `trueup up` with commands of the test's own; without servers unless "embedded" is asked for.
 UP = """
 import json, sys
-from billing.errors import TrueupError
-from billing.settings import Settings
-from worker.stack.commands import Command
-from worker.stack.crew import Policy
-from worker.stack.supervisor import run_stack
+from trueup.errors import TrueupError
+from trueup.settings.settings import Settings
+from trueup.stack.commands import Command
+from trueup.stack.crew import Policy
+from trueup.stack.supervisor import run_stack
 
 home, commands, policy, servers = sys.argv[1:]
 urls = {"database_url": "postgresql://db/x", "broker_url": "redis://broker/0"}
@@ -291,7 +291,7 @@ def test_the_stack_stops_when_nobody_reads_its_output_any_more(home: Path) -> No
 
 
 def test_lines_are_coloured_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    from worker.stack.merged_log import MergedLog
+    from trueup.stack.merged_log import MergedLog
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -1,7 +1,7 @@
 """Are the books true? Checks of the invariants, for any test to call at any commit."""
 
-from billing.mapping import HostMapping, render_statement
 from tests.support.host import Host
+from trueup.host.mapping import HostMapping, render_statement
 
 # One statement, one snapshot. A balance that says itself that it is stale (an older epoch) is not held to its figures.
 _UNTRUE_BALANCES = """

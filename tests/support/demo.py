@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.worker.stack_helpers import temporary_home
-from worker.stack.processes import is_alive
+from tests.stack.helpers import temporary_home
+from trueup.stack.processes import is_alive
 
 DEADLINE_SECONDS = 120.0
 

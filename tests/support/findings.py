@@ -3,9 +3,9 @@
 from datetime import timedelta
 from typing import Any
 
-from billing.drifts import Drift
-from billing.evidence import Evidence
 from tests.support.host import START
+from trueup.drift.detect import Drift
+from trueup.drift.evidence import Evidence
 
 NOW = START + timedelta(days=3)
 INT4 = 2**31 - 1

@@ -10,13 +10,13 @@ from celery import current_task, shared_task
 from celery.exceptions import Ignore
 from sqlalchemy import text
 
-from ai.metering import running_hold
-from ai.model import Message, Model
-from billing import db
-from billing.holds import expire_holds
-from billing.users import UserId
-from tasks import metered_task
 from tests.support.work import hold_tokens
+from trueup.accounts.user_ids import UserId
+from trueup.database import engine as db
+from trueup.gate.holds import expire_holds
+from trueup.llm.metering import running_hold
+from trueup.llm.model import Message, Model
+from trueup.tasks import metered_task
 
 WORD = "token "
 

@@ -5,12 +5,12 @@ from datetime import UTC, datetime
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
-from billing import db
-from billing.accounts import read_account
-from billing.host_tables import build_host_metadata
-from billing.install import install
-from billing.mapping import HostMapping
 from tests.support.host import START, Host
+from trueup.accounts.account import read_account
+from trueup.database import engine as db
+from trueup.host.mapping import HostMapping
+from trueup.install.example_tables import build_host_metadata
+from trueup.install.install import install
 
 NOVEMBER, DECEMBER = START, datetime(2026, 12, 5, tzinfo=UTC)
 ROW = "(user_id, section, total_tokens, created_at) VALUES (:user, 'chat', :tokens, :at)"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from sqlalchemy.engine import make_url
 
-from billing.settings import Settings
+from tests.stack.helpers import temporary_home
 from tests.support.sessions import wait_until
-from tests.worker.stack_helpers import temporary_home
-from worker.stack.layout import prepare_layout
-from worker.stack.postgres_home import find_postgres_home
+from trueup.settings.settings import Settings
+from trueup.stack.layout import prepare_layout
+from trueup.stack.postgres_home import find_postgres_home
 
 VARIABLE = "TRUEUP_TEST_PGBOUNCER"
 GIVEN = os.environ.get(VARIABLE)

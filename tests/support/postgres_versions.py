@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
-from billing.settings import Settings
-from worker.stack.layout import can_pass, prepare_layout
-from worker.stack.postgres_home import find_postgres_home
-from worker.stack.processes import run_tool
+from trueup.settings.settings import Settings
+from trueup.stack.layout import can_pass, prepare_layout
+from trueup.stack.postgres_home import find_postgres_home
+from trueup.stack.processes import run_tool
 
 VARIABLE = "TRUEUP_TEST_POSTGRES"
 """Folders with `postgres` and `initdb`: the whole test session runs on the first, tests/versions on each."""

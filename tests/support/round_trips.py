@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import event
 
-from billing import db
+from trueup.database import engine as db
 
 
 @contextmanager

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ai.effects import Outcome
-from ai.model import Completion, Message
-from ai.providers.offline import OfflineProvider
-from billing.errors import HoldExhaustedError
+from trueup.errors import HoldExhaustedError
+from trueup.features.effects import Outcome
+from trueup.llm.model import Completion, Message
+from trueup.llm.providers.offline import OfflineProvider
 
 
 def completion(text: str, *, truncated: bool = False) -> Completion:

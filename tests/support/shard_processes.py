@@ -4,9 +4,9 @@ from typing import Any
 
 from sqlalchemy import Engine, event
 
-from billing import db
-from billing.settings import Settings
 from tests.support.host import Host
+from trueup.database import engine as db
+from trueup.settings.settings import Settings
 
 PROCESS = "process"
 

@@ -12,10 +12,10 @@ import pytest
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.pool import NullPool
 
+from tests.stack.helpers import temporary_home
 from tests.support.sessions import wait_until
-from tests.worker.stack_helpers import temporary_home
-from worker.stack.postgres_server import PostgresServer
-from worker.stack.processes import Account, processes_in, run_tool, start_detached, stop_processes
+from trueup.stack.postgres_server import PostgresServer
+from trueup.stack.processes import Account, processes_in, run_tool, start_detached, stop_processes
 
 PROGRAM = "pg_basebackup"
 

@@ -4,11 +4,11 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, text
 
-from billing.causes import Explanation
-from billing.drifts import Drift, find_drifts
-from billing.explanations import explain
-from billing.mapping import HostMapping, PaymentTable, TokenUsageTable
 from tests.support.host import START, Host
+from trueup.drift.causes import Explanation
+from trueup.drift.detect import Drift, find_drifts
+from trueup.drift.explain import explain
+from trueup.host.mapping import HostMapping, PaymentTable, TokenUsageTable
 
 MAPPED = HostMapping(
     token_usage=TokenUsageTable(table="billing_tokenusage"), payment=PaymentTable(table="billing_payment")

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from ai.model import Provider
-from ai.providers import provider_from_settings
-from billing.settings import Settings
+from trueup.llm.model import Provider
+from trueup.llm.providers import provider_from_settings
+from trueup.settings.settings import Settings
 
 DEADLINE_SECONDS = 10
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"

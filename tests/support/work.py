@@ -6,8 +6,8 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from billing.charges import Charge, Usage, record_charge
-from billing.holds import Hold, open_hold
+from trueup.gate.holds import Hold, open_hold
+from trueup.usage.charges import Charge, Usage, record_charge
 
 _numbers = itertools.count(1)
 

@@ -68,7 +68,7 @@ def running_worker(
 ) -> Iterator[WorkerProcess]:
     """Run a worker on this process's settings until the block ends; ready when given. `more`: its last arguments."""
     celery = Path(sys.executable).with_name("celery")
-    command = [str(celery), "-A", "worker", "worker", "-Q", ",".join(queues), "-c", str(concurrency)]
+    command = [str(celery), "-A", "trueup.worker", "worker", "-Q", ",".join(queues), "-c", str(concurrency)]
     if include:
         command += ["-I", ",".join(include)]
     command += more

@@ -18,14 +18,14 @@ from pytest_httpserver import HTTPServer
 from sqlalchemy import Connection
 from werkzeug import Request, Response
 
-from billing.alerts import Alert, list_alerts
-from billing.settings import get_settings
-from tasks import TASK_MODULES
-from tasks.alerts import check_alerts
 from tests.cli.conftest import trueup, trueup_json
 from tests.support.drift_history import add_drift, add_run
 from tests.support.host import Host
-from worker.config import celery_config
+from trueup.monitoring.alerts import Alert, list_alerts
+from trueup.settings.settings import get_settings
+from trueup.tasks import TASK_MODULES
+from trueup.tasks.alerts import check_alerts
+from trueup.worker.config import celery_config
 
 SECRET = "a secret of enough bytes"
 Configure = Callable[..., None]
@@ -75,7 +75,7 @@ def test_beat_looks_for_alerts_each_minute_where_they_go_anywhere(host: Host, co
     assert config["beat_schedule"]["check-alerts"]["task"] == check_alerts.name
     assert config["beat_schedule"]["check-alerts"]["schedule"] == timedelta(minutes=1)
     assert config["task_routes"][check_alerts.name] == {"queue": "reconcile"}
-    assert "tasks.alerts" in TASK_MODULES
+    assert "trueup.tasks.alerts" in TASK_MODULES
 
 
 def test_an_alert_is_sent_once_and_signed_so_that_its_receiver_can_tell(

@@ -13,16 +13,16 @@ from celery import Celery, shared_task
 from celery.app.task import Task
 from sqlalchemy import Connection
 
-from ai import enhancement, instagram, messages, questions
-from ai.products import extractor
-from ai.providers.offline import OfflineProvider
-from billing.errors import InvalidInputError, ProviderError, TokensDenied
-from billing.holds import list_holds
-from billing.settings import get_settings
-from tasks import MeteredTask
-from tasks.metered import _model
-from tests.ai.wire import Wire, wire_server
 from tests.support.host import Host
+from tests.support.wire import Wire, wire_server
+from trueup.errors import InvalidInputError, ProviderError, TokensDenied
+from trueup.features import enhancement, instagram, messages, questions
+from trueup.features.products import extractor
+from trueup.gate.holds import list_holds
+from trueup.llm.providers.offline import OfflineProvider
+from trueup.settings.settings import get_settings
+from trueup.tasks import MeteredTask
+from trueup.tasks.metered import _model
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -46,12 +46,12 @@ ESTIMATES = {
 }
 
 
-SPENDING = ("ai", "openai")
+SPENDING = ("trueup.features.", "trueup.llm.", "openai.")
 
 
 @pytest.fixture
 def app(database: str) -> Celery:
-    from worker.celery import app
+    from trueup.worker.celery import app
 
     app.loader.import_default_modules()
     app.finalize()
@@ -91,7 +91,7 @@ def can_spend(task: Task) -> bool:
     """Whether a task's module has anything to do with models, ours or a provider's own client."""
     module = inspect.getmodule(inspect.unwrap(task.run))
     assert module is not None
-    return any(name.partition(".")[0] in SPENDING for name in imported(inspect.getsource(module)))
+    return any(f"{name}.".startswith(SPENDING) for name in imported(inspect.getsource(module)))
 
 
 def not_gated(tasks: Iterable[Task]) -> list[str]:
@@ -113,13 +113,17 @@ def test_the_walk_finds_a_task_that_is_not(app: Celery) -> None:
 
 def test_only_the_metered_task_has_a_provider_at_hand() -> None:
     """Everything else asks a `Model`, which spends from a hold or refuses."""
-    sources = [path for package in ("tasks", "worker", "api", "cli") for path in ROOT.glob(f"{package}/**/*.py")]
+    sources = [
+        path
+        for package in ("tasks", "worker", "cli", "trueup/api", "trueup/stack")
+        for path in ROOT.glob(f"{package}/**/*.py")
+    ]
     holders = {
         str(path.relative_to(ROOT))
         for path in sources
         for name in imported(path.read_text())
-        if name.startswith(("ai.providers.", "ai.metering.MeteredModel", "openai"))
-        and name != "ai.providers.counter_from_settings"
+        if name.startswith(("trueup.llm.providers.", "trueup.llm.metering.MeteredModel", "openai"))
+        and name != "trueup.llm.providers.counter_from_settings"
     }
     assert holders == {"tasks/metered.py"}
 

@@ -8,9 +8,9 @@ from celery import Celery
 from pytest_httpserver import HTTPServer
 from werkzeug import Response
 
-from ai.graph import GraphError
-from billing.settings import get_settings
 from tests.support.host import Host
+from trueup.features.graph import GraphError
+from trueup.settings.settings import get_settings
 
 ACCOUNT, COMMENT = "17841405822304914", "17870913679156914"
 MESSAGES, REPLIES = f"/{ACCOUNT}/messages", f"/{COMMENT}/replies"
@@ -19,7 +19,7 @@ TASK = "3f2d7c1e-0000-4000-8000-000000000001"
 
 @pytest.fixture
 def app(database: str, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> Celery:
-    from worker.celery import app
+    from trueup.worker.celery import app
 
     monkeypatch.setenv("TRUEUP_INSTAGRAM_GRAPH_URL", httpserver.url_for("/"))
     monkeypatch.setenv("TRUEUP_INSTAGRAM_ACCESS_TOKEN", "token")

@@ -7,8 +7,10 @@ from celery import Celery, Signature
 from celery.exceptions import Ignore
 from sqlalchemy import Connection
 
-from ai.metering import running_hold
-from billing.errors import (
+from tests.support import model_tasks
+from tests.support.host import Host
+from tests.support.work import hold_tokens
+from trueup.errors import (
     HoldBusyError,
     HoldOvertakenError,
     InvalidInputError,
@@ -16,14 +18,12 @@ from billing.errors import (
     ServiceUnavailableError,
     TokensDenied,
 )
-from billing.holds import HoldRow, list_holds
-from billing.settings import get_settings
-from tasks import metered_task
-from tasks.base import WAITS_HEADER
-from tasks.metered import _model
-from tests.support import model_tasks
-from tests.support.host import Host
-from tests.support.work import hold_tokens
+from trueup.gate.holds import HoldRow, list_holds
+from trueup.llm.metering import running_hold
+from trueup.settings.settings import get_settings
+from trueup.tasks import metered_task
+from trueup.tasks.base import WAITS_HEADER
+from trueup.tasks.metered import _model
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def _fresh_model_client(database: str) -> Iterator[None]:
 
 @pytest.fixture
 def app(database: str) -> Celery:
-    from worker.celery import app
+    from trueup.worker.celery import app
 
     app.finalize()
     return app

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from celery.worker.request import Request
 
-from tasks import requests
-from tasks.requests import MeteredRequest
+from trueup.tasks import requests
+from trueup.tasks.requests import MeteredRequest
 
 
 class TimedOut(MeteredRequest):
@@ -48,7 +48,7 @@ def test_a_pool_without_processes_is_not_killed() -> None:
 def test_a_worker_that_was_started_again_owns_nothing_of_its_predecessors() -> None:
     program = (
         "import os\n"
-        "from tasks.requests import owner_name\n"
+        "from trueup.tasks.requests import owner_name\n"
         "print(owner_name('celery@box', 7), flush=True)\n"
         "if os.fork():\n"
         "    os.wait()\n"

@@ -3,11 +3,11 @@ from datetime import datetime, timedelta
 import pytest
 from sqlalchemy import Connection
 
-from billing.charges import find_answer, prune_answers
-from billing.holds import Hold
 from tests.support.host import START, Host
 from tests.support.sessions import locked
 from tests.support.work import charge_tokens, hold_tokens
+from trueup.gate.holds import Hold
+from trueup.usage.charges import find_answer, prune_answers
 
 NOW = START + timedelta(days=30)
 WEEK = timedelta(days=7)

@@ -5,11 +5,6 @@ import pytest
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.pool import QueuePool
 
-from billing.accounts import read_account
-from billing.charges import Charge, Usage, find_answer, record_charge
-from billing.errors import UnknownUserError
-from billing.holds import Hold, close_hold, expire_holds
-from billing.usage import track_ai_usage
 from tests.support.books import assert_true
 from tests.support.host import START, Host
 from tests.support.sessions import (
@@ -20,6 +15,11 @@ from tests.support.sessions import (
     wait_for_lock,
 )
 from tests.support.work import balance, charge_tokens, hold_tokens, usage_of
+from trueup.accounts.account import read_account
+from trueup.errors import UnknownUserError
+from trueup.gate.holds import Hold, close_hold, expire_holds
+from trueup.usage.charges import Charge, Usage, find_answer, record_charge
+from trueup.usage.log import track_ai_usage
 
 NOW = START + timedelta(days=3)
 

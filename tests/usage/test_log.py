@@ -3,10 +3,10 @@ from datetime import datetime, timedelta
 import pytest
 from sqlalchemy import Connection
 
-from billing.mapping import HostMapping
-from billing.usage import SECTIONS, list_usage
 from tests.support.host import START, Host
 from tests.support.work import charge_tokens, hold_tokens
+from trueup.host.mapping import HostMapping
+from trueup.usage.log import SECTIONS, list_usage
 
 
 def test_rows_are_listed_newest_first_with_the_task_that_made_them(host: Host, connection: Connection) -> None:

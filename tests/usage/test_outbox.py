@@ -5,7 +5,10 @@ import pytest
 from sqlalchemy import Connection, create_engine
 from sqlalchemy.pool import QueuePool
 
-from billing.outbox import (
+from tests.support.host import START, Host
+from tests.support.sessions import run_at_once
+from trueup.monitoring.status import read_status
+from trueup.usage.outbox import (
     Effect,
     EffectStatus,
     begin_effect,
@@ -14,9 +17,6 @@ from billing.outbox import (
     list_unresolved_effects,
     reopen_effect,
 )
-from billing.status import read_status
-from tests.support.host import START, Host
-from tests.support.sessions import run_at_once
 
 NOW = START + timedelta(days=3)
 

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
-from billing import db
-from billing.requests import (
+from tests.support.host import Host
+from tests.support.sessions import run_at_once
+from trueup.database import engine as db
+from trueup.usage.task_requests import (
     KEPT,
     TaskRequest,
     begin_request,
@@ -18,8 +20,6 @@ from billing.requests import (
     mark_sent,
     prune_requests,
 )
-from tests.support.host import Host
-from tests.support.sessions import run_at_once
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 USER, OTHER = 7, 8

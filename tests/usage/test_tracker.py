@@ -7,21 +7,23 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, text
 
-from billing import db, insisting, tracking
-from billing.accounts import read_account
-from billing.charges import MAX_LOG_TOKENS
-from billing.errors import InvalidInputError, ServiceUnavailableError, UnknownUserError
-from billing.holds import close_hold
-from billing.mapping import HostMapping
-from billing.reconcile import reconcile
-from billing.settings import get_settings
-from billing.status import read_status
-from billing.usage import TrackedUsage, ai_usage, list_usage, track_ai_usage
-from billing.utils import get_accurate_tokens_remaining
 from tests.support.books import assert_true
 from tests.support.host import START, Host
 from tests.support.sessions import in_background, locked, run_at_once, wait_for_lock
 from tests.support.work import balance, hold_tokens
+from trueup.accounts.account import read_account
+from trueup.billing.utils import get_accurate_tokens_remaining
+from trueup.database import engine as db
+from trueup.database import retry
+from trueup.errors import InvalidInputError, ServiceUnavailableError, UnknownUserError
+from trueup.gate.holds import close_hold
+from trueup.host.mapping import HostMapping
+from trueup.monitoring.status import read_status
+from trueup.reconcile.local_run import reconcile
+from trueup.settings.settings import get_settings
+from trueup.usage import tracker as tracking
+from trueup.usage.charges import MAX_LOG_TOKENS
+from trueup.usage.log import TrackedUsage, ai_usage, list_usage, track_ai_usage
 
 NOWHERE = "postgresql://nobody@127.0.0.1:1/x"
 
@@ -43,7 +45,7 @@ def log_row(host: Host) -> dict[str, Any]:
 @pytest.fixture
 def database_away(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """A database that does not answer, and no patience for it."""
-    monkeypatch.setattr(insisting, "RETRY_DELAYS_SECONDS", (0, 0))
+    monkeypatch.setattr(retry, "RETRY_DELAYS_SECONDS", (0, 0))
     use_database(monkeypatch, NOWHERE)
 
 
@@ -304,7 +306,7 @@ def test_a_write_is_tried_again_until_the_database_is_back(
         if len(waits) == 2:
             use_database(monkeypatch, database)
 
-    monkeypatch.setattr(insisting.time, "sleep", wait)
+    monkeypatch.setattr(retry.time, "sleep", wait)
     use_database(monkeypatch, NOWHERE)
     assert track(user).recorded
     assert (waits, host.used(user)) == ([0.1, 0.5], 300)

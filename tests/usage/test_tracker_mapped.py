@@ -6,13 +6,7 @@ import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
-from billing.decorators import ai_tokens
-from billing.install import install
-from billing.mapping import HostMapping, UsageLogTable, render_statement
-from billing.settings import get_settings
-from billing.usage import track_ai_usage
-from billing.utils import get_accurate_tokens_remaining
-from tests.billing.test_mapped_hosts import (  # noqa: F401 - two are fixtures
+from tests.host.test_mapped_hosts import (  # noqa: F401 - two are fixtures
     USERS,
     mapped_host,
     mapping,
@@ -20,6 +14,12 @@ from tests.billing.test_mapped_hosts import (  # noqa: F401 - two are fixtures
 )
 from tests.support.books import assert_true
 from tests.support.host import Host
+from trueup.billing.decorators import ai_tokens
+from trueup.billing.utils import get_accurate_tokens_remaining
+from trueup.host.mapping import HostMapping, UsageLogTable, render_statement
+from trueup.install.install import install
+from trueup.settings.settings import get_settings
+from trueup.usage.log import track_ai_usage
 
 FIGURES = {"section": "chat", "prompt_tokens": 200, "completion_tokens": 100, "model_name": "m"}
 

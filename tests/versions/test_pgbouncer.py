@@ -10,12 +10,6 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.pool import NullPool
 
-from billing import db
-from billing.errors import ServiceUnavailableError, TokensDenied
-from billing.holds import close_hold
-from billing.host_tables import build_host_metadata
-from billing.mapping import HostMapping
-from billing.settings import get_settings
 from tests.cli.conftest import settings, trueup, trueup_json
 from tests.support.books import assert_true
 from tests.support.host import Host
@@ -24,7 +18,13 @@ from tests.support.pgbouncer import VARIABLE, find_pgbouncer, running_pgbouncer
 from tests.support.work import charge_tokens, hold_tokens
 from tests.support.worker import running_worker
 from tests.worker.conftest import TASKS
-from worker.stack import StackUrls
+from trueup.database import engine as db
+from trueup.errors import ServiceUnavailableError, TokensDenied
+from trueup.gate.holds import close_hold
+from trueup.host.mapping import HostMapping
+from trueup.install.example_tables import build_host_metadata
+from trueup.settings.settings import get_settings
+from trueup.stack import StackUrls
 
 __all__ = ["settings"]
 
@@ -125,7 +125,7 @@ def test_attach_reconcile_report_and_detach(
 
 @pytest.fixture
 def app() -> Celery:
-    from worker.celery import app
+    from trueup.worker.celery import app
 
     app.loader.import_default_modules()
     app.control.purge()

@@ -7,18 +7,9 @@ import pytest
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.pool import NullPool
 
-from billing import db
-from billing.doctor.database import examine_database
-from billing.errors import TokensDenied
-from billing.holds import close_hold
-from billing.host_tables import build_host_metadata
-from billing.install import install
-from billing.look import look
-from billing.mapping import HostMapping
-from billing.reconcile_runs import Finding
-from billing.settings import get_settings
 from tests.cli.conftest import trueup, trueup_json
 from tests.conftest import cloned_database, settings_for
+from tests.stack.helpers import temporary_home
 from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.postgres_versions import VARIABLE, installed_versions, running_server
@@ -26,8 +17,17 @@ from tests.support.sessions import wait_until
 from tests.support.standby import caught_up, standby_of
 from tests.support.two_books import MAPPED
 from tests.support.work import charge_tokens, hold_tokens
-from tests.worker.stack_helpers import temporary_home
-from worker.stack import StackUrls
+from trueup.database import engine as db
+from trueup.doctor.database import examine_database
+from trueup.errors import TokensDenied
+from trueup.gate.holds import close_hold
+from trueup.host.mapping import HostMapping
+from trueup.install.example_tables import build_host_metadata
+from trueup.install.install import install
+from trueup.preview.scan import look
+from trueup.reconcile.runs import Finding
+from trueup.settings.settings import get_settings
+from trueup.stack import StackUrls
 
 OTHERS = (14, 15, 16, 17)
 

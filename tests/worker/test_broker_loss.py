@@ -11,10 +11,10 @@ import psutil
 import pytest
 from celery import Celery
 
-from billing.settings import Settings
 from tests.support.worker import running_worker, wait_for
-from worker.config import celery_config
-from worker.stack import running_stack
+from trueup.settings.settings import Settings
+from trueup.stack import running_stack
+from trueup.worker.config import celery_config
 
 AWAY_SECONDS = 4.0
 TASKS = "tests.support.slow_tasks"

@@ -8,11 +8,11 @@ from celery import Celery, chain, chord, group
 from celery.exceptions import ChordError, WorkerLostError
 from celery.exceptions import TimeoutError as ResultTimeoutError
 
-from billing.errors import TokensDenied
 from tests.support import model_tasks
 from tests.support.host import Host
 from tests.support.worker import WorkerProcess, running_worker, wait_for
 from tests.worker.conftest import TASKS
+from trueup.errors import TokensDenied
 
 RESULT_SECONDS = 30
 

@@ -16,11 +16,11 @@ import pytest
 from celery import Celery
 from redis import Redis
 
-from billing.errors import SettingsError
-from billing.settings import Settings, get_settings
 from tests.support.host import Host
 from tests.support.worker import running_worker, wait_for
-from worker.config import beat_schedule, celery_config
+from trueup.errors import SettingsError
+from trueup.settings.settings import Settings, get_settings
+from trueup.worker.config import beat_schedule, celery_config
 
 RESULT_SECONDS = 30
 CELERY = Path(sys.executable).with_name("celery")
@@ -140,7 +140,7 @@ def beats(folder: Path, count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     try:
         for number in range(count):
             log = (folder / f"beat{number}.log").open("wb")
-            command = [CELERY, "-A", "worker", "beat", "--pidfile="]
+            command = [CELERY, "-A", "trueup.worker", "beat", "--pidfile="]
             if get_settings().beat_scheduler == "file":
                 command += ["--schedule", str(folder / f"schedule{number}")]
             running.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))

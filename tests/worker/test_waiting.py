@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from celery import Celery, group
 
-from tasks.queues import AI_QUEUE, RECONCILE_QUEUE, SENT_AT_HEADER
-from worker.waiting import PRIORITIES, Waiting, look_at_queue
+from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE, SENT_AT_HEADER
+from trueup.worker.waiting import PRIORITIES, Waiting, look_at_queue
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ from celery.exceptions import TimeoutError as ResultTimeoutError
 from celery.result import AsyncResult
 from sqlalchemy import Engine, text
 
-from billing.attach import attach
-from billing.errors import TokensDenied
-from billing.mapping import HostMapping
-from billing.utils import check_ai_access_for_user
 from tests.support import model_tasks
 from tests.support.host import Host
 from tests.support.worker import WorkerProcess, wait_for
+from trueup.billing.utils import check_ai_access_for_user
+from trueup.errors import TokensDenied
+from trueup.host.mapping import HostMapping
+from trueup.install.attach import attach
 
 RESULT_SECONDS = 30
 ARTICLE = Path(__file__).parents[2] / "examples" / "help_en.txt"

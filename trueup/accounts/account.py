@@ -7,8 +7,8 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from billing.subscriptions import several_subscriptions
-from billing.users import UserId
+from trueup.accounts.subscriptions import several_subscriptions
+from trueup.accounts.user_ids import UserId
 
 
 @dataclass(frozen=True, kw_only=True)

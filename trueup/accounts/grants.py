@@ -1,5 +1,5 @@
 """Grants: tokens on top of a plan, given once per reference, with an optional expiry; used in the order that
-`billing/sql/grants.sql` tells.
+`trueup/accounts/grants.sql` tells.
 
 A grant pays for nothing that a plan has paid for, so that none of its tokens goes by windows or plans that trueup did
 not look at: the host's own writes tell of each, and each window is held against the plans that it was used under.
@@ -11,9 +11,9 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from billing.access import MAX_TOKENS
-from billing.errors import InvalidInputError, TrueupError, UnknownUserError
-from billing.users import UserId
+from trueup.accounts.user_ids import UserId
+from trueup.accounts.validation import MAX_TOKENS
+from trueup.errors import InvalidInputError, TrueupError, UnknownUserError
 
 # An index row, which a reference is part of, holds no more than 2 700 bytes.
 MOST_CHARACTERS = 500

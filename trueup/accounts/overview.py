@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, TextClause
 
-from billing.accounts import ACCOUNT_COLUMNS, CLOCK, Account, account_of
-from billing.mapping import HostMapping, render_statement
-from billing.subscriptions import several_subscriptions
-from billing.users import UserId
+from trueup.accounts.account import ACCOUNT_COLUMNS, CLOCK, Account, account_of
+from trueup.accounts.subscriptions import several_subscriptions
+from trueup.accounts.user_ids import UserId
+from trueup.host.mapping import HostMapping, render_statement
 
 PlanKind = Literal["token", "full"]
 SECONDS_A_DAY = 86_400

@@ -6,10 +6,10 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from billing.errors import TrueupError
-from billing.grants import check_text
-from billing.mapping import HostMapping
-from billing.users import UserId
+from trueup.accounts.grants import check_text
+from trueup.accounts.user_ids import UserId
+from trueup.errors import TrueupError
+from trueup.host.mapping import HostMapping
 
 
 class PaymentsNotMappedError(TrueupError):

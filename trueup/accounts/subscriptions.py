@@ -4,10 +4,10 @@ import logging
 
 from sqlalchemy import Connection, text
 
-from billing.errors import NotInstalledError
-from billing.mapping import HostMapping, quote_table, render_statement
-from billing.settings import get_settings
-from billing.users import UserId
+from trueup.accounts.user_ids import UserId
+from trueup.errors import NotInstalledError
+from trueup.host.mapping import HostMapping, quote_table, render_statement
+from trueup.settings.settings import get_settings
 
 logger = logging.getLogger(__name__)
 

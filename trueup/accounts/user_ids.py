@@ -3,9 +3,9 @@
 import uuid
 from typing import Any
 
-from billing.errors import InvalidInputError
-from billing.mapping import UserIdType
-from billing.settings import get_settings
+from trueup.errors import InvalidInputError
+from trueup.host.mapping import UserIdType
+from trueup.settings.settings import get_settings
 
 UserId = int | uuid.UUID | str
 
@@ -59,3 +59,8 @@ def _parse_bigint(value: Any) -> int:
     if abs(value) > _MAX_BIGINT:
         raise InvalidInputError(f"user_id: {value} is out of range: ids are 64-bit whole numbers")
     return value
+
+
+def plain_id(user_id: UserId | None) -> int | str | None:
+    """Return a user's id as JSON takes it."""
+    return user_id if user_id is None or isinstance(user_id, int) else str(user_id)

@@ -2,12 +2,12 @@
 
 from fastapi import Request
 
-from api import metrics
-from billing import db
-from billing.access import check_access, denial_payload
-from billing.errors import TokensDenied
-from billing.rollout import mode_of
-from billing.users import UserId
+from trueup.accounts.user_ids import UserId
+from trueup.api import metrics
+from trueup.database import engine as db
+from trueup.errors import TokensDenied
+from trueup.gate.decision import check_access, denial_payload
+from trueup.gate.modes import mode_of
 
 
 def require_tokens(request: Request, user_id: UserId, estimated_tokens: int, feature_name: str) -> None:

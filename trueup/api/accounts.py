@@ -4,15 +4,15 @@ import logging
 
 from fastapi import APIRouter
 
-from api.auth import CurrentUser, refusal
-from api.responses import AUTHENTICATED, responses
-from api.schemas import AccountOverview, Profile
-from billing import db
-from billing.errors import SettingsError, TrueupError
-from billing.host_catalog import VIEWS_REMEDY, missing_view_columns
-from billing.settings import get_settings
-from billing.summaries import Summary, read_summary
-from billing.users import UserId
+from trueup.accounts.overview import Summary, read_summary
+from trueup.accounts.user_ids import UserId
+from trueup.api.auth import CurrentUser, refusal
+from trueup.api.responses import AUTHENTICATED, responses
+from trueup.api.schemas import AccountOverview, Profile
+from trueup.database import engine as db
+from trueup.errors import SettingsError, TrueupError
+from trueup.host.catalog import VIEWS_REMEDY, missing_view_columns
+from trueup.settings.settings import get_settings
 
 router = APIRouter(prefix="/api/accounts", tags=["accounts"], responses=responses(*AUTHENTICATED))
 

@@ -16,19 +16,19 @@ from kombu.exceptions import OperationalError
 from pydantic import AfterValidator, Field
 from redis.exceptions import RedisError
 
-from ai import enhancement, questions
-from ai.inputs import Business, Prose
-from ai.texts import cleaned_text
-from api.access import require_tokens
-from api.auth import CurrentUser
-from api.errors import ApiError, unavailable
-from api.responses import AUTHENTICATED, Problem, responses
-from api.schemas import Body
-from api.task_results import ENDED, TASKS_PATH, TaskBody, body_of, read_task
-from billing import db
-from billing.errors import ServiceUnavailableError, TokensDenied, TrueupError
-from billing.requests import TaskRequest, begin_request, find_request, fingerprint_of, mark_sent
-from billing.users import UserId
+from trueup.accounts.user_ids import UserId
+from trueup.api.access import require_tokens
+from trueup.api.auth import CurrentUser
+from trueup.api.errors import ApiError, unavailable
+from trueup.api.responses import AUTHENTICATED, Problem, responses
+from trueup.api.schemas import Body
+from trueup.api.task_results import ENDED, TASKS_PATH, TaskBody, body_of, read_task
+from trueup.database import engine as db
+from trueup.errors import ServiceUnavailableError, TokensDenied, TrueupError
+from trueup.features import enhancement, questions
+from trueup.features.inputs import Business, Prose
+from trueup.llm.texts import cleaned_text
+from trueup.usage.task_requests import TaskRequest, begin_request, find_request, fingerprint_of, mark_sent
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from celery import Celery
 from celery.app import app_or_default
 from fastapi import FastAPI
 
-from api import accounts, ai, drift, errors, health, subscriptions, task_results
-from api.auth import Verifier
-from api.edge import Edge
-from api.limits import RateLimit
-from api.metrics import Metrics
-from billing.settings import get_settings
+from trueup.api import accounts, ai, drift, errors, health, subscriptions, task_results
+from trueup.api.auth import Verifier
+from trueup.api.edge import Edge
+from trueup.api.limits import RateLimit
+from trueup.api.metrics import Metrics
+from trueup.settings.settings import get_settings
 
 DESCRIPTION = """
 What is left of a user's AI tokens, counted from the usage log and never from the legacy counter; AI tasks behind the

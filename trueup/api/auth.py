@@ -11,14 +11,14 @@ import jwt
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPBearer
 
-from api import limits
-from api.errors import ApiError, unavailable
-from api.keys import Keys, KeysUnavailableError, UnknownKeyError, keys_of
-from billing.api_settings import ApiSettings, is_loopback
-from billing.errors import InvalidInputError, SettingsError
-from billing.mapping import UserIdType
-from billing.settings import Settings
-from billing.users import UserId, parse_user_id
+from trueup.accounts.user_ids import UserId, parse_user_id
+from trueup.api import limits
+from trueup.api.errors import ApiError, unavailable
+from trueup.api.keys import Keys, KeysUnavailableError, UnknownKeyError, keys_of
+from trueup.errors import InvalidInputError, SettingsError
+from trueup.host.mapping import UserIdType
+from trueup.settings.api import ApiSettings, is_loopback
+from trueup.settings.settings import Settings
 
 MAX_TOKEN_BYTES = 16_384
 DEMO_HEADER = ("X-Trueup-Demo", "the bearer token is the user id; nobody is authenticated")

@@ -8,19 +8,19 @@ from fastapi import APIRouter, Path, Query
 from pydantic import ConfigDict, Field
 from sqlalchemy import Connection
 
-from api.auth import Operator
-from api.errors import ApiError
-from api.responses import AUTHENTICATED, responses
-from api.schemas import Body, Tokens
-from billing import db
-from billing.drift_history import SCHEMA_VERSION as HISTORY_VERSION
-from billing.drift_history import read_history
-from billing.drift_reports import SCHEMA_VERSION as REPORT_VERSION
-from billing.drift_reports import find_source, read_source
-from billing.drift_rows import ReportRow
-from billing.errors import InvalidInputError
-from billing.mapping import UserIdType
-from billing.settings import get_settings
+from trueup.api.auth import Operator
+from trueup.api.errors import ApiError
+from trueup.api.responses import AUTHENTICATED, responses
+from trueup.api.schemas import Body, Tokens
+from trueup.database import engine as db
+from trueup.errors import InvalidInputError
+from trueup.host.mapping import UserIdType
+from trueup.reports.history import SCHEMA_VERSION as HISTORY_VERSION
+from trueup.reports.history import read_history
+from trueup.reports.rows import ReportRow
+from trueup.reports.run_report import SCHEMA_VERSION as REPORT_VERSION
+from trueup.reports.run_report import find_source, read_source
+from trueup.settings.settings import get_settings
 
 MAX_RUN = 2**63 - 1
 MAX_SKIP = 1_000_000

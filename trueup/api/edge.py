@@ -8,10 +8,10 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.auth import DEMO_HEADER
-from api.errors import ApiError, render, unavailable
-from api.metrics import NO_ROUTE, Metrics
-from billing.api_settings import ApiSettings
+from trueup.api.auth import DEMO_HEADER
+from trueup.api.errors import ApiError, render, unavailable
+from trueup.api.metrics import NO_ROUTE, Metrics
+from trueup.settings.api import ApiSettings
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from api import metrics
-from billing.errors import InvalidInputError, NotInstalledError, ServiceUnavailableError, TokensDenied
+from trueup.api import metrics
+from trueup.errors import InvalidInputError, NotInstalledError, ServiceUnavailableError, TokensDenied
 
 logger = logging.getLogger(__name__)
 

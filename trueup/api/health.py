@@ -13,13 +13,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
 from redis.exceptions import RedisError
 
-from api import metrics
-from api.auth import operator
-from api.responses import AUTHENTICATED, responses_to_text
-from api.schemas import Body
-from billing import db
-from billing.errors import NotInstalledError, ServiceUnavailableError
-from billing.install import check_installed
+from trueup.api import metrics
+from trueup.api.auth import operator
+from trueup.api.responses import AUTHENTICATED, responses_to_text
+from trueup.api.schemas import Body
+from trueup.database import engine as db
+from trueup.errors import NotInstalledError, ServiceUnavailableError
+from trueup.install.install import check_installed
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import httpx
 import jwt
 
-from billing.api_settings import ApiSettings
-from billing.errors import SettingsError
+from trueup.errors import SettingsError
+from trueup.settings.api import ApiSettings
 
 logger = logging.getLogger(__name__)
 

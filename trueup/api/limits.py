@@ -13,8 +13,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from api.errors import ApiError
-from billing.settings import Settings, broker_url
+from trueup.api.errors import ApiError
+from trueup.settings.settings import Settings, broker_url
 
 logger = logging.getLogger(__name__)
 

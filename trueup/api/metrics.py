@@ -10,9 +10,9 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from billing import db
-from billing.errors import NotInstalledError, ServiceUnavailableError
-from billing.gauges import read_gauges
+from trueup.database import engine as db
+from trueup.errors import NotInstalledError, ServiceUnavailableError
+from trueup.monitoring.gauges import read_gauges
 
 ALLOWED = "allowed"
 NO_ROUTE = "none"

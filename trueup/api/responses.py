@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from api.schemas import Body
-from billing.access import Reason
+from trueup.api.schemas import Body
+from trueup.gate.decision import Reason
 
 
 class Problem(Body):

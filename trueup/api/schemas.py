@@ -5,9 +5,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from billing.accounts import Account
-from billing.drift_rows import plain_id
-from billing.summaries import Plan, PlanKind, Summary
+from trueup.accounts.account import Account
+from trueup.accounts.overview import Plan, PlanKind, Summary
+from trueup.accounts.user_ids import plain_id
 
 Percent = Annotated[float, Field(ge=0, le=100, examples=[85.0])]
 Tokens = Annotated[int, Field(ge=0)]

@@ -2,11 +2,11 @@
 
 from fastapi import APIRouter
 
-from api.accounts import summary_of
-from api.auth import CurrentUser
-from api.errors import ApiError
-from api.responses import AUTHENTICATED, responses
-from api.schemas import BillingOverview, Plans, Subscription
+from trueup.api.accounts import summary_of
+from trueup.api.auth import CurrentUser
+from trueup.api.errors import ApiError
+from trueup.api.responses import AUTHENTICATED, responses
+from trueup.api.schemas import BillingOverview, Plans, Subscription
 
 router = APIRouter(prefix="/api/billing", tags=["billing"], responses=responses(*AUTHENTICATED))
 

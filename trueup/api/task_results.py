@@ -10,14 +10,12 @@ from kombu.exceptions import OperationalError
 from pydantic import Field
 from redis.exceptions import RedisError
 
-from ai.enhancement import PromptResult
-from ai.questions import QuestionResult
-from api.auth import CurrentUser
-from api.errors import ApiError
-from api.responses import AUTHENTICATED, Denial, responses
-from api.schemas import Body
-from billing import db
-from billing.errors import (
+from trueup.api.auth import CurrentUser
+from trueup.api.errors import ApiError
+from trueup.api.responses import AUTHENTICATED, Denial, responses
+from trueup.api.schemas import Body
+from trueup.database import engine as db
+from trueup.errors import (
     AnswerFormatError,
     HoldExhaustedError,
     InvalidInputError,
@@ -25,7 +23,9 @@ from billing.errors import (
     ServiceUnavailableError,
     TokensDenied,
 )
-from billing.requests import TaskRequest, find_request_of_task
+from trueup.features.enhancement import PromptResult
+from trueup.features.questions import QuestionResult
+from trueup.usage.task_requests import TaskRequest, find_request_of_task
 
 State = Literal["pending", "running", "done", "denied", "failed"]
 ENDED: frozenset[State] = frozenset({"done", "denied", "failed"})

@@ -1,4 +1,1 @@
-"""The domain: balances, the access decision, holds, charges, grants and reconciliation.
-
-Nothing here knows of Celery, HTTP or click. `billing.utils` and `billing.decorators` are the public face.
-"""
+"""The public face: `trueup.billing.utils` and `trueup.billing.decorators`, as the specification names them."""

@@ -8,14 +8,22 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
-from billing.access import Access
-from billing.errors import TrueupError
-from billing.frameworks import Adapter, View, find_adapter
-from billing.frameworks.adapter import UserLoader, known_user
-from billing.gates import ANSWERED, NOT_AUTHENTICATED, Gate, Refusal, refusal_for, subscription_gate, token_gate
-from billing.request_holds import ai_tokens
-from billing.threads import in_thread
-from billing.utils import check_ai_access_for_user
+from trueup.billing.frameworks import Adapter, View, find_adapter
+from trueup.billing.frameworks.adapter import UserLoader, known_user
+from trueup.billing.token_hold import ai_tokens
+from trueup.billing.utils import check_ai_access_for_user
+from trueup.billing.view_guard import (
+    ANSWERED,
+    NOT_AUTHENTICATED,
+    Gate,
+    Refusal,
+    refusal_for,
+    subscription_gate,
+    token_gate,
+)
+from trueup.database.threads import in_thread
+from trueup.errors import TrueupError
+from trueup.gate.decision import Access
 
 __all__ = ["ai_tokens", "check_tokens_for_function", "require_active_subscription", "require_ai_tokens"]
 
@@ -28,7 +36,7 @@ ViewFunction = TypeVar("ViewFunction", bound=Callable[..., Any])
 def check_tokens_for_function(
     user: Any, estimated_tokens: int = DEFAULT_TOKENS, feature_name: str = "AI Feature"
 ) -> Access:
-    """Say whether a task or service may use AI for the user; see `billing.utils.check_ai_access_for_user`."""
+    """Say whether a task or service may use AI for the user; see `trueup.billing.utils.check_ai_access_for_user`."""
     return check_ai_access_for_user(user, estimated_tokens, feature_name)
 
 
@@ -98,7 +106,7 @@ def _refuse_what_is_no_view(gate: Gate, function: Any) -> None:
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise TypeError(
             f"{gate.name}: {function!r} is a generator, which no answer can take the place of. Return a streaming "
-            "response instead, or let a dependency ask (billing.frameworks.fastapi)."
+            "response instead, or let a dependency ask (trueup.billing.frameworks.fastapi)."
         )
 
 

@@ -10,18 +10,19 @@ from typing import Any, Self
 
 from sqlalchemy import Connection
 
-from billing import db
-from billing.access import check_estimate, denial_payload, denied_unknown_user
-from billing.calls import extend_hold
-from billing.charges import Charge, Usage, record_charge
-from billing.errors import HoldBusyError, InvalidInputError, NoHoldError, TokensDenied, TrueupError
-from billing.figures import check_count, check_counts, check_key, check_metadata, check_name
-from billing.holds import Hold, close_abandoned_hold, close_hold, open_hold
-from billing.insisting import insist
-from billing.sections import check_section
-from billing.settings import get_settings
-from billing.threads import in_thread
-from billing.users import UserId, user_id_of
+from trueup.accounts.user_ids import UserId, user_id_of
+from trueup.accounts.validation import check_estimate
+from trueup.database import engine as db
+from trueup.database.retry import insist
+from trueup.database.threads import in_thread
+from trueup.errors import HoldBusyError, InvalidInputError, NoHoldError, TokensDenied, TrueupError
+from trueup.gate.decision import denial_payload, denied_unknown_user
+from trueup.gate.holds import Hold, close_abandoned_hold, close_hold, open_hold
+from trueup.gate.provider_calls import extend_hold
+from trueup.host.sections import check_section
+from trueup.settings.settings import get_settings
+from trueup.usage.charges import Charge, Usage, record_charge
+from trueup.usage.validation import check_count, check_counts, check_key, check_metadata, check_name
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
 
     @property
     def hold(self) -> Hold:
-        """The hold itself, for `ai.metering.spending_from`: in that block trueup's model client spends from it."""
+        """The hold itself, for `trueup.llm.metering.spending_from`: in that block trueup's client spends from it."""
         if self._hold is None:
             raise NoHoldError("ai_tokens: no tokens are held outside of the block. Use `with ai_tokens(…) as hold`.")
         return self._hold

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from billing import db
-from billing.access import Access, check_access, check_estimate, denied_unknown_user
-from billing.accounts import read_account
-from billing.users import user_id_of
+from trueup.accounts.account import read_account
+from trueup.accounts.user_ids import user_id_of
+from trueup.accounts.validation import check_estimate
+from trueup.database import engine as db
+from trueup.gate.decision import Access, check_access, denied_unknown_user
 
 
 def get_accurate_tokens_remaining(user: Any) -> tuple[int, int, int]:

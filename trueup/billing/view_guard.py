@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from billing import db
-from billing.access import Access, check_estimate, check_gate, denial_payload, denied_unknown_user
-from billing.errors import HoldBusyError, NotInstalledError, ServiceUnavailableError, TokensDenied, TrueupError
-from billing.figures import check_name
-from billing.users import user_id_of
-from billing.utils import check_ai_access_for_user
+from trueup.accounts.user_ids import user_id_of
+from trueup.accounts.validation import check_estimate
+from trueup.billing.utils import check_ai_access_for_user
+from trueup.database import engine as db
+from trueup.errors import HoldBusyError, NotInstalledError, ServiceUnavailableError, TokensDenied, TrueupError
+from trueup.gate.decision import Access, check_gate, denial_payload, denied_unknown_user
+from trueup.usage.validation import check_name
 
 logger = logging.getLogger(__name__)
 

@@ -12,14 +12,16 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from billing.errors import (
+from trueup.database.local_times import read_as_utc
+from trueup.database.session import limit_session
+from trueup.errors import (
     LogChangedError,
     MissingRightError,
     NotInstalledError,
     ServiceUnavailableError,
     TrueupError,
 )
-from billing.host_changes import (
+from trueup.host.schema_changes import (
     LOG_CHANGED,
     ROW_SECURITY_REMEDY,
     UNWATCHED,
@@ -28,9 +30,7 @@ from billing.host_changes import (
     not_ready,
     unwatched,
 )
-from billing.local_times import read_as_utc
-from billing.poolers import limit_session
-from billing.settings import Settings, database_url, get_settings
+from trueup.settings.settings import Settings, database_url, get_settings
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, text
 
-from billing import db
-from billing.errors import ServiceUnavailableError, TrueupError
+from trueup.database import engine as db
+from trueup.errors import ServiceUnavailableError, TrueupError
 
 Result = TypeVar("Result")
 

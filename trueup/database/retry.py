@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from sqlalchemy import Connection
 
-from billing import db
-from billing.errors import NotInstalledError, ServiceUnavailableError
+from trueup.database import engine as db
+from trueup.errors import NotInstalledError, ServiceUnavailableError
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import Connection, text
 
-from billing.discovery.words import Kind
-from billing.errors import InvalidInputError
-from billing.schema import SCHEMA
+from trueup.database.schema import SCHEMA
+from trueup.discovery.vocabulary import Kind
+from trueup.errors import InvalidInputError
 
 MOST_TABLES = 20_000
 

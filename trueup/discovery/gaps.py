@@ -3,11 +3,11 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from billing.discovery.catalog import Catalog, HostTable
-from billing.discovery.columns import Matches, default_name
-from billing.discovery.stand_ins import OTHERWISE
-from billing.discovery.tables import Candidate, log_without_total
-from billing.discovery.words import FIELDS, Noun
+from trueup.discovery.catalog import Catalog, HostTable
+from trueup.discovery.match_columns import Matches, default_name
+from trueup.discovery.match_tables import Candidate, log_without_total
+from trueup.discovery.substitutes import OTHERWISE
+from trueup.discovery.vocabulary import FIELDS, Noun
 
 OPTIONAL: tuple[Noun, ...] = ("token_usage", "payment")
 MEANING: dict[Noun, str] = {

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from billing.discovery.catalog import HostColumn, HostTable
-from billing.discovery.words import FIELDS, Field, Noun, nearness
-from billing.mapping import HostMapping
+from trueup.discovery.catalog import HostColumn, HostTable
+from trueup.discovery.vocabulary import FIELDS, Field, Noun, nearness
+from trueup.host.mapping import HostMapping
 
 Certainty = Literal["certain", "likely", "guess"]
 

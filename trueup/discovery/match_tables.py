@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from billing.discovery.catalog import Catalog, HostTable
-from billing.discovery.columns import Known, Matches, default_name, match_columns
-from billing.discovery.words import FIELDS, TABLES, Noun, nearness
+from trueup.discovery.catalog import Catalog, HostTable
+from trueup.discovery.match_columns import Known, Matches, default_name, match_columns
+from trueup.discovery.vocabulary import FIELDS, TABLES, Noun, nearness
 
 # Without these columns a table can't be it, whatever it is called.
 ANCHORS: dict[Noun, tuple[str, ...]] = {

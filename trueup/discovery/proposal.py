@@ -6,16 +6,16 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from billing.discovery.catalog import Catalog
-from billing.discovery.columns import Certainty, certainty_of
-from billing.discovery.gaps import OPTIONAL, Gap, left_out, missing_columns, missing_table
-from billing.discovery.remarks import remarks_on
-from billing.discovery.samples import Sampler
-from billing.discovery.stand_ins import StandIn, included_column, stand_ins
-from billing.discovery.tables import Candidate, choose_tables
-from billing.discovery.toml_file import toml_value
-from billing.discovery.words import FIELDS, PAID_WORDS, Kind, Noun
-from billing.mapping import HostMapping
+from trueup.discovery.catalog import Catalog
+from trueup.discovery.gaps import OPTIONAL, Gap, left_out, missing_columns, missing_table
+from trueup.discovery.match_columns import Certainty, certainty_of
+from trueup.discovery.match_tables import Candidate, choose_tables
+from trueup.discovery.remarks import remarks_on
+from trueup.discovery.samples import Sampler
+from trueup.discovery.substitutes import StandIn, included_column, stand_ins
+from trueup.discovery.toml import toml_value
+from trueup.discovery.vocabulary import FIELDS, PAID_WORDS, Kind, Noun
+from trueup.host.mapping import HostMapping
 
 SCHEMA_VERSION = 1
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 
-from billing.discovery.catalog import Catalog, HostTable
-from billing.discovery.columns import Matches
-from billing.discovery.samples import Sampler
-from billing.discovery.stand_ins import deleted_column
-from billing.discovery.tables import Candidate
-from billing.discovery.words import Noun
-from billing.mapping import quote_identifier, quote_table
+from trueup.discovery.catalog import Catalog, HostTable
+from trueup.discovery.match_columns import Matches
+from trueup.discovery.match_tables import Candidate
+from trueup.discovery.samples import Sampler
+from trueup.discovery.substitutes import deleted_column
+from trueup.discovery.vocabulary import Noun
+from trueup.host.mapping import quote_identifier, quote_table
 
 
 def remarks_on(

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, TextClause, text
 
-from billing.discovery.catalog import HostTable
-from billing.mapping import quote_identifier, quote_table
+from trueup.discovery.catalog import HostTable
+from trueup.host.mapping import quote_identifier, quote_table
 
 ROWS = 1000
 

@@ -5,10 +5,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from billing.discovery.catalog import HostColumn, HostTable
-from billing.discovery.samples import Sampler
-from billing.discovery.tables import Candidate
-from billing.discovery.words import (
+from trueup.discovery.catalog import HostColumn, HostTable
+from trueup.discovery.match_tables import Candidate
+from trueup.discovery.samples import Sampler
+from trueup.discovery.vocabulary import (
     ACTIVE_WORDS,
     DELETED_NAMES,
     FAILED_WORDS,
@@ -20,7 +20,7 @@ from billing.discovery.words import (
     nearness,
     plain,
 )
-from billing.host_values import quote_identifier, quote_literal
+from trueup.host.columns import quote_identifier, quote_literal
 
 # Nothing is decided by these: a row of the log, or a view, has this in place of the column.
 _CONSTANTS: dict[tuple[Noun, str], Any] = {

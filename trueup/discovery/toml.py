@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from billing.errors import InvalidInputError
-from billing.mapping import HostMapping
+from trueup.errors import InvalidInputError
+from trueup.host.mapping import HostMapping
 
 # "host" bare or quoted, alone or with more behind a dot; an array of tables is none of ours.
 _HEADER = re.compile(r"\s*\[(?!\[)\s*(?P<name>[^\]]*?)\s*\]\s*(#.*)?$")

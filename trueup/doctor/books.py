@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 from sqlalchemy import Connection, text
 
-from billing.deep import OVERDUE_AFTER
-from billing.doctor.findings import Finding, error, ok, warning
-from billing.gauges import read_gauges
-from billing.mapping import render_statement
-from billing.missed_runs import find_missed_runs
-from billing.outbox import count_unresolved_effects
-from billing.settings import Settings
+from trueup.doctor.findings import Finding, error, ok, warning
+from trueup.host.mapping import render_statement
+from trueup.monitoring.gauges import read_gauges
+from trueup.reconcile.audit import OVERDUE_AFTER
+from trueup.reconcile.missed_runs import find_missed_runs
+from trueup.settings.settings import Settings
+from trueup.usage.outbox import count_unresolved_effects
 
 # A task that retries keeps its hold; none does so for a day.
 OLD_HOLD_SECONDS = 86_400
@@ -134,7 +134,8 @@ def check_beat(connection: Connection, settings: Settings) -> Iterator[Finding]:
         "beat",
         f"The schedule's last run began {seconds:.0f} s {since}; one is due every "
         f"{settings.reconcile_interval_seconds} s.",
-        "Start `celery -A worker beat`, and a worker for its queue: `celery -A worker worker -Q reconcile`.",
+        "Start `celery -A trueup.worker beat`, and a worker for its queue: "
+        "`celery -A trueup.worker worker -Q reconcile`.",
         **detail,
     )
 

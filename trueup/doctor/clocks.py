@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from billing.doctor.findings import Finding, error, ok, warning
+from trueup.doctor.findings import Finding, error, ok, warning
 
 SAMPLES = 5
 NOTICEABLE_SECONDS = 2.0

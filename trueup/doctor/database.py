@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable
 
 from sqlalchemy import Connection
 
-from billing import db
-from billing.doctor import books, host, indexes, installation, log_ids, server
-from billing.doctor.findings import Finding, error, run_check, warning
-from billing.errors import ServiceUnavailableError, TrueupError
-from billing.settings import Settings
+from trueup.database import engine as db
+from trueup.doctor import books, host, indexes, installation, log_ids, server
+from trueup.doctor.findings import Finding, error, run_check, warning
+from trueup.errors import ServiceUnavailableError, TrueupError
+from trueup.settings.settings import Settings
 
 CONNECT_SECONDS = 5
 STATEMENT_SECONDS = 10

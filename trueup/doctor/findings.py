@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from sqlalchemy.exc import DBAPIError
 
-from billing.db import reason_of
-from billing.errors import TrueupError
+from trueup.database.engine import reason_of
+from trueup.errors import TrueupError
 
 Level = Literal["ok", "warning", "error"]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from billing.doctor.findings import Finding, error, ok, warning
-from billing.host_catalog import (
+from trueup.doctor.findings import Finding, error, ok, warning
+from trueup.host.catalog import (
     COMPUTED_REMEDY,
     VIEWS_REMEDY,
     column_names,
@@ -18,14 +18,14 @@ from billing.host_catalog import (
     missing_host_tables,
     missing_view_columns,
 )
-from billing.host_changes import ROW_SECURITY_REMEDY
-from billing.host_trials import Problem, wrong_expression
-from billing.host_types import local_times, mapped_columns, wrong_types
-from billing.log_ids import log_id_problem
-from billing.mapping import NOUNS, HostMapping
-from billing.partitions import partition_problem
-from billing.row_trials import row_problem
-from billing.settings import Settings
+from trueup.host.column_types import local_times, mapped_columns, wrong_types
+from trueup.host.expressions import Problem, wrong_expression
+from trueup.host.log_ids import log_id_problem
+from trueup.host.mapping import NOUNS, HostMapping
+from trueup.host.partitions import partition_problem
+from trueup.host.schema_changes import ROW_SECURITY_REMEDY
+from trueup.host.write_probe import row_problem
+from trueup.settings.settings import Settings
 
 
 def check_mapping(connection: Connection, settings: Settings) -> Iterator[Finding]:

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator
 
 from sqlalchemy import Connection, text
 
-from billing.doctor.findings import Finding, error, ok, warning
-from billing.host_catalog import column_names
-from billing.mapping import quote_identifier, quote_table
-from billing.settings import Settings
+from trueup.doctor.findings import Finding, error, ok, warning
+from trueup.host.catalog import column_names
+from trueup.host.mapping import quote_identifier, quote_table
+from trueup.settings.settings import Settings
 
 # From so many rows on, a balance that is built without an index keeps its user waiting.
 LARGE_LOG_ROWS = 10_000

@@ -1,7 +1,5 @@
 """trueup's own objects in the database: of this version, for this mapping, and at work."""
 
-import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +8,14 @@ from typing import Any
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
-import billing
-from billing.doctor.findings import Finding, error, ok, warning
-from billing.install import sql_scripts
-from billing.mapping import HostMapping, quote_identifier, quote_table
-from billing.partitions import FAMILY, uncovered_partitions
-from billing.roles import lacking_rights, worker_rights
-from billing.settings import Settings
-from billing.watching import LOG_TRIGGERS, WINDOW_TRIGGER, is_untouched
+from trueup.database import migrations
+from trueup.doctor.findings import Finding, error, ok, warning
+from trueup.host.mapping import quote_identifier, quote_table
+from trueup.host.partitions import FAMILY, uncovered_partitions
+from trueup.install.install import expected_functions
+from trueup.install.roles import lacking_rights, worker_rights
+from trueup.install.triggers import LOG_TRIGGERS, WINDOW_TRIGGER, is_untouched
+from trueup.settings.settings import Settings
 
 _INIT = "Run `trueup db attach`."
 _SHOWN = 3
@@ -34,7 +32,7 @@ def is_installed(connection: Connection) -> bool:
 
 def check_schema(connection: Connection, settings: Settings) -> Iterator[Finding]:
     """Yield whether trueup's tables are of the code's version."""
-    wanted = ScriptDirectory(str(Path(str(billing.__file__)).parent / "migrations")).get_current_head()
+    wanted = ScriptDirectory(str(Path(str(migrations.__file__)).parent)).get_current_head()
     if not is_installed(connection):
         yield error("schema", "This database has no trueup schema.", _INIT, wanted=wanted)
         return
@@ -49,15 +47,6 @@ def check_schema(connection: Connection, settings: Settings) -> Iterator[Finding
             version=there,
             wanted=wanted,
         )
-
-
-_FUNCTION = re.compile(r"^CREATE OR REPLACE FUNCTION trueup\.(\w+)\(.*?\bAS \$\$(.*?)\$\$;", re.DOTALL | re.MULTILINE)
-
-
-def expected_functions(mapping: HostMapping) -> Counter[tuple[str, str]]:
-    """Return the functions that the code would make for this mapping: names, and hashes of their bodies."""
-    scripts = "\n".join(sql_scripts(mapping))
-    return Counter((name, hashlib.md5(body.encode()).hexdigest()) for name, body in _FUNCTION.findall(scripts))  # noqa: S324 - tells versions apart
 
 
 def check_functions(connection: Connection, settings: Settings) -> Iterator[Finding]:

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from sqlalchemy import Connection, text
 
-from billing.doctor.clocks import judge, measure
-from billing.doctor.findings import Finding, error, ok, warning
-from billing.settings import Settings
+from trueup.doctor.clocks import judge, measure
+from trueup.doctor.findings import Finding, error, ok, warning
+from trueup.settings.settings import Settings
 
 OLDEST_SERVER = 140_000
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from billing.doctor.findings import Finding, error, ok, warning
-from billing.settings import PREFIX, Settings
+from trueup.doctor.findings import Finding, error, ok, warning
+from trueup.settings.settings import PREFIX, Settings
 
 CHECK = "settings"
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
-from billing.doctor.findings import Finding, error, ok
+from trueup.doctor.findings import Finding, error, ok
 
 OLDEST_PYTHON = (3, 11)
 # Shown as figures: whoever asks for help is asked for these.

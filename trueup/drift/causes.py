@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from billing.drifts import Drift
+from trueup.drift.detect import Drift
 
 Cause = Literal[
     "counter_null",

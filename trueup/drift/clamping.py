@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from billing.candidates import Candidate, candidate
-from billing.causes import Certainty
-from billing.evidence import Evidence, Row, Segment, moment_of
+from trueup.drift.causes import Certainty
+from trueup.drift.evidence import Evidence, Row, Segment, moment_of
+from trueup.drift.hypotheses import Candidate, candidate
 
 COST_NO_CLAMP = 1.5
 # A host that shows nothing left lets few more requests through: those that were on their way.

@@ -7,10 +7,10 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from billing.evidence import Evidence
-from billing.mapping import UserIdType
-from billing.rules import DEFAULT_MIN_AGE_SECONDS
-from billing.users import UserId
+from trueup.accounts.user_ids import UserId
+from trueup.drift.evidence import Evidence
+from trueup.host.mapping import UserIdType
+from trueup.settings.policies import DEFAULT_MIN_AGE_SECONDS
 
 _NO_EVIDENCE = Evidence()
 

@@ -1,4 +1,4 @@
--- All that is known of these counters, as one document each: what `billing.evidence` reads.
+-- All that is known of these counters, as one document each: what `trueup.drift.evidence` reads.
 CREATE OR REPLACE FUNCTION trueup.drift_evidence(
     p_users {{user_id_type}}[], p_subscriptions text[], p_windows timestamptz[], p_original bigint[],
     p_consumed bigint[], p_observed bigint[], p_at timestamptz, p_min_age interval

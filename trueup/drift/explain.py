@@ -11,14 +11,14 @@ from datetime import datetime
 from itertools import product
 from typing import Any
 
-from billing.candidates import Candidate, Candidates, candidate
-from billing.causes import Cause, Certainty, Component, Explanation
-from billing.drifts import Drift
-from billing.evidence import Evidence
-from billing.ledgers import ledger_candidates
-from billing.lost_updates import Losses, losses_by_tokens
-from billing.replays import Clamp, clamps
-from billing.sizes import explain_by_sizes
+from trueup.drift.causes import Cause, Certainty, Component, Explanation
+from trueup.drift.clamping import Clamp, clamps
+from trueup.drift.detect import Drift
+from trueup.drift.evidence import Evidence
+from trueup.drift.explain_by_amounts import explain_by_sizes
+from trueup.drift.explain_by_rows import ledger_candidates
+from trueup.drift.hypotheses import Candidate, Candidates, candidate
+from trueup.drift.lost_updates import Losses, losses_by_tokens
 
 # How much a solution is stretched by what it takes for granted; the lowest sum wins, see `Candidate`.
 COST_UNSEEN_PURCHASE = 3.0

@@ -8,10 +8,10 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from billing.candidates import Candidate, candidate, carried_of, credits_of, grants_of, own_missed
-from billing.causes import Cause, Component, Explanation
-from billing.drifts import Drift
-from billing.evidence import Evidence, Match
+from trueup.drift.causes import Cause, Component, Explanation
+from trueup.drift.detect import Drift
+from trueup.drift.evidence import Evidence, Match
+from trueup.drift.hypotheses import Candidate, candidate, carried_of, credits_of, grants_of, own_missed
 
 PAID = ("credit_without_grant", "renewal_without_new_window", "carried_over_tokens")
 MOST_CREDITS = 6

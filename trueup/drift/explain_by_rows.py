@@ -4,7 +4,9 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
-from billing.candidates import (
+from trueup.drift.causes import Cause, Certainty
+from trueup.drift.evidence import BasePoint, Edge, EdgeRow, Evidence, Part, moment_of
+from trueup.drift.hypotheses import (
     Candidate,
     Candidates,
     candidate,
@@ -14,9 +16,7 @@ from billing.candidates import (
     less_certain,
     own_missed,
 )
-from billing.causes import Cause, Certainty
-from billing.evidence import BasePoint, Edge, EdgeRow, Evidence, Part, moment_of
-from billing.lost_updates import called_lost
+from trueup.drift.lost_updates import called_lost
 
 # Rows shown for one cause; there may be more, and `count` says how many.
 MOST_ROWS = 8

@@ -7,8 +7,8 @@ upgrade kept, rows at the base point or too young to tell only may have: whether
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from billing.causes import Cause, Certainty, Component
-from billing.evidence import Carried, Evidence, Grant, Purchase
+from trueup.drift.causes import Cause, Certainty, Component
+from trueup.drift.evidence import Carried, Evidence, Grant, Purchase
 
 MOST_SETTLED = 3
 

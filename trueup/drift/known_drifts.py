@@ -7,11 +7,11 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from billing.causes import Explanation
-from billing.drifts import Drift
-from billing.mapping import UserIdType
-from billing.policies import HELD, History, Verdict, difference
-from billing.users import UserId
+from trueup.accounts.user_ids import UserId
+from trueup.drift.causes import Explanation
+from trueup.drift.detect import Drift
+from trueup.drift.verdict import HELD, History, Verdict, difference
+from trueup.host.mapping import UserIdType
 
 # What is found again as it was; a correction or a lost race is an event, and written each time.
 _MAY_STAND = frozenset({"review", "reported", "ignored", "tolerated", "waiting"})

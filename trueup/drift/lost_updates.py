@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from billing.candidates import Candidate, candidate
-from billing.evidence import Concurrent, Evidence
+from trueup.drift.evidence import Concurrent, Evidence
+from trueup.drift.hypotheses import Candidate, candidate
 
 # More of them than this are not all in the evidence.
 MOST_LOST = 60

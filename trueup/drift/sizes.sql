@@ -1,5 +1,5 @@
 -- Evidence where the host keeps no rows of its decrements: rows of the log that are as large as a drift, or as what is
--- left of it once a purchase is taken out. Sizes are a weaker proof than rows: see what `billing.sizes` makes of them.
+-- left of it once a purchase is taken out. Sizes are a weaker proof than rows: see what explain_by_amounts.py makes of them.
 
 -- One document for each user:
 --   `matches`: rows of the log as large as one of the sizes in question, counted and failed ones, the newest three of each.

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from billing.causes import Explanation
-from billing.drifts import Drift
-from billing.rules import DEFAULT_POLICIES, PAID_CAUSES, POLICIES, UNCORRECTABLE_CAUSES, Policy, Rules
+from trueup.drift.causes import Explanation
+from trueup.drift.detect import Drift
+from trueup.settings.policies import DEFAULT_POLICIES, PAID_CAUSES, POLICIES, UNCORRECTABLE_CAUSES, Policy, Rules
 
 __all__ = ["DEFAULT_POLICIES", "History", "Policy", "Rules", "Verdict", "decide"]
 

@@ -1,1 +1,1 @@
-"""What the AI features do: the metered model client and pure services, text in, typed result out."""
+"""What the AI features do: pure services, text in, typed result out."""

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from ai.texts import paragraph_spans, sentence_spans
-from ai.tokens import TokenCounter
+from trueup.llm.texts import paragraph_spans, sentence_spans
+from trueup.llm.tokens import TokenCounter
 
 Span = tuple[int, int]
 

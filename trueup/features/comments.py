@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-from ai.inputs import Language, Text, parse
-from billing.errors import InvalidInputError
+from trueup.errors import InvalidInputError
+from trueup.features.inputs import Language, Text, parse
 
 # Ids become parts of a URL: nothing but letters, digits and underscores may be in them.
 GraphId = Annotated[

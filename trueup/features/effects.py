@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from billing import db
-from billing.errors import TrueupError
-from billing.outbox import Effect, EffectStatus, begin_effect, find_effect, finish_effect, reopen_effect
-from billing.users import UserId
+from trueup.accounts.user_ids import UserId
+from trueup.database import engine as db
+from trueup.errors import TrueupError
+from trueup.usage.outbox import Effect, EffectStatus, begin_effect, find_effect, finish_effect, reopen_effect
 
 
 @dataclass(frozen=True, kw_only=True)

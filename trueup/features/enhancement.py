@@ -6,14 +6,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ai import languages
-from ai.fitting import check_fits
-from ai.inputs import Business, parse
-from ai.model import Message, Model
-from ai.prompts import enhancement_messages
-from ai.texts import readable
-from ai.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
-from billing.errors import AnswerFormatError
+from trueup.errors import AnswerFormatError
+from trueup.features.inputs import Business, parse
+from trueup.llm import languages
+from trueup.llm.fitting import check_fits
+from trueup.llm.model import Message, Model
+from trueup.llm.prompts import enhancement_messages
+from trueup.llm.texts import readable
+from trueup.llm.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
 
 ESTIMATED_TOKENS = 700
 """What a prompt may cost by an exact counter, unless its draft is long; `estimated_tokens` says it for any."""

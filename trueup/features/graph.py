@@ -5,11 +5,11 @@ from typing import Any
 
 import httpx
 
-from ai.buttons import Button
-from ai.credentials import header_value
-from ai.texts import cut_at_word
-from billing.errors import SettingsError, TrueupError
-from billing.settings import Settings
+from trueup.errors import SettingsError, TrueupError
+from trueup.features.buttons import Button
+from trueup.llm.credentials import header_value
+from trueup.llm.texts import cut_at_word
+from trueup.settings.settings import Settings
 
 # https://developers.facebook.com/docs/graph-api/guides/error-handling: call limits of the app, the user, the page and
 # the account.

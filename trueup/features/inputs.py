@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from ai.texts import cleaned_text
-from billing.errors import InvalidInputError
+from trueup.errors import InvalidInputError
+from trueup.llm.texts import cleaned_text
 
 MAX_MESSAGE_CHARACTERS = 20_000
 

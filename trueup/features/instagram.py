@@ -7,16 +7,16 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ai.buttons import MAX_TEXT_CHARACTERS, Button, split_buttons, without_markers
-from ai.comments import ActionConfig, CommentEvent, ProductInfo
-from ai.effects import Outbox
-from ai.graph import GraphClient, GraphError
-from ai.links import KnownLinks, without_foreign_links
-from ai.model import Message, Model
-from ai.prompts import dm_messages
-from ai.texts import cut_at_word, cut_to_bytes, cut_to_characters, without_lone_surrogates
-from ai.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
-from billing.errors import AnswerFormatError, InvalidInputError
+from trueup.errors import AnswerFormatError, InvalidInputError
+from trueup.features.buttons import MAX_TEXT_CHARACTERS, Button, split_buttons, without_markers
+from trueup.features.comments import ActionConfig, CommentEvent, ProductInfo
+from trueup.features.effects import Outbox
+from trueup.features.graph import GraphClient, GraphError
+from trueup.features.links import KnownLinks, without_foreign_links
+from trueup.llm.model import Message, Model
+from trueup.llm.prompts import dm_messages
+from trueup.llm.texts import cut_at_word, cut_to_bytes, cut_to_characters, without_lone_surrogates
+from trueup.llm.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
 
 MESSAGE_EFFECT = "instagram_message"
 REPLY_EFFECT = "instagram_public_reply"

@@ -7,15 +7,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ai import languages
-from ai.fitting import check_fits, cut_to_fit
-from ai.inputs import MAX_MESSAGE_CHARACTERS, Business, ChatMessage, parse
-from ai.links import KnownLinks, without_foreign_links
-from ai.model import Message, Model
-from ai.prompts import reply_messages
-from ai.texts import readable
-from ai.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
-from billing.errors import AnswerFormatError, InvalidInputError
+from trueup.errors import AnswerFormatError, InvalidInputError
+from trueup.features.inputs import MAX_MESSAGE_CHARACTERS, Business, ChatMessage, parse
+from trueup.features.links import KnownLinks, without_foreign_links
+from trueup.llm import languages
+from trueup.llm.fitting import check_fits, cut_to_fit
+from trueup.llm.model import Message, Model
+from trueup.llm.prompts import reply_messages
+from trueup.llm.texts import readable
+from trueup.llm.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
 
 ESTIMATED_TOKENS = 1500
 """What one reply may cost by an exact counter; `estimated_tokens` says it for any."""

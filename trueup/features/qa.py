@@ -8,13 +8,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ai import languages
-from ai.answers import objects_under, scalar_under, share_of, text_of
-from ai.model import Model
-from ai.qa_plan import PlannedChunk, plan_qa
-from ai.texts import cut_at_word, fold, sentences, words
-from ai.tokens import TokenCounter
-from billing.errors import AnswerFormatError, HoldExhaustedError
+from trueup.errors import AnswerFormatError, HoldExhaustedError
+from trueup.features.answers import objects_under, scalar_under, share_of, text_of
+from trueup.features.qa_plan import PlannedChunk, plan_qa
+from trueup.llm import languages
+from trueup.llm.model import Model
+from trueup.llm.texts import cut_at_word, fold, sentences, words
+from trueup.llm.tokens import TokenCounter
 
 _MAX_QUESTION_CHARACTERS = 500
 _MAX_ANSWER_CHARACTERS = 4000

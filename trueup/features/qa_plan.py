@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ai.chunks import passages
-from ai.model import Message
-from ai.prompts import ANSWER_CHARACTERS, CONTEXT_CHARACTERS, QUESTION_CHARACTERS, qa_messages
-from ai.texts import readable
-from ai.tokens import TokenCounter, count_prompt_tokens, offline_counter
-from billing.errors import InvalidInputError
+from trueup.errors import InvalidInputError
+from trueup.features.chunks import passages
+from trueup.llm.model import Message
+from trueup.llm.prompts import ANSWER_CHARACTERS, CONTEXT_CHARACTERS, QUESTION_CHARACTERS, qa_messages
+from trueup.llm.texts import readable
+from trueup.llm.tokens import TokenCounter, count_prompt_tokens, offline_counter
 
 MIN_TEXT_CHARACTERS = 100
 MAX_TEXT_CHARACTERS = 500_000

@@ -7,14 +7,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ai import languages
-from ai.answers import object_with
-from ai.fitting import check_fits, cut_to_fit
-from ai.model import Message, Model
-from ai.prompts import question_messages
-from ai.texts import readable
-from ai.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
-from billing.errors import AnswerFormatError, InvalidInputError
+from trueup.errors import AnswerFormatError, InvalidInputError
+from trueup.features.answers import object_with
+from trueup.llm import languages
+from trueup.llm.fitting import check_fits, cut_to_fit
+from trueup.llm.model import Message, Model
+from trueup.llm.prompts import question_messages
+from trueup.llm.texts import readable
+from trueup.llm.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
 
 ESTIMATED_TOKENS = 1500
 """What one answer may cost by an exact counter; `estimated_tokens` says it for any."""

@@ -1,14 +1,15 @@
 """May this run? The decision is made in one place, SQL function `trueup.decide`; here it is put into words."""
 
 from datetime import datetime
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 from sqlalchemy import Connection
 
-from billing.accounts import Account, read_decision
-from billing.errors import DenialPayload, InvalidInputError
-from billing.rollout import lets_pass
-from billing.users import UserId
+from trueup.accounts.account import Account, read_decision
+from trueup.accounts.user_ids import UserId
+from trueup.accounts.validation import check_estimate
+from trueup.errors import DenialPayload
+from trueup.gate.modes import lets_pass
 
 Reason = Literal[
     "no_subscription",
@@ -17,8 +18,6 @@ Reason = Literal[
     "no_tokens_remaining",
     "insufficient_tokens",
 ]
-
-MAX_TOKENS = 2**63 - 1
 
 
 class Access(TypedDict):
@@ -36,15 +35,6 @@ class Access(TypedDict):
     tokens_held: int
     tokens_available: int
     reason: NotRequired[str]
-
-
-def check_estimate(estimated_tokens: Any, field: str = "estimated_tokens") -> int:
-    """Return the estimate if it is a count of tokens. Raises `InvalidInputError`, a ValueError, if not."""
-    if isinstance(estimated_tokens, bool) or not isinstance(estimated_tokens, int):
-        raise InvalidInputError(f"{field}: {estimated_tokens!r} is no whole number of tokens")
-    if not 0 <= estimated_tokens <= MAX_TOKENS:
-        raise InvalidInputError(f"{field}: {estimated_tokens} is out of range: give 0 to {MAX_TOKENS}")
-    return estimated_tokens
 
 
 def describe_denial(reason: str, *, feature_name: str, estimated_tokens: int, available: int) -> str:

@@ -8,13 +8,14 @@ from typing import Any
 
 from sqlalchemy import Connection, case, select, text
 
-from billing.access import check_estimate, denial_payload, describe_denial
-from billing.accounts import days_between
-from billing.errors import HoldBusyError, TokensDenied
-from billing.schema import own_table
-from billing.settings import get_settings
-from billing.subscriptions import refuse_several_subscriptions
-from billing.users import UserId
+from trueup.accounts.account import days_between
+from trueup.accounts.subscriptions import refuse_several_subscriptions
+from trueup.accounts.user_ids import UserId
+from trueup.accounts.validation import check_estimate
+from trueup.database.schema import own_table
+from trueup.errors import HoldBusyError, TokensDenied
+from trueup.gate.decision import denial_payload, describe_denial
+from trueup.settings.settings import get_settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,10 @@ from typing import get_args
 
 from sqlalchemy import Connection, text
 
-from billing.errors import InvalidInputError
-from billing.gate_settings import GateMode
-from billing.settings import get_settings
-from billing.users import UserId
+from trueup.accounts.user_ids import UserId
+from trueup.errors import InvalidInputError
+from trueup.settings.gate import GateMode
+from trueup.settings.settings import get_settings
 
 EVERY_FEATURE = "*"
 _MAX_NAME = 200

@@ -5,12 +5,12 @@ from datetime import datetime
 
 from sqlalchemy import Connection, select, text
 
-from billing.access import check_estimate
-from billing.errors import HoldOvertakenError
-from billing.holds import Hold
-from billing.schema import own_table
-from billing.settings import get_settings
-from billing.users import UserId
+from trueup.accounts.user_ids import UserId
+from trueup.accounts.validation import check_estimate
+from trueup.database.schema import own_table
+from trueup.errors import HoldOvertakenError
+from trueup.gate.holds import Hold
+from trueup.settings.settings import get_settings
 
 
 @dataclass(frozen=True, kw_only=True)

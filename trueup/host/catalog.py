@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from sqlalchemy import Connection, text
 
-from billing.mapping import NOUNS, HostMapping, quote_table
+from trueup.host.mapping import NOUNS, HostMapping, quote_table
 
 # What only the account and plan views show. (The plan's duration is a payment's matter too.)
 _SHOWN = {

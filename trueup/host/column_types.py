@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
 
-from billing.mapping import NOUNS, HostMapping, quote_table
+from trueup.host.mapping import NOUNS, HostMapping, quote_table
 
 _NUMBERS = frozenset({"smallint", "integer", "bigint"})
 _TEXTS = frozenset({"text", "character varying", "character"})

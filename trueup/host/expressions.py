@@ -10,8 +10,8 @@ from typing import Any
 from sqlalchemy import Connection, CursorResult, text
 from sqlalchemy.exc import DBAPIError
 
-from billing.host_values import Compared, Expression, quote_identifier, quote_literal
-from billing.mapping import HostMapping, quote_table, render_sql
+from trueup.host.columns import Compared, Expression, quote_identifier, quote_literal
+from trueup.host.mapping import HostMapping, quote_table, render_sql
 
 _INTEGERS = ("smallint", "integer", "bigint")
 SEARCH_PATH = "pg_catalog, pg_temp"  # the triggers' own, whatever the role's is

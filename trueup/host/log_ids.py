@@ -2,7 +2,7 @@
 
 from sqlalchemy import Connection, text
 
-from billing.mapping import HostMapping, quote_identifier, quote_table
+from trueup.host.mapping import HostMapping, quote_identifier, quote_table
 
 # What the catalog calls a column's type, and what the mapping calls it.
 _MAPPED_AS = {

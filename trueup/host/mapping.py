@@ -1,7 +1,7 @@
 """Where the host keeps its users, plans, subscriptions and AI usage log: table and column names.
 
 The defaults are those of a Django application. A table may be qualified by its schema ("public.billing_subscription").
-Some columns may be missing: what stands for them then is said in `billing.host_values`.
+Some columns may be missing: what stands for them then is said in `trueup.host.columns`.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, model_validator
 from sqlalchemy import TextClause, text
 
-from billing.host_values import (
+from trueup.host.columns import (
     Compared,
     Constant,
     Given,
@@ -21,7 +21,8 @@ from billing.host_values import (
     quote_table,
     sql_of,
 )
-from billing.mapped_tables import (
+from trueup.host.sql_templates import fill, named_fields
+from trueup.host.tables import (
     FullPlanTable,
     Names,
     PaymentTable,
@@ -31,7 +32,6 @@ from billing.mapped_tables import (
     UsageLogTable,
     UserTable,
 )
-from billing.templates import fill, named_fields
 
 __all__ = [
     "NOUNS",
@@ -196,7 +196,7 @@ class HostMapping(Names):
 
 
 def render_sql(template: str, mapping: HostMapping) -> str:
-    """Fill an SQL template in; `billing.templates` says how it is written. Raises KeyError on an unknown name."""
+    """Fill an SQL template in; `sql_templates` says how it is written. Raises KeyError on an unknown name."""
     return fill(template, mapping)
 
 

@@ -2,7 +2,7 @@
 
 from sqlalchemy import Connection, text
 
-from billing.mapping import HostMapping, quote_table
+from trueup.host.mapping import HostMapping, quote_table
 
 # The log's id and theirs, as `family`.
 FAMILY = """

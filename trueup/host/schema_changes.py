@@ -2,9 +2,9 @@
 
 from sqlalchemy import Connection, text
 
-from billing.errors import GateClosedError, HostChangedError, NotInstalledError
-from billing.host_catalog import missing_host_columns, missing_host_tables
-from billing.mapping import HostMapping
+from trueup.errors import GateClosedError, HostChangedError, NotInstalledError
+from trueup.host.catalog import missing_host_columns, missing_host_tables
+from trueup.host.mapping import HostMapping
 
 # Raised by trueup.require_watched() and trueup.require_counted().
 UNWATCHED = "TU001"

@@ -1,6 +1,6 @@
 """The usage log's own vocabulary of features, from the specification of the host's schema."""
 
-from billing.errors import InvalidInputError
+from trueup.errors import InvalidInputError
 
 SECTIONS = frozenset(
     {

@@ -5,7 +5,7 @@
 `{{literal usage_log}}`   a name as a string
 `{{usage_log.section else 'x'}}` what stands for it where the host keeps no such column
 `{{if usage_log.metadata}} … {{else}} … {{end}}` one of both, by whether the host has it; not nested
-`{{include plan_tokens}}`  on a line of its own, what stands in sql/parts/plan_tokens.sql; a name after that stands for
+`{{include plan_tokens}}`  on a line of its own, what stands in sql_parts/plan_tokens.sql; a name after that stands for
                           its `{{row}}`
 """
 
@@ -15,7 +15,7 @@ from functools import cache
 from importlib import resources
 from typing import Protocol
 
-from billing.host_values import quote_literal
+from trueup.host.columns import quote_literal
 
 _INCLUDE = re.compile(r"^ *\{\{include (?P<part>[a-z_]+)(?: (?P<row>\w+))?\}\}\n", re.MULTILINE)
 _CHOICE = re.compile(
@@ -55,7 +55,7 @@ def with_parts(template: str) -> str:
 
 @cache
 def _part(name: str, row: str | None) -> str:
-    part = resources.files("billing").joinpath("sql", "parts", f"{name}.sql").read_text(encoding="utf-8")
+    part = resources.files("trueup.host").joinpath("sql_parts", f"{name}.sql").read_text(encoding="utf-8")
     return part if row is None else part.replace("{{row}}", row)
 
 

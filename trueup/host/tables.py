@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from billing.host_values import (
+from trueup.host.columns import (
     Active,
     Column,
     Compared,

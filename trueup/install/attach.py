@@ -9,22 +9,29 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
-from billing import db
-from billing.attach_rights import refuse_without_rights
-from billing.doctor.installation import expected_functions
-from billing.errors import TrueupError
-from billing.install import (
+from trueup.database import engine as db
+from trueup.database.locks import PATIENCE_SECONDS, take_step
+from trueup.errors import TrueupError
+from trueup.host.mapping import HostMapping, quote_table, render_statement
+from trueup.host.partitions import uncovered_partitions
+from trueup.install.install import (
     DROP_FUNCTIONS,
     SQL_FILES,
     create_tables,
+    expected_functions,
     run_scripts,
     save_sql,
     sql_scripts,
 )
-from billing.mapping import HostMapping, quote_table, render_statement
-from billing.partitions import uncovered_partitions
-from billing.short_locks import PATIENCE_SECONDS, take_step
-from billing.watching import KEEP_WATCHED, LOG_TRIGGERS, SAVE_TRIGGERS, SAVE_WATCHED, WINDOW_TRIGGER, is_untouched
+from trueup.install.rights import refuse_without_rights
+from trueup.install.triggers import (
+    KEEP_WATCHED,
+    LOG_TRIGGERS,
+    SAVE_TRIGGERS,
+    SAVE_WATCHED,
+    WINDOW_TRIGGER,
+    is_untouched,
+)
 
 # As many users at once as have about so many log rows: reading the log from end to end for few would be a waste.
 BATCH_ROWS = 10_000_000
@@ -32,7 +39,7 @@ MOST_BATCH_USERS = 500_000
 SAMPLE_USERS = 1_000
 
 # Whatever the triggers and the filling need; nothing of the gate's is among it.
-BEFORE_TRIGGERS = SQL_FILES[: SQL_FILES.index("triggers.sql")]
+BEFORE_TRIGGERS = SQL_FILES[: SQL_FILES.index("install/triggers.sql")]
 FUNCTIONS = tuple(name for name in SQL_FILES if not name.endswith("triggers.sql"))
 
 
@@ -130,13 +137,13 @@ def watch_log(connection: Connection, mapping: HostMapping) -> None:
 
 
 def watch_scripts(mapping: HostMapping) -> list[str]:
-    return [_MARK_STALE, *sql_scripts(mapping, ["triggers.sql"]), SAVE_WATCHED]
+    return [_MARK_STALE, *sql_scripts(mapping, ["install/triggers.sql"]), SAVE_WATCHED]
 
 
 def watch_partitions(connection: Connection, mapping: HostMapping) -> None:
     """Put the triggers on the log's partitions that lack them; where one has rows, balances from before are stale."""
     if uncovered_partitions(connection):
-        run_scripts(connection, sql_scripts(mapping, ["partition_triggers.sql"]))
+        run_scripts(connection, sql_scripts(mapping, ["install/partition_triggers.sql"]))
 
 
 def watch_subscriptions(connection: Connection, mapping: HostMapping) -> None:
@@ -147,7 +154,7 @@ def watch_subscriptions(connection: Connection, mapping: HostMapping) -> None:
 
 
 def window_scripts(mapping: HostMapping) -> list[str]:
-    return [*sql_scripts(mapping, ["window_triggers.sql"]), SAVE_TRIGGERS]
+    return [*sql_scripts(mapping, ["install/window_triggers.sql"]), SAVE_TRIGGERS]
 
 
 def batch_users(connection: Connection, mapping: HostMapping) -> int:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from sqlalchemy import Connection, text
 
-from billing.errors import InvalidInputError, NotInstalledError, TrueupError
-from billing.install import drop_functions
-from billing.schema import SCHEMA, build_metadata
-from billing.short_locks import PATIENCE_SECONDS, take_step
+from trueup.database.locks import PATIENCE_SECONDS, take_step
+from trueup.database.schema import SCHEMA, build_metadata
+from trueup.errors import InvalidInputError, NotInstalledError, TrueupError
+from trueup.install.install import drop_functions
 
 # What is kept of the history, in this order.
 HISTORY = (

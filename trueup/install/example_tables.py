@@ -24,10 +24,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from billing.errors import InvalidInputError
-from billing.host_values import Compared, Expression, columns_of
-from billing.mapping import HostMapping
-from billing.schema.columns import user_id_column_type
+from trueup.database.schema.columns import user_id_column_type
+from trueup.errors import InvalidInputError
+from trueup.host.columns import Compared, Expression, columns_of
+from trueup.host.mapping import HostMapping
 
 
 def build_host_metadata(mapping: HostMapping) -> MetaData:

@@ -1,6 +1,9 @@
 """Set a database up: migrations of our own tables, then the functions and triggers for the host's mapping."""
 
+import hashlib
 import io
+import re
+from collections import Counter
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -9,8 +12,11 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, text
 
-from billing.errors import NotInstalledError
-from billing.host_catalog import (
+from trueup.accounts.subscriptions import refuse_shared_users
+from trueup.database.locks import INSTALL_LOCK, STATEMENT_TIMEOUT_SECONDS
+from trueup.database.schema import SCHEMA
+from trueup.errors import NotInstalledError
+from trueup.host.catalog import (
     COMPUTED_REMEDY,
     computed_log_columns,
     demanded_log_columns,
@@ -18,52 +24,49 @@ from billing.host_catalog import (
     missing_host_tables,
     tables_without_triggers,
 )
-from billing.host_changes import ATTACHING
-from billing.host_tables import build_host_metadata
-from billing.host_trials import expression_problem
-from billing.host_types import mapped_columns, wrong_types
-from billing.host_values import quote_literal
-from billing.log_ids import log_id_problem
-from billing.mapping import HostMapping, quote_table, render_sql
-from billing.partitions import partition_problem
-from billing.row_trials import row_problem
-from billing.schema import SCHEMA
-from billing.settings import get_settings
-from billing.short_locks import INSTALL_LOCK, STATEMENT_TIMEOUT_SECONDS
-from billing.subscriptions import refuse_shared_users
-from billing.watching import KEEP_WATCHED, SAVE_TRIGGERS, is_untouched
+from trueup.host.column_types import mapped_columns, wrong_types
+from trueup.host.columns import quote_literal
+from trueup.host.expressions import expression_problem
+from trueup.host.log_ids import log_id_problem
+from trueup.host.mapping import HostMapping, quote_table, render_sql
+from trueup.host.partitions import partition_problem
+from trueup.host.schema_changes import ATTACHING
+from trueup.host.write_probe import row_problem
+from trueup.install.example_tables import build_host_metadata
+from trueup.install.triggers import KEEP_WATCHED, SAVE_TRIGGERS, is_untouched
+from trueup.settings.settings import get_settings
 
 # Functions before triggers; each file may use what those before it define.
 SQL_FILES = (
-    "grants.sql",
-    "accounts.sql",
-    "windows.sql",
-    "deltas.sql",
-    "fill.sql",
-    "watching.sql",
-    "triggers.sql",
-    "partition_triggers.sql",
-    "window_triggers.sql",
-    "rollout.sql",
-    "balances.sql",
-    "holds.sql",
-    "calls.sql",
-    "charges.sql",
-    "usage.sql",
-    "granting.sql",
-    "reconcile.sql",
-    "shards.sql",
-    "deep.sql",
-    "decisions.sql",
-    "decrements.sql",
-    "purchases.sql",
-    "evidence.sql",
-    "ledger.sql",
-    "sizes.sql",
-    "documents.sql",
+    "accounts/grants.sql",
+    "accounts/accounts.sql",
+    "accounts/windows.sql",
+    "usage/deltas.sql",
+    "install/fill.sql",
+    "install/watching.sql",
+    "install/triggers.sql",
+    "install/partition_triggers.sql",
+    "install/window_triggers.sql",
+    "gate/modes.sql",
+    "gate/balances.sql",
+    "gate/holds.sql",
+    "gate/provider_calls.sql",
+    "usage/charges.sql",
+    "usage/log.sql",
+    "accounts/granting.sql",
+    "reconcile/corrections.sql",
+    "reconcile/shards.sql",
+    "reconcile/audit.sql",
+    "review/decisions.sql",
+    "drift/decrements.sql",
+    "drift/purchases.sql",
+    "drift/evidence.sql",
+    "drift/ledger.sql",
+    "drift/sizes.sql",
+    "drift/documents.sql",
 )
 # What stands in for a file whose table the host does not have.
-_WITHOUT = {"decrements.sql": "no_decrements.sql", "purchases.sql": "no_purchases.sql"}
+_WITHOUT = {"drift/decrements.sql": "drift/no_decrements.sql", "drift/purchases.sql": "drift/no_purchases.sql"}
 
 _CREATE_SCHEMA = f"CREATE SCHEMA {SCHEMA}"
 LOCK_TIMEOUT_SECONDS = 5
@@ -121,7 +124,7 @@ def tables_sql(connection: Connection, mapping: HostMapping) -> list[str]:
 
 def sql_scripts(mapping: HostMapping, names: Iterable[str] = SQL_FILES) -> list[str]:
     """Return the scripts that make the functions and triggers for this mapping, in order; or these of them."""
-    templates = resources.files("billing").joinpath("sql")
+    templates = resources.files("trueup")
     return [render_sql(templates.joinpath(name).read_text(), mapping) for name in _sql_files(mapping, names)]
 
 
@@ -199,8 +202,8 @@ def _sql_files(mapping: HostMapping, names: Iterable[str]) -> list[str]:
     unmapped = {
         name
         for name, table in (
-            ("decrements.sql", mapping.token_usage.table),
-            ("purchases.sql", mapping.payment.table),
+            ("drift/decrements.sql", mapping.token_usage.table),
+            ("drift/purchases.sql", mapping.payment.table),
         )
         if table is None
     }
@@ -274,7 +277,16 @@ def _lacks_schema(connection: Connection) -> bool:
 
 def _alembic_config(mapping: HostMapping, **attributes: object) -> Config:
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(Path(__file__).parents[1] / "database" / "migrations"))
     config.set_main_option("path_separator", "os")
     config.attributes.update(attributes, mapping=mapping)
     return config
+
+
+_FUNCTION = re.compile(r"^CREATE OR REPLACE FUNCTION trueup\.(\w+)\(.*?\bAS \$\$(.*?)\$\$;", re.DOTALL | re.MULTILINE)
+
+
+def expected_functions(mapping: HostMapping) -> Counter[tuple[str, str]]:
+    """Return the functions that the code would make for this mapping: names, and hashes of their bodies."""
+    scripts = "\n".join(sql_scripts(mapping))
+    return Counter((name, hashlib.md5(body.encode()).hexdigest()) for name, body in _FUNCTION.findall(scripts))  # noqa: S324 - tells versions apart

@@ -2,8 +2,8 @@
 
 from sqlalchemy import Connection, text
 
-from billing.mapping import quote_identifier
-from billing.schema import SCHEMA
+from trueup.database.schema import SCHEMA
+from trueup.host.mapping import quote_identifier
 
 # A sequence of an identity column goes with its table.
 _OWNED_BY_OTHERS = text(

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
 
-from billing import db
-from billing.attach import are_subscriptions_watched, estimated_rows, is_log_watched
-from billing.attach_rights import find_lacking
-from billing.errors import NotInstalledError, ServiceUnavailableError, TrueupError
-from billing.mapping import HostMapping, quote_table, render_statement
-from billing.partitions import log_tables
-from billing.roles import Right, lacking_rights, migrate_rights, worker_rights
-from billing.schema import SCHEMA
+from trueup.database import engine as db
+from trueup.database.schema import SCHEMA
+from trueup.errors import NotInstalledError, ServiceUnavailableError, TrueupError
+from trueup.host.mapping import HostMapping, quote_table, render_statement
+from trueup.host.partitions import log_tables
+from trueup.install.attach import are_subscriptions_watched, estimated_rows, is_log_watched
+from trueup.install.rights import find_lacking
+from trueup.install.roles import Right, lacking_rights, migrate_rights, worker_rights
 
 # So many rows of the log are read to see how fast that goes; no longer than this.
 SAMPLE_ROWS = 20_000

@@ -2,9 +2,9 @@
 
 from sqlalchemy import Connection, text
 
-from billing.errors import MissingRightError
-from billing.mapping import HostMapping, quote_identifier
-from billing.roles import lacking_rights, migrate_rights
+from trueup.errors import MissingRightError
+from trueup.host.mapping import HostMapping, quote_identifier
+from trueup.install.roles import lacking_rights, migrate_rights
 
 
 def refuse_without_rights(connection: Connection, mapping: HostMapping) -> None:

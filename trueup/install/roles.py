@@ -13,14 +13,14 @@ from typing import Literal
 
 from sqlalchemy import Connection, text
 
-from billing.errors import InvalidInputError, NotInstalledError
-from billing.host_catalog import column_names, missing_host_tables
-from billing.host_values import quote_literal
-from billing.log_ids import log_id_sequence
-from billing.mapping import NOUNS, HostMapping, quote_identifier, quote_table
-from billing.ownership import ownership_sql
-from billing.partitions import log_tables
-from billing.schema import SCHEMA
+from trueup.database.schema import SCHEMA
+from trueup.errors import InvalidInputError, NotInstalledError
+from trueup.host.catalog import column_names, missing_host_tables
+from trueup.host.columns import quote_literal
+from trueup.host.log_ids import log_id_sequence
+from trueup.host.mapping import NOUNS, HostMapping, quote_identifier, quote_table
+from trueup.host.partitions import log_tables
+from trueup.install.ownership import ownership_sql
 
 # What only migrating writes; the log's triggers do so with its owner's rights.
 MIGRATED = frozenset({"alembic_version", "installation", "log_truncation"})
@@ -92,7 +92,7 @@ def passing_tables() -> frozenset[str]:
 
     From all others nothing is ever deleted: what was held, charged, found and decided stays on record.
     """
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     written = (path.read_text() for suffix in ("sql", "py") for path in folder.rglob(f"*.{suffix}"))
     return frozenset(re.findall(r"DELETE FROM trueup\.(\w+)", "\n".join(written)))
 

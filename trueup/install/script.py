@@ -4,7 +4,10 @@ from collections.abc import Sequence
 
 from sqlalchemy import Connection, text
 
-from billing.attach import (
+from trueup.database.locks import INSTALL_LOCK, LOCK_TIMEOUT_MILLISECONDS, STATEMENT_TIMEOUT_SECONDS
+from trueup.host.mapping import HostMapping, render_sql
+from trueup.host.partitions import log_tables
+from trueup.install.attach import (
     SAMPLE_USERS,
     UNTRUE,
     are_subscriptions_watched,
@@ -17,10 +20,7 @@ from billing.attach import (
     watch_scripts,
     window_scripts,
 )
-from billing.install import sql_scripts, tables_sql
-from billing.mapping import HostMapping, render_sql
-from billing.partitions import log_tables
-from billing.short_locks import INSTALL_LOCK, LOCK_TIMEOUT_MILLISECONDS, STATEMENT_TIMEOUT_SECONDS
+from trueup.install.install import sql_scripts, tables_sql
 
 _HEAD = """\
 -- What `trueup db attach` runs in this database, in psql: it stops at the first error, and may be run again.
@@ -79,7 +79,7 @@ def attach_script(connection: Connection, mapping: HostMapping) -> str:
     if not is_log_watched(connection, mapping):
         parts.append(_step("2. The triggers on the log", watch_scripts(mapping)))
     if len(log_tables(connection, mapping)) > 1:
-        parts.append(_step("2. Those on its partitions", sql_scripts(mapping, ["partition_triggers.sql"])))
+        parts.append(_step("2. Those on its partitions", sql_scripts(mapping, ["install/partition_triggers.sql"])))
     if not are_subscriptions_watched(connection, mapping):
         parts.append(_step("2. The trigger on the subscriptions", window_scripts(mapping)))
     users = batch_users(connection, mapping)

@@ -1,4 +1,4 @@
-"""What tells of the host's writes, and how what did when all was counted is written down: see sql/watching.sql."""
+"""What tells of the host's writes, and how what did when all was counted is written down: see watching.sql."""
 
 from sqlalchemy import Connection, text
 

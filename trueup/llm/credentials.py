@@ -2,7 +2,7 @@
 
 from pydantic import SecretStr
 
-from billing.errors import SettingsError
+from trueup.errors import SettingsError
 
 
 def header_value(name: str, secret: SecretStr | None) -> str:

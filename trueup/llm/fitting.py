@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-from ai.model import Message
-from ai.texts import cut_at_word
-from ai.tokens import TokenCounter, count_prompt_tokens
-from billing.errors import InvalidInputError
+from trueup.errors import InvalidInputError
+from trueup.llm.model import Message
+from trueup.llm.texts import cut_at_word
+from trueup.llm.tokens import TokenCounter, count_prompt_tokens
 
 CUT_MARK = " […]"
 

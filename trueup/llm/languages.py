@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 
-from ai.texts import fold
+from trueup.llm.texts import fold
 
 UNKNOWN = "und"
 

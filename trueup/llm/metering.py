@@ -13,19 +13,19 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ai.model import Completion, CompletionStream, Message, Provider
-from billing import db
-from billing.calls import begin_call, end_call, extend_hold
-from billing.charges import Charge, Usage, find_answer, record_charge
-from billing.errors import (
+from trueup.database import engine as db
+from trueup.database.retry import PASSING, insist
+from trueup.errors import (
     HoldExhaustedError,
     HoldOvertakenError,
     NoHoldError,
     ProviderError,
 )
-from billing.holds import Hold
-from billing.insisting import PASSING, insist
-from billing.settings import Settings
+from trueup.gate.holds import Hold
+from trueup.gate.provider_calls import begin_call, end_call, extend_hold
+from trueup.llm.model import Completion, CompletionStream, Message, Provider
+from trueup.settings.settings import Settings
+from trueup.usage.charges import Charge, Usage, find_answer, record_charge
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """What a model is to the services: messages in, a completion and its token usage out, at once or in chunks.
 
-Services take any `Model`. In a metered task that is the client of `ai.metering`, which spends from the task's hold.
+Services take any `Model`. In a metered task that is the client of `llm.metering`, which spends from the task's hold.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -87,7 +87,7 @@ class CompletionStream(Iterator[str]):
 
 
 class Provider(Protocol):
-    """A source of completions. It spends whatever it is asked to: only `ai.metering` may call it."""
+    """A source of completions. It spends whatever it is asked to: only `trueup.llm.metering` may call it."""
 
     def count_prompt_tokens(self, messages: Sequence[Message]) -> int:
         """Return the tokens the prompt costs, message overhead included; never fewer than billed."""

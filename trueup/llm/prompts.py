@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ai.model import Message
+from trueup.llm.model import Message
 
 # At the very end only: a system prompt may hold text that a business wrote, and that must not name another job.
 _MARKER = re.compile(r"^trueup-job: (?P<job>[a-z]+)(?P<arguments>(?: [a-z]+=\S+)*)\Z", re.MULTILINE)

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
-from ai.model import Message
-from ai.texts import without_lone_surrogates
+from trueup.llm.model import Message
+from trueup.llm.texts import without_lone_surrogates
 
 OFFLINE_ENCODING = "o200k_base"
 

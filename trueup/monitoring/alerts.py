@@ -13,9 +13,9 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from billing.alert_settings import AlertSettings
-from billing.missed_runs import find_missed_runs
-from billing.settings import get_settings
+from trueup.reconcile.missed_runs import find_missed_runs
+from trueup.settings.alerts import AlertSettings
+from trueup.settings.settings import get_settings
 
 # A sending takes less; a sender that has not told by then is dead.
 CLAIM_SECONDS = 180

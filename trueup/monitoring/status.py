@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from billing.outbox import count_unresolved_effects
+from trueup.usage.outbox import count_unresolved_effects
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,11 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from billing.discovery.catalog import kind_of
-from billing.discovery.words import FIELDS, INTEGER
-from billing.errors import NotInstalledError, TrueupError
-from billing.host_trials import wrong_expression
-from billing.mapping import HostMapping, UserIdType, fields_named_in, quote_identifier, quote_table
+from trueup.discovery.catalog import kind_of
+from trueup.discovery.vocabulary import FIELDS, INTEGER
+from trueup.errors import NotInstalledError, TrueupError
+from trueup.host.expressions import wrong_expression
+from trueup.host.mapping import HostMapping, UserIdType, fields_named_in, quote_identifier, quote_table
 
 _USER_IDS = {"bigint": "integer", "uuid": "uuid", "text": "text"}
 # A log of so few bytes is read as fast without an index.

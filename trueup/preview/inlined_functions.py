@@ -13,9 +13,9 @@ from importlib import resources
 
 from sqlalchemy.dialects import postgresql
 
-from billing.mapping import HostMapping
-from billing.schema import SCHEMA, build_metadata
-from billing.templates import with_parts
+from trueup.database.schema import SCHEMA, build_metadata
+from trueup.host.mapping import HostMapping
+from trueup.host.sql_templates import with_parts
 
 # [^$]: a definition ends where its body begins, and does not go on into the next one's.
 _DEFINITION = re.compile(
@@ -68,18 +68,19 @@ def inline(statement: str, mapping: HostMapping) -> str:
 def _files(mapping: HostMapping) -> list[str]:
     """Return the names of the files that hold for this mapping."""
     left_out = {
-        "no_decrements.sql" if mapping.token_usage.table else "decrements.sql",
-        "no_purchases.sql" if mapping.payment.table else "purchases.sql",
+        "drift/no_decrements.sql" if mapping.token_usage.table else "drift/decrements.sql",
+        "drift/no_purchases.sql" if mapping.payment.table else "drift/purchases.sql",
     }
-    folder = resources.files("billing").joinpath("sql")
-    return sorted(file.name for file in folder.iterdir() if file.name.endswith(".sql") and file.name not in left_out)
+    rooms = [room for room in resources.files("trueup").iterdir() if room.is_dir()]
+    found = {f"{room.name}/{file.name}" for room in rooms for file in room.iterdir() if file.name.endswith(".sql")}
+    return sorted(found - left_out)
 
 
 @cache
 def _functions(files: tuple[str, ...]) -> dict[str, _Function]:
     found = {}
     for name in files:
-        template = resources.files("billing").joinpath("sql", name).read_text(encoding="utf-8")
+        template = resources.files("trueup").joinpath(name).read_text(encoding="utf-8")
         content = _COMMENT.sub("", with_parts(template))
         for match in _DEFINITION.finditer(content):
             returns = match["returns"]

@@ -10,11 +10,11 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import IO
 
-from billing.drift_reports import DriftReport, report_dry_run
-from billing.drift_rows import DriftFilter, ReportRow, row_of_finding
-from billing.drift_tallies import SET_ASIDE, CauseFigures, SizeFigures, tally_findings
-from billing.look import Look
-from billing.reconcile_runs import Finding, RunSummary
+from trueup.preview.scan import Look
+from trueup.reconcile.runs import Finding, RunSummary
+from trueup.reports.rows import DriftFilter, ReportRow, row_of_finding
+from trueup.reports.run_report import DriftReport, report_dry_run
+from trueup.reports.totals import SET_ASIDE, CauseFigures, SizeFigures, tally_findings
 
 KIND = "look"
 IN_MEMORY_BYTES = 16_000_000

@@ -14,21 +14,21 @@ from typing import Any
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from billing import db
-from billing.causes import Explanation
-from billing.drifts import Drift
-from billing.errors import TrueupError
-from billing.evidence import Evidence
-from billing.explanations import explain
-from billing.look_checks import check_columns, check_expressions, is_attached, missing_index
-from billing.look_statements import COUNTER_LIMIT, EVIDENCE, PLAN_SIZES, Statements, needed_columns
-from billing.mapping import HostMapping
-from billing.policies import DEFAULT_RULES, Verdict, decide
-from billing.reconcile_runs import Finding
-from billing.rules import Rules
-from billing.shards import bounds
-from billing.standing import Past, read_past
-from billing.users import UserId
+from trueup.accounts.user_ids import UserId
+from trueup.database import engine as db
+from trueup.drift.causes import Explanation
+from trueup.drift.detect import Drift
+from trueup.drift.evidence import Evidence
+from trueup.drift.explain import explain
+from trueup.drift.known_drifts import Past, read_past
+from trueup.drift.verdict import DEFAULT_RULES, Verdict, decide
+from trueup.errors import TrueupError
+from trueup.host.mapping import HostMapping
+from trueup.preview.checks import check_columns, check_expressions, is_attached, missing_index
+from trueup.preview.statements import COUNTER_LIMIT, EVIDENCE, PLAN_SIZES, Statements, needed_columns
+from trueup.reconcile.runs import Finding
+from trueup.reconcile.shards import bounds
+from trueup.settings.policies import Rules
 
 PAGE_SIZE = 5_000
 """How many subscriptions one transaction compares: what a process keeps in memory of them are the drifts."""

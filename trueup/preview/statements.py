@@ -2,11 +2,11 @@
 
 from sqlalchemy import TextClause
 
-from billing.inlined import inline
-from billing.look_checks import Named, named_in
-from billing.mapping import HostMapping, render_statement
-from billing.shards import within
-from billing.users import UserId
+from trueup.accounts.user_ids import UserId
+from trueup.host.mapping import HostMapping, render_statement
+from trueup.preview.checks import Named, named_in
+from trueup.preview.inlined_functions import inline
+from trueup.reconcile.shards import within
 
 PAGE = """
     SELECT count(*) AS counters, count(DISTINCT p.user_id) AS users,

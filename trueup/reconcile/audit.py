@@ -12,11 +12,11 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, text
 
-from billing.holds import expire_holds
-from billing.mapping import HostMapping, UserIdType, render_statement
-from billing.schema import own_table
-from billing.shards import bounds, within
-from billing.users import UserId
+from trueup.accounts.user_ids import UserId
+from trueup.database.schema import own_table
+from trueup.gate.holds import expire_holds
+from trueup.host.mapping import HostMapping, UserIdType, render_statement
+from trueup.reconcile.shards import bounds, within
 
 ODDITIES_MOST = 100
 """How many of each kind that no machine can repair are reported from a range: the first ones say enough."""

@@ -1,4 +1,4 @@
--- The deep pass: what is wrong with our own books beside sums that differ (billing/deep.py finds those), and repairs.
+-- The deep pass: what is wrong with our own books beside sums that differ (audit.py finds those), and repairs.
 -- The finders only look, at users after p_after, up to p_last; null: no bound. What they find is looked at again under
 -- the balance's lock before anything is written.
 

@@ -6,15 +6,14 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from billing.drift_rows import plain_id
-from billing.drifts import find_drifts
-from billing.explanations import explain
-from billing.mapping import HostMapping
-from billing.policies import DEFAULT_RULES, Rules, decide
-from billing.reconcile_runs import Finding
-from billing.shards import ShardLostError, Step, move_shard
-from billing.standing import read_past
-from billing.users import UserId
+from trueup.accounts.user_ids import UserId, plain_id
+from trueup.drift.detect import find_drifts
+from trueup.drift.explain import explain
+from trueup.drift.known_drifts import read_past
+from trueup.drift.verdict import DEFAULT_RULES, Rules, decide
+from trueup.host.mapping import HostMapping
+from trueup.reconcile.runs import Finding
+from trueup.reconcile.shards import ShardLostError, Step, move_shard
 
 # Each user's gate waits while the balances of a slice are brought up to date.
 REFRESHED_AT_ONCE = 100

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 
 from sqlalchemy import Engine, text
 
-from billing import db
-from billing.deep import patient
-from billing.mapping import HostMapping
-from billing.reconcile import SCAN_TIMEOUT_SECONDS
-from billing.reconcile_batch import BatchContext
-from billing.reconcile_runs import RunKind, RunSummary, begin_run, end_run, read_summary, runs_by, sweep_runs
-from billing.rules import Rules
-from billing.shard_work import work_shard
-from billing.shards import ShardLostError, claim_shard, kept_alive, new_owner
-from billing.work import Job, connected
+from trueup.database import engine as db
+from trueup.host.mapping import HostMapping
+from trueup.reconcile.audit import patient
+from trueup.reconcile.batch import BatchContext
+from trueup.reconcile.local_run import SCAN_TIMEOUT_SECONDS
+from trueup.reconcile.runs import RunKind, RunSummary, begin_run, end_run, read_summary, runs_by, sweep_runs
+from trueup.reconcile.shard_worker import work_shard
+from trueup.reconcile.shards import ShardLostError, claim_shard, kept_alive, new_owner
+from trueup.reconcile.work import Job, connected
+from trueup.settings.policies import Rules
 
 SWEEP_LEASE_SECONDS = 180
 """How long a run that the sweeper has seen is kept from others who would go on with it."""

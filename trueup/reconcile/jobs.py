@@ -11,10 +11,10 @@ from typing import Protocol
 
 from sqlalchemy import Engine
 
-from billing.shard_processes import ProcessEndedError, ShardProcess
-from billing.shard_work import work_shard
-from billing.shards import Shard, ShardLostError, claim_shard, end_shard, reload_shard
-from billing.work import Job, connected
+from trueup.reconcile.shard_processes import ProcessEndedError, ShardProcess
+from trueup.reconcile.shard_worker import work_shard
+from trueup.reconcile.shards import Shard, ShardLostError, claim_shard, end_shard, reload_shard
+from trueup.reconcile.work import Job, connected
 
 logger = logging.getLogger(__name__)
 

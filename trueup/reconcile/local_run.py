@@ -16,13 +16,15 @@ from datetime import datetime
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from billing import db
-from billing.deep import Defect, patient
-from billing.errors import InvalidInputError
-from billing.mapping import HostMapping
-from billing.policies import DEFAULT_RULES
-from billing.reconcile_batch import BatchContext
-from billing.reconcile_runs import (
+from trueup.accounts.user_ids import UserId
+from trueup.database import engine as db
+from trueup.drift.verdict import DEFAULT_RULES
+from trueup.errors import InvalidInputError
+from trueup.host.mapping import HostMapping
+from trueup.reconcile.audit import Defect, patient
+from trueup.reconcile.batch import BatchContext
+from trueup.reconcile.jobs import Jobs, Shards, ShardsInMemory, ShardsOfRun
+from trueup.reconcile.runs import (
     Finding,
     RunKind,
     RunSummary,
@@ -31,12 +33,10 @@ from billing.reconcile_runs import (
     read_summary,
     refuse_beside_a_run,
 )
-from billing.rules import Rules
-from billing.shard_jobs import Jobs, Shards, ShardsInMemory, ShardsOfRun
-from billing.shard_processes import MakeEngine, Order, ShardProcess
-from billing.shards import Shard, count_subscriptions, kept_alive, new_owner, shard_ends
-from billing.users import UserId
-from billing.work import Job, connected
+from trueup.reconcile.shard_processes import MakeEngine, Order, ShardProcess
+from trueup.reconcile.shards import Shard, count_subscriptions, kept_alive, new_owner, shard_ends
+from trueup.reconcile.work import Job, connected
+from trueup.settings.policies import Rules
 
 SCAN_TIMEOUT_SECONDS = 600
 SHARD_SIZE = 250_000

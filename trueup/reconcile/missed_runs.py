@@ -6,8 +6,8 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from billing.alert_settings import AlertSettings
-from billing.settings import get_settings
+from trueup.settings.alerts import AlertSettings
+from trueup.settings.settings import get_settings
 
 
 @dataclass(frozen=True, kw_only=True)

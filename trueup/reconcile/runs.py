@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, text
 
-from billing.causes import Explanation
-from billing.deep import Defect
-from billing.drifts import Drift
-from billing.errors import TrueupError
-from billing.policies import Verdict
-from billing.rules import Rules
-from billing.shards import LEASE_SECONDS, MOST_FAILURES
-from billing.users import UserId
+from trueup.accounts.user_ids import UserId
+from trueup.drift.causes import Explanation
+from trueup.drift.detect import Drift
+from trueup.drift.verdict import Verdict
+from trueup.errors import TrueupError
+from trueup.reconcile.audit import Defect
+from trueup.reconcile.shards import LEASE_SECONDS, MOST_FAILURES
+from trueup.settings.policies import Rules
 
 RunKind = Literal["quick", "deep"]
 

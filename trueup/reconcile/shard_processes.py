@@ -22,19 +22,19 @@ from multiprocessing.connection import Connection
 
 from sqlalchemy import Engine
 
-from billing import db
-from billing.deep import Defect
-from billing.errors import TrueupError
-from billing.evidence import Evidence
-from billing.reconcile_runs import KEPT_FINDINGS, Finding, RunSummary
-from billing.shard_work import work_shard
-from billing.shards import Shard, ShardLostError
-from billing.work import Job, Work
+from trueup.database import engine as db
+from trueup.drift.evidence import Evidence
+from trueup.errors import TrueupError
+from trueup.reconcile.audit import Defect
+from trueup.reconcile.runs import KEPT_FINDINGS, Finding, RunSummary
+from trueup.reconcile.shard_worker import work_shard
+from trueup.reconcile.shards import Shard, ShardLostError
+from trueup.reconcile.work import Job, Work
 
-# The same modules as here, whatever lies in the working folder: a host may well have a `billing` of its own there.
+# The same modules as here, whatever lies in the working folder: a host may well have a `trueup` of its own there.
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from billing.shard_processes import serve; serve(int(sys.argv[2]))"
+    "from trueup.reconcile.shard_processes import serve; serve(int(sys.argv[2]))"
 )
 POLL_SECONDS = 0.2
 # How much longer than its longest statement a process may take to end.

@@ -7,8 +7,10 @@ from dataclasses import replace
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from billing import db
-from billing.deep import (
+from trueup.accounts.user_ids import UserId
+from trueup.database import engine as db
+from trueup.errors import ServiceUnavailableError
+from trueup.reconcile.audit import (
     TOLD_AGAIN_AFTER,
     Defect,
     find_installation_defects,
@@ -20,11 +22,9 @@ from billing.deep import (
     repair_balance,
     repair_installation,
 )
-from billing.errors import ServiceUnavailableError
-from billing.reconcile_batch import reconcile_batch
-from billing.reconcile_runs import Finding
-from billing.rules import DEFAULT_POLICIES
-from billing.shards import (
+from trueup.reconcile.batch import reconcile_batch
+from trueup.reconcile.runs import Finding
+from trueup.reconcile.shards import (
     MOST_FAILURES,
     PAGE_SIZE,
     Shard,
@@ -38,8 +38,8 @@ from billing.shards import (
     move_shard,
     reload_shard,
 )
-from billing.users import UserId
-from billing.work import Job, connected
+from trueup.reconcile.work import Job, connected
+from trueup.settings.policies import DEFAULT_POLICIES
 
 QUERY_CANCELED = "57014"
 # Wrong data, a violated constraint, a view's check, RAISE in a trigger: of one row, not of the server.

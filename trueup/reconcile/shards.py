@@ -16,9 +16,9 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from billing.errors import TrueupError
-from billing.mapping import HostMapping, UserIdType, render_statement
-from billing.users import UserId
+from trueup.accounts.user_ids import UserId
+from trueup.errors import TrueupError
+from trueup.host.mapping import HostMapping, UserIdType, render_statement
 
 LEASE_SECONDS = 30.0
 """How long a run or shard stays its owner's without a sign of life."""

@@ -8,11 +8,11 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine
 
-from billing.deep import Defect
-from billing.mapping import HostMapping
-from billing.reconcile_batch import BatchContext
-from billing.reconcile_runs import Finding, RunKind
-from billing.users import UserId
+from trueup.accounts.user_ids import UserId
+from trueup.host.mapping import HostMapping
+from trueup.reconcile.audit import Defect
+from trueup.reconcile.batch import BatchContext
+from trueup.reconcile.runs import Finding, RunKind
 
 Report = Callable[[int, Sequence[Finding], Sequence[Defect]], None]
 """Called after each batch with how many counters it checked, and what it found."""

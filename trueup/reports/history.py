@@ -6,8 +6,8 @@ from typing import Any
 
 from sqlalchemy import Connection, func, select
 
-from billing.mapping import UserIdType
-from billing.schema import own_table
+from trueup.database.schema import own_table
+from trueup.host.mapping import UserIdType
 
 SCHEMA_VERSION = 1
 

@@ -8,10 +8,10 @@ from typing import Any
 from sqlalchemy import Connection, Row, RowMapping, Select, Text, and_, cast, func, or_, select
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from billing.mapping import UserIdType
-from billing.reconcile_runs import Finding
-from billing.schema import own_table
-from billing.users import UserId
+from trueup.accounts.user_ids import UserId, plain_id
+from trueup.database.schema import own_table
+from trueup.host.mapping import UserIdType
+from trueup.reconcile.runs import Finding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +65,6 @@ class ReportRow:
         for name in ("found_at", "last_seen_at"):
             content[name] = content[name].isoformat() if content[name] else None
         return content
-
-
-def plain_id(user_id: UserId | None) -> int | str | None:
-    """Return a user's id as JSON takes it."""
-    return user_id if user_id is None or isinstance(user_id, int) else str(user_id)
 
 
 def chosen_drifts(

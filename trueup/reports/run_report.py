@@ -8,8 +8,12 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, func, select
 
-from billing.drift_rows import DriftFilter, ReportRow, chosen_drifts, read_rows, row_of_finding
-from billing.drift_tallies import (
+from trueup.database.schema import own_table
+from trueup.errors import InvalidInputError
+from trueup.host.mapping import UserIdType
+from trueup.reconcile.runs import RunSummary
+from trueup.reports.rows import DriftFilter, ReportRow, chosen_drifts, read_rows, row_of_finding
+from trueup.reports.totals import (
     SET_ASIDE,
     CauseFigures,
     SizeFigures,
@@ -19,10 +23,6 @@ from billing.drift_tallies import (
     tally_sizes,
     tally_totals,
 )
-from billing.errors import InvalidInputError
-from billing.mapping import UserIdType
-from billing.reconcile_runs import RunSummary
-from billing.schema import own_table
 
 # Fields may be added under the same number; one that is renamed, removed or changed in meaning raises it.
 SCHEMA_VERSION = 2

@@ -24,7 +24,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from billing.drift_rows import ReportRow
+from trueup.reports.rows import ReportRow
 
 SET_ASIDE = ("tolerated", "ignored", "waiting")
 

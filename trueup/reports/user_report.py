@@ -6,14 +6,14 @@ from typing import Any
 
 from sqlalchemy import Connection, select, text
 
-from billing.accounts import Account, read_account
-from billing.drift_rows import ReportRow, drifts_of_user, plain_id
-from billing.mapping import HostMapping
-from billing.policies import DEFAULT_RULES, Rules
-from billing.reconcile_batch import BatchContext, reconcile_batch
-from billing.reconcile_runs import Finding
-from billing.schema import own_table
-from billing.users import UserId
+from trueup.accounts.account import Account, read_account
+from trueup.accounts.user_ids import UserId, plain_id
+from trueup.database.schema import own_table
+from trueup.drift.verdict import DEFAULT_RULES, Rules
+from trueup.host.mapping import HostMapping
+from trueup.reconcile.batch import BatchContext, reconcile_batch
+from trueup.reconcile.runs import Finding
+from trueup.reports.rows import ReportRow, drifts_of_user
 
 SCHEMA_VERSION = 1
 MOST_PAST_DRIFTS = 20

@@ -8,11 +8,11 @@ from typing import Any
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from billing.decisions import Choice, ReviewFilter
-from billing.errors import InvalidInputError
-from billing.grants import check_text
-from billing.mapping import UserIdType
-from billing.shard_work import REFUSED
+from trueup.accounts.grants import check_text
+from trueup.errors import InvalidInputError
+from trueup.host.mapping import UserIdType
+from trueup.reconcile.shard_worker import REFUSED
+from trueup.review.decisions import Choice, ReviewFilter
 
 # The users of a batch wait at the gate until all of it is decided.
 DECIDED_AT_ONCE = 50

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, text
 
-from billing.errors import InvalidInputError, TrueupError
-from billing.grants import as_utc, check_text
-from billing.mapping import UserIdType
-from billing.users import UserId
+from trueup.accounts.grants import as_utc, check_text
+from trueup.accounts.user_ids import UserId
+from trueup.errors import InvalidInputError, TrueupError
+from trueup.host.mapping import UserIdType
 
 Choice = Literal["accept", "grant", "ignore"]
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from billing.errors import InvalidInputError
+from trueup.errors import InvalidInputError
 
 Policy = Literal["correct", "review", "report"]
 # From the boldest to the most careful: a combination gets the most careful of its causes'.

@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from billing.rules import DEFAULT_MIN_AGE_SECONDS, Policy, Rules, check_policies
+from trueup.settings.policies import DEFAULT_MIN_AGE_SECONDS, Policy, Rules, check_policies
 
 
 class ReconcileSettings(BaseModel):

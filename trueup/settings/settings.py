@@ -23,12 +23,12 @@ from pydantic_settings import SettingsError as SourceError
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from billing.alert_settings import AlertSettings
-from billing.api_settings import ApiSettings
-from billing.errors import SettingsError
-from billing.gate_settings import GateSettings
-from billing.mapping import HostMapping
-from billing.reconcile_settings import ReconcileSettings
+from trueup.errors import SettingsError
+from trueup.host.mapping import HostMapping
+from trueup.settings.alerts import AlertSettings
+from trueup.settings.api import ApiSettings
+from trueup.settings.gate import GateSettings
+from trueup.settings.reconcile import ReconcileSettings
 
 PREFIX = "TRUEUP_"
 CONFIG_VARIABLE = "TRUEUP_CONFIG"

@@ -4,6 +4,6 @@
 up`.
 """
 
-from worker.stack.running import BOTH, Service, StackUrls, running_stack
+from trueup.stack.running import BOTH, Service, StackUrls, running_stack
 
 __all__ = ["BOTH", "Service", "StackUrls", "running_stack"]

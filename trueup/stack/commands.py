@@ -8,7 +8,7 @@ from pathlib import Path
 
 API = "api"
 
-_CELERY = ("celery", "-A", "worker")
+_CELERY = ("celery", "-A", "trueup.worker")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

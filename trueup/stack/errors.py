@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from billing.errors import TrueupError
+from trueup.errors import TrueupError
 
 _REMEDIES = {
     errno.ENOSPC: "Free some disk space, then try again; nothing that was committed is lost.",

@@ -13,9 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from billing.settings import Settings
-from worker.stack.errors import StackError, explained
-from worker.stack.processes import Account
+from trueup.settings.settings import Settings
+from trueup.stack.errors import StackError, explained
+from trueup.stack.processes import Account
 
 # The kernel takes 107 bytes on Linux and 103 on macOS.
 _LONGEST_SOCKET_PATH = 103

@@ -8,11 +8,11 @@ the process dies.
 from collections.abc import Callable
 from pathlib import Path
 
-from worker.stack.layout import Layout
-from worker.stack.locks import FileLock, mutex
-from worker.stack.processes import deferred_signals
-from worker.stack.servers import Server, ensure_running, stop_server
-from worker.stack.stack_file import StackFile
+from trueup.stack.layout import Layout
+from trueup.stack.locks import FileLock, mutex
+from trueup.stack.processes import deferred_signals
+from trueup.stack.servers import Server, ensure_running, stop_server
+from trueup.stack.stack_file import StackFile
 
 
 class Lease:

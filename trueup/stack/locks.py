@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from worker.stack.errors import StackError, explained
-from worker.stack.waiting import wait_until
+from trueup.stack.errors import StackError, explained
+from trueup.stack.waiting import wait_until
 
 # Files are opened close-on-exec, so that no server and no worker keeps a lock alive by inheriting
 # it. A fork without exec (multiprocessing) does inherit: `_forget_after_fork` closes the copies

@@ -15,15 +15,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from worker.stack.errors import StackError, explained
-from worker.stack.layout import (
+from trueup.stack.errors import StackError, explained
+from trueup.stack.layout import (
     Layout,
     can_pass,
     make_folder,
     refuse_foreign_folder,
     socket_folder,
 )
-from worker.stack.processes import Account
+from trueup.stack.processes import Account
 
 _log = logging.getLogger(__name__)
 

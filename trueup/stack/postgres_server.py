@@ -10,10 +10,10 @@ from urllib.parse import quote
 import psutil
 import psycopg
 
-from worker.stack.errors import StackError, explained
-from worker.stack.layout import Layout
-from worker.stack.postgres_home import find_postgres_home, find_programs
-from worker.stack.processes import processes_in, run_tool, start_detached
+from trueup.stack.errors import StackError, explained
+from trueup.stack.layout import Layout
+from trueup.stack.postgres_home import find_postgres_home, find_programs
+from trueup.stack.processes import processes_in, run_tool, start_detached
 
 DATABASE = "trueup"
 _SUPERUSER = "postgres"

@@ -17,7 +17,7 @@ from types import FrameType
 
 import psutil
 
-from worker.stack.waiting import wait_until
+from trueup.stack.waiting import wait_until
 
 _SERVER_PATH = "/usr/local/bin:/usr/bin:/bin"
 

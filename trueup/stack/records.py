@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
-from worker.stack.processes import is_alive
-from worker.stack.waiting import wait_until
+from trueup.stack.processes import is_alive
+from trueup.stack.waiting import wait_until
 
 # A clock corrected since then shifts what the system reports as a process's creation time. Pids are
 # not reused within seconds, so that a tolerance keeps the comparison safe.

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 
-from worker.stack.errors import StackError, explained
-from worker.stack.layout import Layout, make_folder, socket_folder
-from worker.stack.processes import processes_in, run_tool, start_detached
+from trueup.stack.errors import StackError, explained
+from trueup.stack.layout import Layout, make_folder, socket_folder
+from trueup.stack.processes import processes_in, run_tool, start_detached
 
 _OLDEST = (6, 2)
 _PROGRAMS = ("redis-server", "valkey-server")

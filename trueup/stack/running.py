@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Literal
 
-from billing.settings import Settings
-from worker.stack.layout import Layout, prepare_layout
-from worker.stack.leases import Lease
-from worker.stack.postgres_server import PostgresServer
-from worker.stack.redis_server import RedisServer
-from worker.stack.servers import Server
-from worker.stack.stack_file import StackFile
+from trueup.settings.settings import Settings
+from trueup.stack.layout import Layout, prepare_layout
+from trueup.stack.leases import Lease
+from trueup.stack.postgres_server import PostgresServer
+from trueup.stack.redis_server import RedisServer
+from trueup.stack.servers import Server
+from trueup.stack.stack_file import StackFile
 
 Service = Literal["postgres", "redis"]
 BOTH: tuple[Service, ...] = ("postgres", "redis")
@@ -38,7 +38,7 @@ def running_stack(settings: Settings, *, services: Sequence[Service] = BOTH) -> 
     """Lend the block the servers in `services`: those set by URL as they are, others embedded.
 
     An embedded server is adopted if it runs and started if not; it stops with its last user. While
-    it runs, `billing.settings.database_url` and `broker_url` find it in every process of this home.
+    it runs, `trueup.settings.settings.database_url` and `broker_url` find it in every process of this home.
     Raises `StackError` when a server can't be run.
     """
     with leased_stack(settings, services) as (urls, _leases):

@@ -7,10 +7,10 @@ from typing import Protocol
 
 import psutil
 
-from worker.stack.errors import StackError, explained
-from worker.stack.layout import log_tail, rotate_log
-from worker.stack.processes import is_alive, stop_processes
-from worker.stack.waiting import wait_until
+from trueup.stack.errors import StackError, explained
+from trueup.stack.layout import log_tail, rotate_log
+from trueup.stack.processes import is_alive, stop_processes
+from trueup.stack.waiting import wait_until
 
 # A server that was killed replays its log before it answers: give it time.
 START_SECONDS = 60.0

@@ -6,8 +6,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from worker.stack.errors import explained
-from worker.stack.locks import mutex
+from trueup.stack.errors import explained
+from trueup.stack.locks import mutex
 
 _KEYS = {"postgres": "database_url", "redis": "broker_url"}
 

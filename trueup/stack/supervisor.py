@@ -9,17 +9,17 @@ from typing import TextIO
 
 import psutil
 
-from billing.settings import Settings
-from worker.stack.commands import API, Command, stack_commands
-from worker.stack.crew import Crew, Policy
-from worker.stack.errors import StackAlreadyRunningError, explained
-from worker.stack.layout import Layout, prepare_layout
-from worker.stack.leases import Lease
-from worker.stack.locks import FileLock
-from worker.stack.merged_log import MergedLog
-from worker.stack.records import ChildRecords, reap_leftovers
-from worker.stack.running import StackUrls, leased_stack
-from worker.stack.signals import StopRequests
+from trueup.settings.settings import Settings
+from trueup.stack.commands import API, Command, stack_commands
+from trueup.stack.crew import Crew, Policy
+from trueup.stack.errors import StackAlreadyRunningError, explained
+from trueup.stack.layout import Layout, prepare_layout
+from trueup.stack.leases import Lease
+from trueup.stack.locks import FileLock
+from trueup.stack.merged_log import MergedLog
+from trueup.stack.records import ChildRecords, reap_leftovers
+from trueup.stack.running import StackUrls, leased_stack
+from trueup.stack.signals import StopRequests
 
 
 def run_stack(

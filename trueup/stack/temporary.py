@@ -8,13 +8,13 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
-from billing.settings import Settings
-from worker.stack.children import GATE, open_gate, program_path
-from worker.stack.commands import stack_commands
-from worker.stack.errors import StackError
-from worker.stack.layout import log_tail, prepare_layout, rotate_log
-from worker.stack.locks import FileLock
-from worker.stack.records import ChildRecord, ChildRecords, reap_leftovers
+from trueup.settings.settings import Settings
+from trueup.stack.children import GATE, open_gate, program_path
+from trueup.stack.commands import stack_commands
+from trueup.stack.errors import StackError
+from trueup.stack.layout import log_tail, prepare_layout, rotate_log
+from trueup.stack.locks import FileLock
+from trueup.stack.records import ChildRecord, ChildRecords, reap_leftovers
 
 GRACE_SECONDS = 45.0
 NAME = "temporary-worker"

@@ -9,8 +9,8 @@ from typing import Any
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError
 
-from billing.errors import UnknownUserError
-from billing.holds import Hold
+from trueup.errors import UnknownUserError
+from trueup.gate.holds import Hold
 
 # A log row's id is the UUIDv5 of its user, task and call under this namespace: the same call always gets the same id.
 # (A log whose ids are whole numbers draws them from their sequence: there the charge says which row is which call's.)

@@ -5,10 +5,10 @@ from datetime import datetime
 
 from sqlalchemy import Connection
 
-from billing.mapping import HostMapping, render_statement
-from billing.sections import SECTIONS
-from billing.tracking import TrackedUsage, ai_usage, track_ai_usage
-from billing.users import UserId
+from trueup.accounts.user_ids import UserId
+from trueup.host.mapping import HostMapping, render_statement
+from trueup.host.sections import SECTIONS
+from trueup.usage.tracker import TrackedUsage, ai_usage, track_ai_usage
 
 __all__ = ["SECTIONS", "TrackedUsage", "UsageRow", "ai_usage", "list_usage", "track_ai_usage"]
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Connection, and_, func, or_, select, text
 
-from billing.schema import own_table
-from billing.settings import get_settings
-from billing.users import UserId
+from trueup.accounts.user_ids import UserId
+from trueup.database.schema import own_table
+from trueup.settings.settings import get_settings
 
 EffectStatus = Literal["sending", "sent", "unknown", "failed"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection, RowMapping, text
 
-from billing.users import UserId
+from trueup.accounts.user_ids import UserId
 
 KEPT = timedelta(hours=24)
 """How long a request is known; Celery keeps results for as long. Then its key may be used anew."""

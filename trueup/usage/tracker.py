@@ -13,14 +13,14 @@ from typing import Any, Self
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from billing import db
-from billing.charges import LOG_NAMESPACE
-from billing.errors import InvalidInputError, TrueupError, UnknownUserError
-from billing.figures import check_count, check_counts, check_key, check_metadata, storable_text
-from billing.insisting import insist
-from billing.sections import check_section
-from billing.threads import in_thread
-from billing.users import UserId, user_id_of
+from trueup.accounts.user_ids import UserId, user_id_of
+from trueup.database import engine as db
+from trueup.database.retry import insist
+from trueup.database.threads import in_thread
+from trueup.errors import InvalidInputError, TrueupError, UnknownUserError
+from trueup.host.sections import check_section
+from trueup.usage.charges import LOG_NAMESPACE
+from trueup.usage.validation import check_count, check_counts, check_key, check_metadata, storable_text
 
 logger = logging.getLogger(__name__)
 

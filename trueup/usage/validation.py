@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
-from billing.charges import MAX_LOG_TOKENS
-from billing.errors import InvalidInputError
+from trueup.errors import InvalidInputError
+from trueup.usage.charges import MAX_LOG_TOKENS
 
 _MAX_KEY = 255
 

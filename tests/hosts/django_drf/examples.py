@@ -9,8 +9,8 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from ai.model import Completion
 from tests.hosts.documents import MANUAL, SPECIFICATION, run
+from trueup.llm.model import Completion
 
 
 class _Service:

@@ -14,11 +14,11 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from billing.decorators import ai_tokens, require_active_subscription, require_ai_tokens
-from billing.frameworks.fastapi import active_subscription_required, ai_tokens_required, answer_denials
-from billing.utils import get_accurate_tokens_remaining
 from tests.hosts.documents import MANUAL, run
 from tests.hosts.people import JWT_SECRET
+from trueup.billing.decorators import ai_tokens, require_active_subscription, require_ai_tokens
+from trueup.billing.frameworks.fastapi import active_subscription_required, ai_tokens_required, answer_denials
+from trueup.billing.utils import get_accurate_tokens_remaining
 
 app = FastAPI()
 answer_denials(app)

@@ -7,9 +7,9 @@ import psycopg
 from flask import Flask, g, request, session
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
-from billing.decorators import ai_tokens, require_active_subscription, require_ai_tokens
-from billing.utils import get_accurate_tokens_remaining
 from tests.hosts.documents import MANUAL, run
+from trueup.billing.decorators import ai_tokens, require_active_subscription, require_ai_tokens
+from trueup.billing.utils import get_accurate_tokens_remaining
 
 SECRET_KEY = "only-for-tests"
 

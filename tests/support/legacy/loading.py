@@ -7,8 +7,8 @@ from typing import Any
 
 from sqlalchemy import Engine, text
 
-from billing.mapping import HostMapping, PaymentTable, TokenUsageTable
 from tests.support.legacy.population import PLANS, Person
+from trueup.host.mapping import HostMapping, PaymentTable, TokenUsageTable
 
 WITH_ROWS = HostMapping(
     token_usage=TokenUsageTable(table="billing_tokenusage"), payment=PaymentTable(table="billing_payment")

@@ -3,8 +3,8 @@
 An adapter is found by the view's own arguments when the view is called, so that one decorator serves all frameworks.
 """
 
-from billing.frameworks import for_django, for_flask, for_starlette
-from billing.frameworks.adapter import Adapter, View
+from trueup.billing.frameworks import for_django, for_flask, for_starlette
+from trueup.billing.frameworks.adapter import Adapter, View
 
 __all__ = ["Adapter", "View", "find_adapter"]
 

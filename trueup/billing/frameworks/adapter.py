@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from billing.errors import InvalidInputError
-from billing.gates import Refusal
+from trueup.billing.view_guard import Refusal
+from trueup.errors import InvalidInputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def first_instance(kind: Any, values: Iterable[object]) -> Any:
 
 
 def known_user(user: Any) -> Any:
-    """Return a user as `billing.users.user_id_of` takes it: None for an anonymous one, the id of claims or a row.
+    """Return a user as `user_ids.user_id_of` takes it: None for an anonymous one, the id of claims or a row.
 
     Raises `InvalidInputError` for a dict whose `id` and `user_id` differ: one of them is somebody else's.
     """

@@ -6,10 +6,18 @@ from importlib import import_module
 from inspect import Parameter, Signature
 from typing import Any
 
-from billing.frameworks.adapter import UserLoader, known_user
-from billing.frameworks.for_starlette import json_response, request_user
-from billing.gates import ANSWERED, NOT_AUTHENTICATED, Gate, Refusal, refusal_for, subscription_gate, token_gate
-from billing.threads import in_thread
+from trueup.billing.frameworks.adapter import UserLoader, known_user
+from trueup.billing.frameworks.for_starlette import json_response, request_user
+from trueup.billing.view_guard import (
+    ANSWERED,
+    NOT_AUTHENTICATED,
+    Gate,
+    Refusal,
+    refusal_for,
+    subscription_gate,
+    token_gate,
+)
+from trueup.database.threads import in_thread
 
 
 def ai_tokens_required(

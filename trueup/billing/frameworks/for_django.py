@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from billing.frameworks.adapter import View, first_instance, known_user, loaded
-from billing.gates import NOT_AUTHENTICATED, Refusal
+from trueup.billing.frameworks.adapter import View, first_instance, known_user, loaded
+from trueup.billing.view_guard import NOT_AUTHENTICATED, Refusal
 
 
 @dataclass(frozen=True)

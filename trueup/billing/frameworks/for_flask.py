@@ -3,8 +3,8 @@
 from importlib import import_module
 from typing import Any
 
-from billing.frameworks.adapter import View, known_user, loaded
-from billing.gates import Refusal
+from trueup.billing.frameworks.adapter import View, known_user, loaded
+from trueup.billing.view_guard import Refusal
 
 
 class _FlaskCall:

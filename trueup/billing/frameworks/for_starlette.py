@@ -8,8 +8,8 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from billing.frameworks.adapter import View, first_instance, known_user, loaded
-from billing.gates import Refusal
+from trueup.billing.frameworks.adapter import View, first_instance, known_user, loaded
+from trueup.billing.view_guard import Refusal
 
 # Parameters that are taken for the user, if a dependency fills them; the first that is there. Beside a current_user,
 # user is whom the request is about, often by an id that the caller chose.

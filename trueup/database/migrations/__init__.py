@@ -1,1 +1,1 @@
-"""Alembic migrations of schema `trueup`; run through `billing.install`."""
+"""Alembic migrations of schema `trueup`; run through `trueup.install.install`."""

@@ -1,8 +1,8 @@
-"""Run migrations on the connection that `billing.install` hands over, inside its transaction; or print their SQL."""
+"""Run migrations on the connection that `install.install` hands over, inside its transaction; or print their SQL."""
 
 from alembic import context
 
-from billing.schema import SCHEMA
+from trueup.database.schema import SCHEMA
 
 if context.is_offline_mode():
     context.configure(

@@ -8,14 +8,14 @@ from typing import Any
 
 from sqlalchemy import Column, MetaData, Table
 
-from billing.mapping import UserIdType
-from billing.schema.balances import add_balance_tables
-from billing.schema.columns import user_id_column_type
-from billing.schema.grants import add_grant_tables
-from billing.schema.holds import add_hold_tables
-from billing.schema.reconciling import add_reconcile_tables
-from billing.schema.requests import add_request_table
-from billing.schema.rollout import add_rollout_tables
+from trueup.database.schema.balances import add_balance_tables
+from trueup.database.schema.columns import user_id_column_type
+from trueup.database.schema.grants import add_grant_tables
+from trueup.database.schema.holds import add_hold_tables
+from trueup.database.schema.reconciling import add_reconcile_tables
+from trueup.database.schema.requests import add_request_table
+from trueup.database.schema.rollout import add_rollout_tables
+from trueup.host.mapping import UserIdType
 
 SCHEMA = "trueup"
 

@@ -17,7 +17,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, OID
 
-from billing.schema.columns import moment, tokens
+from trueup.database.schema.columns import moment, tokens
 
 
 def add_balance_tables(metadata: MetaData, user_id: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 from sqlalchemy import BigInteger, Column, DateTime, Text, Uuid
 from sqlalchemy.types import TypeEngine
 
-from billing.mapping import UserIdType
+from trueup.host.mapping import UserIdType
 
 
 def user_id_column_type(user_id_type: UserIdType) -> TypeEngine[Any]:

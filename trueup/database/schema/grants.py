@@ -16,7 +16,7 @@ from sqlalchemy import (
     text,
 )
 
-from billing.schema.columns import moment, tokens
+from trueup.database.schema.columns import moment, tokens
 
 
 def add_grant_tables(metadata: MetaData, user_id: Any) -> None:

@@ -19,7 +19,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from billing.schema.columns import moment, tokens
+from trueup.database.schema.columns import moment, tokens
 
 
 def add_reconcile_tables(metadata: MetaData, user_id: Any) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from sqlalchemy import Column, Index, MetaData, PrimaryKeyConstraint, Table, Text, UniqueConstraint
 
-from billing.schema.columns import moment
+from trueup.database.schema.columns import moment
 
 
 def add_request_table(metadata: MetaData, user_id: Any) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from sqlalchemy import BigInteger, CheckConstraint, Column, Identity, Index, MetaData, PrimaryKeyConstraint, Table, Text
 
-from billing.schema.columns import moment, tokens
+from trueup.database.schema.columns import moment, tokens
 
 
 def add_rollout_tables(metadata: MetaData, user_id: Any) -> None:

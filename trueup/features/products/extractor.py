@@ -7,16 +7,16 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict
 
-from ai.answers import objects_under, text_of
-from ai.fitting import longest_fitting
-from ai.model import Message, Model
-from ai.products.items import Product, Source, make_product
-from ai.products.pages import MAX_TITLE_CHARACTERS, checked_page, page_text, parsed_page
-from ai.products.structured import structured_products
-from ai.prompts import product_messages
-from ai.texts import ascii_digits, fold, readable, words
-from ai.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
-from billing.errors import AnswerFormatError, InvalidInputError
+from trueup.errors import AnswerFormatError, InvalidInputError
+from trueup.features.answers import objects_under, text_of
+from trueup.features.products.items import Product, Source, make_product
+from trueup.features.products.pages import MAX_TITLE_CHARACTERS, checked_page, page_text, parsed_page
+from trueup.features.products.structured import structured_products
+from trueup.llm.fitting import longest_fitting
+from trueup.llm.model import Message, Model
+from trueup.llm.prompts import product_messages
+from trueup.llm.texts import ascii_digits, fold, readable, words
+from trueup.llm.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
 
 ESTIMATED_TOKENS = 1000
 """What one extraction may cost by an exact counter; `estimated_tokens` says it for any."""

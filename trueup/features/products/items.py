@@ -9,9 +9,9 @@ from urllib.parse import urljoin, urlsplit
 
 from pydantic import BaseModel, ConfigDict
 
-from ai.answers import text_of
-from ai.products.prices import parse_price
-from ai.texts import cut_at_word, without_lone_surrogates
+from trueup.features.answers import text_of
+from trueup.features.products.prices import parse_price
+from trueup.llm.texts import cut_at_word, without_lone_surrogates
 
 MAX_NAME_CHARACTERS = 300
 MAX_DESCRIPTION_CHARACTERS = 2000

@@ -3,8 +3,8 @@
 import re
 from typing import Any
 
-from ai.texts import readable
-from billing.errors import InvalidInputError
+from trueup.errors import InvalidInputError
+from trueup.llm.texts import readable
 
 MAX_HTML_BYTES = 5 * 1024 * 1024
 MAX_TITLE_CHARACTERS = 500

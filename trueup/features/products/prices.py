@@ -13,7 +13,7 @@ from decimal import Decimal, InvalidOperation
 from functools import lru_cache
 from urllib.parse import urlsplit
 
-from ai.texts import ascii_digits
+from trueup.llm.texts import ascii_digits
 
 RIALS_PER_TOMAN = 10
 MAX_PRICE = Decimal(10) ** 15  # beyond any price, in any currency: a mistake of the page

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ai.products.prices import parse_price
+from trueup.features.products.prices import parse_price
 
 _PRODUCT_TYPES = frozenset(
     {"product", "productgroup", "productmodel", "individualproduct", "someproducts", "productcollection", "vehicle",

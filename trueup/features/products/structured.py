@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ai.products.items import Product, Source, absolute_url, make_product
-from ai.products.schema_org import product_values
+from trueup.features.products.items import Product, Source, absolute_url, make_product
+from trueup.features.products.schema_org import product_values
 
 MAX_PRODUCTS = 200
 _MAX_ITEM_PROPERTIES = 20_000
@@ -47,7 +47,7 @@ def _microdata(tree: Any, base_url: str, warnings: list[str]) -> Iterator[Mappin
     """Yield the page's items.
 
     The extractor recurses into nested and referenced items, five frames each, and compares properties pair by pair.
-    All three are bounded here; `ai.products.pages.MAX_DEPTH` says why.
+    All three are bounded here; `trueup.features.products.pages.MAX_DEPTH` says why.
     """
     from extruct.w3cmicrodata import MicrodataExtractor
 

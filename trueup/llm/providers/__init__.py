@@ -1,18 +1,18 @@
 """Where completions come from: the offline provider by default, or any OpenAI-compatible endpoint."""
 
-from ai.model import Provider
-from ai.tokens import TokenCounter, counter_for, offline_counter
-from billing.settings import Settings
+from trueup.llm.model import Provider
+from trueup.llm.tokens import TokenCounter, counter_for, offline_counter
+from trueup.settings.settings import Settings
 
 
 def provider_from_settings(settings: Settings) -> Provider:
     """Return the provider that the settings name. Raises `SettingsError` when it lacks its key."""
     if settings.model_provider == "openai":
         # Imported on use: the SDK takes about a second and 43 MB, which offline processes don't owe.
-        from ai.providers.openai import OpenAIProvider
+        from trueup.llm.providers.openai import OpenAIProvider
 
         return OpenAIProvider(settings)
-    from ai.providers.offline import OfflineProvider
+    from trueup.llm.providers.offline import OfflineProvider
 
     return OfflineProvider()
 

@@ -5,14 +5,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from ai.fitting import longest_fitting
-from ai.model import Completion, CompletionStream, Message
-from ai.prompts import Job, job_of
-from ai.providers.offline_chat import better_prompt, chat_reply, question_answer
-from ai.providers.offline_messages import direct_message, plain_reply
-from ai.providers.offline_products import product_answer
-from ai.providers.offline_qa import qa_answer
-from ai.tokens import TokenCounter, count_prompt_tokens, offline_counter
+from trueup.llm.fitting import longest_fitting
+from trueup.llm.model import Completion, CompletionStream, Message
+from trueup.llm.prompts import Job, job_of
+from trueup.llm.providers.offline_chat import better_prompt, chat_reply, question_answer
+from trueup.llm.providers.offline_messages import direct_message, plain_reply
+from trueup.llm.providers.offline_products import product_answer
+from trueup.llm.providers.offline_qa import qa_answer
+from trueup.llm.tokens import TokenCounter, count_prompt_tokens, offline_counter
 
 MODEL_NAME = "trueup-offline-1"
 
@@ -29,7 +29,7 @@ _CHUNK = re.compile(r"\s*\S+|\s+")
 
 
 class OfflineProvider:
-    """Extractive answers in the shapes that `ai.prompts` asks for, billed by the o200k encoding."""
+    """Extractive answers in the shapes that `trueup.llm.prompts` asks for, billed by the o200k encoding."""
 
     def __init__(self) -> None:
         self._counter = offline_counter()

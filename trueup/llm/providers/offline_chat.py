@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ai.languages import FUNCTION_WORDS, detect
-from ai.model import Message
-from ai.prompts import REPLY_CHARACTERS, Job, block
-from ai.providers.offline_messages import closest_sentences
-from ai.texts import cut_at_word, sentences, words
+from trueup.llm.languages import FUNCTION_WORDS, detect
+from trueup.llm.model import Message
+from trueup.llm.prompts import REPLY_CHARACTERS, Job, block
+from trueup.llm.providers.offline_messages import closest_sentences
+from trueup.llm.texts import cut_at_word, sentences, words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ _SOMEONE = {"en": "the business", "fa": "فروشگاه", "ar": "المتجر", 
 
 
 def chat_reply(messages: Sequence[Message], job: Job) -> str:
-    """Return the answer to a prompt of `ai.prompts.reply_messages`."""
+    """Return the answer to a prompt of `trueup.llm.prompts.reply_messages`."""
     asked = block(messages, "message")
     own = [said["text"] for said in _json_lines(block(messages, "conversation")) if said["from"] == "business"]
     known = "\n".join([_facts(block(messages, "business")), *own])
@@ -65,7 +65,7 @@ def chat_reply(messages: Sequence[Message], job: Job) -> str:
 
 
 def question_answer(messages: Sequence[Message], job: Job) -> str:
-    """Return the JSON answer to a prompt of `ai.prompts.question_messages`."""
+    """Return the JSON answer to a prompt of `trueup.llm.prompts.question_messages`."""
     asked = block(messages, "question")
     wanted = _content(asked)
     found = {
@@ -84,7 +84,7 @@ def question_answer(messages: Sequence[Message], job: Job) -> str:
 
 
 def better_prompt(messages: Sequence[Message], job: Job) -> str:
-    """Return the answer to a prompt of `ai.prompts.enhancement_messages`: the draft, a line for each of its wishes."""
+    """Return the answer to a prompt of `prompts.enhancement_messages`: the draft, a line for each of its wishes."""
     draft, business = block(messages, "draft"), block(messages, "business")
     language = _language(job, draft)
     phrases = _PHRASES[language]

@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ai.languages import detect
-from ai.model import Message
-from ai.prompts import DM_CHARACTERS, Job, block
-from ai.texts import cut_at_word, sentences, words
+from trueup.llm.languages import detect
+from trueup.llm.model import Message
+from trueup.llm.prompts import DM_CHARACTERS, Job, block
+from trueup.llm.texts import cut_at_word, sentences, words
 
 _MOST_PRODUCTS = 3
 _REPLY_CHARACTERS = 600
@@ -50,7 +50,7 @@ _PHRASES = {
 
 
 def direct_message(messages: Sequence[Message], job: Job) -> str:
-    """Return the answer to a prompt of `ai.prompts.dm_messages`."""
+    """Return the answer to a prompt of `trueup.llm.prompts.dm_messages`."""
     comment, author = block(messages, "comment"), block(messages, "author")
     products = [json.loads(line) for line in block(messages, "products").splitlines()]
     notes = block(messages, "notes")

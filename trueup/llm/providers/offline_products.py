@@ -4,9 +4,9 @@ import json
 import re
 from collections.abc import Sequence
 
-from ai.model import Message
-from ai.prompts import Job, block
-from ai.texts import ascii_digits, cut_at_word
+from trueup.llm.model import Message
+from trueup.llm.prompts import Job, block
+from trueup.llm.texts import ascii_digits, cut_at_word
 
 _MOST = 20
 _MAX_NAME_CHARACTERS = 120
@@ -23,7 +23,7 @@ _IN_STOCK = re.compile(r"in stock|موجود|stokta|متوفر", re.I)
 
 
 def product_answer(messages: Sequence[Message], job: Job) -> str:
-    """Return the JSON answer to a prompt of `ai.prompts.product_messages`."""
+    """Return the JSON answer to a prompt of `trueup.llm.prompts.product_messages`."""
     return json.dumps({"products": _products(block(messages, "page"))}, ensure_ascii=False)
 
 

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ai.languages import FUNCTION_WORDS, detect
-from ai.model import Message
-from ai.prompts import CONTEXT_CHARACTERS, Job, block
-from ai.providers.offline_questions import question_about
-from ai.texts import cut_at_word, sentences, words
+from trueup.llm.languages import FUNCTION_WORDS, detect
+from trueup.llm.model import Message
+from trueup.llm.prompts import CONTEXT_CHARACTERS, Job, block
+from trueup.llm.providers.offline_questions import question_about
+from trueup.llm.texts import cut_at_word, sentences, words
 
 _DEFAULT_PAIRS = 5
 _SHORTEST = 30
@@ -33,7 +33,7 @@ class _Candidate:
 
 
 def qa_answer(messages: Sequence[Message], job: Job) -> str:
-    """Return the JSON answer to a prompt of `ai.prompts.qa_messages`."""
+    """Return the JSON answer to a prompt of `trueup.llm.prompts.qa_messages`."""
     passage = block(messages, "passage")
     wanted = _number(job.arguments.get("pairs"))
     language = detect(passage)

@@ -4,9 +4,9 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from ai.languages import FUNCTION_WORDS
-from ai.prompts import QUESTION_CHARACTERS
-from ai.texts import cut_at_word, fold
+from trueup.llm.languages import FUNCTION_WORDS
+from trueup.llm.prompts import QUESTION_CHARACTERS
+from trueup.llm.texts import cut_at_word, fold
 
 Weights = Counter[str]
 _PART = r"[^,،;:.!?؟]{4,90}"

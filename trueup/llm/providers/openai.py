@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import openai
 
-from ai.credentials import header_value
-from ai.model import Completion, CompletionStream, Message
-from ai.providers.openai_answers import Answer
-from ai.providers.openai_errors import SDK_ERRORS, Failures, PayingClient
-from ai.providers.openai_streams import StreamReader, completion_body
-from ai.texts import without_lone_surrogates
-from ai.tokens import count_prompt_tokens, counter_for
-from billing.errors import SettingsError
-from billing.settings import Settings
+from trueup.errors import SettingsError
+from trueup.llm.credentials import header_value
+from trueup.llm.model import Completion, CompletionStream, Message
+from trueup.llm.providers.openai_answers import Answer
+from trueup.llm.providers.openai_errors import SDK_ERRORS, Failures, PayingClient
+from trueup.llm.providers.openai_streams import StreamReader, completion_body
+from trueup.llm.texts import without_lone_surrogates
+from trueup.llm.tokens import count_prompt_tokens, counter_for
+from trueup.settings.settings import Settings
 
 if TYPE_CHECKING:
     from openai._legacy_response import LegacyAPIResponse

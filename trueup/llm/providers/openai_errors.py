@@ -6,8 +6,8 @@ from typing import Any
 import httpx2
 import openai
 
-from ai.texts import cut_at_word
-from billing.errors import ProviderError
+from trueup.errors import ProviderError
+from trueup.llm.texts import cut_at_word
 
 SDK_ERRORS = (openai.OpenAIError, httpx2.HTTPError)
 """What the SDK raises; it lets its HTTP client's own errors through while it reads the body of a refusal."""

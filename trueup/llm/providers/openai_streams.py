@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import openai
 
-from ai.providers.openai_answers import Answer, is_completion
-from ai.providers.openai_errors import SDK_ERRORS, Failures
+from trueup.llm.providers.openai_answers import Answer, is_completion
+from trueup.llm.providers.openai_errors import SDK_ERRORS, Failures
 
 # What reading a stream raises beside the SDK's errors: events that are no UTF-8 or no JSON, or JSON without end.
 _UNREADABLE = (ValueError, RecursionError)

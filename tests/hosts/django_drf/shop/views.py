@@ -11,8 +11,8 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 from rest_framework.viewsets import ViewSet
 
-from billing.decorators import ai_tokens, require_active_subscription, require_ai_tokens
-from billing.utils import get_accurate_tokens_remaining
+from trueup.billing.decorators import ai_tokens, require_active_subscription, require_ai_tokens
+from trueup.billing.utils import get_accurate_tokens_remaining
 
 from .models import TokenPlan
 

@@ -7,7 +7,7 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
-# What each constraint prevents stands beside its twin in billing/schema.
+# What each constraint prevents stands beside its twin in trueup/database/schema.
 TABLES = """
 CREATE TABLE trueup.installation (
     singleton boolean DEFAULT true NOT NULL,

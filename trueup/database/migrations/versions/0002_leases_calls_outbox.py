@@ -7,7 +7,7 @@ down_revision = "0001"
 branch_labels = None
 depends_on = None
 
-# What each constraint prevents stands beside its twin in billing/schema. The defaults are for rows that are there.
+# What each constraint prevents stands beside its twin in database/schema. The defaults are for rows that are there.
 CHANGES = """
 ALTER TABLE trueup.hold
     ADD COLUMN retries integer DEFAULT 0 NOT NULL,

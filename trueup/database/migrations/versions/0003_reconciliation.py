@@ -7,7 +7,7 @@ down_revision = "0002"
 branch_labels = None
 depends_on = None
 
-# What each constraint prevents stands beside its twin in billing/schema. The defaults are for rows that are there.
+# What each constraint prevents stands beside its twin in database/schema. The defaults are for rows that are there.
 HOLDS = """
 ALTER TABLE trueup.hold
     ADD COLUMN body_ended_at timestamptz,

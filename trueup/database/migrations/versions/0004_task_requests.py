@@ -7,7 +7,7 @@ down_revision = "0003"
 branch_labels = None
 depends_on = None
 
-# What each constraint prevents stands beside its twin in billing/schema.
+# What each constraint prevents stands beside its twin in trueup/database/schema.
 REQUESTS = """
 CREATE TABLE trueup.task_request (
     user_id {user_id} NOT NULL,

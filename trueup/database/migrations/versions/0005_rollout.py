@@ -7,7 +7,7 @@ down_revision = "0004"
 branch_labels = None
 depends_on = None
 
-# What each constraint prevents stands beside its twin in billing/schema.
+# What each constraint prevents stands beside its twin in trueup/database/schema.
 ROLLOUT = """
 CREATE TABLE trueup.gate_mode (
     feature_name text NOT NULL,

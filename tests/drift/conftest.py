@@ -1,0 +1,16 @@
+"""What tests of explaining share."""
+
+import pytest
+from sqlalchemy import Connection
+
+from tests.support.host import Host
+from tests.support.two_books import MAPPED, Books
+from trueup.install.install import install
+
+
+@pytest.fixture
+def books(host: Host, connection: Connection) -> Books:
+    """A subscriber of a host whose decrement rows and payments are mapped."""
+    with host.engine.begin() as mapping:
+        install(mapping, MAPPED, with_host_tables=True)
+    return Books(host, connection)

@@ -1,0 +1,1 @@
+"""Makes AI token budgets true: gates, records and reconciles the tokens that Celery tasks spend."""

@@ -1,0 +1,1 @@
+"""Who has what: users, subscriptions, plans, grants and their periods."""

@@ -1,0 +1,1 @@
+"""The mapping onto the host's tables."""

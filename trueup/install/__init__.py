@@ -1,0 +1,1 @@
+"""Attaching to a host's database and leaving it: tables, functions, triggers, roles."""

@@ -1,0 +1,1 @@
+"""The metered model client, providers, and the counting of tokens."""

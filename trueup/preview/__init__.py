@@ -1,0 +1,1 @@
+"""A drift report before trueup is attached: it only reads."""

@@ -1,0 +1,1 @@
+"""Runs over all counters: shards, batches, corrections."""

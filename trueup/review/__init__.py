@@ -1,0 +1,1 @@
+"""A person's decisions on drifts that are not corrected by themselves."""

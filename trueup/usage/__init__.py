@@ -1,0 +1,1 @@
+"""What was used: charges, the usage log, the outbox."""
