@@ -18,7 +18,7 @@ from sqlalchemy.engine import make_url
 
 from benchmarks.common import ROUNDS, interleaved, micros, own_stack, print_markdown
 from trueup.accounts.account import read_account
-from trueup.database import engine as db
+from trueup.database.engine import connect
 from trueup.gate.holds import Hold, close_hold, open_hold
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import install
@@ -102,7 +102,7 @@ def prepare(url: str, sizes: list[int]) -> None:
 
 
 def our_hold(user: int, task: str) -> Hold:
-    with db.connect() as connection:
+    with connect() as connection:
         return open_hold(
             connection,
             user_id=user,
@@ -117,12 +117,12 @@ def our_hold(user: int, task: str) -> Hold:
 
 
 def our_charge(hold: Hold) -> None:
-    with db.connect() as connection:
+    with connect() as connection:
         record_charge(connection, hold, call_key="1:a", usage=USAGE)
 
 
 def our_close(hold: Hold) -> None:
-    with db.connect() as connection:
+    with connect() as connection:
         close_hold(connection, hold, completed=True)
 
 
@@ -185,7 +185,7 @@ def compare_log_sizes(bare: psycopg.Connection[Any], sizes: list[int]) -> None:
 
     def check(user: int) -> Callable[[int], None]:
         def way(_number: int) -> None:
-            with db.connect() as connection:
+            with connect() as connection:
                 read_account(connection, user)
 
         return way

@@ -18,7 +18,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
 from benchmarks.common import ROUNDS, own_stack, print_markdown
-from trueup.database import engine as db
+from trueup.database.engine import retrying
 from trueup.install.attach import attach
 from trueup.install.detach import detach
 from trueup.install.example_tables import build_host_metadata
@@ -110,7 +110,7 @@ def compare_attaching(target: str, subscriptions: int, rows: int) -> None:
     bare = statistics.median(bare_fill(target) for _ in range(3))
     with writing(target, subscriptions) as undisturbed:
         time.sleep(5)
-    expected = db.retrying(lambda connection: plan_attach(connection, get_settings().host)).fill_seconds
+    expected = retrying(lambda connection: plan_attach(connection, get_settings().host)).fill_seconds
     steps: dict[str, float] = {}
     with writing(target, subscriptions) as waits:
         began = last = time.perf_counter()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from trueup.database import engine as db
+from trueup.database.engine import dispose_engine
 from trueup.settings.settings import PREFIX, Settings, get_settings
 from trueup.stack import StackUrls, running_stack
 
@@ -32,7 +32,7 @@ def own_stack() -> Iterator[StackUrls]:
             try:
                 yield urls
             finally:
-                db.dispose_engine()
+                dispose_engine()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

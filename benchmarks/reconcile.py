@@ -22,7 +22,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 
 from benchmarks.common import own_stack, print_markdown
-from trueup.database import engine as db
+from trueup.database.engine import create_trueup_engine
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import install
 from trueup.reconcile.local_run import reconcile
@@ -166,7 +166,7 @@ def bare(engine: Engine, statement: str) -> int:
 def ours(engine: Engine, **options: Any) -> RunSummary:
     """Run a pass as `trueup reconcile` does."""
     settings = get_settings().model_copy(update={"database_url": engine.url.render_as_string(hide_password=False)})
-    make_engine = partial(db.create_trueup_engine, settings)
+    make_engine = partial(create_trueup_engine, settings)
     return reconcile(engine, settings.host, rules=RULES, make_engine=make_engine, **options)
 
 

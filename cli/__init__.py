@@ -79,14 +79,14 @@ def _refusal_of_the_database(error: Exception) -> str | None:
         return None
     from sqlalchemy.exc import DBAPIError
 
-    from trueup.database import engine as db
+    from trueup.database.engine import describe_database, reason_of
 
     if not isinstance(error, DBAPIError):
         return None
     denied = getattr(error.orig, "sqlstate", None) == PERMISSION_DENIED
     remedy = "Grant it to trueup's role" if denied else "Compare the host's tables with [host] in trueup.toml"
     return (
-        f"The database at {db.describe_database()} refused: {db.reason_of(error)}. What was written before stays. "
+        f"The database at {describe_database()} refused: {reason_of(error)}. What was written before stays. "
         f"{remedy}, then run `trueup db init`, and this again."
     )
 

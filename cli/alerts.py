@@ -5,7 +5,7 @@ import click
 from trueup.cli import EXIT_DENIED, EXIT_ERROR
 from trueup.cli.context import json_option, servers
 from trueup.cli.output import print_json, print_table
-from trueup.database import engine as db
+from trueup.database.engine import connect, retrying
 from trueup.errors import TrueupError
 from trueup.monitoring.alerts import list_alerts, raise_all, raise_test
 from trueup.reconcile.missed_runs import find_missed_runs
@@ -36,7 +36,7 @@ def list_command(limit: int, waiting: bool, as_json: bool) -> None:
     Example:
       trueup alerts list --waiting
     """
-    with servers("postgres"), db.connect() as connection:
+    with servers("postgres"), connect() as connection:
         found = list_alerts(connection, statuses=("waiting", "failed") if waiting else (), limit=limit)
     if as_json:
         print_json(found)
@@ -68,7 +68,7 @@ def test() -> None:
     if not titles:
         raise TrueupError("Alerts go nowhere: set TRUEUP_ALERTS__WEBHOOK_URL or TRUEUP_ALERTS__APPRISE_URLS.")
     with servers("postgres"):
-        with db.connect() as connection:
+        with connect() as connection:
             claimed = raise_test(connection)
         failures = {alert.channel: deliver(alert, retry=False) for alert in claimed}
     for channel, reason in failures.items():
@@ -93,9 +93,9 @@ def check(ctx: click.Context, as_json: bool) -> None:
     from trueup.tasks.alerts import send_due
 
     with servers("postgres"):
-        raised = db.retrying(raise_all)
+        raised = retrying(raise_all)
         done = {"raised": raised, **send_due()}
-        with db.connect() as connection:
+        with connect() as connection:
             missed = {gap.kind: gap for gap in find_missed_runs(connection)}
     if as_json:
         gaps = {f"{kind}_seconds": missed[kind].seconds if kind in missed else None for kind in GAPS}

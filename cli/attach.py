@@ -4,7 +4,7 @@ import click
 
 from trueup.cli.context import servers
 from trueup.cli.output import show
-from trueup.database import engine as db
+from trueup.database.engine import describe_database, retrying, transaction
 from trueup.database.locks import LOCK_TIMEOUT_MILLISECONDS, PATIENCE_SECONDS
 from trueup.host.mapping import quote_table
 from trueup.install.attach import attach as attach_to
@@ -31,15 +31,15 @@ def attach(dry_run: bool, replace: bool, yes: bool) -> None:
     mapping = get_settings().host
     with servers("postgres"):
         if not replace:
-            db.retrying(lambda connection: refuse_other_installation(connection, mapping))
+            retrying(lambda connection: refuse_other_installation(connection, mapping))
         if dry_run:
             # Expressions of the mapping are tried out, which takes a transaction.
-            with db.transaction() as connection:
+            with transaction() as connection:
                 script = attach_script(connection, mapping)
             click.echo(script, nl=False)
             return
-        plan = db.retrying(lambda connection: plan_attach(connection, mapping))
-        click.echo(f"{db.describe_database()}:")
+        plan = retrying(lambda connection: plan_attach(connection, mapping))
+        click.echo(f"{describe_database()}:")
         for line in _lines(plan):
             click.echo(f"  {line}")
         if not yes:

@@ -6,7 +6,7 @@ import click
 
 from trueup.cli.context import servers
 from trueup.cli.output import show
-from trueup.database import engine as db
+from trueup.database.engine import describe_database, retrying
 from trueup.install.detach import detach as detach_all
 from trueup.install.detach import plan_detach
 
@@ -29,9 +29,9 @@ def detach(keep_history: Path | None, force: bool, yes: bool) -> None:
       trueup db detach --keep-history history.jsonl
     """
     with servers("postgres"):
-        plan = db.retrying(plan_detach)
+        plan = retrying(plan_detach)
         click.echo(
-            f"{db.describe_database()}: schema trueup goes, with {plan.tables} tables of {show(plan.bytes)} bytes, and "
+            f"{describe_database()}: schema trueup goes, with {plan.tables} tables of {show(plan.bytes)} bytes, and "
             f"{plan.triggers} triggers on {', '.join(plan.host_tables) or 'no table'}."
         )
         if not keep_history:

@@ -16,7 +16,7 @@ from trueup.cli.output import print_json
 from trueup.cli.report import FORMATS, echo, print_summary
 from trueup.cli.reports.options import CAUSE, ROWS, SINCE, write_file
 from trueup.cli.review import accept, grant, ignore, review, undo
-from trueup.database import engine as db
+from trueup.database.engine import connect, transaction
 from trueup.errors import TrueupError, UnknownUserError
 from trueup.reports.history import history_json, read_history
 from trueup.reports.rows import DriftFilter
@@ -99,7 +99,7 @@ def report(
         if fail_on_drift and looked.drifted > looked.set_aside:
             ctx.exit(EXIT_DENIED)
         return
-    with servers("postgres"), db.transaction() as connection:
+    with servers("postgres"), transaction() as connection:
         # One snapshot for all of a report, whatever is written meanwhile.
         connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"))
         # Whoever reads what is streamed may page through it slowly; nobody waits for this transaction.
@@ -164,7 +164,7 @@ def history(limit: int, days: int | None, form: str | None) -> None:
     from trueup.cli.reports.history import print_history
     from trueup.cli.reports.plain import history_csv
 
-    with servers("postgres"), db.connect() as connection:
+    with servers("postgres"), connect() as connection:
         runs = read_history(connection, get_settings().host.user_id_type, limit=limit, days=days)
     if form == "json":
         print_json(history_json(runs))
@@ -188,7 +188,7 @@ def explain(user: UserId, as_json: bool) -> None:
     from trueup.reports.user_report import tell_counter
 
     settings = get_settings()
-    with servers("postgres"), db.connect() as connection:
+    with servers("postgres"), connect() as connection:
         story = tell_counter(connection, settings.host, user, rules=settings.reconcile.rules())
     if not story.account.subscribed and not story.past:
         raise UnknownUserError(f"user: {user} has no subscription. Check the id, and the [host] mapping.")

@@ -12,7 +12,7 @@ from trueup.cli.audit import END, by_option
 from trueup.cli.context import USER, json_option, servers
 from trueup.cli.output import print_json, print_table, show
 from trueup.cli.reports.options import SINCE
-from trueup.database import engine as db
+from trueup.database.engine import connect, retrying
 from trueup.errors import InvalidInputError
 from trueup.settings.settings import get_settings
 
@@ -51,7 +51,7 @@ def grant(
       trueup tokens grant 42 500 --reason "sorry for the outage" --reference ticket-77 --expires 2027-01-31
     """
     with servers("postgres"):
-        given = db.retrying(
+        given = retrying(
             lambda connection: grant_tokens(
                 connection, user, size, reason=reason, reference=reference, by=by, expires_at=expires
             )
@@ -77,7 +77,7 @@ def grants(user: UserId, as_json: bool) -> None:
       trueup tokens grants 42
     """
     with servers("postgres"):
-        found = db.retrying(lambda connection: list_grants(connection, user))
+        found = retrying(lambda connection: list_grants(connection, user))
     if as_json:
         print_json(found)
         return
@@ -116,7 +116,7 @@ def revoke(user: UserId, grant_id: int, reason: str, by: str, as_json: bool) -> 
       trueup tokens revoke 42 3 --reason "payment bounced"
     """
     with servers("postgres"):
-        tokens = db.retrying(lambda connection: revoke_grant(connection, user, grant_id, reason=reason, by=by))
+        tokens = retrying(lambda connection: revoke_grant(connection, user, grant_id, reason=reason, by=by))
     if as_json:
         print_json({"id": grant_id, "tokens_taken_back": tokens or 0, "already": tokens is None})
     elif tokens is None:
@@ -141,7 +141,7 @@ def import_payments_(since: datetime | timedelta | None, dry_run: bool, by: str,
     """
     if isinstance(since, timedelta):
         since = datetime.now(UTC) - since
-    with servers("postgres"), db.connect() as connection:
+    with servers("postgres"), connect() as connection:
         found = import_payments(connection, get_settings().host, by=by, since=since, dry_run=dry_run)
     if as_json:
         print_json(found)

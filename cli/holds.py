@@ -5,7 +5,7 @@ import click
 from trueup.accounts.user_ids import UserId
 from trueup.cli.context import USER, json_option, servers
 from trueup.cli.output import print_json, print_table
-from trueup.database import engine as db
+from trueup.database.engine import retrying
 from trueup.gate.holds import list_holds
 
 
@@ -33,9 +33,7 @@ def list_(user: UserId | None, every_status: bool, limit: int, as_json: bool) ->
       trueup holds list --user 42 --all
     """
     with servers("postgres"):
-        rows = db.retrying(
-            lambda connection: list_holds(connection, user_id=user, every_status=every_status, limit=limit)
-        )
+        rows = retrying(lambda connection: list_holds(connection, user_id=user, every_status=every_status, limit=limit))
     if as_json:
         print_json(rows)
         return

@@ -11,7 +11,7 @@ from trueup.cli.context import servers
 from trueup.cli.output import show
 from trueup.cli.report import echo, print_summary
 from trueup.cli.reports.options import write_file
-from trueup.database import engine as db
+from trueup.database.engine import get_engine
 from trueup.preview.report import LookReport
 from trueup.preview.scan import look
 from trueup.reports.rows import DriftFilter
@@ -25,7 +25,7 @@ def show_look(only: DriftFilter, form: str, most: int | None, output: Path | Non
     with closing(LookReport(only)) as found:
         with servers("postgres"):
             told = look(
-                db.get_engine(),
+                get_engine(),
                 settings.host,
                 found.add,
                 rules=settings.reconcile.rules(),

@@ -31,7 +31,7 @@ from trueup.cli.context import TOKENS, USER, json_option, servers
 from trueup.cli.output import console, print_table
 from trueup.cli.report import echo, print_report, print_summary
 from trueup.cli.reports.plain import report_json
-from trueup.database import engine as db
+from trueup.database.engine import create_trueup_engine, transaction
 from trueup.reconcile import local_run as reconciliation
 from trueup.reconcile.audit import Defect, read_defects
 from trueup.reconcile.runs import RunSummary
@@ -120,7 +120,7 @@ def _run(
     # One connection a job, and one for signs of life.
     pool = max(settings.database_pool_size, jobs + 1)
     settings = settings.model_copy(update={"database_url": database_url(settings), "database_pool_size": pool})
-    engine = db.create_trueup_engine(settings)
+    engine = create_trueup_engine(settings)
     # What was imported stays until the end: to look through it again and again costs a quarter of the work.
     gc.freeze()
     out = console(stderr=True)
@@ -148,7 +148,7 @@ def _run(
                 scan_timeout_seconds=settings.reconcile_scan_timeout_seconds,
                 requested_by=f"{_person()}@{socket.gethostname()}",
                 keep_findings=dry_run,
-                make_engine=partial(db.create_trueup_engine, settings),
+                make_engine=partial(create_trueup_engine, settings),
                 progress=lambda checked, total: bar.update(job, completed=checked, total=max(total, checked)),
             )
     except KeyboardInterrupt:
@@ -192,7 +192,7 @@ def _show(settings: Settings, summary: RunSummary, *, as_json: bool) -> tuple[Dr
             _print_defects(summary.defect_rows, summary.defects)
         return report, summary.defects
     kind = settings.host.user_id_type
-    with db.transaction() as connection:
+    with transaction() as connection:
         # One snapshot for all of a report, whatever is written meanwhile; and rows that are shown as they are read.
         connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"))
         source = find_source(connection, kind, summary.run_id)

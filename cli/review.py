@@ -12,7 +12,7 @@ from trueup.cli.audit import END, by_option, note_option
 from trueup.cli.context import USER, json_option, servers
 from trueup.cli.output import print_json, print_table, show
 from trueup.cli.review_many import check_choice, decide_many, filter_options, many_options
-from trueup.database import engine as db
+from trueup.database.engine import connect, retrying
 from trueup.drift.cause_texts import cause_title
 from trueup.review.decisions import (
     Choice,
@@ -53,7 +53,7 @@ def review(
     kind = get_settings().host.user_id_type
     only = ReviewFilter(causes=causes or (), max_tokens=max_tokens, run_id=run_id)
     with servers("postgres"):
-        items = db.retrying(lambda connection: list_reviews(connection, kind, user_id=user, only=only, limit=limit))
+        items = retrying(lambda connection: list_reviews(connection, kind, user_id=user, only=only, limit=limit))
     if as_json:
         print_json([vars(item) | {"choices": choices_of(item)} for item in items])
         return
@@ -151,7 +151,7 @@ def undo(run: int, note: str, by: str, as_json: bool) -> None:
     Example:
       trueup drift undo 12 --note "the plan's size was wrong"
     """
-    with servers("postgres"), db.connect() as connection:
+    with servers("postgres"), connect() as connection:
         undone = undo_run(connection, run, get_settings().host.user_id_type, by=by, note=note)
     if as_json:
         print_json(undone)
@@ -259,7 +259,7 @@ def _decide(drifts: tuple[int, ...], choice: Choice, as_json: bool, **more: Any)
 
 def _decide_one(drift: int, choice: Choice, **more: Any) -> Decision:
     # Made again by the same drift and choice, it is made once.
-    return db.retrying(lambda connection: decide_drift(connection, drift, choice, **more))
+    return retrying(lambda connection: decide_drift(connection, drift, choice, **more))
 
 
 def _told(decision: Decision) -> str:

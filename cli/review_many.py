@@ -10,7 +10,7 @@ from trueup.cli import EXIT_ERROR
 from trueup.cli.context import TOKENS, servers
 from trueup.cli.output import console, print_json, show
 from trueup.cli.reports.options import CAUSE
-from trueup.database import engine as db
+from trueup.database.engine import connect, retrying
 from trueup.drift.cause_texts import cause_title
 from trueup.review.bulk import MOST_CHOSEN, BulkDecision, ChosenDrifts, choose_drifts, decide_chosen
 from trueup.review.decisions import Choice, ReviewFilter
@@ -64,14 +64,14 @@ def decide_many(
     """Count the drifts, ask, and decide the same about all of them. Exit code 1 if some were left."""
     kind = get_settings().host.user_id_type
     with servers("postgres"):
-        chosen = db.retrying(lambda connection: choose_drifts(connection, kind, only, limit=limit or MOST_CHOSEN))
+        chosen = retrying(lambda connection: choose_drifts(connection, kind, only, limit=limit or MOST_CHOSEN))
         if chosen.drifts and not yes:
             click.confirm(_question(choice, chosen), abort=True, err=True)
         out = console(stderr=True)
         columns = (TextColumn("deciding"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
         with (
             Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar,
-            db.connect() as connection,
+            connect() as connection,
         ):
             job = bar.add_task("drifts", total=chosen.drifts)
             made = decide_chosen(

@@ -8,7 +8,7 @@ import click
 from trueup.cli.audit import by_option, note_option
 from trueup.cli.context import json_option, servers
 from trueup.cli.output import print_json, print_table
-from trueup.database import engine as db
+from trueup.database.engine import connect, transaction
 from trueup.gate.modes import EVERY_FEATURE, list_changes, list_modes, list_observed_denials, set_mode
 from trueup.settings.gate import GateMode
 
@@ -37,7 +37,7 @@ def list_command(hours: int, as_json: bool) -> None:
     Example:
       trueup rollout list --hours 168
     """
-    with servers("postgres"), db.connect() as connection:
+    with servers("postgres"), connect() as connection:
         modes = list_modes(connection, known=_task_features(), hours=hours)
         denials = list_observed_denials(connection, hours=hours)
     if as_json:
@@ -95,7 +95,7 @@ def history(limit: int, as_json: bool) -> None:
     Example:
       trueup rollout history
     """
-    with servers("postgres"), db.connect() as connection:
+    with servers("postgres"), connect() as connection:
         changes = list_changes(connection, limit=limit)
     if as_json:
         print_json(changes)
@@ -108,7 +108,7 @@ def history(limit: int, as_json: bool) -> None:
 
 
 def _change(feature: str, mode: GateMode | None, *, note: str, by: str) -> None:
-    with servers("postgres"), db.transaction() as connection:
+    with servers("postgres"), transaction() as connection:
         before = set_mode(connection, feature, mode, changed_by=by, note=note)
         known = {m.feature_name for m in list_modes(connection, known=_task_features())}
     said = mode or "as the settings say"

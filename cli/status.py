@@ -4,7 +4,7 @@ import click
 
 from trueup.cli.context import json_option, servers
 from trueup.cli.output import print_facts, print_json, print_table
-from trueup.database import engine as db
+from trueup.database.engine import connect
 from trueup.gate.provider_calls import UnrecordedCall, list_unrecorded_calls
 from trueup.monitoring.status import Status, read_status
 from trueup.usage.outbox import Effect, list_unresolved_effects
@@ -21,7 +21,7 @@ def status(hours: int, as_json: bool) -> None:
       trueup status
       trueup status --hours 1 --json
     """
-    with servers("postgres"), db.connect() as connection:
+    with servers("postgres"), connect() as connection:
         figures = read_status(connection, hours=hours)
         calls = list_unrecorded_calls(connection)
         effects = list_unresolved_effects(connection)

@@ -8,7 +8,7 @@ from trueup.cli import EXIT_DENIED
 from trueup.cli.context import TOKENS, USER, json_option, servers
 from trueup.cli.grants import grant, grants, import_payments_, revoke
 from trueup.cli.output import print_facts, print_json
-from trueup.database import engine as db
+from trueup.database.engine import retrying
 from trueup.errors import UnknownUserError
 from trueup.gate.decision import check_access
 
@@ -39,7 +39,7 @@ def show(user: UserId, as_json: bool) -> None:
       trueup tokens show 42
     """
     with servers("postgres"):
-        account = db.retrying(lambda connection: read_account(connection, user))
+        account = retrying(lambda connection: read_account(connection, user))
     if not account.subscribed:
         raise UnknownUserError(f"user: {user} has no subscription. Check the id, and the [host] mapping.")
     facts = _facts(account)
@@ -63,7 +63,7 @@ def check(ctx: click.Context, user: UserId, estimate: int, feature: str, as_json
       trueup tokens check 42 --tokens 1500
     """
     with servers("postgres"):
-        access = db.retrying(lambda connection: check_access(connection, user, estimate, feature))
+        access = retrying(lambda connection: check_access(connection, user, estimate, feature))
     if as_json:
         print_json(access)
     else:

@@ -2,7 +2,7 @@
 
 import click
 
-from trueup.database import engine as db
+from trueup.database.engine import connect, dispose_engine, transaction
 from trueup.errors import NotInstalledError
 from trueup.install.install import check_installed, install
 from trueup.settings.settings import get_settings
@@ -31,13 +31,13 @@ def _prepare_database(urls: StackUrls) -> None:
     settings = get_settings()
     try:
         if settings.database_url is None:
-            with db.transaction() as connection:
+            with transaction() as connection:
                 install(connection, settings.host, with_host_tables=True)
         else:
-            with db.connect() as connection:
+            with connect() as connection:
                 check_installed(connection)
     except NotInstalledError as error:
         click.echo(f"Warning: {error} Until then every AI task waits.", err=True)
     finally:
         # The workers have connections of their own; this process needs none any more.
-        db.dispose_engine()
+        dispose_engine()

@@ -5,7 +5,7 @@ import click
 from trueup.accounts.user_ids import UserId
 from trueup.cli.context import USER, json_option, servers
 from trueup.cli.output import print_json, print_table
-from trueup.database import engine as db
+from trueup.database.engine import retrying
 from trueup.settings.settings import get_settings
 from trueup.usage.log import list_usage
 
@@ -23,7 +23,7 @@ def usage(user: UserId, limit: int, as_json: bool) -> None:
     """
     mapping = get_settings().host
     with servers("postgres"):
-        rows = db.retrying(lambda connection: list_usage(connection, mapping, user, limit=limit))
+        rows = retrying(lambda connection: list_usage(connection, mapping, user, limit=limit))
     if as_json:
         print_json(rows)
         return

@@ -4,7 +4,7 @@ import logging
 
 from celery import shared_task
 
-from trueup.database import engine as db
+from trueup.database.engine import connect, retrying
 from trueup.monitoring.alerts import Alert, claim_due, note_failed, note_sent, raise_all
 from trueup.settings.settings import get_settings
 from trueup.tasks.alert_channels import AlertNotSentError, send
@@ -18,7 +18,7 @@ MOST_SENDINGS = 20
 @shared_task(name="tasks.check_alerts", acks_late=True)
 def check_alerts() -> dict[str, int]:
     """Raise alerts for runs that have ended and for one that is missing, and send what is due. Returns how many."""
-    raised = db.retrying(raise_all)
+    raised = retrying(raise_all)
     return {"raised": raised, **send_due()}
 
 
@@ -26,7 +26,7 @@ def send_due() -> dict[str, int]:
     """Send the alerts that are due, one by one, at most `MOST_SENDINGS`. Returns how many were sent, and failed."""
     sent = failed = 0
     while sent + failed < MOST_SENDINGS:
-        with db.connect() as connection:
+        with connect() as connection:
             claimed = claim_due(connection)
         if not claimed:
             break
@@ -50,7 +50,7 @@ def deliver(alert: Alert, *, retry: bool = True) -> str | None:
     except AlertNotSentError as error:
         reason, final = str(error), error.final or not retry or alert.attempts >= settings.max_attempts
         logger.warning("alert %s by %s was not sent, attempt %s: %s", alert.key, alert.channel, alert.attempts, reason)
-        db.retrying(lambda connection: note_failed(connection, alert, reason, final=final))
+        retrying(lambda connection: note_failed(connection, alert, reason, final=final))
         return reason
-    db.retrying(lambda connection: note_sent(connection, alert))
+    retrying(lambda connection: note_sent(connection, alert))
     return None

@@ -16,7 +16,7 @@ from celery.exceptions import Ignore, Reject, Retry
 from kombu.exceptions import OperationalError
 from pydantic import BaseModel
 
-from trueup.database import engine as db
+from trueup.database.engine import retrying
 from trueup.errors import (
     GateClosedError,
     HoldBusyError,
@@ -133,7 +133,7 @@ class MeteredTask(Task):
         except HoldOvertakenError as error:
             if self.request.called_directly:
                 raise
-            if db.retrying(lambda connection: has_later_attempt(connection, hold)):
+            if retrying(lambda connection: has_later_attempt(connection, hold)):
                 raise _put_back(error) from error
             # Its hold's time ran out and nobody went on: back to the gate, with what it has paid for.
             raise self._wait(error, ASK_AGAIN_SECONDS) from error
@@ -154,7 +154,7 @@ class MeteredTask(Task):
 
     def _open_hold(self, arguments: dict[str, Any], tokens: int) -> Hold:
         settings = get_settings()
-        hold = db.retrying(
+        hold = retrying(
             lambda connection: open_hold(
                 connection,
                 user_id=arguments[USER_ARGUMENT],
@@ -219,7 +219,7 @@ class MeteredTask(Task):
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """Retry as Celery does, unless a later attempt has the hold: it must not lose it to an earlier one."""
         hold = running_hold()
-        if hold is not None and db.retrying(lambda connection: has_later_attempt(connection, hold)):
+        if hold is not None and retrying(lambda connection: has_later_attempt(connection, hold)):
             raise _put_back(HoldOvertakenError(hold.task_id, hold.attempt))
         return super().retry(*args, **kwargs)
 
@@ -275,7 +275,7 @@ def _closing(hold: Hold) -> Iterator[None]:
 
 def _close(hold: Hold, *, completed: bool) -> None:
     try:
-        db.retrying(lambda connection: close_hold(connection, hold, completed=completed))
+        retrying(lambda connection: close_hold(connection, hold, completed=completed))
     except TrueupError:
         logger.warning(
             "hold of task %s (user %s) not closed: it expires at %s", hold.task_id, hold.user_id, hold.expires_at

@@ -8,7 +8,7 @@ from typing import Any
 
 from celery import current_task, shared_task
 
-from trueup.database import engine as db
+from trueup.database.engine import get_engine
 from trueup.errors import ServiceUnavailableError
 from trueup.reconcile.distributed_run import ShardOutcome, plan_run, sweep, work_on_shard
 from trueup.reconcile.runs import RunInProgressError, RunSummary
@@ -36,7 +36,7 @@ def reconcile_counters(scheduled: bool = False, deep: bool = False) -> dict[str,
     every = settings.reconcile_deep_interval_seconds if deep else settings.reconcile_interval_seconds
     try:
         run = plan_run(
-            db.get_engine(),
+            get_engine(),
             kind="deep" if deep else "quick",
             rules=settings.reconcile.rules(),
             shard_size=settings.reconcile_shard_size,
@@ -73,7 +73,7 @@ def reconcile_shard(run_id: int, number: int) -> dict[str, Any]:
 @shared_task(name="tasks.sweep_runs", acks_late=True)
 def sweep_runs() -> dict[str, int]:
     """End runs whose shards are done, and send those again that nobody works on. Returns how many were sent."""
-    left = sweep(db.get_engine(), get_settings().reconcile.rules())
+    left = sweep(get_engine(), get_settings().reconcile.rules())
     for run_id, number in left:
         _send(run_id, number)
     return {"shards": len(left)}
@@ -82,7 +82,7 @@ def sweep_runs() -> dict[str, int]:
 def _work(run_id: int, number: int) -> ShardOutcome:
     settings = get_settings()
     outcome = work_on_shard(
-        db.get_engine(),
+        get_engine(),
         settings.host,
         run_id=run_id,
         number=number,

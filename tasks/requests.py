@@ -14,7 +14,7 @@ from typing import Any
 from celery.exceptions import WorkerLostError
 from celery.worker.request import Request
 
-from trueup.database import engine as db
+from trueup.database.engine import retrying
 from trueup.errors import TrueupError
 from trueup.gate.holds import abandon_calls, close_abandoned_hold
 from trueup.tasks.arguments import USER_ARGUMENT
@@ -79,6 +79,6 @@ class MeteredRequest(Request):
         try:
             arguments = self.task.parser.parse(tuple(self.args), dict(self.kwargs))
             user_id = arguments[USER_ARGUMENT]
-            db.retrying(lambda connection: note(connection, user_id, self.id, owner=owner))
+            retrying(lambda connection: note(connection, user_id, self.id, owner=owner))
         except TrueupError as error:
             logger.warning("death of the process of task %s not noted, its hold expires: %s", self.id, error)

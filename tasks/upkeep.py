@@ -6,7 +6,7 @@ from datetime import timedelta
 from celery import shared_task
 from sqlalchemy import Connection
 
-from trueup.database import engine as db
+from trueup.database.engine import retrying
 from trueup.gate.holds import expire_holds as expire_overdue
 from trueup.gate.modes import prune_observed_denials as prune_denials
 from trueup.settings.settings import get_settings
@@ -36,7 +36,7 @@ DENIALS_KEPT = timedelta(days=90)
 @shared_task(name="tasks.expire_holds", acks_late=True)
 def expire_holds() -> dict[str, int]:
     """Take back overdue holds, a bounded batch; the next call goes on. Returns how many, and their tokens."""
-    holds, tokens = db.retrying(lambda connection: expire_overdue(connection, limit=EXPIRE_LIMIT))
+    holds, tokens = retrying(lambda connection: expire_overdue(connection, limit=EXPIRE_LIMIT))
     return {"holds": holds, "tokens": tokens}
 
 
@@ -44,7 +44,7 @@ def expire_holds() -> dict[str, int]:
 def prune_answers() -> int:
     """Forget stored answers older than the settings' days, a bounded batch; the next call goes on. Returns how many."""
     days = get_settings().answer_retention_days
-    return db.retrying(lambda connection: prune(connection, older_than=timedelta(days=days), limit=PRUNE_LIMIT))
+    return retrying(lambda connection: prune(connection, older_than=timedelta(days=days), limit=PRUNE_LIMIT))
 
 
 @shared_task(name="tasks.prune_requests", acks_late=True)
@@ -62,7 +62,7 @@ def prune_observed_denials() -> int:
 def _in_batches(prune_some: Callable[[Connection], int]) -> int:
     pruned = 0
     for _ in range(MOST_BATCHES):
-        batch = db.retrying(prune_some)
+        batch = retrying(prune_some)
         pruned += batch
         if batch < PRUNE_LIMIT:
             break

@@ -17,7 +17,7 @@ from tests.stack.helpers import temporary_home
 from tests.support.demo import demo  # noqa: F401 - a fixture
 from tests.support.host import Host
 from tests.support.postgres_versions import GIVEN, running_server
-from trueup.database import engine as db
+from trueup.database.engine import connect, dispose_engine
 from trueup.host.mapping import HostMapping
 from trueup.install.install import install
 from trueup.settings.settings import Settings, get_settings
@@ -133,7 +133,7 @@ def settings_for(url: str, stack: StackUrls, monkeypatch: pytest.MonkeyPatch, ho
     try:
         yield
     finally:
-        db.dispose_engine()
+        dispose_engine()
         get_settings.cache_clear()
 
 
@@ -149,5 +149,5 @@ def host(database: str) -> Iterator[Host]:
 @pytest.fixture
 def connection(host: Host) -> Iterator[Connection]:
     """trueup's connection, on which each statement is its own transaction."""
-    with db.connect() as connection:
+    with connect() as connection:
         yield connection

@@ -17,7 +17,7 @@ from trueup.cli.demo.stack import DemoStack
 from trueup.cli.demo.tenants import BAKER, DENIED, FLORIST, KESTREL, SEPIDEH, Tenant
 from trueup.cli.output import print_table
 from trueup.cli.report import print_report
-from trueup.database import engine as db
+from trueup.database.engine import connect, retrying
 from trueup.errors import TokensDenied
 from trueup.reports.run_report import read_report
 from trueup.settings.settings import get_settings
@@ -76,7 +76,7 @@ def _run_tasks(stack: DemoStack, expectations: Expectations) -> None:
     print_table(("task", "tenant", "tokens", "result"), rows)
     expectations.expect(len(stack.graph.requests) >= 2, "two direct messages reached the Graph API")
     for tenant in (KESTREL, SEPIDEH):
-        account = db.retrying(lambda connection, user=tenant.id: read_account(connection, user))  # type: ignore[misc]
+        account = retrying(lambda connection, user=tenant.id: read_account(connection, user))  # type: ignore[misc]
         expectations.expect(account.held == 0, f"{tenant.name}: nothing is held any more")
         expectations.expect(account.drift == 0, f"{tenant.name}: the counter follows the log")
 
@@ -104,11 +104,11 @@ def _drift(stack: DemoStack, expectations: Expectations) -> None:
     tenants.decrement_twice(stack.engine, FLORIST, DOUBLED_TOKENS)
     before = tenants.counters(stack.engine, BAKER, FLORIST)
     for tenant, how in ((BAKER, "a call logged, never taken off"), (FLORIST, "a retried task took it off twice")):
-        account = db.retrying(lambda connection, user=tenant.id: read_account(connection, user))  # type: ignore[misc]
+        account = retrying(lambda connection, user=tenant.id: read_account(connection, user))  # type: ignore[misc]
         click.echo(f"  {tenant.name}: shows {before[tenant.name]:,}, really has {account.remaining:,} ({how})")
     _heading("4. The reconcile task finds, corrects and explains them: `trueup drift report`")
     figures = stack.app.tasks["tasks.reconcile_counters"].apply_async().get(timeout=TASK_SECONDS)
-    with db.connect() as connection:
+    with connect() as connection:
         report = read_report(connection, get_settings().host.user_id_type, figures["run_id"])
     if report is None:
         expectations.expect(False, "the reconcile run can be reported")

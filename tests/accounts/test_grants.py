@@ -13,7 +13,7 @@ from tests.support.work import hold_tokens
 from trueup.accounts.account import read_account
 from trueup.accounts.grants import Granted, GrantRefusedError, grant_tokens, list_grants, revoke_grant
 from trueup.accounts.payments import PaymentsNotMappedError, import_payments
-from trueup.database import engine as db
+from trueup.database.engine import connect, get_engine
 from trueup.errors import InvalidInputError, TokensDenied, UnknownUserError
 from trueup.host.mapping import HostMapping, PaymentTable
 from trueup.install.install import install
@@ -66,7 +66,7 @@ def test_grants_at_once_under_one_reference_are_one(host: Host, connection: Conn
     user = host.subscriber(PLAN)
 
     def grant() -> Granted:
-        with db.connect() as connection:
+        with connect() as connection:
             return grant_tokens(connection, user, 50, reason="r", reference="tx", by="ann")
 
     given = run_at_once([grant] * 6)
@@ -121,7 +121,7 @@ def test_the_largest_grant_and_a_refund_stop_nobody_s_reconciling(host: Host, co
     user, other = host.subscriber(PLAN), host.subscriber(PLAN, counter=5)
     give(connection, user, 2**63 - 1)
     host.log(user, -50)
-    reconcile(db.get_engine(), HostMapping())
+    reconcile(get_engine(), HostMapping())
     assert host.counter(other) == PLAN
 
 
@@ -306,7 +306,7 @@ def test_a_reconcile_settles_what_has_ended(host: Host, connection: Connection) 
     give(connection, user, 500, expires_at=START + DAY)
     host.log(user, 300, at=START + timedelta(hours=1))
     lock(connection, user, START + timedelta(hours=2))
-    reconcile(db.get_engine(), HostMapping())
+    reconcile(get_engine(), HostMapping())
     assert host.execute("SELECT window_start, tokens FROM trueup.grant_use").all() == [(START, 300)]
     assert host.counter(user) == 1_000
 
@@ -387,7 +387,7 @@ def test_packs_that_were_paid_for_become_grants_once(paying: Any) -> None:
         (host.plan(0), "empty", START + DAY, "completed"),
     ):
         pay(host, user, plan, reference, at=at, status=status)
-    with db.connect() as connection:
+    with connect() as connection:
         before = dump(host)
         looked = import_payments(connection, mapping, by="ann", dry_run=True)
         assert dump(host) == before
@@ -411,7 +411,7 @@ def test_an_import_tells_what_its_reference_has_granted_otherwise(paying: Any) -
     user, pack = host.subscriber(PLAN), host.plan(500)
     pay(host, user, pack, "tx-1", at=START + DAY)
     pay(host, user, pack, "tx-2", at=START + DAY)
-    with db.connect() as connection:
+    with connect() as connection:
         grant_tokens(connection, user, 400, reason="r", reference="tx-1", by="ann")
         second = grant_tokens(connection, user, 500, reason="r", reference="tx-2", by="ann")
         revoke_grant(connection, user, second.id, reason="refund", by="ann")

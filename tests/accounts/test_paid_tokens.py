@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 from tests.accounts.test_grants import DAY, PLAN, pay, paying
 from tests.support.host import Host
 from trueup.accounts.payments import import_payments
-from trueup.database import engine as db
+from trueup.database.engine import connect, get_engine
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.local_run import reconcile
 from trueup.review.decisions import DecisionRefusedError, decide_drift, list_reviews, undo_run
@@ -19,7 +19,7 @@ PACK = 500
 
 
 def reconciled(mapping: HostMapping | None = None) -> int:
-    run_id = reconcile(db.get_engine(), mapping or HostMapping()).run_id
+    run_id = reconcile(get_engine(), mapping or HostMapping()).run_id
     assert run_id is not None
     return run_id
 
@@ -109,7 +109,7 @@ def test_two_packs_under_one_reference_are_not_granted_as_one(paying: tuple[Host
     for seconds in (0, 1):
         pay(host, user, pack, "tx-1", at=now - DAY + timedelta(seconds=seconds))
     for outcomes in (["granted", "same_reference"], ["already", "same_reference"]):
-        with db.connect() as connection:
+        with connect() as connection:
             given = import_payments(connection, mapping, by="ann")
         assert sorted(payment.outcome for payment in given) == outcomes
 

@@ -14,7 +14,7 @@ from trueup.accounts.account import read_account
 from trueup.accounts.overview import read_summary
 from trueup.accounts.subscriptions import SeveralSubscriptionsError
 from trueup.billing.utils import check_ai_access_for_user
-from trueup.database import engine as db
+from trueup.database.engine import get_engine
 from trueup.errors import NotInstalledError, TokensDenied
 from trueup.gate.decision import check_access
 from trueup.gate.provider_calls import extend_hold
@@ -124,7 +124,7 @@ def test_a_second_subscription_stops_the_user_and_says_why(
     hold_tokens(connection, other, 1_000)
     # And nobody else waits for it to be put right.
     host.log(other, 10)
-    reconcile(db.get_engine(), HostMapping())
+    reconcile(get_engine(), HostMapping())
     assert host.counter(other) == 990
     host.execute("DELETE FROM billing_subscription WHERE id > 1000")
     assert read_account(connection, double).consumed == 200

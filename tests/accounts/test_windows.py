@@ -14,7 +14,7 @@ from tests.support.sessions import in_background, run_at_once, wait_for_lock
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.accounts.grants import grant_tokens, list_grants, revoke_grant
-from trueup.database import engine as db
+from trueup.database.engine import connect, get_engine
 from trueup.host.mapping import HostMapping, SubscriptionTable
 from trueup.install.install import install
 from trueup.install.triggers import SAVE_WATCHED
@@ -333,20 +333,20 @@ def test_grants_revokes_charges_and_renewals_at_once_lose_and_make_no_token(host
                 renew(other, START + days * DAY)
 
     def granting() -> None:
-        with db.connect() as own:
+        with connect() as own:
             grant_tokens(own, user, 50, reason="r", reference="late", by="ann")
 
     def revoking() -> None:
-        with db.connect() as own:
+        with connect() as own:
             revoke_grant(own, user, taken, reason="r", by="ann")
 
     def charging() -> None:
-        with db.connect() as own:
+        with connect() as own:
             for hold in holds:
                 charge_tokens(own, hold, 50)
 
     def reconciling() -> None:
-        reconcile(db.get_engine(), HostMapping())
+        reconcile(get_engine(), HostMapping())
 
     run_at_once([renewing, granting, revoking, charging, reconciling])
     account = read_account(connection, user)
@@ -377,7 +377,7 @@ def test_a_charge_that_waits_for_a_revoke_is_paid_by_what_is_left(host: Host, co
     hold = hold_tokens(connection, user, 500)
 
     def charge() -> Any:
-        with db.connect() as own:
+        with connect() as own:
             return charge_tokens(own, hold, 200)
 
     with host.engine.connect() as other, in_background() as submit:

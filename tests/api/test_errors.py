@@ -21,7 +21,7 @@ from trueup.api.access import require_tokens
 from trueup.api.auth import CurrentUser
 from trueup.api.edge import SECURITY_HEADERS
 from trueup.api.schemas import Body as Model
-from trueup.database import engine as db
+from trueup.database.engine import connect, dispose_engine
 from trueup.gate.decision import check_access, denial_payload
 from trueup.settings.settings import get_settings
 
@@ -80,7 +80,7 @@ def test_a_denial_is_402_with_exactly_the_specifications_body(shop: TestClient, 
     ask = {"headers": bearer(user)}
     assert shop.post("/gated", json={"estimate": 600}, **ask).json() == "let in"
     denied = shop.post("/gated", json={"estimate": 601}, **ask)
-    with db.connect() as connection:
+    with connect() as connection:
         access = check_access(connection, user, 601, "Test")
     assert (denied.status_code, denied.json()) == (402, denial_payload(access))
     assert denied.json() == {
@@ -157,9 +157,9 @@ def no_database(monkeypatch: pytest.MonkeyPatch, database: str) -> Iterator[None
     """A database that has gone: nothing listens there."""
     monkeypatch.setenv("TRUEUP_DATABASE_URL", "postgresql://user:secret@127.0.0.1:1/gone")
     get_settings.cache_clear()
-    db.dispose_engine()
+    dispose_engine()
     yield
-    db.dispose_engine()
+    dispose_engine()
 
 
 @pytest.mark.parametrize(
@@ -204,8 +204,8 @@ def test_when_all_connections_are_taken_a_request_waits_and_then_is_told(
     monkeypatch.setenv("TRUEUP_DATABASE_POOL_SIZE", "2")
     monkeypatch.setenv("TRUEUP_DATABASE_CONNECT_TIMEOUT_SECONDS", "1")
     user, client = host.subscriber(), client_with()
-    db.dispose_engine()
-    with db.connect() as one, db.connect() as two:
+    dispose_engine()
+    with connect() as one, connect() as two:
         one.execute(text("SELECT 1")), two.execute(text("SELECT 1"))
         problem(client.get(PROFILE, headers=bearer(user)), 503, "service_unavailable")
     assert client.get(PROFILE, headers=bearer(user)).status_code == 200

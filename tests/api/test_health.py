@@ -13,7 +13,7 @@ from tests.support.drift_history import add_run
 from tests.support.host import Host
 from tests.support.sessions import in_background
 from tests.support.worker import running_worker, wait_for
-from trueup.database import engine as db
+from trueup.database.engine import connect, dispose_engine
 from trueup.gate.holds import open_hold
 
 
@@ -36,7 +36,7 @@ def test_a_process_is_alive_though_its_servers_are_not(
     monkeypatch.setenv("TRUEUP_DATABASE_URL", "postgresql://user:secret@127.0.0.1:1/gone")
     monkeypatch.setenv("TRUEUP_BROKER_URL", "redis://127.0.0.1:1/0")
     client = client_with()
-    db.dispose_engine()
+    dispose_engine()
     assert client.get("/healthz").json() == {"status": "ok"}
     answer = client.get("/readyz")
     assert (answer.status_code, answer.json()) == (
@@ -122,7 +122,7 @@ def test_the_books_are_told(client: TestClient, host: Host) -> None:
     assert before["trueup_database_up"] == 1
     assert before["trueup_tokens_held"] == 0
     assert "trueup_last_reconcile_age_seconds" not in before
-    with db.connect() as connection:
+    with connect() as connection:
         for user in (host.subscriber(), host.subscriber()):
             open_hold(
                 connection,

@@ -16,8 +16,8 @@ from tests.support.work import balance
 from trueup.billing import token_hold
 from trueup.billing.decorators import ai_tokens
 from trueup.billing.utils import get_accurate_tokens_remaining
-from trueup.database import engine as db
 from trueup.database import retry
+from trueup.database.engine import connect, dispose_engine
 from trueup.database.threads import in_thread
 from trueup.errors import (
     HoldBusyError,
@@ -46,7 +46,7 @@ def spend(hold: ai_tokens, tokens: int = 300, **more: Any) -> Any:
 
 
 def statuses() -> list[str]:
-    with db.connect() as connection:
+    with connect() as connection:
         return [row.status for row in list_holds(connection, every_status=True)]
 
 
@@ -286,7 +286,7 @@ def test_without_the_database_nothing_runs_and_a_charge_is_not_lost_silently(
     with ai_tokens(user, 1_000) as hold:
         monkeypatch.setenv("TRUEUP_DATABASE_URL", "postgresql://nobody@127.0.0.1:1/x")
         get_settings.cache_clear()
-        db.dispose_engine()
+        dispose_engine()
         with pytest.raises(ServiceUnavailableError):
             spend(hold)
         assert "300 tokens" in caplog.text

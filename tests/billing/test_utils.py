@@ -11,7 +11,7 @@ from tests.support.host import Host
 from tests.support.sessions import wait_until
 from trueup.billing.decorators import check_tokens_for_function
 from trueup.billing.utils import check_ai_access_for_user, get_accurate_tokens_remaining
-from trueup.database import engine as db
+from trueup.database.engine import dispose_engine
 from trueup.errors import InvalidInputError, NotInstalledError, ServiceUnavailableError
 from trueup.settings.settings import get_settings
 
@@ -88,7 +88,7 @@ def test_a_database_that_is_down_is_an_error_and_never_zeros(
     user = host.subscriber()
     monkeypatch.setenv("TRUEUP_DATABASE_URL", "postgresql://nobody:s3cret@127.0.0.1:1/x")
     get_settings.cache_clear()
-    db.dispose_engine()
+    dispose_engine()
     with pytest.raises(ServiceUnavailableError, match=r"127\.0\.0\.1:1/x does not answer") as down:
         face(user)
     assert "s3cret" not in str(down.value)

@@ -68,17 +68,17 @@ def test_what_is_missing_is_named_with_its_remedy(bare: Host, drifting: list[int
 
 
 def test_a_role_without_rights_is_told_which(bare: Host, drifting: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    from trueup.database import engine as db
+    from trueup.database.engine import dispose_engine
     from trueup.settings.settings import get_settings
 
     with as_role(bare) as engine:
         monkeypatch.setenv("TRUEUP_DATABASE_URL", engine.url.render_as_string(hide_password=False))
         get_settings.cache_clear()
-        db.dispose_engine()
+        dispose_engine()
         assert 'GRANT SELECT ON "ai_usage_log" TO "reader_' in trueup(*LOOK, code=1).stderr
         bare.execute(f"GRANT {READ} TO {engine.url.username}")
         assert trueup_json(*LOOK)["drifted"] == 2
-        db.dispose_engine()
+        dispose_engine()
 
 
 def test_causes_that_were_not_looked_for_are_told_beside_the_report(bare: Host, drifting: list[int]) -> None:

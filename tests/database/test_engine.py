@@ -5,13 +5,13 @@ from sqlalchemy import text
 
 from tests.support.host import Host
 from tests.support.sessions import locked, wait_until
-from trueup.database import engine as db
+from trueup.database.engine import connect, dispose_engine, retrying, transaction
 from trueup.errors import NotInstalledError, ServiceUnavailableError
 from trueup.settings.settings import get_settings
 
 
 def one(statement: str) -> object:
-    with db.connect() as connection:
+    with connect() as connection:
         return connection.execute(text(statement)).scalar_one()
 
 
@@ -26,21 +26,21 @@ def test_sessions_are_in_utc_read_committed_and_bounded_in_time(database: str) -
 def test_options_of_the_url_are_kept(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRUEUP_DATABASE_URL", f"{database}&options=-csearch_path%3Dapp%20-cwork_mem%3D5MB")
     get_settings.cache_clear()
-    db.dispose_engine()
+    dispose_engine()
     assert (one("SHOW search_path"), one("SHOW work_mem"), one("SHOW timezone")) == ("app", "5MB", "UTC")
 
 
 def test_on_connect_each_statement_is_its_own_transaction(host: Host) -> None:
-    with db.connect() as connection:
+    with connect() as connection:
         connection.execute(text("INSERT INTO accounts_user VALUES (1, 'a', '')"))
         assert host.value("SELECT count(*) FROM accounts_user") == 1
 
 
 def test_a_transaction_is_committed_at_its_end_and_rolled_back_on_an_error(host: Host) -> None:
-    with pytest.raises(ServiceUnavailableError), db.transaction() as connection:
+    with pytest.raises(ServiceUnavailableError), transaction() as connection:
         connection.exec_driver_sql("INSERT INTO accounts_user VALUES (1, 'a', ''); DO $$ BEGIN RAISE disk_full; END $$")
     assert host.value("SELECT count(*) FROM accounts_user") == 0
-    with db.transaction() as connection:
+    with transaction() as connection:
         connection.execute(text("INSERT INTO accounts_user VALUES (1, 'a', '')"))
         assert host.value("SELECT count(*) FROM accounts_user") == 0
     assert host.value("SELECT count(*) FROM accounts_user") == 1
@@ -59,7 +59,7 @@ def test_a_transaction_is_committed_at_its_end_and_rolled_back_on_an_error(host:
 )
 def test_what_may_pass_is_reported_as_an_unavailable_service(host: Host, setting: str, trouble: str) -> None:
     def run() -> None:
-        with db.connect() as connection:
+        with connect() as connection:
             connection.exec_driver_sql(f"SET {setting}")
             connection.exec_driver_sql(trouble)
 
@@ -82,8 +82,8 @@ def test_a_full_pool_says_so(database: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("TRUEUP_DATABASE_POOL_SIZE", "2")
     monkeypatch.setenv("TRUEUP_DATABASE_CONNECT_TIMEOUT_SECONDS", "1")
     get_settings.cache_clear()
-    db.dispose_engine()
-    with db.connect(), db.connect(), pytest.raises(ServiceUnavailableError, match="TRUEUP_DATABASE_POOL_SIZE"):
+    dispose_engine()
+    with connect(), connect(), pytest.raises(ServiceUnavailableError, match="TRUEUP_DATABASE_POOL_SIZE"):
         one("SELECT 1")
 
 
@@ -95,10 +95,10 @@ def test_a_dead_pooled_connection_costs_one_retry_and_a_living_error_none(host: 
     with pytest.raises(ServiceUnavailableError):
         one("SELECT 1")
     host.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'trueup'")
-    assert db.retrying(lambda c: (calls.append(1), c.execute(text("SELECT 7")).scalar_one())[1]) == 7
+    assert retrying(lambda c: (calls.append(1), c.execute(text("SELECT 7")).scalar_one())[1]) == 7
     calls.clear()
     with pytest.raises(ServiceUnavailableError):
-        db.retrying(lambda c: (calls.append(1), c.exec_driver_sql("DO $$ BEGIN RAISE disk_full; END $$")))
+        retrying(lambda c: (calls.append(1), c.exec_driver_sql("DO $$ BEGIN RAISE disk_full; END $$")))
     assert len(calls) == 1
 
 

@@ -12,7 +12,7 @@ from tests.support.books import assert_true
 from tests.support.host import START, Host
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
-from trueup.database import engine as db
+from trueup.database.engine import connect, get_engine, retrying, transaction
 from trueup.host.mapping import HostMapping
 from trueup.install.attach import attach
 from trueup.install.script import attach_script
@@ -49,28 +49,28 @@ def write(host: Host, user: int, zone: str, tokens: int, hours: float) -> None:
 def test_rows_count_by_utc_whatever_the_hosts_session_says(host: Host, zone: str) -> None:
     attach(HostMapping())
     user = host.subscriber(10_000)
-    hold = db.retrying(lambda worker: hold_tokens(worker, user, 1_000))
+    hold = retrying(lambda worker: hold_tokens(worker, user, 1_000))
     for tokens, hours in ((1, 0.5), (2, 30), (4, -0.5), (8, -30)):
         write(host, user, zone, tokens, hours)
     host.execute(f"SET timezone = '{zone}'")
     host.execute("UPDATE ai_usage_log SET total_tokens = 3 WHERE total_tokens = 2")
     host.execute("DELETE FROM ai_usage_log WHERE total_tokens = 4")
     host.execute("SET timezone = 'UTC'")
-    db.retrying(lambda worker: charge_tokens(worker, hold, 100))
-    assert db.retrying(lambda worker: read_account(worker, user)).consumed == 104
+    retrying(lambda worker: charge_tokens(worker, hold, 100))
+    assert retrying(lambda worker: read_account(worker, user)).consumed == 104
     assert_true(host)
-    with db.connect() as connection:
+    with connect() as connection:
         rows = list_usage(connection, HostMapping(), user)
     assert {row.created_at.tzinfo for row in rows} == {UTC}
     assert abs(rows[0].created_at - datetime.now(UTC)) < timedelta(minutes=5)
-    assert reconcile(db.get_engine(), HostMapping(), kind="deep").defects == 0
+    assert reconcile(get_engine(), HostMapping(), kind="deep").defects == 0
 
 
 def test_the_script_for_psql_fills_by_utc(host: Host) -> None:
     user = host.subscriber(10_000)
     for tokens, hours in ((1, 0.5), (2, -0.5)):
         write(host, user, "UTC", tokens, hours)
-    with db.transaction() as connection:
+    with transaction() as connection:
         script = attach_script(connection, HostMapping())
     host.execute("ALTER ROLE postgres SET timezone = 'Asia/Tokyo'")
     try:
@@ -105,7 +105,7 @@ def test_a_log_of_whole_seconds_counts_what_comes_as_a_window_begins(host: Host,
     attach(HostMapping())
     user = host.subscriber(10_000)
     host.execute("UPDATE billing_subscription SET start_date = date_trunc('second', now()) + interval '60.4 s'")
-    hold = db.retrying(lambda worker: hold_tokens(worker, user, 1_000))
-    db.retrying(lambda worker: charge_tokens(worker, hold, 100))
-    assert db.retrying(lambda worker: read_account(worker, user)).consumed == 100
+    hold = retrying(lambda worker: hold_tokens(worker, user, 1_000))
+    retrying(lambda worker: charge_tokens(worker, hold, 100))
+    assert retrying(lambda worker: read_account(worker, user)).consumed == 100
     assert_true(host)

@@ -11,7 +11,7 @@ from sqlalchemy.pool import NullPool
 from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.work import charge_tokens, hold_tokens
-from trueup.database import engine as db
+from trueup.database.engine import connect
 from trueup.doctor import database as doctor
 from trueup.doctor.books import check_beat, check_holds, check_invariants, check_runs, check_unresolved
 from trueup.doctor.clocks import HARMFUL_SECONDS, Offset, judge, measure
@@ -63,7 +63,7 @@ def test_a_fresh_database_has_nothing_wrong_with_it(host: Host) -> None:
 def charge_tokens_of(host: Host) -> int:
     user = host.subscriber(1_000)
     host.log(user, 20)
-    with db.connect() as connection:
+    with connect() as connection:
         charge_tokens(connection, hold_tokens(connection, user, 300), 100)
     return user
 

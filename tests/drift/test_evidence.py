@@ -11,7 +11,7 @@ from tests.support.sessions import locked
 from tests.support.two_books import DAY, HOUR, MAPPED, MINUTE, NOON, SECOND, Books
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.grants import grant_tokens, revoke_grant
-from trueup.database import engine as db
+from trueup.database.engine import get_engine
 from trueup.drift.causes import Explanation
 from trueup.drift.detect import find_drifts
 from trueup.drift.explain import explain
@@ -223,7 +223,7 @@ def test_a_charge_misses_nothing_in_a_counter_that_has_nothing(books: Books, cou
 
 
 def run(**more: Any) -> None:
-    reconcile(db.get_engine(), MAPPED, **more)
+    reconcile(get_engine(), MAPPED, **more)
 
 
 def test_what_was_set_right_explains_nothing_anew(books: Books) -> None:

@@ -8,7 +8,7 @@ import pytest
 from tests.support.host import START
 from tests.support.two_books import HOUR, MAPPED, MINUTE, NOON, SECOND, Books
 from tests.support.work import charge_tokens, hold_tokens
-from trueup.database import engine as db
+from trueup.database.engine import get_engine
 from trueup.drift.detect import Drift, find_drifts
 from trueup.drift.explain import explain
 from trueup.drift.verdict import Rules
@@ -168,7 +168,7 @@ def test_what_a_person_gives_back_after_a_correction_is_not_taken_again(books: B
 
 
 def run(**rules: Any) -> None:
-    reconcile(db.get_engine(), MAPPED, rules=Rules(**rules))
+    reconcile(get_engine(), MAPPED, rules=Rules(**rules))
 
 
 # --- Between the look and the correction --------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.partitioned import known
 from tests.support.work import hold_tokens
-from trueup.database import engine as db
+from trueup.database.engine import retrying
 from trueup.host.mapping import HostMapping
 from trueup.host.partitions import uncovered_partitions
 from trueup.install.attach import attach
@@ -21,7 +21,7 @@ def user(host: Host, connection: Connection) -> int:
     user = host.subscriber()
     host.log(user, 100)
     host.execute("CREATE TABLE child () INHERITS (ai_usage_log)")
-    db.retrying(lambda worker: hold_tokens(worker, user, 0))
+    retrying(lambda worker: hold_tokens(worker, user, 0))
     return user
 
 
@@ -68,7 +68,7 @@ def test_what_becomes_of_a_table_that_inherits_no_more_does_not_count(host: Host
     assert known(user) == host.used(user) == 900
     host.execute("ALTER TABLE child NO INHERIT ai_usage_log")
     host.execute("INSERT INTO trueup.log_truncation DEFAULT VALUES")  # balances are built anew, for whatever reason
-    db.retrying(lambda worker: hold_tokens(worker, user, 0))
+    retrying(lambda worker: hold_tokens(worker, user, 0))
     host.execute("UPDATE child SET total_tokens = 700")
     host.execute("INSERT INTO child SELECT * FROM child")
     host.execute("DELETE FROM child")

@@ -15,7 +15,7 @@ from tests.support.books import assert_true
 from tests.support.host import START, Host
 from tests.support.sessions import run_at_once
 from tests.support.work import balance, charge_tokens, hold_tokens
-from trueup.database import engine as db
+from trueup.database.engine import connect, dispose_engine, get_engine
 from trueup.doctor.host import check_mapping
 from trueup.doctor.log_ids import check_log_ids
 from trueup.errors import NotInstalledError
@@ -89,7 +89,7 @@ def numbered(request: pytest.FixtureRequest, bare: NumberedHost) -> NumberedHost
 
 @pytest.fixture
 def connection(bare: NumberedHost) -> Iterator[Connection]:
-    with db.connect() as connection:
+    with connect() as connection:
         yield connection
 
 
@@ -157,12 +157,12 @@ def test_reconciling_tells_our_rows_from_the_hosts_by_their_ids(numbered: Number
     user = numbered.subscriber(10_000)
     charge_tokens(connection, hold_tokens(connection, user, 1_000), 300)
     numbered.number(user, 40, at=datetime.now(UTC))
-    run = reconcile(db.get_engine(), MAPPING, kind="deep", rules=Rules(min_age_seconds=0))
+    run = reconcile(get_engine(), MAPPING, kind="deep", rules=Rules(min_age_seconds=0))
     assert (run.drifted, run.defects) == (1, 0)
     drift = numbered.execute("SELECT cause, written FROM trueup.drift").one()
     assert tuple(drift) == ("missed_decrement", 9_660)
     numbered.execute("DELETE FROM ai_usage_log WHERE total_tokens = 300")
-    deep = reconcile(db.get_engine(), MAPPING, kind="deep", dry_run=True)
+    deep = reconcile(get_engine(), MAPPING, kind="deep", dry_run=True)
     assert [defect.kind for defect in deep.defect_rows] == ["charge_without_log_row"]
 
 
@@ -207,7 +207,7 @@ def test_a_sequence_that_is_gone_is_named(bare: NumberedHost, connection: Connec
     bare.execute("ALTER TABLE ai_usage_log ALTER id DROP IDENTITY")
     with (
         pytest.raises(NotInstalledError, match='column "id" of "ai_usage_log" has no sequence'),
-        db.connect() as worker,
+        connect() as worker,
     ):
         charge_tokens(worker, hold, 10)
 
@@ -279,13 +279,13 @@ def test_charges_from_before_the_log_got_other_ids_stay_known(host: Host, monkey
     set_up(host)
     again = track(user, prompt_tokens=7)
     assert (again.recorded, again.differs, again.log_id) == (False, False, before.log_id)
-    assert reconcile(db.get_engine(), MAPPING, kind="deep").defects == 0
+    assert reconcile(get_engine(), MAPPING, kind="deep").defects == 0
     assert track(user, key="new").log_id == "2"
     assert_true(host, MAPPING)
 
 
 def test_ids_that_need_no_sequence_are_nothing_to_look_at(host: Host) -> None:
-    with db.connect() as connection:
+    with connect() as connection:
         [finding] = check_log_ids(connection, get_settings())
     assert finding.level == "ok"
 
@@ -295,7 +295,7 @@ def roles(bare: NumberedHost) -> Iterator[RoleNames]:
     suffix = uuid.uuid4().hex[:8]
     names = RoleNames(migrate=f"mig_{suffix}", worker=f"worker_{suffix}", readonly=f"read_{suffix}")
     yield names
-    db.dispose_engine()
+    dispose_engine()
     for role in (names.migrate, names.worker, names.readonly):
         bare.execute(f"DROP OWNED BY {role} CASCADE; DROP ROLE {role}")
 
@@ -311,10 +311,10 @@ def test_the_worker_role_draws_ids_by_a_right_on_the_sequence_alone(
             owner.exec_driver_sql(statement)
     url = make_url(str(bare.engine.url)).set(username=roles.worker)
     monkeypatch.setenv("TRUEUP_DATABASE_URL", url.render_as_string(hide_password=False))
-    db.dispose_engine()
+    dispose_engine()
     get_settings.cache_clear()
     assert track(user).recorded
-    with db.connect() as worker:
+    with connect() as worker:
         charge_tokens(worker, hold_tokens(worker, user, 1_000), 10)
         assert lacking_rights(worker, worker_rights(worker, MAPPING)) == []
         bare.execute(f'REVOKE USAGE ON SEQUENCE "Log Ids" FROM {roles.worker}')

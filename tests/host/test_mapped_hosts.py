@@ -16,7 +16,7 @@ from trueup.accounts.account import read_account
 from trueup.accounts.grants import grant_tokens, list_grants, revoke_grant
 from trueup.billing.decorators import check_tokens_for_function
 from trueup.billing.utils import get_accurate_tokens_remaining
-from trueup.database import engine as db
+from trueup.database.engine import connect, get_engine
 from trueup.errors import TokensDenied
 from trueup.gate.holds import close_hold, expire_holds, list_holds
 from trueup.host.mapping import (
@@ -182,7 +182,7 @@ def test_the_whole_way_works_under_the_hosts_names(mapped_host: Host, mapping: H
     user = users[0]
     do(host, mapping, LOG, [user, 1_000])
     assert get_accurate_tokens_remaining(user) == (10_000, 1_000, 9_000)
-    with db.connect() as connection:
+    with connect() as connection:
         check_installed(connection)
         hold = hold_tokens(connection, user, 5_000, task="t")
         hold_tokens(connection, users[1], 10, task="t")
@@ -200,12 +200,12 @@ def test_the_whole_way_works_under_the_hosts_names(mapped_host: Host, mapping: H
         assert close_hold(connection, hold) == "settled"
         expire_holds(connection)
         lower(host, mapping, user, 40)
-        reconcile(db.get_engine(), mapping, rules=Rules(min_age_seconds=0), batch_size=1)
+        reconcile(get_engine(), mapping, rules=Rules(min_age_seconds=0), batch_size=1)
         report = read_report(connection, mapping.user_id_type)
         assert report is not None
         assert [(row.user_id, row.observed, row.written) for row in report.rows] == [(user, 9_760, 8_760)]
         assert report.as_json()["rows"][0]["user_id"] == (user if isinstance(user, int) else str(user))
-        again = reconcile(db.get_engine(), mapping, only_user=user)
+        again = reconcile(get_engine(), mapping, only_user=user)
     assert (again.checked, again.drifted) == (1, 0)
     assert_true(host, mapping)
     do(host, mapping, "TRUNCATE {{usage_log}}", [])
@@ -222,18 +222,18 @@ def test_grants_and_decisions_work_under_the_hosts_names(mapped_host: Host, mapp
     for number, user in enumerate(users, 1):
         subscribe(host, mapping, user, number)
         do(host, mapping, LOG, [user, 400 * number])
-    with db.connect() as connection:
+    with connect() as connection:
         rules = Rules(min_age_seconds=0)
-        run = reconcile(db.get_engine(), mapping, rules=rules)
+        run = reconcile(get_engine(), mapping, rules=rules)
         assert run.run_id is not None
         assert undo_run(connection, run.run_id, mapping.user_id_type, by="ann", note="n", batch_size=1).counters == 2
-        reconcile(db.get_engine(), mapping, rules=rules)
+        reconcile(get_engine(), mapping, rules=rules)
         items = {item.user_id: item for item in list_reviews(connection, mapping.user_id_type)}
         assert {user: item.tokens for user, item in items.items()} == {users[0]: 400, users[1]: 800}
         assert [item.user_id for item in list_reviews(connection, mapping.user_id_type, user_id=users[0])] == [users[0]]
         assert decide_drift(connection, items[users[0]].id, "accept", by="ann", note="n").counter_after == 9_600
         decide_drift(connection, items[users[1]].id, "grant", by="ann", note="n", reference="tx")
-        assert reconcile(db.get_engine(), mapping, rules=rules).drifted == 0
+        assert reconcile(get_engine(), mapping, rules=rules).drifted == 0
         user = users[1]
         ends = datetime.now(UTC) + timedelta(days=1)
         grant = grant_tokens(connection, user, 50, reason="r", reference="r", by="ann", expires_at=ends)
@@ -266,8 +266,8 @@ def test_32_bit_user_ids_and_varchar_columns_are_taken(database: str, host: Host
         install(connection, HostMapping(), with_host_tables=False)
     user = host.subscriber(1_000)
     host.log(user, 10)
-    with db.connect() as connection:
+    with connect() as connection:
         charge_tokens(connection, hold_tokens(connection, user, 500), 100)
-    reconcile(db.get_engine(), HostMapping())
+    reconcile(get_engine(), HostMapping())
     assert host.counter(user) == 890
     assert_true(host)

@@ -10,7 +10,7 @@ from sqlalchemy.exc import OperationalError
 from tests.support.partitioned import DECEMBER, PartitionedHost, known, month, new_host
 from tests.support.sessions import impatient, locked, run_at_once
 from tests.support.work import hold_tokens
-from trueup.database import engine as db
+from trueup.database.engine import get_engine, retrying
 from trueup.errors import TokensDenied
 from trueup.host.mapping import HostMapping
 from trueup.install.install import install
@@ -31,7 +31,7 @@ def user(host: PartitionedHost) -> int:
     """A user with 1 000 of 10 000 tokens used and a balance built."""
     user = host.subscriber(10_000)
     host.write(user, 1_000)
-    db.retrying(lambda worker: hold_tokens(worker, user, 0))
+    retrying(lambda worker: hold_tokens(worker, user, 0))
     return user
 
 
@@ -44,13 +44,13 @@ def more_of(host: PartitionedHost, user: int, tokens: int, *, name: str = "more"
 
 def test_rows_that_come_with_a_partition_count_at_the_next_gate(host: PartitionedHost, user: int) -> None:
     other = host.subscriber(10_000)
-    db.retrying(lambda worker: hold_tokens(worker, other, 0))
+    retrying(lambda worker: hold_tokens(worker, other, 0))
     more_of(host, user, 8_500)
     host.execute(f"ALTER TABLE ai_usage_log ATTACH PARTITION more {month(12)}")
     host.write(other, 70, into="more", at=DECEMBER)  # passes the triggers, before anybody has looked
     with pytest.raises(TokensDenied):
-        db.retrying(lambda worker: hold_tokens(worker, user, 501))
-    assert db.retrying(lambda worker: hold_tokens(worker, user, 500)).tokens_left == 500
+        retrying(lambda worker: hold_tokens(worker, user, 501))
+    assert retrying(lambda worker: hold_tokens(worker, user, 500)).tokens_left == 500
     assert (known(user), known(other)) == (9_500, 70)
     epoch = host.value(EPOCH)
     host.write(user, 1, at=DECEMBER)
@@ -64,13 +64,13 @@ def test_a_partition_that_went_and_came_again_with_other_rows_is_seen(host: Part
     host.execute("ALTER TABLE log_11 ATTACH PARTITION log_11a FOR VALUES FROM ('2026-11-01Z') TO ('2026-11-15Z')")
     assert known(user) == 1_300
     # And one that brings partitions of its own, the same that it had, when each balance is built.
-    db.retrying(lambda worker: hold_tokens(worker, user, 0))
+    retrying(lambda worker: hold_tokens(worker, user, 0))
     host.execute("ALTER TABLE ai_usage_log DETACH PARTITION log_11")
     host.write(user, 5, into="log_11")
     host.execute(f"ALTER TABLE ai_usage_log ATTACH PARTITION log_11 {month(11)}")
     assert known(user) == 1_305
     # And one that lost all its rows meanwhile.
-    db.retrying(lambda worker: hold_tokens(worker, user, 0))
+    retrying(lambda worker: hold_tokens(worker, user, 0))
     host.execute("ALTER TABLE log_11 DETACH PARTITION log_11a; TRUNCATE log_11a")
     host.execute("ALTER TABLE log_11 ATTACH PARTITION log_11a FOR VALUES FROM ('2026-11-01Z') TO ('2026-11-15Z')")
     assert known(user) == 0
@@ -87,7 +87,7 @@ def test_what_is_written_to_a_partition_that_is_being_detached_does_not_count(ho
     ):
         detaching.execute(text('ALTER TABLE ai_usage_log DETACH PARTITION "Log 12" CONCURRENTLY'))
     assert host.value("SELECT count(*) FROM pg_inherits WHERE inhdetachpending") == 1
-    db.retrying(lambda worker: hold_tokens(worker, user, 0))
+    retrying(lambda worker: hold_tokens(worker, user, 0))
     host.write(user, 50, into='"Log 12"', at=DECEMBER)
     assert known(user) == host.used(user) == 1_000
     host.execute('DELETE FROM "Log 12"')
@@ -120,7 +120,7 @@ def test_many_who_meet_a_new_partition_at_once_have_it_counted_once(host: Partit
 
     def hold() -> bool:
         try:
-            db.retrying(lambda worker: hold_tokens(worker, user, 300))
+            retrying(lambda worker: hold_tokens(worker, user, 300))
         except TokensDenied:
             return False
         return True
@@ -150,5 +150,5 @@ def test_a_partition_that_comes_while_trueup_is_set_up_again_is_counted(host: Pa
 def test_a_quick_pass_counts_what_came_with_a_partition_before_it_corrects(host: PartitionedHost, user: int) -> None:
     more_of(host, user, 400)
     host.execute(f"ALTER TABLE ai_usage_log ATTACH PARTITION more {month(12)}")
-    reconcile(db.get_engine(), host.mapping)
+    reconcile(get_engine(), host.mapping)
     assert host.value("SELECT expected FROM trueup.drift") == 10_000 - 1_400

@@ -23,7 +23,7 @@ from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.accounts.grants import grant_tokens
 from trueup.accounts.overview import read_summary
-from trueup.database import engine as db
+from trueup.database.engine import connect, dispose_engine, get_engine
 from trueup.doctor.database import examine_database
 from trueup.errors import TokensDenied
 from trueup.gate.holds import close_hold
@@ -205,7 +205,7 @@ def test_the_gate_charges_and_the_tracker_keep_the_books(attached: Site) -> None
     site, (ann, bob) = attached, attached.users
     site.logs(ann, 1_000)
     site.do(site.lower, ann, 1_000)
-    with db.connect() as connection:
+    with connect() as connection:
         with pytest.raises(TokensDenied):
             hold_tokens(connection, ann, 9_001)
         hold = hold_tokens(connection, ann, 5_000, task="t")
@@ -223,7 +223,7 @@ def test_the_gate_charges_and_the_tracker_keep_the_books(attached: Site) -> None
     failed = {**figures, "section": "chat", "prompt_tokens": 70}
     assert track_ai_usage(ann, **failed, key="2", success=False, error_message="no answer").recorded
     assert not track_ai_usage(ann, **failed, key="2", success=False, error_message="no answer").recorded
-    with db.connect() as connection:
+    with connect() as connection:
         account = read_account(connection, ann)
         assert [row.success for row in list_usage(connection, site.mapping, ann) if row.total_tokens == 80] == [False]
         assert (account.original, account.consumed, account.held) == (10_000, 1_230, 0)
@@ -237,23 +237,23 @@ def test_drift_is_explained_corrected_and_audited(attached: Site) -> None:
     site.logs(ann, 300)
     site.logs(bob, 40)
     site.do(site.lower, bob, 40)
-    reconcile(db.get_engine(), site.mapping, rules=NO_AGE)
-    with db.connect() as connection:
+    reconcile(get_engine(), site.mapping, rules=NO_AGE)
+    with connect() as connection:
         report = read_report(connection, site.mapping.user_id_type)
     assert report is not None
     assert [(row.user_id, row.cause, row.written) for row in report.rows] == [(ann, "missed_decrement", 9_700)]
     site.logs(bob, 5, ok=False)
-    again = reconcile(db.get_engine(), site.mapping, rules=NO_AGE, kind="deep")
+    again = reconcile(get_engine(), site.mapping, rules=NO_AGE, kind="deep")
     assert (again.checked, again.drifted, again.defects) == (2, 0, 0)
     assert (site.left(ann), site.left(bob)) == (9_700, 9_960)
-    with db.connect() as connection:  # or each pass would look closely at everybody
+    with connect() as connection:  # or each pass would look closely at everybody
         assert find_suspects(connection, site.mapping, None, None) == []
     assert_true(site.host, site.mapping)
 
 
 def test_grants_count_beside_what_the_subscription_includes_when_that_changes(attached: Site) -> None:
     site, (ann, _) = attached, attached.users
-    with db.connect() as connection:
+    with connect() as connection:
         grant_tokens(
             connection, ann, 500, reason="r", reference="r", by="ann", expires_at=datetime.now(UTC) + timedelta(days=1)
         )
@@ -275,7 +275,7 @@ def test_grants_count_beside_what_the_subscription_includes_when_that_changes(at
 @pytest.mark.parametrize("site", ["of little", "of expressions"], indirect=True)
 def test_a_quota_that_came_and_went_unseen_is_told_of(attached: Site) -> None:
     site, (ann, _) = attached, attached.users
-    with db.connect() as connection:
+    with connect() as connection:
         grant_tokens(connection, ann, 500, reason="r", reference="r", by="ann")
     for change in (2_000, 0, -2_000, -10_100):
         site.do(site.more, ann, change)
@@ -294,14 +294,14 @@ def test_everyone_may_have_the_same_number_of_tokens(host: Host, monkeypatch: py
     with host.engine.begin() as connection:
         install(connection, get_settings().host, with_host_tables=False)
     user = host.subscriber(900, kind="full", counter=700)
-    with db.connect() as connection:
+    with connect() as connection:
         grant_tokens(connection, user, 50, reason="r", reference="r", by="ann")
         charge_tokens(connection, hold_tokens(connection, user, 750), 30)
         assert read_account(connection, user).original == 750
         [plan] = read_summary(connection, get_settings().host, user).own_plans
     assert plan.tokens_included == 900
     host.execute("UPDATE billing_subscription SET start_date = start_date + interval '1 day'")
-    reconcile(db.get_engine(), get_settings().host, rules=NO_AGE)
+    reconcile(get_engine(), get_settings().host, rules=NO_AGE)
     assert host.counter(user) == 720
     assert_true(host, get_settings().host)
 
@@ -352,7 +352,7 @@ def test_least_privilege_roles_do_their_part(subscribed: Site, monkeypatch: pyte
 
     def become(role: str) -> None:
         monkeypatch.setenv("TRUEUP_DATABASE_URL", url.set(username=role).render_as_string(hide_password=False))
-        db.dispose_engine()
+        dispose_engine()
         get_settings.cache_clear()
 
     try:
@@ -361,7 +361,7 @@ def test_least_privilege_roles_do_their_part(subscribed: Site, monkeypatch: pyte
         assert attach(site.mapping) == {"balances": 2}
         grant()
         become(roles.worker)
-        with db.connect() as connection:
+        with connect() as connection:
             charge_tokens(connection, hold_tokens(connection, ann, 500), 200)
             written = [
                 right.columns for right in worker_rights(connection, site.mapping) if right.privilege == "INSERT"
@@ -371,13 +371,13 @@ def test_least_privilege_roles_do_their_part(subscribed: Site, monkeypatch: pyte
         assert track_ai_usage(ann, **figures, key="1").recorded
         assert track_ai_usage(ann, **figures, key="2", success=False, error_message="no answer").recorded
         site.logs(ann, 40)
-        reconcile(db.get_engine(), site.mapping, rules=NO_AGE, kind="deep")
+        reconcile(get_engine(), site.mapping, rules=NO_AGE, kind="deep")
         assert site.left(ann) == 10_000 - 243
         become(roles.readonly)
         found: list[Finding] = []
-        look(db.get_engine(), site.mapping, lambda checked, findings: found.extend(findings))
+        look(get_engine(), site.mapping, lambda checked, findings: found.extend(findings))
         assert found == []
     finally:
-        db.dispose_engine()
+        dispose_engine()
         for role in (roles.migrate, roles.worker, roles.readonly):
             site.host.execute(f"DROP OWNED BY {role} CASCADE; DROP ROLE {role}")

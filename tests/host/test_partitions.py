@@ -15,7 +15,7 @@ from tests.support.dumps import pg_dump
 from tests.support.partitioned import DECEMBER, NOVEMBER, PARTS, ROW, PartitionedHost, known, month, new_host
 from tests.support.sessions import locked
 from tests.support.work import balance, charge_tokens, hold_tokens
-from trueup.database import engine as db
+from trueup.database.engine import connect, get_engine, retrying
 from trueup.database.locks import take_step
 from trueup.doctor.host import check_mapping
 from trueup.doctor.installation import check_triggers
@@ -78,7 +78,7 @@ def host(
 
 @pytest.fixture
 def connection(host: PartitionedHost) -> Iterator[Connection]:
-    with db.connect() as connection:
+    with connect() as connection:
         yield connection
 
 
@@ -155,7 +155,7 @@ def test_our_own_rows_go_through_the_log_and_count_once(
 ) -> None:
     monkeypatch.setenv("TRUEUP_HOST__USAGE_LOG_ID_TYPE", kind)
     get_settings.cache_clear()
-    with new_host(empty_database, MAPPINGS[kind]) as host, db.connect() as connection:
+    with new_host(empty_database, MAPPINGS[kind]) as host, connect() as connection:
         host.set_up()
         user = host.subscriber(10_000)
         hold = hold_tokens(connection, user, 1_000)
@@ -166,7 +166,7 @@ def test_our_own_rows_go_through_the_log_and_count_once(
         assert (first.recorded, again.recorded, again.differs, again.log_id) == (True, False, False, first.log_id)
         assert host.value("SELECT count(*) FROM trueup.usage_delta") == 0
         assert (host.used(user), balance(host, user), host.counter(user)) == (240, (240, 800), 9_760)
-        deep = reconcile(db.get_engine(), host.mapping, kind="deep")
+        deep = reconcile(get_engine(), host.mapping, kind="deep")
         assert (deep.drifted, deep.defects) == (0, 0)
 
 
@@ -195,7 +195,7 @@ def test_what_a_detached_partition_held_stays_taken_until_a_deep_pass_goes_by_th
     host.execute('TRUNCATE "Log 12"')
     assert (host.value(EPOCH), known(user)) == (before, 1_300)
     assert check_triggers_of(connection) == [("ok", None)]
-    deep = reconcile(db.get_engine(), host.mapping, kind="deep")
+    deep = reconcile(get_engine(), host.mapping, kind="deep")
     assert deep.run_id is not None
     [defect] = read_defects(connection, "bigint", deep.run_id)
     assert (defect.kind, defect.seen, defect.expected, defect.repaired) == ("balance_untrue", 1_300, 1_000, True)
@@ -208,7 +208,7 @@ def test_a_dropped_partition_is_like_a_detached_one(host: PartitionedHost, conne
         host.write(user, 50, into=table)
     host.execute("DROP TABLE log_11")
     assert known(user) == 1_000
-    assert reconcile(db.get_engine(), host.mapping, kind="deep").defects == 1
+    assert reconcile(get_engine(), host.mapping, kind="deep").defects == 1
     assert consumed(host, connection, user) == 0
 
 
@@ -225,21 +225,21 @@ def test_an_attached_partition_is_told_once_a_day_and_counts_from_the_next_attac
     host.execute(f"ALTER TABLE ai_usage_log ATTACH PARTITION more {month(12)}")
     host.write(user, 30, at=DECEMBER)
     host.write(user, 5, into="more", at=DECEMBER)
-    look = reconcile(db.get_engine(), host.mapping, dry_run=True)
+    look = reconcile(get_engine(), host.mapping, dry_run=True)
     assert [(defect.kind, defect.detail) for defect in look.defect_rows] == [
         ("partition_uncovered", {"partition": "more"})
     ]
-    assert reconcile(db.get_engine(), host.mapping, only_user=user).defects == 0
-    assert [reconcile(db.get_engine(), host.mapping).defects for _ in range(2)] == [1, 0]
+    assert reconcile(get_engine(), host.mapping, only_user=user).defects == 0
+    assert [reconcile(get_engine(), host.mapping).defects for _ in range(2)] == [1, 0]
     host.execute("UPDATE trueup.defect SET found_at = found_at - interval '25 hours'")
-    assert reconcile(db.get_engine(), host.mapping).defects == 1
+    assert reconcile(get_engine(), host.mapping).defects == 1
     assert check_triggers_of(connection) == [("warning", ["more"])]
     attach(host.mapping)
     assert consumed(host, connection, user) == 1_435
     host.write(user, 1, into="more", at=DECEMBER)
     assert consumed(host, connection, user) == 1_436
     assert check_triggers_of(connection) == [("ok", None)]
-    assert reconcile(db.get_engine(), host.mapping, kind="deep").defects == 0
+    assert reconcile(get_engine(), host.mapping, kind="deep").defects == 0
 
 
 def test_partitions_made_in_advance_are_covered_without_closing_the_gate_or_touching_a_balance(
@@ -251,7 +251,7 @@ def test_partitions_made_in_advance_are_covered_without_closing_the_gate_or_touc
     before = host.value(EPOCH)
     with locked(host, "LOCK TABLE ONLY ai_usage_log IN ROW EXCLUSIVE MODE"):
         take_step(lambda again: prepare(again, host.mapping), patience_seconds=0)
-        db.retrying(lambda worker: hold_tokens(worker, user, 0))
+        retrying(lambda worker: hold_tokens(worker, user, 0))
         assert attach(host.mapping, patience_seconds=0) == {"balances": 0}
     assert (host.value(EPOCH), "log_27" in host.triggered()) == (before, True)
     host.write(user, 2, into="log_27", at=datetime(2027, 1, 3, tzinfo=UTC))
@@ -274,7 +274,7 @@ def test_a_plain_log_that_becomes_a_partition_of_its_successor_goes_on_counting_
     engine = create_engine(empty_database, poolclass=NullPool)
     with engine.begin() as setup:
         install(setup, HostMapping(), with_host_tables=True)
-    with PartitionedHost(engine) as host, db.connect() as connection:
+    with PartitionedHost(engine) as host, connect() as connection:
         host.mapping = HostMapping()
         user = host.subscriber(10_000)
         host.write(user, 100)
@@ -302,7 +302,7 @@ def test_tables_that_inherit_from_the_log_count_as_its_partitions_do(empty_datab
         build_host_metadata(HostMapping()).create_all(connection)
         connection.execute(text("CREATE TABLE child () INHERITS (ai_usage_log)"))
         install(connection, HostMapping(), with_host_tables=False)
-    with PartitionedHost(engine) as host, db.connect() as connection:
+    with PartitionedHost(engine) as host, connect() as connection:
         host.mapping = HostMapping()
         user = host.subscriber(10_000)
         host.write(user, 1)
@@ -328,7 +328,7 @@ def test_attaching_and_leaving_again_changes_nothing_of_the_host(bare: Partition
     before = pg_dump(empty_database)
     attach(bare.mapping)
     assert len(bare.triggered()) == 1 + len(PARTS)
-    with db.connect() as connection:
+    with connect() as connection:
         plan = plan_detach(connection)
         assert set(plan.host_tables) == {"ai_usage_log", "billing_subscription", *PARTS}
     bare.execute("ALTER TABLE ai_usage_log DETACH PARTITION log_10")
@@ -354,7 +354,7 @@ def test_the_migrate_role_needs_no_more_than_is_granted(bare: PartitionedHost) -
             connection.execute(text("SET LOCAL ROLE part_mig"))
             install(connection, bare.mapping, with_host_tables=False)
         assert bare.triggered() == sorted(["ai_usage_log", *PARTS])
-        with db.connect() as worker:
+        with connect() as worker:
             hold_tokens(worker, user, 0)
         bare.write(user, 5, into="log_11")
         assert_true(bare, bare.mapping)
@@ -379,6 +379,6 @@ def test_logs_whose_rows_could_come_unseen_are_refused(
         bare.set_up()
     monkeypatch.setenv("TRUEUP_HOST__USAGE_LOG__TABLE", log)
     get_settings.cache_clear()
-    with db.connect() as connection:
+    with connect() as connection:
         [finding] = check_mapping(connection, get_settings())
     assert (finding.level, said in finding.what) == ("error", True)

@@ -8,7 +8,7 @@ from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.partitioned import known
 from tests.support.work import charge_tokens, hold_tokens
-from trueup.database import engine as db
+from trueup.database.engine import connect, get_engine, retrying
 from trueup.errors import LogChangedError
 from trueup.host.mapping import HostMapping
 from trueup.install.attach import attach
@@ -36,7 +36,7 @@ def test_other_values_count_from_the_next_gate_on(host: Host, connection: Connec
     host.execute(DOUBLED)
     host.log(user, 7)
     # Who may not be asked twice is told to ask again.
-    with pytest.raises(LogChangedError, match="maybe with other values"), db.connect() as own:
+    with pytest.raises(LogChangedError, match="maybe with other values"), connect() as own:
         hold_tokens(own, user, 0)
     charge_tokens(connection, held, 300)
     assert known(user) == host.used(user) == 507
@@ -58,19 +58,19 @@ def test_what_changes_no_values_is_noted_by_each_quick_pass(host: Host, user: in
     epoch = host.value(EPOCH)
     for change in changes:
         host.execute(change)
-        reconcile(db.get_engine(), HostMapping())
-    with db.connect() as own:
+        reconcile(get_engine(), HostMapping())
+    with connect() as own:
         hold_tokens(own, user, 0)
     assert host.value(EPOCH) == epoch
     host.execute(DOUBLED)
-    reconcile(db.get_engine(), HostMapping())
+    reconcile(get_engine(), HostMapping())
     assert host.value("SELECT expected FROM trueup.drift ORDER BY id DESC LIMIT 1") == 10_000 - 200
 
 
 def test_a_dry_run_reports_nothing_by_sums_that_stand_still(host: Host, user: int) -> None:
     host.execute(DOUBLED)
     with pytest.raises(LogChangedError):
-        reconcile(db.get_engine(), HostMapping(), dry_run=True)
+        reconcile(get_engine(), HostMapping(), dry_run=True)
     assert known(user) == 200
 
 
@@ -82,7 +82,7 @@ def test_writing_the_log_anew_closes_no_gate_where_a_column_came_with_a_default(
     attach(HostMapping.model_validate({"usage_log": {"success": "billed"}}))
     # The value that old rows are read with goes into them, and out of the catalog: a new version, in new files.
     host.execute(FILES)
-    assert db.retrying(lambda worker: hold_tokens(worker, user, 9_900)).tokens_left == 9_900
+    assert retrying(lambda worker: hold_tokens(worker, user, 9_900)).tokens_left == 9_900
 
 
 def test_a_partitioned_log_whose_values_are_changed_is_noticed(host: Host, user: int) -> None:

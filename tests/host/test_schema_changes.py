@@ -10,7 +10,7 @@ from tests.support.host import START, Host
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.billing.view_guard import token_gate
-from trueup.database import engine as db
+from trueup.database.engine import connect, dispose_engine, get_engine, retrying, transaction
 from trueup.doctor.installation import check_triggers
 from trueup.errors import (
     GateClosedError,
@@ -122,11 +122,11 @@ def ask(user: int) -> list[Callable[[], object]]:
     """Return what asks the gate: a task, a view, a task that needs more."""
 
     def hold() -> Hold:
-        with db.connect() as own:
+        with connect() as own:
             return hold_tokens(own, user)
 
     def check() -> object:
-        with db.connect() as own:
+        with connect() as own:
             return read_account(own, user)
 
     return [hold, check]
@@ -164,7 +164,7 @@ def test_a_change_that_would_go_unseen_closes_the_gate_until_it_is_attached_anew
     charge_tokens(connection, held, 300)
     attach(HostMapping())
     assert_true(host)
-    with db.connect() as own:
+    with connect() as own:
         assert read_account(own, user).consumed == host.used(user)
         hold_tokens(own, user, 0)
     host.log(user, 1)
@@ -189,7 +189,7 @@ def test_what_the_host_renames_is_named_with_the_remedy(
     assert_closed(user, rf"has no {missing} any more")
     attach(mapping)
     assert_true(host, mapping)
-    with db.connect() as own:
+    with connect() as own:
         assert read_account(own, user).consumed == 6
         hold_tokens(own, user, 9_994)
 
@@ -198,7 +198,7 @@ def test_a_column_of_another_type_is_named_as_what_it_is(host: Host, user: int) 
     host.execute("ALTER TABLE ai_usage_log ALTER user_id DROP NOT NULL, DROP CONSTRAINT ai_usage_log_user_id_fkey")
     host.execute("ALTER TABLE ai_usage_log ALTER user_id TYPE uuid USING NULL")
     host.execute("UPDATE trueup.balance SET log_epoch = -1")
-    with pytest.raises(HostChangedError), db.connect() as own:
+    with pytest.raises(HostChangedError), connect() as own:
         hold_tokens(own, user)
 
 
@@ -217,7 +217,7 @@ def test_a_host_that_gives_a_column_another_type_goes_on_writing(host: Host, use
     host.execute(f"INSERT INTO ai_usage_log (user_id, section, total_tokens, success, created_at) VALUES ({values})")
     host.execute("UPDATE ai_usage_log SET total_tokens = '6'")
     host.execute("DELETE FROM ai_usage_log")
-    with pytest.raises(HostChangedError), db.connect() as own:
+    with pytest.raises(HostChangedError), connect() as own:
         hold_tokens(own, user, 0)
 
 
@@ -225,14 +225,14 @@ def test_a_host_goes_on_writing_when_the_mapping_leans_on_a_function_that_is_gon
     host.execute("CREATE FUNCTION counts(boolean) RETURNS boolean IMMUTABLE LEAKPROOF LANGUAGE sql AS 'SELECT $1'")
     mapping = HostMapping.model_validate({"usage_log": {"counts": {"expression": "public.counts({row}.success)"}}})
     attach(mapping)
-    with db.connect() as own:
+    with connect() as own:
         hold_tokens(own, user, 0)
     host.execute("ALTER FUNCTION counts(boolean) RENAME TO was")
     host.log(user, 7)
-    with pytest.raises(NotInstalledError, match="counts"), db.connect() as own:
+    with pytest.raises(NotInstalledError, match="counts"), connect() as own:
         hold_tokens(own, user, 0)
     host.execute("ALTER FUNCTION was(boolean) RENAME TO counts")
-    with db.connect() as own:
+    with connect() as own:
         hold_tokens(own, user, 0)
     assert host.value("SELECT consumed FROM trueup.balance") == 107
 
@@ -244,22 +244,22 @@ def test_a_label_that_the_mapping_names_and_the_host_renames_closes_the_gate(hos
     )
     given = {"subscription": {"is_active": {"expression": "{row}.state = 'on'"}}}
     attach(HostMapping.model_validate(given))
-    with db.connect() as own:
+    with connect() as own:
         hold_tokens(own, user, 0)
     host.execute("ALTER TYPE state RENAME VALUE 'on' TO 'active'")
-    db.dispose_engine()  # a session that has planned it knows the label by its number still
-    with pytest.raises(HostChangedError, match="invalid input value for enum"), db.connect() as own:
+    dispose_engine()  # a session that has planned it knows the label by its number still
+    with pytest.raises(HostChangedError, match="invalid input value for enum"), connect() as own:
         hold_tokens(own, user, 0)
 
 
 def test_nobody_sets_a_counter_right_by_sums_that_stand_still(host: Host, user: int) -> None:
     host.plan(500)
     host.execute("UPDATE billing_subscription SET tokens_remaining = 10400")  # as after buying a pack
-    reconcile(db.get_engine(), HostMapping())
+    reconcile(get_engine(), HostMapping())
     drift = host.value("SELECT id FROM trueup.drift WHERE action = 'review'")
     host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER trueup_inserted")
     host.log(user, 400)
-    with pytest.raises(HostChangedError, match="trueup_inserted is disabled"), db.connect() as own:
+    with pytest.raises(HostChangedError, match="trueup_inserted is disabled"), connect() as own:
         decide_drift(own, drift, "accept", by="ann", note="looked at it")
     assert host.counter(user) == 10_400
 
@@ -269,9 +269,9 @@ def test_a_quick_pass_corrects_no_counter_by_sums_that_stand_still(host: Host, u
     host.log(user, 400)
     counter = host.counter(user)
     with pytest.raises(HostChangedError, match="trueup_inserted is disabled"):
-        reconcile(db.get_engine(), HostMapping())
+        reconcile(get_engine(), HostMapping())
     assert host.counter(user) == counter
-    reconcile(db.get_engine(), HostMapping(), kind="deep")
+    reconcile(get_engine(), HostMapping(), kind="deep")
     assert host.value("SELECT consumed FROM trueup.balance") == 500
 
 
@@ -279,7 +279,7 @@ def test_more_tokens_are_a_question_to_the_gate_too(host: Host, connection: Conn
     hold_tokens(connection, user, 500, task="long")
     host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER trueup_inserted")
     statement = text("SELECT * FROM trueup.extend_hold(:user, 'long', 1, 'Test', 100, 'enforce', NULL)")
-    with pytest.raises(HostChangedError), db.connect() as own:
+    with pytest.raises(HostChangedError), connect() as own:
         own.execute(statement, {"user": user})
     assert host.value("SELECT held FROM trueup.balance") == 500
 
@@ -289,7 +289,7 @@ def test_setting_up_again_in_place_of_attaching_counts_anew_too(host: Host, user
     assert_closed(user, "switched off for a while")
     with host.engine.begin() as setting_up:
         install(setting_up, HostMapping(), with_host_tables=False)
-    with db.connect() as own:
+    with connect() as own:
         hold_tokens(own, user, 0)
     assert host.value("SELECT consumed FROM trueup.balance") == host.used(user) == 150
 
@@ -315,23 +315,23 @@ def test_settings_that_are_ahead_of_the_database_close_the_gate_until_it_is_atta
     host.execute("ALTER TABLE billing_subscription RENAME COLUMN tokens_remaining TO renamed")
     monkeypatch.setenv("TRUEUP_HOST__SUBSCRIPTION__TOKENS_REMAINING", "renamed")
     get_settings.cache_clear()
-    with pytest.raises(GateClosedError, match="other names of the host than the settings now say"), db.connect() as own:
+    with pytest.raises(GateClosedError, match="other names of the host than the settings now say"), connect() as own:
         hold_tokens(own, user)
     attach(get_settings().host)
-    with db.connect() as own:
+    with connect() as own:
         hold_tokens(own, user, 9_900)
 
 
 def test_an_attach_under_way_closes_the_gate_for_a_while_and_not_for_good(host: Host, user: int) -> None:
     host.execute("UPDATE trueup.installation SET mapping_fingerprint = 'attaching'")
     host.execute("DROP FUNCTION trueup.require_counted()")
-    with pytest.raises(GateClosedError, match="just being attached"), db.connect() as own:
+    with pytest.raises(GateClosedError, match="just being attached"), connect() as own:
         hold_tokens(own, user)
 
 
 def test_a_right_that_is_gone_is_named_with_who_gives_it(host: Host, user: int) -> None:
     def hold_without_rights() -> None:
-        with db.transaction() as own:
+        with transaction() as own:
             own.execute(text("SET LOCAL ROLE pg_read_all_stats"))
             hold_tokens(own, user)
 
@@ -349,18 +349,18 @@ def test_a_function_that_was_replaced_in_the_middle_of_a_call_is_called_again(ho
             own.exec_driver_sql(f"DO $$ BEGIN RAISE EXCEPTION '{message}' USING ERRCODE = 'XX000'; END $$")
         return "called"
 
-    assert db.retrying(call) == "called"
+    assert retrying(call) == "called"
 
 
 def test_a_connection_that_prepared_what_is_there_no_more_is_not_used_again(host: Host) -> None:
     host.execute("CREATE FUNCTION answer() RETURNS TABLE (a int) LANGUAGE sql AS 'SELECT 1'")
     select = text("SELECT * FROM answer()")
-    with db.connect() as own:
+    with connect() as own:
         for _ in range(10):
             own.execute(select)
     host.execute(
         "DROP FUNCTION answer(); CREATE FUNCTION answer() RETURNS TABLE (a text) LANGUAGE sql AS 'SELECT ''2'''"
     )
-    with pytest.raises(ServiceUnavailableError, match="cached plan must not change"), db.connect() as own:
+    with pytest.raises(ServiceUnavailableError, match="cached plan must not change"), connect() as own:
         own.execute(select)
-    assert db.retrying(lambda own: own.execute(select).scalar_one()) == "2"
+    assert retrying(lambda own: own.execute(select).scalar_one()) == "2"

@@ -6,7 +6,7 @@ from sqlalchemy.exc import OperationalError
 
 from tests.support.host import Host
 from tests.support.work import charge_tokens, hold_tokens
-from trueup.database import engine as db
+from trueup.database.engine import connect, retrying, transaction
 from trueup.errors import NotInstalledError
 from trueup.host.expressions import expression_problem
 from trueup.host.mapping import HostMapping
@@ -101,15 +101,15 @@ def test_what_takes_the_rows_of_a_user_is_not_refused(host: Host, statements: st
     with host.engine.begin() as setup:
         install(setup, HostMapping(), with_host_tables=False)
     user = host.subscriber(1_000)
-    hold = db.retrying(lambda worker: hold_tokens(worker, user, 100))
-    assert db.retrying(lambda worker: charge_tokens(worker, hold, 10)).recorded
+    hold = retrying(lambda worker: hold_tokens(worker, user, 100))
+    assert retrying(lambda worker: charge_tokens(worker, hold, 10)).recorded
     assert host.value("SELECT count(*) FROM ai_usage_log") == 1
 
 
 def test_a_trial_that_is_cut_short_is_no_verdict(host: Host) -> None:
     change(host, "CREATE FUNCTION slow(text) RETURNS boolean LANGUAGE sql AS 'SELECT pg_sleep(60) IS NOT NULL'")
     change(host, f"{LOG} ADD CHECK (slow(section))")
-    with db.transaction() as setup:
+    with transaction() as setup:
         setup.execute(text("SET LOCAL statement_timeout = '200ms'"))
         with pytest.raises(OperationalError, match="statement timeout"):
             row_problem(setup, HostMapping())
@@ -136,15 +136,15 @@ def test_names_of_models_and_errors_are_cut_to_what_the_column_holds(host: Host,
     with host.engine.begin() as setup:
         install(setup, HostMapping(), with_host_tables=False)
     user = host.subscriber(1_000)
-    hold = db.retrying(lambda worker: hold_tokens(worker, user, 100))
-    assert db.retrying(lambda worker: charge_tokens(worker, hold, 10)).recorded
+    hold = retrying(lambda worker: hold_tokens(worker, user, 100))
+    assert retrying(lambda worker: charge_tokens(worker, hold, 10)).recorded
     report = {"section": "chat", "prompt_tokens": 1, "completion_tokens": 1, "model_name": "claude-haiku", "key": "k"}
     assert track_ai_usage(user, **report).recorded
     again = track_ai_usage(user, **report)
     assert (again.recorded, again.differs) == (False, False)
     failed = {**report, "key": "f", "success": False, "error_message": "rate limited by the provider"}
     assert track_ai_usage(user, **failed).recorded
-    with db.connect() as connection:
+    with connect() as connection:
         assert {row.model_name for row in list_usage(connection, HostMapping(), user)} == {"test-mod", "claude-h"}
     assert host.value("SELECT error_message FROM ai_usage_log WHERE NOT success") == "rate lim"
 

@@ -24,7 +24,7 @@ from tests.hosts.running import (
 )
 from tests.support.host import Host
 from tests.support.sessions import wait_until
-from trueup.database import engine as db
+from trueup.database.engine import transaction
 from trueup.host.mapping import HostMapping
 from trueup.install.install import install
 from trueup.stack import StackUrls
@@ -95,7 +95,7 @@ def django_site(stack: StackUrls, admin_engine: Engine, tmp_path_factory: pytest
     """A database made by the Django project's own migrations, and then set up for trueup."""
     with site(stack, admin_engine, "template1", tmp_path_factory) as made:
         run_module("tests.hosts.django_drf.prepare", host_url=made.url)
-        with db.transaction() as connection:
+        with transaction() as connection:
             install(connection, HostMapping(), with_host_tables=False)
         yield made
 

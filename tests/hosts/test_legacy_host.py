@@ -20,7 +20,7 @@ from tests.hosts.running import host_at
 from tests.support.model_tasks import spend
 from tests.support.worker import running_worker
 from tests.worker.conftest import TASKS
-from trueup.database import engine as db
+from trueup.database.engine import dispose_engine
 from trueup.errors import TokensDenied
 from trueup.settings.settings import get_settings
 from trueup.stack import StackUrls
@@ -83,9 +83,9 @@ def role_of(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setenv("TRUEUP_DATABASE_URL", url)
         get_settings.cache_clear()
-        db.dispose_engine()
+        dispose_engine()
         yield
-    db.dispose_engine()
+    dispose_engine()
     get_settings.cache_clear()
 
 

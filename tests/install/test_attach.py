@@ -23,7 +23,7 @@ from tests.support.sessions import (
     wait_until,
 )
 from tests.support.work import charge_tokens, hold_tokens
-from trueup.database import engine as db
+from trueup.database.engine import connect, dispose_engine, retrying, transaction
 from trueup.database.locks import HostBusyError, take_step
 from trueup.errors import HostChangedError, MissingRightError, NotInstalledError
 from trueup.gate.holds import close_hold
@@ -108,8 +108,8 @@ def test_gates_at_work_do_not_notice_that_functions_are_replaced(host: Host) -> 
     attach(MAPPING)
 
     def hold_and_release() -> None:
-        hold = db.retrying(lambda connection: hold_tokens(connection, user, 1))
-        db.retrying(lambda connection: close_hold(connection, hold))
+        hold = retrying(lambda connection: hold_tokens(connection, user, 1))
+        retrying(lambda connection: close_hold(connection, hold))
 
     def work(place: int) -> None:
         while not over.is_set():
@@ -146,7 +146,7 @@ def test_stopped_after_any_step_it_is_closed_and_goes_on_where_it_was(
     for step in STEPS[:taken]:
         take_step(step)
     host.log(users[0], 20)
-    with pytest.raises(NotInstalledError, match="is not ready for trueup"), db.connect() as worker:
+    with pytest.raises(NotInstalledError, match="is not ready for trueup"), connect() as worker:
         hold_tokens(worker, users[0])
     with pytest.raises(NotInstalledError, match=r"interrupted\. Run `trueup db attach`"):
         check_installed(connection)
@@ -233,7 +233,7 @@ def test_a_balance_that_does_not_agree_with_the_log_keeps_the_gate_closed(host: 
     host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER trueup_updated")
     with pytest.raises(AttachError, match="missing or disabled"):
         take_step(lambda connection: open_gate(connection, MAPPING))
-    with pytest.raises(NotInstalledError), db.connect() as worker:
+    with pytest.raises(NotInstalledError), connect() as worker:
         hold_tokens(worker, user)
 
 
@@ -307,7 +307,7 @@ def test_the_rights_that_it_names_are_the_rights_that_it_takes(
     host.execute(f"CREATE ROLE {role} LOGIN")
     monkeypatch.setenv("TRUEUP_DATABASE_URL", str(make_url(empty_database).set(username=role)))
     get_settings.cache_clear()
-    db.dispose_engine()
+    dispose_engine()
     try:
         with pytest.raises(MissingRightError, match=r"CREATE ON DATABASE .*SELECT .*TRIGGER|TRIGGER") as refused:
             attach(MAPPING)
@@ -321,7 +321,7 @@ def test_the_rights_that_it_names_are_the_rights_that_it_takes(
         with pytest.raises(MissingRightError, match=r'SELECT \("total_tokens"\) ON TABLE public.ai_usage_log'):
             attach(MAPPING)
     finally:
-        db.dispose_engine()
+        dispose_engine()
         host.execute(f"DROP OWNED BY {role} CASCADE; DROP ROLE {role}")
 
 
@@ -368,13 +368,13 @@ def test_triggers_that_are_switched_off_just_as_it_is_attached_again_are_noticed
     user = host.subscriber()
     attach(MAPPING)
     hold_tokens(connection, user, 0)
-    with db.transaction() as again:
+    with transaction() as again:
         assert is_ready(again, MAPPING)
         host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER USER")
         host.log(user, 20)
         host.execute("ALTER TABLE ai_usage_log ENABLE TRIGGER USER")
         run_scripts(again, scripts)
-    with pytest.raises(HostChangedError, match="switched off for a while"), db.connect() as worker:
+    with pytest.raises(HostChangedError, match="switched off for a while"), connect() as worker:
         hold_tokens(worker, user, 0)
 
 
@@ -388,7 +388,7 @@ def test_balances_that_were_open_and_are_not_true_are_built_anew_or_the_gate_is_
     if not again:
         assert attach(MAPPING) == {"balances": 1}
         assert_true(host)
-        with db.connect() as worker:
+        with connect() as worker:
             hold_tokens(worker, user, 9_900)
         return
     host.execute(
@@ -398,5 +398,5 @@ def test_balances_that_were_open_and_are_not_true_are_built_anew_or_the_gate_is_
     host.execute("CREATE TRIGGER wrong BEFORE UPDATE ON trueup.balance FOR EACH ROW EXECUTE FUNCTION public.wrong()")
     with pytest.raises(AttachError, match=r"do not agree with the log.*The gate stays closed"):
         attach(MAPPING)
-    with pytest.raises(NotInstalledError, match="is not ready for trueup"), db.connect() as worker:
+    with pytest.raises(NotInstalledError, match="is not ready for trueup"), connect() as worker:
         hold_tokens(worker, user, 0)

@@ -15,7 +15,7 @@ from tests.support.host import Host
 from tests.support.sessions import backend_pid, impatient, locked, wait_until
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.grants import grant_tokens
-from trueup.database import engine as db
+from trueup.database.engine import connect, transaction
 from trueup.database.locks import HostBusyError, take_step
 from trueup.errors import InvalidInputError, NotInstalledError
 from trueup.gate.decision import check_access
@@ -186,7 +186,7 @@ def test_stopped_after_any_step_it_is_closed_and_goes_on_where_it_was(
     host.execute("UPDATE trueup.hold SET status = 'settled', closed_at = now()")
     for _, (step, tables) in zip(range(taken), steps(None, force=False, kept={}), strict=False):
         take_step(step, tables)
-    with pytest.raises(NotInstalledError, match="Nothing was run"), db.connect() as worker:
+    with pytest.raises(NotInstalledError, match="Nothing was run"), connect() as worker:
         hold_tokens(worker, user)
     host.log(user, 20)
     assert detach(history=tmp_path / "history")["charge"] == 1
@@ -211,9 +211,9 @@ def test_stopped_halfway_the_database_can_be_set_up_again_and_no_number_is_wrong
 def test_workers_that_still_run_get_one_clear_error(host: Host) -> None:
     user = host.subscriber()
     detach()
-    with pytest.raises(NotInstalledError, match=r"not ready for trueup.*Nothing was run"), db.connect() as worker:
+    with pytest.raises(NotInstalledError, match=r"not ready for trueup.*Nothing was run"), connect() as worker:
         hold_tokens(worker, user)
-    with pytest.raises(NotInstalledError, match="not ready for trueup"), db.connect() as worker:
+    with pytest.raises(NotInstalledError, match="not ready for trueup"), connect() as worker:
         check_access(worker, user, 1, "Test")
     with pytest.raises(NotInstalledError, match="nothing to remove"):
         detach()
@@ -255,9 +255,9 @@ def test_what_came_unseen_while_it_was_given_up_halfway_is_counted_when_it_is_at
     host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER USER")
     host.log(user, 20)
     host.execute("ALTER TABLE ai_usage_log ENABLE TRIGGER USER")
-    with db.transaction() as again:
+    with transaction() as again:
         prepare(again, HostMapping())
-    with pytest.raises(NotInstalledError, match="is not ready for trueup"), db.connect() as worker:
+    with pytest.raises(NotInstalledError, match="is not ready for trueup"), connect() as worker:
         hold_tokens(worker, user, 0)
     attach(HostMapping())
     assert_true(host)

@@ -11,7 +11,7 @@ from tests.support.dumps import pg_dump
 from tests.support.host import Host
 from tests.support.sessions import impatient, in_background, locked, run_at_once, wait_for_lock
 from tests.support.work import charge_tokens, hold_tokens
-from trueup.database import engine as db
+from trueup.database.engine import connect
 from trueup.database.locks import INSTALL_LOCK
 from trueup.database.schema import build_metadata
 from trueup.errors import NotInstalledError
@@ -88,7 +88,7 @@ def test_usage_from_before_the_setup_counts(engine: Engine) -> None:
         host.log(user, 100)
         set_up(engine)
         host.log(user, 20)
-        with db.connect() as connection:
+        with connect() as connection:
             hold_tokens(connection, user, 880)
         assert_true(host)
 

@@ -17,7 +17,7 @@ from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
-from trueup.database import engine as db
+from trueup.database.engine import connect, dispose_engine, get_engine, retrying, transaction
 from trueup.doctor.database import examine_database
 from trueup.errors import InvalidInputError, MissingRightError, NotInstalledError
 from trueup.gate.holds import close_hold, expire_holds
@@ -57,12 +57,12 @@ class Site:
         """Let this process's settings connect as that role."""
         url = make_url(self.url).set(username=role).render_as_string(hide_password=False)
         self.monkeypatch.setenv("TRUEUP_DATABASE_URL", url)
-        db.dispose_engine()
+        dispose_engine()
         get_settings.cache_clear()
 
     def set_up(self) -> None:
         self.become(self.roles.migrate)
-        with db.transaction() as connection:
+        with transaction() as connection:
             install(connection, get_settings().host, with_host_tables=False)
 
     def refuses(self, role: str, statement: str) -> bool:
@@ -91,7 +91,7 @@ def site(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]
     engine = create_engine(make_url(empty_database).set(username=app), poolclass=NullPool)
     with Host(engine) as host:
         yield Site(url=empty_database, roles=names, owner=owner, host=host, monkeypatch=monkeypatch)
-    db.dispose_engine()
+    dispose_engine()
     with owner.begin() as connection:
         for role in (*astuple(names), app):
             if connection.scalar(text("SELECT 1 FROM pg_roles WHERE rolname = :role"), {"role": role}):
@@ -111,7 +111,7 @@ def ready(site: Site) -> Site:
 def test_the_worker_holds_calls_charges_and_grants(ready: Site) -> None:
     user = ready.host.subscriber(10_000)
     ready.become(ready.roles.worker)
-    with db.connect() as connection:
+    with connect() as connection:
         hold = hold_tokens(connection, user, 1_000)
         assert begin_call(connection, hold, call_key="1", tokens_bound=500, lease_seconds=9, ttl_seconds=9) is None
         charge_tokens(connection, hold, 300)
@@ -150,7 +150,7 @@ def test_the_worker_reconciles_and_people_decide_through_it(ready: Site) -> None
     trueup("drift", "accept", item["id"], "--note", "refunded")
     assert host.counter(shown) == 1_000
     host.log(shared, 10, at=datetime.now(UTC))
-    engine, rules = db.get_engine(), Rules(min_age_seconds=0)
+    engine, rules = get_engine(), Rules(min_age_seconds=0)
     run = plan_run(engine, kind="deep", rules=rules, shard_size=1_000, requested_by="test")
     assert run is not None
     work = {"rules": rules, "batch_size": 10, "seconds": 60.0}
@@ -193,16 +193,16 @@ def test_the_worker_changes_no_structure_and_no_more_rows_than_it_must(ready: Si
 def test_the_worker_counts_rows_that_come_with_a_table_that_inherits_from_the_log(ready: Site) -> None:
     user = ready.host.subscriber(1_000)
     ready.become(ready.roles.worker)
-    db.retrying(lambda connection: hold_tokens(connection, user, 0))
+    retrying(lambda connection: hold_tokens(connection, user, 0))
     with Host(ready.owner) as owner:
         owner.execute("CREATE TABLE child (LIKE ai_usage_log INCLUDING ALL)")
         owner.execute("INSERT INTO child (user_id, section, total_tokens) VALUES (:user, 'chat', 40)", user=user)
         owner.execute("ALTER TABLE child INHERIT ai_usage_log")
         ready.become(ready.roles.readonly)
         with pytest.raises(MissingRightError, match=r"permission denied for table installation.*`trueup db grants`"):
-            db.retrying(lambda connection: read_account(connection, user))
+            retrying(lambda connection: read_account(connection, user))
         ready.become(ready.roles.worker)
-        assert db.retrying(lambda connection: read_account(connection, user)).consumed == 40
+        assert retrying(lambda connection: read_account(connection, user)).consumed == 40
         owner.execute("DROP TABLE child")
 
 
@@ -210,7 +210,7 @@ def test_a_host_that_has_no_right_in_trueup_writes_its_log_and_each_row_counts(r
     host = ready.host
     user = host.subscriber(1_000)
     ready.become(ready.roles.worker)
-    with db.connect() as connection:
+    with connect() as connection:
         hold_tokens(connection, user, 0)
     row = host.log(user, 100)
     host.execute("UPDATE ai_usage_log SET total_tokens = 70 WHERE id = :row", row=row)
@@ -262,7 +262,7 @@ def test_a_setup_may_be_repeated_by_the_migrate_role_and_workers_go_on(ready: Si
     ready.set_up()
     user = ready.host.subscriber(1_000)
     ready.become(ready.roles.worker)
-    with db.connect() as connection:
+    with connect() as connection:
         assert hold_tokens(connection, user, 400).tokens_left == 400
         assert lacking_rights(connection, worker_rights(connection, get_settings().host)) == []
 
@@ -273,7 +273,7 @@ def test_what_a_superuser_set_up_is_handed_over(site: Site) -> None:
     site.grant()
     site.set_up()
     site.become(site.roles.readonly)
-    with db.connect() as connection:
+    with connect() as connection:
         mapping = get_settings().host
         assert lacking_rights(connection, readonly_rights(connection, mapping)) == []
         lacking = lacking_rights(connection, worker_rights(connection, mapping))
@@ -351,7 +351,7 @@ def test_rows_that_a_policy_hides_are_never_left_out_of_a_sum(ready: Site) -> No
     for role in (ready.roles.worker, ready.roles.migrate):
         ready.become(role)
         with pytest.raises(MissingRightError, match=r"would hide rows.*ai_usage_log.*BYPASSRLS"):
-            db.retrying(lambda connection: hold_tokens(connection, user, 5_000))
+            retrying(lambda connection: hold_tokens(connection, user, 5_000))
         [finding] = [each for each in examine_database(get_settings()) if each.check == "mapping"]
         assert (finding.level, finding.detail["tables"]) == ("error", ["ai_usage_log"])
     with pytest.raises(MissingRightError, match="would hide rows"):
@@ -362,6 +362,6 @@ def test_rows_that_a_policy_hides_are_never_left_out_of_a_sum(ready: Site) -> No
             connection.exec_driver_sql(f"ALTER ROLE {quoted} BYPASSRLS")
     attach(get_settings().host)
     ready.become(ready.roles.worker)
-    with db.connect() as connection:
+    with connect() as connection:
         charge_tokens(connection, hold_tokens(connection, user, 1_000), 500)
     assert ready.host.value("SELECT tokens_remaining FROM billing_subscription") == 9_500

@@ -12,7 +12,7 @@ from tests.support.dumps import pg_dump, programs
 from tests.support.host import Host
 from tests.support.sessions import locked
 from tests.support.work import hold_tokens
-from trueup.database import engine as db
+from trueup.database.engine import transaction
 from trueup.errors import NotInstalledError
 from trueup.host.mapping import HostMapping, SubscriptionTable, UsageLogTable
 from trueup.install.attach import attach
@@ -44,7 +44,7 @@ def run(host: Host, script: str) -> None:
 
 
 def printed(mapping: HostMapping = MAPPING) -> str:
-    with db.transaction() as connection:
+    with transaction() as connection:
         return attach_script(connection, mapping)
 
 

@@ -8,7 +8,7 @@ from sqlalchemy import Connection
 
 from tests.support.drift_history import add_drift, add_run, see_again
 from tests.support.host import Host
-from trueup.database import engine as db
+from trueup.database.engine import connect, transaction
 from trueup.monitoring.alerts import (
     RunNews,
     claim_due,
@@ -95,7 +95,7 @@ def test_the_same_finding_is_one_alert_on_each_channel_whoever_raises_it(connect
     both = settings(tokens=1, apprise_urls=["json://localhost"])
 
     def raise_again(_: int) -> int:
-        with db.connect() as own:
+        with connect() as own:
             return raise_alerts(own, run, settings=both)
 
     with ThreadPoolExecutor(4) as pool:
@@ -196,7 +196,7 @@ def test_two_senders_at_once_never_have_the_same_alert(host: Host, connection: C
 
     def take_all(_: int) -> list[int]:
         taken = []
-        with db.connect() as own:
+        with connect() as own:
             while claimed := claim_due(own):
                 taken.append(claimed[0].id)
         return taken
@@ -209,7 +209,7 @@ def test_two_senders_at_once_never_have_the_same_alert(host: Host, connection: C
 def test_an_alert_that_another_sender_is_claiming_is_passed_over(host: Host, connection: Connection) -> None:
     raise_test(connection, settings=settings())
     host.execute("UPDATE trueup.alert SET next_attempt_at = now() - interval '1 second'")
-    with db.transaction() as other:
+    with transaction() as other:
         assert len(claim_due(other)) == 1
         assert claim_due(connection) == []
 

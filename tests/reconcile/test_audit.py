@@ -10,7 +10,7 @@ from tests.support.books import assert_true, dump
 from tests.support.host import START, Host
 from tests.support.sessions import in_background, locked_balance, wait_for_lock
 from tests.support.work import balance, charge_tokens, hold_tokens
-from trueup.database import engine as db
+from trueup.database.engine import get_engine
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.audit import read_defects
 from trueup.reconcile.local_run import reconcile
@@ -26,7 +26,7 @@ def deep(host: Host, connection: Connection) -> Callable[..., Found]:
 
     def deep(**more: Any) -> Found:
         summary: RunSummary = reconcile(
-            db.get_engine(), HostMapping(), kind="deep", rules=Rules(min_age_seconds=0), **more
+            get_engine(), HostMapping(), kind="deep", rules=Rules(min_age_seconds=0), **more
         )
         rows = summary.defect_rows if summary.run_id is None else read_defects(connection, "bigint", summary.run_id)
         assert summary.defects == len(rows)

@@ -10,7 +10,7 @@ from tests.support.books import assert_true, dump
 from tests.support.host import START, Host
 from tests.support.sessions import impatient, locked, locked_balance
 from tests.support.work import balance, charge_tokens, hold_tokens
-from trueup.database import engine as db
+from trueup.database.engine import get_engine
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import RunSummary
@@ -21,7 +21,7 @@ YESTERDAY = START - timedelta(days=1)
 @pytest.fixture
 def run(host: Host) -> Callable[..., RunSummary]:
     def run(**more: Any) -> RunSummary:
-        return reconcile(db.get_engine(), HostMapping(), **more)
+        return reconcile(get_engine(), HostMapping(), **more)
 
     return run
 
@@ -151,7 +151,7 @@ def before_correction(act: Callable[[], None]) -> Callable[[Any], None]:
 
 def test_a_counter_that_the_host_wrote_meanwhile_is_not_overwritten(host: Host, run: Callable[..., RunSummary]) -> None:
     user, other = missed(host), missed(host)
-    before_correction(lambda: (host.log(user, 1), host.decrement(user, 1)))(db.get_engine())
+    before_correction(lambda: (host.log(user, 1), host.decrement(user, 1)))(get_engine())
     summary = run()
     assert (host.counter(user), host.counter(other)) == (9_999, 9_700)
     assert summary.corrected == 1
@@ -165,7 +165,7 @@ def test_a_counter_that_the_host_wrote_meanwhile_is_not_overwritten(host: Host, 
 
 def test_a_subscription_deleted_meanwhile_is_a_lost_race(host: Host, run: Callable[..., RunSummary]) -> None:
     missed(host)
-    before_correction(lambda: host.execute("DELETE FROM billing_subscription"))(db.get_engine())
+    before_correction(lambda: host.execute("DELETE FROM billing_subscription"))(get_engine())
     run()
     assert [row[2] for row in drifts(host)] == ["lost_race"]
 
@@ -195,7 +195,7 @@ def test_a_locked_balance_is_passed_over_and_its_counter_compared_all_the_same(
 
 
 def _engine_that_wont_wait() -> Any:
-    return create_engine(db.get_engine().url, poolclass=NullPool, connect_args={"options": "-c lock_timeout=100ms"})
+    return create_engine(get_engine().url, poolclass=NullPool, connect_args={"options": "-c lock_timeout=100ms"})
 
 
 def test_no_row_of_the_hosts_stays_locked_while_we_are_between_two_statements(
@@ -212,7 +212,7 @@ def test_no_row_of_the_hosts_stays_locked_while_we_are_between_two_statements(
         except Exception as error:  # noqa: BLE001 - reported below
             refused.append(error)
 
-    engine = db.get_engine()
+    engine = get_engine()
     event.listen(engine, "before_cursor_execute", host_writes)
     event.listen(engine, "commit", host_writes)
     run()

@@ -9,7 +9,7 @@ from sqlalchemy.exc import DBAPIError
 
 from tests.reconcile.test_shards import RULES, counters, let_leases_run_out, missed, plan, work
 from tests.support.host import Host
-from trueup.database import engine as db
+from trueup.database.engine import get_engine
 from trueup.host.mapping import HostMapping
 from trueup.reconcile import shard_worker
 from trueup.reconcile.batch import BatchContext, reconcile_batch
@@ -22,7 +22,7 @@ DAY_SECONDS, QUARTER_SECONDS = 86_400, 900
 
 
 def planned(kind: Any, *, every: int | None = None, rules: Rules = RULES) -> int | None:
-    run = plan_run(db.get_engine(), kind=kind, rules=rules, requested_by="", shard_size=1_000, every_seconds=every)
+    run = plan_run(get_engine(), kind=kind, rules=rules, requested_by="", shard_size=1_000, every_seconds=every)
     return run.run_id if run else None
 
 
@@ -99,7 +99,7 @@ def test_a_row_that_refuses_its_correction_stops_nobody_else_s(host: Host) -> No
     users = missed(host, 5)
     refuse(host, f"user_id <> {users[1]}")
     for _ in range(2):
-        summary = reconcile(db.get_engine(), HostMapping(), rules=RULES)
+        summary = reconcile(get_engine(), HostMapping(), rules=RULES)
         assert summary.status == "finished"
         assert counters(host) == [9_700, 10_000, 9_700, 9_700, 9_700]
         defect = host.execute("SELECT kind, user_id FROM trueup.defect WHERE run_id = :run", run=summary.run_id).one()
@@ -116,7 +116,7 @@ def test_when_all_rows_refuse_the_run_fails_and_its_error_shows_no_row(
     refuse(host, "false")
     monkeypatch.setattr(shard_worker, "MOST_REFUSED", 2)
     with pytest.raises(DBAPIError):
-        reconcile(db.get_engine(), HostMapping(), rules=RULES)
+        reconcile(get_engine(), HostMapping(), rules=RULES)
     error = host.value("SELECT error FROM trueup.reconcile_run")
     assert "picky" in error
     assert not any(leak in error for leak in ("SQL:", "Failing row", "parameters"))
@@ -138,7 +138,7 @@ def test_what_a_crash_may_take_back_with_its_cursor_is_not_waited_for_on_the_dis
         host.execute(
             f"CREATE TRIGGER note AFTER {event_of} ON {table} FOR EACH ROW EXECUTE FUNCTION public.note('{name}')"
         )
-    reconcile(db.get_engine(), HostMapping(), rules=RULES)
+    reconcile(get_engine(), HostMapping(), rules=RULES)
     rows = host.execute("SELECT DISTINCT at, waits FROM public.commits ORDER BY at").all()
     assert [tuple(row) for row in rows] == [("balance", "off"), ("correction", "off"), ("end", "on")]
 
@@ -146,15 +146,15 @@ def test_what_a_crash_may_take_back_with_its_cursor_is_not_waited_for_on_the_dis
 def test_a_drift_whose_row_was_deleted_meanwhile_is_written_anew(host: Host) -> None:
     host.plan(500)
     users = [host.subscriber(10_000, counter=10_500) for _ in range(2)]
-    reconcile(db.get_engine(), HostMapping(), rules=RULES)
+    reconcile(get_engine(), HostMapping(), rules=RULES)
     deleted = []
 
     def delete(conn: Any, cursor: Any, statement: str, *rest: Any) -> None:
         if "correct_counters" in statement and not deleted:
             deleted.append(host.value("DELETE FROM trueup.drift WHERE user_id = :user RETURNING id", user=users[0]))
 
-    event.listen(db.get_engine(), "before_cursor_execute", delete)
-    summary = reconcile(db.get_engine(), HostMapping(), rules=RULES)
+    event.listen(get_engine(), "before_cursor_execute", delete)
+    summary = reconcile(get_engine(), HostMapping(), rules=RULES)
     assert (summary.drifted, summary.in_review, summary.found_new) == (2, 2, 1)
     assert deleted
     rows = host.execute("SELECT user_id, run_id, last_run_id FROM trueup.drift ORDER BY user_id").all()

@@ -8,7 +8,7 @@ from sqlalchemy import Connection
 
 from tests.support.host import Host
 from tests.support.sessions import run_at_once, wait_until
-from trueup.database import engine as db
+from trueup.database.engine import create_trueup_engine, get_engine, get_settings
 from trueup.errors import InvalidInputError, NotInstalledError, ServiceUnavailableError
 from trueup.host.mapping import HostMapping
 from trueup.reconcile import shards
@@ -23,7 +23,7 @@ RULES = Rules(min_age_seconds=0)
 @pytest.fixture
 def run(host: Host) -> Callable[..., RunSummary]:
     def run(**more: Any) -> RunSummary:
-        return reconcile(db.get_engine(), HostMapping(), **{"rules": RULES, **more})
+        return reconcile(get_engine(), HostMapping(), **{"rules": RULES, **more})
 
     return run
 
@@ -99,7 +99,7 @@ def test_runs_do_not_overlap(host: Host, connection: Connection, run: Callable[.
 
 def test_of_ten_schedulers_at_once_one_begins_the_run_of_the_period(host: Host) -> None:
     def plan() -> bool:
-        engine = db.create_trueup_engine(db.get_settings())
+        engine = create_trueup_engine(get_settings())
         try:
             planned = plan_run(
                 engine, kind="quick", rules=RULES, shard_size=1000, requested_by="schedule", every_seconds=3600
@@ -117,7 +117,7 @@ def test_of_ten_schedulers_at_once_one_begins_the_run_of_the_period(host: Host) 
 
 
 def test_a_period_that_has_had_its_run_gets_no_other(host: Host, connection: Connection) -> None:
-    engine = db.get_engine()
+    engine = get_engine()
     plan = {"rules": RULES, "shard_size": 1000, "requested_by": "schedule", "every_seconds": 86_400}
     first = plan_run(engine, kind="quick", **plan)
     assert first is not None
@@ -206,7 +206,7 @@ def test_a_run_at_work_is_kept_by_its_signs_of_life(
     def slow(*_: Any) -> None:
         threading.Event().wait(0.9)
         with pytest.raises(RunInProgressError):
-            reconcile(db.get_engine(), HostMapping(), rules=RULES)
+            reconcile(get_engine(), HostMapping(), rules=RULES)
         refused.append(True)
 
     assert run(batch_size=1, progress=slow).corrected == 3
@@ -253,7 +253,7 @@ def test_a_run_whose_database_goes_away_reports_it_as_unavailable(
 
 def test_a_run_on_a_database_without_trueup_says_how_to_set_it_up(empty_database: str) -> None:
     with pytest.raises(NotInstalledError, match="trueup db init"):
-        reconcile(db.get_engine(), HostMapping())
+        reconcile(get_engine(), HostMapping())
 
 
 def test_a_deep_pass_of_one_user_is_refused(host: Host, run: Callable[..., RunSummary]) -> None:

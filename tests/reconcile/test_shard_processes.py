@@ -17,7 +17,7 @@ from tests.reconcile.test_shards import RULES, counters, missed, plan
 from tests.support.books import dump
 from tests.support.host import Host
 from tests.support.shard_processes import marked_engine, meet_processes
-from trueup.database import engine as db
+from trueup.database.engine import get_engine
 from trueup.errors import ServiceUnavailableError, TrueupError
 from trueup.host.mapping import HostMapping
 from trueup.reconcile import local_run as reconciliation
@@ -53,7 +53,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[ShardProcess]:
 def run(host: Host, started: list[ShardProcess]) -> Callable[..., RunSummary]:
     def run(make_engine: Callable[[Settings], Any] = marked_engine, **more: Any) -> RunSummary:
         values = {"rules": RULES, "batch_size": 1, "jobs": 2, "make_engine": partial(make_engine, get_settings())}
-        return reconcile(db.get_engine(), HostMapping(), **{**values, **more})
+        return reconcile(get_engine(), HostMapping(), **{**values, **more})
 
     return run
 
@@ -218,7 +218,7 @@ def test_the_shard_of_a_process_that_died_is_put_back_where_it_was(host: Host, c
     shard = claim_shard(connection, run_id, "here")
     assert shard is not None
     move_shard(connection, run_id, Step(number=1, attempt=shard.attempt, cursor=users[4], checked=5), "bigint")
-    ShardsOfRun(db.get_engine(), run_id, "here").put_back(shard, ProcessEndedError(-9))
+    ShardsOfRun(get_engine(), run_id, "here").put_back(shard, ProcessEndedError(-9))
     assert row_of_shard(host) == ("waiting", 5, 1)
 
 

@@ -16,7 +16,7 @@ from tests.support.books import dump
 from tests.support.host import Host
 from tests.support.sessions import wait_until
 from tests.support.work import hold_tokens
-from trueup.database import engine as db
+from trueup.database.engine import get_engine
 from trueup.errors import ServiceUnavailableError
 from trueup.host.mapping import HostMapping, UserIdType
 from trueup.install.install import install
@@ -44,7 +44,7 @@ RULES = Rules(min_age_seconds=0)
 @pytest.fixture
 def run(host: Host) -> Callable[..., RunSummary]:
     def run(**more: Any) -> RunSummary:
-        return reconcile(db.get_engine(), HostMapping(), **{"rules": RULES, **more})
+        return reconcile(get_engine(), HostMapping(), **{"rules": RULES, **more})
 
     return run
 
@@ -63,7 +63,7 @@ def counters(host: Host) -> list[int | None]:
 
 def plan(host: Host, shard_size: int = 1000, **more: Any) -> int:
     planned = plan_run(
-        db.get_engine(), **{"kind": "quick", "rules": RULES, "requested_by": "", "shard_size": shard_size, **more}
+        get_engine(), **{"kind": "quick", "rules": RULES, "requested_by": "", "shard_size": shard_size, **more}
     )
     assert planned is not None
     return planned.run_id
@@ -76,7 +76,7 @@ def let_leases_run_out(host: Host) -> None:
 
 def work(run_id: int, number: int, **more: Any) -> Any:
     values = {"rules": RULES, "batch_size": 1, "seconds": 60, **more}
-    return work_on_shard(db.get_engine(), HostMapping(), run_id=run_id, number=number, **values)
+    return work_on_shard(get_engine(), HostMapping(), run_id=run_id, number=number, **values)
 
 
 @pytest.mark.parametrize("user_id_type", ["bigint", "uuid", "text"])
@@ -101,7 +101,7 @@ def test_shards_of_any_kind_of_user_id_hold_each_user_once(empty_database: str, 
         assert shard_ends(connection, 50) == [users[49]]
     engine.dispose()
     for dry_run in (True, False):
-        found = reconcile(db.get_engine(), mapping, jobs=3, rules=RULES, dry_run=dry_run, keep_findings=True)
+        found = reconcile(get_engine(), mapping, jobs=3, rules=RULES, dry_run=dry_run, keep_findings=True)
         assert (found.checked, found.drifted) == (100, 100)
         assert sorted(map(str, users)) == sorted(str(finding.drift.user_id) for finding in found.findings)
 
@@ -232,7 +232,7 @@ def test_a_renewal_between_compare_and_correct_keeps_what_it_set(host: Host, run
             renewed.append(True)
             host.execute("UPDATE billing_subscription SET start_date = clock_timestamp(), tokens_remaining = 10000")
 
-    event.listen(db.get_engine(), "before_cursor_execute", renew)
+    event.listen(get_engine(), "before_cursor_execute", renew)
     run()
     assert renewed
     assert host.counter(user) == 10_000
@@ -260,7 +260,7 @@ def test_a_worker_killed_in_a_shard_leaves_it_to_the_next_at_its_cursor(host: Ho
     assert host.value("SELECT count(*) FROM trueup.drift") == done
     assert host.value("SELECT count(*) FROM billing_subscription WHERE tokens_remaining = 9700") == done
     let_leases_run_out(host)
-    summary = reconcile(db.get_engine(), HostMapping(), rules=RULES)
+    summary = reconcile(get_engine(), HostMapping(), rules=RULES)
     assert (summary.resumed, summary.checked, summary.corrected) == (True, 40, 40)
     assert counters(host) == [9_700] * 40
     assert host.value("SELECT count(DISTINCT user_id) = 40 AND count(*) = 40 FROM trueup.drift")
@@ -268,7 +268,7 @@ def test_a_worker_killed_in_a_shard_leaves_it_to_the_next_at_its_cursor(host: Ho
 
 def test_the_sweeper_sends_what_is_left_and_ends_what_is_done(host: Host, connection: Connection) -> None:
     missed(host, 4)
-    engine = db.get_engine()
+    engine = get_engine()
     run_id = plan(host, 2, every_seconds=3600)
     assert sweep(engine, RULES) == [(run_id, 1), (run_id, 2)]
     claimed = claim_shard(connection, run_id, "dies", number=1)
@@ -289,10 +289,10 @@ def test_a_shard_that_fails_again_and_again_is_given_up(host: Host, connection: 
     missed(host)
     run_id = plan(host, every_seconds=3600)
     for _ in range(MOST_FAILURES):
-        assert sweep(db.get_engine(), RULES) == [(run_id, 1)]
+        assert sweep(get_engine(), RULES) == [(run_id, 1)]
         assert claim_shard(connection, run_id, "dies") is not None
         let_leases_run_out(host)
-    assert sweep(db.get_engine(), RULES) == []
+    assert sweep(get_engine(), RULES) == []
     status, error = host.execute("SELECT status, error FROM trueup.reconcile_run").one()
     assert (status, error) == ("failed", "its worker died each time")
 
@@ -301,7 +301,7 @@ def test_a_persons_run_is_not_gone_on_with_by_others_rules(host: Host, connectio
     missed(host)
     plan(host, rules=Rules(max_correction=1))
     let_leases_run_out(host)
-    assert sweep(db.get_engine(), RULES) == []
+    assert sweep(get_engine(), RULES) == []
 
 
 def test_a_shard_whose_time_is_over_is_put_back_for_the_next_message(host: Host) -> None:

@@ -9,7 +9,7 @@ from sqlalchemy import event
 from tests.cli.conftest import trueup
 from tests.reconcile.test_shards import RULES, counters, let_leases_run_out, missed, plan, work
 from tests.support.host import Host
-from trueup.database import engine as db
+from trueup.database.engine import dispose_engine, get_engine
 from trueup.errors import ServiceUnavailableError
 from trueup.host.mapping import HostMapping
 from trueup.reconcile import shard_worker
@@ -41,17 +41,17 @@ def slow(host: Host) -> Iterator[Slow]:
                 return SLOW, {}
             return statement, parameters
 
-        event.listen(db.get_engine(), "before_cursor_execute", hook, retval=True)
+        event.listen(get_engine(), "before_cursor_execute", hook, retval=True)
         hooks.append(hook)
         return ended
 
     yield make_slow
     for hook in hooks:
-        event.remove(db.get_engine(), "before_cursor_execute", hook)
+        event.remove(get_engine(), "before_cursor_execute", hook)
 
 
 def run(**more: Any) -> RunSummary:
-    return reconcile(db.get_engine(), HostMapping(), **{"rules": RULES, **more})
+    return reconcile(get_engine(), HostMapping(), **{"rules": RULES, **more})
 
 
 def defects(host: Host, run_id: int | None) -> list[tuple[Any, ...]]:
@@ -152,7 +152,7 @@ def test_planning_reads_the_subscriptions_once_and_under_the_limit_of_such_reads
     monkeypatch.setenv("TRUEUP_STATEMENT_TIMEOUT_SECONDS", "1")
     monkeypatch.setattr("trueup.reconcile.runs.LEASE_SECONDS", 1.0)
     get_settings.cache_clear()
-    db.dispose_engine()
+    dispose_engine()
     plan(host)
     assert host.value("SELECT last_value FROM public.looks") == 1
     assert host.value("SELECT count(*) FROM trueup.reconcile_shard") == 2
@@ -170,7 +170,7 @@ def test_a_plan_gives_up_at_its_own_limit(host: Host) -> None:
         "SELECT 1::bigint FROM pg_sleep(60) $$"
     )
     with pytest.raises(ServiceUnavailableError, match="statement timeout"):
-        plan_run(db.get_engine(), kind="quick", rules=RULES, requested_by="", shard_size=1, scan_timeout_seconds=1)
+        plan_run(get_engine(), kind="quick", rules=RULES, requested_by="", shard_size=1, scan_timeout_seconds=1)
     assert host.value("SELECT count(*) FROM trueup.reconcile_run") == 0
 
 

@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 
 from tests.support.drift_history import FIRST_RUN, add_drift, add_run, decide, see_again
 from tests.support.host import Host
-from trueup.database import engine as db
+from trueup.database.engine import get_engine, transaction
 from trueup.drift.cause_texts import ACTIONS, CAUSES
 from trueup.drift.causes import Cause
 from trueup.errors import InvalidInputError
@@ -49,7 +49,7 @@ def past(host: Host) -> dict[str, int]:
 
 @pytest.fixture
 def in_one_transaction(host: Host) -> Iterator[Connection]:
-    with db.transaction() as connection:
+    with transaction() as connection:
         yield connection
 
 
@@ -65,7 +65,7 @@ def users(report: DriftReport) -> list[object]:
 
 def test_the_report_tells_of_the_newest_run(host: Host, connection: Connection, drifted: list[int]) -> None:
     assert read_report(connection, "bigint") is None
-    summary = reconcile(db.get_engine(), HostMapping())
+    summary = reconcile(get_engine(), HostMapping())
     report = read(connection)
     assert (report.run_id, report.status, report.dry_run) == (summary.run_id, "finished", False)
     assert (report.checked, report.drifted, report.found_new, report.corrected) == (4, 3, 3, 2)
@@ -75,7 +75,7 @@ def test_the_report_tells_of_the_newest_run(host: Host, connection: Connection, 
         (drifted[2], 5_000, "review", None),
         (drifted[0], 300, "corrected", 9_700),
     ]
-    reconcile(db.get_engine(), HostMapping())
+    reconcile(get_engine(), HostMapping())
     assert users(read(connection)) == [drifted[2]]
     assert users(read(connection, summary.run_id)) == users(report)
 
@@ -202,8 +202,8 @@ def test_a_run_that_does_not_exist_is_refused_by_name(host: Host, connection: Co
 
 
 def test_a_dry_runs_report_finds_what_a_run_would(host: Host, connection: Connection, drifted: list[int]) -> None:
-    dry = report_dry_run(reconcile(db.get_engine(), HostMapping(), dry_run=True, keep_findings=True))
-    reconcile(db.get_engine(), HostMapping())
+    dry = report_dry_run(reconcile(get_engine(), HostMapping(), dry_run=True, keep_findings=True))
+    reconcile(get_engine(), HostMapping())
     stored = read(connection)
     assert (dry.run_id, dry.dry_run, dry.corrected) == (None, True, 0)
     names = ("checked", "drifted", "in_review", "tokens_overstated", "tokens_understated", "tokens_explained")
@@ -216,7 +216,7 @@ def test_a_dry_runs_report_finds_what_a_run_would(host: Host, connection: Connec
 
 
 def test_the_json_is_versioned_and_plain(host: Host, connection: Connection, drifted: list[int]) -> None:
-    reconcile(db.get_engine(), HostMapping())
+    reconcile(get_engine(), HostMapping())
     content = json.loads(json.dumps(read(connection).as_json()))
     assert content["schema_version"] == SCHEMA_VERSION
     assert content["finished_at"] >= content["started_at"]

@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.sessions import locked, run_at_once
-from trueup.database import engine as db
+from trueup.database.engine import connect, get_engine
 from trueup.errors import InvalidInputError
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.local_run import reconcile
@@ -26,7 +26,7 @@ def held(host: Host, *tokens: int) -> list[int]:
     users = [host.subscriber(10_000) for _ in tokens]
     for user, used in zip(users, tokens, strict=True):
         host.log(user, used, at=datetime.now(UTC))
-    reconcile(db.get_engine(), HostMapping(), rules=RULES)
+    reconcile(get_engine(), HostMapping(), rules=RULES)
     return users
 
 
@@ -125,7 +125,7 @@ def test_of_several_at_once_each_drift_is_decided_by_one(host: Host, connection:
     chosen = choose(connection)
 
     def accept() -> BulkDecision:
-        with db.connect() as own:
+        with connect() as own:
             return decide(own, chosen)
 
     made = run_at_once([accept] * 3)
@@ -138,14 +138,14 @@ def test_a_run_that_was_undone_is_accepted_again_in_one_go(host: Host, connectio
     for _ in range(5):
         host.log(host.subscriber(10_000), 300)
     rules = Rules(min_age_seconds=0)
-    first = reconcile(db.get_engine(), HostMapping(), rules=rules).run_id
+    first = reconcile(get_engine(), HostMapping(), rules=rules).run_id
     assert first is not None
     undo_run(connection, first, "bigint", by="ann", note="wrong")
-    second = reconcile(db.get_engine(), HostMapping(), rules=rules).run_id
+    second = reconcile(get_engine(), HostMapping(), rules=rules).run_id
     assert counters(host) == [10_000] * 5
     assert decide(connection, choose(connection, run_id=second)) == BulkDecision(decided=5)
     assert counters(host) == [9_700] * 5
-    assert reconcile(db.get_engine(), HostMapping(), rules=rules).drifted == 0
+    assert reconcile(get_engine(), HostMapping(), rules=rules).drifted == 0
 
 
 def test_differences_are_ignored_in_bulk_too_but_grants_need_a_reference_each(
@@ -159,4 +159,4 @@ def test_differences_are_ignored_in_bulk_too_but_grants_need_a_reference_each(
             decide(connection, choose(connection), **wrong)
     assert decide(connection, choose(connection), "ignore") == BulkDecision(decided=2)
     assert counters(host) == [10_000] * 2
-    assert reconcile(db.get_engine(), HostMapping(), rules=RULES).in_review == 0
+    assert reconcile(get_engine(), HostMapping(), rules=RULES).in_review == 0

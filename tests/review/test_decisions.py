@@ -9,7 +9,7 @@ from tests.support.books import assert_true, dump
 from tests.support.host import START, Host
 from tests.support.sessions import locked, run_at_once
 from trueup.accounts.account import read_account
-from trueup.database import engine as db
+from trueup.database.engine import connect, get_engine
 from trueup.errors import InvalidInputError
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.local_run import reconcile
@@ -31,7 +31,7 @@ LATER = timedelta(hours=2)
 @pytest.fixture
 def run(host: Host) -> Callable[..., RunSummary]:
     def run(**more: Any) -> RunSummary:
-        return reconcile(db.get_engine(), HostMapping(), **more)
+        return reconcile(get_engine(), HostMapping(), **more)
 
     return run
 
@@ -258,7 +258,7 @@ def test_of_people_who_decide_at_once_one_decides(host: Host, drift: ReviewItem)
     def decider(number: int) -> Callable[[], str]:
         def decide() -> str:
             choice: Any = ("accept", "ignore", "grant")[number % 3]
-            with db.connect() as connection:
+            with connect() as connection:
                 try:
                     done = decide_drift(connection, drift.id, choice, by=f"p{number}", note="n", reference=f"r{number}")
                 except DecisionRefusedError as error:

@@ -12,7 +12,7 @@ from sqlalchemy import text
 
 from tests.support.work import hold_tokens
 from trueup.accounts.user_ids import UserId
-from trueup.database import engine as db
+from trueup.database.engine import connect
 from trueup.gate.holds import expire_holds
 from trueup.llm.metering import running_hold
 from trueup.llm.model import Message, Model
@@ -113,7 +113,7 @@ def soft(model: Model, user_id: UserId) -> None:
 def expiring(model: Model, user_id: UserId) -> int:
     """Spend, and go on when the hold's time has run out meanwhile."""
     ask(model, 10)
-    with db.connect() as connection:
+    with connect() as connection:
         expire_holds(connection, now=datetime.now(UTC) + timedelta(days=1))
     return ask(model, 11)
 
@@ -130,7 +130,7 @@ def overtaken(model: Model, user_id: UserId, goes_on: bool = False) -> None:
     """Stand still until another delivery has the hold, then go on, or ask for a retry."""
     hold = running_hold()
     assert hold is not None
-    with db.connect() as connection:
+    with connect() as connection:
         connection.execute(text("UPDATE trueup.hold SET lease_until = '-infinity'"))
         hold_tokens(connection, user_id, 100, task=hold.task_id, lease=60)
     if goes_on:

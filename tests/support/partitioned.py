@@ -7,7 +7,7 @@ from sqlalchemy.pool import NullPool
 
 from tests.support.host import START, Host
 from trueup.accounts.account import read_account
-from trueup.database import engine as db
+from trueup.database.engine import retrying
 from trueup.host.mapping import HostMapping
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import install
@@ -76,4 +76,4 @@ def new_host(url: str, mapping: HostMapping) -> PartitionedHost:
 
 def known(user: int) -> int:
     """Return what the gate takes the user to have used."""
-    return db.retrying(lambda connection: read_account(connection, user)).consumed
+    return retrying(lambda connection: read_account(connection, user)).consumed

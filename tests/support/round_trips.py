@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import event
 
-from trueup.database import engine as db
+from trueup.database.engine import get_engine
 
 
 @contextmanager
@@ -16,7 +16,7 @@ def round_trips(trace: Path) -> Iterator[list[str]]:
 
     Of this process's connections to the database, which there must be before the block. `trace`: a file for it.
     """
-    engine, used, seen = db.get_engine(), [], []
+    engine, used, seen = get_engine(), [], []
     with trace.open("wb") as file:
 
         def watch(connection: Any, _record: Any, _proxy: Any) -> None:

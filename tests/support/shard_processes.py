@@ -5,7 +5,7 @@ from typing import Any
 from sqlalchemy import Engine, event
 
 from tests.support.host import Host
-from trueup.database import engine as db
+from trueup.database.engine import create_trueup_engine
 from trueup.settings.settings import Settings
 
 PROCESS = "process"
@@ -13,7 +13,7 @@ PROCESS = "process"
 
 def marked_engine(settings: Settings) -> Engine:
     """Make the engine of a process, with sessions that go by another name."""
-    engine = db.create_trueup_engine(settings)
+    engine = create_trueup_engine(settings)
 
     @event.listens_for(engine, "connect")
     def mark(connection: Any, record: Any) -> None:

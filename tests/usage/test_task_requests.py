@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 
 from tests.support.host import Host
 from tests.support.sessions import run_at_once
-from trueup.database import engine as db
+from trueup.database.engine import connect
 from trueup.usage.task_requests import (
     KEPT,
     TaskRequest,
@@ -73,7 +73,7 @@ def test_old_requests_are_pruned_in_batches_and_others_stay(host: Host, connecti
 
 def test_requests_of_one_key_at_once_are_one_task(host: Host) -> None:
     def work() -> str:
-        with db.connect() as connection:
+        with connect() as connection:
             return begin(connection, now=None).task_id
 
     assert len(set(run_at_once([work] * 4))) == 1

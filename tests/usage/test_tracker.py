@@ -13,8 +13,8 @@ from tests.support.sessions import in_background, locked, run_at_once, wait_for_
 from tests.support.work import balance, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.billing.utils import get_accurate_tokens_remaining
-from trueup.database import engine as db
 from trueup.database import retry
+from trueup.database.engine import dispose_engine, get_engine
 from trueup.errors import InvalidInputError, ServiceUnavailableError, UnknownUserError
 from trueup.gate.holds import close_hold
 from trueup.host.mapping import HostMapping
@@ -52,7 +52,7 @@ def database_away(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
 def use_database(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("TRUEUP_DATABASE_URL", url)
     get_settings.cache_clear()
-    db.dispose_engine()
+    dispose_engine()
 
 
 def test_usage_is_one_row_counted_at_once_and_taken_off_the_counter(host: Host, user: int) -> None:
@@ -174,7 +174,7 @@ def test_no_drift_is_left_and_what_is_left_is_explained_as_ours(host: Host, user
 
 
 def _drifts(host: Host) -> list[Any]:
-    reconcile(db.get_engine(), HostMapping())
+    reconcile(get_engine(), HostMapping())
     return list(host.execute("SELECT observed, expected, cause FROM trueup.drift ORDER BY id"))
 
 

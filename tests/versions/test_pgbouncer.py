@@ -18,7 +18,7 @@ from tests.support.pgbouncer import VARIABLE, find_pgbouncer, running_pgbouncer
 from tests.support.work import charge_tokens, hold_tokens
 from tests.support.worker import running_worker
 from tests.worker.conftest import TASKS
-from trueup.database import engine as db
+from trueup.database.engine import connect, dispose_engine, transaction
 from trueup.errors import ServiceUnavailableError, TokensDenied
 from trueup.gate.holds import close_hold
 from trueup.host.mapping import HostMapping
@@ -54,19 +54,19 @@ def through(server: str, database: str) -> str:
 def pooled(server: str, database: str, settings: Set) -> Iterator[str]:
     """This process's settings lead through PgBouncer to a database that is set up."""
     settings(TRUEUP_DATABASE_URL=through(server, database))
-    db.dispose_engine()
+    dispose_engine()
     yield through(server, database)
-    db.dispose_engine()
+    dispose_engine()
 
 
 def test_statements_are_limited_and_nothing_is_left_to_the_next_one(pooled: str, settings: Set) -> None:
     settings(TRUEUP_STATEMENT_TIMEOUT_SECONDS="1")
     shown = "SELECT current_setting('statement_timeout'), current_setting('timezone')"
-    for opened in (db.connect, db.transaction):
+    for opened in (connect, transaction):
         for _ in range(CALLS):
             with opened() as connection:
                 assert tuple(connection.execute(text(shown)).one()) == ("1s", "UTC")
-    with pytest.raises(ServiceUnavailableError, match="statement timeout"), db.connect() as connection:
+    with pytest.raises(ServiceUnavailableError, match="statement timeout"), connect() as connection:
         connection.execute(text("SELECT pg_sleep(20)"))
     others = create_engine(pooled, poolclass=NullPool)
     for _ in range(CALLS):
@@ -81,7 +81,7 @@ def test_workers_at_once_hold_charge_and_settle(pooled: str, host: Host) -> None
 
     def work(number: int) -> None:
         for _ in range(CALLS):
-            with db.connect() as connection:
+            with connect() as connection:
                 hold = hold_tokens(connection, users[number % 3], 100)
                 charge_tokens(connection, hold, 60)
                 assert close_hold(connection, hold, completed=True) == "settled"
@@ -89,7 +89,7 @@ def test_workers_at_once_hold_charge_and_settle(pooled: str, host: Host) -> None
     with ThreadPoolExecutor(5) as threads:
         list(threads.map(work, range(6)))
     assert [host.counter(user) for user in users] == [10_000 - 2 * CALLS * 60] * 3
-    with db.connect() as connection, pytest.raises(TokensDenied, match="insufficient_tokens"):
+    with connect() as connection, pytest.raises(TokensDenied, match="insufficient_tokens"):
         hold_tokens(connection, users[0], 10_000)
     assert_true(host)
 

@@ -17,7 +17,7 @@ from tests.support.sessions import wait_until
 from tests.support.standby import caught_up, standby_of
 from tests.support.two_books import MAPPED
 from tests.support.work import charge_tokens, hold_tokens
-from trueup.database import engine as db
+from trueup.database.engine import connect
 from trueup.doctor.database import examine_database
 from trueup.errors import TokensDenied
 from trueup.gate.holds import close_hold
@@ -74,7 +74,7 @@ def test_the_gate_charges_reconciling_and_the_doctor_work(host: Host) -> None:
     user, missed = host.subscriber(1_000), host.subscriber(1_000)
     host.log(user, 100)
     host.log(missed, 300)
-    with db.connect() as connection:
+    with connect() as connection:
         hold = hold_tokens(connection, user, 600)
         with pytest.raises(TokensDenied, match="insufficient_tokens"):
             hold_tokens(connection, user, 400)

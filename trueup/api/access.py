@@ -4,7 +4,7 @@ from fastapi import Request
 
 from trueup.accounts.user_ids import UserId
 from trueup.api import metrics
-from trueup.database import engine as db
+from trueup.database.engine import retrying
 from trueup.errors import TokensDenied
 from trueup.gate.decision import check_access, denial_payload
 from trueup.gate.modes import mode_of
@@ -15,8 +15,8 @@ def require_tokens(request: Request, user_id: UserId, estimated_tokens: int, fea
 
     Raises `TokensDenied`, which is answered with 402 and the specification's body, or `ServiceUnavailableError`.
     """
-    access = db.retrying(lambda connection: check_access(connection, user_id, estimated_tokens, feature_name))
+    access = retrying(lambda connection: check_access(connection, user_id, estimated_tokens, feature_name))
     # What is not enforced is let pass by the task's own gate, which also notes it.
-    if not access["has_access"] and db.retrying(lambda connection: mode_of(connection, feature_name)) == "enforce":
+    if not access["has_access"] and retrying(lambda connection: mode_of(connection, feature_name)) == "enforce":
         raise TokensDenied(denial_payload(access))
     metrics.of(request).count_decision()

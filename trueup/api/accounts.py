@@ -9,7 +9,7 @@ from trueup.accounts.user_ids import UserId
 from trueup.api.auth import CurrentUser, refusal
 from trueup.api.responses import AUTHENTICATED, responses
 from trueup.api.schemas import AccountOverview, Profile
-from trueup.database import engine as db
+from trueup.database.engine import retrying
 from trueup.errors import SettingsError, TrueupError
 from trueup.host.catalog import VIEWS_REMEDY, missing_view_columns
 from trueup.settings.settings import get_settings
@@ -26,7 +26,7 @@ def check_columns() -> None:
     """
     mapping = get_settings().host
     try:
-        missing = db.retrying(lambda connection: missing_view_columns(connection, mapping))
+        missing = retrying(lambda connection: missing_view_columns(connection, mapping))
     except TrueupError as error:
         logger.warning("The columns that the views show were not looked at: %s", error)
         return
@@ -37,7 +37,7 @@ def check_columns() -> None:
 def summary_of(user_id: UserId, *, with_plans: bool = False) -> Summary:
     """Return the user's summary, in one round trip. Raises `ApiError` 401 for a user that the host has not."""
     mapping = get_settings().host
-    summary = db.retrying(lambda connection: read_summary(connection, mapping, user_id, with_plans=with_plans))
+    summary = retrying(lambda connection: read_summary(connection, mapping, user_id, with_plans=with_plans))
     if not summary.known:
         raise refusal("The token is of a user that is not there any more")
     return summary

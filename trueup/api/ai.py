@@ -23,7 +23,7 @@ from trueup.api.errors import ApiError, unavailable
 from trueup.api.responses import AUTHENTICATED, Problem, responses
 from trueup.api.schemas import Body
 from trueup.api.task_results import ENDED, TASKS_PATH, TaskBody, body_of, read_task
-from trueup.database import engine as db
+from trueup.database.engine import retrying
 from trueup.errors import ServiceUnavailableError, TokensDenied, TrueupError
 from trueup.features import enhancement, questions
 from trueup.features.inputs import Business, Prose
@@ -144,13 +144,13 @@ def _ask(request: Request, user_id: UserId, task: str, arguments: dict[str, Any]
     # The task's own estimate, which also refuses what the work would refuse.
     metered = celery.tasks[task]
     tokens: int = metered.estimated_tokens(arguments)
-    known = db.retrying(lambda connection: find_request(connection, user_id, key)) if key else None
+    known = retrying(lambda connection: find_request(connection, user_id, key)) if key else None
     # A known key was let in once. Its task may have run, though that it was sent was not noted: then what is left now
     # says nothing of it. If it was not sent, its own gate decides.
     if known is None:
         require_tokens(request, user_id, tokens, metered.feature_name)
     task_id = str(uuid.uuid4())
-    asked = known or db.retrying(
+    asked = known or retrying(
         lambda connection: begin_request(
             connection,
             user_id=user_id,
@@ -198,7 +198,7 @@ def _note_sent(asked: TaskRequest) -> None:
     The next request of the key then sends it a second time, and the gate makes one of both.
     """
     try:
-        db.retrying(lambda connection: mark_sent(connection, asked))
+        retrying(lambda connection: mark_sent(connection, asked))
     except TrueupError as error:
         logger.warning("task %s is sent, which could not be noted: %s", asked.task_id, error)
 

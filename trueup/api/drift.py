@@ -12,7 +12,7 @@ from trueup.api.auth import Operator
 from trueup.api.errors import ApiError
 from trueup.api.responses import AUTHENTICATED, responses
 from trueup.api.schemas import Body, Tokens
-from trueup.database import engine as db
+from trueup.database.engine import retrying
 from trueup.errors import InvalidInputError
 from trueup.host.mapping import UserIdType
 from trueup.reports.history import SCHEMA_VERSION as HISTORY_VERSION
@@ -114,7 +114,7 @@ def runs(_operator: Operator, query: Annotated[RunsQuery, Query()]) -> Runs:
         found = read_history(connection, user_id_type, limit=query.limit + 1, up_to_run=up_to)
         return [run.as_json() for run in reversed(found)]
 
-    found = db.retrying(read)
+    found = retrying(read)
     page = [Run.model_validate(run) for run in found[: query.limit]]
     more = len(found) > query.limit
     return Runs(schema_version=HISTORY_VERSION, runs=page, next_before=page[-1].run_id if more else None)
@@ -124,7 +124,7 @@ def runs(_operator: Operator, query: Annotated[RunsQuery, Query()]) -> Runs:
 def run(_operator: Operator, run_id: Annotated[RunId, Path()], query: Annotated[ReportQuery, Query()]) -> Report:
     """Show what a run found: its totals, and a page of its drifts."""
     user_id_type = get_settings().host.user_id_type
-    found = db.retrying(lambda connection: _report(connection, user_id_type, run_id, query))
+    found = retrying(lambda connection: _report(connection, user_id_type, run_id, query))
     return Report.model_validate(found)
 
 

@@ -17,7 +17,7 @@ from trueup.api import metrics
 from trueup.api.auth import operator
 from trueup.api.responses import AUTHENTICATED, responses_to_text
 from trueup.api.schemas import Body
-from trueup.database import engine as db
+from trueup.database.engine import retrying
 from trueup.errors import NotInstalledError, ServiceUnavailableError
 from trueup.install.install import check_installed
 
@@ -88,7 +88,7 @@ class Watch:
 
     def _database(self) -> State:
         try:
-            db.retrying(check_installed)
+            retrying(check_installed)
         except ServiceUnavailableError:
             return "unavailable"
         except NotInstalledError as error:

@@ -10,7 +10,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from trueup.database import engine as db
+from trueup.database.engine import retrying
 from trueup.errors import NotInstalledError, ServiceUnavailableError
 from trueup.monitoring.gauges import read_gauges
 
@@ -60,7 +60,7 @@ class _Books(Collector):
 
     def collect(self) -> Iterator[Metric]:
         try:
-            gauges = db.retrying(read_gauges)
+            gauges = retrying(read_gauges)
         except (ServiceUnavailableError, NotInstalledError):
             yield GaugeMetricFamily("trueup_database_up", "Whether the database answers.", value=0)
             return

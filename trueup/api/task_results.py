@@ -14,7 +14,7 @@ from trueup.api.auth import CurrentUser
 from trueup.api.errors import ApiError
 from trueup.api.responses import AUTHENTICATED, Denial, responses
 from trueup.api.schemas import Body
-from trueup.database import engine as db
+from trueup.database.engine import retrying
 from trueup.errors import (
     AnswerFormatError,
     HoldExhaustedError,
@@ -70,7 +70,7 @@ def task_result(
     task_id: Annotated[UUID, Path(description="as the answer to its POST, and that one's Location, gave it")],
 ) -> TaskBody[QuestionResult | PromptResult]:
     """Show how one's own task stands. It is known for 24 hours."""
-    found = db.retrying(lambda connection: find_request_of_task(connection, user_id, str(task_id)))
+    found = retrying(lambda connection: find_request_of_task(connection, user_id, str(task_id)))
     if found is None:
         raise ApiError(404, "not_found", "You have no such task, or it is more than 24 hours old")
     return TaskBody[QuestionResult | PromptResult].model_validate(read_task(request.app.state.celery, found))

@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 from trueup.accounts.user_ids import UserId, user_id_of
 from trueup.accounts.validation import check_estimate
-from trueup.database import engine as db
+from trueup.database.engine import once, retrying
 from trueup.database.retry import insist
 from trueup.database.threads import in_thread
 from trueup.errors import HoldBusyError, InvalidInputError, NoHoldError, TokensDenied, TrueupError
@@ -122,7 +122,7 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
         Raises `NoHoldError` outside of the block, `HoldOvertakenError` when its time has run out, `InvalidInputError`.
         """
         hold = self.hold
-        reason, self._tokens_left = db.once(lambda connection: extend_hold(connection, hold, tokens))
+        reason, self._tokens_left = once(lambda connection: extend_hold(connection, hold, tokens))
         return reason is None
 
     async def aextend(self, tokens: int) -> bool:
@@ -157,15 +157,13 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
             )
 
         try:
-            return db.retrying(open_own)
+            return retrying(open_own)
         except HoldBusyError:
             # The first try's answer may have been lost with its connection: then the hold at work is this block's own.
-            closed = db.retrying(
-                lambda connection: close_abandoned_hold(connection, user_id, self._task_id, owner=owner)
-            )
+            closed = retrying(lambda connection: close_abandoned_hold(connection, user_id, self._task_id, owner=owner))
             if closed is None:
                 raise
-        return db.retrying(open_own)
+        return retrying(open_own)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -185,7 +183,7 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
         hold = self.hold
         self._hold, self._tokens_left = None, 0
         try:
-            db.retrying(lambda connection: close_hold(connection, hold))
+            retrying(lambda connection: close_hold(connection, hold))
         except TrueupError:
             logger.warning(
                 "hold of %s (user %s) not closed: it expires at %s", hold.task_id, hold.user_id, hold.expires_at

@@ -5,7 +5,7 @@ from typing import Any
 from trueup.accounts.account import read_account
 from trueup.accounts.user_ids import user_id_of
 from trueup.accounts.validation import check_estimate
-from trueup.database import engine as db
+from trueup.database.engine import retrying
 from trueup.gate.decision import Access, check_access, denied_unknown_user
 
 
@@ -19,7 +19,7 @@ def get_accurate_tokens_remaining(user: Any) -> tuple[int, int, int]:
     user_id = user_id_of(user)
     if user_id is None:
         return 0, 0, 0
-    account = db.retrying(lambda connection: read_account(connection, user_id))
+    account = retrying(lambda connection: read_account(connection, user_id))
     return account.original, account.consumed, account.remaining
 
 
@@ -35,4 +35,4 @@ def check_ai_access_for_user(user: Any, estimated_tokens: int, feature_name: str
     user_id = user_id_of(user)
     if user_id is None:
         return denied_unknown_user()
-    return db.retrying(lambda connection: check_access(connection, user_id, estimated_tokens, feature_name))
+    return retrying(lambda connection: check_access(connection, user_id, estimated_tokens, feature_name))

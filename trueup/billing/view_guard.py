@@ -8,7 +8,7 @@ from typing import Any
 from trueup.accounts.user_ids import user_id_of
 from trueup.accounts.validation import check_estimate
 from trueup.billing.utils import check_ai_access_for_user
-from trueup.database import engine as db
+from trueup.database.engine import retrying
 from trueup.errors import HoldBusyError, NotInstalledError, ServiceUnavailableError, TokensDenied, TrueupError
 from trueup.gate.decision import Access, check_gate, denial_payload, denied_unknown_user
 from trueup.usage.validation import check_name
@@ -70,7 +70,7 @@ def _check_tokens(user: Any, tokens: int, feature: str) -> Access:
     user_id = user_id_of(user)
     if user_id is None:
         return denied_unknown_user()
-    return db.retrying(lambda connection: check_gate(connection, user_id, tokens, feature))
+    return retrying(lambda connection: check_gate(connection, user_id, tokens, feature))
 
 
 def subscription_gate() -> Gate:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, text
 
-from trueup.database import engine as db
+from trueup.database.engine import connect, transaction
 from trueup.errors import ServiceUnavailableError, TrueupError
 
 Result = TypeVar("Result")
@@ -40,7 +40,7 @@ def take_step(
     pause = LOCK_TIMEOUT_MILLISECONDS / 1000
     while True:
         try:
-            with db.transaction() as connection:
+            with transaction() as connection:
                 connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_MILLISECONDS}ms'"))
                 connection.execute(text(f"SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s'"))
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": INSTALL_LOCK})
@@ -73,7 +73,7 @@ _HOLDERS = text(
 
 
 def _busy(tables: Sequence[str], patience_seconds: float) -> str:
-    with db.connect() as connection:
+    with connect() as connection:
         holders = connection.execute(_HOLDERS, {"tables": list(tables)}).all()
     named = ", ".join(f"process {row.pid} ({row.name or 'unnamed'}, for {row.seconds} s)" for row in holders)
     return (

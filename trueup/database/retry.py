@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from sqlalchemy import Connection
 
-from trueup.database import engine as db
+from trueup.database.engine import retrying
 from trueup.errors import NotInstalledError, ServiceUnavailableError
 
 logger = logging.getLogger(__name__)
@@ -27,11 +27,11 @@ def insist(write: Callable[[Connection], Result], what: str) -> Result:
     """
     for delay in RETRY_DELAYS_SECONDS:
         try:
-            return db.retrying(write)
+            return retrying(write)
         except PASSING:
             time.sleep(delay)
     try:
-        return db.retrying(write)
+        return retrying(write)
     except PASSING:
         logger.exception("usage not recorded: %s", what)
         raise

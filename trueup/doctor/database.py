@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 from sqlalchemy import Connection
 
-from trueup.database import engine as db
+from trueup.database.engine import create_trueup_engine, translated_errors
 from trueup.doctor import books, host, indexes, installation, log_ids, server
 from trueup.doctor.findings import Finding, error, run_check, warning
 from trueup.errors import ServiceUnavailableError, TrueupError
@@ -46,9 +46,9 @@ def examine_database(settings: Settings) -> list[Finding]:
     }
     found: list[Finding] = []
     try:
-        engine = db.create_trueup_engine(settings.model_copy(update=patient))
+        engine = create_trueup_engine(settings.model_copy(update=patient))
         try:
-            with db.translated_errors(), engine.connect() as connection:
+            with translated_errors(), engine.connect() as connection:
                 examine(connection.execution_options(isolation_level="AUTOCOMMIT"), settings, found)
         finally:
             engine.dispose()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from trueup.accounts.user_ids import UserId
-from trueup.database import engine as db
+from trueup.database.engine import connect, retrying
 from trueup.errors import TrueupError
 from trueup.usage.outbox import Effect, EffectStatus, begin_effect, find_effect, finish_effect, reopen_effect
 
@@ -42,7 +42,7 @@ class TaskOutbox:
         self._resend_unknown = resend_unknown
 
     def find(self, effect: str) -> Outcome | None:
-        found = db.retrying(
+        found = retrying(
             lambda connection: find_effect(connection, user_id=self._user_id, task_id=self._task_id, effect=effect)
         )
         return Outcome(status=found.status, detail=found.detail) if found else None
@@ -50,7 +50,7 @@ class TaskOutbox:
     def once(self, effect: str, detail: dict[str, Any], action: Callable[[], dict[str, Any]]) -> Outcome:
         # On a connection of its own and never tried twice: a second try would find the first one's row, and call
         # unknown what has not even begun.
-        with db.connect() as connection:
+        with connect() as connection:
             begun = begin_effect(connection, user_id=self._user_id, task_id=self._task_id, effect=effect, detail=detail)
             if begun.status == "unknown" and self._resend_unknown:
                 begun = reopen_effect(connection, begun)
@@ -70,4 +70,4 @@ class TaskOutbox:
         return Outcome(status="sent", detail={**begun.detail, **answer})
 
     def _finish(self, effect: Effect, status: EffectStatus, detail: dict[str, Any]) -> None:
-        db.retrying(lambda connection: finish_effect(connection, effect, status, detail=detail))
+        retrying(lambda connection: finish_effect(connection, effect, status, detail=detail))

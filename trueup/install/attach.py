@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
-from trueup.database import engine as db
+from trueup.database.engine import retrying
 from trueup.database.locks import PATIENCE_SECONDS, take_step
 from trueup.errors import TrueupError
 from trueup.host.mapping import HostMapping, quote_table, render_statement
@@ -58,14 +58,14 @@ def attach(
     `tell` is given a line after each step. Raises `MissingRightError`, `NotInstalledError` for a host that does not
     fit, `HostBusyError`, and `AttachError` when what was built does not hold; then the gate stays closed.
     """
-    db.retrying(lambda connection: refuse_without_rights(connection, mapping))
+    retrying(lambda connection: refuse_without_rights(connection, mapping))
     log, subscriptions = quote_table(mapping.usage_log.table), quote_table(mapping.subscription.table)
 
     def take(step: Callable[[Connection], None], tables: list[str], done: str) -> None:
         take_step(step, tables, patience_seconds=patience_seconds)
         tell(done)
 
-    ready = db.retrying(lambda connection: is_ready(connection, mapping))
+    ready = retrying(lambda connection: is_ready(connection, mapping))
     take(lambda connection: prepare(connection, mapping), [], "Tables are there.")
     take_step(lambda connection: watch_log(connection, mapping), [log], patience_seconds=patience_seconds)
     done = f"Triggers on {mapping.usage_log.table} are there."
@@ -74,7 +74,7 @@ def attach(
     take(lambda connection: watch_subscriptions(connection, mapping), [subscriptions], done)
 
     def build() -> int:
-        users = db.retrying(lambda connection: batch_users(connection, mapping))
+        users = retrying(lambda connection: batch_users(connection, mapping))
         filled = fill(batch_users=users, patience_seconds=patience_seconds)
         tell(f"Balances are built: {filled}.")
         take(lambda connection: open_gate(connection, mapping), [], "Balances agree with the log: ready.")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
 
-from trueup.database import engine as db
+from trueup.database.engine import transaction
 from trueup.database.schema import SCHEMA
 from trueup.errors import NotInstalledError, ServiceUnavailableError, TrueupError
 from trueup.host.mapping import HostMapping, quote_table, render_statement
@@ -97,7 +97,7 @@ def _is_own(right: Right) -> bool:
 def _fill_seconds(mapping: HostMapping, log_rows: int, subscription_rows: int) -> float | None:
     """Estimate from how fast a few rows are read. Nothing is written."""
     try:
-        with db.transaction() as connection:
+        with transaction() as connection:
             connection.execute(text(f"SET LOCAL statement_timeout = {SAMPLE_MILLISECONDS}"))
             row = connection.execute(render_statement(_SAMPLE, mapping), {"rows": SAMPLE_ROWS}).one()
     except (ServiceUnavailableError, NotInstalledError):

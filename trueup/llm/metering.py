@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trueup.database import engine as db
+from trueup.database.engine import once, retrying
 from trueup.database.retry import PASSING, insist
 from trueup.errors import (
     HoldExhaustedError,
@@ -101,7 +101,7 @@ class MeteredModel:
         Raises `NoHoldError` outside a metered task, `HoldOvertakenError` when another attempt has the hold.
         """
         running = _running_hold()
-        reason, running.tokens_left = db.once(lambda connection: extend_hold(connection, running.hold, tokens))
+        reason, running.tokens_left = once(lambda connection: extend_hold(connection, running.hold, tokens))
         return reason is None
 
     def complete(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> Completion:
@@ -152,7 +152,7 @@ class MeteredModel:
         # Calls are told apart by their order in the task, so that a redelivery finds the same ones.
         key = f"{next(running.hold.ordinals)}:{_fingerprint(self._settings.model_name, messages)}"
         if running.hold.attempt > 1:
-            found = db.retrying(lambda connection: find_answer(connection, running.hold, key))
+            found = retrying(lambda connection: find_answer(connection, running.hold, key))
             if found is not None:
                 return _Call(running=running, key=key, limit=0, paid=Completion(**found))
         prompt_tokens = self._provider.count_prompt_tokens(messages)
@@ -166,7 +166,7 @@ class MeteredModel:
     def _allowed(self, running: RunningHold, key: str, tokens_bound: int) -> bool:
         """Ask the database, which decides. If it says no, `running.tokens_left` is now what it has left: less."""
         settings = self._settings
-        left = db.retrying(
+        left = retrying(
             lambda connection: begin_call(
                 connection,
                 running.hold,
@@ -237,7 +237,7 @@ def _noted_failure(call: _Call) -> Iterator[None]:
     except ProviderError as error:
         unknown = error.outcome_unknown
         with suppress(*PASSING):  # then its intent stays, which says no less
-            db.retrying(lambda connection: end_call(connection, call.running.hold, call_key=call.key, unknown=unknown))
+            retrying(lambda connection: end_call(connection, call.running.hold, call_key=call.key, unknown=unknown))
         raise
 
 

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from trueup.accounts.user_ids import UserId
-from trueup.database import engine as db
+from trueup.database.engine import translated_errors
 from trueup.drift.causes import Explanation
 from trueup.drift.detect import Drift
 from trueup.drift.evidence import Evidence
@@ -73,7 +73,7 @@ def look(
     where that has no index by user; then no rows are looked at for causes. Raises `TrueupError` saying what is missing:
     a table, a column, a right.
     """
-    with db.translated_errors():
+    with translated_errors():
         looker = _Looker(engine, mapping, report, rules, timeout_seconds)
         looker.prepare()
         if looker.index is None or only_user is not None:

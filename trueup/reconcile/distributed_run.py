@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Engine, text
 
-from trueup.database import engine as db
+from trueup.database.engine import translated_errors
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.audit import patient
 from trueup.reconcile.batch import BatchContext
@@ -55,7 +55,7 @@ def plan_run(
 
     Raises `RunInProgressError`, `ServiceUnavailableError` or `NotInstalledError`.
     """
-    with db.translated_errors(), patient(engine, scan_timeout_seconds) as connection:
+    with translated_errors(), patient(engine, scan_timeout_seconds) as connection:
         begun = begin_run(
             connection,
             kind=kind,
@@ -68,7 +68,7 @@ def plan_run(
         )
     if begun is None:
         return None
-    with db.translated_errors(), connected(engine) as connection:
+    with translated_errors(), connected(engine) as connection:
         numbers = connection.scalars(
             text(
                 "SELECT number FROM trueup.reconcile_shard "
@@ -95,7 +95,7 @@ def work_on_shard(
     Raises `ServiceUnavailableError` or `NotInstalledError`; then the shard is left for another attempt.
     """
     owner = new_owner()
-    with db.translated_errors():
+    with translated_errors():
         with connected(engine) as connection:
             if not runs_by(connection, run_id, rules):
                 return ShardOutcome()
@@ -138,5 +138,5 @@ def _ended(engine: Engine, run_id: int, outcome: ShardOutcome) -> ShardOutcome:
 
 def sweep(engine: Engine, rules: Rules) -> list[tuple[int, int]]:
     """End runs that are done, and return the shards, as (run, number), that nobody works on, to be sent again."""
-    with db.translated_errors(), connected(engine) as connection:
+    with translated_errors(), connected(engine) as connection:
         return sweep_runs(connection, rules, lease_seconds=SWEEP_LEASE_SECONDS)

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from trueup.accounts.user_ids import UserId
-from trueup.database import engine as db
+from trueup.database.engine import reason_of, translated_errors
 from trueup.drift.verdict import DEFAULT_RULES
 from trueup.errors import InvalidInputError
 from trueup.host.mapping import HostMapping
@@ -80,7 +80,7 @@ def reconcile(
     """
     if only_user is not None and kind == "deep":
         raise InvalidInputError("user: a deep pass looks at everyone. Leave out the user, or do a quick pass")
-    with db.translated_errors():
+    with translated_errors():
         run = _LocalRun(
             engine,
             kind=kind,
@@ -199,7 +199,7 @@ class _LocalRun:
             with kept_alive(self.engine, run_id, self.owner):
                 self._to_the_end(run_id)
         except BaseException as error:
-            status, reason = ("failed", db.reason_of(error)) if isinstance(error, Exception) else ("interrupted", None)
+            status, reason = ("failed", reason_of(error)) if isinstance(error, Exception) else ("interrupted", None)
             # Where even this can't be written, the lease runs out, and the next run goes on with this one.
             with suppress(DBAPIError), connected(self.engine) as connection:
                 end_run(connection, run_id, status=status, error=reason, owner=self.owner)

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 
 from sqlalchemy import Engine
 
-from trueup.database import engine as db
+from trueup.database.engine import reason_of
 from trueup.drift.evidence import Evidence
 from trueup.errors import TrueupError
 from trueup.reconcile.audit import Defect
@@ -205,7 +205,7 @@ def _portable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
     except Exception:  # noqa: BLE001 - whatever its class does there
-        return TrueupError(f"{type(error).__name__}: {db.reason_of(error)}")
+        return TrueupError(f"{type(error).__name__}: {reason_of(error)}")
     return error
 
 

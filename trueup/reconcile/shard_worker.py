@@ -8,7 +8,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from trueup.accounts.user_ids import UserId
-from trueup.database import engine as db
+from trueup.database.engine import reason_of, translated_errors
 from trueup.errors import ServiceUnavailableError
 from trueup.reconcile.audit import (
     TOLD_AGAIN_AFTER,
@@ -63,12 +63,12 @@ def work_shard(job: Job, shard: Shard) -> bool:
     except ShardLostError:
         raise
     except BaseException as error:
-        reason = db.reason_of(error) if isinstance(error, Exception) else None
+        reason = reason_of(error) if isinstance(error, Exception) else None
         # Where even this can't be written, the lease runs out.
         with suppress(DBAPIError), connected(job.engine) as connection:
             end_shard(connection, shard, finished=False, error=reason)
         raise
-    with db.translated_errors(), connected(job.engine) as connection:
+    with translated_errors(), connected(job.engine) as connection:
         if not end_shard(connection, shard, finished=finished):
             raise ShardLostError
     return finished
@@ -78,7 +78,7 @@ def _persevere(job: Job, shard: Shard) -> bool:
     failures, place = 0, shard.cursor
     while True:
         try:
-            with db.translated_errors():
+            with translated_errors():
                 if failures:
                     with connected(job.engine) as connection:
                         reload_shard(connection, shard)

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from trueup.accounts.user_ids import UserId, user_id_of
-from trueup.database import engine as db
+from trueup.database.engine import reason_of
 from trueup.database.retry import insist
 from trueup.database.threads import in_thread
 from trueup.errors import InvalidInputError, TrueupError, UnknownUserError
@@ -162,7 +162,7 @@ class ai_usage:  # noqa: N801 - used as a function: `with ai_usage(user, section
         try:
             self.recorded = _record(self._fixed, figures, success=False, error=said)
         except (TrueupError, DBAPIError) as not_recorded:
-            error.add_note(f"This failed call is not in the usage log: {db.reason_of(not_recorded)}")
+            error.add_note(f"This failed call is not in the usage log: {reason_of(not_recorded)}")
 
 
 @dataclass(frozen=True, kw_only=True)
