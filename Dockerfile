@@ -31,5 +31,5 @@ USER trueup
 # The worker of the command below, asked by its own name: other nodes' answers prove nothing about this
 # one. docker-compose.yml has a check for each of the other processes.
 HEALTHCHECK --interval=60s --timeout=30s --start-period=30s --retries=3 \
-    CMD celery -A trueup.worker inspect ping --timeout 10 --destination "ai@$(hostname)"
-CMD ["celery", "-A", "trueup.worker", "worker", "-Q", "ai", "-n", "ai@%h"]
+    CMD celery -A trueup.worker inspect ping --timeout 10 --destination "trueup-ai@$(hostname)"
+CMD ["celery", "-A", "trueup.worker", "worker", "-Q", "trueup-ai", "-n", "trueup-ai@%h"]

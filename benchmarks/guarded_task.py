@@ -66,7 +66,7 @@ def prepare(url: str) -> None:
 def worker(*more: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run a prefork worker of two processes until the block ends."""
     celery = Path(sys.executable).with_name("celery")
-    command = [str(celery), "-A", "trueup.worker", "worker", "-Q", "ai", "-c", "2", "-I", TASKS, *more]
+    command = [str(celery), "-A", "trueup.worker", "worker", "-Q", "trueup-ai", "-c", "2", "-I", TASKS, *more]
     # Celery keeps a timer for each task until its time limit, also when the task is done: a short limit, so that what
     # is seen in the end is a worker's steady state.
     environment = os.environ | {"TRUEUP_LOG_LEVEL": "WARNING", "TRUEUP_TASK_TIME_LIMIT_SECONDS": "20"}
@@ -86,10 +86,10 @@ def drain(app: Celery, name: str, count: int) -> float:
     for number in range(count):
         task.apply_async(kwargs={"user_id": number % USERS + 1}, ignore_result=True)
     with app.connection_for_read() as connection, connection.channel() as channel, worker():
-        while (left := channel.client.llen("ai")) > count - 20:
+        while (left := channel.client.llen("trueup-ai")) > count - 20:
             time.sleep(0.01)
         started, first = time.perf_counter(), left
-        while (left := channel.client.llen("ai")) > 0:
+        while (left := channel.client.llen("trueup-ai")) > 0:
             time.sleep(0.01)
         return first / (time.perf_counter() - started)
 
@@ -125,7 +125,7 @@ def watch_memory(app: Celery, count: int) -> None:
         for sample in range(1, SAMPLES + 1):
             for number in range(count // SAMPLES):
                 app.tasks["bench.charged"].apply_async(kwargs={"user_id": number % USERS + 1}, ignore_result=True)
-            while channel.client.llen("ai") > 0:
+            while channel.client.llen("trueup-ai") > 0:
                 time.sleep(0.05)
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
             sizes = [one.memory_info().rss / 2**20 for one in family]

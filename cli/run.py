@@ -54,7 +54,7 @@ def qa(file: Path, user: UserId, title: str, max_pairs: int, wait: bool, timeout
       trueup run qa --user 1 --max-pairs 5 --wait examples/help_en.txt
     """
     arguments = {"text": _read_text(file), "page_title": title, "max_pairs": max_pairs}
-    _submit("tasks.generate_qa", user, arguments, wait, timeout, as_json)
+    _submit("trueup.generate_qa", user, arguments, wait, timeout, as_json)
 
 
 @run.command()
@@ -70,7 +70,7 @@ def products(file: Path, user: UserId, url: str, title: str, wait: bool, timeout
     """
     kind = "text" if file.suffix == ".txt" else "html"
     arguments = {"url": url, "title": title, kind: _read_text(file)}
-    _submit("tasks.extract_products", user, arguments, wait, timeout, as_json)
+    _submit("trueup.extract_products", user, arguments, wait, timeout, as_json)
 
 
 @run.command()
@@ -83,7 +83,7 @@ def dm(file: Path, user: UserId, wait: bool, timeout: int, as_json: bool) -> Non
       trueup run dm --user 1 --wait examples/comment_product.json
     """
     content = _read_object(file, needed=("event", "config"), example="comment_product.json")
-    _submit("tasks.send_instagram_dm", user, content, wait, timeout, as_json)
+    _submit("trueup.send_instagram_dm", user, content, wait, timeout, as_json)
 
 
 @run.command()
@@ -96,7 +96,7 @@ def reply(file: Path, user: UserId, wait: bool, timeout: int, as_json: bool) -> 
       trueup run reply --user 1 --wait examples/chat.json
     """
     content = _read_object(file, needed=("message",), allowed=("history", "business"), example="chat.json")
-    _submit("tasks.reply_to_message", user, content, wait, timeout, as_json)
+    _submit("trueup.reply_to_message", user, content, wait, timeout, as_json)
 
 
 @run.command()
@@ -111,7 +111,7 @@ def ask(file: Path, user: UserId, question: str, wait: bool, timeout: int, as_js
     """
     passages = [passage.strip() for passage in re.split(r"\n\s*\n", _read_text(file))]
     arguments = {"question": question, "context": [passage for passage in passages if passage]}
-    _submit("tasks.ask_question", user, arguments, wait, timeout, as_json)
+    _submit("trueup.ask_question", user, arguments, wait, timeout, as_json)
 
 
 @run.command()
@@ -128,7 +128,7 @@ def prompt(
       trueup run prompt --user 1 --name "Kestrel & Pine" --wait examples/prompt_draft.txt
     """
     arguments = {"prompt": _read_text(file), "business": {"name": name, "description": description}}
-    _submit("tasks.generate_prompt", user, arguments, wait, timeout, as_json)
+    _submit("trueup.generate_prompt", user, arguments, wait, timeout, as_json)
 
 
 def _read_object(file: Path, *, needed: tuple[str, ...], allowed: tuple[str, ...] = (), example: str) -> dict[str, Any]:

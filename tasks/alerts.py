@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 MOST_SENDINGS = 20
 
 
-@shared_task(name="tasks.check_alerts", acks_late=True)
+@shared_task(name="trueup.check_alerts", acks_late=True)
 def check_alerts() -> dict[str, int]:
     """Raise alerts for runs that have ended and for one that is missing, and send what is due. Returns how many."""
     raised = retrying(raise_all)

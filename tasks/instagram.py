@@ -1,4 +1,4 @@
-"""Task `tasks.send_instagram_dm`: answer an Instagram comment with a direct message."""
+"""Task `trueup.send_instagram_dm`: answer an Instagram comment with a direct message."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +28,7 @@ def estimate_tokens(arguments: Mapping[str, Any]) -> int | None:
 
 
 @metered_task(
-    name="tasks.send_instagram_dm",
+    name="trueup.send_instagram_dm",
     feature_name="Instagram Product DM",
     section="marketing_workflow",
     estimated_tokens=estimate_tokens,

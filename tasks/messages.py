@@ -1,4 +1,4 @@
-"""Task `tasks.reply_to_message`: the answer to a customer's message in a chat."""
+"""Task `trueup.reply_to_message`: the answer to a customer's message in a chat."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +24,7 @@ def estimate_tokens(arguments: Mapping[str, Any]) -> int:
 
 
 @metered_task(
-    name="tasks.reply_to_message", feature_name="Message Integration", section="chat", estimated_tokens=estimate_tokens
+    name="trueup.reply_to_message", feature_name="Message Integration", section="chat", estimated_tokens=estimate_tokens
 )
 def reply_to_message(
     model: Model,

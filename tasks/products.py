@@ -1,4 +1,4 @@
-"""Task `tasks.extract_products`: typed products from a page."""
+"""Task `trueup.extract_products`: typed products from a page."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ def estimate_tokens(_arguments: Mapping[str, Any]) -> int:
 
 
 @metered_task(
-    name="tasks.extract_products",
+    name="trueup.extract_products",
     feature_name="Product Extractor",
     section="product_recommendation",
     estimated_tokens=estimate_tokens,

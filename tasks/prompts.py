@@ -1,4 +1,4 @@
-"""Task `tasks.generate_prompt`: a better prompt from a business's draft of one."""
+"""Task `trueup.generate_prompt`: a better prompt from a business's draft of one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +23,7 @@ def estimate_tokens(arguments: Mapping[str, Any]) -> int:
 
 
 @metered_task(
-    name="tasks.generate_prompt",
+    name="trueup.generate_prompt",
     feature_name="Prompt Enhancement",
     section="prompt_generation",
     estimated_tokens=estimate_tokens,
@@ -31,6 +31,6 @@ def estimate_tokens(arguments: Mapping[str, Any]) -> int:
 def generate_prompt(
     model: Model, user_id: UserId, prompt: str, business: dict[str, Any] | None = None
 ) -> enhancement.PromptResult:
-    """Return a better prompt. `prompt`: the draft. `business`: as of `tasks.reply_to_message`."""
+    """Return a better prompt. `prompt`: the draft. `business`: as of `trueup.reply_to_message`."""
     counter = counter_from_settings(get_settings())
     return enhancement.enhance_prompt(model, prompt=prompt, business=business, counter=counter)

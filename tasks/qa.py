@@ -1,4 +1,4 @@
-"""Task `tasks.generate_qa`: question and answer pairs from a text."""
+"""Task `trueup.generate_qa`: question and answer pairs from a text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +22,7 @@ def estimate_tokens(arguments: Mapping[str, Any]) -> int:
 
 
 @metered_task(
-    name="tasks.generate_qa", feature_name="Q&A Generator", section="knowledge_qa", estimated_tokens=estimate_tokens
+    name="trueup.generate_qa", feature_name="Q&A Generator", section="knowledge_qa", estimated_tokens=estimate_tokens
 )
 def generate_qa(model: Model, user_id: UserId, text: str, page_title: str = "", max_pairs: int = 10) -> qa.QaResult:
     """Return question and answer pairs in the text's own language.

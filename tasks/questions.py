@@ -1,4 +1,4 @@
-"""Task `tasks.ask_question`: the answer to a question, from passages of context when some are given."""
+"""Task `trueup.ask_question`: the answer to a question, from passages of context when some are given."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +22,7 @@ def estimate_tokens(arguments: Mapping[str, Any]) -> int:
 
 
 @metered_task(
-    name="tasks.ask_question", feature_name="Ask Question", section="knowledge_qa", estimated_tokens=estimate_tokens
+    name="trueup.ask_question", feature_name="Ask Question", section="knowledge_qa", estimated_tokens=estimate_tokens
 )
 def ask_question(
     model: Model,

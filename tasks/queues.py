@@ -5,8 +5,8 @@ from typing import Any
 
 from celery.signals import before_task_publish
 
-AI_QUEUE = "ai"
-RECONCILE_QUEUE = "reconcile"
+AI_QUEUE = "trueup-ai"
+RECONCILE_QUEUE = "trueup-reconcile"
 
 SENT_AT_HEADER = "trueup_sent_at"
 """Of a task's message in these queues: when it was sent, by the sender's clock, as ISO 8601 with a zone.

@@ -26,7 +26,7 @@ _RETRIED: dict[str, Any] = {
 }
 
 
-@shared_task(name="tasks.reconcile_counters", **_RETRIED)
+@shared_task(name="trueup.reconcile_counters", **_RETRIED)
 def reconcile_counters(scheduled: bool = False, deep: bool = False) -> dict[str, Any]:
     """Plan a pass over all counters, and begin it. Returns its figures if it is over, or why there is none.
 
@@ -59,7 +59,7 @@ def reconcile_counters(scheduled: bool = False, deep: bool = False) -> dict[str,
     return {"run_id": run.run_id, "shards": len(run.shards)}
 
 
-@shared_task(name="tasks.reconcile_shard", **_RETRIED)
+@shared_task(name="trueup.reconcile_shard", **_RETRIED)
 def reconcile_shard(run_id: int, number: int) -> dict[str, Any]:
     """Work on a shard of a run, for as long as a task may take; the next message goes on. Returns what became of it."""
     outcome = _work(run_id, number)
@@ -70,7 +70,7 @@ def reconcile_shard(run_id: int, number: int) -> dict[str, Any]:
     return {"run_id": run_id, "shard": number, "left": outcome.left}
 
 
-@shared_task(name="tasks.sweep_runs", acks_late=True)
+@shared_task(name="trueup.sweep_runs", acks_late=True)
 def sweep_runs() -> dict[str, int]:
     """End runs whose shards are done, and send those again that nobody works on. Returns how many were sent."""
     left = sweep(get_engine(), get_settings().reconcile.rules())

@@ -33,27 +33,27 @@ MOST_BATCHES = 50
 DENIALS_KEPT = timedelta(days=90)
 
 
-@shared_task(name="tasks.expire_holds", acks_late=True)
+@shared_task(name="trueup.expire_holds", acks_late=True)
 def expire_holds() -> dict[str, int]:
     """Take back overdue holds, a bounded batch; the next call goes on. Returns how many, and their tokens."""
     holds, tokens = retrying(lambda connection: expire_overdue(connection, limit=EXPIRE_LIMIT))
     return {"holds": holds, "tokens": tokens}
 
 
-@shared_task(name="tasks.prune_answers", acks_late=True)
+@shared_task(name="trueup.prune_answers", acks_late=True)
 def prune_answers() -> int:
     """Forget stored answers older than the settings' days, a bounded batch; the next call goes on. Returns how many."""
     days = get_settings().answer_retention_days
     return retrying(lambda connection: prune(connection, older_than=timedelta(days=days), limit=PRUNE_LIMIT))
 
 
-@shared_task(name="tasks.prune_requests", acks_late=True)
+@shared_task(name="trueup.prune_requests", acks_late=True)
 def prune_requests() -> int:
     """Forget requests over HTTP that are too old to be repeated, batch by batch. Returns how many."""
     return _in_batches(lambda connection: prune_old_requests(connection, limit=PRUNE_LIMIT))
 
 
-@shared_task(name="tasks.prune_observed_denials", acks_late=True)
+@shared_task(name="trueup.prune_observed_denials", acks_late=True)
 def prune_observed_denials() -> int:
     """Forget what the gate let pass long ago, batch by batch. Returns how many."""
     return _in_batches(lambda connection: prune_denials(connection, older_than=DENIALS_KEPT, limit=PRUNE_LIMIT))

@@ -55,14 +55,14 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "task_soft_time_limit": max(1, hard_limit - min(SOFT_LIMIT_MARGIN_SECONDS, hard_limit // 10 + 1)),
         "task_default_queue": AI_QUEUE,
         "task_routes": {
-            "tasks.reconcile_counters": {"queue": RECONCILE_QUEUE},
-            "tasks.reconcile_shard": {"queue": RECONCILE_QUEUE},
-            "tasks.sweep_runs": {"queue": RECONCILE_QUEUE},
-            "tasks.expire_holds": {"queue": RECONCILE_QUEUE},
-            "tasks.prune_answers": {"queue": RECONCILE_QUEUE},
-            "tasks.prune_requests": {"queue": RECONCILE_QUEUE},
-            "tasks.prune_observed_denials": {"queue": RECONCILE_QUEUE},
-            "tasks.check_alerts": {"queue": RECONCILE_QUEUE},
+            "trueup.reconcile_counters": {"queue": RECONCILE_QUEUE},
+            "trueup.reconcile_shard": {"queue": RECONCILE_QUEUE},
+            "trueup.sweep_runs": {"queue": RECONCILE_QUEUE},
+            "trueup.expire_holds": {"queue": RECONCILE_QUEUE},
+            "trueup.prune_answers": {"queue": RECONCILE_QUEUE},
+            "trueup.prune_requests": {"queue": RECONCILE_QUEUE},
+            "trueup.prune_observed_denials": {"queue": RECONCILE_QUEUE},
+            "trueup.check_alerts": {"queue": RECONCILE_QUEUE},
         },
         # Beside its share of the limit, such a task may be in one long statement.
         "task_annotations": {
@@ -70,7 +70,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
                 "time_limit": hard_limit + settings.reconcile_scan_timeout_seconds,
                 "soft_time_limit": hard_limit + settings.reconcile_scan_timeout_seconds - 1,
             }
-            for task in ("tasks.reconcile_counters", "tasks.reconcile_shard")
+            for task in ("trueup.reconcile_counters", "trueup.reconcile_shard")
         },
         "worker_concurrency": settings.worker_concurrency,
         "worker_prefetch_multiplier": 1,
@@ -103,15 +103,15 @@ def beat_schedule(settings: Settings) -> dict[str, Any]:
     """Return what beat sends. An entry that could not run before the next is due expires, so that none pile up."""
     return {
         "reconcile-counters": _every(
-            settings.reconcile_interval_seconds, "tasks.reconcile_counters", {"scheduled": True}
+            settings.reconcile_interval_seconds, "trueup.reconcile_counters", {"scheduled": True}
         ),
         **_deep_schedule(settings),
-        "sweep-runs": _every(SWEEP_INTERVAL_SECONDS, "tasks.sweep_runs"),
-        "expire-holds": _every(settings.expire_interval_seconds, "tasks.expire_holds"),
-        "prune-answers": _every(PRUNE_INTERVAL_SECONDS, "tasks.prune_answers"),
-        "prune-requests": _every(PRUNE_INTERVAL_SECONDS, "tasks.prune_requests"),
-        "prune-observed-denials": _every(PRUNE_INTERVAL_SECONDS, "tasks.prune_observed_denials"),
-        **({"check-alerts": _every(ALERT_INTERVAL_SECONDS, "tasks.check_alerts")} if settings.alerts.channels else {}),
+        "sweep-runs": _every(SWEEP_INTERVAL_SECONDS, "trueup.sweep_runs"),
+        "expire-holds": _every(settings.expire_interval_seconds, "trueup.expire_holds"),
+        "prune-answers": _every(PRUNE_INTERVAL_SECONDS, "trueup.prune_answers"),
+        "prune-requests": _every(PRUNE_INTERVAL_SECONDS, "trueup.prune_requests"),
+        "prune-observed-denials": _every(PRUNE_INTERVAL_SECONDS, "trueup.prune_observed_denials"),
+        **({"check-alerts": _every(ALERT_INTERVAL_SECONDS, "trueup.check_alerts")} if settings.alerts.channels else {}),
     }
 
 
@@ -119,7 +119,7 @@ def _deep_schedule(settings: Settings) -> dict[str, Any]:
     if not settings.reconcile_deep_interval_seconds:
         return {}
     seconds = min(DEEP_ASKED_SECONDS, settings.reconcile_deep_interval_seconds)
-    return {"reconcile-deep": _every(seconds, "tasks.reconcile_counters", {"scheduled": True, "deep": True})}
+    return {"reconcile-deep": _every(seconds, "trueup.reconcile_counters", {"scheduled": True, "deep": True})}
 
 
 def _redbeat(settings: Settings) -> dict[str, Any]:

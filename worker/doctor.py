@@ -87,7 +87,7 @@ def check_workers(app: Celery, client: Any, settings: Settings) -> Iterator[Find
         yield error(
             "workers",
             f"No worker answered within {ANSWER_SECONDS:.0f} s.",
-            "Start them: `celery -A trueup.worker worker -Q ai` and `celery -A trueup.worker worker -Q reconcile`.",
+            "Start them: `celery -A trueup.worker worker -Q trueup-ai`, and the same with `-Q trueup-reconcile`.",
             workers=[],
         )
     for queue, found in waiting.items():

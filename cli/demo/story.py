@@ -58,12 +58,12 @@ def _heading(title: str) -> None:
 def _run_tasks(stack: DemoStack, expectations: Expectations) -> None:
     _heading("1. AI tasks pass the gate: tokens are held before any work, and every call is charged")
     jobs: list[tuple[str, str, Tenant, dict[str, Any], Callable[[Any], str]]] = [
-        ("Q&A, English article", "tasks.generate_qa", KESTREL, _article("help_en.txt"), _tell_pairs),
-        ("Q&A, Persian article", "tasks.generate_qa", SEPIDEH, _article("help_fa.txt"), _tell_pairs),
-        ("Products, page with JSON-LD", "tasks.extract_products", KESTREL, _page("shop.html"), _tell_products),
-        ("Products, page without", "tasks.extract_products", KESTREL, _page("shop_plain.html"), _tell_products),
-        ("DM about a product", "tasks.send_instagram_dm", KESTREL, _json("comment_product.json"), _tell_message),
-        ("DM, fixed text", "tasks.send_instagram_dm", KESTREL, _json("comment_static.json"), _tell_message),
+        ("Q&A, English article", "trueup.generate_qa", KESTREL, _article("help_en.txt"), _tell_pairs),
+        ("Q&A, Persian article", "trueup.generate_qa", SEPIDEH, _article("help_fa.txt"), _tell_pairs),
+        ("Products, page with JSON-LD", "trueup.extract_products", KESTREL, _page("shop.html"), _tell_products),
+        ("Products, page without", "trueup.extract_products", KESTREL, _page("shop_plain.html"), _tell_products),
+        ("DM about a product", "trueup.send_instagram_dm", KESTREL, _json("comment_product.json"), _tell_message),
+        ("DM, fixed text", "trueup.send_instagram_dm", KESTREL, _json("comment_static.json"), _tell_message),
     ]
     sent = [(*job, _enqueue(stack, job[1], job[2], job[3])) for job in jobs]
     rows = []
@@ -84,7 +84,7 @@ def _run_tasks(stack: DemoStack, expectations: Expectations) -> None:
 def _deny(stack: DemoStack, expectations: Expectations) -> None:
     _heading("2. And some don't: one tenant for each reason, denied before any work")
     sent = {
-        reason: _enqueue(stack, "tasks.generate_qa", tenant, _article("help_en.txt"))
+        reason: _enqueue(stack, "trueup.generate_qa", tenant, _article("help_en.txt"))
         for reason, tenant in DENIED.items()
     }
     rows = []
@@ -107,7 +107,7 @@ def _drift(stack: DemoStack, expectations: Expectations) -> None:
         account = retrying(lambda connection, user=tenant.id: read_account(connection, user))  # type: ignore[misc]
         click.echo(f"  {tenant.name}: shows {before[tenant.name]:,}, really has {account.remaining:,} ({how})")
     _heading("4. The reconcile task finds, corrects and explains them: `trueup drift report`")
-    figures = stack.app.tasks["tasks.reconcile_counters"].apply_async().get(timeout=TASK_SECONDS)
+    figures = stack.app.tasks["trueup.reconcile_counters"].apply_async().get(timeout=TASK_SECONDS)
     with connect() as connection:
         report = read_report(connection, get_settings().host.user_id_type, figures["run_id"])
     if report is None:

@@ -84,7 +84,7 @@ def queued(app: Celery) -> Iterator[Messages]:
 
     def take() -> Iterator[dict[str, Any]]:
         with app.connection_for_read() as connection:
-            while message := connection.default_channel.basic_get("ai", no_ack=True):
+            while message := connection.default_channel.basic_get("trueup-ai", no_ack=True):
                 yield {"task": message.headers["task"], "id": message.headers["id"], **message.payload[1]}
 
     yield lambda: list(take())
@@ -109,7 +109,7 @@ def rows(host: Host, user: int) -> list[Any]:
 class TestWithoutAWorker:
     """What is sent, and what is told of how it stands."""
 
-    @pytest.mark.parametrize(("path", "task"), [(ASK, "tasks.ask_question"), (ENHANCE, "tasks.generate_prompt")])
+    @pytest.mark.parametrize(("path", "task"), [(ASK, "trueup.ask_question"), (ENHANCE, "trueup.generate_prompt")])
     def test_a_request_is_answered_at_once_with_where_its_task_is(
         self, client: TestClient, shared_host: Host, queued: Messages, path: str, task: str
     ) -> None:
@@ -271,7 +271,7 @@ class TestWithoutAWorker:
         old = post(client, user, key="key").json()["task_id"]
         shared_host.execute("UPDATE trueup.task_request SET created_at = created_at - interval '25 hours'")
         assert get(client, user, old).status_code == 404
-        assert app.tasks["tasks.prune_requests"].apply().get() > 0
+        assert app.tasks["trueup.prune_requests"].apply().get() > 0
         assert rows(shared_host, user) == []
         assert post(client, user, key="key").json()["task_id"] != old
 

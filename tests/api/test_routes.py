@@ -37,7 +37,7 @@ def sent_tasks(celery: Celery) -> list[str]:
     """Take the tasks that wait for a worker; none runs."""
     with celery.connection_for_read() as connection:
         channel = connection.default_channel
-        return [message.headers["task"] for message in iter(lambda: channel.basic_get("ai", no_ack=True), None)]
+        return [message.headers["task"] for message in iter(lambda: channel.basic_get("trueup-ai", no_ack=True), None)]
 
 
 def test_every_route_is_in_the_document(app: FastAPI) -> None:

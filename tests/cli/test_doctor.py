@@ -60,10 +60,12 @@ def test_without_a_worker_it_fails_and_says_how_to_start_one(queues: Celery) -> 
 
 def test_tasks_that_nobody_takes_are_an_error(queues: Celery) -> None:
     for priority in (0, 9):
-        queues.send_task("tasks.expire_holds", queue="reconcile", priority=priority)
+        queues.send_task("trueup.expire_holds", queue="trueup-reconcile", priority=priority)
     document = trueup_json("doctor", code=1)
     told = dict(of(document["findings"], "queues"))["error"]
-    assert re.fullmatch(r"In queue reconcile 2 tasks wait, the oldest for \d+ s, and no worker takes from it\.", told)
+    assert re.fullmatch(
+        r"In queue trueup-reconcile 2 tasks wait, the oldest for \d+ s, and no worker takes from it\.", told
+    )
 
 
 def test_a_server_that_is_away_hides_nothing_of_the_other(
@@ -153,7 +155,9 @@ def test_redis_clock_is_compared_with_the_databases() -> None:
 
 @pytest.mark.parametrize(("age", "level"), [(10, "ok"), (5_000, "error")])
 def test_a_task_that_runs_longer_than_any_may_is_told(age: float, level: str) -> None:
-    active = {"ai@a": [{"name": "tasks.run", "id": "1", "time_start": 1e9 - age}, {"name": "x", "time_start": None}]}
+    active = {
+        "trueup-ai@a": [{"name": "tasks.run", "id": "1", "time_start": 1e9 - age}, {"name": "x", "time_start": None}]
+    }
     [finding] = doctor._hanging(active, Settings(), 1e9)
     assert (finding.level, finding.detail["seconds"]) == (level, age)
 
@@ -161,12 +165,12 @@ def test_a_task_that_runs_longer_than_any_may_is_told(age: float, level: str) ->
 @pytest.mark.parametrize(
     ("queue", "length", "oldest", "served", "level"),
     [
-        ("ai", 0, None, False, "ok"),
-        ("ai", 1, None, False, "error"),
-        ("ai", 999, 599, True, "ok"),
-        ("ai", 999, 600, True, "warning"),
-        ("ai", 1000, None, True, "warning"),
-        ("reconcile", 0, None, False, "warning"),
+        ("trueup-ai", 0, None, False, "ok"),
+        ("trueup-ai", 1, None, False, "error"),
+        ("trueup-ai", 999, 599, True, "ok"),
+        ("trueup-ai", 999, 600, True, "warning"),
+        ("trueup-ai", 1000, None, True, "warning"),
+        ("trueup-reconcile", 0, None, False, "warning"),
     ],
 )
 def test_a_queue_is_judged_by_its_length_its_age_and_by_who_takes_from_it(

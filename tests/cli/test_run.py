@@ -31,7 +31,7 @@ def waiting(app: Celery) -> Iterator[Callable[[], list[dict[str, Any]]]]:
 
 def take(app: Celery) -> Iterator[dict[str, Any]]:
     with app.connection_for_read() as connection:
-        while message := connection.default_channel.basic_get("ai", no_ack=True):
+        while message := connection.default_channel.basic_get("trueup-ai", no_ack=True):
             yield {"task": message.headers["task"], "id": message.headers["id"], **message.payload[1]}
 
 
@@ -41,13 +41,13 @@ class TestWithoutAWorker:
     def test_without_wait_the_task_is_enqueued_and_named(self, waiting: Callable[[], list[dict[str, Any]]]) -> None:
         output = trueup("run", "qa", "--user", 7, "--max-pairs", 3, ARTICLE).stdout
         [message] = waiting()
-        assert f"Enqueued tasks.generate_qa as {message['id']}." in output
+        assert f"Enqueued trueup.generate_qa as {message['id']}." in output
         assert (message["user_id"], message["max_pairs"], message["text"]) == (7, 3, ARTICLE.read_text())
 
     def test_enqueueing_prints_json_when_asked_to(self, waiting: Callable[[], list[dict[str, Any]]]) -> None:
         printed = trueup_json("run", "dm", "--user", 7, EXAMPLES / "comment_product.json")
         [message] = waiting()
-        assert printed == {"task_id": message["id"], "task": "tasks.send_instagram_dm", "state": "ENQUEUED"}
+        assert printed == {"task_id": message["id"], "task": "trueup.send_instagram_dm", "state": "ENQUEUED"}
 
     @pytest.mark.parametrize(("suffix", "argument"), [("html", "html"), ("txt", "text")])
     def test_a_text_file_of_products_is_sent_as_text_and_any_other_as_html(
@@ -72,7 +72,7 @@ class TestWithoutAWorker:
         trueup("run", "ask", "--user", 7, "--question", "Free?", file)
         trueup("run", "ask", "--user", 7, "--question", "Free?", "-", stdin="")
         [with_context, without] = waiting()
-        assert with_context["task"] == "tasks.ask_question"
+        assert with_context["task"] == "trueup.ask_question"
         assert (with_context["question"], with_context["context"]) == (
             "Free?",
             ["Returns are free.\nFor 45 days.", "سلام"],
@@ -84,7 +84,7 @@ class TestWithoutAWorker:
         trueup("run", "prompt", "--user", 7, "--name", "Kestrel", EXAMPLES / "prompt_draft.txt")
         [reply, prompt] = waiting()
         assert {name: reply[name] for name in CHAT} == CHAT
-        assert (reply["task"], prompt["task"]) == ("tasks.reply_to_message", "tasks.generate_prompt")
+        assert (reply["task"], prompt["task"]) == ("trueup.reply_to_message", "trueup.generate_prompt")
         assert prompt["prompt"] == (EXAMPLES / "prompt_draft.txt").read_text()
         assert prompt["business"] == {"name": "Kestrel", "description": None}
 
@@ -141,7 +141,7 @@ class TestWithoutAWorker:
         result = trueup("run", "qa", "--user", 7, "--wait", "--timeout", 1, ARTICLE, code=1)
         [message] = waiting()
         assert f"Task {message['id']} has not ended within 1 s (state PENDING). It goes on" in result.stderr
-        assert "start it with `celery -A trueup.worker worker -Q ai`" in result.stderr
+        assert "start it with `celery -A trueup.worker worker -Q trueup-ai`" in result.stderr
 
     @pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # by Celery, as a worker would
     def test_a_result_of_megabytes_arrives_whole(
@@ -162,7 +162,17 @@ class TestWithoutAWorker:
     def test_a_worker_for_other_queues_is_none_for_this_task(
         self, waiting: Callable[[], list[dict[str, Any]]], app: Celery
     ) -> None:
-        command = [CELERY, "-b", app.conf.broker_url, "worker", "-Q", "reconcile", "-P", "solo", "--without-mingle"]
+        command = [
+            CELERY,
+            "-b",
+            app.conf.broker_url,
+            "worker",
+            "-Q",
+            "trueup-reconcile",
+            "-P",
+            "solo",
+            "--without-mingle",
+        ]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as other:
             try:
                 wait_for(lambda: app.control.ping(timeout=0.5), "the worker answers")

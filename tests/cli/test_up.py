@@ -96,7 +96,7 @@ def answer_of(url: str) -> Any:
 
 def test_up_runs_both_workers_and_the_api_and_other_commands_use_it(up: Up) -> None:
     pid = up.start()
-    wait_for(lambda: answering(up.home) == {"ai", "reconcile"}, "both workers answer")
+    wait_for(lambda: answering(up.home) == {"trueup-ai", "trueup-reconcile"}, "both workers answer")
     servers = server_pids(up.home)
     checked = up.trueup("tokens", "check", 1)
     assert (checked.returncode, checked.stderr) == (3, "")
@@ -115,7 +115,7 @@ def test_up_runs_both_workers_and_the_api_and_other_commands_use_it(up: Up) -> N
     denied = up.trueup("run", "qa", "--user", 1, "--wait", Path(__file__).parents[2] / "examples" / "help_en.txt")
     assert denied.returncode == 3
     assert not (up.home / "log" / "temporary-worker.log").exists()
-    assert "tasks.generate_qa" in up.log.read_text()
+    assert "trueup.generate_qa" in up.log.read_text()
 
 
 def test_after_kill_9_a_second_start_takes_over_and_its_stop_leaves_nothing(up: Up) -> None:
@@ -129,7 +129,7 @@ def test_after_kill_9_a_second_start_takes_over_and_its_stop_leaves_nothing(up: 
     up.log.write_text("")
     up.start()
     assert not any(is_alive(process) for process in workers)
-    wait_for(lambda: answering(up.home) == {"ai", "reconcile"}, "both workers answer again")
+    wait_for(lambda: answering(up.home) == {"trueup-ai", "trueup-reconcile"}, "both workers answer again")
 
     assert up.stop(signal.SIGINT) == 0
     assert_nothing_runs(up.home)

@@ -11,7 +11,7 @@ COMPLETE, STREAM, STREAM_CLOSED, STREAM_LEFT = "complete", "stream", "stream_clo
 """Ways to make a call: at once; in chunks; in chunks that the task reads some of, and then closes or leaves open."""
 
 SPEND_TASK = "faults.spend"
-SEND_TASK = "tasks.send_instagram_dm"
+SEND_TASK = "trueup.send_instagram_dm"
 
 _PRODUCTS = ({"name": "Lamp", "price": "10", "currency": "EUR"},)
 

@@ -26,7 +26,7 @@ from tests.faults.servers import Servers
 from tests.faults.violations import DONE, NO_RESULT, UNFINISHED, WAITING, Violation
 from tests.faults.workers import Worker
 
-QUEUE = "ai"
+QUEUE = "trueup-ai"
 BOOT_SECONDS = 90.0
 # How long a round may take to settle while nothing happens in it, and altogether.
 QUIET_SECONDS = 25.0

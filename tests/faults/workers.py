@@ -42,7 +42,7 @@ class Worker:
                 "trueup.worker",
                 "worker",
                 "-Q",
-                "ai",
+                "trueup-ai",
                 "-I",
                 TASK_MODULE,
             ),

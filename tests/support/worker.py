@@ -61,7 +61,7 @@ class WorkerProcess:
 def running_worker(
     log: Path,
     *,
-    queues: Sequence[str] = ("ai",),
+    queues: Sequence[str] = ("trueup-ai",),
     include: Sequence[str] = (),
     concurrency: int = 2,
     more: Sequence[str] = (),

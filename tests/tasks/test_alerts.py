@@ -74,7 +74,7 @@ def test_beat_looks_for_alerts_each_minute_where_they_go_anywhere(host: Host, co
     config = celery_config(get_settings())
     assert config["beat_schedule"]["check-alerts"]["task"] == check_alerts.name
     assert config["beat_schedule"]["check-alerts"]["schedule"] == timedelta(minutes=1)
-    assert config["task_routes"][check_alerts.name] == {"queue": "reconcile"}
+    assert config["task_routes"][check_alerts.name] == {"queue": "trueup-reconcile"}
     assert "trueup.tasks.alerts" in TASK_MODULES
 
 

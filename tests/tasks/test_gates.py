@@ -30,19 +30,19 @@ CHAT = json.loads((EXAMPLES / "chat.json").read_text())
 
 # What each metered task can be called with, so that it asks the model.
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "tasks.generate_qa": {"text": (EXAMPLES / "help_en.txt").read_text(), "max_pairs": 2},
-    "tasks.extract_products": {"url": "https://shop.example/", "text": "Mug\n5 EUR"},
-    "tasks.send_instagram_dm": json.loads((EXAMPLES / "comment_product.json").read_text()),
-    "tasks.reply_to_message": CHAT,
-    "tasks.ask_question": {"question": "Are returns free?", "context": ["Returns are free."]},
-    "tasks.generate_prompt": {"prompt": (EXAMPLES / "prompt_draft.txt").read_text(), "business": CHAT["business"]},
+    "trueup.generate_qa": {"text": (EXAMPLES / "help_en.txt").read_text(), "max_pairs": 2},
+    "trueup.extract_products": {"url": "https://shop.example/", "text": "Mug\n5 EUR"},
+    "trueup.send_instagram_dm": json.loads((EXAMPLES / "comment_product.json").read_text()),
+    "trueup.reply_to_message": CHAT,
+    "trueup.ask_question": {"question": "Are returns free?", "context": ["Returns are free."]},
+    "trueup.generate_prompt": {"prompt": (EXAMPLES / "prompt_draft.txt").read_text(), "business": CHAT["business"]},
 }
 ESTIMATES = {
-    "tasks.extract_products": extractor.ESTIMATED_TOKENS,
-    "tasks.send_instagram_dm": instagram.ESTIMATED_TOKENS,
-    "tasks.reply_to_message": messages.ESTIMATED_TOKENS,
-    "tasks.ask_question": questions.ESTIMATED_TOKENS,
-    "tasks.generate_prompt": enhancement.ESTIMATED_TOKENS,
+    "trueup.extract_products": extractor.ESTIMATED_TOKENS,
+    "trueup.send_instagram_dm": instagram.ESTIMATED_TOKENS,
+    "trueup.reply_to_message": messages.ESTIMATED_TOKENS,
+    "trueup.ask_question": questions.ESTIMATED_TOKENS,
+    "trueup.generate_prompt": enhancement.ESTIMATED_TOKENS,
 }
 
 
@@ -166,13 +166,13 @@ def test_one_token_less_than_the_estimate_is_denied(name: str, app: Celery, wire
 @pytest.mark.parametrize(
     ("name", "arguments", "fault"),
     [
-        ("tasks.reply_to_message", {"message": ""}, "message has 0"),
-        ("tasks.reply_to_message", {"message": "Hi", "history": [{"sender": "system", "text": "x"}]}, "history.0"),
-        ("tasks.reply_to_message", {"message": "Hi", "history": "x"}, "history: "),
-        ("tasks.ask_question", {"question": "x" * 4001}, "question has 4001"),
-        ("tasks.ask_question", {"question": "When?", "context": [1]}, r"context\.0"),
-        ("tasks.generate_prompt", {"prompt": ""}, "prompt has 0"),
-        ("tasks.generate_prompt", {"prompt": "Be nice.", "business": {"x": 1}}, r"business\.x"),
+        ("trueup.reply_to_message", {"message": ""}, "message has 0"),
+        ("trueup.reply_to_message", {"message": "Hi", "history": [{"sender": "system", "text": "x"}]}, "history.0"),
+        ("trueup.reply_to_message", {"message": "Hi", "history": "x"}, "history: "),
+        ("trueup.ask_question", {"question": "x" * 4001}, "question has 4001"),
+        ("trueup.ask_question", {"question": "When?", "context": [1]}, r"context\.0"),
+        ("trueup.generate_prompt", {"prompt": ""}, "prompt has 0"),
+        ("trueup.generate_prompt", {"prompt": "Be nice.", "business": {"x": 1}}, r"business\.x"),
     ],
 )
 def test_wrong_input_is_refused_before_any_token_is_held(
@@ -186,7 +186,7 @@ def test_wrong_input_is_refused_before_any_token_is_held(
 
 @pytest.mark.parametrize(
     ("name", "part"),
-    [("tasks.reply_to_message", "reply"), ("tasks.ask_question", "answer"), ("tasks.generate_prompt", "prompt")],
+    [("trueup.reply_to_message", "reply"), ("trueup.ask_question", "answer"), ("trueup.generate_prompt", "prompt")],
 )
 def test_a_task_charges_what_it_used_and_gives_the_rest_back(
     name: str, part: str, app: Celery, host: Host, connection: Connection

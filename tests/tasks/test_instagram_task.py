@@ -1,4 +1,4 @@
-"""`tasks.send_instagram_dm` with its real outbox: the message and the public reply, each at most once."""
+"""`trueup.send_instagram_dm` with its real outbox: the message and the public reply, each at most once."""
 
 import json
 from typing import Any
@@ -40,7 +40,7 @@ def deliver(app: Celery, user: int) -> dict[str, Any]:
             "public_reply_text": "See your inbox.",
         },
     }
-    task = app.tasks["tasks.send_instagram_dm"]
+    task = app.tasks["trueup.send_instagram_dm"]
     result: dict[str, Any] = task.apply(kwargs={"user_id": user, **arguments}, task_id=TASK, retries=3).get()
     return result
 

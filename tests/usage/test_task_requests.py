@@ -26,13 +26,13 @@ USER, OTHER = 7, 8
 
 
 def begin(connection: Connection, user: int = USER, key: str = "key-1", **more: Any) -> TaskRequest:
-    values = {"fingerprint": "f", "task": "tasks.ask_question", "task_id": str(uuid.uuid4()), "now": NOW}
+    values = {"fingerprint": "f", "task": "trueup.ask_question", "task_id": str(uuid.uuid4()), "now": NOW}
     return begin_request(connection, user_id=user, idempotency_key=key, **{**values, **more})
 
 
 def test_the_same_key_gives_the_first_request_as_it_stands(host: Host, connection: Connection) -> None:
     first = begin(connection)
-    again = begin(connection, fingerprint="other", task="tasks.generate_prompt", now=NOW + timedelta(hours=1))
+    again = begin(connection, fingerprint="other", task="trueup.generate_prompt", now=NOW + timedelta(hours=1))
     assert again == first
     assert first.sent_at is None
     mark_sent(connection, first, now=NOW + timedelta(seconds=1))

@@ -52,5 +52,5 @@ def app(shared_database: str) -> Iterator[Celery]:
 @pytest.fixture(scope="module")
 def worker(app: Celery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
     log = tmp_path_factory.mktemp("worker") / "worker.log"
-    with running_worker(log, queues=("ai", "reconcile"), include=(TASKS,)) as worker:
+    with running_worker(log, queues=("trueup-ai", "trueup-reconcile"), include=(TASKS,)) as worker:
         yield worker

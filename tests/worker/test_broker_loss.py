@@ -54,7 +54,7 @@ def test_a_worker_outlives_a_redis_that_is_away_for_seconds(
     redis_home: Path, app: Celery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running_worker(tmp_path / "worker.log", include=(TASKS,)) as worker:
-        result = app.send_task("test.slow", args=(AWAY_SECONDS + 3,), queue="ai")
+        result = app.send_task("test.slow", args=(AWAY_SECONDS + 3,), queue="trueup-ai")
         wait_for(lambda: result.state == "STARTED", "the task has started")
         redis = redis_process(redis_home)
         redis.send_signal(signal.SIGTERM)
@@ -64,7 +64,7 @@ def test_a_worker_outlives_a_redis_that_is_away_for_seconds(
         monkeypatch.delenv("TRUEUP_BROKER_URL")
         with running_stack(Settings(home=redis_home), services=("redis",)):
             wait_for(lambda: _answers(app), "the worker is back", seconds=30)
-            assert app.send_task("test.slow", args=(0,), queue="ai").get(timeout=20) == "done"
+            assert app.send_task("test.slow", args=(0,), queue="trueup-ai").get(timeout=20) == "done"
             assert worker.process.poll() is None
 
 

@@ -74,7 +74,7 @@ def test_redbeat_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_period_has_one_run_however_often_it_is_asked_for(app: Celery, shared_host: Host, tmp_path: Path) -> None:
-    with running_worker(tmp_path / "worker.log", queues=("reconcile",)):
+    with running_worker(tmp_path / "worker.log", queues=("trueup-reconcile",)):
         assert send(app, "reconcile_counters", scheduled=True)["status"] == "finished"
         assert "period" in send(app, "reconcile_counters", scheduled=True)["skipped"]
         assert send(app, "reconcile_counters", scheduled=True, deep=True)["defects"] == 0
@@ -88,7 +88,7 @@ def test_a_large_run_is_shared_and_ended_by_its_last_shard(
 ) -> None:
     subscribe_many(shared_host, 100_000, 2_500)
     monkeypatch.setenv("TRUEUP_RECONCILE_SHARD_SIZE", "1000")
-    with running_worker(tmp_path / "worker.log", queues=("reconcile",)):
+    with running_worker(tmp_path / "worker.log", queues=("trueup-reconcile",)):
         send(app, "reconcile_counters", scheduled=True)
         wait_for(lambda: statuses(shared_host) == [(1, "finished")], "the run is finished")
     left = "SELECT count(*) FROM billing_subscription WHERE user_id >= 100000 AND tokens_remaining <> 700"
@@ -108,8 +108,8 @@ def test_a_worker_killed_in_its_shard_is_made_up_for_by_another_machine(
     monkeypatch.setenv("TRUEUP_RECONCILE_SHARD_SIZE", "1000")
     monkeypatch.setenv("TRUEUP_RECONCILE_BATCH_SIZE", "10")
     drifts = "SELECT count(*) FROM trueup.drift WHERE user_id >= 200000"
-    with running_worker(tmp_path / "dies.log", queues=("reconcile",), concurrency=1) as dying:
-        app.tasks["tasks.reconcile_counters"].apply_async(kwargs={"scheduled": True})
+    with running_worker(tmp_path / "dies.log", queues=("trueup-reconcile",), concurrency=1) as dying:
+        app.tasks["trueup.reconcile_counters"].apply_async(kwargs={"scheduled": True})
         wait_for(lambda: shared_host.value(drifts) >= 20, "it is in the middle")
         dying.kill()
     wait_for(
@@ -121,7 +121,7 @@ def test_a_worker_killed_in_its_shard_is_made_up_for_by_another_machine(
     for table in ("reconcile_run", "reconcile_shard"):
         shared_host.execute(f"UPDATE trueup.{table} SET lease_until = now() WHERE lease_until IS NOT NULL")
     app.control.purge()
-    with running_worker(tmp_path / "other.log", queues=("reconcile",)):
+    with running_worker(tmp_path / "other.log", queues=("trueup-reconcile",)):
         assert send(app, "sweep_runs")["shards"] >= 1
         wait_for(lambda: statuses(shared_host) == [(1, "finished")], "the run is finished")
     assert shared_host.value(drifts) == 1_500
@@ -161,7 +161,7 @@ def sent_at(app: Celery, task: str) -> list[datetime]:
     """Return when each message of that task was sent: all of them are still in the queue."""
     times = []
     with redis_of(app) as redis:
-        for message in redis.lrange("reconcile", 0, -1):
+        for message in redis.lrange("trueup-reconcile", 0, -1):
             headers = json.loads(message)["headers"]
             if headers["task"] == task:
                 times.append(datetime.fromisoformat(headers["expires"]) - timedelta(seconds=1))
@@ -185,14 +185,14 @@ def test_of_two_redbeats_one_sends_also_when_the_other_is_killed(
         return [number for number in (0, 1) if "Acquired lock" in (tmp_path / f"beat{number}.log").read_text()]
 
     with beats(tmp_path, 2) as running:
-        wait_for(lambda: len(sent_at(app, "tasks.expire_holds")) >= 3, "the first beat sends")
+        wait_for(lambda: len(sent_at(app, "trueup.expire_holds")) >= 3, "the first beat sends")
         (first,) = holders()
         os.killpg(running[first].pid, signal.SIGKILL)
         running[first].wait(10)
-        before = len(sent_at(app, "tasks.expire_holds"))
-        wait_for(lambda: len(sent_at(app, "tasks.expire_holds")) >= before + 3, "the other beat sends", seconds=40)
+        before = len(sent_at(app, "trueup.expire_holds"))
+        wait_for(lambda: len(sent_at(app, "trueup.expire_holds")) >= before + 3, "the other beat sends", seconds=40)
         assert holders() == [0, 1]
-    times = sent_at(app, "tasks.expire_holds")
+    times = sent_at(app, "trueup.expire_holds")
     app.control.purge()
     assert [pair for pair in pairwise(times) if pair[1] - pair[0] < timedelta(seconds=1.5)] == []
 
@@ -203,8 +203,8 @@ def test_two_plain_beats_make_one_run_a_period_also_when_one_is_killed(
     monkeypatch.setenv("TRUEUP_RECONCILE_INTERVAL_SECONDS", "10")
     get_settings.cache_clear()
     app.control.purge()
-    with running_worker(tmp_path / "worker.log", queues=("reconcile",)) as worker, beats(tmp_path, 2) as running:
-        asked = "tasks.reconcile_counters"
+    with running_worker(tmp_path / "worker.log", queues=("trueup-reconcile",)) as worker, beats(tmp_path, 2) as running:
+        asked = "trueup.reconcile_counters"
         wait_for(lambda: worker.output.count(asked) >= 4, "both have asked for a run", seconds=40)
         os.killpg(running[0].pid, signal.SIGKILL)
         running[0].wait(10)

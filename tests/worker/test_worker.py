@@ -28,7 +28,7 @@ def test_a_task_runs_end_to_end_and_its_usage_lands_in_the_log(
 ) -> None:
     user = shared_host.subscriber(10_000)
     arguments = {"user_id": user, "text": ARTICLE.read_text(), "page_title": "Help", "max_pairs": 3}
-    answer = app.tasks["tasks.generate_qa"].apply_async(kwargs=arguments).get(timeout=RESULT_SECONDS)
+    answer = app.tasks["trueup.generate_qa"].apply_async(kwargs=arguments).get(timeout=RESULT_SECONDS)
     assert len(answer["pairs"]) == 3
     row = shared_host.execute(
         "SELECT section, model_name, total_tokens, success FROM ai_usage_log WHERE user_id = :user", user=user
@@ -169,9 +169,9 @@ def test_while_the_hosts_usage_goes_uncounted_a_task_waits_and_runs_after_attach
 def test_reconciling_runs_as_a_task(app: Celery, worker: WorkerProcess, shared_host: Host) -> None:
     user = shared_host.subscriber(1_000)
     shared_host.log(user, 3)  # no plan is as small, so that it can't be one
-    app.tasks["tasks.reconcile_counters"].apply_async().get(timeout=RESULT_SECONDS)
+    app.tasks["trueup.reconcile_counters"].apply_async().get(timeout=RESULT_SECONDS)
     shared_host.execute("UPDATE billing_subscription SET tokens_remaining = NULL WHERE user_id = :user", user=user)
-    figures = app.tasks["tasks.reconcile_counters"].apply_async().get(timeout=RESULT_SECONDS)
+    figures = app.tasks["trueup.reconcile_counters"].apply_async().get(timeout=RESULT_SECONDS)
     # Other tests have left users whose decrements may still come.
     assert figures["drifted"] >= figures["corrected"] >= 1
     assert shared_host.counter(user) == 997

@@ -98,7 +98,7 @@ async def ask_question(
     request: Request, body: QuestionBody, user_id: CurrentUser, key: IdempotencyKey = None, prefer: Prefer = None
 ) -> JSONResponse:
     """Ask a question. Estimate: 1,500 tokens."""
-    return await _answer(request, user_id, "tasks.ask_question", body.model_dump(), key=key, prefer=prefer)
+    return await _answer(request, user_id, "trueup.ask_question", body.model_dump(), key=key, prefer=prefer)
 
 
 @router.post(
@@ -112,7 +112,7 @@ async def generate_prompt(
     request: Request, body: PromptBody, user_id: CurrentUser, key: IdempotencyKey = None, prefer: Prefer = None
 ) -> JSONResponse:
     """Make a better prompt of a draft. Estimate: 700 tokens, more for a long draft."""
-    return await _answer(request, user_id, "tasks.generate_prompt", body.model_dump(), key=key, prefer=prefer)
+    return await _answer(request, user_id, "trueup.generate_prompt", body.model_dump(), key=key, prefer=prefer)
 
 
 async def _answer(

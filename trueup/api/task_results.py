@@ -55,7 +55,7 @@ class TaskBody(Body, Generic[_Result]):
     """A task. `result` is there when it is done, `denial` when the gate said no, `failure` when it failed."""
 
     task_id: str = Field(examples=["6f1c2f0e-6b8e-4e5b-9f0a-0d6a3c1b2a4d"])
-    task: str = Field(examples=["tasks.ask_question"])
+    task: str = Field(examples=["trueup.ask_question"])
     state: State
     created_at: datetime
     result: _Result | None = None

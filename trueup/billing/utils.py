@@ -27,7 +27,7 @@ def check_ai_access_for_user(user: Any, estimated_tokens: int, feature_name: str
     """Say whether the user may run a feature that needs about `estimated_tokens` tokens.
 
     `user` is an id or any object with `.pk` or `.id`; an unknown one reads as `no_subscription`. Nothing is reserved:
-    two callers may both be told yes. Queued work goes through the gate of `tasks.metered_task`, which reserves.
+    two callers may both be told yes. Queued work goes through the gate of `metered_task`, which reserves.
     Raises `InvalidInputError` (a ValueError) for a negative or non-integer estimate, `ServiceUnavailableError` when the
     database does not answer.
     """

@@ -35,7 +35,7 @@ def check_holds(connection: Connection, settings: Settings) -> Iterator[Finding]
             "holds",
             f"{overdue} holds ran out more than {OVERDUE_AFTER.total_seconds() / 60:.0f} minutes ago, and nobody has "
             "ended them.",
-            "See that beat and the worker of the reconcile queue run: tasks.expire_holds does it.",
+            "See that beat and the worker of the queue trueup-reconcile run: trueup.expire_holds does it.",
             **detail,
         )
     elif oldest is not None and oldest > OLD_HOLD_SECONDS:
@@ -84,7 +84,7 @@ def check_runs(connection: Connection, settings: Settings) -> Iterator[Finding]:
         yield error(
             "reconcile",
             gap.message,
-            "See that beat and the worker of the reconcile queue run, or reconcile by hand: `trueup reconcile`.",
+            "See that beat and the worker of the queue trueup-reconcile run, or reconcile by hand: `trueup reconcile`.",
             **gap.content(),
         )
     run = connection.execute(
@@ -135,7 +135,7 @@ def check_beat(connection: Connection, settings: Settings) -> Iterator[Finding]:
         f"The schedule's last run began {seconds:.0f} s {since}; one is due every "
         f"{settings.reconcile_interval_seconds} s.",
         "Start `celery -A trueup.worker beat`, and a worker for its queue: "
-        "`celery -A trueup.worker worker -Q reconcile`.",
+        "`celery -A trueup.worker worker -Q trueup-reconcile`.",
         **detail,
     )
 

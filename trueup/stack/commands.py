@@ -25,12 +25,12 @@ class Command:
 def stack_commands(home: Path) -> tuple[Command, ...]:
     """Return the workers, the beat and the API of the stack in `home`, in the order they are started."""
     return (
-        Command(name="worker", tokens=(*_CELERY, "worker", "-Q", "ai", "-n", "ai@%h")),
+        Command(name="worker", tokens=(*_CELERY, "worker", "-Q", "trueup-ai", "-n", "trueup-ai@%h")),
         Command(
             # One process: a reconcile run waits for the database, more of them only for each other.
             name="reconcile",
             tokens=(
-                *(*_CELERY, "worker", "-Q", "reconcile", "-n", "reconcile@%h"),
+                *(*_CELERY, "worker", "-Q", "trueup-reconcile", "-n", "trueup-reconcile@%h"),
                 "--concurrency=1",
             ),
         ),
