@@ -99,7 +99,7 @@ def not_gated(tasks: Iterable[Task]) -> list[str]:
 
 
 def own_tasks(app: Celery) -> list[Task]:
-    return [task for name, task in app.tasks.items() if name.startswith("tasks.")]
+    return [task for name, task in app.tasks.items() if name.startswith("trueup.")]
 
 
 def test_every_task_that_can_spend_is_metered(app: Celery) -> None:
@@ -214,7 +214,7 @@ ROWS = re.findall(
 def test_the_table_of_features_names_every_metered_task_as_it_is(app: Celery) -> None:
     named = {}
     for feature, ways, estimate, section, _ in ROWS:
-        for name in re.findall(r"`(tasks\.\w+)`", ways):
+        for name in re.findall(r"`(trueup\.\w+)`", ways):
             named[name] = (feature.strip(), section, estimate)
     assert set(named) == set(ARGUMENTS)
     for name, (feature, section, estimate) in named.items():
