@@ -58,7 +58,7 @@ def test_the_oldest_counts_of_all_priorities(app: Celery, redis: Any) -> None:
     for priority in (None, None, 9):
         task.apply_async(priority=priority)
     aged(redis, "trueup-reconcile", 50)
-    aged(redis, "reconcile\x06\x169", 700)
+    aged(redis, "trueup-reconcile\x06\x169", 700)
     waiting = look_at_queue(redis, "trueup-reconcile")
     assert (waiting.length, round(waiting.oldest_seconds or 0, -1)) == (3, 700)
     assert str(waiting).startswith("3 tasks wait, the oldest for 70")
