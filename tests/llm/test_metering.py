@@ -18,7 +18,7 @@ from trueup.gate.holds import Hold, close_hold, open_hold
 from trueup.gate.provider_calls import list_unrecorded_calls
 from trueup.llm.metering import MeteredModel, spending_from
 from trueup.llm.model import Completion, Message
-from trueup.llm.providers.offline import OfflineProvider
+from trueup.llm.offline.offline import OfflineProvider
 from trueup.settings.settings import get_settings
 
 PROMPT = [Message(role="user", content="a question")]

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from trueup.llm.model import Message, Provider
+from trueup.llm.offline.offline import OfflineProvider
+from trueup.llm.offline.questions import question_about
 from trueup.llm.prompts import block, dm_messages, job_of, product_messages, qa_messages
 from trueup.llm.providers import counter_from_settings, provider_from_settings
-from trueup.llm.providers.offline import OfflineProvider
-from trueup.llm.providers.offline_questions import question_about
 from trueup.llm.tokens import BoundCounter, EncodingCounter
 from trueup.settings.settings import Settings
 

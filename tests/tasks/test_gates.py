@@ -19,7 +19,7 @@ from trueup.errors import InvalidInputError, ProviderError, TokensDenied
 from trueup.features import enhancement, instagram, messages, questions
 from trueup.features.products import extractor
 from trueup.gate.holds import list_holds
-from trueup.llm.providers.offline import OfflineProvider
+from trueup.llm.offline.offline import OfflineProvider
 from trueup.settings.settings import get_settings
 from trueup.tasks import MeteredTask
 from trueup.tasks.metered import _model
@@ -122,7 +122,9 @@ def test_only_the_metered_task_has_a_provider_at_hand() -> None:
         str(path.relative_to(ROOT))
         for path in sources
         for name in imported(path.read_text())
-        if name.startswith(("trueup.llm.providers.", "trueup.llm.metering.MeteredModel", "openai"))
+        if name.startswith(
+            ("trueup.llm.providers.", "trueup.llm.offline.", "trueup.llm.metering.MeteredModel", "openai")
+        )
         and name != "trueup.llm.providers.counter_from_settings"
     }
     assert holders == {"tasks/metered.py"}

@@ -12,7 +12,7 @@ def provider_from_settings(settings: Settings) -> Provider:
         from trueup.llm.providers.openai import OpenAIProvider
 
         return OpenAIProvider(settings)
-    from trueup.llm.providers.offline import OfflineProvider
+    from trueup.llm.offline.offline import OfflineProvider
 
     return OfflineProvider()
 
