@@ -136,6 +136,11 @@ def test_errors_end_with_one_and_warnings_only_when_asked(levels_found: str, str
         ),
         ({"model_provider": "openai"}, "error", "TRUEUP_OPENAI_API_KEY"),
         ({"database_url": "postgresql://db/app", "broker_url": "redis://r"}, "warning", "TRUEUP_MODEL_PROVIDER"),
+        (
+            {"database_url": "postgresql://db/app", "broker_url": "redis://r", "model_provider": "offline"},
+            "warning",
+            "TRUEUP_MODEL_PROVIDER=openai, or unset it",
+        ),
     ],
 )
 def test_settings_that_endanger_each_other_are_named(values: dict[str, Any], level: str, told: str) -> None:

@@ -66,7 +66,7 @@ def hold(connection: Connection, user: int, *, tokens: int = 200, task_id: str |
 
 
 def model(provider: Any) -> MeteredModel:
-    return MeteredModel(provider, get_settings())
+    return MeteredModel(lambda: provider, get_settings())
 
 
 def test_a_call_may_cost_at_most_what_the_hold_has_left(host: Host, connection: Connection) -> None:
