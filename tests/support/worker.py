@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import psutil
 
-BOOT_SECONDS = 30.0
+BOOT_SECONDS = 120.0
 
 Value = TypeVar("Value")
 

@@ -13,7 +13,7 @@ from trueup.errors import SettingsError
 from trueup.settings.settings import get_settings
 from trueup.tasks.upkeep import expire_holds, reconcile_counters
 
-SECONDS = 30
+SECONDS = 120
 ARTICLE = Path(__file__).parents[2] / "examples" / "help_en.txt"
 
 
