@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from types import FrameType
 
 import click
@@ -52,7 +51,7 @@ MOST_JOBS = 64
     type=click.IntRange(1, MOST_JOBS),
     default=1,
     show_default=True,
-    help="Work on so many parts at once, in processes where much is found.",
+    help="Work on so many shards at once, each in a thread.",
 )
 @click.option("--max-correction", type=TOKENS, help="Hold a counter that is off by more tokens for review.")
 @click.option("--tolerance", type=TOKENS, help="Leave a counter that is off by at most so many tokens alone.")
@@ -148,7 +147,6 @@ def _run(
                 scan_timeout_seconds=settings.reconcile_scan_timeout_seconds,
                 requested_by=f"{_person()}@{socket.gethostname()}",
                 keep_findings=dry_run,
-                make_engine=partial(create_trueup_engine, settings),
                 progress=lambda checked, total: bar.update(job, completed=checked, total=max(total, checked)),
             )
     except KeyboardInterrupt:

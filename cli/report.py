@@ -7,7 +7,7 @@ import click
 from trueup.cli.output import print_facts, print_table
 from trueup.cli.reports.figures import summary_of
 from trueup.cli.reports.plain import report_csv, report_json
-from trueup.drift.cause_texts import cause_title
+from trueup.drift.causes import cause_title
 from trueup.reports.run_report import DriftReport
 
 FORMATS = ("table", "json", "csv", "markdown", "html")

@@ -13,7 +13,7 @@ from trueup.cli.context import USER, json_option, servers
 from trueup.cli.output import print_json, print_table, show
 from trueup.cli.review_many import check_choice, decide_many, filter_options, many_options
 from trueup.database.engine import connect, retrying
-from trueup.drift.cause_texts import cause_title
+from trueup.drift.causes import cause_title
 from trueup.review.decisions import (
     Choice,
     Decision,

@@ -11,7 +11,7 @@ from trueup.cli.context import TOKENS, servers
 from trueup.cli.output import console, print_json, show
 from trueup.cli.reports.options import CAUSE
 from trueup.database.engine import connect, retrying
-from trueup.drift.cause_texts import cause_title
+from trueup.drift.causes import cause_title
 from trueup.review.bulk import MOST_CHOSEN, BulkDecision, ChosenDrifts, choose_drifts, decide_chosen
 from trueup.review.decisions import Choice, ReviewFilter
 from trueup.settings.settings import get_settings

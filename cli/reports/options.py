@@ -12,8 +12,7 @@ from typing import Any, get_args
 
 import click
 
-from trueup.drift.cause_texts import CAUSES
-from trueup.drift.causes import Cause
+from trueup.drift.causes import CAUSE_SENTENCES, Cause
 from trueup.errors import TrueupError
 
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -55,7 +54,7 @@ class CauseParameter(click.ParamType[Any]):
     name = "cause"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        known = set(get_args(Cause)) | set(CAUSES)
+        known = set(get_args(Cause)) | set(CAUSE_SENTENCES)
         causes = tuple(part.strip().lower().replace(" ", "_").replace("-", "_") for part in value.split("+"))
         for cause in causes:
             if cause not in known:

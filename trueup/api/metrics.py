@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from trueup.database.engine import retrying
 from trueup.errors import NotInstalledError, ServiceUnavailableError
-from trueup.monitoring.gauges import read_gauges
+from trueup.monitoring.status import read_gauges
 
 ALLOWED = "allowed"
 NO_ROUTE = "none"
