@@ -27,8 +27,8 @@ from sqlalchemy import text
 from trueup.accounts.user_ids import UserId
 from trueup.cli import EXIT_DENIED, EXIT_ERROR
 from trueup.cli.context import TOKENS, USER, json_option, servers
+from trueup.cli.drift.report import echo, print_report, print_summary
 from trueup.cli.output import console, print_table
-from trueup.cli.report import echo, print_report, print_summary
 from trueup.cli.reports.plain import report_json
 from trueup.database.engine import create_trueup_engine, transaction
 from trueup.reconcile import local_run as reconciliation

@@ -7,7 +7,7 @@ from trueup.errors import NotInstalledError
 from trueup.install.install import check_installed, install
 from trueup.settings.settings import get_settings
 from trueup.stack import StackUrls
-from trueup.stack.supervisor import run_stack
+from trueup.stack.supervisor.supervisor import run_stack
 
 
 @click.command()

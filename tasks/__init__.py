@@ -9,12 +9,12 @@ from trueup.tasks.metered import metered_task
 
 # Autodiscovery finds nothing in a package named "tasks", so an app lists these under `include`.
 TASK_MODULES = (
-    "trueup.tasks.qa",
-    "trueup.tasks.products",
-    "trueup.tasks.instagram",
-    "trueup.tasks.messages",
-    "trueup.tasks.questions",
-    "trueup.tasks.prompts",
+    "trueup.tasks.features.qa",
+    "trueup.tasks.features.products",
+    "trueup.tasks.features.instagram",
+    "trueup.tasks.features.messages",
+    "trueup.tasks.features.questions",
+    "trueup.tasks.features.prompts",
     "trueup.tasks.upkeep",
     "trueup.tasks.reconcile",
     "trueup.tasks.alerts",

@@ -33,7 +33,7 @@ from trueup.settings import settings as billing_settings
 from trueup.settings.settings import Settings
 from trueup.stack import StackUrls, running_stack
 from trueup.stack.errors import StackError
-from trueup.stack.redis_server import find_program
+from trueup.stack.servers.redis import find_program
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 

@@ -16,7 +16,8 @@ from sqlalchemy import Connection
 from tests.support.host import Host
 from tests.support.wire import Wire, wire_server
 from trueup.errors import InvalidInputError, ProviderError, TokensDenied
-from trueup.features import enhancement, instagram, messages, questions
+from trueup.features import enhancement, messages, questions
+from trueup.features.instagram import direct_message
 from trueup.features.products import extractor
 from trueup.gate.holds import list_holds
 from trueup.llm.providers.offline import OfflineProvider
@@ -39,7 +40,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 ESTIMATES = {
     "trueup.extract_products": extractor.ESTIMATED_TOKENS,
-    "trueup.send_instagram_dm": instagram.ESTIMATED_TOKENS,
+    "trueup.send_instagram_dm": direct_message.ESTIMATED_TOKENS,
     "trueup.reply_to_message": messages.ESTIMATED_TOKENS,
     "trueup.ask_question": questions.ESTIMATED_TOKENS,
     "trueup.generate_prompt": enhancement.ESTIMATED_TOKENS,

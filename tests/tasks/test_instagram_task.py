@@ -9,7 +9,7 @@ from pytest_httpserver import HTTPServer
 from werkzeug import Response
 
 from tests.support.host import Host
-from trueup.features.graph import GraphError
+from trueup.features.instagram.graph import GraphError
 from trueup.settings.settings import get_settings
 
 ACCOUNT, COMMENT = "17841405822304914", "17870913679156914"

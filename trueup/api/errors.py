@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from trueup.api import metrics
+from trueup.api.views import metrics
 from trueup.errors import InvalidInputError, NotInstalledError, ServiceUnavailableError, TokensDenied
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from typing import Literal
 from trueup.settings.settings import Settings
 from trueup.stack.layout import Layout, prepare_layout
 from trueup.stack.leases import Lease
-from trueup.stack.postgres_server import PostgresServer
-from trueup.stack.redis_server import RedisServer
-from trueup.stack.servers import Server
+from trueup.stack.servers.postgres import PostgresServer
+from trueup.stack.servers.redis import RedisServer
+from trueup.stack.servers.server import Server
 from trueup.stack.stack_file import StackFile
 
 Service = Literal["postgres", "redis"]

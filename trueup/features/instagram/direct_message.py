@@ -8,10 +8,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from trueup.errors import AnswerFormatError, InvalidInputError
-from trueup.features.buttons import MAX_TEXT_CHARACTERS, Button, split_buttons, without_markers
-from trueup.features.comments import ActionConfig, CommentEvent, ProductInfo
-from trueup.features.effects import Outbox
-from trueup.features.graph import GraphClient, GraphError
+from trueup.features.instagram.buttons import MAX_TEXT_CHARACTERS, Button, split_buttons, without_markers
+from trueup.features.instagram.comments import ActionConfig, CommentEvent, ProductInfo
+from trueup.features.instagram.effects import Outbox
+from trueup.features.instagram.graph import GraphClient, GraphError
 from trueup.features.links import KnownLinks, without_foreign_links
 from trueup.llm.model import Message, Model
 from trueup.llm.prompts import dm_messages

@@ -10,16 +10,16 @@ from typing import TextIO
 import psutil
 
 from trueup.settings.settings import Settings
-from trueup.stack.commands import API, Command, stack_commands
-from trueup.stack.crew import Crew, Policy
 from trueup.stack.errors import StackAlreadyRunningError, explained
 from trueup.stack.layout import Layout, prepare_layout
 from trueup.stack.leases import Lease
 from trueup.stack.locks import FileLock
-from trueup.stack.merged_log import MergedLog
 from trueup.stack.records import ChildRecords, reap_leftovers
 from trueup.stack.running import StackUrls, leased_stack
-from trueup.stack.signals import StopRequests
+from trueup.stack.supervisor.commands import API, Command, stack_commands
+from trueup.stack.supervisor.crew import Crew, Policy
+from trueup.stack.supervisor.merged_log import MergedLog
+from trueup.stack.supervisor.signals import StopRequests
 
 
 def run_stack(

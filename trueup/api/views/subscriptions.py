@@ -2,11 +2,11 @@
 
 from fastapi import APIRouter
 
-from trueup.api.accounts import summary_of
 from trueup.api.auth import CurrentUser
 from trueup.api.errors import ApiError
 from trueup.api.responses import AUTHENTICATED, responses
 from trueup.api.schemas import BillingOverview, Plans, Subscription
+from trueup.api.views.accounts import summary_of
 
 router = APIRouter(prefix="/api/billing", tags=["billing"], responses=responses(*AUTHENTICATED))
 

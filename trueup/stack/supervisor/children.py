@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 
-from trueup.stack.commands import Command
 from trueup.stack.processes import is_alive
 from trueup.stack.records import ChildRecord, ChildRecords
+from trueup.stack.supervisor.commands import Command
 
 # The shell waits for one line before it becomes the program. Only then is the process on record;
 # and if we are killed before, the pipe closes and the shell ends: no program ever runs unrecorded.

@@ -6,10 +6,10 @@ from typing import Any
 from celery import current_task
 
 from trueup.accounts.user_ids import UserId
-from trueup.features import instagram
-from trueup.features.comments import action_config, comment_event
-from trueup.features.effects import TaskOutbox
-from trueup.features.graph import GraphClient
+from trueup.features.instagram import direct_message
+from trueup.features.instagram.comments import action_config, comment_event
+from trueup.features.instagram.effects import TaskOutbox
+from trueup.features.instagram.graph import GraphClient
 from trueup.llm.model import Model
 from trueup.llm.providers import counter_from_settings
 from trueup.settings.settings import get_settings
@@ -24,7 +24,7 @@ def estimate_tokens(arguments: Mapping[str, Any]) -> int | None:
     event, config = comment_event(arguments["event"]), action_config(arguments["config"])
     if config.mode == "STATIC" or event.is_own:
         return None
-    return instagram.estimated_tokens(counter_from_settings(get_settings()))
+    return direct_message.estimated_tokens(counter_from_settings(get_settings()))
 
 
 @metered_task(
@@ -35,7 +35,7 @@ def estimate_tokens(arguments: Mapping[str, Any]) -> int | None:
 )
 def send_instagram_dm(
     model: Model, user_id: UserId, event: dict[str, Any], config: dict[str, Any]
-) -> instagram.DmResult:
+) -> direct_message.DmResult:
     """Answer the one comment of a webhook payload by direct message and, if configured, publicly.
 
     `event`: Instagram's `comments` payload. `config`: the action's; mode PRODUCT is written by the model and gated,
@@ -46,7 +46,7 @@ def send_instagram_dm(
         user_id=user_id, task_id=current_task.request.id, resend_unknown=settings.resend_unknown_messages
     )
     with GraphClient.from_settings(settings) as graph:
-        return instagram.send_instagram_dm(
+        return direct_message.send_instagram_dm(
             model,
             event=comment_event(event),
             config=action_config(config),

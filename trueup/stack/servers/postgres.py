@@ -12,8 +12,8 @@ import psycopg
 
 from trueup.stack.errors import StackError, explained
 from trueup.stack.layout import Layout
-from trueup.stack.postgres_home import find_postgres_home, find_programs
 from trueup.stack.processes import processes_in, run_tool, start_detached
+from trueup.stack.servers.postgres_home import find_postgres_home, find_programs
 
 DATABASE = "trueup"
 _SUPERUSER = "postgres"

@@ -13,10 +13,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
 from redis.exceptions import RedisError
 
-from trueup.api import metrics
 from trueup.api.auth import operator
 from trueup.api.responses import AUTHENTICATED, responses_to_text
 from trueup.api.schemas import Body
+from trueup.api.views import metrics
 from trueup.database.engine import retrying
 from trueup.errors import NotInstalledError, ServiceUnavailableError
 from trueup.install.install import check_installed

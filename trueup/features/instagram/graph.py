@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 
 from trueup.errors import SettingsError, TrueupError
-from trueup.features.buttons import Button
+from trueup.features.instagram.buttons import Button
 from trueup.llm.credentials import header_value
 from trueup.llm.texts import cut_at_word
 from trueup.settings.settings import Settings

@@ -7,12 +7,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from trueup.stack.children import Child, start_child
-from trueup.stack.commands import Command
 from trueup.stack.errors import ChildFailedError
-from trueup.stack.merged_log import MergedLog
 from trueup.stack.records import ChildRecords
-from trueup.stack.signals import StopRequests
+from trueup.stack.supervisor.children import Child, start_child
+from trueup.stack.supervisor.commands import Command
+from trueup.stack.supervisor.merged_log import MergedLog
+from trueup.stack.supervisor.signals import StopRequests
 
 _TICK_SECONDS = 0.1
 _TEND_SECONDS = 2.0

@@ -2,10 +2,10 @@
 
 import click
 
-from trueup.cli.attach import attach
 from trueup.cli.context import servers
-from trueup.cli.detach import detach
-from trueup.cli.discover import discover
+from trueup.cli.db.attach import attach
+from trueup.cli.db.detach import detach
+from trueup.cli.db.discover import discover
 from trueup.database import engine as database
 from trueup.install.install import install
 from trueup.install.plan import refuse_other_installation

@@ -11,11 +11,11 @@ from sqlalchemy import Connection, text
 from trueup.accounts.user_ids import UserId
 from trueup.cli import EXIT_DENIED
 from trueup.cli.context import TOKENS, USER, json_option, servers
-from trueup.cli.look import show_look
+from trueup.cli.drift.preview import show_look
+from trueup.cli.drift.report import FORMATS, echo, print_summary
+from trueup.cli.drift.review import accept, grant, ignore, review, undo
 from trueup.cli.output import print_json
-from trueup.cli.report import FORMATS, echo, print_summary
 from trueup.cli.reports.options import CAUSE, ROWS, SINCE, write_file
-from trueup.cli.review import accept, grant, ignore, review, undo
 from trueup.database.engine import connect, transaction
 from trueup.errors import TrueupError, UnknownUserError
 from trueup.reports.history import history_json, read_history

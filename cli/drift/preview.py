@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from trueup.cli.context import servers
+from trueup.cli.drift.report import echo, print_summary
 from trueup.cli.output import show
-from trueup.cli.report import echo, print_summary
 from trueup.cli.reports.options import write_file
 from trueup.database.engine import get_engine
 from trueup.preview.report import LookReport
