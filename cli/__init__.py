@@ -3,6 +3,12 @@
 Exit codes: 0 fine, 1 error, 2 wrong usage or input, 3 denied or (with `--fail-on-drift`) drift found.
 """
 
+if not __name__.startswith("trueup."):
+    raise ImportError(
+        "This folder is the package trueup.cli. Imported as cli, its code would run a second time. "
+        "Nothing was imported. Import trueup.cli."
+    )
+
 import sys
 from importlib import import_module
 
@@ -102,7 +108,3 @@ def main() -> None:
       trueup run qa --user 1 page.txt --wait
       trueup drift report
     """
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,6 +3,12 @@
 `metered_task` is the base for AI tasks; a host decorates its own with it.
 """
 
+if not __name__.startswith("trueup."):
+    raise ImportError(
+        "This folder is the package trueup.tasks. Imported as tasks, its code would run a second time. "
+        "Nothing was imported. Import trueup.tasks."
+    )
+
 from trueup.tasks import queues as queues  # whoever sends a task has its message say when
 from trueup.tasks.base import MeteredTask
 from trueup.tasks.metered import metered_task

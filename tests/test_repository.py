@@ -166,3 +166,21 @@ def _modules(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found.add(node.module.partition(".")[0])
     return found
+
+
+@pytest.mark.parametrize("package", ["cli", "tasks", "worker"])
+def test_a_checkout_on_the_path_gives_no_second_copy_of_a_package(package: str) -> None:
+    """The folder is importable by its bare name from the root: two copies would register each task twice."""
+    code = f"import trueup.{package}; import {package}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    *_, error = done.stderr.splitlines()
+    assert done.returncode != 0
+    assert error.startswith("ImportError: ")
+    assert error.endswith(f"Import trueup.{package}.")
+
+
+def test_the_command_runs_as_a_module_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "trueup.cli", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("Usage: trueup ")

@@ -43,6 +43,32 @@ class HostChangedError(GateClosedError):
     """The host has changed what trueup reads or counts by: a table, a column, a trigger. Nothing was run."""
 
 
+class OldLayoutError(GateClosedError):
+    """The database has trueup's tables in the layout of a version before the first release. Nothing was changed.
+
+    `revision`: the layout's name in `trueup.alembic_version`. `what` and `remedy` are the two parts of the message.
+    """
+
+    remedy = (
+        "Run `trueup db detach` with the version that made the tables (--keep-history FILE keeps their history), then "
+        "`trueup db attach` with this version."
+    )
+
+    def __init__(self, revision: str) -> None:
+        self.revision = revision
+        super().__init__(revision)  # the argument, so that the error pickles
+
+    @property
+    def what(self) -> str:
+        return (
+            f"This database has trueup's tables in the layout of an earlier version (revision {self.revision}). This "
+            "version can neither use nor upgrade them. Nothing was changed, and no AI task runs."
+        )
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.remedy}"
+
+
 class LogChangedError(GateClosedError):
     """Partitions of the log came or went, or its values may be others. Noted by now: who asks again is answered."""
 

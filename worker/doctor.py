@@ -9,7 +9,7 @@ from celery import Celery
 
 from trueup.doctor.clocks import Offset, judge, measure
 from trueup.doctor.findings import Finding, error, ok, run_check, warning
-from trueup.settings.settings import Settings
+from trueup.settings.settings import PREFIX, Settings
 from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE
 from trueup.worker.waiting import Waiting, look_at_queue
 
@@ -89,6 +89,13 @@ def check_workers(app: Celery, client: Any, settings: Settings) -> Iterator[Find
             f"No worker answered within {ANSWER_SECONDS:.0f} s.",
             "Start them: `celery -A trueup.worker worker -Q trueup-ai`, and the same with `-Q trueup-reconcile`.",
             workers=[],
+        )
+    if AI_QUEUE in served and settings.model_provider is None and settings.database_url:
+        yield error(
+            "workers",
+            f"Workers take AI tasks from queue {AI_QUEUE}, and no model provider is set: each of them fails.",
+            f"Set {PREFIX}MODEL_PROVIDER for the workers, and restart them.",
+            queue=AI_QUEUE,
         )
     for queue, found in waiting.items():
         yield _queue(queue, found, served=queue in served, alone=not taken)

@@ -24,6 +24,7 @@ from trueup.errors import (
     InvalidInputError,
     ProviderError,
     ServiceUnavailableError,
+    SettingsError,
     TokensDenied,
 )
 from trueup.settings.settings import get_settings
@@ -352,6 +353,7 @@ class TestHowATaskStands:
             (AnswerFormatError("secret"), "unusable_answer", "charged"),
             (ProviderError("secret"), "provider_failed", "provider"),
             (HoldExhaustedError("secret"), "tokens_exhausted", "tokens"),
+            (SettingsError("secret"), "not_configured", "lacks a setting"),
             (ServiceUnavailableError("PostgreSQL", "secret", "secret"), "task_failed", "log"),
             (RuntimeError("secret"), "task_failed", "log"),
         ],

@@ -184,6 +184,17 @@ def test_a_queue_is_judged_by_its_length_its_age_and_by_who_takes_from_it(
 # Last: its worker lives as long as the module.
 
 
+def test_workers_that_take_ai_tasks_without_a_provider_are_an_error(
+    worker: WorkerProcess, settings: Callable[..., None]
+) -> None:
+    settings(TRUEUP_MODEL_PROVIDER=None)
+    findings = trueup_json("doctor", code=1)["findings"]
+    assert [finding["check"] for finding in findings if finding["level"] == "error"] == ["workers"]
+    [finding] = [finding for finding in findings if finding["level"] == "error"]
+    assert "no model provider is set" in finding["what"]
+    assert "TRUEUP_MODEL_PROVIDER" in finding["remedy"]
+
+
 def test_with_a_worker_all_is_well_but_for_the_tests_own_role(
     worker: WorkerProcess, shared_host: Host, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ TEXT = MANUAL.read_text()
 @pytest.fixture
 def model(database: str) -> MeteredModel:
     settings = get_settings()
-    return MeteredModel(provider_from_settings(settings), settings)
+    return MeteredModel(lambda: provider_from_settings(settings), settings)
 
 
 def test_trueups_model_client_spends_from_the_block(host: Host, model: MeteredModel) -> None:

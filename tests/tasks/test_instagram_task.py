@@ -23,6 +23,8 @@ def app(database: str, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setenv("TRUEUP_INSTAGRAM_GRAPH_URL", httpserver.url_for("/"))
     monkeypatch.setenv("TRUEUP_INSTAGRAM_ACCESS_TOKEN", "token")
+    # A fixed text needs no model.
+    monkeypatch.delenv("TRUEUP_MODEL_PROVIDER")
     get_settings.cache_clear()
     app.loader.import_default_modules()
     app.finalize()

@@ -12,6 +12,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from trueup.database.layout import refuse_old_layout
 from trueup.database.session import limit_session, read_as_utc
 from trueup.errors import (
     LogChangedError,
@@ -92,6 +93,7 @@ def create_trueup_engine(settings: Settings) -> Engine:
     # First of all: what SQLAlchemy asks of a new connection is limited too.
     event.listen(engine, "connect", lambda connection, _: limit_session(connection, limits), insert=True)
     event.listen(engine, "connect", lambda connection, _: read_as_utc(connection))
+    event.listen(engine, "connect", lambda connection, _: refuse_old_layout(connection))
     return engine
 
 

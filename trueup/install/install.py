@@ -1,18 +1,15 @@
 """Set a database up: migrations of our own tables, then the functions and triggers for the host's mapping."""
 
 import hashlib
-import io
 import re
 from collections import Counter
 from collections.abc import Iterable
 from importlib import resources
-from pathlib import Path
 
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import Connection, text
 
 from trueup.accounts.subscriptions import refuse_shared_users
+from trueup.database import migrate
 from trueup.database.locks import INSTALL_LOCK, STATEMENT_TIMEOUT_SECONDS
 from trueup.database.schema import SCHEMA
 from trueup.errors import NotInstalledError
@@ -103,7 +100,7 @@ def create_tables(connection: Connection, mapping: HostMapping) -> None:
     # Who owns the schema need not have the right to make another.
     if _lacks_schema(connection):
         connection.execute(text(_CREATE_SCHEMA))
-    command.upgrade(_alembic_config(mapping, connection=connection), "head")
+    migrate.create_tables(connection, mapping.user_id_type)
 
 
 def tables_sql(connection: Connection, mapping: HostMapping) -> list[str]:
@@ -113,13 +110,8 @@ def tables_sql(connection: Connection, mapping: HostMapping) -> list[str]:
     """
     _refuse_other_user_ids(connection, mapping)
     check_host(connection, mapping)
-    there = None
-    if connection.scalar(text("SELECT to_regclass('trueup.alembic_version') IS NOT NULL")):
-        there = connection.scalar(text("SELECT version_num FROM trueup.alembic_version"))
-    with io.StringIO() as output:
-        command.upgrade(_alembic_config(mapping, output=output), f"{there or 'base'}:head", sql=True)
-        migrations = output.getvalue().strip()
-    return [*([f"{_CREATE_SCHEMA};"] if _lacks_schema(connection) else []), *([migrations] if migrations else [])]
+    tables = migrate.create_tables_sql(connection, mapping.user_id_type)
+    return [*([f"{_CREATE_SCHEMA};"] if _lacks_schema(connection) else []), *([tables] if tables else [])]
 
 
 def sql_scripts(mapping: HostMapping, names: Iterable[str] = SQL_FILES) -> list[str]:
@@ -273,14 +265,6 @@ def _refuse_other_user_ids(connection: Connection, mapping: HostMapping) -> None
 
 def _lacks_schema(connection: Connection) -> bool:
     return bool(connection.scalar(text("SELECT to_regnamespace(:schema) IS NULL"), {"schema": SCHEMA}))
-
-
-def _alembic_config(mapping: HostMapping, **attributes: object) -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parents[1] / "database" / "migrations"))
-    config.set_main_option("path_separator", "os")
-    config.attributes.update(attributes, mapping=mapping)
-    return config
 
 
 _FUNCTION = re.compile(r"^CREATE OR REPLACE FUNCTION trueup\.(\w+)\(.*?\bAS \$\$(.*?)\$\$;", re.DOTALL | re.MULTILINE)

@@ -21,6 +21,7 @@ from trueup.errors import (
     InvalidInputError,
     ProviderError,
     ServiceUnavailableError,
+    SettingsError,
     TokensDenied,
 )
 from trueup.features.enhancement import PromptResult
@@ -38,6 +39,7 @@ _FAILURES: tuple[tuple[type[BaseException], str, str], ...] = (
     (AnswerFormatError, "unusable_answer", "The model's answer could not be used; its tokens are charged"),
     (ProviderError, "provider_failed", "The model provider failed"),
     (HoldExhaustedError, "tokens_exhausted", "The tokens held did not cover the work"),
+    (SettingsError, "not_configured", "The worker lacks a setting, and its log names it"),
 )
 _STATES: dict[str, State] = {"PENDING": "pending", "SUCCESS": "done", "FAILURE": "failed", "REVOKED": "failed"}
 

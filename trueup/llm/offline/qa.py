@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from trueup.llm.languages import FUNCTION_WORDS, detect
 from trueup.llm.model import Message
+from trueup.llm.offline.questions import question_about
 from trueup.llm.prompts import CONTEXT_CHARACTERS, Job, block
-from trueup.llm.providers.offline_questions import question_about
 from trueup.llm.texts import cut_at_word, sentences, words
 
 _DEFAULT_PAIRS = 5

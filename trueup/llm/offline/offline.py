@@ -1,4 +1,4 @@
-"""The default provider: no network, no key, the same answer to the same prompt, made from the prompt's own text."""
+"""The provider of made-up answers: no network, no key, the same answer to the same prompt, made from its own text."""
 
 import re
 import time
@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from trueup.llm.fitting import longest_fitting
 from trueup.llm.model import Completion, CompletionStream, Message
+from trueup.llm.offline.chat import better_prompt, chat_reply, question_answer
+from trueup.llm.offline.messages import direct_message, plain_reply
+from trueup.llm.offline.products import product_answer
+from trueup.llm.offline.qa import qa_answer
 from trueup.llm.prompts import Job, job_of
-from trueup.llm.providers.offline_chat import better_prompt, chat_reply, question_answer
-from trueup.llm.providers.offline_messages import direct_message, plain_reply
-from trueup.llm.providers.offline_products import product_answer
-from trueup.llm.providers.offline_qa import qa_answer
 from trueup.llm.tokens import TokenCounter, count_prompt_tokens, offline_counter
 
 MODEL_NAME = "trueup-offline-1"

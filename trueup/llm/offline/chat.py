@@ -7,8 +7,8 @@ from typing import Any
 
 from trueup.llm.languages import FUNCTION_WORDS, detect
 from trueup.llm.model import Message
+from trueup.llm.offline.messages import closest_sentences
 from trueup.llm.prompts import REPLY_CHARACTERS, Job, block
-from trueup.llm.providers.offline_messages import closest_sentences
 from trueup.llm.texts import cut_at_word, sentences, words
 
 
