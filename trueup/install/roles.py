@@ -12,8 +12,8 @@ from sqlalchemy import Connection, text
 from trueup.database.schema import SCHEMA
 from trueup.errors import InvalidInputError, NotInstalledError
 from trueup.host.catalog import missing_host_tables
-from trueup.host.columns import quote_literal
 from trueup.host.mapping import HostMapping, quote_identifier, quote_table
+from trueup.host.setting_values import quote_literal
 from trueup.install.rights import Right, migrate_rights, readonly_rights, worker_rights
 
 # PostgreSQL cuts a longer name, and two could become one.
