@@ -36,7 +36,8 @@ WRITTEN = (
 
 
 class Names(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Pydantic before 2.10 warns of each field whose name begins with "model_", unless this is empty.
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class UserTable(Names):
