@@ -18,6 +18,7 @@ from redis import Redis
 
 from tests.support.host import Host
 from tests.support.worker import running_worker, wait_for
+from trueup.errors import MissingExtraError
 from trueup.settings.settings import Settings, get_settings
 from trueup.worker.config import beat_schedule, celery_config
 
