@@ -5,9 +5,12 @@ import time
 from typing import Any
 
 from celery import current_task
-from celery.signals import setup_logging
+from celery.signals import setup_logging, worker_ready
 
+from trueup.extras import missing_modules
 from trueup.settings.settings import get_settings
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "%(asctime)sZ %(levelname)s %(name)s%(task)s: %(message)s"
 # One line for each HTTP request is more than the INFO of a worker should say.
@@ -28,8 +31,19 @@ class Formatter(logging.Formatter):
 
 
 def connect() -> None:
-    """Let our handler take the place of Celery's."""
+    """Let our handler take the place of Celery's, and have a worker say which tasks it lacks."""
     setup_logging.connect(configure, weak=False)
+    worker_ready.connect(_warn_of_missing_tasks, weak=False)
+
+
+def _warn_of_missing_tasks(**_signal: Any) -> None:
+    missing = missing_modules("features")
+    if missing:
+        logger.warning(
+            "Without the extra [features] no AI task of trueup's own is registered here (no module %s). Install it: "
+            "pip install 'trueup[features]'",
+            ", ".join(missing),
+        )
 
 
 def configure(**_signal: Any) -> None:

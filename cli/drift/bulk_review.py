@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trueup.cli import EXIT_ERROR
 from trueup.cli.context import TOKENS, servers
-from trueup.cli.output import console, print_json, show
+from trueup.cli.output import print_json, show
+from trueup.cli.progress import progress_bar
 from trueup.cli.reports.options import CAUSE
 from trueup.database.engine import connect, retrying
 from trueup.drift.causes import cause_title
@@ -67,13 +67,7 @@ def decide_many(
         chosen = retrying(lambda connection: choose_drifts(connection, kind, only, limit=limit or MOST_CHOSEN))
         if chosen.drifts and not yes:
             click.confirm(_question(choice, chosen), abort=True, err=True)
-        out = console(stderr=True)
-        columns = (TextColumn("deciding"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
-        with (
-            Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar,
-            connect() as connection,
-        ):
-            job = bar.add_task("drifts", total=chosen.drifts)
+        with progress_bar("deciding", "drifts") as bar, connect() as connection:
             made = decide_chosen(
                 connection,
                 kind,
@@ -81,7 +75,7 @@ def decide_many(
                 choice,
                 by=by,
                 note=note,
-                progress=lambda done: bar.update(job, completed=done),
+                progress=lambda done: bar.update(done, chosen.drifts),
             )
     if as_json:
         print_json({"chosen": chosen.drifts, "decided": made.decided, "left": made.left})

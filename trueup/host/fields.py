@@ -152,7 +152,8 @@ _FullPlanId = Annotated[Column, FieldEntry(ID, _FULL_PLAN, required=True, refere
 
 
 class Names(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Pydantic before 2.10 warns of each field whose name begins with "model_", unless this is empty.
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     entry: ClassVar[TableEntry]
 

@@ -25,6 +25,7 @@ from trueup.api.schemas import Body
 from trueup.api.views.task_results import ENDED, TASKS_PATH, TaskBody, body_of, read_task
 from trueup.database.engine import retrying
 from trueup.errors import ServiceUnavailableError, TokensDenied, TrueupError
+from trueup.extras import require_extra
 from trueup.features import enhancement, questions
 from trueup.features.inputs import Business, Prose
 from trueup.llm.texts import cleaned_text
@@ -42,7 +43,7 @@ _SENT_HEADERS = {
     "Retry-After": {"description": "Seconds to wait before a look", "schema": {"type": "integer", "minimum": 1}},
 }
 
-router = APIRouter(tags=["ai"], responses={**responses(*AUTHENTICATED, 402, 409, 413), 502: _FAILED})
+router = APIRouter(tags=["ai"], responses={**responses(*AUTHENTICATED, 402, 409, 413, 501), 502: _FAILED})
 
 IdempotencyKey = Annotated[
     str | None,
@@ -137,8 +138,10 @@ def _ask(request: Request, user_id: UserId, task: str, arguments: dict[str, Any]
     """Have the task sent, once for each key, and return its request.
 
     Raises `TokensDenied` before anything is written, `ApiError` 409 for a key that another request had, and 503 when
-    the broker does not answer: then the next request of the same key sends the task.
+    the broker does not answer: then the next request of the same key sends the task. `MissingExtraError` without
+    [features].
     """
+    require_extra("features", f"Task {task}", consequence="Nothing was sent.")
     celery: Celery = request.app.state.celery
     fingerprint = fingerprint_of(task, arguments)
     # The task's own estimate, which also refuses what the work would refuse.
