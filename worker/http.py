@@ -1,13 +1,12 @@
 """The API with the application that sends trueup's tasks: `uvicorn --factory trueup.worker.http:create_app`."""
 
 import uvicorn
-from celery import Celery
 from fastapi import FastAPI
 
 from trueup.api import app as api
 from trueup.settings.settings import Settings, get_settings
-from trueup.tasks import TASK_MODULES
 from trueup.worker import logs, redis_transport
+from trueup.worker.application import make_application
 from trueup.worker.config import client_config
 
 # What a request gets to end when the server stops.
@@ -19,7 +18,7 @@ KEEP_ALIVE_SECONDS = 75
 def create_app() -> FastAPI:
     """Make the API of this process's settings. Raises `SettingsError`, as when no key is set to check tokens with."""
     redis_transport.register()
-    celery = Celery("trueup-api", set_as_current=False, include=list(TASK_MODULES))
+    celery = make_application("trueup-api")
     celery.conf.update(client_config(get_settings()))
     celery.loader.import_default_modules()
     return api.create_app(celery)

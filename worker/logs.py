@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from celery import current_task
+from celery.app import log
 from celery.signals import setup_logging
 
 from trueup.settings.settings import get_settings
@@ -27,9 +28,13 @@ class Formatter(logging.Formatter):
         return super().format(record)
 
 
-def connect() -> None:
-    """Let our handler take the place of Celery's."""
-    setup_logging.connect(configure, weak=False)
+class Logging(log.Logging):
+    """Logging of trueup's own worker and beat. A host's application in the same process keeps Celery's."""
+
+    def setup_logging_subsystem(self, *args: Any, **options: Any) -> Any:
+        """Set logging up as Celery does, with our handler in place of Celery's."""
+        setup_logging.connect(configure, weak=False, dispatch_uid=__name__)
+        return super().setup_logging_subsystem(*args, **options)
 
 
 def configure(**_signal: Any) -> None:
