@@ -2,12 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from celery import Celery
-
 from trueup.extras import require_extra
 from trueup.settings.settings import Settings, get_settings
-from trueup.tasks import TASK_MODULES
 from trueup.worker import logs, redis_transport
+from trueup.worker.application import make_application
 from trueup.worker.config import client_config
 
 if TYPE_CHECKING:
@@ -28,7 +26,7 @@ def create_app() -> "FastAPI":
     from trueup.api import app as api
 
     redis_transport.register()
-    celery = Celery("trueup-api", set_as_current=False, include=list(TASK_MODULES))
+    celery = make_application("trueup-api")
     celery.conf.update(client_config(get_settings()))
     celery.loader.import_default_modules()
     return api.create_app(celery)

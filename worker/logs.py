@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from celery import current_task
+from celery.app import log
 from celery.signals import setup_logging, worker_ready
 
 from trueup.extras import missing_modules
@@ -30,10 +31,14 @@ class Formatter(logging.Formatter):
         return super().format(record)
 
 
-def connect() -> None:
-    """Let our handler take the place of Celery's, and have a worker say which tasks it lacks."""
-    setup_logging.connect(configure, weak=False)
-    worker_ready.connect(_warn_of_missing_tasks, weak=False)
+class Logging(log.Logging):
+    """Logging of trueup's own worker and beat. A host's application in the same process keeps Celery's."""
+
+    def setup_logging_subsystem(self, *args: Any, **options: Any) -> Any:
+        """Set logging up as Celery does, with our handler in place of Celery's; a worker names the tasks it lacks."""
+        setup_logging.connect(configure, weak=False, dispatch_uid=__name__)
+        worker_ready.connect(_warn_of_missing_tasks, weak=False, dispatch_uid=__name__)
+        return super().setup_logging_subsystem(*args, **options)
 
 
 def _warn_of_missing_tasks(**_signal: Any) -> None:

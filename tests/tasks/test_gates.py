@@ -15,6 +15,7 @@ from sqlalchemy import Connection
 
 from tests.support.host import Host
 from tests.support.wire import Wire, wire_server
+from tests.support.worker import own_application
 from trueup.errors import InvalidInputError, ProviderError, SettingsError, TokensDenied
 from trueup.features import enhancement, messages, questions
 from trueup.features.instagram import direct_message
@@ -52,11 +53,7 @@ SPENDING = ("trueup.features.", "trueup.llm.", "openai.")
 
 @pytest.fixture
 def app(database: str) -> Celery:
-    from trueup.worker.celery import app
-
-    app.loader.import_default_modules()
-    app.finalize()
-    return app
+    return own_application()
 
 
 @pytest.fixture

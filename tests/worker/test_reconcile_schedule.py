@@ -49,7 +49,7 @@ def _no_runs(shared_host: Host) -> None:
 
 
 def send(app: Celery, name: str, **arguments: Any) -> Any:
-    return app.tasks[f"tasks.{name}"].apply_async(kwargs=arguments).get(timeout=RESULT_SECONDS)
+    return app.tasks[f"trueup.{name}"].apply_async(kwargs=arguments).get(timeout=RESULT_SECONDS)
 
 
 def statuses(host: Host) -> list[tuple[int, str]]:

@@ -11,10 +11,9 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 from rest_framework.viewsets import ViewSet
 
-from trueup.billing.decorators import ai_tokens, require_active_subscription, require_ai_tokens
-from trueup.billing.utils import get_accurate_tokens_remaining
-
+from .decorators import ai_tokens, require_active_subscription, require_ai_tokens
 from .models import TokenPlan
+from .utils import get_accurate_tokens_remaining
 
 needs_tokens = require_ai_tokens(estimated_tokens=1500, feature_name="My Feature")
 
