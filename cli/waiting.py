@@ -10,14 +10,13 @@ import click
 from celery import Celery
 from celery.exceptions import TimeoutError as ResultTimeoutError
 from celery.result import AsyncResult
-from rich.status import Status
 
 from trueup.cli import EXIT_DENIED, EXIT_ERROR
 from trueup.cli.client import celery_client
-from trueup.cli.output import console, print_json
+from trueup.cli.output import print_json
+from trueup.cli.progress import status_line
 from trueup.errors import ServiceUnavailableError, TokensDenied, TrueupError
 from trueup.settings.settings import Settings
-from trueup.stack.temporary import temporary_worker
 from trueup.tasks.queues import AI_QUEUE
 
 PING_SECONDS = 1.0
@@ -73,6 +72,8 @@ def _some_worker(app: Celery, settings: Settings) -> Iterator[Callable[[], None]
     if _is_consumed(app, AI_QUEUE):
         yield _nothing
     elif settings.broker_url is None:
+        from trueup.stack.temporary import temporary_worker  # needs the extra of the embedded servers
+
         with temporary_worker(settings) as tend:
             yield tend
     else:
@@ -107,8 +108,7 @@ def _nothing() -> None:
 def _wait(result: AsyncResult, timeout: int, tend: Callable[[], None]) -> str:
     """Return the task's final state. Raises `TrueupError` when it has none in time."""
     deadline = time.monotonic() + timeout
-    out = console(stderr=True)
-    with Status("PENDING", console=out) if out.is_terminal else _silence() as status:
+    with status_line() as status:
         while not result.ready():
             if time.monotonic() > deadline:
                 raise TrueupError(
@@ -116,15 +116,9 @@ def _wait(result: AsyncResult, timeout: int, tend: Callable[[], None]) -> str:
                     "wait longer with --timeout, and see whether a worker runs."
                 )
             tend()
-            if status is not None:
-                status.update(f"{result.state} {result.id}")
+            status.show(f"{result.state} {result.id}")
             time.sleep(POLL_SECONDS)
     return str(result.state)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    yield None
 
 
 def _show(result: AsyncResult, state: str, as_json: bool) -> int:

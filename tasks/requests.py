@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from celery import Task
 from celery.exceptions import WorkerLostError
 from celery.worker.request import Request
 
@@ -21,6 +22,7 @@ from trueup.tasks.arguments import USER_ARGUMENT
 
 logger = logging.getLogger(__name__)
 
+CELERY_RETRIES_LOST_TASKS = hasattr(Task, "retry_on_worker_lost")
 
 # A container that was started again may have the name and the process ids of its predecessor. Made before the pool's
 # processes are, so that they have it too.
@@ -63,7 +65,10 @@ class MeteredRequest(Request):
         return isinstance(cause, lost) or type(cause).__name__ == "Terminated"
 
     def _is_retried(self) -> bool:
-        """Return whether Celery sends the task again after a lost process; it then goes on with the same hold."""
+        """Return whether Celery retries the task after a lost process; the retry then spends from the same hold."""
+        # Before 5.7 Celery knows no such retry: the task fails, and nothing spends from its hold any more.
+        if not (CELERY_RETRIES_LOST_TASKS and self.task.retry_on_worker_lost):
+            return False
         most = self.task.max_retries
         revoked = self._already_revoked or self._already_cancelled
         return not revoked and (most is None or self._context.retries < most)

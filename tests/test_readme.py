@@ -14,6 +14,7 @@ from celery import Celery
 
 from tests.support.demo import Demo
 from tests.support.host import Host
+from tests.support.worker import own_application
 from trueup.cli import main
 from trueup.settings.settings import CONFIG_VARIABLE, PREFIX, Settings, read_settings
 from trueup.stack import running_stack
@@ -135,10 +136,7 @@ class User:
 @pytest.fixture
 def celery_app(database: str) -> Celery:
     """An application that has been set up, as that of the reader."""
-    from trueup.worker.celery import app
-
-    app.finalize()
-    return app
+    return own_application()
 
 
 def run_block(block: str, **names: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What must stay true of the tree as a whole."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 OWN = {"benchmarks", "tests", "trueup"}
+# Of the projects that tests run.
+HOSTS_OWN = {"accounts", "billing", "proj", "worker"}
+HOSTS = ("tests/hosts/", "tests/packaging/project/")
 LONGEST_FUNCTION_LINES = 70
 LONGEST_MODULE_LINES = 300
 LONGEST_TEST_MODULE_LINES = 450  # it mirrors a module of ours, and says more about it than that says itself
@@ -75,6 +79,39 @@ def test_every_function_fits_a_screen_or_says_above_why_not() -> None:
             if (node.end_lineno or 0) - node.lineno >= LONGEST_FUNCTION_LINES and not reason:
                 too_long.append(f"{name(path)}: {node.name}")
     assert too_long == []
+
+
+BARE_IMPORTS = """
+import tasks
+import tasks.base
+from tasks import base
+from tasks.base import MeteredTask
+import ai, api
+import billing.utils as utils
+from cli import main
+def later():
+    from worker.celery import app
+""".strip()
+FULL_IMPORTS = """
+import trueup.tasks.base
+from trueup import billing
+from trueup.worker.celery import app
+""".strip()
+
+
+@pytest.mark.parametrize("folder", ["trueup/gate", "cli", "tasks", "worker", "tests", "benchmarks"])
+def test_an_import_by_a_bare_name_is_an_error_of_the_linter(folder: str) -> None:
+    """In a checkout `tasks` can be imported, as a second copy of `trueup.tasks`; at a host it is the host's own."""
+    assert _banned(BARE_IMPORTS, folder) == {1, 2, 3, 4, 5, 6, 7, 9}
+    assert _banned(FULL_IMPORTS, folder) == set()
+
+
+def _banned(code: str, folder: str) -> set[int]:
+    """Return the lines that import what is banned, in a file of that folder."""
+    ruff = Path(sys.executable).with_name("ruff")
+    command = [ruff, "check", "--select=TID251", "--output-format=json", f"--stdin-filename={folder}/example.py", "-"]
+    done = subprocess.run(command, cwd=ROOT, input=code, capture_output=True, text=True, check=False)
+    return {found["location"]["row"] for found in json.loads(done.stdout)}
 
 
 def test_no_file_names_a_machine_or_a_package_registry() -> None:
@@ -150,7 +187,8 @@ def test_what_is_imported_is_required_and_not_there_by_chance() -> None:
     for path in PYTHON:
         shipped = name(path).partition("/")[0] not in ("tests", "benchmarks")
         required = {_plain(requirement.name) for file, requirement in REQUIREMENTS if file == "main.txt" or not shipped}
-        for module in _modules(path) - OWN - sys.stdlib_module_names:
+        own = OWN | HOSTS_OWN if name(path).startswith(HOSTS) else OWN
+        for module in _modules(path) - own - sys.stdlib_module_names:
             packages = [PARTS.get(module, module), *distributions.get(module, [])]
             if not required & {_plain(package) for package in packages}:
                 by_chance.append(f"{name(path)}: {module}")

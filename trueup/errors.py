@@ -11,6 +11,30 @@ class SettingsError(TrueupError):
     """A setting is missing, misspelt or malformed. Nothing was started."""
 
 
+class MissingExtraError(TrueupError):
+    """A feature needs packages that only an extra of trueup installs.
+
+    `missing`: the modules that can't be imported. `otherwise`: a remedy beside installing the extra; empty: none.
+    """
+
+    def __init__(
+        self, feature: str, extra: str, missing: tuple[str, ...], consequence: str, otherwise: str = ""
+    ) -> None:
+        self.feature = feature
+        self.extra = extra
+        self.missing = tuple(missing)
+        self.consequence = consequence
+        self.otherwise = otherwise
+        super().__init__(feature, extra, self.missing, consequence, otherwise)  # the arguments, so that it pickles
+
+    def __str__(self) -> str:
+        other = f"; or {self.otherwise}" if self.otherwise else ""
+        return (
+            f"{self.feature} needs the extra [{self.extra}], which is not installed (no module "
+            f"{', '.join(self.missing)}). {self.consequence} Install it: pip install 'trueup[{self.extra}]'{other}."
+        )
+
+
 class InvalidInputError(TrueupError, ValueError):
     """Input from outside is wrong; the message names the field and the remedy. Nothing was written."""
 

@@ -36,14 +36,16 @@ def examine_broker(app: Celery, settings: Settings, database_offset: Offset | No
 
 
 def check_server(client: Any) -> Iterator[Finding]:
-    """Yield Redis' version, and settings of it by which tasks are lost."""
+    """Yield the server's name and version, and the settings of it by which tasks are lost."""
     info = client.info()
-    version = str(info.get("redis_version", ""))
-    detail = {"version": version, "used_memory_bytes": info.get("used_memory")}
+    # Valkey reports as redis_version the Redis that it is compatible with, 7.2.4 for all its versions.
+    name = "Valkey" if "valkey_version" in info else "Redis"
+    version = str(info.get(f"{name.lower()}_version", ""))
+    detail = {"server": name, "version": version, "used_memory_bytes": info.get("used_memory")}
     if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < OLDEST_REDIS:
-        yield error("redis", f"Redis {version}.", "Use Redis or Valkey 6.2 or newer.", **detail)
+        yield error("redis", f"{name} {version}.", "Use Redis or Valkey 6.2 or newer.", **detail)
     else:
-        yield ok("redis", f"Redis {version}.", **detail)
+        yield ok("redis", f"{name} {version}.", **detail)
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         yield error(

@@ -55,7 +55,7 @@ def test_the_api_is_ready_once_a_worker_is_seen(
     client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr("trueup.api.health.monotonic", clock)
+    monkeypatch.setattr("trueup.api.views.health.monotonic", clock)
     answer = client.get("/readyz")
     assert (answer.status_code, answer.json()) == (
         503,
@@ -84,10 +84,10 @@ def test_who_asks_while_another_looks_is_answered_from_the_last_look(
         assert go_on.wait(20)
 
     looking, go_on, clock = threading.Event(), threading.Event(), Clock()
-    monkeypatch.setattr("trueup.api.health.monotonic", clock)
+    monkeypatch.setattr("trueup.api.views.health.monotonic", clock)
     assert client.get("/readyz").json()["database"] == "ok"
     clock.go_on(3)
-    monkeypatch.setattr("trueup.api.health.check_installed", slow)
+    monkeypatch.setattr("trueup.api.views.health.check_installed", slow)
     with in_background() as submit:
         first = submit(client.get, "/readyz")
         try:

@@ -89,7 +89,9 @@ def test_a_server_that_is_away_hides_nothing_of_the_other(
 def test_without_a_database_redis_is_still_looked_at(host: Host, settings: Callable[..., None]) -> None:
     settings(TRUEUP_DATABASE_URL=f"postgresql://app@{NOWHERE}/app")
     findings = trueup_json("doctor", code=1)["findings"]
-    assert of(findings, "redis")[0][0] == "ok"
+    level, told = of(findings, "redis")[0]
+    assert level == "ok"
+    assert re.fullmatch(r"(Redis|Valkey) \d+\.\d+\.\d+\.", told)
     assert "this machine's" in of(findings, "redis_clock")[0][1]
 
 
@@ -146,6 +148,11 @@ class FakeRedis:
 def test_a_redis_that_may_lose_tasks_is_told(info: dict[str, Any], level: str, remedy: str) -> None:
     findings = [finding for finding in doctor.check_server(FakeRedis(**info)) if finding.level != "ok"]
     assert [(finding.level, remedy in str(finding.remedy)) for finding in findings] == [(level, True)]
+
+
+def test_valkey_is_named_with_its_own_version() -> None:
+    found = list(doctor.check_server(FakeRedis(redis_version="7.2.4", valkey_version="9.1.2")))
+    assert [(finding.level, finding.what) for finding in found] == [("ok", "Valkey 9.1.2.")]
 
 
 def test_redis_clock_is_compared_with_the_databases() -> None:

@@ -8,7 +8,6 @@ from pydantic import ValidationError
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.pool import NullPool
 
-from trueup.host.columns import Compared, quote_literal
 from trueup.host.mapping import (
     HostMapping,
     SubscriptionTable,
@@ -17,6 +16,7 @@ from trueup.host.mapping import (
     render_sql,
     render_statement,
 )
+from trueup.host.setting_values import Compared, quote_literal
 from trueup.install.install import run_scripts
 from trueup.stack import StackUrls
 

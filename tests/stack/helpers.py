@@ -14,9 +14,9 @@ import psutil
 
 from trueup.settings.settings import Settings
 from trueup.stack.layout import Layout
-from trueup.stack.postgres_server import PostgresServer
 from trueup.stack.processes import first_of, is_alive
-from trueup.stack.redis_server import RedisServer
+from trueup.stack.servers.postgres import PostgresServer
+from trueup.stack.servers.redis import RedisServer
 from trueup.stack.waiting import wait_until
 
 DEADLINE_SECONDS = 15.0

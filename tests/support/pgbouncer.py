@@ -13,7 +13,7 @@ from tests.stack.helpers import temporary_home
 from tests.support.sessions import wait_until
 from trueup.settings.settings import Settings
 from trueup.stack.layout import prepare_layout
-from trueup.stack.postgres_home import find_postgres_home
+from trueup.stack.servers.postgres_home import find_postgres_home
 
 VARIABLE = "TRUEUP_TEST_PGBOUNCER"
 GIVEN = os.environ.get(VARIABLE)

@@ -14,8 +14,8 @@ from sqlalchemy.pool import NullPool
 
 from tests.stack.helpers import temporary_home
 from tests.support.sessions import wait_until
-from trueup.stack.postgres_server import PostgresServer
 from trueup.stack.processes import Account, processes_in, run_tool, start_detached, stop_processes
+from trueup.stack.servers.postgres import PostgresServer
 
 PROGRAM = "pg_basebackup"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import psutil
+from celery import Celery
 
 BOOT_SECONDS = 120.0
 
@@ -24,6 +25,15 @@ def wait_for(condition: Callable[[], Value], what: str, *, seconds: float = 20.0
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.02)
     return value
+
+
+def own_application() -> Celery:
+    """Return trueup's application with its tasks, as its worker has it: the one that `shared_task`s belong to."""
+    from trueup.worker.celery import app
+
+    app.set_current()
+    app.loader.import_default_modules()
+    return app
 
 
 class WorkerProcess:

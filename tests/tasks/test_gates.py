@@ -15,8 +15,10 @@ from sqlalchemy import Connection
 
 from tests.support.host import Host
 from tests.support.wire import Wire, wire_server
+from tests.support.worker import own_application
 from trueup.errors import InvalidInputError, ProviderError, SettingsError, TokensDenied
-from trueup.features import enhancement, instagram, messages, questions
+from trueup.features import enhancement, messages, questions
+from trueup.features.instagram import direct_message
 from trueup.features.products import extractor
 from trueup.gate.holds import list_holds
 from trueup.llm.offline.offline import OfflineProvider
@@ -39,7 +41,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 ESTIMATES = {
     "trueup.extract_products": extractor.ESTIMATED_TOKENS,
-    "trueup.send_instagram_dm": instagram.ESTIMATED_TOKENS,
+    "trueup.send_instagram_dm": direct_message.ESTIMATED_TOKENS,
     "trueup.reply_to_message": messages.ESTIMATED_TOKENS,
     "trueup.ask_question": questions.ESTIMATED_TOKENS,
     "trueup.generate_prompt": enhancement.ESTIMATED_TOKENS,
@@ -51,11 +53,7 @@ SPENDING = ("trueup.features.", "trueup.llm.", "openai.")
 
 @pytest.fixture
 def app(database: str) -> Celery:
-    from trueup.worker.celery import app
-
-    app.loader.import_default_modules()
-    app.finalize()
-    return app
+    return own_application()
 
 
 @pytest.fixture

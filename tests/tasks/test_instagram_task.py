@@ -9,7 +9,8 @@ from pytest_httpserver import HTTPServer
 from werkzeug import Response
 
 from tests.support.host import Host
-from trueup.features.graph import GraphError
+from tests.support.worker import own_application
+from trueup.features.instagram.graph import GraphError
 from trueup.settings.settings import get_settings
 
 ACCOUNT, COMMENT = "17841405822304914", "17870913679156914"
@@ -19,16 +20,12 @@ TASK = "3f2d7c1e-0000-4000-8000-000000000001"
 
 @pytest.fixture
 def app(database: str, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> Celery:
-    from trueup.worker.celery import app
-
     monkeypatch.setenv("TRUEUP_INSTAGRAM_GRAPH_URL", httpserver.url_for("/"))
     monkeypatch.setenv("TRUEUP_INSTAGRAM_ACCESS_TOKEN", "token")
     # A fixed text needs no model.
     monkeypatch.delenv("TRUEUP_MODEL_PROVIDER")
     get_settings.cache_clear()
-    app.loader.import_default_modules()
-    app.finalize()
-    return app
+    return own_application()
 
 
 def deliver(app: Celery, user: int) -> dict[str, Any]:

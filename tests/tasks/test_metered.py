@@ -10,6 +10,7 @@ from sqlalchemy import Connection
 from tests.support import model_tasks
 from tests.support.host import Host
 from tests.support.work import hold_tokens
+from tests.support.worker import own_application
 from trueup.errors import (
     HoldBusyError,
     HoldOvertakenError,
@@ -36,10 +37,7 @@ def _fresh_model_client(database: str) -> Iterator[None]:
 
 @pytest.fixture
 def app(database: str) -> Celery:
-    from trueup.worker.celery import app
-
-    app.finalize()
-    return app
+    return own_application()
 
 
 def holds_of(connection: Connection, user: int) -> list[HoldRow]:

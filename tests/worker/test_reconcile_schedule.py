@@ -18,7 +18,7 @@ from redis import Redis
 
 from tests.support.host import Host
 from tests.support.worker import running_worker, wait_for
-from trueup.errors import SettingsError
+from trueup.errors import MissingExtraError
 from trueup.settings.settings import Settings, get_settings
 from trueup.worker.config import beat_schedule, celery_config
 
@@ -49,7 +49,7 @@ def _no_runs(shared_host: Host) -> None:
 
 
 def send(app: Celery, name: str, **arguments: Any) -> Any:
-    return app.tasks[f"tasks.{name}"].apply_async(kwargs=arguments).get(timeout=RESULT_SECONDS)
+    return app.tasks[f"trueup.{name}"].apply_async(kwargs=arguments).get(timeout=RESULT_SECONDS)
 
 
 def statuses(host: Host) -> list[tuple[int, str]]:
@@ -62,14 +62,14 @@ def test_what_is_scheduled_asks_for_a_run_of_its_period() -> None:
     assert schedule["reconcile-counters"]["kwargs"] == {"scheduled": True}
     assert schedule["reconcile-deep"]["kwargs"] == {"scheduled": True, "deep": True}
     assert schedule["reconcile-deep"]["schedule"] == timedelta(seconds=600)
-    assert schedule["sweep-runs"]["options"]["queue"] == "reconcile"
+    assert schedule["sweep-runs"]["options"]["queue"] == "trueup-reconcile"
     assert "reconcile-deep" not in beat_schedule(Settings(reconcile_deep_interval_seconds=0))
 
 
 def test_redbeat_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(beat_scheduler="redbeat", broker_url="redis://localhost:6379/0")
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(SettingsError, match="pip install celery-redbeat"):
+    monkeypatch.setitem(sys.modules, "redbeat", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'trueup\[redbeat\]'; or unset the setting"):
         celery_config(settings)
 
 

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trueup.api.auth import DEMO_HEADER
 from trueup.api.errors import ApiError, render, unavailable
-from trueup.api.metrics import NO_ROUTE, Metrics
+from trueup.api.views.metrics import NO_ROUTE, Metrics
 from trueup.settings.api import ApiSettings
 
 logger = logging.getLogger(__name__)

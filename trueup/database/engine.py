@@ -13,8 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from trueup.database.layout import refuse_old_layout
-from trueup.database.local_times import read_as_utc
-from trueup.database.session import limit_session
+from trueup.database.session import limit_session, read_as_utc
 from trueup.errors import (
     LogChangedError,
     MissingRightError,

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from sqlalchemy import Connection, text
 
 from trueup.database.schema import SCHEMA
-from trueup.discovery.vocabulary import Kind
 from trueup.errors import InvalidInputError
+from trueup.host.fields import Kind, kind_of
 
 MOST_TABLES = 20_000
 
@@ -128,21 +128,6 @@ _REFERENCES = text(
     ORDER BY k.conrelid, k.oid
     """
 )
-
-_KINDS: dict[str, Kind] = {
-    **dict.fromkeys(("smallint", "integer", "bigint"), "integer"),
-    **dict.fromkeys(("text", "character varying", "character"), "text"),
-    **dict.fromkeys(("timestamp with time zone", "timestamp without time zone"), "time"),
-    **dict.fromkeys(("numeric", "real", "double precision"), "number"),
-    "uuid": "uuid",
-    "boolean": "boolean",
-    "jsonb": "json",
-}
-
-
-def kind_of(type_name: str, labels: Sequence[str] = ()) -> Kind:
-    """Return what a column of that type can be used as."""
-    return "text" if labels else _KINDS.get(type_name, "other")
 
 
 def read_catalog(connection: Connection, schemas: Sequence[str] = ()) -> Catalog:

@@ -5,18 +5,9 @@ from dataclasses import dataclass
 
 from trueup.discovery.catalog import Catalog, HostTable
 from trueup.discovery.match_columns import Known, Matches, default_name, match_columns
-from trueup.discovery.vocabulary import FIELDS, TABLES, Noun, nearness
+from trueup.discovery.vocabulary import SOUGHT_FIELDS, nearness
+from trueup.host.fields import TABLES, Noun
 
-# Without these columns a table can't be it, whatever it is called.
-ANCHORS: dict[Noun, tuple[str, ...]] = {
-    "user": ("id",),
-    "token_plan": ("id", "tokens_included"),
-    "full_plan": ("id", "tokens_included"),
-    "subscription": ("user_id", "tokens_remaining", "start_date"),
-    "usage_log": ("user_id", "total_tokens", "created_at"),
-    "token_usage": ("subscription_id", "used_tokens", "usage_date"),
-    "payment": ("user_id", "status", "payment_date"),
-}
 _LEAST = 0.5
 _LEAST_USER = 0.55
 # Another table this near to the best one may be it as well.
@@ -66,7 +57,8 @@ def choose_tables(catalog: Catalog) -> dict[Noun, Candidate]:
 
 def log_without_total(catalog: Catalog) -> tuple[HostTable, Matches] | None:
     """Return a table that would be a usage log with a column of all tokens, and what was found in it."""
-    needed = (*(name for name in ANCHORS["usage_log"] if name != "total_tokens"), "prompt_tokens", "completion_tokens")
+    anchors = (name for name in TABLES["usage_log"].entry.anchors if name != "total_tokens")
+    needed = (*anchors, "prompt_tokens", "completion_tokens")
     near = []
     for table in _all_but(catalog):
         matches = match_columns("usage_log", table, {})
@@ -84,16 +76,16 @@ def _all_but(catalog: Catalog, taken: Iterable[int] = ()) -> list[HostTable]:
 
 
 def _name_score(noun: Noun, table: HostTable) -> tuple[float, str]:
-    return nearness(table.name, default_name(noun, "table").rpartition(".")[2], TABLES[noun])
+    return nearness(table.name, default_name(noun, "table").rpartition(".")[2], TABLES[noun].entry.names)
 
 
 def _candidate(noun: Noun, table: HostTable, known: Known, judge: Judge) -> Candidate | None:
     matches = match_columns(noun, table, known)
-    if not all(name in matches.found for name in ANCHORS[noun]):
+    if not all(name in matches.found for name in TABLES[noun].entry.anchors):
         return None
     named, why = _name_score(noun, table)
     bonus, structure = judge(table, matches)
-    required = tuple(name for name, wanted in FIELDS[noun].items() if wanted.required)
+    required = tuple(name for name, wanted in SOUGHT_FIELDS[noun].items() if wanted.required)
     score = 0.45 * named + 0.4 * matches.mean(required) + bonus
     return Candidate(table=table, matches=matches, score=min(score, 1.0), why=tuple(filter(None, (why, structure))))
 
@@ -206,9 +198,9 @@ def _choose_plans(
 
 def _is_called_plan(column: str, table: HostTable) -> bool:
     nouns: tuple[Noun, Noun] = ("token_plan", "full_plan")
+    keys = SOUGHT_FIELDS["subscription"]
     return any(
-        _name_score(noun, table)[0] or nearness(column, f"{noun}_id", FIELDS["subscription"][f"{noun}_id"].names)[0]
-        for noun in nouns
+        _name_score(noun, table)[0] or nearness(column, f"{noun}_id", keys[f"{noun}_id"].names)[0] for noun in nouns
     )
 
 

@@ -6,7 +6,7 @@ from sqlalchemy import Connection, text
 
 from trueup.doctor.findings import Finding, error, ok, warning
 from trueup.host.mapping import render_statement
-from trueup.monitoring.gauges import read_gauges
+from trueup.monitoring.status import read_gauges
 from trueup.reconcile.audit import OVERDUE_AFTER
 from trueup.reconcile.missed_runs import find_missed_runs
 from trueup.settings.settings import Settings

@@ -12,7 +12,7 @@ from trueup.doctor.findings import Finding, error, ok, warning
 from trueup.host.mapping import quote_identifier, quote_table
 from trueup.host.partitions import FAMILY, uncovered_partitions
 from trueup.install.install import expected_functions
-from trueup.install.roles import lacking_rights, worker_rights
+from trueup.install.rights import lacking_rights, worker_rights
 from trueup.install.triggers import LOG_TRIGGERS, WINDOW_TRIGGER, is_untouched
 from trueup.settings.settings import Settings
 

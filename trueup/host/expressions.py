@@ -10,10 +10,11 @@ from typing import Any
 from sqlalchemy import Connection, CursorResult, text
 from sqlalchemy.exc import DBAPIError
 
-from trueup.host.columns import Compared, Expression, quote_identifier, quote_literal
+from trueup.host.fields import FIELDS, FLAG, INTEGER, JSON, TIME, types_of
 from trueup.host.mapping import HostMapping, quote_table, render_sql
+from trueup.host.setting_values import Compared, Expression, quote_identifier, quote_literal
 
-_INTEGERS = ("smallint", "integer", "bigint")
+_TOKENS = types_of(INTEGER)
 SEARCH_PATH = "pg_catalog, pg_temp"  # the triggers' own, whatever the role's is
 SET_SEARCH_PATH = text("SELECT set_config('search_path', :path, true)")
 
@@ -39,11 +40,7 @@ _TYPE = """
 """
 _OWN_ROW = """
     INSERT INTO pg_temp.trueup_own AS l ({{usage_log.written}})
-    SELECT r.{{usage_log.written}}
-    FROM (SELECT CAST(LOG_ID AS {{usage_log_id_type}}) AS id, CAST(USER_ID AS {{user_id_type}}) AS user_id,
-                 SECTION AS section, FIGURE AS prompt_tokens, FIGURE AS completion_tokens, 2 * FIGURE AS total_tokens,
-                 FIGURE AS response_time_ms, SUCCEEDED AS success, MODEL AS model_name,
-                 CAST('{"task_id": "1"}' AS jsonb) AS metadata, CAST(now() AS timestamptz) AS created_at) r
+    SELECT r.{{usage_log.written}} FROM (SELECT VALUES) r
     RETURNING l.{{usage_log.success}}
 """
 _DRAWN = re.compile(r"nextval\('(?:[^']|'')*'::regclass\)")  # in a default; a sequence would be used up
@@ -120,7 +117,7 @@ def expression_problem(connection: Connection, mapping: HostMapping) -> Problem 
     included = mapping.subscription.tokens_included
     if isinstance(included, str):
         values = {"table": quote_table(mapping.subscription.table), "column": included}
-        problem = _type_problem(str(connection.scalar(_COLUMN_TYPE, values)), _INTEGERS)
+        problem = _type_problem(str(connection.scalar(_COLUMN_TYPE, values)), _TOKENS)
         if problem is not None:
             return f"host.subscription.tokens_included: {problem[0]}.", problem[1]
     for setting, given, table, types in _given(mapping):
@@ -157,11 +154,11 @@ def wrong_expression(connection: Connection, mapping: HostMapping) -> Problem | 
 def _given(mapping: HostMapping) -> Iterator[tuple[str, Compared | Expression, str, tuple[str, ...]]]:
     subscription, counts = mapping.subscription, mapping.usage_log.counts
     if isinstance(subscription.tokens_included, Expression):
-        yield "host.subscription.tokens_included", subscription.tokens_included, subscription.table, _INTEGERS
+        yield "host.subscription.tokens_included", subscription.tokens_included, subscription.table, _TOKENS
     if isinstance(subscription.is_active, Compared | Expression):
-        yield "host.subscription.is_active", subscription.is_active, subscription.table, ("boolean",)
+        yield "host.subscription.is_active", subscription.is_active, subscription.table, types_of(FLAG)
     if counts is not None:
-        yield "host.usage_log.counts", counts, mapping.usage_log.table, ("boolean",)
+        yield "host.usage_log.counts", counts, mapping.usage_log.table, types_of(FLAG)
 
 
 def _value_problem(connection: Connection, given: Compared, table: str) -> Problem | None:
@@ -251,16 +248,25 @@ def own_row(
 
     `size`: its tokens of each kind, and its milliseconds. `user` False: nobody's.
     """
-    # Before the host's names are in it: one of them, or a value, may be the very word.
-    values = {
-        "LOG_ID": quote_literal("1" if mapping.usage_log_id_type == "bigint" else _SAMPLE_UUID),
-        "USER_ID": quote_literal(_SAMPLE_UUID if mapping.user_id_type == "uuid" else "1") if user else "NULL",
-        "SECTION": quote_literal(section),
-        "FIGURE": str(size),
-        "SUCCEEDED": str(succeeded).lower(),
-        "MODEL": quote_literal(model),
+    log_id = "1" if mapping.usage_log_id_type == "bigint" else _SAMPLE_UUID
+    user_id = quote_literal(_SAMPLE_UUID if mapping.user_id_type == "uuid" else "1") if user else "NULL"
+    own = {
+        "id": f"CAST({quote_literal(log_id)} AS {mapping.usage_log_id_type})",
+        "user_id": f"CAST({user_id} AS {mapping.user_id_type})",
+        "section": quote_literal(section),
+        "total_tokens": str(2 * size),
+        "success": str(succeeded).lower(),
+        "model_name": quote_literal(model),
     }
-    return render_sql(re.sub("|".join(values), lambda found: values[found[0]], _OWN_ROW), mapping)
+    by_kind = {JSON: 'CAST(\'{"task_id": "1"}\' AS jsonb)', TIME: "CAST(now() AS timestamptz)"}
+    values = (
+        f"{own.get(field) or by_kind.get(entry.kinds, str(size))} AS {field}"
+        for field, entry in FIELDS["usage_log"].items()
+        if entry.written
+    )
+    # After the host's names are in it: one of them may be the very word.
+    before, after = _OWN_ROW.split("VALUES")
+    return f"{render_sql(before, mapping)}{', '.join(values)}{render_sql(after, mapping)}"
 
 
 def make_table(connection: Connection, like: int, name: str, *, filled: bool) -> None:

@@ -1,16 +1,31 @@
 """Where the host keeps its users, plans, subscriptions and AI usage log: table and column names.
 
 The defaults are those of a Django application. A table may be qualified by its schema ("public.billing_subscription").
-Some columns may be missing: what stands for them then is said in `trueup.host.columns`.
+Some columns may be missing: what stands for them then is said in `trueup.host.setting_values`.
 """
 
 import hashlib
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import BeforeValidator, model_validator
 from sqlalchemy import TextClause, text
 
-from trueup.host.columns import (
+from trueup.host.fields import (
+    FIELDS,
+    NOUNS,
+    TABLES,
+    FullPlanTable,
+    IdType,
+    Names,
+    Noun,
+    PaymentTable,
+    SubscriptionTable,
+    TokenPlanTable,
+    TokenUsageTable,
+    UsageLogTable,
+    UserTable,
+)
+from trueup.host.setting_values import (
     Compared,
     Constant,
     Given,
@@ -22,16 +37,6 @@ from trueup.host.columns import (
     sql_of,
 )
 from trueup.host.sql_templates import fill, named_fields
-from trueup.host.tables import (
-    FullPlanTable,
-    Names,
-    PaymentTable,
-    SubscriptionTable,
-    TokenPlanTable,
-    TokenUsageTable,
-    UsageLogTable,
-    UserTable,
-)
 
 __all__ = [
     "NOUNS",
@@ -52,19 +57,8 @@ __all__ = [
     "render_statement",
 ]
 
-UserIdType = Literal["bigint", "uuid", "text"]
-LogIdType = Literal["uuid", "text", "bigint"]
-
-NOUNS = ("user", "token_plan", "full_plan", "subscription", "usage_log", "token_usage", "payment")
-
-# Of what type a missing column is read, where a text is given for it.
-_TYPES = {"metadata": "jsonb", "end_date": "timestamptz"}
-# What a table that is not there would have in its rows, of which there are none.
-_NO_PLANS = (
-    "(SELECT CAST(NULL AS text) AS id, CAST(NULL AS text) AS name, CAST(NULL AS integer) AS tokens_included, "
-    "CAST(NULL AS integer) AS duration_days, CAST(NULL AS boolean) AS is_active WHERE false)"
-)
-
+UserIdType = IdType
+LogIdType = IdType
 
 _IF_THERE = BeforeValidator(lambda given: {"table": None} if given is False else given)
 
@@ -95,7 +89,7 @@ class HostMapping(Names):
         """Return the host's tables that are mapped."""
         return [table for noun in NOUNS if (table := getattr(self, noun).table) is not None]
 
-    def columns(self, noun: str) -> list[tuple[str, str]]:
+    def columns(self, noun: Noun) -> list[tuple[str, str]]:
         """Return the host's columns that are used of a noun, as (field, column); none if its table is not there.
 
         A field that is missing has none; an expression has one for each column that it names.
@@ -105,15 +99,15 @@ class HostMapping(Names):
             return []
         return [
             (field, column)
-            for field in type(part).model_fields
-            if field not in ("table", "completed_status") and self._plan_of(field) is not None
+            for field in FIELDS[noun]
+            if self._plan_of(field) is not None
             for column in columns_of(getattr(part, field))
         ]
 
     def counted_columns(self) -> list[str]:
         """Return the log's columns that say what is used, by whom and when."""
-        fields = ("id", "user_id", "total_tokens", "success", "created_at", "counts")
-        return list(dict.fromkeys(column for field, column in self.columns("usage_log") if field in fields))
+        fields = FIELDS["usage_log"]
+        return list(dict.fromkeys(column for field, column in self.columns("usage_log") if fields[field].counted))
 
     def has(self, name: str) -> bool:
         """Return whether the host has it, in whatever form; for templates."""
@@ -141,9 +135,10 @@ class HostMapping(Names):
             return ", ".join(map(quote_literal, self.counted_columns()))
         if name == "usage_log.tells_failure":
             return str(self.usage_log.tells_failure).lower()
-        part = getattr(self, noun) if noun in NOUNS else None
-        if part is None or (field or "table") not in type(part).model_fields:
+        known = next((one for one in NOUNS if one == noun), None)
+        if known is None or (field or "table") not in TABLES[known].model_fields:
             raise KeyError(name)
+        part = getattr(self, known)
         if not field:
             return quote_table(part.table) if part.table is not None else self._nobody(noun)
         if field == "completed_status":
@@ -155,13 +150,14 @@ class HostMapping(Names):
             given = part.counts
         if part.table is None:
             given = field
-        return sql_of(given, alias, _TYPES.get(field, "text"))
+        return sql_of(given, alias, FIELDS[known][field].sql_type)
 
     def fingerprint(self) -> str:
         """Return a short hash of the whole mapping, to notice that the database was set up for another one."""
-        # What came later is left out where it is not used: an upgrade alone makes no other mapping.
-        later = {"subscription": "tokens_included", "usage_log": "counts"}
-        unused = {noun: {field} for noun, field in later.items() if getattr(getattr(self, noun), field) is None}
+        # A field that came later is left out where it is not used: an upgrade alone makes no other mapping.
+        unused: dict[str, set[str]] = {
+            noun: {field for field in FIELDS[noun] if getattr(getattr(self, noun), field) is None} for noun in NOUNS
+        }
         return hashlib.sha256(self.model_dump_json(exclude=unused).encode()).hexdigest()[:16]
 
     def _plan_of(self, field: str) -> Table | None:
@@ -171,7 +167,8 @@ class HostMapping(Names):
     def _nobody(self, noun: str) -> str:
         """Return what stands for a table that is not there."""
         if noun in ("token_plan", "full_plan"):
-            return _NO_PLANS
+            nulls = (f"CAST(NULL AS {entry.sql_type}) AS {field}" for field, entry in FIELDS["full_plan"].items())
+            return f"(SELECT {', '.join(nulls)} WHERE false)"
         if noun != "user":
             raise KeyError(noun)
         return (
@@ -208,6 +205,6 @@ def render_statement(template: str, mapping: HostMapping) -> TextClause:
     return text(fill(template, mapping, escape=lambda name: name.replace(":", "\\:")))
 
 
-def fields_named_in(template: str, mapping: HostMapping) -> list[tuple[str, str]]:
+def fields_named_in(template: str, mapping: HostMapping) -> list[tuple[Noun, str]]:
     """Return what a template reads of the host's tables, as (noun, field), each once."""
-    return [(noun, field) for noun, field in named_fields(template, mapping) if noun in NOUNS]
+    return [(noun, field) for name, field in named_fields(template, mapping) for noun in NOUNS if noun == name]

@@ -15,7 +15,7 @@ from functools import cache
 from importlib import resources
 from typing import Protocol
 
-from trueup.host.columns import quote_literal
+from trueup.host.setting_values import quote_literal
 
 _INCLUDE = re.compile(r"^ *\{\{include (?P<part>[a-z_]+)(?: (?P<row>\w+))?\}\}\n", re.MULTILINE)
 _CHOICE = re.compile(

@@ -9,10 +9,10 @@ from typing import Any
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from trueup.host.columns import quote_identifier
 from trueup.host.expressions import HOST_TABLE, SEARCH_PATH, SET_SEARCH_PATH, Problem, make_table, own_row, run
 from trueup.host.mapping import HostMapping, quote_table
 from trueup.host.sections import SECTIONS
+from trueup.host.setting_values import quote_identifier
 
 _MAY_MAKE = text("SELECT has_database_privilege(current_database(), 'TEMPORARY')")
 _CHECKS = text(

@@ -22,12 +22,12 @@ from trueup.host.catalog import (
     tables_without_triggers,
 )
 from trueup.host.column_types import mapped_columns, wrong_types
-from trueup.host.columns import quote_literal
 from trueup.host.expressions import expression_problem
 from trueup.host.log_ids import log_id_problem
 from trueup.host.mapping import HostMapping, quote_table, render_sql
 from trueup.host.partitions import partition_problem
 from trueup.host.schema_changes import ATTACHING
+from trueup.host.setting_values import quote_literal
 from trueup.host.write_probe import row_problem
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.triggers import KEEP_WATCHED, SAVE_TRIGGERS, is_untouched

@@ -10,8 +10,7 @@ from trueup.errors import NotInstalledError, ServiceUnavailableError, TrueupErro
 from trueup.host.mapping import HostMapping, quote_table, render_statement
 from trueup.host.partitions import log_tables
 from trueup.install.attach import are_subscriptions_watched, estimated_rows, is_log_watched
-from trueup.install.rights import find_lacking
-from trueup.install.roles import Right, lacking_rights, migrate_rights, worker_rights
+from trueup.install.rights import Right, find_lacking, lacking_rights, migrate_rights, worker_rights
 
 # So many rows of the log are read to see how fast that goes; no longer than this.
 SAMPLE_ROWS = 20_000

@@ -91,13 +91,6 @@ class RunSummary:
         self.tokens_understated += sum(max(0, -finding.drift.tokens) for finding in findings)
         self.tokens_explained += sum(finding.explanation.tokens_explained(finding.drift) for finding in findings)
 
-    def absorb(self, part: "RunSummary") -> None:
-        """Add what another process found."""
-        for name in _COUNTED:
-            setattr(self, name, getattr(self, name) + getattr(part, name))
-        self.keep(part.findings)
-        self.defect_rows.extend(part.defect_rows[: KEPT_FINDINGS - len(self.defect_rows)])
-
     def keep(self, findings: Sequence[Finding]) -> None:
         self.findings.extend(findings[: KEPT_FINDINGS - len(self.findings)])
 

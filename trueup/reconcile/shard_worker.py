@@ -23,6 +23,7 @@ from trueup.reconcile.audit import (
     repair_installation,
 )
 from trueup.reconcile.batch import reconcile_batch
+from trueup.reconcile.jobs import Job, connected
 from trueup.reconcile.runs import Finding
 from trueup.reconcile.shards import (
     MOST_FAILURES,
@@ -38,7 +39,6 @@ from trueup.reconcile.shards import (
     move_shard,
     reload_shard,
 )
-from trueup.reconcile.work import Job, connected
 from trueup.settings.policies import DEFAULT_POLICIES
 
 QUERY_CANCELED = "57014"

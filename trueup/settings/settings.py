@@ -41,7 +41,14 @@ ModelProvider = Literal["offline", "openai"]
 class Settings(BaseSettings):
     """All settings. Times are seconds, sizes are counts; each is `TRUEUP_` plus its name in capitals."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        # Pydantic before 2.10 warns of each field whose name begins with "model_", unless this is empty.
+        protected_namespaces=(),
+    )
 
     home: Path = Field(default=Path(".trueup"), description="data folder of the embedded PostgreSQL and Redis")
     database_url: str | None = Field(default=None, description="PostgreSQL URL; unset means the embedded server")

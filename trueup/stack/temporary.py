@@ -9,12 +9,12 @@ from contextlib import contextmanager, suppress
 import psutil
 
 from trueup.settings.settings import Settings
-from trueup.stack.children import GATE, open_gate, program_path
-from trueup.stack.commands import embedded_settings, stack_commands
 from trueup.stack.errors import StackError
 from trueup.stack.layout import log_tail, prepare_layout, rotate_log
 from trueup.stack.locks import FileLock
 from trueup.stack.records import ChildRecord, ChildRecords, reap_leftovers
+from trueup.stack.supervisor.children import GATE, open_gate, program_path
+from trueup.stack.supervisor.commands import embedded_settings, stack_commands
 
 GRACE_SECONDS = 45.0
 NAME = "temporary-worker"

@@ -31,7 +31,7 @@ _SPACED_NUMBER = re.compile(r"\d{1,3}(?:[ \u00a0\u202f]\d{3})+(?:[.,]\d+)?")
 class ProductResult(BaseModel):
     """The products of a page. `source` None: it has none."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
 
     url: str
     products: tuple[Product, ...]

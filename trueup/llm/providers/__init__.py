@@ -1,20 +1,27 @@
 """Where completions come from: the provider that the settings name. There is no default."""
 
 from trueup.errors import SettingsError
+from trueup.extras import require_extra
 from trueup.llm.model import Provider
 from trueup.llm.tokens import TokenCounter, counter_for, offline_counter
 from trueup.settings.settings import PREFIX, Settings
 
 
 def provider_from_settings(settings: Settings) -> Provider:
-    """Return the provider that the settings name. Raises `SettingsError` when they name none, or leave out its key."""
+    """Return the provider that the settings name.
+
+    Raises `SettingsError` when they name none or leave out its key, and `MissingExtraError` when its packages are not
+    installed.
+    """
     match settings.model_provider:
         case "openai":
-            # Imported on use: the SDK takes about a second and 43 MB, which other processes don't owe.
+            require_extra("openai", "TRUEUP_MODEL_PROVIDER=openai", consequence="Nothing was spent.")
+            # Imported on use: the SDK takes about a second and 43 MB, which other processes don't need.
             from trueup.llm.providers.openai import OpenAIProvider
 
             return OpenAIProvider(settings)
         case "offline":
+            require_extra("embedded", "TRUEUP_MODEL_PROVIDER=offline", "bpe_openai", consequence="Nothing was spent.")
             from trueup.llm.offline.offline import OfflineProvider
 
             return OfflineProvider()
