@@ -257,9 +257,9 @@ def test_a_host_of_other_names_types_and_partitions_is_looked_at_by_its_mapping(
             INSERT INTO app.plans VALUES (1, 'p', 5000, 30, true);
             INSERT INTO app.customers (id) SELECT md5(n::text)::uuid FROM generate_series(1, 300) n;
             INSERT INTO app.memberships (id, customer_id, plan_id, started_at, tokens_left, enabled)
-                SELECT gen_random_uuid(), id, 1, '2026-11-01', 5000, true FROM app.customers;
+                SELECT gen_random_uuid(), id, 1, '2024-11-01', 5000, true FROM app.customers;
             INSERT INTO app.llm_calls (customer_id, tokens, succeeded, called_at)
-                SELECT id, 40, true, '2026-11-02' FROM app.customers ORDER BY id LIMIT 200;
+                SELECT id, 40, true, '2024-11-02' FROM app.customers ORDER BY id LIMIT 200;
             """
         )
     mapping = HostMapping.model_validate({**UUID_MAPPING, "user_id_type": user_id_type})

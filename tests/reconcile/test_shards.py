@@ -91,7 +91,7 @@ def test_shards_of_any_kind_of_user_id_hold_each_user_once(empty_database: str, 
         connection.execute(
             text(
                 "INSERT INTO billing_subscription (id, user_id, token_plan_id, start_date, tokens_remaining) "
-                "SELECT row_number() OVER (), id, 1, '2026-11-01', 10 FROM accounts_user"
+                "SELECT row_number() OVER (), id, 1, '2024-11-01', 10 FROM accounts_user"
             )
         )
         users = list(connection.scalars(text("SELECT id FROM accounts_user ORDER BY id")))

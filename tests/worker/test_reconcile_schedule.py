@@ -33,12 +33,12 @@ def subscribe_many(host: Host, first: int, count: int) -> None:
     host.execute(f"INSERT INTO accounts_user SELECT i, 'many' || i, '' {users}", **values)
     host.execute(
         "INSERT INTO billing_subscription (id, user_id, token_plan_id, start_date, tokens_remaining) "
-        f"SELECT i, i, :plan, '2026-11-01', 1000 {users}",
+        f"SELECT i, i, :plan, '2024-11-01', 1000 {users}",
         **values,
     )
     host.execute(
         "INSERT INTO ai_usage_log (user_id, section, total_tokens, created_at) "
-        f"SELECT i, 'chat', 300, '2026-11-02' {users}",
+        f"SELECT i, 'chat', 300, '2024-11-02' {users}",
         **values,
     )
 
