@@ -15,8 +15,8 @@ from tests.host.test_mapped_hosts import LOG, MAPPINGS, USERS, do, lower, subscr
 from tests.support.host import START, Host
 from tests.support.legacy.loading import WITH_ROWS, load
 from tests.support.legacy.population import make_population
-from tests.support.sessions import wait_until
 from tests.support.standby import caught_up, standby_of
+from tests.support.waiting import wait_for
 from trueup.errors import NotInstalledError, TrueupError
 from trueup.host.mapping import HostMapping, PaymentTable, SubscriptionTable, TokenUsageTable, UsageLogTable
 from trueup.install.example_tables import build_host_metadata
@@ -174,7 +174,7 @@ def test_a_connection_that_can_not_write_is_no_hindrance(bare: Host, drifting: l
 def test_a_hot_standby_can_be_looked_at(bare: Host, drifting: list[int]) -> None:
     with standby_of(bare.engine) as standby:
         bare.log(drifting[0], 5)
-        wait_until(lambda: caught_up(bare.engine, standby), "the standby to have the newest row")
+        wait_for(lambda: caught_up(bare.engine, standby), "the standby to have the newest row")
         with standby.connect() as connection:
             assert connection.scalar(text("SELECT pg_is_in_recovery()"))
         for mapping in (HostMapping(), WITH_ROWS):

@@ -14,7 +14,7 @@ from sqlalchemy.pool import NullPool
 
 from tests.support.books import dump
 from tests.support.host import Host
-from tests.support.sessions import wait_until
+from tests.support.waiting import wait_for
 from tests.support.work import hold_tokens
 from trueup.database.engine import get_engine
 from trueup.errors import ServiceUnavailableError
@@ -250,9 +250,9 @@ def test_a_worker_killed_in_a_shard_leaves_it_to_the_next_at_its_cursor(host: Ho
     environment = os.environ | {"TRUEUP_RECONCILE__MIN_AGE_SECONDS": "0"}
     command = [TRUEUP, "reconcile", "--batch-size", "1"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        wait_until(lambda: host.value("SELECT count(*) FROM trueup.drift") >= 5)
+        wait_for(lambda: host.value("SELECT count(*) FROM trueup.drift") >= 5)
         process.send_signal(signal.SIGKILL)
-    wait_until(
+    wait_for(
         lambda: not host.value("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'trueup'"), "its end"
     )
     done = host.value("SELECT checked FROM trueup.reconcile_shard")
