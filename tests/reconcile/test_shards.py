@@ -14,7 +14,7 @@ from sqlalchemy.pool import NullPool
 
 from tests.support.books import dump
 from tests.support.host import Host
-from tests.support.sessions import wait_until
+from tests.support.waiting import wait_for
 from tests.support.work import hold_tokens
 from trueup.database.engine import get_engine
 from trueup.errors import ServiceUnavailableError
@@ -91,7 +91,7 @@ def test_shards_of_any_kind_of_user_id_hold_each_user_once(empty_database: str, 
         connection.execute(
             text(
                 "INSERT INTO billing_subscription (id, user_id, token_plan_id, start_date, tokens_remaining) "
-                "SELECT row_number() OVER (), id, 1, '2026-11-01', 10 FROM accounts_user"
+                "SELECT row_number() OVER (), id, 1, '2024-11-01', 10 FROM accounts_user"
             )
         )
         users = list(connection.scalars(text("SELECT id FROM accounts_user ORDER BY id")))
@@ -250,9 +250,9 @@ def test_a_worker_killed_in_a_shard_leaves_it_to_the_next_at_its_cursor(host: Ho
     environment = os.environ | {"TRUEUP_RECONCILE__MIN_AGE_SECONDS": "0"}
     command = [TRUEUP, "reconcile", "--batch-size", "1"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        wait_until(lambda: host.value("SELECT count(*) FROM trueup.drift") >= 5)
+        wait_for(lambda: host.value("SELECT count(*) FROM trueup.drift") >= 5)
         process.send_signal(signal.SIGKILL)
-    wait_until(
+    wait_for(
         lambda: not host.value("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'trueup'"), "its end"
     )
     done = host.value("SELECT checked FROM trueup.reconcile_shard")
