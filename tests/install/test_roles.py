@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from psycopg.errors import InsufficientPrivilege
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ProgrammingError
@@ -71,7 +72,7 @@ class Site:
         engine = create_engine(make_url(self.url).set(username=role), poolclass=NullPool)
         with engine.connect() as connection, pytest.raises(ProgrammingError) as caught:
             connection.exec_driver_sql(statement)
-        return getattr(caught.value.orig, "sqlstate", None) == "42501"
+        return isinstance(caught.value.orig, InsufficientPrivilege)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from psycopg.errors import DeadlockDetected, LockNotAvailable
 from sqlalchemy import Connection, text
 
 from trueup.database.engine import connect, transaction
@@ -20,8 +21,8 @@ LOCK_TIMEOUT_MILLISECONDS = 50
 STATEMENT_TIMEOUT_SECONDS = 300
 PATIENCE_SECONDS = 60.0
 _LONGEST_PAUSE_SECONDS = 1.0
-# Lock not available; and a deadlock, should the server look for one within the time that we wait.
-_LOCKED = ("55P03", "40P01")
+# A deadlock: should the server look for one within the time that we wait.
+_LOCKED = (LockNotAvailable, DeadlockDetected)
 
 
 class HostBusyError(TrueupError):
@@ -48,7 +49,7 @@ def take_step(
                 connection.execute(text("LOCK TABLE pg_catalog.pg_proc IN ACCESS SHARE MODE"))
                 return step(connection)
         except ServiceUnavailableError as error:
-            if getattr(getattr(error.__cause__, "orig", None), "sqlstate", None) not in _LOCKED:
+            if not isinstance(getattr(error.__cause__, "orig", None), _LOCKED):
                 raise
             if time.monotonic() + pause > deadline:
                 raise HostBusyError(_busy(tables, patience_seconds)) from error

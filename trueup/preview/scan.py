@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from psycopg.errors import DeadlockDetected, QueryCanceled, SerializationFailure
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
@@ -36,9 +37,8 @@ PAGE_SIZE = 5_000
 # What evidence costs grows faster than the users asked for at once.
 EXPLAINED_AT_ONCE = 100
 MOST_FAILURES = 5
-QUERY_CANCELED = "57014"
 # A standby that has to replay what a snapshot still needs ends the reader; so may a failover, and a deadlock.
-PASSING = ("40001", "40P01")
+_PASSING = (SerializationFailure, DeadlockDetected)
 # What a counter shows by itself, without a look at any row.
 _PLAIN = frozenset({"counter_null", "counter_negative", "counter_out_of_range", "burned_at_expiry"})
 
@@ -128,16 +128,16 @@ class _Looker:
             try:
                 last, counters, findings = self._page(after, only_user, size)
             except DBAPIError as error:
-                state = getattr(error.orig, "sqlstate", None)
                 failures += 1
-                if state == QUERY_CANCELED and size > 1:
+                slow = isinstance(error.orig, QueryCanceled)
+                if slow and size > 1:
                     size = max(1, size // 10)
-                elif state == QUERY_CANCELED:
+                elif slow:
                     raise TrueupError(
                         f"One user's rows took longer than {self.timeout_seconds} s to read. "
                         "Raise TRUEUP_STATEMENT_TIMEOUT_SECONDS, and look again."
                     ) from error
-                elif state not in PASSING or failures >= MOST_FAILURES:
+                elif not isinstance(error.orig, _PASSING) or failures >= MOST_FAILURES:
                     raise
                 continue
             self.report(counters, findings)

@@ -9,9 +9,9 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from trueup.accounts.grants import check_text
+from trueup.database.driver_errors import REFUSED
 from trueup.errors import InvalidInputError
 from trueup.host.mapping import UserIdType
-from trueup.reconcile.shard_worker import REFUSED
 from trueup.review.decisions import Choice, ReviewFilter
 
 # The users of a batch wait at the gate until all of it is decided.
@@ -99,7 +99,7 @@ def _decide(
     try:
         return connection.scalars(text(_DECIDE.format(user_id_type=user_id_type)), ids | values).all()
     except DBAPIError as error:
-        if not str(getattr(error.orig, "sqlstate", None)).startswith(REFUSED):
+        if not isinstance(error.orig, REFUSED):
             raise
         connection.rollback()
     if len(rows) == 1:

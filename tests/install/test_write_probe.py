@@ -11,8 +11,8 @@ from trueup.errors import NotInstalledError
 from trueup.host.expressions import expression_problem
 from trueup.host.mapping import HostMapping
 from trueup.host.sections import SECTIONS
-from trueup.host.write_probe import row_problem
 from trueup.install.install import install
+from trueup.install.write_probe import row_problem
 from trueup.usage.log import list_usage
 from trueup.usage.tracker import track_ai_usage
 
