@@ -10,7 +10,8 @@ from trueup.cli import EXIT_ERROR
 from trueup.cli.context import TOKENS, servers
 from trueup.cli.output import console, print_json, show
 from trueup.cli.reports.options import CAUSE
-from trueup.database.engine import connect, retrying
+from trueup.database.engine import connect
+from trueup.database.retry import retrying
 from trueup.drift.causes import cause_title
 from trueup.review.bulk import MOST_CHOSEN, BulkDecision, ChosenDrifts, choose_drifts, decide_chosen
 from trueup.review.decisions import Choice, ReviewFilter

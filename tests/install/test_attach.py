@@ -23,8 +23,9 @@ from tests.support.sessions import (
     wait_until,
 )
 from tests.support.work import charge_tokens, hold_tokens
-from trueup.database.engine import connect, dispose_engine, retrying, transaction
+from trueup.database.engine import connect, dispose_engine, transaction
 from trueup.database.locks import HostBusyError, take_step
+from trueup.database.retry import retrying
 from trueup.errors import HostChangedError, MissingRightError, NotInstalledError
 from trueup.gate.holds import close_hold
 from trueup.host.mapping import HostMapping, UsageLogTable

@@ -18,7 +18,8 @@ from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
-from trueup.database.engine import connect, dispose_engine, get_engine, retrying, transaction
+from trueup.database.engine import connect, dispose_engine, get_engine, transaction
+from trueup.database.retry import retrying
 from trueup.doctor.database import examine_database
 from trueup.errors import InvalidInputError, MissingRightError, NotInstalledError
 from trueup.gate.holds import close_hold, expire_holds

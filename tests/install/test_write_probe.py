@@ -6,7 +6,8 @@ from sqlalchemy.exc import OperationalError
 
 from tests.support.host import Host
 from tests.support.work import charge_tokens, hold_tokens
-from trueup.database.engine import connect, retrying, transaction
+from trueup.database.engine import connect, transaction
+from trueup.database.retry import retrying
 from trueup.errors import NotInstalledError
 from trueup.host.expressions import expression_problem
 from trueup.host.mapping import HostMapping

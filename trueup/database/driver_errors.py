@@ -17,6 +17,7 @@ _CONNECTION = (
     errors.TransactionResolutionUnknown,
     errors.ProtocolViolation,
 )
+# Other transactions stood in the way: a deadlock; on a standby, rows that the replay had to remove.
 DEADLOCK_OR_CONFLICT = (
     errors.TransactionRollback,
     errors.SerializationFailure,

@@ -3,9 +3,8 @@
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 from psycopg import errors
 from sqlalchemy import Connection, Engine, create_engine, event, text
@@ -26,8 +25,6 @@ from trueup.host.schema_changes import ROW_SECURITY_REMEDY, changed_type, explai
 from trueup.settings.settings import Settings, database_url, get_settings
 
 logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 _engine: Engine | None = None
 _engine_pid: int | None = None
@@ -120,36 +117,6 @@ def transaction() -> Iterator[Connection]:
     """
     with translated_errors(), get_engine().begin() as connection, _forgetting(connection):
         yield connection
-
-
-def once(operation: Callable[[Connection], Result]) -> Result:
-    """Run an operation on a connection of `connect()`; again only if the gate refused it before it did anything.
-
-    So it does when partitions of the usage log have come or gone, or its values may be others: that is noted by then.
-    """
-    try:
-        with connect() as connection:
-            return operation(connection)
-    except LogChangedError:
-        pass
-    with connect() as connection:
-        return operation(connection)
-
-
-def retrying(operation: Callable[[Connection], Result]) -> Result:
-    """Run an idempotent operation as `once()` does, and again if its connection was of no use.
-
-    A server that was restarted leaves dead connections in the pool; finding out costs one failure, and SQLAlchemy
-    then drops them all. An upgrade replaces functions that a connection has prepared calls of.
-    Only for what may safely run twice: a read, or a write that is idempotent by key.
-    """
-    try:
-        return once(operation)
-    except ServiceUnavailableError as error:
-        cause = error.__cause__
-        if not (isinstance(cause, DBAPIError) and (cause.connection_invalidated or is_replaced(cause))):
-            raise
-    return once(operation)
 
 
 @contextmanager

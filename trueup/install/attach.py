@@ -9,8 +9,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
-from trueup.database.engine import retrying
 from trueup.database.locks import PATIENCE_SECONDS, take_step
+from trueup.database.retry import retrying
 from trueup.errors import TrueupError
 from trueup.host.mapping import HostMapping, quote_table, render_statement
 from trueup.host.partitions import uncovered_partitions

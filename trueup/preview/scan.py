@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from psycopg.errors import DeadlockDetected, QueryCanceled, SerializationFailure
+from psycopg.errors import QueryCanceled
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from trueup.accounts.user_ids import UserId
+from trueup.database.driver_errors import DEADLOCK_OR_CONFLICT
 from trueup.database.engine import translated_errors
 from trueup.drift.causes import Explanation
 from trueup.drift.detect import Drift
@@ -28,7 +29,7 @@ from trueup.host.mapping import HostMapping
 from trueup.preview.checks import check_columns, check_expressions, is_attached, missing_index
 from trueup.preview.statements import COUNTER_LIMIT, EVIDENCE, PLAN_SIZES, Statements, needed_columns
 from trueup.reconcile.runs import Finding
-from trueup.reconcile.shards import bounds
+from trueup.reconcile.shards import MOST_FAILURES, bounds
 from trueup.settings.policies import Rules
 
 PAGE_SIZE = 5_000
@@ -36,9 +37,6 @@ PAGE_SIZE = 5_000
 
 # What evidence costs grows faster than the users asked for at once.
 EXPLAINED_AT_ONCE = 100
-MOST_FAILURES = 5
-# A standby that has to replay what a snapshot still needs ends the reader; so may a failover, and a deadlock.
-_PASSING = (SerializationFailure, DeadlockDetected)
 # What a counter shows by itself, without a look at any row.
 _PLAIN = frozenset({"counter_null", "counter_negative", "counter_out_of_range", "burned_at_expiry"})
 
@@ -137,7 +135,7 @@ class _Looker:
                         f"One user's rows took longer than {self.timeout_seconds} s to read. "
                         "Raise TRUEUP_STATEMENT_TIMEOUT_SECONDS, and look again."
                     ) from error
-                elif not isinstance(error.orig, _PASSING) or failures >= MOST_FAILURES:
+                elif not isinstance(error.orig, DEADLOCK_OR_CONFLICT) or failures >= MOST_FAILURES:
                     raise
                 continue
             self.report(counters, findings)
