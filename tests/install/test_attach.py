@@ -30,17 +30,16 @@ from trueup.errors import HostChangedError, MissingRightError, NotInstalledError
 from trueup.gate.holds import close_hold
 from trueup.host.mapping import HostMapping, UsageLogTable
 from trueup.install.attach import (
+    WATCH_LOG,
+    WATCH_SUBSCRIPTIONS,
     AttachError,
     attach,
     fill,
-    function_scripts,
     is_ready,
     open_gate,
+    opening_scripts,
     prepare,
     prepare_scripts,
-    ready_scripts,
-    watch_log,
-    watch_subscriptions,
 )
 from trueup.install.install import check_installed, install, run_scripts
 from trueup.install.plan import OtherInstallationError, plan_attach, refuse_other_installation
@@ -132,8 +131,8 @@ def test_gates_at_work_do_not_notice_that_functions_are_replaced(host: Host) -> 
 
 STEPS: tuple[Callable[[Connection], None], ...] = (
     lambda connection: prepare(connection, MAPPING),
-    lambda connection: watch_log(connection, MAPPING),
-    lambda connection: watch_subscriptions(connection, MAPPING),
+    lambda connection: WATCH_LOG.take(connection, MAPPING),
+    lambda connection: WATCH_SUBSCRIPTIONS.take(connection, MAPPING),
     lambda connection: connection.execute(text("SELECT trueup.fill_balances(NULL, 1)")).close(),
 )
 
@@ -360,7 +359,7 @@ def test_the_plan_says_what_there_is_to_do_and_which_rights_lack(host: Host, con
 
 @pytest.mark.parametrize(
     "scripts",
-    [prepare_scripts(MAPPING, ready=True), [*function_scripts(MAPPING), *ready_scripts(MAPPING)]],
+    [prepare_scripts(MAPPING, ready=True), opening_scripts(MAPPING)],
     ids=["first", "last"],
 )
 def test_triggers_that_are_switched_off_just_as_it_is_attached_again_are_noticed(
