@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 # RSA keys sign RS256 and keys on the curve P-256 ES256. Others, above all symmetric ones, have no place in a JWKS.
 _ALGORITHMS = {("RSA", None): "RS256", ("EC", "P-256"): "ES256"}
-LEAST_RSA_BITS = 2048
+MIN_RSA_BITS = 2048
 MAX_JWKS_BYTES = 1_000_000
 
 
@@ -176,4 +176,4 @@ def _public_key(entry: dict[str, Any]) -> jwt.PyJWK | None:
         key = jwt.PyJWK(public, algorithm=algorithm)
     except jwt.PyJWTError:
         return None
-    return None if kind == "RSA" and key.key.key_size < LEAST_RSA_BITS else key
+    return None if kind == "RSA" and key.key.key_size < MIN_RSA_BITS else key

@@ -19,7 +19,7 @@ INSTALL_LOCK = 0x747275657570
 LOCK_TIMEOUT_MILLISECONDS = 50
 STATEMENT_TIMEOUT_SECONDS = 300
 PATIENCE_SECONDS = 60.0
-_LONGEST_PAUSE_SECONDS = 1.0
+_MAX_PAUSE_SECONDS = 1.0
 
 
 class HostBusyError(TrueupError):
@@ -45,7 +45,7 @@ def take_step(
             return step(connection)
 
     # Between the attempts the host's writers go on.
-    pauses = growing_pauses(LOCK_TIMEOUT_MILLISECONDS / 1000, _LONGEST_PAUSE_SECONDS, seconds=patience_seconds)
+    pauses = growing_pauses(LOCK_TIMEOUT_MILLISECONDS / 1000, _MAX_PAUSE_SECONDS, seconds=patience_seconds)
     try:
         return retry(take, _is_locked, pauses)
     except ServiceUnavailableError as error:

@@ -17,7 +17,7 @@ from trueup.llm.tokens import TokenCounter, count_prompt_tokens, offline_counter
 
 ESTIMATED_TOKENS = 700
 """What a prompt may cost by an exact counter, unless its draft is long; `estimated_tokens` says it for any."""
-_SHORTEST_ANSWER_TOKENS = 250
+_MIN_ANSWER_TOKENS = 250
 # A better prompt says all that its draft says, and more.
 _ANSWER_TOKENS_PER_DRAFT_TOKEN = 2
 # A draft at its limit, in the tokens that an assistant's prompt may well have.
@@ -69,9 +69,7 @@ def plan_enhancement(
     messages = enhancement_messages(draft=draft, business=firm.as_text(), language=firm.language)
     check_fits("prompt", messages, scaled_estimate(_MAX_PROMPT_TOKENS, counter), counter)
     prompt_tokens = count_prompt_tokens(messages, counter)
-    wanted = max(
-        scaled_estimate(_SHORTEST_ANSWER_TOKENS, counter), _ANSWER_TOKENS_PER_DRAFT_TOKEN * counter.count(draft)
-    )
+    wanted = max(scaled_estimate(_MIN_ANSWER_TOKENS, counter), _ANSWER_TOKENS_PER_DRAFT_TOKEN * counter.count(draft))
     return EnhancementPlan(
         messages=messages,
         prompt_tokens=prompt_tokens,

@@ -36,7 +36,7 @@ from trueup.install.triggers import (
 
 # As many users at once as have about so many log rows: reading the log from end to end for few would be a waste.
 BATCH_ROWS = 10_000_000
-MOST_BATCH_USERS = 500_000
+MAX_BATCH_USERS = 500_000
 SAMPLE_USERS = 1_000
 
 # Whatever the triggers and the filling need; nothing of the gate's is among it.
@@ -187,7 +187,7 @@ def batch_users(connection: Connection, mapping: HostMapping) -> int:
         estimated_rows(connection, quote_table(table))
         for table in (mapping.usage_log.table, mapping.subscription.table)
     )
-    return max(1, min(MOST_BATCH_USERS, BATCH_ROWS * max(subscriptions, 1) // max(log, 1)))
+    return max(1, min(MAX_BATCH_USERS, BATCH_ROWS * max(subscriptions, 1) // max(log, 1)))
 
 
 def estimated_rows(connection: Connection, table: str) -> int:
@@ -196,7 +196,7 @@ def estimated_rows(connection: Connection, table: str) -> int:
     return rows or 0
 
 
-def fill(*, batch_users: int = MOST_BATCH_USERS, patience_seconds: float = PATIENCE_SECONDS) -> int:
+def fill(*, batch_users: int = MAX_BATCH_USERS, patience_seconds: float = PATIENCE_SECONDS) -> int:
     """Build each stale balance from the log, so many users in a transaction. Returns how many were built."""
     last: Any = None
     filled: int = 0

@@ -29,7 +29,7 @@ from trueup.host.mapping import HostMapping
 from trueup.preview.checks import check_columns, check_expressions, is_attached, missing_index
 from trueup.preview.statements import COUNTER_LIMIT, EVIDENCE, PLAN_SIZES, Statements, needed_columns
 from trueup.reconcile.runs import Finding
-from trueup.reconcile.shards import MOST_FAILURES, bounds
+from trueup.reconcile.shards import MAX_FAILURES, bounds
 from trueup.settings.policies import Rules
 
 PAGE_SIZE = 5_000
@@ -135,7 +135,7 @@ class _Looker:
                         f"One user's rows took longer than {self.timeout_seconds} s to read. "
                         "Raise TRUEUP_STATEMENT_TIMEOUT_SECONDS, and look again."
                     ) from error
-                elif not isinstance(error.orig, DEADLOCK_OR_CONFLICT) or failures >= MOST_FAILURES:
+                elif not isinstance(error.orig, DEADLOCK_OR_CONFLICT) or failures >= MAX_FAILURES:
                     raise
                 continue
             self.report(counters, findings)

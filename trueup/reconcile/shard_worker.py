@@ -28,7 +28,7 @@ from trueup.reconcile.batch import reconcile_batch
 from trueup.reconcile.jobs import Job, connected
 from trueup.reconcile.runs import Finding
 from trueup.reconcile.shards import (
-    MOST_FAILURES,
+    MAX_FAILURES,
     PAGE_SIZE,
     Shard,
     ShardLostError,
@@ -44,15 +44,15 @@ from trueup.reconcile.shards import (
 from trueup.settings.policies import DEFAULT_POLICIES
 
 # More than so many in a shard are no odd rows: then something is wrong that a person should see at once.
-MOST_REFUSED = 100
+MAX_REFUSED = 100
 # As many who reach a time limit are no odd users: the database is too slow, and each of them costs minutes.
-MOST_SLOW = 10
+MAX_SLOW = 10
 
 
 def work_shard(job: Job, shard: Shard) -> bool:
     """Work on a shard that was claimed, and let go of it. Returns whether it is finished: not so when asked to stop.
 
-    An error that may pass (a deadlock, a lost connection) is tried again, `MOST_FAILURES` times in a row at most. After
+    An error that may pass (a deadlock, a lost connection) is tried again, `MAX_FAILURES` times in a row at most. After
     a time limit batches become smaller; a user who reaches it alone is passed over, and reported. Any other error ends
     the attempt: the shard is left for another, with the reason, and the error raised. Raises `ShardLostError` when
     another has taken it over.
@@ -85,7 +85,7 @@ def _persevere(job: Job, shard: Shard) -> bool:
         except ServiceUnavailableError:
             failures = 1 if shard.cursor != place else failures + 1
             place = shard.cursor
-            if failures >= MOST_FAILURES or shard.slow >= MOST_SLOW or job.stop.wait(0.1 * 2**failures):
+            if failures >= MAX_FAILURES or shard.slow >= MAX_SLOW or job.stop.wait(0.1 * 2**failures):
                 raise
 
 
@@ -137,7 +137,7 @@ def _settled(job: Job, shard: Shard, user_ids: list[UserId], step: Step) -> list
         return _batch(job, user_ids, step)
     except DBAPIError as error:
         slow = isinstance(error.orig, QueryCanceled)
-        refused = isinstance(error.orig, REFUSED) and job.run_id is not None and shard.refused < MOST_REFUSED
+        refused = isinstance(error.orig, REFUSED) and job.run_id is not None and shard.refused < MAX_REFUSED
         if not slow and not refused:
             raise
         if len(user_ids) > 1:
@@ -176,7 +176,7 @@ def _tried_once_more(job: Job, shard: Shard, user_ids: list[UserId], step: Step)
     try:
         return _batch(job, user_ids, step)
     except DBAPIError as error:
-        if not isinstance(error.orig, QueryCanceled) or shard.slow >= MOST_SLOW:
+        if not isinstance(error.orig, QueryCanceled) or shard.slow >= MAX_SLOW:
             raise
     shard.slow += 1
     defect = Defect(kind="counter_too_slow", user_id=user_ids[0])
@@ -257,7 +257,7 @@ def _repair(connection: Connection, job: Job, shard: Shard, user_id: UserId, def
     try:
         repair_balance(connection, kind, run_id, user_id)
     except DBAPIError as error:
-        if not isinstance(error.orig, QueryCanceled) or shard.slow >= MOST_SLOW:
+        if not isinstance(error.orig, QueryCanceled) or shard.slow >= MAX_SLOW:
             raise
         shard.slow += 1
         for defect in defects:

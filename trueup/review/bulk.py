@@ -17,7 +17,7 @@ from trueup.review.decisions import Choice, ReviewFilter
 # The users of a batch wait at the gate until all of it is decided.
 DECIDED_AT_ONCE = 50
 PAGE_SIZE = 5_000
-MOST_CHOSEN = 10_000_000
+MAX_CHOSEN = 10_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class BulkDecision:
 
 
 def choose_drifts(
-    connection: Connection, user_id_type: UserIdType, only: ReviewFilter, *, limit: int = MOST_CHOSEN
+    connection: Connection, user_id_type: UserIdType, only: ReviewFilter, *, limit: int = MAX_CHOSEN
 ) -> ChosenDrifts:
     """Count the drifts that wait for a person and that the filter lets through, the first found at most `limit`."""
     row = connection.execute(text(_CHOSEN.format(user_id_type=user_id_type)), {**only.values(), "limit": limit}).one()
