@@ -16,8 +16,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 OWN = {"benchmarks", "tests", "trueup"}
 MAX_FUNCTION_LINES = 70
-MAX_MODULE_LINES = 300
-MAX_TEST_MODULE_LINES = 450  # it mirrors a module of ours, and says more about it than that says itself
+MAX_MODULE_LINES = 500
+MAX_TEST_MODULE_LINES = 500
 REASON = "# Longer than"
 
 # Put together here, so that this file is not one of those it finds.

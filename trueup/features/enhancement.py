@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict
 from trueup.errors import AnswerFormatError
 from trueup.features.inputs import Business, parse
 from trueup.llm import languages
-from trueup.llm.fitting import check_fits
 from trueup.llm.model import Message, Model
+from trueup.llm.prompt_fit import check_fits
 from trueup.llm.prompts import enhancement_messages
 from trueup.llm.texts import readable
 from trueup.llm.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate

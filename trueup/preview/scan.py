@@ -18,12 +18,12 @@ from sqlalchemy.exc import DBAPIError
 from trueup.accounts.user_ids import UserId
 from trueup.database.driver_errors import DEADLOCK_OR_CONFLICT
 from trueup.database.engine import translated_errors
+from trueup.drift.action import DEFAULT_RULES, Verdict, decide
 from trueup.drift.causes import Explanation
 from trueup.drift.detect import Drift
 from trueup.drift.evidence import Evidence
 from trueup.drift.explain import explain
 from trueup.drift.known_drifts import Past, read_past
-from trueup.drift.verdict import DEFAULT_RULES, Verdict, decide
 from trueup.errors import TrueupError
 from trueup.host.mapping import HostMapping
 from trueup.preview.checks import check_columns, check_expressions, is_attached, missing_index

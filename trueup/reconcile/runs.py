@@ -9,9 +9,9 @@ from typing import Any, Literal
 from sqlalchemy import Connection, text
 
 from trueup.accounts.user_ids import UserId
+from trueup.drift.action import Verdict
 from trueup.drift.causes import Explanation
 from trueup.drift.detect import Drift
-from trueup.drift.verdict import Verdict
 from trueup.errors import TrueupError
 from trueup.reconcile.audit import Defect
 from trueup.reconcile.shards import LEASE_SECONDS, MAX_FAILURES

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, select, text
 from trueup.accounts.account import Account, read_account
 from trueup.accounts.user_ids import UserId, plain_id
 from trueup.database.schema import own_table
-from trueup.drift.verdict import DEFAULT_RULES, Rules
+from trueup.drift.action import DEFAULT_RULES, Rules
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.batch import BatchContext, reconcile_batch
 from trueup.reconcile.runs import Finding

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from trueup.llm.fitting import longest_fitting
 from trueup.llm.model import Completion, CompletionStream, Message
+from trueup.llm.prompt_fit import longest_fitting
 from trueup.llm.prompts import Job, job_of
 from trueup.llm.providers.offline_chat import better_prompt, chat_reply, question_answer
 from trueup.llm.providers.offline_messages import direct_message, plain_reply
