@@ -16,7 +16,7 @@ from celery import Task
 from celery.exceptions import WorkerLostError
 from celery.worker.request import Request
 
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.errors import TrueupError
 from trueup.gate.holds import abandon_calls, close_abandoned_hold
 from trueup.tasks.arguments import USER_ARGUMENT

@@ -19,7 +19,7 @@ from tests.support.host import Host
 from tests.support.waiting import DEADLINE_SECONDS, wait_for
 from trueup.api.access import require_tokens
 from trueup.api.auth import CurrentUser
-from trueup.api.edge import SECURITY_HEADERS
+from trueup.api.middleware import SECURITY_HEADERS
 from trueup.api.schemas import Body as Model
 from trueup.database.engine import connect, dispose_engine
 from trueup.gate.decision import check_access, denial_payload

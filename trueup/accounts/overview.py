@@ -15,7 +15,7 @@ from trueup.host.mapping import HostMapping, render_statement
 
 PlanKind = Literal["token", "full"]
 SECONDS_A_DAY = 86_400
-MOST_PLANS = 500
+MAX_PLANS = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +123,10 @@ def read_summary(
     with_plans: bool = False,
     now: datetime | None = None,
 ) -> Summary:
-    """Return what the user is shown. `with_plans`: and what is sold, `MOST_PLANS` at most. `now`: None means the
+    """Return what the user is shown. `with_plans`: and what is sold, `MAX_PLANS` at most. `now`: None means the
     database's clock.
     """
-    values = {"user_id": user_id, "most": MOST_PLANS, "at": now}
+    values = {"user_id": user_id, "most": MAX_PLANS, "at": now}
     rows = connection.execute(_statement(mapping, with_plans), values).all()
     if len(rows) > 1:
         raise several_subscriptions(user_id)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from psycopg.errors import InsufficientPrivilege
 from sqlalchemy import Connection, CursorResult, text
 from sqlalchemy.exc import DBAPIError
 
@@ -292,7 +293,7 @@ def _said(error: DBAPIError) -> tuple[str, str]:
     """Return PostgreSQL's words and what to do about them."""
     diagnosis = getattr(error.orig, "diag", None)
     message = re.sub(r"\btrueup_row\.", "{row}.", str(getattr(diagnosis, "message_primary", None) or error.orig))
-    if getattr(error.orig, "sqlstate", None) == "42501" and "temporary" in message:
+    if isinstance(error.orig, InsufficientPrivilege) and "temporary" in message:
         return f"it can't be tried out ({message})", "GRANT TEMPORARY ON DATABASE to this role."
     if "ambiguous" in message:
         return message, "Name the row's columns as {row}.column."

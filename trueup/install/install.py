@@ -28,9 +28,9 @@ from trueup.host.mapping import HostMapping, quote_table, render_sql
 from trueup.host.partitions import partition_problem
 from trueup.host.schema_changes import ATTACHING
 from trueup.host.setting_values import quote_literal
-from trueup.host.write_probe import row_problem
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.triggers import KEEP_WATCHED, SAVE_TRIGGERS, is_untouched
+from trueup.install.write_probe import row_problem
 from trueup.settings.settings import get_settings
 
 # Functions before triggers; each file may use what those before it define.

@@ -23,7 +23,7 @@ from trueup.host.mapping import HostMapping, UserIdType, render_statement
 LEASE_SECONDS = 30.0
 """How long a run or shard stays its owner's without a sign of life."""
 
-MOST_FAILURES = 5
+MAX_FAILURES = 5
 """How often a shard may fail, without getting on in between, before it is given up."""
 
 PAGE_SIZE = 50_000
@@ -101,7 +101,7 @@ _CLAIM = text(
 
 def claim_shard(connection: Connection, run_id: int, owner: str, *, number: int | None = None) -> Shard | None:
     """Take a shard of the run that nobody works on; `number` None: any. None: there is none, or not that one."""
-    values = {"run_id": run_id, "number": number, "owner": owner, "lease": LEASE_SECONDS, "most": MOST_FAILURES}
+    values = {"run_id": run_id, "number": number, "owner": owner, "lease": LEASE_SECONDS, "most": MAX_FAILURES}
     row = connection.execute(_CLAIM, values).one_or_none()
     connection.rollback()
     return None if row is None else Shard.of_row(row)
