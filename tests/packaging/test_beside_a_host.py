@@ -83,6 +83,9 @@ class Project:
     def manage(self, *arguments: object) -> str:
         return self.run("python", "manage.py", *arguments)
 
+    def celery(self, *arguments: object) -> str:
+        return self.run("python", "-m", "celery", "-A", "proj", *arguments)
+
     def shell(self, code: str) -> list[str]:
         """Run code in the project's shell. Returns the lines that it prints after Django's own."""
         return self.manage("shell", "--verbosity=0", "-c", code).splitlines()
@@ -172,10 +175,15 @@ def test_the_readmes_task_runs_in_the_projects_own_worker(attached: Project, wor
     assert "celery@" in worker.output
 
 
+def test_the_task_is_found_by_way_of_the_projects_application(attached: Project) -> None:
+    """The project's Celery looks for tasks in the installed apps: Django must be set up before."""
+    assert "Summaries" in attached.celery("trueup", "rollout", "list")
+
+
 def test_doctor_finds_the_installation_and_the_projects_worker_sound(attached: Project, worker: WorkerProcess) -> None:
     broker = {"TRUEUP_BROKER_URL": attached.variables["HOST_BROKER_URL"]}
     alone = attached.run("trueup", "doctor", "--json", **broker)
-    inside = attached.run("python", "-m", "celery", "-A", "proj", "trueup", "doctor", "--json")
+    inside = attached.celery("trueup", "doctor", "--json")
     for said in (alone, inside):
         document = json.loads(said)
         assert document["errors"] == 0
