@@ -11,7 +11,8 @@ from sqlalchemy import Connection, CursorResult, text
 from sqlalchemy.exc import DBAPIError
 
 from trueup.host.columns import Compared, Expression, quote_identifier, quote_literal
-from trueup.host.mapping import HostMapping, quote_table, render_sql
+from trueup.host.mapping import HostMapping, quote_table
+from trueup.host.sql import render_sql
 
 _INTEGERS = ("smallint", "integer", "bigint")
 SEARCH_PATH = "pg_catalog, pg_temp"  # the triggers' own, whatever the role's is
@@ -38,13 +39,15 @@ _TYPE = """
         SELECT EXPRESSION AS value FROM HOST AS trueup_row CROSS JOIN HOST AS trueup_other LIMIT 0) AS tried ON true
 """
 _OWN_ROW = """
-    INSERT INTO pg_temp.trueup_own AS l ({{usage_log.written}})
-    SELECT r.{{usage_log.written}}
-    FROM (SELECT CAST(LOG_ID AS {{usage_log_id_type}}) AS id, CAST(USER_ID AS {{user_id_type}}) AS user_id,
-                 SECTION AS section, FIGURE AS prompt_tokens, FIGURE AS completion_tokens, 2 * FIGURE AS total_tokens,
-                 FIGURE AS response_time_ms, SUCCEEDED AS success, MODEL AS model_name,
+    INSERT INTO pg_temp.trueup_own AS l ({{ usage_log.written() }})
+    SELECT {{ usage_log.written("r") }}
+    FROM (SELECT CAST({{ log_id | literal }} AS {{ usage_log_id_type }}) AS id,
+                 CAST({{ user_id | literal if user_id else "NULL" }} AS {{ user_id_type }}) AS user_id,
+                 {{ section | literal }} AS section, {{ size }} AS prompt_tokens, {{ size }} AS completion_tokens,
+                 2 * {{ size }} AS total_tokens, {{ size }} AS response_time_ms, {{ succeeded }} AS success,
+                 {{ model | literal }} AS model_name,
                  CAST('{"task_id": "1"}' AS jsonb) AS metadata, CAST(now() AS timestamptz) AS created_at) r
-    RETURNING l.{{usage_log.success}}
+    RETURNING {{ usage_log.success("l") }}
 """
 _DRAWN = re.compile(r"nextval\('(?:[^']|'')*'::regclass\)")  # in a default; a sequence would be used up
 _SAMPLE_UUID = "00000000-0000-4000-8000-000000000001"
@@ -251,16 +254,16 @@ def own_row(
 
     `size`: its tokens of each kind, and its milliseconds. `user` False: nobody's.
     """
-    # Before the host's names are in it: one of them, or a value, may be the very word.
-    values = {
-        "LOG_ID": quote_literal("1" if mapping.usage_log_id_type == "bigint" else _SAMPLE_UUID),
-        "USER_ID": quote_literal(_SAMPLE_UUID if mapping.user_id_type == "uuid" else "1") if user else "NULL",
-        "SECTION": quote_literal(section),
-        "FIGURE": str(size),
-        "SUCCEEDED": str(succeeded).lower(),
-        "MODEL": quote_literal(model),
-    }
-    return render_sql(re.sub("|".join(values), lambda found: values[found[0]], _OWN_ROW), mapping)
+    return render_sql(
+        _OWN_ROW,
+        mapping,
+        log_id="1" if mapping.usage_log_id_type == "bigint" else _SAMPLE_UUID,
+        user_id=(_SAMPLE_UUID if mapping.user_id_type == "uuid" else "1") if user else None,
+        section=section,
+        size=size,
+        succeeded=succeeded,
+        model=model,
+    )
 
 
 def make_table(connection: Connection, like: int, name: str, *, filled: bool) -> None:
