@@ -13,8 +13,9 @@ from sqlalchemy import Connection, Row, text
 from trueup.database.locks import PATIENCE_SECONDS, take_step
 from trueup.database.retry import retrying
 from trueup.errors import TrueupError
-from trueup.host.mapping import HostMapping, quote_table, render_statement
+from trueup.host.mapping import HostMapping, quote_table
 from trueup.host.partitions import log_tables, uncovered_partitions
+from trueup.host.sql import render_statement
 from trueup.install.install import (
     DROP_FUNCTIONS,
     SQL_FILES,
@@ -303,14 +304,12 @@ _TRIGGER_FUNCTIONS = text(
 
 # One statement, one snapshot: a log row and its delta are seen together.
 UNTRUE = """
+    {% from "host/rows.sql" import used_since %}
     SELECT b.user_id
     FROM (SELECT * FROM trueup.balance WHERE log_epoch = trueup.log_epoch() ORDER BY random() LIMIT :users) b
     CROSS JOIN LATERAL (
         SELECT coalesce(sum(d.tokens), 0) AS tokens FROM trueup.usage_delta d
         WHERE d.user_id = b.user_id AND d.used_at >= b.window_start) d
-    CROSS JOIN LATERAL (
-        SELECT coalesce(sum(l.{{usage_log.total_tokens}}), 0) AS tokens FROM {{usage_log}} l
-        WHERE l.{{usage_log.user_id}} = b.user_id AND l.{{usage_log.success}}
-          AND l.{{usage_log.created_at}} >= b.window_start) l
+    CROSS JOIN LATERAL ({{ used_since("b.user_id", "b.window_start") }}) l
     WHERE b.consumed + d.tokens <> l.tokens
 """

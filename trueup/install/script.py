@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from sqlalchemy import Connection, text
 
 from trueup.database.locks import INSTALL_LOCK, LOCK_TIMEOUT_MILLISECONDS, STATEMENT_TIMEOUT_SECONDS
-from trueup.host.mapping import HostMapping, render_sql
+from trueup.host.mapping import HostMapping
+from trueup.host.sql import render_sql
 from trueup.install.attach import (
     SAMPLE_USERS,
     TRIGGER_STEPS,
@@ -39,7 +40,7 @@ SET lock_timeout = '{milliseconds}ms';
 SET statement_timeout = 0;
 DO $$
 DECLARE
-    v_last {{{{user_id_type}}}};
+    v_last {user_id_type};
 BEGIN
     LOOP
         PERFORM pg_advisory_xact_lock({lock});
@@ -75,10 +76,10 @@ def attach_script(connection: Connection, mapping: HostMapping) -> str:
         if step.is_needed(connection, mapping):
             parts.append(_step(step.title, step.scripts(mapping)))
     users = batch_users(connection, mapping)
-    filling = _FILL.format(milliseconds=LOCK_TIMEOUT_MILLISECONDS, lock=INSTALL_LOCK, users=users)
-    parts.append(
-        f"-- 3. Balances, from the log, in batches that are committed one by one\n{render_sql(filling, mapping)}"
+    filling = _FILL.format(
+        milliseconds=LOCK_TIMEOUT_MILLISECONDS, lock=INSTALL_LOCK, users=users, user_id_type=mapping.user_id_type
     )
+    parts.append(f"-- 3. Balances, from the log, in batches that are committed one by one\n{filling}")
     untrue = render_sql(UNTRUE, mapping).replace(":users", str(SAMPLE_USERS)).strip()
     opening = [_COMPARE.format(untrue=untrue), *opening_scripts(mapping, _CHECK_TRIGGERS)]
     parts.append(_step("4. If they agree with the log: the functions of the gate, and the mark", opening))

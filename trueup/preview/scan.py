@@ -27,7 +27,7 @@ from trueup.drift.known_drifts import Past, read_past
 from trueup.errors import TrueupError
 from trueup.host.mapping import HostMapping
 from trueup.preview.checks import check_columns, check_expressions, is_attached, missing_index
-from trueup.preview.statements import COUNTER_LIMIT, EVIDENCE, PLAN_SIZES, Statements, needed_columns
+from trueup.preview.statements import Statements, needed_columns
 from trueup.reconcile.runs import Finding
 from trueup.reconcile.shards import MAX_FAILURES, bounds
 from trueup.settings.policies import Rules
@@ -109,8 +109,8 @@ class _Looker:
             self.attached = is_attached(connection, self.mapping)
             self.index = missing_index(connection, self.mapping)
             self.statements = Statements(self.mapping, attached=self.attached)
-            self.plan_sizes = frozenset(connection.scalars(self.statements.rendered(PLAN_SIZES)))
-            self.counter_limit = connection.scalar(self.statements.rendered(COUNTER_LIMIT)) or 0
+            self.plan_sizes = frozenset(connection.scalars(self.statements.plan_sizes))
+            self.counter_limit = connection.scalar(self.statements.counter_limit) or 0
             self.told.started_at = connection.scalar(text("SELECT statement_timestamp()"))
         if self.index is not None:
             note = (
@@ -203,7 +203,7 @@ class _Looker:
                 "at": drifts[0].seen_at,
                 "min_age": self.rules.min_age_seconds,
             }
-            rows = connection.execute(self.statements.rendered(EVIDENCE), values)
+            rows = connection.execute(self.statements.evidence, values)
             evidence = {row.user_id: Evidence.model_validate(row.evidence) for row in rows}
         return [
             self._finding(_with(drift, evidence.get(drift.user_id)), past.get(drift.user_id, Past()))
