@@ -237,7 +237,8 @@ def test_values_and_names_of_any_kind_reach_the_database_as_they_are(
             "subscription": {"tokens_included": {"expression": expression}},
         }
     )
-    asked = 'SELECT {{ usage_log.section("l") }}, {{ usage_log.success("l") }}, {{ subscription.tokens_included("l") }} FROM '
+    fields = '{{ usage_log.section("l") }}, {{ usage_log.success("l") }}, {{ subscription.tokens_included("l") }}'
+    asked = f"SELECT {fields} FROM "
     for said, counts in zip((*values, None), (True, True, False, None), strict=True):
         row = f"(SELECT CAST({'NULL' if said is None else quote_literal(said)} AS text) AS {column}) l"
         # As a statement with parameters, and in the body of a function.
