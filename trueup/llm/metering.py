@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from trueup.database.engine import once, retrying
-from trueup.database.retry import PASSING, insist
+from trueup.database.retry import PASSING, once, retry_until_recorded, retrying
 from trueup.errors import (
     HoldExhaustedError,
     HoldOvertakenError,
@@ -209,7 +208,7 @@ class MeteredModel:
             "usage_reported": completion.usage_reported,
         }
         answer = self._storable(completion) if keep_answer else None
-        charge = insist(
+        charge = retry_until_recorded(
             lambda connection: record_charge(
                 connection, hold, call_key=call.key, usage=_usage(completion), metadata=metadata, answer=answer
             ),

@@ -9,7 +9,7 @@ from trueup.llm.model import Message
 from trueup.llm.prompts import DM_CHARACTERS, Job, block
 from trueup.llm.texts import cut_at_word, sentences, words
 
-_MOST_PRODUCTS = 3
+_MAX_PRODUCTS = 3
 _REPLY_CHARACTERS = 600
 
 
@@ -78,7 +78,7 @@ def _about(comment: str, products: Sequence[Mapping[str, str]], phrases: _Phrase
     """Return a line for each product that the comment names; for the first ones when it names none."""
     asked = set(words(comment))
     named = [product for product in products if asked & set(words(product["name"]))]
-    return [_line(product, phrases) for product in (named or products)[:_MOST_PRODUCTS]]
+    return [_line(product, phrases) for product in (named or products)[:_MAX_PRODUCTS]]
 
 
 def _line(product: Mapping[str, str], phrases: _Phrases) -> str:
