@@ -15,14 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 
 from benchmarks.common import own_stack, print_markdown
-from trueup.database.engine import create_trueup_engine
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import install
 from trueup.reconcile.local_run import reconcile
@@ -166,8 +164,7 @@ def bare(engine: Engine, statement: str) -> int:
 def ours(engine: Engine, **options: Any) -> RunSummary:
     """Run a pass as `trueup reconcile` does."""
     settings = get_settings().model_copy(update={"database_url": engine.url.render_as_string(hide_password=False)})
-    make_engine = partial(create_trueup_engine, settings)
-    return reconcile(engine, settings.host, rules=RULES, make_engine=make_engine, **options)
+    return reconcile(engine, settings.host, rules=RULES, **options)
 
 
 def clean(engine: Engine, **options: Any) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import httpx
 
-from trueup.errors import TrueupError
+from trueup.errors import MissingExtraError, TrueupError
+from trueup.extras import require_extra
 from trueup.monitoring.alerts import Alert
 from trueup.settings.alerts import WEBHOOK, AlertSettings
 
@@ -84,11 +85,10 @@ def _ended_after(seconds: float, client: httpx.Client) -> Iterator[None]:
 
 def _send_by_apprise(alert: Alert, settings: AlertSettings) -> None:
     try:
-        apprise: Any = importlib.import_module("apprise")
-    except ImportError:
-        raise AlertNotSentError(
-            "apprise is not installed: pip install 'trueup[apprise]', or unset apprise_urls"
-        ) from None
+        require_extra("apprise", "alerts.apprise_urls", consequence="Nothing was sent.", otherwise="unset it")
+    except MissingExtraError as error:
+        raise AlertNotSentError(str(error)) from None
+    apprise: Any = importlib.import_module("apprise")
     # The URL itself is a secret.
     name, notifier = settings.channels[alert.channel], apprise.Apprise()
     if not notifier.add(settings.apprise_url(alert.channel)):

@@ -4,7 +4,8 @@ import logging
 
 from celery import shared_task
 
-from trueup.database.engine import connect, retrying
+from trueup.database.engine import connect
+from trueup.database.retry import retrying
 from trueup.monitoring.alerts import Alert, claim_due, note_failed, note_sent, raise_all
 from trueup.settings.settings import get_settings
 from trueup.tasks.alert_channels import AlertNotSentError, send
@@ -12,7 +13,7 @@ from trueup.tasks.alert_channels import AlertNotSentError, send
 logger = logging.getLogger(__name__)
 
 # The next call goes on: one receiver that is slow must not hold a worker for long.
-MOST_SENDINGS = 20
+MAX_SENDINGS = 20
 
 
 @shared_task(name="trueup.check_alerts", acks_late=True)
@@ -23,9 +24,9 @@ def check_alerts() -> dict[str, int]:
 
 
 def send_due() -> dict[str, int]:
-    """Send the alerts that are due, one by one, at most `MOST_SENDINGS`. Returns how many were sent, and failed."""
+    """Send the alerts that are due, one by one, at most `MAX_SENDINGS`. Returns how many were sent, and failed."""
     sent = failed = 0
-    while sent + failed < MOST_SENDINGS:
+    while sent + failed < MAX_SENDINGS:
         with connect() as connection:
             claimed = claim_due(connection)
         if not claimed:

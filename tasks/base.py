@@ -16,7 +16,7 @@ from celery.exceptions import Ignore, Reject, Retry
 from kombu.exceptions import OperationalError
 from pydantic import BaseModel
 
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.errors import (
     GateClosedError,
     HoldBusyError,
@@ -28,6 +28,7 @@ from trueup.errors import (
 )
 from trueup.gate.holds import Hold, close_hold, has_later_attempt, open_hold
 from trueup.llm.metering import running_hold, spending_from
+from trueup.llm.model import Provider
 from trueup.settings.settings import get_settings
 from trueup.tasks.arguments import USER_ARGUMENT, ArgumentParser
 from trueup.tasks.requests import owner_name
@@ -62,6 +63,7 @@ class MeteredTask(Task):
     estimated_tokens: ClassVar[Estimate]
     on_denied: ClassVar[OnDenied] = "raise"
     parser: ClassVar[ArgumentParser]
+    provider: ClassVar["staticmethod[[], Provider]"]
 
     throws = (TokensDenied,)
     dont_autoretry_for = (TokensDenied,)
@@ -106,6 +108,8 @@ class MeteredTask(Task):
             tokens = self._estimate(arguments)
             if tokens is None:
                 return _json_safe(self._run(arguments))
+            # Before the gate: a task that could ask no model must not hold tokens that others may use.
+            self.provider()
             hold = self._open_hold(arguments, tokens)
             with _closing(hold), spending_from(hold):
                 return _json_safe(self._run_held(arguments, hold))

@@ -4,14 +4,14 @@ import difflib
 import functools
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from celery import shared_task
 
 from trueup.accounts.validation import check_estimate
 from trueup.llm.metering import MeteredModel
-from trueup.llm.model import Model
+from trueup.llm.model import Provider
 from trueup.llm.providers import provider_from_settings
 from trueup.settings.settings import get_settings
 from trueup.tasks.arguments import ArgumentParser
@@ -58,6 +58,7 @@ def metered_task(
             estimated_tokens=staticmethod(estimated_tokens) if callable(estimated_tokens) else estimated_tokens,
             on_denied=on_denied,
             parser=parser,
+            provider=staticmethod(_provider),
             **options,
         )(run)
 
@@ -118,7 +119,12 @@ def _check_options(section: str, on_denied: str, options: dict[str, Any]) -> Non
 
 
 @lru_cache(maxsize=1)
-def _model(pid: int) -> Model:
+def _model(pid: int) -> MeteredModel:
     """Return this process's model client; a forked child makes its own, for connections can't be shared."""
     settings = get_settings()
-    return MeteredModel(provider_from_settings(settings), settings)
+    return MeteredModel(partial(provider_from_settings, settings), settings)
+
+
+def _provider() -> Provider:
+    """Return this process's provider. Raises `SettingsError` when the settings name none, or leave out its key."""
+    return _model(os.getpid()).provider

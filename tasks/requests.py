@@ -11,16 +11,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from billiard.einfo import ExceptionInfo
+from celery import Task
 from celery.exceptions import WorkerLostError
 from celery.worker.request import Request
 
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.errors import TrueupError
 from trueup.gate.holds import abandon_calls, close_abandoned_hold
 from trueup.tasks.arguments import USER_ARGUMENT
 
 logger = logging.getLogger(__name__)
 
+CELERY_RETRIES_LOST_TASKS = hasattr(Task, "retry_on_worker_lost")
 
 # A container that was started again may have the name and the process ids of its predecessor. Made before the pool's
 # processes are, so that they have it too.
@@ -42,7 +45,7 @@ class MeteredRequest(Request):
             self._give_back()
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
-        super().on_failure(exc_info, send_failed_event, return_ok)
+        super().on_failure(self._lost_process(exc_info), send_failed_event, return_ok)
         # Of all that ends here, only a process that was lost has not closed its hold itself.
         if not self._was_lost(exc_info.exception):
             return
@@ -50,6 +53,17 @@ class MeteredRequest(Request):
             self._tell(abandon_calls)
         else:
             self._give_back()
+
+    def _lost_process(self, exc_info: Any) -> Any:
+        """Return the error to record. Celery before 5.7 would record none for a body that ends its process."""
+        error = getattr(exc_info.exception, "exc", exc_info.exception)
+        ended = isinstance(error, (SystemExit, KeyboardInterrupt))
+        if CELERY_RETRIES_LOST_TASKS or not ended or self._already_revoked or self._already_cancelled:
+            return exc_info
+        try:
+            raise WorkerLostError(f"The task ended its process: {error!r}.")
+        except WorkerLostError:
+            return ExceptionInfo()
 
     def _kill(self) -> None:
         """End the process now. The pool does so after this: until then it could charge a call past its hold's end."""
@@ -63,7 +77,10 @@ class MeteredRequest(Request):
         return isinstance(cause, lost) or type(cause).__name__ == "Terminated"
 
     def _is_retried(self) -> bool:
-        """Return whether Celery sends the task again after a lost process; it then goes on with the same hold."""
+        """Return whether Celery retries the task after a lost process; the retry then spends from the same hold."""
+        # Before 5.7 Celery knows no such retry: the task fails, and nothing spends from its hold any more.
+        if not (CELERY_RETRIES_LOST_TASKS and self.task.retry_on_worker_lost):
+            return False
         most = self.task.max_retries
         revoked = self._already_revoked or self._already_cancelled
         return not revoked and (most is None or self._context.retries < most)

@@ -6,7 +6,7 @@ from datetime import timedelta
 from celery import shared_task
 from sqlalchemy import Connection
 
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.gate.holds import expire_holds as expire_overdue
 from trueup.gate.modes import prune_observed_denials as prune_denials
 from trueup.settings.settings import get_settings
@@ -28,7 +28,7 @@ __all__ = [
 EXPIRE_LIMIT = 1000
 PRUNE_LIMIT = 5000
 # Of one call; the next goes on.
-MOST_BATCHES = 50
+MAX_BATCHES = 50
 # What was observed is looked at within weeks.
 DENIALS_KEPT = timedelta(days=90)
 
@@ -61,7 +61,7 @@ def prune_observed_denials() -> int:
 
 def _in_batches(prune_some: Callable[[Connection], int]) -> int:
     pruned = 0
-    for _ in range(MOST_BATCHES):
+    for _ in range(MAX_BATCHES):
         batch = retrying(prune_some)
         pruned += batch
         if batch < PRUNE_LIMIT:

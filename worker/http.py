@@ -1,13 +1,15 @@
 """The API with the application that sends trueup's tasks: `uvicorn --factory trueup.worker.http:create_app`."""
 
-import uvicorn
-from fastapi import FastAPI
+from typing import TYPE_CHECKING
 
-from trueup.api import app as api
+from trueup.extras import require_extra
 from trueup.settings.settings import Settings, get_settings
 from trueup.worker import logs, redis_transport
 from trueup.worker.application import make_application
 from trueup.worker.config import client_config
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 # What a request gets to end when the server stops.
 GRACE_SECONDS = 30
@@ -15,8 +17,14 @@ GRACE_SECONDS = 30
 KEEP_ALIVE_SECONDS = 75
 
 
-def create_app() -> FastAPI:
-    """Make the API of this process's settings. Raises `SettingsError`, as when no key is set to check tokens with."""
+def create_app() -> "FastAPI":
+    """Make the API of this process's settings.
+
+    Raises `SettingsError`, as when no key is set to check tokens with, and `MissingExtraError` without [api].
+    """
+    require_extra("api", "The HTTP API")
+    from trueup.api import app as api
+
     redis_transport.register()
     celery = make_application("trueup-api")
     celery.conf.update(client_config(get_settings()))
@@ -24,11 +32,14 @@ def create_app() -> FastAPI:
     return api.create_app(celery)
 
 
-def serve(settings: Settings, app: FastAPI | None = None) -> None:
-    """Serve the API until SIGINT or SIGTERM. `app` None: that of `create_app`. Raises `SettingsError`."""
+def serve(settings: Settings, app: "FastAPI | None" = None) -> None:
+    """Serve the API until SIGINT or SIGTERM. `app` None: that of `create_app`, with its errors."""
+    app = app or create_app()
+    import uvicorn
+
     logs.configure()
     uvicorn.run(
-        app or create_app(),
+        app,
         host=settings.api.host,
         port=settings.api.port,
         log_config=None,  # ours, as the workers'

@@ -3,7 +3,7 @@
 from typing import Any
 
 from trueup.cli.output import show
-from trueup.drift.cause_texts import cause_title
+from trueup.drift.causes import cause_title
 from trueup.reports.run_report import DriftReport
 
 

@@ -13,7 +13,7 @@ from mako.template import Template
 from trueup.cli.output import show
 from trueup.cli.reports.charts import columns_of, share_bars
 from trueup.cli.reports.figures import filter_of, percent, signed, title_of
-from trueup.drift.cause_texts import ACTIONS, CERTAINTIES, cause_sentence, cause_title
+from trueup.drift.causes import ACTION_SENTENCES, CERTAINTY_SENTENCES, cause_sentence, cause_title
 from trueup.reports.history import RunFigures
 from trueup.reports.run_report import DriftReport
 
@@ -42,7 +42,7 @@ def report_html(report: DriftReport, runs: Sequence[RunFigures]) -> Iterator[str
             cause_title=cause_title,
             cause_sentence=cause_sentence,
             action_sentence=_action_sentence,
-            certainty_sentence=lambda certainty: CERTAINTIES.get(certainty, certainty),
+            certainty_sentence=lambda certainty: CERTAINTY_SENTENCES.get(certainty, certainty),
             sentence=lambda words: words[:1].upper() + words[1:],
             show=show,
             compact=compact,
@@ -63,7 +63,7 @@ def compact(tokens: int) -> str:
 
 
 def _action_sentence(action: str) -> str:
-    return ACTIONS.get(action, action).replace("`", "")
+    return ACTION_SENTENCES.get(action, action).replace("`", "")
 
 
 def _tiles(report: DriftReport) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from trueup.cli.output import show
 from trueup.cli.reports.figures import summary_of, title_of
-from trueup.drift.cause_texts import cause_sentence, cause_title
+from trueup.drift.causes import cause_sentence, cause_title
 from trueup.reports.run_report import DriftReport
 
 # What Markdown or HTML would take for its own in words of ours.

@@ -9,7 +9,7 @@ import click
 
 from trueup.cli.output import print_facts, print_table, show
 from trueup.cli.reports.figures import signed
-from trueup.drift.cause_texts import ACTIONS, CERTAINTIES, cause_sentence, cause_title
+from trueup.drift.causes import ACTION_SENTENCES, CERTAINTY_SENTENCES, cause_sentence, cause_title
 from trueup.reconcile.runs import Finding
 from trueup.reports.user_report import CounterStory
 
@@ -75,7 +75,7 @@ def _print_finding(found: Finding) -> None:
         click.echo(f"Why: unexplained. {cause_sentence('unexplained').capitalize()}.")
     for part in explanation.components:
         click.echo(f"\nWhy: {cause_title(part.cause)}, {signed(part.tokens)} tokens: {cause_sentence(part.cause)}.")
-        click.echo(f"  {part.certainty}: {CERTAINTIES[part.certainty]}.")
+        click.echo(f"  {part.certainty}: {CERTAINTY_SENTENCES[part.certainty]}.")
         _print_evidence(part.evidence)
     if explanation.alternatives:
         others = ", ".join(cause_title(cause) for cause in explanation.alternatives)
@@ -87,7 +87,7 @@ def _print_finding(found: Finding) -> None:
     if found.verdict.write is not None:
         click.echo(f"\nA run now would set the counter to {found.verdict.write:,} ({why}).")
     else:
-        click.echo(f"\nA run now: {ACTIONS.get(found.action, found.action)} ({why}).")
+        click.echo(f"\nA run now: {ACTION_SENTENCES.get(found.action, found.action)} ({why}).")
 
 
 def _print_evidence(evidence: dict[str, Any]) -> None:
@@ -120,7 +120,7 @@ def _print_past(story: CounterStory) -> None:
         rows = [
             (
                 *(row.found_at, str(row.run_id), row.observed, row.expected, row.drift, cause_title(row.cause)),
-                *(ACTIONS.get(row.action, row.action), row.written),
+                *(ACTION_SENTENCES.get(row.action, row.action), row.written),
             )
             for row in story.past
         ]

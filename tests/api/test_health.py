@@ -12,7 +12,8 @@ from tests.support.api import OPERATOR, Clock, bearer
 from tests.support.drift_history import add_run
 from tests.support.host import Host
 from tests.support.sessions import in_background
-from tests.support.worker import running_worker, wait_for
+from tests.support.waiting import DEADLINE_SECONDS, wait_for
+from tests.support.worker import running_worker
 from trueup.database.engine import connect, dispose_engine
 from trueup.gate.holds import open_hold
 
@@ -55,7 +56,7 @@ def test_the_api_is_ready_once_a_worker_is_seen(
     client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr("trueup.api.health.monotonic", clock)
+    monkeypatch.setattr("trueup.api.views.health.monotonic", clock)
     answer = client.get("/readyz")
     assert (answer.status_code, answer.json()) == (
         503,
@@ -81,17 +82,17 @@ def test_who_asks_while_another_looks_is_answered_from_the_last_look(
 ) -> None:
     def slow(connection: object) -> None:
         looking.set()
-        assert go_on.wait(20)
+        assert go_on.wait(DEADLINE_SECONDS)
 
     looking, go_on, clock = threading.Event(), threading.Event(), Clock()
-    monkeypatch.setattr("trueup.api.health.monotonic", clock)
+    monkeypatch.setattr("trueup.api.views.health.monotonic", clock)
     assert client.get("/readyz").json()["database"] == "ok"
     clock.go_on(3)
-    monkeypatch.setattr("trueup.api.health.check_installed", slow)
+    monkeypatch.setattr("trueup.api.views.health.check_installed", slow)
     with in_background() as submit:
         first = submit(client.get, "/readyz")
         try:
-            assert looking.wait(20)
+            assert looking.wait(DEADLINE_SECONDS)
             assert client.get("/readyz").json()["database"] == "ok"
             assert not first.done()
             clock.go_on(20)

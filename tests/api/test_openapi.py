@@ -17,7 +17,7 @@ from tests.support.host import Host
 from tests.support.worker import running_worker
 from trueup.api.responses import Denial, Problem
 from trueup.gate.decision import Reason
-from trueup.monitoring.gauges import FIGURES
+from trueup.monitoring.status import FIGURES
 from trueup.settings.api import ApiSettings
 
 SEED = os.environ.get("OPENAPI_SEED", "1")

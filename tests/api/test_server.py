@@ -1,6 +1,5 @@
 """The API as it is served: a real `trueup api`, called over HTTP while tokens are spent."""
 
-import json
 import os
 import signal
 import subprocess
@@ -20,17 +19,16 @@ from sqlalchemy.pool import NullPool
 from tests.support.api import SECRET, free_port, token
 from tests.support.books import assert_true
 from tests.support.host import Host
-from tests.support.worker import wait_for
+from tests.support.waiting import DEADLINE_SECONDS, wait_for
 from trueup.billing.decorators import ai_tokens
 from trueup.billing.utils import get_accurate_tokens_remaining
 from trueup.settings.api import ApiSettings
 from trueup.settings.settings import Settings
-from trueup.stack.supervisor import about_the_api, commands_of
+from trueup.stack.supervisor.supervisor import about_the_api, commands_of
 
 TRUEUP = Path(sys.executable).with_name("trueup")
 # The specification's three calls.
 CALLS = ("/api/accounts/overview", "/api/billing/overview", "/api/billing/subscription")
-BOOT_SECONDS = 60.0
 
 
 @contextmanager
@@ -53,12 +51,12 @@ def served(log: Path, **settings: object) -> Iterator[tuple[subprocess.Popen[byt
                 return False
 
         try:
-            wait_for(answers, "the API answers", seconds=BOOT_SECONDS)
+            wait_for(answers, "the API answers")
             assert process.poll() is None, log.read_text()
             yield process, client
         finally:
             process.terminate()
-            process.wait(40)
+            process.wait(DEADLINE_SECONDS)
 
 
 def figures(body: dict[str, Any]) -> tuple[int, int, int, int]:
@@ -80,11 +78,11 @@ def figures(body: dict[str, Any]) -> tuple[int, int, int, int]:
     )
 
 
-def curl(client: httpx.Client, path: str, bearer: object) -> dict[str, Any]:
-    """Call the API as the specification does."""
-    command = ["curl", "-sS", "--fail", "-H", f"Authorization: Bearer {bearer}", str(client.base_url.join(path))]
-    called = subprocess.run(command, capture_output=True, text=True, check=True)
-    body: dict[str, Any] = json.loads(called.stdout)
+def get(client: httpx.Client, path: str, bearer: object) -> dict[str, Any]:
+    """Return the answer to a call with this bearer token, as the specification makes it."""
+    answer = client.get(path, headers={"Authorization": f"Bearer {bearer}"})
+    answer.raise_for_status()
+    body: dict[str, Any] = answer.json()
     return body
 
 
@@ -114,7 +112,7 @@ def test_the_specifications_calls_show_the_same_counts_while_tokens_are_spent(ho
     with served(tmp_path / "api.log") as (_, client):
 
         def call(path: str) -> tuple[int, int, int, int]:
-            return figures(curl(client, path, signed))
+            return figures(get(client, path, signed))
 
         with ThreadPoolExecutor(5) as pool:
             spenders = [
@@ -145,15 +143,15 @@ def test_the_demo_is_served_as_the_manual_says(host: Host, tmp_path: Path) -> No
     host.log(user, 1500)
     log = tmp_path / "api.log"
     with served(log, jwt_secret=None, demo=True) as (process, client):
-        assert [figures(curl(client, path, user)) for path in CALLS] == [(10_000, 1500, 8500, 8500)] * 3
+        assert [figures(get(client, path, user)) for path in CALLS] == [(10_000, 1500, 8500, 8500)] * 3
         assert "server" not in client.get("/healthz").headers
         process.send_signal(signal.SIGINT)
-        assert process.wait(40) in (0, -signal.SIGINT)
+        assert process.wait(DEADLINE_SECONDS) in (0, -signal.SIGINT)
     assert "Traceback" not in log.read_text()
 
 
 def test_without_a_key_nothing_is_served(database: str) -> None:
-    refused = subprocess.run([TRUEUP, "api"], capture_output=True, text=True, timeout=BOOT_SECONDS, check=False)
+    refused = subprocess.run([TRUEUP, "api"], capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=False)
     assert refused.returncode == 1
     assert "TRUEUP_API__JWT_SECRET" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -5,24 +5,16 @@ import io
 import json
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import psutil
 import pytest
 
 from tests.cli.conftest import TRUEUP, trueup, trueup_json
 from tests.reconcile.test_shards import let_leases_run_out
 from tests.support.books import dump
 from tests.support.host import Host
-from tests.support.sessions import DEADLINE_SECONDS, wait_until
-
-# The program, but that small runs go into processes too.
-EAGER = (
-    "from trueup.reconcile import local_run as reconcile; reconcile.PROCESSES_FROM, reconcile.SMALLEST_SHARD = 1, 2; "
-    "from trueup.cli import main; main()"
-)
+from tests.support.waiting import DEADLINE_SECONDS, wait_for
 
 
 def drifted(host: Host, tokens: int = 300) -> int:
@@ -156,93 +148,56 @@ def test_several_jobs_do_what_one_does(host: Host) -> None:
     trueup("reconcile", "--jobs", 0, code=2)
 
 
-def test_ctrl_c_ends_it_after_a_batch_and_the_next_call_goes_on(host: Host) -> None:
-    users = [drifted(host) for _ in range(30)]
+@contextmanager
+def slow_run(host: Host) -> Iterator[subprocess.Popen[str]]:
+    """Give a run with several jobs that is slow at correcting, and at work."""
     host.execute(
         "CREATE FUNCTION public.slow() RETURNS trigger LANGUAGE plpgsql AS "
         "$$ BEGIN PERFORM pg_sleep(0.1); RETURN NEW; END $$"
     )
     host.execute("CREATE TRIGGER slow BEFORE INSERT ON trueup.drift FOR EACH ROW EXECUTE FUNCTION public.slow()")
-    command = [TRUEUP, "reconcile", "--batch-size", "1", "--jobs", "2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        wait_until(lambda: host.value("SELECT count(*) FROM trueup.drift") >= 3, "it is at work")
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
-    assert process.returncode != 0
-    assert "the next `trueup reconcile` goes on" in errors
-    assert "Traceback" not in errors
-    assert host.value("SELECT status FROM trueup.reconcile_run") == "interrupted"
-    host.execute("DROP TRIGGER slow ON trueup.drift")
-    output = trueup("reconcile").stdout
-    assert "Went on with run 1" in output
-    assert [host.counter(user) for user in users] == [700] * 30
-    assert host.value("SELECT count(*) FROM trueup.drift") == 30
-
-
-@contextmanager
-def working_in_processes(host: Host, *options: str) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
-    """Give a run that is slow at correcting, and its two processes, of which one at least is at work."""
-    host.execute(
-        "CREATE FUNCTION public.slow() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$ BEGIN PERFORM pg_sleep(0.2); RETURN NEW; END $$"
-    )
-    host.execute("CREATE TRIGGER slow BEFORE INSERT ON trueup.drift FOR EACH ROW EXECUTE FUNCTION public.slow()")
-    command = [sys.executable, "-c", EAGER, "reconcile", "--batch-size", "1", "--jobs", "3", *options]
+    command = [TRUEUP, "reconcile", "--batch-size", "1", "--jobs", "3"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            wait_until(lambda: len(psutil.Process(process.pid).children()) == 2, "its processes")
-            processes = psutil.Process(process.pid).children()
-            sessions = (
-                "SELECT count(*) FROM pg_stat_activity "
-                "WHERE application_name = 'trueup' AND datname = current_database()"
-            )
-            # Three are the program's own.
-            wait_until(lambda: host.value(sessions) > 3, "one of them at work")
-            yield process, processes
+            wait_for(lambda: host.value("SELECT count(*) FROM trueup.drift") >= 3, "it is at work")
+            yield process
         finally:
             process.kill()
 
 
-def assert_ended(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=DEADLINE_SECONDS)
-    assert alive == []
-
-
-def assert_gone_on_with(host: Host, users: list[int]) -> None:
+def assert_next_run_resumes(host: Host, users: list[int]) -> None:
     assert host.value("SELECT count(*) FROM trueup.drift") < len(users), "it was at work"
     host.execute("DROP TRIGGER slow ON trueup.drift")
     let_leases_run_out(host)
     assert "Went on with run 1" in trueup("reconcile").stdout
     assert [host.counter(user) for user in users] == [700] * len(users)
-    assert host.value("SELECT count(DISTINCT user_id) = count(*) FROM trueup.drift")
+    assert host.value("SELECT count(DISTINCT user_id) = count(*) AND count(*) = :n FROM trueup.drift", n=len(users))
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_in_processes_it_ends_them_all_after_a_batch(host: Host, how: signal.Signals) -> None:
+def test_interrupted_its_jobs_end_after_their_batches_and_the_next_run_resumes(host: Host, how: signal.Signals) -> None:
     users = [drifted(host) for _ in range(60)]
-    with working_in_processes(host) as (process, processes):
+    with slow_run(host) as process:
         process.send_signal(how)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 1
     assert "the next `trueup reconcile` goes on" in errors
     assert "Traceback" not in errors
-    assert_ended(processes)
     assert host.value("SELECT status FROM trueup.reconcile_run") == "interrupted"
     assert host.value("SELECT count(*) FROM trueup.reconcile_shard WHERE status = 'running'") == 0
-    assert_gone_on_with(host, users)
+    assert_next_run_resumes(host, users)
 
 
-def test_processes_end_when_the_program_is_killed_and_the_next_one_goes_on(host: Host) -> None:
+def test_after_a_killed_run_the_next_one_resumes(host: Host) -> None:
     users = [drifted(host) for _ in range(60)]
-    with working_in_processes(host) as (process, processes):
+    with slow_run(host) as process:
         process.kill()
-    assert_ended(processes)
     assert host.value("SELECT status FROM trueup.reconcile_run") == "running"
-    assert_gone_on_with(host, users)
+    assert_next_run_resumes(host, users)
 
 
-def test_in_processes_the_report_is_the_same(host: Host) -> None:
-    """Of a run with more drifts than start processes, dry and not."""
+def test_with_several_jobs_the_report_is_the_same(host: Host) -> None:
+    """Of a dry run, and of one that corrects."""
     host.execute("INSERT INTO accounts_user SELECT i, i, '' FROM generate_series(1, 2400) i")
     host.execute(
         "INSERT INTO billing_subscription (id, user_id, token_plan_id, start_date, tokens_remaining) "

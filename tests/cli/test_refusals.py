@@ -60,6 +60,6 @@ def test_an_error_of_our_own_is_not_taken_for_the_database_s(host: Host, monkeyp
     def broken(*_values: object, **_more: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("trueup.cli.drift.read_history", broken)
+    monkeypatch.setattr("trueup.cli.drift.commands.read_history", broken)
     with pytest.raises(ZeroDivisionError):
         trueup("drift", "history")

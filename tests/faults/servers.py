@@ -19,7 +19,7 @@ from trueup.install.install import install
 from trueup.settings.settings import Settings
 from trueup.stack import running_stack
 from trueup.stack.processes import first_of
-from trueup.stack.servers import ensure_running
+from trueup.stack.servers.server import ensure_running
 from trueup.stack.waiting import wait_until
 
 _GONE_SECONDS = 20.0

@@ -5,10 +5,10 @@ import pytest
 from pytest_httpserver import HTTPServer
 
 from tests.support.scripted import AtOnce, ScriptedModel
-from trueup.features.buttons import MAX_TEXT_CHARACTERS, Button, split_buttons
-from trueup.features.comments import ActionConfig, CommentEvent, action_config, comment_event
-from trueup.features.graph import GraphClient
-from trueup.features.instagram import build_message, send_instagram_dm
+from trueup.features.instagram.buttons import MAX_TEXT_CHARACTERS, Button, split_buttons
+from trueup.features.instagram.comments import ActionConfig, CommentEvent, action_config, comment_event
+from trueup.features.instagram.direct_message import build_message, send_instagram_dm
+from trueup.features.instagram.graph import GraphClient
 from trueup.features.links import KnownLinks, without_foreign_links
 
 ACCOUNT, COMMENT = "17841405822304914", "17870913679156914"

@@ -10,10 +10,10 @@ from werkzeug import Request, Response
 
 from tests.features.test_instagram import _event, _static
 from tests.support.host import Host
-from trueup.features.comments import action_config
-from trueup.features.effects import TaskOutbox
-from trueup.features.graph import GraphClient, GraphError
-from trueup.features.instagram import DmResult, send_instagram_dm
+from trueup.features.instagram.comments import action_config
+from trueup.features.instagram.direct_message import DmResult, send_instagram_dm
+from trueup.features.instagram.effects import TaskOutbox
+from trueup.features.instagram.graph import GraphClient, GraphError
 from trueup.usage.outbox import begin_effect, list_unresolved_effects
 
 TASK = "task-1"

@@ -12,9 +12,8 @@ from werkzeug import Request, Response
 
 from tests.support.scripted import AtOnce, HeldModel, ScriptedModel
 from trueup.errors import AnswerFormatError, InvalidInputError, SettingsError
-from trueup.features.comments import ActionConfig, CommentEvent, action_config, comment_event, comment_events
-from trueup.features.graph import GraphClient, GraphError
-from trueup.features.instagram import (
+from trueup.features.instagram.comments import ActionConfig, CommentEvent, action_config, comment_event, comment_events
+from trueup.features.instagram.direct_message import (
     ESTIMATED_TOKENS,
     MAX_MESSAGE_BYTES,
     DmResult,
@@ -22,6 +21,7 @@ from trueup.features.instagram import (
     estimated_tokens,
     send_instagram_dm,
 )
+from trueup.features.instagram.graph import GraphClient, GraphError
 from trueup.llm.tokens import BoundCounter, EncodingCounter, TokenCounter, count_prompt_tokens
 from trueup.settings.settings import Settings
 

@@ -11,8 +11,7 @@ from sqlalchemy import Connection
 from tests.support.drift_history import FIRST_RUN, add_drift, add_run, decide, see_again
 from tests.support.host import Host
 from trueup.database.engine import get_engine, transaction
-from trueup.drift.cause_texts import ACTIONS, CAUSES
-from trueup.drift.causes import Cause
+from trueup.drift.causes import ACTION_SENTENCES, CAUSE_SENTENCES, Cause
 from trueup.errors import InvalidInputError
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.local_run import reconcile
@@ -233,8 +232,8 @@ def test_the_json_is_versioned_and_plain(host: Host, connection: Connection, dri
 
 
 def test_every_cause_and_action_is_said_in_words() -> None:
-    assert set(get_args(Cause)) <= set(CAUSES)
-    assert set(ACTIONS) == {"corrected", "reported", "review", "lost_race", "waiting", "tolerated", "ignored"}
+    assert set(get_args(Cause)) <= set(CAUSE_SENTENCES)
+    assert set(ACTION_SENTENCES) == {"corrected", "reported", "review", "lost_race", "waiting", "tolerated", "ignored"}
 
 
 def test_the_history_has_the_newest_runs_oldest_first(host: Host, connection: Connection, past: dict[str, int]) -> None:
@@ -287,7 +286,7 @@ def test_a_counters_past_is_told_with_its_decisions(host: Host, connection: Conn
 def test_the_json_schema_knows_the_same_causes_and_actions() -> None:
     schema = json.loads((Path(__file__).parents[2] / "docs" / "drift-report.schema.json").read_text())
     assert set(schema["$defs"]["cause"]["enum"]) == set(get_args(Cause))
-    assert set(schema["$defs"]["action"]["enum"]) == set(ACTIONS)
+    assert set(schema["$defs"]["action"]["enum"]) == set(ACTION_SENTENCES)
     assert schema["properties"]["schema_version"]["const"] == SCHEMA_VERSION
     assert set(schema["required"]) == set(schema["properties"])
     row = schema["$defs"]["row"]

@@ -26,21 +26,21 @@ from tests.stack.helpers import (
 )
 from trueup.settings.settings import Settings
 from trueup.stack import running_stack
-from trueup.stack.children import start_child
-from trueup.stack.commands import Command
-from trueup.stack.crew import Policy
 from trueup.stack.errors import ChildFailedError, StackAlreadyRunningError
 from trueup.stack.records import ChildRecords
-from trueup.stack.supervisor import run_stack
+from trueup.stack.supervisor.children import start_child
+from trueup.stack.supervisor.commands import Command, embedded_settings
+from trueup.stack.supervisor.crew import Policy
+from trueup.stack.supervisor.supervisor import about_the_model, run_stack
 
 # `trueup up` with commands of the test's own; without servers unless "embedded" is asked for.
 UP = """
 import json, sys
 from trueup.errors import TrueupError
 from trueup.settings.settings import Settings
-from trueup.stack.commands import Command
-from trueup.stack.crew import Policy
-from trueup.stack.supervisor import run_stack
+from trueup.stack.supervisor.supervisor.commands import Command
+from trueup.stack.supervisor.supervisor.crew import Policy
+from trueup.stack.supervisor.supervisor.supervisor import run_stack
 
 home, commands, policy, servers = sys.argv[1:]
 urls = {"database_url": "postgresql://db/x", "broker_url": "redis://broker/0"}
@@ -145,14 +145,32 @@ def test_a_stop_lets_processes_finish_and_leaves_none(home: Path, how: signal.Si
 
 
 def test_a_stop_with_the_embedded_servers_leaves_no_process(embedded_home: Path) -> None:
-    show = "import os; print('at', os.environ['TRUEUP_DATABASE_URL']);" + POLITE
+    show = "import os; print(*(os.environ[f'TRUEUP_{name}'] for name in ('MODEL_PROVIDER', 'DATABASE_URL')));" + POLITE
     with up(embedded_home, {"one": show}, "embedded") as stack:
-        read_until(stack, r"one    \| at postgresql\+psycopg://postgres@/trueup\?host=/")
+        read_until(stack, r"one    \| offline postgresql\+psycopg://postgres@/trueup\?host=/")
         pids = children_of(stack) + server_pids(embedded_home)
         assert len(pids) == 4
         finish(stack, signal.SIGINT)
     assert stack.returncode == 0
     assert not any(map(alive, pids))
+
+
+@pytest.mark.parametrize(
+    ("values", "said", "variables"),
+    [
+        ({}, "offline, so answers are made up", {"TRUEUP_MODEL_PROVIDER": "offline"}),
+        ({"broker_url": "redis://r"}, "offline, so answers are made up", {"TRUEUP_MODEL_PROVIDER": "offline"}),
+        ({"model_provider": "openai"}, "model provider: openai", {}),
+        ({"database_url": "postgresql://db/app"}, "AI tasks fail until TRUEUP_MODEL_PROVIDER is set", {}),
+        ({"database_url": "postgresql://db/app", "model_provider": "offline"}, "model provider: offline", {}),
+    ],
+)
+def test_only_with_the_embedded_database_does_the_stack_choose_a_provider_and_it_says_so(
+    values: dict[str, str], said: str, variables: dict[str, str]
+) -> None:
+    settings = Settings(**values)  # type: ignore[arg-type]
+    assert embedded_settings(settings) == variables
+    assert said in about_the_model(settings)
 
 
 def test_a_server_that_dies_is_started_again(embedded_home: Path) -> None:
@@ -291,7 +309,7 @@ def test_the_stack_stops_when_nobody_reads_its_output_any_more(home: Path) -> No
 
 
 def test_lines_are_coloured_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trueup.stack.merged_log import MergedLog
+    from trueup.stack.supervisor.merged_log import MergedLog
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

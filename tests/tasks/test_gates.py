@@ -16,11 +16,12 @@ from sqlalchemy import Connection
 from tests.support.host import Host
 from tests.support.wire import Wire, wire_server
 from tests.support.worker import own_application
-from trueup.errors import InvalidInputError, ProviderError, TokensDenied
-from trueup.features import enhancement, instagram, messages, questions
+from trueup.errors import InvalidInputError, ProviderError, SettingsError, TokensDenied
+from trueup.features import enhancement, messages, questions
+from trueup.features.instagram import direct_message
 from trueup.features.products import extractor
 from trueup.gate.holds import list_holds
-from trueup.llm.providers.offline import OfflineProvider
+from trueup.llm.offline.offline import OfflineProvider
 from trueup.settings.settings import get_settings
 from trueup.tasks import MeteredTask
 from trueup.tasks.metered import _model
@@ -40,7 +41,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 ESTIMATES = {
     "trueup.extract_products": extractor.ESTIMATED_TOKENS,
-    "trueup.send_instagram_dm": instagram.ESTIMATED_TOKENS,
+    "trueup.send_instagram_dm": direct_message.ESTIMATED_TOKENS,
     "trueup.reply_to_message": messages.ESTIMATED_TOKENS,
     "trueup.ask_question": questions.ESTIMATED_TOKENS,
     "trueup.generate_prompt": enhancement.ESTIMATED_TOKENS,
@@ -119,7 +120,9 @@ def test_only_the_metered_task_has_a_provider_at_hand() -> None:
         str(path.relative_to(ROOT))
         for path in sources
         for name in imported(path.read_text())
-        if name.startswith(("trueup.llm.providers.", "trueup.llm.metering.MeteredModel", "openai"))
+        if name.startswith(
+            ("trueup.llm.providers.", "trueup.llm.offline.", "trueup.llm.metering.MeteredModel", "openai")
+        )
         and name != "trueup.llm.providers.counter_from_settings"
     }
     assert holders == {"tasks/metered.py"}
@@ -136,6 +139,30 @@ def test_a_user_without_tokens_is_denied_before_any_work(
     assert wire.requests == []
     assert list_holds(connection, user_id=user, every_status=True) == []
     assert host.used(user) == 0
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("missing", ["TRUEUP_MODEL_PROVIDER", "TRUEUP_OPENAI_API_KEY"])
+def test_a_task_whose_provider_is_not_set_fails_before_the_gate(
+    name: str,
+    missing: str,
+    app: Celery,
+    wire: Wire,
+    host: Host,
+    connection: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(missing)
+    get_settings.cache_clear()
+    users = [host.subscriber(100_000), host.subscriber(0)]
+    for user in users:
+        with pytest.raises(SettingsError, match=missing):
+            app.tasks[name].apply(kwargs={"user_id": user, **ARGUMENTS[name]}).get()
+        with pytest.raises(SettingsError, match=missing):
+            app.tasks[name](user_id=user, **ARGUMENTS[name])
+        assert list_holds(connection, user_id=user, every_status=True) == []
+    assert host.value("SELECT count(*) FROM trueup.balance") == 0
+    assert wire.requests == []
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

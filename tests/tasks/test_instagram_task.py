@@ -10,7 +10,7 @@ from werkzeug import Response
 
 from tests.support.host import Host
 from tests.support.worker import own_application
-from trueup.features.graph import GraphError
+from trueup.features.instagram.graph import GraphError
 from trueup.settings.settings import get_settings
 
 ACCOUNT, COMMENT = "17841405822304914", "17870913679156914"
@@ -22,6 +22,8 @@ TASK = "3f2d7c1e-0000-4000-8000-000000000001"
 def app(database: str, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> Celery:
     monkeypatch.setenv("TRUEUP_INSTAGRAM_GRAPH_URL", httpserver.url_for("/"))
     monkeypatch.setenv("TRUEUP_INSTAGRAM_ACCESS_TOKEN", "token")
+    # A fixed text needs no model.
+    monkeypatch.delenv("TRUEUP_MODEL_PROVIDER")
     get_settings.cache_clear()
     return own_application()
 

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import psutil
 import pytest
 from celery import Celery
 
-from tests.support.worker import running_worker, wait_for
+from tests.support.waiting import DEADLINE_SECONDS, wait_for
+from tests.support.worker import running_worker
 from trueup.settings.settings import Settings
 from trueup.stack import running_stack
+from trueup.stack.layout import Layout
+from trueup.stack.servers.redis import RedisServer
 from trueup.worker.config import celery_config
 
 AWAY_SECONDS = 4.0
@@ -41,30 +43,21 @@ def app(redis_home: Path) -> Iterator[Celery]:
     app.close()
 
 
-def redis_process(home: Path) -> psutil.Process:
-    [process] = [
-        process
-        for process in psutil.process_iter(["name", "cmdline"])
-        if "redis" in (process.info["name"] or "") and str(home) in " ".join(process.info["cmdline"] or [])
-    ]
-    return process
-
-
 def test_a_worker_outlives_a_redis_that_is_away_for_seconds(
     redis_home: Path, app: Celery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running_worker(tmp_path / "worker.log", include=(TASKS,)) as worker:
         result = app.send_task("test.slow", args=(AWAY_SECONDS + 3,), queue="trueup-ai")
         wait_for(lambda: result.state == "STARTED", "the task has started")
-        redis = redis_process(redis_home)
+        [redis] = RedisServer(Layout(home=redis_home)).processes()
         redis.send_signal(signal.SIGTERM)
-        redis.wait(10)
+        redis.wait(DEADLINE_SECONDS)
         # Not a wait for something to happen: how long Redis is away is what is tested.
         time.sleep(AWAY_SECONDS)
         monkeypatch.delenv("TRUEUP_BROKER_URL")
         with running_stack(Settings(home=redis_home), services=("redis",)):
-            wait_for(lambda: _answers(app), "the worker is back", seconds=30)
-            assert app.send_task("test.slow", args=(0,), queue="trueup-ai").get(timeout=20) == "done"
+            wait_for(lambda: _answers(app), "the worker is back")
+            assert app.send_task("test.slow", args=(0,), queue="trueup-ai").get(timeout=DEADLINE_SECONDS) == "done"
             assert worker.process.poll() is None
 
 

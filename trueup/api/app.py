@@ -9,11 +9,12 @@ from celery import Celery
 from celery.app import app_or_default
 from fastapi import FastAPI
 
-from trueup.api import accounts, ai, drift, errors, health, subscriptions, task_results
+from trueup.api import errors
 from trueup.api.auth import Verifier
-from trueup.api.edge import Edge
 from trueup.api.limits import RateLimit
-from trueup.api.metrics import Metrics
+from trueup.api.middleware import Edge
+from trueup.api.views import accounts, ai, drift, health, subscriptions, task_results
+from trueup.api.views.metrics import Metrics
 from trueup.settings.settings import get_settings
 
 DESCRIPTION = """

@@ -9,8 +9,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from trueup.api import metrics
-from trueup.errors import InvalidInputError, NotInstalledError, ServiceUnavailableError, TokensDenied
+from trueup.api.views import metrics
+from trueup.errors import InvalidInputError, MissingExtraError, NotInstalledError, ServiceUnavailableError, TokensDenied
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ def register(app: FastAPI) -> None:
     app.add_exception_handler(TokensDenied, _denied)
     app.add_exception_handler(ServiceUnavailableError, _unavailable)
     app.add_exception_handler(NotInstalledError, _unavailable)
+    app.add_exception_handler(MissingExtraError, _missing_extra)
 
 
 async def _http_error(_request: Request, error: Exception) -> JSONResponse:
@@ -96,6 +97,12 @@ def _problem(fault: Mapping[str, Any]) -> str:
 
 async def _invalid_input(_request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(error_body("invalid_input", str(error)), 422)
+
+
+async def _missing_extra(_request: Request, error: Exception) -> JSONResponse:
+    """Say that this server lacks the feature. What to install is for the log alone."""
+    logger.error("answered 501: %s", error)
+    return render(ApiError(501, "not_installed", "This server lacks the packages of this feature. Nothing was done"))
 
 
 async def _denied(request: Request, error: Exception) -> JSONResponse:

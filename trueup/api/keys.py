@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 # RSA keys sign RS256 and keys on the curve P-256 ES256. Others, above all symmetric ones, have no place in a JWKS.
 _ALGORITHMS = {("RSA", None): "RS256", ("EC", "P-256"): "ES256"}
-LEAST_RSA_BITS = 2048
+MIN_RSA_BITS = 2048
 MAX_JWKS_BYTES = 1_000_000
 
 
@@ -81,7 +81,9 @@ class KeySet:
 class RemoteKeySet:
     """The issuer's JWKS, read again when it is old, and for an unknown `kid`, though not too often.
 
-    Keys that are known go on serving while the issuer does not answer.
+    Keys that are known go on serving while the issuer does not answer. PyJWT's `PyJWKClient` (2.15) can't take its
+    place: it drops keys that are too old while the issuer is away, asks an issuer that fails with each request, holds
+    its lock while it asks, so that a slow issuer stops all requests, and reads an answer of any size for any time.
     """
 
     def __init__(self, settings: ApiSettings) -> None:
@@ -174,4 +176,4 @@ def _public_key(entry: dict[str, Any]) -> jwt.PyJWK | None:
         key = jwt.PyJWK(public, algorithm=algorithm)
     except jwt.PyJWTError:
         return None
-    return None if kind == "RSA" and key.key.key_size < LEAST_RSA_BITS else key
+    return None if kind == "RSA" and key.key.key_size < MIN_RSA_BITS else key

@@ -41,6 +41,12 @@ _PROBLEMS: dict[int, tuple[str, str, str, dict[str, Any]]] = {
     422: ("The input is wrong; `error` names the field", "invalid_input", "limit: give 1 to 100", {}),
     429: ("Too many requests of this user", "too_many_requests", "More than 600 requests within a minute", _RETRY),
     500: ("Something went wrong here", "internal_error", "Something went wrong here, and was logged", {}),
+    501: (
+        "This server has not installed the feature",
+        "not_installed",
+        "This server lacks the packages of this feature. Nothing was done",
+        {},
+    ),
     503: (
         "A server does not answer, or too much is going on",
         "service_unavailable",

@@ -1,4 +1,4 @@
-"""The limits of a session: of one that is ours, or of one that a pooler lends out for a transaction at a time.
+"""A session of PostgreSQL's: its limits, with a pooler in between or without, and how it reads times without a zone.
 
 Behind PgBouncer in transaction mode, and its like, what is set for a session stays behind with a server connection that
 somebody else gets next, a prepared statement is looked for where nobody prepared it, and most settings are refused when
@@ -7,14 +7,16 @@ they come with the login. There each transaction sets its limits for itself, and
 
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Self, cast
 
 import psycopg
 from psycopg import Connection, Cursor, ServerCursor
-from psycopg.abc import Params
+from psycopg.abc import Buffer, Params
 from psycopg.pq import TransactionStatus
 from psycopg.sql import SQL, Composed, Identifier, Literal
+from psycopg.types.datetime import TimestampBinaryLoader, TimestampLoader
 from psycopg.types.json import Json
 
 # A pooler in between tells the client a process of its own making: it goes on with many.
@@ -53,7 +55,7 @@ class _BorrowedCursor(Cursor[Any]):
         super().__init__(connection, **more)
         self._limits = limits
 
-    def execute(self, query: Any, params: Params | None = None, **more: Any) -> Self:
+    def execute(self, query: Any, params: "Params | None" = None, **more: Any) -> Self:
         connection = self.connection
         if connection.info.transaction_status != TransactionStatus.IDLE:
             return super().execute(query, params, **more)
@@ -83,7 +85,23 @@ class _BorrowedServerCursor(ServerCursor[Any]):
         super().__init__(connection, name, **more)
         self._limits = limits
 
-    def execute(self, query: Any, params: Params | None = None, **more: Any) -> Self:
+    def execute(self, query: Any, params: "Params | None" = None, **more: Any) -> Self:
         if self.connection.info.transaction_status == TransactionStatus.IDLE and not self.connection.autocommit:
             Cursor(self.connection).execute(self._limits)
         return super().execute(query, params, **more)
+
+
+class _UtcLoader(TimestampLoader):
+    def load(self, data: Buffer) -> datetime:
+        return super().load(data).replace(tzinfo=UTC)
+
+
+class _UtcBinaryLoader(TimestampBinaryLoader):
+    def load(self, data: Buffer) -> datetime:
+        return super().load(data).replace(tzinfo=UTC)
+
+
+def read_as_utc(connection: Connection) -> None:
+    """Read each `timestamp` without a zone as UTC, the zone of the session. Many hosts keep their times so."""
+    for loader in (_UtcLoader, _UtcBinaryLoader):
+        connection.adapters.register_loader("timestamp", loader)

@@ -1,4 +1,4 @@
-"""The causes of drift, and what an explanation is made of."""
+"""The causes of drift in code and in words, and what an explanation is made of."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,6 +26,42 @@ Cause = Literal[
 # In order: a combination is as certain as its least certain part.
 Certainty = Literal["certain", "likely", "possible"]
 CERTAINTIES: tuple[Certainty, ...] = ("certain", "likely", "possible")
+
+# In words that an operator understands: one sentence each, for reports and `drift explain`.
+CAUSE_SENTENCES: dict[str, str] = {
+    "missed_decrement": "usage was logged, but never taken off the counter",
+    "lost_update": "two decrements ran at the same moment, and the counter kept only one of them",
+    "double_decrement": "one log row was taken off the counter twice, as a retried task does",
+    "charged_not_logged": "tokens were taken off the counter, but no usage was logged for them",
+    "failed_usage_charged": "a failed request was taken off the counter, though it does not count",
+    "clamped_at_zero": "the last request cost more than the counter held, and the counter stopped at zero",
+    "credit_without_grant": "the counter was raised by a purchase that the plan's tokens do not know of",
+    "renewal_without_new_window": "a renewal added the plan's tokens, but the window did not begin anew",
+    "carried_over_tokens": "an upgrade began a new window and kept what was left of the old one",
+    "grant_not_in_counter": "a grant came or went, and the counter did not follow",
+    "burned_at_expiry": "the subscription ended, and the counter was set to zero",
+    "manual_edit": "someone set the counter by hand",
+    "counter_null": "the counter is empty",
+    "counter_negative": "the counter is below zero",
+    "counter_out_of_range": "what remains is more than the counter's column can hold",
+    "unexplained": "no row of the log, of the decrements or of the payments explains it",
+}
+
+ACTION_SENTENCES: dict[str, str] = {
+    "corrected": "the counter was set right",
+    "reported": "only reported, the counter was left alone",
+    "review": "left for a person: `trueup drift review`",
+    "lost_race": "the host wrote the counter at the same moment; the next run looks again",
+    "waiting": "so young that its decrement may still come; the next run looks again",
+    "tolerated": "within the tolerance, the counter was left alone",
+    "ignored": "a person decided to leave it as it is",
+}
+
+CERTAINTY_SENTENCES: dict[str, str] = {
+    "certain": "the rows prove it, and nothing else fits",
+    "likely": "the rows fit it best",
+    "possible": "the rows allow it, and other causes too",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,3 +116,13 @@ class Explanation:
     def tokens_explained(self, drift: Drift) -> int:
         """Return how many of the drift's tokens the components account for, at most all of them."""
         return min(abs(drift.tokens), abs(sum(component.tokens for component in self.components)))
+
+
+def cause_title(cause: str) -> str:
+    """Return a cause's name, or a combination's, as people read it."""
+    return cause.replace("_", " ").replace("+", " + ")
+
+
+def cause_sentence(cause: str) -> str:
+    """Return what a cause means; its own name if there are no words for it."""
+    return CAUSE_SENTENCES.get(cause, cause_title(cause))

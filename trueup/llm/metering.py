@@ -7,14 +7,14 @@ body in any other way finds no hold, and can't spend.
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
-from trueup.database.engine import once, retrying
-from trueup.database.retry import PASSING, insist
+from trueup.database.retry import PASSING, once, retry_until_recorded, retrying
 from trueup.errors import (
     HoldExhaustedError,
     HoldOvertakenError,
@@ -86,9 +86,17 @@ class MeteredModel:
     charges instead of being bought again.
     """
 
-    def __init__(self, provider: Provider, settings: Settings) -> None:
-        self._provider = provider
+    def __init__(self, make_provider: Callable[[], Provider], settings: Settings) -> None:
+        self._make_provider = make_provider
         self._settings = settings
+
+    @cached_property
+    def provider(self) -> Provider:
+        """The provider, made on first use: a task that calls no model needs none.
+
+        Raises `SettingsError` as `make_provider` does, so that a task can find out before it holds tokens.
+        """
+        return self._make_provider()
 
     @property
     def tokens_left(self) -> int:
@@ -116,7 +124,7 @@ class MeteredModel:
         if call.paid is not None:
             return call.paid
         with _noted_failure(call):
-            completion = self._provider.complete(messages, max_completion_tokens=call.limit)
+            completion = self.provider.complete(messages, max_completion_tokens=call.limit)
         self._charge(call, completion)
         return completion
 
@@ -131,7 +139,7 @@ class MeteredModel:
             paid = call.paid
             return CompletionStream([paid.text], lambda: paid)
         with _noted_failure(call):
-            source = self._provider.stream(messages, max_completion_tokens=call.limit)
+            source = self.provider.stream(messages, max_completion_tokens=call.limit)
 
         def finish() -> Completion:
             completion = source.completion()
@@ -155,7 +163,7 @@ class MeteredModel:
             found = retrying(lambda connection: find_answer(connection, running.hold, key))
             if found is not None:
                 return _Call(running=running, key=key, limit=0, paid=Completion(**found))
-        prompt_tokens = self._provider.count_prompt_tokens(messages)
+        prompt_tokens = self.provider.count_prompt_tokens(messages)
         while True:
             limit = self._affordable(running, prompt_tokens)
             if max_completion_tokens is not None:
@@ -200,7 +208,7 @@ class MeteredModel:
             "usage_reported": completion.usage_reported,
         }
         answer = self._storable(completion) if keep_answer else None
-        charge = insist(
+        charge = retry_until_recorded(
             lambda connection: record_charge(
                 connection, hold, call_key=call.key, usage=_usage(completion), metadata=metadata, answer=answer
             ),

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
+from trueup.extras import require_extra
 from trueup.llm.model import Message
 from trueup.llm.texts import without_lone_surrogates
 
@@ -120,6 +121,7 @@ def _bindings() -> ModuleType:
     The wrapper builds every vocabulary a second time as Python dicts (0.5 s and 68 MB in each worker process, against
     0.05 s and 3 MB), warns of a deprecated call, and refuses more than 200 000 tokens.
     """
+    require_extra("features", "Counting tokens", "bpe_openai", consequence="Nothing was spent.")
     with _loading:  # a Rust module refuses to be initialised twice, so threads must not race to it
         if module := sys.modules.get(_BINDINGS):
             return module
@@ -133,7 +135,7 @@ def _bindings() -> ModuleType:
                     spec.loader.exec_module(module)
                     sys.modules[_BINDINGS] = module  # where the wrapper looks, should anything import it later
                     return module
-    raise ImportError("bpe-openai is not installed for this Python. Install it: pip install bpe-openai")
+    raise ImportError("bpe-openai has no build for this Python. Install it again with the Python that runs trueup.")
 
 
 class _Tokenizer(Protocol):

@@ -1,4 +1,4 @@
-"""How the gate has been doing: holds, charges, how long settling takes, and what a person should look at."""
+"""How the gate is doing: gauges of this moment, cheap enough to read often, and a status of the last hours."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -7,6 +7,20 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from trueup.usage.outbox import count_unresolved_effects
+
+# Each: what it is called, what it means. Open holds, calls begun and runs have indexes of their own or are few.
+FIGURES = {
+    "holds_open": "Holds that are open.",
+    "tokens_held": "Tokens set aside by open holds.",
+    "oldest_hold_seconds": "Age of the oldest open hold.",
+    "unrecorded_calls": "Calls of a provider that were begun and never recorded.",
+    "unrecorded_tokens_bound": "What those may have cost at most.",
+    "last_reconcile_age_seconds": "Time since the last reconcile run over all users that finished.",
+    "last_deep_reconcile_age_seconds": "Time since the last deep one.",
+    "last_reconcile_in_review": "Drifts that it left to people.",
+    "last_reconcile_tokens_overstated": "Tokens shown to users though they were gone, as it found.",
+    "last_reconcile_tokens_understated": "Tokens left but not shown, as it found.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +55,27 @@ class Status:
     last_reconcile: datetime | None
 
 
-# Overdrafts are looked for among the balances alone: no look at the log, and each balance is exact but for deltas
-# that wait to be folded.
-_READ = text(
-    """
-    WITH clock AS (
-        SELECT t.now, t.now - make_interval(hours => :hours) AS since
-        FROM (SELECT coalesce(CAST(:now AS timestamptz), clock_timestamp()) AS now) t
-    ), open AS (
+_OPEN = """open AS (
         SELECT count(*) AS holds, coalesce(sum(h.tokens_reserved - h.tokens_covered), 0) AS tokens,
                min(h.opened_at) AS oldest
         FROM trueup.hold h WHERE h.status = 'open'
-    ), ended AS (
+    )"""
+
+_UNRECORDED = """unrecorded AS (
+        SELECT count(*) AS calls, coalesce(sum(c.tokens_bound), 0) AS tokens
+        FROM trueup.call_intent c
+        WHERE c.outcome = 'unknown' OR NOT EXISTS (
+            SELECT FROM trueup.hold h WHERE h.user_id = c.user_id AND h.task_id = c.task_id AND h.status = 'open')
+    )"""
+
+# Overdrafts are looked for among the balances alone: no look at the log, and each balance is exact but for deltas
+# that wait to be folded.
+_READ_STATUS = text(
+    f"""
+    WITH clock AS (
+        SELECT t.now, t.now - make_interval(hours => :hours) AS since
+        FROM (SELECT coalesce(CAST(:now AS timestamptz), clock_timestamp()) AS now) t
+    ), {_OPEN}, ended AS (
         SELECT count(*) AS holds FROM trueup.hold h, clock WHERE h.status = 'expired' AND h.closed_at >= clock.since
     ), charged AS (
         SELECT count(*) AS charges, coalesce(sum(c.tokens_total), 0) AS tokens,
@@ -71,12 +94,7 @@ _READ = text(
     ), observed AS (
         SELECT count(*) AS denials, coalesce(sum(d.tokens), 0) AS tokens
         FROM trueup.observed_denial d, clock WHERE d.denied_at >= clock.since
-    ), unrecorded AS (
-        SELECT count(*) AS calls, coalesce(sum(c.tokens_bound), 0) AS tokens
-        FROM trueup.call_intent c
-        WHERE c.outcome = 'unknown' OR NOT EXISTS (
-            SELECT FROM trueup.hold h WHERE h.user_id = c.user_id AND h.task_id = c.task_id AND h.status = 'open')
-    )
+    ), {_UNRECORDED}
     SELECT clock.now, open.holds AS open_holds, open.tokens AS tokens_held,
            extract(epoch FROM clock.now - open.oldest) AS oldest_hold_seconds, ended.holds AS expired_holds,
            charged.charges, charged.tokens AS tokens_charged, charged.late AS late_charges,
@@ -91,9 +109,30 @@ _READ = text(
 )
 
 
+_READ_GAUGES = text(
+    f"""
+    WITH clock AS (SELECT clock_timestamp() AS now), {_OPEN}, {_UNRECORDED}, run AS (
+        SELECT r.* FROM trueup.reconcile_run r WHERE r.status = 'finished' AND r.only_user IS NULL AND NOT r.dry_run
+    ), latest AS (
+        SELECT run.finished_at, run.in_review, run.tokens_overstated, run.tokens_understated
+        FROM run ORDER BY run.id DESC LIMIT 1
+    )
+    SELECT open.holds AS holds_open, open.tokens AS tokens_held,
+           extract(epoch FROM clock.now - open.oldest) AS oldest_hold_seconds,
+           unrecorded.calls AS unrecorded_calls, unrecorded.tokens AS unrecorded_tokens_bound,
+           extract(epoch FROM clock.now - latest.finished_at) AS last_reconcile_age_seconds,
+           extract(epoch FROM clock.now - (SELECT run.finished_at FROM run WHERE run.kind = 'deep'
+                                           ORDER BY run.id DESC LIMIT 1)) AS last_deep_reconcile_age_seconds,
+           latest.in_review AS last_reconcile_in_review, latest.tokens_overstated AS last_reconcile_tokens_overstated,
+           latest.tokens_understated AS last_reconcile_tokens_understated
+    FROM clock CROSS JOIN open CROSS JOIN unrecorded LEFT JOIN latest ON true
+    """
+)
+
+
 def read_status(connection: Connection, *, hours: int = 24, now: datetime | None = None) -> Status:
     """Return how things stand, and how they went in the last `hours`. `now`: None means the database's clock."""
-    row = connection.execute(_READ, {"hours": hours, "now": now}).mappings().one()
+    row = connection.execute(_READ_STATUS, {"hours": hours, "now": now}).mappings().one()
     values: dict[str, Any] = dict(row)
     for name, value in values.items():
         if name.endswith("_seconds"):
@@ -101,3 +140,9 @@ def read_status(connection: Connection, *, hours: int = 24, now: datetime | None
         elif name not in ("now", "last_reconcile"):
             values[name] = int(value)
     return Status(hours=hours, unknown_effects=count_unresolved_effects(connection, row["now"]), **values)
+
+
+def read_gauges(connection: Connection) -> dict[str, tuple[float | None, str]]:
+    """Return each figure with what it means; ages are seconds, None where there has been nothing."""
+    row = connection.execute(_READ_GAUGES).mappings().one()
+    return {name: (None if row[name] is None else float(row[name]), meaning) for name, meaning in FIGURES.items()}

@@ -1,9 +1,9 @@
 """Reconcile: compare every counter with the log's sums, correct what may be corrected, and say why.
 
-A run is planned as shards, ranges of users. Each is worked on by whoever takes it: threads of this process, processes
-beside it where much is found, or workers on other machines. One statement finds, over the whole shard, whom to look at
-closely; those go through in batches of a few statements. Each is a transaction of its own, ended by the server: no row
-of the host's is locked while it waits to hear from us. A dry run writes nothing at all.
+A run is planned as shards, ranges of users. Each is claimed by a job: a thread of this process, or a worker
+on another machine. One statement finds, over the whole shard, the users to look at closely; batches of a few statements
+go through those. Each batch is a transaction of its own, which the server ends: no row of the host's stays locked while
+it waits to hear from us. A dry run writes nothing at all.
 """
 
 import threading
@@ -12,18 +12,20 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from trueup.accounts.user_ids import UserId
-from trueup.database.engine import reason_of, translated_errors
-from trueup.drift.verdict import DEFAULT_RULES
+from trueup.database.driver_errors import reason_of
+from trueup.database.engine import translated_errors
+from trueup.drift.action import DEFAULT_RULES
 from trueup.errors import InvalidInputError
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.audit import Defect, patient
 from trueup.reconcile.batch import BatchContext
-from trueup.reconcile.jobs import Jobs, Shards, ShardsInMemory, ShardsOfRun
+from trueup.reconcile.jobs import Job, Shards, ShardsInMemory, ShardsOfRun, connected, run_jobs
 from trueup.reconcile.runs import (
     Finding,
     RunKind,
@@ -33,9 +35,8 @@ from trueup.reconcile.runs import (
     read_summary,
     refuse_beside_a_run,
 )
-from trueup.reconcile.shard_processes import MakeEngine, Order, ShardProcess
+from trueup.reconcile.shard_worker import work_shard
 from trueup.reconcile.shards import Shard, count_subscriptions, kept_alive, new_owner, shard_ends
-from trueup.reconcile.work import Job, connected
 from trueup.settings.policies import Rules
 
 SCAN_TIMEOUT_SECONDS = 600
@@ -43,9 +44,6 @@ SHARD_SIZE = 250_000
 # Enough shards a job that none waits long for the last one's end.
 SHARDS_PER_JOB = 4
 SMALLEST_SHARD = 1000
-# Finding is the database's work, for which threads wait as well as processes do; what is found costs Python, and so
-# many drifts cost about as much of it as the start of a process.
-PROCESSES_FROM = 2000
 # How soon a run whose last shards others work on looks whether they are done.
 POLL_SECONDS = 0.5
 
@@ -67,28 +65,19 @@ def reconcile(
     requested_by: str = "",
     keep_findings: bool = False,
     progress: Progress | None = None,
-    make_engine: MakeEngine | None = None,
 ) -> RunSummary:
     """Run one pass: quick, counters against balances; deep, before that the balances against the log.
 
     It goes on with a run that was interrupted lately, if that is the same work. `only_user`: None means all users.
-    `jobs`: how many threads, each with a connection; the engine's pool needs one more. `make_engine`: once much drift
-    is found, all of them but one become processes, which make their engines by this (it must pickle); None: they stay
-    threads. `keep_findings`: put the findings in the summary. Interrupted by Ctrl-C, it leaves a run to go on with.
+    `jobs`: how many threads, each with a connection; the engine's pool needs one more. `keep_findings`: put the
+    findings in the summary. Interrupted by Ctrl-C, it leaves a run that the next call resumes.
     Raises `RunInProgressError` if another run is at work, `InvalidInputError`, `ServiceUnavailableError` or
     `NotInstalledError`.
     """
     if only_user is not None and kind == "deep":
         raise InvalidInputError("user: a deep pass looks at everyone. Leave out the user, or do a quick pass")
     with translated_errors():
-        run = _LocalRun(
-            engine,
-            kind=kind,
-            only_user=only_user,
-            jobs=jobs,
-            keep_findings=keep_findings or dry_run,
-            make_engine=make_engine,
-        )
+        run = _LocalRun(engine, kind=kind, only_user=only_user, jobs=jobs, keep_findings=keep_findings or dry_run)
         with connected(engine) as connection:
             refuse_beside_a_run(connection)
             context = BatchContext.read(connection, mapping, dry_run=dry_run, rules=rules)
@@ -121,15 +110,12 @@ class _LocalRun:
         only_user: UserId | None,
         jobs: int,
         keep_findings: bool,
-        make_engine: MakeEngine | None,
     ) -> None:
         self.engine = engine
         self.kind = kind
         self.only_user = only_user
         self.jobs = jobs
         self.keep_findings = keep_findings
-        self.make_engine = make_engine
-        self.processes_pay = threading.Event()
         self.owner = new_owner()
         self.progress: Progress | None = None
         self.total = 0
@@ -149,19 +135,8 @@ class _LocalRun:
             self.summary.add_defects(defects)
             if self.keep_findings:
                 self.summary.keep(findings)
-            self._tell_progress()
-
-    def absorb(self, part: RunSummary) -> None:
-        """Add what a process has found."""
-        with self.lock:
-            self.summary.absorb(part)
-            self._tell_progress()
-
-    def _tell_progress(self) -> None:
-        if self.make_engine and self.summary.drifted >= PROCESSES_FROM:
-            self.processes_pay.set()
-        if self.progress:
-            self.progress(self.summary.checked, max(self.total, self.summary.checked))
+            if self.progress:
+                self.progress(self.summary.checked, max(self.total, self.summary.checked))
 
     def look(self) -> RunSummary:
         """Do a dry run: its shards are in memory only."""
@@ -223,12 +198,7 @@ class _LocalRun:
             time.sleep(POLL_SECONDS)
 
     def _do_jobs(self, shards: Shards) -> None:
-        start = self._start_process if self.make_engine else None
-        Jobs(self.job, shards, number=self.jobs, pays=self.processes_pay, start_process=start).run()
-
-    def _start_process(self) -> ShardProcess:
-        assert self.make_engine is not None  # noqa: S101 - else no process is asked for
-        return ShardProcess(Order.of(self.job, self.make_engine, keep_findings=self.keep_findings), self.absorb)
+        run_jobs(self.jobs, shards, partial(work_shard, self.job), self.job.stop)
 
     def _shard_size(self) -> int | None:
         """Return how many subscriptions a shard is to have; None: one shard will do."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from trueup.stack.layout import Layout
 from trueup.stack.locks import FileLock, mutex
 from trueup.stack.processes import deferred_signals
-from trueup.stack.servers import Server, ensure_running, stop_server
+from trueup.stack.servers.server import Server, ensure_running, stop_server
 from trueup.stack.stack_file import StackFile
 
 

@@ -1,24 +1,43 @@
-"""Where completions come from: the offline provider by default, or any OpenAI-compatible endpoint."""
+"""Where completions come from: the provider that the settings name. There is no default."""
 
+from trueup.errors import SettingsError
+from trueup.extras import require_extra
 from trueup.llm.model import Provider
 from trueup.llm.tokens import TokenCounter, counter_for, offline_counter
-from trueup.settings.settings import Settings
+from trueup.settings.settings import PREFIX, Settings
 
 
 def provider_from_settings(settings: Settings) -> Provider:
-    """Return the provider that the settings name. Raises `SettingsError` when it lacks its key."""
-    if settings.model_provider == "openai":
-        # Imported on use: the SDK takes about a second and 43 MB, which offline processes don't owe.
-        from trueup.llm.providers.openai import OpenAIProvider
+    """Return the provider that the settings name.
 
-        return OpenAIProvider(settings)
-    from trueup.llm.providers.offline import OfflineProvider
+    Raises `SettingsError` when they name none or leave out its key, and `MissingExtraError` when its packages are not
+    installed.
+    """
+    match settings.model_provider:
+        case "openai":
+            require_extra("openai", "TRUEUP_MODEL_PROVIDER=openai", consequence="Nothing was spent.")
+            # Imported on use: the SDK takes about a second and 43 MB, which other processes don't need.
+            from trueup.llm.providers.openai import OpenAIProvider
 
-    return OfflineProvider()
+            return OpenAIProvider(settings)
+        case "offline":
+            require_extra("embedded", "TRUEUP_MODEL_PROVIDER=offline", "bpe_openai", consequence="Nothing was spent.")
+            from trueup.llm.offline.offline import OfflineProvider
+
+            return OfflineProvider()
+        case None:
+            raise SettingsError(
+                f"{PREFIX}MODEL_PROVIDER is not set, and this task needs a model. No tokens were held or spent. Set it "
+                "for the workers, and restart them: `openai` asks any OpenAI-compatible endpoint, `offline` makes its "
+                "answers up."
+            )
 
 
 def counter_from_settings(settings: Settings) -> TokenCounter:
-    """Return the counter that the settings' provider bills by, for the services' `counter` argument."""
+    """Return the counter that the settings' provider bills by, for the services' `counter` argument.
+
+    Without a provider it counts for the model's name, so that whoever only estimates needs none.
+    """
     if settings.model_provider == "offline":
         return offline_counter()
     return counter_for(settings.model_name)

@@ -1,0 +1,1 @@
+"""`trueup db`: set a database up, attach to a host, leave it."""

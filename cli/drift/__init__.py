@@ -1,0 +1,1 @@
+"""`trueup drift`: reports, the review queue, the preview that only reads."""

@@ -1,0 +1,1 @@
+"""The HTTP views: parse, call one function of a room below, answer."""

@@ -1,0 +1,32 @@
+"""What a user is shown of the subscription and the plans: `/api/billing/…`."""
+
+from fastapi import APIRouter
+
+from trueup.api.auth import CurrentUser
+from trueup.api.errors import ApiError
+from trueup.api.responses import AUTHENTICATED, responses
+from trueup.api.schemas import BillingOverview, Plans, Subscription
+from trueup.api.views.accounts import summary_of
+
+router = APIRouter(prefix="/api/billing", tags=["billing"], responses=responses(*AUTHENTICATED))
+
+
+@router.get("/overview")
+def overview(user_id: CurrentUser) -> BillingOverview:
+    """Show the subscription and the tokens that count."""
+    return BillingOverview.of(summary_of(user_id))
+
+
+@router.get("/subscription", responses=responses(404))
+def subscription(user_id: CurrentUser) -> Subscription:
+    """Show the current subscription with its token usage."""
+    current = Subscription.of(summary_of(user_id))
+    if current is None:
+        raise ApiError(404, "no_subscription", "No subscription found")
+    return current
+
+
+@router.get("/plans")
+def plans(user_id: CurrentUser) -> Plans:
+    """List the plans that are sold; the user's own come first, with their usage."""
+    return Plans.of(summary_of(user_id, with_plans=True))

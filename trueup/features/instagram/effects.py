@@ -1,0 +1,74 @@
+"""Side effects that must not happen twice: each is a row in the outbox from before it is tried."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from trueup.accounts.user_ids import UserId
+from trueup.database.engine import connect
+from trueup.database.retry import retrying
+from trueup.errors import TrueupError
+from trueup.usage.outbox import Effect, EffectStatus, begin_effect, find_effect, finish_effect, reopen_effect
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a side effect stands. `detail`: what was sent and answered. "unknown": it may have happened; ask a person."""
+
+    status: EffectStatus
+    detail: dict[str, Any]
+
+
+class Outbox(Protocol):
+    """Does each named side effect of a task once."""
+
+    def find(self, effect: str) -> Outcome | None:
+        """Return how an earlier attempt left the effect; None if it was never tried."""
+        ...
+
+    def once(self, effect: str, detail: dict[str, Any], action: Callable[[], dict[str, Any]]) -> Outcome:
+        """Do `action`, unless it was done before or may have been; what it returns is added to `detail`.
+
+        Raises what `action` raises, after noting whether it certainly failed.
+        """
+        ...
+
+
+class TaskOutbox:
+    """The outbox of one task, in the database. `resend_unknown`: try again what may have happened."""
+
+    def __init__(self, *, user_id: UserId, task_id: str, resend_unknown: bool) -> None:
+        self._user_id = user_id
+        self._task_id = task_id
+        self._resend_unknown = resend_unknown
+
+    def find(self, effect: str) -> Outcome | None:
+        found = retrying(
+            lambda connection: find_effect(connection, user_id=self._user_id, task_id=self._task_id, effect=effect)
+        )
+        return Outcome(status=found.status, detail=found.detail) if found else None
+
+    def once(self, effect: str, detail: dict[str, Any], action: Callable[[], dict[str, Any]]) -> Outcome:
+        # On a connection of its own and never tried twice: a second try would find the first one's row, and call
+        # unknown what has not even begun.
+        with connect() as connection:
+            begun = begin_effect(connection, user_id=self._user_id, task_id=self._task_id, effect=effect, detail=detail)
+            if begun.status == "unknown" and self._resend_unknown:
+                begun = reopen_effect(connection, begun)
+        if begun.status != "sending":
+            return Outcome(status=begun.status, detail=begun.detail)
+        try:
+            answer = action()
+        except TrueupError as error:
+            unknown = bool(getattr(error, "outcome_unknown", False))
+            self._finish(begun, "unknown" if unknown else "failed", {"error": str(error)})
+            raise
+        except BaseException as error:
+            # A time limit, say: it came in the middle, and nobody can tell how far the call had got.
+            self._finish(begun, "unknown", {"error": type(error).__name__})
+            raise
+        self._finish(begun, "sent", answer)
+        return Outcome(status="sent", detail={**begun.detail, **answer})
+
+    def _finish(self, effect: Effect, status: EffectStatus, detail: dict[str, Any]) -> None:
+        retrying(lambda connection: finish_effect(connection, effect, status, detail=detail))

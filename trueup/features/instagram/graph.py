@@ -1,0 +1,183 @@
+"""Instagram's Graph API: the two calls that answering a comment takes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+
+from trueup.errors import SettingsError, TrueupError
+from trueup.features.instagram.buttons import Button
+from trueup.llm.credentials import header_value
+from trueup.llm.texts import cut_at_word
+from trueup.settings.settings import Settings
+
+# https://developers.facebook.com/docs/graph-api/guides/error-handling: call limits of the app, the user, the page and
+# the account.
+RATE_LIMIT_CODES = frozenset({4, 17, 32, 613})
+_DETAIL_CHARACTERS = 300
+# The connection was never made, so nothing was sent.
+_NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+
+
+class GraphError(TrueupError):
+    """Instagram refused a call or did not answer it.
+
+    `retryable`: the same call may succeed later. `outcome_unknown`: it was sent and may have taken effect, so
+    repeating it could do it twice; never retryable. `status`, `code`: HTTP's and Graph's, None when there was none.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retryable: bool = False,
+        outcome_unknown: bool = False,
+        status: int | None = None,
+        code: int | None = None,
+    ) -> None:
+        self.message = message
+        self.retryable = retryable
+        self.outcome_unknown = outcome_unknown
+        self.status = status
+        self.code = code
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _graph_error, (self.message, self.retryable, self.outcome_unknown, self.status, self.code)
+
+
+def _graph_error(
+    message: str, retryable: bool, outcome_unknown: bool, status: int | None, code: int | None
+) -> GraphError:
+    return GraphError(message, retryable=retryable, outcome_unknown=outcome_unknown, status=status, code=code)
+
+
+class GraphClient:
+    """A client with one account's access token. The token travels in a header only. Close it, or use `with`."""
+
+    def __init__(self, *, base_url: str, access_token: str, timeout_seconds: float) -> None:
+        self._token = access_token
+        self._url = base_url.rstrip("/")
+        self._http = httpx.Client(
+            headers={"Authorization": f"Bearer {access_token}"}, timeout=timeout_seconds, follow_redirects=False
+        )
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "GraphClient":
+        """Return a client for the settings' account. Raises `SettingsError` when no access token is set."""
+        token = header_value("TRUEUP_INSTAGRAM_ACCESS_TOKEN", settings.instagram_access_token)
+        if not token:
+            raise SettingsError(
+                "TRUEUP_INSTAGRAM_ACCESS_TOKEN is not set, so Instagram would refuse every message. "
+                "Set it to the token of the account that answers."
+            )
+        return cls(
+            base_url=settings.instagram_graph_url,
+            access_token=token,
+            timeout_seconds=settings.instagram_timeout_seconds,
+        )
+
+    def __enter__(self) -> "GraphClient":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def send_private_reply(
+        self, *, account_id: str, comment_id: str, text: str, buttons: Sequence[Button] = ()
+    ) -> str | None:
+        """Send the one direct message that Instagram allows for a comment; return its id, None when not told.
+
+        Raises `GraphError`.
+        """
+        message: dict[str, Any] = {"text": text}
+        if buttons:
+            payload = {"template_type": "button", "text": text, "buttons": [button.as_payload() for button in buttons]}
+            message = {"attachment": {"type": "template", "payload": payload}}
+        body = {"recipient": {"comment_id": comment_id}, "message": message}
+        return _id_of(self._post(f"{account_id}/messages", body), "message_id")
+
+    def reply_to_comment(self, *, comment_id: str, text: str) -> str | None:
+        """Answer a comment publicly; return the reply's id, None when not told. Raises `GraphError`."""
+        return _id_of(self._post(f"{comment_id}/replies", {"message": text}), "id")
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            response = self._http.post(f"{self._url}/{path}", json=body)
+        except _NOT_SENT as error:
+            raise GraphError(
+                f"Instagram at {self._url} can't be reached ({self._safe(str(error))}). Nothing was sent. "
+                "Check the network and TRUEUP_INSTAGRAM_GRAPH_URL.",
+                retryable=True,
+            ) from None
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol):
+            raise GraphError(
+                f"{self._url} is no address of a Graph API. Nothing was sent. Check TRUEUP_INSTAGRAM_GRAPH_URL."
+            ) from None
+        except httpx.HTTPError as error:
+            raise GraphError(
+                f"Instagram did not answer ({type(error).__name__}) after the call was sent; it may have taken "
+                "effect, so it is not repeated. Look in the account's inbox before sending it again.",
+                outcome_unknown=True,
+            ) from None
+        if not response.is_success:
+            raise self._refusal(response)
+        return _object(response)
+
+    def _refusal(self, response: httpx.Response) -> GraphError:
+        stated = _object(response).get("error")
+        error: dict[str, Any] = stated if isinstance(stated, dict) else {}
+        code = error.get("code") if isinstance(error.get("code"), int) else None
+        status = response.status_code
+        detail = self._safe(str(error.get("message") or response.text)) or "no reason given"
+        # Without a word from Graph itself it was a gateway in between; behind it the call may have gone through.
+        if status == 504 or (status >= 500 and not error):
+            return GraphError(
+                f"Instagram's gateway answered HTTP {status} ({detail}); the call may have taken effect, so "
+                "it is not repeated. Look in the account's inbox before sending it again.",
+                outcome_unknown=True,
+                status=status,
+                code=code,
+            )
+        limited = status == 429 or code in RATE_LIMIT_CODES
+        return GraphError(
+            f"Instagram refused the call with HTTP {status}, code {code}: {detail}. {_remedy(status, code, limited)}",
+            retryable=limited or status >= 500,
+            status=status,
+            code=code,
+        )
+
+    def _safe(self, text: str) -> str:
+        """Return a short line of somebody else's text, without the token."""
+        line = " ".join(text.split())
+        if self._token:
+            line = line.replace(self._token, "***")
+        return cut_at_word(line, _DETAIL_CHARACTERS).rstrip(".")
+
+
+def _remedy(status: int, code: int | None, limited: bool) -> str:
+    if limited:
+        return "The account's call limit is reached: try again later."
+    if status == 401 or code == 190:
+        return "Renew TRUEUP_INSTAGRAM_ACCESS_TOKEN."
+    if status == 403 or code in (10, 200):
+        return "Grant the app the permission to manage this account's comments and messages."
+    if status >= 500:
+        return "Try again later."
+    return "The comment may be deleted, answered already, or older than 7 days."
+
+
+def _object(response: httpx.Response) -> dict[str, Any]:
+    try:
+        body = response.json()
+    except (ValueError, RecursionError):
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _id_of(body: dict[str, Any], name: str) -> str | None:
+    value = body.get(name)
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None

@@ -1,0 +1,1 @@
+"""The processes of `trueup up`: started, watched and stopped together."""
