@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
+# pip and uv show their progress in a terminal; a log gets one line.
+QUIET = $$(test -t 2 || echo --quiet)
 
 JOBS ?= 2
 SEED ?= 1
@@ -56,14 +58,16 @@ clean:  ## Remove the virtual environment and caches; data in .trueup stays
 # slip in.
 ifdef UV
 define install
+	@echo "Installing $$(grep -c == $(3)) packages into $(1) ..."
 	@test -x $(1)/bin/python || $(UV) venv --quiet --python $(2) $(1)
-	@$(UV) pip install --quiet --python $(1)/bin/python --require-hashes -r $(3)
+	@$(UV) pip install $(QUIET) --python $(1)/bin/python --require-hashes -r $(3)
 	@$(UV) pip install --quiet --python $(1)/bin/python --no-deps --no-build-isolation -e .
 endef
 else
 define install
+	@echo "Installing $$(grep -c == $(3)) packages into $(1): this takes some minutes ..."
 	@test -x $(1)/bin/pip || $(2) -m venv $(1)
-	@$(1)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $(3)
+	@$(1)/bin/pip install $(QUIET) --disable-pip-version-check --require-hashes -r $(3)
 	@$(1)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 endef
 endif
@@ -71,6 +75,7 @@ endif
 $(STAMP): pyproject.toml requirements/dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "trueup needs Python 3.11 or newer; name one with: make PYTHON=python3.12"; exit 1; }
+<<<<<<< HEAD
 	$(call install,$(VENV),$(PYTHON),requirements/dev.txt)
 	@touch $@
 
@@ -78,4 +83,16 @@ $(OLDEST_STAMP): pyproject.toml requirements/oldest.txt
 	@$(OLDEST_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 	  || { echo "The oldest versions are pinned for Python 3.11; name it with: make test-oldest OLDEST_PYTHON=…"; exit 1; }
 	$(call install,$(OLDEST),$(OLDEST_PYTHON),requirements/oldest.txt)
+=======
+	@echo "Installing $$(grep -c == requirements/dev.txt) packages into $(VENV): seconds with uv, minutes with pip ..."
+ifdef UV
+	@test -x $(BIN)/python || $(UV) venv --quiet --python $(PYTHON) $(VENV)
+	@$(UV) pip install $(QUIET) --python $(BIN)/python --require-hashes -r requirements/dev.txt
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+else
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install $(QUIET) --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+endif
+>>>>>>> servers
 	@touch $@
