@@ -20,7 +20,7 @@ PASSING = (ServiceUnavailableError, NotInstalledError)
 RETRY_DELAYS_SECONDS = (0.1, 0.5, 1, 2, 5, 10)
 
 
-def insist(write: Callable[[Connection], Result], what: str) -> Result:
+def retry_until_recorded(write: Callable[[Connection], Result], what: str) -> Result:
     """Run a write that is idempotent by key, and again for about 20 s while the database is away or not ready.
 
     `what`: the figures, for the log, if it is all in vain. Then it raises the one of `PASSING` that it met last.
