@@ -21,7 +21,6 @@ EXIT_USAGE = 2
 EXIT_DENIED = 3
 
 # PostgreSQL's code for what the role may not do.
-PERMISSION_DENIED = "42501"
 
 # Each command is imported when it is called: `trueup --help` need not load Celery or SQLAlchemy.
 COMMANDS = {
@@ -83,13 +82,15 @@ def _refusal_of_the_database(error: Exception) -> str | None:
     """
     if "sqlalchemy" not in sys.modules:
         return None
+    from psycopg.errors import InsufficientPrivilege
     from sqlalchemy.exc import DBAPIError
 
-    from trueup.database.engine import describe_database, reason_of
+    from trueup.database.driver_errors import reason_of
+    from trueup.database.engine import describe_database
 
     if not isinstance(error, DBAPIError):
         return None
-    denied = getattr(error.orig, "sqlstate", None) == PERMISSION_DENIED
+    denied = isinstance(error.orig, InsufficientPrivilege)
     remedy = "Grant it to trueup's role" if denied else "Compare the host's tables with [host] in trueup.toml"
     return (
         f"The database at {describe_database()} refused: {reason_of(error)}. What was written before stays. "

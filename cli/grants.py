@@ -12,7 +12,8 @@ from trueup.cli.audit import END, by_option
 from trueup.cli.context import USER, ParamType, json_option, servers
 from trueup.cli.output import print_json, print_table, show
 from trueup.cli.reports.options import SINCE
-from trueup.database.engine import connect, retrying
+from trueup.database.engine import connect
+from trueup.database.retry import retrying
 from trueup.errors import InvalidInputError
 from trueup.settings.settings import get_settings
 

@@ -29,7 +29,7 @@ from trueup.settings.policies import Rules
 from trueup.settings.settings import Settings, database_url, get_settings
 
 ROWS_SHOWN = 20
-MOST_JOBS = 64
+MAX_JOBS = 64
 
 
 @click.command()
@@ -38,7 +38,7 @@ MOST_JOBS = 64
 @click.option("--user", type=USER, help="Only this user's counter.")
 @click.option(
     "--jobs",
-    type=click.IntRange(1, MOST_JOBS),
+    type=click.IntRange(1, MAX_JOBS),
     default=1,
     show_default=True,
     help="Work on so many shards at once, each in a thread.",

@@ -11,7 +11,7 @@ import click
 
 from trueup.accounts.user_ids import UserId
 from trueup.cli.context import USER, json_option, servers
-from trueup.cli.waiting import finish
+from trueup.cli.enqueue import finish
 from trueup.errors import InvalidInputError
 from trueup.extras import require_extra
 from trueup.settings.settings import get_settings

@@ -4,7 +4,8 @@ import logging
 
 from celery import shared_task
 
-from trueup.database.engine import connect, retrying
+from trueup.database.engine import connect
+from trueup.database.retry import retrying
 from trueup.monitoring.alerts import Alert, claim_due, note_failed, note_sent, raise_all
 from trueup.settings.settings import get_settings
 from trueup.tasks.alert_channels import AlertNotSentError, send

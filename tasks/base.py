@@ -16,7 +16,7 @@ from celery.exceptions import Ignore, Reject, Retry
 from kombu.exceptions import OperationalError
 from pydantic import BaseModel
 
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.errors import (
     GateClosedError,
     HoldBusyError,

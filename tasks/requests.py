@@ -11,11 +11,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from billiard.einfo import ExceptionInfo
 from celery import Task
 from celery.exceptions import WorkerLostError
 from celery.worker.request import Request
 
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.errors import TrueupError
 from trueup.gate.holds import abandon_calls, close_abandoned_hold
 from trueup.tasks.arguments import USER_ARGUMENT
@@ -44,7 +45,7 @@ class MeteredRequest(Request):
             self._record(close_abandoned_hold)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
-        super().on_failure(exc_info, send_failed_event, return_ok)
+        super().on_failure(self._lost_process(exc_info), send_failed_event, return_ok)
         # Every other failure has closed its hold in the pool process; only a lost process could not.
         if not self._was_lost(exc_info.exception):
             return
@@ -52,6 +53,17 @@ class MeteredRequest(Request):
             self._record(abandon_calls)
         else:
             self._record(close_abandoned_hold)
+
+    def _lost_process(self, exc_info: Any) -> Any:
+        """Return the error to record. Celery before 5.7 would record none for a body that ends its process."""
+        error = getattr(exc_info.exception, "exc", exc_info.exception)
+        ended = isinstance(error, (SystemExit, KeyboardInterrupt))
+        if CELERY_RETRIES_LOST_TASKS or not ended or self._already_revoked or self._already_cancelled:
+            return exc_info
+        try:
+            raise WorkerLostError(f"The task ended its process: {error!r}.")
+        except WorkerLostError:
+            return ExceptionInfo()
 
     def _kill(self) -> None:
         """Kill the process now. The pool kills it only later; until then it could charge a call to a closed hold."""

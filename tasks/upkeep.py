@@ -6,7 +6,7 @@ from datetime import timedelta
 from celery import shared_task
 from sqlalchemy import Connection
 
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.gate.holds import expire_holds as expire_overdue
 from trueup.gate.modes import prune_observed_denials as prune_denials
 from trueup.settings.settings import get_settings

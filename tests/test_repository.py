@@ -19,9 +19,9 @@ OWN = {"benchmarks", "tests", "trueup"}
 # Of the projects that tests run.
 HOSTS_OWN = {"accounts", "billing", "proj", "worker"}
 HOSTS = ("tests/hosts/", "tests/packaging/project/")
-LONGEST_FUNCTION_LINES = 70
-LONGEST_MODULE_LINES = 300
-LONGEST_TEST_MODULE_LINES = 450  # it mirrors a module of ours, and says more about it than that says itself
+MAX_FUNCTION_LINES = 70
+MAX_MODULE_LINES = 500
+MAX_TEST_MODULE_LINES = 500
 REASON = "# Longer than"
 
 # Put together here, so that this file is not one of those it finds.
@@ -61,7 +61,7 @@ def test_every_module_is_short_or_says_why_not() -> None:
     too_long = []
     for path in (*PYTHON, *ROOT.glob("trueup/**/*.sql")):
         text = path.read_text()
-        longest = LONGEST_TEST_MODULE_LINES if name(path).startswith("tests/") else LONGEST_MODULE_LINES
+        longest = MAX_TEST_MODULE_LINES if name(path).startswith("tests/") else MAX_MODULE_LINES
         if len(text.splitlines()) > longest and REASON not in text:
             too_long.append(name(path))
     assert too_long == []
@@ -76,7 +76,7 @@ def test_every_function_fits_a_screen_or_says_above_why_not() -> None:
                 continue
             above = takewhile(lambda line: line.strip().startswith(("#", "@")), reversed(lines[: node.lineno - 1]))
             reason = any(line.strip().startswith("#") for line in above)
-            if (node.end_lineno or 0) - node.lineno >= LONGEST_FUNCTION_LINES and not reason:
+            if (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES and not reason:
                 too_long.append(f"{name(path)}: {node.name}")
     assert too_long == []
 

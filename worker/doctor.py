@@ -11,7 +11,7 @@ from trueup.doctor.clocks import Offset, judge, measure
 from trueup.doctor.findings import Finding, error, ok, run_check, warning
 from trueup.settings.settings import PREFIX, Settings
 from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE
-from trueup.worker.waiting import Waiting, look_at_queue
+from trueup.worker.queue_depth import Waiting, look_at_queue
 
 OLDEST_REDIS = (6, 2)
 # A worker in the middle of a fork, or on a busy machine, answers within this.

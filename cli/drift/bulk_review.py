@@ -10,9 +10,10 @@ from trueup.cli.context import TOKENS, servers
 from trueup.cli.output import print_json, show
 from trueup.cli.progress import progress_bar
 from trueup.cli.reports.options import CAUSE
-from trueup.database.engine import connect, retrying
+from trueup.database.engine import connect
+from trueup.database.retry import retrying
 from trueup.drift.causes import cause_title
-from trueup.review.bulk import MOST_CHOSEN, BulkDecision, ChosenDrifts, choose_drifts, decide_chosen
+from trueup.review.bulk import MAX_CHOSEN, BulkDecision, ChosenDrifts, choose_drifts, decide_chosen
 from trueup.review.decisions import Choice, ReviewFilter
 from trueup.settings.settings import get_settings
 
@@ -44,7 +45,7 @@ def many_options(command: Command) -> Command:
     """Add what chooses many drifts instead of naming them, how many at most, and that no question is asked."""
     command = click.option("--yes", is_flag=True, help="Do not ask before deciding about many.")(command)
     limit = click.option(
-        "--limit", type=click.IntRange(1, MOST_CHOSEN), help="At most so many, those found first.  [default: all]"
+        "--limit", type=click.IntRange(1, MAX_CHOSEN), help="At most so many, those found first.  [default: all]"
     )
     return filter_options(limit(command))
 
@@ -64,7 +65,7 @@ def decide_many(
     """Count the drifts, ask, and decide the same about all of them. Exit code 1 if some were left."""
     kind = get_settings().host.user_id_type
     with servers("postgres"):
-        chosen = retrying(lambda connection: choose_drifts(connection, kind, only, limit=limit or MOST_CHOSEN))
+        chosen = retrying(lambda connection: choose_drifts(connection, kind, only, limit=limit or MAX_CHOSEN))
         if chosen.drifts and not yes:
             click.confirm(_question(choice, chosen), abort=True, err=True)
         with progress_bar("deciding", "drifts") as bar, connect() as connection:

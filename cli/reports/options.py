@@ -17,7 +17,7 @@ from trueup.drift.causes import CAUSE_SENTENCES, Cause
 from trueup.errors import TrueupError
 
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_MOST_BACK = timedelta(days=36_500)
+_MAX_BACK = timedelta(days=36_500)
 _BACK = re.compile(r"(\d{1,5})\s*([mhdw])", re.IGNORECASE)
 
 
@@ -32,8 +32,8 @@ class SinceParameter(ParamType):
         back = _BACK.fullmatch(value.strip())
         if back:
             long = timedelta(**{_UNITS[back[2].lower()]: int(back[1])})
-            if long > _MOST_BACK:
-                self.fail(f"{value!r} is too far back: give at most {_MOST_BACK.days}d", param, ctx)
+            if long > _MAX_BACK:
+                self.fail(f"{value!r} is too far back: give at most {_MAX_BACK.days}d", param, ctx)
             return long
         try:
             moment = datetime.fromisoformat(value.strip())

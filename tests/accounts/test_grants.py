@@ -34,8 +34,11 @@ def original(connection: Connection, user: int, now: datetime) -> int:
     return read_account(connection, user, now=now).original
 
 
-def renew(host: Host, start: datetime) -> None:
+def renew(host: Host, start: datetime, at: datetime | None = None) -> None:
+    """Move the window; `at`: as if at that time."""
     host.execute("UPDATE billing_subscription SET start_date = :start", start=start)
+    if at is not None:
+        host.date_change(at)
 
 
 def lock(connection: Connection, user: int, now: datetime) -> None:

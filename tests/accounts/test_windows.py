@@ -28,11 +28,7 @@ def subscribe_to(host: Host, tokens: int, at: datetime | None = None) -> None:
     """Change the plan; `at`: as if at that time."""
     host.execute("UPDATE billing_subscription SET token_plan_id = :plan", plan=host.plan(tokens))
     if at is not None:
-        host.execute(
-            "UPDATE trueup.window_change SET changed_at = :at "
-            "WHERE id IN (SELECT id FROM trueup.window_change ORDER BY id DESC LIMIT 2)",
-            at=at,
-        )
+        host.date_change(at)
 
 
 def look(connection: Connection, user: int, now: datetime) -> None:
@@ -142,7 +138,10 @@ def test_it_does_not_matter_whether_plan_or_window_changes_first(
     host.log(user, before + 200, at=START + DAY)
     now = START + 30 * DAY
     moment = timedelta(seconds=2 if window_first else -2)
-    changes: list[Callable[[], None]] = [lambda: subscribe_to(host, after, at=now + moment), lambda: renew(host, now)]
+    changes: list[Callable[[], None]] = [
+        lambda: subscribe_to(host, after, at=now + moment),
+        lambda: renew(host, now, at=now),
+    ]
     for change in reversed(changes) if window_first else changes:
         change()
         look(connection, user, now)

@@ -14,7 +14,8 @@ from httpx import Response
 from tests.support.api import SECRET, bearer
 from tests.support.host import Host
 from tests.support.sessions import in_background, run_at_once
-from tests.support.worker import WorkerProcess, wait_for
+from tests.support.waiting import wait_for
+from tests.support.worker import WorkerProcess
 from tests.worker.conftest import app, shared_database, shared_host, worker
 from trueup.api.app import create_app
 from trueup.errors import (

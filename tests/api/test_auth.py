@@ -24,6 +24,7 @@ from tests.api.conftest import MakeClient
 from tests.support.api import OPERATOR, SECRET, Clock, bearer, token
 from tests.support.host import Host
 from tests.support.sessions import in_background
+from tests.support.waiting import DEADLINE_SECONDS
 from trueup.errors import SettingsError
 from trueup.settings.settings import get_settings
 from trueup.worker.http import create_app
@@ -242,7 +243,7 @@ def test_a_request_with_a_known_key_does_not_wait_for_a_refresh_by_another(
 ) -> None:
     def answer(_request: object) -> Response:
         asked.set()
-        served.wait(20)
+        served.wait(DEADLINE_SECONDS)
         return Response(jwks(jwk(RSA_KEY, kid="one")))
 
     asked, served = threading.Event(), threading.Event()
@@ -257,7 +258,7 @@ def test_a_request_with_a_known_key_does_not_wait_for_a_refresh_by_another(
     with in_background() as submit:
         first = submit(status, client, headers)
         try:
-            assert asked.wait(10)
+            assert asked.wait(DEADLINE_SECONDS)
             assert status(client, headers) == 200
             assert not first.done()
         finally:

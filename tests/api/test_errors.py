@@ -16,10 +16,10 @@ from sqlalchemy import text
 from tests.api.conftest import MakeClient
 from tests.support.api import OPERATOR, bearer
 from tests.support.host import Host
-from tests.support.worker import wait_for
+from tests.support.waiting import DEADLINE_SECONDS, wait_for
 from trueup.api.access import require_tokens
 from trueup.api.auth import CurrentUser
-from trueup.api.edge import SECURITY_HEADERS
+from trueup.api.middleware import SECURITY_HEADERS
 from trueup.api.schemas import Body as Model
 from trueup.database.engine import connect, dispose_engine
 from trueup.gate.decision import check_access, denial_payload
@@ -220,7 +220,7 @@ def test_requests_above_the_concurrency_limit_are_refused_at_once(client_with: M
     @client.app.get("/slow")  # type: ignore[attr-defined]
     def slow() -> str:
         at_work.release()
-        assert go_on.wait(20)
+        assert go_on.wait(DEADLINE_SECONDS)
         return "done"
 
     answers: list[httpx.Response] = []
@@ -228,14 +228,14 @@ def test_requests_above_the_concurrency_limit_are_refused_at_once(client_with: M
     for thread in threads:
         thread.start()
     try:
-        assert all(at_work.acquire(timeout=20) for _ in threads)
+        assert all(at_work.acquire(timeout=DEADLINE_SECONDS) for _ in threads)
         refused = client.get("/healthz")
         problem(refused, 503, "service_unavailable")
         assert "retry-after" in refused.headers
     finally:
         go_on.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(DEADLINE_SECONDS)
     assert [answer.json() for answer in answers] == ["done"] * 2
     assert client.get("/healthz").status_code == 200
 

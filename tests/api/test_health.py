@@ -12,7 +12,8 @@ from tests.support.api import OPERATOR, Clock, bearer
 from tests.support.drift_history import add_run
 from tests.support.host import Host
 from tests.support.sessions import in_background
-from tests.support.worker import running_worker, wait_for
+from tests.support.waiting import DEADLINE_SECONDS, wait_for
+from tests.support.worker import running_worker
 from trueup.database.engine import connect, dispose_engine
 from trueup.gate.holds import open_hold
 
@@ -81,7 +82,7 @@ def test_a_request_during_a_check_is_answered_from_the_last_check(
 ) -> None:
     def slow(connection: object) -> None:
         checking.set()
-        assert go_on.wait(20)
+        assert go_on.wait(DEADLINE_SECONDS)
 
     checking, go_on, clock = threading.Event(), threading.Event(), Clock()
     monkeypatch.setattr("trueup.api.views.health.monotonic", clock)
@@ -91,7 +92,7 @@ def test_a_request_during_a_check_is_answered_from_the_last_check(
     with in_background() as submit:
         first = submit(client.get, "/readyz")
         try:
-            assert checking.wait(20)
+            assert checking.wait(DEADLINE_SECONDS)
             assert client.get("/readyz").json()["database"] == "ok"
             assert not first.done()
             clock.go_on(20)

@@ -19,7 +19,7 @@ from sqlalchemy.pool import NullPool
 from tests.support.api import SECRET, free_port, token
 from tests.support.books import assert_true
 from tests.support.host import Host
-from tests.support.worker import wait_for
+from tests.support.waiting import DEADLINE_SECONDS, wait_for
 from trueup.billing.decorators import ai_tokens
 from trueup.billing.utils import get_accurate_tokens_remaining
 from trueup.settings.api import ApiSettings
@@ -29,7 +29,6 @@ from trueup.stack.supervisor.supervisor import about_the_api, commands_of
 TRUEUP = Path(sys.executable).with_name("trueup")
 # The specification's three calls.
 CALLS = ("/api/accounts/overview", "/api/billing/overview", "/api/billing/subscription")
-BOOT_SECONDS = 60.0
 
 
 @contextmanager
@@ -52,12 +51,12 @@ def served(log: Path, **settings: object) -> Iterator[tuple[subprocess.Popen[byt
                 return False
 
         try:
-            wait_for(answers, "the API answers", seconds=BOOT_SECONDS)
+            wait_for(answers, "the API answers")
             assert process.poll() is None, log.read_text()
             yield process, client
         finally:
             process.terminate()
-            process.wait(40)
+            process.wait(DEADLINE_SECONDS)
 
 
 def figures(body: dict[str, Any]) -> tuple[int, int, int, int]:
@@ -147,12 +146,12 @@ def test_the_demo_is_served_as_documented(host: Host, tmp_path: Path) -> None:
         assert [figures(get(client, path, user)) for path in CALLS] == [(10_000, 1500, 8500, 8500)] * 3
         assert "server" not in client.get("/healthz").headers
         process.send_signal(signal.SIGINT)
-        assert process.wait(40) in (0, -signal.SIGINT)
+        assert process.wait(DEADLINE_SECONDS) in (0, -signal.SIGINT)
     assert "Traceback" not in log.read_text()
 
 
 def test_without_a_key_the_api_does_not_start(database: str) -> None:
-    refused = subprocess.run([TRUEUP, "api"], capture_output=True, text=True, timeout=BOOT_SECONDS, check=False)
+    refused = subprocess.run([TRUEUP, "api"], capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=False)
     assert refused.returncode == 1
     assert "TRUEUP_API__JWT_SECRET" in refused.stderr
     assert "Traceback" not in refused.stderr

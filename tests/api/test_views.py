@@ -64,7 +64,7 @@ def test_the_subscription_has_the_specifications_fields(client: TestClient, host
         "actual_tokens_remaining": 8500,
         "tokens_remaining_in_db": 8450,
     }
-    assert (body["is_active"], body["start_date"], body["end_date"]) == (True, "2026-11-01T12:00:00Z", None)
+    assert (body["is_active"], body["start_date"], body["end_date"]) == (True, "2024-11-01T12:00:00Z", None)
     assert body["plan"] | {"id": 0} == {
         "kind": "token",
         "id": 0,

@@ -11,7 +11,8 @@ from sqlalchemy import Connection, text
 
 from tests.support.books import assert_true
 from tests.support.host import Host
-from tests.support.sessions import in_background, locked_balance, run_at_once, wait_for_lock, wait_until
+from tests.support.sessions import in_background, locked_balance, run_at_once, wait_for_lock
+from tests.support.waiting import DEADLINE_SECONDS, wait_for
 from tests.support.work import balance
 from trueup.billing import token_hold
 from trueup.billing.decorators import ai_tokens
@@ -94,7 +95,7 @@ def test_a_denial_carries_the_body_of_a_402_and_nothing_is_held(host: Host) -> N
 
 def test_blocks_at_once_never_hold_more_than_there_is(host: Host) -> None:
     user = host.subscriber(4_000)
-    everyone_has_asked = threading.Barrier(8, timeout=20)
+    everyone_has_asked = threading.Barrier(8, timeout=DEADLINE_SECONDS)
 
     def work() -> bool:
         try:
@@ -129,14 +130,14 @@ def test_of_two_charges_at_once_the_one_that_is_told_last_does_not_bring_spent_t
 ) -> None:
     def record_and_tell_the_first_last(connection: Connection, hold: Hold, **values: Any) -> Any:
         charge = record_charge(connection, hold, **values)
-        assert values["call_key"] != "1" or second_was_told.wait(20)
+        assert values["call_key"] != "1" or second_was_told.wait(DEADLINE_SECONDS)
         return charge
 
     second_was_told = threading.Event()
     monkeypatch.setattr(token_hold, "record_charge", record_and_tell_the_first_last)
     with in_background() as submit, ai_tokens(user, 1_000) as hold:
         first = submit(spend, hold)
-        wait_until(lambda: host.used(user) == 300)
+        wait_for(lambda: host.used(user) == 300)
         spend(hold)
         second_was_told.set()
         assert first.result().tokens_left == 700
@@ -367,7 +368,7 @@ class _ClosedBeforeCharged(ThreadPoolExecutor):
 
         def run() -> Any:
             if number == 2:
-                assert self._closed.wait(20)
+                assert self._closed.wait(DEADLINE_SECONDS)
             try:
                 return work(*args, **kwargs)
             finally:
@@ -394,7 +395,7 @@ def test_a_charge_is_recorded_though_its_caller_is_cancelled_and_the_block_is_ov
 
 def test_what_fails_when_its_caller_was_cancelled_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     def fail() -> None:
-        assert go_on.wait(20)
+        assert go_on.wait(DEADLINE_SECONDS)
         raise LookupError("the figures")
 
     async def work() -> None:
@@ -408,7 +409,7 @@ def test_what_fails_when_its_caller_was_cancelled_is_in_the_log(caplog: pytest.L
             await asyncio.sleep(0.01)
 
     go_on = threading.Event()
-    asyncio.run(asyncio.wait_for(work(), 20))
+    asyncio.run(asyncio.wait_for(work(), DEADLINE_SECONDS))
     assert "cancelled caller" in caplog.text
     assert "LookupError: the figures" in caplog.text
 
@@ -432,7 +433,7 @@ def test_a_caller_that_is_cancelled_while_its_hold_is_opened_leaves_none_open(ho
         async with ai_tokens(user, 1_000):
             pytest.fail("it ran")
 
-    asyncio.run(asyncio.wait_for(work(), 20))
+    asyncio.run(asyncio.wait_for(work(), DEADLINE_SECONDS))
     assert balance(host, user) == (0, 0)
 
 

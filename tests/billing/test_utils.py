@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.host import Host
-from tests.support.sessions import wait_until
+from tests.support.waiting import wait_for
 from trueup.billing.decorators import check_tokens_for_function
 from trueup.billing.utils import check_ai_access_for_user, get_accurate_tokens_remaining
 from trueup.database.engine import dispose_engine
@@ -105,5 +105,5 @@ def test_a_connection_that_died_in_the_pool_is_not_noticed(host: Host, face: Cal
     user = host.subscriber(10_000)
     first = face(user)
     host.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'trueup'")
-    wait_until(lambda: host.value("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'trueup'") == 0)
+    wait_for(lambda: host.value("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'trueup'") == 0)
     assert face(user) == first

@@ -19,7 +19,7 @@ from trueup.cli.client import celery_client
 from trueup.doctor.clocks import Offset
 from trueup.settings.settings import Settings, get_settings
 from trueup.worker import doctor
-from trueup.worker.waiting import Waiting
+from trueup.worker.queue_depth import Waiting
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "doctor.schema.json"
 NOWHERE = "127.0.0.1:1"
@@ -118,7 +118,7 @@ def test_settings_that_cant_be_read_are_a_finding_and_not_a_failure(
 )
 def test_the_schema_refuses_what_is_no_finding(change: dict[str, Any], tmp_path: Path) -> None:
     finding = {"check": "redis", "level": "error", "what": "x", "remedy": "y", "detail": {}}
-    document = {"schema_version": 1, "checked_at": "2026-11-01T00:00:00+00:00", "healthy": False}
+    document = {"schema_version": 1, "checked_at": "2024-11-01T00:00:00+00:00", "healthy": False}
     document |= {"errors": 1, "warnings": 0}
     assert valid(document | {"findings": [finding]}, tmp_path / "good.json")
     assert not valid(document | {"findings": [finding | change]}, tmp_path / "bad.json")

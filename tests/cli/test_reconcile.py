@@ -14,7 +14,7 @@ from tests.cli.conftest import TRUEUP, trueup, trueup_json
 from tests.reconcile.test_shards import let_leases_run_out
 from tests.support.books import dump
 from tests.support.host import Host
-from tests.support.sessions import DEADLINE_SECONDS, wait_until
+from tests.support.waiting import DEADLINE_SECONDS, wait_for
 
 
 def drifted(host: Host, tokens: int = 300) -> int:
@@ -159,7 +159,7 @@ def slow_run(host: Host) -> Iterator[subprocess.Popen[str]]:
     command = [TRUEUP, "reconcile", "--batch-size", "1", "--jobs", "3"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            wait_until(lambda: host.value("SELECT count(*) FROM trueup.drift") >= 3, "it is at work")
+            wait_for(lambda: host.value("SELECT count(*) FROM trueup.drift") >= 3, "it is at work")
             yield process
         finally:
             process.kill()

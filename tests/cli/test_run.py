@@ -13,7 +13,8 @@ from celery import Celery
 from tests.cli.conftest import trueup, trueup_json
 from tests.support.host import Host
 from tests.support.sessions import in_background
-from tests.support.worker import WorkerProcess, wait_for
+from tests.support.waiting import wait_for
+from tests.support.worker import WorkerProcess
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CELERY = Path(sys.executable).with_name("celery")

@@ -14,12 +14,11 @@ from tests.cli.conftest import TRUEUP, assert_nothing_runs
 from tests.stack.helpers import server_pids, temporary_home
 from tests.support.api import free_port
 from tests.support.demo import environment_of, processes_of
-from tests.support.worker import wait_for
+from tests.support.waiting import wait_for
 from trueup.cli.client import celery_client
 from trueup.settings.settings import Settings
 from trueup.stack.processes import is_alive
 
-BOOT_SECONDS = 40.0
 STOP_SECONDS = 60.0
 
 
@@ -44,7 +43,7 @@ class Up:
                 | {"TRUEUP_API__DEMO": "true", "TRUEUP_API__PORT": self.api.rpartition(":")[2]},
                 start_new_session=True,
             )
-        wait_for(lambda: self.process.poll() is not None or self.runs(), "the stack is up", seconds=BOOT_SECONDS)  # type: ignore[union-attr]
+        wait_for(lambda: self.process.poll() is not None or self.runs(), "the stack is up")  # type: ignore[union-attr]
         assert self.process.poll() is None, self.log.read_text()
         return self.process.pid
 

@@ -4,8 +4,10 @@ import pytest
 from sqlalchemy import text
 
 from tests.support.host import Host
-from tests.support.sessions import locked, wait_until
-from trueup.database.engine import connect, dispose_engine, retrying, transaction
+from tests.support.sessions import locked
+from tests.support.waiting import wait_for
+from trueup.database.engine import connect, dispose_engine, transaction
+from trueup.database.retry import retrying
 from trueup.errors import NotInstalledError, ServiceUnavailableError
 from trueup.settings.settings import get_settings
 
@@ -90,7 +92,7 @@ def test_a_full_pool_says_so(database: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_dead_pooled_connection_costs_one_retry_and_a_living_error_none(host: Host) -> None:
     one("SELECT 1")
     host.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'trueup'")
-    wait_until(lambda: host.value("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'trueup'") == 0)
+    wait_for(lambda: host.value("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'trueup'") == 0)
     calls = []
     with pytest.raises(ServiceUnavailableError):
         one("SELECT 1")

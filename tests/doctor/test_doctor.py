@@ -13,10 +13,10 @@ from tests.support.host import Host
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.database.engine import connect
 from trueup.doctor import database as doctor
-from trueup.doctor.books import check_beat, check_holds, check_invariants, check_runs, check_unresolved
 from trueup.doctor.clocks import HARMFUL_SECONDS, Offset, judge, measure
 from trueup.doctor.findings import Finding, error, exit_code, ok, run_check, warning
 from trueup.doctor.installation import check_functions, check_rights, check_schema, check_triggers
+from trueup.doctor.invariants import check_beat, check_holds, check_invariants, check_runs, check_unresolved
 from trueup.doctor.server import check_durability, check_server
 from trueup.doctor.settings import check_settings
 from trueup.doctor.versions import check_packages, check_python

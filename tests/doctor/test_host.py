@@ -134,8 +134,8 @@ def partitioned(host: Host) -> Host:
     """A host whose log is partitioned by month."""
     host.execute(
         "CREATE TABLE log (LIKE ai_usage_log INCLUDING DEFAULTS) PARTITION BY RANGE (created_at); "
-        "CREATE TABLE log_old PARTITION OF log FOR VALUES FROM (MINVALUE) TO ('2026-12-01'); "
-        "CREATE TABLE log_new PARTITION OF log FOR VALUES FROM ('2026-12-01') TO (MAXVALUE)"
+        "CREATE TABLE log_old PARTITION OF log FOR VALUES FROM (MINVALUE) TO ('2024-12-01'); "
+        "CREATE TABLE log_new PARTITION OF log FOR VALUES FROM ('2024-12-01') TO (MAXVALUE)"
     )
     return host
 
@@ -162,7 +162,7 @@ def test_partitions_made_after_the_setup_are_named_until_it_is_run_again(
     set_up(partitioned, get_settings().host)
     assert only(check_triggers, connection).level == "ok"
     partitioned.execute("ALTER TABLE log DETACH PARTITION log_old")
-    partitioned.execute("CREATE TABLE log_none PARTITION OF log FOR VALUES FROM (MINVALUE) TO ('2026-12-01')")
+    partitioned.execute("CREATE TABLE log_none PARTITION OF log FOR VALUES FROM (MINVALUE) TO ('2024-12-01')")
     finding = only(check_triggers, connection)
     assert (finding.level, finding.detail["partitions"]) == ("warning", ["log_none"])
     set_up(partitioned, get_settings().host)

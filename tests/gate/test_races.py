@@ -17,7 +17,8 @@ from sqlalchemy import Connection, Engine, create_engine, text
 from tests.conftest import cloned_database
 from tests.support.books import assert_true
 from tests.support.host import START, Host
-from tests.support.sessions import backend_pid, in_background, wait_until
+from tests.support.sessions import backend_pid, in_background
+from tests.support.waiting import wait_for
 from tests.support.work import balance, charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.errors import HoldOvertakenError, TokensDenied
@@ -179,7 +180,7 @@ def waits(host: Host, second: int, first: int, done: Callable[[], bool]) -> bool
         blockers[:] = host.value("SELECT pg_blocking_pids(:pid)", pid=second)
         return bool(blockers) or done()
 
-    wait_until(settled, "the second session to end or to wait")
+    wait_for(settled, "the second session to end or to wait")
     assert set(blockers) <= {first}
     return bool(blockers)
 

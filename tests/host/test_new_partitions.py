@@ -10,7 +10,8 @@ from sqlalchemy.exc import OperationalError
 from tests.support.partitioned import DECEMBER, PartitionedHost, known, month, new_host
 from tests.support.sessions import impatient, locked, run_at_once
 from tests.support.work import hold_tokens
-from trueup.database.engine import get_engine, retrying
+from trueup.database.engine import get_engine
+from trueup.database.retry import retrying
 from trueup.errors import TokensDenied
 from trueup.host.mapping import HostMapping
 from trueup.install.install import install
@@ -61,7 +62,7 @@ def test_a_partition_that_went_and_came_again_with_other_rows_is_seen(host: Part
     assert known(user) == 1_000
     host.execute("ALTER TABLE log_11 DETACH PARTITION log_11a")
     host.write(user, 300, into="log_11a")
-    host.execute("ALTER TABLE log_11 ATTACH PARTITION log_11a FOR VALUES FROM ('2026-11-01Z') TO ('2026-11-15Z')")
+    host.execute("ALTER TABLE log_11 ATTACH PARTITION log_11a FOR VALUES FROM ('2024-11-01Z') TO ('2024-11-15Z')")
     assert known(user) == 1_300
     # And one that brings partitions of its own, the same that it had, when each balance is built.
     retrying(lambda worker: hold_tokens(worker, user, 0))
@@ -72,7 +73,7 @@ def test_a_partition_that_went_and_came_again_with_other_rows_is_seen(host: Part
     # And one that lost all its rows meanwhile.
     retrying(lambda worker: hold_tokens(worker, user, 0))
     host.execute("ALTER TABLE log_11 DETACH PARTITION log_11a; TRUNCATE log_11a")
-    host.execute("ALTER TABLE log_11 ATTACH PARTITION log_11a FOR VALUES FROM ('2026-11-01Z') TO ('2026-11-15Z')")
+    host.execute("ALTER TABLE log_11 ATTACH PARTITION log_11a FOR VALUES FROM ('2024-11-01Z') TO ('2024-11-15Z')")
     assert known(user) == 0
 
 
@@ -96,18 +97,18 @@ def test_what_is_written_to_a_partition_that_is_being_detached_does_not_count(ho
 
 def test_a_partition_without_rows_makes_no_balance_stale(host: PartitionedHost, user: int) -> None:
     epoch = host.value(EPOCH)
-    host.execute("CREATE TABLE log_27 PARTITION OF ai_usage_log FOR VALUES FROM ('2027-01-01Z') TO ('2027-02-01Z')")
+    host.execute("CREATE TABLE log_25 PARTITION OF ai_usage_log FOR VALUES FROM ('2025-01-01Z') TO ('2025-02-01Z')")
     assert (known(user), host.value(EPOCH)) == (1_000, epoch)
     host.execute("ALTER TABLE ai_usage_log DETACH PARTITION log_10; DROP TABLE log_10")
     assert (known(user), host.value(EPOCH)) == (1_000, epoch)
-    host.write(user, 7, at=datetime(2027, 1, 5, tzinfo=UTC))
+    host.write(user, 7, at=datetime(2025, 1, 5, tzinfo=UTC))
     assert (known(user), host.value(EPOCH)) == (1_007, epoch)
 
 
 def test_a_partition_that_somebody_keeps_locked_is_taken_for_one_with_rows(host: PartitionedHost, user: int) -> None:
     epoch = host.value(EPOCH)
-    host.execute("CREATE TABLE log_27 PARTITION OF ai_usage_log FOR VALUES FROM ('2027-01-01Z') TO ('2027-02-01Z')")
-    with locked(host, "LOCK TABLE ONLY log_27 IN ACCESS EXCLUSIVE MODE"):
+    host.execute("CREATE TABLE log_25 PARTITION OF ai_usage_log FOR VALUES FROM ('2025-01-01Z') TO ('2025-02-01Z')")
+    with locked(host, "LOCK TABLE ONLY log_25 IN ACCESS EXCLUSIVE MODE"):
         host.execute("SELECT trueup.note_log()")
     assert host.value(EPOCH) > epoch
     assert known(user) == 1_000
@@ -132,7 +133,7 @@ def test_many_who_meet_a_new_partition_at_once_have_it_counted_once(host: Partit
 def test_a_partition_that_comes_while_trueup_is_set_up_again_is_counted(host: PartitionedHost, user: int) -> None:
     more_of(host, user, 400)
     host.execute("DROP TABLE log_11b")
-    host.execute("UPDATE more SET created_at = '2026-11-20Z'")
+    host.execute("UPDATE more SET created_at = '2024-11-20Z'")
     assert known(user) == 1_000
     with host.engine.begin() as setting_up:
 
@@ -140,7 +141,7 @@ def test_a_partition_that_comes_while_trueup_is_set_up_again_is_counted(host: Pa
         def attach_it(connection: Connection, cursor: object, statement: str, *rest: object) -> None:
             if "TRIGGER trueup_window_changed" in statement:  # the partitions have been looked at by then
                 host.execute(
-                    "ALTER TABLE log_11 ATTACH PARTITION more FOR VALUES FROM ('2026-11-15Z') TO ('2026-12-01Z')"
+                    "ALTER TABLE log_11 ATTACH PARTITION more FOR VALUES FROM ('2024-11-15Z') TO ('2024-12-01Z')"
                 )
 
         install(setting_up, host.mapping, with_host_tables=False)

@@ -15,8 +15,9 @@ from tests.support.dumps import pg_dump
 from tests.support.partitioned import DECEMBER, NOVEMBER, PARTS, ROW, PartitionedHost, known, month, new_host
 from tests.support.sessions import locked
 from tests.support.work import balance, charge_tokens, hold_tokens
-from trueup.database.engine import connect, get_engine, retrying
+from trueup.database.engine import connect, get_engine
 from trueup.database.locks import take_step
+from trueup.database.retry import retrying
 from trueup.doctor.host import check_mapping
 from trueup.doctor.installation import check_triggers
 from trueup.errors import NotInstalledError
@@ -37,13 +38,13 @@ EPOCH = "SELECT trueup.log_epoch()"
 CHILDS = "SELECT oid, xmin::text FROM pg_trigger WHERE tgrelid = 'child'::regclass ORDER BY 1"
 MOVED_BY_HAND = f"""
     WITH gone AS (DELETE FROM log_11a RETURNING *)
-    INSERT INTO "Log 12" {ROW.split(" VALUES")[0]} SELECT user_id, section, total_tokens, '2026-12-08Z' FROM gone
+    INSERT INTO "Log 12" {ROW.split(" VALUES")[0]} SELECT user_id, section, total_tokens, '2024-12-08Z' FROM gone
 """
 FOREIGN = """
     CREATE FOREIGN DATA WRAPPER away; CREATE SERVER away FOREIGN DATA WRAPPER away;
     CREATE TABLE spread (LIKE ai_usage_log INCLUDING DEFAULTS) PARTITION BY RANGE (created_at);
     CREATE FOREIGN TABLE far PARTITION OF spread
-    FOR VALUES FROM ('2026-01-01Z') TO ('2026-02-01Z') SERVER away
+    FOR VALUES FROM ('2024-01-01Z') TO ('2024-02-01Z') SERVER away
 """
 
 
@@ -99,8 +100,8 @@ def test_every_partition_has_triggers_and_the_ways_in_count_once(
         host.write(user, tokens, into=table)
     host.write(user, 10, at=DECEMBER)
     host.write(user, 20, into='"Log 12"', at=DECEMBER)
-    host.write(user, 40, into="log_default", at=datetime(2027, 3, 1, tzinfo=UTC))
-    host.write(user, 999, into="log_10", at=datetime(2026, 10, 9, tzinfo=UTC))  # before the window
+    host.write(user, 40, into="log_default", at=datetime(2025, 3, 1, tzinfo=UTC))
+    host.write(user, 999, into="log_10", at=datetime(2024, 10, 9, tzinfo=UTC))  # before the window
     assert consumed(host, connection, user) == 1_076
 
 
@@ -110,9 +111,9 @@ def test_every_partition_has_triggers_and_the_ways_in_count_once(
         ("UPDATE ai_usage_log SET total_tokens = 7", 14),
         ("UPDATE log_11a SET total_tokens = 7", 2_007),
         ("UPDATE log_11 SET total_tokens = total_tokens + 1", 3_001),
-        ("UPDATE ai_usage_log SET created_at = '2026-12-07Z'", 3_000),
-        ("UPDATE ai_usage_log SET created_at = '2026-12-07Z', total_tokens = 5 WHERE total_tokens = 1000", 2_005),
-        ("UPDATE ai_usage_log SET created_at = '2026-10-07Z' WHERE total_tokens = 1000", 2_000),
+        ("UPDATE ai_usage_log SET created_at = '2024-12-07Z'", 3_000),
+        ("UPDATE ai_usage_log SET created_at = '2024-12-07Z', total_tokens = 5 WHERE total_tokens = 1000", 2_005),
+        ("UPDATE ai_usage_log SET created_at = '2024-10-07Z' WHERE total_tokens = 1000", 2_000),
         ("DELETE FROM ai_usage_log WHERE total_tokens = 2000", 1_000),
         ("DELETE FROM log_11a", 2_000),
         ("DELETE FROM log_11", 2_000),
@@ -137,7 +138,7 @@ def test_a_row_that_is_given_to_another_user_moves_its_tokens(
 ) -> None:
     other = host.subscriber()
     hold_tokens(connection, other, 0)
-    host.execute("UPDATE log_11 SET user_id = :other, created_at = '2026-11-16Z'", other=other)
+    host.execute("UPDATE log_11 SET user_id = :other, created_at = '2024-11-16Z'", other=other)
     assert host.value("SELECT count(*) FROM log_11b") == 1
     assert (consumed(host, connection, user), consumed(host, connection, other)) == (0, 1_000)
 
@@ -245,7 +246,7 @@ def test_an_attached_partition_is_told_once_a_day_and_counts_from_the_next_attac
 def test_partitions_made_in_advance_are_covered_without_closing_the_gate_or_touching_a_balance(
     host: PartitionedHost, connection: Connection, user: int
 ) -> None:
-    host.execute("CREATE TABLE log_27 PARTITION OF ai_usage_log FOR VALUES FROM ('2027-01-01Z') TO ('2027-02-01Z')")
+    host.execute("CREATE TABLE log_25 PARTITION OF ai_usage_log FOR VALUES FROM ('2025-01-01Z') TO ('2025-02-01Z')")
     with pytest.raises(AttachError, match="A trigger is missing"):
         take_step(lambda again: open_gate(again, host.mapping))
     before = host.value(EPOCH)
@@ -253,8 +254,8 @@ def test_partitions_made_in_advance_are_covered_without_closing_the_gate_or_touc
         take_step(lambda again: prepare(again, host.mapping), patience_seconds=0)
         retrying(lambda worker: hold_tokens(worker, user, 0))
         assert attach(host.mapping, patience_seconds=0) == {"balances": 0}
-    assert (host.value(EPOCH), "log_27" in host.triggered()) == (before, True)
-    host.write(user, 2, into="log_27", at=datetime(2027, 1, 3, tzinfo=UTC))
+    assert (host.value(EPOCH), "log_25" in host.triggered()) == (before, True)
+    host.write(user, 2, into="log_25", at=datetime(2025, 1, 3, tzinfo=UTC))
     assert consumed(host, connection, user) == 1_002
 
 
@@ -282,7 +283,7 @@ def test_a_plain_log_that_becomes_a_partition_of_its_successor_goes_on_counting_
         host.execute(
             "ALTER TABLE ai_usage_log RENAME TO log_old; "
             "CREATE TABLE ai_usage_log (LIKE log_old INCLUDING DEFAULTS) PARTITION BY RANGE (created_at); "
-            "ALTER TABLE ai_usage_log ATTACH PARTITION log_old FOR VALUES FROM (MINVALUE) TO ('2026-12-01Z'); "
+            "ALTER TABLE ai_usage_log ATTACH PARTITION log_old FOR VALUES FROM (MINVALUE) TO ('2024-12-01Z'); "
             f"CREATE TABLE log_12 PARTITION OF ai_usage_log {month(12)}"
         )
         host.write(user, 20)

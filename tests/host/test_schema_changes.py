@@ -10,7 +10,8 @@ from tests.support.host import START, Host
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.billing.view_guard import token_gate
-from trueup.database.engine import connect, dispose_engine, get_engine, retrying, transaction
+from trueup.database.engine import connect, dispose_engine, get_engine, transaction
+from trueup.database.retry import retrying
 from trueup.doctor.installation import check_triggers
 from trueup.errors import (
     GateClosedError,
@@ -31,7 +32,8 @@ REPLACED = "ALTER TABLE ai_usage_log RENAME TO old_log; CREATE TABLE ai_usage_lo
 PARTITIONED = """
     ALTER TABLE ai_usage_log RENAME TO old_log;
     CREATE TABLE ai_usage_log (LIKE old_log INCLUDING DEFAULTS) PARTITION BY RANGE (created_at);
-    CREATE TABLE log_2026 PARTITION OF ai_usage_log FOR VALUES FROM ('2026-01-01') TO ('2027-01-01');
+    CREATE TABLE log_past PARTITION OF ai_usage_log FOR VALUES FROM ('2024-01-01') TO ('2025-01-01');
+    CREATE TABLE log_now PARTITION OF ai_usage_log FOR VALUES FROM ('2025-01-01') TO (MAXVALUE);
     CREATE INDEX ON ai_usage_log (user_id, created_at);
     INSERT INTO ai_usage_log SELECT * FROM old_log
 """
@@ -43,7 +45,7 @@ SILENT = {
         (
             "ALTER TABLE ai_usage_log RENAME TO old_log; "
             "CREATE TABLE ai_usage_log (LIKE old_log INCLUDING DEFAULTS) PARTITION BY RANGE (created_at); "
-            "ALTER TABLE ai_usage_log ATTACH PARTITION old_log FOR VALUES FROM ('2026-01-01') TO ('2027-01-01')"
+            "ALTER TABLE ai_usage_log ATTACH PARTITION old_log FOR VALUES FROM ('2024-01-01') TO (MAXVALUE)"
         ),
         "trueup_inserted is missing",
     ),

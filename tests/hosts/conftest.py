@@ -23,7 +23,7 @@ from tests.hosts.running import (
     with_session,
 )
 from tests.support.host import Host
-from tests.support.sessions import wait_until
+from tests.support.waiting import wait_for
 from trueup.database.engine import transaction
 from trueup.host.mapping import HostMapping
 from trueup.install.install import install
@@ -63,7 +63,7 @@ class Site:
         with self.admin.connect() as connection:
             connection.execute(text(f"ALTER ROLE {self.role} NOLOGIN"))
         try:
-            wait_until(self._none_of_trueup, "trueup's sessions to end")
+            wait_for(self._none_of_trueup, "trueup's sessions to end")
             yield
         finally:
             with self.admin.connect() as connection:

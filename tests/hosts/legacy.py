@@ -17,7 +17,7 @@ from tests.hosts.documents import ROOT
 from tests.hosts.running import plain_url, run_module
 from tests.support.dumps import pg_dump, programs
 from tests.support.host import Host
-from tests.support.sessions import DEADLINE_SECONDS, wait_until
+from tests.support.waiting import DEADLINE_SECONDS, wait_for
 
 MANAGE = "tests.hosts.django_legacy.manage"
 
@@ -71,7 +71,7 @@ class Shop:
         for table in ("sales_counterchange", "ai_usage_log"):
             count = f"SELECT count(*) FROM {table}"
             until = self.host.value(count) + 50
-            wait_until(lambda count=count, until=until: self.host.value(count) >= until, "the shop to go on")
+            wait_for(lambda count=count, until=until: self.host.value(count) >= until, "the shop to go on")
 
     def url_of(self, role: str) -> str:
         return make_url(self.url).set(username=role).render_as_string(hide_password=False)

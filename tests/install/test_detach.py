@@ -12,7 +12,8 @@ from sqlalchemy.pool import NullPool
 from tests.support.books import assert_true
 from tests.support.dumps import pg_dump
 from tests.support.host import Host
-from tests.support.sessions import backend_pid, impatient, locked, wait_until
+from tests.support.sessions import backend_pid, impatient, locked
+from tests.support.waiting import wait_for
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.grants import grant_tokens
 from trueup.database.engine import connect, transaction
@@ -81,7 +82,7 @@ def writing(engine: Engine, user: int) -> Iterator[list[int]]:
     for thread in threads:
         thread.start()
     try:
-        wait_until(lambda: len(written) > 10, "the host to write")
+        wait_for(lambda: len(written) > 10, "the host to write")
         yield written
     finally:
         over.set()
@@ -98,7 +99,7 @@ def test_the_host_is_left_as_it_was_while_it_writes(engine: Engine, empty_databa
         with writing(engine, user) as written:
             detach()
             since = len(written)
-            wait_until(lambda: len(written) > since + 10, "the host to go on")
+            wait_for(lambda: len(written) > since + 10, "the host to go on")
         assert pg_dump(empty_database, "--schema-only") == before
         assert host.used(user) == sum(written)
 

@@ -35,7 +35,7 @@ def news(**values: Any) -> RunNews:
     figures = {"checked": 100, "users": 0, "tokens": 0, "tokens_explained": 0, "defects": 0, "only_user": None}
     return RunNews(
         run_id=7,
-        finished_at=datetime(2026, 11, 1, tzinfo=UTC),
+        finished_at=datetime(2024, 11, 1, tzinfo=UTC),
         **{"status": "finished", "error": None, **figures, **values},
     )
 

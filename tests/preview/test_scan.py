@@ -15,8 +15,8 @@ from tests.host.test_mapped_hosts import LOG, MAPPINGS, USERS, do, lower, subscr
 from tests.support.host import START, Host
 from tests.support.legacy.loading import WITH_ROWS, load
 from tests.support.legacy.population import make_population
-from tests.support.sessions import wait_until
 from tests.support.standby import caught_up, standby_of
+from tests.support.waiting import wait_for
 from trueup.errors import NotInstalledError, TrueupError
 from trueup.host.mapping import HostMapping, PaymentTable, SubscriptionTable, TokenUsageTable, UsageLogTable
 from trueup.install.example_tables import build_host_metadata
@@ -174,7 +174,7 @@ def test_a_connection_that_can_not_write_is_no_hindrance(bare: Host, drifting: l
 def test_a_hot_standby_can_be_looked_at(bare: Host, drifting: list[int]) -> None:
     with standby_of(bare.engine) as standby:
         bare.log(drifting[0], 5)
-        wait_until(lambda: caught_up(bare.engine, standby), "the standby to have the newest row")
+        wait_for(lambda: caught_up(bare.engine, standby), "the standby to have the newest row")
         with standby.connect() as connection:
             assert connection.scalar(text("SELECT pg_is_in_recovery()"))
         for mapping in (HostMapping(), WITH_ROWS):
@@ -257,9 +257,9 @@ def test_a_host_of_other_names_types_and_partitions_is_looked_at_by_its_mapping(
             INSERT INTO app.plans VALUES (1, 'p', 5000, 30, true);
             INSERT INTO app.customers (id) SELECT md5(n::text)::uuid FROM generate_series(1, 300) n;
             INSERT INTO app.memberships (id, customer_id, plan_id, started_at, tokens_left, enabled)
-                SELECT gen_random_uuid(), id, 1, '2026-11-01', 5000, true FROM app.customers;
+                SELECT gen_random_uuid(), id, 1, '2024-11-01', 5000, true FROM app.customers;
             INSERT INTO app.llm_calls (customer_id, tokens, succeeded, called_at)
-                SELECT id, 40, true, '2026-11-02' FROM app.customers ORDER BY id LIMIT 200;
+                SELECT id, 40, true, '2024-11-02' FROM app.customers ORDER BY id LIMIT 200;
             """
         )
     mapping = HostMapping.model_validate({**UUID_MAPPING, "user_id_type": user_id_type})
@@ -320,7 +320,7 @@ def test_a_missing_right_is_named_with_its_remedy(bare: Host, drifting: list[int
         with pytest.raises(TrueupError) as refused:
             seen(engine)
         said, role = str(refused.value), engine.url.username
-    assert f'total_tokens, user_id, created_at, success, id): GRANT SELECT ON "ai_usage_log" TO "{role}". Noth' in said
+    assert f'id, user_id, total_tokens, success, created_at): GRANT SELECT ON "ai_usage_log" TO "{role}". Noth' in said
     assert said.count("GRANT") == 1
 
 

@@ -7,7 +7,8 @@ import pytest
 from sqlalchemy import Connection
 
 from tests.support.host import Host
-from tests.support.sessions import run_at_once, wait_until
+from tests.support.sessions import run_at_once
+from tests.support.waiting import wait_for
 from trueup.database.engine import create_trueup_engine, get_engine, get_settings
 from trueup.errors import InvalidInputError, NotInstalledError, ServiceUnavailableError
 from trueup.host.mapping import HostMapping
@@ -280,7 +281,7 @@ def test_a_second_pass_finds_nothing_new(host: Host, run: Callable[..., RunSumma
     first, second = run(), run()
     assert (first.drifted, first.found_new, first.corrected, first.in_review) == (2, 2, 1, 1)
     assert (second.drifted, second.found_new, second.corrected, second.in_review) == (1, 0, 0, 1)
-    wait_until(lambda: runs(host)[-1][1] == "finished")
+    wait_for(lambda: runs(host)[-1][1] == "finished")
 
 
 def test_usage_of_the_future_and_of_no_size_stops_no_run(host: Host, run: Callable[..., RunSummary]) -> None:

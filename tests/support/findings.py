@@ -9,9 +9,9 @@ from trueup.drift.evidence import Evidence
 
 NOW = START + timedelta(days=3)
 INT4 = 2**31 - 1
-AT = "2026-11-02T12:00:00+00:00"
-SOON = "2026-11-02T12:00:02+00:00"
-LATER = "2026-11-02T13:00:00+00:00"
+AT = "2024-11-02T12:00:00+00:00"
+SOON = "2024-11-02T12:00:02+00:00"
+LATER = "2024-11-02T13:00:00+00:00"
 
 
 def drift(observed: int | None, expected: int, evidence: dict[str, Any] | None = None, **more: Any) -> Drift:

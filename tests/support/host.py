@@ -8,8 +8,12 @@ from typing import Any, Self
 
 from sqlalchemy import Connection, Engine, text
 
-START = datetime(2026, 11, 1, 12, tzinfo=UTC)
-"""When subscriptions of the tests begin, unless told otherwise."""
+START = datetime(2024, 11, 1, 12, tzinfo=UTC)
+"""When subscriptions of the tests begin, unless told otherwise.
+
+Long ago: the time that a test injects, a few months later at most, then lies before the server's clock today as it will
+in ten years. Triggers go by the server's clock.
+"""
 
 
 class Host:
@@ -109,6 +113,14 @@ class Host:
             "WHERE user_id = :user",
             user=user,
             tokens=tokens,
+        )
+
+    def date_change(self, at: datetime) -> None:
+        """Date the last change of a subscription, whose window or plan a trigger has saved by the server's clock."""
+        self.execute(
+            "UPDATE trueup.window_change SET changed_at = :at "
+            "WHERE id IN (SELECT id FROM trueup.window_change ORDER BY id DESC LIMIT 2)",
+            at=at,
         )
 
     def counter(self, user: int) -> int | None:

@@ -7,18 +7,18 @@ from sqlalchemy.pool import NullPool
 
 from tests.support.host import START, Host
 from trueup.accounts.account import read_account
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.host.mapping import HostMapping
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import install
 
-NOVEMBER, DECEMBER = START, datetime(2026, 12, 5, tzinfo=UTC)
+NOVEMBER, DECEMBER = START, datetime(2024, 12, 5, tzinfo=UTC)
 ROW = "(user_id, section, total_tokens, created_at) VALUES (:user, 'chat', :tokens, :at)"
 
 
 def month(number: int) -> str:
-    later = "2027-01-01" if number == 12 else f"2026-{number + 1}-01"
-    return f"FOR VALUES FROM ('2026-{number}-01Z') TO ('{later}Z')"
+    later = "2025-01-01" if number == 12 else f"2024-{number + 1}-01"
+    return f"FOR VALUES FROM ('2024-{number}-01Z') TO ('{later}Z')"
 
 
 # As PostgreSQL demands, the key has the partitions' column in it. November's partition has partitions of its own.
@@ -32,8 +32,8 @@ PARTITIONED = [
     "CREATE TABLE log_default PARTITION OF ai_usage_log DEFAULT",
     f"CREATE TABLE log_10 PARTITION OF ai_usage_log {month(10)}",
     f"CREATE TABLE log_11 PARTITION OF ai_usage_log {month(11)} PARTITION BY RANGE (created_at)",
-    "CREATE TABLE log_11a PARTITION OF log_11 FOR VALUES FROM ('2026-11-01Z') TO ('2026-11-15Z')",
-    "CREATE TABLE log_11b PARTITION OF log_11 FOR VALUES FROM ('2026-11-15Z') TO ('2026-12-01Z')",
+    "CREATE TABLE log_11a PARTITION OF log_11 FOR VALUES FROM ('2024-11-01Z') TO ('2024-11-15Z')",
+    "CREATE TABLE log_11b PARTITION OF log_11 FOR VALUES FROM ('2024-11-15Z') TO ('2024-12-01Z')",
     f'CREATE TABLE "Log 12" PARTITION OF ai_usage_log {month(12)}',
     "DROP TABLE plain",
 ]

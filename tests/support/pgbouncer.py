@@ -10,7 +10,7 @@ from pathlib import Path
 from sqlalchemy.engine import make_url
 
 from tests.stack.helpers import temporary_home
-from tests.support.sessions import wait_until
+from tests.support.waiting import DEADLINE_SECONDS, wait_for
 from trueup.settings.settings import Settings
 from trueup.stack.layout import prepare_layout
 from trueup.stack.servers.postgres_home import find_postgres_home
@@ -59,12 +59,12 @@ def running_pgbouncer(program: str, url: str, *, users: list[str], pool_size: in
                 os.chown(path, place.account.uid, place.account.gid)
         process = subprocess.Popen([program, "-q", str(folder / "pgbouncer.ini")], start_new_session=True, **account)
         try:
-            wait_until(lambda: _answers(process, folder), "PgBouncer")
+            wait_for(lambda: _answers(process, folder), "PgBouncer")
             lent = direct.set(query={"host": str(folder), "port": str(PORT)})
             yield lent.render_as_string(hide_password=False)
         finally:
             process.terminate()
-            process.wait(10)
+            process.wait(DEADLINE_SECONDS)
 
 
 def _answers(process: subprocess.Popen[bytes], folder: Path) -> bool:

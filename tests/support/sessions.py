@@ -1,7 +1,6 @@
 """Sessions that meet: threads with connections of their own, and waiting for what PostgreSQL says of them."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,19 +9,9 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, text
 
 from tests.support.host import Host
+from tests.support.waiting import DEADLINE_SECONDS, wait_for
 
 Result = TypeVar("Result")
-
-DEADLINE_SECONDS = 20.0
-
-
-def wait_until(condition: Callable[[], Any], what: str = "the condition") -> None:
-    """Return once the condition holds; fail after the deadline."""
-    end = time.monotonic() + DEADLINE_SECONDS
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < end, f"waited {DEADLINE_SECONDS:g} s in vain for {what}"
-        pause.wait(0.005)
 
 
 @contextmanager
@@ -52,7 +41,7 @@ def backend_pid(connection: Connection) -> int:
 
 def wait_for_lock(host: Host, pid: int | None = None) -> None:
     """Return once that session, or any of this database, waits for a lock."""
-    wait_until(
+    wait_for(
         lambda: host.value(
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
             "AND wait_event_type = 'Lock' AND (CAST(:pid AS int) IS NULL OR pid = :pid)",

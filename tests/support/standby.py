@@ -13,7 +13,7 @@ from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.pool import NullPool
 
 from tests.stack.helpers import temporary_home
-from tests.support.sessions import wait_until
+from tests.support.waiting import wait_for
 from trueup.stack.processes import Account, processes_in, run_tool, start_detached, stop_processes
 from trueup.stack.servers.postgres import PostgresServer
 
@@ -63,7 +63,7 @@ def standby_of(primary: Engine) -> Iterator[Engine]:
         assert start_detached(argv, folder=copy, log=log, account=account)
         engine = create_engine(primary.url.update_query_dict({"host": str(home)}), poolclass=NullPool)
         try:
-            wait_until(lambda: _answers(home), "the standby to answer")
+            wait_for(lambda: _answers(home), "the standby to answer")
             yield engine
         except AssertionError as failure:
             failure.add_note(f"What the standby said last:\n{log.read_text()[-2_000:]}")

@@ -4,27 +4,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
 import psutil
 from celery import Celery
 
-BOOT_SECONDS = 30.0
-
-Value = TypeVar("Value")
-
-
-def wait_for(condition: Callable[[], Value], what: str, *, seconds: float = 20.0) -> Value:
-    """Return the condition's first true value. Fails when there is none in time."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
-    return value
+from tests.support.waiting import DEADLINE_SECONDS, wait_for
 
 
 def own_application() -> Celery:
@@ -56,7 +43,7 @@ class WorkerProcess:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(30)
+            self.process.wait(DEADLINE_SECONDS)
         finally:
             self.kill()
 
@@ -64,7 +51,7 @@ class WorkerProcess:
         """kill -9 the worker and its pool, as a machine that loses power does."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(10)
+        self.process.wait(DEADLINE_SECONDS)
 
 
 @contextmanager
@@ -81,15 +68,31 @@ def running_worker(
     command = [str(celery), "-A", "trueup.worker", "worker", "-Q", ",".join(queues), "-c", str(concurrency)]
     if include:
         command += ["-I", ",".join(include)]
-    command += more
+    with running_command([*command, *more], log) as worker:
+        yield worker
+
+
+@contextmanager
+def running_command(
+    command: Sequence[str | Path],
+    log: Path,
+    *,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[WorkerProcess]:
+    """Run a command that is a worker until the block ends; ready when given.
+
+    `folder`, `environment`: None means this process's.
+    """
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
     worker = WorkerProcess(process, log)
     try:
         wait_for(
             lambda: " ready." in worker.output or process.poll() is not None,
             "the worker is ready",
-            seconds=BOOT_SECONDS,
         )
         assert process.poll() is None, worker.output
         yield worker

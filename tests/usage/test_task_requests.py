@@ -21,7 +21,7 @@ from trueup.usage.task_requests import (
     prune_requests,
 )
 
-NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
+NOW = datetime(2024, 11, 22, 12, tzinfo=UTC)
 USER, OTHER = 7, 8
 
 

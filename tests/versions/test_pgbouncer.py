@@ -15,6 +15,7 @@ from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.model_tasks import spend
 from tests.support.pgbouncer import VARIABLE, find_pgbouncer, running_pgbouncer
+from tests.support.waiting import DEADLINE_SECONDS
 from tests.support.work import charge_tokens, hold_tokens
 from tests.support.worker import own_application, running_worker
 from tests.worker.conftest import TASKS
@@ -135,7 +136,7 @@ def test_a_worker_runs_and_denies(pooled: str, host: Host, app: Celery, tmp_path
     assert get_settings().database_url == pooled
     with running_worker(tmp_path / "worker.log", include=(TASKS,)):
         sent = [spend.delay(user_id=user) for user in [rich, spent] * 3]
-        results = [one.get(timeout=30, propagate=False) for one in sent]
+        results = [one.get(timeout=DEADLINE_SECONDS, propagate=False) for one in sent]
     assert all(isinstance(result, TokensDenied) for result in results[1::2])
     assert host.counter(rich) == 10_000 - sum(results[::2]) < 10_000
     assert_true(host)

@@ -13,9 +13,9 @@ from tests.stack.helpers import temporary_home
 from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.postgres_versions import VARIABLE, installed_versions, running_server
-from tests.support.sessions import wait_until
 from tests.support.standby import caught_up, standby_of
 from tests.support.two_books import MAPPED
+from tests.support.waiting import wait_for
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.database.engine import connect
 from trueup.doctor.database import examine_database
@@ -103,7 +103,7 @@ def test_so_can_a_hot_standby_of_one(host: Host) -> None:
     host.execute("DROP SCHEMA trueup CASCADE")
     with standby_of(host.engine) as standby:
         host.log(user, 300)
-        wait_until(lambda: caught_up(host.engine, standby), "the standby to have the newest row")
+        wait_for(lambda: caught_up(host.engine, standby), "the standby to have the newest row")
         assert seen(standby, HostMapping()) == [(1_000, 700)]
 
 

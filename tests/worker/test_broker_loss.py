@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 import pytest
 from celery import Celery
 
-from tests.support.worker import running_worker, wait_for
+from tests.support.waiting import DEADLINE_SECONDS, wait_for
+from tests.support.worker import running_worker
 from trueup.settings.settings import Settings
 from trueup.stack import running_stack
 from trueup.stack.layout import Layout
@@ -50,13 +51,13 @@ def test_a_worker_outlives_a_redis_that_is_away_for_seconds(
         wait_for(lambda: result.state == "STARTED", "the task has started")
         [redis] = RedisServer(Layout(home=redis_home)).processes()
         redis.send_signal(signal.SIGTERM)
-        redis.wait(10)
+        redis.wait(DEADLINE_SECONDS)
         # Not a wait for something to happen: how long Redis is away is what is tested.
         time.sleep(AWAY_SECONDS)
         monkeypatch.delenv("TRUEUP_BROKER_URL")
         with running_stack(Settings(home=redis_home), services=("redis",)):
-            wait_for(lambda: _answers(app), "the worker is back", seconds=30)
-            assert app.send_task("test.slow", args=(0,), queue="trueup-ai").get(timeout=20) == "done"
+            wait_for(lambda: _answers(app), "the worker is back")
+            assert app.send_task("test.slow", args=(0,), queue="trueup-ai").get(timeout=DEADLINE_SECONDS) == "done"
             assert worker.process.poll() is None
 
 

@@ -10,12 +10,11 @@ from celery.exceptions import TimeoutError as ResultTimeoutError
 
 from tests.support import model_tasks
 from tests.support.host import Host
-from tests.support.worker import WorkerProcess, running_worker, wait_for
+from tests.support.waiting import DEADLINE_SECONDS, wait_for
+from tests.support.worker import WorkerProcess, running_worker
 from tests.worker.conftest import TASKS
 from trueup.errors import TokensDenied
 from trueup.tasks.requests import CELERY_RETRIES_LOST_TASKS
-
-RESULT_SECONDS = 30
 
 
 def holds_of(host: Host, user: int) -> list[tuple[str, int]]:
@@ -35,9 +34,9 @@ def test_groups_chains_and_chords_hold_for_each_of_their_tasks(
     user = shared_host.subscriber(10_000)
     spend = model_tasks.spend.si(user_id=user)
     spent = [
-        *group(spend, spend)().get(timeout=RESULT_SECONDS),
-        chain(spend, spend)().get(timeout=RESULT_SECONDS),
-        chord([spend, spend], model_tasks.total.s())().get(timeout=RESULT_SECONDS),
+        *group(spend, spend)().get(timeout=DEADLINE_SECONDS),
+        chain(spend, spend)().get(timeout=DEADLINE_SECONDS),
+        chord([spend, spend], model_tasks.total.s())().get(timeout=DEADLINE_SECONDS),
     ]
     assert holds_of(shared_host, user) == [("settled", 1)] * 6
     assert shared_host.used(user) == 6 * spent[0]
@@ -51,7 +50,7 @@ def test_a_denied_member_of_a_chord_spends_nothing_and_its_body_does_not_run(
     members = [model_tasks.spend.si(user_id=rich), model_tasks.spend.si(user_id=poor)]
     work = chord(members, model_tasks.spend.si(user_id=rich, words=20))()
     with pytest.raises(TokensDenied):
-        work.parent.results[1].get(timeout=RESULT_SECONDS)
+        work.parent.results[1].get(timeout=DEADLINE_SECONDS)
     wait_for(lambda: holds_of(shared_host, rich) == [("settled", 1)], "the other member is done")
     with pytest.raises((TokensDenied, ChordError, ResultTimeoutError)):
         work.get(timeout=1)
@@ -67,9 +66,9 @@ def test_a_task_that_takes_another_one_s_place_passes_the_gate_itself(
     result = model_tasks.replaced.delay(user_id=first, successor=successor)
     if tokens < 100:
         with pytest.raises(TokensDenied):
-            result.get(timeout=RESULT_SECONDS)
+            result.get(timeout=DEADLINE_SECONDS)
     else:
-        assert result.get(timeout=RESULT_SECONDS) == shared_host.used(successor)
+        assert result.get(timeout=DEADLINE_SECONDS) == shared_host.used(successor)
     assert holds_of(shared_host, first) == [("settled", 1)]
     assert holds_of(shared_host, successor) == ([("settled", 1)] if tokens > 100 else [])
 
@@ -79,7 +78,7 @@ def test_a_body_that_ends_its_process_is_tried_again_pays_once_and_leaves_nothin
 ) -> None:
     user = shared_host.subscriber(1_000)
     with pytest.raises((WorkerLostError, SystemExit)):
-        model_tasks.leave.delay(user_id=user).get(timeout=RESULT_SECONDS)
+        model_tasks.leave.delay(user_id=user).get(timeout=DEADLINE_SECONDS)
     wait_for(lambda: not held(shared_host, user), "nothing is held")
     # The second try is answered from the first one's charge. Celery before 5.7 does not try again.
     second = [("released", 0)] if CELERY_RETRIES_LOST_TASKS else []
@@ -99,6 +98,6 @@ def test_a_worker_that_is_asked_to_stop_lets_its_task_end(
         model_tasks.spend.apply_async(kwargs={"user_id": user, "seconds": 2}, queue="stopping")
         wait_for(lambda: shared_host.used(user), "the call is charged")
         stopping.process.send_signal(number)
-        stopping.process.wait(RESULT_SECONDS)
+        stopping.process.wait(DEADLINE_SECONDS)
     assert holds_of(shared_host, user) == [("settled", 1)]
     assert held(shared_host, user) == 0

@@ -8,12 +8,12 @@ from celery import Celery
 
 from tests.support.host import Host
 from tests.support.worker import WorkerProcess, running_worker
-from trueup.cli.waiting import finish
+from trueup.cli.enqueue import finish
 from trueup.errors import SettingsError
 from trueup.settings.settings import get_settings
 from trueup.tasks.upkeep import expire_holds, reconcile_counters
 
-SECONDS = 30
+SECONDS = 120
 ARTICLE = Path(__file__).parents[2] / "examples" / "help_en.txt"
 
 

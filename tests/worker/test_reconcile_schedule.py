@@ -17,12 +17,12 @@ from celery import Celery
 from redis import Redis
 
 from tests.support.host import Host
-from tests.support.worker import running_worker, wait_for
+from tests.support.waiting import DEADLINE_SECONDS, wait_for
+from tests.support.worker import running_worker
 from trueup.errors import MissingExtraError
 from trueup.settings.settings import Settings, get_settings
 from trueup.worker.config import beat_schedule, celery_config
 
-RESULT_SECONDS = 30
 CELERY = Path(sys.executable).with_name("celery")
 
 
@@ -33,12 +33,12 @@ def subscribe_many(host: Host, first: int, count: int) -> None:
     host.execute(f"INSERT INTO accounts_user SELECT i, 'many' || i, '' {users}", **values)
     host.execute(
         "INSERT INTO billing_subscription (id, user_id, token_plan_id, start_date, tokens_remaining) "
-        f"SELECT i, i, :plan, '2026-11-01', 1000 {users}",
+        f"SELECT i, i, :plan, '2024-11-01', 1000 {users}",
         **values,
     )
     host.execute(
         "INSERT INTO ai_usage_log (user_id, section, total_tokens, created_at) "
-        f"SELECT i, 'chat', 300, '2026-11-02' {users}",
+        f"SELECT i, 'chat', 300, '2024-11-02' {users}",
         **values,
     )
 
@@ -49,7 +49,7 @@ def _no_runs(shared_host: Host) -> None:
 
 
 def send(app: Celery, name: str, **arguments: Any) -> Any:
-    return app.tasks[f"trueup.{name}"].apply_async(kwargs=arguments).get(timeout=RESULT_SECONDS)
+    return app.tasks[f"trueup.{name}"].apply_async(kwargs=arguments).get(timeout=DEADLINE_SECONDS)
 
 
 def statuses(host: Host) -> list[tuple[int, str]]:
@@ -150,7 +150,7 @@ def beats(folder: Path, count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
         for beat in running:
             if beat.poll() is None:
                 os.killpg(beat.pid, signal.SIGKILL)
-            beat.wait(10)
+            beat.wait(DEADLINE_SECONDS)
 
 
 def redis_of(app: Celery) -> Redis:
@@ -188,9 +188,9 @@ def test_of_two_redbeats_one_sends_also_when_the_other_is_killed(
         wait_for(lambda: len(sent_at(app, "trueup.expire_holds")) >= 3, "the first beat sends")
         (first,) = holders()
         os.killpg(running[first].pid, signal.SIGKILL)
-        running[first].wait(10)
+        running[first].wait(DEADLINE_SECONDS)
         before = len(sent_at(app, "trueup.expire_holds"))
-        wait_for(lambda: len(sent_at(app, "trueup.expire_holds")) >= before + 3, "the other beat sends", seconds=40)
+        wait_for(lambda: len(sent_at(app, "trueup.expire_holds")) >= before + 3, "the other beat sends")
         assert holders() == [0, 1]
     times = sent_at(app, "trueup.expire_holds")
     app.control.purge()
@@ -205,9 +205,9 @@ def test_two_plain_beats_make_one_run_a_period_also_when_one_is_killed(
     app.control.purge()
     with running_worker(tmp_path / "worker.log", queues=("trueup-reconcile",)) as worker, beats(tmp_path, 2) as running:
         asked = "trueup.reconcile_counters"
-        wait_for(lambda: worker.output.count(asked) >= 4, "both have asked for a run", seconds=40)
+        wait_for(lambda: worker.output.count(asked) >= 4, "both have asked for a run")
         os.killpg(running[0].pid, signal.SIGKILL)
-        running[0].wait(10)
+        running[0].wait(DEADLINE_SECONDS)
         runs = shared_host.value("SELECT count(*) FROM trueup.reconcile_run")
         wait_for(
             lambda: shared_host.value("SELECT count(*) FROM trueup.reconcile_run") > runs,

@@ -14,14 +14,14 @@ from sqlalchemy import Engine, text
 
 from tests.support import model_tasks
 from tests.support.host import Host
-from tests.support.worker import WorkerProcess, wait_for
+from tests.support.waiting import DEADLINE_SECONDS, wait_for
+from tests.support.worker import WorkerProcess
 from trueup.billing.utils import check_ai_access_for_user
 from trueup.errors import TokensDenied
 from trueup.host.mapping import HostMapping
 from trueup.install.attach import attach
 from trueup.tasks.requests import CELERY_RETRIES_LOST_TASKS
 
-RESULT_SECONDS = 30
 ARTICLE = Path(__file__).parents[2] / "examples" / "help_en.txt"
 
 
@@ -30,7 +30,7 @@ def test_a_task_runs_end_to_end_and_its_usage_lands_in_the_log(
 ) -> None:
     user = shared_host.subscriber(10_000)
     arguments = {"user_id": user, "text": ARTICLE.read_text(), "page_title": "Help", "max_pairs": 3}
-    answer = app.tasks["trueup.generate_qa"].apply_async(kwargs=arguments).get(timeout=RESULT_SECONDS)
+    answer = app.tasks["trueup.generate_qa"].apply_async(kwargs=arguments).get(timeout=DEADLINE_SECONDS)
     assert len(answer["pairs"]) == 3
     row = shared_host.execute(
         "SELECT section, model_name, total_tokens, success FROM ai_usage_log WHERE user_id = :user", user=user
@@ -43,16 +43,16 @@ def test_rows_that_the_host_inserts_count_at_the_very_next_check(
     app: Celery, worker: WorkerProcess, shared_host: Host
 ) -> None:
     user = shared_host.subscriber(1_000)
-    model_tasks.spend.delay(user_id=user).get(timeout=RESULT_SECONDS)
+    model_tasks.spend.delay(user_id=user).get(timeout=DEADLINE_SECONDS)
     shared_host.log(user, 1_000 - shared_host.used(user) - 99)
     assert check_ai_access_for_user(user, 99, "Spender")["has_access"]
     assert check_ai_access_for_user(user, 100, "Spender")["reason"] == "insufficient_tokens"
     with pytest.raises(TokensDenied):
-        model_tasks.spend.delay(user_id=user).get(timeout=RESULT_SECONDS)
+        model_tasks.spend.delay(user_id=user).get(timeout=DEADLINE_SECONDS)
 
 
 def test_of_200_tasks_with_budget_for_50_exactly_50_run(app: Celery, worker: WorkerProcess, shared_host: Host) -> None:
-    cost = model_tasks.spend.delay(user_id=shared_host.subscriber(1_000)).get(timeout=RESULT_SECONDS)
+    cost = model_tasks.spend.delay(user_id=shared_host.subscriber(1_000)).get(timeout=DEADLINE_SECONDS)
     budget = 50 * cost
     user = shared_host.subscriber(budget)
     with sampled_usage(shared_host.engine, user) as samples:
@@ -75,7 +75,7 @@ def held(host: Host, user: int) -> int:
 
 def outcome(result: AsyncResult) -> int | str:
     try:
-        tokens: int = result.get(timeout=60)
+        tokens: int = result.get(timeout=DEADLINE_SECONDS)
     except TokensDenied as denied:
         return denied.error_code
     return tokens
@@ -115,11 +115,11 @@ def test_a_killed_pool_process_costs_no_tokens_twice(app: Celery, worker: Worker
     [child] = [process for process in worker.pool() if str(process.pid) == owner.rpartition(":")[2]]
     child.kill()
     if CELERY_RETRIES_LOST_TASKS:
-        assert result.get(timeout=RESULT_SECONDS) == shared_host.used(user)
+        assert result.get(timeout=DEADLINE_SECONDS) == shared_host.used(user)
         assert shared_host.value("SELECT max(attempt) FROM trueup.hold WHERE user_id = :user", user=user) == 2
     else:
         with pytest.raises(WorkerLostError):
-            result.get(timeout=RESULT_SECONDS)
+            result.get(timeout=DEADLINE_SECONDS)
     assert shared_host.value("SELECT count(*) FROM ai_usage_log WHERE user_id = :user", user=user) == 1
     wait_for(lambda: not held(shared_host, user), "nothing is held")
 
@@ -128,7 +128,7 @@ def test_a_denial_ends_a_chain(app: Celery, worker: WorkerProcess, shared_host: 
     rich, poor = shared_host.subscriber(1_000), shared_host.subscriber(10)
     work = chain(model_tasks.spend.si(user_id=poor), model_tasks.spend.si(user_id=rich))()
     with pytest.raises(TokensDenied):
-        work.parent.get(timeout=RESULT_SECONDS)
+        work.parent.get(timeout=DEADLINE_SECONDS)
     with pytest.raises((TokensDenied, ResultTimeoutError)):
         work.get(timeout=0.5)
     assert shared_host.used(rich) == 0
@@ -138,7 +138,7 @@ def test_while_the_database_is_away_a_task_waits_and_then_runs(
     app: Celery, worker: WorkerProcess, shared_host: Host, admin_engine: Engine
 ) -> None:
     user, name = shared_host.subscriber(1_000), shared_host.value("SELECT current_database()")
-    model_tasks.spend.delay(user_id=user).get(timeout=RESULT_SECONDS)
+    model_tasks.spend.delay(user_id=user).get(timeout=DEADLINE_SECONDS)
     before = shared_host.used(user)
     close = (
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name AND application_name = 'trueup'"
@@ -153,7 +153,7 @@ def test_while_the_database_is_away_a_task_waits_and_then_runs(
             assert shared_host.used(user) == before
         finally:
             admin.execute(text(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true"))
-    assert result.get(timeout=RESULT_SECONDS) > 0
+    assert result.get(timeout=DEADLINE_SECONDS) > 0
     assert shared_host.used(user) > before
 
 
@@ -168,15 +168,15 @@ def test_while_the_hosts_usage_goes_uncounted_a_task_waits_and_runs_after_attach
         assert shared_host.used(user) == 0
     finally:
         attach(HostMapping())
-    assert result.get(timeout=RESULT_SECONDS) == shared_host.used(user) > 0
+    assert result.get(timeout=DEADLINE_SECONDS) == shared_host.used(user) > 0
 
 
 def test_reconciling_runs_as_a_task(app: Celery, worker: WorkerProcess, shared_host: Host) -> None:
     user = shared_host.subscriber(1_000)
     shared_host.log(user, 3)  # no plan is as small, so that it can't be one
-    app.tasks["trueup.reconcile_counters"].apply_async().get(timeout=RESULT_SECONDS)
+    app.tasks["trueup.reconcile_counters"].apply_async().get(timeout=DEADLINE_SECONDS)
     shared_host.execute("UPDATE billing_subscription SET tokens_remaining = NULL WHERE user_id = :user", user=user)
-    figures = app.tasks["trueup.reconcile_counters"].apply_async().get(timeout=RESULT_SECONDS)
+    figures = app.tasks["trueup.reconcile_counters"].apply_async().get(timeout=DEADLINE_SECONDS)
     # Other tests have left users whose decrements may still come.
     assert figures["drifted"] >= figures["corrected"] >= 1
     assert shared_host.counter(user) == 997
@@ -189,7 +189,7 @@ def test_a_task_that_takes_too_long_gives_its_hold_back(
     user = shared_host.subscriber(1_000)
     result = task.delay(user_id=user)
     with pytest.raises((TimeLimitExceeded, SoftTimeLimitExceeded)):
-        result.get(timeout=RESULT_SECONDS)
+        result.get(timeout=DEADLINE_SECONDS)
     wait_for(lambda: not held(shared_host, user), "nothing is held")
     assert shared_host.value("SELECT status FROM trueup.hold WHERE user_id = :user", user=user) == "settled"
     assert shared_host.used(user) > 0

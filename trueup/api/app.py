@@ -11,8 +11,8 @@ from fastapi import FastAPI
 
 from trueup.api import errors
 from trueup.api.auth import Verifier
-from trueup.api.edge import Edge
 from trueup.api.limits import RateLimit
+from trueup.api.middleware import Edge
 from trueup.api.views import accounts, ai, drift, health, subscriptions, task_results
 from trueup.api.views.metrics import Metrics
 from trueup.settings.settings import get_settings

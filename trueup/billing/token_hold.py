@@ -12,8 +12,7 @@ from sqlalchemy import Connection
 
 from trueup.accounts.user_ids import UserId, user_id_of
 from trueup.accounts.validation import check_estimate
-from trueup.database.engine import once, retrying
-from trueup.database.retry import retry_until_recorded
+from trueup.database.retry import once, retry_until_recorded, retrying
 from trueup.database.threads import in_thread
 from trueup.errors import HoldBusyError, InvalidInputError, NoHoldError, TokensDenied, TrueupError
 from trueup.gate.decision import denial_payload, denied_unknown_user

@@ -12,7 +12,7 @@ from trueup.database.schema import SCHEMA
 from trueup.errors import InvalidInputError
 from trueup.host.fields import Kind, kind_of
 
-MOST_TABLES = 20_000
+MAX_TABLES = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +141,11 @@ def read_catalog(connection: Connection, schemas: Sequence[str] = ()) -> Catalog
             raise InvalidInputError(
                 f"schema: the database has no schema {schema!r}. Give its name as it is written there"
             )
-    values = {"own": SCHEMA, "schemas": list(schemas) or None, "most": MOST_TABLES + 1}
+    values = {"own": SCHEMA, "schemas": list(schemas) or None, "most": MAX_TABLES + 1}
     tables = {row["oid"]: HostTable(**row) for row in connection.execute(_TABLES, values).mappings()}
-    if len(tables) > MOST_TABLES:
+    if len(tables) > MAX_TABLES:
         raise InvalidInputError(
-            f"schema: the database has more than {MOST_TABLES:,} tables. Name one schema with --schema"
+            f"schema: the database has more than {MAX_TABLES:,} tables. Name one schema with --schema"
         )
     oids = {"oids": list(tables)}
     for row in connection.execute(_COLUMNS, oids):

@@ -8,8 +8,8 @@ from trueup.discovery.match_columns import Known, Matches, default_name, match_c
 from trueup.discovery.vocabulary import SOUGHT_FIELDS, nearness
 from trueup.host.fields import TABLES, Noun
 
-_LEAST = 0.5
-_LEAST_USER = 0.55
+_MIN_SCORE = 0.5
+_MIN_USER_SCORE = 0.55
 # Another table this near to the best one may be it as well.
 _CLOSE = 0.05
 
@@ -28,7 +28,7 @@ class Candidate:
 def choose_tables(catalog: Catalog) -> dict[Noun, Candidate]:
     """Return the table of each noun that could be found."""
     chosen: dict[Noun, Candidate] = {}
-    users = frozenset(table.oid for table in catalog if _name_score("user", table)[0] >= _LEAST_USER)
+    users = frozenset(table.oid for table in catalog if _name_score("user", table)[0] >= _MIN_USER_SCORE)
     known: dict[Noun, frozenset[int]] = {"user": users}
     subscription = _best("subscription", _all_but(catalog), known, _judge_subscription)
     taken = {subscription.table.oid} if subscription else set()
@@ -92,7 +92,7 @@ def _candidate(noun: Noun, table: HostTable, known: Known, judge: Judge) -> Cand
 
 def _best(noun: Noun, tables: Iterable[HostTable], known: Known, judge: Judge) -> Candidate | None:
     """Return the table that fits best, if any fits well enough."""
-    found = [one for table in tables if (one := _candidate(noun, table, known, judge)) and one.score >= _LEAST]
+    found = [one for table in tables if (one := _candidate(noun, table, known, judge)) and one.score >= _MIN_SCORE]
     # Of equals the one with more rows: the others are leftovers, or somebody's copies.
     found.sort(key=lambda one: (one.score, one.table.rows or 0), reverse=True)
     if not found:
@@ -156,7 +156,7 @@ def _choose_user(
     if not named:
         return
     score, reason, table = max(named, key=lambda one: (one[0], one[2].rows or 0))
-    if score >= _LEAST_USER:
+    if score >= _MIN_USER_SCORE:
         matches = match_columns("user", table, {})
         chosen["user"] = Candidate(table=table, matches=matches, score=score, why=(reason,))
 
@@ -180,7 +180,7 @@ def _choose_plans(
     if not any(led.values()):
         tables = _all_but(catalog, {subscription.oid, *users})
         led = {
-            noun: [one for one in _plans_of(noun, tables, known) if _name_score(noun, one.table)[0] >= _LEAST_USER]
+            noun: [one for one in _plans_of(noun, tables, known) if _name_score(noun, one.table)[0] >= _MIN_USER_SCORE]
             for noun in nouns
         }
     token, full = led["token_plan"], led["full_plan"]

@@ -22,7 +22,7 @@ from trueup.discovery.vocabulary import (
 from trueup.host.fields import Noun
 from trueup.host.setting_values import quote_identifier, quote_literal
 
-_LEAST = 0.6
+_MIN_SCORE = 0.6
 _PLAIN = re.compile(r"[a-z_][a-z0-9_]*")
 
 
@@ -119,4 +119,4 @@ def included_column(candidate: Candidate) -> tuple[str, float, str] | None:
     if not scored:
         return None
     score, why, column = max(scored, key=lambda one: one[0])
-    return (column.name, score, f"{why}, {column.type}") if score >= _LEAST else None
+    return (column.name, score, f"{why}, {column.type}") if score >= _MIN_SCORE else None

@@ -25,7 +25,7 @@ from trueup.host.log_ids import log_id_problem
 from trueup.host.mapping import HostMapping
 from trueup.host.partitions import partition_problem
 from trueup.host.schema_changes import ROW_SECURITY_REMEDY
-from trueup.host.write_probe import row_problem
+from trueup.install.write_probe import row_problem
 from trueup.settings.settings import Settings
 
 

@@ -7,12 +7,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from psycopg.errors import InsufficientPrivilege
 from sqlalchemy import Connection, CursorResult, text
 from sqlalchemy.exc import DBAPIError
 
 from trueup.host.fields import FIELDS, FLAG, INTEGER, JSON, TIME, types_of
-from trueup.host.mapping import HostMapping, quote_table, render_sql
+from trueup.host.mapping import HostMapping, quote_table
 from trueup.host.setting_values import Compared, Expression, quote_identifier, quote_literal
+from trueup.host.sql import render_sql
 
 _TOKENS = types_of(INTEGER)
 SEARCH_PATH = "pg_catalog, pg_temp"  # the triggers' own, whatever the role's is
@@ -39,9 +41,9 @@ _TYPE = """
         SELECT EXPRESSION AS value FROM HOST AS trueup_row CROSS JOIN HOST AS trueup_other LIMIT 0) AS tried ON true
 """
 _OWN_ROW = """
-    INSERT INTO pg_temp.trueup_own AS l ({{usage_log.written}})
-    SELECT r.{{usage_log.written}} FROM (SELECT VALUES) r
-    RETURNING l.{{usage_log.success}}
+    INSERT INTO pg_temp.trueup_own AS l ({{ usage_log.written() }})
+    SELECT {{ usage_log.written("r") }} FROM (SELECT {{ values }}) r
+    RETURNING {{ usage_log.success("l") }}
 """
 _DRAWN = re.compile(r"nextval\('(?:[^']|'')*'::regclass\)")  # in a default; a sequence would be used up
 _SAMPLE_UUID = "00000000-0000-4000-8000-000000000001"
@@ -259,14 +261,12 @@ def own_row(
         "model_name": quote_literal(model),
     }
     by_kind = {JSON: 'CAST(\'{"task_id": "1"}\' AS jsonb)', TIME: "CAST(now() AS timestamptz)"}
-    values = (
+    values = [
         f"{own.get(field) or by_kind.get(entry.kinds, str(size))} AS {field}"
         for field, entry in FIELDS["usage_log"].items()
         if entry.written
-    )
-    # After the host's names are in it: one of them may be the very word.
-    before, after = _OWN_ROW.split("VALUES")
-    return f"{render_sql(before, mapping)}{', '.join(values)}{render_sql(after, mapping)}"
+    ]
+    return render_sql(_OWN_ROW, mapping, values=", ".join(values))
 
 
 def make_table(connection: Connection, like: int, name: str, *, filled: bool) -> None:
@@ -292,7 +292,7 @@ def _said(error: DBAPIError) -> tuple[str, str]:
     """Return PostgreSQL's words and what to do about them."""
     diagnosis = getattr(error.orig, "diag", None)
     message = re.sub(r"\btrueup_row\.", "{row}.", str(getattr(diagnosis, "message_primary", None) or error.orig))
-    if getattr(error.orig, "sqlstate", None) == "42501" and "temporary" in message:
+    if isinstance(error.orig, InsufficientPrivilege) and "temporary" in message:
         return f"it can't be tried out ({message})", "GRANT TEMPORARY ON DATABASE to this role."
     if "ambiguous" in message:
         return message, "Name the row's columns as {row}.column."

@@ -20,9 +20,9 @@ from pydantic import (
 )
 
 _MAX_IDENTIFIER_BYTES = 63  # PostgreSQL's NAMEDATALEN - 1
-_MOST_COUNT = 2**31 - 1
+_MAX_COUNT = 2**31 - 1
 # Half of what bigint holds, so that no sum with usage runs over.
-_MOST_TOKENS = 2**62
+_MAX_TOKENS = 2**62
 
 
 def check_identifier(name: str) -> str:
@@ -246,12 +246,12 @@ Active = Annotated[
     _either(value="true", fits=lambda value: value is True, others=(Compared, Expression)),
 ]
 Words = Annotated[str | Constant, _either(value='"…"', fits=_is_text)]
-Count = Annotated[str | Constant, _either(value="0", fits=_is_count(_MOST_COUNT))]
+Count = Annotated[str | Constant, _either(value="0", fits=_is_count(_MAX_COUNT))]
 Document = Annotated[str | Constant, _either(value="{}", fits=lambda value: value == "{}")]
 End = Annotated[str | Constant, _either(value='"infinity"', fits=lambda value: value == "infinity")]
 PlanTokens = Annotated[
     str | Constant | Expression | None,
-    _either(value="0", fits=_is_count(_MOST_TOKENS), others=(Expression,), optional=True),
+    _either(value="0", fits=_is_count(_MAX_TOKENS), others=(Expression,), optional=True),
 ]
 Counts = Annotated[Compared | Expression | None, _either(column=False, others=(Compared, Expression), optional=True)]
 

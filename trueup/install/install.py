@@ -4,7 +4,6 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable
-from importlib import resources
 
 from sqlalchemy import Connection, text
 
@@ -24,16 +23,17 @@ from trueup.host.catalog import (
 from trueup.host.column_types import mapped_columns, wrong_types
 from trueup.host.expressions import expression_problem
 from trueup.host.log_ids import log_id_problem
-from trueup.host.mapping import HostMapping, quote_table, render_sql
+from trueup.host.mapping import HostMapping, quote_table
 from trueup.host.partitions import partition_problem
 from trueup.host.schema_changes import ATTACHING
 from trueup.host.setting_values import quote_literal
-from trueup.host.write_probe import row_problem
+from trueup.host.sql import render_file
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.triggers import KEEP_WATCHED, SAVE_TRIGGERS, is_untouched
+from trueup.install.write_probe import row_problem
 from trueup.settings.settings import get_settings
 
-# Functions before triggers; each file may use what those before it define.
+# Functions before triggers; each file may use what those before it define. Files of macros alone are not among them.
 SQL_FILES = (
     "accounts/grants.sql",
     "accounts/accounts.sql",
@@ -55,15 +55,8 @@ SQL_FILES = (
     "reconcile/shards.sql",
     "reconcile/audit.sql",
     "review/decisions.sql",
-    "drift/decrements.sql",
-    "drift/purchases.sql",
     "drift/evidence.sql",
-    "drift/ledger.sql",
-    "drift/sizes.sql",
-    "drift/documents.sql",
 )
-# What stands in for a file whose table the host does not have.
-_WITHOUT = {"drift/decrements.sql": "drift/no_decrements.sql", "drift/purchases.sql": "drift/no_purchases.sql"}
 
 _CREATE_SCHEMA = f"CREATE SCHEMA {SCHEMA}"
 LOCK_TIMEOUT_SECONDS = 5
@@ -116,8 +109,7 @@ def tables_sql(connection: Connection, mapping: HostMapping) -> list[str]:
 
 def sql_scripts(mapping: HostMapping, names: Iterable[str] = SQL_FILES) -> list[str]:
     """Return the scripts that make the functions and triggers for this mapping, in order; or these of them."""
-    templates = resources.files("trueup")
-    return [render_sql(templates.joinpath(name).read_text(), mapping) for name in _sql_files(mapping, names)]
+    return [render_file(name, mapping) for name in names]
 
 
 def run_scripts(connection: Connection, scripts: Iterable[str]) -> None:
@@ -188,18 +180,6 @@ VALUES ({fingerprint}, CAST({mapping} AS jsonb))
 ON CONFLICT (singleton) DO UPDATE
 SET mapping_fingerprint = excluded.mapping_fingerprint, mapping = excluded.mapping;
 """
-
-
-def _sql_files(mapping: HostMapping, names: Iterable[str]) -> list[str]:
-    unmapped = {
-        name
-        for name, table in (
-            ("drift/decrements.sql", mapping.token_usage.table),
-            ("drift/purchases.sql", mapping.payment.table),
-        )
-        if table is None
-    }
-    return [_WITHOUT[name] if name in unmapped else name for name in names]
 
 
 def _installation_row(mapping: HostMapping) -> dict[str, str]:

@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from trueup.database.engine import once, retrying
-from trueup.database.retry import PASSING, retry_until_recorded
+from trueup.database.retry import PASSING, once, retry_until_recorded, retrying
 from trueup.errors import (
     HoldExhaustedError,
     HoldOvertakenError,

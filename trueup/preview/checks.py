@@ -1,6 +1,6 @@
 """May this role look at these tables, and are they as the mapping says? Asked of the catalog; no row is read."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from sqlalchemy import Connection, text
 from trueup.errors import NotInstalledError, TrueupError
 from trueup.host.expressions import wrong_expression
 from trueup.host.fields import FIELDS, ID_TYPES, TABLES, Noun, kind_of
-from trueup.host.mapping import HostMapping, UserIdType, fields_named_in, quote_identifier, quote_table
+from trueup.host.mapping import NOUNS, HostMapping, UserIdType, quote_identifier, quote_table
 
 # A log of so few bytes is read as fast without an index.
 _SMALL = 2_000_000
@@ -67,15 +67,15 @@ class Named:
     is_part: bool
 
 
-def named_in(template: str, mapping: HostMapping) -> list[Named]:
-    """Return the columns that an SQL template names, each once."""
+def named_columns(fields: Collection[tuple[str, str]], mapping: HostMapping) -> list[Named]:
+    """Return the columns that these fields of these nouns are, or are made of."""
     return [
         Named(noun=noun, field=field, table=getattr(mapping, noun).table, column=column, is_part=column != given)
-        for noun, named in fields_named_in(template, mapping)
+        for noun in NOUNS
         for field, column in mapping.columns(noun)
         for given in [getattr(getattr(mapping, noun), field)]
         # What counts may be said by other columns than the one for success.
-        if field == named or (named, field) == ("success", "counts")
+        if (noun, "success" if field == "counts" else field) in fields
     ]
 
 

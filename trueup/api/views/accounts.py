@@ -9,7 +9,7 @@ from trueup.accounts.user_ids import UserId
 from trueup.api.auth import CurrentUser, refusal
 from trueup.api.responses import AUTHENTICATED, responses
 from trueup.api.schemas import AccountOverview, Profile
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.errors import SettingsError, TrueupError
 from trueup.host.catalog import VIEWS_REMEDY, missing_view_columns
 from trueup.settings.settings import get_settings

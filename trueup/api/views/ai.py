@@ -23,7 +23,7 @@ from trueup.api.errors import ApiError, unavailable
 from trueup.api.responses import AUTHENTICATED, Problem, responses
 from trueup.api.schemas import Body
 from trueup.api.views.task_results import ENDED, TASKS_PATH, TaskBody, body_of, read_task
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.errors import ServiceUnavailableError, TokensDenied, TrueupError
 from trueup.extras import require_extra
 from trueup.features import enhancement, questions

@@ -12,7 +12,7 @@ from trueup.api.auth import Operator
 from trueup.api.errors import ApiError
 from trueup.api.responses import AUTHENTICATED, responses
 from trueup.api.schemas import Body, Tokens
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.errors import InvalidInputError
 from trueup.host.mapping import UserIdType
 from trueup.reports.history import SCHEMA_VERSION as HISTORY_VERSION

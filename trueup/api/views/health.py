@@ -17,7 +17,7 @@ from trueup.api.auth import operator
 from trueup.api.responses import AUTHENTICATED, responses_to_text
 from trueup.api.schemas import Body
 from trueup.api.views import metrics
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.errors import NotInstalledError, ServiceUnavailableError
 from trueup.install.install import check_installed
 

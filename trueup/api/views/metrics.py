@@ -10,7 +10,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.errors import NotInstalledError, ServiceUnavailableError
 from trueup.monitoring.status import read_gauges
 

@@ -14,7 +14,7 @@ from trueup.api.auth import CurrentUser
 from trueup.api.errors import ApiError
 from trueup.api.responses import AUTHENTICATED, Denial, responses
 from trueup.api.schemas import Body
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.errors import (
     AnswerFormatError,
     HoldExhaustedError,

@@ -5,12 +5,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from trueup.llm.fitting import longest_fitting
 from trueup.llm.model import Completion, CompletionStream, Message
 from trueup.llm.offline.chat import better_prompt, chat_reply, question_answer
 from trueup.llm.offline.messages import direct_message, plain_reply
 from trueup.llm.offline.products import product_answer
 from trueup.llm.offline.qa import qa_answer
+from trueup.llm.prompt_fit import longest_fitting
 from trueup.llm.prompts import Job, job_of
 from trueup.llm.tokens import TokenCounter, count_prompt_tokens, offline_counter
 

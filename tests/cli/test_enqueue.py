@@ -12,7 +12,7 @@ import pytest
 from tests.cli.conftest import assert_nothing_runs, started
 from tests.stack.helpers import temporary_home
 from tests.support.demo import Demo, processes_of
-from tests.support.worker import wait_for
+from tests.support.waiting import wait_for
 from trueup.settings.settings import Settings
 from trueup.stack.errors import StackError
 from trueup.stack.locks import FileLock

@@ -6,9 +6,11 @@ to other tables are looked at before.
 
 from typing import Any
 
+from psycopg.errors import CheckViolation, InsufficientPrivilege, NumericValueOutOfRange, StringDataRightTruncation
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
+from trueup.database.driver_errors import is_transient
 from trueup.host.expressions import HOST_TABLE, SEARCH_PATH, SET_SEARCH_PATH, Problem, make_table, own_row, run
 from trueup.host.mapping import HostMapping, quote_table
 from trueup.host.sections import SECTIONS
@@ -40,16 +42,12 @@ _KEYS = text(
     ORDER BY 1
     """
 )
-_CHECK = "23514"
-_OUT_OF_RANGE = "22003"
-_REMEDIES = {
-    _CHECK: "Let the constraint allow it.",
-    "22001": "Make the column longer, or map another one.",  # string data right truncation
-    _OUT_OF_RANGE: "Make the column integer or bigint, or map another one.",
-    "42501": "Grant that to trueup's roles, this one among them.",
+_REMEDIES: dict[type, str] = {
+    CheckViolation: "Let the constraint allow it.",
+    StringDataRightTruncation: "Make the column longer, or map another one.",
+    NumericValueOutOfRange: "Make the column integer or bigint, or map another one.",
+    InsufficientPrivilege: "Grant that to trueup's roles, this one among them.",
 }
-# SQLSTATE classes that say nothing of the row: connection, deadlock, resources, locks, cancelled, the system.
-_NO_VERDICT = ("08", "40", "53", "55", "57", "58")
 # Tokens of each kind, and milliseconds, that one call may well have.
 _MANY = 600_000
 _LONG_NAME = "claude-3-5-sonnet-20241022"
@@ -83,7 +81,7 @@ def _refused_row(connection: Connection, mapping: HostMapping) -> Problem | None
         made = True
         return _refused(connection, mapping)
     except DBAPIError as error:
-        if made or _says_nothing(error):
+        if made or is_transient(error):
             raise
         return None  # a table like it can't be made: then there is nothing to try
     finally:
@@ -97,12 +95,12 @@ def _refused(connection: Connection, mapping: HostMapping) -> Problem | None:
         if refusal is not None:
             return _problem(f"{log} would refuse trueup's row of section {section!r}", refusal)
     # A limit that the host has set to figures is the host's; and a name that is too long is cut before it is written.
-    for what, state, row in (
-        (f"of {2 * _MANY:,} tokens and {_MANY:,} ms", _OUT_OF_RANGE, {"size": _MANY}),
-        (f"of model {_LONG_NAME!r}", _CHECK, {"model": _LONG_NAME}),
+    for what, kind, row in (
+        (f"of {2 * _MANY:,} tokens and {_MANY:,} ms", NumericValueOutOfRange, {"size": _MANY}),
+        (f"of model {_LONG_NAME!r}", CheckViolation, {"model": _LONG_NAME}),
     ):
         refusal = _refusal(connection, mapping, section=min(SECTIONS), **row)
-        if refusal is not None and _state(refusal) == state:
+        if refusal is not None and isinstance(refusal.orig, kind):
             return _problem(f"{log} would refuse trueup's row {what}", refusal)
     return None
 
@@ -116,7 +114,7 @@ def _refusal(connection: Connection, mapping: HostMapping, **row: Any) -> DBAPIE
             run(connection, own_row(mapping, succeeded=True, user=user, **row))
             return None
         except DBAPIError as error:
-            if _says_nothing(error):
+            if is_transient(error):
                 raise
             refusals.append(error)
         finally:
@@ -124,17 +122,9 @@ def _refusal(connection: Connection, mapping: HostMapping, **row: Any) -> DBAPIE
     return refusals[0]
 
 
-def _state(error: DBAPIError) -> str:
-    return str(getattr(error.orig, "sqlstate", None) or "")
-
-
-def _says_nothing(error: DBAPIError) -> bool:
-    return not _state(error) or _state(error).startswith(_NO_VERDICT)
-
-
 def _problem(what: str, refusal: DBAPIError) -> Problem:
     said = getattr(getattr(refusal.orig, "diag", None), "message_primary", None) or str(refusal.orig)
-    return f"host.usage_log: {what} ({said}).", _REMEDIES.get(_state(refusal), _REMEDY)
+    return f"host.usage_log: {what} ({said}).", _REMEDIES.get(type(refusal.orig), _REMEDY)
 
 
 def _unknown_key(connection: Connection, mapping: HostMapping) -> Problem | None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from sqlalchemy import Connection, text
 
 from trueup.doctor.findings import Finding, error, ok, warning
-from trueup.host.mapping import render_statement
+from trueup.host.sql import render_statement
 from trueup.monitoring.status import read_gauges
 from trueup.reconcile.audit import OVERDUE_AFTER
 from trueup.reconcile.missed_runs import find_missed_runs
@@ -153,21 +153,20 @@ _UNTRUE_HOLDS = text(
 
 # I1, of some: a balance that says itself that it is stale is rebuilt when next read, and no defect.
 _UNTRUE_BALANCES = """
+    {% from "host/rows.sql" import used_since, window_start %}
     WITH sample AS MATERIALIZED (
         SELECT b.* FROM trueup.balance b TABLESAMPLE BERNOULLI (:share) LIMIT :most
     ), fresh AS (
-        SELECT b.* FROM sample b JOIN {{subscription}} s ON s.{{subscription.user_id}} = b.user_id
+        SELECT b.* FROM sample b JOIN {{ subscription }} s ON s.{{ subscription.user_id }} = b.user_id
         WHERE b.log_epoch = (SELECT coalesce(max(id), 0) FROM trueup.log_truncation)
-          AND b.window_start = coalesce(s.{{subscription.start_date}}, '-infinity')
+          AND b.window_start = {{ window_start("s") }}
     )
     SELECT count(*) AS looked_at, count(*) FILTER (WHERE f.consumed + d.tokens <> l.tokens) AS users,
            min(CAST(f.user_id AS text)) FILTER (WHERE f.consumed + d.tokens <> l.tokens) AS example
     FROM fresh f
     CROSS JOIN LATERAL (SELECT coalesce(sum(t.tokens), 0) AS tokens FROM trueup.usage_delta t
                         WHERE t.user_id = f.user_id AND t.used_at >= f.window_start) d
-    CROSS JOIN LATERAL (SELECT coalesce(sum(t.{{usage_log.total_tokens}}), 0) AS tokens FROM {{usage_log}} t
-                        WHERE t.{{usage_log.user_id}} = f.user_id AND t.{{usage_log.success}}
-                          AND t.{{usage_log.created_at}} >= f.window_start) l
+    CROSS JOIN LATERAL ({{ used_since("f.user_id", "f.window_start") }}) l
 """
 
 

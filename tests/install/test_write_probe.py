@@ -6,13 +6,14 @@ from sqlalchemy.exc import OperationalError
 
 from tests.support.host import Host
 from tests.support.work import charge_tokens, hold_tokens
-from trueup.database.engine import connect, retrying, transaction
+from trueup.database.engine import connect, transaction
+from trueup.database.retry import retrying
 from trueup.errors import NotInstalledError
 from trueup.host.expressions import expression_problem
 from trueup.host.mapping import HostMapping
 from trueup.host.sections import SECTIONS
-from trueup.host.write_probe import row_problem
 from trueup.install.install import install
+from trueup.install.write_probe import row_problem
 from trueup.usage.log import list_usage
 from trueup.usage.tracker import track_ai_usage
 

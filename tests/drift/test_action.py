@@ -3,9 +3,9 @@ from typing import Any, get_args
 import pytest
 
 from tests.support.host import START
+from trueup.drift.action import History, Verdict, decide
 from trueup.drift.causes import Cause, Component, Explanation
 from trueup.drift.detect import Drift
-from trueup.drift.verdict import History, Verdict, decide
 from trueup.errors import InvalidInputError
 from trueup.settings.policies import DEFAULT_POLICIES, PAID_CAUSES, UNCORRECTABLE_CAUSES, Rules
 

@@ -9,7 +9,7 @@ import pytest
 from celery import Celery, group
 
 from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE, SENT_AT_HEADER
-from trueup.worker.waiting import PRIORITIES, Waiting, look_at_queue
+from trueup.worker.queue_depth import PRIORITIES, Waiting, look_at_queue
 
 
 @pytest.fixture
