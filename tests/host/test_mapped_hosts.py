@@ -144,7 +144,8 @@ def subscribe(host: Host, mapping: HostMapping, user: Any, number: int) -> None:
         host,
         mapping,
         "INSERT INTO {{ subscription }} ({{ subscription.id }}, {{ subscription.user_id }}, "
-        "{{ subscription.token_plan_id() }}, {{ subscription.start_date }}, {{ subscription.tokens_remaining }}) VALUES (?, ?, ?, ?, 10000)",
+        "{{ subscription.token_plan_id() }}, {{ subscription.start_date }}, {{ subscription.tokens_remaining }}) "
+        "VALUES (?, ?, ?, ?, 10000)",
         [number, user, number, START],
     )
 
