@@ -75,7 +75,6 @@ endif
 $(STAMP): pyproject.toml requirements/dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "trueup needs Python 3.11 or newer; name one with: make PYTHON=python3.12"; exit 1; }
-<<<<<<< HEAD
 	$(call install,$(VENV),$(PYTHON),requirements/dev.txt)
 	@touch $@
 
@@ -83,16 +82,4 @@ $(OLDEST_STAMP): pyproject.toml requirements/oldest.txt
 	@$(OLDEST_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 	  || { echo "The oldest versions are pinned for Python 3.11; name it with: make test-oldest OLDEST_PYTHON=…"; exit 1; }
 	$(call install,$(OLDEST),$(OLDEST_PYTHON),requirements/oldest.txt)
-=======
-	@echo "Installing $$(grep -c == requirements/dev.txt) packages into $(VENV): seconds with uv, minutes with pip ..."
-ifdef UV
-	@test -x $(BIN)/python || $(UV) venv --quiet --python $(PYTHON) $(VENV)
-	@$(UV) pip install $(QUIET) --python $(BIN)/python --require-hashes -r requirements/dev.txt
-	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
-else
-	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install $(QUIET) --disable-pip-version-check --require-hashes -r requirements/dev.txt
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-endif
->>>>>>> servers
 	@touch $@
