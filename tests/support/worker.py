@@ -1,5 +1,6 @@
 """A real Celery worker in a subprocess, for the tests that need one."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+from celery import Celery
 
 from tests.support.waiting import DEADLINE_SECONDS, wait_for
 
@@ -42,6 +44,18 @@ class WorkerProcess:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(DEADLINE_SECONDS)
+
+
+def close_connections(app: Celery) -> None:
+    """Close all that an application has open to Redis; it connects anew when it needs to.
+
+    Python warns of a socket that is collected while it is open, in whichever test that happens.
+    """
+    gc.collect()  # a result that is collected unsubscribes, by a connection
+    app.backend.result_consumer.stop()
+    app.backend.client.connection_pool.disconnect()
+    for pool in (app.producer_pool, app.pool):
+        pool.force_close_all(close_pool=False)
 
 
 @contextmanager
