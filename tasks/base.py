@@ -114,7 +114,7 @@ class MeteredTask(Task):
                 return denied.payload
             raise
         except HoldBusyError as error:
-            if error.superfluous and not self.request.called_directly:
+            if error.redundant and not self.request.called_directly:
                 raise Ignore(str(error)) from error
             waiting = self._wait(error, error.seconds + ASK_AGAIN_SECONDS, waits=error.waits)
             # The attempt at work tells how the task stands: a "retry" told of this one might come over its result.

@@ -249,7 +249,7 @@ def test_a_duplicate_beside_one_that_waits_is_dropped_unless_it_has_waited_itsel
     hold_tokens(connection, user, 100, task=task_id, lease=60)
     with pytest.raises(HoldBusyError) as first:
         hold_tokens(connection, user, 100, task=task_id, lease=60)
-    assert (first.value.superfluous, first.value.waits) == (False, 1)
+    assert (first.value.redundant, first.value.waits) == (False, 1)
     headers = {WAITS_HEADER: 1} if waited else None
     result = model_tasks.spend.apply(kwargs={"user_id": user}, task_id=task_id, headers=headers)
     assert (result.state, type(result.result)) == (("FAILURE", HoldBusyError) if waited else ("IGNORED", Ignore))
@@ -297,7 +297,7 @@ def test_a_task_never_waits_until_redis_would_deliver_it_again(app: Celery, monk
     task.push_request(id=str(uuid.uuid4()), args=(), kwargs={"user_id": 1}, called_directly=False)
     try:
         for seconds in (3.0, 60.0):
-            task._wait(HoldBusyError("t", seconds, superfluous=False), seconds)
+            task._wait(HoldBusyError("t", seconds, redundant=False), seconds)
     finally:
         task.pop_request()
     assert sent == [3.0, 5.0]

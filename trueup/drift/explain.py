@@ -16,7 +16,7 @@ from trueup.drift.causes import Cause, Certainty, Component, Explanation
 from trueup.drift.clamping import Clamp, clamps
 from trueup.drift.detect import Drift
 from trueup.drift.evidence import Evidence
-from trueup.drift.explain_by_amounts import explain_by_sizes
+from trueup.drift.explain_by_amounts import explain_by_amounts
 from trueup.drift.explain_by_rows import ledger_candidates
 from trueup.drift.hypotheses import Candidate, Candidates, candidate
 from trueup.drift.lost_updates import Losses, losses_by_tokens
@@ -42,7 +42,7 @@ def explain(drift: Drift, *, plan_sizes: frozenset[int], counter_limit: int, now
         return _whole("burned_at_expiry", drift, "likely", {"note": reason}, alternatives=("manual_edit",))
     if solution:
         return solution.as_explanation(drift)
-    return explain_by_sizes(drift, plan_sizes)
+    return explain_by_amounts(drift, plan_sizes)
 
 
 def _whole(

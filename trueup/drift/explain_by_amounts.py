@@ -17,7 +17,7 @@ from trueup.drift.hypotheses import Candidate, candidate, carried_of, credits_of
 PAID = ("credit_without_grant", "renewal_without_new_window", "carried_over_tokens")
 
 
-def explain_by_sizes(drift: Drift, plan_sizes: frozenset[int]) -> Explanation:
+def explain_by_amounts(drift: Drift, plan_sizes: frozenset[int]) -> Explanation:
     """Name what made a drift, from the sizes of rows."""
     evidence = drift.evidence
     shown: dict[str, Any] = {

@@ -7,9 +7,9 @@ from sqlalchemy import Connection, text
 from trueup.database.locks import INSTALL_LOCK, LOCK_TIMEOUT_MILLISECONDS, STATEMENT_TIMEOUT_SECONDS
 from trueup.host.mapping import HostMapping, render_sql
 from trueup.install.attach import (
+    MISMATCHES,
     SAMPLE_USERS,
     TRIGGER_STEPS,
-    UNTRUE,
     batch_users,
     is_ready,
     opening_scripts,
@@ -53,7 +53,7 @@ END $$;
 _COMPARE = """\
 DO $$
 BEGIN
-    IF EXISTS ({untrue}) THEN
+    IF EXISTS ({mismatches}) THEN
         RAISE EXCEPTION 'balances do not agree with the log: the gate stays closed';
     END IF;
 END $$;
@@ -79,8 +79,8 @@ def attach_script(connection: Connection, mapping: HostMapping) -> str:
     parts.append(
         f"-- 3. Balances, from the log, in batches that are committed one by one\n{render_sql(filling, mapping)}"
     )
-    untrue = render_sql(UNTRUE, mapping).replace(":users", str(SAMPLE_USERS)).strip()
-    opening = [_COMPARE.format(untrue=untrue), *opening_scripts(mapping, _CHECK_TRIGGERS)]
+    mismatches = render_sql(MISMATCHES, mapping).replace(":users", str(SAMPLE_USERS)).strip()
+    opening = [_COMPARE.format(mismatches=mismatches), *opening_scripts(mapping, _CHECK_TRIGGERS)]
     parts.append(_step("4. If they agree with the log: the functions of the gate, and the mark", opening))
     return "\n".join(parts)
 

@@ -162,7 +162,7 @@ class MeteredModel:
             if self._allowed(running, key, prompt_tokens + limit):
                 return _Call(running=running, key=key, limit=limit)
 
-    def _allowed(self, running: RunningHold, key: str, tokens_bound: int) -> bool:
+    def _allowed(self, running: RunningHold, key: str, max_tokens: int) -> bool:
         """Ask the database, which decides. If it says no, `running.tokens_left` is now what it has left: less."""
         settings = self._settings
         left = retrying(
@@ -170,7 +170,7 @@ class MeteredModel:
                 connection,
                 running.hold,
                 call_key=key,
-                tokens_bound=tokens_bound,
+                max_tokens=max_tokens,
                 lease_seconds=settings.lease_seconds,
                 ttl_seconds=settings.hold_ttl_seconds,
             )

@@ -1,4 +1,4 @@
-"""A look's drift report: figures added up batch by batch, rows kept in a file until they are shown."""
+"""The drift report of a preview: figures added up batch by batch, rows kept in a file until they are shown."""
 
 import heapq
 import pickle
@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import IO
 
-from trueup.preview.scan import Look
+from trueup.preview.scan import ScanOutcome
 from trueup.reconcile.runs import Finding, RunSummary
 from trueup.reports.rows import DriftFilter, ReportRow, row_of_finding
 from trueup.reports.run_report import DriftReport, report_dry_run
@@ -20,8 +20,8 @@ KIND = "look"
 IN_MEMORY_BYTES = 16_000_000
 
 
-class LookReport:
-    """What a look has found so far. Its memory does not grow with the drifts, but for two numbers each."""
+class PreviewReport:
+    """What a preview has found so far. Its memory does not grow with the drifts, but for two numbers each."""
 
     def __init__(self, only: DriftFilter) -> None:
         self.only = only
@@ -54,10 +54,10 @@ class LookReport:
             self._places.append(self._rows.tell())
             pickle.dump(row, self._rows)
 
-    def report(self, look: Look, *, max_rows: int | None) -> DriftReport:
+    def report(self, outcome: ScanOutcome, *, max_rows: int | None) -> DriftReport:
         """Return the report, with the largest drifts' rows; `max_rows` None: all, and all in memory."""
-        self.summary.started_at = look.started_at or self.summary.started_at
-        self.summary.finished_at = look.finished_at or self.summary.started_at
+        self.summary.started_at = outcome.started_at or self.summary.started_at
+        self.summary.finished_at = outcome.finished_at or self.summary.started_at
         self.summary.status = "finished"
         rows = list(self.rows(max_rows))
         return replace(

@@ -18,7 +18,7 @@ from trueup.gate.holds import expire_holds
 from trueup.host.mapping import HostMapping, UserIdType, render_statement
 from trueup.reconcile.shards import bounds, within
 
-ODDITIES_MOST = 100
+MAX_ANOMALIES = 100
 """How many of each kind that no machine can repair are reported from a range: the first ones say enough."""
 
 # Holds are given back within a minute of their time. Those that are later than this show that nobody does it.
@@ -45,7 +45,7 @@ class Defect:
 
 
 @contextmanager
-def patient(engine: Engine, timeout_seconds: int) -> Iterator[Connection]:
+def long_read(engine: Engine, timeout_seconds: int) -> Iterator[Connection]:
     """Give a connection for reads that take long, in a transaction: with a time limit of their own, and an end to them
     soon after this process has died."""
     with engine.begin() as connection:
@@ -56,7 +56,7 @@ def patient(engine: Engine, timeout_seconds: int) -> Iterator[Connection]:
 
 # A stale balance is no defect: it is rebuilt when next read. No function of ours is called: PostgreSQL then may work on
 # it in parallel.
-_UNTRUE = """
+_MISMATCHES = """
     WITH epoch AS (SELECT coalesce(max(id), 0) AS epoch FROM trueup.log_truncation)
     SELECT * FROM (
         SELECT b.user_id, b.consumed + coalesce(d.tokens, 0) AS seen, coalesce(l.tokens, 0) AS expected,
@@ -87,7 +87,7 @@ _UNTRUE = """
     WHERE is_current AND seen <> expected OR held <> in_holds
     ORDER BY user_id
 """
-_ODDITIES = """
+_ANOMALIES = """
     SELECT * FROM trueup.oddities(CAST(:after AS {user_id_type}), CAST(:last AS {user_id_type}),
                                   CAST(:since AS timestamptz), :most)
 """
@@ -100,11 +100,11 @@ _NOTE = """
 """
 
 
-def find_untrue_balances(
+def find_balance_mismatches(
     connection: Connection, mapping: HostMapping, after: UserId | None, last: UserId | None
 ) -> list[Defect]:
     """Return the balances of a range that do not equal the log or their open holds. Nothing is written."""
-    query = _UNTRUE.replace("[log range]", within("u.{{usage_log.user_id}}", after, last)).replace(
+    query = _MISMATCHES.replace("[log range]", within("u.{{usage_log.user_id}}", after, last)).replace(
         "[balance range]", within("b.user_id", after, last)
     )
     found = []
@@ -116,7 +116,7 @@ def find_untrue_balances(
     return found
 
 
-def find_oddities(
+def find_anomalies(
     connection: Connection, user_id_type: UserIdType, after: UserId | None, last: UserId | None
 ) -> list[Defect]:
     """Return what is wrong in a range that only a person can set right. Nothing is written."""
@@ -124,8 +124,8 @@ def find_oddities(
         text("SELECT max(started_at) FROM trueup.reconcile_run WHERE kind = 'deep' AND status = 'finished'")
     )
     since = newest - CHARGES_SINCE_MARGIN if isinstance(newest, datetime) else None
-    statement = text(_ODDITIES.format(user_id_type=user_id_type))
-    rows = connection.execute(statement, {"after": after, "last": last, "since": since, "most": ODDITIES_MOST})
+    statement = text(_ANOMALIES.format(user_id_type=user_id_type))
+    rows = connection.execute(statement, {"after": after, "last": last, "since": since, "most": MAX_ANOMALIES})
     return [
         Defect(kind=row.kind, user_id=row.user_id, seen=row.seen, expected=row.expected, detail=row.detail)
         for row in rows

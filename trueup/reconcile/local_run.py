@@ -23,7 +23,7 @@ from trueup.database.engine import translated_errors
 from trueup.drift.action import DEFAULT_RULES
 from trueup.errors import InvalidInputError
 from trueup.host.mapping import HostMapping
-from trueup.reconcile.audit import Defect, patient
+from trueup.reconcile.audit import Defect, long_read
 from trueup.reconcile.batch import BatchContext
 from trueup.reconcile.jobs import Job, Shards, ShardsInMemory, ShardsOfRun, connected, run_jobs
 from trueup.reconcile.runs import (
@@ -213,7 +213,7 @@ class _LocalRun:
         return max(SMALLEST_SHARD, min(SHARD_SIZE, -(-total // (self.jobs * SHARDS_PER_JOB))))
 
     def _patient(self) -> AbstractContextManager[Connection]:
-        return patient(self.engine, self.job.scan_timeout_seconds)
+        return long_read(self.engine, self.job.scan_timeout_seconds)
 
     def _now(self) -> datetime:
         with connected(self.engine) as connection:
