@@ -2,7 +2,6 @@
 
 import logging
 import os
-import random
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -12,8 +11,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from celery import Task
 from celery._state import get_current_task
-from celery.exceptions import Ignore, Reject, Retry
-from kombu.exceptions import OperationalError
+from celery.exceptions import Ignore, Retry
 from pydantic import BaseModel
 
 from trueup.database.retry import retrying
@@ -31,6 +29,7 @@ from trueup.llm.metering import running_hold, spending_from
 from trueup.settings.settings import get_settings
 from trueup.tasks.arguments import USER_ARGUMENT, ArgumentParser
 from trueup.tasks.requests import owner_name
+from trueup.tasks.requeue import leave_to_later_attempt, requeue, retry_provider, waits_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +37,9 @@ Estimator = Callable[[Mapping[str, Any]], int | None]
 Estimate = int | Estimator
 OnDenied = Literal["raise", "return"]
 
-# How often this task has waited for the gate; kept apart from Celery's `retries`, which the body's own retries count.
-WAITS_HEADER = "trueup_waits"
 # On the request of an outer task: how many metered tasks its body has called directly.
 CALLS_ATTRIBUTE = "trueup_direct_calls"
 
-PROVIDER_RETRY_BASE_SECONDS = 2
 # A task that waits for another attempt's lease asks again this long after its end.
 ASK_AGAIN_SECONDS = 0.5
 
@@ -116,11 +112,11 @@ class MeteredTask(Task):
         except HoldBusyError as error:
             if error.redundant and not self.request.called_directly:
                 raise Ignore(str(error)) from error
-            waiting = self._wait(error, error.seconds + ASK_AGAIN_SECONDS, waits=error.waits)
+            waiting = requeue(self, error, error.seconds + ASK_AGAIN_SECONDS, waits=error.waits)
             # The attempt at work tells how the task stands: a "retry" told of this one might come over its result.
             raise (Ignore(str(error)) if isinstance(waiting, Retry) else waiting) from error
         except (ServiceUnavailableError, GateClosedError) as error:
-            raise self._wait(error) from error
+            raise requeue(self, error) from error
 
     def _run_held(self, arguments: dict[str, Any], hold: Hold) -> Any:
         try:
@@ -134,16 +130,16 @@ class MeteredTask(Task):
             if self.request.called_directly:
                 raise
             if retrying(lambda connection: has_later_attempt(connection, hold)):
-                raise _put_back(error) from error
+                raise leave_to_later_attempt(error) from error
             # Its hold's time ran out and nobody went on: back to the gate, with what it has paid for.
-            raise self._wait(error, ASK_AGAIN_SECONDS) from error
+            raise requeue(self, error, ASK_AGAIN_SECONDS) from error
 
     def _run(self, arguments: dict[str, Any]) -> Any:
         try:
             return self.run(**arguments)
         except TrueupError as error:
             if getattr(error, "retryable", False) and not self.request.called_directly:
-                raise self._retry_provider(error) from error
+                raise retry_provider(self, error) from error
             raise
 
     def _estimate(self, arguments: dict[str, Any]) -> int | None:
@@ -160,7 +156,7 @@ class MeteredTask(Task):
                 user_id=arguments[USER_ARGUMENT],
                 task_id=self.request.id,
                 retries=self.request.retries,
-                waits=self._waits(),
+                waits=waits_of(self),
                 feature_name=self.feature_name,
                 section=self.section,
                 estimated_tokens=tokens,
@@ -180,74 +176,12 @@ class MeteredTask(Task):
             )
         return hold
 
-    def _wait(self, error: TrueupError, seconds: float | None = None, *, waits: int | None = None) -> Exception:
-        """Send the task back to wait, and return what to raise. `seconds` None: longer each time, up to the setting.
-
-        `waits`: the number to come back with; None means one more than it came with.
-
-        There is no last try: a task that could not be metered must neither run nor be lost.
-        """
-        request = self.request
-        if request.called_directly or request.is_eager:
-            return error
-        headers, waited = request.headers or {}, self._waits()
-        countdown = seconds
-        if countdown is None:
-            longest = min(2.0 ** min(waited, 16), get_settings().gate_retry_max_seconds)
-            countdown = longest * random.uniform(0.5, 1)  # noqa: S311 - spreads load, guards nothing
-        countdown = _before_redelivery(countdown)
-        logger.warning("task waits %.1f s, for the %d. time: %s", countdown, waited + 1, error)
-        signature = self.signature_from_request(
-            request,
-            countdown=countdown,
-            retries=request.retries,
-            headers={**headers, WAITS_HEADER: waited + 1 if waits is None else waits},
-        )
-        try:
-            signature.apply_async()
-        except OperationalError:
-            # The broker is away too. Rejected and put back now or, if that fails, when it is not acknowledged in time.
-            rejected: Exception = Reject(error, requeue=True)
-            return rejected
-        retry: Exception = Retry(exc=error, when=countdown, sig=signature)
-        return retry
-
-    def _waits(self) -> int:
-        """Return how often this message has been sent back to wait."""
-        return int((self.request.headers or {}).get(WAITS_HEADER) or 0)
-
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """Retry as Celery does, unless a later attempt has the hold: it must not lose it to an earlier one."""
         hold = running_hold()
         if hold is not None and retrying(lambda connection: has_later_attempt(connection, hold)):
-            raise _put_back(HoldOvertakenError(hold.task_id, hold.attempt))
+            raise leave_to_later_attempt(HoldOvertakenError(hold.task_id, hold.attempt))
         return super().retry(*args, **kwargs)
-
-    def _retry_provider(self, error: TrueupError) -> Exception:
-        """Retry within the task's max_retries, then give up with the provider's own error."""
-        countdown = _before_redelivery(PROVIDER_RETRY_BASE_SECONDS * 2**self.request.retries)
-        try:
-            retry: Exception = self.retry(exc=error, countdown=countdown, throw=False)
-        except Reject as rejected:
-            # The broker is away. Celery would give the task up here: put back, it comes again.
-            put_back: Exception = Reject(rejected.reason, requeue=True)
-            return put_back
-        return retry
-
-
-def _put_back(error: HoldOvertakenError) -> Exception:
-    """Leave the task to the attempt that has its hold, and its message to the broker.
-
-    Redis delivers a message again under the same tag: acknowledged here, it would be lost if that attempt dies too. Put
-    back, it waits for that attempt at the gate, and finds its work done.
-    """
-    rejected: Exception = Reject(error, requeue=True)
-    return rejected
-
-
-def _before_redelivery(countdown: float) -> float:
-    """Keep a countdown below the time after which Redis delivers a message again: else each wait would double it."""
-    return min(countdown, get_settings().visibility_timeout_seconds / 2)
 
 
 def _json_safe(result: Any) -> Any:
