@@ -53,12 +53,7 @@ def _whole(
     alternatives: tuple[str, ...] = (),
 ) -> Explanation:
     part = Component(cause=cause, tokens=drift.tokens, certainty=certainty, evidence=evidence or {})
-    return Explanation(components=(part,), alternatives=alternatives, evidence=figures(drift))
-
-
-def figures(drift: Drift) -> dict[str, Any]:
-    base = drift.evidence.base
-    return {"original": drift.original, "consumed": drift.consumed, "since": {"at": base.at, "kind": base.kind}}
+    return Explanation(components=(part,), alternatives=alternatives, evidence=drift.figures)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +75,7 @@ class _Solution:
             components=tuple(one.component for one in ordered),
             alternatives=tuple(name for name in dict.fromkeys(alternatives) if name not in self.causes),
             in_flight=sum(one.tokens for one in self.chosen if one.in_flight),
-            evidence=figures(drift),
+            evidence=drift.figures,
         )
 
 

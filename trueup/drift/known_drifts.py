@@ -85,17 +85,6 @@ def read_past(connection: Connection, user_ids: Sequence[UserId], user_id_type: 
 
 
 def _past(row: Any) -> Past:
-    return Past(
-        row_id=row.row_id,
-        subscription_id=row.subscription_id,
-        observed=row.observed,
-        expected=row.expected,
-        off_by=row.off_by,
-        cause=row.cause,
-        action=row.action,
-        decision=row.decision,
-        found_at=row.found_at,
-        ignored=frozenset(row.ignored or ()),
-        undone=row.undone,
-        reason=row.reason,
-    )
+    values = dict(row._mapping)
+    values.pop("user_id")
+    return Past(**values | {"ignored": frozenset(row.ignored or ())})

@@ -6,15 +6,17 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
-from typing import IO
+from typing import IO, TypeVar
 
 from trueup.preview.scan import ScanOutcome
 from trueup.reconcile.runs import Finding, RunSummary
 from trueup.reports.rows import DriftFilter, ReportRow, row_of_finding
 from trueup.reports.run_report import DriftReport, report_dry_run
 from trueup.reports.totals import SET_ASIDE, CauseFigures, SizeFigures, tally_findings
+
+Figures = TypeVar("Figures", CauseFigures, SizeFigures)
 
 KIND = "look"
 IN_MEMORY_BYTES = 16_000_000
@@ -46,9 +48,9 @@ class PreviewReport:
         self.actions.update(row.action for row in rows)
         causes, sizes = tally_findings(rows)
         for one in causes:
-            self.causes[one.cause] = _sum_of_causes(self.causes.get(one.cause), one)
+            self.causes[one.cause] = _sum(self.causes.get(one.cause), one, "cause")
         for size in sizes:
-            self.sizes[size.at_least] = _sum_of_sizes(self.sizes.get(size.at_least), size)
+            self.sizes[size.at_least] = _sum(self.sizes.get(size.at_least), size, "at_least")
         for row in rows:
             self._tokens.append(abs(row.drift))
             self._places.append(self._rows.tell())
@@ -99,23 +101,9 @@ class PreviewReport:
         return found
 
 
-def _sum_of_causes(so_far: CauseFigures | None, more: CauseFigures) -> CauseFigures:
+def _sum(so_far: Figures | None, more: Figures, key: str) -> Figures:
+    """Return both figures in one; `key`: the field that they share."""
     if so_far is None:
         return more
-    return CauseFigures(
-        cause=more.cause,
-        drifts=so_far.drifts + more.drifts,
-        certain=so_far.certain + more.certain,
-        tokens_overstated=so_far.tokens_overstated + more.tokens_overstated,
-        tokens_understated=so_far.tokens_understated + more.tokens_understated,
-    )
-
-
-def _sum_of_sizes(so_far: SizeFigures | None, more: SizeFigures) -> SizeFigures:
-    if so_far is None:
-        return more
-    return SizeFigures(
-        at_least=more.at_least,
-        overstated=so_far.overstated + more.overstated,
-        understated=so_far.understated + more.understated,
-    )
+    names = [field.name for field in fields(more) if field.name != key]
+    return replace(more, **{name: getattr(so_far, name) + getattr(more, name) for name in names})
