@@ -4,9 +4,7 @@ from dataclasses import dataclass
 
 from trueup.drift.causes import Explanation
 from trueup.drift.detect import Drift
-from trueup.settings.policies import DEFAULT_POLICIES, PAID_CAUSES, POLICIES, UNCORRECTABLE_CAUSES, Policy, Rules
-
-__all__ = ["DEFAULT_POLICIES", "History", "Policy", "Rules", "Verdict", "decide"]
+from trueup.settings.policies import PAID_CAUSES, POLICIES, UNCORRECTABLE_CAUSES, Policy, Rules
 
 
 @dataclass(frozen=True, kw_only=True)

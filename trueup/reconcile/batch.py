@@ -7,13 +7,14 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from trueup.accounts.user_ids import UserId, plain_id
-from trueup.drift.action import DEFAULT_RULES, Rules, decide
+from trueup.drift.action import DEFAULT_RULES, decide
 from trueup.drift.detect import find_drifts
 from trueup.drift.explain import explain
 from trueup.drift.known_drifts import read_past
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.runs import Finding
 from trueup.reconcile.shards import ShardLostError, Step, move_shard
+from trueup.settings.policies import Rules
 
 # Each user's gate waits while the balances of a slice are brought up to date.
 REFRESHED_AT_ONCE = 100
