@@ -39,10 +39,8 @@ from trueup.host.setting_values import (
 from trueup.host.sql_templates import fill, named_fields
 
 __all__ = [
-    "NOUNS",
     "FullPlanTable",
     "HostMapping",
-    "LogIdType",
     "PaymentTable",
     "SubscriptionTable",
     "TokenPlanTable",
@@ -58,7 +56,6 @@ __all__ = [
 ]
 
 UserIdType = IdType
-LogIdType = IdType
 
 _IF_THERE = BeforeValidator(lambda given: {"table": None} if given is False else given)
 
@@ -67,7 +64,7 @@ class HostMapping(Names):
     """Names of the host's tables and columns, and the type of its user ids. A table that is `false` is not there."""
 
     user_id_type: UserIdType = "bigint"
-    usage_log_id_type: LogIdType = "uuid"
+    usage_log_id_type: IdType = "uuid"
     user: Annotated[UserTable, _IF_THERE] = UserTable()
     token_plan: Annotated[TokenPlanTable, _IF_THERE] = TokenPlanTable()
     full_plan: Annotated[FullPlanTable, _IF_THERE] = FullPlanTable()
