@@ -107,7 +107,7 @@ def _work(job: Job, shard: Shard) -> bool:
     # Something is always done: a shard whose first look takes all the time would else never get on.
     moved = False
     while not (moved and job.stop.is_set()):
-        suspects, left = _look(job, shard)
+        suspects, left = _next_page(job, shard)
         if shard.total is None:
             with connected(job.engine) as connection:
                 measure_shard(connection, shard, left)
@@ -201,7 +201,7 @@ def _told(job: Job, user_ids: list[UserId], step: Step) -> list[Finding]:
         return []
 
 
-def _look(job: Job, shard: Shard) -> tuple[list[UserId], int]:
+def _next_page(job: Job, shard: Shard) -> tuple[list[UserId], int]:
     """Return the next page of suspects, and how many subscriptions are left in the shard."""
     with long_read(job.engine, job.scan_timeout_seconds) as connection:
         if job.only_user is not None:

@@ -209,7 +209,7 @@ async def _wait(request: Request, asked: TaskRequest, seconds: int) -> dict[str,
     pause, longest = POLL_SECONDS
     while True:
         # A thread for the look alone: those who wait must not keep others from theirs.
-        state = await run_in_threadpool(_look, request.app.state.celery, asked)
+        state = await run_in_threadpool(_read_state, request.app.state.celery, asked)
         left = deadline - time.monotonic()
         if state["state"] in ENDED or left <= 0 or await request.is_disconnected():
             return state
@@ -217,7 +217,7 @@ async def _wait(request: Request, asked: TaskRequest, seconds: int) -> dict[str,
         pause = min(2 * pause, longest)
 
 
-def _look(celery: Celery, asked: TaskRequest) -> dict[str, Any]:
+def _read_state(celery: Celery, asked: TaskRequest) -> dict[str, Any]:
     """Return how the task stands: pending too while Redis can't tell, for an error would have it asked for again."""
     try:
         return read_task(celery, asked)

@@ -61,7 +61,7 @@ class Watch:
         self._pinged_at = float("-inf")
         self._seen_at = float("-inf")
 
-    def look(self) -> Readiness:
+    def read(self) -> Readiness:
         """Return what was seen by the last look, or by one that is taken now.
 
         Who comes while another looks is answered from the last one, unless that is old: anybody may ask, and a server
@@ -75,13 +75,13 @@ class Watch:
             return last
         try:
             if self._last is last or self._last is None:
-                self._last = self._look()
+                self._last = self._read()
                 self._looked_at = monotonic()
             return self._last
         finally:
             self._lock.release()
 
-    def _look(self) -> Readiness:
+    def _read(self) -> Readiness:
         database, broker = self._database(), self._broker()
         worker: State = "ok" if broker == "ok" and self._worker_seen() else "unseen"
         return Readiness(ready=database == broker == worker == "ok", database=database, broker=broker, worker=worker)
@@ -125,7 +125,7 @@ async def healthz() -> Alive:
 @router.get("/readyz", responses={503: {"model": Readiness, "description": "Something is not there"}})
 def readyz(request: Request) -> Response:
     """Say whether the API can serve: database, schema, broker and a worker are there."""
-    readiness = cast(Watch, request.app.state.watch).look()
+    readiness = cast(Watch, request.app.state.watch).read()
     return JSONResponse(readiness.model_dump(), 200 if readiness.ready else 503)
 
 
