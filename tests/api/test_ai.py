@@ -1,6 +1,7 @@
 """AI features over HTTP: a gate check before sending, one task per idempotency key, each task for its owner only."""
 
 import json
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -251,6 +252,16 @@ class TestWithoutAWorker:
         answer = post(client, user, path, body)
         assert (answer.status_code, answer.json()["error_code"]) == (422, "invalid_input")
         assert field in answer.json()["error"]
+        assert (queued(), rows(shared_host, user)) == ([], [])
+
+    @pytest.mark.parametrize("path", [ASK, ENHANCE])
+    def test_a_server_without_the_features_says_so_and_sends_nothing(
+        self, client: TestClient, shared_host: Host, queued: Messages, monkeypatch: pytest.MonkeyPatch, path: str
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "extruct", None)  # it can't be imported any more
+        user = shared_host.subscriber()
+        answer = post(client, user, path, BODIES[path])
+        assert (answer.status_code, answer.json()["error_code"]) == (501, "not_installed")
         assert (queued(), rows(shared_host, user)) == ([], [])
 
     @pytest.mark.parametrize("key", ["two words", "x" * 256, "ключ".encode()])
