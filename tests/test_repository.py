@@ -249,10 +249,3 @@ def test_a_checkout_on_the_path_gives_no_second_copy_of_a_package(package: str) 
     assert done.returncode != 0
     assert error.startswith("ImportError: ")
     assert error.endswith(f"Import trueup.{package}.")
-
-
-def test_the_command_runs_as_a_module_too() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "trueup.cli", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("Usage: trueup ")
