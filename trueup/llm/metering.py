@@ -44,7 +44,7 @@ class RunningHold:
 
 @dataclass(frozen=True, kw_only=True)
 class _Call:
-    """An admitted call. `limit`: tokens of the answer, at most. `paid`: the answer to replay from an earlier attempt."""
+    """An admitted call. `limit`: tokens of the answer, at most. `paid`: an earlier attempt's answer to replay."""
 
     running: RunningHold
     key: str
