@@ -20,7 +20,7 @@ ESTIMATED_TOKENS = 700
 _MIN_ANSWER_TOKENS = 250
 # The better prompt keeps the draft's content and adds to it.
 _ANSWER_TOKENS_PER_DRAFT_TOKEN = 2
-# Large enough for a draft of maximum length.
+# Enough for a draft of maximum length in ordinary prose. A draft of rarer characters may exceed it and is refused.
 _MAX_PROMPT_TOKENS = 3000
 MAX_DRAFT_CHARACTERS = 8000
 

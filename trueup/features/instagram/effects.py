@@ -13,7 +13,7 @@ from trueup.usage.outbox import Effect, EffectStatus, begin_effect, find_effect,
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A side effect's state. `detail`: the request and the answer. "unknown": it may have happened; a person decides."""
+    """A side effect's state. `detail`: the request and the answer. "unknown": it may have happened, ask a person."""
 
     status: EffectStatus
     detail: dict[str, Any]
