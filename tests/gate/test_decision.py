@@ -10,6 +10,8 @@ from trueup.accounts.validation import MAX_TOKENS, check_estimate
 from trueup.errors import InvalidInputError, TokensDenied
 from trueup.gate.decision import check_access, denial_payload, denied_unknown_user
 
+pytestmark = pytest.mark.dated
+
 NOW = START + timedelta(days=3)
 DAY = timedelta(days=1)
 

@@ -11,6 +11,8 @@ from celery import Celery, group
 from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE, SENT_AT_HEADER
 from trueup.worker.waiting import PRIORITIES, Waiting, look_at_queue
 
+pytestmark = pytest.mark.dated
+
 
 @pytest.fixture
 def redis(app: Celery) -> Iterator[Any]:
