@@ -18,7 +18,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
 from benchmarks.common import ROUNDS, own_stack, print_markdown
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.install.attach import attach
 from trueup.install.detach import detach
 from trueup.install.example_tables import build_host_metadata

@@ -28,6 +28,7 @@ def own_stack() -> Iterator[StackUrls]:
             os.environ["TRUEUP_DATABASE_URL"] = str(urls.database_url)
             os.environ["TRUEUP_BROKER_URL"] = str(urls.broker_url)
             os.environ["TRUEUP_HOME"] = str(folder / "home")
+            os.environ["TRUEUP_MODEL_PROVIDER"] = "offline"
             get_settings.cache_clear()
             try:
                 yield urls

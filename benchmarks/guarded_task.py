@@ -36,6 +36,7 @@ def main() -> None:
         prepare(str(urls.database_url))
         from trueup.worker.celery import app
 
+        app.set_current()
         app.loader.import_task_module(TASKS)
         compare(app, options.tasks)
         if options.memory_tasks:

@@ -3,6 +3,12 @@
 Exit codes: 0 fine, 1 error, 2 wrong usage or input, 3 denied or (with `--fail-on-drift`) drift found.
 """
 
+if not __name__.startswith("trueup."):
+    raise ImportError(
+        "This folder is the package trueup.cli. Imported as cli, its code would run a second time. "
+        "Nothing was imported. Import trueup.cli."
+    )
+
 import sys
 from importlib import import_module
 
@@ -15,7 +21,6 @@ EXIT_USAGE = 2
 EXIT_DENIED = 3
 
 # PostgreSQL's code for what the role may not do.
-PERMISSION_DENIED = "42501"
 
 # Each command is imported when it is called: `trueup --help` need not load Celery or SQLAlchemy.
 COMMANDS = {
@@ -77,13 +82,15 @@ def _refusal_of_the_database(error: Exception) -> str | None:
     """
     if "sqlalchemy" not in sys.modules:
         return None
+    from psycopg.errors import InsufficientPrivilege
     from sqlalchemy.exc import DBAPIError
 
-    from trueup.database.engine import describe_database, reason_of
+    from trueup.database.driver_errors import reason_of
+    from trueup.database.engine import describe_database
 
     if not isinstance(error, DBAPIError):
         return None
-    denied = getattr(error.orig, "sqlstate", None) == PERMISSION_DENIED
+    denied = isinstance(error.orig, InsufficientPrivilege)
     remedy = "Grant it to trueup's role" if denied else "Compare the host's tables with [host] in trueup.toml"
     return (
         f"The database at {describe_database()} refused: {reason_of(error)}. What was written before stays. "
@@ -102,7 +109,3 @@ def main() -> None:
       trueup run qa --user 1 page.txt --wait
       trueup drift report
     """
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,7 +5,8 @@ import click
 from trueup.cli import EXIT_DENIED, EXIT_ERROR
 from trueup.cli.context import json_option, servers
 from trueup.cli.output import print_json, print_table
-from trueup.database.engine import connect, retrying
+from trueup.database.engine import connect
+from trueup.database.retry import retrying
 from trueup.errors import TrueupError
 from trueup.monitoring.alerts import list_alerts, raise_all, raise_test
 from trueup.reconcile.missed_runs import find_missed_runs

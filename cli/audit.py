@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from trueup.cli.context import ParamType
+
 Command = Callable[..., Any]
 
 
@@ -31,7 +33,7 @@ def note_option(command: Command) -> Command:
     return click.option("--note", required=True, help="Why, for the audit.")(command)
 
 
-class EndParameter(click.ParamType[Any]):
+class EndParameter(ParamType):
     """The moment at which something ends: a date or a time, UTC where no offset is given."""
 
     name = "when"

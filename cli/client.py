@@ -12,7 +12,7 @@ from redis.retry import Retry
 from trueup.cli.output import without_password
 from trueup.errors import ServiceUnavailableError, SettingsError
 from trueup.settings.settings import Settings, broker_url, result_backend_url
-from trueup.tasks import TASK_MODULES
+from trueup.worker.application import make_application
 from trueup.worker.config import ANSWER_SECONDS, client_config
 
 
@@ -23,7 +23,7 @@ def celery_client(settings: Settings) -> Iterator[Celery]:
     Raises `ServiceUnavailableError` within seconds when Redis does not answer, here or in the block, and
     `SettingsError` for a URL that Celery can't read.
     """
-    app = Celery("trueup-client", set_as_current=False, include=list(TASK_MODULES))
+    app = make_application("trueup-client")
     # No pool: kombu's would outlive this application, and its connections with it.
     app.conf.update(client_config(settings) | {"broker_pool_limit": None})
     with ExitStack() as stack:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,11 @@ from trueup.errors import InvalidInputError
 from trueup.settings.settings import get_settings
 from trueup.stack import Service, running_stack
 
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType  # generic since click 8.2 only
+
 
 @contextmanager
 def servers(*services: Service) -> Iterator[None]:
@@ -20,7 +25,7 @@ def servers(*services: Service) -> Iterator[None]:
         yield
 
 
-class UserParameter(click.ParamType[Any]):
+class UserParameter(ParamType):
     """A user id of the host's own type."""
 
     name = "user"
@@ -32,7 +37,7 @@ class UserParameter(click.ParamType[Any]):
             self.fail(str(error), param, ctx)
 
 
-class TokensParameter(click.ParamType[Any]):
+class TokensParameter(ParamType):
     """A count of tokens."""
 
     name = "tokens"

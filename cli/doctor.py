@@ -14,7 +14,7 @@ from trueup.doctor.clocks import Offset
 from trueup.doctor.database import examine_database
 from trueup.doctor.findings import Finding, error, exit_code, run_check
 from trueup.doctor.settings import check_settings
-from trueup.doctor.versions import check_packages, check_python
+from trueup.doctor.versions import check_extras, check_packages, check_python, check_weaker_versions
 from trueup.errors import SettingsError, TrueupError
 from trueup.settings.settings import Settings, get_settings
 
@@ -47,12 +47,14 @@ def doctor(ctx: click.Context, strict: bool, as_json: bool) -> None:
 def _examine() -> Iterator[Finding]:
     yield from run_check("python", check_python)
     yield from run_check("packages", check_packages)
+    yield from run_check("packages", check_weaker_versions)
     try:
         settings = get_settings()
     except SettingsError as failure:
         yield error("settings", str(failure), "Correct it: without settings nothing else can be looked at.")
         return
     yield from run_check("settings", lambda: check_settings(settings))
+    yield from run_check("extras", lambda: check_extras(settings))
     with ExitStack() as stack:
         try:
             stack.enter_context(servers("postgres", "redis"))

@@ -9,17 +9,18 @@ from trueup.accounts.grants import check_tokens, grant_tokens, list_grants, revo
 from trueup.accounts.payments import import_payments
 from trueup.accounts.user_ids import UserId
 from trueup.cli.audit import END, by_option
-from trueup.cli.context import USER, json_option, servers
+from trueup.cli.context import USER, ParamType, json_option, servers
 from trueup.cli.output import print_json, print_table, show
 from trueup.cli.reports.options import SINCE
-from trueup.database.engine import connect, retrying
+from trueup.database.engine import connect
+from trueup.database.retry import retrying
 from trueup.errors import InvalidInputError
 from trueup.settings.settings import get_settings
 
 GRANT = click.IntRange(1, 2**63 - 1)
 
 
-class SizeParameter(click.ParamType[Any]):
+class SizeParameter(ParamType):
     """A grant's size."""
 
     name = "tokens"

@@ -5,7 +5,7 @@ import click
 from trueup.accounts.user_ids import UserId
 from trueup.cli.context import USER, json_option, servers
 from trueup.cli.output import print_json, print_table
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.gate.holds import list_holds
 
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import sys
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
@@ -10,8 +12,8 @@ from decimal import Decimal
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
+
+from trueup.cli.tables import ASCII, BOX, table_lines
 
 # Wide enough for every table of ours where no terminal says otherwise: a piped table must not be cut.
 PIPED_WIDTH = 200
@@ -29,12 +31,6 @@ _PASSWORD_PARAMETER = re.compile(r"(?<=[?&])([a-z_]*password)=[^&]*", re.IGNOREC
 def without_password(url: str) -> str:
     """Return the URL, or any text, with three stars for a password in it."""
     return _PASSWORD_PARAMETER.sub(r"\1=***", _PASSWORD.sub(r"\1:***@", url))
-
-
-def console(*, stderr: bool = False) -> Console:
-    """Return a console for tables and progress."""
-    made = Console(stderr=stderr, highlight=False, emoji=False, markup=False)
-    return made if made.is_terminal else Console(stderr=stderr, width=PIPED_WIDTH, highlight=False, markup=False)
 
 
 def print_json(content: Any) -> None:
@@ -59,13 +55,30 @@ def print_table(
     if not rows:
         click.echo(empty)
         return
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for column, heading in enumerate(headings):
-        numeric = all(row[column] is None or isinstance(row[column], int) for row in rows)
-        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(show(value) for value in row))
-    console().print(table)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPED_WIDTH
+    head, body = table_lines(
+        headings,
+        [[show(value) for value in row] for row in rows],
+        right=[
+            all(row[column] is None or isinstance(row[column], int) for row in rows) for column in range(len(headings))
+        ],
+        width=width,
+        lines=BOX if _can_print(BOX.top + BOX.body) else ASCII,
+    )
+    if title:
+        click.echo(title)
+    # At once: click flushes after each call, and a table may have very many rows.
+    click.secho("\n".join(head), bold=True)
+    click.echo("\n".join(body))
+
+
+def _can_print(text: str) -> bool:
+    """Return whether standard output's encoding has these characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def print_facts(facts: dict[str, Any]) -> None:

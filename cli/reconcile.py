@@ -11,24 +11,14 @@ from dataclasses import replace
 from types import FrameType
 
 import click
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 from sqlalchemy import text
 
 from trueup.accounts.user_ids import UserId
 from trueup.cli import EXIT_DENIED, EXIT_ERROR
 from trueup.cli.context import TOKENS, USER, json_option, servers
 from trueup.cli.drift.report import echo, print_report, print_summary
-from trueup.cli.output import console, print_table
+from trueup.cli.output import print_table
+from trueup.cli.progress import progress_bar
 from trueup.cli.reports.plain import report_json
 from trueup.database.engine import create_trueup_engine, transaction
 from trueup.reconcile import local_run as reconciliation
@@ -39,7 +29,7 @@ from trueup.settings.policies import Rules
 from trueup.settings.settings import Settings, database_url, get_settings
 
 ROWS_SHOWN = 20
-MOST_JOBS = 64
+MAX_JOBS = 64
 
 
 @click.command()
@@ -48,7 +38,7 @@ MOST_JOBS = 64
 @click.option("--user", type=USER, help="Only this user's counter.")
 @click.option(
     "--jobs",
-    type=click.IntRange(1, MOST_JOBS),
+    type=click.IntRange(1, MAX_JOBS),
     default=1,
     show_default=True,
     help="Work on so many shards at once, each in a thread.",
@@ -122,19 +112,8 @@ def _run(
     engine = create_trueup_engine(settings)
     # What was imported stays until the end: to look through it again and again costs a quarter of the work.
     gc.freeze()
-    out = console(stderr=True)
-    columns = (
-        TextColumn("reconciling"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Speed(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
     try:
-        with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
-            job = bar.add_task("counters", total=None)
+        with progress_bar("reconciling", "rows") as bar:
             return reconciliation.reconcile(
                 engine,
                 settings.host,
@@ -147,7 +126,7 @@ def _run(
                 scan_timeout_seconds=settings.reconcile_scan_timeout_seconds,
                 requested_by=f"{_person()}@{socket.gethostname()}",
                 keep_findings=dry_run,
-                progress=lambda checked, total: bar.update(job, completed=checked, total=max(total, checked)),
+                progress=lambda checked, total: bar.update(checked, max(total, checked)),
             )
     except KeyboardInterrupt:
         left = "Nothing was written." if dry_run else "What was corrected stays; the next `trueup reconcile` goes on."
@@ -226,11 +205,3 @@ def _print_defects(defects: list[Defect], total: int) -> None:
     )
     if total > ROWS_SHOWN:
         click.echo(f"and {total - ROWS_SHOWN:,} more defects")
-
-
-class _Speed(ProgressColumn):
-    """Rows a second."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f} rows/s")

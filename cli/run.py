@@ -11,8 +11,9 @@ import click
 
 from trueup.accounts.user_ids import UserId
 from trueup.cli.context import USER, json_option, servers
-from trueup.cli.waiting import finish
+from trueup.cli.enqueue import finish
 from trueup.errors import InvalidInputError
+from trueup.extras import require_extra
 from trueup.settings.settings import get_settings
 
 FILE = click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
@@ -34,7 +35,7 @@ def common_options(command: Command) -> Command:
 
 @click.group()
 def run() -> None:
-    """Enqueue a real AI task; it passes the gate in the worker. Exit code 3: denied.
+    """Enqueue a real AI task; it passes the gate in the worker. Exit code 3: denied. Needs the extra [features].
 
     \b
     Example:
@@ -158,6 +159,7 @@ def _read_text(file: Path) -> str:
 
 
 def _submit(task: str, user: UserId, arguments: dict[str, Any], wait: bool, timeout: int, as_json: bool) -> None:
+    require_extra("features", f"Task {task}", consequence="Nothing was enqueued.")
     user_id = user if isinstance(user, int) else str(user)
     with servers("postgres", "redis"):
         finish(get_settings(), task, {"user_id": user_id, **arguments}, wait=wait, timeout=timeout, as_json=as_json)

@@ -8,7 +8,7 @@ from trueup.cli import EXIT_DENIED
 from trueup.cli.context import TOKENS, USER, json_option, servers
 from trueup.cli.grants import grant, grants, import_payments_, revoke
 from trueup.cli.output import print_facts, print_json
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.errors import UnknownUserError
 from trueup.gate.decision import check_access
 

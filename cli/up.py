@@ -4,10 +4,10 @@ import click
 
 from trueup.database.engine import connect, dispose_engine, transaction
 from trueup.errors import NotInstalledError
+from trueup.extras import require_extra
 from trueup.install.install import check_installed, install
 from trueup.settings.settings import get_settings
 from trueup.stack import StackUrls
-from trueup.stack.supervisor.supervisor import run_stack
 
 
 @click.command()
@@ -17,12 +17,15 @@ def up() -> None:
     The HTTP API too, when it has a key to check tokens with (see `trueup api --help`).
 
     Servers whose URL is set are used as they are. The others run embedded, in TRUEUP_HOME, and keep their data; an
-    embedded database is set up by itself, host tables included.
+    embedded database is set up by itself, host tables included. It needs the extra [embedded].
 
     \b
     Example:
       trueup up
     """
+    require_extra("embedded", "`trueup up`", "psutil")
+    from trueup.stack.supervisor.supervisor import run_stack
+
     run_stack(get_settings(), before_commands=_prepare_database)
 
 

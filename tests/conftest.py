@@ -124,11 +124,15 @@ def database(
 
 @contextlib.contextmanager
 def settings_for(url: str, stack: StackUrls, monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[None]:
-    """Point this process's settings, and those of its children, to a database and the session's Redis."""
+    """Point this process's settings, and those of its children, to a database and the session's Redis.
+
+    The model provider is `offline`: with a database of one's own none is assumed.
+    """
     assert stack.broker_url is not None
     monkeypatch.setenv("TRUEUP_DATABASE_URL", url)
     monkeypatch.setenv("TRUEUP_BROKER_URL", stack.broker_url)
     monkeypatch.setenv("TRUEUP_HOME", str(home / "home"))
+    monkeypatch.setenv("TRUEUP_MODEL_PROVIDER", "offline")
     get_settings.cache_clear()
     try:
         yield

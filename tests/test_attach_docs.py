@@ -19,12 +19,11 @@ from tests.hosts.documents import ROOT
 from tests.hosts.legacy import Shop
 from tests.hosts.running import host_at, plain_url
 from tests.support.books import dump
-from tests.test_readme import find_command
+from tests.test_readme import EXAMPLE_URL, find_command
 from trueup.stack import StackUrls
 
 MANUAL = (ROOT / "docs" / "attach.md").read_text()
 FIRST, _, _ = MANUAL.partition("\n## From nothing to a first report\n")[2].partition("\n## ")
-EXAMPLE_URL = "postgresql://reader@db.internal:5432/app"
 LIMIT_SECONDS = 120
 
 

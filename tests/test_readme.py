@@ -14,12 +14,15 @@ from celery import Celery
 
 from tests.support.demo import Demo
 from tests.support.host import Host
+from tests.support.worker import own_application
 from trueup.cli import main
 from trueup.settings.settings import CONFIG_VARIABLE, PREFIX, Settings, read_settings
 from trueup.stack import running_stack
 from trueup.tasks import MeteredTask
 
 ROOT = Path(__file__).parents[1]
+EXAMPLE_URL = "postgresql://reader@db.internal:5432/app"
+FIRST_REPORT = "trueup drift report --read-only"
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 
@@ -28,13 +31,25 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-COMMANDS = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
+def typed(block: str) -> list[str]:
+    return [line[2:] for line in block.splitlines() if line.startswith("$ ")]
+
+
+# The first block is run by tests/packaging, in an environment to install into.
+FIRST_COMMANDS = typed(blocks("console")[0])
+COMMANDS = [command for block in blocks("console")[1:] for command in typed(block)]
 OWN_COMMANDS = [command for command in COMMANDS if command.startswith("trueup ")]
 
 
 def test_the_readme_has_blocks_of_each_kind() -> None:
     assert len(OWN_COMMANDS) > 5
     assert all(blocks(language) for language in ("bash", "toml", "python"))
+
+
+def test_the_readme_begins_with_installation_a_report_and_five_lines_of_code() -> None:
+    assert re.findall(r"^```(\w+)$", README, re.MULTILINE)[:2] == ["console", "python"]
+    assert ["pip install trueup", f"export {PREFIX}DATABASE_URL={EXAMPLE_URL}", FIRST_REPORT] == FIRST_COMMANDS
+    assert len([line for line in blocks("python")[0].splitlines() if line]) <= 5
 
 
 def test_what_is_no_command_of_ours_sets_the_stage_for_them() -> None:
@@ -135,10 +150,7 @@ class User:
 @pytest.fixture
 def celery_app(database: str) -> Celery:
     """An application that has been set up, as that of the reader."""
-    from trueup.worker.celery import app
-
-    app.finalize()
-    return app
+    return own_application()
 
 
 def run_block(block: str, **names: Any) -> dict[str, Any]:

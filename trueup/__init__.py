@@ -1,1 +1,94 @@
-"""Makes AI token budgets true: gates, records and reconciles the tokens that Celery tasks spend."""
+"""Makes AI token budgets true: gates, records and reconciles the tokens that Celery tasks spend.
+
+The names below are what a host imports. A name's module is loaded when the name is first used: `import trueup` loads
+neither Celery nor SQLAlchemy.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trueup.billing.decorators import (
+        ai_tokens,
+        check_tokens_for_function,
+        require_active_subscription,
+        require_ai_tokens,
+    )
+    from trueup.billing.utils import check_ai_access_for_user, get_accurate_tokens_remaining
+    from trueup.errors import (
+        HoldBusyError,
+        HoldExhaustedError,
+        InvalidInputError,
+        NotInstalledError,
+        ProviderError,
+        ServiceUnavailableError,
+        TokensDenied,
+        TrueupError,
+    )
+    from trueup.llm.metering import spending_from
+    from trueup.llm.model import Completion, Message, Model
+    from trueup.tasks.metered import metered_task
+    from trueup.usage.tracker import ai_usage, track_ai_usage
+
+__all__ = [
+    "Completion",
+    "HoldBusyError",
+    "HoldExhaustedError",
+    "InvalidInputError",
+    "Message",
+    "Model",
+    "NotInstalledError",
+    "ProviderError",
+    "ServiceUnavailableError",
+    "TokensDenied",
+    "TrueupError",
+    "ai_tokens",
+    "ai_usage",
+    "check_ai_access_for_user",
+    "check_tokens_for_function",
+    "get_accurate_tokens_remaining",
+    "metered_task",
+    "require_active_subscription",
+    "require_ai_tokens",
+    "spending_from",
+    "track_ai_usage",
+]
+
+# Type checkers read the imports above, Python reads this table; a test compares both with `__all__`.
+_MODULES = {
+    "Completion": "trueup.llm.model",
+    "HoldBusyError": "trueup.errors",
+    "HoldExhaustedError": "trueup.errors",
+    "InvalidInputError": "trueup.errors",
+    "Message": "trueup.llm.model",
+    "Model": "trueup.llm.model",
+    "NotInstalledError": "trueup.errors",
+    "ProviderError": "trueup.errors",
+    "ServiceUnavailableError": "trueup.errors",
+    "TokensDenied": "trueup.errors",
+    "TrueupError": "trueup.errors",
+    "ai_tokens": "trueup.billing.decorators",
+    "ai_usage": "trueup.usage.tracker",
+    "check_ai_access_for_user": "trueup.billing.utils",
+    "check_tokens_for_function": "trueup.billing.decorators",
+    "get_accurate_tokens_remaining": "trueup.billing.utils",
+    "metered_task": "trueup.tasks.metered",
+    "require_active_subscription": "trueup.billing.decorators",
+    "require_ai_tokens": "trueup.billing.decorators",
+    "spending_from": "trueup.llm.metering",
+    "track_ai_usage": "trueup.usage.tracker",
+}
+
+
+if not TYPE_CHECKING:  # or type checkers would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        """Load a public name from its module and keep it. Raises AttributeError for any other name."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

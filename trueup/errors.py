@@ -11,6 +11,30 @@ class SettingsError(TrueupError):
     """A setting is missing, misspelt or malformed. Nothing was started."""
 
 
+class MissingExtraError(TrueupError):
+    """A feature needs packages that only an extra of trueup installs.
+
+    `missing`: the modules that can't be imported. `otherwise`: a remedy beside installing the extra; empty: none.
+    """
+
+    def __init__(
+        self, feature: str, extra: str, missing: tuple[str, ...], consequence: str, otherwise: str = ""
+    ) -> None:
+        self.feature = feature
+        self.extra = extra
+        self.missing = tuple(missing)
+        self.consequence = consequence
+        self.otherwise = otherwise
+        super().__init__(feature, extra, self.missing, consequence, otherwise)  # the arguments, so that it pickles
+
+    def __str__(self) -> str:
+        other = f"; or {self.otherwise}" if self.otherwise else ""
+        return (
+            f"{self.feature} needs the extra [{self.extra}], which is not installed (no module "
+            f"{', '.join(self.missing)}). {self.consequence} Install it: pip install 'trueup[{self.extra}]'{other}."
+        )
+
+
 class InvalidInputError(TrueupError, ValueError):
     """Input from outside is wrong; the message names the field and the remedy. Nothing was written."""
 
@@ -41,6 +65,32 @@ class GateClosedError(NotInstalledError):
 
 class HostChangedError(GateClosedError):
     """The host has changed what trueup reads or counts by: a table, a column, a trigger. Nothing was run."""
+
+
+class OldLayoutError(GateClosedError):
+    """The database has trueup's tables in the layout of a version before the first release. Nothing was changed.
+
+    `revision`: the layout's name in `trueup.alembic_version`. `what` and `remedy` are the two parts of the message.
+    """
+
+    remedy = (
+        "Run `trueup db detach` with the version that made the tables (--keep-history FILE keeps their history), then "
+        "`trueup db attach` with this version."
+    )
+
+    def __init__(self, revision: str) -> None:
+        self.revision = revision
+        super().__init__(revision)  # the argument, so that the error pickles
+
+    @property
+    def what(self) -> str:
+        return (
+            f"This database has trueup's tables in the layout of an earlier version (revision {self.revision}). This "
+            "version can neither use nor upgrade them. Nothing was changed, and no AI task runs."
+        )
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.remedy}"
 
 
 class LogChangedError(GateClosedError):
@@ -100,13 +150,13 @@ class HoldExhaustedError(HoldError):
 class HoldBusyError(HoldError):
     """Another attempt of this task is at work, so this one is a duplicate. It may ask again in `seconds`.
 
-    `superfluous`: another duplicate waits already, so this one need not. `waits`: the number to come back with.
+    `redundant`: another duplicate waits already, so this one need not. `waits`: the number to come back with.
     """
 
-    def __init__(self, task_id: str, seconds: float, *, superfluous: bool = False, waits: int = 1) -> None:
+    def __init__(self, task_id: str, seconds: float, *, redundant: bool = False, waits: int = 1) -> None:
         self.task_id = task_id
         self.seconds = seconds
-        self.superfluous = superfluous
+        self.redundant = redundant
         self.waits = waits
         super().__init__(task_id, seconds)
 

@@ -1,1 +1,7 @@
 """The Celery application: configuration, process lifecycle, schedule. `celery -A trueup.worker worker` and `beat`."""
+
+if not __name__.startswith("trueup."):
+    raise ImportError(
+        "This folder is the package trueup.worker. Imported as worker, its code would run a second time. "
+        "Nothing was imported. Import trueup.worker."
+    )

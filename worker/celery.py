@@ -2,11 +2,9 @@
 
 from typing import Any
 
-from celery import Celery
-
 from trueup.settings.settings import get_settings
-from trueup.tasks import TASK_MODULES
-from trueup.worker import logs, redis_transport
+from trueup.worker import redis_transport
+from trueup.worker.application import make_application
 from trueup.worker.config import celery_config
 
 
@@ -15,7 +13,6 @@ def _defaults() -> dict[str, Any]:
 
 
 redis_transport.register()
-logs.connect()
 
-app = Celery("trueup", include=list(TASK_MODULES))
+app = make_application("trueup", log="trueup.worker.logs:Logging")
 app.add_defaults(_defaults)

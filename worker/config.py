@@ -1,10 +1,9 @@
 """Celery's configuration, made from trueup's settings. A table; the reasons stand beside the lines."""
 
-import importlib.util
 from datetime import timedelta
 from typing import Any
 
-from trueup.errors import SettingsError
+from trueup.extras import require_extra
 from trueup.settings.settings import Settings, broker_url, result_backend_url
 from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE
 from trueup.tasks.reconcile import SWEEP_INTERVAL_SECONDS
@@ -125,15 +124,11 @@ def _deep_schedule(settings: Settings) -> dict[str, Any]:
 def _redbeat(settings: Settings) -> dict[str, Any]:
     """Several beats, of which the one with the lock in Redis sends; another takes over when it dies.
 
-    Raises `SettingsError` when celery-redbeat is not installed.
+    Raises `MissingExtraError` when celery-redbeat is not installed.
     """
     if settings.beat_scheduler != "redbeat":
         return {}
-    if importlib.util.find_spec("redbeat") is None:
-        raise SettingsError(
-            "TRUEUP_BEAT_SCHEDULER=redbeat needs the package celery-redbeat. Nothing was started. Install it with "
-            "`pip install celery-redbeat`, or unset the setting: one beat needs no lock."
-        )
+    require_extra("redbeat", "TRUEUP_BEAT_SCHEDULER=redbeat", otherwise="unset the setting: one beat needs no lock")
     url = broker_url(settings)
     socket = url.removeprefix("redis+socket://")
     return {

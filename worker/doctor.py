@@ -9,9 +9,9 @@ from celery import Celery
 
 from trueup.doctor.clocks import Offset, judge, measure
 from trueup.doctor.findings import Finding, error, ok, run_check, warning
-from trueup.settings.settings import Settings
+from trueup.settings.settings import PREFIX, Settings
 from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE
-from trueup.worker.waiting import Waiting, look_at_queue
+from trueup.worker.queue_depth import Waiting, look_at_queue
 
 OLDEST_REDIS = (6, 2)
 # A worker in the middle of a fork, or on a busy machine, answers within this.
@@ -36,14 +36,16 @@ def examine_broker(app: Celery, settings: Settings, database_offset: Offset | No
 
 
 def check_server(client: Any) -> Iterator[Finding]:
-    """Yield Redis' version, and settings of it by which tasks are lost."""
+    """Yield the server's name and version, and the settings of it by which tasks are lost."""
     info = client.info()
-    version = str(info.get("redis_version", ""))
-    detail = {"version": version, "used_memory_bytes": info.get("used_memory")}
+    # Valkey reports as redis_version the Redis that it is compatible with, 7.2.4 for all its versions.
+    name = "Valkey" if "valkey_version" in info else "Redis"
+    version = str(info.get(f"{name.lower()}_version", ""))
+    detail = {"server": name, "version": version, "used_memory_bytes": info.get("used_memory")}
     if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < OLDEST_REDIS:
-        yield error("redis", f"Redis {version}.", "Use Redis or Valkey 6.2 or newer.", **detail)
+        yield error("redis", f"{name} {version}.", "Use Redis or Valkey 6.2 or newer.", **detail)
     else:
-        yield ok("redis", f"Redis {version}.", **detail)
+        yield ok("redis", f"{name} {version}.", **detail)
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         yield error(
@@ -89,6 +91,13 @@ def check_workers(app: Celery, client: Any, settings: Settings) -> Iterator[Find
             f"No worker answered within {ANSWER_SECONDS:.0f} s.",
             "Start them: `celery -A trueup.worker worker -Q trueup-ai`, and the same with `-Q trueup-reconcile`.",
             workers=[],
+        )
+    if AI_QUEUE in served and settings.model_provider is None and settings.database_url:
+        yield error(
+            "workers",
+            f"Workers take AI tasks from queue {AI_QUEUE}, and no model provider is set: each of them fails.",
+            f"Set {PREFIX}MODEL_PROVIDER for the workers, and restart them.",
+            queue=AI_QUEUE,
         )
     for queue, found in waiting.items():
         yield _queue(queue, found, served=queue in served, alone=not taken)

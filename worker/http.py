@@ -1,14 +1,15 @@
 """The API with the application that sends trueup's tasks: `uvicorn --factory trueup.worker.http:create_app`."""
 
-import uvicorn
-from celery import Celery
-from fastapi import FastAPI
+from typing import TYPE_CHECKING
 
-from trueup.api import app as api
+from trueup.extras import require_extra
 from trueup.settings.settings import Settings, get_settings
-from trueup.tasks import TASK_MODULES
 from trueup.worker import logs, redis_transport
+from trueup.worker.application import make_application
 from trueup.worker.config import client_config
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 # What a request gets to end when the server stops.
 GRACE_SECONDS = 30
@@ -16,20 +17,29 @@ GRACE_SECONDS = 30
 KEEP_ALIVE_SECONDS = 75
 
 
-def create_app() -> FastAPI:
-    """Make the API of this process's settings. Raises `SettingsError`, as when no key is set to check tokens with."""
+def create_app() -> "FastAPI":
+    """Make the API of this process's settings.
+
+    Raises `SettingsError`, as when no key is set to check tokens with, and `MissingExtraError` without [api].
+    """
+    require_extra("api", "The HTTP API")
+    from trueup.api import app as api
+
     redis_transport.register()
-    celery = Celery("trueup-api", set_as_current=False, include=list(TASK_MODULES))
+    celery = make_application("trueup-api")
     celery.conf.update(client_config(get_settings()))
     celery.loader.import_default_modules()
     return api.create_app(celery)
 
 
-def serve(settings: Settings, app: FastAPI | None = None) -> None:
-    """Serve the API until SIGINT or SIGTERM. `app` None: that of `create_app`. Raises `SettingsError`."""
+def serve(settings: Settings, app: "FastAPI | None" = None) -> None:
+    """Serve the API until SIGINT or SIGTERM. `app` None: that of `create_app`, with its errors."""
+    app = app or create_app()
+    import uvicorn
+
     logs.configure()
     uvicorn.run(
-        app or create_app(),
+        app,
         host=settings.api.host,
         port=settings.api.port,
         log_config=None,  # ours, as the workers'

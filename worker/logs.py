@@ -5,9 +5,13 @@ import time
 from typing import Any
 
 from celery import current_task
-from celery.signals import setup_logging
+from celery.app import log
+from celery.signals import setup_logging, worker_ready
 
+from trueup.extras import missing_modules
 from trueup.settings.settings import get_settings
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "%(asctime)sZ %(levelname)s %(name)s%(task)s: %(message)s"
 # One line for each HTTP request is more than the INFO of a worker should say.
@@ -27,9 +31,24 @@ class Formatter(logging.Formatter):
         return super().format(record)
 
 
-def connect() -> None:
-    """Let our handler take the place of Celery's."""
-    setup_logging.connect(configure, weak=False)
+class Logging(log.Logging):
+    """Logging of trueup's own worker and beat. A host's application in the same process keeps Celery's."""
+
+    def setup_logging_subsystem(self, *args: Any, **options: Any) -> Any:
+        """Set logging up as Celery does, with our handler in place of Celery's; a worker names the tasks it lacks."""
+        setup_logging.connect(configure, weak=False, dispatch_uid=__name__)
+        worker_ready.connect(_warn_of_missing_tasks, weak=False, dispatch_uid=__name__)
+        return super().setup_logging_subsystem(*args, **options)
+
+
+def _warn_of_missing_tasks(**_signal: Any) -> None:
+    missing = missing_modules("features")
+    if missing:
+        logger.warning(
+            "Without the extra [features] no AI task of trueup's own is registered here (no module %s). Install it: "
+            "pip install 'trueup[features]'",
+            ", ".join(missing),
+        )
 
 
 def configure(**_signal: Any) -> None:

@@ -4,8 +4,9 @@ import click
 
 from trueup.cli.context import servers
 from trueup.cli.output import show
-from trueup.database.engine import describe_database, retrying, transaction
+from trueup.database.engine import describe_database, transaction
 from trueup.database.locks import LOCK_TIMEOUT_MILLISECONDS, PATIENCE_SECONDS
+from trueup.database.retry import retrying
 from trueup.host.mapping import quote_table
 from trueup.install.attach import attach as attach_to
 from trueup.install.plan import AttachPlan, plan_attach, refuse_other_installation

@@ -7,6 +7,7 @@ from trueup.cli.db.attach import attach
 from trueup.cli.db.detach import detach
 from trueup.cli.db.discover import discover
 from trueup.database import engine as database
+from trueup.database.retry import retrying
 from trueup.install.install import install
 from trueup.install.plan import refuse_other_installation
 from trueup.install.roles import RoleNames, grants_sql
@@ -69,7 +70,7 @@ def grants(migrate_role: str, worker_role: str, readonly_role: str) -> None:
     """
     names = RoleNames(migrate=migrate_role, worker=worker_role, readonly=readonly_role)
     with servers("postgres"):
-        statements = database.retrying(lambda connection: grants_sql(connection, get_settings().host, names))
+        statements = retrying(lambda connection: grants_sql(connection, get_settings().host, names))
         where = database.describe_database()
     click.echo(f"-- Least-privilege roles for trueup in {where}.")
     click.echo("-- They have no passwords yet; in psql: \\password ROLE")

@@ -6,7 +6,8 @@ import click
 
 from trueup.cli.context import servers
 from trueup.cli.output import show
-from trueup.database.engine import describe_database, retrying
+from trueup.database.engine import describe_database
+from trueup.database.retry import retrying
 from trueup.install.detach import detach as detach_all
 from trueup.install.detach import plan_detach
 

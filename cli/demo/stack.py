@@ -17,11 +17,13 @@ from kombu.exceptions import OperationalError
 from sqlalchemy import Engine, create_engine, text
 
 from trueup.cli.demo.graph import GraphServer
-from trueup.errors import SettingsError, TrueupError
+from trueup.database.engine import transaction
+from trueup.errors import OldLayoutError, SettingsError, TrueupError
 from trueup.settings.settings import PREFIX, Settings, broker_url, database_url, get_settings
 from trueup.stack.layout import prepare_layout
 
-START_SECONDS = 40.0
+# The first start compiles every module: half a minute on a busy machine.
+START_SECONDS = 120.0
 STOP_SECONDS = 60.0
 WORKERS = 2
 
@@ -90,6 +92,7 @@ def _use_only(home: Path, graph: GraphServer) -> None:
     config.write_text("")
     os.environ["TRUEUP_CONFIG"] = str(config)
     os.environ["TRUEUP_HOME"] = str(home)
+    os.environ["TRUEUP_MODEL_PROVIDER"] = "offline"
     os.environ["TRUEUP_INSTAGRAM_GRAPH_URL"] = graph.url
     os.environ["TRUEUP_INSTAGRAM_ACCESS_TOKEN"] = "demo-only"
     get_settings.cache_clear()
@@ -120,11 +123,21 @@ def _ready(process: subprocess.Popen[bytes], log: Path) -> tuple[Engine, Celery]
         time.sleep(0.2)
     from trueup.worker.celery import app
 
-    engine = create_engine(database_url(settings))
-    with engine.begin() as connection:
-        connection.execute(_CLEAR)
+    clear_tables(settings.home)
     app.control.purge()
-    return engine, app
+    return create_engine(database_url(settings)), app
+
+
+def clear_tables(home: Path) -> None:
+    """Remove what an earlier demo has written. Raises `TrueupError` if a version before the first release wrote it."""
+    try:
+        with transaction() as connection:
+            connection.execute(_CLEAR)
+    except OldLayoutError as error:
+        raise TrueupError(
+            f"An earlier version of trueup made the demo's database (revision {error.revision}). This version can't "
+            f"use it, so nothing was shown. Delete {home}, which holds the demo's own data only, and run this again."
+        ) from error
 
 
 def _workers() -> list[object]:

@@ -17,7 +17,8 @@ from trueup.cli.demo.stack import DemoStack
 from trueup.cli.demo.tenants import BAKER, DENIED, FLORIST, KESTREL, SEPIDEH, Tenant
 from trueup.cli.drift.report import print_report
 from trueup.cli.output import print_table
-from trueup.database.engine import connect, retrying
+from trueup.database.engine import connect
+from trueup.database.retry import retrying
 from trueup.errors import TokensDenied
 from trueup.reports.run_report import read_report
 from trueup.settings.settings import get_settings

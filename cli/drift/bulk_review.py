@@ -4,15 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trueup.cli import EXIT_ERROR
 from trueup.cli.context import TOKENS, servers
-from trueup.cli.output import console, print_json, show
+from trueup.cli.output import print_json, show
+from trueup.cli.progress import progress_bar
 from trueup.cli.reports.options import CAUSE
-from trueup.database.engine import connect, retrying
+from trueup.database.engine import connect
+from trueup.database.retry import retrying
 from trueup.drift.causes import cause_title
-from trueup.review.bulk import MOST_CHOSEN, BulkDecision, ChosenDrifts, choose_drifts, decide_chosen
+from trueup.review.bulk import MAX_CHOSEN, BulkDecision, ChosenDrifts, choose_drifts, decide_chosen
 from trueup.review.decisions import Choice, ReviewFilter
 from trueup.settings.settings import get_settings
 
@@ -44,7 +45,7 @@ def many_options(command: Command) -> Command:
     """Add what chooses many drifts instead of naming them, how many at most, and that no question is asked."""
     command = click.option("--yes", is_flag=True, help="Do not ask before deciding about many.")(command)
     limit = click.option(
-        "--limit", type=click.IntRange(1, MOST_CHOSEN), help="At most so many, those found first.  [default: all]"
+        "--limit", type=click.IntRange(1, MAX_CHOSEN), help="At most so many, those found first.  [default: all]"
     )
     return filter_options(limit(command))
 
@@ -64,16 +65,10 @@ def decide_many(
     """Count the drifts, ask, and decide the same about all of them. Exit code 1 if some were left."""
     kind = get_settings().host.user_id_type
     with servers("postgres"):
-        chosen = retrying(lambda connection: choose_drifts(connection, kind, only, limit=limit or MOST_CHOSEN))
+        chosen = retrying(lambda connection: choose_drifts(connection, kind, only, limit=limit or MAX_CHOSEN))
         if chosen.drifts and not yes:
             click.confirm(_question(choice, chosen), abort=True, err=True)
-        out = console(stderr=True)
-        columns = (TextColumn("deciding"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
-        with (
-            Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar,
-            connect() as connection,
-        ):
-            job = bar.add_task("drifts", total=chosen.drifts)
+        with progress_bar("deciding", "drifts") as bar, connect() as connection:
             made = decide_chosen(
                 connection,
                 kind,
@@ -81,7 +76,7 @@ def decide_many(
                 choice,
                 by=by,
                 note=note,
-                progress=lambda done: bar.update(job, completed=done),
+                progress=lambda done: bar.update(done, chosen.drifts),
             )
     if as_json:
         print_json({"chosen": chosen.drifts, "decided": made.decided, "left": made.left})

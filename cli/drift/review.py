@@ -12,7 +12,8 @@ from trueup.cli.audit import END, by_option, note_option
 from trueup.cli.context import USER, json_option, servers
 from trueup.cli.drift.bulk_review import check_choice, decide_many, filter_options, many_options
 from trueup.cli.output import print_json, print_table, show
-from trueup.database.engine import connect, retrying
+from trueup.database.engine import connect
+from trueup.database.retry import retrying
 from trueup.drift.causes import cause_title
 from trueup.review.decisions import (
     Choice,

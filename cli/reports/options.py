@@ -12,15 +12,16 @@ from typing import Any, get_args
 
 import click
 
+from trueup.cli.context import ParamType
 from trueup.drift.causes import CAUSE_SENTENCES, Cause
 from trueup.errors import TrueupError
 
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_MOST_BACK = timedelta(days=36_500)
+_MAX_BACK = timedelta(days=36_500)
 _BACK = re.compile(r"(\d{1,5})\s*([mhdw])", re.IGNORECASE)
 
 
-class SinceParameter(click.ParamType[Any]):
+class SinceParameter(ParamType):
     """A moment, as a date or time (UTC where no offset is given), or how long back: 90m, 24h, 7d, 2w."""
 
     name = "when"
@@ -31,8 +32,8 @@ class SinceParameter(click.ParamType[Any]):
         back = _BACK.fullmatch(value.strip())
         if back:
             long = timedelta(**{_UNITS[back[2].lower()]: int(back[1])})
-            if long > _MOST_BACK:
-                self.fail(f"{value!r} is too far back: give at most {_MOST_BACK.days}d", param, ctx)
+            if long > _MAX_BACK:
+                self.fail(f"{value!r} is too far back: give at most {_MAX_BACK.days}d", param, ctx)
             return long
         try:
             moment = datetime.fromisoformat(value.strip())
@@ -48,7 +49,7 @@ class SinceParameter(click.ParamType[Any]):
         return moment
 
 
-class CauseParameter(click.ParamType[Any]):
+class CauseParameter(ParamType):
     """A cause, or several joined by "+": only drifts that have all of them."""
 
     name = "cause"
@@ -64,7 +65,7 @@ class CauseParameter(click.ParamType[Any]):
         return causes
 
 
-class RowsParameter(click.ParamType[Any]):
+class RowsParameter(ParamType):
     """A count of rows, or "all"."""
 
     name = "rows"

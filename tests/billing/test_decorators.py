@@ -1,6 +1,7 @@
 """The decorators as such; what they do in real applications is in tests/hosts."""
 
 import asyncio
+import inspect
 import subprocess
 import sys
 import threading
@@ -80,7 +81,7 @@ def test_a_view_keeps_its_name_its_words_and_its_marks() -> None:
     decorated = require_ai_tokens(10)(marked)
     assert (decorated.__name__, decorated.__doc__, decorated.__wrapped__) == ("marked", "Words.", marked)  # type: ignore[attr-defined]
     assert decorated.csrf_exempt  # type: ignore[attr-defined]
-    assert asyncio.iscoroutinefunction(require_ai_tokens(10)(async_view))
+    assert inspect.iscoroutinefunction(require_ai_tokens(10)(async_view))
 
 
 @pytest.mark.parametrize("wrong", [-1, 1.5, True, "1500", None, 2**63])

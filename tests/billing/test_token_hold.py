@@ -318,7 +318,7 @@ def test_a_charge_is_tried_again_while_the_hosts_tables_are_being_changed(
 
 def test_trueups_own_model_client_spends_from_it(host: Host, user: int) -> None:
     settings = get_settings()
-    model = MeteredModel(provider_from_settings(settings), settings)
+    model = MeteredModel(lambda: provider_from_settings(settings), settings)
     with ai_tokens(user, 500, "Ask", "chat") as hold, spending_from(hold.hold):
         answer = model.complete([Message(role="user", content="Summarize: orders are sent within two days.")])
     assert host.used(user) == answer.total_tokens > 0
@@ -328,7 +328,7 @@ def test_trueups_own_model_client_spends_from_it(host: Host, user: int) -> None:
 
 def test_the_same_question_in_two_blocks_of_one_hold_is_two_charges(host: Host, user: int) -> None:
     settings = get_settings()
-    model = MeteredModel(provider_from_settings(settings), settings)
+    model = MeteredModel(lambda: provider_from_settings(settings), settings)
     question = [Message(role="user", content="Summarize: orders are sent within two days.")]
     spent = 0
     with ai_tokens(user, 1_000, "Ask", "chat") as hold:

@@ -19,7 +19,7 @@ from trueup.cli.client import celery_client
 from trueup.doctor.clocks import Offset
 from trueup.settings.settings import Settings, get_settings
 from trueup.worker import doctor
-from trueup.worker.waiting import Waiting
+from trueup.worker.queue_depth import Waiting
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "doctor.schema.json"
 NOWHERE = "127.0.0.1:1"
@@ -89,7 +89,9 @@ def test_a_server_that_is_away_hides_nothing_of_the_other(
 def test_without_a_database_redis_is_still_looked_at(host: Host, settings: Callable[..., None]) -> None:
     settings(TRUEUP_DATABASE_URL=f"postgresql://app@{NOWHERE}/app")
     findings = trueup_json("doctor", code=1)["findings"]
-    assert of(findings, "redis")[0][0] == "ok"
+    level, told = of(findings, "redis")[0]
+    assert level == "ok"
+    assert re.fullmatch(r"(Redis|Valkey) \d+\.\d+\.\d+\.", told)
     assert "this machine's" in of(findings, "redis_clock")[0][1]
 
 
@@ -148,6 +150,11 @@ def test_a_redis_that_may_lose_tasks_is_told(info: dict[str, Any], level: str, r
     assert [(finding.level, remedy in str(finding.remedy)) for finding in findings] == [(level, True)]
 
 
+def test_valkey_is_named_with_its_own_version() -> None:
+    found = list(doctor.check_server(FakeRedis(redis_version="7.2.4", valkey_version="9.1.2")))
+    assert [(finding.level, finding.what) for finding in found] == [("ok", "Valkey 9.1.2.")]
+
+
 def test_redis_clock_is_compared_with_the_databases() -> None:
     [finding] = doctor.check_clock(FakeRedis(), Offset(seconds=0, uncertainty=0))
     assert (finding.level, "the database's" in finding.what) == ("error", True)
@@ -182,6 +189,17 @@ def test_a_queue_is_judged_by_its_length_its_age_and_by_who_takes_from_it(
 
 
 # Last: its worker lives as long as the module.
+
+
+def test_workers_that_take_ai_tasks_without_a_provider_are_an_error(
+    worker: WorkerProcess, settings: Callable[..., None]
+) -> None:
+    settings(TRUEUP_MODEL_PROVIDER=None)
+    findings = trueup_json("doctor", code=1)["findings"]
+    assert [finding["check"] for finding in findings if finding["level"] == "error"] == ["workers"]
+    [finding] = [finding for finding in findings if finding["level"] == "error"]
+    assert "no model provider is set" in finding["what"]
+    assert "TRUEUP_MODEL_PROVIDER" in finding["remedy"]
 
 
 def test_with_a_worker_all_is_well_but_for_the_tests_own_role(

@@ -6,7 +6,8 @@ from sqlalchemy import text
 from tests.support.host import Host
 from tests.support.sessions import locked
 from tests.support.waiting import wait_for
-from trueup.database.engine import connect, dispose_engine, retrying, transaction
+from trueup.database.engine import connect, dispose_engine, transaction
+from trueup.database.retry import retrying
 from trueup.errors import NotInstalledError, ServiceUnavailableError
 from trueup.settings.settings import get_settings
 

@@ -12,7 +12,8 @@ from tests.support.books import assert_true
 from tests.support.host import START, Host
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
-from trueup.database.engine import connect, get_engine, retrying, transaction
+from trueup.database.engine import connect, get_engine, transaction
+from trueup.database.retry import retrying
 from trueup.host.mapping import HostMapping
 from trueup.install.attach import attach
 from trueup.install.script import attach_script

@@ -13,10 +13,10 @@ from tests.support.host import Host
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.database.engine import connect
 from trueup.doctor import database as doctor
-from trueup.doctor.books import check_beat, check_holds, check_invariants, check_runs, check_unresolved
 from trueup.doctor.clocks import HARMFUL_SECONDS, Offset, judge, measure
 from trueup.doctor.findings import Finding, error, exit_code, ok, run_check, warning
 from trueup.doctor.installation import check_functions, check_rights, check_schema, check_triggers
+from trueup.doctor.invariants import check_beat, check_holds, check_invariants, check_runs, check_unresolved
 from trueup.doctor.server import check_durability, check_server
 from trueup.doctor.settings import check_settings
 from trueup.doctor.versions import check_packages, check_python
@@ -136,6 +136,11 @@ def test_errors_end_with_one_and_warnings_only_when_asked(levels_found: str, str
         ),
         ({"model_provider": "openai"}, "error", "TRUEUP_OPENAI_API_KEY"),
         ({"database_url": "postgresql://db/app", "broker_url": "redis://r"}, "warning", "TRUEUP_MODEL_PROVIDER"),
+        (
+            {"database_url": "postgresql://db/app", "broker_url": "redis://r", "model_provider": "offline"},
+            "warning",
+            "TRUEUP_MODEL_PROVIDER=openai, or unset it",
+        ),
     ],
 )
 def test_settings_that_endanger_each_other_are_named(values: dict[str, Any], level: str, told: str) -> None:
@@ -222,8 +227,8 @@ def test_a_database_without_trueup_says_so_and_no_more(empty_database: str) -> N
 
 def test_a_schema_of_another_version_is_told(host: Host, connection: Connection) -> None:
     assert only(check_schema, connection).level == "ok"
-    host.execute("UPDATE trueup.alembic_version SET version_num = '0001'")
-    assert "version 0001, the code is of version" in only(check_schema, connection).what
+    host.execute("UPDATE trueup.alembic_version SET version_num = 'layout_99'")
+    assert "version layout_99, the code is of version" in only(check_schema, connection).what
 
 
 def test_every_function_is_known_with_its_body(host: Host) -> None:

@@ -24,9 +24,9 @@ from tests.support.findings import (
     same_size,
     segment,
 )
+from trueup.drift.action import decide
 from trueup.drift.detect import Drift
 from trueup.drift.explain import explain
-from trueup.drift.verdict import decide
 
 
 def named(found: Drift, *plan_sizes: int) -> dict[str, int]:

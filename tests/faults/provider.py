@@ -24,7 +24,7 @@ MODEL_NAME = "gpt-4o-mini"
 _OVERBILLED_TOKENS = 37
 # A stream that outlasts its hold's lease and its delivery's visibility, though it never stalls.
 _LONG_SECONDS = max(VISIBILITY_SECONDS, TIMEOUT_SECONDS + LEASE_MARGIN_SECONDS) + 1.2
-_LONGEST_PAUSE_SECONDS = 0.7 * TIMEOUT_SECONDS
+_MAX_PAUSE_SECONDS = 0.7 * TIMEOUT_SECONDS
 
 
 class Script(Protocol):
@@ -118,7 +118,7 @@ class _Handler(LoopbackHandler):
         breaks_at = serving.serial % len(sizes) if serving.behaviour in BREAKING_KINDS else None
         seconds = {"slow": SLOW_SECONDS, "stream_long": _LONG_SECONDS}.get(serving.behaviour, QUICK_SECONDS)
         for place, tokens in enumerate(sizes):
-            self.server.closing.wait(min(seconds / len(sizes), _LONGEST_PAUSE_SECONDS))
+            self.server.closing.wait(min(seconds / len(sizes), _MAX_PAUSE_SECONDS))
             if place == breaks_at:
                 self._break_off(serving, tokens, sum(sizes[place:]))
                 return

@@ -15,7 +15,7 @@ from trueup.features.messages import (
     plan_reply,
     reply_to_message,
 )
-from trueup.llm.fitting import CUT_MARK
+from trueup.llm.prompt_fit import CUT_MARK
 from trueup.llm.prompts import block, job_of, reply_messages
 from trueup.llm.tokens import BoundCounter, EncodingCounter, TokenCounter, count_prompt_tokens
 

@@ -73,7 +73,7 @@ def test_while_an_attempt_has_its_lease_a_duplicate_is_told_when_to_ask_again(
     first = deliver(connection, user)
     with pytest.raises(HoldBusyError) as busy:
         deliver(connection, user, 20)
-    assert (busy.value.seconds, busy.value.superfluous) == (LEASE - 20, False)
+    assert (busy.value.seconds, busy.value.redundant) == (LEASE - 20, False)
     assert begin(connection, first, 600, 20) is None
     assert_true(host)
 
@@ -84,7 +84,7 @@ def test_a_duplicate_beside_one_that_waits_is_superfluous(connection: Connection
     for seconds in (1, 2, LEASE - 1):
         with pytest.raises(HoldBusyError) as busy:
             deliver(connection, user, seconds)
-        told.append(busy.value.superfluous)
+        told.append(busy.value.redundant)
     assert told == [False, True, True]
     assert deliver(connection, user, LEASE).attempt == 2
 

@@ -120,7 +120,7 @@ class BillingMachine(HostMachine):
         if isinstance(expected, Busy):
             with pytest.raises(HoldBusyError) as busy:
                 hold_tokens(self.connection, user.user, tokens, **call)
-            told_to_wait = Busy(busy.value.seconds, busy.value.superfluous, busy.value.waits)
+            told_to_wait = Busy(busy.value.seconds, busy.value.redundant, busy.value.waits)
             assert told_to_wait == expected
             return
         if isinstance(expected, Denied):

@@ -10,9 +10,9 @@ from sqlalchemy.pool import NullPool
 
 from trueup.doctor.host import check_mapping
 from trueup.errors import NotInstalledError, TrueupError
-from trueup.host.columns import quote_literal
 from trueup.host.expressions import expression_problem, wrong_expression
 from trueup.host.mapping import HostMapping
+from trueup.host.setting_values import quote_literal
 from trueup.install.install import check_host
 from trueup.preview.scan import look
 from trueup.settings.settings import Settings

@@ -7,7 +7,7 @@ from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.partitioned import known
 from tests.support.work import hold_tokens
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.host.mapping import HostMapping
 from trueup.host.partitions import uncovered_partitions
 from trueup.install.attach import attach

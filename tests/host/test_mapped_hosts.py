@@ -28,8 +28,8 @@ from trueup.host.mapping import (
     TokenUsageTable,
     UsageLogTable,
     UserTable,
-    render_sql,
 )
+from trueup.host.sql import render_sql
 from trueup.install.install import check_installed, install
 from trueup.reconcile.local_run import reconcile
 from trueup.reports.run_report import read_report
@@ -130,27 +130,28 @@ def subscribe(host: Host, mapping: HostMapping, user: Any, number: int) -> None:
     do(
         host,
         mapping,
-        "INSERT INTO {{user}} ({{user.id}}, {{user.username}}, {{user.email}}) VALUES (?, ?, '')",
+        "INSERT INTO {{ user }} ({{ user.id }}, {{ user.username() }}, {{ user.email() }}) VALUES (?, ?, '')",
         [user, number],
     )
     do(
         host,
         mapping,
-        "INSERT INTO {{token_plan}} ({{token_plan.id}}, {{token_plan.name}}, {{token_plan.tokens_included}}) "
+        "INSERT INTO {{ token_plan }} ({{ token_plan.id }}, {{ token_plan.name() }}, {{ token_plan.tokens_included }}) "
         "VALUES (?, '', 10000)",
         [number],
     )
     do(
         host,
         mapping,
-        "INSERT INTO {{subscription}} ({{subscription.id}}, {{subscription.user_id}}, {{subscription.token_plan_id}}, "
-        "{{subscription.start_date}}, {{subscription.tokens_remaining}}) VALUES (?, ?, ?, ?, 10000)",
+        "INSERT INTO {{ subscription }} ({{ subscription.id }}, {{ subscription.user_id }}, "
+        "{{ subscription.token_plan_id() }}, {{ subscription.start_date }}, {{ subscription.tokens_remaining }}) "
+        "VALUES (?, ?, ?, ?, 10000)",
         [number, user, number, START],
     )
 
 
 LOG = (
-    "INSERT INTO {{usage_log}} ({{usage_log.user_id}}, {{usage_log.section}}, {{usage_log.total_tokens}}) "
+    "INSERT INTO {{ usage_log }} ({{ usage_log.user_id }}, {{ usage_log.section() }}, {{ usage_log.total_tokens }}) "
     "VALUES (?, 'chat', ?)"
 )
 
@@ -160,16 +161,16 @@ def lower(host: Host, mapping: HostMapping, user: Any, tokens: int) -> None:
     do(
         host,
         mapping,
-        "UPDATE {{subscription}} SET {{subscription.tokens_remaining}} = {{subscription.tokens_remaining}} - ? "
-        "WHERE {{subscription.user_id}} = ?",
+        "UPDATE {{ subscription }} SET {{ subscription.tokens_remaining }} = {{ subscription.tokens_remaining }} - ? "
+        "WHERE {{ subscription.user_id }} = ?",
         [tokens, user],
     )
     if mapping.token_usage.table:
         do(
             host,
             mapping,
-            "INSERT INTO {{token_usage}} ({{token_usage.subscription_id}}, {{token_usage.used_tokens}}) "
-            "SELECT {{subscription.id}}, ? FROM {{subscription}} WHERE {{subscription.user_id}} = ?",
+            "INSERT INTO {{ token_usage }} ({{ token_usage.subscription_id }}, {{ token_usage.used_tokens }}) "
+            "SELECT {{ subscription.id }}, ? FROM {{ subscription }} WHERE {{ subscription.user_id }} = ?",
             [tokens, user],
         )
 
@@ -188,8 +189,8 @@ def test_the_whole_way_works_under_the_hosts_names(mapped_host: Host, mapping: H
         hold_tokens(connection, users[1], 10, task="t")
         charge_tokens(connection, hold, 200, metadata={"task_id": "t"}, answer={"text": "hi"})
         do(host, mapping, LOG, [user, 30])
-        do(host, mapping, "UPDATE {{usage_log}} SET {{usage_log.total_tokens}} = 40 WHERE "
-           "{{usage_log.total_tokens}} = 30", [])  # fmt: skip
+        do(host, mapping, "UPDATE {{ usage_log }} SET {{ usage_log.total_tokens }} = 40 WHERE "
+           "{{ usage_log.total_tokens }} = 30", [])  # fmt: skip
         assert_true(host, mapping)
         assert check_tokens_for_function(user)["tokens_available"] == 10_000 - 1_240 - 4_800
         with pytest.raises(TokensDenied):
@@ -208,7 +209,7 @@ def test_the_whole_way_works_under_the_hosts_names(mapped_host: Host, mapping: H
         again = reconcile(get_engine(), mapping, only_user=user)
     assert (again.checked, again.drifted) == (1, 0)
     assert_true(host, mapping)
-    do(host, mapping, "TRUNCATE {{usage_log}}", [])
+    do(host, mapping, "TRUNCATE {{ usage_log }}", [])
     assert get_accurate_tokens_remaining(user) == (10_000, 0, 10_000)
     host.connection.execute(
         text("INSERT INTO trueup.token_grant (user_id, tokens, reason) VALUES (:user, 500, 'a top-up')"), {"user": user}

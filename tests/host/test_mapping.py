@@ -4,19 +4,19 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import UndefinedError
 from pydantic import ValidationError
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.pool import NullPool
 
-from trueup.host.columns import Compared, quote_literal
 from trueup.host.mapping import (
     HostMapping,
     SubscriptionTable,
     quote_identifier,
     quote_table,
-    render_sql,
-    render_statement,
 )
+from trueup.host.setting_values import Compared, quote_literal
+from trueup.host.sql import render_sql, render_statement
 from trueup.install.install import run_scripts
 from trueup.stack import StackUrls
 
@@ -28,13 +28,16 @@ def test_names_are_quoted_as_postgresql_wants_them() -> None:
 
 def test_a_template_gets_the_hosts_names_and_their_literals() -> None:
     mapping = HostMapping(subscription=SubscriptionTable(table="app.Sub's", tokens_remaining="left {{user}}"))
-    rendered = render_sql("{{subscription}} {{subscription.tokens_remaining}} {{literal subscription}}", mapping)
+    rendered = render_sql(
+        "{{ subscription }} {{ subscription.tokens_remaining }} {{ subscription | literal }}", mapping
+    )
     assert rendered == '"app"."Sub\'s" "left {{user}}" \'"app"."Sub\'\'s"\''
 
 
 def test_an_unknown_name_in_a_template_is_an_error() -> None:
-    with pytest.raises(KeyError):
-        render_sql("{{subscription.nothing}}", HostMapping())
+    for name in ("subscription.nothing", "nothing", "subscription.table"):
+        with pytest.raises(UndefinedError):
+            render_sql(f"{{{{ {name} }}}}", HostMapping())
 
 
 @pytest.mark.parametrize("name", ["", "x" * 64, "ü" * 32, "a\x00b", "cost$$x"])
@@ -182,7 +185,7 @@ def test_failed_calls_get_a_row_where_it_can_say_so(success: str, counts: str, t
 
 # What hosts may have in names and values; a name is at most 63 bytes.
 NASTY = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=15) | st.sampled_from(
-    ["'", '"', "\\", ":a", "%s", "%%", "{{user}}", "{row}.a", "$1", "--", "/*", "';", "ü" * 15, "$", "{{end}}"]
+    ["'", '"', "\\", ":a", "%s", "%%", "{{user}}", "{% if", "{#", "{row}.a", "$1", "--", "/*", "';", "ü" * 15, "$"]
 )
 VALUE = NASTY.filter(lambda value: "$$" not in value)
 NAME = VALUE.filter(bool)
@@ -216,7 +219,10 @@ def test_values_and_names_of_any_kind_reach_the_database_as_they_are(
             "subscription": {"tokens_included": {"expression": expression}},
         }
     )
-    asked = "SELECT l.{{usage_log.section}}, l.{{usage_log.success}}, l.{{subscription.tokens_included}} FROM "
+    asked = (
+        'SELECT {{ usage_log.section("l") }}, {{ usage_log.success("l") }}, '
+        '{{ subscription.tokens_included("l") }} FROM '
+    )
     for said, counts in zip((*values, None), (True, True, False, None), strict=True):
         row = f"(SELECT CAST({'NULL' if said is None else quote_literal(said)} AS text) AS {column}) l"
         # As a statement with parameters, and in the body of a function.

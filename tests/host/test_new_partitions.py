@@ -10,7 +10,8 @@ from sqlalchemy.exc import OperationalError
 from tests.support.partitioned import DECEMBER, PartitionedHost, known, month, new_host
 from tests.support.sessions import impatient, locked, run_at_once
 from tests.support.work import hold_tokens
-from trueup.database.engine import get_engine, retrying
+from trueup.database.engine import get_engine
+from trueup.database.retry import retrying
 from trueup.errors import TokensDenied
 from trueup.host.mapping import HostMapping
 from trueup.install.install import install

@@ -15,8 +15,9 @@ from tests.support.dumps import pg_dump
 from tests.support.partitioned import DECEMBER, NOVEMBER, PARTS, ROW, PartitionedHost, known, month, new_host
 from tests.support.sessions import locked
 from tests.support.work import balance, charge_tokens, hold_tokens
-from trueup.database.engine import connect, get_engine, retrying
+from trueup.database.engine import connect, get_engine
 from trueup.database.locks import take_step
+from trueup.database.retry import retrying
 from trueup.doctor.host import check_mapping
 from trueup.doctor.installation import check_triggers
 from trueup.errors import NotInstalledError

@@ -8,7 +8,8 @@ from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.partitioned import known
 from tests.support.work import charge_tokens, hold_tokens
-from trueup.database.engine import connect, get_engine, retrying
+from trueup.database.engine import connect, get_engine
+from trueup.database.retry import retrying
 from trueup.errors import LogChangedError
 from trueup.host.mapping import HostMapping
 from trueup.install.attach import attach

@@ -10,7 +10,8 @@ from tests.support.host import START, Host
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.billing.view_guard import token_gate
-from trueup.database.engine import connect, dispose_engine, get_engine, retrying, transaction
+from trueup.database.engine import connect, dispose_engine, get_engine, transaction
+from trueup.database.retry import retrying
 from trueup.doctor.installation import check_triggers
 from trueup.errors import (
     GateClosedError,

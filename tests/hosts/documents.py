@@ -9,11 +9,25 @@ SPECIFICATION = Path(__file__).parent / "specification.md"
 MANUAL = ROOT / "docs" / "decorators.md"
 
 
+def python_under_headings(text: Path) -> list[tuple[str, str]]:
+    """Return each block of Python, with the heading that it stands under. A `#` inside a block is no heading."""
+    found, heading, language, block = [], "", None, list[str]()
+    for line in text.read_text().splitlines(keepends=True):
+        if line.startswith("```"):
+            if language == "python":
+                found.append((heading, "".join(block)))
+            language, block = (line[3:].strip() or "text") if language is None else None, []
+        elif language is not None:
+            block.append(line)
+        elif line.startswith("#"):
+            heading = line.lstrip("#").strip()
+    return found
+
+
 def code_under(text: Path, heading: str) -> str:
     """Return the one block of Python under a heading. Raises ValueError when there is none, or more."""
-    [section] = re.findall(rf"^#+ {re.escape(heading)}$(.*?)(?=^#+ |\Z)", text.read_text(), re.M | re.S)
-    [code] = re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
-    return str(code)
+    [code] = [code for title, code in python_under_headings(text) if title == heading]
+    return code
 
 
 def run(text: Path, heading: str, /, **names: Any) -> dict[str, Any]:

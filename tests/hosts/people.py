@@ -23,10 +23,12 @@ POOR = Person(id=102, name="poor", tokens=1_000)
 SPENT = Person(id=103, name="spent", tokens=2_000, used=2_000)
 EXPIRED = Person(id=104, name="expired", expired=True)
 STOPPED = Person(id=105, name="stopped", active=False)
+# Whom the specification's own test of the gate asks about.
+TESTER = Person(id=107, name="test@example.com", tokens=5_000, used=4_500)
 STRANGER = Person(id=106, name="stranger", tokens=None)
 RACERS = tuple(Person(id=200 + number, name=f"racer{number}", tokens=4_000) for number in range(4))
 
-PEOPLE = (RICH, POOR, SPENT, EXPIRED, STOPPED, STRANGER, *RACERS)
+PEOPLE = (RICH, POOR, SPENT, EXPIRED, STOPPED, STRANGER, TESTER, *RACERS)
 REASONS = {
     POOR: "insufficient_tokens",
     SPENT: "no_tokens_remaining",

@@ -82,15 +82,18 @@ def serving(
         process.communicate(timeout=STOP_SECONDS)
 
 
-def run_module(module: str, *arguments: object, host_url: str) -> None:
-    """Run one of the hosts' own commands to its end."""
-    subprocess.run(
+def run_module(module: str, *arguments: object, host_url: str) -> str:
+    """Run one of the hosts' own commands to its end. Returns what it prints."""
+    done = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
         cwd=ROOT,
         env=os.environ | {"HOST_DATABASE_URL": plain_url(host_url)},
+        stdout=subprocess.PIPE,
+        text=True,
         check=True,
         timeout=60,
     )
+    return done.stdout
 
 
 def plain_url(url: str) -> str:

@@ -13,8 +13,9 @@ from tests.hosts.checks import (
     denied,
 )
 from tests.hosts.conftest import Site
+from tests.hosts.documents import SPECIFICATION, code_under
 from tests.hosts.people import POOR, RACERS, RICH, SPENT, STOPPED, Person
-from tests.hosts.running import Server
+from tests.hosts.running import Server, run_module
 from tests.support.books import assert_true
 from trueup.billing.utils import get_accurate_tokens_remaining
 
@@ -119,6 +120,30 @@ def test_the_specifications_third_example_is_gated(server: Server) -> None:
     answer = server.post("/specification/3", SPENT)
     assert (answer.status_code, answer.json()["error_code"]) == (402, "no_tokens_remaining")
     assert server.post("/specification/3", None).status_code == 401
+
+
+def test_the_specifications_solution_is_the_truth_of_the_log(server: Server) -> None:
+    assert server.post("/specification/solution", SPENT).json() == [2_000, 2_000, 0]
+
+
+def test_the_specifications_decorated_view_denies(server: Server) -> None:
+    """Its body returns nothing, which REST framework takes from no view that is let in."""
+    assert_denied(server.post("/specification/decorator", SPENT), SPENT)
+
+
+@pytest.mark.parametrize("person", [RICH, SPENT])
+def test_the_specifications_function_runs(server: Server, person: Person) -> None:
+    assert server.post("/specification/function", person).json() == {"returned": None}
+
+
+def test_the_specifications_own_test_of_the_gate_runs_in_the_projects_shell(django_site: Site) -> None:
+    code = code_under(SPECIFICATION, "Test Token Enforcement:")
+    printed = run_module("tests.hosts.django_drf.manage", "shell", "-c", code, host_url=django_site.url)
+    assert printed.splitlines()[-3:] == [
+        "Original: 5000, Consumed: 4500, Remaining: 500",
+        "Has access: False",
+        "Reason: insufficient_tokens",
+    ]
 
 
 @pytest.mark.parametrize("path", ["/manual/rest", "/manual/function", "/manual/async"])

@@ -18,7 +18,7 @@ from tests.conftest import cloned_database, settings_for
 from tests.hosts.legacy import Shop
 from tests.hosts.running import host_at
 from tests.support.model_tasks import spend
-from tests.support.worker import running_worker
+from tests.support.worker import own_application, running_worker
 from tests.worker.conftest import TASKS
 from trueup.database.engine import dispose_engine
 from trueup.errors import TokensDenied
@@ -171,9 +171,7 @@ def lived(stack: StackUrls, admin_engine: Engine, tmp_path_factory: pytest.TempP
         host_at(url) as host,
     ):
         patch.setenv("TRUEUP_RECONCILE__MIN_AGE_SECONDS", "1")
-        from trueup.worker.celery import app
-
-        app.loader.import_default_modules()
+        app = own_application()
         app.control.purge()
         yield live(Shop(url=url, folder=folder, host=host), app, roles, patch)
     with admin_engine.connect() as connection:

@@ -1,11 +1,12 @@
 """The manual's code that needs no framework runs as it is written, and its words are those of the code."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.hosts.documents import MANUAL, ROOT, run
+from tests.hosts.documents import MANUAL, ROOT, SPECIFICATION, code_under, python_under_headings, run
 from tests.support.books import assert_true
 from tests.support.host import Host
 from trueup.llm.metering import MeteredModel
@@ -14,12 +15,13 @@ from trueup.llm.providers import provider_from_settings
 from trueup.settings.settings import PREFIX, Settings, get_settings
 
 TEXT = MANUAL.read_text()
+KEPT_PATHS = {"`billing/utils.py`", "`billing/decorators.py`"}
 
 
 @pytest.fixture
 def model(database: str) -> MeteredModel:
     settings = get_settings()
-    return MeteredModel(provider_from_settings(settings), settings)
+    return MeteredModel(lambda: provider_from_settings(settings), settings)
 
 
 def test_trueups_model_client_spends_from_the_block(host: Host, model: MeteredModel) -> None:
@@ -47,13 +49,19 @@ def test_usage_is_reported_both_ways(host: Host) -> None:
     assert_true(host)
 
 
-def test_every_block_of_the_manual_is_run_by_a_test() -> None:
-    headings = [
-        re.findall(r"^#+ (.+)$", TEXT[: block.start()], re.MULTILINE)[-1]
-        for block in re.finditer(r"^```python$", TEXT, re.MULTILINE)
-    ]
+@pytest.mark.parametrize("module", ["utils", "decorators"])
+def test_a_project_keeps_its_paths_by_the_two_files_of_the_manual(module: str) -> None:
+    file = ROOT / "tests" / "hosts" / "django_drf" / "billing" / f"{module}.py"
+    assert file.read_text() == code_under(MANUAL, f"`billing/{module}.py`")
+
+
+@pytest.mark.parametrize(("name", "text"), [("MANUAL", MANUAL), ("SPECIFICATION", SPECIFICATION)])
+def test_every_block_of_the_manual_and_the_specification_is_run_by_a_test(name: str, text: Path) -> None:
     hosts = "".join(file.read_text() for file in (ROOT / "tests" / "hosts").rglob("*.py"))
-    assert [heading for heading in headings if f'(MANUAL, "{heading}"' not in re.sub(r"\(\s+", "(", hosts)] == []
+    hosts = re.sub(r"\(\s+", "(", hosts)
+    headings = {heading for heading, _ in python_under_headings(text)} - KEPT_PATHS
+    assert len(headings) > 5
+    assert [title for title in headings if not any(f"({name}, {q}{title}{q}" in hosts for q in "\"'")] == []
 
 
 def test_the_settings_that_the_manual_names_exist() -> None:

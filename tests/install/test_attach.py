@@ -20,26 +20,26 @@ from tests.support.sessions import (
     locked,
     locked_balance,
     run_at_once,
-    wait_until,
 )
+from tests.support.waiting import wait_for
 from tests.support.work import charge_tokens, hold_tokens
-from trueup.database.engine import connect, dispose_engine, retrying, transaction
+from trueup.database.engine import connect, dispose_engine, transaction
 from trueup.database.locks import HostBusyError, take_step
+from trueup.database.retry import retrying
 from trueup.errors import HostChangedError, MissingRightError, NotInstalledError
 from trueup.gate.holds import close_hold
 from trueup.host.mapping import HostMapping, UsageLogTable
 from trueup.install.attach import (
+    WATCH_LOG,
+    WATCH_SUBSCRIPTIONS,
     AttachError,
     attach,
     fill,
-    function_scripts,
     is_ready,
     open_gate,
+    opening_scripts,
     prepare,
     prepare_scripts,
-    ready_scripts,
-    watch_log,
-    watch_subscriptions,
 )
 from trueup.install.install import check_installed, install, run_scripts
 from trueup.install.plan import OtherInstallationError, plan_attach, refuse_other_installation
@@ -68,7 +68,7 @@ def test_balances_are_true_though_the_host_writes_all_the_time(host: Host, conne
     with writing(host.engine, users[0]) as written:
         attach(MAPPING)
         since = len(written)
-        wait_until(lambda: len(written) > since + 10, "the host to go on")
+        wait_for(lambda: len(written) > since + 10, "the host to go on")
         assert_true(host)
     assert_true(host)
     assert host.used(users[0]) == 100 + sum(written)
@@ -122,7 +122,7 @@ def test_gates_at_work_do_not_notice_that_functions_are_replaced(host: Host) -> 
             for _ in range(3):
                 before = list(held)
                 attach(MAPPING)
-                wait_until(lambda before=before: all(now > then for now, then in zip(held, before, strict=True)))
+                wait_for(lambda before=before: all(now > then for now, then in zip(held, before, strict=True)))
         finally:
             over.set()
         for future in working:
@@ -131,8 +131,8 @@ def test_gates_at_work_do_not_notice_that_functions_are_replaced(host: Host) -> 
 
 STEPS: tuple[Callable[[Connection], None], ...] = (
     lambda connection: prepare(connection, MAPPING),
-    lambda connection: watch_log(connection, MAPPING),
-    lambda connection: watch_subscriptions(connection, MAPPING),
+    lambda connection: WATCH_LOG.take(connection, MAPPING),
+    lambda connection: WATCH_SUBSCRIPTIONS.take(connection, MAPPING),
     lambda connection: connection.execute(text("SELECT trueup.fill_balances(NULL, 1)")).close(),
 )
 
@@ -359,7 +359,7 @@ def test_the_plan_says_what_there_is_to_do_and_which_rights_lack(host: Host, con
 
 @pytest.mark.parametrize(
     "scripts",
-    [prepare_scripts(MAPPING, ready=True), [*function_scripts(MAPPING), *ready_scripts(MAPPING)]],
+    [prepare_scripts(MAPPING, ready=True), opening_scripts(MAPPING)],
     ids=["first", "last"],
 )
 def test_triggers_that_are_switched_off_just_as_it_is_attached_again_are_noticed(

@@ -7,15 +7,13 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
 from tests.support.books import assert_true
-from tests.support.dumps import pg_dump
 from tests.support.host import Host
 from tests.support.sessions import impatient, in_background, locked, run_at_once, wait_for_lock
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.database.engine import connect
 from trueup.database.locks import INSTALL_LOCK
-from trueup.database.schema import build_metadata
 from trueup.errors import NotInstalledError
-from trueup.host.mapping import HostMapping, SubscriptionTable, UsageLogTable, UserIdType
+from trueup.host.mapping import HostMapping, SubscriptionTable, UsageLogTable
 from trueup.install.install import check_installed, install
 from trueup.settings.settings import get_settings
 
@@ -30,29 +28,6 @@ def engine(empty_database: str) -> Iterator[Engine]:
 def set_up(engine: Engine, mapping: HostMapping | None = None, *, with_host_tables: bool = True) -> list[str]:
     with engine.begin() as connection:
         return install(connection, mapping or HostMapping(), with_host_tables=with_host_tables)
-
-
-def dumped_tables(url: str) -> list[str]:
-    """Return what pg_dump says of trueup's tables, in no order, the migrations' own bookkeeping left out."""
-    lines = pg_dump(url, "--schema-only", "--table=trueup.*", "--exclude-table=*.alembic_version")
-    # Statement by statement: what comes first depends on who depends on whom, functions included.
-    return sorted("\n".join(lines).split(";\n"))
-
-
-@pytest.mark.parametrize("user_id_type", ["bigint", "uuid", "text"])
-def test_the_migrations_make_the_schema_that_the_code_believes_in(
-    engine: Engine, empty_database: str, user_id_type: UserIdType
-) -> None:
-    with engine.begin() as connection:
-        connection.execute(text("CREATE SCHEMA trueup"))
-        build_metadata(user_id_type).create_all(connection)
-    believed = dumped_tables(empty_database)
-    with engine.begin() as connection:
-        connection.execute(text("DROP SCHEMA trueup CASCADE"))
-    set_up(engine, HostMapping(user_id_type=user_id_type))
-    migrated = dumped_tables(empty_database)
-    assert any(statement.startswith("CREATE TABLE trueup.balance") for statement in migrated)
-    assert migrated == believed
 
 
 def test_setting_up_says_what_it_did(engine: Engine) -> None:

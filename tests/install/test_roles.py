@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from psycopg.errors import InsufficientPrivilege
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ProgrammingError
@@ -17,7 +18,8 @@ from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
-from trueup.database.engine import connect, dispose_engine, get_engine, retrying, transaction
+from trueup.database.engine import connect, dispose_engine, get_engine, transaction
+from trueup.database.retry import retrying
 from trueup.doctor.database import examine_database
 from trueup.errors import InvalidInputError, MissingRightError, NotInstalledError
 from trueup.gate.holds import close_hold, expire_holds
@@ -71,7 +73,7 @@ class Site:
         engine = create_engine(make_url(self.url).set(username=role), poolclass=NullPool)
         with engine.connect() as connection, pytest.raises(ProgrammingError) as caught:
             connection.exec_driver_sql(statement)
-        return getattr(caught.value.orig, "sqlstate", None) == "42501"
+        return isinstance(caught.value.orig, InsufficientPrivilege)
 
 
 @pytest.fixture

@@ -122,19 +122,6 @@ def test_where_all_is_there_it_has_no_step_that_locks_the_hosts_tables(host: Hos
     hold_tokens(connection, user, 9_980)
 
 
-def test_it_goes_on_from_an_older_schema(host: Host, empty_database: str) -> None:
-    attach(MAPPING)
-    newest = pg_dump(empty_database, "--schema-only")
-    host.execute("DROP FUNCTION trueup.trigger_marks(), trueup.require_watched()")
-    for column in ("triggers", "column_versions", "log_files", "log_parents", "partitions"):
-        host.execute(f"ALTER TABLE trueup.installation DROP {column}")
-    host.execute("UPDATE trueup.alembic_version SET version_num = '0005'")
-    script = printed()
-    assert "CREATE TABLE" not in script
-    run(host, script)
-    assert pg_dump(empty_database, "--schema-only") == newest
-
-
 @pytest.mark.parametrize(
     ("meanwhile", "refusal"),
     [

@@ -18,7 +18,7 @@ from trueup.gate.holds import Hold, close_hold, open_hold
 from trueup.gate.provider_calls import list_unrecorded_calls
 from trueup.llm.metering import MeteredModel, spending_from
 from trueup.llm.model import Completion, Message
-from trueup.llm.providers.offline import OfflineProvider
+from trueup.llm.offline.offline import OfflineProvider
 from trueup.settings.settings import get_settings
 
 PROMPT = [Message(role="user", content="a question")]
@@ -66,7 +66,7 @@ def hold(connection: Connection, user: int, *, tokens: int = 200, task_id: str |
 
 
 def model(provider: Any) -> MeteredModel:
-    return MeteredModel(provider, get_settings())
+    return MeteredModel(lambda: provider, get_settings())
 
 
 def test_a_call_may_cost_at_most_what_the_hold_has_left(host: Host, connection: Connection) -> None:

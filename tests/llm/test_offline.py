@@ -2,16 +2,18 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from trueup.errors import SettingsError
 from trueup.llm.model import Message, Provider
+from trueup.llm.offline.offline import OfflineProvider
+from trueup.llm.offline.questions import question_about
 from trueup.llm.prompts import block, dm_messages, job_of, product_messages, qa_messages
 from trueup.llm.providers import counter_from_settings, provider_from_settings
-from trueup.llm.providers.offline import OfflineProvider
-from trueup.llm.providers.offline_questions import question_about
 from trueup.llm.tokens import BoundCounter, EncodingCounter
-from trueup.settings.settings import Settings
+from trueup.settings.settings import ModelProvider, Settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COUNTER = EncodingCounter("o200k_base")
@@ -22,11 +24,24 @@ def provider() -> OfflineProvider:
     return OfflineProvider()
 
 
-def test_the_default_provider_needs_no_network_and_no_key() -> None:
-    provider: Provider = provider_from_settings(Settings())
+def test_the_offline_provider_needs_no_network_and_no_key() -> None:
+    settings = Settings(model_provider="offline", model_name="llama-3")
+    provider: Provider = provider_from_settings(settings)
     assert isinstance(provider, OfflineProvider)
-    assert isinstance(counter_from_settings(Settings(model_name="llama-3")), EncodingCounter)
-    assert isinstance(counter_from_settings(Settings(model_provider="openai", model_name="llama-3")), BoundCounter)
+    assert isinstance(counter_from_settings(settings), EncodingCounter)
+
+
+def test_no_provider_is_assumed_and_the_refusal_names_the_setting_and_its_values() -> None:
+    with pytest.raises(SettingsError, match="TRUEUP_MODEL_PROVIDER is not set") as refused:
+        provider_from_settings(Settings())
+    for value in get_args(ModelProvider):
+        assert f"`{value}`" in str(refused.value)
+
+
+@pytest.mark.parametrize("provider", ["openai", None])
+def test_without_the_offline_provider_the_models_name_says_how_it_counts(provider: ModelProvider | None) -> None:
+    assert isinstance(counter_from_settings(Settings(model_provider=provider, model_name="llama-3")), BoundCounter)
+    assert isinstance(counter_from_settings(Settings(model_provider=provider, model_name="gpt-4o")), EncodingCounter)
 
 
 def test_the_same_prompt_gets_the_same_answer(provider: OfflineProvider) -> None:

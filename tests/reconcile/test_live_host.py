@@ -26,7 +26,7 @@ from tests.support.legacy.live_host import THREADS
 from tests.support.legacy.loading import SUBSCRIPTION_OFFSET, WITH_ROWS, load
 from tests.support.legacy.population import Person, make_population
 from tests.support.waiting import DEADLINE_SECONDS
-from trueup.drift.verdict import Rules
+from trueup.drift.action import Rules
 from trueup.install.install import install
 from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import RunSummary
@@ -35,7 +35,7 @@ from trueup.stack import StackUrls
 SECONDS = float(os.environ.get("LIVE_HOST_SECONDS", "8"))
 SEED = int(os.environ.get("LIVE_HOST_SEED", "1"))
 SUBSCRIPTIONS = 1_500
-LEAST_RUNS = 3
+MIN_RUNS = 3
 MIN_AGE_SECONDS = 1
 ROLES = ("spender", "spender", "spender", "buyer", "renewer", "leaver")
 SLOWEST_STATEMENT_SECONDS = 5.0
@@ -157,7 +157,7 @@ def live(engine: Engine, url: str, folder: Path) -> Lived:
         host.execute("SELECT setval(pg_get_serial_sequence('billing_tokenusage', 'id'), 1)")
         with host_process(url, people, roles, folder) as process:
             end = time.monotonic() + SECONDS
-            while time.monotonic() < end or len(runs) < LEAST_RUNS:
+            while time.monotonic() < end or len(runs) < MIN_RUNS:
                 assert process.poll() is None, "the host ended by itself"
                 runs.append(reconcile(engine, WITH_ROWS, rules=rules, batch_size=100))
             _, complaints = process.communicate(timeout=DEADLINE_SECONDS)
@@ -208,7 +208,7 @@ def test_the_host_was_at_work_and_reconcile_beside_it(lived: Lived) -> None:
     kinds = Counter(entry["kind"] for entry in lived.host["ledger"])
     assert {"log", "write", "buy", "renew", "leave", "join"} <= set(kinds)
     assert kinds["write"] > 50 * SECONDS
-    assert len(lived.runs) > LEAST_RUNS
+    assert len(lived.runs) > MIN_RUNS
     assert len([entry for entry in lived.audit if entry.who == "trueup"]) > 10
     sys.stdout.write(
         f"host: {lived.host['statements'] / lived.host['seconds']:.0f} statements/s, {dict(kinds)}\n"
@@ -252,7 +252,7 @@ def test_a_correction_only_ever_replaced_the_value_it_had_seen(lived: Lived) -> 
 
 
 # Nearly all of this host's users lose updates, most of them several: far more than any host that lives.
-MOST_AMBIGUOUS = 0.01
+MAX_AMBIGUOUS = 0.01
 
 
 def test_counters_are_right_when_the_host_has_stopped(lived: Lived) -> None:
@@ -275,7 +275,7 @@ def test_counters_are_right_when_the_host_has_stopped(lived: Lived) -> None:
     assert lost.keys() & users
     ambiguous = {user for user in wrong if user in lived.doubted and lost[user] > 1}
     assert wrong.keys() - ambiguous == set()
-    assert len(ambiguous) <= max(1, len(users) * MOST_AMBIGUOUS)
+    assert len(ambiguous) <= max(1, len(users) * MAX_AMBIGUOUS)
 
 
 def lost_updates(lived: Lived) -> Counter[int]:

@@ -114,7 +114,7 @@ def test_when_all_rows_refuse_the_run_fails_and_its_error_shows_no_row(
 ) -> None:
     missed(host, 4)
     refuse(host, "false")
-    monkeypatch.setattr(shard_worker, "MOST_REFUSED", 2)
+    monkeypatch.setattr(shard_worker, "MAX_REFUSED", 2)
     with pytest.raises(DBAPIError):
         reconcile(get_engine(), HostMapping(), rules=RULES)
     error = host.value("SELECT error FROM trueup.reconcile_run")

@@ -26,7 +26,7 @@ from trueup.reconcile.distributed_run import plan_run, sweep, work_on_shard
 from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import RunSummary, end_run
 from trueup.reconcile.shards import (
-    MOST_FAILURES,
+    MAX_FAILURES,
     Shard,
     ShardLostError,
     Step,
@@ -195,7 +195,7 @@ def test_an_error_that_stays_ends_the_run_with_nothing_half_written(host: Host, 
     with pytest.raises(ServiceUnavailableError):
         run()
     assert counters(host) == [10_000] * 2
-    assert host.value("SELECT last_value FROM public.failures") == MOST_FAILURES
+    assert host.value("SELECT last_value FROM public.failures") == MAX_FAILURES
     assert host.execute("SELECT status, error IS NULL FROM trueup.reconcile_run").one() == ("failed", False)
 
 
@@ -288,7 +288,7 @@ def test_the_sweeper_sends_what_is_left_and_ends_what_is_done(host: Host, connec
 def test_a_shard_that_fails_again_and_again_is_given_up(host: Host, connection: Connection) -> None:
     missed(host)
     run_id = plan(host, every_seconds=3600)
-    for _ in range(MOST_FAILURES):
+    for _ in range(MAX_FAILURES):
         assert sweep(get_engine(), RULES) == [(run_id, 1)]
         assert claim_shard(connection, run_id, "dies") is not None
         let_leases_run_out(host)
@@ -317,7 +317,7 @@ def test_a_shard_whose_time_is_over_is_put_back_for_the_next_message(host: Host)
 def test_the_longest_run_of_failures_is_counted_from_the_last_progress(host: Host, connection: Connection) -> None:
     (user,) = missed(host)
     run_id = plan(host)
-    for _ in range(2 * MOST_FAILURES):
+    for _ in range(2 * MAX_FAILURES):
         shard = claim_shard(connection, run_id, "me")
         assert shard is not None
         move_shard(connection, run_id, Step(number=1, attempt=shard.attempt, cursor=user, checked=1), "bigint")

@@ -118,7 +118,7 @@ def test_a_run_tells_of_a_slow_user(host: Host) -> None:
 def test_when_many_take_too_long_the_run_ends_instead_of_waiting_for_each(
     host: Host, slow: Slow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_worker, "MOST_SLOW", 2)
+    monkeypatch.setattr(shard_worker, "MAX_SLOW", 2)
     users = missed(host, 6)
     ended = slow(users)
     with pytest.raises(ServiceUnavailableError, match="statement timeout"):

@@ -106,6 +106,14 @@ def test_a_malformed_value_is_refused_by_the_settings_name(
     assert name.split("__")[0].lower() in refusal().lower()
 
 
+def test_a_model_provider_that_is_set_to_nothing_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_settings().model_provider is None
+    monkeypatch.setenv("TRUEUP_MODEL_PROVIDER", "")
+    assert read_settings().model_provider is None
+    monkeypatch.setenv("TRUEUP_MODEL_PROVIDER", "opneai")
+    assert "'offline' or 'openai'" in refusal()
+
+
 @pytest.mark.parametrize(("name", "value"), [("TASK_TIME_LIMIT_SECONDS", "1200"), ("HOLD_TTL_SECONDS", "600")])
 def test_a_task_may_not_outlive_its_hold(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(f"TRUEUP_{name}", value)

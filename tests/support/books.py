@@ -1,7 +1,8 @@
 """Are the books true? Checks of the invariants, for any test to call at any commit."""
 
 from tests.support.host import Host
-from trueup.host.mapping import HostMapping, render_statement
+from trueup.host.mapping import HostMapping
+from trueup.host.sql import render_statement
 
 # One statement, one snapshot. A balance that says itself that it is stale (an older epoch) is not held to its figures.
 _UNTRUE_BALANCES = """
@@ -11,9 +12,9 @@ _UNTRUE_BALANCES = """
         SELECT coalesce(sum(tokens), 0) AS tokens FROM trueup.usage_delta
         WHERE user_id = b.user_id AND used_at >= b.window_start) d
     CROSS JOIN LATERAL (
-        SELECT coalesce(sum({{usage_log.total_tokens}}), 0) AS tokens FROM {{usage_log}}
-        WHERE {{usage_log.user_id}} = b.user_id AND {{usage_log.success}}
-          AND {{usage_log.created_at}} >= b.window_start) l
+        SELECT coalesce(sum({{ usage_log.total_tokens }}), 0) AS tokens FROM {{ usage_log }}
+        WHERE {{ usage_log.user_id }} = b.user_id AND {{ usage_log.success() }}
+          AND {{ usage_log.created_at }} >= b.window_start) l
     WHERE b.log_epoch = trueup.log_epoch() AND b.consumed + d.tokens <> l.tokens
 """
 
@@ -21,9 +22,9 @@ _UNTRUE_READS = """
     SELECT a.user_id, a.consumed, l.tokens AS logged
     FROM trueup.accounts(clock_timestamp()) a
     CROSS JOIN LATERAL (
-        SELECT coalesce(sum({{usage_log.total_tokens}}), 0) AS tokens FROM {{usage_log}}
-        WHERE {{usage_log.user_id}} = a.user_id AND {{usage_log.success}}
-          AND {{usage_log.created_at}} >= a.window_start) l
+        SELECT coalesce(sum({{ usage_log.total_tokens }}), 0) AS tokens FROM {{ usage_log }}
+        WHERE {{ usage_log.user_id }} = a.user_id AND {{ usage_log.success() }}
+          AND {{ usage_log.created_at }} >= a.window_start) l
     WHERE a.consumed <> l.tokens
 """
 

@@ -7,7 +7,7 @@ from sqlalchemy.pool import NullPool
 
 from tests.support.host import START, Host
 from trueup.accounts.account import read_account
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.host.mapping import HostMapping
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import install

@@ -6,7 +6,7 @@ from typing import Any
 from trueup.errors import HoldExhaustedError
 from trueup.features.instagram.effects import Outcome
 from trueup.llm.model import Completion, Message
-from trueup.llm.providers.offline import OfflineProvider
+from trueup.llm.offline.offline import OfflineProvider
 
 
 def completion(text: str, *, truncated: bool = False) -> Completion:

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -13,6 +13,15 @@ import psutil
 from celery import Celery
 
 from tests.support.waiting import DEADLINE_SECONDS, wait_for
+
+
+def own_application() -> Celery:
+    """Return trueup's application with its tasks, as its worker has it: the one that `shared_task`s belong to."""
+    from trueup.worker.celery import app
+
+    app.set_current()
+    app.loader.import_default_modules()
+    return app
 
 
 class WorkerProcess:
@@ -73,9 +82,26 @@ def running_worker(
     command = [str(celery), "-A", "trueup.worker", "worker", "-Q", ",".join(queues), "-c", str(concurrency)]
     if include:
         command += ["-I", ",".join(include)]
-    command += more
+    with running_command([*command, *more], log) as worker:
+        yield worker
+
+
+@contextmanager
+def running_command(
+    command: Sequence[str | Path],
+    log: Path,
+    *,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[WorkerProcess]:
+    """Run a command that is a worker until the block ends; ready when given.
+
+    `folder`, `environment`: None means this process's.
+    """
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
     worker = WorkerProcess(process, log)
     try:
         wait_for(

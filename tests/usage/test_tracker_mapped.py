@@ -16,7 +16,8 @@ from tests.support.books import assert_true
 from tests.support.host import Host
 from trueup.billing.decorators import ai_tokens
 from trueup.billing.utils import get_accurate_tokens_remaining
-from trueup.host.mapping import HostMapping, UsageLogTable, render_statement
+from trueup.host.mapping import HostMapping, UsageLogTable
+from trueup.host.sql import render_statement
 from trueup.install.install import install
 from trueup.settings.settings import get_settings
 from trueup.usage.log import track_ai_usage
@@ -39,7 +40,7 @@ def test_usage_is_recorded_once_under_the_hosts_names(mapped_host: Host, mapping
     assert get_accurate_tokens_remaining(user) == (10_000, 302, 9_698)
     assert get_accurate_tokens_remaining(users[1]) == (10_000, 0, 10_000)
     counters = render_statement(
-        "SELECT {{subscription.tokens_remaining}} FROM {{subscription}} ORDER BY {{subscription.id}}", mapping
+        "SELECT {{ subscription.tokens_remaining }} FROM {{ subscription }} ORDER BY {{ subscription.id }}", mapping
     )
     assert list(mapped_host.connection.execute(counters).scalars()) == [9_698, 10_000]
     assert_true(mapped_host, mapping)

@@ -17,7 +17,7 @@ from tests.support.model_tasks import spend
 from tests.support.pgbouncer import VARIABLE, find_pgbouncer, running_pgbouncer
 from tests.support.waiting import DEADLINE_SECONDS
 from tests.support.work import charge_tokens, hold_tokens
-from tests.support.worker import running_worker
+from tests.support.worker import own_application, running_worker
 from tests.worker.conftest import TASKS
 from trueup.database.engine import connect, dispose_engine, transaction
 from trueup.errors import ServiceUnavailableError, TokensDenied
@@ -126,9 +126,7 @@ def test_attach_reconcile_report_and_detach(
 
 @pytest.fixture
 def app() -> Celery:
-    from trueup.worker.celery import app
-
-    app.loader.import_default_modules()
+    app = own_application()
     app.control.purge()
     return app
 

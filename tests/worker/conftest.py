@@ -9,7 +9,7 @@ from sqlalchemy.pool import NullPool
 
 from tests.conftest import cloned_database, settings_for
 from tests.support.host import Host
-from tests.support.worker import WorkerProcess, close_connections, running_worker
+from tests.support.worker import WorkerProcess, close_connections, own_application, running_worker
 from trueup.stack import StackUrls
 
 TASKS = "tests.support.model_tasks"
@@ -39,9 +39,7 @@ def shared_host(shared_database: str) -> Iterator[Host]:
 @pytest.fixture(scope="module")
 def app(shared_database: str) -> Iterator[Celery]:
     """The application, with the session's Redis as its broker and no messages in the queues."""
-    from trueup.worker.celery import app
-
-    app.loader.import_default_modules()
+    app = own_application()
     app.control.purge()
     yield app
     close_connections(app)

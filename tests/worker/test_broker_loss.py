@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import psutil
 import pytest
 from celery import Celery
 
@@ -14,6 +13,8 @@ from tests.support.waiting import DEADLINE_SECONDS, wait_for
 from tests.support.worker import close_connections, running_worker
 from trueup.settings.settings import Settings
 from trueup.stack import running_stack
+from trueup.stack.layout import Layout
+from trueup.stack.servers.redis import RedisServer
 from trueup.worker.config import celery_config
 
 AWAY_SECONDS = 4.0
@@ -41,15 +42,6 @@ def app(redis_home: Path) -> Iterator[Celery]:
     app.close()
 
 
-def redis_process(home: Path) -> psutil.Process:
-    [process] = [
-        process
-        for process in psutil.process_iter(["name", "cmdline"])
-        if "redis" in (process.info["name"] or "") and str(home) in " ".join(process.info["cmdline"] or [])
-    ]
-    return process
-
-
 def test_a_worker_outlives_a_redis_that_is_away_for_seconds(
     redis_home: Path, app: Celery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,7 +49,7 @@ def test_a_worker_outlives_a_redis_that_is_away_for_seconds(
         result = app.send_task("test.slow", args=(AWAY_SECONDS + 3,), queue="trueup-ai")
         wait_for(lambda: result.state == "STARTED", "the task has started")
         close_connections(app)  # Celery drops, unclosed, those that break
-        redis = redis_process(redis_home)
+        [redis] = RedisServer(Layout(home=redis_home)).processes()
         redis.send_signal(signal.SIGTERM)
         redis.wait(DEADLINE_SECONDS)
         # Not a wait for something to happen: how long Redis is away is what is tested.

@@ -19,7 +19,7 @@ from redis import Redis
 from tests.support.host import Host
 from tests.support.waiting import DEADLINE_SECONDS, wait_for
 from tests.support.worker import running_worker
-from trueup.errors import SettingsError
+from trueup.errors import MissingExtraError
 from trueup.settings.settings import Settings, get_settings
 from trueup.worker.config import beat_schedule, celery_config
 
@@ -68,8 +68,8 @@ def test_what_is_scheduled_asks_for_a_run_of_its_period() -> None:
 
 def test_redbeat_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(beat_scheduler="redbeat", broker_url="redis://localhost:6379/0")
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(SettingsError, match="pip install celery-redbeat"):
+    monkeypatch.setitem(sys.modules, "redbeat", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'trueup\[redbeat\]'; or unset the setting"):
         celery_config(settings)
 
 

@@ -1,8 +1,9 @@
+{% from "gate/store_balance.sql" import store_balance %}
 -- Giving and taking back tokens on top of plans. Each takes the user's balance first, as the gate does.
 
 -- Lock a user's account as trueup.lock_account does, and store what it found. Lasts until the transaction ends.
 CREATE OR REPLACE FUNCTION trueup.lock_and_store(
-    p_user {{user_id_type}}, INOUT at timestamptz,
+    p_user {{ user_id_type }}, INOUT at timestamptz,
     OUT subscribed boolean, OUT is_active boolean, OUT end_date timestamptz, OUT original bigint,
     OUT window_start timestamptz, OUT log_epoch bigint, OUT consumed bigint, OUT held bigint
 ) LANGUAGE plpgsql AS $$
@@ -12,15 +13,12 @@ BEGIN
     SELECT t.at, t.subscribed, t.is_active, t.end_date, t.original, t.window_start, t.log_epoch, t.consumed, t.held
     INTO at, subscribed, is_active, end_date, original, window_start, log_epoch, consumed, held
     FROM trueup.lock_account(p_user, at) t;
-    UPDATE trueup.balance b
-    SET window_start = lock_and_store.window_start, log_epoch = lock_and_store.log_epoch,
-        consumed = lock_and_store.consumed, held = lock_and_store.held
-    WHERE b.user_id = p_user;
+{{ store_balance("p_user", "lock_and_store") }}
 END $$;
 
 -- A user's grants: what they had left when this window began, what it has used of them until now, and what windows
 -- before it used.
-CREATE OR REPLACE FUNCTION trueup.list_grants(p_user {{user_id_type}}, p_at timestamptz) RETURNS TABLE (
+CREATE OR REPLACE FUNCTION trueup.list_grants(p_user {{ user_id_type }}, p_at timestamptz) RETURNS TABLE (
     id bigint, rest bigint, used bigint, used_before bigint, ends timestamptz
 ) LANGUAGE sql STABLE AS $$
     SELECT g.id, t.rest, coalesce(t.settled, u.tokens, 0), g.tokens - t.rest, t.ends
@@ -35,7 +33,7 @@ $$;
 -- before); other_figures or revoked (it has, and that grant is not this one); no_subscription; past (it would expire
 -- before it began).
 CREATE OR REPLACE FUNCTION trueup.grant_tokens(
-    p_user {{user_id_type}}, p_tokens bigint, p_reason text, p_reference text, p_expires_at timestamptz, p_by text,
+    p_user {{ user_id_type }}, p_tokens bigint, p_reason text, p_reference text, p_expires_at timestamptz, p_by text,
     at timestamptz, OUT outcome text, OUT grant_id bigint, OUT granted_at timestamptz
 ) LANGUAGE plpgsql AS $$
 #variable_conflict use_column
@@ -69,7 +67,7 @@ END $$;
 -- Take back what a grant has left; what it has paid for stays paid. `outcome`: revoked; already; ended (it has expired);
 -- unknown. `tokens`: what was taken back.
 CREATE OR REPLACE FUNCTION trueup.revoke_grant(
-    p_user {{user_id_type}}, p_grant bigint, p_reason text, p_by text, at timestamptz,
+    p_user {{ user_id_type }}, p_grant bigint, p_reason text, p_by text, at timestamptz,
     OUT outcome text, OUT tokens bigint
 ) LANGUAGE plpgsql AS $$
 #variable_conflict use_column

@@ -16,7 +16,7 @@ from trueup.accounts.validation import MAX_TOKENS
 from trueup.errors import InvalidInputError, TrueupError, UnknownUserError
 
 # An index row, which a reference is part of, holds no more than 2 700 bytes.
-MOST_CHARACTERS = 500
+MAX_CHARACTERS = 500
 
 
 class GrantRefusedError(TrueupError):
@@ -143,8 +143,8 @@ def check_text(field: str, value: str) -> str:
     """Return a text that people gave, without spaces around it. Raises `InvalidInputError` for an empty one."""
     if not value.strip() or "\x00" in value:
         raise InvalidInputError(f"{field}: {value!r} says nothing. Give a text, for the audit.")
-    if len(value) > MOST_CHARACTERS or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise InvalidInputError(f"{field}: give at most {MOST_CHARACTERS} characters of Unicode text.")
+    if len(value) > MAX_CHARACTERS or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise InvalidInputError(f"{field}: give at most {MAX_CHARACTERS} characters of Unicode text.")
     return value.strip()
 
 

@@ -1,3 +1,4 @@
+{% from "host/rows.sql" import is_counted %}
 -- Grants: tokens on top of a plan. What a grant adds to `original` in a window is what it had left when the window
 -- began, as long as it lives; once it has expired or was revoked, what it has paid for in this window, so that an end
 -- never takes away tokens that were used. What is left when a window ends goes on into the next one.
@@ -14,14 +15,13 @@
 -- ended (for all grants) or when a grant is found ended (for that one).
 
 -- Counted tokens of the log between each two neighbours of these times; `place` 1: between the first two.
-CREATE OR REPLACE FUNCTION trueup.usage_between(p_user {{user_id_type}}, p_times timestamptz[])
+CREATE OR REPLACE FUNCTION trueup.usage_between(p_user {{ user_id_type }}, p_times timestamptz[])
 RETURNS TABLE (place integer, tokens bigint) LANGUAGE sql STABLE AS $$
-    SELECT width_bucket(l.{{usage_log.created_at}}::timestamptz, usage_between.p_times),
-           coalesce(sum(l.{{usage_log.total_tokens}}), 0)::bigint
-    FROM {{usage_log}} l
-    WHERE l.{{usage_log.user_id}} = usage_between.p_user AND l.{{usage_log.success}}
-      AND l.{{usage_log.created_at}} >= (usage_between.p_times)[1]
-      AND l.{{usage_log.created_at}} < (usage_between.p_times)[cardinality(usage_between.p_times)]
+    SELECT width_bucket(l.{{ usage_log.created_at }}::timestamptz, usage_between.p_times),
+           coalesce(sum(l.{{ usage_log.total_tokens }}), 0)::bigint
+    FROM {{ usage_log }} l
+    WHERE {{ is_counted("l", "usage_between.p_user", "(usage_between.p_times)[1]") }}
+      AND l.{{ usage_log.created_at }} < (usage_between.p_times)[cardinality(usage_between.p_times)]
     GROUP BY 1
 $$;
 
@@ -31,17 +31,17 @@ CREATE OR REPLACE FUNCTION trueup.plan_size(p_token_plan text, p_full_plan text)
 LANGUAGE sql STABLE AS $$
     SELECT greatest(coalesce(
         CASE WHEN plan_size.p_token_plan LIKE 'tokens:%' THEN substr(plan_size.p_token_plan, 8)::bigint END,
-        (SELECT t.{{token_plan.tokens_included}} FROM {{token_plan}} t
-         WHERE t.{{token_plan.id}}::text = plan_size.p_token_plan),
-        (SELECT t.{{full_plan.tokens_included}} FROM {{full_plan}} t
-         WHERE t.{{full_plan.id}}::text = plan_size.p_full_plan), 0), 0)::bigint
+        (SELECT t.{{ token_plan.tokens_included }} FROM {{ token_plan }} t
+         WHERE t.{{ token_plan.id }}::text = plan_size.p_token_plan),
+        (SELECT t.{{ full_plan.tokens_included }} FROM {{ full_plan }} t
+         WHERE t.{{ full_plan.id }}::text = plan_size.p_full_plan), 0), 0)::bigint
 $$;
 
 -- A user's windows, the first one first; the last is p_window, of p_plan if trueup.window_change does not know it yet.
 -- `until`: when the next began, NULL for the last. `settled`: what it used of grants is written down. `written_until`:
 -- to which end that was written; NULL: to each grant's own. `since`, `plans`: the plans' tokens, and from when on.
 -- A window that moved back makes those after it void, as if they had never been.
-CREATE OR REPLACE FUNCTION trueup.windows(p_user {{user_id_type}}, p_window timestamptz, p_plan bigint)
+CREATE OR REPLACE FUNCTION trueup.windows(p_user {{ user_id_type }}, p_window timestamptz, p_plan bigint)
 RETURNS TABLE (
     window_start timestamptz, until timestamptz, settled boolean, written_until timestamptz,
     since timestamptz[], plans bigint[]
@@ -74,7 +74,7 @@ $$;
 -- begin or end of a grant, or change of the plan, to the next, and lets the grants that live in between pay for what
 -- was logged then.
 CREATE OR REPLACE FUNCTION trueup.used_in_window(
-    p_user {{user_id_type}}, p_window timestamptz, p_until timestamptz, p_since timestamptz[], p_plans bigint[],
+    p_user {{ user_id_type }}, p_window timestamptz, p_until timestamptz, p_since timestamptz[], p_plans bigint[],
     p_ids bigint[], p_rest bigint[]
 ) RETURNS bigint[] LANGUAGE plpgsql STABLE AS $$
 DECLARE
@@ -167,7 +167,7 @@ END $$;
 
 -- What is written down of a window's use of grants that have ended in it, and holds whether or not the window has ended.
 -- p_until: to which end all of it was written, NULL: to each grant's own. Beyond that, an end was not in sight.
-CREATE OR REPLACE FUNCTION trueup.written_use(p_user {{user_id_type}}, p_window timestamptz, p_until timestamptz)
+CREATE OR REPLACE FUNCTION trueup.written_use(p_user {{ user_id_type }}, p_window timestamptz, p_until timestamptz)
 RETURNS TABLE (grant_id bigint, tokens bigint) LANGUAGE sql STABLE AS $$
     SELECT u.grant_id, u.tokens FROM trueup.grant_use u
     JOIN trueup.token_grant g ON g.user_id = u.user_id AND g.id = u.grant_id
@@ -176,7 +176,7 @@ RETURNS TABLE (grant_id bigint, tokens bigint) LANGUAGE sql STABLE AS $$
 $$;
 
 -- What windows that have ended used of each grant, as far as it is not written down yet.
-CREATE OR REPLACE FUNCTION trueup.unsettled_uses(p_user {{user_id_type}}, p_window timestamptz, p_plan bigint)
+CREATE OR REPLACE FUNCTION trueup.unsettled_uses(p_user {{ user_id_type }}, p_window timestamptz, p_plan bigint)
 RETURNS TABLE (window_start timestamptz, until timestamptz, grant_id bigint, tokens bigint)
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
@@ -213,7 +213,7 @@ END $$;
 
 -- A user's grants as a window, the newest one, finds them. `rest`: what they had left when it began. `settled`: what
 -- this window has used of one that ended in it, once that is written down.
-CREATE OR REPLACE FUNCTION trueup.grants_at(p_user {{user_id_type}}, p_window timestamptz, p_plan bigint)
+CREATE OR REPLACE FUNCTION trueup.grants_at(p_user {{ user_id_type }}, p_window timestamptz, p_plan bigint)
 RETURNS TABLE (
     id bigint, begins timestamptz, ends timestamptz, expires_at timestamptz, rest bigint, settled bigint
 ) LANGUAGE sql STABLE AS $$
@@ -240,7 +240,7 @@ $$;
 
 -- What the newest window has used of each grant until that time (NULL: nothing is asked, nothing is returned).
 CREATE OR REPLACE FUNCTION trueup.grant_uses(
-    p_user {{user_id_type}}, p_window timestamptz, p_until timestamptz, p_plan bigint
+    p_user {{ user_id_type }}, p_window timestamptz, p_until timestamptz, p_plan bigint
 ) RETURNS TABLE (grant_id bigint, tokens bigint) LANGUAGE sql STABLE AS $$
     SELECT u.id, u.used
     FROM (SELECT array_agg(g.id) AS ids, array_agg(coalesce(g.settled, g.rest)) AS rest
@@ -254,7 +254,7 @@ $$;
 -- What a user's grants add to the plan in that window at that time. The log is read only for a grant that has ended in
 -- this window, or for windows that have ended, until the next gate or reconcile writes their use down.
 CREATE OR REPLACE FUNCTION trueup.granted(
-    p_user {{user_id_type}}, p_window timestamptz, p_plan bigint, p_at timestamptz
+    p_user {{ user_id_type }}, p_window timestamptz, p_plan bigint, p_at timestamptz
 ) RETURNS numeric LANGUAGE plpgsql STABLE AS $$
 DECLARE
     v_tokens numeric;

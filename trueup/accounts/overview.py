@@ -11,11 +11,12 @@ from sqlalchemy import Connection, TextClause
 from trueup.accounts.account import ACCOUNT_COLUMNS, CLOCK, Account, account_of
 from trueup.accounts.subscriptions import several_subscriptions
 from trueup.accounts.user_ids import UserId
-from trueup.host.mapping import HostMapping, render_statement
+from trueup.host.mapping import HostMapping
+from trueup.host.sql import render_statement
 
 PlanKind = Literal["token", "full"]
 SECONDS_A_DAY = 86_400
-MOST_PLANS = 500
+MAX_PLANS = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,33 +85,35 @@ def percent(part: float, whole: float) -> float:
 
 # One statement is one snapshot: the figures of a view can't contradict each other while tokens are spent.
 # An unknown user, and one without a subscription, still have their row.
-_READ = f"""
-    WITH {CLOCK}, own AS (
-        SELECT s.{{{{subscription.token_plan_id}}}} AS token_plan, s.{{{{subscription.full_plan_id}}}} AS full_plan
-        FROM {{{{subscription}}}} s WHERE s.{{{{subscription.user_id}}}} = :user_id
+_READ = """
+    WITH {{ clock }}, own AS (
+        SELECT {{ subscription.token_plan_id("s") }} AS token_plan, {{ subscription.full_plan_id("s") }} AS full_plan
+        FROM {{ subscription }} s WHERE s.{{ subscription.user_id }} = :user_id
         LIMIT 1  -- of several each has its row below, and that is refused
     ), plan AS (
-        SELECT 'token' AS kind, to_jsonb(p.{{{{token_plan.id}}}}) AS id, p.{{{{token_plan.name}}}} AS name,
-               p.{{{{token_plan.tokens_included}}}} AS tokens_included, NULL::integer AS duration_days,
-               p.{{{{token_plan.is_active}}}} AS is_active,
-               p.{{{{token_plan.id}}}} IS NOT DISTINCT FROM (SELECT token_plan FROM own) AS is_own
-        FROM {{{{token_plan}}}} p
-        WHERE p.{{{{token_plan.id}}}} = (SELECT token_plan FROM own) OR (WITH_PLANS AND p.{{{{token_plan.is_active}}}})
+        SELECT 'token' AS kind, to_jsonb(p.{{ token_plan.id }}) AS id, {{ token_plan.name("p") }} AS name,
+               p.{{ token_plan.tokens_included }} AS tokens_included, NULL::integer AS duration_days,
+               {{ token_plan.is_active("p") }} AS is_active,
+               p.{{ token_plan.id }} IS NOT DISTINCT FROM (SELECT token_plan FROM own) AS is_own
+        FROM {{ token_plan }} p
+        WHERE p.{{ token_plan.id }} = (SELECT token_plan FROM own)
+           OR ({{ with_plans }} AND {{ token_plan.is_active("p") }})
         UNION ALL
-        SELECT 'full', to_jsonb(p.{{{{full_plan.id}}}}), p.{{{{full_plan.name}}}}, p.{{{{full_plan.tokens_included}}}},
-               p.{{{{full_plan.duration_days}}}}, p.{{{{full_plan.is_active}}}},
-               p.{{{{full_plan.id}}}} IS NOT DISTINCT FROM (SELECT full_plan FROM own)
-        FROM {{{{full_plan}}}} p
-        WHERE p.{{{{full_plan.id}}}} = (SELECT full_plan FROM own) OR (WITH_PLANS AND p.{{{{full_plan.is_active}}}})
+        SELECT 'full', to_jsonb(p.{{ full_plan.id }}), {{ full_plan.name("p") }}, p.{{ full_plan.tokens_included }},
+               {{ full_plan.duration_days("p") }}, {{ full_plan.is_active("p") }},
+               p.{{ full_plan.id }} IS NOT DISTINCT FROM (SELECT full_plan FROM own)
+        FROM {{ full_plan }} p
+        WHERE p.{{ full_plan.id }} = (SELECT full_plan FROM own)
+           OR ({{ with_plans }} AND {{ full_plan.is_active("p") }})
     ), listed AS (
         -- The user's own first, of these the token plan, whose tokens count before the full plan's.
         SELECT row_number() OVER (ORDER BY is_own DESC, kind DESC, tokens_included, id) AS place, plan.* FROM plan
         ORDER BY place LIMIT :most
     )
-    SELECT {ACCOUNT_COLUMNS}, u.{{{{user.id}}}} IS NOT NULL AS known, u.{{{{user.username}}}} AS username,
-           u.{{{{user.email}}}} AS email, (SELECT jsonb_agg(to_jsonb(l) ORDER BY l.place) FROM listed l) AS plans
+    SELECT {{ account_columns }}, u.{{ user.id }} IS NOT NULL AS known, {{ user.username("u") }} AS username,
+           {{ user.email("u") }} AS email, (SELECT jsonb_agg(to_jsonb(l) ORDER BY l.place) FROM listed l) AS plans
     FROM clock
-    LEFT JOIN {{{{user}}}} u ON u.{{{{user.id}}}} = :user_id
+    LEFT JOIN {{ user }} u ON u.{{ user.id }} = :user_id
     LEFT JOIN LATERAL (SELECT * FROM trueup.accounts(clock.at) t WHERE t.user_id = :user_id) a ON true
 """
 
@@ -123,10 +126,10 @@ def read_summary(
     with_plans: bool = False,
     now: datetime | None = None,
 ) -> Summary:
-    """Return what the user is shown. `with_plans`: and what is sold, `MOST_PLANS` at most. `now`: None means the
+    """Return what the user is shown. `with_plans`: and what is sold, `MAX_PLANS` at most. `now`: None means the
     database's clock.
     """
-    values = {"user_id": user_id, "most": MOST_PLANS, "at": now}
+    values = {"user_id": user_id, "most": MAX_PLANS, "at": now}
     rows = connection.execute(_statement(mapping, with_plans), values).all()
     if len(rows) > 1:
         raise several_subscriptions(user_id)
@@ -144,7 +147,7 @@ def read_summary(
 
 @lru_cache(maxsize=8)
 def _statement(mapping: HostMapping, with_plans: bool) -> TextClause:
-    return render_statement(_READ.replace("WITH_PLANS", str(with_plans)), mapping)
+    return render_statement(_READ, mapping, clock=CLOCK, account_columns=ACCOUNT_COLUMNS, with_plans=with_plans)
 
 
 def _plan(row: Mapping[str, Any]) -> Plan:

@@ -6,7 +6,8 @@ from sqlalchemy import Connection, text
 
 from trueup.accounts.user_ids import UserId
 from trueup.errors import NotInstalledError
-from trueup.host.mapping import HostMapping, quote_table, render_statement
+from trueup.host.mapping import HostMapping, quote_table
+from trueup.host.sql import render_statement
 from trueup.settings.settings import get_settings
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ _UNIQUE = text(
 )
 
 _SHARED = """
-    SELECT s.{{subscription.user_id}} FROM {{subscription}} s
-    WHERE s.{{subscription.user_id}} IS NOT NULL
+    SELECT s.{{ subscription.user_id }} FROM {{ subscription }} s
+    WHERE s.{{ subscription.user_id }} IS NOT NULL
     GROUP BY 1 HAVING count(*) > 1 ORDER BY 1 LIMIT :limit
 """

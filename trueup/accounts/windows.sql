@@ -1,5 +1,19 @@
+{% from "host/rows.sql" import window_start %}
 -- Windows: which ones users with grants have had, and by which plans. The host's writes tell of each, in their own
 -- transaction, so that none goes by unseen.
+
+{# Append the window of the subscription row `s`, if its user has grants. #}
+{% macro note_window(s) %}
+    INSERT INTO trueup.window_change (user_id, window_start, token_plan_id, full_plan_id, changed_at)
+    SELECT {{ s }}.{{ subscription.user_id }}, {{ window_start(s) }},
+           {% if subscription.tokens_included %}
+           'tokens:' || greatest(coalesce({{ subscription.tokens_included(s) }}, 0), 0), NULL,
+           {% else %}
+           {{ subscription.token_plan_id(s) }}, {{ subscription.full_plan_id(s) }},
+           {% endif %}
+           clock_timestamp()
+    WHERE EXISTS (SELECT FROM trueup.token_grant g WHERE g.user_id = {{ s }}.{{ subscription.user_id }});
+{% endmacro %}
 
 -- The trigger only appends: it waits for nobody. It fails nobody either: what can't be told, the next look finds, though
 -- not what came and went before it. What has changed is compared here and not in the trigger's own condition, for that
@@ -9,20 +23,20 @@ CREATE OR REPLACE FUNCTION trueup.append_window() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
 BEGIN
     IF TG_OP = 'UPDATE' THEN
-        IF OLD.{{subscription.start_date}} IS NOT DISTINCT FROM NEW.{{subscription.start_date}}
-           {{if subscription.tokens_included}}
-           AND OLD.{{subscription.tokens_included}} IS NOT DISTINCT FROM NEW.{{subscription.tokens_included}}
-           {{else}}
-           AND OLD.{{subscription.token_plan_id}} IS NOT DISTINCT FROM NEW.{{subscription.token_plan_id}}
-           AND OLD.{{subscription.full_plan_id}} IS NOT DISTINCT FROM NEW.{{subscription.full_plan_id}}
-           {{end}}
-           AND OLD.{{subscription.user_id}} IS NOT DISTINCT FROM NEW.{{subscription.user_id}} THEN
+        IF OLD.{{ subscription.start_date }} IS NOT DISTINCT FROM NEW.{{ subscription.start_date }}
+           {% if subscription.tokens_included %}
+           AND {{ subscription.tokens_included("OLD") }} IS NOT DISTINCT FROM {{ subscription.tokens_included("NEW") }}
+           {% else %}
+           AND {{ subscription.token_plan_id("OLD") }} IS NOT DISTINCT FROM {{ subscription.token_plan_id("NEW") }}
+           AND {{ subscription.full_plan_id("OLD") }} IS NOT DISTINCT FROM {{ subscription.full_plan_id("NEW") }}
+           {% endif %}
+           AND OLD.{{ subscription.user_id }} IS NOT DISTINCT FROM NEW.{{ subscription.user_id }} THEN
             RETURN NULL;
         END IF;
         -- The old one too: it may be the first that anybody tells of.
-        {{include window_told OLD}}
+{{ note_window("OLD") }}
     END IF;
-    {{include window_told NEW}}
+{{ note_window("NEW") }}
     RETURN NULL;
 EXCEPTION WHEN OTHERS THEN
     RETURN NULL;
@@ -30,7 +44,7 @@ END $$;
 
 -- Write down what windows that have ended have used, and what grants that ended in the newest one have paid for. For
 -- whoever has locked the user's balance; idempotent.
-CREATE OR REPLACE FUNCTION trueup.settle_grants(p_user {{user_id_type}}, p_at timestamptz) RETURNS void
+CREATE OR REPLACE FUNCTION trueup.settle_grants(p_user {{ user_id_type }}, p_at timestamptz) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     e record;
@@ -73,7 +87,7 @@ END $$;
 
 -- Forget windows that the host took back, and what was written of them or beyond them; write down the use of those that
 -- have ended.
-CREATE OR REPLACE FUNCTION trueup.settle_windows(p_user {{user_id_type}}, p_window timestamptz, p_plan bigint)
+CREATE OR REPLACE FUNCTION trueup.settle_windows(p_user {{ user_id_type }}, p_window timestamptz, p_plan bigint)
 RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     w record;

@@ -12,8 +12,7 @@ from sqlalchemy import Connection
 
 from trueup.accounts.user_ids import UserId, user_id_of
 from trueup.accounts.validation import check_estimate
-from trueup.database.engine import once, retrying
-from trueup.database.retry import insist
+from trueup.database.retry import once, retry_until_recorded, retrying
 from trueup.database.threads import in_thread
 from trueup.errors import HoldBusyError, InvalidInputError, NoHoldError, TokensDenied, TrueupError
 from trueup.gate.decision import denial_payload, denied_unknown_user
@@ -103,7 +102,7 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
         more = check_metadata(metadata)
         call_key = str(next(self._calls)) if key is None else _call_key(check_key(key))
         named = {"task_id": hold.task_id, "feature": hold.feature_name, "call": call_key}
-        charge = insist(
+        charge = retry_until_recorded(
             lambda connection: record_charge(connection, hold, call_key=call_key, usage=usage, metadata=more | named),
             f"user {hold.user_id}, {hold.task_id}, call {call_key}, {total} tokens",
         )

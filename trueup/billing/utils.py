@@ -5,7 +5,7 @@ from typing import Any
 from trueup.accounts.account import read_account
 from trueup.accounts.user_ids import user_id_of
 from trueup.accounts.validation import check_estimate
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.gate.decision import Access, check_access, denied_unknown_user
 
 

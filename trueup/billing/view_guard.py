@@ -8,7 +8,7 @@ from typing import Any
 from trueup.accounts.user_ids import user_id_of
 from trueup.accounts.validation import check_estimate
 from trueup.billing.utils import check_ai_access_for_user
-from trueup.database.engine import retrying
+from trueup.database.retry import retrying
 from trueup.errors import HoldBusyError, NotInstalledError, ServiceUnavailableError, TokensDenied, TrueupError
 from trueup.gate.decision import Access, check_gate, denial_payload, denied_unknown_user
 from trueup.usage.validation import check_name

@@ -3,15 +3,17 @@
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
+from psycopg import errors
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from trueup.database.driver_errors import LOG_CHANGED, UNWATCHED, is_replaced, is_transient, sqlstate_of
+from trueup.database.layout import refuse_old_layout
 from trueup.database.session import limit_session, read_as_utc
 from trueup.errors import (
     LogChangedError,
@@ -20,47 +22,22 @@ from trueup.errors import (
     ServiceUnavailableError,
     TrueupError,
 )
-from trueup.host.schema_changes import (
-    LOG_CHANGED,
-    ROW_SECURITY_REMEDY,
-    UNWATCHED,
-    changed_type,
-    explain,
-    not_ready,
-    unwatched,
-)
+from trueup.host.schema_changes import ROW_SECURITY_REMEDY, changed_type, explain, not_ready, unwatched
 from trueup.settings.settings import Settings, database_url, get_settings
 
 logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 _engine: Engine | None = None
 _engine_pid: int | None = None
 # Two threads that come first at once must not make two: one of them would never be closed.
 _engine_lock = threading.Lock()
 
-# SQLSTATE classes of a server that can't do the work now, though the same statement may succeed later: connection,
-# transaction rollback (deadlock, serialization), resources, operator intervention, lock not available, a standby that
-# takes no writes (until the failover is over), a session ended because it was idle in a transaction.
-_TRANSIENT = ("08", "40", "53", "57", "55P03", "25006", "25P03")
-# Undefined table, schema, function or column: trueup's objects, or the host's under the names of the mapping.
-_UNDEFINED = ("42P01", "3F000", "42883", "42703")
+# trueup's objects, or the host's under the names of the mapping.
+_UNDEFINED = (errors.UndefinedTable, errors.InvalidSchemaName, errors.UndefinedFunction, errors.UndefinedColumn)
 # A column of another type: no such cast, datatype mismatch, an object of another kind.
-_CHANGED_TYPES = ("42846", "42804", "42809")
+_CHANGED_TYPES = (errors.CannotCoerce, errors.DatatypeMismatch, errors.WrongObjectType)
 _NO_OPERATOR = "operator does not exist"
-# A value that a type does not have, met by a function of trueup's: a label that was renamed, which the mapping names.
-_NO_SUCH_VALUE = "22P02"
-_FORBIDDEN = "42501"
 _ROW_SECURITY = "query would be affected by row-level security"
-# A function that was replaced between its lookup and its call, or a statement prepared for what it returned before. The
-# same statement succeeds on a connection that has not prepared it.
-_REPLACED = (
-    "cache lookup failed for ",
-    "tuple concurrently ",
-    "cached plan must not change result type",
-    "could not open relation with OID",
-)
 
 
 def create_trueup_engine(settings: Settings) -> Engine:
@@ -92,6 +69,7 @@ def create_trueup_engine(settings: Settings) -> Engine:
     # First of all: what SQLAlchemy asks of a new connection is limited too.
     event.listen(engine, "connect", lambda connection, _: limit_session(connection, limits), insert=True)
     event.listen(engine, "connect", lambda connection, _: read_as_utc(connection))
+    event.listen(engine, "connect", lambda connection, _: refuse_old_layout(connection))
     return engine
 
 
@@ -143,36 +121,6 @@ def transaction() -> Iterator[Connection]:
         yield connection
 
 
-def once(operation: Callable[[Connection], Result]) -> Result:
-    """Run an operation on a connection of `connect()`; again only if the gate refused it before it did anything.
-
-    So it does when partitions of the usage log have come or gone, or its values may be others: that is noted by then.
-    """
-    try:
-        with connect() as connection:
-            return operation(connection)
-    except LogChangedError:
-        pass
-    with connect() as connection:
-        return operation(connection)
-
-
-def retrying(operation: Callable[[Connection], Result]) -> Result:
-    """Run an idempotent operation as `once()` does, and again if its connection was of no use.
-
-    A server that was restarted leaves dead connections in the pool; finding out costs one failure, and SQLAlchemy
-    then drops them all. An upgrade replaces functions that a connection has prepared calls of.
-    Only for what may safely run twice: a read, or a write that is idempotent by key.
-    """
-    try:
-        return once(operation)
-    except ServiceUnavailableError as error:
-        cause = error.__cause__
-        if not (isinstance(cause, DBAPIError) and (cause.connection_invalidated or _is_replaced(cause))):
-            raise
-    return once(operation)
-
-
 @contextmanager
 def translated_errors() -> Iterator[None]:
     """Turn the driver's errors in this block into `ServiceUnavailableError` or `NotInstalledError`."""
@@ -194,47 +142,42 @@ def _forgetting(connection: Connection) -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        if _is_replaced(error):
+        if is_replaced(error):
             connection.invalidate()
         raise
 
 
-def _is_replaced(error: DBAPIError) -> bool:
-    return getattr(error.orig, "sqlstate", None) in ("XX000", "0A000") and any(
-        known in str(error.orig) for known in _REPLACED
-    )
-
-
-def _is_unknown_label(error: DBAPIError) -> bool:
-    diagnosis = getattr(error.orig, "diag", None)
-    inside = "function" in str(getattr(diagnosis, "context", None) or "")
-    return inside and getattr(error.orig, "sqlstate", None) == _NO_SUCH_VALUE
+def _is_changed_type(error: DBAPIError, cause: str) -> bool:
+    if isinstance(error.orig, errors.InvalidTextRepresentation):
+        # A value that a type does not have, met by a function of trueup's: a renamed label, which the mapping names.
+        return "function" in str(error.orig.diag.context)
+    no_operator = isinstance(error.orig, errors.UndefinedFunction) and cause.startswith(_NO_OPERATOR)
+    return no_operator or isinstance(error.orig, _CHANGED_TYPES)
 
 
 def _translate(error: DBAPIError) -> TrueupError | None:
-    state = getattr(error.orig, "sqlstate", None)
-    cause = str(error.orig).strip().partition("\n")[0]
-    if _is_unknown_label(error) or (state == "42883" and cause.startswith(_NO_OPERATOR)):
-        state = _CHANGED_TYPES[0]
-    if state is None and type(error.orig).__name__ == "OperationalError":
-        return ServiceUnavailableError("PostgreSQL", describe_database(), cause)
-    if _is_replaced(error) or (state is not None and state.startswith(_TRANSIENT)):
-        return ServiceUnavailableError("PostgreSQL", describe_database(), cause)
-    if state in (*_UNDEFINED, *_CHANGED_TYPES, UNWATCHED):
-        return _explained(cause, undefined=state in _UNDEFINED) or _unexplained(state)(describe_database(), cause)
-    if state == LOG_CHANGED:
+    where, cause = describe_database(), str(error.orig).strip().partition("\n")[0]
+    if is_transient(error):
+        return ServiceUnavailableError("PostgreSQL", where, cause)
+    if _is_changed_type(error, cause):
+        return _explained(cause, undefined=False) or changed_type(where, cause)
+    if isinstance(error.orig, _UNDEFINED):
+        return _explained(cause, undefined=True) or not_ready(where, cause)
+    if sqlstate_of(error) == UNWATCHED:
+        return _explained(cause, undefined=False) or unwatched(where, cause)
+    if sqlstate_of(error) == LOG_CHANGED:
         return _noted(cause)
-    if state == _FORBIDDEN and cause.startswith(_ROW_SECURITY):
+    if not isinstance(error.orig, errors.InsufficientPrivilege):
+        return None
+    if cause.startswith(_ROW_SECURITY):
         return MissingRightError(
-            f"The database at {describe_database()} would hide rows: {cause}. Nothing was run: sums would be too low. "
+            f"The database at {where} would hide rows: {cause}. Nothing was run: sums would be too low. "
             f"{ROW_SECURITY_REMEDY}"
         )
-    if state == _FORBIDDEN:
-        return MissingRightError(
-            f"The database at {describe_database()} refused: {cause}. Grant it to trueup's role, and do this again: "
-            "`trueup db grants` prints the statements, which the tables' owner runs."
-        )
-    return None
+    return MissingRightError(
+        f"The database at {where} refused: {cause}. Grant it to trueup's role, and do this again: "
+        "`trueup db grants` prints the statements, which the tables' owner runs."
+    )
 
 
 def _explained(cause: str, *, undefined: bool) -> NotInstalledError | None:
@@ -255,17 +198,6 @@ def _noted(cause: str) -> TrueupError:
         return error
     logger.warning("%s: that counts from now on; balances may be built anew from it", cause)
     return LogChangedError(f"Nothing was run: {cause}. That is noted now: do this again.")
-
-
-def _unexplained(state: str | None) -> Callable[[str, str], NotInstalledError]:
-    if state == UNWATCHED:
-        return unwatched
-    return changed_type if state in _CHANGED_TYPES else not_ready
-
-
-def reason_of(error: BaseException) -> str:
-    """Return an error in one line that may leave this machine: no SQL, no parameters, no row of the host's."""
-    return (str(error.orig) if isinstance(error, DBAPIError) else str(error)).strip().partition("\n")[0][:500]
 
 
 def describe_database() -> str:

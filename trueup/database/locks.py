@@ -1,13 +1,13 @@
 """Steps that lock what a running host uses: each in a transaction of its own, and never in the host's way for long."""
 
-import random
-import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from psycopg.errors import DeadlockDetected, LockNotAvailable
 from sqlalchemy import Connection, text
 
 from trueup.database.engine import connect, transaction
+from trueup.database.retry import growing_pauses, retry
 from trueup.errors import ServiceUnavailableError, TrueupError
 
 Result = TypeVar("Result")
@@ -19,9 +19,7 @@ INSTALL_LOCK = 0x747275657570
 LOCK_TIMEOUT_MILLISECONDS = 50
 STATEMENT_TIMEOUT_SECONDS = 300
 PATIENCE_SECONDS = 60.0
-_LONGEST_PAUSE_SECONDS = 1.0
-# Lock not available; and a deadlock, should the server look for one within the time that we wait.
-_LOCKED = ("55P03", "40P01")
+_MAX_PAUSE_SECONDS = 1.0
 
 
 class HostBusyError(TrueupError):
@@ -36,25 +34,29 @@ def take_step(
     Each attempt waits at most `LOCK_TIMEOUT_MILLISECONDS` for each lock. Installers take turns, step by step. `tables`:
     those of the host that it locks, as SQL names them. Raises `HostBusyError` when the patience is at its end.
     """
-    deadline = time.monotonic() + patience_seconds
-    pause = LOCK_TIMEOUT_MILLISECONDS / 1000
-    while True:
-        try:
-            with transaction() as connection:
-                connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_MILLISECONDS}ms'"))
-                connection.execute(text(f"SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s'"))
-                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": INSTALL_LOCK})
-                # Waiting for that one, a session does not hear which functions were replaced: a table's lock tells.
-                connection.execute(text("LOCK TABLE pg_catalog.pg_proc IN ACCESS SHARE MODE"))
-                return step(connection)
-        except ServiceUnavailableError as error:
-            if getattr(getattr(error.__cause__, "orig", None), "sqlstate", None) not in _LOCKED:
-                raise
-            if time.monotonic() + pause > deadline:
-                raise HostBusyError(_busy(tables, patience_seconds)) from error
-        # Between the attempts the host's writers go on; a random pause, so that two of us don't meet again and again.
-        time.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - no secret
-        pause = min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
+
+    def take() -> Result:
+        with transaction() as connection:
+            connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_MILLISECONDS}ms'"))
+            connection.execute(text(f"SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s'"))
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": INSTALL_LOCK})
+            # Waiting for that one, a session does not hear which functions were replaced: a table's lock tells.
+            connection.execute(text("LOCK TABLE pg_catalog.pg_proc IN ACCESS SHARE MODE"))
+            return step(connection)
+
+    # Between the attempts the host's writers go on.
+    pauses = growing_pauses(LOCK_TIMEOUT_MILLISECONDS / 1000, _MAX_PAUSE_SECONDS, seconds=patience_seconds)
+    try:
+        return retry(take, _is_locked, pauses)
+    except ServiceUnavailableError as error:
+        if not _is_locked(error):
+            raise
+        raise HostBusyError(_busy(tables, patience_seconds)) from error
+
+
+def _is_locked(error: TrueupError) -> bool:
+    # A deadlock: should the server look for one within the time that we wait.
+    return isinstance(getattr(error.__cause__, "orig", None), LockNotAvailable | DeadlockDetected)
 
 
 _HOLDERS = text(

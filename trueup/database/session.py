@@ -55,7 +55,7 @@ class _BorrowedCursor(Cursor[Any]):
         super().__init__(connection, **more)
         self._limits = limits
 
-    def execute(self, query: Any, params: Params | None = None, **more: Any) -> Self:
+    def execute(self, query: Any, params: "Params | None" = None, **more: Any) -> Self:
         connection = self.connection
         if connection.info.transaction_status != TransactionStatus.IDLE:
             return super().execute(query, params, **more)
@@ -85,7 +85,7 @@ class _BorrowedServerCursor(ServerCursor[Any]):
         super().__init__(connection, name, **more)
         self._limits = limits
 
-    def execute(self, query: Any, params: Params | None = None, **more: Any) -> Self:
+    def execute(self, query: Any, params: "Params | None" = None, **more: Any) -> Self:
         if self.connection.info.transaction_status == TransactionStatus.IDLE and not self.connection.autocommit:
             Cursor(self.connection).execute(self._limits)
         return super().execute(query, params, **more)

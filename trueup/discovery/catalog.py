@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from sqlalchemy import Connection, text
 
 from trueup.database.schema import SCHEMA
-from trueup.discovery.vocabulary import Kind
 from trueup.errors import InvalidInputError
+from trueup.host.fields import Kind, kind_of
 
-MOST_TABLES = 20_000
+MAX_TABLES = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,21 +129,6 @@ _REFERENCES = text(
     """
 )
 
-_KINDS: dict[str, Kind] = {
-    **dict.fromkeys(("smallint", "integer", "bigint"), "integer"),
-    **dict.fromkeys(("text", "character varying", "character"), "text"),
-    **dict.fromkeys(("timestamp with time zone", "timestamp without time zone"), "time"),
-    **dict.fromkeys(("numeric", "real", "double precision"), "number"),
-    "uuid": "uuid",
-    "boolean": "boolean",
-    "jsonb": "json",
-}
-
-
-def kind_of(type_name: str, labels: Sequence[str] = ()) -> Kind:
-    """Return what a column of that type can be used as."""
-    return "text" if labels else _KINDS.get(type_name, "other")
-
 
 def read_catalog(connection: Connection, schemas: Sequence[str] = ()) -> Catalog:
     """Return the tables of these schemas; without any, of all but the server's and trueup's own.
@@ -156,11 +141,11 @@ def read_catalog(connection: Connection, schemas: Sequence[str] = ()) -> Catalog
             raise InvalidInputError(
                 f"schema: the database has no schema {schema!r}. Give its name as it is written there"
             )
-    values = {"own": SCHEMA, "schemas": list(schemas) or None, "most": MOST_TABLES + 1}
+    values = {"own": SCHEMA, "schemas": list(schemas) or None, "most": MAX_TABLES + 1}
     tables = {row["oid"]: HostTable(**row) for row in connection.execute(_TABLES, values).mappings()}
-    if len(tables) > MOST_TABLES:
+    if len(tables) > MAX_TABLES:
         raise InvalidInputError(
-            f"schema: the database has more than {MOST_TABLES:,} tables. Name one schema with --schema"
+            f"schema: the database has more than {MAX_TABLES:,} tables. Name one schema with --schema"
         )
     oids = {"oids": list(tables)}
     for row in connection.execute(_COLUMNS, oids):

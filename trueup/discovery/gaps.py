@@ -6,19 +6,8 @@ from dataclasses import dataclass
 from trueup.discovery.catalog import Catalog, HostTable
 from trueup.discovery.match_columns import Matches, default_name
 from trueup.discovery.match_tables import Candidate, log_without_total
-from trueup.discovery.substitutes import OTHERWISE
-from trueup.discovery.vocabulary import FIELDS, Noun
-
-OPTIONAL: tuple[Noun, ...] = ("token_usage", "payment")
-MEANING: dict[Noun, str] = {
-    "user": "the users",
-    "token_plan": "plans of tokens without a duration",
-    "full_plan": "plans of tokens with a duration",
-    "subscription": "the subscriptions, with the counter",
-    "usage_log": "the AI usage log",
-    "token_usage": "one row for each decrement of the counter",
-    "payment": "the payments",
-}
+from trueup.discovery.vocabulary import SOUGHT_FIELDS
+from trueup.host.fields import TABLES, Noun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +27,11 @@ def missing_table(noun: Noun, catalog: Catalog) -> Gap:
     if near is not None:
         return _missing_total(*near)
     example = f'table = "SCHEMA.TABLE" under [host.{noun}]'
-    if noun in OPTIONAL:
-        why = f"no table looks like {MEANING[noun]}"
+    about = TABLES[noun].entry
+    if about.optional:
+        why = f"no table looks like {about.meaning}"
         return Gap(setting=setting, why=why, remedy=f"if there is one, set {example}: causes become certain", stops="")
-    why = f"no table has the columns of {MEANING[noun]}"
+    why = f"no table has the columns of {about.meaning}"
     return Gap(setting=setting, why=why, remedy=f"set {example}, and its columns", stops="everything")
 
 
@@ -67,7 +57,7 @@ def left_out(noun: Noun, table: HostTable, names: str) -> Gap:
     """Return that an optional table is there, without some of its columns."""
     return Gap(
         setting=f"host.{noun}.table",
-        why=f"{table.setting} looks like {MEANING[noun]}, but no column was found for {names}",
+        why=f"{table.setting} looks like {TABLES[noun].entry.meaning}, but no column was found for {names}",
         remedy=f'set table = "{table.setting}" under [host.{noun}] and these columns, or do without it',
         stops="",
     )
@@ -76,7 +66,7 @@ def left_out(noun: Noun, table: HostTable, names: str) -> Gap:
 def missing_columns(noun: Noun, candidate: Candidate, spared: Collection[str]) -> list[Gap]:
     """Return the columns that were not found. `spared`: fields that need none."""
     gaps = []
-    for name, wanted in FIELDS[noun].items():
+    for name, wanted in SOUGHT_FIELDS[noun].items():
         if name in candidate.matches.found or name in spared:
             continue
         column = candidate.matches.wrong_type.get(name)
@@ -86,7 +76,7 @@ def missing_columns(noun: Noun, candidate: Candidate, spared: Collection[str]) -
             why = f"{candidate.table.setting}.{column.name} is of type {column.type}, which is not {kinds}"
         stops = "everything" if wanted.required else "" if wanted.use.startswith("nothing") else wanted.use
         remedy = f'set {name} = "COLUMN" under [host.{noun}], or add such a column ({kinds})'
-        if (noun, name) in OTHERWISE:
-            remedy += f", or set {OTHERWISE[noun, name]}"
+        if wanted.otherwise:
+            remedy += f", or set {wanted.otherwise}"
         gaps.append(Gap(setting=f"host.{noun}.{name}", why=why, remedy=remedy, stops=stops))
     return gaps

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from trueup.discovery.catalog import HostColumn, HostTable
-from trueup.discovery.vocabulary import FIELDS, Field, Noun, nearness
-from trueup.host.mapping import HostMapping
+from trueup.discovery.vocabulary import SOUGHT_FIELDS, nearness
+from trueup.host.fields import TABLES, FieldEntry, Noun
 
 Certainty = Literal["certain", "likely", "guess"]
 
@@ -14,12 +14,6 @@ CERTAIN, LIKELY = 0.95, 0.7
 # What may be the last of its kind in a table is worth a guess.
 _LAST_ONE = 0.45
 _REFERENCE = 0.99
-_NOUN_OF: dict[str, Noun] = {
-    "user_id": "user",
-    "subscription_id": "subscription",
-    "token_plan_id": "token_plan",
-    "full_plan_id": "full_plan",
-}
 _PLANS = ("token_plan_id", "full_plan_id")
 
 Known = Mapping[Noun, frozenset[int]]
@@ -53,16 +47,15 @@ def certainty_of(score: float) -> Certainty:
 
 def default_name(noun: Noun, field_name: str) -> str:
     """Return Django's default name of a field, or of a noun's `table`."""
-    name = getattr(getattr(HostMapping(), noun), field_name)
-    # The optional tables have no default: they are left out unless they are named.
-    return str(name) if name else {"token_usage": "billing_tokenusage", "payment": "billing_payment"}[noun]
+    table = TABLES[noun]
+    return table.entry.default_name if field_name == "table" else str(table.model_fields[field_name].default)
 
 
 def match_columns(noun: Noun, table: HostTable, known: Known) -> Matches:
     """Return the columns of a table for a noun's fields, each used once, the surest first."""
     matches = Matches()
     scored: list[tuple[float, int, str, Match]] = []
-    for place, (name, wanted) in enumerate(FIELDS[noun].items()):
+    for place, (name, wanted) in enumerate(SOUGHT_FIELDS[noun].items()):
         for column in table.columns.values():
             score, why = _score(noun, name, column, table, known)
             if not score:
@@ -85,18 +78,20 @@ def match_columns(noun: Noun, table: HostTable, known: Known) -> Matches:
 
 def _score(noun: Noun, name: str, column: HostColumn, table: HostTable, known: Known) -> tuple[float, str]:
     """Return how well a column fits a field, but for its type."""
-    score, why = nearness(column.name, default_name(noun, name), FIELDS[noun][name].names)
+    entry = SOUGHT_FIELDS[noun][name]
+    referenced = entry.references
+    score, why = nearness(column.name, default_name(noun, name), entry.names)
     if name == "id":
         if column.name not in table.primary_key:
             return min(score, 0.6), why
         # A partitioned table's key has the partitions' column in it too.
         return (1.0, "the primary key") if len(table.primary_key) == 1 else (max(score, 0.8), "in the primary key")
-    if table.primary_key == (column.name,) and name not in _NOUN_OF:
+    if table.primary_key == (column.name,) and referenced is None:
         return 0.0, ""
     leads_to = table.references.get(column.name)
-    if name not in _NOUN_OF:
+    if referenced is None:
         return (0.0, "") if leads_to is not None else (score, why)
-    wanted = known.get(_NOUN_OF[name], frozenset())
+    wanted = known.get(referenced, frozenset())
     if leads_to is None:
         return min(score, 0.94) if wanted and score < 1 else score, why
     if leads_to in wanted:
@@ -113,7 +108,8 @@ def _share_plan_column(matches: Matches, table: HostTable, known: Known) -> None
     single = one or other
     assert single is not None  # noqa: S101 - for the type checker: one of both is there
     missing = _PLANS[0] if one is None else _PLANS[1]
-    wanted = known.get(_NOUN_OF[missing], frozenset())
+    referenced = SOUGHT_FIELDS["subscription"][missing].references
+    wanted = known.get(referenced, frozenset()) if referenced else frozenset()
     leads_to = table.references.get(single.column.name)
     if wanted and leads_to is not None and leads_to not in wanted:
         return
@@ -123,8 +119,8 @@ def _share_plan_column(matches: Matches, table: HostTable, known: Known) -> None
 
 def _take_last_ones(noun: Noun, table: HostTable, matches: Matches, taken: set[str]) -> None:
     """Give a field that nothing else works without the only column left that could be it."""
-    for name, wanted in FIELDS[noun].items():
-        if name in matches.found or not wanted.required or name in _NOUN_OF or name in ("id", "end_date"):
+    for name, wanted in SOUGHT_FIELDS[noun].items():
+        if name in matches.found or not wanted.required or wanted.references or name in ("id", "end_date"):
             continue
         # Where both parts are named, a number that is called otherwise is something else.
         if name == "total_tokens" and {"prompt_tokens", "completion_tokens"} <= matches.found.keys():
@@ -136,7 +132,7 @@ def _take_last_ones(noun: Noun, table: HostTable, matches: Matches, taken: set[s
             taken.add(left[0].name)
 
 
-def _is_free(column: HostColumn, wanted: Field, table: HostTable, taken: set[str]) -> bool:
+def _is_free(column: HostColumn, wanted: FieldEntry, table: HostTable, taken: set[str]) -> bool:
     return (
         column.kind in wanted.kinds
         and column.name not in taken

@@ -5,20 +5,11 @@ from dataclasses import dataclass
 
 from trueup.discovery.catalog import Catalog, HostTable
 from trueup.discovery.match_columns import Known, Matches, default_name, match_columns
-from trueup.discovery.vocabulary import FIELDS, TABLES, Noun, nearness
+from trueup.discovery.vocabulary import SOUGHT_FIELDS, nearness
+from trueup.host.fields import TABLES, Noun
 
-# Without these columns a table can't be it, whatever it is called.
-ANCHORS: dict[Noun, tuple[str, ...]] = {
-    "user": ("id",),
-    "token_plan": ("id", "tokens_included"),
-    "full_plan": ("id", "tokens_included"),
-    "subscription": ("user_id", "tokens_remaining", "start_date"),
-    "usage_log": ("user_id", "total_tokens", "created_at"),
-    "token_usage": ("subscription_id", "used_tokens", "usage_date"),
-    "payment": ("user_id", "status", "payment_date"),
-}
-_LEAST = 0.5
-_LEAST_USER = 0.55
+_MIN_SCORE = 0.5
+_MIN_USER_SCORE = 0.55
 # Another table this near to the best one may be it as well.
 _CLOSE = 0.05
 
@@ -37,7 +28,7 @@ class Candidate:
 def choose_tables(catalog: Catalog) -> dict[Noun, Candidate]:
     """Return the table of each noun that could be found."""
     chosen: dict[Noun, Candidate] = {}
-    users = frozenset(table.oid for table in catalog if _name_score("user", table)[0] >= _LEAST_USER)
+    users = frozenset(table.oid for table in catalog if _name_score("user", table)[0] >= _MIN_USER_SCORE)
     known: dict[Noun, frozenset[int]] = {"user": users}
     subscription = _best("subscription", _all_but(catalog), known, _judge_subscription)
     taken = {subscription.table.oid} if subscription else set()
@@ -66,7 +57,8 @@ def choose_tables(catalog: Catalog) -> dict[Noun, Candidate]:
 
 def log_without_total(catalog: Catalog) -> tuple[HostTable, Matches] | None:
     """Return a table that would be a usage log with a column of all tokens, and what was found in it."""
-    needed = (*(name for name in ANCHORS["usage_log"] if name != "total_tokens"), "prompt_tokens", "completion_tokens")
+    anchors = (name for name in TABLES["usage_log"].entry.anchors if name != "total_tokens")
+    needed = (*anchors, "prompt_tokens", "completion_tokens")
     near = []
     for table in _all_but(catalog):
         matches = match_columns("usage_log", table, {})
@@ -84,23 +76,23 @@ def _all_but(catalog: Catalog, taken: Iterable[int] = ()) -> list[HostTable]:
 
 
 def _name_score(noun: Noun, table: HostTable) -> tuple[float, str]:
-    return nearness(table.name, default_name(noun, "table").rpartition(".")[2], TABLES[noun])
+    return nearness(table.name, default_name(noun, "table").rpartition(".")[2], TABLES[noun].entry.names)
 
 
 def _candidate(noun: Noun, table: HostTable, known: Known, judge: Judge) -> Candidate | None:
     matches = match_columns(noun, table, known)
-    if not all(name in matches.found for name in ANCHORS[noun]):
+    if not all(name in matches.found for name in TABLES[noun].entry.anchors):
         return None
     named, why = _name_score(noun, table)
     bonus, structure = judge(table, matches)
-    required = tuple(name for name, wanted in FIELDS[noun].items() if wanted.required)
+    required = tuple(name for name, wanted in SOUGHT_FIELDS[noun].items() if wanted.required)
     score = 0.45 * named + 0.4 * matches.mean(required) + bonus
     return Candidate(table=table, matches=matches, score=min(score, 1.0), why=tuple(filter(None, (why, structure))))
 
 
 def _best(noun: Noun, tables: Iterable[HostTable], known: Known, judge: Judge) -> Candidate | None:
     """Return the table that fits best, if any fits well enough."""
-    found = [one for table in tables if (one := _candidate(noun, table, known, judge)) and one.score >= _LEAST]
+    found = [one for table in tables if (one := _candidate(noun, table, known, judge)) and one.score >= _MIN_SCORE]
     # Of equals the one with more rows: the others are leftovers, or somebody's copies.
     found.sort(key=lambda one: (one.score, one.table.rows or 0), reverse=True)
     if not found:
@@ -164,7 +156,7 @@ def _choose_user(
     if not named:
         return
     score, reason, table = max(named, key=lambda one: (one[0], one[2].rows or 0))
-    if score >= _LEAST_USER:
+    if score >= _MIN_USER_SCORE:
         matches = match_columns("user", table, {})
         chosen["user"] = Candidate(table=table, matches=matches, score=score, why=(reason,))
 
@@ -188,7 +180,7 @@ def _choose_plans(
     if not any(led.values()):
         tables = _all_but(catalog, {subscription.oid, *users})
         led = {
-            noun: [one for one in _plans_of(noun, tables, known) if _name_score(noun, one.table)[0] >= _LEAST_USER]
+            noun: [one for one in _plans_of(noun, tables, known) if _name_score(noun, one.table)[0] >= _MIN_USER_SCORE]
             for noun in nouns
         }
     token, full = led["token_plan"], led["full_plan"]
@@ -206,9 +198,9 @@ def _choose_plans(
 
 def _is_called_plan(column: str, table: HostTable) -> bool:
     nouns: tuple[Noun, Noun] = ("token_plan", "full_plan")
+    keys = SOUGHT_FIELDS["subscription"]
     return any(
-        _name_score(noun, table)[0] or nearness(column, f"{noun}_id", FIELDS["subscription"][f"{noun}_id"].names)[0]
-        for noun in nouns
+        _name_score(noun, table)[0] or nearness(column, f"{noun}_id", keys[f"{noun}_id"].names)[0] for noun in nouns
     )
 
 

@@ -7,21 +7,20 @@ from typing import Any
 from sqlalchemy import Connection
 
 from trueup.discovery.catalog import Catalog
-from trueup.discovery.gaps import OPTIONAL, Gap, left_out, missing_columns, missing_table
+from trueup.discovery.gaps import Gap, left_out, missing_columns, missing_table
 from trueup.discovery.match_columns import Certainty, certainty_of
 from trueup.discovery.match_tables import Candidate, choose_tables
 from trueup.discovery.remarks import remarks_on
 from trueup.discovery.samples import Sampler
 from trueup.discovery.substitutes import StandIn, included_column, stand_ins
 from trueup.discovery.toml import toml_value
-from trueup.discovery.vocabulary import FIELDS, PAID_WORDS, Kind, Noun
+from trueup.discovery.vocabulary import PAID_WORDS, SOUGHT_FIELDS
+from trueup.host.fields import ID_TYPES, NOUNS, TABLES, Noun
 from trueup.host.mapping import HostMapping
 
 SCHEMA_VERSION = 1
 
-NOUNS: tuple[Noun, ...] = ("user", "token_plan", "full_plan", "subscription", "usage_log", "token_usage", "payment")
 _PLANS: tuple[Noun, Noun] = ("token_plan", "full_plan")
-_TYPES: dict[Kind, str] = {"integer": "bigint", "uuid": "uuid", "text": "text"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +93,7 @@ def propose(connection: Connection, catalog: Catalog, given: Mapping[str, Any] |
         lacking = missing_columns(noun, candidate, spared)
         by_hand = _by_hand(lacking, told)
         lacking = [gap for gap in lacking if not _by_hand([gap], told)]
-        if noun in OPTIONAL:
+        if TABLES[noun].entry.optional:
             names = [gap.setting for gap in lacking if gap.stops]
             if noun == "payment" and "full_plan" not in without and "duration_days" not in drafts.get("full_plan", {}):
                 names.append("host.full_plan.duration_days")
@@ -191,7 +190,7 @@ def _choices_of(noun: Noun, candidate: Candidate) -> list[Choice]:
         certainty = "guess"
         why.append(f"{candidate.rival.setting} would fit nearly as well")
     found = [Choice(setting=f"host.{noun}.table", value=table.setting, certainty=certainty, why="; ".join(why))]
-    for name in FIELDS[noun]:
+    for name in SOUGHT_FIELDS[noun]:
         match = candidate.matches.found.get(name)
         if match is not None:
             found.append(
@@ -212,15 +211,15 @@ def _names_of(candidate: Candidate) -> dict[str, Any]:
 
 def _types(drafts: dict[Noun, dict[str, Any]], chosen: dict[Noun, Candidate], choices: list[Choice]) -> dict[str, str]:
     """The types of ids, from the columns that hold them."""
-    types = {}
+    types: dict[str, str] = {}
     if "subscription" in drafts and "subscription" in chosen:
         column = chosen["subscription"].matches.found["user_id"].column
-        types["user_id_type"] = _TYPES[column.kind]
+        types["user_id_type"] = ID_TYPES[column.kind]
         why = f"{chosen['subscription'].table.setting}.{column.name} is {column.type}"
         choices.append(Choice(setting="host.user_id_type", value=types["user_id_type"], certainty="certain", why=why))
     if "usage_log" in drafts and "usage_log" in chosen and "id" in chosen["usage_log"].matches.found:
         column = chosen["usage_log"].matches.found["id"].column
-        types["usage_log_id_type"] = _TYPES[column.kind]
+        types["usage_log_id_type"] = ID_TYPES[column.kind]
         why = f"{chosen['usage_log'].table.setting}.{column.name} is {column.type}"
         choices.append(
             Choice(setting="host.usage_log_id_type", value=types["usage_log_id_type"], certainty="certain", why=why)

@@ -7,7 +7,7 @@ from trueup.discovery.match_columns import Matches
 from trueup.discovery.match_tables import Candidate
 from trueup.discovery.samples import Sampler
 from trueup.discovery.substitutes import deleted_column
-from trueup.discovery.vocabulary import Noun
+from trueup.host.fields import LOCAL_TIME, Noun
 from trueup.host.mapping import quote_identifier, quote_table
 
 
@@ -26,7 +26,7 @@ def remarks_on(
         notes += _on_log(log.table, log.matches, sampler, filled)
     for one in chosen.values():
         for match in one.matches.found.values():
-            if match.column.type == "timestamp without time zone":
+            if match.column.type == LOCAL_TIME:
                 notes.append(
                     f"{one.table.setting}.{match.column.name} has no time zone: it is read as UTC. If the host writes "
                     "local times there, windows begin at the wrong moment: make it timestamptz."

@@ -12,42 +12,17 @@ from trueup.discovery.vocabulary import (
     ACTIVE_WORDS,
     DELETED_NAMES,
     FAILED_WORDS,
-    FIELDS,
     OK_WORDS,
+    SOUGHT_FIELDS,
     STATUS_NAMES,
     STATUS_OF_SUBSCRIPTION,
-    Noun,
     nearness,
     plain,
 )
-from trueup.host.columns import quote_identifier, quote_literal
+from trueup.host.fields import Noun
+from trueup.host.setting_values import quote_identifier, quote_literal
 
-# Nothing is decided by these: a row of the log, or a view, has this in place of the column.
-_CONSTANTS: dict[tuple[Noun, str], Any] = {
-    ("user", "username"): "",
-    ("user", "email"): "",
-    ("token_plan", "name"): "",
-    ("token_plan", "is_active"): True,
-    ("full_plan", "name"): "",
-    ("full_plan", "is_active"): True,
-    ("usage_log", "section"): "other",
-    ("usage_log", "prompt_tokens"): 0,
-    ("usage_log", "completion_tokens"): 0,
-    ("usage_log", "response_time_ms"): 0,
-    ("usage_log", "model_name"): "",
-    ("usage_log", "metadata"): {},
-}
-# Who may spend is decided by these: a person has to say that it is so.
-OTHERWISE: dict[tuple[Noun, str], str] = {
-    ("usage_log", "success"): "success = {value = true} if all rows count",
-    ("subscription", "is_active"): (
-        'is_active = {column = "COLUMN", equals = "VALUE"} if a status says so, or is_active = {value = true} if all '
-        "subscriptions are"
-    ),
-    ("subscription", "end_date"): 'end_date = {value = "infinity"} if none ends',
-    ("full_plan", "duration_days"): "duration_days = {value = 30} if all plans last so long",
-}
-_LEAST = 0.6
+_MIN_SCORE = 0.6
 _PLAIN = re.compile(r"[a-z_][a-z0-9_]*")
 
 
@@ -68,11 +43,11 @@ def stand_ins(noun: Noun, candidate: Candidate, sampler: Sampler) -> list[StandI
         StandIn(
             field=field,
             instead_of=field,
-            value={"value": _CONSTANTS[noun, field]},
+            value={"value": entry.substitute},
             why=f"{table.setting} has no column like {field}",
         )
-        for field in FIELDS[noun]
-        if (noun, field) in _CONSTANTS and field not in matches.found and field not in matches.wrong_type
+        for field, entry in SOUGHT_FIELDS[noun].items()
+        if entry.substitute is not None and field not in matches.found and field not in matches.wrong_type
     ]
     if noun == "usage_log" and "success" not in matches.found:
         found += _counts(candidate, sampler)
@@ -135,7 +110,7 @@ def _told(
 def included_column(candidate: Candidate) -> tuple[str, float, str] | None:
     """Return the column of a subscription that says what it includes, with how sure that is, and why."""
     taken = {match.column.name for match in candidate.matches.found.values()}
-    wanted = FIELDS["token_plan"]["tokens_included"]
+    wanted = SOUGHT_FIELDS["token_plan"]["tokens_included"]
     scored = [
         (*nearness(column.name, "tokens_included", wanted.names), column)
         for column in candidate.table.columns.values()
@@ -144,4 +119,4 @@ def included_column(candidate: Candidate) -> tuple[str, float, str] | None:
     if not scored:
         return None
     score, why, column = max(scored, key=lambda one: one[0])
-    return (column.name, score, f"{why}, {column.type}") if score >= _LEAST else None
+    return (column.name, score, f"{why}, {column.type}") if score >= _MIN_SCORE else None

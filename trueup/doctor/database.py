@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable
 from sqlalchemy import Connection
 
 from trueup.database.engine import create_trueup_engine, translated_errors
-from trueup.doctor import books, host, indexes, installation, log_ids, server
+from trueup.database.migrate import newest_revision
+from trueup.doctor import host, indexes, installation, invariants, log_ids, server
 from trueup.doctor.findings import Finding, error, run_check, warning
-from trueup.errors import ServiceUnavailableError, TrueupError
+from trueup.errors import OldLayoutError, ServiceUnavailableError, TrueupError
 from trueup.settings.settings import Settings
 
 CONNECT_SECONDS = 5
@@ -30,11 +31,11 @@ _INSTALLED: tuple[tuple[str, Check], ...] = (
     ("triggers", installation.check_triggers),
     ("rights", installation.check_rights),
     ("log_ids", log_ids.check_log_ids),
-    ("holds", books.check_holds),
-    ("calls", books.check_unresolved),
-    ("reconcile", books.check_runs),
-    ("beat", books.check_beat),
-    ("books", books.check_invariants),
+    ("holds", invariants.check_holds),
+    ("calls", invariants.check_unresolved),
+    ("reconcile", invariants.check_runs),
+    ("beat", invariants.check_beat),
+    ("books", invariants.check_invariants),
 )
 
 
@@ -55,6 +56,8 @@ def examine_database(settings: Settings) -> list[Finding]:
     except ServiceUnavailableError as failure:
         remedy = "Start the server, or correct TRUEUP_DATABASE_URL."
         found.append(error("database", f"{failure.service} at {failure.where}: {failure.cause}.", remedy))
+    except OldLayoutError as failure:
+        found.append(error("schema", failure.what, failure.remedy, version=failure.revision, wanted=newest_revision()))
     except TrueupError as failure:
         found.append(error("database", str(failure), "Correct TRUEUP_DATABASE_URL."))
     return found

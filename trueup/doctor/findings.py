@@ -4,15 +4,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from psycopg.errors import QueryCanceled
 from sqlalchemy.exc import DBAPIError
 
-from trueup.database.engine import reason_of
+from trueup.database.driver_errors import reason_of
 from trueup.errors import TrueupError
 
 Level = Literal["ok", "warning", "error"]
 
 # PostgreSQL's code for a statement that took too long.
-_CANCELED = "57014"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def run_check(check: str, look: Look) -> list[Finding]:
     try:
         found.extend(look())
     except Exception as failure:  # noqa: BLE001 - whatever it is, the other checks have something to say
-        if isinstance(failure, DBAPIError) and getattr(failure.orig, "sqlstate", None) == _CANCELED:
+        if isinstance(failure, DBAPIError) and isinstance(failure.orig, QueryCanceled):
             found.append(
                 warning(check, "Not known: looking took too long.", "Look again when the database has less to do.")
             )

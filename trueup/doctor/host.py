@@ -20,11 +20,12 @@ from trueup.host.catalog import (
 )
 from trueup.host.column_types import local_times, mapped_columns, wrong_types
 from trueup.host.expressions import Problem, wrong_expression
+from trueup.host.fields import NOUNS, Noun
 from trueup.host.log_ids import log_id_problem
-from trueup.host.mapping import NOUNS, HostMapping
+from trueup.host.mapping import HostMapping
 from trueup.host.partitions import partition_problem
 from trueup.host.schema_changes import ROW_SECURITY_REMEDY
-from trueup.host.write_probe import row_problem
+from trueup.install.write_probe import row_problem
 from trueup.settings.settings import Settings
 
 
@@ -83,7 +84,7 @@ def _columns(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
                 yield _missing_column(connection, mapping, noun, field, column)
 
 
-def _missing_column(connection: Connection, mapping: HostMapping, noun: str, field: str, column: str) -> Finding:
+def _missing_column(connection: Connection, mapping: HostMapping, noun: Noun, field: str, column: str) -> Finding:
     table = getattr(mapping, noun).table
     mapped = {name for _, name in mapping.columns(noun)}
     free = [name for name in column_names(connection, table) if name not in mapped]

@@ -2,13 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
-from trueup.database import migrations
+from trueup.database.layout import revision_of
+from trueup.database.migrate import newest_revision
 from trueup.doctor.findings import Finding, error, ok, warning
 from trueup.host.mapping import quote_identifier, quote_table
 from trueup.host.partitions import FAMILY, uncovered_partitions
@@ -32,11 +31,11 @@ def is_installed(connection: Connection) -> bool:
 
 def check_schema(connection: Connection, settings: Settings) -> Iterator[Finding]:
     """Yield whether trueup's tables are of the code's version."""
-    wanted = ScriptDirectory(str(Path(str(migrations.__file__)).parent)).get_current_head()
+    wanted = newest_revision()
     if not is_installed(connection):
         yield error("schema", "This database has no trueup schema.", _INIT, wanted=wanted)
         return
-    there = connection.scalar(text("SELECT version_num FROM trueup.alembic_version"))
+    there = revision_of(connection)
     if there == wanted:
         yield ok("schema", f"Schema trueup is of this version ({there}).", version=there)
     else:

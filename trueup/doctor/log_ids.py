@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from sqlalchemy import Connection, text
 
 from trueup.doctor.findings import Finding, error, ok, warning
-from trueup.host.columns import quote_literal
 from trueup.host.log_ids import log_id_sequence
 from trueup.host.mapping import quote_identifier, quote_table
+from trueup.host.setting_values import quote_literal
 from trueup.settings.settings import Settings
 
 NEAR_ITS_END = 0.9

@@ -57,9 +57,15 @@ def _servers(settings: Settings) -> Iterator[Finding]:
 def _model(settings: Settings) -> Iterator[Finding]:
     if settings.model_provider == "openai" and settings.openai_api_key is None:
         yield error(CHECK, "The model provider is openai, and there is no key for it.", f"Set {PREFIX}OPENAI_API_KEY.")
+    if settings.model_provider is None and settings.database_url:
+        yield warning(
+            CHECK,
+            "No model provider is set: metered tasks fail before the gate, and hold no tokens.",
+            f"Set {PREFIX}MODEL_PROVIDER=openai. Leave it if no metered task runs: reconciling needs no provider.",
+        )
     if settings.model_provider == "offline" and settings.database_url:
         yield warning(
             CHECK,
             "The model provider is offline: answers are made up here, and charged to real users.",
-            f"Set {PREFIX}MODEL_PROVIDER=openai; or leave it, if your tasks call their models themselves.",
+            f"Set {PREFIX}MODEL_PROVIDER=openai, or unset it if no metered task runs.",
         )

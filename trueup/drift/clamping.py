@@ -2,20 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 
+from trueup.drift import weights
 from trueup.drift.causes import Certainty
 from trueup.drift.evidence import Evidence, Row, Segment, moment_of
 from trueup.drift.hypotheses import Candidate, candidate
 
-COST_NO_CLAMP = 1.5
-# A host that shows nothing left lets few more requests through: those that were on their way.
-COST_ON_ITS_WAY = 0.8
-COST_LET_THROUGH = 2.0
-MOST_COST_BELOW_ZERO = 8.0
-ON_ITS_WAY = timedelta(seconds=10)
-MOST_ROWS = 4
-COST_LATER_EDIT = 4.0
 _FROM_THE_START = ("carried_over_tokens", "grant_not_in_counter")
 
 
@@ -58,17 +50,21 @@ def clamps(evidence: Evidence, chosen: Sequence[Candidate]) -> Iterator[Clamp]:
         yield Clamp()
         return
     strain = _strain_below_zero(below_zero)
-    proof = {"rows": below_zero[:MOST_ROWS], "count": len(below_zero), "note": "the counter held less than these took"}
+    proof = {
+        "rows": below_zero[: weights.MAX_ROWS_BELOW_ZERO],
+        "count": len(below_zero),
+        "note": "the counter held less than these took",
+    }
     # What an upgrade kept hides in a clamp, where nobody knows how much that was.
     unknown = any(carried.tokens is None for carried in evidence.carried) or not evidence.purchases_mapped
     kept = evidence.base.kind == "window" and unknown and not _names_carried(chosen)
-    certainty: Certainty = "likely" if kept or strain >= COST_LET_THROUGH else "certain"
+    certainty: Certainty = "likely" if kept or strain >= weights.REQUEST_LET_THROUGH else "certain"
     at = below_zero[0]["at"] if below_zero else ""
     others = ("carried_over_tokens",) if kept else ()
     found = candidate("clamped_at_zero", stopped, certainty, at=at, alternatives=others, evidence=proof)
     # An edit before these rows explains by itself that the counter is above zero after them.
-    yield Clamp(candidate=found, cost=strain, cost_before_edit=COST_LATER_EDIT if last else 0.0)
-    yield Clamp(cost=COST_NO_CLAMP)
+    yield Clamp(candidate=found, cost=strain, cost_before_edit=weights.EDIT_AFTER_CLAMP if last else 0.0)
+    yield Clamp(cost=weights.NO_CLAMP)
 
 
 def _names_carried(chosen: Sequence[Candidate]) -> bool:
@@ -80,9 +76,9 @@ def _strain_below_zero(rows: Sequence[Row]) -> float:
     if not rows:
         return 0.0
     first = moment_of(rows[0]["at"])
-    near = sum(first is not None and (moment_of(row["at"]) or first) <= first + ON_ITS_WAY for row in rows[1:])
+    near = sum(first is not None and (moment_of(row["at"]) or first) <= first + weights.ON_ITS_WAY for row in rows[1:])
     later = len(rows) - 1 - near
-    return min(near * COST_ON_ITS_WAY + later * COST_LET_THROUGH, MOST_COST_BELOW_ZERO)
+    return min(near * weights.REQUEST_ON_ITS_WAY + later * weights.REQUEST_LET_THROUGH, weights.MAX_BELOW_ZERO)
 
 
 def _rows_below_zero(segment: Segment, height: int) -> list[Row]:

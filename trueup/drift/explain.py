@@ -11,6 +11,7 @@ from datetime import datetime
 from itertools import product
 from typing import Any
 
+from trueup.drift import weights
 from trueup.drift.causes import Cause, Certainty, Component, Explanation
 from trueup.drift.clamping import Clamp, clamps
 from trueup.drift.detect import Drift
@@ -19,15 +20,6 @@ from trueup.drift.explain_by_amounts import explain_by_sizes
 from trueup.drift.explain_by_rows import ledger_candidates
 from trueup.drift.hypotheses import Candidate, Candidates, candidate
 from trueup.drift.lost_updates import Losses, losses_by_tokens
-
-# How much a solution is stretched by what it takes for granted; the lowest sum wins, see `Candidate`.
-COST_UNSEEN_PURCHASE = 3.0
-COST_MANUAL = 8.0
-COST_DIGIT = 0.5  # people type round figures: of each digit beyond two
-# Another explanation this close to the best one fits as well.
-CLOSE = 3.0
-FEWEST_ROWS = 20
-MOST_POSSIBLE = 8
 
 
 def explain(drift: Drift, *, plan_sizes: frozenset[int], counter_limit: int, now: datetime) -> Explanation:
@@ -103,7 +95,7 @@ def _best(drift: Drift, plan_sizes: frozenset[int]) -> _Solution:
     solutions = list(_solutions(drift, found, plan_sizes))
     exact = sorted((one for one in solutions if one.exact), key=lambda one: one.cost)
     best = min(solutions, key=lambda one: one.cost)
-    close = [one for one in exact if one.causes != best.causes and one.cost <= best.cost + CLOSE]
+    close = [one for one in exact if one.causes != best.causes and one.cost <= best.cost + weights.CLOSE]
     if not best.exact and _ledger_is_no_story(evidence, found, best.chosen[-1].tokens):
         return _Solution(chosen=(), cost=best.cost, exact=False)
     others = {name for one in close for name in one.causes - best.causes}
@@ -124,7 +116,7 @@ def _doubted(one: Candidate, others: tuple[str, ...], close: Sequence[_Solution]
 def _ledger_is_no_story(evidence: Evidence, found: Candidates, rest: int) -> bool:
     """The decrement rows don't tell what happened to the counter: most usage has none, and yet was subtracted."""
     missed = sum(one.tokens for one in found.proven if one.component.cause == "missed_decrement")
-    few = evidence.logged_rows >= FEWEST_ROWS and evidence.lowered_rows * 2 < evidence.logged_rows
+    few = evidence.logged_rows >= weights.MIN_LOGGED_ROWS and evidence.lowered_rows * 2 < evidence.logged_rows
     return few and missed > 0 and -rest * 2 > missed
 
 
@@ -133,9 +125,9 @@ def _solutions(drift: Drift, found: Candidates, plan_sizes: frozenset[int]) -> I
     evidence = drift.evidence
     # What strains belief least is tried both ways; of that the newest.
     likely = sorted(range(len(found.possible)), key=lambda place: (found.possible[place].cost_used, -place))
-    possible = [found.possible[place] for place in sorted(likely[:MOST_POSSIBLE])]
+    possible = [found.possible[place] for place in sorted(likely[: weights.MAX_POSSIBLE])]
     # More purchases than that have raised the counter, as purchases do.
-    more = [found.possible[place] for place in sorted(likely[MOST_POSSIBLE:])]
+    more = [found.possible[place] for place in sorted(likely[weights.MAX_POSSIBLE :])]
     sure = [one for one in more if one.purchase is not None and not one.cost_used]
     lost = losses_by_tokens(evidence, plan_sizes)
     unseen = frozenset() if evidence.purchases_mapped else plan_sizes
@@ -170,7 +162,7 @@ def _closed(
         yield _Solution(chosen=taken, cost=cost, exact=True)
         return
     if rest in unseen:
-        yield _Solution(chosen=(*taken, _bought(rest)), cost=cost + COST_UNSEEN_PURCHASE, exact=True)
+        yield _Solution(chosen=(*taken, _bought(rest)), cost=cost + weights.UNSEEN_PURCHASE, exact=True)
     if rest in lost:
         losses = lost[rest]
         chosen = losses.lost
@@ -178,8 +170,8 @@ def _closed(
             chosen = tuple(replace(one, alternatives=("manual_edit",)) for one in chosen)
         yield _Solution(chosen=(*taken, *chosen), cost=cost + losses.cost, exact=True)
     digits = len(str(abs(rest)).rstrip("0"))
-    strain = math.log10(abs(rest)) + COST_DIGIT * max(0, digits - 2) + clamp.cost_before_edit
-    yield _Solution(chosen=(*taken, _manual_edit(rest)), cost=cost + COST_MANUAL + strain, exact=False)
+    strain = math.log10(abs(rest)) + weights.MANUAL_EDIT_DIGIT * max(0, digits - 2) + clamp.cost_before_edit
+    yield _Solution(chosen=(*taken, _manual_edit(rest)), cost=cost + weights.MANUAL_EDIT + strain, exact=False)
 
 
 def _bought(tokens: int) -> Candidate:

@@ -8,15 +8,13 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+from trueup.drift import weights
 from trueup.drift.causes import Cause, Component, Explanation
 from trueup.drift.detect import Drift
 from trueup.drift.evidence import Evidence, Match
 from trueup.drift.hypotheses import Candidate, candidate, carried_of, credits_of, grants_of, own_missed
 
 PAID = ("credit_without_grant", "renewal_without_new_window", "carried_over_tokens")
-MOST_CREDITS = 6
-# What people give is mostly a multiple of it, and a sum of usage seldom is.
-ROUND_FIGURE = 100
 
 
 def explain_by_sizes(drift: Drift, plan_sizes: frozenset[int]) -> Explanation:
@@ -82,7 +80,7 @@ def _with_purchases(
 ) -> tuple[list[Candidate], tuple[str, ...]]:
     """Return the purchases, grants and kept tokens that make it up, maybe with one row of the log; and what else."""
     evidence = drift.evidence
-    possible = [*credits_of(evidence), *grants_of(evidence)][-MOST_CREDITS:]
+    possible = [*credits_of(evidence), *grants_of(evidence)][-weights.MAX_CREDITS :]
     kept = carried_of(evidence, plan_sizes)
     not_carried = max((one.cost_unused for one in kept), default=0.0)
     found: list[tuple[float, list[Candidate]]] = []
@@ -96,7 +94,7 @@ def _with_purchases(
             if left == 0:
                 found.append((total, taken))
             elif left in matches:
-                found.append((total + 2.0, [*taken, _of_match(matches[left])]))
+                found.append((total + weights.AMOUNT_OF_A_ROW, [*taken, _of_match(matches[left])]))
     if not found:
         return [], ()
     best = min(found, key=lambda one: one[0])[1]
@@ -189,4 +187,4 @@ def _looks_given(drift: Drift, plan_sizes: frozenset[int]) -> bool:
     given = drift.surplus  # of which some may have been used beyond the plan
     base = drift.evidence.base
     given_back = base.written is not None and given == (base.seen_before or 0) - base.written
-    return given % ROUND_FIGURE == 0 or given in plan_sizes or given > drift.consumed or given_back
+    return given % weights.ROUND_FIGURE == 0 or given in plan_sizes or given > drift.consumed or given_back

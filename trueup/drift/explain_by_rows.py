@@ -1,9 +1,9 @@
 """What rows in the log and rows of decrements say of a counter: two books of the same usage, row for row. Pure."""
 
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
+from trueup.drift import weights
 from trueup.drift.causes import Cause, Certainty
 from trueup.drift.evidence import BasePoint, Edge, EdgeRow, Evidence, Part, moment_of
 from trueup.drift.hypotheses import (
@@ -17,10 +17,6 @@ from trueup.drift.hypotheses import (
     own_missed,
 )
 from trueup.drift.lost_updates import called_lost
-
-# Rows shown for one cause; there may be more, and `count` says how many.
-MOST_ROWS = 8
-JUST_BEFORE = timedelta(seconds=2)
 
 
 def ledger_candidates(evidence: Evidence, plan_sizes: frozenset[int]) -> Candidates:
@@ -57,7 +53,7 @@ def _doubted(one: Candidate, paid: set[int]) -> Candidate:
 
 def _of_part(part: Part) -> Candidate:
     rows = [_shown(row, sample["tokens"]) for sample in part.samples for row in sample["rows"]]
-    proof: dict[str, Any] = {"count": part.count, "rows": rows[:MOST_ROWS]}
+    proof: dict[str, Any] = {"count": part.count, "rows": rows[: weights.MAX_ROWS]}
     if part.late:
         proof["note"] = "others of this size were subtracted late: which one is left over is not certain"
     cause: Cause
@@ -120,11 +116,16 @@ def _straddling(edge: Edge, log_row: EdgeRow, decrement: EdgeRow) -> Candidate:
         note = "the decrement came after the counter was last known to be right, its log row before"
         return candidate(
             "double_decrement", -edge.tokens, "likely", at=decrement.at, alternatives=("charged_not_logged",),
-            evidence={**proof, "note": note}, cost_used=1.5,
+            evidence={**proof, "note": note}, cost_used=weights.DECREMENT_AFTER_BASE,
         )  # fmt: skip
     note = "the decrement came before the counter was last known to be right, its log row after"
     return candidate(
-        "missed_decrement", edge.tokens, "likely", at=log_row.at, evidence={**proof, "note": note}, cost_used=3.0
+        "missed_decrement",
+        edge.tokens,
+        "likely",
+        at=log_row.at,
+        evidence={**proof, "note": note},
+        cost_used=weights.DECREMENT_BEFORE_BASE,
     )
 
 
@@ -133,13 +134,20 @@ def _add_single_log_row(found: Candidates, edge: Edge, row: EdgeRow, base: BaseP
     # The correction waited for a decrement of this size, which never came.
     waited_for = edge.tokens <= (base.kept or 0)
     if row.young:
-        young = candidate("missed_decrement", edge.tokens, "possible", at=row.at, evidence=proof, cost_unused=0.5)
+        young = candidate(
+            "missed_decrement",
+            edge.tokens,
+            "possible",
+            at=row.at,
+            evidence=proof,
+            cost_unused=weights.YOUNG_LOG_ROW_UNUSED,
+        )
         found.possible.append(replace(young, in_flight=True))
     elif not row.settled:
         found.proven.append(candidate("missed_decrement", edge.tokens, "certain", at=row.at, evidence=proof))
     elif base.kind == "run" or waited_for or _just_before(row, base):
         # Or it was committed after the counter was looked at, though it is dated before.
-        cost = 0.5 if waited_for else 3.0
+        cost = weights.AWAITED_LOG_ROW if waited_for else weights.LOG_ROW_BEFORE_BASE
         late = candidate("missed_decrement", edge.tokens, "likely", at=row.at, evidence=proof, cost_used=cost)
         found.possible.append(late)
 
@@ -155,17 +163,19 @@ def _add_single_decrement(
         cause, -edge.tokens, certainty, at=row.at, alternatives=tuple({*others} - {cause}), evidence=proof
     )  # fmt: skip
     if row.young:
-        found.possible.append(less_certain(replace(one, cost_used=0.2, cost_unused=0.2)))
+        found.possible.append(
+            less_certain(replace(one, cost_used=weights.YOUNG_DECREMENT, cost_unused=weights.YOUNG_DECREMENT))
+        )
     elif not row.settled:
         found.proven.append(one)
     elif base.kind == "window" or _just_before(row, base):
-        found.possible.append(less_certain(replace(one, cost_used=3.0)))
+        found.possible.append(less_certain(replace(one, cost_used=weights.LONE_DECREMENT_BEFORE_BASE)))
 
 
 def _just_before(row: EdgeRow, base: BasePoint) -> bool:
     """Whether a settled row is so near that the look at the counter may have missed it: it is dated, then committed."""
     at, known_at = moment_of(row.at), base.moment
-    return at is not None and known_at is not None and known_at - at <= JUST_BEFORE
+    return at is not None and known_at is not None and known_at - at <= weights.JUST_BEFORE
 
 
 def _overwritten_correction(evidence: Evidence) -> Candidate | None:
@@ -186,5 +196,11 @@ def _overwritten_correction(evidence: Evidence) -> Candidate | None:
         proof["note"] = "the counter shows again what it did before the correction"
         others = ("manual_edit",)
     return candidate(
-        "lost_update", tokens, "likely", at=base.at or "", alternatives=others, evidence=proof, cost_used=2.0
+        "lost_update",
+        tokens,
+        "likely",
+        at=base.at or "",
+        alternatives=others,
+        evidence=proof,
+        cost_used=weights.OVERWRITTEN_CORRECTION,
     )

@@ -7,10 +7,9 @@ upgrade kept, rows at the base point or too young to tell only may have: whether
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from trueup.drift import weights
 from trueup.drift.causes import Cause, Certainty, Component
 from trueup.drift.evidence import Carried, Evidence, Grant, Purchase
-
-MOST_SETTLED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +83,11 @@ def credits_of(evidence: Evidence) -> list[Candidate]:
         if not purchase.granted and not purchase.opened_window
     ]
     before = [place for place in places if evidence.purchases[place].settled]
-    return [_credit(evidence.purchases[place], place) for place in places if place not in before[:-MOST_SETTLED]]
+    return [
+        _credit(evidence.purchases[place], place)
+        for place in places
+        if place not in before[: -weights.MAX_SETTLED_PURCHASES]
+    ]
 
 
 def _credit(purchase: Purchase, place: int) -> Candidate:
@@ -96,8 +99,8 @@ def _credit(purchase: Purchase, place: int) -> Candidate:
         at=purchase.at,
         evidence={"payments": [purchase.model_dump(include={"id", "reference", "tokens", "at", "kind"})]},
         # Shortly before the base point, it may have been in the counter then, or come a moment later.
-        cost_used=1.0 if purchase.settled else 0.0,
-        cost_unused=0.0 if purchase.settled else 1.0,
+        cost_used=weights.SETTLED_PURCHASE_USED if purchase.settled else weights.PURCHASE_USED,
+        cost_unused=weights.SETTLED_PURCHASE_UNUSED if purchase.settled else weights.PURCHASE_UNUSED,
         purchase=place,
     )
 
@@ -121,7 +124,7 @@ def _grant(grant: Grant, place: int | None) -> Candidate:
         "likely",
         at=grant.granted_at,
         evidence={"grants": [grant.model_dump()], "note": note},
-        cost_used=1.0,
+        cost_used=weights.GRANT_NOT_IN_COUNTER,
         purchase=place,
     )
 
@@ -139,7 +142,7 @@ def carried_of(evidence: Evidence, plan_sizes: frozenset[int]) -> list[Candidate
             for left in (size - carried.used, size - carried.lowered):
                 if left > 0 and not carried.ran_out:
                     found.setdefault(left, _carried(carried, size, left))
-    return list(found.values())[:24]
+    return list(found.values())[: weights.MAX_CARRIED]
 
 
 def _carried(carried: Carried, size: int, left: int) -> Candidate:
@@ -150,6 +153,8 @@ def _carried(carried: Carried, size: int, left: int) -> Candidate:
     }
     if guessed:
         proof["note"] = "no earlier payment: the size of an earlier plan is taken from those on sale"
+    known = weights.CARRIED_EARLIER_PLAN * (carried.place - 1)
+    known += weights.CARRIED_SAME_PLAN if carried.same_plan else 0.0
     return candidate(
         "carried_over_tokens",
         left,
@@ -158,6 +163,6 @@ def _carried(carried: Carried, size: int, left: int) -> Candidate:
         alternatives=("manual_edit",) if carried.same_plan else (),
         at=carried.upgrade["at"],
         evidence=proof,
-        cost_used=2.6 if guessed else (2.4 if carried.same_plan else 0.0) + 0.4 * (carried.place - 1),
-        cost_unused=0.0 if guessed or carried.same_plan else 1.5,
+        cost_used=weights.CARRIED_GUESSED if guessed else known,
+        cost_unused=0.0 if guessed or carried.same_plan else weights.NOT_CARRIED,
     )

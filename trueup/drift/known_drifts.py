@@ -8,9 +8,9 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from trueup.accounts.user_ids import UserId
+from trueup.drift.action import HELD, History, Verdict, difference
 from trueup.drift.causes import Explanation
 from trueup.drift.detect import Drift
-from trueup.drift.verdict import HELD, History, Verdict, difference
 from trueup.host.mapping import UserIdType
 
 # What is found again as it was; a correction or a lost race is an event, and written each time.

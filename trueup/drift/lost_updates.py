@@ -10,18 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from trueup.drift import weights
 from trueup.drift.evidence import Concurrent, Evidence
 from trueup.drift.hypotheses import Candidate, candidate
-
-# More of them than this are not all in the evidence.
-MOST_LOST = 60
-# So much of what a hand may give may be met by chance by all the sums that are tried.
-MOST_CHANCE = 0.01
-# A hand gives 50 to 50,000 tokens, as likely from 50 to 100 as from 25,000 to 50,000.
-GIVEN_FROM, GIVEN_TO = 50, 50_000
-COST_LOST = 2.0
-COST_EACH_MORE = 0.5
-MOST_COST = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +34,11 @@ def losses_by_tokens(evidence: Evidence, plan_sizes: frozenset[int]) -> dict[int
     found: dict[int, Losses] = {}
     for lost in _few_sums(overlapped):
         tokens = sum(one.tokens for one in lost)
-        cost = min(COST_LOST + COST_EACH_MORE * (len(lost) - 1), MOST_COST)
+        cost = min(weights.LOST_UPDATE + weights.FURTHER_LOST_UPDATE * (len(lost) - 1), weights.MAX_LOST_UPDATES)
         found.setdefault(tokens, Losses(lost=lost, doubtful=tokens in plan_sizes, cost=cost))
     for lost in [*((_lost(pair),) for pair in reversed(pairs)), *combinations(overlapped, 2)]:
         tokens = sum(one.tokens for one in lost)
-        found.setdefault(tokens, Losses(lost=lost, doubtful=True, cost=COST_LOST * len(lost)))
+        found.setdefault(tokens, Losses(lost=lost, doubtful=True, cost=weights.LOST_UPDATE * len(lost)))
     return found
 
 
@@ -58,16 +49,16 @@ def called_lost(evidence: Evidence) -> list[Candidate]:
 
 def _few_sums(lost: Sequence[Candidate]) -> Iterator[tuple[Candidate, ...]]:
     """Yield what may be lost of these: all, then ever more of the ways to choose, while they prove something."""
-    if len(lost) >= MOST_LOST:
+    if len(lost) >= weights.MAX_CONCURRENT:
         return
     chance = 0.0
     for few in range(len(lost) // 2 + 1):
         # Few were kept, or few were lost: as many ways, the one as the other.
         for number in dict.fromkeys((len(lost) - few, few)):
             for chosen in combinations(lost, number) if number else ():
-                tokens = max(GIVEN_FROM, sum(one.tokens for one in chosen))
-                chance += 1 / tokens / math.log(GIVEN_TO / GIVEN_FROM)
-                if chance > MOST_CHANCE:
+                tokens = max(weights.GIVEN_FROM, sum(one.tokens for one in chosen))
+                chance += 1 / tokens / math.log(weights.GIVEN_TO / weights.GIVEN_FROM)
+                if chance > weights.MAX_CHANCE:
                     return
                 yield chosen
 

@@ -9,15 +9,15 @@ from pydantic import BaseModel, ConfigDict
 from trueup.errors import AnswerFormatError
 from trueup.features.inputs import Business, parse
 from trueup.llm import languages
-from trueup.llm.fitting import check_fits
 from trueup.llm.model import Message, Model
+from trueup.llm.prompt_fit import check_fits
 from trueup.llm.prompts import enhancement_messages
 from trueup.llm.texts import readable
 from trueup.llm.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
 
 ESTIMATED_TOKENS = 700
 """What a prompt may cost by an exact counter, unless its draft is long; `estimated_tokens` says it for any."""
-_SHORTEST_ANSWER_TOKENS = 250
+_MIN_ANSWER_TOKENS = 250
 # A better prompt says all that its draft says, and more.
 _ANSWER_TOKENS_PER_DRAFT_TOKEN = 2
 # A draft at its limit, in the tokens that an assistant's prompt may well have.
@@ -69,9 +69,7 @@ def plan_enhancement(
     messages = enhancement_messages(draft=draft, business=firm.as_text(), language=firm.language)
     check_fits("prompt", messages, scaled_estimate(_MAX_PROMPT_TOKENS, counter), counter)
     prompt_tokens = count_prompt_tokens(messages, counter)
-    wanted = max(
-        scaled_estimate(_SHORTEST_ANSWER_TOKENS, counter), _ANSWER_TOKENS_PER_DRAFT_TOKEN * counter.count(draft)
-    )
+    wanted = max(scaled_estimate(_MIN_ANSWER_TOKENS, counter), _ANSWER_TOKENS_PER_DRAFT_TOKEN * counter.count(draft))
     return EnhancementPlan(
         messages=messages,
         prompt_tokens=prompt_tokens,

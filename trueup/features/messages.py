@@ -11,8 +11,8 @@ from trueup.errors import AnswerFormatError, InvalidInputError
 from trueup.features.inputs import MAX_MESSAGE_CHARACTERS, Business, ChatMessage, parse
 from trueup.features.links import KnownLinks, without_foreign_links
 from trueup.llm import languages
-from trueup.llm.fitting import check_fits, cut_to_fit
 from trueup.llm.model import Message, Model
+from trueup.llm.prompt_fit import check_fits, cut_to_fit
 from trueup.llm.prompts import reply_messages
 from trueup.llm.texts import readable
 from trueup.llm.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict
 from trueup.errors import AnswerFormatError, InvalidInputError
 from trueup.features.answers import object_with
 from trueup.llm import languages
-from trueup.llm.fitting import check_fits, cut_to_fit
 from trueup.llm.model import Message, Model
+from trueup.llm.prompt_fit import check_fits, cut_to_fit
 from trueup.llm.prompts import question_messages
 from trueup.llm.texts import readable
 from trueup.llm.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate

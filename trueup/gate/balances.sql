@@ -1,3 +1,4 @@
+{% from "host/rows.sql" import used_since %}
 -- Writes to the balance. Each takes the user's balance row first and reads everything else after it, in
 -- statements of their own: under READ COMMITTED each sees what was committed while it waited for the lock. (One
 -- statement that locks and reads at once would decide on what was true before the wait.)
@@ -8,14 +9,14 @@
 -- crowd that waits for a row which each of them updates is woken all at once, and falls steeply with its size. Here one
 -- is woken at a time. (Two users may share a number: then one waits a moment for the other.) The number is taken before
 -- the row and by whoever takes one row only, so nobody waits for it with a row in hand.
-CREATE OR REPLACE FUNCTION trueup.queue_for(p_user {{user_id_type}}) RETURNS void LANGUAGE sql AS $$
+CREATE OR REPLACE FUNCTION trueup.queue_for(p_user {{ user_id_type }}) RETURNS void LANGUAGE sql AS $$
     SELECT pg_advisory_xact_lock(1953658213, hashtext(p_user::text))  -- "true" in ASCII
 $$;
 
 -- Lock the user's balance, and bring it up to date: fold the deltas, or rebuild it from the log if the window
 -- moved or the log was truncated; take back overdue holds. The caller stores window_start, log_epoch, consumed, held.
 CREATE OR REPLACE FUNCTION trueup.lock_account(
-    p_user {{user_id_type}}, INOUT at timestamptz,
+    p_user {{ user_id_type }}, INOUT at timestamptz,
     OUT subscribed boolean, OUT is_active boolean, OUT end_date timestamptz, OUT original bigint,
     OUT window_start timestamptz, OUT log_epoch bigint, OUT consumed bigint, OUT held bigint
 ) LANGUAGE plpgsql AS $$
@@ -27,7 +28,7 @@ DECLARE
     v_overdue bigint;
 BEGIN
     SELECT * INTO b FROM trueup.balance WHERE user_id = p_user FOR UPDATE;
-    IF NOT FOUND AND EXISTS (SELECT FROM {{subscription}} s WHERE s.{{subscription.user_id}} = lock_account.p_user) THEN
+    IF NOT FOUND AND EXISTS (SELECT FROM {{ subscription }} s WHERE s.{{ subscription.user_id }} = lock_account.p_user) THEN
         -- A balance of no window and no epoch: stale by construction, so it is built from the log below.
         INSERT INTO trueup.balance (user_id, window_start, log_epoch)
         VALUES (p_user, 'infinity', -1) ON CONFLICT DO NOTHING;
@@ -48,10 +49,7 @@ BEGIN
     IF subscribed AND (b.window_start, b.log_epoch) IS DISTINCT FROM (e.window_start, e.log_epoch) THEN
         -- One statement, one snapshot: a log row and its delta are both seen here or both left for later.
         WITH cleared AS (DELETE FROM trueup.usage_delta WHERE user_id = p_user)
-        SELECT coalesce(sum(l.{{usage_log.total_tokens}}), 0) INTO v_consumed
-        FROM {{usage_log}} l
-        WHERE l.{{usage_log.user_id}} = lock_account.p_user AND l.{{usage_log.success}}
-          AND l.{{usage_log.created_at}} >= e.window_start;
+        SELECT u.tokens INTO v_consumed FROM ({{ used_since("lock_account.p_user", "e.window_start") }}) u;
         b.window_start := e.window_start;
         b.log_epoch := e.log_epoch;
     ELSE
@@ -75,8 +73,8 @@ END $$;
 -- A process may be frozen in a call and still come back with it: what such calls may cost stays held for as long again as
 -- it is since the last of them began (trueup.kept_past_expiry), and `expired` is false. One that began a call of the
 -- hold meanwhile has renewed it: the conditions on `h` are looked at again under its row's lock.
-CREATE OR REPLACE FUNCTION trueup.end_overdue_holds(p_users {{user_id_type}}[], at timestamptz)
-RETURNS TABLE (user_id {{user_id_type}}, expired boolean, freed bigint) LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION trueup.end_overdue_holds(p_users {{ user_id_type }}[], at timestamptz)
+RETURNS TABLE (user_id {{ user_id_type }}, expired boolean, freed bigint) LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 BEGIN
     RETURN QUERY
@@ -97,7 +95,7 @@ END $$;
 
 -- What calls of this task that are in flight may cost at most, other than the one named.
 CREATE OR REPLACE FUNCTION trueup.in_flight(
-    p_user {{user_id_type}}, p_task text, p_call_key text, p_attempt integer
+    p_user {{ user_id_type }}, p_task text, p_call_key text, p_attempt integer
 ) RETURNS bigint LANGUAGE sql STABLE AS $$
     SELECT coalesce(sum(c.tokens_bound), 0)::bigint FROM trueup.call_intent c
     WHERE c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started'

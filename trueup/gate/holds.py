@@ -118,7 +118,7 @@ def open_hold(
         raise _denied(row, feature_name, estimated_tokens)
     if row.busy_until is not None:
         seconds = (row.busy_until - row.at).total_seconds()
-        raise HoldBusyError(task_id, seconds, superfluous=row.superfluous, waits=row.waits)
+        raise HoldBusyError(task_id, seconds, redundant=row.superfluous, waits=row.waits)
     return Hold(
         user_id=user_id,
         task_id=task_id,

@@ -1,3 +1,4 @@
+{% from "gate/store_balance.sql" import store_balance %}
 -- Holds, from the gate to their end; balances.sql says how the balance's row is locked.
 
 -- Reserve tokens for a task, or say why not (`reason`, NULL when admitted). `passed`: why it would have been denied, had
@@ -18,7 +19,7 @@
 -- A hold whose body has ended is open for calls in flight alone (see trueup.close_hold): its task passes the gate as if it
 -- were closed, and gets it back with the new tokens added.
 CREATE OR REPLACE FUNCTION trueup.open_hold(
-    p_user {{user_id_type}}, p_task text, p_retries integer, p_feature text, p_section text, p_owner text,
+    p_user {{ user_id_type }}, p_task text, p_retries integer, p_feature text, p_section text, p_owner text,
     p_tokens bigint, p_lease interval, p_ttl interval, p_waits integer, p_mode text, INOUT at timestamptz,
     OUT reason text, OUT passed text, OUT busy_until timestamptz, OUT superfluous boolean, OUT waits integer,
     OUT hold_attempt integer, OUT tokens_left bigint,
@@ -98,14 +99,12 @@ BEGIN
             tokens_left := v_tokens;
         END IF;
     END IF;
-    UPDATE trueup.balance SET window_start = a.window_start, log_epoch = a.log_epoch,
-                              consumed = a.consumed, held = coalesce(open_hold.held, a.held)
-    WHERE user_id = p_user AND a.consumed IS NOT NULL;  -- or one was built beside us, and is right as it is
+{{ store_balance("p_user", held="open_hold.held") }}
 END $$;
 
 -- Give an open hold to the next attempt; for trueup.open_hold, under its lock. Returns what that attempt may spend.
 CREATE OR REPLACE FUNCTION trueup.take_over(
-    p_user {{user_id_type}}, p_task text, p_id bigint, p_retries integer, p_owner text,
+    p_user {{ user_id_type }}, p_task text, p_id bigint, p_retries integer, p_owner text,
     p_lease_until timestamptz, p_expires_at timestamptz
 ) RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
@@ -121,7 +120,7 @@ END $$;
 
 -- A worker saw a process die: what that process had begun is in flight no more, and nobody knows what became of it.
 -- Only if the hold is still that process's: which attempt it was is not known of one that lost it.
-CREATE OR REPLACE FUNCTION trueup.abandon_calls(p_user {{user_id_type}}, p_task text, p_owner text)
+CREATE OR REPLACE FUNCTION trueup.abandon_calls(p_user {{ user_id_type }}, p_task text, p_owner text)
 RETURNS void LANGUAGE sql AS $$
     UPDATE trueup.call_intent c SET outcome = 'unknown'
     FROM trueup.hold h
@@ -137,7 +136,7 @@ $$;
 -- The commit is not waited for to reach the disk: lost in a crash of the server, the hold is open again, which promises
 -- too much to nobody, and its time runs out.
 CREATE OR REPLACE FUNCTION trueup.close_hold(
-    p_user {{user_id_type}}, p_task text, p_attempt integer, p_owner text, p_completed boolean, at timestamptz
+    p_user {{ user_id_type }}, p_task text, p_attempt integer, p_owner text, p_completed boolean, at timestamptz
 ) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
     v_at timestamptz;
@@ -185,7 +184,7 @@ CREATE OR REPLACE FUNCTION trueup.expire_holds(p_limit integer, at timestamptz)
 RETURNS TABLE (holds bigint, tokens bigint) LANGUAGE plpgsql AS $$
 DECLARE
     v_at timestamptz := coalesce(at, clock_timestamp());
-    v_users {{user_id_type}}[];
+    v_users {{ user_id_type }}[];
 BEGIN
     -- Lock first, in a statement of its own; the next one then sees the holds as they are under the locks.
     SELECT array_agg(locked.user_id) INTO v_users FROM (

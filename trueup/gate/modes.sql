@@ -9,7 +9,7 @@ $$;
 
 -- Let what was denied run all the same? In mode "observe" it is noted.
 CREATE OR REPLACE FUNCTION trueup.let_pass(
-    p_user {{user_id_type}}, p_task text, p_feature text, p_settings text, p_reason text, p_tokens bigint, at timestamptz
+    p_user {{ user_id_type }}, p_task text, p_feature text, p_settings text, p_reason text, p_tokens bigint, at timestamptz
 ) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     v_mode text := trueup.gate_mode_of(p_feature, p_settings);

@@ -1,3 +1,4 @@
+{% from "gate/store_balance.sql" import store_balance %}
 -- Calls of the provider, before and after: what was started and never recorded leaves its intent behind as evidence.
 
 -- May this attempt make a call of at most p_bound tokens now? `granted` false: its hold has ended or a later attempt has
@@ -5,7 +6,7 @@
 -- Leaves an intent, and renews the lease and the hold for as long as the call may take.
 -- Only the hold's own row is locked here: the balance does not change, and its users need not wait for us.
 CREATE OR REPLACE FUNCTION trueup.begin_call(
-    p_user {{user_id_type}}, p_task text, p_attempt integer, p_call_key text, p_bound bigint,
+    p_user {{ user_id_type }}, p_task text, p_attempt integer, p_call_key text, p_bound bigint,
     p_lease interval, p_ttl interval, at timestamptz,
     OUT granted boolean, OUT overtaken boolean, OUT tokens_left bigint
 ) LANGUAGE plpgsql AS $$
@@ -30,7 +31,7 @@ END $$;
 
 -- A call ended without usage: it certainly cost nothing, or nobody knows (p_unknown), which is kept.
 CREATE OR REPLACE FUNCTION trueup.end_call(
-    p_user {{user_id_type}}, p_task text, p_attempt integer, p_call_key text, p_unknown boolean
+    p_user {{ user_id_type }}, p_task text, p_attempt integer, p_call_key text, p_unknown boolean
 ) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     IF p_unknown THEN
@@ -45,7 +46,7 @@ END $$;
 -- Add tokens to a task's open hold, by the same decision as at the gate, or say why not (`reason`, NULL when granted).
 -- A replay is granted them, so that it goes the way its work went, and given none: it buys nothing.
 CREATE OR REPLACE FUNCTION trueup.extend_hold(
-    p_user {{user_id_type}}, p_task text, p_attempt integer, p_feature text, p_tokens bigint, p_mode text,
+    p_user {{ user_id_type }}, p_task text, p_attempt integer, p_feature text, p_tokens bigint, p_mode text,
     INOUT at timestamptz, OUT overtaken boolean, OUT reason text, OUT tokens_left bigint
 ) LANGUAGE plpgsql AS $$
 DECLARE
@@ -76,10 +77,7 @@ BEGIN
         reason := NULL;
     END IF;
     tokens_left := greatest(coalesce(tokens_left, 0) - trueup.in_flight(p_user, p_task, NULL, NULL), 0);
-    UPDATE trueup.balance b
-    SET window_start = a.window_start, log_epoch = a.log_epoch, consumed = a.consumed,
-        held = a.held + v_added
-    WHERE b.user_id = p_user AND a.consumed IS NOT NULL;  -- or one was built beside us, and is right as it is
+{{ store_balance("p_user", held="a.held + v_added") }}
 END $$;
 
 -- Forget stored answers charged before that time, at most p_limit of them. Returns how many.

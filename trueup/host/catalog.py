@@ -4,20 +4,9 @@ from collections.abc import Iterable
 
 from sqlalchemy import Connection, text
 
-from trueup.host.mapping import NOUNS, HostMapping, quote_table
+from trueup.host.fields import FIELDS, NOUNS
+from trueup.host.mapping import HostMapping, quote_table
 
-# What only the account and plan views show. (The plan's duration is a payment's matter too.)
-_SHOWN = {
-    "user": {"id", "username", "email"},
-    "token_plan": {"name", "is_active"},
-    "full_plan": {"name", "is_active", "duration_days"},
-}
-# What a host may lack: errors are then told elsewhere, or it is not read at all.
-_SPARE = {
-    "usage_log": {"error_message"},
-    "token_usage": {"description"},
-    "payment": {"subscription_id"},
-}
 COMPUTED_REMEDY = (
     "Map a column that can be written, or {value = …} in its place; whether a row counts, "
     "usage_log.counts = {expression = …} may read from such a column."
@@ -41,8 +30,9 @@ def missing_host_columns(connection: Connection, mapping: HostMapping) -> list[s
             (getattr(mapping, noun).table, column)
             for noun in NOUNS
             for field, column in mapping.columns(noun)
-            if field not in _SPARE.get(noun, ())
-            and (field not in _SHOWN.get(noun, ()) or (field == "duration_days" and mapping.payment.table is not None))
+            for entry in [FIELDS[noun][field]]
+            if not entry.spare
+            and (not entry.is_for_views or (field == "duration_days" and mapping.payment.table is not None))
         ),
     )
 
@@ -57,9 +47,9 @@ def missing_view_columns(connection: Connection, mapping: HostMapping) -> list[s
         connection,
         (
             (getattr(mapping, noun).table, column)
-            for noun, fields in _SHOWN.items()
+            for noun in NOUNS
             for field, column in mapping.columns(noun)
-            if field in fields and getattr(mapping, noun).table not in gone
+            if FIELDS[noun][field].is_for_views and getattr(mapping, noun).table not in gone
         ),
     )
 

@@ -7,13 +7,16 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from psycopg.errors import InsufficientPrivilege
 from sqlalchemy import Connection, CursorResult, text
 from sqlalchemy.exc import DBAPIError
 
-from trueup.host.columns import Compared, Expression, quote_identifier, quote_literal
-from trueup.host.mapping import HostMapping, quote_table, render_sql
+from trueup.host.fields import FIELDS, FLAG, INTEGER, JSON, TIME, types_of
+from trueup.host.mapping import HostMapping, quote_table
+from trueup.host.setting_values import Compared, Expression, quote_identifier, quote_literal
+from trueup.host.sql import render_sql
 
-_INTEGERS = ("smallint", "integer", "bigint")
+_TOKENS = types_of(INTEGER)
 SEARCH_PATH = "pg_catalog, pg_temp"  # the triggers' own, whatever the role's is
 SET_SEARCH_PATH = text("SELECT set_config('search_path', :path, true)")
 
@@ -38,13 +41,9 @@ _TYPE = """
         SELECT EXPRESSION AS value FROM HOST AS trueup_row CROSS JOIN HOST AS trueup_other LIMIT 0) AS tried ON true
 """
 _OWN_ROW = """
-    INSERT INTO pg_temp.trueup_own AS l ({{usage_log.written}})
-    SELECT r.{{usage_log.written}}
-    FROM (SELECT CAST(LOG_ID AS {{usage_log_id_type}}) AS id, CAST(USER_ID AS {{user_id_type}}) AS user_id,
-                 SECTION AS section, FIGURE AS prompt_tokens, FIGURE AS completion_tokens, 2 * FIGURE AS total_tokens,
-                 FIGURE AS response_time_ms, SUCCEEDED AS success, MODEL AS model_name,
-                 CAST('{"task_id": "1"}' AS jsonb) AS metadata, CAST(now() AS timestamptz) AS created_at) r
-    RETURNING l.{{usage_log.success}}
+    INSERT INTO pg_temp.trueup_own AS l ({{ usage_log.written() }})
+    SELECT {{ usage_log.written("r") }} FROM (SELECT {{ values }}) r
+    RETURNING {{ usage_log.success("l") }}
 """
 _DRAWN = re.compile(r"nextval\('(?:[^']|'')*'::regclass\)")  # in a default; a sequence would be used up
 _SAMPLE_UUID = "00000000-0000-4000-8000-000000000001"
@@ -120,7 +119,7 @@ def expression_problem(connection: Connection, mapping: HostMapping) -> Problem 
     included = mapping.subscription.tokens_included
     if isinstance(included, str):
         values = {"table": quote_table(mapping.subscription.table), "column": included}
-        problem = _type_problem(str(connection.scalar(_COLUMN_TYPE, values)), _INTEGERS)
+        problem = _type_problem(str(connection.scalar(_COLUMN_TYPE, values)), _TOKENS)
         if problem is not None:
             return f"host.subscription.tokens_included: {problem[0]}.", problem[1]
     for setting, given, table, types in _given(mapping):
@@ -157,11 +156,11 @@ def wrong_expression(connection: Connection, mapping: HostMapping) -> Problem | 
 def _given(mapping: HostMapping) -> Iterator[tuple[str, Compared | Expression, str, tuple[str, ...]]]:
     subscription, counts = mapping.subscription, mapping.usage_log.counts
     if isinstance(subscription.tokens_included, Expression):
-        yield "host.subscription.tokens_included", subscription.tokens_included, subscription.table, _INTEGERS
+        yield "host.subscription.tokens_included", subscription.tokens_included, subscription.table, _TOKENS
     if isinstance(subscription.is_active, Compared | Expression):
-        yield "host.subscription.is_active", subscription.is_active, subscription.table, ("boolean",)
+        yield "host.subscription.is_active", subscription.is_active, subscription.table, types_of(FLAG)
     if counts is not None:
-        yield "host.usage_log.counts", counts, mapping.usage_log.table, ("boolean",)
+        yield "host.usage_log.counts", counts, mapping.usage_log.table, types_of(FLAG)
 
 
 def _value_problem(connection: Connection, given: Compared, table: str) -> Problem | None:
@@ -251,16 +250,23 @@ def own_row(
 
     `size`: its tokens of each kind, and its milliseconds. `user` False: nobody's.
     """
-    # Before the host's names are in it: one of them, or a value, may be the very word.
-    values = {
-        "LOG_ID": quote_literal("1" if mapping.usage_log_id_type == "bigint" else _SAMPLE_UUID),
-        "USER_ID": quote_literal(_SAMPLE_UUID if mapping.user_id_type == "uuid" else "1") if user else "NULL",
-        "SECTION": quote_literal(section),
-        "FIGURE": str(size),
-        "SUCCEEDED": str(succeeded).lower(),
-        "MODEL": quote_literal(model),
+    log_id = "1" if mapping.usage_log_id_type == "bigint" else _SAMPLE_UUID
+    user_id = quote_literal(_SAMPLE_UUID if mapping.user_id_type == "uuid" else "1") if user else "NULL"
+    own = {
+        "id": f"CAST({quote_literal(log_id)} AS {mapping.usage_log_id_type})",
+        "user_id": f"CAST({user_id} AS {mapping.user_id_type})",
+        "section": quote_literal(section),
+        "total_tokens": str(2 * size),
+        "success": str(succeeded).lower(),
+        "model_name": quote_literal(model),
     }
-    return render_sql(re.sub("|".join(values), lambda found: values[found[0]], _OWN_ROW), mapping)
+    by_kind = {JSON: 'CAST(\'{"task_id": "1"}\' AS jsonb)', TIME: "CAST(now() AS timestamptz)"}
+    values = [
+        f"{own.get(field) or by_kind.get(entry.kinds, str(size))} AS {field}"
+        for field, entry in FIELDS["usage_log"].items()
+        if entry.written
+    ]
+    return render_sql(_OWN_ROW, mapping, values=", ".join(values))
 
 
 def make_table(connection: Connection, like: int, name: str, *, filled: bool) -> None:
@@ -286,7 +292,7 @@ def _said(error: DBAPIError) -> tuple[str, str]:
     """Return PostgreSQL's words and what to do about them."""
     diagnosis = getattr(error.orig, "diag", None)
     message = re.sub(r"\btrueup_row\.", "{row}.", str(getattr(diagnosis, "message_primary", None) or error.orig))
-    if getattr(error.orig, "sqlstate", None) == "42501" and "temporary" in message:
+    if isinstance(error.orig, InsufficientPrivilege) and "temporary" in message:
         return f"it can't be tried out ({message})", "GRANT TEMPORARY ON DATABASE to this role."
     if "ambiguous" in message:
         return message, "Name the row's columns as {row}.column."

@@ -2,14 +2,8 @@
 
 from sqlalchemy import Connection, text
 
+from trueup.host.fields import ID_TYPES, kind_of
 from trueup.host.mapping import HostMapping, quote_identifier, quote_table
-
-# What the catalog calls a column's type, and what the mapping calls it.
-_MAPPED_AS = {
-    **dict.fromkeys(("smallint", "integer", "bigint"), "bigint"),
-    **dict.fromkeys(("text", "character varying", "character"), "text"),
-    "uuid": "uuid",
-}
 
 # `sequence`: the one that is the column's own; PostgreSQL lets it have several, and draws from the one of its default.
 _COLUMN = text(
@@ -35,7 +29,7 @@ def log_id_problem(connection: Connection, mapping: HostMapping) -> tuple[str, s
     row = connection.execute(_COLUMN, {"table": quote_table(log.table), "column": log.id}).one_or_none()
     if row is None:
         return None
-    named, wanted = f"{log.table}.{log.id}", _MAPPED_AS.get(row.type, mapping.usage_log_id_type)
+    named, wanted = f"{log.table}.{log.id}", ID_TYPES.get(kind_of(row.type), mapping.usage_log_id_type)
     if wanted != mapping.usage_log_id_type:
         why = f"{named} is of type {row.type}, and host.usage_log_id_type is {mapping.usage_log_id_type}."
         return why, f'Set usage_log_id_type = "{wanted}" under [host] in trueup.toml.'

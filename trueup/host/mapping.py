@@ -1,30 +1,21 @@
 """Where the host keeps its users, plans, subscriptions and AI usage log: table and column names.
 
 The defaults are those of a Django application. A table may be qualified by its schema ("public.billing_subscription").
-Some columns may be missing: what stands for them then is said in `trueup.host.columns`.
+Some columns may be missing: what stands for them then is said in `trueup.host.setting_values`.
 """
 
 import hashlib
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import BeforeValidator, model_validator
-from sqlalchemy import TextClause, text
 
-from trueup.host.columns import (
-    Compared,
-    Constant,
-    Given,
-    Table,
-    columns_of,
-    quote_identifier,
-    quote_literal,
-    quote_table,
-    sql_of,
-)
-from trueup.host.sql_templates import fill, named_fields
-from trueup.host.tables import (
+from trueup.host.fields import (
+    FIELDS,
+    NOUNS,
     FullPlanTable,
+    IdType,
     Names,
+    Noun,
     PaymentTable,
     SubscriptionTable,
     TokenPlanTable,
@@ -32,6 +23,7 @@ from trueup.host.tables import (
     UsageLogTable,
     UserTable,
 )
+from trueup.host.setting_values import columns_of, quote_identifier, quote_table
 
 __all__ = [
     "NOUNS",
@@ -45,26 +37,12 @@ __all__ = [
     "UsageLogTable",
     "UserIdType",
     "UserTable",
-    "fields_named_in",
     "quote_identifier",
     "quote_table",
-    "render_sql",
-    "render_statement",
 ]
 
-UserIdType = Literal["bigint", "uuid", "text"]
-LogIdType = Literal["uuid", "text", "bigint"]
-
-NOUNS = ("user", "token_plan", "full_plan", "subscription", "usage_log", "token_usage", "payment")
-
-# Of what type a missing column is read, where a text is given for it.
-_TYPES = {"metadata": "jsonb", "end_date": "timestamptz"}
-# What a table that is not there would have in its rows, of which there are none.
-_NO_PLANS = (
-    "(SELECT CAST(NULL AS text) AS id, CAST(NULL AS text) AS name, CAST(NULL AS integer) AS tokens_included, "
-    "CAST(NULL AS integer) AS duration_days, CAST(NULL AS boolean) AS is_active WHERE false)"
-)
-
+UserIdType = IdType
+LogIdType = IdType
 
 _IF_THERE = BeforeValidator(lambda given: {"table": None} if given is False else given)
 
@@ -95,7 +73,7 @@ class HostMapping(Names):
         """Return the host's tables that are mapped."""
         return [table for noun in NOUNS if (table := getattr(self, noun).table) is not None]
 
-    def columns(self, noun: str) -> list[tuple[str, str]]:
+    def columns(self, noun: Noun) -> list[tuple[str, str]]:
         """Return the host's columns that are used of a noun, as (field, column); none if its table is not there.
 
         A field that is missing has none; an expression has one for each column that it names.
@@ -105,109 +83,25 @@ class HostMapping(Names):
             return []
         return [
             (field, column)
-            for field in type(part).model_fields
-            if field not in ("table", "completed_status") and self._plan_of(field) is not None
+            for field in FIELDS[noun]
+            if self.has_plan_of(field)
             for column in columns_of(getattr(part, field))
         ]
 
     def counted_columns(self) -> list[str]:
         """Return the log's columns that say what is used, by whom and when."""
-        fields = ("id", "user_id", "total_tokens", "success", "created_at", "counts")
-        return list(dict.fromkeys(column for field, column in self.columns("usage_log") if field in fields))
-
-    def has(self, name: str) -> bool:
-        """Return whether the host has it, in whatever form; for templates."""
-        noun, _, field = name.partition(".")
-        given = getattr(getattr(self, noun), field or "table")
-        return given is not None and (field == "tokens_included" or not isinstance(given, Constant))
-
-    def stores(self, name: str) -> bool:
-        """Return whether the host has a column for it; for templates."""
-        noun, _, field = name.partition(".")
-        return isinstance(getattr(getattr(self, noun), field), str)
-
-    def sql(self, name: str, alias: str | None) -> str:
-        """Return a name as SQL; for templates. Raises KeyError for one that there is none of.
-
-        `usage_log.success` is whether a row counts, however the host says that. `usage_log.written` is what trueup's
-        rows consist of: the columns, or with an alias their values in its row, which has all fields.
-        """
-        noun, _, field = name.partition(".")
-        if name in ("user_id_type", "usage_log_id_type"):
-            return str(getattr(self, name))
-        if name == "usage_log.written":
-            return self._written(alias)
-        if name == "usage_log.counted":
-            return ", ".join(map(quote_literal, self.counted_columns()))
-        if name == "usage_log.tells_failure":
-            return str(self.usage_log.tells_failure).lower()
-        part = getattr(self, noun) if noun in NOUNS else None
-        if part is None or (field or "table") not in type(part).model_fields:
-            raise KeyError(name)
-        if not field:
-            return quote_table(part.table) if part.table is not None else self._nobody(noun)
-        if field == "completed_status":
-            return str(part.completed_status)
-        if self._plan_of(field) is None:
-            return "CAST(NULL AS text)"
-        given: Given = getattr(part, field)
-        if name == "usage_log.success" and part.counts is not None:
-            given = part.counts
-        if part.table is None:
-            given = field
-        return sql_of(given, alias, _TYPES.get(field, "text"))
+        fields = FIELDS["usage_log"]
+        return list(dict.fromkeys(column for field, column in self.columns("usage_log") if fields[field].counted))
 
     def fingerprint(self) -> str:
         """Return a short hash of the whole mapping, to notice that the database was set up for another one."""
-        # What came later is left out where it is not used: an upgrade alone makes no other mapping.
-        later = {"subscription": "tokens_included", "usage_log": "counts"}
-        unused = {noun: {field} for noun, field in later.items() if getattr(getattr(self, noun), field) is None}
+        # A field that came later is left out where it is not used: an upgrade alone makes no other mapping.
+        unused: dict[str, set[str]] = {
+            noun: {field for field in FIELDS[noun] if getattr(getattr(self, noun), field) is None} for noun in NOUNS
+        }
         return hashlib.sha256(self.model_dump_json(exclude=unused).encode()).hexdigest()[:16]
 
-    def _plan_of(self, field: str) -> Table | None:
-        """Return the table that a key to plans leads to, None: it is not there. For other fields: not None."""
-        return {"token_plan_id": self.token_plan.table, "full_plan_id": self.full_plan.table}.get(field, field)
-
-    def _nobody(self, noun: str) -> str:
-        """Return what stands for a table that is not there."""
-        if noun in ("token_plan", "full_plan"):
-            return _NO_PLANS
-        if noun != "user":
-            raise KeyError(noun)
-        return (
-            f"(SELECT s.{quote_identifier(self.subscription.user_id)} AS id, CAST(NULL AS text) AS username, "
-            f"CAST(NULL AS text) AS email FROM {quote_table(self.subscription.table)} s)"
-        )
-
-    def _written(self, alias: str | None) -> str:
-        log = self.usage_log
-        if alias is None:
-            return ", ".join(map(quote_identifier, log.written))
-        values = [f"{alias}.{field}" for field in log.written_fields]
-        if isinstance(log.counts, Compared):
-            # Into whatever type the column has.
-            name, succeeded = quote_literal(log.counts.column), quote_literal(log.counts.equals[0])
-            failed = quote_literal(log.counts.failed) if log.counts.failed is not None else succeeded
-            values.append(
-                f"(jsonb_populate_record(CAST(NULL AS {quote_table(log.table)}), jsonb_build_object({name}, "
-                f"CASE WHEN {alias}.success THEN {succeeded} ELSE {failed} END))).{quote_identifier(log.counts.column)}"
-            )
-        return ", ".join(values)
-
-
-def render_sql(template: str, mapping: HostMapping) -> str:
-    """Fill an SQL template in; `sql_templates` says how it is written. Raises KeyError on an unknown name."""
-    return fill(template, mapping)
-
-
-def render_statement(template: str, mapping: HostMapping) -> TextClause:
-    """Render an SQL template as a statement with `:parameters`; a colon in a name of the host's begins none.
-
-    Raises KeyError on an unknown name.
-    """
-    return text(fill(template, mapping, escape=lambda name: name.replace(":", "\\:")))
-
-
-def fields_named_in(template: str, mapping: HostMapping) -> list[tuple[str, str]]:
-    """Return what a template reads of the host's tables, as (noun, field), each once."""
-    return [(noun, field) for noun, field in named_fields(template, mapping) if noun in NOUNS]
+    def has_plan_of(self, field: str) -> bool:
+        """Return whether the plans that a key leads to are there; for any other field, True."""
+        table = {"token_plan_id": self.token_plan.table, "full_plan_id": self.full_plan.table}.get(field, field)
+        return table is not None

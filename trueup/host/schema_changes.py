@@ -6,9 +6,6 @@ from trueup.errors import GateClosedError, HostChangedError, NotInstalledError
 from trueup.host.catalog import missing_host_columns, missing_host_tables
 from trueup.host.mapping import HostMapping
 
-# Raised by trueup.require_watched() and trueup.require_counted().
-UNWATCHED = "TU001"
-LOG_CHANGED = "TU002"
 ROW_SECURITY_REMEDY = "Let trueup's role see all rows: ALTER ROLE … BYPASSRLS, or make it the table's owner."
 # Stands for the mapping while the database is made ready for one.
 ATTACHING = "attaching"

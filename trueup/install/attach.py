@@ -5,15 +5,17 @@ gate runs by. Until then every gate refuses. What is done is read from the datab
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, text
 
-from trueup.database.engine import retrying
 from trueup.database.locks import PATIENCE_SECONDS, take_step
+from trueup.database.retry import retrying
 from trueup.errors import TrueupError
-from trueup.host.mapping import HostMapping, quote_table, render_statement
-from trueup.host.partitions import uncovered_partitions
+from trueup.host.mapping import HostMapping, quote_table
+from trueup.host.partitions import log_tables, uncovered_partitions
+from trueup.host.sql import render_statement
 from trueup.install.install import (
     DROP_FUNCTIONS,
     SQL_FILES,
@@ -35,7 +37,7 @@ from trueup.install.triggers import (
 
 # As many users at once as have about so many log rows: reading the log from end to end for few would be a waste.
 BATCH_ROWS = 10_000_000
-MOST_BATCH_USERS = 500_000
+MAX_BATCH_USERS = 500_000
 SAMPLE_USERS = 1_000
 
 # Whatever the triggers and the filling need; nothing of the gate's is among it.
@@ -50,6 +52,59 @@ class AttachError(TrueupError):
 Tell = Callable[[str], Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TriggerStep:
+    """A transaction that puts triggers on a table of the host: `attach` takes it, `attach_script` prints it.
+
+    `title`: what the script says. `done`: what `attach` tells afterwards, of {table}. `noun`: whose table it locks.
+    `is_needed`: whether triggers are missing there. `scripts`: what makes them. `keeps_balances`: balances from before
+    stay, so that the step is refused where somebody else has changed trueup's triggers meanwhile.
+    """
+
+    title: str
+    done: str | None
+    noun: Literal["usage_log", "subscription"]
+    is_needed: Callable[[Connection, HostMapping], bool]
+    scripts: Callable[[HostMapping], list[str]]
+    keeps_balances: bool = False
+
+    def table(self, mapping: HostMapping) -> str:
+        return str(getattr(mapping, self.noun).table)
+
+    def take(self, connection: Connection, mapping: HostMapping) -> None:
+        """Put the triggers on the table, unless they are at work."""
+        if self.is_needed(connection, mapping):
+            if self.keeps_balances:
+                _refuse_touched(connection)
+            run_scripts(connection, self.scripts(mapping))
+
+
+WATCH_LOG = TriggerStep(
+    title="2. The triggers on the log",
+    done=None,
+    noun="usage_log",
+    is_needed=lambda connection, mapping: not is_log_watched(connection, mapping),
+    # Each balance from before is stale then.
+    scripts=lambda mapping: [_MARK_STALE, *sql_scripts(mapping, ["install/triggers.sql"]), SAVE_WATCHED],
+)
+WATCH_PARTITIONS = TriggerStep(
+    title="2. Those on its partitions",
+    done="Triggers on {table} are there.",
+    noun="usage_log",
+    is_needed=lambda connection, mapping: _lacks_partition_triggers(connection, mapping),
+    scripts=lambda mapping: sql_scripts(mapping, ["install/partition_triggers.sql"]),
+)
+WATCH_SUBSCRIPTIONS = TriggerStep(
+    title="2. The trigger on the subscriptions",
+    done="The trigger on {table} is there.",
+    noun="subscription",
+    is_needed=lambda connection, mapping: not are_subscriptions_watched(connection, mapping),
+    scripts=lambda mapping: [*sql_scripts(mapping, ["install/window_triggers.sql"]), SAVE_TRIGGERS],
+    keeps_balances=True,
+)
+TRIGGER_STEPS = (WATCH_LOG, WATCH_PARTITIONS, WATCH_SUBSCRIPTIONS)
+
+
 def attach(
     mapping: HostMapping, *, tell: Tell = lambda _: None, patience_seconds: float = PATIENCE_SECONDS
 ) -> dict[str, int]:
@@ -59,25 +114,23 @@ def attach(
     fit, `HostBusyError`, and `AttachError` when what was built does not hold; then the gate stays closed.
     """
     retrying(lambda connection: refuse_without_rights(connection, mapping))
-    log, subscriptions = quote_table(mapping.usage_log.table), quote_table(mapping.subscription.table)
 
-    def take(step: Callable[[Connection], None], tables: list[str], done: str) -> None:
-        take_step(step, tables, patience_seconds=patience_seconds)
-        tell(done)
+    def take(step: Callable[[Connection, HostMapping], None], tables: list[str], done: str | None) -> None:
+        take_step(lambda connection: step(connection, mapping), tables, patience_seconds=patience_seconds)
+        if done is not None:
+            tell(done)
 
     ready = retrying(lambda connection: is_ready(connection, mapping))
-    take(lambda connection: prepare(connection, mapping), [], "Tables are there.")
-    take_step(lambda connection: watch_log(connection, mapping), [log], patience_seconds=patience_seconds)
-    done = f"Triggers on {mapping.usage_log.table} are there."
-    take(lambda connection: watch_partitions(connection, mapping), [log], done)
-    done = f"The trigger on {mapping.subscription.table} is there."
-    take(lambda connection: watch_subscriptions(connection, mapping), [subscriptions], done)
+    take(prepare, [], "Tables are there.")
+    for step in TRIGGER_STEPS:
+        table = step.table(mapping)
+        take(step.take, [quote_table(table)], step.done and step.done.format(table=table))
 
     def build() -> int:
         users = retrying(lambda connection: batch_users(connection, mapping))
         filled = fill(batch_users=users, patience_seconds=patience_seconds)
         tell(f"Balances are built: {filled}.")
-        take(lambda connection: open_gate(connection, mapping), [], "Balances agree with the log: ready.")
+        take(open_gate, [], "Balances agree with the log: ready.")
         return filled
 
     try:
@@ -86,8 +139,7 @@ def attach(
         if not ready:
             raise
     # It was open all along. What it counted may lack rows that came unseen, or have some that went with a partition.
-    done = "What was built does not hold: the gate is closed, and all balances are built anew."
-    take(lambda connection: close_gate(connection, mapping), [], done)
+    take(close_gate, [], "What was built does not hold: the gate is closed, and all balances are built anew.")
     return {"balances": build()}
 
 
@@ -120,41 +172,14 @@ def function_scripts(mapping: HostMapping) -> list[str]:
     return [DROP_FUNCTIONS, *sql_scripts(mapping, FUNCTIONS)]
 
 
-def ready_scripts(mapping: HostMapping) -> list[str]:
-    """Return what writes down that all is ready."""
-    return [save_sql(mapping), KEEP_WATCHED]
+def opening_scripts(mapping: HostMapping, *checks: str) -> list[str]:
+    """Return what makes the gate's functions and records that all is ready; `checks` run in between."""
+    return [*function_scripts(mapping), *checks, save_sql(mapping), KEEP_WATCHED]
 
 
 def close_gate(connection: Connection, mapping: HostMapping) -> None:
     """Take the gate's functions away, and let no balance from before count."""
     run_scripts(connection, prepare_scripts(mapping, ready=False))
-
-
-def watch_log(connection: Connection, mapping: HostMapping) -> None:
-    """Put the triggers on the log, unless they are at work; each balance from before is stale then."""
-    if not is_log_watched(connection, mapping):
-        run_scripts(connection, watch_scripts(mapping))
-
-
-def watch_scripts(mapping: HostMapping) -> list[str]:
-    return [_MARK_STALE, *sql_scripts(mapping, ["install/triggers.sql"]), SAVE_WATCHED]
-
-
-def watch_partitions(connection: Connection, mapping: HostMapping) -> None:
-    """Put the triggers on the log's partitions that lack them; where one has rows, balances from before are stale."""
-    if uncovered_partitions(connection):
-        run_scripts(connection, sql_scripts(mapping, ["install/partition_triggers.sql"]))
-
-
-def watch_subscriptions(connection: Connection, mapping: HostMapping) -> None:
-    """Put the trigger on the subscriptions, unless it is at work."""
-    if not are_subscriptions_watched(connection, mapping):
-        _refuse_touched(connection)
-        run_scripts(connection, window_scripts(mapping))
-
-
-def window_scripts(mapping: HostMapping) -> list[str]:
-    return [*sql_scripts(mapping, ["install/window_triggers.sql"]), SAVE_TRIGGERS]
 
 
 def batch_users(connection: Connection, mapping: HostMapping) -> int:
@@ -163,7 +188,7 @@ def batch_users(connection: Connection, mapping: HostMapping) -> int:
         estimated_rows(connection, quote_table(table))
         for table in (mapping.usage_log.table, mapping.subscription.table)
     )
-    return max(1, min(MOST_BATCH_USERS, BATCH_ROWS * max(subscriptions, 1) // max(log, 1)))
+    return max(1, min(MAX_BATCH_USERS, BATCH_ROWS * max(subscriptions, 1) // max(log, 1)))
 
 
 def estimated_rows(connection: Connection, table: str) -> int:
@@ -172,7 +197,7 @@ def estimated_rows(connection: Connection, table: str) -> int:
     return rows or 0
 
 
-def fill(*, batch_users: int = MOST_BATCH_USERS, patience_seconds: float = PATIENCE_SECONDS) -> int:
+def fill(*, batch_users: int = MAX_BATCH_USERS, patience_seconds: float = PATIENCE_SECONDS) -> int:
     """Build each stale balance from the log, so many users in a transaction. Returns how many were built."""
     last: Any = None
     filled: int = 0
@@ -201,7 +226,7 @@ def open_gate(connection: Connection, mapping: HostMapping) -> None:
             f"Balances do not agree with the log, those of {', '.join(map(str, wrong[:5]))} among them. The gate stays "
             "closed. Look for triggers or rules of the host's own that change rows as they are logged."
         )
-    run_scripts(connection, [*function_scripts(mapping), *ready_scripts(mapping)])
+    run_scripts(connection, opening_scripts(mapping))
 
 
 def _refuse_touched(connection: Connection) -> None:
@@ -219,6 +244,13 @@ def _fill_batch(values: dict[str, Any]) -> Callable[[Connection], Row[Any]]:
 
 def _all_watched(connection: Connection, mapping: HostMapping) -> bool:
     return is_log_watched(connection, mapping) and are_subscriptions_watched(connection, mapping)
+
+
+def _lacks_partition_triggers(connection: Connection, mapping: HostMapping) -> bool:
+    """Return whether a partition lacks them. Before all was ready once for this mapping each may."""
+    if len(log_tables(connection, mapping)) == 1:
+        return False
+    return not is_ready(connection, mapping) or bool(uncovered_partitions(connection))
 
 
 def is_log_watched(connection: Connection, mapping: HostMapping) -> bool:
@@ -272,14 +304,12 @@ _TRIGGER_FUNCTIONS = text(
 
 # One statement, one snapshot: a log row and its delta are seen together.
 UNTRUE = """
+    {% from "host/rows.sql" import used_since %}
     SELECT b.user_id
     FROM (SELECT * FROM trueup.balance WHERE log_epoch = trueup.log_epoch() ORDER BY random() LIMIT :users) b
     CROSS JOIN LATERAL (
         SELECT coalesce(sum(d.tokens), 0) AS tokens FROM trueup.usage_delta d
         WHERE d.user_id = b.user_id AND d.used_at >= b.window_start) d
-    CROSS JOIN LATERAL (
-        SELECT coalesce(sum(l.{{usage_log.total_tokens}}), 0) AS tokens FROM {{usage_log}} l
-        WHERE l.{{usage_log.user_id}} = b.user_id AND l.{{usage_log.success}}
-          AND l.{{usage_log.created_at}} >= b.window_start) l
+    CROSS JOIN LATERAL ({{ used_since("b.user_id", "b.window_start") }}) l
     WHERE b.consumed + d.tokens <> l.tokens
 """

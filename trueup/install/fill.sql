@@ -1,20 +1,21 @@
+{% from "host/rows.sql" import is_counted, window_start %}
 -- Build the balances of the next users, in the order of their ids after p_after (NULL: from the first), from the log: as
 -- trueup.lock_account does for one. A balance that is up to date, or that a gate has just now, is left as it is; one of a
 -- user with grants is left to the gate. `last` is NULL when there are no more users. The log's triggers must be there.
 -- Users are a range of ids, not a list: for many of them reading the log once from end to end is the fastest, and the
 -- planner is left to see that (so that it plans for the range that it is given, each time).
 CREATE OR REPLACE FUNCTION trueup.fill_balances(
-    p_after {{user_id_type}}, p_limit integer, OUT last {{user_id_type}}, OUT filled bigint
+    p_after {{ user_id_type }}, p_limit integer, OUT last {{ user_id_type }}, OUT filled bigint
 ) LANGUAGE plpgsql SET plan_cache_mode = 'force_custom_plan' SET work_mem = '64MB' AS $$
 <<fill>>
 DECLARE
-    v_users {{user_id_type}}[];
+    v_users {{ user_id_type }}[];
     v_epoch bigint := trueup.log_epoch();
 BEGIN
     SELECT t.u INTO last
-    FROM (SELECT DISTINCT s.{{subscription.user_id}} AS u FROM {{subscription}} s
-          WHERE s.{{subscription.user_id}} IS NOT NULL
-            AND (fill_balances.p_after IS NULL OR s.{{subscription.user_id}} > fill_balances.p_after)
+    FROM (SELECT DISTINCT s.{{ subscription.user_id }} AS u FROM {{ subscription }} s
+          WHERE s.{{ subscription.user_id }} IS NOT NULL
+            AND (fill_balances.p_after IS NULL OR s.{{ subscription.user_id }} > fill_balances.p_after)
           ORDER BY 1 LIMIT fill_balances.p_limit) t
     ORDER BY 1 DESC LIMIT 1;
     filled := 0;
@@ -23,9 +24,9 @@ BEGIN
     END IF;
     -- A balance of no window and no epoch: stale by construction.
     INSERT INTO trueup.balance (user_id, window_start, log_epoch)
-    SELECT DISTINCT s.{{subscription.user_id}}, 'infinity'::timestamptz, -1 FROM {{subscription}} s
-    WHERE (fill_balances.p_after IS NULL OR s.{{subscription.user_id}} > fill_balances.p_after)
-      AND s.{{subscription.user_id}} <= fill_balances.last
+    SELECT DISTINCT s.{{ subscription.user_id }}, 'infinity'::timestamptz, -1 FROM {{ subscription }} s
+    WHERE (fill_balances.p_after IS NULL OR s.{{ subscription.user_id }} > fill_balances.p_after)
+      AND s.{{ subscription.user_id }} <= fill_balances.last
     ON CONFLICT DO NOTHING;
     SELECT array_agg(t.user_id) INTO v_users
     FROM (SELECT b.user_id FROM trueup.balance b
@@ -35,16 +36,15 @@ BEGIN
           FOR UPDATE SKIP LOCKED) t;
     -- One statement, one snapshot: a log row and its delta are both seen here or both left for later.
     WITH mine AS MATERIALIZED (
-        SELECT m.user_id, coalesce(s.{{subscription.start_date}}, '-infinity'::timestamptz) AS window_start
-        FROM unnest(v_users) m (user_id) JOIN {{subscription}} s ON s.{{subscription.user_id}} = m.user_id
+        SELECT m.user_id, {{ window_start("s") }} AS window_start
+        FROM unnest(v_users) m (user_id) JOIN {{ subscription }} s ON s.{{ subscription.user_id }} = m.user_id
     ),
     cleared AS (DELETE FROM trueup.usage_delta d USING mine m WHERE d.user_id = m.user_id),
     -- Of those who have any: an inner join leaves it to the planner which side it holds in memory, the users at best.
     sums AS (
-        SELECT m.user_id, m.window_start, sum(l.{{usage_log.total_tokens}})::bigint AS tokens
+        SELECT m.user_id, m.window_start, sum(l.{{ usage_log.total_tokens }})::bigint AS tokens
         FROM mine m
-        JOIN {{usage_log}} l ON l.{{usage_log.user_id}} = m.user_id AND l.{{usage_log.success}}
-                             AND l.{{usage_log.created_at}} >= m.window_start
+        JOIN {{ usage_log }} l ON {{ is_counted("l", "m.user_id", "m.window_start") }}
         GROUP BY m.user_id, m.window_start
     )
     UPDATE trueup.balance b

@@ -1,18 +1,14 @@
 """Set a database up: migrations of our own tables, then the functions and triggers for the host's mapping."""
 
 import hashlib
-import io
 import re
 from collections import Counter
 from collections.abc import Iterable
-from importlib import resources
-from pathlib import Path
 
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import Connection, text
 
 from trueup.accounts.subscriptions import refuse_shared_users
+from trueup.database import migrate
 from trueup.database.locks import INSTALL_LOCK, STATEMENT_TIMEOUT_SECONDS
 from trueup.database.schema import SCHEMA
 from trueup.errors import NotInstalledError
@@ -25,18 +21,19 @@ from trueup.host.catalog import (
     tables_without_triggers,
 )
 from trueup.host.column_types import mapped_columns, wrong_types
-from trueup.host.columns import quote_literal
 from trueup.host.expressions import expression_problem
 from trueup.host.log_ids import log_id_problem
-from trueup.host.mapping import HostMapping, quote_table, render_sql
+from trueup.host.mapping import HostMapping, quote_table
 from trueup.host.partitions import partition_problem
 from trueup.host.schema_changes import ATTACHING
-from trueup.host.write_probe import row_problem
+from trueup.host.setting_values import quote_literal
+from trueup.host.sql import render_file
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.triggers import KEEP_WATCHED, SAVE_TRIGGERS, is_untouched
+from trueup.install.write_probe import row_problem
 from trueup.settings.settings import get_settings
 
-# Functions before triggers; each file may use what those before it define.
+# Functions before triggers; each file may use what those before it define. Files of macros alone are not among them.
 SQL_FILES = (
     "accounts/grants.sql",
     "accounts/accounts.sql",
@@ -58,15 +55,8 @@ SQL_FILES = (
     "reconcile/shards.sql",
     "reconcile/audit.sql",
     "review/decisions.sql",
-    "drift/decrements.sql",
-    "drift/purchases.sql",
     "drift/evidence.sql",
-    "drift/ledger.sql",
-    "drift/sizes.sql",
-    "drift/documents.sql",
 )
-# What stands in for a file whose table the host does not have.
-_WITHOUT = {"drift/decrements.sql": "drift/no_decrements.sql", "drift/purchases.sql": "drift/no_purchases.sql"}
 
 _CREATE_SCHEMA = f"CREATE SCHEMA {SCHEMA}"
 LOCK_TIMEOUT_SECONDS = 5
@@ -103,7 +93,7 @@ def create_tables(connection: Connection, mapping: HostMapping) -> None:
     # Who owns the schema need not have the right to make another.
     if _lacks_schema(connection):
         connection.execute(text(_CREATE_SCHEMA))
-    command.upgrade(_alembic_config(mapping, connection=connection), "head")
+    migrate.create_tables(connection, mapping.user_id_type)
 
 
 def tables_sql(connection: Connection, mapping: HostMapping) -> list[str]:
@@ -113,19 +103,13 @@ def tables_sql(connection: Connection, mapping: HostMapping) -> list[str]:
     """
     _refuse_other_user_ids(connection, mapping)
     check_host(connection, mapping)
-    there = None
-    if connection.scalar(text("SELECT to_regclass('trueup.alembic_version') IS NOT NULL")):
-        there = connection.scalar(text("SELECT version_num FROM trueup.alembic_version"))
-    with io.StringIO() as output:
-        command.upgrade(_alembic_config(mapping, output=output), f"{there or 'base'}:head", sql=True)
-        migrations = output.getvalue().strip()
-    return [*([f"{_CREATE_SCHEMA};"] if _lacks_schema(connection) else []), *([migrations] if migrations else [])]
+    tables = migrate.create_tables_sql(connection, mapping.user_id_type)
+    return [*([f"{_CREATE_SCHEMA};"] if _lacks_schema(connection) else []), *([tables] if tables else [])]
 
 
 def sql_scripts(mapping: HostMapping, names: Iterable[str] = SQL_FILES) -> list[str]:
     """Return the scripts that make the functions and triggers for this mapping, in order; or these of them."""
-    templates = resources.files("trueup")
-    return [render_sql(templates.joinpath(name).read_text(), mapping) for name in _sql_files(mapping, names)]
+    return [render_file(name, mapping) for name in names]
 
 
 def run_scripts(connection: Connection, scripts: Iterable[str]) -> None:
@@ -198,18 +182,6 @@ SET mapping_fingerprint = excluded.mapping_fingerprint, mapping = excluded.mappi
 """
 
 
-def _sql_files(mapping: HostMapping, names: Iterable[str]) -> list[str]:
-    unmapped = {
-        name
-        for name, table in (
-            ("drift/decrements.sql", mapping.token_usage.table),
-            ("drift/purchases.sql", mapping.payment.table),
-        )
-        if table is None
-    }
-    return [_WITHOUT[name] if name in unmapped else name for name in names]
-
-
 def _installation_row(mapping: HostMapping) -> dict[str, str]:
     return {"fingerprint": mapping.fingerprint(), "mapping": mapping.model_dump_json()}
 
@@ -273,14 +245,6 @@ def _refuse_other_user_ids(connection: Connection, mapping: HostMapping) -> None
 
 def _lacks_schema(connection: Connection) -> bool:
     return bool(connection.scalar(text("SELECT to_regnamespace(:schema) IS NULL"), {"schema": SCHEMA}))
-
-
-def _alembic_config(mapping: HostMapping, **attributes: object) -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parents[1] / "database" / "migrations"))
-    config.set_main_option("path_separator", "os")
-    config.attributes.update(attributes, mapping=mapping)
-    return config
 
 
 _FUNCTION = re.compile(r"^CREATE OR REPLACE FUNCTION trueup\.(\w+)\(.*?\bAS \$\$(.*?)\$\$;", re.DOTALL | re.MULTILINE)

@@ -7,8 +7,9 @@ from sqlalchemy import Connection, text
 from trueup.database.engine import transaction
 from trueup.database.schema import SCHEMA
 from trueup.errors import NotInstalledError, ServiceUnavailableError, TrueupError
-from trueup.host.mapping import HostMapping, quote_table, render_statement
+from trueup.host.mapping import HostMapping, quote_table
 from trueup.host.partitions import log_tables
+from trueup.host.sql import render_statement
 from trueup.install.attach import are_subscriptions_watched, estimated_rows, is_log_watched
 from trueup.install.rights import Right, find_lacking, lacking_rights, migrate_rights, worker_rights
 
@@ -110,8 +111,8 @@ _SAMPLE = """
     WITH began AS MATERIALIZED (SELECT clock_timestamp() AS at),
     sampled AS MATERIALIZED (
         SELECT count(t.tokens) AS rows, count(DISTINCT t.user_id) AS users
-        FROM (SELECT l.{{usage_log.user_id}} AS user_id, l.{{usage_log.total_tokens}} AS tokens
-              FROM began, {{usage_log}} l LIMIT :rows) t
+        FROM (SELECT l.{{ usage_log.user_id }} AS user_id, l.{{ usage_log.total_tokens }} AS tokens
+              FROM began, {{ usage_log }} l LIMIT :rows) t
     )
     SELECT s.rows, extract(epoch FROM clock_timestamp() - b.at) AS seconds FROM began b, sampled s
 """

@@ -12,12 +12,12 @@ from sqlalchemy import Connection, text
 from trueup.database.schema import SCHEMA
 from trueup.errors import InvalidInputError, NotInstalledError
 from trueup.host.catalog import missing_host_tables
-from trueup.host.columns import quote_literal
 from trueup.host.mapping import HostMapping, quote_identifier, quote_table
+from trueup.host.setting_values import quote_literal
 from trueup.install.rights import Right, migrate_rights, readonly_rights, worker_rights
 
 # PostgreSQL cuts a longer name, and two could become one.
-_LONGEST_NAME_BYTES = 63
+_MAX_NAME_BYTES = 63
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +70,8 @@ def grants_sql(connection: Connection, mapping: HostMapping, roles: RoleNames) -
 def _check_names(roles: RoleNames) -> None:
     names = {"migrate role": roles.migrate, "worker role": roles.worker, "readonly role": roles.readonly}
     for field, name in names.items():
-        if not name or "\x00" in name or "$$" in name or len(name.encode()) > _LONGEST_NAME_BYTES:
-            raise InvalidInputError(f"{field}: {name!r} is no role: give 1 to {_LONGEST_NAME_BYTES} bytes, without $$")
+        if not name or "\x00" in name or "$$" in name or len(name.encode()) > _MAX_NAME_BYTES:
+            raise InvalidInputError(f"{field}: {name!r} is no role: give 1 to {_MAX_NAME_BYTES} bytes, without $$")
     if len(set(names.values())) < len(names):
         raise InvalidInputError("migrate, worker and readonly role: give three different names, or they are one role")
 

@@ -5,22 +5,18 @@ from collections.abc import Sequence
 from sqlalchemy import Connection, text
 
 from trueup.database.locks import INSTALL_LOCK, LOCK_TIMEOUT_MILLISECONDS, STATEMENT_TIMEOUT_SECONDS
-from trueup.host.mapping import HostMapping, render_sql
-from trueup.host.partitions import log_tables
+from trueup.host.mapping import HostMapping
+from trueup.host.sql import render_sql
 from trueup.install.attach import (
     SAMPLE_USERS,
+    TRIGGER_STEPS,
     UNTRUE,
-    are_subscriptions_watched,
     batch_users,
-    function_scripts,
-    is_log_watched,
     is_ready,
+    opening_scripts,
     prepare_scripts,
-    ready_scripts,
-    watch_scripts,
-    window_scripts,
 )
-from trueup.install.install import sql_scripts, tables_sql
+from trueup.install.install import tables_sql
 
 _HEAD = """\
 -- What `trueup db attach` runs in this database, in psql: it stops at the first error, and may be run again.
@@ -44,7 +40,7 @@ SET lock_timeout = '{milliseconds}ms';
 SET statement_timeout = 0;
 DO $$
 DECLARE
-    v_last {{{{user_id_type}}}};
+    v_last {user_id_type};
 BEGIN
     LOOP
         PERFORM pg_advisory_xact_lock({lock});
@@ -76,19 +72,16 @@ def attach_script(connection: Connection, mapping: HostMapping) -> str:
         _HEAD.format(milliseconds=LOCK_TIMEOUT_MILLISECONDS, search_path=search_path),
         _step("1. Schema, tables and functions of trueup", [*tables, *prepare_scripts(mapping, ready=ready)]),
     ]
-    if not is_log_watched(connection, mapping):
-        parts.append(_step("2. The triggers on the log", watch_scripts(mapping)))
-    if len(log_tables(connection, mapping)) > 1:
-        parts.append(_step("2. Those on its partitions", sql_scripts(mapping, ["install/partition_triggers.sql"])))
-    if not are_subscriptions_watched(connection, mapping):
-        parts.append(_step("2. The trigger on the subscriptions", window_scripts(mapping)))
+    for step in TRIGGER_STEPS:
+        if step.is_needed(connection, mapping):
+            parts.append(_step(step.title, step.scripts(mapping)))
     users = batch_users(connection, mapping)
-    filling = _FILL.format(milliseconds=LOCK_TIMEOUT_MILLISECONDS, lock=INSTALL_LOCK, users=users)
-    parts.append(
-        f"-- 3. Balances, from the log, in batches that are committed one by one\n{render_sql(filling, mapping)}"
+    filling = _FILL.format(
+        milliseconds=LOCK_TIMEOUT_MILLISECONDS, lock=INSTALL_LOCK, users=users, user_id_type=mapping.user_id_type
     )
+    parts.append(f"-- 3. Balances, from the log, in batches that are committed one by one\n{filling}")
     untrue = render_sql(UNTRUE, mapping).replace(":users", str(SAMPLE_USERS)).strip()
-    opening = [_COMPARE.format(untrue=untrue), *function_scripts(mapping), _CHECK_TRIGGERS, *ready_scripts(mapping)]
+    opening = [_COMPARE.format(untrue=untrue), *opening_scripts(mapping, _CHECK_TRIGGERS)]
     parts.append(_step("4. If they agree with the log: the functions of the gate, and the mark", opening))
     return "\n".join(parts)
 

@@ -8,13 +8,13 @@ CREATE OR REPLACE FUNCTION trueup.trigger_marks() RETURNS text LANGUAGE plpgsql 
 BEGIN
     RETURN concat_ws(' of ', (
         SELECT string_agg(g.oid || ':' || g.xmin, ' ' ORDER BY g.oid) FROM pg_trigger g
-        WHERE g.tgrelid IN (to_regclass({{literal usage_log}}), to_regclass({{literal subscription}}))
+        WHERE g.tgrelid IN (to_regclass({{ usage_log | literal }}), to_regclass({{ subscription | literal }}))
           AND g.tgname IN ('trueup_inserted', 'trueup_updated', 'trueup_deleted', 'trueup_truncated',
                            'trueup_window_changed')
           AND g.tgenabled IN ('O', 'A')
     ), (
         SELECT string_agg(t.attnum || ':' || t.atttypid, ' ' ORDER BY t.attnum) FROM pg_attribute t
-        WHERE t.attrelid = to_regclass({{literal usage_log}}) AND t.attname IN ({{usage_log.counted}})
+        WHERE t.attrelid = to_regclass({{ usage_log | literal }}) AND t.attname IN ({{ usage_log.counted() }})
     ));
 END $$;
 
@@ -25,7 +25,7 @@ BEGIN
     SELECT coalesce(string_agg(t.attnum || ':' || t.xmin, ' ' ORDER BY t.attnum), ''), bool_or(t.attgenerated <> '')
     INTO versions, computed
     FROM pg_attribute t
-    WHERE t.attrelid = to_regclass({{literal usage_log}}) AND t.attname IN ({{usage_log.counted}});
+    WHERE t.attrelid = to_regclass({{ usage_log | literal }}) AND t.attname IN ({{ usage_log.counted() }});
 END $$;
 
 -- The files that the log's rows are in, those of all partitions. USING writes each of them anew; so does VACUUM FULL.
@@ -34,10 +34,16 @@ CREATE OR REPLACE FUNCTION trueup.log_files() RETURNS oid[] LANGUAGE plpgsql STA
 BEGIN
     RETURN coalesce((
         SELECT array_agg(c.relfilenode ORDER BY c.relfilenode) FROM pg_class c
-        WHERE c.relfilenode <> 0 AND (c.oid = to_regclass({{literal usage_log}})
+        WHERE c.relfilenode <> 0 AND (c.oid = to_regclass({{ usage_log | literal }})
             OR c.oid IN (SELECT l.id FROM trueup.log_partitions() l))
     ), '{}');
 END $$;
+
+{# Of the installation `i` and trueup.column_versions() `c`. #}
+{% macro has_old_values() %}
+    CASE WHEN i.column_versions = c.versions THEN true WHEN c.computed THEN false
+         ELSE i.log_files && trueup.log_files() END
+{% endmacro %}
 
 -- Whether the log has its old rows still: a column's new version and new files, both since this was written down, may
 -- mean other values, of which no trigger tells. (Where values are computed, a new version is enough.) Or they mean none:
@@ -47,7 +53,7 @@ BEGIN
     RETURN EXISTS (
         SELECT FROM trueup.installation i, trueup.column_versions() c
         WHERE
-{{include old_values}}
+{{ has_old_values() }}
     );
 END $$;
 
@@ -55,7 +61,7 @@ END $$;
 -- (To any table that is no partition: one without such tables today may have some tomorrow.)
 CREATE OR REPLACE FUNCTION trueup.log_parents() RETURNS oid[] LANGUAGE sql STABLE AS $$
     SELECT array_agg(c.oid ORDER BY c.oid) FROM pg_class c
-    WHERE c.oid = to_regclass({{literal usage_log}})
+    WHERE c.oid = to_regclass({{ usage_log | literal }})
        OR c.oid IN (SELECT l.id FROM trueup.log_partitions() l)
           AND (c.relkind = 'p' OR NOT c.relispartition)
 $$;
@@ -90,7 +96,7 @@ DECLARE
 BEGIN
     SELECT * INTO i FROM trueup.installation FOR UPDATE;
     -- Of one that is renamed for a moment nothing is there to note: when it is back, all would be counted anew.
-    IF to_regclass({{literal usage_log}}) IS NULL THEN
+    IF to_regclass({{ usage_log | literal }}) IS NULL THEN
         RETURN;
     END IF;
     -- In one statement, so that nothing comes between these looks.
@@ -136,7 +142,7 @@ BEGIN
     IF EXISTS (
         SELECT FROM trueup.installation i, trueup.column_versions() c
         WHERE i.triggers = trueup.trigger_marks() AND i.partitions = trueup.partition_marks(i.log_parents) AND
-{{include old_values}}
+{{ has_old_values() }}
     ) THEN
         RETURN;
     END IF;

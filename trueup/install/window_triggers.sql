@@ -8,7 +8,7 @@ BEGIN
     FOR old IN
         SELECT g.tgname, g.tgrelid::regclass AS subscription FROM pg_trigger g
         WHERE g.tgfoid = 'trueup.append_window'::regproc AND g.tgparentid = 0
-          AND g.tgrelid <> CAST({{literal subscription}} AS regclass)
+          AND g.tgrelid <> CAST({{ subscription | literal }} AS regclass)
     LOOP
         EXECUTE format('DROP TRIGGER %I ON %s', old.tgname, old.subscription);
     END LOOP;
@@ -23,7 +23,7 @@ BEGIN
     IF v_before::interval NOT BETWEEN '1 ms' AND '500 ms' THEN
         PERFORM set_config('lock_timeout', '500ms', true);
     END IF;
-    CREATE OR REPLACE TRIGGER trueup_window_changed AFTER INSERT OR UPDATE ON {{subscription}}
+    CREATE OR REPLACE TRIGGER trueup_window_changed AFTER INSERT OR UPDATE ON {{ subscription }}
         FOR EACH ROW EXECUTE FUNCTION trueup.append_window();
     PERFORM set_config('lock_timeout', v_before, true);
 END $$;

@@ -20,7 +20,7 @@ from trueup.settings.settings import get_settings
 # A sending takes less; a sender that has not told by then is dead.
 CLAIM_SECONDS = 180
 FIRST_WAIT_SECONDS = 30
-LONGEST_WAIT_SECONDS = 3600
+MAX_WAIT_SECONDS = 3600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +254,7 @@ def note_failed(connection: Connection, alert: Alert, error: str, *, final: bool
         "attempts": alert.attempts,
         "error": error[:500],
         "final": final,
-        "wait_seconds": min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** min(alert.attempts - 1, 20)),
+        "wait_seconds": min(MAX_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** min(alert.attempts - 1, 20)),
     }
     connection.execute(_FAILED, values)
 

@@ -1,18 +1,16 @@
 """May this role look at these tables, and are they as the mapping says? Asked of the catalog; no row is read."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, text
 
-from trueup.discovery.catalog import kind_of
-from trueup.discovery.vocabulary import FIELDS, INTEGER
 from trueup.errors import NotInstalledError, TrueupError
 from trueup.host.expressions import wrong_expression
-from trueup.host.mapping import HostMapping, UserIdType, fields_named_in, quote_identifier, quote_table
+from trueup.host.fields import FIELDS, ID_TYPES, TABLES, Noun, kind_of
+from trueup.host.mapping import NOUNS, HostMapping, UserIdType, quote_identifier, quote_table
 
-_USER_IDS = {"bigint": "integer", "uuid": "uuid", "text": "text"}
 # A log of so few bytes is read as fast without an index.
 _SMALL = 2_000_000
 
@@ -62,22 +60,22 @@ _OWN = text(
 class Named:
     """A column that a statement needs: where the mapping says it is. `is_part`: of a condition or an expression."""
 
-    noun: str
+    noun: Noun
     field: str
     table: str
     column: str
     is_part: bool
 
 
-def named_in(template: str, mapping: HostMapping) -> list[Named]:
-    """Return the columns that an SQL template names, each once."""
+def named_columns(fields: Collection[tuple[str, str]], mapping: HostMapping) -> list[Named]:
+    """Return the columns that these fields of these nouns are, or are made of."""
     return [
         Named(noun=noun, field=field, table=getattr(mapping, noun).table, column=column, is_part=column != given)
-        for noun, named in fields_named_in(template, mapping)
+        for noun in NOUNS
         for field, column in mapping.columns(noun)
         for given in [getattr(getattr(mapping, noun), field)]
         # What counts may be said by other columns than the one for success.
-        if field == named or (named, field) == ("success", "counts")
+        if (noun, "success" if field == "counts" else field) in fields
     ]
 
 
@@ -121,12 +119,10 @@ def _faults(one: Named, row: Any, user_id_type: UserIdType) -> Iterator[str]:
     kind = kind_of(row.type, ("enum",) if row.is_enum else ())
     if one.is_part:
         return
-    if one.field == "user_id" and kind != _USER_IDS[user_id_type]:
+    if one.field == "user_id" and ID_TYPES.get(kind) != user_id_type:
         yield f"host.user_id_type is {user_id_type}, but {one.table}.{one.column} is {row.type}"
         return
-    # A subscription's own tokens are not looked for by name, and so not among the fields.
-    known = FIELDS[one.noun].get(one.field)  # type: ignore[index]
-    kinds = INTEGER if known is None else known.kinds
+    kinds = FIELDS[one.noun][one.field].kinds
     if kind not in kinds:
         wanted = " or ".join(sorted(kinds))
         yield f"host.{one.noun}.{one.field}: {one.table}.{one.column} is {row.type}, which is not {wanted}"
@@ -149,18 +145,16 @@ def _rights(role: str, found: Iterable[tuple[Named, Any]]) -> Iterator[str]:
 
 def missing_index(connection: Connection, mapping: HostMapping) -> str | None:
     """Return the statement that makes the index without which causes are too dear to look for. None: it is there."""
-    wanted = [
-        (mapping.usage_log.table, mapping.usage_log.user_id, mapping.usage_log.created_at),
-        (mapping.token_usage.table, mapping.token_usage.subscription_id, mapping.token_usage.usage_date),
-        (mapping.payment.table, mapping.payment.user_id, mapping.payment.payment_date),
-    ]
-    for table, column, time in wanted:
-        if table is None:
+    for noun, kind in TABLES.items():
+        names = getattr(mapping, noun)
+        table = names.table
+        if kind.entry.index is None or table is None:
             continue
+        column, time = (getattr(names, field) for field in kind.entry.index)
         values = {"table": quote_table(table), "column": column, "small": _SMALL}
         if not connection.execute(_HAS_INDEX, values).scalar_one():
-            names = f"{quote_identifier(column)}, {quote_identifier(time)}"
-            return f"CREATE INDEX CONCURRENTLY ON {quote_table(table)} ({names})"
+            columns = f"{quote_identifier(column)}, {quote_identifier(time)}"
+            return f"CREATE INDEX CONCURRENTLY ON {quote_table(table)} ({columns})"
     return None
 
 

@@ -11,23 +11,25 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from psycopg.errors import QueryCanceled
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from trueup.accounts.user_ids import UserId
+from trueup.database.driver_errors import DEADLOCK_OR_CONFLICT
 from trueup.database.engine import translated_errors
+from trueup.drift.action import DEFAULT_RULES, Verdict, decide
 from trueup.drift.causes import Explanation
 from trueup.drift.detect import Drift
 from trueup.drift.evidence import Evidence
 from trueup.drift.explain import explain
 from trueup.drift.known_drifts import Past, read_past
-from trueup.drift.verdict import DEFAULT_RULES, Verdict, decide
 from trueup.errors import TrueupError
 from trueup.host.mapping import HostMapping
 from trueup.preview.checks import check_columns, check_expressions, is_attached, missing_index
-from trueup.preview.statements import COUNTER_LIMIT, EVIDENCE, PLAN_SIZES, Statements, needed_columns
+from trueup.preview.statements import Statements, needed_columns
 from trueup.reconcile.runs import Finding
-from trueup.reconcile.shards import bounds
+from trueup.reconcile.shards import MAX_FAILURES, bounds
 from trueup.settings.policies import Rules
 
 PAGE_SIZE = 5_000
@@ -35,10 +37,6 @@ PAGE_SIZE = 5_000
 
 # What evidence costs grows faster than the users asked for at once.
 EXPLAINED_AT_ONCE = 100
-MOST_FAILURES = 5
-QUERY_CANCELED = "57014"
-# A standby that has to replay what a snapshot still needs ends the reader; so may a failover, and a deadlock.
-PASSING = ("40001", "40P01")
 # What a counter shows by itself, without a look at any row.
 _PLAIN = frozenset({"counter_null", "counter_negative", "counter_out_of_range", "burned_at_expiry"})
 
@@ -111,8 +109,8 @@ class _Looker:
             self.attached = is_attached(connection, self.mapping)
             self.index = missing_index(connection, self.mapping)
             self.statements = Statements(self.mapping, attached=self.attached)
-            self.plan_sizes = frozenset(connection.scalars(self.statements.rendered(PLAN_SIZES)))
-            self.counter_limit = connection.scalar(self.statements.rendered(COUNTER_LIMIT)) or 0
+            self.plan_sizes = frozenset(connection.scalars(self.statements.plan_sizes))
+            self.counter_limit = connection.scalar(self.statements.counter_limit) or 0
             self.told.started_at = connection.scalar(text("SELECT statement_timestamp()"))
         if self.index is not None:
             note = (
@@ -128,16 +126,16 @@ class _Looker:
             try:
                 last, counters, findings = self._page(after, only_user, size)
             except DBAPIError as error:
-                state = getattr(error.orig, "sqlstate", None)
                 failures += 1
-                if state == QUERY_CANCELED and size > 1:
+                slow = isinstance(error.orig, QueryCanceled)
+                if slow and size > 1:
                     size = max(1, size // 10)
-                elif state == QUERY_CANCELED:
+                elif slow:
                     raise TrueupError(
                         f"One user's rows took longer than {self.timeout_seconds} s to read. "
                         "Raise TRUEUP_STATEMENT_TIMEOUT_SECONDS, and look again."
                     ) from error
-                elif state not in PASSING or failures >= MOST_FAILURES:
+                elif not isinstance(error.orig, DEADLOCK_OR_CONFLICT) or failures >= MAX_FAILURES:
                     raise
                 continue
             self.report(counters, findings)
@@ -205,7 +203,7 @@ class _Looker:
                 "at": drifts[0].seen_at,
                 "min_age": self.rules.min_age_seconds,
             }
-            rows = connection.execute(self.statements.rendered(EVIDENCE), values)
+            rows = connection.execute(self.statements.evidence, values)
             evidence = {row.user_id: Evidence.model_validate(row.evidence) for row in rows}
         return [
             self._finding(_with(drift, evidence.get(drift.user_id)), past.get(drift.user_id, Past()))

@@ -15,8 +15,9 @@ from sqlalchemy import Connection, Engine, text
 from trueup.accounts.user_ids import UserId
 from trueup.database.schema import own_table
 from trueup.gate.holds import expire_holds
-from trueup.host.mapping import HostMapping, UserIdType, render_statement
-from trueup.reconcile.shards import bounds, within
+from trueup.host.mapping import HostMapping, UserIdType
+from trueup.host.sql import render_statement
+from trueup.reconcile.shards import bounds, conditions_of
 
 ODDITIES_MOST = 100
 """How many of each kind that no machine can repair are reported from a range: the first ones say enough."""
@@ -57,22 +58,18 @@ def patient(engine: Engine, timeout_seconds: int) -> Iterator[Connection]:
 # A stale balance is no defect: it is rebuilt when next read. No function of ours is called: PostgreSQL then may work on
 # it in parallel.
 _UNTRUE = """
+    {% from "host/rows.sql" import used_in_windows, window_start %}
     WITH epoch AS (SELECT coalesce(max(id), 0) AS epoch FROM trueup.log_truncation)
     SELECT * FROM (
         SELECT b.user_id, b.consumed + coalesce(d.tokens, 0) AS seen, coalesce(l.tokens, 0) AS expected,
                b.held, coalesce(h.tokens, 0) AS in_holds,
-               coalesce(b.window_start = coalesce(s.{{subscription.start_date}}, CAST('-infinity' AS timestamptz))
+               coalesce(b.window_start = {{ window_start("s") }}
                         AND b.log_epoch = (SELECT epoch FROM epoch), false) AS is_current
         FROM trueup.balance b
-        LEFT JOIN {{subscription}} s ON s.{{subscription.user_id}} = b.user_id
+        LEFT JOIN {{ subscription }} s ON s.{{ subscription.user_id }} = b.user_id
         LEFT JOIN (
-            SELECT u.{{usage_log.user_id}} AS user_id, CAST(sum(u.{{usage_log.total_tokens}}) AS bigint) AS tokens
-            FROM {{usage_log}} u
-            JOIN {{subscription}} w ON w.{{subscription.user_id}} = u.{{usage_log.user_id}}
-             AND u.{{usage_log.created_at}} >= coalesce(w.{{subscription.start_date}}, CAST('-infinity' AS timestamptz))
-            WHERE u.{{usage_log.success}} [log range]
-            GROUP BY 1
-        ) l ON l.user_id = b.user_id
+            {{ used_in_windows("w." ~ subscription.user_id, within("l." ~ usage_log.user_id)) }}
+        ) l ON l.key = b.user_id
         LEFT JOIN (
             SELECT t.user_id, CAST(sum(t.tokens) AS bigint) AS tokens
             FROM trueup.usage_delta t JOIN trueup.balance k ON k.user_id = t.user_id AND t.used_at >= k.window_start
@@ -82,7 +79,7 @@ _UNTRUE = """
             SELECT o.user_id, CAST(sum(o.tokens_reserved - o.tokens_covered) AS bigint) AS tokens
             FROM trueup.hold o WHERE o.status = 'open' GROUP BY 1
         ) h ON h.user_id = b.user_id
-        WHERE true [balance range]
+        WHERE true{{ within("b.user_id") }}
     ) compared
     WHERE is_current AND seen <> expected OR held <> in_holds
     ORDER BY user_id
@@ -104,11 +101,9 @@ def find_untrue_balances(
     connection: Connection, mapping: HostMapping, after: UserId | None, last: UserId | None
 ) -> list[Defect]:
     """Return the balances of a range that do not equal the log or their open holds. Nothing is written."""
-    query = _UNTRUE.replace("[log range]", within("u.{{usage_log.user_id}}", after, last)).replace(
-        "[balance range]", within("b.user_id", after, last)
-    )
+    statement = render_statement(_UNTRUE, mapping, within=conditions_of(after, last))
     found = []
-    for row in connection.execute(render_statement(query, mapping), bounds(after, last)):
+    for row in connection.execute(statement, bounds(after, last)):
         if row.is_current and row.seen != row.expected:
             found.append(Defect(kind="balance_untrue", user_id=row.user_id, seen=row.seen, expected=row.expected))
         if row.held != row.in_holds:

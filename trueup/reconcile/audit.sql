@@ -1,10 +1,11 @@
+{% from "host/rows.sql" import used_since, window_start %}
 -- The deep pass: what is wrong with our own books beside sums that differ (audit.py finds those), and repairs.
 -- The finders only look, at users after p_after, up to p_last; null: no bound. What they find is looked at again under
 -- the balance's lock before anything is written.
 
 -- Set one user's balance right, by the log and the open holds as they are under its lock, and write down what was wrong.
 -- Returns how many defects that were.
-CREATE OR REPLACE FUNCTION trueup.repair_balance(p_run bigint, p_user {{user_id_type}}) RETURNS integer
+CREATE OR REPLACE FUNCTION trueup.repair_balance(p_run bigint, p_user {{ user_id_type }}) RETURNS integer
 LANGUAGE plpgsql AS $$
 DECLARE
     b trueup.balance;
@@ -20,15 +21,13 @@ BEGIN
         RETURN 0;
     END IF;
     SELECT (b.window_start, b.log_epoch) IS DISTINCT FROM
-           (coalesce(s.{{subscription.start_date}}, '-infinity'::timestamptz), trueup.log_epoch())
-    INTO v_stale FROM {{subscription}} s WHERE s.{{subscription.user_id}} = repair_balance.p_user;
+           ({{ window_start("s") }}, trueup.log_epoch())
+    INTO v_stale FROM {{ subscription }} s WHERE s.{{ subscription.user_id }} = repair_balance.p_user;
     IF v_stale IS FALSE THEN
         -- One statement, one snapshot: a log row and its delta are both seen here or both left for later.
         WITH cleared AS (DELETE FROM trueup.usage_delta t WHERE t.user_id = p_user RETURNING t.used_at, t.tokens)
         SELECT (SELECT coalesce(sum(c.tokens), 0) FROM cleared c WHERE c.used_at >= b.window_start),
-               (SELECT coalesce(sum(l.{{usage_log.total_tokens}}), 0) FROM {{usage_log}} l
-                WHERE l.{{usage_log.user_id}} = repair_balance.p_user AND l.{{usage_log.success}}
-                  AND l.{{usage_log.created_at}} >= b.window_start)
+               ({{ used_since("repair_balance.p_user", "b.window_start") }})
         INTO v_deltas, v_logged;
         v_defects := v_defects + trueup.note_defect(
             p_run, 'balance_untrue', p_user, b.consumed + v_deltas, v_logged, true, '{}');
@@ -42,7 +41,7 @@ END $$;
 
 -- Write a defect down, once in a run; none when what was seen is what was expected. Returns how many were written.
 CREATE OR REPLACE FUNCTION trueup.note_defect(
-    p_run bigint, p_kind text, p_user {{user_id_type}}, p_seen bigint, p_expected bigint, p_repaired boolean,
+    p_run bigint, p_kind text, p_user {{ user_id_type }}, p_seen bigint, p_expected bigint, p_repaired boolean,
     p_detail jsonb
 ) RETURNS integer LANGUAGE sql AS $$
     WITH noted AS (
@@ -60,8 +59,8 @@ $$;
 -- What is wrong in a range that no machine can set right: balances below zero, which a log with negative rows makes;
 -- holds of users that have no balance; and our charges since p_since whose log row is gone, p_most of each kind.
 CREATE OR REPLACE FUNCTION trueup.oddities(
-    p_after {{user_id_type}}, p_last {{user_id_type}}, p_since timestamptz, p_most integer
-) RETURNS TABLE (kind text, user_id {{user_id_type}}, seen bigint, expected bigint, detail jsonb)
+    p_after {{ user_id_type }}, p_last {{ user_id_type }}, p_since timestamptz, p_most integer
+) RETURNS TABLE (kind text, user_id {{ user_id_type }}, seen bigint, expected bigint, detail jsonb)
 LANGUAGE sql STABLE AS $$
     (SELECT 'balance_negative', b.user_id, b.consumed, 0::bigint, '{}'::jsonb
      FROM trueup.balance b
@@ -90,7 +89,7 @@ LANGUAGE sql STABLE AS $$
      FROM trueup.charge c
      WHERE (oddities.p_since IS NULL OR c.charged_at >= oddities.p_since) AND c.tokens_total > 0
        AND trueup.as_log_id(c.log_id) IS NOT NULL
-       AND NOT EXISTS (SELECT FROM {{usage_log}} l WHERE l.{{usage_log.id}} = trueup.as_log_id(c.log_id))
+       AND NOT EXISTS (SELECT FROM {{ usage_log }} l WHERE l.{{ usage_log.id }} = trueup.as_log_id(c.log_id))
        AND (oddities.p_after IS NULL OR c.user_id > oddities.p_after)
        AND (oddities.p_last IS NULL OR c.user_id <= oddities.p_last)
      ORDER BY c.charged_at LIMIT oddities.p_most)
@@ -100,9 +99,9 @@ $$;
 -- the subscriptions windows that come and go unseen are taken for one. `state`: 'missing', or how pg_trigger.tgenabled says that it is off ('D': disabled, 'R': only for replicas).
 CREATE OR REPLACE FUNCTION trueup.idle_triggers() RETURNS TABLE (name text, state text) LANGUAGE sql STABLE AS $$
     SELECT wanted.name, coalesce(g.tgenabled::text, 'missing')
-    FROM (VALUES ('trueup_inserted', {{literal usage_log}}), ('trueup_updated', {{literal usage_log}}),
-                 ('trueup_deleted', {{literal usage_log}}), ('trueup_truncated', {{literal usage_log}}),
-                 ('trueup_window_changed', {{literal subscription}})) AS wanted (name, host_table)
+    FROM (VALUES ('trueup_inserted', {{ usage_log | literal }}), ('trueup_updated', {{ usage_log | literal }}),
+                 ('trueup_deleted', {{ usage_log | literal }}), ('trueup_truncated', {{ usage_log | literal }}),
+                 ('trueup_window_changed', {{ subscription | literal }})) AS wanted (name, host_table)
     LEFT JOIN pg_trigger g ON g.tgname = wanted.name AND g.tgrelid = CAST(wanted.host_table AS regclass)
                           AND g.tgnargs = 0
     WHERE g.tgenabled IS NULL OR g.tgenabled NOT IN ('O', 'A')
@@ -112,7 +111,7 @@ $$;
 CREATE OR REPLACE FUNCTION trueup.count_lost_deltas() RETURNS bigint LANGUAGE sql STABLE AS $$
     SELECT count(*) FROM trueup.usage_delta d
     WHERE NOT EXISTS (SELECT FROM trueup.balance b WHERE b.user_id = d.user_id)
-      AND NOT EXISTS (SELECT FROM {{subscription}} s WHERE s.{{subscription.user_id}} = d.user_id)
+      AND NOT EXISTS (SELECT FROM {{ subscription }} s WHERE s.{{ subscription.user_id }} = d.user_id)
 $$;
 
 -- Delete such deltas. Their users' usage is not lost: if one subscribes, the balance is built from the log. (A user that
@@ -121,7 +120,7 @@ CREATE OR REPLACE FUNCTION trueup.delete_lost_deltas() RETURNS bigint LANGUAGE s
     WITH deleted AS (
         DELETE FROM trueup.usage_delta d
         WHERE NOT EXISTS (SELECT FROM trueup.balance b WHERE b.user_id = d.user_id)
-          AND NOT EXISTS (SELECT FROM {{subscription}} s WHERE s.{{subscription.user_id}} = d.user_id)
+          AND NOT EXISTS (SELECT FROM {{ subscription }} s WHERE s.{{ subscription.user_id }} = d.user_id)
         RETURNING 1
     )
     SELECT count(*) FROM deleted

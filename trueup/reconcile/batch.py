@@ -7,10 +7,10 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from trueup.accounts.user_ids import UserId, plain_id
+from trueup.drift.action import DEFAULT_RULES, Rules, decide
 from trueup.drift.detect import find_drifts
 from trueup.drift.explain import explain
 from trueup.drift.known_drifts import read_past
-from trueup.drift.verdict import DEFAULT_RULES, Rules, decide
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.runs import Finding
 from trueup.reconcile.shards import ShardLostError, Step, move_shard

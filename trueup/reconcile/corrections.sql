@@ -1,3 +1,5 @@
+{% from "gate/store_balance.sql" import store_balance %}
+{% from "host/rows.sql" import window_start %}
 -- By how much a drifted counter was off, without what was in flight.
 CREATE OR REPLACE FUNCTION trueup.off_by(d trueup.drift) RETURNS bigint LANGUAGE sql IMMUTABLE AS $$
     SELECT coalesce(d.observed, 0) - d.expected - coalesce((d.evidence->>'in_flight')::bigint, 0)
@@ -6,40 +8,38 @@ $$;
 -- Bring the balances of these users up to date, so that comparing counters needs no look at the log. A balance in use
 -- now is passed over: reads are exact without this, and waiting would make the gates of all users locked so far wait too.
 -- Nor do they wait for the disk: a balance that a crash of the server takes back is as true as the log that came with it.
-CREATE OR REPLACE FUNCTION trueup.refresh_balances(p_users {{user_id_type}}[], at timestamptz)
+CREATE OR REPLACE FUNCTION trueup.refresh_balances(p_users {{ user_id_type }}[], at timestamptz)
 RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
-    v_user {{user_id_type}};
+    v_user {{ user_id_type }};
     v_refreshed bigint := 0;
     a record;
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     FOR v_user IN
-        SELECT s.{{subscription.user_id}}
-        FROM {{subscription}} s
-        LEFT JOIN trueup.balance b ON b.user_id = s.{{subscription.user_id}}
-        WHERE s.{{subscription.user_id}} = ANY (refresh_balances.p_users)
+        SELECT s.{{ subscription.user_id }}
+        FROM {{ subscription }} s
+        LEFT JOIN trueup.balance b ON b.user_id = s.{{ subscription.user_id }}
+        WHERE s.{{ subscription.user_id }} = ANY (refresh_balances.p_users)
           AND (b.user_id IS NULL
-               OR b.window_start <> coalesce(s.{{subscription.start_date}}, '-infinity'::timestamptz)
+               OR b.window_start <> {{ window_start("s") }}
                OR b.log_epoch <> (SELECT trueup.log_epoch())
-               OR EXISTS (SELECT FROM trueup.usage_delta d WHERE d.user_id = s.{{subscription.user_id}})
+               OR EXISTS (SELECT FROM trueup.usage_delta d WHERE d.user_id = s.{{ subscription.user_id }})
                -- A grant has ended in this window, and what it has paid for is not written down yet.
                OR EXISTS (SELECT FROM trueup.token_grant g
-                          WHERE g.user_id = s.{{subscription.user_id}}
+                          WHERE g.user_id = s.{{ subscription.user_id }}
                             AND least(g.expires_at, g.revoked_at) > b.window_start
                             AND least(g.expires_at, g.revoked_at)
                                 <= coalesce(refresh_balances.at, clock_timestamp())
                             AND NOT EXISTS (SELECT FROM trueup.grant_use u
                                             WHERE u.user_id = g.user_id AND u.grant_id = g.id
                                               AND u.window_start = b.window_start)))
-        ORDER BY s.{{subscription.user_id}}  -- every run locks in the same order
+        ORDER BY s.{{ subscription.user_id }}  -- every run locks in the same order
     LOOP
         PERFORM FROM trueup.balance b WHERE b.user_id = v_user FOR UPDATE SKIP LOCKED;
         CONTINUE WHEN NOT FOUND AND EXISTS (SELECT FROM trueup.balance b WHERE b.user_id = v_user);
         SELECT * INTO a FROM trueup.lock_account(v_user, at);
-        UPDATE trueup.balance b SET window_start = a.window_start, log_epoch = a.log_epoch,
-                                    consumed = a.consumed, held = a.held
-        WHERE b.user_id = v_user;
+{{ store_balance("v_user") }}
         v_refreshed := v_refreshed + 1;
     END LOOP;
     RETURN v_refreshed;
@@ -50,31 +50,31 @@ END $$;
 -- locked is passed over: we never wait for the host, nor make others wait behind our locks.
 -- Returns the users whose counter was corrected.
 CREATE OR REPLACE FUNCTION trueup.correct_counters(
-    p_users {{user_id_type}}[], p_subscriptions text[], p_observed bigint[], p_expected bigint[],
+    p_users {{ user_id_type }}[], p_subscriptions text[], p_observed bigint[], p_expected bigint[],
     p_windows text[] DEFAULT NULL
-) RETURNS SETOF {{user_id_type}} LANGUAGE sql AS $$
+) RETURNS SETOF {{ user_id_type }} LANGUAGE sql AS $$
     WITH locked AS (
-        SELECT s.{{subscription.id}} AS id, w.expected
+        SELECT s.{{ subscription.id }} AS id, w.expected
         FROM unnest(p_users, p_subscriptions, p_observed, p_expected, p_windows)
             AS w (user_id, subscription_id, observed, expected, window_start)
-        JOIN {{subscription}} s ON s.{{subscription.user_id}} = w.user_id
-        WHERE s.{{subscription.id}}::text = w.subscription_id
+        JOIN {{ subscription }} s ON s.{{ subscription.user_id }} = w.user_id
+        WHERE s.{{ subscription.id }}::text = w.subscription_id
           AND (w.window_start IS NULL
-               OR coalesce(s.{{subscription.start_date}}, '-infinity'::timestamptz)::text = w.window_start)
-          AND s.{{subscription.tokens_remaining}} IS NOT DISTINCT FROM w.observed
+               OR {{ window_start("s") }}::text = w.window_start)
+          AND s.{{ subscription.tokens_remaining }} IS NOT DISTINCT FROM w.observed
         FOR NO KEY UPDATE OF s SKIP LOCKED
     )
-    UPDATE {{subscription}} s SET {{subscription.tokens_remaining}} = l.expected
-    FROM locked l WHERE s.{{subscription.id}} = l.id
-    RETURNING s.{{subscription.user_id}}
+    UPDATE {{ subscription }} s SET {{ subscription.tokens_remaining }} = l.expected
+    FROM locked l WHERE s.{{ subscription.id }} = l.id
+    RETURNING s.{{ subscription.user_id }}
 $$;
 
 -- What was found and decided before about these users' counters. `row_id` and the columns after it: the newest drift
 -- row, if the last run over all users that has ended saw it (else the drift was gone meanwhile, and is another one now).
 -- `ignored`: the differences that a person said to leave alone. `undone`: a person put the counter back, and nobody has
 -- decided since. Both hold within a window.
-CREATE OR REPLACE FUNCTION trueup.drift_past(p_users {{user_id_type}}[]) RETURNS TABLE (
-    user_id {{user_id_type}}, row_id bigint, subscription_id text, observed bigint, expected bigint, off_by bigint,
+CREATE OR REPLACE FUNCTION trueup.drift_past(p_users {{ user_id_type }}[]) RETURNS TABLE (
+    user_id {{ user_id_type }}, row_id bigint, subscription_id text, observed bigint, expected bigint, off_by bigint,
     cause text, action text, decision text, found_at timestamptz, ignored bigint[], undone boolean, reason text
 ) LANGUAGE sql STABLE AS $$
     WITH newest_run AS (
@@ -86,8 +86,8 @@ CREATE OR REPLACE FUNCTION trueup.drift_past(p_users {{user_id_type}}[]) RETURNS
     FROM unnest(p_users) AS u (user_id)
     CROSS JOIN newest_run
     LEFT JOIN LATERAL (
-        SELECT coalesce(t.{{subscription.start_date}}, '-infinity'::timestamptz) AS window_start
-        FROM {{subscription}} t WHERE t.{{subscription.user_id}} = u.user_id
+        SELECT {{ window_start("t") }} AS window_start
+        FROM {{ subscription }} t WHERE t.{{ subscription.user_id }} = u.user_id
     ) s ON true
     LEFT JOIN LATERAL (
         SELECT n.*, trueup.off_by(n) AS off_by,
@@ -107,20 +107,4 @@ CREATE OR REPLACE FUNCTION trueup.drift_past(p_users {{user_id_type}}[]) RETURNS
           AND coalesce(c.window_start = s.window_start, c.decided_at >= s.window_start)
         ORDER BY c.id DESC LIMIT 1
     ) x ON true
-$$;
-
--- The token amounts that plans sell: a counter too high by one of them may show a purchase.
-CREATE OR REPLACE FUNCTION trueup.plan_sizes() RETURNS SETOF bigint LANGUAGE sql STABLE AS $$
-    SELECT p.{{token_plan.tokens_included}}::bigint FROM {{token_plan}} p WHERE p.{{token_plan.tokens_included}} > 0
-    UNION
-    SELECT p.{{full_plan.tokens_included}}::bigint FROM {{full_plan}} p WHERE p.{{full_plan.tokens_included}} > 0
-$$;
-
--- The largest value that the counter's column can take.
-CREATE OR REPLACE FUNCTION trueup.counter_limit() RETURNS bigint LANGUAGE sql STABLE AS $$
-    SELECT CASE format_type(a.atttypid, NULL)
-               WHEN 'smallint' THEN 32767 WHEN 'integer' THEN 2147483647 ELSE 9223372036854775807 END
-    FROM pg_attribute a
-    WHERE a.attrelid = CAST({{literal subscription}} AS regclass)
-      AND '"' || replace(a.attname, '"', '""') || '"' = {{literal subscription.tokens_remaining}}
 $$;

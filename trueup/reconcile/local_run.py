@@ -18,8 +18,9 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from trueup.accounts.user_ids import UserId
-from trueup.database.engine import reason_of, translated_errors
-from trueup.drift.verdict import DEFAULT_RULES
+from trueup.database.driver_errors import reason_of
+from trueup.database.engine import translated_errors
+from trueup.drift.action import DEFAULT_RULES
 from trueup.errors import InvalidInputError
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.audit import Defect, patient

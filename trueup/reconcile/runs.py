@@ -9,12 +9,12 @@ from typing import Any, Literal
 from sqlalchemy import Connection, text
 
 from trueup.accounts.user_ids import UserId
+from trueup.drift.action import Verdict
 from trueup.drift.causes import Explanation
 from trueup.drift.detect import Drift
-from trueup.drift.verdict import Verdict
 from trueup.errors import TrueupError
 from trueup.reconcile.audit import Defect
-from trueup.reconcile.shards import LEASE_SECONDS, MOST_FAILURES
+from trueup.reconcile.shards import LEASE_SECONDS, MAX_FAILURES
 from trueup.settings.policies import Rules
 
 RunKind = Literal["quick", "deep"]
@@ -221,5 +221,5 @@ def sweep_runs(connection: Connection, rules: Rules, *, lease_seconds: float) ->
 
     Only of runs under these rules: what a person allowed one run to do, another process must not do in its name.
     """
-    values = {"rules": rules_as_json(rules), "lease": lease_seconds, "most": MOST_FAILURES}
+    values = {"rules": rules_as_json(rules), "lease": lease_seconds, "most": MAX_FAILURES}
     return [(row.run_id, row.number) for row in connection.execute(_SWEEP, values)]

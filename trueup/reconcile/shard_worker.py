@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+from psycopg.errors import QueryCanceled
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from trueup.accounts.user_ids import UserId
-from trueup.database.engine import reason_of, translated_errors
+from trueup.database.driver_errors import REFUSED, reason_of, sqlstate_of
+from trueup.database.engine import translated_errors
 from trueup.errors import ServiceUnavailableError
 from trueup.reconcile.audit import (
     TOLD_AGAIN_AFTER,
@@ -26,7 +28,7 @@ from trueup.reconcile.batch import reconcile_batch
 from trueup.reconcile.jobs import Job, connected
 from trueup.reconcile.runs import Finding
 from trueup.reconcile.shards import (
-    MOST_FAILURES,
+    MAX_FAILURES,
     PAGE_SIZE,
     Shard,
     ShardLostError,
@@ -41,19 +43,16 @@ from trueup.reconcile.shards import (
 )
 from trueup.settings.policies import DEFAULT_POLICIES
 
-QUERY_CANCELED = "57014"
-# Wrong data, a violated constraint, a view's check, RAISE in a trigger: of one row, not of the server.
-REFUSED = ("22", "23", "44", "P0001")
 # More than so many in a shard are no odd rows: then something is wrong that a person should see at once.
-MOST_REFUSED = 100
+MAX_REFUSED = 100
 # As many who reach a time limit are no odd users: the database is too slow, and each of them costs minutes.
-MOST_SLOW = 10
+MAX_SLOW = 10
 
 
 def work_shard(job: Job, shard: Shard) -> bool:
     """Work on a shard that was claimed, and let go of it. Returns whether it is finished: not so when asked to stop.
 
-    An error that may pass (a deadlock, a lost connection) is tried again, `MOST_FAILURES` times in a row at most. After
+    An error that may pass (a deadlock, a lost connection) is tried again, `MAX_FAILURES` times in a row at most. After
     a time limit batches become smaller; a user who reaches it alone is passed over, and reported. Any other error ends
     the attempt: the shard is left for another, with the reason, and the error raised. Raises `ShardLostError` when
     another has taken it over.
@@ -86,7 +85,7 @@ def _persevere(job: Job, shard: Shard) -> bool:
         except ServiceUnavailableError:
             failures = 1 if shard.cursor != place else failures + 1
             place = shard.cursor
-            if failures >= MOST_FAILURES or shard.slow >= MOST_SLOW or job.stop.wait(0.1 * 2**failures):
+            if failures >= MAX_FAILURES or shard.slow >= MAX_SLOW or job.stop.wait(0.1 * 2**failures):
                 raise
 
 
@@ -137,8 +136,8 @@ def _settled(job: Job, shard: Shard, user_ids: list[UserId], step: Step) -> list
     try:
         return _batch(job, user_ids, step)
     except DBAPIError as error:
-        state, slow = _state(error), _state(error) == QUERY_CANCELED
-        refused = state.startswith(REFUSED) and job.run_id is not None and shard.refused < MOST_REFUSED
+        slow = isinstance(error.orig, QueryCanceled)
+        refused = isinstance(error.orig, REFUSED) and job.run_id is not None and shard.refused < MAX_REFUSED
         if not slow and not refused:
             raise
         if len(user_ids) > 1:
@@ -148,7 +147,7 @@ def _settled(job: Job, shard: Shard, user_ids: list[UserId], step: Step) -> list
             return _tried_once_more(job, shard, user_ids, step)
         shard.refused += 1
         with connected(job.engine) as connection:
-            defect = Defect(kind="counter_refused", user_id=user_ids[0], detail={"sqlstate": state})
+            defect = Defect(kind="counter_refused", user_id=user_ids[0], detail={"sqlstate": sqlstate_of(error)})
             note_defect(connection, job.mapping.user_id_type, job.run_id or 0, defect)
         return _told(job, user_ids, step)
 
@@ -156,10 +155,6 @@ def _settled(job: Job, shard: Shard, user_ids: list[UserId], step: Step) -> list
 def _batch(job: Job, user_ids: list[UserId], step: Step) -> list[Finding]:
     with connected(job.engine) as connection:
         return reconcile_batch(connection, job.context, job.run_id, user_ids, step)
-
-
-def _state(error: DBAPIError) -> str:
-    return str(getattr(error.orig, "sqlstate", None))
 
 
 def _settled_in_parts(job: Job, shard: Shard, user_ids: list[UserId], step: Step, size: int) -> list[Finding]:
@@ -181,7 +176,7 @@ def _tried_once_more(job: Job, shard: Shard, user_ids: list[UserId], step: Step)
     try:
         return _batch(job, user_ids, step)
     except DBAPIError as error:
-        if _state(error) != QUERY_CANCELED or shard.slow >= MOST_SLOW:
+        if not isinstance(error.orig, QueryCanceled) or shard.slow >= MAX_SLOW:
             raise
     shard.slow += 1
     defect = Defect(kind="counter_too_slow", user_id=user_ids[0])
@@ -262,7 +257,7 @@ def _repair(connection: Connection, job: Job, shard: Shard, user_id: UserId, def
     try:
         repair_balance(connection, kind, run_id, user_id)
     except DBAPIError as error:
-        if _state(error) != QUERY_CANCELED or shard.slow >= MOST_SLOW:
+        if not isinstance(error.orig, QueryCanceled) or shard.slow >= MAX_SLOW:
             raise
         shard.slow += 1
         for defect in defects:

@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -18,12 +18,13 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from trueup.accounts.user_ids import UserId
 from trueup.errors import TrueupError
-from trueup.host.mapping import HostMapping, UserIdType, render_statement
+from trueup.host.mapping import HostMapping, UserIdType
+from trueup.host.sql import render_statement
 
 LEASE_SECONDS = 30.0
 """How long a run or shard stays its owner's without a sign of life."""
 
-MOST_FAILURES = 5
+MAX_FAILURES = 5
 """How often a shard may fail, without getting on in between, before it is given up."""
 
 PAGE_SIZE = 50_000
@@ -101,7 +102,7 @@ _CLAIM = text(
 
 def claim_shard(connection: Connection, run_id: int, owner: str, *, number: int | None = None) -> Shard | None:
     """Take a shard of the run that nobody works on; `number` None: any. None: there is none, or not that one."""
-    values = {"run_id": run_id, "number": number, "owner": owner, "lease": LEASE_SECONDS, "most": MOST_FAILURES}
+    values = {"run_id": run_id, "number": number, "owner": owner, "lease": LEASE_SECONDS, "most": MAX_FAILURES}
     row = connection.execute(_CLAIM, values).one_or_none()
     connection.rollback()
     return None if row is None else Shard.of_row(row)
@@ -221,21 +222,22 @@ def shard_ends(connection: Connection, size: int) -> list[UserId]:
 
 
 _SUBSCRIPTIONS = """
-    SELECT count(*) FROM {{subscription}} s WHERE s.{{subscription.user_id}} IS NOT NULL
+    SELECT count(*) FROM {{ subscription }} s
+    WHERE s.{{ subscription.user_id }} IS NOT NULL{{ within("s." ~ subscription.user_id) }}
 """
 
 
 def count_subscriptions(connection: Connection, mapping: HostMapping, after: UserId | None, last: UserId | None) -> int:
     """Return how many subscriptions the range has; None: no bound."""
-    query = _SUBSCRIPTIONS + within("s.{{subscription.user_id}}", after, last)
-    counted = connection.scalar(render_statement(query, mapping), bounds(after, last))
+    statement = render_statement(_SUBSCRIPTIONS, mapping, within=conditions_of(after, last))
+    counted = connection.scalar(statement, bounds(after, last))
     return counted or 0
 
 
 def count_subscriptions_of(connection: Connection, mapping: HostMapping, user_id: UserId) -> int:
     """Return how many subscriptions that user has."""
-    query = _SUBSCRIPTIONS + " AND s.{{subscription.user_id}} = :user_id"
-    counted = connection.scalar(render_statement(query, mapping), {"user_id": user_id})
+    statement = render_statement(_SUBSCRIPTIONS, mapping, within=" AND {} = :user_id".format)
+    counted = connection.scalar(statement, {"user_id": user_id})
     return counted or 0
 
 
@@ -244,23 +246,23 @@ def count_subscriptions_of(connection: Connection, mapping: HostMapping, user_id
 # the log. Whoever has grants is looked at closely too: what those count for is not told in a line. (No function of
 # ours is called in it: PostgreSQL then may work on it in parallel.)
 _SUSPECTS = """
+    {% from "host/rows.sql" import plan_tokens, window_start %}
     WITH suspects AS MATERIALIZED (
-        SELECT s.{{subscription.user_id}} AS user_id
-        FROM {{subscription}} s
-        LEFT JOIN {{token_plan}} tp ON tp.{{token_plan.id}} = s.{{subscription.token_plan_id}}
-        LEFT JOIN {{full_plan}} fp ON fp.{{full_plan.id}} = s.{{subscription.full_plan_id}}
-        LEFT JOIN (SELECT * FROM trueup.balance WHERE true [own range]) b ON b.user_id = s.{{subscription.user_id}}
-        LEFT JOIN (SELECT DISTINCT user_id FROM trueup.usage_delta WHERE true [own range]) d
-            ON d.user_id = s.{{subscription.user_id}}
-        LEFT JOIN (SELECT DISTINCT user_id FROM trueup.token_grant WHERE true [own range]) g
-            ON g.user_id = s.{{subscription.user_id}}
-        WHERE s.{{subscription.user_id}} IS NOT NULL [host range]
+        SELECT s.{{ subscription.user_id }} AS user_id
+        FROM {{ subscription }} s
+        LEFT JOIN {{ token_plan }} tp ON tp.{{ token_plan.id }} = {{ subscription.token_plan_id("s") }}
+        LEFT JOIN {{ full_plan }} fp ON fp.{{ full_plan.id }} = {{ subscription.full_plan_id("s") }}
+        LEFT JOIN (SELECT * FROM trueup.balance WHERE true{{ within("user_id") }}) b
+            ON b.user_id = s.{{ subscription.user_id }}
+        LEFT JOIN (SELECT DISTINCT user_id FROM trueup.usage_delta WHERE true{{ within("user_id") }}) d
+            ON d.user_id = s.{{ subscription.user_id }}
+        LEFT JOIN (SELECT DISTINCT user_id FROM trueup.token_grant WHERE true{{ within("user_id") }}) g
+            ON g.user_id = s.{{ subscription.user_id }}
+        WHERE s.{{ subscription.user_id }} IS NOT NULL{{ within("s." ~ subscription.user_id) }}
           AND NOT coalesce(
-              b.window_start = coalesce(s.{{subscription.start_date}}, CAST('-infinity' AS timestamptz))
+              b.window_start = {{ window_start("s") }}
               AND b.log_epoch = (SELECT coalesce(max(id), 0) FROM trueup.log_truncation)
-              AND s.{{subscription.tokens_remaining}} = greatest(
-                  {{include plan_tokens}}
-                  - b.consumed, 0)
+              AND s.{{ subscription.tokens_remaining }} = greatest({{ plan_tokens() }} - b.consumed, 0)
               AND d.user_id IS NULL AND g.user_id IS NULL, false)
     )
     SELECT user_id FROM suspects ORDER BY user_id LIMIT :page
@@ -271,15 +273,17 @@ def find_suspects(
     connection: Connection, mapping: HostMapping, after: UserId | None, last: UserId | None, *, page: int = PAGE_SIZE
 ) -> list[UserId]:
     """Return the users of a range whose counters are to be looked at closely, in order, at most a page of them."""
-    query = _SUSPECTS.replace("[own range]", within("user_id", after, last)).replace(
-        "[host range]", within("s.{{subscription.user_id}}", after, last)
-    )
-    return list(connection.scalars(render_statement(query, mapping), {"page": page, **bounds(after, last)}))
+    statement = render_statement(_SUSPECTS, mapping, within=conditions_of(after, last))
+    return list(connection.scalars(statement, {"page": page, **bounds(after, last)}))
 
 
-def within(column: str, after: UserId | None, last: UserId | None) -> str:
-    """Return the range's conditions: left out where there is no bound, so that the planner sees what there is."""
-    return ("" if after is None else f" AND {column} > :after") + ("" if last is None else f" AND {column} <= :last")
+def conditions_of(after: UserId | None, last: UserId | None) -> Callable[[str], str]:
+    """Return what makes a range's conditions on a column, for a template.
+
+    A bound that is None has no condition, so that the planner sees what there is.
+    """
+    conditions = ("" if after is None else " AND {0} > :after") + ("" if last is None else " AND {0} <= :last")
+    return conditions.format
 
 
 def bounds(after: UserId | None, last: UserId | None) -> dict[str, Any]:

@@ -10,19 +10,19 @@ $$;
 
 -- The last users of all shards but the last one, which has no end: a user who comes later belongs to it. From end to end
 -- along the index: to number all subscriptions takes four times as long.
-CREATE OR REPLACE FUNCTION trueup.shard_ends(p_size bigint) RETURNS SETOF {{user_id_type}} LANGUAGE plpgsql STABLE AS $$
+CREATE OR REPLACE FUNCTION trueup.shard_ends(p_size bigint) RETURNS SETOF {{ user_id_type }} LANGUAGE plpgsql STABLE AS $$
 <<ends>>
 DECLARE
-    v_last {{user_id_type}};
+    v_last {{ user_id_type }};
 BEGIN
-    SELECT s.{{subscription.user_id}} INTO v_last FROM {{subscription}} s
-    WHERE s.{{subscription.user_id}} IS NOT NULL
-    ORDER BY s.{{subscription.user_id}} OFFSET shard_ends.p_size - 1 LIMIT 1;
-    WHILE EXISTS (SELECT FROM {{subscription}} s WHERE s.{{subscription.user_id}} > ends.v_last) LOOP
+    SELECT s.{{ subscription.user_id }} INTO v_last FROM {{ subscription }} s
+    WHERE s.{{ subscription.user_id }} IS NOT NULL
+    ORDER BY s.{{ subscription.user_id }} OFFSET shard_ends.p_size - 1 LIMIT 1;
+    WHILE EXISTS (SELECT FROM {{ subscription }} s WHERE s.{{ subscription.user_id }} > ends.v_last) LOOP
         RETURN NEXT v_last;
-        SELECT s.{{subscription.user_id}} INTO v_last FROM {{subscription}} s
-        WHERE s.{{subscription.user_id}} > ends.v_last
-        ORDER BY s.{{subscription.user_id}} OFFSET shard_ends.p_size - 1 LIMIT 1;
+        SELECT s.{{ subscription.user_id }} INTO v_last FROM {{ subscription }} s
+        WHERE s.{{ subscription.user_id }} > ends.v_last
+        ORDER BY s.{{ subscription.user_id }} OFFSET shard_ends.p_size - 1 LIMIT 1;
     END LOOP;
 END $$;
 
@@ -40,7 +40,7 @@ DECLARE
     r trueup.reconcile_run;
     v_period timestamptz;
     v_now timestamptz;
-    v_ends {{user_id_type}}[];
+    v_ends {{ user_id_type }}[];
 BEGIN
     PERFORM pg_advisory_xact_lock(8243107351036553580);  -- "reconcil" in ASCII, for as long as this takes
     v_now := clock_timestamp();
@@ -122,7 +122,7 @@ END $$;
 -- and nothing may be written. The commit is not waited for to reach the disk, and so no row is locked until it has: what a
 -- crash of the server takes away it takes together with the cursor, and the end of the shard is waited for.
 CREATE OR REPLACE FUNCTION trueup.move_shard(
-    p_run bigint, p_number integer, p_attempt integer, p_cursor {{user_id_type}}, p_checked bigint
+    p_run bigint, p_number integer, p_attempt integer, p_cursor {{ user_id_type }}, p_checked bigint
 ) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);

@@ -9,14 +9,14 @@ from sqlalchemy import Connection, select, text
 from trueup.accounts.account import Account, read_account
 from trueup.accounts.user_ids import UserId, plain_id
 from trueup.database.schema import own_table
-from trueup.drift.verdict import DEFAULT_RULES, Rules
+from trueup.drift.action import DEFAULT_RULES, Rules
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.batch import BatchContext, reconcile_batch
 from trueup.reconcile.runs import Finding
 from trueup.reports.rows import ReportRow, drifts_of_user
 
 SCHEMA_VERSION = 1
-MOST_PAST_DRIFTS = 20
+MAX_PAST_DRIFTS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ def tell_counter(
         account=account,
         finding=findings[0] if findings else None,
         base=_base_point(connection, user_id),
-        past=drifts_of_user(connection, mapping.user_id_type, user_id, limit=MOST_PAST_DRIFTS),
+        past=drifts_of_user(connection, mapping.user_id_type, user_id, limit=MAX_PAST_DRIFTS),
         decisions=_decisions(connection, mapping, user_id),
     )
 
@@ -149,4 +149,4 @@ def _decisions(connection: Connection, mapping: HostMapping, user_id: UserId) ->
     table = own_table("drift_decision", mapping.user_id_type).c
     names = Decision.__dataclass_fields__
     query = select(*(table[name] for name in names)).where(table.user_id == user_id).order_by(table.id.desc())
-    return [Decision(**row) for row in connection.execute(query.limit(MOST_PAST_DRIFTS)).mappings()]
+    return [Decision(**row) for row in connection.execute(query.limit(MAX_PAST_DRIFTS)).mappings()]

@@ -9,15 +9,15 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from trueup.accounts.grants import check_text
+from trueup.database.driver_errors import REFUSED
 from trueup.errors import InvalidInputError
 from trueup.host.mapping import UserIdType
-from trueup.reconcile.shard_worker import REFUSED
 from trueup.review.decisions import Choice, ReviewFilter
 
 # The users of a batch wait at the gate until all of it is decided.
 DECIDED_AT_ONCE = 50
 PAGE_SIZE = 5_000
-MOST_CHOSEN = 10_000_000
+MAX_CHOSEN = 10_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class BulkDecision:
 
 
 def choose_drifts(
-    connection: Connection, user_id_type: UserIdType, only: ReviewFilter, *, limit: int = MOST_CHOSEN
+    connection: Connection, user_id_type: UserIdType, only: ReviewFilter, *, limit: int = MAX_CHOSEN
 ) -> ChosenDrifts:
     """Count the drifts that wait for a person and that the filter lets through, the first found at most `limit`."""
     row = connection.execute(text(_CHOSEN.format(user_id_type=user_id_type)), {**only.values(), "limit": limit}).one()
@@ -99,7 +99,7 @@ def _decide(
     try:
         return connection.scalars(text(_DECIDE.format(user_id_type=user_id_type)), ids | values).all()
     except DBAPIError as error:
-        if not str(getattr(error.orig, "sqlstate", None)).startswith(REFUSED):
+        if not isinstance(error.orig, REFUSED):
             raise
         connection.rollback()
     if len(rows) == 1:

@@ -1,3 +1,4 @@
+{% from "host/rows.sql" import window_start %}
 -- What people decide about drifts, and putting a run's corrections back. Each decision is compare-and-set on what the
 -- drift row says, and written with who, why, and the counter before and after.
 
@@ -10,7 +11,7 @@
 CREATE OR REPLACE FUNCTION trueup.decide_drift(
     p_drift bigint, p_decision text, p_by text, p_note text, p_reference text, p_expires_at timestamptz,
     at timestamptz,
-    OUT outcome text, OUT drift_user {{user_id_type}}, OUT counter bigint, OUT expected bigint, OUT off_by bigint,
+    OUT outcome text, OUT drift_user {{ user_id_type }}, OUT counter bigint, OUT expected bigint, OUT off_by bigint,
     OUT counter_after bigint, OUT grant_id bigint, OUT tokens_granted bigint, OUT decision text, OUT decided_by text,
     OUT decided_at timestamptz, OUT newer_drift bigint
 ) LANGUAGE plpgsql AS $$
@@ -108,18 +109,18 @@ END $$;
 
 -- Lock a user's counter and read it. `is_there` false: there is no such subscription; NULL: the host has it locked.
 CREATE OR REPLACE FUNCTION trueup.lock_counter(
-    p_user {{user_id_type}}, p_subscription text, OUT is_there boolean, OUT counter bigint
+    p_user {{ user_id_type }}, p_subscription text, OUT is_there boolean, OUT counter bigint
 ) LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 BEGIN
-    SELECT true, s.{{subscription.tokens_remaining}}::bigint INTO lock_counter.is_there, lock_counter.counter
-    FROM {{subscription}} s
-    WHERE s.{{subscription.user_id}} = lock_counter.p_user AND s.{{subscription.id}}::text = lock_counter.p_subscription
+    SELECT true, s.{{ subscription.tokens_remaining }}::bigint INTO lock_counter.is_there, lock_counter.counter
+    FROM {{ subscription }} s
+    WHERE s.{{ subscription.user_id }} = lock_counter.p_user AND s.{{ subscription.id }}::text = lock_counter.p_subscription
     FOR NO KEY UPDATE SKIP LOCKED;
     IF NOT FOUND AND NOT EXISTS (
-        SELECT FROM {{subscription}} s
-        WHERE s.{{subscription.user_id}} = lock_counter.p_user
-          AND s.{{subscription.id}}::text = lock_counter.p_subscription) THEN
+        SELECT FROM {{ subscription }} s
+        WHERE s.{{ subscription.user_id }} = lock_counter.p_user
+          AND s.{{ subscription.id }}::text = lock_counter.p_subscription) THEN
         lock_counter.is_there := false;
     END IF;
 END $$;
@@ -128,7 +129,7 @@ END $$;
 -- has ended. Each argument narrows them, unless it is null: p_causes, exactly these; p_max, off by so many tokens at most;
 -- p_run, the run that found them first.
 CREATE OR REPLACE FUNCTION trueup.undecided_drifts(
-    p_user {{user_id_type}}, p_causes text[], p_max bigint, p_run bigint
+    p_user {{ user_id_type }}, p_causes text[], p_max bigint, p_run bigint
 ) RETURNS SETOF trueup.drift LANGUAGE sql STABLE AS $$
     SELECT t.* FROM trueup.drift t
     WHERE t.action = 'review' AND (p_user IS NULL OR t.user_id = p_user) AND (p_run IS NULL OR t.run_id = p_run)
@@ -143,7 +144,7 @@ $$;
 
 -- Such drifts, longest first. `counter` and `expected` are of now; `changed`: the difference is another one by now.
 CREATE OR REPLACE FUNCTION trueup.drifts_in_review(
-    p_user {{user_id_type}}, p_causes text[], p_max bigint, p_run bigint, p_limit integer, p_at timestamptz
+    p_user {{ user_id_type }}, p_causes text[], p_max bigint, p_run bigint, p_limit integer, p_at timestamptz
 ) RETURNS TABLE (
     drift trueup.drift, off_by bigint, counter bigint, expected bigint, overdraft bigint, changed boolean
 ) LANGUAGE sql STABLE AS $$
@@ -164,8 +165,8 @@ $$;
 -- Put counters back to what a run had seen in them, each only if it still shows what the run wrote: those of at most
 -- p_limit corrections, after that one. `last_user` NULL: there are no more.
 CREATE OR REPLACE FUNCTION trueup.undo_corrections(
-    p_run bigint, p_after_user {{user_id_type}}, p_after_id bigint, p_limit integer, p_by text, p_note text,
-    OUT undone bigint, OUT seen bigint, OUT last_user {{user_id_type}}, OUT last_id bigint
+    p_run bigint, p_after_user {{ user_id_type }}, p_after_id bigint, p_limit integer, p_by text, p_note text,
+    OUT undone bigint, OUT seen bigint, OUT last_user {{ user_id_type }}, OUT last_id bigint
 ) LANGUAGE sql AS $$
     WITH wanted AS MATERIALIZED (
         SELECT t.user_id, t.id, t.subscription_id, t.observed, t.written, t.found_at FROM trueup.drift t
@@ -181,9 +182,9 @@ CREATE OR REPLACE FUNCTION trueup.undo_corrections(
                    array_agg(v.window_start::text) AS windows
             FROM wanted w
             -- A renewal may have written the very same value anew: only in the window that it was corrected in.
-            JOIN (SELECT s.{{subscription.user_id}} AS user_id,
-                         coalesce(s.{{subscription.start_date}}, '-infinity'::timestamptz) AS window_start
-                  FROM {{subscription}} s) v ON v.user_id = w.user_id AND v.window_start <= w.found_at
+            JOIN (SELECT s.{{ subscription.user_id }} AS user_id,
+                         {{ window_start("s") }} AS window_start
+                  FROM {{ subscription }} s) v ON v.user_id = w.user_id AND v.window_start <= w.found_at
             WHERE NOT EXISTS (SELECT FROM trueup.drift n
                               WHERE n.user_id = w.user_id AND n.id > w.id AND n.action = 'corrected')
               -- Nor what a person has set, or given as a grant, since.

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 WEBHOOK = "webhook"
 _GAPS = ("missed_run_seconds", "missed_deep_run_seconds")
 SECRET_PREFIX = "whsec_"
-LEAST_SECRET_BYTES = 16
+MIN_SECRET_BYTES = 16
 
 
 class AlertSettings(BaseModel):
@@ -82,8 +82,8 @@ class AlertSettings(BaseModel):
     def _strong_secret(cls, secret: SecretStr | None) -> SecretStr | None:
         if secret is None or not secret.get_secret_value():
             return None
-        if len(_key(secret)) < LEAST_SECRET_BYTES:
-            raise ValueError(f"too short: give {LEAST_SECRET_BYTES} random bytes or more")
+        if len(_key(secret)) < MIN_SECRET_BYTES:
+            raise ValueError(f"too short: give {MIN_SECRET_BYTES} random bytes or more")
         return secret
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-LEAST_SECRET_BYTES = 32  # RFC 7518, 3.2: an HS256 key is no shorter than its hash
+MIN_SECRET_BYTES = 32  # RFC 7518, 3.2: an HS256 key is no shorter than its hash
 _KEYS = ("jwt_secret", "jwks_file", "jwks_url")
 
 
@@ -56,8 +56,8 @@ class ApiSettings(BaseModel):
     def _strong_secret(cls, secret: SecretStr | None) -> SecretStr | None:
         if secret is None or not secret.get_secret_value():
             return None
-        if len(secret.get_secret_value().encode()) < LEAST_SECRET_BYTES:
-            raise ValueError(f"too short: give {LEAST_SECRET_BYTES} random bytes or more")
+        if len(secret.get_secret_value().encode()) < MIN_SECRET_BYTES:
+            raise ValueError(f"too short: give {MIN_SECRET_BYTES} random bytes or more")
         return secret
 
     @field_validator("jwks_url")

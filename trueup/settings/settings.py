@@ -35,11 +35,20 @@ CONFIG_VARIABLE = "TRUEUP_CONFIG"
 
 LEASE_MARGIN_SECONDS = 30
 
+ModelProvider = Literal["offline", "openai"]
+
 
 class Settings(BaseSettings):
     """All settings. Times are seconds, sizes are counts; each is `TRUEUP_` plus its name in capitals."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        # Pydantic before 2.10 warns of each field whose name begins with "model_", unless this is empty.
+        protected_namespaces=(),
+    )
 
     home: Path = Field(default=Path(".trueup"), description="data folder of the embedded PostgreSQL and Redis")
     database_url: str | None = Field(default=None, description="PostgreSQL URL; unset means the embedded server")
@@ -95,7 +104,10 @@ class Settings(BaseSettings):
     task_time_limit_seconds: int = Field(default=600, ge=2, validate_default=True)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
-    model_provider: Literal["offline", "openai"] = "offline"
+    # No default: answers that are made up must not reach real users because a setting was forgotten.
+    model_provider: ModelProvider | None = Field(
+        default=None, description="openai, or offline for made-up answers; unset means that AI tasks fail"
+    )
     model_name: str = "gpt-4o-mini"
     openai_base_url: str | None = Field(
         default=None, description="any OpenAI-compatible endpoint; unset means OpenAI's own"
@@ -116,6 +128,11 @@ class Settings(BaseSettings):
     gate: GateSettings = GateSettings()
     api: ApiSettings = ApiSettings()
     host: HostMapping = HostMapping()
+
+    @field_validator("model_provider", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, provider: object) -> object:
+        return provider or None
 
     @field_validator("home")
     @classmethod

@@ -18,8 +18,8 @@ from trueup.stack.errors import StackError, explained
 from trueup.stack.processes import Account
 
 # The kernel takes 107 bytes on Linux and 103 on macOS.
-_LONGEST_SOCKET_PATH = 103
-_LONGEST_SOCKET_NAME = len("/postgres/.s.PGSQL.5432")
+_MAX_SOCKET_PATH = 103
+_MAX_SOCKET_NAME = len("/postgres/.s.PGSQL.5432")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_./-]+")
 _LARGEST_LOG_BYTES = 5 * 1024 * 1024
 
@@ -94,8 +94,8 @@ def socket_folder(base: Path, service: str, account: Account | None = None) -> P
     It belongs to `account` when given. It is below `base` if it can be, otherwise below the
     folder for temporary files.
     """
-    length = len(os.fsencode(base)) + _LONGEST_SOCKET_NAME
-    if length > _LONGEST_SOCKET_PATH or not _PLAIN_PATH.fullmatch(str(base)):
+    length = len(os.fsencode(base)) + _MAX_SOCKET_NAME
+    if length > _MAX_SOCKET_PATH or not _PLAIN_PATH.fullmatch(str(base)):
         base = _temporary_base(base)
     folder = base / service
     with explained(service, folder):

@@ -14,7 +14,7 @@ from trueup.stack.layout import log_tail, prepare_layout, rotate_log
 from trueup.stack.locks import FileLock
 from trueup.stack.records import ChildRecord, ChildRecords, reap_leftovers
 from trueup.stack.supervisor.children import GATE, open_gate, program_path
-from trueup.stack.supervisor.commands import stack_commands
+from trueup.stack.supervisor.commands import embedded_settings, stack_commands
 
 GRACE_SECONDS = 45.0
 NAME = "temporary-worker"
@@ -40,6 +40,7 @@ class TemporaryWorker:
     """The one temporary worker of a home, if it is ours."""
 
     def __init__(self, settings: Settings) -> None:
+        self._settings = embedded_settings(settings)
         self._layout = prepare_layout(settings)
         self._log = self._layout.log_file(NAME)
         self._lock = FileLock(self._layout.run / f"{NAME}.lock")
@@ -83,7 +84,7 @@ class TemporaryWorker:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=dict(os.environ) | {"TRUEUP_HOME": str(self._layout.home)},
+                env=dict(os.environ) | {"TRUEUP_HOME": str(self._layout.home)} | self._settings,
                 start_new_session=True,  # Ctrl-C reaches us alone; we then let the worker finish
             )
         self._process = process  # from here on `stop` ends it, whatever happens

@@ -3,8 +3,8 @@
 import time
 from collections.abc import Callable
 
-_SHORTEST_SECONDS = 0.005
-_LONGEST_SECONDS = 0.1
+_MIN_SECONDS = 0.005
+_MAX_SECONDS = 0.1
 
 
 def wait_until(condition: Callable[[], bool], timeout_seconds: float) -> bool:
@@ -13,11 +13,11 @@ def wait_until(condition: Callable[[], bool], timeout_seconds: float) -> bool:
     Looks often at first, because servers usually start in a few milliseconds, then less often.
     """
     deadline = time.monotonic() + timeout_seconds
-    pause = _SHORTEST_SECONDS
+    pause = _MIN_SECONDS
     while not condition():
         left = deadline - time.monotonic()
         if left <= 0:
             return False
         time.sleep(min(pause, left))
-        pause = min(pause * 1.3, _LONGEST_SECONDS)
+        pause = min(pause * 1.3, _MAX_SECONDS)
     return True

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from psycopg.errors import ForeignKeyViolation
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError
 
@@ -18,7 +19,6 @@ LOG_NAMESPACE = uuid.UUID("5b0e1c38-3d0b-5a34-9d5c-7d1f4b6f2a90")
 
 MAX_LOG_TOKENS = 2**31 - 1
 _MAX_MODEL_NAME = 100
-_FOREIGN_KEY_VIOLATION = "23503"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ def record_charge(
             own = values | {"call_key": own_key, "log_id": str(_log_id(hold, own_key))}
             row = connection.execute(_RECORD, own).one()
     except IntegrityError as error:
-        if getattr(error.orig, "sqlstate", None) != _FOREIGN_KEY_VIOLATION:
+        if not isinstance(error.orig, ForeignKeyViolation):
             raise
         raise UnknownUserError(
             f"user: {hold.user_id} is no longer among the host's users. The {total_tokens} tokens that task "

@@ -1,3 +1,5 @@
+{% from "gate/store_balance.sql" import store_balance %}
+{% from "usage/log_row.sql" import write_log_row %}
 -- Record one provider call's real usage: log row, charge row, hold and balance in one transaction. A charge that is
 -- there already is left alone (recorded = false): any number of redeliveries pay once. `bought_twice`: it is there, but
 -- another attempt bought it; this one lost its lease meanwhile, and has to record its own under another key.
@@ -5,7 +7,7 @@
 -- Usage is real even when its hold is gone (expired, or taken over by a later attempt): it is recorded all the same,
 -- and flagged late. tokens_over is what the hold did not cover.
 CREATE OR REPLACE FUNCTION trueup.record_charge(
-    p_user {{user_id_type}}, p_task text, p_attempt integer, p_call_key text, p_log_id text, p_section text,
+    p_user {{ user_id_type }}, p_task text, p_attempt integer, p_call_key text, p_log_id text, p_section text,
     p_prompt integer, p_completion integer, p_total integer, p_response_ms integer, p_model text,
     p_metadata jsonb, p_answer jsonb, INOUT at timestamptz,
     OUT recorded boolean, OUT bought_twice boolean, OUT late boolean, OUT tokens_over bigint, OUT tokens_left bigint
@@ -16,7 +18,6 @@ DECLARE
     v_covered bigint;
     v_counted bigint;
     v_logged_id text;
-    v_own boolean;
     v_kept bigint;
     v_lowered boolean;
     v_first_key text := split_part(p_call_key, '~', 1);  -- the call's key, if it was bought twice
@@ -40,23 +41,8 @@ BEGIN
         END IF;
         v_covered := least(p_total, v_covered);
         tokens_over := p_total - v_covered;
-        p_log_id := trueup.new_log_id(p_log_id);
-        p_model := trueup.fitting(p_model, {{literal usage_log.model_name}});
-        -- Without a balance we hold no lock, and one may be built beside us: then the row makes its delta as anyone's.
-        PERFORM set_config('trueup.own_log_id', CASE WHEN a.consumed IS NULL THEN '' ELSE p_log_id END, true);
-        INSERT INTO {{usage_log}} AS l ({{usage_log.written}})
-        OVERRIDING SYSTEM VALUE  -- an id that is GENERATED ALWAYS is drawn from its sequence all the same
-        SELECT r.{{usage_log.written}}
-        FROM (SELECT p_log_id::{{usage_log_id_type}} AS id, p_user AS user_id, p_section AS section,
-                     p_prompt AS prompt_tokens, p_completion AS completion_tokens, p_total AS total_tokens,
-                     p_response_ms AS response_time_ms, true AS success, p_model AS model_name, p_metadata AS metadata,
-                     trueup.dated(at, CASE WHEN a.subscribed THEN a.window_start END) AS created_at) r
-        -- As it was logged: a trigger of the host's may have changed or dropped the row.
-        RETURNING CASE WHEN l.{{usage_log.success}} AND l.{{usage_log.created_at}} >= a.window_start
-                       THEN l.{{usage_log.total_tokens}} END,
-                  l.{{usage_log.id}}::text INTO v_counted, v_logged_id;
-        PERFORM set_config('trueup.own_log_id', '', true);
-        v_own := v_logged_id = p_log_id;
+        p_model := trueup.fitting(p_model, {{ usage_log.model_name() | literal }});
+{{ write_log_row("true", "trueup.dated(at, CASE WHEN a.subscribed THEN a.window_start END)") }}
         -- The row's foreign key is checked now, before the counter is locked: Django's are deferred to the commit, and
         -- a host that has the user's row and then wants the counter's would deadlock with us.
         SET CONSTRAINTS ALL IMMEDIATE;
@@ -74,9 +60,6 @@ BEGIN
                                  tokens_charged = t.tokens_charged + p_total, calls = t.calls + 1
         WHERE t.user_id = p_user AND t.task_id = p_task AND t.id = h.id
         RETURNING * INTO h;
-        IF v_own THEN  -- else it has another id by now, and has made its delta as anyone's
-            a.consumed := a.consumed + coalesce(v_counted, 0);
-        END IF;
         a.held := a.held - v_covered;
         IF h.body_ended_at IS NOT NULL THEN
             -- It was open for calls in flight alone: with the last of them it ends.
@@ -91,9 +74,7 @@ BEGIN
     tokens_left := CASE WHEN h.id IS NOT NULL AND h.attempt = p_attempt AND h.body_ended_at IS NULL
                         THEN greatest(h.tokens_reserved - h.tokens_covered
                                       - trueup.in_flight(p_user, p_task, NULL, NULL), 0) ELSE 0 END;
-    UPDATE trueup.balance b SET window_start = a.window_start, log_epoch = a.log_epoch,
-                                consumed = a.consumed, held = a.held
-    WHERE b.user_id = p_user AND a.consumed IS NOT NULL;  -- or one was built beside us, and is right as it is
+{{ store_balance("p_user") }}
 END $$;
 
 -- As much of a text as fits a column of the log, which is named as in SQL: usage is recorded whatever a model is called.
@@ -103,7 +84,7 @@ BEGIN
         WITH RECURSIVE kind (id, typmod, base) AS (  -- the column's, and what is below it if that is a domain
             SELECT t.oid, greatest(a.atttypmod, t.typtypmod), t.typbasetype
             FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
-            WHERE a.attrelid = to_regclass({{literal usage_log}}) AND a.attnum > 0 AND NOT a.attisdropped
+            WHERE a.attrelid = to_regclass({{ usage_log | literal }}) AND a.attnum > 0 AND NOT a.attisdropped
               AND '"' || replace(a.attname, '"', '""') || '"' = p_column
             UNION ALL
             SELECT t.oid, t.typtypmod, t.typbasetype FROM kind k JOIN pg_type t ON t.oid = k.base
@@ -120,21 +101,21 @@ CREATE OR REPLACE FUNCTION trueup.new_log_id(p_derived text) RETURNS text LANGUA
 DECLARE
     v_sequence regclass;
 BEGIN
-    IF {{literal usage_log_id_type}} <> 'bigint' THEN
+    IF {{ usage_log_id_type | literal }} <> 'bigint' THEN
         RETURN p_derived;
     END IF;
-    v_sequence := pg_get_serial_sequence({{literal usage_log}}, (parse_ident({{literal usage_log.id}}))[1]);
+    v_sequence := pg_get_serial_sequence({{ usage_log | literal }}, (parse_ident({{ usage_log.id | literal }}))[1]);
     IF v_sequence IS NULL THEN
         RAISE undefined_column USING MESSAGE = format(
-            'column %s of %s has no sequence of its own any more', {{literal usage_log.id}}, {{literal usage_log}});
+            'column %s of %s has no sequence of its own any more', {{ usage_log.id | literal }}, {{ usage_log | literal }});
     END IF;
     RETURN nextval(v_sequence);
 END $$;
 
 -- A charge's log id as the log's column has it. NULL: the log had ids of another type then.
-CREATE OR REPLACE FUNCTION trueup.as_log_id(p_log_id text) RETURNS {{usage_log_id_type}} LANGUAGE sql IMMUTABLE AS $$
-    SELECT CASE WHEN p_log_id ~ CASE {{literal usage_log_id_type}}
+CREATE OR REPLACE FUNCTION trueup.as_log_id(p_log_id text) RETURNS {{ usage_log_id_type }} LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE WHEN p_log_id ~ CASE {{ usage_log_id_type | literal }}
                          WHEN 'uuid' THEN '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
                          WHEN 'bigint' THEN '^-?[0-9]{1,19}$' ELSE '' END
-                THEN p_log_id::{{usage_log_id_type}} END
+                THEN p_log_id::{{ usage_log_id_type }} END
 $$;

@@ -6,8 +6,9 @@ from datetime import datetime
 from sqlalchemy import Connection
 
 from trueup.accounts.user_ids import UserId
-from trueup.host.mapping import HostMapping, render_statement
+from trueup.host.mapping import HostMapping
 from trueup.host.sections import SECTIONS
+from trueup.host.sql import render_statement
 from trueup.usage.tracker import TrackedUsage, ai_usage, track_ai_usage
 
 __all__ = ["SECTIONS", "TrackedUsage", "UsageRow", "ai_usage", "list_usage", "track_ai_usage"]
@@ -34,19 +35,20 @@ class UsageRow:
 # A host's rows may lack anything that its table lets them lack, and have dates that Python can't hold: those are shown
 # as its calendar's ends. A task's row is told by its charge: the host may write a task_id of its own.
 _LIST = """
-    SELECT CAST(l.{{usage_log.id}} AS text) AS log_id,
-           greatest(least(l.{{usage_log.created_at}}, '9999-12-30'), '0001-01-03') AS created_at,
-           coalesce(l.{{usage_log.section}}, '') AS section, coalesce(l.{{usage_log.model_name}}, '') AS model_name,
-           coalesce(l.{{usage_log.prompt_tokens}}, 0) AS prompt_tokens,
-           coalesce(l.{{usage_log.completion_tokens}}, 0) AS completion_tokens,
-           coalesce(l.{{usage_log.total_tokens}}, 0) AS total_tokens, l.{{usage_log.success}} IS TRUE AS success,
+    SELECT CAST(l.{{ usage_log.id }} AS text) AS log_id,
+           greatest(least(l.{{ usage_log.created_at }}, '9999-12-30'), '0001-01-03') AS created_at,
+           coalesce({{ usage_log.section("l") }}, '') AS section,
+           coalesce({{ usage_log.model_name("l") }}, '') AS model_name,
+           coalesce({{ usage_log.prompt_tokens("l") }}, 0) AS prompt_tokens,
+           coalesce({{ usage_log.completion_tokens("l") }}, 0) AS completion_tokens,
+           coalesce(l.{{ usage_log.total_tokens }}, 0) AS total_tokens, {{ usage_log.success("l") }} IS TRUE AS success,
            (SELECT c.task_id FROM trueup.charge c
-            WHERE c.user_id = l.{{usage_log.user_id}}
-              {{if usage_log.metadata}}AND c.task_id = l.{{usage_log.metadata}}->>'task_id'{{end}}
-              AND c.log_id = CAST(l.{{usage_log.id}} AS text)) AS task_id
-    FROM {{usage_log}} l
-    WHERE l.{{usage_log.user_id}} = :user_id
-    ORDER BY l.{{usage_log.created_at}} DESC NULLS LAST, l.{{usage_log.id}} LIMIT :limit
+            WHERE c.user_id = l.{{ usage_log.user_id }}
+              {% if usage_log.metadata %}AND c.task_id = {{ usage_log.metadata("l") }}->>'task_id'{% endif %}
+              AND c.log_id = CAST(l.{{ usage_log.id }} AS text)) AS task_id
+    FROM {{ usage_log }} l
+    WHERE l.{{ usage_log.user_id }} = :user_id
+    ORDER BY l.{{ usage_log.created_at }} DESC NULLS LAST, l.{{ usage_log.id }} LIMIT :limit
 """
 
 

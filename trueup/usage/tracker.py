@@ -10,12 +10,13 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any, Self
 
+from psycopg.errors import ForeignKeyViolation
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from trueup.accounts.user_ids import UserId, user_id_of
-from trueup.database.engine import reason_of
-from trueup.database.retry import insist
+from trueup.database.driver_errors import reason_of
+from trueup.database.retry import retry_until_recorded
 from trueup.database.threads import in_thread
 from trueup.errors import InvalidInputError, TrueupError, UnknownUserError
 from trueup.host.sections import check_section
@@ -250,7 +251,7 @@ def _record(fixed: _Fixed, figures: _Figures, *, success: bool, error: str | Non
         "skew_seconds": CLOCK_SKEW_SECONDS,
     }
     what = f"user {fixed.user_id}, key {fixed.key!r}, {figures.total_tokens} tokens"
-    row = insist(_writing(values, what), what)
+    row = retry_until_recorded(_writing(values, what), what)
     if row.in_future:
         raise InvalidInputError(
             f"created_at: {fixed.created_at} is later than the database's clock. Give when the call was made, or "
@@ -266,7 +267,7 @@ def _writing(values: dict[str, Any], what: str) -> Callable[[Connection], Any]:
         try:
             return connection.execute(_RECORD, values).one()
         except IntegrityError as error:
-            if getattr(error.orig, "sqlstate", None) != "23503":  # foreign key violation
+            if not isinstance(error.orig, ForeignKeyViolation):
                 raise
             raise UnknownUserError(f"user: no user of the host's has this id. Not logged: {what}.") from error
 

@@ -37,6 +37,27 @@ operation = run(SPECIFICATION, "Example 2: Validate AI Access Before Operation")
 GatedView = run(SPECIFICATION, "Example 3: Use Decorator on API View", **_rest, my_ai_service=_Service())["MyAIAPIView"]
 
 
+DecoratedView = run(SPECIFICATION, '`@require_ai_tokens(estimated_tokens=1500, feature_name="AI Feature")`', **_rest)[
+    "MyAIView"
+]
+task = run(SPECIFICATION, "`check_tokens_for_function(user, estimated_tokens, feature_name)`")["my_task"]
+
+
+@api_view(["POST"])
+@permission_classes([IsAuthenticated])
+def solve(request: Request) -> Response:
+    """Run the lines by which the specification presents its solution."""
+    names = run(SPECIFICATION, "Solution Implemented", user=request.user)
+    return Response([names["original_tokens"], names["consumed_tokens"], names["tokens_remaining"]])
+
+
+@api_view(["POST"])
+@permission_classes([IsAuthenticated])
+def run_in_a_task(request: Request) -> Response:
+    """Run the function that checks tokens outside of a view. It leaves both its branches to the reader."""
+    return Response({"returned": task(request.user)})
+
+
 @api_view(["POST"])
 @permission_classes([IsAuthenticated])
 def operate(request: Request) -> Response:

@@ -10,11 +10,10 @@ from tests.hosts.people import PASSWORD, PEOPLE, Person
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "tests.hosts.django_drf.settings")
 django.setup()
 
-from django.core.management import call_command  # noqa: E402 - after the setup
+from accounts.models import User  # noqa: E402 - after the setup
+from billing.models import AIUsageLog, Subscription, TokenPlan  # noqa: E402
+from django.core.management import call_command  # noqa: E402
 from django.utils import timezone  # noqa: E402
-
-from .accounts.models import User  # noqa: E402
-from .shop.models import AIUsageLog, Subscription, TokenPlan  # noqa: E402
 
 
 def sign_up(person: Person) -> None:

@@ -22,8 +22,8 @@ INSTALLED_APPS = [
     "django.contrib.contenttypes",
     "django.contrib.sessions",
     "rest_framework",
-    "tests.hosts.django_drf.accounts.apps.AccountsConfig",
-    "tests.hosts.django_drf.shop.apps.ShopConfig",
+    "accounts",
+    "billing",
 ]
 MIDDLEWARE = [
     "django.contrib.sessions.middleware.SessionMiddleware",

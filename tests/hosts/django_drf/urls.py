@@ -1,10 +1,10 @@
+from billing import views
 from django.db.transaction import non_atomic_requests
 from django.urls import path
 from rest_framework.decorators import api_view
 from rest_framework_simplejwt.views import TokenObtainPairView
 
 from . import examples
-from .shop import views
 
 urlpatterns = [
     path("api/token/", TokenObtainPairView.as_view()),
@@ -25,6 +25,9 @@ urlpatterns = [
     path("specification/1", api_view(["GET"])(examples.display)),
     path("specification/2", examples.operate),
     path("specification/3", examples.GatedView.as_view()),
+    path("specification/solution", examples.solve),
+    path("specification/decorator", examples.DecoratedView.as_view()),
+    path("specification/function", examples.run_in_a_task),
     path("manual/rest", examples.ManualRestView.as_view()),
     path("manual/function", examples.manual_function),
     path("manual/async", non_atomic_requests(examples.manual_async)),

@@ -14,8 +14,8 @@ INSTALLED_APPS = [
     "django.contrib.auth",
     "django.contrib.contenttypes",
     "django.contrib.sessions",
-    "tests.hosts.django_drf.accounts.apps.AccountsConfig",
-    "tests.hosts.django_drf.shop.apps.ShopConfig",
+    "accounts",
+    "billing",
     "tests.hosts.django_legacy.sales",
 ]
 DATABASES = {

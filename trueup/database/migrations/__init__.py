@@ -1,1 +1,1 @@
-"""Alembic migrations of schema `trueup`; run through `trueup.install.install`."""
+"""Alembic migrations of schema `trueup`; run through `trueup.database.migrate`."""

@@ -1,4 +1,4 @@
-"""Run migrations on the connection that `install.install` hands over, inside its transaction; or print their SQL."""
+"""Run revisions on the connection that `trueup.database.migrate` hands over, in its transaction; or print their SQL."""
 
 from alembic import context
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from sqlalchemy import (
+    DDL,
     BigInteger,
     Boolean,
     CheckConstraint,
@@ -12,6 +13,7 @@ from sqlalchemy import (
     PrimaryKeyConstraint,
     Table,
     Text,
+    event,
     func,
     text,
 )
@@ -39,7 +41,7 @@ def add_balance_tables(metadata: MetaData, user_id: Any) -> None:
         Column("partitions", ARRAY(Text)),
         CheckConstraint("singleton", name="installation_is_one_row"),
     )
-    Table(
+    balance = Table(
         "balance",
         metadata,
         user_id(),
@@ -50,9 +52,11 @@ def add_balance_tables(metadata: MetaData, user_id: Any) -> None:
         PrimaryKeyConstraint("user_id", name="balance_pkey"),
         # A hold given back twice would make tokens out of nothing.
         CheckConstraint("held >= 0", name="balance_held_not_negative"),
-        # Room on the page, so that the row's many updates stay there (HOT) and touch no index.
-        postgresql_with={"fillfactor": 50},
     )
+    # Room on the page, so that the row's many updates stay there (HOT) and touch no index. SQLAlchemy 2.0 knows no
+    # `postgresql_with` of a table.
+    fill = DDL("ALTER TABLE %(fullname)s SET (fillfactor = 50)")  # type: ignore[no-untyped-call]
+    event.listen(balance, "after_create", fill)
     Table(
         "usage_delta",
         metadata,

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from trueup.accounts.user_ids import UserId
-from trueup.database.engine import connect, retrying
+from trueup.database.engine import connect
+from trueup.database.retry import retrying
 from trueup.errors import TrueupError
 from trueup.usage.outbox import Effect, EffectStatus, begin_effect, find_effect, finish_effect, reopen_effect
 

@@ -12,8 +12,8 @@ from trueup.features.answers import objects_under, text_of
 from trueup.features.products.items import Product, Source, make_product
 from trueup.features.products.pages import MAX_TITLE_CHARACTERS, checked_page, page_text, parsed_page
 from trueup.features.products.structured import structured_products
-from trueup.llm.fitting import longest_fitting
 from trueup.llm.model import Message, Model
+from trueup.llm.prompt_fit import longest_fitting
 from trueup.llm.prompts import product_messages
 from trueup.llm.texts import ascii_digits, fold, readable, words
 from trueup.llm.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
@@ -31,7 +31,7 @@ _SPACED_NUMBER = re.compile(r"\d{1,3}(?:[ \u00a0\u202f]\d{3})+(?:[.,]\d+)?")
 class ProductResult(BaseModel):
     """The products of a page. `source` None: it has none."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
 
     url: str
     products: tuple[Product, ...]

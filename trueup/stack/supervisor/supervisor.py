@@ -16,7 +16,7 @@ from trueup.stack.leases import Lease
 from trueup.stack.locks import FileLock
 from trueup.stack.records import ChildRecords, reap_leftovers
 from trueup.stack.running import StackUrls, leased_stack
-from trueup.stack.supervisor.commands import API, Command, stack_commands
+from trueup.stack.supervisor.commands import API, Command, embedded_settings, stack_commands
 from trueup.stack.supervisor.crew import Crew, Policy
 from trueup.stack.supervisor.merged_log import MergedLog
 from trueup.stack.supervisor.signals import StopRequests
@@ -48,10 +48,12 @@ def run_stack(
         with leased_stack(settings) as (urls, leases):
             log.say(f"PostgreSQL and Redis are ready (home: {layout.home})")
             if commands is None:
+                log.say(about_the_model(settings))
                 log.say(about_the_api(settings))
             if before_commands:
                 before_commands(urls)
-            crew = Crew(table, _environment(layout.home, urls), records, log, policy)
+            environment = _environment(layout.home, urls) | embedded_settings(settings)
+            crew = Crew(table, environment, records, log, policy)
             with explained("trueup up", layout.home):
                 crew.run(requests, tend=lambda: _revive(leases, log))
         log.say("stopped")
@@ -64,6 +66,18 @@ def commands_of(settings: Settings, home: Path) -> Sequence[Command]:
 
 def _serves_api(settings: Settings) -> bool:
     return settings.api.has_key or settings.api.demo
+
+
+def about_the_model(settings: Settings) -> str:
+    """Say which model provider answers AI tasks."""
+    if embedded_settings(settings):
+        return (
+            "model provider: offline, so answers are made up. For real ones set TRUEUP_MODEL_PROVIDER=openai and "
+            "TRUEUP_OPENAI_API_KEY"
+        )
+    if settings.model_provider is None:
+        return "model provider: none. AI tasks fail until TRUEUP_MODEL_PROVIDER is set (see `trueup settings`)"
+    return f"model provider: {settings.model_provider}"
 
 
 def about_the_api(settings: Settings) -> str:

@@ -2,5 +2,4 @@ from django.apps import AppConfig
 
 
 class AccountsConfig(AppConfig):
-    name = "tests.hosts.django_drf.accounts"
-    label = "accounts"
+    name = "accounts"

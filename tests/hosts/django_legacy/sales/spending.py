@@ -8,10 +8,9 @@ import random
 import uuid
 from datetime import datetime, timedelta
 
+from billing.models import AIUsageLog, Subscription, TokenPlan
 from django.db import transaction
 from django.utils import timezone
-
-from tests.hosts.django_drf.shop.models import AIUsageLog, Subscription, TokenPlan
 
 from .books import Books
 from .models import Payment, TokenUsage

@@ -6,11 +6,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from accounts.models import User
+from billing.models import Subscription, TokenPlan
 from django.core.management.base import BaseCommand
 from django.utils import timezone
 
-from tests.hosts.django_drf.accounts.models import User
-from tests.hosts.django_drf.shop.models import Subscription, TokenPlan
 from tests.hosts.django_legacy.sales.books import Books, write
 from tests.hosts.django_legacy.sales.spending import PACK_TOKENS, Desk
 

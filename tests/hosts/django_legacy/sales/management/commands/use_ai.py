@@ -7,10 +7,10 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
+from billing.models import Subscription
 from django.core.management.base import BaseCommand
 from django.db import DatabaseError, connection
 
-from tests.hosts.django_drf.shop.models import Subscription
 from tests.hosts.django_legacy.sales.books import Books, write
 from tests.hosts.django_legacy.sales.spending import Desk
 

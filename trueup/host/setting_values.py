@@ -1,0 +1,282 @@
+"""What a setting under [host] may be: a name in the host's database, or what stands where the host has no such column.
+
+A column is given by its name. `{value = …}` is the same for every row, `{column = "…", equals = "…"}` compares, and
+`{expression = "…"}` is SQL over the row, whose columns it names as `{row}.column`. Of these three none is ever written.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
+
+_MAX_IDENTIFIER_BYTES = 63  # PostgreSQL's NAMEDATALEN - 1
+_MAX_COUNT = 2**31 - 1
+# Half of what bigint holds, so that no sum with usage runs over.
+_MAX_TOKENS = 2**62
+
+
+def check_identifier(name: str) -> str:
+    """Return a name as it is. Raises ValueError for one that PostgreSQL or trueup's functions could not hold."""
+    if not name or "\x00" in name or len(name.encode()) > _MAX_IDENTIFIER_BYTES:
+        raise ValueError(f"{name!r} is no PostgreSQL name: give 1 to {_MAX_IDENTIFIER_BYTES} bytes")
+    if "$$" in name:
+        raise ValueError(f"{name!r} contains $$, which would end the bodies of trueup's functions")
+    return name
+
+
+def _check_table(name: str) -> str:
+    if name.count(".") > 1:
+        raise ValueError(f"{name!r} is no table name: give TABLE or SCHEMA.TABLE")
+    for part in name.split("."):
+        check_identifier(part)
+    return name
+
+
+def _check_value(value: str) -> str:
+    if "\x00" in value or "$$" in value:
+        raise ValueError(f"{value!r} contains NUL or $$, which would end the bodies of trueup's functions")
+    return value
+
+
+Column = Annotated[str, AfterValidator(check_identifier)]
+Value = Annotated[str, AfterValidator(_check_value)]
+Table = Annotated[str, AfterValidator(_check_table)]
+
+
+def quote_identifier(name: str) -> str:
+    """Quote a column name for use in SQL text."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def quote_table(name: str) -> str:
+    """Quote a table name, schema-qualified or not, for use in SQL text."""
+    return ".".join(quote_identifier(part) for part in name.split("."))
+
+
+def quote_literal(value: str) -> str:
+    """Quote a string for use in SQL text, also where standard_conforming_strings is off."""
+    quoted = value.replace("'", "''").replace("\\", r"\\")
+    return f"E'{quoted}'" if "\\" in value else f"'{quoted}'"
+
+
+class _Setting(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Constant(_Setting):
+    """The same for every row: the host has no such column, and trueup writes none."""
+
+    value: StrictBool | StrictInt | StrictStr
+
+
+def _as_texts(given: object) -> object:
+    """One value or a list of them, as PostgreSQL writes them as text."""
+    values = given if isinstance(given, list | tuple) else [given]
+    return tuple(map(_as_text, values))
+
+
+def _as_text(value: object) -> object:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) if isinstance(value, int) else value
+
+
+class Compared(_Setting):
+    """True of a row whose column has one of these values. trueup writes the first of them for a call that succeeded.
+
+    `failed`: what it writes for one that failed. None: such a call gets no row.
+    """
+
+    column: Column
+    equals: Annotated[tuple[Value, ...], BeforeValidator(_as_texts)]
+    failed: Annotated[Value | None, BeforeValidator(_as_text)] = None
+
+
+class Expression(_Setting):
+    """SQL over the row, such as `{row}.base + {row}.bonus`."""
+
+    expression: StrictStr
+
+    def over(self, alias: str | None) -> str:
+        """Return it as SQL about the row of that alias; None: of the only table in scope."""
+        row = "" if alias is None else f"{alias}."
+        return f"({''.join(f'{row}{column}' if column else text for text, column in _tokens(self.expression))})"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that it names, each once."""
+        named = (column for _, column in _tokens(self.expression) if column)
+        return tuple(dict.fromkeys(_plain_name(column) for column in named))
+
+
+# Each match is a string, a quoted name, a column of the row, a sign that has to be looked at, or any other text.
+_TOKEN = re.compile(
+    r"""'(?:[^']|'')*' | "(?:[^"]|"")+" | \{row\}\.(?P<column>"(?:[^"]|"")+" | [A-Za-z_][A-Za-z0-9_$]*)"""
+    r"""| -- | /\* | [;$(){}'"\x00\\] | [-/] | [^-'"{}();$/\x00\\]+ """,
+    re.VERBOSE,
+)
+_SPECIAL_STRING = re.compile(r"(?i)(?:\be|\bu&)$")
+
+
+def _tokens(expression: str) -> Iterator[tuple[str, str | None]]:
+    """Yield the parts of an expression, each with the column of the row that it names, if it does."""
+    return ((match[0], match["column"]) for match in _TOKEN.finditer(expression))
+
+
+def _plain_name(column: str) -> str:
+    return column[1:-1].replace('""', '"') if column.startswith('"') else column.lower()
+
+
+def _check_expression(expression: str) -> None:
+    """Refuse what would not be one expression wherever it is put. Whether it is SQL, the database says at the setup."""
+    if not expression.strip():
+        raise ValueError("expression is empty")
+    depth, before = 0, ""
+    for token, column in _tokens(expression):
+        if column is not None:
+            check_identifier(_plain_name(column))
+        elif "$$" in token or "\x00" in token:
+            raise ValueError("expression contains NUL or $$, which would end the bodies of trueup's functions")
+        elif token in ("{", "}"):
+            raise ValueError("expression: name the row's columns as {row}.column, and write no other braces")
+        elif token in (";", "--", "/*", "$", "\\"):
+            raise ValueError(f"expression contains {token}: write one SQL expression, without comments")
+        elif token in ("'", '"'):
+            raise ValueError(f"expression: a {token} is left open")
+        elif token[0] in "'\"" and _SPECIAL_STRING.search(before):
+            raise ValueError("expression: write strings and names without E or U& before them")
+        depth += (token == "(") - (token == ")")
+        if depth < 0:
+            raise ValueError("expression: a ) too many")
+        before = token
+    if depth:
+        raise ValueError("expression: a ( is left open")
+
+
+_KINDS: dict[str, type[Constant | Compared | Expression]] = {
+    "value": Constant,
+    "column": Compared,
+    "expression": Expression,
+}
+_WAYS: dict[type, str] = {Compared: '{column = "NAME", equals = "VALUE"}', Expression: '{expression = "…"}'}
+
+
+def _either(
+    *,
+    column: bool = True,
+    value: str = "",
+    fits: Callable[[Any], bool] | None = None,
+    others: tuple[type, ...] = (),
+    optional: bool = False,
+) -> BeforeValidator:
+    """Take a column's name, a constant that fits (`value`: an example of one), or one of the others."""
+    ways = [*(["a column's name"] if column else []), *([f"{{value = {value}}}"] if value else [])]
+    ways += [_WAYS[kind] for kind in others]
+    kinds = (*((Constant,) if fits else ()), *others)
+    wanted = f"give {' or '.join(ways)}"
+
+    def read(setting: object) -> object:
+        if setting is None and optional:
+            return None
+        if column and isinstance(setting, str):
+            return check_identifier(setting)
+        if isinstance(setting, dict):
+            kind = next((kind for key, kind in _KINDS.items() if key in setting), None)
+            setting = _made(kind, setting) if kind in kinds else None
+        if not isinstance(setting, kinds):
+            raise ValueError(wanted)
+        if isinstance(setting, Constant) and not (fits and fits(setting.value)):
+            raise ValueError(wanted)
+        if isinstance(setting, Compared):
+            _check_compared(setting)
+        if isinstance(setting, Expression):
+            _check_expression(setting.expression)
+        return setting
+
+    return BeforeValidator(read)
+
+
+def _made(kind: Any, setting: dict[str, Any]) -> object:
+    # No host needs another document than an empty one, and a dict can't be told from another by its hash.
+    given = setting | {"value": "{}"} if setting.get("value") == {} else setting
+    try:
+        made: object = kind.model_validate(given)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, fault['loc'][:1]))}: {fault['msg']}") from None
+    return made
+
+
+def _check_compared(setting: Compared) -> None:
+    if not setting.equals:
+        raise ValueError("equals: give one value or more")
+    if setting.failed in setting.equals:
+        raise ValueError(f"failed: {setting.failed!r} would count; give a value that is not among those of equals")
+
+
+def _only_read(setting: object) -> object:
+    """Refuse what trueup would write into a column that it only reads."""
+    if isinstance(setting, Compared) and setting.failed is not None:
+        raise ValueError("failed: leave it out; trueup never writes this column")
+    return setting
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and _check_value(value) == value
+
+
+def _is_count(most: int) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
+Flag = Annotated[str | Constant, _either(value="true", fits=lambda value: value is True)]
+Active = Annotated[
+    str | Constant | Compared | Expression,
+    AfterValidator(_only_read),
+    _either(value="true", fits=lambda value: value is True, others=(Compared, Expression)),
+]
+Words = Annotated[str | Constant, _either(value='"…"', fits=_is_text)]
+Count = Annotated[str | Constant, _either(value="0", fits=_is_count(_MAX_COUNT))]
+Document = Annotated[str | Constant, _either(value="{}", fits=lambda value: value == "{}")]
+End = Annotated[str | Constant, _either(value='"infinity"', fits=lambda value: value == "infinity")]
+PlanTokens = Annotated[
+    str | Constant | Expression | None,
+    _either(value="0", fits=_is_count(_MAX_TOKENS), others=(Expression,), optional=True),
+]
+Counts = Annotated[Compared | Expression | None, _either(column=False, others=(Compared, Expression), optional=True)]
+
+Given = str | Constant | Compared | Expression
+
+
+def sql_of(given: Given, alias: str | None, sql_type: str) -> str:
+    """Return what a row has for this setting, as SQL. `alias` None: the table is the only one in scope."""
+    row = "" if alias is None else f"{alias}."
+    if isinstance(given, str):
+        return f"{row}{quote_identifier(given)}"
+    if isinstance(given, Expression):
+        return given.over(alias)
+    if isinstance(given, Compared):
+        values = ", ".join(map(quote_literal, given.equals))
+        return f"(CAST({row}{quote_identifier(given.column)} AS text) IN ({values}))"
+    if isinstance(given.value, str):
+        return f"CAST({quote_literal(given.value)} AS {sql_type})"
+    return str(given.value).lower()
+
+
+def columns_of(given: Given | None) -> tuple[str, ...]:
+    """Return the host's columns that a setting names."""
+    if isinstance(given, str):
+        return (given,)
+    if isinstance(given, Compared):
+        return (given.column,)
+    return given.columns if isinstance(given, Expression) else ()

@@ -1,0 +1,243 @@
+"""SQL templates: Jinja2, filled with the names of the host's tables and columns.
+
+A template sees each noun of the mapping, and the types of ids:
+
+`{{ subscription }}`            the quoted table, or a subquery that stands for a table that the host does not have
+`s.{{ subscription.user_id }}`  a field that is a column in every mapping
+`{{ usage_log.section("l") }}`  what row `l` has for a field that the mapping may give as something else than a column;
+                                without an alias: what the row of the only table in scope has
+`{{ usage_log.section.column("l") or "''" }}`  the column alone; nothing where the host keeps none
+`{% if usage_log.metadata %}`   whether the host has a table or a field, in whatever form
+`{{ usage_log | literal }}`     the name as an SQL string
+`{{ trueup.charge }}`           a table of trueup's own, where the piece also runs in a database without them
+
+Files are found below the package: `{% from "host/rows.sql" import window_start %}`. A macro is a piece of SQL that
+several statements share; a file of macros alone is never run by itself.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from types import CodeType
+from typing import Any
+
+from jinja2 import BytecodeCache, Environment, PackageLoader, StrictUndefined, Template, TemplateRuntimeError
+from jinja2.bccache import Bucket
+from sqlalchemy import TextClause, text
+
+from trueup.host.fields import FIELDS, NOUNS, Noun
+from trueup.host.mapping import HostMapping
+from trueup.host.setting_values import Compared, Constant, Given, quote_identifier, quote_literal, quote_table, sql_of
+
+# In place of a colon in a host's name while a statement is rendered: no name or value of a mapping can contain it.
+_COLON = "\x00"
+_KNOWN_TEMPLATES = 256
+_KNOWN_MAPPINGS = 16
+Note = Callable[[Noun, str], None]
+"""Called with the noun and the field whenever a template reads one."""
+
+
+class OwnTables:
+    """trueup's own tables, by their names in SQL. `installed`: they and trueup's functions are in the database."""
+
+    installed = True
+
+    def __getattr__(self, name: str) -> str:
+        return f"trueup.{name}"
+
+
+INSTALLED = OwnTables()
+
+
+class HostField:
+    """A field of a host's row."""
+
+    def __init__(self, name: str, given: Given, sql: Callable[[str | None], str], *, is_always_column: bool) -> None:
+        self._name = name
+        self._given = given
+        self._sql = sql
+        self._is_always_column = is_always_column
+
+    def __call__(self, alias: str | None = None) -> str:
+        """Return what the row of that alias has, as SQL. None: the row of the only table in scope."""
+        return self._sql(alias)
+
+    def column(self, alias: str | None = None) -> str | None:
+        """Return the column of the row as SQL; None if the mapping gives something else."""
+        return self._sql(alias) if isinstance(self._given, str) else None
+
+    def __str__(self) -> str:
+        if not self._is_always_column:
+            raise TemplateRuntimeError(
+                f'host.{self._name} may be something else than a column. Write {{{{ {self._name}("alias") }}}}.'
+            )
+        return self._sql(None)
+
+    def __bool__(self) -> bool:
+        """Whether the host has it. Of constants only the tokens that a subscription includes are the host's."""
+        return self._given is not None and (
+            self._name == "subscription.tokens_included" or not isinstance(self._given, Constant)
+        )
+
+
+class HostTable:
+    """A table of the host, with its fields as attributes. Jinja2 refuses a name that is no field."""
+
+    def __init__(self, mapping: HostMapping, noun: Noun, escape: Callable[[str], str], note: Note) -> None:
+        self._mapping = mapping
+        self._noun = noun
+        self._names = getattr(mapping, noun)
+        self._escape = escape
+        self._note = note
+
+    def __str__(self) -> str:
+        if self._names.table is not None:
+            return self._escape(quote_table(self._names.table))
+        if self._noun in ("token_plan", "full_plan"):
+            nulls = (f"CAST(NULL AS {entry.sql_type}) AS {field}" for field, entry in FIELDS["full_plan"].items())
+            return f"(SELECT {', '.join(nulls)} WHERE false)"
+        if self._noun != "user":
+            raise TemplateRuntimeError(f"host.{self._noun} is not mapped. Ask {{% if {self._noun} %}} first.")
+        subscription = self._mapping.subscription
+        return self._escape(
+            f"(SELECT s.{quote_identifier(subscription.user_id)} AS id, CAST(NULL AS text) AS username, "
+            f"CAST(NULL AS text) AS email FROM {quote_table(subscription.table)} s)"
+        )
+
+    def __bool__(self) -> bool:
+        return self._names.table is not None
+
+    def __getattr__(self, field: str) -> HostField:
+        found = type(self._names).model_fields.get(field)
+        if found is None or field == "table":
+            raise AttributeError(field)
+        given = getattr(self._names, field)
+        name = f"{self._noun}.{field}"
+        is_plan_key = field in ("token_plan_id", "full_plan_id")
+        is_always_column = found.annotation is str and not is_plan_key
+
+        def sql(alias: str | None) -> str:
+            self._note(self._noun, field)
+            return self._escape(self._sql(field, given, alias))
+
+        return HostField(name, given, sql, is_always_column=is_always_column)
+
+    def _sql(self, field: str, given: Given, alias: str | None) -> str:
+        if field == "completed_status":
+            return str(given)
+        if not self._mapping.has_plan_of(field):
+            return "CAST(NULL AS text)"
+        counts = self._mapping.usage_log.counts
+        if (self._noun, field) == ("usage_log", "success") and counts is not None:
+            given = counts
+        # What stands for a table that is not there names its columns as trueup does.
+        return sql_of(field if self._names.table is None else given, alias, FIELDS[self._noun][field].sql_type)
+
+
+class UsageLog(HostTable):
+    """The usage log, with what a row of trueup's own in it consists of."""
+
+    def written(self, alias: str | None = None) -> str:
+        """Return the columns that trueup writes; with an alias: their values, of a row that has all fields."""
+        log = self._mapping.usage_log
+        if alias is None:
+            return self._escape(", ".join(map(quote_identifier, log.written)))
+        values = [f"{alias}.{field}" for field in log.written_fields]
+        if isinstance(log.counts, Compared):
+            # Into whatever type the column has.
+            name, succeeded = quote_literal(log.counts.column), quote_literal(log.counts.equals[0])
+            failed = quote_literal(log.counts.failed) if log.counts.failed is not None else succeeded
+            values.append(
+                f"(jsonb_populate_record(CAST(NULL AS {quote_table(log.table)}), jsonb_build_object({name}, "
+                f"CASE WHEN {alias}.success THEN {succeeded} ELSE {failed} END))).{quote_identifier(log.counts.column)}"
+            )
+        return self._escape(", ".join(values))
+
+    def counted(self) -> str:
+        """Return the names of the columns that say what is used, by whom and when, as SQL strings."""
+        return self._escape(", ".join(map(quote_literal, self._mapping.counted_columns())))
+
+    def tells_failure(self) -> str:
+        """Return whether a row can say that its call failed, as SQL."""
+        return str(self._mapping.usage_log.tells_failure).lower()
+
+
+def render_sql(template: str, mapping: HostMapping, **values: object) -> str:
+    """Return an SQL script made of a template. `values`: what else the template names."""
+    return _template(template, mapping, False, INSTALLED).render(values)
+
+
+def render_file(name: str, mapping: HostMapping) -> str:
+    """Return the SQL script that a file below the package makes for a mapping."""
+    return _environment(mapping, False, INSTALLED).get_template(name).render()
+
+
+def render_statement(template: str, mapping: HostMapping, own: OwnTables = INSTALLED, **values: object) -> TextClause:
+    """Return a template as a statement with `:parameters`; a colon in a name of the host's begins none.
+
+    `values`: what else the template names.
+    """
+    return text(_template(template, mapping, True, own).render(values).replace(_COLON, "\\:"))
+
+
+def fields_read(templates: list[str], mapping: HostMapping, own: OwnTables, **values: object) -> list[tuple[Noun, str]]:
+    """Return what templates read of the host's tables, as (noun, field), each once. `values`: what else they name."""
+    found: dict[tuple[Noun, str], None] = {}
+    environment = _make_environment(mapping, False, own, lambda noun, field: found.setdefault((noun, field)))
+    for template in templates:
+        environment.from_string(template).render(values)
+    return list(found)
+
+
+class _CompiledFiles(BytecodeCache):
+    """The files as Jinja2 has compiled them: the same for every mapping, so that each is compiled once in a process."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[str, CodeType] = {}
+
+    def load_bytecode(self, bucket: Bucket) -> None:
+        bucket.code = self._compiled.get(bucket.key)
+
+    def dump_bytecode(self, bucket: Bucket) -> None:
+        if bucket.code is not None:
+            self._compiled[bucket.key] = bucket.code
+
+
+_COMPILED_FILES = _CompiledFiles()
+
+
+@lru_cache(maxsize=_KNOWN_TEMPLATES)
+def _template(template: str, mapping: HostMapping, is_statement: bool, own: OwnTables) -> Template:
+    return _environment(mapping, is_statement, own).from_string(template)
+
+
+@lru_cache(maxsize=_KNOWN_MAPPINGS)
+def _environment(mapping: HostMapping, is_statement: bool, own: OwnTables) -> Environment:
+    return _make_environment(mapping, is_statement, own, lambda noun, field: None)
+
+
+def _make_environment(mapping: HostMapping, is_statement: bool, own: OwnTables, note: Note) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("trueup", "."),
+        undefined=StrictUndefined,
+        autoescape=False,  # noqa: S701 - SQL, whose names are quoted
+        auto_reload=False,
+        bytecode_cache=_COMPILED_FILES,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+    def escape(name: str) -> str:
+        return name.replace(":", _COLON) if is_statement else name
+
+    def literal(value: Any) -> str:
+        return quote_literal(str(value))
+
+    environment.filters["literal"] = literal
+    for noun in NOUNS:
+        kind = UsageLog if noun == "usage_log" else HostTable
+        environment.globals[noun] = kind(mapping, noun, escape, note)
+    environment.globals.update(
+        user_id_type=mapping.user_id_type, usage_log_id_type=mapping.usage_log_id_type, trueup=own
+    )
+    return environment

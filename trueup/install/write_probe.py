@@ -1,0 +1,147 @@
+"""Would the host's log take trueup's rows? One of each section is written into a table of our own like it, rolled back.
+
+What the log refuses is refused when its tokens are spent already. So its types, its lengths, its checks and its keys
+to other tables are looked at before.
+"""
+
+from typing import Any
+
+from psycopg.errors import CheckViolation, InsufficientPrivilege, NumericValueOutOfRange, StringDataRightTruncation
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
+
+from trueup.database.driver_errors import is_transient
+from trueup.host.expressions import HOST_TABLE, SEARCH_PATH, SET_SEARCH_PATH, Problem, make_table, own_row, run
+from trueup.host.mapping import HostMapping, quote_table
+from trueup.host.sections import SECTIONS
+from trueup.host.setting_values import quote_identifier
+
+_MAY_MAKE = text("SELECT has_database_privilege(current_database(), 'TEMPORARY')")
+_CHECKS = text(
+    "SELECT CAST(conname AS text) AS name, pg_get_constraintdef(oid) AS definition FROM pg_constraint "
+    "WHERE conrelid = CAST(:id AS oid) AND contype = 'c' ORDER BY conname"
+)
+# But those to the user: whoever is gone by then has nothing that could be logged.
+_KEYS = text(
+    """
+    SELECT CAST(CAST(k.confrelid AS regclass) AS text) AS leads_to, k.columns, k.other_columns, k.readable
+    FROM (
+        SELECT c.confrelid,
+               has_column_privilege(c.confrelid, c.confkey[1], 'SELECT') AND NOT row_security_active(c.confrelid)
+                   AND (SELECT has_schema_privilege(o.relnamespace, 'USAGE') FROM pg_class o WHERE o.oid = c.confrelid)
+               AS readable,
+               ARRAY(SELECT CAST(a.attname AS text) FROM unnest(c.conkey) WITH ORDINALITY AS n (number, place)
+                     JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = n.number ORDER BY n.place)
+               AS columns,
+               ARRAY(SELECT CAST(a.attname AS text) FROM unnest(c.confkey) WITH ORDINALITY AS n (number, place)
+                     JOIN pg_attribute a ON a.attrelid = c.confrelid AND a.attnum = n.number ORDER BY n.place)
+               AS other_columns
+        FROM pg_constraint c WHERE c.conrelid = to_regclass(:table) AND c.contype = 'f'
+    ) k
+    WHERE k.columns && CAST(:written AS text[]) AND NOT CAST(:user_id AS text) = ANY (k.columns)
+    ORDER BY 1
+    """
+)
+_REMEDIES: dict[type, str] = {
+    CheckViolation: "Let the constraint allow it.",
+    StringDataRightTruncation: "Make the column longer, or map another one.",
+    NumericValueOutOfRange: "Make the column integer or bigint, or map another one.",
+    InsufficientPrivilege: "Grant that to trueup's roles, this one among them.",
+}
+# Tokens of each kind, and milliseconds, that one call may well have.
+_MANY = 600_000
+_LONG_NAME = "claude-3-5-sonnet-20241022"
+_REMEDY = (
+    "Map columns that take any text and whole numbers, or {value = …} for those that the host's own default is to fill."
+)
+
+
+def row_problem(connection: Connection, mapping: HostMapping) -> Problem | None:
+    """Return why the log would refuse rows of trueup's, and the remedy; None: it takes them, as far as can be tried.
+
+    In the caller's transaction, of which nothing is left. A role without the right to make temporary tables tries none.
+    """
+    return _refused_row(connection, mapping) or _unknown_key(connection, mapping)
+
+
+def _refused_row(connection: Connection, mapping: HostMapping) -> Problem | None:
+    if not connection.scalar(_MAY_MAKE):
+        return None
+    log = mapping.usage_log.table
+    host = connection.execute(HOST_TABLE, {"table": quote_table(log)}).one()
+    trial = connection.begin_nested()
+    made = False
+    try:
+        connection.execute(SET_SEARCH_PATH, {"path": SEARCH_PATH})
+        make_table(connection, host.id, "trueup_own", filled=True)
+        for check in connection.execute(_CHECKS, {"id": host.id}).all():
+            name = quote_identifier(check.name)
+            run(connection, f"ALTER TABLE pg_temp.trueup_own ADD CONSTRAINT {name} {check.definition}")
+        connection.execute(SET_SEARCH_PATH, {"path": host.search_path})
+        made = True
+        return _refused(connection, mapping)
+    except DBAPIError as error:
+        if made or is_transient(error):
+            raise
+        return None  # a table like it can't be made: then there is nothing to try
+    finally:
+        trial.rollback()
+
+
+def _refused(connection: Connection, mapping: HostMapping) -> Problem | None:
+    log = mapping.usage_log.table
+    for section in sorted(SECTIONS):
+        refusal = _refusal(connection, mapping, section=section)
+        if refusal is not None:
+            return _problem(f"{log} would refuse trueup's row of section {section!r}", refusal)
+    # A limit that the host has set to figures is the host's; and a name that is too long is cut before it is written.
+    for what, kind, row in (
+        (f"of {2 * _MANY:,} tokens and {_MANY:,} ms", NumericValueOutOfRange, {"size": _MANY}),
+        (f"of model {_LONG_NAME!r}", CheckViolation, {"model": _LONG_NAME}),
+    ):
+        refusal = _refusal(connection, mapping, section=min(SECTIONS), **row)
+        if refusal is not None and isinstance(refusal.orig, kind):
+            return _problem(f"{log} would refuse trueup's row {what}", refusal)
+    return None
+
+
+def _refusal(connection: Connection, mapping: HostMapping, **row: Any) -> DBAPIError | None:
+    """What the ids of users look like nobody knows: what is refused of a user must be refused of nobody as well."""
+    refusals = []
+    for user in (True, False):
+        attempt = connection.begin_nested()
+        try:
+            run(connection, own_row(mapping, succeeded=True, user=user, **row))
+            return None
+        except DBAPIError as error:
+            if is_transient(error):
+                raise
+            refusals.append(error)
+        finally:
+            attempt.rollback()
+    return refusals[0]
+
+
+def _problem(what: str, refusal: DBAPIError) -> Problem:
+    said = getattr(getattr(refusal.orig, "diag", None), "message_primary", None) or str(refusal.orig)
+    return f"host.usage_log: {what} ({said}).", _REMEDIES.get(type(refusal.orig), _REMEDY)
+
+
+def _unknown_key(connection: Connection, mapping: HostMapping) -> Problem | None:
+    """Values that must stand in another table of the host's, which does not have them all, or not for sure."""
+    log = mapping.usage_log
+    values = {"table": quote_table(log.table), "written": log.written, "user_id": log.user_id}
+    for key in connection.execute(_KEYS, values).all():
+        what = (
+            f"host.usage_log: what trueup writes into {log.table}.{', '.join(key.columns)} must stand in {key.leads_to}"
+        )
+        if key.columns != [log.section]:
+            return f"{what}, and may not.", "Drop that foreign key, or map {value = …} in place of the column."
+        if not key.readable:
+            continue  # by another role then: keys are looked up as their tables' owner
+        column = quote_identifier(key.other_columns[0])
+        there = set(run(connection, f"SELECT CAST({column} AS text) FROM {key.leads_to}").scalars())
+        missing = sorted(SECTIONS - there)
+        if missing:
+            return f"{what}, where there is no {', '.join(missing)}.", "Add them there, or drop that foreign key."
+    return None

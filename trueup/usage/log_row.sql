@@ -1,0 +1,27 @@
+{# Write trueup's own row into the usage log, and add it to the consumed tokens of the account `a`. In PL/pgSQL, with the
+   parameters of trueup.record_charge; sets v_counted, the tokens that count in the window, and v_logged_id, the id of
+   the row; both are null if a trigger of the host's dropped the row. #}
+{% macro write_log_row(success, created_at) %}
+        p_log_id := trueup.new_log_id(p_log_id);
+        -- Without a balance this transaction holds no lock, and another may create the balance meanwhile. Then the row is
+        -- not marked as trueup's own, and its trigger appends a delta.
+        PERFORM set_config('trueup.own_log_id', CASE WHEN a.consumed IS NULL THEN '' ELSE p_log_id END, true);
+        INSERT INTO {{ usage_log }} AS l ({{ usage_log.written() }})
+        OVERRIDING SYSTEM VALUE  -- an id that is GENERATED ALWAYS is drawn from its sequence all the same
+        SELECT {{ usage_log.written("r") }}
+        FROM (SELECT p_log_id::{{ usage_log_id_type }} AS id, p_user AS user_id, p_section AS section,
+                     p_prompt AS prompt_tokens, p_completion AS completion_tokens, p_total AS total_tokens,
+                     p_response_ms AS response_time_ms, {{ success }} AS success, p_model AS model_name,
+                     p_metadata AS metadata, {{ created_at }} AS created_at) r
+        -- A log that can't say of a row that its call failed has no rows of such calls.
+        WHERE {{ success }} OR {{ usage_log.tells_failure() }}
+        -- As it was logged: a trigger of the host's may have changed or dropped the row.
+        RETURNING coalesce(CASE WHEN {{ usage_log.success("l") }}
+                                     AND l.{{ usage_log.created_at }} >= coalesce(a.window_start, '-infinity')
+                                THEN l.{{ usage_log.total_tokens }} END, 0),
+                  l.{{ usage_log.id }}::text INTO v_counted, v_logged_id;
+        PERFORM set_config('trueup.own_log_id', '', true);
+        IF v_logged_id = p_log_id THEN  -- with another id the row has made a delta, as a row of the host's does
+            a.consumed := a.consumed + v_counted;
+        END IF;
+{% endmacro %}
