@@ -2,7 +2,6 @@
 
 import logging
 import os
-import random
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -12,8 +11,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from celery import Task
 from celery._state import get_current_task
-from celery.exceptions import Ignore, Reject, Retry
-from kombu.exceptions import OperationalError
+from celery.exceptions import Ignore, Retry
 from pydantic import BaseModel
 
 from trueup.database.retry import retrying
@@ -32,6 +30,7 @@ from trueup.llm.model import Provider
 from trueup.settings.settings import get_settings
 from trueup.tasks.arguments import USER_ARGUMENT, ArgumentParser
 from trueup.tasks.requests import owner_name
+from trueup.tasks.requeue import leave_to_later_attempt, requeue, retry_provider, waits_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +38,9 @@ Estimator = Callable[[Mapping[str, Any]], int | None]
 Estimate = int | Estimator
 OnDenied = Literal["raise", "return"]
 
-# How often this task has waited for the gate. Celery's `retries` can't hold it: it counts the body's own retries.
-WAITS_HEADER = "trueup_waits"
 # Count, on the request of an outer task, of the metered tasks that its body has called directly.
 CALLS_ATTRIBUTE = "trueup_direct_calls"
 
-PROVIDER_RETRY_BASE_SECONDS = 2
 # A duplicate asks the gate again this long after the other attempt's lease ends.
 ASK_AGAIN_SECONDS = 0.5
 
@@ -121,11 +117,11 @@ class MeteredTask(Task):
         except HoldBusyError as error:
             if error.redundant and not self.request.called_directly:
                 raise Ignore(str(error)) from error
-            waiting = self._wait(error, error.seconds + ASK_AGAIN_SECONDS, waits=error.waits)
+            waiting = requeue(self, error, error.seconds + ASK_AGAIN_SECONDS, waits=error.waits)
             # The running attempt reports the task's state: a "retry" of this duplicate could overwrite its result.
             raise (Ignore(str(error)) if isinstance(waiting, Retry) else waiting) from error
         except (ServiceUnavailableError, GateClosedError) as error:
-            raise self._wait(error) from error
+            raise requeue(self, error) from error
 
     def _run_held(self, arguments: dict[str, Any], hold: Hold) -> Any:
         try:
@@ -140,16 +136,16 @@ class MeteredTask(Task):
             if self.request.called_directly:
                 raise
             if retrying(lambda connection: has_later_attempt(connection, hold)):
-                raise _requeue(error) from error
+                raise leave_to_later_attempt(error) from error
             # The hold expired and no later attempt took over. Requeue the task; calls already paid for are replayed.
-            raise self._wait(error, ASK_AGAIN_SECONDS) from error
+            raise requeue(self, error, ASK_AGAIN_SECONDS) from error
 
     def _run(self, arguments: dict[str, Any]) -> Any:
         try:
             return self.run(**arguments)
         except TrueupError as error:
             if getattr(error, "retryable", False) and not self.request.called_directly:
-                raise self._retry_provider(error) from error
+                raise retry_provider(self, error) from error
             raise
 
     def _estimate(self, arguments: dict[str, Any]) -> int | None:
@@ -166,7 +162,7 @@ class MeteredTask(Task):
                 user_id=arguments[USER_ARGUMENT],
                 task_id=self.request.id,
                 retries=self.request.retries,
-                waits=self._waits(),
+                waits=waits_of(self),
                 feature_name=self.feature_name,
                 section=self.section,
                 estimated_tokens=tokens,
@@ -186,76 +182,12 @@ class MeteredTask(Task):
             )
         return hold
 
-    def _wait(self, error: TrueupError, seconds: float | None = None, *, waits: int | None = None) -> Exception:
-        """Requeue the task with a countdown, and return the exception to raise.
-
-        `seconds`: the countdown; None: exponential backoff up to `gate_retry_max_seconds`. `waits`: the count of waits
-        that the new message carries; None: one more than this message's.
-
-        The count of waits has no limit: a task that can't be metered must neither run nor be lost.
-        """
-        request = self.request
-        if request.called_directly or request.is_eager:
-            return error
-        headers, waited = request.headers or {}, self._waits()
-        countdown = seconds
-        if countdown is None:
-            longest = min(2.0 ** min(waited, 16), get_settings().gate_retry_max_seconds)
-            countdown = longest * random.uniform(0.5, 1)  # noqa: S311 - spreads load, guards nothing
-        countdown = _before_redelivery(countdown)
-        logger.warning("task waits task=%s seconds=%.1f waits=%d reason=%s", request.id, countdown, waited + 1, error)
-        signature = self.signature_from_request(
-            request,
-            countdown=countdown,
-            retries=request.retries,
-            headers={**headers, WAITS_HEADER: waited + 1 if waits is None else waits},
-        )
-        try:
-            signature.apply_async()
-        except OperationalError:
-            # The broker is down too. Reject requeues the message now; if that fails, the broker redelivers it after the
-            # visibility timeout.
-            rejected: Exception = Reject(error, requeue=True)
-            return rejected
-        retry: Exception = Retry(exc=error, when=countdown, sig=signature)
-        return retry
-
-    def _waits(self) -> int:
-        """Return how often this task has been requeued to wait."""
-        return int((self.request.headers or {}).get(WAITS_HEADER) or 0)
-
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """Retry as Celery does, unless a later attempt has the hold: a retry would take the hold from it."""
         hold = running_hold()
         if hold is not None and retrying(lambda connection: has_later_attempt(connection, hold)):
-            raise _requeue(HoldOvertakenError(hold.task_id, hold.attempt))
+            raise leave_to_later_attempt(HoldOvertakenError(hold.task_id, hold.attempt))
         return super().retry(*args, **kwargs)
-
-    def _retry_provider(self, error: TrueupError) -> Exception:
-        """Retry up to the task's max_retries, then fail with the provider's own error."""
-        countdown = _before_redelivery(PROVIDER_RETRY_BASE_SECONDS * 2**self.request.retries)
-        try:
-            retry: Exception = self.retry(exc=error, countdown=countdown, throw=False)
-        except Reject as rejected:
-            # The broker is down, and Celery would drop the task here. Requeue its message instead.
-            requeued: Exception = Reject(rejected.reason, requeue=True)
-            return requeued
-        return retry
-
-
-def _requeue(error: HoldOvertakenError) -> Exception:
-    """Return the exception that leaves the task to the attempt that has its hold, and requeues this message.
-
-    Redis redelivers a message under the same delivery tag. If this attempt acknowledged it, it would be lost should the
-    other attempt die too. After the requeue it waits at the gate for that attempt, and finds the work done.
-    """
-    rejected: Exception = Reject(error, requeue=True)
-    return rejected
-
-
-def _before_redelivery(countdown: float) -> float:
-    """Keep a countdown below the visibility timeout: Redis would redeliver the waiting message and so duplicate it."""
-    return min(countdown, get_settings().visibility_timeout_seconds / 2)
 
 
 def _json_safe(result: Any) -> Any:

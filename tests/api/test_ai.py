@@ -1,6 +1,7 @@
 """AI features over HTTP: a gate check before sending, one task per idempotency key, each task for its owner only."""
 
 import json
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -253,6 +254,16 @@ class TestWithoutAWorker:
         assert field in answer.json()["error"]
         assert (queued(), rows(shared_host, user)) == ([], [])
 
+    @pytest.mark.parametrize("path", [ASK, ENHANCE])
+    def test_a_server_without_the_features_says_so_and_sends_nothing(
+        self, client: TestClient, shared_host: Host, queued: Messages, monkeypatch: pytest.MonkeyPatch, path: str
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "extruct", None)  # it can't be imported any more
+        user = shared_host.subscriber()
+        answer = post(client, user, path, BODIES[path])
+        assert (answer.status_code, answer.json()["error_code"]) == (501, "not_installed")
+        assert (queued(), rows(shared_host, user)) == ([], [])
+
     @pytest.mark.parametrize("key", ["two words", "x" * 256, "ключ".encode()])
     def test_a_malformed_key_is_refused(
         self, client: TestClient, shared_host: Host, queued: Messages, key: Any
@@ -348,7 +359,7 @@ class TestHowATaskStands:
         assert (repeated.status_code, repeated.json()) == (402, DENIAL)
 
     @pytest.mark.parametrize(
-        ("error", "code", "told"),
+        ("error", "code", "shown_text"),
         [
             (InvalidInputError("question has 0 characters"), "invalid_input", "question has 0"),
             (AnswerFormatError("secret"), "unusable_answer", "charged"),
@@ -367,7 +378,7 @@ class TestHowATaskStands:
         app: Celery,
         error: Exception,
         code: str,
-        told: str,
+        shown_text: str,
     ) -> None:
         user, task_id = self.send(client, shared_host)
         with ended(app, task_id, error, "FAILURE"):
@@ -377,7 +388,7 @@ class TestHowATaskStands:
         assert shown.json()["failure"]["error_code"] == waited.json()["error_code"] == code
         assert (waited.status_code, waited.json()["success"]) == (502, False)
         for answer in (shown, waited):
-            assert told in answer.text
+            assert shown_text in answer.text
             assert "secret" not in answer.text
 
     def test_a_waiting_request_is_answered_when_the_task_ends(

@@ -22,7 +22,8 @@ from trueup.api.auth import CurrentUser
 from trueup.api.middleware import SECURITY_HEADERS
 from trueup.api.schemas import Body as Model
 from trueup.database.engine import connect, dispose_engine
-from trueup.gate.decision import check_access, denial_payload
+from trueup.gate.decision import check_access
+from trueup.gate.denial import denial_payload
 from trueup.settings.settings import get_settings
 
 PROFILE = "/api/accounts/profile"

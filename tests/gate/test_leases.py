@@ -37,7 +37,7 @@ def begin(connection: Connection, hold: Hold, bound: int, seconds: float = 0, *,
         connection,
         hold,
         call_key=key,
-        tokens_bound=bound,
+        max_tokens=bound,
         lease_seconds=LEASE,
         ttl_seconds=600,
         now=after(seconds),
@@ -109,7 +109,7 @@ def test_a_call_renews_the_lease_and_the_hold(connection: Connection, user: int)
 def test_a_call_never_shortens_a_lease(connection: Connection, user: int) -> None:
     first = deliver(connection, user)
     values = {"lease_seconds": 1, "ttl_seconds": 1, "now": NOW}
-    begin_call(connection, first, call_key="1", tokens_bound=1, **values)
+    begin_call(connection, first, call_key="1", max_tokens=1, **values)
     with pytest.raises(HoldBusyError):
         deliver(connection, user, LEASE - 1)
     assert list_holds(connection)[0].expires_at == after(600)

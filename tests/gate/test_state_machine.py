@@ -139,9 +139,9 @@ class BillingMachine(HostMachine):
             expected = user.begin_call(handle, key, bound, 30, ttl, self.now)
         except Overtaken:
             with pytest.raises(HoldOvertakenError):
-                begin_call(self.connection, hold, call_key=key, tokens_bound=bound, **call)
+                begin_call(self.connection, hold, call_key=key, max_tokens=bound, **call)
         else:
-            assert begin_call(self.connection, hold, call_key=key, tokens_bound=bound, **call) == expected
+            assert begin_call(self.connection, hold, call_key=key, max_tokens=bound, **call) == expected
 
     def end_call(self, draw: Draw) -> None:
         user, handle, hold = self.draw_attempt(draw)

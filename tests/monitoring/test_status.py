@@ -28,7 +28,7 @@ def user(host: Host) -> int:
 
 
 def begin(connection: Connection, hold: Hold, key: str, bound: int) -> None:
-    begin_call(connection, hold, call_key=key, tokens_bound=bound, lease_seconds=1, ttl_seconds=1, now=NOW)
+    begin_call(connection, hold, call_key=key, max_tokens=bound, lease_seconds=1, ttl_seconds=1, now=NOW)
 
 
 def test_where_nothing_has_happened_there_are_zeros_and_no_times(connection: Connection) -> None:

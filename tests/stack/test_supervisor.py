@@ -38,9 +38,9 @@ UP = """
 import json, sys
 from trueup.errors import TrueupError
 from trueup.settings.settings import Settings
-from trueup.stack.supervisor.supervisor.commands import Command
-from trueup.stack.supervisor.supervisor.crew import Policy
-from trueup.stack.supervisor.supervisor.supervisor import run_stack
+from trueup.stack.supervisor.commands import Command
+from trueup.stack.supervisor.crew import Policy
+from trueup.stack.supervisor.supervisor import run_stack
 
 home, commands, policy, servers = sys.argv[1:]
 urls = {"database_url": "postgresql://db/x", "broker_url": "redis://broker/0"}

@@ -23,8 +23,8 @@ from trueup.gate.holds import HoldRow, list_holds
 from trueup.llm.metering import running_hold
 from trueup.settings.settings import get_settings
 from trueup.tasks import metered_task
-from trueup.tasks.base import WAITS_HEADER
 from trueup.tasks.metered import _model
+from trueup.tasks.requeue import WAITS_HEADER, requeue
 
 
 @pytest.fixture(autouse=True)
@@ -265,7 +265,7 @@ def test_only_one_copy_of_a_waiting_message_keeps_waiting(app: Celery, host: Hos
     assert states == ["FAILURE", "IGNORED", "IGNORED"]
 
 
-@pytest.mark.parametrize("goes_on", [True, False], ids=["goes on", "asks for a retry"])
+@pytest.mark.parametrize("goes_on", [True, False], ids=["continues", "asks for a retry"])
 def test_an_overtaken_attempt_leaves_the_hold_to_the_later_one_and_requeues_its_message(
     app: Celery, host: Host, connection: Connection, goes_on: bool
 ) -> None:
@@ -295,7 +295,7 @@ def test_a_task_waits_less_than_the_visibility_timeout(app: Celery, monkeypatch:
     task.push_request(id=str(uuid.uuid4()), args=(), kwargs={"user_id": 1}, called_directly=False)
     try:
         for seconds in (3.0, 60.0):
-            task._wait(HoldBusyError("t", seconds, redundant=False), seconds)
+            requeue(task, HoldBusyError("t", seconds, redundant=False), seconds)
     finally:
         task.pop_request()
     assert sent == [3.0, 5.0]

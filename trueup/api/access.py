@@ -6,7 +6,8 @@ from trueup.accounts.user_ids import UserId
 from trueup.api.views import metrics
 from trueup.database.retry import retrying
 from trueup.errors import TokensDenied
-from trueup.gate.decision import check_access, denial_payload
+from trueup.gate.decision import check_access
+from trueup.gate.denial import denial_payload
 from trueup.gate.modes import mode_of
 
 

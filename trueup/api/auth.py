@@ -17,8 +17,9 @@ from trueup.api.errors import ApiError, unavailable
 from trueup.api.keys import Keys, KeysUnavailableError, UnknownKeyError, keys_of
 from trueup.errors import InvalidInputError, SettingsError
 from trueup.host.mapping import UserIdType
-from trueup.settings.api import ApiSettings, is_loopback
+from trueup.settings.api import ApiSettings
 from trueup.settings.settings import Settings
+from trueup.settings.urls import is_loopback
 
 MAX_TOKEN_BYTES = 16_384
 DEMO_HEADER = ("X-Trueup-Demo", "the bearer token is the user id; it is not verified")

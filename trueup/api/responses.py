@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from trueup.api.schemas import Body
-from trueup.gate.decision import Reason
+from trueup.gate.denial import Reason
 
 
 class Problem(Body):

@@ -16,14 +16,14 @@ from typing import Any
 
 from trueup.database.retry import PASSING, once, retry_until_recorded, retrying
 from trueup.errors import (
-    HoldExhaustedError,
     HoldOvertakenError,
     NoHoldError,
     ProviderError,
 )
 from trueup.gate.holds import Hold
-from trueup.gate.provider_calls import begin_call, end_call, extend_hold
+from trueup.gate.provider_calls import end_call, extend_hold
 from trueup.llm.model import Completion, CompletionStream, Message, Provider
+from trueup.llm.output_cap import cap_output
 from trueup.settings.settings import Settings
 from trueup.usage.charges import Charge, Usage, find_answer, record_charge
 
@@ -164,39 +164,8 @@ class MeteredModel:
             if found is not None:
                 return _Call(running=running, key=key, limit=0, paid=Completion(**found))
         prompt_tokens = self.provider.count_prompt_tokens(messages)
-        while True:
-            limit = self._affordable(running, prompt_tokens)
-            if max_completion_tokens is not None:
-                limit = min(limit, max_completion_tokens)
-            if self._allowed(running, key, prompt_tokens + limit):
-                return _Call(running=running, key=key, limit=limit)
-
-    def _allowed(self, running: RunningHold, key: str, max_tokens: int) -> bool:
-        """Ask the database to admit a call of at most `max_tokens`. If it denies, it corrects `running.tokens_left`."""
-        settings = self._settings
-        left = retrying(
-            lambda connection: begin_call(
-                connection,
-                running.hold,
-                call_key=key,
-                tokens_bound=max_tokens,
-                lease_seconds=settings.lease_seconds,
-                ttl_seconds=settings.hold_ttl_seconds,
-            )
-        )
-        if left is not None:
-            running.tokens_left = left
-        return left is None
-
-    def _affordable(self, running: RunningHold, prompt_tokens: int) -> int:
-        """Return the tokens of answer that the hold covers after the prompt. Raises `HoldExhaustedError` for none."""
-        limit = running.tokens_left - prompt_tokens
-        if limit < 1:
-            raise HoldExhaustedError(
-                f"{running.hold.feature_name}: {running.tokens_left} tokens are left of the hold, and the prompt alone "
-                f"takes {prompt_tokens}. Nothing was spent on this call. Raise the task's estimate or send less text."
-            )
-        return limit
+        limit = cap_output(running, prompt_tokens, max_completion_tokens, call_key=key, settings=self._settings)
+        return _Call(running=running, key=key, limit=limit)
 
     def _charge(self, call: _Call, completion: Completion, *, keep_answer: bool = True) -> None:
         """Record the usage. It was paid for, so the write is retried while the database is unavailable."""

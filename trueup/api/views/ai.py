@@ -213,6 +213,7 @@ async def _wait(request: Request, asked: TaskRequest, seconds: int) -> dict[str,
     pause, longest = POLL_SECONDS
     while True:
         # A waiting request uses a thread only to read the state, so that waiting requests do not exhaust the pool.
+        # A thread for the look alone: those who wait must not keep others from theirs.
         state = await run_in_threadpool(_read_state, request.app.state.celery, asked)
         left = deadline - time.monotonic()
         if state["state"] in ENDED or left <= 0 or await request.is_disconnected():
