@@ -254,16 +254,10 @@ def own_row(
 
     `size`: its tokens of each kind, and its milliseconds. `user` False: nobody's.
     """
-    return render_sql(
-        _OWN_ROW,
-        mapping,
-        log_id="1" if mapping.usage_log_id_type == "bigint" else _SAMPLE_UUID,
-        user_id=(_SAMPLE_UUID if mapping.user_id_type == "uuid" else "1") if user else None,
-        section=section,
-        size=size,
-        succeeded=succeeded,
-        model=model,
-    )
+    log_id = "1" if mapping.usage_log_id_type == "bigint" else _SAMPLE_UUID
+    user_id = (_SAMPLE_UUID if mapping.user_id_type == "uuid" else "1") if user else None
+    values = {"section": section, "size": size, "succeeded": succeeded, "model": model}
+    return render_sql(_OWN_ROW, mapping, log_id=log_id, user_id=user_id, **values)
 
 
 def make_table(connection: Connection, like: int, name: str, *, filled: bool) -> None:
