@@ -5,6 +5,7 @@ from importlib import resources
 
 import pytest
 from psycopg import OperationalError, errors
+from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from trueup.database.driver_errors import LOG_CHANGED, REFUSED, UNWATCHED, is_transient
@@ -53,3 +54,12 @@ def test_a_constraint_a_value_and_a_trigger_refuse() -> None:
 def test_the_functions_raise_the_sqlstates_that_are_named_here() -> None:
     sql = resources.files("trueup.install").joinpath("watching.sql").read_text()
     assert set(re.findall(r"ERRCODE = '(\w+)'", sql)) == {UNWATCHED, LOG_CHANGED}
+
+
+@pytest.mark.parametrize(("code", "transient"), [("57P99", True), ("53999", True), ("55P99", False), ("22P99", False)])
+def test_a_code_that_psycopg_does_not_know_counts_by_its_class(
+    connection: Connection, code: str, transient: bool
+) -> None:
+    with pytest.raises(DBAPIError) as raised:
+        connection.execute(text(f"DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '{code}'; END $$"))
+    assert is_transient(raised.value) is transient

@@ -47,6 +47,8 @@ _SESSION = (
     errors.IdleInTransactionSessionTimeout,
 )
 TRANSIENT = (*_CONNECTION, *DEADLOCK_OR_CONFLICT, *_RESOURCES, *_OPERATOR, *_SESSION)
+# SQLSTATE classes of the same meaning, for a code that this psycopg has no class of its own for.
+_TRANSIENT_CLASSES = ("08", "40", "53", "57")
 
 # The database refuses a value: its type, a constraint, or an exception of a trigger.
 REFUSED = (DataError, IntegrityError, errors.WithCheckOptionViolation, errors.RaiseException)
@@ -63,8 +65,9 @@ _REPLACED = (
 
 def is_transient(error: DBAPIError) -> bool:
     """Return whether the same statement may succeed later: no connection, a deadlock, a lock or a limit."""
-    lost = isinstance(error.orig, OperationalError) and error.orig.sqlstate is None
-    return lost or isinstance(error.orig, TRANSIENT) or is_replaced(error)
+    # psycopg raises a plain OperationalError when the server did not answer, and for a code that it does not know.
+    unknown = type(error.orig) is OperationalError and (error.orig.sqlstate or "08").startswith(_TRANSIENT_CLASSES)
+    return unknown or isinstance(error.orig, TRANSIENT) or is_replaced(error)
 
 
 def is_replaced(error: DBAPIError) -> bool:
