@@ -31,6 +31,8 @@ from trueup.reconcile.runs import RunSummary
 from trueup.settings.policies import Rules
 from trueup.stack import StackUrls
 
+pytestmark = pytest.mark.xdist_group("live host")  # they share a fixture that takes long
+
 MIN_WRITES = 1_000  # of counters by the host, however long a loaded machine takes for them
 SUBSCRIPTIONS = 1_500
 MIN_RUNS = 3
