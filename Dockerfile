@@ -5,7 +5,8 @@ FROM python:3.13-slim AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/trueup
 WORKDIR /src
-# The dependencies first, so that a change of the code alone does not install them again.
+# The dependencies first, so that a change of the code alone does not install them again: those of every extra but
+# [embedded], because PostgreSQL and Redis are containers of their own.
 COPY requirements/main.txt requirements/main.txt
 RUN /opt/trueup/bin/pip install --require-hashes --requirement requirements/main.txt
 COPY pyproject.toml README.md LICENSE ./

@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
+# pip and uv show their progress in a terminal; a log gets one line.
+QUIET = $$(test -t 2 || echo --quiet)
 
 JOBS ?= 2
 SEED ?= 1
@@ -56,14 +58,16 @@ clean:  ## Remove the virtual environment and caches; data in .trueup stays
 # slip in.
 ifdef UV
 define install
+	@echo "Installing $$(grep -c == $(3)) packages into $(1) ..."
 	@test -x $(1)/bin/python || $(UV) venv --quiet --python $(2) $(1)
-	@$(UV) pip install --quiet --python $(1)/bin/python --require-hashes -r $(3)
+	@$(UV) pip install $(QUIET) --python $(1)/bin/python --require-hashes -r $(3)
 	@$(UV) pip install --quiet --python $(1)/bin/python --no-deps --no-build-isolation -e .
 endef
 else
 define install
+	@echo "Installing $$(grep -c == $(3)) packages into $(1): this takes some minutes ..."
 	@test -x $(1)/bin/pip || $(2) -m venv $(1)
-	@$(1)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $(3)
+	@$(1)/bin/pip install $(QUIET) --disable-pip-version-check --require-hashes -r $(3)
 	@$(1)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 endef
 endif

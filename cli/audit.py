@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from trueup.cli.context import ParamType
+from trueup.cli.context import Parsed, parse_moment
 
 Command = Callable[..., Any]
 
@@ -33,22 +33,12 @@ def note_option(command: Command) -> Command:
     return click.option("--note", required=True, help="Why, for the audit.")(command)
 
 
-class EndParameter(ParamType):
-    """The moment at which something ends: a date or a time, UTC where no offset is given."""
-
-    name = "when"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
-        if isinstance(value, datetime):
-            return value
-        try:
-            moment = datetime.fromisoformat(value.strip())
-            moment = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
-        except (ValueError, OverflowError):
-            self.fail(f"{value!r} is no time: give 2027-01-31 or 2027-01-31T08:30+01:00", param, ctx)
-        if moment <= datetime.now(UTC):
-            self.fail(f"{value!r} has passed: give a time in the future", param, ctx)
-        return moment
+def _parse_end(value: str) -> datetime:
+    moment = parse_moment(value, "2027-01-31 or 2027-01-31T08:30+01:00")
+    if moment <= datetime.now(UTC):
+        raise ValueError(f"{value!r} has passed: give a time in the future")
+    return moment
 
 
-END = EndParameter()
+END = Parsed("when", _parse_end)
+"""The moment at which something ends: a date or a time, UTC where no offset is given."""

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from trueup.accounts.user_ids import UserId, parse_user_id
+from trueup.accounts.user_ids import parse_user_id
 from trueup.accounts.validation import check_estimate
-from trueup.errors import InvalidInputError
 from trueup.settings.settings import get_settings
 from trueup.stack import Service, running_stack
 
@@ -25,33 +25,46 @@ def servers(*services: Service) -> Iterator[None]:
         yield
 
 
-class UserParameter(ParamType):
-    """A user id of the host's own type."""
+class Parsed(ParamType):
+    """An argument or option that `parse` reads from a text: it raises ValueError, with a message, for a wrong one."""
 
-    name = "user"
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> UserId:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value  # a default
         try:
-            return parse_user_id(value, get_settings().host.user_id_type)
-        except InvalidInputError as error:
+            return self._parse(value)
+        except ValueError as error:
             self.fail(str(error), param, ctx)
 
 
-class TokensParameter(ParamType):
-    """A count of tokens."""
-
-    name = "tokens"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return check_estimate(int(value), "tokens")
-        except ValueError as error:
-            message = str(error) if isinstance(error, InvalidInputError) else f"{value!r} is no whole number of tokens"
-            self.fail(message, param, ctx)
+def parse_count(value: str, check: Callable[[int], int]) -> int:
+    """Return a count of tokens that passes `check`. Raises ValueError."""
+    try:
+        tokens = int(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is no whole number of tokens") from None
+    return check(tokens)
 
 
-USER = UserParameter()
-TOKENS = TokensParameter()
+def parse_moment(value: str, examples: str) -> datetime:
+    """Return a date or a time, UTC where no offset is given. Raises ValueError, which names the `examples`."""
+    try:
+        # The machine's own zone would make the answer depend on who asks.
+        moment = datetime.fromisoformat(value.strip())
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except ValueError:
+        raise ValueError(f"{value!r} is no time: give {examples}") from None
+    except OverflowError:
+        raise ValueError(f"{value!r} is beyond the years 1 to 9999") from None
+
+
+# A user id is of the host's own type.
+USER = Parsed("user", lambda value: parse_user_id(value, get_settings().host.user_id_type))
+TOKENS = Parsed("tokens", lambda value: parse_count(value, lambda tokens: check_estimate(tokens, "tokens")))
 
 Command = Callable[..., Any]
 

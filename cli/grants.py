@@ -1,7 +1,6 @@
 """`trueup tokens grant`, `grants`, `revoke` and `import-payments`: tokens on top of plans."""
 
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import click
 
@@ -9,34 +8,20 @@ from trueup.accounts.grants import check_tokens, grant_tokens, list_grants, revo
 from trueup.accounts.payments import import_payments
 from trueup.accounts.user_ids import UserId
 from trueup.cli.audit import END, by_option
-from trueup.cli.context import USER, ParamType, json_option, servers
+from trueup.cli.context import USER, Parsed, json_option, parse_count, servers
 from trueup.cli.output import print_json, print_table, show
 from trueup.cli.reports.options import SINCE
 from trueup.database.engine import connect
 from trueup.database.retry import retrying
-from trueup.errors import InvalidInputError
 from trueup.settings.settings import get_settings
 
 GRANT = click.IntRange(1, 2**63 - 1)
-
-
-class SizeParameter(ParamType):
-    """A grant's size."""
-
-    name = "tokens"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return check_tokens(int(value))
-        except InvalidInputError as error:
-            self.fail(str(error), param, ctx)
-        except ValueError:
-            self.fail(f"{value!r} is no whole number of tokens", param, ctx)
+SIZE = Parsed("tokens", lambda value: parse_count(value, check_tokens))
 
 
 @click.command()
 @click.argument("user", type=USER)
-@click.argument("size", metavar="TOKENS", type=SizeParameter())
+@click.argument("size", metavar="TOKENS", type=SIZE)
 @click.option("--reason", required=True, help="Why, for the audit.")
 @click.option("--reference", required=True, help="What it is for, such as a payment's id; it grants once.")
 @click.option("--expires", type=END, help="When what is left of it lapses; by default never.")

@@ -1,7 +1,6 @@
 """`trueup reconcile`: compare every counter with the usage log, and correct it."""
 
 import gc
-import getpass
 import signal
 import socket
 import threading
@@ -15,6 +14,7 @@ from sqlalchemy import text
 
 from trueup.accounts.user_ids import UserId
 from trueup.cli import EXIT_DENIED, EXIT_ERROR
+from trueup.cli.audit import this_user
 from trueup.cli.context import TOKENS, USER, json_option, servers
 from trueup.cli.drift.report import echo, print_report, print_summary
 from trueup.cli.output import print_table
@@ -124,7 +124,7 @@ def _run(
                 batch_size=batch_size or settings.reconcile_batch_size,
                 jobs=jobs,
                 scan_timeout_seconds=settings.reconcile_scan_timeout_seconds,
-                requested_by=f"{_person()}@{socket.gethostname()}",
+                requested_by=f"{this_user()}@{socket.gethostname()}",
                 keep_findings=dry_run,
                 progress=lambda checked, total: bar.update(checked, max(total, checked)),
             )
@@ -151,13 +151,6 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _person() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"
 
 
 def _show(settings: Settings, summary: RunSummary, *, as_json: bool) -> tuple[DriftReport, int]:

@@ -121,7 +121,7 @@ def _change(feature: str, mode: GateMode | None, *, note: str, by: str) -> None:
 
 
 def _task_features() -> list[str]:
-    """Return the features of trueup's own tasks."""
+    """Return the features of trueup's tasks, and of the project's under `celery -A proj trueup`."""
     from celery import current_app
 
     from trueup.tasks import TASK_MODULES

@@ -1,6 +1,6 @@
-"""Celery tasks, thin: parse, pass the gate, call one service of a room below, return a typed result.
+"""Celery tasks. Each one parses its arguments, passes the gate, calls one service and returns a typed result.
 
-`metered_task` is the base for AI tasks; a host decorates its own with it.
+`metered_task` makes an AI task; a host decorates its own functions with it.
 """
 
 if not __name__.startswith("trueup."):
@@ -10,11 +10,11 @@ if not __name__.startswith("trueup."):
     )
 
 from trueup.extras import missing_modules
-from trueup.tasks import queues as queues  # whoever sends a task has its message say when
+from trueup.tasks import queues as queues  # its import registers the handler that stamps messages with their send time
 from trueup.tasks.base import MeteredTask
 from trueup.tasks.metered import metered_task
 
-# The AI tasks of the specification. They need the extra [features], and are not registered without it.
+# The specification's AI tasks. They are registered only if the extra [features] is installed.
 FEATURE_TASK_MODULES = (
     "trueup.tasks.features.qa",
     "trueup.tasks.features.products",
@@ -23,7 +23,7 @@ FEATURE_TASK_MODULES = (
     "trueup.tasks.features.questions",
     "trueup.tasks.features.prompts",
 )
-# Autodiscovery finds nothing in a package named "tasks", so an app lists these under `include`.
+# Celery's autodiscovery finds nothing in a package named "tasks", so an application lists these under `include`.
 TASK_MODULES = (
     *(() if missing_modules("features") else FEATURE_TASK_MODULES),
     "trueup.tasks.upkeep",

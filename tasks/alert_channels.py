@@ -1,4 +1,4 @@
-"""How alerts leave: a signed webhook, and apprise where it is installed."""
+"""The channels that alerts are sent by: a signed webhook, and apprise if it is installed."""
 
 import base64
 import hashlib
@@ -20,7 +20,7 @@ from trueup.settings.alerts import WEBHOOK, AlertSettings
 
 
 class AlertNotSentError(TrueupError):
-    """An alert did not reach its receiver. `final`: trying again won't help."""
+    """An alert did not reach its receiver. `final` True: a retry can't succeed."""
 
     def __init__(self, message: str, *, final: bool = False) -> None:
         self.final = final
@@ -28,9 +28,9 @@ class AlertNotSentError(TrueupError):
 
 
 def send(alert: Alert, settings: AlertSettings) -> None:
-    """Send an alert to its channel. Raises `AlertNotSentError`."""
+    """Send an alert to its channel. Raises `AlertNotSentError` if the channel is not configured or refuses it."""
     if alert.channel not in settings.channels:
-        raise AlertNotSentError(f"{alert.channel} is no longer set", final=True)
+        raise AlertNotSentError(f"{alert.channel} is no longer configured", final=True)
     if alert.channel == WEBHOOK:
         _send_webhook(alert, settings)
     else:
@@ -38,9 +38,10 @@ def send(alert: Alert, settings: AlertSettings) -> None:
 
 
 def signature_headers(key: bytes, message_id: str, timestamp: int, body: bytes) -> dict[str, str]:
-    """Return the headers by which a receiver knows who sent a message, and when: those of Standard Webhooks.
+    """Return the headers that let a receiver verify the sender and the time of a message.
 
-    https://github.com/standard-webhooks/standard-webhooks: HMAC-SHA256 over id, time and body, joined by dots.
+    They follow Standard Webhooks (https://github.com/standard-webhooks/standard-webhooks): an HMAC-SHA256 over id,
+    time and body, joined by dots. `key`: the shared secret. `timestamp`: Unix time in seconds. `body`: as sent.
     """
     signed = b".".join((message_id.encode(), str(timestamp).encode(), body))
     signature = base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
@@ -48,27 +49,29 @@ def signature_headers(key: bytes, message_id: str, timestamp: int, body: bytes) 
 
 
 def _send_webhook(alert: Alert, settings: AlertSettings) -> None:
-    assert settings.webhook_url is not None  # noqa: S101 - for the type checker: it is among the channels
-    # The same bytes each time, so that a receiver may compare them.
+    assert settings.webhook_url is not None  # noqa: S101 - for the type checker: the caller checked the channel
+    # Every attempt sends the same bytes, so that a receiver can detect duplicates.
     body = json.dumps(alert.payload, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     headers = signature_headers(settings.signing_key(), alert.payload["id"], int(time.time()), body)
     headers |= {"content-type": "application/json", "user-agent": "trueup"}
     try:
         with (
-            # A redirect could lead anywhere, and would be trusted with the message.
+            # Follow no redirect: it could send the message to any host.
             httpx.Client(timeout=settings.webhook_timeout_seconds, follow_redirects=False) as client,
-            # Its answer's body says nothing to us, so it is not read: it could be endless.
-            # httpx limits each read; a server that drips would have us for days.
+            # The response body is not needed and could be endless, so it is never read. httpx's timeout limits each
+            # read, not the whole exchange: a server that sends one byte at a time could block the worker for days.
             _ended_after(3 * settings.webhook_timeout_seconds, client),
             client.stream("POST", settings.webhook_url.get_secret_value(), content=body, headers=headers) as answer,
         ):
             status = answer.status_code
-    except Exception as error:  # a URL or proxy that httpx can't use is no HTTPError
-        raise AlertNotSentError(f"the webhook gave no answer: {type(error).__name__}") from error
+    except Exception as error:  # httpx raises other errors than HTTPError for an unusable URL or proxy
+        raise AlertNotSentError(f"the webhook did not answer: {type(error).__name__}") from error
     if 300 <= status < 400:
-        raise AlertNotSentError(f"the webhook answered {status}: redirects are not followed, correct webhook_url")
+        raise AlertNotSentError(
+            f"the webhook answered {status}, and redirects are not followed: set webhook_url to the final address"
+        )
     if not 200 <= status < 300:
-        # 410 is the receiver's word that it wants no more.
+        # With 410 the receiver asks for no more messages.
         raise AlertNotSentError(f"the webhook answered {status}", final=status == 410)
 
 
@@ -89,9 +92,9 @@ def _send_by_apprise(alert: Alert, settings: AlertSettings) -> None:
     except MissingExtraError as error:
         raise AlertNotSentError(str(error)) from None
     apprise: Any = importlib.import_module("apprise")
-    # The URL itself is a secret.
+    # Messages name the URL by its number, because the URL itself is a secret.
     name, notifier = settings.channels[alert.channel], apprise.Apprise()
     if not notifier.add(settings.apprise_url(alert.channel)):
-        raise AlertNotSentError(f"apprise does not know what {name} is")
+        raise AlertNotSentError(f"apprise can't use {name}: correct that URL")
     if not notifier.notify(title=f"trueup: {alert.kind}", body=alert.payload["data"]["message"]):
         raise AlertNotSentError(f"apprise could not deliver to {name}")

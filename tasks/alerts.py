@@ -1,4 +1,4 @@
-"""The task that looks for what an operator must hear of, and sends it."""
+"""The task that checks for conditions an operator must know, and sends alerts about them."""
 
 import logging
 
@@ -12,19 +12,19 @@ from trueup.tasks.alert_channels import AlertNotSentError, send
 
 logger = logging.getLogger(__name__)
 
-# The next call goes on: one receiver that is slow must not hold a worker for long.
+# Limit of one task, so that a slow receiver does not block a worker for long. The next task sends the rest.
 MAX_SENDINGS = 20
 
 
 @shared_task(name="trueup.check_alerts", acks_late=True)
 def check_alerts() -> dict[str, int]:
-    """Raise alerts for runs that have ended and for one that is missing, and send what is due. Returns how many."""
+    """Raise alerts for ended runs and for a missing run, then send the due alerts. Returns the counts."""
     raised = retrying(raise_all)
     return {"raised": raised, **send_due()}
 
 
 def send_due() -> dict[str, int]:
-    """Send the alerts that are due, one by one, at most `MAX_SENDINGS`. Returns how many were sent, and failed."""
+    """Send at most `MAX_SENDINGS` due alerts, one by one. Returns the counts of sent and failed ones."""
     sent = failed = 0
     while sent + failed < MAX_SENDINGS:
         with connect() as connection:
@@ -39,18 +39,20 @@ def send_due() -> dict[str, int]:
 
 
 def deliver(alert: Alert, *, retry: bool = True) -> str | None:
-    """Send a claimed alert and note how that went. Returns why it failed; None: it was received.
+    """Send a claimed alert and record the outcome. Returns the reason of a failure; None: the receiver accepted it.
 
-    `retry` False: one that fails is given up at once.
+    `retry` False: a failed alert is not sent again.
 
-    No connection to the database is held while the receiver takes its time.
+    It keeps no database connection while it waits for the receiver.
     """
     settings = get_settings().alerts
     try:
         send(alert, settings)
     except AlertNotSentError as error:
         reason, final = str(error), error.final or not retry or alert.attempts >= settings.max_attempts
-        logger.warning("alert %s by %s was not sent, attempt %s: %s", alert.key, alert.channel, alert.attempts, reason)
+        logger.warning(
+            "alert not sent key=%s channel=%s attempt=%s error=%s", alert.key, alert.channel, alert.attempts, reason
+        )
         retrying(lambda connection: note_failed(connection, alert, reason, final=final))
         return reason
     retrying(lambda connection: note_sent(connection, alert))

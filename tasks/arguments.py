@@ -1,4 +1,4 @@
-"""Task arguments: parsed by the types and bounds in the body's own signature, before the gate."""
+"""Task arguments: parsed by the type hints of the body's own signature, before the gate."""
 
 import inspect
 from collections.abc import Callable
@@ -14,25 +14,29 @@ USER_ARGUMENT = "user_id"
 
 
 class ArgumentParser:
-    """Parses the arguments of one task body, whose first parameters (the model client) are not the caller's.
+    """Parses the arguments of one task body.
 
-    Raises TypeError at construction for a body that names no `user_id` or takes `*args` or `**kwargs`.
+    `given`: count of first parameters that the caller does not pass, such as the model client. Raises TypeError for a
+    body that has no parameter `user_id`, or takes `*args` or `**kwargs`.
     """
 
     def __init__(self, body: Callable[..., Any], *, given: int) -> None:
         parameters = list(inspect.signature(body).parameters.values())[given:]
         if USER_ARGUMENT not in [parameter.name for parameter in parameters]:
-            raise TypeError(f"{body.__qualname__} must take `{USER_ARGUMENT}`: it says whose tokens are spent")
+            raise TypeError(f"{body.__qualname__} must take `{USER_ARGUMENT}`, the user whose tokens it spends")
         self.signature = inspect.Signature(parameters)
         self._model = _arguments_model(body, parameters)
 
     def signature_with_task(self) -> inspect.Signature:
-        """Return the signature that Celery checks calls against: the bound task, then the caller's arguments."""
+        """Return the signature that Celery checks calls against: the bound task, then the caller's parameters."""
         task = inspect.Parameter("_metered_task", inspect.Parameter.POSITIONAL_ONLY)
         return self.signature.replace(parameters=[task, *self.signature.parameters.values()])
 
     def parse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments by name, as the types of the signature. Raises `InvalidInputError`."""
+        """Return the arguments by name, converted to the types of the signature.
+
+        Raises `InvalidInputError` for a missing, unknown or malformed argument.
+        """
         try:
             bound = self.signature.bind(*args, **kwargs)
         except TypeError as error:
@@ -51,7 +55,7 @@ def _arguments_model(body: Callable[..., Any], parameters: list[inspect.Paramete
     fields: dict[str, Any] = {}
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise TypeError(f"{body.__qualname__} must name its arguments, not take `{parameter}`")
+            raise TypeError(f"{body.__qualname__} takes `{parameter}`: name each argument instead")
         default = ... if parameter.default is parameter.empty else parameter.default
         hint = Any if parameter.name == USER_ARGUMENT else hints.get(parameter.name, Any)
         fields[parameter.name] = (hint, default)

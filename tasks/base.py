@@ -1,8 +1,7 @@
-"""The metered base task: gate first, then the body with a model client bound to its hold, then the rest given back."""
+"""The metered base task: it passes the gate, runs the body with a model client bound to a hold, and closes the hold."""
 
 import logging
 import os
-import random
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -12,8 +11,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from celery import Task
 from celery._state import get_current_task
-from celery.exceptions import Ignore, Reject, Retry
-from kombu.exceptions import OperationalError
+from celery.exceptions import Ignore, Retry
 from pydantic import BaseModel
 
 from trueup.database.retry import retrying
@@ -32,6 +30,7 @@ from trueup.llm.model import Provider
 from trueup.settings.settings import get_settings
 from trueup.tasks.arguments import USER_ARGUMENT, ArgumentParser
 from trueup.tasks.requests import owner_name
+from trueup.tasks.requeue import leave_to_later_attempt, requeue, retry_provider, waits_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,21 +38,18 @@ Estimator = Callable[[Mapping[str, Any]], int | None]
 Estimate = int | Estimator
 OnDenied = Literal["raise", "return"]
 
-# How often this task has waited for the gate; kept apart from Celery's `retries`, which the body's own retries count.
-WAITS_HEADER = "trueup_waits"
-# On the request of an outer task: how many metered tasks its body has called directly.
+# Count, on the request of an outer task, of the metered tasks that its body has called directly.
 CALLS_ATTRIBUTE = "trueup_direct_calls"
 
-PROVIDER_RETRY_BASE_SECONDS = 2
-# A task that waits for another attempt's lease asks again this long after its end.
+# A duplicate asks the gate again this long after the other attempt's lease ends.
 ASK_AGAIN_SECONDS = 0.5
 
 
 class MeteredTask(Task):
     """Base of every task that may spend tokens.
 
-    The gate sits in `__call__`, which all ways to call a task pass through: worker, eager, direct, map and chunks.
-    `run` bypasses it, and finds a model client that refuses to spend.
+    The gate is in `__call__`, because every way to call a task goes through it: worker, eager, direct, map and chunks.
+    A call of `run` bypasses the gate; there the model client finds no hold and refuses to spend.
     """
 
     abstract = True
@@ -68,14 +64,14 @@ class MeteredTask(Task):
     throws = (TokensDenied,)
     dont_autoretry_for = (TokensDenied,)
     acks_late = True
-    # A lost pool child is retried, at most max_retries times; a rejected message would come back for ever.
+    # Celery retries a lost pool process at most max_retries times; a rejected message would be redelivered for ever.
     retry_on_worker_lost = True
-    # Celery's 180 s would keep a hold idle for as long.
+    # Seconds. Celery's default of 180 would keep a hold idle for that long.
     default_retry_delay = 2
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         request = self.request
-        # A task called directly has no request of its own: none at all, or that of the metered task that calls it.
+        # A direct call has no request of its own: there is none, or the request is the calling metered task's.
         outer = running_hold()
         if request.called_directly or (outer is not None and outer.task_id == request.id):
             with self._own_request(args, kwargs):
@@ -84,10 +80,11 @@ class MeteredTask(Task):
 
     @contextmanager
     def _own_request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Give a direct call an id of its own.
+        """Give a direct call a task id of its own.
 
-        Inside another task (`map`, `starmap`, `chunks`, or a body that calls this one) it follows from that task's id
-        and how many such calls came before: when that task is redelivered, this call finds what it has paid for.
+        Inside another task (`map`, `starmap`, `chunks`, or a body that calls this one) the id is derived from the outer
+        task's id and the count of direct calls before this one. After a redelivery of the outer task, the same call has
+        the same id, so its paid calls are replayed.
         """
         outer = get_current_task()
         task_id, retries = str(uuid.uuid4()), 0
@@ -108,7 +105,7 @@ class MeteredTask(Task):
             tokens = self._estimate(arguments)
             if tokens is None:
                 return _json_safe(self._run(arguments))
-            # Before the gate: a task that could ask no model must not hold tokens that others may use.
+            # Before the gate: without a provider the task can't work, and must not hold tokens that others could use.
             self.provider()
             hold = self._open_hold(arguments, tokens)
             with _closing(hold), spending_from(hold):
@@ -118,42 +115,43 @@ class MeteredTask(Task):
                 return denied.payload
             raise
         except HoldBusyError as error:
-            if error.superfluous and not self.request.called_directly:
+            if error.redundant and not self.request.called_directly:
                 raise Ignore(str(error)) from error
-            waiting = self._wait(error, error.seconds + ASK_AGAIN_SECONDS, waits=error.waits)
-            # The attempt at work tells how the task stands: a "retry" told of this one might come over its result.
+            waiting = requeue(self, error, error.seconds + ASK_AGAIN_SECONDS, waits=error.waits)
+            # The running attempt reports the task's state: a "retry" of this duplicate could overwrite its result.
             raise (Ignore(str(error)) if isinstance(waiting, Retry) else waiting) from error
         except (ServiceUnavailableError, GateClosedError) as error:
-            raise self._wait(error) from error
+            raise requeue(self, error) from error
 
     def _run_held(self, arguments: dict[str, Any], hold: Hold) -> Any:
         try:
             return self._run(arguments)
         except HoldExhaustedError:
             if hold.replay:
-                # The work was done, and its answers were not kept: the result of the earlier attempt stands.
-                raise Ignore(f"task {hold.task_id} was done by an earlier delivery") from None
+                # An earlier delivery did the work but its answers were not stored, so nothing can be replayed. Keep the
+                # result of that delivery.
+                raise Ignore(f"task {hold.task_id} was already completed by an earlier delivery") from None
             raise
         except HoldOvertakenError as error:
             if self.request.called_directly:
                 raise
             if retrying(lambda connection: has_later_attempt(connection, hold)):
-                raise _put_back(error) from error
-            # Its hold's time ran out and nobody went on: back to the gate, with what it has paid for.
-            raise self._wait(error, ASK_AGAIN_SECONDS) from error
+                raise leave_to_later_attempt(error) from error
+            # The hold expired and no later attempt took over. Requeue the task; calls already paid for are replayed.
+            raise requeue(self, error, ASK_AGAIN_SECONDS) from error
 
     def _run(self, arguments: dict[str, Any]) -> Any:
         try:
             return self.run(**arguments)
         except TrueupError as error:
             if getattr(error, "retryable", False) and not self.request.called_directly:
-                raise self._retry_provider(error) from error
+                raise retry_provider(self, error) from error
             raise
 
     def _estimate(self, arguments: dict[str, Any]) -> int | None:
-        """Return the tokens to hold; None when this call uses no AI, so that it needs none and can spend none."""
+        """Return the tokens to hold; None for a call that uses no AI: it holds no tokens and can't spend any."""
         estimate = self.estimated_tokens
-        # One base type for both would be a lie: the class attribute is a count, or a static function of one argument.
+        # Cast, because mypy takes a callable class attribute for a method; `metered_task` stores a static function.
         return cast("Estimator", estimate)(arguments) if callable(estimate) else estimate
 
     def _open_hold(self, arguments: dict[str, Any], tokens: int) -> Hold:
@@ -164,7 +162,7 @@ class MeteredTask(Task):
                 user_id=arguments[USER_ARGUMENT],
                 task_id=self.request.id,
                 retries=self.request.retries,
-                waits=self._waits(),
+                waits=waits_of(self),
                 feature_name=self.feature_name,
                 section=self.section,
                 estimated_tokens=tokens,
@@ -175,7 +173,7 @@ class MeteredTask(Task):
         )
         if hold.passed is not None:
             logger.warning(
-                "%s runs although it would be denied (%s): its gate is not enforced; task %s, user %s, %d tokens",
+                "task admitted by a gate that is not enforced feature=%r denial=%s task=%s user=%s tokens=%d",
                 self.feature_name,
                 hold.passed,
                 hold.task_id,
@@ -184,74 +182,12 @@ class MeteredTask(Task):
             )
         return hold
 
-    def _wait(self, error: TrueupError, seconds: float | None = None, *, waits: int | None = None) -> Exception:
-        """Send the task back to wait, and return what to raise. `seconds` None: longer each time, up to the setting.
-
-        `waits`: the number to come back with; None means one more than it came with.
-
-        There is no last try: a task that could not be metered must neither run nor be lost.
-        """
-        request = self.request
-        if request.called_directly or request.is_eager:
-            return error
-        headers, waited = request.headers or {}, self._waits()
-        countdown = seconds
-        if countdown is None:
-            longest = min(2.0 ** min(waited, 16), get_settings().gate_retry_max_seconds)
-            countdown = longest * random.uniform(0.5, 1)  # noqa: S311 - spreads load, guards nothing
-        countdown = _before_redelivery(countdown)
-        logger.warning("task waits %.1f s, for the %d. time: %s", countdown, waited + 1, error)
-        signature = self.signature_from_request(
-            request,
-            countdown=countdown,
-            retries=request.retries,
-            headers={**headers, WAITS_HEADER: waited + 1 if waits is None else waits},
-        )
-        try:
-            signature.apply_async()
-        except OperationalError:
-            # The broker is away too. Rejected and put back now or, if that fails, when it is not acknowledged in time.
-            rejected: Exception = Reject(error, requeue=True)
-            return rejected
-        retry: Exception = Retry(exc=error, when=countdown, sig=signature)
-        return retry
-
-    def _waits(self) -> int:
-        """Return how often this message has been sent back to wait."""
-        return int((self.request.headers or {}).get(WAITS_HEADER) or 0)
-
     def retry(self, *args: Any, **kwargs: Any) -> Any:
-        """Retry as Celery does, unless a later attempt has the hold: it must not lose it to an earlier one."""
+        """Retry as Celery does, unless a later attempt has the hold: a retry would take the hold from it."""
         hold = running_hold()
         if hold is not None and retrying(lambda connection: has_later_attempt(connection, hold)):
-            raise _put_back(HoldOvertakenError(hold.task_id, hold.attempt))
+            raise leave_to_later_attempt(HoldOvertakenError(hold.task_id, hold.attempt))
         return super().retry(*args, **kwargs)
-
-    def _retry_provider(self, error: TrueupError) -> Exception:
-        """Retry within the task's max_retries, then give up with the provider's own error."""
-        countdown = _before_redelivery(PROVIDER_RETRY_BASE_SECONDS * 2**self.request.retries)
-        try:
-            retry: Exception = self.retry(exc=error, countdown=countdown, throw=False)
-        except Reject as rejected:
-            # The broker is away. Celery would give the task up here: put back, it comes again.
-            put_back: Exception = Reject(rejected.reason, requeue=True)
-            return put_back
-        return retry
-
-
-def _put_back(error: HoldOvertakenError) -> Exception:
-    """Leave the task to the attempt that has its hold, and its message to the broker.
-
-    Redis delivers a message again under the same tag: acknowledged here, it would be lost if that attempt dies too. Put
-    back, it waits for that attempt at the gate, and finds its work done.
-    """
-    rejected: Exception = Reject(error, requeue=True)
-    return rejected
-
-
-def _before_redelivery(countdown: float) -> float:
-    """Keep a countdown below the time after which Redis delivers a message again: else each wait would double it."""
-    return min(countdown, get_settings().visibility_timeout_seconds / 2)
 
 
 def _json_safe(result: Any) -> Any:
@@ -260,10 +196,10 @@ def _json_safe(result: Any) -> Any:
 
 @contextmanager
 def _closing(hold: Hold) -> Iterator[None]:
-    """Give back what the body leaves, however it ends: also on SystemExit and a soft time limit.
+    """Close the hold and so release its unspent tokens, however the body ends: also on SystemExit or a soft time limit.
 
-    A retry that comes soon keeps its hold: it is not to lose its place to others. If closing fails, the hold's time
-    runs out and it is given back then: the work itself is done.
+    A retry within `keep_hold_seconds` keeps its hold, so that other tasks do not take its tokens. If closing fails, the
+    task still succeeds, because its work is done; the hold expires later.
     """
     completed = kept = False
     try:
@@ -282,12 +218,15 @@ def _close(hold: Hold, *, completed: bool) -> None:
         retrying(lambda connection: close_hold(connection, hold, completed=completed))
     except TrueupError:
         logger.warning(
-            "hold of task %s (user %s) not closed: it expires at %s", hold.task_id, hold.user_id, hold.expires_at
+            "hold not closed, it will expire task=%s user=%s expires_at=%s",
+            hold.task_id,
+            hold.user_id,
+            hold.expires_at,
         )
 
 
 def _seconds_until(retry: Retry) -> float:
-    """Return when the retry comes; Celery gives a countdown or a moment."""
+    """Return the seconds until a retry. Celery states a countdown or a point in time."""
     if isinstance(retry.when, datetime):
         return (retry.when - datetime.now(retry.when.tzinfo)).total_seconds()
     return float(retry.when or 0)

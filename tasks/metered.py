@@ -1,4 +1,4 @@
-"""`metered_task`: make a Celery task of a body that is given a model client."""
+"""`metered_task`: the decorator that makes a metered Celery task from a function that takes a model client."""
 
 import difflib
 import functools
@@ -29,12 +29,15 @@ def metered_task(
 ) -> Callable[[Callable[..., Any]], Any]:
     """Make a Celery task that passes the token gate before any work.
 
-    The body's first parameter is given the model client, bound to the task's hold; the others are the caller's,
-    `user_id` among them, and are parsed by their type hints. `estimated_tokens`: a count, or a function of the parsed
-    arguments (by name) that returns one, or None for a call that uses no AI: it is not gated, and can't spend.
-    `on_denied`: "raise" `TokensDenied`, or "return" its payload. `options`: Celery's own.
+    The body's first parameter receives the model client, bound to the task's hold. The caller passes the others,
+    `user_id` among them; they are parsed by their type hints.
 
-    Raises TypeError or ValueError at import for an unknown option, an unknown section, or a body without `user_id`.
+    `feature_name`: as logs, denials and the usage log name the task. `section`: one of the usage log's sections.
+    `estimated_tokens`: the tokens to hold, or a function of the parsed arguments (by name) that returns them. It may
+    return None for a call that uses no AI: such a call is not gated and can't spend.
+    `on_denied`: "raise" `TokensDenied`, or "return" its payload. `options`: Celery's own task options.
+
+    Raises TypeError or ValueError at import for an unknown option or section, or for a body without `user_id`.
     """
     _check_options(section, on_denied, options)
     if not callable(estimated_tokens):
@@ -47,14 +50,14 @@ def metered_task(
         def run(_task: MeteredTask, *args: Any, **kwargs: Any) -> Any:
             return body(_model(os.getpid()), *args, **kwargs)
 
-        # Celery checks a call against this signature; the model client takes the place of the bound task.
+        # Celery checks calls against this signature. It has the bound task in place of the model client.
         run.__signature__ = parser.signature_with_task()  # type: ignore[attr-defined]
         return shared_task(
             bind=True,
             base=MeteredTask,
             feature_name=feature_name,
             section=section,
-            # A plain function would become a method of the task.
+            # As a class attribute, a plain function would become a method of the task.
             estimated_tokens=staticmethod(estimated_tokens) if callable(estimated_tokens) else estimated_tokens,
             on_denied=on_denied,
             parser=parser,
@@ -65,7 +68,7 @@ def metered_task(
     return decorate
 
 
-# Celery takes any misspelt option silently: these are the ones it knows.
+# Celery accepts a misspelt option silently, so options are checked against the ones it knows.
 CELERY_OPTIONS = frozenset(
     (
         "name",
@@ -113,18 +116,18 @@ def _check_options(section: str, on_denied: str, options: dict[str, Any]) -> Non
             hint = f" Did you mean {near[0]}?" if near else ""
             raise TypeError(f"metered_task has no option {option!r}.{hint}")
     if section not in SECTIONS:
-        raise ValueError(f"section: {section!r} is none of the log's sections: {', '.join(sorted(SECTIONS))}")
+        raise ValueError(f"section: {section!r} is not a section of the usage log: use {', '.join(sorted(SECTIONS))}")
     if on_denied not in ("raise", "return"):
-        raise ValueError(f'on_denied: {on_denied!r} is neither "raise" nor "return"')
+        raise ValueError(f'on_denied: {on_denied!r} is not valid: use "raise" or "return"')
 
 
 @lru_cache(maxsize=1)
 def _model(pid: int) -> MeteredModel:
-    """Return this process's model client; a forked child makes its own, for connections can't be shared."""
+    """Return the model client of process `pid`: a forked child must not share its parent's connections."""
     settings = get_settings()
     return MeteredModel(partial(provider_from_settings, settings), settings)
 
 
 def _provider() -> Provider:
-    """Return this process's provider. Raises `SettingsError` when the settings name none, or leave out its key."""
+    """Return this process's provider. Raises `SettingsError` if the settings name no provider or lack its key."""
     return _model(os.getpid()).provider

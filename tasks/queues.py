@@ -1,4 +1,4 @@
-"""trueup's queues. Messages in them say when they were sent: Redis does not know."""
+"""trueup's queues. Their messages carry the time they were sent, which Redis does not record."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -9,10 +9,7 @@ AI_QUEUE = "trueup-ai"
 RECONCILE_QUEUE = "trueup-reconcile"
 
 SENT_AT_HEADER = "trueup_sent_at"
-"""Of a task's message in these queues: when it was sent, by the sender's clock, as ISO 8601 with a zone.
-
-A retry has its own.
-"""
+"""Header with the time a message was sent: the sender's clock, ISO 8601 with a zone. A retry has its own time."""
 
 
 @before_task_publish.connect(dispatch_uid="trueup-sent-at")

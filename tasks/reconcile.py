@@ -1,7 +1,6 @@
-"""Reconciling by workers: a run is planned once a period, its shards are worked on by whoever takes their messages.
+"""Distributed reconciliation: one task plans a run per period, and any worker may process its shards.
 
-Progress is in the database. A message that is lost is sent again by the sweeper; one that comes twice finds nothing to
-do.
+Progress is kept in the database. The sweeper sends a lost message again; a duplicate message finds nothing to do.
 """
 
 from typing import Any
@@ -15,7 +14,7 @@ from trueup.reconcile.runs import RunInProgressError, RunSummary
 from trueup.settings.settings import get_settings
 
 SWEEP_INTERVAL_SECONDS = 60
-# Of the task's hard time limit: then a shard is put back, for the next message to go on with.
+# Share of the task's hard time limit after which a task stops and sends a message for the rest of its shard.
 WORKED_SHARE = 0.8
 
 _RETRIED: dict[str, Any] = {
@@ -28,9 +27,10 @@ _RETRIED: dict[str, Any] = {
 
 @shared_task(name="trueup.reconcile_counters", **_RETRIED)
 def reconcile_counters(scheduled: bool = False, deep: bool = False) -> dict[str, Any]:
-    """Plan a pass over all counters, and begin it. Returns its figures if it is over, or why there is none.
+    """Plan a run over all counters and start it.
 
-    `scheduled`: only if this period has had none. `deep`: the balances are compared with the log first.
+    `scheduled` True: only if no run was planned in this period. `deep` True: compare the balances with the usage log
+    first. Returns the run's figures if it has ended, its id and count of shards if it still runs, or why there is none.
     """
     settings = get_settings()
     every = settings.reconcile_deep_interval_seconds if deep else settings.reconcile_interval_seconds
@@ -52,7 +52,7 @@ def reconcile_counters(scheduled: bool = False, deep: bool = False) -> dict[str,
     first, *others = run.shards or [1]
     for number in others:
         _send(run.run_id, number)
-    # The first one here: a small host's run is over with this task.
+    # Process the first shard here, so that a small host's run ends with this task.
     outcome = _work(run.run_id, first)
     if outcome.ended:
         return _figures(outcome.ended)
@@ -61,18 +61,18 @@ def reconcile_counters(scheduled: bool = False, deep: bool = False) -> dict[str,
 
 @shared_task(name="trueup.reconcile_shard", **_RETRIED)
 def reconcile_shard(run_id: int, number: int) -> dict[str, Any]:
-    """Work on a shard of a run, for as long as a task may take; the next message goes on. Returns what became of it."""
+    """Process a shard until it is done or the time is up; then a new message continues it. Returns the outcome."""
     outcome = _work(run_id, number)
     if outcome.ended:
         return _figures(outcome.ended)
     if not outcome.taken:
-        return {"skipped": "nothing is left of this shard, or another works on it"}
+        return {"skipped": "this shard is done, or another worker processes it"}
     return {"run_id": run_id, "shard": number, "left": outcome.left}
 
 
 @shared_task(name="trueup.sweep_runs", acks_late=True)
 def sweep_runs() -> dict[str, int]:
-    """End runs whose shards are done, and send those again that nobody works on. Returns how many were sent."""
+    """End runs whose shards are all done, and send messages for shards that no worker holds. Returns their count."""
     left = sweep(get_engine(), get_settings().reconcile.rules())
     for run_id, number in left:
         _send(run_id, number)
@@ -97,9 +97,9 @@ def _work(run_id: int, number: int) -> ShardOutcome:
 
 
 def _send(run_id: int, number: int) -> None:
-    """Send a shard's message to the queue that the current task came by.
+    """Send a shard's message to the queue of the current task.
 
-    It expires when the sweeper has sent another, so that none pile up.
+    The message expires by the time the sweeper has sent another, so that messages do not pile up.
     """
     delivery: dict[str, Any] = current_task.request.delivery_info or {}
     reconcile_shard.apply_async(

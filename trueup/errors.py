@@ -150,13 +150,13 @@ class HoldExhaustedError(HoldError):
 class HoldBusyError(HoldError):
     """Another attempt of this task is at work, so this one is a duplicate. It may ask again in `seconds`.
 
-    `superfluous`: another duplicate waits already, so this one need not. `waits`: the number to come back with.
+    `redundant`: another duplicate waits already, so this one need not. `waits`: the number to come back with.
     """
 
-    def __init__(self, task_id: str, seconds: float, *, superfluous: bool = False, waits: int = 1) -> None:
+    def __init__(self, task_id: str, seconds: float, *, redundant: bool = False, waits: int = 1) -> None:
         self.task_id = task_id
         self.seconds = seconds
-        self.superfluous = superfluous
+        self.redundant = redundant
         self.waits = waits
         super().__init__(task_id, seconds)
 

@@ -11,7 +11,7 @@ from trueup.doctor.clocks import Offset, judge, measure
 from trueup.doctor.findings import Finding, error, ok, run_check, warning
 from trueup.settings.settings import PREFIX, Settings
 from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE
-from trueup.worker.queue_depth import Waiting, look_at_queue
+from trueup.worker.queue_depth import QueueDepth, read_queue_depth
 
 OLDEST_REDIS = (6, 2)
 # A worker in the middle of a fork, or on a busy machine, answers within this.
@@ -81,7 +81,7 @@ def check_workers(app: Celery, client: Any, settings: Settings) -> Iterator[Find
     inspect = app.control.inspect(timeout=ANSWER_SECONDS)
     taken: dict[str, list[dict[str, Any]]] = inspect.active_queues() or {}
     served = {queue["name"] for queues in taken.values() for queue in queues}
-    waiting = {queue: look_at_queue(client, queue) for queue in (AI_QUEUE, RECONCILE_QUEUE)}
+    waiting = {queue: read_queue_depth(client, queue) for queue in (AI_QUEUE, RECONCILE_QUEUE)}
     if taken:
         yield ok("workers", f"Workers answer: {', '.join(sorted(taken))}.", workers=sorted(taken))
         yield from _hanging(inspect.active() or {}, settings, time.time())
@@ -103,7 +103,7 @@ def check_workers(app: Celery, client: Any, settings: Settings) -> Iterator[Find
         yield _queue(queue, found, served=queue in served, alone=not taken)
 
 
-def _queue(queue: str, waiting: Waiting, *, served: bool, alone: bool) -> Finding:
+def _queue(queue: str, waiting: QueueDepth, *, served: bool, alone: bool) -> Finding:
     """Return how a queue stands. `alone`: no worker answered at all, which has been said already."""
     detail = {"queue": queue, "served": served, **asdict(waiting)}
     start = f"Start a worker for it: `celery -A trueup.worker worker -Q {queue}`."

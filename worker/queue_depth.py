@@ -14,7 +14,7 @@ SAMPLE = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Waiting:
+class QueueDepth:
     """Messages in a queue. `oldest_seconds`: for how long the oldest has been due; None: no message says so."""
 
     length: int
@@ -25,7 +25,7 @@ class Waiting:
         return f"{self.length:,} tasks wait{oldest}"
 
 
-def look_at_queue(client: Any, queue: str) -> Waiting:
+def read_queue_depth(client: Any, queue: str) -> QueueDepth:
     """Look at a queue of that name, without taking anything. `client`: Redis' own."""
     seconds, microseconds = client.time()
     now = datetime.fromtimestamp(seconds + microseconds / 1_000_000, UTC)
@@ -38,7 +38,7 @@ def look_at_queue(client: Any, queue: str) -> Waiting:
         ages += [(now - since).total_seconds() for message in messages if (since := _due_since(message)) is not None]
     waited = [age for age in ages if age >= 0]
     # Clocks differ a little: what was sent just now may seem to come from the future.
-    return Waiting(length=length, oldest_seconds=max(waited, default=0.0 if ages else None))
+    return QueueDepth(length=length, oldest_seconds=max(waited, default=0.0 if ages else None))
 
 
 def _headers_of(message: str | bytes) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from trueup.errors import OldLayoutError, SettingsError, TrueupError
 from trueup.settings.settings import PREFIX, Settings, broker_url, database_url, get_settings
 from trueup.stack.layout import prepare_layout
 
-START_SECONDS = 40.0
+# The first start compiles every module: half a minute on a busy machine.
+START_SECONDS = 120.0
 STOP_SECONDS = 60.0
 WORKERS = 2
 

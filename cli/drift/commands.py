@@ -11,7 +11,7 @@ from sqlalchemy import Connection, text
 from trueup.accounts.user_ids import UserId
 from trueup.cli import EXIT_DENIED
 from trueup.cli.context import TOKENS, USER, json_option, servers
-from trueup.cli.drift.preview import show_look
+from trueup.cli.drift.preview import show_preview
 from trueup.cli.drift.report import FORMATS, echo, print_summary
 from trueup.cli.drift.review import accept, grant, ignore, review, undo
 from trueup.cli.output import print_json
@@ -95,7 +95,7 @@ def report(
     if read_only:
         if run_id is not None or since is not None:
             raise click.UsageError("--read-only looks at what is now: leave out --run and --since.")
-        looked = show_look(only, form, most, output)
+        looked = show_preview(only, form, most, output)
         if fail_on_drift and looked.drifted > looked.set_aside:
             ctx.exit(EXIT_DENIED)
         return

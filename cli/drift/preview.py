@@ -12,19 +12,19 @@ from trueup.cli.drift.report import echo, print_summary
 from trueup.cli.output import show
 from trueup.cli.reports.options import write_file
 from trueup.database.engine import get_engine
-from trueup.preview.report import LookReport
-from trueup.preview.scan import look
+from trueup.preview.report import PreviewReport
+from trueup.preview.scan import scan
 from trueup.reports.rows import DriftFilter
 from trueup.reports.run_report import DriftReport
 from trueup.settings.settings import get_settings
 
 
-def show_look(only: DriftFilter, form: str, most: int | None, output: Path | None) -> DriftReport:
+def show_preview(only: DriftFilter, form: str, most: int | None, output: Path | None) -> DriftReport:
     """Look at the counters that `only` chooses, and show what drifts in that form. `most` None: every row."""
     settings = get_settings()
-    with closing(LookReport(only)) as found:
+    with closing(PreviewReport(only)) as found:
         with servers("postgres"):
-            told = look(
+            told = scan(
                 get_engine(),
                 settings.host,
                 found.add,
@@ -48,7 +48,7 @@ def show_look(only: DriftFilter, form: str, most: int | None, output: Path | Non
     return report
 
 
-def _chunks(report: DriftReport, found: LookReport, form: str, *, streamed: bool) -> Iterable[str]:
+def _chunks(report: DriftReport, found: PreviewReport, form: str, *, streamed: bool) -> Iterable[str]:
     from trueup.cli.reports.html import report_html
     from trueup.cli.reports.markdown import report_markdown
     from trueup.cli.reports.plain import report_csv, report_json

@@ -8,11 +8,9 @@ import stat
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-import click
-
-from trueup.cli.context import ParamType
+from trueup.cli.context import Parsed, parse_moment
 from trueup.drift.causes import CAUSE_SENTENCES, Cause
 from trueup.errors import TrueupError
 
@@ -21,66 +19,46 @@ _MAX_BACK = timedelta(days=36_500)
 _BACK = re.compile(r"(\d{1,5})\s*([mhdw])", re.IGNORECASE)
 
 
-class SinceParameter(ParamType):
-    """A moment, as a date or time (UTC where no offset is given), or how long back: 90m, 24h, 7d, 2w."""
-
-    name = "when"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime | timedelta:
-        if isinstance(value, datetime | timedelta):
-            return value
-        back = _BACK.fullmatch(value.strip())
-        if back:
-            long = timedelta(**{_UNITS[back[2].lower()]: int(back[1])})
-            if long > _MAX_BACK:
-                self.fail(f"{value!r} is too far back: give at most {_MAX_BACK.days}d", param, ctx)
-            return long
-        try:
-            moment = datetime.fromisoformat(value.strip())
-        except ValueError:
-            self.fail(f"{value!r} is no time: give 2026-11-01, 2026-11-01T08:30+01:00, 90m, 24h, 7d or 2w", param, ctx)
-        # The machine's own zone would make the report depend on who asks.
-        try:
-            moment = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
-        except OverflowError:
-            self.fail(f"{value!r} is beyond the years 1 to 9999", param, ctx)
-        if moment > datetime.now(UTC):
-            self.fail(f"{value!r} has not come yet: give a time in the past", param, ctx)
-        return moment
+def _parse_since(value: str) -> datetime | timedelta:
+    back = _BACK.fullmatch(value.strip())
+    if back:
+        long = timedelta(**{_UNITS[back[2].lower()]: int(back[1])})
+        if long > _MAX_BACK:
+            raise ValueError(f"{value!r} is too far back: give at most {_MAX_BACK.days}d")
+        return long
+    moment = parse_moment(value, "2026-11-01, 2026-11-01T08:30+01:00, 90m, 24h, 7d or 2w")
+    if moment > datetime.now(UTC):
+        raise ValueError(f"{value!r} has not come yet: give a time in the past")
+    return moment
 
 
-class CauseParameter(ParamType):
-    """A cause, or several joined by "+": only drifts that have all of them."""
-
-    name = "cause"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        known = set(get_args(Cause)) | set(CAUSE_SENTENCES)
-        causes = tuple(part.strip().lower().replace(" ", "_").replace("-", "_") for part in value.split("+"))
-        for cause in causes:
-            if cause not in known:
-                near = difflib.get_close_matches(cause, sorted(known), n=1)
-                hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(sorted(known))}."
-                self.fail(f"{cause!r} is no cause. {hint}", param, ctx)
-        return causes
+def _parse_causes(value: str) -> tuple[str, ...]:
+    known = set(get_args(Cause)) | set(CAUSE_SENTENCES)
+    causes = tuple(part.strip().lower().replace(" ", "_").replace("-", "_") for part in value.split("+"))
+    for cause in causes:
+        if cause not in known:
+            near = difflib.get_close_matches(cause, sorted(known), n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(sorted(known))}."
+            raise ValueError(f"{cause!r} is no cause. {hint}")
+    return causes
 
 
-class RowsParameter(ParamType):
-    """A count of rows, or "all"."""
-
-    name = "rows"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value == "all" or isinstance(value, int):
-            return str(value) if value == "all" else int(value)
-        if not (value.isascii() and value.isdigit() and len(value) <= 9):
-            self.fail(f'{value!r} is no count of rows: give a whole number, or "all"', param, ctx)
-        return int(value)
+def _parse_rows(value: str) -> int | str:
+    if value == "all":
+        return value
+    if not (value.isascii() and value.isdigit() and len(value) <= 9):
+        raise ValueError(f'{value!r} is no count of rows: give a whole number, or "all"')
+    return int(value)
 
 
-SINCE = SinceParameter()
-CAUSE = CauseParameter()
-ROWS = RowsParameter()
+SINCE = Parsed("when", _parse_since)
+"""A moment, as a date or time (UTC where no offset is given), or how long back: 90m, 24h, 7d, 2w."""
+
+CAUSE = Parsed("cause", _parse_causes)
+"""A cause, or several joined by "+": only drifts that have all of them."""
+
+ROWS = Parsed("rows", _parse_rows)
+"""A count of rows, or "all"."""
 
 
 def moment_of(when: datetime | timedelta | None) -> datetime | None:

@@ -17,9 +17,9 @@ from trueup.tasks.metered import metered_task
 
 
 def estimate_tokens(arguments: Mapping[str, Any]) -> int | None:
-    """Return 1000 for PRODUCT messages; None, no gate, where no AI is used: STATIC ones and own comments.
+    """Return the specification's 1000 for PRODUCT messages; None for STATIC messages and own comments, which use no AI.
 
-    Refuses what the work would refuse.
+    None means that the call is not gated. Raises `InvalidInputError` for input that the task would refuse.
     """
     event, config = comment_event(arguments["event"]), action_config(arguments["config"])
     if config.mode == "STATIC" or event.is_own:
@@ -38,8 +38,8 @@ def send_instagram_dm(
 ) -> direct_message.DmResult:
     """Answer the one comment of a webhook payload by direct message and, if configured, publicly.
 
-    `event`: Instagram's `comments` payload. `config`: the action's; mode PRODUCT is written by the model and gated,
-    mode STATIC uses no AI and is not.
+    `event`: Instagram's `comments` payload. `config`: the action's configuration. In mode PRODUCT the model writes the
+    message and the task is gated; mode STATIC uses no AI and is not gated.
     """
     settings = get_settings()
     outbox = TaskOutbox(

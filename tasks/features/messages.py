@@ -1,4 +1,4 @@
-"""Task `trueup.reply_to_message`: the answer to a customer's message in a chat."""
+"""Task `trueup.reply_to_message`: answer a customer's message in a chat."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +12,9 @@ from trueup.tasks.metered import metered_task
 
 
 def estimate_tokens(arguments: Mapping[str, Any]) -> int:
-    """Return 1500, the specification's estimate, scaled for models whose tokens can only be bounded.
+    """Return the specification's 1500, scaled up for models without an exact token counter.
 
-    Refuses what the work would refuse.
+    Raises `InvalidInputError` for input that the task would refuse.
     """
     counter = counter_from_settings(get_settings())
     messages.plan_reply(
@@ -35,8 +35,8 @@ def reply_to_message(
 ) -> messages.ReplyResult:
     """Return the answer to a customer's message.
 
-    `history`: what was said before, oldest first: {"sender": "customer" or "business", "text": …}. `business`: name,
-    description, persona, instructions and language, each of which may be left out.
+    `history`: the earlier messages, oldest first: {"sender": "customer" or "business", "text": …}. `business`: name,
+    description, persona, instructions and language, each optional.
     """
     counter = counter_from_settings(get_settings())
     return messages.reply_to_message(model, message=message, history=history, business=business, counter=counter)

@@ -1,4 +1,4 @@
-"""Task `trueup.extract_products`: typed products from a page."""
+"""Task `trueup.extract_products`: extract typed products from a web page."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from trueup.tasks.metered import metered_task
 
 
 def estimate_tokens(_arguments: Mapping[str, Any]) -> int:
-    """Return 1000, the specification's estimate, scaled for models whose tokens can only be bounded."""
+    """Return the specification's 1000, scaled up for models without an exact token counter."""
     return extractor.estimated_tokens(counter_from_settings(get_settings()))
 
 
@@ -27,7 +27,7 @@ def extract_products(
 ) -> extractor.ProductResult:
     """Return the products of a page, given as `html` or as `text`.
 
-    The page's own structured data is used first and costs nothing; only a page without any is read by the model.
+    The page's structured data is used first and costs nothing. The model reads only a page that has none.
     """
     counter = counter_from_settings(get_settings())
     return extractor.extract_products(model, url=url, title=title, html=html, text=text, counter=counter)

@@ -1,4 +1,4 @@
-"""Task `trueup.generate_prompt`: a better prompt from a business's draft of one."""
+"""Task `trueup.generate_prompt`: write a better prompt from a business's draft."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +12,9 @@ from trueup.tasks.metered import metered_task
 
 
 def estimate_tokens(arguments: Mapping[str, Any]) -> int:
-    """Return 700, the specification's estimate, or what a draft too long for it may cost.
+    """Return the specification's 700, or more for a draft that does not fit it.
 
-    Refuses what the work would refuse.
+    Raises `InvalidInputError` for input that the task would refuse.
     """
     plan = enhancement.plan_enhancement(
         prompt=arguments["prompt"], business=arguments["business"], counter=counter_from_settings(get_settings())
@@ -31,6 +31,6 @@ def estimate_tokens(arguments: Mapping[str, Any]) -> int:
 def generate_prompt(
     model: Model, user_id: UserId, prompt: str, business: dict[str, Any] | None = None
 ) -> enhancement.PromptResult:
-    """Return a better prompt. `prompt`: the draft. `business`: as of `trueup.reply_to_message`."""
+    """Return a better prompt. `prompt`: the draft. `business`: as in `trueup.reply_to_message`."""
     counter = counter_from_settings(get_settings())
     return enhancement.enhance_prompt(model, prompt=prompt, business=business, counter=counter)

@@ -1,4 +1,4 @@
-"""Task `trueup.generate_qa`: question and answer pairs from a text."""
+"""Task `trueup.generate_qa`: write question-and-answer pairs from a text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,10 @@ from trueup.tasks.metered import metered_task
 
 
 def estimate_tokens(arguments: Mapping[str, Any]) -> int:
-    """Return what the plan that the work then follows can cost at most. Refuses what the work would refuse."""
+    """Return the most that the task's plan can cost.
+
+    Raises `InvalidInputError` for input that the task would refuse.
+    """
     return qa.estimate_tokens(
         arguments["text"],
         arguments["max_pairs"],
@@ -25,7 +28,7 @@ def estimate_tokens(arguments: Mapping[str, Any]) -> int:
     name="trueup.generate_qa", feature_name="Q&A Generator", section="knowledge_qa", estimated_tokens=estimate_tokens
 )
 def generate_qa(model: Model, user_id: UserId, text: str, page_title: str = "", max_pairs: int = 10) -> qa.QaResult:
-    """Return question and answer pairs in the text's own language.
+    """Return question-and-answer pairs in the text's own language.
 
     `text`: 100 characters or more. `max_pairs`: 1 to 50. Raises `InvalidInputError` before any token is held.
     """

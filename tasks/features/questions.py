@@ -1,4 +1,4 @@
-"""Task `trueup.ask_question`: the answer to a question, from passages of context when some are given."""
+"""Task `trueup.ask_question`: answer a question, from passages of context if some are given."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +12,9 @@ from trueup.tasks.metered import metered_task
 
 
 def estimate_tokens(arguments: Mapping[str, Any]) -> int:
-    """Return 1500, the specification's estimate, scaled for models whose tokens can only be bounded.
+    """Return the specification's 1500, scaled up for models without an exact token counter.
 
-    Refuses what the work would refuse.
+    Raises `InvalidInputError` for input that the task would refuse.
     """
     counter = counter_from_settings(get_settings())
     questions.plan_question(question=arguments["question"], context=arguments["context"], counter=counter)
@@ -30,6 +30,9 @@ def ask_question(
     question: str,
     context: list[str] = [],  # noqa: B006 - Celery and pydantic copy it
 ) -> questions.QuestionResult:
-    """Return the answer to a question. `context`: passages to answer from, the nearest first; none: from knowledge."""
+    """Return the answer to a question.
+
+    `context`: passages to answer from, the most relevant first. Without any, the model answers from its own knowledge.
+    """
     counter = counter_from_settings(get_settings())
     return questions.answer_question(model, question=question, context=context, counter=counter)

@@ -1,4 +1,4 @@
-"""The API in this process, on the test's own database, and tokens as a host would issue them."""
+"""The API in this process, on the test's own database, with tokens as a host issues them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,7 +17,7 @@ MakeClient = Callable[..., TestClient]
 def client_with(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeClient]:
     """A client of an API with these settings: `client_with(issuer="shop")`.
 
-    Unless told otherwise a key is set, and no rate limit: the tests' users have the same ids, and share a Redis.
+    By default a key is configured and the rate limit is off: the tests share a Redis, and their users have equal ids.
     """
     with ExitStack() as stack:
 

@@ -1,6 +1,7 @@
-"""The AI features over HTTP: a check at the door, one task for one key, and each task for its owner only."""
+"""AI features over HTTP: a gate check before sending, one task per idempotency key, each task for its owner only."""
 
 import json
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,7 +62,7 @@ MakeClient = Callable[..., TestClient]
 
 @pytest.fixture
 def client_with(app: Celery, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeClient]:
-    """A client of the API with these settings, and with another Celery application if one is given."""
+    """A client of the API with these settings and, if given, another Celery application."""
 
     def make(celery: Celery = app, **settings: object) -> TestClient:
         for name, value in ({"jwt_secret": SECRET} | settings).items():
@@ -81,7 +82,7 @@ def client(client_with: MakeClient) -> TestClient:
 
 @pytest.fixture
 def queued(app: Celery) -> Iterator[Messages]:
-    """Give a function that takes the messages which wait for a worker; none must run."""
+    """Give a function that takes the queued messages; no worker may run."""
     app.control.purge()
 
     def take() -> Iterator[dict[str, Any]]:
@@ -109,10 +110,10 @@ def rows(host: Host, user: int) -> list[Any]:
 
 
 class TestWithoutAWorker:
-    """What is sent, and what is told of how it stands."""
+    """The messages that requests send, and the state that the API shows."""
 
     @pytest.mark.parametrize(("path", "task"), [(ASK, "trueup.ask_question"), (ENHANCE, "trueup.generate_prompt")])
-    def test_a_request_is_answered_at_once_with_where_its_task_is(
+    def test_a_request_is_answered_at_once_with_the_address_of_its_task(
         self, client: TestClient, shared_host: Host, queued: Messages, path: str, task: str
     ) -> None:
         user = shared_host.subscriber()
@@ -147,7 +148,7 @@ class TestWithoutAWorker:
         assert (queued(), rows(shared_host, user)) == ([], [])
 
     @pytest.mark.parametrize(("path", "estimate"), [(ASK, 1500), (ENHANCE, 700)])
-    def test_the_check_is_for_the_specifications_estimate(
+    def test_the_gate_check_uses_the_specifications_estimate(
         self, client: TestClient, shared_host: Host, queued: Messages, path: str, estimate: int
     ) -> None:
         assert post(client, shared_host.subscriber(estimate), path).status_code == 202
@@ -164,7 +165,7 @@ class TestWithoutAWorker:
         assert [message["id"] for message in queued()] == sent
         assert len(set(sent)) == 4
 
-    def test_a_key_is_repeated_when_the_tokens_are_gone_meanwhile(
+    def test_a_repeated_key_is_answered_after_the_tokens_are_spent(
         self, client: TestClient, shared_host: Host, queued: Messages
     ) -> None:
         user = shared_host.subscriber(1500)
@@ -186,7 +187,7 @@ class TestWithoutAWorker:
         assert "Idempotency-Key" in answer.json()["error"]
         assert len(queued()) == 1
 
-    def test_two_users_with_one_key_have_a_task_each_and_see_their_own_only(
+    def test_two_users_with_the_same_key_have_separate_tasks_and_see_only_their_own(
         self, client: TestClient, shared_host: Host, queued: Messages
     ) -> None:
         mine, yours = shared_host.subscriber(), shared_host.subscriber()
@@ -197,7 +198,7 @@ class TestWithoutAWorker:
         assert (answer.status_code, answer.json()["error_code"]) == (404, "not_found")
         assert get(client, mine, str(uuid.uuid4())).status_code == 404
 
-    def test_a_sending_that_failed_is_repeated_with_the_same_task(
+    def test_a_failed_send_is_repeated_with_the_same_task(
         self, client_with: MakeClient, shared_host: Host, queued: Messages
     ) -> None:
         user = shared_host.subscriber()
@@ -206,7 +207,7 @@ class TestWithoutAWorker:
         failed = post(client_with(cut_off), user, key="key")
         assert (failed.status_code, failed.json()["error_code"]) == (503, "service_unavailable")
         assert failed.headers["Retry-After"]
-        assert "nobody knows whether the task was sent" in failed.json()["error"]
+        assert "it is not known whether the task was sent" in failed.json()["error"]
         [row] = rows(shared_host, user)
         assert row.sent_at is None
         client = client_with()
@@ -214,7 +215,7 @@ class TestWithoutAWorker:
         assert [message["id"] for message in queued()] == [row.task_id]
         assert rows(shared_host, user)[0].sent_at is not None
 
-    def test_a_task_that_was_sent_is_said_to_be_though_that_could_not_be_noted(
+    def test_a_sent_task_is_answered_202_even_if_the_send_could_not_be_recorded(
         self, client: TestClient, shared_host: Host, queued: Messages
     ) -> None:
         shared_host.execute(
@@ -244,7 +245,7 @@ class TestWithoutAWorker:
             (ENHANCE, {"prompt": "Be nice.", "user_id": 1}, "user_id"),
         ],
     )
-    def test_wrong_input_is_refused_by_field_and_nothing_is_sent(
+    def test_wrong_input_is_refused_with_the_fields_name_and_nothing_is_sent(
         self, client: TestClient, shared_host: Host, queued: Messages, path: str, body: Any, field: str
     ) -> None:
         user = shared_host.subscriber()
@@ -253,8 +254,18 @@ class TestWithoutAWorker:
         assert field in answer.json()["error"]
         assert (queued(), rows(shared_host, user)) == ([], [])
 
+    @pytest.mark.parametrize("path", [ASK, ENHANCE])
+    def test_a_server_without_the_features_says_so_and_sends_nothing(
+        self, client: TestClient, shared_host: Host, queued: Messages, monkeypatch: pytest.MonkeyPatch, path: str
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "extruct", None)  # it can't be imported any more
+        user = shared_host.subscriber()
+        answer = post(client, user, path, BODIES[path])
+        assert (answer.status_code, answer.json()["error_code"]) == (501, "not_installed")
+        assert (queued(), rows(shared_host, user)) == ([], [])
+
     @pytest.mark.parametrize("key", ["two words", "x" * 256, "ключ".encode()])
-    def test_a_key_that_is_none_is_refused(
+    def test_a_malformed_key_is_refused(
         self, client: TestClient, shared_host: Host, queued: Messages, key: Any
     ) -> None:
         headers = {**bearer(shared_host.subscriber()), "Idempotency-Key": key}
@@ -262,11 +273,11 @@ class TestWithoutAWorker:
         assert (answer.status_code, answer.json()["error_code"]) == (422, "invalid_input")
         assert "Idempotency-Key" in answer.json()["error"]
 
-    def test_without_a_token_nothing_is_told(self, client: TestClient) -> None:
+    def test_a_request_without_a_token_is_refused(self, client: TestClient) -> None:
         assert client.post(ASK, json=QUESTION).status_code == 401
         assert client.get(f"/api/tasks/{uuid.uuid4()}").status_code == 401
 
-    def test_a_request_of_more_than_a_day_is_not_known(
+    def test_a_request_is_forgotten_after_a_day(
         self, client: TestClient, shared_host: Host, queued: Messages, app: Celery
     ) -> None:
         user = shared_host.subscriber()
@@ -277,7 +288,7 @@ class TestWithoutAWorker:
         assert rows(shared_host, user) == []
         assert post(client, user, key="key").json()["task_id"] != old
 
-    def test_sending_leaves_no_subscription_behind(
+    def test_sending_a_task_leaves_no_result_subscription_behind(
         self, client: TestClient, shared_host: Host, queued: Messages, app: Celery
     ) -> None:
         task_id = post(client, shared_host.subscriber()).json()["task_id"]
@@ -288,7 +299,7 @@ class TestWithoutAWorker:
 
 @contextmanager
 def ended(app: Celery, task_id: str, result: Any, state: str) -> Iterator[None]:
-    """Store a task's end as a worker does."""
+    """Store a task's result as a worker does."""
     app.backend.store_result(task_id, result, state)
     yield
     app.backend.forget(task_id)
@@ -296,7 +307,7 @@ def ended(app: Celery, task_id: str, result: Any, state: str) -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # by Celery, as a worker would
 class TestHowATaskStands:
-    """What Celery says of it, in the API's words."""
+    """The API's states for Celery's states."""
 
     def send(self, client: TestClient, host: Host) -> tuple[int, str]:
         user = host.subscriber()
@@ -306,7 +317,7 @@ class TestHowATaskStands:
         ("celery_state", "state"),
         [("STARTED", "running"), ("RETRY", "running"), ("RECEIVED", "running"), ("REVOKED", "failed")],
     )
-    def test_states_before_the_end(
+    def test_a_task_that_has_not_ended_is_running_and_a_revoked_one_has_failed(
         self, client: TestClient, shared_host: Host, queued: Messages, app: Celery, celery_state: str, state: str
     ) -> None:
         user, task_id = self.send(client, shared_host)
@@ -316,7 +327,7 @@ class TestHowATaskStands:
         assert answer.json()["state"] == state
         assert "db.internal" not in answer.text
 
-    def test_a_result_is_shown_and_the_key_answers_with_it(
+    def test_a_result_is_shown_and_a_repeated_key_is_answered_with_it(
         self, client: TestClient, shared_host: Host, queued: Messages, app: Celery
     ) -> None:
         user, task_id = self.send(client, shared_host)
@@ -326,7 +337,7 @@ class TestHowATaskStands:
         assert (shown["state"], shown["result"]) == ("done", ANSWER)
         assert (repeated.status_code, repeated.json()) == (200, shown)
 
-    def test_a_key_is_answered_with_its_result_though_its_sending_was_not_noted_and_its_tokens_are_gone(
+    def test_a_repeated_key_gets_its_result_even_if_the_send_was_not_recorded_and_the_tokens_are_spent(
         self, client: TestClient, shared_host: Host, queued: Messages, app: Celery
     ) -> None:
         user = shared_host.subscriber(1500)
@@ -337,7 +348,7 @@ class TestHowATaskStands:
             repeated = post(client, user, key="key")
         assert (repeated.status_code, repeated.json().get("result")) == (200, ANSWER)
 
-    def test_a_denial_of_the_gate_is_402_with_its_body(
+    def test_a_task_that_the_gate_denied_is_402_with_its_body(
         self, client: TestClient, shared_host: Host, queued: Messages, app: Celery
     ) -> None:
         user, task_id = self.send(client, shared_host)
@@ -348,7 +359,7 @@ class TestHowATaskStands:
         assert (repeated.status_code, repeated.json()) == (402, DENIAL)
 
     @pytest.mark.parametrize(
-        ("error", "code", "told"),
+        ("error", "code", "shown_text"),
         [
             (InvalidInputError("question has 0 characters"), "invalid_input", "question has 0"),
             (AnswerFormatError("secret"), "unusable_answer", "charged"),
@@ -359,7 +370,7 @@ class TestHowATaskStands:
             (RuntimeError("secret"), "task_failed", "log"),
         ],
     )
-    def test_a_failure_is_told_without_what_is_for_the_log(
+    def test_a_failure_is_shown_without_the_details_that_belong_in_the_log(
         self,
         client: TestClient,
         shared_host: Host,
@@ -367,7 +378,7 @@ class TestHowATaskStands:
         app: Celery,
         error: Exception,
         code: str,
-        told: str,
+        shown_text: str,
     ) -> None:
         user, task_id = self.send(client, shared_host)
         with ended(app, task_id, error, "FAILURE"):
@@ -377,10 +388,10 @@ class TestHowATaskStands:
         assert shown.json()["failure"]["error_code"] == waited.json()["error_code"] == code
         assert (waited.status_code, waited.json()["success"]) == (502, False)
         for answer in (shown, waited):
-            assert told in answer.text
+            assert shown_text in answer.text
             assert "secret" not in answer.text
 
-    def test_a_request_that_waits_is_answered_when_the_task_ends(
+    def test_a_waiting_request_is_answered_when_the_task_ends(
         self, client: TestClient, shared_host: Host, queued: Messages, app: Celery
     ) -> None:
         user = shared_host.subscriber()
@@ -396,7 +407,7 @@ class TestHowATaskStands:
         ("prefer", "applied"),
         [("wait=0", "wait=0"), ("wait=3", "wait=0"), ('foo; wait="3"', "wait=0"), ("wait=x", None), ("", None)],
     )
-    def test_waiting_ends_with_the_time_and_the_settings_bound_it(
+    def test_a_request_waits_no_longer_than_the_settings_allow(
         self, client_with: MakeClient, shared_host: Host, queued: Messages, prefer: str, applied: str | None
     ) -> None:
         client = client_with(max_wait_seconds=0)
@@ -404,7 +415,7 @@ class TestHowATaskStands:
         assert answer.status_code == 202
         assert answer.headers.get("Preference-Applied") == applied
 
-    def test_a_result_backend_that_is_away_is_503(
+    def test_an_unreachable_result_backend_is_503(
         self, client_with: MakeClient, shared_host: Host, queued: Messages
     ) -> None:
         user, task_id = self.send(client_with(), shared_host)
@@ -412,7 +423,7 @@ class TestHowATaskStands:
             cut_off.conf.update(client_config(get_settings()) | {"result_backend": "redis://127.0.0.1:1/0"})
             client = client_with(cut_off)
             answer = get(client, user, task_id)
-            # One that is sent now must not be asked for again.
+            # The task was sent: an error would make the client send it again.
             sent = post(client, user, Prefer="wait=1")
         assert (answer.status_code, answer.json()["error_code"]) == (503, "service_unavailable")
         assert (sent.status_code, sent.json()["state"]) == (202, "pending")
@@ -420,10 +431,10 @@ class TestHowATaskStands:
 
 
 class TestWithAWorker:
-    """From the request to the charge."""
+    """A real worker runs the task, and its usage is charged."""
 
     @pytest.mark.parametrize(("path", "part"), [(ASK, "answer"), (ENHANCE, "prompt")])
-    def test_a_request_that_waits_gets_the_result_and_its_tokens_are_charged(
+    def test_a_waiting_request_gets_the_result_and_its_tokens_are_charged(
         self, client: TestClient, shared_host: Host, worker: WorkerProcess, path: str, part: str
     ) -> None:
         user = shared_host.subscriber()
@@ -433,12 +444,12 @@ class TestWithAWorker:
         assert shared_host.used(user) > 0
         assert json.loads(get(client, user, answer.json()["task_id"]).text) == answer.json()
 
-    def test_one_key_at_once_is_paid_for_once(
+    def test_concurrent_requests_with_one_key_are_charged_once(
         self, client: TestClient, shared_host: Host, worker: WorkerProcess
     ) -> None:
         user = shared_host.subscriber()
         answers = run_at_once([lambda: post(client, user, key="key", Prefer="wait=20")] * 4)
-        # As after a mark that was lost: sent again, and the gate makes one of both.
+        # As after a lost `sent_at`: the task is sent a second time, and the gate runs it once.
         shared_host.execute("UPDATE trueup.task_request SET sent_at = NULL WHERE user_id = :user", user=user)
         answers.append(post(client, user, key="key", Prefer="wait=20"))
         assert {answer.status_code for answer in answers} == {200}

@@ -1,4 +1,4 @@
-"""Who may in: only whom the host's own key has signed for, for as long as it says."""
+"""The API admits only tokens that the host's key has signed, and only while they are valid."""
 
 import base64
 import hashlib
@@ -35,7 +35,7 @@ PROFILE = "/api/accounts/profile"
 
 
 def jwk(key: Any, **more: object) -> dict[str, object]:
-    """Return the public half as an entry of a JWKS."""
+    """Return the public part of a key as an entry of a JWKS."""
     kind = jwt.algorithms.RSAAlgorithm if isinstance(key, rsa.RSAPrivateKey) else jwt.algorithms.ECAlgorithm
     return {**kind.to_jwk(key.public_key(), as_dict=True), **more}
 
@@ -64,7 +64,7 @@ def status(client: TestClient, headers: dict[str, str]) -> int:
     return answer.status_code
 
 
-def test_a_token_of_the_host_lets_its_user_in(client: TestClient, user: int) -> None:
+def test_a_token_of_the_host_admits_its_user(client: TestClient, user: int) -> None:
     assert client.get(PROFILE, headers=bearer(user)).json()["id"] == user
     assert client.get(PROFILE, headers=bearer(str(user))).json()["id"] == user
 
@@ -84,20 +84,20 @@ def test_a_token_of_the_host_lets_its_user_in(client: TestClient, user: int) -> 
     ],
     ids=lambda headers: str(headers)[:40],
 )
-def test_without_a_token_nobody_is_let_in(client: TestClient, headers: dict[str, str]) -> None:
+def test_a_request_without_a_valid_token_is_refused(client: TestClient, headers: dict[str, str]) -> None:
     assert status(client, headers) == 401
 
 
-def test_an_expired_token_is_refused_and_one_for_later_too(client: TestClient, user: int) -> None:
+def test_an_expired_or_not_yet_valid_token_is_refused(client: TestClient, user: int) -> None:
     now = int(time.time())
     assert status(client, bearer(user, exp=now - 60)) == 401
     assert status(client, bearer(user, nbf=now + 60)) == 401
-    assert status(client, bearer(user, exp=now - 5)) == 200  # clocks may differ a little
-    assert status(client, bearer(user, exp=None)) == 401  # for ever
+    assert status(client, bearer(user, exp=now - 5)) == 200  # within the leeway between clocks
+    assert status(client, bearer(user, exp=None)) == 401  # it would never expire
     assert status(client, bearer(user, exp="soon")) == 401
 
 
-def test_a_token_of_another_key_is_refused_and_so_is_a_changed_one(client: TestClient, host: Host, user: int) -> None:
+def test_a_token_of_another_key_and_an_altered_token_are_refused(client: TestClient, host: Host, user: int) -> None:
     other = host.subscriber()
     assert status(client, bearer(user, key="another secret that has 32 bytes or more")) == 401
     head, _, signature = token(user).split(".")
@@ -106,7 +106,7 @@ def test_a_token_of_another_key_is_refused_and_so_is_a_changed_one(client: TestC
 
 
 @pytest.mark.parametrize("algorithm", ["none", "None", "NONE", "HS384", "HS512"])
-def test_a_token_can_not_choose_its_algorithm(client: TestClient, user: int, algorithm: str) -> None:
+def test_a_token_cannot_choose_its_algorithm(client: TestClient, user: int, algorithm: str) -> None:
     known = algorithm.startswith("HS")
     signed = token(user, algorithm=algorithm) if known else token(user, key=None, algorithm="none")
     if not known:
@@ -115,7 +115,7 @@ def test_a_token_can_not_choose_its_algorithm(client: TestClient, user: int, alg
     assert status(client, {"Authorization": f"Bearer {signed}"}) == 401
 
 
-def test_a_public_key_does_not_serve_as_a_secret(client_with: MakeClient, user: int, tmp_path: Path) -> None:
+def test_a_public_key_is_not_accepted_as_a_secret(client_with: MakeClient, user: int, tmp_path: Path) -> None:
     file = tmp_path / "jwks.json"
     file.write_text(jwks(jwk(RSA_KEY, kid="one")))
     client = client_with(jwt_secret=None, jwks_file=file)
@@ -135,13 +135,13 @@ def test_public_keys_come_from_a_file(client_with: MakeClient, user: int, tmp_pa
     file.write_text(jwks(symmetric, jwk(key, kid="one"), jwk(RSA_KEY, kid="enc", use="enc")))
     client = client_with(jwt_secret=None, jwks_file=file)
     assert status(client, bearer(user, key=key, algorithm=algorithm, headers={"kid": "one"})) == 200
-    assert status(client, bearer(user, key=key, algorithm=algorithm)) == 200  # the only key that can be meant
+    assert status(client, bearer(user, key=key, algorithm=algorithm)) == 200  # there is only one usable key
     assert status(client, bearer(user, key=key, algorithm=algorithm, headers={"kid": "two"})) == 401
     assert status(client, bearer(user, key=SECRET, headers={"kid": "secret"})) == 401
     assert status(client, bearer(user, key=RSA_KEY, algorithm="RS256", headers={"kid": "enc"})) == 401
 
 
-def test_a_file_without_a_usable_key_is_refused_at_the_start(client_with: MakeClient, tmp_path: Path) -> None:
+def test_the_api_does_not_start_with_a_file_without_a_usable_key(client_with: MakeClient, tmp_path: Path) -> None:
     file = tmp_path / "jwks.json"
     weak = rsa.generate_private_key(public_exponent=65537, key_size=1024)  # noqa: S505 - weak on purpose
     for content in ("", "[]", "{}", '{"keys": 1}', '{"keys": [1]}', jwks(), jwks(jwk(weak)), jwks({"kty": "RSA"})):
@@ -153,7 +153,7 @@ def test_a_file_without_a_usable_key_is_refused_at_the_start(client_with: MakeCl
 
 
 class Issuer:
-    """Serves a JWKS, and counts how often it is asked."""
+    """Serves a JWKS and counts the requests for it."""
 
     def __init__(self, server: HTTPServer) -> None:
         self.server, self.path = server, "/jwks.json"
@@ -176,7 +176,7 @@ def signed_by(key: Any, kid: str, user: int) -> dict[str, str]:
     return bearer(user, key=key, algorithm=algorithm, headers={"kid": kid})
 
 
-def test_keys_of_the_issuer_are_asked_for_once_and_again_for_an_unknown_one(
+def test_the_issuers_keys_are_read_once_and_again_for_an_unknown_key(
     client_with: MakeClient, user: int, httpserver: HTTPServer, clock: Clock
 ) -> None:
     issuer = Issuer(httpserver)
@@ -186,7 +186,7 @@ def test_keys_of_the_issuer_are_asked_for_once_and_again_for_an_unknown_one(
     assert [status(client, signed_by(RSA_KEY, "one", user)) for _ in range(3)] == [200] * 3
     assert issuer.asked == 1
 
-    # Unknown keys, which anybody can send, do not make us ask again and again.
+    # Any client can send unknown keys; they must not cause a request to the issuer each time.
     clock.go_on(11)
     assert [status(client, signed_by(EC_KEY, "two", user)) for _ in range(20)] == [401] * 20
     assert issuer.asked == 2
@@ -198,7 +198,7 @@ def test_keys_of_the_issuer_are_asked_for_once_and_again_for_an_unknown_one(
     assert status(client, signed_by(RSA_KEY, "one", user)) == 401  # withdrawn
 
 
-def test_keys_that_are_old_are_asked_for_again(
+def test_the_issuers_keys_are_read_again_after_their_maximum_age(
     client_with: MakeClient, user: int, httpserver: HTTPServer, clock: Clock
 ) -> None:
     issuer = Issuer(httpserver)
@@ -213,12 +213,12 @@ def test_keys_that_are_old_are_asked_for_again(
 
 
 @pytest.mark.parametrize("url", ["https://127.0.0.1:1/a\x7fb", "https://127.0.0.1:1/keys"])
-def test_an_issuer_that_cant_even_be_asked_is_503(client_with: MakeClient, user: int, url: str) -> None:
+def test_an_unreachable_issuer_is_503(client_with: MakeClient, user: int, url: str) -> None:
     client = client_with(jwt_secret=None, jwks_url=url)
     assert client.get(PROFILE, headers=signed_by(RSA_KEY, "one", user)).status_code == 503
 
 
-def test_an_issuer_whose_answer_does_not_end_is_given_up(
+def test_an_endless_answer_of_the_issuer_is_given_up(
     client_with: MakeClient, user: int, httpserver: HTTPServer, clock: Clock
 ) -> None:
     def drip() -> Iterator[bytes]:
@@ -238,7 +238,7 @@ def test_an_issuer_whose_answer_does_not_end_is_given_up(
     given_up.set()
 
 
-def test_whom_an_old_key_serves_does_not_wait_for_another_who_asks_the_issuer(
+def test_a_request_with_a_known_key_does_not_wait_for_a_refresh_by_another(
     client_with: MakeClient, user: int, httpserver: HTTPServer, clock: Clock
 ) -> None:
     def answer(_request: object) -> Response:
@@ -266,7 +266,7 @@ def test_whom_an_old_key_serves_does_not_wait_for_another_who_asks_the_issuer(
         assert first.result() == 200
 
 
-def test_while_the_issuer_is_away_its_known_keys_serve_and_without_any_it_is_503(
+def test_while_the_issuer_is_down_known_keys_are_used_and_without_any_it_is_503(
     client_with: MakeClient, user: int, httpserver: HTTPServer, clock: Clock
 ) -> None:
     issuer = Issuer(httpserver)
@@ -293,7 +293,7 @@ def test_while_the_issuer_is_away_its_known_keys_serve_and_without_any_it_is_503
     assert all(request.path == issuer.path for request, _ in httpserver.log)
 
 
-def test_issuer_and_audience_must_be_ours(client_with: MakeClient, user: int) -> None:
+def test_issuer_and_audience_must_match_the_settings(client_with: MakeClient, user: int) -> None:
     client = client_with(issuer="https://shop.example", audience="trueup")
     good = {"iss": "https://shop.example", "aud": "trueup"}
     assert status(client, bearer(user, **good)) == 200
@@ -302,22 +302,22 @@ def test_issuer_and_audience_must_be_ours(client_with: MakeClient, user: int) ->
         assert status(client, bearer(user, **good | wrong)) == 401
 
 
-def test_a_token_for_another_service_is_refused_where_no_audience_is_set(client: TestClient, user: int) -> None:
+def test_a_token_with_an_audience_is_refused_if_none_is_configured(client: TestClient, user: int) -> None:
     assert status(client, bearer(user, aud="mail")) == 401
 
 
 @pytest.mark.parametrize("user_id", [None, True, 1.5, [], {}, "", "x", "1_0", 2**70, "１"])
-def test_what_is_no_user_id_of_this_host_is_refused(client: TestClient, user_id: object) -> None:
+def test_a_malformed_user_id_is_refused(client: TestClient, user_id: object) -> None:
     assert status(client, bearer(user_id)) == 401
 
 
-def test_the_claim_with_the_user_may_have_another_name(client_with: MakeClient, user: int) -> None:
+def test_the_name_of_the_user_id_claim_is_configurable(client_with: MakeClient, user: int) -> None:
     client = client_with(user_id_claim="sub")
     assert status(client, bearer(None, sub=str(user))) == 200
     assert status(client, bearer(user)) == 401
 
 
-def test_an_operator_is_known_by_the_scope(client_with: MakeClient, user: int) -> None:
+def test_an_operators_token_has_the_operator_scope(client_with: MakeClient, user: int) -> None:
     client = client_with()
     path = "/api/drift/runs"
     for scope in (OPERATOR, f"read {OPERATOR}", [OPERATOR, "read"]):
@@ -328,7 +328,7 @@ def test_an_operator_is_known_by_the_scope(client_with: MakeClient, user: int) -
         assert (refused.status_code, refused.json()["error_code"]) == (403, "missing_scope")
         assert "insufficient_scope" in refused.headers["www-authenticate"]
     assert client.get(path).status_code == 401
-    assert status(client, bearer(None, sub="prometheus", scope=OPERATOR)) == 401  # nobody's, so nothing to show
+    assert status(client, bearer(None, sub="prometheus", scope=OPERATOR)) == 401  # it names no user
 
 
 def test_without_a_key_the_api_refuses_to_start(database: str) -> None:
@@ -337,11 +337,11 @@ def test_without_a_key_the_api_refuses_to_start(database: str) -> None:
     assert "was not started" in str(refused.value)
 
 
-def test_the_demo_takes_the_user_id_for_a_token_and_says_so(client_with: MakeClient, user: int) -> None:
+def test_the_demo_accepts_the_user_id_as_token_and_says_so(client_with: MakeClient, user: int) -> None:
     client = client_with(jwt_secret=None, demo=True)
     answer = client.get(PROFILE, headers={"Authorization": f"Bearer {user}"})
     assert (answer.status_code, answer.json()["id"]) == (200, user)
-    assert "nobody is authenticated" in answer.headers["x-trueup-demo"]
+    assert "not verified" in answer.headers["x-trueup-demo"]
     assert status(client, {"Authorization": "Bearer x"}) == 401
     assert client.get("/api/drift/runs", headers={"Authorization": f"Bearer {user}"}).status_code == 200
 
@@ -356,14 +356,14 @@ def test_the_demo_takes_the_user_id_for_a_token_and_says_so(client_with: MakeCli
         ("127.0.0.1",) * 2 + ("[",),
     ],
     ids=[
-        "served elsewhere",
-        "called from elsewhere",
-        "a page that names this machine its own",
-        "so oddly",
-        "unreadably",
+        "served on another address",
+        "called from another machine",
+        "a page whose host name points to this machine",
+        "a host name with invalid characters",
+        "an unreadable host name",
     ],
 )
-def test_the_demo_is_for_this_machine_only(
+def test_the_demo_answers_this_machine_only(
     client_with: MakeClient, user: int, server: str, caller: str, host_header: str
 ) -> None:
     app = client_with(jwt_secret=None, demo=True).app
@@ -386,9 +386,7 @@ def test_the_demo_is_for_this_machine_only(
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_settings_that_would_let_the_wrong_ones_in_are_refused(
-    monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], named: str
-) -> None:
+def test_unsafe_settings_are_refused(monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], named: str) -> None:
     for name, value in settings.items():
         monkeypatch.setenv(f"TRUEUP_API__{name.upper()}", str(value))
     get_settings.cache_clear()
@@ -415,11 +413,11 @@ print(refresh.access_token, refresh)
 """
 
 
-def test_tokens_of_simplejwt_are_taken_and_its_refresh_tokens_are_not(client: TestClient, user: int) -> None:
+def test_access_tokens_of_simplejwt_are_accepted_and_its_refresh_tokens_are_not(client: TestClient, user: int) -> None:
     made = subprocess.run(
         [sys.executable, "-c", SIMPLEJWT, SECRET, str(user)], capture_output=True, text=True, check=True
     )
     access, refresh = made.stdout.split()
     assert status(client, {"Authorization": f"Bearer {access}"}) == 200
     refused = client.get(PROFILE, headers={"Authorization": f"Bearer {refresh}"})
-    assert (refused.status_code, refused.json()["error"]) == (401, "This is no access token")
+    assert (refused.status_code, refused.json()["error"]) == (401, "The token is not an access token")

@@ -1,4 +1,4 @@
-"""What reconciling found, page by page, for operators only."""
+"""Reconcile reports are shown page by page, to operators only."""
 
 import json
 import subprocess
@@ -31,11 +31,11 @@ def get(client: TestClient, path: str, **query: Any) -> dict[str, Any]:
     return body
 
 
-def test_before_the_first_run_there_are_none(client: TestClient) -> None:
+def test_before_the_first_run_the_list_is_empty(client: TestClient) -> None:
     assert get(client, "runs") == {"schema_version": 1, "runs": [], "next_before": None}
 
 
-def test_runs_are_paged_newest_first_each_once(client: TestClient, host: Host) -> None:
+def test_pages_list_every_run_once_newest_first(client: TestClient, host: Host) -> None:
     numbers = [add_run(host, checked=number) for number in range(7)]
     seen, pages, before = [], 0, {}
     while True:
@@ -50,7 +50,7 @@ def test_runs_are_paged_newest_first_each_once(client: TestClient, host: Host) -
     assert get(client, "runs", limit=7)["next_before"] is None
 
 
-def test_a_run_has_its_rows_page_by_page_the_largest_first(client: TestClient, host: Host) -> None:
+def test_pages_of_a_run_list_every_row_largest_drift_first(client: TestClient, host: Host) -> None:
     run = add_run(host, checked=5, drifted=5)
     users = [host.subscriber() for _ in range(5)]
     for size, user in enumerate(users, 1):
@@ -66,7 +66,7 @@ def test_a_run_has_its_rows_page_by_page_the_largest_first(client: TestClient, h
     assert get(client, f"runs/{run}", skip=5)["rows"] == []
 
 
-def test_a_real_run_is_told_as_the_published_schema_says(client: TestClient, host: Host, tmp_path: Path) -> None:
+def test_the_report_of_a_real_run_fits_the_published_schema(client: TestClient, host: Host, tmp_path: Path) -> None:
     user = host.subscriber(1000, counter=900)
     host.log(user, 300)
     reconcile(get_engine(), HostMapping())
@@ -82,7 +82,7 @@ def test_a_real_run_is_told_as_the_published_schema_says(client: TestClient, hos
 
 
 @pytest.mark.parametrize("run", [1, 2**63 - 1])
-def test_a_run_that_is_not_there_is_404(client: TestClient, run: int) -> None:
+def test_a_missing_run_is_404(client: TestClient, run: int) -> None:
     answer = ask(client, f"runs/{run}")
     assert (answer.status_code, answer.json()["error_code"]) == (404, "not_found")
 
@@ -100,7 +100,7 @@ def test_a_run_that_is_not_there_is_404(client: TestClient, run: int) -> None:
         ("runs/1", {"skip": -1}, "skip"),
     ],
 )
-def test_wrong_questions_are_refused_by_name(client: TestClient, path: str, query: dict[str, Any], named: str) -> None:
+def test_wrong_parameters_are_refused_by_name(client: TestClient, path: str, query: dict[str, Any], named: str) -> None:
     answer = ask(client, path, **query)
     assert (answer.status_code, answer.json()["error_code"]) == (422, "invalid_input")
     assert named in answer.json()["error"]

@@ -1,4 +1,4 @@
-"""What is answered when something is wrong: always one shape, never more than the asker may know."""
+"""Error answers have one shape, and show nothing that the client may not know."""
 
 import logging
 import threading
@@ -22,7 +22,8 @@ from trueup.api.auth import CurrentUser
 from trueup.api.middleware import SECURITY_HEADERS
 from trueup.api.schemas import Body as Model
 from trueup.database.engine import connect, dispose_engine
-from trueup.gate.decision import check_access, denial_payload
+from trueup.gate.decision import check_access
+from trueup.gate.denial import denial_payload
 from trueup.settings.settings import get_settings
 
 PROFILE = "/api/accounts/profile"
@@ -30,7 +31,7 @@ SECRETS = ("Traceback", "psycopg", "sqlalchemy", "postgresql://", "redis://", "/
 
 
 def problem(answer: httpx.Response, status: int, code: str) -> str:
-    """Check that an answer has the one shape, and return its words."""
+    """Check that an error answer has the common shape, and return its text."""
     assert answer.status_code == status, answer.text
     assert set(answer.json()) == {"success", "error", "error_code"}
     assert (answer.json()["success"], answer.json()["error_code"]) == (False, code)
@@ -38,12 +39,12 @@ def problem(answer: httpx.Response, status: int, code: str) -> str:
     for name, value in SECURITY_HEADERS:
         assert answer.headers[name] == value
     assert not any(secret in answer.text for secret in SECRETS)
-    words: str = answer.json()["error"]
-    return words
+    message: str = answer.json()["error"]
+    return message
 
 
 class Order(Model):
-    """A body of the tests."""
+    """A body for these tests."""
 
     number: int
     note: str = ""
@@ -51,7 +52,7 @@ class Order(Model):
 
 @pytest.fixture
 def shop(client_with: MakeClient) -> TestClient:
-    """An API with routes of the tests' own: one that is gated, one that takes a body, one that crashes."""
+    """An API with three more routes, for a body, the gate and a crash."""
     return with_routes(client_with(max_body_bytes=2048))
 
 
@@ -65,7 +66,7 @@ def with_routes(client: TestClient) -> TestClient:
     @app.post("/gated")
     def gated(request: Request, user_id: CurrentUser, estimate: Annotated[int, Body(embed=True)]) -> str:
         require_tokens(request, user_id, estimate, "Test")
-        return "let in"
+        return "admitted"
 
     @app.get("/crash")
     def crash() -> None:
@@ -78,7 +79,7 @@ def test_a_denial_is_402_with_exactly_the_specifications_body(shop: TestClient, 
     user = host.subscriber(1000)
     host.log(user, 400)
     ask = {"headers": bearer(user)}
-    assert shop.post("/gated", json={"estimate": 600}, **ask).json() == "let in"
+    assert shop.post("/gated", json={"estimate": 600}, **ask).json() == "admitted"
     denied = shop.post("/gated", json={"estimate": 601}, **ask)
     with connect() as connection:
         access = check_access(connection, user, 601, "Test")
@@ -110,7 +111,7 @@ def test_unknown_addresses_and_methods_have_the_same_shape(client: TestClient) -
     [
         ({"number": "x"}, "number: "),
         ({}, "number: "),
-        ({"number": 1, "nmuber": 2}, "nmuber: there is no such field"),
+        ({"number": 1, "nmuber": 2}, "nmuber: unknown field"),
         ([], "body: "),
         (None, "body: "),
     ],
@@ -121,16 +122,16 @@ def test_wrong_input_is_422_and_names_the_field(shop: TestClient, body: object, 
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b'{"number": 1', b"number=1", b"[" * 2000, b'{"a":"\\ud800"}'])
-def test_what_is_no_json_is_422(shop: TestClient, content: bytes) -> None:
+def test_a_body_that_is_not_json_is_422(shop: TestClient, content: bytes) -> None:
     answer = shop.post("/order", content=content, headers={"Content-Type": "application/json"})
     problem(answer, 422, "invalid_input")
 
 
-def test_wrong_input_is_not_repeated_to_whoever_sent_it(shop: TestClient) -> None:
+def test_an_error_never_repeats_the_wrong_value(shop: TestClient) -> None:
     assert "hunter2" not in shop.post("/order", json={"number": "hunter2", "note": 5}).text
 
 
-def test_a_body_too_large_is_413_before_and_while_it_is_read(shop: TestClient) -> None:
+def test_a_body_above_the_limit_is_413_by_its_declared_or_real_size(shop: TestClient) -> None:
     large = b'{"number": 1, "note": "' + b"x" * 4000 + b'"}'
     headers = {"Content-Type": "application/json"}
     said = problem(shop.post("/order", content=large, headers=headers), 413, "body_too_large")
@@ -143,18 +144,18 @@ def test_a_body_too_large_is_413_before_and_while_it_is_read(shop: TestClient) -
     assert shop.post("/order", json={"number": 1}).json() == {"number": 1, "note": ""}
 
 
-def test_a_crash_is_logged_with_a_number_and_the_asker_is_told_only_that(
+def test_a_crash_is_logged_under_a_number_and_the_answer_has_only_the_number(
     shop: TestClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    words = problem(shop.get("/crash"), 500, "internal_error")
-    number = words.rsplit(" ", 1)[1]
-    assert f"error {number}" in caplog.text
+    message = problem(shop.get("/crash"), 500, "internal_error")
+    number = message.rsplit(" ", 1)[1]
+    assert f"error={number}" in caplog.text
     assert "RuntimeError" in caplog.text
 
 
 @pytest.fixture
 def no_database(monkeypatch: pytest.MonkeyPatch, database: str) -> Iterator[None]:
-    """A database that has gone: nothing listens there."""
+    """Settings with a database address that has no server."""
     monkeypatch.setenv("TRUEUP_DATABASE_URL", "postgresql://user:secret@127.0.0.1:1/gone")
     get_settings.cache_clear()
     dispose_engine()
@@ -171,14 +172,16 @@ def no_database(monkeypatch: pytest.MonkeyPatch, database: str) -> Iterator[None
         "/api/drift/runs/1",
     ],
 )
-def test_without_a_database_it_is_503_and_never_zeros(client_with: MakeClient, no_database: None, path: str) -> None:
+def test_without_a_database_a_view_is_503_and_never_shows_zeros(
+    client_with: MakeClient, no_database: None, path: str
+) -> None:
     answer = client_with().get(path, headers=bearer(1, scope=OPERATOR))
     problem(answer, 503, "service_unavailable")
     assert int(answer.headers["retry-after"]) > 0
     assert "127.0.0.1" not in answer.text
 
 
-def test_without_a_database_nobody_passes_the_gate(client_with: MakeClient, no_database: None) -> None:
+def test_without_a_database_the_gate_admits_no_user(client_with: MakeClient, no_database: None) -> None:
     answer = with_routes(client_with()).post("/gated", json={"estimate": 0}, headers=bearer(1))
     problem(answer, 503, "service_unavailable")
 
@@ -198,7 +201,7 @@ def test_a_database_without_trueup_is_503(client_with: MakeClient, empty_databas
     problem(answer, 503, "not_ready")
 
 
-def test_when_all_connections_are_taken_a_request_waits_and_then_is_told(
+def test_without_a_free_connection_a_request_waits_and_is_then_503(
     client_with: MakeClient, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRUEUP_DATABASE_POOL_SIZE", "2")
@@ -211,9 +214,7 @@ def test_when_all_connections_are_taken_a_request_waits_and_then_is_told(
     assert client.get(PROFILE, headers=bearer(user)).status_code == 200
 
 
-def test_more_requests_at_once_than_allowed_are_refused_and_not_kept_waiting(
-    client_with: MakeClient, host: Host
-) -> None:
+def test_requests_above_the_concurrency_limit_are_refused_at_once(client_with: MakeClient, host: Host) -> None:
     client = client_with(max_requests=2)
     at_work, go_on = threading.Semaphore(0), threading.Event()
 
@@ -240,10 +241,10 @@ def test_more_requests_at_once_than_allowed_are_refused_and_not_kept_waiting(
     assert client.get("/healthz").status_code == 200
 
 
-def test_a_user_who_asks_too_often_is_told_to_wait_and_others_are_not(client_with: MakeClient, host: Host) -> None:
+def test_the_rate_limit_of_one_user_does_not_affect_others(client_with: MakeClient, host: Host) -> None:
     one, other = host.subscriber(), host.subscriber()
     client = client_with(rate_limit_per_minute=3)
-    # In Redis the count is shared by all processes: this is another one's application.
+    # All processes share the count in Redis. The second client stands for another process.
     second = client_with(rate_limit_per_minute=3)
     headers = {one: bearer(f"00{one}"), other: bearer(other)}
     unique = f"limited-{host.value('SELECT current_database()')}"
@@ -256,7 +257,7 @@ def test_a_user_who_asks_too_often_is_told_to_wait_and_others_are_not(client_wit
     assert client.get(PROFILE, headers=headers[other]).status_code == 200
 
 
-def test_a_machine_is_not_counted_as_the_user_whose_id_it_has_for_a_name(client_with: MakeClient, host: Host) -> None:
+def test_a_machine_named_like_a_user_id_has_its_own_rate_limit(client_with: MakeClient, host: Host) -> None:
     client, user = client_with(rate_limit_per_minute=2), host.subscriber()
     unique = f"machines-{host.value('SELECT current_database()')}"
     client.app.state.rate_limit._item.namespace = unique  # type: ignore[attr-defined]
@@ -265,7 +266,7 @@ def test_a_machine_is_not_counted_as_the_user_whose_id_it_has_for_a_name(client_
     assert client.get(PROFILE, headers=bearer(user)).status_code == 200
 
 
-def test_redis_that_goes_away_after_the_last_request_is_no_crash(
+def test_a_failure_of_redis_between_count_and_answer_is_no_crash(
     client_with: MakeClient, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gone(*_arguments: object) -> None:
@@ -290,12 +291,12 @@ def test_without_redis_the_limit_is_kept_in_memory(
     assert "hunter2" not in caplog.text
 
 
-def test_no_limit_means_none(client_with: MakeClient, host: Host) -> None:
+def test_a_rate_limit_of_zero_means_no_limit(client_with: MakeClient, host: Host) -> None:
     client, user = client_with(rate_limit_per_minute=0), host.subscriber()
     assert [client.get(PROFILE, headers=bearer(user)).status_code for _ in range(5)] == [200] * 5
 
 
-def test_a_session_that_was_cut_is_replaced_without_a_word(client: TestClient, host: Host) -> None:
+def test_a_terminated_database_session_is_replaced_without_an_error(client: TestClient, host: Host) -> None:
     user = host.subscriber()
     assert client.get(PROFILE, headers=bearer(user)).status_code == 200
     host.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'trueup'")

@@ -1,4 +1,4 @@
-"""What watches the process is told the truth, and can't wear it out by asking."""
+"""Health endpoints answer truthfully, and frequent requests do not overload the process."""
 
 import threading
 from pathlib import Path
@@ -23,7 +23,7 @@ def exposition(client: TestClient) -> httpx.Response:
 
 
 def figures(client: TestClient) -> dict[str, float]:
-    """Return what Prometheus would read, by name and labels."""
+    """Return the values that Prometheus would read, by name and labels."""
     answer = exposition(client)
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/plain")
@@ -31,7 +31,7 @@ def figures(client: TestClient) -> dict[str, float]:
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
-def test_a_process_is_alive_though_its_servers_are_not(
+def test_a_process_is_alive_while_its_servers_are_down(
     client_with: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRUEUP_DATABASE_URL", "postgresql://user:secret@127.0.0.1:1/gone")
@@ -63,28 +63,28 @@ def test_the_api_is_ready_once_a_worker_is_seen(
         {"ready": False, "database": "ok", "broker": "ok", "worker": "unseen"},
     )
     with running_worker(tmp_path / "worker.log", concurrency=1):
-        assert client.get("/readyz").json()["worker"] == "unseen"  # asked too soon: it looks now and then
+        assert client.get("/readyz").json()["worker"] == "unseen"  # answered from the last check
 
         def is_ready() -> bool:
             clock.go_on(11)
             return client.get("/readyz").status_code == 200
 
         wait_for(is_ready, "the worker is seen")
-    # It has answered lately: one that is restarted does not take the API down.
+    # The worker has answered recently, so its restart does not make the API unready.
     clock.go_on(11)
     assert client.get("/readyz").status_code == 200
     clock.go_on(60)
     assert client.get("/readyz").json()["worker"] == "unseen"
 
 
-def test_who_asks_while_another_looks_is_answered_from_the_last_look(
+def test_a_request_during_a_check_is_answered_from_the_last_check(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slow(connection: object) -> None:
-        looking.set()
+        checking.set()
         assert go_on.wait(DEADLINE_SECONDS)
 
-    looking, go_on, clock = threading.Event(), threading.Event(), Clock()
+    checking, go_on, clock = threading.Event(), threading.Event(), Clock()
     monkeypatch.setattr("trueup.api.views.health.monotonic", clock)
     assert client.get("/readyz").json()["database"] == "ok"
     clock.go_on(3)
@@ -92,7 +92,7 @@ def test_who_asks_while_another_looks_is_answered_from_the_last_look(
     with in_background() as submit:
         first = submit(client.get, "/readyz")
         try:
-            assert looking.wait(DEADLINE_SECONDS)
+            assert checking.wait(DEADLINE_SECONDS)
             assert client.get("/readyz").json()["database"] == "ok"
             assert not first.done()
             clock.go_on(20)
@@ -118,7 +118,7 @@ def test_requests_are_counted_by_route_and_not_by_address(client: TestClient, ho
     assert not any("passwd" in series or "BREW" in series or "runs/7" in series for series in seen)
 
 
-def test_the_books_are_told(client: TestClient, host: Host) -> None:
+def test_metrics_show_holds_and_the_last_reconcile_run(client: TestClient, host: Host) -> None:
     before = figures(client)
     assert before["trueup_database_up"] == 1
     assert before["trueup_tokens_held"] == 0

@@ -1,4 +1,4 @@
-"""The OpenAPI document is true: Schemathesis asks what it says may be asked, and much that may not."""
+"""The OpenAPI document is true: Schemathesis sends requests that it allows, and many that it does not."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.support.drift_history import add_drift, add_run
 from tests.support.host import Host
 from tests.support.worker import running_worker
 from trueup.api.responses import Denial, Problem
-from trueup.gate.decision import Reason
+from trueup.gate.denial import Reason
 from trueup.monitoring.status import FIGURES
 from trueup.settings.api import ApiSettings
 
@@ -33,7 +33,7 @@ def document(client: TestClient) -> dict[str, Any]:
     return found
 
 
-def test_every_operation_says_who_may_and_what_else_it_may_answer(document: dict[str, Any]) -> None:
+def test_every_operation_declares_its_security_and_its_errors(document: dict[str, Any]) -> None:
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             said = set(operation["responses"])
@@ -54,7 +54,7 @@ def test_every_operation_says_who_may_and_what_else_it_may_answer(document: dict
                 assert schema["$ref"].endswith(("/Problem", "/Denial")), f"{where} {code}"
 
 
-def test_problems_and_denials_have_examples_that_fit_them(document: dict[str, Any]) -> None:
+def test_problems_and_denials_have_valid_examples(document: dict[str, Any]) -> None:
     answers = document["paths"]["/api/drift/runs/{run_id}"]["get"]["responses"]
     for code in ("401", "403", "404", "422", "429", "503"):
         Problem.model_validate(answers[code]["content"]["application/json"]["example"])
@@ -66,7 +66,7 @@ def test_problems_and_denials_have_examples_that_fit_them(document: dict[str, An
 
 
 def person(name: str, user: int) -> dict[str, Any]:
-    """Return a user as Schemathesis takes them: see https://github.com/WebFuzzing/Commons, "auth"."""
+    """Return a user in the format of https://github.com/WebFuzzing/Commons, "auth"."""
     header = {"name": "Authorization", "value": f"Bearer {token(user, exp=2**31, scope=OPERATOR)}"}
     return {"name": name, "fixedHeaders": [header]}
 
@@ -96,14 +96,14 @@ def test_schemathesis_finds_no_answer_that_the_document_does_not_allow(
                 check=False,
             )
     finally:
-        client.app.state.celery.control.purge()  # type: ignore[attr-defined] - no worker is to run what was sent
+        client.app.state.celery.control.purge()  # type: ignore[attr-defined] - remove the queued tasks
     assert asked.returncode == 0, asked.stdout[-6000:]
     operations = sum(len(methods) for methods in document["paths"].values())
     assert f"Tested: {operations}\n" in asked.stdout
     assert "Traceback" not in (tmp_path / "api.log").read_text()
 
 
-def test_every_address_setting_and_figure_is_in_the_documentation(client: TestClient, document: dict[str, Any]) -> None:
+def test_every_address_setting_and_metric_is_documented(client: TestClient, document: dict[str, Any]) -> None:
     for path, operations in document["paths"].items():
         for method in operations:
             assert f"`{method.upper()} {path}`" in DOCUMENTATION

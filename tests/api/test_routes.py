@@ -1,4 +1,4 @@
-"""No route goes around the gate: the application is walked, and docs/features.md names those that can spend."""
+"""No route bypasses the gate. The tests check every route; docs/features.md names the routes that can spend."""
 
 import re
 import uuid
@@ -27,14 +27,14 @@ def app(client: TestClient) -> Iterator[FastAPI]:
 
 
 def paths_of(routes: Iterable[Any]) -> Iterator[str]:
-    """Yield the path of each route, of included routers too, whether or not the document has it."""
+    """Yield the path of each route, of included routers too, whether or not OpenAPI shows it."""
     for route in routes:
         included = getattr(route, "original_router", None)
         yield from paths_of(included.routes) if included else [route.path]
 
 
 def sent_tasks(celery: Celery) -> list[str]:
-    """Take the tasks that wait for a worker; none runs."""
+    """Take the queued tasks; no worker runs."""
     with celery.connection_for_read() as connection:
         channel = connection.default_channel
         return [message.headers["task"] for message in iter(lambda: channel.basic_get("trueup-ai", no_ack=True), None)]
@@ -59,4 +59,4 @@ def test_no_other_route_sends_a_task(client: TestClient, app: FastAPI, host: Hos
     assert sent_tasks(app.state.celery) == []
     path, body = next(iter(BODIES.items()))
     client.post(path, json=body, headers=user)
-    assert len(sent_tasks(app.state.celery)) == 1  # it would have been seen
+    assert len(sent_tasks(app.state.celery)) == 1  # proves that the check above sees a sent task

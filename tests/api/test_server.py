@@ -1,4 +1,4 @@
-"""The API as it is served: a real `trueup api`, called over HTTP while tokens are spent."""
+"""A real `trueup api` is called over HTTP while tokens are spent."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ CALLS = ("/api/accounts/overview", "/api/billing/overview", "/api/billing/subscr
 
 @contextmanager
 def served(log: Path, **settings: object) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
-    """Serve the API on this process's database until the block ends. Gives the process and a client."""
+    """Serve the API on this process's database until the block ends. Yields the process and a client."""
     port = free_port()
     added = {"jwt_secret": SECRET, "port": port, "rate_limit_per_minute": 0} | settings
     environment = os.environ | {f"TRUEUP_API__{k.upper()}": str(v) for k, v in added.items() if v is not None}
@@ -60,7 +60,7 @@ def served(log: Path, **settings: object) -> Iterator[tuple[subprocess.Popen[byt
 
 
 def figures(body: dict[str, Any]) -> tuple[int, int, int, int]:
-    """Return original, consumed and remaining, and what is shown as remaining, from any of the three calls."""
+    """Return original, consumed and remaining tokens, and `tokens_remaining`, from any of the three calls."""
     current = body.get("current_subscription", body)
     usage = current["ai_usage"]
     if "token_usage_remaining" in body:
@@ -79,7 +79,7 @@ def figures(body: dict[str, Any]) -> tuple[int, int, int, int]:
 
 
 def get(client: httpx.Client, path: str, bearer: object) -> dict[str, Any]:
-    """Return the answer to a call with this bearer token, as the specification makes it."""
+    """Return the answer to a call with this bearer token."""
     answer = client.get(path, headers={"Authorization": f"Bearer {bearer}"})
     answer.raise_for_status()
     body: dict[str, Any] = answer.json()
@@ -87,7 +87,7 @@ def get(client: httpx.Client, path: str, bearer: object) -> dict[str, Any]:
 
 
 def spend_as_the_host(host: Host, user: int, stop: threading.Event) -> int:
-    """Log usage of 7 tokens at a time. Returns how many in all."""
+    """Log usage of 7 tokens at a time. Returns the total."""
     engine, spent = create_engine(host.engine.url, poolclass=NullPool), 0
     with Host(engine) as spender:
         while not stop.is_set():
@@ -97,7 +97,7 @@ def spend_as_the_host(host: Host, user: int, stop: threading.Event) -> int:
 
 
 def spend_through_the_gate(user: int, stop: threading.Event) -> int:
-    """Hold, charge and give back as many at a time."""
+    """Hold 100 tokens, charge 7 and release the rest, repeatedly. Returns the total charged."""
     spent = 0
     while not stop.is_set():
         with ai_tokens(user, 100) as hold:
@@ -129,7 +129,7 @@ def test_the_specifications_calls_show_the_same_counts_while_tokens_are_spent(ho
             assert original == 1_000_000
             assert original - consumed == remaining == shown
             assert consumed % 7 == 0
-        assert len({consumed for _, consumed, _, _ in seen}) > 10  # it did go on meanwhile
+        assert len({consumed for _, consumed, _, _ in seen}) > 10  # tokens were spent meanwhile
 
         assert 0 < spent == host.used(user)
         original, consumed, remaining = get_accurate_tokens_remaining(user)
@@ -138,7 +138,7 @@ def test_the_specifications_calls_show_the_same_counts_while_tokens_are_spent(ho
     assert_true(host)
 
 
-def test_the_demo_is_served_as_the_manual_says(host: Host, tmp_path: Path) -> None:
+def test_the_demo_is_served_as_documented(host: Host, tmp_path: Path) -> None:
     user = host.subscriber(10_000)
     host.log(user, 1500)
     log = tmp_path / "api.log"
@@ -150,14 +150,14 @@ def test_the_demo_is_served_as_the_manual_says(host: Host, tmp_path: Path) -> No
     assert "Traceback" not in log.read_text()
 
 
-def test_without_a_key_nothing_is_served(database: str) -> None:
+def test_without_a_key_the_api_does_not_start(database: str) -> None:
     refused = subprocess.run([TRUEUP, "api"], capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=False)
     assert refused.returncode == 1
     assert "TRUEUP_API__JWT_SECRET" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 
-def test_trueup_up_serves_the_api_when_it_has_a_key_and_else_says_why_not(tmp_path: Path) -> None:
+def test_trueup_up_serves_the_api_if_a_key_is_configured_and_otherwise_says_why_not(tmp_path: Path) -> None:
     without, keyed = Settings(home=tmp_path), Settings(home=tmp_path, api=ApiSettings(jwt_secret=SecretStr(SECRET)))
     assert [command.name for command in commands_of(without, tmp_path)] == ["worker", "reconcile", "beat"]
     assert [command.name for command in commands_of(keyed, tmp_path)] == ["worker", "reconcile", "beat", "api"]

@@ -1,4 +1,4 @@
-"""The views show one user's figures, all the same ones, in the specification's fields."""
+"""All views show the same figures of one user, in the specification's fields."""
 
 import uuid
 from datetime import UTC, datetime, timedelta
@@ -19,6 +19,8 @@ from trueup.errors import SettingsError
 from trueup.host.mapping import HostMapping
 from trueup.install.install import install
 from trueup.settings.settings import get_settings
+
+pytestmark = pytest.mark.dated
 
 VIEWS = (
     "/api/accounts/overview",
@@ -43,7 +45,7 @@ def get(client: TestClient, path: str, user: object) -> dict[str, Any]:
 
 
 def figures_of(body: dict[str, Any]) -> dict[str, int]:
-    """Return every figure of tokens in an answer, by its path, however deep."""
+    """Return every token figure in an answer by its path, at any depth."""
     found = {}
     for name, value in body.items():
         if isinstance(value, dict):
@@ -53,7 +55,7 @@ def figures_of(body: dict[str, Any]) -> dict[str, int]:
     return found
 
 
-def test_the_subscription_is_as_the_specification_shows_it(client: TestClient, host: Host) -> None:
+def test_the_subscription_has_the_specifications_fields(client: TestClient, host: Host) -> None:
     user = host.subscriber(10_000, counter=8450)
     host.log(user, 1500)
     body = get(client, "/api/billing/subscription", user)
@@ -101,7 +103,7 @@ def test_all_views_show_the_same_figures(client: TestClient, host: Host) -> None
     assert current["ai_usage"]["tokens_remaining_in_db"] == 77
 
 
-def test_a_null_counter_is_shown_as_null_and_refunds_never_make_more_than_all(client: TestClient, host: Host) -> None:
+def test_a_null_counter_is_null_and_refunds_never_exceed_100_percent(client: TestClient, host: Host) -> None:
     user = host.subscriber(1000, counter=None)
     host.log(user, -200)
     body = get(client, "/api/accounts/overview", user)
@@ -109,7 +111,7 @@ def test_a_null_counter_is_shown_as_null_and_refunds_never_make_more_than_all(cl
     assert body["token_usage_remaining"] == 100.0
 
 
-def test_an_overdrawn_budget_has_nothing_left_and_not_less(client: TestClient, host: Host) -> None:
+def test_an_overdrawn_budget_shows_zero_remaining(client: TestClient, host: Host) -> None:
     user = host.subscriber(1000)
     host.log(user, 1300)
     body = get(client, "/api/billing/overview", user)
@@ -117,7 +119,7 @@ def test_an_overdrawn_budget_has_nothing_left_and_not_less(client: TestClient, h
     assert get(client, "/api/accounts/profile", user)["token_usage_remaining"] == 0.0
 
 
-def test_without_a_subscription_there_are_no_figures_and_no_subscription(client: TestClient, host: Host) -> None:
+def test_without_a_subscription_the_figures_are_zero(client: TestClient, host: Host) -> None:
     user = host.user()
     account = get(client, "/api/accounts/overview", user)
     assert (account["current_subscription"], account["subscription_remaining"]) == (None, 0.0)
@@ -133,7 +135,7 @@ def test_without_a_subscription_there_are_no_figures_and_no_subscription(client:
     assert not any(plan["is_current"] for plan in get(client, "/api/billing/plans", user)["plans"])
 
 
-def test_plans_are_those_that_are_sold_and_the_own_one_even_if_it_is_not(client: TestClient, host: Host) -> None:
+def test_the_plans_are_those_on_sale_and_the_users_own_even_if_retired(client: TestClient, host: Host) -> None:
     sold, full = host.plan(500), host.plan(9000, kind="full")
     retired = host.plan(400)
     user = host.subscriber(700)
@@ -149,7 +151,7 @@ def test_plans_are_those_that_are_sold_and_the_own_one_even_if_it_is_not(client:
     assert others[1]["duration_days"] == 30
 
 
-def test_of_two_plans_the_token_plan_counts_and_the_full_plan_gives_the_duration(
+def test_of_two_plans_the_token_plan_sets_the_tokens_and_the_full_plan_the_duration(
     client: TestClient, host: Host
 ) -> None:
     user = host.subscriber(700, end=datetime.now(UTC) + timedelta(days=6, hours=1))
@@ -175,7 +177,7 @@ def test_of_two_plans_the_token_plan_counts_and_the_full_plan_gives_the_duration
     ],
     ids=["in the middle", "unlimited", "expired", "ends before it begins", "begins later"],
 )
-def test_what_is_left_of_a_subscription_goes_by_days(
+def test_the_remaining_share_of_a_subscription_counts_days(
     client: TestClient, host: Host, start: timedelta, end: timedelta | None, percent: float
 ) -> None:
     now = datetime.now(UTC)
@@ -183,7 +185,7 @@ def test_what_is_left_of_a_subscription_goes_by_days(
     assert get(client, "/api/accounts/profile", user)["subscription_remaining"] == pytest.approx(percent, abs=0.2)
 
 
-def test_a_subscription_without_a_beginning_is_no_crash(client: TestClient, host: Host) -> None:
+def test_a_subscription_without_a_start_date_is_shown(client: TestClient, host: Host) -> None:
     user = host.subscriber(end=datetime.now(UTC) + timedelta(days=3))
     host.execute("UPDATE billing_subscription SET start_date = '-infinity' WHERE user_id = :user", user=user)
     body = get(client, "/api/accounts/overview", user)
@@ -192,13 +194,13 @@ def test_a_subscription_without_a_beginning_is_no_crash(client: TestClient, host
 
 
 @pytest.mark.parametrize("path", VIEWS)
-def test_a_user_who_is_gone_is_let_in_no_more(client: TestClient, host: Host, path: str) -> None:
+def test_a_deleted_user_is_refused(client: TestClient, host: Host, path: str) -> None:
     answer = client.get(path, headers=bearer(987_654))
     assert (answer.status_code, answer.json()["error_code"]) == (401, "not_authenticated")
 
 
 @pytest.mark.parametrize("path", VIEWS)
-def test_each_view_shows_the_user_of_the_token_and_nobody_else(client: TestClient, host: Host, path: str) -> None:
+def test_each_view_shows_the_tokens_user_only(client: TestClient, host: Host, path: str) -> None:
     mine, other = host.subscriber(1111, counter=1), host.subscriber(2222, counter=2)
     host.log(other, 333)
     seen = get(client, path, mine)
@@ -210,14 +212,14 @@ def test_each_view_shows_the_user_of_the_token_and_nobody_else(client: TestClien
 @pytest.mark.parametrize("path", VIEWS)
 def test_a_view_costs_one_round_trip(client: TestClient, host: Host, tmp_path: Path, path: str) -> None:
     user = host.subscriber()
-    get(client, path, user)  # the first one connects
+    get(client, path, user)  # the first request connects
     with round_trips(tmp_path / "trace") as seen:
         get(client, path, user)
-    assert seen == ["I"]  # one, and after it no transaction is open
+    assert seen == ["I"]  # one round trip; "I": no transaction is open after it
 
 
 @pytest.mark.parametrize("kind", ["uuid", "text"])
-def test_users_of_other_hosts_have_ids_of_their_own_type(
+def test_user_ids_have_the_type_of_the_mapping(
     empty_database: str, client_with: MakeClient, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     user = str(uuid.UUID(int=7)) if kind == "uuid" else "user|7 é"
@@ -247,7 +249,7 @@ def test_users_of_other_hosts_have_ids_of_their_own_type(
     assert client.get("/api/accounts/overview", headers=bearer(7)).status_code == 401
 
 
-def test_a_column_that_only_the_views_show_is_named_at_the_start(
+def test_a_missing_column_of_the_views_is_named_at_start(
     host: Host, client_with: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     user = host.subscriber(1_000, kind="full")
@@ -261,13 +263,13 @@ def test_a_column_that_only_the_views_show_is_named_at_the_start(
     assert get(client, "/api/billing/subscription", user)["plan"]["duration_days"] == 90
 
 
-def test_without_a_table_of_users_a_user_is_whoever_has_a_subscription(
+def test_without_a_user_table_every_subscriber_is_a_user(
     host: Host, client_with: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    user, nobody = host.subscriber(1_000), host.user()
+    user, other = host.subscriber(1_000), host.user()
     monkeypatch.setenv("TRUEUP_HOST__USER", "false")
     client = client_with()
     body = get(client, "/api/accounts/overview", user)
     assert (body["username"], body["email"]) == (None, None)
     assert body["current_subscription"]["tokens_remaining"] == 1_000
-    assert client.get("/api/accounts/overview", headers=bearer(nobody)).status_code == 401
+    assert client.get("/api/accounts/overview", headers=bearer(other)).status_code == 401

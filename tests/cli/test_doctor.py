@@ -19,7 +19,7 @@ from trueup.cli.client import celery_client
 from trueup.doctor.clocks import Offset
 from trueup.settings.settings import Settings, get_settings
 from trueup.worker import doctor
-from trueup.worker.queue_depth import Waiting
+from trueup.worker.queue_depth import QueueDepth
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "doctor.schema.json"
 NOWHERE = "127.0.0.1:1"
@@ -183,7 +183,7 @@ def test_a_task_that_runs_longer_than_any_may_is_told(age: float, level: str) ->
 def test_a_queue_is_judged_by_its_length_its_age_and_by_who_takes_from_it(
     queue: str, length: int, oldest: float | None, served: bool, level: str
 ) -> None:
-    waiting = Waiting(length=length, oldest_seconds=oldest)
+    waiting = QueueDepth(length=length, oldest_seconds=oldest)
     finding = doctor._queue(queue, waiting, served=served, alone=False)
     assert (finding.level, finding.detail["length"], finding.detail["oldest_seconds"]) == (level, length, oldest)
 

@@ -19,7 +19,7 @@ from trueup.doctor.installation import check_functions, check_rights, check_sche
 from trueup.doctor.invariants import check_beat, check_holds, check_invariants, check_runs, check_unresolved
 from trueup.doctor.server import check_durability, check_server
 from trueup.doctor.settings import check_settings
-from trueup.doctor.versions import check_packages, check_python
+from trueup.doctor.versions import check_packages, check_python, check_weaker_versions
 from trueup.host.mapping import HostMapping
 from trueup.install.install import expected_functions, install
 from trueup.settings.settings import Settings, get_settings
@@ -169,6 +169,19 @@ def test_a_package_of_another_version_is_named(demand: str, told: str) -> None:
     [finding] = check_packages([demand, "nothing>=1; python_version < '3'"])
     assert finding.level == "error"
     assert told in finding.what
+
+
+@pytest.mark.parametrize("celery", ["5.5.0", "5.6.3"])
+def test_an_older_celery_is_named_with_what_it_means(celery: str) -> None:
+    [finding] = check_weaker_versions({"celery": celery})
+    assert (finding.level, finding.check) == ("warning", "packages")
+    assert f"With celery {celery} a metered task whose process is killed is not retried" in finding.what
+    assert "celery 5.7" in (finding.remedy or "")
+
+
+@pytest.mark.parametrize("installed", [{}, {"celery": "5.7.0"}, {"celery": "5.10.1"}])
+def test_a_version_that_lacks_nothing_is_not_named(installed: dict[str, str]) -> None:
+    assert list(check_weaker_versions(installed)) == []
 
 
 # -- clocks

@@ -179,7 +179,7 @@ def test_past_the_plan_only_what_the_counter_had_is_in_flight() -> None:
 
 
 def test_what_has_stood_is_not_in_flight_any_more() -> None:
-    given = verdict(drift(9_300, 9_000), Explanation(in_flight=300), history=History(stood=True))
+    given = verdict(drift(9_300, 9_000), Explanation(in_flight=300), history=History(unchanged=True))
     assert given.write == 9_000
 
 

@@ -21,11 +21,11 @@ from tests.support.legacy.injections import INJECTIONS, PAID
 from tests.support.legacy.judging import Judgement, looks_given, looks_like_a_lost_update
 from tests.support.legacy.loading import WITH_ROWS, load
 from tests.support.legacy.population import PAIRS, Person, make_population
-from trueup.drift.action import DEFAULT_POLICIES
 from trueup.host.mapping import HostMapping
 from trueup.install.install import install
 from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import RunSummary
+from trueup.settings.policies import DEFAULT_POLICIES
 from trueup.stack import StackUrls
 
 SUBSCRIPTIONS = int(os.environ.get("EXPLANATIONS_SUBSCRIPTIONS", "800"))

@@ -9,11 +9,11 @@ from tests.support.host import START
 from tests.support.two_books import HOUR, MAPPED, MINUTE, NOON, SECOND, Books
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.database.engine import get_engine
-from trueup.drift.action import Rules
 from trueup.drift.detect import Drift, find_drifts
 from trueup.drift.explain import explain
 from trueup.reconcile import batch
 from trueup.reconcile.local_run import reconcile
+from trueup.settings.policies import Rules
 
 TENTH = timedelta(seconds=0.1)
 

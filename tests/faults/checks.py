@@ -34,7 +34,7 @@ def violations(stage: "Stage", books: Books) -> list[Violation]:
             *_extended(stage),
             *effect_violations(stage, books),
             *_held(connection),
-            *_untrue(stage),
+            *_mismatch(stage),
             *_drift(stage, connection),
             *_vanished(stage, books),
             *_flooded(stage),
@@ -201,7 +201,7 @@ def _held(connection: Connection) -> Iterator[Violation]:
         yield Violation(kind="leaked_hold", detail=f"user {row.user_id}: {row.holds} open holds", tokens=row.held or 0)
 
 
-def _untrue(stage: "Stage") -> Iterator[Violation]:
+def _mismatch(stage: "Stage") -> Iterator[Violation]:
     """I1: the balance is the sum of the log; now, and whenever it was looked at."""
     findings = list(stage.audit.findings)
     with Host(stage.engine) as host:
@@ -210,7 +210,7 @@ def _untrue(stage: "Stage") -> Iterator[Violation]:
         except AssertionError as error:
             findings.append(str(error))
     for finding in findings[:3]:
-        yield Violation(kind="untrue_balance", detail=finding)
+        yield Violation(kind="mismatched_balance", detail=finding)
 
 
 def _drift(stage: "Stage", connection: Connection) -> Iterator[Violation]:

@@ -19,7 +19,7 @@ import sqlalchemy.dialects.postgresql.psycopg  # noqa: F401
 from kombu import Connection
 
 import trueup.settings.settings
-import trueup.tasks.base
+import trueup.tasks.requeue
 from tests.faults.kinds import CHUNKS_READ, LEASE_MARGIN_SECONDS, VISIBILITY_SECONDS
 from tests.faults.loopback import PID_HEADER
 from tests.faults.planned import COMPLETE, SPEND_TASK, STREAM_CLOSED, STREAM_LEFT
@@ -97,7 +97,7 @@ def _read(stream: CompletionStream, chunks: int | None) -> None:
 
 
 def _hurry() -> None:
-    trueup.tasks.base.PROVIDER_RETRY_BASE_SECONDS = 0.2  # type: ignore[assignment]
+    trueup.tasks.requeue.PROVIDER_RETRY_BASE_SECONDS = 0.2  # type: ignore[assignment]
     # A hold's lease is then 2.5 s: shorter than the longest stop of a process, longer than any call but a long stream.
     trueup.settings.settings.LEASE_MARGIN_SECONDS = LEASE_MARGIN_SECONDS  # type: ignore[assignment]
     options: dict[str, Any] = app.conf.broker_transport_options

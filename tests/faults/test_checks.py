@@ -212,12 +212,12 @@ def test_a_call_without_a_hold_is_found(stage: Stage, hold: Hold, found: Found) 
 
 def test_a_leaked_hold_is_found(stage: Stage, host: Host, hold: Hold, found: Found) -> None:
     host.execute("UPDATE trueup.balance SET held = held + 7")
-    assert found() == {"leaked_hold", "untrue_balance"}
+    assert found() == {"leaked_hold", "mismatched_balance"}
 
 
-def test_an_untrue_balance_is_found(stage: Stage, host: Host, hold: Hold, found: Found) -> None:
+def test_a_balance_mismatch_is_found(stage: Stage, host: Host, hold: Hold, found: Found) -> None:
     host.execute("UPDATE trueup.balance SET consumed = consumed + 7")
-    assert "untrue_balance" in found()
+    assert "mismatched_balance" in found()
 
 
 def test_a_task_that_vanished_is_found(stage: Stage, hold: Hold, found: Found) -> None:

@@ -16,7 +16,7 @@ VIOLATIONS = {
     "message_untold": "an accepted message whose row in the outbox says neither sent nor unknown",
     "message_not_sent": "a message that is said to be sent, and that Instagram never accepted so",
     "leaked_hold": "tokens still held when every task has ended",
-    "untrue_balance": "a balance that is not the sum of the log",
+    "mismatched_balance": "a balance that is not the sum of the log",
     "drift": "a counter that is wrong after a reconcile pass",
     "lost_task": "a task that had begun and never ended, though Redis was not emptied",
     "lost_result": "work that is done, and whose result is gone, though its answers were kept to make it again",

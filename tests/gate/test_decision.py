@@ -8,7 +8,10 @@ from tests.support.host import START, Host
 from tests.support.work import hold_tokens
 from trueup.accounts.validation import MAX_TOKENS, check_estimate
 from trueup.errors import InvalidInputError, TokensDenied
-from trueup.gate.decision import check_access, denial_payload, denied_unknown_user
+from trueup.gate.decision import check_access, denied_unknown_user
+from trueup.gate.denial import denial_payload
+
+pytestmark = pytest.mark.dated
 
 NOW = START + timedelta(days=3)
 DAY = timedelta(days=1)

@@ -37,7 +37,7 @@ def begin(connection: Connection, hold: Hold, bound: int, seconds: float = 0, *,
         connection,
         hold,
         call_key=key,
-        tokens_bound=bound,
+        max_tokens=bound,
         lease_seconds=LEASE,
         ttl_seconds=600,
         now=after(seconds),
@@ -73,7 +73,7 @@ def test_while_an_attempt_has_its_lease_a_duplicate_is_told_when_to_ask_again(
     first = deliver(connection, user)
     with pytest.raises(HoldBusyError) as busy:
         deliver(connection, user, 20)
-    assert (busy.value.seconds, busy.value.superfluous) == (LEASE - 20, False)
+    assert (busy.value.seconds, busy.value.redundant) == (LEASE - 20, False)
     assert begin(connection, first, 600, 20) is None
     assert_true(host)
 
@@ -84,7 +84,7 @@ def test_a_duplicate_beside_one_that_waits_is_superfluous(connection: Connection
     for seconds in (1, 2, LEASE - 1):
         with pytest.raises(HoldBusyError) as busy:
             deliver(connection, user, seconds)
-        told.append(busy.value.superfluous)
+        told.append(busy.value.redundant)
     assert told == [False, True, True]
     assert deliver(connection, user, LEASE).attempt == 2
 
@@ -109,7 +109,7 @@ def test_a_call_renews_the_lease_and_the_hold(connection: Connection, user: int)
 def test_a_call_never_shortens_a_lease(connection: Connection, user: int) -> None:
     first = deliver(connection, user)
     values = {"lease_seconds": 1, "ttl_seconds": 1, "now": NOW}
-    begin_call(connection, first, call_key="1", tokens_bound=1, **values)
+    begin_call(connection, first, call_key="1", max_tokens=1, **values)
     with pytest.raises(HoldBusyError):
         deliver(connection, user, LEASE - 1)
     assert list_holds(connection)[0].expires_at == after(600)

@@ -81,7 +81,7 @@ def test_a_task_whose_attempt_died_in_a_call_goes_on_past_the_budget_too(
     user = host.subscriber(1_000)
     mode(connection, mode_now)
     first = hold_tokens(connection, user, 1_500, task="t")
-    begin_call(connection, first, call_key="1", tokens_bound=1_500, lease_seconds=0, ttl_seconds=600)
+    begin_call(connection, first, call_key="1", max_tokens=1_500, lease_seconds=0, ttl_seconds=600)
     second = hold_tokens(connection, user, 1_500, task="t")
     assert (second.tokens_left, balance(host, user)) == (1_500, (0, 3_000))
     assert len(denials(host)) == noted
@@ -130,7 +130,7 @@ def test_a_user_without_a_subscription_is_let_pass_with_true_books(host: Host, c
     mode(connection, "observe")
     hold = hold_tokens(connection, user, 300)
     assert (hold.passed, hold.tokens_left) == ("no_subscription", 300)
-    assert begin_call(connection, hold, call_key="1", tokens_bound=300, lease_seconds=30, ttl_seconds=60) is None
+    assert begin_call(connection, hold, call_key="1", max_tokens=300, lease_seconds=30, ttl_seconds=60) is None
     charge_tokens(connection, hold, 200)
     assert_true(host)
     subscribe(host, user, 1_000)

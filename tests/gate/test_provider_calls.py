@@ -30,7 +30,7 @@ def begin(connection: Connection, hold: Hold, bound: int, *, key: str = "1", min
         connection,
         hold,
         call_key=key,
-        tokens_bound=bound,
+        max_tokens=bound,
         lease_seconds=30,
         ttl_seconds=600,
         now=NOW + timedelta(minutes=minutes),
@@ -174,7 +174,7 @@ def test_a_call_is_begun_and_ended_while_the_balance_is_in_use(
 
 def test_without_an_injected_clock_a_call_renews_by_the_databases(host: Host, connection: Connection) -> None:
     hold = hold_tokens(connection, host.subscriber(), 600)
-    begin_call(connection, hold, call_key="1", tokens_bound=1, lease_seconds=100, ttl_seconds=1_000)
+    begin_call(connection, hold, call_key="1", max_tokens=1, lease_seconds=100, ttl_seconds=1_000)
     left = host.execute("SELECT lease_until - now() AS lease, expires_at - now() AS hold FROM trueup.hold").one()
     assert timedelta(seconds=90) < left.lease <= timedelta(seconds=100)
     assert timedelta(seconds=990) < left.hold <= timedelta(seconds=1_000)

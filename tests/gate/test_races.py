@@ -75,7 +75,7 @@ def extend(connection: Connection, scene: Scene) -> str:
 
 def begin(connection: Connection, scene: Scene) -> None:
     with suppress(HoldOvertakenError):
-        begin_call(connection, scene.hold, call_key="1", tokens_bound=10, lease_seconds=1, ttl_seconds=1, now=NOW)
+        begin_call(connection, scene.hold, call_key="1", max_tokens=10, lease_seconds=1, ttl_seconds=1, now=NOW)
 
 
 def subscription(change: str) -> Callable[[Connection, Scene], Any]:
@@ -244,7 +244,7 @@ def test_the_sweep_waits_for_a_call_that_begins_and_then_leaves_its_hold_alone(
     host: Host, engine: Engine, scene: Scene
 ) -> None:
     with in_background() as submit, engine.connect() as leader, engine.connect() as follower:
-        begin_call(leader, scene.hold, call_key="1", tokens_bound=10, lease_seconds=1, ttl_seconds=60, now=LATER)
+        begin_call(leader, scene.hold, call_key="1", max_tokens=10, lease_seconds=1, ttl_seconds=60, now=LATER)
         pids = backend_pid(follower), backend_pid(leader)
         sweeping = submit(expire_holds, follower, now=LATER)
         assert waits(host, *pids, sweeping.done)

@@ -120,7 +120,7 @@ class BillingMachine(HostMachine):
         if isinstance(expected, Busy):
             with pytest.raises(HoldBusyError) as busy:
                 hold_tokens(self.connection, user.user, tokens, **call)
-            told_to_wait = Busy(busy.value.seconds, busy.value.superfluous, busy.value.waits)
+            told_to_wait = Busy(busy.value.seconds, busy.value.redundant, busy.value.waits)
             assert told_to_wait == expected
             return
         if isinstance(expected, Denied):
@@ -144,9 +144,9 @@ class BillingMachine(HostMachine):
             expected = user.begin_call(handle, key, bound, 30, ttl, self.now)
         except Overtaken:
             with pytest.raises(HoldOvertakenError):
-                begin_call(self.connection, hold, call_key=key, tokens_bound=bound, **call)
+                begin_call(self.connection, hold, call_key=key, max_tokens=bound, **call)
         else:
-            assert begin_call(self.connection, hold, call_key=key, tokens_bound=bound, **call) == expected
+            assert begin_call(self.connection, hold, call_key=key, max_tokens=bound, **call) == expected
 
     def end_call(self, draw: Draw) -> None:
         user, handle, hold = self.draw_attempt(draw)

@@ -14,7 +14,7 @@ from trueup.host.expressions import expression_problem, wrong_expression
 from trueup.host.mapping import HostMapping
 from trueup.host.setting_values import quote_literal
 from trueup.install.install import check_host
-from trueup.preview.scan import look
+from trueup.preview.scan import scan
 from trueup.settings.settings import Settings
 
 TABLES = """
@@ -230,11 +230,11 @@ def test_the_setup_the_look_and_the_doctor_name_the_setting_and_the_remedy(engin
         [gone] = check_mapping(connection, Settings(host=missing))
         assert "host.subscription.tokens_included" in str(gone.remedy)
     with pytest.raises(TrueupError, match=r"tokens_included: its type is numeric\. Nothing was read\. Cast"):
-        look(engine, wrong, lambda checked, findings: None)
+        scan(engine, wrong, lambda checked, findings: None)
     with pytest.raises(TrueupError, match=r"host\.subscription\.tokens_included: app\.Subs has no column gone"):
-        look(engine, missing, lambda checked, findings: None)
+        scan(engine, missing, lambda checked, findings: None)
     with pytest.raises(TrueupError, match=r"host\.usage_log\.counts: app\.log has no column gone"):
-        look(engine, mapped(counts={"column": "gone", "equals": "ok"}), lambda checked, findings: None)
+        scan(engine, mapped(counts={"column": "gone", "equals": "ok"}), lambda checked, findings: None)
 
 
 def test_a_column_that_the_database_computes_is_read_and_never_written(engine: Engine) -> None:

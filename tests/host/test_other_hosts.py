@@ -33,7 +33,7 @@ from trueup.install.detach import detach
 from trueup.install.install import install
 from trueup.install.rights import worker_rights
 from trueup.install.roles import RoleNames, grants_sql
-from trueup.preview.scan import look
+from trueup.preview.scan import scan
 from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import Finding
 from trueup.reconcile.shards import find_suspects
@@ -190,7 +190,7 @@ def test_looking_attaching_and_detaching_leave_the_host_as_it_was(subscribed: Si
     site.logs(bob, 70)
     site.do(site.lower, bob, 70)
     found = []
-    look(site.host.engine, site.mapping, lambda checked, findings: found.extend(findings), rules=NO_AGE)
+    scan(site.host.engine, site.mapping, lambda checked, findings: found.extend(findings), rules=NO_AGE)
     assert [(one.drift.user_id, one.drift.observed, one.drift.expected) for one in found] == [(ann, 10_000, 9_000)]
     assert [part.cause for part in found[0].explanation.components] == ["missed_decrement"]
     url = site.host.engine.url.render_as_string(hide_password=False)
@@ -376,7 +376,7 @@ def test_least_privilege_roles_do_their_part(subscribed: Site, monkeypatch: pyte
         assert site.left(ann) == 10_000 - 243
         become(roles.readonly)
         found: list[Finding] = []
-        look(get_engine(), site.mapping, lambda checked, findings: found.extend(findings))
+        scan(get_engine(), site.mapping, lambda checked, findings: found.extend(findings))
         assert found == []
     finally:
         dispose_engine()

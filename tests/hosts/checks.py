@@ -10,7 +10,7 @@ from tests.hosts.people import POOR, REASONS, RICH, SPENT, Person
 from tests.hosts.running import Server
 from tests.support.host import Host
 from trueup.billing.utils import check_ai_access_for_user, get_accurate_tokens_remaining
-from trueup.gate.decision import denial_payload
+from trueup.gate.denial import denial_payload
 
 FEATURE = "My Feature"
 NOBODY = {"success": False, "error": "Authentication required", "error_code": "not_authenticated"}

@@ -116,10 +116,10 @@ def test_the_worker_holds_calls_charges_and_grants(ready: Site) -> None:
     ready.become(ready.roles.worker)
     with connect() as connection:
         hold = hold_tokens(connection, user, 1_000)
-        assert begin_call(connection, hold, call_key="1", tokens_bound=500, lease_seconds=9, ttl_seconds=9) is None
+        assert begin_call(connection, hold, call_key="1", max_tokens=500, lease_seconds=9, ttl_seconds=9) is None
         charge_tokens(connection, hold, 300)
         assert extend_hold(connection, hold, tokens=200) == (None, 900)
-        begin_call(connection, hold, call_key="2", tokens_bound=500, lease_seconds=9, ttl_seconds=9)
+        begin_call(connection, hold, call_key="2", max_tokens=500, lease_seconds=9, ttl_seconds=9)
         end_call(connection, hold, call_key="2", unknown=False)
         effect = begin_effect(connection, user_id=user, task_id=hold.task_id, effect="dm", detail={})
         finish_effect(connection, effect, "sent")

@@ -13,6 +13,8 @@ from trueup.monitoring.status import Status, read_status
 from trueup.reconcile.local_run import reconcile
 from trueup.usage.outbox import begin_effect, finish_effect
 
+pytestmark = pytest.mark.dated
+
 NOW = START + timedelta(days=3)
 
 
@@ -26,7 +28,7 @@ def user(host: Host) -> int:
 
 
 def begin(connection: Connection, hold: Hold, key: str, bound: int) -> None:
-    begin_call(connection, hold, call_key=key, tokens_bound=bound, lease_seconds=1, ttl_seconds=1, now=NOW)
+    begin_call(connection, hold, call_key=key, max_tokens=bound, lease_seconds=1, ttl_seconds=1, now=NOW)
 
 
 def test_where_nothing_has_happened_there_are_zeros_and_no_times(connection: Connection) -> None:

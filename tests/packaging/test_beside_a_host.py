@@ -118,6 +118,7 @@ def project(
             "HOST_BROKER_URL": str(stack.broker_url),
             "TRUEUP_DATABASE_URL": url,
             "TRUEUP_HOME": str(folder / "home"),
+            "TRUEUP_MODEL_PROVIDER": "offline",
             "PYTHONWARNINGS": "error",
         }
         project = Project(folder, environment, variables)

@@ -22,8 +22,8 @@ from trueup.host.mapping import HostMapping, PaymentTable, SubscriptionTable, To
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import install
 from trueup.preview import scan as looking
-from trueup.preview.report import LookReport
-from trueup.preview.scan import Look, look
+from trueup.preview.report import PreviewReport
+from trueup.preview.scan import ScanOutcome, scan
 from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import Finding
 from trueup.reports.rows import DriftFilter, row_of_finding
@@ -36,7 +36,7 @@ class Seen(list[Finding]):
     """What a look reported: the findings, and how many counters it compared."""
 
     checked = 0
-    told = Look()
+    told = ScanOutcome()
 
     def add(self, checked: int, findings: Sequence[Finding]) -> None:
         self.checked += checked
@@ -63,7 +63,7 @@ def shown(finding: Finding) -> tuple[Any, ...]:
 
 def seen(engine: Engine, mapping: HostMapping | None = None, **options: Any) -> Seen:
     found = Seen()
-    found.told = look(engine, mapping or HostMapping(), found.add, **options)
+    found.told = scan(engine, mapping or HostMapping(), found.add, **options)
     return found
 
 
@@ -379,7 +379,7 @@ def test_a_page_that_takes_too_long_is_tried_again_as_a_smaller_one(
 ) -> None:
     """A row that a statement sleeps over stands for one with too much behind it."""
     pages: list[int] = []
-    once = looking._Looker._page
+    once = looking._Scan._page
 
     def page(self: Any, after: Any, only_user: Any, size: int) -> Any:
         pages.append(size)
@@ -389,7 +389,7 @@ def test_a_page_that_takes_too_long_is_tried_again_as_a_smaller_one(
                 connection.execute(text("SELECT pg_sleep(10)"))
         return once(self, after, only_user, size)
 
-    monkeypatch.setattr(looking._Looker, "_page", page)
+    monkeypatch.setattr(looking._Scan, "_page", page)
     found = seen(bare.engine, page_size=10)
     assert (found.checked, set(found.by_user())) == (3, set(drifting[1:]))
     assert pages[:2] == [10, 1]
@@ -398,8 +398,8 @@ def test_a_page_that_takes_too_long_is_tried_again_as_a_smaller_one(
 def test_the_report_adds_up_batches_and_keeps_the_largest_rows(bare: Host) -> None:
     users = [bare.subscriber(1_000_000, counter=1_000_000 + 10**size) for size in range(5)]
     users.append(bare.subscriber(1_000, counter=None))
-    with closing(LookReport(DriftFilter())) as found:
-        told = look(bare.engine, HostMapping(), found.add, page_size=2)
+    with closing(PreviewReport(DriftFilter())) as found:
+        told = scan(bare.engine, HostMapping(), found.add, page_size=2)
         whole = found.report(told, max_rows=None)
         largest = found.report(told, max_rows=2)
     assert [row.user_id for row in whole.rows] == [users[4], users[3], users[5], users[2], users[1], users[0]]
@@ -428,6 +428,6 @@ def test_the_report_tells_only_of_what_was_asked_for(bare: Host, only: DriftFilt
     bare.subscriber(1_000, counter=None)
     bare.subscriber(10_000, counter=11_000)
     bare.subscriber(1_000, counter=1_001)
-    with closing(LookReport(only)) as found:
-        report = found.report(look(bare.engine, HostMapping(), found.add), max_rows=None)
+    with closing(PreviewReport(only)) as found:
+        report = found.report(scan(bare.engine, HostMapping(), found.add), max_rows=None)
     assert (report.checked, report.drifted, len(report.rows), report.filter) == (3, left, left, only)

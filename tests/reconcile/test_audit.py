@@ -216,6 +216,6 @@ def test_a_deep_pass_in_shards_finds_the_same(
     host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER trueup_deleted")
     found = deep(jobs=2)
     assert [row for row in found if row[1] is None] == [("trigger_idle", None, None, None, False)]
-    untrue = sorted((row for row in found if row[1] is not None), key=lambda row: row[1])
-    assert untrue == [("balance_untrue", user, 300, 400, True) for user in users]
+    mismatches = sorted((row for row in found if row[1] is not None), key=lambda row: row[1])
+    assert mismatches == [("balance_untrue", user, 300, 400, True) for user in users]
     assert_true(host)

@@ -26,10 +26,10 @@ from tests.support.legacy.live_host import THREADS
 from tests.support.legacy.loading import SUBSCRIPTION_OFFSET, WITH_ROWS, load
 from tests.support.legacy.population import Person, make_population
 from tests.support.waiting import DEADLINE_SECONDS
-from trueup.drift.action import Rules
 from trueup.install.install import install
 from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import RunSummary
+from trueup.settings.policies import Rules
 from trueup.stack import StackUrls
 
 SECONDS = float(os.environ.get("LIVE_HOST_SECONDS", "8"))

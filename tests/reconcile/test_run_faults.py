@@ -27,7 +27,7 @@ def planned(kind: Any, *, every: int | None = None, rules: Rules = RULES) -> int
 
 
 @pytest.mark.parametrize(
-    ("kind", "slow"), [("quick", "find_suspects"), ("deep", "find_suspects"), ("deep", "find_untrue_balances")]
+    ("kind", "slow"), [("quick", "find_suspects"), ("deep", "find_suspects"), ("deep", "find_balance_mismatches")]
 )
 def test_a_look_that_takes_all_of_a_task_s_time_does_not_keep_a_run_from_its_end(
     host: Host, monkeypatch: pytest.MonkeyPatch, kind: str, slow: str

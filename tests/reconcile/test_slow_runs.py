@@ -135,8 +135,8 @@ def test_a_balance_whose_repair_takes_too_long_stops_no_other_s(host: Host, slow
     slow([users[1]], "trueup.repair_balance")
     summary = run(kind="deep")
     assert summary.status == "finished"
-    untrue = [("balance_untrue", user, user != users[1]) for user in users]
-    assert sorted(defects(host, summary.run_id)) == sorted(untrue)
+    mismatches = [("balance_untrue", user, user != users[1]) for user in users]
+    assert sorted(defects(host, summary.run_id)) == sorted(mismatches)
     assert host.value("SELECT count(*) FROM trueup.balance WHERE consumed <> 300") == 1
 
 

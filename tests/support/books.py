@@ -5,7 +5,7 @@ from trueup.host.mapping import HostMapping
 from trueup.host.sql import render_statement
 
 # One statement, one snapshot. A balance that says itself that it is stale (an older epoch) is not held to its figures.
-_UNTRUE_BALANCES = """
+_MISMATCHED_BALANCES = """
     SELECT b.user_id, b.consumed, d.tokens AS deltas, l.tokens AS logged
     FROM trueup.balance b
     CROSS JOIN LATERAL (
@@ -18,7 +18,7 @@ _UNTRUE_BALANCES = """
     WHERE b.log_epoch = trueup.log_epoch() AND b.consumed + d.tokens <> l.tokens
 """
 
-_UNTRUE_READS = """
+_MISMATCHED_READS = """
     SELECT a.user_id, a.consumed, l.tokens AS logged
     FROM trueup.accounts(clock_timestamp()) a
     CROSS JOIN LATERAL (
@@ -28,7 +28,7 @@ _UNTRUE_READS = """
     WHERE a.consumed <> l.tokens
 """
 
-_UNTRUE_HOLDS = """
+_MISMATCHED_HOLDS = """
     SELECT user_id, coalesce(b.held, 0) AS held, coalesce(h.tokens, 0) AS in_open_holds
     FROM trueup.balance b
     FULL JOIN (
@@ -42,9 +42,9 @@ def assert_true(host: Host, mapping: HostMapping | None = None) -> None:
     """I1: consumed + deltas = log, for every balance and every read. I4: open holds = held, for every user."""
     mapping = mapping or HostMapping()
     for name, statement in (
-        ("I1, balances", _UNTRUE_BALANCES),
-        ("I1, reads", _UNTRUE_READS),
-        ("I4", _UNTRUE_HOLDS),
+        ("I1, balances", _MISMATCHED_BALANCES),
+        ("I1, reads", _MISMATCHED_READS),
+        ("I4", _MISMATCHED_HOLDS),
     ):
         wrong = host.connection.execute(render_statement(statement, mapping)).mappings().all()
         assert not wrong, f"{name}: {[dict(row) for row in wrong]}"

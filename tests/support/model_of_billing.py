@@ -77,10 +77,10 @@ def log_id(handle: Handle, key: str) -> str:
 
 @dataclass(frozen=True)
 class Busy:
-    """The answer of the gate while another attempt is at work. `superfluous`: another duplicate waits already."""
+    """The answer of the gate while another attempt is at work. `redundant`: another duplicate waits already."""
 
     seconds: float
-    superfluous: bool
+    redundant: bool
     waits: int
 
 
@@ -234,12 +234,12 @@ class ModelUser:
 
     def _wait(self, hold: ModelHold, waits: int, now: datetime) -> Busy:
         somebody_waits = hold.duplicate_until is not None and hold.duplicate_until > now
-        superfluous = somebody_waits and waits < hold.duplicate_waits
+        redundant = somebody_waits and waits < hold.duplicate_waits
         waits = max(waits, hold.duplicate_waits) + 1
         busy_until = min(hold.lease_until, now + timedelta(minutes=1))
-        if not superfluous:
+        if not redundant:
             hold.duplicate_until, hold.duplicate_waits = busy_until, waits
-        return Busy((busy_until - now).total_seconds(), superfluous, waits)
+        return Busy((busy_until - now).total_seconds(), redundant, waits)
 
     def replays(self, task: str) -> bool:
         """The task's work is done: what it paid for is there, and it buys nothing more."""

@@ -1,4 +1,4 @@
-"""Alerts on their way: to a real HTTP server on this machine, through everything that can go wrong there."""
+"""Alerts are sent to a real HTTP server on this machine, through every failure that a receiver can cause."""
 
 import base64
 import hashlib
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import ClassVar
 
@@ -33,7 +34,7 @@ Configure = Callable[..., None]
 
 @pytest.fixture
 def configure(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Configure]:
-    """Give a function that sets settings of alerts."""
+    """Give a function that changes the alert settings."""
 
     def change(**values: str) -> None:
         for name, value in values.items():
@@ -59,7 +60,7 @@ def drifted(host: Host) -> int:
 
 
 def due(host: Host) -> None:
-    """Let the time of waiting pass."""
+    """Make every waiting alert due."""
     host.execute("UPDATE trueup.alert SET next_attempt_at = now() - interval '1 second'")
 
 
@@ -68,7 +69,7 @@ def only_alert(connection: Connection) -> Alert:
     return alert
 
 
-def test_beat_looks_for_alerts_each_minute_where_they_go_anywhere(host: Host, configure: Configure) -> None:
+def test_beat_checks_for_alerts_each_minute_if_a_channel_is_configured(host: Host, configure: Configure) -> None:
     assert "check-alerts" not in celery_config(get_settings())["beat_schedule"]
     configure(apprise_urls='["json://127.0.0.1"]')
     config = celery_config(get_settings())
@@ -78,7 +79,7 @@ def test_beat_looks_for_alerts_each_minute_where_they_go_anywhere(host: Host, co
     assert "trueup.tasks.alerts" in TASK_MODULES
 
 
-def test_an_alert_is_sent_once_and_signed_so_that_its_receiver_can_tell(
+def test_an_alert_is_sent_once_with_a_signature_that_its_receiver_can_verify(
     webhook: HTTPServer, host: Host, connection: Connection, drifted: int
 ) -> None:
     webhook.expect_request("/hook", method="POST").respond_with_data("", status=204)
@@ -97,7 +98,7 @@ def test_an_alert_is_sent_once_and_signed_so_that_its_receiver_can_tell(
     assert (alert.status, alert.attempts, alert.error) == ("sent", 1, None)
 
 
-def test_a_receiver_that_fails_gets_it_again_under_the_same_id_and_later(
+def test_a_failed_alert_is_sent_again_later_with_the_same_id(
     webhook: HTTPServer, host: Host, connection: Connection, drifted: int
 ) -> None:
     webhook.expect_ordered_request("/hook").respond_with_data("", status=500)
@@ -116,7 +117,7 @@ def test_a_receiver_that_fails_gets_it_again_under_the_same_id_and_later(
     assert only_alert(connection).status == "sent"
 
 
-def test_a_receiver_that_is_slow_is_not_waited_for(
+def test_a_slow_receiver_is_given_up_after_the_timeout(
     webhook: HTTPServer, configure: Configure, connection: Connection, drifted: int
 ) -> None:
     configure(webhook_timeout_seconds="0.2")
@@ -129,22 +130,22 @@ def test_a_receiver_that_is_slow_is_not_waited_for(
 
     webhook.expect_request("/hook").respond_with_handler(slow)
     assert check_alerts()["failed"] == 1
-    assert only_alert(connection).error == "the webhook gave no answer: ReadTimeout"
+    assert only_alert(connection).error == "the webhook did not answer: ReadTimeout"
     given_up.set()
-    # It must not end up among the requests of another test.
+    # Wait for the request to end, so that it does not appear in the log of another test.
     deadline = time.monotonic() + 10
     while not webhook.log and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
-def test_a_receiver_that_is_away_is_no_error_of_ours(
+def test_an_unreachable_receiver_fails_the_alert_and_not_the_task(
     configure: Configure, host: Host, connection: Connection, drifted: int, free_port: int
 ) -> None:
     configure(webhook_url=f"http://127.0.0.1:{free_port}/hook?key=hunter2", webhook_secret=SECRET, tokens="1")
     configure(missed_run_seconds="0")
     assert check_alerts()["failed"] == 1
     error = only_alert(connection).error or ""
-    assert error == "the webhook gave no answer: ConnectError"
+    assert error == "the webhook did not answer: ConnectError"
 
 
 def test_a_redirect_is_not_followed(webhook: HTTPServer, connection: Connection, drifted: int) -> None:
@@ -155,7 +156,7 @@ def test_a_redirect_is_not_followed(webhook: HTTPServer, connection: Connection,
     assert "redirects are not followed" in (only_alert(connection).error or "")
 
 
-def test_an_alert_is_given_up_after_its_attempts_or_when_the_receiver_is_gone_for_good(
+def test_an_alert_fails_after_its_last_attempt_or_when_the_receiver_answers_410(
     webhook: HTTPServer, configure: Configure, host: Host, connection: Connection, drifted: int
 ) -> None:
     configure(max_attempts="2")
@@ -172,7 +173,7 @@ def test_an_alert_is_given_up_after_its_attempts_or_when_the_receiver_is_gone_fo
     assert only_alert(connection).status == "failed"
 
 
-def test_two_senders_at_once_send_each_alert_once(
+def test_concurrent_senders_send_each_alert_once(
     webhook: HTTPServer, host: Host, connection: Connection, drifted: int
 ) -> None:
     webhook.expect_request("/hook").respond_with_handler(lambda request: time.sleep(0.05) or Response(status=200))
@@ -185,7 +186,7 @@ def test_two_senders_at_once_send_each_alert_once(
     assert len(ids) == len(set(ids)) == 6
 
 
-def test_a_channel_that_is_no_longer_set_gives_its_alerts_up(
+def test_alerts_of_a_channel_that_is_no_longer_configured_fail(
     webhook: HTTPServer, configure: Configure, host: Host, connection: Connection, drifted: int
 ) -> None:
     webhook.expect_request("/hook").respond_with_data("", status=500)
@@ -194,20 +195,23 @@ def test_a_channel_that_is_no_longer_set_gives_its_alerts_up(
     due(host)
     host.execute("UPDATE trueup.reconcile_run SET alerted_at = now()")
     check_alerts()
-    assert (only_alert(connection).status, only_alert(connection).error) == ("failed", "webhook is no longer set")
+    alert = only_alert(connection)
+    assert (alert.status, alert.error) == ("failed", "webhook is no longer configured")
 
 
-def test_without_apprise_its_channel_says_how_to_install_it(
+def test_without_apprise_the_alert_says_how_to_install_it(
     configure: Configure, connection: Connection, drifted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "apprise", None)
     configure(apprise_urls='["json://127.0.0.1"]', tokens="1", missed_run_seconds="0")
     assert check_alerts()["failed"] == 1
-    assert "apprise is not installed: pip install 'trueup[apprise]'" in (only_alert(connection).error or "")
+    error = only_alert(connection).error or ""
+    assert "no module apprise" in error
+    assert "pip install 'trueup[apprise]'; or unset it" in error
 
 
 class FakeApprise:
-    """The part of apprise's interface that is used, for machines that do not have it."""
+    """The part of apprise's interface that trueup uses, for machines without apprise."""
 
     sent: ClassVar[list[str]] = []
 
@@ -219,15 +223,16 @@ class FakeApprise:
         return url.startswith("json://")
 
     def notify(self, *, title: str, body: str) -> bool:
-        # As the real one does: to each of its URLs, and whether all of them took it.
+        # As apprise does: send to each URL, and return whether all of them accepted.
         taken = ["refused" not in url for url in self.urls]
         self.sent.extend(url for url, ok in zip(self.urls, taken, strict=True) if ok and title and body)
         return all(taken)
 
 
 def fake_apprise(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Put it in place. Returns to which URLs it has sent."""
+    """Install the fake module. Returns the list of URLs that it sends to."""
     module = ModuleType("apprise")
+    module.__spec__ = ModuleSpec("apprise", None)  # marks it as installed for importlib.util.find_spec
     module.Apprise = FakeApprise  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "apprise", module)
     monkeypatch.setattr(FakeApprise, "sent", [])
@@ -238,11 +243,11 @@ def fake_apprise(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ("url", "error"),
     [
         ("json://127.0.0.1/hunter2", None),
-        ("nonsense://hunter2", "apprise does not know what number 1 of apprise_urls is"),
+        ("nonsense://hunter2", "apprise can't use number 1 of apprise_urls: correct that URL"),
         ("json://refused/hunter2", "apprise could not deliver to number 1 of apprise_urls"),
     ],
 )
-def test_apprise_is_asked_where_it_is_there_and_its_urls_stay_secret(
+def test_apprise_sends_if_it_is_installed_and_its_urls_stay_secret(
     configure: Configure,
     connection: Connection,
     drifted: int,
@@ -258,7 +263,7 @@ def test_apprise_is_asked_where_it_is_there_and_its_urls_stay_secret(
     assert "hunter2" not in trueup("settings").output + trueup("alerts", "list").output
 
 
-def test_a_url_that_fails_does_not_make_the_others_receive_an_alert_again(
+def test_a_failing_url_does_not_resend_the_alert_to_the_others(
     configure: Configure, host: Host, connection: Connection, drifted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent = fake_apprise(monkeypatch)
@@ -269,13 +274,13 @@ def test_a_url_that_fails_does_not_make_the_others_receive_an_alert_again(
         due(host)
         assert check_alerts() == {"raised": 0, "sent": 0, "failed": 1}
     assert sorted(sent) == ["json://a", "json://b"]
-    # One that is taken out of the settings is given up; the others keep their own, wherever they stand then.
+    # The alert of a removed URL fails. The others keep their state, although their numbers change.
     configure(apprise_urls=json.dumps(urls[2:]))
     due(host)
     check_alerts()
     alerts = list_alerts(connection)
     assert sorted(alert.status for alert in alerts) == ["failed", "sent", "sent"]
-    assert [alert.error for alert in alerts if alert.error] == [f"{failed_channel(alerts)} is no longer set"]
+    assert [alert.error for alert in alerts if alert.error] == [f"{failed_channel(alerts)} is no longer configured"]
 
 
 def failed_channel(alerts: list[Alert]) -> str:
@@ -283,9 +288,9 @@ def failed_channel(alerts: list[Alert]) -> str:
     return channel
 
 
-# One of its plugins still uses that module on Python 3.11 and 3.12.
+# An apprise plugin still imports imghdr on Python 3.11 and 3.12.
 @pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning")
-def test_apprise_itself_delivers(
+def test_the_real_apprise_delivers_an_alert(
     httpserver: HTTPServer, configure: Configure, connection: Connection, drifted: int
 ) -> None:
     pytest.importorskip("apprise")
@@ -302,17 +307,17 @@ def test_the_test_command_says_whether_each_channel_received_it(webhook: HTTPSer
     assert trueup("alerts", "test").stdout == "webhook: received\n"
     failed = trueup("alerts", "test", code=1)
     assert "webhook: not received: the webhook answered 401" in failed.stdout
-    # A test must not arrive by surprise later.
+    # A failed test message must not be sent again later.
     assert sorted(alert.status for alert in list_alerts(connection)) == ["failed", "sent"]
     assert json.loads(webhook.log[0][0].get_data())["type"] == "trueup.test"
 
 
-def test_without_a_channel_the_test_command_names_the_settings(host: Host) -> None:
+def test_without_a_channel_the_test_command_names_the_missing_setting(host: Host) -> None:
     assert "TRUEUP_ALERTS__WEBHOOK_URL" in trueup("alerts", "test", code=1).stderr
     assert trueup("alerts", "list").stdout == "No alerts.\n"
 
 
-def test_the_check_command_tells_of_a_missing_run_by_its_exit_code(
+def test_the_check_command_reports_a_missing_run_by_its_exit_code(
     webhook: HTTPServer, configure: Configure, host: Host, drifted: int
 ) -> None:
     webhook.expect_request("/hook").respond_with_data("", status=200)
@@ -335,7 +340,7 @@ def test_the_check_command_tells_of_a_missing_run_by_its_exit_code(
     assert (gaps["missed_seconds"], gaps["missed_deep_seconds"] >= 3_600) == (None, True)
 
 
-def test_alerts_are_listed_with_what_went_wrong(webhook: HTTPServer, drifted: int) -> None:
+def test_the_list_of_alerts_shows_their_errors(webhook: HTTPServer, drifted: int) -> None:
     webhook.expect_request("/hook").respond_with_data("", status=500)
     check_alerts()
     [alert] = trueup_json("alerts", "list", "--waiting")
@@ -345,7 +350,7 @@ def test_alerts_are_listed_with_what_went_wrong(webhook: HTTPServer, drifted: in
 
 @pytest.fixture
 def free_port(httpserver: HTTPServer) -> int:
-    """A port on which nobody listens."""
+    """A port without a listener."""
     import socket
 
     with socket.socket() as closed:

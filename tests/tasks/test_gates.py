@@ -1,4 +1,4 @@
-"""Nothing that can spend goes around the gate: every task is walked, and docs/features.md says which test proves it."""
+"""No task that can spend bypasses the gate. The tests check every task; docs/features.md names a test for each."""
 
 import ast
 import inspect
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 CHAT = json.loads((EXAMPLES / "chat.json").read_text())
 
-# What each metered task can be called with, so that it asks the model.
+# Arguments for each metered task that make it call the model.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "trueup.generate_qa": {"text": (EXAMPLES / "help_en.txt").read_text(), "max_pairs": 2},
     "trueup.extract_products": {"url": "https://shop.example/", "text": "Mug\n5 EUR"},
@@ -58,7 +58,7 @@ def app(database: str) -> Celery:
 
 @pytest.fixture
 def wire(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
-    """A provider over HTTP that remembers what it was asked, and answers nothing."""
+    """A provider over HTTP that records its requests and never answers."""
     with wire_server() as wire:
         monkeypatch.setenv("TRUEUP_MODEL_PROVIDER", "openai")
         monkeypatch.setenv("TRUEUP_OPENAI_API_KEY", "sk-test")
@@ -72,7 +72,7 @@ def wire(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
 
 @shared_task(name="test.ungated")
 def ungated_task() -> str:
-    """What no task may be: it asks a provider without a hold."""
+    """A forbidden kind of task: it calls a provider without a hold."""
     return OfflineProvider().complete([], max_completion_tokens=1).text
 
 
@@ -86,7 +86,7 @@ def imported(source: str) -> Iterator[str]:
 
 
 def can_spend(task: Task) -> bool:
-    """Whether a task's module has anything to do with models, ours or a provider's own client."""
+    """Whether a task's module imports a model client, ours or a provider's own."""
     module = inspect.getmodule(inspect.unwrap(task.run))
     assert module is not None
     return any(f"{name}.".startswith(SPENDING) for name in imported(inspect.getsource(module)))
@@ -105,12 +105,12 @@ def test_every_task_that_can_spend_is_metered(app: Celery) -> None:
     assert {task.name for task in own_tasks(app) if isinstance(task, MeteredTask)} == set(ARGUMENTS)
 
 
-def test_the_walk_finds_a_task_that_is_not(app: Celery) -> None:
+def test_the_check_finds_a_task_without_a_gate(app: Celery) -> None:
     assert not_gated([*own_tasks(app), app.tasks["test.ungated"]]) == ["test.ungated"]
 
 
-def test_only_the_metered_task_has_a_provider_at_hand() -> None:
-    """Everything else asks a `Model`, which spends from a hold or refuses."""
+def test_only_the_metered_task_imports_a_provider() -> None:
+    """Every other module calls a `Model`, which spends from a hold or refuses."""
     sources = [
         path
         for package in ("tasks", "worker", "cli", "trueup/api", "trueup/stack")
@@ -143,7 +143,7 @@ def test_a_user_without_tokens_is_denied_before_any_work(
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 @pytest.mark.parametrize("missing", ["TRUEUP_MODEL_PROVIDER", "TRUEUP_OPENAI_API_KEY"])
-def test_a_task_whose_provider_is_not_set_fails_before_the_gate(
+def test_a_task_without_a_configured_provider_fails_before_the_gate(
     name: str,
     missing: str,
     app: Celery,
@@ -153,7 +153,8 @@ def test_a_task_whose_provider_is_not_set_fails_before_the_gate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv(missing)
-    monkeypatch.delenv("TRUEUP_OPENAI_BASE_URL")  # a server of one's own may need no key
+    if missing == "TRUEUP_OPENAI_API_KEY":
+        monkeypatch.delenv("TRUEUP_OPENAI_BASE_URL")  # a server other than OpenAI's may need no key
     get_settings.cache_clear()
     users = [host.subscriber(100_000), host.subscriber(0)]
     for user in users:
@@ -213,7 +214,7 @@ def test_wrong_input_is_refused_before_any_token_is_held(
     ("name", "part"),
     [("trueup.reply_to_message", "reply"), ("trueup.ask_question", "answer"), ("trueup.generate_prompt", "prompt")],
 )
-def test_a_task_charges_what_it_used_and_gives_the_rest_back(
+def test_a_task_charges_its_usage_and_releases_the_rest(
     name: str, part: str, app: Celery, host: Host, connection: Connection
 ) -> None:
     _model.cache_clear()
@@ -236,7 +237,7 @@ ROWS = re.findall(
 )
 
 
-def test_the_table_of_features_names_every_metered_task_as_it_is(app: Celery) -> None:
+def test_the_table_of_features_lists_every_metered_task_with_its_true_values(app: Celery) -> None:
     named = {}
     for feature, ways, estimate, section, _ in ROWS:
         for name in re.findall(r"`(trueup\.\w+)`", ways):
@@ -248,7 +249,7 @@ def test_the_table_of_features_names_every_metered_task_as_it_is(app: Celery) ->
         assert estimate.startswith(f"{ESTIMATES[name]:,}" if name in ESTIMATES else "variable")
 
 
-def test_the_table_of_features_names_tests_that_there_are() -> None:
+def test_the_table_of_features_names_existing_tests() -> None:
     for _, ways, _, _, test in ROWS:
         file, _, name = test.partition("::")
         function, _, case = name.partition("[")

@@ -1,4 +1,4 @@
-"""`trueup.send_instagram_dm` with its real outbox: the message and the public reply, each at most once."""
+"""`trueup.send_instagram_dm` with its real outbox sends the message and the public reply at most once each."""
 
 import json
 from typing import Any
@@ -52,7 +52,7 @@ def effects(host: Host) -> dict[str, str]:
     return {row.effect: row.status for row in host.execute("SELECT effect, status FROM trueup.outbox").all()}
 
 
-def test_a_redelivered_task_sends_neither_again_and_tells_the_same(
+def test_a_redelivered_task_sends_neither_again_and_returns_the_same_result(
     app: Celery, host: Host, httpserver: HTTPServer
 ) -> None:
     httpserver.expect_request(MESSAGES).respond_with_json({"message_id": "m1"})
@@ -66,7 +66,7 @@ def test_a_redelivered_task_sends_neither_again_and_tells_the_same(
     assert (first["message_id"], first["public_reply_id"]) == ("m1", "r1")
 
 
-def test_a_reply_that_failed_is_sent_again_without_the_message(app: Celery, host: Host, httpserver: HTTPServer) -> None:
+def test_a_failed_reply_is_sent_again_without_the_message(app: Celery, host: Host, httpserver: HTTPServer) -> None:
     httpserver.expect_request(MESSAGES).respond_with_json({"message_id": "m1"})
     httpserver.expect_oneshot_request(REPLIES).respond_with_json({"error": {"message": "No.", "code": 10}}, status=403)
     user = host.subscriber()
@@ -77,7 +77,7 @@ def test_a_reply_that_failed_is_sent_again_without_the_message(app: Celery, host
     assert calls(httpserver) == [MESSAGES, REPLIES, REPLIES]
 
 
-def test_a_reply_that_may_have_been_sent_is_left(app: Celery, host: Host, httpserver: HTTPServer) -> None:
+def test_a_reply_that_may_have_been_sent_is_not_sent_again(app: Celery, host: Host, httpserver: HTTPServer) -> None:
     httpserver.expect_request(MESSAGES).respond_with_json({"message_id": "m1"})
     httpserver.expect_request(REPLIES).respond_with_data("gateway", status=504)
     user = host.subscriber()
@@ -88,9 +88,7 @@ def test_a_reply_that_may_have_been_sent_is_left(app: Celery, host: Host, httpse
     assert effects(host) == {"instagram_message": "sent", "instagram_public_reply": "unknown"}
 
 
-def test_no_reply_stands_under_a_comment_whose_message_was_not_sent(
-    app: Celery, host: Host, httpserver: HTTPServer
-) -> None:
+def test_a_failed_message_sends_no_public_reply(app: Celery, host: Host, httpserver: HTTPServer) -> None:
     httpserver.expect_request(MESSAGES).respond_with_handler(lambda _: Response(json.dumps({"error": {}}), 400))
     with pytest.raises(GraphError):
         deliver(app, host.subscriber())

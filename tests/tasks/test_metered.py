@@ -23,13 +23,13 @@ from trueup.gate.holds import HoldRow, list_holds
 from trueup.llm.metering import running_hold
 from trueup.settings.settings import get_settings
 from trueup.tasks import metered_task
-from trueup.tasks.base import WAITS_HEADER
 from trueup.tasks.metered import _model
+from trueup.tasks.requeue import WAITS_HEADER, requeue
 
 
 @pytest.fixture(autouse=True)
 def _fresh_model_client(database: str) -> Iterator[None]:
-    """The client is kept per process, and the settings change with each test."""
+    """Clear the model client, which is cached per process, because each test has its own settings."""
     _model.cache_clear()
     yield
     _model.cache_clear()
@@ -44,7 +44,7 @@ def holds_of(connection: Connection, user: int) -> list[HoldRow]:
     return list_holds(connection, user_id=user, every_status=True)
 
 
-def test_a_task_spends_from_a_hold_and_gives_the_rest_back(app: Celery, host: Host, connection: Connection) -> None:
+def test_a_task_spends_from_a_hold_and_releases_the_rest(app: Celery, host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     spent = model_tasks.spend.apply(kwargs={"user_id": user}).get()
     [hold] = holds_of(connection, user)
@@ -97,14 +97,14 @@ def test_every_way_to_call_a_task_passes_the_gate(
     assert host.used(poor) == 0
 
 
-def test_the_run_method_can_not_spend(app: Celery, host: Host) -> None:
+def test_a_direct_call_of_run_cannot_spend(app: Celery, host: Host) -> None:
     user = host.subscriber(1_000)
     with pytest.raises(NoHoldError, match="outside a metered task"):
         model_tasks.spend.run(user_id=user)
     assert host.used(user) == 0
 
 
-def test_a_task_that_fails_is_charged_for_what_it_spent(app: Celery, host: Host, connection: Connection) -> None:
+def test_a_failing_task_is_charged_for_its_usage(app: Celery, host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     with pytest.raises(RuntimeError, match="after spending"):
         model_tasks.fail.apply(kwargs={"user_id": user}).get()
@@ -113,7 +113,7 @@ def test_a_task_that_fails_is_charged_for_what_it_spent(app: Celery, host: Host,
     assert host.used(user) == hold.tokens_charged > 0
 
 
-def test_an_ignored_task_gives_its_hold_back(app: Celery, host: Host, connection: Connection) -> None:
+def test_an_ignored_task_releases_its_hold(app: Celery, host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     model_tasks.ignore.apply(kwargs={"user_id": user})
     [hold] = holds_of(connection, user)
@@ -132,7 +132,7 @@ def test_a_task_may_call_another_directly_each_with_its_own_hold(
     }
 
 
-def test_a_retry_that_comes_soon_keeps_its_hold_and_pays_once(app: Celery, host: Host, connection: Connection) -> None:
+def test_a_quick_retry_keeps_its_hold_and_pays_once(app: Celery, host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     with pytest.raises(ValueError, match="always"):
         model_tasks.retrying.apply(kwargs={"user_id": user}).get()
@@ -141,14 +141,14 @@ def test_a_retry_that_comes_soon_keeps_its_hold_and_pays_once(app: Celery, host:
     assert host.value("SELECT count(*) FROM ai_usage_log WHERE user_id = :user", user=user) == 1
 
 
-def test_denied_is_never_retried(app: Celery, host: Host) -> None:
+def test_a_denied_task_is_never_retried(app: Celery, host: Host) -> None:
     poor = host.subscriber(10)
     result = model_tasks.retrying.apply(kwargs={"user_id": poor})
     assert isinstance(result.result, TokensDenied)
     assert result.state == "FAILURE"
 
 
-def test_on_denied_return_gives_the_payload_as_result(app: Celery, host: Host) -> None:
+def test_on_denied_return_makes_the_payload_the_result(app: Celery, host: Host) -> None:
     answer = model_tasks.answering.apply(kwargs={"user_id": host.user()}).get()
     assert (answer["success"], answer["error_code"]) == (False, "no_subscription")
 
@@ -158,12 +158,12 @@ def test_the_estimate_may_depend_on_the_arguments(app: Celery, host: Host) -> No
     assert model_tasks.measured.apply(kwargs={"user_id": user, "tokens": 321}).get() == 321
 
 
-def test_a_call_without_estimate_is_not_gated_and_can_not_spend(app: Celery, host: Host) -> None:
+def test_a_call_without_an_estimate_is_not_gated_and_cannot_spend(app: Celery, host: Host) -> None:
     with pytest.raises(NoHoldError):
         model_tasks.measured.apply(kwargs={"user_id": host.user(), "tokens": None}).get()
 
 
-def test_the_hold_is_not_left_to_whatever_runs_next(app: Celery, host: Host) -> None:
+def test_no_hold_is_active_after_a_task_has_ended(app: Celery, host: Host) -> None:
     model_tasks.spend.apply(kwargs={"user_id": host.subscriber(1_000)}).get()
     assert running_hold() is None
 
@@ -187,7 +187,7 @@ def test_wrong_arguments_are_named_and_nothing_is_held(
 
 
 def test_without_a_database_the_task_does_not_run(app: Celery, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRUEUP_DATABASE_URL", "postgresql://nobody@127.0.0.1:1/none")
+    monkeypatch.setenv("TRUEUP_DATABASE_URL", "postgresql://user@127.0.0.1:1/none")
     get_settings.cache_clear()
     with pytest.raises(ServiceUnavailableError, match=r"PostgreSQL at 127\.0\.0\.1:1/none does not answer"):
         model_tasks.spend(user_id=1)
@@ -201,10 +201,10 @@ def test_a_misspelt_option_fails_at_import_with_the_nearest_name() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"section": "chit-chat"}, "section: 'chit-chat' is none of the log's sections"),
+        ({"section": "chit-chat"}, "section: 'chit-chat' is not a section of the usage log: use "),
         ({"estimated_tokens": -1}, "estimated_tokens: -1 is out of range"),
         ({"estimated_tokens": 1.5}, "estimated_tokens: 1.5 is no whole number"),
-        ({"on_denied": "skip"}, "on_denied: 'skip' is neither"),
+        ({"on_denied": "skip"}, 'on_denied: \'skip\' is not valid: use "raise" or "return"'),
     ],
 )
 def test_a_malformed_option_fails_at_import(options: dict[str, Any], message: str) -> None:
@@ -213,14 +213,14 @@ def test_a_malformed_option_fails_at_import(options: dict[str, Any], message: st
         metered_task(**(good | options))
 
 
-def test_a_body_must_say_whose_tokens_it_spends() -> None:
+def test_a_body_without_user_id_fails_at_import() -> None:
     def body(model: Any, text: str) -> None: ...
 
     with pytest.raises(TypeError, match="must take `user_id`"):
         metered_task(feature_name="F", section="chat", estimated_tokens=1)(body)
 
 
-def test_a_redelivered_task_gets_its_hold_and_its_paid_answers_back(
+def test_a_redelivered_task_reuses_its_hold_and_replays_its_paid_answers(
     app: Celery, host: Host, connection: Connection
 ) -> None:
     user, task_id = host.subscriber(1_000), str(uuid.uuid4())
@@ -230,7 +230,7 @@ def test_a_redelivered_task_gets_its_hold_and_its_paid_answers_back(
     assert host.value("SELECT count(*) FROM trueup.charge WHERE task_id = :id", id=task_id) == 2
 
 
-def test_a_task_whose_hold_ran_out_goes_back_to_the_gate(app: Celery, host: Host, connection: Connection) -> None:
+def test_a_task_whose_hold_expired_returns_to_the_gate(app: Celery, host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     with pytest.raises(HoldOvertakenError):
         model_tasks.expiring.apply(kwargs={"user_id": user}).get()
@@ -239,23 +239,23 @@ def test_a_task_whose_hold_ran_out_goes_back_to_the_gate(app: Celery, host: Host
 
 
 @pytest.mark.parametrize("waited", [False, True])
-def test_a_duplicate_beside_one_that_waits_is_dropped_unless_it_has_waited_itself(
+def test_a_duplicate_is_dropped_if_another_one_waits_unless_it_has_waited_itself(
     app: Celery, host: Host, connection: Connection, waited: bool
 ) -> None:
-    """Of those that waited, the one that the others were dropped for may be this one."""
+    """A duplicate that has waited may be the one in whose favour the others were dropped."""
     user, task_id = host.subscriber(1_000), str(uuid.uuid4())
     hold_tokens(connection, user, 100, task=task_id, lease=60)
     with pytest.raises(HoldBusyError) as first:
         hold_tokens(connection, user, 100, task=task_id, lease=60)
-    assert (first.value.superfluous, first.value.waits) == (False, 1)
+    assert (first.value.redundant, first.value.waits) == (False, 1)
     headers = {WAITS_HEADER: 1} if waited else None
     result = model_tasks.spend.apply(kwargs={"user_id": user}, task_id=task_id, headers=headers)
     assert (result.state, type(result.result)) == (("FAILURE", HoldBusyError) if waited else ("IGNORED", Ignore))
     assert [hold.attempt for hold in holds_of(connection, user)] == [1]
 
 
-def test_of_the_copies_of_a_message_that_waited_one_waits_on(app: Celery, host: Host, connection: Connection) -> None:
-    """Redis delivers a waiting message again when a worker's clock is wrong: each copy would bring forth another."""
+def test_only_one_copy_of_a_waiting_message_keeps_waiting(app: Celery, host: Host, connection: Connection) -> None:
+    """Redis redelivers a waiting message when a worker's clock is wrong. Without this, each copy would make another."""
     user, task_id = host.subscriber(1_000), str(uuid.uuid4())
     hold_tokens(connection, user, 100, task=task_id, lease=60)
     with pytest.raises(HoldBusyError) as first:
@@ -265,11 +265,11 @@ def test_of_the_copies_of_a_message_that_waited_one_waits_on(app: Celery, host: 
     assert states == ["FAILURE", "IGNORED", "IGNORED"]
 
 
-@pytest.mark.parametrize("goes_on", [True, False], ids=["goes on", "asks for a retry"])
-def test_an_overtaken_attempt_leaves_the_hold_to_the_one_at_work_and_its_message_to_the_broker(
+@pytest.mark.parametrize("goes_on", [True, False], ids=["continues", "asks for a retry"])
+def test_an_overtaken_attempt_leaves_the_hold_to_the_later_one_and_requeues_its_message(
     app: Celery, host: Host, connection: Connection, goes_on: bool
 ) -> None:
-    """Both may have the same message: acknowledged by the first, it would be lost if the second dies."""
+    """Both attempts may have the same message. If the first acknowledged it, it would be lost should the second die."""
     user = host.subscriber(1_000)
     result = model_tasks.overtaken.apply(kwargs={"user_id": user, "goes_on": goes_on})
     assert (result.state, result.result.requeue) == ("REJECTED", True)
@@ -277,7 +277,7 @@ def test_an_overtaken_attempt_leaves_the_hold_to_the_one_at_work_and_its_message
     assert [(hold.attempt, hold.status) for hold in holds_of(connection, user)] == [(2, "open")]
 
 
-def test_a_body_may_call_its_argument_task(app: Celery, host: Host) -> None:
+def test_a_body_may_have_an_argument_named_task(app: Celery, host: Host) -> None:
     @metered_task(name="test.named", feature_name="Named", section="chat", estimated_tokens=1)
     def named(model: Any, user_id: int, task: str) -> str:
         return task
@@ -285,8 +285,8 @@ def test_a_body_may_call_its_argument_task(app: Celery, host: Host) -> None:
     assert named.apply(kwargs={"user_id": host.subscriber(), "task": "mine"}).get() == "mine"
 
 
-def test_a_task_never_waits_until_redis_would_deliver_it_again(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A message that waits is not acknowledged: delivered again meanwhile, it would double with each wait."""
+def test_a_task_waits_less_than_the_visibility_timeout(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A waiting message is not acknowledged. A redelivery meanwhile would double it with each wait."""
     monkeypatch.setenv("TRUEUP_VISIBILITY_TIMEOUT_SECONDS", "10")
     get_settings.cache_clear()
     sent: list[float] = []
@@ -295,7 +295,7 @@ def test_a_task_never_waits_until_redis_would_deliver_it_again(app: Celery, monk
     task.push_request(id=str(uuid.uuid4()), args=(), kwargs={"user_id": 1}, called_directly=False)
     try:
         for seconds in (3.0, 60.0):
-            task._wait(HoldBusyError("t", seconds, superfluous=False), seconds)
+            requeue(task, HoldBusyError("t", seconds, redundant=False), seconds)
     finally:
         task.pop_request()
     assert sent == [3.0, 5.0]

@@ -1,4 +1,4 @@
-"""What a worker's main process does for a task whose time is up."""
+"""A worker's main process closes the hold of a task that it killed."""
 
 import os
 import subprocess
@@ -13,15 +13,15 @@ from trueup.tasks.requests import MeteredRequest
 
 
 class TimedOut(MeteredRequest):
-    """A request without its message: what comes of it is told by `told`."""
+    """A request without a message. It collects the recorded writes, and the exit status its process had by then."""
 
     def __init__(self, pid: int | None) -> None:
         self.worker_pid = pid
-        self.told: list[Any] = []
+        self.recorded: list[Any] = []
         self.process: subprocess.Popen[bytes] | None = None
 
-    def _tell(self, note: Any) -> None:
-        self.told.append((note, None if self.process is None else self.process.wait(timeout=5)))
+    def _record(self, write: Any) -> None:
+        self.recorded.append((write, None if self.process is None else self.process.wait(timeout=5)))
 
 
 @pytest.fixture(autouse=True)
@@ -29,23 +29,23 @@ def _no_celery(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Request, "on_timeout", lambda *_: None)
 
 
-def test_a_process_whose_time_is_up_is_dead_before_its_tokens_are_given_back() -> None:
+def test_a_process_past_its_hard_time_limit_is_dead_before_its_hold_is_closed() -> None:
     with subprocess.Popen(["sleep", "60"]) as process:
         request = TimedOut(process.pid)
         request.process = process
         request.on_timeout(True, 1)
-        assert (request.told, process.poll()) == ([], None)
+        assert (request.recorded, process.poll()) == ([], None)
         request.on_timeout(False, 1)
-        assert request.told == [(requests.close_abandoned_hold, -9)]
+        assert request.recorded == [(requests.close_abandoned_hold, -9)]
 
 
-def test_a_pool_without_processes_is_not_killed() -> None:
+def test_a_worker_without_pool_processes_does_not_kill_itself() -> None:
     request = TimedOut(os.getpid())
     request.on_timeout(False, 1)
-    assert request.told == [(requests.close_abandoned_hold, None)]
+    assert request.recorded == [(requests.close_abandoned_hold, None)]
 
 
-def test_a_worker_that_was_started_again_owns_nothing_of_its_predecessors() -> None:
+def test_a_restarted_worker_does_not_own_holds_of_its_earlier_run() -> None:
     program = (
         "import os\n"
         "from trueup.tasks.requests import owner_name\n"

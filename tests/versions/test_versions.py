@@ -24,7 +24,7 @@ from trueup.gate.holds import close_hold
 from trueup.host.mapping import HostMapping
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import install
-from trueup.preview.scan import look
+from trueup.preview.scan import scan
 from trueup.reconcile.runs import Finding
 from trueup.settings.settings import get_settings
 from trueup.stack import StackUrls
@@ -110,5 +110,5 @@ def test_so_can_a_hot_standby_of_one(host: Host) -> None:
 def seen(engine: Engine, mapping: HostMapping) -> list[tuple[int | None, int]]:
     """Return what a look reports: the counters that are wrong, each with what it should be."""
     found: list[Finding] = []
-    look(engine, mapping, lambda checked, findings: found.extend(findings))
+    scan(engine, mapping, lambda checked, findings: found.extend(findings))
     return [(one.drift.observed, one.drift.expected) for one in found]

@@ -1,6 +1,5 @@
 """One worker for a whole module of tests: booting one takes seconds. Its tests use users of their own."""
 
-import gc
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +9,7 @@ from sqlalchemy.pool import NullPool
 
 from tests.conftest import cloned_database, settings_for
 from tests.support.host import Host
-from tests.support.worker import WorkerProcess, own_application, running_worker
+from tests.support.worker import WorkerProcess, close_connections, own_application, running_worker
 from trueup.stack import StackUrls
 
 TASKS = "tests.support.model_tasks"
@@ -43,8 +42,7 @@ def app(shared_database: str) -> Iterator[Celery]:
     app = own_application()
     app.control.purge()
     yield app
-    # A result that is collected when Redis has gone complains about it.
-    gc.collect()
+    close_connections(app)
 
 
 @pytest.fixture(scope="module")

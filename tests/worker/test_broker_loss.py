@@ -1,6 +1,5 @@
 """Redis goes away for some seconds while a worker has a late-acknowledged message in work."""
 
-import gc
 import signal
 import time
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ import pytest
 from celery import Celery
 
 from tests.support.waiting import DEADLINE_SECONDS, wait_for
-from tests.support.worker import running_worker
+from tests.support.worker import close_connections, running_worker
 from trueup.settings.settings import Settings
 from trueup.stack import running_stack
 from trueup.stack.layout import Layout
@@ -39,7 +38,7 @@ def app(redis_home: Path) -> Iterator[Celery]:
     app = Celery("away", set_as_current=False)
     app.config_from_object(celery_config(Settings()))
     yield app
-    gc.collect()
+    close_connections(app)
     app.close()
 
 
@@ -49,6 +48,7 @@ def test_a_worker_outlives_a_redis_that_is_away_for_seconds(
     with running_worker(tmp_path / "worker.log", include=(TASKS,)) as worker:
         result = app.send_task("test.slow", args=(AWAY_SECONDS + 3,), queue="trueup-ai")
         wait_for(lambda: result.state == "STARTED", "the task has started")
+        close_connections(app)  # Celery drops, unclosed, those that break
         [redis] = RedisServer(Layout(home=redis_home)).processes()
         redis.send_signal(signal.SIGTERM)
         redis.wait(DEADLINE_SECONDS)

@@ -9,7 +9,9 @@ import pytest
 from celery import Celery, group
 
 from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE, SENT_AT_HEADER
-from trueup.worker.queue_depth import PRIORITIES, Waiting, look_at_queue
+from trueup.worker.queue_depth import PRIORITIES, QueueDepth, read_queue_depth
+
+pytestmark = pytest.mark.dated
 
 
 @pytest.fixture
@@ -45,12 +47,12 @@ def ways_to_send(app: Celery) -> dict[str, Callable[[], object]]:
 
 @pytest.mark.parametrize("way", ["delay", "by name", "in a group", "urgent", "with headers"])
 def test_each_message_says_when_it_was_sent(app: Celery, redis: Any, way: str) -> None:
-    assert look_at_queue(redis, "trueup-reconcile") == Waiting(length=0, oldest_seconds=None)
+    assert read_queue_depth(redis, "trueup-reconcile") == QueueDepth(length=0, oldest_seconds=None)
     ways_to_send(app)[way]()
-    waiting = look_at_queue(redis, "trueup-reconcile")
+    waiting = read_queue_depth(redis, "trueup-reconcile")
     assert (waiting.length, 0 <= (waiting.oldest_seconds or 0) < 30) == (1, True)
     assert waiting.oldest_seconds is not None
-    assert look_at_queue(redis, "trueup-ai").length == 0
+    assert read_queue_depth(redis, "trueup-ai").length == 0
 
 
 def test_the_oldest_counts_of_all_priorities(app: Celery, redis: Any) -> None:
@@ -59,7 +61,7 @@ def test_the_oldest_counts_of_all_priorities(app: Celery, redis: Any) -> None:
         task.apply_async(priority=priority)
     aged(redis, "trueup-reconcile", 50)
     aged(redis, "trueup-reconcile\x06\x169", 700)
-    waiting = look_at_queue(redis, "trueup-reconcile")
+    waiting = read_queue_depth(redis, "trueup-reconcile")
     assert (waiting.length, round(waiting.oldest_seconds or 0, -1)) == (3, 700)
     assert str(waiting).startswith("3 tasks wait, the oldest for 70")
 
@@ -68,11 +70,11 @@ def test_a_message_that_is_not_due_waits_only_from_then_on(app: Celery, redis: A
     task = app.tasks["trueup.expire_holds"]
     task.apply_async(countdown=3600)
     aged(redis, "trueup-reconcile", 900)
-    assert look_at_queue(redis, "trueup-reconcile") == Waiting(length=1, oldest_seconds=0)
+    assert read_queue_depth(redis, "trueup-reconcile") == QueueDepth(length=1, oldest_seconds=0)
     aged_eta = (datetime.now(UTC) - timedelta(seconds=100)).isoformat()
     task.apply_async()
     aged(redis, "trueup-reconcile", 900, place=0, eta=aged_eta)
-    assert round(look_at_queue(redis, "trueup-reconcile").oldest_seconds or 0, -1) == 100
+    assert round(read_queue_depth(redis, "trueup-reconcile").oldest_seconds or 0, -1) == 100
 
 
 @pytest.mark.parametrize(
@@ -91,15 +93,15 @@ def test_a_message_of_which_nobody_can_say_since_when_it_waits_has_no_age(
 ) -> None:
     app.tasks["trueup.expire_holds"].delay()
     aged(redis, "trueup-reconcile", 900, **headers)
-    assert look_at_queue(redis, "trueup-reconcile") == Waiting(length=1, oldest_seconds=None)
+    assert read_queue_depth(redis, "trueup-reconcile") == QueueDepth(length=1, oldest_seconds=None)
     app.tasks["trueup.expire_holds"].delay()
-    assert (look_at_queue(redis, "trueup-reconcile").oldest_seconds or 0) < 30
+    assert (read_queue_depth(redis, "trueup-reconcile").oldest_seconds or 0) < 30
 
 
 @pytest.mark.parametrize("message", ["nonsense", "[]", "{}", '{"headers": null}', '{"headers": []}', b"\xff"])
 def test_what_is_no_task_is_counted_and_does_not_stop_the_look(redis: Any, message: str | bytes) -> None:
     redis.lpush("trueup-ai", message)
-    assert look_at_queue(redis, "trueup-ai") == Waiting(length=1, oldest_seconds=None)
+    assert read_queue_depth(redis, "trueup-ai") == QueueDepth(length=1, oldest_seconds=None)
 
 
 def test_messages_for_other_queues_are_left_as_they_are(app: Celery, redis: Any) -> None:

@@ -1,6 +1,6 @@
-"""The HTTP surface: views for the numbers, endpoints for AI work, both for the token's own user alone."""
+"""The HTTP API: views of a user's figures and endpoints for AI tasks, each for the token's own user only."""
 
 from trueup.extras import require_extra
 
-# Here, before the modules of this package import what the extra brings.
+# Check the extra here, before the modules of this package import its dependencies.
 require_extra("api", "trueup.api")

@@ -1,4 +1,4 @@
-"""The application: `create_app()`. It serves no web pages, so `/openapi.json` is all there is for people."""
+"""The application: `create_app()`. It serves no web pages; people read `/openapi.json`."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,16 +18,16 @@ from trueup.api.views.metrics import Metrics
 from trueup.settings.settings import get_settings
 
 DESCRIPTION = """
-What is left of a user's AI tokens, counted from the usage log and never from the legacy counter; AI tasks behind the
-gate; and what reconciling found. Every answer but a success, a denial (402) and `/readyz` has the shape of `Problem`.
+A user's remaining AI tokens, counted from the usage log and never from the legacy counter; AI tasks behind the gate;
+reconcile reports. Every answer has the shape of `Problem`, except a success, a denial (402) and `/readyz`.
 """
 
 
 def create_app(celery: Celery | None = None) -> FastAPI:
-    """Make the application of this process's settings; nothing is connected yet.
+    """Make the application from this process's settings. It opens no connection yet.
 
-    `celery`: sends the AI tasks; None: the calling thread's current one. Raises `SettingsError` when no key is set to
-    check tokens with.
+    `celery`: the application that sends the AI tasks; None: the calling thread's current one. Raises `SettingsError`
+    if no key is configured that tokens can be verified with.
     """
     settings = get_settings()
     app = FastAPI(

@@ -1,6 +1,6 @@
-"""Who may in: the bearer token that the host has issued, and what it allows.
+"""Authentication: verify the bearer token that the host has issued, and read its user and scopes.
 
-`CurrentUser` gives an endpoint the user's id, `Operator` lets operators in alone; both check the rate limit.
+`CurrentUser` gives an endpoint the user's id; `Operator` admits operators only. Both check the rate limit.
 """
 
 from dataclasses import dataclass
@@ -17,20 +17,21 @@ from trueup.api.errors import ApiError, unavailable
 from trueup.api.keys import Keys, KeysUnavailableError, UnknownKeyError, keys_of
 from trueup.errors import InvalidInputError, SettingsError
 from trueup.host.mapping import UserIdType
-from trueup.settings.api import ApiSettings, is_loopback
+from trueup.settings.api import ApiSettings
 from trueup.settings.settings import Settings
+from trueup.settings.urls import is_loopback
 
 MAX_TOKEN_BYTES = 16_384
-DEMO_HEADER = ("X-Trueup-Demo", "the bearer token is the user id; nobody is authenticated")
+DEMO_HEADER = ("X-Trueup-Demo", "the bearer token is the user id; it is not verified")
 
 _bearer = HTTPBearer(
-    auto_error=False, bearerFormat="JWT", description="A token of the host's, as of djangorestframework-simplejwt."
+    auto_error=False, bearerFormat="JWT", description="A token that the host issues, for example by simplejwt."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """A token that was checked. `user_id` None: it is nobody's, as a machine's may be."""
+    """A verified token. `user_id` None: it names no user, as a machine's token may. `subject`: the rate limit's key."""
 
     user_id: UserId | None
     subject: str
@@ -38,7 +39,7 @@ class Token:
 
 
 class Verifier:
-    """Checks tokens as the settings say. Raises `SettingsError` when they name no key and no demo."""
+    """Verifies tokens by the settings. Raises `SettingsError` if they name no key and do not enable the demo."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings: ApiSettings = settings.api
@@ -46,15 +47,15 @@ class Verifier:
         keys = keys_of(settings.api)
         if keys is None and not settings.api.demo:
             raise SettingsError(
-                "The API has no key to check tokens with. It was not started. Set TRUEUP_API__JWT_SECRET, "
-                "TRUEUP_API__JWKS_FILE or TRUEUP_API__JWKS_URL; to try it on this machine alone, TRUEUP_API__DEMO=true."
+                "No key is configured to verify tokens with. The API was not started. Set TRUEUP_API__JWT_SECRET, "
+                "TRUEUP_API__JWKS_FILE or TRUEUP_API__JWKS_URL, or TRUEUP_API__DEMO=true to try it on this machine."
             )
         self._keys = keys
 
     def verify(self, request: Request, encoded: str) -> Token:
-        """Return the token's content. Raises `ApiError` 401 or, without the issuer's keys, 503."""
+        """Return the verified token. Raises `ApiError` 401, or 503 if the issuer's keys are not available."""
         if len(encoded.encode()) > MAX_TOKEN_BYTES:
-            raise refusal("The token is too long")
+            raise refusal(f"The token has more than {MAX_TOKEN_BYTES} bytes")
         if self._keys is None:
             return self._demo_token(request, encoded)
         return self._token(self._claims(self._keys, encoded))
@@ -65,7 +66,7 @@ class Verifier:
             claims: dict[str, Any] = jwt.decode(
                 encoded,
                 key,
-                # Of the key, never of the token: else a public key could be used as an HMAC secret.
+                # The key's algorithm, never the token's: otherwise a public key could be used as an HMAC secret.
                 algorithms=[key.algorithm_name],
                 issuer=self._settings.issuer,
                 audience=self._settings.audience,
@@ -73,18 +74,18 @@ class Verifier:
                 options={"require": ["exp"], "verify_sub": False, "verify_jti": False},
             )
         except KeysUnavailableError:
-            raise unavailable("The issuer's keys can't be had now, so that no token can be checked") from None
+            raise unavailable("The issuer's keys are not available, so no token can be verified. Try again") from None
         except jwt.ExpiredSignatureError:
             raise refusal("The token has expired") from None
         except (jwt.InvalidIssuerError, jwt.InvalidAudienceError):
-            raise refusal("The token is not meant for this API: wrong iss or aud") from None
+            raise refusal("The token is not for this API: wrong iss or aud") from None
         except jwt.MissingRequiredClaimError as error:
             raise refusal(f"The token has no {error.claim}") from None
         except (jwt.PyJWTError, UnknownKeyError, ValueError, TypeError, OverflowError, RecursionError):
             raise refusal("The token is not valid") from None
-        # simplejwt's: a refresh token lives long and is for getting access tokens alone.
+        # simplejwt's claim. A refresh token lives long and may only be exchanged for access tokens.
         if claims.get("token_type", "access") != "access":
-            raise refusal("This is no access token")
+            raise refusal("The token is not an access token")
         return claims
 
     def _token(self, claims: dict[str, Any]) -> Token:
@@ -94,7 +95,7 @@ class Verifier:
         user_id = None if claimed is None else self._parse(claimed)
         return Token(
             user_id=user_id,
-            # A machine may have any name: it is not counted as the user whose id that is.
+            # A machine's name may equal a user's id; the prefix keeps their rate limits apart.
             subject=f"machine {claims.get('sub', '')}" if user_id is None else str(user_id),
             scopes=frozenset(word for word in words if isinstance(word, str)),
         )
@@ -103,22 +104,25 @@ class Verifier:
         try:
             return parse_user_id(claimed, self._user_id_type)
         except InvalidInputError:
-            raise refusal(f"The token's {self._settings.user_id_claim} is no user id of this host") from None
+            raise refusal(f"The token's {self._settings.user_id_claim} is not a user id of this host") from None
 
     def _demo_token(self, request: Request, encoded: str) -> Token:
-        """Take the token for the user's id: from this machine alone, and not from a page in its browser."""
+        """Take the token as the user's id, for callers on this machine only.
+
+        The Host header must name this machine too: a web page in its browser could send requests under another name.
+        """
         server, client = request.scope.get("server"), request.client
         names = (server and server[0], client and client.host, _named_host(request))
         if not all(name and is_loopback(name) for name in names):
-            raise refusal("The demo is for this machine only")
+            raise refusal("The demo answers callers on this machine only")
         user_id = self._parse(encoded)
         return Token(user_id=user_id, subject=str(user_id), scopes=frozenset({self._settings.operator_scope}))
 
 
 def _named_host(request: Request) -> str | None:
-    """Return what the caller calls this machine; None: nothing that can be read.
+    """Return the host name in the request's Host header; None: it is missing or malformed.
 
-    Not from the request's URL: that has this machine's own name where the caller's can't be read.
+    It does not use `request.url`, which falls back to this machine's own name for a malformed header.
     """
     try:
         return urlsplit(f"//{request.headers.get('host', '')}").hostname
@@ -127,18 +131,21 @@ def _named_host(request: Request) -> str | None:
 
 
 def refusal(problem: str) -> ApiError:
-    """Return the 401 that says so."""
+    """Return the 401 answer for a token with this problem."""
     challenge = f'Bearer error="invalid_token", error_description="{problem}"'
     return ApiError(401, "not_authenticated", problem, headers={"WWW-Authenticate": challenge})
 
 
 def checked_token(request: Request, credentials: Annotated[Any, Security(_bearer)]) -> Token:
-    """Return the request's token; raises `ApiError` 401, 429 or 503. Not async: it may ask the issuer and Redis."""
+    """Return the request's verified token. Raises `ApiError` 401, 429 or 503.
+
+    It is not async, because it may block on requests to the issuer and Redis.
+    """
     if credentials is None:
         raise ApiError(
             401,
             "not_authenticated",
-            "Send a token: Authorization: Bearer …",
+            "The request has no token. Send it as Authorization: Bearer …",
             headers={"WWW-Authenticate": "Bearer"},
         )
     verifier: Verifier = request.app.state.verifier
@@ -148,18 +155,19 @@ def checked_token(request: Request, credentials: Annotated[Any, Security(_bearer
 
 
 async def current_user(token: Annotated[Token, Depends(checked_token)]) -> UserId:
-    """Return the id of the token's user. Raises `ApiError` 401 for a machine's token."""
+    """Return the id of the token's user. Raises `ApiError` 401 if the token names no user."""
     if token.user_id is None:
         raise refusal("The token names no user")
     return token.user_id
 
 
 async def operator(request: Request, token: Annotated[Token, Depends(checked_token)]) -> Token:
-    """Return the token of an operator. Raises `ApiError` 403 when it lacks the scope."""
+    """Return an operator's token. Raises `ApiError` 403 if the token lacks the operator scope."""
     scope = request.app.state.settings.api.operator_scope
     if scope not in token.scopes:
         challenge = f'Bearer error="insufficient_scope", scope="{scope}"'
-        raise ApiError(403, "missing_scope", f"This needs the scope {scope}", headers={"WWW-Authenticate": challenge})
+        problem = f"The token lacks the scope {scope}"
+        raise ApiError(403, "missing_scope", problem, headers={"WWW-Authenticate": challenge})
     return token
 
 

@@ -1,4 +1,4 @@
-"""Every answer that is no success: one JSON shape; a denial has the specification's."""
+"""Error answers. All have one JSON shape, except a denial, which has the specification's."""
 
 import logging
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5
 
-# Codes of what Starlette raises itself.
+# Codes and texts of errors that Starlette raises.
 _CODES = {404: "not_found", 405: "method_not_allowed"}
-_TEXTS = {404: "There is nothing at this address", 405: "This address does not take that method"}
+_TEXTS = {404: "No resource has this address", 405: "This address does not accept the method"}
 
 
 class ApiError(HTTPException):
-    """An answer that is no success: `error_code` for machines, `error` for people."""
+    """An error answer. `error_code` is for machines, `error` for people."""
 
     def __init__(
         self, status_code: int, error_code: str, error: str, *, headers: Mapping[str, str] | None = None
@@ -32,17 +32,17 @@ class ApiError(HTTPException):
 
 
 def unavailable(error: str, *, error_code: str = "service_unavailable") -> ApiError:
-    """Return the answer for what can't be done now, but may be soon."""
+    """Return the 503 answer for a request that may succeed soon; its `Retry-After` is `RETRY_AFTER_SECONDS`."""
     return ApiError(503, error_code, error, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
 
 
 def invalid_input(field: str, problem: str) -> ApiError:
-    """Return the answer for input that is wrong, by the field's name."""
+    """Return the 422 answer for wrong input. `field`: the name of the wrong field."""
     return ApiError(422, "invalid_input", f"{field}: {problem}")
 
 
 def error_body(error_code: str, error: str) -> dict[str, Any]:
-    """Return the body of every error but a denial."""
+    """Return the body of every error answer except a denial."""
     return {"success": False, "error": error, "error_code": error_code}
 
 
@@ -51,7 +51,7 @@ def render(error: ApiError) -> JSONResponse:
 
 
 def register(app: FastAPI) -> None:
-    """Have the application answer so."""
+    """Register the handlers that turn errors into these answers."""
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(InvalidInputError, _invalid_input)
@@ -64,23 +64,23 @@ def register(app: FastAPI) -> None:
 async def _http_error(_request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, ApiError):
         return render(error)
-    assert isinstance(error, HTTPException)  # noqa: S101 - for the type checker: registered for these
-    if error.status_code == 400:  # a body that FastAPI can't even begin to read
-        return render(invalid_input("body", "it can't be read: give JSON in UTF-8"))
+    assert isinstance(error, HTTPException)  # noqa: S101 - for the type checker: registered for this class
+    if error.status_code == 400:  # FastAPI can't decode the body
+        return render(invalid_input("body", "it can't be decoded: send JSON in UTF-8"))
     code = _CODES.get(error.status_code, "error")
     text = _TEXTS.get(error.status_code, str(error.detail))
     return render(ApiError(error.status_code, code, text, headers=error.headers))
 
 
 async def _validation_error(_request: Request, error: Exception) -> JSONResponse:
-    """Name each field and what is wrong with it; never repeat the value, which may be secret or huge."""
+    """Name each wrong field and its problem. Never repeat the value, which may be secret or huge."""
     assert isinstance(error, RequestValidationError)  # noqa: S101
     problems = [f"{_field(fault['loc'])}: {_problem(fault)}" for fault in error.errors()]
     return JSONResponse(error_body("invalid_input", "; ".join(problems[:20])), 422)
 
 
 def _field(location: tuple[Any, ...]) -> str:
-    """Return a field's name without the part of the request that it is in."""
+    """Return a field's name without the part of the request (body, query, path) that it belongs to."""
     names = [str(part) for part in location[1:] if not isinstance(part, int) or len(location) > 2]
     return ".".join(names) or str(location[0])
 
@@ -88,9 +88,9 @@ def _field(location: tuple[Any, ...]) -> str:
 def _problem(fault: Mapping[str, Any]) -> str:
     match fault["type"]:
         case "extra_forbidden":
-            return "there is no such field. Leave it out"
+            return "unknown field. Leave it out"
         case "json_invalid":
-            return f"this is no JSON ({fault['ctx']['error']})"
+            return f"this is not JSON ({fault['ctx']['error']})"
         case _:
             return str(fault["msg"])
 
@@ -100,8 +100,8 @@ async def _invalid_input(_request: Request, error: Exception) -> JSONResponse:
 
 
 async def _missing_extra(_request: Request, error: Exception) -> JSONResponse:
-    """Say that this server lacks the feature. What to install is for the log alone."""
-    logger.error("answered 501: %s", error)
+    """Answer that this server lacks the feature. Only the log names the packages to install."""
+    logger.error("answered 501 reason=%s", error)
     return render(ApiError(501, "not_installed", "This server lacks the packages of this feature. Nothing was done"))
 
 
@@ -112,8 +112,8 @@ async def _denied(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _unavailable(_request: Request, error: Exception) -> JSONResponse:
-    """Say that it is no answer. Where the servers are is for the log alone."""
-    logger.error("answered 503: %s", error)
+    """Answer that a service is not available. Only the log names the servers' addresses."""
+    logger.error("answered 503 reason=%s", error)
     if isinstance(error, NotInstalledError):
         return render(unavailable("The database is not ready for trueup. Nothing was done", error_code="not_ready"))
     assert isinstance(error, ServiceUnavailableError)  # noqa: S101

@@ -1,4 +1,4 @@
-"""The keys that tokens are checked with. Each serves one algorithm, decided by its kind and never by the token."""
+"""The keys that verify tokens. A key's type decides its one algorithm; the token never does."""
 
 import json
 import logging
@@ -15,29 +15,29 @@ from trueup.settings.api import ApiSettings
 
 logger = logging.getLogger(__name__)
 
-# RSA keys sign RS256 and keys on the curve P-256 ES256. Others, above all symmetric ones, have no place in a JWKS.
+# RSA keys verify RS256, P-256 keys ES256. Other keys of a JWKS are ignored, above all symmetric ones.
 _ALGORITHMS = {("RSA", None): "RS256", ("EC", "P-256"): "ES256"}
 MIN_RSA_BITS = 2048
 MAX_JWKS_BYTES = 1_000_000
 
 
 class UnknownKeyError(Exception):
-    """No key of ours has signed this token."""
+    """None of the known keys has the key id of this token."""
 
 
 class KeysUnavailableError(Exception):
-    """The issuer does not give its keys now, and none are known that could serve instead."""
+    """The issuer's keys could not be read, and no earlier keys are known."""
 
 
 class Keys(Protocol):
-    """Where keys come from."""
+    """A source of keys."""
 
     def find(self, header: dict[str, Any]) -> jwt.PyJWK:
         """Return the key for a token with this header. Raises `UnknownKeyError` or `KeysUnavailableError`."""
 
 
 def keys_of(settings: ApiSettings) -> Keys | None:
-    """Return the settings' keys; None: no key is set. Raises `SettingsError` for a file that holds none."""
+    """Return the configured keys; None: none is configured. Raises `SettingsError` for a file without a usable key."""
     if settings.jwt_secret:
         return SecretKey(settings.jwt_secret.get_secret_value().encode())
     if settings.jwks_file:
@@ -48,7 +48,7 @@ def keys_of(settings: ApiSettings) -> Keys | None:
 
 
 class SecretKey:
-    """One secret shared with the issuer, for HS256."""
+    """One secret that the issuer shares, for HS256."""
 
     def __init__(self, secret: bytes) -> None:
         encoded = jwt.utils.base64url_encode(secret).decode()
@@ -59,7 +59,7 @@ class SecretKey:
 
 
 class KeySet:
-    """Public keys by their `kid`. A token without one is checked with the only key, if there is only one."""
+    """Public keys by `kid`. A token without a `kid` is verified with the only key, if there is exactly one."""
 
     def __init__(self, keys: dict[str | None, jwt.PyJWK]) -> None:
         self._keys = keys
@@ -71,7 +71,7 @@ class KeySet:
         return key
 
     def get(self, header: dict[str, Any]) -> jwt.PyJWK | None:
-        """Return the same; None: there is none."""
+        """Return the key for a token with this header; None: there is none."""
         kid = header.get("kid")
         if kid is None:
             return next(iter(self._keys.values())) if len(self._keys) == 1 else None
@@ -79,11 +79,11 @@ class KeySet:
 
 
 class RemoteKeySet:
-    """The issuer's JWKS, read again when it is old, and for an unknown `kid`, though not too often.
+    """The issuer's JWKS. It is read again when it is old and, at limited intervals, for an unknown `kid`.
 
-    Keys that are known go on serving while the issuer does not answer. PyJWT's `PyJWKClient` (2.15) can't take its
-    place: it drops keys that are too old while the issuer is away, asks an issuer that fails with each request, holds
-    its lock while it asks, so that a slow issuer stops all requests, and reads an answer of any size for any time.
+    Known keys stay in use while the issuer does not answer. PyJWT's `PyJWKClient` (2.15) can't replace this class: it
+    drops old keys while the issuer is down, calls a failing issuer for each request, holds its lock during the call, so
+    that a slow issuer blocks all requests, and reads an answer of any size for any time.
     """
 
     def __init__(self, settings: ApiSettings) -> None:
@@ -98,7 +98,7 @@ class RemoteKeySet:
         key = known.get(header) if known is not None else None
         if key is not None and monotonic() - self._read_at < self._settings.jwks_max_age_seconds:
             return key
-        # Whom an old key can serve does not wait for another thread that asks: one slow issuer would hold up everybody.
+        # Only a request without a usable key waits for another thread's refresh; one slow issuer must not block all.
         if self._lock.acquire(blocking=key is None):
             try:
                 self._refresh(known)
@@ -109,9 +109,9 @@ class RemoteKeySet:
         return self._keys.find(header)
 
     def _refresh(self, seen: KeySet | None) -> None:
-        """Read the keys again, unless another thread has done so since `seen`, or it was tried just now.
+        """Read the keys again, unless another thread has replaced `seen` or the last attempt was just now.
 
-        Under the lock.
+        The caller holds the lock.
         """
         if self._keys is not seen or monotonic() - self._asked_at < self._settings.jwks_retry_seconds:
             return
@@ -119,49 +119,49 @@ class RemoteKeySet:
             self._keys = KeySet(parse_jwks(self._fetch()))
             self._read_at = monotonic()
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            logger.warning("no keys from %s: %s", self._settings.jwks_url, error)
+            logger.warning("JWKS not read url=%s error=%s", self._settings.jwks_url, error)
         finally:
             self._asked_at = monotonic()
 
     def _fetch(self) -> bytes:
-        assert self._settings.jwks_url is not None  # noqa: S101 - for the type checker: this class is for it
+        assert self._settings.jwks_url is not None  # noqa: S101 - for the type checker: keys_of checked it
         timeout = httpx.Timeout(self._settings.jwks_timeout_seconds)
-        # httpx limits each read: an answer that drips would never end.
+        # httpx's timeout limits each read only; an answer that arrives byte by byte would never end.
         deadline = monotonic() + self._settings.jwks_timeout_seconds
-        # No redirects: they could lead away from TLS.
+        # A redirect could lead to a server without TLS.
         with httpx.stream("GET", self._settings.jwks_url, timeout=timeout, follow_redirects=False) as answer:
             if answer.status_code != 200:
-                raise ValueError(f"it answers {answer.status_code}")
+                raise ValueError(f"the server answered {answer.status_code}")
             content = b""
             for part in answer.iter_bytes():
                 content += part
                 if len(content) > MAX_JWKS_BYTES:
-                    raise ValueError(f"more than {MAX_JWKS_BYTES} bytes")
+                    raise ValueError(f"the answer has more than {MAX_JWKS_BYTES} bytes")
                 if monotonic() > deadline:
-                    raise ValueError(f"more than {self._settings.jwks_timeout_seconds} s")
+                    raise ValueError(f"the answer took more than {self._settings.jwks_timeout_seconds} s")
         return content
 
 
 def read_jwks_file(path: Path) -> dict[str | None, jwt.PyJWK]:
-    """Return the keys in a file. Raises `SettingsError` when it holds none."""
+    """Return the keys in a file by `kid`. Raises `SettingsError` if it has no usable key."""
     try:
         return parse_jwks(path.read_bytes())
     except (OSError, ValueError) as error:
         raise SettingsError(
-            f"TRUEUP_API__JWKS_FILE: {path}: {error}. The API was not started. Give a JWKS file with the issuer's "
+            f"TRUEUP_API__JWKS_FILE: {path}: {error}. The API was not started. Set it to a JWKS file with the issuer's "
             "public RSA or P-256 keys."
         ) from None
 
 
 def parse_jwks(content: bytes) -> dict[str | None, jwt.PyJWK]:
-    """Return the usable public keys of a JWKS by `kid`; others are passed over. Raises ValueError for none."""
+    """Return the usable public keys of a JWKS by `kid`, and skip all others. Raises ValueError if none is usable."""
     try:
         listed = json.loads(content)["keys"]
         usable = {entry.get("kid"): key for entry in listed if (key := _public_key(entry)) is not None}
     except (KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError('this is no JWKS: an object with a list "keys"') from None
+        raise ValueError('it is not a JWKS, which is an object with a list "keys"') from None
     if not usable:
-        raise ValueError("it has no key that can be used")
+        raise ValueError("it has no usable key")
     return usable
 
 
@@ -170,7 +170,7 @@ def _public_key(entry: dict[str, Any]) -> jwt.PyJWK | None:
     algorithm = _ALGORITHMS.get((str(kind), entry.get("crv") if kind == "EC" else None))
     if algorithm is None or entry.get("alg", algorithm) != algorithm or entry.get("use", "sig") != "sig":
         return None
-    # Of a private key by mistake in the set, the public half is enough.
+    # Drop the private parts, should the set hold a private key by mistake.
     public: dict[str, Any] = {name: entry[name] for name in ("kty", "crv", "n", "e", "x", "y") if name in entry}
     try:
         key = jwt.PyJWK(public, algorithm=algorithm)

@@ -1,4 +1,4 @@
-"""The outermost layer: what holds for every request, whatever it asks for."""
+"""The outermost layer, which handles every request: limits, security headers, metrics and crashes."""
 
 import logging
 import time
@@ -27,7 +27,7 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS",
 
 
 class Edge:
-    """Bounds bodies and requests at once, adds security headers, counts, and turns a crash into a plain 500."""
+    """Limits body sizes and concurrent requests, adds security headers, counts requests, answers a crash with 500."""
 
     def __init__(self, app: ASGIApp, *, settings: ApiSettings, metrics: Metrics) -> None:
         self._app = app
@@ -52,45 +52,45 @@ class Edge:
             self._metrics.in_flight.dec()
             route = getattr(scope.get("route"), "path", NO_ROUTE)
             method = scope["method"] if scope["method"] in METHODS else "other"
-            # 499: the client left before there was an answer.
+            # 499: the client disconnected before the answer began.
             self._metrics.count_request(method, route, exchange.status or 499, time.perf_counter() - started)
 
     async def _answer(self, scope: Scope, receive: Receive, exchange: "_Exchange") -> None:
         try:
             if self._in_flight > self._settings.max_requests:
-                raise unavailable("Too many requests are being answered. Nothing was done; try again")
+                raise unavailable("The server is handling too many requests. Nothing was done; try again")
             await self._app(scope, self._bounded(scope, receive), exchange.send)
         except ApiError as error:
             await render(error)(scope, receive, exchange.send)
         except Exception:
             number = uuid.uuid4().hex[:12]
-            logger.exception("error %s: %s %r", number, scope["method"], scope["path"])
+            logger.exception("request crashed error=%s method=%s path=%r", number, scope["method"], scope["path"])
             if exchange.status is not None:
-                raise  # an answer that has begun can only be broken off
-            problem = f"Something went wrong here, and was logged as error {number}"
+                raise  # the answer has begun: the server can only close the connection
+            problem = f"The request failed on the server. Its log names the cause, under error {number}"
             await render(ApiError(500, "internal_error", problem))(scope, receive, exchange.send)
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
-        """Return a `receive` that refuses a body of too many bytes, declared or not, as soon as that is known."""
-        most = self._settings.max_body_bytes
+        """Return a `receive` that refuses a body above the limit, by its declared length or while it is read."""
+        limit = self._settings.max_body_bytes
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > most:
-            raise _too_large(most)
+        if declared.isdigit() and int(declared) > limit:
+            raise _too_large(limit)
         seen = 0
 
         async def bounded() -> Message:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
-            if seen > most:
-                raise _too_large(most)
+            if seen > limit:
+                raise _too_large(limit)
             return message
 
         return bounded
 
 
 class _Exchange:
-    """One request's answer; `status` None: it has not begun."""
+    """The answer to one request. `status` None: the answer has not begun."""
 
     def __init__(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         self._send = send
@@ -104,6 +104,6 @@ class _Exchange:
         await self._send(message)
 
 
-def _too_large(most: int) -> ApiError:
-    # The rest of the body is not read, so the connection can't be used again.
-    return ApiError(413, "body_too_large", f"The body is larger than {most} bytes", headers={"Connection": "close"})
+def _too_large(limit: int) -> ApiError:
+    # The rest of the body stays unread, so the connection can't be reused.
+    return ApiError(413, "body_too_large", f"The body is larger than {limit} bytes", headers={"Connection": "close"})

@@ -1,4 +1,4 @@
-"""The answers that are no success, as the OpenAPI document declares them."""
+"""Error answers as the OpenAPI document declares them."""
 
 from http import HTTPStatus
 from typing import Any, Literal
@@ -6,11 +6,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from trueup.api.schemas import Body
-from trueup.gate.decision import Reason
+from trueup.gate.denial import Reason
 
 
 class Problem(Body):
-    """Every answer that is neither a success nor a denial. `error_code` is for machines, `error` for people."""
+    """An error answer that is not a denial. `error_code` is for machines, `error` for people."""
 
     success: Literal[False]
     error: str
@@ -18,7 +18,7 @@ class Problem(Body):
 
 
 class Denial(Body):
-    """The gate said no. Tokens are counts; `days_remaining` null means unlimited."""
+    """The gate denied the request. Tokens are counts; `days_remaining` null means unlimited."""
 
     success: Literal[False]
     error: str = Field(examples=["No tokens remaining in subscription"])
@@ -30,46 +30,46 @@ class Denial(Body):
 
 
 _SCHEMA = {"$ref": "#/components/schemas/Problem"}
-_CHALLENGE = {"WWW-Authenticate": {"description": "What is wrong with the token", "schema": {"type": "string"}}}
+_CHALLENGE = {"WWW-Authenticate": {"description": "The problem with the token", "schema": {"type": "string"}}}
 _RETRY = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer", "minimum": 1}}}
 _PROBLEMS: dict[int, tuple[str, str, str, dict[str, Any]]] = {
-    401: ("No token, or none that is valid", "not_authenticated", "The token has expired", _CHALLENGE),
-    403: ("The token lacks the scope", "missing_scope", "This needs the scope trueup:operator", _CHALLENGE),
-    404: ("There is none", "not_found", "There is nothing at this address", {}),
-    409: ("It contradicts what was sent before", "conflict", "This key was used for another request", {}),
+    401: ("The request has no valid token", "not_authenticated", "The token has expired", _CHALLENGE),
+    403: ("The token lacks the scope", "missing_scope", "The token lacks the scope trueup:operator", _CHALLENGE),
+    404: ("The resource does not exist", "not_found", "No resource has this address", {}),
+    409: ("An earlier request has the same key", "conflict", "This key was used for another request", {}),
     413: ("The body is too large", "body_too_large", "The body is larger than 262144 bytes", {}),
     422: ("The input is wrong; `error` names the field", "invalid_input", "limit: give 1 to 100", {}),
-    429: ("Too many requests of this user", "too_many_requests", "More than 600 requests within a minute", _RETRY),
-    500: ("Something went wrong here", "internal_error", "Something went wrong here, and was logged", {}),
+    429: ("This user sent too many requests", "too_many_requests", "More than 600 requests within a minute", _RETRY),
+    500: ("The server failed", "internal_error", "The request failed on the server. Its log names the cause", {}),
     501: (
-        "This server has not installed the feature",
+        "The feature is not installed on this server",
         "not_installed",
         "This server lacks the packages of this feature. Nothing was done",
         {},
     ),
     503: (
-        "A server does not answer, or too much is going on",
+        "A server does not answer, or the API is overloaded",
         "service_unavailable",
         "PostgreSQL does not answer. Nothing was spent by this request; try again",
         _RETRY,
     ),
 }
-# Whatever needs a token may be answered so.
+# Error codes of every route that needs a token.
 AUTHENTICATED = (401, 422, 429, 503)
 
 
 def responses(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """Return these answers for a route's `responses`: 402 is a denial, all others problems."""
+    """Return the answers with these codes for a route's `responses`: 402 is a `Denial`, the others are `Problem`s."""
     return {code: _denied() if code == 402 else _problem(code) for code in sorted(codes)}
 
 
 def responses_to_text(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """Return the same for a route whose success is plain text: FastAPI would take a model's for text too."""
+    """Return the same for a route with a plain-text success; with a model, FastAPI would declare errors as text too."""
     return {code: {name: part for name, part in _problem(code).items() if name != "model"} for code in sorted(codes)}
 
 
 def _denied() -> dict[str, Any]:
-    return {"model": Denial, "description": "The gate said no; nothing was spent"}
+    return {"model": Denial, "description": "The gate denied the request; nothing was spent"}
 
 
 def _problem(code: int) -> dict[str, Any]:

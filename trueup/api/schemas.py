@@ -1,4 +1,4 @@
-"""What the views answer, as the OpenAPI document shows it. Tokens are counts, percentages 0 to 100 with one decimal."""
+"""Bodies of the views' answers, as OpenAPI shows them. Tokens are counts, percentages 0 to 100 with one decimal."""
 
 from datetime import datetime
 from typing import Annotated
@@ -15,15 +15,15 @@ Id = Annotated[int | str, Field(examples=[7])]
 
 
 class Body(BaseModel):
-    """Base of every body: unknown fields are refused."""
+    """Base of every body. It refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class AiUsage(Body):
-    """Tokens since the subscription began, counted from the usage log.
+    """Tokens since the start of the subscription, counted from the usage log.
 
-    `tokens_remaining_in_db`: the legacy counter, for comparison; null where the host has null.
+    `tokens_remaining_in_db`: the legacy counter, for comparison; null if the host's value is null.
     """
 
     total_tokens_consumed: int = Field(examples=[1500])
@@ -42,7 +42,7 @@ class AiUsage(Body):
 
 
 class PlanBody(Body):
-    """A plan. `duration_days` null: tokens without a duration."""
+    """A plan. `duration_days` null: its tokens have no duration."""
 
     kind: PlanKind
     id: Id
@@ -57,16 +57,16 @@ class PlanBody(Body):
 
 
 class ListedPlan(PlanBody):
-    """A plan that is sold, or the user's own. `ai_usage`: of the plan whose tokens the user has; else null."""
+    """A plan on sale, or the user's own. `ai_usage` null: the user's tokens are not of this plan."""
 
     is_current: bool
     ai_usage: AiUsage | None
 
 
 class Subscription(Body):
-    """The user's subscription. `start_date` null: since ever; `end_date` and `days_remaining` null: unlimited.
+    """The user's subscription. `start_date` null: all usage counts; `end_date` and `days_remaining` null: unlimited.
 
-    `tokens_remaining` is the accurate figure.
+    `tokens_remaining`: the accurate figure, not the legacy counter.
     """
 
     plan: PlanBody | None
@@ -94,7 +94,7 @@ class Subscription(Body):
 
 
 class Profile(Body):
-    """The user and what is left, in percent. `subscription_remaining` is 100 when unlimited."""
+    """The user, and the remaining shares of time and tokens. `subscription_remaining` is 100 if it is unlimited."""
 
     id: Id
     username: str | None = Field(examples=["sara"])
@@ -114,7 +114,7 @@ class Profile(Body):
 
 
 class AccountOverview(Profile):
-    """The user with the subscription. `current_subscription` null: there is none."""
+    """The user with the subscription. `current_subscription` null: the user has none."""
 
     current_subscription: Subscription | None
 
@@ -124,7 +124,7 @@ class AccountOverview(Profile):
 
 
 class BillingOverview(Body):
-    """The subscription and the tokens that count. `ai_tokens_total`: consumed since it began."""
+    """The subscription and its tokens. `ai_tokens_total`: consumed since the start of the subscription."""
 
     current_subscription: Subscription | None
     ai_tokens_total: int = Field(examples=[1500])
@@ -142,7 +142,7 @@ class BillingOverview(Body):
 
 
 class Plans(Body):
-    """What is sold, the user's own first."""
+    """Plans on sale, the user's own first."""
 
     plans: list[ListedPlan]
 

@@ -15,7 +15,8 @@ from trueup.accounts.validation import check_estimate
 from trueup.database.retry import once, retry_until_recorded, retrying
 from trueup.database.threads import in_thread
 from trueup.errors import HoldBusyError, InvalidInputError, NoHoldError, TokensDenied, TrueupError
-from trueup.gate.decision import denial_payload, denied_unknown_user
+from trueup.gate.decision import denied_unknown_user
+from trueup.gate.denial import denial_payload
 from trueup.gate.holds import Hold, close_abandoned_hold, close_hold, open_hold
 from trueup.gate.provider_calls import extend_hold
 from trueup.host.sections import check_section

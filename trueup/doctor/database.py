@@ -41,13 +41,13 @@ _INSTALLED: tuple[tuple[str, Check], ...] = (
 
 def examine_database(settings: Settings) -> list[Finding]:
     """Return what all checks of the database find. A server that does not answer is asked once."""
-    patient = {
+    limits = {
         "database_connect_timeout_seconds": min(settings.database_connect_timeout_seconds, CONNECT_SECONDS),
         "statement_timeout_seconds": STATEMENT_SECONDS,
     }
     found: list[Finding] = []
     try:
-        engine = create_trueup_engine(settings.model_copy(update=patient))
+        engine = create_trueup_engine(settings.model_copy(update=limits))
         try:
             with translated_errors(), engine.connect() as connection:
                 examine(connection.execution_options(isolation_level="AUTOCOMMIT"), settings, found)

@@ -12,8 +12,6 @@ from trueup.errors import TrueupError
 
 Level = Literal["ok", "warning", "error"]
 
-# PostgreSQL's code for a statement that took too long.
-
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
@@ -29,7 +27,7 @@ class Finding:
     detail: dict[str, Any] = field(default_factory=dict)
 
 
-Look = Callable[[], Iterable[Finding]]
+Check = Callable[[], Iterable[Finding]]
 
 
 def ok(check: str, what: str, **detail: Any) -> Finding:
@@ -44,11 +42,11 @@ def error(check: str, what: str, remedy: str, **detail: Any) -> Finding:
     return Finding(check=check, level="error", what=what, remedy=remedy, detail=detail)
 
 
-def run_check(check: str, look: Look) -> list[Finding]:
+def run_check(check: str, check_function: Check) -> list[Finding]:
     """Return what a check finds; that it failed, if it did: a warning if it only took too long."""
     found: list[Finding] = []
     try:
-        found.extend(look())
+        found.extend(check_function())
     except Exception as failure:  # noqa: BLE001 - whatever it is, the other checks have something to say
         if isinstance(failure, DBAPIError) and isinstance(failure.orig, QueryCanceled):
             found.append(

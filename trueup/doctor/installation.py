@@ -82,8 +82,8 @@ def check_functions(connection: Connection, settings: Settings) -> Iterator[Find
 def check_triggers(connection: Connection, settings: Settings) -> Iterator[Finding]:
     """Yield whether each row written to the log is counted: triggers there, enabled, and not passed by."""
     idle = [
-        *_idle_triggers(connection, settings.host.usage_log.table),
-        *_idle_window_trigger(connection, settings.host.subscription.table),
+        *_disabled_triggers(connection, settings.host.usage_log.table),
+        *_disabled_window_trigger(connection, settings.host.subscription.table),
     ]
     found = [
         *(idle or _touched_triggers(connection)),
@@ -106,7 +106,7 @@ _TRIGGERS = """
 _HOW_OFF = {"D": "disabled", "R": "enabled for replication alone"}
 
 
-def _idle_triggers(connection: Connection, log: str) -> Iterator[Finding]:
+def _disabled_triggers(connection: Connection, log: str) -> Iterator[Finding]:
     rows = connection.execute(text(f"{_TRIGGERS} AND g.tgrelid = to_regclass(:log)"), {"log": quote_table(log)})
     states = {row.name: row.state for row in rows}
     for trigger in LOG_TRIGGERS:
@@ -123,7 +123,7 @@ def _idle_triggers(connection: Connection, log: str) -> Iterator[Finding]:
         )
 
 
-def _idle_window_trigger(connection: Connection, subscription: str) -> Iterator[Finding]:
+def _disabled_window_trigger(connection: Connection, subscription: str) -> Iterator[Finding]:
     state = connection.scalar(
         text(
             "SELECT CAST(tgenabled AS text) FROM pg_trigger "

@@ -141,7 +141,7 @@ def check_beat(connection: Connection, settings: Settings) -> Iterator[Finding]:
 
 
 # I4, of all users: one look at the balances that hold something, and at the open holds.
-_UNTRUE_HOLDS = text(
+_MISMATCHED_HOLDS = text(
     """
     SELECT count(*) AS users, min(CAST(user_id AS text)) AS example
     FROM (SELECT user_id, held FROM trueup.balance WHERE held <> 0) b
@@ -152,7 +152,7 @@ _UNTRUE_HOLDS = text(
 )
 
 # I1, of some: a balance that says itself that it is stale is rebuilt when next read, and no defect.
-_UNTRUE_BALANCES = """
+_MISMATCHED_BALANCES = """
     {% from "host/rows.sql" import used_since, window_start %}
     WITH sample AS MATERIALIZED (
         SELECT b.* FROM trueup.balance b TABLESAMPLE BERNOULLI (:share) LIMIT :most
@@ -172,24 +172,24 @@ _UNTRUE_BALANCES = """
 
 def check_invariants(connection: Connection, settings: Settings) -> Iterator[Finding]:
     """Yield balances that are not what their holds, or the log, add up to."""
-    row = connection.execute(_UNTRUE_HOLDS).one()
+    row = connection.execute(_MISMATCHED_HOLDS).one()
     if row.users:
-        yield _untrue(f"The tokens held of {row.users} users are not the sum of their open holds", "I4", row)
+        yield _mismatch(f"The tokens held of {row.users} users are not the sum of their open holds", "I4", row)
     else:
         yield ok("books", "The tokens held of every user are the sum of their open holds.", invariant="I4")
     # -1: not known, as before the first ANALYZE.
     rows = connection.scalar(text("SELECT reltuples FROM pg_class WHERE oid = to_regclass('trueup.balance')"))
     share = min(100.0, 200.0 * SAMPLE / rows) if rows and rows > 0 else 100.0
-    statement = render_statement(_UNTRUE_BALANCES, settings.host)
+    statement = render_statement(_MISMATCHED_BALANCES, settings.host)
     row = connection.execute(statement, {"share": share, "most": SAMPLE}).one()
     if row.users:
-        yield _untrue(f"The balances of {row.users} of {row.looked_at} users are not the sum of their log", "I1", row)
+        yield _mismatch(f"The balances of {row.users} of {row.looked_at} users are not the sum of their log", "I1", row)
     else:
         told = f"The balances of {row.looked_at} users, picked by chance, are the sums of their log."
         yield ok("books", told, invariant="I1", looked_at=row.looked_at)
 
 
-def _untrue(what: str, invariant: str, row: object) -> Finding:
+def _mismatch(what: str, invariant: str, row: object) -> Finding:
     example = getattr(row, "example", None)
     return error(
         "books",

@@ -4,21 +4,19 @@ from dataclasses import dataclass
 
 from trueup.drift.causes import Explanation
 from trueup.drift.detect import Drift
-from trueup.settings.policies import DEFAULT_POLICIES, PAID_CAUSES, POLICIES, UNCORRECTABLE_CAUSES, Policy, Rules
-
-__all__ = ["DEFAULT_POLICIES", "History", "Policy", "Rules", "Verdict", "decide"]
+from trueup.settings.policies import PAID_CAUSES, POLICIES, UNCORRECTABLE_CAUSES, Policy, Rules
 
 
 @dataclass(frozen=True, kw_only=True)
 class History:
     """What is known from before of a user's counter, in this window.
 
-    `stood`: the very same figures have been seen for longer than the rules' minimum age. `held`: tokens too many were
+    `unchanged`: the same figures have been seen for longer than the rules' minimum age. `held`: tokens too many were
     held for review, and nobody has decided yet. `ignored`: the differences in tokens that a person said to leave alone.
     `undone`: a person put the counter back, and none has decided since.
     """
 
-    stood: bool = False
+    unchanged: bool = False
     held: bool = False
     ignored: frozenset[int] = frozenset()
     undone: bool = False
@@ -63,7 +61,7 @@ def decide(
 
     `counter_limit`: the largest value that the counter's column takes; None: not known.
     """
-    in_flight = 0 if history.stood else explanation.in_flight
+    in_flight = 0 if history.unchanged else explanation.in_flight
     off_by = difference(drift, in_flight)
     if drift.observed is not None and abs(off_by) <= rules.tolerance:
         return _tolerated(in_flight, rules)

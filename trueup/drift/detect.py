@@ -42,6 +42,12 @@ class Drift:
         return (self.observed or 0) - self.expected
 
     @property
+    def figures(self) -> dict[str, Any]:
+        """The figures that every explanation shows."""
+        base = self.evidence.base
+        return {"original": self.original, "consumed": self.consumed, "since": {"at": base.at, "kind": base.kind}}
+
+    @property
     def surplus(self) -> int:
         """observed - (original - consumed): what all causes together made of the counter, overdrafts not cut off."""
         return (self.observed or 0) - (self.original - self.consumed)
@@ -90,16 +96,7 @@ def find_drifts(
 
 
 def _drift(row: Any) -> Drift:
-    return Drift(
-        user_id=row.user_id,
-        subscription_id=row.subscription_id,
-        is_active=bool(row.is_active),
-        end_date=row.end_date,
-        original=row.original,
-        consumed=row.consumed,
-        observed=row.observed,
-        expected=row.expected,
-        window=row.window,
-        seen_at=row.seen_at,
-        evidence=Evidence.model_validate(row.evidence) if row.evidence else _NO_EVIDENCE,
-    )
+    values = dict(row._mapping)
+    evidence, is_active = values.pop("evidence"), bool(values.pop("is_active"))
+    known = Evidence.model_validate(evidence) if evidence else _NO_EVIDENCE
+    return Drift(**values, is_active=is_active, evidence=known)

@@ -16,7 +16,7 @@ from trueup.drift.causes import Cause, Certainty, Component, Explanation
 from trueup.drift.clamping import Clamp, clamps
 from trueup.drift.detect import Drift
 from trueup.drift.evidence import Evidence
-from trueup.drift.explain_by_amounts import explain_by_sizes
+from trueup.drift.explain_by_amounts import explain_by_amounts
 from trueup.drift.explain_by_rows import ledger_candidates
 from trueup.drift.hypotheses import Candidate, Candidates, candidate
 from trueup.drift.lost_updates import Losses, losses_by_tokens
@@ -42,7 +42,7 @@ def explain(drift: Drift, *, plan_sizes: frozenset[int], counter_limit: int, now
         return _whole("burned_at_expiry", drift, "likely", {"note": reason}, alternatives=("manual_edit",))
     if solution:
         return solution.as_explanation(drift)
-    return explain_by_sizes(drift, plan_sizes)
+    return explain_by_amounts(drift, plan_sizes)
 
 
 def _whole(
@@ -53,12 +53,7 @@ def _whole(
     alternatives: tuple[str, ...] = (),
 ) -> Explanation:
     part = Component(cause=cause, tokens=drift.tokens, certainty=certainty, evidence=evidence or {})
-    return Explanation(components=(part,), alternatives=alternatives, evidence=figures(drift))
-
-
-def figures(drift: Drift) -> dict[str, Any]:
-    base = drift.evidence.base
-    return {"original": drift.original, "consumed": drift.consumed, "since": {"at": base.at, "kind": base.kind}}
+    return Explanation(components=(part,), alternatives=alternatives, evidence=drift.figures)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +75,7 @@ class _Solution:
             components=tuple(one.component for one in ordered),
             alternatives=tuple(name for name in dict.fromkeys(alternatives) if name not in self.causes),
             in_flight=sum(one.tokens for one in self.chosen if one.in_flight),
-            evidence=figures(drift),
+            evidence=drift.figures,
         )
 
 

@@ -17,30 +17,25 @@ from trueup.drift.hypotheses import Candidate, candidate, carried_of, credits_of
 PAID = ("credit_without_grant", "renewal_without_new_window", "carried_over_tokens")
 
 
-def explain_by_sizes(drift: Drift, plan_sizes: frozenset[int]) -> Explanation:
+def explain_by_amounts(drift: Drift, plan_sizes: frozenset[int]) -> Explanation:
     """Name what made a drift, from the sizes of rows."""
     evidence = drift.evidence
-    shown: dict[str, Any] = {
-        "original": drift.original,
-        "consumed": drift.consumed,
-        "since": {"at": evidence.base.at, "kind": evidence.base.kind},
-    }
     if (drift.observed or 0) < 0:
         part = Component(cause="counter_negative", tokens=drift.tokens, certainty="certain")
-        return Explanation(components=(part,), evidence=shown)
+        return Explanation(components=(part,), evidence=drift.figures)
     if evidence.young and 0 < drift.tokens <= evidence.young.tokens:
-        return Explanation(in_flight=drift.tokens, evidence=shown)
+        return Explanation(in_flight=drift.tokens, evidence=drift.figures)
     chosen, alternatives = _chosen(drift, plan_sizes)
     if not chosen:
         others, more = _unexplained(drift, plan_sizes)
-        return Explanation(alternatives=others, evidence={**shown, **more})
+        return Explanation(alternatives=others, evidence={**drift.figures, **more})
     ordered = sorted(chosen, key=lambda one: one.at)
     named = [name for one in ordered for name in one.alternatives]
     causes = {one.component.cause for one in ordered}
     return Explanation(
         components=tuple(one.component for one in ordered),
         alternatives=tuple(name for name in dict.fromkeys([*named, *alternatives]) if name not in causes),
-        evidence=shown,
+        evidence=drift.figures,
     )
 
 

@@ -14,7 +14,7 @@ from trueup.drift.detect import Drift
 from trueup.host.mapping import UserIdType
 
 # What is found again as it was; a correction or a lost race is an event, and written each time.
-_MAY_STAND = frozenset({"review", "reported", "ignored", "tolerated", "waiting"})
+_KEEPS_ITS_ROW = frozenset({"review", "reported", "ignored", "tolerated", "waiting"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Past:
 
     def history(self, drift: Drift, *, now: datetime, min_age_seconds: int) -> History:
         """Return what of it matters to the policy."""
-        stood = (
+        unchanged = (
             self._same_figures(drift)
             and self.found_at is not None
             and now - self.found_at >= timedelta(seconds=min_age_seconds)
@@ -49,15 +49,15 @@ class Past:
         # A new window has begun since: what was held is not in this counter any more.
         known_at = drift.evidence.base.moment
         over = known_at is not None and self.found_at is not None and self.found_at < known_at
-        return History(stood=stood, held=held and not over, ignored=self.ignored, undone=self.undone)
+        return History(unchanged=unchanged, held=held and not over, ignored=self.ignored, undone=self.undone)
 
-    def standing_id(self, drift: Drift, explanation: Explanation, verdict: Verdict) -> int | None:
+    def known_row_id(self, drift: Drift, explanation: Explanation, verdict: Verdict) -> int | None:
         """Return the row that this drift stands in already; None: it is new.
 
         A user who goes on working lowers both figures, and the difference stays: that is the same drift. Only what
         waits must be the very same figures, for the next request in flight may be as large as the last one.
         """
-        if self.row_id is None or verdict.write is not None or verdict.action not in _MAY_STAND:
+        if self.row_id is None or verdict.write is not None or verdict.action not in _KEEPS_ITS_ROW:
             return None
         if self.subscription_id != drift.subscription_id or (self.observed is None) != (drift.observed is None):
             return None
@@ -85,17 +85,6 @@ def read_past(connection: Connection, user_ids: Sequence[UserId], user_id_type: 
 
 
 def _past(row: Any) -> Past:
-    return Past(
-        row_id=row.row_id,
-        subscription_id=row.subscription_id,
-        observed=row.observed,
-        expected=row.expected,
-        off_by=row.off_by,
-        cause=row.cause,
-        action=row.action,
-        decision=row.decision,
-        found_at=row.found_at,
-        ignored=frozenset(row.ignored or ()),
-        undone=row.undone,
-        reason=row.reason,
-    )
+    values = dict(row._mapping)
+    values.pop("user_id")
+    return Past(**values | {"ignored": frozenset(row.ignored or ())})

@@ -1,23 +1,15 @@
 """May this run? The decision is made in one place, SQL function `trueup.decide`; here it is put into words."""
 
 from datetime import datetime
-from typing import Literal, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 from sqlalchemy import Connection
 
 from trueup.accounts.account import Account, read_decision
 from trueup.accounts.user_ids import UserId
 from trueup.accounts.validation import check_estimate
-from trueup.errors import DenialPayload
+from trueup.gate.denial import describe_denial
 from trueup.gate.modes import lets_pass
-
-Reason = Literal[
-    "no_subscription",
-    "subscription_deactivated",
-    "subscription_expired",
-    "no_tokens_remaining",
-    "insufficient_tokens",
-]
 
 
 class Access(TypedDict):
@@ -35,18 +27,6 @@ class Access(TypedDict):
     tokens_held: int
     tokens_available: int
     reason: NotRequired[str]
-
-
-def describe_denial(reason: str, *, feature_name: str, estimated_tokens: int, available: int) -> str:
-    """Return the message of a reason code, for people."""
-    if reason == "insufficient_tokens":
-        return f"Insufficient tokens for {feature_name}: {estimated_tokens} needed, {available} available"
-    return {
-        "no_subscription": "No subscription found",
-        "subscription_deactivated": "Subscription is deactivated",
-        "subscription_expired": "Subscription has expired",
-        "no_tokens_remaining": "No tokens remaining in subscription",
-    }[reason]
 
 
 def check_access(
@@ -97,19 +77,6 @@ def denied_unknown_user() -> Access:
         days_remaining=None,
         tokens_held=0,
         tokens_available=0,
-    )
-
-
-def denial_payload(access: Access) -> DenialPayload:
-    """Return the specification's error body for a denied access."""
-    return DenialPayload(
-        success=False,
-        error=access["message"],
-        error_code=access["reason"],
-        tokens_remaining=access["tokens_remaining"],
-        original_tokens=access["original_tokens"],
-        consumed_tokens=access["consumed_tokens"],
-        days_remaining=access["days_remaining"],
     )
 
 

@@ -13,8 +13,8 @@ from trueup.accounts.subscriptions import refuse_several_subscriptions
 from trueup.accounts.user_ids import UserId
 from trueup.accounts.validation import check_estimate
 from trueup.database.schema import own_table
-from trueup.errors import HoldBusyError, TokensDenied
-from trueup.gate.decision import denial_payload, describe_denial
+from trueup.errors import DenialPayload, HoldBusyError, TokensDenied
+from trueup.gate.denial import describe_denial
 from trueup.settings.settings import get_settings
 
 
@@ -118,7 +118,7 @@ def open_hold(
         raise _denied(row, feature_name, estimated_tokens)
     if row.busy_until is not None:
         seconds = (row.busy_until - row.at).total_seconds()
-        raise HoldBusyError(task_id, seconds, superfluous=row.superfluous, waits=row.waits)
+        raise HoldBusyError(task_id, seconds, redundant=row.superfluous, waits=row.waits)
     return Hold(
         user_id=user_id,
         task_id=task_id,
@@ -218,24 +218,17 @@ def list_holds(
 
 
 def _denied(row: Any, feature_name: str, estimated_tokens: int) -> TokensDenied:
+    available = max(0, row.original - row.consumed - row.held)
     message = describe_denial(
-        row.reason,
-        feature_name=feature_name,
-        estimated_tokens=estimated_tokens,
-        available=max(0, row.original - row.consumed - row.held),
+        row.reason, feature_name=feature_name, estimated_tokens=estimated_tokens, available=available
     )
-    return TokensDenied(
-        denial_payload(
-            {
-                "has_access": False,
-                "reason": row.reason,
-                "message": message,
-                "tokens_remaining": max(0, row.original - row.consumed),
-                "original_tokens": row.original,
-                "consumed_tokens": row.consumed,
-                "days_remaining": days_between(row.at, row.end_date),
-                "tokens_held": row.held,
-                "tokens_available": max(0, row.original - row.consumed - row.held),
-            }
-        )
+    payload = DenialPayload(
+        success=False,
+        error=message,
+        error_code=row.reason,
+        tokens_remaining=max(0, row.original - row.consumed),
+        original_tokens=row.original,
+        consumed_tokens=row.consumed,
+        days_remaining=days_between(row.at, row.end_date),
     )
+    return TokensDenied(payload)

@@ -41,12 +41,12 @@ def begin_call(
     hold: Hold,
     *,
     call_key: str,
-    tokens_bound: int,
+    max_tokens: int,
     lease_seconds: float,
     ttl_seconds: float,
     now: datetime | None = None,
 ) -> int | None:
-    """Allow a call of at most `tokens_bound` tokens, and remember that it was started.
+    """Allow a call of at most `max_tokens` tokens, and remember that it was started.
 
     Returns None if it may be made; else how many tokens the hold has left for it, other calls in flight taken off.
     Renews the lease and the hold. `now`: None means the database's clock.
@@ -59,7 +59,7 @@ def begin_call(
             "task_id": hold.task_id,
             "attempt": hold.attempt,
             "call_key": call_key,
-            "bound": tokens_bound,
+            "bound": max_tokens,
             "lease_seconds": lease_seconds,
             "ttl_seconds": ttl_seconds,
             "now": now,

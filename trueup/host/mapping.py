@@ -26,10 +26,8 @@ from trueup.host.fields import (
 from trueup.host.setting_values import columns_of, quote_identifier, quote_table
 
 __all__ = [
-    "NOUNS",
     "FullPlanTable",
     "HostMapping",
-    "LogIdType",
     "PaymentTable",
     "SubscriptionTable",
     "TokenPlanTable",
@@ -42,7 +40,6 @@ __all__ = [
 ]
 
 UserIdType = IdType
-LogIdType = IdType
 
 _IF_THERE = BeforeValidator(lambda given: {"table": None} if given is False else given)
 
@@ -51,7 +48,7 @@ class HostMapping(Names):
     """Names of the host's tables and columns, and the type of its user ids. A table that is `false` is not there."""
 
     user_id_type: UserIdType = "bigint"
-    usage_log_id_type: LogIdType = "uuid"
+    usage_log_id_type: IdType = "uuid"
     user: Annotated[UserTable, _IF_THERE] = UserTable()
     token_plan: Annotated[TokenPlanTable, _IF_THERE] = TokenPlanTable()
     full_plan: Annotated[FullPlanTable, _IF_THERE] = FullPlanTable()

@@ -220,7 +220,7 @@ def open_gate(connection: Connection, mapping: HostMapping) -> None:
             "A trigger is missing or disabled again. The gate stays closed. Run `trueup db attach` again."
         )
     _refuse_touched(connection)
-    wrong = connection.execute(render_statement(UNTRUE, mapping), {"users": SAMPLE_USERS}).scalars().all()
+    wrong = connection.execute(render_statement(MISMATCHES, mapping), {"users": SAMPLE_USERS}).scalars().all()
     if wrong:
         raise AttachError(
             f"Balances do not agree with the log, those of {', '.join(map(str, wrong[:5]))} among them. The gate stays "
@@ -303,7 +303,7 @@ _TRIGGER_FUNCTIONS = text(
 )
 
 # One statement, one snapshot: a log row and its delta are seen together.
-UNTRUE = """
+MISMATCHES = """
     {% from "host/rows.sql" import used_since %}
     SELECT b.user_id
     FROM (SELECT * FROM trueup.balance WHERE log_epoch = trueup.log_epoch() ORDER BY random() LIMIT :users) b

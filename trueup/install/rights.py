@@ -12,8 +12,9 @@ from sqlalchemy import Connection, text
 from trueup.database.schema import SCHEMA
 from trueup.errors import MissingRightError
 from trueup.host.catalog import column_names
+from trueup.host.fields import NOUNS
 from trueup.host.log_ids import log_id_sequence
-from trueup.host.mapping import NOUNS, HostMapping, quote_identifier, quote_table
+from trueup.host.mapping import HostMapping, quote_identifier, quote_table
 from trueup.host.partitions import log_tables
 
 # What only migrating writes; the log's triggers do so with its owner's rights.

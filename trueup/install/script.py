@@ -8,9 +8,9 @@ from trueup.database.locks import INSTALL_LOCK, LOCK_TIMEOUT_MILLISECONDS, STATE
 from trueup.host.mapping import HostMapping
 from trueup.host.sql import render_sql
 from trueup.install.attach import (
+    MISMATCHES,
     SAMPLE_USERS,
     TRIGGER_STEPS,
-    UNTRUE,
     batch_users,
     is_ready,
     opening_scripts,
@@ -54,7 +54,7 @@ END $$;
 _COMPARE = """\
 DO $$
 BEGIN
-    IF EXISTS ({untrue}) THEN
+    IF EXISTS ({mismatches}) THEN
         RAISE EXCEPTION 'balances do not agree with the log: the gate stays closed';
     END IF;
 END $$;
@@ -80,8 +80,8 @@ def attach_script(connection: Connection, mapping: HostMapping) -> str:
         milliseconds=LOCK_TIMEOUT_MILLISECONDS, lock=INSTALL_LOCK, users=users, user_id_type=mapping.user_id_type
     )
     parts.append(f"-- 3. Balances, from the log, in batches that are committed one by one\n{filling}")
-    untrue = render_sql(UNTRUE, mapping).replace(":users", str(SAMPLE_USERS)).strip()
-    opening = [_COMPARE.format(untrue=untrue), *opening_scripts(mapping, _CHECK_TRIGGERS)]
+    mismatches = render_sql(MISMATCHES, mapping).replace(":users", str(SAMPLE_USERS)).strip()
+    opening = [_COMPARE.format(mismatches=mismatches), *opening_scripts(mapping, _CHECK_TRIGGERS)]
     parts.append(_step("4. If they agree with the log: the functions of the gate, and the mark", opening))
     return "\n".join(parts)
 

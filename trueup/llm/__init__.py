@@ -1,1 +1,1 @@
-"""The metered model client, providers, and the counting of tokens."""
+"""The metered model client, its providers, and token counting."""

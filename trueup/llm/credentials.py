@@ -1,4 +1,4 @@
-"""Keys and tokens, fit to travel in a header and never shown."""
+"""API keys as HTTP header values. Errors never show them."""
 
 from pydantic import SecretStr
 
@@ -6,14 +6,14 @@ from trueup.errors import SettingsError
 
 
 def header_value(name: str, secret: SecretStr | None) -> str:
-    """Return the secret without surrounding spaces; empty when it is not set.
+    """Return the secret without surrounding spaces; empty if it is not set.
 
-    Raises `SettingsError`, naming the setting and not the secret, when no header can carry it.
+    `name`: the setting, for the error. Raises `SettingsError`, without the secret, if no header can carry it.
     """
     value = secret.get_secret_value().strip() if secret else ""
     if not value.isascii() or not value.isprintable():
         raise SettingsError(
-            f"{name} holds characters that no key has (accents, quotes, line breaks). Copy it again from where it was "
-            "issued."
+            f"{name} has characters that a key can't have (accents, typographic quotes, line breaks). "
+            "Nothing was sent. Copy the key again from its issuer."
         )
     return value

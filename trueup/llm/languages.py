@@ -1,4 +1,4 @@
-"""Which language a text is in, told by its script and its function words."""
+"""Language detection by script and function words."""
 
 import re
 from collections import Counter
@@ -35,7 +35,7 @@ _OWN_LETTERS = {
 
 
 def detect(text: str) -> str:
-    """Return "en", "tr", "fa", "ar" or "ur", or "und" when the text is in none of them."""
+    """Return "en", "tr", "fa", "ar" or "ur", or "und" if the text is in none of these languages."""
     sample = text[:20_000]
     letters = len(_LETTER.findall(sample))
     if not letters:
@@ -52,7 +52,7 @@ def _detect_arabic_script(text: str) -> str:
     if letters["ur"] * 50 > len(text):
         return "ur"
     hits = _function_word_hits(text)
-    # Persian typed on an Arabic keyboard has ي and ك for ی and ک: words weigh more than letters.
+    # Words weigh more than letters, because Persian typed on an Arabic keyboard has ي and ك instead of ی and ک.
     persian = letters["fa"] + 3 * hits["fa"]
     arabic = letters["ar"] + 3 * hits["ar"]
     return "fa" if persian >= arabic else "ar"

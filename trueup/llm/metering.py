@@ -1,7 +1,7 @@
-"""The metered model client: it spends only from the running task's hold, and charges every call.
+"""The metered model client. It spends only from the running task's hold, and charges every call.
 
-The hold is in a context variable, set by the metered base task for as long as its body runs. Code that calls a task's
-body in any other way finds no hold, and can't spend.
+The metered base task sets the hold in a context variable while its body runs. Code that calls a task's body in any
+other way finds no hold and can't spend.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ from typing import Any
 
 from trueup.database.retry import PASSING, once, retry_until_recorded, retrying
 from trueup.errors import (
-    HoldExhaustedError,
     HoldOvertakenError,
     NoHoldError,
     ProviderError,
 )
 from trueup.gate.holds import Hold
-from trueup.gate.provider_calls import begin_call, end_call, extend_hold
+from trueup.gate.provider_calls import end_call, extend_hold
 from trueup.llm.model import Completion, CompletionStream, Message, Provider
+from trueup.llm.output_cap import cap_output
 from trueup.settings.settings import Settings
 from trueup.usage.charges import Charge, Usage, find_answer, record_charge
 
@@ -33,18 +33,18 @@ _running: ContextVar["RunningHold | None"] = ContextVar("trueup_running_hold", d
 
 
 class RunningHold:
-    """The hold of the task that runs now, and what it has left; one per attempt of a task."""
+    """The hold of the running task and its remaining tokens. Each attempt of a task has its own."""
 
     def __init__(self, hold: Hold) -> None:
         self.hold = hold
         self.tokens_left = hold.tokens_left
-        self.streams: set[CompletionStream] = set()  # those that run; none must end uncharged
-        self.is_lost = False  # set when a charge came late: then the hold is not this attempt's any more
+        self.streams: set[CompletionStream] = set()  # open streams; each must be charged before the body ends
+        self.is_lost = False  # set by a late charge, which means that this attempt no longer has the hold
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Call:
-    """A call that may be made: at most `limit` tokens of answer. `paid`: it was, by an earlier attempt."""
+    """An admitted call. `limit`: tokens of the answer, at most. `paid`: an earlier attempt's answer to replay."""
 
     running: RunningHold
     key: str
@@ -53,14 +53,14 @@ class _Call:
 
 
 def running_hold() -> Hold | None:
-    """Return the hold of the metered task that runs in this context; None when none does."""
+    """Return the hold of the metered task that runs in this context; None outside of one."""
     running = _running.get()
     return running.hold if running else None
 
 
 @contextmanager
 def spending_from(hold: Hold) -> Iterator[RunningHold]:
-    """Let model calls in this context spend from the hold."""
+    """Let model calls in this context spend from `hold` until the block ends. It then charges open streams."""
     running = RunningHold(hold)
     token = _running.set(running)
     try:
@@ -73,17 +73,17 @@ def spending_from(hold: Hold) -> Iterator[RunningHold]:
 
 
 def _close_streams(running: RunningHold) -> None:
-    """Charge what the body left running. One that can't be charged now must not keep the others from it."""
+    """Charge the streams that the body left open. A stream that can't be charged now must not stop the others."""
     for stream in tuple(running.streams):
-        with suppress(*PASSING):  # logged where it happened; its intent stays on record
+        with suppress(*PASSING):  # already logged; the call intent stays recorded
             stream.close()
 
 
 class MeteredModel:
-    """A `Model` that asks a provider for at most what the hold covers, and charges what it really cost.
+    """A `Model` that asks a provider for at most the tokens that the hold covers, and charges the real usage.
 
-    A redelivered task repeats its calls in the same order: those it has already paid for are answered from their
-    charges instead of being bought again.
+    A redelivered task repeats its calls in the same order. Calls already paid for are replayed from their charges.
+    `make_provider` is called on first use.
     """
 
     def __init__(self, make_provider: Callable[[], Provider], settings: Settings) -> None:
@@ -92,21 +92,21 @@ class MeteredModel:
 
     @cached_property
     def provider(self) -> Provider:
-        """The provider, made on first use: a task that calls no model needs none.
+        """The provider, made on first use, because a task that calls no model needs none.
 
-        Raises `SettingsError` as `make_provider` does, so that a task can find out before it holds tokens.
+        Raises `SettingsError` as `make_provider` does. A task reads this before it holds tokens, to fail early.
         """
         return self._make_provider()
 
     @property
     def tokens_left(self) -> int:
-        """Count of tokens the running task may still spend. Raises `NoHoldError` outside of one."""
+        """Tokens that the running task may still spend. Raises `NoHoldError` outside a metered task."""
         return _running_hold().tokens_left
 
     def extend(self, tokens: int) -> bool:
-        """Add `tokens` to the running task's hold, if the user's budget allows. Denied, the task goes on as it was.
+        """Add `tokens` to the running task's hold. Returns False if the budget denies it; the hold is then unchanged.
 
-        Raises `NoHoldError` outside a metered task, `HoldOvertakenError` when another attempt has the hold.
+        Raises `NoHoldError` outside a metered task, `HoldOvertakenError` if another attempt has the hold.
         """
         running = _running_hold()
         reason, running.tokens_left = once(lambda connection: extend_hold(connection, running.hold, tokens))
@@ -116,9 +116,9 @@ class MeteredModel:
         """Return one completion, charged to the running task's hold.
 
         `max_completion_tokens`: None means as many as the hold still covers.
-        Raises `NoHoldError` outside a metered task, `HoldExhaustedError` when the hold does not cover the prompt and
-        one token of answer, `HoldOvertakenError` when a later attempt has the hold, `ProviderError` when the provider
-        fails, `ServiceUnavailableError` when the call could not be begun or its usage not be written.
+        Raises `NoHoldError` outside a metered task, `HoldExhaustedError` if the hold does not cover the prompt and
+        one token of the answer, `HoldOvertakenError` if a later attempt has the hold, `ProviderError` if the provider
+        fails, `ServiceUnavailableError` if the database can't record the call intent or the usage.
         """
         call = self._begin(messages, max_completion_tokens)
         if call.paid is not None:
@@ -129,10 +129,10 @@ class MeteredModel:
         return completion
 
     def stream(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> CompletionStream:
-        """Return one completion in chunks, charged when it ends: also when it breaks, or is closed early.
+        """Return one completion in chunks, charged when the stream ends, breaks or is closed early.
 
-        `max_completion_tokens` and errors as with `complete`; iterating raises `ProviderError` when the stream breaks,
-        after what had arrived was charged.
+        `max_completion_tokens` and errors are as in `complete`. Iterating raises `ProviderError` if the stream breaks,
+        after the received part was charged.
         """
         call = self._begin(messages, max_completion_tokens)
         if call.paid is not None:
@@ -143,7 +143,7 @@ class MeteredModel:
 
         def finish() -> Completion:
             completion = source.completion()
-            # What broke or was closed early is no answer to give to a redelivery as if it were whole.
+            # A stream that broke or was closed early is incomplete, so it must not be replayed as the whole answer.
             self._charge(call, completion, keep_answer=source.exhausted)
             call.running.streams.discard(stream)
             return completion
@@ -153,53 +153,22 @@ class MeteredModel:
         return stream
 
     def _begin(self, messages: Sequence[Message], max_completion_tokens: int | None) -> _Call:
-        """Find the call's paid answer, or get leave to make it; from then on it is on record as started."""
+        """Return the call's paid answer, or admit the call and record its intent."""
         running = _running_hold()
         if running.is_lost:
             raise HoldOvertakenError(running.hold.task_id, running.hold.attempt)
-        # Calls are told apart by their order in the task, so that a redelivery finds the same ones.
+        # The key is the call's ordinal in the task and its fingerprint, so that a redelivery finds the same calls.
         key = f"{next(running.hold.ordinals)}:{_fingerprint(self._settings.model_name, messages)}"
         if running.hold.attempt > 1:
             found = retrying(lambda connection: find_answer(connection, running.hold, key))
             if found is not None:
                 return _Call(running=running, key=key, limit=0, paid=Completion(**found))
         prompt_tokens = self.provider.count_prompt_tokens(messages)
-        while True:
-            limit = self._affordable(running, prompt_tokens)
-            if max_completion_tokens is not None:
-                limit = min(limit, max_completion_tokens)
-            if self._allowed(running, key, prompt_tokens + limit):
-                return _Call(running=running, key=key, limit=limit)
-
-    def _allowed(self, running: RunningHold, key: str, tokens_bound: int) -> bool:
-        """Ask the database, which decides. If it says no, `running.tokens_left` is now what it has left: less."""
-        settings = self._settings
-        left = retrying(
-            lambda connection: begin_call(
-                connection,
-                running.hold,
-                call_key=key,
-                tokens_bound=tokens_bound,
-                lease_seconds=settings.lease_seconds,
-                ttl_seconds=settings.hold_ttl_seconds,
-            )
-        )
-        if left is not None:
-            running.tokens_left = left
-        return left is None
-
-    def _affordable(self, running: RunningHold, prompt_tokens: int) -> int:
-        """Return how many tokens of answer the hold covers after the prompt."""
-        limit = running.tokens_left - prompt_tokens
-        if limit < 1:
-            raise HoldExhaustedError(
-                f"{running.hold.feature_name}: {running.tokens_left} tokens are left of the hold, the prompt alone "
-                f"takes {prompt_tokens}. Nothing was spent on this call. Raise the task's estimate, or send less text."
-            )
-        return limit
+        limit = cap_output(running, prompt_tokens, max_completion_tokens, call_key=key, settings=self._settings)
+        return _Call(running=running, key=key, limit=limit)
 
     def _charge(self, call: _Call, completion: Completion, *, keep_answer: bool = True) -> None:
-        """Write the usage: it stands for money spent, so it is tried again while the database can't take it."""
+        """Record the usage. It was paid for, so the write is retried while the database is unavailable."""
         hold = call.running.hold
         metadata = {
             "task_id": hold.task_id,
@@ -219,7 +188,7 @@ class MeteredModel:
         _warn_if_uncovered(hold, call.key, charge)
 
     def _storable(self, completion: Completion) -> dict[str, Any] | None:
-        """Return the answer to keep for a redelivery, or None if the settings or its size forbid."""
+        """Return the answer to store for a replay; None if the settings or its size do not allow it."""
         if not self._settings.store_answers:
             return None
         answer = asdict(completion)
@@ -231,7 +200,7 @@ def _running_hold() -> RunningHold:
     running = _running.get()
     if running is None:
         raise NoHoldError(
-            "A model was called outside a metered task: no tokens are held for it, so nothing was spent. "
+            "A model was called outside a metered task, so no tokens are held for the call. Nothing was spent. "
             "Call the task itself (delay, apply_async, or directly), not its run method."
         )
     return running
@@ -239,20 +208,20 @@ def _running_hold() -> RunningHold:
 
 @contextmanager
 def _noted_failure(call: _Call) -> Iterator[None]:
-    """Note how a call ended that gave no usage. Any other end, such as a kill, leaves its intent as it was: started."""
+    """Record the outcome of a call that failed without usage. After any other end, such as a kill, it stays started."""
     try:
         yield
     except ProviderError as error:
         unknown = error.outcome_unknown
-        with suppress(*PASSING):  # then its intent stays, which says no less
+        with suppress(*PASSING):  # the intent then stays started, which reports the call as unrecorded
             retrying(lambda connection: end_call(connection, call.running.hold, call_key=call.key, unknown=unknown))
         raise
 
 
 def _fingerprint(model_name: str, messages: Sequence[Message]) -> str:
-    """Identify a request: a changed one at the same place in the task is a new call.
+    """Return the fingerprint of a request: a changed request at the same ordinal in the task is a new call.
 
-    The limit on its answer is left out: it follows from what the hold has left, which a redelivery finds changed.
+    It leaves out the limit on the answer, which depends on the hold's remaining tokens and so differs in a redelivery.
     """
     request = [model_name, *([message.role, message.content] for message in messages)]
     return hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
@@ -271,10 +240,10 @@ def _usage(completion: Completion) -> Usage:
 def _warn_if_uncovered(hold: Hold, call_key: str, charge: Charge) -> None:
     if charge.recorded and (charge.tokens_over or charge.late):
         logger.warning(
-            "charge %s of task %s (user %s): %d tokens over its hold%s",
-            call_key,
+            "charge not covered by its hold task=%s user=%s call=%s tokens_over=%d late=%s",
             hold.task_id,
             hold.user_id,
+            call_key,
             charge.tokens_over,
-            ", late" if charge.late else "",
+            charge.late,
         )

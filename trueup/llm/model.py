@@ -1,6 +1,6 @@
-"""What a model is to the services: messages in, a completion and its token usage out, at once or in chunks.
+"""The model interface of the services: messages in, a completion and its token usage out, whole or in chunks.
 
-Services take any `Model`. In a metered task that is the client of `llm.metering`, which spends from the task's hold.
+Services accept any `Model`. A metered task passes the client of `llm.metering`, which spends from the task's hold.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """A provider's answer and what it cost. All token figures are counts as the provider bills them."""
+    """A provider's answer and its usage. All token figures are counts as the provider bills them."""
 
     text: str
     prompt_tokens: int
@@ -30,19 +30,19 @@ class Completion:
     truncated: bool = False
     """The answer was cut off at `max_completion_tokens`."""
     usage_reported: bool = True
-    """False when the provider named no usage and the tokens were counted here instead."""
+    """False if the provider reported no usage, so the tokens were counted here."""
 
 
 class CompletionStream(Iterator[str]):
-    """The text of a completion in chunks, none of them empty, and after its end the `Completion` of what arrived.
+    """The text of a completion in non-empty chunks, and after its end the `Completion` of the received part.
 
-    A stream ends when it is exhausted, when it breaks (iterating raises `ProviderError`) and when it is closed. It has
-    cost tokens in each case, from the moment it exists: whoever opens one must end it, best by a `with` block.
-    Not for several threads.
+    A stream ends when it is exhausted, when it breaks (iterating raises `ProviderError`) or when it is closed. It costs
+    tokens from the moment it is opened, so the code that opens a stream must end it, best with a `with` block.
+    It is not thread-safe.
     """
 
     def __init__(self, chunks: Iterable[str], finish: Callable[[], Completion]) -> None:
-        """`finish` stops the source and returns the completion. It is called once, and again only if it raised."""
+        """`finish` stops the source and returns the completion. It is called once; again only if it raised."""
         self._chunks = filter(None, chunks)
         self._finish = finish
         self._completion: Completion | None = None
@@ -50,7 +50,7 @@ class CompletionStream(Iterator[str]):
 
     @property
     def exhausted(self) -> bool:
-        """True when the answer has arrived to its end; False while it runs, and if it broke or was closed early."""
+        """True if the whole answer has arrived; False while the stream runs, and if it broke or was closed early."""
         return self._exhausted
 
     def __next__(self) -> str:
@@ -62,17 +62,17 @@ class CompletionStream(Iterator[str]):
             self._exhausted = True
             self.close()
             raise
-        except BaseException:  # a time limit's, too
+        except BaseException:  # a time limit's exception too
             self.close()
             raise
 
     def close(self) -> None:
-        """End the stream where it stands and let go of its connection. Closing again does nothing."""
+        """End the stream and close its connection. A second call does nothing."""
         if self._completion is None:
             self._completion = self._finish()
 
     def completion(self) -> Completion:
-        """Return what arrived and what it cost; a stream that still runs is closed first."""
+        """Return the received part and its usage. A running stream is closed first."""
         if self._completion is None:
             self._completion = self._finish()
         return self._completion
@@ -87,10 +87,10 @@ class CompletionStream(Iterator[str]):
 
 
 class Provider(Protocol):
-    """A source of completions. It spends whatever it is asked to: only `trueup.llm.metering` may call it."""
+    """A source of completions. It has no budget of its own, so only `trueup.llm.metering` may call it."""
 
     def count_prompt_tokens(self, messages: Sequence[Message]) -> int:
-        """Return the tokens the prompt costs, message overhead included; never fewer than billed."""
+        """Return the tokens that the prompt costs, with message overhead; never fewer than billed."""
         ...
 
     def complete(self, messages: Sequence[Message], *, max_completion_tokens: int) -> Completion:
@@ -98,33 +98,33 @@ class Provider(Protocol):
         ...
 
     def stream(self, messages: Sequence[Message], *, max_completion_tokens: int) -> CompletionStream:
-        """Buy one completion of at most `max_completion_tokens` tokens, in chunks; returns once it has begun.
+        """Buy one completion of at most `max_completion_tokens` tokens, in chunks. Returns once it has begun.
 
-        Raises `ProviderError` when it does not begin: then there is no usage, or, if `outcome_unknown`, none is known.
-        An error raised by iterating leaves no outcome unknown: the stream's completion has the usage, counted if need
-        be.
+        Raises `ProviderError` if the stream does not begin. There is then no usage, or its usage is unknown if
+        `outcome_unknown`. An error raised by iterating never leaves the usage unknown: the stream's completion has it,
+        reported or counted.
         """
         ...
 
 
 class Model(Protocol):
-    """What a service may do with a model."""
+    """The operations that a service may use."""
 
     def extend(self, tokens: int) -> bool:
-        """Add `tokens` to the running task's hold; False if the budget does not allow it, and nothing has changed."""
+        """Add `tokens` to the running task's hold. Returns False if the budget denies it; nothing then changes."""
         ...
 
     def complete(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> Completion:
         """Return one completion, charged to the running task's hold.
 
         `max_completion_tokens`: None means as many as the hold still covers.
-        Raises `HoldExhaustedError` when the hold does not cover the prompt, `ProviderError` when the provider fails.
+        Raises `HoldExhaustedError` if the hold does not cover the prompt, `ProviderError` if the provider fails.
         """
         ...
 
     def stream(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> CompletionStream:
-        """Return one completion in chunks, charged to the running task's hold when it ends, however it ends.
+        """Return one completion in chunks, charged to the running task's hold whenever and however it ends.
 
-        `max_completion_tokens` and errors as with `complete`; iterating raises `ProviderError` when the stream breaks.
+        `max_completion_tokens` and errors are as in `complete`. Iterating raises `ProviderError` if the stream breaks.
         """
         ...

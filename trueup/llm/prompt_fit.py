@@ -1,4 +1,4 @@
-"""How much of a text there is room for."""
+"""Cut texts to the token budget of a prompt, or refuse a text that can't be cut."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,9 +10,9 @@ from trueup.llm.tokens import TokenCounter, count_prompt_tokens
 CUT_MARK = " […]"
 
 
-def longest_fitting(most: int, fits: Callable[[int], bool]) -> int:
-    """Return the largest length up to `most` that fits, by halving; 0 is taken to fit."""
-    found, beyond = 0, most + 1
+def longest_fitting(limit: int, fits: Callable[[int], bool]) -> int:
+    """Return the largest length up to `limit` that fits, by binary search. Length 0 counts as fitting."""
+    found, beyond = 0, limit + 1
     while beyond - found > 1:
         middle = (found + beyond) // 2
         if fits(middle):
@@ -23,7 +23,7 @@ def longest_fitting(most: int, fits: Callable[[int], bool]) -> int:
 
 
 def cut_to_fit(text: str, fits: Callable[[str], bool]) -> str:
-    """Return as much of the text as fits, ended at a word and marked as cut; empty when nothing of it does."""
+    """Return as much of the text as fits, cut at a word and marked with `CUT_MARK`; empty if no part fits."""
     if fits(text):
         return text
     length = longest_fitting(len(text), lambda length: fits(_marked(text, length)))
@@ -36,9 +36,12 @@ def _marked(text: str, length: int) -> str:
 
 
 def check_fits(field: str, messages: Sequence[Message], budget: int, counter: TokenCounter) -> None:
-    """Raise `InvalidInputError` when a prompt that holds nothing but this field, and so can't be cut, is too large."""
+    """Raise `InvalidInputError` if the prompt exceeds the budget with nothing else in it, as `field` is never cut.
+
+    `messages`: the prompt with only this field. `budget`: tokens.
+    """
     excess = count_prompt_tokens(messages, counter) - budget
     if excess > 0:
         raise InvalidInputError(
-            f"{field} is {excess} tokens too long for what the task may cost. Shorten it; nothing was spent."
+            f"{field} is {excess} tokens too long for the task's estimate. Nothing was spent. Shorten it."
         )

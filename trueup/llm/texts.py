@@ -1,4 +1,4 @@
-"""Plain text: is it readable, where do its sentences end, how is it shortened."""
+"""Plain text: check and clean it, split it into sentences, shorten it."""
 
 import re
 import unicodedata
@@ -19,30 +19,31 @@ _LETTERS = str.maketrans({"ي": "ی", "ى": "ی", "ك": "ک", "ة": "ه", "أ": 
 
 
 def without_lone_surrogates(text: str) -> str:
-    """Return the text with each lone surrogate replaced: it has no UTF-8 form, so no provider can be sent it."""
+    """Return the text with each lone surrogate replaced. It has no UTF-8 form, so it can't be sent to a provider."""
     return _SURROGATE.sub("\ufffd", text)
 
 
 def cleaned_text(text: str) -> str:
-    """Return the text stripped, with control characters made spaces."""
+    """Return the text stripped, with spaces in place of control characters."""
     return without_lone_surrogates(_CONTROL.sub(" ", text)).strip()
 
 
 def readable(field: str, text: object, *, minimum: int, maximum: int) -> str:
-    """Return the text stripped, with control characters made spaces. Sizes are characters.
+    """Return the text stripped, with spaces in place of control characters.
 
-    Raises `InvalidInputError`, naming the field, when it is no text, too short, too long or binary.
+    `minimum`, `maximum`: its length in characters. Raises `InvalidInputError`, which names `field`, for a value that is
+    not a text, too short, too long or binary.
     """
     if not isinstance(text, str):
         raise InvalidInputError(f"{field} is {type(text).__name__}, not text. Send a string.")
     if len(text) > maximum:
-        raise InvalidInputError(f"{field} has {len(text)} characters, at most {maximum} are taken. Send it in parts.")
+        raise InvalidInputError(f"{field} has {len(text)} characters; the limit is {maximum}. Send it in parts.")
     if _looks_binary(text):
         raise InvalidInputError(f"{field} holds binary data, not text. Send the text itself, decoded as UTF-8.")
     cleaned = cleaned_text(text)
     if len(cleaned) < minimum:
         raise InvalidInputError(
-            f"{field} has {len(cleaned)} readable characters, at least {minimum} are needed. Send more text."
+            f"{field} has {len(cleaned)} readable characters; it needs at least {minimum}. Send more text."
         )
     return cleaned
 
@@ -58,12 +59,13 @@ def _looks_binary(text: str) -> bool:
     return unreadable > len(text) * _UNREADABLE_SHARE
 
 
-# Not Cf: Persian needs the zero-width non-joiner. Not Cn: an emoji may be newer than this Python. Not Co: icon fonts.
+# Unicode categories of binary data. Not Cf: Persian needs the zero-width non-joiner. Not Cn: an emoji may be newer than
+# this Python's tables. Not Co: icon fonts use it.
 _BINARY = frozenset({"Cc", "Cs"})
 
 
 def paragraph_spans(text: str) -> Iterator[tuple[int, int]]:
-    """Yield the start and end of each paragraph, blank lines between them left out."""
+    """Yield the start and end of each paragraph, without the blank lines between them."""
     start = 0
     for gap in _PARAGRAPH.finditer(text):
         yield from _trimmed(text, start, gap.start())
@@ -72,7 +74,7 @@ def paragraph_spans(text: str) -> Iterator[tuple[int, int]]:
 
 
 def sentence_spans(text: str, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
-    """Yield the start and end of each sentence in text[start:end]; a line's end also ends a sentence."""
+    """Yield the start and end of each sentence in text[start:end]. A line break ends a sentence too."""
     end = len(text) if end is None else end
     begin = start
     for stop in _SENTENCE_END.finditer(text, start, end):
@@ -98,7 +100,7 @@ def _trimmed(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def cut_at_word(text: str, limit: int) -> str:
-    """Return at most `limit` characters, ended at a word where one ends in the last third."""
+    """Return at most `limit` characters, cut at a word's end if one lies in the last third."""
     if len(text) <= limit:
         return text
     head = text[:limit]
@@ -109,7 +111,7 @@ def cut_at_word(text: str, limit: int) -> str:
 
 
 def cut_to_bytes(text: str, limit: int) -> str:
-    """Return at most `limit` UTF-8 bytes of the text, ended at a word where one ends in the last third."""
+    """Return at most `limit` UTF-8 bytes of the text, cut at a word's end if one lies in the last third."""
     data = text.encode()
     if len(data) <= limit:
         return text
@@ -117,7 +119,7 @@ def cut_to_bytes(text: str, limit: int) -> str:
 
 
 def cut_to_characters(text: str, limit: int) -> str:
-    """Return at most `limit` characters as JavaScript and JSON count them: an emoji is two. Ended as `cut_to_bytes`."""
+    """Return at most `limit` UTF-16 code units of the text (an emoji has two), cut as in `cut_to_bytes`."""
     data = text.encode("utf-16-le")
     if len(data) <= 2 * limit:
         return text
@@ -125,18 +127,18 @@ def cut_to_characters(text: str, limit: int) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Return the words of the text, folded so that spelling variants compare equal."""
+    """Return the words of the text, each folded as by `fold`."""
     return [fold(word) for word in _WORD.findall(text)]
 
 
 def fold(text: str) -> str:
-    """Return the text for comparing: NFKC, casefolded, without marks, Arabic and Persian letters alike."""
+    """Return the text for comparisons: NFKC, casefolded, without marks, with equal Arabic and Persian letters."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return _MARKS.sub("", folded).translate(_LETTERS)
 
 
 def ascii_digits(text: str) -> str:
-    """Return the text with every decimal digit (Persian, Arabic, Devanagari ...) as 0-9."""
+    """Return the text with every decimal digit (Persian, Arabic, Devanagari, …) as 0-9."""
     if text.isascii():
         return text
     return "".join(str(unicodedata.decimal(character)) if character.isdecimal() else character for character in text)

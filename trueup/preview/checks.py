@@ -8,8 +8,8 @@ from sqlalchemy import Connection, text
 
 from trueup.errors import NotInstalledError, TrueupError
 from trueup.host.expressions import wrong_expression
-from trueup.host.fields import FIELDS, ID_TYPES, TABLES, Noun, kind_of
-from trueup.host.mapping import NOUNS, HostMapping, UserIdType, quote_identifier, quote_table
+from trueup.host.fields import FIELDS, ID_TYPES, NOUNS, TABLES, Noun, kind_of
+from trueup.host.mapping import HostMapping, UserIdType, quote_identifier, quote_table
 
 # A log of so few bytes is read as fast without an index.
 _SMALL = 2_000_000

@@ -1,4 +1,4 @@
-"""A look's drift report: figures added up batch by batch, rows kept in a file until they are shown."""
+"""The drift report of a preview: figures added up batch by batch, rows kept in a file until they are shown."""
 
 import heapq
 import pickle
@@ -6,22 +6,24 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
-from typing import IO
+from typing import IO, TypeVar
 
-from trueup.preview.scan import Look
+from trueup.preview.scan import ScanOutcome
 from trueup.reconcile.runs import Finding, RunSummary
 from trueup.reports.rows import DriftFilter, ReportRow, row_of_finding
 from trueup.reports.run_report import DriftReport, report_dry_run
 from trueup.reports.totals import SET_ASIDE, CauseFigures, SizeFigures, tally_findings
 
+Figures = TypeVar("Figures", CauseFigures, SizeFigures)
+
 KIND = "look"
 IN_MEMORY_BYTES = 16_000_000
 
 
-class LookReport:
-    """What a look has found so far. Its memory does not grow with the drifts, but for two numbers each."""
+class PreviewReport:
+    """What a preview has found so far. Its memory does not grow with the drifts, but for two numbers each."""
 
     def __init__(self, only: DriftFilter) -> None:
         self.only = only
@@ -46,18 +48,18 @@ class LookReport:
         self.actions.update(row.action for row in rows)
         causes, sizes = tally_findings(rows)
         for one in causes:
-            self.causes[one.cause] = _sum_of_causes(self.causes.get(one.cause), one)
+            self.causes[one.cause] = _sum(self.causes.get(one.cause), one, "cause")
         for size in sizes:
-            self.sizes[size.at_least] = _sum_of_sizes(self.sizes.get(size.at_least), size)
+            self.sizes[size.at_least] = _sum(self.sizes.get(size.at_least), size, "at_least")
         for row in rows:
             self._tokens.append(abs(row.drift))
             self._places.append(self._rows.tell())
             pickle.dump(row, self._rows)
 
-    def report(self, look: Look, *, max_rows: int | None) -> DriftReport:
+    def report(self, outcome: ScanOutcome, *, max_rows: int | None) -> DriftReport:
         """Return the report, with the largest drifts' rows; `max_rows` None: all, and all in memory."""
-        self.summary.started_at = look.started_at or self.summary.started_at
-        self.summary.finished_at = look.finished_at or self.summary.started_at
+        self.summary.started_at = outcome.started_at or self.summary.started_at
+        self.summary.finished_at = outcome.finished_at or self.summary.started_at
         self.summary.status = "finished"
         rows = list(self.rows(max_rows))
         return replace(
@@ -99,23 +101,9 @@ class LookReport:
         return found
 
 
-def _sum_of_causes(so_far: CauseFigures | None, more: CauseFigures) -> CauseFigures:
+def _sum(so_far: Figures | None, more: Figures, key: str) -> Figures:
+    """Return both figures in one; `key`: the field that they share."""
     if so_far is None:
         return more
-    return CauseFigures(
-        cause=more.cause,
-        drifts=so_far.drifts + more.drifts,
-        certain=so_far.certain + more.certain,
-        tokens_overstated=so_far.tokens_overstated + more.tokens_overstated,
-        tokens_understated=so_far.tokens_understated + more.tokens_understated,
-    )
-
-
-def _sum_of_sizes(so_far: SizeFigures | None, more: SizeFigures) -> SizeFigures:
-    if so_far is None:
-        return more
-    return SizeFigures(
-        at_least=more.at_least,
-        overstated=so_far.overstated + more.overstated,
-        understated=so_far.understated + more.understated,
-    )
+    names = [field.name for field in fields(more) if field.name != key]
+    return replace(more, **{name: getattr(so_far, name) + getattr(more, name) for name in names})

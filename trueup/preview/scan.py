@@ -1,4 +1,4 @@
-"""Look first: every counter compared with the usage log by a role that may only read. Nothing is written anywhere.
+"""Every counter compared with the usage log by a role that may only read. Nothing is written anywhere.
 
 No schema of ours is needed, no lock is taken but the reader's own, and no transaction is long: users go through in
 batches by their ids, each a read-only transaction with one snapshot, in which one statement sums the log and another
@@ -45,7 +45,7 @@ Report = Callable[[int, Sequence[Finding]], None]
 
 
 @dataclass(kw_only=True)
-class Look:
+class ScanOutcome:
     """How a look went. `notes`: what it could not tell, with the remedy. Times are the database's; None: not yet."""
 
     started_at: datetime | None = None
@@ -53,7 +53,7 @@ class Look:
     notes: tuple[str, ...] = ()
 
 
-def look(
+def scan(
     engine: Engine,
     mapping: HostMapping,
     report: Report,
@@ -63,7 +63,7 @@ def look(
     page_size: int = PAGE_SIZE,
     timeout_seconds: int = 30,
     scan_timeout_seconds: int = 600,
-) -> Look:
+) -> ScanOutcome:
     """Compare every counter with the log, and tell of each drift with its cause, as a run of reconcile would.
 
     Where trueup is set up already, its grants and decisions count. `only_user` None: all. `timeout_seconds`: limit of
@@ -72,16 +72,16 @@ def look(
     a table, a column, a right.
     """
     with translated_errors():
-        looker = _Looker(engine, mapping, report, rules, timeout_seconds)
-        looker.prepare()
-        if looker.index is None or only_user is not None:
-            looker.by_pages(only_user, page_size)
+        running = _Scan(engine, mapping, report, rules, timeout_seconds)
+        running.prepare()
+        if running.index is None or only_user is not None:
+            running.by_pages(only_user, page_size)
         else:
-            looker.at_once(scan_timeout_seconds)
-        return looker.told
+            running.at_once(scan_timeout_seconds)
+        return running.told
 
 
-class _Looker:
+class _Scan:
     """A look, and what all its batches share."""
 
     plan_sizes: frozenset[int]
@@ -99,7 +99,7 @@ class _Looker:
         self.report = report
         self.rules = rules
         self.timeout_seconds = timeout_seconds
-        self.told = Look()
+        self.told = ScanOutcome()
 
     def prepare(self) -> None:
         """Check what can be checked, and read what is the same for all batches."""

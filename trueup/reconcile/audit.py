@@ -19,7 +19,7 @@ from trueup.host.mapping import HostMapping, UserIdType
 from trueup.host.sql import render_statement
 from trueup.reconcile.shards import bounds, conditions_of
 
-ODDITIES_MOST = 100
+MAX_ANOMALIES = 100
 """How many of each kind that no machine can repair are reported from a range: the first ones say enough."""
 
 # Holds are given back within a minute of their time. Those that are later than this show that nobody does it.
@@ -46,7 +46,7 @@ class Defect:
 
 
 @contextmanager
-def patient(engine: Engine, timeout_seconds: int) -> Iterator[Connection]:
+def long_read(engine: Engine, timeout_seconds: int) -> Iterator[Connection]:
     """Give a connection for reads that take long, in a transaction: with a time limit of their own, and an end to them
     soon after this process has died."""
     with engine.begin() as connection:
@@ -57,7 +57,7 @@ def patient(engine: Engine, timeout_seconds: int) -> Iterator[Connection]:
 
 # A stale balance is no defect: it is rebuilt when next read. No function of ours is called: PostgreSQL then may work on
 # it in parallel.
-_UNTRUE = """
+_MISMATCHES = """
     {% from "host/rows.sql" import used_in_windows, window_start %}
     WITH epoch AS (SELECT coalesce(max(id), 0) AS epoch FROM trueup.log_truncation)
     SELECT * FROM (
@@ -84,7 +84,7 @@ _UNTRUE = """
     WHERE is_current AND seen <> expected OR held <> in_holds
     ORDER BY user_id
 """
-_ODDITIES = """
+_ANOMALIES = """
     SELECT * FROM trueup.oddities(CAST(:after AS {user_id_type}), CAST(:last AS {user_id_type}),
                                   CAST(:since AS timestamptz), :most)
 """
@@ -97,11 +97,11 @@ _NOTE = """
 """
 
 
-def find_untrue_balances(
+def find_balance_mismatches(
     connection: Connection, mapping: HostMapping, after: UserId | None, last: UserId | None
 ) -> list[Defect]:
     """Return the balances of a range that do not equal the log or their open holds. Nothing is written."""
-    statement = render_statement(_UNTRUE, mapping, within=conditions_of(after, last))
+    statement = render_statement(_MISMATCHES, mapping, within=conditions_of(after, last))
     found = []
     for row in connection.execute(statement, bounds(after, last)):
         if row.is_current and row.seen != row.expected:
@@ -111,7 +111,7 @@ def find_untrue_balances(
     return found
 
 
-def find_oddities(
+def find_anomalies(
     connection: Connection, user_id_type: UserIdType, after: UserId | None, last: UserId | None
 ) -> list[Defect]:
     """Return what is wrong in a range that only a person can set right. Nothing is written."""
@@ -119,8 +119,8 @@ def find_oddities(
         text("SELECT max(started_at) FROM trueup.reconcile_run WHERE kind = 'deep' AND status = 'finished'")
     )
     since = newest - CHARGES_SINCE_MARGIN if isinstance(newest, datetime) else None
-    statement = text(_ODDITIES.format(user_id_type=user_id_type))
-    rows = connection.execute(statement, {"after": after, "last": last, "since": since, "most": ODDITIES_MOST})
+    statement = text(_ANOMALIES.format(user_id_type=user_id_type))
+    rows = connection.execute(statement, {"after": after, "last": last, "since": since, "most": MAX_ANOMALIES})
     return [
         Defect(kind=row.kind, user_id=row.user_id, seen=row.seen, expected=row.expected, detail=row.detail)
         for row in rows

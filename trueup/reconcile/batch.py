@@ -7,13 +7,14 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from trueup.accounts.user_ids import UserId, plain_id
-from trueup.drift.action import DEFAULT_RULES, Rules, decide
+from trueup.drift.action import DEFAULT_RULES, decide
 from trueup.drift.detect import find_drifts
 from trueup.drift.explain import explain
 from trueup.drift.known_drifts import read_past
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.runs import Finding
 from trueup.reconcile.shards import ShardLostError, Step, move_shard
+from trueup.settings.policies import Rules
 
 # Each user's gate waits while the balances of a slice are brought up to date.
 REFRESHED_AT_ONCE = 100
@@ -63,14 +64,14 @@ def reconcile_batch(
     past = read_past(connection, [drift.user_id for drift in drifts], user_id_type)
     connection.rollback()
     findings = []
-    standing = {}
+    known_rows = {}
     for drift in drifts:
         now = drift.seen_at
         explanation = explain(drift, plan_sizes=context.plan_sizes, counter_limit=context.counter_limit, now=now)
         before = past[drift.user_id]
         history = before.history(drift, now=now, min_age_seconds=min_age)
         verdict = decide(drift, explanation, rules=context.rules, history=history, counter_limit=context.counter_limit)
-        row_id = standing[drift.user_id] = before.standing_id(drift, explanation, verdict)
+        row_id = known_rows[drift.user_id] = before.known_row_id(drift, explanation, verdict)
         findings.append(
             Finding(
                 drift=drift,
@@ -87,7 +88,7 @@ def reconcile_batch(
     for start in range(0, len(findings), SETTLED_AT_ONCE):
         part = findings[start : start + SETTLED_AT_ONCE]
         reached = _step_to(step, user_ids, part[-1].drift.user_id)
-        settled += _settle(connection, context, run_id, part, standing, reached)
+        settled += _settle(connection, context, run_id, part, known_rows, reached)
     move_shard(connection, run_id, step, user_id_type)
     return settled
 
@@ -110,7 +111,7 @@ _SETTLE = """
         -- One document: thirteen arrays would cost the client more than all the rest of it.
         SELECT f.* FROM shard, json_to_recordset(CAST(:found AS json)) AS f (
             user_id {user_id_type}, subscription_id text, observed bigint, expected bigint, write bigint, cause text,
-            certainty text, explained bigint, action text, reason text, evidence jsonb, standing_id bigint,
+            certainty text, explained bigint, action text, reason text, evidence jsonb, known_row_id bigint,
             window_start text)
         WHERE shard.is_ours
     ), corrected AS MATERIALIZED (
@@ -121,7 +122,7 @@ _SETTLE = """
         ) f, trueup.correct_counters(f.users, f.subscriptions, f.observed, f.writes, f.windows) AS c (user_id)
     ), seen_again AS (
         UPDATE trueup.drift d SET last_run_id = :run_id, last_seen_at = :now
-        FROM found f WHERE d.user_id = f.user_id AND d.id = f.standing_id
+        FROM found f WHERE d.user_id = f.user_id AND d.id = f.known_row_id
         RETURNING d.user_id, f.action
     ), written AS (
         INSERT INTO trueup.drift (user_id, run_id, subscription_id, observed, expected, written, cause, certainty,
@@ -136,7 +137,7 @@ _SETTLE = """
                     ELSE f.evidence || jsonb_build_object('written_at', clock_timestamp()) END,
                :now, :run_id, :now
         FROM found f LEFT JOIN corrected c ON c.user_id = f.user_id
-        -- Not standing_id: the row that it stood in may have been deleted meanwhile.
+        -- Not known_row_id: the row that it stood in may have been deleted meanwhile.
         WHERE NOT EXISTS (SELECT FROM seen_again a WHERE a.user_id = f.user_id)
         ORDER BY f.user_id
         RETURNING user_id, action, written
@@ -152,12 +153,12 @@ def _settle(
     context: BatchContext,
     run_id: int | None,
     findings: list[Finding],
-    standing: dict[UserId, int | None],
+    known_rows: dict[UserId, int | None],
     step: Step | None,
 ) -> list[Finding]:
     """Set counters right by compare-and-set where the verdict says so, and write down every drift that is new."""
     values = {
-        "found": json.dumps([_as_row(found, standing[found.drift.user_id]) for found in findings]),
+        "found": json.dumps([_as_row(found, known_rows[found.drift.user_id]) for found in findings]),
         "run_id": run_id,
         "now": findings[0].drift.seen_at,
         "shard": step.number if step else None,
@@ -173,7 +174,7 @@ def _settle(
     return [_as_settled(found, settled[found.drift.user_id]) for found in findings]
 
 
-def _as_row(found: Finding, standing_id: int | None) -> dict[str, Any]:
+def _as_row(found: Finding, known_row_id: int | None) -> dict[str, Any]:
     drift, explanation = found.drift, found.explanation
     return {
         "user_id": plain_id(drift.user_id),
@@ -187,7 +188,7 @@ def _as_row(found: Finding, standing_id: int | None) -> dict[str, Any]:
         "action": found.action,
         "reason": found.verdict.reason,
         "evidence": explanation.as_evidence(),
-        "standing_id": standing_id,
+        "known_row_id": known_row_id,
         "window_start": drift.window or None,
     }
 

@@ -7,7 +7,7 @@ from sqlalchemy import Engine, text
 
 from trueup.database.engine import translated_errors
 from trueup.host.mapping import HostMapping
-from trueup.reconcile.audit import patient
+from trueup.reconcile.audit import long_read
 from trueup.reconcile.batch import BatchContext
 from trueup.reconcile.jobs import Job, connected
 from trueup.reconcile.local_run import SCAN_TIMEOUT_SECONDS
@@ -55,7 +55,7 @@ def plan_run(
 
     Raises `RunInProgressError`, `ServiceUnavailableError` or `NotInstalledError`.
     """
-    with translated_errors(), patient(engine, scan_timeout_seconds) as connection:
+    with translated_errors(), long_read(engine, scan_timeout_seconds) as connection:
         begun = begin_run(
             connection,
             kind=kind,

@@ -23,7 +23,7 @@ from trueup.database.engine import translated_errors
 from trueup.drift.action import DEFAULT_RULES
 from trueup.errors import InvalidInputError
 from trueup.host.mapping import HostMapping
-from trueup.reconcile.audit import Defect, patient
+from trueup.reconcile.audit import Defect, long_read
 from trueup.reconcile.batch import BatchContext
 from trueup.reconcile.jobs import Job, Shards, ShardsInMemory, ShardsOfRun, connected, run_jobs
 from trueup.reconcile.runs import (
@@ -94,7 +94,7 @@ def reconcile(
         )
         if progress:
             run.tell(progress)
-        return run.look() if dry_run else run.work(requested_by)
+        return run.dry_run() if dry_run else run.work(requested_by)
 
 
 class _LocalRun:
@@ -126,7 +126,7 @@ class _LocalRun:
         """Have the progress told, of all counters there are to check."""
         self.progress, self.total = progress, 1
         if self.only_user is None:
-            with self._patient() as connection:
+            with self._long_read() as connection:
                 self.total = count_subscriptions(connection, self.job.mapping, None, None)
 
     def report(self, checked: int, findings: Sequence[Finding], defects: Sequence[Defect]) -> None:
@@ -138,12 +138,12 @@ class _LocalRun:
             if self.progress:
                 self.progress(self.summary.checked, max(self.total, self.summary.checked))
 
-    def look(self) -> RunSummary:
+    def dry_run(self) -> RunSummary:
         """Do a dry run: its shards are in memory only."""
         size = self._shard_size()
         ends: list[UserId | None] = []
         if size is not None:
-            with self._patient() as connection:
+            with self._long_read() as connection:
                 ends = list(shard_ends(connection, size))
         starts = [None, *ends]
         shards = [Shard(after=after, last=last) for after, last in zip(starts, [*ends, None], strict=True)]
@@ -155,7 +155,7 @@ class _LocalRun:
     def work(self, requested_by: str) -> RunSummary:
         """Do a run that is written down."""
         size = self._shard_size()
-        with self._patient() as connection:
+        with self._long_read() as connection:
             begun = begin_run(
                 connection,
                 kind=self.kind,
@@ -206,14 +206,14 @@ class _LocalRun:
             return None
         total = self.total
         if not total:
-            with self._patient() as connection:
+            with self._long_read() as connection:
                 total = count_subscriptions(connection, self.job.mapping, None, None)
         if self.jobs == 1:
             return SHARD_SIZE * SHARDS_PER_JOB if total > SHARD_SIZE * SHARDS_PER_JOB else None
         return max(SMALLEST_SHARD, min(SHARD_SIZE, -(-total // (self.jobs * SHARDS_PER_JOB))))
 
-    def _patient(self) -> AbstractContextManager[Connection]:
-        return patient(self.engine, self.job.scan_timeout_seconds)
+    def _long_read(self) -> AbstractContextManager[Connection]:
+        return long_read(self.engine, self.job.scan_timeout_seconds)
 
     def _now(self) -> datetime:
         with connected(self.engine) as connection:

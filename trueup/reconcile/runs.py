@@ -138,7 +138,7 @@ def begin_run(
 
     `shard_size`: subscriptions in a shard; None: one shard. `every_seconds`: the run is for the period of that length
     that now is in, counted from `offset_seconds` after midnight UTC; None: for no period. None is returned when this
-    period has had its run. With a `shard_size` all subscriptions are read: give a connection of `patient`. Raises
+    period has had its run. With a `shard_size` all subscriptions are read: give a connection of `long_read`. Raises
     `RunInProgressError`.
     """
     begun = connection.execute(

@@ -15,12 +15,12 @@ from trueup.errors import ServiceUnavailableError
 from trueup.reconcile.audit import (
     TOLD_AGAIN_AFTER,
     Defect,
+    find_anomalies,
+    find_balance_mismatches,
     find_installation_defects,
-    find_oddities,
     find_uncovered_partitions,
-    find_untrue_balances,
+    long_read,
     note_defect,
-    patient,
     repair_balance,
     repair_installation,
 )
@@ -103,11 +103,11 @@ def _work(job: Job, shard: Shard) -> bool:
             # Where nothing may be noted, no figures are told by values that may be others.
             connection.execute(text("SELECT trueup.require_counted() WHERE NOT trueup.has_old_values()"))
         if job.only_user is None and shard.position is None:
-            _look_at_log(job)
+            _report_uncovered_partitions(job)
     # Something is always done: a shard whose first look takes all the time would else never get on.
     moved = False
     while not (moved and job.stop.is_set()):
-        suspects, left = _look(job, shard)
+        suspects, left = _next_page(job, shard)
         if shard.total is None:
             with connected(job.engine) as connection:
                 measure_shard(connection, shard, left)
@@ -201,9 +201,9 @@ def _told(job: Job, user_ids: list[UserId], step: Step) -> list[Finding]:
         return []
 
 
-def _look(job: Job, shard: Shard) -> tuple[list[UserId], int]:
+def _next_page(job: Job, shard: Shard) -> tuple[list[UserId], int]:
     """Return the next page of suspects, and how many subscriptions are left in the shard."""
-    with patient(job.engine, job.scan_timeout_seconds) as connection:
+    with long_read(job.engine, job.scan_timeout_seconds) as connection:
         if job.only_user is not None:
             found = count_subscriptions_of(connection, job.mapping, job.only_user)
             return [job.only_user] * min(found, 1), found
@@ -211,7 +211,7 @@ def _look(job: Job, shard: Shard) -> tuple[list[UserId], int]:
         return find_suspects(connection, job.mapping, shard.position, shard.last), left
 
 
-def _look_at_log(job: Job) -> None:
+def _report_uncovered_partitions(job: Job) -> None:
     """Tell of partitions that came since the log was set up: their rows may pass the balances by."""
     with connected(job.engine) as connection:
         found = find_uncovered_partitions(connection, told_within=TOLD_AGAIN_AFTER)
@@ -226,18 +226,18 @@ def _audit(job: Job, shard: Shard) -> None:
     """The deep part of a deep pass. It may be done again from its start: what is repaired is no defect any more."""
     kind = job.mapping.user_id_type
     after, last = shard.position, shard.last
-    with patient(job.engine, job.scan_timeout_seconds) as reader:
+    with long_read(job.engine, job.scan_timeout_seconds) as reader:
         installation = find_installation_defects(reader) if shard.after is None else []
-        oddities = find_oddities(reader, kind, after, last)
-        untrue = find_untrue_balances(reader, job.mapping, after, last)
+        anomalies = find_anomalies(reader, kind, after, last)
+        mismatches = find_balance_mismatches(reader, job.mapping, after, last)
     if job.run_id is None:
-        job.report(0, (), [*installation, *untrue, *oddities])
+        job.report(0, (), [*installation, *mismatches, *anomalies])
         return
     with connected(job.engine) as connection:
         repair_installation(connection, kind, job.run_id, installation)
-        for oddity in oddities:
-            note_defect(connection, kind, job.run_id, oddity)
-        for user_id, defects in _by_user(untrue).items():
+        for anomaly in anomalies:
+            note_defect(connection, kind, job.run_id, anomaly)
+        for user_id, defects in _by_user(mismatches).items():
             if job.stop.is_set():
                 return
             _repair(connection, job, shard, user_id, defects)

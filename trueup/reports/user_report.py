@@ -9,11 +9,12 @@ from sqlalchemy import Connection, select, text
 from trueup.accounts.account import Account, read_account
 from trueup.accounts.user_ids import UserId, plain_id
 from trueup.database.schema import own_table
-from trueup.drift.action import DEFAULT_RULES, Rules
+from trueup.drift.action import DEFAULT_RULES
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.batch import BatchContext, reconcile_batch
 from trueup.reconcile.runs import Finding
 from trueup.reports.rows import ReportRow, drifts_of_user
+from trueup.settings.policies import Rules
 
 SCHEMA_VERSION = 1
 MAX_PAST_DRIFTS = 20

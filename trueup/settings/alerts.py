@@ -3,12 +3,12 @@
 import base64
 import binascii
 import hashlib
-import ipaddress
 from functools import lru_cache
 from typing import Self
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from trueup.settings.urls import check_length, is_loopback, split_http_url
 
 WEBHOOK = "webhook"
 _GAPS = ("missed_run_seconds", "missed_deep_run_seconds")
@@ -68,12 +68,7 @@ class AlertSettings(BaseModel):
     def _usable_url(cls, url: SecretStr | None) -> SecretStr | None:
         if url is None or not url.get_secret_value():
             return None
-        try:
-            parts = urlsplit(url.get_secret_value())
-            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-        except ValueError:
-            usable = False
-        if not usable:
+        if split_http_url(url.get_secret_value()) is None:
             raise ValueError("give a URL: https://alerts.example/trueup")
         return url
 
@@ -82,8 +77,7 @@ class AlertSettings(BaseModel):
     def _strong_secret(cls, secret: SecretStr | None) -> SecretStr | None:
         if secret is None or not secret.get_secret_value():
             return None
-        if len(_key(secret)) < MIN_SECRET_BYTES:
-            raise ValueError(f"too short: give {MIN_SECRET_BYTES} random bytes or more")
+        check_length(_key(secret), MIN_SECRET_BYTES)
         return secret
 
     @model_validator(mode="after")
@@ -91,8 +85,8 @@ class AlertSettings(BaseModel):
         if self.webhook_url:
             if not self.webhook_secret:
                 raise ValueError("webhook_url is set without webhook_secret: a receiver could not tell who sends")
-            parts = urlsplit(self.webhook_url.get_secret_value())
-            if parts.scheme == "http" and not self.webhook_allow_http and not _is_this_machine(parts.hostname or ""):
+            parts = split_http_url(self.webhook_url.get_secret_value())
+            if parts and parts.scheme == "http" and not (self.webhook_allow_http or is_loopback(parts.hostname)):
                 raise ValueError("webhook_url is not https: use TLS, or set webhook_allow_http if the network is yours")
         if not self.channels:
             lonely = [
@@ -128,10 +122,3 @@ def _key(secret: SecretStr) -> bytes:
         return base64.b64decode(text.removeprefix(SECRET_PREFIX), validate=True)
     except binascii.Error:
         raise ValueError(f"what follows {SECRET_PREFIX} is no Base64") from None
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

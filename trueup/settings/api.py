@@ -1,11 +1,11 @@
 """Settings of the HTTP interface: `TRUEUP_API__JWT_SECRET`, or [api] in trueup.toml."""
 
-import ipaddress
 from pathlib import Path
 from typing import Self
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from trueup.settings.urls import check_length, is_loopback, split_http_url
 
 MIN_SECRET_BYTES = 32  # RFC 7518, 3.2: an HS256 key is no shorter than its hash
 _KEYS = ("jwt_secret", "jwks_file", "jwks_url")
@@ -56,8 +56,7 @@ class ApiSettings(BaseModel):
     def _strong_secret(cls, secret: SecretStr | None) -> SecretStr | None:
         if secret is None or not secret.get_secret_value():
             return None
-        if len(secret.get_secret_value().encode()) < MIN_SECRET_BYTES:
-            raise ValueError(f"too short: give {MIN_SECRET_BYTES} random bytes or more")
+        check_length(secret.get_secret_value().encode(), MIN_SECRET_BYTES)
         return secret
 
     @field_validator("jwks_url")
@@ -65,14 +64,10 @@ class ApiSettings(BaseModel):
     def _usable_url(cls, url: str | None) -> str | None:
         if not url:
             return None
-        try:
-            parts = urlsplit(url)
-            usable = bool(parts.hostname) and (parts.port or 1) > 0 and "@" not in parts.netloc
-        except ValueError:
-            usable = False
-        if not usable or parts.scheme not in ("https", "http"):
+        parts = split_http_url(url)
+        if parts is None or "@" in parts.netloc:
             raise ValueError("give a URL without a password: https://issuer.example/.well-known/jwks.json")
-        if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+        if parts.scheme == "http" and not is_loopback(parts.hostname):
             raise ValueError("not https: whoever is on the way could put a key of his own there")
         return url
 
@@ -86,11 +81,3 @@ class ApiSettings(BaseModel):
         if self.demo and not is_loopback(self.host):
             raise ValueError(f"demo is set and host is {self.host}: without a key the API is served on loopback only")
         return self
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether an address or name is this machine's own, unreachable from others."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

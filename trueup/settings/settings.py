@@ -277,13 +277,7 @@ def database_url(settings: Settings) -> str:
 
     Raises `SettingsError` when neither is there.
     """
-    url = settings.database_url or _running_stack(settings).get("database_url")
-    if not url:
-        raise SettingsError(
-            f"No database: TRUEUP_DATABASE_URL is not set and no embedded stack runs in {settings.home}. "
-            "Set it, or start the stack with `trueup up`."
-        )
-    return str(url)
+    return _url_of(settings, "database_url", "database")
 
 
 def broker_url(settings: Settings) -> str:
@@ -291,10 +285,14 @@ def broker_url(settings: Settings) -> str:
 
     Raises `SettingsError` when neither is there.
     """
-    url = settings.broker_url or _running_stack(settings).get("broker_url")
+    return _url_of(settings, "broker_url", "broker")
+
+
+def _url_of(settings: Settings, name: str, what: str) -> str:
+    url = getattr(settings, name) or _running_stack(settings).get(name)
     if not url:
         raise SettingsError(
-            f"No broker: TRUEUP_BROKER_URL is not set and no embedded stack runs in {settings.home}. "
+            f"No {what}: {PREFIX}{name.upper()} is not set and no embedded stack runs in {settings.home}. "
             "Set it, or start the stack with `trueup up`."
         )
     return str(url)

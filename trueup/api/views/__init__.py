@@ -1,1 +1,1 @@
-"""The HTTP views: parse, call one function of a room below, answer."""
+"""The HTTP views. Each one parses the request, calls one function of a lower package and renders the answer."""

@@ -1,4 +1,4 @@
-"""What a user is shown of the account: `/api/accounts/…`."""
+"""A user's account: `/api/accounts/…`."""
 
 import logging
 
@@ -20,36 +20,39 @@ logger = logging.getLogger(__name__)
 
 
 def check_columns() -> None:
-    """Raise `SettingsError` for columns of the mapping that only the views read, and that the host does not have.
+    """Raise `SettingsError` for mapped columns that only the views read and that the host's tables lack.
 
-    Where the database can't be asked nothing is known of that, and nothing is raised.
+    If the database does not answer, it logs a warning instead, because the columns can't be checked.
     """
     mapping = get_settings().host
     try:
         missing = retrying(lambda connection: missing_view_columns(connection, mapping))
     except TrueupError as error:
-        logger.warning("The columns that the views show were not looked at: %s", error)
+        logger.warning("columns of the views not checked reason=%s", error)
         return
     if missing:
-        raise SettingsError(f"There is no column {', '.join(missing)}, which the views would show. {VIEWS_REMEDY}")
+        raise SettingsError(
+            f"The host's tables have no column {', '.join(missing)}, which the views show. The API was not started. "
+            f"{VIEWS_REMEDY}"
+        )
 
 
 def summary_of(user_id: UserId, *, with_plans: bool = False) -> Summary:
-    """Return the user's summary, in one round trip. Raises `ApiError` 401 for a user that the host has not."""
+    """Return the user's summary, in one round trip. Raises `ApiError` 401 for a user that the host does not have."""
     mapping = get_settings().host
     summary = retrying(lambda connection: read_summary(connection, mapping, user_id, with_plans=with_plans))
     if not summary.known:
-        raise refusal("The token is of a user that is not there any more")
+        raise refusal("The token's user does not exist")
     return summary
 
 
 @router.get("/overview")
 def overview(user_id: CurrentUser) -> AccountOverview:
-    """Show the user, the subscription and the tokens that are left."""
+    """Show the user, the subscription and the remaining tokens."""
     return AccountOverview.of(summary_of(user_id))
 
 
 @router.get("/profile")
 def profile(user_id: CurrentUser) -> Profile:
-    """Show the user, and how much of the subscription and the tokens is left, in percent."""
+    """Show the user, and the remaining shares of the subscription's time and tokens, in percent."""
     return Profile.of(summary_of(user_id))

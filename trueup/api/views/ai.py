@@ -1,4 +1,4 @@
-"""The AI features over HTTP: a check at the door, then a metered task, whose own gate reserves."""
+"""AI features over HTTP. An endpoint checks the user's tokens, then sends a metered task, whose hold reserves them."""
 
 import asyncio
 import logging
@@ -39,8 +39,8 @@ _WAIT = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;])", re.I
 
 _FAILED: dict[str, Any] = {"model": Problem, "description": "The request waited, and its task failed"}
 _SENT_HEADERS = {
-    "Location": {"description": "Where the task's state and result are", "schema": {"type": "string"}},
-    "Retry-After": {"description": "Seconds to wait before a look", "schema": {"type": "integer", "minimum": 1}},
+    "Location": {"description": "Address of the task's state and result", "schema": {"type": "string"}},
+    "Retry-After": {"description": "Seconds to wait before asking", "schema": {"type": "integer", "minimum": 1}},
 }
 
 router = APIRouter(tags=["ai"], responses={**responses(*AUTHENTICATED, 402, 409, 413, 501), 502: _FAILED})
@@ -52,18 +52,18 @@ IdempotencyKey = Annotated[
         min_length=1,
         max_length=255,
         pattern=r"^[\x21-\x7e]+$",
-        description="Requests with the same key are one task, for 24 hours; a new key, or none, is a new task.",
+        description="For 24 hours, requests with the same key share one task. A new key, or none, starts a new task.",
     ),
 ]
 Prefer = Annotated[
     str | None,
-    Header(max_length=255, description="`wait=N`: answer with the result if it is there within N seconds."),
+    Header(max_length=255, description="`wait=N`: wait up to N seconds for the result, and answer with it."),
 ]
 
 
 def _said(text: str) -> str:
     if not _SAYS_SOMETHING.search(text):
-        raise ValueError("it holds nothing that can be read. Send text")
+        raise ValueError("it has no readable characters. Send text")
     return cleaned_text(text)
 
 
@@ -71,7 +71,7 @@ Said = Annotated[str, Field(json_schema_extra={"pattern": _SAYS_SOMETHING.patter
 
 
 class QuestionBody(Body):
-    """A question, and passages to answer it from, the nearest first."""
+    """A question, and passages to answer it from, the most relevant first."""
 
     question: Said = Field(max_length=questions.MAX_QUESTION_CHARACTERS, examples=["Are returns free?"])
     context: list[Annotated[Prose, Field(max_length=questions.MAX_PASSAGE_CHARACTERS)]] = Field(
@@ -80,7 +80,7 @@ class QuestionBody(Body):
 
 
 class PromptBody(Body):
-    """A draft of a prompt, and the business whose assistant it is for."""
+    """A draft of a prompt, and the business whose assistant will use it."""
 
     prompt: Said = Field(
         max_length=enhancement.MAX_DRAFT_CHARACTERS, examples=["Answer politely. Always tell the price."]
@@ -91,8 +91,8 @@ class PromptBody(Body):
 @router.post(
     "/api/ai/ask-question/",
     responses={
-        200: {"model": TaskBody[questions.QuestionResult], "description": "The request waited: the result"},
-        202: {"model": TaskBody[questions.QuestionResult], "description": "The task is sent", "headers": _SENT_HEADERS},
+        200: {"model": TaskBody[questions.QuestionResult], "description": "The request waited; the result"},
+        202: {"model": TaskBody[questions.QuestionResult], "description": "Task sent", "headers": _SENT_HEADERS},
     },
 )
 async def ask_question(
@@ -105,14 +105,14 @@ async def ask_question(
 @router.post(
     "/api/web-knowledge/generate-prompt/",
     responses={
-        200: {"model": TaskBody[enhancement.PromptResult], "description": "The request waited: the result"},
-        202: {"model": TaskBody[enhancement.PromptResult], "description": "The task is sent", "headers": _SENT_HEADERS},
+        200: {"model": TaskBody[enhancement.PromptResult], "description": "The request waited; the result"},
+        202: {"model": TaskBody[enhancement.PromptResult], "description": "Task sent", "headers": _SENT_HEADERS},
     },
 )
 async def generate_prompt(
     request: Request, body: PromptBody, user_id: CurrentUser, key: IdempotencyKey = None, prefer: Prefer = None
 ) -> JSONResponse:
-    """Make a better prompt of a draft. Estimate: 700 tokens, more for a long draft."""
+    """Write a better prompt from a draft. Estimate: 700 tokens, more for a long draft."""
     return await _answer(request, user_id, "trueup.generate_prompt", body.model_dump(), key=key, prefer=prefer)
 
 
@@ -135,21 +135,21 @@ async def _answer(
 
 
 def _ask(request: Request, user_id: UserId, task: str, arguments: dict[str, Any], key: str | None) -> TaskRequest:
-    """Have the task sent, once for each key, and return its request.
+    """Send the task, once per idempotency key, and return its request.
 
-    Raises `TokensDenied` before anything is written, `ApiError` 409 for a key that another request had, and 503 when
-    the broker does not answer: then the next request of the same key sends the task. `MissingExtraError` without
-    [features].
+    `key` None: the request can't be repeated. Raises `TokensDenied` before anything is written, `ApiError` 409 for a
+    key of another request, and `ApiError` 503 if the broker does not answer; then the next request with the key sends
+    the task. Raises `MissingExtraError` without the extra [features].
     """
     require_extra("features", f"Task {task}", consequence="Nothing was sent.")
     celery: Celery = request.app.state.celery
     fingerprint = fingerprint_of(task, arguments)
-    # The task's own estimate, which also refuses what the work would refuse.
+    # The task's own estimate also refuses input that the task would refuse.
     metered = celery.tasks[task]
     tokens: int = metered.estimated_tokens(arguments)
     known = retrying(lambda connection: find_request(connection, user_id, key)) if key else None
-    # A known key was let in once. Its task may have run, though that it was sent was not noted: then what is left now
-    # says nothing of it. If it was not sent, its own gate decides.
+    # A request with a known key was admitted before. Its task may have run already, even if `sent_at` was not recorded,
+    # so the tokens that are left now say nothing about it. If it was not sent yet, the task's own gate decides.
     if known is None:
         require_tokens(request, user_id, tokens, metered.feature_name)
     task_id = str(uuid.uuid4())
@@ -157,7 +157,7 @@ def _ask(request: Request, user_id: UserId, task: str, arguments: dict[str, Any]
         lambda connection: begin_request(
             connection,
             user_id=user_id,
-            # No key: nobody can repeat it, and the task's id is as good as any.
+            # A request without a key can't be repeated, so any unique key will do.
             idempotency_key=key or task_id,
             fingerprint=fingerprint,
             task_id=task_id,
@@ -165,19 +165,19 @@ def _ask(request: Request, user_id: UserId, task: str, arguments: dict[str, Any]
         )
     )
     if asked.fingerprint != fingerprint:
-        problem = "Idempotency-Key: another request had this key within 24 hours. Send a new key, or the same request"
+        problem = "Idempotency-Key: another request used this key within 24 hours. Send a new key, or the same request"
         raise ApiError(409, "conflict", problem)
     if asked.sent_at is None:
         _send(celery, asked, arguments)
-        _note_sent(asked)
+        _record_sent(asked)
     return asked
 
 
 def _send(celery: Celery, asked: TaskRequest, arguments: Mapping[str, Any]) -> None:
-    """Give the task to the broker.
+    """Send the task's message to the broker. Raises `ApiError` 503 if the broker does not answer.
 
-    `apply_async` would subscribe to the result, whose reader here comes by itself: with each request there would be
-    one subscription more. Raises `ApiError` 503.
+    It does not use `apply_async`, which subscribes to the result. The API polls results instead, so every request would
+    leave one more subscription behind.
     """
     user_id = asked.user_id if isinstance(asked.user_id, int) else str(asked.user_id)
     kwargs = {"user_id": user_id, **arguments}
@@ -188,31 +188,33 @@ def _send(celery: Celery, asked: TaskRequest, arguments: Mapping[str, Any]) -> N
         with celery.producer_or_acquire() as producer:
             amqp.send_task_message(producer, asked.task, message, **options)
     except (OperationalError, RedisError, OSError) as error:
-        logger.error("answered 503: nobody knows whether task %s was sent (%s)", asked.task_id, error)
+        logger.error("answered 503, the task may have been sent task=%s error=%s", asked.task_id, error)
         raise unavailable(
-            "Redis does not answer, so that nobody knows whether the task was sent. Repeat the request with the same "
-            "Idempotency-Key; without one it is another task"
+            "Redis does not answer, so it is not known whether the task was sent. Repeat the request with the same "
+            "Idempotency-Key; without a key the repeated request starts another task"
         ) from error
 
 
-def _note_sent(asked: TaskRequest) -> None:
-    """Note that the broker has the task. If that fails it has it all the same: an error would have it asked for again.
+def _record_sent(asked: TaskRequest) -> None:
+    """Record that the broker has the task.
 
-    The next request of the key then sends it a second time, and the gate makes one of both.
+    A failure is only logged, because the broker has the task anyway, and an error would make the client ask again. The
+    next request with the key then sends a duplicate message, and the gate runs one of the two.
     """
     try:
         retrying(lambda connection: mark_sent(connection, asked))
     except TrueupError as error:
-        logger.warning("task %s is sent, which could not be noted: %s", asked.task_id, error)
+        logger.warning("sent task not recorded as sent task=%s error=%s", asked.task_id, error)
 
 
 async def _wait(request: Request, asked: TaskRequest, seconds: int) -> dict[str, Any]:
-    """Return how the task stands: when it has ended, when the time is over, or when nobody waits any more."""
+    """Poll the task and return its state once it has ended, the time is up, or the client has disconnected."""
     deadline = time.monotonic() + seconds
     pause, longest = POLL_SECONDS
     while True:
+        # A waiting request uses a thread only to read the state, so that waiting requests do not exhaust the pool.
         # A thread for the look alone: those who wait must not keep others from theirs.
-        state = await run_in_threadpool(_look, request.app.state.celery, asked)
+        state = await run_in_threadpool(_read_state, request.app.state.celery, asked)
         left = deadline - time.monotonic()
         if state["state"] in ENDED or left <= 0 or await request.is_disconnected():
             return state
@@ -220,19 +222,19 @@ async def _wait(request: Request, asked: TaskRequest, seconds: int) -> dict[str,
         pause = min(2 * pause, longest)
 
 
-def _look(celery: Celery, asked: TaskRequest) -> dict[str, Any]:
-    """Return how the task stands: pending too while Redis can't tell, for an error would have it asked for again."""
+def _read_state(celery: Celery, asked: TaskRequest) -> dict[str, Any]:
+    """Return the task's state. While Redis does not answer it is pending; an error would make the client ask again."""
     try:
         return read_task(celery, asked)
     except ServiceUnavailableError as error:
-        logger.warning("how task %s stands is not known: %s", asked.task_id, error)
+        logger.warning("task state unknown, answered pending task=%s error=%s", asked.task_id, error)
         return body_of(asked, "pending")
 
 
-def _wait_seconds(prefer: str | None, most: int) -> int | None:
-    """Return how long the caller prefers to wait, at most what the settings allow; None: not at all.
+def _wait_seconds(prefer: str | None, limit: int) -> int | None:
+    """Return how many seconds the client prefers to wait, at most `limit`; None: it states no preference.
 
-    RFC 7240: a preference that can't be read is passed over.
+    A malformed preference is ignored, as RFC 7240 requires.
     """
     wanted = _WAIT.search(prefer or "")
-    return min(int(wanted[1]), most) if wanted else None
+    return min(int(wanted[1]), limit) if wanted else None

@@ -1,4 +1,4 @@
-"""What reconciling found, for operators' machines: `/api/drift/…`."""
+"""Reconcile runs and their drifts, for operators: `/api/drift/…`."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -32,7 +32,7 @@ router = APIRouter(prefix="/api/drift", tags=["drift"], responses=responses(*AUT
 
 
 class Run(Body):
-    """One reconcile run. `only_user` null: it looked at all users; `finished_at` null: it has not ended."""
+    """One reconcile run. `only_user` null: it covers all users; `finished_at` null: it has not ended."""
 
     run_id: int
     kind: Literal["quick", "deep"]
@@ -56,7 +56,7 @@ class Run(Body):
 
 
 class Runs(Body):
-    """Runs, newest first. `next_before`: gives the page after this one; null: there is none."""
+    """Runs, newest first. `next_before`: the value of `before` for the next page; null: there is none."""
 
     schema_version: int = Field(examples=[HISTORY_VERSION])
     runs: list[Run]
@@ -64,9 +64,9 @@ class Runs(Body):
 
 
 class Report(Body):
-    """What a run found, with the largest drifts first; fields as docs/drift-report.schema.json has them.
+    """The report of a run, largest drifts first. The fields are those of docs/drift-report.schema.json.
 
-    `next_skip`: gives the page of rows after this one; null: there is none.
+    `next_skip`: the value of `skip` for the next page of rows; null: there is none.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -90,17 +90,17 @@ class Report(Body):
 
 
 class RunsQuery(Body):
-    """Which runs."""
+    """Selects runs."""
 
     limit: int = Field(default=30, ge=1, le=200, description="runs in a page")
     before: RunId | None = Field(default=None, description="only runs before this one")
 
 
 class ReportQuery(Body):
-    """Which of a run's drifts."""
+    """Selects drifts of a run."""
 
     limit: int = Field(default=100, ge=1, le=1000, description="rows in a page")
-    skip: int = Field(default=0, ge=0, le=MAX_SKIP, description="rows to pass over: those of the pages before")
+    skip: int = Field(default=0, ge=0, le=MAX_SKIP, description="rows to skip: those of the earlier pages")
 
 
 @router.get("/runs")
@@ -109,7 +109,7 @@ def runs(_operator: Operator, query: Annotated[RunsQuery, Query()]) -> Runs:
     user_id_type = get_settings().host.user_id_type
 
     def read(connection: Connection) -> list[Mapping[str, Any]]:
-        # One more than asked for, to know whether there is another page.
+        # Read one run more than requested, to know whether another page follows.
         up_to = None if query.before is None else query.before - 1
         found = read_history(connection, user_id_type, limit=query.limit + 1, up_to_run=up_to)
         return [run.as_json() for run in reversed(found)]
@@ -122,7 +122,7 @@ def runs(_operator: Operator, query: Annotated[RunsQuery, Query()]) -> Runs:
 
 @router.get("/runs/{run_id}", responses=responses(404))
 def run(_operator: Operator, run_id: Annotated[RunId, Path()], query: Annotated[ReportQuery, Query()]) -> Report:
-    """Show what a run found: its totals, and a page of its drifts."""
+    """Show the report of a run: its totals, and a page of its drifts."""
     user_id_type = get_settings().host.user_id_type
     found = retrying(lambda connection: _report(connection, user_id_type, run_id, query))
     return Report.model_validate(found)
@@ -134,7 +134,7 @@ def _report(connection: Connection, user_id_type: UserIdType, run_id: int, query
     except InvalidInputError:
         source = None
     if source is None:
-        raise ApiError(404, "not_found", f"There is no reconcile run {run_id}")
+        raise ApiError(404, "not_found", f"Reconcile run {run_id} does not exist")
     report = read_source(connection, source, max_rows=query.limit, skip=query.skip)
     seen = query.skip + len(report.rows)
     return {**report.as_json(), "next_skip": seen if report.rows and report.rows_left_out else None}

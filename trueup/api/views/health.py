@@ -1,4 +1,4 @@
-"""For what watches the process: is it alive, can it serve, how is it doing."""
+"""Health endpoints: liveness, readiness and metrics."""
 
 import logging
 import threading
@@ -23,9 +23,9 @@ from trueup.install.install import check_installed
 
 logger = logging.getLogger(__name__)
 
-# Whoever asks more often is answered from the last look.
-LOOK_EVERY_SECONDS = 2.0
-LOOK_IS_OLD_SECONDS = 15.0
+# Requests within this time are answered from the last check.
+CHECK_EVERY_SECONDS = 2.0
+CHECK_IS_STALE_SECONDS = 15.0
 PING_EVERY_SECONDS = 10.0
 PING_SECONDS = 1.0
 WORKER_SEEN_SECONDS = 60.0
@@ -42,7 +42,7 @@ class Alive(Body):
 
 
 class Readiness(Body):
-    """Whether each part is there. `worker`: one has answered within the last minute."""
+    """Whether each part is available. `worker` ok: a worker has answered within the last minute."""
 
     ready: bool
     database: State = Field(examples=["ok"])
@@ -51,37 +51,37 @@ class Readiness(Body):
 
 
 class Watch:
-    """Looks at what the API needs, seldom enough that asking often costs nothing."""
+    """Checks the services that the API needs. It caches the result, so that frequent requests cost little."""
 
     def __init__(self, celery: Celery) -> None:
         self._celery = celery
         self._lock = threading.Lock()
         self._last: Readiness | None = None
-        self._looked_at = 0.0
+        self._checked_at = 0.0
         self._pinged_at = float("-inf")
         self._seen_at = float("-inf")
 
-    def look(self) -> Readiness:
-        """Return what was seen by the last look, or by one that is taken now.
+    def check(self) -> Readiness:
+        """Return the result of the last check, or of a new one.
 
-        Who comes while another looks is answered from the last one, unless that is old: anybody may ask, and a server
-        that does not answer would hold up as many threads as there are.
+        While another thread checks, a request gets the last result unless it is stale. The endpoint needs no token, so
+        a server that does not answer could otherwise block every thread.
         """
-        last, age = self._last, monotonic() - self._looked_at
-        if last is not None and age < LOOK_EVERY_SECONDS:
+        last, age = self._last, monotonic() - self._checked_at
+        if last is not None and age < CHECK_EVERY_SECONDS:
             return last
-        is_mine = self._lock.acquire(blocking=last is None or age >= LOOK_IS_OLD_SECONDS)
+        is_mine = self._lock.acquire(blocking=last is None or age >= CHECK_IS_STALE_SECONDS)
         if not is_mine and last is not None:
             return last
         try:
             if self._last is last or self._last is None:
-                self._last = self._look()
-                self._looked_at = monotonic()
+                self._last = self._check()
+                self._checked_at = monotonic()
             return self._last
         finally:
             self._lock.release()
 
-    def _look(self) -> Readiness:
+    def _check(self) -> Readiness:
         database, broker = self._database(), self._broker()
         worker: State = "ok" if broker == "ok" and self._worker_seen() else "unseen"
         return Readiness(ready=database == broker == worker == "ok", database=database, broker=broker, worker=worker)
@@ -92,7 +92,7 @@ class Watch:
         except ServiceUnavailableError:
             return "unavailable"
         except NotInstalledError as error:
-            logger.warning("not ready: %s", error)
+            logger.warning("database not ready reason=%s", error)
             return "not_installed"
         return "ok"
 
@@ -112,32 +112,32 @@ class Watch:
                 if self._celery.control.ping(timeout=PING_SECONDS, limit=1):
                     self._seen_at = monotonic()
             except (OperationalError, RedisError, OSError) as error:
-                logger.warning("no worker could be asked: %s", error)
+                logger.warning("workers not pinged error=%s", error)
         return monotonic() - self._seen_at < WORKER_SEEN_SECONDS
 
 
 @router.get("/healthz")
 async def healthz() -> Alive:
-    """Say that the process is alive; asks nobody else."""
+    """Answer that the process is alive. It contacts no other service."""
     return Alive()
 
 
-@router.get("/readyz", responses={503: {"model": Readiness, "description": "Something is not there"}})
+@router.get("/readyz", responses={503: {"model": Readiness, "description": "A part is not available"}})
 def readyz(request: Request) -> Response:
-    """Say whether the API can serve: database, schema, broker and a worker are there."""
-    readiness = cast(Watch, request.app.state.watch).look()
+    """Answer whether the API can serve: database, schema, broker and a worker are available."""
+    readiness = cast(Watch, request.app.state.watch).check()
     return JSONResponse(readiness.model_dump(), 200 if readiness.ready else 503)
 
 
 def metrics_router(*, public: bool) -> APIRouter:
-    """Return the route to the metrics: for all, or for operators."""
+    """Return the route of the metrics. `public` True: without a token; False: for operators only."""
     answers = responses_to_text(*AUTHENTICATED, 403)
     closed = APIRouter(dependencies=[Depends(operator)], responses=answers, tags=["health"])
     router = APIRouter(tags=["health"]) if public else closed
 
     @router.get("/metrics", response_class=PlainTextResponse)
     def exposition(request: Request) -> Response:
-        """Show requests, decisions and how the books stand, in Prometheus' text format."""
+        """Show requests, gate decisions, holds and drift in Prometheus' text format."""
         return Response(metrics.of(request).exposition(), media_type=CONTENT_TYPE_LATEST)
 
     return router

@@ -1,4 +1,4 @@
-"""What Prometheus is told: requests and their times, the gate's decisions, and how the books stand."""
+"""Metrics for Prometheus: requests and their durations, gate decisions, holds and drift."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -19,7 +19,7 @@ NO_ROUTE = "none"
 
 
 class Metrics:
-    """The figures of one application in this process, and of the database it looks at."""
+    """The metrics of one application in this process, and of its database."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -28,35 +28,35 @@ class Metrics:
         )
         self._seconds = Histogram(
             "trueup_http_request_seconds",
-            "Time to answer.",
+            "Seconds until the answer.",
             ("route",),
             buckets=(0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
             registry=self._registry,
         )
         self.in_flight = Gauge("trueup_http_requests_in_flight", "Requests being answered.", registry=self._registry)
         self._decisions = Counter(
-            "trueup_decisions", "Checks of the gate in this process.", ("outcome",), registry=self._registry
+            "trueup_decisions", "Gate checks in this process.", ("outcome",), registry=self._registry
         )
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         self._registry.register(_Books())
 
     def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Count an answered request. `route` is the path's pattern: a path itself would make a series of each id."""
+        """Count an answered request. `route`: the path's pattern, because a path would make a series for each id."""
         self._requests.labels(method, route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
     def count_decision(self, outcome: str = ALLOWED) -> None:
-        """Count a decision of the gate: `ALLOWED` or a reason code."""
+        """Count a decision of the gate. `outcome`: `ALLOWED` or a denial's reason code."""
         self._decisions.labels(outcome).inc()
 
     def exposition(self) -> bytes:
-        """Return it all in Prometheus' text format. Reads the database."""
+        """Return all metrics in Prometheus' text format. It reads the database."""
         return generate_latest(self._registry)
 
 
 class _Books(Collector):
-    """How the books stand, read from the database when asked. Without an answer only `trueup_database_up 0`."""
+    """Gauges read from the database at each scrape. Without a database there is only `trueup_database_up 0`."""
 
     def collect(self) -> Iterator[Metric]:
         try:
@@ -70,7 +70,7 @@ class _Books(Collector):
                 yield GaugeMetricFamily(f"trueup_{name}", meaning, value=value)
 
     def describe(self) -> list[Any]:
-        """Say nothing: else registering would read the database."""
+        """Return no descriptions: otherwise the registration would read the database."""
         return []
 
 

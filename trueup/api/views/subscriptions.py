@@ -1,4 +1,4 @@
-"""What a user is shown of the subscription and the plans: `/api/billing/…`."""
+"""A user's subscription, and the plans on sale: `/api/billing/…`."""
 
 from fastapi import APIRouter
 
@@ -13,7 +13,7 @@ router = APIRouter(prefix="/api/billing", tags=["billing"], responses=responses(
 
 @router.get("/overview")
 def overview(user_id: CurrentUser) -> BillingOverview:
-    """Show the subscription and the tokens that count."""
+    """Show the subscription and its tokens."""
     return BillingOverview.of(summary_of(user_id))
 
 
@@ -28,5 +28,5 @@ def subscription(user_id: CurrentUser) -> Subscription:
 
 @router.get("/plans")
 def plans(user_id: CurrentUser) -> Plans:
-    """List the plans that are sold; the user's own come first, with their usage."""
+    """List the plans on sale. The user's own come first, with their usage."""
     return Plans.of(summary_of(user_id, with_plans=True))

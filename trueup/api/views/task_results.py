@@ -1,4 +1,4 @@
-"""How a task stands that was asked for over HTTP: `GET /api/tasks/{id}`, for its owner only."""
+"""The state of a task that was requested over HTTP: `GET /api/tasks/{id}`, for its owner only."""
 
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -34,12 +34,13 @@ TASKS_PATH = "/api/tasks"
 
 _Result = TypeVar("_Result")
 
-# What a caller may be told of a failure: an error's own words may name servers. The first that fits.
+# Texts of failures for clients. An error's own message may name servers, so it goes to the log only. The first class
+# that matches counts.
 _FAILURES: tuple[tuple[type[BaseException], str, str], ...] = (
     (AnswerFormatError, "unusable_answer", "The model's answer could not be used; its tokens are charged"),
     (ProviderError, "provider_failed", "The model provider failed"),
     (HoldExhaustedError, "tokens_exhausted", "The tokens held did not cover the work"),
-    (SettingsError, "not_configured", "The worker lacks a setting, and its log names it"),
+    (SettingsError, "not_configured", "The worker lacks a setting; its log names it"),
 )
 _STATES: dict[str, State] = {"PENDING": "pending", "SUCCESS": "done", "FAILURE": "failed", "REVOKED": "failed"}
 
@@ -47,14 +48,14 @@ router = APIRouter(tags=["ai"], responses=responses(*AUTHENTICATED, 404))
 
 
 class Failure(Body):
-    """Why a task has failed."""
+    """The reason of a task's failure."""
 
     error: str = Field(examples=["The model provider failed"])
     error_code: str = Field(examples=["provider_failed"])
 
 
 class TaskBody(Body, Generic[_Result]):
-    """A task. `result` is there when it is done, `denial` when the gate said no, `failure` when it failed."""
+    """A task. `result` is set if it is done, `denial` if the gate denied it, `failure` if it failed."""
 
     task_id: str = Field(examples=["6f1c2f0e-6b8e-4e5b-9f0a-0d6a3c1b2a4d"])
     task: str = Field(examples=["trueup.ask_question"])
@@ -69,22 +70,19 @@ class TaskBody(Body, Generic[_Result]):
 def task_result(
     request: Request,
     user_id: CurrentUser,
-    task_id: Annotated[UUID, Path(description="as the answer to its POST, and that one's Location, gave it")],
+    task_id: Annotated[UUID, Path(description="the `task_id` in the answer to the POST, also in its Location")],
 ) -> TaskBody[QuestionResult | PromptResult]:
-    """Show how one's own task stands. It is known for 24 hours."""
+    """Show the state of one's own task. It is known for 24 hours."""
     found = retrying(lambda connection: find_request_of_task(connection, user_id, str(task_id)))
     if found is None:
-        raise ApiError(404, "not_found", "You have no such task, or it is more than 24 hours old")
+        raise ApiError(404, "not_found", "You have no task with this id, or it is more than 24 hours old")
     return TaskBody[QuestionResult | PromptResult].model_validate(read_task(request.app.state.celery, found))
 
 
 def read_task(celery: Celery, asked: TaskRequest) -> dict[str, Any]:
-    """Return how the task stands, with the fields of `TaskBody`.
-
-    Raises `ServiceUnavailableError` when Redis does not answer.
-    """
+    """Return the task's state, with the fields of `TaskBody`. Raises `ServiceUnavailableError` if Redis is down."""
     try:
-        # Not by an AsyncResult: that would subscribe to the result, and stay so.
+        # An AsyncResult would subscribe to the result and never unsubscribe.
         meta = celery.backend.get_task_meta(asked.task_id, cache=False)
     except (OperationalError, RedisError, OSError) as error:
         raise ServiceUnavailableError("Redis", "the result backend", str(error)) from error
@@ -110,4 +108,4 @@ def _failure(error: object) -> dict[str, str]:
     for kind, code, text in _FAILURES:
         if isinstance(error, kind):
             return {"error_code": code, "error": text}
-    return {"error_code": "task_failed", "error": "The task failed, and its log says why"}
+    return {"error_code": "task_failed", "error": "The task failed; the worker's log names the cause"}

@@ -1,4 +1,4 @@
-"""Chat without a model: a reply and an answer made of the prompt's own sentences, and a draft put in order."""
+"""Chat without a model: replies and answers from the prompt's own sentences, and a rearranged draft."""
 
 import json
 from collections.abc import Sequence
@@ -84,7 +84,7 @@ def question_answer(messages: Sequence[Message], job: Job) -> str:
 
 
 def better_prompt(messages: Sequence[Message], job: Job) -> str:
-    """Return the answer to a prompt of `prompts.enhancement_messages`: the draft, a line for each of its wishes."""
+    """Return the answer to a prompt of `prompts.enhancement_messages`: the draft, with one line per sentence."""
     draft, business = block(messages, "draft"), block(messages, "business")
     language = _language(job, draft)
     phrases = _PHRASES[language]
@@ -100,13 +100,13 @@ def _json_lines(text: str) -> list[dict[str, Any]]:
 
 
 def _facts(business: str) -> str:
-    """Return what a business says for its customers: instructions and persona are for the assistant alone."""
+    """Return a business's facts for customers, without its instructions and persona, which address the assistant."""
     own = [line for line in business.splitlines() if not line.startswith(("instructions: ", "persona: "))]
     return "\n".join(line.removeprefix("name: ").removeprefix("description: ") for line in own)
 
 
 def _content(text: str) -> set[str]:
-    """Return the words of a text that carry its meaning."""
+    """Return the content words of a text: longer than two letters, and no function words."""
     stop = FUNCTION_WORDS.get(detect(text), frozenset())
     return {word for word in words(text) if len(word) > 2 and word not in stop}
 

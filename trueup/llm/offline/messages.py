@@ -1,4 +1,4 @@
-"""Messages without a model: a direct message about the product a comment means, and a plain extractive reply."""
+"""Messages without a model: a direct message about the product that a comment names, and an extractive reply."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -66,7 +66,7 @@ def direct_message(messages: Sequence[Message], job: Job) -> str:
 
 
 def plain_reply(messages: Sequence[Message]) -> str:
-    """Return the sentences of the prompt that share words with its last message; its own first ones when none do."""
+    """Return the prompt's sentences that share words with its last message; otherwise that message's first two."""
     asked = next((message.content for message in reversed(messages) if message.role == "user"), "")
     known = "\n".join(message.content for message in messages if message.content != asked)
     wanted = set(words(asked))
@@ -75,7 +75,7 @@ def plain_reply(messages: Sequence[Message]) -> str:
 
 
 def _about(comment: str, products: Sequence[Mapping[str, str]], phrases: _Phrases) -> list[str]:
-    """Return a line for each product that the comment names; for the first ones when it names none."""
+    """Return a line for each product that the comment names, or for the first products if it names none."""
     asked = set(words(comment))
     named = [product for product in products if asked & set(words(product["name"]))]
     return [_line(product, phrases) for product in (named or products)[:_MAX_PRODUCTS]]
@@ -89,7 +89,7 @@ def _line(product: Mapping[str, str], phrases: _Phrases) -> str:
 
 
 def closest_sentences(asked: str, known: str) -> list[str]:
-    """Return the two sentences that share most words with what was asked; the first one when none shares any."""
+    """Return the two sentences of `known` that share most words with `asked`, in their order."""
     wanted = set(words(asked))
     found = sentences(known)
     ranked = sorted(found, key=lambda sentence: -len(wanted & set(words(sentence))))[:2]

@@ -1,4 +1,4 @@
-"""The provider of made-up answers: no network, no key, the same answer to the same prompt, made from its own text."""
+"""The offline provider. It makes its answers from the prompt's own text, always the same, without network or key."""
 
 import re
 import time
@@ -29,7 +29,7 @@ _CHUNK = re.compile(r"\s*\S+|\s+")
 
 
 class OfflineProvider:
-    """Extractive answers in the shapes that `trueup.llm.prompts` asks for, billed by the o200k encoding."""
+    """Extractive answers in the formats of `trueup.llm.prompts`, billed by the o200k encoding."""
 
     def __init__(self) -> None:
         self._counter = offline_counter()
@@ -39,7 +39,7 @@ class OfflineProvider:
         return count_prompt_tokens(messages, self._counter)
 
     def complete(self, messages: Sequence[Message], *, max_completion_tokens: int) -> Completion:
-        """Answer the job that the prompt's marker names; any other prompt with sentences of its last message."""
+        """Answer the job that the prompt's marker names; answer any other prompt with sentences of its own."""
         started = time.monotonic()
         job = job_of(messages)
         answer = _JOBS.get(job.name) if job else None
@@ -58,7 +58,7 @@ class OfflineProvider:
         )
 
     def stream(self, messages: Sequence[Message], *, max_completion_tokens: int) -> CompletionStream:
-        """Give the answer of `complete` word by word; of a stream closed early, what was given is counted."""
+        """Return the answer of `complete` word by word. A stream that is closed early costs the words given so far."""
         whole = self.complete(messages, max_completion_tokens=max_completion_tokens)
         given: list[str] = []
 
@@ -85,7 +85,7 @@ class OfflineProvider:
 
 
 def _cut(text: str, tokens: int, counter: TokenCounter) -> str:
-    """Return the longest beginning of the text that costs at most `tokens`, found by halving."""
+    """Return the longest prefix of the text that costs at most `tokens`."""
     if counter.count(text) <= tokens:
         return text
     return text[: longest_fitting(len(text) - 1, lambda length: counter.count(text[:length]) <= tokens)]

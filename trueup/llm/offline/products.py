@@ -1,4 +1,4 @@
-"""Products from a page's text without a model: a line with a price, and the name beside or above it."""
+"""Products without a model: each line of the page with a price, and the name beside or above it."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from trueup.llm.model import Message
 from trueup.llm.prompts import Job, block
 from trueup.llm.texts import ascii_digits, cut_at_word
 
-_MOST = 20
+_MAX_PRODUCTS = 20
 _MAX_NAME_CHARACTERS = 120
 _CURRENCY = (
     r"(?:US\$|CA\$|A\$|R\$|[$€£¥₺₽₹₩₪₴﷼]|تومان|تومن|ریال|ريال|درهم"
@@ -39,7 +39,7 @@ def _products(page: str) -> list[dict[str, str]]:
             found[name] = {"name": name, "price": line[price.start() : price.end()].strip()}
             if stock := _availability(lines[index : index + 3]):
                 found[name]["availability"] = stock
-        if len(found) == _MOST:
+        if len(found) == _MAX_PRODUCTS:
             break
     return list(found.values())
 
@@ -51,7 +51,7 @@ def _name(text: str) -> str:
 
 
 def _name_above(lines: Sequence[str], index: int) -> str:
-    """Return the nearest shorter line above that is no price and no sentence: shops put the name there."""
+    """Return the nearest short line above that is neither a price nor a sentence, where shops write the name."""
     for line in reversed(lines[max(0, index - 4) : index]):
         if _PRICE.search(ascii_digits(line)):
             return ""

@@ -1,4 +1,4 @@
-"""Question-and-answer pairs without a model: the most informative sentences, and a question about each."""
+"""Question-and-answer pairs without a model: the most informative sentences, each with a question about it."""
 
 import json
 import re
@@ -17,7 +17,7 @@ _SHORTEST = 30
 _ENDED = re.compile(r"[.!。！۔…][\"'”’»)\]]*$")
 _MARKUP = re.compile(r"^(?:[#>*+•·–-]+|\d+[.)])\s+")
 _ASKING = re.compile(r"[?؟]\s*$")
-# A sentence that begins so leans on the one before it, and says little alone.
+# A sentence that begins with one of these words depends on the sentence before it, and says little alone.
 _LEANING = re.compile(
     r"^(?:it|this|these|that|those|they|he|she|however|also|then|but|and|or|so|for example"
     r"|bu|şu|o|ancak|ayrıca|ama|این|آن|آنها|همچنین|اما|ولی|سپس|هذا|هذه|ذلك|كما|لكن|ثم|وهذا)\b",
@@ -64,7 +64,7 @@ def _pair(question: str, found: _Candidate, top: float) -> dict[str, object]:
 
 
 def _weights(passage: str, language: str) -> Counter[str]:
-    """Count the content words: what a passage often names is what it is about."""
+    """Return how often the passage uses each content word. Frequent words show its subject."""
     stop = FUNCTION_WORDS.get(language, frozenset())
     return Counter(word for word in words(passage) if len(word) > 2 and word not in stop)
 
@@ -81,7 +81,7 @@ def _candidates(passage: str, weights: Counter[str]) -> list[_Candidate]:
 
 
 def _score(sentence: str, weights: Counter[str], *, ended: bool) -> float:
-    """Rate how much a sentence says: the weight of its words, for figures in it, against leaning and headings."""
+    """Return a score of a sentence's information: words and figures raise it; dependence and a missing end lower it."""
     content = {word for word in words(sentence) if word in weights}
     if not content:
         return 0.0

@@ -1,4 +1,4 @@
-"""Forming a question about a sentence, in the sentence's language: English, Persian, Arabic or Turkish."""
+"""Form a question about a sentence, in its own language: English, Persian, Arabic or Turkish."""
 
 import re
 from collections import Counter
@@ -15,7 +15,7 @@ _WORD = re.compile(r"[^\s,،;؛:.!?؟()\[\]\"«»“”]+")
 
 
 def question_about(sentence: str, language: str, weights: Weights) -> str:
-    """Return a question that the sentence answers. `weights`: how often its passage uses each content word."""
+    """Return a question that the sentence answers. `weights`: counts of the content words in its passage."""
     ask = _LANGUAGES.get(language, _ask_in_english)
     return cut_at_word(ask(" ".join(sentence.split()), weights), QUESTION_CHARACTERS)
 
@@ -76,14 +76,14 @@ def _ask_about_subject(sentence: str) -> str | None:
 
 
 def _is_noun_phrase(phrase: str) -> bool:
-    """Tell a subject from a clause or a bare pronoun, about which no question can stand alone."""
+    """Return whether the phrase is a noun phrase. A question about a clause or a pronoun would not stand alone."""
     first = phrase.split()[0].lower()
     pronouns = {"it", "this", "that", "these", "those", "they", "there", "we", "you", "he", "she", "i", "if", "when"}
     return first not in pronouns | {"after", "before", "once", "while", "in", "on", "at", "for", "to", "and", "but"}
 
 
 def _subject(phrase: str) -> str:
-    # A capital letter that is there only because the sentence begins.
+    # Lower a capital letter that only marks the start of the sentence.
     if _LOWERED.match(phrase) or re.match(r"[A-Z][a-z]+(?: [a-z]|$)", phrase):
         phrase = phrase[0].lower() + phrase[1:]
     return _swap(_swap(phrase, _YOUR_TO_MY), _OUR_TO_YOUR)
@@ -122,7 +122,7 @@ def _ask_in_persian(sentence: str, weights: Weights) -> str:
 def _ask_in_arabic(sentence: str, weights: Weights) -> str:
     if found := re.match(rf"(?:إذا|في حال) {_CLAUSE}[،,] ", sentence):
         return f"ماذا يحدث إذا {found[1].strip()}؟"
-    # Arabic often begins with its verb: the noun with the article is the topic, not what stands first.
+    # An Arabic sentence often begins with its verb, so the topic is a noun with the article, not the first word.
     nouns = [word for word in _WORD.findall(sentence) if word.startswith("ال") and len(word) > 4]
     if nouns:
         topic = max(nouns, key=lambda noun: weights[fold(noun)])
@@ -150,7 +150,7 @@ _ENDS_PHRASE = {
 
 
 def _leading_phrase(sentence: str, language: str, *, most: int) -> str:
-    """Return the words before the first function word, number or comma; empty when the sentence begins with one."""
+    """Return at most `most` words before the first function word, number or comma; may be empty."""
     phrase: list[str] = []
     ends = _ENDS_PHRASE.get(language)
     for word in _WORD.finditer(sentence):

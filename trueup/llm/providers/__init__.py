@@ -1,4 +1,4 @@
-"""Where completions come from: the provider that the settings name. There is no default."""
+"""The model provider that the settings name. There is no default."""
 
 from trueup.errors import SettingsError
 from trueup.extras import require_extra
@@ -10,13 +10,12 @@ from trueup.settings.settings import PREFIX, Settings
 def provider_from_settings(settings: Settings) -> Provider:
     """Return the provider that the settings name.
 
-    Raises `SettingsError` when they name none or leave out its key, and `MissingExtraError` when its packages are not
-    installed.
+    Raises `SettingsError` if they name none or lack its key, `MissingExtraError` if its packages are not installed.
     """
     match settings.model_provider:
         case "openai":
             require_extra("openai", "TRUEUP_MODEL_PROVIDER=openai", consequence="Nothing was spent.")
-            # Imported on use: the SDK takes about a second and 43 MB, which other processes don't need.
+            # Imported on use: the SDK costs about one second and 43 MB, which other processes do not need.
             from trueup.llm.providers.openai import OpenAIProvider
 
             return OpenAIProvider(settings)
@@ -28,15 +27,15 @@ def provider_from_settings(settings: Settings) -> Provider:
         case None:
             raise SettingsError(
                 f"{PREFIX}MODEL_PROVIDER is not set, and this task needs a model. No tokens were held or spent. Set it "
-                "for the workers, and restart them: `openai` asks any OpenAI-compatible endpoint, `offline` makes its "
-                "answers up."
+                "for the workers and restart them: `openai` calls any OpenAI-compatible endpoint, `offline` makes up "
+                "its answers."
             )
 
 
 def counter_from_settings(settings: Settings) -> TokenCounter:
-    """Return the counter that the settings' provider bills by, for the services' `counter` argument.
+    """Return the token counter of the configured provider, for the services' `counter` argument.
 
-    Without a provider it counts for the model's name, so that whoever only estimates needs none.
+    Without a provider it returns the counter of the model's name, so that an estimate needs no provider.
     """
     if settings.model_provider == "offline":
         return offline_counter()

@@ -1,4 +1,4 @@
-"""Completions from OpenAI, or from any server that speaks its chat completions API."""
+"""Completions from OpenAI, or from any server with its chat completions API."""
 
 import time
 from collections.abc import Sequence
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from openai._legacy_response import LegacyAPIResponse
     from openai.types.chat import ChatCompletionMessageParam
 
-# Named here, so that OPENAI_BASE_URL in the environment can't send the key elsewhere.
+# Always passed to the SDK, so that OPENAI_BASE_URL in the environment can't send the key to another server.
 _OPENAI_URL = "https://api.openai.com/v1"
-_NO_KEY = "none"  # local servers ask for no key, the SDK insists on one
+_NO_KEY = "none"  # for local servers without keys; the SDK requires one
 
 
 class OpenAIProvider:
-    """A provider behind the official SDK. One instance per process: it keeps connections open."""
+    """A provider that uses the official SDK. Make one per process, because it keeps connections open."""
 
     def __init__(self, settings: Settings) -> None:
-        """Connects to nothing yet. Raises `SettingsError` when OpenAI itself is meant and no key is set."""
+        """Make the client without connecting. Raises `SettingsError` if no key is set and the server is OpenAI's."""
         key = header_value("TRUEUP_OPENAI_API_KEY", settings.openai_api_key)
         if not key and not settings.openai_base_url:
             raise SettingsError(
-                "TRUEUP_OPENAI_API_KEY is not set, so OpenAI would refuse every call. Set it; or set "
-                "TRUEUP_OPENAI_BASE_URL for a server that needs no key; or TRUEUP_MODEL_PROVIDER=offline."
+                "TRUEUP_OPENAI_API_KEY is not set, and OpenAI refuses calls without a key. Nothing was spent. Set it, "
+                "or set TRUEUP_OPENAI_BASE_URL for a server that needs no key, or TRUEUP_MODEL_PROVIDER=offline."
             )
         url = settings.openai_base_url or _OPENAI_URL
         self._failures = Failures(url, key)
@@ -52,7 +52,7 @@ class OpenAIProvider:
         )
 
     def count_prompt_tokens(self, messages: Sequence[Message]) -> int:
-        """Return the tokens the prompt costs, message overhead included; never fewer than billed."""
+        """Return the tokens that the prompt costs, with message overhead; never fewer than billed."""
         return count_prompt_tokens(messages, self._counter)
 
     def complete(self, messages: Sequence[Message], *, max_completion_tokens: int) -> Completion:
@@ -70,10 +70,10 @@ class OpenAIProvider:
         return self._completion(answer, messages, max_completion_tokens, time.monotonic() - started)
 
     def stream(self, messages: Sequence[Message], *, max_completion_tokens: int) -> CompletionStream:
-        """Buy one completion of at most `max_completion_tokens` tokens, in chunks; returns once it has begun.
+        """Buy one completion of at most `max_completion_tokens` tokens, in chunks. Returns once it has begun.
 
-        Usage is the provider's own if it was named at or after the last text, else counted.
-        Raises `ProviderError` when it does not begin, and from iterating when it breaks.
+        The usage is the provider's if it was reported with or after the last text; otherwise it is counted.
+        Raises `ProviderError` if the stream does not begin; iterating raises it if the stream breaks.
         """
         started = time.monotonic()
         try:
@@ -92,7 +92,7 @@ class OpenAIProvider:
         return CompletionStream(chain((first,), chunks), finish)
 
     def _open(self, messages: Sequence[Message], cap: int) -> "openai.Stream[object]":
-        """Open a stream that ends with its usage; from a server that does not know the option, one without."""
+        """Open a stream that reports its usage at the end, or one without if the server does not know the option."""
         if self._asks_for_usage:
             try:
                 return self._post(messages, cap, stream=True, usage=True).parse(to=openai.Stream[object])
@@ -106,7 +106,7 @@ class OpenAIProvider:
     def _post(
         self, messages: Sequence[Message], cap: int, *, stream: bool = False, usage: bool = False
     ) -> "LegacyAPIResponse[Any]":
-        """Return the raw response: the SDK's types are not validated, and usage that can't be trusted must be seen."""
+        """Return the raw response. The SDK does not validate its types, so the usage must be checked here."""
         legacy = self._cap_parameter == "max_tokens"
         return self._client.chat.completions.with_raw_response.create(
             model=self._model_name,
@@ -132,7 +132,7 @@ class OpenAIProvider:
         )
 
     def _counted(self, messages: Sequence[Message], text: str, reasoning: str, cap: int) -> tuple[int, int, int]:
-        """Count what the provider did not name. A bound is no more than the cap that the provider was given."""
+        """Count the usage that the provider did not report. An upper bound is capped at the requested maximum."""
         prompt = self.count_prompt_tokens(messages)
         completion = self._counter.count(text) + self._counter.count(reasoning)
         if not self._counter.exact:
@@ -141,7 +141,7 @@ class OpenAIProvider:
 
 
 def _may_refuse_the_option(error: openai.APIStatusError) -> bool:
-    """Say whether a refusal may be about `stream_options`: it names it, or nothing at all. Refusals cost nothing."""
+    """Return whether a refusal, which is free, may concern `stream_options`: it names the option or no parameter."""
     if error.status_code not in (400, 422):
         return False
     return "stream_options" in error.response.text or not (error.code or error.param)

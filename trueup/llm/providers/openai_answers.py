@@ -1,4 +1,4 @@
-"""Reading a chat completion's JSON without trusting it: servers that imitate OpenAI differ in every field."""
+"""Read a chat completion's JSON without trusting it: OpenAI-compatible servers differ in every field."""
 
 from typing import Any, TypeGuard
 
@@ -10,31 +10,31 @@ Usage = tuple[int, int, int]
 
 
 class Answer:
-    """What has arrived of a completion: all of it from one body, or a part from each chunk of a stream."""
+    """The received part of a completion, from one body or from the chunks of a stream."""
 
     def __init__(self) -> None:
         self._parts: list[str] = []
         self._half = ""
         self.reasoning = ""
-        """Text that is billed as completion, but is no part of the answer."""
+        """Text that is billed as completion but is not part of the answer."""
         self.begun = False
         self.finished = False
-        """The server said that the answer is at its end."""
+        """The server has marked the end of the answer."""
         self.truncated = False
         self.model_name: str | None = None
-        """None: not named."""
+        """None: not reported."""
         self.usage: Usage | None = None
-        """None: not named, not believable, or named before the last text arrived."""
+        """None: not reported, not plausible, or reported before the last text arrived."""
 
     @property
     def text(self) -> str:
         return "".join(self._parts)
 
     def add(self, body: object) -> str:
-        """Take in a body or chunk, and return the text it adds.
+        """Add a body or chunk, and return its text.
 
-        No choice, a refusal or null content adds the empty text, and is never an error. What is no part of a
-        completion at all is passed over.
+        A missing choice, a refusal or null content adds an empty text and is never an error. JSON that is not part of a
+        completion is ignored.
         """
         if not is_completion(body):
             return ""
@@ -53,8 +53,8 @@ class Answer:
 
     def _notice_end(self, body: dict[str, Any], choice: dict[str, Any]) -> None:
         reason, model = choice.get("finish_reason"), body.get("model")
-        # A message instead of a delta is the whole answer. Usage without a choice, after a text, is a stream's last
-        # chunk, should its server name no reason to finish.
+        # A message instead of a delta is the whole answer. A chunk with usage but no choice, after a text, is the last
+        # one of a stream, even if the server reports no finish reason.
         self.finished |= bool(reason) or isinstance(choice.get("message"), dict)
         self.finished |= not choice and any(self._parts) and _usage(body.get("usage"), answered=True) is not None
         self.truncated |= reason == "length"
@@ -62,9 +62,9 @@ class Answer:
             self.model_name = model
 
     def _joined(self, content: str) -> str:
-        """Return the content with halves of surrogate pairs joined, across chunks too, and lone ones replaced.
+        """Return the content with surrogate pairs joined, across chunks too, and lone surrogates replaced.
 
-        They have no UTF-8 form: PostgreSQL, where answers are kept, refuses them.
+        A lone surrogate has no UTF-8 form, so PostgreSQL could not store the answer.
         """
         content, self._half = self._half + content, ""
         if not self.finished and content and _HIGH_SURROGATES[0] <= content[-1] <= _HIGH_SURROGATES[1]:
@@ -73,7 +73,7 @@ class Answer:
 
 
 def is_completion(body: object) -> TypeGuard[dict[str, Any]]:
-    """Say whether it is a completion or a chunk of one, rather than something else in JSON."""
+    """Return whether the JSON value is a completion or a chunk of one."""
     return isinstance(body, dict) and ("choices" in body or "usage" in body)
 
 
@@ -95,7 +95,7 @@ def _content(content: object) -> str:
 
 
 def _usage(usage: object, *, answered: bool) -> Usage | None:
-    """Return believable usage. A prompt always costs tokens and so does a text: zeros there are no usage."""
+    """Return plausible usage; None otherwise. A prompt and a text always cost tokens, so zeros are not plausible."""
     if not isinstance(usage, dict):
         return None
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
@@ -106,7 +106,7 @@ def _usage(usage: object, *, answered: bool) -> Usage | None:
     total = usage.get("total_tokens", prompt + completion)
     if not _is_count(total):
         return None
-    # More than the sum is billed reasoning that some servers list nowhere else; less is a mistake.
+    # A total above the sum includes billed reasoning, which some servers report nowhere else; one below is an error.
     total = max(total, prompt + completion)
     return (prompt, completion, total) if total <= _MAX_TOKENS else None
 

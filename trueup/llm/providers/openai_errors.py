@@ -1,4 +1,4 @@
-"""What can go wrong with an OpenAI-compatible server, translated in one place and without ever showing the key."""
+"""Errors of an OpenAI-compatible server, translated to `ProviderError` in one place and without the key."""
 
 from contextlib import suppress
 from typing import Any
@@ -10,12 +10,12 @@ from trueup.errors import ProviderError
 from trueup.llm.texts import cut_at_word
 
 SDK_ERRORS = (openai.OpenAIError, httpx2.HTTPError)
-"""What the SDK raises; it lets its HTTP client's own errors through while it reads the body of a refusal."""
+"""The SDK's errors. While it reads the body of a refusal, its HTTP client's own errors get through."""
 
-# Raised before a request has left, so that no provider can have worked on it. Of every other failure that is not
-# known: a server may have read the whole request although the connection then broke.
+# Errors raised before the request was sent, so no provider can have served it. After any other failure that is not
+# known, because a server may have read the whole request before the connection broke.
 _NEVER_SENT = (
-    httpx2.ConnectError,  # refused, no such name, or TLS not agreed on
+    httpx2.ConnectError,  # connection refused, unknown host name, or failed TLS handshake
     httpx2.ConnectTimeout,
     httpx2.PoolTimeout,
     httpx2.ProxyError,
@@ -37,13 +37,13 @@ _REMEDIES = {
 
 
 class PayingClient(httpx2.Client):
-    """An HTTP client that keeps the SDK from repeating a request that may have been served.
+    """An HTTP client that stops the SDK from retrying a request that may have been served.
 
-    The SDK repeats every failure of its client except errors of its own kind. Repeated and served twice, a request
+    The SDK retries after every error of its HTTP client, but not after its own errors. A request that is served twice
     would be billed twice and charged once.
 
-    It also reads every body as UTF-8, which JSON is: of the charsets a server may name, some are no text encodings to
-    Python, and reading an answer would fail after it was paid.
+    It also decodes every body as UTF-8, the encoding of JSON. A server may name a charset that Python does not know as
+    a text encoding; reading the paid answer would then fail.
     """
 
     def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
@@ -57,7 +57,7 @@ class PayingClient(httpx2.Client):
         response.encoding = "utf-8"
         return response
 
-    def __del__(self) -> None:  # as the SDK's own client does
+    def __del__(self) -> None:  # as in the SDK's own client
         with suppress(Exception):
             self.close()
 
@@ -70,11 +70,11 @@ class Failures:
         self._key = key
 
     def of(self, error: Exception) -> ProviderError:
-        """Translate what the SDK raised instead of an answer, or instead of the beginning of a stream."""
+        """Translate an error that the SDK raised before an answer, or before the first event of a stream."""
         if isinstance(error, openai.APIStatusError):
             return self._refused(error)
         if not isinstance(error, openai.APIConnectionError | httpx2.HTTPError):
-            return ProviderError(f"The model at {self._url} could not be called: {self._safe(str(error))}.")
+            return ProviderError(f"The SDK could not call the model at {self._url}: {self._safe(str(error))}.")
         cause = error.__cause__ or error
         if isinstance(cause, _NEVER_SENT):
             return ProviderError(
@@ -84,47 +84,47 @@ class Failures:
             )
         if isinstance(cause, httpx2.TimeoutException):
             return ProviderError(
-                f"The model at {self._url} did not answer in time, so its usage is not known. The call may succeed "
-                "later; raise TRUEUP_MODEL_TIMEOUT_SECONDS if it is often slow.",
+                f"The model at {self._url} did not answer in time, so the call's usage is unknown. A later call may "
+                "succeed. If the model is often slow, raise TRUEUP_MODEL_TIMEOUT_SECONDS.",
                 retryable=True,
                 outcome_unknown=True,
             )
         return ProviderError(
-            f"The connection to the model at {self._url} broke ({self._named(cause)}) before its answer was there, so "
-            "its usage is not known. The call may succeed later.",
+            f"The connection to the model at {self._url} broke ({self._named(cause)}) before its answer arrived, so "
+            "the call's usage is unknown. A later call may succeed.",
             retryable=True,
             outcome_unknown=True,
         )
 
     def no_completion(self, text: str) -> ProviderError:
-        """Return the error of a success that is no completion: no usage can be read from it."""
+        """Return the error for a success that is not a completion and so has no usage."""
         return ProviderError(
-            f"The server at {self._url} answered with something that is no chat completion "
-            f"({self._safe(text) or 'an empty body'}), so its usage is not known. Check TRUEUP_OPENAI_BASE_URL.",
+            f"The server at {self._url} answered, but not with a chat completion "
+            f"({self._safe(text) or 'an empty body'}), so the call's usage is unknown. Check TRUEUP_OPENAI_BASE_URL.",
             outcome_unknown=True,
         )
 
     def broken_stream(self, error: Exception | None, *, begun: bool) -> ProviderError:
-        """Return the error of a stream that ended before its answer did. `error` None: it just stopped.
+        """Return the error for a stream that ended before its answer did. `error` None: the server just stopped.
 
-        `begun`: a part of the answer has arrived, by which the usage can be counted.
+        `begun`: a part of the answer has arrived, so the usage can be counted.
         """
         named = "the connection was closed" if error is None else self._named(error.__cause__ or error)
-        usage = "What had arrived is counted" if begun else "Nothing had arrived, so its usage is not known"
+        usage = "The received part is charged" if begun else "Nothing had arrived, so the call's usage is unknown"
         return ProviderError(
-            f"The model at {self._url} broke off its answer ({named}). {usage}. The call may succeed later.",
+            f"The model at {self._url} broke off its answer ({named}). {usage}. A later call may succeed.",
             retryable=not isinstance(error, openai.APIError) or _worth_repeating(error),
             outcome_unknown=not begun,
         )
 
     def _refused(self, error: openai.APIStatusError) -> ProviderError:
         status = error.status_code
-        # A 401 quotes the key, masked more or less: its text is left out altogether.
+        # The text of a 401 may quote part of the key, so it is left out.
         detail = "" if status == 401 else f" ({self._safe(_refusal_text(error))})"
         retryable = _worth_repeating(error)
         remedy = _REMEDIES.get(status, "Try again later." if retryable else "See the provider's documentation.")
         if error.code == "insufficient_quota":
-            remedy = "The account with the provider has no credit: add some."
+            remedy = "The provider's account has no credit. Add credit."
         return ProviderError(
             f"The model at {self._url} refused the call with HTTP {status}{detail}. {remedy}",
             retryable=retryable,
@@ -134,7 +134,7 @@ class Failures:
         return self._safe(str(error)) or type(error).__name__
 
     def _safe(self, text: str) -> str:
-        """Return a short line of somebody else's text, without the key."""
+        """Return one short line of the server's text, without the key."""
         line = " ".join(text.split())
         if self._key:
             line = line.replace(self._key, "***")
@@ -142,7 +142,7 @@ class Failures:
 
 
 def _refusal_text(error: openai.APIStatusError) -> str:
-    """Return what the server said, as far as it can be read."""
+    """Return the server's message, or the raw body if it has none."""
     body = error.body
     if isinstance(body, dict) and isinstance(body.get("message"), str):
         return str(body["message"])
@@ -150,7 +150,7 @@ def _refusal_text(error: openai.APIStatusError) -> str:
 
 
 def _worth_repeating(error: openai.APIError) -> bool:
-    """Say whether the same request may succeed later. An error in a stream has no status, but may name one."""
+    """Return whether the same request may succeed later. An error event has no HTTP status; its code may be one."""
     if error.code == "insufficient_quota":
         return False
     status = getattr(error, "status_code", None)

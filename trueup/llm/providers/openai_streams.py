@@ -1,4 +1,4 @@
-"""Reading a streamed completion: its text as it arrives, and all that its charge needs."""
+"""Read a streamed completion: its text as it arrives, and the data that its charge needs."""
 
 import json
 import time
@@ -9,7 +9,7 @@ import openai
 from trueup.llm.providers.openai_answers import Answer, is_completion
 from trueup.llm.providers.openai_errors import SDK_ERRORS, Failures
 
-# What reading a stream raises beside the SDK's errors: events that are no UTF-8 or no JSON, or JSON without end.
+# Errors of reading a stream besides the SDK's: events that are not UTF-8 or JSON, or JSON that is nested too deep.
 _UNREADABLE = (ValueError, RecursionError)
 
 
@@ -23,9 +23,9 @@ class StreamReader:
         self._failures = failures
 
     def chunks(self) -> Iterator[str]:
-        """Yield the text that each event adds, at times an empty one. Raises `ProviderError` if the answer breaks off.
+        """Yield the text of each event, which may be empty. Raises `ProviderError` if the answer breaks off.
 
-        A stream may break after its answer has ended, while its usage is still to come: that is no error.
+        A break after the end of the answer, before its usage, is not an error.
         """
         broken: Exception | None = None
         try:
@@ -44,7 +44,7 @@ class StreamReader:
     def _read(self) -> Iterator[object]:
         response = self._events.response
         media_type = response.headers.get("content-type", "").lower()
-        if "json" in media_type or "html" in media_type:  # no stream at all: a completion at once, or a stray page
+        if "json" in media_type or "html" in media_type:  # not a stream: a whole completion, or some other page
             response.read()
             yield completion_body(response.text, self._failures)
         else:
@@ -52,7 +52,7 @@ class StreamReader:
 
 
 def completion_body(text: str, failures: Failures) -> dict[str, object]:
-    """Return the completion that the body of a success holds. Raises `ProviderError` when it is none."""
+    """Return the completion in the body of a success. Raises `ProviderError` if the body is not a completion."""
     try:
         body: object = json.loads(text)
     except _UNREADABLE:

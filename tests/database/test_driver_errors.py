@@ -1,0 +1,55 @@
+"""What the driver's errors mean."""
+
+import re
+from importlib import resources
+
+import pytest
+from psycopg import OperationalError, errors
+from sqlalchemy.exc import DBAPIError
+
+from trueup.database.driver_errors import LOG_CHANGED, REFUSED, UNWATCHED, is_transient
+
+
+def failed(error: Exception) -> DBAPIError:
+    return DBAPIError("SELECT 1", {}, error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OperationalError("the connection is lost"),
+        errors.DeadlockDetected(),
+        errors.AdminShutdown(),
+        errors.QueryCanceled(),
+        errors.LockNotAvailable(),
+        errors.ReadOnlySqlTransaction(),
+        errors.InternalError_("cache lookup failed for function 1"),
+    ],
+)
+def test_what_may_succeed_later_is_transient(error: Exception) -> None:
+    assert is_transient(failed(error))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.UndefinedTable(),
+        errors.InsufficientPrivilege(),
+        errors.ProgramLimitExceeded(),
+        errors.ObjectNotInPrerequisiteState(),
+        errors.InternalError_("unexpected chunk number"),
+    ],
+)
+def test_what_fails_again_is_not_transient(error: Exception) -> None:
+    assert not is_transient(failed(error))
+
+
+def test_a_constraint_a_value_and_a_trigger_refuse() -> None:
+    for refusal in (errors.CheckViolation, errors.NumericValueOutOfRange, errors.RaiseException):
+        assert issubclass(refusal, REFUSED)
+    assert not issubclass(errors.QueryCanceled, REFUSED)
+
+
+def test_the_functions_raise_the_sqlstates_that_are_named_here() -> None:
+    sql = resources.files("trueup.install").joinpath("watching.sql").read_text()
+    assert set(re.findall(r"ERRCODE = '(\w+)'", sql)) == {UNWATCHED, LOG_CHANGED}
