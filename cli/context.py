@@ -56,10 +56,8 @@ def parse_moment(value: str, examples: str) -> datetime:
         # The machine's own zone would make the answer depend on who asks.
         moment = datetime.fromisoformat(value.strip())
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"{value!r} is no time: give {examples}") from None
-    except OverflowError:
-        raise ValueError(f"{value!r} is beyond the years 1 to 9999") from None
 
 
 # A user id is of the host's own type.

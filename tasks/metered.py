@@ -50,7 +50,7 @@ def metered_task(
         def run(_task: MeteredTask, *args: Any, **kwargs: Any) -> Any:
             return body(_model(os.getpid()), *args, **kwargs)
 
-        # Celery checks calls against this signature. The bound task stands where the body has the model client.
+        # Celery checks calls against this signature. It has the bound task in place of the model client.
         run.__signature__ = parser.signature_with_task()  # type: ignore[attr-defined]
         return shared_task(
             bind=True,

@@ -30,7 +30,7 @@ def reconcile_counters(scheduled: bool = False, deep: bool = False) -> dict[str,
     """Plan a run over all counters and start it.
 
     `scheduled` True: only if no run was planned in this period. `deep` True: compare the balances with the usage log
-    first. Returns the run's figures if it has ended, its id and count of shards if it goes on, or why there is none.
+    first. Returns the run's figures if it has ended, its id and count of shards if it still runs, or why there is none.
     """
     settings = get_settings()
     every = settings.reconcile_deep_interval_seconds if deep else settings.reconcile_interval_seconds

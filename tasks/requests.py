@@ -55,7 +55,7 @@ class MeteredRequest(Request):
             self._record(close_abandoned_hold)
 
     def _lost_process(self, exc_info: Any) -> Any:
-        """Return the error to record. Celery before 5.7 would record none for a body that ends its process."""
+        """Return the error to record. Celery before 5.7 records none for a body that ends its own process."""
         error = getattr(exc_info.exception, "exc", exc_info.exception)
         ended = isinstance(error, (SystemExit, KeyboardInterrupt))
         if CELERY_RETRIES_LOST_TASKS or not ended or self._already_revoked or self._already_cancelled:

@@ -24,6 +24,12 @@ MAX_FUNCTION_LINES = 70
 MAX_MODULE_LINES = 500
 MAX_TEST_MODULE_LINES = 500
 REASON = "# Longer than"
+SQL_REASON = "-- Longer than"
+# A function, a script, or a macro that several of these share.
+SQL_PIECE = re.compile(
+    r"^(?:CREATE OR REPLACE FUNCTION trueup\.(\w+).*?\bAS \$\$.*?|DO \$\$.*?)\$\$;|^\{% macro (\w+).*?endmacro %\}",
+    re.MULTILINE | re.DOTALL,
+)
 
 # Put together here, so that this file is not one of those it finds.
 MACHINE_PATHS = re.compile("(?<![\\w.~-])/(" + "|".join(("root", "work")) + ")/")
@@ -110,6 +116,34 @@ def _banned(code: str, folder: str) -> set[int]:
     command = [ruff, "check", "--select=TID251", "--output-format=json", f"--stdin-filename={folder}/example.py", "-"]
     done = subprocess.run(command, cwd=ROOT, input=code, capture_output=True, text=True, check=False)
     return {found["location"]["row"] for found in json.loads(done.stdout)}
+
+
+def _long_sql_pieces(text: str) -> list[str]:
+    """Return the functions and macros that are longer than a screen and don't say in a comment above why."""
+    found = []
+    for piece in SQL_PIECE.finditer(text):
+        above = takewhile(lambda line: line.startswith("--"), reversed(text[: piece.start()].splitlines()))
+        reason = any(line.startswith(SQL_REASON) for line in above)
+        if piece[0].count("\n") >= MAX_FUNCTION_LINES and not reason:
+            found.append(piece[1] or piece[2] or "DO")
+    return found
+
+
+def test_every_sql_function_fits_a_screen_or_says_above_why_not() -> None:
+    scripts = [path for path in TRACKED if path.suffix == ".sql"]
+    pieces = [piece for path in scripts for piece in SQL_PIECE.finditer(path.read_text())]
+    assert len(pieces) > 100
+    assert {name(path): found for path in scripts if (found := _long_sql_pieces(path.read_text()))} == {}
+
+
+def test_a_long_sql_function_is_found() -> None:
+    body = "    SELECT 1;\n" * MAX_FUNCTION_LINES
+    function = f"CREATE OR REPLACE FUNCTION trueup.long() RETURNS void LANGUAGE sql AS $$\n{body}$$;\n"
+    macro = f"{{% macro wide() %}}\n{body}{{% endmacro %}}\n"
+    assert _long_sql_pieces(function + macro) == ["long", "wide"]
+    assert _long_sql_pieces(f"-- Longer than 70 lines: it is one list.\n{function}") == []
+    assert _long_sql_pieces(function.replace(body, body.partition("\n")[2])) == ["long"]
+    assert _long_sql_pieces(function.replace(body, "    SELECT 1;\n")) == []
 
 
 def test_no_file_names_a_machine_or_a_package_registry() -> None:

@@ -8,7 +8,7 @@ from datetime import datetime
 from importlib.resources import files
 from typing import Any
 
-from mako.template import Template
+from jinja2 import Environment, StrictUndefined
 
 from trueup.cli.output import show
 from trueup.cli.reports.charts import columns_of, share_bars
@@ -17,15 +17,18 @@ from trueup.drift.causes import ACTION_SENTENCES, CERTAINTY_SENTENCES, cause_sen
 from trueup.reports.history import RunFigures
 from trueup.reports.run_report import DriftReport
 
+_ENVIRONMENT = Environment(
+    autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+)
+
 
 def report_html(report: DriftReport, runs: Sequence[RunFigures]) -> Iterator[str]:
     """Yield the page. `runs`: what its chart over time shows, oldest first."""
     style, script = _part("page.css"), _part("page.js")
     # Everything is escaped; that nothing but this script and this style counts holds even if something were not.
     policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'"
-    # The template's own marks are in "h", for HTML, unless they say otherwise.
-    template = Template(_part("page.html.mako"), default_filters=["h"], strict_undefined=True)  # noqa: S702
-    yield str(
+    template = _ENVIRONMENT.from_string(_part("page.html.jinja"))
+    yield (
         template.render(
             policy=policy,
             style=style,
@@ -43,6 +46,7 @@ def report_html(report: DriftReport, runs: Sequence[RunFigures]) -> Iterator[str
             cause_sentence=cause_sentence,
             action_sentence=_action_sentence,
             certainty_sentence=lambda certainty: CERTAINTY_SENTENCES.get(certainty, certainty),
+            zip=zip,
             sentence=lambda words: words[:1].upper() + words[1:],
             show=show,
             compact=compact,

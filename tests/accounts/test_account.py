@@ -10,6 +10,8 @@ from tests.support.sessions import locked_balance
 from tests.support.work import balance, charge_tokens, hold_tokens
 from trueup.accounts.account import days_between, read_account, read_decision
 
+pytestmark = pytest.mark.dated
+
 NOW = START + timedelta(days=3)
 
 

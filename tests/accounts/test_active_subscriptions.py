@@ -15,6 +15,8 @@ from trueup.host.mapping import HostMapping
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import check_host
 
+pytestmark = pytest.mark.dated
+
 STATE = 'ALTER TABLE app."Subs" ADD state app.state, ADD gone timestamp, ADD word text, ADD more jsonb'
 
 

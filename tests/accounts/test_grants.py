@@ -19,6 +19,8 @@ from trueup.host.mapping import HostMapping, PaymentTable
 from trueup.install.install import install
 from trueup.reconcile.local_run import reconcile
 
+pytestmark = pytest.mark.dated
+
 DAY = timedelta(days=1)
 PLAN = 1_000
 

@@ -14,6 +14,8 @@ from trueup.host.mapping import HostMapping
 from trueup.reconcile.local_run import reconcile
 from trueup.review.decisions import DecisionRefusedError, decide_drift, list_reviews, undo_run
 
+pytestmark = pytest.mark.dated
+
 __all__ = ["paying"]  # a fixture
 PACK = 500
 

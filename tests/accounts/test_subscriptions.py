@@ -22,6 +22,8 @@ from trueup.host.mapping import HostMapping, SubscriptionTable
 from trueup.install.install import install
 from trueup.reconcile.local_run import reconcile
 
+pytestmark = pytest.mark.dated
+
 MINUTE = timedelta(minutes=1)
 TOLERANCE = 5 * MINUTE
 

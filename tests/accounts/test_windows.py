@@ -20,6 +20,8 @@ from trueup.install.install import install
 from trueup.install.triggers import SAVE_WATCHED
 from trueup.reconcile.local_run import reconcile
 
+pytestmark = pytest.mark.dated
+
 HOUR = timedelta(hours=1)
 LARGE, SMALL = 5_000, 500
 

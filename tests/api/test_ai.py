@@ -359,7 +359,7 @@ class TestHowATaskStands:
         assert (repeated.status_code, repeated.json()) == (402, DENIAL)
 
     @pytest.mark.parametrize(
-        ("error", "code", "told"),
+        ("error", "code", "shown_text"),
         [
             (InvalidInputError("question has 0 characters"), "invalid_input", "question has 0"),
             (AnswerFormatError("secret"), "unusable_answer", "charged"),
@@ -378,7 +378,7 @@ class TestHowATaskStands:
         app: Celery,
         error: Exception,
         code: str,
-        told: str,
+        shown_text: str,
     ) -> None:
         user, task_id = self.send(client, shared_host)
         with ended(app, task_id, error, "FAILURE"):
@@ -388,7 +388,7 @@ class TestHowATaskStands:
         assert shown.json()["failure"]["error_code"] == waited.json()["error_code"] == code
         assert (waited.status_code, waited.json()["success"]) == (502, False)
         for answer in (shown, waited):
-            assert told in answer.text
+            assert shown_text in answer.text
             assert "secret" not in answer.text
 
     def test_a_waiting_request_is_answered_when_the_task_ends(

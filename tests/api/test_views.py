@@ -20,6 +20,8 @@ from trueup.host.mapping import HostMapping
 from trueup.install.install import install
 from trueup.settings.settings import get_settings
 
+pytestmark = pytest.mark.dated
+
 VIEWS = (
     "/api/accounts/overview",
     "/api/accounts/profile",

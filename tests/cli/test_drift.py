@@ -19,6 +19,8 @@ from trueup.cli.reports.options import SINCE, write_file
 from trueup.cli.reports.sparkline import sparkline
 from trueup.errors import ServiceUnavailableError
 
+pytestmark = pytest.mark.dated
+
 SCHEMA = Path(__file__).parents[2] / "docs" / "drift-report.schema.json"
 
 

@@ -6,6 +6,8 @@ from tests.cli.conftest import trueup, trueup_json
 from tests.support.host import Host
 from trueup.cli.audit import this_user
 
+pytestmark = pytest.mark.dated
+
 NEXT_YEAR = "2999-01-31"
 
 

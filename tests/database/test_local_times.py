@@ -20,6 +20,8 @@ from trueup.install.script import attach_script
 from trueup.reconcile.local_run import reconcile
 from trueup.usage.log import list_usage
 
+pytestmark = pytest.mark.dated
+
 ZONES = ("Asia/Tokyo", "America/New_York")
 BARE = START.replace(tzinfo=None)
 

@@ -21,6 +21,8 @@ from trueup.host.mapping import HostMapping
 from trueup.install.install import install
 from trueup.reconcile.local_run import reconcile
 
+pytestmark = pytest.mark.dated
+
 
 def ids(explanation: Explanation) -> set[str]:
     """Return the ids of the rows that the first cause is proved by."""

@@ -1,10 +1,9 @@
 """Are causes named right? A made-up legacy host with every cause in it, singly and in pairs, judged by the truth.
 
-EXPLANATIONS_SUBSCRIPTIONS and EXPLANATIONS_SEED make it larger, and another one.
+A long test judges a larger one.
 """
 
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -27,9 +26,6 @@ from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import RunSummary
 from trueup.settings.policies import DEFAULT_POLICIES
 from trueup.stack import StackUrls
-
-SUBSCRIPTIONS = int(os.environ.get("EXPLANATIONS_SUBSCRIPTIONS", "800"))
-SEED = int(os.environ.get("EXPLANATIONS_SEED", "1"))
 
 
 @dataclass(kw_only=True)
@@ -85,9 +81,13 @@ def read_counters(host: Host) -> dict[int, int | None]:
     return dict(host.execute("SELECT user_id, tokens_remaining FROM billing_subscription").all())
 
 
-@pytest.fixture(scope="module")
-def people() -> list[Person]:
-    return make_population(SUBSCRIPTIONS, seed=SEED, now=time.time())
+@pytest.fixture(
+    scope="module", params=[(800, 1), pytest.param((4_000, 2), marks=pytest.mark.long)], ids=lambda param: f"{param[0]}"
+)
+def people(request: pytest.FixtureRequest) -> list[Person]:
+    """The people of so many subscriptions, drawn from a seed."""
+    subscriptions, seed = request.param
+    return make_population(subscriptions, seed=seed, now=time.time())
 
 
 MAPPINGS = {

@@ -1,4 +1,7 @@
-"""A short run of the fault harness: every kind of fault, and no invariant violated. `make faults` plays more."""
+"""A short run of the fault harness: every kind of fault, and no invariant violated.
+
+A long test plays another seed, and `make faults` any.
+"""
 
 import pytest
 
@@ -11,14 +14,20 @@ SEED = 11
 ROUNDS = -(-len(KINDS) // FAULTS_PER_ROUND)  # as many as it takes to deal the whole deck
 
 
+@pytest.fixture(scope="module", params=[SEED, pytest.param(SEED + 1, marks=pytest.mark.long)])
+def seed(request: pytest.FixtureRequest) -> int:
+    seed: int = request.param
+    return seed
+
+
 @pytest.fixture(scope="module")
-def said() -> list[str]:
+def said(seed: int) -> list[str]:
     return []
 
 
 @pytest.fixture(scope="module")
-def totals(said: list[str], _no_settings_from_outside: None) -> Totals:
-    return run_rounds([plan_round(SEED, number) for number in range(ROUNDS)], said.append)
+def totals(seed: int, said: list[str], _no_settings_from_outside: None) -> Totals:
+    return run_rounds([plan_round(seed, number) for number in range(ROUNDS)], said.append)
 
 
 def test_no_invariant_is_violated_whatever_is_killed_stopped_or_cut(totals: Totals, said: list[str]) -> None:

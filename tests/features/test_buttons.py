@@ -40,12 +40,12 @@ def test_markers_become_buttons_and_leave_the_text() -> None:
     assert split(text) == ("Look:\n\nBye.", (LARCH, Button(title="خرید آنلاین‌ها", url="https://shop.example/fa")), [])
 
 
-def test_a_text_without_markers_is_left_as_it_is() -> None:
+def test_a_text_without_markers_is_not_changed() -> None:
     text = "  Look [[here]]\n\n\n[CTA:Buy|https://shop.example/]  \n"
     assert split(text) == (text, (), [])
 
 
-def test_the_same_button_stands_once() -> None:
+def test_equal_buttons_become_one() -> None:
     assert split("Look [[CTA:Buy now|https://shop.example/larch]]" * 4)[1:] == ((LARCH,), [])
 
 
@@ -55,20 +55,20 @@ def test_the_same_button_stands_once() -> None:
         ("[[CTA:|https://shop.example/]]", "title is empty"),
         ("[[CTA:Buy\nnow|https://shop.example/]]", "more than one line"),
         ("[[CTA:Buy this lantern today|https://shop.example/]]", "title has 22 characters"),
-        ("[[CTA:Buy|http://shop.example/]]", "no https"),
-        ("[[CTA:Buy|javascript:alert(1)]]", "no https"),
-        ("[[CTA:Buy|https://]]", "no https"),
-        ("[[CTA:Buy|https://shop.example/a b]]", "no https"),
-        ("[[CTA:Buy|https://shop.example@evil.example/]]", "no https"),
+        ("[[CTA:Buy|http://shop.example/]]", "not an https"),
+        ("[[CTA:Buy|javascript:alert(1)]]", "not an https"),
+        ("[[CTA:Buy|https://]]", "not an https"),
+        ("[[CTA:Buy|https://shop.example/a b]]", "not an https"),
+        ("[[CTA:Buy|https://shop.example@evil.example/]]", "not an https"),
         ("[[CTA:Buy|https://[::1/]]", "not written as"),
-        ("[[CTA:Buy|https://shop.example/" + "x" * 2000 + "]]", "no https"),
+        ("[[CTA:Buy|https://shop.example/" + "x" * 2000 + "]]", "not an https"),
         ("[[CTA:Buy]]", "not written as"),
         ("[[CTA:Buy|https://shop.example/", "not written as"),
         ("[[ cta:Buy|https://shop.example/]]", "not written as"),
         ("[[CTA:A|B|https://shop.example/]]", "not written as"),
     ],
 )
-def test_a_marker_that_cant_be_a_button_stays_text_and_is_named(marker: str, fault: str) -> None:
+def test_an_invalid_marker_stays_in_the_text_with_a_warning(marker: str, fault: str) -> None:
     text, buttons, warnings = split(f"Look: {marker}")
     assert (text, buttons) == (f"Look: {marker}", ())
     assert len(warnings) == 1
@@ -77,7 +77,7 @@ def test_a_marker_that_cant_be_a_button_stays_text_and_is_named(marker: str, fau
     assert (text, buttons, len(warnings)) == (f"Look: {marker}", (LARCH,), 1)
 
 
-def test_the_fourth_button_stays_text() -> None:
+def test_a_fourth_button_stays_in_the_text() -> None:
     markers = [f"[[CTA:Number {number}|https://shop.example/{number}]]" for number in range(4)]
     text, buttons, warnings = split("Look " + " ".join(markers))
     assert [button.title for button in buttons] == ["Number 0", "Number 1", "Number 2"]
@@ -85,14 +85,14 @@ def test_the_fourth_button_stays_text() -> None:
     assert "at most 3 buttons" in warnings[0]
 
 
-def test_a_message_of_buttons_alone_has_their_titles_for_a_text() -> None:
+def test_a_message_of_only_buttons_has_their_titles_as_text() -> None:
     text, buttons, _ = split("[[CTA:One|https://shop.example/1]] [[CTA:Two|https://shop.example/2]]")
     assert text == "One · Two"
     assert len(buttons) == 2
 
 
 @pytest.mark.parametrize("words", ["word " * 300, "سلام " * 300, "🧿 " * 400])
-def test_the_text_above_buttons_is_cut_to_what_instagram_takes(words: str) -> None:
+def test_the_text_above_buttons_is_cut_to_instagrams_limit(words: str) -> None:
     built = build_message(None, event=event(), config=static(f"{words}[[CTA:Buy now|{LARCH.url}]]"))
     assert built.buttons == (LARCH,)
     assert len(built.text.encode("utf-16-le")) <= 2 * MAX_TEXT_CHARACTERS
@@ -159,7 +159,7 @@ def test_a_model_may_write_buttons_with_the_shops_own_links(httpserver: HTTPServ
         ("x1https://evil.example/", False),
     ],
 )
-def test_a_link_is_known_if_the_business_gave_it_or_a_page_further_down(link: str, known: bool) -> None:
+def test_a_link_is_known_if_the_business_gave_it_or_a_page_below_it(link: str, known: bool) -> None:
     links = KnownLinks("See https://shop.example/larch. Or https://www.shop.example/x?y=1! Or bare.example/x")
     warnings: list[str] = []
     kept = without_foreign_links(f"At {link}!", links, warnings)
@@ -173,7 +173,7 @@ def test_a_link_is_known_if_the_business_gave_it_or_a_page_further_down(link: st
     "text",
     ["e.g. 24/7 and/or 2.5/kg", "Node.js, tomorrow.We deliver", "a@shop.example/x", "U.S./EU", "٢.٥/kg", "x" * 20_000],
 )
-def test_what_is_no_link_is_left_as_it_is(text: str) -> None:
+def test_text_without_a_link_is_not_changed(text: str) -> None:
     warnings: list[str] = []
     assert without_foreign_links(text, KnownLinks(), warnings) == text
     assert warnings == []

@@ -40,7 +40,7 @@ def send(user: int, graph: GraphClient, *, config: Any = None, resend_unknown: b
 
 
 def answer_with(httpserver: HTTPServer, *statuses: int) -> list[str]:
-    """Answer requests with these statuses in turn, the last one for ever. Returns the paths asked for."""
+    """Answer requests with these statuses in turn, then always with the last. Returns the list of requested paths."""
     asked: list[str] = []
 
     def handler(request: Request) -> Response:
@@ -63,7 +63,7 @@ def test_a_redelivered_task_sends_no_second_message(host: Host, httpserver: HTTP
     assert len(asked) == 1
 
 
-def test_a_public_reply_is_sent_once_too(host: Host, httpserver: HTTPServer, graph: GraphClient) -> None:
+def test_a_public_reply_is_sent_once(host: Host, httpserver: HTTPServer, graph: GraphClient) -> None:
     user, asked = host.user(), answer_with(httpserver, 200)
     config = action_config(
         {
@@ -77,9 +77,7 @@ def test_a_public_reply_is_sent_once_too(host: Host, httpserver: HTTPServer, gra
     assert len(asked) == 2
 
 
-def test_a_message_that_certainly_failed_may_be_sent_again(
-    host: Host, httpserver: HTTPServer, graph: GraphClient
-) -> None:
+def test_a_message_that_certainly_failed_is_sent_again(host: Host, httpserver: HTTPServer, graph: GraphClient) -> None:
     user, asked = host.user(), answer_with(httpserver, 500, 200)
     with pytest.raises(GraphError):
         send(user, graph)
@@ -87,7 +85,7 @@ def test_a_message_that_certainly_failed_may_be_sent_again(
     assert len(asked) == 2
 
 
-def test_a_message_that_was_being_sent_when_its_worker_died_is_left_to_a_person(
+def test_a_message_in_progress_when_its_worker_died_is_unknown_and_not_sent_again(
     host: Host, connection: Connection, httpserver: HTTPServer, graph: GraphClient
 ) -> None:
     user, asked = host.user(), answer_with(httpserver, 200)
@@ -99,7 +97,7 @@ def test_a_message_that_was_being_sent_when_its_worker_died_is_left_to_a_person(
     assert (effect.user_id, effect.task_id, effect.effect) == (user, TASK, "instagram_message")
 
 
-def test_or_it_is_sent_again_if_the_settings_say_so(
+def test_an_unknown_message_is_sent_again_if_the_settings_allow_it(
     host: Host, connection: Connection, httpserver: HTTPServer, graph: GraphClient
 ) -> None:
     user, asked = host.user(), answer_with(httpserver, 200)
@@ -109,7 +107,7 @@ def test_or_it_is_sent_again_if_the_settings_say_so(
     assert list_unresolved_effects(connection) == []
 
 
-def test_a_message_that_nobody_confirmed_is_noted_as_unknown(
+def test_a_message_without_an_answer_is_recorded_as_unknown(
     host: Host, connection: Connection, httpserver: HTTPServer, graph: GraphClient
 ) -> None:
     user, asked = host.user(), answer_with(httpserver, 504)
@@ -121,7 +119,7 @@ def test_a_message_that_nobody_confirmed_is_noted_as_unknown(
     assert len(asked) == 1
 
 
-def test_a_message_that_a_time_limit_interrupts_is_noted_as_unknown(host: Host, connection: Connection) -> None:
+def test_a_message_that_a_time_limit_interrupts_is_recorded_as_unknown(host: Host, connection: Connection) -> None:
     outbox = TaskOutbox(user_id=host.user(), task_id=TASK, resend_unknown=False)
 
     def interrupted() -> dict[str, Any]:

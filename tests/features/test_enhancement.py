@@ -32,7 +32,7 @@ def test_a_better_prompt_keeps_the_draft_and_its_language(draft: str, business: 
 
 
 @pytest.mark.parametrize("counter", COUNTERS)
-def test_a_draft_of_usual_length_takes_the_specifications_estimate(counter: TokenCounter) -> None:
+def test_a_draft_of_usual_length_has_the_specifications_estimate(counter: TokenCounter) -> None:
     plan = plan_enhancement(prompt=DRAFT, business={"name": "Kestrel & Pine"}, counter=counter)
     assert plan.estimated_tokens == ESTIMATED_TOKENS * (1 if counter.exact else 4)
     assert plan_enhancement(prompt=DRAFT).estimated_tokens == 700
@@ -40,7 +40,7 @@ def test_a_draft_of_usual_length_takes_the_specifications_estimate(counter: Toke
 
 @pytest.mark.parametrize("counter", COUNTERS)
 @pytest.mark.parametrize("word", ["lantern ", "فانوس ", "مصباح "])
-def test_a_long_draft_takes_more_so_that_nothing_is_cut(counter: TokenCounter, word: str) -> None:
+def test_a_long_draft_has_a_higher_estimate_so_that_nothing_is_cut(counter: TokenCounter, word: str) -> None:
     draft = (word * 400).strip()
     model = ScriptedModel("Better.")
     plan = plan_enhancement(prompt=draft, counter=counter)
@@ -60,7 +60,7 @@ def test_draft_and_business_are_data_in_the_prompt() -> None:
     assert user.content.count("</draft>") == 1
 
 
-def test_a_prompt_that_was_cut_off_says_so_and_survives_the_way_between_processes() -> None:
+def test_a_prompt_that_was_cut_off_has_a_warning_and_survives_serialisation() -> None:
     result = enhance_prompt(ScriptedModel(completion("You are", truncated=True)), prompt="Be nice.")
     assert not result.complete
     assert "its end is missing" in result.warnings[0]
@@ -85,7 +85,7 @@ def test_a_model_that_writes_nothing_is_an_error(answer: str) -> None:
         ({"business": ["x"]}, "business: "),
     ],
 )
-def test_input_that_cant_be_used_is_refused_by_field(arguments: dict[str, Any], fault: str) -> None:
+def test_unusable_input_is_refused_with_the_fields_name(arguments: dict[str, Any], fault: str) -> None:
     model = ScriptedModel()
     with pytest.raises(InvalidInputError, match=fault):
         enhance_prompt(model, **{"prompt": "Be nice.", **arguments})

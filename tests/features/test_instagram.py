@@ -138,7 +138,7 @@ def test_an_accepted_message_without_an_id_was_sent(httpserver: HTTPServer, grap
     [(500, 2, True), (503, None, True), (429, None, True), (400, 4, True), (400, 17, True), (403, 32, True),
      (400, 613, True), (400, 100, False), (401, 190, False), (403, 10, False), (404, 803, False), (302, None, False)],
 )  # fmt: skip
-def test_a_refusal_says_whether_to_try_again(
+def test_a_refusal_says_whether_a_retry_may_succeed(
     httpserver: HTTPServer, graph: GraphClient, status: int, code: int | None, retryable: bool
 ) -> None:
     _refuse(httpserver, status, {"message": "It is so.", "code": code})
@@ -190,7 +190,7 @@ def test_a_gateway_that_timed_out_leaves_the_outcome_unknown(httpserver: HTTPSer
     assert not caught.value.retryable
 
 
-def test_a_server_error_without_a_word_from_graph_leaves_the_outcome_unknown(
+def test_a_server_error_without_graphs_error_object_leaves_the_outcome_unknown(
     httpserver: HTTPServer, graph: GraphClient
 ) -> None:
     httpserver.expect_request(MESSAGES).respond_with_data("<html>Bad gateway</html>", status=502)
@@ -199,7 +199,7 @@ def test_a_server_error_without_a_word_from_graph_leaves_the_outcome_unknown(
     assert (caught.value.outcome_unknown, caught.value.retryable) == (True, False)
 
 
-def test_a_message_that_never_left_may_be_sent_again() -> None:
+def test_a_message_that_was_never_sent_is_retryable() -> None:
     with (
         GraphClient(base_url="http://127.0.0.1:1/v23.0", access_token=TOKEN, timeout_seconds=1) as graph,
         pytest.raises(GraphError, match="Nothing was sent") as caught,
@@ -209,7 +209,7 @@ def test_a_message_that_never_left_may_be_sent_again() -> None:
     assert not caught.value.outcome_unknown
 
 
-def test_a_graph_error_survives_the_way_between_processes() -> None:
+def test_a_graph_error_survives_pickling() -> None:
     error = GraphError("No.", retryable=True, status=429, code=4)
     copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
     assert (str(copy), copy.retryable, copy.outcome_unknown, copy.status, copy.code) == ("No.", True, False, 429, 4)
@@ -223,7 +223,7 @@ def test_a_client_needs_a_usable_token(token: str | None) -> None:
 
 
 @pytest.mark.parametrize("message", ["word " * 400, "سلام " * 400, "x" * 3000])
-def test_a_message_is_cut_at_a_word_to_what_instagram_takes(message: str) -> None:
+def test_a_message_is_cut_at_a_word_to_instagrams_limit(message: str) -> None:
     built = build_message(None, event=_event(), config=_static(message))
     assert len(built.text.encode()) <= MAX_MESSAGE_BYTES
     assert message.startswith(built.text)
@@ -232,7 +232,7 @@ def test_a_message_is_cut_at_a_word_to_what_instagram_takes(message: str) -> Non
     assert built.warnings
 
 
-def test_a_link_that_the_shop_did_not_give_is_taken_out() -> None:
+def test_a_link_that_the_shop_did_not_give_is_removed() -> None:
     text = "It is £38: https://shop.example/larch. Or win at https://evil.example/x?y=1 or www.evil.example!"
     built = build_message(ScriptedModel(text), event=_event(), config=_about_products())
     assert "https://shop.example/larch" in built.text
@@ -286,7 +286,7 @@ def test_the_estimate_is_the_specifications() -> None:
     assert estimated_tokens() == ESTIMATED_TOKENS == 1000
 
 
-def test_a_webhook_may_bring_several_comments_and_other_fields() -> None:
+def test_a_webhook_may_have_several_comments_and_other_changes() -> None:
     payload = _payload()
     change = payload["entry"][0]["changes"][0]
     payload["entry"][0]["changes"] = [change, {"field": "mentions", "value": {"media_id": "1"}}, change]
@@ -297,7 +297,7 @@ def test_a_webhook_may_bring_several_comments_and_other_fields() -> None:
         comment_event({"object": "instagram", "entry": []})
 
 
-def test_a_payloads_details_are_read() -> None:
+def test_all_details_of_a_payload_are_parsed() -> None:
     event = comment_event(_payload(parent_id="17900000000000001"))
     assert event.account_id == ACCOUNT
     assert event.comment.author.username == "nina"
@@ -320,7 +320,7 @@ def test_a_payloads_details_are_read() -> None:
         {"entry": [{"id": ACCOUNT, "changes": [{"field": "comments", "value": {"id": "1", "text": "x"}}]}]},
     ],
 )
-def test_a_payload_that_is_none_is_refused_by_field(payload: Any) -> None:
+def test_a_malformed_payload_is_refused_with_the_fields_name(payload: Any) -> None:
     with pytest.raises(InvalidInputError, match=r"^event"):
         comment_event(payload)
 
@@ -332,15 +332,15 @@ def test_a_payload_that_is_none_is_refused_by_field(payload: Any) -> None:
         ({"mode": "RANDOM"}, r"config\.mode"),
         ({"mode": "STATIC"}, "static_message is empty"),
         ({"mode": "STATIC", "static_message": "  "}, "static_message is empty"),
-        ({"mode": "PRODUCT"}, "neither products nor product_context"),
-        ({"mode": "PRODUCT", "products": []}, "neither products nor product_context"),
+        ({"mode": "PRODUCT"}, "products and product_context are both empty"),
+        ({"mode": "PRODUCT", "products": []}, "products and product_context are both empty"),
         ({"mode": "PRODUCT", "products": [{"name": ""}]}, r"config\.products\.0\.name"),
         ({"mode": "STATIC", "static_message": "x", "public_reply_enabled": True}, "public_reply_text is empty"),
         ({"mode": "STATIC", "static_mesage": "x", "static_message": "x"}, "did you mean static_message"),
         ({"mode": "STATIC", "static_message": "x", "language": "Persian\nand obey"}, r"config\.language"),
     ],
 )
-def test_a_configuration_that_cant_work_is_refused_by_option(config: dict[str, object], fault: str) -> None:
+def test_an_unusable_configuration_is_refused_with_the_options_name(config: dict[str, object], fault: str) -> None:
     with pytest.raises(InvalidInputError, match=fault):
         action_config(config)
 

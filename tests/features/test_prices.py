@@ -43,14 +43,14 @@ from trueup.features.products.prices import MAX_PRICE, iso_code, parse_price
         ("12.50", "ZZZ", "12.50", None),
     ],
 )
-def test_a_price_is_read_as_shops_write_it(value: object, stated: object, amount: str, currency: str | None) -> None:
+def test_a_price_is_parsed_as_shops_write_it(value: object, stated: object, amount: str, currency: str | None) -> None:
     price = parse_price(value, stated_currency=stated)
     assert price.amount == Decimal(amount)
     assert price.currency == currency
 
 
 @pytest.mark.parametrize("value", ["۱۲۹٬۰۰۰ تومان", "129,000 تومان", "129000 Toman", "129,000 تومن"])
-def test_toman_become_ten_times_as_many_rials_and_it_is_said(value: str) -> None:
+def test_toman_are_converted_to_rials_with_a_warning(value: str) -> None:
     price = parse_price(value)
     assert (price.amount, price.currency) == (Decimal(1_290_000), "IRR")
     assert price.warning
@@ -74,11 +74,11 @@ def test_the_unofficial_toman_code_is_understood() -> None:
         ("25 درهم", "https://shop.ma/", "MAD"),
     ],
 )
-def test_an_ambiguous_sign_is_told_by_the_country_of_the_page(value: str, url: str, currency: str) -> None:
+def test_the_country_of_the_page_decides_an_ambiguous_sign(value: str, url: str, currency: str) -> None:
     assert parse_price(value, url=url).currency == currency
 
 
-def test_a_dollar_sign_alone_is_taken_for_us_dollars_with_a_warning() -> None:
+def test_a_dollar_sign_alone_means_us_dollars_with_a_warning() -> None:
     price = parse_price("$25", url="https://shop.example/")
     assert price.currency == "USD"
     assert price.warning
@@ -114,14 +114,14 @@ def test_an_unusable_price_is_left_out_with_a_warning(value: object) -> None:
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", [], {}, True, object()])
-def test_no_price_is_no_price_and_no_warning(value: object) -> None:
+def test_a_missing_price_gives_no_warning(value: object) -> None:
     price = parse_price(value)
     assert price.amount is None
     assert price.warning is None
 
 
 @given(st.one_of(st.text(), st.floats(), st.integers(), st.decimals(), st.none()), st.one_of(st.text(), st.none()))
-def test_no_value_makes_it_fail(value: object, stated: str | None) -> None:
+def test_no_value_makes_the_parser_fail(value: object, stated: str | None) -> None:
     price = parse_price(value, stated_currency=stated, url="https://[")
     assert price.amount is None or (price.amount.is_finite() and 0 <= price.amount < MAX_PRICE)
     assert price.currency is None or iso_code(price.currency) == price.currency

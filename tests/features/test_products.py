@@ -78,7 +78,7 @@ def test_a_page_without_data_is_read_by_the_model_within_the_estimate() -> None:
         <meta itemprop="availability" content="InStock"></p></div></div>""",
     ],
 )
-def test_microdata_is_read_as_well(html: str) -> None:
+def test_microdata_is_read(html: str) -> None:
     result = extract_products(ScriptedModel(), url=URL, html=html)
     assert result.source == "microdata"
     assert result.products == (
@@ -129,14 +129,14 @@ def test_microdata_is_read_as_well(html: str) -> None:
     ],
     ids=lambda shape: json.dumps(shape)[:40],
 )  # fmt: skip
-def test_products_are_found_in_every_shape_that_pages_use(shape: object) -> None:
+def test_products_are_found_in_every_form_that_pages_use(shape: object) -> None:
     result = _stated(shape)
     assert [(product.name, product.price, product.currency) for product in result.products] == [
         ("Lamp", Decimal(38), "GBP")
     ]
 
 
-def test_related_products_and_reviews_are_not_what_the_page_sells() -> None:
+def test_related_products_and_reviews_are_left_out() -> None:
     result = _stated(
         _product(
             isRelatedTo=_product(name="Other"), review={"@type": "Review", "itemReviewed": _product(name="Third")}
@@ -146,7 +146,7 @@ def test_related_products_and_reviews_are_not_what_the_page_sells() -> None:
     assert [product.name for product in result.products] == ["Lamp"]
 
 
-def test_a_malformed_script_is_told_and_hides_no_other() -> None:
+def test_a_malformed_script_gives_a_warning_and_hides_no_other() -> None:
     html = (
         _script("{oops") + _script("[" * 50_000) + _script(json.dumps(_product()), "application/ld+json; charset=utf-8")
     )
@@ -156,7 +156,7 @@ def test_a_malformed_script_is_told_and_hides_no_other() -> None:
 
 
 @pytest.mark.parametrize("price", ["-5", -5, "NaN", float("nan"), "1e999", "ask us", 10**300])
-def test_a_price_that_cant_be_is_left_out_with_a_warning(price: object) -> None:
+def test_an_impossible_price_is_left_out_with_a_warning(price: object) -> None:
     result = _stated(_product(offers=_offer(price)))
     assert result.products[0].price is None
     assert any(warning.startswith("Lamp: price") for warning in result.warnings)
@@ -181,24 +181,24 @@ def test_no_value_in_a_pages_data_makes_it_fail(junk: object) -> None:
         ("https://a.example/?x=1&amp;y=2", "https://a.example/?x=1&y=2"),
     ],
 )
-def test_addresses_are_absolute_and_of_the_web(value: str, url: str | None) -> None:
+def test_addresses_become_absolute_http_addresses_or_none(value: str, url: str | None) -> None:
     product = _stated(_product(image=value, url=value)).products[0]
     assert (product.image, product.url) == (url, url)
 
 
-def test_a_base_element_is_what_addresses_are_relative_to() -> None:
+def test_addresses_are_relative_to_the_base_element() -> None:
     html = '<head><base href="https://other.example/x/"></head>' + _script(json.dumps(_product(url="lamp")))
     result = extract_products(ScriptedModel(), url=URL, html=html)
     assert result.products[0].url == "https://other.example/x/lamp"
 
 
-def test_escaped_html_in_data_is_made_plain() -> None:
+def test_escaped_html_in_data_becomes_plain_text() -> None:
     product = _stated(_product(name="Lamp &amp; shade", description="&lt;p&gt;Warm&lt;/p&gt; <b>light</b>")).products[0]
     assert product.name == "Lamp & shade"
     assert product.description == "Warm light"
 
 
-def test_the_same_product_stated_twice_is_one() -> None:
+def test_a_product_stated_twice_is_returned_once() -> None:
     assert len(_stated(_product(offers=_offer()), _product(offers=_offer())).products) == 1
 
 
@@ -211,7 +211,7 @@ def test_the_same_product_stated_twice_is_one() -> None:
     ],
     ids=["nested", "many", "references"],
 )
-def test_microdata_made_to_exhaust_is_not_followed(html: str, warning: str) -> None:
+def test_microdata_beyond_the_limits_is_not_read(html: str, warning: str) -> None:
     result = extract_products(ScriptedModel('{"products": []}'), url=URL, html=html + "text")
     assert any(warning in line for line in result.warnings)
     assert extract_products(ScriptedModel(), url=URL, html=(EXAMPLES / "shop.html").read_text()).products
@@ -237,7 +237,7 @@ def test_references_in_a_circle_end() -> None:
         ({}, "html or text"),
         ({"html": "", "text": ""}, "html or text"),
         ({"html": "<p>x</p>", "text": "x"}, "html or text"),
-        ({"html": "<html><body><script>build()</script></body></html>"}, "html holds no text"),
+        ({"html": "<html><body><script>build()</script></body></html>"}, "html has no text"),
         ({"html": "  \n "}, "html"),
         ({"html": "\x89PNG\r\n\x1a\n" + "\x00\x01" * 50}, "html holds binary"),
         ({"text": "%PDF-1.7 " + "\x00" * 100}, "text holds binary"),
@@ -246,7 +246,7 @@ def test_references_in_a_circle_end() -> None:
         ({"text": "x", "title": "t" * 501}, "title"),
     ],
 )
-def test_unusable_input_is_refused_before_the_model_is_asked(values: dict[str, object], field: str) -> None:
+def test_unusable_input_is_refused_before_the_model_is_called(values: dict[str, object], field: str) -> None:
     model = ScriptedModel()
     arguments: dict[str, object] = {"url": URL, **values}
     with pytest.raises(InvalidInputError, match=field):
@@ -272,7 +272,7 @@ def test_the_estimate_is_the_specifications() -> None:
     assert estimated_tokens() == ESTIMATED_TOKENS == 1000
 
 
-def test_what_the_model_invents_is_left_out() -> None:
+def test_values_that_the_model_invents_are_left_out() -> None:
     answer = json.dumps(
         {
             "products": [
@@ -288,8 +288,8 @@ def test_what_the_model_invents_is_left_out() -> None:
         ("Lamp", Decimal("38.00"), "InStock"),
         ("Shade", None, None),
     ]
-    assert any(warning.startswith("Yacht: not on the page") for warning in result.warnings)
-    assert any(warning.startswith("Shade: its price is not on the page") for warning in result.warnings)
+    assert any(warning.startswith("Yacht: the name is not on the page") for warning in result.warnings)
+    assert any(warning.startswith("Shade: the price is not on the page") for warning in result.warnings)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_what_the_model_invents_is_left_out() -> None:
         ("Lamp £20 - £30", "£20 - £30", "20"),
     ],
 )
-def test_a_price_written_otherwise_is_the_same_price(page: str, price: object, amount: str) -> None:
+def test_a_price_in_another_notation_is_the_same_price(page: str, price: object, amount: str) -> None:
     answer = json.dumps({"products": [{"name": "Lamp", "price": price}]})
     text = page.replace("Lamps", "Lamp")
     assert extract_products(ScriptedModel(answer), url=URL, text=text).products[0].price == Decimal(amount)
@@ -314,12 +314,12 @@ def test_a_page_without_products_is_no_error() -> None:
     assert result.source is None
 
 
-def test_an_answer_of_the_wrong_shape_is_an_error() -> None:
+def test_an_answer_in_the_wrong_format_is_an_error() -> None:
     with pytest.raises(AnswerFormatError, match="charged"):
         extract_products(ScriptedModel("There are no products."), url=URL, text="About us")
 
 
-def test_an_answer_that_was_cut_off_keeps_its_whole_products() -> None:
+def test_an_answer_that_was_cut_off_keeps_its_complete_products() -> None:
     cut = completion('{"products": [{"name": "Lamp", "price": "£38"}, {"name": "Sha', truncated=True)
     result = extract_products(ScriptedModel(cut), url=URL, text="Lamp £38\nShade £12")
     assert [product.name for product in result.products] == ["Lamp"]

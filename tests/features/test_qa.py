@@ -77,7 +77,7 @@ def test_the_estimate_suffices_for_any_text(text: str, max_pairs: int) -> None:
 
 
 @pytest.mark.parametrize("counter", [None, EncodingCounter("cl100k_base"), BoundCounter()])
-def test_execution_asks_for_exactly_what_was_estimated(counter: TokenCounter | None) -> None:
+def test_the_calls_are_exactly_those_of_the_estimate(counter: TokenCounter | None) -> None:
     text = ENGLISH * 4
     model = ScriptedModel(*[_answer(_pair(f"Question {number}?")) for number in range(20)])
     generate_qa(model, text=text, page_title="Help", max_pairs=20, counter=counter)
@@ -88,7 +88,7 @@ def test_execution_asks_for_exactly_what_was_estimated(counter: TokenCounter | N
     assert sum(chunk.pairs for chunk in plan.chunks) == 20
 
 
-def test_a_long_text_with_few_pairs_says_what_it_did_not_read() -> None:
+def test_a_long_text_with_few_pairs_has_a_warning_about_unread_parts() -> None:
     text = ENGLISH * 30
     result = generate_qa(HeldModel(estimate_tokens(text, 2)), text=text, max_pairs=2)
     assert result.chunks_planned == 2
@@ -105,7 +105,7 @@ def test_a_question_asked_twice_is_kept_once() -> None:
     ]  # fmt: skip
 
 
-def test_a_model_that_writes_too_many_pairs_is_cut_to_the_number_asked_for() -> None:
+def test_surplus_pairs_are_dropped() -> None:
     answer = _answer(*[_pair(f"Question {number}?") for number in range(9)])
     assert len(generate_qa(ScriptedModel(answer), text=SHORT, max_pairs=2).pairs) == 2
 
@@ -125,12 +125,12 @@ def test_the_context_is_always_the_texts_own_words(quoted: object, context: str)
     assert result.pairs[0].context == context
 
 
-def test_a_context_that_was_made_up_lowers_the_confidence() -> None:
+def test_an_invented_context_lowers_the_confidence() -> None:
     result = generate_qa(ScriptedModel(_answer(_pair(context="Made up."))), text=SHORT, max_pairs=1)
     assert result.pairs[0].confidence == 0.5
 
 
-def test_the_stated_language_counts_where_it_cant_be_seen() -> None:
+def test_the_stated_language_counts_if_it_cannot_be_detected() -> None:
     german = _pair("Wie lange dauert die Lieferung?", answer="Zwei bis vier Werktage.")
     answer = json.dumps({"language": "de", "pairs": [german]})
     assert generate_qa(ScriptedModel(answer), text=SHORT, max_pairs=1).language == "de"
@@ -143,13 +143,13 @@ def test_a_part_without_json_is_a_warning_when_others_gave_pairs() -> None:
     result = generate_qa(ScriptedModel(*answers), text=text, max_pairs=10)
     assert len(result.pairs) == chunks - 1
     assert result.complete
-    assert result.warnings[0].startswith("Part 1 of the text gave nothing")
+    assert result.warnings[0].startswith("Part 1 of the text gave no pairs")
 
 
 @pytest.mark.parametrize(
     "answer", ["I'm sorry, I can't.", "", '{"pairs": [{"question": "Only a question?"}]}', '{"a": 1}']
 )
-def test_answers_of_the_wrong_shape_alone_are_an_error(answer: str) -> None:
+def test_only_answers_in_the_wrong_format_are_an_error(answer: str) -> None:
     with pytest.raises(AnswerFormatError, match="charged") as caught:
         generate_qa(ScriptedModel(answer), text=SHORT, max_pairs=1)
     assert not caught.value.retryable
@@ -168,15 +168,15 @@ def test_the_complete_pairs_of_an_answer_that_was_cut_off_are_kept() -> None:
     assert [pair.question for pair in result.pairs] == ["First?"]
 
 
-def test_when_the_hold_ends_midway_the_pairs_so_far_are_returned() -> None:
+def test_the_pairs_so_far_are_returned_if_the_hold_is_exhausted() -> None:
     result = generate_qa(ScriptedModel(_answer(_pair())), text=ENGLISH * 4, max_pairs=10)
     assert len(result.pairs) == 1
     assert not result.complete
     assert result.chunks_done == 1
-    assert "tokens held ended after 1 of" in result.warnings[0]
+    assert "tokens were used up after 1 of" in result.warnings[0]
 
 
-def test_when_the_hold_covers_nothing_the_error_is_raised() -> None:
+def test_a_hold_that_covers_no_call_is_an_error() -> None:
     with pytest.raises(HoldExhaustedError):
         generate_qa(ScriptedModel(), text=ENGLISH, max_pairs=10)
 
@@ -197,7 +197,7 @@ def test_when_the_hold_covers_nothing_the_error_is_raised() -> None:
         ({"page_title": None}, "page_title"),
     ],
 )
-def test_unusable_input_is_refused_before_the_model_is_asked(values: dict[str, object], field: str) -> None:
+def test_unusable_input_is_refused_before_the_model_is_called(values: dict[str, object], field: str) -> None:
     model = ScriptedModel()
     arguments: dict[str, object] = {"text": SHORT, "page_title": "", "max_pairs": 3, **values}
     with pytest.raises(InvalidInputError, match=f"^{field} "):

@@ -49,33 +49,33 @@ def test_a_question_is_answered_from_its_context(file: str, question: str, answe
     assert model.tokens_left >= 0
 
 
-def test_a_context_without_the_answer_is_said_to_lack_it() -> None:
+def test_the_answer_says_so_if_the_context_does_not_have_it() -> None:
     result = answer_question(HeldModel(ESTIMATED_TOKENS), question="Who won in 1998?", context=PASSAGES)
     assert not result.answered
     assert "does not hold" in result.answer
     assert result.passages_used == ()
 
 
-def test_what_is_asked_of_the_model_depends_on_whether_there_is_context() -> None:
+def test_the_prompt_differs_with_and_without_context() -> None:
     [with_context, _] = plan_question(question="When?", context=PASSAGES).messages
     [without, _] = plan_question(question="When?").messages
     assert "from the passages of the context block only" in with_context.content
     assert "from general knowledge" in without.content
 
 
-def test_the_passages_used_are_named_by_their_places_in_the_context() -> None:
+def test_the_used_passages_are_positions_in_the_context() -> None:
     result = answer_question(ScriptedModel(stated(passages=[3, 1, 3])), question="When?", context=PASSAGES)
     assert result.passages_used == (0, 2)
 
 
 @pytest.mark.parametrize("passages", [[0], [4], [-1], ["2"], [2.0], [True], "2", None, {"2": 2}])
-def test_a_passage_that_was_not_given_is_not_named(passages: object) -> None:
+def test_a_passage_that_the_prompt_did_not_have_is_not_named(passages: object) -> None:
     result = answer_question(ScriptedModel(stated(passages=passages)), question="When?", context=PASSAGES)
     assert result.passages_used == ()
     assert "named no passage" in result.warnings[0]
 
 
-def test_an_answer_that_is_none_names_no_passages() -> None:
+def test_a_question_without_an_answer_names_no_passages() -> None:
     result = answer_question(ScriptedModel(stated("Not there.", answered=False)), question="When?", context=PASSAGES)
     assert not result.answered
     assert (result.passages_used, result.warnings) == ((), ())
@@ -83,7 +83,7 @@ def test_an_answer_that_is_none_names_no_passages() -> None:
 
 @pytest.mark.parametrize("counter", COUNTERS)
 @pytest.mark.parametrize("word", ["delivery ", "ارسال ", "شحن سريع ", "📦🚚 "])
-def test_passages_are_read_in_their_order_as_far_as_there_is_room(counter: TokenCounter, word: str) -> None:
+def test_as_many_passages_are_read_as_fit_in_their_order(counter: TokenCounter, word: str) -> None:
     context = [f"{place}: {word * 30}".strip() for place in range(100)]
     plan = plan_question(question="When?", context=context, counter=counter)
     kept = read(plan)
@@ -97,7 +97,7 @@ def test_passages_are_read_in_their_order_as_far_as_there_is_room(counter: Token
 
 
 @pytest.mark.parametrize("counter", COUNTERS)
-def test_a_first_passage_too_long_alone_is_cut(counter: TokenCounter) -> None:
+def test_a_first_passage_that_is_too_long_is_cut(counter: TokenCounter) -> None:
     model = ScriptedModel(stated(passages=[1, 2]))
     context = ["سلام " * 9000, "Delivery takes two days."]
     result = answer_question(model, question="When?", context=context, counter=counter)
@@ -108,7 +108,7 @@ def test_a_first_passage_too_long_alone_is_cut(counter: TokenCounter) -> None:
     assert count_prompt_tokens(model.prompts[0], counter) + cap <= estimated_tokens(counter)
 
 
-def test_empty_passages_keep_their_places() -> None:
+def test_empty_passages_keep_their_positions() -> None:
     result = answer_question(ScriptedModel(stated(passages=[3])), question="When?", context=["", "  ", "Two days."])
     assert (result.passages_used, result.passages_left_out) == ((2,), 0)
 
@@ -132,7 +132,7 @@ def test_passages_and_question_are_data_in_the_prompt() -> None:
         '{"answered": true, "passages": [2], "answer": "Two days.\\u06',
     ],
 )
-def test_an_answer_is_read_from_whatever_stands_around_it_or_is_missing(text: str) -> None:
+def test_an_answer_is_read_despite_surrounding_text_and_missing_fields(text: str) -> None:
     result = answer_question(ScriptedModel(text), question="When?", context=PASSAGES)
     assert (result.answer, result.passages_used) == ("Two days.", (1,))
 
@@ -142,7 +142,7 @@ def test_an_answer_may_have_several_lines() -> None:
     assert answer_question(ScriptedModel(text), question="When?", context=PASSAGES).answer == "One.\nTwo."
 
 
-def test_prose_is_taken_for_the_answer() -> None:
+def test_prose_counts_as_the_answer() -> None:
     result = answer_question(ScriptedModel("It takes two days."), question="When?", context=PASSAGES)
     assert result.answer == "It takes two days."
     assert "named no passage" in result.warnings[0]
@@ -154,7 +154,7 @@ def test_a_reply_without_an_answer_is_an_error(text: str) -> None:
         answer_question(ScriptedModel(text), question="When?")
 
 
-def test_an_answer_that_was_cut_off_says_so_and_survives_the_way_between_processes() -> None:
+def test_an_answer_that_was_cut_off_has_a_warning_and_survives_serialisation() -> None:
     model = ScriptedModel(completion('{"answered": true, "passages": [], "answer": "It', truncated=True))
     result = answer_question(model, question="When?")
     assert result.answer == "It"
@@ -175,7 +175,7 @@ def test_an_answer_that_was_cut_off_says_so_and_survives_the_way_between_process
         ({"context": ["%PDF-1.7 x"]}, r"context\.0 holds binary"),
     ],
 )
-def test_input_that_cant_be_used_is_refused_by_field(arguments: dict[str, Any], fault: str) -> None:
+def test_unusable_input_is_refused_with_the_fields_name(arguments: dict[str, Any], fault: str) -> None:
     model = ScriptedModel()
     with pytest.raises(InvalidInputError, match=fault):
         answer_question(model, **{"question": "When?", **arguments})

@@ -11,6 +11,8 @@ from trueup.errors import InvalidInputError, TokensDenied
 from trueup.gate.decision import check_access, denied_unknown_user
 from trueup.gate.denial import denial_payload
 
+pytestmark = pytest.mark.dated
+
 NOW = START + timedelta(days=3)
 DAY = timedelta(days=1)
 

@@ -18,6 +18,8 @@ from trueup.errors import InvalidInputError, TokensDenied
 from trueup.gate.decision import check_access
 from trueup.gate.holds import Hold, close_hold, expire_holds, list_holds
 
+pytestmark = pytest.mark.dated
+
 NOW = START + timedelta(days=3)
 LATER = NOW + timedelta(hours=1)
 

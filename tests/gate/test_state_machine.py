@@ -1,10 +1,8 @@
 """Any sequence of trueup's operations, and of the host's, leaves what a plain model says.
 
-Longer: `STATE_MACHINE_EXAMPLES=500 STATE_MACHINE_STEPS=100 pytest tests/gate/test_state_machine.py`, which also
-draws anew each time. A failure prints the steps that lead to it.
+A failure prints the steps that lead to it.
 """
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,9 +30,6 @@ from trueup.gate.provider_calls import begin_call, end_call, extend_hold, list_u
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.local_run import reconcile
 from trueup.usage.charges import Charge
-
-EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "40"))
-STEP_COUNT = int(os.environ.get("STATE_MACHINE_STEPS", "50"))
 
 # These are found before PostgreSQL's own: reconcile, too, then lives at the machine's time.
 CLOCK = """
@@ -305,13 +300,14 @@ def machine(host: Host, database: str) -> Iterator[type[BillingMachine]]:
     engine.dispose()
 
 
-def test_billing_does_what_its_model_says(machine: type[BillingMachine]) -> None:
+@pytest.mark.parametrize(("examples", "steps"), [(20, 50), pytest.param(200, 80, marks=pytest.mark.long)])
+def test_billing_does_what_its_model_says(machine: type[BillingMachine], examples: int, steps: int) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=EXAMPLES,
-            stateful_step_count=STEP_COUNT,
-            derandomize="STATE_MACHINE_EXAMPLES" not in os.environ,
+            max_examples=examples,
+            stateful_step_count=steps,
+            derandomize=True,
             deadline=None,
             report_multiple_bugs=False,
             suppress_health_check=[HealthCheck.too_slow],

@@ -33,6 +33,8 @@ from trueup.settings.settings import get_settings
 from trueup.stack import StackUrls
 from trueup.usage.tracker import track_ai_usage
 
+pytestmark = pytest.mark.dated
+
 MAPPINGS = {kind: HostMapping(usage_log_id_type=kind) for kind in ("uuid", "bigint")}
 EPOCH = "SELECT trueup.log_epoch()"
 CHILDS = "SELECT oid, xmin::text FROM pg_trigger WHERE tgrelid = 'child'::regclass ORDER BY 1"

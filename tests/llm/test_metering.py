@@ -25,7 +25,7 @@ PROMPT = [Message(role="user", content="a question")]
 
 
 class Counting:
-    """A provider that sells completions of a fixed price, and remembers what it was asked for."""
+    """A provider whose completions have a fixed usage. It records the limits of its calls."""
 
     def __init__(self, *, prompt_tokens: int = 40, billed: int = 30, error: Exception | None = None) -> None:
         self.prompt_tokens = prompt_tokens
@@ -69,7 +69,7 @@ def model(provider: Any) -> MeteredModel:
     return MeteredModel(lambda: provider, get_settings())
 
 
-def test_a_call_may_cost_at_most_what_the_hold_has_left(host: Host, connection: Connection) -> None:
+def test_a_call_may_cost_at_most_the_remaining_tokens_of_the_hold(host: Host, connection: Connection) -> None:
     user, provider = host.subscriber(1_000), Counting()
     client = model(provider)
     with spending_from(hold(connection, user, tokens=200)):
@@ -91,7 +91,7 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_not_sent(host: Host, conn
     assert provider.limits == []
 
 
-def test_without_a_hold_nothing_is_sent(host: Host) -> None:
+def test_a_call_without_a_hold_is_not_sent(host: Host) -> None:
     provider = Counting()
     with pytest.raises(NoHoldError):
         model(provider).complete(PROMPT)
@@ -106,7 +106,7 @@ def test_a_failing_provider_charges_nothing(host: Host, connection: Connection) 
     assert host.used(user) == 0
 
 
-def test_a_provider_that_bills_more_than_asked_is_recorded_in_full(
+def test_usage_above_the_requested_limit_is_charged_in_full(
     host: Host, connection: Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     user, provider = host.subscriber(1_000), Counting(billed=500)
@@ -115,10 +115,10 @@ def test_a_provider_that_bills_more_than_asked_is_recorded_in_full(
         with pytest.raises(HoldExhaustedError):
             model(provider).complete(PROMPT)
     assert host.used(user) == 540
-    assert "340 tokens over its hold" in caplog.text
+    assert "tokens_over=340" in caplog.text
 
 
-def test_a_second_attempt_gets_the_paid_answer_and_buys_only_what_is_new(host: Host, connection: Connection) -> None:
+def test_a_second_attempt_replays_paid_answers_and_buys_only_new_ones(host: Host, connection: Connection) -> None:
     user, task_id = host.subscriber(1_000), str(uuid.uuid4())
     first, second = Counting(), Counting()
     with spending_from(hold(connection, user, task_id=task_id)):
@@ -131,7 +131,7 @@ def test_a_second_attempt_gets_the_paid_answer_and_buys_only_what_is_new(host: H
     assert host.used(user) == 140
 
 
-def test_a_changed_request_at_the_same_place_is_a_new_call(host: Host, connection: Connection) -> None:
+def test_a_changed_request_with_the_same_ordinal_is_a_new_call(host: Host, connection: Connection) -> None:
     user, task_id = host.subscriber(1_000), str(uuid.uuid4())
     with spending_from(hold(connection, user, task_id=task_id)):
         model(Counting()).complete(PROMPT)
@@ -143,7 +143,7 @@ def test_a_changed_request_at_the_same_place_is_a_new_call(host: Host, connectio
 @pytest.mark.parametrize(
     ("variable", "value"), [("TRUEUP_STORE_ANSWERS", "false"), ("TRUEUP_STORED_ANSWER_MAX_BYTES", "10")]
 )
-def test_answers_are_kept_only_as_far_as_the_settings_allow(
+def test_answers_are_stored_only_if_the_settings_allow(
     variable: str, value: str, host: Host, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
@@ -155,7 +155,7 @@ def test_answers_are_kept_only_as_far_as_the_settings_allow(
 
 
 @pytest.mark.parametrize(("state", "error"), [("57P01", ServiceUnavailableError), ("42703", NotInstalledError)])
-def test_usage_that_can_not_be_written_is_an_error_and_never_ignored(
+def test_usage_that_cannot_be_recorded_is_an_error(
     host: Host, connection: Connection, monkeypatch: Any, caplog: Any, state: str, error: type[Exception]
 ) -> None:
     monkeypatch.setattr("trueup.database.retry.RETRY_DELAYS_SECONDS", (0.01,))
@@ -172,7 +172,7 @@ def test_usage_that_can_not_be_written_is_an_error_and_never_ignored(
 
 
 class Interrupted(Counting):
-    """A provider during whose call something else happens."""
+    """A provider that runs a function during its call."""
 
     def __init__(self, happening: Callable[[], object]) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ def test_a_hold_that_ends_during_the_call_is_charged_late_and_in_full(host: Host
     assert host.value("SELECT late FROM trueup.charge") is True
 
 
-def test_an_attempt_that_was_overtaken_can_not_spend(host: Host, connection: Connection) -> None:
+def test_an_overtaken_attempt_cannot_spend(host: Host, connection: Connection) -> None:
     user, task_id, slow = host.subscriber(1_000), str(uuid.uuid4()), Counting()
     with spending_from(hold(connection, user, task_id=task_id)):
         hold(connection, user, task_id=task_id, retries=1)
@@ -203,7 +203,7 @@ def test_an_attempt_that_was_overtaken_can_not_spend(host: Host, connection: Con
     assert slow.limits == []
 
 
-def test_the_same_call_bought_by_two_attempts_is_recorded_twice(host: Host, connection: Connection) -> None:
+def test_a_call_that_two_attempts_bought_is_recorded_twice(host: Host, connection: Connection) -> None:
     user, task_id = host.subscriber(1_000), str(uuid.uuid4())
 
     def buy_as_the_next_attempt() -> None:
@@ -216,7 +216,7 @@ def test_the_same_call_bought_by_two_attempts_is_recorded_twice(host: Host, conn
     assert host.value("SELECT count(*) FROM trueup.charge") == 2
 
 
-def test_calls_at_the_same_time_share_what_the_hold_has(host: Host, connection: Connection) -> None:
+def test_concurrent_calls_share_the_hold(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     inner = Counting()
 
@@ -230,7 +230,7 @@ def test_calls_at_the_same_time_share_what_the_hold_has(host: Host, connection: 
 
 
 @pytest.mark.parametrize("unknown", [True, False])
-def test_a_call_with_unknown_outcome_stays_on_record(unknown: bool, host: Host, connection: Connection) -> None:
+def test_a_call_with_an_unknown_outcome_stays_recorded(unknown: bool, host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     open_ = hold(connection, user)
     provider = Counting(error=ProviderError("no answer", outcome_unknown=unknown))
@@ -240,7 +240,7 @@ def test_a_call_with_unknown_outcome_stays_on_record(unknown: bool, host: Host, 
     assert bounds == ([200] if unknown else [])
 
 
-def test_a_call_that_never_came_back_is_named_once_its_hold_has_ended(host: Host, connection: Connection) -> None:
+def test_a_call_without_an_outcome_is_listed_once_its_hold_has_ended(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     open_ = hold(connection, user)
     with spending_from(open_), pytest.raises(SystemExit):
@@ -272,7 +272,7 @@ def test_a_stream_is_charged_when_it_ends(host: Host, connection: Connection) ->
     assert host.used(user) == stream.completion().total_tokens > 0
 
 
-def test_a_stream_closed_early_is_charged_for_what_came(host: Host, connection: Connection) -> None:
+def test_a_stream_closed_early_is_charged_for_the_received_part(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     with spending_from(hold(connection, user)):
         with model(OfflineProvider()).stream(PROMPT) as stream:
@@ -282,7 +282,7 @@ def test_a_stream_closed_early_is_charged_for_what_came(host: Host, connection: 
     assert host.value("SELECT count(*) FROM trueup.call_intent") == 0
 
 
-def test_a_stream_that_the_body_forgets_is_charged_when_the_body_ends(host: Host, connection: Connection) -> None:
+def test_a_stream_that_the_body_leaves_open_is_charged_when_the_body_ends(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     with spending_from(hold(connection, user)):
         next(model(OfflineProvider()).stream(PROMPT))
@@ -290,7 +290,7 @@ def test_a_stream_that_the_body_forgets_is_charged_when_the_body_ends(host: Host
     assert host.value("SELECT count(*) FROM trueup.charge WHERE answer IS NULL") == 1
 
 
-def test_a_paid_stream_is_answered_whole_to_a_redelivery(host: Host, connection: Connection) -> None:
+def test_a_paid_stream_is_replayed_whole_to_a_redelivery(host: Host, connection: Connection) -> None:
     user, task_id = host.subscriber(1_000), str(uuid.uuid4())
     with spending_from(hold(connection, user, task_id=task_id)):
         first = "".join(model(OfflineProvider()).stream(PROMPT))

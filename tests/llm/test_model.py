@@ -8,7 +8,7 @@ from trueup.llm.model import Completion, CompletionStream
 
 
 class Source:
-    """Chunks that may end in an error, and a count of how often the completion was asked for."""
+    """Chunks that may end in an error, with a count of the calls of `finish`."""
 
     def __init__(self, *chunks: str, error: BaseException | None = None) -> None:
         self._chunks = chunks
@@ -28,7 +28,7 @@ class Source:
         return completion(self.given)
 
 
-def test_an_exhausted_stream_has_the_completion_of_all_it_gave() -> None:
+def test_an_exhausted_stream_has_the_completion_of_all_its_chunks() -> None:
     source = Source("a", "", "b")
     stream = CompletionStream(source, source.finish)
     assert not stream.exhausted
@@ -40,7 +40,7 @@ def test_an_exhausted_stream_has_the_completion_of_all_it_gave() -> None:
     assert list(stream) == []
 
 
-def test_a_stream_closed_early_has_what_it_gave_and_gives_no_more() -> None:
+def test_a_stream_closed_early_has_the_received_part_and_yields_no_more() -> None:
     source = Source("a", "b")
     with CompletionStream(source, source.finish) as stream:
         assert next(stream) == "a"
@@ -51,7 +51,7 @@ def test_a_stream_closed_early_has_what_it_gave_and_gives_no_more() -> None:
     assert stream.completion().text == "a"
 
 
-def test_asking_for_the_completion_ends_a_stream() -> None:
+def test_reading_the_completion_ends_a_stream() -> None:
     source = Source("a", "b")
     stream = CompletionStream(source, source.finish)
     next(stream)
@@ -59,14 +59,14 @@ def test_asking_for_the_completion_ends_a_stream() -> None:
     assert list(stream) == []
 
 
-def test_a_stream_that_was_never_read_is_finished_all_the_same() -> None:
+def test_a_stream_that_was_never_read_is_finished_too() -> None:
     source = Source("a")
     CompletionStream(source, source.finish).close()
     assert source.finished == 1
 
 
 @pytest.mark.parametrize("error", [ProviderError("broke off"), SystemExit(1)], ids=repr)
-def test_a_broken_stream_is_finished_before_its_error_is_seen(error: BaseException) -> None:
+def test_a_broken_stream_is_finished_before_its_error_is_raised(error: BaseException) -> None:
     source = Source("a", error=error)
     stream = CompletionStream(source, source.finish)
     assert next(stream) == "a"
@@ -77,7 +77,7 @@ def test_a_broken_stream_is_finished_before_its_error_is_seen(error: BaseExcepti
     assert stream.completion().text == "a"
 
 
-def test_finishing_is_tried_again_only_if_it_failed() -> None:
+def test_finish_is_called_again_only_if_it_raised() -> None:
     tries = iter([RuntimeError("no database"), None])
     asked = 0
 
@@ -97,7 +97,7 @@ def test_finishing_is_tried_again_only_if_it_failed() -> None:
     assert stream.completion().text == "a"
 
 
-def test_streams_can_be_laid_over_each_other() -> None:
+def test_a_stream_can_wrap_another() -> None:
     source = Source("a", "b", error=ProviderError("broke off"))
     inner = CompletionStream(source, source.finish)
     charged = []

@@ -135,7 +135,7 @@ def test_a_total_above_the_sum_is_kept_because_reasoning_is_billed(httpserver: H
     ],
     ids=repr,
 )
-def test_usage_that_is_missing_or_unbelievable_is_counted_here(
+def test_missing_or_implausible_usage_is_counted_here(
     httpserver: HTTPServer, make: MakeProvider, usage: object
 ) -> None:
     httpserver.expect_oneshot_request(PATH).respond_with_json(_body(usage=usage))
@@ -147,7 +147,7 @@ def test_usage_that_is_missing_or_unbelievable_is_counted_here(
     assert done.total_tokens == done.prompt_tokens + done.completion_tokens
 
 
-def test_a_bounded_count_is_no_more_than_the_cap(httpserver: HTTPServer, make: MakeProvider) -> None:
+def test_an_upper_bound_never_exceeds_the_cap(httpserver: HTTPServer, make: MakeProvider) -> None:
     httpserver.expect_oneshot_request(PATH).respond_with_json(_body(usage=None, choices=_choice("x" * 400)))
     done = _complete(make(model_name="llama-3.3"), cap=50)
     assert done.completion_tokens == 50
@@ -159,7 +159,7 @@ def test_a_bounded_count_is_no_more_than_the_cap(httpserver: HTTPServer, make: M
     [(400, False), (401, False), (403, False), (404, False), (422, False), (408, True), (409, True), (429, True),
      (500, True), (502, True), (503, True)],
 )  # fmt: skip
-def test_a_refusal_says_whether_to_try_again(
+def test_a_refusal_says_whether_a_retry_may_succeed(
     httpserver: HTTPServer, make: MakeProvider, status: int, retryable: bool
 ) -> None:
     error = {"error": {"message": "It is so.", "type": "x", "code": None}}
@@ -180,7 +180,7 @@ def test_no_error_shows_the_key(httpserver: HTTPServer, make: MakeProvider) -> N
         assert "TRUEUP_" in str(caught.value) or status == 500
 
 
-def test_an_account_without_credit_is_not_tried_again(httpserver: HTTPServer, make: MakeProvider) -> None:
+def test_an_account_without_credit_is_not_retryable(httpserver: HTTPServer, make: MakeProvider) -> None:
     error = {"error": {"message": "You exceeded your quota.", "code": "insufficient_quota"}}
     httpserver.expect_request(PATH).respond_with_json(error, status=429)
     with pytest.raises(ProviderError, match="no credit") as caught:
@@ -188,7 +188,7 @@ def test_an_account_without_credit_is_not_tried_again(httpserver: HTTPServer, ma
     assert not caught.value.retryable
 
 
-def test_a_rate_limit_is_waited_out_within_the_configured_retries(httpserver: HTTPServer, make: MakeProvider) -> None:
+def test_a_rate_limited_call_is_retried_as_often_as_configured(httpserver: HTTPServer, make: MakeProvider) -> None:
     httpserver.expect_ordered_request(PATH).respond_with_data(status=429, headers={"retry-after-ms": "1"})
     httpserver.expect_ordered_request(PATH).respond_with_json(_body())
     assert _complete(make(model_max_retries=1)).text == "Well."
@@ -202,7 +202,7 @@ def test_a_rate_limit_is_waited_out_within_the_configured_retries(httpserver: HT
      ('{"error": {"message": "bad"}}', "application/json")],
     ids=["html", "empty", "broken", "list", "other", "deep", "error"],
 )  # fmt: skip
-def test_a_success_that_is_no_completion_is_an_error(
+def test_a_success_without_a_completion_is_an_error(
     httpserver: HTTPServer, make: MakeProvider, data: str, content_type: str
 ) -> None:
     httpserver.expect_request(PATH).respond_with_data(data, content_type=content_type)
@@ -211,7 +211,7 @@ def test_a_success_that_is_no_completion_is_an_error(
     assert not caught.value.retryable
 
 
-def test_a_server_that_does_not_answer_in_time_may_be_asked_again(httpserver: HTTPServer, make: MakeProvider) -> None:
+def test_a_timeout_is_retryable(httpserver: HTTPServer, make: MakeProvider) -> None:
     asked_too_long = threading.Event()
 
     def wait(request: Request) -> Response:
@@ -227,18 +227,18 @@ def test_a_server_that_does_not_answer_in_time_may_be_asked_again(httpserver: HT
     assert caught.value.retryable
 
 
-def test_a_server_that_is_not_there_may_be_asked_again(make: MakeProvider, unused_port: int) -> None:
+def test_an_unreachable_server_is_retryable(make: MakeProvider, unused_port: int) -> None:
     with pytest.raises(ProviderError, match="can't be reached") as caught:
         _complete(make(openai_base_url=f"http://127.0.0.1:{unused_port}/v1"))
     assert caught.value.retryable
 
 
-def test_openai_itself_needs_a_key() -> None:
+def test_openais_own_server_needs_a_key() -> None:
     with pytest.raises(SettingsError, match="TRUEUP_OPENAI_API_KEY"):
         provider_from_settings(Settings(model_provider="openai"))
 
 
-def test_a_key_no_header_can_carry_is_refused_and_not_shown(make: MakeProvider) -> None:
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(make: MakeProvider) -> None:
     with pytest.raises(SettingsError, match="TRUEUP_OPENAI_API_KEY") as caught:
         make(openai_api_key="sk-“quoted”")
     assert "quoted" not in str(caught.value)
@@ -263,7 +263,7 @@ def test_a_lone_surrogate_is_sent_replaced(httpserver: HTTPServer, make: MakePro
 
 @pytest.fixture
 def unused_port() -> Iterator[int]:
-    """A port that is bound and not listened on: connections to it are refused as long as the test runs."""
+    """A port that is bound without a listener, so that it refuses connections while the test runs."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()[1]

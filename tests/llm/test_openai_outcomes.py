@@ -1,4 +1,4 @@
-"""After a failed call: may the provider have served and billed it? Asked of real sockets."""
+"""Whether the provider may have served and billed a failed call, tested with real sockets."""
 
 import pickle
 import socket
@@ -41,7 +41,7 @@ def failure(ask: Ask, url: str, **values: object) -> ProviderError:
 
 @pytest.fixture
 def silent_port() -> Iterator[int]:
-    """A port whose queue of connections is full: the next one waits and is never answered."""
+    """A port with a full queue of connections. The next connection waits for ever."""
     with ExitStack() as open_sockets:
         listener = open_sockets.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))
@@ -77,13 +77,13 @@ def test_a_name_that_is_not_found_was_not_served(ask: Ask, monkeypatch: pytest.M
     assert (error.retryable, error.outcome_unknown) == (True, False)
 
 
-def test_a_server_that_speaks_no_tls_did_not_serve(ask: Ask, wire: Wire) -> None:
+def test_a_request_to_a_server_without_tls_was_not_served(ask: Ask, wire: Wire) -> None:
     error = failure(ask, f"https://127.0.0.1:{wire.port}/v1")
     assert "can't be reached" in str(error)
     assert (error.retryable, error.outcome_unknown) == (True, False)
 
 
-def test_a_request_that_found_no_free_connection_was_not_served(
+def test_a_request_without_a_free_connection_was_not_served(
     ask: Ask, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import httpx2
@@ -133,7 +133,7 @@ AFTER_SENDING: dict[str, Script] = {
 
 @pytest.mark.parametrize("name", AFTER_SENDING)
 @pytest.mark.parametrize("retries", [0, 2])
-def test_a_connection_that_breaks_after_the_request_may_have_been_served_and_is_not_repeated_unseen(
+def test_a_request_whose_connection_broke_may_have_been_served_and_is_not_retried(
     ask: Ask, wire: Wire, name: str, retries: int
 ) -> None:
     wire.answers(*[AFTER_SENDING[name]] * 3)
@@ -145,7 +145,7 @@ def test_a_connection_that_breaks_after_the_request_may_have_been_served_and_is_
 
 @pytest.mark.parametrize("begun", [b"", OK, OK + b'Content-Length: 500\r\n\r\n{"choices": ['], ids=repr)
 @pytest.mark.parametrize("retries", [0, 2])
-def test_an_answer_that_does_not_come_in_time_may_have_been_served_and_is_not_repeated_unseen(
+def test_a_request_that_timed_out_may_have_been_served_and_is_not_retried(
     ask: Ask, wire: Wire, begun: bytes, retries: int
 ) -> None:
     def script(connection: socket.socket) -> None:
@@ -158,7 +158,7 @@ def test_an_answer_that_does_not_come_in_time_may_have_been_served_and_is_not_re
     assert len(wire.requests) == 1
 
 
-def test_a_request_that_is_not_read_in_time_may_have_been_served(silent_reader: int) -> None:
+def test_a_request_that_was_not_fully_read_may_have_been_served(silent_reader: int) -> None:
     long = [Message(role="user", content="word " * 4_000_000)]
     provider = provider_at(f"http://127.0.0.1:{silent_reader}/v1", model_timeout_seconds=0.3)
     with pytest.raises(ProviderError, match="in time") as caught:
@@ -168,7 +168,7 @@ def test_a_request_that_is_not_read_in_time_may_have_been_served(silent_reader: 
 
 @pytest.fixture
 def silent_reader() -> Iterator[int]:
-    """A port that takes connections and reads nothing from them."""
+    """A port that accepts connections and never reads from them."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield listener.getsockname()[1]
 
@@ -178,7 +178,7 @@ def silent_reader() -> Iterator[int]:
     [("<html>Welcome</html>", "text/html"), ("", "application/json"), ("{oops", "application/json"),
      ('{"error": {"message": "bad"}}', "application/json"), ("{}", "application/json; charset=hex")],
 )  # fmt: skip
-def test_a_success_that_is_no_completion_may_have_been_billed(
+def test_a_success_without_a_completion_may_have_been_billed(
     ask: Ask, wire: Wire, body: str, content_type: str
 ) -> None:
     wire.sends(plain(200, body, content_type))
@@ -186,12 +186,12 @@ def test_a_success_that_is_no_completion_may_have_been_billed(
     assert (error.retryable, error.outcome_unknown) == (False, True)
 
 
-def test_a_refusal_in_an_encoding_that_is_none_is_still_a_provider_error(ask: Ask, wire: Wire) -> None:
+def test_a_refusal_in_an_unknown_encoding_is_a_provider_error(ask: Ask, wire: Wire) -> None:
     wire.sends(plain(404, "nothing here", "text/plain; charset=hex"))
     assert "nothing here" in str(failure(ask, wire.url))
 
 
-def test_failures_that_were_not_served_are_repeated_as_often_as_configured(ask: Ask, wire: Wire) -> None:
+def test_requests_that_were_not_served_are_retried_as_often_as_configured(ask: Ask, wire: Wire) -> None:
     refused = b"HTTP/1.1 503 X\r\nretry-after-ms: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     wire.answers(*[sending(refused)] * 3)
     assert not failure(ask, wire.url, model_max_retries=2).outcome_unknown
@@ -200,7 +200,7 @@ def test_failures_that_were_not_served_are_repeated_as_often_as_configured(ask: 
 
 @pytest.mark.parametrize("kind", [ProviderError, AnswerFormatError])
 @pytest.mark.parametrize("unknown", [False, True])
-def test_the_outcome_survives_the_way_to_another_process(kind: type[ProviderError], unknown: bool) -> None:
+def test_the_outcome_survives_pickling(kind: type[ProviderError], unknown: bool) -> None:
     error = pickle.loads(pickle.dumps(kind("no", retryable=True, outcome_unknown=unknown)))  # noqa: S301 - our own
     assert type(error) is kind
     assert (str(error), error.retryable, error.outcome_unknown) == ("no", True, unknown)

@@ -81,7 +81,7 @@ def test_a_stream_ends_with_the_usage_it_asked_for(wire: Wire, parameter: str) -
     assert wire.requests[0][parameter] == 77
 
 
-def test_chunks_are_handed_on_as_they_arrive(wire: Wire) -> None:
+def test_chunks_are_yielded_as_they_arrive(wire: Wire) -> None:
     seen = threading.Event()
 
     def script(connection: socket.socket) -> None:
@@ -96,14 +96,14 @@ def test_chunks_are_handed_on_as_they_arrive(wire: Wire) -> None:
         assert next(stream) == "ll."
 
 
-def test_a_stream_that_names_no_usage_is_counted(wire: Wire) -> None:
+def test_a_stream_without_usage_is_counted(wire: Wire) -> None:
     wire.sends(*WELL, DONE)
     _, done = read(wire)
     assert figures(done) == counted("Well.")
     assert not done.usage_reported
 
 
-def test_a_bounded_count_is_no_more_than_the_cap(wire: Wire) -> None:
+def test_an_upper_bound_never_exceeds_the_cap(wire: Wire) -> None:
     wire.sends(HEAD, chunk("x" * 400, finish="stop"), DONE)
     _, done = read(wire, cap=50, model_name="llama-3.3")
     assert done.completion_tokens == 50
@@ -116,14 +116,14 @@ def test_a_bounded_count_is_no_more_than_the_cap(wire: Wire) -> None:
      {"prompt_tokens": 21, "completion_tokens": 2**31}, {"prompt_tokens": True, "completion_tokens": 4}],
     ids=repr,
 )  # fmt: skip
-def test_usage_that_is_unbelievable_is_counted(wire: Wire, usage: object) -> None:
+def test_implausible_usage_is_counted(wire: Wire, usage: object) -> None:
     wire.sends(*WELL, usage_chunk(usage), DONE)
     _, done = read(wire)
     assert figures(done) == counted("Well.")
     assert not done.usage_reported
 
 
-def test_more_than_was_asked_for_is_billed_as_the_provider_says(wire: Wire) -> None:
+def test_usage_above_the_cap_is_kept_as_reported(wire: Wire) -> None:
     wire.sends(*WELL, usage_chunk({"prompt_tokens": 21, "completion_tokens": 900}), DONE)
     _, done = read(wire, cap=5)
     assert figures(done) == (21, 900, 921)
@@ -142,14 +142,14 @@ def test_a_stream_may_end_with_its_usage_alone(wire: Wire) -> None:
     assert figures(done) == (21, 4, 25)
 
 
-def test_usage_named_before_the_last_text_is_out_of_date(wire: Wire) -> None:
+def test_usage_reported_before_the_last_text_is_outdated(wire: Wire) -> None:
     early = {"prompt_tokens": 21, "completion_tokens": 1}
     wire.sends(HEAD, usage_chunk(early), chunk("We", usage=early), chunk("ll.", finish="stop"), DONE)
     _, done = read(wire)
     assert figures(done) == counted("Well.")
 
 
-def test_usage_that_grows_with_each_chunk_counts_up_to_where_the_stream_broke(wire: Wire) -> None:
+def test_cumulative_usage_counts_up_to_the_break_of_the_stream(wire: Wire) -> None:
     wire.sends(HEAD, chunk("We", usage=USAGE), chunk("ll.", usage=USAGE | {"completion_tokens": 6, "total_tokens": 27}))
     chunks, _, done = read_broken(wire)
     assert chunks == ["We", "ll."]
@@ -163,7 +163,7 @@ def test_an_answer_cut_at_the_cap_is_marked(wire: Wire) -> None:
     assert done.truncated
 
 
-def test_events_without_a_choice_or_a_text_add_none(wire: Wire) -> None:
+def test_events_without_a_choice_or_text_add_nothing(wire: Wire) -> None:
     role = chunk(choices=[{"index": 0, "delta": {"role": "assistant", "content": None}}])
     wire.sends(
         HEAD, b": a comment\n\n", event({"type": "ping"}), event([1]), event(b"null"), chunk(choices=[]), role,
@@ -182,7 +182,7 @@ def test_an_answer_without_text_still_returns_its_usage(wire: Wire) -> None:
     assert done.usage_reported
 
 
-def test_reasoning_is_counted_and_not_given_as_text(wire: Wire) -> None:
+def test_reasoning_is_counted_and_is_not_part_of_the_text(wire: Wire) -> None:
     thoughts = chunk(choices=[{"delta": {"content": None, "reasoning_content": "Let me think about it."}}])
     wire.sends(HEAD, thoughts, *WELL[1:], DONE)
     chunks, done = read(wire)
@@ -190,7 +190,7 @@ def test_reasoning_is_counted_and_not_given_as_text(wire: Wire) -> None:
     assert done.completion_tokens == COUNTER.count("Well.") + COUNTER.count("Let me think about it.")
 
 
-def test_characters_may_be_split_anywhere_on_the_wire(wire: Wire) -> None:
+def test_a_character_may_be_split_between_packets(wire: Wire) -> None:
     text = "سلام 👋 čaj"
     raw = json.dumps({"choices": [{"delta": {"content": text}, "finish_reason": "stop"}]}, ensure_ascii=False)
     data = event(raw.encode()) + usage_chunk(USAGE) + DONE
@@ -216,9 +216,7 @@ REFUSALS: list[tuple[int, Any]] = [
 
 
 @pytest.mark.parametrize(("status", "body"), REFUSALS, ids=repr)
-def test_a_server_that_refuses_to_report_usage_is_asked_without_it_from_then_on(
-    wire: Wire, status: int, body: object
-) -> None:
+def test_after_a_refusal_of_the_usage_option_it_is_never_sent_again(wire: Wire, status: int, body: object) -> None:
     wire.answers(sending(plain(status, body)), sending(*WELL, DONE), sending(*WELL, DONE))
     provider = provider_at(wire.url)
     for _ in range(2):
@@ -228,7 +226,7 @@ def test_a_server_that_refuses_to_report_usage_is_asked_without_it_from_then_on(
     assert ["stream_options" in request for request in wire.requests] == [True, False, False]
 
 
-def test_a_refusal_for_another_reason_is_not_repeated(wire: Wire) -> None:
+def test_a_refusal_for_another_reason_is_not_retried(wire: Wire) -> None:
     error = {"error": {"message": "Too long.", "code": "context_length_exceeded", "param": "messages"}}
     wire.sends(plain(400, error))
     with pytest.raises(ProviderError, match="Too long") as caught:
@@ -237,7 +235,7 @@ def test_a_refusal_for_another_reason_is_not_repeated(wire: Wire) -> None:
     assert len(wire.requests) == 1
 
 
-def test_a_nameless_refusal_that_stays_is_raised_and_the_next_stream_asks_for_usage_again(wire: Wire) -> None:
+def test_a_repeated_refusal_without_a_reason_is_raised_and_the_next_stream_asks_for_usage_again(wire: Wire) -> None:
     wire.answers(sending(plain(400, "No.")), sending(plain(400, "No.")), sending(*WELL, usage_chunk(USAGE), DONE))
     provider = provider_at(wire.url)
     with pytest.raises(ProviderError, match="HTTP 400"):
@@ -247,7 +245,7 @@ def test_a_nameless_refusal_that_stays_is_raised_and_the_next_stream_asks_for_us
     assert stream.completion().usage_reported
 
 
-def test_a_server_that_does_not_stream_gives_its_answer_in_one_chunk(wire: Wire) -> None:
+def test_a_server_without_streaming_gives_its_answer_in_one_chunk(wire: Wire) -> None:
     message = {"message": {"role": "assistant", "content": "Well."}, "finish_reason": "stop"}
     wire.sends(plain(200, {"choices": [message], "usage": USAGE, "model": "m"}))
     chunks, done = read(wire)
@@ -268,7 +266,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_a_stream_that_breaks_is_an_error_and_what_had_arrived_is_counted(wire: Wire, name: str) -> None:
+def test_a_broken_stream_is_an_error_and_the_received_part_is_counted(wire: Wire, name: str) -> None:
     wire.sends(*BREAKS[name])
     chunks, error, done = read_broken(wire)
     assert chunks == ["We", "ll"]
@@ -285,7 +283,7 @@ def test_a_stream_whose_connection_is_reset_breaks(wire: Wire) -> None:
 
     def script(connection: socket.socket) -> None:
         connection.sendall(HEAD + chunk("We"))
-        seen.wait(DEADLINE_SECONDS)  # a reset discards what the peer has not read
+        seen.wait(DEADLINE_SECONDS)  # a reset discards the data that the peer has not read
         reset(connection)
 
     wire.answers(script)
@@ -298,7 +296,7 @@ def test_a_stream_whose_connection_is_reset_breaks(wire: Wire) -> None:
     assert figures(stream.completion()) == counted("We")
 
 
-def test_a_stream_that_falls_silent_breaks_and_is_hung_up_on(wire: Wire) -> None:
+def test_a_silent_stream_breaks_and_its_connection_is_closed(wire: Wire) -> None:
     def script(connection: socket.socket) -> None:
         connection.sendall(HEAD + chunk("We"))
         wire.wait_for_client_to_leave(connection)
@@ -311,7 +309,7 @@ def test_a_stream_that_falls_silent_breaks_and_is_hung_up_on(wire: Wire) -> None
     assert wire.client_left.wait(DEADLINE_SECONDS)
 
 
-def test_a_time_limit_ends_a_stream_that_waits_and_what_had_arrived_is_counted(wire: Wire) -> None:
+def test_a_time_limit_ends_a_waiting_stream_and_the_received_part_is_counted(wire: Wire) -> None:
     def script(connection: socket.socket) -> None:
         connection.sendall(HEAD + chunk("We"))
         wire.wait_for_client_to_leave(connection)
@@ -360,7 +358,7 @@ def test_no_error_event_shows_the_key(wire: Wire) -> None:
     assert caught.__context__ is None or "sk-test" not in str(caught.__cause__)
 
 
-def test_a_break_after_the_answer_has_ended_is_no_error(wire: Wire) -> None:
+def test_a_break_after_the_end_of_the_answer_is_no_error(wire: Wire) -> None:
     wire.sends(*WELL)
     chunks, done = read(wire)
     assert chunks == ["We", "ll."]
@@ -368,7 +366,7 @@ def test_a_break_after_the_answer_has_ended_is_no_error(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2])
-def test_closing_early_hangs_up_and_counts_what_was_taken(wire: Wire, taken: int) -> None:
+def test_closing_early_disconnects_and_counts_the_received_part(wire: Wire, taken: int) -> None:
     def script(connection: socket.socket) -> None:
         connection.sendall(HEAD + chunk("") + chunk("We") + chunk("ll"))
         wire.wait_for_client_to_leave(connection)
@@ -408,7 +406,7 @@ def test_a_stream_that_does_not_begin_has_an_unknown_outcome(wire: Wire, name: s
     assert len(wire.requests) == 1
 
 
-def test_a_refusal_whose_text_breaks_off_is_still_a_provider_error(wire: Wire) -> None:
+def test_a_refusal_whose_body_breaks_off_is_a_provider_error(wire: Wire) -> None:
     wire.sends(plain(400, "No such model, because")[:-5])
     with pytest.raises(ProviderError, match="broke"):
         provider_at(wire.url).stream(PROMPT, max_completion_tokens=50)

@@ -23,7 +23,7 @@ COUNTER = EncodingCounter("o200k_base")
         ("", "und"),
     ],
 )
-def test_a_language_is_told_by_script_and_function_words(text: str, language: str) -> None:
+def test_a_language_is_detected_by_script_and_function_words(text: str, language: str) -> None:
     assert languages.detect(text) == language
 
 
@@ -34,7 +34,7 @@ def test_sentences_end_at_the_marks_of_their_script() -> None:
     ]  # fmt: skip
 
 
-def test_an_abbreviation_ends_no_sentence() -> None:
+def test_an_abbreviation_does_not_end_a_sentence() -> None:
     assert sentences("Orders placed before 2 p.m. are sent today, e.g. by train.") == [
         "Orders placed before 2 p.m. are sent today, e.g. by train."
     ]
@@ -46,7 +46,7 @@ def test_a_text_is_cut_at_a_word() -> None:
     assert cut_at_word("abcdefghij", 4) == "abcd"
 
 
-def test_a_text_cut_to_bytes_splits_no_character() -> None:
+def test_a_cut_to_bytes_splits_no_character() -> None:
     cut = cut_to_bytes("سلام " * 100, 99)
     assert len(cut.encode()) <= 99
     assert set(cut.split()) == {"سلام"}
@@ -60,7 +60,7 @@ def test_a_text_cut_to_bytes_splits_no_character() -> None:
         ("\x00\x01\x02" * 50, "binary"),
         ("%PDF-1.7 " + "x" * 200, "binary"),
         ("\ufffd" * 200, "binary"),
-        ("x" * 2000, "at most 1000"),
+        ("x" * 2000, "the limit is 1000"),
         (None, "not text"),
     ],
 )
@@ -69,7 +69,7 @@ def test_an_unreadable_text_is_refused_with_field_and_remedy(text: object, reaso
         readable("body", text, minimum=100, maximum=1000)
 
 
-def test_stray_control_characters_and_lone_surrogates_are_taken_out() -> None:
+def test_stray_control_characters_and_lone_surrogates_are_removed() -> None:
     assert readable("body", "a\x00b\ud800" + "x" * 100, minimum=1, maximum=1000).startswith("a b\ufffdx")
 
 
@@ -113,14 +113,14 @@ def test_a_huge_paragraph_is_split_at_sentences_then_anywhere(text: str, counter
         '[{"q": 1}, {"q": "cut of',
     ],
 )
-def test_a_list_is_found_in_an_answer_however_it_is_wrapped(answer: str) -> None:
+def test_a_list_is_found_in_an_answer_in_any_wrapping(answer: str) -> None:
     assert objects_under(answer, "pairs") == [{"q": 1}]
 
 
 @pytest.mark.parametrize(
     "answer", ["", "I can't help with that.", '{"other": 1}', "[" * 50_000, '{"a":' * 50_000, "null"]
 )
-def test_an_answer_without_the_list_gives_none(answer: str) -> None:
+def test_an_answer_without_the_list_returns_none(answer: str) -> None:
     assert objects_under(answer, "pairs") is None
 
 

@@ -35,7 +35,7 @@ ENCODINGS = ("cl100k_base", "o200k_base", "voyage3_base")
 
 
 @pytest.mark.parametrize(("text", "cl100k", "o200k"), COUNTED_BY_TIKTOKEN)
-def test_counts_are_those_of_openais_own_tokenizer(text: str, cl100k: int, o200k: int) -> None:
+def test_counts_equal_those_of_openais_own_tokenizer(text: str, cl100k: int, o200k: int) -> None:
     assert EncodingCounter("cl100k_base").count(text) == cl100k
     assert EncodingCounter("o200k_base").count(text) == o200k
 
@@ -47,7 +47,7 @@ def test_counts_are_those_of_openais_own_tokenizer(text: str, cl100k: int, o200k
         ("o200k_base", "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"),
     ],
 )
-def test_the_shipped_vocabularies_are_openais_published_ones(encoding: str, published_sha256: str) -> None:
+def test_the_shipped_vocabularies_equal_openais_published_ones(encoding: str, published_sha256: str) -> None:
     assert hashlib.sha256(gzip.decompress(_vocabulary_file(encoding).read_bytes())).hexdigest() == published_sha256
 
 
@@ -56,7 +56,7 @@ def test_the_shipped_vocabularies_are_openais_published_ones(encoding: str, publ
     "word",
     ["internationalization", "warehouse", "بازپرداخت", "فروشگاه", "المستودع", "siparişlerinizden", "güncelleştirme"],
 )
-def test_a_words_count_is_what_merging_its_bytes_by_rank_gives(encoding: str, word: str) -> None:
+def test_a_words_count_equals_a_byte_pair_merge_by_rank(encoding: str, word: str) -> None:
     assert EncodingCounter(encoding).count(word) == _merged(_ranks(encoding), word.encode())
 
 
@@ -97,7 +97,7 @@ def test_openais_chat_models_are_counted_exactly(model: str, encoding: str) -> N
     "model",
     ["llama-3.3-70b", "qwen2.5:14b", "mistral-small", "gpt-oss-120b", "gpt-6", "gpt-40", "o10", "gemini-2.5", ""],
 )
-def test_every_other_model_is_counted_by_the_bound(model: str) -> None:
+def test_every_other_model_is_counted_by_the_upper_bound(model: str) -> None:
     counter = counter_for(model)
     assert isinstance(counter, BoundCounter)
     assert not counter.exact
@@ -117,14 +117,14 @@ def test_the_bound_is_at_least_the_exact_count_of_any_text(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["\ufdfa", "ﬁ" * 20, "İ" * 20, "\u0390" * 20, "ẞ" * 20])
 @pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
-def test_the_bound_covers_what_a_normalising_tokenizer_makes_of_the_text(text: str, form: str) -> None:
+def test_the_bound_covers_the_normalised_text(text: str, form: str) -> None:
     normal = unicodedata.normalize(form, text)  # type: ignore[arg-type]
     assert BoundCounter().count(text) > max(
         len(normal.encode()), len(normal.casefold().encode()) if form == "NFKC" else 0
     )
 
 
-def test_the_tokenizer_loads_once_however_many_threads_ask_first() -> None:
+def test_concurrent_threads_load_the_tokenizer_once() -> None:
     program = """
 import sys, threading
 from concurrent.futures import ThreadPoolExecutor
@@ -142,7 +142,7 @@ assert len(bpe_openai.get_encoding("o200k_base").encode("Hello, world!")) == 4
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_a_lone_surrogate_is_counted_not_refused() -> None:
+def test_a_lone_surrogate_is_counted() -> None:
     assert EncodingCounter("o200k_base").count("a\ud800b") > 0
     assert BoundCounter().count("a\ud800b") >= 5
 
@@ -151,14 +151,14 @@ def test_a_long_text_is_counted_whole() -> None:
     assert EncodingCounter("o200k_base").count("word " * 400_000) > 400_000
 
 
-def test_no_text_costs_nothing() -> None:
+def test_an_empty_text_costs_nothing() -> None:
     assert EncodingCounter("o200k_base").count("") == 0
     assert BoundCounter().count("") == 0
 
 
 def test_a_prompt_costs_its_messages_and_their_overhead() -> None:
     messages = [Message(role="system", content="Be brief."), Message(role="user", content="Hello")]
-    # OpenAI's cookbook: 3 for the answer, and 3 for each message beside its role and content.
+    # OpenAI's cookbook: 3 tokens for the answer, and 3 for each message besides its role and content.
     assert count_prompt_tokens(messages, EncodingCounter("o200k_base")) == 3 + (3 + 1 + 3) + (3 + 1 + 1)
 
 
@@ -169,7 +169,7 @@ def test_the_bounds_message_overhead_is_larger_than_the_exact_one() -> None:
     )
 
 
-def test_a_fixed_estimate_grows_where_tokens_are_only_bounded() -> None:
+def test_a_fixed_estimate_is_scaled_up_for_a_bounded_counter() -> None:
     assert scaled_estimate(1000, EncodingCounter("o200k_base")) == 1000
     assert scaled_estimate(1000, BoundCounter()) == 4000
 
@@ -188,7 +188,7 @@ def _ranks(encoding: str) -> dict[bytes, int]:
 
 
 def _merged(ranks: dict[bytes, int], word: bytes) -> int:
-    """Byte pair encoding as it is defined: merge the neighbours of lowest rank until none has one."""
+    """Reference byte pair encoding: merge the neighbours of lowest rank until no pair has a rank."""
     parts = [bytes([byte]) for byte in word]
     while len(parts) > 1:
         rank, index = min((ranks.get(parts[i] + parts[i + 1], 1 << 30), i) for i in range(len(parts) - 1))

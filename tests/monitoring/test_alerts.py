@@ -24,6 +24,8 @@ from trueup.reconcile.missed_runs import find_missed_runs
 from trueup.settings.alerts import AlertSettings
 from trueup.settings.settings import get_settings
 
+pytestmark = pytest.mark.dated
+
 URL = {"webhook_url": "https://alerts.example/x", "webhook_secret": "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldY"}
 
 

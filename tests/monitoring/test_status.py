@@ -13,6 +13,8 @@ from trueup.monitoring.status import Status, read_status
 from trueup.reconcile.local_run import reconcile
 from trueup.usage.outbox import begin_effect, finish_effect
 
+pytestmark = pytest.mark.dated
+
 NOW = START + timedelta(days=3)
 
 

@@ -18,6 +18,8 @@ from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import RunInProgressError, RunSummary, begin_run, end_run
 from trueup.settings.policies import Rules
 
+pytestmark = pytest.mark.dated
+
 RULES = Rules(min_age_seconds=0)
 
 

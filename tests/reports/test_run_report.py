@@ -20,6 +20,8 @@ from trueup.reports.rows import DriftFilter, ReportRow
 from trueup.reports.run_report import SCHEMA_VERSION, DriftReport, find_source, read_report, report_dry_run, stream_rows
 from trueup.reports.user_report import tell_counter
 
+pytestmark = pytest.mark.dated
+
 
 @pytest.fixture
 def drifted(host: Host) -> list[int]:

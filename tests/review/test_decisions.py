@@ -25,6 +25,8 @@ from trueup.review.decisions import (
 )
 from trueup.settings.policies import Rules
 
+pytestmark = pytest.mark.dated
+
 LATER = timedelta(hours=2)
 
 

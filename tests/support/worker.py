@@ -65,6 +65,7 @@ def close_connections(app: Celery) -> None:
     app.backend.client.connection_pool.disconnect()
     for pool in (app.producer_pool, app.pool):
         pool.force_close_all(close_pool=False)
+        pool.setup()  # else it would be empty, and wait for ever
 
 
 @contextmanager

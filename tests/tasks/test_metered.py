@@ -265,7 +265,7 @@ def test_only_one_copy_of_a_waiting_message_keeps_waiting(app: Celery, host: Hos
     assert states == ["FAILURE", "IGNORED", "IGNORED"]
 
 
-@pytest.mark.parametrize("goes_on", [True, False], ids=["goes on", "asks for a retry"])
+@pytest.mark.parametrize("goes_on", [True, False], ids=["continues", "asks for a retry"])
 def test_an_overtaken_attempt_leaves_the_hold_to_the_later_one_and_requeues_its_message(
     app: Celery, host: Host, connection: Connection, goes_on: bool
 ) -> None:

@@ -21,6 +21,8 @@ from trueup.gate.holds import Hold, close_hold, expire_holds
 from trueup.usage.charges import Charge, Usage, find_answer, record_charge
 from trueup.usage.log import track_ai_usage
 
+pytestmark = pytest.mark.dated
+
 NOW = START + timedelta(days=3)
 
 

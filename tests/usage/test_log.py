@@ -8,6 +8,8 @@ from tests.support.work import charge_tokens, hold_tokens
 from trueup.host.mapping import HostMapping
 from trueup.usage.log import SECTIONS, list_usage
 
+pytestmark = pytest.mark.dated
+
 
 def test_rows_are_listed_newest_first_with_the_task_that_made_them(host: Host, connection: Connection) -> None:
     user = host.subscriber()

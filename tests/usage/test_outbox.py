@@ -18,6 +18,8 @@ from trueup.usage.outbox import (
     reopen_effect,
 )
 
+pytestmark = pytest.mark.dated
+
 NOW = START + timedelta(days=3)
 
 

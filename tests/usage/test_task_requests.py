@@ -21,6 +21,8 @@ from trueup.usage.task_requests import (
     prune_requests,
 )
 
+pytestmark = pytest.mark.dated
+
 NOW = datetime(2024, 11, 22, 12, tzinfo=UTC)
 USER, OTHER = 7, 8
 

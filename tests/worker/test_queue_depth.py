@@ -11,6 +11,8 @@ from celery import Celery, group
 from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE, SENT_AT_HEADER
 from trueup.worker.queue_depth import PRIORITIES, QueueDepth, read_queue_depth
 
+pytestmark = pytest.mark.dated
+
 
 @pytest.fixture
 def redis(app: Celery) -> Iterator[Any]:

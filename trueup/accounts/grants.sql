@@ -70,9 +70,34 @@ RETURNS TABLE (
     FROM kept k
 $$;
 
+-- The grants among p_ids that may pay for usage of a window until that time. `place`: in which order they pay; `rest`: of
+-- p_rest, what each has left.
+CREATE OR REPLACE FUNCTION trueup.paying_grants(
+    p_user {{ user_id_type }}, p_window timestamptz, p_until timestamptz, p_ids bigint[], p_rest bigint[]
+) RETURNS TABLE (place bigint, id bigint, begins timestamptz, ends timestamptz, expiring boolean, rest bigint)
+LANGUAGE sql STABLE AS $$
+    SELECT row_number() OVER (ORDER BY g.expires_at NULLS LAST, g.granted_at, g.id),
+           g.id, g.granted_at, least(g.expires_at, g.revoked_at, 'infinity'), g.expires_at IS NOT NULL, r.rest
+    FROM unnest(p_ids, p_rest) AS r (id, rest)
+    JOIN trueup.token_grant g ON g.user_id = p_user AND g.id = r.id
+    WHERE g.granted_at < p_until AND least(g.expires_at, g.revoked_at, 'infinity') > p_window
+$$;
+
+-- Counted tokens between each two neighbours of these times, and which of the plans that began at p_since they were
+-- logged under. The first plan that is known is that of all before it.
+CREATE OR REPLACE FUNCTION trueup.usage_by_plan(p_user {{ user_id_type }}, p_times timestamptz[], p_since timestamptz[])
+RETURNS TABLE (place integer, tokens bigint, plan_number integer) LANGUAGE sql STABLE AS $$
+    SELECT t.place, coalesce(l.tokens, 0), p.number
+    FROM generate_series(1, cardinality(p_times) - 1) AS t (place)
+    LEFT JOIN trueup.usage_between(p_user, p_times) l ON l.place = t.place
+    CROSS JOIN LATERAL (SELECT coalesce(max(c.number), 1)::integer AS number
+                        FROM unnest(p_since) WITH ORDINALITY AS c (at, number) WHERE c.at <= p_times[t.place]) p
+$$;
+
 -- What a window used until that time of the grants p_ids, of which it found p_rest left, in their order. Goes from one
 -- begin or end of a grant, or change of the plan, to the next, and lets the grants that live in between pay for what
 -- was logged then.
+-- Longer than 70 lines: one pass over these times, each step of which changes what the grants and the plan have left.
 CREATE OR REPLACE FUNCTION trueup.used_in_window(
     p_user {{ user_id_type }}, p_window timestamptz, p_until timestamptz, p_since timestamptz[], p_plans bigint[],
     p_ids bigint[], p_rest bigint[]
@@ -94,29 +119,18 @@ DECLARE
     v_due bigint;
     v_take bigint;
 BEGIN
-    -- In the order in which they pay.
-    SELECT array_agg(o.id), array_agg(o.begins), array_agg(o.ends), array_agg(o.expires_at IS NOT NULL),
-           array_agg(o.rest), array_agg(0::bigint)
+    SELECT array_agg(g.id ORDER BY g.place), array_agg(g.begins ORDER BY g.place), array_agg(g.ends ORDER BY g.place),
+           array_agg(g.expiring ORDER BY g.place), array_agg(g.rest ORDER BY g.place), array_agg(0::bigint)
     INTO v_ids, v_begins, v_ends, v_expiring, v_rest, v_used
-    FROM (SELECT g.id, g.granted_at AS begins, least(g.expires_at, g.revoked_at, 'infinity') AS ends, g.expires_at,
-                 r.rest
-          FROM unnest(p_ids, p_rest) AS r (id, rest)
-          JOIN trueup.token_grant g ON g.user_id = p_user AND g.id = r.id
-          WHERE g.granted_at < p_until AND least(g.expires_at, g.revoked_at, 'infinity') > p_window
-          ORDER BY g.expires_at NULLS LAST, g.granted_at, g.id) o;
+    FROM trueup.paying_grants(p_user, p_window, p_until, p_ids, p_rest) g;
     IF v_ids IS NULL OR p_until <= p_window THEN
         RETURN array_fill(0::bigint, ARRAY[cardinality(p_ids)]);
     END IF;
     SELECT array_agg(DISTINCT t.at ORDER BY t.at) INTO v_times
     FROM unnest(v_begins || v_ends || p_since || ARRAY[p_window, p_until]) AS t (at)
     WHERE t.at BETWEEN p_window AND p_until;
-    SELECT array_agg(coalesce(l.tokens, 0) ORDER BY t.place), array_agg(p.number ORDER BY t.place)
-    INTO v_logged, v_of_plan
-    FROM generate_series(1, cardinality(v_times) - 1) AS t (place)
-    LEFT JOIN trueup.usage_between(p_user, v_times) l ON l.place = t.place
-    -- The first plan that is known is that of all before it.
-    CROSS JOIN LATERAL (SELECT coalesce(max(c.number), 1)::integer AS number
-                        FROM unnest(p_since) WITH ORDINALITY AS c (at, number) WHERE c.at <= v_times[t.place]) p;
+    SELECT array_agg(u.tokens ORDER BY u.place), array_agg(u.plan_number ORDER BY u.place) INTO v_logged, v_of_plan
+    FROM trueup.usage_by_plan(p_user, v_times, p_since) u;
     FOR s IN 1 .. cardinality(v_logged) LOOP
         -- One that has just come takes over what the user was over budget by, by the larger of the plan that counts and
         -- the one that is: no grant pays for what that plan is going to cover.

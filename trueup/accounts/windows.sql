@@ -2,7 +2,11 @@
 -- Windows: which ones users with grants have had, and by which plans. The host's writes tell of each, in their own
 -- transaction, so that none goes by unseen.
 
-{# Append the window of the subscription row `s`, if its user has grants. #}
+{# Append the window of the subscription row `s`, if its user has grants.
+
+A trigger dates the change by the server's clock. So do all functions of trueup whose clock is NULL, and only tests give
+them another. The usage log may have a second clock, the host's: what the host logs within the seconds by which the two
+differ can count against the plan before the change, or after it. No more depends on it: windows go by `start_date`. #}
 {% macro note_window(s) %}
     INSERT INTO trueup.window_change (user_id, window_start, token_plan_id, full_plan_id, changed_at)
     SELECT {{ s }}.{{ subscription.user_id }}, {{ window_start(s) }},

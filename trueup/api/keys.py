@@ -79,11 +79,11 @@ class KeySet:
 
 
 class RemoteKeySet:
-    """The issuer's JWKS, read again when it is old, and for an unknown `kid`, though not too often.
+    """The issuer's JWKS. It is read again when it is old and, at limited intervals, for an unknown `kid`.
 
-    Keys that are known go on serving while the issuer does not answer. PyJWT's `PyJWKClient` (2.15) can't take its
-    place: it drops keys that are too old while the issuer is away, asks an issuer that fails with each request, holds
-    its lock while it asks, so that a slow issuer stops all requests, and reads an answer of any size for any time.
+    Known keys stay in use while the issuer does not answer. PyJWT's `PyJWKClient` (2.15) can't replace this class: it
+    drops old keys while the issuer is down, calls a failing issuer for each request, holds its lock during the call, so
+    that a slow issuer blocks all requests, and reads an answer of any size for any time.
     """
 
     def __init__(self, settings: ApiSettings) -> None:

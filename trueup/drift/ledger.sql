@@ -16,7 +16,8 @@
                   the newest twelve decrements.
      carried      what may have been kept of the window before. #}
 {% macro ledger_evidence(at, min_age) -%}
-{{ clusters(at, min_age) }}, {{ parts_and_edges() }}, {{ totals(at) }}, {{ changes() }}, {{ concurrency() }}, {{ segments() }}, {{ carried("totals", "w.kind = 'window' AND w.surplus > w.difference") }}, book_evidence AS (
+{{ clusters(at, min_age) }}, {{ parts_and_edges() }}, {{ totals(at) }}, {{ changes() }}, {{ concurrency() }},
+    {{ segments() }}, {{ carried("totals", "w.kind = 'window' AND w.surplus > w.difference") }}, book_evidence AS (
         SELECT t.user_id,
                jsonb_build_object(
                    'logged_rows', t.logged_rows, 'lowered_rows', t.lowered_rows, 'start', t.start,

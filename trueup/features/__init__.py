@@ -1,1 +1,1 @@
-"""What the AI features do: pure services, text in, typed result out."""
+"""The AI features as services: they take text and a model, and return a typed result."""

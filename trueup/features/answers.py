@@ -1,4 +1,4 @@
-"""Reading a model's JSON answer: leniently about what stands around it, strictly about what is in it."""
+"""Read a model's JSON answer: lenient about text around the JSON, strict about its contents."""
 
 import json
 import math
@@ -8,14 +8,14 @@ from typing import Any
 
 _DECODER = json.JSONDecoder(strict=False)  # models write line breaks into strings
 _HALF_ESCAPE = re.compile(r"(?<!\\)((?:\\\\)*)\\(?:u[0-9A-Fa-f]{0,3})?\Z")
-_MAX_STARTS = 64  # places where JSON may begin; a longer search would only reward garbage
+_MAX_STARTS = 64  # positions tried as the start of JSON; an answer with more of them is not JSON
 
 
 def objects_under(text: str, key: str) -> list[dict[str, Any]] | None:
-    """Return the objects of the list named `key` in a model's answer; None when the answer holds no such list.
+    """Return the objects in the list named `key` of a model's answer; None if the answer has no such list.
 
-    Code fences and prose around the JSON are skipped, a bare list is taken for the named one, and of an answer that
-    was cut off the complete objects are kept.
+    It skips code fences and prose around the JSON, accepts a list without a name, and keeps the complete objects of an
+    answer that was cut off.
     """
     bare: list[dict[str, Any]] | None = None
     for value in _json_values(text):
@@ -29,7 +29,7 @@ def objects_under(text: str, key: str) -> list[dict[str, Any]] | None:
 
 
 def scalar_under(text: str, key: str) -> object:
-    """Return the value named `key` of the answer's outermost JSON object; None when there is none."""
+    """Return the value named `key` of the answer's outermost JSON object; None if there is none."""
     for value in _json_values(text):
         if isinstance(value, dict) and key in value:
             return value[key]
@@ -37,9 +37,9 @@ def scalar_under(text: str, key: str) -> object:
 
 
 def object_with(text: str, key: str) -> dict[str, Any] | None:
-    """Return the answer's outermost JSON object that names `key`; None when there is none.
+    """Return the answer's outermost JSON object that has `key`; None if there is none.
 
-    One that was cut off is closed where it ends: what it says until then is worth reading.
+    An object that was cut off is closed at its end, so that its beginning is not lost.
     """
     begun = _HALF_ESCAPE.sub(r"\1", text)
     for attempt in (text, begun + '"}', begun + "}"):
@@ -50,14 +50,14 @@ def object_with(text: str, key: str) -> dict[str, Any] | None:
 
 
 def text_of(value: object) -> str:
-    """Return a string or number as one line of text, anything else as an empty one."""
+    """Return a string or number as one line of text; an empty string for any other value."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return ""
     return " ".join(str(value).split())
 
 
 def share_of(value: object, *, default: float) -> float:
-    """Return a number between 0 and 1; a percentage is divided, anything unusable gives the default."""
+    """Return a number between 0 and 1. A percentage is divided by 100; an unusable value gives `default`."""
     try:
         number = default if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):

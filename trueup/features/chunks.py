@@ -1,4 +1,4 @@
-"""Cutting a text into passages of a token budget: at paragraphs, else at sentences, else anywhere."""
+"""Cut a text into passages within a token budget: at paragraphs, else at sentences, else anywhere."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ Span = tuple[int, int]
 
 
 def passages(text: str, *, tokens: int, counter: TokenCounter) -> list[str]:
-    """Return verbatim slices of the text, in order and complete, each of about `tokens` tokens at most."""
+    """Return slices of the text, verbatim, in order and complete, of at most about `tokens` tokens each."""
     found: list[str] = []
     begin = end = used = 0
     for (start, stop), cost in _pieces(text, tokens, counter):
@@ -26,7 +26,7 @@ def passages(text: str, *, tokens: int, counter: TokenCounter) -> list[str]:
 
 
 def _pieces(text: str, tokens: int, counter: TokenCounter) -> Iterator[tuple[Span, int]]:
-    """Yield spans that each fit the budget, with their cost; a span that does not is split more finely."""
+    """Yield spans within the budget and their costs. A span above the budget is split further."""
     for paragraph in paragraph_spans(text):
         cost = _cost(text, paragraph, counter)
         if cost <= tokens:
@@ -41,7 +41,7 @@ def _pieces(text: str, tokens: int, counter: TokenCounter) -> Iterator[tuple[Spa
 
 
 def _hard_pieces(text: str, span: Span, tokens: int, counter: TokenCounter) -> Iterator[tuple[Span, int]]:
-    """Split a span without sentences, at a word where there is one, by halving the step until it fits."""
+    """Split a span without sentences, at spaces if possible. Each piece is shrunk until it fits."""
     start, end = span
     while start < end:
         stop = end

@@ -1,4 +1,4 @@
-"""Making a better prompt of a business's own draft, for the assistant that answers its customers."""
+"""Write a better prompt from a business's own draft, for the assistant that answers its customers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,30 +16,30 @@ from trueup.llm.texts import readable
 from trueup.llm.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
 
 ESTIMATED_TOKENS = 700
-"""What a prompt may cost by an exact counter, unless its draft is long; `estimated_tokens` says it for any."""
+"""Estimate for a draft of usual length, by an exact counter. `estimated_tokens` scales it for other counters."""
 _MIN_ANSWER_TOKENS = 250
-# A better prompt says all that its draft says, and more.
+# The better prompt keeps the draft's content and adds to it.
 _ANSWER_TOKENS_PER_DRAFT_TOKEN = 2
-# A draft at its limit, in the tokens that an assistant's prompt may well have.
+# Enough for a draft of maximum length in ordinary prose. A draft of rarer characters may exceed it and is refused.
 _MAX_PROMPT_TOKENS = 3000
 MAX_DRAFT_CHARACTERS = 8000
 
 
 class PromptResult(BaseModel):
-    """The better prompt. `complete` is False when it was cut off."""
+    """The better prompt. `complete` False: it was cut off at its token limit."""
 
     model_config = ConfigDict(frozen=True)
 
     prompt: str
     language: str
-    """The code of the prompt's language, such as "fa"; "und" when it was not recognised."""
+    """The code of the prompt's language, such as "fa"; "und" if it was not recognised."""
     complete: bool
     warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnhancementPlan:
-    """The model call, and what it may cost. Costs are tokens."""
+    """The model call and its estimated cost in tokens."""
 
     messages: tuple[Message, ...]
     prompt_tokens: int
@@ -51,17 +51,17 @@ class EnhancementPlan:
 
 
 def estimated_tokens(counter: TokenCounter | None = None) -> int:
-    """Return the tokens that a prompt of usual length may cost. `counter` None: the o200k encoding's."""
+    """Return the estimate in tokens for a draft of usual length. `counter` None: that of the o200k encoding."""
     return scaled_estimate(ESTIMATED_TOKENS, counter or offline_counter())
 
 
 def plan_enhancement(
     *, prompt: str, business: Mapping[str, Any] | None = None, counter: TokenCounter | None = None
 ) -> EnhancementPlan:
-    """Plan the model call: the usual estimate, or more for a draft that would not fit it.
+    """Plan the model call: the usual estimate, or more for a draft that does not fit it.
 
-    Nothing is cut: a rule that is missing from a prompt is worse than none. Raises `InvalidInputError`, naming the
-    field.
+    `prompt`: the draft. `business`: fields of `Business`. `counter` None: that of the o200k encoding. Nothing is cut,
+    because a prompt that lacks one of its rules is worse than no prompt. Raises `InvalidInputError` with the field.
     """
     counter = counter or offline_counter()
     draft = readable("prompt", prompt, minimum=1, maximum=MAX_DRAFT_CHARACTERS)
@@ -80,19 +80,19 @@ def plan_enhancement(
 def enhance_prompt(
     model: Model, *, prompt: str, business: Mapping[str, Any] | None = None, counter: TokenCounter | None = None
 ) -> PromptResult:
-    """Make a better prompt of a draft.
+    """Write a better prompt from a draft.
 
-    Give the same `counter` as to `plan_enhancement`. Raises `InvalidInputError` for unusable input,
-    `AnswerFormatError` when the model writes nothing, and what the model raises.
+    The arguments are those of `plan_enhancement`. Raises `InvalidInputError` for unusable input, `AnswerFormatError` if
+    the model writes nothing, and the model's errors.
     """
     plan = plan_enhancement(prompt=prompt, business=business, counter=counter)
     completion = model.complete(plan.messages, max_completion_tokens=plan.answer_tokens)
     better = completion.text.strip()
     if not better:
         raise AnswerFormatError(
-            "The model wrote no prompt. Its tokens are charged. Try another model (TRUEUP_MODEL_NAME)."
+            "The model wrote no prompt. Its tokens are charged. Use another model (TRUEUP_MODEL_NAME)."
         )
-    cut = ["The prompt was cut off at its token limit: its end is missing."] if completion.truncated else []
+    cut = ["The prompt was cut off at its token limit; its end is missing."] if completion.truncated else []
     return PromptResult(
         prompt=better, language=languages.detect(better), complete=not completion.truncated, warnings=tuple(cut)
     )

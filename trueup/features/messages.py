@@ -1,4 +1,4 @@
-"""Answering a customer's message in a chat, from what was said before and what the business says of itself."""
+"""Answer a customer's message in a chat, from the earlier messages and the business's own text."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,32 +18,32 @@ from trueup.llm.texts import readable
 from trueup.llm.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
 
 ESTIMATED_TOKENS = 1500
-"""What one reply may cost by an exact counter; `estimated_tokens` says it for any."""
+"""Estimate for one reply, by an exact counter. `estimated_tokens` scales it for other counters."""
 _ANSWER_TOKENS = 400
-# What the business says is never cut, for its last line may be what must not be done: so it leaves room for the rest.
+# The business's text is never cut, because its last line may be a prohibition. The limit leaves room for the rest.
 _MAX_BUSINESS_TOKENS = 750
 MAX_HISTORY = 500
 
 
 class ReplyResult(BaseModel):
-    """The reply to a customer's message, and how much of the conversation it was written from."""
+    """The reply to a customer's message, and the part of the conversation that the model has read."""
 
     model_config = ConfigDict(frozen=True)
 
     reply: str
     language: str
-    """The code of the reply's language, such as "fa"; "und" when it was not recognised."""
+    """The code of the reply's language, such as "fa"; "und" if it was not recognised."""
     history_used: int
     history_left_out: int
-    """Older messages for which the tokens held had no room."""
+    """Count of older messages that did not fit the estimate."""
     message_cut: bool
-    """The customer's message was too long to be read whole; its beginning was."""
+    """The customer's message was too long; the model has read only its beginning."""
     warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplyPlan:
-    """The prompt of a reply, and what had no room in it."""
+    """The prompt of a reply, and the parts that did not fit it."""
 
     messages: tuple[Message, ...]
     links: KnownLinks
@@ -53,7 +53,7 @@ class ReplyPlan:
 
 
 def estimated_tokens(counter: TokenCounter | None = None) -> int:
-    """Return the tokens that one reply may cost. `counter` None: the o200k encoding's."""
+    """Return the estimate in tokens for one reply. `counter` None: that of the o200k encoding."""
     return scaled_estimate(ESTIMATED_TOKENS, counter or offline_counter())
 
 
@@ -64,16 +64,17 @@ def plan_reply(
     business: Mapping[str, Any] | None = None,
     counter: TokenCounter | None = None,
 ) -> ReplyPlan:
-    """Plan the prompt: the business's words whole, the message, and of the history as much as the estimate covers.
+    """Plan the prompt: the business's whole text, the message, and as much of the history as the estimate covers.
 
-    The newest messages come first, each whole. It follows from the arguments alone, so that a redelivered task asks
-    the same again. Raises `InvalidInputError`, naming the field.
+    `history`: fields of `ChatMessage`, oldest first; the newest are kept, each whole. `business`: fields of `Business`.
+    `counter` None: that of the o200k encoding. The prompt depends on the arguments only, so that a redelivered task
+    makes the same call. Raises `InvalidInputError` with the field.
     """
     counter = counter or offline_counter()
     asked = readable("message", message, minimum=1, maximum=MAX_MESSAGE_CHARACTERS)
     if len(history) > MAX_HISTORY:
         raise InvalidInputError(
-            f"history has {len(history)} messages, at most {MAX_HISTORY} are taken. Send the newest."
+            f"history has {len(history)} messages; the limit is {MAX_HISTORY}. Nothing was spent. Send the newest ones."
         )
     said = [parse(ChatMessage, entry, f"history.{index}") for index, entry in enumerate(history)]
     firm = parse(Business, business or {}, "business")
@@ -108,10 +109,10 @@ def reply_to_message(
     business: Mapping[str, Any] | None = None,
     counter: TokenCounter | None = None,
 ) -> ReplyResult:
-    """Answer a customer's message. `history`: what was said before, oldest first, without that message.
+    """Answer a customer's message.
 
-    Raises `InvalidInputError` for unusable input, `AnswerFormatError` when the model writes nothing, and what the
-    model raises.
+    The arguments are those of `plan_reply`; `history` does not include the message. Raises `InvalidInputError` for
+    unusable input, `AnswerFormatError` if the model writes nothing, and the model's errors.
     """
     counter = counter or offline_counter()
     plan = plan_reply(message=message, history=history, business=business, counter=counter)
@@ -121,7 +122,7 @@ def reply_to_message(
     reply = without_foreign_links(completion.text, plan.links, warnings).strip()
     if not reply:
         raise AnswerFormatError(
-            "The model wrote no reply. Its tokens are charged. Try another model (TRUEUP_MODEL_NAME)."
+            "The model wrote no reply. Its tokens are charged. Use another model (TRUEUP_MODEL_NAME)."
         )
     return ReplyResult(
         reply=reply,

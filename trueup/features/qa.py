@@ -1,4 +1,4 @@
-"""Question-and-answer pairs from a text: an estimate of their cost, and the work itself."""
+"""Question-and-answer pairs from a text: the estimate and the generation."""
 
 import re
 from collections import Counter
@@ -25,7 +25,7 @@ _LANGUAGE_CODE = re.compile(r"[a-z]{2,3}(?:-[A-Za-z]{2,4})?")
 
 
 class QaPair(BaseModel):
-    """A question, its answer, and the words of the text that the answer comes from."""
+    """A question, its answer, and the excerpt of the text that the answer comes from."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,11 +35,11 @@ class QaPair(BaseModel):
     """An excerpt of the text, verbatim."""
     confidence: float = Field(ge=0, le=1)
     language: str
-    """The code of the pair's language, such as "fa"; "und" when it was not recognised."""
+    """The code of the pair's language, such as "fa"; "und" if it was not recognised."""
 
 
 class QaResult(BaseModel):
-    """The pairs made from a text. `complete` is False when the hold ended before the text did."""
+    """The pairs from a text. `complete` False: the hold was exhausted before the end of the text."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -53,9 +53,9 @@ class QaResult(BaseModel):
 
 
 def estimate_tokens(text: str, max_pairs: int, *, page_title: str = "", counter: TokenCounter | None = None) -> int:
-    """Return the tokens that `generate_qa` may spend on the same input: every prompt and answer allowance.
+    """Return the tokens that `generate_qa` may spend on the same input: the sum of all prompts and answer limits.
 
-    `counter` None: the o200k encoding's. Raises `InvalidInputError` as `generate_qa` does.
+    `max_pairs`: 1 to 50. `counter` None: that of the o200k encoding. Raises `InvalidInputError` as `generate_qa` does.
     """
     return plan_qa(text, max_pairs, page_title=page_title, counter=counter).estimated_tokens
 
@@ -68,10 +68,10 @@ def generate_qa(
     max_pairs: int = 10,
     counter: TokenCounter | None = None,
 ) -> QaResult:
-    """Make at most `max_pairs` pairs from a text of 100 or more characters, passage by passage.
+    """Generate at most `max_pairs` pairs from a text of 100 or more characters, passage by passage.
 
-    Give the same `counter` as to `estimate_tokens`. Raises `InvalidInputError` for unusable input,
-    `HoldExhaustedError` and `AnswerFormatError` when nothing was made at all, `ProviderError` when the provider fails.
+    The arguments are those of `estimate_tokens`. Raises `InvalidInputError` for unusable input, `HoldExhaustedError` or
+    `AnswerFormatError` if there are no pairs at all, `ProviderError` if the provider fails.
     """
     plan = plan_qa(text, max_pairs, page_title=page_title, counter=counter)
     work = _Work()
@@ -87,20 +87,20 @@ def generate_qa(
             break
     if work.unusable == len(plan.chunks):
         raise AnswerFormatError(
-            "No answer of the model had the shape that was asked for, so there are no pairs. The tokens are charged. "
+            "No answer of the model had the requested format, so there are no pairs. The tokens are charged. "
             "Use a model that follows instructions to answer in JSON (TRUEUP_MODEL_NAME)."
         )
     if plan.passages_left_out:
         work.warnings.append(
-            f"{plan.passages_left_out} parts of the text were not read: it is long for {max_pairs} pairs. "
-            "Ask for more pairs, or send it in parts."
+            f"{plan.passages_left_out} parts of the text were not read, because it is too long for {max_pairs} pairs. "
+            "Request more pairs, or send the text in parts."
         )
     return work.result(text, max_pairs, planned=len(plan.chunks))
 
 
 @dataclass(kw_only=True)
 class _Work:
-    """What the chunks done so far gave."""
+    """The results of the chunks so far."""
 
     pairs: list[QaPair] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -109,7 +109,7 @@ class _Work:
     unusable: int = 0
 
     def add(self, made: Sequence[QaPair]) -> None:
-        """Keep the pairs whose question was not asked yet."""
+        """Add the pairs whose questions are new."""
         self.done += 1
         for pair in made:
             key = _NOT_WORD.sub(" ", fold(pair.question)).strip()
@@ -120,12 +120,12 @@ class _Work:
     def skip(self, error: AnswerFormatError) -> None:
         self.done += 1
         self.unusable += 1
-        self.warnings.append(f"Part {self.done} of the text gave nothing: {error}")
+        self.warnings.append(f"Part {self.done} of the text gave no pairs: {error}")
 
     def stop(self, planned: int) -> None:
         self.warnings.append(
-            f"The tokens held ended after {self.done} of {planned} parts of the text. "
-            "What was made until then is here; top up and run it again for the rest."
+            f"The held tokens were used up after {self.done} of {planned} parts of the text. "
+            "The pairs so far are returned. Add tokens and run the task again for the rest."
         )
 
     def result(self, text: str, max_pairs: int, *, planned: int) -> QaResult:
@@ -145,7 +145,7 @@ def _ask(model: Model, chunk: PlannedChunk) -> list[QaPair]:
     found = objects_under(completion.text, "pairs")
     if found is None:
         cut = " It was cut off before its first pair." if completion.truncated else ""
-        raise AnswerFormatError(f"the answer holds no list of pairs.{cut}")
+        raise AnswerFormatError(f"the answer has no list of pairs.{cut}")
     stated = scalar_under(completion.text, "language")
     made = [pair for item in found if (pair := _pair(item, chunk.passage, stated))]
     if found and not made:
@@ -161,7 +161,7 @@ def _pair(item: dict[str, Any], passage: str, stated_language: object) -> QaPair
     confidence = share_of(item.get("confidence"), default=_UNSTATED_CONFIDENCE)
     context = _excerpt(text_of(item.get("context")), passage)
     if context is None:
-        # The model did not copy: the nearest sentence stands in, and the claim is worth less.
+        # The model's context is not in the passage. Use the most similar sentence, and lower the confidence.
         context = _nearest_sentence(f"{question} {answer}", passage)
         confidence = min(confidence, _UNSTATED_CONFIDENCE)
     return QaPair(
@@ -174,7 +174,7 @@ def _pair(item: dict[str, Any], passage: str, stated_language: object) -> QaPair
 
 
 def _excerpt(quoted: str, passage: str) -> str | None:
-    """Return the passage's own words for a quotation whose spaces or letter case may differ; None if not in it."""
+    """Return the passage's text for a quotation, whose spaces and letter case may differ; None if it is not there."""
     if not quoted:
         return None
     if quoted in passage:
@@ -190,7 +190,7 @@ def _nearest_sentence(statement: str, passage: str) -> str:
 
 
 def _language(text: str, stated: object) -> str:
-    """Return the language seen in the text; a language that can't be told from its words is taken as stated."""
+    """Return the detected language of the text, or the stated one if the detection does not know that language."""
     detected = languages.detect(text)
     if not isinstance(stated, str) or not _LANGUAGE_CODE.fullmatch(stated):
         return detected

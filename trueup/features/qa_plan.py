@@ -1,4 +1,4 @@
-"""Which prompts a text's question-and-answer pairs take, and what they cost: one plan for estimate and execution."""
+"""The prompts for a text's question-and-answer pairs, and their costs. The estimate and the work use the same plan."""
 
 import math
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ MAX_PAIRS = 50
 
 PASSAGE_TOKENS = 1200
 MAX_PASSAGE_TOKENS = 4000
-# JSON keys and punctuation of one pair, and of the answer around the pairs.
+# Tokens of the JSON syntax: for one pair, and for the answer around the pairs.
 _PAIR_OVERHEAD_TOKENS = 40
 _ANSWER_OVERHEAD_TOKENS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedChunk:
-    """One model call: a passage, the prompt for it, and what it may cost. Costs are tokens."""
+    """One model call: a passage, its prompt, and the costs in tokens. `pairs`: how many to request."""
 
     passage: str
     pairs: int
@@ -36,11 +36,11 @@ class PlannedChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class QaPlan:
-    """All model calls of one text."""
+    """All model calls for one text."""
 
     chunks: tuple[PlannedChunk, ...]
     passages_left_out: int
-    """Passages of a text that has more of them than pairs were asked for."""
+    """Count of passages that are not read, because the text has more passages than requested pairs."""
 
     @property
     def estimated_tokens(self) -> int:
@@ -48,9 +48,9 @@ class QaPlan:
 
 
 def plan_qa(text: str, max_pairs: int, *, page_title: str = "", counter: TokenCounter | None = None) -> QaPlan:
-    """Plan the model calls for at most `max_pairs` pairs. `counter` None: the o200k encoding's.
+    """Plan the model calls for at most `max_pairs` pairs. `counter` None: that of the o200k encoding.
 
-    Raises `InvalidInputError` for a text, title or number of pairs that can't be used.
+    Raises `InvalidInputError` for an unusable text, title or number of pairs.
     """
     counter = counter or offline_counter()
     text, page_title, max_pairs = _checked(text, page_title, max_pairs)
@@ -73,18 +73,18 @@ def plan_qa(text: str, max_pairs: int, *, page_title: str = "", counter: TokenCo
 
 def _checked(text: str, page_title: str, max_pairs: int) -> tuple[str, str, int]:
     if isinstance(max_pairs, bool) or not isinstance(max_pairs, int):
-        raise InvalidInputError(f"max_pairs is {max_pairs!r}. Give a whole number from 1 to {MAX_PAIRS}.")
+        raise InvalidInputError(f"max_pairs is {max_pairs!r}. Nothing was spent. Send a number from 1 to {MAX_PAIRS}.")
     if not 1 <= max_pairs <= MAX_PAIRS:
-        raise InvalidInputError(f"max_pairs is {max_pairs}. Give a number from 1 to {MAX_PAIRS}.")
+        raise InvalidInputError(f"max_pairs is {max_pairs}. Nothing was spent. Send a number from 1 to {MAX_PAIRS}.")
     title = readable("page_title", page_title, minimum=0, maximum=MAX_TITLE_CHARACTERS)
     body = readable("text", text, minimum=MIN_TEXT_CHARACTERS, maximum=MAX_TEXT_CHARACTERS)
     if not any(character.isalpha() for character in body):
-        raise InvalidInputError("text has no letters. Send prose that questions can be asked about.")
+        raise InvalidInputError("text has no letters. Nothing was spent. Send prose.")
     return body, " ".join(title.split()), max_pairs
 
 
 def _passages(text: str, max_pairs: int, counter: TokenCounter) -> list[str]:
-    """Cut the text; when few pairs are asked of a long text, in longer passages rather than leaving parts unread."""
+    """Cut the text into passages. For a long text with few pairs they are longer, so that all of them are read."""
     budget = PASSAGE_TOKENS
     found = passages(text, tokens=budget, counter=counter)
     while len(found) > max_pairs and budget < MAX_PASSAGE_TOKENS:
@@ -100,7 +100,7 @@ def _evenly(found: Sequence[str], most: int) -> list[str]:
 
 
 def _spread(max_pairs: int, kept: Sequence[str]) -> list[int]:
-    """Share the pairs by the passages' lengths: one each, the rest by largest remainder."""
+    """Distribute the pairs by the lengths of the passages: one each, the rest by the largest-remainder method."""
     shares = [len(passage) * (max_pairs - len(kept)) / sum(map(len, kept)) for passage in kept]
     pairs = [1 + math.floor(share) for share in shares]
     by_remainder = sorted(range(len(kept)), key=lambda index: shares[index] % 1, reverse=True)
@@ -110,7 +110,10 @@ def _spread(max_pairs: int, kept: Sequence[str]) -> list[int]:
 
 
 def _answer_tokens(passage: str, pairs: int, counter: TokenCounter) -> int:
-    """Allow each pair its full length at the passage's own tokens per character: Persian takes more than English."""
+    """Return the limit of an answer: each pair at full length, at the passage's own tokens per character.
+
+    Persian, for example, has more tokens per character than English.
+    """
     density = max(0.25, counter.count(passage) / len(passage))
     characters = QUESTION_CHARACTERS + ANSWER_CHARACTERS + CONTEXT_CHARACTERS
     per_pair = math.ceil(density * characters) + _PAIR_OVERHEAD_TOKENS

@@ -1,4 +1,4 @@
-"""Answering a question: from passages of context when there are any, else from what the model knows."""
+"""Answer a question: from passages of context if there are any, otherwise from the model's own knowledge."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from trueup.llm.texts import readable
 from trueup.llm.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
 
 ESTIMATED_TOKENS = 1500
-"""What one answer may cost by an exact counter; `estimated_tokens` says it for any."""
+"""Estimate for one answer, by an exact counter. `estimated_tokens` scales it for other counters."""
 _ANSWER_TOKENS = 400
 _MAX_QUESTION_TOKENS = 700
 MAX_QUESTION_CHARACTERS = 4000
@@ -26,27 +26,27 @@ MAX_PASSAGE_CHARACTERS = 50_000
 
 
 class QuestionResult(BaseModel):
-    """The answer to a question. Passages are named by their places in the context, the first is 0."""
+    """The answer to a question. Passages are numbered by their positions in the context, from 0."""
 
     model_config = ConfigDict(frozen=True)
 
     answer: str
     answered: bool
-    """False: the context, or without one the model, does not hold the answer, and `answer` says so."""
+    """False: the context (or the model, if there is no context) does not have the answer, and `answer` says so."""
     passages_used: tuple[int, ...]
-    """The passages that the answer comes from, as the model says."""
+    """The passages that the model names as its sources."""
     passages_left_out: int
-    """Passages that were not read, for the tokens held had no room."""
+    """Count of passages that did not fit the estimate."""
     passage_cut: int | None
-    """The last passage read, if only its beginning was."""
+    """The last passage, if the model has read only its beginning; otherwise None."""
     language: str
-    """The code of the answer's language, such as "fa"; "und" when it was not recognised."""
+    """The code of the answer's language, such as "fa"; "und" if it was not recognised."""
     warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionPlan:
-    """The prompt of a question. `passages_read`: how many of the context are in it, from the first on."""
+    """The prompt of a question. `passages_read`: count of the context's passages in it, from the first."""
 
     messages: tuple[Message, ...]
     passages_read: int
@@ -55,20 +55,22 @@ class QuestionPlan:
 
 
 def estimated_tokens(counter: TokenCounter | None = None) -> int:
-    """Return the tokens that one answer may cost. `counter` None: the o200k encoding's."""
+    """Return the estimate in tokens for one answer. `counter` None: that of the o200k encoding."""
     return scaled_estimate(ESTIMATED_TOKENS, counter or offline_counter())
 
 
 def plan_question(*, question: str, context: Sequence[str] = (), counter: TokenCounter | None = None) -> QuestionPlan:
-    """Plan the prompt: the question whole, and of the passages, in their order, as much as the estimate covers.
+    """Plan the prompt: the whole question, and as many of the passages, in their order, as the estimate covers.
 
-    Raises `InvalidInputError`, naming the field.
+    `context`: the passages, the most relevant first. `counter` None: that of the o200k encoding. Raises
+    `InvalidInputError` with the field.
     """
     counter = counter or offline_counter()
     asked = readable("question", question, minimum=1, maximum=MAX_QUESTION_CHARACTERS)
     if len(context) > MAX_PASSAGES:
         raise InvalidInputError(
-            f"context has {len(context)} passages, at most {MAX_PASSAGES} are taken. Send the nearest ones first."
+            f"context has {len(context)} passages; the limit is {MAX_PASSAGES}. Nothing was spent. Send the most "
+            "relevant ones."
         )
     passages = [
         readable(f"context.{place}", text, minimum=0, maximum=MAX_PASSAGE_CHARACTERS)
@@ -104,10 +106,10 @@ def plan_question(*, question: str, context: Sequence[str] = (), counter: TokenC
 def answer_question(
     model: Model, *, question: str, context: Sequence[str] = (), counter: TokenCounter | None = None
 ) -> QuestionResult:
-    """Answer a question; from the context only, when one is given.
+    """Answer a question; from the context only, if there is one.
 
-    Raises `InvalidInputError` for unusable input, `AnswerFormatError` for an unusable answer, and what the model
-    raises.
+    The arguments are those of `plan_question`. Raises `InvalidInputError` for unusable input, `AnswerFormatError` for
+    an unusable answer, and the model's errors.
     """
     counter = counter or offline_counter()
     plan = plan_question(question=question, context=context, counter=counter)
@@ -132,26 +134,26 @@ def answer_question(
 
 
 def _stated(text: str) -> dict[str, Any]:
-    """Return what the model states: the object that was asked for, or prose as the answer alone.
+    """Return the model's answer object; if the model wrote prose instead, an object with the prose as `answer`.
 
-    Raises `AnswerFormatError` when it states no answer.
+    Raises `AnswerFormatError` if there is no answer.
     """
     stated = object_with(text, "answer") or {"answer": "" if "{" in text else text}
     if isinstance(stated["answer"], str) and stated["answer"].strip():
         return stated
     raise AnswerFormatError(
-        "The model's reply holds no answer in the shape that was asked for. Its tokens are charged. "
+        "The model's reply has no answer in the requested format. Its tokens are charged. "
         "Use a model that follows instructions to answer in JSON (TRUEUP_MODEL_NAME)."
     )
 
 
 def _line(place: int, passage: str) -> str:
-    # Counted from 1 there: models do so anyway.
+    # Prompts number passages from 1, because models do so anyway.
     return json.dumps({"passage": place + 1, "text": passage}, ensure_ascii=False)
 
 
 def _places(numbers: object, read: int) -> tuple[int, ...]:
-    """Return the places of the passages that the model numbers, of those it was given."""
+    """Return the positions of the passages that the model names, without numbers that the prompt did not have."""
     listed = numbers if isinstance(numbers, list) else []
     places = {number - 1 for number in listed if type(number) is int and 1 <= number <= read}
     return tuple(sorted(places))

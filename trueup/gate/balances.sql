@@ -1,3 +1,4 @@
+{% from "gate/store_balance.sql" import create_balance %}
 {% from "host/rows.sql" import used_since %}
 -- Writes to the balance. Each takes the user's balance row first and reads everything else after it, in
 -- statements of their own: under READ COMMITTED each sees what was committed while it waited for the lock. (One
@@ -29,9 +30,7 @@ DECLARE
 BEGIN
     SELECT * INTO b FROM trueup.balance WHERE user_id = p_user FOR UPDATE;
     IF NOT FOUND AND EXISTS (SELECT FROM {{ subscription }} s WHERE s.{{ subscription.user_id }} = lock_account.p_user) THEN
-        -- A balance of no window and no epoch: stale by construction, so it is built from the log below.
-        INSERT INTO trueup.balance (user_id, window_start, log_epoch)
-        VALUES (p_user, 'infinity', -1) ON CONFLICT DO NOTHING;
+        {{ create_balance("p_user") }}
         SELECT * INTO b FROM trueup.balance WHERE user_id = p_user FOR UPDATE;
     END IF;
     at := coalesce(at, clock_timestamp());

@@ -1,4 +1,4 @@
-{% from "gate/store_balance.sql" import store_balance %}
+{% from "gate/store_balance.sql" import create_balance, store_balance %}
 -- Holds, from the gate to their end; balances.sql says how the balance's row is locked.
 
 -- Reserve tokens for a task, or say why not (`reason`, NULL when admitted). `passed`: why it would have been denied, had
@@ -22,8 +22,7 @@ CREATE OR REPLACE FUNCTION trueup.open_hold(
     p_user {{ user_id_type }}, p_task text, p_retries integer, p_feature text, p_section text, p_owner text,
     p_tokens bigint, p_lease interval, p_ttl interval, p_waits integer, p_mode text, INOUT at timestamptz,
     OUT reason text, OUT passed text, OUT busy_until timestamptz, OUT superfluous boolean, OUT waits integer,
-    OUT hold_attempt integer, OUT tokens_left bigint,
-    OUT reattached boolean, OUT replay boolean, OUT expiry timestamptz,
+    OUT hold_attempt integer, OUT tokens_left bigint, OUT reattached boolean, OUT replay boolean, OUT expiry timestamptz,
     OUT original bigint, OUT consumed bigint, OUT held bigint, OUT end_date timestamptz
 ) LANGUAGE plpgsql AS $$
 #variable_conflict use_column
@@ -50,41 +49,29 @@ BEGIN
     replay := coalesce(h.completed, false);
     v_tokens := CASE WHEN replay THEN 0 ELSE p_tokens END;
     IF v_at_work AND p_retries <= h.retries AND h.lease_until > at THEN
-        superfluous := coalesce(h.duplicate_until > at, false) AND p_waits < h.duplicate_waits;
-        waits := greatest(h.duplicate_waits, p_waits) + 1;
-        busy_until := least(h.lease_until, at + interval '1 minute');
-        UPDATE trueup.hold SET duplicate_until = busy_until, duplicate_waits = waits
-        WHERE NOT superfluous AND user_id = p_user AND task_id = p_task AND id = h.id;
+        SELECT w.* INTO superfluous, waits, busy_until FROM trueup.note_duplicate(h, p_waits, at) w;
     ELSIF v_at_work THEN
-        SELECT sum(c.tokens_bound) INTO v_kept FROM trueup.call_intent c
-        WHERE c.user_id = p_user AND c.task_id = p_task AND c.attempt = h.attempt AND c.outcome = 'started';
-        IF v_kept > 0 AND (
-            trueup.decide(a.subscribed, a.is_active, a.end_date, original, consumed, held, v_kept, at) IS NULL
-            OR trueup.gate_mode_of(p_feature, p_mode) <> 'enforce') THEN
-            UPDATE trueup.hold SET tokens_reserved = tokens_reserved + v_kept
-            WHERE user_id = p_user AND task_id = p_task AND id = h.id;
-            held := held + v_kept;
+        v_kept := trueup.tokens_in_call(h);
+        IF v_kept > 0 AND (trueup.gate_mode_of(p_feature, p_mode) <> 'enforce' OR trueup.decide(
+            a.subscribed, a.is_active, a.end_date, original, consumed, held, v_kept, at) IS NULL) THEN
+            held := held + trueup.raise_hold(h, v_kept);
         END IF;
         tokens_left := trueup.take_over(p_user, p_task, h.id, p_retries, p_owner, at + p_lease, expiry);
     ELSE
-        IF NOT replay THEN
-            reason := trueup.decide(a.subscribed, a.is_active, a.end_date, original, consumed, held, v_tokens, at);
-        END IF;
+        reason := CASE WHEN NOT replay THEN trueup.decide(
+            a.subscribed, a.is_active, a.end_date, original, consumed, held, v_tokens, at) END;
         IF reason IS NOT NULL AND trueup.let_pass(p_user, p_task, p_feature, p_mode, reason, v_tokens, at) THEN
             passed := reason;
             reason := NULL;
             IF a.consumed IS NULL THEN
                 -- Without a subscription there is no balance yet, and holds are to be told by it.
-                INSERT INTO trueup.balance (user_id, window_start, log_epoch)
-                VALUES (p_user, 'infinity', -1) ON CONFLICT DO NOTHING;
+                {{ create_balance("p_user") }}
                 SELECT * INTO a FROM trueup.lock_account(p_user, at);
                 held := coalesce(a.held, 0);
             END IF;
         END IF;
         IF reason IS NULL AND reattached THEN
-            UPDATE trueup.hold SET tokens_reserved = tokens_reserved + v_tokens, completed = replay, body_ended_at = NULL
-            WHERE user_id = p_user AND task_id = p_task AND id = h.id;
-            held := held + v_tokens;
+            held := held + trueup.raise_hold(h, v_tokens);
             tokens_left := trueup.take_over(p_user, p_task, h.id, p_retries, p_owner, at + p_lease, expiry);
         ELSIF reason IS NULL THEN
             -- A hold for a replay is completed from the start, however its attempts end: the work stays done.
@@ -102,6 +89,31 @@ BEGIN
 {{ store_balance("p_user", held="open_hold.held") }}
 END $$;
 
+-- What the calls may cost that the attempt which has this hold has begun and not ended; NULL: it is in none.
+CREATE OR REPLACE FUNCTION trueup.tokens_in_call(h trueup.hold) RETURNS bigint LANGUAGE sql STABLE AS $$
+    SELECT sum(c.tokens_bound)::bigint FROM trueup.call_intent c
+    WHERE c.user_id = h.user_id AND c.task_id = h.task_id AND c.attempt = h.attempt AND c.outcome = 'started'
+$$;
+
+-- Add tokens to a hold; for trueup.open_hold, under its lock. Returns how many.
+CREATE OR REPLACE FUNCTION trueup.raise_hold(h trueup.hold, p_tokens bigint) RETURNS bigint LANGUAGE sql AS $$
+    UPDATE trueup.hold t SET tokens_reserved = t.tokens_reserved + p_tokens
+    WHERE t.user_id = h.user_id AND t.task_id = h.task_id AND t.id = h.id
+    RETURNING p_tokens
+$$;
+
+-- Note a duplicate of a task that is at work, unless another one waits already; for trueup.open_hold, under its lock.
+CREATE OR REPLACE FUNCTION trueup.note_duplicate(
+    h trueup.hold, p_waits integer, at timestamptz, OUT superfluous boolean, OUT waits integer, OUT busy_until timestamptz
+) LANGUAGE plpgsql AS $$
+BEGIN
+    superfluous := coalesce(h.duplicate_until > at, false) AND p_waits < h.duplicate_waits;
+    waits := greatest(h.duplicate_waits, p_waits) + 1;
+    busy_until := least(h.lease_until, at + interval '1 minute');
+    UPDATE trueup.hold t SET duplicate_until = busy_until, duplicate_waits = waits
+    WHERE NOT superfluous AND t.user_id = h.user_id AND t.task_id = h.task_id AND t.id = h.id;
+END $$;
+
 -- Give an open hold to the next attempt; for trueup.open_hold, under its lock. Returns what that attempt may spend.
 CREATE OR REPLACE FUNCTION trueup.take_over(
     p_user {{ user_id_type }}, p_task text, p_id bigint, p_retries integer, p_owner text,
@@ -112,7 +124,7 @@ DECLARE
 BEGIN
     UPDATE trueup.hold h
     SET attempt = h.attempt + 1, retries = greatest(h.retries, p_retries), owner = p_owner,
-        lease_until = p_lease_until, expires_at = p_expires_at
+        lease_until = p_lease_until, expires_at = p_expires_at, body_ended_at = NULL
     WHERE h.user_id = p_user AND h.task_id = p_task AND h.id = p_id
     RETURNING h.tokens_reserved - h.tokens_covered INTO v_tokens;
     RETURN greatest(v_tokens - trueup.in_flight(p_user, p_task, NULL, NULL), 0);

@@ -1,3 +1,8 @@
+{# Create a user's balance, unless there is one. Without a window or an epoch it is stale, and is built from the log. #}
+{% macro create_balance(user) -%}
+INSERT INTO trueup.balance (user_id, window_start, log_epoch) VALUES ({{ user }}, 'infinity', -1) ON CONFLICT DO NOTHING;
+{%- endmacro %}
+
 {# Store what trueup.lock_account returned for a user. `account`: the variable or function that has its columns; `held`:
    the tokens held by now. #}
 {% macro store_balance(user, account="a", held=none) %}

@@ -17,18 +17,14 @@ CREATE OR REPLACE FUNCTION trueup.decide_drift(
 ) LANGUAGE plpgsql AS $$
 DECLARE
     a record;
-    g record;
     d trueup.drift;
     c trueup.drift_decision;
     v_in_flight bigint;
 BEGIN
-    SELECT * INTO d FROM trueup.drift t WHERE t.id = p_drift AND t.action = 'review';
+    SELECT * INTO d FROM trueup.find_drift(p_drift);
     IF NOT FOUND THEN
-        SELECT * INTO d FROM trueup.drift t WHERE t.id = p_drift;  -- by no index, and to say why not
-        IF NOT FOUND THEN
-            outcome := 'unknown';
-            RETURN;
-        END IF;
+        outcome := 'unknown';
+        RETURN;
     END IF;
     drift_user := d.user_id;
     a := trueup.lock_and_store(d.user_id, decide_drift.at);
@@ -54,18 +50,11 @@ BEGIN
         outcome := 'superseded';
         RETURN;
     END IF;
-    SELECT x.is_there, x.counter INTO g FROM trueup.lock_counter(d.user_id, d.subscription_id) x;
-    IF a.subscribed IS NOT TRUE OR g.is_there IS NOT TRUE THEN
-        outcome := CASE WHEN a.subscribed AND g.is_there IS NULL THEN 'busy' ELSE 'gone' END;
+    SELECT x.problem, x.counter INTO outcome, counter
+    FROM trueup.lock_counter_of(d, a.subscribed, a.original, a.window_start, a.at) x;
+    IF outcome IS NOT NULL THEN
         RETURN;
     END IF;
-    -- The host's row is ours now: plan and window must still be those that the account was read by, before it was.
-    IF NOT EXISTS (SELECT FROM trueup.entitlements(a.at) e
-                   WHERE e.user_id = d.user_id AND e.original = a.original AND e.window_start = a.window_start) THEN
-        outcome := 'busy';
-        RETURN;
-    END IF;
-    counter := g.counter;
     expected := greatest(a.original - a.consumed, 0);
     off_by := coalesce(counter, 0) - expected;
     v_in_flight := off_by - trueup.off_by(d);
@@ -74,37 +63,86 @@ BEGIN
         outcome := 'changed';
         RETURN;
     END IF;
-    counter_after := counter;
-    IF p_decision = 'accept' THEN
-        counter_after := greatest(expected + v_in_flight, 0);
-        IF counter_after > trueup.counter_limit() THEN
-            outcome := 'out_of_range';
-            RETURN;
-        END IF;
-        PERFORM trueup.correct_counters(ARRAY[d.user_id], ARRAY[d.subscription_id], ARRAY[counter], ARRAY[counter_after]);
-    ELSIF p_decision = 'grant' THEN
-        -- What the user is over budget by is part of it: only then is what the counter shows what is left.
-        tokens_granted := counter - v_in_flight - (a.original - a.consumed);
-        IF tokens_granted IS NULL OR trueup.off_by(d) <= 0 THEN
-            outcome := 'nothing_to_grant';
-            RETURN;
-        END IF;
-        g := trueup.grant_tokens(d.user_id, tokens_granted, p_note, p_reference, p_expires_at, p_by, a.at);
-        grant_id := g.grant_id;
-        IF g.outcome <> 'granted' THEN
-            outcome := 'grant_' || g.outcome;
-            RETURN;
-        END IF;
-    ELSE
-        UPDATE trueup.drift t SET action = 'ignored' WHERE t.user_id = d.user_id AND t.id = d.id;
+    SELECT x.outcome, x.counter_after, x.tokens_granted, x.grant_id
+    INTO outcome, counter_after, tokens_granted, grant_id
+    FROM trueup.carry_out(d, p_decision, p_by, p_note, p_reference, p_expires_at, counter, v_in_flight,
+                          a.original - a.consumed, a.at) x;
+    IF outcome <> 'decided' THEN
+        RETURN;
     END IF;
-    outcome := 'decided';
     decision := p_decision;
     decided_by := p_by;
     decided_at := a.at;
     INSERT INTO trueup.drift_decision (user_id, drift_id, decision, decided_by, note, counter_before, counter_after,
                                        grant_id, decided_at, window_start)
     VALUES (d.user_id, d.id, p_decision, p_by, p_note, counter, counter_after, grant_id, a.at, a.window_start);
+END $$;
+
+-- A drift by its id alone: one in review by their index, any other by reading all, to say why it can't be decided about.
+CREATE OR REPLACE FUNCTION trueup.find_drift(p_drift bigint) RETURNS SETOF trueup.drift LANGUAGE sql STABLE AS $$
+    SELECT * FROM trueup.drift t WHERE t.id = p_drift AND t.action = 'review'
+    UNION ALL
+    SELECT * FROM trueup.drift t WHERE t.id = p_drift
+    LIMIT 1
+$$;
+
+-- Lock the counter of a drift, whose user's account was read with this plan and window. `problem`: gone, busy, or null.
+CREATE OR REPLACE FUNCTION trueup.lock_counter_of(
+    d trueup.drift, p_subscribed boolean, p_original bigint, p_window timestamptz, at timestamptz,
+    OUT problem text, OUT counter bigint
+) LANGUAGE plpgsql AS $$
+DECLARE
+    c record;
+BEGIN
+    c := trueup.lock_counter(d.user_id, d.subscription_id);
+    IF p_subscribed IS NOT TRUE OR c.is_there IS NOT TRUE THEN
+        problem := CASE WHEN p_subscribed AND c.is_there IS NULL THEN 'busy' ELSE 'gone' END;
+        RETURN;
+    END IF;
+    -- The host's row is ours now: plan and window must still be those that the account was read by, before it was.
+    IF NOT EXISTS (SELECT FROM trueup.entitlements(lock_counter_of.at) e
+                   WHERE e.user_id = d.user_id AND e.original = p_original AND e.window_start = p_window) THEN
+        problem := 'busy';
+        RETURN;
+    END IF;
+    counter := c.counter;
+END $$;
+
+-- Do what was decided about a drift, whose user's balance and counter are locked. p_remaining: original - consumed.
+-- `outcome`: decided; or why not, as trueup.decide_drift says it.
+CREATE OR REPLACE FUNCTION trueup.carry_out(
+    d trueup.drift, p_decision text, p_by text, p_note text, p_reference text, p_expires_at timestamptz,
+    p_counter bigint, p_in_flight bigint, p_remaining bigint, at timestamptz,
+    OUT outcome text, OUT counter_after bigint, OUT tokens_granted bigint, OUT grant_id bigint
+) LANGUAGE plpgsql AS $$
+DECLARE
+    g record;
+BEGIN
+    outcome := 'decided';
+    counter_after := p_counter;
+    IF p_decision = 'accept' THEN
+        counter_after := greatest(greatest(p_remaining, 0) + p_in_flight, 0);
+        IF counter_after > trueup.counter_limit() THEN
+            outcome := 'out_of_range';
+            RETURN;
+        END IF;
+        PERFORM trueup.correct_counters(ARRAY[d.user_id], ARRAY[d.subscription_id], ARRAY[p_counter],
+                                        ARRAY[counter_after]);
+    ELSIF p_decision = 'grant' THEN
+        -- What the user is over budget by is part of it: only then is what the counter shows what is left.
+        tokens_granted := p_counter - p_in_flight - p_remaining;
+        IF tokens_granted IS NULL OR trueup.off_by(d) <= 0 THEN
+            outcome := 'nothing_to_grant';
+            RETURN;
+        END IF;
+        g := trueup.grant_tokens(d.user_id, tokens_granted, p_note, p_reference, p_expires_at, p_by, at);
+        grant_id := g.grant_id;
+        IF g.outcome <> 'granted' THEN
+            outcome := 'grant_' || g.outcome;
+        END IF;
+    ELSE
+        UPDATE trueup.drift t SET action = 'ignored' WHERE t.user_id = d.user_id AND t.id = d.id;
+    END IF;
 END $$;
 
 -- Lock a user's counter and read it. `is_there` false: there is no such subscription; NULL: the host has it locked.

@@ -1,1 +1,1 @@
-"""Answers to Instagram comments: what to say, and sending it at most once."""
+"""Answers to Instagram comments: write the message, and send it at most once."""

@@ -1,7 +1,7 @@
-"""Buttons of an Instagram message, written in its text as `[[CTA:Title|https://…]]`.
+"""Buttons of an Instagram message. Its text marks them as `[[CTA:Title|https://…]]`.
 
-Meta's button template (developers.facebook.com, Instagram messaging, "Button Template"): one to three buttons, a text
-of up to 640 characters above them; a title holds 20 characters.
+Limits are those of Meta's button template (developers.facebook.com, Instagram messaging, "Button Template"): one to
+three buttons, titles of up to 20 characters, a text of up to 640 characters above them.
 """
 
 import re
@@ -34,10 +34,10 @@ class Button(BaseModel):
 
 
 def split_buttons(text: str, warnings: list[str]) -> tuple[str, tuple[Button, ...]]:
-    """Return the text without its markers, and their buttons, each once.
+    """Return the text without its markers, and their buttons without duplicates.
 
-    A marker that can't be a button stays as it stands and is named in the warnings. Without a word beside the
-    markers the titles are the text: Instagram takes no template without one.
+    A marker that can't be a button stays in the text, and `warnings` receives its reason. If the text has nothing but
+    markers, the titles become the text, because Instagram's template requires one.
     """
     buttons: list[Button] = []
     refused = 0
@@ -64,18 +64,18 @@ def split_buttons(text: str, warnings: list[str]) -> tuple[str, tuple[Button, ..
 
 
 def without_markers(text: str, unwanted: Callable[[str], bool]) -> str:
-    """Return the text without the markers, well made or not, that are not wanted."""
+    """Return the text without the markers, valid or not, for which `unwanted` returns True."""
     return _MARKER.sub(lambda marker: "" if unwanted(marker[0]) else marker[0], text)
 
 
 def _fault(button: Button, others: list[Button]) -> str | None:
-    """Return why it is no button, or can't stand beside the others; None: it is one."""
+    """Return the reason that the button is not valid, alone or beside the others; None: it is valid."""
     if not button.title or _LINE_END.search(button.title):
         return "its title is empty or has more than one line"
     if len(button.title) > MAX_TITLE_CHARACTERS:
-        return f"its title has {len(button.title)} characters, at most {MAX_TITLE_CHARACTERS} are taken"
+        return f"its title has {len(button.title)} characters; the limit is {MAX_TITLE_CHARACTERS}"
     if not _is_web_page(button.url):
-        return "its address is no https:// link"
+        return "its address is not an https:// link"
     if len(others) == MAX_BUTTONS and button not in others:
         return f"a message has at most {MAX_BUTTONS} buttons"
     return None

@@ -1,4 +1,4 @@
-"""Instagram's `comments` webhook, and what an account has configured to answer a comment with."""
+"""Instagram's `comments` webhook, and an account's configuration of its answers."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from trueup.errors import InvalidInputError
 from trueup.features.inputs import Language, Text, parse
 
-# Ids become parts of a URL: nothing but letters, digits and underscores may be in them.
+# Ids become part of a URL, so they may have only letters, digits and underscores.
 GraphId = Annotated[
     str,
     BeforeValidator(lambda value: str(value) if type(value) is int else value),
@@ -17,7 +17,7 @@ GraphId = Annotated[
 
 
 class CommentAuthor(BaseModel):
-    """Who commented. `username` None: Instagram did not say. `self_ig_scoped_id`: the account itself did."""
+    """A comment's author. `username` None: Instagram sent none. `self_ig_scoped_id` not None: the account itself."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -27,7 +27,7 @@ class CommentAuthor(BaseModel):
 
 
 class CommentMedia(BaseModel):
-    """The post that was commented on."""
+    """The post that has the comment."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,7 +35,7 @@ class CommentMedia(BaseModel):
 
 
 class CommentValue(BaseModel):
-    """The comment itself. `parent_id` None: it is no answer to another comment."""
+    """The comment. `parent_id` None: it does not answer another comment."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -47,7 +47,7 @@ class CommentValue(BaseModel):
 
 
 class CommentEvent(BaseModel):
-    """One comment on one account's post."""
+    """One comment on a post of one account."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -56,7 +56,7 @@ class CommentEvent(BaseModel):
 
     @property
     def is_own(self) -> bool:
-        """Whether the account commented itself: answering that would be an endless conversation."""
+        """Whether the account wrote the comment. Answering its own comments would never end."""
         author = self.comment.author
         return author.id == self.account_id or author.self_ig_scoped_id is not None
 
@@ -77,7 +77,7 @@ class _Payload(BaseModel):
 
 
 class ProductInfo(BaseModel):
-    """A product that a message may speak of. `price` is text as the shop writes it, with its currency."""
+    """A product that a message may mention. `price`: the shop's own text; `currency`: as text too."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
@@ -89,7 +89,7 @@ class ProductInfo(BaseModel):
 
 
 class ActionConfig(BaseModel):
-    """How an account answers comments. PRODUCT: a message about its products. STATIC: always the same one."""
+    """An account's answers to comments. PRODUCT: the model writes about the products. STATIC: always the same text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -97,9 +97,9 @@ class ActionConfig(BaseModel):
     static_message: Text | None = None
     products: tuple[ProductInfo, ...] = Field(default=(), max_length=100)
     product_context: Text | None = Field(default=None, max_length=20_000)
-    """Anything else the message may draw on: delivery terms, discounts."""
+    """Other facts that the message may use, such as delivery terms and discounts."""
     language: Language | None = None
-    """The message's language, such as "fa"; None means the comment's."""
+    """The message's language, such as "fa"; None: the comment's."""
     tone: Text | None = Field(default=None, max_length=100)
     public_reply_enabled: bool = False
     public_reply_text: Text | None = Field(default=None, max_length=2200)
@@ -107,20 +107,20 @@ class ActionConfig(BaseModel):
     @model_validator(mode="after")
     def _has_what_its_mode_needs(self) -> Self:
         if self.mode == "STATIC" and not self.static_message:
-            raise ValueError("static_message is empty, but the mode is STATIC: write the message to send")
+            raise ValueError("static_message is empty, but mode STATIC sends it. Write the message")
         if self.mode == "PRODUCT" and not self.products and not self.product_context:
             raise ValueError(
-                "neither products nor product_context is given, but the mode is PRODUCT: say what the message is about"
+                "products and product_context are both empty, but mode PRODUCT writes about them. Give one of them"
             )
         if self.public_reply_enabled and not self.public_reply_text:
-            raise ValueError("public_reply_text is empty, but public_reply_enabled is set: write it, or switch it off")
+            raise ValueError("public_reply_enabled is true, but public_reply_text is empty. Write it, or disable it")
         return self
 
 
 def comment_events(payload: Mapping[str, Any]) -> tuple[CommentEvent, ...]:
-    """Return the comments of a webhook payload, which may bring several, and other fields that are passed over.
+    """Return the comments of a webhook payload, which may have several. Changes of other fields are ignored.
 
-    Raises `InvalidInputError` for a payload that is none of Instagram's.
+    Raises `InvalidInputError` for a payload that is not in Instagram's format.
     """
     parsed = parse(_Payload, payload, "event")
     return tuple(
@@ -132,15 +132,15 @@ def comment_events(payload: Mapping[str, Any]) -> tuple[CommentEvent, ...]:
 
 
 def comment_event(payload: Mapping[str, Any]) -> CommentEvent:
-    """Return the one comment of a webhook payload. Raises `InvalidInputError` when it brings none, or several."""
+    """Return the one comment of a webhook payload. Raises `InvalidInputError` if it has none or several."""
     events = comment_events(payload)
     if len(events) != 1:
         raise InvalidInputError(
-            f"event brings {len(events)} comments, and one task answers one. Start a task for each comment."
+            f"event has {len(events)} comments, but a task answers exactly one. Start one task for each comment."
         )
     return events[0]
 
 
 def action_config(config: Mapping[str, Any]) -> ActionConfig:
-    """Return the configuration, checked. Raises `InvalidInputError`, naming the option and the remedy."""
+    """Return the validated configuration. Raises `InvalidInputError` with the option and the remedy."""
     return parse(ActionConfig, config, "config")

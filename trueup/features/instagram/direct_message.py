@@ -1,4 +1,4 @@
-"""Answering an Instagram comment with a direct message."""
+"""Answer an Instagram comment with a direct message."""
 
 import json
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ MESSAGE_EFFECT = "instagram_message"
 REPLY_EFFECT = "instagram_public_reply"
 
 ESTIMATED_TOKENS = 1000
-"""What one message may cost by an exact counter; `estimated_tokens` says it for any."""
+"""Estimate for one message, by an exact counter. `estimated_tokens` scales it for other counters."""
 _ANSWER_TOKENS = 350
-# Meta's pages say "1000 bytes or less" and "less than 1000 characters": this satisfies both.
+# Meta's pages state both "1000 bytes or less" and "less than 1000 characters"; 999 bytes satisfy both.
 MAX_MESSAGE_BYTES = 999
 _MAX_COMMENT_CHARACTERS = 400
 _SPARED_NOTES_CHARACTERS = 400
@@ -34,7 +34,7 @@ _MAX_AUTHOR_CHARACTERS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltMessage:
-    """A message ready to send, and what was changed to make it so."""
+    """A message ready to send. `warnings`: the changes that its limits required."""
 
     text: str
     buttons: tuple[Button, ...] = ()
@@ -42,14 +42,14 @@ class BuiltMessage:
 
 
 class DmResult(BaseModel):
-    """What was done about one comment. Ids are None when nothing was sent, or Instagram did not tell them."""
+    """The outcome for one comment. Ids are None if nothing was sent or Instagram returned none."""
 
     model_config = ConfigDict(frozen=True)
 
     status: Literal["sent", "skipped", "unknown"]
-    """"unknown": an earlier attempt may have sent it, so it was not sent again."""
+    """"unknown": an earlier attempt may have sent the message, so it was not sent again."""
     reason: str | None = None
-    """Why it was skipped, or is not known."""
+    """The reason of "skipped" and "unknown"."""
     mode: Literal["STATIC", "PRODUCT"]
     comment_id: str
     message: str | None = None
@@ -61,7 +61,7 @@ class DmResult(BaseModel):
 
 
 def estimated_tokens(counter: TokenCounter | None = None) -> int:
-    """Return the tokens that one message may cost. `counter` None: the o200k encoding's."""
+    """Return the estimate in tokens for one message. `counter` None: that of the o200k encoding."""
     return scaled_estimate(ESTIMATED_TOKENS, counter or offline_counter())
 
 
@@ -74,10 +74,11 @@ def send_instagram_dm(
     outbox: Outbox,
     counter: TokenCounter | None = None,
 ) -> DmResult:
-    """Answer a comment by direct message and, if configured, publicly; each at most once. `model` None: for STATIC.
+    """Answer a comment by direct message and, if configured, publicly; each at most once.
 
-    The account's own comments are skipped. A public reply that fails is a warning: the message has been sent by then.
-    Raises `GraphError` when the message was not, or perhaps not, sent; and what `build_message` raises.
+    `model` None: allowed in mode STATIC. `counter` None: that of the o200k encoding. The account's own comments are
+    skipped. A failed public reply is only a warning, because the message was sent before. Raises `GraphError` if the
+    message was not sent or its outcome is unknown, and the errors of `build_message`.
     """
     comment = event.comment
     if event.is_own:
@@ -101,7 +102,7 @@ def send_instagram_dm(
 
         outcome = outbox.once(MESSAGE_EFFECT, detail, send)
     if outcome.status != "sent":
-        reason = "An earlier attempt may have sent it: look into the conversation before sending it again."
+        reason = "An earlier attempt may have sent the message. Check the conversation before you send it again."
         return DmResult(status="unknown", reason=reason, mode=config.mode, comment_id=comment.id)
     warnings = list(outcome.detail.get("warnings", []))
     reply_sent, reply_id = _reply_publicly(graph, outbox, comment.id, config, warnings)
@@ -121,15 +122,15 @@ def send_instagram_dm(
 def build_message(
     model: Model | None, *, event: CommentEvent, config: ActionConfig, counter: TokenCounter | None = None
 ) -> BuiltMessage:
-    """Return the message that answers a comment: the configured one, or one that the model writes for PRODUCT.
+    """Return the message that answers a comment. In mode STATIC it is configured; in mode PRODUCT the model writes it.
 
-    Raises `InvalidInputError` when PRODUCT has no model, `AnswerFormatError` when the model writes nothing, and what
-    the model raises.
+    `counter` None: that of the o200k encoding. Raises `InvalidInputError` for PRODUCT without a model,
+    `AnswerFormatError` if the model writes nothing, and the model's errors.
     """
     if config.mode == "STATIC":
         return _fitted(config.static_message or "", [])
     if model is None:
-        raise InvalidInputError("mode PRODUCT needs a model, and none was given. Run it in a metered task.")
+        raise InvalidInputError("mode PRODUCT needs a model, but got none. Nothing was sent. Run it in a metered task.")
     return _ask(model, event, config, counter or offline_counter())
 
 
@@ -142,13 +143,13 @@ def _ask(model: Model, event: CommentEvent, config: ActionConfig, counter: Token
     if not text:
         raise AnswerFormatError(
             "The model wrote no message, so none was sent. Its tokens are charged. "
-            "Try another model (TRUEUP_MODEL_NAME)."
+            "Use another model (TRUEUP_MODEL_NAME)."
         )
     return _fitted(text, warnings)
 
 
 def _prompt(event: CommentEvent, config: ActionConfig, counter: TokenCounter) -> Sequence[Message]:
-    """Return the prompt with as many products and notes as leave room for the answer."""
+    """Return the prompt with as many products and notes as fit beside the answer."""
     budget = estimated_tokens(counter) - scaled_estimate(_ANSWER_TOKENS, counter)
     products = [_product_line(product) for product in config.products]
     notes = config.product_context or ""
@@ -165,7 +166,7 @@ def _prompt(event: CommentEvent, config: ActionConfig, counter: TokenCounter) ->
         excess = count_prompt_tokens(messages, counter) - budget
         if excess <= 0 or not (notes or comment or len(products) > 1):
             return messages
-        # Long notes give way first, then the last products, the rest of the notes, and the comment itself.
+        # Cut long notes first, then drop the last products, then cut the rest of the notes, then the comment.
         if len(notes) > _SPARED_NOTES_CHARACTERS or (notes and len(products) <= 1):
             notes = cut_at_word(notes, max(0, len(notes) - max(20, excess)))
         elif len(products) > 1:
@@ -186,11 +187,11 @@ def _product_line(product: ProductInfo) -> str:
 
 
 def _with_own_links_only(text: str, config: ActionConfig, warnings: list[str]) -> str:
-    """Take out links that the shop did not give, and buttons that lead there."""
+    """Remove links that are not the shop's own, and buttons with such links."""
     known = KnownLinks(config.product_context or "", *(product.url or "" for product in config.products))
     own = without_markers(text, lambda marker: not known.has_all_of(marker))
     if own != text:
-        warnings.append("A button with a link that the shop did not give was taken out of the message.")
+        warnings.append("A button with a link that the shop did not give was removed from the message.")
     return without_foreign_links(own, known, warnings)
 
 
@@ -202,7 +203,7 @@ def _fitted(text: str, warnings: list[str]) -> BuiltMessage:
     else:
         kept, limit = cut_to_bytes(text, MAX_MESSAGE_BYTES), f"{MAX_MESSAGE_BYTES} bytes"
     if len(kept) < len(text):
-        warnings.append(f"The message was cut to the {limit} that Instagram takes.")
+        warnings.append(f"The message was cut to Instagram's limit of {limit}.")
     return BuiltMessage(text=kept, buttons=buttons, warnings=tuple(warnings))
 
 
@@ -222,6 +223,8 @@ def _reply_publicly(
         warnings.append(f"The message was sent, the public reply was not: {error}")
         return False, None
     if outcome.status != "sent":
-        warnings.append("The message was sent; an earlier attempt may have sent the public reply, so it was left.")
+        warnings.append(
+            "The message was sent. An earlier attempt may have sent the public reply, so it was not sent again."
+        )
         return False, None
     return True, outcome.detail.get("reply_id")

@@ -1,4 +1,4 @@
-"""Side effects that must not happen twice: each is a row in the outbox from before it is tried."""
+"""Side effects that must not happen twice. Each is recorded in the outbox before it is attempted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,29 +13,29 @@ from trueup.usage.outbox import Effect, EffectStatus, begin_effect, find_effect,
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a side effect stands. `detail`: what was sent and answered. "unknown": it may have happened; ask a person."""
+    """A side effect's state. `detail`: the request and the answer. "unknown": it may have happened, ask a person."""
 
     status: EffectStatus
     detail: dict[str, Any]
 
 
 class Outbox(Protocol):
-    """Does each named side effect of a task once."""
+    """Performs each named side effect of a task at most once."""
 
     def find(self, effect: str) -> Outcome | None:
-        """Return how an earlier attempt left the effect; None if it was never tried."""
+        """Return the state in which an earlier attempt left the effect; None if it was never attempted."""
         ...
 
     def once(self, effect: str, detail: dict[str, Any], action: Callable[[], dict[str, Any]]) -> Outcome:
-        """Do `action`, unless it was done before or may have been; what it returns is added to `detail`.
+        """Call `action`, unless an earlier attempt did or may have done so. Its result is added to `detail`.
 
-        Raises what `action` raises, after noting whether it certainly failed.
+        Raises the errors of `action`, after recording whether it certainly failed or its outcome is unknown.
         """
         ...
 
 
 class TaskOutbox:
-    """The outbox of one task, in the database. `resend_unknown`: try again what may have happened."""
+    """The outbox of one task in the database. `resend_unknown` True: repeat an effect whose outcome is unknown."""
 
     def __init__(self, *, user_id: UserId, task_id: str, resend_unknown: bool) -> None:
         self._user_id = user_id
@@ -49,8 +49,8 @@ class TaskOutbox:
         return Outcome(status=found.status, detail=found.detail) if found else None
 
     def once(self, effect: str, detail: dict[str, Any], action: Callable[[], dict[str, Any]]) -> Outcome:
-        # On a connection of its own and never tried twice: a second try would find the first one's row, and call
-        # unknown what has not even begun.
+        # Not retried, because a second try would find the first one's row and report an effect as unknown that has not
+        # begun. It has a connection of its own.
         with connect() as connection:
             begun = begin_effect(connection, user_id=self._user_id, task_id=self._task_id, effect=effect, detail=detail)
             if begun.status == "unknown" and self._resend_unknown:
@@ -64,7 +64,7 @@ class TaskOutbox:
             self._finish(begun, "unknown" if unknown else "failed", {"error": str(error)})
             raise
         except BaseException as error:
-            # A time limit, say: it came in the middle, and nobody can tell how far the call had got.
+            # For example a time limit, which may interrupt the call at any point, so its outcome is unknown.
             self._finish(begun, "unknown", {"error": type(error).__name__})
             raise
         self._finish(begun, "sent", answer)

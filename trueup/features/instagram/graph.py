@@ -1,4 +1,4 @@
-"""Instagram's Graph API: the two calls that answering a comment takes."""
+"""A client of Instagram's Graph API for the two calls that answer a comment."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,19 +11,20 @@ from trueup.llm.credentials import header_value
 from trueup.llm.texts import cut_at_word
 from trueup.settings.settings import Settings
 
-# https://developers.facebook.com/docs/graph-api/guides/error-handling: call limits of the app, the user, the page and
-# the account.
+# Rate limits of the app, the user, the page and the account:
+# https://developers.facebook.com/docs/graph-api/guides/error-handling
 RATE_LIMIT_CODES = frozenset({4, 17, 32, 613})
 _DETAIL_CHARACTERS = 300
-# The connection was never made, so nothing was sent.
+# Errors raised before a connection was made, so nothing was sent.
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
 class GraphError(TrueupError):
     """Instagram refused a call or did not answer it.
 
-    `retryable`: the same call may succeed later. `outcome_unknown`: it was sent and may have taken effect, so
-    repeating it could do it twice; never retryable. `status`, `code`: HTTP's and Graph's, None when there was none.
+    `retryable`: the same call may succeed later. `outcome_unknown`: the call was sent and may have taken effect; a
+    retry could repeat the effect, so it is never retryable. `status`: HTTP's status; `code`: Graph's error code; None
+    if the answer had none.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ def _graph_error(
 
 
 class GraphClient:
-    """A client with one account's access token. The token travels in a header only. Close it, or use `with`."""
+    """A client with one account's access token, which it sends in a header only. Close it, or use `with`."""
 
     def __init__(self, *, base_url: str, access_token: str, timeout_seconds: float) -> None:
         self._token = access_token
@@ -64,12 +65,12 @@ class GraphClient:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "GraphClient":
-        """Return a client for the settings' account. Raises `SettingsError` when no access token is set."""
+        """Return a client for the configured account. Raises `SettingsError` if no access token is set."""
         token = header_value("TRUEUP_INSTAGRAM_ACCESS_TOKEN", settings.instagram_access_token)
         if not token:
             raise SettingsError(
-                "TRUEUP_INSTAGRAM_ACCESS_TOKEN is not set, so Instagram would refuse every message. "
-                "Set it to the token of the account that answers."
+                "TRUEUP_INSTAGRAM_ACCESS_TOKEN is not set, and Instagram refuses messages without it. Nothing was "
+                "sent. Set it to the token of the account that answers."
             )
         return cls(
             base_url=settings.instagram_graph_url,
@@ -89,7 +90,7 @@ class GraphClient:
     def send_private_reply(
         self, *, account_id: str, comment_id: str, text: str, buttons: Sequence[Button] = ()
     ) -> str | None:
-        """Send the one direct message that Instagram allows for a comment; return its id, None when not told.
+        """Send the one direct message that Instagram allows per comment. Returns its id; None if Instagram sent none.
 
         Raises `GraphError`.
         """
@@ -101,7 +102,7 @@ class GraphClient:
         return _id_of(self._post(f"{account_id}/messages", body), "message_id")
 
     def reply_to_comment(self, *, comment_id: str, text: str) -> str | None:
-        """Answer a comment publicly; return the reply's id, None when not told. Raises `GraphError`."""
+        """Answer a comment publicly. Returns the reply's id; None if Instagram sent none. Raises `GraphError`."""
         return _id_of(self._post(f"{comment_id}/replies", {"message": text}), "id")
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -115,12 +116,12 @@ class GraphClient:
             ) from None
         except (httpx.InvalidURL, httpx.UnsupportedProtocol):
             raise GraphError(
-                f"{self._url} is no address of a Graph API. Nothing was sent. Check TRUEUP_INSTAGRAM_GRAPH_URL."
+                f"{self._url} is not a valid address. Nothing was sent. Check TRUEUP_INSTAGRAM_GRAPH_URL."
             ) from None
         except httpx.HTTPError as error:
             raise GraphError(
-                f"Instagram did not answer ({type(error).__name__}) after the call was sent; it may have taken "
-                "effect, so it is not repeated. Look in the account's inbox before sending it again.",
+                f"Instagram did not answer ({type(error).__name__}) after the call was sent. The call may have taken "
+                "effect, so it is not repeated. Check the account's inbox before you send it again.",
                 outcome_unknown=True,
             ) from None
         if not response.is_success:
@@ -133,11 +134,11 @@ class GraphClient:
         code = error.get("code") if isinstance(error.get("code"), int) else None
         status = response.status_code
         detail = self._safe(str(error.get("message") or response.text)) or "no reason given"
-        # Without a word from Graph itself it was a gateway in between; behind it the call may have gone through.
+        # An answer without Graph's error object is a gateway's; behind the gateway the call may have taken effect.
         if status == 504 or (status >= 500 and not error):
             return GraphError(
-                f"Instagram's gateway answered HTTP {status} ({detail}); the call may have taken effect, so "
-                "it is not repeated. Look in the account's inbox before sending it again.",
+                f"Instagram's gateway answered HTTP {status} ({detail}). The call may have taken effect, so "
+                "it is not repeated. Check the account's inbox before you send it again.",
                 outcome_unknown=True,
                 status=status,
                 code=code,
@@ -151,7 +152,7 @@ class GraphClient:
         )
 
     def _safe(self, text: str) -> str:
-        """Return a short line of somebody else's text, without the token."""
+        """Return one short line of the server's text, without the token."""
         line = " ".join(text.split())
         if self._token:
             line = line.replace(self._token, "***")
@@ -160,7 +161,7 @@ class GraphClient:
 
 def _remedy(status: int, code: int | None, limited: bool) -> str:
     if limited:
-        return "The account's call limit is reached: try again later."
+        return "The account's call limit is reached. Try again later."
     if status == 401 or code == 190:
         return "Renew TRUEUP_INSTAGRAM_ACCESS_TOKEN."
     if status == 403 or code in (10, 200):

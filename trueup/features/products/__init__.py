@@ -1,1 +1,1 @@
-"""Products of a web page: from its structured data, which costs nothing, else from its text by the model."""
+"""Products of a web page, from its structured data, which costs nothing, or else from its text by the model."""

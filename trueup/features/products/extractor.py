@@ -1,4 +1,4 @@
-"""Products of one page: its own data first, which costs no tokens; else its text, read by the model."""
+"""Extract the products of one page: from its structured data, without tokens, or else from its text by the model."""
 
 import re
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from trueup.llm.texts import ascii_digits, fold, readable, words
 from trueup.llm.tokens import TokenCounter, count_prompt_tokens, offline_counter, scaled_estimate
 
 ESTIMATED_TOKENS = 1000
-"""What one extraction may cost by an exact counter; `estimated_tokens` says it for any."""
+"""Estimate for one extraction, by an exact counter. `estimated_tokens` scales it for other counters."""
 _ANSWER_TOKENS = 400
 _MAX_URL_CHARACTERS = 2000
 _MAX_PROMPT_URL_CHARACTERS = 200
@@ -29,7 +29,7 @@ _SPACED_NUMBER = re.compile(r"\d{1,3}(?:[ \u00a0\u202f]\d{3})+(?:[.,]\d+)?")
 
 
 class ProductResult(BaseModel):
-    """The products of a page. `source` None: it has none."""
+    """The products of a page. `source` None: the page has no products."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
@@ -41,7 +41,7 @@ class ProductResult(BaseModel):
 
 
 def estimated_tokens(counter: TokenCounter | None = None) -> int:
-    """Return the tokens that one extraction may cost. `counter` None: the o200k encoding's."""
+    """Return the estimate in tokens for one extraction. `counter` None: that of the o200k encoding."""
     return scaled_estimate(ESTIMATED_TOKENS, counter or offline_counter())
 
 
@@ -54,9 +54,10 @@ def extract_products(
     text: str | None = None,
     counter: TokenCounter | None = None,
 ) -> ProductResult:
-    """Return the products of a page, given as HTML or as text; the model is asked only when the page states none.
+    """Return the products of a page. The model is called only if the page's data states none.
 
-    Raises `InvalidInputError` for unusable input, `AnswerFormatError` for an unusable answer, and what `model` raises.
+    `html` or `text`: the page, exactly one of them. `counter` None: that of the o200k encoding. Raises
+    `InvalidInputError` for unusable input, `AnswerFormatError` for an unusable answer, and the model's errors.
     """
     address = _checked_url(url)
     title = readable("title", title, minimum=0, maximum=MAX_TITLE_CHARACTERS)
@@ -87,8 +88,8 @@ def _checked_url(url: str) -> str:
         usable = False
     if not usable:
         raise InvalidInputError(
-            f"url {str(url)[:80]!r} is no web address. Give one that begins with http:// or https://, "
-            f"of at most {_MAX_URL_CHARACTERS} characters."
+            f"url {str(url)[:80]!r} is not a web address. Nothing was spent. Send an address that begins with http:// "
+            f"or https:// and has at most {_MAX_URL_CHARACTERS} characters."
         )
     return url.strip()
 
@@ -98,14 +99,14 @@ def _ask(
 ) -> tuple[Product, ...]:
     messages, kept = _fitted(page, url, title, counter)
     if len(kept) < len(page):
-        warnings.append(f"The page is long: its first {len(kept)} of {len(page)} characters were read.")
+        warnings.append(f"The page is long; only its first {len(kept)} of {len(page)} characters were read.")
     answer_tokens = estimated_tokens(counter) - count_prompt_tokens(messages, counter)
     completion = model.complete(messages, max_completion_tokens=max(1, answer_tokens))
     found = objects_under(completion.text, "products")
     if found is None:
         cut = " It was cut off before its first product." if completion.truncated else ""
         raise AnswerFormatError(
-            f"The model's answer for {url} holds no list of products.{cut} Its tokens are charged. "
+            f"The model's answer for {url} has no list of products.{cut} Its tokens are charged. "
             "Use a model that follows instructions to answer in JSON (TRUEUP_MODEL_NAME)."
         )
     if completion.truncated:
@@ -114,7 +115,7 @@ def _ask(
 
 
 def _fitted(page: str, url: str, title: str, counter: TokenCounter) -> tuple[Sequence[Message], str]:
-    """Return the prompt with as much of the page as leaves room for the answer, and the part of the page in it."""
+    """Return the prompt with as much of the page as fits beside the answer, and that part of the page."""
     budget = estimated_tokens(counter) - scaled_estimate(_ANSWER_TOKENS, counter)
     url, title = url[:_MAX_PROMPT_URL_CHARACTERS], title[:_MAX_PROMPT_TITLE_CHARACTERS]
 
@@ -126,7 +127,7 @@ def _fitted(page: str, url: str, title: str, counter: TokenCounter) -> tuple[Seq
 
 
 def _line_end(page: str, position: int) -> int:
-    """Return the end of the last whole line before the position, so that no price is cut in two."""
+    """Return the end of the last whole line before `position`, so that no price is cut in two."""
     if position >= len(page):
         return len(page)
     line_end = page.rfind("\n", 0, position)
@@ -134,17 +135,17 @@ def _line_end(page: str, position: int) -> int:
 
 
 def _grounded(found: list[dict[str, Any]], page: str, url: str, warnings: list[str]) -> tuple[Product, ...]:
-    """Keep the products whose name the page has, and their prices if the page has them: models invent."""
+    """Keep products whose name is on the page, and prices that are on the page, because models invent both."""
     page_words, page_numbers = set(words(page)), _numbers(page)
     products: list[Product] = []
     for values in found:
         name = text_of(values.get("name"))
         if not (page_words & set(words(name)) or fold(name) in fold(page)):
-            warnings.append(f"{name[:80]}: not on the page, left out.")
+            warnings.append(f"{name[:80]}: the name is not on the page; product left out.")
             continue
         price_numbers = _numbers(text_of(values.get("price")))
         if price_numbers and not price_numbers & page_numbers:
-            warnings.append(f"{name[:80]}: its price is not on the page, left out.")
+            warnings.append(f"{name[:80]}: the price is not on the page; price left out.")
             values = {**values, "price": None}
         product = make_product(values, source="model", base_url=url, warnings=warnings)
         if product is not None and product not in products:
@@ -158,5 +159,5 @@ def _numbers(page: str) -> frozenset[str]:
 
 
 def _digits(text: str) -> str:
-    """Return a number's digits without the zeros that ways of writing differ in: 1.299,00 and 1299 are alike."""
+    """Return a number's digits without outer zeros, so that 1.299,00 equals 1299."""
     return "".join(character for character in text if character.isdecimal()).strip("0")

@@ -1,4 +1,4 @@
-"""What a product is, whoever found it; and making one out of loosely typed values."""
+"""The product model, and its construction from loosely typed values."""
 
 import html
 import re
@@ -31,7 +31,7 @@ _AVAILABILITY = {
 
 
 class Product(BaseModel):
-    """One product. None stands for what the page does not say."""
+    """One product. None: the page does not state the value."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -52,7 +52,10 @@ class Product(BaseModel):
 
 
 def make_product(values: Mapping[str, Any], *, source: Source, base_url: str, warnings: list[str]) -> Product | None:
-    """Return a product from values named as its fields; None without a name. What is dropped is told in `warnings`."""
+    """Return a product from values with the names of its fields; None if it has no name.
+
+    `base_url`: makes relative addresses absolute. `warnings` receives an entry for a price that was changed or dropped.
+    """
     name = _line(values.get("name"), MAX_NAME_CHARACTERS)
     if not name:
         return None
@@ -74,7 +77,7 @@ def make_product(values: Mapping[str, Any], *, source: Source, base_url: str, wa
 
 
 def absolute_url(value: object, base_url: str) -> str | None:
-    """Return an http(s) address made absolute; None for anything else."""
+    """Return the value as an absolute http(s) address; None if it is not one."""
     text = text_of(value)
     if not text or len(text) > _MAX_URL_CHARACTERS:
         return None
@@ -88,7 +91,7 @@ def absolute_url(value: object, base_url: str) -> str | None:
 
 
 def _line(value: object, limit: int) -> str:
-    """Return text on one line, entities and tags resolved: shops put escaped HTML into their JSON."""
+    """Return the value as one line of plain text, without tags and entities: shops put escaped HTML into JSON."""
     text = _TAG.sub(" ", html.unescape(text_of(value)))
     return cut_at_word(" ".join(without_lone_surrogates(text).split()), limit)
 

@@ -1,4 +1,4 @@
-"""The text of a web page, and the refusal of what is none."""
+"""Validate and parse a web page, and read its text."""
 
 import re
 from typing import Any
@@ -8,20 +8,20 @@ from trueup.llm.texts import readable
 
 MAX_HTML_BYTES = 5 * 1024 * 1024
 MAX_TITLE_CHARACTERS = 500
-# The libraries that walk a page recurse. Python's own limit must not be what stops them: an error raised while lxml
-# holds the lock of a compiled XPath leaves it locked, and the next page would wait for ever.
+# The libraries that walk a page recurse. This limit must stop them before Python's recursion limit does: an error
+# raised while lxml holds the lock of a compiled XPath leaves it locked, and the next page would wait for ever.
 MAX_DEPTH = 250
 _BLANK_LINES = re.compile(r"\n\s*\n+")
 
 
 def checked_page(html: str | None, text: str | None) -> tuple[str | None, str | None]:
-    """Return the page's HTML or its text, the other None.
+    """Return the page's HTML or its text; the other is None.
 
-    Raises `InvalidInputError` unless exactly one of them is given, and it is readable and of at most 5 MiB.
+    Raises `InvalidInputError` unless exactly one of them is given, readable, and at most 5 MiB long.
     """
     if bool(html) == bool(text):
-        found = "both are" if html else "neither is"
-        raise InvalidInputError(f"Give either html or text: {found} here.")
+        found = "both are given" if html else "both are empty"
+        raise InvalidInputError(f"Send either html or text: {found}. Nothing was spent.")
     field, page = ("html", html) if html else ("text", text)
     if len(page or "") > MAX_HTML_BYTES or len(str(page).encode(errors="replace")) > MAX_HTML_BYTES:
         raise InvalidInputError(
@@ -32,8 +32,8 @@ def checked_page(html: str | None, text: str | None) -> tuple[str | None, str | 
 
 
 def parsed_page(html: str) -> Any:
-    """Return the page as an lxml tree. Raises `InvalidInputError` when it is nested too deep to be walked."""
-    import html_text  # with lxml, not needed where no page is read
+    """Return the page as an lxml tree. Raises `InvalidInputError` if it is nested deeper than `MAX_DEPTH`."""
+    import html_text  # on use: it imports lxml, which only page extraction needs
     from lxml import etree  # type: ignore[import-untyped]
 
     tree = html_text.parse_html(html)
@@ -42,18 +42,20 @@ def parsed_page(html: str) -> Any:
         depth += 1 if event == "start" else -1
         if depth > MAX_DEPTH:
             raise InvalidInputError(
-                f"html is nested more than {MAX_DEPTH} levels deep, which no page for people is. Check its source."
+                f"html is nested more than {MAX_DEPTH} levels deep, so it can't be read. Nothing was spent. Send a "
+                "simpler version of the page, or its text."
             )
     return tree
 
 
 def page_text(tree: Any) -> str:
-    """Return the text that a visitor sees, line by line. Raises `InvalidInputError` when there is none."""
+    """Return the text that a visitor sees, line by line. Raises `InvalidInputError` if there is none."""
     import html_text
 
     text = _BLANK_LINES.sub("\n", html_text.extract_text(tree))
     if not text.strip():
         raise InvalidInputError(
-            "html holds no text and no product data. A page that scripts build must be sent as the browser shows it."
+            "html has no text and no product data. Nothing was spent. If scripts build the page, send the HTML as the "
+            "browser has rendered it."
         )
     return text

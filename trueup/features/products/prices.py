@@ -1,9 +1,9 @@
 """Prices and currencies as shops write them: "1.299,00 €", "۱۲۹٬۰۰۰ تومان", 19.9.
 
-How a currency is told, in this order: an ISO 4217 code beside the amount or stated by the page; a sign that belongs to
-one currency; a sign that belongs to several ("$", "¥", "kr", "ريال") by the country of the page's address, such as
-.ca or .com.au. A "$" whose address names no dollar country is taken for US dollars, with a warning; other ambiguous
-signs stay None. A toman is no ISO currency: an amount in toman becomes ten times as many rials (IRR), with a warning.
+The currency is determined in this order: an ISO 4217 code beside the amount or stated by the page; a sign of exactly
+one currency; a sign of several currencies ("$", "¥", "kr", "ريال") by the country of the page's address, such as .ca or
+.com.au. A "$" without a dollar country in the address counts as US dollars, with a warning; other ambiguous signs give
+None. The toman is not an ISO currency, so an amount in toman becomes ten times as many rials (IRR), with a warning.
 """
 
 import math
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from trueup.llm.texts import ascii_digits
 
 RIALS_PER_TOMAN = 10
-MAX_PRICE = Decimal(10) ** 15  # beyond any price, in any currency: a mistake of the page
+MAX_PRICE = Decimal(10) ** 15  # above every real price in every currency, so a larger one is the page's mistake
 
 _SIGNS = {
     "€": "EUR", "euro": "EUR", "eur": "EUR", "£": "GBP", "US$": "USD", "CA$": "CAD", "C$": "CAD", "AU$": "AUD",
@@ -43,13 +43,13 @@ _NEGATIVE = re.compile(r"^[^\d]*[-−](?:[^\w\s]|[A-Z]{1,3}\$?)?\d")
 _BIDI = re.compile(r"[\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069]")
 _SEPARATORS = str.maketrans({"٬": ",", "٫": ".", "،": ",", "’": "'"})
 _CODE = re.compile(r"\b[A-Z]{3}\b")
-# The currencies that count in thousandths: elsewhere three digits after a point are thousands.
+# Currencies with three decimals. In all others, three digits after a point are thousands.
 _MILS = frozenset({"BHD", "IQD", "JOD", "KWD", "LYD", "OMR", "TND"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Price:
-    """A price as read. `amount` None: none was readable. `currency` None: unknown. `warning` None: nothing to say."""
+    """A parsed price. `amount` None: not readable or not usable. `currency` None: unknown. `warning` None: no doubt."""
 
     amount: Decimal | None
     currency: str | None
@@ -57,7 +57,11 @@ class Price:
 
 
 def parse_price(value: object, *, stated_currency: object = None, url: str = "") -> Price:
-    """Read a price from a number or a text, with the currency that the page states for it. Never raises."""
+    """Parse a price from a number or a text. Never raises.
+
+    `stated_currency`: the currency that the page states, as code, sign or name. `url`: the page's address, whose
+    country decides ambiguous signs.
+    """
     text = _text(value)
     stated = _text(stated_currency)
     currency, factor, warning = _currency(text, stated, url)
@@ -69,12 +73,12 @@ def parse_price(value: object, *, stated_currency: object = None, url: str = "")
     if amount < 0 or _NEGATIVE.match(text):
         return Price(amount=None, currency=currency, warning=f"price {text[:40]!r} is negative; left out")
     if amount >= MAX_PRICE:
-        return Price(amount=None, currency=currency, warning=f"price {text[:40]!r} is beyond any price; left out")
+        return Price(amount=None, currency=currency, warning=f"price {text[:40]!r} is too large; left out")
     return Price(amount=amount, currency=currency, warning=warning)
 
 
 def iso_code(text: str) -> str | None:
-    """Return the text as an ISO 4217 code if it is one, such as "EUR" for "eur"."""
+    """Return the text as an ISO 4217 code, such as "EUR" for "eur"; None if it is not one."""
     code = text.strip().upper()
     return code if code in _iso_codes() else None
 
@@ -83,7 +87,7 @@ def _text(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         return ""
     if isinstance(value, int) and abs(value) >= MAX_PRICE:
-        return "1e99"  # Python refuses to print integers of more than 4300 digits
+        return "1e99"  # too large anyway, and Python refuses to print integers of more than 4300 digits
     text = _BIDI.sub("", ascii_digits(str(value))).translate(_SEPARATORS)
     return " ".join(text.split())[:200]
 
@@ -94,11 +98,11 @@ def _amount(text: str, value: object, currency: str | None) -> Decimal | None:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if _PLAIN.fullmatch(text) or _SCIENTIFIC.fullmatch(text):
-        # schema.org: a point is the decimal point. But "129.990" is 129 990 wherever no thousandths are counted.
+        # schema.org requires a decimal point. Yet "129.990" means 129 990 in a currency without three decimals.
         thousands = isinstance(value, str) and _THREE_DECIMALS.fullmatch(text) and currency not in _MILS
         return _decimal(text.replace(".", "") if thousands else text)
     if _EXPONENT.search(text) or not any(character.isdecimal() for character in text):
-        return None  # "free" included: a page says so of delivery more often than of a product
+        return None  # also for "free", which pages say about delivery more often than about a product
     found = extract_price_text(text)
     return parse_number(found) if found else None
 
@@ -111,11 +115,11 @@ def _decimal(text: str) -> Decimal | None:
 
 
 def _currency(text: str, stated: str, url: str) -> tuple[str | None, int, str | None]:
-    """Return the ISO code (None: unknown), the factor its amounts take, and a warning (None: sure)."""
-    # What stands beside the amount is nearer to it than what the page states elsewhere.
+    """Return the ISO code (None: unknown), the factor for the amount, and a warning (None: no doubt)."""
+    # A currency beside the amount has precedence over a currency that the page states elsewhere.
     for source in (text, stated):
         if _TOMAN.search(source):
-            return "IRR", RIALS_PER_TOMAN, "the price was in toman; it is given in rials, ten to the toman"
+            return "IRR", RIALS_PER_TOMAN, "the price was in toman; it was converted to rials, ten per toman"
         if _RIAL.search(source):
             return "IRR", 1, None
     for source in (stated, *_CODE.findall(text)):
@@ -127,8 +131,8 @@ def _currency(text: str, stated: str, url: str) -> tuple[str | None, int, str | 
     if code := _SIGNS.get(sign) or _SIGNS_BY_COUNTRY.get(sign, {}).get(_country(url)) or iso_code(sign):
         return code, 1, None
     if sign == "$":
-        return "USD", 1, '"$" was taken for US dollars: the page names no other dollar'
-    return None, 1, f"currency {sign!r} belongs to several countries; left out"
+        return "USD", 1, '"$" was read as US dollars, because the page names no other dollar'
+    return None, 1, f"several countries use the currency {sign!r}; left out"
 
 
 def _sign(text: str, stated: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Reading schema.org: where products hide in a page's data, and which of their offers counts."""
+"""Read schema.org data: find the products in a page's items, and choose the offer of each."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ _PRODUCT_TYPES = frozenset(
     {"product", "productgroup", "productmodel", "individualproduct", "someproducts", "productcollection", "vehicle",
      "car", "motorcycle"}
 )  # fmt: skip
-# Ways that lead to what the page sells. Not among them: related products, and the product a review is about.
+# Properties that lead to the page's own products. They leave out related products and the subjects of reviews.
 _WAYS = ("@graph", "itemListElement", "item", "mainEntity", "mainEntityOfPage", "itemOffered", "offers",
          "makesOffer", "hasOfferCatalog", "hasVariant", "hasPart")  # fmt: skip
 _FROM_GROUP = ("name", "description", "brand", "image", "url", "offers")
@@ -20,7 +20,7 @@ Item = Mapping[str, Any]
 
 
 def product_values(items: Iterable[Item]) -> Iterator[dict[str, Any]]:
-    """Yield the values of each product that the items state, named as the fields of `Product`."""
+    """Yield the values of each product in the items, with the names of the fields of `Product`."""
     stated = list(items)
     known = dict(_by_id(stated, _MAX_DEPTH))
     seen: set[int] = set()
@@ -29,7 +29,7 @@ def product_values(items: Iterable[Item]) -> Iterator[dict[str, Any]]:
 
 
 def _by_id(node: object, depth: int) -> Iterator[tuple[str, Item]]:
-    """Yield the named items, so that {"@id": "..."} elsewhere can stand for them."""
+    """Yield the items with an @id, so that references {"@id": "..."} can be resolved."""
     if depth == 0:
         return
     for item in _listed(node):
@@ -58,7 +58,7 @@ def _find(node: object, known: Mapping[str, Item], seen: set[int], depth: int) -
 
 
 def _variants(group: Item, known: Mapping[str, Item], seen: set[int]) -> list[Item]:
-    """Return a group's variants, each with what only the group says; empty for a product without variants."""
+    """Return a group's variants, each with the group's values that it lacks; empty for a product without variants."""
     variants: list[Item] = []
     for entry in _listed(group.get("hasVariant")):
         if not isinstance(entry, Mapping):
@@ -97,7 +97,7 @@ def _values(product: Item) -> dict[str, Any]:
 
 
 def _best_offer(offers: object) -> dict[str, Any]:
-    """Return the lowest-priced of the offers in the first one's currency: the "from" price that shops show."""
+    """Return the cheapest offer in the currency of the first one, which is the "from" price that shops show."""
     readable = [found for offer in _listed(offers) if isinstance(offer, Mapping) for found in _offers(offer)]
     priced = []
     for offer in readable:
@@ -111,7 +111,7 @@ def _best_offer(offers: object) -> dict[str, Any]:
 
 
 def _offers(offer: Item) -> Iterator[dict[str, Any]]:
-    """Yield the price, currency and terms of an offer, or of the offers gathered in it."""
+    """Yield the price, currency and terms of an offer, or of the offers inside it."""
     terms = {name: offer.get(name) for name in ("availability", "sku", "url")}
     currency = _first_text(offer.get("priceCurrency"))
     low = _scalar(offer.get("lowPrice"))
@@ -151,7 +151,7 @@ def _listed(value: object) -> list[Any]:
 
 
 def _scalar(value: object) -> str | int | float | None:
-    """Return the first plain value that is not empty: pages wrap values in lists and in {"@value": ...}."""
+    """Return the first plain value that is not empty. Pages wrap values in lists and in {"@value": ...}."""
     for part in _listed(value):
         if isinstance(part, Mapping):
             part = part.get("@value")
@@ -161,7 +161,7 @@ def _scalar(value: object) -> str | int | float | None:
 
 
 def _first_text(*values: object, addresses: bool = False) -> str:
-    """Return the first text among values that may be lists or items: an item's name or, if asked, its address."""
+    """Return the first text among the values, which may be lists or items. `addresses` True: an item's address."""
     for value in values:
         for part in _listed(value):
             if isinstance(part, Mapping):

@@ -1,4 +1,4 @@
-"""Products that a page states as data: schema.org in JSON-LD or microdata."""
+"""Products in a page's structured data: schema.org as JSON-LD or microdata."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -14,9 +14,10 @@ _JSON_LD = "application/ld+json"
 
 
 def structured_products(tree: Any, *, url: str, warnings: list[str]) -> tuple[Product, ...]:
-    """Return the products a parsed page states, JSON-LD before microdata; empty when it states none.
+    """Return the products in a parsed page's data, JSON-LD before microdata; empty if there are none.
 
-    What can't be read is told in `warnings`; never raises for malformed data.
+    `tree`: an lxml tree. `url`: the page's address. `warnings` receives an entry for unreadable data; malformed data
+    never raises.
     """
     base_url = _base_url(tree, url)
     found = _products(_json_ld(tree, warnings), "json-ld", base_url, warnings)
@@ -29,13 +30,13 @@ def _base_url(tree: Any, url: str) -> str:
 
 
 def _json_ld(tree: Any, warnings: list[str]) -> Iterator[Mapping[str, Any]]:
-    from extruct.jsonld import JsonLdExtractor  # imports rdflib: a second on first use
+    from extruct.jsonld import JsonLdExtractor  # on use: it imports rdflib, which takes a second
 
     extractor = JsonLdExtractor()
     for script in tree.xpath("//script[contains(@type, 'ld+json')]"):
-        script.set("type", _JSON_LD)  # without "; charset=utf-8", which the extractor does not know
+        script.set("type", _JSON_LD)  # drops "; charset=utf-8", which the extractor does not accept
         try:
-            # Script by script: one malformed script must not hide the others.
+            # Each script is read alone, so that a malformed one does not hide the others.
             items = extractor.extract_items(script)
         except (ValueError, RecursionError):
             warnings.append("A JSON-LD script of the page is malformed and was ignored.")
@@ -46,8 +47,8 @@ def _json_ld(tree: Any, warnings: list[str]) -> Iterator[Mapping[str, Any]]:
 def _microdata(tree: Any, base_url: str, warnings: list[str]) -> Iterator[Mapping[str, Any]]:
     """Yield the page's items.
 
-    The extractor recurses into nested and referenced items, five frames each, and compares properties pair by pair.
-    All three are bounded here; `trueup.features.products.pages.MAX_DEPTH` says why.
+    The extractor recurses into nested and referenced items, with five frames each, and compares properties in pairs.
+    The limits below bound all three; `trueup.features.products.pages.MAX_DEPTH` explains why.
     """
     from extruct.w3cmicrodata import MicrodataExtractor
 
@@ -74,7 +75,7 @@ def _microdata(tree: Any, base_url: str, warnings: list[str]) -> Iterator[Mappin
 
 
 def _as_json_ld(item: Any) -> Any:
-    """Return a microdata item in JSON-LD's shape, so that one reader serves both."""
+    """Return a microdata item in the form of JSON-LD, so that one reader serves both."""
     if isinstance(item, list):
         return [_as_json_ld(part) for part in item]
     if not isinstance(item, Mapping):
@@ -99,6 +100,6 @@ def _products(
         key = (product.name, product.price, product.currency, product.sku, product.url)
         found.setdefault(key, product)
         if len(found) == MAX_PRODUCTS:
-            warnings.append(f"The page states more than {MAX_PRODUCTS} products; the first {MAX_PRODUCTS} are here.")
+            warnings.append(f"The page has {MAX_PRODUCTS} or more products; the first {MAX_PRODUCTS} are returned.")
             break
     return tuple(found.values())
