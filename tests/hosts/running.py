@@ -40,9 +40,11 @@ class Server:
     def client(self, person: Person | None) -> httpx.Client:
         """Return a client that has logged in as this person; None: nobody."""
         if person not in self.clients:
-            client = self.clients[person] = httpx.Client(base_url=self.url, timeout=30)
+            client = httpx.Client(base_url=self.url, timeout=30)
             if person is not None:
                 self.login(client, person)
+            # Kept once it has logged in: a login that failed must not make every later test a stranger's.
+            self.clients[person] = client
         return self.clients[person]
 
     def post(self, path: str, person: Person | None, **more: object) -> httpx.Response:

@@ -170,7 +170,6 @@ def test_the_setup_gives_up_before_a_deadlock_could_end_the_hosts_transaction(ho
 
 
 def test_an_installer_waits_a_bounded_time_for_another(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trueup.install.install.LOCK_TIMEOUT_SECONDS", 0.2)
     monkeypatch.setattr("trueup.install.install.STATEMENT_TIMEOUT_SECONDS", 1)
     with (
         locked(host, "SELECT pg_advisory_xact_lock(:key)", key=INSTALL_LOCK),
