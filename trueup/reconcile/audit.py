@@ -26,8 +26,8 @@ MAX_ANOMALIES = 100
 OVERDUE_AFTER = timedelta(minutes=10)
 # A partition without triggers is reported once in this time, because quick passes run often.
 TOLD_AGAIN_AFTER = timedelta(days=1)
-# Deep passes check a charge's log row once. Charges within this time before the last pass are checked again, because that
-# pass may have missed them.
+# Deep passes check a charge's log row once. Charges within this time before the last pass are checked again, because
+# that pass may have missed them.
 CHARGES_SINCE_MARGIN = timedelta(days=1)
 
 
@@ -173,7 +173,7 @@ _UNCOVERED = text(
 
 
 def find_uncovered_partitions(connection: Connection, *, told_within: timedelta = timedelta(0)) -> list[Defect]:
-    """Return the log's partitions without trueup's triggers, except those that a run reported within `told_within`."""
+    """Return the log's partitions without trueup's triggers, unless a run reported them within `told_within`."""
     found = connection.scalars(_UNCOVERED, {"told_within": told_within})
     return [Defect(kind="partition_uncovered", detail={"partition": partition}) for partition in found]
 

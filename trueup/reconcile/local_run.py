@@ -1,4 +1,4 @@
-"""Reconcile: compare every counter with the log's sums, explain the drifts, and correct those that may be corrected.
+"""Reconcile: compare every counter with the log's sums, explain each drift, and correct it if its policy allows.
 
 A run is planned as shards, which are ranges of users. A job claims each shard: a thread of this process, or a worker on
 another machine. One statement over the whole shard finds the suspects, and batches of a few statements examine them.
@@ -167,7 +167,7 @@ class _LocalRun:
                 only_user=self.only_user,
                 shard_size=size,
             )
-        assert begun is not None  # noqa: S101 - only a run for a period may have been done already
+        assert begun is not None  # noqa: S101 - begin_run returns None only with a period
         run_id = begun.run_id
         self.job = replace(self.job, run_id=run_id)
         try:

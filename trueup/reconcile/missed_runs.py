@@ -25,8 +25,8 @@ class MissedRun:
     def message(self) -> str:
         run = "deep reconcile run" if self.kind == "missed_deep" else "reconcile run"
         return (
-            f"No {run} has finished for {self.seconds:,} s, since {self.last:%Y-%m-%d %H:%M:%S} UTC. New drifts are not "
-            "found. Check that a worker and the scheduler are running."
+            f"No {run} has finished for {self.seconds:,} s, since {self.last:%Y-%m-%d %H:%M:%S} UTC. New drifts are "
+            "not found. Check that a worker and the scheduler are running."
         )
 
     def content(self) -> dict[str, Any]:

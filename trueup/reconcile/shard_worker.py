@@ -43,9 +43,9 @@ from trueup.reconcile.shards import (
 )
 from trueup.settings.policies import DEFAULT_POLICIES
 
-# More refused users than this in a shard are not single odd rows. The shard fails, so that a person sees it at once.
+# More refused users than this in a shard are not single odd rows. The attempt fails, so that a person sees it at once.
 MAX_REFUSED = 100
-# If this many users reach the time limit, the database is too slow. The shard fails, because each of them costs minutes.
+# If this many users reach the time limit, the database is too slow. The attempt fails, because each costs minutes.
 MAX_SLOW = 10
 
 
@@ -121,7 +121,7 @@ def _work(job: Job, shard: Shard) -> bool:
             step = Step(number=shard.number, attempt=shard.attempt, cursor=batch[-1], checked=total - left + done)
             findings = _settled(job, shard, batch, step)
             checked, shard.cursor, shard.checked = step.checked - shard.checked, step.cursor, step.checked
-            # Grow the batches again: later users may be faster than those that reached the time limit.
+            # Grow the batches again, because later users may be faster.
             shard.pace = min(job.batch_size, 2 * (shard.pace or job.batch_size))
             job.report(checked, findings, ())
             moved = True
@@ -133,7 +133,7 @@ def _work(job: Job, shard: Shard) -> bool:
 
 
 def _settled(job: Job, shard: Shard, user_ids: list[UserId], step: Step) -> list[Finding]:
-    """Do one batch. A user whose row the database refuses (by a host's constraint) or who is too slow stops no other."""
+    """Do one batch. A user whose row a host's constraint refuses, or who is too slow, does not stop the others."""
     try:
         return _batch(job, user_ids, step)
     except DBAPIError as error:
@@ -210,7 +210,7 @@ def _next_page(job: Job, shard: Shard) -> tuple[list[UserId], int]:
 
 
 def _report_uncovered_partitions(job: Job) -> None:
-    """Record partitions that were added after the attach. The balances miss their rows, because they have no triggers."""
+    """Record partitions that were added after the attach. They have no triggers, so balances may miss their rows."""
     with connected(job.engine) as connection:
         found = find_uncovered_partitions(connection, told_within=TOLD_AGAIN_AFTER)
         if job.run_id is None:

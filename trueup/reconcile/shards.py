@@ -247,10 +247,10 @@ def count_subscriptions_of(connection: Connection, mapping: HostMapping, user_id
     return counted or 0
 
 
-# Suspects are all users except those whose counter equals an up-to-date balance. The test is coarse on purpose: one
-# statement over the whole range makes a pass that finds nothing as cheap as the bare comparison. It never reads the log.
-# Users with grants are always suspects, because a grant's effect takes more than a simple expression. The statement calls
-# no function of trueup's, so that PostgreSQL can run it in parallel.
+# Suspects are all users except those whose counter agrees with an up-to-date balance. The test is coarse on purpose:
+# one statement over the whole range makes a pass that finds nothing as cheap as the bare comparison. It never reads the
+# log. Users with grants are always suspects, because a simple expression cannot compute the effect of grants. The
+# statement calls no function of trueup's, so that PostgreSQL can run it in parallel.
 _SUSPECTS = """
     {% from "host/rows.sql" import plan_tokens, window_start %}
     WITH suspects AS MATERIALIZED (

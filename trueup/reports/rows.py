@@ -35,8 +35,8 @@ class ReportRow:
     """One drift. Token figures are counts; `drift` = observed - expected, where a null counter counts as 0.
 
     `drift_id`, `run_id` None: a finding of a dry run, which is not stored. `observed` None: the counter was null.
-    `written` None: the counter was not changed. `run_id`: the run that found the drift; `last_run_id`: the last run that
-    saw it unchanged. `decision` None: no decision yet.
+    `written` None: the counter was not changed. `run_id`: the run that found the drift; `last_run_id`: the last run
+    that saw it unchanged. `decision` None: no decision yet.
     """
 
     drift_id: int | None

@@ -74,7 +74,7 @@ def decide_chosen(
     """
     if choice == "grant":
         raise InvalidInputError(
-            "choice: each grant needs its own reference, so nothing was decided. Use `trueup drift grant` for each drift."
+            "choice: each grant needs its own reference, so nothing was decided. Use `trueup drift grant` for each one."
         )
     values = {"choice": choice, "by": check_text("by", by), "note": check_text("note", note)}
     outcome, after, done = BulkDecision(), 0, 0

@@ -131,8 +131,8 @@ def decide_drift(
     """
     if choice == "grant" and reference is None:
         raise InvalidInputError(
-            "reference: a grant needs one, so nothing was written. Give a payment's number, for example. Each reference "
-            "grants once."
+            "reference: a grant needs one, so nothing was written. Give a payment's number, for example. Each "
+            "reference grants once."
         )
     values = {
         "drift": drift_id,
@@ -173,7 +173,9 @@ def undo_run(
     values: dict[str, Any] = {"run": run_id, "by": check_text("by", by), "note": check_text("note", note)}
     status = connection.scalar(_RUN_STATUS, {"run": run_id})
     if status is None:
-        raise DecisionRefusedError(f"Run {run_id} does not exist. Nothing was undone. `trueup drift history` lists runs.")
+        raise DecisionRefusedError(
+            f"Run {run_id} does not exist. Nothing was undone. `trueup drift history` lists runs."
+        )
     if status == "running":
         raise DecisionRefusedError(
             f"Run {run_id} is still in progress. Nothing was undone. Wait until it ends, then try again."
@@ -219,7 +221,7 @@ def _refusal(row: Any, reference: str | None) -> str:
         case "unknown":
             return "it does not exist. `trueup drift review` lists the drifts in review."
         case "not_in_review":
-            return f"it is not in review; its action was {row.decision!r}. `trueup drift review` lists the drifts in review."
+            return f"it is not in review; its action was {row.decision!r}. `trueup drift review` lists those in review."
         case "decided_otherwise":
             when = f"{row.decided_at:%Y-%m-%d %H:%M:%S}"
             return f"{row.decided_by} decided {row.decision!r} at {when}. That decision stays."

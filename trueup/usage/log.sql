@@ -24,7 +24,7 @@ END $$;
 -- `log_id`: the id of the existing or the new log row.
 -- p_created_at NULL: now. A host's clock may be ahead of the database's: a time up to p_skew after now becomes now; with
 -- a later time `in_future` is true, and nothing is written.
--- The charge's tokens are those that count in the current window: 0 if the call failed, or was made before the window.
+-- The charge has the tokens that count in the current window: 0 if the call failed, or was made before the window.
 CREATE OR REPLACE FUNCTION trueup.record_usage(
     p_user {{ user_id_type }}, p_task text, p_call_key text, p_log_id text, p_section text, p_prompt integer,
     p_completion integer, p_total integer, p_response_ms integer, p_success boolean, p_model text, p_error text,

@@ -159,7 +159,7 @@ class ai_usage:  # noqa: N801 - used as a function: `with ai_usage(user, section
             self._note_failure(error, said)
 
     def _note_failure(self, error: BaseException, said: str | None) -> None:
-        """Record the failed call, which cost no tokens. If recording fails too, the block's own error is still raised."""
+        """Record the failed call, which cost no tokens. If that fails too, the block's own error is still raised."""
         figures = _Figures.of(0, 0, None, self._model_name, self._elapsed_ms())
         try:
             self.recorded = _record(self._fixed, figures, success=False, error=said)

@@ -10,9 +10,9 @@ _MAX_KEY = 255
 
 
 def check_count(value: object, field: str) -> int:
-    """Return the count, reduced to the log's maximum. Raises `InvalidInputError` if it is not a whole number of 0 or more.
+    """Return the count, reduced to the log's maximum. `field`: the argument's name, for the message.
 
-    `field`: the argument's name, for the message.
+    Raises `InvalidInputError` if it is not a whole number of 0 or more.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise InvalidInputError(f"{field}: {value!r} is not a count. Give a whole number, 0 or more.")
