@@ -20,7 +20,7 @@ OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
 OLDEST_TESTS ?= tests/gate tests/usage tests/reconcile tests/worker
 
-.PHONY: help demo test test-oldest check faults format lock clean
+.PHONY: help demo test test-long test-oldest check faults format lock clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -29,7 +29,10 @@ demo: $(STAMP)  ## Run the whole way through on an embedded stack (under a minut
 	@$(BIN)/trueup demo
 
 test: $(STAMP)  ## Run the tests against real embedded servers, JOBS=2 at once; ARGS="-k gate" narrows them
-	@$(BIN)/pytest --numprocesses=$(JOBS) --dist=loadfile $(ARGS)
+	@$(BIN)/pytest --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder $(ARGS)
+
+test-long: $(STAMP)  ## Run what repeats with bigger numbers, and the dated tests at other moments and in other time zones
+	@$(BIN)/pytest --numprocesses=$(JOBS) --dist=loadgroup -m long $(ARGS)
 
 test-oldest: $(OLDEST_STAMP)  ## Run the gate's, charges', reconcile's and worker's tests on the lowest versions allowed
 	@$(OLDEST)/bin/pytest --numprocesses=$(JOBS) --dist=loadfile $(OLDEST_TESTS) $(ARGS)

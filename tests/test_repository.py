@@ -39,6 +39,7 @@ REGISTRIES = re.compile("|".join(("python" + "hosted", "pypi" + "[.]org", "arti"
 PARTS = {
     "billiard": "celery",
     "cryptography": "pyjwt",
+    "jsonschema": "check-jsonschema",
     "kombu": "celery",
     "ruamel": "check-jsonschema",
     "werkzeug": "pytest-httpserver",

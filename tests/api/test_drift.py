@@ -1,8 +1,5 @@
 """Reconcile reports are shown page by page, to operators only."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +10,12 @@ from fastapi.testclient import TestClient
 from tests.support.api import OPERATOR, bearer
 from tests.support.drift_history import add_drift, add_run
 from tests.support.host import Host
+from tests.support.schemas import complaints
 from trueup.database.engine import get_engine
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.local_run import reconcile
 
-SCHEMA = Path(__file__).parents[2] / "docs" / "drift-report.schema.json"
+SCHEMA = "drift-report.schema.json"
 
 
 def ask(client: TestClient, path: str, **query: Any) -> httpx.Response:
@@ -74,11 +72,7 @@ def test_the_report_of_a_real_run_fits_the_published_schema(client: TestClient, 
     report = get(client, f"runs/{run['run_id']}")
     assert (run["drifted"], report["drifted"]) == (1, 1)
     assert [(row["user_id"], row["observed"], row["expected"]) for row in report["rows"]] == [(user, 900, 700)]
-    document = tmp_path / "report.json"
-    document.write_text(json.dumps(report))
-    tool = Path(sys.executable).with_name("check-jsonschema")
-    checked = subprocess.run([tool, "--schemafile", SCHEMA, document], capture_output=True, text=True, check=False)
-    assert checked.returncode == 0, checked.stdout
+    assert complaints(report, SCHEMA) == []
 
 
 @pytest.mark.parametrize("run", [1, 2**63 - 1])

@@ -3,8 +3,6 @@
 import csv
 import io
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -15,13 +13,14 @@ import pytest
 from tests.cli.conftest import trueup, trueup_json
 from tests.support.drift_history import FIRST_RUN, add_drift, add_run, decide, see_again
 from tests.support.host import Host
+from tests.support.schemas import complaints
 from trueup.cli.reports.options import SINCE, write_file
 from trueup.cli.reports.sparkline import sparkline
 from trueup.errors import ServiceUnavailableError
 
 pytestmark = pytest.mark.dated
 
-SCHEMA = Path(__file__).parents[2] / "docs" / "drift-report.schema.json"
+SCHEMA = "drift-report.schema.json"
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def test_the_report_shows_summary_causes_and_rows(past: list[int]) -> None:
 
 def test_without_a_run_the_report_says_how_to_start_one(database: str) -> None:
     assert "Start one with `trueup reconcile`" in trueup("drift", "report", code=1).stderr
-    assert "no reconcile run 7" in trueup("drift", "report", "--run", 7, code=2).stderr
+    assert "reconcile run 7 does not exist" in trueup("drift", "report", "--run", 7, code=2).stderr
 
 
 @pytest.mark.parametrize(
@@ -111,35 +110,25 @@ def test_the_exit_code_tells_of_drift_only_when_asked_and_not_of_what_is_set_asi
     trueup("drift", "report", "--fail-on-drift")
 
 
-def valid(path: Path) -> bool:
-    command = [Path(sys.executable).with_name("check-jsonschema"), "--schemafile", SCHEMA, path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.returncode == 0
-
-
-def test_the_json_is_as_its_schema_says(host: Host, past: list[int], tmp_path: Path) -> None:
+def test_the_json_is_as_its_schema_says(host: Host, past: list[int]) -> None:
     run = add_run(host, status="running", finished_at=None)
     add_drift(host, run, 3, None, 7, action="lost_race", certainty="possible")
     add_drift(host, run, 4, 90, 60, ("missed_decrement", 50), ("double_decrement", -20))
     user = host.subscriber(10_000)
     host.log(user, 300)
-    for number, arguments in enumerate(
-        (
-            ("drift", "report"),
-            ("drift", "report", "--since", "2024-11-01", "--cause", "missed_decrement"),
-            ("drift", "report", "--rows", "1"),
-            ("drift", "report", "--since", "1m"),
-            ("reconcile", "--dry-run"),
-            ("reconcile",),
-        )
+    for arguments in (
+        ("drift", "report"),
+        ("drift", "report", "--since", "2024-11-01", "--cause", "missed_decrement"),
+        ("drift", "report", "--rows", "1"),
+        ("drift", "report", "--since", "1m"),
+        ("reconcile", "--dry-run"),
+        ("reconcile",),
     ):
-        report = tmp_path / f"{number}.json"
-        report.write_text(trueup(*arguments, "--json").stdout)
-        assert valid(report), arguments
-    wrong = json.loads((tmp_path / "0.json").read_text())
+        report = json.loads(trueup(*arguments, "--json").stdout)
+        assert complaints(report, SCHEMA) == [], arguments
+    wrong = json.loads(trueup("drift", "report", "--json").stdout)
     wrong["rows"][0]["action"] = "forgotten"
-    (tmp_path / "wrong.json").write_text(json.dumps(wrong))
-    assert not valid(tmp_path / "wrong.json")
+    assert complaints(wrong, SCHEMA) != []
 
 
 def test_a_spreadsheet_runs_no_cell_of_the_csv(host: Host, past: list[int]) -> None:

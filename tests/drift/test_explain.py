@@ -27,6 +27,8 @@ from trueup.reconcile.runs import RunSummary
 from trueup.settings.policies import DEFAULT_POLICIES
 from trueup.stack import StackUrls
 
+pytestmark = pytest.mark.xdist_group("explanations")  # they share a fixture that takes long
+
 
 @dataclass(kw_only=True)
 class Reconciled:

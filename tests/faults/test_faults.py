@@ -10,6 +10,8 @@ from tests.faults.plans import plan_round
 from tests.faults.report import Totals
 from tests.faults.runs import run_rounds
 
+pytestmark = pytest.mark.xdist_group("faults")  # they share a fixture that takes long
+
 SEED = 11
 ROUNDS = -(-len(KINDS) // FAULTS_PER_ROUND)  # as many as it takes to deal the whole deck
 

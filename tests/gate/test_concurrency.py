@@ -22,7 +22,6 @@ from trueup.review.decisions import decide_drift, list_reviews
 from trueup.settings.policies import Rules
 
 WRITERS = 8
-ROUNDS = 25
 BATCH = 30
 
 
@@ -33,7 +32,7 @@ def engine(database: str) -> Iterator[Engine]:
     engine.dispose()
 
 
-def host_writer(engine: Engine, users: list[int], seed: int) -> Callable[[], None]:
+def host_writer(engine: Engine, users: list[int], seed: int, rounds: int) -> Callable[[], None]:
     """A host: batches over many users in random order, updates, deletes and counters, each in transactions."""
     dice = random.Random(seed)  # noqa: S311 - it makes a load, and guards nothing
     insert = text(
@@ -45,9 +44,9 @@ def host_writer(engine: Engine, users: list[int], seed: int) -> Callable[[], Non
 
     def write() -> None:
         with engine.connect() as session:
-            session.execute(text("SET lock_timeout = '5s'; SET deadlock_timeout = '10ms'"))
+            session.execute(text("SET lock_timeout = '60s'; SET deadlock_timeout = '10ms'"))
             session.commit()
-            for _ in range(ROUNDS):
+            for _ in range(rounds):
                 some = dice.choices(users, k=BATCH)
                 own = list(session.execute(insert, {"users": some, "start": START}).scalars())
                 # Only rows of its own: two hosts must not deadlock with each other.
@@ -75,13 +74,13 @@ def host_writer(engine: Engine, users: list[int], seed: int) -> Callable[[], Non
     return write
 
 
-def metered_worker(engine: Engine, users: list[int], seed: int) -> Callable[[], None]:
+def metered_worker(engine: Engine, users: list[int], seed: int, rounds: int) -> Callable[[], None]:
     """A worker: hold, charge in random order and more than once, close."""
     dice = random.Random(seed)  # noqa: S311 - it makes a load, and guards nothing
 
     def work() -> None:
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            for number in range(2 * ROUNDS):
+            for number in range(2 * rounds):
                 try:
                     hold = hold_tokens(connection, dice.choice(users), 100, task=f"{seed}-{number}")
                 except TokensDenied:
@@ -94,13 +93,13 @@ def metered_worker(engine: Engine, users: list[int], seed: int) -> Callable[[], 
     return work
 
 
-def upkeep(engine: Engine, users: list[int]) -> Callable[[], None]:
+def upkeep(engine: Engine, users: list[int], rounds: int) -> Callable[[], None]:
     """Reconcile runs, sweeps that expire living holds, and moved windows."""
     dice = random.Random(0)  # noqa: S311 - it makes a load, and guards nothing
 
     def work() -> None:
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            for number in range(ROUNDS):
+            for number in range(rounds):
                 connection.execute(
                     text("UPDATE billing_subscription SET start_date = :start WHERE user_id = :user"),
                     {"start": START + timedelta(hours=dice.randint(-12, 24)), "user": dice.choice(users)},
@@ -111,25 +110,26 @@ def upkeep(engine: Engine, users: list[int]) -> Callable[[], None]:
     return work
 
 
-def auditor(engine: Engine) -> Callable[[], None]:
+def auditor(engine: Engine, rounds: int) -> Callable[[], None]:
     """The invariants hold at every commit, so they hold at every look."""
 
     def work() -> None:
         with Host(engine) as host:
-            for _ in range(ROUNDS):
+            for _ in range(rounds):
                 assert_true(host)
 
     return work
 
 
+@pytest.mark.parametrize("rounds", [10, pytest.param(50, marks=pytest.mark.long)])
 def test_hosts_and_workers_and_upkeep_on_the_same_users_leave_true_books(
-    host: Host, connection: Connection, engine: Engine
+    host: Host, connection: Connection, engine: Engine, rounds: int
 ) -> None:
     users = [host.subscriber(500_000_000) for _ in range(5)]
     run_at_once(
-        [host_writer(engine, users, seed) for seed in range(WRITERS)]
-        + [metered_worker(engine, users, 100 + seed) for seed in range(3)]
-        + [upkeep(engine, users), auditor(engine)]
+        [host_writer(engine, users, seed, rounds) for seed in range(WRITERS)]
+        + [metered_worker(engine, users, 100 + seed, rounds) for seed in range(3)]
+        + [upkeep(engine, users, rounds), auditor(engine, rounds)]
     )
     assert_true(host)
     for user in users:
@@ -185,7 +185,7 @@ def test_a_window_that_moves_to_and_fro_under_the_hosts_inserts_loses_and_double
                 )
                 hold_tokens(session, user, 0)
 
-    run_at_once([insert] * 4 + [move] * 2 + [auditor(engine)])
+    run_at_once([insert] * 4 + [move] * 2 + [auditor(engine, 25)])
     assert_true(host)
     host.execute("UPDATE billing_subscription SET start_date = :start", start=START)
     hold_tokens(connection, user, 0)

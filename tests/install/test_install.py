@@ -9,6 +9,7 @@ from sqlalchemy.pool import NullPool
 from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.sessions import impatient, in_background, locked, run_at_once, wait_for_lock
+from tests.support.waiting import wait_for
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.database.engine import connect
 from trueup.database.locks import INSTALL_LOCK
@@ -53,6 +54,22 @@ def test_installers_at_once_take_turns(engine: Engine) -> None:
     assert len(run_at_once([lambda: set_up(engine)] * 4)) == 4
     with engine.connect() as connection:
         check_installed(connection)
+
+
+def test_an_installer_waits_for_another_longer_than_for_a_table(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trueup.install.install.LOCK_TIMEOUT_SECONDS", 0.05)
+    waits = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'advisory' "
+        "AND clock_timestamp() - query_start > '200 ms'"
+    )
+    with Host(engine) as host, in_background() as submit:
+        with locked(host, "SELECT pg_advisory_xact_lock(:key)", key=INSTALL_LOCK):
+            second = submit(set_up, engine)
+            wait_for(lambda: second.done() or host.value(waits), "the second installer to wait")
+            assert not second.done()
+        assert second.result() == ["host tables", "tables", "functions and triggers"]
 
 
 def test_usage_from_before_the_setup_counts(engine: Engine) -> None:
@@ -154,10 +171,10 @@ def test_the_setup_gives_up_before_a_deadlock_could_end_the_hosts_transaction(ho
 
 def test_an_installer_waits_a_bounded_time_for_another(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trueup.install.install.LOCK_TIMEOUT_SECONDS", 0.2)
-    monkeypatch.setattr("trueup.install.install.STATEMENT_TIMEOUT_SECONDS", 5)
+    monkeypatch.setattr("trueup.install.install.STATEMENT_TIMEOUT_SECONDS", 1)
     with (
         locked(host, "SELECT pg_advisory_xact_lock(:key)", key=INSTALL_LOCK),
-        pytest.raises(OperationalError, match="lock timeout"),
+        pytest.raises(OperationalError, match="statement timeout"),
     ):
         set_up(host.engine, with_host_tables=False)
 

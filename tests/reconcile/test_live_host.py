@@ -31,6 +31,8 @@ from trueup.reconcile.runs import RunSummary
 from trueup.settings.policies import Rules
 from trueup.stack import StackUrls
 
+pytestmark = pytest.mark.xdist_group("live host")  # the tests share a slow fixture
+
 MIN_WRITES = 1_000  # by the host to counters, however long a loaded machine needs for them
 SUBSCRIPTIONS = 1_500
 MIN_RUNS = 3

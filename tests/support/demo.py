@@ -15,7 +15,7 @@ import pytest
 from tests.stack.helpers import temporary_home
 from trueup.stack.processes import is_alive
 
-DEADLINE_SECONDS = 120.0
+DEADLINE_SECONDS = 400.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,13 +65,16 @@ LOCK_TIMEOUT_SECONDS = 5
 def install(connection: Connection, mapping: HostMapping, *, with_host_tables: bool) -> list[str]:
     """Bring the database to this version, in the caller's transaction; safe to repeat. Returns what was done.
 
-    Two installers take turns. A trigger waits at most `LOCK_TIMEOUT_SECONDS` for the usage log, so that the host's
-    writers never queue behind us for longer. Raises `NotInstalledError` when the host's tables are not there.
+    Two installers take turns: one waits for the other up to `STATEMENT_TIMEOUT_SECONDS`. A trigger waits at most
+    `LOCK_TIMEOUT_SECONDS` for the usage log, so that the host's writers never queue behind us for longer. Raises
+    `NotInstalledError` when the host's tables are not there.
     """
     done = []
-    connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_SECONDS}s'"))
     connection.execute(text(f"SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s'"))
+    # Before the short limit: another installer may take longer than that, and the host's writers wait for neither.
+    connection.execute(text("SET LOCAL lock_timeout = 0"))
     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": INSTALL_LOCK})
+    connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_SECONDS}s'"))
     if with_host_tables:
         build_host_metadata(mapping).create_all(connection)
         done.append("host tables")
