@@ -52,7 +52,7 @@ def test_the_report_shows_summary_causes_and_rows(past: list[int]) -> None:
 
 def test_without_a_run_the_report_says_how_to_start_one(database: str) -> None:
     assert "Start one with `trueup reconcile`" in trueup("drift", "report", code=1).stderr
-    assert "no reconcile run 7" in trueup("drift", "report", "--run", 7, code=2).stderr
+    assert "reconcile run 7 does not exist" in trueup("drift", "report", "--run", 7, code=2).stderr
 
 
 @pytest.mark.parametrize(

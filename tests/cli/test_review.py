@@ -48,10 +48,10 @@ def test_several_are_accepted_and_what_is_refused_is_said(host: Host) -> None:
     result = trueup("drift", "accept", first, 999, second, "--note", "refunded", code=1)
     assert [line.partition(",")[0] for line in result.stdout.splitlines()] == [f"Drift {first}", f"Drift {second}"]
     assert "counter 10,500 → 10,000" in result.stdout
-    assert "Drift 999: there is none of that number" in result.stderr
+    assert "Drift 999: it does not exist" in result.stderr
     assert trueup_json("drift", "review") == []
     assert "decided 'accept'" in trueup("drift", "accept", first, "--note", "n").stdout
-    assert f"{this_user()} has decided 'accept'" in trueup("drift", "ignore", first, "--note", "n", code=1).stderr
+    assert f"{this_user()} decided 'accept'" in trueup("drift", "ignore", first, "--note", "n", code=1).stderr
 
 
 def test_a_grant_of_a_drift_keeps_the_counter(host: Host) -> None:
@@ -84,7 +84,7 @@ def test_an_undone_run_is_left_to_a_person(host: Host) -> None:
     assert host.counter(user) == 10_000
     (item,) = trueup_json("drift", "review")
     assert "undone" in item["reason"]
-    assert "There is no run 99" in trueup("drift", "undo", 99, "--note", "n", code=1).stderr
+    assert "Run 99 does not exist" in trueup("drift", "undo", 99, "--note", "n", code=1).stderr
 
 
 def test_many_are_counted_and_accepted_when_the_question_is_answered(host: Host) -> None:

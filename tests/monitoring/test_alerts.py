@@ -48,7 +48,7 @@ def kinds(news: RunNews, **values: Any) -> list[str]:
 
 @pytest.fixture
 def run(host: Host) -> int:
-    """A run that found 5,300 newly drifted tokens of two users, 300 without a cause; the rest is old or set aside."""
+    """A run that found 5,300 newly drifted tokens of two users, 300 without a cause. Others are old or set aside."""
     old = add_run(host, started_at=datetime.now(UTC) - timedelta(days=2))
     run = add_run(host, started_at=datetime.now(UTC) - timedelta(minutes=5))
     see_again(host, add_drift(host, old, 4, 70_000, 0, action="review"), run)
@@ -76,13 +76,13 @@ def run(host: Host) -> int:
         ({"tokens": 10**9, "users": 10**6, "defects": 9}, {}, []),
     ],
 )
-def test_a_run_gives_reason_for_alerts_at_its_thresholds(
+def test_a_run_raises_alerts_at_the_thresholds(
     found: dict[str, Any], thresholds: dict[str, Any], expected: list[str]
 ) -> None:
     assert kinds(news(**found), **thresholds) == expected
 
 
-def test_only_what_a_run_found_first_counts_and_nothing_set_aside(host: Host, connection: Connection, run: int) -> None:
+def test_only_new_drifts_that_are_not_set_aside_count(host: Host, connection: Connection, run: int) -> None:
     assert raise_alerts(connection, run, settings=settings(tokens=5_300, users=2)) == 2
     by_kind = {alert.kind: alert for alert in list_alerts(connection)}
     data = by_kind["tokens"].payload["data"]
@@ -93,7 +93,7 @@ def test_only_what_a_run_found_first_counts_and_nothing_set_aside(host: Host, co
     assert raise_alerts(connection, run, settings=settings(tokens=5_301, users=3)) == 0
 
 
-def test_the_same_finding_is_one_alert_on_each_channel_whoever_raises_it(connection: Connection, run: int) -> None:
+def test_the_same_finding_is_one_alert_on_each_channel(connection: Connection, run: int) -> None:
     both = settings(tokens=1, apprise_urls=["json://localhost"])
 
     def raise_again(_: int) -> int:
@@ -105,16 +105,16 @@ def test_the_same_finding_is_one_alert_on_each_channel_whoever_raises_it(connect
     assert sorted(alert.channel.partition(":")[0] for alert in list_alerts(connection)) == ["apprise", "webhook"]
 
 
-def test_what_was_cut_short_before_the_run_was_ticked_off_is_raised_once(
-    host: Host, connection: Connection, run: int
-) -> None:
+def test_an_interrupted_raise_is_repeated_without_a_second_alert(host: Host, connection: Connection, run: int) -> None:
     assert raise_alerts(connection, run, settings=settings(tokens=1)) == 1
     host.execute("UPDATE trueup.reconcile_run SET alerted_at = NULL")
     assert raise_alerts(connection, run, settings=settings(tokens=1)) == 0
     assert host.value("SELECT alerted_at IS NOT NULL FROM trueup.reconcile_run WHERE id = :id", id=run)
 
 
-def test_runs_that_nobody_told_of_are_found_and_old_ones_left(host: Host, connection: Connection, run: int) -> None:
+def test_recent_runs_without_alerts_are_found_and_old_ones_are_skipped(
+    host: Host, connection: Connection, run: int
+) -> None:
     old = add_run(host, started_at=datetime.now(UTC) - timedelta(days=2))
     add_drift(host, old, 1, 9_999, 0, ("manual_edit", 9_999))
     add_drift(host, add_run(host, status="running", started_at=datetime.now(UTC)), 1, 9_999, 0)
@@ -123,10 +123,10 @@ def test_runs_that_nobody_told_of_are_found_and_old_ones_left(host: Host, connec
     assert raise_all(connection, settings=settings(tokens=1)) == 0
 
 
-def test_a_run_that_did_not_happen_is_one_alert_for_one_gap(host: Host, connection: Connection) -> None:
+def test_a_missed_run_is_one_alert_for_each_gap(host: Host, connection: Connection) -> None:
     ended = datetime.now(UTC) - timedelta(minutes=10)
     add_run(host, started_at=ended, finished_at=ended)
-    # These are none: one over one user, one that failed.
+    # A run over one user and a failed run do not count.
     add_run(host, started_at=datetime.now(UTC), finished_at=datetime.now(UTC), only_user="1")
     add_run(host, started_at=datetime.now(UTC), finished_at=datetime.now(UTC), status="interrupted")
     for seconds in (900, 0):
@@ -139,27 +139,27 @@ def test_a_run_that_did_not_happen_is_one_alert_for_one_gap(host: Host, connecti
     assert raise_all(connection, settings=strict) == 1
 
 
-def test_the_first_run_is_awaited_from_the_installation_on(host: Host, connection: Connection) -> None:
+def test_a_missing_first_run_is_counted_from_the_installation(host: Host, connection: Connection) -> None:
     strict = settings(missed_run_seconds=None)
     assert raise_all(connection, settings=strict) == 0
     host.execute("UPDATE trueup.installation SET installed_at = now() - interval '1801 seconds'")
     assert raise_all(connection, settings=strict) == 1
 
 
-def test_a_deep_run_that_did_not_happen_is_an_alert_of_its_own(
+def test_a_missed_deep_run_is_a_separate_alert(
     host: Host, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = datetime.now(UTC) - timedelta(hours=2)
     add_run(host, started_at=ended, finished_at=ended, kind="deep")
     add_run(host, started_at=datetime.now(UTC), finished_at=datetime.now(UTC))
-    # None: one that has not ended.
+    # A run that has not ended does not count.
     add_run(host, started_at=datetime.now(UTC), finished_at=None, status="running", kind="deep")
     both = {"missed_run_seconds": 3600, "missed_deep_run_seconds": 3600}
     assert [raise_all(connection, settings=settings(**both)) for _ in range(2)] == [1, 0]
     [alert] = list_alerts(connection)
     assert (alert.kind, alert.payload["type"]) == ("missed_deep", "trueup.missed_deep")
-    assert alert.payload["data"]["message"].startswith("No deep reconcile run has ended for 7,200 s")
-    # By default after two intervals, and not at all where there are no deep runs.
+    assert alert.payload["data"]["message"].startswith("No deep reconcile run has finished for 7,200 s")
+    # The default is two intervals; without deep runs there is no alert.
     by_default = settings(missed_deep_run_seconds=None)
     for interval, gaps in ((3_000, 1), (3_700, 0), (0, 0)):
         monkeypatch.setenv("TRUEUP_RECONCILE_DEEP_INTERVAL_SECONDS", str(interval))
@@ -169,7 +169,7 @@ def test_a_deep_run_that_did_not_happen_is_an_alert_of_its_own(
     get_settings.cache_clear()
 
 
-def test_each_url_of_apprise_has_an_alert_of_its_own_wherever_it_stands(connection: Connection, run: int) -> None:
+def test_each_apprise_url_has_its_own_alert_in_any_order(connection: Connection, run: int) -> None:
     urls = ["json://a.example/hunter2", "json://b.example/hunter2"]
     both = settings(tokens=1, apprise_urls=urls)
     assert raise_alerts(connection, run, settings=both) == 3
@@ -208,7 +208,7 @@ def test_two_senders_at_once_never_have_the_same_alert(host: Host, connection: C
     assert sorted(taken) == sorted(alert.id for alert in list_alerts(connection))
 
 
-def test_an_alert_that_another_sender_is_claiming_is_passed_over(host: Host, connection: Connection) -> None:
+def test_an_alert_that_another_sender_is_claiming_is_skipped(host: Host, connection: Connection) -> None:
     raise_test(connection, settings=settings())
     host.execute("UPDATE trueup.alert SET next_attempt_at = now() - interval '1 second'")
     with transaction() as other:
@@ -216,7 +216,7 @@ def test_an_alert_that_another_sender_is_claiming_is_passed_over(host: Host, con
         assert claim_due(connection) == []
 
 
-def test_what_a_dead_sender_had_claimed_becomes_due_again_and_its_word_no_longer_counts(
+def test_the_alert_of_a_dead_sender_becomes_due_again_and_its_late_result_is_ignored(
     host: Host, connection: Connection
 ) -> None:
     [first] = raise_test(connection, settings=settings())
@@ -231,17 +231,17 @@ def test_what_a_dead_sender_had_claimed_becomes_due_again_and_its_word_no_longer
     assert list_alerts(connection)[0].status == "sent"
 
 
-def test_a_sender_that_dies_each_time_uses_up_the_attempts(host: Host, connection: Connection) -> None:
+def test_a_sender_that_dies_on_every_attempt_uses_up_the_attempts(host: Host, connection: Connection) -> None:
     few = settings(max_attempts=3)
     raise_test(connection, settings=few)
     host.execute("UPDATE trueup.alert SET error = 'the webhook answered 500'")
     for attempt in (2, 3, None, None):
         host.execute("UPDATE trueup.alert SET next_attempt_at = now() - interval '1 second'")
         assert [alert.attempts for alert in claim_due(connection, settings=few)] == ([attempt] if attempt else [])
-        # While the last one may still be on its way, it is not given up.
+        # While the last attempt may still be in progress, the alert is not given up.
         assert list_alerts(connection)[0].status == ("waiting" if attempt else "failed")
         assert claim_due(connection, settings=few) == []
-    error = "nothing was heard of attempt 3, the last one; before that: the webhook answered 500"
+    error = "the sender recorded no result of attempt 3, the last one; before that: the webhook answered 500"
     assert list_alerts(connection)[0].error == error
 
 
@@ -279,11 +279,11 @@ def test_settings_that_would_not_work_are_refused(values: dict[str, Any], said: 
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/x", "http://localhost/x", "http://[::1]:9/x", "https://a.example"])
-def test_a_webhook_on_this_machine_or_behind_tls_is_taken(url: str) -> None:
+def test_a_webhook_on_this_machine_or_behind_tls_is_accepted(url: str) -> None:
     assert list(AlertSettings(**{**URL, "webhook_url": url}).channels) == ["webhook"]
     assert AlertSettings(**{**URL, "webhook_url": "http://b.example", "webhook_allow_http": True}).channels
 
 
-def test_a_secret_is_read_as_its_prefix_says() -> None:
+def test_a_secret_is_decoded_by_its_prefix() -> None:
     assert AlertSettings(**URL).signing_key() == b"ABCDEFGHIJKLMNOPQRSTUVWX"
     assert AlertSettings(**URL | {"webhook_secret": SecretStr("s" * 16)}).signing_key() == b"s" * 16

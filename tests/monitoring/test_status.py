@@ -67,14 +67,14 @@ def test_open_holds_are_counted_with_what_they_have_left_and_the_age_of_the_olde
     assert (status.open_holds, status.tokens_held, status.oldest_hold_seconds) == (2, 250, 90)
 
 
-def test_holds_that_expired_are_counted_for_as_long_as_asked(connection: Connection, user: int) -> None:
+def test_expired_holds_of_the_last_hours_are_counted(connection: Connection, user: int) -> None:
     for hours in (1, 2, 5):
         hold_tokens(connection, user, 10, ttl=60, now=before(hours=hours, minutes=1))
         expire_holds(connection, now=before(hours=hours))
     assert [read_status(connection, hours=hours, now=NOW).expired_holds for hours in (1, 2, 4, 5)] == [1, 2, 2, 3]
 
 
-def test_charges_are_counted_for_as_long_as_asked(connection: Connection, user: int) -> None:
+def test_charges_of_the_last_hours_are_counted(connection: Connection, user: int) -> None:
     hold = hold_tokens(connection, user, 900, ttl=1_000_000, now=before(hours=30))
     for hours, tokens in ((25, 1), (24, 20), (1, 300)):
         charge_tokens(connection, hold, tokens, key=str(hours), now=before(hours=hours))
@@ -84,7 +84,7 @@ def test_charges_are_counted_for_as_long_as_asked(connection: Connection, user: 
     assert (day.late_charges, day.tokens_over_hold) == (0, 0)
 
 
-def test_late_charges_and_those_over_their_hold_are_told_apart(connection: Connection, user: int) -> None:
+def test_late_charges_and_charges_over_their_hold_are_counted_separately(connection: Connection, user: int) -> None:
     overbilled, ended = hold_tokens(connection, user, 100, now=NOW), hold_tokens(connection, user, 100, now=NOW)
     close_hold(connection, ended, now=NOW)
     charge_tokens(connection, overbilled, 130, now=NOW)
@@ -100,12 +100,12 @@ def test_the_settlement_lag_is_from_opening_a_hold_to_charging_it(connection: Co
         charge_tokens(connection, hold, 1, now=NOW)
     gone = hold_tokens(connection, user, 10, now=before(hours=10))
     close_hold(connection, gone, now=NOW)
-    charge_tokens(connection, gone, 1, now=NOW)  # drew on no hold, so it has no lag
+    charge_tokens(connection, gone, 1, now=NOW)  # charged without a hold, so it has no lag
     status = read_status(connection, now=NOW)
     assert (status.settlement_lag_median_seconds, status.settlement_lag_p95_seconds) == (5.5, pytest.approx(9.55))
 
 
-def test_an_overdraft_is_what_users_are_past_their_budget(host: Host, connection: Connection, user: int) -> None:
+def test_the_overdraft_is_the_usage_beyond_the_budget(host: Host, connection: Connection, user: int) -> None:
     other, exact = host.subscriber(500), host.subscriber(100)
     for of, budget, billed in ((user, 1_000, 1_250), (other, 500, 501), (exact, 100, 100)):
         charge_tokens(connection, hold_tokens(connection, of, budget, now=NOW), billed, now=NOW)
@@ -122,9 +122,7 @@ def test_an_overdraft_is_what_users_are_past_their_budget(host: Host, connection
 @pytest.mark.parametrize(
     "change", ["TRUNCATE ai_usage_log", "UPDATE billing_subscription SET start_date = start_date + interval '9 days'"]
 )
-def test_a_balance_that_says_itself_that_it_is_stale_is_no_overdraft(
-    host: Host, connection: Connection, user: int, change: str
-) -> None:
+def test_a_stale_balance_is_not_an_overdraft(host: Host, connection: Connection, user: int, change: str) -> None:
     charge_tokens(connection, hold_tokens(connection, user, 1_000, now=NOW), 1_250, now=NOW)
     assert read_status(connection, now=NOW).overdraft_users == 1
     host.execute(change)

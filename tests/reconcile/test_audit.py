@@ -1,4 +1,4 @@
-"""The deep pass: what is wrong with our own books is found, repaired where it can be, and reported."""
+"""The deep pass finds defects of trueup's own tables, repairs them where possible, and reports all."""
 
 from collections.abc import Callable
 from typing import Any
@@ -44,13 +44,13 @@ def user_with_balance(host: Host, connection: Connection, used: int = 300) -> in
 
 
 def bypass(host: Host, statement: str, **values: Any) -> None:
-    """Write to the log past its triggers, as a restore or a careless superuser does."""
+    """Write to the log with its triggers disabled, as a restore or a careless superuser does."""
     with host.engine.begin() as connection:
         connection.execute(text("SET LOCAL session_replication_role = replica"))
         connection.execute(text(statement), values)
 
 
-def test_true_books_have_no_defect(host: Host, connection: Connection, deep: Callable[..., Found]) -> None:
+def test_correct_tables_have_no_defect(host: Host, connection: Connection, deep: Callable[..., Found]) -> None:
     user = user_with_balance(host, connection)
     host.log(user, 40)
     charge_tokens(connection, hold_tokens(connection, user), 60)
@@ -61,7 +61,7 @@ def test_true_books_have_no_defect(host: Host, connection: Connection, deep: Cal
     assert_true(host)
 
 
-def test_usage_that_went_past_the_triggers_is_found_and_the_balance_repaired(
+def test_usage_missed_by_the_triggers_is_found_and_the_balance_repaired(
     host: Host, connection: Connection, deep: Callable[..., Found]
 ) -> None:
     user, other = user_with_balance(host, connection), user_with_balance(host, connection)
@@ -77,7 +77,7 @@ def test_usage_that_went_past_the_triggers_is_found_and_the_balance_repaired(
     assert deep() == []
 
 
-def test_a_dry_deep_pass_writes_nothing_at_all(host: Host, connection: Connection, deep: Callable[..., Found]) -> None:
+def test_a_dry_deep_pass_writes_nothing(host: Host, connection: Connection, deep: Callable[..., Found]) -> None:
     user = user_with_balance(host, connection)
     bypass(host, "DELETE FROM ai_usage_log WHERE user_id = :user", user=user)
     host.execute("UPDATE trueup.balance SET held = 7")
@@ -91,7 +91,9 @@ def test_a_dry_deep_pass_writes_nothing_at_all(host: Host, connection: Connectio
     assert dump(host) == before
 
 
-def test_tokens_held_for_nobody_are_given_back(host: Host, connection: Connection, deep: Callable[..., Found]) -> None:
+def test_tokens_held_without_an_open_hold_are_released(
+    host: Host, connection: Connection, deep: Callable[..., Found]
+) -> None:
     user = user_with_balance(host, connection)
     hold_tokens(connection, user, 100)
     host.execute("UPDATE trueup.balance SET held = held + 900")
@@ -99,9 +101,7 @@ def test_tokens_held_for_nobody_are_given_back(host: Host, connection: Connectio
     assert_true(host)
 
 
-def test_holds_that_nobody_took_back_are_expired(
-    host: Host, connection: Connection, deep: Callable[..., Found]
-) -> None:
+def test_overdue_holds_are_expired(host: Host, connection: Connection, deep: Callable[..., Found]) -> None:
     user = user_with_balance(host, connection)
     hold_tokens(connection, user, 100)
     host.execute("UPDATE trueup.hold SET expires_at = clock_timestamp() - interval '9 minutes'")
@@ -113,7 +113,7 @@ def test_holds_that_nobody_took_back_are_expired(
     assert_true(host)
 
 
-def test_the_trigger_that_tells_of_windows_is_missed_too(host: Host, deep: Callable[..., Found]) -> None:
+def test_a_missing_trigger_on_the_subscriptions_is_reported(host: Host, deep: Callable[..., Found]) -> None:
     host.execute("ALTER TABLE billing_subscription DISABLE TRIGGER trueup_window_changed")
     assert deep() == [("trigger_idle", None, None, None, False)]
 
@@ -126,7 +126,7 @@ def test_the_trigger_that_tells_of_windows_is_missed_too(host: Host, deep: Calla
         ("DROP TRIGGER trueup_inserted ON ai_usage_log", "missing"),
     ],
 )
-def test_a_trigger_that_is_gone_or_off_is_reported_and_its_usage_made_up_for(
+def test_a_missing_or_disabled_trigger_is_reported_and_its_usage_added_to_the_balance(
     host: Host, connection: Connection, deep: Callable[..., Found], how: str, state: str
 ) -> None:
     user = user_with_balance(host, connection)
@@ -143,12 +143,12 @@ def test_a_trigger_that_is_gone_or_off_is_reported_and_its_usage_made_up_for(
     assert host.counter(user) == 10_000 - 344
 
 
-def test_deltas_that_nobody_will_fold_are_deleted(
+def test_deltas_of_users_without_a_subscription_are_deleted(
     host: Host, connection: Connection, deep: Callable[..., Found]
 ) -> None:
-    nobody = host.user()
-    host.log(nobody, 5)
-    host.log(nobody, 6)
+    unsubscribed = host.user()
+    host.log(unsubscribed, 5)
+    host.log(unsubscribed, 6)
     new = host.subscriber(1_000, counter=993)
     host.log(new, 7)
     assert deep() == [("deltas_without_subscription", None, 2, 0, True)]
@@ -157,7 +157,7 @@ def test_deltas_that_nobody_will_fold_are_deleted(
     assert deep() == []
 
 
-def test_what_only_a_person_can_set_right_is_reported(
+def test_defects_that_only_a_person_can_repair_are_reported(
     host: Host, connection: Connection, deep: Callable[..., Found]
 ) -> None:
     refunded, future, charged = (user_with_balance(host, connection) for _ in range(3))
@@ -179,7 +179,7 @@ def test_what_only_a_person_can_set_right_is_reported(
     assert len(found) == 4
 
 
-def test_a_stale_balance_is_no_defect(host: Host, connection: Connection, deep: Callable[..., Found]) -> None:
+def test_a_stale_balance_is_not_a_defect(host: Host, connection: Connection, deep: Callable[..., Found]) -> None:
     user = user_with_balance(host, connection)
     host.execute(
         "UPDATE billing_subscription SET start_date = :start, tokens_remaining = 10000", start=START.replace(day=2)
@@ -191,10 +191,10 @@ def test_a_stale_balance_is_no_defect(host: Host, connection: Connection, deep: 
     assert_true(host)
 
 
-def test_a_balance_is_looked_at_again_under_its_lock(
+def test_a_balance_is_compared_again_under_its_lock(
     host: Host, connection: Connection, deep: Callable[..., Found]
 ) -> None:
-    """What was in the middle of being written when the sums were compared is no defect."""
+    """A write that was in progress when the sums were compared is not a defect."""
     user = user_with_balance(host, connection)
     bypass(host, "UPDATE ai_usage_log SET total_tokens = 500 WHERE user_id = :user", user=user)
     with in_background() as submit:

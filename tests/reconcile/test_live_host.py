@@ -1,6 +1,6 @@
-"""A host process that writes at full speed while reconcile runs beside it, judged by the host's own ledger.
+"""A host process writes at full speed while reconcile runs; the tests compare the results with the host's own ledger.
 
-A long test plays it for a minute.
+A long test does this for a minute.
 """
 
 import json
@@ -31,16 +31,16 @@ from trueup.reconcile.runs import RunSummary
 from trueup.settings.policies import Rules
 from trueup.stack import StackUrls
 
-pytestmark = pytest.mark.xdist_group("live host")  # they share a fixture that takes long
+pytestmark = pytest.mark.xdist_group("live host")  # the tests share a slow fixture
 
-MIN_WRITES = 1_000  # of counters by the host, however long a loaded machine takes for them
+MIN_WRITES = 1_000  # by the host to counters, however long a loaded machine needs for them
 SUBSCRIPTIONS = 1_500
 MIN_RUNS = 3
 MIN_AGE_SECONDS = 1
 ROLES = ("spender", "spender", "spender", "buyer", "renewer", "leaver")
 SLOWEST_STATEMENT_SECONDS = 5.0
 
-# The host's own audit: the row's lock puts the changes of one counter in order, whoever makes them.
+# The host's own audit. The row lock orders the changes of one counter, from the host and from trueup.
 _AUDIT = """
     CREATE TABLE host_audit (id bigserial PRIMARY KEY, user_id bigint, subscription_id bigint, before bigint,
                              after bigint, who text);
@@ -56,7 +56,7 @@ _AUDIT = """
 
 _WRITES = "SELECT count(*) FROM host_audit WHERE who = 'host'"
 
-# By the log alone, with nothing of trueup's.
+# Computed from the log only, without trueup's tables.
 _REMAINING = """
     SELECT s.user_id, s.tokens_remaining AS counter,
            coalesce(t.tokens_included, f.tokens_included)
@@ -75,10 +75,10 @@ _DOUBTED = """
 
 @dataclass(kw_only=True)
 class Lived:
-    """What the host wrote, and what was found while it did.
+    """The host's writes, and the findings of the runs meanwhile.
 
-    `roles`: of the users that were at work. `doubted`: those whom a look left to a person, because tokens that somebody
-    gave would explain it as well.
+    `roles`: the roles of the users that wrote. `doubted`: users whose drift a run left for review, because a gift of
+    tokens would explain it as well.
     """
 
     people: list[Person]
@@ -146,7 +146,7 @@ def live(engine: Engine, url: str, folder: Path, *, seconds: float, seed: int) -
         if person.group == "clean"
         and person.life.is_active
         and not person.life.grants
-        # What was paid for and may still be credited leaves it open what a counter too high shows: a person decides.
+        # A payment that may still be credited makes a counter that is too high ambiguous, so a person decides.
         and person.label != "a payment that was never credited"
         and (person.life.counter or 0) > 100_000
     ]
@@ -155,7 +155,7 @@ def live(engine: Engine, url: str, folder: Path, *, seconds: float, seed: int) -
     with Host(engine) as host:
         with engine.begin() as connection:
             connection.execute(text(_AUDIT))
-        # The host's ids go on from where they are.
+        # The host's ids continue from their current values.
         host.execute("SELECT setval(pg_get_serial_sequence('billing_tokenusage', 'id'), 1)")
         with host_process(url, people, roles, folder, seed) as process:
             end = time.monotonic() + seconds
@@ -189,7 +189,7 @@ def live(engine: Engine, url: str, folder: Path, *, seconds: float, seed: int) -
 
 
 def wait_for_age(host: Host) -> None:
-    """Wait until the newest row may not be in flight any more."""
+    """Wait until the newest row is too old to be in flight."""
     while host.value(
         "SELECT count(*) FROM ai_usage_log WHERE created_at > clock_timestamp() - make_interval(secs => :age)",
         age=MIN_AGE_SECONDS + 0.2,
@@ -203,7 +203,7 @@ def wait_for_age(host: Host) -> None:
 def lived(
     request: pytest.FixtureRequest, stack: StackUrls, admin_engine: Engine, tmp_path_factory: pytest.TempPathFactory
 ) -> Lived:
-    """A host that was at work for so many seconds, drawn from a seed."""
+    """A host that wrote for a number of seconds, with random actions from a seed."""
     seconds, seed = request.param
     with cloned_database(stack, admin_engine, "template1") as url:
         engine = create_engine(url, poolclass=NullPool)
@@ -212,7 +212,7 @@ def lived(
     return lived
 
 
-def test_the_host_was_at_work_and_reconcile_beside_it(lived: Lived) -> None:
+def test_the_host_wrote_while_reconcile_ran(lived: Lived) -> None:
     kinds = Counter(entry["kind"] for entry in lived.host["ledger"])
     assert {"log", "write", "buy", "renew", "leave", "join"} <= set(kinds)
     assert kinds["write"] > MIN_WRITES / 4
@@ -232,8 +232,8 @@ def test_the_host_saw_no_error_and_no_deadlock(lived: Lived) -> None:
     assert lived.host["slowest"][0][0] < SLOWEST_STATEMENT_SECONDS, lived.host["slowest"]
 
 
-def test_every_write_of_the_host_arrived_as_it_was_sent(lived: Lived) -> None:
-    """What the ledger says was committed is what the audit saw, in the same order for each subscription."""
+def test_the_audit_saw_every_write_of_the_host_in_order(lived: Lived) -> None:
+    """The ledger's committed writes equal the audit's, in the same order for each subscription."""
     sent, seen = defaultdict(list), defaultdict(list)
     for entry in lived.host["ledger"]:
         if "after" in entry:
@@ -244,8 +244,8 @@ def test_every_write_of_the_host_arrived_as_it_was_sent(lived: Lived) -> None:
     assert sent == seen
 
 
-def test_a_correction_only_ever_replaced_the_value_it_had_seen(lived: Lived) -> None:
-    """No write of the host is lost under a correction: each replaced exactly what its drift row says was there."""
+def test_a_correction_only_replaced_the_value_that_it_had_seen(lived: Lived) -> None:
+    """No correction overwrites a write of the host: each replaced exactly the value in its drift row."""
     made = Counter(
         (entry.user_id, str(entry.subscription_id), entry.before, entry.after)
         for entry in lived.audit
@@ -259,15 +259,15 @@ def test_a_correction_only_ever_replaced_the_value_it_had_seen(lived: Lived) -> 
         last[entry.subscription_id] = entry.after
 
 
-# Nearly all of this host's users lose updates, most of them several: far more than any host that lives.
+# Nearly all of this host's users lose updates, most of them several: far more than in any real host.
 MAX_AMBIGUOUS = 0.01
 
 
 def test_counters_are_right_when_the_host_has_stopped(lived: Lived) -> None:
-    """One more pass, and no counter drifts: but for buyers', whose packs wait for a person.
+    """After one more pass no counter drifts, except counters of buyers, whose packs wait for a person.
 
-    So may one whose many lost updates add up to what a gift explains as well: of sums that are many enough, one is met
-    by chance. A single lost update is told from anything else that this host does.
+    A counter with many lost updates may wait too, if a gift explains their sum as well; with many sums, this happens by
+    chance. A single lost update is distinguishable from everything else that this host does.
     """
     users = lived.users("spender", "renewer", "leaver")
     lost = lost_updates(lived)
@@ -287,7 +287,7 @@ def test_counters_are_right_when_the_host_has_stopped(lived: Lived) -> None:
 
 
 def lost_updates(lived: Lived) -> Counter[int]:
-    """Count, by user, the host's writes over a value it had not seen: a write of its own, or a correction of ours."""
+    """Count, by user, the host's writes over a value that it had not seen: its own, or a correction by trueup."""
     replaced = defaultdict(list)
     for entry in lived.audit:
         if entry.who == "host":
@@ -302,10 +302,10 @@ def lost_updates(lived: Lived) -> Counter[int]:
 
 
 def test_no_paid_tokens_were_taken_away(lived: Lived) -> None:
-    """A buyer's counter is never lowered by trueup below what is left of the plan and of all packs at that moment."""
+    """trueup never lowers a buyer's counter below the tokens left of the plan and of all packs at that moment."""
     buyers = {SUBSCRIPTION_OFFSET + user for user in lived.users("buyer")}
     began = {SUBSCRIPTION_OFFSET + person.user_id: person.life.counter or 0 for person in lived.people}
-    # What is rightly left after so many of the host's writes, and the usage logged before its next one.
+    # The correct remaining tokens after each of the host's writes, and the usage logged before its next write.
     rightly: dict[int, list[int]] = {subscription: [began[subscription]] for subscription in buyers}
     for entry in lived.host["ledger"]:
         if entry["subscription"] in buyers:

@@ -38,7 +38,7 @@ def missed(host: Host, used: int = 300) -> int:
     return user
 
 
-def test_true_counters_are_left_alone(host: Host, run: Callable[..., RunSummary]) -> None:
+def test_correct_counters_are_not_changed(host: Host, run: Callable[..., RunSummary]) -> None:
     user = missed(host)
     host.decrement(user, 300)
     before = dump(host)["public.billing_subscription"]
@@ -66,7 +66,7 @@ def test_a_missed_decrement_is_corrected(host: Host, run: Callable[..., RunSumma
         ("UPDATE billing_subscription SET tokens_remaining = -4", "counter_negative", "corrected", 9_700),
         ("UPDATE billing_subscription SET tokens_remaining = 9400", "double_decrement", "corrected", 9_700),
         ("UPDATE billing_subscription SET tokens_remaining = 9650", "failed_usage_charged", "corrected", 9_700),
-        # There was usage before the window, of which an upgrade may have kept tokens.
+        # There was usage before the window, so an upgrade may have kept tokens.
         ("UPDATE billing_subscription SET tokens_remaining = 9701", "unexplained", "review", 9_701),
         ("UPDATE billing_subscription SET tokens_remaining = 9770", "unexplained", "review", 9_770),
         ("UPDATE billing_subscription SET tokens_remaining = 19700", "credit_without_grant", "review", 19_700),
@@ -126,7 +126,7 @@ def test_a_counter_whose_column_is_too_small_for_what_remains_is_only_reported(
     assert (host.counter(user), host.counter(other)) == (2**31 - 1, 9_700)
 
 
-def test_a_charge_that_could_not_lower_the_counter_is_made_up_for(
+def test_a_charge_that_could_not_lower_the_counter_is_corrected_later(
     host: Host, connection: Connection, run: Callable[..., RunSummary]
 ) -> None:
     user = host.subscriber(10_000)
@@ -138,7 +138,7 @@ def test_a_charge_that_could_not_lower_the_counter_is_made_up_for(
 
 
 def before_correction(act: Callable[[], None]) -> Callable[[Any], None]:
-    """Have the host act at the last moment before trueup's correction is sent, once."""
+    """Let the host act once, immediately before trueup sends its correction."""
     acted = []
 
     def listen(conn: Any, cursor: Any, statement: str, *rest: Any) -> None:
@@ -170,7 +170,7 @@ def test_a_subscription_deleted_meanwhile_is_a_lost_race(host: Host, run: Callab
     assert [row[2] for row in drifts(host)] == ["lost_race"]
 
 
-def test_a_row_that_the_host_has_locked_is_passed_over(host: Host, run: Callable[..., RunSummary]) -> None:
+def test_a_row_that_the_host_has_locked_is_skipped(host: Host, run: Callable[..., RunSummary]) -> None:
     user, other = missed(host), missed(host)
     with locked(host, "SELECT * FROM billing_subscription WHERE user_id = :user FOR UPDATE", user=user):
         run()
@@ -180,7 +180,7 @@ def test_a_row_that_the_host_has_locked_is_passed_over(host: Host, run: Callable
     assert host.counter(user) == 9_700
 
 
-def test_a_locked_balance_is_passed_over_and_its_counter_compared_all_the_same(
+def test_a_locked_balance_is_skipped_and_its_counter_is_still_compared(
     host: Host, connection: Connection, run: Callable[..., RunSummary]
 ) -> None:
     user, other = missed(host), missed(host)
@@ -198,9 +198,7 @@ def _engine_that_wont_wait() -> Any:
     return create_engine(get_engine().url, poolclass=NullPool, connect_args={"options": "-c lock_timeout=100ms"})
 
 
-def test_no_row_of_the_hosts_stays_locked_while_we_are_between_two_statements(
-    host: Host, run: Callable[..., RunSummary]
-) -> None:
+def test_no_host_row_stays_locked_between_two_statements(host: Host, run: Callable[..., RunSummary]) -> None:
     """A paused or cut-off worker must not leave the host waiting for a lock."""
     missed(host)
     refused = []
@@ -219,7 +217,7 @@ def test_no_row_of_the_hosts_stays_locked_while_we_are_between_two_statements(
     assert not refused
 
 
-def test_a_dry_run_writes_nothing_at_all_and_tells_everything(
+def test_a_dry_run_writes_nothing_and_reports_everything(
     host: Host, connection: Connection, run: Callable[..., RunSummary]
 ) -> None:
     user = missed(host)
@@ -246,7 +244,7 @@ def test_a_quick_pass_brings_the_balances_up_to_date(
     assert_true(host)
 
 
-def test_the_correction_and_its_drift_row_are_there_together_or_not_at_all(
+def test_a_correction_and_its_drift_row_are_written_together_or_not_at_all(
     host: Host, run: Callable[..., RunSummary]
 ) -> None:
     user = missed(host)

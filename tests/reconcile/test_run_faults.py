@@ -1,4 +1,4 @@
-"""Runs that meet slow looks, owners that come back late, and rows of the host's that refuse to be corrected."""
+"""Runs with slow scans, with owners that return late, and with host rows that refuse a correction."""
 
 import time
 from typing import Any
@@ -29,7 +29,7 @@ def planned(kind: Any, *, every: int | None = None, rules: Rules = RULES) -> int
 @pytest.mark.parametrize(
     ("kind", "slow"), [("quick", "find_suspects"), ("deep", "find_suspects"), ("deep", "find_balance_mismatches")]
 )
-def test_a_look_that_takes_all_of_a_task_s_time_does_not_keep_a_run_from_its_end(
+def test_a_scan_that_takes_all_of_a_tasks_time_does_not_prevent_the_end_of_a_run(
     host: Host, monkeypatch: pytest.MonkeyPatch, kind: str, slow: str
 ) -> None:
     missed(host, 3)
@@ -46,9 +46,7 @@ def test_a_look_that_takes_all_of_a_task_s_time_does_not_keep_a_run_from_its_end
     assert counters(host) == [9_700] * 3
 
 
-def test_whoever_comes_back_to_a_run_that_was_ended_without_him_writes_nothing(
-    host: Host, connection: Connection
-) -> None:
+def test_an_owner_that_returns_to_an_ended_run_writes_nothing(host: Host, connection: Connection) -> None:
     users = missed(host, 2)
     run_id = plan(host)
     shard = claim_shard(connection, run_id, "paused")
@@ -64,7 +62,7 @@ def test_whoever_comes_back_to_a_run_that_was_ended_without_him_writes_nothing(
 
 
 @pytest.mark.parametrize("rules", [RULES, Rules(min_age_seconds=0, tolerance=1)])
-def test_a_deep_pass_that_was_interrupted_is_made_up_for_the_same_day(host: Host, rules: Rules) -> None:
+def test_an_interrupted_deep_pass_is_repeated_on_the_same_day(host: Host, rules: Rules) -> None:
     missed(host, 3)
     first = planned("deep", every=DAY_SECONDS)
     let_leases_run_out(host)
@@ -82,7 +80,7 @@ def shard_ended(run_id: int, rules: Rules) -> str | None:
     return ended.status if ended else None
 
 
-def test_messages_of_a_run_that_other_rules_planned_do_nothing(host: Host) -> None:
+def test_a_message_of_a_run_planned_under_other_rules_does_nothing(host: Host) -> None:
     missed(host, 2)
     run_id = plan(host)
     assert work(run_id, 1, rules=Rules(min_age_seconds=0, max_correction=10)).ended is None
@@ -95,7 +93,7 @@ def refuse(host: Host, condition: str) -> None:
     )
 
 
-def test_a_row_that_refuses_its_correction_stops_nobody_else_s(host: Host) -> None:
+def test_a_refused_correction_does_not_stop_the_corrections_of_other_users(host: Host) -> None:
     users = missed(host, 5)
     refuse(host, f"user_id <> {users[1]}")
     for _ in range(2):
@@ -104,7 +102,7 @@ def test_a_row_that_refuses_its_correction_stops_nobody_else_s(host: Host) -> No
         assert counters(host) == [9_700, 10_000, 9_700, 9_700, 9_700]
         defect = host.execute("SELECT kind, user_id FROM trueup.defect WHERE run_id = :run", run=summary.run_id).one()
         assert tuple(defect) == ("counter_refused", users[1])
-        # It goes by its cause in the next run too: a run that could not set it right has not seen it right.
+        # The next run reports the same cause: a run that could not correct a counter has not seen it correct.
         [told] = host.execute("SELECT cause, action FROM trueup.drift WHERE user_id = :user", user=users[1]).all()
         assert tuple(told) == ("missed_decrement", "reported")
 
@@ -122,8 +120,8 @@ def test_when_all_rows_refuse_the_run_fails_and_its_error_shows_no_row(
     assert not any(leak in error for leak in ("SQL:", "Failing row", "parameters"))
 
 
-def test_what_a_crash_may_take_back_with_its_cursor_is_not_waited_for_on_the_disk_but_the_end_is(host: Host) -> None:
-    """A counter's row is locked until its commit is through."""
+def test_a_batch_commits_without_waiting_for_the_disk_and_the_end_of_a_shard_waits(host: Host) -> None:
+    """A counter's row stays locked until its commit ends, so a batch's commit must be fast."""
     missed(host, 3)
     host.execute("CREATE TABLE public.commits (at text, waits text)")
     host.execute(
@@ -143,7 +141,7 @@ def test_what_a_crash_may_take_back_with_its_cursor_is_not_waited_for_on_the_dis
     assert [tuple(row) for row in rows] == [("balance", "off"), ("correction", "off"), ("end", "on")]
 
 
-def test_a_drift_whose_row_was_deleted_meanwhile_is_written_anew(host: Host) -> None:
+def test_a_drift_whose_row_was_deleted_meanwhile_is_recorded_again(host: Host) -> None:
     host.plan(500)
     users = [host.subscriber(10_000, counter=10_500) for _ in range(2)]
     reconcile(get_engine(), HostMapping(), rules=RULES)

@@ -49,7 +49,7 @@ def let_leases_run_out(host: Host) -> None:
 
 
 def begun(connection: Connection, **more: Any) -> int:
-    """Begin a run as another process would, and do nothing for it."""
+    """Begin a run as another process would, without working on it."""
     made = begin_run(connection, **{"kind": "quick", "rules": RULES, "owner": "x:1", "requested_by": "", **more})
     assert made is not None
     return made.run_id
@@ -63,7 +63,7 @@ def test_one_user_may_be_reconciled_alone(host: Host, run: Callable[..., RunSumm
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 6])
-def test_every_subscription_is_checked_once_whatever_the_batch(
+def test_every_subscription_is_checked_once_with_any_batch_size(
     host: Host, run: Callable[..., RunSummary], batch_size: int
 ) -> None:
     users = [missed(host, 100 + number) for number in range(5)]
@@ -76,7 +76,7 @@ def test_every_subscription_is_checked_once_whatever_the_batch(
 
 
 @pytest.mark.parametrize("page", [1, 3, 8])
-def test_a_shard_with_more_suspects_than_fit_in_memory_is_looked_at_again(
+def test_a_shard_with_more_suspects_than_fit_in_memory_is_read_in_pages(
     host: Host, run: Callable[..., RunSummary], page: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trueup.reconcile.shard_worker.PAGE_SIZE", page)
@@ -92,7 +92,7 @@ def test_runs_do_not_overlap(host: Host, connection: Connection, run: Callable[.
     missed(host)
     other = begun(connection)
     for options in ({}, {"dry_run": True}, {"only_user": 1}, {"kind": "deep"}):
-        with pytest.raises(RunInProgressError, match="Wait for it to end"):
+        with pytest.raises(RunInProgressError, match="Wait until it ends"):
             run(**options)
     end_run(connection, other)
     end_run(connection, other, status="failed")
@@ -100,7 +100,7 @@ def test_runs_do_not_overlap(host: Host, connection: Connection, run: Callable[.
     assert run().checked == 1
 
 
-def test_of_ten_schedulers_at_once_one_begins_the_run_of_the_period(host: Host) -> None:
+def test_one_of_ten_concurrent_schedulers_begins_the_run_of_the_period(host: Host) -> None:
     def plan() -> bool:
         engine = create_trueup_engine(get_settings())
         try:
@@ -119,7 +119,7 @@ def test_of_ten_schedulers_at_once_one_begins_the_run_of_the_period(host: Host) 
     assert host.value("SELECT count(*) FROM trueup.reconcile_shard") == 1
 
 
-def test_a_period_that_has_had_its_run_gets_no_other(host: Host, connection: Connection) -> None:
+def test_a_period_gets_only_one_run(host: Host, connection: Connection) -> None:
     engine = get_engine()
     plan = {"rules": RULES, "shard_size": 1000, "requested_by": "schedule", "every_seconds": 86_400}
     first = plan_run(engine, kind="quick", **plan)
@@ -134,7 +134,7 @@ def test_a_period_that_has_had_its_run_gets_no_other(host: Host, connection: Con
     )
 
 
-def test_a_run_whose_process_died_is_gone_on_with_where_it_was(
+def test_a_run_whose_process_died_is_resumed_at_its_cursor(
     host: Host, connection: Connection, run: Callable[..., RunSummary]
 ) -> None:
     users = [missed(host) for _ in range(4)]
@@ -144,7 +144,7 @@ def test_a_run_whose_process_died_is_gone_on_with_where_it_was(
 
     with pytest.raises(SystemExit):
         run(batch_size=1, progress=die)
-    # As it would be found had the process been killed there.
+    # The state that a killed process would leave.
     host.execute("UPDATE trueup.reconcile_run SET status = 'running', finished_at = NULL, lease_until = 'infinity'")
     host.execute("UPDATE trueup.reconcile_shard SET status = 'running', lease_until = 'infinity'")
     with pytest.raises(RunInProgressError):
@@ -157,7 +157,7 @@ def test_a_run_whose_process_died_is_gone_on_with_where_it_was(
     assert [host.counter(user) for user in users] == [1, 9_700, 9_700, 9_700]
 
 
-def test_an_interrupted_run_is_gone_on_with_and_its_figures_are_of_the_whole(
+def test_an_interrupted_run_is_resumed_and_its_figures_cover_all_its_work(
     host: Host, run: Callable[..., RunSummary]
 ) -> None:
     users = [missed(host) for _ in range(3)]
@@ -177,7 +177,7 @@ def test_an_interrupted_run_is_gone_on_with_and_its_figures_are_of_the_whole(
 @pytest.mark.parametrize(
     "other", [{"rules": Rules(max_correction=5)}, {"kind": "deep"}, {"only_user": 1}], ids=["rules", "kind", "user"]
 )
-def test_what_is_not_the_same_work_does_not_go_on_with_it(
+def test_a_run_of_another_kind_or_rules_does_not_resume_it(
     host: Host, connection: Connection, run: Callable[..., RunSummary], other: dict[str, Any]
 ) -> None:
     missed(host)
@@ -187,7 +187,7 @@ def test_what_is_not_the_same_work_does_not_go_on_with_it(
     assert [row[1] for row in runs(host)] == ["interrupted", "finished"]
 
 
-def test_what_was_interrupted_long_ago_is_left(
+def test_a_run_interrupted_long_ago_is_not_resumed(
     host: Host, connection: Connection, run: Callable[..., RunSummary]
 ) -> None:
     begun(connection)
@@ -197,7 +197,7 @@ def test_what_was_interrupted_long_ago_is_left(
     assert [row[1] for row in runs(host)] == ["interrupted", "finished"]
 
 
-def test_a_run_at_work_is_kept_by_its_signs_of_life(
+def test_heartbeats_keep_a_run_from_being_taken_over(
     host: Host, run: Callable[..., RunSummary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "LEASE_SECONDS", 0.6)
@@ -216,7 +216,7 @@ def test_a_run_at_work_is_kept_by_its_signs_of_life(
     assert len(refused) == 4
 
 
-def test_a_run_that_fails_says_why_and_lets_the_next_one_run(host: Host, run: Callable[..., RunSummary]) -> None:
+def test_a_failed_run_records_its_error_and_the_next_run_can_begin(host: Host, run: Callable[..., RunSummary]) -> None:
     missed(host)
 
     def fail(*_: Any) -> None:
@@ -260,7 +260,7 @@ def test_a_run_on_a_database_without_trueup_says_how_to_set_it_up(empty_database
 
 
 def test_a_deep_pass_of_one_user_is_refused(host: Host, run: Callable[..., RunSummary]) -> None:
-    with pytest.raises(InvalidInputError, match="looks at everyone"):
+    with pytest.raises(InvalidInputError, match="always checks all users"):
         run(kind="deep", only_user=1)
 
 
@@ -286,7 +286,7 @@ def test_a_second_pass_finds_nothing_new(host: Host, run: Callable[..., RunSumma
     wait_for(lambda: runs(host)[-1][1] == "finished")
 
 
-def test_usage_of_the_future_and_of_no_size_stops_no_run(host: Host, run: Callable[..., RunSummary]) -> None:
+def test_future_usage_and_zero_usage_do_not_stop_a_run(host: Host, run: Callable[..., RunSummary]) -> None:
     user = missed(host)
     later = host.value("SELECT clock_timestamp()") + timedelta(days=400)
     host.log(user, 50, at=later)

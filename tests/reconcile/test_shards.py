@@ -1,4 +1,4 @@
-"""Shards: who works on them, how far they have come, and what errors in the middle of one do."""
+"""Shards: their owners, their progress, and errors in the middle of a shard."""
 
 import os
 import signal
@@ -50,7 +50,7 @@ def run(host: Host) -> Callable[..., RunSummary]:
 
 
 def missed(host: Host, count: int = 1) -> list[int]:
-    """Users each of whom has a row that was logged and never subtracted from the counter."""
+    """Users with one logged row each that was never subtracted from the counter."""
     users = [host.subscriber(10_000) for _ in range(count)]
     for user in users:
         host.log(user, 300)
@@ -106,7 +106,7 @@ def test_shards_of_any_kind_of_user_id_hold_each_user_once(empty_database: str, 
         assert sorted(map(str, users)) == sorted(str(finding.drift.user_id) for finding in found.findings)
 
 
-def test_a_user_who_comes_during_the_run_belongs_to_the_last_shard(host: Host, connection: Connection) -> None:
+def test_a_user_added_during_the_run_belongs_to_the_last_shard(host: Host, connection: Connection) -> None:
     users = missed(host, 4)
     run_id = plan(host, 2)
     rows = host.execute("SELECT first_user, last_user FROM trueup.reconcile_shard ORDER BY number").all()
@@ -132,7 +132,7 @@ def test_several_jobs_share_a_run(
     assert host.value("SELECT count(*) FROM trueup.reconcile_shard WHERE status = 'finished'") > 3
 
 
-def test_a_shard_is_worked_on_by_one_and_its_first_owner_is_fenced(host: Host, connection: Connection) -> None:
+def test_one_owner_works_on_a_shard_and_the_previous_owner_is_fenced(host: Host, connection: Connection) -> None:
     users = missed(host, 2)
     run_id = plan(host)
     slow = claim_shard(connection, run_id, "slow")
@@ -157,7 +157,7 @@ def test_a_shard_is_worked_on_by_one_and_its_first_owner_is_fenced(host: Host, c
 
 
 def fail_inserts(host: Host, times: int, how: str) -> None:
-    """Let so many inserts of drift rows fail, as a deadlock or a server in trouble would make them."""
+    """Let a number of inserts of drift rows fail, as a deadlock or a failing server would."""
     host.execute("CREATE SEQUENCE public.failures")
     host.execute(
         "CREATE FUNCTION public.fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
@@ -178,7 +178,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("how", ERRORS)
-def test_an_error_that_passes_is_tried_again_and_nothing_is_done_twice(
+def test_a_transient_error_is_retried_and_nothing_is_done_twice(
     host: Host, run: Callable[..., RunSummary], how: str
 ) -> None:
     missed(host, 6)
@@ -189,7 +189,7 @@ def test_an_error_that_passes_is_tried_again_and_nothing_is_done_twice(
     assert host.value("SELECT count(*) FROM trueup.drift") == 6
 
 
-def test_an_error_that_stays_ends_the_run_with_nothing_half_written(host: Host, run: Callable[..., RunSummary]) -> None:
+def test_a_permanent_error_ends_the_run_without_a_partial_batch(host: Host, run: Callable[..., RunSummary]) -> None:
     missed(host, 2)
     fail_inserts(host, 1000, ERRORS["deadlock"])
     with pytest.raises(ServiceUnavailableError):
@@ -206,9 +206,7 @@ def test_batches_that_take_too_long_become_smaller(host: Host, run: Callable[...
     assert run(batch_size=9).corrected == 9
 
 
-def test_users_and_subscriptions_deleted_during_the_run_are_passed_over(
-    host: Host, run: Callable[..., RunSummary]
-) -> None:
+def test_users_and_subscriptions_deleted_during_the_run_are_skipped(host: Host, run: Callable[..., RunSummary]) -> None:
     users = missed(host, 4)
 
     def delete(checked: int, _total: int) -> None:
@@ -223,7 +221,7 @@ def test_users_and_subscriptions_deleted_during_the_run_are_passed_over(
 
 
 def test_a_renewal_between_compare_and_correct_keeps_what_it_set(host: Host, run: Callable[..., RunSummary]) -> None:
-    """Also when it sets the very value that was seen."""
+    """Also if it sets the same value that the run had seen."""
     (user,) = missed(host)
     renewed = []
 
@@ -240,7 +238,7 @@ def test_a_renewal_between_compare_and_correct_keeps_what_it_set(host: Host, run
     assert run().drifted == 0
 
 
-def test_a_worker_killed_in_a_shard_leaves_it_to_the_next_at_its_cursor(host: Host) -> None:
+def test_the_shard_of_a_killed_worker_is_resumed_at_its_cursor(host: Host) -> None:
     missed(host, 40)
     host.execute(
         "CREATE FUNCTION public.slow() RETURNS trigger LANGUAGE plpgsql AS "
@@ -266,7 +264,7 @@ def test_a_worker_killed_in_a_shard_leaves_it_to_the_next_at_its_cursor(host: Ho
     assert host.value("SELECT count(DISTINCT user_id) = 40 AND count(*) = 40 FROM trueup.drift")
 
 
-def test_the_sweeper_sends_what_is_left_and_ends_what_is_done(host: Host, connection: Connection) -> None:
+def test_the_sweeper_sends_abandoned_shards_again_and_ends_finished_runs(host: Host, connection: Connection) -> None:
     missed(host, 4)
     engine = get_engine()
     run_id = plan(host, 2, every_seconds=3600)
@@ -297,14 +295,14 @@ def test_a_shard_that_fails_again_and_again_is_given_up(host: Host, connection: 
     assert (status, error) == ("failed", "its worker died each time")
 
 
-def test_a_persons_run_is_not_gone_on_with_by_others_rules(host: Host, connection: Connection) -> None:
+def test_a_persons_run_is_not_resumed_under_other_rules(host: Host, connection: Connection) -> None:
     missed(host)
     plan(host, rules=Rules(max_correction=1))
     let_leases_run_out(host)
     assert sweep(get_engine(), RULES) == []
 
 
-def test_a_shard_whose_time_is_over_is_put_back_for_the_next_message(host: Host) -> None:
+def test_a_shard_that_uses_up_its_time_is_released_for_the_next_message(host: Host) -> None:
     missed(host, 3)
     run_id = plan(host)
     first = work(run_id, 1, seconds=0)
@@ -314,7 +312,7 @@ def test_a_shard_whose_time_is_over_is_put_back_for_the_next_message(host: Host)
     assert second.ended.corrected == 3
 
 
-def test_the_longest_run_of_failures_is_counted_from_the_last_progress(host: Host, connection: Connection) -> None:
+def test_failures_are_counted_from_the_last_progress(host: Host, connection: Connection) -> None:
     (user,) = missed(host)
     run_id = plan(host)
     for _ in range(2 * MAX_FAILURES):
@@ -325,7 +323,7 @@ def test_the_longest_run_of_failures_is_counted_from_the_last_progress(host: Hos
     assert not end_run(connection, run_id)
 
 
-def test_all_but_those_that_are_plainly_right_are_suspects(host: Host, connection: Connection) -> None:
+def test_all_users_except_those_with_a_clearly_correct_counter_are_suspects(host: Host, connection: Connection) -> None:
     def right() -> int:
         user = host.subscriber(1_000, counter=900)
         host.log(user, 100)
@@ -353,7 +351,7 @@ def test_all_but_those_that_are_plainly_right_are_suspects(host: Host, connectio
     assert suspects()[0] == plain
 
 
-def test_owners_are_never_named_alike() -> None:
+def test_owner_names_are_unique() -> None:
     assert shards.new_owner() != shards.new_owner()
     assert Shard(after=1).position == 1
     assert Shard(after=1, cursor=5).position == 5

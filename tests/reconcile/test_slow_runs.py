@@ -1,4 +1,4 @@
-"""Users and looks that take longer than a statement may: who is behind them is not stopped, and nobody is forgotten."""
+"""Users and scans that take longer than the statement timeout: later users are checked, and no user is forgotten."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,9 +24,9 @@ Slow = Callable[..., list[int]]
 
 @pytest.fixture
 def slow(host: Host) -> Iterator[Slow]:
-    """Give a function that lets a statement reach its time limit whenever it is about one of these users.
+    """Give a function that makes statements about these users reach their time limit.
 
-    It returns a list to which the size of each batch so ended is added.
+    It returns a list; each batch that ends so appends its size.
     """
     hooks: list[Any] = []
 
@@ -60,7 +60,7 @@ def defects(host: Host, run_id: int | None) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 1000])
-def test_a_user_who_takes_too_long_is_passed_over_and_named_and_those_behind_go_on(
+def test_a_user_who_takes_too_long_is_skipped_and_recorded_and_later_users_are_checked(
     host: Host, slow: Slow, batch_size: int
 ) -> None:
     users = missed(host, 25)
@@ -69,11 +69,11 @@ def test_a_user_who_takes_too_long_is_passed_over_and_named_and_those_behind_go_
     assert (summary.status, summary.checked, summary.corrected, summary.defects) == ("finished", 25, 24, 1)
     assert [users[place] for place, left in enumerate(counters(host)) if left != 9_700] == [users[7]]
     assert defects(host, summary.run_id) == [("counter_too_slow", users[7], False)]
-    # All of them, then a tenth, then alone, and once more.
+    # The whole batch, then a tenth, then the user alone, and one retry.
     assert ended == ([1, 1] if batch_size == 1 else [25, 2, 1, 1])
 
 
-def test_who_was_passed_over_does_not_count_as_seen_to_be_right(host: Host, slow: Slow) -> None:
+def test_a_skipped_user_does_not_count_as_correct(host: Host, slow: Slow) -> None:
     users = missed(host, 3)
     slow_users = [users[1]]
     slow(slow_users)
@@ -94,7 +94,7 @@ def test_batches_grow_again_behind_a_slow_user(host: Host, slow: Slow) -> None:
     assert seen == [10, 12, 16, 24, 34, 40, 40]
 
 
-def test_a_dry_run_names_a_slow_user_too_and_writes_nothing(host: Host, slow: Slow) -> None:
+def test_a_dry_run_reports_a_slow_user_and_writes_nothing(host: Host, slow: Slow) -> None:
     users = missed(host, 3)
     slow([users[1]])
     summary = run(dry_run=True)
@@ -103,7 +103,7 @@ def test_a_dry_run_names_a_slow_user_too_and_writes_nothing(host: Host, slow: Sl
     assert host.value("SELECT count(*) FROM trueup.defect") == 0
 
 
-def test_a_run_tells_of_a_slow_user(host: Host) -> None:
+def test_a_run_reports_a_slow_user(host: Host) -> None:
     users = missed(host, 2)
     host.execute(
         "CREATE FUNCTION public.slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
@@ -124,11 +124,11 @@ def test_when_many_take_too_long_the_run_ends_instead_of_waiting_for_each(
     with pytest.raises(ServiceUnavailableError, match="statement timeout"):
         run()
     assert len(defects(host, 1)) == 2
-    # Nobody is waited for again once that is known.
+    # After that, the run waits for no other user.
     assert len(ended) == 1 + 2 + 2 + 2
 
 
-def test_a_balance_whose_repair_takes_too_long_stops_no_other_s(host: Host, slow: Slow) -> None:
+def test_a_balance_whose_repair_takes_too_long_does_not_stop_other_repairs(host: Host, slow: Slow) -> None:
     users = missed(host, 4)
     run()
     host.execute("UPDATE trueup.balance SET consumed = consumed + 5")
@@ -140,7 +140,7 @@ def test_a_balance_whose_repair_takes_too_long_stops_no_other_s(host: Host, slow
     assert host.value("SELECT count(*) FROM trueup.balance WHERE consumed <> 300") == 1
 
 
-def test_planning_reads_the_subscriptions_once_and_under_the_limit_of_such_reads(
+def test_planning_reads_the_subscriptions_once_under_the_limit_of_long_reads(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missed(host, 3)
@@ -156,7 +156,7 @@ def test_planning_reads_the_subscriptions_once_and_under_the_limit_of_such_reads
     plan(host)
     assert host.value("SELECT last_value FROM public.looks") == 1
     assert host.value("SELECT count(*) FROM trueup.reconcile_shard") == 2
-    # The lease begins when the look is over.
+    # The lease begins after the scan.
     assert host.value("SELECT lease_until - started_at > interval '2 seconds' FROM trueup.reconcile_run")
     let_leases_run_out(host)
     monkeypatch.setattr("trueup.reconcile.local_run.SMALLEST_SHARD", 1)
@@ -174,7 +174,7 @@ def test_a_plan_gives_up_at_its_own_limit(host: Host) -> None:
     assert host.value("SELECT count(*) FROM trueup.reconcile_run") == 0
 
 
-def test_a_slow_user_in_a_worker_s_shard_is_passed_over_too(host: Host, slow: Slow) -> None:
+def test_a_slow_user_in_a_workers_shard_is_skipped(host: Host, slow: Slow) -> None:
     users = missed(host, 3)
     slow([users[0]])
     ended = work(plan(host), 1, batch_size=100).ended

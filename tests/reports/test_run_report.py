@@ -33,7 +33,7 @@ def drifted(host: Host) -> list[int]:
 
 @pytest.fixture
 def past(host: Host) -> dict[str, int]:
-    """Three runs. A credit stands through all of them; the second finds a combination, and a drift nobody explains."""
+    """Three runs. All see a credit; the second also finds a combination of causes, and a drift without explanation."""
     runs = [add_run(host, checked=100) for _ in range(3)]
     ids = {
         "credit": add_drift(host, runs[0], 1, 15_000, 10_000, ("credit_without_grant", 5_000), action="review"),
@@ -64,7 +64,7 @@ def users(report: DriftReport) -> list[object]:
     return [row.user_id for row in report.rows]
 
 
-def test_the_report_tells_of_the_newest_run(host: Host, connection: Connection, drifted: list[int]) -> None:
+def test_the_report_is_about_the_newest_run(host: Host, connection: Connection, drifted: list[int]) -> None:
     assert read_report(connection, "bigint") is None
     summary = reconcile(get_engine(), HostMapping())
     report = read(connection)
@@ -81,7 +81,7 @@ def test_the_report_tells_of_the_newest_run(host: Host, connection: Connection, 
     assert users(read(connection, summary.run_id)) == users(report)
 
 
-def test_a_drift_that_stands_is_told_of_by_each_run_that_saw_it_and_new_in_one(
+def test_a_drift_is_reported_by_each_run_that_saw_it_and_is_new_in_one(
     host: Host, connection: Connection, past: dict[str, int]
 ) -> None:
     reports = [read(connection, past[f"run {number}"]) for number in (1, 2, 3)]
@@ -90,7 +90,7 @@ def test_a_drift_that_stands_is_told_of_by_each_run_that_saw_it_and_new_in_one(
     assert [report.in_review for report in reports] == [1, 1, 1]
 
 
-def test_a_run_over_one_user_does_not_tell_of_others_that_stood_meanwhile(
+def test_a_run_over_one_user_does_not_report_drifts_of_other_users(
     host: Host, connection: Connection, past: dict[str, int]
 ) -> None:
     of_two, of_one = add_run(host, only_user="2"), add_run(host, only_user="1")
@@ -99,7 +99,7 @@ def test_a_run_over_one_user_does_not_tell_of_others_that_stood_meanwhile(
     assert users(read(connection, of_one)) == [1]
 
 
-def test_all_runs_since_a_time_are_told_of_together_and_each_drift_once(
+def test_a_report_on_all_runs_since_a_time_has_each_drift_once(
     host: Host, connection: Connection, past: dict[str, int]
 ) -> None:
     whole = read(connection, since=FIRST_RUN)
@@ -159,9 +159,7 @@ def test_a_filter_narrows_rows_and_figures_alike(
     assert report.tokens_drifted == sum(abs(row.drift) for row in report.rows)
 
 
-def test_only_the_largest_rows_are_read_when_asked_for_few(
-    host: Host, connection: Connection, past: dict[str, int]
-) -> None:
+def test_a_row_limit_keeps_the_largest_drifts(host: Host, connection: Connection, past: dict[str, int]) -> None:
     report = read(connection, since=FIRST_RUN, max_rows=2)
     assert (users(report), report.rows_left_out, report.drifted) == ([4, 1], 2, 4)
 
@@ -175,7 +173,7 @@ def test_rows_can_be_streamed(past: dict[str, int], in_one_transaction: Connecti
 @pytest.mark.parametrize(
     ("decision", "in_review", "set_aside"), [("accept", 0, 0), ("grant", 0, 0), ("ignore", 0, 1), ("undo", 1, 0)]
 )
-def test_what_was_decided_no_longer_waits_for_a_person(
+def test_a_decided_drift_is_no_longer_in_review(
     host: Host, connection: Connection, past: dict[str, int], decision: str, in_review: int, set_aside: int
 ) -> None:
     decide(host, past["credit"], decision)
@@ -184,7 +182,7 @@ def test_what_was_decided_no_longer_waits_for_a_person(
 
 
 @pytest.mark.parametrize("action", ["tolerated", "ignored", "waiting"])
-def test_what_needs_nobody_is_set_aside(host: Host, connection: Connection, action: str) -> None:
+def test_drifts_that_need_no_decision_are_set_aside(host: Host, connection: Connection, action: str) -> None:
     add_drift(host, add_run(host), 1, 5, 0, action=action)
     report = read(connection)
     assert (report.drifted, report.set_aside, report.actions) == (1, 1, {action: 1})
@@ -198,7 +196,7 @@ def test_a_row_of_an_earlier_version_has_its_cause_counted(host: Host, connectio
 
 
 def test_a_run_that_does_not_exist_is_refused_by_name(host: Host, connection: Connection) -> None:
-    with pytest.raises(InvalidInputError, match="no reconcile run 99"):
+    with pytest.raises(InvalidInputError, match="reconcile run 99 does not exist"):
         read_report(connection, "bigint", 99)
 
 
@@ -233,7 +231,7 @@ def test_the_json_is_versioned_and_plain(host: Host, connection: Connection, dri
     assert [part["tokens"] for part in row["evidence"]["components"]] == [300]
 
 
-def test_every_cause_and_action_is_said_in_words() -> None:
+def test_every_cause_and_action_has_a_description() -> None:
     assert set(get_args(Cause)) <= set(CAUSE_SENTENCES)
     assert set(ACTION_SENTENCES) == {"corrected", "reported", "review", "lost_race", "waiting", "tolerated", "ignored"}
 
@@ -269,7 +267,9 @@ def test_a_counter_that_drifts_is_explained_without_a_run_and_without_writing(
     assert json.loads(json.dumps(story.as_json(), default=str))["cause"] == "missed_decrement"
 
 
-def test_a_counters_past_is_told_with_its_decisions(host: Host, connection: Connection, drifted: list[int]) -> None:
+def test_a_counters_past_drifts_are_reported_with_their_decisions(
+    host: Host, connection: Connection, drifted: list[int]
+) -> None:
     assert tell_counter(connection, HostMapping(), drifted[3]).base.why == "the window began"
     run = add_run(host)
     drift = add_drift(host, run, drifted[2], 12_000, 10_000, ("credit_without_grant", 2_000), action="review")

@@ -1,4 +1,4 @@
-"""Deciding about many drifts at once: each as if it were alone, in batches, and only what was counted."""
+"""Bulk decisions: in batches, each drift like a single one, and only drifts that were counted."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -22,7 +22,7 @@ RULES = Rules(min_age_seconds=0, policies={"missed_decrement": "review"})
 
 
 def held(host: Host, *tokens: int) -> list[int]:
-    """Users whose counter has missed a decrement of so many tokens each, which a run holds for a person."""
+    """Users whose counters have missed a decrement of these tokens, which a run left for review."""
     users = [host.subscriber(10_000) for _ in tokens]
     for user, used in zip(users, tokens, strict=True):
         host.log(user, used, at=datetime.now(UTC))
@@ -48,7 +48,7 @@ def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bulk, "PAGE_SIZE", 3)
 
 
-def test_many_are_accepted_in_batches_and_each_is_audited_as_one_alone(host: Host, connection: Connection) -> None:
+def test_many_drifts_are_accepted_in_batches_and_each_has_its_own_audit_row(host: Host, connection: Connection) -> None:
     held(host, *range(100, 107))
     chosen = choose(connection, causes=("missed_decrement",))
     assert (chosen.drifts, chosen.tokens_overstated, chosen.tokens_understated) == (7, 721, 0)
@@ -61,12 +61,12 @@ def test_many_are_accepted_in_batches_and_each_is_audited_as_one_alone(host: Hos
     assert [{name: row[name] for name in alone} for row in rows] == [alone] * 7
     assert [row["counter_after"] for row in rows] == counters(host)
     assert_true(host)
-    # And again: nothing is left to decide.
+    # A repeated call has nothing left to decide.
     assert choose(connection).drifts == 0
     assert decide(connection, choose(connection)) == BulkDecision()
 
 
-def test_a_filter_takes_exactly_its_causes_its_sizes_and_its_run(host: Host, connection: Connection) -> None:
+def test_a_filter_selects_exactly_its_causes_sizes_and_run(host: Host, connection: Connection) -> None:
     host.plan(500)
     host.subscriber(10_000, counter=10_500)
     held(host, 100, 300)
@@ -90,7 +90,7 @@ def test_a_filter_takes_exactly_its_causes_its_sizes_and_its_run(host: Host, con
     assert tokens() == [200]
 
 
-def test_a_filter_of_several_causes_is_of_their_combination(host: Host, connection: Connection) -> None:
+def test_a_filter_with_several_causes_selects_their_combination(host: Host, connection: Connection) -> None:
     held(host, 100, 200)
     host.execute("UPDATE trueup.drift SET cause = 'missed_decrement+manual_edit' WHERE observed - expected = 200")
     assert choose(connection, causes=("manual_edit", "missed_decrement")).tokens_overstated == 200
@@ -98,7 +98,7 @@ def test_a_filter_of_several_causes_is_of_their_combination(host: Host, connecti
     assert choose(connection, causes=("manual_edit",)).drifts == 0
 
 
-def test_what_is_not_as_it_was_found_is_left_and_said(host: Host, connection: Connection) -> None:
+def test_a_drift_that_has_changed_stays_undecided_and_is_counted(host: Host, connection: Connection) -> None:
     users = held(host, 100, 200, 300, 400, 500)
     chosen = choose(connection)
     host.decrement(users[0], 7)
@@ -112,7 +112,7 @@ def test_what_is_not_as_it_was_found_is_left_and_said(host: Host, connection: Co
     assert counters(host) == [9_993, 10_000, 10_000, 9_600, 10_000]
 
 
-def test_what_came_after_the_count_is_not_decided(host: Host, connection: Connection) -> None:
+def test_drifts_found_after_the_count_are_not_decided(host: Host, connection: Connection) -> None:
     held(host, 100)
     chosen = choose(connection)
     (later,) = held(host, 200)
@@ -120,7 +120,7 @@ def test_what_came_after_the_count_is_not_decided(host: Host, connection: Connec
     assert host.counter(later) == 10_000
 
 
-def test_of_several_at_once_each_drift_is_decided_by_one(host: Host, connection: Connection) -> None:
+def test_each_drift_is_decided_once_by_concurrent_bulk_decisions(host: Host, connection: Connection) -> None:
     held(host, *range(100, 120))
     chosen = choose(connection)
 
@@ -134,7 +134,7 @@ def test_of_several_at_once_each_drift_is_decided_by_one(host: Host, connection:
     assert_true(host)
 
 
-def test_a_run_that_was_undone_is_accepted_again_in_one_go(host: Host, connection: Connection) -> None:
+def test_the_drifts_of_an_undone_run_can_be_accepted_in_bulk(host: Host, connection: Connection) -> None:
     for _ in range(5):
         host.log(host.subscriber(10_000), 300)
     rules = Rules(min_age_seconds=0)
@@ -152,7 +152,7 @@ def test_differences_are_ignored_in_bulk_too_but_grants_need_a_reference_each(
     host: Host, connection: Connection
 ) -> None:
     held(host, 100, 200)
-    with pytest.raises(InvalidInputError, match="Grant one by one"):
+    with pytest.raises(InvalidInputError, match="`trueup drift grant` for each one"):
         decide(connection, choose(connection), "grant")
     for wrong in ({"note": " "}, {"by": ""}):
         with pytest.raises(InvalidInputError):

@@ -47,7 +47,7 @@ def decide(connection: Connection) -> Callable[..., Decision]:
 
 
 def credited(host: Host, credit: int = 500, used: int = 600) -> int:
-    """A user whose counter shows more than is left, as after buying a pack."""
+    """A user whose counter shows more tokens than remain, as after buying a pack."""
     user = host.subscriber(10_000)
     host.log(user, used)
     host.decrement(user, used)
@@ -65,7 +65,7 @@ def reviews(connection: Connection) -> list[ReviewItem]:
 
 @pytest.fixture
 def drift(host: Host, connection: Connection, run: Callable[..., RunSummary]) -> ReviewItem:
-    """A drift of 500 tokens too many that waits for a person."""
+    """A drift in review, with a counter 500 tokens too high."""
     host.plan(500)
     credited(host)
     run()
@@ -102,7 +102,7 @@ def test_the_same_drift_is_not_written_again(
     assert host.execute("SELECT found_new, in_review FROM trueup.reconcile_run ORDER BY id").all() == [(1, 1), (0, 1)]
 
 
-def test_a_user_who_goes_on_working_stays_in_the_same_review(
+def test_a_user_with_new_usage_stays_in_the_same_review(
     host: Host, connection: Connection, drift: ReviewItem, run: Callable[..., RunSummary], decide: Callable[..., Any]
 ) -> None:
     host.log(drift.user_id, 100)  # type: ignore[arg-type]
@@ -119,7 +119,7 @@ def test_another_difference_is_another_drift(
     host.execute("UPDATE billing_subscription SET tokens_remaining = 10000")
     (item,) = reviews(connection)
     assert item.changed
-    with pytest.raises(DecisionRefusedError, match="counter is 10000 and should be 9400"):
+    with pytest.raises(DecisionRefusedError, match="counter is now 10000 and should be 9400"):
         decide(drift.id)
     assert run().found_new == 1
     (item,) = reviews(connection)
@@ -129,7 +129,7 @@ def test_another_difference_is_another_drift(
     assert decisions(host) == []
 
 
-def test_a_drift_that_is_gone_is_not_listed_and_one_that_comes_back_is_new(
+def test_a_drift_that_disappeared_is_not_listed_and_is_new_if_it_returns(
     host: Host, connection: Connection, drift: ReviewItem, run: Callable[..., RunSummary]
 ) -> None:
     host.execute("UPDATE billing_subscription SET tokens_remaining = 9400")
@@ -139,7 +139,7 @@ def test_a_drift_that_is_gone_is_not_listed_and_one_that_comes_back_is_new(
     assert run().found_new == 1
 
 
-def test_accept_sets_the_counter_right_and_says_who_and_why(
+def test_accept_corrects_the_counter_and_records_who_and_why(
     host: Host, connection: Connection, drift: ReviewItem, run: Callable[..., RunSummary], decide: Callable[..., Any]
 ) -> None:
     done = decide(drift.id, by="ann", note="refunded")
@@ -167,7 +167,7 @@ def test_grant_makes_the_counter_right_without_touching_it(
     assert_true(host)
 
 
-def test_a_grant_covers_what_the_user_is_over_budget_by(
+def test_a_grant_includes_the_users_overdraft(
     host: Host, connection: Connection, run: Callable[..., RunSummary], decide: Callable[..., Any]
 ) -> None:
     host.plan(500)
@@ -234,7 +234,7 @@ def test_an_ignored_difference_is_not_raised_again_while_it_stays_the_same(
     assert run().found_new == 0
 
 
-def test_what_was_ignored_or_undone_is_settled_when_the_window_moves(
+def test_ignored_and_undone_drifts_are_settled_when_the_window_changes(
     host: Host, connection: Connection, drift: ReviewItem, run: Callable[..., RunSummary], decide: Callable[..., Any]
 ) -> None:
     decide(drift.id, "ignore")
@@ -243,7 +243,7 @@ def test_what_was_ignored_or_undone_is_settled_when_the_window_moves(
 
 
 @pytest.mark.parametrize("choice", ["accept", "grant", "ignore"])
-def test_a_decision_made_again_is_made_once_and_another_is_refused(
+def test_a_repeated_decision_is_made_once_and_another_decision_is_refused(
     host: Host, drift: ReviewItem, decide: Callable[..., Any], choice: str
 ) -> None:
     more = {"reference": "tx"} if choice == "grant" else {}
@@ -251,12 +251,12 @@ def test_a_decision_made_again_is_made_once_and_another_is_refused(
     again = decide(drift.id, choice, by="bob", **more)
     assert (again.already, again.by, again.decided_at) == (True, "ann", first.decided_at)
     other = "ignore" if choice == "accept" else "accept"
-    with pytest.raises(DecisionRefusedError, match=f"ann has decided '{choice}'"):
+    with pytest.raises(DecisionRefusedError, match=f"ann decided '{choice}'"):
         decide(drift.id, other)
     assert len(decisions(host)) == 1
 
 
-def test_of_people_who_decide_at_once_one_decides(host: Host, drift: ReviewItem) -> None:
+def test_one_of_several_concurrent_decisions_wins(host: Host, drift: ReviewItem) -> None:
     def decider(number: int) -> Callable[[], str]:
         def decide() -> str:
             choice: Any = ("accept", "ignore", "grant")[number % 3]
@@ -287,23 +287,23 @@ def test_a_counter_that_the_host_is_writing_is_not_waited_for(
     assert decide(drift.id).counter_after == 9_400
 
 
-def test_a_subscription_that_is_gone_can_not_be_decided_about(
+def test_a_drift_of_a_deleted_subscription_cannot_be_decided(
     host: Host, drift: ReviewItem, decide: Callable[..., Any]
 ) -> None:
     host.execute("DELETE FROM billing_subscription")
-    with pytest.raises(DecisionRefusedError, match="no such subscription"):
+    with pytest.raises(DecisionRefusedError, match="no longer has this subscription"):
         decide(drift.id)
 
 
-def test_what_does_not_wait_for_a_person_can_not_be_decided(
+def test_a_drift_that_is_not_in_review_cannot_be_decided(
     host: Host, run: Callable[..., RunSummary], decide: Callable[..., Any]
 ) -> None:
     host.log(host.subscriber(10_000), 300)
     run()
     corrected = host.value("SELECT id FROM trueup.drift")
-    with pytest.raises(DecisionRefusedError, match="it was corrected"):
+    with pytest.raises(DecisionRefusedError, match="its action was 'corrected'"):
         decide(corrected)
-    with pytest.raises(DecisionRefusedError, match="none of that number"):
+    with pytest.raises(DecisionRefusedError, match="it does not exist"):
         decide(corrected + 1)
     for wrong in ({"note": " "}, {"by": ""}, {"note": "a\x00"}):
         with pytest.raises(InvalidInputError):
@@ -320,7 +320,7 @@ def test_a_null_counter_held_for_review_is_accepted(
     assert (done.counter_before, done.counter_after, host.counter(user)) == (None, 10_000, 10_000)
 
 
-def test_undo_puts_back_what_nobody_wrote_since(
+def test_undo_restores_counters_that_were_not_written_since(
     host: Host, connection: Connection, run: Callable[..., RunSummary]
 ) -> None:
     users = [host.subscriber(10_000, counter=counter) for counter in (9_000, None, 9_300, 8_000)]
@@ -338,12 +338,12 @@ def test_undo_puts_back_what_nobody_wrote_since(
         ("undo", "ann", "wrong plan", 10_000, 9_000),
         ("undo", "ann", "wrong plan", 10_000, None),
     ]
-    # Again: what was in use meanwhile, and nothing twice.
+    # A repeated call undoes the counter that was locked, and nothing twice.
     assert undo_run(connection, first, "bigint", by="bob", note="again") == Undone(counters=1, left=1)
     assert undo_run(connection, first, "bigint", by="bob", note="again") == Undone(counters=0, left=1)
 
 
-def test_what_was_undone_waits_for_a_person_however_it_goes_on(
+def test_an_undone_correction_stays_in_review_after_later_changes(
     host: Host, connection: Connection, run: Callable[..., RunSummary], decide: Callable[..., Any]
 ) -> None:
     user = host.subscriber(10_000)
@@ -364,7 +364,7 @@ def test_what_was_undone_waits_for_a_person_however_it_goes_on(
     assert run(rules=Rules(min_age_seconds=0)).corrected == 1
 
 
-def test_a_correction_that_another_run_has_built_on_is_not_undone(
+def test_a_correction_followed_by_another_correction_is_not_undone(
     host: Host, connection: Connection, run: Callable[..., RunSummary]
 ) -> None:
     user = host.subscriber(10_000, counter=9_000)
@@ -376,18 +376,16 @@ def test_a_correction_that_another_run_has_built_on_is_not_undone(
     assert undo_run(connection, first, "bigint", by="ann", note="n") == Undone(counters=0, left=1)
 
 
-def test_only_a_run_that_has_ended_is_undone(
-    host: Host, connection: Connection, run: Callable[..., RunSummary]
-) -> None:
-    with pytest.raises(DecisionRefusedError, match="no run 1"):
+def test_only_an_ended_run_can_be_undone(host: Host, connection: Connection, run: Callable[..., RunSummary]) -> None:
+    with pytest.raises(DecisionRefusedError, match="Run 1 does not exist"):
         undo_run(connection, 1, "bigint", by="ann", note="n")
     run()
     host.execute("UPDATE trueup.reconcile_run SET status = 'running', finished_at = NULL")
-    with pytest.raises(DecisionRefusedError, match="still at work"):
+    with pytest.raises(DecisionRefusedError, match="still in progress"):
         undo_run(connection, 1, "bigint", by="ann", note="n")
 
 
-def test_a_dry_run_tells_what_stands_already_and_writes_nothing(
+def test_a_dry_run_reports_known_drifts_and_writes_nothing(
     host: Host, drift: ReviewItem, run: Callable[..., RunSummary]
 ) -> None:
     before = dump(host)
@@ -396,7 +394,9 @@ def test_a_dry_run_tells_what_stands_already_and_writes_nothing(
     assert [(finding.action, finding.is_new) for finding in summary.findings] == [("review", False)]
 
 
-def test_usage_in_flight_waits_and_is_corrected_when_it_never_came(host: Host, run: Callable[..., RunSummary]) -> None:
+def test_a_decrement_in_flight_is_waited_for_and_corrected_if_it_never_arrives(
+    host: Host, run: Callable[..., RunSummary]
+) -> None:
     user = host.subscriber(10_000)
     host.log(user, 300, at=datetime.now(UTC))
     for new in (1, 0):
@@ -404,7 +404,7 @@ def test_usage_in_flight_waits_and_is_corrected_when_it_never_came(host: Host, r
         assert (summary.drifted, summary.corrected, summary.found_new) == (1, 0, new)
     assert host.value("SELECT action FROM trueup.drift") == "waiting"
     assert host.counter(user) == 10_000
-    # A row dated in the future is young for long: then what has stood is taken for missed.
+    # A row dated in the future stays new for long. A decrement that has not arrived by then counts as missed.
     host.execute("UPDATE ai_usage_log SET created_at = now() + interval '1 hour'")
     host.execute("UPDATE trueup.drift SET found_at = found_at - interval '61 seconds'")
     run(rules=Rules(min_age_seconds=60))

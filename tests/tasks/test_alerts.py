@@ -335,7 +335,7 @@ def test_the_check_command_reports_a_missing_run_by_its_exit_code(
     configure(missed_deep_run_seconds="1")
     host.execute("UPDATE trueup.installation SET installed_at = now() - interval '1 hour'")
     shown = trueup("alerts", "check", code=3).stdout
-    assert "No deep reconcile run has ended for 3,60" in shown
+    assert "No deep reconcile run has finished for 3,60" in shown
     gaps = trueup_json("alerts", "check", code=3)
     assert (gaps["missed_seconds"], gaps["missed_deep_seconds"] >= 3_600) == (None, True)
 

@@ -22,7 +22,7 @@ def pay(connection: Connection, hold: Hold, key: str, at: datetime, *, answered:
     charge_tokens(connection, hold, 10, key=key, now=at, answer={"text": key} if answered else None)
 
 
-def test_answers_older_than_the_age_are_forgotten_and_the_charges_stay(
+def test_answers_older_than_the_age_are_deleted_and_the_charges_stay(
     host: Host, connection: Connection, hold: Hold
 ) -> None:
     pay(connection, hold, "older", NOW - WEEK - timedelta(seconds=1))
@@ -36,7 +36,7 @@ def test_answers_older_than_the_age_are_forgotten_and_the_charges_stay(
     assert charge_tokens(connection, hold, 10, key="older").recorded is False
 
 
-def test_pruning_is_bounded_and_goes_on_where_it_ended(host: Host, connection: Connection, hold: Hold) -> None:
+def test_pruning_is_bounded_and_continues_where_it_ended(host: Host, connection: Connection, hold: Hold) -> None:
     for number in range(5):
         pay(connection, hold, str(number), NOW - 2 * WEEK)
     pruned = [prune_answers(connection, older_than=WEEK, limit=2, now=NOW) for _ in range(4)]
@@ -44,7 +44,7 @@ def test_pruning_is_bounded_and_goes_on_where_it_ended(host: Host, connection: C
     assert host.value("SELECT count(*) FROM trueup.charge WHERE answer IS NOT NULL") == 0
 
 
-def test_pruning_passes_over_a_charge_that_is_locked(host: Host, connection: Connection, hold: Hold) -> None:
+def test_pruning_skips_a_locked_charge(host: Host, connection: Connection, hold: Hold) -> None:
     for key in "ab":
         pay(connection, hold, key, NOW - 2 * WEEK)
     with locked(host, "SELECT * FROM trueup.charge WHERE call_key = 'a' FOR UPDATE"):
@@ -59,7 +59,7 @@ def test_without_an_injected_clock_the_databases_counts(connection: Connection, 
     assert prune_answers(connection, older_than=timedelta(0), limit=10) == 1
 
 
-def test_an_answer_that_was_bought_after_one_that_broke_is_kept_for_the_next_delivery(
+def test_an_answer_bought_after_an_incomplete_one_is_kept_for_the_next_delivery(
     host: Host, connection: Connection
 ) -> None:
     user = host.subscriber(1_000)

@@ -70,7 +70,7 @@ def test_a_call_is_charged_once_however_often_it_is_recorded(
     assert_true(host)
 
 
-def test_of_many_recordings_at_once_one_is_charged(host: Host, database: str, user: int, hold: Hold) -> None:
+def test_one_of_many_concurrent_recordings_is_charged(host: Host, database: str, user: int, hold: Hold) -> None:
     engine = create_engine(database, poolclass=QueuePool, pool_size=8, isolation_level="AUTOCOMMIT")
 
     def record() -> bool:
@@ -104,7 +104,7 @@ def test_two_users_tasks_of_one_id_and_one_call_are_both_charged(host: Host, con
     assert [host.used(user) for user in users] == [60, 60]
 
 
-def test_what_the_hold_does_not_cover_is_charged_all_the_same_and_said(
+def test_usage_beyond_the_hold_is_charged_and_reported(
     host: Host, connection: Connection, user: int, hold: Hold
 ) -> None:
     assert charge_tokens(connection, hold, 1_300).tokens_over == 300
@@ -131,7 +131,7 @@ def test_a_charge_of_an_expired_hold_is_late(host: Host, connection: Connection,
     assert_true(host)
 
 
-def test_an_overtaken_attempts_charge_is_late_and_draws_on_the_hold_of_its_successor(
+def test_a_fenced_attempts_charge_is_late_and_uses_the_hold_of_the_later_attempt(
     host: Host, connection: Connection, user: int, hold: Hold
 ) -> None:
     successor = hold_tokens(connection, user, 1_000, task="task")
@@ -194,8 +194,8 @@ def test_a_charge_without_a_subscription_counts_once_there_is_one(
     assert balance(host, user) == (300, 700)
 
 
-def test_a_charge_that_races_with_the_making_of_the_balance_counts_once(host: Host, connection: Connection) -> None:
-    """A balance built while a charge that saw none is under way must hear of its log row."""
+def test_a_charge_concurrent_with_the_creation_of_the_balance_counts_once(host: Host, connection: Connection) -> None:
+    """A balance built while a charge without a balance is in progress must include the charge's log row."""
     user, plan = host.user(), host.plan(1_000)
     never_held = Hold(
         user_id=user,
@@ -216,7 +216,7 @@ def test_a_charge_that_races_with_the_making_of_the_balance_counts_once(host: Ho
             p=plan,
             start=START,
         )
-        # By the sweep: a gate would stand in line behind the charge.
+        # The sweep builds it, because a gate would queue behind the charge.
         connection.execute(text("SELECT trueup.refresh_balances(ARRAY[:user]::bigint[], NULL)"), {"user": user})
         session.commit()
     assert_true(host)
@@ -234,7 +234,7 @@ def test_a_deleted_users_charge_is_refused_by_name(host: Host, connection: Conne
 def test_a_host_that_holds_the_user_and_then_the_subscription_is_not_deadlocked(
     host: Host, connection: Connection, user: int, hold: Hold, deferrable: str
 ) -> None:
-    """Django's foreign keys are checked at commit: our log row's must not come after our lock on the counter."""
+    """Django checks foreign keys at commit; trueup's log row must be checked before trueup locks the counter."""
     host.execute(
         "ALTER TABLE ai_usage_log DROP CONSTRAINT ai_usage_log_user_id_fkey; ALTER TABLE ai_usage_log "
         f"ADD CONSTRAINT key FOREIGN KEY (user_id) REFERENCES accounts_user (id) {deferrable}"
@@ -280,7 +280,7 @@ def test_figures_that_the_log_cant_hold_are_recorded_at_its_limits(
     assert_true(host)
 
 
-def test_a_host_trigger_that_changes_our_row_is_counted_as_it_was_logged(
+def test_a_row_changed_by_a_host_trigger_is_counted_as_stored(
     host: Host, connection: Connection, user: int, hold: Hold
 ) -> None:
     host.execute(
@@ -293,7 +293,7 @@ def test_a_host_trigger_that_changes_our_row_is_counted_as_it_was_logged(
     assert_true(host)
 
 
-def test_a_stored_answer_is_found_by_its_call_alone(host: Host, connection: Connection, hold: Hold) -> None:
+def test_a_stored_answer_is_found_only_by_its_call(host: Host, connection: Connection, hold: Hold) -> None:
     charge_tokens(connection, hold, 1, key="a", answer={"text": "hello % :x ü"})
     charge_tokens(connection, hold, 1, key="b")
     assert find_answer(connection, hold, "a") == {"text": "hello % :x ü"}
@@ -302,8 +302,8 @@ def test_a_stored_answer_is_found_by_its_call_alone(host: Host, connection: Conn
     assert find_answer(connection, hold_tokens(connection, host.subscriber(), 1, task="task"), "a") is None
 
 
-def test_a_balance_that_is_made_while_a_charge_is_written_is_left_as_it_is(host: Host, connection: Connection) -> None:
-    """The work was paid for, whether its user had a subscription then or not."""
+def test_a_balance_created_while_a_charge_is_written_is_not_overwritten(host: Host, connection: Connection) -> None:
+    """The work was paid for, with or without a subscription of its user at that time."""
     user = host.subscriber(1_000)
     hold = hold_tokens(connection, user, 500)
     host.execute("DELETE FROM trueup.hold; DELETE FROM trueup.balance")

@@ -34,34 +34,34 @@ def found(connection: Connection) -> Effect:
     return effect
 
 
-def test_an_effect_is_on_record_before_it_is_tried(connection: Connection) -> None:
+def test_an_effect_is_recorded_before_it_is_tried(connection: Connection) -> None:
     assert find_effect(connection, user_id=1, task_id="t", effect="dm") is None
     begun = begin(connection, now=NOW)
     assert (begun.status, begun.detail, begun.updated_at) == ("sending", {"text": "hello"}, NOW)
     assert found(connection) == begun
 
 
-def test_what_an_attempt_left_in_the_middle_is_unknown_to_the_next_and_stays_so(connection: Connection) -> None:
+def test_an_interrupted_effect_is_unknown_to_later_attempts(connection: Connection) -> None:
     begin(connection)
     later = begin(connection, detail={"text": "other words"}, now=NOW)
     assert (later.status, later.detail, later.updated_at) == ("unknown", {"text": "hello"}, NOW)
     assert begin(connection).status == "unknown"
 
 
-def test_what_was_sent_is_not_sent_again_and_its_answer_is_there(connection: Connection) -> None:
+def test_a_sent_effect_is_not_sent_again_and_its_answer_is_stored(connection: Connection) -> None:
     finish_effect(connection, begin(connection), "sent", detail={"message_id": "m1"}, now=NOW)
     assert begin(connection, detail={"text": "other words"}).status == "sent"
     assert found(connection).detail == {"text": "hello", "message_id": "m1"}
 
 
-def test_what_certainly_failed_is_tried_again_and_the_record_says_what_is_sent_now(connection: Connection) -> None:
+def test_a_failed_effect_is_retried_and_its_record_has_the_new_request(connection: Connection) -> None:
     finish_effect(connection, begin(connection), "failed", detail={"error": "403"})
     again = begin(connection, detail={"text": "other words"})
     assert (again.status, again.detail) == ("sending", {"text": "other words"})
     assert found(connection).detail == {"text": "other words"}
 
 
-def test_of_many_beginners_at_once_one_may_send(host: Host, connection: Connection, database: str) -> None:
+def test_one_of_many_concurrent_attempts_may_send(host: Host, connection: Connection, database: str) -> None:
     finish_effect(connection, begin(connection, task="failed before"), "failed")
     engine = create_engine(database, poolclass=QueuePool, pool_size=8, isolation_level="AUTOCOMMIT")
 
@@ -74,13 +74,13 @@ def test_of_many_beginners_at_once_one_may_send(host: Host, connection: Connecti
     engine.dispose()
 
 
-def test_users_tasks_and_effects_are_told_apart(connection: Connection) -> None:
+def test_effects_are_separate_by_user_task_and_name(connection: Connection) -> None:
     begin(connection)
     for other in ({"user": 2}, {"task": "t2"}, {"effect": "reply"}):
         assert begin(connection, **other).status == "sending"
 
 
-def test_an_attempt_thought_dead_may_still_tell_how_it_ended(connection: Connection) -> None:
+def test_an_attempt_that_seemed_dead_may_still_record_its_result(connection: Connection) -> None:
     slow = begin(connection)
     begin(connection)
     finish_effect(connection, slow, "sent")
@@ -88,8 +88,8 @@ def test_an_attempt_thought_dead_may_still_tell_how_it_ended(connection: Connect
 
 
 @pytest.mark.parametrize("status", ["failed", "unknown", "sending"])
-def test_what_was_sent_stays_sent_whatever_a_slow_attempt_tells(connection: Connection, status: EffectStatus) -> None:
-    """Else the next delivery would find it failed, and send it again."""
+def test_a_sent_effect_stays_sent_after_a_slow_attempts_report(connection: Connection, status: EffectStatus) -> None:
+    """Otherwise the next delivery would read the status "failed" and send it again."""
     slow = begin(connection)
     finish_effect(connection, reopen_effect(connection, begin(connection)), "sent", detail={"message_id": "m2"})
     finish_effect(connection, slow, status, detail={"error": "timed out"})
@@ -104,7 +104,7 @@ def test_an_unknown_effect_is_reopened_for_one_more_try(connection: Connection) 
     assert begin(connection).status == "unknown"
 
 
-def test_an_effect_that_turns_out_to_be_sent_is_not_reopened(connection: Connection) -> None:
+def test_an_effect_that_was_sent_meanwhile_is_not_reopened(connection: Connection) -> None:
     slow = begin(connection)
     unknown = begin(connection)
     finish_effect(connection, slow, "sent", detail={"message_id": "m1"})
@@ -113,8 +113,8 @@ def test_an_effect_that_turns_out_to_be_sent_is_not_reopened(connection: Connect
     assert found(connection).status == "sent"
 
 
-def test_a_late_word_about_a_try_that_failed_does_not_count_for_the_next(connection: Connection) -> None:
-    """Else a third delivery would take the message that is on its way for one that failed, and send it again."""
+def test_a_late_report_about_a_failed_try_does_not_change_the_next_try(connection: Connection) -> None:
+    """Otherwise a third delivery would treat the message being sent as failed, and send it again."""
     first = begin(connection)
     finish_effect(connection, first, "failed")
     second = begin(connection)
@@ -125,7 +125,7 @@ def test_a_late_word_about_a_try_that_failed_does_not_count_for_the_next(connect
     assert begin(connection).tries == 3
 
 
-def test_what_nobody_can_tell_is_listed_newest_first(host: Host, connection: Connection) -> None:
+def test_unknown_effects_are_listed_newest_first(host: Host, connection: Connection) -> None:
     for minutes, task in ((2, "b"), (1, "a"), (3, "c")):
         finish_effect(connection, begin(connection, task=task), "unknown", now=NOW + timedelta(minutes=minutes))
     for status in ("sent", "failed"):
@@ -134,7 +134,9 @@ def test_what_nobody_can_tell_is_listed_newest_first(host: Host, connection: Con
     assert [effect.task_id for effect in list_unresolved_effects(connection, limit=2)] == ["c", "b"]
 
 
-def test_what_was_being_done_when_its_task_was_over_is_unresolved_too(host: Host, connection: Connection) -> None:
+def test_an_effect_still_being_sent_after_its_tasks_time_limit_is_unresolved(
+    host: Host, connection: Connection
+) -> None:
     begin(connection, task="at work")
     begin(connection, task="left")
     host.execute("UPDATE trueup.outbox SET updated_at = updated_at - interval '10 minutes' WHERE task_id = 'left'")

@@ -1,4 +1,4 @@
-"""One task for one idempotency key, and whose it is."""
+"""Each idempotency key has one task, and each task has one owner."""
 
 import uuid
 from datetime import UTC, datetime, timedelta
@@ -32,7 +32,7 @@ def begin(connection: Connection, user: int = USER, key: str = "key-1", **more: 
     return begin_request(connection, user_id=user, idempotency_key=key, **{**values, **more})
 
 
-def test_the_same_key_gives_the_first_request_as_it_stands(host: Host, connection: Connection) -> None:
+def test_the_same_key_returns_the_first_request_unchanged(host: Host, connection: Connection) -> None:
     first = begin(connection)
     again = begin(connection, fingerprint="other", task="trueup.generate_prompt", now=NOW + timedelta(hours=1))
     assert again == first
@@ -42,11 +42,11 @@ def test_the_same_key_gives_the_first_request_as_it_stands(host: Host, connectio
     assert begin(connection).sent_at == NOW + timedelta(seconds=1)
 
 
-def test_a_key_is_one_users_alone(host: Host, connection: Connection) -> None:
+def test_a_key_belongs_to_one_user(host: Host, connection: Connection) -> None:
     assert begin(connection).task_id != begin(connection, OTHER).task_id
 
 
-def test_a_task_is_found_by_its_owner_alone(host: Host, connection: Connection) -> None:
+def test_a_task_is_found_only_by_its_owner(host: Host, connection: Connection) -> None:
     mine = begin(connection)
     assert find_request_of_task(connection, USER, mine.task_id, now=NOW) == mine
     assert find_request_of_task(connection, OTHER, mine.task_id, now=NOW) is None
@@ -73,7 +73,7 @@ def test_old_requests_are_pruned_in_batches_and_others_stay(host: Host, connecti
     assert host.value("SELECT string_agg(task_id, ',') FROM trueup.task_request") == young.task_id
 
 
-def test_requests_of_one_key_at_once_are_one_task(host: Host) -> None:
+def test_concurrent_requests_with_one_key_are_one_task(host: Host) -> None:
     def work() -> str:
         with connect() as connection:
             return begin(connection, now=None).task_id

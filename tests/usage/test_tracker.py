@@ -1,4 +1,4 @@
-"""The usage tracker: one row in the log for each key, whatever is said again, and the books true afterwards."""
+"""The usage tracker records one log row for each key, however often it is reported, and keeps the balances correct."""
 
 import asyncio
 from datetime import datetime, timedelta
@@ -25,7 +25,7 @@ from trueup.usage import tracker as tracking
 from trueup.usage.charges import MAX_LOG_TOKENS
 from trueup.usage.log import TrackedUsage, ai_usage, list_usage, track_ai_usage
 
-NOWHERE = "postgresql://nobody@127.0.0.1:1/x"
+NOWHERE = "postgresql://absent@127.0.0.1:1/x"
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def log_row(host: Host) -> dict[str, Any]:
 
 @pytest.fixture
 def database_away(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A database that does not answer, and no patience for it."""
+    """A database that does not answer, without delays between the retries."""
     monkeypatch.setattr(retry, "RETRY_DELAYS_SECONDS", (0, 0))
     use_database(monkeypatch, NOWHERE)
 
@@ -55,7 +55,7 @@ def use_database(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     dispose_engine()
 
 
-def test_usage_is_one_row_counted_at_once_and_taken_off_the_counter(host: Host, user: int) -> None:
+def test_usage_is_one_row_that_counts_immediately_and_lowers_the_counter(host: Host, user: int) -> None:
     tracked = track(user, metadata={"ü": 1}, response_time_ms=12)
     assert (tracked.recorded, tracked.differs) == (True, False)
     row = log_row(host)
@@ -69,13 +69,13 @@ def test_usage_is_one_row_counted_at_once_and_taken_off_the_counter(host: Host, 
     assert_true(host)
 
 
-def test_a_total_that_the_provider_named_itself_is_the_one_that_counts(host: Host, user: int) -> None:
+def test_a_total_given_by_the_provider_is_the_one_that_counts(host: Host, user: int) -> None:
     track(user, 200, 100, total_tokens=450)
     assert get_accurate_tokens_remaining(user) == (10_000, 450, 9_550)
     assert log_row(host)["total_tokens"] == 450
 
 
-def test_a_key_said_again_is_recorded_once_and_its_first_figures_stand(
+def test_a_repeated_key_is_recorded_once_with_its_first_figures(
     host: Host, user: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = track(user)
@@ -92,27 +92,27 @@ def test_a_key_said_again_is_recorded_once_and_its_first_figures_stand(
     assert_true(host)
 
 
-def test_of_eight_that_report_one_key_at_once_one_is_recorded(host: Host, user: int) -> None:
+def test_one_of_eight_concurrent_reports_of_a_key_is_recorded(host: Host, user: int) -> None:
     results = run_at_once([lambda: track(user).recorded] * 8)
     assert sorted(results) == [False] * 7 + [True]
     assert (host.value("SELECT count(*) FROM ai_usage_log"), host.used(user), host.counter(user)) == (1, 300, 9_700)
     assert_true(host)
 
 
-def test_different_keys_reported_at_once_are_all_recorded(host: Host, user: int) -> None:
+def test_concurrent_reports_of_different_keys_are_all_recorded(host: Host, user: int) -> None:
     run_at_once([lambda number=number: track(user, key=f"call-{number}") for number in range(8)])
     assert (host.used(user), host.counter(user)) == (2_400, 7_600)
     assert_true(host)
 
 
-def test_usage_beyond_the_budget_is_recorded_all_the_same(host: Host) -> None:
+def test_usage_beyond_the_budget_is_recorded(host: Host) -> None:
     user = host.subscriber(100)
     assert track(user).recorded
     assert (get_accurate_tokens_remaining(user), host.counter(user)) == ((100, 300, 0), 0)
     assert_true(host)
 
 
-def test_usage_beside_a_hold_leaves_the_hold_as_it_is(host: Host, connection: Connection, user: int) -> None:
+def test_reported_usage_does_not_change_an_open_hold(host: Host, connection: Connection, user: int) -> None:
     hold = hold_tokens(connection, user, 1_000)
     track(user)
     assert balance(host, user) == (300, 1_000)
@@ -120,7 +120,7 @@ def test_usage_beside_a_hold_leaves_the_hold_as_it_is(host: Host, connection: Co
     close_hold(connection, hold)
 
 
-def test_a_failed_call_counts_for_nothing_and_leaves_its_key_to_the_one_that_succeeds(host: Host, user: int) -> None:
+def test_a_failed_call_counts_no_tokens_and_a_later_success_can_use_its_key(host: Host, user: int) -> None:
     failed = track(user, 50, 0, success=False, error_message="time\x00out \ud83d")
     row = log_row(host)
     assert (row["success"], row["error_message"], row["total_tokens"]) == (False, "timeout ?", 50)
@@ -133,7 +133,7 @@ def test_a_failed_call_counts_for_nothing_and_leaves_its_key_to_the_one_that_suc
     assert_true(host)
 
 
-def test_usage_before_the_window_is_logged_and_takes_nothing_off_the_counter(host: Host, user: int) -> None:
+def test_usage_before_the_window_is_logged_and_does_not_lower_the_counter(host: Host, user: int) -> None:
     track(user, created_at=START - timedelta(seconds=1), key="before")
     assert (get_accurate_tokens_remaining(user), host.counter(user)) == ((10_000, 0, 10_000), 10_000)
     track(user, created_at=START, key="first")
@@ -141,7 +141,7 @@ def test_usage_before_the_window_is_logged_and_takes_nothing_off_the_counter(hos
     assert_true(host)
 
 
-def test_a_time_that_is_ahead_of_the_database_by_a_little_is_now_and_by_much_is_refused(host: Host, user: int) -> None:
+def test_a_time_slightly_ahead_of_the_database_becomes_now_and_a_later_one_is_refused(host: Host, user: int) -> None:
     now = host.value("SELECT clock_timestamp()")
     track(user, created_at=now + timedelta(minutes=1))
     assert log_row(host)["created_at"] < now + timedelta(minutes=1)
@@ -161,7 +161,7 @@ def test_the_counter_of_a_host_that_holds_it_is_not_waited_for_and_reconciled_la
     assert_true(host)
 
 
-def test_no_drift_is_left_and_what_is_left_is_explained_as_ours(host: Host, user: int) -> None:
+def test_reported_usage_causes_no_drift_and_a_remaining_one_is_explained(host: Host, user: int) -> None:
     track(user)
     track(user, key="failed", success=False)
     track(user, key="old", created_at=START - timedelta(days=1))
@@ -178,7 +178,7 @@ def _drifts(host: Host) -> list[Any]:
     return list(host.execute("SELECT observed, expected, cause FROM trueup.drift ORDER BY id"))
 
 
-def test_reported_usage_is_no_overrun_of_any_hold(host: Host, connection: Connection, user: int) -> None:
+def test_reported_usage_does_not_count_as_over_a_hold(host: Host, connection: Connection, user: int) -> None:
     track(user)
     status = read_status(connection)
     assert (status.charges, status.tokens_charged, status.late_charges, status.tokens_over_hold) == (1, 300, 0, 0)
@@ -201,7 +201,7 @@ def test_usage_of_a_user_without_a_subscription_counts_once_there_is_one(host: H
     assert_true(host)
 
 
-def test_a_balance_that_is_made_meanwhile_is_left_as_it_is(host: Host, connection: Connection) -> None:
+def test_a_balance_created_meanwhile_is_not_overwritten(host: Host, connection: Connection) -> None:
     user, plan = host.user(), host.plan(1_000)
     with in_background() as submit, locked(host, "LOCK TABLE ai_usage_log IN SHARE MODE") as session:
         tracking = submit(track, user)
@@ -214,8 +214,8 @@ def test_a_balance_that_is_made_meanwhile_is_left_as_it_is(host: Host, connectio
     assert_true(host)
 
 
-def test_a_user_that_is_not_there_is_refused_by_name_and_nothing_is_written(host: Host) -> None:
-    with pytest.raises(UnknownUserError, match=r"user: .*424242.*300 tokens"):
+def test_an_unknown_user_is_refused_and_nothing_is_written(host: Host) -> None:
+    with pytest.raises(UnknownUserError, match=r"user: .*424242.*tokens=300"):
         track(424_242)
     assert host.value("SELECT count(*) FROM trueup.charge") == 0
 
@@ -246,21 +246,21 @@ def test_a_host_without_a_column_for_errors_finds_them_among_the_metadata(host: 
         ({"metadata": {"x": object()}}, "metadata"),
         ({"metadata": {"x": float("nan")}}, "metadata"),
         ({"metadata": {"x": "\x00"}}, "metadata"),
-        ({"created_at": datetime(2024, 11, 5)}, "created_at"),  # noqa: DTZ001 - that is what is wrong with it
+        ({"created_at": datetime(2024, 11, 5)}, "created_at"),  # noqa: DTZ001 - the missing time zone is the fault
         ({"created_at": "2024-11-05"}, "created_at"),
     ],
 )
-def test_what_is_malformed_is_refused_by_its_name(host: Host, user: int, wrong: dict[str, Any], field: str) -> None:
+def test_a_malformed_argument_is_refused_by_its_name(host: Host, user: int, wrong: dict[str, Any], field: str) -> None:
     right = {"section": "chat", "prompt_tokens": 1, "completion_tokens": 1, "model_name": "m", "key": "k"}
     with pytest.raises(InvalidInputError, match=rf"^{field}: "):
         track_ai_usage(user, **{**right, **wrong})
     assert host.value("SELECT count(*) FROM ai_usage_log") == 0
 
 
-@pytest.mark.parametrize("nobody", [None, type("Anonymous", (), {"pk": None})()])
-def test_nobodys_usage_is_refused(database: str, nobody: Any) -> None:
+@pytest.mark.parametrize("anonymous", [None, type("Anonymous", (), {"pk": None})()])
+def test_usage_without_a_user_id_is_refused(database: str, anonymous: Any) -> None:
     with pytest.raises(InvalidInputError, match=r"^user: "):
-        track(nobody)
+        track(anonymous)
 
 
 def test_figures_that_the_log_cant_hold_are_recorded_at_its_limits(host: Host, user: int) -> None:
@@ -271,7 +271,7 @@ def test_figures_that_the_log_cant_hold_are_recorded_at_its_limits(host: Host, u
     assert_true(host)
 
 
-def test_a_host_trigger_that_changes_the_row_is_counted_as_it_was_logged(host: Host, user: int) -> None:
+def test_a_reported_row_changed_by_a_host_trigger_is_counted_as_stored(host: Host, user: int) -> None:
     host.execute(
         "CREATE FUNCTION cap() RETURNS trigger LANGUAGE plpgsql AS "
         "'BEGIN NEW.total_tokens := least(NEW.total_tokens, 50); RETURN NEW; END'; "
@@ -283,7 +283,7 @@ def test_a_host_trigger_that_changes_the_row_is_counted_as_it_was_logged(host: H
 
 
 def test_a_host_that_holds_the_user_and_then_the_subscription_is_not_deadlocked(host: Host, user: int) -> None:
-    """Django's foreign keys are checked at commit: our log row's must not come after our lock on the counter."""
+    """Django checks foreign keys at commit; trueup's log row must be checked before trueup locks the counter."""
     with in_background() as submit, host.engine.connect() as session:
         session.execute(text("SELECT * FROM accounts_user FOR UPDATE"))
         tracking = submit(track, user)
@@ -296,7 +296,7 @@ def test_a_host_that_holds_the_user_and_then_the_subscription_is_not_deadlocked(
     assert_true(host)
 
 
-def test_a_write_is_tried_again_until_the_database_is_back(
+def test_a_write_is_retried_until_the_database_is_back(
     host: Host, database: str, user: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
@@ -313,12 +313,10 @@ def test_a_write_is_tried_again_until_the_database_is_back(
 
 
 @pytest.mark.usefixtures("database_away")
-def test_what_can_be_written_nowhere_is_an_error_and_in_the_log_of_the_process(
-    user: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_usage_that_cannot_be_recorded_is_an_error_and_is_logged(user: int, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ServiceUnavailableError):
         track(user)
-    assert f"usage not recorded: user {user}, key 'call-1', 300 tokens" in caplog.text
+    assert f"usage not recorded: user={user} key='call-1' tokens=300" in caplog.text
 
 
 def test_the_rows_are_listed_beside_the_hosts(host: Host, connection: Connection, user: int) -> None:
@@ -327,7 +325,7 @@ def test_the_rows_are_listed_beside_the_hosts(host: Host, connection: Connection
     assert {row.total_tokens for row in list_usage(connection, HostMapping(), user)} == {5, 300}
 
 
-def test_a_block_records_what_it_was_told_and_how_long_the_call_took(host: Host, user: int) -> None:
+def test_a_block_records_its_figures_and_the_calls_duration(host: Host, user: int) -> None:
     with ai_usage(user, section="knowledge_qa", key="call-1", model_name="m", metadata={"a": 1}) as usage:
         usage.set(prompt_tokens=1, completion_tokens=1)
         usage.set(prompt_tokens=200, completion_tokens=100, response_time_ms=77)
@@ -354,7 +352,7 @@ def test_the_time_is_measured_from_the_beginning_of_the_block(
     assert (log_row(host)["response_time_ms"], log_row(host)["model_name"]) == (1_500, "other")
 
 
-def test_a_block_that_fails_before_it_has_figures_is_a_failed_call_and_its_error_goes_on(host: Host, user: int) -> None:
+def test_a_block_that_fails_before_its_figures_is_a_failed_call_and_its_error_is_raised(host: Host, user: int) -> None:
     with pytest.raises(LookupError, match="no model"), ai_usage(user, section="chat", key="call-1"):
         raise LookupError("no model of that name")
     row = log_row(host)
@@ -369,7 +367,7 @@ def fail_after_figures(user: int) -> None:
         raise LookupError("no title")
 
 
-def test_figures_that_were_named_count_though_the_rest_of_the_block_fails(host: Host, user: int) -> None:
+def test_figures_that_were_set_count_if_the_rest_of_the_block_fails(host: Host, user: int) -> None:
     with pytest.raises(LookupError):
         fail_after_figures(user)
     row = log_row(host)
@@ -387,7 +385,7 @@ def test_a_block_without_figures_is_an_error_and_zeros_are_figures(host: Host, u
     assert log_row(host)["total_tokens"] == 0
 
 
-def test_figures_that_come_after_the_block_are_refused_for_it_is_recorded(host: Host, user: int) -> None:
+def test_figures_set_after_the_block_are_refused(host: Host, user: int) -> None:
     with ai_usage(user, section="chat", key="call-1") as usage:
         usage.set(prompt_tokens=200, completion_tokens=100)
     with pytest.raises(InvalidInputError, match=r"call-1.*has ended.*not recorded"):
@@ -404,7 +402,7 @@ def test_a_block_with_wrong_arguments_does_not_begin(user: int, wrong: dict[str,
 
 
 @pytest.mark.usefixtures("database_away")
-def test_a_blocks_own_error_goes_on_with_a_note_when_nothing_is_lost_and_not_when_tokens_are(user: int) -> None:
+def test_a_blocks_own_error_is_raised_with_a_note_unless_tokens_would_be_lost(user: int) -> None:
     with pytest.raises(LookupError) as failed, ai_usage(user, section="chat", key="call-1"):
         raise LookupError("no model")
     assert "not in the usage log" in failed.value.__notes__[0]
@@ -412,7 +410,7 @@ def test_a_blocks_own_error_goes_on_with_a_note_when_nothing_is_lost_and_not_whe
         fail_after_figures(user)
 
 
-def test_a_blocks_own_error_goes_on_though_the_log_refuses_the_row(host: Host, user: int) -> None:
+def test_a_blocks_own_error_is_raised_if_the_log_refuses_the_row(host: Host, user: int) -> None:
     host.execute("ALTER TABLE ai_usage_log ADD CHECK (total_tokens > 0)")
     with pytest.raises(LookupError) as failed, ai_usage(user, section="chat", key="call-1"):
         raise LookupError("no model")

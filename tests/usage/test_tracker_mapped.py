@@ -1,4 +1,4 @@
-"""The usage tracker and holds of requests on hosts that name everything otherwise, and with other types of ids."""
+"""The usage tracker and request holds on hosts with other names and other types of ids."""
 
 from collections.abc import Iterator
 
@@ -59,7 +59,7 @@ def odd_error_host(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> Iter
     engine.dispose()
 
 
-def test_the_hosts_column_for_errors_is_found_whatever_its_name(odd_error_host: Host) -> None:
+def test_the_hosts_column_for_errors_is_found_under_any_name(odd_error_host: Host) -> None:
     user = odd_error_host.subscriber()
     track_ai_usage(user, **FIGURES, key="1", success=False, error_message="no answer")
     row = odd_error_host.execute("SELECT * FROM ai_usage_log").mappings().one()
@@ -68,7 +68,7 @@ def test_the_hosts_column_for_errors_is_found_whatever_its_name(odd_error_host: 
 
 
 @pytest.mark.parametrize("column_type", ["json", "jsonb", "text"])
-def test_without_a_column_for_errors_they_are_among_the_metadata_of_any_type(host: Host, column_type: str) -> None:
+def test_without_a_column_for_errors_they_are_stored_in_metadata_of_any_type(host: Host, column_type: str) -> None:
     user = host.subscriber()
     host.execute("ALTER TABLE ai_usage_log ALTER metadata DROP DEFAULT, DROP error_message")
     host.execute(f"ALTER TABLE ai_usage_log ALTER metadata TYPE {column_type} USING metadata::text::{column_type}")

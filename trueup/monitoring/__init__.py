@@ -1,1 +1,1 @@
-"""What operators are shown and told of."""
+"""Status figures and alerts for operators."""

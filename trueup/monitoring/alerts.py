@@ -1,7 +1,7 @@
-"""Alerts: what an operator must hear of. Each is a row before it is sent, and is sent once to each channel.
+"""Alerts for operators. Each alert is a row before it is sent, and is sent once to each channel.
 
-A row is claimed for as long as one sending takes: two senders never have the same one, and what a sender that died had
-claimed becomes due again. So a receiver may see an alert twice, always under the same id.
+A sender claims a row for as long as one sending takes. Two senders never have the same alert, and an alert whose sender
+died becomes due again. A receiver may therefore get an alert twice, always with the same id.
 """
 
 import json
@@ -17,7 +17,7 @@ from trueup.reconcile.missed_runs import find_missed_runs
 from trueup.settings.alerts import AlertSettings
 from trueup.settings.settings import get_settings
 
-# A sending takes less; a sender that has not told by then is dead.
+# Longer than any sending takes. A sender that has not recorded a result by then is dead.
 CLAIM_SECONDS = 180
 FIRST_WAIT_SECONDS = 30
 MAX_WAIT_SECONDS = 3600
@@ -25,7 +25,7 @@ MAX_WAIT_SECONDS = 3600
 
 @dataclass(frozen=True, kw_only=True)
 class Alert:
-    """An alert on its way to one channel. `payload`: what is sent. `sent_at` None: not yet; `error` None: none."""
+    """An alert for one channel. `payload`: the JSON to send. `sent_at` None: not sent yet. `error` None: no error."""
 
     id: int
     key: str
@@ -42,7 +42,7 @@ class Alert:
 
 @dataclass(frozen=True, kw_only=True)
 class RunNews:
-    """What a finished run found that no earlier one had, without what is set aside. Tokens are counts."""
+    """Figures of the drifts that a finished run was the first to find, without those set aside. Tokens are counts."""
 
     run_id: int
     status: str
@@ -75,9 +75,9 @@ _RAISED = text("UPDATE trueup.reconcile_run SET alerted_at = clock_timestamp() W
 
 
 def raise_alerts(connection: Connection, run_id: int, *, settings: AlertSettings | None = None) -> int:
-    """Write down what is to be heard of a run that has ended. Returns how many alerts that were not there already.
+    """Record the alerts for a run that has ended. Returns how many were recorded for the first time.
 
-    May be repeated: the same finding is one alert. `settings` None: this process's.
+    Idempotent: the same finding is one alert. `settings` None: this process's settings.
     """
     settings = settings or get_settings().alerts
     row = connection.execute(_NEWS, {"run_id": run_id}).mappings().one_or_none()
@@ -86,13 +86,13 @@ def raise_alerts(connection: Connection, run_id: int, *, settings: AlertSettings
     raised = 0
     for kind, content in findings_of(RunNews(**row), settings):
         raised += _write(connection, f"run:{run_id}:{kind}", kind, {"run_id": run_id, **content}, settings)
-    # Last, so that what was cut short before is done again.
+    # Last, so that an interrupted call is repeated.
     connection.execute(_RAISED, {"run_id": run_id})
     return raised
 
 
 def findings_of(news: RunNews, settings: AlertSettings) -> list[tuple[str, dict[str, Any]]]:
-    """Return the kind and content of each alert that a run gives reason for. Pure."""
+    """Return the kind and content of each alert whose threshold the run reaches. Pure."""
     if news.only_user is not None:
         return []
     found: list[tuple[str, dict[str, Any]]] = []
@@ -105,7 +105,7 @@ def findings_of(news: RunNews, settings: AlertSettings) -> list[tuple[str, dict[
 
     run = f"Reconcile run {news.run_id}"
     if news.status == "failed":
-        found.append(("failed", {"message": f"{run} failed: {news.error or 'no reason is known'}", **figures}))
+        found.append(("failed", {"message": f"{run} failed: {news.error or 'the reason is unknown'}", **figures}))
     if settings.tokens is not None and news.tokens >= settings.tokens:
         add("tokens", settings.tokens, f"{run} found {news.tokens:,} newly drifted tokens of {news.users:,} users.")
     if settings.users is not None and news.users >= settings.users:
@@ -133,21 +133,21 @@ _UNHEARD = text(
 
 
 def raise_all(connection: Connection, *, settings: AlertSettings | None = None) -> int:
-    """Write down what is to be heard of runs that nobody has told of, and of those missing. Returns how many."""
+    """Record the alerts for ended runs that have none yet, and for missed runs. Returns how many were recorded."""
     settings = settings or get_settings().alerts
     if not settings.channels:
         return 0
     runs = connection.scalars(_UNHEARD).all()
     raised = sum(raise_alerts(connection, run_id, settings=settings) for run_id in runs)
     for missed in find_missed_runs(connection, settings=settings):
-        # One alert for one gap, however long it gets.
+        # One alert for each gap, however long the gap becomes.
         key = f"{missed.kind}:{missed.last.isoformat()}"
         raised += _write(connection, key, missed.kind, missed.content(), settings)
     return raised
 
 
 def raise_test(connection: Connection, *, settings: AlertSettings | None = None) -> list[Alert]:
-    """Write a test alert for each channel, claimed already: no other sender takes it. Returns them."""
+    """Record a test alert for each channel, claimed by the caller, and return them."""
     settings = settings or get_settings().alerts
     content = {"message": "This is a test of trueup's alerts. Nothing is wrong."}
     return _insert(connection, f"test:{uuid.uuid4()}", "test", content, settings, attempts=1)
@@ -167,7 +167,7 @@ _WRITE = text(
 
 
 def _write(connection: Connection, key: str, kind: str, content: dict[str, Any], settings: AlertSettings) -> int:
-    """Write an alert for each channel that has none of that key. Returns how many."""
+    """Record an alert for each channel that has none with this key. Returns how many were recorded."""
     return len(_insert(connection, key, kind, content, settings))
 
 
@@ -186,13 +186,13 @@ def _insert(
     return [Alert(**row) for row in connection.execute(_WRITE, values).mappings()]
 
 
-# Of an alert that is due after its last attempt nobody has said how that ended: a sender that dies each time must not
-# go on for ever.
+# An alert that is due after its last attempt has no recorded result, because its sender died. Give it up: a sender that
+# dies on every attempt must not retry forever.
 _GIVE_UP = text(
     """
     UPDATE trueup.alert SET status = 'failed',
-                            error = left(concat_ws('; before that: ', 'nothing was heard of attempt ' || attempts
-                                                   || ', the last one', error), 500)
+                            error = left(concat_ws('; before that: ', 'the sender recorded no result of attempt '
+                                                   || attempts || ', the last one', error), 500)
     WHERE id IN (
         SELECT id FROM trueup.alert
         WHERE status = 'waiting' AND attempts >= :most_attempts AND next_attempt_at <= clock_timestamp()
@@ -200,7 +200,7 @@ _GIVE_UP = text(
     """
 )
 
-# Counting the attempt and moving its time on is the claim: it is over when that time has come, whatever became of us.
+# The claim is the counted attempt and the later time. It ends at that time, even if this process dies.
 _CLAIM = text(
     f"""
     UPDATE trueup.alert SET attempts = attempts + 1,
@@ -215,9 +215,9 @@ _CLAIM = text(
 
 
 def claim_due(connection: Connection, *, limit: int = 1, settings: AlertSettings | None = None) -> list[Alert]:
-    """Take alerts that are to be sent now; nobody else gets them for `CLAIM_SECONDS`.
+    """Claim alerts that are due now, at most `limit`; no other sender gets them for `CLAIM_SECONDS`.
 
-    Those that have used up their attempts are given up. `settings` None: this process's.
+    Due alerts without attempts left are given up. `settings` None: this process's settings.
     """
     most = (settings or get_settings().alerts).max_attempts
     connection.execute(_GIVE_UP, {"most_attempts": most})
@@ -232,7 +232,7 @@ _SENT = text(
     """
 )
 
-# Only the newest attempt may say that it failed: an overtaken one knows less.
+# Only the newest attempt may record a failure; the failure of an earlier one is out of date.
 _FAILED = text(
     """
     UPDATE trueup.alert SET status = CASE WHEN :final THEN 'failed' ELSE 'waiting' END, error = :error,
@@ -243,12 +243,12 @@ _FAILED = text(
 
 
 def note_sent(connection: Connection, alert: Alert) -> None:
-    """Note that an alert has been received."""
+    """Record that the receiver has accepted an alert."""
     connection.execute(_SENT, {"id": alert.id})
 
 
 def note_failed(connection: Connection, alert: Alert, error: str, *, final: bool) -> None:
-    """Note that a sending failed. It is tried again later, waiting longer each time; `final`: it is given up."""
+    """Record that a sending failed. It is retried with exponential backoff; `final`: it is given up."""
     values = {
         "id": alert.id,
         "attempts": alert.attempts,
@@ -260,7 +260,7 @@ def note_failed(connection: Connection, alert: Alert, error: str, *, final: bool
 
 
 def list_alerts(connection: Connection, *, statuses: Sequence[str] = (), limit: int = 50) -> list[Alert]:
-    """Return alerts, newest first. `statuses` empty: all."""
+    """Return alerts, newest first, at most `limit`. `statuses` empty: all."""
     condition = "WHERE status = ANY (:statuses)" if statuses else ""
     query = text(f"SELECT {_COLUMNS} FROM trueup.alert {condition} ORDER BY id DESC LIMIT :limit")
     values = {"limit": limit} | ({"statuses": list(statuses)} if statuses else {})

@@ -1,4 +1,4 @@
-"""How the gate is doing: gauges of this moment, cheap enough to read often, and a status of the last hours."""
+"""The state of gate and reconciliation: gauges that are cheap to read often, and a status of the last hours."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -8,29 +8,29 @@ from sqlalchemy import Connection, text
 
 from trueup.usage.outbox import count_unresolved_effects
 
-# Each: what it is called, what it means. Open holds, calls begun and runs have indexes of their own or are few.
+# Gauge names and descriptions. Their queries are cheap: open holds, call intents and runs are indexed or few.
 FIGURES = {
-    "holds_open": "Holds that are open.",
+    "holds_open": "Open holds.",
     "tokens_held": "Tokens set aside by open holds.",
     "oldest_hold_seconds": "Age of the oldest open hold.",
-    "unrecorded_calls": "Calls of a provider that were begun and never recorded.",
-    "unrecorded_tokens_bound": "What those may have cost at most.",
-    "last_reconcile_age_seconds": "Time since the last reconcile run over all users that finished.",
-    "last_deep_reconcile_age_seconds": "Time since the last deep one.",
-    "last_reconcile_in_review": "Drifts that it left to people.",
-    "last_reconcile_tokens_overstated": "Tokens shown to users though they were gone, as it found.",
-    "last_reconcile_tokens_understated": "Tokens left but not shown, as it found.",
+    "unrecorded_calls": "Provider calls that began and were never recorded.",
+    "unrecorded_tokens_bound": "The most tokens that unrecorded provider calls can have cost.",
+    "last_reconcile_age_seconds": "Time since the last reconcile run over all users finished.",
+    "last_deep_reconcile_age_seconds": "Time since the last deep reconcile run finished.",
+    "last_reconcile_in_review": "Drifts that the last reconcile run left for review.",
+    "last_reconcile_tokens_overstated": "Used tokens that counters still showed, found by the last reconcile run.",
+    "last_reconcile_tokens_understated": "Unused tokens that counters did not show, found by the last reconcile run.",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """Figures of now and of the last `hours`. Tokens are counts, times in seconds; None where there was nothing.
+    """Figures of now and of the last `hours`. Tokens are counts, times are seconds; None: no such event.
 
-    `settlement_lag_*`: from opening a hold to a charge against it. `tokens_over_hold`: charged beyond their hold, for
-    a provider billed more than it was asked for. `overdraft_*`: users past their budget, and by how much.
-    `unrecorded_*`: calls that were begun and never recorded, and what they may have cost at most. `observed_*`: what
-    would have been denied, had its feature's gate been enforced, and how many tokens it asked for.
+    `settlement_lag_*`: time from opening a hold to a charge against it. `tokens_over_hold`: tokens charged beyond
+    their hold, because a provider billed more than was requested. `overdraft_*`: users beyond their budget, and their
+    tokens beyond it. `unrecorded_*`: calls that began and were never recorded, and the most they can have cost.
+    `observed_*`: tasks that a gate in mode `observe` would have denied, and the tokens they requested.
     """
 
     now: datetime
@@ -68,8 +68,7 @@ _UNRECORDED = """unrecorded AS (
             SELECT FROM trueup.hold h WHERE h.user_id = c.user_id AND h.task_id = c.task_id AND h.status = 'open')
     )"""
 
-# Overdrafts are looked for among the balances alone: no look at the log, and each balance is exact but for deltas
-# that wait to be folded.
+# Overdrafts are read from the balances, without the log. A balance is exact except for deltas not yet folded into it.
 _READ_STATUS = text(
     f"""
     WITH clock AS (
@@ -131,7 +130,7 @@ _READ_GAUGES = text(
 
 
 def read_status(connection: Connection, *, hours: int = 24, now: datetime | None = None) -> Status:
-    """Return how things stand, and how they went in the last `hours`. `now`: None means the database's clock."""
+    """Return the current state and the figures of the last `hours`. `now` None: the database's clock."""
     row = connection.execute(_READ_STATUS, {"hours": hours, "now": now}).mappings().one()
     values: dict[str, Any] = dict(row)
     for name, value in values.items():
@@ -143,6 +142,6 @@ def read_status(connection: Connection, *, hours: int = 24, now: datetime | None
 
 
 def read_gauges(connection: Connection) -> dict[str, tuple[float | None, str]]:
-    """Return each figure with what it means; ages are seconds, None where there has been nothing."""
+    """Return each gauge's value and description. Ages are seconds; None: no such event yet."""
     row = connection.execute(_READ_GAUGES).mappings().one()
     return {name: (None if row[name] is None else float(row[name]), meaning) for name, meaning in FIGURES.items()}

@@ -1,1 +1,1 @@
-"""Runs over all counters: shards, batches, corrections."""
+"""Reconcile runs over all counters: shards, batches, corrections."""

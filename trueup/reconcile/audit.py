@@ -1,6 +1,6 @@
-"""The deep pass: the balances against the log, and what else may be wrong with our own books: found, repaired, told.
+"""The deep pass compares balances with the log, checks trueup's own tables, repairs defects and records them.
 
-A range's sums are compared in one statement; a balance that differs is looked at again, and repaired, under its lock.
+One statement compares the sums of a range. A balance that differs is compared again under its lock, then repaired.
 """
 
 import json
@@ -20,21 +20,22 @@ from trueup.host.sql import render_statement
 from trueup.reconcile.shards import bounds, conditions_of
 
 MAX_ANOMALIES = 100
-"""How many of each kind that no machine can repair are reported from a range: the first ones say enough."""
+"""The maximum number of defects per kind and range that are reported without repair."""
 
-# Holds are given back within a minute of their time. Those that are later than this show that nobody does it.
+# Holds are expired within a minute of their time. A hold older than this shows that the expiry task does not run.
 OVERDUE_AFTER = timedelta(minutes=10)
-# A quick pass comes often, and a partition without triggers stays one until somebody does something about it.
+# A partition without triggers is reported once in this time, because quick passes run often.
 TOLD_AGAIN_AFTER = timedelta(days=1)
-# A charge's log row is looked for once; again only where the last deep pass may not have come to it.
+# Deep passes check a charge's log row once. Charges within this time before the last pass are checked again, because
+# that pass may have missed them.
 CHARGES_SINCE_MARGIN = timedelta(days=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Defect:
-    """Something wrong with our own books. `user_id` None: it is nobody's in particular.
+    """A broken invariant in trueup's own tables or triggers. `user_id` None: it belongs to no single user.
 
-    `seen` and `expected` are tokens, or counts of what `kind` names; None: there is no such figure.
+    `seen`, `expected`: tokens, or counts of the rows that `kind` names; None: the kind has no such figure.
     """
 
     kind: str
@@ -47,16 +48,19 @@ class Defect:
 
 @contextmanager
 def long_read(engine: Engine, timeout_seconds: int) -> Iterator[Connection]:
-    """Give a connection for reads that take long, in a transaction: with a time limit of their own, and an end to them
-    soon after this process has died."""
+    """Give a connection, in a transaction, for a read that may take long.
+
+    `timeout_seconds`: the time limit of each statement. The server cancels the statement within seconds after this
+    process has died.
+    """
     with engine.begin() as connection:
         connection.execute(text(f"SET LOCAL statement_timeout = '{timeout_seconds}s'"))
         connection.execute(text("SET LOCAL client_connection_check_interval = '5s'"))
         yield connection
 
 
-# A stale balance is no defect: it is rebuilt when next read. No function of ours is called: PostgreSQL then may work on
-# it in parallel.
+# A stale balance is not a defect, because it is rebuilt when it is next read. The statement calls no function of
+# trueup's, so that PostgreSQL can run it in parallel.
 _MISMATCHES = """
     {% from "host/rows.sql" import used_in_windows, window_start %}
     WITH epoch AS (SELECT coalesce(max(id), 0) AS epoch FROM trueup.log_truncation)
@@ -100,7 +104,10 @@ _NOTE = """
 def find_balance_mismatches(
     connection: Connection, mapping: HostMapping, after: UserId | None, last: UserId | None
 ) -> list[Defect]:
-    """Return the balances of a range that do not equal the log or their open holds. Nothing is written."""
+    """Return the balances that differ from the log or from their open holds. Writes nothing.
+
+    The range is the users after `after`, up to and including `last`; None: no bound.
+    """
     statement = render_statement(_MISMATCHES, mapping, within=conditions_of(after, last))
     found = []
     for row in connection.execute(statement, bounds(after, last)):
@@ -114,7 +121,10 @@ def find_balance_mismatches(
 def find_anomalies(
     connection: Connection, user_id_type: UserIdType, after: UserId | None, last: UserId | None
 ) -> list[Defect]:
-    """Return what is wrong in a range that only a person can set right. Nothing is written."""
+    """Return the defects in a range that only a person can repair. Writes nothing.
+
+    The range is the users after `after`, up to and including `last`; None: no bound.
+    """
     newest = connection.scalar(
         text("SELECT max(started_at) FROM trueup.reconcile_run WHERE kind = 'deep' AND status = 'finished'")
     )
@@ -128,8 +138,11 @@ def find_anomalies(
 
 
 def find_installation_defects(connection: Connection) -> list[Defect]:
-    """Return what is wrong with the whole: triggers off or gone, on partitions too, deltas that nobody will fold, holds
-    that nobody expires."""
+    """Return the defects that belong to no user. Writes nothing.
+
+    They are missing or disabled triggers, partitions without triggers, deltas that no balance will include, and holds
+    past their expiry.
+    """
     found = [
         Defect(kind="trigger_idle", detail={"trigger": row.name, "state": row.state})
         for row in connection.execute(text("SELECT * FROM trueup.idle_triggers()"))
@@ -160,23 +173,20 @@ _UNCOVERED = text(
 
 
 def find_uncovered_partitions(connection: Connection, *, told_within: timedelta = timedelta(0)) -> list[Defect]:
-    """Return the log's partitions without triggers of ours, but those of which a run has told as lately as that."""
+    """Return the log's partitions without trueup's triggers, unless a run reported them within `told_within`."""
     found = connection.scalars(_UNCOVERED, {"told_within": told_within})
     return [Defect(kind="partition_uncovered", detail={"partition": partition}) for partition in found]
 
 
 def repair_balance(connection: Connection, user_id_type: UserIdType, run_id: int, user_id: UserId) -> int:
-    """Repair a user's balance. Returns how many defects it had.
-
-    Looked at again under the balance's lock: what was right after all is no defect.
-    """
+    """Repair a user's balance under its lock. Returns how many defects it had then, which may be none."""
     statement = text(_REPAIR.format(user_id_type=user_id_type))
     noted: int = connection.execute(statement, {"run_id": run_id, "user_id": user_id}).scalar_one()
     return noted
 
 
 def repair_installation(connection: Connection, user_id_type: UserIdType, run_id: int, found: Sequence[Defect]) -> int:
-    """Repair what can be, and write all of it down. Returns how many were written."""
+    """Repair the defects that can be repaired, and record all of them. Returns how many were recorded."""
     noted = 0
     for defect in found:
         repaired = True
@@ -194,7 +204,7 @@ def repair_installation(connection: Connection, user_id_type: UserIdType, run_id
 def note_defect(
     connection: Connection, user_id_type: UserIdType, run_id: int, defect: Defect, *, repaired: bool = False
 ) -> int:
-    """Write a defect down, once in a run. Returns 1, or 0 if it stands there already."""
+    """Record a defect, once in a run. Returns 1, or 0 if the run has recorded it already."""
     noted = connection.scalar(
         text(_NOTE.format(user_id_type=user_id_type)),
         {
@@ -211,7 +221,7 @@ def note_defect(
 
 
 def read_defects(connection: Connection, user_id_type: UserIdType, run_id: int, *, limit: int = 1000) -> list[Defect]:
-    """Return the defects that a run found, in order, at most so many."""
+    """Return the defects that a run found, oldest first, at most `limit`."""
     table = own_table("defect", user_id_type)
     rows = connection.execute(table.select().where(table.c.run_id == run_id).order_by(table.c.id).limit(limit))
     names = ("kind", "user_id", "seen", "expected", "repaired", "detail")

@@ -1,10 +1,10 @@
 {% from "host/rows.sql" import used_since, window_start %}
--- The deep pass: what is wrong with our own books beside sums that differ (audit.py finds those), and repairs.
--- The finders only look, at users after p_after, up to p_last; null: no bound. What they find is looked at again under
--- the balance's lock before anything is written.
+-- The deep pass: repairs, and defects of trueup's own tables other than different sums (audit.py finds those).
+-- The finders only read. Their range is the users after p_after, up to and including p_last; null: no bound. Each finding
+-- is checked again under the balance's lock before anything is written.
 
--- Set one user's balance right, by the log and the open holds as they are under its lock, and write down what was wrong.
--- Returns how many defects that were.
+-- Repair one user's balance under its lock, from the log and the open holds, and record the defects found.
+-- Returns how many defects were recorded.
 CREATE OR REPLACE FUNCTION trueup.repair_balance(p_run bigint, p_user {{ user_id_type }}) RETURNS integer
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -24,7 +24,7 @@ BEGIN
            ({{ window_start("s") }}, trueup.log_epoch())
     INTO v_stale FROM {{ subscription }} s WHERE s.{{ subscription.user_id }} = repair_balance.p_user;
     IF v_stale IS FALSE THEN
-        -- One statement, one snapshot: a log row and its delta are both seen here or both left for later.
+        -- One statement has one snapshot: it sees both a log row and its delta, or neither.
         WITH cleared AS (DELETE FROM trueup.usage_delta t WHERE t.user_id = p_user RETURNING t.used_at, t.tokens)
         SELECT (SELECT coalesce(sum(c.tokens), 0) FROM cleared c WHERE c.used_at >= b.window_start),
                ({{ used_since("repair_balance.p_user", "b.window_start") }})
@@ -39,7 +39,7 @@ BEGIN
     RETURN v_defects;
 END $$;
 
--- Write a defect down, once in a run; none when what was seen is what was expected. Returns how many were written.
+-- Record a defect, once in a run, unless p_seen equals p_expected. Returns how many were recorded: 0 or 1.
 CREATE OR REPLACE FUNCTION trueup.note_defect(
     p_run bigint, p_kind text, p_user {{ user_id_type }}, p_seen bigint, p_expected bigint, p_repaired boolean,
     p_detail jsonb
@@ -56,8 +56,9 @@ CREATE OR REPLACE FUNCTION trueup.note_defect(
     SELECT count(*)::integer FROM noted
 $$;
 
--- What is wrong in a range that no machine can set right: balances below zero, which a log with negative rows makes;
--- holds of users that have no balance; and our charges since p_since whose log row is gone, p_most of each kind.
+-- Defects in a range that trueup cannot repair, at most p_most of each kind: balances below zero, caused by negative log
+-- rows; balances that were computed after a later log truncation than any on record; holds of users without a balance; and
+-- charges since p_since (null: all) whose log row is missing.
 CREATE OR REPLACE FUNCTION trueup.oddities(
     p_after {{ user_id_type }}, p_last {{ user_id_type }}, p_since timestamptz, p_most integer
 ) RETURNS TABLE (kind text, user_id {{ user_id_type }}, seen bigint, expected bigint, detail jsonb)
@@ -95,8 +96,9 @@ LANGUAGE sql STABLE AS $$
      ORDER BY c.charged_at LIMIT oddities.p_most)
 $$;
 
--- The triggers that are not there, or not at work: without those on the log usage passes by the balances, without that on
--- the subscriptions windows that come and go unseen are taken for one. `state`: 'missing', or how pg_trigger.tgenabled says that it is off ('D': disabled, 'R': only for replicas).
+-- The missing or disabled triggers. Without those on the log, balances miss usage. Without the one on the subscriptions,
+-- a window that came and went unseen is not noticed. `state`: 'missing', or pg_trigger.tgenabled ('D': disabled, 'R': fires
+-- only in replica mode).
 CREATE OR REPLACE FUNCTION trueup.idle_triggers() RETURNS TABLE (name text, state text) LANGUAGE sql STABLE AS $$
     SELECT wanted.name, coalesce(g.tgenabled::text, 'missing')
     FROM (VALUES ('trueup_inserted', {{ usage_log | literal }}), ('trueup_updated', {{ usage_log | literal }}),
@@ -107,15 +109,16 @@ CREATE OR REPLACE FUNCTION trueup.idle_triggers() RETURNS TABLE (name text, stat
     WHERE g.tgenabled IS NULL OR g.tgenabled NOT IN ('O', 'A')
 $$;
 
--- How many deltas belong to users without a subscription. Nobody will ever fold them.
+-- The number of deltas of users without a subscription and a balance. They will never be folded into a balance.
 CREATE OR REPLACE FUNCTION trueup.count_lost_deltas() RETURNS bigint LANGUAGE sql STABLE AS $$
     SELECT count(*) FROM trueup.usage_delta d
     WHERE NOT EXISTS (SELECT FROM trueup.balance b WHERE b.user_id = d.user_id)
       AND NOT EXISTS (SELECT FROM {{ subscription }} s WHERE s.{{ subscription.user_id }} = d.user_id)
 $$;
 
--- Delete such deltas. Their users' usage is not lost: if one subscribes, the balance is built from the log. (A user that
--- our snapshot shows without a subscription has no balance in the making either, which a delta could be missing in.)
+-- Delete the deltas that trueup.count_lost_deltas counts. No usage is lost: if the user subscribes, the balance is built
+-- from the log. No concurrent transaction can be building a balance that needs a deleted delta, because this statement's
+-- snapshot shows no subscription of the user.
 CREATE OR REPLACE FUNCTION trueup.delete_lost_deltas() RETURNS bigint LANGUAGE sql AS $$
     WITH deleted AS (
         DELETE FROM trueup.usage_delta d

@@ -1,4 +1,4 @@
-"""One batch of a reconcile run: bring the balances up to date, find, explain, decide, correct and write it down."""
+"""One batch of a reconcile run: refresh the balances, find drifts, explain, decide, correct, record."""
 
 import json
 from dataclasses import dataclass, replace
@@ -16,15 +16,18 @@ from trueup.reconcile.runs import Finding
 from trueup.reconcile.shards import ShardLostError, Step, move_shard
 from trueup.settings.policies import Rules
 
-# Each user's gate waits while the balances of a slice are brought up to date.
+# A user's gate waits while the slice with the user's balance is refreshed.
 REFRESHED_AT_ONCE = 100
-# Each counter's row is locked while a slice is written.
+# The counters of a slice stay locked until the slice is written.
 SETTLED_AT_ONCE = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchContext:
-    """What all batches of a run share."""
+    """The context that all batches of a run share.
+
+    `plan_sizes`: the tokens of all plans. `counter_limit`: the largest value of the counter's column.
+    """
 
     mapping: HostMapping
     dry_run: bool
@@ -49,10 +52,11 @@ def reconcile_batch(
     user_ids: list[UserId],
     step: Step | None = None,
 ) -> list[Finding]:
-    """Compare these users' counters with the log. `run_id` None: a dry run, which writes nothing at all.
+    """Compare these users' counters with the log, correct and record the drifts, and return the findings.
 
-    `step`: how far this brings a shard, noted together with what is written; None: the batch is of no shard.
-    Raises `ShardLostError`, with nothing written, when another has taken the shard over.
+    `run_id` None: a dry run, which writes nothing. `step`: the shard's new cursor, stored in the same transaction as
+    the findings; None: the batch belongs to no shard.
+    Raises `ShardLostError`, with nothing written, when another process has taken over the shard.
     """
     user_id_type = context.mapping.user_id_type
     if not context.dry_run:
@@ -94,21 +98,21 @@ def reconcile_batch(
 
 
 def _step_to(step: Step | None, user_ids: list[UserId], user_id: UserId) -> Step | None:
-    """Return the part of the batch's step up to that user."""
+    """Return the part of the batch's step that ends at `user_id`."""
     if step is None:
         return None
     return replace(step, cursor=user_id, checked=step.checked - len(user_ids) + 1 + user_ids.index(user_id))
 
 
-# One statement, so that a correction, the row that says why and the shard's cursor are never there alone, and so that
-# the counters' locks are gone before the answer is on its way. Whoever has lost the shard writes nothing.
+# One statement, so that a correction, its drift row and the shard's cursor commit together, and so that the server
+# releases the counters' locks before it answers. A process that has lost the shard writes nothing.
 _SETTLE = """
     WITH shard AS MATERIALIZED (
         SELECT CASE WHEN CAST(:shard AS integer) IS NULL THEN true
                     ELSE trueup.move_shard(:run_id, :shard, :attempt, CAST(:cursor AS {user_id_type}), :checked)
                END AS is_ours
     ), found AS MATERIALIZED (
-        -- One document: thirteen arrays would cost the client more than all the rest of it.
+        -- One JSON document: thirteen arrays would cost the client more than the rest of the statement.
         SELECT f.* FROM shard, json_to_recordset(CAST(:found AS json)) AS f (
             user_id {user_id_type}, subscription_id text, observed bigint, expected bigint, write bigint, cause text,
             certainty text, explained bigint, action text, reason text, evidence jsonb, known_row_id bigint,
@@ -132,12 +136,12 @@ _SETTLE = """
                CASE WHEN f.write IS NULL THEN f.action
                     WHEN c.user_id IS NULL THEN 'lost_race' ELSE 'corrected' END,
                f.reason,
-               -- The moment of the write: whoever had read the counter before may yet write back what it was.
+               -- The time of the write: a host process that read the counter before may still write the old value back.
                CASE WHEN c.user_id IS NULL THEN f.evidence
                     ELSE f.evidence || jsonb_build_object('written_at', clock_timestamp()) END,
                :now, :run_id, :now
         FROM found f LEFT JOIN corrected c ON c.user_id = f.user_id
-        -- Not known_row_id: the row that it stood in may have been deleted meanwhile.
+        -- Not by known_row_id: that row may have been deleted meanwhile.
         WHERE NOT EXISTS (SELECT FROM seen_again a WHERE a.user_id = f.user_id)
         ORDER BY f.user_id
         RETURNING user_id, action, written
@@ -156,7 +160,7 @@ def _settle(
     known_rows: dict[UserId, int | None],
     step: Step | None,
 ) -> list[Finding]:
-    """Set counters right by compare-and-set where the verdict says so, and write down every drift that is new."""
+    """Correct counters by compare-and-set where the verdict allows it, and record every new drift."""
     values = {
         "found": json.dumps([_as_row(found, known_rows[found.drift.user_id]) for found in findings]),
         "run_id": run_id,

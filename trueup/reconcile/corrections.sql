@@ -1,13 +1,14 @@
 {% from "gate/store_balance.sql" import store_balance %}
 {% from "host/rows.sql" import window_start %}
--- By how much a drifted counter was off, without what was in flight.
+-- The tokens by which a drifted counter was off, without tokens in flight.
 CREATE OR REPLACE FUNCTION trueup.off_by(d trueup.drift) RETURNS bigint LANGUAGE sql IMMUTABLE AS $$
     SELECT coalesce(d.observed, 0) - d.expected - coalesce((d.evidence->>'in_flight')::bigint, 0)
 $$;
 
--- Bring the balances of these users up to date, so that comparing counters needs no look at the log. A balance in use
--- now is passed over: reads are exact without this, and waiting would make the gates of all users locked so far wait too.
--- Nor do they wait for the disk: a balance that a crash of the server takes back is as true as the log that came with it.
+-- Refresh the balances of these users, so that counters can be compared without reading the log. A balance that another
+-- transaction has locked is skipped: reads are exact without the refresh, and waiting would block the gates of all users
+-- locked so far. The commit does not wait for the disk either. If a server crash undoes it, the balance goes back to an
+-- earlier state that agrees with the log and its deltas.
 CREATE OR REPLACE FUNCTION trueup.refresh_balances(p_users {{ user_id_type }}[], at timestamptz)
 RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
@@ -25,7 +26,7 @@ BEGIN
                OR b.window_start <> {{ window_start("s") }}
                OR b.log_epoch <> (SELECT trueup.log_epoch())
                OR EXISTS (SELECT FROM trueup.usage_delta d WHERE d.user_id = s.{{ subscription.user_id }})
-               -- A grant has ended in this window, and what it has paid for is not written down yet.
+               -- A grant has ended in this window, and the tokens it paid for are not recorded yet.
                OR EXISTS (SELECT FROM trueup.token_grant g
                           WHERE g.user_id = s.{{ subscription.user_id }}
                             AND least(g.expires_at, g.revoked_at) > b.window_start
@@ -45,9 +46,9 @@ BEGIN
     RETURN v_refreshed;
 END $$;
 
--- Set counters right, each only if it still shows the value that was seen (compare-and-set), and in the window it was
--- seen in: a renewal may set the very same value anew. p_windows null: whatever the window is. A row that the host has
--- locked is passed over: we never wait for the host, nor make others wait behind our locks.
+-- Correct counters by compare-and-set: each only if it still has the value that was seen, in the window in which it was
+-- seen, because a renewal may set the same value again. p_windows null: in any window. A row that the host has locked is
+-- skipped: trueup never waits for the host while it holds locks that others wait for.
 -- Returns the users whose counter was corrected.
 CREATE OR REPLACE FUNCTION trueup.correct_counters(
     p_users {{ user_id_type }}[], p_subscriptions text[], p_observed bigint[], p_expected bigint[],
@@ -69,10 +70,10 @@ CREATE OR REPLACE FUNCTION trueup.correct_counters(
     RETURNING s.{{ subscription.user_id }}
 $$;
 
--- What was found and decided before about these users' counters. `row_id` and the columns after it: the newest drift
--- row, if the last run over all users that has ended saw it (else the drift was gone meanwhile, and is another one now).
--- `ignored`: the differences that a person said to leave alone. `undone`: a person put the counter back, and nobody has
--- decided since. Both hold within a window.
+-- Earlier findings and decisions about these users' counters. `row_id` and the columns after it: the newest drift row, if
+-- the last finished run over all users saw it (otherwise the drift had disappeared meanwhile, and this is a new one).
+-- `ignored`: the differences that a person decided to ignore. `undone`: a person undid a correction, and no decision
+-- followed. Both apply within a window.
 CREATE OR REPLACE FUNCTION trueup.drift_past(p_users {{ user_id_type }}[]) RETURNS TABLE (
     user_id {{ user_id_type }}, row_id bigint, subscription_id text, observed bigint, expected bigint, off_by bigint,
     cause text, action text, decision text, found_at timestamptz, ignored bigint[], undone boolean, reason text

@@ -1,4 +1,4 @@
-"""Reconcile runs that many workers share: one plans the run, any takes its shards, a sweeper sees to what is left."""
+"""Reconcile runs shared by many workers: one plans the run, all take its shards, a sweeper finds abandoned shards."""
 
 import threading
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from trueup.reconcile.shards import ShardLostError, claim_shard, kept_alive, new
 from trueup.settings.policies import Rules
 
 SWEEP_LEASE_SECONDS = 180
-"""How long a run that the sweeper has seen is kept from others who would go on with it."""
+"""The lease that the sweeper gives to a run. Until it ends, no other process may take over the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
-    """A run, and the numbers of its shards that nobody works on."""
+    """A run, and the numbers of its unclaimed shards."""
 
     run_id: int
     shards: list[int]
@@ -30,9 +30,9 @@ class PlannedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardOutcome:
-    """What became of a shard. `taken`: this call worked on it. `left`: there is more of it to do.
+    """The result of a call that works on a shard. `taken`: the call claimed it. `left`: the shard is not finished.
 
-    `ended`: the run's figures, if this was its last shard; None: it goes on.
+    `ended`: the run's figures, if this call ended the run; None: it did not.
     """
 
     taken: bool = False
@@ -51,8 +51,10 @@ def plan_run(
     offset_seconds: int = 0,
     scan_timeout_seconds: int = SCAN_TIMEOUT_SECONDS,
 ) -> PlannedRun | None:
-    """Begin a run for others to work on. None: this period has had its run; `every_seconds` None: for no period.
+    """Begin a run, or resume an interrupted one, for other workers. Returns None if this period has had its run.
 
+    `shard_size`: subscriptions in a shard. `every_seconds`: length of the run's period, counted from `offset_seconds`
+    after midnight UTC; None: the run belongs to no period. `scan_timeout_seconds`: time limit for planning the shards.
     Raises `RunInProgressError`, `ServiceUnavailableError` or `NotInstalledError`.
     """
     with translated_errors(), long_read(engine, scan_timeout_seconds) as connection:
@@ -90,9 +92,10 @@ def work_on_shard(
     seconds: float,
     scan_timeout_seconds: int = SCAN_TIMEOUT_SECONDS,
 ) -> ShardOutcome:
-    """Work on a shard for about that many seconds, if nobody else does; and end the run with its last one.
+    """Work on a shard for about `seconds`, unless another worker has it. End the run if no shard is left.
 
-    Raises `ServiceUnavailableError` or `NotInstalledError`; then the shard is left for another attempt.
+    `number`: the shard's number in the run. `rules`: if the run was planned under other rules, nothing is done.
+    Raises `ServiceUnavailableError` or `NotInstalledError`; then another attempt can claim the shard.
     """
     owner = new_owner()
     with translated_errors():
@@ -137,6 +140,6 @@ def _ended(engine: Engine, run_id: int, outcome: ShardOutcome) -> ShardOutcome:
 
 
 def sweep(engine: Engine, rules: Rules) -> list[tuple[int, int]]:
-    """End runs that are done, and return the shards, as (run, number), that nobody works on, to be sent again."""
+    """End finished runs, and return the abandoned shards as (run, number); the caller sends their messages again."""
     with translated_errors(), connected(engine) as connection:
         return sweep_runs(connection, rules, lease_seconds=SWEEP_LEASE_SECONDS)

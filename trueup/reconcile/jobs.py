@@ -1,4 +1,4 @@
-"""The jobs of a reconcile run: what they share, where they take shards from, and the threads that they run in."""
+"""The jobs of a reconcile run: their shared context, their source of shards, and the threads that run them."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +17,15 @@ from trueup.reconcile.runs import Finding, RunKind
 from trueup.reconcile.shards import Shard, ShardLostError, claim_shard
 
 Report = Callable[[int, Sequence[Finding], Sequence[Defect]], None]
-"""Called after each batch with how many counters it checked, and what it found."""
+"""Called after each batch with the number of counters it checked, its findings and its defects."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What all shards of a run share.
+    """The context that all shards of a run share.
 
-    `run_id` None: a dry run. `only_user` None: all users of the shard. `stop`: set to end the job after its batch.
+    `run_id` None: a dry run. `only_user` None: all users of the shard. `batch_size`: users in a batch.
+    `scan_timeout_seconds`: time limit of each long read. `stop`: when set, the job ends after its current batch.
     """
 
     engine: Engine
@@ -50,10 +51,10 @@ def connected(engine: Engine) -> Iterator[Connection]:
 
 
 class Shards(Protocol):
-    """Where jobs take shards from."""
+    """The source of a run's shards."""
 
     def take(self) -> Shard | None:
-        """Return a shard that no job works on; None: there is none."""
+        """Return a shard that no job works on, for this job alone. None: there is none."""
 
 
 class ShardsInMemory:
@@ -69,7 +70,7 @@ class ShardsInMemory:
 
 
 class ShardsOfRun:
-    """The shards of a recorded run, each claimed by a lease."""
+    """The shards of a recorded run. A job claims each shard with a lease."""
 
     def __init__(self, engine: Engine, run_id: int, owner: str) -> None:
         self.engine = engine
@@ -82,10 +83,10 @@ class ShardsOfRun:
 
 
 def run_jobs(number: int, shards: Shards, work: Callable[[Shard], object], stop: threading.Event) -> None:
-    """Run `work` on each shard, in that many threads, until no shard is left or `stop` is set.
+    """Run `work` on each shard, in `number` threads, until no shard is left or `stop` is set.
 
-    Raises the first error that a job raises; the other jobs end after their batch. A shard that another process has
-    taken over (`ShardLostError`) is left to it.
+    Raises the first error of any job; the other jobs end after their current batch. If another process has taken over
+    a shard (`ShardLostError`), the job continues with the next shard.
     """
 
     def take_shards() -> None:
@@ -108,6 +109,6 @@ def run_jobs(number: int, shards: Shards, work: Callable[[Shard], object], stop:
             for future in futures:
                 future.result()
         except BaseException:
-            # An error or Ctrl-C. The pool waits for the other jobs.
+            # An error or Ctrl-C. Leaving the pool's block waits for the other jobs.
             stop.set()
             raise

@@ -1,9 +1,9 @@
-"""Reconcile: compare every counter with the log's sums, correct what may be corrected, and say why.
+"""Reconcile: compare every counter with the log's sums, explain each drift, and correct it if its policy allows.
 
-A run is planned as shards, ranges of users. Each is claimed by a job: a thread of this process, or a worker
-on another machine. One statement finds, over the whole shard, the users to look at closely; batches of a few statements
-go through those. Each batch is a transaction of its own, which the server ends: no row of the host's stays locked while
-it waits to hear from us. A dry run writes nothing at all.
+A run is planned as shards, which are ranges of users. A job claims each shard: a thread of this process, or a worker on
+another machine. One statement over the whole shard finds the suspects, and batches of a few statements examine them.
+A batch writes in single statements. Each is a transaction that the server ends by itself, so that no host row stays
+locked while the server waits for this process. A dry run writes nothing.
 """
 
 import threading
@@ -41,14 +41,14 @@ from trueup.settings.policies import Rules
 
 SCAN_TIMEOUT_SECONDS = 600
 SHARD_SIZE = 250_000
-# Enough shards a job that none waits long for the last one's end.
+# Several shards for each job, so that the jobs end at about the same time.
 SHARDS_PER_JOB = 4
 SMALLEST_SHARD = 1000
-# How soon a run whose last shards others work on looks whether they are done.
+# How often a run checks whether other processes have finished its last shards.
 POLL_SECONDS = 0.5
 
 Progress = Callable[[int, int], None]
-"""Called after each batch with the counters checked so far and those to check in all (0: not known)."""
+"""Called after each batch with the number of counters checked so far and in total (0: not known)."""
 
 
 def reconcile(
@@ -66,16 +66,18 @@ def reconcile(
     keep_findings: bool = False,
     progress: Progress | None = None,
 ) -> RunSummary:
-    """Run one pass: quick, counters against balances; deep, before that the balances against the log.
+    """Run one pass. A quick pass compares counters with balances; a deep pass first compares balances with the log.
 
-    It goes on with a run that was interrupted lately, if that is the same work. `only_user`: None means all users.
-    `jobs`: how many threads, each with a connection; the engine's pool needs one more. `keep_findings`: put the
-    findings in the summary. Interrupted by Ctrl-C, it leaves a run that the next call resumes.
-    Raises `RunInProgressError` if another run is at work, `InvalidInputError`, `ServiceUnavailableError` or
+    If a run of the same kind, rules and users was interrupted recently, this call resumes it; a call interrupted by
+    Ctrl-C leaves such a run. `dry_run`: write nothing. `only_user` None: all users. `batch_size`: users in a batch.
+    `jobs`: number of threads, each with its own connection; the engine's pool needs one more.
+    `scan_timeout_seconds`: time limit of each long read. `requested_by`: stored with the run. `keep_findings`: return
+    the findings in the summary; a dry run always does.
+    Raises `RunInProgressError` if another run is in progress, `InvalidInputError`, `ServiceUnavailableError` or
     `NotInstalledError`.
     """
     if only_user is not None and kind == "deep":
-        raise InvalidInputError("user: a deep pass looks at everyone. Leave out the user, or do a quick pass")
+        raise InvalidInputError("user: a deep pass always checks all users. Leave out the user, or do a quick pass.")
     with translated_errors():
         run = _LocalRun(engine, kind=kind, only_user=only_user, jobs=jobs, keep_findings=keep_findings or dry_run)
         with connected(engine) as connection:
@@ -98,7 +100,7 @@ def reconcile(
 
 
 class _LocalRun:
-    """A run that this process works on, and its figures so far."""
+    """A run that this process started, and its figures so far."""
 
     job: Job
 
@@ -123,7 +125,7 @@ class _LocalRun:
         self.summary = RunSummary(run_id=None, dry_run=True, started_at=self._now(), kind=kind)
 
     def tell(self, progress: Progress) -> None:
-        """Have the progress told, of all counters there are to check."""
+        """Report progress from now on, against the number of all subscriptions."""
         self.progress, self.total = progress, 1
         if self.only_user is None:
             with self._long_read() as connection:
@@ -139,7 +141,7 @@ class _LocalRun:
                 self.progress(self.summary.checked, max(self.total, self.summary.checked))
 
     def dry_run(self) -> RunSummary:
-        """Do a dry run: its shards are in memory only."""
+        """Do a dry run, with its shards in memory only."""
         size = self._shard_size()
         ends: list[UserId | None] = []
         if size is not None:
@@ -153,7 +155,7 @@ class _LocalRun:
         return self.summary
 
     def work(self, requested_by: str) -> RunSummary:
-        """Do a run that is written down."""
+        """Do a run that is recorded in the database."""
         size = self._shard_size()
         with self._long_read() as connection:
             begun = begin_run(
@@ -165,7 +167,7 @@ class _LocalRun:
                 only_user=self.only_user,
                 shard_size=size,
             )
-        assert begun is not None  # noqa: S101 - only a run for a period may have been done already
+        assert begun is not None  # noqa: S101 - begin_run returns None only with a period
         run_id = begun.run_id
         self.job = replace(self.job, run_id=run_id)
         try:
@@ -175,7 +177,7 @@ class _LocalRun:
                 self._to_the_end(run_id)
         except BaseException as error:
             status, reason = ("failed", reason_of(error)) if isinstance(error, Exception) else ("interrupted", None)
-            # Where even this can't be written, the lease runs out, and the next run goes on with this one.
+            # If this write fails too, the run's lease expires, and the next call resumes the run.
             with suppress(DBAPIError), connected(self.engine) as connection:
                 end_run(connection, run_id, status=status, error=reason, owner=self.owner)
             raise
@@ -186,7 +188,7 @@ class _LocalRun:
         return ended
 
     def _to_the_end(self, run_id: int) -> None:
-        """Work until no shard is left, also none that another process has: its owner may die."""
+        """Work until no shard is left. Wait for shards of other processes too, because their owners may die."""
         while True:
             self._do_jobs(ShardsOfRun(self.engine, run_id, self.owner))
             with connected(self.engine) as connection:
@@ -201,7 +203,7 @@ class _LocalRun:
         run_jobs(self.jobs, shards, partial(work_shard, self.job), self.job.stop)
 
     def _shard_size(self) -> int | None:
-        """Return how many subscriptions a shard is to have; None: one shard will do."""
+        """Return the number of subscriptions in a shard. None: one shard for all."""
         if self.only_user is not None:
             return None
         total = self.total

@@ -1,4 +1,4 @@
-"""Runs that did not happen: no pass over all users, or no deep one, for too long."""
+"""Missed runs: no reconcile run over all users, or no deep run, has finished for too long."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,9 +12,9 @@ from trueup.settings.settings import get_settings
 
 @dataclass(frozen=True, kw_only=True)
 class MissedRun:
-    """A gap in the runs. `kind`: "missed" is any run over all users, "missed_deep" a deep one.
+    """A gap in the runs. `kind`: "missed" is about any run over all users, "missed_deep" about deep runs.
 
-    `last`: when the last one ended, or trueup was set up; `seconds`: how long ago that is.
+    `last`: when the last such run finished, or when trueup was installed if there was none. `seconds`: time since then.
     """
 
     kind: str
@@ -24,14 +24,17 @@ class MissedRun:
     @property
     def message(self) -> str:
         run = "deep reconcile run" if self.kind == "missed_deep" else "reconcile run"
-        return f"No {run} has ended for {self.seconds:,} s; the last one did at {self.last:%Y-%m-%d %H:%M:%S} UTC."
+        return (
+            f"No {run} has finished for {self.seconds:,} s, since {self.last:%Y-%m-%d %H:%M:%S} UTC. New drifts are "
+            "not found. Check that a worker and the scheduler are running."
+        )
 
     def content(self) -> dict[str, Any]:
-        """Return what an alert says of it."""
+        """Return the data of an alert about this gap."""
         return {"message": self.message, "last_run_ended_at": self.last.isoformat(), "seconds": self.seconds}
 
 
-# Before the first run, the time when trueup was set up stands for it.
+# Before the first run, the gap is counted from the time of installation.
 _LAST_RUNS = text(
     """
     SELECT r.kind, coalesce(r.ended, i.installed_at) AS last,
@@ -45,7 +48,7 @@ _LAST_RUNS = text(
 
 
 def find_missed_runs(connection: Connection, *, settings: AlertSettings | None = None) -> list[MissedRun]:
-    """Return what runs are missing for longer than they may; empty: all is well. `settings` None: this process's."""
+    """Return the gaps that are longer than the settings allow. `settings` None: this process's settings."""
     settings = settings or get_settings().alerts
     limits = {
         "missed": _limit(settings.missed_run_seconds, get_settings().reconcile_interval_seconds),
@@ -58,5 +61,5 @@ def find_missed_runs(connection: Connection, *, settings: AlertSettings | None =
 
 
 def _limit(seconds: int | None, interval_seconds: int) -> int:
-    """Return the setting, by default twice the interval; 0: never too long."""
+    """Return the setting in seconds, by default twice the interval. 0: no limit."""
     return 2 * interval_seconds if seconds is None else seconds

@@ -1,4 +1,4 @@
-"""Reconcile runs: one at a time, each a row with a lease; the figures are counted from what the run wrote."""
+"""Reconcile runs: one at a time, each a row with a lease. Its figures are counted from the rows that it wrote."""
 
 import json
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from trueup.settings.policies import Rules
 
 RunKind = Literal["quick", "deep"]
 
-# An interrupted run goes on where it stopped for this long; after that what it has checked is too old.
+# An interrupted run can be resumed for this long. After that, its checks are too old.
 RESUME_SECONDS: dict[RunKind, int] = {"quick": 900, "deep": 6 * 3600}
 
 KEPT_FINDINGS = 10_000
-"""How many findings, and how many defects, a summary keeps at most."""
+"""The maximum number of findings, and of defects, in a summary."""
 
 _COUNTED = (
     *("checked", "drifted", "corrected", "tokens_overstated", "tokens_understated", "tokens_explained"),
@@ -32,18 +32,21 @@ _COUNTED = (
 
 
 class RunInProgressError(TrueupError):
-    """Another reconcile run is at work on this database; this one did nothing."""
+    """Another reconcile run is in progress on this database; this one did nothing."""
 
     def __init__(self) -> None:
-        super().__init__("Another reconcile run is at work on this database. Wait for it to end, then try again.")
+        super().__init__(
+            "Another reconcile run is in progress on this database, so this one did nothing. Wait until it ends, then "
+            "try again. `trueup drift history` lists the runs."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """A drift, why it is there, what may be done, and what was done: corrected, reported, review, lost_race, …
+    """A drift, its explanation, the verdict on it, and the action taken: corrected, reported, review, lost_race, …
 
-    `written`: the value the counter was set to; None if it was left alone. `is_new` False: it stands in a drift row of
-    an earlier run, which has been brought up to date.
+    `written`: the corrected counter; None: the counter was not changed. `is_new` False: an earlier run recorded the
+    drift, and this run updated that row.
     """
 
     drift: Drift
@@ -56,10 +59,10 @@ class Finding:
 
 @dataclass(kw_only=True)
 class RunSummary:
-    """What a run found. `run_id` None: a dry run, of which no row is kept. Token figures are counts.
+    """The figures of a run. `run_id` None: a dry run, which has no row. Token figures are counts.
 
-    `resumed`: it went on with what an interrupted run had left. `findings`, if they were asked for, and `defect_rows`
-    of a dry run are the first `KEPT_FINDINGS`.
+    `resumed`: the run continued an interrupted one. `findings` (if requested) and `defect_rows` (of a dry run) have at
+    most `KEPT_FINDINGS` entries.
     """
 
     run_id: int | None
@@ -101,14 +104,14 @@ class RunSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class BegunRun:
-    """A run that is this caller's to work on. `resumed`: an interrupted one that goes on."""
+    """A run that belongs to the caller now. `resumed`: it was interrupted before."""
 
     run_id: int
     resumed: bool
 
 
 def rules_as_json(rules: Rules) -> str:
-    """Return the rules as a run's row keeps them."""
+    """Return the rules as JSON, as stored in a run's row."""
     return json.dumps({**asdict(rules), "policies": dict(rules.policies)}, sort_keys=True)
 
 
@@ -134,12 +137,12 @@ def begin_run(
     every_seconds: int | None = None,
     offset_seconds: int = 0,
 ) -> BegunRun | None:
-    """Begin a run, or go on with an interrupted one that is the same work.
+    """Begin a run, or resume an interrupted one of the same kind, rules and users.
 
-    `shard_size`: subscriptions in a shard; None: one shard. `every_seconds`: the run is for the period of that length
-    that now is in, counted from `offset_seconds` after midnight UTC; None: for no period. None is returned when this
-    period has had its run. With a `shard_size` all subscriptions are read: give a connection of `long_read`. Raises
-    `RunInProgressError`.
+    `owner`: name from `new_owner`, for the lease. `only_user` None: all users. `shard_size`: subscriptions in a shard;
+    None: one shard. `every_seconds`: the run belongs to the current period of this length, counted from
+    `offset_seconds` after midnight UTC; None: it belongs to no period. Returns None if this period has had its run.
+    A `shard_size` makes it read all subscriptions, so pass a connection of `long_read`. Raises `RunInProgressError`.
     """
     begun = connection.execute(
         _BEGIN,
@@ -162,7 +165,7 @@ def begin_run(
 
 
 def refuse_beside_a_run(connection: Connection) -> None:
-    """Raise `RunInProgressError` while a run is at work: what it changes would be half in a dry run's report."""
+    """Raise `RunInProgressError` while a run is in progress: a dry run would report only a part of its changes."""
     busy = connection.scalar(
         text("SELECT bool_or(trueup.run_is_alive(r.id)) FROM trueup.reconcile_run r WHERE r.status = 'running'")
     )
@@ -179,9 +182,10 @@ def end_run(
     error: str | None = None,
     owner: str | None = None,
 ) -> bool:
-    """End a run; `status` None: as its shards ended; `owner`: only if it is still that one's.
+    """End a run. Returns False if it has ended before, or if shards are left and `status` is None.
 
-    Returns False if it has ended before, or shards are left.
+    `status` None: derived from the shards' status. `error`: the reason of a failure. `owner`: end the run only if it
+    still belongs to this owner; None: always.
     """
     ended = connection.scalar(
         text("SELECT trueup.end_run(:run_id, CAST(:status AS text), CAST(:error AS text), CAST(:owner AS text))"),
@@ -195,7 +199,7 @@ _FIGURES = ("run_id", "dry_run", "started_at", "finished_at", "kind", "status", 
 
 
 def read_summary(connection: Connection, run_id: int) -> RunSummary:
-    """Return the figures of a run as they stand."""
+    """Return the current figures of a run, without findings."""
     row: Any = connection.execute(
         text("SELECT *, id AS run_id FROM trueup.reconcile_run WHERE id = :run_id"), {"run_id": run_id}
     ).one()
@@ -204,7 +208,7 @@ def read_summary(connection: Connection, run_id: int) -> RunSummary:
 
 
 def runs_by(connection: Connection, run_id: int, rules: Rules) -> bool:
-    """Return whether the run is under these rules: another process may have read others since it was planned."""
+    """Return whether the run was planned under these rules; another process may have other settings."""
     same = connection.scalar(
         text("SELECT rules = CAST(:rules AS jsonb) FROM trueup.reconcile_run WHERE id = :run_id"),
         {"run_id": run_id, "rules": rules_as_json(rules)},
@@ -217,9 +221,10 @@ _SWEEP = text("SELECT * FROM trueup.sweep_runs(CAST(:rules AS jsonb), make_inter
 
 
 def sweep_runs(connection: Connection, rules: Rules, *, lease_seconds: float) -> list[tuple[int, int]]:
-    """End the runs whose shards are all done; return the shards, as (run, number), that nobody works on.
+    """End the runs whose shards have all ended; return the abandoned shards of all other runs as (run, number).
 
-    Only of runs under these rules: what a person allowed one run to do, another process must not do in its name.
+    Only runs planned under `rules` are swept: a process must not continue a run that allows other corrections.
+    `lease_seconds`: the new lease of each run that is not ended.
     """
     values = {"rules": rules_as_json(rules), "lease": lease_seconds, "most": MAX_FAILURES}
     return [(row.run_id, row.number) for row in connection.execute(_SWEEP, values)]

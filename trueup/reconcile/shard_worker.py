@@ -1,4 +1,4 @@
-"""Working on one shard of a reconcile run: from its cursor to its end, batch by batch, through errors that pass."""
+"""The work on one shard of a reconcile run: batch by batch from its cursor to its end, with retries."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -43,19 +43,19 @@ from trueup.reconcile.shards import (
 )
 from trueup.settings.policies import DEFAULT_POLICIES
 
-# More than so many in a shard are no odd rows: then something is wrong that a person should see at once.
+# More refused users than this in a shard are not single odd rows. The attempt fails, so that a person sees it at once.
 MAX_REFUSED = 100
-# As many who reach a time limit are no odd users: the database is too slow, and each of them costs minutes.
+# If this many users reach the time limit, the database is too slow. The attempt fails, because each costs minutes.
 MAX_SLOW = 10
 
 
 def work_shard(job: Job, shard: Shard) -> bool:
-    """Work on a shard that was claimed, and let go of it. Returns whether it is finished: not so when asked to stop.
+    """Work on a claimed shard and release it. Returns True if it is finished, False if `job.stop` was set before.
 
-    An error that may pass (a deadlock, a lost connection) is tried again, `MAX_FAILURES` times in a row at most. After
-    a time limit batches become smaller; a user who reaches it alone is passed over, and reported. Any other error ends
-    the attempt: the shard is left for another, with the reason, and the error raised. Raises `ShardLostError` when
-    another has taken it over.
+    A transient error (a deadlock, a lost connection) is retried with backoff, at most `MAX_FAILURES` times in a row
+    without progress. After a time limit, batches become smaller; a user who reaches the limit alone is skipped and
+    recorded as a defect. Any other error ends the attempt: it is stored with the shard, another attempt can claim the
+    shard, and the error is raised. Raises `ShardLostError` when another process has taken over the shard.
     """
     try:
         finished = _persevere(job, shard)
@@ -63,7 +63,7 @@ def work_shard(job: Job, shard: Shard) -> bool:
         raise
     except BaseException as error:
         reason = reason_of(error) if isinstance(error, Exception) else None
-        # Where even this can't be written, the lease runs out.
+        # If this write fails too, the shard's lease expires.
         with suppress(DBAPIError), connected(job.engine) as connection:
             end_shard(connection, shard, finished=False, error=reason)
         raise
@@ -90,21 +90,22 @@ def _persevere(job: Job, shard: Shard) -> bool:
 
 
 def _work(job: Job, shard: Shard) -> bool:
-    """Go on from the shard's cursor. Returns whether its end was reached."""
+    """Continue from the shard's cursor. Returns whether the end of the shard was reached."""
     if job.kind == "deep" and shard.cursor is None and not shard.audited:
         _audit(job, shard)
         shard.audited = not job.stop.is_set() or job.run_id is None
     if job.kind == "quick":
-        # Balances that the host's writes pass by are nothing to correct counters by. A deep pass sets them right first.
+        # Without working triggers, balances miss the host's writes, and counters must not be corrected by them. A deep
+        # pass repairs the balances first.
         with connected(job.engine) as connection:
             if job.run_id is not None:
                 connection.execute(text("SELECT trueup.note_log()"))
             connection.execute(text("SELECT trueup.require_watched()"))
-            # Where nothing may be noted, no figures are told by values that may be others.
+            # A dry run cannot record that the log's values have changed, so it refuses to report outdated figures.
             connection.execute(text("SELECT trueup.require_counted() WHERE NOT trueup.has_old_values()"))
         if job.only_user is None and shard.position is None:
             _report_uncovered_partitions(job)
-    # Something is always done: a shard whose first look takes all the time would else never get on.
+    # Do at least one batch. Otherwise a shard whose first scan takes all the time would never progress.
     moved = False
     while not (moved and job.stop.is_set()):
         suspects, left = _next_page(job, shard)
@@ -120,7 +121,7 @@ def _work(job: Job, shard: Shard) -> bool:
             step = Step(number=shard.number, attempt=shard.attempt, cursor=batch[-1], checked=total - left + done)
             findings = _settled(job, shard, batch, step)
             checked, shard.cursor, shard.checked = step.checked - shard.checked, step.cursor, step.checked
-            # What was too much for a time limit once need not be so for those who come after.
+            # Grow the batches again, because later users may be faster.
             shard.pace = min(job.batch_size, 2 * (shard.pace or job.batch_size))
             job.report(checked, findings, ())
             moved = True
@@ -132,7 +133,7 @@ def _work(job: Job, shard: Shard) -> bool:
 
 
 def _settled(job: Job, shard: Shard, user_ids: list[UserId], step: Step) -> list[Finding]:
-    """Do one batch; whom the database refuses (by a host's constraint, say) or takes too long for stops nobody else."""
+    """Do one batch. A user whose row a host's constraint refuses, or who is too slow, does not stop the others."""
     try:
         return _batch(job, user_ids, step)
     except DBAPIError as error:
@@ -141,7 +142,7 @@ def _settled(job: Job, shard: Shard, user_ids: list[UserId], step: Step) -> list
         if not slow and not refused:
             raise
         if len(user_ids) > 1:
-            # A time limit takes long to reach: few are tried with the one who is too slow.
+            # Reaching a time limit takes long, so the parts are small: few users share a part with the slow one.
             return _settled_in_parts(job, shard, user_ids, step, max(1, len(user_ids) // (10 if slow else 2)))
         if slow:
             return _tried_once_more(job, shard, user_ids, step)
@@ -158,7 +159,7 @@ def _batch(job: Job, user_ids: list[UserId], step: Step) -> list[Finding]:
 
 
 def _settled_in_parts(job: Job, shard: Shard, user_ids: list[UserId], step: Step, size: int) -> list[Finding]:
-    """Do a batch again in parts of that size."""
+    """Do a batch again in parts of `size` users."""
     shard.pace = size
     findings: list[Finding] = []
     for start in range(0, len(user_ids), size):
@@ -169,10 +170,7 @@ def _settled_in_parts(job: Job, shard: Shard, user_ids: list[UserId], step: Step
 
 
 def _tried_once_more(job: Job, shard: Shard, user_ids: list[UserId], step: Step) -> list[Finding]:
-    """Do it again for one who reached a time limit; whoever does so twice is written down and passed over.
-
-    The next run tries again.
-    """
+    """Retry one user who reached a time limit. After a second time, record a defect and skip the user in this run."""
     try:
         return _batch(job, user_ids, step)
     except DBAPIError as error:
@@ -190,7 +188,7 @@ def _tried_once_more(job: Job, shard: Shard, user_ids: list[UserId], step: Step)
 
 
 def _told(job: Job, user_ids: list[UserId], step: Step) -> list[Finding]:
-    """Write down what is wrong with a counter that could not be set right. Without a row it would count as right."""
+    """Record the drift of a counter that could not be corrected. Without a drift row it would count as correct."""
     rules = replace(job.context.rules, policies=dict.fromkeys(DEFAULT_POLICIES, "report"))
     try:
         with connected(job.engine) as connection:
@@ -202,7 +200,7 @@ def _told(job: Job, user_ids: list[UserId], step: Step) -> list[Finding]:
 
 
 def _next_page(job: Job, shard: Shard) -> tuple[list[UserId], int]:
-    """Return the next page of suspects, and how many subscriptions are left in the shard."""
+    """Return the next page of suspects, and the number of subscriptions left in the shard."""
     with long_read(job.engine, job.scan_timeout_seconds) as connection:
         if job.only_user is not None:
             found = count_subscriptions_of(connection, job.mapping, job.only_user)
@@ -212,7 +210,7 @@ def _next_page(job: Job, shard: Shard) -> tuple[list[UserId], int]:
 
 
 def _report_uncovered_partitions(job: Job) -> None:
-    """Tell of partitions that came since the log was set up: their rows may pass the balances by."""
+    """Record partitions that were added after the attach. They have no triggers, so balances may miss their rows."""
     with connected(job.engine) as connection:
         found = find_uncovered_partitions(connection, told_within=TOLD_AGAIN_AFTER)
         if job.run_id is None:
@@ -223,7 +221,7 @@ def _report_uncovered_partitions(job: Job) -> None:
 
 
 def _audit(job: Job, shard: Shard) -> None:
-    """The deep part of a deep pass. It may be done again from its start: what is repaired is no defect any more."""
+    """Compare balances with the log and repair them. It may be repeated: a repaired defect is not found again."""
     kind = job.mapping.user_id_type
     after, last = shard.position, shard.last
     with long_read(job.engine, job.scan_timeout_seconds) as reader:
@@ -252,7 +250,7 @@ def _by_user(defects: Sequence[Defect]) -> dict[UserId, list[Defect]]:
 
 
 def _repair(connection: Connection, job: Job, shard: Shard, user_id: UserId, defects: list[Defect]) -> None:
-    """Repair a user's balance; one that takes too long is written down as it was found, and stops nobody else's."""
+    """Repair a user's balance. If that reaches the time limit, record the defects unrepaired and continue."""
     kind, run_id = job.mapping.user_id_type, job.run_id or 0
     try:
         repair_balance(connection, kind, run_id, user_id)

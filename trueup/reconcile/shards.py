@@ -1,6 +1,6 @@
-"""Shards of reconcile runs: a range of users each, with who works on it and how far that has come, in the database.
+"""Shards of reconcile runs. A shard is a range of users, with an owner, a lease and a cursor in the database.
 
-A shard's cursor moves in the transaction that did the work up to it. Whoever takes over a shard goes on from there.
+The cursor moves in the transaction that did the work before it. A process that takes over a shard continues there.
 """
 
 import os
@@ -22,25 +22,28 @@ from trueup.host.mapping import HostMapping, UserIdType
 from trueup.host.sql import render_statement
 
 LEASE_SECONDS = 30.0
-"""How long a run or shard stays its owner's without a sign of life."""
+"""How long a run or shard belongs to its owner without a heartbeat."""
 
 MAX_FAILURES = 5
-"""How often a shard may fail, without getting on in between, before it is given up."""
+"""How many times in a row a shard may fail without progress before it is given up."""
 
 PAGE_SIZE = 50_000
-"""How many suspects of a shard are fetched at once: what a process keeps in memory."""
+"""How many suspects of a shard a process fetches at once and keeps in memory."""
 
 
 class ShardLostError(TrueupError):
-    """Another has taken over this shard, because this process gave no sign of life. Nothing more was written."""
+    """Another process has taken over this shard, because this one's lease expired. Nothing more was written."""
 
     def __init__(self) -> None:
-        super().__init__("another process has taken over this part of the run; this one stops here")
+        super().__init__(
+            "Another process has taken over this shard of the run, because this process sent no heartbeat in time. "
+            "This process stops working on it; the other one finishes it."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one batch moves in its shard: `cursor` to the last user it checked, `checked` to so many in all."""
+    """A shard's progress after a batch. `cursor`: the last checked user. `checked`: all users checked so far."""
 
     number: int
     attempt: int
@@ -50,12 +53,12 @@ class Step:
 
 @dataclass(kw_only=True)
 class Shard:
-    """A range of users: those after `after`, up to `last`; None: no bound. `cursor` None: nothing is done yet.
+    """A range of users after `after`, up to and including `last`; None: no bound. `cursor` None: no user is done yet.
 
-    `run_id` None: of a dry run, in memory only. `attempt` fences whoever had it before. `total`: its subscriptions,
-    counted when it was begun first; None until then. `checked`: how many of them are done. `audited`: its balances have
-    been compared with the log. `refused`: how many users' rows the database would not take. `slow`: how many users were
-    passed over because of a time limit. `pace`: how many are taken into the next batch; 0: as many as may be.
+    `run_id` None: a shard of a dry run, in memory only. `attempt`: number of the claim; writes of earlier attempts are
+    refused. `total`: number of subscriptions, counted by the first attempt; None: not counted yet. `checked`: how many
+    of them are done. `audited`: the balances have been compared with the log. `refused`: users whose correction the
+    database refused. `slow`: users skipped because of a time limit. `pace`: users in the next batch; 0: the maximum.
     """
 
     run_id: int | None = None
@@ -86,12 +89,12 @@ class Shard:
 
     @property
     def position(self) -> UserId | None:
-        """After which user there is something left; None: from the first."""
+        """The user after whom the remaining work begins; None: it begins with the first user."""
         return self.after if self.cursor is None else self.cursor
 
 
 def new_owner() -> str:
-    """Return a name for whoever works on shards: for people, and never given twice."""
+    """Return a unique, readable name for an owner of shards: host name, process id and a random part."""
     return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 
 
@@ -101,7 +104,10 @@ _CLAIM = text(
 
 
 def claim_shard(connection: Connection, run_id: int, owner: str, *, number: int | None = None) -> Shard | None:
-    """Take a shard of the run that nobody works on; `number` None: any. None: there is none, or not that one."""
+    """Claim an unclaimed shard of the run, or one whose lease has expired. Returns None if there is none.
+
+    `number`: claim only this shard; None: any.
+    """
     values = {"run_id": run_id, "number": number, "owner": owner, "lease": LEASE_SECONDS, "most": MAX_FAILURES}
     row = connection.execute(_CLAIM, values).one_or_none()
     connection.rollback()
@@ -115,7 +121,7 @@ _RELOAD = text(
 
 
 def reload_shard(connection: Connection, shard: Shard) -> None:
-    """Read how far the shard has come: after an error, whether the last batch was written is not known.
+    """Read the shard's cursor after an error, when it is not known whether the last batch was committed.
 
     Raises `ShardLostError`.
     """
@@ -131,7 +137,7 @@ def reload_shard(connection: Connection, shard: Shard) -> None:
 
 
 def measure_shard(connection: Connection, shard: Shard, total: int) -> None:
-    """Note how many subscriptions the shard has."""
+    """Record `total`, the number of subscriptions of the shard."""
     shard.total = total
     if shard.run_id is None:
         return
@@ -146,7 +152,7 @@ def measure_shard(connection: Connection, shard: Shard, total: int) -> None:
 
 
 def move_shard(connection: Connection, run_id: int | None, step: Step | None, user_id_type: UserIdType) -> None:
-    """Note how far a shard has come, for a batch that has nothing else to write. Raises `ShardLostError`."""
+    """Record a shard's progress after a batch that has nothing else to write. Raises `ShardLostError`."""
     if run_id is None or step is None:
         return
     statement = text(f"SELECT trueup.move_shard(:run_id, :number, :attempt, CAST(:cursor AS {user_id_type}), :checked)")
@@ -167,9 +173,9 @@ _END = text("SELECT trueup.end_shard(:run_id, :number, :attempt, :status, :check
 
 
 def end_shard(connection: Connection, shard: Shard, *, finished: bool, error: str | None = None) -> bool:
-    """Let go of the shard, `finished` or for another to go on with. `error` None: it was only asked to stop.
+    """Release the shard. Returns False if another process has taken it over.
 
-    Returns False if another has taken it over.
+    `finished` False: another attempt continues it. `error` None: the attempt was stopped, not failed.
     """
     if shard.run_id is None:
         return True
@@ -193,9 +199,9 @@ _KEEP = text("SELECT trueup.keep_run(:run_id, :owner, make_interval(secs => :lea
 
 @contextmanager
 def kept_alive(engine: Engine, run_id: int, owner: str) -> Iterator[None]:
-    """Give signs of life for what the owner works on, also in long statements: by a thread with its own connection.
+    """Send heartbeats for the owner's run and shards from a thread with its own connection, also in long statements.
 
-    One that can't be given is left out: then the lease runs out, and what is still sent is refused.
+    A heartbeat that fails is skipped. If too many fail, the lease expires and the owner's later writes are refused.
     """
     stop = threading.Event()
 
@@ -217,7 +223,7 @@ def kept_alive(engine: Engine, run_id: int, owner: str) -> Iterator[None]:
 
 
 def shard_ends(connection: Connection, size: int) -> list[UserId]:
-    """Return the last users of all shards of that many subscriptions but the last one, which has no end."""
+    """Return the last user of each shard of `size` subscriptions, except of the last shard, which has no bound."""
     return list(connection.scalars(text("SELECT trueup.shard_ends(:size)"), {"size": size}))
 
 
@@ -228,23 +234,23 @@ _SUBSCRIPTIONS = """
 
 
 def count_subscriptions(connection: Connection, mapping: HostMapping, after: UserId | None, last: UserId | None) -> int:
-    """Return how many subscriptions the range has; None: no bound."""
+    """Return the number of subscriptions of users after `after`, up to and including `last`; None: no bound."""
     statement = render_statement(_SUBSCRIPTIONS, mapping, within=conditions_of(after, last))
     counted = connection.scalar(statement, bounds(after, last))
     return counted or 0
 
 
 def count_subscriptions_of(connection: Connection, mapping: HostMapping, user_id: UserId) -> int:
-    """Return how many subscriptions that user has."""
+    """Return the number of subscriptions of a user."""
     statement = render_statement(_SUBSCRIPTIONS, mapping, within=" AND {} = :user_id".format)
     counted = connection.scalar(statement, {"user_id": user_id})
     return counted or 0
 
 
-# All but those whose counter is plainly right by a balance that is up to date. Coarse on purpose, and one statement
-# over the whole range: that is what makes a pass that finds nothing as cheap as the bare comparison. It never looks at
-# the log. Whoever has grants is looked at closely too: what those count for is not told in a line. (No function of
-# ours is called in it: PostgreSQL then may work on it in parallel.)
+# Suspects are all users except those whose counter agrees with an up-to-date balance. The test is coarse on purpose:
+# one statement over the whole range makes a pass that finds nothing as cheap as the bare comparison. It never reads the
+# log. Users with grants are always suspects, because a simple expression cannot compute the effect of grants. The
+# statement calls no function of trueup's, so that PostgreSQL can run it in parallel.
 _SUSPECTS = """
     {% from "host/rows.sql" import plan_tokens, window_start %}
     WITH suspects AS MATERIALIZED (
@@ -272,15 +278,18 @@ _SUSPECTS = """
 def find_suspects(
     connection: Connection, mapping: HostMapping, after: UserId | None, last: UserId | None, *, page: int = PAGE_SIZE
 ) -> list[UserId]:
-    """Return the users of a range whose counters are to be looked at closely, in order, at most a page of them."""
+    """Return the users of a range whose counters need a close check, in order, at most `page` of them.
+
+    The range is the users after `after`, up to and including `last`; None: no bound.
+    """
     statement = render_statement(_SUSPECTS, mapping, within=conditions_of(after, last))
     return list(connection.scalars(statement, {"page": page, **bounds(after, last)}))
 
 
 def conditions_of(after: UserId | None, last: UserId | None) -> Callable[[str], str]:
-    """Return what makes a range's conditions on a column, for a template.
+    """Return a function that renders a range's conditions on a column, for a template.
 
-    A bound that is None has no condition, so that the planner sees what there is.
+    A bound that is None has no condition, so that the planner can use the bounds that exist.
     """
     conditions = ("" if after is None else " AND {0} > :after") + ("" if last is None else " AND {0} <= :last")
     return conditions.format

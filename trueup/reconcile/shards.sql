@@ -1,15 +1,15 @@
--- Reconcile runs and their shards. Who works on what is a lease in a row, by the database's clock: it holds through a
--- connection pooler, ends with a dead owner, and is seen by every machine.
+-- Reconcile runs and their shards. Each has an owner and a lease, in a row and by the database's clock. A lease works
+-- through a connection pooler, expires when its owner dies, and is visible to every machine.
 
--- Whether somebody is at work on this run, or has been so lately that another must not take it over.
+-- Whether the run, or one of its shards, has a lease that has not expired. Then no other process may take over the run.
 CREATE OR REPLACE FUNCTION trueup.run_is_alive(p_run bigint) RETURNS boolean LANGUAGE sql AS $$
     SELECT EXISTS (SELECT FROM trueup.reconcile_run r WHERE r.id = p_run AND r.lease_until > clock_timestamp())
         OR EXISTS (SELECT FROM trueup.reconcile_shard s
                    WHERE s.run_id = p_run AND s.status = 'running' AND s.lease_until > clock_timestamp())
 $$;
 
--- The last users of all shards but the last one, which has no end: a user who comes later belongs to it. From end to end
--- along the index: to number all subscriptions takes four times as long.
+-- The last user of each shard, except of the last shard, which has no bound and so includes users added later. It jumps
+-- from end to end along the index; numbering all subscriptions takes four times as long.
 CREATE OR REPLACE FUNCTION trueup.shard_ends(p_size bigint) RETURNS SETOF {{ user_id_type }} LANGUAGE plpgsql STABLE AS $$
 <<ends>>
 DECLARE
@@ -26,10 +26,10 @@ BEGIN
     END LOOP;
 END $$;
 
--- Begin a run, or go on with one whose owner died or was interrupted less than p_resume ago and that is the same work.
--- `refused`: 'busy' while another run is at work (its number in `run_id`), 'done' when this period has had its run. Any
--- number of schedulers may call this at once: it lets in one at a time, and a (kind, period) makes one run.
--- p_size: subscriptions in a shard; null: one shard of all.
+-- Begin a run, or resume one of the same kind, rules and users whose owner died or was interrupted less than p_resume ago.
+-- `refused`: 'busy' if another run is in progress (`run_id` is its number), 'done' if this period has had its run. Any
+-- number of schedulers may call this at once: an advisory lock admits one at a time, and a (kind, period) gets one run.
+-- p_size: subscriptions in a shard; null: one shard for all.
 CREATE OR REPLACE FUNCTION trueup.begin_run(
     p_kind text, p_every interval, p_offset interval, p_only_user text, p_rules jsonb, p_by text, p_owner text,
     p_lease interval, p_resume interval, p_size bigint,
@@ -42,7 +42,7 @@ DECLARE
     v_now timestamptz;
     v_ends {{ user_id_type }}[];
 BEGIN
-    PERFORM pg_advisory_xact_lock(8243107351036553580);  -- "reconcil" in ASCII, for as long as this takes
+    PERFORM pg_advisory_xact_lock(8243107351036553580);  -- "reconcil" in ASCII; held until the end of this transaction
     v_now := clock_timestamp();
     resumed := false;
     v_period := to_timestamp(floor(extract(epoch FROM v_now - p_offset) / extract(epoch FROM p_every))
@@ -67,7 +67,7 @@ BEGIN
         resumed := true;
         RETURN;
     END IF;
-    -- Whoever still works on it, paused beyond his lease, is fenced; and its period has not had its run.
+    -- Fence an owner that still works on the old run after its lease expired, and free the run's period for another run.
     UPDATE trueup.reconcile_run t SET status = 'interrupted', finished_at = v_now, period = NULL
     WHERE t.status = 'running';
     UPDATE trueup.reconcile_shard s SET status = 'waiting', owner = NULL, lease_until = NULL, updated_at = v_now
@@ -82,19 +82,19 @@ BEGIN
         RETURN;
     END IF;
     IF p_size IS NOT NULL THEN
-        v_ends := ARRAY(SELECT trueup.shard_ends(p_size));  -- in order; a look at the whole table, so once
+        v_ends := ARRAY(SELECT trueup.shard_ends(p_size));  -- in order; reads the whole table, so only once
     END IF;
-    -- An array has NULL before its first place and after its last: no bound.
+    -- An array element before the first or after the last is NULL, which means no bound.
     INSERT INTO trueup.reconcile_shard (run_id, number, first_user, last_user, status, updated_at)
     SELECT begin_run.run_id, n, v_ends[n - 1], v_ends[n], 'waiting', v_now
     FROM generate_series(1, coalesce(cardinality(v_ends), 0) + 1) AS n;
-    -- The look may have taken longer than a lease.
+    -- Reading the table may have taken longer than the lease.
     UPDATE trueup.reconcile_run t SET lease_until = clock_timestamp() + p_lease WHERE t.id = begin_run.run_id;
 END $$;
 
--- Take a shard that waits, or whose owner's lease ran out; p_number null: any. No row when there is none to take. Its
--- attempt's number fences the owner before: whatever that one still sends is refused. One that was begun p_most times
--- without getting on is given up.
+-- Claim a waiting shard, or one whose lease has expired. p_number null: any shard. Returns no row if there is none to
+-- claim. The new attempt number fences the previous owner: its later writes are refused. A shard that failed p_most times
+-- in a row without progress is given up.
 CREATE OR REPLACE FUNCTION trueup.claim_shard(
     p_run bigint, p_number integer, p_owner text, p_lease interval, p_most integer
 ) RETURNS SETOF trueup.reconcile_shard LANGUAGE plpgsql AS $$
@@ -102,7 +102,7 @@ DECLARE
     v_number integer;
 BEGIN
     UPDATE trueup.reconcile_shard s
-    SET status = 'failed', error = coalesce(s.error, 'its worker died each time'), updated_at = clock_timestamp()
+    SET status = 'failed', error = coalesce(s.error, 'its worker died on every attempt'), updated_at = clock_timestamp()
     WHERE s.run_id = p_run AND s.failures + (s.status = 'running')::integer >= p_most
       AND (s.status = 'waiting' OR s.status = 'running' AND s.lease_until <= clock_timestamp());
     SELECT s.number INTO v_number FROM trueup.reconcile_shard s
@@ -118,9 +118,9 @@ BEGIN
     RETURNING s.*;
 END $$;
 
--- Note how far this attempt at a shard has come, in the transaction of what it did. False: another has taken it over,
--- and nothing may be written. The commit is not waited for to reach the disk, and so no row is locked until it has: what a
--- crash of the server takes away it takes together with the cursor, and the end of the shard is waited for.
+-- Record the progress of this attempt at a shard, in the transaction that did the work. False: another process has taken
+-- over the shard, and nothing may be written. The commit does not wait for the disk, so that rows are not locked meanwhile.
+-- If a server crash undoes the commit, it undoes work and cursor together; the commit that ends the shard does wait.
 CREATE OR REPLACE FUNCTION trueup.move_shard(
     p_run bigint, p_number integer, p_attempt integer, p_cursor {{ user_id_type }}, p_checked bigint
 ) RETURNS boolean LANGUAGE plpgsql AS $$
@@ -133,8 +133,8 @@ BEGIN
     RETURN FOUND;
 END $$;
 
--- End this attempt at a shard. p_status: 'finished', or 'waiting' when something is left; p_error: why it is, null if it
--- was only asked to stop. False: another has taken it over.
+-- End this attempt at a shard. p_status: 'finished', or 'waiting' if work is left. p_error: the reason why it is left; null:
+-- the attempt was stopped, not failed. False: another process has taken over the shard.
 CREATE OR REPLACE FUNCTION trueup.end_shard(
     p_run bigint, p_number integer, p_attempt integer, p_status text, p_checked bigint, p_error text
 ) RETURNS boolean LANGUAGE plpgsql AS $$
@@ -146,7 +146,8 @@ BEGIN
     RETURN FOUND;
 END $$;
 
--- An owner's sign of life: its run and the shards that it works on stay its own for p_lease from now.
+-- An owner's heartbeat: extend the leases of its run and its running shards to p_lease from now, and update the run's
+-- number of checked counters.
 CREATE OR REPLACE FUNCTION trueup.keep_run(p_run bigint, p_owner text, p_lease interval) RETURNS void LANGUAGE sql AS $$
     UPDATE trueup.reconcile_run r SET lease_until = clock_timestamp() + p_lease
     WHERE r.id = p_run AND r.owner = p_owner AND r.status = 'running';
@@ -157,8 +158,9 @@ CREATE OR REPLACE FUNCTION trueup.keep_run(p_run bigint, p_owner text, p_lease i
     WHERE r.id = p_run AND r.status = 'running';
 $$;
 
--- End a run, with figures that are counted from its rows: whoever wrote them, and however often it was interrupted,
--- each counts once. p_status null: as its shards say, if none is left. False: it has ended before, or shards are left.
+-- End a run. Its figures are counted from its rows, so each row counts once, whichever process wrote it and however often
+-- the run was interrupted. p_status null: derived from its shards, if all have ended. p_owner: only if the run still belongs
+-- to this owner; null: always. False: the run has ended before, belongs to another owner, or shards are left.
 CREATE OR REPLACE FUNCTION trueup.end_run(
     p_run bigint, p_status text, p_error text, p_owner text DEFAULT NULL
 ) RETURNS boolean
@@ -200,8 +202,9 @@ BEGIN
     RETURN true;
 END $$;
 
--- The shards of scheduled runs under these rules that nobody works on, and a longer life for such runs: their messages
--- are sent again. Runs with no shard left are ended.
+-- Return the abandoned shards of runs planned under these rules, so that the caller sends their messages again, and renew
+-- those runs' leases. Swept are the scheduled runs, and other runs whose leases have expired. End the runs that have no
+-- shard left. p_most: failures in a row after which a shard is given up.
 CREATE OR REPLACE FUNCTION trueup.sweep_runs(p_rules jsonb, p_lease interval, p_most integer)
 RETURNS TABLE (run_id bigint, number integer) LANGUAGE plpgsql AS $$
 #variable_conflict use_column
@@ -214,7 +217,7 @@ BEGIN
              FOR UPDATE SKIP LOCKED
     LOOP
         UPDATE trueup.reconcile_shard s
-        SET status = 'failed', error = coalesce(s.error, 'its worker died each time'), updated_at = clock_timestamp()
+        SET status = 'failed', error = coalesce(s.error, 'its worker died on every attempt'), updated_at = clock_timestamp()
         WHERE s.run_id = r.id AND s.failures + (s.status = 'running')::integer >= p_most
           AND (s.status = 'waiting' OR s.status = 'running' AND s.lease_until <= clock_timestamp());
         IF NOT trueup.end_run(r.id, NULL, NULL) THEN

@@ -1,1 +1,1 @@
-"""Reports of what reconciling found."""
+"""Reports on the findings of reconcile runs."""

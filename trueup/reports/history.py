@@ -1,4 +1,4 @@
-"""The history of reconcile runs: each run's figures as it wrote them, to see how drift develops."""
+"""The history of reconcile runs: the recorded figures of each run, which show how drift develops."""
 
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
@@ -14,9 +14,9 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class RunFigures:
-    """One run. Token figures and the others are counts; `only_user` None: it looked at all users.
+    """One run. Token figures and the others are counts. `only_user` None: the run checked all users.
 
-    `finished_at` None: it has not ended. `error` None: there was none. `requested_by` empty: the schedule.
+    `finished_at` None: the run has not ended. `error` None: no error. `requested_by` empty: the schedule started it.
     """
 
     id: int
@@ -43,16 +43,16 @@ class RunFigures:
 
     @property
     def share_explained(self) -> float | None:
-        """Which part of the drifted tokens has a cause, 0 to 1. None: no tokens have drifted."""
+        """The share of the drifted tokens that has a cause, 0 to 1. None: no tokens have drifted."""
         return min(1.0, self.tokens_explained / self.tokens_drifted) if self.tokens_drifted else None
 
     @property
     def seconds(self) -> float | None:
-        """How long it took; None while it has not ended."""
+        """The run's duration in seconds. None: the run has not ended."""
         return (self.finished_at - self.started_at).total_seconds() if self.finished_at else None
 
     def as_json(self) -> dict[str, Any]:
-        """Return the run for JSON: times as ISO 8601."""
+        """Return the run for JSON, with times in ISO 8601."""
         content = asdict(self)
         content["run_id"] = content.pop("id")
         for name in ("started_at", "finished_at"):
@@ -68,7 +68,11 @@ def read_history(
     days: int | None = None,
     up_to_run: int | None = None,
 ) -> list[RunFigures]:
-    """Return the newest runs, oldest first. `days` None: however old; `up_to_run` None: to the newest."""
+    """Return the newest runs, at most `limit`, in the order of their start.
+
+    `days`: only runs that started in the last so many days; None: runs of any age. `up_to_run`: the number of the last
+    run; None: the newest.
+    """
     run = own_table("reconcile_run", user_id_type).c
     query = select(*(run[field.name] for field in fields(RunFigures))).order_by(run.id.desc()).limit(limit)
     if days is not None:
@@ -79,5 +83,5 @@ def read_history(
 
 
 def history_json(runs: list[RunFigures]) -> dict[str, Any]:
-    """Return the history for JSON, under a versioned schema."""
+    """Return the history for JSON, in a versioned schema."""
     return {"schema_version": SCHEMA_VERSION, "runs": [run.as_json() for run in runs]}

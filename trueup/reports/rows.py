@@ -1,4 +1,4 @@
-"""The rows of drift reports: one drift each, chosen by run, time, cause, size and user."""
+"""The rows of drift reports: one drift each, selected by run, time, cause, size and user."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -16,9 +16,10 @@ from trueup.reconcile.runs import Finding
 
 @dataclass(frozen=True, kw_only=True)
 class DriftFilter:
-    """Which drifts to tell of: those that have all these causes, of at least so many tokens, of this user.
+    """A filter on the drifts of a report. The default matches all.
 
-    Nothing set: all.
+    `causes`: the drift has all of these causes. `min_tokens`: the counter is off by at least this many tokens.
+    `user_id` None: all users.
     """
 
     causes: tuple[str, ...] = ()
@@ -31,11 +32,11 @@ class DriftFilter:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportRow:
-    """One drift. Token figures are counts; `drift` = observed - expected, a null counter read as 0.
+    """One drift. Token figures are counts; `drift` = observed - expected, where a null counter counts as 0.
 
-    `drift_id` None, and no run: it is of a dry run, and not kept. `observed` None: the counter was null. `written`
-    None: the counter was left alone. `run_id` found it, `last_run_id` saw it last, unchanged. `decision` None: nobody
-    has decided about it.
+    `drift_id`, `run_id` None: a finding of a dry run, which is not stored. `observed` None: the counter was null.
+    `written` None: the counter was not changed. `run_id`: the run that found the drift; `last_run_id`: the last run
+    that saw it unchanged. `decision` None: no decision yet.
     """
 
     drift_id: int | None
@@ -58,8 +59,8 @@ class ReportRow:
     evidence: dict[str, Any]
 
     def as_json(self) -> dict[str, Any]:
-        """Return the row for JSON: times as ISO 8601, the user's id as it is or as text."""
-        # Not by asdict: that copies the evidence to its last leaf.
+        """Return the row for JSON, with times in ISO 8601 and the user's id as a number or a string."""
+        # Without asdict, which makes a deep copy of the evidence.
         content = {field.name: getattr(self, field.name) for field in fields(self)}
         content["user_id"] = plain_id(self.user_id)
         for name in ("found_at", "last_seen_at"):
@@ -70,10 +71,10 @@ class ReportRow:
 def chosen_drifts(
     user_id_type: UserIdType, only: DriftFilter, *, run: Row[Any] | None = None, since: datetime | None = None
 ) -> Select[Any]:
-    """Return the statement that chooses drifts: those that `run` saw, or that were seen `since`; each once.
+    """Return the statement that selects the drifts that `run` saw, or that any run saw after `since`, each once.
 
-    A drift that stands from run to run is one row: all runs from the one that found it to the last one have seen it,
-    but for runs over another user only.
+    A drift that several runs see is one row: every run from `run_id` to `last_run_id` has seen it, except runs over
+    another user only. `only`: the filter.
     """
     drift = own_table("drift", user_id_type)
     query = _drifts(user_id_type)
@@ -97,14 +98,14 @@ def chosen_drifts(
 
 
 def drifts_of_user(connection: Connection, user_id_type: UserIdType, user_id: UserId, *, limit: int) -> list[ReportRow]:
-    """Return a user's newest drifts, newest first."""
+    """Return a user's drifts, newest first, at most `limit`."""
     drift = own_table("drift", user_id_type).c
     query = _drifts(user_id_type).where(drift.user_id == user_id).order_by(drift.id.desc()).limit(limit)
     return [_stored_row(row) for row in connection.execute(query).mappings()]
 
 
 def _drifts(user_id_type: UserIdType) -> Select[Any]:
-    """All drifts, each with its tokens as `drift` and the newest `decision` about it."""
+    """Return the statement for all drifts, each with its tokens as `drift` and the newest `decision` about it."""
     drift, decision = own_table("drift", user_id_type), own_table("drift_decision", user_id_type)
     decided = (
         select(decision.c.decision)
@@ -121,7 +122,7 @@ def _drifts(user_id_type: UserIdType) -> Select[Any]:
 def read_rows(
     connection: Connection, chosen: Select[Any], *, limit: int | None = None, skip: int = 0
 ) -> Iterator[ReportRow]:
-    """Yield the chosen drifts, the largest first, without the first `skip`. `limit` None: all."""
+    """Yield the selected drifts, the largest first, at most `limit` (None: all) after the first `skip`."""
     drifts = chosen.subquery()
     query = select(drifts).order_by(func.abs(drifts.c.drift).desc(), drifts.c.id).limit(limit).offset(skip)
     for row in connection.execute(query).mappings():
@@ -136,7 +137,7 @@ _STORED = [field.name for field in fields(ReportRow) if field.name != "drift_id"
 
 
 def row_of_finding(finding: Finding) -> ReportRow:
-    """Return the row of a finding that was not written down."""
+    """Return the report row of a dry run's finding, which is not stored."""
     drift, explanation = finding.drift, finding.explanation
     return ReportRow(
         drift_id=None,

@@ -1,4 +1,4 @@
-"""Drift reports: what one run found, or all runs since a moment; from the database, or from a dry run's summary."""
+"""Drift reports on one run or on all runs since a time, from the database or from the summary of a dry run."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -24,20 +24,20 @@ from trueup.reports.totals import (
     tally_totals,
 )
 
-# Fields may be added under the same number; one that is renamed, removed or changed in meaning raises it.
+# Adding a field keeps the number. Renaming or removing a field, or changing its meaning, increases it.
 SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class DriftReport:
-    """What a run found, or all runs since a moment. Token figures and the others are counts.
+    """The findings of one run, or of all runs since a time. Token figures and the others are counts.
 
-    `run_id` None: a dry run, which is not kept, or several runs. `runs`: how many runs it tells of. `since` None: it
-    tells of one run. `finished_at` None: it has not ended. `checked`: comparisons made, in all those runs.
-    `found_new`: drifts that no earlier run had seen. `in_review`: those that still wait for a person. `set_aside`:
-    those that need nobody: tolerated, ignored, or so young that their decrements may still come.
-    `tokens_overstated`: shown to users though they are gone; `tokens_understated`: left but not shown.
-    `actions`: how many drifts were left how. `rows`: the largest drifts first; `rows_left_out`: how many more.
+    `run_id` None: a dry run, which is not stored, or several runs. `runs`: number of runs in the report. `since` None:
+    the report is about one run. `finished_at` None: the run has not ended. `checked`: comparisons made in all these
+    runs. `found_new`: drifts that no earlier run had seen. `in_review`: drifts that still wait for a decision.
+    `set_aside`: drifts that need no decision: tolerated, ignored, or so new that their decrements may still arrive.
+    `tokens_overstated`: used tokens that counters still show; `tokens_understated`: unused tokens that they don't show.
+    `actions`: number of drifts by action. `rows`: the largest drifts first; `rows_left_out`: number of other drifts.
     """
 
     run_id: int | None
@@ -71,11 +71,11 @@ class DriftReport:
 
     @property
     def share_explained(self) -> float | None:
-        """Which part of the drifted tokens has a cause, 0 to 1. None: no tokens have drifted."""
+        """The share of the drifted tokens that has a cause, 0 to 1. None: no tokens have drifted."""
         return self.tokens_explained / self.tokens_drifted if self.tokens_drifted else None
 
     def summary_json(self) -> dict[str, Any]:
-        """Return everything but the rows, for JSON: times as ISO 8601, under a versioned schema."""
+        """Return everything except the rows for JSON, with times in ISO 8601, in a versioned schema."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rows", "filter")}
         return {
             "schema_version": SCHEMA_VERSION,
@@ -97,7 +97,7 @@ class DriftReport:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSource:
-    """The runs that a report tells of, and the statement that chooses their drifts."""
+    """The runs of a report, and the statement that selects their drifts."""
 
     run_id: int | None
     since: datetime | None
@@ -117,9 +117,10 @@ def find_source(
     since: datetime | timedelta | None = None,
     only: DriftFilter | None = None,
 ) -> ReportSource | None:
-    """Return which runs a report tells of: `run_id`, all `since` a moment or for so long back, else the newest one.
+    """Return the runs of a report. Returns None if there has been no run yet.
 
-    None: there has been no run yet. Raises `InvalidInputError` for a run that does not exist.
+    `since`: all runs since this time, or within this duration before now; otherwise run `run_id`; both None: the newest
+    run. `only` None: no filter. Raises `InvalidInputError` for a run that does not exist.
     """
     run = own_table("reconcile_run", user_id_type)
     runs = select(*(run.c[name] for name in _RUN))
@@ -136,7 +137,7 @@ def find_source(
     if run_id is not None:
         found = connection.execute(runs.where(run.c.id == run_id)).one_or_none()
     if found is None:
-        raise InvalidInputError(f"run: there is no reconcile run {run_id}. `trueup drift history` lists the runs")
+        raise InvalidInputError(f"run: reconcile run {run_id} does not exist. `trueup drift history` lists the runs.")
     chosen = chosen_drifts(user_id_type, only, run=found)
     return ReportSource(run_id=found.id, since=None, filter=only, runs=[found], chosen=chosen)
 
@@ -144,14 +145,16 @@ def find_source(
 def read_source(
     connection: Connection, source: ReportSource, *, max_rows: int | None = None, skip: int = 0
 ) -> DriftReport:
-    """Return the report of these runs. `max_rows`: only the largest drifts get a row; None means all. `skip`: but for
-    so many of the largest, which a page before this one had.
+    """Return the report on these runs.
+
+    `max_rows`: only this many of the largest drifts get a row; None: all. `skip`: number of the largest drifts to leave
+    out, because an earlier page has them.
     """
     totals = tally_totals(connection, source.chosen)
     rows = list(read_rows(connection, source.chosen, limit=max_rows, skip=skip))
     newest = source.runs[-1] if source.runs else None
     started_at = source.since or (newest.started_at if newest else None)
-    assert started_at is not None  # noqa: S101 - for the type checker: without a moment there is a run
+    assert started_at is not None  # noqa: S101 - for the type checker: a source has a time or a run
     return DriftReport(
         run_id=source.run_id,
         runs=len(source.runs),
@@ -182,7 +185,7 @@ def read_report(
     only: DriftFilter | None = None,
     max_rows: int | None = None,
 ) -> DriftReport | None:
-    """Return a report as of `find_source` and `read_source`. None: there has been no run yet.
+    """Return a report, with the arguments of `find_source` and `read_source`. None: there has been no run yet.
 
     Raises `InvalidInputError` for a run that does not exist.
     """
@@ -191,15 +194,15 @@ def read_report(
 
 
 def stream_rows(connection: Connection, source: ReportSource) -> Iterator[ReportRow]:
-    """Yield every row of the report, the largest drifts first, in memory that does not grow with them.
+    """Yield every row of the report, the largest drifts first, in constant memory.
 
-    The connection must be in a transaction.
+    `connection`: one in a transaction.
     """
     return read_rows(connection.execution_options(stream_results=True, max_row_buffer=1000), source.chosen)
 
 
 def report_dry_run(summary: RunSummary) -> DriftReport:
-    """Return the report of a dry run, from the findings that it kept in memory."""
+    """Return the report on a dry run, from the findings in its summary."""
     rows = sorted((row_of_finding(finding) for finding in summary.findings), key=lambda row: -abs(row.drift))
     causes, sizes = tally_findings(rows)
     actions = dict(Counter(row.action for row in rows).most_common())

@@ -1,4 +1,4 @@
-"""What drifts come to: in all, by cause, by size. Counted in the database; of a dry run, in memory."""
+"""Totals of drifts: overall, by cause, by size and by action. The database counts them; for a dry run, memory does."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -31,9 +31,10 @@ SET_ASIDE = ("tolerated", "ignored", "waiting")
 
 @dataclass(frozen=True, kw_only=True)
 class CauseFigures:
-    """What one cause did. `drifts`: those that name it, alone or with others; `certain`: those proven by rows.
+    """The figures of one cause. `drifts`: number of drifts with this cause, alone or with others.
 
-    `tokens_overstated` and `tokens_understated`: its own share of them.
+    `certain`: how many of them have rows that prove the cause. `tokens_overstated`, `tokens_understated`: the tokens of
+    this cause only.
     """
 
     cause: str
@@ -52,7 +53,7 @@ class CauseFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class SizeFigures:
-    """How many drifts have from `at_least` to ten times that (exclusive) tokens, each way."""
+    """The number of drifts of `at_least` up to, but not including, ten times as many tokens, in each direction."""
 
     at_least: int
     overstated: int
@@ -63,7 +64,7 @@ class SizeFigures:
 
 
 def tally_totals(connection: Connection, chosen: Select[Any]) -> dict[str, int]:
-    """Return the chosen drifts' figures by the names of `DriftReport`."""
+    """Return the totals of the drifts that the statement `chosen` selects, by their names in `DriftReport`."""
     d = chosen.subquery().c
     set_aside = or_(d.action.in_(SET_ASIDE), func.coalesce(d.decision, "") == "ignore")
     settled = func.coalesce(d.decision, "").in_(("accept", "grant", "ignore"))
@@ -81,7 +82,10 @@ def tally_totals(connection: Connection, chosen: Select[Any]) -> dict[str, int]:
 
 
 def tally_causes(connection: Connection, chosen: Select[Any]) -> list[CauseFigures]:
-    """Return the figures of each cause, those of most tokens first. A drift without components is one of its own."""
+    """Return the figures of each cause, the one with the most tokens first.
+
+    A drift without components counts as one component.
+    """
     drifts = chosen.subquery()
     d = drifts.c
     components = d.evidence["components"]
@@ -118,9 +122,9 @@ def tally_causes(connection: Connection, chosen: Select[Any]) -> list[CauseFigur
 
 
 def tally_sizes(connection: Connection, chosen: Select[Any]) -> list[SizeFigures]:
-    """Return how many drifts there are of each order of magnitude, from the smallest; empty ones between are there."""
+    """Return the number of drifts for each order of magnitude, the smallest first, including empty ones in between."""
     d = chosen.subquery().c
-    # The count of digits is exact where a logarithm would round.
+    # The number of digits is exact; a logarithm would round.
     digits = func.length(cast(func.abs(d.drift), Text)).cast(Integer)
     query = select(
         digits.label("digits"),
@@ -131,14 +135,14 @@ def tally_sizes(connection: Connection, chosen: Select[Any]) -> list[SizeFigures
 
 
 def tally_actions(connection: Connection, chosen: Select[Any]) -> dict[str, int]:
-    """Return how many drifts were left how, the most frequent first."""
+    """Return the number of drifts for each action, the most frequent first."""
     d = chosen.subquery().c
     query = select(d.action, func.count()).group_by(d.action).order_by(func.count().desc(), d.action)
     return {row.action: row[1] for row in connection.execute(query)}
 
 
 def tally_findings(rows: Iterable[ReportRow]) -> tuple[list[CauseFigures], list[SizeFigures]]:
-    """Return the same figures of rows in memory."""
+    """Return the figures by cause and by size for rows in memory."""
     causes: dict[str, dict[str, Any]] = defaultdict(lambda: {"ids": set(), "certain": set(), "over": 0, "under": 0})
     sizes: dict[int, tuple[int, int]] = {}
     for number, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Everything about one user's counter: its figures, why it is off, since when, and what was done about it before."""
+"""The report on one user's counter: its figures, its drift with an explanation, earlier drifts and decisions."""
 
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -22,7 +22,10 @@ MAX_PAST_DRIFTS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class BasePoint:
-    """When a counter is known to have been right, and how: what came before is settled. `at` None: since ever."""
+    """The last time at which a counter is known to have been right. Only events after it can explain a drift.
+
+    `why`: how this is known. `at` None: no such time is known, or Python cannot represent it.
+    """
 
     at: datetime | None
     why: str
@@ -30,7 +33,7 @@ class BasePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What a person decided about a drift. A counter is None where it was null or was not touched."""
+    """A person's decision about a drift. A counter is None if it was null or was not changed."""
 
     drift_id: int
     decision: str
@@ -44,7 +47,7 @@ class Decision:
 
 @dataclass(frozen=True, kw_only=True)
 class CounterStory:
-    """One user's counter now, and its past. `finding` None: it does not drift."""
+    """One user's counter now, and its past. `finding` None: the counter does not drift."""
 
     account: Account
     finding: Finding | None
@@ -54,7 +57,7 @@ class CounterStory:
 
     @property
     def original(self) -> int:
-        """The figures are of the finding's snapshot where there is one."""
+        """Plan and grants in tokens. If there is a finding, all figures come from its snapshot."""
         return self.finding.drift.original if self.finding else self.account.original
 
     @property
@@ -71,11 +74,11 @@ class CounterStory:
 
     @property
     def drift(self) -> int:
-        """observed - expected, a null counter read as 0."""
+        """observed - expected in tokens, where a null counter counts as 0."""
         return (self.observed or 0) - self.expected
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything for JSON, under a versioned schema."""
+        """Return everything for JSON, in a versioned schema."""
         found = self.finding
         return {
             "schema_version": SCHEMA_VERSION,
@@ -105,9 +108,10 @@ class CounterStory:
 def tell_counter(
     connection: Connection, mapping: HostMapping, user_id: UserId, *, rules: Rules = DEFAULT_RULES
 ) -> CounterStory:
-    """Return all about a user's counter. `rules`: what a run may do by itself.
+    """Return the report on a user's counter. Writes nothing.
 
-    Nothing is written; each statement must be its own transaction.
+    `connection`: one on which each statement is its own transaction. `rules`: the policies that decide what a run would
+    do about the drift.
     """
     account = read_account(connection, user_id)
     findings: list[Finding] = []
@@ -123,7 +127,7 @@ def tell_counter(
     )
 
 
-# A window may begin at -infinity, or in a year that Python can't hold: that is none.
+# A window may begin at -infinity, or in a year outside Python's range. Both give no time.
 _BASE = text(
     """
     SELECT CASE WHEN b.at >= '0001-01-03' AND b.at < '9999-12-31' THEN b.at END AS at, b.kind
@@ -146,7 +150,7 @@ def _base_point(connection: Connection, user_id: UserId) -> BasePoint:
 
 
 def _decisions(connection: Connection, mapping: HostMapping, user_id: UserId) -> list[Decision]:
-    """Return what was decided about this user's drifts, newest first."""
+    """Return the decisions about this user's drifts, newest first."""
     table = own_table("drift_decision", mapping.user_id_type).c
     names = Decision.__dataclass_fields__
     query = select(*(table[name] for name in names)).where(table.user_id == user_id).order_by(table.id.desc())

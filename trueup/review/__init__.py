@@ -1,1 +1,1 @@
-"""A person's decisions on drifts that are not corrected by themselves."""
+"""Decisions of people about drifts that trueup does not correct by itself."""

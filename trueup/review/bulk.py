@@ -1,4 +1,4 @@
-"""Deciding about many drifts at once: those that a person chose, each decided and audited as one alone would be."""
+"""Bulk decisions: decide about all drifts that a filter selects. Each is decided and audited like a single drift."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from trueup.errors import InvalidInputError
 from trueup.host.mapping import UserIdType
 from trueup.review.decisions import Choice, ReviewFilter
 
-# The users of a batch wait at the gate until all of it is decided.
+# The gates of a batch's users wait until the whole batch is decided.
 DECIDED_AT_ONCE = 50
 PAGE_SIZE = 5_000
 MAX_CHOSEN = 10_000_000
@@ -22,10 +22,10 @@ MAX_CHOSEN = 10_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenDrifts:
-    """The drifts that wait for a person and that a filter chose, as they were counted; later ones are not among them.
+    """The drifts in review that a filter selected when they were counted; later drifts are not included.
 
-    `tokens_overstated`: by how much their counters are too high together, `tokens_understated`: too low.
-    `last_id` None: there are none.
+    `tokens_overstated`: the sum by which counters are too high; `tokens_understated`: too low. `last_id`: the highest
+    id among them; None: there are none.
     """
 
     only: ReviewFilter
@@ -37,9 +37,10 @@ class ChosenDrifts:
 
 @dataclass(kw_only=True)
 class BulkDecision:
-    """`decided`: how many drifts. `left`: how many were not, by why not, in the words of `trueup.decide_drift`.
+    """The result of a bulk decision. `decided`: number of decided drifts.
 
-    "refused": the database would not take the counter.
+    `left`: number of undecided drifts by reason, an `outcome` of `trueup.decide_drift`, or "refused" if the database
+    refused the new counter.
     """
 
     decided: int = 0
@@ -49,7 +50,7 @@ class BulkDecision:
 def choose_drifts(
     connection: Connection, user_id_type: UserIdType, only: ReviewFilter, *, limit: int = MAX_CHOSEN
 ) -> ChosenDrifts:
-    """Count the drifts that wait for a person and that the filter lets through, the first found at most `limit`."""
+    """Count the drifts in review that match the filter, the oldest ones if there are more than `limit`."""
     row = connection.execute(text(_CHOSEN.format(user_id_type=user_id_type)), {**only.values(), "limit": limit}).one()
     return ChosenDrifts(only=only, **row._mapping)
 
@@ -64,13 +65,17 @@ def decide_chosen(
     note: str,
     progress: Callable[[int], None] = lambda _done: None,
 ) -> BulkDecision:
-    """Decide the same about each of them, in small batches, each a transaction of its own.
+    """Make the same decision about all chosen drifts, in small batches, each in its own transaction.
 
-    `connection` is one of `db.connect()`. What is not as it was found is left. May be repeated, and goes on then.
-    `progress`: called after each batch with how many were looked at. Raises `InvalidInputError`.
+    `connection`: one on which each statement is its own transaction. A drift that has changed since it was found stays
+    undecided. A repeated call continues where the last one stopped. `choice`: "accept" or "ignore". `by`, `note`: who
+    decides and why. `progress`: called after each batch with the number of drifts processed.
+    Raises `InvalidInputError`, also for the choice "grant", which needs a reference for each drift.
     """
     if choice == "grant":
-        raise InvalidInputError("choice: a grant needs a reference of its own. Grant one by one.")
+        raise InvalidInputError(
+            "choice: each grant needs its own reference, so nothing was decided. Use `trueup drift grant` for each one."
+        )
     values = {"choice": choice, "by": check_text("by", by), "note": check_text("note", note)}
     outcome, after, done = BulkDecision(), 0, 0
     page = text(_PAGE.format(user_id_type=user_id_type))
@@ -86,7 +91,7 @@ def decide_chosen(
                     outcome.left[result] += 1
             done += len(batch)
             progress(done)
-    # What another has decided since it was counted.
+    # Drifts that another person has decided since they were counted.
     outcome.left["decided_otherwise"] += max(0, chosen.drifts - done)
     outcome.left = +outcome.left
     return outcome
@@ -104,7 +109,7 @@ def _decide(
         connection.rollback()
     if len(rows) == 1:
         return ["refused"]
-    # The host's constraint on one counter must not keep the others from being decided.
+    # A host's constraint on one counter must not prevent the decisions about the others.
     return [result for row in rows for result in _decide(connection, user_id_type, [row], values)]
 
 
@@ -121,7 +126,7 @@ _CHOSEN = f"""
 _PAGE = f"""
     SELECT t.id, t.user_id FROM {_DRIFTS} t WHERE t.id > :after AND t.id <= :last ORDER BY t.id LIMIT :limit
 """
-# By user, so that two of these at once don't wait for each other in a circle.
+# In the order of users, so that two concurrent bulk decisions don't deadlock.
 _DECIDE = """
     SELECT r.outcome
     FROM (SELECT w.id FROM unnest(CAST(:ids AS bigint[]), CAST(:users AS {user_id_type}[])) AS w (id, user_id)

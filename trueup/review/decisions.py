@@ -1,4 +1,4 @@
-"""What people decide about drifts: the list of those that wait for it, accept, grant, ignore, and undoing a run."""
+"""Decisions about drifts: list the drifts in review, accept, grant or ignore one, and undo a run's corrections."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,13 +15,15 @@ Choice = Literal["accept", "grant", "ignore"]
 
 
 class DecisionRefusedError(TrueupError):
-    """The drift can't be decided so, or not any more. Nothing was written."""
+    """This decision about the drift is not possible, or no longer possible. Nothing was written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReviewFilter:
-    """Which of the drifts that wait for a person: those of exactly these causes, all of them together; off by so many
-    tokens at most; found first by this run. None or empty: whatever it is.
+    """A filter on the drifts in review; an empty or None field matches all.
+
+    `causes`: the drift has exactly these causes together. `max_tokens`: the counter is off by at most this many tokens.
+    `run_id`: this run was the first to find the drift.
     """
 
     causes: tuple[str, ...] = ()
@@ -29,17 +31,17 @@ class ReviewFilter:
     run_id: int | None = None
 
     def values(self) -> dict[str, Any]:
-        """Return them as the statements' parameters."""
+        """Return the parameters for the statements."""
         return {"causes": list(self.causes) or None, "max_tokens": self.max_tokens, "run": self.run_id}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReviewItem:
-    """A drift that waits for a person. Token figures are counts.
+    """A drift in review. Token figures are counts.
 
-    `tokens`: by how much the counter is off, positive when it is too high. `counter` (None: null) and `expected` are of
-    now. `changed`: the difference is another one by now, so that it has to be found anew before it can be decided.
-    `tokens_to_grant`: what the choice "grant" would give; None when there is nothing to grant.
+    `tokens`: the difference when the drift was found, positive if the counter is too high. `counter` (None: null) and
+    `expected`: the current values. `changed`: the current difference is another one, so that a reconcile run must find
+    it again before it can be decided. `tokens_to_grant`: tokens that "grant" would give; None: nothing to grant.
     """
 
     id: int
@@ -61,9 +63,9 @@ class ReviewItem:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """A decision as it was written. Counters None: null. `already`: it had been made before, by `by` at `decided_at`.
+    """A recorded decision. Counters None: null. `already`: `by` made the same decision before, at `decided_at`.
 
-    `grant_id` and `tokens_granted`: only of the choice "grant".
+    `grant_id` and `tokens_granted` are None unless the choice is "grant".
     """
 
     drift_id: int
@@ -80,7 +82,10 @@ class Decision:
 
 @dataclass(frozen=True, kw_only=True)
 class Undone:
-    """`counters`: how many were put back. `left`: those somebody has written since, or is writing now."""
+    """The result of undoing a run. `counters`: number of counters that were set back to their earlier values.
+
+    `left`: number of counters that were not, because they were written or decided about since, or are locked now.
+    """
 
     counters: int
     left: int
@@ -95,9 +100,9 @@ def list_reviews(
     limit: int = 100,
     now: datetime | None = None,
 ) -> list[ReviewItem]:
-    """Return the drifts that wait for a person, longest first.
+    """Return the drifts in review, the oldest first, at most `limit`.
 
-    `user_id` None: of all users. `only` None: all. `now` None: the database's.
+    `user_id` None: of all users. `only` None: no filter. `now` None: the database's clock.
     """
     statement = text(_REVIEW.format(user_id_type=user_id_type))
     values = {"user": user_id, **(only or ReviewFilter()).values(), "limit": limit, "now": now}
@@ -116,14 +121,19 @@ def decide_drift(
     expires_at: datetime | None = None,
     now: datetime | None = None,
 ) -> Decision:
-    """Decide about a drift that waits for a person; atomic by itself, and safe to repeat.
+    """Decide about a drift in review, in one statement. Idempotent.
 
-    "accept": set the counter right. "grant": give what the counter shows too much as a grant, with `reference` and
-    optionally `expires_at`. "ignore": leave this difference alone while it stays the same in this window.
-    Raises `InvalidInputError`, or `DecisionRefusedError` if the drift is not in review, or not as it was found.
+    "accept": correct the counter. "grant": give the tokens that the counter shows too much as a grant, with `reference`
+    as its idempotency key and `expires_at` (None: no expiry). "ignore": accept the difference while it stays the same
+    in this window. `by`, `note`: who decides and why. `now` None: the database's clock.
+    Raises `InvalidInputError`, or `DecisionRefusedError` if the drift is not in review, or has changed since it was
+    found.
     """
     if choice == "grant" and reference is None:
-        raise InvalidInputError("reference: a grant needs one, such as a payment's number; it grants once.")
+        raise InvalidInputError(
+            "reference: a grant needs one, so nothing was written. Give a payment's number, for example. Each "
+            "reference grants once."
+        )
     values = {
         "drift": drift_id,
         "choice": choice,
@@ -153,18 +163,23 @@ def decide_drift(
 def undo_run(
     connection: Connection, run_id: int, user_id_type: UserIdType, *, by: str, note: str, batch_size: int = 1000
 ) -> Undone:
-    """Put the counters that a run corrected back to what it had seen, where nobody has written since.
+    """Undo a run's corrections: set each counter back to the value before, unless it was written since.
 
-    In batches, each its own transaction: `connection` is one of `db.connect()`. May be repeated, and goes on then.
-    The next run holds these counters for review, until a person decides or the window moves.
-    Raises `DecisionRefusedError` for a run that is not there or still at work.
+    `connection`: one on which each statement is its own transaction; each batch of `batch_size` corrections is one. A
+    repeated call continues where the last one stopped. The next run holds these counters for review, until a person
+    decides or the window changes. `by`, `note`: who undoes the run and why.
+    Raises `DecisionRefusedError` if the run does not exist or is in progress.
     """
     values: dict[str, Any] = {"run": run_id, "by": check_text("by", by), "note": check_text("note", note)}
     status = connection.scalar(_RUN_STATUS, {"run": run_id})
     if status is None:
-        raise DecisionRefusedError(f"There is no run {run_id}. Nothing was undone. `trueup drift history` lists them.")
+        raise DecisionRefusedError(
+            f"Run {run_id} does not exist. Nothing was undone. `trueup drift history` lists runs."
+        )
     if status == "running":
-        raise DecisionRefusedError(f"Run {run_id} is still at work. Nothing was undone. Wait for it to end.")
+        raise DecisionRefusedError(
+            f"Run {run_id} is still in progress. Nothing was undone. Wait until it ends, then try again."
+        )
     statement = text(_UNDO.format(user_id_type=user_id_type))
     counters, left = 0, 0
     after_user, after_id = None, None
@@ -200,29 +215,36 @@ def _item(row: Any) -> ReviewItem:
 
 
 def _refusal(row: Any, reference: str | None) -> str:
-    """Say why, and what to do."""
-    again = f"`trueup reconcile --user {row.drift_user}` finds it as it is now."
+    """Return why the decision was refused, and what to do."""
+    again = f"Run `trueup reconcile --user {row.drift_user}` to find the current drift, then decide about that."
     match row.outcome:
         case "unknown":
-            return "there is none of that number. `trueup drift review` lists those that wait."
+            return "it does not exist. `trueup drift review` lists the drifts in review."
         case "not_in_review":
-            return f"it does not wait for a person: it was {row.decision}. `trueup drift review` lists those that do."
+            return f"it is not in review; its action was {row.decision!r}. `trueup drift review` lists those in review."
         case "decided_otherwise":
-            return f"{row.decided_by} has decided {row.decision!r} at {row.decided_at:%Y-%m-%d %H:%M:%S} already."
+            when = f"{row.decided_at:%Y-%m-%d %H:%M:%S}"
+            return f"{row.decided_by} decided {row.decision!r} at {when}. That decision stays."
         case "superseded":
-            return f"drift {row.newer_drift} of user {row.drift_user} has come after it. See `trueup drift review`."
+            return (
+                f"drift {row.newer_drift} of user {row.drift_user} is newer and replaces it. Decide about that one if "
+                "`trueup drift review` lists it."
+            )
         case "gone":
-            return f"user {row.drift_user} has no such subscription any more."
+            return f"user {row.drift_user} no longer has this subscription, so there is nothing to decide."
         case "busy":
             return "the application is writing this counter now. Try again."
         case "changed":
             counter = "null" if row.counter is None else row.counter
-            return f"the counter is {counter} and should be {row.expected} by now, which is another difference. {again}"
+            return f"the counter is now {counter} and should be {row.expected}, which is another difference. {again}"
         case "out_of_range":
-            return f"the counter's column can't hold {row.counter_after}."
+            return f"the counter's column cannot store {row.counter_after}. Give the column a larger type."
         case "nothing_to_grant":
-            return "the counter is too low: there is nothing to grant. `trueup drift accept` sets it right."
+            return "the counter is too low, so there is nothing to grant. `trueup drift accept` corrects it."
         case "grant_past":
-            return "the grant would have expired already. Give a later --expires."
+            return "the grant would already be expired. Give a later --expires."
         case _:
-            return f"reference {reference!r} was granted before (grant {row.grant_id}). See `trueup tokens grants`."
+            return (
+                f"reference {reference!r} was granted before (grant {row.grant_id}), and each reference grants once. "
+                "`trueup tokens grants` lists the grants."
+            )

@@ -1,13 +1,14 @@
 {% from "host/rows.sql" import window_start %}
--- What people decide about drifts, and putting a run's corrections back. Each decision is compare-and-set on what the
--- drift row says, and written with who, why, and the counter before and after.
+-- Decisions about drifts, and undoing a run's corrections. Each decision is a compare-and-set on the drift row's values. It
+-- is recorded with the person, the note, and the counter before and after.
 
--- Decide about a drift in review: "accept" sets the counter right, "grant" gives what it shows beyond that as a grant,
--- "ignore" leaves the difference alone for as long as it stays the same in this window. The user's balance is locked,
--- so that of two people at once one decides, and so that what is expected stays so; the host's row is not waited for.
--- A user who went on working has lowered both figures: the difference is what must not have changed.
--- `outcome`: decided; already (the same was decided before); or why not: unknown, not_in_review, decided_otherwise,
--- superseded, gone, busy, changed, out_of_range, nothing_to_grant, or trueup.grant_tokens' own after "grant_".
+-- Decide about a drift in review: "accept" corrects the counter, "grant" gives the tokens that it shows too much as a
+-- grant, "ignore" accepts the difference while it stays the same in this window. The function locks the user's balance, so
+-- that one of two concurrent decisions wins and the expected value cannot change. It does not wait for the host's row.
+-- Usage since the drift was found lowers counter and expected value alike, so only their difference is compared.
+-- `outcome`: decided; already (the same decision was made before); or the reason of a refusal: unknown, not_in_review,
+-- decided_otherwise, superseded, gone, busy, changed, out_of_range, nothing_to_grant, or "grant_" and the outcome of
+-- trueup.grant_tokens.
 CREATE OR REPLACE FUNCTION trueup.decide_drift(
     p_drift bigint, p_decision text, p_by text, p_note text, p_reference text, p_expires_at timestamptz,
     at timestamptz,
@@ -28,7 +29,7 @@ BEGIN
     END IF;
     drift_user := d.user_id;
     a := trueup.lock_and_store(d.user_id, decide_drift.at);
-    PERFORM trueup.require_counted();  -- by sums that the host's writes pass by nothing is set right
+    PERFORM trueup.require_counted();  -- balances that miss the host's writes must not correct counters
     SELECT * INTO c FROM trueup.drift_decision t
     WHERE t.user_id = d.user_id AND t.drift_id = d.id AND t.decision <> 'undo' ORDER BY t.id DESC LIMIT 1;
     IF FOUND THEN
@@ -78,7 +79,8 @@ BEGIN
     VALUES (d.user_id, d.id, p_decision, p_by, p_note, counter, counter_after, grant_id, a.at, a.window_start);
 END $$;
 
--- A drift by its id alone: one in review by their index, any other by reading all, to say why it can't be decided about.
+-- A drift by its id alone. A drift in review is found by its index; any other by a scan of the table, to tell why it cannot
+-- be decided.
 CREATE OR REPLACE FUNCTION trueup.find_drift(p_drift bigint) RETURNS SETOF trueup.drift LANGUAGE sql STABLE AS $$
     SELECT * FROM trueup.drift t WHERE t.id = p_drift AND t.action = 'review'
     UNION ALL
@@ -86,7 +88,8 @@ CREATE OR REPLACE FUNCTION trueup.find_drift(p_drift bigint) RETURNS SETOF trueu
     LIMIT 1
 $$;
 
--- Lock the counter of a drift, whose user's account was read with this plan and window. `problem`: gone, busy, or null.
+-- Lock the counter of a drift. p_original, p_window: the user's account as read before. `problem`: 'gone' (no such
+-- subscription), 'busy' (the host has locked it or changed the account), or null.
 CREATE OR REPLACE FUNCTION trueup.lock_counter_of(
     d trueup.drift, p_subscribed boolean, p_original bigint, p_window timestamptz, at timestamptz,
     OUT problem text, OUT counter bigint
@@ -99,7 +102,7 @@ BEGIN
         problem := CASE WHEN p_subscribed AND c.is_there IS NULL THEN 'busy' ELSE 'gone' END;
         RETURN;
     END IF;
-    -- The host's row is ours now: plan and window must still be those that the account was read by, before it was.
+    -- The host's row is locked now. The account was read before that, so its plan and window may have changed meanwhile.
     IF NOT EXISTS (SELECT FROM trueup.entitlements(lock_counter_of.at) e
                    WHERE e.user_id = d.user_id AND e.original = p_original AND e.window_start = p_window) THEN
         problem := 'busy';
@@ -108,8 +111,8 @@ BEGIN
     counter := c.counter;
 END $$;
 
--- Do what was decided about a drift, whose user's balance and counter are locked. p_remaining: original - consumed.
--- `outcome`: decided; or why not, as trueup.decide_drift says it.
+-- Carry out a decision about a drift. The caller has locked the user's balance and counter. p_remaining: original -
+-- consumed. `outcome`: 'decided', or the reason of a refusal, as in trueup.decide_drift.
 CREATE OR REPLACE FUNCTION trueup.carry_out(
     d trueup.drift, p_decision text, p_by text, p_note text, p_reference text, p_expires_at timestamptz,
     p_counter bigint, p_in_flight bigint, p_remaining bigint, at timestamptz,
@@ -129,7 +132,7 @@ BEGIN
         PERFORM trueup.correct_counters(ARRAY[d.user_id], ARRAY[d.subscription_id], ARRAY[p_counter],
                                         ARRAY[counter_after]);
     ELSIF p_decision = 'grant' THEN
-        -- What the user is over budget by is part of it: only then is what the counter shows what is left.
+        -- The grant includes the user's overdraft, so that the remaining tokens become what the counter shows.
         tokens_granted := p_counter - p_in_flight - p_remaining;
         IF tokens_granted IS NULL OR trueup.off_by(d) <= 0 THEN
             outcome := 'nothing_to_grant';
@@ -145,7 +148,7 @@ BEGIN
     END IF;
 END $$;
 
--- Lock a user's counter and read it. `is_there` false: there is no such subscription; NULL: the host has it locked.
+-- Lock a user's counter and read it. `is_there` false: no such subscription; NULL: the host has locked its row.
 CREATE OR REPLACE FUNCTION trueup.lock_counter(
     p_user {{ user_id_type }}, p_subscription text, OUT is_there boolean, OUT counter bigint
 ) LANGUAGE plpgsql AS $$
@@ -163,9 +166,9 @@ BEGIN
     END IF;
 END $$;
 
--- The drifts that wait for a person: undecided, the newest of their user, and seen by the last run over all users that
--- has ended. Each argument narrows them, unless it is null: p_causes, exactly these; p_max, off by so many tokens at most;
--- p_run, the run that found them first.
+-- The drifts in review: undecided, the newest of their user, and seen by the last finished run over all users. Each
+-- argument that is not null is a filter. p_causes: exactly these causes; p_max: off by at most this many tokens; p_run: the
+-- first run that found the drift.
 CREATE OR REPLACE FUNCTION trueup.undecided_drifts(
     p_user {{ user_id_type }}, p_causes text[], p_max bigint, p_run bigint
 ) RETURNS SETOF trueup.drift LANGUAGE sql STABLE AS $$
@@ -180,7 +183,8 @@ CREATE OR REPLACE FUNCTION trueup.undecided_drifts(
       AND NOT EXISTS (SELECT FROM trueup.drift n WHERE n.user_id = t.user_id AND n.id > t.id)
 $$;
 
--- Such drifts, longest first. `counter` and `expected` are of now; `changed`: the difference is another one by now.
+-- The same drifts with their accounts, the oldest first. `counter` and `expected`: the values at p_at. `changed`: the
+-- difference is now another one.
 CREATE OR REPLACE FUNCTION trueup.drifts_in_review(
     p_user {{ user_id_type }}, p_causes text[], p_max bigint, p_run bigint, p_limit integer, p_at timestamptz
 ) RETURNS TABLE (
@@ -200,8 +204,8 @@ CREATE OR REPLACE FUNCTION trueup.drifts_in_review(
     ORDER BY (d.r).found_at, (d.r).id
 $$;
 
--- Put counters back to what a run had seen in them, each only if it still shows what the run wrote: those of at most
--- p_limit corrections, after that one. `last_user` NULL: there are no more.
+-- Undo at most p_limit corrections of a run, after (p_after_user, p_after_id): set each counter back to the value that the
+-- run saw, if it still has the value that the run wrote. `last_user` NULL: no correction is left.
 CREATE OR REPLACE FUNCTION trueup.undo_corrections(
     p_run bigint, p_after_user {{ user_id_type }}, p_after_id bigint, p_limit integer, p_by text, p_note text,
     OUT undone bigint, OUT seen bigint, OUT last_user {{ user_id_type }}, OUT last_id bigint
@@ -219,13 +223,13 @@ CREATE OR REPLACE FUNCTION trueup.undo_corrections(
                    array_agg(w.written) AS written, array_agg(w.observed) AS observed,
                    array_agg(v.window_start::text) AS windows
             FROM wanted w
-            -- A renewal may have written the very same value anew: only in the window that it was corrected in.
+            -- Only in the window of the correction, because a renewal may have written the same value again.
             JOIN (SELECT s.{{ subscription.user_id }} AS user_id,
                          {{ window_start("s") }} AS window_start
                   FROM {{ subscription }} s) v ON v.user_id = w.user_id AND v.window_start <= w.found_at
             WHERE NOT EXISTS (SELECT FROM trueup.drift n
                               WHERE n.user_id = w.user_id AND n.id > w.id AND n.action = 'corrected')
-              -- Nor what a person has set, or given as a grant, since.
+              -- Skip counters that a person has accepted or granted since.
               AND NOT EXISTS (SELECT FROM trueup.drift_decision c
                               WHERE c.user_id = w.user_id AND c.drift_id > w.id AND c.decision IN ('accept', 'grant'))
         ) w, trueup.correct_counters(w.users, w.subscriptions, w.written, w.observed, w.windows) AS x (user_id)

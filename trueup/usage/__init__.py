@@ -1,1 +1,1 @@
-"""What was used: charges, the usage log, the outbox."""
+"""Recorded usage: charges, the usage log, the outbox."""

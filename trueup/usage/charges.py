@@ -1,4 +1,4 @@
-"""Charges: each provider call's real usage, written exactly once per task and call."""
+"""Charges: the usage of each provider call, recorded exactly once per task and call."""
 
 import json
 import uuid
@@ -13,8 +13,8 @@ from sqlalchemy.exc import IntegrityError
 from trueup.errors import UnknownUserError
 from trueup.gate.holds import Hold
 
-# A log row's id is the UUIDv5 of its user, task and call under this namespace: the same call always gets the same id.
-# (A log whose ids are whole numbers draws them from their sequence: there the charge says which row is which call's.)
+# A log row's id is the UUIDv5 of its user, task and call in this namespace, so that a call always gets the same id. If
+# the log's ids are integers, its sequence gives the id, and the charge row names the call's log row.
 LOG_NAMESPACE = uuid.UUID("5b0e1c38-3d0b-5a34-9d5c-7d1f4b6f2a90")
 
 MAX_LOG_TOKENS = 2**31 - 1
@@ -23,7 +23,7 @@ _MAX_MODEL_NAME = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What one provider call cost. Token figures are counts, as the provider bills them."""
+    """The usage of one provider call. Token figures are counts, as billed by the provider."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -34,10 +34,10 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True)
 class Charge:
-    """What became of a charge.
+    """The result of recording a charge.
 
-    `recorded` False: it was there already. `late`: its hold had ended, or belongs to a later attempt. `tokens_over`:
-    count that the hold did not cover. `tokens_left`: count the hold still has for this attempt.
+    `recorded` False: an earlier delivery recorded it. `late`: the hold has ended or belongs to a later attempt.
+    `tokens_over`: tokens that the hold did not cover. `tokens_left`: tokens that the hold still has for this attempt.
     """
 
     recorded: bool
@@ -66,12 +66,12 @@ def record_charge(
     answer: dict[str, Any] | None = None,
     now: datetime | None = None,
 ) -> Charge:
-    """Write a provider call's usage: log row, charge, hold, balance and counter in one round trip.
+    """Record a provider call's usage: log row, charge, hold, balance and counter in one round trip.
 
-    Idempotent by task and `call_key`. `metadata` goes into the log row, `answer` is kept for a redelivered task (None:
-    not kept). `now`: None means the database's clock. Usage is spent money: what of it the log can't hold (a figure
-    out of range, text that is no text) is brought within its limits rather than refused.
-    Raises `UnknownUserError` when the host has deleted the user: then there is nothing to log it under.
+    Idempotent by task and `call_key`. `metadata`: stored in the log row. `answer`: the provider's answer, stored for a
+    redelivery; None: not stored. `now` None: the database's clock. Usage is spent money, so a value that the log can't
+    store (a count out of range, text with NUL) is changed to fit instead of refused.
+    Raises `UnknownUserError` when the host has deleted the user: a log row needs a user.
     """
     total_tokens = _countable(usage.total_tokens)
     values = {
@@ -93,8 +93,8 @@ def record_charge(
     try:
         row = connection.execute(_RECORD, values).one()
         if row.bought_twice:
-            # Two attempts made the same call, and both were served: both are paid for, so both are recorded, each with
-            # its answer: that of the other may not have come whole.
+            # Two attempts made the same call, and the provider billed both. Both are recorded, each with its answer,
+            # because the answer of the other attempt may be incomplete.
             own_key = f"{call_key}~{hold.attempt}"
             own = values | {"call_key": own_key, "log_id": str(_log_id(hold, own_key))}
             row = connection.execute(_RECORD, own).one()
@@ -102,8 +102,8 @@ def record_charge(
         if not isinstance(error.orig, ForeignKeyViolation):
             raise
         raise UnknownUserError(
-            f"user: {hold.user_id} is no longer among the host's users. The {total_tokens} tokens that task "
-            f"{hold.task_id} used could not be logged."
+            f"user: the host has deleted user {hold.user_id}, so {total_tokens} tokens of task {hold.task_id} are not "
+            "in the usage log. Keep this message if you account for them elsewhere."
         ) from error
     return Charge(
         recorded=row.recorded,
@@ -122,18 +122,18 @@ def _countable(figure: int) -> int:
 
 
 def _storable_text(value: str) -> str:
-    """Return the text without what PostgreSQL's can't hold: NUL, and halves of surrogate pairs."""
+    """Return the text without NUL and with lone surrogates replaced: PostgreSQL cannot store either."""
     return value.replace("\x00", "").encode(errors="replace").decode()
 
 
 def _storable_json(value: dict[str, Any] | None) -> str | None:
-    """Return the value as JSON; None if there is none, or none that jsonb can hold."""
+    """Return the value as JSON. None: there is no value, or jsonb cannot store it."""
     if value is None:
         return None
     try:
         content = json.dumps(value, ensure_ascii=False, allow_nan=False)
         content.encode()
-    except ValueError:  # not a finite number, or half of a surrogate pair
+    except ValueError:  # an infinite number or NaN, or a lone surrogate
         return None
     return None if "\\u0000" in content else content
 
@@ -149,7 +149,7 @@ _FIND_ANSWER = text(
 
 
 def find_answer(connection: Connection, hold: Hold, call_key: str) -> dict[str, Any] | None:
-    """Return the provider's answer that this task has already paid for; None if it has not, or it was not kept."""
+    """Return the stored answer of a call that this task has paid for. None: it is not paid for, or not stored."""
     answer: dict[str, Any] | None = connection.execute(
         _FIND_ANSWER,
         {"user_id": hold.user_id, "task_id": hold.task_id, "call_key": call_key},
@@ -164,9 +164,9 @@ _PRUNE = text(
 
 
 def prune_answers(connection: Connection, *, older_than: timedelta, limit: int, now: datetime | None = None) -> int:
-    """Forget stored answers that are older, at most `limit`; the charges stay. Returns how many were forgotten.
+    """Delete stored answers older than `older_than`, at most `limit`; the charges stay. Returns how many were deleted.
 
-    `now`: None means the database's clock.
+    `now` None: the database's clock.
     """
     pruned: int = connection.execute(_PRUNE, {"age": older_than, "limit": limit, "now": now}).scalar_one()
     return pruned

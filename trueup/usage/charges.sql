@@ -1,11 +1,11 @@
 {% from "gate/store_balance.sql" import store_balance %}
 {% from "usage/log_row.sql" import write_log_row %}
--- Record one provider call's real usage: log row, charge row, hold and balance in one transaction. A charge that is
--- there already is left alone (recorded = false): any number of redeliveries pay once. `bought_twice`: it is there, but
--- another attempt bought it; this one lost its lease meanwhile, and has to record its own under another key.
+-- Record the usage of one provider call: log row, charge row, hold and balance in one transaction. An existing charge
+-- stays unchanged (recorded = false), so any number of redeliveries pay once. `bought_twice`: another attempt recorded
+-- this key, because this attempt lost its lease; the caller must record its own call under another key.
 --
--- Usage is real even when its hold is gone (expired, or taken over by a later attempt): it is recorded all the same,
--- and flagged late. tokens_over is what the hold did not cover.
+-- Usage counts even if its hold has ended (expired, or taken over by a later attempt): it is recorded and flagged late.
+-- tokens_over: the tokens that the hold did not cover.
 CREATE OR REPLACE FUNCTION trueup.record_charge(
     p_user {{ user_id_type }}, p_task text, p_attempt integer, p_call_key text, p_log_id text, p_section text,
     p_prompt integer, p_completion integer, p_total integer, p_response_ms integer, p_model text,
@@ -20,7 +20,7 @@ DECLARE
     v_logged_id text;
     v_kept bigint;
     v_lowered boolean;
-    v_first_key text := split_part(p_call_key, '~', 1);  -- the call's key, if it was bought twice
+    v_first_key text := split_part(p_call_key, '~', 1);  -- the key of the first call, if the call was bought twice
 BEGIN
     PERFORM trueup.queue_for(p_user);
     SELECT * INTO a FROM trueup.lock_account(p_user, at);
@@ -33,8 +33,8 @@ BEGIN
     bought_twice := coalesce(bought_twice, false);
     IF recorded THEN
         late := h.id IS NULL OR h.attempt <> p_attempt OR h.body_ended_at IS NOT NULL;
-        -- A late charge draws on the open hold too, if there is one: both attempts together stay within it. One whose body
-        -- has ended keeps what other calls in flight may cost.
+        -- A late charge also uses the open hold, if there is one, so that both attempts together stay within it. If the
+        -- task's body has ended, the hold keeps the tokens that other calls in flight may cost.
         v_covered := coalesce(h.tokens_reserved - h.tokens_covered, 0);
         IF h.body_ended_at IS NOT NULL THEN
             v_covered := greatest(v_covered - trueup.in_flight(p_user, p_task, v_first_key, p_attempt), 0);
@@ -43,16 +43,16 @@ BEGIN
         tokens_over := p_total - v_covered;
         p_model := trueup.fitting(p_model, {{ usage_log.model_name() | literal }});
 {{ write_log_row("true", "trueup.dated(at, CASE WHEN a.subscribed THEN a.window_start END)") }}
-        -- The row's foreign key is checked now, before the counter is locked: Django's are deferred to the commit, and
-        -- a host that has the user's row and then wants the counter's would deadlock with us.
+        -- Check the row's foreign key now, before the counter is locked. Django defers foreign keys to the commit, and a
+        -- host that locks the user's row and then the counter's would deadlock with this transaction.
         SET CONSTRAINTS ALL IMMEDIATE;
-        -- The legacy counter too, so that our own usage never drifts.
+        -- Lower the legacy counter too, so that trueup's own usage causes no drift.
         v_lowered := trueup.lower_counter(p_user, p_total);
         INSERT INTO trueup.charge (user_id, task_id, call_key, attempt, log_id, section, model_name,
                                    hold_id, tokens_total, tokens_covered, late, answer, charged_at, counter_lowered)
         VALUES (p_user, p_task, p_call_key, p_attempt, coalesce(v_logged_id, p_log_id), p_section, p_model,
                 h.id, p_total, v_covered, late, p_answer, at, v_lowered);
-        -- The call is not in flight any more.
+        -- The call is no longer in flight.
         DELETE FROM trueup.call_intent c
         WHERE c.user_id = p_user AND c.task_id = p_task AND c.attempt = p_attempt
           AND c.call_key = v_first_key;
@@ -62,7 +62,7 @@ BEGIN
         RETURNING * INTO h;
         a.held := a.held - v_covered;
         IF h.body_ended_at IS NOT NULL THEN
-            -- It was open for calls in flight alone: with the last of them it ends.
+            -- The hold was open only for calls in flight; it ends with the last of them.
             v_kept := least(trueup.in_flight(p_user, p_task, NULL, NULL), h.tokens_reserved - h.tokens_covered);
             a.held := a.held - (h.tokens_reserved - h.tokens_covered - v_kept);
             UPDATE trueup.hold t SET tokens_reserved = t.tokens_covered + v_kept,
@@ -77,11 +77,12 @@ BEGIN
 {{ store_balance("p_user") }}
 END $$;
 
--- As much of a text as fits a column of the log, which is named as in SQL: usage is recorded whatever a model is called.
+-- The text, cut to the length of a column of the usage log, so that a long model name never stops a charge. p_column:
+-- the column's name as quoted in SQL.
 CREATE OR REPLACE FUNCTION trueup.fitting(p_value text, p_column text) RETURNS text LANGUAGE plpgsql STABLE AS $$
 BEGIN
     RETURN left(p_value, coalesce((
-        WITH RECURSIVE kind (id, typmod, base) AS (  -- the column's, and what is below it if that is a domain
+        WITH RECURSIVE kind (id, typmod, base) AS (  -- the column's type, and the base types of a domain
             SELECT t.oid, greatest(a.atttypmod, t.typtypmod), t.typbasetype
             FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
             WHERE a.attrelid = to_regclass({{ usage_log | literal }}) AND a.attnum > 0 AND NOT a.attisdropped
@@ -94,9 +95,9 @@ BEGIN
     ), length(p_value)));
 END $$;
 
--- The id of our next row in the log. `p_derived` is the one that its call always has, where ids are uuid or text. Whole
--- numbers come from the column's own sequence, as the host's do; drawn before the row is written, so that its triggers
--- know it for ours. Which row is which call's, the charge says.
+-- The id of trueup's next log row. p_derived: the id derived from the call, used if the log's ids are uuid or text.
+-- Integer ids come from the column's own sequence, like the host's; they are drawn before the row is written, so that the
+-- log's triggers recognise trueup's row. The charge row names the call's log row.
 CREATE OR REPLACE FUNCTION trueup.new_log_id(p_derived text) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
     v_sequence regclass;
@@ -107,12 +108,12 @@ BEGIN
     v_sequence := pg_get_serial_sequence({{ usage_log | literal }}, (parse_ident({{ usage_log.id | literal }}))[1]);
     IF v_sequence IS NULL THEN
         RAISE undefined_column USING MESSAGE = format(
-            'column %s of %s has no sequence of its own any more', {{ usage_log.id | literal }}, {{ usage_log | literal }});
+            'column %s of %s no longer owns a sequence', {{ usage_log.id | literal }}, {{ usage_log | literal }});
     END IF;
     RETURN nextval(v_sequence);
 END $$;
 
--- A charge's log id as the log's column has it. NULL: the log had ids of another type then.
+-- A charge's log id in the type of the log's column. NULL: the charge was recorded when the log's ids had another type.
 CREATE OR REPLACE FUNCTION trueup.as_log_id(p_log_id text) RETURNS {{ usage_log_id_type }} LANGUAGE sql IMMUTABLE AS $$
     SELECT CASE WHEN p_log_id ~ CASE {{ usage_log_id_type | literal }}
                          WHEN 'uuid' THEN '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'

@@ -1,12 +1,13 @@
--- The usage log's triggers only append to trueup.usage_delta: there is no row for two writers to meet at, so a
--- host's transaction never waits for us. SECURITY DEFINER: the host's role needs no right on our schema.
--- A row of ours, written by trueup.record_charge, has been added to its balance already and is passed over.
--- They call no function of ours: that could be missing for a moment, and the host's statement would fail.
--- Times without a zone are UTC, whatever zone the host's session is in.
+-- The usage log's triggers only append to trueup.usage_delta. Two writers never need the same row, so a host's
+-- transaction never waits for trueup. SECURITY DEFINER: the host's role needs no right on trueup's schema.
+-- The triggers skip rows written by trueup.record_charge, because it adds them to the balance itself.
+-- They call no function of trueup's: an upgrade could remove it for a moment, and the host's statement would fail.
+-- Times without a zone are UTC, whatever the time zone of the host's session.
 
 {% macro return_unless_of_the_log() %}
-    -- A partition's triggers, or those of a table that inherits, have an argument. Once it is detached its rows are not the
-    -- log's, and they pass them over; so while it is being detached, when nobody who reads the log sees them any more.
+    -- The triggers of a partition, or of a table that inherits, have an argument. After the partition is detached, its rows
+    -- are not part of the log, and its triggers skip them; also while it is being detached, when reads of the log no longer
+    -- see its rows.
     IF TG_NARGS > 0 THEN
         IF NOT EXISTS (
             WITH RECURSIVE above (id) AS (
@@ -22,11 +23,11 @@
 {% endmacro %}
 
 {% macro return_unless_columns_fit(rows) %}
-    -- A host that has renamed or dropped a column, or given it another type, goes on too: its rows are not counted then, and
-    -- the gate is closed by that (trueup.require_watched) until it is attached anew. Where the mapping's condition fits its
-    -- columns no more, it may also be a function that is gone, which closes nothing: each balance is stale then. This looks
-    -- at the columns, reads no row, and is planned once; to ask the catalog with each statement made a host's insert half as
-    -- dear again.
+    -- A host that has renamed or dropped a column, or changed its type, must not get an error. Its rows are not counted
+    -- then, and the gate denies every task (trueup.require_watched) until `trueup db attach` is run again. If the mapping's
+    -- condition calls a function that no longer exists, the gate stays open and every balance becomes stale instead. This
+    -- check names the columns, reads no row and is planned once. Reading the catalog in each statement made a host's insert
+    -- 1.5 times as slow.
     BEGIN
         PERFORM r.{{ usage_log.user_id }}, r.{{ usage_log.created_at }}, r.{{ usage_log.total_tokens }},
                 {{ usage_log.success("r") }}, r.{{ usage_log.id }}::text FROM {{ rows }} r WHERE false
@@ -87,7 +88,7 @@ BEGIN
     RETURN NULL;
 END $$;
 
--- One row makes every balance stale at once; each is rebuilt from the log when next read.
+-- One row makes all balances stale; each is rebuilt from the log when it is next read.
 CREATE OR REPLACE FUNCTION trueup.append_truncated() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
 BEGIN
@@ -96,8 +97,8 @@ BEGIN
     RETURN NULL;
 END $$;
 
--- The partitions of the log, at any depth, and tables that inherit from it. A statement that names one of them fires its
--- triggers, not the log's. `covered`: it has all of its own, at work.
+-- The partitions of the log, at any depth, and tables that inherit from it. A statement that names a partition fires the
+-- partition's triggers, not the log's. `covered`: the partition has all four triggers, and they are enabled.
 CREATE OR REPLACE FUNCTION trueup.log_partitions() RETURNS TABLE (id oid, covered boolean) LANGUAGE sql STABLE AS $$
     WITH RECURSIVE family (id) AS (
         SELECT to_regclass({{ usage_log | literal }})::oid
@@ -112,8 +113,9 @@ CREATE OR REPLACE FUNCTION trueup.log_partitions() RETURNS TABLE (id oid, covere
     WHERE f.id <> to_regclass({{ usage_log | literal }})
 $$;
 
--- Their owner makes the triggers, and whoever writes the log then needs no right to call them. Who has it could put
--- them on a table of his own, and write deltas with their owner's rights.
+-- Only the owner may execute the trigger functions. The owner creates the triggers, and roles that write the log need no
+-- right to call the functions. With that right, a role could put them on a table of its own, and write deltas with the
+-- owner's rights.
 DO $$
 DECLARE
     f record;

@@ -1,4 +1,4 @@
-"""The AI usage log: its rows, as the host and trueup wrote them, and the tracker that adds to it."""
+"""The AI usage log: its rows, written by the host and by trueup, and the tracker that adds rows."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,9 +16,9 @@ __all__ = ["SECTIONS", "TrackedUsage", "UsageRow", "ai_usage", "list_usage", "tr
 
 @dataclass(frozen=True, kw_only=True)
 class UsageRow:
-    """One row of the log. `total_tokens` is a count; it counts against the budget only with `success`.
+    """One row of the log. `total_tokens` counts against the budget only if `success` is true.
 
-    `task_id` None: the row was written by the host.
+    `task_id` None: the host wrote the row.
     """
 
     log_id: str
@@ -32,8 +32,8 @@ class UsageRow:
     task_id: str | None
 
 
-# A host's rows may lack anything that its table lets them lack, and have dates that Python can't hold: those are shown
-# as its calendar's ends. A task's row is told by its charge: the host may write a task_id of its own.
+# A host's row may have nulls in any nullable column, and dates outside Python's range, which are shown as the ends of
+# that range. The charge row tells which rows belong to a task, because the host may write a task_id of its own.
 _LIST = """
     SELECT CAST(l.{{ usage_log.id }} AS text) AS log_id,
            greatest(least(l.{{ usage_log.created_at }}, '9999-12-30'), '0001-01-03') AS created_at,
@@ -53,6 +53,6 @@ _LIST = """
 
 
 def list_usage(connection: Connection, mapping: HostMapping, user_id: UserId, *, limit: int = 50) -> list[UsageRow]:
-    """Return the user's newest log rows, newest first, whatever their window."""
+    """Return the user's log rows of all windows, newest first, at most `limit`."""
     rows = connection.execute(render_statement(_LIST, mapping), {"user_id": user_id, "limit": limit})
     return [UsageRow(**row) for row in rows.mappings()]

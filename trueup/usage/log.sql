@@ -1,10 +1,10 @@
 {% from "gate/store_balance.sql" import store_balance %}
 {% from "usage/log_row.sql" import write_log_row %}
--- Usage that host code reports of calls it made itself: no hold, no task; one row in the log for each key.
+-- Usage that host code reports about its own calls: no hold, no task, one log row for each idempotency key.
 
--- Lower the legacy counter, so that usage of ours never drifts. A host that has the row locked is not waited for: then
--- this returns false, and the next reconcile sets the counter right. Like the host's, the counter stops at zero. One that
--- has nothing to lower (0, null, below 0) misses nothing.
+-- Lower the legacy counter, so that usage recorded by trueup causes no drift. If the host has locked the row, this does
+-- not wait: it returns false, and the next reconcile run corrects the counter. The counter stops at zero, as the host's
+-- own decrements do. A counter that is 0, null or below 0 cannot be lowered, and counts as done (true).
 CREATE OR REPLACE FUNCTION trueup.lower_counter(p_user {{ user_id_type }}, p_tokens bigint)
 RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
@@ -19,12 +19,12 @@ BEGIN
         WHERE s.{{ subscription.user_id }} = lower_counter.p_user AND s.{{ subscription.tokens_remaining }} > 0);
 END $$;
 
--- Record usage once for its key: log row, charge row, balance and counter in one transaction. A key that is there already
--- is left alone: `recorded` false, and `differs` says whether its row in the log shows other figures than these.
--- `log_id`: that row, or the one written now.
--- p_created_at NULL: now. A host's clock may be ahead of ours: up to p_skew later than now is now, later is `in_future`,
--- and nothing is written.
--- The charge says what counts against the window of now: nothing, if the usage failed or lies before it.
+-- Record usage once for its key: log row, charge row, balance and counter in one transaction. If the key was recorded
+-- before, nothing changes: `recorded` is false, and `differs` is true if its log row has other figures than these.
+-- `log_id`: the id of the existing or the new log row.
+-- p_created_at NULL: now. A host's clock may be ahead of the database's: a time up to p_skew after now becomes now; with
+-- a later time `in_future` is true, and nothing is written.
+-- The charge has the tokens that count in the current window: 0 if the call failed, or was made before the window.
 CREATE OR REPLACE FUNCTION trueup.record_usage(
     p_user {{ user_id_type }}, p_task text, p_call_key text, p_log_id text, p_section text, p_prompt integer,
     p_completion integer, p_total integer, p_response_ms integer, p_success boolean, p_model text, p_error text,
@@ -53,15 +53,15 @@ BEGIN
         log_id := coalesce(v_logged_id, p_log_id);
         PERFORM trueup.note_error(log_id, p_error);
         v_counted := coalesce(v_counted, 0);
-        -- The row's foreign key is checked now, before the counter is locked: Django's are deferred to the commit, and
-        -- a host that has the user's row and then wants the counter's would deadlock with us.
+        -- Check the row's foreign key now, before the counter is locked. Django defers foreign keys to the commit, and a
+        -- host that locks the user's row and then the counter's would deadlock with this transaction.
         SET CONSTRAINTS ALL IMMEDIATE;
         IF v_counted > 0 THEN
             v_lowered := trueup.lower_counter(p_user, v_counted);
         END IF;
         INSERT INTO trueup.charge (user_id, task_id, call_key, attempt, log_id, section, model_name,
                                    tokens_total, tokens_covered, late, charged_at, counter_lowered)
-        -- No hold was to cover it, so none is exceeded.
+        -- Reported usage has no hold, so all of it counts as covered.
         VALUES (p_user, p_task, p_call_key, 1, log_id, p_section, p_model,
                 greatest(v_counted, 0), greatest(v_counted, 0), false, at, v_lowered);
     ELSIF NOT in_future THEN
@@ -77,8 +77,8 @@ BEGIN
 {{ store_balance("p_user") }}
 END $$;
 
--- Say in a row of the log what went wrong; for trueup.record_usage. A host may lack the column: then among its metadata;
--- and those as well: then nowhere.
+-- Store a call's error in its log row, for trueup.record_usage: in the error column, else in the metadata; if the log has
+-- neither, the error is not stored.
 CREATE OR REPLACE FUNCTION trueup.note_error(p_log_id text, p_error text) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     IF p_error IS NULL THEN

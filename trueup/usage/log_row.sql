@@ -7,21 +7,21 @@
         -- not marked as trueup's own, and its trigger appends a delta.
         PERFORM set_config('trueup.own_log_id', CASE WHEN a.consumed IS NULL THEN '' ELSE p_log_id END, true);
         INSERT INTO {{ usage_log }} AS l ({{ usage_log.written() }})
-        OVERRIDING SYSTEM VALUE  -- an id that is GENERATED ALWAYS is drawn from its sequence all the same
+        OVERRIDING SYSTEM VALUE  -- p_log_id comes from the column's sequence even if the column is GENERATED ALWAYS
         SELECT {{ usage_log.written("r") }}
         FROM (SELECT p_log_id::{{ usage_log_id_type }} AS id, p_user AS user_id, p_section AS section,
                      p_prompt AS prompt_tokens, p_completion AS completion_tokens, p_total AS total_tokens,
                      p_response_ms AS response_time_ms, {{ success }} AS success, p_model AS model_name,
                      p_metadata AS metadata, {{ created_at }} AS created_at) r
-        -- A log that can't say of a row that its call failed has no rows of such calls.
+        -- A failed call gets no row if the log has no way to mark it as failed.
         WHERE {{ success }} OR {{ usage_log.tells_failure() }}
-        -- As it was logged: a trigger of the host's may have changed or dropped the row.
+        -- Read the row as stored: a trigger of the host's may have changed or dropped it.
         RETURNING coalesce(CASE WHEN {{ usage_log.success("l") }}
                                      AND l.{{ usage_log.created_at }} >= coalesce(a.window_start, '-infinity')
                                 THEN l.{{ usage_log.total_tokens }} END, 0),
                   l.{{ usage_log.id }}::text INTO v_counted, v_logged_id;
         PERFORM set_config('trueup.own_log_id', '', true);
-        IF v_logged_id = p_log_id THEN  -- with another id the row has made a delta, as a row of the host's does
+        IF v_logged_id = p_log_id THEN  -- with another id, the log's trigger has appended a delta, as for a host's row
             a.consumed := a.consumed + v_counted;
         END IF;
 {% endmacro %}

@@ -1,4 +1,4 @@
-"""The outbox: side effects of a task that must not happen twice, each a row from before it is tried."""
+"""The outbox: a task's side effects that must not happen twice. Each is recorded in a row before the first try."""
 
 import json
 from dataclasses import dataclass, fields, replace
@@ -18,8 +18,9 @@ EffectStatus = Literal["sending", "sent", "unknown", "failed"]
 class Effect:
     """A side effect of a task.
 
-    "sending": being tried, or tried by an attempt that died; "sent": it happened; "failed": it certainly did not;
-    "unknown": it may have. `detail`: what was sent and what was answered, JSON-safe. `tries`: how often it was begun.
+    `status`: "sending" (an attempt is doing it, or died while doing it), "sent" (it happened), "failed" (it certainly
+    did not happen) or "unknown" (it may have happened). `detail`: the request and the answer, JSON-safe. `tries`: the
+    number of tries that began.
     """
 
     user_id: UserId
@@ -31,8 +32,8 @@ class Effect:
     tries: int
 
 
-# A new effect, or one that certainly failed, may be tried: both give back a row. One that an earlier attempt left in
-# "sending" becomes "unknown": that attempt is dead, and nobody can tell how far it came.
+# A new or failed effect gets the status "sending" and may be tried. An effect that an earlier attempt left in "sending"
+# becomes "unknown": that attempt is dead, and it is not known whether the effect happened.
 _BEGIN = text(
     """
     INSERT INTO trueup.outbox AS o (user_id, task_id, effect, status, detail, created_at, updated_at)
@@ -59,10 +60,10 @@ def begin_effect(
     detail: dict[str, Any],
     now: datetime | None = None,
 ) -> Effect:
-    """Ask to do a side effect. Do it only if the answer's status is "sending", and then call `finish_effect`.
+    """Record that a side effect begins. Do it only if the returned status is "sending", then call `finish_effect`.
 
-    "sent": it was done by an earlier attempt. "unknown": an earlier attempt died while doing it.
-    Commit before doing it. `now`: None means the database's clock.
+    "sent": an earlier attempt did it. "unknown": an earlier attempt died while doing it.
+    Commit before doing the effect. `detail`: the request, JSON-safe. `now` None: the database's clock.
     """
     row = connection.execute(
         _BEGIN,
@@ -86,7 +87,7 @@ def begin_effect(
 
 
 def find_effect(connection: Connection, *, user_id: UserId, task_id: str, effect: str) -> Effect | None:
-    """Return a side effect as it stands; None if it was never tried."""
+    """Return the current state of a side effect; None if it was never tried."""
     outbox = own_table("outbox", get_settings().host.user_id_type).c
     query = select(*(outbox[field.name] for field in fields(Effect))).where(
         outbox.user_id == user_id, outbox.task_id == task_id, outbox.effect == effect
@@ -105,9 +106,9 @@ _REOPEN = text(
 
 
 def reopen_effect(connection: Connection, effect: Effect) -> Effect:
-    """Try again a side effect that may have happened: for a host that would rather do it twice than not at all.
+    """Begin a new try of an "unknown" side effect, for a host that prefers doing it twice to not doing it.
 
-    Do it only if the answer's status is "sending": the attempt that was thought dead may have told of its end since.
+    Do it only if the returned status is "sending": an attempt that seemed dead may have recorded its result meanwhile.
     """
     place: dict[str, Any] = {"user_id": effect.user_id, "task_id": effect.task_id, "effect": effect.effect}
     tries = connection.scalar(_REOPEN, place)
@@ -116,8 +117,8 @@ def reopen_effect(connection: Connection, effect: Effect) -> Effect:
     return find_effect(connection, **place) or effect
 
 
-# What was sent stays sent, whatever an attempt that was thought dead tells later; and what it tells of its own try, or
-# tells again because the first answer was lost, says nothing of a later try.
+# "sent" is final, even if an attempt that seemed dead reports another status later. Any other status counts only for
+# the try that it belongs to: a late or repeated report must not change a later try.
 _FINISH = text(
     """
     UPDATE trueup.outbox SET status = :status, detail = detail || CAST(:detail AS jsonb),
@@ -136,7 +137,7 @@ def finish_effect(
     detail: dict[str, Any] | None = None,
     now: datetime | None = None,
 ) -> None:
-    """Note how a side effect ended; `detail` is added to what is known of it. `now`: None: the database's clock."""
+    """Record how a side effect ended; `detail` is merged into the stored detail. `now` None: the database's clock."""
     connection.execute(
         _FINISH,
         {
@@ -152,7 +153,7 @@ def finish_effect(
 
 
 def list_unresolved_effects(connection: Connection, *, limit: int = 100) -> list[Effect]:
-    """Return side effects that may or may not have happened, newest first."""
+    """Return side effects that may or may not have happened, newest first, at most `limit`."""
     outbox = own_table("outbox", get_settings().host.user_id_type)
     query = (
         select(*(outbox.c[field.name] for field in fields(Effect)))
@@ -164,7 +165,7 @@ def list_unresolved_effects(connection: Connection, *, limit: int = 100) -> list
 
 
 def count_unresolved_effects(connection: Connection, now: datetime) -> int:
-    """Return how many side effects may or may not have happened, as of that time."""
+    """Return how many side effects may or may not have happened, as of `now`."""
     outbox = own_table("outbox", get_settings().host.user_id_type)
     return connection.scalar(select(func.count()).select_from(outbox).where(_is_unresolved(now))) or 0
 

@@ -1,7 +1,7 @@
-"""Tasks that were asked for over HTTP: whose each is, and one task for one idempotency key.
+"""Requests for tasks over HTTP: the owner of each task, and one task for each idempotency key.
 
-The row is written before the task is sent and names the task's id. A sending that failed, or of which nobody knows, is
-repeated by the next request of the same key: the same id, so that the gate makes one task of both.
+The request's row is written before the task is sent, and contains the task's id. If sending failed, or its result is
+unknown, the next request with the same key sends the task again under the same id, and the gate runs it once.
 """
 
 import hashlib
@@ -16,12 +16,12 @@ from sqlalchemy import Connection, RowMapping, text
 from trueup.accounts.user_ids import UserId
 
 KEPT = timedelta(hours=24)
-"""How long a request is known; Celery keeps results for as long. Then its key may be used anew."""
+"""How long a request is kept, the same as Celery keeps results. After that its key is free again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRequest:
-    """A task that a user has asked for. `sent_at` None: it may not have been sent yet."""
+    """A task that a user has requested. `sent_at` None: the task may not have been sent yet."""
 
     user_id: UserId
     idempotency_key: str
@@ -42,8 +42,8 @@ _FIND_BY_TASK = text(
     f"SELECT {_COLUMNS} FROM trueup.task_request WHERE user_id = :user_id AND task_id = :task_id AND {_KNOWN}"
 )
 _FORGET = text(f"DELETE FROM trueup.task_request WHERE user_id = :user_id AND idempotency_key = :key AND NOT {_KNOWN}")
-# The row that is there is given back as it is; updating it to itself is what makes PostgreSQL return it, and wait for a
-# request of the same key that is just being written.
+# An existing row is returned unchanged. The update without effect makes PostgreSQL return the row, and wait for a
+# concurrent transaction that inserts the same key.
 _BEGIN = text(
     f"""
     INSERT INTO trueup.task_request AS r (user_id, idempotency_key, fingerprint, task_id, task, created_at)
@@ -67,21 +67,21 @@ _PRUNE = text(
 
 
 def fingerprint_of(task: str, arguments: Mapping[str, Any]) -> str:
-    """Identify what is asked for: a task with its JSON-safe arguments."""
+    """Return the SHA-256 fingerprint of a task's name and its JSON-safe arguments."""
     return hashlib.sha256(json.dumps([task, arguments], sort_keys=True).encode()).hexdigest()
 
 
 def find_request(
     connection: Connection, user_id: UserId, idempotency_key: str, *, now: datetime | None = None
 ) -> TaskRequest | None:
-    """Return the user's request of that key; None: there is none within `KEPT`. `now`: None: the database's clock."""
+    """Return the user's request with that key; None: there is none within `KEPT`. `now` None: the database's clock."""
     return _one(connection, _FIND_BY_KEY, {"user_id": user_id, "key": idempotency_key}, now)
 
 
 def find_request_of_task(
     connection: Connection, user_id: UserId, task_id: str, *, now: datetime | None = None
 ) -> TaskRequest | None:
-    """Return the user's request that this task came of; None: it is not the user's. `now`: as with `find_request`."""
+    """Return the user's request for this task; None: the task is not the user's. `now` None: the database's clock."""
     return _one(connection, _FIND_BY_TASK, {"user_id": user_id, "task_id": task_id}, now)
 
 
@@ -95,10 +95,10 @@ def begin_request(
     task: str,
     now: datetime | None = None,
 ) -> TaskRequest:
-    """Write a request, and return it; or, as it stands, the one of the same key that is there.
+    """Record a request and return it, or return the existing request with the same key.
 
-    Safe to repeat. The caller compares fingerprints, commits, sends the task of the returned request unless
-    `sent_at` says that it was, and calls `mark_sent`. `now`: None means the database's clock.
+    Idempotent. The caller compares fingerprints, commits, sends the returned request's task if `sent_at` is None, and
+    calls `mark_sent`. `now` None: the database's clock.
     """
     place = {"user_id": user_id, "key": idempotency_key}
     connection.execute(_FORGET, {**place, "now": now, "kept": KEPT})
@@ -107,12 +107,12 @@ def begin_request(
 
 
 def mark_sent(connection: Connection, request: TaskRequest, *, now: datetime | None = None) -> None:
-    """Note that the broker has the task. `now`: None means the database's clock."""
+    """Record that the broker has accepted the task. `now` None: the database's clock."""
     connection.execute(_MARK_SENT, {"user_id": request.user_id, "task_id": request.task_id, "now": now})
 
 
 def prune_requests(connection: Connection, *, limit: int, now: datetime | None = None) -> int:
-    """Forget requests older than `KEPT`, at most `limit`. Returns how many. `now`: None: the database's clock."""
+    """Delete requests older than `KEPT`, at most `limit`. Returns how many. `now` None: the database's clock."""
     return connection.execute(_PRUNE, {"limit": limit, "now": now, "kept": KEPT}).rowcount
 
 

@@ -1,4 +1,4 @@
-"""The usage tracker, for host code that calls a provider itself: one row in the log, exactly once by key."""
+"""The usage tracker records provider calls that host code makes itself: one log row for each idempotency key."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ from trueup.usage.validation import check_count, check_counts, check_key, check_
 
 logger = logging.getLogger(__name__)
 
-# What stands in a charge for a task: no task has an id with a space in it.
+# The task id in a charge of reported usage. No real task id contains a space.
 TASK_ID = "reported usage"
 # A host's clock may be this far ahead of the database's.
 CLOCK_SKEW_SECONDS = 300
@@ -36,9 +36,10 @@ _MAX_ERROR = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedUsage:
-    """What became of a report. `recorded` False: its key was there already, and the first report stands.
+    """The result of a report.
 
-    `differs`: that one has other figures than this. `log_id`: the row in the log.
+    `recorded` False: the key was recorded before, and the first report stays. `differs`: the first report has other
+    figures than this one. `log_id`: the row's id in the usage log.
     """
 
     recorded: bool
@@ -61,32 +62,32 @@ def track_ai_usage(
     metadata: dict[str, Any] | None = None,
     created_at: datetime | None = None,
 ) -> TrackedUsage:
-    """Record what one provider call cost: log row, balance and legacy counter, in one transaction.
+    """Record the usage of one provider call: log row, balance and legacy counter, in one transaction.
 
-    `key` names the call, best by the provider's own id of it: reported again, it is recorded once. A call that failed
-    (`success` False) counts for nothing, and leaves its key free for one that succeeds. No hold is needed, and usage
-    beyond the budget is recorded all the same. `total_tokens`: None means the sum of both. `created_at`: None means
-    now, by the database's clock.
-    While the database is away it is tried again for about 20 s. Raises `InvalidInputError` (then nothing was written),
-    `UnknownUserError`, `ServiceUnavailableError`.
+    `key`: idempotency key of the call, preferably the provider's own id. A repeated report of a key is not recorded
+    again. `success` False: the call failed; it counts 0 tokens, and a later successful call may use the same key.
+    `total_tokens` None: the sum of prompt and completion tokens. `response_time_ms`: milliseconds. `created_at` None:
+    now, by the database's clock. No hold is needed, and usage beyond the budget is recorded too.
+    While the database is unavailable, the write is retried for about 20 s. Raises `InvalidInputError` (then nothing
+    was written), `UnknownUserError`, `ServiceUnavailableError`.
     """
     fixed = _Fixed.of(user, section=section, key=key, metadata=metadata, created_at=created_at)
     figures = _Figures.of(prompt_tokens, completion_tokens, total_tokens, model_name, response_time_ms)
     if not isinstance(success, bool):
-        raise InvalidInputError(f"success: {success!r} is neither True nor False")
+        raise InvalidInputError(f"success: {success!r} is not a bool. Give True or False.")
     if error_message is not None and not isinstance(error_message, str):
-        raise InvalidInputError(f"error_message: {error_message!r:.80} is no text")
+        raise InvalidInputError(f"error_message: {error_message!r:.80} is not a string. Give a string or None.")
     return _record(fixed, figures, success=success, error=error_message)
 
 
 class ai_usage:  # noqa: N801 - used as a function: `with ai_usage(user, section=…, key=…) as usage`
-    """Records what the provider call in its block cost, and how long it took; `async with` works too.
+    """Record the usage and duration of the provider call in a block; `async with` works too.
 
-    Say the figures with `usage.set(…)` as soon as the provider has named them: from then on they count, also when the
-    rest of the block fails. A block that fails before is recorded as a failed call, and its error goes on. A block that
-    ends without figures is an error, for what it spent is not known; say zeros where nothing was bought.
-    `recorded` has what became of it, after the block.
-    Raises as `track_ai_usage`; what is wrong with the arguments before the block begins.
+    Call `usage.set(…)` as soon as the provider reports its figures: they are recorded even if the rest of the block
+    fails. A block that fails before `set` is recorded as a failed call, and its error is raised. A block that ends
+    without `set` raises `InvalidInputError`, because its cost is unknown; call `set` with zeros if nothing was bought.
+    After the block, `recorded` is the result.
+    Raises as `track_ai_usage`; wrong arguments are refused before the block begins.
     """
 
     recorded: TrackedUsage | None = None
@@ -109,10 +110,10 @@ class ai_usage:  # noqa: N801 - used as a function: `with ai_usage(user, section
         model_name: str | None = None,
         response_time_ms: int | None = None,
     ) -> None:
-        """Say what the call cost; said again, the last holds. `model_name`: None means the one given at first.
+        """Set the usage of the call; the last call of `set` counts. `model_name` None: the name given to `ai_usage`.
 
-        `response_time_ms`: None means measured, from the beginning of the block to here. Raises `InvalidInputError`,
-        also after the block: what it spent is recorded by then.
+        `response_time_ms` None: the time from the beginning of the block until now. Raises `InvalidInputError`, also
+        after the block, because its usage is recorded by then.
         """
         if self._is_over:
             raise InvalidInputError(
@@ -158,7 +159,7 @@ class ai_usage:  # noqa: N801 - used as a function: `with ai_usage(user, section
             self._note_failure(error, said)
 
     def _note_failure(self, error: BaseException, said: str | None) -> None:
-        """Record the failed call. Nothing is lost if that fails too: the block's own error is the one to go on."""
+        """Record the failed call, which cost no tokens. If that fails too, the block's own error is still raised."""
         figures = _Figures.of(0, 0, None, self._model_name, self._elapsed_ms())
         try:
             self.recorded = _record(self._fixed, figures, success=False, error=said)
@@ -168,7 +169,7 @@ class ai_usage:  # noqa: N801 - used as a function: `with ai_usage(user, section
 
 @dataclass(frozen=True, kw_only=True)
 class _Fixed:
-    """What is known of a call before it is made, checked."""
+    """The checked arguments that are known before the call."""
 
     user_id: UserId
     section: str
@@ -180,9 +181,9 @@ class _Fixed:
     def of(cls, user: Any, *, section: object, key: object, metadata: object, created_at: datetime | None) -> "_Fixed":
         user_id = user_id_of(user)
         if user_id is None:
-            raise InvalidInputError("user: this one has no id, so there is nobody to record the usage for")
+            raise InvalidInputError("user: it has no id, so the usage was not recorded. Give a saved user or its id.")
         if created_at is not None and (not isinstance(created_at, datetime) or created_at.tzinfo is None):
-            raise InvalidInputError(f"created_at: {created_at!r} is no time with a time zone")
+            raise InvalidInputError(f"created_at: {created_at!r} is not a datetime with a time zone. Give one.")
         return cls(
             user_id=user_id,
             section=check_section(section),
@@ -194,7 +195,7 @@ class _Fixed:
 
 @dataclass(frozen=True, kw_only=True)
 class _Figures:
-    """What a call cost, checked."""
+    """The checked figures of a call."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -216,7 +217,7 @@ class _Figures:
 
 def _check_model_name(name: object) -> str:
     if not isinstance(name, str):
-        raise InvalidInputError(f"model_name: {name!r:.80} is no text")
+        raise InvalidInputError(f"model_name: {name!r:.80} is not a string. Give the model's name.")
     return storable_text(name)[:_MAX_MODEL_NAME]
 
 
@@ -231,7 +232,7 @@ _RECORD = text(
 
 
 def _record(fixed: _Fixed, figures: _Figures, *, success: bool, error: str | None) -> TrackedUsage:
-    # A failed call does not take the key away from the one that is made in its place.
+    # A failed call has a key of its own, so that the host's next try may use the same key.
     call_key = f"{'call' if success else 'failed'}:{fixed.key}"
     values = {
         "user_id": fixed.user_id,
@@ -250,15 +251,15 @@ def _record(fixed: _Fixed, figures: _Figures, *, success: bool, error: str | Non
         "created_at": fixed.created_at,
         "skew_seconds": CLOCK_SKEW_SECONDS,
     }
-    what = f"user {fixed.user_id}, key {fixed.key!r}, {figures.total_tokens} tokens"
+    what = f"user={fixed.user_id} key={fixed.key!r} tokens={figures.total_tokens}"
     row = retry_until_recorded(_writing(values, what), what)
     if row.in_future:
         raise InvalidInputError(
-            f"created_at: {fixed.created_at} is later than the database's clock. Give when the call was made, or "
-            "nothing for now."
+            f"created_at: {fixed.created_at} is later than the database's clock, so nothing was recorded. Give the "
+            "time of the call, or leave it out for now."
         )
     if row.differs:
-        logger.warning("usage was reported before with other figures, which stand: %s", what)
+        logger.warning("usage reported again with other figures, the first report stays %s", what)
     return TrackedUsage(recorded=row.recorded, differs=row.differs, log_id=row.log_id)
 
 
@@ -269,6 +270,8 @@ def _writing(values: dict[str, Any], what: str) -> Callable[[Connection], Any]:
         except IntegrityError as error:
             if not isinstance(error.orig, ForeignKeyViolation):
                 raise
-            raise UnknownUserError(f"user: no user of the host's has this id. Not logged: {what}.") from error
+            raise UnknownUserError(
+                f"user: the host has no user with this id, so the usage was not recorded ({what}). Check the id."
+            ) from error
 
     return write

@@ -1,4 +1,4 @@
-"""What host code says of a provider call, checked where it comes in: counts, keys, names, metadata."""
+"""Checks of what host code reports about a provider call: counts, keys, names and metadata."""
 
 import json
 from typing import Any
@@ -10,14 +10,20 @@ _MAX_KEY = 255
 
 
 def check_count(value: object, field: str) -> int:
-    """Return a count, brought within what the log can hold. Raises `InvalidInputError` for what is none."""
+    """Return the count, reduced to the log's maximum. `field`: the argument's name, for the message.
+
+    Raises `InvalidInputError` if it is not a whole number of 0 or more.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise InvalidInputError(f"{field}: {value!r} is no count: give a whole number, 0 or more")
+        raise InvalidInputError(f"{field}: {value!r} is not a count. Give a whole number, 0 or more.")
     return min(value, MAX_LOG_TOKENS)
 
 
 def check_counts(prompt_tokens: object, completion_tokens: object, total_tokens: object) -> tuple[int, int, int]:
-    """Return the three counts of tokens; a total of None is the sum of the other two. Raises `InvalidInputError`."""
+    """Return prompt, completion and total tokens, checked. Raises `InvalidInputError`.
+
+    `total_tokens` None: the sum of the other two.
+    """
     prompt = check_count(prompt_tokens, "prompt_tokens")
     completion = check_count(completion_tokens, "completion_tokens")
     total = prompt + completion if total_tokens is None else total_tokens
@@ -25,35 +31,35 @@ def check_counts(prompt_tokens: object, completion_tokens: object, total_tokens:
 
 
 def check_key(key: object, field: str = "key") -> str:
-    """Return a key: 1 to 255 characters of text. Raises `InvalidInputError`."""
+    """Return the idempotency key, a string of 1 to 255 characters. Raises `InvalidInputError`."""
     if not isinstance(key, str) or not 1 <= len(key) <= _MAX_KEY or storable_text(key) != key:
-        raise InvalidInputError(f"{field}: {key!r:.80} is no key: give 1 to {_MAX_KEY} characters of text")
+        raise InvalidInputError(f"{field}: {key!r:.80} is not a key. Give a string of 1 to {_MAX_KEY} characters.")
     return key
 
 
 def check_name(name: object, field: str) -> str:
-    """Return a name that people can read. Raises `InvalidInputError`."""
+    """Return the name, a string with visible characters. Raises `InvalidInputError`."""
     if not isinstance(name, str) or not name.strip() or storable_text(name) != name:
-        raise InvalidInputError(f"{field}: {name!r:.80} is no name: give a text that is not empty")
+        raise InvalidInputError(f"{field}: {name!r:.80} is not a name. Give a string that is not empty.")
     return name
 
 
 def check_metadata(metadata: object) -> dict[str, Any]:
-    """Return metadata that the log can hold as JSON; None is none. Raises `InvalidInputError`."""
+    """Return metadata that the log can store as JSON. None gives an empty dict. Raises `InvalidInputError`."""
     if metadata is None:
         return {}
     if not isinstance(metadata, dict):
-        raise InvalidInputError(f"metadata: {type(metadata).__name__} is no dict")
+        raise InvalidInputError(f"metadata: {type(metadata).__name__} is not a dict. Give a dict of JSON values.")
     try:
         content = json.dumps(metadata, ensure_ascii=False, allow_nan=False)
         content.encode()
     except (TypeError, ValueError) as error:
-        raise InvalidInputError(f"metadata: can't be kept as JSON ({error})") from None
+        raise InvalidInputError(f"metadata: it cannot be stored as JSON ({error}). Give JSON values only.") from None
     if "\\u0000" in content:
-        raise InvalidInputError("metadata: can't be kept as JSON (it holds NUL characters)")
+        raise InvalidInputError("metadata: it contains NUL characters, which PostgreSQL cannot store. Remove them.")
     return metadata
 
 
 def storable_text(value: str) -> str:
-    """Return the text without what PostgreSQL's can't hold: NUL, and halves of surrogate pairs."""
+    """Return the text without NUL and with lone surrogates replaced: PostgreSQL cannot store either."""
     return value.replace("\x00", "").encode(errors="replace").decode()
