@@ -52,9 +52,7 @@ class Totals:
                 "messages lost by the broker": sum(
                     lost_by_transport(stage, books, task) for task in ended_by_nothing(stage)
                 ),
-                "results lost of finished work": sum(
-                    task in books.tasks_completed for task in ended_by_nothing(stage)
-                ),
+                "results lost of finished work": sum(task in books.tasks_completed for task in ended_by_nothing(stage)),
                 "holds expired": books.expired,
                 "balance checks during rounds": stage.audit.looks,
                 "rounds not settled in time": int(not stage.settled),

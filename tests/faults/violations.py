@@ -11,7 +11,7 @@ VIOLATIONS = {
     "arrived), or has no provider call",
     "wrong_user": "usage recorded under another user",
     "unmetered_call": "a provider call of a task that never had a hold",
-    "wrong_extension": "a granted extension that added a different amount than requested, or a denied one that did add",
+    "wrong_extension": "a granted extension of another amount than requested, or a denied extension that added tokens",
     "message_sent_twice": "a direct message or public reply that Instagram accepted more than once",
     "message_untold": "an accepted message whose outbox row is neither `sent` nor `unknown`",
     "message_not_sent": "a message marked `sent` that Instagram never accepted in that form",
