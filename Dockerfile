@@ -5,8 +5,8 @@ FROM python:3.13-slim AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/trueup
 WORKDIR /src
-# The dependencies first, so that a change of the code alone does not install them again: those of every extra but
-# [embedded], because PostgreSQL and Redis are containers of their own.
+# Install the dependencies first, so that a change of the code does not install them again. The lock file has every extra
+# except [embedded], because PostgreSQL and Redis run in their own containers.
 COPY requirements/main.txt requirements/main.txt
 RUN /opt/trueup/bin/pip install --require-hashes --requirement requirements/main.txt
 COPY pyproject.toml README.md LICENSE ./
@@ -16,7 +16,7 @@ COPY examples examples
 COPY cli cli
 COPY tasks tasks
 COPY worker worker
-# --no-deps: what is not in the lock file with its hash is not installed.
+# --no-deps: install only packages that the lock file lists with a hash.
 RUN pip wheel --no-deps --wheel-dir /dist . \
     && /opt/trueup/bin/pip install --no-deps --no-index /dist/trueup-*.whl
 
@@ -29,8 +29,8 @@ RUN useradd --system --uid 10001 --no-create-home --home-dir /var/lib/trueup tru
 COPY --from=build /opt/trueup /opt/trueup
 WORKDIR /var/lib/trueup
 USER trueup
-# The worker of the command below, asked by its own name: other nodes' answers prove nothing about this
-# one. docker-compose.yml has a check for each of the other processes.
+# Asks the worker of the command below by its own name, because answers of other nodes prove nothing about it.
+# docker-compose.yml has a check for each other process.
 HEALTHCHECK --interval=60s --timeout=30s --start-period=30s --retries=3 \
     CMD celery -A trueup.worker inspect ping --timeout 10 --destination "trueup-ai@$(hostname)"
 CMD ["celery", "-A", "trueup.worker", "worker", "-Q", "trueup-ai", "-n", "trueup-ai@%h"]

@@ -47,18 +47,16 @@ class Totals:
                 "calls recorded late": books.late,
                 "tokens billed": sum(serving.billed for serving in books.servings),
                 "tokens recorded": sum(charge.tokens_total for charge in books.charges),
-                "tokens billed over what was asked": sum(serving.over for serving in books.servings),
+                "tokens billed above the requested maximum": sum(serving.over for serving in books.servings),
                 "calls bought twice": len(books.charges) - len({(c.task_id, c.call) for c in books.charges}),
                 "messages lost by the broker": sum(
                     lost_by_transport(stage, books, task) for task in ended_by_nothing(stage)
                 ),
-                "results lost of work that is done": sum(
-                    task in books.tasks_completed for task in ended_by_nothing(stage)
-                ),
-                "holds taken back by expiry": books.expired,
-                "looks at the books in the midst": stage.audit.looks,
+                "results lost of finished work": sum(task in books.tasks_completed for task in ended_by_nothing(stage)),
+                "holds expired": books.expired,
+                "balance checks during rounds": stage.audit.looks,
                 "rounds not settled in time": int(not stage.settled),
-                "messages left in these": stage.messages_left,
+                "messages left in these rounds": stage.messages_left,
             }
         )
         self.figures.update(_figures_of_streams(books))
@@ -69,7 +67,7 @@ class Totals:
             self.figures[_UNRECORDED + call.cause] += 1
             self.figures[f"{_UNRECORDED}{call.cause}, tokens"] += call.serving.billed
             if call.named:
-                self.figures["of these, named by a row of calls in flight"] += 1
+                self.figures["of these, named by a call intent"] += 1
 
 
 def _figures_of_streams(books: Books) -> dict[str, int]:
@@ -83,7 +81,7 @@ def _figures_of_streams(books: Books) -> dict[str, int]:
         "streams": len(streams),
         "streams broken": sum(not (serving.complete or serving.closed_early) for serving in streams),
         "streams ended early by their task": sum(serving.closed_early for serving in streams),
-        "recorded streams: tokens billed that their tasks never saw": sum(map(unseen, streams)),
+        "recorded streams: tokens billed that the task never received": sum(map(unseen, streams)),
     }
 
 
@@ -91,12 +89,12 @@ def _figures_of_effects(books: Books) -> dict[str, int]:
     statuses = Counter(row.status for row in books.effects)
     return {
         "messages and public replies begun": len(books.effects),
-        "asked of Instagram": len(books.postings),
+        "requests to Instagram": len(books.postings),
         "accepted by Instagram": sum(posting.accepted for posting in books.postings),
-        "said to be sent": statuses["sent"],
-        "said to be unknown": statuses["unknown"],
-        "said to have failed": statuses["failed"],
-        "left in sending, by lost tasks and killed processes": statuses["sending"],
+        "marked `sent`": statuses["sent"],
+        "marked `unknown`": statuses["unknown"],
+        "marked `failed`": statuses["failed"],
+        "left in `sending` by lost tasks and killed processes": statuses["sending"],
     }
 
 

@@ -46,7 +46,7 @@ def test_the_rounds_had_something_to_lose(totals: Totals) -> None:
     assert totals.outcomes["done"] > 20
     assert totals.outcomes["TokensDenied"] > 0
     assert totals.figures["calls recorded"] > 40
-    assert totals.figures["looks at the books in the midst"] > 20
+    assert totals.figures["balance checks during rounds"] > 20
     assert totals.figures["accepted by Instagram"] > 10
     assert totals.figures["streams broken"] > 0
     assert totals.figures["streams ended early by their task"] > 0
