@@ -292,7 +292,7 @@ def test_a_shard_that_fails_again_and_again_is_given_up(host: Host, connection: 
         let_leases_run_out(host)
     assert sweep(get_engine(), RULES) == []
     status, error = host.execute("SELECT status, error FROM trueup.reconcile_run").one()
-    assert (status, error) == ("failed", "its worker died each time")
+    assert (status, error) == ("failed", "its worker died on every attempt")
 
 
 def test_a_persons_run_is_not_resumed_under_other_rules(host: Host, connection: Connection) -> None:
