@@ -23,7 +23,7 @@ from trueup.billing.view_guard import (
 )
 from trueup.database.threads import in_thread
 from trueup.errors import TrueupError
-from trueup.gate.decision import Access
+from trueup.gate.denial import Access
 
 __all__ = ["ai_tokens", "check_tokens_for_function", "require_active_subscription", "require_ai_tokens"]
 

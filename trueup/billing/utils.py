@@ -6,7 +6,8 @@ from trueup.accounts.account import read_account
 from trueup.accounts.user_ids import user_id_of
 from trueup.accounts.validation import check_estimate
 from trueup.database.retry import retrying
-from trueup.gate.decision import Access, check_access, denied_unknown_user
+from trueup.gate.decision import check_access, denied_unknown_user
+from trueup.gate.denial import Access
 
 
 def get_accurate_tokens_remaining(user: Any) -> tuple[int, int, int]:

@@ -10,8 +10,8 @@ from trueup.accounts.validation import check_estimate
 from trueup.billing.utils import check_ai_access_for_user
 from trueup.database.retry import retrying
 from trueup.errors import HoldBusyError, NotInstalledError, ServiceUnavailableError, TokensDenied, TrueupError
-from trueup.gate.decision import Access, check_gate, denied_unknown_user
-from trueup.gate.denial import denial_payload
+from trueup.gate.decision import check_gate, denied_unknown_user
+from trueup.gate.denial import Access, denial_payload
 from trueup.usage.validation import check_name
 
 logger = logging.getLogger(__name__)

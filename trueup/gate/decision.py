@@ -1,32 +1,14 @@
 """May this run? The decision is made in one place, SQL function `trueup.decide`; here it is put into words."""
 
 from datetime import datetime
-from typing import NotRequired, TypedDict
 
 from sqlalchemy import Connection
 
 from trueup.accounts.account import Account, read_decision
 from trueup.accounts.user_ids import UserId
 from trueup.accounts.validation import check_estimate
-from trueup.gate.denial import describe_denial
+from trueup.gate.denial import Access, describe_denial
 from trueup.gate.modes import lets_pass
-
-
-class Access(TypedDict):
-    """The answer to a check. Tokens are counts; `days_remaining` None means unlimited.
-
-    `reason` is there only when access is denied, as in the specification.
-    """
-
-    has_access: bool
-    message: str
-    tokens_remaining: int
-    original_tokens: int
-    consumed_tokens: int
-    days_remaining: int | None
-    tokens_held: int
-    tokens_available: int
-    reason: NotRequired[str]
 
 
 def check_access(

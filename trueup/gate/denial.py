@@ -1,11 +1,8 @@
-"""A denial: its reason code, its message for people, and the specification's error body, which HTTP 402 carries."""
+"""The answer to a check; of a denial the reason code, the message, and the specification's error body (HTTP 402)."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, NotRequired, TypedDict
 
 from trueup.errors import DenialPayload
-
-if TYPE_CHECKING:
-    from trueup.gate.decision import Access
 
 Reason = Literal[
     "no_subscription",
@@ -14,6 +11,23 @@ Reason = Literal[
     "no_tokens_remaining",
     "insufficient_tokens",
 ]
+
+
+class Access(TypedDict):
+    """The answer to a check. Tokens are counts; `days_remaining` None means unlimited.
+
+    `reason` is there only when access is denied, as in the specification.
+    """
+
+    has_access: bool
+    message: str
+    tokens_remaining: int
+    original_tokens: int
+    consumed_tokens: int
+    days_remaining: int | None
+    tokens_held: int
+    tokens_available: int
+    reason: NotRequired[str]
 
 
 def describe_denial(reason: str, *, feature_name: str, estimated_tokens: int, available: int) -> str:
@@ -28,7 +42,7 @@ def describe_denial(reason: str, *, feature_name: str, estimated_tokens: int, av
     }[reason]
 
 
-def denial_payload(access: "Access") -> DenialPayload:
+def denial_payload(access: Access) -> DenialPayload:
     """Return the specification's error body for a denied access."""
     return DenialPayload(
         success=False,
