@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from celery import Celery
 from kombu.exceptions import OperationalError
@@ -33,14 +34,23 @@ def celery_client(settings: Settings) -> Iterator[Celery]:
             connection.ensure_connection(max_retries=0, timeout=ANSWER_SECONDS)
         with _redis_errors(result_backend_url(settings)), _readable(result_backend_url(settings)):
             backend = app.backend
-            stack.callback(backend.client.close)
+            # The pool is Celery's own, so that closing the client would leave its connections open.
+            stack.callback(backend.client.connection_pool.disconnect)
+            stack.callback(_forget_results, backend.result_consumer)
             stack.callback(backend.result_consumer.stop)
-            # A result that is collected when Redis has gone would unsubscribe there, and complain.
-            stack.callback(backend.result_consumer.subscribed_to.clear)
             backend.client.set_retry(Retry(NoBackoff(), 0))
             backend.client.ping()
         with _redis_errors(broker_url(settings)):
             yield app
+
+
+def _forget_results(consumer: Any) -> None:
+    """Let a result that is collected later not unsubscribe in Redis: that would open a new connection, or fail.
+
+    Celery before 5.7 unsubscribes whether or not it had subscribed, as long as it has a channel for that.
+    """
+    consumer.subscribed_to.clear()
+    consumer._pubsub = None
 
 
 @contextmanager
