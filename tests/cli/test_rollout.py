@@ -13,9 +13,7 @@ FEATURE = "Test"  # of tests.support.work
 
 def test_a_feature_is_observed_listed_and_enforced_again(host: Host, connection: Connection) -> None:
     user = host.subscriber(100)
-    said = trueup("rollout", "set", FEATURE, "observe", "--note", "first week")
-    assert said.stdout == f"{FEATURE}: observe\n"
-    assert "check its name" in said.stderr  # no task of ours is called so
+    assert trueup("rollout", "set", FEATURE, "observe", "--note", "first week").stdout == f"{FEATURE}: observe\n"
     hold_tokens(connection, user, 500)
     listed = trueup_json("rollout", "list")
     (feature,) = [f for f in listed["features"] if f["feature_name"] == FEATURE]
@@ -53,3 +51,7 @@ def test_wrong_words_are_refused(host: Host) -> None:
     assert "--note" in trueup("rollout", "set", FEATURE, "off", code=2).stderr
     assert "feature: give a text" in trueup("rollout", "set", " ", "off", "--note", "x", code=2).stderr
     assert trueup_json("rollout", "history") == []
+
+
+def test_an_unknown_feature_is_set_with_a_note_on_its_name(host: Host) -> None:
+    assert "check its name" in trueup("rollout", "set", "No Such Feature", "off", "--note", "x").stderr

