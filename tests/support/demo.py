@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ class Demo:
     code: int
     output: str
     errors: str
-    seconds: float
 
     @property
     def environment(self) -> dict[str, str]:
@@ -55,7 +53,6 @@ def processes_of(home: Path) -> list[psutil.Process]:
 @pytest.fixture(scope="session")
 def demo() -> Iterator[Demo]:
     with temporary_home() as home:
-        started = time.monotonic()
         result = subprocess.run(
             ["trueup", "demo"],
             env=environment_of(home) | {"TRUEUP_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/never-touched"},
@@ -70,7 +67,6 @@ def demo() -> Iterator[Demo]:
                 code=result.returncode,
                 output=result.stdout,
                 errors=result.stderr,
-                seconds=time.monotonic() - started,
             )
         finally:
             for process in processes_of(home / "demo"):
