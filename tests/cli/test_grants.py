@@ -34,7 +34,7 @@ def test_a_grant_is_given_once_and_listed_with_who_gave_it(host: Host) -> None:
 def test_a_reference_that_granted_something_else_is_refused(host: Host) -> None:
     user = host.subscriber(1_000)
     give(user, 500)
-    assert "'tx-1' stands for grant 1" in give(user, 501, code=1)
+    assert "'tx-1' belongs to grant 1" in give(user, 501, code=1)
     assert "another expiry" in give(user, 500, "--reference", "tx-1", "--expires", NEXT_YEAR, code=1)
 
 
@@ -64,7 +64,7 @@ def test_reason_and_reference_are_asked_for(host: Host) -> None:
     user = host.subscriber()
     assert "Missing option '--reference'" in trueup("tokens", "grant", user, 5, "--reason", "r", code=2).stderr
     assert "Missing option '--reason'" in trueup("tokens", "grant", user, 5, "--reference", "r", code=2).stderr
-    assert "reference: ' ' says nothing" in give(user, 5, "--reference", " ", code=2)
+    assert "reference: ' ' is empty" in give(user, 5, "--reference", " ", code=2)
 
 
 def test_a_user_without_a_subscription_is_refused(host: Host) -> None:
