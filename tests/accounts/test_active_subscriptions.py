@@ -49,12 +49,12 @@ def test_an_unusable_condition_is_refused_with_the_setting_and_the_remedy(engine
         connection.exec_driver_sql(STATE)
     bad = {
         "{row}.state": "its type is app.state. Cast it: it must be boolean",
-        "{row}.trial_end > now()": "it does not always give the same for the same row",
+        "{row}.trial_end > now()": "it does not always return the same value for the same row",
         "CAST({row}.word AS boolean)": "it casts text or jsonb, which may fail for a row",
         "CAST({row}.more->'on' AS boolean)": "it casts text or jsonb, which may fail for a row",
         "jsonb_array_length({row}.more) > 0": "it casts text or jsonb, which may fail for a row",
-        "{row}.base / {row}.gift > 1": "it divides by what may be 0 for a row",
-        "EXISTS (SELECT FROM app.log)": "it looks beyond its row",
+        "{row}.base / {row}.gift > 1": "it divides by a value that may be 0 for a row",
+        "EXISTS (SELECT FROM app.log)": "it reads more than its row",
     }
     said = problems(engine, {one: active({"expression": one}) for one in bad})
     for one, words in bad.items():

@@ -15,7 +15,8 @@ from trueup.accounts.grants import Granted, GrantRefusedError, grant_tokens, lis
 from trueup.accounts.payments import PaymentsNotMappedError, import_payments
 from trueup.database.engine import connect, get_engine
 from trueup.errors import InvalidInputError, TokensDenied, UnknownUserError
-from trueup.host.mapping import HostMapping, PaymentTable
+from trueup.host.fields import PaymentTable
+from trueup.host.mapping import HostMapping
 from trueup.install.install import install
 from trueup.reconcile.local_run import reconcile
 

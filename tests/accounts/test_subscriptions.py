@@ -18,7 +18,8 @@ from trueup.database.engine import get_engine
 from trueup.errors import NotInstalledError, TokensDenied
 from trueup.gate.decision import check_access
 from trueup.gate.provider_calls import extend_hold
-from trueup.host.mapping import HostMapping, SubscriptionTable
+from trueup.host.fields import SubscriptionTable
+from trueup.host.mapping import HostMapping
 from trueup.install.install import install
 from trueup.reconcile.local_run import reconcile
 

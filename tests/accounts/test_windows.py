@@ -15,7 +15,8 @@ from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.accounts.grants import grant_tokens, list_grants, revoke_grant
 from trueup.database.engine import connect, get_engine
-from trueup.host.mapping import HostMapping, SubscriptionTable
+from trueup.host.fields import SubscriptionTable
+from trueup.host.mapping import HostMapping
 from trueup.install.install import install
 from trueup.install.triggers import SAVE_WATCHED
 from trueup.reconcile.local_run import reconcile

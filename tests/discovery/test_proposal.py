@@ -12,7 +12,8 @@ from trueup.discovery.toml import host_section, merged, read_host
 from trueup.discovery.vocabulary import nearness, plain
 from trueup.errors import InvalidInputError
 from trueup.host.catalog import missing_host_columns, missing_host_tables
-from trueup.host.mapping import HostMapping, PaymentTable, TokenUsageTable
+from trueup.host.fields import PaymentTable, TokenUsageTable
+from trueup.host.mapping import HostMapping
 from trueup.install.example_tables import build_host_metadata
 
 BOOKS = {"token_usage": TokenUsageTable(table="billing_tokenusage"), "payment": PaymentTable(table="billing_payment")}

@@ -28,7 +28,8 @@ from trueup.database.locks import HostBusyError, take_step
 from trueup.database.retry import retrying
 from trueup.errors import HostChangedError, MissingRightError, NotInstalledError
 from trueup.gate.holds import close_hold
-from trueup.host.mapping import HostMapping, UsageLogTable
+from trueup.host.fields import UsageLogTable
+from trueup.host.mapping import HostMapping
 from trueup.install.attach import (
     WATCH_LOG,
     WATCH_SUBSCRIPTIONS,

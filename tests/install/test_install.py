@@ -14,7 +14,8 @@ from tests.support.work import charge_tokens, hold_tokens
 from trueup.database.engine import connect
 from trueup.database.locks import INSTALL_LOCK
 from trueup.errors import NotInstalledError
-from trueup.host.mapping import HostMapping, SubscriptionTable, UsageLogTable
+from trueup.host.fields import SubscriptionTable, UsageLogTable
+from trueup.host.mapping import HostMapping
 from trueup.install.install import check_installed, install
 from trueup.settings.settings import get_settings
 

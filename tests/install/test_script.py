@@ -14,7 +14,8 @@ from tests.support.sessions import locked
 from tests.support.work import hold_tokens
 from trueup.database.engine import transaction
 from trueup.errors import NotInstalledError
-from trueup.host.mapping import HostMapping, SubscriptionTable, UsageLogTable
+from trueup.host.fields import SubscriptionTable, UsageLogTable
+from trueup.host.mapping import HostMapping
 from trueup.install.attach import attach
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import check_installed

@@ -10,8 +10,8 @@ from trueup.database.engine import connect, transaction
 from trueup.database.retry import retrying
 from trueup.errors import NotInstalledError
 from trueup.host.expressions import expression_problem
+from trueup.host.fields import SECTIONS
 from trueup.host.mapping import HostMapping
-from trueup.host.sections import SECTIONS
 from trueup.install.install import install
 from trueup.install.write_probe import row_problem
 from trueup.usage.log import list_usage

@@ -18,7 +18,8 @@ from tests.support.legacy.population import make_population
 from tests.support.standby import caught_up, standby_of
 from tests.support.waiting import wait_for
 from trueup.errors import NotInstalledError, TrueupError
-from trueup.host.mapping import HostMapping, PaymentTable, SubscriptionTable, TokenUsageTable, UsageLogTable
+from trueup.host.fields import PaymentTable, SubscriptionTable, TokenUsageTable, UsageLogTable
+from trueup.host.mapping import HostMapping
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import install
 from trueup.preview import scan as looking

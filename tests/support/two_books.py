@@ -8,7 +8,8 @@ from tests.support.host import START, Host
 from trueup.drift.causes import Explanation
 from trueup.drift.detect import Drift, find_drifts
 from trueup.drift.explain import explain
-from trueup.host.mapping import HostMapping, PaymentTable, TokenUsageTable
+from trueup.host.fields import PaymentTable, TokenUsageTable
+from trueup.host.mapping import HostMapping
 
 MAPPED = HostMapping(
     token_usage=TokenUsageTable(table="billing_tokenusage"), payment=PaymentTable(table="billing_payment")

@@ -19,7 +19,7 @@ from trueup.gate.decision import denied_unknown_user
 from trueup.gate.denial import denial_payload
 from trueup.gate.holds import Hold, close_abandoned_hold, close_hold, open_hold
 from trueup.gate.provider_calls import extend_hold
-from trueup.host.sections import check_section
+from trueup.host.fields import check_section
 from trueup.settings.settings import get_settings
 from trueup.usage.charges import Charge, Usage, record_charge
 from trueup.usage.validation import check_count, check_counts, check_key, check_metadata, check_name

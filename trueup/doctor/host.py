@@ -14,11 +14,13 @@ from trueup.host.catalog import (
     computed_log_columns,
     demanded_log_columns,
     hidden_tables,
+    local_times,
+    mapped_columns,
     missing_host_columns,
     missing_host_tables,
     missing_view_columns,
+    wrong_types,
 )
-from trueup.host.column_types import local_times, mapped_columns, wrong_types
 from trueup.host.expressions import Problem, wrong_expression
 from trueup.host.fields import NOUNS, Noun
 from trueup.host.log_ids import log_id_problem

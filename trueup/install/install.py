@@ -16,11 +16,12 @@ from trueup.host.catalog import (
     COMPUTED_REMEDY,
     computed_log_columns,
     demanded_log_columns,
+    mapped_columns,
     missing_host_columns,
     missing_host_tables,
     tables_without_triggers,
+    wrong_types,
 )
-from trueup.host.column_types import mapped_columns, wrong_types
 from trueup.host.expressions import expression_problem
 from trueup.host.log_ids import log_id_problem
 from trueup.host.mapping import HostMapping, quote_table

@@ -12,8 +12,8 @@ from sqlalchemy.exc import DBAPIError
 
 from trueup.database.driver_errors import is_transient
 from trueup.host.expressions import HOST_TABLE, SEARCH_PATH, SET_SEARCH_PATH, Problem, make_table, own_row, run
+from trueup.host.fields import SECTIONS
 from trueup.host.mapping import HostMapping, quote_table
-from trueup.host.sections import SECTIONS
 from trueup.host.setting_values import quote_identifier
 
 _MAY_MAKE = text("SELECT has_database_privilege(current_database(), 'TEMPORARY')")

@@ -8,7 +8,8 @@ from typing import Any
 from sqlalchemy import Engine, text
 
 from tests.support.legacy.population import PLANS, Person
-from trueup.host.mapping import HostMapping, PaymentTable, TokenUsageTable
+from trueup.host.fields import PaymentTable, TokenUsageTable
+from trueup.host.mapping import HostMapping
 
 WITH_ROWS = HostMapping(
     token_usage=TokenUsageTable(table="billing_tokenusage"), payment=PaymentTable(table="billing_payment")
