@@ -258,7 +258,10 @@ def test_a_label_of_an_enum_that_was_renamed_is_named(engine: Engine) -> None:
         [finding] = check_mapping(connection, Settings(host=mapping))
         assert 'host.usage_log.counts: invalid input value for enum app.state: "late"' in finding.what
         otherwise = wrong_expression(connection, mapped(counts={"column": "code", "equals": "0200"}))
-        assert otherwise == ("host.usage_log.counts: code can't have the value '0200'.", "Write it as the column does.")
+        assert otherwise == (
+            "host.usage_log.counts: code can't have the value '0200'.",
+            "Write it as PostgreSQL shows it.",
+        )
 
 
 def test_a_role_without_the_right_to_temporary_tables_is_refused_with_the_remedy(engine: Engine) -> None:

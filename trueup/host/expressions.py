@@ -182,7 +182,11 @@ def _value_problem(connection: Connection, given: Compared, table: str) -> Probl
         f".{column} AS text) IS DISTINCT FROM value LIMIT 1"
     )
     wrong = run(connection, statement).scalar()
-    return None if wrong is None else (f"{given.column} can't have the value {wrong!r}", "Write a value of the column.")
+    return (
+        None
+        if wrong is None
+        else (f"{given.column} can't have the value {wrong!r}", "Write it as PostgreSQL shows it.")
+    )
 
 
 def _type_problem(found: str, types: tuple[str, ...]) -> Problem | None:

@@ -57,7 +57,7 @@ def log_id_problem(connection: Connection, mapping: HostMapping) -> tuple[str, s
 
 
 def log_id_sequence(connection: Connection, mapping: HostMapping) -> str | None:
-    """Return the SQL name of the sequence for the ids of trueup's rows. None: the ids come from no sequence of the column."""
+    """Return the SQL name of the column's own sequence, for trueup's rows. None: there is none, or ids need none."""
     if mapping.usage_log_id_type != "bigint":
         return None
     row = _column(connection, mapping)
