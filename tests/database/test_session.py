@@ -10,7 +10,7 @@ from psycopg.pq import TransactionStatus
 from tests.hosts.documents import ROOT
 from tests.hosts.running import plain_url
 from tests.support.host import Host
-from trueup.database.session import borrow, limit_session
+from trueup.database.session import limit_transactions, limit_session
 
 LIMITS = {"timezone": "UTC", "statement_timeout": "7s", "work_mem": "5MB"}
 
@@ -18,7 +18,7 @@ LIMITS = {"timezone": "UTC", "statement_timeout": "7s", "work_mem": "5MB"}
 @pytest.fixture
 def lent(database: str) -> Iterator[psycopg.Connection]:
     with psycopg.connect(plain_url(database), options="-c timezone=Asia/Tokyo") as connection:
-        borrow(connection, LIMITS)
+        limit_transactions(connection, LIMITS)
         yield connection
 
 
@@ -91,7 +91,7 @@ def test_read_committed_whatever_the_database_says(lent: psycopg.Connection, hos
 
 
 def test_a_statement_that_takes_too_long_is_cancelled(lent: psycopg.Connection) -> None:
-    borrow(lent, {"statement_timeout": "50ms"})
+    limit_transactions(lent, {"statement_timeout": "50ms"})
     for lent.autocommit in (True, False):
         with pytest.raises(psycopg.errors.QueryCanceled):
             lent.execute("SELECT pg_sleep(10)")

@@ -176,7 +176,7 @@ def test_the_fingerprint_covers_the_replacements_of_columns() -> None:
 )
 def test_failed_calls_get_a_row_if_it_can_record_the_failure(success: str, counts: str, tells: bool) -> None:
     log = written(f"[usage_log]\nsuccess = {success}\n{f'counts = {counts}' if counts else ''}").usage_log
-    assert log.tells_failure is tells
+    assert log.records_failure is tells
 
 
 # Texts that hosts may have in names and values. A name has at most 63 bytes.

@@ -64,14 +64,14 @@ def token_gate(estimated_tokens: int, feature_name: str) -> Gate:
     """Return the check for a count of tokens. Raises `InvalidInputError` for a malformed count or name."""
     tokens = check_estimate(estimated_tokens)
     feature = check_name(feature_name, "feature_name")
-    return Gate(name="require_ai_tokens", ask=lambda user: _check_tokens(user, tokens, feature))
 
+    def check(user: Any) -> Access:
+        user_id = user_id_of(user)
+        if user_id is None:
+            return denied_unknown_user()
+        return retrying(lambda connection: check_gate(connection, user_id, tokens, feature))
 
-def _check_tokens(user: Any, tokens: int, feature: str) -> Access:
-    user_id = user_id_of(user)
-    if user_id is None:
-        return denied_unknown_user()
-    return retrying(lambda connection: check_gate(connection, user_id, tokens, feature))
+    return Gate(name="require_ai_tokens", ask=check)
 
 
 def subscription_gate() -> Gate:

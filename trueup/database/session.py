@@ -36,20 +36,20 @@ def limit_session(connection: Connection[Any], limits: Mapping[str, str]) -> Non
     ours = connection.execute(_SET_WHERE_OURS, values).fetchall()
     connection.autocommit = False
     if not ours:
-        borrow(connection, limits)
+        limit_transactions(connection, limits)
 
 
-def borrow(connection: Connection[Any], limits: Mapping[str, str]) -> None:
+def limit_transactions(connection: Connection[Any], limits: Mapping[str, str]) -> None:
     """Make each transaction on this connection set these limits first, and leave nothing on the server connection."""
     statement = SQL("; ").join(
         SQL("SET LOCAL {} = {}").format(Identifier(name), Literal(value)) for name, value in limits.items()
     )
     connection.prepare_threshold = None
-    connection.cursor_factory = cast("type[Cursor[Any]]", partial(_BorrowedCursor, limits=statement))
-    connection.server_cursor_factory = cast("type[ServerCursor[Any]]", partial(_BorrowedServerCursor, limits=statement))
+    connection.cursor_factory = cast("type[Cursor[Any]]", partial(_PooledCursor, limits=statement))
+    connection.server_cursor_factory = cast("type[ServerCursor[Any]]", partial(_PooledServerCursor, limits=statement))
 
 
-class _BorrowedCursor(Cursor[Any]):
+class _PooledCursor(Cursor[Any]):
     """Sets the limits at the begin of each transaction. With autocommit each statement is a transaction."""
 
     def __init__(self, connection: Connection[Any], *, limits: Composed, **more: Any) -> None:
@@ -79,7 +79,7 @@ class _BorrowedCursor(Cursor[Any]):
         super().executemany(query, params_seq, **more)
 
 
-class _BorrowedServerCursor(ServerCursor[Any]):
+class _PooledServerCursor(ServerCursor[Any]):
     """The same for server-side cursors, which PostgreSQL has only in transactions."""
 
     def __init__(self, connection: Connection[Any], name: str, *, limits: Composed, **more: Any) -> None:

@@ -227,7 +227,7 @@ def _problems(
     connection.execute(SET_SEARCH_PATH, {"path": host.search_path})
     if _own_counts(connection, mapping, succeeded=True) is not True:
         yield "the rows that trueup writes would not count", "Make it true for them, or map the column that it tests."
-    if mapping.usage_log.tells_failure and _own_counts(connection, mapping, succeeded=False):
+    if mapping.usage_log.records_failure and _own_counts(connection, mapping, succeeded=False):
         yield (
             "a row that trueup writes of a failed call would count",
             "Let it depend on the column of success, or set success = {value = true}: failed calls then get no row.",

@@ -307,7 +307,7 @@ class UsageLogTable(Names):
         return [field for field, name in names.items() if isinstance(name, str) and name != compared]
 
     @property
-    def tells_failure(self) -> bool:
+    def records_failure(self) -> bool:
         """Whether a row can record that its call failed. If not, failed calls get no row."""
         if isinstance(self.counts, Compared):
             return self.counts.failed is not None

@@ -30,9 +30,7 @@ from trueup.host.setting_values import Compared, Constant, Given, quote_identifi
 
 # It replaces a colon in a host's name while a statement is rendered. No name or value of a mapping can contain it.
 _COLON = "\x00"
-_KNOWN_TEMPLATES = 256
-_KNOWN_MAPPINGS = 16
-Note = Callable[[Noun, str], None]
+OnRead = Callable[[Noun, str], None]
 """A callback with the noun and the field of each read by a template."""
 
 
@@ -80,12 +78,12 @@ class HostField:
 class HostTable:
     """A table of the host, with its fields as attributes. Jinja2 refuses an unknown field."""
 
-    def __init__(self, mapping: HostMapping, noun: Noun, escape: Callable[[str], str], note: Note) -> None:
+    def __init__(self, mapping: HostMapping, noun: Noun, escape: Callable[[str], str], on_read: OnRead) -> None:
         self._mapping = mapping
         self._noun = noun
         self._names = getattr(mapping, noun)
         self._escape = escape
-        self._note = note
+        self._on_read = on_read
 
     def __str__(self) -> str:
         if self._names.table is not None:
@@ -114,7 +112,7 @@ class HostTable:
         is_always_column = found.annotation is str and not is_plan_key
 
         def sql(alias: str | None) -> str:
-            self._note(self._noun, field)
+            self._on_read(self._noun, field)
             return self._escape(self._sql(field, given, alias))
 
         return HostField(name, given, sql, is_always_column=is_always_column)
@@ -154,9 +152,9 @@ class UsageLog(HostTable):
         """Return the names of the counted columns as SQL strings."""
         return self._escape(", ".join(map(quote_literal, self._mapping.counted_columns())))
 
-    def tells_failure(self) -> str:
+    def records_failure(self) -> str:
         """Return, as SQL, whether a row can record that its call failed."""
-        return str(self._mapping.usage_log.tells_failure).lower()
+        return str(self._mapping.usage_log.records_failure).lower()
 
 
 def render_sql(template: str, mapping: HostMapping, **values: object) -> str:
@@ -203,17 +201,17 @@ class _CompiledFiles(BytecodeCache):
 _COMPILED_FILES = _CompiledFiles()
 
 
-@lru_cache(maxsize=_KNOWN_TEMPLATES)
+@lru_cache(maxsize=256)
 def _template(template: str, mapping: HostMapping, is_statement: bool, own: OwnTables) -> Template:
     return _environment(mapping, is_statement, own).from_string(template)
 
 
-@lru_cache(maxsize=_KNOWN_MAPPINGS)
+@lru_cache(maxsize=16)
 def _environment(mapping: HostMapping, is_statement: bool, own: OwnTables) -> Environment:
     return _make_environment(mapping, is_statement, own, lambda noun, field: None)
 
 
-def _make_environment(mapping: HostMapping, is_statement: bool, own: OwnTables, note: Note) -> Environment:
+def _make_environment(mapping: HostMapping, is_statement: bool, own: OwnTables, on_read: OnRead) -> Environment:
     environment = Environment(
         loader=PackageLoader("trueup", "."),
         undefined=StrictUndefined,
@@ -234,7 +232,7 @@ def _make_environment(mapping: HostMapping, is_statement: bool, own: OwnTables, 
     environment.filters["literal"] = literal
     for noun in NOUNS:
         kind = UsageLog if noun == "usage_log" else HostTable
-        environment.globals[noun] = kind(mapping, noun, escape, note)
+        environment.globals[noun] = kind(mapping, noun, escape, on_read)
     environment.globals.update(
         user_id_type=mapping.user_id_type, usage_log_id_type=mapping.usage_log_id_type, trueup=own
     )
