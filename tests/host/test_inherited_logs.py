@@ -43,7 +43,7 @@ def test_rows_that_come_two_levels_down_count_at_the_next_gate(host: Host, user:
 def test_a_log_that_is_renamed_for_a_moment_does_not_forget_what_is_below_it(host: Host, user: int) -> None:
     epoch = host.value(EPOCH)
     host.execute("ALTER TABLE ai_usage_log RENAME TO away")
-    host.execute("SELECT trueup.note_log()")
+    host.execute("SELECT trueup.record_log_state()")
     host.execute("ALTER TABLE away RENAME TO ai_usage_log")
     assert (known(user), host.value(EPOCH)) == (100, epoch)
     add_rows(host, "ai_usage_log")
@@ -54,7 +54,7 @@ def test_a_foreign_table_is_taken_for_one_with_rows(host: Host, user: int) -> No
     epoch = host.value(EPOCH)
     host.execute("CREATE FOREIGN DATA WRAPPER away; CREATE SERVER away FOREIGN DATA WRAPPER away")
     host.execute("CREATE FOREIGN TABLE far () INHERITS (ai_usage_log) SERVER away")
-    host.execute("SELECT trueup.note_log()")
+    host.execute("SELECT trueup.record_log_state()")
     assert host.value(EPOCH) > epoch
 
 

@@ -61,7 +61,7 @@ SILENT = {
             "INSERT INTO ai_usage_log (user_id, section, total_tokens, created_at) "
             f"SELECT id, 'chat', 50, '{START}' FROM accounts_user; ALTER TABLE ai_usage_log ENABLE TRIGGER USER"
         ),
-        "made anew or switched off for a while",
+        "re-created or disabled for a while",
     ),
     "a column in place of another": (
         (
@@ -288,7 +288,7 @@ def test_more_tokens_are_a_question_to_the_gate_too(host: Host, connection: Conn
 
 def test_setting_up_again_in_place_of_attaching_counts_anew_too(host: Host, user: int) -> None:
     change_of(host, SILENT["off and on again"][0])
-    assert_closed(user, "switched off for a while")
+    assert_closed(user, "disabled for a while")
     with host.engine.begin() as setting_up:
         install(setting_up, HostMapping(), with_host_tables=False)
     with connect() as own:

@@ -193,7 +193,7 @@ def _noted(cause: str) -> TrueupError:
     """Note what has become of the log, so that who asks again is answered. Returns the error to raise."""
     try:
         with translated_errors(), get_engine().begin() as connection:
-            connection.execute(text("SELECT trueup.note_log()"))
+            connection.execute(text("SELECT trueup.record_log_state()"))
     except TrueupError as error:
         return error
     logger.warning("%s: that counts from now on; balances may be built anew from it", cause)
