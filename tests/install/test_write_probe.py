@@ -23,7 +23,7 @@ KINDS = f"CREATE TABLE kinds (name varchar(50) PRIMARY KEY); {LOG} ADD FOREIGN K
 REFUSED = {
     f"CREATE TYPE kind AS ENUM ('qa'); {LOG} ALTER section TYPE kind USING NULL": (
         "would refuse trueup's row of section 'chat' .column \"section\" is of type",
-        r"Map columns that take any text",
+        r"Map columns that accept any text",
     ),
     f"{LOG} ALTER section TYPE varchar(12)": (
         r"section 'embedding_generation' \(value too long",

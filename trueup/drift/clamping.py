@@ -49,7 +49,7 @@ def clamps(evidence: Evidence, chosen: Sequence[Candidate]) -> Iterator[Clamp]:
     if not stopped:
         yield Clamp()
         return
-    strain = _strain_below_zero(below_zero)
+    cost = _cost_below_zero(below_zero)
     proof = {
         "rows": below_zero[: weights.MAX_ROWS_BELOW_ZERO],
         "count": len(below_zero),
@@ -58,12 +58,12 @@ def clamps(evidence: Evidence, chosen: Sequence[Candidate]) -> Iterator[Clamp]:
     # If the carried-over tokens are unknown, they may hide in a clamp.
     unknown = any(carried.tokens is None for carried in evidence.carried) or not evidence.purchases_mapped
     kept = evidence.base.kind == "window" and unknown and not _names_carried(chosen)
-    certainty: Certainty = "likely" if kept or strain >= weights.REQUEST_LET_THROUGH else "certain"
+    certainty: Certainty = "likely" if kept or cost >= weights.REQUEST_LET_THROUGH else "certain"
     at = below_zero[0]["at"] if below_zero else ""
     others = ("carried_over_tokens",) if kept else ()
     found = candidate("clamped_at_zero", stopped, certainty, at=at, alternatives=others, evidence=proof)
     # A manual edit before these rows would explain by itself why the counter is above zero after them.
-    yield Clamp(candidate=found, cost=strain, cost_before_edit=weights.EDIT_AFTER_CLAMP if last else 0.0)
+    yield Clamp(candidate=found, cost=cost, cost_before_edit=weights.EDIT_AFTER_CLAMP if last else 0.0)
     yield Clamp(cost=weights.NO_CLAMP)
 
 
@@ -71,7 +71,7 @@ def _names_carried(chosen: Sequence[Candidate]) -> bool:
     return any(one.component.cause == "carried_over_tokens" for one in chosen)
 
 
-def _strain_below_zero(rows: Sequence[Row]) -> float:
+def _cost_below_zero(rows: Sequence[Row]) -> float:
     """Return the cost of believing that a host let these requests pass, after the first, with a counter at zero."""
     if not rows:
         return 0.0

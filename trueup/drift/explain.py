@@ -145,8 +145,10 @@ def _closed(
             chosen = tuple(replace(one, alternatives=("manual_edit",)) for one in chosen)
         yield _Solution(chosen=(*taken, *chosen), cost=cost + losses.cost, exact=True)
     digits = len(str(abs(rest)).rstrip("0"))
-    strain = math.log10(abs(rest)) + weights.MANUAL_EDIT_DIGIT * max(0, digits - 2) + clamp.cost_before_edit
-    yield _Solution(chosen=(*taken, _manual_edit(rest)), cost=cost + weights.MANUAL_EDIT + strain, exact=False)
+    proof = {"note": "no log row, decrement or purchase explains it"}
+    edit = candidate("manual_edit", rest, "likely", at="~", evidence=proof)
+    cost += weights.MANUAL_EDIT + math.log10(abs(rest)) + weights.MANUAL_EDIT_DIGIT * max(0, digits - 2)
+    yield _Solution(chosen=(*taken, edit), cost=cost + clamp.cost_before_edit, exact=False)
 
 
 def _bought(tokens: int) -> Candidate:
@@ -154,8 +156,3 @@ def _bought(tokens: int) -> Candidate:
     others = ("renewal_without_new_window", "manual_edit")
     return candidate("credit_without_grant", tokens, "likely", at="~", alternatives=others,
                      evidence={"plans_of_this_size": True})  # fmt: skip
-
-
-def _manual_edit(rest: int) -> Candidate:
-    proof = {"note": "no log row, decrement or purchase explains it"}
-    return candidate("manual_edit", rest, "likely", at="~", evidence=proof)

@@ -8,7 +8,7 @@ not set up, they read its tables as empty.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -85,25 +85,24 @@ def scan(
         return running.outcome
 
 
+@dataclass
 class _Scan:
-    """A running scan, and the values that all its batches share."""
+    """A running scan, and the values that all its batches share, which `prepare` reads.
 
-    plan_sizes: frozenset[int]
-    counter_limit: int
-    attached: bool
-    statements: "_Statements"
-    index: str | None
-    """The statement that creates the missing index; without the index no causes are named."""
+    `index`: the statement that creates a missing index; without the index no causes are named.
+    """
 
-    def __init__(
-        self, engine: Engine, mapping: HostMapping, report: Report, rules: Rules, timeout_seconds: int
-    ) -> None:
-        self.engine = engine
-        self.mapping = mapping
-        self.report = report
-        self.rules = rules
-        self.timeout_seconds = timeout_seconds
-        self.outcome = ScanOutcome()
+    engine: Engine
+    mapping: HostMapping
+    report: Report
+    rules: Rules
+    timeout_seconds: int
+    outcome: ScanOutcome = field(default_factory=ScanOutcome)
+    plan_sizes: frozenset[int] = field(init=False)
+    counter_limit: int = field(init=False)
+    attached: bool = field(init=False)
+    statements: "_Statements" = field(init=False)
+    index: str | None = field(init=False)
 
     def prepare(self) -> None:
         """Check tables, columns and rights, and read the values that all batches share."""
