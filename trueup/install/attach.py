@@ -30,6 +30,7 @@ from trueup.install.baseline import (
     SAVE_TRIGGER_BASELINE,
     WINDOW_TRIGGER,
     are_triggers_unchanged,
+    is_installed,
 )
 from trueup.install.install import (
     DROP_FUNCTIONS,
@@ -194,7 +195,7 @@ def prepare(connection: Connection, mapping: HostMapping) -> None:
 
 def is_ready(connection: Connection, mapping: HostMapping) -> bool:
     """Return whether all triggers are enabled, and have been since they first counted by this mapping."""
-    if connection.scalar(text("SELECT to_regclass('trueup.installation') IS NULL")):
+    if not is_installed(connection):
         return False
     return (
         _has_all_triggers(connection, mapping)

@@ -40,3 +40,8 @@ def are_triggers_unchanged(connection: Connection) -> bool:
     if connection.scalar(text("SELECT to_regproc('trueup.trigger_marks') IS NOT NULL")):
         condition = "triggers IS NULL OR triggers = trueup.trigger_marks()"
     return connection.scalar(text(f"SELECT {condition} FROM trueup.installation i")) is not False
+
+
+def is_installed(connection: Connection) -> bool:
+    """Return whether this database has trueup's schema, complete or not."""
+    return connection.scalar(text("SELECT to_regclass('trueup.installation') IS NOT NULL")) is True

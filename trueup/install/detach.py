@@ -15,6 +15,7 @@ from sqlalchemy import Connection, text
 from trueup.database.locks import PATIENCE_SECONDS, take_step
 from trueup.database.schema import SCHEMA, build_metadata
 from trueup.errors import InvalidInputError, NotInstalledError, TrueupError
+from trueup.install.baseline import is_installed
 from trueup.install.install import drop_functions
 
 # The tables that `history` keeps, in this order.
@@ -176,7 +177,7 @@ _FOREIGN_OBJECTS = text(
 
 def _refuse_foreign_objects(connection: Connection) -> None:
     """Raise `NotInstalledError` without a schema, `DetachRefusedError` if dropping it would drop others' objects."""
-    if connection.scalar(text("SELECT to_regclass('trueup.installation') IS NULL")):
+    if not is_installed(connection):
         raise NotInstalledError("This database has no trueup schema: there is nothing to remove.")
     own = [table.name for table in build_metadata("bigint").tables.values()]
     foreign = connection.scalars(_FOREIGN_OBJECTS, {"tables": [*own, "alembic_version"]}).all()

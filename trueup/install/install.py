@@ -28,7 +28,7 @@ from trueup.host.partitions import partition_problem
 from trueup.host.schema_changes import ATTACHING
 from trueup.host.setting_values import quote_literal
 from trueup.host.sql import render_file
-from trueup.install.baseline import FILL_BASELINE, SAVE_TRIGGER_BASELINE, are_triggers_unchanged
+from trueup.install.baseline import FILL_BASELINE, SAVE_TRIGGER_BASELINE, are_triggers_unchanged, is_installed
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.write_probe import row_problem
 from trueup.settings.settings import get_settings
@@ -133,7 +133,7 @@ def drop_functions(connection: Connection) -> None:
 
 def check_installed(connection: Connection) -> None:
     """Raise `NotInstalledError` unless the database is ready for the mapping in the settings."""
-    if connection.scalar(text("SELECT to_regclass('trueup.installation') IS NULL")):
+    if not is_installed(connection):
         raise NotInstalledError("This database has no trueup schema. Run `trueup db init`.")
     installed = connection.scalar(text("SELECT mapping_fingerprint FROM trueup.installation"))
     if installed in (None, ATTACHING):
@@ -251,7 +251,7 @@ def check_host(connection: Connection, mapping: HostMapping) -> None:
 
 def _refuse_other_user_ids(connection: Connection, mapping: HostMapping) -> None:
     """Raise `NotInstalledError` if trueup's tables were created for another type of user id: it can't be changed."""
-    if connection.scalar(text("SELECT to_regclass('trueup.installation') IS NULL")):
+    if not is_installed(connection):
         return
     installed = connection.scalar(text("SELECT mapping->>'user_id_type' FROM trueup.installation"))
     if installed is not None and installed != mapping.user_id_type:

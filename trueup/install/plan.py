@@ -11,6 +11,7 @@ from trueup.host.mapping import HostMapping, quote_table
 from trueup.host.partitions import log_tables
 from trueup.host.sql import render_statement
 from trueup.install.attach import estimated_rows, has_log_triggers, has_subscription_trigger
+from trueup.install.baseline import is_installed
 from trueup.install.roles import Right, find_lacking, lacking_rights, migrate_rights, worker_rights
 
 # The sample of the log that measures the reading speed, and its time limit.
@@ -59,7 +60,7 @@ def plan_attach(connection: Connection, mapping: HostMapping) -> AttachPlan:
     return AttachPlan(
         log=mapping.usage_log.table,
         subscriptions=mapping.subscription.table,
-        tables_there=bool(connection.scalar(text("SELECT to_regclass('trueup.installation') IS NOT NULL"))),
+        tables_there=is_installed(connection),
         log_tables=tuple(log_tables(connection, mapping)),
         log_watched=has_log_triggers(connection, mapping),
         subscriptions_watched=has_subscription_trigger(connection, mapping),
@@ -74,7 +75,7 @@ def plan_attach(connection: Connection, mapping: HostMapping) -> AttachPlan:
 
 def refuse_other_installation(connection: Connection, mapping: HostMapping) -> None:
     """Raise `OtherInstallationError` if trueup is attached to other tables here that still exist."""
-    if connection.scalar(text("SELECT to_regclass('trueup.installation') IS NULL")):
+    if not is_installed(connection):
         return
     installed = connection.scalar(text("SELECT mapping FROM trueup.installation"))
     for noun in ("usage_log", "subscription"):
