@@ -115,13 +115,13 @@ def compare_attaching(target: str, subscriptions: int, rows: int) -> None:
     with writing(target, subscriptions) as waits:
         began = last = time.perf_counter()
 
-        def tell(line: str) -> None:
+        def report(line: str) -> None:
             nonlocal last
             now = time.perf_counter()
             steps[line.rstrip(".")] = now - last
             last = now
 
-        attach(get_settings().host, tell=tell)
+        attach(get_settings().host, report=report)
         whole = time.perf_counter() - began
     filling = next(seconds for line, seconds in steps.items() if line.startswith("Balances are built"))
     print_markdown(

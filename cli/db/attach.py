@@ -9,8 +9,8 @@ from trueup.database.locks import LOCK_TIMEOUT_MILLISECONDS, PATIENCE_SECONDS
 from trueup.database.retry import retrying
 from trueup.host.mapping import quote_table
 from trueup.install.attach import attach as attach_to
+from trueup.install.attach import attach_script
 from trueup.install.plan import AttachPlan, plan_attach, refuse_other_installation
-from trueup.install.script import attach_script
 from trueup.settings.settings import get_settings
 
 
@@ -45,7 +45,7 @@ def attach(dry_run: bool, replace: bool, yes: bool) -> None:
             click.echo(f"  {line}")
         if not yes:
             click.confirm("Do this?", abort=True, err=True)
-        attach_to(mapping, tell=click.echo)
+        attach_to(mapping, report=click.echo)
 
 
 def _lines(plan: AttachPlan) -> list[str]:

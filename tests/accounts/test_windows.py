@@ -17,8 +17,8 @@ from trueup.accounts.grants import grant_tokens, list_grants, revoke_grant
 from trueup.database.engine import connect, get_engine
 from trueup.host.fields import SubscriptionTable
 from trueup.host.mapping import HostMapping
+from trueup.install.baseline import SAVE_BASELINE
 from trueup.install.install import install
-from trueup.install.triggers import SAVE_WATCHED
 from trueup.reconcile.local_run import reconcile
 
 pytestmark = pytest.mark.dated
@@ -306,7 +306,7 @@ def test_without_the_trigger_the_next_settlement_finds_a_move(host: Host, connec
     give(connection, user, 500)
     host.log(user, 1_200, at=START + DAY)
     host.execute("ALTER TABLE billing_subscription DISABLE TRIGGER trueup_window_changed")
-    host.execute(SAVE_WATCHED)  # otherwise the gate would refuse
+    host.execute(SAVE_BASELINE)  # else the gate would refuse
     renew(host, START + 30 * DAY)
     assert_adds(host, connection, user, 300, START + 30 * DAY)
 

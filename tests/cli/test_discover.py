@@ -126,7 +126,7 @@ def test_without_what_is_needed_nothing_is_written(folder: Path) -> None:
         (("--write", "--output", "."), "Invalid value for '--output'", 2),
         (("--write", "--output", "no/such/folder.toml"), "--output: no/such/folder.toml can't be written", 1),
         (("--write", "--output", "binary.toml"), "--output: binary.toml can't be read", 1),
-        (("--write", "--output", "broken.toml"), "output: the file is no TOML", 2),
+        (("--write", "--output", "broken.toml"), "output: the file is not TOML", 2),
     ],
 )
 def test_bad_input_is_refused_by_the_options_name(

@@ -222,7 +222,7 @@ def test_a_counter_is_explained_by_a_sum_that_can_be_checked(host: Host) -> None
     for line in ("original (plan and grants)  10,000", "= left                       9,700", "+ missed decrement"):
         assert line in shown
     assert "The user is shown 300 tokens that are gone." in shown
-    assert "usage was logged, but never taken off the counter" in shown
+    assert "the host logged usage, but did not subtract it from the counter" in shown
     assert "A run now would set the counter to 9,700 (" in shown
     story = trueup_json("drift", "explain", user)
     assert (story["drift"], story["cause"], story["observed"], story["expected"]) == (

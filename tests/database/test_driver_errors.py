@@ -52,7 +52,7 @@ def test_errors_of_a_constraint_a_value_and_a_trigger_are_refusals() -> None:
 
 
 def test_the_sql_functions_raise_the_sqlstates_of_this_module() -> None:
-    sql = resources.files("trueup.install").joinpath("watching.sql").read_text()
+    sql = resources.files("trueup.install").joinpath("baseline.sql").read_text()
     assert set(re.findall(r"ERRCODE = '(\w+)'", sql)) == {UNWATCHED, LOG_CHANGED}
 
 

@@ -15,8 +15,7 @@ from trueup.accounts.account import read_account
 from trueup.database.engine import connect, get_engine, transaction
 from trueup.database.retry import retrying
 from trueup.host.mapping import HostMapping
-from trueup.install.attach import attach
-from trueup.install.script import attach_script
+from trueup.install.attach import attach, attach_script
 from trueup.reconcile.local_run import reconcile
 from trueup.usage.log import list_usage
 

@@ -43,7 +43,7 @@ def test_rows_of_a_new_table_two_levels_below_the_log_count_at_the_next_gate(hos
 def test_a_log_that_is_renamed_for_a_moment_keeps_the_baseline_of_the_tables_below_it(host: Host, user: int) -> None:
     epoch = host.value(EPOCH)
     host.execute("ALTER TABLE ai_usage_log RENAME TO away")
-    host.execute("SELECT trueup.note_log()")
+    host.execute("SELECT trueup.record_log_state()")
     host.execute("ALTER TABLE away RENAME TO ai_usage_log")
     assert (known(user), host.value(EPOCH)) == (100, epoch)
     add_rows(host, "ai_usage_log")
@@ -54,7 +54,7 @@ def test_a_foreign_table_is_treated_as_a_table_with_rows(host: Host, user: int) 
     epoch = host.value(EPOCH)
     host.execute("CREATE FOREIGN DATA WRAPPER away; CREATE SERVER away FOREIGN DATA WRAPPER away")
     host.execute("CREATE FOREIGN TABLE far () INHERITS (ai_usage_log) SERVER away")
-    host.execute("SELECT trueup.note_log()")
+    host.execute("SELECT trueup.record_log_state()")
     assert host.value(EPOCH) > epoch
 
 

@@ -111,7 +111,7 @@ def test_a_locked_partition_is_treated_as_a_partition_with_rows(host: Partitione
     epoch = host.value(EPOCH)
     host.execute("CREATE TABLE log_25 PARTITION OF ai_usage_log FOR VALUES FROM ('2025-01-01Z') TO ('2025-02-01Z')")
     with locked(host, "LOCK TABLE ONLY log_25 IN ACCESS EXCLUSIVE MODE"):
-        host.execute("SELECT trueup.note_log()")
+        host.execute("SELECT trueup.record_log_state()")
     assert host.value(EPOCH) > epoch
     assert known(user) == 1_000
 

@@ -31,8 +31,7 @@ from trueup.host.mapping import HostMapping
 from trueup.install.attach import attach
 from trueup.install.detach import detach
 from trueup.install.install import install
-from trueup.install.rights import worker_rights
-from trueup.install.roles import RoleNames, grants_sql
+from trueup.install.roles import RoleNames, grants_sql, worker_rights
 from trueup.preview.scan import scan
 from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import Finding

@@ -62,7 +62,7 @@ SILENT = {
             "INSERT INTO ai_usage_log (user_id, section, total_tokens, created_at) "
             f"SELECT id, 'chat', 50, '{START}' FROM accounts_user; ALTER TABLE ai_usage_log ENABLE TRIGGER USER"
         ),
-        "switched off for a while",
+        "re-created or disabled for a while",
     ),
     "a column in place of another": (
         (
@@ -289,7 +289,7 @@ def test_an_extension_of_a_hold_is_refused_by_a_closed_gate_too(host: Host, conn
 
 def test_a_repeated_setup_rebuilds_the_balances_as_an_attach_does(host: Host, user: int) -> None:
     change_of(host, SILENT["off and on again"][0])
-    assert_closed(user, "switched off for a while")
+    assert_closed(user, "disabled for a while")
     with host.engine.begin() as setting_up:
         install(setting_up, HostMapping(), with_host_tables=False)
     with connect() as own:

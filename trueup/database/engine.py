@@ -196,7 +196,7 @@ def _record_log_change(cause: str) -> TrueupError:
     """Record the change of the usage log, so that a retry succeeds. Returns the error to raise."""
     try:
         with translated_errors(), get_engine().begin() as connection:
-            connection.execute(text("SELECT trueup.note_log()"))
+            connection.execute(text("SELECT trueup.record_log_state()"))
     except TrueupError as error:
         return error
     logger.warning("usage log changed, balances may be rebuilt from it cause=%r", cause)

@@ -11,9 +11,9 @@ from trueup.database.migrate import newest_revision
 from trueup.doctor.findings import Finding, error, ok, warning
 from trueup.host.mapping import quote_identifier, quote_table
 from trueup.host.partitions import FAMILY, uncovered_partitions
+from trueup.install.baseline import LOG_TRIGGERS, WINDOW_TRIGGER, are_triggers_unchanged
 from trueup.install.install import expected_functions
-from trueup.install.rights import lacking_rights, worker_rights
-from trueup.install.triggers import LOG_TRIGGERS, WINDOW_TRIGGER, is_untouched
+from trueup.install.roles import lacking_rights, worker_rights
 from trueup.settings.settings import Settings
 
 _INIT = "Run `trueup db attach`."
@@ -144,7 +144,7 @@ def _disabled_window_trigger(connection: Connection, subscription: str) -> Itera
 
 
 def _touched_triggers(connection: Connection) -> Iterator[Finding]:
-    if _may_call(connection, "trigger_marks") and not is_untouched(connection):
+    if _may_call(connection, "trigger_marks") and not are_triggers_unchanged(connection):
         yield error(
             "triggers",
             "Since trueup was set up, triggers were made anew or switched off for a while, or columns that they count "

@@ -145,7 +145,7 @@ def find_installation_defects(connection: Connection) -> list[Defect]:
     """
     found = [
         Defect(kind="trigger_idle", detail={"trigger": row.name, "state": row.state})
-        for row in connection.execute(text("SELECT * FROM trueup.idle_triggers()"))
+        for row in connection.execute(text("SELECT * FROM trueup.disabled_triggers()"))
     ]
     found += find_uncovered_partitions(connection)
     lost = connection.scalar(text("SELECT trueup.count_lost_deltas()"))

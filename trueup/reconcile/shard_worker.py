@@ -99,7 +99,7 @@ def _work(job: Job, shard: Shard) -> bool:
         # pass repairs the balances first.
         with connected(job.engine) as connection:
             if job.run_id is not None:
-                connection.execute(text("SELECT trueup.note_log()"))
+                connection.execute(text("SELECT trueup.record_log_state()"))
             connection.execute(text("SELECT trueup.require_watched()"))
             # A dry run cannot record that the log's values have changed, so it refuses to report outdated figures.
             connection.execute(text("SELECT trueup.require_counted() WHERE NOT trueup.has_old_values()"))
