@@ -18,7 +18,7 @@ from trueup.cli.client import celery_client
 from trueup.doctor.clocks import Offset
 from trueup.settings.settings import Settings, get_settings
 from trueup.worker import doctor
-from trueup.worker.queue_depth import QueueDepth
+from trueup.worker.doctor import QueueDepth
 
 SCHEMA = "doctor.schema.json"
 NOWHERE = "127.0.0.1:1"
@@ -56,7 +56,7 @@ def test_tasks_that_nobody_takes_are_an_error(queues: Celery) -> None:
     document = trueup_json("doctor", code=1)
     told = dict(of(document["findings"], "queues"))["error"]
     assert re.fullmatch(
-        r"In queue trueup-reconcile 2 tasks wait, the oldest for \d+ s, and no worker takes from it\.", told
+        r"In queue trueup-reconcile 2 tasks wait, the oldest for \d+ s, and no worker consumes it\.", told
     )
 
 

@@ -1,4 +1,4 @@
-"""`trueup settings`, and what is said of settings that are wrong."""
+"""`trueup settings`, and the errors for wrong settings."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ SECRET = "hunter2"
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Callable[..., None]) -> None:
-    """In a folder without a trueup.toml, and anew."""
+    """Read the settings again, in a folder without a trueup.toml."""
     monkeypatch.chdir(tmp_path)
     settings()
 

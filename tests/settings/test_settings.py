@@ -64,7 +64,7 @@ def test_a_file_that_is_no_toml_is_refused_by_name(tmp_path: Path, content: byte
     [
         ("TRUEUP_DATABSE_URL", "Did you mean TRUEUP_DATABASE_URL?"),
         ("TRUEUP_HOLD_TTL", "Did you mean TRUEUP_HOLD_TTL_SECONDS?"),
-        ("TRUEUP_ZZZ", "`trueup settings` lists them"),
+        ("TRUEUP_ZZZ", "`trueup settings` lists the settings"),
     ],
 )
 def test_an_unknown_variable_is_refused_and_the_nearest_named(

@@ -9,7 +9,7 @@ import pytest
 from celery import Celery, group
 
 from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE, SENT_AT_HEADER
-from trueup.worker.queue_depth import PRIORITIES, QueueDepth, read_queue_depth
+from trueup.worker.doctor import PRIORITIES, QueueDepth, read_queue_depth
 
 pytestmark = pytest.mark.dated
 
