@@ -1,4 +1,4 @@
-"""Progress on a terminal: one line on standard error, written over while the work goes on and removed after it."""
+"""Progress on a terminal: one line on standard error, which is updated during the work and removed after it."""
 
 import shutil
 import sys
@@ -14,14 +14,14 @@ _ERASE = "\r\x1b[K"
 
 
 class StatusLine:
-    """A line that is written over. Nothing is written where standard error is no terminal."""
+    """A line that each text overwrites. It writes nothing if standard error is no terminal."""
 
     def __init__(self) -> None:
         self._drawn_at = 0.0
         self._shown = sys.stderr.isatty()
 
     def show(self, text: str) -> None:
-        """Show the text, unless the last one was shown just now."""
+        """Show the text, at most once in `REDRAW_SECONDS`."""
         now = time.monotonic()
         if self._shown and now - self._drawn_at >= REDRAW_SECONDS:
             self._drawn_at = now
@@ -39,7 +39,7 @@ class StatusLine:
 
 @contextmanager
 def status_line() -> Iterator[StatusLine]:
-    """Give a line that is removed when the block ends."""
+    """Yield a line that is removed when the block ends."""
     line = StatusLine()
     try:
         yield line
@@ -48,7 +48,7 @@ def status_line() -> Iterator[StatusLine]:
 
 
 class ProgressBar:
-    """How far some work is. Any thread may update it."""
+    """A progress bar. Any thread may update it."""
 
     def __init__(self, line: StatusLine, label: str, unit: str) -> None:
         self._line = line
@@ -58,20 +58,20 @@ class ProgressBar:
         self._lock = threading.Lock()
 
     def update(self, done: int, total: int) -> None:
-        """Show that `done` of `total` are done."""
+        """Show that `done` of `total` units are done."""
         with self._lock:
             self._line.show(progress_text(self._label, self._unit, done, total, time.monotonic() - self._started_at))
 
 
 @contextmanager
 def progress_bar(label: str, unit: str) -> Iterator[ProgressBar]:
-    """Give a progress bar that is removed when the block ends. `unit`: of what is counted, in the plural."""
+    """Yield a progress bar that is removed when the block ends. `unit`: a noun in the plural."""
     with status_line() as line:
         yield ProgressBar(line, label, unit)
 
 
 def progress_text(label: str, unit: str, done: int, total: int, seconds: float) -> str:
-    """Return label, bar, counts, speed, elapsed and remaining time. `seconds`: since the start."""
+    """Return label, bar, counts, speed, elapsed and remaining time. `seconds`: time since the start."""
     share = min(1.0, done / total) if total else 0.0
     full = round(share * _BAR_WIDTH)
     speed = done / seconds if seconds > 0 else 0.0

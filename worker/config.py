@@ -30,7 +30,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
             "visibility_timeout": settings.visibility_timeout_seconds,
             "unacked_restore_interval": 10,
             "unacked_restore_throttle": 1,
-            # The default, five minutes, would block redelivery for that long after a worker dies while it restores messages.
+            # With the default, a worker that dies while it restores messages blocks redelivery for five minutes.
             "unacked_mutex_expire": 10,
             "socket_timeout": 30,
             "socket_connect_timeout": 5,

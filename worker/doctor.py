@@ -81,6 +81,54 @@ def check_clock(client: Any, database_offset: Offset | None) -> Iterator[Finding
         yield from judge("redis_clock", "Redis' clock and the database's", offset.against(database_offset))
 
 
+@dataclass(frozen=True, kw_only=True)
+class QueueDepth:
+    """The messages in a queue. `oldest_seconds`: how long the oldest has been due; None: unknown."""
+
+    length: int
+    oldest_seconds: float | None
+
+    def __str__(self) -> str:
+        oldest = "" if self.oldest_seconds is None else f", the oldest for {self.oldest_seconds:,.0f} s"
+        return f"{self.length:,} tasks wait{oldest}"
+
+
+def read_queue_depth(client: Any, queue: str) -> QueueDepth:
+    """Count the messages in a queue without consuming any. `client`: a client of the redis package."""
+    seconds, microseconds = client.time()
+    now = datetime.fromtimestamp(seconds + microseconds / 1_000_000, UTC)
+    length, ages = 0, []
+    for priority in PRIORITIES:
+        key = f"{queue}{priority}"
+        length += int(client.llen(key))
+        # kombu adds new messages at the left end.
+        messages = (_headers_of(message) for message in client.lrange(key, -SAMPLE, -1))
+        ages += [(now - since).total_seconds() for message in messages if (since := _due_since(message)) is not None]
+    waited = [age for age in ages if age >= 0]
+    # Clocks differ a little, so that a new message may seem to come from the future.
+    return QueueDepth(length=length, oldest_seconds=max(waited, default=0.0 if ages else None))
+
+
+def _headers_of(message: str | bytes) -> dict[str, Any]:
+    """Return a message's headers; empty if it is not a task's."""
+    try:
+        headers = json.loads(message)["headers"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return headers if isinstance(headers, dict) else {}
+
+
+def _due_since(headers: dict[str, Any]) -> datetime | None:
+    """Return the time at which a task became due; None: unknown, for example after a redelivery."""
+    if headers.get("redelivered"):
+        return None
+    try:
+        moments = [datetime.fromisoformat(at) for at in (headers[SENT_AT_HEADER], headers.get("eta")) if at]
+        return max(moment.astimezone(UTC) for moment in moments)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return None
+
+
 def check_workers(app: Celery, client: Any, settings: Settings) -> Iterator[Finding]:
     """Check that workers answer and consume trueup's queues, and look for long queues and tasks that hang."""
     inspect = app.control.inspect(timeout=ANSWER_SECONDS)
@@ -145,51 +193,3 @@ def _hanging(active: dict[str, list[dict[str, Any]]], settings: Settings, now: f
         )
     else:
         yield ok("tasks", f"{len(started)} tasks are running, the oldest for {max(seconds, 0):.0f} s.", **detail)
-
-
-@dataclass(frozen=True, kw_only=True)
-class QueueDepth:
-    """The messages in a queue. `oldest_seconds`: how long the oldest has been due; None: unknown."""
-
-    length: int
-    oldest_seconds: float | None
-
-    def __str__(self) -> str:
-        oldest = "" if self.oldest_seconds is None else f", the oldest for {self.oldest_seconds:,.0f} s"
-        return f"{self.length:,} tasks wait{oldest}"
-
-
-def read_queue_depth(client: Any, queue: str) -> QueueDepth:
-    """Count the messages in a queue without consuming any. `client`: a client of the redis package."""
-    seconds, microseconds = client.time()
-    now = datetime.fromtimestamp(seconds + microseconds / 1_000_000, UTC)
-    length, ages = 0, []
-    for priority in PRIORITIES:
-        key = f"{queue}{priority}"
-        length += int(client.llen(key))
-        # kombu adds new messages at the left end.
-        messages = (_headers_of(message) for message in client.lrange(key, -SAMPLE, -1))
-        ages += [(now - since).total_seconds() for message in messages if (since := _due_since(message)) is not None]
-    waited = [age for age in ages if age >= 0]
-    # Clocks differ a little, so that a new message may seem to come from the future.
-    return QueueDepth(length=length, oldest_seconds=max(waited, default=0.0 if ages else None))
-
-
-def _headers_of(message: str | bytes) -> dict[str, Any]:
-    """Return a message's headers; empty if it is not a task's."""
-    try:
-        headers = json.loads(message)["headers"]
-    except (ValueError, KeyError, TypeError):
-        return {}
-    return headers if isinstance(headers, dict) else {}
-
-
-def _due_since(headers: dict[str, Any]) -> datetime | None:
-    """Return the time at which a task became due; None: unknown, for example after a redelivery."""
-    if headers.get("redelivered"):
-        return None
-    try:
-        moments = [datetime.fromisoformat(at) for at in (headers[SENT_AT_HEADER], headers.get("eta")) if at]
-        return max(moment.astimezone(UTC) for moment in moments)
-    except (ValueError, KeyError, TypeError, OverflowError):
-        return None

@@ -1,4 +1,4 @@
-"""The HTTP API with a Celery application that sends trueup's tasks: `uvicorn --factory trueup.worker.http:create_app`."""
+"""The HTTP API and a Celery application that sends its tasks: `uvicorn --factory trueup.worker.http:create_app`."""
 
 from typing import TYPE_CHECKING
 

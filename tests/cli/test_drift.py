@@ -14,8 +14,9 @@ from tests.cli.conftest import trueup, trueup_json
 from tests.support.drift_history import FIRST_RUN, add_drift, add_run, decide, see_again
 from tests.support.host import Host
 from tests.support.schemas import complaints
-from trueup.cli.reports.options import SINCE, write_file
-from trueup.cli.reports.sparkline import sparkline
+from trueup.cli.options import SINCE
+from trueup.cli.output import write_file
+from trueup.cli.reports.terminal import sparkline
 from trueup.errors import ServiceUnavailableError
 
 pytestmark = pytest.mark.dated
@@ -79,7 +80,7 @@ def test_the_options_choose_what_is_told(past: list[int], arguments: tuple[str, 
     ("arguments", "said"),
     [
         (("--since", "yesterday"), "Invalid value for '--since': 'yesterday' is no time: give 2026-11-01"),
-        (("--since", "2999-01-01"), "Invalid value for '--since': '2999-01-01' has not come yet"),
+        (("--since", "2999-01-01"), "Invalid value for '--since': '2999-01-01' is in the future"),
         (("--since", "2024-13-01"), "Invalid value for '--since'"),
         (("--since", "99999w"), "Invalid value for '--since'"),
         (("--cause", "missed_decremnt"), "Did you mean missed_decrement?"),
@@ -221,7 +222,7 @@ def test_a_counter_is_explained_by_a_sum_that_can_be_checked(host: Host) -> None
     shown = trueup("drift", "explain", user).stdout
     for line in ("original (plan and grants)  10,000", "= left                       9,700", "+ missed decrement"):
         assert line in shown
-    assert "The user is shown 300 tokens that are gone." in shown
+    assert "The counter shows 300 tokens that are used up." in shown
     assert "usage was logged, but never taken off the counter" in shown
     assert "A run now would set the counter to 9,700 (" in shown
     story = trueup_json("drift", "explain", user)

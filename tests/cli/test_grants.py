@@ -4,7 +4,7 @@ import pytest
 
 from tests.cli.conftest import trueup, trueup_json
 from tests.support.host import Host
-from trueup.cli.audit import this_user
+from trueup.cli.options import this_user
 
 pytestmark = pytest.mark.dated
 

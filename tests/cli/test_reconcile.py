@@ -61,7 +61,7 @@ def test_drift_fails_the_command_only_when_asked_to(host: Host) -> None:
 def test_a_long_report_is_cut_and_says_where_the_rest_is(host: Host) -> None:
     for _ in range(22):
         drifted(host)
-    assert "and 2 smaller ones: `trueup drift report --run 1 --rows all`" in trueup("reconcile").stdout
+    assert "and 2 smaller drifts: `trueup drift report --run 1 --rows all`" in trueup("reconcile").stdout
     assert trueup("drift", "report", "--run", 1).stdout.count("missed decrement") > 22
 
 
@@ -70,7 +70,7 @@ def test_a_cut_dry_run_does_not_name_a_run_that_is_not_kept(host: Host) -> None:
         drifted(host)
     output = trueup("reconcile", "--dry-run").stdout
     assert "--run None" not in output
-    assert "and 2 smaller ones: `trueup reconcile --dry-run --json`" in output
+    assert "and 2 smaller drifts: `trueup reconcile --dry-run --json`" in output
 
 
 def test_the_report_of_a_run_is_the_same_in_every_form(host: Host) -> None:
@@ -169,7 +169,7 @@ def assert_next_run_resumes(host: Host, users: list[int]) -> None:
     assert host.value("SELECT count(*) FROM trueup.drift") < len(users), "it was at work"
     host.execute("DROP TRIGGER slow ON trueup.drift")
     let_leases_run_out(host)
-    assert "Went on with run 1" in trueup("reconcile").stdout
+    assert "Resumed run 1" in trueup("reconcile").stdout
     assert [host.counter(user) for user in users] == [700] * len(users)
     assert host.value("SELECT count(DISTINCT user_id) = count(*) AND count(*) = :n FROM trueup.drift", n=len(users))
 
@@ -181,7 +181,7 @@ def test_interrupted_its_jobs_end_after_their_batches_and_the_next_run_resumes(h
         process.send_signal(how)
         _, errors = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 1
-    assert "the next `trueup reconcile` goes on" in errors
+    assert "the next `trueup reconcile` resumes" in errors
     assert "Traceback" not in errors
     assert host.value("SELECT status FROM trueup.reconcile_run") == "interrupted"
     assert host.value("SELECT count(*) FROM trueup.reconcile_shard WHERE status = 'running'") == 0
@@ -197,7 +197,7 @@ def test_after_a_killed_run_the_next_one_resumes(host: Host) -> None:
 
 
 def test_with_several_jobs_the_report_is_the_same(host: Host) -> None:
-    """Of a dry run, and of one that corrects."""
+    """For a dry run, and for a run that corrects."""
     host.execute("INSERT INTO accounts_user SELECT i, i, '' FROM generate_series(1, 2400) i")
     host.execute(
         "INSERT INTO billing_subscription (id, user_id, token_plan_id, start_date, tokens_remaining) "

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from trueup.cli.output import write_file
 from trueup.cli.reports.markdown import report_markdown
-from trueup.cli.reports.options import write_file
 from trueup.errors import TrueupError
 from trueup.reconcile.runs import RunSummary
 from trueup.reports.rows import DriftFilter, ReportRow
@@ -51,7 +51,7 @@ def test_nothing_that_others_have_put_into_the_folder_is_written_through(
     write_file(tmp_path / "d.csv", ["new"])
     assert (theirs.read_text(), (tmp_path / "d.csv").read_text()) == ("theirs", "new")
     # Not even where its name was guessed.
-    monkeypatch.setattr("trueup.cli.reports.options.secrets.token_hex", lambda _: "00")
+    monkeypatch.setattr("trueup.cli.output.secrets.token_hex", lambda _: "00")
     with pytest.raises(TrueupError, match="can't be written: File exists"):
         write_file(tmp_path / "d.csv", ["newer"])
     assert (theirs.read_text(), (tmp_path / "d.csv").read_text()) == ("theirs", "new")
@@ -85,7 +85,7 @@ def test_a_place_that_takes_no_file_is_one_clear_error(tmp_path: Path, name: str
     (tmp_path / "file").write_text("")
     with pytest.raises(TrueupError, match=f"--output: .* can't be written: {why}") as raised:
         write_file(tmp_path / name, ["x"])
-    assert "Give a file in a folder that is there" in str(raised.value)
+    assert "Give a file in an existing folder" in str(raised.value)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

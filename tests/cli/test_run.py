@@ -37,7 +37,7 @@ def take(app: Celery) -> Iterator[dict[str, Any]]:
 
 
 class TestWithoutAWorker:
-    """What is enqueued, and what is refused before that."""
+    """Commands that enqueue a task, and commands that are refused."""
 
     def test_without_wait_the_task_is_enqueued_and_named(self, waiting: Callable[[], list[dict[str, Any]]]) -> None:
         output = trueup("run", "qa", "--user", 7, "--max-pairs", 3, ARTICLE).stdout
@@ -141,8 +141,8 @@ class TestWithoutAWorker:
     ) -> None:
         result = trueup("run", "qa", "--user", 7, "--wait", "--timeout", 1, ARTICLE, code=1)
         [message] = waiting()
-        assert f"Task {message['id']} has not ended within 1 s (state PENDING). It goes on" in result.stderr
-        assert "start it with `celery -A trueup.worker worker -Q trueup-ai`" in result.stderr
+        assert f"Task {message['id']} has not ended within 1 s (state PENDING). It continues" in result.stderr
+        assert "Start one with `celery -A trueup.worker worker -Q trueup-ai`" in result.stderr
 
     @pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # by Celery, as a worker would
     def test_a_result_of_megabytes_arrives_whole(

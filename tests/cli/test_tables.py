@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from trueup.cli.output import ASCII, MIN_COLUMN_WIDTH, display_width, table_lines
 from trueup.cli.progress import progress_text
-from trueup.cli.tables import ASCII, MIN_COLUMN_WIDTH, display_width, table_lines
 
 HEADINGS = ("user", "why")
 WIDE = [["7", "the counter was written by an application that read it before"], ["8", "x" * 90]]

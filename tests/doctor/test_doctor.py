@@ -14,10 +14,10 @@ from tests.support.work import charge_tokens, hold_tokens
 from trueup.database.engine import connect
 from trueup.doctor import database as doctor
 from trueup.doctor.clocks import HARMFUL_SECONDS, Offset, judge, measure
+from trueup.doctor.database import check_durability, check_server
 from trueup.doctor.findings import Finding, error, exit_code, ok, run_check, warning
 from trueup.doctor.installation import check_functions, check_rights, check_schema, check_triggers
 from trueup.doctor.invariants import check_beat, check_holds, check_invariants, check_runs, check_unresolved
-from trueup.doctor.server import check_durability, check_server
 from trueup.doctor.settings import check_settings
 from trueup.doctor.versions import check_packages, check_python, check_weaker_versions
 from trueup.host.mapping import HostMapping
@@ -159,10 +159,10 @@ def test_packages_are_those_that_are_asked_for() -> None:
 @pytest.mark.parametrize(
     ("demand", "told"),
     [
-        ("celery>=99,<100", "trueup asks for >=99,<100"),
-        ("celery>=1,<5.7", "celery is of version"),
+        ("celery>=99,<100", "trueup requires >=99,<100"),
+        ("celery>=1,<5.7", "celery has version"),
         ("no-such-package>=1", "no-such-package is not installed"),
-        ("psycopg[binary]>=99", "psycopg is of version"),
+        ("psycopg[binary]>=99", "psycopg has version"),
     ],
 )
 def test_a_package_of_another_version_is_named(demand: str, told: str) -> None:
@@ -241,7 +241,7 @@ def test_a_database_without_trueup_says_so_and_no_more(empty_database: str) -> N
 def test_a_schema_of_another_version_is_told(host: Host, connection: Connection) -> None:
     assert only(check_schema, connection).level == "ok"
     host.execute("UPDATE trueup.alembic_version SET version_num = 'layout_99'")
-    assert "version layout_99, the code is of version" in only(check_schema, connection).what
+    assert "version layout_99, the code has version" in only(check_schema, connection).what
 
 
 def test_every_function_is_known_with_its_body(host: Host) -> None:

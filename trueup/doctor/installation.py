@@ -1,7 +1,8 @@
-"""trueup's own objects in the database: of this version, for this mapping, and at work."""
+"""trueup's own objects in the database: their version, their mapping, triggers and rights."""
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, text
@@ -16,12 +17,13 @@ from trueup.install.rights import lacking_rights, worker_rights
 from trueup.install.triggers import LOG_TRIGGERS, WINDOW_TRIGGER, is_untouched
 from trueup.settings.settings import Settings
 
-_INIT = "Run `trueup db attach`."
+_ATTACH = "Run `trueup db attach`."
 _SHOWN = 3
+_trigger_warning, _trigger_error = partial(warning, "triggers"), partial(error, "triggers")
 
 
 def is_installed(connection: Connection) -> bool:
-    """Return whether trueup's tables are there, also where the role has no right to look into their schema."""
+    """Return whether trueup's tables exist. The role needs no right on the schema."""
     return bool(
         connection.scalar(
             text("SELECT EXISTS (SELECT FROM pg_tables WHERE schemaname = 'trueup' AND tablename = 'installation')")
@@ -30,32 +32,32 @@ def is_installed(connection: Connection) -> bool:
 
 
 def check_schema(connection: Connection, settings: Settings) -> Iterator[Finding]:
-    """Yield whether trueup's tables are of the code's version."""
+    """Check that trueup's tables have the code's version."""
     wanted = newest_revision()
     if not is_installed(connection):
-        yield error("schema", "This database has no trueup schema.", _INIT, wanted=wanted)
+        yield error("schema", "This database has no trueup schema.", _ATTACH, wanted=wanted)
         return
-    there = revision_of(connection)
-    if there == wanted:
-        yield ok("schema", f"Schema trueup is of this version ({there}).", version=there)
+    version = revision_of(connection)
+    if version == wanted:
+        yield ok("schema", f"Schema trueup has the code's version ({version}).", version=version)
     else:
         yield error(
             "schema",
-            f"Schema trueup is of version {there}, the code is of version {wanted}.",
-            f"{_INIT} If the schema is newer, upgrade trueup on this machine.",
-            version=there,
+            f"Schema trueup has version {version}, the code has version {wanted}.",
+            f"{_ATTACH} If the schema is newer, upgrade trueup on this machine.",
+            version=version,
             wanted=wanted,
         )
 
 
 def check_functions(connection: Connection, settings: Settings) -> Iterator[Finding]:
-    """Yield whether the functions in the database are those of this code and this mapping."""
+    """Check that the functions in the database belong to this code and this mapping."""
     fingerprint = connection.scalar(text("SELECT mapping_fingerprint FROM trueup.installation"))
     if fingerprint != settings.host.fingerprint():
         yield error(
             "functions",
-            "The database was set up for other table or column names than [host] now says.",
-            f"Set them back, or: {_INIT}",
+            "The database was set up for other table or column names than those in [host].",
+            f"Restore the names in [host], or adopt the new ones: {_ATTACH}",
             fingerprint=fingerprint,
             wanted=settings.host.fingerprint(),
         )
@@ -66,34 +68,34 @@ def check_functions(connection: Connection, settings: Settings) -> Iterator[Find
             "WHERE pronamespace = to_regnamespace('trueup')"
         )
     )
-    there, wanted = Counter((str(name), str(body)) for name, body in rows), expected_functions(settings.host)
-    differing = sorted({name for name, _ in (wanted - there) + (there - wanted)})
+    existing, wanted = Counter((str(name), str(body)) for name, body in rows), expected_functions(settings.host)
+    differing = sorted({name for name, _ in (wanted - existing) + (existing - wanted)})
     if differing:
         yield error(
             "functions",
-            f"Functions of trueup are missing or of another version: {_some(differing)}.",
-            f"{_INIT} Workers of an older version then should be restarted.",
+            f"Functions of trueup are missing or have another version: {_some(differing)}.",
+            f"{_ATTACH} Then restart workers of an older version.",
             functions=differing,
         )
     else:
-        yield ok("functions", f"All {there.total()} functions are those of this version and mapping.")
+        yield ok("functions", f"All {existing.total()} functions belong to this version and mapping.")
 
 
 def check_triggers(connection: Connection, settings: Settings) -> Iterator[Finding]:
-    """Yield whether each row written to the log is counted: triggers there, enabled, and not passed by."""
-    idle = [
+    """Check that triggers count every row written to the log: they exist, are enabled, and no write bypasses them."""
+    disabled = [
         *_disabled_triggers(connection, settings.host.usage_log.table),
         *_disabled_window_trigger(connection, settings.host.subscription.table),
     ]
     found = [
-        *(idle or _touched_triggers(connection)),
+        *(disabled or _touched_triggers(connection)),
         *_triggers_elsewhere(connection, settings.host.usage_log.table),
         *_uncovered_partitions(connection, settings.host.usage_log.table),
         *_replica_roles(connection),
         *_subscription(connection, settings.host.usage_log.table),
     ]
     wanted = len(LOG_TRIGGERS) + 1
-    yield from found or [ok("triggers", f"All {wanted} triggers of log and subscriptions are there and enabled.")]
+    yield from found or [ok("triggers", f"All {wanted} triggers of log and subscriptions exist and are enabled.")]
 
 
 _TRIGGERS = """
@@ -101,9 +103,9 @@ _TRIGGERS = """
            AS log
     FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
     WHERE p.pronamespace = to_regnamespace('trueup') AND NOT g.tgisinternal AND p.proname <> 'append_window'
-      AND g.tgnargs = 0  -- else it is a partition's, which counts only what belongs to the log
+      AND g.tgnargs = 0  -- a trigger with arguments belongs to a partition
 """
-_HOW_OFF = {"D": "disabled", "R": "enabled for replication alone"}
+_DISABLED_STATES = {"D": "disabled", "R": "enabled for replication alone"}
 
 
 def _disabled_triggers(connection: Connection, log: str) -> Iterator[Finding]:
@@ -113,11 +115,10 @@ def _disabled_triggers(connection: Connection, log: str) -> Iterator[Finding]:
         state = states.get(trigger)
         if state in ("O", "A"):
             continue
-        how = _HOW_OFF.get(state or "", "missing")
-        yield error(
-            "triggers",
-            f"Trigger {trigger} on {log} is {how}: what the host writes is not counted.",
-            f"{_INIT} It sets the trigger to work, and lets each balance be built anew from the log.",
+        how = _DISABLED_STATES.get(state or "", "missing")
+        yield _trigger_error(
+            f"Trigger {trigger} on {log} is {how}: rows that the host writes are not counted.",
+            f"{_ATTACH} It enables the trigger and rebuilds each balance from the log.",
             trigger=trigger,
             state=how,
         )
@@ -132,12 +133,11 @@ def _disabled_window_trigger(connection: Connection, subscription: str) -> Itera
         {"subscription": quote_table(subscription), "name": WINDOW_TRIGGER},
     )
     if state not in ("O", "A"):
-        how = _HOW_OFF.get(state or "", "missing")
-        yield error(
-            "triggers",
-            f"Trigger {WINDOW_TRIGGER} on {subscription} is {how}: several renewals between two looks of trueup are "
-            "taken for one, which may settle grants wrongly.",
-            _INIT,
+        how = _DISABLED_STATES.get(state or "", "missing")
+        yield _trigger_error(
+            f"Trigger {WINDOW_TRIGGER} on {subscription} is {how}: trueup may take several renewals for one, and then "
+            "settle grants wrongly.",
+            _ATTACH,
             trigger=WINDOW_TRIGGER,
             state=how,
         )
@@ -145,16 +145,15 @@ def _disabled_window_trigger(connection: Connection, subscription: str) -> Itera
 
 def _touched_triggers(connection: Connection) -> Iterator[Finding]:
     if _may_call(connection, "trigger_marks") and not is_untouched(connection):
-        yield error(
-            "triggers",
-            "Since trueup was set up, triggers were made anew or switched off for a while, or columns that they count "
-            "were replaced: not all may be counted, and the gate is closed.",
-            "Run `trueup db attach`. It builds each balance anew from the log.",
+        yield _trigger_error(
+            "Since trueup was set up, triggers were recreated or disabled for a while, or columns that they count were "
+            "replaced. Some usage may not be counted, so the gate is closed.",
+            f"{_ATTACH} It rebuilds each balance from the log.",
         )
 
 
 def _triggers_elsewhere(connection: Connection, log: str) -> Iterator[Finding]:
-    """Yield tables that carry our triggers and are neither the log nor one of its partitions."""
+    """Yield tables with trueup's triggers that are neither the log nor one of its partitions."""
     others = connection.scalars(
         text(
             f"{FAMILY} SELECT DISTINCT t.log FROM ({_TRIGGERS} AND g.tgrelid <> ALL ("
@@ -163,10 +162,9 @@ def _triggers_elsewhere(connection: Connection, log: str) -> Iterator[Finding]:
         {"log": quote_table(log)},
     )
     for other in others:
-        yield warning(
-            "triggers",
-            f"trueup's triggers are on {other} too, which is not the mapped log: its rows count as usage.",
-            f"If it was the log once: {_INIT} If it is the log now, set host.usage_log.table.",
+        yield _trigger_warning(
+            f"{other} also has trueup's triggers, but is not the mapped log: its rows count as usage.",
+            f"If it is the log now, set host.usage_log.table. If it was the log before: {_ATTACH}",
             table=other,
         )
 
@@ -178,27 +176,26 @@ _MAY_CALL = text(
 
 
 def _may_call(connection: Connection, function: str) -> bool:
-    """Return whether trueup's function is there and may be called; the checks of functions and rights say why not."""
+    """Return whether the role may call trueup's function. The checks of functions and rights report why not."""
     return bool(connection.scalar(_MAY_CALL, {"name": function}))
 
 
 def _uncovered_partitions(connection: Connection, log: str) -> Iterator[Finding]:
-    """Yield partitions into which rows can be written past the triggers: the log's fire for writes through it only."""
+    """Yield partitions without triggers: the log's own triggers fire only for writes through the log."""
     if not _may_call(connection, "log_partitions"):
         return
     uncovered = uncovered_partitions(connection)
     if uncovered:
-        yield warning(
-            "triggers",
+        yield _trigger_warning(
             f"{len(uncovered)} partitions of {log} have no triggers of their own ({_some(uncovered)}): rows written "
-            "directly into them are not counted.",
-            "Run `trueup db attach`. It adds the triggers, and has balances built anew where there are rows.",
+            "directly to them are not counted.",
+            f"{_ATTACH} It adds the triggers and rebuilds the balances of users with rows there.",
             partitions=uncovered,
         )
 
 
 def _replica_roles(connection: Connection) -> Iterator[Finding]:
-    """Yield roles and databases whose sessions fire no trigger."""
+    """Yield roles and databases whose sessions fire no triggers."""
     rows = connection.execute(
         text(
             """
@@ -213,30 +210,28 @@ def _replica_roles(connection: Connection) -> Iterator[Finding]:
         )
     )
     for row in rows:
-        yield error(
-            "triggers",
-            f"session_replication_role is replica for {row.who}: no trigger counts what its sessions write.",
+        yield _trigger_error(
+            f"session_replication_role is replica for {row.who}: no trigger counts the rows that its sessions write.",
             "Reset it, then run `trueup reconcile --deep`.",
             who=row.who,
         )
 
 
 def _subscription(connection: Connection, log: str) -> Iterator[Finding]:
-    """Yield that the log's rows come by logical replication, whose worker fires no statement's trigger."""
+    """Check that logical replication does not fill the log: it fires no statement-level triggers."""
     replicated = connection.scalar(
         text("SELECT count(*) FROM pg_subscription_rel s WHERE s.srrelid = to_regclass(:log)"),
         {"log": quote_table(log)},
     )
     if replicated:
-        yield error(
-            "triggers",
-            f"{log} is filled by logical replication, which fires no trigger of a statement.",
-            "Run trueup on the database that the log is written in.",
+        yield _trigger_error(
+            f"Logical replication fills {log}, but it fires no statement-level triggers: no row is counted.",
+            "Run trueup on the database where the application writes the log.",
         )
 
 
 def check_rights(connection: Connection, settings: Settings) -> Iterator[Finding]:
-    """Yield what the current role may not do though workers must."""
+    """Check that the current role has the rights that workers need, and no more."""
     row = connection.execute(
         text("SELECT CAST(rolname AS text) AS name, rolsuper AS super FROM pg_roles WHERE rolname = current_user")
     ).one()
@@ -245,15 +240,15 @@ def check_rights(connection: Connection, settings: Settings) -> Iterator[Finding
         yield error(
             "rights",
             f"Role {row.name} lacks {len(lacking)} rights that workers need: {_some(lacking)}.",
-            f"Let the database's owner run: trueup db grants --worker-role {quote_identifier(row.name)} | psql",
+            f"Ask the database's owner to run: trueup db grants --worker-role {quote_identifier(row.name)} | psql",
             role=row.name,
             lacking=lacking,
         )
     elif row.super and settings.database_url:
         yield warning(
             "rights",
-            f"Role {row.name} is a superuser: a mistake of ours could reach anything.",
-            "Run workers as the worker role that `trueup db grants` makes.",
+            f"Role {row.name} is a superuser: a bug in trueup could change any table.",
+            "Run workers with the worker role that `trueup db grants` creates.",
             role=row.name,
         )
     else:
@@ -261,6 +256,6 @@ def check_rights(connection: Connection, settings: Settings) -> Iterator[Finding
 
 
 def _some(names: Any) -> str:
-    """Return the first few, and how many more there are."""
+    """Return the first few names, and the number of the others."""
     shown = ", ".join(list(names)[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
