@@ -67,7 +67,9 @@ def reconcile(
     if deep and user is not None:
         raise click.UsageError("--deep compares the balances of all users: leave out --user or --deep.")
     settings = get_settings()
-    rules = _rules(settings, max_correction, tolerance)
+    limits = {"max_correction": max_correction, "tolerance": tolerance}
+    given = {name: tokens for name, tokens in limits.items() if tokens is not None}
+    rules = settings.reconcile.model_copy(update=given).rules()
     with _sigterm_as_ctrl_c(), servers("postgres"):
         summary = _run(settings, rules, dry_run=dry_run, deep=deep, user=user, jobs=jobs, batch_size=batch_size)
         report, defects = _show(settings, summary, as_json=as_json)
@@ -75,16 +77,6 @@ def reconcile(
         ctx.exit(EXIT_ERROR)
     if fail_on_drift and (report.drifted > report.set_aside or defects):
         ctx.exit(EXIT_DENIED)
-
-
-def _rules(settings: Settings, max_correction: int | None, tolerance: int | None) -> Rules:
-    """Return the rules of the settings, changed by the options."""
-    rules = settings.reconcile.rules()
-    return replace(
-        rules,
-        max_correction=rules.max_correction if max_correction is None else max_correction,
-        tolerance=rules.tolerance if tolerance is None else tolerance,
-    )
 
 
 def _run(
@@ -104,7 +96,7 @@ def _run(
     # Imported objects stay until the end. Garbage collections of them would take a quarter of the time.
     gc.freeze()
     try:
-        with progress_bar("reconciling", "rows") as bar:
+        with progress_bar("reconciling", "rows") as show_progress:
             return reconciliation.reconcile(
                 engine,
                 settings.host,
@@ -117,7 +109,7 @@ def _run(
                 scan_timeout_seconds=settings.reconcile_scan_timeout_seconds,
                 requested_by=f"{this_user()}@{socket.gethostname()}",
                 keep_findings=dry_run,
-                progress=lambda checked, total: bar.update(checked, max(total, checked)),
+                progress=lambda checked, total: show_progress(checked, max(total, checked)),
             )
     except KeyboardInterrupt:
         kept = "Nothing was written." if dry_run else "Corrections stay; the next `trueup reconcile` resumes the run."

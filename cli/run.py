@@ -254,7 +254,7 @@ def _is_consumed(app: Celery, queue: str) -> bool:
 def _wait(result: AsyncResult, timeout: int, supervise: Callable[[], object]) -> str:
     """Return the task's final state. Raises `TrueupError` after `timeout` seconds."""
     deadline = time.monotonic() + timeout
-    with status_line() as status:
+    with status_line() as show_status:
         while not result.ready():
             if time.monotonic() > deadline:
                 raise TrueupError(
@@ -262,7 +262,7 @@ def _wait(result: AsyncResult, timeout: int, supervise: Callable[[], object]) ->
                     "Wait longer with --timeout, and check that a worker runs."
                 )
             supervise()
-            status.show(f"{result.state} {result.id}")
+            show_status(f"{result.state} {result.id}")
             time.sleep(POLL_SECONDS)
     return str(result.state)
 

@@ -204,17 +204,12 @@ def import_payments_(since: datetime | timedelta | None, dry_run: bool, by: str,
 
 
 def _facts(account: Account) -> dict[str, object]:
+    names = ("original", "consumed", "remaining", "held", "available", "counter", "drift")
     return {
         "user": str(account.user_id),
         "active": account.is_active,
         "window_start": account.window_start,
         "end_date": account.end_date,
         "days_remaining": account.days_remaining,
-        "original": account.original,
-        "consumed": account.consumed,
-        "remaining": account.remaining,
-        "held": account.held,
-        "available": account.available,
-        "counter": account.counter,
-        "drift": account.drift,
+        **{name: getattr(account, name) for name in names},
     }

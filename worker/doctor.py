@@ -53,18 +53,13 @@ def check_server(client: Any) -> Iterator[Finding]:
         yield ok("redis", f"{name} {version}.", **detail)
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
-        yield error(
-            "redis",
-            f"Redis' maxmemory-policy is {policy}: when memory is short, Redis deletes tasks.",
-            "Set maxmemory-policy noeviction.",
-            maxmemory_policy=policy,
-        )
+        what = f"Redis' maxmemory-policy is {policy}: when memory is short, Redis deletes tasks."
+        remedy = "Set maxmemory-policy noeviction."
+        yield error("redis", what, remedy, maxmemory_policy=policy)
     if not info.get("aof_enabled"):
-        yield warning(
-            "redis",
-            "Redis keeps no append-only file: a crash loses the tasks in its queues.",
-            "Set appendonly yes.",
-        )
+        what = "Redis keeps no append-only file: a crash loses the tasks in its queues."
+        remedy = "Set appendonly yes."
+        yield warning("redis", what, remedy)
 
 
 def check_clock(client: Any, database_offset: Offset | None) -> Iterator[Finding]:
@@ -139,19 +134,13 @@ def check_workers(app: Celery, client: Any, settings: Settings) -> Iterator[Find
         yield ok("workers", f"Workers answer: {', '.join(sorted(taken))}.", workers=sorted(taken))
         yield from _hanging(inspect.active() or {}, settings, time.time())
     else:
-        yield error(
-            "workers",
-            f"No worker answered within {ANSWER_SECONDS:.0f} s.",
-            "Start workers: `celery -A trueup.worker worker -Q trueup-ai`, and another with `-Q trueup-reconcile`.",
-            workers=[],
-        )
+        what = f"No worker answered within {ANSWER_SECONDS:.0f} s."
+        remedy = "Start workers: `celery -A trueup.worker worker -Q trueup-ai`, and another with `-Q trueup-reconcile`."
+        yield error("workers", what, remedy, workers=[])
     if AI_QUEUE in served and settings.model_provider is None and settings.database_url:
-        yield error(
-            "workers",
-            f"Workers consume queue {AI_QUEUE}, but no model provider is set: every AI task fails.",
-            f"Set {PREFIX}MODEL_PROVIDER for the workers, and restart the workers.",
-            queue=AI_QUEUE,
-        )
+        what = f"Workers consume queue {AI_QUEUE}, but no model provider is set: every AI task fails."
+        remedy = f"Set {PREFIX}MODEL_PROVIDER for the workers, and restart the workers."
+        yield error("workers", what, remedy, queue=AI_QUEUE)
     for queue, found in waiting.items():
         yield _queue(queue, found, served=queue in served, alone=not taken)
 
@@ -185,11 +174,8 @@ def _hanging(active: dict[str, list[dict[str, Any]]], settings: Settings, now: f
     seconds, name, worker, task_id = max(started)
     detail = {"task": name, "task_id": task_id, "worker": worker, "seconds": round(seconds)}
     if seconds > limit:
-        yield error(
-            "tasks",
-            f"Task {name} has been running on {worker} for {seconds:.0f} s, longer than the time limit.",
-            "Restart that worker: Redis redelivers its tasks, and they continue with their holds.",
-            **detail,
-        )
+        what = f"Task {name} has been running on {worker} for {seconds:.0f} s, longer than the time limit."
+        remedy = "Restart that worker: Redis redelivers its tasks, and they continue with their holds."
+        yield error("tasks", what, remedy, **detail)
     else:
         yield ok("tasks", f"{len(started)} tasks are running, the oldest for {max(seconds, 0):.0f} s.", **detail)

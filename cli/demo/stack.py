@@ -133,11 +133,13 @@ def _use_only(home: Path, graph: GraphServer) -> None:
     # An empty file, because otherwise trueup would read a trueup.toml in the current folder.
     config = home / "trueup.toml"
     config.write_text("")
-    os.environ["TRUEUP_CONFIG"] = str(config)
-    os.environ["TRUEUP_HOME"] = str(home)
-    os.environ["TRUEUP_MODEL_PROVIDER"] = "offline"
-    os.environ["TRUEUP_INSTAGRAM_GRAPH_URL"] = graph.url
-    os.environ["TRUEUP_INSTAGRAM_ACCESS_TOKEN"] = "demo-only"
+    os.environ |= {
+        "TRUEUP_CONFIG": str(config),
+        "TRUEUP_HOME": str(home),
+        "TRUEUP_MODEL_PROVIDER": "offline",
+        "TRUEUP_INSTAGRAM_GRAPH_URL": graph.url,
+        "TRUEUP_INSTAGRAM_ACCESS_TOKEN": "demo-only",
+    }
     get_settings.cache_clear()
 
 

@@ -303,15 +303,12 @@ def _decide_selected(
         chosen = retrying(lambda connection: choose_drifts(connection, kind, only, limit=limit))
         if chosen.drifts and not yes:
             click.confirm(_question(choice, chosen), abort=True, err=True)
-        with progress_bar("deciding", "drifts") as bar, connect() as connection:
+        with progress_bar("deciding", "drifts") as show_progress, connect() as connection:
             made = decide_chosen(
-                connection,
-                kind,
-                chosen,
-                choice,
+                *(connection, kind, chosen, choice),
                 by=by,
                 note=note,
-                progress=lambda done: bar.update(done, chosen.drifts),
+                progress=lambda done: show_progress(done, chosen.drifts),
             )
     if as_json:
         print_json({"chosen": chosen.drifts, "decided": made.decided, "left": made.left})

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
 from typing import Any
@@ -26,41 +25,6 @@ _ENVIRONMENT = Environment(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """One run in the chart: a bar up for overstated tokens and a bar down for understated tokens."""
-
-    run: RunFigures
-    x: float
-    up: float
-    down: float
-    is_this: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Columns:
-    """The chart. `middle`: the zero line; `highest` and `lowest`: the tokens at its top and bottom."""
-
-    columns: list[Column]
-    width: int
-    middle: float
-    highest: int
-    lowest: int
-
-    @property
-    def height(self) -> int:
-        return HEIGHT
-
-    @property
-    def bar(self) -> float:
-        """The width of a bar. It is narrower for a few runs."""
-        return _bar(len(self.columns))
-
-    @property
-    def slot(self) -> int:
-        return SLOT
-
-
 def report_html(report: DriftReport, runs: Sequence[RunFigures]) -> Iterator[str]:
     """Yield the page. `runs`: the runs in its chart, oldest first."""
     style, script = _part("page.css"), _part("page.js")
@@ -76,7 +40,7 @@ def report_html(report: DriftReport, runs: Sequence[RunFigures]) -> Iterator[str
             subtitle=_subtitle(report),
             tiles=_tiles(report),
             report=report,
-            columns=columns_of([run for run in runs if run.only_user is None], this_run=report.run_id),
+            columns=_columns([run for run in runs if run.only_user is None], report.run_id),
             causes=share_bars([(c.tokens_overstated, c.tokens_understated) for c in report.causes]),
             actions=share_bars([(drifts, 0) for drifts in report.actions.values()]),
             sizes=share_bars([(s.overstated, s.understated) for s in report.sizes]),
@@ -169,32 +133,29 @@ def _hash(content: str) -> str:
     return f"sha256-{base64.b64encode(digest).decode()}"
 
 
-def columns_of(runs: Sequence[RunFigures], *, this_run: int | None) -> Columns:
-    """Return the chart of these runs, with one scale for both directions. `this_run`: the run of the report."""
+def _columns(runs: Sequence[RunFigures], this_run: int | None) -> dict[str, Any]:
+    """Return the chart of the runs: bars up for overstated and down for understated tokens, on one scale.
+
+    `this_run`: the run of the report. `middle`: the zero line. `highest` and `lowest`: the tokens at top and bottom.
+    """
     highest = max((run.tokens_overstated for run in runs), default=0)
     lowest = max((run.tokens_understated for run in runs), default=0)
     scale = HEIGHT / max(1, highest + lowest)
-    middle = highest * scale if highest + lowest else HEIGHT / 2
-    return Columns(
-        columns=[
-            Column(
-                run=run,
-                x=round(place * SLOT + (SLOT - _bar(len(runs))) / 2, 2),
-                up=_visible(run.tokens_overstated, scale),
-                down=_visible(run.tokens_understated, scale),
-                is_this=run.id == this_run,
-            )
-            for place, run in enumerate(runs)
-        ],
-        width=max(1, len(runs)) * SLOT,
-        middle=round(middle, 2),
-        highest=highest,
-        lowest=lowest,
-    )
-
-
-def _bar(runs: int) -> float:
-    return round(SLOT * min(0.7, 0.04 * runs + 0.02), 2)
+    # A chart of a few runs has narrow bars.
+    bar = round(SLOT * min(0.7, 0.04 * len(runs) + 0.02), 2)
+    columns = [
+        {
+            "run": run,
+            "x": round(place * SLOT + (SLOT - bar) / 2, 2),
+            "up": _visible(run.tokens_overstated, scale),
+            "down": _visible(run.tokens_understated, scale),
+            "is_this": run.id == this_run,
+        }
+        for place, run in enumerate(runs)
+    ]
+    middle = round(highest * scale if highest + lowest else HEIGHT / 2, 2)
+    size = {"width": max(1, len(runs)) * SLOT, "height": HEIGHT, "slot": SLOT, "bar": bar}
+    return {"columns": columns, "middle": middle, "highest": highest, "lowest": lowest, **size}
 
 
 def _visible(tokens: int, scale: float) -> float:

@@ -75,8 +75,8 @@ def test_progress_says_how_far_how_fast_and_how_long() -> None:
 
 PROGRESS = """
 from trueup.cli.progress import progress_bar
-with progress_bar("deciding", "drifts") as bar:
-    bar.update(1, 4)
+with progress_bar("deciding", "drifts") as show_progress:
+    show_progress(1, 4)
 print("done")
 """
 

@@ -57,8 +57,7 @@ def check_mapping(connection: Connection, settings: Settings) -> Iterator[Findin
         *_tables(connection, mapping),
         *_columns(connection, mapping),
         *_types(connection, mapping),
-        *_demanded(connection, mapping),
-        *_computed(connection, mapping),
+        *_log_columns(connection, mapping),
         *(_error(*problem) for problem in _log_problems(connection, mapping) if problem is not None),
     ]
     found += _hidden(connection, mapping)
@@ -83,12 +82,10 @@ def _tables(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
     candidates = [table for table in existing if table not in mapping.tables()]
     for table in missing:
         near = _nearest(table, candidates)
-        yield _error(
-            f"There is no table {table}{f'; the nearest name is {near}' if near else ''}.",
-            f"Set host.{_noun_of(mapping, table)}.table in trueup.toml, then `trueup db attach`.",
-            table=table,
-            nearest=near,
-        )
+        noun = next(noun for noun in NOUNS if getattr(mapping, noun).table == table)
+        what = f"There is no table {table}{f'; the nearest name is {near}' if near else ''}."
+        remedy = f"Set host.{noun}.table in trueup.toml, then run `trueup db attach`."
+        yield _error(what, remedy, table=table, nearest=near)
 
 
 def _columns(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
@@ -109,14 +106,9 @@ def _missing_column(connection: Connection, mapping: HostMapping, noun: Noun, fi
     mapped = {name for _, name in mapping.columns(noun)}
     free = [name for name in column_names(connection, table) if name not in mapped]
     near = _nearest(column, free) or _nearest(field, free)
-    return _error(
-        f"{table} has no column {column}{f'; the nearest name is {near}' if near else ''}.",
-        f"If a migration renamed it, set host.{noun}.{field} in trueup.toml, then `trueup db attach`.",
-        table=table,
-        column=column,
-        nearest=near,
-        free_columns=free,
-    )
+    what = f"{table} has no column {column}{f'; the nearest name is {near}' if near else ''}."
+    remedy = f"If a migration renamed it, set host.{noun}.{field} in trueup.toml, then run `trueup db attach`."
+    return _error(what, remedy, table=table, column=column, nearest=near, free_columns=free)
 
 
 def _types(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
@@ -125,24 +117,15 @@ def _types(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
         column = wrong.column
         yield _error(wrong.what, wrong.remedy, table=column.table, column=column.name, type=column.type)
     for column in local_times(columns, mapping):
-        yield _warning(
-            f"{column.table}.{column.name} has no time zone: trueup reads it as UTC.",
-            "If the host writes local times there, periods start at the wrong time: change the column to timestamptz.",
-            table=column.table,
-            column=column.name,
-        )
+        what = f"{column.table}.{column.name} has no time zone: trueup reads it as UTC."
+        remedy = "If the host writes local times, periods start at the wrong time: change the column to timestamptz."
+        yield _warning(what, remedy, table=column.table, column=column.name)
 
 
-def _demanded(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
+def _log_columns(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
     for column in demanded_log_columns(connection, mapping):
-        yield _error(
-            f"{column} is required in each row of the log, but trueup's rows do not set it: every charge fails.",
-            "Give the column a default in the database.",
-            column=column,
-        )
-
-
-def _computed(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
+        what = f"{column} is required in each row of the log, but trueup's rows do not set it: every charge fails."
+        yield _error(what, "Give the column a default in the database.", column=column)
     for column in computed_log_columns(connection, mapping):
         what = f"The database computes {column}, but trueup's rows set it: every charge fails."
         yield _error(what, COMPUTED_REMEDY, column=column)
@@ -151,21 +134,15 @@ def _computed(connection: Connection, mapping: HostMapping) -> Iterator[Finding]
 def _view_columns(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
     missing = missing_view_columns(connection, mapping)
     if missing:
-        yield _warning(
-            f"There is no column {', '.join(missing)}: the API's account and plan views fail.",
-            VIEWS_REMEDY,
-            columns=missing,
-        )
+        what = f"There is no column {', '.join(missing)}: the API's account and plan views fail."
+        yield _warning(what, VIEWS_REMEDY, columns=missing)
 
 
 def _hidden(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
     hidden = hidden_tables(connection, mapping)
     if hidden:
-        yield _error(
-            f"Row-level security hides rows of {', '.join(hidden)} from this role: trueup refuses to read them.",
-            ROW_SECURITY_REMEDY,
-            tables=hidden,
-        )
+        what = f"Row-level security hides rows of {', '.join(hidden)} from this role: trueup refuses to read them."
+        yield _error(what, ROW_SECURITY_REMEDY, tables=hidden)
 
 
 def _log_problems(connection: Connection, mapping: HostMapping) -> list[tuple[str, str] | None]:
@@ -178,10 +155,6 @@ def _trial_problems(connection: Connection, mapping: HostMapping) -> Iterator[Pr
     yield wrong_expression(connection, mapping)
     with connection.engine.begin() as trial:
         yield row_problem(trial, mapping)
-
-
-def _noun_of(mapping: HostMapping, table: str) -> str:
-    return next(noun for noun in NOUNS if getattr(mapping, noun).table == table)
 
 
 def _nearest(name: str, existing: Iterable[Any]) -> str | None:
@@ -207,12 +180,9 @@ def check_log_index(connection: Connection, settings: Settings) -> Iterator[Find
     partly = any(index.valid and index.columns[:1] == wanted[:1] for index in leading)
     level = warning if partly or rows < LARGE_LOG_ROWS else error
     slow = "reads all rows of the user" if partly else "reads the whole log"
-    yield level(
-        "log_index",
-        f"{log.table} has no usable index on ({', '.join(wanted)}): building a balance {slow}, under its lock.",
-        f"Run: {' '.join(statements)}",
-        statements=statements,
-    )
+    what = f"{log.table} has no usable index on ({', '.join(wanted)}): building a balance {slow}, under its lock."
+    remedy = f"Run: {' '.join(statements)}"
+    yield level("log_index", what, remedy, statements=statements)
 
 
 def check_subscription_index(connection: Connection, settings: Settings) -> Iterator[Finding]:
@@ -233,21 +203,13 @@ def check_subscription_index(connection: Connection, settings: Settings) -> Iter
     )
     statement = f"CREATE UNIQUE INDEX CONCURRENTLY ON {table} ({column});"
     if double:
-        yield error(
-            "subscription_index",
-            f"{double} users have several rows in {names.table}: trueup needs one row for each user.",
-            f"Remove or merge the extra rows, then run: {statement}",
-            users=double,
-            statements=[statement],
-        )
+        what = f"{double} users have several rows in {names.table}: trueup needs one row for each user."
+        remedy = f"Remove or merge the extra rows, then run: {statement}"
+        yield error("subscription_index", what, remedy, users=double, statements=[statement])
     else:
-        yield warning(
-            "subscription_index",
-            f"No unique index prevents a second row of a user in {names.table}. No user has two rows now.",
-            f"Run: {statement}",
-            users=0,
-            statements=[statement],
-        )
+        what = f"No unique index prevents a second row of a user in {names.table}. No user has two rows now."
+        remedy = f"Run: {statement}"
+        yield warning("subscription_index", what, remedy, users=0, statements=[statement])
 
 
 # Indexes without a WHERE clause. In `columns`, NULL stands for an expression.
@@ -295,14 +257,9 @@ def check_log_ids(connection: Connection, settings: Settings) -> Iterator[Findin
     highest = connection.scalar(ends) if state.indexed else None
     used = round(state.last / state.most, 3)
     if highest is not None and highest > state.last:
-        yield error(
-            "log_ids",
-            f"{sequence} is at {state.last}, below the highest id {highest}: charges that draw an existing id fail.",
-            f"Run: SELECT setval({quote_literal(str(sequence))}, (SELECT max({column}) FROM {table}));",
-            sequence=sequence,
-            last=state.last,
-            highest_id=highest,
-        )
+        what = f"{sequence} is at {state.last}, below the highest id {highest}: charges that draw an existing id fail."
+        remedy = f"Run: SELECT setval({quote_literal(str(sequence))}, (SELECT max({column}) FROM {table}));"
+        yield error("log_ids", what, remedy, sequence=sequence, last=state.last, highest_id=highest)
     elif used >= LOG_IDS_NEAR_END:
         yield warning(
             "log_ids",

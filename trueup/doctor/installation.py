@@ -24,11 +24,8 @@ _trigger_warning, _trigger_error = partial(warning, "triggers"), partial(error, 
 
 def is_installed(connection: Connection) -> bool:
     """Return whether trueup's tables exist. The role needs no right on the schema."""
-    return bool(
-        connection.scalar(
-            text("SELECT EXISTS (SELECT FROM pg_tables WHERE schemaname = 'trueup' AND tablename = 'installation')")
-        )
-    )
+    table = text("SELECT 1 FROM pg_tables WHERE schemaname = 'trueup' AND tablename = 'installation'")
+    return connection.scalar(table) is not None
 
 
 def check_schema(connection: Connection, settings: Settings) -> Iterator[Finding]:
@@ -41,26 +38,18 @@ def check_schema(connection: Connection, settings: Settings) -> Iterator[Finding
     if version == wanted:
         yield ok("schema", f"Schema trueup has the code's version ({version}).", version=version)
     else:
-        yield error(
-            "schema",
-            f"Schema trueup has version {version}, the code has version {wanted}.",
-            f"{_ATTACH} If the schema is newer, upgrade trueup on this machine.",
-            version=version,
-            wanted=wanted,
-        )
+        what = f"Schema trueup has version {version}, the code has version {wanted}."
+        remedy = f"{_ATTACH} If the schema is newer, upgrade trueup on this machine."
+        yield error("schema", what, remedy, version=version, wanted=wanted)
 
 
 def check_functions(connection: Connection, settings: Settings) -> Iterator[Finding]:
     """Check that the functions in the database belong to this code and this mapping."""
     fingerprint = connection.scalar(text("SELECT mapping_fingerprint FROM trueup.installation"))
     if fingerprint != settings.host.fingerprint():
-        yield error(
-            "functions",
-            "The database was set up for other table or column names than those in [host].",
-            f"Restore the names in [host], or adopt the new ones: {_ATTACH}",
-            fingerprint=fingerprint,
-            wanted=settings.host.fingerprint(),
-        )
+        what = "The database was set up for other table or column names than those in [host]."
+        remedy = f"Restore the names in [host], or adopt the new ones: {_ATTACH}"
+        yield error("functions", what, remedy, fingerprint=fingerprint, wanted=settings.host.fingerprint())
         return
     rows = connection.execute(
         text(
@@ -71,12 +60,9 @@ def check_functions(connection: Connection, settings: Settings) -> Iterator[Find
     existing, wanted = Counter((str(name), str(body)) for name, body in rows), expected_functions(settings.host)
     differing = sorted({name for name, _ in (wanted - existing) + (existing - wanted)})
     if differing:
-        yield error(
-            "functions",
-            f"Functions of trueup are missing or have another version: {_some(differing)}.",
-            f"{_ATTACH} Then restart workers of an older version.",
-            functions=differing,
-        )
+        what = f"Functions of trueup are missing or have another version: {_some(differing)}."
+        remedy = f"{_ATTACH} Then restart workers of an older version."
+        yield error("functions", what, remedy, functions=differing)
     else:
         yield ok("functions", f"All {existing.total()} functions belong to this version and mapping.")
 
@@ -105,6 +91,7 @@ _TRIGGERS = """
     WHERE p.pronamespace = to_regnamespace('trueup') AND NOT g.tgisinternal AND p.proname <> 'append_window'
       AND g.tgnargs = 0  -- a trigger with arguments belongs to a partition
 """
+_ENABLED_STATES = ("O", "A")
 _DISABLED_STATES = {"D": "disabled", "R": "enabled for replication alone"}
 
 
@@ -112,16 +99,12 @@ def _disabled_triggers(connection: Connection, log: str) -> Iterator[Finding]:
     rows = connection.execute(text(f"{_TRIGGERS} AND g.tgrelid = to_regclass(:log)"), {"log": quote_table(log)})
     states = {row.name: row.state for row in rows}
     for trigger in LOG_TRIGGERS:
-        state = states.get(trigger)
-        if state in ("O", "A"):
+        if states.get(trigger) in _ENABLED_STATES:
             continue
-        how = _DISABLED_STATES.get(state or "", "missing")
-        yield _trigger_error(
-            f"Trigger {trigger} on {log} is {how}: rows that the host writes are not counted.",
-            f"{_ATTACH} It enables the trigger and rebuilds each balance from the log.",
-            trigger=trigger,
-            state=how,
-        )
+        how = _DISABLED_STATES.get(states.get(trigger, ""), "missing")
+        what = f"Trigger {trigger} on {log} is {how}: rows that the host writes are not counted."
+        remedy = f"{_ATTACH} It enables the trigger and rebuilds each balance from the log."
+        yield _trigger_error(what, remedy, trigger=trigger, state=how)
 
 
 def _disabled_window_trigger(connection: Connection, subscription: str) -> Iterator[Finding]:
@@ -132,15 +115,11 @@ def _disabled_window_trigger(connection: Connection, subscription: str) -> Itera
         ),
         {"subscription": quote_table(subscription), "name": WINDOW_TRIGGER},
     )
-    if state not in ("O", "A"):
+    if state not in _ENABLED_STATES:
         how = _DISABLED_STATES.get(state or "", "missing")
-        yield _trigger_error(
-            f"Trigger {WINDOW_TRIGGER} on {subscription} is {how}: trueup may take several renewals for one, and then "
-            "settle grants wrongly.",
-            _ATTACH,
-            trigger=WINDOW_TRIGGER,
-            state=how,
-        )
+        effect = "trueup may take several renewals for one, and then settle grants wrongly."
+        what = f"Trigger {WINDOW_TRIGGER} on {subscription} is {how}: {effect}"
+        yield _trigger_error(what, _ATTACH, trigger=WINDOW_TRIGGER, state=how)
 
 
 def _touched_triggers(connection: Connection) -> Iterator[Finding]:
@@ -162,11 +141,9 @@ def _triggers_elsewhere(connection: Connection, log: str) -> Iterator[Finding]:
         {"log": quote_table(log)},
     )
     for other in others:
-        yield _trigger_warning(
-            f"{other} also has trueup's triggers, but is not the mapped log: its rows count as usage.",
-            f"If it is the log now, set host.usage_log.table. If it was the log before: {_ATTACH}",
-            table=other,
-        )
+        what = f"{other} also has trueup's triggers, but is not the mapped log: its rows count as usage."
+        remedy = f"If it is the log now, set host.usage_log.table. If it was the log before: {_ATTACH}"
+        yield _trigger_warning(what, remedy, table=other)
 
 
 _MAY_CALL = text(
@@ -182,16 +159,11 @@ def _may_call(connection: Connection, function: str) -> bool:
 
 def _uncovered_partitions(connection: Connection, log: str) -> Iterator[Finding]:
     """Yield partitions without triggers: the log's own triggers fire only for writes through the log."""
-    if not _may_call(connection, "log_partitions"):
-        return
-    uncovered = uncovered_partitions(connection)
-    if uncovered:
-        yield _trigger_warning(
-            f"{len(uncovered)} partitions of {log} have no triggers of their own ({_some(uncovered)}): rows written "
-            "directly to them are not counted.",
-            f"{_ATTACH} It adds the triggers and rebuilds the balances of users with rows there.",
-            partitions=uncovered,
-        )
+    if _may_call(connection, "log_partitions") and (uncovered := uncovered_partitions(connection)):
+        partitions = f"{len(uncovered)} partitions of {log} have no triggers of their own ({_some(uncovered)})"
+        what = f"{partitions}: rows written directly to them are not counted."
+        remedy = f"{_ATTACH} It adds the triggers, and rebuilds balances if the partitions have rows."
+        yield _trigger_warning(what, remedy, partitions=uncovered)
 
 
 def _replica_roles(connection: Connection) -> Iterator[Finding]:
@@ -210,11 +182,9 @@ def _replica_roles(connection: Connection) -> Iterator[Finding]:
         )
     )
     for row in rows:
-        yield _trigger_error(
-            f"session_replication_role is replica for {row.who}: no trigger counts the rows that its sessions write.",
-            "Reset it, then run `trueup reconcile --deep`.",
-            who=row.who,
-        )
+        what = f"session_replication_role is replica for {row.who}: no trigger counts the rows that its sessions write."
+        remedy = "Reset it, then run `trueup reconcile --deep`."
+        yield _trigger_error(what, remedy, who=row.who)
 
 
 def _subscription(connection: Connection, log: str) -> Iterator[Finding]:
@@ -224,10 +194,9 @@ def _subscription(connection: Connection, log: str) -> Iterator[Finding]:
         {"log": quote_table(log)},
     )
     if replicated:
-        yield _trigger_error(
-            f"Logical replication fills {log}, but it fires no statement-level triggers: no row is counted.",
-            "Run trueup on the database where the application writes the log.",
-        )
+        what = f"Logical replication fills {log}, but it fires no statement-level triggers: no row is counted."
+        remedy = "Run trueup on the database where the application writes the log."
+        yield _trigger_error(what, remedy)
 
 
 def check_rights(connection: Connection, settings: Settings) -> Iterator[Finding]:
@@ -237,20 +206,13 @@ def check_rights(connection: Connection, settings: Settings) -> Iterator[Finding
     ).one()
     lacking = [str(right) for right in lacking_rights(connection, worker_rights(connection, settings.host))]
     if lacking:
-        yield error(
-            "rights",
-            f"Role {row.name} lacks {len(lacking)} rights that workers need: {_some(lacking)}.",
-            f"Ask the database's owner to run: trueup db grants --worker-role {quote_identifier(row.name)} | psql",
-            role=row.name,
-            lacking=lacking,
-        )
+        what = f"Role {row.name} lacks {len(lacking)} rights that workers need: {_some(lacking)}."
+        remedy = f"Ask the database's owner to run: trueup db grants --worker-role {quote_identifier(row.name)} | psql"
+        yield error("rights", what, remedy, role=row.name, lacking=lacking)
     elif row.super and settings.database_url:
-        yield warning(
-            "rights",
-            f"Role {row.name} is a superuser: a bug in trueup could change any table.",
-            "Run workers with the worker role that `trueup db grants` creates.",
-            role=row.name,
-        )
+        what = f"Role {row.name} is a superuser: a bug in trueup could change any table."
+        remedy = "Run workers with the worker role that `trueup db grants` creates."
+        yield warning("rights", what, remedy, role=row.name)
     else:
         yield ok("rights", f"Role {row.name} has the rights that workers need.", role=row.name)
 

@@ -34,9 +34,7 @@ def check_holds(connection: Connection, settings: Settings) -> Iterator[Finding]
     if overdue:
         minutes = OVERDUE_AFTER.total_seconds() / 60
         what = f"{overdue} holds should have expired more than {minutes:.0f} minutes ago: their tokens stay reserved."
-        remedy = (
-            "Check that beat and a worker of queue trueup-reconcile run: the task trueup.expire_holds ends the holds."
-        )
+        remedy = "Check that beat and a worker of queue trueup-reconcile run. The task trueup.expire_holds ends them."
         yield warning("holds", what, remedy, **detail)
     elif oldest is not None and oldest > OLD_HOLD_SECONDS:
         what = f"A hold has been open for {oldest / 3600:.0f} hours."
@@ -59,11 +57,8 @@ def check_unresolved(connection: Connection, settings: Settings) -> Iterator[Fin
     else:
         yield ok("calls", "Every call that started has been recorded.", calls=0, tokens_bound=0)
     if messages:
-        what, remedy = (
-            f"{messages} messages may have been sent.",
-            "Check the messages in `trueup status` at the receiver.",
-        )
-        yield warning("messages", what, remedy, messages=messages)
+        remedy = "Check at the receiver whether the messages in `trueup status` arrived."
+        yield warning("messages", f"{messages} messages may have been sent.", remedy, messages=messages)
     else:
         yield ok("messages", "The outcome of every message is known.", messages=0)
 
@@ -112,12 +107,9 @@ def check_beat(connection: Connection, settings: Settings) -> Iterator[Finding]:
         yield ok("beat", what, **detail)
         return
     when = f"The last scheduled run started {seconds:.0f} s ago" if row.runs else f"No scheduled run in {seconds:.0f} s"
-    yield error(
-        "beat",
-        f"{when}; a run is due every {settings.reconcile_interval_seconds} s.",
-        "Start `celery -A trueup.worker beat` and `celery -A trueup.worker worker -Q trueup-reconcile`.",
-        **detail,
-    )
+    what = f"{when}; a run is due every {settings.reconcile_interval_seconds} s."
+    remedy = "Start `celery -A trueup.worker beat` and `celery -A trueup.worker worker -Q trueup-reconcile`."
+    yield error("beat", what, remedy, **detail)
 
 
 # I4, for all users: compares the balances that hold tokens with the open holds.
@@ -163,20 +155,14 @@ def check_invariants(connection: Connection, settings: Settings) -> Iterator[Fin
     statement = render_statement(_MISMATCHED_BALANCES, settings.host)
     row = connection.execute(statement, {"share": share, "most": SAMPLE}).one()
     if row.users:
-        yield _mismatch(
-            f"The balances of {row.users} of {row.looked_at} users differ from the sum of their log rows", "I1", row
-        )
+        what = f"The balances of {row.users} of {row.looked_at} users differ from the sum of their log rows"
+        yield _mismatch(what, "I1", row)
     else:
         what = f"The balances of {row.looked_at} random users equal the sums of their log rows."
         yield ok("books", what, invariant="I1", looked_at=row.looked_at)
 
 
 def _mismatch(what: str, invariant: str, row: Row[Any]) -> Finding:
-    return error(
-        "books",
-        f"{what}, for example user {row.example}.",
-        "Run `trueup reconcile --deep`: it repairs and reports them. Then find out which writes bypassed the triggers.",
-        invariant=invariant,
-        users=row.users,
-        example=row.example,
-    )
+    what = f"{what}, for example user {row.example}."
+    remedy = "Run `trueup reconcile --deep`, which repairs and reports them. Then find the writes that no trigger saw."
+    return error("books", what, remedy, invariant=invariant, users=row.users, example=row.example)

@@ -35,19 +35,17 @@ def _times(settings: Settings) -> Iterator[Finding]:
             f"Raise {PREFIX}TASK_TIME_LIMIT_SECONDS, or lower {PREFIX}MODEL_TIMEOUT_SECONDS.",
         )
     if not settings.reconcile_deep_interval_seconds:
-        yield _warning(
-            "No deep pass compares balances with the log: a row that no trigger saw is never counted.",
-            f"Set {PREFIX}RECONCILE_DEEP_INTERVAL_SECONDS, for example to 86400.",
-        )
+        what = "No deep pass compares balances with the log: a row that no trigger saw is never counted."
+        remedy = f"Set {PREFIX}RECONCILE_DEEP_INTERVAL_SECONDS, for example to 86400."
+        yield _warning(what, remedy)
 
 
 def _servers(settings: Settings) -> Iterator[Finding]:
     if bool(settings.database_url) != bool(settings.broker_url):
         unset = "BROKER_URL" if settings.database_url else "DATABASE_URL"
-        yield _warning(
-            f"{PREFIX}{unset} is not set, but the other URL is: each machine would use its own embedded server.",
-            f"Set {PREFIX}{unset} too.",
-        )
+        what = f"{PREFIX}{unset} is not set, but the other URL is: each machine would use its own embedded server."
+        remedy = f"Set {PREFIX}{unset} too."
+        yield _warning(what, remedy)
 
 
 def _model(settings: Settings) -> Iterator[Finding]:
@@ -59,7 +57,6 @@ def _model(settings: Settings) -> Iterator[Finding]:
             f"Set {PREFIX}MODEL_PROVIDER=openai. Ignore this if no metered task runs: reconciling needs no provider.",
         )
     if settings.model_provider == "offline" and settings.database_url:
-        yield _warning(
-            "The model provider is offline: made-up answers are charged to real users.",
-            f"Set {PREFIX}MODEL_PROVIDER=openai, or unset it if no metered task runs.",
-        )
+        what = "The model provider is offline: made-up answers are charged to real users."
+        remedy = f"Set {PREFIX}MODEL_PROVIDER=openai, or unset it if no metered task runs."
+        yield _warning(what, remedy)

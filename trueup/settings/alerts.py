@@ -22,9 +22,7 @@ class AlertSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     webhook_url: SecretStr | None = Field(default=None, description="receives signed alerts")
-    webhook_secret: SecretStr | None = Field(
-        default=None, description="signs alerts: whsec_ and Base64, or a text of 16 bytes or more"
-    )
+    webhook_secret: SecretStr | None = Field(default=None, description="signs alerts: whsec_ and Base64, or 16+ bytes")
     webhook_allow_http: bool = Field(default=False, description="allow a webhook without TLS on another machine")
     webhook_timeout_seconds: float = Field(default=10.0, gt=0, le=50)
     apprise_urls: tuple[SecretStr, ...] = Field(default=(), description="receive alerts through apprise")

@@ -100,9 +100,7 @@ class ReconcileSettings(BaseModel):
     min_age_seconds: int = Field(
         default=DEFAULT_MIN_AGE_SECONDS, ge=0, le=86_400, description="younger usage may still reach the counter"
     )
-    policies: dict[str, Policy] = Field(
-        default_factory=dict, description="correct, review or report, by cause, where not the default"
-    )
+    policies: dict[str, Policy] = Field(default_factory=dict, description="correct, review or report, by cause")
 
     @field_validator("policies")
     @classmethod

@@ -55,38 +55,30 @@ class Settings(BaseSettings):
     statement_timeout_seconds: int = Field(default=30, ge=1, le=3600)
 
     hold_ttl_seconds: int = Field(default=1200, ge=30, description="a hold without a heartbeat expires after this")
-    store_answers: bool = Field(
-        default=True, description="keep providers' answers, to replay them to a redelivered task"
-    )
+    store_answers: bool = Field(default=True, description="keep providers' answers for replay after redelivery")
     stored_answer_max_bytes: int = Field(default=65_536, ge=0, le=10_000_000)
     answer_retention_days: int = Field(default=7, ge=0, description="stored answers are deleted after this")
-    keep_hold_seconds: int = Field(
-        default=60, ge=0, le=600, description="a task that retries within this keeps its hold"
-    )
+    keep_hold_seconds: int = Field(default=60, ge=0, le=600, description="a retry within this keeps its hold")
     resend_unknown_messages: bool = Field(default=False, description="resend a message that may have been sent already")
     gate_retry_max_seconds: int = Field(default=60, ge=1, le=600, description="maximum delay while the gate is down")
     reconcile_interval_seconds: int = Field(default=900, ge=10)
     reconcile_deep_interval_seconds: int = Field(default=86_400, ge=0, description="time between deep passes; 0: none")
     reconcile_deep_offset_seconds: int = Field(
-        default=7200, ge=0, description="start in that interval, from midnight UTC"
+        default=7200, ge=0, description="start of deep passes from midnight UTC"
     )
     reconcile_shard_size: int = Field(default=250_000, ge=1000, description="subscriptions in a shard")
     reconcile_scan_timeout_seconds: int = Field(
-        default=600, ge=1, le=86_400, description="time limit of a statement that reads a whole shard"
+        default=600, ge=1, le=86_400, description="a shard's statement timeout"
     )
     beat_scheduler: Literal["file", "redbeat"] = Field(
-        default="file", description="redbeat: several beats, one of which sends (pip install 'trueup[redbeat]')"
+        default="file", description="redbeat: several beats, one sends"
     )
-    beat_lock_seconds: int = Field(
-        default=60, ge=5, le=3600, description="with redbeat: another beat takes over after this"
-    )
+    beat_lock_seconds: int = Field(default=60, ge=5, le=3600, description="redbeat: another beat takes over after this")
     expire_interval_seconds: int = Field(default=60, ge=1)
     reconcile_batch_size: int = Field(default=1000, ge=1, le=10_000)
 
     worker_concurrency: int = Field(default=2, ge=1, le=512)
-    visibility_timeout_seconds: int = Field(
-        default=1200, ge=5, description="Redis redelivers unacknowledged tasks after it"
-    )
+    visibility_timeout_seconds: int = Field(default=1200, ge=5, description="an unacknowledged task is redelivered")
     task_time_limit_seconds: int = Field(default=600, ge=2, validate_default=True)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
@@ -98,9 +90,7 @@ class Settings(BaseSettings):
     openai_base_url: str | None = Field(default=None, description="an OpenAI-compatible endpoint; unset: OpenAI's own")
     openai_api_key: SecretStr | None = None
     model_timeout_seconds: float = Field(default=60.0, gt=0, le=600)
-    model_max_retries: int = Field(
-        default=0, ge=0, le=10, description="the SDK's retries of requests that were not served"
-    )
+    model_max_retries: int = Field(default=0, ge=0, le=10, description="the SDK's retries of requests not served")
     model_max_tokens_parameter: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
 
     instagram_graph_url: str = "https://graph.instagram.com/v23.0"
