@@ -124,22 +124,11 @@ ROWS = Parsed("rows", _parse_rows)
 NUMBER = click.IntRange(1, 2**63 - 1)
 
 
-def json_option(command: Command) -> Command:
-    """Add `--json` as `as_json`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
-
-
 def limit_option(default: int, most: int) -> Callable[[Command], Command]:
     """Return a decorator that adds `--limit`."""
     return click.option(
         "--limit", type=click.IntRange(1, most), default=default, show_default=True, help="The maximum number of rows."
     )
-
-
-def hours_option(command: Command) -> Command:
-    """Add `--hours`."""
-    hours = click.IntRange(1, 24 * 365)
-    return click.option("--hours", type=hours, default=24, show_default=True, help="How far to look back.")(command)
 
 
 def this_user() -> str:
@@ -150,24 +139,16 @@ def this_user() -> str:
         return f"uid {os.getuid()}"
 
 
-def by_option(command: Command) -> Command:
-    """Add `--by`, the person who decides."""
-    return click.option(
-        "--by",
-        default=this_user,
-        show_default="the user of this computer",
-        help="Who decides, for the audit.",
-    )(command)
-
-
-def note_option(command: Command) -> Command:
-    """Add `--note`, the reason."""
-    return click.option("--note", required=True, help="The reason, for the audit.")(command)
-
-
-def reason_option(command: Command) -> Command:
-    """Add `--reason`, the reason."""
-    return click.option("--reason", required=True, help="The reason, for the audit.")(command)
+# The reason of a decision, and the reason of a grant.
+note_option = click.option("--note", required=True, help="The reason, for the audit.")
+reason_option = click.option("--reason", required=True, help="The reason, for the audit.")
+by_option = click.option(
+    "--by", default=this_user, show_default="the user of this computer", help="Who decides, for the audit."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+hours_option = click.option(
+    "--hours", type=click.IntRange(1, 24 * 365), default=24, show_default=True, help="How far to look back."
+)
 
 
 def grant_options(command: Command) -> Command:

@@ -16,16 +16,28 @@ PHRASES = re.compile(
 PLAIN = (
     "CONTRIBUTING.md",
     "README.md",
+    "cli",
     "docs",
     "tasks",
+    "tests/cli",
+    "tests/doctor",
+    "tests/settings",
+    "tests/worker",
+    "trueup/__init__.py",
+    "trueup/__main__.py",
     "trueup/api",
+    "trueup/doctor",
+    "trueup/errors.py",
+    "trueup/extras.py",
     "trueup/features",
     "trueup/llm",
     "trueup/monitoring",
     "trueup/reconcile",
     "trueup/reports",
     "trueup/review",
+    "trueup/settings",
     "trueup/usage",
+    "worker",
 )
 
 

@@ -20,18 +20,14 @@ class MissingExtraError(TrueupError):
     def __init__(
         self, feature: str, extra: str, missing: tuple[str, ...], consequence: str, otherwise: str = ""
     ) -> None:
-        self.feature = feature
-        self.extra = extra
-        self.missing = tuple(missing)
-        self.consequence = consequence
-        self.otherwise = otherwise
-        super().__init__(feature, extra, self.missing, consequence, otherwise)  # pickle needs the arguments
+        super().__init__(feature, extra, missing, consequence, otherwise)  # pickle needs the arguments
 
     def __str__(self) -> str:
-        other = f"; or {self.otherwise}" if self.otherwise else ""
+        feature, extra, missing, consequence, otherwise = self.args
+        other = f"; or {otherwise}" if otherwise else ""
         return (
-            f"{self.feature} needs the extra [{self.extra}], which is not installed (no module "
-            f"{', '.join(self.missing)}). {self.consequence} Install it: pip install 'trueup[{self.extra}]'{other}."
+            f"{feature} needs the extra [{extra}], which is not installed (no module {', '.join(missing)}). "
+            f"{consequence} Install it: pip install 'trueup[{extra}]'{other}."
         )
 
 

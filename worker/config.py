@@ -97,9 +97,10 @@ def client_config(settings: Settings) -> dict[str, Any]:
 
 def beat_schedule(settings: Settings) -> dict[str, Any]:
     """Return beat's schedule. A message expires before the next one is due, so that messages do not pile up."""
+    deep = min(DEEP_ASKED_SECONDS, settings.reconcile_deep_interval_seconds)
     return {
         "reconcile-counters": _every(settings.reconcile_interval_seconds, "trueup.reconcile_counters", scheduled=True),
-        **_deep_schedule(settings),
+        **({"reconcile-deep": _every(deep, "trueup.reconcile_counters", scheduled=True, deep=True)} if deep else {}),
         "sweep-runs": _every(SWEEP_INTERVAL_SECONDS, "trueup.sweep_runs"),
         "expire-holds": _every(settings.expire_interval_seconds, "trueup.expire_holds"),
         "prune-answers": _every(PRUNE_INTERVAL_SECONDS, "trueup.prune_answers"),
@@ -107,13 +108,6 @@ def beat_schedule(settings: Settings) -> dict[str, Any]:
         "prune-observed-denials": _every(PRUNE_INTERVAL_SECONDS, "trueup.prune_observed_denials"),
         **({"check-alerts": _every(ALERT_INTERVAL_SECONDS, "trueup.check_alerts")} if settings.alerts.channels else {}),
     }
-
-
-def _deep_schedule(settings: Settings) -> dict[str, Any]:
-    if not settings.reconcile_deep_interval_seconds:
-        return {}
-    seconds = min(DEEP_ASKED_SECONDS, settings.reconcile_deep_interval_seconds)
-    return {"reconcile-deep": _every(seconds, "trueup.reconcile_counters", scheduled=True, deep=True)}
 
 
 def _redbeat(settings: Settings) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`trueup reconcile` and `trueup drift report`: the same report, made and looked at again."""
+"""`trueup reconcile` and `trueup drift report`: the same report, when it is made and later."""
 
 import csv
 import io
@@ -92,7 +92,7 @@ def test_the_newest_run_is_shown_unless_another_is_named(host: Host) -> None:
     assert trueup_json("drift", "report", "--run", first["run_id"]) == first
 
 
-def test_before_any_run_the_report_says_what_to_do(database: str) -> None:
+def test_before_any_run_the_report_names_the_remedy(database: str) -> None:
     assert "Start one with `trueup reconcile`" in trueup("drift", "report", code=1).stderr
 
 
@@ -101,7 +101,7 @@ def test_a_run_that_is_not_there_is_wrong_usage(database: str, run: str) -> None
     assert "run" in trueup("drift", "report", "--run", run, code=2).stderr
 
 
-def test_what_is_no_format_is_wrong_usage(database: str) -> None:
+def test_an_unknown_format_is_wrong_usage(database: str) -> None:
     assert "'table', 'json', 'csv'" in trueup("drift", "report", "--format", "xml", code=2).stderr
 
 
@@ -118,7 +118,7 @@ def test_options_change_the_rules_of_one_run(host: Host) -> None:
     assert {row["user_id"]: row["action"] for row in report["rows"]} == {small: "corrected", large: "review"}
 
 
-def test_what_is_set_aside_does_not_fail_the_command(host: Host) -> None:
+def test_drift_that_is_set_aside_does_not_fail_the_command(host: Host) -> None:
     drifted(host, 20)
     trueup("reconcile", "--tolerance", 30, "--fail-on-drift")
 
@@ -141,7 +141,7 @@ def test_a_deep_pass_of_one_user_is_wrong_usage(host: Host) -> None:
     assert "leave out --user" in trueup("reconcile", "--deep", "--user", 1, code=2).stderr
 
 
-def test_several_jobs_do_what_one_does(host: Host) -> None:
+def test_several_jobs_have_the_result_of_one(host: Host) -> None:
     users = [drifted(host) for _ in range(5)]
     assert trueup_json("reconcile", "--jobs", 3)["corrected"] == 5
     assert [host.counter(user) for user in users] == [700] * 5
@@ -188,7 +188,7 @@ def test_interrupted_its_jobs_end_after_their_batches_and_the_next_run_resumes(h
     assert_next_run_resumes(host, users)
 
 
-def test_after_a_killed_run_the_next_one_resumes(host: Host) -> None:
+def test_the_run_after_a_killed_run_resumes_it(host: Host) -> None:
     users = [drifted(host) for _ in range(60)]
     with slow_run(host) as process:
         process.kill()

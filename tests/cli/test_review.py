@@ -15,7 +15,7 @@ def held(host: Host, tokens: int = 500) -> int:
     return next(item["id"] for item in trueup_json("drift", "review") if item["user_id"] == user)
 
 
-def test_a_review_tells_what_each_choice_would_do(host: Host) -> None:
+def test_a_review_shows_the_effect_of_each_choice(host: Host) -> None:
     drift = held(host)
     (item,) = trueup_json("drift", "review")
     assert (item["id"], item["tokens"], item["cause"]) == (drift, 500, "credit_without_grant")
@@ -26,7 +26,7 @@ def test_a_review_tells_what_each_choice_would_do(host: Host) -> None:
     assert trueup_json("drift", "review", "--user", item["user_id"] + 1) == []
 
 
-def test_nothing_to_review_is_said_so(host: Host) -> None:
+def test_an_empty_review_queue_is_reported(host: Host) -> None:
     trueup("reconcile")
     assert trueup("drift", "review").stdout == "No drift awaits review.\n"
 
@@ -42,7 +42,7 @@ def test_a_drift_that_has_changed_is_shown_as_such(host: Host) -> None:
     assert "trueup reconcile --user" in result.stderr
 
 
-def test_several_are_accepted_and_what_is_refused_is_said(host: Host) -> None:
+def test_several_drifts_are_accepted_and_refusals_are_reported(host: Host) -> None:
     first = held(host)
     second = held(host, 700)
     result = trueup("drift", "accept", first, 999, second, "--note", "refunded", code=1)
@@ -126,5 +126,5 @@ def test_many_are_counted_and_accepted_when_the_question_is_answered(host: Host)
         (("undo", "--note", "n"), "Missing argument 'RUN'"),
     ],
 )
-def test_wrong_usage_is_told(database: str, arguments: tuple[object, ...], said: str) -> None:
+def test_wrong_usage_is_reported(database: str, arguments: tuple[object, ...], said: str) -> None:
     assert said in trueup("drift", *arguments, code=2).stderr

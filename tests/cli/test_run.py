@@ -136,7 +136,7 @@ class TestWithoutAWorker:
     def test_wrong_usage_is_explained(self, shared_database: str, arguments: tuple[object, ...], named: str) -> None:
         assert named in trueup("run", *arguments, code=2).stderr
 
-    def test_waiting_ends_with_the_timeout_and_the_task_goes_on(
+    def test_the_wait_ends_after_the_timeout_and_the_task_continues(
         self, waiting: Callable[[], list[dict[str, Any]]]
     ) -> None:
         result = trueup("run", "qa", "--user", 7, "--wait", "--timeout", 1, ARTICLE, code=1)
@@ -184,7 +184,7 @@ class TestWithoutAWorker:
 
 
 class TestWithAWorker:
-    """How it ends."""
+    """The result of a task."""
 
     def test_waiting_shows_the_result(self, worker: WorkerProcess, shared_host: Host) -> None:
         user = shared_host.subscriber()

@@ -101,7 +101,7 @@ def test_a_misspelt_variable_is_refused_with_the_nearest_name(
     ],
     ids=["no TOML", "an unknown name", "a wrong type", "no text"],
 )
-def test_a_malformed_file_is_named_with_what_is_wrong(tmp_path: Path, content: str, named: str) -> None:
+def test_a_malformed_file_is_named_with_its_error(tmp_path: Path, content: str, named: str) -> None:
     (tmp_path / "trueup.toml").write_text(content, errors="surrogateescape")
     assert named in trueup("settings", code=1).stderr
 

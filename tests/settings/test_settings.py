@@ -231,6 +231,8 @@ def test_the_rules_of_reconciling_are_settings_of_their_own(monkeypatch: pytest.
         ("MAX_CORECTION", "1", "Did you mean reconcile.max_correction?"),
     ],
 )
-def test_rules_that_may_not_be_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str) -> None:
+def test_rules_that_are_not_allowed_are_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
     monkeypatch.setenv(f"TRUEUP_RECONCILE__{name}", value)
     assert said in refusal()

@@ -21,13 +21,12 @@ Check = Callable[[Connection, Settings], Iterable[Finding]]
 
 def check_server(connection: Connection, settings: Settings) -> Iterator[Finding]:
     """Check the server's version, and that it accepts writes."""
-    row = connection.execute(
-        text(
-            "SELECT current_setting('server_version') AS version, "
-            "CAST(current_setting('server_version_num') AS int) AS number, pg_is_in_recovery() AS standby, "
-            "current_setting('default_transaction_read_only') AS read_only"
-        )
-    ).one()
+    statement = text(
+        "SELECT current_setting('server_version') AS version, "
+        "CAST(current_setting('server_version_num') AS int) AS number, pg_is_in_recovery() AS standby, "
+        "current_setting('default_transaction_read_only') AS read_only"
+    )
+    row = connection.execute(statement).one()
     if row.number < OLDEST_SERVER:
         yield error("postgres", f"PostgreSQL {row.version}.", "Use PostgreSQL 14 or newer.", version=row.version)
     else:
@@ -42,20 +41,16 @@ def check_server(connection: Connection, settings: Settings) -> Iterator[Finding
 
 def check_durability(connection: Connection, settings: Settings) -> Iterator[Finding]:
     """Yield the server settings with which a crash may lose a committed charge."""
-    row = connection.execute(
-        text(
-            "SELECT current_setting('fsync') AS fsync, current_setting('full_page_writes') AS full_page_writes, "
-            "current_setting('synchronous_commit') AS synchronous_commit"
-        )
-    ).one()
-    unsafe = [name for name in ("fsync", "full_page_writes") if getattr(row, name) == "off"]
-    for name in unsafe:
-        what = f"{name} is off: a crash may corrupt the database."
-        yield error("durability", what, f"Set {name} = on, and restart the server.")
-    if row.synchronous_commit == "off":
+    names = ("fsync", "full_page_writes", "synchronous_commit")
+    off = [name for name in names if connection.scalar(text(f"SHOW {name}")) == "off"]
+    for name in off:
+        if name != "synchronous_commit":
+            what = f"{name} is off: a crash may corrupt the database."
+            yield error("durability", what, f"Set {name} = on, and restart the server.")
+    if "synchronous_commit" in off:
         what = "synchronous_commit is off: a crash loses the last charges."
         yield warning("durability", what, "Set synchronous_commit = on, at least for trueup's role.")
-    elif not unsafe:
+    elif not off:
         yield ok("durability", "Committed charges survive a crash.")
 
 

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, text
 from trueup.database.layout import revision_of
 from trueup.database.migrate import newest_revision
 from trueup.doctor.findings import Finding, error, ok, warning
-from trueup.host.mapping import quote_identifier, quote_table
+from trueup.host.mapping import HostMapping, quote_identifier, quote_table
 from trueup.host.partitions import FAMILY, uncovered_partitions
 from trueup.install.install import expected_functions
 from trueup.install.rights import lacking_rights, worker_rights
@@ -51,13 +51,12 @@ def check_functions(connection: Connection, settings: Settings) -> Iterator[Find
         remedy = f"Restore the names in [host], or adopt the new ones: {_ATTACH}"
         yield error("functions", what, remedy, fingerprint=fingerprint, wanted=settings.host.fingerprint())
         return
-    rows = connection.execute(
-        text(
-            "SELECT CAST(proname AS text), md5(convert_to(prosrc, 'UTF8')) FROM pg_proc "
-            "WHERE pronamespace = to_regnamespace('trueup')"
-        )
+    statement = text(
+        "SELECT CAST(proname AS text), md5(convert_to(prosrc, 'UTF8')) FROM pg_proc "
+        "WHERE pronamespace = to_regnamespace('trueup')"
     )
-    existing, wanted = Counter((str(name), str(body)) for name, body in rows), expected_functions(settings.host)
+    existing = Counter((str(name), str(body)) for name, body in connection.execute(statement))
+    wanted = expected_functions(settings.host)
     differing = sorted({name for name, _ in (wanted - existing) + (existing - wanted)})
     if differing:
         what = f"Functions of trueup are missing or have another version: {_some(differing)}."
@@ -69,57 +68,40 @@ def check_functions(connection: Connection, settings: Settings) -> Iterator[Find
 
 def check_triggers(connection: Connection, settings: Settings) -> Iterator[Finding]:
     """Check that triggers count every row written to the log: they exist, are enabled, and no write bypasses them."""
-    disabled = [
-        *_disabled_triggers(connection, settings.host.usage_log.table),
-        *_disabled_window_trigger(connection, settings.host.subscription.table),
-    ]
+    log = settings.host.usage_log.table
     found = [
-        *(disabled or _touched_triggers(connection)),
-        *_triggers_elsewhere(connection, settings.host.usage_log.table),
-        *_uncovered_partitions(connection, settings.host.usage_log.table),
+        *(list(_disabled_triggers(connection, settings.host)) or _touched_triggers(connection)),
+        *_triggers_elsewhere(connection, log),
+        *_uncovered_partitions(connection, log),
         *_replica_roles(connection),
-        *_subscription(connection, settings.host.usage_log.table),
+        *_subscription(connection, log),
     ]
     wanted = len(LOG_TRIGGERS) + 1
     yield from found or [ok("triggers", f"All {wanted} triggers of log and subscriptions exist and are enabled.")]
 
 
-_TRIGGERS = """
-    SELECT CAST(g.tgname AS text) AS name, CAST(g.tgenabled AS text) AS state, CAST(CAST(g.tgrelid AS regclass) AS text)
-           AS log
-    FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
-    WHERE p.pronamespace = to_regnamespace('trueup') AND NOT g.tgisinternal AND p.proname <> 'append_window'
+_TRIGGER_STATE = text(
+    """
+    SELECT CAST(g.tgenabled AS text) FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
+    WHERE g.tgrelid = to_regclass(:table) AND g.tgname = :name AND NOT g.tgisinternal
+      AND p.pronamespace = to_regnamespace('trueup')
       AND g.tgnargs = 0  -- a trigger with arguments belongs to a partition
-"""
-_ENABLED_STATES = ("O", "A")
+    """
+)
 _DISABLED_STATES = {"D": "disabled", "R": "enabled for replication alone"}
 
 
-def _disabled_triggers(connection: Connection, log: str) -> Iterator[Finding]:
-    rows = connection.execute(text(f"{_TRIGGERS} AND g.tgrelid = to_regclass(:log)"), {"log": quote_table(log)})
-    states = {row.name: row.state for row in rows}
-    for trigger in LOG_TRIGGERS:
-        if states.get(trigger) in _ENABLED_STATES:
-            continue
-        how = _DISABLED_STATES.get(states.get(trigger, ""), "missing")
-        what = f"Trigger {trigger} on {log} is {how}: rows that the host writes are not counted."
-        remedy = f"{_ATTACH} It enables the trigger and rebuilds each balance from the log."
-        yield _trigger_error(what, remedy, trigger=trigger, state=how)
-
-
-def _disabled_window_trigger(connection: Connection, subscription: str) -> Iterator[Finding]:
-    state = connection.scalar(
-        text(
-            "SELECT CAST(tgenabled AS text) FROM pg_trigger "
-            "WHERE tgrelid = to_regclass(:subscription) AND tgname = :name AND NOT tgisinternal"
-        ),
-        {"subscription": quote_table(subscription), "name": WINDOW_TRIGGER},
-    )
-    if state not in _ENABLED_STATES:
-        how = _DISABLED_STATES.get(state or "", "missing")
-        effect = "trueup may take several renewals for one, and then settle grants wrongly."
-        what = f"Trigger {WINDOW_TRIGGER} on {subscription} is {how}: {effect}"
-        yield _trigger_error(what, _ATTACH, trigger=WINDOW_TRIGGER, state=how)
+def _disabled_triggers(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
+    for table, names in ((mapping.usage_log.table, LOG_TRIGGERS), (mapping.subscription.table, (WINDOW_TRIGGER,))):
+        for name in names:
+            state = connection.scalar(_TRIGGER_STATE, {"table": quote_table(table), "name": name})
+            if state in ("O", "A"):
+                continue
+            how = _DISABLED_STATES.get(state or "", "missing")
+            effect, remedy = "rows that the host writes are not counted.", f"{_ATTACH} It rebuilds all balances."
+            if name == WINDOW_TRIGGER:
+                effect, remedy = "trueup may take several renewals for one, and then settle grants wrongly.", _ATTACH
+            yield _trigger_error(f"Trigger {name} on {table} is {how}: {effect}", remedy, trigger=name, state=how)
 
 
 def _touched_triggers(connection: Connection) -> Iterator[Finding]:
@@ -133,14 +115,14 @@ def _touched_triggers(connection: Connection) -> Iterator[Finding]:
 
 def _triggers_elsewhere(connection: Connection, log: str) -> Iterator[Finding]:
     """Yield tables with trueup's triggers that are neither the log nor one of its partitions."""
-    others = connection.scalars(
-        text(
-            f"{FAMILY} SELECT DISTINCT t.log FROM ({_TRIGGERS} AND g.tgrelid <> ALL ("
-            "SELECT f.id FROM family f WHERE f.id IS NOT NULL)) t ORDER BY 1"
-        ),
-        {"log": quote_table(log)},
+    statement = text(
+        f"""{FAMILY}
+        SELECT DISTINCT CAST(CAST(g.tgrelid AS regclass) AS text) FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
+        WHERE p.pronamespace = to_regnamespace('trueup') AND NOT g.tgisinternal AND p.proname <> 'append_window'
+          AND g.tgnargs = 0 AND g.tgrelid <> ALL (SELECT f.id FROM family f WHERE f.id IS NOT NULL)
+        ORDER BY 1"""
     )
-    for other in others:
+    for other in connection.scalars(statement, {"log": quote_table(log)}):
         what = f"{other} also has trueup's triggers, but is not the mapped log: its rows count as usage."
         remedy = f"If it is the log now, set host.usage_log.table. If it was the log before: {_ATTACH}"
         yield _trigger_warning(what, remedy, table=other)
@@ -168,32 +150,26 @@ def _uncovered_partitions(connection: Connection, log: str) -> Iterator[Finding]
 
 def _replica_roles(connection: Connection) -> Iterator[Finding]:
     """Yield roles and databases whose sessions fire no triggers."""
-    rows = connection.execute(
-        text(
-            """
-            SELECT coalesce('role ' || r.rolname, 'all roles') AS who
-            FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole, unnest(s.setconfig) AS c (setting)
-            WHERE s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
-              AND c.setting ~ '^session_replication_role=(replica)$'
-            UNION ALL
-            SELECT 'this server' WHERE current_setting('session_replication_role') = 'replica'
-            ORDER BY 1
-            """
-        )
+    statement = text(
+        """
+        SELECT coalesce('role ' || r.rolname, 'all roles') AS who
+        FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole, unnest(s.setconfig) AS c (setting)
+        WHERE s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
+          AND c.setting ~ '^session_replication_role=(replica)$'
+        UNION ALL
+        SELECT 'this server' WHERE current_setting('session_replication_role') = 'replica'
+        ORDER BY 1
+        """
     )
-    for row in rows:
-        what = f"session_replication_role is replica for {row.who}: no trigger counts the rows that its sessions write."
-        remedy = "Reset it, then run `trueup reconcile --deep`."
-        yield _trigger_error(what, remedy, who=row.who)
+    for who in connection.scalars(statement):
+        what = f"session_replication_role is replica for {who}: no trigger counts the rows that its sessions write."
+        yield _trigger_error(what, "Reset it, then run `trueup reconcile --deep`.", who=who)
 
 
 def _subscription(connection: Connection, log: str) -> Iterator[Finding]:
     """Check that logical replication does not fill the log: it fires no statement-level triggers."""
-    replicated = connection.scalar(
-        text("SELECT count(*) FROM pg_subscription_rel s WHERE s.srrelid = to_regclass(:log)"),
-        {"log": quote_table(log)},
-    )
-    if replicated:
+    replicated = text("SELECT 1 FROM pg_subscription_rel WHERE srrelid = to_regclass(:log)")
+    if connection.execute(replicated, {"log": quote_table(log)}).first():
         what = f"Logical replication fills {log}, but it fires no statement-level triggers: no row is counted."
         remedy = "Run trueup on the database where the application writes the log."
         yield _trigger_error(what, remedy)

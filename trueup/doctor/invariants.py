@@ -23,13 +23,11 @@ def check_holds(connection: Connection, settings: Settings) -> Iterator[Finding]
     """Check for old holds, and for holds that should have expired."""
     figures = read_gauges(connection)
     open_holds, oldest = int(figures["holds_open"][0] or 0), figures["oldest_hold_seconds"][0]
-    overdue = connection.scalar(
-        text(
-            "SELECT count(*) FROM trueup.hold "
-            "WHERE status = 'open' AND expires_at < clock_timestamp() - make_interval(secs => :seconds)"
-        ),
-        {"seconds": OVERDUE_AFTER.total_seconds()},
+    statement = text(
+        "SELECT count(*) FROM trueup.hold "
+        "WHERE status = 'open' AND expires_at < clock_timestamp() - CAST(:overdue_after AS interval)"
     )
+    overdue = connection.scalar(statement, {"overdue_after": OVERDUE_AFTER})
     detail = {"open": open_holds, "oldest_seconds": oldest, "overdue": overdue}
     if overdue:
         minutes = OVERDUE_AFTER.total_seconds() / 60
@@ -69,12 +67,11 @@ def check_runs(connection: Connection, settings: Settings) -> Iterator[Finding]:
     for gap in missed:
         remedy = "Check that beat and a worker of queue trueup-reconcile run, or run `trueup reconcile`."
         yield error("reconcile", gap.message, remedy, **gap.content())
-    run = connection.execute(
-        text(
-            "SELECT id, kind, status, error, in_review, defects, coalesce(finished_at, started_at) AS at "
-            "FROM trueup.reconcile_run WHERE only_user IS NULL AND NOT dry_run ORDER BY id DESC LIMIT 1"
-        )
-    ).one_or_none()
+    statement = text(
+        "SELECT id, kind, status, error, in_review, coalesce(finished_at, started_at) AS at "
+        "FROM trueup.reconcile_run WHERE only_user IS NULL AND NOT dry_run ORDER BY id DESC LIMIT 1"
+    )
+    run = connection.execute(statement).one_or_none()
     if run is None:
         if not missed:
             yield ok("reconcile", "No run over all users yet; the first run is not overdue.")
@@ -92,14 +89,12 @@ def check_runs(connection: Connection, settings: Settings) -> Iterator[Finding]:
 
 def check_beat(connection: Connection, settings: Settings) -> Iterator[Finding]:
     """Check when beat last started a run. While a run is in progress, no other run starts."""
-    row = connection.execute(
-        text(
-            "SELECT extract(epoch FROM clock_timestamp() - coalesce(max(r.started_at), min(i.installed_at))) "
-            "AS seconds, count(r.id) AS runs, coalesce(bool_or(r.status = 'running'), false) AS running "
-            "FROM trueup.installation i "
-            "LEFT JOIN trueup.reconcile_run r ON r.period IS NOT NULL OR r.status = 'running'"
-        )
-    ).one()
+    statement = text(
+        "SELECT extract(epoch FROM clock_timestamp() - coalesce(max(r.started_at), min(i.installed_at))) AS seconds, "
+        "count(r.id) AS runs, coalesce(bool_or(r.status = 'running'), false) AS running FROM trueup.installation i "
+        "LEFT JOIN trueup.reconcile_run r ON r.period IS NOT NULL OR r.status = 'running'"
+    )
+    row = connection.execute(statement).one()
     seconds, limit = float(row.seconds), 2 * settings.reconcile_interval_seconds
     detail = {"seconds": round(seconds), "interval_seconds": settings.reconcile_interval_seconds, "runs": row.runs}
     if seconds <= limit or row.running:

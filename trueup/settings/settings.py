@@ -63,16 +63,10 @@ class Settings(BaseSettings):
     gate_retry_max_seconds: int = Field(default=60, ge=1, le=600, description="maximum delay while the gate is down")
     reconcile_interval_seconds: int = Field(default=900, ge=10)
     reconcile_deep_interval_seconds: int = Field(default=86_400, ge=0, description="time between deep passes; 0: none")
-    reconcile_deep_offset_seconds: int = Field(
-        default=7200, ge=0, description="start of deep passes from midnight UTC"
-    )
+    reconcile_deep_offset_seconds: int = Field(default=7200, ge=0, description="start of deep passes from midnight UTC")
     reconcile_shard_size: int = Field(default=250_000, ge=1000, description="subscriptions in a shard")
-    reconcile_scan_timeout_seconds: int = Field(
-        default=600, ge=1, le=86_400, description="a shard's statement timeout"
-    )
-    beat_scheduler: Literal["file", "redbeat"] = Field(
-        default="file", description="redbeat: several beats, one sends"
-    )
+    reconcile_scan_timeout_seconds: int = Field(default=600, ge=1, le=86_400, description="a shard's statement timeout")
+    beat_scheduler: Literal["file", "redbeat"] = Field(default="file", description="redbeat: several beats, one sends")
     beat_lock_seconds: int = Field(default=60, ge=5, le=3600, description="redbeat: another beat takes over after this")
     expire_interval_seconds: int = Field(default=60, ge=1)
     reconcile_batch_size: int = Field(default=1000, ge=1, le=10_000)
