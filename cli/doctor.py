@@ -41,7 +41,11 @@ def doctor(ctx: click.Context, strict: bool, as_json: bool) -> None:
     if as_json:
         print_json(_document(findings))
     else:
-        _print(findings)
+        order = ("error", "warning", "ok")
+        rows = [(f.level, f.check, f.what, f.remedy or "") for f in findings]
+        print_table(("level", "check", "what", "remedy"), sorted(rows, key=lambda row: order.index(row[0])))
+        counts = Counter(finding.level for finding in findings)
+        click.echo(f"{counts['error']} errors, {counts['warning']} warnings.")
     ctx.exit(exit_code(findings, strict=strict))
 
 
@@ -100,11 +104,3 @@ def _document(findings: list[Finding]) -> dict[str, Any]:
         "warnings": counts["warning"],
         "findings": findings,
     }
-
-
-def _print(findings: list[Finding]) -> None:
-    order = ("error", "warning", "ok")
-    rows = [(f.level, f.check, f.what, f.remedy or "") for f in sorted(findings, key=lambda f: order.index(f.level))]
-    print_table(("level", "check", "what", "remedy"), rows)
-    counts = Counter(finding.level for finding in findings)
-    click.echo(f"{counts['error']} errors, {counts['warning']} warnings.")

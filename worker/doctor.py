@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -27,17 +27,13 @@ SAMPLE = 20
 
 def examine_broker(app: Celery, settings: Settings, database_offset: Offset | None) -> list[Finding]:
     """Return the findings about Redis and the workers. `database_offset` None: the database's clock is unknown."""
-    checks: list[tuple[str, Callable[[Any], Iterable[Finding]]]] = [
-        ("redis", check_server),
-        ("redis_clock", lambda client: check_clock(client, database_offset)),
-        ("workers", lambda client: check_workers(app, client, settings)),
-    ]
-    found: list[Finding] = []
     with app.connection_for_write() as connection:
         client = connection.default_channel.client
-        for name, check in checks:
-            found += run_check(name, lambda check=check: check(client))  # type: ignore[misc]
-    return found
+        return [
+            *run_check("redis", lambda: check_server(client)),
+            *run_check("redis_clock", lambda: check_clock(client, database_offset)),
+            *run_check("workers", lambda: check_workers(app, client, settings)),
+        ]
 
 
 def check_server(client: Any) -> Iterator[Finding]:
@@ -54,12 +50,10 @@ def check_server(client: Any) -> Iterator[Finding]:
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         what = f"Redis' maxmemory-policy is {policy}: when memory is short, Redis deletes tasks."
-        remedy = "Set maxmemory-policy noeviction."
-        yield error("redis", what, remedy, maxmemory_policy=policy)
+        yield error("redis", what, "Set maxmemory-policy noeviction.", maxmemory_policy=policy)
     if not info.get("aof_enabled"):
         what = "Redis keeps no append-only file: a crash loses the tasks in its queues."
-        remedy = "Set appendonly yes."
-        yield warning("redis", what, remedy)
+        yield warning("redis", what, "Set appendonly yes.")
 
 
 def check_clock(client: Any, database_offset: Offset | None) -> Iterator[Finding]:

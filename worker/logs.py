@@ -21,9 +21,7 @@ QUIET_LOGGERS = ("httpx", "httpx2", "httpcore", "httpcore2", "openai", "alembic.
 class Formatter(logging.Formatter):
     """Formats times in UTC, and adds the name and id of the current task."""
 
-    def __init__(self) -> None:
-        super().__init__(FORMAT)
-        self.converter = time.gmtime
+    converter = staticmethod(time.gmtime)
 
     def format(self, record: logging.LogRecord) -> str:
         task = current_task
@@ -54,7 +52,7 @@ def _warn_of_missing_tasks(**_signal: Any) -> None:
 def configure(**_signal: Any) -> None:
     """Write all records to standard error. TRUEUP_LOG_LEVEL sets the level; Celery's `-l` has no effect."""
     handler = logging.StreamHandler()
-    handler.setFormatter(Formatter())
+    handler.setFormatter(Formatter(FORMAT))
     logging.basicConfig(level=get_settings().log_level, handlers=[handler], force=True)
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -35,8 +35,9 @@ def signed(tokens: int) -> str:
 def summary_of(report: DriftReport) -> dict[str, Any]:
     """Return the names and values of the report's summary."""
     several = report.since is not None
+    run = "dry run, nothing was written" if report.dry_run else f"{report.run_id} ({report.kind})"
     return {
-        ("runs" if several else "run"): report.runs if several else _run(report),
+        ("runs" if several else "run"): report.runs if several else run,
         "status": report.status,
         ("since (UTC)" if several else "started (UTC)"): report.started_at,
         "finished (UTC)": report.finished_at,
@@ -63,7 +64,3 @@ def filter_of(report: DriftReport) -> str:
         *([f"user {only.user_id}"] if only.user_id is not None else []),
     ]
     return ", ".join(parts)
-
-
-def _run(report: DriftReport) -> str:
-    return "dry run, nothing was written" if report.dry_run else f"{report.run_id} ({report.kind})"

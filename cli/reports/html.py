@@ -76,6 +76,7 @@ def _action_sentence(action: str) -> str:
 def _tiles(report: DriftReport) -> list[dict[str, Any]]:
     """Return the tiles of the summary: label, figure, note and colour."""
     drifted = percent(report.drifted / report.checked) if report.checked else "–"
+    drift = report.tokens_drifted
     tiles: list[dict[str, Any]] = [
         _tile(
             "Counters checked", report.checked, f"in {report.runs:,} runs" if report.since else f"{report.kind} pass"
@@ -85,13 +86,8 @@ def _tiles(report: DriftReport) -> list[dict[str, Any]]:
         _tile("In review", report.in_review, "wait for a person", "attention" if report.in_review else ""),
         _tile("Tokens overstated", report.tokens_overstated, "shown, but used up", "over"),
         _tile("Tokens understated", report.tokens_understated, "left, but not shown", "under"),
-        {
-            "label": "Tokens explained",
-            "figure": percent(report.share_explained),
-            "full": f"{report.tokens_explained:,} of {report.tokens_drifted:,}",
-            "note": f"{compact(report.tokens_explained)} of {compact(report.tokens_drifted)}",
-            "kind": "",
-        },
+        _tile("Tokens explained", report.tokens_explained, f"{compact(report.tokens_explained)} of {compact(drift)}")
+        | {"figure": percent(report.share_explained), "full": f"{report.tokens_explained:,} of {drift:,}"},
     ]
     if report.defects:
         tiles.append(_tile("Defects", report.defects, "in balances or triggers", "attention"))

@@ -105,15 +105,14 @@ def print_story(story: CounterStory) -> None:
     if account.subscribed:
         state = "active" if account.is_active else "deactivated"
         end = f"until {show(account.end_date)}" if account.end_date else "without an end"
-        click.echo(
-            f"User {show(str(account.user_id))}: {state}, period since {show(account.window_start)} (UTC), {end}.\n"
-        )
+        start = show(account.window_start)
+        click.echo(f"User {show(str(account.user_id))}: {state}, period since {start} (UTC), {end}.\n")
         _print_sum(story)
         if story.finding:
             _print_finding(story.finding)
         else:
             click.echo("\nThe counter is right: there is no drift.")
-        since = "never" if story.base.at is None else f"{show(story.base.at)} UTC"
+        since = "unknown" if story.base.at is None else f"{show(story.base.at)} UTC"
         click.echo(f"\nThe counter was last known to be right: {since} ({show(story.base.why)}).")
     else:
         click.echo(f"User {show(str(account.user_id))} has no subscription any more. Earlier findings and decisions:")

@@ -20,7 +20,7 @@ def test_detach_shows_its_plan_and_asks(host: Host) -> None:
 def test_it_removes_and_keeps_the_history(host: Host, tmp_path: Path) -> None:
     file = tmp_path / "history.jsonl"
     said = trueup("db", "detach", "--yes", "--keep-history", file).stdout
-    assert f"Kept in {file}: 1 of installation, 0 of reconcile_run" in said
+    assert f"Saved to {file}: 1 of installation, 0 of reconcile_run" in said
     assert said.endswith("Removed: triggers and schema trueup.\n")
     assert host.value("SELECT to_regnamespace('trueup') IS NULL")
     assert "nothing to remove" in trueup("db", "detach", "--yes", code=1).stderr

@@ -77,7 +77,7 @@ def test_an_undone_run_is_left_to_a_person(host: Host) -> None:
     host.log(user, 300)
     trueup("reconcile")
     told = trueup("drift", "undo", 1, "--note", "wrong").stdout
-    assert told.startswith("Put back: 1. Left alone: 0, ")
+    assert told.startswith("Restored: 1. Unchanged: 0, ")
     assert host.counter(user) == 10_000
     assert trueup_json("drift", "undo", 1, "--note", "wrong") == {"counters": 0, "left": 0}
     trueup("reconcile")

@@ -19,10 +19,6 @@ class Offset:
     seconds: float
     uncertainty: float
 
-    @property
-    def at_least(self) -> float:
-        return max(0.0, abs(self.seconds) - self.uncertainty)
-
     def against(self, other: "Offset") -> "Offset":
         """Return the offset between two clocks that were both compared with the same third clock."""
         return Offset(seconds=self.seconds - other.seconds, uncertainty=self.uncertainty + other.uncertainty)
@@ -51,9 +47,10 @@ def measure(
 def judge(check: str, whose: str, offset: Offset) -> Iterator[Finding]:
     """Yield the finding about an offset. `whose`: both clocks, the subject of the message."""
     detail = {"offset_seconds": round(offset.seconds, 4), "uncertainty_seconds": round(offset.uncertainty, 4)}
-    if offset.at_least < NOTICEABLE_SECONDS:
+    certain = abs(offset.seconds) - offset.uncertainty
+    if certain < NOTICEABLE_SECONDS:
         yield ok(check, f"{whose} differ by {abs(offset.seconds):.3f} s (± {offset.uncertainty:.3f}).", **detail)
         return
     what = f"{whose} differ by {abs(offset.seconds):.1f} s (± {offset.uncertainty:.1f})."
-    level = error if offset.at_least >= HARMFUL_SECONDS else warning
+    level = error if certain >= HARMFUL_SECONDS else warning
     yield level(check, what, "Synchronize both machines by NTP.", **detail)

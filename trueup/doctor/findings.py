@@ -27,9 +27,6 @@ class Finding:
     detail: dict[str, Any] = field(default_factory=dict)
 
 
-Check = Callable[[], Iterable[Finding]]
-
-
 def ok(check: str, what: str, **detail: Any) -> Finding:
     return Finding(check=check, level="ok", what=what, detail=detail)
 
@@ -42,7 +39,7 @@ def error(check: str, what: str, remedy: str, **detail: Any) -> Finding:
     return Finding(check=check, level="error", what=what, remedy=remedy, detail=detail)
 
 
-def run_check(check: str, check_function: Check) -> list[Finding]:
+def run_check(check: str, check_function: Callable[[], Iterable[Finding]]) -> list[Finding]:
     """Return the findings of a check. A failure is a finding too: a warning after a timeout, else an error."""
     found: list[Finding] = []
     try:

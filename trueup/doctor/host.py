@@ -181,8 +181,7 @@ def check_log_index(connection: Connection, settings: Settings) -> Iterator[Find
     level = warning if partly or rows < LARGE_LOG_ROWS else error
     slow = "reads all rows of the user" if partly else "reads the whole log"
     what = f"{log.table} has no usable index on ({', '.join(wanted)}): building a balance {slow}, under its lock."
-    remedy = f"Run: {' '.join(statements)}"
-    yield level("log_index", what, remedy, statements=statements)
+    yield level("log_index", what, f"Run: {' '.join(statements)}", statements=statements)
 
 
 def check_subscription_index(connection: Connection, settings: Settings) -> Iterator[Finding]:
@@ -208,8 +207,7 @@ def check_subscription_index(connection: Connection, settings: Settings) -> Iter
         yield error("subscription_index", what, remedy, users=double, statements=[statement])
     else:
         what = f"No unique index prevents a second row of a user in {names.table}. No user has two rows now."
-        remedy = f"Run: {statement}"
-        yield warning("subscription_index", what, remedy, users=0, statements=[statement])
+        yield warning("subscription_index", what, f"Run: {statement}", users=0, statements=[statement])
 
 
 # Indexes without a WHERE clause. In `columns`, NULL stands for an expression.

@@ -60,8 +60,7 @@ def check_functions(connection: Connection, settings: Settings) -> Iterator[Find
     differing = sorted({name for name, _ in (wanted - existing) + (existing - wanted)})
     if differing:
         what = f"Functions of trueup are missing or have another version: {_some(differing)}."
-        remedy = f"{_ATTACH} Then restart workers of an older version."
-        yield error("functions", what, remedy, functions=differing)
+        yield error("functions", what, f"{_ATTACH} Then restart workers of an older version.", functions=differing)
     else:
         yield ok("functions", f"All {existing.total()} functions belong to this version and mapping.")
 
@@ -171,8 +170,7 @@ def _subscription(connection: Connection, log: str) -> Iterator[Finding]:
     replicated = text("SELECT 1 FROM pg_subscription_rel WHERE srrelid = to_regclass(:log)")
     if connection.execute(replicated, {"log": quote_table(log)}).first():
         what = f"Logical replication fills {log}, but it fires no statement-level triggers: no row is counted."
-        remedy = "Run trueup on the database where the application writes the log."
-        yield _trigger_error(what, remedy)
+        yield _trigger_error(what, "Run trueup on the database where the application writes the log.")
 
 
 def check_rights(connection: Connection, settings: Settings) -> Iterator[Finding]:

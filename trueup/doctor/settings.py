@@ -36,16 +36,14 @@ def _times(settings: Settings) -> Iterator[Finding]:
         )
     if not settings.reconcile_deep_interval_seconds:
         what = "No deep pass compares balances with the log: a row that no trigger saw is never counted."
-        remedy = f"Set {PREFIX}RECONCILE_DEEP_INTERVAL_SECONDS, for example to 86400."
-        yield _warning(what, remedy)
+        yield _warning(what, f"Set {PREFIX}RECONCILE_DEEP_INTERVAL_SECONDS, for example to 86400.")
 
 
 def _servers(settings: Settings) -> Iterator[Finding]:
     if bool(settings.database_url) != bool(settings.broker_url):
         unset = "BROKER_URL" if settings.database_url else "DATABASE_URL"
         what = f"{PREFIX}{unset} is not set, but the other URL is: each machine would use its own embedded server."
-        remedy = f"Set {PREFIX}{unset} too."
-        yield _warning(what, remedy)
+        yield _warning(what, f"Set {PREFIX}{unset} too.")
 
 
 def _model(settings: Settings) -> Iterator[Finding]:
@@ -58,5 +56,4 @@ def _model(settings: Settings) -> Iterator[Finding]:
         )
     if settings.model_provider == "offline" and settings.database_url:
         what = "The model provider is offline: made-up answers are charged to real users."
-        remedy = f"Set {PREFIX}MODEL_PROVIDER=openai, or unset it if no metered task runs."
-        yield _warning(what, remedy)
+        yield _warning(what, f"Set {PREFIX}MODEL_PROVIDER=openai, or unset it if no metered task runs.")
