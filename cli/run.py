@@ -39,7 +39,7 @@ def common_options(command: Command) -> Command:
             type=click.IntRange(1, 86_400),
             default=300,
             show_default=True,
-            help="Seconds to wait.",
+            help="The maximum wait in seconds.",
         ),
         click.option("--wait", is_flag=True, help="Wait, and show the result. Starts a worker if none runs."),
         click.option("--user", type=USER, required=True, help="The user whose tokens are spent."),
@@ -211,7 +211,7 @@ def _wait_and_show(app: Celery, settings: Settings, result: AsyncResult, *, time
             return _show(result, state, as_json)
     except (KeyboardInterrupt, SystemExit, ServiceUnavailableError):
         if not ended:
-            click.echo(f"The wait was stopped. Task {result.id} is still enqueued: a worker will run it.", err=True)
+            click.echo(f"The wait was stopped. Task {result.id} is not cancelled: a worker will run it.", err=True)
         raise
 
 
