@@ -16,8 +16,7 @@ from tests.support.host import START, Host
 from tests.support.sessions import run_at_once
 from tests.support.work import balance, charge_tokens, hold_tokens
 from trueup.database.engine import connect, dispose_engine, get_engine
-from trueup.doctor.host import check_mapping
-from trueup.doctor.log_ids import check_log_ids
+from trueup.doctor.host import check_log_ids, check_mapping
 from trueup.errors import NotInstalledError
 from trueup.host.mapping import HostMapping
 from trueup.install.example_tables import build_host_metadata
