@@ -21,7 +21,7 @@ from trueup.database.engine import connect, dispose_engine
 from trueup.host.mapping import HostMapping
 from trueup.install.install import install
 from trueup.settings.settings import Settings, get_settings
-from trueup.stack import StackUrls, processes, running_stack
+from trueup.stack import StackUrls, running_stack
 
 TEMPLATE = "trueup_template"
 
@@ -65,32 +65,28 @@ def _memory_with_room() -> Path | None:
     return memory if memory.is_dir() and shutil.disk_usage(memory).free > 2**30 else None
 
 
-@contextlib.contextmanager
-def _moved_clock(folder: Path) -> Iterator[None]:
-    """Let the embedded servers have the clock of tests that are played at another moment (tests/test_moments.py).
+def _moved_clock(folder: Path) -> dict[str, str]:
+    """Return the variables that give the embedded servers the tests' clock, if tests/test_moments.py moves it.
 
-    trueup starts its servers with an environment of their own. Their account may not read where the library is.
+    The servers inherit no variables. Their account may be unable to read the library, so it gets a copy in `folder`.
     """
     library = os.environ.get("LD_PRELOAD")
     if not library or "FAKETIME" not in os.environ:
-        yield
-        return
+        return {}
     copy = shutil.copy(library, folder / "libfaketime.so")
     os.chmod(copy, 0o644)
-    moved = {name: value for name, value in os.environ.items() if name.startswith("FAKETIME")}
-    moved |= processes._server_environment() | {"LD_PRELOAD": str(copy)}
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(processes, "_server_environment", lambda: moved)
-        yield
+    return {name: value for name, value in os.environ.items() if name.startswith("FAKETIME")} | {
+        "LD_PRELOAD": str(copy)
+    }
 
 
 @pytest.fixture(scope="session")
 def stack(_no_settings_from_outside: None) -> Iterator[StackUrls]:
     """A real PostgreSQL and a real Redis for this test session."""
     with temporary_home(_memory_with_room()) as home, contextlib.ExitStack() as servers:
-        servers.enter_context(_moved_clock(home.parent))
         other = servers.enter_context(running_server(GIVEN[0], home)) if GIVEN else None
-        yield servers.enter_context(running_stack(Settings(home=home, database_url=other)))
+        settings = Settings(home=home, database_url=other)
+        yield servers.enter_context(running_stack(settings, environment=_moved_clock(home.parent)))
 
 
 @pytest.fixture(scope="session")

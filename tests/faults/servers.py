@@ -19,7 +19,6 @@ from trueup.install.install import install
 from trueup.settings.settings import Settings
 from trueup.stack import running_stack
 from trueup.stack.processes import first_of
-from trueup.stack.servers.server import ensure_running
 from trueup.stack.waiting import wait_until
 
 _GONE_SECONDS = 20.0
@@ -79,7 +78,7 @@ class Servers:
         if main:
             main.send_signal(signal.SIGQUIT)
         wait_until(lambda: not self._postgres.processes(), _GONE_SECONDS)
-        ensure_running(self._postgres)
+        self._postgres.ensure_running()
 
     def restart_redis(self, number: signal.Signals, away_seconds: float) -> None:
         """Stop Redis with that signal, and start it again after a while."""
@@ -88,7 +87,7 @@ class Servers:
             main.send_signal(number)
         wait_until(lambda: not self._redis.processes(), _GONE_SECONDS)
         time.sleep(away_seconds)
-        ensure_running(self._redis)
+        self._redis.ensure_running()
 
     def flush_redis(self) -> None:
         with self.redis(0) as client:
@@ -101,8 +100,8 @@ class Servers:
 
     def ensure(self) -> None:
         """Start what does not run."""
-        ensure_running(self._postgres)
-        ensure_running(self._redis)
+        self._postgres.ensure_running()
+        self._redis.ensure_running()
 
     def _admin(self, statement: str) -> None:
         for _ in range(3):  # a session just made may be one of a server that is going down

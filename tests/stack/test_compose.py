@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from trueup.stack.supervisor.commands import stack_commands
+from trueup.stack.commands import stack_commands
 
 ROOT = Path(__file__).parents[2]
 HOME = Path("/var/lib/trueup")

@@ -26,21 +26,19 @@ from tests.stack.helpers import (
 )
 from trueup.settings.settings import Settings
 from trueup.stack import running_stack
+from trueup.stack.children import ChildRecords, start_child
+from trueup.stack.commands import Command, embedded_settings
 from trueup.stack.errors import ChildFailedError, StackAlreadyRunningError
-from trueup.stack.records import ChildRecords
-from trueup.stack.supervisor.children import start_child
-from trueup.stack.supervisor.commands import Command, embedded_settings
-from trueup.stack.supervisor.crew import Policy
-from trueup.stack.supervisor.supervisor import about_the_model, run_stack
+from trueup.stack.supervisor import Policy, about_the_model, run_stack
 
 # `trueup up` with commands of the test's own; without servers unless "embedded" is asked for.
 UP = """
 import json, sys
 from trueup.errors import TrueupError
 from trueup.settings.settings import Settings
-from trueup.stack.supervisor.commands import Command
-from trueup.stack.supervisor.crew import Policy
-from trueup.stack.supervisor.supervisor import run_stack
+from trueup.stack.commands import Command
+from trueup.stack.supervisor import Policy
+from trueup.stack.supervisor import run_stack
 
 home, commands, policy, servers = sys.argv[1:]
 urls = {"database_url": "postgresql://db/x", "broker_url": "redis://broker/0"}
@@ -309,7 +307,7 @@ def test_the_stack_stops_when_nobody_reads_its_output_any_more(home: Path) -> No
 
 
 def test_lines_are_coloured_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trueup.stack.supervisor.merged_log import MergedLog
+    from trueup.stack.supervisor import MergedLog
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -13,7 +13,7 @@ from tests.stack.helpers import temporary_home
 from tests.support.waiting import DEADLINE_SECONDS, wait_for
 from trueup.settings.settings import Settings
 from trueup.stack.layout import prepare_layout
-from trueup.stack.servers.postgres_home import find_postgres_home
+from trueup.stack.servers.postgres import find_postgres_home
 
 VARIABLE = "TRUEUP_TEST_PGBOUNCER"
 GIVEN = os.environ.get(VARIABLE)

@@ -12,7 +12,7 @@ from urllib.parse import quote
 from trueup.settings.settings import Settings
 from trueup.stack.layout import can_pass, prepare_layout
 from trueup.stack.processes import run_tool
-from trueup.stack.servers.postgres_home import find_postgres_home
+from trueup.stack.servers.postgres import find_postgres_home
 
 VARIABLE = "TRUEUP_TEST_POSTGRES"
 """Folders with `postgres` and `initdb`: the whole test session runs on the first, tests/versions on each."""

@@ -60,7 +60,7 @@ def standby_of(primary: Engine) -> Iterator[Engine]:
         options = [part for setting in settings for part in ("-c", setting)]
         argv = [server.exe(), "-D", str(copy), *options]
         log = home.parent / "standby.log"
-        assert start_detached(argv, folder=copy, log=log, account=account)
+        assert start_detached(argv, folder=copy, log=log, account=account, environment={})
         engine = create_engine(primary.url.update_query_dict({"host": str(home)}), poolclass=NullPool)
         try:
             wait_for(lambda: _answers(home), "the standby to answer")
