@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from trueup.errors import HoldExhaustedError
-from trueup.features.instagram.effects import Outcome
+from trueup.features.instagram.effects import Outbox, Outcome
 from trueup.llm.model import Completion, Message
 from trueup.llm.offline.offline import OfflineProvider
 
@@ -57,8 +57,11 @@ class HeldModel:
         return done
 
 
-class AtOnce:
-    """An outbox that remembers nothing: each effect is done when it is asked for."""
+class AtOnce(Outbox):
+    """An outbox without a record: it performs each effect at once."""
+
+    def __init__(self) -> None:
+        super().__init__(user_id=1, task_id="scripted", resend_unknown=False)
 
     def find(self, effect: str) -> Outcome | None:
         return None
