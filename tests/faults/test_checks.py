@@ -1,4 +1,4 @@
-"""The harness is no good unless it finds what is wrong: each kind of violation, made by hand, is seen."""
+"""Tests of the harness: the checks see each kind of violation, which a test makes by hand."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,7 +38,7 @@ Found = Callable[[], set[str]]
 
 @pytest.fixture
 def stage(host: Host) -> Stage:
-    """A round of one user that has been played, with nothing in it yet."""
+    """A played round of one user, without any content yet."""
     user = host.subscriber(BUDGET, start=datetime.now(UTC) - timedelta(days=1))
     provider, graph = SimpleNamespace(ledger=Ledger()), SimpleNamespace(ledger=GraphLedger())
     return Stage(
@@ -74,7 +74,7 @@ def serve(stage: Stage, billed: int, *, asked: int = 80, task: str = "t1", user:
 
 
 def serve_stream(stage: Stage, billed: int, *, prompt: int, sent: int, chunks_read: int | None = None) -> Serving:
-    """Serve a stream whose usage was never told."""
+    """Serve a stream whose usage was never sent."""
     serving = serve(stage, billed)
     serving.streamed, serving.usage_sent, serving.complete = True, False, False
     serving.prompt_tokens, serving.tokens_sent, serving.chunks_read = prompt, sent, chunks_read
@@ -101,7 +101,7 @@ def post(stage: Stage, *, accepted: bool = True, text: str = "hello") -> None:
 
 
 def told(host: Host, stage: Stage, status: str) -> None:
-    """Let the outbox say that of the message."""
+    """Record that state of the message in the outbox."""
     host.execute(
         "INSERT INTO trueup.outbox (user_id, task_id, effect, status, detail, created_at, updated_at) "
         """VALUES (:user, 'm1', :effect, :status, '{"message": "hello"}', now(), now())""",
@@ -153,7 +153,7 @@ def test_a_wrong_figure_is_found(stage: Stage, connection: Connection, hold: Hol
 def test_a_broken_stream_is_charged_by_what_arrived(
     stage: Stage, connection: Connection, hold: Hold, found: Found
 ) -> None:
-    # 50 were generated: 10 of them on top of what was sent, which nobody has told the caller.
+    # 50 were generated: 10 more than were sent, and the caller does not know of them.
     record(connection, hold, serve_stream(stage, 50, prompt=30, sent=10), tokens=40, reported=False)
     assert found() == set()
 
@@ -371,7 +371,7 @@ def intent(bound: int, outcome: str = "unknown") -> SimpleNamespace:
     ("behaviour", "complete", "sent", "outcome", "lost"),
     [
         ("ok", True, 10, "started", True),
-        ("ok", True, 10, "unknown", False),  # it may have waited too long for it
+        ("ok", True, 10, "unknown", False),  # it may have waited too long
         ("ok", False, 10, "started", True),  # its task ended it early
         ("stream_broken", False, 2, "started", True),
         ("broken_after", False, 0, "started", False),

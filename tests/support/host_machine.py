@@ -1,4 +1,4 @@
-"""What a host does beside billing, as steps of a state machine: each to the database and to the model."""
+"""The host's own actions, as steps of a state machine. Each step changes the database and the model."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -31,7 +31,7 @@ HOST_STEPS = (
 
 
 class HostMachine(RuleBasedStateMachine):
-    """Two users, so that steps meet; and their host, which does as it likes."""
+    """Two users, so that steps affect the same user, and their host, which acts in any order."""
 
     host: Host
 
@@ -42,11 +42,11 @@ class HostMachine(RuleBasedStateMachine):
         self.users = [ModelUser(user=self.host.subscriber(PLAN), plan=PLAN, start=START, counter=PLAN) for _ in "12"]
 
     def draw_user(self, draw: Draw) -> ModelUser:
-        """Draw a user, one of them more often: what attempts of one task do to each other takes several steps."""
+        """Draw a user, one of them more often, because conflicts between attempts of one task need several steps."""
         return self.users[draw(st.sampled_from([0, 0, 0, 1]))]
 
     def draw_subscriber(self, draw: Draw) -> ModelUser:
-        """Draw a user; one without a subscription takes one now."""
+        """Draw a user. A user without a subscription gets one now."""
         user = self.draw_user(draw)
         if not user.subscribed:
             self._subscribe(user)
@@ -123,7 +123,7 @@ class HostMachine(RuleBasedStateMachine):
         return Change(at=self.now, window=user.start, plan=user.plan)
 
     def _tell(self, user: ModelUser, *changes: Change) -> None:
-        """The trigger has told of the host's changes; it goes by the clock on the wall, and the machine by its own."""
+        """Change the times of the trigger's records to the machine's clock. The trigger uses the server's clock."""
         user.book.tell(*changes)
         self.host.execute(
             "UPDATE trueup.window_change SET changed_at = :now WHERE id IN (SELECT id FROM trueup.window_change "

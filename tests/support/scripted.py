@@ -1,4 +1,4 @@
-"""A model that answers as the test says, and remembers what it was asked."""
+"""Models that answer as a test says, and record their prompts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ def completion(text: str, *, truncated: bool = False) -> Completion:
 
 
 class ScriptedModel:
-    """Gives the answers in turn; after the last one its hold is exhausted."""
+    """Gives the answers in turn. After the last one its hold is exhausted."""
 
     def __init__(self, *answers: str | Completion) -> None:
         self._answers = list(answers)
@@ -39,7 +39,7 @@ class ScriptedModel:
 
 
 class HeldModel:
-    """The offline provider behind a hold of a given size, capped and refused as a metered model is. No database."""
+    """The offline provider behind a hold of a given size, capped and refused like a metered model. No database."""
 
     def __init__(self, tokens: int) -> None:
         self._provider = OfflineProvider()
