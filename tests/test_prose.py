@@ -1,4 +1,4 @@
-"""Plain English: phrases that readers with English as a second language have to read twice are not used."""
+"""Plain English: no phrases that readers with English as a second language have to read twice."""
 
 import re
 from collections.abc import Iterator
@@ -7,17 +7,37 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# "nobody" in quotes is the name of an account.
 PHRASES = re.compile(
-    r"\b(nobody|whoever|(?:gone|goes?|going|went) on with|told of|tells? of|(?:built|made) anew|one that|those that"
-    r"|what (?:is|was|it|they|tells|did)\b.{0,60}?\b(?:is|was|are)|superfluous|insist\w*)\b",
+    r"\b(nobody(?!\")|whoever|(?:gone|goes?|going|went) on with|told of|tells? of|(?:built|made) anew|one that"
+    r"|those that|what (?:is|was|it|they|tells|did)\b.{0,60}?\b(?:is|was|are)|superfluous|insist\w*)\b",
     re.IGNORECASE,
 )
-# The other rooms join as they are rewritten.
+# The other rooms join when they are rewritten.
 PLAIN = (
     "CONTRIBUTING.md",
+    "Dockerfile",
+    "Makefile",
     "README.md",
+    "benchmarks",
+    "docker-compose.yml",
     "docs",
+    "pyproject.toml",
+    "requirements/compile",
     "tasks",
+    "tests/conftest.py",
+    "tests/faults",
+    "tests/hosts",
+    "tests/packaging",
+    "tests/stack",
+    "tests/support",
+    "tests/test_attach_docs.py",
+    "tests/test_clocks.py",
+    "tests/test_extras.py",
+    "tests/test_moments.py",
+    "tests/test_public_names.py",
+    "tests/test_readme.py",
+    "tests/test_repository.py",
     "trueup/api",
     "trueup/features",
     "trueup/llm",
@@ -25,6 +45,7 @@ PLAIN = (
     "trueup/reconcile",
     "trueup/reports",
     "trueup/review",
+    "trueup/stack",
     "trueup/usage",
 )
 
@@ -33,7 +54,9 @@ def _files(place: str) -> Iterator[Path]:
     path = ROOT / place
     if path.is_file():
         yield path
-    yield from (file for file in path.rglob("*") if file.suffix in (".py", ".sql", ".md"))
+    yield from (
+        file for file in path.rglob("*") if file.suffix in (".py", ".sql", ".md") and file.name != "specification.md"
+    )
 
 
 @pytest.mark.parametrize("place", PLAIN)
@@ -57,5 +80,5 @@ def test_prose_uses_plain_phrases(place: str) -> None:
         "What is done about it is a policy.",
     ],
 )
-def test_the_pattern_finds_what_it_is_for(sentence: str) -> None:
+def test_the_pattern_matches_its_examples(sentence: str) -> None:
     assert PHRASES.search(sentence)

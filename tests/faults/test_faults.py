@@ -32,7 +32,7 @@ def totals(seed: int, said: list[str], _no_settings_from_outside: None) -> Total
     return run_rounds([plan_round(seed, number) for number in range(ROUNDS)], said.append)
 
 
-def test_no_invariant_is_violated_whatever_is_killed_stopped_or_cut(totals: Totals, said: list[str]) -> None:
+def test_no_invariant_is_violated_by_any_fault(totals: Totals, said: list[str]) -> None:
     assert not totals.violations, "\n".join(said)
 
 

@@ -121,7 +121,7 @@ class Worker:
             os.killpg(self._process.pid, number)
 
     def revive(self) -> bool:
-        """Start it again if it has died, and return whether it had. A death that the harness did not cause is recorded."""
+        """Start it again if it has died, and return whether it had. A death that the harness did not cause is noted."""
         if self._process is None or self.alive:
             return False
         if self.crashed:

@@ -168,7 +168,7 @@ class ModelUser:
         return max(0, hold.rest - self.in_flight(hold.task, but=but))
 
     def expire_holds(self, now: datetime) -> tuple[int, int]:
-        """End overdue holds, except with calls in flight. Returns the number of ended holds, and the released tokens."""
+        """End overdue holds, except with calls in flight. Returns the number of ended holds and the released tokens."""
         overdue = [hold for hold in self.holds if hold.status == "open" and hold.expires_at <= now]
         before = sum(hold.rest for hold in overdue)
         for hold in overdue:

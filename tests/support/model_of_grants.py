@@ -168,7 +168,7 @@ class GrantBook:
         return left, uses
 
     def found(self, start: datetime, plan: int, rows: list[Logged]) -> list[tuple[Grant, int]]:
-        """Return each grant with the tokens that a window finds left of it. For a grant settled in it: its settled use."""
+        """Return each grant with the tokens that a window finds left of it, or with its use if it is settled in it."""
         left, _ = self.uses(start, plan, rows)
         written = self.written(start, EVER)
         return [(grant, written.get(number, left[number])) for number, grant in self.grants.items()]

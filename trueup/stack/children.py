@@ -1,4 +1,4 @@
-"""Child processes of the stack, and the records by which the next start finds those that a `kill -9` left.
+"""Child processes of the stack, and the records by which the next start finds the children that a `kill -9` left.
 
 Each child leads a process group of its own, whose number is its pid. Its record is on disk before its program runs.
 """

@@ -203,7 +203,7 @@ class _Slot:
 
 
 class _Supervisor:
-    """Runs the commands until a stop request, and restarts those that die."""
+    """Runs the commands until a stop request, and restarts dead ones."""
 
     def __init__(
         self,

@@ -43,7 +43,7 @@ class Server(ABC):
         """Start it without waiting. None: it has already ended."""
 
     def processes(self) -> list[psutil.Process]:
-        """Return all its living processes, with those that a killed server left."""
+        """Return all its living processes, with the leftovers of a killed server."""
         return processes_in(self.data, self.process_names)
 
     def ensure_running(self) -> None:
