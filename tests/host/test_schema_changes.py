@@ -143,7 +143,7 @@ def test_a_view_answers_that_it_is_not_ready(host: Host, user: int) -> None:
     assert (refusal.status, refusal.body["error_code"]) == (503, "not_ready")
 
 
-def assert_closed(user: int, match: str) -> None:
+def assert_unavailable(user: int, match: str) -> None:
     for question in ask(user):
         with pytest.raises(HostChangedError, match=match) as caught:
             question()
@@ -160,7 +160,7 @@ def test_a_change_that_would_go_unseen_closes_the_gate_until_it_is_attached_anew
     assert {finding.level for finding in check_triggers(connection, get_settings())} == {"ok"}
     change_of(host, statement)
     host.log(user, 7)
-    assert_closed(user, wrong)
+    assert_unavailable(user, wrong)
     assert "error" in {finding.level for finding in check_triggers(connection, get_settings())}
     # What is spent is spent: it is recorded all the same.
     charge_tokens(connection, held, 300)
@@ -188,7 +188,7 @@ def test_what_the_host_renames_is_named_with_the_remedy(
     )
     host.execute(f"UPDATE {names.table} SET {names.total_tokens} = 6 WHERE {names.total_tokens} = 5")
     host.execute(f"DELETE FROM {names.table} WHERE {names.total_tokens} = 100")
-    assert_closed(user, rf"has no {missing} any more")
+    assert_unavailable(user, rf"has no {missing} any more")
     attach(mapping)
     assert_true(host, mapping)
     with connect() as own:
@@ -288,7 +288,7 @@ def test_more_tokens_are_a_question_to_the_gate_too(host: Host, connection: Conn
 
 def test_setting_up_again_in_place_of_attaching_counts_anew_too(host: Host, user: int) -> None:
     change_of(host, SILENT["off and on again"][0])
-    assert_closed(user, "switched off for a while")
+    assert_unavailable(user, "switched off for a while")
     with host.engine.begin() as setting_up:
         install(setting_up, HostMapping(), with_host_tables=False)
     with connect() as own:

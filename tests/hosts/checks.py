@@ -34,7 +34,7 @@ def assert_denied(answer: httpx.Response, person: Person, **asked: Any) -> None:
     assert answer.json()["error_code"] == REASONS[person]
 
 
-def assert_asks_for_a_subscription_only(server: Server, path: str, person: Person) -> None:
+def assert_requires_only_a_subscription(server: Server, path: str, person: Person) -> None:
     """A user with a subscription is admitted, with any number of tokens left."""
     answer = server.post(path, person)
     if person in (POOR, SPENT):
@@ -43,25 +43,25 @@ def assert_asks_for_a_subscription_only(server: Server, path: str, person: Perso
         assert_denied(answer, person, tokens=0)
 
 
-def assert_lets_in(server: Server, path: str) -> None:
+def assert_admits(server: Server, path: str) -> None:
     answer = server.post(path, RICH)
     assert (answer.status_code, answer.json()["user"]) == (200, RICH.id)
 
 
-def assert_turns_nobody_in(server: Server, path: str) -> None:
+def assert_refuses_anonymous(server: Server, path: str) -> None:
     answer = server.post(path, None)
     assert (answer.status_code, answer.json()) == (401, ANONYMOUS)
     assert answer.headers["WWW-Authenticate"] == "Bearer"
 
 
-def assert_closed(server: Server, path: str) -> None:
+def assert_unavailable(server: Server, path: str) -> None:
     """Without the database no user is admitted. The answer says when to try again, but not where the database is."""
     answer = server.post(path, RICH)
     assert (answer.status_code, answer.json()) == (503, AWAY)
     assert answer.headers["Retry-After"] == "5"
 
 
-def assert_requests_at_once_never_overspend(server: Server, host: Host, person: Person) -> None:
+def assert_concurrent_requests_never_overspend(server: Server, host: Host, person: Person) -> None:
     """Of eight requests of 1,000 tokens each, a budget of 4,000 pays for four, and all figures agree."""
     client = server.client(person)
     with ThreadPoolExecutor(8) as pool:

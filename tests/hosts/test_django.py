@@ -4,12 +4,12 @@ import pytest
 
 from tests.hosts.checks import (
     ANONYMOUS,
-    assert_asks_for_a_subscription_only,
-    assert_closed,
+    assert_admits,
+    assert_concurrent_requests_never_overspend,
     assert_denied,
-    assert_lets_in,
-    assert_requests_at_once_never_overspend,
-    assert_turns_nobody_in,
+    assert_refuses_anonymous,
+    assert_requires_only_a_subscription,
+    assert_unavailable,
     denied,
 )
 from tests.hosts.conftest import Site
@@ -31,12 +31,12 @@ def server(request: pytest.FixtureRequest) -> Server:
 
 @pytest.mark.parametrize("path", [*REST, *DJANGO])
 def test_a_user_with_tokens_is_admitted(server: Server, path: str) -> None:
-    assert_lets_in(server, path)
+    assert_admits(server, path)
 
 
 @pytest.mark.parametrize("path", DJANGO)
 def test_django_refuses_an_anonymous_user(server: Server, path: str) -> None:
-    assert_turns_nobody_in(server, path)
+    assert_refuses_anonymous(server, path)
 
 
 @pytest.mark.parametrize("path", REST)
@@ -59,24 +59,24 @@ def test_every_kind_of_view_denies(server: Server, path: str) -> None:
 
 @denied
 def test_a_subscription_is_required_with_any_number_of_tokens(server: Server, person: Person) -> None:
-    assert_asks_for_a_subscription_only(server, "/rest/subscribers", person)
+    assert_requires_only_a_subscription(server, "/rest/subscribers", person)
 
 
 def test_without_the_database_no_user_is_admitted_until_it_answers(server: Server, django_site: Site) -> None:
     paths = ["/rest/class", "/rest/subscribers", *DJANGO]
     for path in paths:
         server.client(RICH)  # logs in first, while the host's own database is available
-        assert_lets_in(server, path)
+        assert_admits(server, path)
     with django_site.away_from_trueup():
         for path in paths:
-            assert_closed(server, path)
+            assert_unavailable(server, path)
         assert server.post("/django/function", None).json() == ANONYMOUS
-    assert_lets_in(server, "/rest/class")
+    assert_admits(server, "/rest/class")
 
 
 def test_concurrent_requests_never_overspend(django_wsgi: Server, django_asgi: Server, django_site: Site) -> None:
-    assert_requests_at_once_never_overspend(django_wsgi, django_site.host, RACERS[0])
-    assert_requests_at_once_never_overspend(django_asgi, django_site.host, RACERS[1])
+    assert_concurrent_requests_never_overspend(django_wsgi, django_site.host, RACERS[0])
+    assert_concurrent_requests_never_overspend(django_asgi, django_site.host, RACERS[1])
     assert_true(django_site.host)
 
 

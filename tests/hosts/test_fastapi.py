@@ -4,12 +4,12 @@ import pytest
 
 from tests.hosts.checks import (
     ANONYMOUS,
-    assert_asks_for_a_subscription_only,
-    assert_closed,
+    assert_admits,
+    assert_concurrent_requests_never_overspend,
     assert_denied,
-    assert_lets_in,
-    assert_requests_at_once_never_overspend,
-    assert_turns_nobody_in,
+    assert_refuses_anonymous,
+    assert_requires_only_a_subscription,
+    assert_unavailable,
     denial_of,
     denied,
 )
@@ -24,8 +24,8 @@ DEPENDENCIES = ["/dependency", "/dependency-of-state"]
 
 @pytest.mark.parametrize("path", [*DECORATED, *DEPENDENCIES])
 def test_a_user_with_tokens_is_admitted_and_an_anonymous_one_is_not(fastapi_server: Server, path: str) -> None:
-    assert_lets_in(fastapi_server, path)
-    assert_turns_nobody_in(fastapi_server, path)
+    assert_admits(fastapi_server, path)
+    assert_refuses_anonymous(fastapi_server, path)
 
 
 @denied
@@ -44,7 +44,7 @@ def test_every_kind_of_endpoint_denies(fastapi_server: Server, path: str) -> Non
 def test_a_subscription_is_required_with_any_number_of_tokens(
     fastapi_server: Server, path: str, person: Person
 ) -> None:
-    assert_asks_for_a_subscription_only(fastapi_server, path, person)
+    assert_requires_only_a_subscription(fastapi_server, path, person)
 
 
 def test_the_signature_of_an_endpoint_is_kept(fastapi_server: Server) -> None:
@@ -82,15 +82,15 @@ def test_a_dependency_without_handlers_has_the_same_status_and_body(fastapi_serv
 def test_without_the_database_no_user_is_admitted_until_it_answers(fastapi_server: Server, plain_site: Site) -> None:
     paths = [*DECORATED, *DEPENDENCIES]
     for path in paths:
-        assert_lets_in(fastapi_server, path)
+        assert_admits(fastapi_server, path)
     with plain_site.away_from_trueup():
         for path in (*paths, "/spend"):
-            assert_closed(fastapi_server, path)
-    assert_lets_in(fastapi_server, "/depends")
+            assert_unavailable(fastapi_server, path)
+    assert_admits(fastapi_server, "/depends")
 
 
 def test_concurrent_requests_never_overspend(fastapi_server: Server, plain_site: Site) -> None:
-    assert_requests_at_once_never_overspend(fastapi_server, plain_site.host, RACERS[0])
+    assert_concurrent_requests_never_overspend(fastapi_server, plain_site.host, RACERS[0])
     assert_true(plain_site.host)
 
 
