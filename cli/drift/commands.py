@@ -185,11 +185,11 @@ def explain(user: UserId, as_json: bool) -> None:
       trueup drift explain 42
     """
     from trueup.cli.reports.story import print_story
-    from trueup.reports.user_report import tell_counter
+    from trueup.reports.user_report import report_counter
 
     settings = get_settings()
     with servers("postgres"), connect() as connection:
-        story = tell_counter(connection, settings.host, user, rules=settings.reconcile.rules())
+        story = report_counter(connection, settings.host, user, rules=settings.reconcile.rules())
     if not story.account.subscribed and not story.past:
         raise UnknownUserError(f"user: {user} has no subscription. Check the id, and the [host] mapping.")
     if as_json:

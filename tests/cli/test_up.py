@@ -104,7 +104,7 @@ def test_up_runs_both_workers_and_the_api_and_other_commands_use_it(up: Up) -> N
 
     ready = wait_for(lambda: answer_of(f"{up.api}/readyz"), "the API answers")
     assert ready == {"ready": True, "database": "ok", "broker": "ok", "worker": "ok"}
-    assert "nobody is authenticated" in up.log.read_text()
+    assert "without authentication" in up.log.read_text()
 
     second = up.trueup("up")
     assert (second.returncode, second.stdout) == (1, "")

@@ -24,8 +24,8 @@ def effect_violations(stage: "Stage", books: Books) -> Iterator[Violation]:
         outcome, result = stage.outcomes.get(task.task_id), stage.results.get(task.task_id)
         for effect in EFFECTS:
             texts, row = accepted[task.comment_id, effect], rows.get((task.task_id, effect))
-            told = f"its row says {row.status}" if row else "no row of it"
-            name = f"{effect} of {task.task_id} ({task.mode}, {outcome}): accepted {len(texts)} times, {told}"
+            said = f"its row says {row.status}" if row else "no row of it"
+            name = f"{effect} of {task.task_id} ({task.mode}, {outcome}): accepted {len(texts)} times, {said}"
             if len(texts) > 1:
                 yield Violation(kind="message_sent_twice", detail=name)
             # An effect without a living sender can't be recognised by the row of a task that was lost in transport, nor

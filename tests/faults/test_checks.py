@@ -100,7 +100,7 @@ def post(stage: Stage, *, accepted: bool = True, text: str = "hello") -> None:
     posting.accepted, posting.ended_at = accepted, 0.0
 
 
-def told(host: Host, stage: Stage, status: str) -> None:
+def record_effect(host: Host, stage: Stage, status: str) -> None:
     """Record that state of the message in the outbox."""
     host.execute(
         "INSERT INTO trueup.outbox (user_id, task_id, effect, status, detail, created_at, updated_at) "
@@ -298,14 +298,14 @@ def test_an_extension_by_other_tokens_is_found(stage: Stage, found: Found, grant
 def test_a_message_sent_once_and_recorded_is_no_violation(stage: Stage, host: Host, found: Found, status: str) -> None:
     post(stage, accepted=False)
     post(stage)
-    told(host, stage, status)
+    record_effect(host, stage, status)
     assert found() == set()
 
 
 def test_a_message_sent_twice_is_found(stage: Stage, host: Host, found: Found) -> None:
     post(stage)
     post(stage)
-    told(host, stage, "unknown")
+    record_effect(host, stage, "unknown")
     assert found() == {"message_sent_twice"}
 
 
@@ -314,14 +314,14 @@ def test_a_message_sent_without_a_record_is_found(stage: Stage, host: Host, foun
     stage.outcomes = {"m1": "GraphError"}
     post(stage)
     if status:
-        told(host, stage, status)
+        record_effect(host, stage, status)
     assert found() == {"message_untold"}
 
 
 def test_a_message_of_a_flushed_task_may_remain_in_the_state_sending(stage: Stage, host: Host, found: Found) -> None:
     stage.outcomes, stage.flushed = {"m1": "no result"}, True
     post(stage)
-    told(host, stage, "sending")
+    record_effect(host, stage, "sending")
     assert found() == set()
 
 
@@ -331,31 +331,31 @@ def test_a_message_of_a_killed_process_may_remain_in_the_state_sending(
 ) -> None:
     stage.outcomes, stage.killed = {"m1": "done"}, {1: 0.0}
     post(stage)
-    told(host, stage, status)
+    record_effect(host, stage, status)
     assert found() == expected
 
 
 def test_a_message_recorded_as_sent_that_was_not_sent_is_found(stage: Stage, host: Host, found: Found) -> None:
     post(stage, accepted=False)
-    told(host, stage, "sent")
+    record_effect(host, stage, "sent")
     assert found() == {"message_not_sent"}
 
 
 def test_a_message_that_differs_from_its_record_is_found(stage: Stage, host: Host, found: Found) -> None:
     post(stage, text="another")
-    told(host, stage, "sent")
+    record_effect(host, stage, "sent")
     assert found() == {"message_not_sent"}
 
 
 def test_a_result_that_claims_an_unsent_message_is_found(stage: Stage, host: Host, found: Found) -> None:
     stage.results["m1"] = {"status": "sent", "public_reply_sent": False}
-    told(host, stage, "failed")
+    record_effect(host, stage, "failed")
     assert found() == {"message_not_sent"}
 
 
 def test_a_task_lost_while_it_sent_is_found(stage: Stage, host: Host, found: Found) -> None:
     stage.outcomes = {"m1": "no result"}
-    told(host, stage, "sending")
+    record_effect(host, stage, "sending")
     assert found() == {"lost_task"}
 
 

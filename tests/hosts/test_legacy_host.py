@@ -181,9 +181,9 @@ def lived(stack: StackUrls, admin_engine: Engine, tmp_path_factory: pytest.TempP
 
 def test_the_project_worked_all_the_time_without_an_error(lived: Lived) -> None:
     slowest = sorted((tuple(book["slowest"]) for book in lived.books[1:]), reverse=True)
-    told = ", ".join(f"{seconds * 1000:.0f} ms {what}" for seconds, what in slowest)
+    said = ", ".join(f"{seconds * 1000:.0f} ms {what}" for seconds, what in slowest)
     steps = sum(book["steps"] for book in lived.books[1:])
-    sys.stdout.write(f"the shop: {steps} transactions; the longest of each thread: {told}\n{lived.took}\n")
+    sys.stdout.write(f"the shop: {steps} transactions; the longest of each thread: {said}\n{lived.took}\n")
     assert [error for book in lived.books for error in book["errors"]] == []
     assert all(book["steps"] > 100 for book in lived.books)
 

@@ -110,21 +110,21 @@ class HostMachine(RuleBasedStateMachine):
         user.start = draw(st.sampled_from([self.now, user.start])) + draw(shifts)
         self._set(user, "start_date = :start", start=user.start)
         if user.start != before.window:
-            self._tell(user, before, self._terms(user))
+            self._record(user, before, self._terms(user))
 
     def change_plan(self, draw: Draw) -> None:
         user = self.draw_subscriber(draw)
         before = self._terms(user)
         user.plan = draw(st.sampled_from([0, 1_000, PLAN, 3_000]))
         self._set(user, "token_plan_id = :plan", plan=self.host.plan(user.plan))
-        self._tell(user, before, self._terms(user))
+        self._record(user, before, self._terms(user))
 
     def _terms(self, user: ModelUser) -> Change:
         return Change(at=self.now, window=user.start, plan=user.plan)
 
-    def _tell(self, user: ModelUser, *changes: Change) -> None:
+    def _record(self, user: ModelUser, *changes: Change) -> None:
         """Change the times of the trigger's records to the machine's clock. The trigger uses the server's clock."""
-        user.book.tell(*changes)
+        user.book.record(*changes)
         self.host.execute(
             "UPDATE trueup.window_change SET changed_at = :now WHERE id IN (SELECT id FROM trueup.window_change "
             "WHERE user_id = :user AND plan_tokens IS NULL ORDER BY id DESC LIMIT :count)",
@@ -154,7 +154,7 @@ class HostMachine(RuleBasedStateMachine):
             plan=self.host.plan(user.plan),
             start=user.start,
         )
-        self._tell(user, self._terms(user))
+        self._record(user, self._terms(user))
 
     def set_counter(self, draw: Draw) -> None:
         user = self.draw_subscriber(draw)

@@ -233,8 +233,8 @@ class ModelUser:
         return hold
 
     def _wait(self, hold: ModelHold, waits: int, now: datetime) -> Busy:
-        somebody_waits = hold.duplicate_until is not None and hold.duplicate_until > now
-        redundant = somebody_waits and waits < hold.duplicate_waits
+        is_waited_for = hold.duplicate_until is not None and hold.duplicate_until > now
+        redundant = is_waited_for and waits < hold.duplicate_waits
         waits = max(waits, hold.duplicate_waits) + 1
         busy_until = min(hold.lease_until, now + timedelta(minutes=1))
         if not redundant:

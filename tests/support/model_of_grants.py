@@ -114,24 +114,24 @@ class Change:
 
 @dataclass(kw_only=True)
 class GrantBook:
-    """A user's grants. `told`: the host's changes. `closed`: the settled windows, and the next ones' starts."""
+    """A user's grants. `changes`: the host's changes. `closed`: the settled windows, and the next ones' starts."""
 
     grants: dict[int, Grant] = field(default_factory=dict)
-    told: list[Change] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
     settled: dict[tuple[int, datetime], int] = field(default_factory=dict)
     closed: dict[datetime, datetime] = field(default_factory=dict)
 
-    def tell(self, *changes: Change) -> None:
+    def record(self, *changes: Change) -> None:
         if self.grants:
-            self.told.extend(changes)
+            self.changes.extend(changes)
 
     def windows(self, start: datetime, plan: int) -> list[tuple[datetime, Plans]]:
         """Return the windows up to this one, each with its plans. A window that moved back removes the later ones."""
-        told = self.told
-        if not told or told[-1].window != start:
-            told = [*told, Change(at=EVER, window=start, plan=plan)]
+        changes = self.changes
+        if not changes or changes[-1].window != start:
+            changes = [*changes, Change(at=EVER, window=start, plan=plan)]
         windows: list[tuple[datetime, Plans]] = []
-        for change in told:
+        for change in changes:
             while windows and windows[-1][0] > change.window:
                 windows.pop()
             if not windows or windows[-1][0] < change.window:
@@ -194,8 +194,8 @@ class GrantBook:
         """Record the settled use, as a lock on the balance does."""
         if not self.grants:
             return
-        if not self.told or (self.told[-1].window, self.told[-1].plan) != (start, plan):
-            self.told.append(Change(at=now, window=start, plan=plan))
+        if not self.changes or (self.changes[-1].window, self.changes[-1].plan) != (start, plan):
+            self.changes.append(Change(at=now, window=start, plan=plan))
         _, uses = self.uses(start, plan, rows)
         ended = self.written(start, EVER)
         windows = [window for window, _ in self.windows(start, plan)]
@@ -208,14 +208,14 @@ class GrantBook:
                 self.settled.setdefault((grant.id, start), used)
 
     def _forget_what_was_taken_back(self) -> None:
-        told: list[Change] = []
-        for change in self.told:
-            while told and told[-1].window > change.window:
-                told.pop()
-            told.append(change)
-        self.told = [
+        changes: list[Change] = []
+        for change in self.changes:
+            while changes and changes[-1].window > change.window:
+                changes.pop()
+            changes.append(change)
+        self.changes = [
             change
-            for before, change in zip([None, *told], told, strict=False)
+            for before, change in zip([None, *changes], changes, strict=False)
             if before is None or (before.window, before.plan) != (change.window, change.plan)
         ]
 

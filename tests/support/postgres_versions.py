@@ -48,8 +48,8 @@ def _candidates() -> Iterable[Path]:
 def _version(programs: Path) -> int | None:
     if not (programs / "initdb").is_file():
         return None
-    told = subprocess.run([programs / "postgres", "--version"], capture_output=True, text=True, check=False)
-    match = re.search(r"\(PostgreSQL\) (\d+)", told.stdout)
+    said = subprocess.run([programs / "postgres", "--version"], capture_output=True, text=True, check=False)
+    match = re.search(r"\(PostgreSQL\) (\d+)", said.stdout)
     return int(match[1]) if match else None
 
 

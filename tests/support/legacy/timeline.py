@@ -156,8 +156,8 @@ class Player:
         if "counter_null" not in life.truth.causes:
             life.counter = self.counter
             difference = self.counter - (life.original - life.consumed)
-            told = sum(life.truth.tokens.values())
-            assert told == difference, f"the script's truth {life.truth} is not the difference {difference}"
+            total = sum(life.truth.tokens.values())
+            assert total == difference, f"the script's truth {life.truth} is not the difference {difference}"
         return life
 
     def on_log(self, event: Event) -> None:
