@@ -112,6 +112,22 @@ def test_redis_never_evicts_and_keeps_an_append_only_file(home: Path) -> None:
         assert "yes" in redis(urls, "CONFIG", "GET", "appendonly")
 
 
+def test_a_server_inherits_no_variable_and_gets_the_given_ones(
+    new_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, seen = find_program(tmp_path).path, tmp_path / "seen"
+    wrapper = tmp_path / "redis-server"
+    wrapper.write_text(f'#!/bin/sh\nenv > {seen}\nexec {program} "$@"\n')
+    tmp_path.chmod(0o755)
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("TRUEUP_OPENAI_API_KEY", "secret")
+    with running_stack(stack_settings(new_home), services=["redis"], environment={"GIVEN": "yes"}) as urls:
+        assert "PONG" in redis(urls, "PING")
+    names = {line.partition("=")[0] for line in seen.read_text().splitlines()}
+    assert {"PATH", "LC_ALL", "GIVEN"} <= names <= {"PATH", "LC_ALL", "GIVEN", "PWD", "OLDPWD", "SHLVL", "_"}
+
+
 def test_the_stack_file_names_exactly_the_servers_that_run(home: Path) -> None:
     settings = stack_settings(home)
 
