@@ -13,8 +13,15 @@ from trueup.cli.reports.options import CAUSE
 from trueup.database.engine import connect
 from trueup.database.retry import retrying
 from trueup.drift.causes import cause_title
-from trueup.review.bulk import MAX_CHOSEN, BulkDecision, ChosenDrifts, choose_drifts, decide_chosen
-from trueup.review.decisions import Choice, ReviewFilter
+from trueup.review.decisions import (
+    MAX_CHOSEN,
+    BulkDecision,
+    Choice,
+    ChosenDrifts,
+    ReviewFilter,
+    choose_drifts,
+    decide_chosen,
+)
 from trueup.settings.settings import get_settings
 
 Command = Callable[..., Any]

@@ -14,8 +14,16 @@ from trueup.errors import InvalidInputError
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.local_run import reconcile
 from trueup.review import bulk
-from trueup.review.bulk import BulkDecision, ChosenDrifts, choose_drifts, decide_chosen
-from trueup.review.decisions import ReviewFilter, decide_drift, list_reviews, undo_run
+from trueup.review.decisions import (
+    BulkDecision,
+    ChosenDrifts,
+    ReviewFilter,
+    choose_drifts,
+    decide_chosen,
+    decide_drift,
+    list_reviews,
+    undo_run,
+)
 from trueup.settings.policies import Rules
 
 RULES = Rules(min_age_seconds=0, policies={"missed_decrement": "review"})

@@ -19,8 +19,7 @@ from redis.exceptions import RedisError
 from trueup.accounts.user_ids import UserId
 from trueup.api.access import require_tokens
 from trueup.api.auth import CurrentUser
-from trueup.api.errors import ApiError, unavailable
-from trueup.api.responses import AUTHENTICATED, Problem, responses
+from trueup.api.errors import AUTHENTICATED, ApiError, Problem, responses, unavailable
 from trueup.api.schemas import Body
 from trueup.api.views.task_results import ENDED, TASKS_PATH, TaskBody, body_of, read_task
 from trueup.database.retry import retrying
