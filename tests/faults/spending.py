@@ -96,7 +96,7 @@ def _read(stream: CompletionStream, chunks: int | None) -> None:
         pass
 
 
-def _hurry() -> None:
+def _shorten_waits() -> None:
     trueup.tasks.requeue.PROVIDER_RETRY_BASE_SECONDS = 0.2  # type: ignore[assignment]
     # A hold's lease is then 2.5 s: shorter than the longest stop of a process, longer than any call except a long
     # stream.
@@ -140,6 +140,6 @@ def _signed(send: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _warm_up()
-_hurry()
+_shorten_waits()
 _reconnect_soon()
 _sign_requests()
