@@ -71,9 +71,8 @@ class ChildRecords:
 class Child:
     """A started process with piped output. Its pid is also the number of its process group."""
 
-    def __init__(self, command: Command, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None  # noqa: S101 - for the type checker: the output is a pipe
-        self.command = command
         self.output = process.stdout
         self.output_ended = False  # it may close its output and still run
         self.pid = process.pid

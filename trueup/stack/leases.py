@@ -80,13 +80,11 @@ def publish(path: Path, service: str, url: str | None) -> None:
     # The services have separate mutexes, so two processes may come here at once. A third mutex prevents that one of
     # their changes is lost.
     with mutex(path.with_suffix(".mutex"), "stack"), explained("stack", path):
-        before: dict[str, str] = {}
+        urls: dict[str, str | None] = {}
         with suppress(OSError, json.JSONDecodeError):
-            before = json.loads(path.read_text())
-        after = {name: value for name, value in before.items() if name != _KEYS[service]}
-        if url:
-            after[_KEYS[service]] = url
-        if after:
-            replace_json(path, after)
+            urls = json.loads(path.read_text())
+        urls[_KEYS[service]] = url
+        if any(urls.values()):
+            replace_json(path, {name: value for name, value in urls.items() if value})
         else:
             path.unlink(missing_ok=True)

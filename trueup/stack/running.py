@@ -53,12 +53,11 @@ def leased_stack(
     settings: Settings, services: Sequence[Service] = BOTH, environment: Mapping[str, str] | None = None
 ) -> Iterator[tuple[StackUrls, Sequence["Lease"]]]:
     """Do what `running_stack` does, and also give the leases, by which a caller can restart dead servers."""
-    configured = {"postgres": settings.database_url, "redis": settings.broker_url}
-    urls = dict(configured)
+    urls = {"postgres": settings.database_url, "redis": settings.broker_url}
     leases: list[Lease] = []
     with ExitStack() as stack:
         # In the order of BOTH, so that two processes can't wait for each other.
-        embedded = [name for name in BOTH if name in services and not configured[name]]
+        embedded = [name for name in BOTH if name in services and not urls[name]]
         if embedded:
             stack.enter_context(_sigterm_unwinds())
             for lease in _leases(settings, embedded, environment or {}):

@@ -256,8 +256,7 @@ class _Supervisor:
         now = time.monotonic()
         for slot in self._slots:
             if slot.child is None and slot.restart_at <= now:
-                process = start_child(slot.command, self._environment, self._records)
-                slot.child = Child(slot.command, process)
+                slot.child = Child(start_child(slot.command, self._environment, self._records))
                 self._selector.register(slot.child.output, selectors.EVENT_READ, slot)
                 self._log.say(f"{slot.command.name} started (process {slot.child.pid})")
 
