@@ -24,7 +24,7 @@ def up() -> None:
       trueup up
     """
     require_extra("embedded", "`trueup up`", "psutil")
-    from trueup.stack.supervisor.supervisor import run_stack
+    from trueup.stack.supervisor import run_stack
 
     run_stack(get_settings(), before_commands=_prepare_database)
 

@@ -12,7 +12,7 @@ from trueup.cli.reports.terminal import print_history, print_story
 from trueup.database.engine import connect
 from trueup.errors import UnknownUserError
 from trueup.reports.history import history_json, read_history
-from trueup.reports.user_report import tell_counter
+from trueup.reports.user_report import report_counter
 from trueup.settings.settings import get_settings
 
 
@@ -66,7 +66,7 @@ def explain(user: UserId, as_json: bool) -> None:
     """
     settings = get_settings()
     with servers("postgres"), connect() as connection:
-        story = tell_counter(connection, settings.host, user, rules=settings.reconcile.rules())
+        story = report_counter(connection, settings.host, user, rules=settings.reconcile.rules())
     if not story.account.subscribed and not story.past:
         raise UnknownUserError(f"user: {user} has no subscription. Check the id, and the [host] mapping.")
     if as_json:

@@ -26,13 +26,17 @@ from trueup.cli.progress import progress_bar
 from trueup.database.engine import connect
 from trueup.database.retry import retrying
 from trueup.drift.causes import cause_title
-from trueup.review.bulk import MAX_CHOSEN, BulkDecision, ChosenDrifts, choose_drifts, decide_chosen
 from trueup.review.decisions import (
+    MAX_CHOSEN,
+    BulkDecision,
     Choice,
+    ChosenDrifts,
     Decision,
     DecisionRefusedError,
     ReviewFilter,
     ReviewItem,
+    choose_drifts,
+    decide_chosen,
     decide_drift,
     list_reviews,
     undo_run,

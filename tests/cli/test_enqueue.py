@@ -14,10 +14,10 @@ from tests.stack.helpers import temporary_home
 from tests.support.demo import Demo, processes_of
 from tests.support.waiting import wait_for
 from trueup.settings.settings import Settings
+from trueup.stack.children import ChildRecords
 from trueup.stack.errors import StackError
 from trueup.stack.locks import FileLock
 from trueup.stack.processes import is_alive
-from trueup.stack.records import ChildRecords
 from trueup.stack.temporary import GRACE_SECONDS, TemporaryWorker
 
 ARTICLE = Path(__file__).parents[2] / "examples" / "help_en.txt"

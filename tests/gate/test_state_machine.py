@@ -239,7 +239,7 @@ class BillingMachine(HostMachine):
 
     def _settled_in_model(self, user: ModelUser) -> tuple[Any, Any, Any]:
         book = user.book
-        return [(change.window, change.at) for change in book.told], book.closed, book.settled
+        return [(change.window, change.at) for change in book.changes], book.closed, book.settled
 
     @invariant()
     def the_books_are_true(self) -> None:

@@ -144,7 +144,7 @@ def test_a_view_answers_that_it_is_not_ready(host: Host, user: int) -> None:
     assert (refusal.status, refusal.body["error_code"]) == (503, "not_ready")
 
 
-def assert_closed(user: int, match: str) -> None:
+def assert_unavailable(user: int, match: str) -> None:
     for question in ask(user):
         with pytest.raises(HostChangedError, match=match) as caught:
             question()
@@ -161,7 +161,7 @@ def test_a_change_that_no_statement_fails_on_closes_the_gate_until_the_next_atta
     assert {finding.level for finding in check_triggers(connection, get_settings())} == {"ok"}
     change_of(host, statement)
     host.log(user, 7)
-    assert_closed(user, wrong)
+    assert_unavailable(user, wrong)
     assert "error" in {finding.level for finding in check_triggers(connection, get_settings())}
     # Paid usage is still recorded.
     charge_tokens(connection, held, 300)
@@ -189,7 +189,7 @@ def test_the_error_for_a_renamed_object_names_it_with_the_remedy(
     )
     host.execute(f"UPDATE {names.table} SET {names.total_tokens} = 6 WHERE {names.total_tokens} = 5")
     host.execute(f"DELETE FROM {names.table} WHERE {names.total_tokens} = 100")
-    assert_closed(user, rf"has no {missing} any more")
+    assert_unavailable(user, rf"has no {missing} any more")
     attach(mapping)
     assert_true(host, mapping)
     with connect() as own:
@@ -289,7 +289,7 @@ def test_an_extension_of_a_hold_is_refused_by_a_closed_gate_too(host: Host, conn
 
 def test_a_repeated_setup_rebuilds_the_balances_as_an_attach_does(host: Host, user: int) -> None:
     change_of(host, SILENT["off and on again"][0])
-    assert_closed(user, "disabled for a while")
+    assert_unavailable(user, "disabled for a while")
     with host.engine.begin() as setting_up:
         install(setting_up, HostMapping(), with_host_tables=False)
     with connect() as own:
