@@ -17,7 +17,7 @@ from trueup.install.detach import detach as detach_all
 from trueup.install.detach import plan_detach
 from trueup.install.install import install
 from trueup.install.plan import AttachPlan, plan_attach, refuse_other_installation
-from trueup.install.roles import RoleNames, grants_sql
+from trueup.install.rights import RoleNames, grants_sql
 from trueup.settings.settings import get_settings
 
 replace_option = click.option(

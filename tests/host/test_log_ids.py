@@ -21,7 +21,7 @@ from trueup.errors import NotInstalledError
 from trueup.host.mapping import HostMapping
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import install
-from trueup.install.roles import RoleNames, grants_sql, lacking_rights, worker_rights
+from trueup.install.rights import RoleNames, grants_sql, lacking_rights, worker_rights
 from trueup.reconcile.local_run import reconcile
 from trueup.settings.policies import Rules
 from trueup.settings.settings import get_settings

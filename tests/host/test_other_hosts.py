@@ -31,7 +31,7 @@ from trueup.host.mapping import HostMapping
 from trueup.install.attach import attach
 from trueup.install.detach import detach
 from trueup.install.install import install
-from trueup.install.roles import RoleNames, grants_sql, worker_rights
+from trueup.install.rights import RoleNames, grants_sql, worker_rights
 from trueup.preview.scan import scan
 from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import Finding

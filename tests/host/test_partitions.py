@@ -27,7 +27,7 @@ from trueup.install.attach import AttachError, attach, open_gate, prepare
 from trueup.install.detach import detach, plan_detach
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import drop_functions, install
-from trueup.install.roles import RoleNames, grants_sql
+from trueup.install.rights import RoleNames, grants_sql
 from trueup.reconcile.audit import read_defects
 from trueup.reconcile.local_run import reconcile
 from trueup.settings.settings import get_settings

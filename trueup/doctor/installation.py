@@ -14,7 +14,7 @@ from trueup.host.mapping import HostMapping, quote_identifier, quote_table
 from trueup.host.partitions import FAMILY, uncovered_partitions
 from trueup.install.baseline import LOG_TRIGGERS, WINDOW_TRIGGER, are_triggers_unchanged
 from trueup.install.install import expected_functions
-from trueup.install.roles import lacking_rights, worker_rights
+from trueup.install.rights import lacking_rights, worker_rights
 from trueup.settings.settings import Settings
 
 _ATTACH = "Run `trueup db attach`."

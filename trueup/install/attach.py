@@ -42,7 +42,7 @@ from trueup.install.install import (
     sql_scripts,
     tables_sql,
 )
-from trueup.install.roles import refuse_without_rights
+from trueup.install.rights import refuse_without_rights
 
 # A batch is as many users as have about so many log rows: it reads the log from end to end.
 BATCH_ROWS = 10_000_000

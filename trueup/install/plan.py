@@ -12,7 +12,7 @@ from trueup.host.partitions import log_tables
 from trueup.host.sql import render_statement
 from trueup.install.attach import estimated_rows, has_log_triggers, has_subscription_trigger
 from trueup.install.baseline import is_installed
-from trueup.install.roles import Right, find_lacking, lacking_rights, migrate_rights, worker_rights
+from trueup.install.rights import Right, find_lacking, lacking_rights, migrate_rights, worker_rights
 
 # The sample of the log that measures the reading speed, and its time limit.
 SAMPLE_ROWS = 20_000

@@ -1,4 +1,4 @@
-"""The least-privilege roles: the rights that each one needs, the statements that give them, and the rights it lacks.
+"""The rights of the least-privilege roles: what each role needs, the GRANT statements, and what a role lacks.
 
 `migrate` owns schema `trueup` and may create triggers on the host's log and subscriptions. `worker` runs the gate,
 charges and reconciliation, and can't change any table's structure. `readonly` reads.

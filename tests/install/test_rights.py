@@ -29,7 +29,14 @@ from trueup.install.attach import attach
 from trueup.install.detach import detach
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import install
-from trueup.install.roles import RoleNames, deletable_tables, grants_sql, lacking_rights, readonly_rights, worker_rights
+from trueup.install.rights import (
+    RoleNames,
+    deletable_tables,
+    grants_sql,
+    lacking_rights,
+    readonly_rights,
+    worker_rights,
+)
 from trueup.monitoring.alerts import claim_due, raise_test
 from trueup.reconcile.distributed_run import plan_run, sweep, work_on_shard
 from trueup.settings.policies import Rules
