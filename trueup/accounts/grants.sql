@@ -97,8 +97,8 @@ $$;
 
 -- The tokens that a window used of the grants p_ids until that time, in their order. p_rest: the tokens that each had
 -- left when the window began. The loop goes over the begins and ends of grants and the changes of the plan; in each
--- step, the grants that live in the interval pay for its usage. It is longer than 70 lines, because each step of the
--- one loop changes the remaining tokens of the grants and the plan.
+-- step, the grants that live in the interval pay for its usage.
+-- Longer than 70 lines: each step of the one loop changes the remaining tokens of the grants and the plan.
 CREATE OR REPLACE FUNCTION trueup.used_in_window(
     p_user {{ user_id_type }}, p_window timestamptz, p_until timestamptz, p_since timestamptz[], p_plans bigint[],
     p_ids bigint[], p_rest bigint[]
