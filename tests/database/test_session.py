@@ -10,7 +10,7 @@ from psycopg.pq import TransactionStatus
 from tests.hosts.documents import ROOT
 from tests.hosts.running import plain_url
 from tests.support.host import Host
-from trueup.database.session import limit_transactions, limit_session
+from trueup.database.session import limit_session, limit_transactions
 
 LIMITS = {"timezone": "UTC", "statement_timeout": "7s", "work_mem": "5MB"}
 
