@@ -50,7 +50,7 @@ def test_a_known_feature_is_set_without_a_note_on_its_name(host: Host) -> None:
 def test_wrong_words_are_refused(host: Host) -> None:
     assert "'enforced' is not one of" in trueup("rollout", "set", FEATURE, "enforced", "--note", "x", code=2).stderr
     assert "--note" in trueup("rollout", "set", FEATURE, "off", code=2).stderr
-    assert "feature: give a text" in trueup("rollout", "set", " ", "off", "--note", "x", code=2).stderr
+    assert "feature: '' can't be stored" in trueup("rollout", "set", " ", "off", "--note", "x", code=2).stderr
     assert trueup_json("rollout", "history") == []
 
 

@@ -81,8 +81,7 @@ BEGIN
                                      tokens_reserved, opened_at, lease_until, expires_at, completed)
             VALUES (p_user, p_task, hold_attempt, CASE WHEN replay THEN h.retries ELSE p_retries END, p_feature,
                     p_section, p_owner, 'open', v_tokens, at, at + p_lease, expiry, replay);
-            -- The tokens of calls in flight were released when their hold ended; the new hold does not cover these
-            -- calls.
+            -- Calls in flight of an ended hold are not covered by this one: their tokens were released.
             UPDATE trueup.call_intent c SET outcome = 'unknown'
             WHERE h.id IS NOT NULL AND c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started';
             held := held + v_tokens;
