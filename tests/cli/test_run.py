@@ -100,7 +100,7 @@ class TestWithoutAWorker:
             (("dm",), b'{"event": {}}', 'with "event" and "config"'),
             (("dm",), b'{"event": {}, "config": {}, "x": 1}', 'with "event" and "config"'),
             (("dm",), b"\xff\xfe", "not UTF-8 text"),
-            (("reply",), b'{"history": []}', 'with "message" and perhaps "history", "business"'),
+            (("reply",), b'{"history": []}', 'with "message" and optionally "history", "business"'),
             (("reply",), b'{"message": "Hi", "mesage": ""}', "examples/chat.json"),
         ],
     )
