@@ -108,7 +108,7 @@ def test_up_runs_both_workers_and_the_api_and_other_commands_use_it(up: Up) -> N
 
     second = up.trueup("up")
     assert (second.returncode, second.stdout) == (1, "")
-    assert f"already run by process {pid}" in second.stderr
+    assert f"process {pid} already runs the stack" in second.stderr
     assert f"kill {pid}" in second.stderr
 
     denied = up.trueup("run", "qa", "--user", 1, "--wait", Path(__file__).parents[2] / "examples" / "help_en.txt")
