@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from celery import Task
 from celery._state import get_current_task
-from celery.exceptions import Ignore, Retry
+from celery.exceptions import Ignore, Reject, Retry
 from pydantic import BaseModel
 
 from trueup.database.retry import retrying
@@ -29,8 +29,9 @@ from trueup.llm.metering import running_hold, spending_from
 from trueup.llm.model import Provider
 from trueup.settings.settings import get_settings
 from trueup.tasks.arguments import USER_ARGUMENT, ArgumentParser
+from trueup.tasks.republish import confirmed, is_republished
 from trueup.tasks.requests import owner_name
-from trueup.tasks.requeue import leave_to_later_attempt, requeue, retry_provider, waits_of
+from trueup.tasks.requeue import leave_to_later_attempt, reject_after_pause, requeue, retry_provider, waits_of
 
 logger = logging.getLogger(__name__)
 
@@ -182,12 +183,23 @@ class MeteredTask(Task):
             )
         return hold
 
+    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """Send the task as Celery does. A retry or requeue returns only when the broker has its message."""
+        if not is_republished(options) or self.app.conf.task_always_eager or "connection" in options:
+            return super().apply_async(args, kwargs, **options)
+        with confirmed(self.app, options) as confirmed_options:
+            return super().apply_async(args, kwargs, **confirmed_options)
+
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """Retry as Celery does, unless a later attempt has the hold: a retry would take the hold from it."""
         hold = running_hold()
         if hold is not None and retrying(lambda connection: has_later_attempt(connection, hold)):
             raise leave_to_later_attempt(HoldOvertakenError(hold.task_id, hold.attempt))
-        return super().retry(*args, **kwargs)
+        try:
+            return super().retry(*args, **kwargs)
+        except Reject as rejected:
+            # The broker took no new message, and Celery would drop the task here.
+            raise reject_after_pause(self, rejected.reason, rejected.reason) from rejected
 
 
 def _json_safe(result: Any) -> Any:

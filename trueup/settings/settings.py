@@ -23,6 +23,7 @@ from trueup.errors import SettingsError
 from trueup.host.mapping import HostMapping
 from trueup.settings.alerts import AlertSettings
 from trueup.settings.api import ApiSettings
+from trueup.settings.broker import check_redis_url
 from trueup.settings.gate import GateSettings
 from trueup.settings.policies import ReconcileSettings
 
@@ -49,6 +50,7 @@ class Settings(BaseSettings):
     database_url: str | None = Field(default=None, description="PostgreSQL URL; unset means the embedded server")
     broker_url: str | None = Field(default=None, description="Redis URL for Celery; unset means the embedded server")
     result_backend_url: str | None = Field(default=None, description="Redis URL for results; unset means the broker's")
+    sentinel_master: str | None = Field(default=None, description="name of the master, for sentinel:// URLs")
     # One connection for the work and one for the heartbeat.
     database_pool_size: int = Field(default=5, ge=2, le=100, description="connections per process")
     database_connect_timeout_seconds: int = Field(default=5, ge=1, le=60)
@@ -135,8 +137,7 @@ class Settings(BaseSettings):
     def _redis_url(cls, url: str | None) -> str | None:
         if not url:
             return None
-        if url.partition("://")[0] not in ("redis", "rediss", "redis+socket", "sentinel"):
-            raise ValueError("give a Redis URL: redis://:password@host:6379/0")
+        check_redis_url(url)
         return url
 
     @classmethod
