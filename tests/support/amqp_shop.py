@@ -28,8 +28,9 @@ def queue_of(kind: str) -> Queue:
             "x-dead-letter-routing-key": "dead",
         }
     # Celery delays the messages of quorum queues by topic exchanges.
-    exchange = Exchange(f"shop-{kind}{limit}", type="topic" if kind == "quorum" else "direct")
-    return Queue(exchange.name, exchange, routing_key=exchange.name, queue_arguments=arguments)
+    name = f"shop-{kind}{limit}"
+    exchange = Exchange(f"{name}-in", type="topic" if kind == "quorum" else "direct")
+    return Queue(name, exchange, routing_key=name, queue_arguments=arguments)
 
 
 def make_shop(broker: str, results: str, kind: str, *, current: bool) -> Celery:
