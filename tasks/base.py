@@ -20,6 +20,7 @@ from trueup.errors import (
     HoldBusyError,
     HoldExhaustedError,
     HoldOvertakenError,
+    OutOfMemoryError,
     ServiceUnavailableError,
     TokensDenied,
     TrueupError,
@@ -144,6 +145,9 @@ class MeteredTask(Task):
     def _run(self, arguments: dict[str, Any]) -> Any:
         try:
             return self.run(**arguments)
+        except MemoryError as error:
+            # Celery would end the whole worker, and each one to which the task is redelivered.
+            raise OutOfMemoryError(self.name) from error
         except TrueupError as error:
             if getattr(error, "retryable", False) and not self.request.called_directly:
                 raise retry_provider(self, error) from error
