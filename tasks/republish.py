@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from celery import Celery
-from kombu import Connection
+from kombu.exceptions import OperationalError
 
 # How often this task has waited for the gate. Celery's `retries` can't hold it: it counts the body's own retries.
 WAITS_HEADER = "trueup_waits"
@@ -44,5 +44,5 @@ def broker_errors(app: Celery) -> tuple[type[Exception], ...]:
     kombu translates only the errors after which a second try may work. A refusal, such as `ACCESS_REFUSED` of RabbitMQ
     or `OOM` of Redis, comes as the driver's own error.
     """
-    connection: Connection = app.connection_for_write()
-    return (*connection.connection_errors, *connection.channel_errors)
+    connection = app.connection_for_write()
+    return (OperationalError, *connection.connection_errors, *connection.channel_errors)

@@ -7,7 +7,6 @@ from typing import Any
 
 from celery import Task
 from celery.exceptions import Reject, Retry
-from kombu.exceptions import OperationalError
 
 from trueup.errors import HoldOvertakenError, TrueupError
 from trueup.settings.settings import get_settings
@@ -46,7 +45,7 @@ def requeue(task: Task, error: TrueupError, seconds: float | None = None, *, wai
     )
     try:
         signature.apply_async()
-    except (OperationalError, *broker_errors(task.app)) as refusal:
+    except broker_errors(task.app) as refusal:
         return reject_after_pause(task, error, refusal)
     retry: Exception = Retry(exc=error, when=countdown, sig=signature)
     return retry
@@ -72,7 +71,7 @@ def retry_provider(task: Task, error: TrueupError) -> Exception:
     try:
         retry: Exception = task.retry(exc=error, countdown=countdown, throw=False)
     except Reject as rejected:
-        return rejected
+        retry = rejected
     return retry
 
 

@@ -48,7 +48,7 @@ def check_server(client: Any) -> Iterator[Finding]:
     else:
         yield ok("redis", f"{name} {version}.", **detail)
     if info.get("cluster_enabled"):
-        what = "This server is a node of a Redis Cluster: Celery's transactions fail, because their keys are on several."
+        what = "This server is a node of a Redis Cluster: Celery's transactions fail on it."
         yield error("redis", what, "Use a single Redis, or Sentinels.", cluster_enabled=True)
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":

@@ -14,7 +14,7 @@ from trueup.llm.model import Model
 from trueup.tasks import metered_task
 
 BROKER, RESULTS, QUEUE, DOOR = "SHOP_BROKER_URL", "SHOP_RESULTS_URL", "SHOP_QUEUE", "SHOP_DOOR"
-"""Variables: the two URLs, the queue ("classic", or "quorum" with an optional delivery limit "quorum:2"), and a file."""
+"""Variables: the two URLs, the queue ("classic", "quorum", or with a delivery limit "quorum:2"), and a file."""
 
 
 def queue_of(kind: str) -> Queue:

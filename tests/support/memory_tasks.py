@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+from pathlib import Path
 
 from tests.support.model_tasks import ask
 from trueup.accounts.user_ids import UserId
@@ -15,7 +16,7 @@ def exhausting(model: Model, user_id: UserId) -> None:
     """Spend, then ask for more memory than the process may have."""
     ask(model, 10)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, hard))
     try:
         bytearray(2**30)
@@ -24,7 +25,12 @@ def exhausting(model: Model, user_id: UserId) -> None:
 
 
 @metered_task(
-    name="test.killed", feature_name="Killed", section="chat", estimated_tokens=100, max_retries=1, default_retry_delay=0
+    name="test.killed",
+    feature_name="Killed",
+    section="chat",
+    estimated_tokens=100,
+    max_retries=1,
+    default_retry_delay=0,
 )
 def killed(model: Model, user_id: UserId) -> None:
     """Spend, then die as a process does that the kernel's out-of-memory killer chooses."""

@@ -14,13 +14,13 @@ from tests.support.waiting import DEADLINE_SECONDS, wait_for
 # Distributions put a wrapper on PATH that changes to an account of the service; the server itself is here.
 FOLDERS = ("/usr/lib/rabbitmq/bin", "/usr/local/lib/rabbitmq/bin", "/opt/homebrew/opt/rabbitmq/sbin")
 
-# `reader` may not publish to the exchange of the shop's tasks (`…-in`): its requeues are refused.
+# `reader` may not publish to the default exchange, by which Celery sends tasks: its requeues are refused.
 DEFINITIONS = """{
   "users": [{"name": "guest", "password": "guest", "tags": "administrator"},
             {"name": "reader", "password": "reader", "tags": ""}],
   "vhosts": [{"name": "/"}],
   "permissions": [{"user": "guest", "vhost": "/", "configure": ".*", "write": ".*", "read": ".*"},
-                  {"user": "reader", "vhost": "/", "configure": ".*", "write": "^(?!.*-in$).*$", "read": ".*"}]
+                  {"user": "reader", "vhost": "/", "configure": ".*", "write": "^(?!amq.default$).*$", "read": ".*"}]
 }
 """
 

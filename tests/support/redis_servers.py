@@ -43,7 +43,7 @@ def running_redis(options: str = "", *, sentinel: bool = False) -> Iterator[Serv
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="trueup-test-") as folder:
         file = Path(folder) / "redis.conf"
-        file.write_text(f'bind 127.0.0.1\nport {port}\ndir {folder}\nprotected-mode no\n{options}\n')
+        file.write_text(f"bind 127.0.0.1\nport {port}\ndir {folder}\nprotected-mode no\n{options}\n")
         command = [find_program(Path(folder)).path, str(file), *(["--sentinel"] if sentinel else ["--save", ""])]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         server = Server(port, process)

@@ -41,22 +41,24 @@ def test_a_worker_follows_the_sentinels_to_the_new_master(
     host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     user = host.subscriber(10_000)
-    with running_redis() as master, running_redis(f"replicaof 127.0.0.1 {master.port}") as replica:
-        with running_sentinel(master) as sentinel:
-            with sentinel.client() as client:
-                wait_for(lambda: client.sentinel_slaves("books"), "the Sentinel knows the replica")
-            monkeypatch.setenv("TRUEUP_BROKER_URL", f"sentinel://127.0.0.1:{sentinel.port}/1")
-            monkeypatch.setenv("TRUEUP_SENTINEL_MASTER", "books")
-            with running_worker(tmp_path / "worker.log", include=(TASKS,)) as worker:
-                with sender() as app:
-                    assert spend(app, user) == host.used(user)
-                master.kill()
-                with sentinel.client() as client:
-                    address = ("127.0.0.1", replica.port)
-                    wait_for(lambda: client.sentinel_get_master_addr_by_name("books") == address, "the failover")
-                with sender() as app:
-                    assert spend(app, user) * 2 == host.used(user)
-                assert worker.process.poll() is None
+    with (
+        running_redis() as master,
+        running_redis(f"replicaof 127.0.0.1 {master.port}") as replica,
+        running_sentinel(master) as sentinel,
+        sentinel.client() as client,
+    ):
+        wait_for(lambda: client.sentinel_slaves("books"), "the Sentinel knows the replica")
+        monkeypatch.setenv("TRUEUP_BROKER_URL", f"sentinel://127.0.0.1:{sentinel.port}/1")
+        monkeypatch.setenv("TRUEUP_SENTINEL_MASTER", "books")
+        with running_worker(tmp_path / "worker.log", include=(TASKS,)) as worker:
+            with sender() as app:
+                assert spend(app, user) == host.used(user)
+            master.kill()
+            address = ("127.0.0.1", replica.port)
+            wait_for(lambda: client.sentinel_get_master_addr_by_name("books") == address, "the failover")
+            with sender() as app:
+                assert spend(app, user) * 2 == host.used(user)
+            assert worker.process.poll() is None
 
 
 def test_a_worker_logs_in_at_redis_with_a_client_certificate(

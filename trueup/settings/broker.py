@@ -4,9 +4,9 @@ _ACCEPTED = ("redis", "rediss", "redis+socket", "sentinel")
 _EXAMPLE = "redis://:password@host:6379/0"
 
 _RABBITMQ = (
-    "trueup's own workers need Redis: the results, the rate limits and the queue depths of `trueup doctor` are read from "
-    f"it. Give a Redis URL: {_EXAMPLE}. Your own Celery application may keep RabbitMQ: its metered tasks need no broker "
-    "of trueup's"
+    "trueup's own workers need Redis: results, rate limits and the queue depths of `trueup doctor` are read from it. "
+    f"Give a Redis URL: {_EXAMPLE}. Your own Celery application may keep RabbitMQ: its metered tasks need no broker of "
+    "trueup's"
 )
 _CLUSTER = (
     "Celery's queues don't work on a Redis Cluster, because one transaction would need keys on several nodes. Give a "
