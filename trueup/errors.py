@@ -136,7 +136,7 @@ class HoldError(TrueupError):
 
 
 class OutOfMemoryError(TrueupError):
-    """A task's body ran out of memory. The task fails; what it has spent is recorded."""
+    """A task's body ran out of memory. The task fails; its paid calls are recorded."""
 
     def __init__(self, task: str) -> None:
         self.task = task

@@ -14,18 +14,19 @@ from tests.support.tls_proxy import make_certificate, tls_proxy_to
 from tests.support.waiting import DEADLINE_SECONDS, wait_for
 from tests.support.worker import close_connections, running_worker
 from tests.worker.conftest import TASKS
+from trueup.cli.client import celery_client
 from trueup.errors import SettingsError
 from trueup.settings.settings import Settings, read_settings
 from trueup.worker import redis_transport
 from trueup.worker.config import celery_config, client_config
-from trueup.worker.doctor import check_server
+from trueup.worker.doctor import check_server, examine_broker
 
 
 @contextmanager
 def sender() -> Iterator[Celery]:
     redis_transport.register()
     app = Celery("brokers", set_as_current=False)
-    app.config_from_object(client_config(read_settings()))
+    app.config_from_object(celery_config(read_settings()))
     yield app
     close_connections(app)
     app.close()
@@ -53,6 +54,10 @@ def test_a_worker_follows_the_sentinels_to_the_new_master(
         with running_worker(tmp_path / "worker.log", include=(TASKS,)) as worker:
             with sender() as app:
                 assert spend(app, user) == host.used(user)
+            with celery_client(read_settings()) as commands:
+                found = {(one.check, one.level) for one in examine_broker(commands, read_settings(), None)}
+            assert ("redis", "ok") in found
+            assert ("workers", "ok") in found
             master.kill()
             address = ("127.0.0.1", replica.port)
             wait_for(lambda: client.sentinel_get_master_addr_by_name("books") == address, "the failover")

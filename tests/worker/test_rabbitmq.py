@@ -208,7 +208,7 @@ def test_a_message_beyond_the_delivery_limit_of_its_queue_is_a_dead_letter_and_i
             end_lease(host, user)
         wait_for(lambda: shop.waiting("dead") == 1, "the message is a dead letter")
         assert shop.waiting(shop.queue.name) == 0
-    assert charges(host, user) == 1, "what was paid is recorded"
+    assert charges(host, user) == 1, "the paid call is recorded"
     expire_holds(connection, now=datetime.now(UTC) + timedelta(days=1))
     assert balance(host, user) == (host.used(user), 0)
 
