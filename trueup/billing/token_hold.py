@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import uuid
+from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 # Before a request's own key: a task's id never begins so, and its hold is never taken for a request's.
 KEY_PREFIX = "request:"
+
+# How long the end of a block waits for charges in threads. They retry for about 20 s themselves.
+RECORDING_SECONDS = 30
 
 
 class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hold`
@@ -57,6 +61,7 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
         self._calls = itertools.count(1)
         self._hold: Hold | None = None
         self._tokens_left = 0
+        self._recording: set[Future[None]] = set()
 
     @property
     def hold(self) -> Hold:
@@ -114,7 +119,17 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
     async def acharge(self, **figures: Any) -> Charge:
         """Do as `charge`, without blocking the event loop."""
         hold = self.hold  # a caller that is cancelled may have left the block before a thread is free
-        return await in_thread(lambda: self.charge(**figures, _hold=hold))
+        recorded: Future[None] = Future()
+        self._recording.add(recorded)
+
+        def record() -> Charge:
+            try:
+                return self.charge(**figures, _hold=hold)
+            finally:
+                self._recording.discard(recorded)
+                recorded.set_result(None)
+
+        return await in_thread(record)
 
     def extend(self, tokens: int) -> bool:
         """Add `tokens` to the hold if the user's budget allows; False if not, and nothing has changed.
@@ -179,8 +194,12 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
         await in_thread(self._close)
 
     def _close(self) -> None:
-        """Give back what is left. If that fails, the hold's time runs out: the block's own work is done."""
+        """Give back what is left. If that fails, the hold's time runs out: the block's own work is done.
+
+        The charges of cancelled callers are waited for: what they record must not be given back.
+        """
         hold = self.hold
+        wait(tuple(self._recording), RECORDING_SECONDS)
         self._hold, self._tokens_left = None, 0
         try:
             retrying(lambda connection: close_hold(connection, hold))
