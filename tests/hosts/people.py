@@ -1,4 +1,4 @@
-"""Who uses the hosts: one user for each answer of the gate."""
+"""Who uses the hosts: one user for each answer of the gate. And what they ask of views that stream."""
 
 from dataclasses import dataclass
 
@@ -36,3 +36,8 @@ REASONS = {
     STOPPED: "subscription_deactivated",
     STRANGER: "no_subscription",
 }
+
+# What `tests.hosts.streaming` answers, in words of one token each.
+PROMPT_TOKENS = 10
+SHORT, SHORT_WORDS = "short", 20
+LONG = "as long as the hold allows"

@@ -5,10 +5,14 @@ import pytest
 from tests.hosts.checks import (
     NOBODY,
     assert_asks_for_a_subscription_only,
+    assert_breaks_off,
+    assert_charges_what_was_streamed,
     assert_closed,
     assert_denied,
+    assert_denies_before_it_streams,
     assert_lets_in,
     assert_requests_at_once_never_overspend,
+    assert_streams,
     assert_turns_nobody_in,
     denied,
 )
@@ -159,3 +163,27 @@ def test_the_manuals_example_of_a_hold_charges_what_it_used(server: Server, djan
     assert django_site.host.used(RICH.id) == before + 300
     assert_denied(server.post("/manual/hold", POOR), POOR, feature="Summaries")
     assert_true(django_site.host)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [("django_wsgi", "/manual/stream"), ("django_asgi", "/manual/async-stream")],
+)
+def test_a_streaming_view_is_charged_for_what_it_streamed(
+    kind: str, path: str, django_site: Site, request: pytest.FixtureRequest
+) -> None:
+    server: Server = request.getfixturevalue(kind)
+    assert_streams(server, path, django_site.host)
+    assert_charges_what_was_streamed(server, path, django_site.host)
+    assert_denies_before_it_streams(server, path, SPENT)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [("django_wsgi", "/manual/async-stream"), ("django_asgi", "/manual/stream")],
+)
+def test_a_stream_that_django_breaks_off_leaves_nothing_held(
+    kind: str, path: str, django_site: Site, request: pytest.FixtureRequest
+) -> None:
+    """Django warns of an iterator of the other kind. In the tests' servers a warning is an error, after the headers."""
+    assert_breaks_off(request.getfixturevalue(kind), path, django_site.host)

@@ -4,10 +4,14 @@ import pytest
 
 from tests.hosts.checks import (
     assert_asks_for_a_subscription_only,
+    assert_charges_what_was_streamed,
     assert_closed,
     assert_denied,
+    assert_denies_before_it_streams,
     assert_lets_in,
+    assert_logged_no_error,
     assert_requests_at_once_never_overspend,
+    assert_streams,
     assert_turns_nobody_in,
     denied,
 )
@@ -59,3 +63,10 @@ def test_the_manuals_example_runs(flask_server: Server) -> None:
 def test_the_manuals_other_user_is_the_one_who_pays(flask_server: Server) -> None:
     assert flask_server.post(f"/another/teams/{RICH.id}/summary", None).json() == {"summary": "generated"}
     assert_denied(flask_server.post(f"/another/teams/{POOR.id}/summary", RICH), POOR, feature="Summaries")
+
+
+def test_a_streaming_view_is_charged_for_what_it_streamed(flask_server: Server, plain_site: Site) -> None:
+    assert_streams(flask_server, "/streaming/summary", plain_site.host)
+    assert_charges_what_was_streamed(flask_server, "/streaming/summary", plain_site.host)
+    assert_denies_before_it_streams(flask_server, "/streaming/summary", SPENT)
+    assert_logged_no_error((plain_site.folder / "werkzeug.log").read_text())

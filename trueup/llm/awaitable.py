@@ -28,8 +28,8 @@ class InFlight:
         self._calls: set[Future[Any]] = set()
 
     def start(self, work: Callable[[], Result]) -> "Future[Result]":
-        """Run the work in a thread that sees the caller's context variables."""
-        future = _call_threads().submit(copy_context().run, work)
+        """Run the work in a thread. It is waited for before the hold ends."""
+        future = in_call_thread(work)
         self._calls.add(future)
         future.add_done_callback(self._calls.discard)
         return future
@@ -138,12 +138,13 @@ _threads: ThreadPoolExecutor | None = None
 _threads_lock = threading.Lock()
 
 
-def _call_threads() -> ThreadPoolExecutor:
+def in_call_thread(work: Callable[[], Result]) -> "Future[Result]":
+    """Run the work in one of this process's threads for calls. It sees the caller's context variables."""
     global _threads
     with _threads_lock:
         if _threads is None:
             _threads = ThreadPoolExecutor(MAX_CALL_THREADS, thread_name_prefix="trueup-model")
-        return _threads
+        return _threads.submit(copy_context().run, work)
 
 
 def _forget_parents_threads() -> None:

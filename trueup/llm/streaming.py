@@ -1,19 +1,23 @@
 """Streaming views: a hold that lives as long as a response's stream, and is charged for what was streamed.
 
-A web framework runs a generator's steps in other threads and contexts than the view, and drops or closes the generator
-when the client is gone. So the hold can't be a `with` block of the view, and a context variable that one step sets is
-lost in the next. The iterators here bind the hold to each step, and end it once, whatever thread ends the stream.
+A web framework runs a generator's steps in other threads and contexts than the view. When the client is gone, some
+frameworks close the generator, others drop it. So the hold can't be a `with` block of the view, and a context variable
+that one step sets is lost in the next. The iterators here bind the hold to each step, and end it once: when the
+framework closes them, when the asyncio task that reads them ends, or at last when Python collects them.
 """
 
 import asyncio
 import logging
 import threading
+import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import suppress
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from trueup.billing.token_hold import ai_tokens
 from trueup.database.threads import in_thread
+from trueup.llm.awaitable import in_call_thread
 from trueup.llm.metering import RunningHold, bound, finish
 
 logger = logging.getLogger(__name__)
@@ -77,8 +81,33 @@ class _Held:
             self.hold.__exit__(None, None, None)
 
 
+class _Reader:
+    """Ends a stream when the asyncio task that reads it has ended and left it open."""
+
+    def __init__(self, end: Callable[[], object]) -> None:
+        self._end = end
+        self._task: asyncio.Task[Any] | None = None
+        self.last: object = None  # the chunk that was read last
+
+    def reads(self) -> None:
+        """Note that the current task reads the next chunk."""
+        task = asyncio.current_task()
+        if task is not None and task is not self._task:
+            self._task = task
+            task.add_done_callback(self._has_ended)
+
+    def _has_ended(self, task: "asyncio.Task[Any]") -> None:
+        # `asyncio.wait_for` reads each chunk in a task of its own, whose result is the chunk. Another one follows.
+        read_one = not task.cancelled() and task.exception() is None and task.result() is self.last
+        if task is self._task and not read_one:
+            self._end()
+
+
 class TokenStream(Iterator[Chunk], Generic[Chunk]):
-    """The chunks of a streaming response, with a hold. `close` ends both; dropping the object does too."""
+    """The chunks of a streaming response, with a hold. `close` ends both; dropping the object does too.
+
+    An asynchronous framework may read it with `async for`. Each step then runs in a thread.
+    """
 
     def __init__(self, hold: ai_tokens, chunks: Callable[[ai_tokens], Iterable[Chunk]]) -> None:
         self._is_closed = True  # until there is something to close
@@ -99,6 +128,9 @@ class TokenStream(Iterator[Chunk], Generic[Chunk]):
                 self.close()
                 raise
 
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return _InThreads(self)
+
     def close(self) -> None:
         """End the generator, charge what was streamed, and release the rest. A second call does nothing."""
         with self._lock:
@@ -116,13 +148,35 @@ class TokenStream(Iterator[Chunk], Generic[Chunk]):
             return
         if _runs_event_loop():
             # The database must not block the loop that happens to drop the stream.
-            threading.Thread(target=self._close_dropped, name="trueup-stream").start()
+            threading.Thread(target=self.close_dropped, name="trueup-stream").start()
         else:
-            self._close_dropped()
+            self.close_dropped()
 
-    def _close_dropped(self) -> None:
+    def close_dropped(self) -> None:
+        """Do as `close` for a stream that has no reader any more: log an error instead of raising it."""
         with _logged_errors(self._held):
             self.close()
+
+
+class _InThreads(AsyncIterator[Chunk], Generic[Chunk]):
+    """Reads a `TokenStream` for `async for`."""
+
+    def __init__(self, stream: TokenStream[Chunk]) -> None:
+        self._stream = stream
+        self._reader = _Reader(lambda: in_call_thread(stream.close_dropped))
+
+    async def __anext__(self) -> Chunk:
+        self._reader.reads()
+        step = asyncio.wrap_future(in_call_thread(lambda: list(islice(self._stream, 1))))
+        try:
+            chunks = await step
+        except asyncio.CancelledError:
+            in_call_thread(self._stream.close_dropped)
+            raise
+        if not chunks:
+            raise StopAsyncIteration
+        self._reader.last = chunks[0]
+        return chunks[0]
 
 
 class AsyncTokenStream(AsyncIterator[Chunk], Generic[Chunk]):
@@ -134,6 +188,8 @@ class AsyncTokenStream(AsyncIterator[Chunk], Generic[Chunk]):
     def __init__(self, hold: ai_tokens, chunks: Callable[[ai_tokens], AsyncIterable[Chunk]]) -> None:
         self._is_closed = True
         self._held = _Held(hold)
+        itself = weakref.ref(self)  # a cycle would delay `__del__`
+        self._reader = _Reader(lambda: (stream := itself()) and stream.close())
         self._loop = asyncio.get_running_loop()
         with bound(self._held.running):
             self._chunks = aiter(chunks(hold))
@@ -143,12 +199,15 @@ class AsyncTokenStream(AsyncIterator[Chunk], Generic[Chunk]):
         if self._is_closed:
             raise StopAsyncIteration
         self._loop = asyncio.get_running_loop()
+        self._reader.reads()
         try:
             with bound(self._held.running):
-                return await anext(self._chunks)
+                chunk = await anext(self._chunks)
         except BaseException:  # the end of the chunks too, and the cancellation when the client is gone
             await self.aclose()
             raise
+        self._reader.last = chunk
+        return chunk
 
     async def aclose(self) -> None:
         """End the generator, charge what was streamed, and release the rest. A second call does nothing."""
