@@ -14,6 +14,7 @@ from billiard.exceptions import SoftTimeLimitExceeded
 from celery import Celery
 from sqlalchemy import Connection
 
+from tests.hosts.documents import ROOT, run
 from tests.support import async_tasks, model_tasks
 from tests.support.books import assert_true
 from tests.support.host import Host
@@ -333,3 +334,10 @@ def test_an_eager_retry_leaves_nothing_held(
     assert {left for _, left in statuses(connection, user)} == {0}
     assert host.value("SELECT held FROM trueup.balance") == 0
     assert_true(host)
+
+
+def test_the_manuals_async_body_runs(app: Celery, host: Host) -> None:
+    user = host.subscriber(10_000)
+    digest = run(ROOT / "docs" / "python.md", "Async bodies")["digest"]
+    assert len(digest(user, texts=["Orders are sent in two days.", "Returns are free."])) == 2
+    assert host.value("SELECT count(*) FROM trueup.charge") == 2
