@@ -4,6 +4,7 @@ import functools
 import inspect
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, get_type_hints
 
@@ -29,7 +30,7 @@ def check_body(body: Any, *, named: bool) -> None:
         raise TypeError(f"metered_task: {body!r} has no name for the task. Give the option name=…")
 
 
-def call_body(body: Callable[..., Any], task: Task, *args: Any, **kwargs: Any) -> Any:
+def call_body(body: Callable[..., Any], task: Task, /, *args: Any, **kwargs: Any) -> Any:
     """Run the body of `task` and return its result. A coroutine function runs on this process's event loop."""
     if inspect.iscoroutinefunction(_code_of(body)):
         return run_async(body(*args, **kwargs), task)
@@ -59,9 +60,7 @@ def name_of(body: Any) -> str:
 def signature_of(body: Callable[..., Any]) -> inspect.Signature:
     """Return the body's signature. Its hints may be strings: `resolved_hint` reads them."""
     if sys.version_info >= (3, 14):
-        from annotationlib import Format
-
-        return inspect.signature(body, annotation_format=Format.FORWARDREF)
+        return inspect.signature(body, annotation_format=import_module("annotationlib").Format.FORWARDREF)
     return inspect.signature(body)
 
 

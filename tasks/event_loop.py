@@ -90,7 +90,7 @@ class EventLoop:
 
 
 class _Body:
-    """One run of a body: its own asyncio task and those that it has started."""
+    """One run of a body, and the asyncio tasks that it has started."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -129,7 +129,7 @@ class _Body:
         task = asyncio.Task(self._with_current_task(coroutine), loop=loop, context=context, **options)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        # One that was cancelled before its first step has not been awaited, of which Python would warn.
+        # A coroutine whose task is cancelled before its first step is never awaited, and Python would warn.
         task.add_done_callback(lambda _: coroutine.close())
         return task
 

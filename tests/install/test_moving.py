@@ -128,6 +128,9 @@ def test_the_migrate_role_is_replaced_while_the_host_writes(ready: Site) -> None
     ready.grant()
     as_owner(f'REASSIGN OWNED BY "{old}" TO "{new}"', f'DROP OWNED BY "{old}"', f'DROP ROLE "{old}"')
     ready.grant()
+    # The host's tables get another owner too.
+    app = ready.host.engine.url.username
+    as_owner(*(f"ALTER TABLE {table} OWNER TO {app}" for table in ("ai_usage_log", "billing_subscription")))
     ready.host.log(user, 20)
     ready.become(ready.roles.worker)
     with connect() as connection:

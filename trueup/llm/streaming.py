@@ -188,8 +188,7 @@ class AsyncTokenStream(AsyncIterator[Chunk], Generic[Chunk]):
     def __init__(self, hold: ai_tokens, chunks: Callable[[ai_tokens], AsyncIterable[Chunk]]) -> None:
         self._is_closed = True
         self._held = _Held(hold)
-        itself = weakref.ref(self)  # a cycle would delay `__del__`
-        self._reader = _Reader(lambda: (stream := itself()) and stream.close())
+        self._reader = _Reader(_closes(weakref.ref(self)))  # a cycle would delay `__del__`
         self._loop = asyncio.get_running_loop()
         with bound(self._held.running):
             self._chunks = aiter(chunks(hold))
@@ -227,7 +226,7 @@ class AsyncTokenStream(AsyncIterator[Chunk], Generic[Chunk]):
         if self._is_closed:
             return
         if not self._loop.is_running():
-            # No generator can run on a loop that has ended. What it has charged is charged; release the rest.
+            # No generator can run on a loop that has ended. Its usage was charged as it came; release the rest.
             self._is_closed = True
             self._held.end()
         elif _runs_event_loop():
@@ -247,6 +246,17 @@ class AsyncTokenStream(AsyncIterator[Chunk], Generic[Chunk]):
     async def _close_dropped(self) -> None:
         with _logged_errors(self._held):
             await self.aclose()
+
+
+def _closes(stream: "weakref.ref[AsyncTokenStream[Any]]") -> Callable[[], None]:
+    """Return a function that closes the stream if it is still there."""
+
+    def close() -> None:
+        found = stream()
+        if found is not None:
+            found.close()
+
+    return close
 
 
 class _logged_errors(suppress):  # noqa: N801 - used as a function
