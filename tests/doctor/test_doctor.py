@@ -16,7 +16,14 @@ from trueup.doctor import database as doctor
 from trueup.doctor.clocks import HARMFUL_SECONDS, Offset, judge, measure
 from trueup.doctor.findings import Finding, error, exit_code, ok, run_check, warning
 from trueup.doctor.installation import check_functions, check_rights, check_schema, check_triggers
-from trueup.doctor.invariants import check_beat, check_holds, check_invariants, check_runs, check_unresolved
+from trueup.doctor.invariants import (
+    check_beat,
+    check_holds,
+    check_invariants,
+    check_owed_charges,
+    check_runs,
+    check_unresolved,
+)
 from trueup.doctor.server import check_durability, check_server
 from trueup.doctor.settings import check_settings
 from trueup.doctor.versions import check_packages, check_python, check_weaker_versions
@@ -340,6 +347,17 @@ def test_calls_and_messages_in_doubt_are_counted(host: Host, connection: Connect
     calls, messages = found(check_unresolved, connection)
     assert (calls.level, calls.detail) == ("warning", {"calls": 1, "tokens_bound": 700})
     assert (messages.level, messages.detail) == ("warning", {"messages": 1})
+
+
+def test_owed_charges_are_an_error_with_the_reason(host: Host, connection: Connection) -> None:
+    assert only(check_owed_charges, connection).level == "ok"
+    hold = hold_tokens(connection, host.subscriber(), 1_000)
+    host.execute("ALTER TABLE ai_usage_log ADD CONSTRAINT small CHECK (total_tokens < 10)")
+    charge_tokens(connection, hold, 700)
+    finding = only(check_owed_charges, connection)
+    assert (finding.level, finding.detail) == ("error", {"charges": 1, "tokens": 700})
+    assert "23514" in finding.what
+    assert "small" in finding.what
 
 
 def add_run(host: Host, status: str, *, hours: float, **more: Any) -> None:

@@ -1,4 +1,4 @@
-{% from "host/rows.sql" import is_counted %}
+{% from "host/rows.sql" import countable, is_counted, owed_since %}
 -- Grants: tokens on top of a plan. What a grant adds to `original` in a window is what it had left when the window
 -- began, as long as it lives; once it has expired or was revoked, what it has paid for in this window, so that an end
 -- never takes away tokens that were used. What is left when a window ends goes on into the next one.
@@ -14,14 +14,22 @@
 -- trueup.grant_use keeps what a window used of a grant. It is written under the balance's lock, when the window has
 -- ended (for all grants) or when a grant is found ended (for that one).
 
--- Counted tokens of the log between each two neighbours of these times; `place` 1: between the first two.
+-- Counted tokens of the log, and of owed charges, between each two neighbours of these times; `place` 1: between the first two.
 CREATE OR REPLACE FUNCTION trueup.usage_between(p_user {{ user_id_type }}, p_times timestamptz[])
 RETURNS TABLE (place integer, tokens bigint) LANGUAGE sql STABLE AS $$
-    SELECT width_bucket(l.{{ usage_log.created_at }}::timestamptz, usage_between.p_times),
-           coalesce(sum(l.{{ usage_log.total_tokens }}), 0)::bigint
-    FROM {{ usage_log }} l
-    WHERE {{ is_counted("l", "usage_between.p_user", "(usage_between.p_times)[1]") }}
-      AND l.{{ usage_log.created_at }} < (usage_between.p_times)[cardinality(usage_between.p_times)]
+    SELECT t.place, {{ countable("sum(t.tokens)") }}
+    FROM (
+        SELECT width_bucket(l.{{ usage_log.created_at }}::timestamptz, usage_between.p_times) AS place,
+               l.{{ usage_log.total_tokens }} AS tokens
+        FROM {{ usage_log }} l
+        WHERE {{ is_counted("l", "usage_between.p_user", "(usage_between.p_times)[1]") }}
+          AND l.{{ usage_log.created_at }} < (usage_between.p_times)[cardinality(usage_between.p_times)]
+          AND l.{{ usage_log.total_tokens }} IS NOT NULL
+        UNION ALL
+        SELECT width_bucket(o.used_at, usage_between.p_times), o.total_tokens
+        {{ owed_since("usage_between.p_user", "(usage_between.p_times)[1]") }}
+          AND o.used_at < (usage_between.p_times)[cardinality(usage_between.p_times)]
+    ) t
     GROUP BY 1
 $$;
 
@@ -114,7 +122,7 @@ DECLARE
     v_of_plan integer[];  -- which plan each of them was logged under
     v_plan bigint := p_plans[1];
     v_number integer;  -- the plan that counts: the last one that something was logged under
-    v_spent bigint := 0;  -- by the plan and by grants without an expiry
+    v_spent numeric := 0;  -- by the plan and by grants without an expiry
     v_funds numeric;  -- what those have
     v_due bigint;
     v_take bigint;

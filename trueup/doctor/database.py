@@ -33,6 +33,7 @@ _INSTALLED: tuple[tuple[str, Check], ...] = (
     ("log_ids", log_ids.check_log_ids),
     ("holds", invariants.check_holds),
     ("calls", invariants.check_unresolved),
+    ("owed_charges", invariants.check_owed_charges),
     ("reconcile", invariants.check_runs),
     ("beat", invariants.check_beat),
     ("books", invariants.check_invariants),

@@ -1,5 +1,5 @@
 {% from "drift/purchases.sql" import purchases %}
-{% from "host/rows.sql" import is_counted, used_since %}
+{% from "host/rows.sql" import in_range, is_counted, used_since %}
 
 {# The rows that tell of drifted counters: CTEs over `known` (evidence.sql), each read by user and time, so that only
    rows of drifted users are read. OFFSET 0 keeps the planner from reading a whole table at once, however many users it
@@ -34,7 +34,7 @@ SELECT NULL::{{ user_id_type }} AS user_id, NULL::text AS id, NULL::bigint AS to
         SELECT k.user_id, k.base_at, CASE WHEN l.success THEN 'L' ELSE 'F' END AS kind, l.id, l.tokens, l.at
         FROM known k
         CROSS JOIN LATERAL (
-            SELECT l.{{ usage_log.id }}::text AS id, l.{{ usage_log.total_tokens }}::bigint AS tokens,
+            SELECT l.{{ usage_log.id }}::text AS id, {{ in_range("l." ~ usage_log.total_tokens) }}::bigint AS tokens,
                    l.{{ usage_log.created_at }}::timestamptz AS at, {{ usage_log.success("l") }} AS success
             FROM {{ usage_log }} l
             WHERE l.{{ usage_log.user_id }} = k.user_id AND l.{{ usage_log.created_at }} >= k.since

@@ -1,5 +1,5 @@
 {% from "gate/store_balance.sql" import create_balance %}
-{% from "host/rows.sql" import used_since %}
+{% from "host/rows.sql" import countable, used_since %}
 -- Writes to the balance. Each takes the user's balance row first and reads everything else after it, in
 -- statements of their own: under READ COMMITTED each sees what was committed while it waited for the lock. (One
 -- statement that locks and reads at once would decide on what was true before the wait.)
@@ -25,7 +25,9 @@ CREATE OR REPLACE FUNCTION trueup.lock_account(
 DECLARE
     b trueup.balance;
     e record;
-    v_consumed bigint;
+    v_consumed numeric;
+    v_largest bigint;
+    v_is_stale boolean;
     v_overdue bigint;
 BEGIN
     SELECT * INTO b FROM trueup.balance WHERE user_id = p_user FOR UPDATE;
@@ -45,16 +47,20 @@ BEGIN
         SELECT t.*, trueup.log_epoch() AS log_epoch INTO e FROM trueup.entitlements(at) t WHERE t.user_id = p_user;
         subscribed := FOUND;
     END IF;
-    IF subscribed AND (b.window_start, b.log_epoch) IS DISTINCT FROM (e.window_start, e.log_epoch) THEN
+    v_is_stale := subscribed AND (b.window_start, b.log_epoch) IS DISTINCT FROM (e.window_start, e.log_epoch);
+    IF NOT v_is_stale THEN
+        WITH folded AS (DELETE FROM trueup.usage_delta WHERE user_id = p_user RETURNING used_at, tokens)
+        SELECT b.consumed + coalesce(sum(tokens) FILTER (WHERE used_at >= b.window_start), 0), max(abs(tokens))
+        INTO v_consumed, v_largest FROM folded;
+        -- A delta of a row beyond the range is not the row's figure.
+        v_is_stale := subscribed AND v_largest >= {{ uncountable }};
+    END IF;
+    IF v_is_stale THEN
         -- One statement, one snapshot: a log row and its delta are both seen here or both left for later.
         WITH cleared AS (DELETE FROM trueup.usage_delta WHERE user_id = p_user)
         SELECT u.tokens INTO v_consumed FROM ({{ used_since("lock_account.p_user", "e.window_start") }}) u;
         b.window_start := e.window_start;
         b.log_epoch := e.log_epoch;
-    ELSE
-        WITH folded AS (DELETE FROM trueup.usage_delta WHERE user_id = p_user RETURNING used_at, tokens)
-        SELECT b.consumed + coalesce(sum(tokens) FILTER (WHERE used_at >= b.window_start), 0)
-        INTO v_consumed FROM folded;
     END IF;
     IF EXISTS (SELECT FROM trueup.hold WHERE user_id = p_user AND status = 'open' AND expires_at <= at) THEN
         SELECT sum(o.freed) INTO v_overdue FROM trueup.end_overdue_holds(ARRAY[p_user], at) o;
@@ -64,7 +70,7 @@ BEGIN
     original := coalesce(e.original, 0);
     window_start := b.window_start;
     log_epoch := b.log_epoch;
-    consumed := v_consumed;
+    consumed := {{ countable("v_consumed") }};
     held := b.held - coalesce(v_overdue, 0);
 END $$;
 

@@ -9,6 +9,7 @@ A template sees each noun of the mapping, and the types of ids:
 `{{ usage_log.section.column("l") or "''" }}`  the column alone; nothing where the host keeps none
 `{% if usage_log.metadata %}`   whether the host has a table or a field, in whatever form
 `{{ usage_log | literal }}`     the name as an SQL string
+`{{ uncountable }}`             `UNCOUNTABLE`
 `{{ trueup.charge }}`           a table of trueup's own, where the piece also runs in a database without them
 
 Files are found below the package: `{% from "host/rows.sql" import window_start %}`. A macro is a piece of SQL that
@@ -30,6 +31,11 @@ from trueup.host.setting_values import Compared, Constant, Given, quote_identifi
 
 # In place of a colon in a host's name while a statement is rendered: no name or value of a mapping can contain it.
 _COLON = "\x00"
+UNCOUNTABLE = 2**62 - 1
+"""The consumed tokens of a user whose usage can't be counted: its sum is no smaller, or not larger than the negative.
+
+It closes the gate, and two such figures still add up to a bigint. A row with more tokens is counted as this many.
+"""
 _KNOWN_TEMPLATES = 256
 _KNOWN_MAPPINGS = 16
 Note = Callable[[Noun, str], None]
@@ -238,6 +244,9 @@ def _make_environment(mapping: HostMapping, is_statement: bool, own: OwnTables, 
         kind = UsageLog if noun == "usage_log" else HostTable
         environment.globals[noun] = kind(mapping, noun, escape, note)
     environment.globals.update(
-        user_id_type=mapping.user_id_type, usage_log_id_type=mapping.usage_log_id_type, trueup=own
+        user_id_type=mapping.user_id_type,
+        usage_log_id_type=mapping.usage_log_id_type,
+        trueup=own,
+        uncountable=UNCOUNTABLE,
     )
     return environment

@@ -46,6 +46,8 @@ SQL_FILES = (
     "install/window_triggers.sql",
     "gate/modes.sql",
     "gate/balances.sql",
+    "usage/log_row.sql",
+    "gate/owed_charges.sql",
     "gate/holds.sql",
     "gate/provider_calls.sql",
     "usage/charges.sql",

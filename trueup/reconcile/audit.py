@@ -16,7 +16,7 @@ from trueup.accounts.user_ids import UserId
 from trueup.database.schema import own_table
 from trueup.gate.holds import expire_holds
 from trueup.host.mapping import HostMapping, UserIdType
-from trueup.host.sql import render_statement
+from trueup.host.sql import UNCOUNTABLE, render_statement
 from trueup.reconcile.shards import bounds, conditions_of
 
 MAX_ANOMALIES = 100
@@ -26,6 +26,10 @@ MAX_ANOMALIES = 100
 OVERDUE_AFTER = timedelta(minutes=10)
 # A partition without triggers is reported once in this time, because quick passes run often.
 TOLD_AGAIN_AFTER = timedelta(days=1)
+UNCOUNTABLE_REMEDY = (
+    "The user's rows of the usage log add up to more than trueup can count, so the gate denies the user's tasks and "
+    "the counter is not compared. Find the rows with the largest and the smallest tokens, and correct or delete them."
+)
 # Deep passes check a charge's log row once. Charges within this time before the last pass are checked again, because
 # that pass may have missed them.
 CHARGES_SINCE_MARGIN = timedelta(days=1)
@@ -62,7 +66,7 @@ def long_read(engine: Engine, timeout_seconds: int) -> Iterator[Connection]:
 # A stale balance is not a defect, because it is rebuilt when it is next read. The statement calls no function of
 # trueup's, so that PostgreSQL can run it in parallel.
 _MISMATCHES = """
-    {% from "host/rows.sql" import used_in_windows, window_start %}
+    {% from "host/rows.sql" import countable, used_in_windows, window_start %}
     WITH epoch AS (SELECT coalesce(max(id), 0) AS epoch FROM trueup.log_truncation)
     SELECT * FROM (
         SELECT b.user_id, b.consumed + coalesce(d.tokens, 0) AS seen, coalesce(l.tokens, 0) AS expected,
@@ -75,7 +79,7 @@ _MISMATCHES = """
             {{ used_in_windows("w." ~ subscription.user_id, within("l." ~ usage_log.user_id)) }}
         ) l ON l.key = b.user_id
         LEFT JOIN (
-            SELECT t.user_id, CAST(sum(t.tokens) AS bigint) AS tokens
+            SELECT t.user_id, {{ countable("sum(t.tokens)") }} AS tokens
             FROM trueup.usage_delta t JOIN trueup.balance k ON k.user_id = t.user_id AND t.used_at >= k.window_start
             GROUP BY 1
         ) d ON d.user_id = b.user_id
@@ -85,7 +89,7 @@ _MISMATCHES = """
         ) h ON h.user_id = b.user_id
         WHERE true{{ within("b.user_id") }}
     ) compared
-    WHERE is_current AND seen <> expected OR held <> in_holds
+    WHERE is_current AND seen <> expected OR held <> in_holds OR expected = {{ uncountable }}
     ORDER BY user_id
 """
 _ANOMALIES = """
@@ -111,6 +115,8 @@ def find_balance_mismatches(
     statement = render_statement(_MISMATCHES, mapping, within=conditions_of(after, last))
     found = []
     for row in connection.execute(statement, bounds(after, last)):
+        if row.expected == UNCOUNTABLE:
+            found.append(Defect(kind="usage_uncountable", user_id=row.user_id, detail={"remedy": UNCOUNTABLE_REMEDY}))
         if row.is_current and row.seen != row.expected:
             found.append(Defect(kind="balance_untrue", user_id=row.user_id, seen=row.seen, expected=row.expected))
         if row.held != row.in_holds:

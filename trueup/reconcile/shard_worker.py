@@ -252,6 +252,9 @@ def _by_user(defects: Sequence[Defect]) -> dict[UserId, list[Defect]]:
 def _repair(connection: Connection, job: Job, shard: Shard, user_id: UserId, defects: list[Defect]) -> None:
     """Repair a user's balance. If that reaches the time limit, record the defects unrepaired and continue."""
     kind, run_id = job.mapping.user_id_type, job.run_id or 0
+    for defect in defects:
+        if defect.kind == "usage_uncountable":  # no repair of the balance changes the log
+            note_defect(connection, kind, run_id, defect)
     try:
         repair_balance(connection, kind, run_id, user_id)
     except DBAPIError as error:
