@@ -25,6 +25,7 @@ from trueup.host.log_ids import log_id_problem
 from trueup.host.mapping import HostMapping
 from trueup.host.partitions import partition_problem
 from trueup.host.schema_changes import ROW_SECURITY_REMEDY
+from trueup.install.trial_writes import trial_problem
 from trueup.install.write_probe import row_problem
 from trueup.settings.settings import Settings
 
@@ -163,6 +164,7 @@ def _tried(connection: Connection, mapping: HostMapping) -> Iterator[Problem | N
     yield wrong_expression(connection, mapping)
     with connection.engine.begin() as trial:
         yield row_problem(trial, mapping)
+        yield trial_problem(trial, mapping)
 
 
 def _noun_of(mapping: HostMapping, table: str) -> str:

@@ -29,6 +29,7 @@ from trueup.host.schema_changes import ATTACHING
 from trueup.host.setting_values import quote_literal
 from trueup.host.sql import render_file
 from trueup.install.example_tables import build_host_metadata
+from trueup.install.trial_writes import trial_problem
 from trueup.install.triggers import KEEP_WATCHED, SAVE_TRIGGERS, is_untouched
 from trueup.install.write_probe import row_problem
 from trueup.settings.settings import get_settings
@@ -229,7 +230,7 @@ def check_host(connection: Connection, mapping: HostMapping) -> None:
             f"{', '.join(views)} is no table, so that trueup could not be told of its changes. Nothing was changed. "
             "Map the table behind it under [host] in trueup.toml."
         )
-    for judge in (log_id_problem, partition_problem, expression_problem, row_problem):
+    for judge in (log_id_problem, partition_problem, expression_problem, row_problem, trial_problem):
         problem = judge(connection, mapping)
         if problem is not None:
             raise NotInstalledError(f"{problem[0]} Nothing was changed. {problem[1]}")

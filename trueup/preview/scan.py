@@ -26,8 +26,10 @@ from trueup.drift.explain import explain
 from trueup.drift.known_drifts import Past, read_past
 from trueup.errors import TrueupError
 from trueup.host.mapping import HostMapping
+from trueup.host.sql import UNCOUNTABLE
 from trueup.preview.checks import check_columns, check_expressions, is_attached, missing_index
 from trueup.preview.statements import Statements, needed_columns
+from trueup.reconcile.audit import UNCOUNTABLE_REMEDY
 from trueup.reconcile.runs import Finding
 from trueup.reconcile.shards import MAX_FAILURES, bounds
 from trueup.settings.policies import Rules
@@ -153,7 +155,8 @@ class _Scan:
                 self.statements.drifted(None, None, None), {"at": counted.at}
             )
             for part in rows.partitions():
-                self.report(0, [self._finding(_drift(row, counted.at), Past()) for row in part])
+                drifts = self._countable([_drift(row, counted.at) for row in part])
+                self.report(0, [self._finding(drift, Past()) for drift in drifts])
             self.told.finished_at = counted.at
         self.report(counted.counters, [])
 
@@ -172,11 +175,18 @@ class _Scan:
             self._refuse_doubles(page)
             values = {"at": page.at, **bounds(after, page.last), **who}
             statement = self.statements.drifted(after, page.last, only_user)
-            drifts = [_drift(row, page.at) for row in connection.execute(statement, values)]
+            drifts = self._countable([_drift(row, page.at) for row in connection.execute(statement, values)])
             findings = []
             for start in range(0, len(drifts), EXPLAINED_AT_ONCE):
                 findings += self._explained(connection, drifts[start : start + EXPLAINED_AT_ONCE])
             return page.last, page.counters, findings
+
+    def _countable(self, drifts: list[Drift]) -> list[Drift]:
+        """Return the drifts of users whose usage can be counted, and note the others."""
+        for drift in drifts:
+            if drift.consumed == UNCOUNTABLE:
+                self.told.notes += (f"User {drift.user_id} was set aside. {UNCOUNTABLE_REMEDY}",)
+        return [drift for drift in drifts if drift.consumed != UNCOUNTABLE]
 
     def _refuse_doubles(self, page: Any) -> None:
         if page.users != page.counters:

@@ -38,7 +38,7 @@ _DRIFTED = """
         {{ used_in_windows("w." ~ subscription.id, within("l." ~ usage_log.user_id)) }}
     ) u ON CAST(u.key AS text) = e.subscription_id
     WHERE e.user_id IS NOT NULL{{ within("e.user_id") }}
-      AND e.counter IS DISTINCT FROM greatest(e.original - coalesce(u.tokens, 0), 0)
+      AND (e.counter IS DISTINCT FROM greatest(e.original - coalesce(u.tokens, 0), 0) OR u.tokens = {{ uncountable }})
 """
 _EVIDENCE = """
     {% from "drift/evidence_query.sql" import evidence %}
@@ -89,7 +89,7 @@ class Statements:
         return self._render(_PAGE, within=_among(after, None, only_user))
 
     def drifted(self, after: UserId | None, last: UserId | None, only_user: UserId | None) -> TextClause:
-        """The users of a range whose counters are not what the log says."""
+        """The users of a range whose counters are not what the log says, or whose usage can't be counted."""
         return self._render(_DRIFTED, within=_among(after, last, only_user))
 
     def _render(self, template: str, **values: object) -> TextClause:

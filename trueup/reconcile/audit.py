@@ -89,7 +89,7 @@ _MISMATCHES = """
         ) h ON h.user_id = b.user_id
         WHERE true{{ within("b.user_id") }}
     ) compared
-    WHERE is_current AND seen <> expected OR held <> in_holds OR expected = {{ uncountable }}
+    WHERE is_current AND seen <> expected OR held <> in_holds
     ORDER BY user_id
 """
 _ANOMALIES = """
@@ -115,13 +115,26 @@ def find_balance_mismatches(
     statement = render_statement(_MISMATCHES, mapping, within=conditions_of(after, last))
     found = []
     for row in connection.execute(statement, bounds(after, last)):
-        if row.expected == UNCOUNTABLE:
-            found.append(Defect(kind="usage_uncountable", user_id=row.user_id, detail={"remedy": UNCOUNTABLE_REMEDY}))
         if row.is_current and row.seen != row.expected:
             found.append(Defect(kind="balance_untrue", user_id=row.user_id, seen=row.seen, expected=row.expected))
         if row.held != row.in_holds:
             found.append(Defect(kind="held_untrue", user_id=row.user_id, seen=row.held, expected=row.in_holds))
     return found
+
+
+_UNCOUNTABLE = """
+    SELECT user_id FROM trueup.balance
+    WHERE user_id = ANY (CAST(:user_ids AS {user_id_type}[])) AND consumed >= :uncountable ORDER BY user_id
+"""
+
+
+def find_uncountable(connection: Connection, user_id_type: UserIdType, user_ids: Sequence[UserId]) -> list[Defect]:
+    """Return a defect for each of these users whose log rows add up to more than can be counted. Writes nothing."""
+    statement = text(_UNCOUNTABLE.format(user_id_type=user_id_type))
+    found = connection.scalars(statement, {"user_ids": list(user_ids), "uncountable": UNCOUNTABLE})
+    return [
+        Defect(kind="usage_uncountable", user_id=user_id, detail={"remedy": UNCOUNTABLE_REMEDY}) for user_id in found
+    ]
 
 
 def find_anomalies(

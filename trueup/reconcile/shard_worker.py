@@ -18,6 +18,7 @@ from trueup.reconcile.audit import (
     find_anomalies,
     find_balance_mismatches,
     find_installation_defects,
+    find_uncountable,
     find_uncovered_partitions,
     long_read,
     note_defect,
@@ -155,7 +156,14 @@ def _settled(job: Job, shard: Shard, user_ids: list[UserId], step: Step) -> list
 
 def _batch(job: Job, user_ids: list[UserId], step: Step) -> list[Finding]:
     with connected(job.engine) as connection:
-        return reconcile_batch(connection, job.context, job.run_id, user_ids, step)
+        findings = reconcile_batch(connection, job.context, job.run_id, user_ids, step)
+        uncountable = find_uncountable(connection, job.mapping.user_id_type, user_ids)
+        if job.run_id is None:
+            job.report(0, (), uncountable)
+        else:
+            for defect in uncountable:
+                note_defect(connection, job.mapping.user_id_type, job.run_id, defect)
+        return findings
 
 
 def _settled_in_parts(job: Job, shard: Shard, user_ids: list[UserId], step: Step, size: int) -> list[Finding]:
@@ -252,9 +260,6 @@ def _by_user(defects: Sequence[Defect]) -> dict[UserId, list[Defect]]:
 def _repair(connection: Connection, job: Job, shard: Shard, user_id: UserId, defects: list[Defect]) -> None:
     """Repair a user's balance. If that reaches the time limit, record the defects unrepaired and continue."""
     kind, run_id = job.mapping.user_id_type, job.run_id or 0
-    for defect in defects:
-        if defect.kind == "usage_uncountable":  # no repair of the balance changes the log
-            note_defect(connection, kind, run_id, defect)
     try:
         repair_balance(connection, kind, run_id, user_id)
     except DBAPIError as error:

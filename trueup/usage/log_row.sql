@@ -30,7 +30,7 @@ $$;
 -- caller has locked the user's balance, so the row is marked as trueup's own and its triggers append no delta.
 -- `log_id`: the id of the row. `counted`: its tokens that count in the window. `own`: of these, the tokens that the caller
 -- adds to the balance. `refused_with`: the SQLSTATE if the host refused the row; then the figures are those of `o`.
--- Raises what is transient, and a violation of the foreign key to the user.
+-- Raises what is transient, a violation of the foreign key to the user, and any refusal of a failed call, which owes nothing.
 CREATE OR REPLACE FUNCTION trueup.try_log_row(
     o trueup.owed_charge, p_window timestamptz, p_has_balance boolean,
     OUT log_id text, OUT counted bigint, OUT own bigint, OUT refused_with text, OUT refusal text
@@ -72,7 +72,7 @@ BEGIN
     log_id := coalesce(log_id, o.log_id);
 EXCEPTION WHEN query_canceled OR OTHERS THEN
     GET STACKED DIAGNOSTICS refused_with = RETURNED_SQLSTATE, refusal = MESSAGE_TEXT, v_constraint = CONSTRAINT_NAME;
-    IF trueup.is_transient(refused_with)
+    IF NOT o.success OR trueup.is_transient(refused_with)
        OR refused_with = '23503' AND trueup.is_user_key(v_constraint) THEN
         RAISE;
     END IF;
