@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from trueup.database.driver_errors import LOG_CHANGED, UNWATCHED, is_replaced, is_transient, sqlstate_of
+from trueup.database.encoding import refuse_other_encodings
 from trueup.database.layout import refuse_old_layout
 from trueup.database.session import limit_session, read_as_utc
 from trueup.errors import (
@@ -66,8 +67,10 @@ def create_trueup_engine(settings: Settings) -> Engine:
         # A sum over the rows that a policy leaves is too low: PostgreSQL then refuses.
         "row_security": "off",
     }
-    # First of all: what SQLAlchemy asks of a new connection is limited too.
+    # First of all: what SQLAlchemy asks of a new connection is limited too. It can't read the answers of a
+    # database in another encoding, so that is refused before. (What is inserted last is called first.)
     event.listen(engine, "connect", lambda connection, _: limit_session(connection, limits), insert=True)
+    event.listen(engine, "connect", lambda connection, _: refuse_other_encodings(connection), insert=True)
     event.listen(engine, "connect", lambda connection, _: read_as_utc(connection))
     event.listen(engine, "connect", lambda connection, _: refuse_old_layout(connection))
     return engine

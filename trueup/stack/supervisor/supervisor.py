@@ -61,10 +61,11 @@ def run_stack(
 
 def commands_of(settings: Settings, home: Path) -> Sequence[Command]:
     """Return what `trueup up` runs: all of the table, but the API only with a key to check tokens with."""
-    return [command for command in stack_commands(home) if command.name != API or _serves_api(settings)]
+    return [command for command in stack_commands(home) if command.name != API or serves_api(settings)]
 
 
-def _serves_api(settings: Settings) -> bool:
+def serves_api(settings: Settings) -> bool:
+    """Return whether the stack serves the API: it has a key to check tokens with, or is a demo."""
     return settings.api.has_key or settings.api.demo
 
 
@@ -82,7 +83,7 @@ def about_the_model(settings: Settings) -> str:
 
 def about_the_api(settings: Settings) -> str:
     """Say where the API will be, or why it is not served."""
-    if not _serves_api(settings):
+    if not serves_api(settings):
         return (
             "the HTTP API is not served: there is no key to check tokens with. Set TRUEUP_API__JWT_SECRET, or on this "
             "machine alone TRUEUP_API__DEMO=true (see `trueup api --help`)"
