@@ -10,6 +10,8 @@ from sqlalchemy.pool import NullPool
 
 from tests.support.books import assert_true
 from tests.support.host import Host
+from tests.support.standby import standby_of
+from tests.support.waiting import wait_for
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.database.engine import connect
 from trueup.doctor import database as doctor
@@ -229,6 +231,23 @@ def test_a_server_that_takes_no_writes_is_an_error(host: Host, connection: Conne
 def test_a_server_that_forgets_commits_is_told(host: Host, connection: Connection) -> None:
     connection.execute(text("SET synchronous_commit = off"))
     assert "warning" in [finding.level for finding in found(check_durability, connection)]
+
+
+def test_standbys_of_which_none_is_synchronous_are_told(host: Host, connection: Connection) -> None:
+    """A failover to one of them may lose a hold, and what was promised by it."""
+    assert only(check_durability, connection).level == "ok"
+    with standby_of(host.engine):
+        wait_for(lambda: host.value("SELECT count(*) FROM pg_stat_replication") == 1)
+        told = [finding for finding in found(check_durability, connection) if finding.level == "warning"]
+    assert [finding.detail for finding in told] == [{"standbys": 1}]
+    assert "synchronous_standby_names" in str(told[0].remedy)
+
+
+def test_a_limit_on_temporary_files_is_told(host: Host, connection: Connection) -> None:
+    name = host.value("SELECT current_database()")
+    host.execute(f"ALTER DATABASE {name} SET temp_file_limit = '10MB'")
+    told = [finding for finding in found(check_durability, connection) if finding.level == "warning"]
+    assert [finding.detail for finding in told] == [{"limits": ["temp_file_limit=10MB"]}]
 
 
 # -- trueup's own objects

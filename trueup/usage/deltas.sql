@@ -65,18 +65,23 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET time
 BEGIN
 {{ return_unless_of_the_log() }}
 {{ return_unless_columns_fit("old_rows") }}
-    INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
-    SELECT changed.user_id, changed.used_at, {{ in_range("sum(changed.tokens)") }}
-    FROM (
-        SELECT o.{{ usage_log.user_id }}, o.{{ usage_log.created_at }}, -{{ in_range("o." ~ usage_log.total_tokens) }}
-        FROM old_rows o WHERE {{ usage_log.success("o") }}
-        UNION ALL
-        SELECT n.{{ usage_log.user_id }}, n.{{ usage_log.created_at }}, {{ in_range("n." ~ usage_log.total_tokens) }}
-        FROM new_rows n WHERE {{ usage_log.success("n") }}
-    ) AS changed (user_id, used_at, tokens)
-    WHERE changed.user_id IS NOT NULL AND changed.used_at IS NOT NULL
-    GROUP BY changed.user_id, changed.used_at
-    HAVING sum(changed.tokens) <> 0;
+    BEGIN
+        INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
+        SELECT changed.user_id, changed.used_at, {{ in_range("sum(changed.tokens)") }}
+        FROM (
+            SELECT o.{{ usage_log.user_id }}, o.{{ usage_log.created_at }}, -{{ in_range("o." ~ usage_log.total_tokens) }}
+            FROM old_rows o WHERE {{ usage_log.success("o") }}
+            UNION ALL
+            SELECT n.{{ usage_log.user_id }}, n.{{ usage_log.created_at }}, {{ in_range("n." ~ usage_log.total_tokens) }}
+            FROM new_rows n WHERE {{ usage_log.success("n") }}
+        ) AS changed (user_id, used_at, tokens)
+        WHERE changed.user_id IS NOT NULL AND changed.used_at IS NOT NULL
+        GROUP BY changed.user_id, changed.used_at
+        HAVING sum(changed.tokens) <> 0;
+    EXCEPTION WHEN configuration_limit_exceeded THEN
+        -- The host's limit on temporary files is too low for the sums. Every balance becomes stale instead.
+        INSERT INTO trueup.log_truncation DEFAULT VALUES;
+    END;
     RETURN NULL;
 END $$;
 
