@@ -68,7 +68,7 @@ def create_trueup_engine(settings: Settings) -> Engine:
         "row_security": "off",
     }
     # First of all: what SQLAlchemy asks of a new connection is limited too. It can't read the answers of a
-    # database in another encoding, so that is refused before. (What is inserted last is called first.)
+    # database in another encoding, so that is refused before. (The listener inserted last runs first.)
     event.listen(engine, "connect", lambda connection, _: limit_session(connection, limits), insert=True)
     event.listen(engine, "connect", lambda connection, _: refuse_other_encodings(connection), insert=True)
     event.listen(engine, "connect", lambda connection, _: read_as_utc(connection))

@@ -81,7 +81,7 @@ def _refusal(connection: Connection, statement: Any, *, must_write: bool, **valu
         connection.execute(_CHECK_NOW)
         return "a trigger drops it" if must_write and not written else None
     except DBAPIError as error:
-        # The user may have been deleted meanwhile. What is transient is no refusal.
+        # The user may have been deleted meanwhile. A transient error is no refusal.
         if is_transient(error) or isinstance(error.orig, InsufficientPrivilege | ForeignKeyViolation):
             return None
         return reason_of(error)

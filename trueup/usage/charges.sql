@@ -45,8 +45,9 @@ BEGIN
         v_covered := least(p_total, v_covered);
         tokens_over := p_total - v_covered;
         SELECT * INTO w FROM trueup.log_or_owe(o, a.window_start, a.consumed IS NOT NULL);
-        a.consumed := a.consumed + w.own;
         owed_because := w.refusal;
+        a.consumed := a.consumed + w.own;
+        a.held := a.held - v_covered;
         INSERT INTO trueup.charge (user_id, task_id, call_key, attempt, log_id, section, model_name,
                                    hold_id, tokens_total, tokens_covered, late, answer, charged_at, counter_lowered)
         -- Lower the legacy counter too, so that trueup's own usage causes no drift.
@@ -54,14 +55,10 @@ BEGIN
                 h.id, p_total, v_covered, late, p_answer, at, w.may_lower AND trueup.lower_counter(p_user, p_total));
         -- The call is no longer in flight.
         DELETE FROM trueup.call_intent c
-        WHERE c.user_id = p_user AND c.task_id = p_task AND c.attempt = p_attempt
-          AND c.call_key = v_first_key;
+        WHERE c.user_id = p_user AND c.task_id = p_task AND c.attempt = p_attempt AND c.call_key = v_first_key;
         UPDATE trueup.hold t SET tokens_covered = t.tokens_covered + v_covered,
-                                 tokens_charged = least(t.tokens_charged + p_total, {{ uncountable }}),
-                                 calls = t.calls + 1
-        WHERE t.user_id = p_user AND t.task_id = p_task AND t.id = h.id
-        RETURNING * INTO h;
-        a.held := a.held - v_covered;
+                                 tokens_charged = least(t.tokens_charged + p_total, {{ uncountable }}), calls = t.calls + 1
+        WHERE t.user_id = p_user AND t.task_id = p_task AND t.id = h.id RETURNING * INTO h;
         IF h.body_ended_at IS NOT NULL THEN
             -- The hold was open only for calls in flight; it ends with the last of them.
             v_kept := least(trueup.in_flight(p_user, p_task, NULL, NULL), h.tokens_reserved - h.tokens_covered);
@@ -79,7 +76,7 @@ BEGIN
 END $$;
 
 -- The figure, lowered to what a column of the usage log can hold. p_column: the column's name as quoted in SQL. Every
--- type of number that a host may have holds 2147483647, but for those that the setup refuses.
+-- type of number that a host may have holds 2147483647; the setup refuses a smaller one.
 CREATE OR REPLACE FUNCTION trueup.fitting(p_value bigint, p_column text) RETURNS bigint LANGUAGE plpgsql STABLE AS $$
 BEGIN
     IF p_value <= 2147483647 THEN

@@ -51,12 +51,17 @@ DECLARE
 BEGIN
 {{ return_unless_of_the_log() }}
 {{ return_unless_columns_fit("new_rows") }}
+    IF v_mark IS NOT NULL THEN  -- in a statement of its own, which a host's insert does not pay for
+        -- trueup writes one row in a statement.
+        IF EXISTS (SELECT FROM new_rows n WHERE v_mark = {{ own_row_mark("n." ~ usage_log.id ~ "::text") }}) THEN
+            RETURN NULL;
+        END IF;
+    END IF;
     INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
     SELECT n.{{ usage_log.user_id }}, n.{{ usage_log.created_at }}, {{ in_range("n." ~ usage_log.total_tokens) }}
     FROM new_rows n
     WHERE {{ usage_log.success("n") }} AND n.{{ usage_log.total_tokens }} <> 0
-      AND n.{{ usage_log.user_id }} IS NOT NULL AND n.{{ usage_log.created_at }} IS NOT NULL
-      AND (v_mark IS NULL OR v_mark IS DISTINCT FROM {{ own_row_mark("n." ~ usage_log.id ~ "::text") }});
+      AND n.{{ usage_log.user_id }} IS NOT NULL AND n.{{ usage_log.created_at }} IS NOT NULL;
     RETURN NULL;
 END $$;
 
