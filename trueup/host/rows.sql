@@ -1,11 +1,11 @@
-{# What a row of the host says. Each macro states one fact for all statements that need it. #}
+{# Facts about the host's rows. Each macro defines one fact for all statements that need it. #}
 
-{# When the window of the subscription `s` began. Usage before it does not count. #}
+{# The start of the window of the subscription `s`. Usage before it does not count. #}
 {% macro window_start(s) -%}
 coalesce({{ s }}.{{ subscription.start_date }}, '-infinity'::timestamptz)
 {%- endmacro %}
 
-{# The tokens that the subscription `s` includes by itself, or by its plans `tp` and `fp`. #}
+{# The tokens that the subscription `s` itself states, or that its plans `tp` and `fp` include. #}
 {% macro plan_tokens() -%}
 greatest(coalesce(
 {%- if subscription.tokens_included %}{{ subscription.tokens_included("s") }}
@@ -13,7 +13,7 @@ greatest(coalesce(
 {%- endif %}, 0), 0)
 {%- endmacro %}
 
-{# Whether the log row `l` is usage of that user that counts from that time on. #}
+{# Whether the log row `l` is usage of that user that counts, at or after that time. #}
 {% macro is_counted(l, user, since) -%}
 {{ l }}.{{ usage_log.user_id }} = {{ user }} AND {{ usage_log.success(l) }} AND {{ l }}.{{ usage_log.created_at }} >= {{ since }}
 {%- endmacro %}

@@ -12,8 +12,8 @@ from sqlalchemy.exc import DBAPIError
 
 from trueup.database.driver_errors import is_transient, reason_of
 from trueup.host.expressions import Problem
+from trueup.host.fields import SECTIONS
 from trueup.host.mapping import HostMapping
-from trueup.host.sections import SECTIONS
 from trueup.host.sql import render_statement
 
 # The host's writers must not wait for a trial, nor the trial for them.

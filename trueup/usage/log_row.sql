@@ -51,11 +51,11 @@ BEGIN
                  o.total_tokens AS total_tokens, o.response_time_ms AS response_time_ms, o.success AS success,
                  o.model_name AS model_name, o.metadata AS metadata, o.used_at AS created_at) r
     -- A failed call gets no row if the log has no way to mark it as failed.
-    WHERE o.success OR {{ usage_log.tells_failure() }}
+    WHERE o.success OR {{ usage_log.records_failure() }}
     -- Read the row as stored: a trigger of the host's may have changed it.
     RETURNING l.{{ usage_log.id }}::text, {{ counted() }} INTO log_id, counted;
     PERFORM set_config('trueup.own_row', '', true);
-    IF log_id IS NULL AND (o.success OR {{ usage_log.tells_failure() }}) THEN
+    IF log_id IS NULL AND (o.success OR {{ usage_log.records_failure() }}) THEN
         -- A trigger of the host's wrote the row into a table that inherits from the log, or dropped it.
         SELECT l.{{ usage_log.id }}::text, {{ counted() }} INTO log_id, counted
         FROM {{ usage_log }} l WHERE l.{{ usage_log.id }} = v_id::{{ usage_log_id_type }};
