@@ -20,7 +20,9 @@ from trueup.install.install import install
 from trueup.reconcile.audit import find_anomalies, find_balance_mismatches
 from trueup.reconcile.local_run import reconcile
 from trueup.settings.settings import get_settings
+from trueup.tasks import upkeep
 from trueup.usage.log import track_ai_usage
+from trueup.worker.config import beat_schedule
 
 NOW = START + timedelta(days=3)
 
@@ -313,3 +315,16 @@ def test_a_dropped_sequence_leaves_charges_owed(empty_database: str, monkeypatch
         assert settle_owed_charges(connection) == (1, 0)
         assert host.value("SELECT c.log_id = l.id::text FROM trueup.charge c, ai_usage_log l") is True
         assert_true(host, mapping)
+
+
+def test_beat_sends_a_task_that_settles_owed_charges(host: Host, connection: Connection, user: int) -> None:
+    statements(host, REFUSALS["a check"][0])
+    charge_tokens(connection, hold_tokens(connection, user, 500), 400)
+    settings = get_settings()
+    entry = beat_schedule(settings)["settle-owed-charges"]
+    assert entry["task"] == upkeep.settle_owed_charges.name
+    assert entry["schedule"].total_seconds() == settings.expire_interval_seconds
+    assert upkeep.settle_owed_charges() == {"settled": 0, "refused": 1}
+    statements(host, REFUSALS["a check"][1])
+    assert upkeep.settle_owed_charges() == {"settled": 1, "refused": 0}
+    assert host.used(user) == 400

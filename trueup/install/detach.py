@@ -100,8 +100,8 @@ def steps(history: Path | None, *, force: bool, kept: dict[str, int]) -> Iterato
         owed = connection.scalar(text("SELECT count(*) FROM trueup.owed_charge"))
         if owed and not force:
             raise DetachRefusedError(
-                f"The usage log has refused the rows of {owed} charges, and only trueup knows them. Nothing was removed. "
-                "Correct what refuses them (`trueup status`) and run `trueup reconcile`, or give --force "
+                f"The usage log has refused the rows of {owed} charges, and only trueup knows them. Nothing was "
+                "removed. Correct what refuses them (`trueup status`) and run `trueup reconcile`, or give --force "
                 "with --keep-history to keep them in a file."
             )
         drop_functions(connection)
