@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         NotInstalledError,
         ProviderError,
         ServiceUnavailableError,
+        TaskIdReusedError,
         TokensDenied,
         TrueupError,
     )
@@ -40,6 +41,7 @@ __all__ = [
     "NotInstalledError",
     "ProviderError",
     "ServiceUnavailableError",
+    "TaskIdReusedError",
     "TokensDenied",
     "TrueupError",
     "ai_tokens",
@@ -65,6 +67,7 @@ _MODULES = {
     "NotInstalledError": "trueup.errors",
     "ProviderError": "trueup.errors",
     "ServiceUnavailableError": "trueup.errors",
+    "TaskIdReusedError": "trueup.errors",
     "TokensDenied": "trueup.errors",
     "TrueupError": "trueup.errors",
     "ai_tokens": "trueup.billing.decorators",

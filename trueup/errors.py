@@ -135,6 +135,36 @@ class TokensDenied(TrueupError):  # noqa: N818 - an answer of the gate, not a fa
         return f"{self.payload['error']} ({self.payload['error_code']})"
 
 
+class TaskIdReusedError(TrueupError):
+    """A task with this id and another request is running or waits for its retry. Nothing was run for this request."""
+
+    def __init__(self, task_id: str) -> None:
+        self.task_id = task_id
+        super().__init__(task_id)
+
+    def __str__(self) -> str:
+        return (
+            f"The task id {self.task_id} is in use: a task with this id and other arguments, or of another name, is "
+            "running or waits for its retry. Nothing was run or spent for this request. Give each request its own task "
+            "id, or send this one again when that task has ended."
+        )
+
+
+class ResultNotKeptError(TrueupError):
+    """An earlier delivery has done the task's work, and neither its result nor its answers are kept."""
+
+    def __init__(self, task_id: str) -> None:
+        self.task_id = task_id
+        super().__init__(task_id)
+
+    def __str__(self) -> str:
+        return (
+            f"An earlier delivery of task {self.task_id} has done its work. Its result is no longer stored, and the "
+            "answers are not kept, so the result can't be made again. Nothing was spent. Send the work with a new task "
+            "id, and set TRUEUP_STORE_ANSWERS=true to have answers kept."
+        )
+
+
 class HoldError(TrueupError):
     """A model call that its hold does not allow. Nothing was spent by this call."""
 

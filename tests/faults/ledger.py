@@ -19,6 +19,7 @@ CHUNK_TOKENS = 2
 class Serving:
     """One request that the provider served.
 
+    `fingerprint`: the one that the keys of its call have, in charges and intents.
     `asked`: the most tokens it may cost, prompt and answer; `billed`: what it does cost. `pid`: the process that asked.
     `complete`: the whole answer went out. `chunks_read`: after how many chunks of a stream its caller ends it; None:
     never, or it is no stream. `tokens_sent`: of a stream's text. Times are of the monotonic clock.
@@ -27,6 +28,7 @@ class Serving:
     serial: int
     task_id: str
     call: int
+    fingerprint: str
     user_id: int
     pid: int
     behaviour: str
@@ -89,7 +91,9 @@ class Ledger:
         self._servings: list[Serving] = []
         self._times: Counter[tuple[str, int]] = Counter()
 
-    def open(self, *, task_id: str, call: int, user_id: int, pid: int, asked: int) -> tuple[Serving, int]:
+    def open(
+        self, *, task_id: str, call: int, fingerprint: str, user_id: int, pid: int, asked: int
+    ) -> tuple[Serving, int]:
         """Enter a request. Returns it, and how often its call has come before."""
         with self._lock:
             times = self._times[task_id, call]
@@ -98,6 +102,7 @@ class Ledger:
                 serial=len(self._servings) + 1,
                 task_id=task_id,
                 call=call,
+                fingerprint=fingerprint,
                 user_id=user_id,
                 pid=pid,
                 behaviour="ok",

@@ -67,7 +67,9 @@ def hold(connection: Connection, stage: Stage) -> Hold:
 
 
 def serve(stage: Stage, billed: int, *, asked: int = 80, task: str = "t1", user: int | None = None) -> Serving:
-    serving, _ = stage.provider.ledger.open(task_id=task, call=1, user_id=user or stage.users[0], pid=1, asked=asked)
+    serving, _ = stage.provider.ledger.open(
+        task_id=task, call=1, fingerprint="x", user_id=user or stage.users[0], pid=1, asked=asked
+    )
     serving.billed, serving.complete, serving.ended_at = billed, True, serving.started_at
     serving.usage_sent = True
     return serving
@@ -87,7 +89,7 @@ def record(
     serving: Serving,
     *,
     tokens: int | None = None,
-    key: str = "1:x",
+    key: str = "x:1",
     reported: bool = True,
 ) -> None:
     usage = usage_of(tokens or serving.billed, model_name=serving.model_name)
@@ -141,7 +143,7 @@ def test_overshoot_by_a_late_charge_is_told_apart(
 def test_a_serving_recorded_twice_is_found(stage: Stage, connection: Connection, hold: Hold, found: Found) -> None:
     serving = serve(stage, 30)
     record(connection, hold, serving)
-    record(connection, hold, serving, key="1:y")
+    record(connection, hold, serving, key="x:2")
     assert found() == {"double_charge"}
 
 
@@ -364,7 +366,7 @@ def test_a_task_that_vanished_while_sending_is_found(stage: Stage, host: Host, f
 
 
 def intent(bound: int, outcome: str = "unknown") -> SimpleNamespace:
-    return SimpleNamespace(user_id=7, task_id="t1", call=1, tokens_bound=bound, outcome=outcome)
+    return SimpleNamespace(user_id=7, task_id="t1", fingerprint="x", tokens_bound=bound, outcome=outcome)
 
 
 @pytest.mark.parametrize(
@@ -380,7 +382,7 @@ def intent(bound: int, outcome: str = "unknown") -> SimpleNamespace:
 def test_a_call_that_was_answered_and_stays_as_begun_is_lost_unless_its_process_died(
     behaviour: str, complete: bool, sent: int, outcome: str, lost: bool
 ) -> None:
-    serving, _ = Ledger().open(task_id="t1", call=1, user_id=7, pid=1, asked=80)
+    serving, _ = Ledger().open(task_id="t1", call=1, fingerprint="x", user_id=7, pid=1, asked=80)
     serving.billed, serving.behaviour, serving.complete = 40, behaviour, complete
     serving.streamed, serving.tokens_sent, serving.chunks_read = True, sent, 3
     for killed, expected in (({}, lost), ({1: serving.started_at + 1}, False)):
@@ -391,7 +393,7 @@ def test_a_call_that_was_answered_and_stays_as_begun_is_lost_unless_its_process_
 def test_each_unrecorded_call_needs_a_row_of_its_own_with_a_bound_that_suffices() -> None:
     ledger = Ledger()
     for billed in (40, 60):
-        serving, _ = ledger.open(task_id="t1", call=1, user_id=7, pid=1, asked=80)
+        serving, _ = ledger.open(task_id="t1", call=1, fingerprint="x", user_id=7, pid=1, asked=80)
         serving.billed = billed
     servings = ledger.servings()
 
@@ -407,7 +409,7 @@ def test_each_unrecorded_call_needs_a_row_of_its_own_with_a_bound_that_suffices(
 def test_a_process_that_went_on_to_its_next_call_is_not_excused_by_its_later_death() -> None:
     ledger = Ledger()
     for call in (1, 2):
-        serving, _ = ledger.open(task_id="t1", call=call, user_id=7, pid=1, asked=80)
+        serving, _ = ledger.open(task_id="t1", call=call, fingerprint=f"x{call}", user_id=7, pid=1, asked=80)
         serving.billed, serving.complete = 40, True
     servings = ledger.servings()
     killed = {1: servings[1].started_at + 1}

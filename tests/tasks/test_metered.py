@@ -132,13 +132,15 @@ def test_a_task_may_call_another_directly_each_with_its_own_hold(
     }
 
 
-def test_a_quick_retry_keeps_its_hold_and_pays_once(app: Celery, host: Host, connection: Connection) -> None:
+def test_a_quick_retry_keeps_its_hold_and_spends_from_what_is_left(
+    app: Celery, host: Host, connection: Connection
+) -> None:
     user = host.subscriber(1_000)
     with pytest.raises(ValueError, match="always"):
         model_tasks.retrying.apply(kwargs={"user_id": user}).get()
     [hold] = holds_of(connection, user)
-    assert (hold.attempt, hold.status) == (2, "settled")
-    assert host.value("SELECT count(*) FROM ai_usage_log WHERE user_id = :user", user=user) == 1
+    assert (hold.attempt, hold.status, hold.tokens_reserved) == (2, "settled", 100)
+    assert host.used(user) == hold.tokens_charged > 0
 
 
 def test_a_denied_task_is_never_retried(app: Celery, host: Host) -> None:
@@ -204,6 +206,7 @@ def test_a_misspelt_option_fails_at_import_with_the_nearest_name() -> None:
         ({"section": "chit-chat"}, "section: 'chit-chat' is not a section of the usage log: use "),
         ({"estimated_tokens": -1}, "estimated_tokens: -1 is out of range"),
         ({"estimated_tokens": 1.5}, "estimated_tokens: 1.5 is no whole number"),
+        ({"replay": "never"}, 'replay: \'never\' is not valid: use "redelivery" or "always"'),
         ({"on_denied": "skip"}, 'on_denied: \'skip\' is not valid: use "raise" or "return"'),
     ],
 )

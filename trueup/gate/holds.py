@@ -1,7 +1,8 @@
 """Holds: tokens set aside for one running task, from before its work until after its last charge."""
 
-import itertools
-from collections.abc import Iterator
+import heapq
+import threading
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any
@@ -13,9 +14,35 @@ from trueup.accounts.subscriptions import refuse_several_subscriptions
 from trueup.accounts.user_ids import UserId
 from trueup.accounts.validation import check_estimate
 from trueup.database.schema import own_table
-from trueup.errors import DenialPayload, HoldBusyError, TokensDenied
+from trueup.errors import DenialPayload, HoldBusyError, TaskIdReusedError, TokensDenied
 from trueup.gate.denial import describe_denial
 from trueup.settings.settings import get_settings
+
+
+class CallNumbers:
+    """The numbers of a hold's provider calls: for each fingerprint, its calls are 1, 2, 3, …
+
+    A call's key has its fingerprint and this number, so the order of different calls does not matter: a body that calls
+    from several threads finds after a redelivery what it has paid for, whatever thread comes first. Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken: Counter[str] = Counter()
+        self._free: defaultdict[str, list[int]] = defaultdict(list)
+
+    def take(self, fingerprint: str) -> int:
+        """Return the lowest number that no call of this fingerprint has."""
+        with self._lock:
+            if self._free[fingerprint]:
+                return heapq.heappop(self._free[fingerprint])
+            self._taken[fingerprint] += 1
+            return self._taken[fingerprint]
+
+    def give_back(self, fingerprint: str, number: int) -> None:
+        """Free the number of a call that certainly was not billed. The next call of this fingerprint takes it."""
+        with self._lock:
+            heapq.heappush(self._free[fingerprint], number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +52,10 @@ class Hold:
     `tokens_left`: count still set aside. `attempt`: 1 for the first delivery, counted up by each later one; it fences
     an attempt that was overtaken. `reattached`: an earlier attempt had opened it. `replay`: an earlier attempt had done
     the task's work already, so this hold has no tokens and is for making the result again. `passed`: the reason code of
-    a denial that the feature's mode let pass; None: it was admitted. `ordinals`: numbers of its calls, counted through
-    however often the model client is given it: two calls of one number would be one charge.
+    a denial that the feature's mode let pass; None: it was admitted. `request`: the fingerprint of what the task was
+    asked to do. `fresh_retries`: how often its body has asked for new answers. `retries`: of its message.
+    `follows`: an earlier task with this id had another request. `calls`: the numbers of its calls. All model clients
+    that spend from this hold share them, because two calls with one number would be one charge.
     """
 
     user_id: UserId
@@ -39,7 +68,16 @@ class Hold:
     tokens_left: int
     expires_at: datetime
     passed: str | None = None
-    ordinals: Iterator[int] = field(default_factory=lambda: itertools.count(1), init=False, repr=False, compare=False)
+    request: str = ""
+    fresh_retries: int = 0
+    retries: int = 0
+    follows: bool = False
+    calls: CallNumbers = field(default_factory=CallNumbers, init=False, repr=False, compare=False)
+
+    @property
+    def scope(self) -> str:
+        """What the hold's calls belong to: a call is answered only from a charge of the same scope."""
+        return f"{self.request}.{self.fresh_retries}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +100,9 @@ class HoldRow:
 
 _OPEN = text(
     """
-    SELECT * FROM trueup.open_hold(:user_id, :task_id, :retries, :feature_name, :section, :owner, :tokens,
-                                   make_interval(secs => :lease_seconds), make_interval(secs => :ttl_seconds), :waits,
-                                   :mode, CAST(:now AS timestamptz))
+    SELECT * FROM trueup.open_hold(:user_id, :task_id, :request, :fresh_retries, :retries, :feature_name, :section,
+                                   :owner, :tokens, make_interval(secs => :lease_seconds),
+                                   make_interval(secs => :ttl_seconds), :waits, :mode, CAST(:now AS timestamptz))
     """
 )
 
@@ -80,6 +118,8 @@ def open_hold(
     owner: str,
     lease_seconds: float,
     ttl_seconds: float,
+    request: str = "",
+    fresh_retries: int = 0,
     retries: int = 0,
     waits: int = 0,
     now: datetime | None = None,
@@ -90,16 +130,20 @@ def open_hold(
     is this attempt's alone; a later one may then take it over, or at once if its `retries` are higher: then this one
     has ended. After `ttl_seconds` without a sign of life the tokens are given back. A task whose body has returned
     gets a hold of no tokens, for what it has paid for already. `owner` is for people. `waits`: what the last
-    `HoldBusyError` gave this message.
-    `now`: None means the database's clock. Idempotent by task id.
+    `HoldBusyError` gave this message. `request`: the fingerprint of what the task is asked to do; `fresh_retries`: how
+    often its body has asked for new answers.
+    `now`: None means the database's clock. Idempotent by task id and `request`.
     Raises `TokensDenied` with the specification's payload, `HoldBusyError` while another attempt has the hold,
-    `InvalidInputError` for a malformed estimate, `SeveralSubscriptionsError`.
+    `TaskIdReusedError` while another request with this id has one, `InvalidInputError` for a malformed estimate,
+    `SeveralSubscriptionsError`.
     """
     row = connection.execute(
         _OPEN,
         {
             "user_id": user_id,
             "task_id": task_id,
+            "request": request,
+            "fresh_retries": fresh_retries,
             "retries": retries,
             "feature_name": feature_name,
             "section": section,
@@ -112,6 +156,8 @@ def open_hold(
             "now": now,
         },
     ).one()
+    if row.reused:
+        raise TaskIdReusedError(task_id)
     if row.reason == "subscription_deactivated":
         refuse_several_subscriptions(connection, user_id)
     if row.reason is not None:
@@ -130,6 +176,10 @@ def open_hold(
         tokens_left=row.tokens_left,
         expires_at=row.expiry,
         passed=row.passed,
+        request=request,
+        fresh_retries=row.fresh,
+        retries=retries,
+        follows=row.follows,
     )
 
 

@@ -33,6 +33,10 @@ def _add_hold_table(metadata: MetaData, user_id: Any) -> None:
         user_id(),
         Column("id", BigInteger, Identity(always=True), nullable=False),
         Column("task_id", Text, nullable=False),
+        # The fingerprint of what the task was asked to do. Empty: a block of ai_tokens, whose key says it.
+        Column("request", Text, nullable=False, server_default=text("''")),
+        # The retries by which the body asked for new answers. The calls of each have keys of their own.
+        Column("fresh_retries", Integer, nullable=False, server_default=text("0")),
         Column("attempt", Integer, nullable=False),
         Column("feature_name", Text, nullable=False),
         Column("section", Text, nullable=False),
