@@ -78,7 +78,8 @@ def _some_worker(app: Celery, settings: Settings) -> Iterator[Callable[[], None]
             yield tend
     else:
         click.echo(
-            "No worker answers. Waiting for one: start it with `celery -A trueup.worker worker -Q trueup-ai`.",
+            "No worker answers. Waiting for one: start it with "
+            "`celery -A trueup.worker worker -Q trueup-ai -n trueup-ai@%h`.",
             err=True,
         )
         yield _nothing

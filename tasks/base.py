@@ -88,7 +88,7 @@ class MeteredTask(Task):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self.parser.parse(args, kwargs)
-        fingerprint = self._fingerprint(arguments)
+        fingerprint = self.fingerprint(arguments)
         request = self.request
         # A direct call has no request of its own: there is none, or the request is the calling metered task's.
         outer = running_hold()
@@ -183,7 +183,8 @@ class MeteredTask(Task):
             return done
         return error if waits_of(self) else requeue(self, error, RESULT_SECONDS)
 
-    def _fingerprint(self, arguments: dict[str, Any]) -> str:
+    def fingerprint(self, arguments: dict[str, Any]) -> str:
+        """Return the fingerprint of a request with these parsed arguments."""
         return request_fingerprint(self.name, arguments, canonical_defaults(self.parser.defaults))
 
     def apply_async(self, args: Any = None, kwargs: Any = None, task_id: str | None = None, **options: Any) -> Any:
@@ -204,7 +205,7 @@ class MeteredTask(Task):
             return False
         try:
             stored = self.parser.parse(tuple(meta["args"] or ()), dict(meta["kwargs"] or {}))
-            return self._fingerprint(stored) == self._fingerprint(self.parser.parse(tuple(args or ()), kwargs or {}))
+            return self.fingerprint(stored) == self.fingerprint(self.parser.parse(tuple(args or ()), kwargs or {}))
         except InvalidInputError:  # the worker will tell
             return False
 

@@ -7,6 +7,9 @@ neither Celery nor SQLAlchemy.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# Loaded at once: Celery rebuilds a task's error as our class only if its module is loaded by then. It needs no package.
+from trueup import errors as errors
+
 if TYPE_CHECKING:
     from trueup.billing.decorators import (
         ai_tokens,

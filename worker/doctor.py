@@ -1,7 +1,8 @@
 """The checks that ask Redis and the workers, through the application that sends trueup's tasks."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -78,18 +79,23 @@ def check_clock(client: Any, database_offset: Offset | None) -> Iterator[Finding
 
 def check_workers(app: Celery, client: Any, settings: Settings) -> Iterator[Finding]:
     """Yield whether workers answer and take from trueup's queues, what waits there, and tasks that hang."""
-    inspect = app.control.inspect(timeout=ANSWER_SECONDS)
-    taken: dict[str, list[dict[str, Any]]] = inspect.active_queues() or {}
-    served = {queue["name"] for queues in taken.values() for queue in queues}
+    replies = app.control.broadcast("active_queues", reply=True, timeout=ANSWER_SECONDS) or []
+    # Not Celery's `inspect`: of workers with one node name, it gives the queues of one.
+    taken = [(worker, queues) for reply in replies for worker, queues in reply.items()]
+    names = Counter(worker for worker, _ in taken)
+    served = {queue["name"] for _, queues in taken for queue in queues}
     waiting = {queue: read_queue_depth(client, queue) for queue in (AI_QUEUE, RECONCILE_QUEUE)}
     if taken:
-        yield ok("workers", f"Workers answer: {', '.join(sorted(taken))}.", workers=sorted(taken))
-        yield from _hanging(inspect.active() or {}, settings, time.time())
+        yield ok("workers", f"Workers answer: {', '.join(sorted(names))}.", workers=sorted(names))
+        yield from _same_names(names)
+        active = app.control.broadcast("active", reply=True, timeout=ANSWER_SECONDS) or []
+        yield from _hanging([item for reply in active for item in reply.items()], settings, time.time())
     else:
         yield error(
             "workers",
             f"No worker answered within {ANSWER_SECONDS:.0f} s.",
-            "Start them: `celery -A trueup.worker worker -Q trueup-ai`, and the same with `-Q trueup-reconcile`.",
+            "Start them: `celery -A trueup.worker worker -Q trueup-ai -n trueup-ai@%h`, and the same with "
+            "`-Q trueup-reconcile -n trueup-reconcile@%h`.",
             workers=[],
         )
     if AI_QUEUE in served and settings.model_provider is None and settings.database_url:
@@ -106,7 +112,7 @@ def check_workers(app: Celery, client: Any, settings: Settings) -> Iterator[Find
 def _queue(queue: str, waiting: QueueDepth, *, served: bool, alone: bool) -> Finding:
     """Return how a queue stands. `alone`: no worker answered at all, which has been said already."""
     detail = {"queue": queue, "served": served, **asdict(waiting)}
-    start = f"Start a worker for it: `celery -A trueup.worker worker -Q {queue}`."
+    start = f"Start a worker for it: `celery -A trueup.worker worker -Q {queue} -n {queue}@%h`."
     if waiting.length and not served:
         return error("queues", f"In queue {queue} {waiting}, and no worker takes from it.", start, **detail)
     if waiting.length >= LONG_QUEUE or (waiting.oldest_seconds or 0) >= LONG_WAIT_SECONDS:
@@ -120,12 +126,25 @@ def _queue(queue: str, waiting: QueueDepth, *, served: bool, alone: bool) -> Fin
     return ok("queues", f"In queue {queue} {waiting}.", **detail)
 
 
-def _hanging(active: dict[str, list[dict[str, Any]]], settings: Settings, now: float) -> Iterator[Finding]:
+def _same_names(names: Mapping[str, int]) -> Iterator[Finding]:
+    """Yield the node names that several workers have: Celery's remote control and events mix such workers up."""
+    for name, workers in sorted(names.items()):
+        if workers > 1:
+            yield warning(
+                "workers",
+                f"{workers} workers have the node name {name}: `celery inspect`, monitors and revocations mix them up.",
+                "Start each worker with a name of its own: `-n trueup-ai@%h` and `-n trueup-reconcile@%h`.",
+                worker=name,
+                workers=workers,
+            )
+
+
+def _hanging(active: Iterable[tuple[str, list[dict[str, Any]]]], settings: Settings, now: float) -> Iterator[Finding]:
     """Yield the tasks that run for longer than any may: a worker whose processes hang still answers."""
     limit = settings.task_time_limit_seconds + settings.reconcile_scan_timeout_seconds
     started = [
         (now - float(task["time_start"]), task.get("name"), worker, task.get("id"))
-        for worker, tasks in active.items()
+        for worker, tasks in active
         for task in tasks
         if task.get("time_start")
     ]

@@ -194,7 +194,7 @@ def overtaken(model: Model, user_id: UserId, goes_on: bool = False) -> None:
     assert hold is not None
     with connect() as connection:
         connection.execute(text("UPDATE trueup.hold SET lease_until = '-infinity'"))
-        hold_tokens(connection, user_id, 100, task=hold.task_id, lease=60)
+        hold_tokens(connection, user_id, 100, task=hold.task_id, request=hold.request, lease=60)
     if goes_on:
         ask(model, 10)
     raise ValueError("after standing still")

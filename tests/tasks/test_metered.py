@@ -40,6 +40,11 @@ def app(database: str) -> Celery:
     return own_application()
 
 
+def request_of(task: Any, **arguments: Any) -> str:
+    fingerprint: str = task.fingerprint(task.parser.parse((), arguments))
+    return fingerprint
+
+
 def holds_of(connection: Connection, user: int) -> list[HoldRow]:
     return list_holds(connection, user_id=user, every_status=True)
 
@@ -247,9 +252,10 @@ def test_a_duplicate_is_dropped_if_another_one_waits_unless_it_has_waited_itself
 ) -> None:
     """A duplicate that has waited may be the one in whose favour the others were dropped."""
     user, task_id = host.subscriber(1_000), str(uuid.uuid4())
-    hold_tokens(connection, user, 100, task=task_id, lease=60)
+    request = request_of(model_tasks.spend, user_id=user)
+    hold_tokens(connection, user, 100, task=task_id, request=request, lease=60)
     with pytest.raises(HoldBusyError) as first:
-        hold_tokens(connection, user, 100, task=task_id, lease=60)
+        hold_tokens(connection, user, 100, task=task_id, request=request, lease=60)
     assert (first.value.redundant, first.value.waits) == (False, 1)
     headers = {WAITS_HEADER: 1} if waited else None
     result = model_tasks.spend.apply(kwargs={"user_id": user}, task_id=task_id, headers=headers)
@@ -260,9 +266,10 @@ def test_a_duplicate_is_dropped_if_another_one_waits_unless_it_has_waited_itself
 def test_only_one_copy_of_a_waiting_message_keeps_waiting(app: Celery, host: Host, connection: Connection) -> None:
     """Redis redelivers a waiting message when a worker's clock is wrong. Without this, each copy would make another."""
     user, task_id = host.subscriber(1_000), str(uuid.uuid4())
-    hold_tokens(connection, user, 100, task=task_id, lease=60)
+    request = request_of(model_tasks.spend, user_id=user)
+    hold_tokens(connection, user, 100, task=task_id, request=request, lease=60)
     with pytest.raises(HoldBusyError) as first:
-        hold_tokens(connection, user, 100, task=task_id, lease=60)
+        hold_tokens(connection, user, 100, task=task_id, request=request, lease=60)
     call = {"kwargs": {"user_id": user}, "task_id": task_id, "headers": {WAITS_HEADER: first.value.waits}}
     states = [model_tasks.spend.apply(**call).state for _ in range(3)]
     assert states == ["FAILURE", "IGNORED", "IGNORED"]

@@ -135,7 +135,7 @@ def check_beat(connection: Connection, settings: Settings) -> Iterator[Finding]:
         f"The schedule's last run began {seconds:.0f} s {since}; one is due every "
         f"{settings.reconcile_interval_seconds} s.",
         "Start `celery -A trueup.worker beat`, and a worker for its queue: "
-        "`celery -A trueup.worker worker -Q trueup-reconcile`.",
+        "`celery -A trueup.worker worker -Q trueup-reconcile -n trueup-reconcile@%h`.",
         **detail,
     )
 

@@ -156,15 +156,11 @@ def open_hold(
             "now": now,
         },
     ).one()
-    if row.reused:
-        raise TaskIdReusedError(task_id)
+    _refuse_in_use(row, task_id)
     if row.reason == "subscription_deactivated":
         refuse_several_subscriptions(connection, user_id)
     if row.reason is not None:
         raise _denied(row, feature_name, estimated_tokens)
-    if row.busy_until is not None:
-        seconds = (row.busy_until - row.at).total_seconds()
-        raise HoldBusyError(task_id, seconds, redundant=row.superfluous, waits=row.waits)
     return Hold(
         user_id=user_id,
         task_id=task_id,
@@ -181,6 +177,14 @@ def open_hold(
         retries=retries,
         follows=row.follows,
     )
+
+
+def _refuse_in_use(row: Any, task_id: str) -> None:
+    if row.reused:
+        raise TaskIdReusedError(task_id)
+    if row.busy_until is not None:
+        seconds = (row.busy_until - row.at).total_seconds()
+        raise HoldBusyError(task_id, seconds, redundant=row.superfluous, waits=row.waits)
 
 
 _CLOSE = text(
