@@ -21,6 +21,7 @@ from trueup.errors import (
     GateClosedError,
     HoldBusyError,
     HoldExhaustedError,
+    HoldLifetimeError,
     HoldOvertakenError,
     InvalidInputError,
     ResultNotKeptError,
@@ -29,11 +30,12 @@ from trueup.errors import (
     TokensDenied,
     TrueupError,
 )
-from trueup.gate.holds import CallNumbers, Hold, close_hold, has_later_attempt, open_hold
+from trueup.gate.holds import CallNumbers, Hold, close_hold, count_attempts, has_later_attempt, open_hold
 from trueup.llm.metering import running_hold, spending_from
 from trueup.llm.model import Provider
 from trueup.settings.settings import get_settings
 from trueup.tasks.arguments import USER_ARGUMENT, ArgumentParser
+from trueup.tasks.heartbeat import keeping
 from trueup.tasks.identity import (
     asks_for_new_answers,
     canonical_defaults,
@@ -57,7 +59,10 @@ CALLS_ATTRIBUTE = "trueup_direct_calls"
 # A duplicate asks the gate again this long after the other attempt's lease ends.
 ASK_AGAIN_SECONDS = 0.5
 
-# How long a delivery that can't make its task's result again waits for the one that did the work to store it.
+# After so many attempts that lost their hold, beside the task's retries, it fails.
+MAX_LOST_HOLDS = 5
+
+# A delivery that can't make its task's result again waits so long for the earlier delivery to store it.
 RESULT_SECONDS = 2.0
 
 
@@ -102,7 +107,7 @@ class MeteredTask(Task):
         """Give a direct call a task id of its own.
 
         Inside another task (`map`, `starmap`, `chunks`, or a body that calls this one) the id is derived from the outer
-        task's id, what is asked for, and the number of direct calls before this one that ask for the same. After a
+        task's id, what is asked for, and the number of direct calls before it with the same request. After a
         redelivery of the outer task, the same call has the same id, so its paid calls are replayed. In a metered task,
         which may call from several threads, a retry that asks for new answers changes the ids too.
         """
@@ -131,7 +136,7 @@ class MeteredTask(Task):
             # Before the gate: without a provider the task can't work, and must not hold tokens that others could use.
             self.provider()
             hold = self._open_hold(arguments, fingerprint, tokens)
-            with _closing(hold), spending_from(hold):
+            with _closing(hold), keeping(hold), spending_from(hold):
                 if hold.follows:
                     self._forget_earlier_result()
                 return _json_safe(self._run_held(arguments, hold))
@@ -160,10 +165,18 @@ class MeteredTask(Task):
         except HoldOvertakenError as error:
             if self.request.called_directly:
                 raise
+            self._limit_attempts(hold)
             if retrying(lambda connection: has_later_attempt(connection, hold)):
                 raise leave_to_later_attempt(error) from error
             # The hold expired and no later attempt took over. Requeue the task; calls already paid for are replayed.
             raise requeue(self, error, ASK_AGAIN_SECONDS) from error
+
+    def _limit_attempts(self, hold: Hold) -> None:
+        """Raise `HoldLifetimeError` for a task that has lost its hold too often: the next attempt would lose it too."""
+        attempts = retrying(lambda connection: count_attempts(connection, hold)) - self.request.retries
+        if attempts >= MAX_LOST_HOLDS:
+            settings = get_settings()
+            raise HoldLifetimeError(hold.task_id, attempts, settings.hold_ttl_seconds, settings.hold_max_seconds)
 
     def _earlier_result(self) -> Exception:
         """Return the exception for a task that an earlier delivery has completed, and whose answers were not kept.
@@ -172,7 +185,7 @@ class MeteredTask(Task):
         the caller has forgotten it, the task fails: a caller would wait for ever.
         """
         request = self.request
-        error: Exception = ResultNotKeptError(request.id)
+        error = ResultNotKeptError(request.id)
         if request.called_directly or request.is_eager:
             return error
         done: Exception = Ignore(f"task {request.id} was already completed by an earlier delivery")
@@ -270,6 +283,7 @@ class MeteredTask(Task):
         """
         hold = running_hold()
         if hold is not None and retrying(lambda connection: has_later_attempt(connection, hold)):
+            self._limit_attempts(hold)
             raise leave_to_later_attempt(HoldOvertakenError(hold.task_id, hold.attempt))
         if hold is not None:
             is_fresh = self.replay != "always" and asks_for_new_answers(exc or sys.exc_info()[1])

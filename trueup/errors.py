@@ -209,6 +209,25 @@ class HoldOvertakenError(HoldError):
         )
 
 
+class HoldLifetimeError(HoldError):
+    """A task has lost its hold in attempt after attempt. It was not started again."""
+
+    def __init__(self, task_id: str, attempts: int, ttl_seconds: int, max_seconds: int) -> None:
+        self.task_id = task_id
+        self.attempts = attempts
+        self.ttl_seconds = ttl_seconds
+        self.max_seconds = max_seconds
+        super().__init__(task_id, attempts, ttl_seconds, max_seconds)
+
+    def __str__(self) -> str:
+        return (
+            f"Task {self.task_id} has lost its hold in each of {self.attempts} attempts: its body works longer between "
+            f"two model calls than a hold lives ({self.ttl_seconds} s without a heartbeat, {self.max_seconds} s with "
+            "one). What it paid for stays charged, and nothing more is spent. Raise TRUEUP_HOLD_MAX_SECONDS for bodies "
+            "that work longer, or TRUEUP_HOLD_TTL_SECONDS where the worker's pool leaves no time for the heartbeat."
+        )
+
+
 class ProviderError(TrueupError):
     """The model provider failed, or answered with something unusable.
 

@@ -1,8 +1,10 @@
 """Holds: tokens set aside for one running task, from before its work until after its last charge."""
 
 import heapq
+import json
 import threading
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any
@@ -240,6 +242,51 @@ def has_later_attempt(connection: Connection, hold: Hold) -> bool:
         holds.user_id == hold.user_id, holds.task_id == hold.task_id, holds.attempt > hold.attempt
     )
     return connection.scalar(select(query.exists())) or False
+
+
+_KEEP = text(
+    """
+    SELECT trueup.keep_holds(CAST(:holds AS jsonb), make_interval(secs => :lease_seconds),
+                             make_interval(secs => :ttl_seconds), make_interval(secs => :max_seconds),
+                             CAST(:now AS timestamptz))
+    """
+)
+
+
+def keep_holds(
+    connection: Connection,
+    holds: Iterable[Hold],
+    *,
+    lease_seconds: float,
+    ttl_seconds: float,
+    max_seconds: float,
+    now: datetime | None = None,
+) -> int:
+    """Renew the leases and the expiry of open holds whose attempts are alive. Returns how many were renewed.
+
+    A hold that has ended or belongs to a later attempt is left alone, and so is one that was opened more than
+    `max_seconds` ago, or whose row is locked now. `now`: None means the database's clock.
+    """
+    own = [{"user_id": str(hold.user_id), "task_id": hold.task_id, "attempt": hold.attempt} for hold in holds]
+    values = {"lease_seconds": lease_seconds, "ttl_seconds": ttl_seconds, "max_seconds": max_seconds, "now": now}
+    kept: int = connection.execute(_KEEP, {"holds": json.dumps(own), **values}).scalar_one()
+    return kept
+
+
+_ATTEMPTS = text(
+    """
+    SELECT coalesce(sum(t.attempts), 0) FROM (
+        SELECT h.request, h.attempt - coalesce(lag(h.attempt) OVER (ORDER BY h.id), 0) AS attempts
+        FROM trueup.hold h WHERE h.user_id = :user_id AND h.task_id = :task_id
+    ) t WHERE t.request = :request
+    """
+)
+
+
+def count_attempts(connection: Connection, hold: Hold) -> int:
+    """Return how many attempts of the hold's request were admitted, this one included."""
+    place = {"user_id": hold.user_id, "task_id": hold.task_id, "request": hold.request}
+    return int(connection.execute(_ATTEMPTS, place).scalar_one())
 
 
 _EXPIRE = text("SELECT holds, tokens FROM trueup.expire_holds(:limit, CAST(:now AS timestamptz))")

@@ -170,6 +170,30 @@ BEGIN
     RETURN greatest(v_tokens - trueup.in_flight(p_user, p_task, NULL, NULL), 0);
 END $$;
 
+-- Renew the open holds of living attempts: the heartbeat of a process, for all its holds (user_id, task_id, attempt). Not
+-- beyond p_most since a hold was opened, so that a body that hangs does not keep it for ever. Returns how many.
+-- Only the holds' own rows are locked, as in trueup.begin_call; one that is locked now is renewed by the next beat, so that
+-- a heartbeat never waits and never deadlocks.
+CREATE OR REPLACE FUNCTION trueup.keep_holds(
+    p_holds jsonb, p_lease interval, p_ttl interval, p_most interval, at timestamptz
+) RETURNS bigint LANGUAGE sql AS $$
+    WITH clock AS MATERIALIZED (
+        SELECT coalesce(keep_holds.at, clock_timestamp()) AS now
+    ), living AS (
+        SELECT h.user_id, h.task_id, h.id, clock.now
+        FROM clock, jsonb_to_recordset(p_holds) AS k (user_id {{ user_id_type }}, task_id text, attempt integer)
+        JOIN trueup.hold h USING (user_id, task_id, attempt)
+        WHERE h.status = 'open' AND h.body_ended_at IS NULL AND h.opened_at + p_most > clock.now
+        FOR UPDATE OF h SKIP LOCKED
+    ), kept AS (
+        UPDATE trueup.hold h
+        SET lease_until = greatest(h.lease_until, l.now + p_lease), expires_at = greatest(h.expires_at, l.now + p_ttl)
+        FROM living l WHERE (h.user_id, h.task_id, h.id) = (l.user_id, l.task_id, l.id)
+        RETURNING 1
+    )
+    SELECT count(*) FROM kept
+$$;
+
 -- A worker saw a process die: what that process had begun is in flight no more, and nobody knows what became of it.
 -- Only if the hold is still that process's: which attempt it was is not known of one that lost it.
 CREATE OR REPLACE FUNCTION trueup.abandon_calls(p_user {{ user_id_type }}, p_task text, p_owner text)

@@ -62,6 +62,12 @@ class Settings(BaseSettings):
     hold_ttl_seconds: int = Field(
         default=1200, ge=30, description="a hold whose owner died is given back after this long"
     )
+    hold_max_seconds: int = Field(
+        default=21_600,
+        ge=30,
+        validate_default=True,
+        description="a running task's hold is renewed by its process's heartbeat for at most this long",
+    )
     store_answers: bool = Field(
         default=True,
         description="keep providers' answers, so that a redelivered task need not buy them again",
@@ -138,6 +144,14 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute_home(cls, home: Path) -> Path:
         return home.expanduser().absolute()
+
+    @field_validator("hold_max_seconds")
+    @classmethod
+    def _no_less_than_without_heartbeat(cls, seconds: int, info: ValidationInfo) -> int:
+        ttl = info.data.get("hold_ttl_seconds")
+        if ttl is not None and seconds < ttl:
+            raise ValueError(f"give at least hold_ttl_seconds ({ttl}): a hold lives that long without a heartbeat")
+        return seconds
 
     @field_validator("task_time_limit_seconds")
     @classmethod
