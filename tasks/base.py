@@ -34,6 +34,7 @@ from trueup.gate.holds import CallNumbers, Hold, close_hold, count_attempts, has
 from trueup.llm.metering import running_hold, spending_from
 from trueup.llm.model import Provider
 from trueup.settings.settings import get_settings
+from trueup.tasks.applications import require_broker
 from trueup.tasks.arguments import USER_ARGUMENT, ArgumentParser
 from trueup.tasks.heartbeat import keeping
 from trueup.tasks.identity import (
@@ -204,8 +205,12 @@ class MeteredTask(Task):
         """Send the task as Celery does. A stored result of another request with this id is deleted first.
 
         The caller would else take it for the result of this one. A retry has an id too, and no result yet.
+        Raises `SettingsError` if no application with a broker is known.
         """
-        if task_id is not None and "retries" not in options and not self.app.conf.task_always_eager:
+        if self.app.conf.task_always_eager:
+            return super().apply_async(args, kwargs, task_id=task_id, **options)
+        require_broker(self.app, self.name)
+        if task_id is not None and "retries" not in options:
             with suppress(NotImplementedError):  # no result backend
                 meta = self.backend.get_task_meta(task_id, cache=False)
                 if meta["status"] in READY_STATES and not self._is_result_of(meta, args, kwargs):

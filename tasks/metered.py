@@ -7,13 +7,15 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
-from celery import shared_task
+from celery import Celery, shared_task
+from celery.local import Proxy
 
 from trueup.accounts.validation import check_estimate
 from trueup.llm.metering import MeteredModel
 from trueup.llm.model import Provider
 from trueup.llm.providers import provider_from_settings
 from trueup.settings.settings import get_settings
+from trueup.tasks.applications import find_application
 from trueup.tasks.arguments import ArgumentParser
 from trueup.tasks.base import Estimate, MeteredTask, OnDenied, Replay
 from trueup.usage.log import SECTIONS
@@ -55,7 +57,8 @@ def metered_task(
 
         # Celery checks calls against this signature. It has the bound task in place of the model client.
         run.__signature__ = parser.signature_with_task()  # type: ignore[attr-defined]
-        return shared_task(
+        # This registers it with every application. Celery's own proxy finds the task by the current one alone.
+        shared_task(
             bind=True,
             base=MeteredTask,
             feature_name=feature_name,
@@ -68,8 +71,13 @@ def metered_task(
             provider=staticmethod(_provider),
             **options,
         )(run)
+        return Proxy(lambda: _task_of(find_application(), options.get("name"), run))
 
     return decorate
+
+
+def _task_of(app: Celery, name: str | None, run: Callable[..., Any]) -> Any:
+    return app.tasks[name or app.gen_task_name(run.__name__, run.__module__)]
 
 
 # Celery accepts a misspelt option silently, so options are checked against the ones it knows.
