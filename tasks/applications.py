@@ -19,9 +19,9 @@ def mark_as_guest(app: Celery) -> None:
 
 
 def find_application() -> Celery:
-    """Return the thread's current application, else the default one, else the only one that the host has made.
+    """Return the thread's current application, else the default application, else the only one of the host's.
 
-    If there is none or several, it is the one that Celery makes up: its tasks can be called and not sent.
+    If the host has none or several, Celery makes up an application: its tasks can be called and not sent.
     """
     current: Celery | None = _state._tls.current_app or _state.default_app
     if current is not None and not is_made_up(current):
@@ -32,7 +32,7 @@ def find_application() -> Celery:
 
 
 def require_broker(app: Celery, task_name: str) -> None:
-    """Raise `SettingsError` if the application is one that Celery made up: it has no broker to send the task to."""
+    """Raise `SettingsError` if the application was made up by Celery: it has no broker to send the task to."""
     if is_made_up(app):
         names = ", ".join(sorted(repr(host.main) for host in _host_applications()))
         known = f"several are known here: {names}" if names else "none is known here"

@@ -41,6 +41,7 @@ from trueup.tasks.identity import (
     asks_for_new_answers,
     canonical_defaults,
     identity_of,
+    is_random_id,
     request_fingerprint,
     retry_headers,
 )
@@ -138,7 +139,7 @@ class MeteredTask(Task):
             self.provider()
             hold = self._open_hold(arguments, fingerprint, tokens)
             with _closing(hold), keeping(hold), spending_from(hold):
-                if hold.follows:
+                if hold.follows or (hold.attempt == 1 and not is_random_id(hold.task_id)):
                     self._forget_earlier_result()
                 return _json_safe(self._run_held(arguments, hold))
         except TokensDenied as denied:
@@ -228,7 +229,10 @@ class MeteredTask(Task):
             return False
 
     def _forget_earlier_result(self) -> None:
-        """Delete the result that an earlier task with this id has stored: Celery never overwrites a success."""
+        """Delete the result that another request with this id, maybe another user's, has stored.
+
+        Celery never overwrites a success: the caller would get the other request's result.
+        """
         if not self.request.called_directly and not self.request.is_eager:
             with suppress(NotImplementedError):  # no result backend
                 self.backend.forget(self.request.id)

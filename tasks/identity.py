@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import uuid
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -41,6 +42,14 @@ def identity_of(task: Task, fingerprint: str) -> tuple[str, int]:
     """
     headers = task.request.headers or {}
     return str(headers.get(REQUEST_HEADER) or fingerprint), int(headers.get(FRESH_RETRIES_HEADER) or 0)
+
+
+def is_random_id(task_id: str) -> bool:
+    """Return whether the id is a random UUID, as Celery makes them: no other request has it."""
+    try:
+        return uuid.UUID(task_id).version == 4
+    except ValueError:
+        return False
 
 
 def retry_headers(headers: Mapping[str, Any] | None, hold: Hold, *, is_fresh: bool) -> dict[str, Any]:

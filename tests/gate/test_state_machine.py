@@ -69,7 +69,7 @@ class BillingMachine(HostMachine):
 
     def draw_attempt(self, draw: Draw) -> tuple[ModelUser, Handle, Hold]:
         """Draw a task's attempt: one that has the hold, if the gate gives it one; or the last, or one before."""
-        user, task = self.draw_user(draw), draw(tasks)
+        user, task = self.draw_user_and_task(draw)
         back = draw(st.sampled_from([None, None, None, 0, 1, 2]))
         if back is None and user.open_hold_of(task) is None:
             self._open_hold(user, task=task, tokens=300, retries=0, lease=30, ttl=60)
@@ -93,10 +93,16 @@ class BillingMachine(HostMachine):
         account = read_account(self.connection, user.user, now=self.now)
         return account.consumed + account.held
 
+    def draw_user_and_task(self, draw: Draw) -> tuple[ModelUser, str]:
+        """Draw a user and one of the user's own task ids: requests of two users can't have one id at the same time."""
+        user = self.draw_user(draw)
+        return user, f"{draw(tasks)}-{user.user}"
+
     def open_hold(self, draw: Draw) -> None:
+        user, task = self.draw_user_and_task(draw)
         self._open_hold(
-            self.draw_user(draw),
-            task=draw(tasks),
+            user,
+            task=task,
             request=draw(st.sampled_from(["", "", "", "other"])),
             tokens=draw(sizes),
             retries=draw(st.sampled_from([0, 0, 0, 1, 1, 2])),
@@ -194,12 +200,12 @@ class BillingMachine(HostMachine):
         assert close_hold(self.connection, hold, completed=completed, now=self.now) == expected
 
     def close_abandoned_hold(self, draw: Draw) -> None:
-        user, task, owner = self.draw_user(draw), draw(tasks), draw(owners)
+        (user, task), owner = self.draw_user_and_task(draw), draw(owners)
         expected = user.close_hold(task, None, completed=False) if owner == OWNER else None
         assert close_abandoned_hold(self.connection, user.user, task, owner=owner, now=self.now) == expected
 
     def abandon_calls(self, draw: Draw) -> None:
-        user, task, owner = self.draw_user(draw), draw(tasks), draw(owners)
+        (user, task), owner = self.draw_user_and_task(draw), draw(owners)
         if owner == OWNER:
             user.abandon_calls(task)
         abandon_calls(self.connection, user.user, task, owner=owner)

@@ -78,9 +78,21 @@ def test_an_id_that_another_request_uses_now_is_refused(
     assert host.used(user) == 0
 
 
-def test_another_users_id_is_free(app: Celery, host: Host, connection: Connection) -> None:
-    hold_tokens(connection, host.subscriber(1_000), 100, task="digest-42", request="another", lease=60)
-    assert model_tasks.spend.apply(kwargs={"user_id": host.subscriber(1_000)}, task_id="digest-42").get() > 0
+def test_an_id_that_another_users_task_has_is_refused_until_that_has_ended(
+    app: Celery, host: Host, connection: Connection
+) -> None:
+    user = host.subscriber(1_000)
+    other = hold_tokens(connection, host.subscriber(1_000), 100, task="digest-42", request="another", lease=60)
+    with pytest.raises(TaskIdReusedError):
+        model_tasks.spend.apply(kwargs={"user_id": user}, task_id="digest-42").get()
+    assert host.value("SELECT count(*) FROM trueup.hold WHERE user_id = :user", user=user) == 0
+    close_hold(connection, other)
+    assert model_tasks.spend.apply(kwargs={"user_id": user}, task_id="digest-42").get() == host.used(user)
+
+
+def test_users_may_have_the_same_key_for_their_blocks(host: Host, connection: Connection) -> None:
+    for _ in range(2):
+        hold_tokens(connection, host.subscriber(1_000), 100, task="request:upload", lease=60)
 
 
 def test_a_copy_of_finished_work_does_not_disturb_the_request_that_has_its_id_now(

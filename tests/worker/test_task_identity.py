@@ -1,5 +1,7 @@
 """Task ids and retries, with a real worker and a real result backend."""
 
+from typing import Any
+
 import pytest
 from celery import Celery
 
@@ -21,6 +23,23 @@ def test_a_finished_tasks_id_with_other_arguments_gets_its_own_result(
     assert second.get(timeout=DEADLINE_SECONDS) == shared_host.used(user) - shorter > shorter
     again = model_tasks.spend.apply_async(kwargs={"user_id": user, "words": 30}, task_id="digest-1")
     assert again.state == "SUCCESS", "the stored result of the same request stays"
+
+
+def test_a_users_task_never_gets_the_result_of_another_users_task_with_its_id(
+    app: Celery, worker: WorkerProcess, shared_host: Host
+) -> None:
+
+    def stored(task_id: str) -> dict[str, Any]:
+        meta: dict[str, Any] = app.backend.get_task_meta(task_id, cache=False)
+        return meta
+
+    users = [shared_host.subscriber(1_000), shared_host.subscriber(1_000)]
+    for user, words in zip(users, (10, 30), strict=True):
+        # By its name, as from a service that does not know the task: nothing is compared when it is sent.
+        app.send_task("test.spend", kwargs={"user_id": user, "words": words}, task_id="digest-4", queue="trueup-ai")
+        wait_for(lambda user=user: shared_host.used(user), "the task spends")
+        wait_for(lambda: stored("digest-4")["status"] == "SUCCESS", "it ends")
+    assert stored("digest-4")["result"] == shared_host.used(users[1])
 
 
 def test_a_finished_task_whose_result_was_forgotten_gives_it_again(

@@ -9,13 +9,16 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any
 
+from psycopg.errors import UniqueViolation
 from sqlalchemy import Connection, case, select, text
+from sqlalchemy.exc import IntegrityError
 
 from trueup.accounts.account import days_between
 from trueup.accounts.subscriptions import refuse_several_subscriptions
 from trueup.accounts.user_ids import UserId
 from trueup.accounts.validation import check_estimate
 from trueup.database.schema import own_table
+from trueup.database.schema.holds import ONE_OPEN_PER_TASK
 from trueup.errors import DenialPayload, HoldBusyError, TaskIdReusedError, TokensDenied
 from trueup.gate.denial import describe_denial
 from trueup.settings.settings import get_settings
@@ -139,8 +142,8 @@ def open_hold(
     `TaskIdReusedError` while another request with this id has one, `InvalidInputError` for a malformed estimate,
     `SeveralSubscriptionsError`.
     """
-    row = connection.execute(
-        _OPEN,
+    row = _execute_open(
+        connection,
         {
             "user_id": user_id,
             "task_id": task_id,
@@ -157,7 +160,7 @@ def open_hold(
             "mode": get_settings().gate.mode_of(feature_name),
             "now": now,
         },
-    ).one()
+    )
     _refuse_in_use(row, task_id)
     if row.reason == "subscription_deactivated":
         refuse_several_subscriptions(connection, user_id)
@@ -179,6 +182,15 @@ def open_hold(
         retries=retries,
         follows=row.follows,
     )
+
+
+def _execute_open(connection: Connection, values: dict[str, Any]) -> Any:
+    try:
+        return connection.execute(_OPEN, values).one()
+    except IntegrityError as error:
+        if isinstance(error.orig, UniqueViolation) and error.orig.diag.constraint_name == ONE_OPEN_PER_TASK:
+            raise TaskIdReusedError(values["task_id"]) from error  # another user's task has the id now
+        raise
 
 
 def _refuse_in_use(row: Any, task_id: str) -> None:

@@ -20,6 +20,9 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from trueup.database.schema.columns import moment, tokens
 
+# Violated where another request, of another user, has the task id.
+ONE_OPEN_PER_TASK = "hold_one_open_per_task"
+
 
 def add_hold_tables(metadata: MetaData, user_id: Any) -> None:
     _add_hold_table(metadata, user_id)
@@ -63,11 +66,12 @@ def _add_hold_table(metadata: MetaData, user_id: Any) -> None:
         CheckConstraint("(status = 'open') = (closed_at IS NULL)", name="hold_closed_when_not_open"),
         # Charges can't take more out of a hold than was put aside.
         CheckConstraint("tokens_covered BETWEEN 0 AND tokens_reserved", name="hold_covers_what_it_has"),
-        # Two deliveries of one task can't both set tokens aside.
+        # Two deliveries of one task can't both set tokens aside. Nor can requests of two users under one task id, which
+        # would share one result; only the keys of ai_tokens blocks are each user's own.
         Index(
-            "hold_one_open_per_task",
-            "user_id",
+            ONE_OPEN_PER_TASK,
             "task_id",
+            text("(CASE WHEN request = '' THEN user_id::text ELSE '' END)"),
             unique=True,
             postgresql_where=text("status = 'open'"),
         ),
