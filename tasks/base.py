@@ -271,11 +271,11 @@ class MeteredTask(Task):
                 ttl_seconds=settings.hold_ttl_seconds,
             )
         )
-        if hold.passed is not None:
+        if hold.overridden is not None:
             logger.warning(
                 "task admitted by a gate that is not enforced feature=%r denial=%s task=%s user=%s tokens=%d",
                 self.feature_name,
-                hold.passed,
+                hold.overridden,
                 hold.task_id,
                 hold.user_id,
                 tokens,

@@ -1,6 +1,6 @@
-"""Makes AI token budgets true: gates, records and reconciles the tokens that Celery tasks spend.
+"""trueup makes AI token budgets true: it gates, records and reconciles the tokens that Celery tasks spend.
 
-The names below are what a host imports. A name's module is loaded when the name is first used: `import trueup` loads
+A host imports the names below. Python loads a name's module when the name is first used, so `import trueup` loads
 neither Celery nor SQLAlchemy.
 """
 
@@ -59,7 +59,7 @@ __all__ = [
     "track_ai_usage",
 ]
 
-# Type checkers read the imports above, Python reads this table; a test compares both with `__all__`.
+# Type checkers read the imports above, Python reads this table. A test compares both with `__all__`.
 _MODULES = {
     "Completion": "trueup.llm.model",
     "HoldBusyError": "trueup.errors",
@@ -86,7 +86,7 @@ _MODULES = {
 }
 
 
-if not TYPE_CHECKING:  # or type checkers would take any name for one of ours
+if not TYPE_CHECKING:  # otherwise type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
         """Load a public name from its module and keep it. Raises AttributeError for any other name."""

@@ -1,4 +1,4 @@
-"""The API with the application that sends trueup's tasks: `uvicorn --factory trueup.worker.http:create_app`."""
+"""The HTTP API and a Celery application that sends its tasks: `uvicorn --factory trueup.worker.http:create_app`."""
 
 from typing import TYPE_CHECKING
 
@@ -11,16 +11,16 @@ from trueup.worker.config import client_config
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-# What a request gets to end when the server stops.
+# When the server stops, running requests may take this long.
 GRACE_SECONDS = 30
-# Longer than proxies keep theirs: or one of them would send a request into a connection that is just being closed.
+# Longer than proxies keep idle connections, so that a proxy does not send a request into a closing connection.
 KEEP_ALIVE_SECONDS = 75
 
 
 def create_app() -> "FastAPI":
-    """Make the API of this process's settings.
+    """Return the API for this process's settings.
 
-    Raises `SettingsError`, as when no key is set to check tokens with, and `MissingExtraError` without [api].
+    Raises `SettingsError`, for example without a key that verifies tokens, and `MissingExtraError` without [api].
     """
     require_extra("api", "The HTTP API")
     from trueup.api import app as api
@@ -33,7 +33,7 @@ def create_app() -> "FastAPI":
 
 
 def serve(settings: Settings, app: "FastAPI | None" = None) -> None:
-    """Serve the API until SIGINT or SIGTERM. `app` None: that of `create_app`, with its errors."""
+    """Serve the API until SIGINT or SIGTERM. `app` None: call `create_app`, which may raise."""
     app = app or create_app()
     import uvicorn
 
@@ -42,10 +42,10 @@ def serve(settings: Settings, app: "FastAPI | None" = None) -> None:
         app,
         host=settings.api.host,
         port=settings.api.port,
-        log_config=None,  # ours, as the workers'
-        access_log=False,  # /metrics counts them
+        log_config=None,  # logs.configure has set logging up
+        access_log=False,  # /metrics counts the requests
         server_header=False,
-        proxy_headers=False,  # no answer depends on who is in between
+        proxy_headers=False,  # no answer depends on a proxy
         timeout_graceful_shutdown=GRACE_SECONDS,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         backlog=2048,

@@ -1,9 +1,9 @@
-"""kombu's Redis transport, with one crash mended.
+"""kombu's Redis transport with a fix for one crash.
 
-In kombu 5.7.0 a worker whose Redis goes away for some seconds, while a late-acknowledged message is in work, may touch
-a channel whose connection has been collected already. That ends the worker with an AttributeError, where a
-ConnectionError would have made it reconnect. A fault test in tests/worker keeps watch: when it passes without this,
-delete this.
+With kombu 5.7.0, when Redis is away for some seconds while a task with a late acknowledgement runs, the worker may use
+a channel whose connection was garbage-collected. The AttributeError ends the worker. A ConnectionError makes it
+reconnect.
+Delete this module when tests/worker/test_broker_loss.py passes without it.
 """
 
 from typing import Any
@@ -13,22 +13,22 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 
 class Channel(redis.Channel):
-    """A channel that reports a lost connection as one."""
+    """A channel that raises ConnectionError when its connection is lost."""
 
     def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
         if self.connection is None or self.connection.client is None:
-            raise RedisConnectionError("the channel's connection is gone")
+            raise RedisConnectionError("the channel has lost its connection")
         params: dict[str, Any] = super()._connparams(asynchronous=asynchronous)  # type: ignore[no-untyped-call]
         return params
 
 
 class Transport(redis.Transport):
-    """The Redis transport with that channel."""
+    """The Redis transport with the fixed channel."""
 
     Channel = Channel
 
 
 def register() -> None:
-    """Let every redis:// and rediss:// broker URL of this process use this transport."""
+    """Use this transport for every redis:// and rediss:// broker URL of this process."""
     for scheme in ("redis", "rediss"):
         TRANSPORT_ALIASES[scheme] = f"{__name__}:{Transport.__name__}"

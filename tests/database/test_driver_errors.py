@@ -1,4 +1,4 @@
-"""What the driver's errors mean."""
+"""The meaning of the driver's errors."""
 
 import re
 from importlib import resources
@@ -27,7 +27,7 @@ def failed(error: Exception) -> DBAPIError:
         errors.InternalError_("cache lookup failed for function 1"),
     ],
 )
-def test_what_may_succeed_later_is_transient(error: Exception) -> None:
+def test_an_error_after_which_a_retry_may_succeed_is_transient(error: Exception) -> None:
     assert is_transient(failed(error))
 
 
@@ -41,23 +41,23 @@ def test_what_may_succeed_later_is_transient(error: Exception) -> None:
         errors.InternalError_("unexpected chunk number"),
     ],
 )
-def test_what_fails_again_is_not_transient(error: Exception) -> None:
+def test_an_error_after_which_each_retry_fails_is_not_transient(error: Exception) -> None:
     assert not is_transient(failed(error))
 
 
-def test_a_constraint_a_value_and_a_trigger_refuse() -> None:
+def test_errors_of_a_constraint_a_value_and_a_trigger_are_refusals() -> None:
     for refusal in (errors.CheckViolation, errors.NumericValueOutOfRange, errors.RaiseException):
         assert issubclass(refusal, REFUSED)
     assert not issubclass(errors.QueryCanceled, REFUSED)
 
 
-def test_the_functions_raise_the_sqlstates_that_are_named_here() -> None:
-    sql = resources.files("trueup.install").joinpath("watching.sql").read_text()
+def test_the_sql_functions_raise_the_sqlstates_of_this_module() -> None:
+    sql = resources.files("trueup.install").joinpath("baseline.sql").read_text()
     assert set(re.findall(r"ERRCODE = '(\w+)'", sql)) == {UNWATCHED, LOG_CHANGED}
 
 
 @pytest.mark.parametrize(("code", "transient"), [("57P99", True), ("53999", True), ("55P99", False), ("22P99", False)])
-def test_a_code_that_psycopg_does_not_know_counts_by_its_class(
+def test_a_code_that_psycopg_does_not_know_is_judged_by_its_class(
     connection: Connection, code: str, transient: bool
 ) -> None:
     with pytest.raises(DBAPIError) as raised:

@@ -64,7 +64,7 @@ def test_a_file_that_is_no_toml_is_refused_by_name(tmp_path: Path, content: byte
     [
         ("TRUEUP_DATABSE_URL", "Did you mean TRUEUP_DATABASE_URL?"),
         ("TRUEUP_HOLD_TTL", "Did you mean TRUEUP_HOLD_TTL_SECONDS?"),
-        ("TRUEUP_ZZZ", "`trueup settings` lists them"),
+        ("TRUEUP_ZZZ", "`trueup settings` lists the settings"),
     ],
 )
 def test_an_unknown_variable_is_refused_and_the_nearest_named(
@@ -231,6 +231,8 @@ def test_the_rules_of_reconciling_are_settings_of_their_own(monkeypatch: pytest.
         ("MAX_CORECTION", "1", "Did you mean reconcile.max_correction?"),
     ],
 )
-def test_rules_that_may_not_be_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str) -> None:
+def test_rules_that_are_not_allowed_are_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
     monkeypatch.setenv(f"TRUEUP_RECONCILE__{name}", value)
     assert said in refusal()

@@ -72,7 +72,7 @@ def test_a_task_that_loses_its_hold_in_each_attempt_fails_and_names_the_setting(
     with pytest.raises(HoldLifetimeError, match="TRUEUP_HOLD_MAX_SECONDS"):
         model_tasks.expiring.delay(user_id=user).get(timeout=DEADLINE_SECONDS)
     assert host.value("SELECT max(attempt) FROM trueup.hold WHERE user_id = :user", user=user) == MAX_LOST_HOLDS
-    assert host.value("SELECT count(*) FROM trueup.charge") == 1, "what is paid is replayed, and bought once"
+    assert host.value("SELECT count(*) FROM trueup.charge") == 1, "the paid call is replayed"
 
 
 def test_a_worker_whose_task_may_outlive_its_hold_does_not_start(

@@ -1,9 +1,9 @@
 {% from "accounts/entitlements.sql" import clock_tolerance, entitlements %}
 {% from "host/rows.sql" import used_since %}
--- Reads. These are functions and not views: a view on a host table would make the host's own
--- ALTER TABLE fail. Simple SQL functions are inlined by the planner, so a WHERE reaches the indexes.
+-- Reads. These are functions, because a view on a host table would make the host's own ALTER TABLE fail. The planner
+-- inlines simple SQL functions, so a WHERE clause can use the indexes.
 
--- The one decision "may this run?". NULL: yes. Otherwise one of the specification's reason codes.
+-- The gate's decision whether a task may run. NULL: it may. Otherwise one of the specification's reason codes.
 CREATE OR REPLACE FUNCTION trueup.decide(
     subscribed boolean, is_active boolean, end_date timestamptz,
     original bigint, consumed bigint, held bigint, estimate bigint, at timestamptz
@@ -17,15 +17,16 @@ CREATE OR REPLACE FUNCTION trueup.decide(
     END
 $$;
 
--- When usage of ours counts as logged that comes at that time in that window (NULL: there is none). Not in the window's
--- first part of a second: a log that keeps whole seconds would have it before the window, where it counts for nothing.
+-- The time to log for trueup's own usage at that time, in that window (NULL: there is none). It is never in the first
+-- fraction of a second of the window: a log with whole seconds would date the usage before the window, where it does
+-- not count.
 CREATE OR REPLACE FUNCTION trueup.dated(at timestamptz, p_window timestamptz) RETURNS timestamptz
 LANGUAGE sql STABLE AS $$
     SELECT CASE WHEN p_window <= at + {{ clock_tolerance }}
                 THEN greatest(at, date_trunc('second', p_window + interval '999999 microseconds')) ELSE at END
 $$;
 
--- What each subscription entitles to: see entitlements.sql.
+-- The entitlements of each subscription: see entitlements.sql.
 CREATE OR REPLACE FUNCTION trueup.entitlements(at timestamptz) RETURNS TABLE (
     user_id {{ user_id_type }}, subscription_id text, is_active boolean,
     window_start timestamptz, end_date timestamptz, original bigint, counter bigint, plan_tokens bigint
@@ -33,13 +34,14 @@ CREATE OR REPLACE FUNCTION trueup.entitlements(at timestamptz) RETURNS TABLE (
     {{ entitlements("entitlements.at") }}
 $$;
 
--- How often the log was truncated, or set up anew: a balance built before the last time is stale.
+-- The number of the last truncation or setup of the log. A balance with an earlier number is stale.
 CREATE OR REPLACE FUNCTION trueup.log_epoch() RETURNS bigint LANGUAGE sql STABLE AS $$
     SELECT coalesce(max(id), 0) FROM trueup.log_truncation
 $$;
 
--- What a hold keeps when its time runs out, and until when: what its calls in flight may cost, for as long again as it
--- had been given since the last of them began. One whose body has ended has had that time.
+-- The tokens that a hold keeps when it expires, and until when. It keeps the maximum cost of its calls in flight, for
+-- as long again as the time from the start of the last call to the expiry. A hold whose body has ended has had this
+-- time.
 CREATE OR REPLACE FUNCTION trueup.kept_past_expiry(h trueup.hold, at timestamptz, OUT kept bigint, OUT kept_until timestamptz)
 LANGUAGE sql STABLE AS $$
     SELECT CASE WHEN h.body_ended_at IS NULL AND h.expires_at + (h.expires_at - max(c.started_at)) > at
@@ -49,9 +51,9 @@ LANGUAGE sql STABLE AS $$
     WHERE c.user_id = h.user_id AND c.task_id = h.task_id AND c.outcome = 'started'
 $$;
 
--- Each subscription with its consumed and held tokens, exact at the reader's snapshot, without a lock:
--- a log row and its delta become visible together. A stale balance is passed over for the log itself.
--- `held` leaves out what overdue holds give back: the next gate takes it.
+-- Each subscription with its consumed and held tokens, exact at the reader's snapshot, without a lock: a log row and
+-- its delta become visible together. If a balance is stale, the log is summed instead. `held` excludes the tokens that
+-- the next gate will release from overdue holds.
 CREATE OR REPLACE FUNCTION trueup.accounts(at timestamptz) RETURNS TABLE (
     user_id {{ user_id_type }}, subscription_id text, is_active boolean, window_start timestamptz,
     end_date timestamptz, original bigint, counter bigint, consumed bigint, held bigint

@@ -1,9 +1,9 @@
-"""What the driver's errors mean: by psycopg's class of each error, in one place."""
+"""The meaning of the driver's errors, by psycopg's error classes, in one place."""
 
 from psycopg import DataError, IntegrityError, OperationalError, errors
 from sqlalchemy.exc import DBAPIError
 
-# trueup's own SQLSTATEs: raised by trueup.require_watched() and trueup.require_counted().
+# trueup's own SQLSTATEs, which trueup.require_watched() and trueup.require_counted() raise.
 UNWATCHED = "TU001"
 LOG_CHANGED = "TU002"
 
@@ -17,7 +17,7 @@ _CONNECTION = (
     errors.TransactionResolutionUnknown,
     errors.ProtocolViolation,
 )
-# Other transactions stood in the way: a deadlock; on a standby, rows that the replay had to remove.
+# A conflict with other transactions: a deadlock, or on a standby, rows that the replay had to remove.
 DEADLOCK_OR_CONFLICT = (
     errors.TransactionRollback,
     errors.SerializationFailure,
@@ -47,14 +47,14 @@ _SESSION = (
     errors.IdleInTransactionSessionTimeout,
 )
 TRANSIENT = (*_CONNECTION, *DEADLOCK_OR_CONFLICT, *_RESOURCES, *_OPERATOR, *_SESSION)
-# SQLSTATE classes of the same meaning, for a code that this psycopg has no class of its own for.
+# SQLSTATE classes of the same meaning, for codes for which this psycopg has no error class.
 _TRANSIENT_CLASSES = ("08", "40", "53", "57")
 
-# The database refuses a value: its type, a constraint, or an exception of a trigger.
+# The database refuses a value: by its type, a constraint, or an exception that a trigger raises.
 REFUSED = (DataError, IntegrityError, errors.WithCheckOptionViolation, errors.RaiseException)
 
-# A function that was replaced between its lookup and its call, or a statement prepared for what it returned before. The
-# same statement succeeds on a connection that has not prepared it.
+# A function was replaced between its lookup and its call, or a prepared statement expects the old result type. The same
+# statement succeeds on a connection that has not prepared it.
 _REPLACED = (
     "cache lookup failed for ",
     "tuple concurrently ",
@@ -64,24 +64,24 @@ _REPLACED = (
 
 
 def is_transient(error: DBAPIError) -> bool:
-    """Return whether the same statement may succeed later: no connection, a deadlock, a lock or a limit."""
-    # psycopg raises a plain OperationalError when the server did not answer, and for a code that it does not know.
+    """Return whether the same statement may succeed later: after a lost connection, a deadlock, a lock or a limit."""
+    # psycopg raises a plain OperationalError if the server did not answer, and for codes that it does not know.
     unknown = type(error.orig) is OperationalError and (error.orig.sqlstate or "08").startswith(_TRANSIENT_CLASSES)
     return unknown or isinstance(error.orig, TRANSIENT) or is_replaced(error)
 
 
 def is_replaced(error: DBAPIError) -> bool:
-    """Return whether a statement met a function or a table that another session replaced just then."""
+    """Return whether the statement failed because another session replaced a function or a table at that moment."""
     return isinstance(error.orig, errors.InternalError_ | errors.FeatureNotSupported) and any(
         known in str(error.orig) for known in _REPLACED
     )
 
 
 def sqlstate_of(error: DBAPIError) -> str | None:
-    """Return the server's code for the error; None: the server did not answer."""
+    """Return the server's SQLSTATE for the error; None if the server did not answer."""
     return getattr(error.orig, "sqlstate", None)
 
 
 def reason_of(error: BaseException) -> str:
-    """Return an error in one line that may leave this machine: no SQL, no parameters, no row of the host's."""
+    """Return an error as one line without SQL, parameters or rows of the host, so that it may leave this machine."""
     return (str(error.orig) if isinstance(error, DBAPIError) else str(error)).strip().partition("\n")[0][:500]

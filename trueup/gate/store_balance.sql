@@ -1,10 +1,11 @@
-{# Create a user's balance, unless there is one. Without a window or an epoch it is stale, and is built from the log. #}
+{# Create a user's balance if it does not exist. It has no window and no epoch, so the next read rebuilds it from the
+   log. #}
 {% macro create_balance(user) -%}
 INSERT INTO trueup.balance (user_id, window_start, log_epoch) VALUES ({{ user }}, 'infinity', -1) ON CONFLICT DO NOTHING;
 {%- endmacro %}
 
-{# Store what trueup.lock_account returned for a user. `account`: the variable or function that has its columns; `held`:
-   the tokens held by now. #}
+{# Store the result of trueup.lock_account. `account`: the variable or function that has its columns. `held`: the
+   tokens held now. #}
 {% macro store_balance(user, account="a", held=none) %}
     UPDATE trueup.balance b
     SET window_start = {{ account }}.window_start, log_epoch = {{ account }}.log_epoch,

@@ -25,7 +25,7 @@ MAX_ANOMALIES = 100
 # Holds are expired within a minute of their time. A hold older than this shows that the expiry task does not run.
 OVERDUE_AFTER = timedelta(minutes=10)
 # A partition without triggers is reported once in this time, because quick passes run often.
-TOLD_AGAIN_AFTER = timedelta(days=1)
+REPORTED_AGAIN_AFTER = timedelta(days=1)
 # Deep passes check a charge's log row once. Charges within this time before the last pass are checked again, because
 # that pass may have missed them.
 CHARGES_SINCE_MARGIN = timedelta(days=1)
@@ -145,7 +145,7 @@ def find_installation_defects(connection: Connection) -> list[Defect]:
     """
     found = [
         Defect(kind="trigger_idle", detail={"trigger": row.name, "state": row.state})
-        for row in connection.execute(text("SELECT * FROM trueup.idle_triggers()"))
+        for row in connection.execute(text("SELECT * FROM trueup.disabled_triggers()"))
     ]
     found += find_uncovered_partitions(connection)
     lost = connection.scalar(text("SELECT trueup.count_lost_deltas()"))
@@ -166,15 +166,15 @@ _UNCOVERED = text(
     FROM (SELECT CAST(CAST(id AS regclass) AS text) AS partition FROM trueup.log_partitions() WHERE NOT covered) u
     WHERE NOT EXISTS (SELECT FROM trueup.defect f
                       WHERE f.kind = 'partition_uncovered' AND f.detail->>'partition' = u.partition
-                        AND f.found_at > clock_timestamp() - CAST(:told_within AS interval))
+                        AND f.found_at > clock_timestamp() - CAST(:reported_within AS interval))
     ORDER BY 1
     """
 )
 
 
-def find_uncovered_partitions(connection: Connection, *, told_within: timedelta = timedelta(0)) -> list[Defect]:
-    """Return the log's partitions without trueup's triggers, unless a run reported them within `told_within`."""
-    found = connection.scalars(_UNCOVERED, {"told_within": told_within})
+def find_uncovered_partitions(connection: Connection, *, reported_within: timedelta = timedelta(0)) -> list[Defect]:
+    """Return the log's partitions without trueup's triggers, unless a run reported them within `reported_within`."""
+    found = connection.scalars(_UNCOVERED, {"reported_within": reported_within})
     return [Defect(kind="partition_uncovered", detail={"partition": partition}) for partition in found]
 
 

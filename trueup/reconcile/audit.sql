@@ -99,7 +99,7 @@ $$;
 -- The missing or disabled triggers. Without those on the log, balances miss usage. Without the one on the subscriptions,
 -- a window that came and went unseen is not noticed. `state`: 'missing', or pg_trigger.tgenabled ('D': disabled, 'R': fires
 -- only in replica mode).
-CREATE OR REPLACE FUNCTION trueup.idle_triggers() RETURNS TABLE (name text, state text) LANGUAGE sql STABLE AS $$
+CREATE OR REPLACE FUNCTION trueup.disabled_triggers() RETURNS TABLE (name text, state text) LANGUAGE sql STABLE AS $$
     SELECT wanted.name, coalesce(g.tgenabled::text, 'missing')
     FROM (VALUES ('trueup_inserted', {{ usage_log | literal }}), ('trueup_updated', {{ usage_log | literal }}),
                  ('trueup_deleted', {{ usage_log | literal }}), ('trueup_truncated', {{ usage_log | literal }}),

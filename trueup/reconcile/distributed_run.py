@@ -9,10 +9,9 @@ from trueup.database.engine import translated_errors
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.audit import long_read
 from trueup.reconcile.batch import BatchContext
-from trueup.reconcile.jobs import Job, connected
 from trueup.reconcile.local_run import SCAN_TIMEOUT_SECONDS
 from trueup.reconcile.runs import RunKind, RunSummary, begin_run, end_run, read_summary, runs_by, sweep_runs
-from trueup.reconcile.shard_worker import work_shard
+from trueup.reconcile.shard_worker import Job, connected, work_shard
 from trueup.reconcile.shards import ShardLostError, claim_shard, kept_alive, new_owner
 from trueup.settings.policies import Rules
 

@@ -1,11 +1,11 @@
-"""What is the same of every setting that is a URL or a secret."""
+"""Checks for settings that are URLs or secrets."""
 
 import ipaddress
 from urllib.parse import SplitResult, urlsplit
 
 
 def split_http_url(url: str) -> SplitResult | None:
-    """Return the parts of an HTTP or HTTPS URL with a host; None: it is no such URL."""
+    """Return the parts of an HTTP or HTTPS URL with a host; None for any other text."""
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
@@ -15,7 +15,7 @@ def split_http_url(url: str) -> SplitResult | None:
 
 
 def is_loopback(host: str | None) -> bool:
-    """Return whether an address or name is this machine's own, unreachable from others."""
+    """Return whether other machines can't reach this address or name."""
     try:
         return ipaddress.ip_address(host or "").is_loopback
     except ValueError:
@@ -23,6 +23,6 @@ def is_loopback(host: str | None) -> bool:
 
 
 def check_length(secret: bytes, minimum: int) -> None:
-    """Raise ValueError for a secret of fewer bytes than that."""
+    """Raise ValueError for a secret shorter than `minimum` bytes."""
     if len(secret) < minimum:
         raise ValueError(f"too short: give {minimum} random bytes or more")

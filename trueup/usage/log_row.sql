@@ -14,7 +14,7 @@
                      p_response_ms AS response_time_ms, {{ success }} AS success, p_model AS model_name,
                      p_metadata AS metadata, {{ created_at }} AS created_at) r
         -- A failed call gets no row if the log has no way to mark it as failed.
-        WHERE {{ success }} OR {{ usage_log.tells_failure() }}
+        WHERE {{ success }} OR {{ usage_log.records_failure() }}
         -- Read the row as stored: a trigger of the host's may have changed or dropped it.
         RETURNING coalesce(CASE WHEN {{ usage_log.success("l") }}
                                      AND l.{{ usage_log.created_at }} >= coalesce(a.window_start, '-infinity')

@@ -19,7 +19,7 @@ from trueup.database.driver_errors import reason_of
 from trueup.database.retry import retry_until_recorded
 from trueup.database.threads import in_thread
 from trueup.errors import InvalidInputError, TrueupError, UnknownUserError
-from trueup.host.sections import check_section
+from trueup.host.fields import check_section
 from trueup.usage.charges import LOG_NAMESPACE
 from trueup.usage.validation import check_count, check_counts, check_key, check_metadata, storable_text
 

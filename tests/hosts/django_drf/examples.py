@@ -14,7 +14,7 @@ from trueup.llm.model import Completion
 
 
 class _Service:
-    """What the examples leave to the reader."""
+    """The parts that the examples leave to the reader."""
 
     def generate(self, *_: Any) -> str:
         return "generated"

@@ -1,4 +1,4 @@
-"""A FastAPI application whose users come with a JWT, and Starlette endpoints beside it."""
+"""A FastAPI application whose users have a JWT, and Starlette endpoints beside it."""
 
 from typing import Annotated, Any
 
@@ -42,7 +42,7 @@ CurrentUser = Annotated[int | None, Depends(current_user)]
 @app.middleware("http")
 async def know_the_user(request: Request, call_next: Any) -> Any:
     authorization = request.headers.get("Authorization", "")
-    if authorization and not request.url.path.startswith("/starlette/"):  # there it is the authentication's work
+    if authorization and not request.url.path.startswith("/starlette/"):  # there the authentication does this
         request.state.user = user_of(authorization.removeprefix("Bearer "))
     return await call_next(request)
 
@@ -115,7 +115,7 @@ def subscribers_by_dependency(user: CurrentUser) -> dict[str, Any]:
 
 @app.post("/spend")
 async def spend(user: CurrentUser, idempotency_key: Annotated[str | None, Header()] = None) -> dict[str, int]:
-    """No decorator: the application's own handlers answer what `ai_tokens` raises."""
+    """No decorator: the application's own handlers answer the errors of `ai_tokens`."""
     async with ai_tokens(user, 1000, "Spending", "chat", key=idempotency_key) as hold:
         await hold.acharge(prompt_tokens=600, completion_tokens=400, model_name="m")
     return {"tokens_left": hold.tokens_left}

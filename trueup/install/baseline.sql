@@ -1,9 +1,9 @@
--- Whether what the host writes is counted: its log is the table that it was, with the triggers that were there when the
--- balances were compared with it.
+-- The baseline: the state of the log's triggers, counted columns, files and partitions when the balances were verified.
+-- While it holds, trueup counts every write of the host.
 
--- The triggers at work on the mapped tables, each with the version of its row in the catalog: one that was switched off
--- and on again, or made anew, has another, and nobody knows what was written meanwhile. And the numbers and types of the
--- columns that they count: a column that takes the name of another is not the one that was added up.
+-- The enabled triggers on the mapped tables, each with the xmin of its catalog row: a trigger that was disabled for a
+-- while or re-created has another xmin, and may have missed writes. Then the numbers and types of the counted columns:
+-- a column that takes over the name of a counted one does not hold the values that were added up.
 CREATE OR REPLACE FUNCTION trueup.trigger_marks() RETURNS text LANGUAGE plpgsql STABLE AS $$
 BEGIN
     RETURN concat_ws(' of ', (
@@ -18,8 +18,8 @@ BEGIN
     ));
 END $$;
 
--- The versions of the counted columns' rows in the catalog. A column that is given a type with USING, be it the one that
--- it had, has another then; so has one that gets a default. `computed`: one of them is made of others by an expression.
+-- The counted columns, each with the xmin of its catalog row. ALTER COLUMN … TYPE … USING changes it, even to the same
+-- type; so does a new default. `computed`: an expression generates one of the columns.
 CREATE OR REPLACE FUNCTION trueup.column_versions(OUT versions text, OUT computed boolean) LANGUAGE plpgsql STABLE AS $$
 BEGIN
     SELECT coalesce(string_agg(t.attnum || ':' || t.xmin, ' ' ORDER BY t.attnum), ''), bool_or(t.attgenerated <> '')
@@ -28,8 +28,8 @@ BEGIN
     WHERE t.attrelid = to_regclass({{ usage_log | literal }}) AND t.attname IN ({{ usage_log.counted() }});
 END $$;
 
--- The files that the log's rows are in, those of all partitions. USING writes each of them anew; so does VACUUM FULL.
--- (Not by pg_partition_tree, which waits for whoever has one of them locked.)
+-- The files of the log and all its partitions. ALTER … USING rewrites each of them, and so does VACUUM FULL.
+-- (pg_partition_tree is no choice here: it waits for a locked partition.)
 CREATE OR REPLACE FUNCTION trueup.log_files() RETURNS oid[] LANGUAGE plpgsql STABLE AS $$
 BEGIN
     RETURN coalesce((
@@ -39,15 +39,15 @@ BEGIN
     ), '{}');
 END $$;
 
-{# Of the installation `i` and trueup.column_versions() `c`. #}
+{# A condition on trueup.installation `i` and trueup.column_versions() `c`. #}
 {% macro has_old_values() %}
     CASE WHEN i.column_versions = c.versions THEN true WHEN c.computed THEN false
          ELSE i.log_files && trueup.log_files() END
 {% endmacro %}
 
--- Whether the log has its old rows still: a column's new version and new files, both since this was written down, may
--- mean other values, of which no trigger tells. (Where values are computed, a new version is enough.) Or they mean none:
--- VACUUM FULL of a log by itself does both, where a column was once added with a default.
+-- Whether the log's values are unchanged. No trigger fires for a rewrite: new column versions together with new files
+-- since the baseline may mean other values. (For generated columns a new version is enough.) They may also mean none:
+-- VACUUM FULL rewrites the files and, if a column was once added with a default, its catalog row.
 CREATE OR REPLACE FUNCTION trueup.has_old_values() RETURNS boolean LANGUAGE plpgsql STABLE AS $$
 BEGIN
     RETURN EXISTS (
@@ -57,8 +57,8 @@ BEGIN
     );
 END $$;
 
--- The tables that partitions of the log, or tables that inherit from it, can be added to: itself, and those among them.
--- (To any table that is no partition: one without such tables today may have some tomorrow.)
+-- The tables that a partition or an inheriting table can be added to: the log, and those below it. (Any table that is no
+-- partition can be inherited from.)
 CREATE OR REPLACE FUNCTION trueup.log_parents() RETURNS oid[] LANGUAGE sql STABLE AS $$
     SELECT array_agg(c.oid ORDER BY c.oid) FROM pg_class c
     WHERE c.oid = to_regclass({{ usage_log | literal }})
@@ -66,8 +66,8 @@ CREATE OR REPLACE FUNCTION trueup.log_parents() RETURNS oid[] LANGUAGE sql STABL
           AND (c.relkind = 'p' OR NOT c.relispartition)
 $$;
 
--- What is a partition of these, each with the version of its row in the catalog: one that went and came again, with other
--- rows maybe, has another.
+-- The partitions of these tables, each with the xmin of its catalog row: a partition that was detached and attached again,
+-- maybe with other rows, has another xmin.
 CREATE OR REPLACE FUNCTION trueup.partition_marks(p_parents oid[]) RETURNS text[] LANGUAGE plpgsql STABLE AS $$
 BEGIN
     RETURN coalesce((
@@ -76,7 +76,7 @@ BEGIN
     ), '{}');
 END $$;
 
--- Whether a table may have rows. One that somebody keeps locked has some for all we know, and so has a foreign one.
+-- Whether a table may have rows. A locked table and a foreign table count as if they had some.
 CREATE OR REPLACE FUNCTION trueup.may_have_rows(p_table oid) RETURNS boolean
 LANGUAGE plpgsql SET lock_timeout = '100ms' AS $$
 BEGIN
@@ -86,20 +86,20 @@ EXCEPTION WHEN lock_not_available THEN
     RETURN true;
 END $$;
 
--- Write down what has become of the log; those who come at once take turns. Where rows may have come with a partition, or
--- values may be others, nobody has told of them: then each balance is stale, and built from the log when next read.
--- Noted in time, new versions of columns and new files, months apart, are not taken for a change of values.
-CREATE OR REPLACE FUNCTION trueup.note_log() RETURNS void LANGUAGE plpgsql AS $$
+-- Save the log's present state in the baseline; a row lock serializes concurrent calls. If a partition may have brought
+-- rows that no trigger saw, or values may have changed, every balance becomes stale and is rebuilt from the log when next
+-- read. Frequent calls keep a new column version and a new file from months apart from looking like one rewrite.
+CREATE OR REPLACE FUNCTION trueup.record_log_state() RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     i trueup.installation;
     v record;
 BEGIN
     SELECT * INTO i FROM trueup.installation FOR UPDATE;
-    -- Of one that is renamed for a moment nothing is there to note: when it is back, all would be counted anew.
+    -- While the log is renamed there is no state to save: saving "nothing" would make every balance stale later.
     IF to_regclass({{ usage_log | literal }}) IS NULL THEN
         RETURN;
     END IF;
-    -- In one statement, so that nothing comes between these looks.
+    -- One statement has one snapshot of all parts.
     SELECT c.versions, f.files, p.parents, trueup.partition_marks(p.parents) AS partitions,
            i.column_versions <> c.versions AS changed, trueup.has_old_values() AS old
     INTO v
@@ -110,7 +110,7 @@ BEGIN
       AND (v.changed AND NOT v.old
            OR EXISTS (SELECT FROM unnest(v.partitions) p (mark), split_part(p.mark, ':', 1) p_id
                       WHERE p.mark <> ALL (coalesce(i.partitions, '{}'))
-                        -- One that was away has lost rows maybe, or has other ones below it, or in an old file.
+                        -- A re-attached partition may have lost or changed rows, and so may those below it.
                         AND (EXISTS (SELECT FROM unnest(i.partitions) n (mark) WHERE split_part(n.mark, ':', 1) = p_id)
                              OR trueup.may_have_rows(p_id::oid))));
     UPDATE trueup.installation n
@@ -119,8 +119,8 @@ BEGIN
           IS DISTINCT FROM (v.versions, v.files, v.parents, v.partitions);
 END $$;
 
--- Refuse (SQLSTATE TU001) unless what the host writes is told of, and has been since the balances were compared with the
--- log. A charge does not ask: it is for tokens spent.
+-- Refuse (SQLSTATE TU001) unless the triggers have reported every host write since the balances were verified. A charge
+-- does not call this: its tokens are spent already.
 CREATE OR REPLACE FUNCTION trueup.require_watched() RETURNS void LANGUAGE plpgsql STABLE AS $$
 DECLARE
     v_wrong text;
@@ -130,13 +130,13 @@ BEGIN
     END IF;
     SELECT string_agg(t.name || ' is ' || CASE t.state WHEN 'D' THEN 'disabled' WHEN 'R' THEN 'for replicas alone'
                                                        ELSE t.state END, ', ' ORDER BY t.name)
-    INTO v_wrong FROM trueup.idle_triggers() t;
+    INTO v_wrong FROM trueup.disabled_triggers() t;
     RAISE EXCEPTION USING ERRCODE = 'TU001', MESSAGE = coalesce('trigger ' || v_wrong,
-        'triggers were made anew or switched off for a while, or columns were replaced, since trueup was set up');
+        'triggers were re-created or disabled for a while, or columns were replaced, since trueup was set up');
 END $$;
 
--- Refuse as well (SQLSTATE TU002) when partitions came or went, or values may be others, since that was noted. Nothing else
--- tells of it: who is refused has it noted (trueup.note_log), and asks again.
+-- Refuse as well (SQLSTATE TU002) if the log's partitions or values changed since the baseline was saved. No trigger reports
+-- this: the caller calls trueup.record_log_state and retries.
 CREATE OR REPLACE FUNCTION trueup.require_counted() RETURNS void LANGUAGE plpgsql STABLE AS $$
 BEGIN
     IF EXISTS (
@@ -148,6 +148,6 @@ BEGIN
     END IF;
     PERFORM trueup.require_watched();
     RAISE EXCEPTION USING ERRCODE = 'TU002', MESSAGE = CASE
-        WHEN trueup.has_old_values() THEN 'partitions of the usage log came or went'
-        ELSE 'the usage log was written anew, maybe with other values' END;
+        WHEN trueup.has_old_values() THEN 'partitions of the usage log were added or removed'
+        ELSE 'the usage log was rewritten, maybe with other values' END;
 END $$;

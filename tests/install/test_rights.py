@@ -1,4 +1,4 @@
-"""Least-privilege roles: each can do its part, and nothing else."""
+"""Least-privilege roles: each role can do its part, and nothing else."""
 
 import uuid
 from collections.abc import Iterator
@@ -29,8 +29,14 @@ from trueup.install.attach import attach
 from trueup.install.detach import detach
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import install
-from trueup.install.rights import lacking_rights, passing_tables, readonly_rights, worker_rights
-from trueup.install.roles import RoleNames, grants_sql
+from trueup.install.rights import (
+    RoleNames,
+    deletable_tables,
+    grants_sql,
+    lacking_rights,
+    readonly_rights,
+    worker_rights,
+)
 from trueup.monitoring.alerts import claim_due, raise_test
 from trueup.reconcile.distributed_run import plan_run, sweep, work_on_shard
 from trueup.settings.policies import Rules
@@ -42,7 +48,7 @@ from trueup.usage.tracker import track_ai_usage
 
 @dataclass
 class Site:
-    """A database set up by least-privilege roles, with a host whose own role knows nothing of trueup."""
+    """A database set up by least-privilege roles, with a host whose own role has no right in trueup's schema."""
 
     url: str
     roles: RoleNames
@@ -69,7 +75,7 @@ class Site:
             install(connection, get_settings().host, with_host_tables=False)
 
     def refuses(self, role: str, statement: str) -> bool:
-        """Whether that role is not allowed to do this."""
+        """Return whether PostgreSQL refuses this statement to the role."""
         engine = create_engine(make_url(self.url).set(username=role), poolclass=NullPool)
         with engine.connect() as connection, pytest.raises(ProgrammingError) as caught:
             connection.exec_driver_sql(statement)
@@ -78,11 +84,11 @@ class Site:
 
 @pytest.fixture
 def site(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    """A host's database as its own roles made it, before trueup."""
+    """A host's database with its own roles and without trueup."""
     monkeypatch.setenv("TRUEUP_HOST__PAYMENT__TABLE", "billing_payment")
     monkeypatch.setenv("TRUEUP_HOST__TOKEN_USAGE__TABLE", "billing_tokenusage")
     get_settings.cache_clear()
-    suffix = uuid.uuid4().hex[:8]  # roles are the whole server's
+    suffix = uuid.uuid4().hex[:8]  # all databases of a server share its roles
     names = RoleNames(migrate=f"mig {suffix}", worker=f'wor"ker {suffix}', readonly=f"Read'er {suffix}")
     app = f"app_{suffix}"
     owner = create_engine(empty_database, poolclass=NullPool)
@@ -104,7 +110,7 @@ def site(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]
 
 @pytest.fixture
 def ready(site: Site) -> Site:
-    """The same, set up by the migrate role."""
+    """The same database, set up by the migrate role."""
     site.grant()
     site.set_up()
     site.grant()
@@ -189,7 +195,7 @@ FORBIDDEN = [
 ]
 
 
-def test_the_worker_changes_no_structure_and_no_more_rows_than_it_must(ready: Site) -> None:
+def test_the_worker_changes_no_structure_and_only_the_rows_that_it_must(ready: Site) -> None:
     assert [statement for statement in FORBIDDEN if not ready.refuses(ready.roles.worker, statement)] == []
 
 
@@ -250,9 +256,7 @@ def test_readonly_shows_every_report_and_writes_nothing(ready: Site) -> None:
 
 
 @pytest.mark.parametrize("role", ["worker", "readonly"])
-def test_nobody_else_may_use_the_triggers_functions_which_write_with_their_owners_rights(
-    ready: Site, role: str
-) -> None:
+def test_no_other_role_may_call_trigger_functions_which_write_with_their_owners_rights(ready: Site, role: str) -> None:
     assert ready.refuses(
         getattr(ready.roles, role),
         "CREATE TEMP TABLE forged (id uuid, user_id bigint, created_at timestamptz, total_tokens int, success bool); "
@@ -261,7 +265,7 @@ def test_nobody_else_may_use_the_triggers_functions_which_write_with_their_owner
     )
 
 
-def test_a_setup_may_be_repeated_by_the_migrate_role_and_workers_go_on(ready: Site) -> None:
+def test_the_migrate_role_may_repeat_install_while_workers_run(ready: Site) -> None:
     ready.set_up()
     user = ready.host.subscriber(1_000)
     ready.become(ready.roles.worker)
@@ -270,7 +274,7 @@ def test_a_setup_may_be_repeated_by_the_migrate_role_and_workers_go_on(ready: Si
         assert lacking_rights(connection, worker_rights(connection, get_settings().host)) == []
 
 
-def test_what_a_superuser_set_up_is_handed_over(site: Site) -> None:
+def test_objects_that_a_superuser_created_are_handed_over(site: Site) -> None:
     with site.owner.begin() as connection:
         install(connection, get_settings().host, with_host_tables=False)
     site.grant()
@@ -284,14 +288,14 @@ def test_what_a_superuser_set_up_is_handed_over(site: Site) -> None:
         assert 'UPDATE ("tokens_remaining") ON TABLE public.billing_subscription' in map(str, lacking)
 
 
-def test_the_role_that_set_up_may_take_it_out_again(ready: Site, tmp_path: Path) -> None:
+def test_the_role_that_installed_trueup_may_detach_it(ready: Site, tmp_path: Path) -> None:
     ready.become(ready.roles.migrate)
     assert detach(history=tmp_path / "history")["installation"] == 1
     assert ready.host.value("SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'trueup%'") == 0
     assert ready.host.value("SELECT to_regnamespace('trueup') IS NULL")
 
 
-def test_a_role_without_rights_is_told_which_it_lacks_and_each_check_stands_alone(ready: Site) -> None:
+def test_doctor_names_the_rights_that_a_role_lacks_and_runs_every_other_check(ready: Site) -> None:
     ready.become(str(ready.host.engine.url.username))
     findings = examine_database(get_settings())
     levels = {(finding.check, finding.level) for finding in findings}
@@ -309,10 +313,10 @@ def test_a_role_without_rights_is_told_which_it_lacks_and_each_check_stands_alon
     assert [finding for finding in examine_database(get_settings()) if finding.level == "error"] == []
 
 
-def test_rows_may_be_deleted_where_they_come_and_go_and_nowhere_else() -> None:
-    passing = passing_tables()
-    assert {"usage_delta", "call_intent"} <= passing
-    assert not passing & {"charge", "hold", "balance", "drift", "drift_decision", "token_grant", "reconcile_run"}
+def test_only_tables_of_temporary_rows_allow_deletes() -> None:
+    deletable = deletable_tables()
+    assert {"usage_delta", "call_intent"} <= deletable
+    assert not deletable & {"charge", "hold", "balance", "drift", "drift_decision", "token_grant", "reconcile_run"}
 
 
 @pytest.mark.parametrize(
@@ -321,22 +325,22 @@ def test_rows_may_be_deleted_where_they_come_and_go_and_nowhere_else() -> None:
         ({"worker": "x" * 64}, "worker role: 'x+' is no role: give 1 to 63 bytes"),
         ({"readonly": ""}, "readonly role: '' is no role"),
         ({"migrate": "a$$b"}, r"migrate role: .* without \$\$"),
-        ({"migrate": "trueup_worker"}, "give three different names"),
+        ({"migrate": "trueup_worker"}, "Give three different names"),
     ],
 )
-def test_a_name_that_is_no_role_is_refused(site: Site, change: dict[str, str], told: str) -> None:
+def test_an_invalid_role_name_is_refused(site: Site, change: dict[str, str], told: str) -> None:
     with site.owner.connect() as connection, pytest.raises(InvalidInputError, match=told):
         grants_sql(connection, HostMapping(), replace(RoleNames(), **change))
 
 
-def test_a_table_that_is_not_there_is_named(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_table_is_named(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRUEUP_HOST__USAGE_LOG__TABLE", "app.log")
     get_settings.cache_clear()
     with site.owner.connect() as connection, pytest.raises(NotInstalledError, match=r"no table app\.log"):
         grants_sql(connection, get_settings().host, site.roles)
 
 
-def test_the_command_prints_what_psql_can_run(ready: Site) -> None:
+def test_psql_can_run_the_printed_grants(ready: Site) -> None:
     ready.become("postgres")
     printed = trueup("db", "grants", "--worker-role", ready.roles.worker).stdout
     assert printed.startswith("-- Least-privilege roles for trueup in ")
@@ -353,11 +357,11 @@ def test_rows_that_a_policy_hides_are_never_left_out_of_a_sum(ready: Site) -> No
         connection.execute(text("ALTER TABLE ai_usage_log ENABLE ROW LEVEL SECURITY"))
     for role in (ready.roles.worker, ready.roles.migrate):
         ready.become(role)
-        with pytest.raises(MissingRightError, match=r"would hide rows.*ai_usage_log.*BYPASSRLS"):
+        with pytest.raises(MissingRightError, match=r"hides rows.*ai_usage_log.*BYPASSRLS"):
             retrying(lambda connection: hold_tokens(connection, user, 5_000))
         [finding] = [each for each in examine_database(get_settings()) if each.check == "mapping"]
         assert (finding.level, finding.detail["tables"]) == ("error", ["ai_usage_log"])
-    with pytest.raises(MissingRightError, match="would hide rows"):
+    with pytest.raises(MissingRightError, match="hides rows"):
         attach(get_settings().host)
     with ready.owner.begin() as connection:
         for role in (ready.roles.worker, ready.roles.migrate):

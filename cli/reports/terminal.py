@@ -1,46 +1,126 @@
-"""One user's counter in words: what an operator reads before deciding about it."""
+"""Reports in a terminal: the summary of a drift report, the history of runs, and the explanation of one counter."""
 
 import json
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import click
 
 from trueup.cli.output import print_facts, print_table, show
-from trueup.cli.reports.figures import signed
+from trueup.cli.reports.figures import percent, signed, summary_of
 from trueup.drift.causes import ACTION_SENTENCES, CERTAINTY_SENTENCES, cause_sentence, cause_title
 from trueup.reconcile.runs import Finding
+from trueup.reports.history import RunFigures
+from trueup.reports.run_report import DriftReport
 from trueup.reports.user_report import CounterStory
 
+BARS = "▁▂▃▄▅▆▇█"
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)$")
-# These are told in words of their own; the rest of a component's evidence is printed as it is.
-_TOLD = ("cause", "tokens", "certainty")
+# These facts have sentences of their own. The rest of a component's evidence is printed by name.
+_IN_SENTENCES = ("cause", "tokens", "certainty")
+
+
+def print_summary(report: DriftReport, max_rows: int | None = None) -> None:
+    """Print a report's figures, its causes, and its largest drifts. `max_rows` None: all rows of the report."""
+    print_facts(summary_of(report))
+    shown = report.rows if max_rows is None else report.rows[:max_rows]
+    if report.causes:
+        click.echo()
+        print_table(
+            ("cause", "drifts", "certain", "tokens overstated", "tokens understated"),
+            [
+                (cause_title(c.cause), c.drifts, c.certain, c.tokens_overstated, c.tokens_understated)
+                for c in report.causes
+            ],
+        )
+    if shown:
+        click.echo()
+        print_table(
+            ("user", "observed", "expected", "drift", "cause", "certainty", "action", "written"),
+            [
+                (
+                    *(str(row.user_id), row.observed, row.expected, row.drift, cause_title(row.cause)),
+                    *(row.certainty, row.action.replace("_", " "), row.written),
+                )
+                for row in shown
+            ],
+        )
+    left = report.drifted - len(shown)
+    if left and shown:
+        click.echo(f"and {left:,} smaller drifts: `trueup {_command_for_all(report)}`")
+
+
+def _command_for_all(report: DriftReport) -> str:
+    if report.kind == "look":
+        return "drift report --read-only --rows all"
+    if report.dry_run:
+        return "reconcile --dry-run --json"
+    return "drift report --rows all" if report.run_id is None else f"drift report --run {report.run_id} --rows all"
+
+
+def sparkline(values: Sequence[int]) -> str:
+    """Return one bar for each value, scaled to the largest. Only zero has the lowest bar."""
+    top = max(values, default=0)
+    if top <= 0:
+        return BARS[0] * len(values)
+    return "".join(BARS[0] if value <= 0 else BARS[max(1, round(value / top * (len(BARS) - 1)))] for value in values)
+
+
+def print_history(runs: Sequence[RunFigures]) -> None:
+    """Print the runs, oldest first, below a line of the drifted tokens of finished runs over all users."""
+    if not runs:
+        click.echo("There was no reconcile run in that time. Start one with `trueup reconcile`.")
+        return
+    line = [run.tokens_drifted for run in runs if run.only_user is None and run.status == "finished"]
+    if line:
+        click.echo(f"drifted tokens  {sparkline(line)}  {line[0]:,} → {line[-1]:,}, at most {max(line):,}\n")
+    print_table(
+        (
+            *("run", "kind", "started (UTC)", "took", "status", "checked", "drifted", "new", "corrected", "in review"),
+            *("overstated", "understated", "explained", "defects"),
+        ),
+        [
+            (
+                str(run.id),
+                run.kind if run.only_user is None else f"user {run.only_user}",
+                run.started_at,
+                "–" if run.seconds is None else f"{run.seconds:.1f} s",
+                run.status,
+                *(run.checked, run.drifted, run.found_new, run.corrected, run.in_review),
+                *(run.tokens_overstated, run.tokens_understated, percent(run.share_explained), run.defects),
+            )
+            for run in runs
+        ],
+    )
+    for run in runs:
+        if run.error:
+            click.echo(f"run {run.id} failed: {show(run.error)}")
 
 
 def print_story(story: CounterStory) -> None:
-    """Print all about a user's counter."""
+    """Print the account of a user, the sum behind the counter, its drift with causes, and its past."""
     account = story.account
     if account.subscribed:
         state = "active" if account.is_active else "deactivated"
         end = f"until {show(account.end_date)}" if account.end_date else "without an end"
-        click.echo(
-            f"User {show(str(account.user_id))}: {state}, window since {show(account.window_start)} (UTC), {end}.\n"
-        )
+        start = show(account.window_start)
+        click.echo(f"User {show(str(account.user_id))}: {state}, period since {start} (UTC), {end}.\n")
         _print_sum(story)
         if story.finding:
             _print_finding(story.finding)
         else:
             click.echo("\nThe counter is right: there is no drift.")
-        since = "ever" if story.base.at is None else f"{show(story.base.at)} UTC"
-        click.echo(f"\nKnown to have been right at: {since} ({show(story.base.why)}).")
+        since = "unknown" if story.base.at is None else f"{show(story.base.at)} UTC"
+        click.echo(f"\nThe counter was last known to be right: {since} ({show(story.base.why)}).")
     else:
-        click.echo(f"User {show(str(account.user_id))} has no subscription any more. What was found before:")
+        click.echo(f"User {show(str(account.user_id))} has no subscription any more. Earlier findings and decisions:")
     _print_past(story)
 
 
 def _print_sum(story: CounterStory) -> None:
-    """The sum that makes the counter, line by line, so that it can be checked."""
+    """Print the sum behind the counter line by line, so that a person can check it."""
     lines: dict[str, Any] = {
         "original (plan and grants)": story.original,
         "− consumed (usage log)": story.consumed,
@@ -65,9 +145,9 @@ def _print_sum(story: CounterStory) -> None:
 def _print_finding(found: Finding) -> None:
     drift, explanation = found.drift, found.explanation
     if drift.observed is None:
-        effect = "The counter is empty: the user may be shown nothing, or refused."
+        effect = "The counter is NULL: the application may show nothing, or refuse the user."
     elif drift.tokens > 0:
-        effect = f"The user is shown {drift.tokens:,} tokens that are gone."
+        effect = f"The counter shows {drift.tokens:,} tokens that are used up."
     else:
         effect = f"The user has {-drift.tokens:,} tokens that the counter does not show."
     click.echo(f"\n{effect}")
@@ -79,9 +159,9 @@ def _print_finding(found: Finding) -> None:
         _print_evidence(part.evidence)
     if explanation.alternatives:
         others = ", ".join(cause_title(cause) for cause in explanation.alternatives)
-        click.echo(f"\nWould fit as well: {others}.")
+        click.echo(f"\nOther possible causes: {others}.")
     if explanation.in_flight:
-        click.echo(f"\n{explanation.in_flight:,} tokens were logged so lately that their decrement may still come.")
+        click.echo(f"\n{explanation.in_flight:,} tokens were logged so recently that the host may still subtract them.")
     _print_evidence({k: v for k, v in explanation.evidence.items() if k not in ("original", "consumed", "since")})
     why = cause_title(show(found.verdict.reason))
     if found.verdict.write is not None:
@@ -93,7 +173,7 @@ def _print_finding(found: Finding) -> None:
 def _print_evidence(evidence: dict[str, Any]) -> None:
     """Print evidence: rows one a line, other facts as name and value."""
     for name, value in evidence.items():
-        if name in _TOLD or value in (None, [], {}):
+        if name in _IN_SENTENCES or value in (None, [], {}):
             continue
         label = name.replace("_", " ")
         if isinstance(value, list):
