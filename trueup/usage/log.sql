@@ -85,12 +85,9 @@ BEGIN
 END $$;
 
 -- Store a call's error in its log row, for trueup.record_usage: in the error column, else in the metadata; if the log has
--- neither, the error is not stored.
+-- neither, or the host refuses the update, the error is not stored.
 CREATE OR REPLACE FUNCTION trueup.note_error(p_log_id text, p_error text) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
-    IF p_error IS NULL THEN
-        RETURN;
-    END IF;
     IF EXISTS (SELECT FROM pg_attribute t
                WHERE t.attrelid = CAST({{ usage_log | literal }} AS regclass) AND t.attnum > 0 AND NOT t.attisdropped
                  AND '"' || replace(t.attname, '"', '""') || '"' = {{ usage_log.error_message | literal }}) THEN
@@ -103,5 +100,10 @@ BEGIN
         SET {{ usage_log.metadata() }} = {{ usage_log.metadata("l") }}::jsonb || jsonb_build_object('error', note_error.p_error)
         WHERE l.{{ usage_log.id }} = note_error.p_log_id::{{ usage_log_id_type }};
     {% endif %}
+    END IF;
+EXCEPTION WHEN OTHERS THEN
+    -- A host may keep its log append-only. The row counts more than its text.
+    IF trueup.is_transient(SQLSTATE) THEN
+        RAISE;
     END IF;
 END $$;

@@ -63,7 +63,9 @@ BEGIN
             RAISE EXCEPTION 'a trigger of the usage log dropped the row';
         END IF;
     END IF;
-    PERFORM trueup.note_error(log_id, o.error);
+    IF o.error IS NOT NULL THEN
+        PERFORM trueup.note_error(log_id, o.error);
+    END IF;
     -- Check the row's foreign keys now, before the counter is locked. Django defers foreign keys to the commit, and a
     -- host that locks the user's row and then the counter's would deadlock with this transaction.
     SET CONSTRAINTS ALL IMMEDIATE;
