@@ -8,6 +8,7 @@ from trueup.cli.db.detach import detach
 from trueup.cli.db.discover import discover
 from trueup.database import engine as database
 from trueup.database.retry import retrying
+from trueup.database.session import SEARCH_PATH
 from trueup.install.install import install
 from trueup.install.plan import refuse_other_installation
 from trueup.install.roles import RoleNames, grants_sql
@@ -74,7 +75,7 @@ def grants(migrate_role: str, worker_role: str, readonly_role: str) -> None:
         where = database.describe_database()
     click.echo(f"-- Least-privilege roles for trueup in {where}.")
     click.echo("-- They have no passwords yet; in psql: \\password ROLE")
-    click.echo("BEGIN;\nSET LOCAL lock_timeout = '5s';")
+    click.echo(f"BEGIN;\nSET LOCAL search_path = {SEARCH_PATH};\nSET LOCAL lock_timeout = '5s';")
     for statement in statements:
         click.echo(f"{statement};")
     click.echo("COMMIT;")

@@ -5,7 +5,9 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import psycopg
 from psycopg import errors
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
@@ -14,7 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from trueup.database.driver_errors import LOG_CHANGED, UNWATCHED, is_replaced, is_transient, sqlstate_of
 from trueup.database.layout import refuse_old_layout
-from trueup.database.session import limit_session, read_as_utc
+from trueup.database.session import limit_session, read_as_utc, session_settings
 from trueup.errors import (
     LogChangedError,
     MissingRightError,
@@ -44,7 +46,8 @@ def create_trueup_engine(settings: Settings) -> Engine:
     """Make an engine for the settings' database. Times are UTC, isolation is READ COMMITTED.
 
     A process that stops in the middle of a transaction loses it after a statement's time: others wait for its locks.
-    `options` in the URL (a search_path, say) are kept. A pooler that lends connections out may be in between.
+    `options` in the URL are kept, except for the settings that `trueup.database.session` sets. A pooler in transaction
+    mode may be in between.
     """
     engine = create_engine(
         database_url(settings),
@@ -55,19 +58,17 @@ def create_trueup_engine(settings: Settings) -> Engine:
         connect_args={
             "connect_timeout": settings.database_connect_timeout_seconds,
             "application_name": "trueup",
+            # Until the session's settings are set. A pooler accepts it in the login packet.
+            "client_encoding": "UTF8",
         },
     )
     seconds = f"{settings.statement_timeout_seconds}s"
-    limits = {
-        "timezone": "UTC",
-        "statement_timeout": seconds,
-        "idle_in_transaction_session_timeout": seconds,
-        "default_transaction_isolation": "read committed",
-        # A sum over the rows that a policy leaves is too low: PostgreSQL then refuses.
-        "row_security": "off",
-    }
-    # First of all: what SQLAlchemy asks of a new connection is limited too.
-    event.listen(engine, "connect", lambda connection, _: limit_session(connection, limits), insert=True)
+
+    def set_up(connection: psycopg.Connection[Any], _: object) -> None:
+        limit_session(connection, session_settings(connection.info.server_version, seconds))
+
+    # First of all: these settings also apply to the statements that SQLAlchemy sends on a new connection.
+    event.listen(engine, "connect", set_up, insert=True)
     event.listen(engine, "connect", lambda connection, _: read_as_utc(connection))
     event.listen(engine, "connect", lambda connection, _: refuse_old_layout(connection))
     return engine

@@ -1,8 +1,11 @@
-"""A session of PostgreSQL's: its limits, with a pooler in between or without, and how it reads times without a zone.
+"""A PostgreSQL session of trueup's: its settings, with a pooler in between or without, and times without a zone.
 
-Behind PgBouncer in transaction mode, and its like, what is set for a session stays behind with a server connection that
-somebody else gets next, a prepared statement is looked for where nobody prepared it, and most settings are refused when
-they come with the login. There each transaction sets its limits for itself, and nothing is prepared.
+A role, a database or a server may set anything for new sessions. `FIXED_SETTINGS` are those that decide what a statement
+means, how its values are written, or when the server gives up: trueup sets them itself.
+
+A pooler in transaction mode, such as PgBouncer, lends a server connection for one transaction. A setting of the session
+would stay behind for the next client, and a prepared statement would be missing on the next connection. Most settings are
+also refused in the login packet. Behind one, each transaction sets its settings for itself, and nothing is prepared.
 """
 
 from collections.abc import Mapping
@@ -15,14 +18,48 @@ import psycopg
 from psycopg import Connection, Cursor, ServerCursor
 from psycopg.abc import Buffer, Params
 from psycopg.pq import TransactionStatus
-from psycopg.sql import SQL, Composed, Identifier, Literal
+from psycopg.sql import SQL, Composable, Composed, Identifier, Literal
 from psycopg.types.datetime import TimestampBinaryLoader, TimestampLoader
 from psycopg.types.json import Json
 
-# A pooler in between tells the client a process of its own making: it goes on with many.
+# Where names without a schema are looked up. No role can create anything in pg_catalog or in another session's pg_temp,
+# so no function or operator of another role is called in place of PostgreSQL's own.
+SEARCH_PATH = "pg_catalog, pg_temp"
+FIXED_SETTINGS = {
+    "search_path": SEARCH_PATH,
+    "timezone": "UTC",
+    "default_transaction_isolation": "read committed",
+    # A sum over the rows that a policy leaves is too low: PostgreSQL then refuses.
+    "row_security": "off",
+    # How values are read and written.
+    "client_encoding": "UTF8",
+    "datestyle": "ISO, MDY",
+    "intervalstyle": "postgres",
+    "extra_float_digits": "1",
+    "bytea_output": "hex",
+    "standard_conforming_strings": "on",
+    "array_nulls": "on",
+    "transform_null_equals": "off",
+    "quote_all_identifiers": "off",
+    # `statement_timeout` bounds every wait: a shorter limit of the role would fail a charge that only has to wait.
+    "lock_timeout": "0",
+    "idle_session_timeout": "0",
+}
+# Settings that older servers do not know, with the version that has them.
+_NEWER_SETTINGS = {"transaction_timeout": ("0", 170000)}
+
+# A pooler reports a process id of its own, which differs from the server's.
 _SET_WHERE_OURS = """
-    SELECT set_config(key, value, false) FROM json_each_text(%(limits)s) WHERE pg_backend_pid() = %(process)s
+    SELECT pg_catalog.set_config(s.key, s.value, false) FROM pg_catalog.json_each_text(%(limits)s) AS s (key, value)
+    WHERE pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) CAST(%(process)s AS pg_catalog.int4)
 """
+
+
+def session_settings(server_version: int, statement_timeout: str) -> dict[str, str]:
+    """Return all settings of a session. `server_version`: as libpq gives it (170002); `statement_timeout`: "30s"."""
+    newer = {name: value for name, (value, since) in _NEWER_SETTINGS.items() if server_version >= since}
+    limits = {"statement_timeout": statement_timeout, "idle_in_transaction_session_timeout": statement_timeout}
+    return FIXED_SETTINGS | newer | limits
 
 
 def limit_session(connection: Connection[Any], limits: Mapping[str, str]) -> None:
@@ -41,11 +78,16 @@ def limit_session(connection: Connection[Any], limits: Mapping[str, str]) -> Non
 def borrow(connection: Connection[Any], limits: Mapping[str, str]) -> None:
     """Have each transaction on this connection set these limits first, and leave nothing behind for the next one."""
     statement = SQL("; ").join(
-        SQL("SET LOCAL {} = {}").format(Identifier(name), Literal(value)) for name, value in limits.items()
+        SQL("SET LOCAL {} = {}").format(Identifier(name), _setting(name, value)) for name, value in limits.items()
     )
     connection.prepare_threshold = None
     connection.cursor_factory = cast("type[Cursor[Any]]", partial(_BorrowedCursor, limits=statement))
     connection.server_cursor_factory = cast("type[ServerCursor[Any]]", partial(_BorrowedServerCursor, limits=statement))
+
+
+def _setting(name: str, value: str) -> Composable:
+    # A list: as one literal, it would be the name of one schema.
+    return SQL(value) if name == "search_path" else Literal(value)
 
 
 class _BorrowedCursor(Cursor[Any]):

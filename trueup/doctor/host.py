@@ -25,6 +25,7 @@ from trueup.host.log_ids import log_id_problem
 from trueup.host.mapping import HostMapping
 from trueup.host.partitions import partition_problem
 from trueup.host.schema_changes import ROW_SECURITY_REMEDY
+from trueup.host.setting_values import DEFAULT_SCHEMA
 from trueup.install.write_probe import row_problem
 from trueup.settings.settings import Settings
 
@@ -53,11 +54,12 @@ def _tables(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
         return
     there = connection.scalars(
         text(
-            "SELECT CASE WHEN pg_table_is_visible(c.oid) THEN c.relname ELSE n.nspname || '.' || c.relname END "
+            "SELECT CASE WHEN n.nspname = :default THEN c.relname ELSE n.nspname || '.' || c.relname END "
             "FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
             "WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') "
             "AND n.nspname NOT IN ('information_schema', 'trueup') AND n.nspname !~ '^pg_'"
-        )
+        ),
+        {"default": DEFAULT_SCHEMA},
     )
     candidates = [table for table in there if table not in mapping.tables()]
     for table in missing:

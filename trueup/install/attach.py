@@ -41,7 +41,7 @@ MAX_BATCH_USERS = 500_000
 SAMPLE_USERS = 1_000
 
 # Whatever the triggers and the filling need; nothing of the gate's is among it.
-BEFORE_TRIGGERS = SQL_FILES[: SQL_FILES.index("install/triggers.sql")]
+BEFORE_TRIGGERS = (*SQL_FILES[: SQL_FILES.index("install/triggers.sql")], "install/search_path.sql")
 FUNCTIONS = tuple(name for name in SQL_FILES if not name.endswith("triggers.sql"))
 
 

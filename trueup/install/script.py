@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection
 
 from trueup.database.locks import INSTALL_LOCK, LOCK_TIMEOUT_MILLISECONDS, STATEMENT_TIMEOUT_SECONDS
+from trueup.database.session import SEARCH_PATH
 from trueup.host.mapping import HostMapping
 from trueup.host.sql import render_sql
 from trueup.install.attach import (
@@ -23,7 +24,7 @@ _HEAD = """\
 -- Run it as the role that is to own schema trueup. Each step is a transaction of its own, and waits at most
 -- {milliseconds} ms for a lock on a table of the host's: should one be in use, run the script again.
 \\set ON_ERROR_STOP on
-SET search_path = {search_path};
+SET search_path = {search_path};  -- no function or operator of another role is called
 SET timezone = 'UTC';  -- of times without a zone
 SET row_security = off;  -- an error rather than sums over the rows that a policy leaves
 """
@@ -67,9 +68,8 @@ def attach_script(connection: Connection, mapping: HostMapping) -> str:
     """Return what `attach` would run as the database is now. Raises `NotInstalledError` for an unfit host."""
     tables = tables_sql(connection, mapping)
     ready = is_ready(connection, mapping)
-    search_path = str(connection.scalar(text("SHOW search_path"))) or "''"
     parts = [
-        _HEAD.format(milliseconds=LOCK_TIMEOUT_MILLISECONDS, search_path=search_path),
+        _HEAD.format(milliseconds=LOCK_TIMEOUT_MILLISECONDS, search_path=SEARCH_PATH),
         _step("1. Schema, tables and functions of trueup", [*tables, *prepare_scripts(mapping, ready=ready)]),
     ]
     for step in TRIGGER_STEPS:

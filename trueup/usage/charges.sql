@@ -20,6 +20,7 @@ DECLARE
     v_logged_id text;
     v_kept bigint;
     v_lowered boolean;
+    v_created_at timestamptz;
     v_first_key text := split_part(p_call_key, '~', 1);  -- the key of the first call, if the call was bought twice
 BEGIN
     PERFORM trueup.queue_for(p_user);
@@ -42,10 +43,8 @@ BEGIN
         v_covered := least(p_total, v_covered);
         tokens_over := p_total - v_covered;
         p_model := trueup.fitting(p_model, {{ usage_log.model_name() | literal }});
-{{ write_log_row("true", "trueup.dated(at, CASE WHEN a.subscribed THEN a.window_start END)") }}
-        -- Check the row's foreign key now, before the counter is locked. Django defers foreign keys to the commit, and a
-        -- host that locks the user's row and then the counter's would deadlock with this transaction.
-        SET CONSTRAINTS ALL IMMEDIATE;
+        v_created_at := trueup.dated(at, CASE WHEN a.subscribed THEN a.window_start END);
+{{ write_log_row("true", "v_created_at") }}
         -- Lower the legacy counter too, so that trueup's own usage causes no drift.
         v_lowered := trueup.lower_counter(p_user, p_total);
         INSERT INTO trueup.charge (user_id, task_id, call_key, attempt, log_id, section, model_name,

@@ -1,3 +1,4 @@
+{% from "host/search_path.sql" import own_search_path, role_search_path %}
 {% from "gate/store_balance.sql" import store_balance %}
 {% from "usage/log_row.sql" import write_log_row %}
 -- Usage that host code reports about its own calls: no hold, no task, one log row for each idempotency key.
@@ -7,14 +8,19 @@
 -- own decrements do. A counter that is 0, null or below 0 cannot be lowered, and counts as done (true).
 CREATE OR REPLACE FUNCTION trueup.lower_counter(p_user {{ user_id_type }}, p_tokens bigint)
 RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+    v_lowered boolean;
 BEGIN
     UPDATE {{ subscription }} s
     SET {{ subscription.tokens_remaining }} = greatest(s.{{ subscription.tokens_remaining }} - lower_counter.p_tokens, 0)
+    FROM {{ role_search_path() }}
     WHERE s.{{ subscription.id }} = (
         SELECT f.{{ subscription.id }} FROM {{ subscription }} f WHERE f.{{ subscription.user_id }} = lower_counter.p_user
         ORDER BY f.{{ subscription.id }} LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED)
       AND s.{{ subscription.tokens_remaining }} > 0;
-    RETURN FOUND OR NOT EXISTS (
+    v_lowered := FOUND;
+    {{ own_search_path() }}
+    RETURN v_lowered OR NOT EXISTS (
         SELECT FROM {{ subscription }} s
         WHERE s.{{ subscription.user_id }} = lower_counter.p_user AND s.{{ subscription.tokens_remaining }} > 0);
 END $$;
@@ -53,9 +59,6 @@ BEGIN
         log_id := coalesce(v_logged_id, p_log_id);
         PERFORM trueup.note_error(log_id, p_error);
         v_counted := coalesce(v_counted, 0);
-        -- Check the row's foreign key now, before the counter is locked. Django defers foreign keys to the commit, and a
-        -- host that locks the user's row and then the counter's would deadlock with this transaction.
-        SET CONSTRAINTS ALL IMMEDIATE;
         IF v_counted > 0 THEN
             v_lowered := trueup.lower_counter(p_user, v_counted);
         END IF;
@@ -80,6 +83,8 @@ END $$;
 -- Store a call's error in its log row, for trueup.record_usage: in the error column, else in the metadata; if the log has
 -- neither, the error is not stored.
 CREATE OR REPLACE FUNCTION trueup.note_error(p_log_id text, p_error text) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    v_error text;
 BEGIN
     IF p_error IS NULL THEN
         RETURN;
@@ -87,14 +92,17 @@ BEGIN
     IF EXISTS (SELECT FROM pg_attribute t
                WHERE t.attrelid = CAST({{ usage_log | literal }} AS regclass) AND t.attnum > 0 AND NOT t.attisdropped
                  AND '"' || replace(t.attname, '"', '""') || '"' = {{ usage_log.error_message | literal }}) THEN
-        UPDATE {{ usage_log }} AS l
-        SET {{ usage_log.error_message }} = trueup.fitting(note_error.p_error, {{ usage_log.error_message | literal }})
+        v_error := trueup.fitting(p_error, {{ usage_log.error_message | literal }});
+        UPDATE {{ usage_log }} AS l SET {{ usage_log.error_message }} = v_error
+        FROM {{ role_search_path() }}
         WHERE l.{{ usage_log.id }} = note_error.p_log_id::{{ usage_log_id_type }};
     {% if usage_log.metadata %}
     ELSE
         UPDATE {{ usage_log }} AS l
         SET {{ usage_log.metadata() }} = {{ usage_log.metadata("l") }}::jsonb || jsonb_build_object('error', note_error.p_error)
+        FROM {{ role_search_path() }}
         WHERE l.{{ usage_log.id }} = note_error.p_log_id::{{ usage_log_id_type }};
     {% endif %}
     END IF;
+    {{ own_search_path() }}
 END $$;
