@@ -1,5 +1,6 @@
 """A partitioned usage log: whatever way rows come, go and move, and whatever becomes of their partition."""
 
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -230,13 +231,13 @@ def test_an_attached_partition_is_told_once_a_day_and_counts_from_the_next_attac
     host.write(user, 5, into="more", at=DECEMBER)
     look = reconcile(get_engine(), host.mapping, dry_run=True)
     assert [(defect.kind, defect.detail) for defect in look.defect_rows] == [
-        ("partition_uncovered", {"partition": "more"})
+        ("partition_uncovered", {"partition": "public.more"})
     ]
     assert reconcile(get_engine(), host.mapping, only_user=user).defects == 0
     assert [reconcile(get_engine(), host.mapping).defects for _ in range(2)] == [1, 0]
     host.execute("UPDATE trueup.defect SET found_at = found_at - interval '25 hours'")
     assert reconcile(get_engine(), host.mapping).defects == 1
-    assert check_triggers_of(connection) == [("warning", ["more"])]
+    assert check_triggers_of(connection) == [("warning", ["public.more"])]
     attach(host.mapping)
     assert consumed(host, connection, user) == 1_435
     host.write(user, 1, into="more", at=DECEMBER)
@@ -265,7 +266,7 @@ def test_a_trigger_switched_off_on_a_partition_is_found_and_set_to_work_again(
     host: PartitionedHost, connection: Connection, user: int
 ) -> None:
     host.execute("ALTER TABLE log_11a DISABLE TRIGGER trueup_deleted; DELETE FROM log_11a")
-    assert check_triggers_of(connection) == [("warning", ["log_11a"])]
+    assert check_triggers_of(connection) == [("warning", ["public.log_11a"])]
     host.write(user, 3)
     attach(host.mapping)
     assert consumed(host, connection, user) == 3
@@ -333,7 +334,8 @@ def test_attaching_and_leaving_again_changes_nothing_of_the_host(bare: Partition
     assert len(bare.triggered()) == 1 + len(PARTS)
     with connect() as connection:
         plan = plan_detach(connection)
-        assert set(plan.host_tables) == {"ai_usage_log", "billing_subscription", *PARTS}
+        tables = ("ai_usage_log", "billing_subscription", *PARTS)
+        assert set(plan.host_tables) == {f"public.{table}" for table in tables}
     bare.execute("ALTER TABLE ai_usage_log DETACH PARTITION log_10")
     detach()
     assert bare.triggered() == []
@@ -370,7 +372,7 @@ def test_the_migrate_role_needs_no_more_than_is_granted(bare: PartitionedHost) -
     ("change", "log", "said"),
     [
         (FOREIGN, "spread", "public.far is a foreign table and a partition of spread"),
-        ("SELECT", "log_11", "log_11 is a partition of ai_usage_log, through which rows come unseen"),
+        ("SELECT", "log_11", "log_11 is a partition of .*ai_usage_log, through which rows come unseen"),
     ],
 )
 def test_logs_whose_rows_could_come_unseen_are_refused(
@@ -384,4 +386,5 @@ def test_logs_whose_rows_could_come_unseen_are_refused(
     get_settings.cache_clear()
     with connect() as connection:
         [finding] = check_mapping(connection, get_settings())
-    assert (finding.level, said in finding.what) == ("error", True)
+    assert finding.level == "error"
+    assert re.search(said, finding.what)

@@ -355,13 +355,13 @@ def test_a_function_that_was_replaced_in_the_middle_of_a_call_is_called_again(ho
 
 
 def test_a_connection_that_prepared_what_is_there_no_more_is_not_used_again(host: Host) -> None:
-    host.execute("CREATE FUNCTION answer() RETURNS TABLE (a int) LANGUAGE sql AS 'SELECT 1'")
-    select = text("SELECT * FROM answer()")
+    host.execute("CREATE FUNCTION public.answer() RETURNS TABLE (a int) LANGUAGE sql AS 'SELECT 1'")
+    select = text("SELECT * FROM public.answer()")
     with connect() as own:
         for _ in range(10):
             own.execute(select)
     host.execute(
-        "DROP FUNCTION answer(); CREATE FUNCTION answer() RETURNS TABLE (a text) LANGUAGE sql AS 'SELECT ''2'''"
+        "DROP FUNCTION public.answer(); CREATE FUNCTION public.answer() RETURNS TABLE (a text) LANGUAGE sql AS 'SELECT ''2'''"
     )
     with pytest.raises(ServiceUnavailableError, match="cached plan must not change"), connect() as own:
         own.execute(select)

@@ -170,7 +170,7 @@ def test_two_at_once_take_turns(host: Host) -> None:
 def test_a_host_that_has_its_table_for_long_is_not_waited_for(host: Host, table: str) -> None:
     user = host.subscriber()
     with locked(host, f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE") as busy:
-        with pytest.raises(HostBusyError, match=f'kept "{table}" .*process {backend_pid(busy)} '):
+        with pytest.raises(HostBusyError, match=f'kept "public"."{table}" .*process {backend_pid(busy)} '):
             attach(MAPPING, patience_seconds=0)
         with impatient(host) as other:
             other.execute(text("DELETE FROM ai_usage_log"))
@@ -353,7 +353,7 @@ def test_the_plan_says_what_there_is_to_do_and_which_rights_lack(host: Host, con
     connection.execute(text("RESET ROLE"))
     assert lacking["TRIGGER ON TABLE public.ai_usage_log"].endswith('public.ai_usage_log TO "pg_read_all_data"')
     assert "to own SCHEMA trueup" in lacking
-    with pytest.raises(NotInstalledError, match='no table "gone"'):
+    with pytest.raises(NotInstalledError, match='no table "public"."gone"'):
         plan_attach(connection, HostMapping(usage_log=UsageLogTable(table="gone")))
 
 

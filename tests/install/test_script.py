@@ -126,7 +126,7 @@ def test_where_all_is_there_it_has_no_step_that_locks_the_hosts_tables(host: Hos
     ("meanwhile", "refusal"),
     [
         ("UPDATE trueup.balance SET consumed = 1", "do not agree with the log: the gate stays closed"),
-        ("ALTER TABLE ai_usage_log DISABLE TRIGGER trueup_deleted", "trigger trueup_deleted is disabled"),
+        ("ALTER TABLE public.ai_usage_log DISABLE TRIGGER trueup_deleted", "trigger trueup_deleted is disabled"),
     ],
 )
 def test_what_does_not_hold_keeps_the_gate_closed(

@@ -1,5 +1,6 @@
 """What the driver's errors mean: by psycopg's class of each error, in one place."""
 
+import psycopg
 from psycopg import DataError, IntegrityError, OperationalError, errors
 from sqlalchemy.exc import DBAPIError
 
@@ -43,38 +44,48 @@ _OPERATOR = (
 )
 _SESSION = (
     errors.LockNotAvailable,
+    errors.ObjectInUse,
     errors.ReadOnlySqlTransaction,  # a standby, until the failover is over
     errors.IdleInTransactionSessionTimeout,
 )
-TRANSIENT = (*_CONNECTION, *DEADLOCK_OR_CONFLICT, *_RESOURCES, *_OPERATOR, *_SESSION)
-# SQLSTATE classes of the same meaning, for a code that this psycopg has no class of its own for.
+_STORAGE = (errors.SystemError, errors.IoError)
+TRANSIENT = (*_CONNECTION, *DEADLOCK_OR_CONFLICT, *_RESOURCES, *_OPERATOR, *_SESSION, *_STORAGE)
+# The same for codes that this psycopg has no class for: the SQLSTATE classes whose every code is transient, and
+# transaction_timeout of PostgreSQL 17.
 _TRANSIENT_CLASSES = ("08", "40", "53", "57")
+_TRANSACTION_TIMEOUT = "25P04"
 
 # The database refuses a value: its type, a constraint, or an exception of a trigger.
 REFUSED = (DataError, IntegrityError, errors.WithCheckOptionViolation, errors.RaiseException)
 
 # A function that was replaced between its lookup and its call, or a statement prepared for what it returned before. The
-# same statement succeeds on a connection that has not prepared it.
-_REPLACED = (
-    "cache lookup failed for ",
-    "tuple concurrently ",
-    "cached plan must not change result type",
-    "could not open relation with OID",
-)
+# same statement succeeds on a connection that has not prepared it. PostgreSQL translates no message of an internal error.
+_REPLACED = ("cache lookup failed for ", "tuple concurrently ", "could not open relation with OID")
+# The functions of PostgreSQL's source that raise an error: they tell errors of one SQLSTATE apart in a server of any
+# language, which their messages do not.
+CHECK_PREPARED = "RevalidateCachedQuery"
+FIND_OPERATOR = "op_error"
+CHECK_ROW_SECURITY = "check_enable_rls"
 
 
 def is_transient(error: DBAPIError) -> bool:
     """Return whether the same statement may succeed later: no connection, a deadlock, a lock or a limit."""
     # psycopg raises a plain OperationalError when the server did not answer, and for a code that it does not know.
     unknown = type(error.orig) is OperationalError and (error.orig.sqlstate or "08").startswith(_TRANSIENT_CLASSES)
-    return unknown or isinstance(error.orig, TRANSIENT) or is_replaced(error)
+    timed_out = sqlstate_of(error) == _TRANSACTION_TIMEOUT
+    return unknown or timed_out or isinstance(error.orig, TRANSIENT) or is_replaced(error)
 
 
 def is_replaced(error: DBAPIError) -> bool:
     """Return whether a statement met a function or a table that another session replaced just then."""
-    return isinstance(error.orig, errors.InternalError_ | errors.FeatureNotSupported) and any(
-        known in str(error.orig) for known in _REPLACED
-    )
+    if isinstance(error.orig, errors.FeatureNotSupported):
+        return is_raised_by(error, CHECK_PREPARED)
+    return isinstance(error.orig, errors.InternalError_) and any(known in str(error.orig) for known in _REPLACED)
+
+
+def is_raised_by(error: DBAPIError, function: str) -> bool:
+    """Return whether that function of the server's source raised the error."""
+    return isinstance(error.orig, psycopg.Error) and error.orig.diag.source_function == function
 
 
 def sqlstate_of(error: DBAPIError) -> str | None:

@@ -14,7 +14,16 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from trueup.database.driver_errors import LOG_CHANGED, UNWATCHED, is_replaced, is_transient, sqlstate_of
+from trueup.database.driver_errors import (
+    CHECK_ROW_SECURITY,
+    FIND_OPERATOR,
+    LOG_CHANGED,
+    UNWATCHED,
+    is_raised_by,
+    is_replaced,
+    is_transient,
+    sqlstate_of,
+)
 from trueup.database.layout import refuse_old_layout
 from trueup.database.session import limit_session, read_as_utc, session_settings
 from trueup.errors import (
@@ -38,8 +47,6 @@ _engine_lock = threading.Lock()
 _UNDEFINED = (errors.UndefinedTable, errors.InvalidSchemaName, errors.UndefinedFunction, errors.UndefinedColumn)
 # A column of another type: no such cast, datatype mismatch, an object of another kind.
 _CHANGED_TYPES = (errors.CannotCoerce, errors.DatatypeMismatch, errors.WrongObjectType)
-_NO_OPERATOR = "operator does not exist"
-_ROW_SECURITY = "query would be affected by row-level security"
 
 
 def create_trueup_engine(settings: Settings) -> Engine:
@@ -148,11 +155,11 @@ def _forgetting(connection: Connection) -> Iterator[None]:
         raise
 
 
-def _is_changed_type(error: DBAPIError, cause: str) -> bool:
+def _is_changed_type(error: DBAPIError) -> bool:
     if isinstance(error.orig, errors.InvalidTextRepresentation):
         # A value that a type does not have, met by a function of trueup's: a renamed label, which the mapping names.
         return "function" in str(error.orig.diag.context)
-    no_operator = isinstance(error.orig, errors.UndefinedFunction) and cause.startswith(_NO_OPERATOR)
+    no_operator = isinstance(error.orig, errors.UndefinedFunction) and is_raised_by(error, FIND_OPERATOR)
     return no_operator or isinstance(error.orig, _CHANGED_TYPES)
 
 
@@ -160,7 +167,7 @@ def _translate(error: DBAPIError) -> TrueupError | None:
     where, cause = describe_database(), str(error.orig).strip().partition("\n")[0]
     if is_transient(error):
         return ServiceUnavailableError("PostgreSQL", where, cause)
-    if _is_changed_type(error, cause):
+    if _is_changed_type(error):
         return _explained(cause, undefined=False) or changed_type(where, cause)
     if isinstance(error.orig, _UNDEFINED):
         return _explained(cause, undefined=True) or not_ready(where, cause)
@@ -170,7 +177,7 @@ def _translate(error: DBAPIError) -> TrueupError | None:
         return _noted(cause)
     if not isinstance(error.orig, errors.InsufficientPrivilege):
         return None
-    if cause.startswith(_ROW_SECURITY):
+    if is_raised_by(error, CHECK_ROW_SECURITY):
         return MissingRightError(
             f"The database at {where} would hide rows: {cause}. Nothing was run: sums would be too low. "
             f"{ROW_SECURITY_REMEDY}"
