@@ -15,17 +15,14 @@ def failed(error: Exception) -> DBAPIError:
     return DBAPIError("SELECT 1", {}, error)
 
 
-# Every SQLSTATE of the classes that speak of the connection, the transaction or the server: may the same statement succeed
-# later?
+# Every SQLSTATE about the connection, the transaction or the server: may the same statement succeed later?
 SORTED_CODES = {
     True: (
-        "08000 08001 08003 08004 08006 08007 08P01 25006 25P03 25P04 40000 40001 40002 40003 40P01 53000 53100 53200 53300 "
-        "53400 55006 55P03 57000 57014 57P01 57P02 57P03 57P04 57P05 58000 58030"
+        "08000 08001 08003 08004 08006 08007 08P01 25006 25P03 25P04 40000 40001 40002 40003 40P01 53000 53100 53200 "
+        "53300 53400 55006 55P03 57000 57014 57P01 57P02 57P03 57P04 57P05 58000 58030"
     ),
     # A mistake of the caller, a state that stays, or a damaged server.
-    False: (
-        "25000 25001 25002 25003 25004 25005 25007 25008 25P01 25P02 55000 55P02 55P04 58P01 58P02 58P03"
-    ),
+    False: ("25000 25001 25002 25003 25004 25005 25007 25008 25P01 25P02 55000 55P02 55P04 58P01 58P02 58P03"),
 }
 CODES = [(code, transient) for transient, codes in SORTED_CODES.items() for code in codes.split()]
 

@@ -68,7 +68,11 @@ def test_settings_of_a_role_or_a_database_change_nothing_for_trueup(
     known = set(host.execute("SELECT lower(name) FROM pg_settings").scalars())
     chosen = {name: value for name, value in HOSTILE_SETTINGS.items() if name in known}
     here = host.value("SELECT quote_ident(current_database())")
-    whom = f"ROLE {host.value('SELECT quote_ident(current_user)')} IN DATABASE {here}" if by == "role" else f"DATABASE {here}"
+    whom = (
+        f"ROLE {host.value('SELECT quote_ident(current_user)')} IN DATABASE {here}"
+        if by == "role"
+        else f"DATABASE {here}"
+    )
     user = host.subscriber(10_000)
     with admin_engine.connect() as admin:
         for name, value in chosen.items():
@@ -92,7 +96,9 @@ def test_on_connect_each_statement_is_its_own_transaction(host: Host) -> None:
 
 def test_a_transaction_is_committed_at_its_end_and_rolled_back_on_an_error(host: Host) -> None:
     with pytest.raises(ServiceUnavailableError), transaction() as connection:
-        connection.exec_driver_sql("INSERT INTO public.accounts_user VALUES (1, 'a', ''); DO $$ BEGIN RAISE disk_full; END $$")
+        connection.exec_driver_sql(
+            "INSERT INTO public.accounts_user VALUES (1, 'a', ''); DO $$ BEGIN RAISE disk_full; END $$"
+        )
     assert host.value("SELECT count(*) FROM accounts_user") == 0
     with transaction() as connection:
         connection.execute(text("INSERT INTO public.accounts_user VALUES (1, 'a', '')"))

@@ -361,7 +361,8 @@ def test_a_connection_that_prepared_what_is_there_no_more_is_not_used_again(host
         for _ in range(10):
             own.execute(select)
     host.execute(
-        "DROP FUNCTION public.answer(); CREATE FUNCTION public.answer() RETURNS TABLE (a text) LANGUAGE sql AS 'SELECT ''2'''"
+        "DROP FUNCTION public.answer(); "
+        "CREATE FUNCTION public.answer() RETURNS TABLE (a text) LANGUAGE sql AS 'SELECT ''2'''"
     )
     with pytest.raises(ServiceUnavailableError, match="cached plan must not change"), connect() as own:
         own.execute(select)

@@ -353,7 +353,7 @@ def test_the_plan_says_what_there_is_to_do_and_which_rights_lack(host: Host, con
     connection.execute(text("RESET ROLE"))
     assert lacking["TRIGGER ON TABLE public.ai_usage_log"].endswith('public.ai_usage_log TO "pg_read_all_data"')
     assert "to own SCHEMA trueup" in lacking
-    with pytest.raises(NotInstalledError, match='no table "public"."gone"'):
+    with pytest.raises(NotInstalledError, match=r'no table "public"\."gone"'):
         plan_attach(connection, HostMapping(usage_log=UsageLogTable(table="gone")))
 
 

@@ -1,4 +1,6 @@
+import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -6,17 +8,21 @@ from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
+from tests.conftest import settings_for, url_of_database
 from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.sessions import impatient, in_background, locked, run_at_once, wait_for_lock
 from tests.support.waiting import wait_for
 from tests.support.work import charge_tokens, hold_tokens
-from trueup.database.engine import connect
+from trueup.database.engine import connect, transaction
 from trueup.database.locks import INSTALL_LOCK
 from trueup.errors import NotInstalledError
 from trueup.host.mapping import HostMapping, SubscriptionTable, UsageLogTable
+from trueup.install.attach import attach
+from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import check_installed, install
 from trueup.settings.settings import get_settings
+from trueup.stack import StackUrls
 
 
 @pytest.fixture
@@ -229,3 +235,31 @@ def test_a_database_set_up_for_another_mapping_is_not_taken_for_ready(
     get_settings.cache_clear()
     with pytest.raises(NotInstalledError, match=r"other table or column names.*trueup db init"):
         check_installed(connection)
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_that_cannot_store_every_text_is_refused(
+    stack: StackUrls, admin_engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, encoding: str
+) -> None:
+    assert stack.database_url is not None
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    with admin_engine.connect() as admin:
+        admin.execute(text(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C'"))
+    url = url_of_database(stack.database_url, name)
+    try:
+        with settings_for(url, stack, monkeypatch, tmp_path):
+            with transaction() as connection:
+                build_host_metadata(HostMapping()).create_all(connection)
+            for set_up in (attach, lambda mapping: _install(mapping)):
+                with pytest.raises(NotInstalledError, match=f"encoding is {encoding}.*ENCODING 'UTF8'"):
+                    set_up(HostMapping())
+            with connect() as connection:
+                assert connection.scalar(text("SELECT to_regnamespace('trueup') IS NULL"))
+    finally:
+        with admin_engine.connect() as admin:
+            admin.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+def _install(mapping: HostMapping) -> None:
+    with transaction() as connection:
+        install(connection, mapping, with_host_tables=False)

@@ -26,8 +26,7 @@ _SAME_FUNCTIONS = text(
       AND p.proallargtypes IS NULL AND p.provariadic = 0
     """
 )
-# Types that SQL converts silently: a function or operator of exactly these types is preferred to one of pg_catalog's that
-# takes them after a conversion.
+# Types that SQL converts silently: an operator of exactly these is preferred to one of pg_catalog's after a conversion.
 _TYPES = ("text", "varchar", "name", "oid", "regclass", "regprocedure", "integer", "bigint", "numeric", "uuid", "jsonb")
 _OPERATORS = ("||", "=", "<>", "<", ">", "<=", ">=", "+", "-", "*")
 _OWN_OPERATORS = text(
@@ -48,7 +47,7 @@ def called_names() -> list[str]:
 
 
 def set_traps(connection: Connection, role: str) -> int:
-    """Let the role make in `public` whatever may be called in place of PostgreSQL's own. Returns how many traps there are."""
+    """Let the role make in `public` what may be called in place of PostgreSQL's own. Returns the number of traps."""
     connection.execute(text("CREATE SEQUENCE public.trapped"))
     connection.execute(text("GRANT ALL ON SEQUENCE public.trapped TO PUBLIC"))
     connection.execute(text(f"GRANT CREATE ON SCHEMA public TO {role}"))
@@ -64,11 +63,9 @@ def set_traps(connection: Connection, role: str) -> int:
     ]
     for number, (a, b) in enumerate(sorted({(a, b) for _, a, b in pairs})):
         body = _TRAP.format(name=f"an operator of {a} and {b}")
-        returns = {"boolean": [], "text": []}
-        for kind in returns:
-            statements.append(
-                f"CREATE FUNCTION public.trap_{number}_{kind}({a}, {b}) RETURNS {kind} LANGUAGE plpgsql AS $trap$ {body} $trap$"
-            )
+        for kind in ("boolean", "text"):
+            function = f"CREATE FUNCTION public.trap_{number}_{kind}({a}, {b}) RETURNS {kind}"
+            statements.append(f"{function} LANGUAGE plpgsql AS $trap$ {body} $trap$")
         for name in sorted({one for one, left, right in pairs if (left, right) == (a, b)}):
             kind = "text" if name in ("||", "+", "-", "*") else "boolean"
             statements.append(

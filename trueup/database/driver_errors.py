@@ -59,7 +59,7 @@ _TRANSACTION_TIMEOUT = "25P04"
 REFUSED = (DataError, IntegrityError, errors.WithCheckOptionViolation, errors.RaiseException)
 
 # A function that was replaced between its lookup and its call, or a statement prepared for what it returned before. The
-# same statement succeeds on a connection that has not prepared it. PostgreSQL translates no message of an internal error.
+# same statement succeeds on a connection that has not prepared it. PostgreSQL does not translate internal errors.
 _REPLACED = ("cache lookup failed for ", "tuple concurrently ", "could not open relation with OID")
 # The functions of PostgreSQL's source that raise an error: they tell errors of one SQLSTATE apart in a server of any
 # language, which their messages do not.

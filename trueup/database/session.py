@@ -1,11 +1,11 @@
 """A PostgreSQL session of trueup's: its settings, with a pooler in between or without, and times without a zone.
 
-A role, a database or a server may set anything for new sessions. `FIXED_SETTINGS` are those that decide what a statement
-means, how its values are written, or when the server gives up: trueup sets them itself.
+A role, a database or a server may set anything for new sessions. trueup itself sets what decides about the meaning of a
+statement, the form of its values, or the time after which the server gives up: `FIXED_SETTINGS`.
 
 A pooler in transaction mode, such as PgBouncer, lends a server connection for one transaction. A setting of the session
-would stay behind for the next client, and a prepared statement would be missing on the next connection. Most settings are
-also refused in the login packet. Behind one, each transaction sets its settings for itself, and nothing is prepared.
+would stay behind for the next client, and a prepared statement would be missing on the next connection. Most settings
+are also refused in the login packet. There each transaction sets its settings for itself, and nothing is prepared.
 """
 
 from collections.abc import Mapping

@@ -6,7 +6,7 @@ from sqlalchemy import Connection
 
 from trueup.database.engine import create_trueup_engine, translated_errors
 from trueup.database.migrate import newest_revision
-from trueup.doctor import host, indexes, installation, invariants, log_ids, server
+from trueup.doctor import host, indexes, installation, invariants, log_ids, schemas, server
 from trueup.doctor.findings import Finding, error, run_check, warning
 from trueup.errors import OldLayoutError, ServiceUnavailableError, TrueupError
 from trueup.settings.settings import Settings
@@ -24,6 +24,7 @@ _ALWAYS: tuple[tuple[str, Check], ...] = (
     ("log_index", indexes.check_log_index),
     ("subscription_index", indexes.check_subscription_index),
     ("schema", installation.check_schema),
+    ("schemas", schemas.check_schemas),
 )
 # These look at trueup's own objects.
 _INSTALLED: tuple[tuple[str, Check], ...] = (

@@ -95,7 +95,7 @@ def open_hold(
     Raises `TokensDenied` with the specification's payload, `HoldBusyError` while another attempt has the hold,
     `InvalidInputError` for a malformed estimate, `SeveralSubscriptionsError`.
     """
-    row = connection.execute(
+    result = connection.execute(
         _OPEN,
         {
             "user_id": user_id,
@@ -111,7 +111,13 @@ def open_hold(
             "mode": get_settings().gate.mode_of(feature_name),
             "now": now,
         },
-    ).one()
+    )
+    try:
+        row = result.one()
+    except Exception:
+        # The hold is committed, and this caller never learns of it. Its tokens would be held until it expires.
+        close_abandoned_hold(connection, user_id, task_id, owner=owner, now=now)
+        raise
     if row.reason == "subscription_deactivated":
         refuse_several_subscriptions(connection, user_id)
     if row.reason is not None:

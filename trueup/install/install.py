@@ -192,6 +192,12 @@ def _installation_row(mapping: HostMapping) -> dict[str, str]:
 
 def check_host(connection: Connection, mapping: HostMapping) -> None:
     """What a charge would stumble over, after its tokens are spent, is refused here: raises `NotInstalledError`."""
+    encoding = connection.scalar(text("SELECT current_setting('server_encoding')"))
+    if encoding != "UTF8":
+        raise NotInstalledError(
+            f"The database's encoding is {encoding}. Nothing was changed. It can't store every answer of a model, so a "
+            "charge could fail for its text. Move the host's data to a database created with ENCODING 'UTF8'."
+        )
     tables = missing_host_tables(connection, mapping)
     if tables:
         raise NotInstalledError(
