@@ -30,6 +30,7 @@ COMMANDS = {
     "tokens": ("trueup.cli.tokens", "Show and check a user's tokens, and grant more."),
     "status": ("trueup.cli.status", "How the gate has been doing, and what to look at."),
     "holds": ("trueup.cli.holds", "Tokens set aside for running tasks."),
+    "queues": ("trueup.cli.queues", "Messages that no worker could work on."),
     "usage": ("trueup.cli.usage", "A user's rows in the AI usage log."),
     "reconcile": ("trueup.cli.reconcile", "Compare every counter with the usage log, and correct it."),
     "drift": ("trueup.cli.drift.commands", "Reports of what reconciling found."),

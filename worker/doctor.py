@@ -11,6 +11,7 @@ from trueup.doctor.clocks import Offset, judge, measure
 from trueup.doctor.findings import Finding, error, ok, run_check, warning
 from trueup.settings.settings import PREFIX, Settings
 from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE
+from trueup.worker.dead_letters import count_letters
 from trueup.worker.queue_depth import QueueDepth, read_queue_depth
 
 OLDEST_REDIS = (6, 2)
@@ -26,6 +27,7 @@ def examine_broker(app: Celery, settings: Settings, database_offset: Offset | No
         ("redis", check_server),
         ("redis_clock", lambda client: check_clock(client, database_offset)),
         ("workers", lambda client: check_workers(app, client, settings)),
+        ("dead_letters", check_dead_letters),
     ]
     found: list[Finding] = []
     with app.connection_for_write() as connection:
@@ -74,6 +76,20 @@ def check_clock(client: Any, database_offset: Offset | None) -> Iterator[Finding
         yield from judge("redis_clock", "Redis' clock and this machine's", offset)
     else:
         yield from judge("redis_clock", "Redis' clock and the database's", offset.against(database_offset))
+
+
+def check_dead_letters(client: Any) -> Iterator[Finding]:
+    """Yield whether messages are kept that no worker could work on."""
+    letters = count_letters(client)
+    if letters:
+        yield warning(
+            "dead_letters",
+            f"{letters:,} messages could not be worked on, and are kept as dead letters.",
+            "See why: `trueup queues dead`. Then `trueup queues requeue`, or `trueup queues drop`.",
+            letters=letters,
+        )
+    else:
+        yield ok("dead_letters", "There are no dead letters.", letters=0)
 
 
 def check_workers(app: Celery, client: Any, settings: Settings) -> Iterator[Finding]:
