@@ -10,9 +10,20 @@
 -- crowd that waits for a row which each of them updates is woken all at once, and falls steeply with its size. Here one
 -- is woken at a time. (Two users may share a number: then one waits a moment for the other.) The number is taken before
 -- the row and by whoever takes one row only, so nobody waits for it with a row in hand.
-CREATE OR REPLACE FUNCTION trueup.queue_for(p_user {{ user_id_type }}) RETURNS void LANGUAGE sql AS $$
-    SELECT pg_advisory_xact_lock(1953658213, hashtext(p_user::text))  -- "true" in ASCII
-$$;
+-- Any role that may connect can take that number and keep it. So nobody waits for it longer than lock_timeout says: after
+-- that the balance's row alone is the gate.
+CREATE OR REPLACE FUNCTION trueup.queue_for(p_user {{ user_id_type }}) RETURNS void
+LANGUAGE plpgsql SET lock_timeout = '2s' AS $$
+BEGIN
+    IF pg_try_advisory_xact_lock(1953658213, hashtext(p_user::text)) THEN  -- "true" in ASCII
+        RETURN;
+    END IF;
+    BEGIN
+        PERFORM pg_advisory_xact_lock(1953658213, hashtext(p_user::text));
+    EXCEPTION WHEN lock_not_available THEN
+        RETURN;
+    END;
+END $$;
 
 -- Lock the user's balance, and bring it up to date: fold the deltas, or rebuild it from the log if the window
 -- moved or the log was truncated; take back overdue holds. The caller stores window_start, log_epoch, consumed, held.

@@ -113,7 +113,9 @@ class Settings(BaseSettings):
         default=None, description="any OpenAI-compatible endpoint; unset means OpenAI's own"
     )
     openai_api_key: SecretStr | None = None
-    model_timeout_seconds: float = Field(default=60.0, gt=0, le=600)
+    model_timeout_seconds: float = Field(
+        default=60.0, gt=0, le=600, description="for one whole answer; of a stream, for each event"
+    )
     model_max_retries: int = Field(
         default=0, ge=0, le=10, description="repeats by the SDK of requests that were not served"
     )
