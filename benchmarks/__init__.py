@@ -1,1 +1,1 @@
-"""Speed, as ratios within one run, for machines are noisy: `python -m benchmarks.admission`, `….guarded_task`."""
+"""Benchmarks of speed, as ratios within one run, because machines differ: `python -m benchmarks.admission`."""

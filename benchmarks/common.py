@@ -1,4 +1,4 @@
-"""What the benchmarks share: a stack of their own, interleaved measuring, tables."""
+"""Shared parts of the benchmarks: a stack of their own, interleaved measurements, tables."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ ROUNDS = 5
 
 @contextmanager
 def own_stack() -> Iterator[StackUrls]:
-    """Run a fresh PostgreSQL and Redis, to which this process's settings and its children's point."""
+    """Run a fresh PostgreSQL and Redis, to which the settings of this process and its children point."""
     folder = Path(tempfile.mkdtemp(prefix="trueup-bench-"))
     folder.chmod(0o711)
     for variable in [name for name in os.environ if name.startswith(PREFIX)]:
@@ -39,13 +39,13 @@ def own_stack() -> Iterator[StackUrls]:
 
 
 def interleaved(ways: dict[str, Callable[[int], None]], repeats: int, *, rounds: int = ROUNDS) -> dict[str, float]:
-    """Return the median seconds that one call of each way takes; each round runs all of them, one after the other.
+    """Return the median seconds of one call of each way. Each round calls all of them, one after the other.
 
-    A way is called with a number that is never used twice.
+    Each call gets a number that is never used twice.
     """
     taken: dict[str, list[float]] = {name: [] for name in ways}
     number = 0
-    for way in ways.values():  # once unmeasured: plans are made, statements prepared
+    for way in ways.values():  # once unmeasured, which makes plans and prepares statements
         for _ in range(20):
             number += 1
             way(number)
@@ -60,7 +60,7 @@ def interleaved(ways: dict[str, Callable[[int], None]], repeats: int, *, rounds:
 
 
 def print_markdown(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table as docs/performance.md has it."""
+    """Print a table in the format of docs/performance.md."""
     print(f"\n### {title}\n")  # noqa: T201 - what a benchmark is for
     for row in (headings, ["---"] * len(headings), *rows):
         print("| " + " | ".join(str(cell) for cell in row) + " |")  # noqa: T201

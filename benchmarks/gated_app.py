@@ -1,4 +1,4 @@
-"""The API with two routes more, that differ in the gate alone. For `benchmarks.api`."""
+"""The API with two more routes, which differ only in the gate, for `benchmarks.api`."""
 
 from fastapi import FastAPI, Request
 

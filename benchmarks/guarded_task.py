@@ -1,4 +1,4 @@
-"""What the gate costs a Celery task: guarded and bare no-ops on one worker, and the memory of a long run.
+"""The gate's cost for a Celery task: guarded and bare no-ops on one worker, and the memory of a long run.
 
 python -m benchmarks.guarded_task [--tasks 2000] [--memory-tasks 50000]
 """
@@ -68,8 +68,8 @@ def worker(*more: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run a prefork worker of two processes until the block ends."""
     celery = Path(sys.executable).with_name("celery")
     command = [str(celery), "-A", "trueup.worker", "worker", "-Q", "trueup-ai", "-c", "2", "-I", TASKS, *more]
-    # Celery keeps a timer for each task until its time limit, also when the task is done: a short limit, so that what
-    # is seen in the end is a worker's steady state.
+    # Celery keeps a timer for each task until its time limit, even after the task's end. With a short limit, the final
+    # memory is a worker's steady state.
     environment = os.environ | {"TRUEUP_LOG_LEVEL": "WARNING", "TRUEUP_TASK_TIME_LIMIT_SECONDS": "20"}
     process = subprocess.Popen(  # noqa: S603 - our own program
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -82,7 +82,7 @@ def worker(*more: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def drain(app: Celery, name: str, count: int) -> float:
-    """Enqueue that many tasks, then start a worker. Returns the tasks it did per second, its boot left out."""
+    """Enqueue that many tasks, then start a worker. Returns its tasks per second, without its boot."""
     task = app.tasks[name]
     for number in range(count):
         task.apply_async(kwargs={"user_id": number % USERS + 1}, ignore_result=True)
@@ -116,7 +116,7 @@ def compare(app: Celery, count: int) -> None:
 
 
 def watch_memory(app: Celery, count: int) -> None:
-    """The resident memory of a worker's processes while they do that many charged tasks, none being replaced."""
+    """Return the resident memory of a worker's processes while they run that many charged tasks. None is replaced."""
     rows = []
     with (
         worker("--max-tasks-per-child", str(count * 2)) as process,

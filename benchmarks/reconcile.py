@@ -2,8 +2,8 @@
 
 python -m benchmarks.reconcile [--subscriptions 1000000] [--users 100000] [--rows 10000000] [--drifted 20000]
 
-The figures are ratios of medians, measured in turns in one run. A small run takes seconds:
-python -m benchmarks.reconcile --subscriptions 10000 --users 1000 --rows 100000 --drifted 2000
+The figures are ratios of medians, measured in turns in one run. A small run takes seconds: python -m
+benchmarks.reconcile --subscriptions 10000 --users 1000 --rows 100000 --drifted 2000
 """
 
 import argparse
@@ -79,7 +79,7 @@ def main() -> None:
 
 @contextmanager
 def database(url: str, name: str, users: int, rows: int) -> Iterator[Engine]:
-    """Make a host with so many subscriptions and log rows, in no order of users, and right counters; dropped after."""
+    """Make a host with so many subscriptions and log rows, in random order of users, and right counters. Drop it."""
     admin = create_engine(url, isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
         connection.execute(text(f"CREATE DATABASE {name}"))
@@ -102,11 +102,11 @@ def fill(connection: Connection, users: int, rows: int) -> None:
     mapping = get_settings().host
     metadata = build_host_metadata(mapping)
     log = metadata.tables[mapping.usage_log.table]
-    # Built when the rows are there: that is much sooner done.
+    # After the rows, because that is much faster.
     indexes = list(log.indexes)
     log.indexes.clear()
     metadata.create_all(connection)
-    # Foreign keys are not checked row by row: only the result matters here.
+    # Without row-by-row checks of foreign keys, because only the result matters here.
     connection.execute(text("SET LOCAL session_replication_role = replica"))
     values = {"users": users, "rows": rows, "plan": PLAN_TOKENS, "tokens": ROW_TOKENS}
     for statement in (
@@ -145,7 +145,7 @@ def fill(connection: Connection, users: int, rows: int) -> None:
 
 
 def in_turns(ways: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Return the median seconds of each way; each is called once unmeasured."""
+    """Return the median seconds of each way. Each is called once unmeasured."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
@@ -199,7 +199,7 @@ def compare_quick(url: str, sizes: list[int]) -> None:
 
 
 def compare_jobs(url: str, size: int) -> None:
-    """A pass that finds nothing by one job and by two, beside what the database allows: two halves at once, bare."""
+    """A pass that finds nothing, by one job and by two, beside the database's own limit: two bare halves at once."""
     with database(url, "jobs", size, 0) as engine, ThreadPoolExecutor(2) as pool:
         halves = [f"{BARE_QUICK} AND s.user_id {half} {size // 2}" for half in ("<=", ">")]
         taken = in_turns(
@@ -226,7 +226,7 @@ def compare_jobs(url: str, size: int) -> None:
 
 
 def compare_deep(url: str, users: int, rows: int) -> None:
-    """A deep pass over a true log, against the bare sums."""
+    """A deep pass over a correct log, against the bare sums."""
     with database(url, "deep", users, rows) as engine:
         taken = in_turns(
             {"bare": lambda: bare(engine, BARE_DEEP), "ours": lambda: clean(engine, kind="deep")}, rounds=3
@@ -237,7 +237,7 @@ def compare_deep(url: str, users: int, rows: int) -> None:
 
 
 def correct_drift(url: str, drifted: int) -> None:
-    """Passes that correct every counter, by one job and by two; and how long their statements keep rows locked."""
+    """Passes that correct every counter, by one job and by two, and how long their statements lock rows."""
     longest: dict[str, float] = {"correct_counters": 0.0, "refresh_balances": 0.0}
     with database(url, "drifted", drifted, 10 * drifted) as engine:
         _time_statements(engine, longest)
@@ -276,7 +276,7 @@ def correct_drift(url: str, drifted: int) -> None:
 
 
 def _time_statements(engine: Engine, longest: dict[str, float]) -> None:
-    """Note the longest time that a statement with each of these names took: no row is locked for longer."""
+    """Record the longest time of each named statement. It locks no row for longer."""
 
     def before(conn: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
         context.begun = time.perf_counter()

@@ -1,6 +1,6 @@
-"""`trueup`, one click group per noun.
+"""`trueup`, with one click command or group for each noun.
 
-Exit codes: 0 fine, 1 error, 2 wrong usage or input, 3 denied or (with `--fail-on-drift`) drift found.
+Exit codes: 0 success, 1 error, 2 wrong usage or input, 3 denied or (with `--fail-on-drift`) drift found.
 """
 
 if not __name__.startswith("trueup."):
@@ -20,31 +20,29 @@ EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_DENIED = 3
 
-# PostgreSQL's code for what the role may not do.
-
-# Each command is imported when it is called: `trueup --help` need not load Celery or SQLAlchemy.
+# A command is imported when it is called, so that `trueup --help` loads neither Celery nor SQLAlchemy.
 COMMANDS = {
     "up": ("trueup.cli.up", "Run database, Redis, workers and beat in the foreground."),
     "api": ("trueup.cli.api", "Serve the HTTP API in the foreground."),
-    "db": ("trueup.cli.db.commands", "Set the database up."),
+    "db": ("trueup.cli.db.commands", "Set the database up, attach trueup to a host, or detach it."),
     "tokens": ("trueup.cli.tokens", "Show and check a user's tokens, and grant more."),
-    "status": ("trueup.cli.status", "How the gate has been doing, and what to look at."),
-    "holds": ("trueup.cli.holds", "Tokens set aside for running tasks."),
-    "queues": ("trueup.cli.queues", "Messages that no worker could work on."),
-    "usage": ("trueup.cli.usage", "A user's rows in the AI usage log."),
+    "status": ("trueup.cli.status", "Show the figures of the gate, and calls and messages to check."),
+    "holds": ("trueup.cli.holds", "List the tokens that running tasks reserve."),
+    "queues": ("trueup.cli.queues", "List, requeue and drop messages that no worker could work on."),
+    "usage": ("trueup.cli.usage", "List a user's rows in the AI usage log."),
     "reconcile": ("trueup.cli.reconcile", "Compare every counter with the usage log, and correct it."),
-    "drift": ("trueup.cli.drift.commands", "Reports of what reconciling found."),
-    "rollout": ("trueup.cli.rollout", "How strict the gate is, feature by feature."),
-    "alerts": ("trueup.cli.alerts", "What operators are told of, and whether it reaches them."),
+    "drift": ("trueup.cli.drift.commands", "Report and review the drift that reconcile runs found."),
+    "rollout": ("trueup.cli.rollout", "Show and set the gate's mode for each feature."),
+    "alerts": ("trueup.cli.alerts", "List, send and test alerts."),
     "run": ("trueup.cli.run", "Enqueue a real AI task."),
-    "doctor": ("trueup.cli.doctor", "Check that everything is in place, and say what to do about what is not."),
-    "settings": ("trueup.cli.settings", "List the settings and where they stand."),
-    "demo": ("trueup.cli.demo", "Show everything on an embedded stack, in under a minute."),
+    "doctor": ("trueup.cli.doctor", "Check settings, servers, tables and workers, with a remedy for each problem."),
+    "settings": ("trueup.cli.settings", "List the settings and their values."),
+    "demo": ("trueup.cli.demo", "Show all of trueup on an embedded stack, in under a minute."),
 }
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported on use; errors of trueup end in one message and an exit code."""
+    """A group that imports its commands on use, and turns trueup's errors into one message and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -62,24 +60,21 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except InvalidInputError as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(EXIT_USAGE)
         except TrueupError as error:
             click.echo(f"Error: {error}", err=True)
-            ctx.exit(EXIT_ERROR)
+            ctx.exit(EXIT_USAGE if isinstance(error, InvalidInputError) else EXIT_ERROR)
         except Exception as error:
-            refusal = _refusal_of_the_database(error)
-            if refusal is None:
+            message = _database_error(error)
+            if message is None:
                 raise
-            click.echo(f"Error: {refusal}", err=True)
+            click.echo(f"Error: {message}", err=True)
             ctx.exit(EXIT_ERROR)
 
 
-def _refusal_of_the_database(error: Exception) -> str | None:
-    """Return what to say of an error that the database gave and that will not pass by itself; None: it is another one.
+def _database_error(error: Exception) -> str | None:
+    """Return the message for a permanent error of the database; None for any other error.
 
-    Its own text would show SQL, and rows of the host's.
+    The driver's own text would show SQL and rows of the host.
     """
     if "sqlalchemy" not in sys.modules:
         return None
@@ -94,8 +89,8 @@ def _refusal_of_the_database(error: Exception) -> str | None:
     denied = isinstance(error.orig, InsufficientPrivilege)
     remedy = "Grant it to trueup's role" if denied else "Compare the host's tables with [host] in trueup.toml"
     return (
-        f"The database at {describe_database()} refused: {reason_of(error)}. What was written before stays. "
-        f"{remedy}, then run `trueup db init`, and this again."
+        f"The database at {describe_database()} refused: {reason_of(error)}. Earlier writes are kept. "
+        f"{remedy}, then run `trueup db init`, and run this command again."
     )
 
 

@@ -1,9 +1,9 @@
-"""`trueup alerts`: what operators are told of, and whether it reaches them."""
+"""`trueup alerts`: list, send and test alerts."""
 
 import click
 
 from trueup.cli import EXIT_DENIED, EXIT_ERROR
-from trueup.cli.context import json_option, servers
+from trueup.cli.options import json_option, limit_option, servers
 from trueup.cli.output import print_json, print_table
 from trueup.database.engine import connect
 from trueup.database.retry import retrying
@@ -17,7 +17,7 @@ GAPS = ("missed", "missed_deep")
 
 @click.group()
 def alerts() -> None:
-    """What operators are told of, and whether it reaches them.
+    """List, send and test alerts.
 
     \b
     Example:
@@ -27,11 +27,11 @@ def alerts() -> None:
 
 
 @alerts.command("list")
-@click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="How many at most.")
-@click.option("--waiting", is_flag=True, help="Only those that have not been received yet.")
+@limit_option(50, 1000)
+@click.option("--waiting", is_flag=True, help="Only alerts that no channel has received yet.")
 @json_option
 def list_command(limit: int, waiting: bool, as_json: bool) -> None:
-    """List alerts, newest first, with how often each was sent and what went wrong.
+    """List alerts, newest first, with the attempts to send them and the last error.
 
     \b
     Example:
@@ -57,7 +57,7 @@ def list_command(limit: int, waiting: bool, as_json: bool) -> None:
 
 @alerts.command()
 def test() -> None:
-    """Send a test alert to each channel now, and say whether it was received.
+    """Send a test alert to each channel now, and report whether the channel received it.
 
     \b
     Example:
@@ -67,7 +67,7 @@ def test() -> None:
 
     titles = get_settings().alerts.channels
     if not titles:
-        raise TrueupError("Alerts go nowhere: set TRUEUP_ALERTS__WEBHOOK_URL or TRUEUP_ALERTS__APPRISE_URLS.")
+        raise TrueupError("No alert can be sent. Set TRUEUP_ALERTS__WEBHOOK_URL or TRUEUP_ALERTS__APPRISE_URLS.")
     with servers("postgres"):
         with connect() as connection:
             claimed = raise_test(connection)
@@ -75,17 +75,17 @@ def test() -> None:
     for channel, reason in failures.items():
         click.echo(f"{titles[channel]}: {'received' if reason is None else f'not received: {reason}'}")
     if any(failures.values()):
-        raise TrueupError("Not every channel received the test. Correct the settings of alerts, and try again.")
+        raise TrueupError("Not every channel received the test. Correct the settings of alerts, and run this again.")
 
 
 @alerts.command()
 @json_option
 @click.pass_context
 def check(ctx: click.Context, as_json: bool) -> None:
-    """Raise and send what is due, as beat does each minute.
+    """Raise and send alerts that are due, as beat does each minute.
 
-    Exit code 3: no reconcile run, or no deep one, has ended for too long. From a cron job on another machine this also
-    notices that beat itself is dead.
+    Exit code 3: reconcile runs, or deep runs, are overdue. A cron job on another machine also detects with it that beat
+    is down.
 
     \b
     Example:

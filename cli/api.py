@@ -1,8 +1,8 @@
-"""`trueup api`: the HTTP API in the foreground."""
+"""`trueup api`: serve the HTTP API in the foreground."""
 
 import click
 
-from trueup.cli.context import servers
+from trueup.cli.options import servers
 from trueup.extras import require_extra
 from trueup.settings.settings import get_settings
 from trueup.worker.http import serve
@@ -12,9 +12,9 @@ from trueup.worker.http import serve
 def api() -> None:
     """Serve the HTTP API in the foreground, until Ctrl-C.
 
-    It needs a key to check tokens with: TRUEUP_API__JWT_SECRET, TRUEUP_API__JWKS_FILE or TRUEUP_API__JWKS_URL; or, on
-    this machine alone, TRUEUP_API__DEMO=true. `trueup up` serves it too, when there is one. It needs the extra [api].
-    Without a running stack the embedded servers run for as long as this takes.
+    The API needs a key that verifies tokens: TRUEUP_API__JWT_SECRET, TRUEUP_API__JWKS_FILE or TRUEUP_API__JWKS_URL; or,
+    on loopback only, TRUEUP_API__DEMO=true. With a key, `trueup up` serves it too. It needs the extra [api]. Without a
+    running stack, the embedded servers run as long as the command.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""The Celery application as a command uses it: where a worker goes on trying, it says what is wrong."""
+"""The Celery application of commands. It reports a broken connection at once, where a worker would retry."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,13 +19,13 @@ from trueup.worker.config import ANSWER_SECONDS, client_config
 
 @contextmanager
 def celery_client(settings: Settings) -> Iterator[Celery]:
-    """Give an application that sends trueup's tasks and reads their results.
+    """Yield an application that sends trueup's tasks and reads their results.
 
     Raises `ServiceUnavailableError` within seconds when Redis does not answer, here or in the block, and
-    `SettingsError` for a URL that Celery can't read.
+    `SettingsError` for a URL that Celery can't parse.
     """
     app = make_application("trueup-client")
-    # No pool: kombu's would outlive this application, and its connections with it.
+    # No pool: kombu's pool and its connections would outlive this application.
     app.conf.update(client_config(settings) | {"broker_pool_limit": None})
     with ExitStack() as stack:
         stack.callback(app.close)
@@ -34,7 +34,7 @@ def celery_client(settings: Settings) -> Iterator[Celery]:
             connection.ensure_connection(max_retries=0, timeout=ANSWER_SECONDS)
         with _redis_errors(result_backend_url(settings)), _readable(result_backend_url(settings)):
             backend = app.backend
-            # The pool is Celery's own, so that closing the client would leave its connections open.
+            # The pool belongs to Celery: closing the client would leave its connections open.
             stack.callback(backend.client.connection_pool.disconnect)
             stack.callback(_forget_results, backend.result_consumer)
             stack.callback(backend.result_consumer.stop)
@@ -45,9 +45,9 @@ def celery_client(settings: Settings) -> Iterator[Celery]:
 
 
 def _forget_results(consumer: Any) -> None:
-    """Let a result that is collected later not unsubscribe in Redis: that would open a new connection, or fail.
+    """Prevent that a result unsubscribes in Redis when it is garbage-collected: that would open a connection, or fail.
 
-    Celery before 5.7 unsubscribes whether or not it had subscribed, as long as it has a channel for that.
+    Celery before 5.7 also unsubscribes results that it never subscribed, as long as it has a channel.
     """
     consumer.subscribed_to.clear()
     consumer._pubsub = None
@@ -66,9 +66,9 @@ def _readable(url: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        # Where a password was split wrongly, the cause quotes a part of it.
+        # The cause may quote a part of a password that was split wrongly.
         cause = "" if "@" in str(error) else f" ({str(error).rstrip('.')})"
         raise SettingsError(
-            f"The Redis URL {without_password(url)} can't be read{cause}. Correct it; "
-            "special characters in a password must be percent-encoded."
+            f"The Redis URL {without_password(url)} can't be read{cause}. Correct it, and "
+            "percent-encode special characters in the password."
         ) from None

@@ -1,5 +1,6 @@
-"""`trueup doctor`: is everything in place? Each finding with its remedy."""
+"""`trueup doctor`: check settings, servers, tables and workers, with a remedy for each problem."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -8,7 +9,7 @@ from typing import Any
 
 import click
 
-from trueup.cli.context import json_option, servers
+from trueup.cli.options import json_option, servers
 from trueup.cli.output import print_json, print_table, without_password
 from trueup.doctor.clocks import Offset
 from trueup.doctor.database import examine_database
@@ -18,8 +19,8 @@ from trueup.doctor.versions import check_extras, check_packages, check_python, c
 from trueup.errors import SettingsError, TrueupError
 from trueup.settings.settings import Settings, get_settings
 
+# The version of the `--json` document, which docs/doctor.schema.json describes.
 SCHEMA_VERSION = 1
-"""Of what `--json` prints; docs/doctor.schema.json describes it."""
 
 
 @click.command()
@@ -27,9 +28,9 @@ SCHEMA_VERSION = 1
 @json_option
 @click.pass_context
 def doctor(ctx: click.Context, strict: bool, as_json: bool) -> None:
-    """Check settings, servers, clocks, the host's tables, triggers, workers and books. Nothing is changed.
+    """Check settings, servers, clocks, the host's tables, triggers, workers and balances. Nothing is changed.
 
-    Ends with exit code 1 if anything is wrong, with --strict also if anything is dubious; else 0.
+    Exit code 1: there is an error or, with --strict, a warning. Otherwise 0.
 
     \b
     Example:
@@ -40,7 +41,11 @@ def doctor(ctx: click.Context, strict: bool, as_json: bool) -> None:
     if as_json:
         print_json(_document(findings))
     else:
-        _print(findings)
+        order = ("error", "warning", "ok")
+        rows = [(f.level, f.check, f.what, f.remedy or "") for f in findings]
+        print_table(("level", "check", "what", "remedy"), sorted(rows, key=lambda row: order.index(row[0])))
+        counts = Counter(finding.level for finding in findings)
+        click.echo(f"{counts['error']} errors, {counts['warning']} warnings.")
     ctx.exit(exit_code(findings, strict=strict))
 
 
@@ -51,7 +56,7 @@ def _examine() -> Iterator[Finding]:
     try:
         settings = get_settings()
     except SettingsError as failure:
-        yield error("settings", str(failure), "Correct it: without settings nothing else can be looked at.")
+        yield error("settings", str(failure), "Correct the setting. The other checks need valid settings.")
         return
     yield from run_check("settings", lambda: check_settings(settings))
     yield from run_check("extras", lambda: check_extras(settings))
@@ -59,14 +64,14 @@ def _examine() -> Iterator[Finding]:
         try:
             stack.enter_context(servers("postgres", "redis"))
         except TrueupError as failure:
-            yield error("stack", str(failure), "Correct its cause; or set TRUEUP_DATABASE_URL and TRUEUP_BROKER_URL.")
+            yield error("stack", str(failure), "Correct the cause, or set TRUEUP_DATABASE_URL and TRUEUP_BROKER_URL.")
         found = run_check("database", lambda: examine_database(settings))
         yield from found
         yield from run_check("redis", lambda: _examine_broker(settings, _offset(found)))
 
 
 def _examine_broker(settings: Settings, database_offset: Offset | None) -> list[Finding]:
-    # Celery takes half a second to load: not for who asks for help.
+    # Celery takes half a second to load, which `--help` must not.
     from trueup.cli.client import celery_client
     from trueup.worker.doctor import examine_broker
 
@@ -75,7 +80,7 @@ def _examine_broker(settings: Settings, database_offset: Offset | None) -> list[
 
 
 def _offset(found: list[Finding]) -> Offset | None:
-    """Return how far the database's clock was found to be ahead of ours; None: it could not be asked."""
+    """Return the offset of the database's clock from this machine's; None: unknown."""
     for finding in found:
         if finding.check == "database_clock" and "offset_seconds" in finding.detail:
             seconds, uncertainty = finding.detail["offset_seconds"], finding.detail["uncertainty_seconds"]
@@ -90,7 +95,7 @@ def _without_passwords(finding: Finding) -> Finding:
 
 
 def _document(findings: list[Finding]) -> dict[str, Any]:
-    counts = {level: sum(finding.level == level for finding in findings) for level in ("error", "warning", "ok")}
+    counts = Counter(finding.level for finding in findings)
     return {
         "schema_version": SCHEMA_VERSION,
         "checked_at": datetime.now(UTC),
@@ -99,12 +104,3 @@ def _document(findings: list[Finding]) -> dict[str, Any]:
         "warnings": counts["warning"],
         "findings": findings,
     }
-
-
-def _print(findings: list[Finding]) -> None:
-    order = ("error", "warning", "ok")
-    rows = [(f.level, f.check, f.what, f.remedy or "") for f in sorted(findings, key=lambda f: order.index(f.level))]
-    print_table(("level", "check", "what", "remedy"), rows)
-    errors = sum(finding.level == "error" for finding in findings)
-    warnings = sum(finding.level == "warning" for finding in findings)
-    click.echo(f"{errors} errors, {warnings} warnings.")

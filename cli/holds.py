@@ -1,9 +1,9 @@
-"""`trueup holds`: tokens set aside for running tasks."""
+"""`trueup holds`: the tokens that running tasks reserve."""
 
 import click
 
 from trueup.accounts.user_ids import UserId
-from trueup.cli.context import USER, json_option, servers
+from trueup.cli.options import USER, json_option, limit_option, servers
 from trueup.cli.output import print_json, print_table
 from trueup.database.retry import retrying
 from trueup.gate.holds import list_holds
@@ -11,7 +11,7 @@ from trueup.gate.holds import list_holds
 
 @click.group()
 def holds() -> None:
-    """Tokens set aside for running tasks.
+    """List the tokens that running tasks reserve.
 
     \b
     Example:
@@ -20,9 +20,9 @@ def holds() -> None:
 
 
 @holds.command("list")
-@click.option("--user", type=USER, help="Only this user's.")
-@click.option("--all", "every_status", is_flag=True, help="Also those that have ended.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True, help="How many at most.")
+@click.option("--user", type=USER, help="Only this user.")
+@click.option("--all", "every_status", is_flag=True, help="Ended holds too.")
+@limit_option(100, 10_000)
 @json_option
 def list_(user: UserId | None, every_status: bool, limit: int, as_json: bool) -> None:
     """List open holds, newest first.
@@ -41,16 +41,8 @@ def list_(user: UserId | None, every_status: bool, limit: int, as_json: bool) ->
         ("user", "feature", "status", "reserved", "charged", "left", "opened (UTC)", "expires (UTC)", "owner", "task"),
         [
             (
-                str(row.user_id),
-                row.feature_name,
-                row.status,
-                row.tokens_reserved,
-                row.tokens_charged,
-                row.tokens_left,
-                row.opened_at,
-                row.expires_at,
-                row.owner,
-                row.task_id,
+                *(str(row.user_id), row.feature_name, row.status, row.tokens_reserved, row.tokens_charged),
+                *(row.tokens_left, row.opened_at, row.expires_at, row.owner, row.task_id),
             )
             for row in rows
         ],

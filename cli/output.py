@@ -1,40 +1,51 @@
-"""How things are shown: JSON for machines, tables for people."""
+"""Output of commands: JSON for programs, tables for people, and files."""
 
 import json
+import os
 import re
+import secrets
 import shutil
+import stat
 import sys
+import unicodedata
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import click
 
-from trueup.cli.tables import ASCII, BOX, table_lines
+from trueup.errors import TrueupError
 
-# Wide enough for every table of ours where no terminal says otherwise: a piped table must not be cut.
+# A piped table has no terminal width. This one fits every table, so that nothing is cut.
 PIPED_WIDTH = 200
+MIN_COLUMN_WIDTH = 4
+_BORDERS_PER_COLUMN = 3  # a line and a space on each side; columns share the line
 
+# The lines of a table: (left, middle, right, between) of top, rule and bottom; the vertical of head and body.
+BOX = {"top": "┏┳┓━", "head": "┃", "rule": "┡╇┩━", "body": "│", "bottom": "└┴┘─"}
+# For an output whose encoding has no line characters.
+ASCII = {"top": "+++-", "head": "|", "rule": "+++-", "body": "|", "bottom": "+++-"}
 
-# What a host's id or name may hold and a terminal would obey.
+# A terminal obeys these characters, which a host's id or name may contain.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
-# A password may contain "/" and "@", so that it ends at the last "@"; a sentinel URL names several servers, each with
-# its own. libpq takes it as a parameter too.
+# A password may contain "/" and "@", so it ends at the last "@". A sentinel URL names several servers, each with a
+# password. libpq also takes a password as a parameter.
 _PASSWORD = re.compile(r"(?<=://)([^/@:]*):(?:(?!://).)*@")
 _PASSWORD_PARAMETER = re.compile(r"(?<=[?&])([a-z_]*password)=[^&]*", re.IGNORECASE)
 
 
 def without_password(url: str) -> str:
-    """Return the URL, or any text, with three stars for a password in it."""
+    """Return a URL, or any text, with `***` in place of each password."""
     return _PASSWORD_PARAMETER.sub(r"\1=***", _PASSWORD.sub(r"\1:***@", url))
 
 
 def print_json(content: Any) -> None:
-    """Print anything of ours as JSON: dataclasses as objects, times as ISO 8601, ids as they are."""
+    """Print content as JSON: dataclasses as objects, times as ISO 8601, UUIDs and decimals as texts."""
     click.echo(json.dumps(content, default=_plain, indent=2, ensure_ascii=False))
 
 
@@ -48,26 +59,53 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-def print_table(
-    headings: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None, empty: str = "None."
-) -> None:
-    """Print a table; numbers are right-aligned. `empty` is said when there are no rows."""
+def echo(chunks: Iterable[str]) -> None:
+    """Print chunks as they are. click handles a reader that has gone."""
+    for chunk in chunks:
+        click.echo(chunk, nl=False)
+
+
+def print_facts(facts: dict[str, Any]) -> None:
+    """Print names and values, one pair in a line."""
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        click.echo(f"{name:<{width}}  {show(value)}")
+
+
+def show(value: Any) -> str:
+    """Return a value for people: thousands separated, times to the second in UTC, None as a dash.
+
+    A control character is shown as �, because a terminal would obey it.
+    """
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M:%S}"
+    return _CONTROL.sub("�", str(value))
+
+
+def numeric_columns(rows: Sequence[Sequence[Any]]) -> list[bool]:
+    """Return for each column whether it has only whole numbers and None."""
+    return [all(value is None or isinstance(value, int) for value in column) for column in zip(*rows, strict=True)]
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[Any]], *, empty: str = "None.") -> None:
+    """Print a table, with numbers aligned to the right; without rows, print `empty`."""
     if not rows:
         click.echo(empty)
         return
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPED_WIDTH
     head, body = table_lines(
         headings,
         [[show(value) for value in row] for row in rows],
-        right=[
-            all(row[column] is None or isinstance(row[column], int) for row in rows) for column in range(len(headings))
-        ],
-        width=width,
-        lines=BOX if _can_print(BOX.top + BOX.body) else ASCII,
+        right=numeric_columns(rows),
+        width=shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPED_WIDTH,
+        lines=BOX if _can_print(BOX["top"] + BOX["body"]) else ASCII,
     )
-    if title:
-        click.echo(title)
-    # At once: click flushes after each call, and a table may have very many rows.
+    # In two calls: click flushes after each call, and a table may have very many rows.
     click.secho("\n".join(head), bold=True)
     click.echo("\n".join(body))
 
@@ -81,24 +119,123 @@ def _can_print(text: str) -> bool:
     return True
 
 
-def print_facts(facts: dict[str, Any]) -> None:
-    """Print names and values, one a line."""
-    width = max(len(name) for name in facts)
-    for name, value in facts.items():
-        click.echo(f"{name:<{width}}  {show(value)}")
+def table_lines(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right: Sequence[bool],
+    width: int,
+    lines: dict[str, str] = BOX,
+) -> tuple[list[str], list[str]]:
+    """Return the lines of a table's head and of its body. Cells must not contain line breaks.
 
-
-def show(value: Any) -> str:
-    """Return a value as people read it: thousands apart, times to the second in UTC, nothing as a dash.
-
-    A control character is shown as �: a terminal would obey it.
+    `right`: the columns to align to the right. `width`: of the output, in characters. The table is wider only if it has
+    so many columns that each has `MIN_COLUMN_WIDTH`.
     """
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, datetime):
-        return f"{value:%Y-%m-%d %H:%M:%S}"
-    return _CONTROL.sub("�", str(value))
+    widths = _column_widths([headings, *rows], width)
+    head = [_rule(widths, lines["top"]), *_row(headings, widths, right, lines["head"]), _rule(widths, lines["rule"])]
+    body = [line for row in rows for line in _row(row, widths, right, lines["body"])]
+    return head, [*body, _rule(widths, lines["bottom"])]
+
+
+def display_width(text: str) -> int:
+    """Return the number of terminal columns that the text takes."""
+    return sum(map(_character_width, text))
+
+
+def _character_width(character: str) -> int:
+    if character.isascii():
+        return 1
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1
+
+
+def _column_widths(rows: Sequence[Sequence[str]], width: int) -> list[int]:
+    """Return each column's width. The widest columns shrink until the table fits."""
+    widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
+    room = width - _BORDERS_PER_COLUMN * len(widths) - 1
+    while sum(widths) > room and max(widths) > MIN_COLUMN_WIDTH:
+        widest = max(widths)
+        second = max((other for other in widths if other < widest), default=MIN_COLUMN_WIDTH)
+        # Shrink the widest columns to the next width, but not more than needed.
+        needed = -(-(sum(widths) - room) // widths.count(widest))
+        cut = min(widest - max(second, MIN_COLUMN_WIDTH), needed)
+        widths = [other - cut if other == widest else other for other in widths]
+    return widths
+
+
+def _rule(widths: Sequence[int], characters: str) -> str:
+    left, middle, right, line = tuple(characters)
+    return left + middle.join(line * (width + 2) for width in widths) + right
+
+
+def _row(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], line: str) -> list[str]:
+    folded = [_fold(cell, width) for cell, width in zip(cells, widths, strict=True)]
+    padded = [
+        [_aligned(text, width, to_the_right) for text in (*lines, *[""] * (max(map(len, folded)) - len(lines)))]
+        for lines, width, to_the_right in zip(folded, widths, right, strict=True)
+    ]
+    return [f"{line} {f' {line} '.join(parts)} {line}" for parts in zip(*padded, strict=True)]
+
+
+def _aligned(text: str, width: int, to_the_right: bool) -> str:
+    space = " " * (width - display_width(text))
+    return space + text if to_the_right else text + space
+
+
+def _fold(text: str, width: int) -> list[str]:
+    """Return the text in lines of at most `width`, broken between words, and within a word if necessary."""
+    if display_width(text) <= width:
+        return [text]
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}" if lines[-1] else word
+        if display_width(joined) <= width:
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        for character in word:
+            if display_width(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    return lines
+
+
+def write_file(path: Path, chunks: Iterable[str]) -> None:
+    """Write a file completely or not at all: an existing file stays until the new one is complete.
+
+    A replaced file keeps its mode, and a link stays a link. Raises `TrueupError` if the file can't be written.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            # A pipe or a device can't be replaced.
+            with path.open("w", encoding="utf-8", newline="") as out:
+                out.writelines(chunks)
+        else:
+            _replace(Path(os.path.realpath(path)), chunks)
+    except OSError as error:
+        raise TrueupError(
+            f"--output: {path} can't be written: {error.strerror or error}. "
+            "Give a file in an existing folder where you may write."
+        ) from error
+
+
+def _replace(target: Path, chunks: Iterable[str]) -> None:
+    # The name is unpredictable, and O_EXCL refuses an existing file, so that a link which another user has put into
+    # the folder is not followed. (tempfile would ignore the umask.)
+    new = target.with_name(f".{secrets.token_hex(8)}.part")
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with open(descriptor, "w", encoding="utf-8", newline="") as out:
+            if mode is not None:
+                os.fchmod(descriptor, mode)
+            out.writelines(chunks)
+            out.flush()
+            os.fsync(descriptor)
+        new.replace(target)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise

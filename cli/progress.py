@@ -1,10 +1,10 @@
-"""Progress on a terminal: one line on standard error, written over while the work goes on and removed after it."""
+"""Progress on a terminal: one line on standard error, which is updated during the work and removed after it."""
 
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -13,65 +13,49 @@ _BAR_WIDTH = 30
 _ERASE = "\r\x1b[K"
 
 
-class StatusLine:
-    """A line that is written over. Nothing is written where standard error is no terminal."""
+@contextmanager
+def status_line() -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows a text on the line, at most once in `REDRAW_SECONDS`, and only on a terminal."""
+    shown_at = 0.0
+    is_terminal = sys.stderr.isatty()
 
-    def __init__(self) -> None:
-        self._drawn_at = 0.0
-        self._shown = sys.stderr.isatty()
-
-    def show(self, text: str) -> None:
-        """Show the text, unless the last one was shown just now."""
+    def show(text: str) -> None:
+        nonlocal shown_at
         now = time.monotonic()
-        if self._shown and now - self._drawn_at >= REDRAW_SECONDS:
-            self._drawn_at = now
+        if is_terminal and now - shown_at >= REDRAW_SECONDS:
+            shown_at = now
             width = shutil.get_terminal_size().columns - 1
             encoding = sys.stderr.encoding or "ascii"
-            sys.stderr.write(_ERASE + text[:width].encode(encoding, "replace").decode(encoding))
-            sys.stderr.flush()
+            _write(_ERASE + text[:width].encode(encoding, "replace").decode(encoding))
 
-    def clear(self) -> None:
-        """Remove the line."""
-        if self._shown:
-            sys.stderr.write(_ERASE)
-            sys.stderr.flush()
-
-
-@contextmanager
-def status_line() -> Iterator[StatusLine]:
-    """Give a line that is removed when the block ends."""
-    line = StatusLine()
     try:
-        yield line
+        yield show
     finally:
-        line.clear()
+        if is_terminal:
+            _write(_ERASE)
 
 
-class ProgressBar:
-    """How far some work is. Any thread may update it."""
-
-    def __init__(self, line: StatusLine, label: str, unit: str) -> None:
-        self._line = line
-        self._label = label
-        self._unit = unit
-        self._started_at = time.monotonic()
-        self._lock = threading.Lock()
-
-    def update(self, done: int, total: int) -> None:
-        """Show that `done` of `total` are done."""
-        with self._lock:
-            self._line.show(progress_text(self._label, self._unit, done, total, time.monotonic() - self._started_at))
+def _write(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
 @contextmanager
-def progress_bar(label: str, unit: str) -> Iterator[ProgressBar]:
-    """Give a progress bar that is removed when the block ends. `unit`: of what is counted, in the plural."""
-    with status_line() as line:
-        yield ProgressBar(line, label, unit)
+def progress_bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that shows how many units of a total are done. Any thread may call it. `unit`: a plural noun."""
+    started_at = time.monotonic()
+    lock = threading.Lock()
+    with status_line() as show:
+
+        def update(done: int, total: int) -> None:
+            with lock:
+                show(progress_text(label, unit, done, total, time.monotonic() - started_at))
+
+        yield update
 
 
 def progress_text(label: str, unit: str, done: int, total: int, seconds: float) -> str:
-    """Return label, bar, counts, speed, elapsed and remaining time. `seconds`: since the start."""
+    """Return label, bar, counts, speed, elapsed and remaining time. `seconds`: time since the start."""
     share = min(1.0, done / total) if total else 0.0
     full = round(share * _BAR_WIDTH)
     speed = done / seconds if seconds > 0 else 0.0

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from trueup.cli.client import celery_client
-from trueup.cli.context import json_option, servers
+from trueup.cli.options import json_option, servers
 from trueup.cli.output import print_json, print_table
 from trueup.errors import InvalidInputError
 from trueup.settings.settings import get_settings

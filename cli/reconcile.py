@@ -1,4 +1,4 @@
-"""`trueup reconcile`: compare every counter with the usage log, and correct it."""
+"""`trueup reconcile`: compare every counter with the usage log and correct it."""
 
 import gc
 import signal
@@ -10,16 +10,15 @@ from dataclasses import replace
 from types import FrameType
 
 import click
-from sqlalchemy import text
 
 from trueup.accounts.user_ids import UserId
 from trueup.cli import EXIT_DENIED, EXIT_ERROR
-from trueup.cli.audit import this_user
-from trueup.cli.context import TOKENS, USER, json_option, servers
-from trueup.cli.drift.report import echo, print_report, print_summary
-from trueup.cli.output import print_table
+from trueup.cli.drift.report import read_one_snapshot
+from trueup.cli.options import TOKENS, USER, json_option, servers, this_user
+from trueup.cli.output import echo, print_table
 from trueup.cli.progress import progress_bar
 from trueup.cli.reports.plain import report_json
+from trueup.cli.reports.terminal import print_summary
 from trueup.database.engine import create_trueup_engine, transaction
 from trueup.reconcile import local_run as reconciliation
 from trueup.reconcile.audit import Defect, read_defects
@@ -33,22 +32,14 @@ MAX_JOBS = 64
 
 
 @click.command()
-@click.option("--dry-run", is_flag=True, help="Only look: write nothing at all.")
+@click.option("--dry-run", is_flag=True, help="Compare and report. Write nothing.")
 @click.option("--deep", is_flag=True, help="Compare the balances with the usage log first, and repair them.")
-@click.option("--user", type=USER, help="Only this user's counter.")
-@click.option(
-    "--jobs",
-    type=click.IntRange(1, MAX_JOBS),
-    default=1,
-    show_default=True,
-    help="Work on so many shards at once, each in a thread.",
-)
-@click.option("--max-correction", type=TOKENS, help="Hold a counter that is off by more tokens for review.")
-@click.option("--tolerance", type=TOKENS, help="Leave a counter that is off by at most so many tokens alone.")
-@click.option("--batch-size", type=click.IntRange(1, 10_000), help="Counters that are corrected at once.")
-@click.option(
-    "--fail-on-drift", is_flag=True, help="Exit with code 3 if there is drift that is not set aside, or a defect."
-)
+@click.option("--user", type=USER, help="Only the counter of this user.")
+@click.option("--jobs", type=click.IntRange(1, MAX_JOBS), default=1, show_default=True, help="Shards in parallel.")
+@click.option("--max-correction", type=TOKENS, help="Hold a drift of more tokens for review.")
+@click.option("--tolerance", type=TOKENS, help="Ignore a drift of at most this many tokens.")
+@click.option("--batch-size", type=click.IntRange(1, 10_000), help="The counters that one transaction corrects.")
+@click.option("--fail-on-drift", is_flag=True, help="Exit with code 3 for a defect, or a drift that is not set aside.")
 @json_option
 @click.pass_context
 def reconcile(
@@ -63,9 +54,9 @@ def reconcile(
     fail_on_drift: bool,
     as_json: bool,
 ) -> None:
-    """Compare every counter with the usage log, correct what may be corrected, and say why.
+    """Compare every counter with the usage log, correct the drifts that a machine may correct, and report the causes.
 
-    Ctrl-C or SIGTERM ends it after the batch it is in; the next call goes on from there.
+    Ctrl-C or SIGTERM ends the run after the current batch. The next call resumes it.
 
     \b
     Example:
@@ -74,9 +65,11 @@ def reconcile(
       trueup reconcile --user 42 --max-correction 10000
     """
     if deep and user is not None:
-        raise click.UsageError("--deep looks at everyone: leave out --user, or do a quick pass.")
+        raise click.UsageError("--deep compares the balances of all users: leave out --user or --deep.")
     settings = get_settings()
-    rules = _rules(settings, max_correction, tolerance)
+    limits = {"max_correction": max_correction, "tolerance": tolerance}
+    given = {name: tokens for name, tokens in limits.items() if tokens is not None}
+    rules = settings.reconcile.model_copy(update=given).rules()
     with _sigterm_as_ctrl_c(), servers("postgres"):
         summary = _run(settings, rules, dry_run=dry_run, deep=deep, user=user, jobs=jobs, batch_size=batch_size)
         report, defects = _show(settings, summary, as_json=as_json)
@@ -84,16 +77,6 @@ def reconcile(
         ctx.exit(EXIT_ERROR)
     if fail_on_drift and (report.drifted > report.set_aside or defects):
         ctx.exit(EXIT_DENIED)
-
-
-def _rules(settings: Settings, max_correction: int | None, tolerance: int | None) -> Rules:
-    """Return the settings' rules with what the options change."""
-    rules = settings.reconcile.rules()
-    if max_correction is not None:
-        rules = replace(rules, max_correction=max_correction)
-    if tolerance is not None:
-        rules = replace(rules, tolerance=tolerance)
-    return rules
 
 
 def _run(
@@ -106,14 +89,14 @@ def _run(
     jobs: int,
     batch_size: int | None,
 ) -> RunSummary:
-    # One connection a job, and one for signs of life.
+    # One connection for each job and one for heartbeats.
     pool = max(settings.database_pool_size, jobs + 1)
     settings = settings.model_copy(update={"database_url": database_url(settings), "database_pool_size": pool})
     engine = create_trueup_engine(settings)
-    # What was imported stays until the end: to look through it again and again costs a quarter of the work.
+    # Imported objects stay until the end. Garbage collections of them would take a quarter of the time.
     gc.freeze()
     try:
-        with progress_bar("reconciling", "rows") as bar:
+        with progress_bar("reconciling", "rows") as show_progress:
             return reconciliation.reconcile(
                 engine,
                 settings.host,
@@ -126,11 +109,11 @@ def _run(
                 scan_timeout_seconds=settings.reconcile_scan_timeout_seconds,
                 requested_by=f"{this_user()}@{socket.gethostname()}",
                 keep_findings=dry_run,
-                progress=lambda checked, total: bar.update(checked, max(total, checked)),
+                progress=lambda checked, total: show_progress(checked, max(total, checked)),
             )
     except KeyboardInterrupt:
-        left = "Nothing was written." if dry_run else "What was corrected stays; the next `trueup reconcile` goes on."
-        click.echo(f"Interrupted. {left}", err=True)
+        kept = "Nothing was written." if dry_run else "Corrections stay; the next `trueup reconcile` resumes the run."
+        click.echo(f"Interrupted. {kept}", err=True)
         raise
     finally:
         engine.dispose()
@@ -138,9 +121,9 @@ def _run(
 
 @contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM end the command as Ctrl-C does: what it is in the middle of is finished, and may be gone on with."""
+    """Handle SIGTERM like Ctrl-C: the current batch ends, and the next run can resume."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # no other may set handlers
+        yield  # only the main thread may set signal handlers
         return
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
@@ -154,25 +137,26 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
 
 
 def _show(settings: Settings, summary: RunSummary, *, as_json: bool) -> tuple[DriftReport, int]:
-    """Print what was found. Returns the report, and how many defects there are."""
+    """Print the report and the defects. Returns the report and the number of defects."""
     if summary.run_id is None:
         report = report_dry_run(summary)
-        print_report(report, "json" if as_json else "table", most_rows=ROWS_SHOWN)
-        if not as_json:
+        if as_json:
+            echo(report_json(report, report.rows))
+        else:
+            print_summary(report, ROWS_SHOWN)
             _print_defects(summary.defect_rows, summary.defects)
         return report, summary.defects
     kind = settings.host.user_id_type
     with transaction() as connection:
-        # One snapshot for all of a report, whatever is written meanwhile; and rows that are shown as they are read.
-        connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"))
+        read_one_snapshot(connection)
         source = find_source(connection, kind, summary.run_id)
-        assert source is not None  # noqa: S101 - find_source raises for a run that is not there
+        assert source is not None  # noqa: S101 - find_source raises for an unknown run
         report = read_source(connection, source, max_rows=0 if as_json else ROWS_SHOWN)
         if as_json:
             echo(report_json(replace(report, rows_left_out=0), stream_rows(connection, source)))
         else:
             if summary.resumed:
-                click.echo(f"Went on with run {summary.run_id}, which had been interrupted.\n")
+                click.echo(f"Resumed run {summary.run_id}, which had been interrupted.\n")
             print_summary(report, ROWS_SHOWN)
             _print_defects(read_defects(connection, kind, summary.run_id, limit=ROWS_SHOWN), summary.defects)
     return report, summary.defects
@@ -186,11 +170,8 @@ def _print_defects(defects: list[Defect], total: int) -> None:
         ("defect", "user", "seen", "expected", "repaired", "detail"),
         [
             (
-                defect.kind.replace("_", " "),
-                None if defect.user_id is None else str(defect.user_id),
-                defect.seen,
-                defect.expected,
-                defect.repaired,
+                *(defect.kind.replace("_", " "), None if defect.user_id is None else str(defect.user_id)),
+                *(defect.seen, defect.expected, defect.repaired),
                 ", ".join(f"{name} {value}" for name, value in defect.detail.items()),
             )
             for defect in defects[:ROWS_SHOWN]

@@ -1,12 +1,11 @@
-"""`trueup rollout`: how strict the gate is, feature by feature, while it runs."""
+"""`trueup rollout`: the mode of the gate for each feature, changed without a restart."""
 
 from importlib import import_module
 from typing import get_args
 
 import click
 
-from trueup.cli.audit import by_option, note_option
-from trueup.cli.context import json_option, servers
+from trueup.cli.options import by_option, hours_option, json_option, limit_option, note_option, servers
 from trueup.cli.output import print_json, print_table
 from trueup.database.engine import connect, transaction
 from trueup.gate.modes import EVERY_FEATURE, list_changes, list_modes, list_observed_denials, set_mode
@@ -15,10 +14,10 @@ from trueup.settings.gate import GateMode
 
 @click.group()
 def rollout() -> None:
-    """How strict the gate is, feature by feature: enforce, observe or off.
+    """Show and set the gate's mode for each feature: enforce, observe or off.
 
-    enforce: what is denied does not run. observe: it runs, and is noted as it would have been denied. off: it runs.
-    Usage is recorded in each. What is set here goes before the settings, at once and for every worker.
+    enforce: a denied task does not run. observe: it runs, and the denial is recorded. off: it runs. Usage is recorded
+    in every mode. A mode that is set here overrides the settings, at once and for every worker.
 
     \b
     Example:
@@ -28,10 +27,10 @@ def rollout() -> None:
 
 
 @rollout.command("list")
-@click.option("--hours", type=click.IntRange(1, 24 * 365), default=24, show_default=True, help="How far to look back.")
+@hours_option
 @json_option
 def list_command(hours: int, as_json: bool) -> None:
-    """List each feature's mode, and what it would have been denied lately.
+    """List each feature's mode, and the denials that observe recorded lately.
 
     \b
     Example:
@@ -44,11 +43,11 @@ def list_command(hours: int, as_json: bool) -> None:
         print_json({"features": modes, "observed_denials": denials})
         return
     print_table(
-        ("feature", "mode", "set by", "let pass", "tokens", "users"),
+        ("feature", "mode", "set by", "observed denials", "tokens", "users"),
         [(_title(m.feature_name), m.mode, m.source, m.denied, m.denied_tokens, m.denied_users) for m in modes],
     )
     if denials:
-        click.echo(f"\nWould have been denied in the last {hours} h:")
+        click.echo(f"\nObserved denials in the last {hours} h:")
         rows = [(d.feature_name, d.reason, d.times, d.tokens, d.users, d.last_at) for d in denials]
         print_table(("feature", "reason", "times", "tokens", "users", "last (UTC)"), rows)
 
@@ -59,9 +58,9 @@ def list_command(hours: int, as_json: bool) -> None:
 @note_option
 @by_option
 def set_command(feature: str, mode: GateMode, note: str, by: str) -> None:
-    """Set a FEATURE's mode from now on. "*" is every feature that has none of its own.
+    """Set the mode of a FEATURE. "*" means every feature without a mode of its own.
 
-    The name is the feature's, as in `trueup rollout list` and in the decorators.
+    FEATURE is the name in `trueup rollout list` and in the decorators.
 
     \b
     Example:
@@ -86,10 +85,10 @@ def reset(feature: str, note: str, by: str) -> None:
 
 
 @rollout.command()
-@click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="How many at most.")
+@limit_option(50, 1000)
 @json_option
 def history(limit: int, as_json: bool) -> None:
-    """List who changed which mode, when and why, newest first.
+    """List the changes of modes with their authors and reasons, newest first.
 
     \b
     Example:
@@ -104,24 +103,22 @@ def history(limit: int, as_json: bool) -> None:
         (c.changed_at, _title(c.feature_name), c.mode_before or "settings", c.mode or "settings", c.changed_by, c.note)
         for c in changes
     ]
-    print_table(("when (UTC)", "feature", "before", "since", "by", "note"), rows, empty="Nothing was changed yet.")
+    print_table(("when (UTC)", "feature", "before", "since", "by", "note"), rows, empty="No mode has been changed yet.")
 
 
 def _change(feature: str, mode: GateMode | None, *, note: str, by: str) -> None:
     with servers("postgres"), transaction() as connection:
         before = set_mode(connection, feature, mode, changed_by=by, note=note)
         known = {m.feature_name for m in list_modes(connection, known=_task_features())}
-    said = mode or "as the settings say"
     unchanged = " (as before)" if before == mode else ""
-    click.echo(f"{_title(feature)}: {said}{unchanged}")
+    click.echo(f"{_title(feature)}: {mode or 'as in the settings'}{unchanged}")
     if mode and feature not in known - {feature} | {EVERY_FEATURE, *_task_features()}:
-        click.echo(
-            f"Note: no task here has a feature {feature!r}. A decorated view may; else check its name.", err=True
-        )
+        note = f"Note: no task here has the feature {feature!r}. If no decorated view has it, check the name."
+        click.echo(note, err=True)
 
 
 def _task_features() -> list[str]:
-    """Return the features of trueup's tasks, and of the project's under `celery -A proj trueup`."""
+    """Return the features of trueup's tasks and, under `celery -A proj trueup`, of the project's tasks."""
     from celery import current_app
 
     from trueup.tasks import TASK_MODULES
@@ -132,4 +129,4 @@ def _task_features() -> list[str]:
 
 
 def _title(feature: str) -> str:
-    return "* (every other)" if feature == EVERY_FEATURE else feature
+    return "* (all others)" if feature == EVERY_FEATURE else feature

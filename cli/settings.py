@@ -1,11 +1,11 @@
-"""`trueup settings`: every setting, its value, and what it is for."""
+"""`trueup settings`: every setting with its value and meaning."""
 
 from collections.abc import Iterator
 
 import click
 from pydantic import BaseModel, SecretStr
 
-from trueup.cli.context import json_option
+from trueup.cli.options import json_option
 from trueup.cli.output import print_json, print_table, without_password
 from trueup.settings.settings import PREFIX, get_settings
 
@@ -13,10 +13,10 @@ from trueup.settings.settings import PREFIX, get_settings
 @click.command()
 @json_option
 def settings(as_json: bool) -> None:
-    """List the settings and where they stand; secrets stay hidden.
+    """List the settings and their values. Secrets stay hidden.
 
-    A setting comes from its environment variable, else from trueup.toml (or the file that TRUEUP_CONFIG names), else it
-    is the default. The [host] mapping stands in trueup.toml.
+    trueup takes a setting from its environment variable, else from trueup.toml (or the file that TRUEUP_CONFIG names),
+    else the default. The [host] mapping is in trueup.toml.
 
     \b
     Example:
@@ -31,7 +31,7 @@ def settings(as_json: bool) -> None:
 
 
 def _rows(settings: BaseModel, prefix: str) -> Iterator[tuple[str, object, str]]:
-    """Yield every setting's variable, value and meaning; those of a part of their own after its name."""
+    """Yield the variable, value and meaning of every setting, nested ones too."""
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
         if isinstance(value, BaseModel):

@@ -1,20 +1,21 @@
-"""`trueup status`: how the gate has been doing, and what a person should look at."""
+"""`trueup status`: the figures of the gate, and calls and messages for a person to check."""
 
 import click
 
-from trueup.cli.context import json_option, servers
+from trueup.cli.options import hours_option, json_option, servers
 from trueup.cli.output import print_facts, print_json, print_table
 from trueup.database.engine import connect
+from trueup.gate.owed_charges import OwedCharge, list_owed_charges
 from trueup.gate.provider_calls import UnrecordedCall, list_unrecorded_calls
 from trueup.monitoring.status import Status, read_status
 from trueup.usage.outbox import Effect, list_unresolved_effects
 
 
 @click.command()
-@click.option("--hours", type=click.IntRange(1, 24 * 365), default=24, show_default=True, help="How far to look back.")
+@hours_option
 @json_option
 def status(hours: int, as_json: bool) -> None:
-    """Show holds, charges, settlement lag, overdrafts, and calls and messages of unknown outcome.
+    """Show holds, charges, settlement lag, overdrafts, owed charges, and calls and messages of unknown outcome.
 
     \b
     Example:
@@ -24,12 +25,14 @@ def status(hours: int, as_json: bool) -> None:
     with servers("postgres"), connect() as connection:
         figures = read_status(connection, hours=hours)
         calls = list_unrecorded_calls(connection)
+        owed = list_owed_charges(connection)
         effects = list_unresolved_effects(connection)
     if as_json:
-        print_json({"status": figures, "unrecorded_calls": calls, "unknown_effects": effects})
+        print_json({"status": figures, "unrecorded_calls": calls, "owed_charges": owed, "unknown_effects": effects})
         return
     print_facts(_facts(figures))
     _print_calls(calls)
+    _print_owed(owed)
     _print_effects(effects)
 
 
@@ -50,26 +53,35 @@ def _facts(status: Status) -> dict[str, object]:
         "  late charges": status.late_charges,
         "  tokens over their hold": status.tokens_over_hold,
         "  expired holds": status.expired_holds,
-        "  let pass, not enforced": status.observed_denials,
-        "  tokens these asked for": status.observed_denial_tokens,
-        "to look at": "",
+        "  observed denials": status.observed_denials,
+        "  their tokens": status.observed_denial_tokens,
+        "to check": "",
         "  users in overdraft": status.overdraft_users,
         "  overdraft tokens": status.overdraft_tokens,
         "  unrecorded calls": status.unrecorded_calls,
         "  their tokens, at most": status.unrecorded_tokens_bound,
-        "  messages perhaps sent": status.unknown_effects,
+        "  owed charges": status.owed_charges,
+        "  tokens of owed charges": status.owed_tokens,
+        "  messages, perhaps sent": status.unknown_effects,
     }
 
 
 def _print_calls(calls: list[UnrecordedCall]) -> None:
     if calls:
-        click.echo("\nCalls begun and never recorded; each may have been billed:")
+        click.echo("\nCalls that started and were never recorded. The provider may have billed each:")
         rows = [(str(c.user_id), c.tokens_bound, c.started_at, c.task_id, c.call_key) for c in calls]
-        print_table(("user", "tokens at most", "begun (UTC)", "task", "call"), rows)
+        print_table(("user", "max. tokens", "started (UTC)", "task", "call"), rows)
+
+
+def _print_owed(owed: list[OwedCharge]) -> None:
+    if owed:
+        click.echo("\nCharges whose row the usage log refused. Correct the reason; trueup tries again each minute:")
+        rows = [(str(o.user_id), o.tokens, o.owed_since, o.tries, o.refusal) for o in owed]
+        print_table(("user", "tokens", "owed since (UTC)", "tries", "refusal"), rows)
 
 
 def _print_effects(effects: list[Effect]) -> None:
     if effects:
-        click.echo("\nMessages that may or may not have been sent:")
+        click.echo("\nMessages that may have been sent:")
         rows = [(str(e.user_id), e.effect, e.updated_at, e.task_id) for e in effects]
         print_table(("user", "what", "tried (UTC)", "task"), rows)

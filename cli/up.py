@@ -1,4 +1,4 @@
-"""`trueup up`: database, Redis, workers and beat in the foreground."""
+"""`trueup up`: run database, Redis, workers and beat in the foreground."""
 
 import click
 
@@ -8,29 +8,34 @@ from trueup.extras import require_extra
 from trueup.install.install import check_installed, install
 from trueup.settings.settings import get_settings
 from trueup.stack import StackUrls
+from trueup.worker.http import listening_socket
 
 
 @click.command()
 def up() -> None:
     """Run database, Redis, workers and beat in the foreground, with one log, until Ctrl-C.
 
-    The HTTP API too, when it has a key to check tokens with (see `trueup api --help`).
+    It also serves the HTTP API if a key that verifies tokens is set (see `trueup api --help`).
 
-    Servers whose URL is set are used as they are. The others run embedded, in TRUEUP_HOME, and keep their data; an
-    embedded database is set up by itself, host tables included. It needs the extra [embedded].
+    It uses the servers whose URL is set. The others run embedded in TRUEUP_HOME and keep their data. It sets up an
+    embedded database, host tables included. It needs the extra [embedded].
 
     \b
     Example:
       trueup up
     """
     require_extra("embedded", "`trueup up`", "psutil")
-    from trueup.stack.supervisor.supervisor import run_stack
+    from trueup.stack.supervisor import run_stack, serves_api
 
-    run_stack(get_settings(), before_commands=_prepare_database)
+    settings = get_settings()
+    if serves_api(settings):
+        # Found by the API's own process, it would end the whole stack after several tries.
+        listening_socket(settings.api.host, settings.api.port).close()
+    run_stack(settings, before_commands=_prepare_database)
 
 
 def _prepare_database(urls: StackUrls) -> None:
-    """Set the embedded database up; one of the user's own is only looked at."""
+    """Set the embedded database up. A database with a URL is only checked."""
     settings = get_settings()
     try:
         if settings.database_url is None:
@@ -40,7 +45,7 @@ def _prepare_database(urls: StackUrls) -> None:
             with connect() as connection:
                 check_installed(connection)
     except NotInstalledError as error:
-        click.echo(f"Warning: {error} Until then every AI task waits.", err=True)
+        click.echo(f"Warning: {error} Until then AI tasks wait.", err=True)
     finally:
-        # The workers have connections of their own; this process needs none any more.
+        # This process needs no connections any more; each worker opens its own.
         dispose_engine()

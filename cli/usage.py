@@ -1,9 +1,9 @@
-"""`trueup usage`: a user's rows in the AI usage log."""
+"""`trueup usage`: list a user's rows in the AI usage log."""
 
 import click
 
 from trueup.accounts.user_ids import UserId
-from trueup.cli.context import USER, json_option, servers
+from trueup.cli.options import USER, json_option, limit_option, servers
 from trueup.cli.output import print_json, print_table
 from trueup.database.retry import retrying
 from trueup.settings.settings import get_settings
@@ -12,10 +12,10 @@ from trueup.usage.log import list_usage
 
 @click.command()
 @click.argument("user", type=USER)
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="How many rows at most.")
+@limit_option(50, 10_000)
 @json_option
 def usage(user: UserId, limit: int, as_json: bool) -> None:
-    """List USER's newest rows in the usage log, the host's own and those of trueup's tasks.
+    """List USER's newest rows in the usage log, of the host and of trueup's tasks.
 
     \b
     Example:
@@ -31,14 +31,8 @@ def usage(user: UserId, limit: int, as_json: bool) -> None:
         ("time (UTC)", "section", "model", "prompt", "completion", "total", "counts", "task"),
         [
             (
-                row.created_at,
-                row.section,
-                row.model_name,
-                row.prompt_tokens,
-                row.completion_tokens,
-                row.total_tokens,
-                row.success,
-                row.task_id,
+                *(row.created_at, row.section, row.model_name, row.prompt_tokens, row.completion_tokens),
+                *(row.total_tokens, row.success, row.task_id),
             )
             for row in rows
         ],

@@ -29,6 +29,7 @@ from trueup.llm.metering import running_hold, spending_from
 from trueup.llm.model import Provider
 from trueup.settings.settings import get_settings
 from trueup.tasks.arguments import USER_ARGUMENT, ArgumentParser
+from trueup.tasks.body import check_result
 from trueup.tasks.requests import owner_name
 from trueup.tasks.requeue import leave_to_later_attempt, requeue, retry_provider, waits_of
 
@@ -40,6 +41,12 @@ OnDenied = Literal["raise", "return"]
 
 # Count, on the request of an outer task, of the metered tasks that its body has called directly.
 CALLS_ATTRIBUTE = "trueup_direct_calls"
+
+# What `celery.contrib.django.task` adds to the tasks of an application in a Django project.
+ON_COMMIT = ("delay_on_commit", "apply_async_on_commit")
+
+# The hold that a retry keeps, on the exception that asks for the retry.
+KEPT_HOLD = "trueup_kept_hold"
 
 # A duplicate asks the gate again this long after the other attempt's lease ends.
 ASK_AGAIN_SECONDS = 0.5
@@ -142,7 +149,7 @@ class MeteredTask(Task):
 
     def _run(self, arguments: dict[str, Any]) -> Any:
         try:
-            return self.run(**arguments)
+            return check_result(self.run(**arguments), self.name)
         except TrueupError as error:
             if getattr(error, "retryable", False) and not self.request.called_directly:
                 raise retry_provider(self, error) from error
@@ -171,16 +178,34 @@ class MeteredTask(Task):
                 ttl_seconds=settings.hold_ttl_seconds,
             )
         )
-        if hold.passed is not None:
+        if hold.overridden is not None:
             logger.warning(
                 "task admitted by a gate that is not enforced feature=%r denial=%s task=%s user=%s tokens=%d",
                 self.feature_name,
-                hold.passed,
+                hold.overridden,
                 hold.task_id,
                 hold.user_id,
                 tokens,
             )
         return hold
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the task here, as Celery does. If that raises the retry instead of running it, close the kept hold."""
+        try:
+            return super().apply(*args, **kwargs)
+        except Retry as retry:
+            hold = getattr(retry, KEPT_HOLD, None)
+            if hold is not None:
+                _close(hold, completed=False)
+            raise
+
+    @classmethod
+    def bind(cls, app: Any) -> Any:
+        """Bind the task to an application, with the methods that its Django fixup gives to all tasks."""
+        for name in ON_COMMIT:
+            if hasattr(app.Task, name) and not hasattr(cls, name):
+                setattr(cls, name, getattr(app.Task, name))
+        return super().bind(app)
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """Retry as Celery does, unless a later attempt has the hold: a retry would take the hold from it."""
@@ -207,6 +232,8 @@ def _closing(hold: Hold) -> Iterator[None]:
         completed = True
     except Retry as retry:
         kept = _seconds_until(retry) <= get_settings().keep_hold_seconds
+        if kept:
+            setattr(retry, KEPT_HOLD, hold)
         raise
     finally:
         if not kept:

@@ -1,4 +1,4 @@
-"""Real servers for the tests: one embedded stack a session, one database a test, cloned from a template."""
+"""Real servers for the tests: one embedded stack for a session, one database for a test, cloned from a template."""
 
 import contextlib
 import os
@@ -21,12 +21,12 @@ from trueup.database.engine import connect, dispose_engine
 from trueup.host.mapping import HostMapping
 from trueup.install.install import install
 from trueup.settings.settings import Settings, get_settings
-from trueup.stack import StackUrls, processes, running_stack
+from trueup.stack import StackUrls, running_stack
 
 TEMPLATE = "trueup_template"
 
 
-# Whole rooms whose files take longest, on real processes. Begun last, one would go on alone.
+# Rooms whose files take longest, on real processes. If one of these started last, it would run alone.
 FIRST = ("faults", "worker", "stack", "hosts", "install", "cli")
 
 
@@ -47,7 +47,7 @@ def url_of_database(url: str, name: str) -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c_works() -> None:
-    """A shell starts its background jobs with SIGINT ignored, and they hand that down: the tests' commands heed it."""
+    """Restore SIGINT, which shells ignore in background jobs. The tests' commands would inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -60,42 +60,38 @@ def _no_settings_from_outside() -> None:
 
 
 def _memory_with_room() -> Path | None:
-    """Return a folder in memory if there is one: a database for each test takes ext4 ten times as long."""
+    """Return a folder in memory if there is one. A database for each test takes ten times as long on ext4."""
     memory = Path("/dev/shm")  # noqa: S108 - mkdtemp makes the folder inside
     return memory if memory.is_dir() and shutil.disk_usage(memory).free > 2**30 else None
 
 
-@contextlib.contextmanager
-def _moved_clock(folder: Path) -> Iterator[None]:
-    """Let the embedded servers have the clock of tests that are played at another moment (tests/test_moments.py).
+def _moved_clock(folder: Path) -> dict[str, str]:
+    """Return the variables that give the embedded servers the tests' clock, if tests/test_moments.py moves it.
 
-    trueup starts its servers with an environment of their own. Their account may not read where the library is.
+    The servers inherit no variables. Their account may be unable to read the library, so it gets a copy in `folder`.
     """
     library = os.environ.get("LD_PRELOAD")
     if not library or "FAKETIME" not in os.environ:
-        yield
-        return
+        return {}
     copy = shutil.copy(library, folder / "libfaketime.so")
     os.chmod(copy, 0o644)
-    moved = {name: value for name, value in os.environ.items() if name.startswith("FAKETIME")}
-    moved |= processes._server_environment() | {"LD_PRELOAD": str(copy)}
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(processes, "_server_environment", lambda: moved)
-        yield
+    return {name: value for name, value in os.environ.items() if name.startswith("FAKETIME")} | {
+        "LD_PRELOAD": str(copy)
+    }
 
 
 @pytest.fixture(scope="session")
 def stack(_no_settings_from_outside: None) -> Iterator[StackUrls]:
     """A real PostgreSQL and a real Redis for this test session."""
     with temporary_home(_memory_with_room()) as home, contextlib.ExitStack() as servers:
-        servers.enter_context(_moved_clock(home.parent))
         other = servers.enter_context(running_server(GIVEN[0], home)) if GIVEN else None
-        yield servers.enter_context(running_stack(Settings(home=home, database_url=other)))
+        settings = Settings(home=home, database_url=other)
+        yield servers.enter_context(running_stack(settings, environment=_moved_clock(home.parent)))
 
 
 @pytest.fixture(scope="session")
 def admin_engine(stack: StackUrls) -> Iterator[Engine]:
-    """For creating and dropping databases."""
+    """An engine to create and drop databases."""
     assert stack.database_url is not None
     engine = create_engine(
         url_of_database(stack.database_url, "postgres"), isolation_level="AUTOCOMMIT", poolclass=NullPool
@@ -119,11 +115,11 @@ def template_database(stack: StackUrls, admin_engine: Engine) -> str:
 
 @contextlib.contextmanager
 def cloned_database(stack: StackUrls, admin_engine: Engine, template: str) -> Iterator[str]:
-    """Give the URL of a database of its own, dropped at the end with all its sessions."""
+    """Give the URL of a new database. At the end it is dropped with all its sessions."""
     assert stack.database_url is not None
     name = f"test_{uuid.uuid4().hex[:12]}"
     with admin_engine.connect() as connection:
-        # To copy a small template's files takes half as long as to log its pages, which servers before 15 don't.
+        # Copying a small template's files takes half as long as logging its pages. Servers before 15 always copy.
         strategy = "STRATEGY file_copy" if connection.dialect.server_version_info >= (15,) else ""
         connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template} {strategy}"))
     try:
@@ -162,7 +158,7 @@ def database(
 def settings_for(url: str, stack: StackUrls, monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[None]:
     """Point this process's settings, and those of its children, to a database and the session's Redis.
 
-    The model provider is `offline`: with a database of one's own none is assumed.
+    The model provider is `offline`, because none is assumed with a database of the user's own.
     """
     assert stack.broker_url is not None
     monkeypatch.setenv("TRUEUP_DATABASE_URL", url)
@@ -179,7 +175,7 @@ def settings_for(url: str, stack: StackUrls, monkeypatch: pytest.MonkeyPatch, ho
 
 @pytest.fixture
 def host(database: str) -> Iterator[Host]:
-    """The host application: its own connection and its own SQL, knowing nothing of trueup."""
+    """The host application, with its own connection and its own SQL, independent of trueup."""
     engine = create_engine(database, poolclass=NullPool)
     with Host(engine) as host:
         yield host

@@ -34,7 +34,7 @@ def blocks(language: str, text_of: str) -> list[str]:
 COMMANDS = [line[2:] for line in blocks("console", FIRST)[0].splitlines()]
 
 
-def test_there_are_five_of_them() -> None:
+def test_the_manual_has_five_commands() -> None:
     assert len(COMMANDS) == 5
     assert COMMANDS[-1].endswith("drift report --read-only")
 
@@ -55,7 +55,7 @@ def test_every_link_leads_to_a_file() -> None:
 
 @dataclass
 class Terminal:
-    """A shell in a checkout of trueup that knows nothing of this one. `said`: what each command printed."""
+    """A shell in a checkout of trueup, independent of this one. `said`: the output of each command."""
 
     checkout: Path
     environment: dict[str, str]
@@ -63,7 +63,7 @@ class Terminal:
     said: dict[str, str]
 
     def type(self, command: str) -> None:
-        """Run a command as written, but for the example's address; `export` holds for those after it."""
+        """Run a command as written, except for the example's address. `export` stays for later commands."""
         if command.startswith("export "):
             name, _, value = command.removeprefix("export ").partition("=")
             assert value == EXAMPLE_URL
@@ -105,7 +105,7 @@ def shop(stack: StackUrls, admin_engine: Engine, tmp_path_factory: pytest.TempPa
 def terminal(shop: Shop) -> Terminal:
     checkout = shop.folder / "trueup"
     shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "benchmarks"))
-    # Without a network: what pip would fetch is in the environment that runs these tests.
+    # Without a network: the packages for pip are in the environment that runs these tests.
     installed = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))}
     offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRUEUP_", "PIP_", "PYTHON"))}
@@ -120,11 +120,11 @@ def terminal(shop: Shop) -> Terminal:
 
 
 def loose(line: str) -> list[str]:
-    """Return a line's words, any number as good as another."""
+    """Return a line's words, with each number replaced."""
     return re.sub(r"\d[\d,]*", "0", line).split()
 
 
-def test_the_report_says_what_the_manual_shows(terminal: Terminal) -> None:
+def test_the_report_equals_the_manual_s_output(terminal: Terminal) -> None:
     for command, shown in zip(COMMANDS[-2:], blocks("text", FIRST), strict=True):
         said = terminal.said[command]
         lines = [loose(line) for line in said.splitlines()]

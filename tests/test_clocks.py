@@ -1,4 +1,4 @@
-"""One clock decides, the database's; and no date in a test comes to pass."""
+"""Only the database's clock decides, and a date in a test is never reached."""
 
 import ast
 import os
@@ -20,7 +20,7 @@ DECIDING = ("accounts", "billing", "drift", "gate", "install", "monitoring", "re
 CLOCKS = {("datetime", "now"), ("datetime", "utcnow"), ("date", "today"), ("time", "time"), ("time", "time_ns")}
 DATE = re.compile(r"\b(20\d\d)-(\d\d)-(\d\d)(?!\d)|\bdate(?:time)?\((20\d\d), (\d+), (\d+)")
 MOMENT = "TESTS_PLAYED_FROM"
-"""Set by tests/test_moments.py to when the tests begin, by the clock that they are to see."""
+"""Set by tests/test_moments.py: when the tests begin, by the moved clock."""
 
 
 def _clock_readings(path: Path) -> Iterator[str]:
@@ -33,8 +33,8 @@ def _clock_readings(path: Path) -> Iterator[str]:
             yield f"{path.relative_to(ROOT)}:{node.lineno}: {node.value.id}.{node.attr}"
 
 
-def test_what_decides_reads_no_clock_but_the_database_s() -> None:
-    """Workers on machines whose clocks differ, and triggers in the database, must agree on what came first."""
+def test_decisions_use_only_the_database_s_clock() -> None:
+    """Workers on machines whose clocks differ, and triggers in the database, must agree on the order of events."""
     paths = [path for room in DECIDING for path in (ROOT / "trueup" / room).rglob("*.py")]
     assert len(paths) > 50
     assert [reading for path in paths for reading in _clock_readings(path)] == []
@@ -49,7 +49,7 @@ def _dates(source: str) -> Iterator[date]:
 
 
 def test_a_date_in_a_test_lies_in_the_past_or_is_never_reached() -> None:
-    """A test whose date comes to pass fails on that day, on any machine."""
+    """A test whose date is reached fails on that day, on any machine."""
     today = datetime.now(UTC).date()
     found = {path: list(_dates(path.read_text())) for path in sorted((ROOT / "tests").rglob("*.py"))}
     assert sum(map(len, found.values())) > 20
@@ -65,7 +65,7 @@ def test_a_date_in_a_test_lies_in_the_past_or_is_never_reached() -> None:
 
 @pytest.mark.dated
 def test_python_and_its_servers_tell_the_same_time(stack: StackUrls, admin_engine: Engine) -> None:
-    """Where the clock is moved, it is moved for all of them."""
+    """A moved clock is moved for all of them."""
     with admin_engine.connect() as connection:
         of_database = connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())"))
     assert stack.broker_url is not None

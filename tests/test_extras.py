@@ -21,9 +21,9 @@ from trueup.tasks import FEATURE_TASK_MODULES
 ROOT = Path(__file__).parents[1]
 TRUEUP = Path(sys.executable).with_name("trueup")
 ALL = sorted({module for modules in EXTRAS.values() for module in modules})
-# Found at the start of every Python process whose path has its folder: these modules can't be imported there.
+# Python loads this at its start if the folder is on its path. These modules can't be imported then.
 BLOCK = "import sys\nsys.modules.update(dict.fromkeys({modules!r}))\n"
-# These need an extra, say so when they are asked for, and are imported by nothing else.
+# These need an extra and raise its error when they are used. No other module imports them.
 NEEDS_EXTRA = re.compile(r"trueup\.(api\b|stack\.|llm\.providers\.openai|cli\.demo\.)|trueup\.database\.migrations\.")
 
 IMPORT_CORE = f"""
@@ -37,7 +37,7 @@ for module in pkgutil.walk_packages(trueup.__path__, "trueup.", onerror=lambda n
 
 
 def environment(folder: Path, *modules: str) -> dict[str, str]:
-    """Return an environment whose Python processes lack these modules; none named: those of all extras."""
+    """Return an environment whose Python processes lack these modules. None given: those of all extras."""
     (folder / "sitecustomize.py").write_text(BLOCK.format(modules=modules or ALL))
     return os.environ | {"PYTHONPATH": str(folder)}
 
@@ -75,7 +75,9 @@ def test_the_extras_are_those_of_the_package_and_name_its_modules() -> None:
         assert {canonicalize_name(name) for module in modules for name in brought[module]} == declared[extra]
 
 
-def test_a_missing_extra_says_what_it_means_and_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_s_error_gives_its_consequence_and_its_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "redbeat", None)
     with pytest.raises(MissingExtraError) as raised:
         require_extra("redbeat", "Beat", otherwise="use one beat")

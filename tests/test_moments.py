@@ -1,7 +1,7 @@
-"""The tests marked `dated`, played at other moments and in other time zones: `make test-long`.
+"""The tests marked `dated`, played at other times and in other time zones: `make test-long`.
 
-libfaketime moves the clock of the tests' process and, with it, of the servers and workers that it starts. A moment
-begins shortly before midnight, so that the tests go on into the next day.
+libfaketime moves the clock of the tests' process, and of the servers and workers that it starts. Each time is shortly
+before midnight, so that the tests run into the next day.
 """
 
 import os
@@ -36,12 +36,12 @@ MOMENTS: dict[str, Callable[[datetime], datetime]] = {
     "29 February": lambda now: _before_midnight(_leap_year_after(now), 2, 29),
     "ten years on": lambda now: now + timedelta(days=3652),
 }
-# POSIX counts them the other way round: 14 hours ahead of UTC, and 12 hours behind it.
+# POSIX reverses the sign: 14 hours ahead of UTC, and 12 hours behind it.
 ZONES = {"+14": "Etc/GMT-14", "-12": "Etc/GMT+12"}
 
 
 def _libraries() -> Iterator[Path]:
-    """Yield where libfaketime may be: from its wheel, or from the system's package."""
+    """Yield the possible paths of libfaketime: from its wheel, or from the system's package."""
     if (wheel := find_spec("libfaketime")) and wheel.origin:
         yield from Path(wheel.origin).parent.glob("vendor/libfaketime/src/libfaketime.so.1")
     for folder in FOLDERS:
@@ -80,7 +80,7 @@ def test_the_dated_tests_pass_at(moment: str) -> None:
     _play(
         LD_PRELOAD=str(library),
         FAKETIME=f"+{int((begins - now).total_seconds())}",
-        FAKETIME_DONT_FAKE_MONOTONIC="1",  # timeouts go by the monotonic clock, which nothing may move
+        FAKETIME_DONT_FAKE_MONOTONIC="1",  # timeouts use the monotonic clock, which must not move
         TZ="UTC",
         **{MOMENT: (begins - timedelta(seconds=1)).isoformat()},
     )

@@ -1,4 +1,4 @@
-"""`import trueup` offers what a host needs and loads nothing; the manuals use these names and list them all."""
+"""`import trueup` offers the names that a host needs and loads nothing. The manuals use and list all of them."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ import trueup
 
 ROOT = Path(__file__).parents[1]
 MANUALS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# What belongs to one web framework is imported from a module of its own.
+# Names for one web framework are imported from its own module.
 BESIDE = ("trueup.billing.frameworks.fastapi", "trueup.django")
 
 
@@ -45,7 +45,7 @@ print(sorted({"fastapi", "flask", "rest_framework", "starlette"} & set(sys.modul
 
 
 @pytest.mark.parametrize("name", trueup.__all__)
-def test_a_public_name_is_that_of_its_module(name: str) -> None:
+def test_a_public_name_is_its_module_s_object(name: str) -> None:
     found = getattr(trueup, name)
     assert found is getattr(import_module(trueup._MODULES[name]), name)
     assert found.__module__.startswith("trueup.")
@@ -65,7 +65,7 @@ def test_type_checkers_see_the_names_that_python_finds() -> None:
     assert trueup.__all__ == sorted(seen)
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'trueup' has no attribute 'metered_tsk'"):
         _ = trueup.metered_tsk  # type: ignore[attr-defined]
     with pytest.raises(ImportError, match="metered_tsk"):

@@ -1,4 +1,4 @@
-"""README.md is true: its commands run as written, its code runs as written, its names exist."""
+"""README.md is true: its commands and code run as written, and its names exist."""
 
 import re
 import subprocess
@@ -35,7 +35,7 @@ def typed(block: str) -> list[str]:
     return [line[2:] for line in block.splitlines() if line.startswith("$ ")]
 
 
-# The first block is run by tests/packaging, in an environment to install into.
+# tests/packaging runs the first block, which needs an environment to install into.
 FIRST_COMMANDS = typed(blocks("console")[0])
 COMMANDS = [command for block in blocks("console")[1:] for command in typed(block)]
 OWN_COMMANDS = [command for command in COMMANDS if command.startswith("trueup ")]
@@ -46,20 +46,20 @@ def test_the_readme_has_blocks_of_each_kind() -> None:
     assert all(blocks(language) for language in ("bash", "toml", "python"))
 
 
-def test_the_readme_begins_with_installation_a_report_and_five_lines_of_code() -> None:
+def test_the_readme_starts_with_installation_a_report_and_five_lines_of_code() -> None:
     assert re.findall(r"^```(\w+)$", README, re.MULTILINE)[:2] == ["console", "python"]
     assert ["pip install trueup", f"export {PREFIX}DATABASE_URL={EXAMPLE_URL}", FIRST_REPORT] == FIRST_COMMANDS
     assert len([line for line in blocks("python")[0].splitlines() if line]) <= 5
 
 
-def test_what_is_no_command_of_ours_sets_the_stage_for_them() -> None:
+def test_other_commands_in_the_readme_prepare_ours() -> None:
     [virtual_environment] = re.findall(r"^VENV := (\S+)$", MAKEFILE, re.MULTILINE)
     demo_home = Settings.model_fields["home"].default / "demo"
     stage = [command for command in COMMANDS if command not in OWN_COMMANDS and not command.startswith("make ")]
     assert stage == [f"source {virtual_environment}/bin/activate", f"export TRUEUP_HOME={demo_home}"]
 
 
-def test_what_is_made_is_a_target() -> None:
+def test_every_make_command_in_the_readme_is_a_target() -> None:
     made = re.findall(r"(?:`|^\$ )make ([a-z]+)", README, re.MULTILINE)
     assert {"demo", "test"} <= set(made) <= set(re.findall(r"^([a-z]+):", MAKEFILE, re.MULTILINE))
 
@@ -72,10 +72,8 @@ def demo_servers(demo: Demo) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("command", OWN_COMMANDS)
-def test_a_command_runs_as_written_on_what_the_demo_has_left(
-    demo: Demo, command: str, request: pytest.FixtureRequest
-) -> None:
-    # The first one starts what it needs and stops it again, as the text says of all.
+def test_a_command_runs_as_written_on_the_demo_s_data(demo: Demo, command: str, request: pytest.FixtureRequest) -> None:
+    # The first command starts its servers and stops them again, as the text says of all.
     if command != OWN_COMMANDS[0]:
         request.getfixturevalue("demo_servers")
     expected = re.search(r"# exit code (\d)", command)
@@ -88,9 +86,9 @@ def test_a_command_runs_as_written_on_what_the_demo_has_left(
 
 
 def find_command(words: list[str]) -> click.Command:
-    """Return the command that these words call, once it has taken the rest as its arguments."""
+    """Return the command that these words call, after it has parsed the rest as its arguments."""
     command: click.Command = main
-    # A command keeps the options for help of the context that it first sees.
+    # A command keeps the help options of its first context.
     context = click.Context(main, **main.context_settings)
     while isinstance(command, click.Group):
         found = command.get_command(context, words.pop(0))
@@ -103,7 +101,7 @@ def find_command(words: list[str]) -> click.Command:
 @pytest.mark.parametrize(
     "line", [line for block in blocks("bash") for line in block.splitlines() if line.startswith("trueup ")]
 )
-def test_a_command_for_ones_own_servers_exists_with_its_options(line: str) -> None:
+def test_a_command_for_the_user_s_own_servers_exists_with_its_options(line: str) -> None:
     find_command(line.partition("#")[0].split()[1:])
 
 
@@ -123,7 +121,7 @@ def test_every_link_leads_to_a_file() -> None:
         assert "://" in target or (ROOT / target).exists(), target
 
 
-def test_the_folders_of_the_table_are_those_there_are() -> None:
+def test_the_table_lists_the_existing_folders() -> None:
     listed = re.findall(r"^\| `(\w+)/` \|", README, re.MULTILINE)
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert set(listed) >= set(packages["only-include"]) - {"examples"}
@@ -142,14 +140,14 @@ def test_the_settings_file_is_valid(block: str, tmp_path: Path, monkeypatch: pyt
 
 @dataclass
 class User:
-    """A user as an application has them."""
+    """A user of the reader's application."""
 
     pk: int
 
 
 @pytest.fixture
 def celery_app(database: str) -> Celery:
-    """An application that has been set up, as that of the reader."""
+    """The reader's application, set up."""
     return own_application()
 
 
@@ -177,7 +175,7 @@ def test_the_decorated_task_spends_from_a_hold(celery_app: Celery, host: Host) -
     assert host.counter(user) == 10_000 - host.used(user)
 
 
-def test_the_checks_run_and_say_why_not(celery_app: Celery, host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_checks_run_and_name_the_reason(celery_app: Celery, host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     [block] = [block for block in blocks("python") if "check_tokens_for_function" in block]
     user = host.subscriber(1_500)
     host.log(user, 500)

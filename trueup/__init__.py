@@ -1,6 +1,6 @@
-"""Makes AI token budgets true: gates, records and reconciles the tokens that Celery tasks spend.
+"""trueup makes AI token budgets true: it gates, records and reconciles the tokens that Celery tasks spend.
 
-The names below are what a host imports. A name's module is loaded when the name is first used: `import trueup` loads
+A host imports the names below. Python loads a name's module when the name is first used, so `import trueup` loads
 neither Celery nor SQLAlchemy.
 """
 
@@ -26,11 +26,13 @@ if TYPE_CHECKING:
         TrueupError,
     )
     from trueup.llm.metering import spending_from
-    from trueup.llm.model import Completion, Message, Model
+    from trueup.llm.model import AsyncModel, Completion, Message, Model
+    from trueup.llm.streaming import astream_with_tokens, stream_with_tokens
     from trueup.tasks.metered import metered_task
     from trueup.usage.tracker import ai_usage, track_ai_usage
 
 __all__ = [
+    "AsyncModel",
     "Completion",
     "HoldBusyError",
     "HoldExhaustedError",
@@ -44,6 +46,7 @@ __all__ = [
     "TrueupError",
     "ai_tokens",
     "ai_usage",
+    "astream_with_tokens",
     "check_ai_access_for_user",
     "check_tokens_for_function",
     "get_accurate_tokens_remaining",
@@ -51,11 +54,13 @@ __all__ = [
     "require_active_subscription",
     "require_ai_tokens",
     "spending_from",
+    "stream_with_tokens",
     "track_ai_usage",
 ]
 
-# Type checkers read the imports above, Python reads this table; a test compares both with `__all__`.
+# Type checkers read the imports above, Python reads this table. A test compares both with `__all__`.
 _MODULES = {
+    "AsyncModel": "trueup.llm.model",
     "Completion": "trueup.llm.model",
     "HoldBusyError": "trueup.errors",
     "HoldExhaustedError": "trueup.errors",
@@ -69,6 +74,7 @@ _MODULES = {
     "TrueupError": "trueup.errors",
     "ai_tokens": "trueup.billing.decorators",
     "ai_usage": "trueup.usage.tracker",
+    "astream_with_tokens": "trueup.llm.streaming",
     "check_ai_access_for_user": "trueup.billing.utils",
     "check_tokens_for_function": "trueup.billing.decorators",
     "get_accurate_tokens_remaining": "trueup.billing.utils",
@@ -76,11 +82,12 @@ _MODULES = {
     "require_active_subscription": "trueup.billing.decorators",
     "require_ai_tokens": "trueup.billing.decorators",
     "spending_from": "trueup.llm.metering",
+    "stream_with_tokens": "trueup.llm.streaming",
     "track_ai_usage": "trueup.usage.tracker",
 }
 
 
-if not TYPE_CHECKING:  # or type checkers would take any name for one of ours
+if not TYPE_CHECKING:  # otherwise type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
         """Load a public name from its module and keep it. Raises AttributeError for any other name."""

@@ -1,4 +1,4 @@
-"""`python -m trueup …`: the command `trueup`, where its folder is not on PATH."""
+"""`python -m trueup …` runs the command `trueup` when its folder is not on PATH."""
 
 from trueup.cli import main
 

@@ -1,10 +1,10 @@
-"""Every error trueup raises: one root, and messages that give cause, consequence and remedy."""
+"""All errors that trueup raises. A message gives the cause, the consequence and the remedy."""
 
 from typing import TypedDict
 
 
 class TrueupError(Exception):
-    """Root of all errors raised by trueup."""
+    """Root of all errors that trueup raises."""
 
 
 class SettingsError(TrueupError):
@@ -14,63 +14,59 @@ class SettingsError(TrueupError):
 class MissingExtraError(TrueupError):
     """A feature needs packages that only an extra of trueup installs.
 
-    `missing`: the modules that can't be imported. `otherwise`: a remedy beside installing the extra; empty: none.
+    `missing`: the modules that can't be imported. `otherwise`: a second remedy, as the end of a sentence; empty: none.
     """
 
     def __init__(
         self, feature: str, extra: str, missing: tuple[str, ...], consequence: str, otherwise: str = ""
     ) -> None:
-        self.feature = feature
-        self.extra = extra
-        self.missing = tuple(missing)
-        self.consequence = consequence
-        self.otherwise = otherwise
-        super().__init__(feature, extra, self.missing, consequence, otherwise)  # the arguments, so that it pickles
+        super().__init__(feature, extra, missing, consequence, otherwise)  # pickle needs the arguments
 
     def __str__(self) -> str:
-        other = f"; or {self.otherwise}" if self.otherwise else ""
+        feature, extra, missing, consequence, otherwise = self.args
+        other = f"; or {otherwise}" if otherwise else ""
         return (
-            f"{self.feature} needs the extra [{self.extra}], which is not installed (no module "
-            f"{', '.join(self.missing)}). {self.consequence} Install it: pip install 'trueup[{self.extra}]'{other}."
+            f"{feature} needs the extra [{extra}], which is not installed (no module {', '.join(missing)}). "
+            f"{consequence} Install it: pip install 'trueup[{extra}]'{other}."
         )
 
 
 class InvalidInputError(TrueupError, ValueError):
-    """Input from outside is wrong; the message names the field and the remedy. Nothing was written."""
+    """The caller's input is wrong. The message names the field and the remedy. Nothing was written."""
 
 
 class ServiceUnavailableError(TrueupError):
-    """A server trueup needs does not answer. Nothing ran unmetered; trying again is safe."""
+    """A server that trueup needs does not answer. Nothing ran unmetered; a retry is safe."""
 
     def __init__(self, service: str, where: str, cause: str) -> None:
         self.service = service
         self.where = where
         self.cause = cause
-        super().__init__(service, where, cause)  # the arguments, so that the error pickles
+        super().__init__(service, where, cause)  # pickle needs the arguments
 
     def __str__(self) -> str:
         return (
             f"{self.service} at {self.where} does not answer ({self.cause}). "
-            "No AI work is done without it. Start the server, or correct its URL in the settings."
+            "No AI task runs without it. Start the server, or correct its URL in the settings."
         )
 
 
 class NotInstalledError(TrueupError):
-    """The database lacks trueup's schema, or has one made for another mapping. Run `trueup db init`."""
+    """The database has no trueup schema, or its schema was made for another mapping. Run `trueup db init`."""
 
 
 class GateClosedError(NotInstalledError):
-    """The gate admits nobody until `trueup db attach` is through. Tasks wait for it: what they need may come back."""
+    """The gate admits no task until `trueup db attach` has succeeded. Tasks are requeued until then."""
 
 
 class HostChangedError(GateClosedError):
-    """The host has changed what trueup reads or counts by: a table, a column, a trigger. Nothing was run."""
+    """The host changed a table, a column or a trigger that trueup depends on. No task was run."""
 
 
 class OldLayoutError(GateClosedError):
-    """The database has trueup's tables in the layout of a version before the first release. Nothing was changed.
+    """A version before the first release made trueup's tables in this database. Nothing was changed.
 
-    `revision`: the layout's name in `trueup.alembic_version`. `what` and `remedy` are the two parts of the message.
+    `revision`: the layout's name in `trueup.alembic_version`. The message consists of `what` and `remedy`.
     """
 
     remedy = (
@@ -80,7 +76,7 @@ class OldLayoutError(GateClosedError):
 
     def __init__(self, revision: str) -> None:
         self.revision = revision
-        super().__init__(revision)  # the argument, so that the error pickles
+        super().__init__(revision)  # pickle needs the argument
 
     @property
     def what(self) -> str:
@@ -94,11 +90,11 @@ class OldLayoutError(GateClosedError):
 
 
 class LogChangedError(GateClosedError):
-    """Partitions of the log came or went, or its values may be others. Noted by now: who asks again is answered."""
+    """The usage log's partitions or values changed. The change is recorded now; retry the operation."""
 
 
 class MissingRightError(NotInstalledError):
-    """The database role may not do what trueup needs. The message names the right, and who gives it."""
+    """The database role lacks a right that trueup needs. The message names the right and who can grant it."""
 
 
 class UnknownUserError(TrueupError):
@@ -118,7 +114,7 @@ class DenialPayload(TypedDict):
 
 
 class TokensDenied(TrueupError):  # noqa: N818 - an answer of the gate, not a fault
-    """The gate said no: the work was not started and nothing was spent.
+    """The gate denied the task. The work was not started and nothing was spent.
 
     `payload` is the specification's error body; `error_code` is one of its reason codes.
     """
@@ -136,21 +132,21 @@ class TokensDenied(TrueupError):  # noqa: N818 - an answer of the gate, not a fa
 
 
 class HoldError(TrueupError):
-    """A model call that its hold does not allow. Nothing was spent by this call."""
+    """The hold does not allow this model call. The call spent nothing."""
 
 
 class NoHoldError(HoldError):
-    """A model call outside a metered task: there is no hold to spend from."""
+    """The model was called outside a metered task, so there is no hold to spend from."""
 
 
 class HoldExhaustedError(HoldError):
-    """What is left of the hold does not cover the prompt and one token of answer."""
+    """The tokens left in the hold do not cover the prompt and one token of output."""
 
 
 class HoldBusyError(HoldError):
-    """Another attempt of this task is at work, so this one is a duplicate. It may ask again in `seconds`.
+    """Another attempt of this task holds the lease, so this one is a duplicate. It may retry in `seconds`.
 
-    `redundant`: another duplicate waits already, so this one need not. `waits`: the number to come back with.
+    `redundant`: another duplicate waits already, so this one can be dropped. `waits`: the count to requeue it with.
     """
 
     def __init__(self, task_id: str, seconds: float, *, redundant: bool = False, waits: int = 1) -> None:
@@ -161,11 +157,11 @@ class HoldBusyError(HoldError):
         super().__init__(task_id, seconds)
 
     def __str__(self) -> str:
-        return f"another attempt of task {self.task_id} is at work; this one asks again in {self.seconds:.0f} s"
+        return f"another attempt of task {self.task_id} is running; this one retries in {self.seconds:.0f} s"
 
 
 class HoldOvertakenError(HoldError):
-    """This attempt's hold has ended, or a later attempt of its task has it. It may not spend any more."""
+    """This attempt's hold has ended or belongs to a later attempt. This attempt may not spend any more."""
 
     def __init__(self, task_id: str, attempt: int) -> None:
         self.task_id = task_id
@@ -174,18 +170,17 @@ class HoldOvertakenError(HoldError):
 
     def __str__(self) -> str:
         return (
-            f"attempt {self.attempt} of task {self.task_id} has lost its hold: it took longer than its lease and a "
-            "later attempt goes on, or its time ran out. Nothing more is spent by this one."
+            f"attempt {self.attempt} of task {self.task_id} has lost its hold: its lease ended and a later attempt "
+            "took over, or the hold expired. This attempt spends nothing more."
         )
 
 
 class ProviderError(TrueupError):
-    """The model provider failed, or answered with something unusable.
+    """The model provider failed, or its answer is unusable.
 
-    `retryable` says whether the same request may succeed later. `outcome_unknown` says whether it may have been served
-    and billed although no usage is known: no answer in time, a broken connection, a success that is no completion.
-    It is False when the request never left, and when an error status came back: providers bill nothing for 4xx and
-    5xx answers, which is taken for granted here.
+    `retryable`: the same request may succeed later. `outcome_unknown`: the provider may have served and billed the
+    request, but its usage is unknown (a timeout, a broken connection, a success without a completion). It is False when
+    the request was never sent, and for an error status: trueup assumes that providers bill nothing for 4xx and 5xx.
     """
 
     def __init__(self, message: str, *, retryable: bool = False, outcome_unknown: bool = False) -> None:
@@ -199,7 +194,7 @@ class ProviderError(TrueupError):
 
 
 class AnswerFormatError(ProviderError):
-    """The model's answer is not in the shape that was asked for. Its tokens are charged all the same."""
+    """The model's answer does not have the requested format. Its tokens are still charged."""
 
 
 def _provider_error(

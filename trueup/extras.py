@@ -1,10 +1,10 @@
-"""The extras of the package: the modules of each, and one error for an extra that is missing."""
+"""The extras of the package: the modules of each, and the error for a missing extra."""
 
 import importlib.util
 
 from trueup.errors import MissingExtraError
 
-# The modules that trueup's own code imports; pyproject.toml names the packages that bring them.
+# The modules that trueup's own code imports. pyproject.toml names the packages that contain them.
 EXTRAS: dict[str, tuple[str, ...]] = {
     "api": ("anyio", "fastapi", "jwt", "limits", "prometheus_client", "starlette", "uvicorn"),
     "apprise": ("apprise",),
@@ -16,7 +16,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 
 
 def missing_modules(extra: str, *modules: str) -> tuple[str, ...]:
-    """Return the extra's modules that are not installed. `modules`: look for these alone."""
+    """Return the extra's modules that are not installed. `modules`: check only these."""
     return tuple(module for module in modules or EXTRAS[extra] if importlib.util.find_spec(module) is None)
 
 
@@ -25,8 +25,8 @@ def require_extra(
 ) -> None:
     """Raise `MissingExtraError` when the extra is not installed.
 
-    `feature`: what needs it, the subject of the message. `modules`: the feature needs these alone. `consequence`: a
-    sentence. `otherwise`: another remedy than to install it, as the end of a sentence.
+    `feature`: the subject of the message. `modules`: the feature needs only these. `consequence`: a sentence.
+    `otherwise`: a second remedy, as the end of a sentence.
     """
     missing = missing_modules(extra, *modules)
     if missing:

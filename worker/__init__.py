@@ -1,4 +1,4 @@
-"""The Celery application: configuration, process lifecycle, schedule. `celery -A trueup.worker worker` and `beat`."""
+"""The Celery application: configuration, schedule, logs, health. `celery -A trueup.worker worker` and `beat`."""
 
 if not __name__.startswith("trueup."):
     raise ImportError(

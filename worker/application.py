@@ -1,4 +1,4 @@
-"""trueup's own Celery applications: guests in whatever process imports them."""
+"""trueup's own Celery applications. They change nothing in a process that imports them."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from trueup.tasks import TASK_MODULES
 
 
 def make_application(name: str, **options: Any) -> Celery:
-    """Return an application with trueup's tasks. `options`: further arguments of `Celery`.
+    """Return an application with trueup's tasks. `options`: more arguments of `Celery`.
 
-    It never becomes the process's current or default application: a host's `shared_task`s would be sent to trueup's
-    broker. The `celery` command makes it current where it is the one that runs. It is no Django application either,
-    whatever DJANGO_SETTINGS_MODULE says, because Celery makes the first one of those the default.
+    It never becomes the current or default application of the process, because then a host's `shared_task`s would go to
+    trueup's broker. The `celery` command makes it current when it runs it. It ignores DJANGO_SETTINGS_MODULE, because
+    Celery makes the first Django application the default.
     """
     return Celery(name, set_as_current=False, fixups=[], include=list(TASK_MODULES), **options)

@@ -1,4 +1,4 @@
-"""Celery's configuration, made from trueup's settings. A table; the reasons stand beside the lines."""
+"""Celery's configuration and beat's schedule, from trueup's settings."""
 
 from datetime import timedelta
 from typing import Any
@@ -11,14 +11,14 @@ from trueup.tasks.reconcile import SWEEP_INTERVAL_SECONDS
 SOFT_LIMIT_MARGIN_SECONDS = 60
 PRUNE_INTERVAL_SECONDS = 3600
 ALERT_INTERVAL_SECONDS = 60
-# A deep pass is asked for this often, and begins when its period has had none: also when the worker was busy before.
+# Beat requests a deep pass this often. The pass starts if its period has had none, so that a busy worker skips none.
 DEEP_ASKED_SECONDS = 600
-# How long a client waits for Redis.
+# A client waits this long for Redis.
 ANSWER_SECONDS = 3.0
 
 
 def celery_config(settings: Settings) -> dict[str, Any]:
-    """Return Celery's settings. Raises `SettingsError` when no broker is known."""
+    """Return Celery's settings for a worker. Raises `SettingsError` without a broker."""
     hard_limit = settings.task_time_limit_seconds
     return {
         "broker_url": broker_url(settings),
@@ -26,11 +26,11 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
         "broker_transport_options": {
-            # A body or countdown longer than this runs again while the first still runs: keep time limits below it.
+            # A task or countdown that takes longer is delivered again while the first delivery still runs.
             "visibility_timeout": settings.visibility_timeout_seconds,
             "unacked_restore_interval": 10,
             "unacked_restore_throttle": 1,
-            # A worker killed while it restores would else keep the others from it for five minutes.
+            # With the default, a worker that dies while it restores messages blocks redelivery for five minutes.
             "unacked_mutex_expire": 10,
             "socket_timeout": 30,
             "socket_connect_timeout": 5,
@@ -47,23 +47,21 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "accept_content": ["json"],
         "enable_utc": True,
         "timezone": "UTC",
-        # At least once: a task is acknowledged when it is done, and the gate makes repeating it harmless.
+        # At-least-once delivery: a task is acknowledged when it has ended, and the gate makes a redelivery harmless.
         "task_acks_late": True,
         "task_track_started": True,
         "task_time_limit": hard_limit,
         "task_soft_time_limit": max(1, hard_limit - min(SOFT_LIMIT_MARGIN_SECONDS, hard_limit // 10 + 1)),
         "task_default_queue": AI_QUEUE,
         "task_routes": {
-            "trueup.reconcile_counters": {"queue": RECONCILE_QUEUE},
-            "trueup.reconcile_shard": {"queue": RECONCILE_QUEUE},
+            "trueup.reconcile_*": {"queue": RECONCILE_QUEUE},
+            "trueup.prune_*": {"queue": RECONCILE_QUEUE},
+            "trueup.settle_owed_charges": {"queue": RECONCILE_QUEUE},
             "trueup.sweep_runs": {"queue": RECONCILE_QUEUE},
             "trueup.expire_holds": {"queue": RECONCILE_QUEUE},
-            "trueup.prune_answers": {"queue": RECONCILE_QUEUE},
-            "trueup.prune_requests": {"queue": RECONCILE_QUEUE},
-            "trueup.prune_observed_denials": {"queue": RECONCILE_QUEUE},
             "trueup.check_alerts": {"queue": RECONCILE_QUEUE},
         },
-        # Beside its share of the limit, such a task may be in one long statement.
+        # Beyond the usual limit, such a task may run one long statement.
         "task_annotations": {
             task: {
                 "time_limit": hard_limit + settings.reconcile_scan_timeout_seconds,
@@ -76,7 +74,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "worker_max_tasks_per_child": 1000,
         "worker_soft_shutdown_timeout": 30,
         "worker_enable_soft_shutdown_on_idle": True,
-        # True would kill bodies between a provider's answer and its charge.
+        # True would kill a task between a provider's answer and its charge.
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "worker_hijack_root_logger": False,
         "beat_schedule": beat_schedule(settings),
@@ -85,7 +83,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
 
 
 def client_config(settings: Settings) -> dict[str, Any]:
-    """Return the worker's configuration for who sends tasks: without retries, which would hide that Redis is gone."""
+    """Return the configuration of a client that sends tasks. Without retries it reports at once that Redis is down."""
     config = celery_config(settings)
     return config | {
         "broker_transport_options": config["broker_transport_options"]
@@ -99,14 +97,14 @@ def client_config(settings: Settings) -> dict[str, Any]:
 
 
 def beat_schedule(settings: Settings) -> dict[str, Any]:
-    """Return what beat sends. An entry that could not run before the next is due expires, so that none pile up."""
+    """Return beat's schedule. A message expires before the next one is due, so that messages do not pile up."""
+    deep = min(DEEP_ASKED_SECONDS, settings.reconcile_deep_interval_seconds)
     return {
-        "reconcile-counters": _every(
-            settings.reconcile_interval_seconds, "trueup.reconcile_counters", {"scheduled": True}
-        ),
-        **_deep_schedule(settings),
+        "reconcile-counters": _every(settings.reconcile_interval_seconds, "trueup.reconcile_counters", scheduled=True),
+        **({"reconcile-deep": _every(deep, "trueup.reconcile_counters", scheduled=True, deep=True)} if deep else {}),
         "sweep-runs": _every(SWEEP_INTERVAL_SECONDS, "trueup.sweep_runs"),
         "expire-holds": _every(settings.expire_interval_seconds, "trueup.expire_holds"),
+        "settle-owed-charges": _every(settings.expire_interval_seconds, "trueup.settle_owed_charges"),
         "prune-answers": _every(PRUNE_INTERVAL_SECONDS, "trueup.prune_answers"),
         "prune-requests": _every(PRUNE_INTERVAL_SECONDS, "trueup.prune_requests"),
         "prune-observed-denials": _every(PRUNE_INTERVAL_SECONDS, "trueup.prune_observed_denials"),
@@ -114,15 +112,8 @@ def beat_schedule(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _deep_schedule(settings: Settings) -> dict[str, Any]:
-    if not settings.reconcile_deep_interval_seconds:
-        return {}
-    seconds = min(DEEP_ASKED_SECONDS, settings.reconcile_deep_interval_seconds)
-    return {"reconcile-deep": _every(seconds, "trueup.reconcile_counters", {"scheduled": True, "deep": True})}
-
-
 def _redbeat(settings: Settings) -> dict[str, Any]:
-    """Several beats, of which the one with the lock in Redis sends; another takes over when it dies.
+    """Return the settings of celery-redbeat. Of several beats, only the holder of a lock in Redis sends.
 
     Raises `MissingExtraError` when celery-redbeat is not installed.
     """
@@ -137,15 +128,15 @@ def _redbeat(settings: Settings) -> dict[str, Any]:
         "redbeat_redis_options": {"socket_timeout": 30, "socket_connect_timeout": 5, "retry_period": 60},
         "redbeat_key_prefix": "trueup-beat:",
         "redbeat_lock_timeout": settings.beat_lock_seconds,
-        # The lock is renewed by each look at the schedule, and a beat without it tries for it as often.
+        # A beat renews or requests the lock in each loop.
         "beat_max_loop_interval": max(1, settings.beat_lock_seconds // 5),
     }
 
 
-def _every(seconds: int, task: str, kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
+def _every(seconds: int, task: str, **kwargs: bool) -> dict[str, Any]:
     return {
         "task": task,
-        "kwargs": kwargs or {},
+        "kwargs": kwargs,
         "schedule": timedelta(seconds=seconds),
         "options": {"expires": max(1, seconds - 1), "queue": RECONCILE_QUEUE},
     }

@@ -1,8 +1,10 @@
-"""The checks that ask Redis and the workers, through the application that sends trueup's tasks."""
+"""The checks of Redis, the workers and the queues, through a Celery application that sends trueup's tasks."""
 
+import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from celery import Celery
@@ -10,37 +12,36 @@ from celery import Celery
 from trueup.doctor.clocks import Offset, judge, measure
 from trueup.doctor.findings import Finding, error, ok, run_check, warning
 from trueup.settings.settings import PREFIX, Settings
-from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE
+from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE, SENT_AT_HEADER
 from trueup.worker.dead_letters import count_letters
-from trueup.worker.queue_depth import QueueDepth, read_queue_depth
 
 OLDEST_REDIS = (6, 2)
-# A worker in the middle of a fork, or on a busy machine, answers within this.
+# A worker that forks, or on a busy machine, answers within this.
 ANSWER_SECONDS = 2.0
 LONG_QUEUE = 1000
 LONG_WAIT_SECONDS = 600
+# kombu keeps a list for each priority beside the plain one.
+PRIORITIES = ("", "\x06\x163", "\x06\x166", "\x06\x169")
+# The oldest messages that are read: some of them may not be due yet, or were requeued.
+SAMPLE = 20
 
 
 def examine_broker(app: Celery, settings: Settings, database_offset: Offset | None) -> list[Finding]:
-    """Return what Redis and the workers show. `database_offset` None: the database's clock is not known."""
-    checks: list[tuple[str, Callable[[Any], Iterable[Finding]]]] = [
-        ("redis", check_server),
-        ("redis_clock", lambda client: check_clock(client, database_offset)),
-        ("workers", lambda client: check_workers(app, client, settings)),
-        ("dead_letters", check_dead_letters),
-    ]
-    found: list[Finding] = []
+    """Return the findings about Redis and the workers. `database_offset` None: the database's clock is unknown."""
     with app.connection_for_write() as connection:
         client = connection.default_channel.client
-        for name, check in checks:
-            found += run_check(name, lambda check=check: check(client))  # type: ignore[misc]
-    return found
+        return [
+            *run_check("redis", lambda: check_server(client)),
+            *run_check("redis_clock", lambda: check_clock(client, database_offset)),
+            *run_check("workers", lambda: check_workers(app, client, settings)),
+            *run_check("dead_letters", lambda: check_dead_letters(client)),
+        ]
 
 
 def check_server(client: Any) -> Iterator[Finding]:
-    """Yield the server's name and version, and the settings of it by which tasks are lost."""
+    """Check the server's version, and the settings by which it would lose tasks."""
     info = client.info()
-    # Valkey reports as redis_version the Redis that it is compatible with, 7.2.4 for all its versions.
+    # Valkey reports the compatible Redis, 7.2.4 in all its versions, as redis_version.
     name = "Valkey" if "valkey_version" in info else "Redis"
     version = str(info.get(f"{name.lower()}_version", ""))
     detail = {"server": name, "version": version, "used_memory_bytes": info.get("used_memory")}
@@ -50,22 +51,15 @@ def check_server(client: Any) -> Iterator[Finding]:
         yield ok("redis", f"{name} {version}.", **detail)
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
-        yield error(
-            "redis",
-            f"Redis' maxmemory-policy is {policy}: when memory is short it throws tasks away.",
-            "Set maxmemory-policy noeviction.",
-            maxmemory_policy=policy,
-        )
+        what = f"Redis' maxmemory-policy is {policy}: when memory is short, Redis deletes tasks."
+        yield error("redis", what, "Set maxmemory-policy noeviction.", maxmemory_policy=policy)
     if not info.get("aof_enabled"):
-        yield warning(
-            "redis",
-            "Redis keeps no append-only file: tasks in its queues are gone when it crashes.",
-            "Set appendonly yes.",
-        )
+        what = "Redis keeps no append-only file: a crash loses the tasks in its queues."
+        yield warning("redis", what, "Set appendonly yes.")
 
 
 def check_clock(client: Any, database_offset: Offset | None) -> Iterator[Finding]:
-    """Yield how far Redis' clock is from the database's, and from this machine's if that is not known."""
+    """Compare Redis' clock with the database's, or with this machine's if the database's is unknown."""
 
     def read() -> float:
         seconds, microseconds = client.time()
@@ -92,8 +86,56 @@ def check_dead_letters(client: Any) -> Iterator[Finding]:
         yield ok("dead_letters", "There are no dead letters.", letters=0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class QueueDepth:
+    """The messages in a queue. `oldest_seconds`: how long the oldest has been due; None: unknown."""
+
+    length: int
+    oldest_seconds: float | None
+
+    def __str__(self) -> str:
+        oldest = "" if self.oldest_seconds is None else f", the oldest for {self.oldest_seconds:,.0f} s"
+        return f"{self.length:,} tasks wait{oldest}"
+
+
+def read_queue_depth(client: Any, queue: str) -> QueueDepth:
+    """Count the messages in a queue without consuming any. `client`: a client of the redis package."""
+    seconds, microseconds = client.time()
+    now = datetime.fromtimestamp(seconds + microseconds / 1_000_000, UTC)
+    length, ages = 0, []
+    for priority in PRIORITIES:
+        key = f"{queue}{priority}"
+        length += int(client.llen(key))
+        # kombu adds new messages at the left end.
+        messages = (_headers_of(message) for message in client.lrange(key, -SAMPLE, -1))
+        ages += [(now - since).total_seconds() for message in messages if (since := _due_since(message)) is not None]
+    waited = [age for age in ages if age >= 0]
+    # Clocks differ a little, so that a new message may seem to come from the future.
+    return QueueDepth(length=length, oldest_seconds=max(waited, default=0.0 if ages else None))
+
+
+def _headers_of(message: str | bytes) -> dict[str, Any]:
+    """Return a message's headers; empty if it is not a task's."""
+    try:
+        headers = json.loads(message)["headers"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return headers if isinstance(headers, dict) else {}
+
+
+def _due_since(headers: dict[str, Any]) -> datetime | None:
+    """Return the time at which a task became due; None: unknown, for example after a redelivery."""
+    if headers.get("redelivered"):
+        return None
+    try:
+        moments = [datetime.fromisoformat(at) for at in (headers[SENT_AT_HEADER], headers.get("eta")) if at]
+        return max(moment.astimezone(UTC) for moment in moments)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return None
+
+
 def check_workers(app: Celery, client: Any, settings: Settings) -> Iterator[Finding]:
-    """Yield whether workers answer and take from trueup's queues, what waits there, and tasks that hang."""
+    """Check that workers answer and consume trueup's queues, and look for long queues and tasks that hang."""
     inspect = app.control.inspect(timeout=ANSWER_SECONDS)
     taken: dict[str, list[dict[str, Any]]] = inspect.active_queues() or {}
     served = {queue["name"] for queues in taken.values() for queue in queues}
@@ -102,42 +144,34 @@ def check_workers(app: Celery, client: Any, settings: Settings) -> Iterator[Find
         yield ok("workers", f"Workers answer: {', '.join(sorted(taken))}.", workers=sorted(taken))
         yield from _hanging(inspect.active() or {}, settings, time.time())
     else:
-        yield error(
-            "workers",
-            f"No worker answered within {ANSWER_SECONDS:.0f} s.",
-            "Start them: `celery -A trueup.worker worker -Q trueup-ai`, and the same with `-Q trueup-reconcile`.",
-            workers=[],
-        )
+        what = f"No worker answered within {ANSWER_SECONDS:.0f} s."
+        remedy = "Start workers: `celery -A trueup.worker worker -Q trueup-ai`, and another with `-Q trueup-reconcile`."
+        yield error("workers", what, remedy, workers=[])
     if AI_QUEUE in served and settings.model_provider is None and settings.database_url:
-        yield error(
-            "workers",
-            f"Workers take AI tasks from queue {AI_QUEUE}, and no model provider is set: each of them fails.",
-            f"Set {PREFIX}MODEL_PROVIDER for the workers, and restart them.",
-            queue=AI_QUEUE,
-        )
+        what = f"Workers consume queue {AI_QUEUE}, but no model provider is set: every AI task fails."
+        remedy = f"Set {PREFIX}MODEL_PROVIDER for the workers, and restart the workers."
+        yield error("workers", what, remedy, queue=AI_QUEUE)
     for queue, found in waiting.items():
         yield _queue(queue, found, served=queue in served, alone=not taken)
 
 
 def _queue(queue: str, waiting: QueueDepth, *, served: bool, alone: bool) -> Finding:
-    """Return how a queue stands. `alone`: no worker answered at all, which has been said already."""
+    """Return the finding about a queue. `alone`: no worker answered, which is a finding of its own."""
     detail = {"queue": queue, "served": served, **asdict(waiting)}
     start = f"Start a worker for it: `celery -A trueup.worker worker -Q {queue}`."
     if waiting.length and not served:
-        return error("queues", f"In queue {queue} {waiting}, and no worker takes from it.", start, **detail)
+        return error("queues", f"In queue {queue} {waiting}, and no worker consumes it.", start, **detail)
     if waiting.length >= LONG_QUEUE or (waiting.oldest_seconds or 0) >= LONG_WAIT_SECONDS:
-        return warning(
-            "queues", f"In queue {queue} {waiting}.", "Start more workers for it, or see what slows them.", **detail
-        )
+        remedy = "Start more workers for the queue, or find out why they are slow."
+        return warning("queues", f"In queue {queue} {waiting}.", remedy, **detail)
     if not served and not alone and queue == RECONCILE_QUEUE:
-        return warning(
-            "queues", f"No worker takes from queue {queue}: nothing is reconciled on schedule.", start, **detail
-        )
+        what = f"No worker consumes queue {queue}: no scheduled reconcile run takes place."
+        return warning("queues", what, start, **detail)
     return ok("queues", f"In queue {queue} {waiting}.", **detail)
 
 
 def _hanging(active: dict[str, list[dict[str, Any]]], settings: Settings, now: float) -> Iterator[Finding]:
-    """Yield the tasks that run for longer than any may: a worker whose processes hang still answers."""
+    """Look for a task that runs longer than the time limit: a worker whose processes hang still answers."""
     limit = settings.task_time_limit_seconds + settings.reconcile_scan_timeout_seconds
     started = [
         (now - float(task["time_start"]), task.get("name"), worker, task.get("id"))
@@ -150,11 +184,8 @@ def _hanging(active: dict[str, list[dict[str, Any]]], settings: Settings, now: f
     seconds, name, worker, task_id = max(started)
     detail = {"task": name, "task_id": task_id, "worker": worker, "seconds": round(seconds)}
     if seconds > limit:
-        yield error(
-            "tasks",
-            f"Task {name} has been running on {worker} for {seconds:.0f} s, longer than any may.",
-            "Restart that worker: its tasks are delivered again, and go on with their holds.",
-            **detail,
-        )
+        what = f"Task {name} has been running on {worker} for {seconds:.0f} s, longer than the time limit."
+        remedy = "Restart that worker: Redis redelivers its tasks, and they continue with their holds."
+        yield error("tasks", what, remedy, **detail)
     else:
-        yield ok("tasks", f"{len(started)} tasks run, the oldest for {max(seconds, 0):.0f} s.", **detail)
+        yield ok("tasks", f"{len(started)} tasks are running, the oldest for {max(seconds, 0):.0f} s.", **detail)

@@ -1,7 +1,11 @@
-"""The API with the application that sends trueup's tasks: `uvicorn --factory trueup.worker.http:create_app`."""
+"""The HTTP API and a Celery application that sends its tasks: `uvicorn --factory trueup.worker.http:create_app`."""
 
+import socket
+import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from trueup.errors import SettingsError
 from trueup.extras import require_extra
 from trueup.settings.settings import Settings, get_settings
 from trueup.worker import logs, redis_transport
@@ -11,16 +15,18 @@ from trueup.worker.config import client_config
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-# What a request gets to end when the server stops.
+# When the server stops, running requests may take this long.
 GRACE_SECONDS = 30
-# Longer than proxies keep theirs: or one of them would send a request into a connection that is just being closed.
+# Longer than proxies keep idle connections, so that a proxy does not send a request into a closing connection.
 KEEP_ALIVE_SECONDS = 75
+# As uvicorn exits.
+START_FAILED = 3
 
 
 def create_app() -> "FastAPI":
-    """Make the API of this process's settings.
+    """Return the API for this process's settings.
 
-    Raises `SettingsError`, as when no key is set to check tokens with, and `MissingExtraError` without [api].
+    Raises `SettingsError`, for example without a key that verifies tokens, and `MissingExtraError` without [api].
     """
     require_extra("api", "The HTTP API")
     from trueup.api import app as api
@@ -33,20 +39,40 @@ def create_app() -> "FastAPI":
 
 
 def serve(settings: Settings, app: "FastAPI | None" = None) -> None:
-    """Serve the API until SIGINT or SIGTERM. `app` None: that of `create_app`, with its errors."""
+    """Serve the API until SIGINT or SIGTERM. `app` None: call `create_app`, which may raise.
+
+    Raises `SettingsError` if it can't listen on the address.
+    """
     app = app or create_app()
     import uvicorn
 
     logs.configure()
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=settings.api.host,
         port=settings.api.port,
-        log_config=None,  # ours, as the workers'
-        access_log=False,  # /metrics counts them
+        log_config=None,  # logs.configure has set logging up
+        access_log=False,  # /metrics counts the requests
         server_header=False,
-        proxy_headers=False,  # no answer depends on who is in between
+        proxy_headers=False,  # no answer depends on a proxy
         timeout_graceful_shutdown=GRACE_SECONDS,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         backlog=2048,
     )
+    server = uvicorn.Server(config)
+    with listening_socket(settings.api.host, settings.api.port) as listener, suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
+    if not server.started:
+        sys.exit(START_FAILED)
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on an address. Raises `SettingsError` if it can't, as when another program does."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise SettingsError(
+            f"The HTTP API can't listen on {host}:{port}: {error.strerror or error}. Nothing is served. Stop the "
+            "program that listens there, or set TRUEUP_API__HOST and TRUEUP_API__PORT to a free address."
+        ) from None

@@ -1,4 +1,4 @@
-"""Logs of the worker and the beat: one line a record, with the task's name and id, at the level of the settings."""
+"""Logs of worker and beat: one line for each record, with the task's name and id, at the level of the settings."""
 
 import logging
 import time
@@ -15,16 +15,14 @@ from trueup.settings.settings import get_settings
 logger = logging.getLogger(__name__)
 
 FORMAT = "%(asctime)sZ %(levelname)s %(name)s%(task)s: %(message)s"
-# One line for each HTTP request is more than the INFO of a worker should say.
+# At INFO these log a line for each HTTP request or migration.
 QUIET_LOGGERS = ("httpx", "httpx2", "httpcore", "httpcore2", "openai", "alembic.runtime.migration")
 
 
 class Formatter(logging.Formatter):
-    """Times in UTC; the task's name and id where the record is of one."""
+    """Formats times in UTC, and adds the name and id of the current task."""
 
-    def __init__(self) -> None:
-        super().__init__(FORMAT)
-        self.converter = time.gmtime
+    converter = staticmethod(time.gmtime)
 
     def format(self, record: logging.LogRecord) -> str:
         task = current_task
@@ -46,10 +44,10 @@ _WITHOUT_RESULTS = WithoutResults()
 
 
 class Logging(log.Logging):
-    """Logging of trueup's own worker and beat. A host's application in the same process keeps Celery's."""
+    """Logging of trueup's own worker and beat. A host's application in the same process keeps Celery's logging."""
 
     def setup_logging_subsystem(self, *args: Any, **options: Any) -> Any:
-        """Set logging up as Celery does, with our handler in place of Celery's; a worker names the tasks it lacks."""
+        """Set logging up as Celery does, with trueup's handler. A worker logs a warning if it lacks the AI tasks."""
         setup_logging.connect(configure, weak=False, dispatch_uid=__name__)
         worker_ready.connect(_warn_of_missing_tasks, weak=False, dispatch_uid=__name__)
         return super().setup_logging_subsystem(*args, **options)
@@ -59,16 +57,16 @@ def _warn_of_missing_tasks(**_signal: Any) -> None:
     missing = missing_modules("features")
     if missing:
         logger.warning(
-            "Without the extra [features] no AI task of trueup's own is registered here (no module %s). Install it: "
-            "pip install 'trueup[features]'",
-            ", ".join(missing),
+            "Without the extra [features] no AI task of trueup's own is registered in this worker. Install it: "
+            "pip install 'trueup[features]' missing_modules=%s",
+            ",".join(missing),
         )
 
 
 def configure(**_signal: Any) -> None:
-    """Send every record to standard error. TRUEUP_LOG_LEVEL decides, not Celery's `-l`."""
+    """Write all records to standard error. TRUEUP_LOG_LEVEL sets the level; Celery's `-l` has no effect."""
     handler = logging.StreamHandler()
-    handler.setFormatter(Formatter())
+    handler.setFormatter(Formatter(FORMAT))
     logging.basicConfig(level=get_settings().log_level, handlers=[handler], force=True)
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)

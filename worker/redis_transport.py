@@ -1,12 +1,12 @@
-"""kombu's Redis transport, with two faults mended that end a worker.
+"""kombu's Redis transport, with fixes for two faults that end a worker.
 
 An unreadable message ends a worker of Celery 5.7, and each worker that starts after it. Here it becomes a dead letter
 before kombu sees it. So does a message at which Celery fails for any other reason, or whose task the worker lacks.
 
-In kombu 5.7.0 a worker whose Redis goes away for some seconds, while a late-acknowledged message is in work, may touch
-a channel whose connection has been collected already. That ends the worker with an AttributeError, where a
-ConnectionError would have made it reconnect. A fault test in tests/worker keeps watch: when it passes without this,
-delete this.
+With kombu 5.7.0, when Redis is away for some seconds while a task with a late acknowledgement runs, the worker may use
+a channel whose connection was garbage-collected. The AttributeError ends the worker. A ConnectionError makes it
+reconnect.
+Delete this module when tests/worker/test_broker_loss.py passes without it.
 """
 
 import json
@@ -27,11 +27,11 @@ _SHOWN = 500
 
 
 class Channel(redis.Channel):
-    """A channel that reports a lost connection as one, and delivers only messages that a worker can read."""
+    """A channel that raises ConnectionError when its connection is lost, and delivers only readable messages."""
 
     def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
         if self.connection is None or self.connection.client is None:
-            raise RedisConnectionError("the channel's connection is gone")
+            raise RedisConnectionError("the channel has lost its connection")
         params: dict[str, Any] = super()._connparams(asynchronous=asynchronous)  # type: ignore[no-untyped-call]
         return params
 
@@ -83,13 +83,13 @@ class Channel(redis.Channel):
 
 
 class Transport(redis.Transport):
-    """The Redis transport with that channel."""
+    """The Redis transport with the fixed channel."""
 
     Channel = Channel
 
 
 def register() -> None:
-    """Let every redis:// and rediss:// broker URL of this process use this transport."""
+    """Use this transport for every redis:// and rediss:// broker URL of this process."""
     for scheme in ("redis", "rediss"):
         TRANSPORT_ALIASES[scheme] = f"{__name__}:{Transport.__name__}"
     task_rejected.connect(_bury_rejected, weak=False, dispatch_uid=f"{__name__}.rejected")

@@ -1,1 +1,1 @@
-"""`trueup db`: set a database up, attach to a host, leave it."""
+"""`trueup db`: set a database up, attach trueup to a host, or detach it."""

@@ -1,4 +1,4 @@
-"""`trueup db discover`: propose the [host] mapping from what the database's catalog says."""
+"""`trueup db discover`: propose the [host] mapping from the database's catalog."""
 
 import os
 from pathlib import Path
@@ -7,9 +7,8 @@ import click
 from sqlalchemy import text
 
 from trueup.cli import EXIT_ERROR
-from trueup.cli.context import json_option, servers
-from trueup.cli.output import print_json, print_table, show
-from trueup.cli.reports.options import write_file
+from trueup.cli.options import json_option, servers
+from trueup.cli.output import print_json, print_table, show, write_file
 from trueup.database import engine as database
 from trueup.discovery import Proposal, propose, read_catalog
 from trueup.discovery.toml import host_section, merged, read_host
@@ -20,24 +19,23 @@ DEFAULT_FILE = "trueup.toml"
 
 
 @click.command()
-@click.option("--schema", "schemas", multiple=True, help="Only tables of this schema; may be given more than once.")
-@click.option("--write", is_flag=True, help="Write the mapping to a file, whose other sections stay as they are.")
+@click.option("--schema", "schemas", multiple=True, help="Only tables of this schema. May be repeated.")
+@click.option("--write", is_flag=True, help="Write the mapping to a file, and keep its other sections.")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    help=f"The file to write; by default the one that {CONFIG_VARIABLE} names and that exists, else {DEFAULT_FILE}.",
+    help=f"The file to write.  [default: the file that {CONFIG_VARIABLE} names, else {DEFAULT_FILE}]",
 )
-@click.option("--force", is_flag=True, help="Replace the [host] that the file has.")
+@click.option("--force", is_flag=True, help="Replace the file's [host] section.")
 @json_option
 @click.pass_context
 def discover(
     ctx: click.Context, schemas: tuple[str, ...], write: bool, output: Path | None, force: bool, as_json: bool
 ) -> None:
-    """Look for the host's tables, and propose how to map them.
+    """Find the host's tables and propose a mapping.
 
-    Reads the catalog and a few rows in a read-only transaction. What is not found is taken from [host] in trueup.toml,
-    if you have set it there. Exit code 1: a table or column that nothing works without is missing; then nothing is
-    written.
+    It reads the catalog and a few rows in a read-only transaction. Names that it does not find come from [host] in
+    trueup.toml, if you have set them. Exit code 1: a required table or column is missing, and nothing was written.
 
     \b
     Example:
@@ -62,10 +60,10 @@ def discover(
 
 def _print(proposal: Proposal) -> None:
     rows = [(one.setting, one.value, one.certainty, one.why) for one in proposal.choices]
-    print_table(("setting", "value", "how sure", "why"), rows, empty="No table was found that could be the host's.")
+    print_table(("setting", "value", "certainty", "reason"), rows, empty="No table resembles one of the host's.")
     for title, lines in (
         ("Not found:", [_gap(gap.setting, gap.why, gap.stops, gap.remedy) for gap in proposal.gaps]),
-        ("To know:", proposal.notes),
+        ("Notes:", proposal.notes),
     ):
         if lines:
             click.echo(f"\n{title}")
@@ -73,11 +71,11 @@ def _print(proposal: Proposal) -> None:
             click.echo(f"- {show(line)}")
     if proposal.mapping is None:
         click.echo(
-            "\nWithout these there is no mapping: set them under [host] in trueup.toml, and run "
-            "`trueup db discover --write --force`: it keeps what you set there for what it does not find."
+            "\nThere is no mapping without these. Set them under [host] in trueup.toml, and run "
+            "`trueup db discover --write --force`, which keeps your settings for names that it does not find."
         )
     elif not proposal.settings:
-        click.echo("\nAll names are Django's default ones: trueup.toml needs no [host].")
+        click.echo("\nAll names are Django's defaults: trueup.toml needs no [host] section.")
     else:
         click.echo(f"\n{host_section(proposal.settings)}", nl=False)
 
@@ -88,7 +86,7 @@ def _gap(setting: str, why: str, stops: str, remedy: str) -> str:
 
 
 def _write(proposal: Proposal, path: Path, *, force: bool) -> None:
-    """Put the mapping into the file, and read it back as the settings do."""
+    """Write the mapping to the file, and check it by reading the settings again."""
     remarks = [_gap(gap.setting, gap.why, gap.stops, gap.remedy) for gap in proposal.gaps if gap.stops]
     section = host_section(proposal.settings, [show(remark) for remark in remarks])
     try:
@@ -97,14 +95,16 @@ def _write(proposal: Proposal, path: Path, *, force: bool) -> None:
         raise TrueupError(f"--output: {path} can't be read: {error}. Give another file.") from error
     text_of_file = merged(content, section, force=force)
     if read_host(text_of_file) != proposal.mapping:
-        raise TrueupError(f"--output: {path} would not say what was found. Nothing was written; please report this.")
+        raise TrueupError(
+            f"--output: the text for {path} differs from the mapping, so nothing was written. Report this bug."
+        )
     write_file(path, [text_of_file])
     _read_back(proposal, path)
     click.echo(f"Written to {path}. Next: `trueup drift report --read-only`.", err=True)
 
 
 def _read_back(proposal: Proposal, path: Path) -> None:
-    """Read the settings with this file, as the next command will."""
+    """Check that the next command will read this mapping from the file."""
     before = os.environ.get(CONFIG_VARIABLE)
     os.environ[CONFIG_VARIABLE] = str(path)
     try:
@@ -115,6 +115,6 @@ def _read_back(proposal: Proposal, path: Path) -> None:
             os.environ[CONFIG_VARIABLE] = before
     if found != proposal.mapping:
         raise TrueupError(
-            f"{path} was written, but a variable TRUEUP_HOST or TRUEUP_HOST__… of the environment says otherwise and "
-            "comes first. Unset it."
+            f"{path} was written, but an environment variable TRUEUP_HOST or TRUEUP_HOST__… overrides it. "
+            "Unset the variable."
         )

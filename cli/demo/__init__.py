@@ -1,4 +1,4 @@
-"""`trueup demo`: the whole way through the house, on an embedded stack of its own."""
+"""`trueup demo`: show all of trueup on an embedded stack of its own."""
 
 import sys
 
@@ -11,10 +11,10 @@ from trueup.settings.settings import get_settings
 
 @click.command()
 def demo() -> None:
-    """Show everything on an embedded stack, in under a minute: gate, record, drift, reconcile, report.
+    """Show all of trueup on an embedded stack, in under a minute: gate, record, drift, reconcile, report.
 
-    Real servers and real workers, in a folder of its own (TRUEUP_HOME/demo): a database or broker of yours is never
-    touched. Exit code 0 only if all of it happened. It needs the extras [embedded] and [features].
+    The demo runs real servers and workers in the folder TRUEUP_HOME/demo, and never touches your database or broker.
+    Exit code 0: every step had the expected result. It needs the extras [embedded] and [features].
 
     \b
     Example:
@@ -23,13 +23,13 @@ def demo() -> None:
     require_extra("embedded", "`trueup demo`", "psutil")
     require_extra("features", "`trueup demo`")
     from trueup.cli.demo.stack import demo_stack
-    from trueup.cli.demo.story import tell
+    from trueup.cli.demo.story import run_story
 
     with demo_stack(get_settings()) as stack:
-        missed = tell(stack)
-    if missed:
-        click.echo("\nNot everything went as it should:", err=True)
-        for expectation in missed:
+        failed = run_story(stack)
+    if failed:
+        click.echo("\nThese expected results are missing:", err=True)
+        for expectation in failed:
             click.echo(f"  - {expectation}", err=True)
         click.echo(f"The stack's log: {stack.log}", err=True)
         sys.exit(EXIT_ERROR)

@@ -1,9 +1,9 @@
-"""What the demo shows, in order, and whether each part of it really happened."""
+"""The steps of the demo, in order, and the check of their results."""
 
 import json
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from trueup.accounts.account import read_account
 from trueup.cli.demo import tenants
 from trueup.cli.demo.stack import DemoStack
 from trueup.cli.demo.tenants import BAKER, DENIED, FLORIST, KESTREL, SEPIDEH, Tenant
-from trueup.cli.drift.report import print_report
 from trueup.cli.output import print_table
+from trueup.cli.reports.terminal import print_summary
 from trueup.database.engine import connect
 from trueup.database.retry import retrying
 from trueup.errors import TokensDenied
@@ -29,26 +29,19 @@ DOUBLED_TOKENS = 640
 SHOP = "https://kestrel-outdoor.example/shop"
 
 
-class Expectations:
-    """What should have happened and did not."""
-
-    def __init__(self) -> None:
-        self.missed: list[str] = []
-
-    def expect(self, happened: bool, what: str) -> None:
-        if not happened:
-            self.missed.append(what)
+# Pairs of a condition and the expected result that it proves.
+Results = Iterator[tuple[bool, str]]
 
 
-def tell(stack: DemoStack) -> list[str]:
-    """Show everything. Returns what did not happen as it should; empty when all is well."""
+def run_story(stack: DemoStack) -> list[str]:
+    """Run all steps. Returns the expected results that are missing; empty if all steps succeeded."""
     started = time.monotonic()
-    expectations = Expectations()
+    missing: list[str] = []
     tenants.create_tenants(stack.engine)
-    for chapter in (_run_tasks, _deny, _drift):
-        chapter(stack, expectations)
+    for step in (_run_tasks, _deny, _drift):
+        missing += [expected for held, expected in step(stack) if not held]
     _next_steps(time.monotonic() - started)
-    return expectations.missed
+    return missing
 
 
 def _heading(title: str) -> None:
@@ -56,15 +49,15 @@ def _heading(title: str) -> None:
     click.secho(title, bold=True)
 
 
-def _run_tasks(stack: DemoStack, expectations: Expectations) -> None:
-    _heading("1. AI tasks pass the gate: tokens are held before any work, and every call is charged")
+def _run_tasks(stack: DemoStack) -> Results:
+    _heading("1. AI tasks pass the gate: it reserves tokens before the work, and trueup charges every call")
     jobs: list[tuple[str, str, Tenant, dict[str, Any], Callable[[Any], str]]] = [
-        ("Q&A, English article", "trueup.generate_qa", KESTREL, _article("help_en.txt"), _tell_pairs),
-        ("Q&A, Persian article", "trueup.generate_qa", SEPIDEH, _article("help_fa.txt"), _tell_pairs),
-        ("Products, page with JSON-LD", "trueup.extract_products", KESTREL, _page("shop.html"), _tell_products),
-        ("Products, page without", "trueup.extract_products", KESTREL, _page("shop_plain.html"), _tell_products),
-        ("DM about a product", "trueup.send_instagram_dm", KESTREL, _json("comment_product.json"), _tell_message),
-        ("DM, fixed text", "trueup.send_instagram_dm", KESTREL, _json("comment_static.json"), _tell_message),
+        ("Q&A, English article", "trueup.generate_qa", KESTREL, _article("help_en.txt"), _describe_pairs),
+        ("Q&A, Persian article", "trueup.generate_qa", SEPIDEH, _article("help_fa.txt"), _describe_pairs),
+        ("Products, page with JSON-LD", "trueup.extract_products", KESTREL, _page("shop.html"), _describe_products),
+        ("Products, page without", "trueup.extract_products", KESTREL, _page("shop_plain.html"), _describe_products),
+        ("DM about a product", "trueup.send_instagram_dm", KESTREL, _json("comment_product.json"), _describe_message),
+        ("DM, fixed text", "trueup.send_instagram_dm", KESTREL, _json("comment_static.json"), _describe_message),
     ]
     sent = [(*job, _enqueue(stack, job[1], job[2], job[3])) for job in jobs]
     rows = []
@@ -73,17 +66,17 @@ def _run_tasks(stack: DemoStack, expectations: Expectations) -> None:
         spent = _spent(stack, result.id)
         rows.append((title, tenant.name, spent, describe(answer)))
         free = "JSON-LD" in title or "fixed" in title
-        expectations.expect((spent == 0) if free else (spent > 0), f"{title}: spent {spent} tokens")
+        yield ((spent == 0) if free else (spent > 0), f"{title}: spent {spent} tokens")
     print_table(("task", "tenant", "tokens", "result"), rows)
-    expectations.expect(len(stack.graph.requests) >= 2, "two direct messages reached the Graph API")
+    yield (len(stack.graph.requests) >= 2, "two direct messages reached the Graph API")
     for tenant in (KESTREL, SEPIDEH):
         account = retrying(lambda connection, user=tenant.id: read_account(connection, user))  # type: ignore[misc]
-        expectations.expect(account.held == 0, f"{tenant.name}: nothing is held any more")
-        expectations.expect(account.drift == 0, f"{tenant.name}: the counter follows the log")
+        yield (account.held == 0, f"{tenant.name}: no tokens are held")
+        yield (account.drift == 0, f"{tenant.name}: the counter equals the log")
 
 
-def _deny(stack: DemoStack, expectations: Expectations) -> None:
-    _heading("2. And some don't: one tenant for each reason, denied before any work")
+def _deny(stack: DemoStack) -> Results:
+    _heading("2. The gate denies tasks before any work: one tenant for each reason")
     sent = {
         reason: _enqueue(stack, "trueup.generate_qa", tenant, _article("help_en.txt"))
         for reason, tenant in DENIED.items()
@@ -95,42 +88,40 @@ def _deny(stack: DemoStack, expectations: Expectations) -> None:
             rows.append((DENIED[reason].name, "ran", ""))
         except TokensDenied as denied:
             rows.append((DENIED[reason].name, denied.error_code, denied.payload["error"]))
-        expectations.expect(rows[-1][1] == reason, f"{DENIED[reason].name} is denied with {reason}")
+        yield (rows[-1][1] == reason, f"{DENIED[reason].name} is denied with {reason}")
     print_table(("tenant", "error code", "message"), rows)
 
 
-def _drift(stack: DemoStack, expectations: Expectations) -> None:
-    _heading("3. Two counters are broken the way legacy hosts break them")
+def _drift(stack: DemoStack) -> Results:
+    _heading("3. Two counters drift, as in legacy hosts")
     tenants.miss_a_decrement(stack.engine, BAKER, MISSED_TOKENS)
     tenants.decrement_twice(stack.engine, FLORIST, DOUBLED_TOKENS)
     before = tenants.counters(stack.engine, BAKER, FLORIST)
-    for tenant, how in ((BAKER, "a call logged, never taken off"), (FLORIST, "a retried task took it off twice")):
+    for tenant, how in ((BAKER, "a call was logged but not subtracted"), (FLORIST, "a retried task subtracted twice")):
         account = retrying(lambda connection, user=tenant.id: read_account(connection, user))  # type: ignore[misc]
-        click.echo(f"  {tenant.name}: shows {before[tenant.name]:,}, really has {account.remaining:,} ({how})")
-    _heading("4. The reconcile task finds, corrects and explains them: `trueup drift report`")
+        click.echo(f"  {tenant.name}: shows {before[tenant.name]:,}, has {account.remaining:,} ({how})")
+    _heading("4. The reconcile task finds, explains and corrects the drifts: `trueup drift report`")
     figures = stack.app.tasks["trueup.reconcile_counters"].apply_async().get(timeout=TASK_SECONDS)
     with connect() as connection:
         report = read_report(connection, get_settings().host.user_id_type, figures["run_id"])
     if report is None:
-        expectations.expect(False, "the reconcile run can be reported")
+        yield (False, "the reconcile run can be reported")
         return
-    print_report(report, "table")
+    print_summary(report)
     found = {row.user_id: (row.drift, row.cause, row.action) for row in report.rows}
-    expectations.expect(found.get(BAKER.id) == (MISSED_TOKENS, "missed_decrement", "corrected"), "the missed decrement")
-    expectations.expect(
-        found.get(FLORIST.id) == (-DOUBLED_TOKENS, "double_decrement", "corrected"), "the double decrement"
-    )
-    expectations.expect(report.drifted == 2, f"two counters had drifted, not {report.drifted}")
+    yield (found.get(BAKER.id) == (MISSED_TOKENS, "missed_decrement", "corrected"), "the missed decrement")
+    yield (found.get(FLORIST.id) == (-DOUBLED_TOKENS, "double_decrement", "corrected"), "the double decrement")
+    yield (report.drifted == 2, f"two counters had drifted, not {report.drifted}")
 
 
 def _next_steps(seconds: float) -> None:
     _heading(f"All in {seconds:.0f} s. Next:")
     for command, purpose in (
-        ("trueup up", "the same stack, to keep"),
-        ("trueup tokens show USER", "what a user has, and the legacy counter's drift"),
+        ("trueup up", "a stack that keeps its data"),
+        ("trueup tokens show USER", "a user's tokens, and the drift of the host's counter"),
         ("trueup run qa --user USER --wait FILE", "a real task, from your own text"),
-        ("trueup reconcile --dry-run", "look at the drift, write nothing"),
-        ("trueup --help", "the rest; README.md shows how to add it to your Celery project"),
+        ("trueup reconcile --dry-run", "the drift, without writing"),
+        ("trueup --help", "all commands; README.md shows how to add trueup to your Celery project"),
     ):
         click.echo(f"  {command:<40} {purpose}")
 
@@ -141,14 +132,14 @@ def _enqueue(stack: DemoStack, task: str, tenant: Tenant, arguments: dict[str, A
 
 
 def _spent(stack: DemoStack, task_id: str) -> int:
-    """Return the tokens in the log that a task has written."""
+    """Return the tokens of a task in the usage log."""
     statement = text("SELECT coalesce(sum(total_tokens), 0) FROM ai_usage_log WHERE metadata->>'task_id' = :task_id")
     with stack.engine.connect() as connection:
         return int(connection.execute(statement, {"task_id": task_id}).scalar_one())
 
 
 def _example(name: str) -> str:
-    """Return an example file's text: from the repository, or as packaged with the wheel."""
+    """Return the text of an example file from the repository or the wheel."""
     here = Path(__file__).resolve().parent
     for folder in (here / "examples", here.parent.parent / "examples"):
         if (folder / name).is_file():
@@ -169,16 +160,16 @@ def _json(name: str) -> dict[str, Any]:
     return content
 
 
-def _tell_pairs(answer: dict[str, Any]) -> str:
+def _describe_pairs(answer: dict[str, Any]) -> str:
     pairs = answer["pairs"]
     return f"{len(pairs)} pairs, e.g. “{pairs[0]['question']}”" if pairs else "no pairs"
 
 
-def _tell_products(answer: dict[str, Any]) -> str:
+def _describe_products(answer: dict[str, Any]) -> str:
     products = answer["products"]
     first = f"{products[0]['name']}, {products[0]['price']} {products[0]['currency']}" if products else "none"
     return f"{len(products)} products ({answer['source']}), e.g. {first}"
 
 
-def _tell_message(answer: dict[str, Any]) -> str:
+def _describe_message(answer: dict[str, Any]) -> str:
     return f"{answer['status']}: “{textwrap.shorten(answer['message'] or '', 60, placeholder='…')}”"

@@ -1,4 +1,4 @@
-"""The demo's tenants, written as their host application would write them."""
+"""The demo's tenants, with rows as a host application writes them."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -10,7 +10,7 @@ STARTER, PRO = 1, 2  # plans
 
 @dataclass(frozen=True, kw_only=True)
 class Tenant:
-    """A shop, its subscription, and the tokens it has used. `plan` None: it never subscribed."""
+    """A shop, its subscription, and its used tokens. `plan` None: no subscription."""
 
     id: int
     name: str
@@ -35,20 +35,18 @@ DENIED = {
 TENANTS = (KESTREL, SEPIDEH, BAKER, FLORIST, *DENIED.values())
 
 _PLAN_TOKENS = {STARTER: 10_000, PRO: 100_000}
-# When the host went wrong: longer ago than a decrement may take.
-A_WHILE = timedelta(minutes=10)
-_ROW_TOKENS = 430  # how large the demo's past calls were
+_PLAN_NAMES = {STARTER: "Starter", PRO: "Pro"}
+# The age of the faulty calls. Younger usage may still reach the counter, so that it is no drift yet.
+FAULT_AGE = timedelta(minutes=10)
+_ROW_TOKENS = 430  # the tokens of one past call
 
 
 def create_tenants(engine: Engine) -> None:
-    """Fill the host's tables: plans, users, subscriptions with exact counters, and the log of past usage."""
+    """Fill the host's tables: plans, users, subscriptions with exact counters, and a log of past usage."""
     with engine.begin() as connection:
         connection.execute(
             text("INSERT INTO billing_tokenplan (id, name, tokens_included) VALUES (:id, :name, :tokens)"),
-            [
-                {"id": STARTER, "name": "Starter", "tokens": _PLAN_TOKENS[STARTER]},
-                {"id": PRO, "name": "Pro", "tokens": _PLAN_TOKENS[PRO]},
-            ],
+            [{"id": plan, "name": name, "tokens": _PLAN_TOKENS[plan]} for plan, name in _PLAN_NAMES.items()],
         )
         for tenant in TENANTS:
             _create(connection, tenant)
@@ -83,32 +81,26 @@ def _create(connection: Connection, tenant: Tenant) -> None:
 
 
 def log_call(connection: Connection, tenant: Tenant, tokens: int, at: datetime) -> None:
-    """Write a log row as the host does, by plain SQL."""
+    """Insert a log row by plain SQL, as a host does."""
     connection.execute(
         text(
             "INSERT INTO ai_usage_log (user_id, section, prompt_tokens, completion_tokens, total_tokens, model_name, "
             "created_at) VALUES (:user, 'chat', :prompt, :completion, :total, 'gpt-4o-mini', :at)"
         ),
-        {
-            "user": tenant.id,
-            "prompt": tokens - tokens // 4,
-            "completion": tokens // 4,
-            "total": tokens,
-            "at": at,
-        },
+        {"user": tenant.id, "prompt": tokens - tokens // 4, "completion": tokens // 4, "total": tokens, "at": at},
     )
 
 
 def miss_a_decrement(engine: Engine, tenant: Tenant, tokens: int) -> None:
-    """Do as a host does whose second transaction fails silently: log the call, leave the counter."""
+    """Log a call and leave the counter, as a host whose second transaction fails silently."""
     with engine.begin() as connection:
-        log_call(connection, tenant, tokens, datetime.now(UTC) - A_WHILE)
+        log_call(connection, tenant, tokens, datetime.now(UTC) - FAULT_AGE)
 
 
 def decrement_twice(engine: Engine, tenant: Tenant, tokens: int) -> None:
-    """Do as a host does whose task is retried: log the call once, lower the counter twice."""
+    """Log a call once and lower the counter twice, as a host whose task is retried."""
     with engine.begin() as connection:
-        log_call(connection, tenant, tokens, datetime.now(UTC) - A_WHILE)
+        log_call(connection, tenant, tokens, datetime.now(UTC) - FAULT_AGE)
         for _attempt in range(2):
             connection.execute(
                 text("UPDATE billing_subscription SET tokens_remaining = tokens_remaining - :t WHERE user_id = :user"),
@@ -117,7 +109,7 @@ def decrement_twice(engine: Engine, tenant: Tenant, tokens: int) -> None:
 
 
 def counters(engine: Engine, *tenants: Tenant) -> dict[str, int]:
-    """Return what the tenants' legacy counters show."""
+    """Return the host's counters of the tenants by name."""
     with engine.connect() as connection:
         rows = connection.execute(
             text("SELECT user_id, tokens_remaining FROM billing_subscription WHERE user_id = ANY (:ids)"),

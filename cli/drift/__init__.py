@@ -1,1 +1,1 @@
-"""`trueup drift`: reports, the review queue, the preview that only reads."""
+"""`trueup drift`: drift reports and the review queue."""

@@ -1,4 +1,4 @@
-"""`trueup drift review`, and what a person decides: accept, grant, ignore, undo."""
+"""`trueup drift review`, and the decisions of a person: accept, grant, ignore, undo."""
 
 from datetime import datetime
 from typing import Any
@@ -8,32 +8,82 @@ import click
 from trueup.accounts.grants import check_text
 from trueup.accounts.user_ids import UserId
 from trueup.cli import EXIT_ERROR
-from trueup.cli.audit import END, by_option, note_option
-from trueup.cli.context import USER, json_option, servers
-from trueup.cli.drift.bulk_review import check_choice, decide_many, filter_options, many_options
+from trueup.cli.options import (
+    CAUSE,
+    NUMBER,
+    TOKENS,
+    USER,
+    Command,
+    by_option,
+    grant_options,
+    json_option,
+    limit_option,
+    note_option,
+    servers,
+)
 from trueup.cli.output import print_json, print_table, show
+from trueup.cli.progress import progress_bar
 from trueup.database.engine import connect
 from trueup.database.retry import retrying
 from trueup.drift.causes import cause_title
 from trueup.review.decisions import (
+    MAX_CHOSEN,
+    BulkDecision,
     Choice,
+    ChosenDrifts,
     Decision,
     DecisionRefusedError,
     ReviewFilter,
     ReviewItem,
+    choose_drifts,
+    decide_chosen,
     decide_drift,
     list_reviews,
     undo_run,
 )
 from trueup.settings.settings import get_settings
 
-NUMBER = click.IntRange(1, 2**63 - 1)
+_LEFT_REASONS = {
+    "changed": "the difference has changed; the next run finds it again",
+    "busy": "the application is writing the counter now; try again",
+    "gone": "the subscription no longer exists",
+    "superseded": "a newer drift of the user exists",
+    "decided_otherwise": "another person decided in the meantime",
+    "out_of_range": "the counter's column can't hold the right value",
+    "refused": "the database refuses the counter because of a constraint or trigger of the host",
+}
+
+
+def filter_options(command: Command) -> Command:
+    """Add `--cause`, `--max` and `--run`, which select drifts in review."""
+    for option in (
+        click.option("--run", "run_id", type=NUMBER, help="Drifts that this run found first."),
+        click.option("--max", "max_tokens", type=TOKENS, help="Drifts of at most this many tokens."),
+        click.option("--cause", "causes", type=CAUSE, help='Drifts with exactly this cause, or causes joined by "+".'),
+    ):
+        command = option(command)
+    return command
+
+
+def decision_options(command: Command) -> Command:
+    """Add the drifts, or the options that select many, and the options of a decision."""
+    for option in (
+        json_option,
+        by_option,
+        note_option,
+        click.option("--yes", is_flag=True, help="Do not ask before a decision about many drifts."),
+        click.option("--limit", type=click.IntRange(1, MAX_CHOSEN), help="The maximum, oldest first.  [default: all]"),
+        filter_options,
+        click.argument("drifts", metavar="DRIFT...", type=NUMBER, nargs=-1),
+    ):
+        command = option(command)
+    return command
 
 
 @click.command()
-@click.option("--user", type=USER, help="Only this user's.")
+@click.option("--user", type=USER, help="Only this user.")
 @filter_options
-@click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True, help="How many at most.")
+@limit_option(100, 10_000)
 @json_option
 def review(
     user: UserId | None,
@@ -43,7 +93,7 @@ def review(
     limit: int,
     as_json: bool,
 ) -> None:
-    """List the drifts that wait for a person, longest first, and what each choice would do.
+    """List the drifts in review, oldest first, with the effect of each choice.
 
     \b
     Example:
@@ -60,57 +110,40 @@ def review(
         return
     print_table(
         (
-            "drift",
-            "user",
-            "tokens",
-            "cause",
-            "certainty",
-            "evidence",
-            "held because",
-            "since (UTC)",
-            "counter",
-            "accept",
-            "grant",
+            *("drift", "user", "tokens", "cause", "certainty", "evidence", "held because", "since (UTC)"),
+            *("counter", "accept", "grant"),
         ),
         [_row(item) for item in items],
-        empty="Nothing waits for a person.",
+        empty="No drift awaits review.",
     )
     if items:
-        click.echo("\ntrueup drift accept DRIFT --note …    set the counter to what is under accept")
-        click.echo(
-            "trueup drift grant DRIFT --reason … --reference …    give the tokens under grant; the counter stays"
-        )
-        click.echo("trueup drift ignore DRIFT --note …    leave this difference alone while it stays the same")
+        click.echo("\ntrueup drift accept DRIFT --note …    set the counter to the value under accept")
+        click.echo("trueup drift grant DRIFT --reason … --reference …    grant the tokens under grant")
+        click.echo("trueup drift ignore DRIFT --note …    leave this difference as it is while it does not change")
 
 
 @click.command()
-@click.argument("drifts", metavar="DRIFT...", type=NUMBER, nargs=-1)
-@many_options
-@note_option
-@by_option
-@json_option
-def accept(drifts: tuple[int, ...], as_json: bool, **options: Any) -> None:
-    """Set the counters right of DRIFTs that wait for a person, if they are as they were found.
+@decision_options
+def accept(**options: Any) -> None:
+    """Correct the counters of DRIFTs in review, if they have not changed since they were found.
 
-    Give their numbers, or choose many: they are counted first, and you are asked.
+    Give the numbers of drifts, or select many: the command then shows their count and asks.
 
     \b
     Example:
       trueup drift accept 7 --note "refunded"
       trueup drift accept --cause missed_decrement --max 500 --note "checked a sample"
     """
-    _decide_some(drifts, "accept", as_json, **options)
+    _decide_named_or_selected("accept", **options)
 
 
 @click.command()
 @click.argument("drift", type=NUMBER)
-@click.option("--reason", required=True, help="Why, for the audit.")
-@click.option("--reference", required=True, help="What was paid, such as a transaction's id; grants once.")
-@click.option("--expires", type=END, help="When what is left of it lapses; by default never.")
+@grant_options
 @by_option
 @json_option
 def grant(drift: int, reason: str, reference: str, expires: datetime | None, by: str, as_json: bool) -> None:
-    """Give what the counter of DRIFT shows too much as a grant: then the counter is right as it is.
+    """Grant the tokens by which the counter of DRIFT is too high. The counter is then right as it is.
 
     \b
     Example:
@@ -120,22 +153,18 @@ def grant(drift: int, reason: str, reference: str, expires: datetime | None, by:
 
 
 @click.command()
-@click.argument("drifts", metavar="DRIFT...", type=NUMBER, nargs=-1)
-@many_options
-@note_option
-@by_option
-@json_option
-def ignore(drifts: tuple[int, ...], as_json: bool, **options: Any) -> None:
-    """Leave the differences of DRIFTs alone while they stay the same, until the user's next window.
+@decision_options
+def ignore(**options: Any) -> None:
+    """Leave the differences of DRIFTs as they are while they do not change, until the user's next period.
 
-    Give their numbers, or choose many: they are counted first, and you are asked.
+    Give the numbers of drifts, or select many: the command then shows their count and asks.
 
     \b
     Example:
       trueup drift ignore 7 --note "our own test account"
       trueup drift ignore --run 12 --cause manual_edit --note "support credits"
     """
-    _decide_some(drifts, "ignore", as_json, **options)
+    _decide_named_or_selected("ignore", **options)
 
 
 @click.command()
@@ -144,9 +173,9 @@ def ignore(drifts: tuple[int, ...], as_json: bool, **options: Any) -> None:
 @by_option
 @json_option
 def undo(run: int, note: str, by: str, as_json: bool) -> None:
-    """Put the counters that RUN corrected back to what it had seen, where nobody has written since.
+    """Restore the counters that RUN corrected, unless they were written since.
 
-    The next run does not correct them again: they wait for a person. May be repeated.
+    The next run does not correct them again: they wait for a person. The command may be repeated.
 
     \b
     Example:
@@ -157,13 +186,13 @@ def undo(run: int, note: str, by: str, as_json: bool) -> None:
     if as_json:
         print_json(undone)
         return
-    click.echo(f"Put back: {show(undone.counters)}. Left alone: {show(undone.left)}, written since or in use now.")
+    click.echo(f"Restored: {show(undone.counters)}. Unchanged: {show(undone.left)}, written since or in use now.")
     if undone.counters:
-        click.echo("The next run holds them for review, and does not correct them again: `trueup drift review`.")
+        click.echo("The next run holds them for review and does not correct them again: `trueup drift review`.")
 
 
 def choices_of(item: ReviewItem) -> dict[str, Any]:
-    """Return what each choice would do, None where it can't be made."""
+    """Return the effect of each choice; None where the choice is not possible."""
     return {
         "accept": None if item.changed else {"counter": item.expected},
         "grant": None if item.changed or item.tokens_to_grant is None else {"tokens": item.tokens_to_grant},
@@ -172,27 +201,17 @@ def choices_of(item: ReviewItem) -> dict[str, Any]:
 
 
 def _row(item: ReviewItem) -> tuple[object, ...]:
-    choices = choices_of(item)
     counter = "null" if item.counter is None else show(item.counter)
     accepted = "changed: reconcile again" if item.changed else f"{counter} → {show(item.expected)}"
-    granted = None if choices["grant"] is None else f"+{show(item.tokens_to_grant)}"
+    granted = None if choices_of(item)["grant"] is None else f"+{show(item.tokens_to_grant)}"
     return (
-        item.id,
-        str(item.user_id),
-        item.tokens,
-        cause_title(item.cause),
-        item.certainty,
-        short_evidence(item.evidence),
-        item.reason,
-        item.found_at,
-        counter,
-        accepted,
-        granted,
+        *(item.id, str(item.user_id), item.tokens, cause_title(item.cause), item.certainty),
+        *(short_evidence(item.evidence), item.reason, item.found_at, counter, accepted, granted),
     )
 
 
 def short_evidence(evidence: dict[str, Any]) -> str:
-    """Return a drift's evidence in a line: each cause's tokens, and the first row that proves it."""
+    """Return a drift's evidence in one line: the tokens of each cause, and the first row that proves it."""
     parts = []
     for component in evidence.get("components", []):
         row = _first_row(component)
@@ -202,7 +221,7 @@ def short_evidence(evidence: dict[str, Any]) -> str:
 
 
 def _first_row(value: Any) -> str | None:
-    """Return what the first row in a piece of evidence is called."""
+    """Return the name of the first row in a piece of evidence."""
     if isinstance(value, dict):
         for name in ("reference", "log_id", "id"):
             if isinstance(value.get(name), str | int):
@@ -213,11 +232,10 @@ def _first_row(value: Any) -> str | None:
     return None
 
 
-def _decide_some(
-    drifts: tuple[int, ...],
+def _decide_named_or_selected(
     choice: Choice,
-    as_json: bool,
     *,
+    drifts: tuple[int, ...],
     causes: tuple[str, ...] | None,
     max_tokens: int | None,
     run_id: int | None,
@@ -225,51 +243,51 @@ def _decide_some(
     yes: bool,
     note: str,
     by: str,
+    as_json: bool,
 ) -> None:
-    """Decide about those that are named, or about many that are chosen."""
     only = ReviewFilter(causes=causes or (), max_tokens=max_tokens, run_id=run_id)
-    check_choice(drifts, only, limit)
+    selected = only != ReviewFilter()
+    if drifts and (selected or limit):
+        raise click.UsageError("DRIFT and --cause, --max, --run or --limit exclude each other.")
     if drifts:
         _decide(drifts, choice, as_json, note=note, by=by)
+    elif selected:
+        by, note = check_text("by", by), check_text("note", note)
+        _decide_selected(choice, only, limit or MAX_CHOSEN, by=by, note=note, yes=yes, as_json=as_json)
     else:
-        decide_many(
-            choice, only, limit, by=check_text("by", by), note=check_text("note", note), yes=yes, as_json=as_json
-        )
+        raise click.UsageError("Missing argument 'DRIFT...': give numbers, or select by --cause, --max or --run.")
 
 
 def _decide(drifts: tuple[int, ...], choice: Choice, as_json: bool, **more: Any) -> None:
-    """Decide about each; what is refused is said, and the others are decided all the same."""
-    made: list[Decision] = []
-    refused = 0
+    """Decide about each drift. A refusal is printed, and the others are still decided. Exit code 1 after a refusal."""
+    decisions: list[Decision] = []
     with servers("postgres"):
         for drift in drifts:
             try:
                 decision = _decide_one(drift, choice, **more)
             except DecisionRefusedError as error:
-                refused += 1
                 click.echo(f"Error: {error}", err=True)
             else:
-                made.append(decision)
+                decisions.append(decision)
                 if not as_json:
-                    click.echo(_told(decision))
+                    click.echo(_summary(decision))
     if as_json:
-        print_json(made)
-    if refused:
+        print_json(decisions)
+    if len(decisions) < len(drifts):
         click.get_current_context().exit(EXIT_ERROR)
 
 
 def _decide_one(drift: int, choice: Choice, **more: Any) -> Decision:
-    # Made again by the same drift and choice, it is made once.
+    # A decision is idempotent by drift and choice, so that a retry is safe.
     return retrying(lambda connection: decide_drift(connection, drift, choice, **more))
 
 
-def _told(decision: Decision) -> str:
+def _summary(decision: Decision) -> str:
     if decision.already:
         when = show(decision.decided_at)
-        return f"Drift {decision.drift_id}: {decision.by} has decided {decision.choice!r} at {when} already."
-    before, after = (
-        "null" if value is None else show(value) for value in (decision.counter_before, decision.counter_after)
-    )
+        return f"Drift {decision.drift_id}: {decision.by} already decided {decision.choice!r} at {when}."
+    counters = (decision.counter_before, decision.counter_after)
+    before, after = ("null" if value is None else show(value) for value in counters)
     match decision.choice:
         case "accept":
             done = f"counter {before} → {after}"
@@ -278,3 +296,47 @@ def _told(decision: Decision) -> str:
         case _:
             done = f"ignored; counter stays {after}"
     return f"Drift {decision.drift_id}, user {decision.user_id}: {done}."
+
+
+def _decide_selected(
+    choice: Choice, only: ReviewFilter, limit: int, *, by: str, note: str, yes: bool, as_json: bool
+) -> None:
+    """Count the selected drifts, ask, and make the same decision about each. Exit code 1 if some stay undecided."""
+    kind = get_settings().host.user_id_type
+    with servers("postgres"):
+        chosen = retrying(lambda connection: choose_drifts(connection, kind, only, limit=limit))
+        if chosen.drifts and not yes:
+            click.confirm(_question(choice, chosen), abort=True, err=True)
+        with progress_bar("deciding", "drifts") as show_progress, connect() as connection:
+            made = decide_chosen(
+                *(connection, kind, chosen, choice),
+                by=by,
+                note=note,
+                progress=lambda done: show_progress(done, chosen.drifts),
+            )
+    if as_json:
+        print_json({"chosen": chosen.drifts, "decided": made.decided, "left": made.left})
+    else:
+        _print_outcome(choice, chosen, made)
+    if made.left:
+        click.get_current_context().exit(EXIT_ERROR)
+
+
+def _question(choice: Choice, chosen: ChosenDrifts) -> str:
+    over, under = show(chosen.tokens_overstated), show(chosen.tokens_understated)
+    effect = {
+        "accept": f"takes {over} tokens off counters that are too high, and adds {under} to counters that are too low",
+        "ignore": f"leaves counters as they are, {over} tokens too high and {under} too low",
+    }[choice]
+    causes = " and ".join(map(cause_title, chosen.only.causes)) or "any cause"
+    return f"{choice.capitalize()} {show(chosen.drifts)} drifts of {causes}? It {effect}."
+
+
+def _print_outcome(choice: Choice, chosen: ChosenDrifts, made: BulkDecision) -> None:
+    if not chosen.drifts:
+        click.echo("No drift awaiting review matches these filters.")
+        return
+    done = {"accept": "Accepted", "ignore": "Ignored"}[choice]
+    click.echo(f"{done}: {show(made.decided)} of {show(chosen.drifts)}.")
+    for reason, count in made.left.most_common():
+        click.echo(f"Undecided: {show(count)}, {_LEFT_REASONS.get(reason, reason)}.")

@@ -1,1 +1,1 @@
-"""Drift reports in every format: what `trueup drift report` and `trueup drift history` write."""
+"""Drift reports in every format."""

@@ -1,4 +1,4 @@
-"""A report's figures under the names that people read, the same in every format."""
+"""The names and texts of a report's figures, the same in every format."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from trueup.reports.run_report import DriftReport
 
 
 def title_of(report: DriftReport) -> str:
-    """Return what the report is of."""
+    """Return the title of the report."""
     if report.dry_run:
         return "Drift, dry run: nothing was written"
     if report.since is not None:
@@ -17,7 +17,7 @@ def title_of(report: DriftReport) -> str:
 
 
 def percent(share: float | None) -> str:
-    """Return a share as people read it; it says 100 % only of all, and 0 % only of nothing."""
+    """Return a share as a percentage. Only a share of 1 is shown as 100 %, and only 0 as 0 %."""
     if share is None:
         return "–"
     if 0 < share < 0.001:
@@ -28,15 +28,16 @@ def percent(share: float | None) -> str:
 
 
 def signed(tokens: int) -> str:
-    """Return a count with its sign."""
+    """Return a count of tokens with its sign."""
     return f"{tokens:+,}".replace("-", "−")
 
 
 def summary_of(report: DriftReport) -> dict[str, Any]:
-    """Return the summary's lines."""
+    """Return the names and values of the report's summary."""
     several = report.since is not None
+    run = "dry run, nothing was written" if report.dry_run else f"{report.run_id} ({report.kind})"
     return {
-        ("runs" if several else "run"): report.runs if several else _run(report),
+        ("runs" if several else "run"): report.runs if several else run,
         "status": report.status,
         ("since (UTC)" if several else "started (UTC)"): report.started_at,
         "finished (UTC)": report.finished_at,
@@ -55,7 +56,7 @@ def summary_of(report: DriftReport) -> dict[str, Any]:
 
 
 def filter_of(report: DriftReport) -> str:
-    """Return in words which drifts the report was narrowed to; empty if to none."""
+    """Return the filter of the report in words; empty without a filter."""
     only = report.filter
     parts = [
         *(f"cause {cause_title(cause)}" for cause in only.causes),
@@ -63,7 +64,3 @@ def filter_of(report: DriftReport) -> str:
         *([f"user {only.user_id}"] if only.user_id is not None else []),
     ]
     return ", ".join(parts)
-
-
-def _run(report: DriftReport) -> str:
-    return "dry run, nothing was written" if report.dry_run else f"{report.run_id} ({report.kind})"

@@ -1,4 +1,4 @@
-"""A drift report as one page that needs nothing else: it sends no request, and none of the host's data runs in it."""
+"""A drift report as one HTML page without external parts. The page sends no request and runs no data of the host."""
 
 import base64
 import hashlib
@@ -11,11 +11,14 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from trueup.cli.output import show
-from trueup.cli.reports.charts import columns_of, share_bars
 from trueup.cli.reports.figures import filter_of, percent, signed, title_of
 from trueup.drift.causes import ACTION_SENTENCES, CERTAINTY_SENTENCES, cause_sentence, cause_title
 from trueup.reports.history import RunFigures
 from trueup.reports.run_report import DriftReport
+
+# The size of the chart in its own units. The page stretches it, so that its text stands outside.
+HEIGHT = 200
+SLOT = 100
 
 _ENVIRONMENT = Environment(
     autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -23,9 +26,9 @@ _ENVIRONMENT = Environment(
 
 
 def report_html(report: DriftReport, runs: Sequence[RunFigures]) -> Iterator[str]:
-    """Yield the page. `runs`: what its chart over time shows, oldest first."""
+    """Yield the page. `runs`: the runs in its chart, oldest first."""
     style, script = _part("page.css"), _part("page.js")
-    # Everything is escaped; that nothing but this script and this style counts holds even if something were not.
+    # Jinja escapes everything. The policy allows only this script and style, in case an escape is missing.
     policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'"
     template = _ENVIRONMENT.from_string(_part("page.html.jinja"))
     yield (
@@ -37,7 +40,7 @@ def report_html(report: DriftReport, runs: Sequence[RunFigures]) -> Iterator[str
             subtitle=_subtitle(report),
             tiles=_tiles(report),
             report=report,
-            columns=columns_of([run for run in runs if run.only_user is None], this_run=report.run_id),
+            columns=_columns([run for run in runs if run.only_user is None], report.run_id),
             causes=share_bars([(c.tokens_overstated, c.tokens_understated) for c in report.causes]),
             actions=share_bars([(drifts, 0) for drifts in report.actions.values()]),
             sizes=share_bars([(s.overstated, s.understated) for s in report.sizes]),
@@ -59,7 +62,7 @@ def report_html(report: DriftReport, runs: Sequence[RunFigures]) -> Iterator[str
 
 
 def compact(tokens: int) -> str:
-    """Return a count so that it fits a tile: 9,999,999 in full, above that 12.3 M, 4.5 bn and so on."""
+    """Return a count that fits a tile: up to 9,999,999 in full, then 12.3 M, 4.5 bn, 1.0 tn."""
     for unit, size in (("tn", 10**12), ("bn", 10**9), ("M", 10**6)):
         if abs(tokens) >= max(size, 10**7):
             return f"{tokens / size:,.1f} {unit}"
@@ -71,8 +74,9 @@ def _action_sentence(action: str) -> str:
 
 
 def _tiles(report: DriftReport) -> list[dict[str, Any]]:
-    """The summary: label, figure, what stands below it, and which colour it has."""
+    """Return the tiles of the summary: label, figure, note and colour."""
     drifted = percent(report.drifted / report.checked) if report.checked else "–"
+    drift = report.tokens_drifted
     tiles: list[dict[str, Any]] = [
         _tile(
             "Counters checked", report.checked, f"in {report.runs:,} runs" if report.since else f"{report.kind} pass"
@@ -80,15 +84,10 @@ def _tiles(report: DriftReport) -> list[dict[str, Any]]:
         _tile("Drifted", report.drifted, f"{report.found_new:,} new · {drifted} of those checked"),
         _tile("Corrected", report.corrected, "by compare-and-set"),
         _tile("In review", report.in_review, "wait for a person", "attention" if report.in_review else ""),
-        _tile("Tokens overstated", report.tokens_overstated, "shown, but gone", "over"),
+        _tile("Tokens overstated", report.tokens_overstated, "shown, but used up", "over"),
         _tile("Tokens understated", report.tokens_understated, "left, but not shown", "under"),
-        {
-            "label": "Tokens explained",
-            "figure": percent(report.share_explained),
-            "full": f"{report.tokens_explained:,} of {report.tokens_drifted:,}",
-            "note": f"{compact(report.tokens_explained)} of {compact(report.tokens_drifted)}",
-            "kind": "",
-        },
+        _tile("Tokens explained", report.tokens_explained, f"{compact(report.tokens_explained)} of {compact(drift)}")
+        | {"figure": percent(report.share_explained), "full": f"{report.tokens_explained:,} of {drift:,}"},
     ]
     if report.defects:
         tiles.append(_tile("Defects", report.defects, "in balances or triggers", "attention"))
@@ -112,7 +111,7 @@ def _subtitle(report: DriftReport) -> str:
 
 
 def _size_label(at_least: int) -> str:
-    """Return an order of magnitude as people read it: 1–9, 10–99, …, 10 k–99 k."""
+    """Return an order of magnitude as a range: 1–9, 10–99, …, 10–99 k."""
     if at_least >= 10_000:
         for unit, size in (("tn", 10**12), ("bn", 10**9), ("M", 10**6), ("k", 10**3)):
             if at_least >= size:
@@ -125,6 +124,42 @@ def _part(name: str) -> str:
 
 
 def _hash(content: str) -> str:
-    """Return the hash by which a page's policy names a style or script, as it stands between its tags."""
+    """Return the hash of a style or script, as it stands between its tags, for the page's policy."""
     digest = hashlib.sha256(f"\n{content}".encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+def _columns(runs: Sequence[RunFigures], this_run: int | None) -> dict[str, Any]:
+    """Return the chart of the runs: bars up for overstated and down for understated tokens, on one scale.
+
+    `this_run`: the run of the report. `middle`: the zero line. `highest` and `lowest`: the tokens at top and bottom.
+    """
+    highest = max((run.tokens_overstated for run in runs), default=0)
+    lowest = max((run.tokens_understated for run in runs), default=0)
+    scale = HEIGHT / max(1, highest + lowest)
+    # A chart of a few runs has narrow bars.
+    bar = round(SLOT * min(0.7, 0.04 * len(runs) + 0.02), 2)
+    columns = [
+        {
+            "run": run,
+            "x": round(place * SLOT + (SLOT - bar) / 2, 2),
+            "up": _visible(run.tokens_overstated, scale),
+            "down": _visible(run.tokens_understated, scale),
+            "is_this": run.id == this_run,
+        }
+        for place, run in enumerate(runs)
+    ]
+    middle = round(highest * scale if highest + lowest else HEIGHT / 2, 2)
+    size = {"width": max(1, len(runs)) * SLOT, "height": HEIGHT, "slot": SLOT, "bar": bar}
+    return {"columns": columns, "middle": middle, "highest": highest, "lowest": lowest, **size}
+
+
+def _visible(tokens: int, scale: float) -> float:
+    """Return the length of a bar. More than zero tokens are always visible."""
+    return round(max(1.5, tokens * scale), 2) if tokens else 0.0
+
+
+def share_bars(pairs: Sequence[tuple[int, int]]) -> list[tuple[float, float]]:
+    """Return the two widths of each bar, in percent of the longest bar."""
+    longest = max((over + under for over, under in pairs), default=0) or 1
+    return [(round(over / longest * 100, 2), round(under / longest * 100, 2)) for over, under in pairs]

@@ -4,26 +4,26 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from trueup.cli.output import show
+from trueup.cli.output import numeric_columns, show
 from trueup.cli.reports.figures import summary_of, title_of
 from trueup.drift.causes import cause_sentence, cause_title
 from trueup.reports.run_report import DriftReport
 
-# What Markdown or HTML would take for its own in words of ours.
+# In trueup's own words, Markdown or HTML would interpret these characters.
 _SPECIAL = re.compile(r"([\\`*_\[\]|<>&~])")
 _BACKTICKS = re.compile("`+")
 
 
 class _Verbatim(str):
-    """Markdown already."""
+    """A text that is Markdown already."""
 
 
 def report_markdown(report: DriftReport) -> Iterator[str]:
-    """Yield the report with the rows that it has."""
+    """Yield the report, with the rows that it has."""
     yield f"# {_cell(title_of(report))}\n\n"
     facts = summary_of(report)
     if "only" in facts:
-        facts["only"] = _as_it_is(facts["only"])
+        facts["only"] = _verbatim(facts["only"])
     yield from _table(("", ""), list(facts.items()))
     if report.causes:
         yield "\n## Causes\n\n"
@@ -40,27 +40,19 @@ def report_markdown(report: DriftReport) -> Iterator[str]:
             ("user", "observed", "expected", "drift", "cause", "certainty", "action"),
             [
                 (
-                    _as_it_is(str(r.user_id)),
-                    r.observed,
-                    r.expected,
-                    r.drift,
-                    cause_title(r.cause),
-                    r.certainty,
-                    r.action,
+                    *(_verbatim(str(r.user_id)), r.observed, r.expected, r.drift),
+                    *(cause_title(r.cause), r.certainty, r.action),
                 )
                 for r in report.rows
             ],
         )
     if report.rows_left_out:
-        yield f"\nAnd {report.rows_left_out:,} smaller ones.\n"
+        yield f"\nAnd {report.rows_left_out:,} smaller drifts.\n"
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
-    numeric = [
-        all(row[column] is None or isinstance(row[column], int) for row in rows) for column in range(len(headings))
-    ]
     yield "| " + " | ".join(headings) + " |\n"
-    yield "| " + " | ".join("---:" if number else "---" for number in numeric) + " |\n"
+    yield "| " + " | ".join("---:" if number else "---" for number in numeric_columns(rows)) + " |\n"
     for row in rows:
         yield "| " + " | ".join(_cell(value) for value in row) + " |\n"
 
@@ -69,11 +61,11 @@ def _cell(value: Any) -> str:
     return value if isinstance(value, _Verbatim) else _SPECIAL.sub(r"\\\1", show(value))
 
 
-def _as_it_is(text: str) -> _Verbatim:
-    """Return what the host has written, a user's id say, so that nothing in it counts: no link, no name, no picture.
+def _verbatim(text: str) -> _Verbatim:
+    """Return a text of the host, such as a user's id, as code, so that Markdown finds no link, mention or image in it.
 
-    A backslash would not do: an address or a name is found in what it leaves. In code nothing is looked for. What ends
-    a cell of a table does so in code too, and stands between two pieces of it.
+    Backslashes do not suffice, because renderers still find addresses and mentions. A "|" ends a table cell even in
+    code, so it stands as an entity between two pieces of code.
     """
     if text.isascii() and text.isdigit():
         return _Verbatim(text)
@@ -84,6 +76,6 @@ def _code(text: str) -> str:
     if not text:
         return text
     fence = "`" * (1 + max((len(run) for run in _BACKTICKS.findall(text)), default=0))
-    # A space at both ends is taken off, unless there is nothing else; a backtick there would belong to the fence.
+    # Renderers remove one space at both ends, and a backtick at an end would join the fence.
     space = " " if text.strip(" ") and (text[0] in " `" or text[-1] in " `") else ""
     return f"{fence}{space}{text}{space}{fence}"

@@ -34,7 +34,7 @@
     fold(false);
     button.addEventListener("click", () => fold(button.getAttribute("aria-expanded") === "false"));
   }
-  const said = document.getElementById("said");
+  const announcement = document.getElementById("announcement");
   const heads = [...table.tHead.rows[0].cells];
   const compare = {
     number: (a, b) => Number(a) - Number(b),
@@ -59,7 +59,7 @@
         return sign * compare[kind](one, other);
       });
       body.append(...rows.flatMap((row) => [row, evidence.get(row)]));
-      said.textContent = `Sorted by ${button.textContent.trim()}, ${direction}.`;
+      announcement.textContent = `Sorted by ${button.textContent.trim()}, ${direction}.`;
     });
   });
 
@@ -75,6 +75,6 @@
       evidence.get(row).hidden = row.hidden || !open;
       shown += row.hidden ? 0 : 1;
     }
-    said.textContent = `${shown} of ${rows.length} rows shown.`;
+    announcement.textContent = `${shown} of ${rows.length} rows shown.`;
   });
 })();

@@ -1,4 +1,4 @@
-"""Reports for other programs: JSON and CSV, written row by row, so that memory does not grow with them."""
+"""Reports as JSON and CSV, written row by row in constant memory."""
 
 import csv
 import io
@@ -15,12 +15,12 @@ from trueup.reports.run_report import DriftReport
 ROW_COLUMNS = tuple(field.name for field in fields(ReportRow))
 RUN_COLUMNS = ("run_id", *(field.name for field in fields(RunFigures) if field.name != "id"), "tokens_drifted")
 
-# A spreadsheet takes a cell that begins with one of these for a formula, and runs it.
+# A spreadsheet runs a cell that begins with one of these as a formula.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 def report_json(report: DriftReport, rows: Iterable[ReportRow]) -> Iterator[str]:
-    """Yield the report as JSON, one row a line; `rows` stand for the report's own."""
+    """Yield the report as JSON with these `rows`, one in a line."""
     head = json.dumps(report.summary_json(), indent=2, ensure_ascii=False)
     yield head.removesuffix("\n}") + ',\n  "rows": ['
     separator = "\n    "
@@ -52,7 +52,7 @@ def _line(values: Sequence[Any]) -> str:
 
 
 def _cell(value: Any) -> Any:
-    """Numbers stay numbers; a text that a spreadsheet would run is marked as text by an apostrophe."""
+    """Return a cell: numbers as they are; an apostrophe marks a text that a spreadsheet would run."""
     if value is None or isinstance(value, int | float):
         return value
     if isinstance(value, datetime):

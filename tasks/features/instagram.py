@@ -8,7 +8,7 @@ from celery import current_task
 from trueup.accounts.user_ids import UserId
 from trueup.features.instagram import direct_message
 from trueup.features.instagram.comments import action_config, comment_event
-from trueup.features.instagram.effects import TaskOutbox
+from trueup.features.instagram.effects import Outbox
 from trueup.features.instagram.graph import GraphClient
 from trueup.llm.model import Model
 from trueup.llm.providers import counter_from_settings
@@ -42,9 +42,7 @@ def send_instagram_dm(
     message and the task is gated; mode STATIC uses no AI and is not gated.
     """
     settings = get_settings()
-    outbox = TaskOutbox(
-        user_id=user_id, task_id=current_task.request.id, resend_unknown=settings.resend_unknown_messages
-    )
+    outbox = Outbox(user_id=user_id, task_id=current_task.request.id, resend_unknown=settings.resend_unknown_messages)
     with GraphClient.from_settings(settings) as graph:
         return direct_message.send_instagram_dm(
             model,

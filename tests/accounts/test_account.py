@@ -52,7 +52,7 @@ def test_remaining_and_available_stop_at_zero(host: Host, connection: Connection
     assert (account.consumed, account.remaining, account.available) == (250, 0, 0)
 
 
-def test_available_leaves_out_what_is_held(host: Host, connection: Connection) -> None:
+def test_available_excludes_held_tokens(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     hold_tokens(connection, user, 300)
     account = read_account(connection, user)
@@ -83,7 +83,7 @@ def test_original_is_the_token_plan_else_the_full_plan_else_nothing(
     assert read_account(connection, user).original == original
 
 
-def test_a_plan_without_a_token_figure_gives_way_to_the_full_plan(host: Host, connection: Connection) -> None:
+def test_the_full_plan_counts_if_the_token_plan_states_no_tokens(host: Host, connection: Connection) -> None:
     user = host.subscriber()
     host.execute("ALTER TABLE billing_tokenplan ALTER tokens_included DROP NOT NULL")
     host.execute("UPDATE billing_tokenplan SET tokens_included = NULL")
@@ -95,7 +95,7 @@ def test_a_plan_without_a_token_figure_gives_way_to_the_full_plan(host: Host, co
     ("more", "counts"),
     [
         ({}, True),
-        ({"granted_at": START - timedelta(days=9)}, True),  # what is left of it goes on into a new window
+        ({"granted_at": START - timedelta(days=9)}, True),  # tokens left carry over into a new window
         ({"granted_at": NOW}, True),
         ({"granted_at": NOW + timedelta(seconds=1)}, False),
         ({"expires_at": NOW}, False),
@@ -112,7 +112,7 @@ def test_grants_add_to_original_until_they_end(
     assert read_account(connection, user, now=NOW).original == (1_053 if counts else 1_003)
 
 
-def test_drift_is_the_counter_less_what_remains(host: Host, connection: Connection) -> None:
+def test_drift_is_the_counter_minus_the_remaining_tokens(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000, counter=400)
     host.log(user, 900)
     account = read_account(connection, user)
@@ -138,7 +138,7 @@ def test_a_moved_window_is_read_from_the_log_at_once_and_rebuilt_by_the_next_gat
     assert_true(host)
 
 
-def test_a_read_waits_for_nobody_and_sees_unfolded_rows(host: Host, connection: Connection) -> None:
+def test_a_read_waits_for_no_lock_and_sees_unfolded_deltas(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     hold_tokens(connection, user, 10)
     host.log(user, 5)
@@ -211,7 +211,7 @@ def test_days_remaining_are_full_days_and_none_without_an_end(hours: float | Non
 
 
 def test_a_read_uses_the_indexes(host: Host, connection: Connection) -> None:
-    """The functions are inlined: a read of one user must not scan the subscriptions or the log."""
+    """PostgreSQL inlines the functions, so a read of one user does not scan the subscriptions or the log."""
     host.execute(
         "INSERT INTO accounts_user SELECT n, 'u' || n, '' FROM generate_series(1, 2000) n; "
         "INSERT INTO billing_subscription (id, user_id, start_date) "

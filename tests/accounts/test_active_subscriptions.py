@@ -1,4 +1,4 @@
-"""Which subscriptions are active, where a host has no flag for it: a status, or an expression."""
+"""Active subscriptions of hosts without a flag: by a status or an expression."""
 
 import pytest
 from pydantic import ValidationError
@@ -26,7 +26,7 @@ def active(said: object) -> HostMapping:
     return HostMapping.model_validate(given | {"subscription": given["subscription"] | {"is_active": said}})
 
 
-def test_a_status_or_an_expression_that_the_row_alone_says_is_good(engine: Engine) -> None:  # noqa: F811
+def test_a_status_or_an_expression_over_the_row_is_accepted(engine: Engine) -> None:  # noqa: F811
     with engine.begin() as connection:
         connection.exec_driver_sql(STATE)
     good = [
@@ -44,17 +44,17 @@ def test_a_status_or_an_expression_that_the_row_alone_says_is_good(engine: Engin
             assert wrong_expression(connection, active(one)) is None
 
 
-def test_what_nothing_can_be_built_on_is_refused_with_the_setting_and_the_remedy(engine: Engine) -> None:  # noqa: F811
+def test_an_unusable_condition_is_refused_with_the_setting_and_the_remedy(engine: Engine) -> None:  # noqa: F811
     with engine.begin() as connection:
         connection.exec_driver_sql(STATE)
     bad = {
         "{row}.state": "its type is app.state. Cast it: it must be boolean",
-        "{row}.trial_end > now()": "it does not always give the same for the same row",
+        "{row}.trial_end > now()": "it does not always return the same value for the same row",
         "CAST({row}.word AS boolean)": "it casts text or jsonb, which may fail for a row",
         "CAST({row}.more->'on' AS boolean)": "it casts text or jsonb, which may fail for a row",
         "jsonb_array_length({row}.more) > 0": "it casts text or jsonb, which may fail for a row",
-        "{row}.base / {row}.gift > 1": "it divides by what may be 0 for a row",
-        "EXISTS (SELECT FROM app.log)": "it looks beyond its row",
+        "{row}.base / {row}.gift > 1": "it divides by a value that may be 0 for a row",
+        "EXISTS (SELECT FROM app.log)": "it reads more than its row",
     }
     said = problems(engine, {one: active({"expression": one}) for one in bad})
     for one, words in bad.items():
@@ -75,7 +75,7 @@ def test_what_nothing_can_be_built_on_is_refused_with_the_setting_and_the_remedy
         ({"expression": "{row}.a; x"}, "contains ;"),
     ],
 )
-def test_what_it_can_not_be_is_refused_in_the_settings(said: object, words: str) -> None:
+def test_a_malformed_value_is_refused_in_the_settings(said: object, words: str) -> None:
     with pytest.raises(ValidationError) as refused:
         active(said)
     assert words in refused.value.errors()[0]["msg"]

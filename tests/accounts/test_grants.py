@@ -15,7 +15,8 @@ from trueup.accounts.grants import Granted, GrantRefusedError, grant_tokens, lis
 from trueup.accounts.payments import PaymentsNotMappedError, import_payments
 from trueup.database.engine import connect, get_engine
 from trueup.errors import InvalidInputError, TokensDenied, UnknownUserError
-from trueup.host.mapping import HostMapping, PaymentTable
+from trueup.host.fields import PaymentTable
+from trueup.host.mapping import HostMapping
 from trueup.install.install import install
 from trueup.reconcile.local_run import reconcile
 
@@ -26,7 +27,7 @@ PLAN = 1_000
 
 
 def give(connection: Connection, user: int, tokens: int, *, at: datetime = START, **more: Any) -> int:
-    """Grant tokens under a reference of its own. Returns the grant's id."""
+    """Grant tokens under a unique reference. Returns the grant's id."""
     number = connection.scalar(text("SELECT count(*) FROM trueup.token_grant"))
     values = {"reason": "test", "reference": f"r{number}", "by": "ann", **more}
     return grant_tokens(connection, user, tokens, now=at, **values).id
@@ -37,14 +38,14 @@ def original(connection: Connection, user: int, now: datetime) -> int:
 
 
 def renew(host: Host, start: datetime, at: datetime | None = None) -> None:
-    """Move the window; `at`: as if at that time."""
+    """Move the window at the time `at`."""
     host.execute("UPDATE billing_subscription SET start_date = :start", start=start)
     if at is not None:
         host.date_change(at)
 
 
 def lock(connection: Connection, user: int, now: datetime) -> None:
-    """Bring the balance up to date, as any gate does."""
+    """Bring the balance up to date, as a gate does."""
     hold_tokens(connection, user, 0, now=now)
 
 
@@ -56,9 +57,9 @@ def test_a_grant_is_given_once_per_reference(host: Host, connection: Connection)
     for now in (START, START + 2 * DAY):
         assert grant_tokens(connection, user, 50, **more | {"now": now}) == Granted(id=first.id, already=True)
     for wrong in ({"tokens": 51}, {"expires_at": None}, {"expires_at": START + 2 * DAY}):
-        with pytest.raises(GrantRefusedError, match="'tx' stands for grant"):
+        with pytest.raises(GrantRefusedError, match="'tx' belongs to grant"):
             grant_tokens(connection, user, **{"tokens": 50, **more, **wrong})
-    # Another user's reference is another one.
+    # References are unique for each user only.
     assert not grant_tokens(connection, host.subscriber(PLAN), 50, **more).already
     assert host.execute("SELECT reason, granted_by, granted_at FROM trueup.token_grant ORDER BY id").all()[0] == (
         "a gift",
@@ -67,7 +68,7 @@ def test_a_grant_is_given_once_per_reference(host: Host, connection: Connection)
     )
 
 
-def test_grants_at_once_under_one_reference_are_one(host: Host, connection: Connection) -> None:
+def test_concurrent_grants_under_one_reference_are_one_grant(host: Host, connection: Connection) -> None:
     user = host.subscriber(PLAN)
 
     def grant() -> Granted:
@@ -95,7 +96,7 @@ def test_grants_at_once_under_one_reference_are_one(host: Host, connection: Conn
         {"expires_at": START - DAY},
     ],
 )
-def test_what_is_no_grant_is_refused_and_nothing_written(
+def test_a_malformed_grant_is_refused_and_nothing_is_written(
     host: Host, connection: Connection, wrong: dict[str, Any]
 ) -> None:
     user = host.subscriber(PLAN)
@@ -122,7 +123,7 @@ def test_the_largest_grants_do_not_overflow(host: Host, connection: Connection) 
     assert original(connection, user, START + DAY) == 2**62
 
 
-def test_the_largest_grant_and_a_refund_stop_nobody_s_reconciling(host: Host, connection: Connection) -> None:
+def test_the_largest_grant_and_a_refund_do_not_stop_a_reconcile_run(host: Host, connection: Connection) -> None:
     user, other = host.subscriber(PLAN), host.subscriber(PLAN, counter=5)
     give(connection, user, 2**63 - 1)
     host.log(user, -50)
@@ -130,8 +131,8 @@ def test_the_largest_grant_and_a_refund_stop_nobody_s_reconciling(host: Host, co
     assert host.counter(other) == PLAN
 
 
-def test_an_expired_grant_takes_back_what_is_unused_and_no_more(host: Host, connection: Connection) -> None:
-    """Used first, it has paid for 300 of the 500 tokens; the plan for nothing."""
+def test_the_expiry_of_a_grant_removes_only_its_unused_tokens(host: Host, connection: Connection) -> None:
+    """The grant is used first: it has paid for 300 of the 500 tokens, and the plan for none."""
     user = host.subscriber(PLAN)
     give(connection, user, 500, expires_at=START + DAY)
     host.log(user, 300, at=START + timedelta(hours=1))
@@ -144,7 +145,7 @@ def test_an_expired_grant_takes_back_what_is_unused_and_no_more(host: Host, conn
 
 
 def test_a_late_settlement_creates_no_tokens(host: Host, connection: Connection) -> None:
-    """What is used after the end is the plan's, however late it is noticed."""
+    """The plan pays for usage after the end of the grant, however late the settlement is."""
     user = host.subscriber(PLAN)
     give(connection, user, 500, expires_at=START + DAY)
     host.log(user, 300, at=START + timedelta(hours=1))
@@ -152,13 +153,13 @@ def test_a_late_settlement_creates_no_tokens(host: Host, connection: Connection)
     assert original(connection, user, START + 9 * DAY) == 1_300
     lock(connection, user, START + 9 * DAY)
     assert read_account(connection, user, now=START + 9 * DAY).remaining == 850
-    # It is settled once: what the host writes afterwards about the time before is the plan's.
+    # The use is settled once: the plan pays for usage that the host logs later with an earlier time.
     host.log(user, 100, at=START + timedelta(hours=2))
     assert original(connection, user, START + 9 * DAY) == 1_300
     assert_true(host)
 
 
-def test_a_grant_does_not_pay_for_what_was_used_before_it_came(host: Host, connection: Connection) -> None:
+def test_a_grant_does_not_pay_for_usage_before_it_was_given(host: Host, connection: Connection) -> None:
     user = host.subscriber(PLAN)
     host.log(user, 800, at=START + timedelta(hours=1))
     give(connection, user, 500, at=START + timedelta(hours=2), expires_at=START + DAY)
@@ -166,7 +167,7 @@ def test_a_grant_does_not_pay_for_what_was_used_before_it_came(host: Host, conne
     assert original(connection, user, START + 2 * DAY) == 1_100
 
 
-def test_but_for_what_the_user_was_over_budget_by(host: Host, connection: Connection) -> None:
+def test_a_grant_pays_for_the_users_overdraft_before_it_was_given(host: Host, connection: Connection) -> None:
     user = host.subscriber(PLAN)
     host.log(user, 1_200, at=START + timedelta(hours=1))
     give(connection, user, 500, at=START + timedelta(hours=2), expires_at=START + DAY)
@@ -174,7 +175,7 @@ def test_but_for_what_the_user_was_over_budget_by(host: Host, connection: Connec
     assert original(connection, user, START + 2 * DAY) == 1_200
 
 
-def test_what_expires_first_is_used_first(host: Host, connection: Connection) -> None:
+def test_the_grant_that_expires_first_is_used_first(host: Host, connection: Connection) -> None:
     user = host.subscriber(PLAN)
     late = give(connection, user, 200, expires_at=START + 3 * DAY)
     soon = give(connection, user, 200, expires_at=START + DAY)
@@ -195,7 +196,7 @@ def test_grants_without_an_expiry_are_used_after_the_plan_and_the_oldest_first(
 
 
 @pytest.mark.parametrize("noticed", ["at once", "never", "late"])
-def test_a_renewal_keeps_what_is_left_of_grants(host: Host, connection: Connection, noticed: str) -> None:
+def test_a_renewal_keeps_the_unused_tokens_of_grants(host: Host, connection: Connection, noticed: str) -> None:
     user = host.subscriber(PLAN)
     give(connection, user, 500)
     host.log(user, 1_200, at=START + timedelta(hours=1))
@@ -207,7 +208,7 @@ def test_a_renewal_keeps_what_is_left_of_grants(host: Host, connection: Connecti
     if noticed != "never":
         lock(connection, user, now)
     assert original(connection, user, now) == PLAN + 300
-    # And into the one after it, of which nothing was used of the grant.
+    # They also carry over into the window after it, which used none of them.
     renew(host, START + 60 * DAY)
     assert original(connection, user, START + 60 * DAY) == PLAN + 300
     lock(connection, user, START + 60 * DAY)
@@ -215,7 +216,7 @@ def test_a_renewal_keeps_what_is_left_of_grants(host: Host, connection: Connecti
 
 
 def test_plan_and_window_may_change_at_once(host: Host, connection: Connection) -> None:
-    """What the old window used of the grant goes by the plan that it had."""
+    """The old window's use of the grant depends on the plan that it had."""
     user = host.subscriber(PLAN)
     give(connection, user, 500)
     host.log(user, 1_200, at=START + timedelta(hours=1))
@@ -243,7 +244,7 @@ def test_a_window_that_moves_back_makes_later_uses_void(host: Host, connection: 
     assert original(connection, user, START + 30 * DAY) == 1_300
 
 
-def test_a_grant_that_ends_after_the_window_moved_back_is_settled_anew(host: Host, connection: Connection) -> None:
+def test_a_grant_that_ends_after_the_window_moved_back_is_settled_again(host: Host, connection: Connection) -> None:
     user = host.subscriber(PLAN)
     give(connection, user, 500, expires_at=START + 40 * DAY)
     host.log(user, 100, at=START + DAY)
@@ -270,7 +271,7 @@ def test_a_grant_may_live_through_a_renewal_and_expire_in_the_next_window(host: 
     assert original(connection, user, START + 60 * DAY) == PLAN
 
 
-def test_a_revoke_takes_back_only_what_is_unused(host: Host, connection: Connection) -> None:
+def test_a_revocation_removes_only_unused_tokens(host: Host, connection: Connection) -> None:
     user = host.subscriber(PLAN)
     number = give(connection, user, 500)
     host.log(user, 1_200, at=START + timedelta(hours=1))
@@ -285,7 +286,7 @@ def test_a_revoke_takes_back_only_what_is_unused(host: Host, connection: Connect
         grant_tokens(connection, user, 500, reason="r", reference="r0", by="ann", now=START + DAY)
 
 
-def test_what_is_not_there_or_over_can_not_be_revoked(host: Host, connection: Connection) -> None:
+def test_a_grant_that_does_not_exist_or_has_expired_can_not_be_revoked(host: Host, connection: Connection) -> None:
     user = host.subscriber(PLAN)
     number = give(connection, user, 500, expires_at=START + DAY)
     with pytest.raises(GrantRefusedError, match="has expired"):
@@ -305,8 +306,8 @@ def test_the_gate_counts_grants_and_ends(host: Host, connection: Connection) -> 
     hold_tokens(connection, user, 1_000, now=START + DAY)
 
 
-def test_a_reconcile_settles_what_has_ended(host: Host, connection: Connection) -> None:
-    """So that no read after it has to look at the log."""
+def test_a_reconcile_run_settles_ended_grants(host: Host, connection: Connection) -> None:
+    """Later reads then need not read the log."""
     user = host.subscriber(PLAN, counter=1_000)
     give(connection, user, 500, expires_at=START + DAY)
     host.log(user, 300, at=START + timedelta(hours=1))
@@ -316,7 +317,7 @@ def test_a_reconcile_settles_what_has_ended(host: Host, connection: Connection) 
     assert host.counter(user) == 1_000
 
 
-def test_a_list_tells_each_grants_state_and_changes_nothing(host: Host, connection: Connection) -> None:
+def test_a_list_shows_the_status_of_each_grant_and_changes_nothing(host: Host, connection: Connection) -> None:
     user = host.subscriber(PLAN)
     give(connection, user, 10, expires_at=START + DAY)
     give(connection, user, 20, at=START + 9 * DAY)
@@ -330,13 +331,13 @@ def test_a_list_tells_each_grants_state_and_changes_nothing(host: Host, connecti
     ]
     assert dump(host) == before
     assert list_grants(connection, host.user()) == []
-    # The subscription may be gone: what was used is not.
+    # The used tokens stay used when the subscription is deleted.
     renew(host, START + 2 * DAY)
     host.execute("DELETE FROM billing_subscription")
     assert [grant.tokens for grant in list_grants(connection, user)] == [30, 20, 10]
 
 
-def test_a_user_without_grants_costs_no_more_than_a_look_at_an_index(host: Host, connection: Connection) -> None:
+def test_a_user_without_grants_costs_one_index_lookup(host: Host, connection: Connection) -> None:
     without, has = host.subscriber(PLAN), host.subscriber(PLAN)
     give(connection, has, 5)
     host.execute(
@@ -351,7 +352,7 @@ def test_a_user_without_grants_costs_no_more_than_a_look_at_an_index(host: Host,
 
 @pytest.fixture
 def paying(empty_database: str) -> Any:
-    """A host whose payments are mapped."""
+    """Yield a host whose payments are mapped, and its mapping."""
     mapping = HostMapping(payment=PaymentTable(table="billing_payment"))
     engine = create_engine(empty_database, poolclass=NullPool)
     with engine.begin() as connection:
@@ -377,7 +378,7 @@ def pay(
     )
 
 
-def test_packs_that_were_paid_for_become_grants_once(paying: Any) -> None:
+def test_each_paid_pack_becomes_one_grant(paying: Any) -> None:
     host, mapping = paying
     user, pack = host.subscriber(PLAN), host.plan(500)
     own = host.value("SELECT token_plan_id FROM billing_subscription")
@@ -411,7 +412,7 @@ def test_packs_that_were_paid_for_become_grants_once(paying: Any) -> None:
     )
 
 
-def test_an_import_tells_what_its_reference_has_granted_otherwise(paying: Any) -> None:
+def test_an_import_reports_references_with_another_or_a_revoked_grant(paying: Any) -> None:
     host, mapping = paying
     user, pack = host.subscriber(PLAN), host.plan(500)
     pay(host, user, pack, "tx-1", at=START + DAY)
@@ -424,6 +425,6 @@ def test_an_import_tells_what_its_reference_has_granted_otherwise(paying: Any) -
     assert outcomes == ["other_figures", "revoked"]
 
 
-def test_without_mapped_payments_an_import_says_what_to_set(host: Host, connection: Connection) -> None:
+def test_without_mapped_payments_an_import_names_the_setting(host: Host, connection: Connection) -> None:
     with pytest.raises(PaymentsNotMappedError, match=r"host\.payment\.table"):
         import_payments(connection, HostMapping(), by="ann")

@@ -1,4 +1,4 @@
-"""Paid tokens are never taken away silently, whatever comes in between: late payments, renewals, decisions, undo."""
+"""Paid tokens are never removed silently: not by late payments, renewals, decisions or their undo."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -34,7 +34,7 @@ def raise_counter(host: Host, tokens: int) -> None:
 def test_a_payment_that_completes_long_after_it_was_begun_is_held_for_review(
     paying: tuple[Host, HostMapping], used: int
 ) -> None:
-    """A run in between has found the counter right, so that the payment's own time is before all that is new."""
+    """A run in between found the counter correct, so the payment's time is before all later changes."""
     host, mapping = paying
     now = datetime.now(UTC)
     user, pack = host.subscriber(PLAN, start=now - 2 * DAY), host.plan(PACK)
@@ -61,7 +61,7 @@ def accepted(host: Host, connection: Connection) -> None:
 
 
 @pytest.mark.parametrize("since", [renewed, accepted])
-def test_an_undo_leaves_what_was_set_since_to_the_very_same_value(
+def test_an_undo_keeps_a_counter_that_was_set_to_the_same_value_since(
     host: Host, connection: Connection, since: Callable[[Host, Connection], None]
 ) -> None:
     host.plan(PACK)
@@ -87,7 +87,7 @@ def test_a_purchase_in_review_is_not_wiped_out_by_a_later_drop(host: Host, conne
         assert host.counter(user) == 10_000 - 600 + PACK - 733
 
 
-def test_what_a_person_said_to_ignore_is_ignored_in_a_window_that_is_dated_ahead(
+def test_a_drift_that_a_person_ignored_stays_ignored_in_a_window_with_a_later_date(
     host: Host, connection: Connection
 ) -> None:
     host.plan(PACK)
@@ -98,7 +98,7 @@ def test_what_a_person_said_to_ignore_is_ignored_in_a_window_that_is_dated_ahead
     decide_drift(connection, item.id, "ignore", by="ann", note="ours")
     reconciled()
     assert list_reviews(connection, "bigint") == []
-    # Of another window it was not said.
+    # The decision does not apply to another window.
     host.execute("UPDATE billing_subscription SET start_date = start_date + interval '1 hour'")
     reconciled()
     assert len(list_reviews(connection, "bigint")) == 1
@@ -117,7 +117,7 @@ def test_two_packs_under_one_reference_are_not_granted_as_one(paying: tuple[Host
 
 
 def test_a_plan_that_changes_while_a_person_decides_stops_the_decision(host: Host, connection: Connection) -> None:
-    """It changes between the look at the account and the lock of the counter: here, by the statement that locks it."""
+    """The plan changes between the read of the account and the lock of the counter, in the statement that locks it."""
     host.plan(PACK)
     user, larger = host.subscriber(10_000), host.plan(10_500)
     reconciled()

@@ -1,4 +1,4 @@
-"""Subscriptions that can't be metered: those that have not begun, and two of one user."""
+"""Subscriptions that can't be metered: a subscription that has not begun, and two subscriptions of one user."""
 
 import logging
 import pickle
@@ -18,7 +18,8 @@ from trueup.database.engine import get_engine
 from trueup.errors import NotInstalledError, TokensDenied
 from trueup.gate.decision import check_access
 from trueup.gate.provider_calls import extend_hold
-from trueup.host.mapping import HostMapping, SubscriptionTable
+from trueup.host.fields import SubscriptionTable
+from trueup.host.mapping import HostMapping
 from trueup.install.install import install
 from trueup.reconcile.local_run import reconcile
 
@@ -34,11 +35,11 @@ def set_up(host: Host, mapping: HostMapping | None = None) -> None:
 
 
 def test_a_subscription_that_has_not_begun_is_not_active(host: Host, connection: Connection) -> None:
-    """No usage would count in it, so that nothing would limit it."""
+    """No usage would count in it, so nothing would limit it."""
     user = host.subscriber(1_000, start=START + TOLERANCE + timedelta(microseconds=1))
     access = check_access(connection, user, 0, "Test", now=START)
     assert (access["has_access"], access.get("reason")) == (False, "subscription_deactivated")
-    # The specification's figures stay what they are.
+    # The specification's figures do not change.
     assert (access["original_tokens"], access["consumed_tokens"], access["tokens_remaining"]) == (1_000, 0, 1_000)
     with pytest.raises(TokensDenied) as denied:
         hold_tokens(connection, user, 1, now=START)
@@ -54,7 +55,7 @@ def test_a_hold_of_the_window_before_is_not_extended_into_one_that_has_not_begun
     hold = hold_tokens(connection, user, 100, now=START)
     host.execute("UPDATE billing_subscription SET start_date = :at", at=START + timedelta(days=1))
     assert extend_hold(connection, hold, 1, now=START) == ("subscription_deactivated", 100)
-    # What was admitted is recorded, at the time it came; it is not the new window's.
+    # Usage of an admitted task is recorded at its time, which is not in the new window.
     charge_tokens(connection, hold, 100, now=START)
     assert host.value("SELECT created_at FROM ai_usage_log") == START
     assert balance(host, user) == (0, 0)
@@ -79,7 +80,7 @@ def test_a_hosts_clock_may_be_a_little_ahead_and_its_tokens_are_still_limited(
 
 @pytest.fixture
 def double(host: Host) -> int:
-    """A user whose second subscription came after the setup."""
+    """Return a user whose second subscription was added after the setup."""
     set_up(host)
     user = host.subscriber(1_000)
     host.execute(
@@ -118,13 +119,13 @@ def test_a_second_subscription_stops_the_user_and_says_why(
         with pytest.raises(SeveralSubscriptionsError, match=r"billing_subscription\.user_id.*unique index") as error:
             ask()
         assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # noqa: S301 - our own
-    # What was paid for is recorded all the same, once.
+    # Paid usage is still recorded, once.
     assert charge_tokens(connection, hold, 200).recorded
     assert not charge_tokens(connection, hold, 200).recorded
     assert host.used(double) == 200
     assert extend_hold(connection, hold, 1)[0] == "subscription_deactivated"
     hold_tokens(connection, other, 1_000)
-    # And nobody else waits for it to be put right.
+    # Other users are not affected.
     host.log(other, 10)
     reconcile(get_engine(), HostMapping())
     assert host.counter(other) == 990
@@ -145,7 +146,7 @@ def test_two_subscriptions_of_a_user_are_refused_at_the_setup(host: Host, double
         set_up(host)
 
 
-def test_a_column_that_would_take_a_second_subscription_is_warned_of(
+def test_a_column_without_a_unique_index_is_logged_as_a_warning(
     host: Host, double: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -154,7 +155,8 @@ def test_a_column_that_would_take_a_second_subscription_is_warned_of(
         host.execute("CREATE UNIQUE INDEX wide ON billing_subscription (user_id, id)")
         set_up(host)
         assert len(caplog.records) == 2
-        assert "billing_subscription.user_id has no unique index" in caplog.text
+        assert "no unique index" in caplog.text
+        assert "column=billing_subscription.user_id" in caplog.text
         host.execute("CREATE UNIQUE INDEX whole ON billing_subscription (user_id)")
         set_up(host)
     assert len(caplog.records) == 2

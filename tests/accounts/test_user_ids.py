@@ -28,7 +28,7 @@ ID = uuid.UUID("0d5dbbcb-54bd-4a40-91b8-d4e9a0a2a6e0")
         ("text", "5", "5"),
     ],
 )
-def test_an_id_of_the_hosts_type_is_taken(kind: UserIdType, value: Any, user_id: Any) -> None:
+def test_an_id_of_the_hosts_type_is_accepted(kind: UserIdType, value: Any, user_id: Any) -> None:
     assert parse_user_id(value, kind) == user_id
 
 
@@ -55,7 +55,7 @@ def test_an_id_of_the_hosts_type_is_taken(kind: UserIdType, value: Any, user_id:
         ("text", "\ud83d"),
     ],
 )
-def test_anything_else_is_refused_by_name(kind: UserIdType, value: Any) -> None:
+def test_any_other_value_is_refused_by_name(kind: UserIdType, value: Any) -> None:
     with pytest.raises(InvalidInputError, match=r"^user_id: "):
         parse_user_id(value, kind)
 
@@ -87,6 +87,6 @@ def test_a_user_is_an_id_or_an_object_with_one(user: Any, user_id: int | None) -
 @pytest.mark.parametrize(
     "user", [object(), SimpleNamespace(name="x"), {"id": 5}, SimpleNamespace(pk=SimpleNamespace())]
 )
-def test_what_has_no_id_is_refused(user: Any) -> None:
+def test_an_object_that_is_no_id_and_has_none_is_refused(user: Any) -> None:
     with pytest.raises(InvalidInputError, match=r"^user_id: "):
         user_id_of(user)

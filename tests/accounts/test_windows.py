@@ -1,4 +1,4 @@
-"""What windows leave of grants: none loses tokens to a plan that it was not used beyond, whatever trueup saw of it."""
+"""Windows and grants: a grant pays only for usage beyond a plan, whether or not trueup saw the window in time."""
 
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -15,9 +15,10 @@ from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.accounts.grants import grant_tokens, list_grants, revoke_grant
 from trueup.database.engine import connect, get_engine
-from trueup.host.mapping import HostMapping, SubscriptionTable
+from trueup.host.fields import SubscriptionTable
+from trueup.host.mapping import HostMapping
+from trueup.install.baseline import SAVE_BASELINE
 from trueup.install.install import install
-from trueup.install.triggers import SAVE_WATCHED
 from trueup.reconcile.local_run import reconcile
 
 pytestmark = pytest.mark.dated
@@ -27,19 +28,19 @@ LARGE, SMALL = 5_000, 500
 
 
 def subscribe_to(host: Host, tokens: int, at: datetime | None = None) -> None:
-    """Change the plan; `at`: as if at that time."""
+    """Change the plan at the time `at`."""
     host.execute("UPDATE billing_subscription SET token_plan_id = :plan", plan=host.plan(tokens))
     if at is not None:
         host.date_change(at)
 
 
 def look(connection: Connection, user: int, now: datetime) -> None:
-    """Look at the account as a gate does, whatever it would answer."""
+    """Read the account as a gate does, without a decision."""
     connection.execute(text("SELECT trueup.lock_and_store(:user, :now)"), {"user": user, "now": now})
 
 
 def assert_adds(host: Host, connection: Connection, user: int, expected: int, now: datetime) -> None:
-    """Before anybody has written anything down, and after."""
+    """Check the tokens that grants add, before and after the settlement."""
     for _ in range(3):
         plan = host.value(
             "SELECT p.tokens_included FROM billing_tokenplan p "
@@ -51,7 +52,7 @@ def assert_adds(host: Host, connection: Connection, user: int, expected: int, no
     assert_true(host)
 
 
-def test_windows_that_nobody_saw_are_each_held_against_their_own_plan(host: Host, connection: Connection) -> None:
+def test_each_window_between_two_reads_is_compared_with_its_own_plan(host: Host, connection: Connection) -> None:
     user = host.subscriber(PLAN)
     give(connection, user, 500)
     for days in (30, 60, 90):
@@ -60,7 +61,7 @@ def test_windows_that_nobody_saw_are_each_held_against_their_own_plan(host: Host
     assert_adds(host, connection, user, 500, START + 90 * DAY)
 
 
-def test_of_windows_that_nobody_saw_each_use_beyond_its_plan_counts(host: Host, connection: Connection) -> None:
+def test_usage_beyond_the_plan_counts_in_each_window_between_two_reads(host: Host, connection: Connection) -> None:
     user = host.subscriber(PLAN)
     give(connection, user, 500)
     for days, tokens in ((30, 1_100), (60, 400), (90, 1_250)):
@@ -71,7 +72,7 @@ def test_of_windows_that_nobody_saw_each_use_beyond_its_plan_counts(host: Host, 
     assert uses == [(START, 100), (START + 60 * DAY, 250)]
 
 
-def test_windows_that_nobody_saw_had_plans_that_nobody_saw(host: Host, connection: Connection) -> None:
+def test_windows_between_two_reads_keep_their_plans_between_two_reads(host: Host, connection: Connection) -> None:
     user = host.subscriber(PLAN)
     give(connection, user, 500)
     host.log(user, 900, at=START + DAY)
@@ -99,7 +100,7 @@ def test_a_window_that_moves_back_and_forth_uses_no_grant_twice(
 
 
 @pytest.mark.parametrize("noticed", [False, True])
-def test_a_renewal_that_was_taken_back_has_never_been(host: Host, connection: Connection, noticed: bool) -> None:
+def test_a_renewal_that_was_undone_has_no_effect(host: Host, connection: Connection, noticed: bool) -> None:
     user = host.subscriber(PLAN)
     give(connection, user, 500)
     for days in (5, 25):
@@ -112,10 +113,10 @@ def test_a_renewal_that_was_taken_back_has_never_been(host: Host, connection: Co
 
 
 @pytest.mark.parametrize("noticed", [False, True])
-def test_a_renewal_put_right_to_an_earlier_day_takes_along_what_it_had_used(
+def test_a_renewal_corrected_to_an_earlier_day_keeps_its_usage(
     host: Host, connection: Connection, noticed: bool
 ) -> None:
-    """The usage of the days between is the new window's, and no longer what the one before used beyond its plan."""
+    """The usage of the days between belongs to the new window, and no longer to the previous one."""
     user = host.subscriber(PLAN)
     give(connection, user, 500)
     host.log(user, 900, at=START + 5 * DAY)
@@ -164,7 +165,7 @@ def test_a_host_that_sets_its_clock_by_the_application_server_may_date_the_windo
     assert_adds(host, connection, user, 300, START + 30 * DAY)
 
 
-def test_a_smaller_plan_leaves_paid_what_the_larger_one_had_paid_for(host: Host, connection: Connection) -> None:
+def test_usage_that_a_larger_plan_paid_for_stays_paid_under_a_smaller_plan(host: Host, connection: Connection) -> None:
     user = host.subscriber(LARGE)
     give(connection, user, 500)
     host.log(user, 4_000, at=START + DAY)
@@ -184,7 +185,7 @@ def test_a_larger_plan_pays_for_its_whole_window_once_it_is_used(host: Host, con
     assert_adds(host, connection, user, 500, START + 30 * DAY)
 
 
-def test_a_larger_plan_that_was_never_used_gives_no_tokens_back(host: Host, connection: Connection) -> None:
+def test_a_larger_plan_that_was_never_used_frees_no_granted_tokens(host: Host, connection: Connection) -> None:
     user = host.subscriber(PLAN)
     give(connection, user, 500)
     host.log(user, 1_200, at=START + DAY)
@@ -195,7 +196,9 @@ def test_a_larger_plan_that_was_never_used_gives_no_tokens_back(host: Host, conn
     assert_adds(host, connection, user, 250, START + 30 * DAY)
 
 
-def test_a_grant_that_expires_takes_over_no_debt_that_a_larger_plan_covers(host: Host, connection: Connection) -> None:
+def test_a_grant_with_an_expiry_pays_for_no_overdraft_that_a_larger_plan_covers(
+    host: Host, connection: Connection
+) -> None:
     user = host.subscriber(PLAN)
     give(connection, user, 100)
     host.log(user, 1_150, at=START + DAY)
@@ -206,7 +209,7 @@ def test_a_grant_that_expires_takes_over_no_debt_that_a_larger_plan_covers(host:
     assert used == 40
 
 
-def test_a_plan_that_is_made_larger_itself_counts_from_the_next_look_on(host: Host, connection: Connection) -> None:
+def test_a_plan_whose_size_grows_counts_from_the_next_read_on(host: Host, connection: Connection) -> None:
     user = host.subscriber(PLAN)
     give(connection, user, 500)
     host.log(user, 1_200, at=START + DAY)
@@ -217,7 +220,7 @@ def test_a_plan_that_is_made_larger_itself_counts_from_the_next_look_on(host: Ho
     assert_adds(host, connection, user, 500, START + 30 * DAY)
 
 
-def test_the_first_move_after_a_grant_given_by_hand_tells_of_the_window_before(
+def test_the_first_move_after_a_grant_by_hand_records_the_previous_window_too(
     host: Host, connection: Connection
 ) -> None:
     user = host.subscriber(PLAN)
@@ -231,7 +234,7 @@ def test_the_first_move_after_a_grant_given_by_hand_tells_of_the_window_before(
     assert_adds(host, connection, user, 300, START + 30 * DAY)
 
 
-def test_a_subscription_made_anew_is_a_new_window(host: Host, connection: Connection) -> None:
+def test_a_deleted_and_recreated_subscription_is_a_new_window(host: Host, connection: Connection) -> None:
     user = host.subscriber(PLAN)
     give(connection, user, 500)
     host.log(user, 900, at=START + DAY)
@@ -249,7 +252,7 @@ def test_a_subscription_made_anew_is_a_new_window(host: Host, connection: Connec
     assert_adds(host, connection, user, 500, START + 90 * DAY)
 
 
-def test_nothing_is_told_of_users_without_grants_nor_of_counters(host: Host, connection: Connection) -> None:
+def test_no_window_is_recorded_for_users_without_grants_or_for_counters(host: Host, connection: Connection) -> None:
     without = host.subscriber(PLAN)
     renew(host, START + DAY)
     user = host.subscriber(PLAN)
@@ -260,7 +263,7 @@ def test_nothing_is_told_of_users_without_grants_nor_of_counters(host: Host, con
     assert host.execute("SELECT user_id, id FROM trueup.window_change").all() == [(user, before)]
 
 
-def test_what_the_host_took_back_is_forgotten_and_the_rest_kept_short(host: Host, connection: Connection) -> None:
+def test_windows_that_the_host_moved_back_and_repeated_records_are_deleted(host: Host, connection: Connection) -> None:
     user = host.subscriber(PLAN)
     give(connection, user, 500)
     for days in (30, 60, 0, 30, 31, 30):
@@ -282,15 +285,13 @@ def test_what_the_host_took_back_is_forgotten_and_the_rest_kept_short(host: Host
         "DROP TABLE trueup.window_change; UPDATE billing_subscription SET start_date = now()",
     ],
 )
-def test_no_change_by_the_host_fails_by_what_we_want_to_be_told(
-    host: Host, connection: Connection, change: str
-) -> None:
+def test_no_change_by_the_host_fails_because_of_the_trigger(host: Host, connection: Connection, change: str) -> None:
     give(connection, host.subscriber(PLAN), 500)
     host.user()
     host.execute(change)
 
 
-def test_subscriptions_that_are_mapped_no_more_tell_nothing(host: Host, connection: Connection) -> None:
+def test_subscriptions_that_are_no_longer_mapped_record_nothing(host: Host, connection: Connection) -> None:
     give(connection, host.subscriber(PLAN), 500)
     host.execute("CREATE TABLE subs (LIKE billing_subscription INCLUDING ALL)")
     with host.engine.begin() as setting_up:
@@ -300,18 +301,20 @@ def test_subscriptions_that_are_mapped_no_more_tell_nothing(host: Host, connecti
     ).scalars().all() == ["subs"]
 
 
-def test_without_the_trigger_a_move_is_found_at_the_next_look(host: Host, connection: Connection) -> None:
+def test_without_the_trigger_the_next_settlement_finds_a_move(host: Host, connection: Connection) -> None:
     user = host.subscriber(PLAN)
     give(connection, user, 500)
     host.log(user, 1_200, at=START + DAY)
     host.execute("ALTER TABLE billing_subscription DISABLE TRIGGER trueup_window_changed")
-    host.execute(SAVE_WATCHED)  # else the gate would refuse
+    host.execute(SAVE_BASELINE)  # else the gate would refuse
     renew(host, START + 30 * DAY)
     assert_adds(host, connection, user, 300, START + 30 * DAY)
 
 
-def test_the_tokens_of_a_window_are_never_held_against_the_usage_of_another(host: Host, connection: Connection) -> None:
-    """The host moves the window back in the middle of a gate: here, by the statement that settles the grants."""
+def test_the_tokens_of_a_window_are_never_compared_with_the_usage_of_another(
+    host: Host, connection: Connection
+) -> None:
+    """The host moves the window back during a gate, in the statement that settles the grants."""
     user = host.subscriber(SMALL, start=START + 30 * DAY)
     host.log(user, 2_000, at=START + DAY)
     give(connection, user, 10, at=START + 31 * DAY)
@@ -323,7 +326,9 @@ def test_the_tokens_of_a_window_are_never_held_against_the_usage_of_another(host
     assert hold.tokens_left == 3_000
 
 
-def test_grants_revokes_charges_and_renewals_at_once_lose_and_make_no_token(host: Host, connection: Connection) -> None:
+def test_concurrent_grants_revocations_charges_and_renewals_neither_lose_nor_create_tokens(
+    host: Host, connection: Connection
+) -> None:
     user = host.subscriber(PLAN)
     kept, taken = give(connection, user, 500), give(connection, user, 700)
     holds = [hold_tokens(connection, user, 50) for _ in range(8)]
@@ -365,14 +370,14 @@ def test_a_grant_given_while_the_host_moves_the_window_knows_the_window_it_began
     host.log(user, 900, at=START + DAY)
     with host.engine.connect() as moving:
         moving.execute(text("UPDATE billing_subscription SET start_date = :at"), {"at": START + 2 * DAY})
-        give(connection, user, 500, at=START + 3 * DAY)  # waits for nobody
+        give(connection, user, 500, at=START + 3 * DAY)  # does not wait for a lock
         moving.commit()
     host.log(user, 900, at=START + 4 * DAY)
     renew(host, START + 5 * DAY)
     assert_adds(host, connection, user, 500, START + 5 * DAY)
 
 
-def test_a_charge_that_waits_for_a_revoke_is_paid_by_what_is_left(host: Host, connection: Connection) -> None:
+def test_a_charge_that_waits_for_a_revocation_uses_the_remaining_tokens(host: Host, connection: Connection) -> None:
     user = host.subscriber(0)
     number = give(connection, user, 500)
     hold = hold_tokens(connection, user, 500)
@@ -387,7 +392,7 @@ def test_a_charge_that_waits_for_a_revoke_is_paid_by_what_is_left(host: Host, co
         wait_for_lock(host)
         other.commit()
         assert charged.result().recorded
-    # The revoke took all 500: what came after it has nothing to be paid by.
+    # The revocation removed all 500 tokens, so no grant pays for later usage.
     account = read_account(connection, user)
     assert (account.original, account.consumed, account.remaining) == (0, 200, 0)
     assert_true(host)

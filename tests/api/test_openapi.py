@@ -14,7 +14,7 @@ from tests.support.api import OPERATOR, token
 from tests.support.drift_history import add_drift, add_run
 from tests.support.host import Host
 from tests.support.worker import running_worker
-from trueup.api.responses import Denial, Problem
+from trueup.api.errors import Denial, Problem
 from trueup.gate.denial import Reason
 from trueup.monitoring.status import FIGURES
 from trueup.settings.api import ApiSettings

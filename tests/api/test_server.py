@@ -24,7 +24,7 @@ from trueup.billing.decorators import ai_tokens
 from trueup.billing.utils import get_accurate_tokens_remaining
 from trueup.settings.api import ApiSettings
 from trueup.settings.settings import Settings
-from trueup.stack.supervisor.supervisor import about_the_api, commands_of
+from trueup.stack.supervisor import about_the_api, commands_of
 
 TRUEUP = Path(sys.executable).with_name("trueup")
 # The specification's three calls.

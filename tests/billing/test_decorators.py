@@ -1,4 +1,4 @@
-"""The decorators as such; what they do in real applications is in tests/hosts."""
+"""The decorators themselves. tests/hosts tests them in real applications."""
 
 import asyncio
 import inspect
@@ -31,7 +31,7 @@ def test_the_check_for_functions_is_the_check_for_users(host: Host) -> None:
     assert check_tokens_for_function(user, 1_001, "Mine") == check_ai_access_for_user(user, 1_001, "Mine")
 
 
-def test_without_an_estimate_1500_tokens_are_meant(host: Host) -> None:
+def test_the_default_estimate_is_1500_tokens(host: Host) -> None:
     user = host.subscriber(1_500)
     assert check_tokens_for_function(user)["has_access"]
     host.log(user, 1)
@@ -44,7 +44,7 @@ def request_of(user: Any) -> Request:
 
 
 def ask(view: Callable[..., Any], user: Any) -> tuple[int, bytes]:
-    """Call a decorated view; return the status and the body of its answer, or 200 for the view's own."""
+    """Call a decorated view. Return the status and the body of the refusal, or 200 and the view's own answer."""
     answer = view(request_of(user))
     if asyncio.iscoroutine(answer):
         answer = asyncio.run(answer)
@@ -52,7 +52,7 @@ def ask(view: Callable[..., Any], user: Any) -> tuple[int, bytes]:
 
 
 def view(_request: Any) -> bytes:
-    """Say that it ran."""
+    """Return that the view ran."""
     return b"ran"
 
 
@@ -64,7 +64,7 @@ VIEWS = pytest.mark.parametrize("function", [view, async_view])
 
 
 @VIEWS
-def test_without_parentheses_the_defaults_hold(host: Host, function: Any) -> None:
+def test_without_parentheses_the_defaults_apply(host: Host, function: Any) -> None:
     user = host.subscriber(1_500)
     assert ask(require_ai_tokens(function), user) == (200, b"ran")
     assert ask(require_active_subscription(function), user) == (200, b"ran")
@@ -73,7 +73,7 @@ def test_without_parentheses_the_defaults_hold(host: Host, function: Any) -> Non
     assert (status, b"1500 needed" in body) == (402, True)
 
 
-def test_a_view_keeps_its_name_its_words_and_its_marks() -> None:
+def test_a_decorated_view_keeps_its_name_docstring_and_attributes() -> None:
     def marked() -> None:
         """Words."""
 
@@ -99,7 +99,7 @@ def test_a_feature_without_a_name_fails_when_the_module_is_imported(wrong: Any) 
 
 
 class _ClassView:
-    """As a class's view is: the function that as_view and api_view make of it."""
+    """A class-based view, of which as_view and api_view make a function."""
 
 
 def _generator() -> Iterator[str]:
@@ -111,7 +111,7 @@ async def _async_generator() -> AsyncIterator[str]:
 
 
 def _as_view() -> None:
-    """As Django makes one of a class."""
+    """A function as Django makes of a class-based view."""
 
 
 _as_view.view_class = _ClassView  # type: ignore[attr-defined]
@@ -120,21 +120,21 @@ _as_view.view_class = _ClassView  # type: ignore[attr-defined]
 @pytest.mark.parametrize(
     ("wrong", "remedy"),
     [
-        (_ClassView, "Decorate the view's function, or its method"),
-        ("view", "Decorate the view's function, or its method"),
+        (_ClassView, "Decorate the view's function, or a method"),
+        ("view", "Decorate the view's function, or a method"),
         (_generator, "streaming response"),
         (_async_generator, "streaming response"),
         (_as_view, "on the class's method"),
     ],
 )
-def test_what_is_no_view_fails_when_the_module_is_imported(wrong: Any, remedy: str) -> None:
+def test_decorating_an_object_that_is_no_view_fails_when_the_module_is_imported(wrong: Any, remedy: str) -> None:
     for decorate in (require_ai_tokens(10), require_active_subscription()):
         with pytest.raises(TypeError, match=remedy):
             decorate(wrong)
 
 
 @pytest.mark.parametrize("decorator", [require_ai_tokens, require_active_subscription])
-def test_a_loader_that_can_load_no_user_fails_when_the_module_is_imported(decorator: Any) -> None:
+def test_an_unusable_loader_fails_when_the_module_is_imported(decorator: Any) -> None:
     async def load(_request: Any) -> int:
         return 1
 
@@ -145,7 +145,7 @@ def test_a_loader_that_can_load_no_user_fails_when_the_module_is_imported(decora
 
 
 @VIEWS
-def test_a_loader_names_who_pays(host: Host, function: Any) -> None:
+def test_a_loader_returns_the_user_who_pays(host: Host, function: Any) -> None:
     poor, rich = host.subscriber(10), host.subscriber(1_500)
     for loader in (lambda request: rich, lambda request: SimpleNamespace(pk=rich), lambda request: {"id": rich}):
         assert ask(require_ai_tokens(user=loader)(function), poor) == (200, b"ran")
@@ -153,7 +153,7 @@ def test_a_loader_names_who_pays(host: Host, function: Any) -> None:
 
 
 @VIEWS
-def test_what_is_said_beside_the_view_itself_holds_too(host: Host, function: Any) -> None:
+def test_an_estimate_and_a_feature_can_be_given_with_a_loader(host: Host, function: Any) -> None:
     poor, rich = host.subscriber(10), host.subscriber(1_500)
     assert ask(require_ai_tokens(function, user=lambda request: rich), poor) == (200, b"ran")
     status, body = ask(require_ai_tokens(function, feature_name="Mine"), poor)
@@ -162,7 +162,7 @@ def test_what_is_said_beside_the_view_itself_holds_too(host: Host, function: Any
 
 
 @VIEWS
-def test_a_dict_of_two_users_is_a_fault_of_the_hosts_and_none_of_them_is_taken(host: Host, function: Any) -> None:
+def test_a_dict_of_two_users_is_an_error_of_the_host_and_neither_is_charged(host: Host, function: Any) -> None:
     user = host.subscriber(1_500)
     for same in ({"id": user, "user_id": str(user)}, {"id": None, "user_id": user}, {"user_id": user}):
         assert ask(require_ai_tokens(function), same) == (200, b"ran")
@@ -191,17 +191,17 @@ def test_an_async_views_loader_may_be_async(host: Host) -> None:
 
 @VIEWS
 @pytest.mark.parametrize(
-    "nobody",
+    "anonymous",
     [None, SimpleNamespace(is_authenticated=False, pk=1), {"name": "no id"}],
     ids=["none", "anonymous", "dict"],
 )
-def test_nobody_is_401_and_the_database_is_not_even_asked(function: Any, nobody: Any) -> None:
-    status, body = ask(require_ai_tokens(function), nobody)
+def test_a_missing_user_is_401_without_a_query_to_the_database(function: Any, anonymous: Any) -> None:
+    status, body = ask(require_ai_tokens(function), anonymous)
     assert (status, b"not_authenticated" in body) == (401, True)
 
 
 @VIEWS
-def test_a_database_without_trueup_lets_nobody_in(empty_database: str, function: Any) -> None:
+def test_a_database_without_trueup_refuses_each_user(empty_database: str, function: Any) -> None:
     for decorated in (require_ai_tokens(function), require_active_subscription(function)):
         status, body = ask(decorated, 1)
         assert (status, b"not_ready" in body) == (503, True)
@@ -216,7 +216,7 @@ def test_a_database_without_trueup_lets_nobody_in(empty_database: str, function:
     ],
 )
 @pytest.mark.parametrize("is_async", [False, True])
-def test_what_leaves_the_view_is_answered(host: Host, error: Exception, status: int, is_async: bool) -> None:
+def test_an_error_that_the_view_raises_is_answered(host: Host, error: Exception, status: int, is_async: bool) -> None:
     def failing(_request: Any) -> None:
         raise error
 
@@ -228,12 +228,12 @@ def test_what_leaves_the_view_is_answered(host: Host, error: Exception, status: 
 
 
 @VIEWS
-def test_a_users_id_that_is_none_is_a_fault_of_the_hosts_and_is_shown_as_one(database: str, function: Any) -> None:
+def test_a_malformed_user_id_raises_an_error_of_the_host(database: str, function: Any) -> None:
     with pytest.raises(InvalidInputError, match="user_id"):
         ask(require_ai_tokens(function), "five")
 
 
-def test_a_view_without_a_request_says_what_it_lacks(database: str) -> None:
+def test_the_error_for_a_view_without_a_request_names_the_view(database: str) -> None:
     with pytest.raises(TypeError, match=r"^view: there is no request"):
         require_ai_tokens(view)(7)
 
@@ -252,7 +252,7 @@ def test_the_decision_of_an_async_view_is_made_in_a_thread_of_its_own(host: Host
     assert threading.main_thread() not in threads
 
 
-def test_a_dependency_asks_for_what_the_application_gives_it(database: str) -> None:
+def test_a_dependency_checks_the_user_of_the_applications_own_dependency(database: str) -> None:
     for dependency in (ai_tokens_required(), active_subscription_required()):
         with pytest.raises(Exception, match="401"):
             asyncio.run(dependency(request_of(None)))
@@ -269,7 +269,7 @@ def status_of(app: flask.Flask) -> int:
     return app.test_client().post("/").status_code
 
 
-def test_flask_login_is_asked_where_the_host_uses_it_and_sets_no_user_itself(
+def test_flask_logins_user_counts_if_the_host_sets_no_user_itself(
     host: Host, flask_app: flask.Flask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     user = SimpleNamespace(id=host.subscriber(), is_authenticated=True)
@@ -283,7 +283,7 @@ def test_flask_login_is_asked_where_the_host_uses_it_and_sets_no_user_itself(
     assert status_of(flask_app) == 401
 
 
-def test_the_user_that_a_flask_host_sets_itself_goes_before_flask_logins(
+def test_the_user_that_a_flask_host_sets_itself_precedes_flask_logins(
     host: Host, flask_app: flask.Flask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poor, rich = host.subscriber(10), SimpleNamespace(id=host.subscriber(), is_authenticated=True)

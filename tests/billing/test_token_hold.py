@@ -1,4 +1,4 @@
-"""Tokens held for a request: the same gate as a task's, charges once each, and nothing left held afterwards."""
+"""Holds for requests: the same gate as for tasks, each charge once, and no tokens held after the block."""
 
 import asyncio
 import itertools
@@ -51,7 +51,7 @@ def statuses() -> list[str]:
         return [row.status for row in list_holds(connection, every_status=True)]
 
 
-def test_tokens_are_held_in_the_block_charged_by_it_and_given_back_after_it(host: Host, user: int) -> None:
+def test_tokens_are_held_and_charged_in_the_block_and_released_after_it(host: Host, user: int) -> None:
     with ai_tokens(user, 1_500, "Summaries", "chat") as hold:
         assert (balance(host, user), hold.tokens_left) == ((0, 1_500), 1_500)
         charge = spend(hold, metadata={"a": 1}, response_time_ms=5)
@@ -67,7 +67,7 @@ def test_tokens_are_held_in_the_block_charged_by_it_and_given_back_after_it(host
 
 
 @pytest.mark.parametrize("failure", [LookupError, SystemExit, KeyboardInterrupt, asyncio.CancelledError])
-def test_a_block_that_ends_otherwise_gives_its_tokens_back_too(
+def test_a_block_that_ends_with_an_error_releases_its_tokens_too(
     host: Host, user: int, failure: type[BaseException]
 ) -> None:
     with pytest.raises(failure), ai_tokens(user, 1_500):
@@ -93,7 +93,7 @@ def test_a_denial_carries_the_body_of_a_402_and_nothing_is_held(host: Host) -> N
     assert statuses() == []
 
 
-def test_blocks_at_once_never_hold_more_than_there_is(host: Host) -> None:
+def test_concurrent_blocks_never_hold_more_than_the_budget(host: Host) -> None:
     user = host.subscriber(4_000)
     everyone_has_asked = threading.Barrier(8, timeout=DEADLINE_SECONDS)
 
@@ -112,7 +112,7 @@ def test_blocks_at_once_never_hold_more_than_there_is(host: Host) -> None:
     assert_true(host)
 
 
-def test_each_charge_is_another_call_unless_it_names_the_same(host: Host, user: int) -> None:
+def test_each_charge_is_another_call_unless_it_has_the_same_key(host: Host, user: int) -> None:
     with ai_tokens(user, 1_500) as hold:
         spend(hold)
         spend(hold)
@@ -125,7 +125,7 @@ def test_each_charge_is_another_call_unless_it_names_the_same(host: Host, user: 
     assert_true(host)
 
 
-def test_of_two_charges_at_once_the_one_that_is_told_last_does_not_bring_spent_tokens_back(
+def test_a_concurrent_charge_that_returns_late_does_not_raise_the_tokens_left(
     host: Host, user: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def record_and_tell_the_first_last(connection: Connection, hold: Hold, **values: Any) -> Any:
@@ -147,7 +147,7 @@ def test_of_two_charges_at_once_the_one_that_is_told_last_does_not_bring_spent_t
     assert_true(host)
 
 
-def test_more_than_was_held_is_recorded_all_the_same_and_said(host: Host, user: int) -> None:
+def test_usage_beyond_the_hold_is_recorded_and_reported(host: Host, user: int) -> None:
     with ai_tokens(user, 200) as hold:
         assert spend(hold).tokens_over == 100
         assert hold.tokens_left == 0
@@ -155,7 +155,7 @@ def test_more_than_was_held_is_recorded_all_the_same_and_said(host: Host, user: 
     assert_true(host)
 
 
-def test_a_hold_is_extended_if_the_budget_has_it(host: Host, user: int) -> None:
+def test_a_hold_is_extended_if_the_budget_allows_it(host: Host, user: int) -> None:
     with ai_tokens(user, 9_000) as hold:
         assert hold.extend(1_000)
         assert hold.tokens_left == 10_000
@@ -166,7 +166,7 @@ def test_a_hold_is_extended_if_the_budget_has_it(host: Host, user: int) -> None:
     assert balance(host, user) == (0, 0)
 
 
-def test_a_hold_whose_time_has_run_out_is_not_extended_and_its_charge_is_late(host: Host, user: int) -> None:
+def test_an_expired_hold_is_not_extended_and_its_charge_is_late(host: Host, user: int) -> None:
     with ai_tokens(user, 1_000) as hold:
         host.execute("UPDATE trueup.hold SET expires_at = clock_timestamp() - interval '1 second'")
         get_accurate_tokens_remaining(user)
@@ -178,7 +178,7 @@ def test_a_hold_whose_time_has_run_out_is_not_extended_and_its_charge_is_late(ho
     assert_true(host)
 
 
-def test_a_copy_of_a_request_is_not_let_in_while_it_is_at_work_and_gated_anew_after_it(host: Host) -> None:
+def test_a_copy_of_a_request_is_refused_while_it_runs_and_passes_the_gate_after_it(host: Host) -> None:
     user = host.subscriber(1_000)
     with ai_tokens(user, 400, key="order 7") as hold:
         spend(hold)
@@ -196,7 +196,7 @@ def test_a_copy_of_a_request_is_not_let_in_while_it_is_at_work_and_gated_anew_af
 
 
 @pytest.mark.parametrize("key", [None, "order 7"])
-def test_a_block_whose_answer_was_lost_with_its_connection_is_let_in_and_holds_once(
+def test_a_block_whose_first_answer_was_lost_is_admitted_and_holds_its_tokens_once(
     host: Host, user: int, monkeypatch: pytest.MonkeyPatch, key: str | None
 ) -> None:
     tries = []
@@ -219,7 +219,7 @@ def test_a_block_whose_answer_was_lost_with_its_connection_is_let_in_and_holds_o
     assert_true(host)
 
 
-def test_no_name_of_a_call_is_taken_for_the_second_buying_of_another(host: Host, user: int) -> None:
+def test_no_key_of_a_call_is_taken_for_the_second_purchase_of_another_call(host: Host, user: int) -> None:
     with ai_tokens(user, 400, key="order 7") as hold:
         spend(hold, key="a")
     with ai_tokens(user, 1_000, key="order 7") as hold:
@@ -228,7 +228,7 @@ def test_no_name_of_a_call_is_taken_for_the_second_buying_of_another(host: Host,
     assert host.used(user) == 900
 
 
-def test_a_hold_is_of_use_in_its_block_only_and_one_block_at_a_time(host: Host, user: int) -> None:
+def test_a_hold_is_usable_only_in_its_block_and_in_one_block_at_a_time(host: Host, user: int) -> None:
     hold = ai_tokens(user, 1_000)
     with pytest.raises(NoHoldError):
         spend(hold)
@@ -270,7 +270,7 @@ def test_wrong_arguments_are_refused_before_anything_is_held(database: str, wron
         ({"response_time_ms": "1"}, "response_time_ms"),
     ],
 )
-def test_wrong_figures_are_refused_by_name_and_cost_no_place_in_the_order(
+def test_wrong_figures_are_refused_by_name_and_use_no_number_of_a_call(
     host: Host, user: int, wrong: dict[str, Any], field: str
 ) -> None:
     with ai_tokens(user, 1_000) as hold:
@@ -285,18 +285,18 @@ def test_without_the_database_nothing_runs_and_a_charge_is_not_lost_silently(
 ) -> None:
     monkeypatch.setattr(retry, "RETRY_DELAYS_SECONDS", (0,))
     with ai_tokens(user, 1_000) as hold:
-        monkeypatch.setenv("TRUEUP_DATABASE_URL", "postgresql://nobody@127.0.0.1:1/x")
+        monkeypatch.setenv("TRUEUP_DATABASE_URL", "postgresql://user@127.0.0.1:1/x")
         get_settings.cache_clear()
         dispose_engine()
         with pytest.raises(ServiceUnavailableError):
             spend(hold)
-        assert "300 tokens" in caplog.text
-    assert "not closed: it expires" in caplog.text
+        assert "tokens=300" in caplog.text
+    assert "hold not closed" in caplog.text
     with pytest.raises(ServiceUnavailableError), ai_tokens(user, 1_000):
         pytest.fail("it ran unmetered")
 
 
-def test_a_charge_is_tried_again_while_the_hosts_tables_are_being_changed(
+def test_a_charge_is_retried_while_the_hosts_tables_change(
     host: Host, user: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def wait(seconds: float) -> None:
@@ -316,7 +316,7 @@ def test_a_charge_is_tried_again_while_the_hosts_tables_are_being_changed(
     assert "usage not recorded: user" in caplog.text
 
 
-def test_trueups_own_model_client_spends_from_it(host: Host, user: int) -> None:
+def test_trueups_own_model_client_spends_from_the_hold(host: Host, user: int) -> None:
     settings = get_settings()
     model = MeteredModel(lambda: provider_from_settings(settings), settings)
     with ai_tokens(user, 500, "Ask", "chat") as hold, spending_from(hold.hold):
@@ -357,7 +357,7 @@ def test_an_async_block_does_the_same_without_blocking_the_loop(host: Host, user
 
 
 class _ClosedBeforeCharged(ThreadPoolExecutor):
-    """Runs the second piece of work, the charge, once the third is done: the closing of the block."""
+    """Runs the second piece of work, the charge, after the third, which closes the block."""
 
     def __init__(self) -> None:
         super().__init__(3)
@@ -378,7 +378,7 @@ class _ClosedBeforeCharged(ThreadPoolExecutor):
         return super().submit(run)
 
 
-def test_a_charge_is_recorded_though_its_caller_is_cancelled_and_the_block_is_over_first(host: Host, user: int) -> None:
+def test_a_charge_is_recorded_even_if_its_caller_is_cancelled_and_the_block_ends_first(host: Host, user: int) -> None:
     async def work() -> None:
         asyncio.get_running_loop().set_default_executor(_ClosedBeforeCharged())
         async with ai_tokens(user, 1_000) as hold:
@@ -393,14 +393,14 @@ def test_a_charge_is_recorded_though_its_caller_is_cancelled_and_the_block_is_ov
     assert_true(host)
 
 
-def test_what_fails_when_its_caller_was_cancelled_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_of_the_work_of_a_cancelled_caller_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     def fail() -> None:
         assert go_on.wait(DEADLINE_SECONDS)
         raise LookupError("the figures")
 
     async def work() -> None:
         waiting = asyncio.create_task(in_thread(fail))
-        await asyncio.sleep(0)  # it begins
+        await asyncio.sleep(0)  # let it begin
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
@@ -416,7 +416,7 @@ def test_what_fails_when_its_caller_was_cancelled_is_in_the_log(caplog: pytest.L
 
 def test_a_caller_that_is_cancelled_while_its_hold_is_opened_leaves_none_open(host: Host, user: int) -> None:
     with ai_tokens(user, 1):
-        pass  # so that there is a balance to lock
+        pass  # creates a balance that can be locked
 
     async def work() -> None:
         with locked_balance(host, user) as session:
@@ -437,7 +437,7 @@ def test_a_caller_that_is_cancelled_while_its_hold_is_opened_leaves_none_open(ho
     assert balance(host, user) == (0, 0)
 
 
-def test_a_block_that_is_cancelled_gives_its_tokens_back(host: Host, user: int) -> None:
+def test_a_cancelled_block_releases_its_tokens(host: Host, user: int) -> None:
     async def work() -> None:
         async with ai_tokens(user, 1_000):
             raise asyncio.CancelledError
@@ -445,3 +445,20 @@ def test_a_block_that_is_cancelled_gives_its_tokens_back(host: Host, user: int) 
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(work())
     assert (balance(host, user), statuses()) == ((0, 0), ["released"])
+
+
+def test_the_charge_of_a_cancelled_caller_is_recorded_before_its_block_ends(host: Host, user: int) -> None:
+    """Its provider has answered, so its tokens must not be released before they are charged."""
+
+    async def view() -> None:
+        async with ai_tokens(user, 1_500) as hold:
+            with locked_balance(host, user):
+                charge = asyncio.create_task(hold.acharge(prompt_tokens=200, completion_tokens=100, model_name="m"))
+                await asyncio.to_thread(wait_for_lock, host)
+                charge.cancel()
+                await asyncio.wait([charge])
+                assert charge.cancelled()
+
+    asyncio.run(view())
+    assert (balance(host, user), host.used(user)) == ((300, 0), 300)
+    assert host.value("SELECT late FROM trueup.charge") is False

@@ -1,4 +1,4 @@
-"""The specification's own functions, called as its documents call them."""
+"""The specification's functions, called as its documents call them."""
 
 import uuid
 from collections.abc import Callable
@@ -60,13 +60,13 @@ def test_an_anonymous_or_unknown_user_has_nothing(host: Host, user: Any) -> None
 def test_the_answer_has_exactly_these_keys_and_a_reason_only_when_denied(host: Host) -> None:
     user = host.subscriber(1_499)
     assert set(check_ai_access_for_user(user, 1_499, "Test")) == KEYS
-    denied = check_tokens_for_function(user)  # 1 500 unless told otherwise
+    denied = check_tokens_for_function(user)  # 1,500 by default
     assert set(denied) == KEYS | {"reason"}
     assert denied["message"] == "Insufficient tokens for AI Feature: 1500 needed, 1499 available"
 
 
 @pytest.mark.parametrize("estimate", [-1, True, 1.5, "10", None])
-def test_a_malformed_estimate_is_a_value_error_whoever_the_user_is(host: Host, estimate: Any) -> None:
+def test_a_malformed_estimate_is_a_value_error_for_any_user(host: Host, estimate: Any) -> None:
     for user in (host.subscriber(), None):
         with pytest.raises(ValueError, match="estimated_tokens"):
             check_ai_access_for_user(user, estimate, "Test")
@@ -82,11 +82,11 @@ def test_a_malformed_user_is_refused(database: str, face: Callable[[Any], Any]) 
 
 
 @pytest.mark.parametrize("face", FACES)
-def test_a_database_that_is_down_is_an_error_and_never_zeros(
+def test_an_unavailable_database_is_an_error_and_never_zeros(
     host: Host, monkeypatch: pytest.MonkeyPatch, face: Callable[[Any], Any]
 ) -> None:
     user = host.subscriber()
-    monkeypatch.setenv("TRUEUP_DATABASE_URL", "postgresql://nobody:s3cret@127.0.0.1:1/x")
+    monkeypatch.setenv("TRUEUP_DATABASE_URL", "postgresql://user:s3cret@127.0.0.1:1/x")
     get_settings.cache_clear()
     dispose_engine()
     with pytest.raises(ServiceUnavailableError, match=r"127\.0\.0\.1:1/x does not answer") as down:
@@ -95,13 +95,15 @@ def test_a_database_that_is_down_is_an_error_and_never_zeros(
 
 
 @pytest.mark.parametrize("face", FACES)
-def test_a_database_without_trueup_says_how_to_set_it_up(empty_database: str, face: Callable[[Any], Any]) -> None:
+def test_the_error_for_a_database_without_trueup_names_the_setup_command(
+    empty_database: str, face: Callable[[Any], Any]
+) -> None:
     with pytest.raises(NotInstalledError, match="trueup db init"):
         face(1)
 
 
 @pytest.mark.parametrize("face", FACES)
-def test_a_connection_that_died_in_the_pool_is_not_noticed(host: Host, face: Callable[[Any], Any]) -> None:
+def test_a_dead_connection_in_the_pool_causes_no_error(host: Host, face: Callable[[Any], Any]) -> None:
     user = host.subscriber(10_000)
     first = face(user)
     host.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'trueup'")

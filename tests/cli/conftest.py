@@ -57,7 +57,7 @@ def started(*arguments: object, home: Path, stdout: Any = subprocess.PIPE) -> It
 
 @pytest.fixture
 def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Give a function that sets variables of the environment (None: unsets) and lets them be read anew."""
+    """Yield a function that sets environment variables (None: unsets) and resets the settings."""
 
     def change(**variables: str | None) -> None:
         for name, value in variables.items():

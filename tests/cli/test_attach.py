@@ -9,7 +9,7 @@ from trueup.host.mapping import HostMapping
 from trueup.install.example_tables import build_host_metadata
 
 
-def test_it_says_what_it_will_do_asks_and_says_what_it_did(empty_database: str) -> None:
+def test_attach_shows_its_plan_asks_and_reports_each_step(empty_database: str) -> None:
     engine = create_engine(empty_database, poolclass=NullPool)
     with engine.begin() as connection:
         build_host_metadata(HostMapping()).create_all(connection)
@@ -18,18 +18,18 @@ def test_it_says_what_it_will_do_asks_and_says_what_it_did(empty_database: str) 
         host.log(user, 100)
         said = trueup("db", "attach", stdin="n\n", code=1).stdout
         assert (
-            "triggers on ai_usage_log (about 0 rows): made, with SHARE ROW EXCLUSIVE on public.ai_usage_log for some "
-            "milliseconds, however many rows it has; waits up to 50 ms" in said
+            "triggers on ai_usage_log (about 0 rows): create, with SHARE ROW EXCLUSIVE on public.ai_usage_log for some "
+            "milliseconds, independent of its rows; waits at most 50 ms" in said
         )
-        assert "are built from the log, for about 1 s; no lock but ACCESS SHARE" in said
+        assert "balances from the log, in about 1 s; takes only ACCESS SHARE" in said
         assert "    TRIGGER ON TABLE public.billing_subscription\n" in said
         assert '    SELECT ("id", "user_id", ' in said
         assert "lacks" not in said
-        assert "than this role has" not in said
+        assert "this role lacks" not in said
         assert host.value("SELECT to_regnamespace('trueup') IS NULL")
         said = trueup("db", "attach", "--yes").stdout
         assert said.endswith("Balances are built: 1.\nBalances agree with the log: ready.\n")
-        assert "triggers on ai_usage_log (about 0 rows): there" in trueup("db", "attach", "--yes").stdout
+        assert "triggers on ai_usage_log (about 0 rows): exist" in trueup("db", "attach", "--yes").stdout
         assert "9,900" in trueup("tokens", "show", user).stdout
     engine.dispose()
 

@@ -37,5 +37,5 @@ def test_without_host_tables_nothing_is_made_and_each_is_named(empty_database: s
     [("tokens", "show", 1), ("holds", "list"), ("usage", 1), ("reconcile",), ("drift", "report")],
     ids=lambda command: command[0],
 )
-def test_before_that_each_command_says_what_to_do(empty_database: str, command: tuple[object, ...]) -> None:
+def test_before_the_setup_each_command_names_the_remedy(empty_database: str, command: tuple[object, ...]) -> None:
     assert "Run `trueup db init`" in trueup(*command, code=1).stderr

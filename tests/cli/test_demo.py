@@ -1,4 +1,4 @@
-"""`trueup demo`: all of it happened, and nothing runs on."""
+"""`trueup demo`: every step succeeds, and no process is left."""
 
 import pytest
 
@@ -21,14 +21,14 @@ def test_the_demo_succeeds(demo: Demo) -> None:
         ("DM about a product", "sent"),
         ("DM, fixed text", " 0 ", "sent"),
         *((tenant.name, reason) for reason, tenant in DENIED.items()),
-        ("north-street-bakery: shows 3,580, really has 2,400",),
-        ("lale-flowers: shows 6,410, really has 7,050",),
+        ("north-street-bakery: shows 3,580, has 2,400",),
+        ("lale-flowers: shows 6,410, has 7,050",),
         ("3,580", "2,400", "1,180", "missed decrement", "corrected"),
         ("6,410", "7,050", "-640", "double decrement", "corrected"),
     ],
     ids=lambda line: line[0],
 )
-def test_the_demo_tells(demo: Demo, line: tuple[str, ...]) -> None:
+def test_the_demo_shows_each_step(demo: Demo, line: tuple[str, ...]) -> None:
     assert any(all(part in shown for part in line) for shown in demo.output.splitlines()), demo.output
 
 

@@ -33,7 +33,7 @@ def other_host(folder: Path, empty_database: str) -> Path:
     return folder / "trueup.toml"
 
 
-def test_what_was_found_is_shown_with_how_sure_it_is_and_what_to_know(other_host: Path) -> None:
+def test_the_proposal_is_shown_with_certainty_and_notes(other_host: Path) -> None:
     shown = trueup("db", "discover").stdout
     for words in (
         "host.subscription.tokens_remaining",
@@ -64,7 +64,7 @@ def test_json_has_the_choices_the_gaps_and_the_section(other_host: Path) -> None
     assert all(gap["remedy"] for gap in found["gaps"])
 
 
-def test_the_mapping_is_written_and_is_what_the_next_command_reads(other_host: Path) -> None:
+def test_the_next_command_reads_the_written_mapping(other_host: Path) -> None:
     other_host.write_text('# mine\nhome = "elsewhere"\n\n[reconcile]\ntolerance = 7\n')
     said = trueup("db", "discover", "--write").stderr
     assert "Written to trueup.toml" in said
@@ -101,17 +101,17 @@ def test_another_file_can_be_named(other_host: Path, monkeypatch: pytest.MonkeyP
     assert not other_host.exists()
 
 
-def test_a_variable_that_would_hide_what_was_written_is_named(
+def test_a_variable_that_overrides_the_written_mapping_is_named(
     other_host: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRUEUP_HOST__USER__TABLE", "x")
     get_settings.cache_clear()
-    assert "Unset it" in trueup("db", "discover", "--write", code=1).stderr
+    assert "Unset the variable" in trueup("db", "discover", "--write", code=1).stderr
 
 
-def test_without_what_is_needed_nothing_is_written(folder: Path) -> None:
+def test_without_a_required_name_nothing_is_written(folder: Path) -> None:
     result = trueup("db", "discover", "--write", code=1)
-    assert "No table was found" in result.stdout
+    assert "No table resembles" in result.stdout
     assert "host.usage_log.table: no table has the columns of the AI usage log. Needed for everything." in result.stdout
     assert trueup_json("db", "discover", code=1)["complete"] is False
     assert list(folder.glob("*.toml")) == []
@@ -126,7 +126,7 @@ def test_without_what_is_needed_nothing_is_written(folder: Path) -> None:
         (("--write", "--output", "."), "Invalid value for '--output'", 2),
         (("--write", "--output", "no/such/folder.toml"), "--output: no/such/folder.toml can't be written", 1),
         (("--write", "--output", "binary.toml"), "--output: binary.toml can't be read", 1),
-        (("--write", "--output", "broken.toml"), "output: the file is no TOML", 2),
+        (("--write", "--output", "broken.toml"), "output: the file is not TOML", 2),
     ],
 )
 def test_bad_input_is_refused_by_the_options_name(

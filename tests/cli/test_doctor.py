@@ -1,4 +1,4 @@
-"""`trueup doctor`: what it prints, how it ends, and what it finds of Redis and the workers."""
+"""`trueup doctor`: its output, its exit code, and its findings about Redis and the workers."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from trueup.cli.client import celery_client
 from trueup.doctor.clocks import Offset
 from trueup.settings.settings import Settings, get_settings
 from trueup.worker import doctor
-from trueup.worker.queue_depth import QueueDepth
+from trueup.worker.doctor import QueueDepth
 
 SCHEMA = "doctor.schema.json"
 NOWHERE = "127.0.0.1:1"
@@ -47,16 +47,16 @@ def test_without_a_worker_it_fails_and_says_how_to_start_one(queues: Celery) -> 
     assert "celery -A trueup.worker worker -Q" in result.stdout
     assert result.stdout.splitlines()[-1].startswith("1 errors, ")
     lines = [line for line in result.stdout.splitlines() if line.startswith("│ ")]
-    assert lines[0].startswith("│ error ")  # what is wrong comes first
+    assert lines[0].startswith("│ error ")  # errors come first
 
 
-def test_tasks_that_nobody_takes_are_an_error(queues: Celery) -> None:
+def test_tasks_in_a_queue_without_a_worker_are_an_error(queues: Celery) -> None:
     for priority in (0, 9):
         queues.send_task("trueup.expire_holds", queue="trueup-reconcile", priority=priority)
     document = trueup_json("doctor", code=1)
     told = dict(of(document["findings"], "queues"))["error"]
     assert re.fullmatch(
-        r"In queue trueup-reconcile 2 tasks wait, the oldest for \d+ s, and no worker takes from it\.", told
+        r"In queue trueup-reconcile 2 tasks wait, the oldest for \d+ s, and no worker consumes it\.", told
     )
 
 
@@ -78,7 +78,7 @@ def test_a_server_that_is_away_hides_nothing_of_the_other(
     assert complaints(without_both, SCHEMA) == []
 
 
-def test_without_a_database_redis_is_still_looked_at(host: Host, settings: Callable[..., None]) -> None:
+def test_without_a_database_redis_is_still_checked(host: Host, settings: Callable[..., None]) -> None:
     settings(TRUEUP_DATABASE_URL=f"postgresql://app@{NOWHERE}/app")
     findings = trueup_json("doctor", code=1)["findings"]
     level, told = of(findings, "redis")[0]
@@ -106,7 +106,7 @@ def test_settings_that_cant_be_read_are_a_finding_and_not_a_failure(settings: Ca
         {"what": ""},
     ],
 )
-def test_the_schema_refuses_what_is_no_finding(change: dict[str, Any]) -> None:
+def test_the_schema_refuses_malformed_findings(change: dict[str, Any]) -> None:
     finding = {"check": "redis", "level": "error", "what": "x", "remedy": "y", "detail": {}}
     document = {"schema_version": 1, "checked_at": "2024-11-01T00:00:00+00:00", "healthy": False}
     document |= {"errors": 1, "warnings": 0}
@@ -135,7 +135,7 @@ class FakeRedis:
         ({"aof_enabled": 0}, "warning", "appendonly yes"),
     ],
 )
-def test_a_redis_that_may_lose_tasks_is_told(info: dict[str, Any], level: str, remedy: str) -> None:
+def test_a_redis_that_may_lose_tasks_is_reported(info: dict[str, Any], level: str, remedy: str) -> None:
     findings = [finding for finding in doctor.check_server(FakeRedis(**info)) if finding.level != "ok"]
     assert [(finding.level, remedy in str(finding.remedy)) for finding in findings] == [(level, True)]
 
@@ -151,7 +151,7 @@ def test_redis_clock_is_compared_with_the_databases() -> None:
 
 
 @pytest.mark.parametrize(("age", "level"), [(10, "ok"), (5_000, "error")])
-def test_a_task_that_runs_longer_than_any_may_is_told(age: float, level: str) -> None:
+def test_a_task_that_exceeds_the_time_limit_is_reported(age: float, level: str) -> None:
     active = {
         "trueup-ai@a": [{"name": "tasks.run", "id": "1", "time_start": 1e9 - age}, {"name": "x", "time_start": None}]
     }

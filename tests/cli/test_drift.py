@@ -14,8 +14,9 @@ from tests.cli.conftest import trueup, trueup_json
 from tests.support.drift_history import FIRST_RUN, add_drift, add_run, decide, see_again
 from tests.support.host import Host
 from tests.support.schemas import complaints
-from trueup.cli.reports.options import SINCE, write_file
-from trueup.cli.reports.sparkline import sparkline
+from trueup.cli.options import SINCE
+from trueup.cli.output import write_file
+from trueup.cli.reports.terminal import sparkline
 from trueup.errors import ServiceUnavailableError
 
 pytestmark = pytest.mark.dated
@@ -71,7 +72,7 @@ def test_without_a_run_the_report_says_how_to_start_one(database: str) -> None:
         ((), [1]),
     ],
 )
-def test_the_options_choose_what_is_told(past: list[int], arguments: tuple[str, ...], users: list[int]) -> None:
+def test_the_options_select_the_drifts(past: list[int], arguments: tuple[str, ...], users: list[int]) -> None:
     assert [row["user_id"] for row in trueup_json("drift", "report", *arguments)["rows"]] == users
 
 
@@ -79,7 +80,7 @@ def test_the_options_choose_what_is_told(past: list[int], arguments: tuple[str, 
     ("arguments", "said"),
     [
         (("--since", "yesterday"), "Invalid value for '--since': 'yesterday' is no time: give 2026-11-01"),
-        (("--since", "2999-01-01"), "Invalid value for '--since': '2999-01-01' has not come yet"),
+        (("--since", "2999-01-01"), "Invalid value for '--since': '2999-01-01' is in the future"),
         (("--since", "2024-13-01"), "Invalid value for '--since'"),
         (("--since", "99999w"), "Invalid value for '--since'"),
         (("--cause", "missed_decremnt"), "Did you mean missed_decrement?"),
@@ -102,7 +103,9 @@ def test_bad_input_is_refused_by_the_options_name(past: list[int], arguments: tu
     assert said in trueup("drift", "report", *arguments, code=2).stderr
 
 
-def test_the_exit_code_tells_of_drift_only_when_asked_and_not_of_what_is_set_aside(host: Host, past: list[int]) -> None:
+def test_the_exit_code_reports_drift_only_on_request_and_ignores_drift_that_is_set_aside(
+    host: Host, past: list[int]
+) -> None:
     trueup("drift", "report")
     trueup("drift", "report", "--fail-on-drift", code=3)
     trueup("drift", "report", "--fail-on-drift", "--min", 9_999)
@@ -138,7 +141,7 @@ def test_a_spreadsheet_runs_no_cell_of_the_csv(host: Host, past: list[int]) -> N
     assert json.loads(rows[0]["evidence"]) == {"components": []}
 
 
-def test_markdown_is_not_broken_by_what_it_tells(host: Host, past: list[int]) -> None:
+def test_texts_of_the_host_do_not_break_the_markdown(host: Host, past: list[int]) -> None:
     shown = trueup("drift", "report", "--format", "markdown").stdout
     assert "| 1 | 15,000 | 10,000 | 5,000 | credit without grant | likely | review |" in shown
     for line in shown.splitlines():
@@ -211,7 +214,7 @@ def test_a_history_without_runs_says_so(host: Host) -> None:
     ("values", "line"),
     [([], ""), ([0, 0], "▁▁"), ([1], "█"), ([0, 50, 100], "▁▅█"), ([1, 10_000], "▂█"), ([7, 7], "██")],
 )
-def test_a_sparkline_shows_what_is_more_than_nothing(values: list[int], line: str) -> None:
+def test_a_sparkline_shows_every_value_above_zero(values: list[int], line: str) -> None:
     assert sparkline(values) == line
 
 
@@ -221,8 +224,8 @@ def test_a_counter_is_explained_by_a_sum_that_can_be_checked(host: Host) -> None
     shown = trueup("drift", "explain", user).stdout
     for line in ("original (plan and grants)  10,000", "= left                       9,700", "+ missed decrement"):
         assert line in shown
-    assert "The user is shown 300 tokens that are gone." in shown
-    assert "usage was logged, but never taken off the counter" in shown
+    assert "The counter shows 300 tokens that are used up." in shown
+    assert "the host logged usage, but did not subtract it from the counter" in shown
     assert "A run now would set the counter to 9,700 (" in shown
     story = trueup_json("drift", "explain", user)
     assert (story["drift"], story["cause"], story["observed"], story["expected"]) == (
@@ -233,7 +236,7 @@ def test_a_counter_is_explained_by_a_sum_that_can_be_checked(host: Host) -> None
     )
 
 
-def test_a_counter_that_is_right_is_said_to_be(host: Host) -> None:
+def test_a_right_counter_is_reported_as_right(host: Host) -> None:
     assert "The counter is right" in trueup("drift", "explain", host.subscriber(10_000)).stdout
 
 

@@ -1,4 +1,4 @@
-"""`trueup run --wait` where no worker runs: one is started for as long as it takes, and nothing is left of it."""
+"""`trueup run --wait` without a worker: the command starts a temporary worker, and leaves no process."""
 
 import os
 import signal
@@ -14,10 +14,10 @@ from tests.stack.helpers import temporary_home
 from tests.support.demo import Demo, processes_of
 from tests.support.waiting import wait_for
 from trueup.settings.settings import Settings
+from trueup.stack.children import ChildRecords
 from trueup.stack.errors import StackError
 from trueup.stack.locks import FileLock
 from trueup.stack.processes import is_alive
-from trueup.stack.records import ChildRecords
 from trueup.stack.temporary import GRACE_SECONDS, TemporaryWorker
 
 ARTICLE = Path(__file__).parents[2] / "examples" / "help_en.txt"
@@ -42,7 +42,7 @@ def test_ctrl_c_ends_the_waiting_its_worker_and_its_servers(demo: Demo) -> None:
     assert_nothing_runs(demo.home)
 
 
-def test_two_commands_at_once_share_a_worker_and_end_what_a_killed_one_has_left(demo: Demo) -> None:
+def test_two_commands_share_a_worker_and_end_the_processes_of_a_killed_command(demo: Demo) -> None:
     with started(*RUN, home=demo.home) as killed:
         pid = worker_pid(demo.home)
         killed.kill()
@@ -67,7 +67,7 @@ def settings_without_servers() -> Iterator[Settings]:
 
 @pytest.fixture
 def temporary(settings_without_servers: Settings) -> Iterator[TemporaryWorker]:
-    """A worker that can't live, for it has no broker."""
+    """A worker that ends at once, because it has no broker."""
     worker = TemporaryWorker(settings_without_servers)
     yield worker
     worker.stop()

@@ -73,7 +73,7 @@ def test_the_features_of_the_applications_own_tasks_are_listed(in_host: InHost) 
 
 
 def broker_errors(done: subprocess.CompletedProcess[str]) -> str:
-    """Return what doctor says is wrong with the broker."""
+    """Return doctor's errors about the broker."""
     assert done.returncode == 1, done.stderr  # no worker runs
     findings = json.loads(done.stdout)["findings"]
     return " ".join(found["what"] for found in findings if (found["check"], found["level"]) == ("redis", "error"))

@@ -1,4 +1,4 @@
-"""Servers that are away, and readers that have gone: one message, an exit code, no traceback, and soon."""
+"""Servers that do not answer, and closed pipes: one message and an exit code, without a traceback, within seconds."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ from tests.support.host import Host
 from trueup.cli import client
 
 ARTICLE = Path(__file__).parents[2] / "examples" / "help_en.txt"
-NOWHERE = "127.0.0.1:1"  # a port that nobody listens on
+NOWHERE = "127.0.0.1:1"  # a port without a listener
 PATIENCE_SECONDS = 20.0
 RUN = ("run", "qa", "--user", 1, ARTICLE)
 
@@ -32,7 +32,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(map(str, command)))
-def test_without_a_database_each_command_says_which_and_what_to_do(
+def test_without_a_database_each_command_names_it_and_the_remedy(
     database: str, settings: Callable[..., None], command: tuple[object, ...]
 ) -> None:
     settings(TRUEUP_DATABASE_URL=f"postgresql://app:hunter2@{NOWHERE}/app")
@@ -44,7 +44,7 @@ def test_without_a_database_each_command_says_which_and_what_to_do(
 
 @pytest.fixture
 def silent_server() -> Iterator[str]:
-    """A server that takes connections and never says anything. Gives its address."""
+    """A server that accepts connections and never answers. Yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
@@ -89,7 +89,7 @@ def test_a_redis_url_that_cant_be_read_is_refused_without_its_password(
     assert "ter2" not in result.output
 
 
-def test_a_reader_that_has_gone_ends_a_command_quietly(host: Host) -> None:
+def test_a_closed_pipe_ends_a_command_quietly(host: Host) -> None:
     host.log(host.subscriber(1_000), 300)
     trueup("reconcile")
     reading, writing = os.pipe()

@@ -55,7 +55,7 @@ def prisma(empty_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     get_settings.cache_clear()
 
 
-def test_it_is_found_looked_at_attached_and_gated_as_it_is(prisma: Host) -> None:
+def test_a_foreign_host_is_discovered_reported_attached_and_gated(prisma: Host) -> None:
     found = trueup("db", "discover", "--write").stdout
     assert '[host.subscription]\ntable = "Subscription"' in found
     assert 'is_active = {column = "status", equals = ["ACTIVE"]}' in found
@@ -75,11 +75,11 @@ def test_it_is_found_looked_at_attached_and_gated_as_it_is(prisma: Host) -> None
     trueup("db", "detach", "--yes")
 
 
-def test_what_was_set_by_hand_is_kept_where_nothing_is_found(prisma: Host) -> None:
+def test_manual_settings_are_kept_for_names_that_are_not_found(prisma: Host) -> None:
     prisma.execute('ALTER TABLE "Subscription" RENAME status TO phase')
     file = Path("trueup.toml")
     said = trueup("db", "discover", "--write", code=1).stdout
-    assert "set them under [host] in trueup.toml, and run `trueup db discover --write --force`" in said
+    assert "Set them under [host] in trueup.toml, and run `trueup db discover --write --force`" in said
     assert not file.exists()
     file.write_text('[host.subscription]\nis_active = {column = "phase", equals = "ACTIVE"}\n')
     get_settings.cache_clear()

@@ -4,7 +4,7 @@ import pytest
 
 from tests.cli.conftest import trueup, trueup_json
 from tests.support.host import Host
-from trueup.cli.audit import this_user
+from trueup.cli.options import this_user
 
 pytestmark = pytest.mark.dated
 
@@ -34,7 +34,7 @@ def test_a_grant_is_given_once_and_listed_with_who_gave_it(host: Host) -> None:
 def test_a_reference_that_granted_something_else_is_refused(host: Host) -> None:
     user = host.subscriber(1_000)
     give(user, 500)
-    assert "'tx-1' stands for grant 1" in give(user, 501, code=1)
+    assert "'tx-1' belongs to grant 1" in give(user, 501, code=1)
     assert "another expiry" in give(user, 500, "--reference", "tx-1", "--expires", NEXT_YEAR, code=1)
 
 
@@ -46,7 +46,7 @@ def test_a_grant_may_expire_and_somebody_else_may_have_given_it(host: Host) -> N
 
 
 @pytest.mark.parametrize("tokens", ["0", "1.5", "many", "9223372036854775808", ""])
-def test_what_is_no_size_is_wrong_usage(host: Host, tokens: str) -> None:
+def test_a_malformed_size_is_wrong_usage(host: Host, tokens: str) -> None:
     assert "Invalid value for 'TOKENS'" in give(host.subscriber(), tokens, code=2)
 
 
@@ -54,7 +54,7 @@ def test_what_is_no_size_is_wrong_usage(host: Host, tokens: str) -> None:
     ("when", "said"),
     [("2020-01-01", "has passed"), ("soon", "is no time"), ("0001-01-01T00:00+14:00", "is no time"), ("", "no time")],
 )
-def test_what_is_no_end_is_wrong_usage(host: Host, when: str, said: str) -> None:
+def test_a_malformed_end_is_wrong_usage(host: Host, when: str, said: str) -> None:
     error = give(host.subscriber(), 5, "--reference", "a", "--expires", when, code=2)
     assert "Invalid value for '--expires'" in error
     assert said in error
@@ -64,19 +64,19 @@ def test_reason_and_reference_are_asked_for(host: Host) -> None:
     user = host.subscriber()
     assert "Missing option '--reference'" in trueup("tokens", "grant", user, 5, "--reason", "r", code=2).stderr
     assert "Missing option '--reason'" in trueup("tokens", "grant", user, 5, "--reference", "r", code=2).stderr
-    assert "reference: ' ' says nothing" in give(user, 5, "--reference", " ", code=2)
+    assert "reference: ' ' is empty" in give(user, 5, "--reference", " ", code=2)
 
 
 def test_a_user_without_a_subscription_is_refused(host: Host) -> None:
     assert "has no subscription. Nothing was granted" in give(host.user(), 5, code=1)
 
 
-def test_a_revoke_says_what_it_took_back_and_may_be_repeated(host: Host) -> None:
+def test_a_revoke_reports_its_tokens_and_may_be_repeated(host: Host) -> None:
     user = host.subscriber(1_000)
     give(user, 500)
     host.log(user, 1_100)
     revoke = ("tokens", "revoke", user, 1, "--reason", "bounced")
-    # What was logged before the grant came, the plan's 1,000 and 100 more, is what it has paid for.
+    # The grant has paid for 100 tokens: the usage before it, less the plan's 1,000.
     assert trueup(*revoke).stdout == "Revoked grant 1: 400 tokens taken back.\n"
     assert "was revoked before" in trueup(*revoke).stdout
     (grant,) = trueup_json("tokens", "grants", user)
@@ -85,10 +85,10 @@ def test_a_revoke_says_what_it_took_back_and_may_be_repeated(host: Host) -> None
     assert "no grant 2" in trueup("tokens", "revoke", user, 2, "--reason", "r", code=1).stderr
 
 
-def test_no_grants_are_said_to_be_none(host: Host) -> None:
+def test_an_empty_list_of_grants_is_reported(host: Host) -> None:
     assert trueup("tokens", "grants", host.user()).stdout == "No grants.\n"
     assert trueup_json("tokens", "grants", host.user()) == []
 
 
-def test_an_import_without_mapped_payments_says_what_to_set(host: Host) -> None:
+def test_an_import_without_mapped_payments_names_the_setting(host: Host) -> None:
     assert "host.payment.table is not set" in trueup("tokens", "import-payments", code=1).stderr

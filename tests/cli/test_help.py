@@ -1,4 +1,4 @@
-"""Every command explains itself, and none looks at the environment before it is called."""
+"""Every command has help, and none reads the environment before it is called."""
 
 import os
 import subprocess
@@ -84,7 +84,7 @@ for module in pkgutil.walk_packages(trueup.cli.__path__, "trueup.cli."):
 
 
 def test_importing_the_commands_reads_no_settings() -> None:
-    # A misspelt variable would end whatever reads them.
+    # A misspelt variable ends each command that reads the settings.
     result = subprocess.run(
         [sys.executable, "-c", LOOK],
         env=os.environ | {"TRUEUP_WRONG": "x"},

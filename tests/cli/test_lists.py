@@ -8,7 +8,7 @@ from tests.support.work import charge_tokens, hold_tokens
 from trueup.gate.holds import close_hold
 
 
-def test_open_holds_are_listed_with_what_is_left_of_them(host: Host, connection: Connection) -> None:
+def test_open_holds_are_listed_with_their_remaining_tokens(host: Host, connection: Connection) -> None:
     user = host.subscriber()
     charge_tokens(connection, hold_tokens(connection, user, 1_000, task="one"), 300)
     [hold] = trueup_json("holds", "list")
@@ -46,7 +46,7 @@ def test_the_lists_refuse_limits_and_users_that_are_none(database: str) -> None:
         assert "Invalid value" in trueup(*arguments, code=2).stderr
 
 
-def test_usage_shows_the_hosts_rows_and_those_of_tasks(host: Host, connection: Connection) -> None:
+def test_usage_shows_the_rows_of_the_host_and_of_tasks(host: Host, connection: Connection) -> None:
     user = host.subscriber()
     host.log(user, 120)
     host.log(user, 70, success=False)
@@ -64,7 +64,7 @@ def test_usage_shows_the_hosts_rows_and_those_of_tasks(host: Host, connection: C
     assert "300" in table
 
 
-def test_a_user_without_usage_is_told_so(host: Host) -> None:
+def test_a_user_without_usage_is_reported(host: Host) -> None:
     user = host.subscriber()
     assert trueup("usage", user).stdout == f"The log has no rows of user {user}.\n"
     assert trueup_json("usage", user) == []

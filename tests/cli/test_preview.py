@@ -34,7 +34,7 @@ def test_the_drift_of_a_bare_database_is_shown(bare: Host, drifting: list[int]) 
     assert "drift report --read-only --rows all" in trueup(*LOOK, "--rows", 1).stdout
 
 
-def test_every_form_tells_the_same(bare: Host, drifting: list[int], tmp_path: Path) -> None:
+def test_every_format_has_the_same_content(bare: Host, drifting: list[int], tmp_path: Path) -> None:
     found = trueup_json(*LOOK)
     assert complaints(found, SCHEMA) == []
     assert (found["kind"], found["dry_run"], found["checked"], found["rows_left_out"]) == ("look", True, 3, 0)
@@ -49,7 +49,7 @@ def test_every_form_tells_the_same(bare: Host, drifting: list[int], tmp_path: Pa
     assert (len(few["rows"]), few["rows_left_out"], few["drifted"]) == (1, 1, 2)
 
 
-def test_the_options_choose_what_is_told(bare: Host, drifting: list[int]) -> None:
+def test_the_options_select_the_drifts(bare: Host, drifting: list[int]) -> None:
     assert trueup_json(*LOOK, "--user", drifting[2])["checked"] == 1
     assert trueup_json(*LOOK, "--min", 51)["drifted"] == 1
     assert trueup_json(*LOOK, "--cause", "failed_usage_charged")["tokens_understated"] == 50
@@ -59,14 +59,14 @@ def test_the_options_choose_what_is_told(bare: Host, drifting: list[int]) -> Non
         assert "leave out --run and --since" in trueup(*LOOK, *arguments, code=2).stderr
 
 
-def test_what_is_missing_is_named_with_its_remedy(bare: Host, drifting: list[int]) -> None:
+def test_a_missing_column_is_named_with_its_remedy(bare: Host, drifting: list[int]) -> None:
     bare.execute("ALTER TABLE ai_usage_log RENAME total_tokens TO cost")
     said = trueup(*LOOK, code=1).stderr
     assert "host.usage_log.total_tokens: ai_usage_log has no column total_tokens" in said
     assert "`trueup db discover` proposes a mapping" in said
 
 
-def test_a_role_without_rights_is_told_which(bare: Host, drifting: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_rights_of_the_role_are_named(bare: Host, drifting: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     from trueup.database.engine import dispose_engine
     from trueup.settings.settings import get_settings
 
@@ -80,7 +80,7 @@ def test_a_role_without_rights_is_told_which(bare: Host, drifting: list[int], mo
         dispose_engine()
 
 
-def test_causes_that_were_not_looked_for_are_told_beside_the_report(bare: Host, drifting: list[int]) -> None:
+def test_causes_that_were_not_checked_are_named_beside_the_report(bare: Host, drifting: list[int]) -> None:
     bare.execute("DROP INDEX ai_usage_log_user_created")
     bare.execute(
         "INSERT INTO ai_usage_log (user_id, section, total_tokens, success) "

@@ -1,4 +1,4 @@
-"""`trueup reconcile` and `trueup drift report`: the same report, made and looked at again."""
+"""`trueup reconcile` and `trueup drift report`: the same report, when it is made and later."""
 
 import csv
 import io
@@ -61,7 +61,7 @@ def test_drift_fails_the_command_only_when_asked_to(host: Host) -> None:
 def test_a_long_report_is_cut_and_says_where_the_rest_is(host: Host) -> None:
     for _ in range(22):
         drifted(host)
-    assert "and 2 smaller ones: `trueup drift report --run 1 --rows all`" in trueup("reconcile").stdout
+    assert "and 2 smaller drifts: `trueup drift report --run 1 --rows all`" in trueup("reconcile").stdout
     assert trueup("drift", "report", "--run", 1).stdout.count("missed decrement") > 22
 
 
@@ -70,7 +70,7 @@ def test_a_cut_dry_run_does_not_name_a_run_that_is_not_kept(host: Host) -> None:
         drifted(host)
     output = trueup("reconcile", "--dry-run").stdout
     assert "--run None" not in output
-    assert "and 2 smaller ones: `trueup reconcile --dry-run --json`" in output
+    assert "and 2 smaller drifts: `trueup reconcile --dry-run --json`" in output
 
 
 def test_the_report_of_a_run_is_the_same_in_every_form(host: Host) -> None:
@@ -92,7 +92,7 @@ def test_the_newest_run_is_shown_unless_another_is_named(host: Host) -> None:
     assert trueup_json("drift", "report", "--run", first["run_id"]) == first
 
 
-def test_before_any_run_the_report_says_what_to_do(database: str) -> None:
+def test_before_any_run_the_report_names_the_remedy(database: str) -> None:
     assert "Start one with `trueup reconcile`" in trueup("drift", "report", code=1).stderr
 
 
@@ -101,7 +101,7 @@ def test_a_run_that_is_not_there_is_wrong_usage(database: str, run: str) -> None
     assert "run" in trueup("drift", "report", "--run", run, code=2).stderr
 
 
-def test_what_is_no_format_is_wrong_usage(database: str) -> None:
+def test_an_unknown_format_is_wrong_usage(database: str) -> None:
     assert "'table', 'json', 'csv'" in trueup("drift", "report", "--format", "xml", code=2).stderr
 
 
@@ -118,7 +118,7 @@ def test_options_change_the_rules_of_one_run(host: Host) -> None:
     assert {row["user_id"]: row["action"] for row in report["rows"]} == {small: "corrected", large: "review"}
 
 
-def test_what_is_set_aside_does_not_fail_the_command(host: Host) -> None:
+def test_drift_that_is_set_aside_does_not_fail_the_command(host: Host) -> None:
     drifted(host, 20)
     trueup("reconcile", "--tolerance", 30, "--fail-on-drift")
 
@@ -141,7 +141,7 @@ def test_a_deep_pass_of_one_user_is_wrong_usage(host: Host) -> None:
     assert "leave out --user" in trueup("reconcile", "--deep", "--user", 1, code=2).stderr
 
 
-def test_several_jobs_do_what_one_does(host: Host) -> None:
+def test_several_jobs_have_the_result_of_one(host: Host) -> None:
     users = [drifted(host) for _ in range(5)]
     assert trueup_json("reconcile", "--jobs", 3)["corrected"] == 5
     assert [host.counter(user) for user in users] == [700] * 5
@@ -169,7 +169,7 @@ def assert_next_run_resumes(host: Host, users: list[int]) -> None:
     assert host.value("SELECT count(*) FROM trueup.drift") < len(users), "it was at work"
     host.execute("DROP TRIGGER slow ON trueup.drift")
     let_leases_run_out(host)
-    assert "Went on with run 1" in trueup("reconcile").stdout
+    assert "Resumed run 1" in trueup("reconcile").stdout
     assert [host.counter(user) for user in users] == [700] * len(users)
     assert host.value("SELECT count(DISTINCT user_id) = count(*) AND count(*) = :n FROM trueup.drift", n=len(users))
 
@@ -181,14 +181,14 @@ def test_interrupted_its_jobs_end_after_their_batches_and_the_next_run_resumes(h
         process.send_signal(how)
         _, errors = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 1
-    assert "the next `trueup reconcile` goes on" in errors
+    assert "the next `trueup reconcile` resumes" in errors
     assert "Traceback" not in errors
     assert host.value("SELECT status FROM trueup.reconcile_run") == "interrupted"
     assert host.value("SELECT count(*) FROM trueup.reconcile_shard WHERE status = 'running'") == 0
     assert_next_run_resumes(host, users)
 
 
-def test_after_a_killed_run_the_next_one_resumes(host: Host) -> None:
+def test_the_run_after_a_killed_run_resumes_it(host: Host) -> None:
     users = [drifted(host) for _ in range(60)]
     with slow_run(host) as process:
         process.kill()
@@ -197,7 +197,7 @@ def test_after_a_killed_run_the_next_one_resumes(host: Host) -> None:
 
 
 def test_with_several_jobs_the_report_is_the_same(host: Host) -> None:
-    """Of a dry run, and of one that corrects."""
+    """For a dry run, and for a run that corrects."""
     host.execute("INSERT INTO accounts_user SELECT i, i, '' FROM generate_series(1, 2400) i")
     host.execute(
         "INSERT INTO billing_subscription (id, user_id, token_plan_id, start_date, tokens_remaining) "

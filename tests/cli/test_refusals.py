@@ -1,4 +1,4 @@
-"""What the database refuses for good: rights that are missing, tables that the host has changed."""
+"""Permanent errors of the database: missing rights, changed tables of the host."""
 
 from collections.abc import Callable, Iterator
 
@@ -47,7 +47,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=" ".join)
-def test_a_host_that_has_changed_its_tables_is_told_so(host: Host, change: str, more: tuple[str, ...]) -> None:
+def test_a_changed_table_of_the_host_is_reported(host: Host, change: str, more: tuple[str, ...]) -> None:
     host.log(host.subscriber(1_000), 300)
     host.execute(CHANGES[change])
     error = trueup("reconcile", *more, code=1).stderr

@@ -1,4 +1,4 @@
-"""Where a report is written to, and what a reader of Markdown makes of the host's own words in it."""
+"""The files of reports, and the host's texts in Markdown."""
 
 import os
 import stat
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from trueup.cli.output import write_file
 from trueup.cli.reports.markdown import report_markdown
-from trueup.cli.reports.options import write_file
 from trueup.errors import TrueupError
 from trueup.reconcile.runs import RunSummary
 from trueup.reports.rows import DriftFilter, ReportRow
@@ -19,7 +19,7 @@ from trueup.reports.run_report import report_dry_run
 
 @pytest.fixture
 def common_umask() -> Iterator[None]:
-    """The umask of most machines, whatever this one's is."""
+    """Set the umask of most machines."""
     before = os.umask(0o022)
     yield
     os.umask(before)
@@ -51,7 +51,7 @@ def test_nothing_that_others_have_put_into_the_folder_is_written_through(
     write_file(tmp_path / "d.csv", ["new"])
     assert (theirs.read_text(), (tmp_path / "d.csv").read_text()) == ("theirs", "new")
     # Not even where its name was guessed.
-    monkeypatch.setattr("trueup.cli.reports.options.secrets.token_hex", lambda _: "00")
+    monkeypatch.setattr("trueup.cli.output.secrets.token_hex", lambda _: "00")
     with pytest.raises(TrueupError, match="can't be written: File exists"):
         write_file(tmp_path / "d.csv", ["newer"])
     assert (theirs.read_text(), (tmp_path / "d.csv").read_text()) == ("theirs", "new")
@@ -85,12 +85,12 @@ def test_a_place_that_takes_no_file_is_one_clear_error(tmp_path: Path, name: str
     (tmp_path / "file").write_text("")
     with pytest.raises(TrueupError, match=f"--output: .* can't be written: {why}") as raised:
         write_file(tmp_path / name, ["x"])
-    assert "Give a file in a folder that is there" in str(raised.value)
+    assert "Give a file in an existing folder" in str(raised.value)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def cells_of(user_id: str) -> tuple[str, str]:
-    """What is told of that user, in a report that was narrowed to it: in its summary, and in the row of its drift."""
+    """Return the user's id in the summary and in the drift row of a report about this user."""
     report = report_dry_run(RunSummary(run_id=None, dry_run=True, started_at=datetime(2024, 11, 1, tzinfo=UTC)))
     values = dict.fromkeys((field.name for field in fields(ReportRow)), 0) | {
         "user_id": user_id,
@@ -126,7 +126,7 @@ def test_a_number_needs_no_marks() -> None:
     assert cells_of("7") == ("`user 7`", "7")
 
 
-def test_what_would_be_taken_for_a_mark_s_end_stands_apart_from_it() -> None:
+def test_backticks_are_separated_from_the_fence() -> None:
     assert [cells_of(user_id)[1] for user_id in ("`a`", " a ", "|", "| |")] == [
         "`` `a` ``",
         "`  a  `",

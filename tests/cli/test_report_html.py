@@ -61,7 +61,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def hostile_host(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
-    """A host whose user ids are texts that nobody checked."""
+    """A host whose user ids are arbitrary texts."""
     engine = create_engine(empty_database, poolclass=NullPool)
     with engine.begin() as connection:
         install(connection, HostMapping(user_id_type="text"), with_host_tables=True)
@@ -123,7 +123,7 @@ def test_markdown_and_csv_hold_any_user_id(hostile_host: Host) -> None:
     assert {cell["user_id"] for cell in cells} >= {"a|b\n| c *d* `e`", HOSTILE[0]}
 
 
-def test_the_page_tells_what_the_report_does(host: Host) -> None:
+def test_the_page_has_the_content_of_the_report(host: Host) -> None:
     first = add_run(host, checked=100, tokens_overstated=300, tokens_understated=40)
     add_run(host, only_user="7", tokens_overstated=9_999)
     run = add_run(host, checked=12_345_678, tokens_overstated=5_000)

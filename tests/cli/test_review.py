@@ -4,7 +4,7 @@ import pytest
 
 from tests.cli.conftest import trueup, trueup_json
 from tests.support.host import Host
-from trueup.cli.audit import this_user
+from trueup.cli.options import this_user
 
 
 def held(host: Host, tokens: int = 500) -> int:
@@ -15,7 +15,7 @@ def held(host: Host, tokens: int = 500) -> int:
     return next(item["id"] for item in trueup_json("drift", "review") if item["user_id"] == user)
 
 
-def test_a_review_tells_what_each_choice_would_do(host: Host) -> None:
+def test_a_review_shows_the_effect_of_each_choice(host: Host) -> None:
     drift = held(host)
     (item,) = trueup_json("drift", "review")
     assert (item["id"], item["tokens"], item["cause"]) == (drift, 500, "credit_without_grant")
@@ -26,9 +26,9 @@ def test_a_review_tells_what_each_choice_would_do(host: Host) -> None:
     assert trueup_json("drift", "review", "--user", item["user_id"] + 1) == []
 
 
-def test_nothing_to_review_is_said_so(host: Host) -> None:
+def test_an_empty_review_queue_is_reported(host: Host) -> None:
     trueup("reconcile")
-    assert trueup("drift", "review").stdout == "Nothing waits for a person.\n"
+    assert trueup("drift", "review").stdout == "No drift awaits review.\n"
 
 
 def test_a_drift_that_has_changed_is_shown_as_such(host: Host) -> None:
@@ -42,7 +42,7 @@ def test_a_drift_that_has_changed_is_shown_as_such(host: Host) -> None:
     assert "trueup reconcile --user" in result.stderr
 
 
-def test_several_are_accepted_and_what_is_refused_is_said(host: Host) -> None:
+def test_several_drifts_are_accepted_and_refusals_are_reported(host: Host) -> None:
     first = held(host)
     second = held(host, 700)
     result = trueup("drift", "accept", first, 999, second, "--note", "refunded", code=1)
@@ -77,7 +77,7 @@ def test_an_undone_run_is_left_to_a_person(host: Host) -> None:
     host.log(user, 300)
     trueup("reconcile")
     told = trueup("drift", "undo", 1, "--note", "wrong").stdout
-    assert told.startswith("Put back: 1. Left alone: 0, ")
+    assert told.startswith("Restored: 1. Unchanged: 0, ")
     assert host.counter(user) == 10_000
     assert trueup_json("drift", "undo", 1, "--note", "wrong") == {"counters": 0, "left": 0}
     trueup("reconcile")
@@ -95,17 +95,17 @@ def test_many_are_counted_and_accepted_when_the_question_is_answered(host: Host)
     question = "Accept 2 drifts of credit without grant? It takes 1,200 tokens off counters that are too high"
     assert question in asked.stderr
     assert len(trueup_json("drift", "review")) == 3
-    # Nobody who could answer: nothing is done.
+    # Without an answer to the question, nothing is decided.
     trueup(*many, code=1)
     assert len(trueup_json("drift", "review", "--max", 700)) == 2
     assert "Accepted: 2 of 2." in trueup(*many, stdin="y\n").stdout
-    assert "None of the drifts that wait" in trueup(*many, "--yes").stdout
+    assert "No drift awaiting review matches" in trueup(*many, "--yes").stdout
     [left] = trueup_json("drift", "review", "--cause", "credit_without_grant")
     assert left["tokens"] == 900
     host.execute("UPDATE billing_subscription SET tokens_remaining = tokens_remaining + 1")
     run = ("drift", "ignore", "--run", left["run_id"], "--limit", 5, "--yes", "--note", "n")
     assert trueup_json(*run, code=1) == {"chosen": 1, "decided": 0, "left": {"changed": 1}}
-    assert "Left: 1, the difference is another one by now" in trueup(*run, code=1).stdout
+    assert "Undecided: 1, the difference has changed" in trueup(*run, code=1).stdout
 
 
 @pytest.mark.parametrize(
@@ -115,16 +115,16 @@ def test_many_are_counted_and_accepted_when_the_question_is_answered(host: Host)
         (("accept", "--note", "n"), "Missing argument 'DRIFT...'"),
         (("accept", 1, "--cause", "missed_decrement", "--note", "n"), "exclude each other"),
         (("ignore", 1, "--limit", 3, "--note", "n"), "exclude each other"),
-        (("accept", "--limit", 3, "--note", "n"), "choose by --cause, --max or --run"),
+        (("accept", "--limit", 3, "--note", "n"), "select by --cause, --max or --run"),
         (("accept", "--cause", "missed_decremnt", "--note", "n"), "Did you mean missed_decrement?"),
-        (("accept", "--run", 1, "--note", " ", "--yes"), "note: ' ' says nothing"),
+        (("accept", "--run", 1, "--note", " ", "--yes"), "note: ' ' is empty"),
         (("accept", 0, "--note", "n"), "Invalid value for 'DRIFT...'"),
         (("accept", "x", "--note", "n"), "Invalid value for 'DRIFT...'"),
-        (("accept", 1, "--note", " "), "note: ' ' says nothing"),
+        (("accept", 1, "--note", " "), "note: ' ' is empty"),
         (("grant", 1, "--reason", "r"), "Missing option '--reference'"),
         (("grant", 1, "--reason", "r", "--reference", "x", "--expires", "2001-01-01"), "has passed"),
         (("undo", "--note", "n"), "Missing argument 'RUN'"),
     ],
 )
-def test_wrong_usage_is_told(database: str, arguments: tuple[object, ...], said: str) -> None:
+def test_wrong_usage_is_reported(database: str, arguments: tuple[object, ...], said: str) -> None:
     assert said in trueup("drift", *arguments, code=2).stderr

@@ -37,7 +37,7 @@ def take(app: Celery) -> Iterator[dict[str, Any]]:
 
 
 class TestWithoutAWorker:
-    """What is enqueued, and what is refused before that."""
+    """Commands that enqueue a task, and commands that are refused."""
 
     def test_without_wait_the_task_is_enqueued_and_named(self, waiting: Callable[[], list[dict[str, Any]]]) -> None:
         output = trueup("run", "qa", "--user", 7, "--max-pairs", 3, ARTICLE).stdout
@@ -100,7 +100,7 @@ class TestWithoutAWorker:
             (("dm",), b'{"event": {}}', 'with "event" and "config"'),
             (("dm",), b'{"event": {}, "config": {}, "x": 1}', 'with "event" and "config"'),
             (("dm",), b"\xff\xfe", "not UTF-8 text"),
-            (("reply",), b'{"history": []}', 'with "message" and perhaps "history", "business"'),
+            (("reply",), b'{"history": []}', 'with "message" and optionally "history", "business"'),
             (("reply",), b'{"message": "Hi", "mesage": ""}', "examples/chat.json"),
         ],
     )
@@ -136,13 +136,13 @@ class TestWithoutAWorker:
     def test_wrong_usage_is_explained(self, shared_database: str, arguments: tuple[object, ...], named: str) -> None:
         assert named in trueup("run", *arguments, code=2).stderr
 
-    def test_waiting_ends_with_the_timeout_and_the_task_goes_on(
+    def test_the_wait_ends_after_the_timeout_and_the_task_continues(
         self, waiting: Callable[[], list[dict[str, Any]]]
     ) -> None:
         result = trueup("run", "qa", "--user", 7, "--wait", "--timeout", 1, ARTICLE, code=1)
         [message] = waiting()
-        assert f"Task {message['id']} has not ended within 1 s (state PENDING). It goes on" in result.stderr
-        assert "start it with `celery -A trueup.worker worker -Q trueup-ai`" in result.stderr
+        assert f"Task {message['id']} has not ended within 1 s (state PENDING). It continues" in result.stderr
+        assert "Start one with `celery -A trueup.worker worker -Q trueup-ai`" in result.stderr
 
     @pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # by Celery, as a worker would
     def test_a_result_of_megabytes_arrives_whole(
@@ -184,7 +184,7 @@ class TestWithoutAWorker:
 
 
 class TestWithAWorker:
-    """How it ends."""
+    """The result of a task."""
 
     def test_waiting_shows_the_result(self, worker: WorkerProcess, shared_host: Host) -> None:
         user = shared_host.subscriber()

@@ -1,4 +1,4 @@
-"""`trueup settings`, and what is said of settings that are wrong."""
+"""`trueup settings`, and the errors for wrong settings."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ SECRET = "hunter2"
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Callable[..., None]) -> None:
-    """In a folder without a trueup.toml, and anew."""
+    """Read the settings again, in a folder without a trueup.toml."""
     monkeypatch.chdir(tmp_path)
     settings()
 
@@ -101,7 +101,7 @@ def test_a_misspelt_variable_is_refused_with_the_nearest_name(
     ],
     ids=["no TOML", "an unknown name", "a wrong type", "no text"],
 )
-def test_a_malformed_file_is_named_with_what_is_wrong(tmp_path: Path, content: str, named: str) -> None:
+def test_a_malformed_file_is_named_with_its_error(tmp_path: Path, content: str, named: str) -> None:
     (tmp_path / "trueup.toml").write_text(content, errors="surrogateescape")
     assert named in trueup("settings", code=1).stderr
 

@@ -7,7 +7,7 @@ from tests.support.host import Host
 from tests.support.work import charge_tokens, hold_tokens
 
 
-def test_status_counts_holds_charges_and_what_went_over(host: Host, connection: Connection) -> None:
+def test_status_counts_holds_charges_and_overdrafts(host: Host, connection: Connection) -> None:
     user = host.subscriber(10_000)
     charge_tokens(connection, hold_tokens(connection, user, 1_000), 300)
     charge_tokens(connection, hold_tokens(connection, user, 100), 150)
@@ -21,7 +21,7 @@ def test_status_counts_holds_charges_and_what_went_over(host: Host, connection: 
     assert lines["  tokens charged"] == "450"
 
 
-def test_status_looks_back_as_far_as_it_is_told(host: Host, connection: Connection) -> None:
+def test_status_covers_the_requested_hours(host: Host, connection: Connection) -> None:
     user = host.subscriber(10_000)
     charge_tokens(connection, hold_tokens(connection, user), 300)
     host.execute("UPDATE trueup.charge SET charged_at = charged_at - interval '3 hours'")

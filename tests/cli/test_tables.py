@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from trueup.cli.output import ASCII, MIN_COLUMN_WIDTH, display_width, table_lines
 from trueup.cli.progress import progress_text
-from trueup.cli.tables import ASCII, MIN_COLUMN_WIDTH, display_width, table_lines
 
 HEADINGS = ("user", "why")
 WIDE = [["7", "the counter was written by an application that read it before"], ["8", "x" * 90]]
@@ -75,8 +75,8 @@ def test_progress_says_how_far_how_fast_and_how_long() -> None:
 
 PROGRESS = """
 from trueup.cli.progress import progress_bar
-with progress_bar("deciding", "drifts") as bar:
-    bar.update(1, 4)
+with progress_bar("deciding", "drifts") as show_progress:
+    show_progress(1, 4)
 print("done")
 """
 

@@ -8,10 +8,10 @@ from tests.cli.conftest import trueup, trueup_json
 from tests.support.host import START, Host
 from tests.support.work import hold_tokens
 
-NOBODY = 999_999
+UNKNOWN_USER = 999_999
 
 
-def test_show_tells_what_is_consumed_held_and_left(host: Host, connection: object) -> None:
+def test_show_prints_consumed_held_and_remaining_tokens(host: Host, connection: object) -> None:
     user = host.subscriber(10_000)
     host.log(user, 2_500)
     hold_tokens(connection, user, 1_000)  # type: ignore[arg-type]
@@ -38,13 +38,13 @@ def test_show_is_readable_for_people(host: Host) -> None:
 
 @pytest.mark.parametrize("known", [True, False], ids=["a user without subscription", "an unknown user"])
 def test_show_says_so_when_there_is_no_subscription(host: Host, known: bool) -> None:
-    user = host.user() if known else NOBODY
+    user = host.user() if known else UNKNOWN_USER
     result = trueup("tokens", "show", user, code=1)
     assert result.stdout == ""
     assert f"{user} has no subscription" in result.stderr
 
 
-def test_check_allows_what_the_balance_covers(host: Host) -> None:
+def test_check_allows_work_that_the_balance_covers(host: Host) -> None:
     user = host.subscriber(1_000)
     assert trueup("tokens", "check", user, "--tokens", 1_000).stdout.startswith("verdict    allowed\n")
     assert trueup_json("tokens", "check", user, "--tokens", 1_000)["has_access"] is True
@@ -96,14 +96,14 @@ def test_a_denial_names_the_feature_and_the_figures(host: Host) -> None:
     assert "Insufficient tokens for Summaries: 1500 needed, 1499 available" in output
 
 
-@pytest.mark.parametrize("user", ["nobody", "1.5", "1_0", "", "٣", "99999999999999999999"])
+@pytest.mark.parametrize("user", ["ann", "1.5", "1_0", "", "٣", "99999999999999999999"])
 @pytest.mark.parametrize("command", ["show", "check"])
-def test_what_is_no_user_id_is_wrong_usage(database: str, command: str, user: str) -> None:
+def test_a_malformed_user_id_is_wrong_usage(database: str, command: str, user: str) -> None:
     result = trueup("tokens", command, user, code=2)
     assert "user id" in result.stderr or "out of range" in result.stderr
 
 
 @pytest.mark.parametrize("tokens", ["-1", "1.5", "many", "", "99999999999999999999"])
-def test_what_is_no_count_of_tokens_is_wrong_usage(database: str, tokens: str) -> None:
+def test_a_malformed_count_of_tokens_is_wrong_usage(database: str, tokens: str) -> None:
     result = trueup("tokens", "check", 1, "--tokens", tokens, code=2)
     assert "Invalid value for '--tokens'" in result.stderr

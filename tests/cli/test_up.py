@@ -1,4 +1,4 @@
-"""A real `trueup up`: what runs, who finds it, and what is left of it. Two boots in all."""
+"""A real `trueup up`: its processes, the commands that use it, and its end. It starts twice in all."""
 
 import os
 import signal
@@ -85,7 +85,7 @@ def answering(home: Path) -> set[str]:
 
 
 def answer_of(url: str) -> Any:
-    """Return the content of a 200; None: there is no such answer."""
+    """Return the content of a 200 answer, else None."""
     try:
         answer = httpx.get(url, timeout=10, trust_env=False)
     except httpx.TransportError:
@@ -104,11 +104,11 @@ def test_up_runs_both_workers_and_the_api_and_other_commands_use_it(up: Up) -> N
 
     ready = wait_for(lambda: answer_of(f"{up.api}/readyz"), "the API answers")
     assert ready == {"ready": True, "database": "ok", "broker": "ok", "worker": "ok"}
-    assert "nobody is authenticated" in up.log.read_text()
+    assert "the bearer token is the user id" in up.log.read_text()
 
     second = up.trueup("up")
     assert (second.returncode, second.stdout) == (1, "")
-    assert f"already run by process {pid}" in second.stderr
+    assert f"process {pid} already runs the stack" in second.stderr
     assert f"kill {pid}" in second.stderr
 
     denied = up.trueup("run", "qa", "--user", 1, "--wait", Path(__file__).parents[2] / "examples" / "help_en.txt")

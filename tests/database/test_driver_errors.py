@@ -1,4 +1,4 @@
-"""What the driver's errors mean."""
+"""The meaning of the driver's errors."""
 
 import re
 from importlib import resources
@@ -59,19 +59,19 @@ def test_other_errors_are_sorted_by_their_kind(error: Exception, transient: bool
     assert is_transient(failed(error)) is transient
 
 
-def test_a_constraint_a_value_and_a_trigger_refuse() -> None:
+def test_errors_of_a_constraint_a_value_and_a_trigger_are_refusals() -> None:
     for refusal in (errors.CheckViolation, errors.NumericValueOutOfRange, errors.RaiseException):
         assert issubclass(refusal, REFUSED)
     assert not issubclass(errors.QueryCanceled, REFUSED)
 
 
-def test_the_functions_raise_the_sqlstates_that_are_named_here() -> None:
-    sql = resources.files("trueup.install").joinpath("watching.sql").read_text()
+def test_the_sql_functions_raise_the_sqlstates_of_this_module() -> None:
+    sql = resources.files("trueup.install").joinpath("baseline.sql").read_text()
     assert set(re.findall(r"ERRCODE = '(\w+)'", sql)) == {UNWATCHED, LOG_CHANGED}
 
 
 @pytest.mark.parametrize(("code", "transient"), [("57P99", True), ("53999", True), ("55P99", False), ("22P99", False)])
-def test_a_code_that_psycopg_does_not_know_counts_by_its_class(
+def test_a_code_that_psycopg_does_not_know_is_judged_by_its_class(
     connection: Connection, code: str, transient: bool
 ) -> None:
     with pytest.raises(DBAPIError) as raised:

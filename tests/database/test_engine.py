@@ -117,7 +117,7 @@ def test_a_transaction_is_committed_at_its_end_and_rolled_back_on_an_error(host:
         ("lock_timeout = '50ms'", "DO $$ BEGIN RAISE disk_full; END $$"),
     ],
 )
-def test_what_may_pass_is_reported_as_an_unavailable_service(host: Host, setting: str, trouble: str) -> None:
+def test_a_transient_error_is_reported_as_an_unavailable_service(host: Host, setting: str, trouble: str) -> None:
     def run() -> None:
         with connect() as connection:
             connection.exec_driver_sql(f"SET {setting}")
@@ -133,12 +133,12 @@ def test_what_may_pass_is_reported_as_an_unavailable_service(host: Host, setting
 @pytest.mark.parametrize(
     "statement", ["SELECT * FROM nothing", "SELECT trueup.nothing()", "SELECT nothing FROM trueup.balance"]
 )
-def test_a_name_that_is_not_there_points_to_the_setup(database: str, statement: str) -> None:
+def test_the_error_for_a_missing_object_names_the_setup_command(database: str, statement: str) -> None:
     with pytest.raises(NotInstalledError, match="trueup db init"):
         one(statement)
 
 
-def test_a_full_pool_says_so(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_an_exhausted_pool_names_the_setting(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRUEUP_DATABASE_POOL_SIZE", "2")
     monkeypatch.setenv("TRUEUP_DATABASE_CONNECT_TIMEOUT_SECONDS", "1")
     get_settings.cache_clear()
@@ -147,7 +147,7 @@ def test_a_full_pool_says_so(database: str, monkeypatch: pytest.MonkeyPatch) -> 
         one("SELECT 1")
 
 
-def test_a_dead_pooled_connection_costs_one_retry_and_a_living_error_none(host: Host) -> None:
+def test_an_operation_is_retried_after_a_dead_connection_and_after_no_other_error(host: Host) -> None:
     one("SELECT 1")
     host.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'trueup'")
     wait_for(lambda: host.value("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'trueup'") == 0)

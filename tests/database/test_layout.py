@@ -1,4 +1,4 @@
-"""Tables from before the first release: every way in gives one error, and changes nothing."""
+"""Tables from before the first release: every entry point raises the same error, and changes nothing."""
 
 import json
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from trueup.llm.model import Model
 from trueup.settings.settings import get_settings
 from trueup.tasks import metered_task
 
-# The newest of the old layouts has the very tables of today; the oldest had fewer, of which these are two.
+# The newest old layout has the tables of today. The oldest had fewer tables; these are two of them.
 NEWEST = "UPDATE trueup.alembic_version SET version_num = '0007'"
 OLDEST = """
     DROP SCHEMA trueup CASCADE;
@@ -56,7 +56,7 @@ def revision(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def old_database(database: str, revision: str) -> Iterator[str]:
-    """A database of the old layout with a user and usage; it must not change."""
+    """Yield the URL of a database with the old layout, a user and usage. The test must not change it."""
     engine = create_engine(database, poolclass=NullPool)
     with Host(engine) as host:
         host.log(host.subscriber(counter=9_000), 100)
@@ -121,8 +121,8 @@ def test_the_demo_names_the_folder_to_delete(old_database: str, revision: str, t
         clear_tables(tmp_path)
 
 
-def test_a_role_that_may_not_read_the_layout_connects_all_the_same(host: Host) -> None:
-    """It may look at the host's tables; trueup's own it can't touch."""
+def test_a_role_that_may_not_read_the_layout_can_connect(host: Host) -> None:
+    """It may read the host's tables, and has no rights on trueup's."""
     url = host.engine.url
     role = f"looks_only_{url.database}"
     host.execute(NEWEST)

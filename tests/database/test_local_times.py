@@ -1,4 +1,4 @@
-"""Hosts that keep times without a zone: they are UTC, whatever zone a session is in."""
+"""Hosts that store times without a zone: the times are UTC, whatever the zone of the session."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -15,8 +15,7 @@ from trueup.accounts.account import read_account
 from trueup.database.engine import connect, get_engine, transaction
 from trueup.database.retry import retrying
 from trueup.host.mapping import HostMapping
-from trueup.install.attach import attach
-from trueup.install.script import attach_script
+from trueup.install.attach import attach, attach_script
 from trueup.reconcile.local_run import reconcile
 from trueup.usage.log import list_usage
 
@@ -28,7 +27,7 @@ BARE = START.replace(tzinfo=None)
 
 @pytest.fixture(autouse=True)
 def _local(host: Host) -> None:
-    """Let all times of the host be without a zone."""
+    """Change all times of the host to times without a zone."""
     host.execute(
         "DROP SCHEMA trueup CASCADE; "
         "ALTER TABLE ai_usage_log ALTER created_at TYPE timestamp; "
@@ -37,7 +36,7 @@ def _local(host: Host) -> None:
 
 
 def write(host: Host, user: int, zone: str, tokens: int, hours: float) -> None:
-    """Log as a host whose session is in that zone, so many hours after the window's start."""
+    """Log usage from a session in that zone, `hours` after the start of the window."""
     host.execute(f"SET timezone = '{zone}'")
     host.execute(
         "INSERT INTO ai_usage_log (user_id, section, total_tokens, created_at) VALUES (:user, 'chat', :tokens, :at)",
@@ -85,7 +84,7 @@ def test_the_script_for_psql_fills_by_utc(host: Host) -> None:
     assert_true(host)
 
 
-def test_a_look_and_the_runs_after_it_tell_the_same(host: Host) -> None:
+def test_the_preview_and_later_runs_find_the_same_drift(host: Host) -> None:
     user = host.subscriber(10_000, end=START + timedelta(days=3650))
     write(host, user, "UTC", 700, 1)
     look = trueup_json("drift", "report", "--read-only")
@@ -100,7 +99,7 @@ def test_a_look_and_the_runs_after_it_tell_the_same(host: Host) -> None:
 
 
 @pytest.mark.parametrize("kind", ["timestamp(0)", "timestamptz(0)"])
-def test_a_log_of_whole_seconds_counts_what_comes_as_a_window_begins(host: Host, kind: str) -> None:
+def test_a_log_with_whole_seconds_counts_usage_at_the_begin_of_a_window(host: Host, kind: str) -> None:
     host.execute(
         f"ALTER TABLE ai_usage_log ALTER created_at TYPE {kind}; "
         "ALTER TABLE billing_subscription ALTER start_date TYPE timestamptz"

@@ -1,4 +1,4 @@
-"""A new database gets the tables as they are stated; one in use runs the revisions that it lacks."""
+"""A new database gets the tables of the schema; a database in use runs the revisions that it lacks."""
 
 import shutil
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def engine(empty_database: str) -> Iterator[Engine]:
 
 @pytest.fixture
 def next_release(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Revisions of which the newest alters a table."""
+    """Add a revision that alters a table."""
     folder = shutil.copytree(migrate.MIGRATIONS, tmp_path / "migrations")
     (folder / "versions" / "layout_2.py").write_text(NEXT_REVISION)
     with monkeypatch.context() as patch:
@@ -72,7 +72,7 @@ def test_the_printed_statements_make_the_same_tables(
     assert pg_dump(empty_database) == made
 
 
-def test_tables_of_this_layout_need_no_statement(engine: Engine) -> None:
+def test_no_statement_is_printed_for_tables_of_this_layout(engine: Engine) -> None:
     with engine.begin() as connection:
         create_tables(connection, "bigint")
         assert revision_of(connection) == newest_revision()
@@ -96,7 +96,7 @@ def test_a_database_in_use_runs_the_revisions_that_it_lacks(engine: Engine, requ
 
 
 @pytest.mark.usefixtures("next_release")
-def test_a_new_database_gets_the_tables_as_stated_and_runs_no_later_revision(engine: Engine) -> None:
+def test_a_new_database_gets_the_tables_of_the_schema_and_runs_no_later_revision(engine: Engine) -> None:
     with engine.begin() as connection:
         script = create_tables_sql(connection, "bigint")
         create_tables(connection, "bigint")

@@ -1,4 +1,4 @@
-"""Retries: what passes is tried again after each pause, and nothing else is."""
+"""Retries: an operation is retried after each pause if its error passes, and after no other error."""
 
 from collections.abc import Callable, Iterator
 
@@ -30,7 +30,7 @@ def passes(error: TrueupError) -> bool:
     return isinstance(error, ServiceUnavailableError)
 
 
-def test_what_passes_is_tried_again_after_each_pause() -> None:
+def test_an_operation_whose_error_passes_is_retried_after_each_pause() -> None:
     operation, calls = failing(away(), away())
     assert retry(operation, passes, (0, 0)) == 3
     assert len(calls) == 3
@@ -43,14 +43,14 @@ def test_when_the_pauses_are_used_up_the_last_error_is_raised() -> None:
     assert len(calls) == 3
 
 
-def test_what_does_not_pass_is_raised_at_once() -> None:
+def test_an_error_that_does_not_pass_is_raised_at_once() -> None:
     operation, calls = failing(NotInstalledError("no schema"))
     with pytest.raises(NotInstalledError):
         retry(operation, passes, (0, 0))
     assert len(calls) == 1
 
 
-def test_pauses_grow_and_end_with_the_time() -> None:
+def test_pauses_grow_and_end_when_the_time_is_over() -> None:
     assert list(growing_pauses(0.05, 1.0, seconds=0)) == []
     pauses = growing_pauses(0.05, 0.1, seconds=60)
     first, second, third = (next(pauses) for _ in range(3))

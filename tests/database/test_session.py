@@ -1,4 +1,4 @@
-"""Sessions that are lent out for a transaction at a time, on a connection of our own: what a pooler would pass on."""
+"""Sessions behind a transaction pooler, tested on a direct connection, and the state that they leave on it."""
 
 import re
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from psycopg.pq import TransactionStatus
 from tests.hosts.documents import ROOT
 from tests.hosts.running import plain_url
 from tests.support.host import Host
-from trueup.database.session import borrow, limit_session
+from trueup.database.session import limit_session, limit_transactions
 
 LIMITS = {"timezone": "UTC", "statement_timeout": "7s", "work_mem": "5MB"}
 
@@ -18,18 +18,18 @@ LIMITS = {"timezone": "UTC", "statement_timeout": "7s", "work_mem": "5MB"}
 @pytest.fixture
 def lent(database: str) -> Iterator[psycopg.Connection]:
     with psycopg.connect(plain_url(database), options="-c timezone=Asia/Tokyo") as connection:
-        borrow(connection, LIMITS)
+        limit_transactions(connection, LIMITS)
         yield connection
 
 
-# What would stay with a session: locks, settings, and what it listens to.
+# State that would stay with a session: locks, settings, and notification channels.
 OF_A_SESSION = re.compile(
     r"\bpg_(?:try_)?advisory_lock|\bLISTEN\b|\bNOTIFY\b|\bset_config\([^()]*, false\)"
     r"|text\(f?\"SET (?!LOCAL|TRANSACTION|CONSTRAINTS)"
 )
 
 
-def test_nothing_else_of_trueup_is_meant_for_a_session() -> None:
+def test_no_other_code_of_trueup_uses_session_state() -> None:
     packages = (ROOT / package for package in ("trueup", "cli", "tasks", "worker"))
     sources = [path for package in packages for path in package.rglob("*") if path.suffix in (".py", ".sql")]
     found = [path.name for path in sources if OF_A_SESSION.search(path.read_text())]
@@ -43,7 +43,7 @@ def shown(connection: psycopg.Connection, name: str = "statement_timeout") -> ob
 
 
 def left_behind(connection: psycopg.Connection) -> list[object]:
-    """Return what the next one would find set."""
+    """Return the settings that the next client would find."""
     with psycopg.Cursor(connection) as plain:
         found = [plain.execute(f"SHOW {name}").fetchone() for name in LIMITS]
         assert connection.info.transaction_status in (TransactionStatus.IDLE, TransactionStatus.INTRANS)
@@ -51,7 +51,7 @@ def left_behind(connection: psycopg.Connection) -> list[object]:
     return [row[0] for row in found if row]
 
 
-def test_a_session_that_is_ours_has_its_limits_once_for_all(database: str) -> None:
+def test_a_direct_session_sets_its_limits_once(database: str) -> None:
     with psycopg.connect(plain_url(database)) as connection:
         limit_session(connection, LIMITS)
         assert (connection.autocommit, connection.prepare_threshold) == (False, 5)
@@ -90,15 +90,15 @@ def test_read_committed_whatever_the_database_says(lent: psycopg.Connection, hos
     assert shown(lent, "transaction_isolation") == "read committed"
 
 
-def test_a_statement_that_takes_too_long_is_ended(lent: psycopg.Connection) -> None:
-    borrow(lent, {"statement_timeout": "50ms"})
+def test_a_statement_that_takes_too_long_is_cancelled(lent: psycopg.Connection) -> None:
+    limit_transactions(lent, {"statement_timeout": "50ms"})
     for lent.autocommit in (True, False):
         with pytest.raises(psycopg.errors.QueryCanceled):
             lent.execute("SELECT pg_sleep(10)")
         lent.rollback()
 
 
-def test_results_that_come_bit_by_bit_are_limited_too(lent: psycopg.Connection) -> None:
+def test_server_side_cursors_are_limited_too(lent: psycopg.Connection) -> None:
     with lent.cursor("bits") as bits:
         bits.execute("SELECT current_setting('statement_timeout') FROM generate_series(1, 3)")
         assert bits.fetchmany(2) == [("7s",), ("7s",)]
@@ -110,7 +110,7 @@ def test_results_that_come_bit_by_bit_are_limited_too(lent: psycopg.Connection) 
     lent.rollback()
 
 
-def test_a_connection_that_is_lost_says_so(lent: psycopg.Connection, host: Host) -> None:
+def test_a_lost_connection_raises_its_own_error(lent: psycopg.Connection, host: Host) -> None:
     lent.autocommit = True
     host.execute("SELECT pg_terminate_backend(:pid)", pid=lent.info.backend_pid)
     with pytest.raises(psycopg.OperationalError):

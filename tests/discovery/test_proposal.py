@@ -1,4 +1,4 @@
-"""Finding a host's tables from the catalog, whatever they are called, and saying what is missing."""
+"""Discovery finds a host's tables by the catalog, under any names, and names missing ones."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,16 +8,17 @@ from sqlalchemy import Connection, create_engine
 from sqlalchemy.pool import NullPool
 
 from trueup.discovery import Proposal, propose, read_catalog
+from trueup.discovery.match_columns import nearness, plain
 from trueup.discovery.toml import host_section, merged, read_host
-from trueup.discovery.vocabulary import nearness, plain
 from trueup.errors import InvalidInputError
 from trueup.host.catalog import missing_host_columns, missing_host_tables
-from trueup.host.mapping import HostMapping, PaymentTable, TokenUsageTable
+from trueup.host.fields import PaymentTable, TokenUsageTable
+from trueup.host.mapping import HostMapping
 from trueup.install.example_tables import build_host_metadata
 
 BOOKS = {"token_usage": TokenUsageTable(table="billing_tokenusage"), "payment": PaymentTable(table="billing_payment")}
 
-# A host that is no Django application: uuid users, one kind of plan, a partitioned log, names of its own.
+# A host without Django: uuid user ids, one kind of plan, a partitioned log, its own names.
 UUID_HOST = """
     CREATE SCHEMA app;
     CREATE TABLE app.customers (id uuid PRIMARY KEY, name text, email text);
@@ -110,7 +111,7 @@ def certainties(proposal: Proposal) -> dict[str, str]:
     ],
     ids=["bigint", "with books", "uuid", "text"],
 )
-def test_djangos_own_names_are_found_and_are_certain(catalog_of: Connection, mapping: HostMapping) -> None:
+def test_djangos_default_names_are_found_and_certain(catalog_of: Connection, mapping: HostMapping) -> None:
     build_host_metadata(mapping).create_all(catalog_of)
     proposal = discovered(catalog_of)
     assert proposal.mapping == mapping
@@ -118,7 +119,7 @@ def test_djangos_own_names_are_found_and_are_certain(catalog_of: Connection, map
     assert not [gap for gap in proposal.gaps if gap.stops]
 
 
-def test_a_host_that_names_everything_otherwise_is_found_by_names_types_and_keys(catalog_of: Connection) -> None:
+def test_a_host_with_other_names_is_found_by_names_types_and_keys(catalog_of: Connection) -> None:
     script(catalog_of, UUID_HOST)
     proposal = discovered(catalog_of)
     assert proposal.settings == UUID_MAPPING
@@ -133,7 +134,7 @@ def test_a_host_that_names_everything_otherwise_is_found_by_names_types_and_keys
     assert [gap.setting for gap in proposal.gaps if gap.stops] == ["host.usage_log.error_message"]
 
 
-# Django's labels before its models' names, and tables of its own that have a user, a number and a time as well.
+# Model names with Django's labels, and further tables that have a user, a number and a time too.
 LABELLED_HOST = """
     CREATE TABLE auth_user (id serial PRIMARY KEY, username text, email text, is_active bool, date_joined timestamptz);
     CREATE TABLE django_admin_log (
@@ -161,7 +162,7 @@ LABELLED_HOST = """
 """
 
 
-def test_a_django_application_with_labels_of_its_own_is_found_among_djangos_tables(catalog_of: Connection) -> None:
+def test_a_django_application_with_its_own_labels_is_found_among_djangos_tables(catalog_of: Connection) -> None:
     script(catalog_of, LABELLED_HOST)
     proposal = discovered(catalog_of)
     tables = {noun: names["table"] for noun, names in proposal.settings.items() if "table" in names}
@@ -174,7 +175,7 @@ def test_a_django_application_with_labels_of_its_own_is_found_among_djangos_tabl
     }
     assert proposal.settings["subscription"]["tokens_remaining"] == "tokens_left"
     assert certainties(proposal)["host.usage_log.table"] == "likely"
-    # Payments can't be used without a plan's duration: a mapping with them would be refused.
+    # Payments need a plan's duration: a mapping with payments alone would be refused.
     (left_out,) = [gap for gap in proposal.gaps if gap.setting == "host.payment.table"]
     assert "no column was found for host.full_plan.duration_days" in left_out.why
 
@@ -190,14 +191,14 @@ def test_names_of_any_case_and_schema_are_found(catalog_of: Connection) -> None:
     assert (mapping.user.table, mapping.user.username) == ("Acme AI.Users", "UserName")
 
 
-def test_what_is_proposed_is_what_an_installation_takes(catalog_of: Connection) -> None:
+def test_an_installation_accepts_the_proposed_mapping(catalog_of: Connection) -> None:
     script(catalog_of, CAMEL_HOST)
     mapping = discovered(catalog_of).mapping
     assert mapping is not None
     assert missing_host_tables(catalog_of, mapping) == missing_host_columns(catalog_of, mapping) == []
 
 
-def test_only_the_schemas_asked_for_are_looked_at(catalog_of: Connection) -> None:
+def test_only_the_given_schemas_are_searched(catalog_of: Connection) -> None:
     build_host_metadata(HostMapping()).create_all(catalog_of)
     script(catalog_of, UUID_HOST)
     # trueup's own tables are never the host's.
@@ -211,7 +212,7 @@ def test_only_the_schemas_asked_for_are_looked_at(catalog_of: Connection) -> Non
         read_catalog(catalog_of, ["App"])
 
 
-def test_an_empty_database_says_what_is_missing_and_how_to_set_it(catalog_of: Connection) -> None:
+def test_the_proposal_for_an_empty_database_names_every_gap_and_its_remedy(catalog_of: Connection) -> None:
     proposal = discovered(catalog_of)
     assert proposal.mapping is None
     assert (proposal.choices, proposal.settings) == ([], {})
@@ -227,7 +228,7 @@ def test_an_empty_database_says_what_is_missing_and_how_to_set_it(catalog_of: Co
     [
         ("DROP success", "host.usage_log.success", "no column like success"),
         ("ALTER success DROP DEFAULT, ALTER success TYPE text", "host.usage_log.success", "success is of type text"),
-        # Prompt or completion tokens must not be taken for all of them, nor may another number.
+        # Neither prompt or completion tokens nor another number count as the total.
         (
             "ALTER total_tokens DROP DEFAULT, ALTER total_tokens TYPE numeric",
             "host.usage_log.total_tokens",
@@ -236,13 +237,11 @@ def test_an_empty_database_says_what_is_missing_and_how_to_set_it(catalog_of: Co
         (
             "DROP total_tokens, ADD http_status integer",
             "host.usage_log.total_tokens",
-            "no column with prompt_tokens and completion_tokens together",
+            "no column with the sum of prompt_tokens and completion_tokens",
         ),
     ],
 )
-def test_a_column_that_nothing_works_without_is_named(
-    catalog_of: Connection, change: str, setting: str, said: str
-) -> None:
+def test_a_missing_required_column_is_named(catalog_of: Connection, change: str, setting: str, said: str) -> None:
     build_host_metadata(HostMapping()).create_all(catalog_of)
     script(catalog_of, f"ALTER TABLE ai_usage_log {change}")
     proposal = discovered(catalog_of)
@@ -251,7 +250,7 @@ def test_a_column_that_nothing_works_without_is_named(
     assert said in found[setting]
 
 
-def test_a_column_of_a_name_that_nobody_knows_is_a_guess_if_it_is_the_only_one(catalog_of: Connection) -> None:
+def test_a_single_column_with_an_unknown_name_is_a_guess(catalog_of: Connection) -> None:
     build_host_metadata(HostMapping()).create_all(catalog_of)
     script(catalog_of, "ALTER TABLE billing_subscription RENAME tokens_remaining TO guthaben")
     proposal = discovered(catalog_of)
@@ -261,7 +260,7 @@ def test_a_column_of_a_name_that_nobody_knows_is_a_guess_if_it_is_the_only_one(c
     assert discovered(catalog_of).mapping is None
 
 
-def test_two_tables_that_fit_alike_are_a_guess(catalog_of: Connection) -> None:
+def test_two_equally_good_tables_are_a_guess(catalog_of: Connection) -> None:
     script(catalog_of, UUID_HOST)
     script(catalog_of, "CREATE TABLE app.ai_calls (LIKE app.llm_calls INCLUDING ALL)")
     tables = {choice.setting: choice for choice in discovered(catalog_of).choices}
@@ -270,7 +269,7 @@ def test_two_tables_that_fit_alike_are_a_guess(catalog_of: Connection) -> None:
     assert "would fit nearly as well" in log.why
 
 
-def test_what_will_stand_in_the_way_is_told_with_its_remedy(catalog_of: Connection) -> None:
+def test_obstacles_are_named_with_their_remedies(catalog_of: Connection) -> None:
     build_host_metadata(HostMapping(**BOOKS)).create_all(catalog_of)  # type: ignore[arg-type]
     script(
         catalog_of,
@@ -291,7 +290,7 @@ def test_what_will_stand_in_the_way_is_told_with_its_remedy(catalog_of: Connecti
         "ai_usage_log.id is bigint and has no default",
         "ai_usage_log.tenant: each row must have a value",
         "billing_subscription.start_date has no time zone",
-        "billing_payment.status: which value says that the money has come",
+        "billing_payment.status: trueup could not tell which value marks a completed payment",
         '"public"."odd.name" was left out',
     ):
         assert said in notes
@@ -309,9 +308,9 @@ def test_the_word_for_a_paid_payment_comes_from_its_rows_or_its_type(catalog_of:
     mapping = discovered(catalog_of).mapping
     assert mapping is not None
     assert mapping.payment.completed_status == "Paid"
-    # Two words for it: a person decides.
+    # With two fitting words a person decides.
     script(catalog_of, pay.format("completed"))
-    assert "could not be told" in "\n".join(discovered(catalog_of).notes)
+    assert "could not tell which value" in "\n".join(discovered(catalog_of).notes)
     script(
         catalog_of,
         "TRUNCATE billing_payment; CREATE TYPE state AS ENUM ('open', 'succeeded');"
@@ -321,7 +320,7 @@ def test_the_word_for_a_paid_payment_comes_from_its_rows_or_its_type(catalog_of:
 
 
 def test_no_row_is_shown_and_none_is_needed(catalog_of: Connection) -> None:
-    """A role that may read nothing still gets the mapping, and is told what to grant."""
+    """A role without rights still gets the mapping, and the grants that it needs."""
     build_host_metadata(HostMapping(**BOOKS)).create_all(catalog_of)  # type: ignore[arg-type]
     role = f"blind_{catalog_of.engine.url.database}"
     script(catalog_of, "INSERT INTO accounts_user VALUES (1, 'secret name', 'e')")
@@ -337,7 +336,7 @@ def test_no_row_is_shown_and_none_is_needed(catalog_of: Connection) -> None:
         script(catalog_of, f"RESET ROLE; DROP ROLE {role}")
 
 
-def test_totals_that_are_no_sums_are_questioned(catalog_of: Connection) -> None:
+def test_totals_that_are_not_sums_are_questioned(catalog_of: Connection) -> None:
     build_host_metadata(HostMapping()).create_all(catalog_of)
     script(catalog_of, "INSERT INTO accounts_user VALUES (1, 'u', 'e')")
     add = (
@@ -361,7 +360,7 @@ def test_a_name_is_compared_by_its_words(name: str, is_like: str) -> None:
     assert plain(name) == is_like
 
 
-def test_djangos_name_is_nearest_and_a_stranger_is_not_near() -> None:
+def test_djangos_name_fits_best_and_an_unknown_name_does_not_fit() -> None:
     names = ("tokens_left", "balance")
     near = ("tokens_remaining", "TokensRemaining", "tokens_left", "balance", "my_tokens_left", "tokens_remainin")
     scores = [nearness(name, "tokens_remaining", names)[0] for name in near]
@@ -374,7 +373,7 @@ SETTINGS: dict[str, Any] = {"user_id_type": "uuid", "usage_log": {"table": 'My "
 SECTION = host_section(SETTINGS, ["one\ntwo"])
 
 
-def test_the_section_says_what_was_found() -> None:
+def test_the_section_has_the_found_settings() -> None:
     assert read_host(SECTION) == HostMapping.model_validate(SETTINGS)
     assert SECTION.startswith("[host]\n# one\n# two\n")
     assert read_host(host_section({})) == HostMapping()
@@ -396,7 +395,7 @@ def test_a_file_keeps_its_other_sections_and_comments() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("home = ", "no TOML"),
+        ("home = ", "not TOML"),
         ("host.user_id_type = 'uuid'\n", "section of its own"),
         ("host = {user_id_type = 'uuid'}\n", "section of its own"),
         ("[host]\n[reconcile]\nnote = '''\n[host]\nkeep\n'''\n", "section of its own"),

@@ -1,4 +1,4 @@
-"""What discovery proposes for tables and columns that a host does not have, and what it leaves to a person."""
+"""The substitutes that discovery proposes for missing tables and columns, and the decisions left to a person."""
 
 import pytest
 from sqlalchemy import Connection
@@ -23,7 +23,7 @@ SMALL_HOST = """
 """
 
 
-def test_what_stands_for_missing_columns_and_tables_is_proposed_where_it_is_sure(
+def test_substitutes_for_missing_columns_and_tables_are_proposed_if_certain(
     catalog_of: Connection,  # noqa: F811
 ) -> None:
     script(catalog_of, SMALL_HOST)
@@ -63,7 +63,7 @@ def test_what_stands_for_missing_columns_and_tables_is_proposed_where_it_is_sure
 @pytest.mark.parametrize(
     ("change", "setting", "remedy"),
     [
-        # Two words that say so, none, and two columns that might: a person decides.
+        # With two fitting words, none, or two fitting columns, a person decides.
         (
             "UPDATE llm_calls SET status = 'done' WHERE status = 'failed'",
             "usage_log.success",
@@ -85,7 +85,7 @@ def test_what_stands_for_missing_columns_and_tables_is_proposed_where_it_is_sure
         ("ALTER TABLE memberships DROP quota", "token_plan.table", "under [host.token_plan]"),
     ],
 )
-def test_what_decides_who_may_spend_is_left_to_a_person(
+def test_the_condition_for_spending_is_left_to_a_person(
     catalog_of: Connection,  # noqa: F811
     change: str,
     setting: str,
@@ -114,7 +114,7 @@ def test_what_decides_who_may_spend_is_left_to_a_person(
         ),
     ],
 )
-def test_a_status_says_which_subscriptions_are_active(
+def test_a_status_decides_which_subscriptions_are_active(
     catalog_of: Connection,  # noqa: F811
     more: str,
     proposed: dict[str, object],
@@ -134,7 +134,7 @@ def test_a_status_says_which_subscriptions_are_active(
         check_host(connection, proposal.mapping)
 
 
-def test_what_a_person_has_set_stands_for_what_is_not_found_and_for_nothing_else(
+def test_a_persons_settings_are_used_only_for_missing_matches(
     catalog_of: Connection,  # noqa: F811
 ) -> None:
     script(catalog_of, SMALL_HOST)
@@ -152,7 +152,7 @@ def test_what_a_person_has_set_stands_for_what_is_not_found_and_for_nothing_else
     assert whys["host.usage_log.counts"] == whys["host.subscription.is_active"] == "set by you under [host]"
 
 
-def test_a_table_that_a_person_has_set_is_taken_if_none_is_found(
+def test_a_persons_table_is_used_if_none_is_found(
     catalog_of: Connection,  # noqa: F811
 ) -> None:
     script(catalog_of, SMALL_HOST)
@@ -168,7 +168,7 @@ def test_a_table_that_a_person_has_set_is_taken_if_none_is_found(
     assert proposal.mapping.usage_log_id_type == "text"
 
 
-def test_what_deleted_and_computed_columns_mean_is_said(
+def test_remarks_explain_deleted_and_computed_columns(
     catalog_of: Connection,  # noqa: F811
 ) -> None:
     script(catalog_of, SMALL_HOST)
@@ -181,4 +181,4 @@ def test_what_deleted_and_computed_columns_mean_is_said(
     )
     notes = discovered(catalog_of).notes
     assert sum("deleted_at" in note for note in notes) == 2
-    assert sum(note.startswith("llm_calls.tokens: computed by the database") for note in notes) == 1
+    assert sum(note.startswith("llm_calls.tokens: the database computes it") for note in notes) == 1

@@ -1,4 +1,4 @@
-"""What the doctor finds: each fault of its own, with a remedy that works, and nothing where all is well."""
+"""The doctor's findings: each fault, with a remedy that works, and none in a healthy database."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,14 +10,23 @@ from sqlalchemy.pool import NullPool
 
 from tests.support.books import assert_true
 from tests.support.host import Host
+from tests.support.standby import standby_of
+from tests.support.waiting import wait_for
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.database.engine import connect
 from trueup.doctor import database as doctor
 from trueup.doctor.clocks import HARMFUL_SECONDS, Offset, judge, measure
+from trueup.doctor.database import check_durability, check_server
 from trueup.doctor.findings import Finding, error, exit_code, ok, run_check, warning
 from trueup.doctor.installation import check_functions, check_rights, check_schema, check_triggers
-from trueup.doctor.invariants import check_beat, check_holds, check_invariants, check_runs, check_unresolved
-from trueup.doctor.server import check_durability, check_server
+from trueup.doctor.invariants import (
+    check_beat,
+    check_holds,
+    check_invariants,
+    check_owed_charges,
+    check_runs,
+    check_unresolved,
+)
 from trueup.doctor.settings import check_settings
 from trueup.doctor.versions import check_packages, check_python, check_weaker_versions
 from trueup.host.mapping import HostMapping
@@ -69,7 +78,7 @@ def charge_tokens_of(host: Host) -> int:
     return user
 
 
-def test_a_check_that_fails_hides_no_other(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_check_hides_no_other_check(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(connection: Connection, settings: Settings) -> Iterator[Finding]:
         yield ok("a", "fine so far")
         connection.execute(text("SELECT * FROM nowhere"))
@@ -144,7 +153,7 @@ def test_errors_end_with_one_and_warnings_only_when_asked(levels_found: str, str
         ),
     ],
 )
-def test_settings_that_endanger_each_other_are_named(values: dict[str, Any], level: str, told: str) -> None:
+def test_dangerous_combinations_of_settings_are_reported(values: dict[str, Any], level: str, told: str) -> None:
     findings = list(check_settings(Settings(**values)))
     assert any(finding.level == level and told in (finding.remedy or "") for finding in findings)
 
@@ -153,17 +162,17 @@ def test_the_default_settings_endanger_nothing() -> None:
     assert levels(list(check_settings(Settings()))) == {"settings": "ok"}
 
 
-def test_packages_are_those_that_are_asked_for() -> None:
+def test_the_installed_packages_meet_the_requirements() -> None:
     assert levels([*check_python(), *check_packages()]) == {"python": "ok", "packages": "ok"}
 
 
 @pytest.mark.parametrize(
     ("demand", "told"),
     [
-        ("celery>=99,<100", "trueup asks for >=99,<100"),
-        ("celery>=1,<5.7", "celery is of version"),
+        ("celery>=99,<100", "trueup requires >=99,<100"),
+        ("celery>=1,<5.7", "celery has version"),
         ("no-such-package>=1", "no-such-package is not installed"),
-        ("psycopg[binary]>=99", "psycopg is of version"),
+        ("psycopg[binary]>=99", "psycopg has version"),
     ],
 )
 def test_a_package_of_another_version_is_named(demand: str, told: str) -> None:
@@ -173,7 +182,7 @@ def test_a_package_of_another_version_is_named(demand: str, told: str) -> None:
 
 
 @pytest.mark.parametrize("celery", ["5.5.0", "5.6.3"])
-def test_an_older_celery_is_named_with_what_it_means(celery: str) -> None:
+def test_an_older_celery_is_named_with_the_consequence(celery: str) -> None:
     [finding] = check_weaker_versions({"celery": celery})
     assert (finding.level, finding.check) == ("warning", "packages")
     assert f"With celery {celery} a metered task whose process is killed is not retried" in finding.what
@@ -188,7 +197,7 @@ def test_a_version_that_lacks_nothing_is_not_named(installed: dict[str, str]) ->
 # -- clocks
 
 
-def test_half_of_the_round_trip_is_taken_off_and_the_quickest_answer_counts() -> None:
+def test_half_of_the_round_trip_is_subtracted_and_the_quickest_answer_counts() -> None:
     started = iter([0.0, 9.0, 10.0, 12.0, 20.0, 21.0, 30.0, 38.0, 40.0, 47.0])
     told = iter([1004.5, 1001.0, 1003.5, 1004.0, 1003.5])
     offset = measure(lambda: next(told), clock=lambda: 1000.0, stopwatch=lambda: next(started))
@@ -220,9 +229,26 @@ def test_a_server_that_takes_no_writes_is_an_error(host: Host, connection: Conne
     assert [finding.level for finding in found(check_server, connection)] == ["ok", "error"]
 
 
-def test_a_server_that_forgets_commits_is_told(host: Host, connection: Connection) -> None:
+def test_a_server_that_may_lose_commits_is_reported(host: Host, connection: Connection) -> None:
     connection.execute(text("SET synchronous_commit = off"))
     assert "warning" in [finding.level for finding in found(check_durability, connection)]
+
+
+def test_standbys_of_which_none_is_synchronous_are_told(host: Host, connection: Connection) -> None:
+    """A failover to one of them may lose a hold, and what was promised by it."""
+    assert only(check_durability, connection).level == "ok"
+    with standby_of(host.engine):
+        wait_for(lambda: host.value("SELECT count(*) FROM pg_stat_replication") == 1)
+        told = [finding for finding in found(check_durability, connection) if finding.level == "warning"]
+    assert [finding.detail for finding in told] == [{"standbys": 1}]
+    assert "synchronous_standby_names" in str(told[0].remedy)
+
+
+def test_a_limit_on_temporary_files_is_told(host: Host, connection: Connection) -> None:
+    name = host.value("SELECT current_database()")
+    host.execute(f"ALTER DATABASE {name} SET temp_file_limit = '10MB'")
+    told = [finding for finding in found(check_durability, connection) if finding.level == "warning"]
+    assert [finding.detail for finding in told] == [{"limits": ["temp_file_limit=10MB"]}]
 
 
 # -- trueup's own objects
@@ -239,10 +265,10 @@ def test_a_database_without_trueup_says_so_and_no_more(empty_database: str) -> N
     assert "trueup db attach" in str(findings[-1].remedy)
 
 
-def test_a_schema_of_another_version_is_told(host: Host, connection: Connection) -> None:
+def test_a_schema_of_another_version_is_reported(host: Host, connection: Connection) -> None:
     assert only(check_schema, connection).level == "ok"
     host.execute("UPDATE trueup.alembic_version SET version_num = 'layout_99'")
-    assert "version layout_99, the code is of version" in only(check_schema, connection).what
+    assert "version layout_99, the code has version" in only(check_schema, connection).what
 
 
 def test_every_function_is_known_with_its_body(host: Host) -> None:
@@ -250,7 +276,7 @@ def test_every_function_is_known_with_its_body(host: Host) -> None:
     assert expected_functions(HostMapping()).total() == there > 50
 
 
-def test_functions_of_another_version_are_named_and_a_setup_mends_them(host: Host, connection: Connection) -> None:
+def test_functions_of_another_version_are_named_and_a_setup_replaces_them(host: Host, connection: Connection) -> None:
     assert only(check_functions, connection).level == "ok"
     host.execute(
         "CREATE OR REPLACE FUNCTION trueup.log_epoch() RETURNS bigint LANGUAGE sql STABLE AS 'SELECT CAST(0 AS bigint)'"
@@ -263,7 +289,7 @@ def test_functions_of_another_version_are_named_and_a_setup_mends_them(host: Hos
     assert only(check_functions, connection).level == "ok"
 
 
-def test_a_setup_for_another_mapping_is_told(
+def test_a_setup_for_another_mapping_is_reported(
     host: Host, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mapped(monkeypatch, USER__EMAIL="mail")
@@ -278,7 +304,7 @@ def test_a_setup_for_another_mapping_is_told(
         ("DROP TRIGGER trueup_inserted ON ai_usage_log", "missing"),
     ],
 )
-def test_a_trigger_that_does_not_fire_is_named_and_its_remedy_counts_what_was_missed(
+def test_a_trigger_that_does_not_fire_is_named_and_its_remedy_counts_the_missed_rows(
     host: Host, connection: Connection, change: str, state: str
 ) -> None:
     user = host.subscriber(1_000)
@@ -295,7 +321,7 @@ def test_a_trigger_that_does_not_fire_is_named_and_its_remedy_counts_what_was_mi
     assert_true(host)
 
 
-def test_the_trigger_that_tells_of_windows_is_missed_too(host: Host, connection: Connection) -> None:
+def test_a_missing_window_trigger_is_reported_too(host: Host, connection: Connection) -> None:
     host.execute("DROP TRIGGER trueup_window_changed ON billing_subscription")
     finding = only(check_triggers, connection)
     assert (finding.level, finding.detail) == ("error", {"trigger": "trueup_window_changed", "state": "missing"})
@@ -303,7 +329,7 @@ def test_the_trigger_that_tells_of_windows_is_missed_too(host: Host, connection:
     assert only(check_triggers, connection).level == "ok"
 
 
-def test_a_log_that_was_moved_away_with_its_triggers_is_told(host: Host, connection: Connection) -> None:
+def test_a_log_that_was_renamed_with_its_triggers_is_reported(host: Host, connection: Connection) -> None:
     host.execute("ALTER TABLE ai_usage_log RENAME TO log_2025; CREATE TABLE ai_usage_log (LIKE log_2025)")
     findings = found(check_triggers, connection)
     assert [finding.level for finding in findings] == ["error"] * 4 + ["warning"]
@@ -324,7 +350,7 @@ def test_the_tests_own_role_lacks_nothing(host: Host, connection: Connection) ->
 # -- the books
 
 
-def test_old_and_overdue_holds_are_told(host: Host, connection: Connection) -> None:
+def test_old_and_overdue_holds_are_reported(host: Host, connection: Connection) -> None:
     hold_tokens(connection, host.subscriber(), 100)
     assert only(check_holds, connection).level == "ok"
     host.execute("UPDATE trueup.hold SET opened_at = now() - interval '2 days'")
@@ -333,7 +359,7 @@ def test_old_and_overdue_holds_are_told(host: Host, connection: Connection) -> N
     assert only(check_holds, connection).detail["overdue"] == 1
 
 
-def test_calls_and_messages_in_doubt_are_counted(host: Host, connection: Connection) -> None:
+def test_calls_and_messages_with_an_unknown_outcome_are_counted(host: Host, connection: Connection) -> None:
     assert levels(found(check_unresolved, connection)) == {"calls": "ok", "messages": "ok"}
     user = host.subscriber()
     host.execute("INSERT INTO trueup.call_intent VALUES (:user, 't', '1', 1, 700, 'unknown', now()); ", user=user)
@@ -341,6 +367,17 @@ def test_calls_and_messages_in_doubt_are_counted(host: Host, connection: Connect
     calls, messages = found(check_unresolved, connection)
     assert (calls.level, calls.detail) == ("warning", {"calls": 1, "tokens_bound": 700})
     assert (messages.level, messages.detail) == ("warning", {"messages": 1})
+
+
+def test_owed_charges_are_an_error_with_the_reason(host: Host, connection: Connection) -> None:
+    assert only(check_owed_charges, connection).level == "ok"
+    hold = hold_tokens(connection, host.subscriber(), 1_000)
+    host.execute("ALTER TABLE ai_usage_log ADD CONSTRAINT small CHECK (total_tokens < 10)")
+    charge_tokens(connection, hold, 700)
+    finding = only(check_owed_charges, connection)
+    assert (finding.level, finding.detail) == ("error", {"charges": 1, "tokens": 700})
+    assert "23514" in finding.what
+    assert "small" in finding.what
 
 
 def add_run(host: Host, status: str, *, hours: float, **more: Any) -> None:
@@ -353,7 +390,7 @@ def add_run(host: Host, status: str, *, hours: float, **more: Any) -> None:
     )
 
 
-def test_a_run_that_failed_and_what_waits_for_people_are_told(host: Host, connection: Connection) -> None:
+def test_a_failed_run_and_drifts_in_review_are_reported(host: Host, connection: Connection) -> None:
     assert only(check_runs, connection).level == "ok"
     add_run(host, "finished", hours=0.1, in_review=3)
     finding = only(check_runs, connection)
@@ -369,15 +406,15 @@ def test_runs_that_did_not_happen_are_an_error(host: Host, connection: Connectio
     assert {finding.level for finding in found(check_runs, connection)} == {"ok"}
 
 
-def test_a_schedule_that_has_stopped_is_told(host: Host, connection: Connection) -> None:
+def test_a_stopped_schedule_is_reported(host: Host, connection: Connection) -> None:
     assert only(check_beat, connection).what == "No scheduled run is due yet."
     add_run(host, "finished", hours=5, period="now()")
     assert only(check_beat, connection).level == "error"
-    add_run(host, "running", hours=4)  # asked for by hand, and still at work: no other may begin
+    add_run(host, "running", hours=4)  # a manual run in progress: no other run may start
     assert only(check_beat, connection).level == "ok"
 
 
-def test_balances_that_their_log_or_holds_do_not_add_up_to_are_told(host: Host, connection: Connection) -> None:
+def test_balances_that_differ_from_their_log_or_holds_are_reported(host: Host, connection: Connection) -> None:
     user = charge_tokens_of(host)
     host.log(user, 30)
     host.log(host.subscriber(), 5)
@@ -386,11 +423,11 @@ def test_balances_that_their_log_or_holds_do_not_add_up_to_are_told(host: Host, 
     holds, sums = found(check_invariants, connection)
     assert (holds.level, holds.detail) == ("error", {"invariant": "I4", "users": 1, "example": str(user)})
     assert (sums.level, sums.detail) == ("error", {"invariant": "I1", "users": 1, "example": str(user)})
-    host.execute("TRUNCATE ai_usage_log")  # which makes each balance stale, by its own word
+    host.execute("TRUNCATE ai_usage_log")  # marks each balance as stale
     assert found(check_invariants, connection)[1].level == "ok"
 
 
-def test_a_failure_that_is_no_database_s_is_told_without_a_traceback() -> None:
+def test_a_failure_outside_the_database_is_reported_without_a_traceback() -> None:
     def broken() -> Iterator[Finding]:
         raise OperationalError("SELECT secret", {}, Exception("no route"))
 

@@ -1,12 +1,11 @@
-"""What the doctor finds of the host's tables: names, types, indexes, partitions."""
+"""The doctor's findings about the host's tables: names, types, indexes, partitions."""
 
 import pytest
 from sqlalchemy import Connection
 
 from tests.doctor.test_doctor import found, mapped, only, set_up
 from tests.support.host import Host
-from trueup.doctor.host import check_mapping
-from trueup.doctor.indexes import check_log_index, check_subscription_index
+from trueup.doctor.host import check_log_index, check_mapping, check_subscription_index
 from trueup.doctor.installation import check_triggers
 from trueup.settings.settings import get_settings
 
@@ -14,7 +13,7 @@ from trueup.settings.settings import get_settings
 def test_a_column_that_a_migration_renamed_is_named_with_the_nearest_name(host: Host, connection: Connection) -> None:
     host.execute("ALTER TABLE ai_usage_log RENAME total_tokens TO tokens_total")
     finding = only(check_mapping, connection)
-    assert finding.what == "ai_usage_log has no column total_tokens; tokens_total is near."
+    assert finding.what == "ai_usage_log has no column total_tokens; the nearest name is tokens_total."
     assert "host.usage_log.total_tokens" in str(finding.remedy)
     assert finding.detail["nearest"] == "tokens_total"
 
@@ -23,7 +22,7 @@ def test_a_table_that_a_migration_renamed_is_named_with_the_nearest_name(host: H
     host.execute("CREATE SCHEMA app; ALTER TABLE billing_tokenplan SET SCHEMA app")
     host.execute("ALTER TABLE app.billing_tokenplan RENAME TO billing_token_plans")
     finding = only(check_mapping, connection)
-    assert finding.what == "There is no table billing_tokenplan; app.billing_token_plans is near."
+    assert finding.what == "There is no table billing_tokenplan; the nearest name is app.billing_token_plans."
     assert "host.token_plan.table" in str(finding.remedy)
 
 
@@ -33,7 +32,9 @@ def test_a_column_that_only_the_views_show_is_a_warning(
     host.execute("ALTER TABLE accounts_user RENAME email TO mail; ALTER TABLE billing_fullplan DROP name")
     warned = only(check_mapping, connection)
     assert warned.level == "warning"
-    assert warned.what.startswith("There is no column accounts_user.email, billing_fullplan.name: the account and plan")
+    assert warned.what.startswith(
+        "There is no column accounts_user.email, billing_fullplan.name: the API's account and plan"
+    )
     assert 'username = {value = ""}' in str(warned.remedy)
     mapped(monkeypatch, USER__EMAIL="mail", FULL_PLAN__NAME='{"value": "a plan"}')
     assert only(check_mapping, connection).level == "ok"
@@ -62,20 +63,20 @@ def test_smaller_integers_and_domains_fit(host: Host, connection: Connection) ->
     assert only(check_mapping, connection).level == "ok"
 
 
-def test_a_check_that_came_since_and_refuses_our_rows_is_told(host: Host, connection: Connection) -> None:
+def test_a_new_constraint_that_refuses_trueups_rows_is_reported(host: Host, connection: Connection) -> None:
     host.execute("ALTER TABLE ai_usage_log ADD CONSTRAINT known CHECK (section <> 'other')")
     finding = only(check_mapping, connection)
     assert (finding.level, "would refuse trueup's row of section 'other'" in finding.what) == ("error", True)
 
 
-def test_times_without_a_zone_are_read_as_utc_and_told_of(host: Host, connection: Connection) -> None:
+def test_times_without_a_zone_are_read_as_utc_and_reported(host: Host, connection: Connection) -> None:
     host.execute("ALTER TABLE billing_subscription ALTER end_date TYPE timestamp")
     finding = only(check_mapping, connection)
     assert (finding.level, finding.detail["column"]) == ("warning", "end_date")
-    assert "read as UTC" in finding.what
+    assert "reads it as UTC" in finding.what
 
 
-def test_user_ids_of_another_type_than_the_mapping_says_are_told(
+def test_user_ids_of_another_type_than_in_the_mapping_are_reported(
     host: Host, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mapped(monkeypatch, USER_ID_TYPE="uuid")
@@ -101,7 +102,7 @@ def test_a_large_log_without_an_index_is_an_error(host: Host, connection: Connec
     assert only(check_log_index, connection).level == "error"
 
 
-def test_an_index_that_was_never_finished_is_not_counted_on(host: Host, connection: Connection) -> None:
+def test_an_invalid_index_is_not_used(host: Host, connection: Connection) -> None:
     host.execute(
         "UPDATE pg_index SET indisvalid = false WHERE indexrelid = CAST('ai_usage_log_user_created' AS regclass)"
     )
@@ -109,12 +110,12 @@ def test_an_index_that_was_never_finished_is_not_counted_on(host: Host, connecti
     assert "DROP INDEX CONCURRENTLY public.ai_usage_log_user_created" in str(finding.remedy)
 
 
-def test_users_with_several_subscriptions_are_an_error_and_what_allows_them_a_warning(
+def test_users_with_several_subscriptions_are_an_error_and_a_missing_unique_index_is_a_warning(
     host: Host, connection: Connection
 ) -> None:
     assert only(check_subscription_index, connection).level == "ok"
     host.execute("ALTER TABLE billing_subscription DROP CONSTRAINT billing_subscription_user_id_key")
-    host.execute("CREATE INDEX slow ON billing_subscription (user_id)")  # which keeps nobody out
+    host.execute("CREATE INDEX slow ON billing_subscription (user_id)")  # not unique
     user = host.subscriber()
     finding = only(check_subscription_index, connection)
     assert finding.level == "warning"

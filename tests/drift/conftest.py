@@ -1,4 +1,4 @@
-"""What tests of explaining share."""
+"""Fixtures of the tests of explaining drifts."""
 
 import pytest
 from sqlalchemy import Connection

@@ -13,7 +13,7 @@ PLAN = 10_000
 
 
 def drift(observed: int | None, remaining: int) -> Drift:
-    """A counter, and what is left of the plan (below 0: the user is past it)."""
+    """Return the drift of a counter; `remaining` is negative if the user has used more than the plan."""
     return Drift(
         user_id=1,
         subscription_id="1",
@@ -51,7 +51,7 @@ def test_every_cause_has_a_policy() -> None:
         ("failed_usage_charged", 8_700, "correct"),
         ("clamped_at_zero", 9_300, "correct"),
         ("grant_not_in_counter", 8_700, "correct"),
-        # The log may be what is wrong.
+        # The log may be wrong, not the counter.
         ("charged_not_logged", 8_700, "review"),
         ("credit_without_grant", 9_300, "review"),
         ("renewal_without_new_window", 9_300, "review"),
@@ -69,7 +69,7 @@ def test_each_cause_has_its_default_policy(cause: str, observed: int, policy: st
 
 
 @pytest.mark.parametrize("cause", sorted(PAID_CAUSES | UNCORRECTABLE_CAUSES))
-def test_what_only_a_person_may_change_can_not_be_set_to_correct(cause: str) -> None:
+def test_no_policy_can_correct_a_cause_that_needs_a_person(cause: str) -> None:
     with pytest.raises(InvalidInputError, match=f"policies.{cause}"):
         Rules(policies={cause: "correct"})
     for policy in ("review", "report"):
@@ -87,19 +87,19 @@ def test_what_only_a_person_may_change_can_not_be_set_to_correct(cause: str) -> 
         ({"min_age_seconds": -1}, "min_age_seconds"),
     ],
 )
-def test_rules_that_may_not_be_are_refused_by_name(more: dict[str, Any], named: str) -> None:
+def test_invalid_rules_are_refused_by_name(more: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidInputError, match=named):
         Rules(**more)
 
 
-def test_policies_may_be_more_careful_or_bolder_than_the_default() -> None:
+def test_policies_may_be_stricter_or_looser_than_the_default() -> None:
     missed = explained(("missed_decrement", 300))
     assert verdict(drift(9_300, 9_000), missed, policies={"missed_decrement": "report"}).policy == "report"
     unlogged = explained(("charged_not_logged", -300))
     assert verdict(drift(8_700, 9_000), unlogged, policies={"charged_not_logged": "correct"}).write == 9_000
 
 
-def test_of_a_combination_the_most_careful_policy_holds() -> None:
+def test_the_most_careful_policy_of_a_combination_applies() -> None:
     both = explained(("missed_decrement", 300), ("credit_without_grant", 500))
     assert verdict(drift(9_800, 9_000), both).policy == "review"
     policies = {"missed_decrement": "report"}
@@ -108,17 +108,17 @@ def test_of_a_combination_the_most_careful_policy_holds() -> None:
     assert verdict(drift(9_200, 9_000), two).write == 9_000
 
 
-def test_what_the_components_leave_over_is_unexplained() -> None:
+def test_a_remainder_of_the_components_is_unexplained() -> None:
     part = explained(("missed_decrement", 300))
     assert verdict(drift(9_301, 9_000), part, policies={"unexplained": "review"}).policy == "review"
     assert verdict(drift(9_300, 9_000), part, policies={"unexplained": "review"}).policy == "correct"
-    # Past the plan the components account for the whole way from there.
+    # For a user over the plan the components explain the whole surplus.
     overdrawn = explained(("clamped_at_zero", 200), ("missed_decrement", 300))
     assert verdict(drift(300, -200), overdrawn, policies={"unexplained": "review"}).write == 0
 
 
 @pytest.mark.parametrize("cause", sorted(PAID_CAUSES))
-def test_a_counter_is_not_lowered_where_paid_tokens_fit_as_well(cause: str) -> None:
+def test_a_counter_is_not_lowered_if_paid_tokens_fit_too(cause: str) -> None:
     doubtful = explained(("missed_decrement", 300), alternatives=("lost_update", cause))
     given = verdict(drift(9_300, 9_000), doubtful)
     assert (given.policy, given.write) == ("review", None)
@@ -127,12 +127,12 @@ def test_a_counter_is_not_lowered_where_paid_tokens_fit_as_well(cause: str) -> N
     assert verdict(drift(8_700, 9_000), raised).write == 9_000
 
 
-def test_a_counter_is_not_raised_where_it_may_have_been_burned() -> None:
+def test_a_counter_is_not_raised_if_it_may_have_been_burned() -> None:
     doubtful = explained(("double_decrement", -300), alternatives=("burned_at_expiry",))
     assert verdict(drift(8_700, 9_000), doubtful).policy == "review"
 
 
-def test_an_unexplained_drift_that_may_contain_a_plan_is_held() -> None:
+def test_an_unexplained_drift_that_may_contain_a_plan_awaits_review() -> None:
     assert verdict(drift(9_700, 9_000), Explanation(evidence={"may_contain_a_plan_of": 500})).policy == "review"
     assert verdict(drift(9_300, 9_000), Explanation()).write == 9_000
     assert verdict(drift(8_000, 9_000), Explanation()).write == 9_000
@@ -140,7 +140,7 @@ def test_an_unexplained_drift_that_may_contain_a_plan_is_held() -> None:
 
 @pytest.mark.parametrize(("limit", "policy"), [(None, "correct"), (300, "correct"), (299, "review"), (0, "review")])
 @pytest.mark.parametrize("observed", [9_300, 8_700])
-def test_a_large_correction_is_held(limit: int | None, policy: str, observed: int) -> None:
+def test_a_large_correction_awaits_review(limit: int | None, policy: str, observed: int) -> None:
     assert verdict(drift(observed, 9_000), Explanation(), max_correction=limit).policy == policy
 
 
@@ -157,14 +157,14 @@ def test_a_null_counter_is_not_tolerated() -> None:
     assert verdict(drift(None, 5), null, tolerance=10).write == 5
 
 
-def test_what_is_in_flight_alone_waits() -> None:
+def test_a_drift_of_tokens_in_flight_waits() -> None:
     given = verdict(drift(9_300, 9_000), Explanation(in_flight=300), min_age_seconds=60)
     assert (given.action, given.write) == ("waiting", None)
     assert "60 s" in given.reason
     assert verdict(drift(9_305, 9_000), Explanation(in_flight=300), tolerance=5).action == "waiting"
 
 
-def test_beside_what_is_in_flight_the_rest_is_corrected() -> None:
+def test_the_drift_beyond_the_tokens_in_flight_is_corrected() -> None:
     given = verdict(drift(9_800, 9_000), explained(("missed_decrement", 500), in_flight=300))
     assert given.write == 9_300
     assert "300 tokens in flight" in given.reason
@@ -172,42 +172,42 @@ def test_beside_what_is_in_flight_the_rest_is_corrected() -> None:
     assert held.policy == "review"
 
 
-def test_past_the_plan_only_what_the_counter_had_is_in_flight() -> None:
-    """The decrement that comes stops at zero."""
+def test_over_the_plan_only_tokens_of_the_counter_are_in_flight() -> None:
+    """The expected decrement stops at zero."""
     assert verdict(drift(100, -200), Explanation(in_flight=300)).action == "waiting"
     assert verdict(drift(300, -200), explained(("missed_decrement", 200), in_flight=300)).write == 100
 
 
-def test_what_has_stood_is_not_in_flight_any_more() -> None:
+def test_unchanged_figures_are_no_longer_in_flight() -> None:
     given = verdict(drift(9_300, 9_000), Explanation(in_flight=300), history=History(unchanged=True))
     assert given.write == 9_000
 
 
-def test_a_column_that_cannot_hold_it_is_not_written() -> None:
+def test_a_value_too_large_for_the_column_is_not_written() -> None:
     given = verdict(drift(9_800, 9_000), explained(("missed_decrement", 500), in_flight=300), counter_limit=9_299)
     assert (given.policy, given.write) == ("report", None)
 
 
-def test_a_difference_that_a_person_ignored_is_left_alone_and_another_is_not() -> None:
+def test_an_ignored_difference_is_left_alone_and_another_is_not() -> None:
     history = History(ignored=frozenset({300}))
     why = explained(("credit_without_grant", 300))
     assert verdict(drift(9_300, 9_000), why, history=history).action == "ignored"
     assert verdict(drift(8_300, 8_000), why, history=history).action == "ignored"
     assert verdict(drift(9_301, 9_000), why, history=history).action == "review"
-    # Not what is in flight beside it.
+    # Tokens in flight do not belong to it.
     both = explained(("credit_without_grant", 300), in_flight=50)
     assert verdict(drift(9_350, 9_000), both, history=history).action == "ignored"
 
 
-def test_a_counter_that_a_person_put_back_is_not_corrected_again() -> None:
+def test_a_counter_with_an_undone_correction_is_not_corrected_again() -> None:
     given = verdict(drift(9_300, 9_000), explained(("missed_decrement", 300)), history=History(undone=True))
     assert (given.policy, given.write) == ("review", None)
-    assert "undone" in given.reason
+    assert "undid" in given.reason
 
 
-def test_what_may_contain_held_tokens_is_held() -> None:
+def test_a_drift_that_may_contain_held_tokens_awaits_review() -> None:
     history = History(held=True)
     given = verdict(drift(9_300, 9_000), explained(("missed_decrement", 300)), history=history)
     assert (given.policy, given.write) == ("review", None)
-    # Also where something else has lowered it since: set right, the purchase in it would be gone.
+    # Also if another cause has lowered it since: a correction would take the purchase away.
     assert verdict(drift(8_700, 9_000), explained(("double_decrement", -300)), history=history).write is None

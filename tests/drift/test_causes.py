@@ -1,4 +1,4 @@
-"""Explanations from evidence alone; what the host's rows give is tested with them, in test_evidence.py."""
+"""Explanations from given evidence; test_evidence.py tests the evidence from the host's rows."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -55,14 +55,14 @@ TAKEN_OFF = {"at": AT, "kind": "correction", "written": 9_000}
         (drift(200, 500, FAILED), {10_000}, "failed_usage_charged", "correct"),
         (drift(200, 500, BOTH), {10_000}, "failed_usage_charged", "correct"),
         (drift(200, 500), {10_000}, "unexplained", "correct"),
-        # What may be paid tokens is never taken: above the plan, as large as a plan, or explained by nothing.
+        # Possible paid tokens are never taken away: above the plan, a plan's size, or unexplained.
         (drift(10_001, 10_000), {50_000}, "credit_without_grant", "review"),
         (drift(500, 200), {300, 10_000}, "credit_without_grant", "review"),
         (drift(500, 200, MISSED), {300}, "credit_without_grant", "review"),
         (drift(500, 200, {**MISSED, "used_before": True}), {10_000}, "missed_decrement", "review"),
         (drift(500, 200), {299}, "unexplained", "review"),
         (drift(500, 200), {10_000}, "unexplained", "review"),
-        # Where nothing is sold but by payments, it may be some missed decrements; unless it looks like a gift.
+        # If tokens are sold only by payments, it may be several missed decrements, unless it looks like a gift.
         (drift(9_337, 9_000, PAYMENTS), {10_000}, "unexplained", "correct"),
         (drift(9_300, 9_000, PAYMENTS), {10_000}, "unexplained", "review"),
         (drift(9_337, 9_000, PAYMENTS), {337}, "unexplained", "review"),
@@ -81,25 +81,25 @@ TAKEN_OFF = {"at": AT, "kind": "correction", "written": 9_000}
             "unexplained",
             "correct",
         ),
-        # What was used of it beyond the plan is a part of it.
+        # Its tokens used beyond the plan are part of it.
         (drift(175, 0, PAYMENTS, consumed=10_625), {20_000}, "unexplained", "review"),
         (drift(175, 0, PAYMENTS, consumed=10_626), {20_000}, "unexplained", "correct"),
-        # An upgrade keeps what was left: that may be in it, and a request of another size.
+        # It may contain tokens that an upgrade kept, and a request of another size.
         (drift(500, 200, {**MISSED, **PAYMENTS}), {10_000}, "missed_decrement", "correct"),
         (drift(500, 200, {**MISSED, **PAYMENTS, "carried": [UPGRADE]}), {10_000}, "missed_decrement", "review"),
         (drift(500, 200, {**MISSED, **PAYMENTS, "carried": [TRIAL]}), {3_000}, "missed_decrement", "review"),
-        # Zeroed at its end, on purpose.
+        # Set to zero at the subscription's end, on purpose.
         (drift(0, 500, is_active=False), {10_000}, "burned_at_expiry", "report"),
         (drift(0, 500, end_date=NOW - timedelta(seconds=1)), {10_000}, "burned_at_expiry", "report"),
         (drift(0, 500, end_date=NOW), {10_000}, "unexplained", "correct"),
         (drift(1, 500, is_active=False), {10_000}, "unexplained", "correct"),
-        # A column that can't hold what remains.
+        # A column that can't hold the remaining tokens.
         (drift(INT4, INT4 + 1), {10_000}, "counter_out_of_range", "report"),
         (drift(None, INT4 + 1), {10_000}, "counter_out_of_range", "report"),
         (drift(None, INT4), {10_000}, "counter_null", "correct"),
     ],
 )
-def test_the_evidence_decides_the_cause_and_the_cause_what_may_be_done(
+def test_the_evidence_decides_the_cause_and_the_cause_the_policy(
     found: Drift, plan_sizes: set[int], cause: str, policy: str
 ) -> None:
     explanation = explain(found, plan_sizes=frozenset(plan_sizes), counter_limit=INT4, now=NOW)
@@ -108,25 +108,25 @@ def test_the_evidence_decides_the_cause_and_the_cause_what_may_be_done(
     assert explanation.evidence == {**explanation.evidence, "original": 10_000, "consumed": found.consumed}
 
 
-def test_the_rows_that_fit_are_named_in_the_evidence() -> None:
+def test_the_evidence_names_the_matching_rows() -> None:
     explanation = explain(drift(500, 200, MISSED), plan_sizes=frozenset(), counter_limit=INT4, now=NOW)
     assert explanation.components[0].evidence == {"log_rows_of_this_size": 2, "newest": rows(2)}
-    # Without the host's decrements nobody can tell these two apart.
+    # Without decrement rows these two look the same.
     assert (explanation.alternatives, explanation.certainty) == (("lost_update",), "likely")
 
 
-def test_a_drift_larger_than_a_plan_says_which_plan_it_may_contain() -> None:
+def test_a_drift_larger_than_a_plan_names_the_plan_that_it_may_contain() -> None:
     sizes = frozenset({100, 3_000, 9_000})
     explanation = explain(drift(5_000, 1_000), plan_sizes=sizes, counter_limit=INT4, now=NOW)
     assert explanation.evidence["may_contain_a_plan_of"] == 3_000
     assert explanation.evidence["considered"]["purchases"] is None
 
 
-def test_a_null_counter_drifts_by_what_it_does_not_show() -> None:
+def test_a_null_counter_drifts_by_all_remaining_tokens() -> None:
     assert (drift(None, 500).tokens, drift(700, 500).tokens, drift(0, 500).tokens) == (-500, 200, -500)
 
 
-def test_two_rows_explain_it_only_if_no_other_two_do() -> None:
+def test_two_rows_explain_a_drift_only_if_no_other_pair_does() -> None:
     pair = [{"kind": "L", "log_id": str(size), "tokens": size, "created_at": AT} for size in (100, 200)]
     once = {"pairs": [{"kinds": "LL", "count": 1, "rows": pair}]}
     assert named(drift(500, 200, once)) == {"missed_decrement": 300}
@@ -145,7 +145,7 @@ def test_young_usage_may_be_all_of_a_drift() -> None:
     assert more.in_flight == 0
 
 
-# --- With the host's decrement rows: what adds up -----------------------------------------------------------------
+# --- With the host's decrement rows: the causes add up ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_young_usage_may_be_all_of_a_drift() -> None:
         (8_700, 9_000, {"parts": [part("double", -300)]}, {"double_decrement": -300}),
         (8_700, 9_000, {"parts": [part("failed", -300)]}, {"failed_usage_charged": -300}),
         (8_700, 9_000, {"parts": [part("unlogged", -300)]}, {"charged_not_logged": -300}),
-        # What no row accounts for, a hand wrote.
+        # Without a row it is a manual edit.
         (9_500, 9_000, {}, {"manual_edit": 500}),
         (
             9_500,
@@ -163,7 +163,7 @@ def test_young_usage_may_be_all_of_a_drift() -> None:
             {"parts": [part("missed", 300), part("failed", -50)]},
             {"missed_decrement": 300, "failed_usage_charged": -50, "manual_edit": 250},
         ),
-        # Of two decrements at the same moment one is lost; or two such, if their requests were at work at once.
+        # One of two concurrent decrements is lost; or two such, if their requests overlapped.
         (9_120, 9_000, {"concurrent": [concurrent(120, 80), concurrent(80, 120)]}, {"lost_update": 120}),
         (9_200, 9_000, {"concurrent": [concurrent(120, 80), concurrent(80, 120)]}, {"manual_edit": 200}),
         (9_121, 9_000, {"concurrent": [concurrent(120, 80), concurrent(80, 120)]}, {"manual_edit": 121}),
@@ -178,7 +178,7 @@ def test_young_usage_may_be_all_of_a_drift() -> None:
         ),
         (14_000, 9_000, {"purchases": [purchase(5_000, granted=True)]}, {"manual_edit": 5_000}),
         (14_000, 9_000, {"purchases": [purchase(5_000, own_plan=True, opened_window=True)]}, {"manual_edit": 5_000}),
-        # Many purchases just before the base point don't stand in the way of what came after it.
+        # Many purchases just before the base point do not hide causes after it.
         (
             8_700,
             9_000,
@@ -188,7 +188,7 @@ def test_young_usage_may_be_all_of_a_drift() -> None:
             },
             {"double_decrement": -300},
         ),
-        # An upgrade kept what was left of a plan that ran.
+        # An upgrade kept the tokens left of a running plan.
         (11_400, 9_000, {"carried": [carried(4_000, 1_600)]}, {"carried_over_tokens": 2_400}),
         (11_400, 9_000, {"carried": [carried(4_000, 1_600, ran_out=True)]}, {"manual_edit": 2_400}),
         # The counter stopped at zero, and a purchase came after that.
@@ -203,7 +203,7 @@ def test_young_usage_may_be_all_of_a_drift() -> None:
             },
             {"clamped_at_zero": 200, "credit_without_grant": 5_000},
         ),
-        # At zero for many requests it was not: an upgrade had kept some.
+        # The host would not have passed so many requests at zero: an upgrade kept tokens.
         (
             5_000,
             0,
@@ -216,7 +216,7 @@ def test_young_usage_may_be_all_of_a_drift() -> None:
             },
             {"carried_over_tokens": 2_000, "clamped_at_zero": 100, "credit_without_grant": 5_000},
         ),
-        # One that would have been at zero for many requests was not: somebody had raised it before.
+        # The host would not have passed so many requests at zero: a manual edit raised the counter before.
         (
             600,
             0,
@@ -227,14 +227,14 @@ def test_young_usage_may_be_all_of_a_drift() -> None:
             },
             {"manual_edit": 3_000},
         ),
-        # Charges of ours, while the host had the counter locked.
+        # Charges of trueup's while the host had the counter locked.
         (
             9_300,
             9_000,
             {"own_missed": {"count": 1, "tokens": 300, "rows": [{"id": "1", "tokens": 300, "at": AT}]}},
             {"missed_decrement": 300},
         ),
-        # Grants that the counter does not show, or kept beyond their end.
+        # Grants that the counter does not show, or kept after they ended.
         (
             9_000,
             9_500,
@@ -253,7 +253,7 @@ def test_young_usage_may_be_all_of_a_drift() -> None:
             },
             {"grant_not_in_counter": -500},
         ),
-        # Below zero, and what else the rows tell.
+        # Below zero, and further causes in the rows.
         (-40, 9_000, {"parts": [part("missed", 300)]}, {"missed_decrement": 300, "counter_negative": -9_340}),
     ],
 )
@@ -275,7 +275,7 @@ def test_the_causes_add_up_to_the_drift(
         ({"parts": [part("unlogged", 300, elsewhere=True)]}, "likely", ("double_decrement",)),
         # A missed decrement as large as a purchase may be that purchase.
         ({"parts": [part("missed", 300)], "purchases": [purchase(300)]}, "likely", ("credit_without_grant",)),
-        # Both requests were at work at once: the one's write may be lost. That they came close proves less.
+        # Both requests overlapped, so one write may be lost. Closeness alone proves less.
         (overlaps(300), "likely", ()),
         ({"concurrent": [concurrent(300, 80)]}, "likely", ("manual_edit",)),
         (overlaps(120, 180), "likely", ()),
@@ -289,7 +289,7 @@ def test_the_causes_add_up_to_the_drift(
         ({}, "likely", ()),
     ],
 )
-def test_what_fits_as_well_is_named_and_makes_it_less_certain(
+def test_alternatives_are_named_and_lower_the_certainty(
     evidence: dict[str, Any], certainty: str, alternatives: tuple[str, ...]
 ) -> None:
     found = drift(9_300, 9_000, ledger(**evidence))
@@ -303,27 +303,27 @@ LOST = (1_009, 311, 2_503, 47, 750)
 @pytest.mark.parametrize(
     ("sizes", "off_by", "doubtful"),
     [
-        # One of them, all of them, all but one: hardly any other amount would have been met.
+        # One of them, all of them, all but one: few sums, so a match by chance is improbable.
         (LOST, 311, False),
         (LOST, sum(LOST), False),
         (LOST, sum(LOST) - 750, False),
-        # As small as it is, nobody gives so little.
+        # So small that people never give it.
         ((7,), 7, False),
-        # Equal ones are as many.
+        # Equal losses count as often as they occur.
         ((400, 400, 400), 800, False),
         # Two of twelve; but three of them are one way of 220.
         (range(1_000, 1_120, 10), 2_010, False),
         (range(1_000, 1_120, 10), 3_030, True),
-        # So many sums that they prove nothing, but for those that take no choosing; and more than were looked at.
+        # So many sums that they prove nothing, except all and single losses; and more than were searched.
         (range(100, 139), 100 + 101 + 102 + 103, True),
         (range(100, 139), sum(range(100, 139)), False),
         (range(100, 160), sum(range(100, 160)), True),
-        # As large as a plan: somebody may have given one.
+        # A plan's size: a person may have granted one.
         ((10_000,), 10_000, True),
         ((4_000, 6_000), 10_000, True),
     ],
 )
-def test_lost_updates_are_summed_up_while_the_sums_prove_something(
+def test_lost_updates_are_summed_while_a_match_by_chance_is_improbable(
     sizes: Sequence[int], off_by: int, doubtful: bool
 ) -> None:
     found = drift(off_by, 0, ledger(**overlaps(*sizes)))
@@ -334,8 +334,8 @@ def test_lost_updates_are_summed_up_while_the_sums_prove_something(
         assert (explanation.cause, explanation.tokens_explained(found)) == ("lost_update", off_by)
 
 
-def test_what_strains_belief_does_not_stand_in_the_way_of_what_is_likelier() -> None:
-    """However many rows may have come late, one that straddles the base point is tried."""
+def test_improbable_candidates_do_not_crowd_out_likelier_ones() -> None:
+    """A pair of rows across the base point is tried, however many rows may have come late."""
     straddling = {"tokens": 300, "rows": [edge_row("L", settled=True), edge_row("D", at=LATER)]}
     late = [{"tokens": 1_000 + size, "rows": [edge_row("L", settled=True)]} for size in range(9)]
     found = drift(8_700, 9_000, ledger(edges=[straddling, *late], base={"at": LATER, "kind": "run"}))
@@ -345,19 +345,19 @@ def test_what_strains_belief_does_not_stand_in_the_way_of_what_is_likelier() -> 
 @pytest.mark.parametrize(
     ("off_by", "base", "edge", "shares", "in_flight"),
     [
-        # Its decrement may still come, or has come and left no row yet: the counter tells.
+        # Its decrement may still arrive, or has arrived without a row yet: the counter decides.
         (300, {}, [edge_row("L", young=True)], {}, 300),
         (500, {}, [edge_row("L", young=True)], {"manual_edit": 200}, 300),
-        # The counter was set right between a log row and its decrement.
+        # The counter was corrected between a log row and its decrement.
         (-300, {"kind": "correction"}, [edge_row("L", settled=True), edge_row("D", at=LATER)],
          {"double_decrement": -300}, 0),
-        # What was in flight when it was set right never came; or the host wrote back what it had read before.
+        # The decrement in flight at the correction never came; or the host wrote back the old value.
         (300, {"kind": "correction", "kept": 300}, [edge_row("L", settled=True)], {"missed_decrement": 300}, 0),
         (300, {"kind": "correction", "at": LATER, "kept": 300}, [edge_row("L", settled=True)],
          {"missed_decrement": 300}, 0),
         (300, {"kind": "correction", "at": LATER, "kept": 299}, [edge_row("L", settled=True)], {"manual_edit": 300}, 0),
         (120, {"kind": "correction", "written": 9_000, "seen_before": 9_120}, [], {"lost_update": 120}, 0),
-        # Dated just before the counter was looked at, and committed just after; not long before.
+        # Timed just before the comparison and committed just after it; a much older row is not.
         (300, {"kind": "correction", "at": SOON}, [edge_row("L", settled=True)], {"missed_decrement": 300}, 0),
         (-300, {"kind": "run", "at": SOON}, [edge_row("D", settled=True)], {"charged_not_logged": -300}, 0),
         (300, {"kind": "correction", "at": LATER}, [edge_row("L", settled=True)], {"manual_edit": 300}, 0),
@@ -366,7 +366,7 @@ def test_what_strains_belief_does_not_stand_in_the_way_of_what_is_likelier() -> 
         (500, {"kind": "window"}, [edge_row("L", settled=True)], {"manual_edit": 500}, 0),
     ],
 )  # fmt: skip
-def test_rows_at_the_edges_count_if_the_sum_says_so(
+def test_rows_near_the_base_point_count_if_the_sum_needs_them(
     off_by: int, base: dict[str, Any], edge: list[dict[str, Any]], shares: dict[str, int], in_flight: int
 ) -> None:
     edges = [{"tokens": 300, "rows": edge}] if edge else []
@@ -375,12 +375,12 @@ def test_rows_at_the_edges_count_if_the_sum_says_so(
     assert (named(found), explanation.in_flight) == (shares, in_flight)
 
 
-def test_a_host_whose_decrement_rows_tell_nothing_is_not_believed() -> None:
+def test_incomplete_decrement_rows_explain_nothing() -> None:
     evidence = ledger(parts=[part("missed", 5_000)], logged_rows=40, lowered_rows=3)
     assert named(drift(9_100, 9_000, evidence)) == {}
 
 
-def test_without_payments_what_is_as_large_as_a_plan_may_have_been_bought() -> None:
+def test_without_payments_a_drift_of_a_plans_size_may_be_a_purchase() -> None:
     evidence = ledger(purchases_mapped=False)
     assert named(drift(9_500, 9_000, evidence), 500) == {"credit_without_grant": 500}
     assert named(drift(9_500, 9_000, evidence), 400) == {"manual_edit": 500}

@@ -1,4 +1,4 @@
-"""What the host's rows say of a drifted counter: found in the database, on a host with decrement rows and payments."""
+"""The evidence from the host's rows, in a database with decrement rows and payments."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.dated
 
 
 def ids(explanation: Explanation) -> set[str]:
-    """Return the ids of the rows that the first cause is proved by."""
+    """Return the ids of the rows that prove the first cause."""
     rows = explanation.components[0].evidence["rows"]
     return {row.get("log_id") or row["decrement_id"] for row in rows}
 
@@ -66,7 +66,7 @@ def test_a_failed_request_that_was_subtracted(books: Books) -> None:
     )
 
 
-def test_two_decrements_of_one_failed_request_are_not_both_certain_to_be_its(books: Books) -> None:
+def test_two_decrements_of_one_failed_request_are_not_certain(books: Books) -> None:
     books.log(300, success=False)
     books.lower(300)
     books.lower(300, NOON + MINUTE)
@@ -75,7 +75,7 @@ def test_two_decrements_of_one_failed_request_are_not_both_certain_to_be_its(boo
     assert explanation.alternatives == ("charged_not_logged", "double_decrement")
 
 
-def test_a_decrement_beside_a_failed_and_a_counted_row_belongs_to_the_one_before_it(books: Books) -> None:
+def test_a_decrement_after_a_failed_and_a_counted_row_belongs_to_the_row_before_it(books: Books) -> None:
     books.use(300)
     books.log(300, NOON + MINUTE, success=False)
     books.lower(300, NOON + MINUTE)
@@ -122,12 +122,12 @@ def test_the_counter_stopped_at_zero_before_a_purchase(books: Books) -> None:
     [
         (False, DAY, "completed", "credit_without_grant"),
         (True, DAY, "completed", "renewal_without_new_window"),
-        # Not paid; or what the window began with.
+        # Not paid; or the purchase that began the period.
         (False, DAY, "pending", "manual_edit"),
         (True, SECOND, "completed", "manual_edit"),
     ],
 )
-def test_a_purchase_that_the_plan_does_not_know_of(
+def test_a_purchase_that_no_plan_or_grant_includes(
     books: Books, own: bool, after: timedelta, status: str, cause: str
 ) -> None:
     books.use(300)
@@ -137,7 +137,7 @@ def test_a_purchase_that_the_plan_does_not_know_of(
     assert books.shares() == {cause: 10_000 if own else 5_000}
 
 
-def test_a_purchase_that_a_grant_was_made_of_is_none(books: Books) -> None:
+def test_a_purchase_with_a_grant_is_no_cause(books: Books) -> None:
     books.pay(books.host.plan(5_000), NOON, reference="t9")
     books.host.execute(
         "INSERT INTO trueup.token_grant (user_id, tokens, reason, reference, granted_at) "
@@ -152,7 +152,7 @@ def test_a_purchase_that_a_grant_was_made_of_is_none(books: Books) -> None:
 
 
 @pytest.mark.parametrize("mapping", [MAPPED, HostMapping()])
-def test_a_grant_that_comes_and_goes_is_followed_by_the_counter(books: Books, mapping: HostMapping) -> None:
+def test_a_grant_that_begins_and_ends_is_followed_by_the_counter(books: Books, mapping: HostMapping) -> None:
     with books.host.engine.begin() as connection:
         install(connection, mapping, with_host_tables=False)
     books.use(300)
@@ -166,7 +166,7 @@ def test_a_grant_that_comes_and_goes_is_followed_by_the_counter(books: Books, ma
     assert books.host.counter(books.user) == 9_700
 
 
-def test_a_grant_that_goes_on_into_a_new_window(books: Books) -> None:
+def test_a_grant_that_continues_in_a_new_period(books: Books) -> None:
     grant_tokens(books.connection, books.user, 500, reason="r", reference="r", by="ann")
     run()
     books.host.execute("UPDATE billing_subscription SET start_date = clock_timestamp(), tokens_remaining = 10000")
@@ -199,7 +199,7 @@ def test_young_usage_is_in_flight_and_no_cause(books: Books) -> None:
     assert explain(books.drift(0), plan_sizes=frozenset(), counter_limit=2**31 - 1, now=NOON).in_flight == 0
 
 
-def test_a_charge_of_ours_that_could_not_lower_the_counter_is_known(books: Books) -> None:
+def test_a_charge_that_did_not_lower_the_counter_is_known(books: Books) -> None:
     hold = hold_tokens(books.connection, books.user)
     charge_tokens(books.connection, hold, 100, key="free")
     with locked(books.host, "SELECT * FROM billing_subscription FOR UPDATE"):
@@ -214,21 +214,21 @@ def test_a_charge_of_ours_that_could_not_lower_the_counter_is_known(books: Books
 
 
 @pytest.mark.parametrize("counter", [0, None, -5])
-def test_a_charge_misses_nothing_in_a_counter_that_has_nothing(books: Books, counter: int | None) -> None:
+def test_a_charge_is_not_missing_in_an_empty_counter(books: Books, counter: int | None) -> None:
     books.host.execute("UPDATE billing_subscription SET tokens_remaining = :counter", counter=counter)
     charge_tokens(books.connection, hold_tokens(books.connection, books.user), 300)
     assert books.host.value("SELECT counter_lowered FROM trueup.charge")
     assert books.host.counter(books.user) == counter
 
 
-# --- Since when a counter is known to be right --------------------------------------------------------------------
+# --- The base point: when a counter was last right ----------------------------------------------------------------
 
 
 def run(**more: Any) -> None:
     reconcile(get_engine(), MAPPED, **more)
 
 
-def test_what_was_set_right_explains_nothing_anew(books: Books) -> None:
+def test_rows_before_a_correction_explain_nothing_again(books: Books) -> None:
     books.log(300)
     run()
     assert books.host.counter(books.user) == 9_700
@@ -240,7 +240,7 @@ def test_what_was_set_right_explains_nothing_anew(books: Books) -> None:
     assert "missed_decrement" not in books.shares()
 
 
-def test_a_correction_that_was_undone_is_no_base(books: Books) -> None:
+def test_an_undone_correction_is_no_base_point(books: Books) -> None:
     books.log(300)
     run()
     books.host.execute(
@@ -253,14 +253,14 @@ def test_a_correction_that_was_undone_is_no_base(books: Books) -> None:
 
 
 @pytest.mark.parametrize(("only", "kind"), [(False, "run"), (True, "window")])
-def test_a_full_run_that_saw_no_drift_is_a_base(books: Books, only: bool, kind: str) -> None:
+def test_a_full_run_without_drift_is_a_base_point(books: Books, only: bool, kind: str) -> None:
     books.use(300)
     run(**({"only_user": books.user} if only else {}))
     books.add(50)
     assert books.drift().evidence.base.kind == kind
 
 
-def test_runs_that_saw_the_drift_are_no_base_but_the_one_before_them_is(books: Books) -> None:
+def test_the_run_before_the_first_drift_is_the_base_point(books: Books) -> None:
     run()
     first = books.host.value("SELECT started_at FROM trueup.reconcile_run")
     books.add(50)
@@ -271,7 +271,7 @@ def test_runs_that_saw_the_drift_are_no_base_but_the_one_before_them_is(books: B
     assert (base.kind, datetime.fromisoformat(base.at or "")) == ("run", first)
 
 
-def test_a_host_that_wrote_back_what_it_had_read_before_a_correction(books: Books) -> None:
+def test_a_host_that_writes_back_the_value_from_before_a_correction(books: Books) -> None:
     books.log(300)
     run()
     books.add(300)
@@ -279,10 +279,10 @@ def test_a_host_that_wrote_back_what_it_had_read_before_a_correction(books: Book
     assert (explanation.cause, explanation.components[0].tokens) == ("lost_update", 300)
 
 
-# --- Rows that make no sense, and hosts without the tables --------------------------------------------------------
+# --- Invalid rows, and hosts without the tables -------------------------------------------------------------------
 
 
-def test_rows_that_make_no_sense_stop_nothing(books: Books) -> None:
+def test_invalid_rows_stop_no_run(books: Books) -> None:
     host = books.host
     host.execute("ALTER TABLE ai_usage_log ALTER total_tokens DROP NOT NULL, ALTER success DROP NOT NULL")
     host.execute("ALTER TABLE ai_usage_log ALTER total_tokens TYPE bigint")
@@ -316,7 +316,7 @@ def test_rows_that_make_no_sense_stop_nothing(books: Books) -> None:
 
 
 @pytest.mark.parametrize("start", ["-infinity", "infinity", "4713-01-01 BC", "200000-01-01"])
-def test_odd_windows_stop_nothing(books: Books, start: str) -> None:
+def test_odd_periods_stop_no_run(books: Books, start: str) -> None:
     books.use(300)
     books.host.execute("UPDATE billing_subscription SET start_date = CAST(:start AS timestamptz)", start=start)
     books.pay(books.own_plan(), NOON)
@@ -324,7 +324,7 @@ def test_odd_windows_stop_nothing(books: Books, start: str) -> None:
     assert "manual_edit" in books.explained().cause
 
 
-def test_many_missed_decrements_are_counted_and_few_of_them_shown(books: Books) -> None:
+def test_many_missed_decrements_are_counted_and_a_few_are_shown(books: Books) -> None:
     for number in range(30):
         books.log(100 + number, NOON + number * MINUTE)
     (part,) = books.explained().components
@@ -332,7 +332,7 @@ def test_many_missed_decrements_are_counted_and_few_of_them_shown(books: Books) 
     assert len(part.evidence["rows"]) <= 8
 
 
-def test_the_log_is_read_for_drifted_users_alone_and_since_their_base_points_alone(books: Books) -> None:
+def test_the_log_is_read_only_for_drifted_users_since_their_base_points(books: Books) -> None:
     other = Books(books.host, books.connection)
     for used in (books, other):
         used.use(300)
@@ -346,7 +346,7 @@ def test_the_log_is_read_for_drifted_users_alone_and_since_their_base_points_alo
 
 
 def rows_read(books: Books, users: list[int]) -> int:
-    """Find drifts in a transaction of their own. Returns how many rows of the log were read by index."""
+    """Find drifts in a new transaction. Returns how many log rows were read by index."""
     with books.host.engine.begin() as connection:
         find_drifts(connection, users, "bigint")
         read: int = connection.scalar(
@@ -367,7 +367,7 @@ def rows_read(books: Books, users: list[int]) -> int:
         (MAPPED, "missed_decrement"),
     ],
 )
-def test_each_table_may_be_there_without_the_other(books: Books, mapping: HostMapping, cause: str) -> None:
+def test_each_optional_table_may_be_mapped_without_the_other(books: Books, mapping: HostMapping, cause: str) -> None:
     with books.host.engine.begin() as connection:
         install(connection, mapping, with_host_tables=False)
     books.use(200)
@@ -388,7 +388,7 @@ def test_without_the_tables_a_row_and_a_purchase_are_found_by_their_sizes(books:
     assert books.explained().certainty == "likely"
 
 
-def test_mapped_tables_and_columns_that_are_not_there_are_named(host: Host) -> None:
+def test_missing_mapped_tables_and_columns_are_named(host: Host) -> None:
     with host.engine.begin() as connection:
         assert missing_host_tables(connection, MAPPED) == ["billing_tokenusage", "billing_payment"]
         with pytest.raises(NotInstalledError, match="billing_tokenusage, billing_payment"):

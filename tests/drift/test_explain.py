@@ -1,4 +1,4 @@
-"""Are causes named right? A made-up legacy host with every cause in it, singly and in pairs, judged by the truth.
+"""The causes that trueup names, compared with the true causes of a generated legacy host, single and in pairs.
 
 A long test judges a larger one.
 """
@@ -56,7 +56,7 @@ def reconcile_twice(engine: Engine, mapping: HostMapping, people: list[Person]) 
             done.summaries.append(reconcile(engine, mapping))
             done.seconds = done.seconds or time.monotonic() - begun
             done.counters.append(read_counters(host))
-            # All but when the row was last seen.
+            # Every column except the time of the last finding.
             done.drift_rows.append(
                 host.execute(
                     "SELECT to_jsonb(d) - 'last_run_id' - 'last_seen_at' FROM trueup.drift d ORDER BY id"
@@ -69,7 +69,7 @@ def reconcile_twice(engine: Engine, mapping: HostMapping, people: list[Person]) 
 
 
 def figures(done: Reconciled) -> str:
-    """Say how well that went, in a line."""
+    """Print the share of correct names in a line."""
     judgement, summary = done.judgement, done.summaries[0]
     right = {group: judgement.share_right(judgement.group(group)) for group in ("single", "pair")}
     return (
@@ -87,7 +87,7 @@ def read_counters(host: Host) -> dict[int, int | None]:
     scope="module", params=[(800, 1), pytest.param((4_000, 2), marks=pytest.mark.long)], ids=lambda param: f"{param[0]}"
 )
 def people(request: pytest.FixtureRequest) -> list[Person]:
-    """The people of so many subscriptions, drawn from a seed."""
+    """The generated people; the number of subscriptions and the seed come from the environment."""
     subscriptions, seed = request.param
     return make_population(subscriptions, seed=seed, now=time.time())
 
@@ -102,7 +102,7 @@ MAPPINGS = {
 
 @pytest.fixture(scope="module")
 def hosts(stack: StackUrls, admin_engine: Engine, people: list[Person]) -> Callable[[str], Reconciled]:
-    """Give the same host, reconciled with these of its optional tables mapped."""
+    """Return a function that reconciles the same host with the given optional tables mapped."""
 
     @functools.cache
     def reconciled(mapped: str) -> Reconciled:
@@ -131,7 +131,7 @@ def show(people: list[Person], judgement: Judgement) -> list[str]:
     return [f"user {person.user_id}: {person.label}, named {judgement.of(person)}" for person in people[:20]]
 
 
-def test_the_host_has_every_cause_and_every_pair_in_it(people: list[Person]) -> None:
+def test_the_host_has_every_cause_and_every_pair(people: list[Person]) -> None:
     singles = {person.label for person in people if person.group == "single"}
     assert singles == set(INJECTIONS)
     pairs = {person.label for person in people if person.group == "pair"}
@@ -139,19 +139,19 @@ def test_the_host_has_every_cause_and_every_pair_in_it(people: list[Person]) -> 
     assert sum(person.group == "clean" for person in people) > len(people) / 2
 
 
-def test_counters_that_are_right_are_found_so(any_host: Reconciled) -> None:
+def test_right_counters_have_no_drift(any_host: Reconciled) -> None:
     clean = any_host.judgement.group("clean")
     assert [person for person in clean if not any_host.judgement.is_right(person)] == []
     assert any_host.summaries[0].checked == len(any_host.people)
     assert any_host.summaries[0].drifted == len(any_host.people) - len(clean)
 
 
-def test_single_causes_are_named_right(with_rows: Reconciled) -> None:
+def test_single_causes_are_named_correctly(with_rows: Reconciled) -> None:
     judgement = with_rows.judgement
     assert judgement.share_right(judgement.group("single")) >= 0.999, "\n" + judgement.table("single")
 
 
-def test_pairs_of_causes_are_named_right(with_rows: Reconciled) -> None:
+def test_pairs_of_causes_are_named_correctly(with_rows: Reconciled) -> None:
     judgement = with_rows.judgement
     assert judgement.share_right(judgement.group("pair")) >= 0.95, "\n" + judgement.table("pair")
 
@@ -164,14 +164,14 @@ def test_each_cause_has_its_share_of_the_tokens(with_rows: Reconciled) -> None:
     assert len(wrong) <= 0.01 * len(named), show(wrong, judgement)
 
 
-def test_the_rows_that_prove_it_are_shown(with_rows: Reconciled) -> None:
+def test_the_proving_rows_are_shown(with_rows: Reconciled) -> None:
     judgement = with_rows.judgement
     named = [p for group in ("single", "pair") for p in judgement.group(group) if judgement.is_right(p)]
     lacking = judgement.without_proof(named)
     assert len(lacking) <= 0.01 * len(named), show(lacking, judgement)
 
 
-def test_no_wrong_name_is_stated_as_certain(any_host: Reconciled) -> None:
+def test_no_wrong_cause_is_called_certain(any_host: Reconciled) -> None:
     wrong = any_host.judgement.wrong_and_certain()
     assert wrong == [], show(wrong, any_host.judgement)
 
@@ -183,8 +183,8 @@ def test_no_paid_tokens_are_taken_away(any_host: Reconciled) -> None:
 
 
 @pytest.mark.parametrize("mapped", ["decrements and payments", "decrements"])
-def test_tokens_given_by_hand_are_not_taken_away(hosts: Callable[[str], Reconciled], mapped: str) -> None:
-    """But for those of which no row tells: given just what a decrement cost that another may have overwritten."""
+def test_manually_given_tokens_are_not_taken_away(hosts: Callable[[str], Reconciled], mapped: str) -> None:
+    """Except gifts that leave no trace: the exact cost of a decrement that may have been overwritten."""
     reconciled = hosts(mapped)
     edited = [
         person
@@ -196,10 +196,10 @@ def test_tokens_given_by_hand_are_not_taken_away(hosts: Callable[[str], Reconcil
 
 
 @pytest.mark.parametrize("mapped", ["payments", "neither"])
-def test_without_decrement_rows_what_looks_given_is_not_taken_away(
+def test_without_decrement_rows_a_likely_gift_is_not_taken_away(
     hosts: Callable[[str], Reconciled], mapped: str
 ) -> None:
-    """A round figure, a plan's size, or more than was used: but for those that are as large as a row of the log."""
+    """A round figure, a plan's size, or more than the usage; except amounts of a log row's size."""
     reconciled = hosts(mapped)
     given = [person for person in reconciled.people if looks_given(person)]
     assert len(given) > 0.01 * len(reconciled.people)
@@ -227,7 +227,7 @@ def test_corrected_counters_are_right_after_one_pass(any_host: Reconciled) -> No
     assert [person for person in untouched if after[person.user_id] != before[person.user_id]] == []
 
 
-def test_what_policy_corrects_is_corrected(with_rows: Reconciled) -> None:
+def test_drifts_with_policy_correct_are_corrected(with_rows: Reconciled) -> None:
     judgement = with_rows.judgement
     correctable = [
         person
@@ -238,7 +238,7 @@ def test_what_policy_corrects_is_corrected(with_rows: Reconciled) -> None:
     left = [person for person in correctable if judgement.of(person).action != "corrected"]
     without_doubt = [person for person in left if not judgement.of(person).evidence["alternatives"]]
     assert len(without_doubt) <= 0.01 * len(correctable), show(without_doubt, judgement)
-    # Where tokens that somebody was given would fit as well, a person decides.
+    # If manually given tokens fit too, a person decides.
     assert len(left) <= 0.1 * len(correctable), show(left, judgement)
 
 
@@ -251,6 +251,8 @@ def test_a_second_pass_finds_nothing_new(any_host: Reconciled) -> None:
 
 # Measured: 0.83, 0.68, 0.52. Sizes alone can't tell a lost update from a missed decrement, nor a pack from a renewal.
 @pytest.mark.parametrize(("mapped", "share"), [("decrements", 0.78), ("payments", 0.62), ("neither", 0.46)])
-def test_with_fewer_tables_fewer_names_are_right(hosts: Callable[[str], Reconciled], mapped: str, share: float) -> None:
+def test_with_fewer_tables_fewer_causes_are_named_correctly(
+    hosts: Callable[[str], Reconciled], mapped: str, share: float
+) -> None:
     judgement = hosts(mapped).judgement
     assert judgement.share_right(judgement.group("single")) >= share, "\n" + judgement.table("single")

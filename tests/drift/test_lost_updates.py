@@ -1,4 +1,4 @@
-"""Which decrements another one may have overwritten: what the times of both books prove, and what they rule out."""
+"""Lost updates: the decrements that another one may have overwritten, by the times of log rows and decrements."""
 
 from datetime import datetime, timedelta
 from typing import Any
@@ -19,7 +19,7 @@ TENTH = timedelta(seconds=0.1)
 
 
 def overlap(books: Books, lost: int, kept: int, at: datetime = NOON, *, is_lost: bool = True) -> tuple[str, str]:
-    """Make two requests that are at work at once. Returns the rows of their decrements, the second one's write last."""
+    """Make two overlapping requests. Returns the rows of their decrements; the second one is written last."""
     books.log(lost, at)
     books.log(kept, at + TENTH)
     first = books.row(lost, at + 2 * TENTH) if is_lost else books.lower(lost, at + 2 * TENTH - SECOND)
@@ -28,14 +28,14 @@ def overlap(books: Books, lost: int, kept: int, at: datetime = NOON, *, is_lost:
 
 
 def in_sequence(books: Books, *sizes: int) -> None:
-    """Make requests, each of which is done before the next begins, all within a second."""
+    """Make requests one after the other, all within a second."""
     for number, tokens in enumerate(sizes):
         books.log(tokens, NOON + 2 * number * TENTH)
         books.lower(tokens, NOON + (2 * number + 1) * TENTH - SECOND)
 
 
 @pytest.mark.parametrize("kept", [120, 300])
-def test_of_two_requests_at_work_at_once_the_first_one_written_is_lost(books: Books, kept: int) -> None:
+def test_of_two_overlapping_requests_the_first_write_is_lost(books: Books, kept: int) -> None:
     rows = overlap(books, 300, kept)
     (part,) = books.explained().components
     assert (part.cause, part.tokens) == ("lost_update", 300)
@@ -43,18 +43,18 @@ def test_of_two_requests_at_work_at_once_the_first_one_written_is_lost(books: Bo
     assert books.explained().alternatives == ()
 
 
-def test_a_gift_of_just_what_was_lost_leaves_the_same_rows(books: Books) -> None:
-    """What no row tells, no rule can: why a sum that many gifts would meet by chance waits for a person."""
+def test_a_gift_of_the_lost_amount_leaves_the_same_rows(books: Books) -> None:
+    """Rows can't distinguish them, so a sum that a gift may match by chance needs a person."""
     overlap(books, 300, 120)
     subscription, explanation = books.host.execute("SELECT * FROM billing_subscription").one(), books.explained()
-    # The other story: both were subtracted, and somebody gave 300.
+    # The alternative: both were subtracted, and a person gave 300.
     books.host.decrement(books.user, 300)
     books.add(300)
     assert books.host.execute("SELECT * FROM billing_subscription").one() == subscription
     assert books.explained() == explanation
 
 
-def test_the_second_one_written_may_have_been_lost_but_a_hand_as_well(books: Books) -> None:
+def test_a_lost_second_write_may_be_a_manual_edit_too(books: Books) -> None:
     overlap(books, 300, 120, is_lost=False)
     books.add(120)
     explanation = books.explained()
@@ -69,7 +69,7 @@ def test_requests_one_after_the_other_overwrite_nothing(books: Books) -> None:
 
 
 def test_a_retry_has_no_log_row_of_its_own_and_proves_nothing(books: Books) -> None:
-    """When its request began is not known: what was written before it may be lost, or not."""
+    """The beginning of its request is not known, so the decrement before it may be lost or not."""
     in_sequence(books, 300, 120)
     books.lower(300, NOON + 5 * TENTH - SECOND)
     books.add(120)
@@ -97,7 +97,7 @@ def test_several_lost_updates_add_up(books: Books) -> None:
     assert books.host.counter(books.user) == 10_000 - (310 + 44 + 1_207 + 45 + 85 + 46 + 999 + 40)
 
 
-def test_a_charge_of_ours_that_the_host_wrote_over_is_lost(books: Books) -> None:
+def test_a_charge_that_the_host_overwrote_is_lost(books: Books) -> None:
     hold = hold_tokens(books.connection, books.user)
     now = books.host.value("SELECT clock_timestamp()")
     books.log(120, now)
@@ -109,7 +109,7 @@ def test_a_charge_of_ours_that_the_host_wrote_over_is_lost(books: Books) -> None
     assert (part.cause, part.tokens, part.evidence["rows"][0]["own"]) == ("lost_update", 300, True)
 
 
-def test_an_earlier_look_that_accounted_for_all_says_what_was_lost_by_then(books: Books) -> None:
+def test_an_earlier_complete_explanation_settles_older_lost_updates(books: Books) -> None:
     overlap(books, 310, 44, is_lost=False)
     overlap(books, 77, 45, NOON + MINUTE)
     books.log(500)
@@ -119,11 +119,11 @@ def test_an_earlier_look_that_accounted_for_all_says_what_was_lost_by_then(books
     lost = [part.tokens for part in books.explained().components if part.cause == "lost_update"]
     assert lost == [77, 200]
     books.add(310)
-    # Of what came later, one may be lost or not; what was lost stays lost, whatever else explains the sum.
+    # Later decrements may be lost or not; settled lost updates stay, whatever else explains the sum.
     assert books.shares() == {"missed_decrement": 500, "lost_update": 77, "manual_edit": 200 + 310}
 
 
-def test_a_look_that_left_it_to_a_person_settles_nothing(books: Books) -> None:
+def test_a_drift_left_to_a_person_settles_nothing(books: Books) -> None:
     overlap(books, 310, 44, is_lost=False)
     books.log(500)
     run(policies={"missed_decrement": "review"})
@@ -132,7 +132,7 @@ def test_a_look_that_left_it_to_a_person_settles_nothing(books: Books) -> None:
 
 
 def corrected_just_now(books: Books) -> datetime:
-    """Have 500 tokens taken off that were logged and not subtracted. Returns when."""
+    """Let trueup correct 500 tokens that were logged and not subtracted. Returns the correction's time."""
     books.log(500)
     run(min_age_seconds=0)
     assert books.host.counter(books.user) == 9_500
@@ -140,7 +140,7 @@ def corrected_just_now(books: Books) -> datetime:
     return at
 
 
-def test_a_correction_that_a_request_at_work_wrote_over_is_made_again(books: Books) -> None:
+def test_a_correction_that_a_running_request_overwrote_is_made_again(books: Books) -> None:
     at = corrected_just_now(books)
     books.log(120, at - TENTH)
     books.add(500)
@@ -152,8 +152,10 @@ def test_a_correction_that_a_request_at_work_wrote_over_is_made_again(books: Boo
 
 
 @pytest.mark.parametrize("later", [None, 3 * SECOND])
-def test_what_a_person_gives_back_after_a_correction_is_not_taken_again(books: Books, later: timedelta | None) -> None:
-    """No request was at work when it was written, so that none can have written over it."""
+def test_tokens_that_a_person_gives_back_after_a_correction_are_not_taken_again(
+    books: Books, later: timedelta | None
+) -> None:
+    """No request was running at the correction, so none can have overwritten it."""
     at = corrected_just_now(books)
     books.add(500)
     if later is not None:
@@ -171,11 +173,11 @@ def run(**rules: Any) -> None:
     reconcile(get_engine(), MAPPED, rules=Rules(**rules))
 
 
-# --- Between the look and the correction --------------------------------------------------------------------------
+# --- Between the comparison and the correction --------------------------------------------------------------------
 
 
-def test_what_comes_just_before_the_look_is_not_counted_twice(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The base point of a correction is the moment of its snapshot, not one before it."""
+def test_a_row_just_before_the_comparison_is_not_counted_twice(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base point of a correction is the time of its snapshot, not an earlier one."""
 
     def late(*args: Any, **more: Any) -> list[Drift]:
         books.log(300, books.host.value("SELECT clock_timestamp()"))
@@ -189,7 +191,7 @@ def test_what_comes_just_before_the_look_is_not_counted_twice(books: Books, monk
     assert [(part.cause, part.tokens) for part in explanation.components] == [("manual_edit", 50)]
 
 
-def test_what_was_held_in_an_earlier_window_holds_nothing_back_in_this_one(books: Books) -> None:
+def test_tokens_held_in_an_earlier_period_hold_nothing_back_now(books: Books) -> None:
     books.add(50)
     run()
     assert books.host.value("SELECT action FROM trueup.drift") == "review"
@@ -199,7 +201,7 @@ def test_what_was_held_in_an_earlier_window_holds_nothing_back_in_this_one(books
     assert books.host.counter(books.user) == 9_700
 
 
-def test_rows_before_the_window_do_not_hide_those_at_its_beginning(books: Books) -> None:
+def test_rows_before_the_period_do_not_hide_rows_at_its_beginning(books: Books) -> None:
     books.log(300, START - 9 * MINUTE)
     for number in range(9):
         books.use(400 + number, START + (10 + number) * SECOND)
@@ -209,7 +211,7 @@ def test_rows_before_the_window_do_not_hide_those_at_its_beginning(books: Books)
     assert books.shares() == {"double_decrement": -300}
 
 
-def test_a_log_row_before_the_window_is_no_partner_where_there_is_a_nearer_one(books: Books) -> None:
+def test_a_log_row_before_the_period_is_no_match_if_there_is_a_nearer_one(books: Books) -> None:
     books.log(300, START - MINUTE)
     books.use(300, START + SECOND)
     books.add(50)

@@ -1,4 +1,4 @@
-"""`python -m tests.faults --seed N --rounds N`: play rounds of faults, and judge them."""
+"""`python -m tests.faults --seed N --rounds N`: play rounds of faults and check the invariants."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from tests.faults.runs import run_rounds
 
 
 def main() -> int:
-    """Return 1 when an invariant was violated, else 0."""
+    """Return 1 if an invariant was violated, else 0."""
     arguments = _arguments()
     # The developer's own settings must not reach the rounds.
     for variable in [name for name in os.environ if name.startswith("TRUEUP_")]:

@@ -1,4 +1,4 @@
-"""While a round plays: I1 and I4 at every commit that can be seen."""
+"""Checks of I1 and I4 while a round plays, at every commit that can be seen."""
 
 import threading
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _PERIOD_SECONDS = 0.15
 
 @dataclass(kw_only=True)
 class Audit:
-    """How often the books were looked at, and what was untrue in them."""
+    """The number of checks, and the mismatches that they found."""
 
     looks: int = 0
     findings: list[str] = field(default_factory=list)
@@ -24,7 +24,7 @@ class Audit:
 
 @contextmanager
 def auditing(engine: Engine, audit: Audit) -> Iterator[None]:
-    """Look at the books again and again in a thread; the database may come and go meanwhile."""
+    """Check the books again and again in a thread. The database may stop and start meanwhile."""
     stop = threading.Event()
     thread = threading.Thread(target=_look, args=(engine, audit, stop), daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""What the database says after a round, beside the ledgers of the provider and of Instagram."""
+"""The database's content after a round, beside the ledgers of the provider and of Instagram."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,7 @@ from tests.faults.injections import past_every_hold
 from tests.faults.ledger import Posting, Serving
 from tests.faults.unrecorded import Unrecorded, find_unrecorded
 from trueup.gate.holds import expire_holds
+from trueup.gate.owed_charges import settle_owed_charges
 
 if TYPE_CHECKING:
     from tests.faults.stages import Stage
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Books:
-    """Rows and ledgers. `tasks_completed`: those whose work is done. `tasks_waited`: those of which a duplicate waited,
-    so that other copies of its message were dropped. `named`: the table of calls in flight is there.
+    """Rows and ledgers.
 
-    `effects`: the outbox, with each one's text.
+    `tasks_completed`: tasks whose work is done. `tasks_waited`: tasks with a waiting duplicate, so that other
+    copies of their message were dropped. `named`: the table of call intents exists. `effects`: the outbox, with the
+    text of each effect.
     """
 
     charges: list[Any]
@@ -36,7 +38,7 @@ class Books:
 
     @property
     def tasks_begun(self) -> set[str]:
-        """Tasks that have left a mark: one of mode STATIC needs no hold, but a row in the outbox."""
+        """Return the tasks that have left a row. A task in mode STATIC needs no hold, but has a row in the outbox."""
         return self.tasks_admitted | {effect.task_id for effect in self.effects}
 
 
@@ -57,11 +59,13 @@ _EFFECTS = """
 
 
 def read_books(stage: "Stage") -> Books:
-    """Take back what dead tasks hold, as the sweep does when their leases have run out, and read everything."""
+    """Expire the holds of dead tasks, as the sweep does when their leases have ended, and read everything."""
     with stage.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         expired = 0
         while (holds := expire_holds(connection, now=past_every_hold())[0]) > 0:
             expired += holds
+        # As the sweep does too: a row that a cut session or a lock refused is written now.
+        settle_owed_charges(connection)
         charges = list(connection.execute(text(_CHARGES)))
         servings = stage.provider.ledger.servings()
         named = bool(connection.scalar(text("SELECT to_regclass('trueup.call_intent') IS NOT NULL")))

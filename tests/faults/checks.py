@@ -1,4 +1,4 @@
-"""The invariants, from the database and from the provider's ledger, after a round has settled."""
+"""The invariants, checked against the database and the provider's ledger after a round has settled."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def violations(stage: "Stage", books: Books) -> list[Violation]:
-    """Return every invariant that does not hold."""
+    """Return every violation of an invariant."""
     with stage.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         return [
             *_overshoot(stage, connection, books),
@@ -43,7 +43,7 @@ def violations(stage: "Stage", books: Books) -> list[Violation]:
 
 
 def _overshoot(stage: "Stage", connection: Connection, books: Books) -> Iterator[Violation]:
-    """I2: a user's log stays within the budget, but for what the provider billed over what it was asked for."""
+    """I2: a user's log stays within the budget, except for tokens that the provider billed beyond the request."""
     rows = connection.execute(text("SELECT user_id, sum(total_tokens) FROM ai_usage_log WHERE success GROUP BY 1"))
     logged: dict[int, int] = {user: int(tokens) for user, tokens in rows}
     by_name = {serving.model_name: serving for serving in books.servings}
@@ -62,7 +62,7 @@ def _overshoot(stage: "Stage", connection: Connection, books: Books) -> Iterator
 
 def _charged_once(connection: Connection, books: Books) -> Iterator[Violation]:
     """I3: one charge for each call of a task, one log row for each charge, and no serving recorded twice."""
-    # A call that two attempts have bought is two servings, and two charges; each serving may be in one of them.
+    # A call that two attempts have bought is two servings and two charges. Each serving may be in one of them.
     for what, counts in (
         ("call", Counter((charge.task_id, charge.call_key) for charge in books.charges)),
         ("serving", Counter(charge.model_name for charge in books.charges)),
@@ -80,10 +80,11 @@ def _charged_once(connection: Connection, books: Books) -> Iterator[Violation]:
 
 
 def _charged_rightly(books: Books) -> Iterator[Violation]:
-    """Each charge and its log row are one serving of the provider's: same task, call, user and tokens.
+    """Each charge and its log row match one serving of the provider: same task, call, user and tokens.
 
-    A stream that broke or was closed early is charged by what arrived, and the log row says so. What the provider
-    bills on top of that nobody has told us: it is no more than the call's bound, and the report counts it.
+    A stream that broke or was closed early is charged for the text that arrived, and the log row says so. The
+    provider may bill more than that without telling the caller: at most the call's maximum cost, and the report
+    counts it.
     """
     by_name = {serving.model_name: serving for serving in books.servings}
     for charge in books.charges:
@@ -110,7 +111,7 @@ def _lost(books: Books) -> Iterator[Violation]:
 
 
 def _unmetered(stage: "Stage", books: Books) -> Iterator[Violation]:
-    """A task without a hold, as one that was denied, has neither asked the provider nor been charged."""
+    """A task without a hold, such as a denied one, has neither called the provider nor been charged."""
     asked = defaultdict(list)
     for serving in books.servings:
         asked[serving.task_id].append(serving.serial)
@@ -121,7 +122,7 @@ def _unmetered(stage: "Stage", books: Books) -> Iterator[Violation]:
 
 
 def _extended(stage: "Stage") -> Iterator[Violation]:
-    """An extension adds what was asked for, or nothing. (Beside an earlier attempt's call, what is left may change.)"""
+    """An extension adds the requested tokens, or none. (An earlier attempt's call may change the rest of the hold.)"""
     for task, extensions in extensions_of(stage).items():
         for extension in extensions:
             due = extension["asked"] if extension["granted"] else 0
@@ -131,7 +132,7 @@ def _extended(stage: "Stage") -> Iterator[Violation]:
 
 
 def extensions_of(stage: "Stage") -> dict[str, list[dict[str, Any]]]:
-    """Return how the tasks that are done have extended their holds, by task."""
+    """Return how the completed tasks have extended their holds, by task."""
     return {
         task: result["extensions"]
         for task, result in stage.results.items()
@@ -140,14 +141,14 @@ def extensions_of(stage: "Stage") -> dict[str, list[dict[str, Any]]]:
 
 
 def ended_by_nothing(stage: "Stage") -> list[str]:
-    """Return the tasks that have no end, in a round that should have ended them all: only a flush may lose a task."""
+    """Return the tasks without an end, in a round that should have ended all. Only a flush may lose a task."""
     if stage.flushed or not stage.settled:
         return []
     return [task for task, outcome in stage.outcomes.items() if outcome in UNENDED]
 
 
 def _vanished(stage: "Stage", books: Books) -> Iterator[Violation]:
-    """At least once: a task that has begun comes to an end, unless the transport has lost its message."""
+    """At least once: a begun task comes to an end, unless the transport has lost its message."""
     for task in ended_by_nothing(stage):
         if task in books.tasks_completed:
             if not result_may_be_lost(stage, task):
@@ -157,20 +158,21 @@ def _vanished(stage: "Stage", books: Books) -> Iterator[Violation]:
 
 
 def result_may_be_lost(stage: "Stage", task_id: str) -> bool:
-    """Say whether nothing can make a task's result again: the answers of streams that it ended early are not kept.
+    """Return whether a task's result can't be made again. Answers of streams that it ended early are not kept.
 
-    Celery stores a duplicate's state over a result that comes at the same moment; the duplicate then makes it again.
+    Celery stores a duplicate's state over a result that comes at the same moment. The duplicate then makes it
+    again.
     """
     task = stage.plan.task(task_id)
     return task is not None and any(task.chunks_read(call) for call in range(1, len(task.script) + 1))
 
 
 def lost_by_transport(stage: "Stage", books: Books, task: str) -> bool:
-    """Say whether a task without an end is one whose message was lost: its first one, that of its retry, or the one
-    that waited for another attempt.
+    """Return whether the message of a task without an end was lost.
 
-    kombu takes a message off the queue before it notes it as unacknowledged: one that is on its way when Redis goes
-    is in neither.
+    It may be its first message, that of its retry, or a message that waited for another attempt. kombu removes a
+    message from the queue before it records it as unacknowledged. If Redis stops in between, the message is in
+    neither.
     """
     begun = task in books.tasks_begun or any(serving.task_id == task for serving in books.servings)
     cut = any(injected.kind in REDIS_KINDS for injected in stage.injected)
@@ -179,14 +181,14 @@ def lost_by_transport(stage: "Stage", books: Books, task: str) -> bool:
 
 
 def _flooded(stage: "Stage") -> Iterator[Violation]:
-    """A task's duplicates wait or go, but are never more than its deliveries."""
+    """A task's duplicates wait or are dropped. They are never more than its deliveries."""
     sent = sum(task.copies for task in stage.plan.tasks)
     if stage.messages_left > sent:
         yield Violation(kind="message_flood", detail=f"{sent} messages sent, {stage.messages_left} left")
 
 
 def _held(connection: Connection) -> Iterator[Violation]:
-    """I4: every hold has ended, and nothing is held."""
+    """I4: every hold has ended, and no tokens are held."""
     rows = connection.execute(
         text(
             """
@@ -202,7 +204,7 @@ def _held(connection: Connection) -> Iterator[Violation]:
 
 
 def _mismatch(stage: "Stage") -> Iterator[Violation]:
-    """I1: the balance is the sum of the log; now, and whenever it was looked at."""
+    """I1: the balance is the sum of the log, now and at every check during the round."""
     findings = list(stage.audit.findings)
     with Host(stage.engine) as host:
         try:
@@ -214,7 +216,7 @@ def _mismatch(stage: "Stage") -> Iterator[Violation]:
 
 
 def _drift(stage: "Stage", connection: Connection) -> Iterator[Violation]:
-    """After one reconcile pass every counter shows what remains."""
+    """After one reconcile pass every counter shows the remaining tokens."""
     try:
         reconcile(stage.engine, HostMapping())
     except (TrueupError, DBAPIError) as error:

@@ -1,4 +1,4 @@
-"""What must be true of direct messages and public replies: the outbox, held against Instagram's own ledger."""
+"""Checks of direct messages and public replies: the outbox against Instagram's own ledger."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def effect_violations(stage: "Stage", books: Books) -> Iterator[Violation]:
-    """Yield what was sent twice, what was sent and not told of, and what is said to be sent and was not."""
+    """Yield the messages that were sent twice, were sent without a record, or are recorded and were not sent."""
     accepted, senders = defaultdict(list), defaultdict(set)
     for posting in books.postings:
         senders[posting.comment_id, posting.effect].add(posting.pid)
@@ -24,12 +24,13 @@ def effect_violations(stage: "Stage", books: Books) -> Iterator[Violation]:
         outcome, result = stage.outcomes.get(task.task_id), stage.results.get(task.task_id)
         for effect in EFFECTS:
             texts, row = accepted[task.comment_id, effect], rows.get((task.task_id, effect))
-            told = f"its row says {row.status}" if row else "no row of it"
-            name = f"{effect} of {task.task_id} ({task.mode}, {outcome}): accepted {len(texts)} times, {told}"
+            said = f"its row says {row.status}" if row else "no row of it"
+            name = f"{effect} of {task.task_id} ({task.mode}, {outcome}): accepted {len(texts)} times, {said}"
             if len(texts) > 1:
                 yield Violation(kind="message_sent_twice", detail=name)
-            # That nobody is at it any more can't be told by the row of a task that was lost on the way, nor by that of
-            # a process that was killed sending, beside a duplicate that went on. It is listed when its time is over.
+            # An effect without a living sender can't be recognised by the row of a task that was lost in transport, nor
+            # by that of a process that was killed while it sent, beside a duplicate that continued. It is listed when
+            # its time is over.
             untellable = outcome in UNENDED or not senders[task.comment_id, effect].isdisjoint(stage.killed)
             if texts and _status(row) not in ("sent", "unknown", *(["sending"] if untellable else [])):
                 yield Violation(kind="message_untold", detail=name)

@@ -1,4 +1,4 @@
-"""A fake Graph API of Instagram's on loopback. It does as its script says, and keeps its own ledger."""
+"""A fake of Instagram's Graph API on loopback. It follows its script and keeps its own ledger."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from tests.faults.ledger import EFFECTS, GraphLedger, Posting
 from tests.faults.loopback import QUICK_SECONDS, SLOW_SECONDS, STALLED_SECONDS, LoopbackHandler, LoopbackServer
 
 Script = Callable[[str, int, int], str]
-"""Comment, message (0) or public reply (1), and how often it has come before: the behaviour to show."""
+"""Comment, message (0) or public reply (1), and how often it has come before. Returns the behaviour to show."""
 
 _MESSAGE, _REPLY = EFFECTS
 _PATH = re.compile(r"/(?P<id>\w+)/(?P<what>messages|replies)")
@@ -55,7 +55,7 @@ class _Handler(LoopbackHandler):
         if posting.behaviour == "graph_broken_before":
             self.hang_up()
             return
-        # From here on it is sent, whatever becomes of the answer. (Nobody can tell at which moment of a wait.)
+        # From here on it counts as sent, even if the answer is lost. (During a wait, the exact moment is unknown.)
         posting.accepted = True
         self.server.closing.wait(seconds)
         body = json.dumps({"message_id": f"m_{posting.comment_id}", "id": f"r_{posting.comment_id}"})

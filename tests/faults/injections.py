@@ -1,4 +1,4 @@
-"""The faults: each kind is a function that strikes now. It returns False when there was nothing to strike."""
+"""The faults. Each kind is a function that strikes now, and returns False if it found nothing to strike."""
 
 import signal
 import time
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 Injection = Callable[["Stage", Fault], bool]
 
 HOLD_TTL_SECONDS = 1800
-_MOMENT_SECONDS = 0.5  # how long to wait for the moment to strike at
+_MOMENT_SECONDS = 0.5  # how long to wait for the right moment
 
 
 def past_every_hold() -> datetime:
-    """Return a time at which nothing of this round is held any more, calls in flight included."""
+    """Return a time at which nothing of this round is held any more, with the calls in flight."""
     return datetime.now(UTC) + timedelta(seconds=3 * HOLD_TTL_SECONDS)
 
 
@@ -41,7 +41,7 @@ def _child_killed(stage: "Stage", fault: Fault) -> bool:
 
 
 def _child_killed_in_call(stage: "Stage", fault: Fault) -> bool:
-    """Kill a process that waits for the provider: nobody will ever hear what that call cost."""
+    """Kill a process that waits for the provider. The cost of that call is never known."""
     worker, child = _caller(stage, stage.provider.ledger)
     if worker is None or child is None:
         return False
@@ -60,7 +60,7 @@ def _child_killed_after_charge(stage: "Stage", fault: Fault) -> bool:
 
 
 def _child_killed_while_sending(stage: "Stage", fault: Fault) -> bool:
-    """Kill a process that waits for Instagram: nobody will ever hear whether that message was sent."""
+    """Kill a process that waits for Instagram. It is never known whether that message was sent."""
     worker, child = _caller(stage, stage.graph.ledger)
     if worker is None or child is None:
         return False
@@ -87,7 +87,7 @@ def _child_stopped(stage: "Stage", fault: Fault) -> bool:
 
 
 def _child_stopped_past_lease(stage: "Stage", fault: Fault) -> bool:
-    """Stop a process in the middle of a call until its task is delivered again, and its lease has run out."""
+    """Stop a process in the middle of a call until its task is delivered again and its lease has ended."""
     _, child = _caller(stage, stage.provider.ledger)
     return child is not None and _stop(stage, child, VISIBILITY_SECONDS + 1 + fault.seconds / 3)
 
@@ -99,10 +99,10 @@ def _child_stopped_while_sending(stage: "Stage", fault: Fault) -> bool:
 
 
 def _child_stopped_past_hold(stage: "Stage", fault: Fault) -> bool:
-    """Stop a process in the middle of a call, and let its hold expire: by the clock given to the sweep.
+    """Stop a process in the middle of a call, and let its hold expire by the clock given to the sweep.
 
-    For one hold's time, not for two: what a call may cost is kept that long, and no process that Celery's time limit
-    ends can stand still for longer.
+    It lasts for one hold's time, not two: a call's maximum cost is kept for that long, and Celery's time limit lets
+    no process stand still for longer.
     """
     _, child = _caller(stage, stage.provider.ledger)
     if child is None or not _stop(stage, child, fault.seconds):
@@ -182,7 +182,7 @@ INJECTIONS: dict[str, Injection] = {
 
 
 def _at_work(stage: "Stage") -> list[Worker]:
-    """Return the workers that take tasks: one that boots has nothing to lose."""
+    """Return the workers that take tasks. A worker that boots has nothing to lose."""
     return [worker for worker in stage.workers if worker.at_work]
 
 
@@ -210,7 +210,7 @@ def _caller(stage: "Stage", ledger: Ledger | GraphLedger) -> tuple[Worker | None
 
 
 def _wait_for_charge(stage: "Stage") -> int | None:
-    """Return as soon as a charge is committed: the pid of the process that made the call; None if none came in time."""
+    """Return when a charge is committed, with the pid of the process that made the call. None: none came in time."""
     latest = text("SELECT charged_at, model_name FROM trueup.charge ORDER BY charged_at DESC LIMIT 1")
     end = time.monotonic() + _MOMENT_SECONDS
     try:

@@ -1,6 +1,6 @@
-"""The names of all that can go wrong in a round, and the times that they are timed by."""
+"""The names of all faults and behaviours in a round, and the times that determine when they happen."""
 
-# In the order of a round's chances to meet them: each is met once before any is met again.
+# In the order in which rounds draw them. Each is drawn once before any is drawn again.
 TIMED_KINDS = (
     "child_killed",
     "child_killed_in_call",
@@ -35,7 +35,7 @@ STANDING_KINDS = ("duplicate_delivery", "clock_skewed")
 KINDS = TIMED_KINDS + STANDING_KINDS
 
 GOOD = ("ok", "slow")
-# How the provider fails a call, whether its answer is asked for at once or in chunks.
+# How the provider fails a call, with the answer requested at once or in chunks.
 _CALL_KINDS = (
     "http_500",
     "http_429",
@@ -51,7 +51,7 @@ BREAKING_KINDS = ("stream_broken", "stream_broken_unseen", "stream_stalled")
 STREAM_KINDS = (*_CALL_KINDS, *BREAKING_KINDS, "stream_usage_lost", "stream_long")
 PROVIDER_KINDS = (*_CALL_KINDS, "broken_body", *STREAM_KINDS[len(_CALL_KINDS) :])
 
-# How Instagram fails a message. After the first three it was not accepted.
+# How Instagram fails a message. With the first three it did not accept the message.
 GRAPH_KINDS = (
     "graph_500",
     "graph_429",
@@ -64,12 +64,12 @@ GRAPH_KINDS = (
 
 FAULTS_PER_ROUND = 7
 WINDOW_SECONDS = 4.0
-# A message that waits for another attempt's lease does so for less than the visibility, as it must in any deployment:
-# else it is delivered again while it waits, and again.
+# A message that waits for another attempt's lease waits for less than the visibility timeout, as in any deployment.
+# Otherwise it would be delivered again and again while it waits.
 VISIBILITY_SECONDS = 4
 LEASE_MARGIN_SECONDS = 1.5
 SKEWS_SECONDS = (-3600.0, -20.0, -4.0, 4.0, 8.0)
 DUPLICATES_PER_ROUND = 4
 
-# A streaming task that closes its stream early, or leaves it open, reads as many chunks.
+# A streaming task that closes its stream early, or leaves it open, reads this many chunks.
 CHUNKS_READ = 3

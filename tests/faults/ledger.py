@@ -1,4 +1,4 @@
-"""The fake servers' own books: every request they took, what they did for it, and whether the answer was sent whole."""
+"""The fake servers' ledgers: every request, its processing, and whether the whole answer was sent."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ from tests.faults.kinds import BREAKING_KINDS
 Effect = Literal["instagram_message", "instagram_public_reply"]
 EFFECTS: tuple[Effect, Effect] = ("instagram_message", "instagram_public_reply")
 
-# How many tokens of text each chunk of a stream has; its last one may have fewer.
+# The tokens of text in each chunk of a stream. The last chunk may have fewer.
 CHUNK_TOKENS = 2
 
 
@@ -19,9 +19,9 @@ CHUNK_TOKENS = 2
 class Serving:
     """One request that the provider served.
 
-    `asked`: the most tokens it may cost, prompt and answer; `billed`: what it does cost. `pid`: the process that asked.
-    `complete`: the whole answer went out. `chunks_read`: after how many chunks of a stream its caller ends it; None:
-    never, or it is no stream. `tokens_sent`: of a stream's text. Times are of the monotonic clock.
+    `asked`: its maximum cost, prompt and answer; `billed`: its real cost. `pid`: the calling process. `complete`:
+    the whole answer was sent. `chunks_read`: after how many chunks its caller ends the stream; None: never, or it
+    is no stream. `tokens_sent`: of a stream's text. Times are of the monotonic clock.
     """
 
     serial: int
@@ -43,35 +43,35 @@ class Serving:
 
     @property
     def model_name(self) -> str:
-        """What the answer gives as its model: charges and log rows keep it, and so name the serving they record."""
+        """The answer's model name. Charges and log rows keep it, and so name the serving that they record."""
         return f"fake-{self.serial}"
 
     @property
     def over(self) -> int:
-        """Count of tokens billed beyond what was asked for."""
+        """The tokens billed beyond the request."""
         return max(0, self.billed - self.asked)
 
     @property
     def closed_early(self) -> bool:
-        """True for a stream whose caller ended it, or would have, had it not broken at that very place."""
+        """Whether the caller ended the stream, or would have if it had not broken at that very place."""
         return self.chunks_read is not None and self.tokens_sent > (self.chunks_read - 1) * CHUNK_TOKENS
 
     @property
     def answered(self) -> bool:
-        """Whether its caller, if it lived, got something to charge: a whole answer, or what there was of a stream."""
+        """Whether a living caller received an answer to charge: a whole one, or the beginning of a stream."""
         begun = self.closed_early or self.behaviour in (*BREAKING_KINDS, "stream_usage_lost")
         return self.complete or (self.streamed and begun)
 
     @property
     def usage_seen(self) -> bool:
-        """Whether the caller was told what the call cost; otherwise it counts what it got."""
+        """Whether the caller received the call's usage. Otherwise it counts the text that it got."""
         return self.usage_sent and not self.closed_early
 
     @property
     def chargeable(self) -> int:
-        """Count of tokens that the caller has to charge: the bill, or without it the prompt and the text it read.
+        """The tokens that the caller must charge: the bill, or without it the prompt and the text that it read.
 
-        Text that was generated and never seen is billed on top of that.
+        The provider also bills text that it generated and the caller never saw.
         """
         if self.usage_seen or not self.streamed:
             return self.billed
@@ -82,7 +82,7 @@ class Serving:
 
 
 class Ledger:
-    """All servings of a round; the provider's threads write it, the round reads it."""
+    """All servings of a round. The provider's threads write them, the round reads them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -90,7 +90,7 @@ class Ledger:
         self._times: Counter[tuple[str, int]] = Counter()
 
     def open(self, *, task_id: str, call: int, user_id: int, pid: int, asked: int) -> tuple[Serving, int]:
-        """Enter a request. Returns it, and how often its call has come before."""
+        """Record a request. Returns it, and how often its call has come before."""
         with self._lock:
             times = self._times[task_id, call]
             self._times[task_id, call] += 1
@@ -118,7 +118,7 @@ class Ledger:
 
 @dataclass(kw_only=True)
 class Posting:
-    """One request that Instagram took: to send a message, or to reply in public. `accepted`: it did."""
+    """One request to Instagram, to send a message or to reply in public. `accepted`: Instagram accepted it."""
 
     effect: Effect
     comment_id: str
@@ -130,14 +130,14 @@ class Posting:
 
 
 class GraphLedger:
-    """All postings of a round; Instagram's threads write it, the round reads it."""
+    """All postings of a round. Instagram's threads write them, the round reads them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._postings: list[Posting] = []
 
     def open(self, *, effect: Effect, comment_id: str, text: str, pid: int) -> tuple[Posting, int]:
-        """Enter a request. Returns it, and how often the same has come before."""
+        """Record a request. Returns it, and how often the same request has come before."""
         with self._lock:
             times = sum((p.effect, p.comment_id) == (effect, comment_id) for p in self._postings)
             posting = Posting(effect=effect, comment_id=comment_id, text=text, pid=pid)

@@ -1,4 +1,4 @@
-"""What the fake servers have in common: HTTP on loopback, in threads, and hanging up on a client in the middle."""
+"""The common part of the fake servers: HTTP on loopback, in threads, and closing a connection in the middle."""
 
 import json
 import socket
@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 PID_HEADER = "X-Asked-By"
 QUICK_SECONDS, SLOW_SECONDS = 0.03, 0.6
-# What the workers wait for an answer, and how long a server stalls that does not give it in time.
+# How long workers wait for an answer, and how long a server stalls if it does not answer in time.
 TIMEOUT_SECONDS = 1.0
 STALLED_SECONDS = TIMEOUT_SECONDS + 0.4
 
 
 class LoopbackServer(ThreadingHTTPServer):
-    """A server on a port of its own. `closing` is set when it is to end: no answer is waited for then."""
+    """A server on its own port. `closing` is set when it must end; then no answer waits any more."""
 
     daemon_threads = True
     block_on_close = False
@@ -31,7 +31,7 @@ class LoopbackServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed has hung up: that is what this is for."""
+        """Ignore the error of a killed client, which is a part of the test."""
 
 
 class LoopbackHandler(BaseHTTPRequestHandler):
@@ -42,25 +42,25 @@ class LoopbackHandler(BaseHTTPRequestHandler):
     server: LoopbackServer
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
-        """Say nothing."""
+        """Log nothing."""
 
     def do_POST(self) -> None:
         self.answer()
 
     def answer(self) -> None:
-        """Take the request, and answer it."""
+        """Read the request and answer it."""
         raise NotImplementedError
 
     @property
     def asked_by(self) -> int:
-        """The process that asks."""
+        """The pid of the calling process."""
         return int(self.headers.get(PID_HEADER, 0))
 
     def read(self) -> Any:
         return json.loads(self.rfile.read(int(self.headers["Content-Length"])))
 
     def send(self, status: int, body: str, *, bytes_sent: int | None = None) -> None:
-        """Answer. `bytes_sent`: how many of the body's go out; None: all."""
+        """Answer. `bytes_sent`: how many bytes of the body are sent; None: all."""
         content = body.encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

@@ -1,4 +1,4 @@
-"""The tasks of a round, as they are planned: what each asks for, and how it is treated."""
+"""The planned tasks of a round: their arguments, and how the servers treat them."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from tests.faults.kinds import CHUNKS_READ
 from tests.faults.prompts import prompt_of
 
 COMPLETE, STREAM, STREAM_CLOSED, STREAM_LEFT = "complete", "stream", "stream_closed", "stream_left"
-"""Ways to make a call: at once; in chunks; in chunks that the task reads some of, and then closes or leaves open."""
+"""Ways to make a call: at once, in chunks, or in chunks of which the task reads some and then closes or leaves it."""
 
 SPEND_TASK = "faults.spend"
 SEND_TASK = "trueup.send_instagram_dm"
@@ -18,7 +18,7 @@ _PRODUCTS = ({"name": "Lamp", "price": "10", "currency": "EUR"},)
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTask(ABC):
-    """One task, sent `at` seconds from the round's start.
+    """One task, sent `at` seconds after the round's start.
 
     `script`: how the provider treats its calls the first time they come; `copies`: how often it is delivered.
     """
@@ -36,7 +36,7 @@ class PlannedTask(ABC):
         """Return the arguments to send it with."""
 
     def chunks_read(self, call: int) -> int | None:
-        """Return how many chunks of a stream it reads before it ends it; None: all there are, or it is no stream."""
+        """Return how many chunks of a stream it reads before it ends it. None: all, or it is no stream."""
         return None
 
     def streams(self, call: int) -> bool:
@@ -45,9 +45,9 @@ class PlannedTask(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Spending(PlannedTask):
-    """A task that makes calls of the model, one in each of these `ways`.
+    """A task that calls the model, once in each of these `ways`.
 
-    `extends`: it holds less than it needs, and extends its hold before each call that it would not cover.
+    `extends`: it holds less than it needs, and extends its hold before each call that the hold does not cover.
     """
 
     name = SPEND_TASK
@@ -83,7 +83,7 @@ class Spending(PlannedTask):
 
 @dataclass(frozen=True, kw_only=True)
 class Sending(PlannedTask):
-    """A task that answers a comment by a direct message, written by the model where the mode is PRODUCT.
+    """A task that answers a comment by a direct message. In mode PRODUCT the model writes the message.
 
     `post_script`: how Instagram treats its message and its public reply the first time they come.
     """

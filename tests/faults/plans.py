@@ -1,6 +1,6 @@
-"""What a round does, drawn from its seed and number alone: users, tasks, faults and when they strike."""
+"""The plan of a round, drawn from its seed and number alone: users, tasks, and faults with their times."""
 
-# ruff: noqa: S311 - drawn to be drawn again, not to be secret
+# ruff: noqa: S311 - the random numbers must repeat, and are no secrets
 
 import random
 from collections.abc import Iterator, Sequence
@@ -23,15 +23,15 @@ from tests.faults.planned import COMPLETE, STREAM, STREAM_CLOSED, STREAM_LEFT, P
 
 _Task = TypeVar("_Task", bound=PlannedTask)
 
-# How many calls and messages of a round go wrong the first time that they come.
+# The shares of a round's calls and messages that go wrong the first time they come.
 _BAD_CALLS, _BAD_STREAMS, _BAD_POSTS = 7, 9, 5
-_AGAIN_RATE = 0.2  # and how many of those that come again
-_SHOPS = 2  # users who send direct messages, which takes a bigger budget
+_AGAIN_RATE = 0.2  # the share of the repeated ones
+_SHOPS = 2  # users who send direct messages, which needs a larger budget
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One fault and when it strikes, in seconds from the round's start. `seconds`: how long it lasts."""
+    """One fault and its time, in seconds after the round's start. `seconds`: how long it lasts."""
 
     at: float
     kind: str
@@ -41,7 +41,7 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundPlan:
-    """All that is decided before a round. `budgets`: tokens of each user's plan. `skew_seconds`: of worker 0."""
+    """The decisions before a round. `budgets`: tokens of each user's plan. `skew_seconds`: of worker 0's clock."""
 
     seed: int
     number: int
@@ -54,11 +54,11 @@ class RoundPlan:
 
     @property
     def replay(self) -> str:
-        """The command that plays this round again."""
+        """Return the command that plays this round again."""
         return f"python -m tests.faults --seed {self.seed} --round {self.number}"
 
     def serving(self, task_id: str, call: int, times: int) -> str:
-        """Say how the provider treats a call that has come `times` times before."""
+        """Return how the provider treats a call that has come `times` times before."""
         task = self.task(task_id)
         if times == 0 and task is not None:
             return task.script[call - 1]
@@ -66,14 +66,14 @@ class RoundPlan:
         return self._again(f"{task_id}/{call}/{times}", kinds)
 
     def posting(self, comment_id: str, place: int, times: int) -> str:
-        """Say how Instagram treats a comment's message (place 0) or public reply (1) that has come before."""
+        """Return how Instagram treats a comment's message (place 0) or public reply (1) that has come before."""
         for task in self.sendings:
             if task.comment_id == comment_id and times == 0:
                 return task.post_script[place]
         return self._again(f"{comment_id}/post {place}/{times}", GRAPH_KINDS)
 
     def chunks_read(self, task_id: str, call: int) -> int | None:
-        """Return how many chunks of a stream its task reads before it ends it; None: all there are."""
+        """Return how many chunks of a stream its task reads before it ends it. None: all."""
         task = self.task(task_id)
         return task.chunks_read(call) if task else None
 
@@ -91,7 +91,7 @@ class RoundPlan:
 
 
 def plan_round(seed: int, number: int) -> RoundPlan:
-    """Draw a round. The same seed and number always give the same."""
+    """Draw a round. The same seed and number always give the same round."""
     draw = random.Random(f"{seed}/{number}")
     kinds = _dealt(seed, number, KINDS, FAULTS_PER_ROUND)
     users = draw.randint(4, 7)
@@ -115,7 +115,7 @@ def plan_round(seed: int, number: int) -> RoundPlan:
 
 
 def _dealt(seed: int, number: int, kinds: Sequence[str], count: int) -> list[str]:
-    """Return the round's share of an endless row of shuffled decks, so that no kind is met rarely."""
+    """Return the round's share of an endless row of shuffled decks, so that each kind comes equally often."""
     first = number * count
     return [_card(seed, kinds, position) for position in range(first, first + count)]
 
@@ -130,7 +130,7 @@ def _faults(draw: random.Random, kinds: list[str]) -> Iterator[Fault]:
     for kind in kinds:
         if kind in TIMED_KINDS:
             yield Fault(
-                # What lasts long begins early, or the round would wait for it alone.
+                # A long fault starts early, else the whole round would wait for it.
                 at=round(draw.uniform(0.2, WINDOW_SECONDS / (2 if kind in LONG_KINDS else 1)), 2),
                 kind=kind,
                 target=draw.randrange(1_000),
@@ -142,15 +142,15 @@ def _spending(draw: random.Random, number: int, index: int, users: int) -> Spend
     calls = draw.choice((1, 1, 2, 2, 3))
     words = draw.randint(5, 25)
     ways = [draw.choice((COMPLETE, COMPLETE, STREAM, STREAM, STREAM_CLOSED)) for _ in range(calls)]
-    # One that is left open keeps its tokens from any call after it, so none comes after it.
+    # A stream that is left open keeps its tokens from all later calls, so none comes after it.
     if ways[-1] == STREAM_CLOSED and draw.random() < 0.4:
         ways[-1] = STREAM_LEFT
     extends = draw.random() < 0.3
-    # Mostly enough for the calls; sometimes a hold that runs dry, or must be extended.
+    # Usually enough for the calls. Sometimes the hold is too small, or must be extended.
     tokens = draw.choice((10, words + 40)) if extends else calls * (words + draw.choice((25, 45, 60, 80)))
     return Spending(
         task_id=f"r{number}-t{index}",
-        # Half at once, for the queue to be full; the others while faults strike.
+        # Half of them at once, to fill the queue; the others while faults strike.
         at=0.0 if index % 2 else round(draw.uniform(0, WINDOW_SECONDS), 2),
         user=draw.randrange(users),
         ways=tuple(ways),
@@ -165,10 +165,10 @@ def _spending(draw: random.Random, number: int, index: int, users: int) -> Spend
 
 
 def _scripted(draw: random.Random, seed: int, number: int, tasks: list[Spending]) -> list[Spending]:
-    """Give each call a behaviour: the round's share of the bad ones to some, and good ones to the others."""
+    """Give each call a behaviour: the round's share of bad ones to some, and good ones to the others."""
     scripts = [[_good(draw) for _ in task.ways] for task in tasks]
     places = [(index, call) for index, task in enumerate(tasks) for call in range(len(task.ways))]
-    # The first calls of the tasks that come first are the likeliest to be made: others are denied, or killed before.
+    # The first calls of the first tasks are made most often, because others are denied or killed before.
     places.sort(key=lambda place: draw.random() * (1 + 2 * place[1] + tasks[place[0]].at))
     for streams, kinds, count in ((False, COMPLETE_KINDS, _BAD_CALLS), (True, STREAM_KINDS, _BAD_STREAMS)):
         fitting = [(index, call) for index, call in places if tasks[index].streams(call + 1) == streams]

@@ -8,7 +8,7 @@ _PROMPT = re.compile(r"task (\S+) call (\d+) user (\d+):")
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """Who asks, as a prompt says it."""
+    """The caller, as a prompt names it."""
 
     task_id: str
     call: int
@@ -16,12 +16,12 @@ class Asked:
 
 
 def prompt_of(task_id: str, call: int, user_id: object, words: int) -> str:
-    """Return a prompt for that call, `words` tokens longer than it need be."""
+    """Return a prompt for that call, `words` tokens longer than necessary."""
     return f"task {task_id} call {call} user {user_id}:" + " token" * words
 
 
 def read_prompt(prompt: str) -> Asked:
-    """Return what a prompt says, wherever in it. Raises ValueError when it is none of ours."""
+    """Return the caller that a prompt names anywhere in its text. Raises ValueError if it names none."""
     found = _PROMPT.search(prompt)
     if found is None:
         raise ValueError(f"no prompt of a round: {prompt!r}")

@@ -1,4 +1,4 @@
-"""A fake OpenAI-compatible server on loopback. It does as its script says, and keeps its own ledger."""
+"""A fake OpenAI-compatible server on loopback. It follows its script and keeps its own ledger."""
 
 import json
 import time
@@ -22,20 +22,20 @@ from trueup.llm.tokens import count_prompt_tokens, offline_counter
 MODEL_NAME = "gpt-4o-mini"
 
 _OVERBILLED_TOKENS = 37
-# A stream that outlasts its hold's lease and its delivery's visibility, though it never stalls.
+# A stream that lasts longer than its hold's lease and its delivery's visibility timeout, without a stall.
 _LONG_SECONDS = max(VISIBILITY_SECONDS, TIMEOUT_SECONDS + LEASE_MARGIN_SECONDS) + 1.2
 _MAX_PAUSE_SECONDS = 0.7 * TIMEOUT_SECONDS
 
 
 class Script(Protocol):
-    """What to do with the calls; a round's plan is one."""
+    """The treatment of calls. A round's plan is one."""
 
     def serving(self, task_id: str, call: int, times: int) -> str:
-        """Say how a call that has come `times` times before is treated."""
+        """Return how a call that has come `times` times before is treated."""
         ...
 
     def chunks_read(self, task_id: str, call: int) -> int | None:
-        """Say after how many chunks the caller ends a stream; None: it does not."""
+        """Return after how many chunks the caller ends a stream. None: it does not."""
         ...
 
 
@@ -88,7 +88,7 @@ class _Handler(LoopbackHandler):
             self._complete(serving, completion_tokens)
 
     def _complete(self, serving: Serving, completion_tokens: int) -> None:
-        # From here on it has done the work, and bills it, whatever becomes of the answer.
+        # From here on it has done the work and bills it, even if the answer is lost.
         serving.billed = serving.prompt_tokens + completion_tokens
         if serving.behaviour == "overbilled":
             serving.billed = serving.asked + _OVERBILLED_TOKENS
@@ -108,7 +108,7 @@ class _Handler(LoopbackHandler):
             serving.complete = True
 
     def _stream(self, serving: Serving, completion_tokens: int) -> None:
-        """Send the answer in chunks. What has been generated is billed, whether or not it gets through."""
+        """Send the answer in chunks. It bills the generated text, received or not."""
         serving.billed = serving.prompt_tokens
         if serving.behaviour == "timeout":
             self.server.closing.wait(STALLED_SECONDS)
@@ -139,7 +139,7 @@ class _Handler(LoopbackHandler):
         serving.complete = True
 
     def _break_off(self, serving: Serving, next_tokens: int, tokens_left: int) -> None:
-        """Cut the connection in the middle: at once, with more text generated than was sent, or after a stall."""
+        """Cut the connection in the middle: at once, with more text generated than sent, or after a stall."""
         if serving.behaviour == "stream_broken_unseen":
             serving.billed += tokens_left
         if serving.behaviour == "stream_stalled":
@@ -157,7 +157,7 @@ class _Handler(LoopbackHandler):
         self._write(f"data: {json.dumps(data)}\n\n".encode())
 
     def _write(self, content: bytes) -> None:
-        """Write one chunk of HTTP's; an empty one is the last."""
+        """Write one HTTP chunk. An empty one is the last."""
         self.wfile.write(b"%x\r\n%s\r\n" % (len(content), content))
         self.wfile.flush()
 
@@ -171,7 +171,7 @@ def _completion(serving: Serving, text: str) -> dict[str, Any]:
 
 
 def _chunk(serving: Serving, delta: dict[str, str] | None, *, finish: str | None = None) -> dict[str, Any]:
-    """Return a chunk of a stream; `delta` None: one without a choice, as the usage comes in."""
+    """Return a chunk of a stream. `delta` None: a chunk without a choice, which carries the usage."""
     body = _body(serving, "chat.completion.chunk")
     body["choices"] = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish}]
     return body

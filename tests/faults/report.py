@@ -1,4 +1,4 @@
-"""What a run found: told while it runs, and as tables at its end."""
+"""The report of a run: lines while it runs, and tables at its end."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Totals:
     violated_tokens: Counter[str] = field(default_factory=Counter)
 
     def add(self, stage: Stage, books: Books, violations: list[Violation], seconds: float) -> None:
-        """Count a round in."""
+        """Add a round's figures."""
         self.rounds += 1
         self.seconds += seconds
         self.faults.update(injected.kind for injected in stage.injected)
@@ -99,7 +99,7 @@ def _figures_of_effects(books: Books) -> dict[str, int]:
 
 
 def describe_round(stage: Stage, violations: list[Violation], seconds: float) -> str:
-    """Return a line for a round; with what to know of it, where an invariant was violated."""
+    """Return a line for a round, with the details if an invariant was violated."""
     plan = stage.plan
     state = f"{len(violations)} violations" if violations else "ok"
     unsettled = "" if stage.settled else f", not settled in time: {stage.messages_left} messages are left"
@@ -114,7 +114,7 @@ def describe_round(stage: Stage, violations: list[Violation], seconds: float) ->
 
 
 def as_markdown(totals: Totals) -> str:
-    """Return the tables of a run, with the command that makes them."""
+    """Return the tables of a run, with the command that repeats it."""
     faults = sum(totals.faults[kind] for kind in _ALL_KINDS)
     command = f"`make faults SEED={totals.seed} ROUNDS={totals.rounds}`"
     parts = [

@@ -1,4 +1,4 @@
-"""A round made ready: its database, users, servers and workers."""
+"""The preparation of a round: its database, users, servers and workers."""
 
 import os
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from tests.support.host import Host
 
 @contextmanager
 def staged(plan: RoundPlan, servers: Servers, logs: Path) -> Iterator[Stage]:
-    """Give a round its database, users, provider and workers, which boot meanwhile; end them all at the end."""
+    """Give a round its database, users, provider and workers, which boot meanwhile. End them all at the end."""
     database = f"faults_{plan.number}"
     with ExitStack() as stack:
         stack.callback(servers.drop_database, database)
@@ -63,7 +63,7 @@ def staged(plan: RoundPlan, servers: Servers, logs: Path) -> Iterator[Stage]:
 
 @contextmanager
 def _sender(broker_url: str) -> Iterator[Celery]:
-    """Give the host's side of Celery: it sends, and waits for no results."""
+    """Return the host's Celery application. It sends tasks and does not wait for results."""
     with Celery("faults", broker=broker_url, set_as_current=False) as app:
         app.conf.update(task_ignore_result=True)
         yield app
@@ -77,7 +77,7 @@ def _sign_up(engine: Engine, budgets: tuple[int, ...]) -> list[int]:
 def _environment(stage: Stage) -> dict[str, str]:
     outside = {name: value for name, value in os.environ.items() if not name.startswith(("TRUEUP_", "OPENAI_"))}
     return outside | {
-        # A copy of the tree is tested by itself, whichever is installed.
+        # A copy of the source tree tests itself, even if another trueup is installed.
         "PYTHONPATH": str(REPOSITORY),
         "TRUEUP_HOME": str(stage.servers.home),
         "TRUEUP_DATABASE_URL": stage.servers.database_url(stage.database),

@@ -1,4 +1,4 @@
-"""A run: rounds one after the other on the same servers, the next one's workers booting while this one settles."""
+"""A run: rounds one after the other on the same servers. The next round's workers boot while this one settles."""
 
 import tempfile
 import time
@@ -14,9 +14,9 @@ from tests.faults.stages import Stage
 
 
 def run_rounds(plans: Sequence[RoundPlan], say: Callable[[str], None]) -> Totals:
-    """Play the rounds, say how each went, and return the totals. Whatever happens, no process is left.
+    """Play the rounds, print a line for each, and return the totals. No process is left in any case.
 
-    Workers' logs of rounds that went wrong, or did not settle, are kept, in the folder that is named then.
+    The workers' logs of rounds that went wrong, or did not settle, are kept in a folder whose name is printed.
     """
     totals = Totals(seed=plans[0].seed)
     logs = Path(tempfile.mkdtemp(prefix="trueup-faults-"))

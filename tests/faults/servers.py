@@ -1,4 +1,4 @@
-"""The PostgreSQL and Redis of a run, kept over its rounds: cloned databases, restarts, cut connections."""
+"""The PostgreSQL and Redis of a run, used by all its rounds: cloned databases, restarts, cut connections."""
 
 import signal
 import time
@@ -19,7 +19,6 @@ from trueup.install.install import install
 from trueup.settings.settings import Settings
 from trueup.stack import running_stack
 from trueup.stack.processes import first_of
-from trueup.stack.servers.server import ensure_running
 from trueup.stack.waiting import wait_until
 
 _GONE_SECONDS = 20.0
@@ -50,7 +49,7 @@ class Servers:
         return redis.Redis(unix_socket_path=str(self._redis.socket), db=number, decode_responses=True)
 
     def make_template(self) -> None:
-        """Make the database that the rounds' are cloned from: the host's tables and trueup's."""
+        """Make the template of the rounds' databases: the host's tables and trueup's."""
         self._admin(f"CREATE DATABASE {TEMPLATE}")
         engine = self.engine(TEMPLATE)
         with engine.begin() as connection:
@@ -74,12 +73,12 @@ class Servers:
             )
 
     def restart_postgres(self) -> None:
-        """Immediate stop, as in a crash; the next start replays the log."""
+        """Stop PostgreSQL at once, as in a crash. The next start replays the log."""
         main = first_of(self._postgres.processes())
         if main:
             main.send_signal(signal.SIGQUIT)
         wait_until(lambda: not self._postgres.processes(), _GONE_SECONDS)
-        ensure_running(self._postgres)
+        self._postgres.ensure_running()
 
     def restart_redis(self, number: signal.Signals, away_seconds: float) -> None:
         """Stop Redis with that signal, and start it again after a while."""
@@ -88,7 +87,7 @@ class Servers:
             main.send_signal(number)
         wait_until(lambda: not self._redis.processes(), _GONE_SECONDS)
         time.sleep(away_seconds)
-        ensure_running(self._redis)
+        self._redis.ensure_running()
 
     def flush_redis(self) -> None:
         with self.redis(0) as client:
@@ -100,12 +99,12 @@ class Servers:
             return sum(client.client_kill_filter(_type=kind, skipme=True) for kind in ("normal", "pubsub"))
 
     def ensure(self) -> None:
-        """Start what does not run."""
-        ensure_running(self._postgres)
-        ensure_running(self._redis)
+        """Start the servers that do not run."""
+        self._postgres.ensure_running()
+        self._redis.ensure_running()
 
     def _admin(self, statement: str) -> None:
-        for _ in range(3):  # a session just made may be one of a server that is going down
+        for _ in range(3):  # a new session may belong to a server that is shutting down
             with suppress(DBAPIError), self.admin.connect() as connection:
                 connection.execute(text(statement))
                 return
@@ -115,7 +114,7 @@ class Servers:
 
 @contextmanager
 def running_servers() -> Iterator[Servers]:
-    """Run both servers in a home of their own until the block ends, however it does."""
+    """Run both servers in a home of their own until the block ends in any way."""
     with temporary_home() as home, running_stack(Settings(home=home, database_url=None, broker_url=None)) as urls:
         assert urls.database_url is not None
         servers = Servers(home, urls.database_url)

@@ -1,7 +1,7 @@
-"""The worker's side of a round, loaded with `-I tests.faults.spending`: the task that spends, and some impatience.
+"""The worker's side of a round: the task that spends, and shorter waits. Loaded with `-I tests.faults.spending`.
 
-Nothing here changes what a task may spend or how that is recorded: waits are shortened, so that a round takes seconds,
-and each request to the provider and to Instagram says which process asked.
+This module does not change what a task may spend or how that is recorded. It shortens waits, so that a round takes
+seconds, and adds the calling process to each request to the provider and to Instagram.
 """
 
 import inspect
@@ -31,7 +31,7 @@ from trueup.llm.tokens import offline_counter
 from trueup.tasks import metered_task
 from trueup.worker.celery import app
 
-# What a call takes beside its words: the rest of the prompt, and some answer.
+# The tokens of a call besides its words: the rest of the prompt, and a short answer.
 ROOM_TOKENS = 40
 
 
@@ -55,7 +55,7 @@ def spend(
 ) -> dict[str, Any]:
     """Make a call in each of the ways, with a pause after it. Returns the tokens spent, and how the hold was extended.
 
-    `extends`: before a call that the hold would not cover, extend it; when that is denied, end with what there is.
+    `extends`: extend the hold before a call that it does not cover. When that is denied, end with the calls so far.
     """
     spent, extensions = 0, list[dict[str, Any]]()
     for call, way in enumerate(ways, 1):
@@ -83,7 +83,7 @@ def _buy(model: MeteredModel, messages: list[Message], way: str, cap: int | None
     if way == COMPLETE:
         return model.complete(messages, max_completion_tokens=cap).total_tokens
     stream = model.stream(messages, max_completion_tokens=cap)
-    if way == STREAM_LEFT:  # for the base task to end
+    if way == STREAM_LEFT:  # the base task ends it
         _read(stream, CHUNKS_READ)
         return 0
     with stream:
@@ -96,21 +96,22 @@ def _read(stream: CompletionStream, chunks: int | None) -> None:
         pass
 
 
-def _hurry() -> None:
+def _shorten_waits() -> None:
     trueup.tasks.requeue.PROVIDER_RETRY_BASE_SECONDS = 0.2  # type: ignore[assignment]
-    # A hold's lease is then 2.5 s: shorter than the longest stop of a process, longer than any call but a long stream.
+    # A hold's lease is then 2.5 s: shorter than the longest stop of a process, longer than any call except a long
+    # stream.
     trueup.settings.settings.LEASE_MARGIN_SECONDS = LEASE_MARGIN_SECONDS  # type: ignore[assignment]
     options: dict[str, Any] = app.conf.broker_transport_options
     options.update(
         visibility_timeout=VISIBILITY_SECONDS,
         unacked_restore_interval=1,
-        # A worker killed in the middle of its sweep keeps all others from sweeping for as long.
+        # A worker killed in the middle of its sweep prevents all others from sweeping for this long.
         unacked_mutex_expire=2,
     )
 
 
 def _reconnect_soon() -> None:
-    """A worker that lost Redis would wait 2, 4, 6 s between its tries."""
+    """Shorten the waits between a worker's attempts to reach Redis, which are 2, 4 and 6 s."""
     names = inspect.getfullargspec(Connection._ensure_connection).args[1:]
     defaults = dict(zip(names, Connection._ensure_connection.__defaults__, strict=True))
     defaults |= {"interval_start": 0.1, "interval_step": 0.1, "interval_max": 0.5}
@@ -118,7 +119,7 @@ def _reconnect_soon() -> None:
 
 
 def _warm_up() -> None:
-    """Load before the fork what each pool child would load with its first task: that takes seconds of a round."""
+    """Load before the fork what each pool process would load with its first task, which takes seconds of a round."""
     offline_counter().count("warm")
     with openai.OpenAI(api_key="none", base_url="http://127.0.0.1:1/v1") as client:
         _ = client.chat.completions.with_raw_response
@@ -139,6 +140,6 @@ def _signed(send: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _warm_up()
-_hurry()
+_shorten_waits()
 _reconnect_soon()
 _sign_requests()

@@ -1,4 +1,4 @@
-"""The stage of a round: played, settled, judged."""
+"""The stages of a round: played, settled, checked."""
 
 import heapq
 import itertools
@@ -28,7 +28,7 @@ from tests.faults.workers import Worker
 
 QUEUE = "trueup-ai"
 BOOT_SECONDS = 90.0
-# How long a round may take to settle while nothing happens in it, and altogether.
+# The longest time for a round to settle without any progress, and in total.
 QUIET_SECONDS = 25.0
 SETTLE_SECONDS = 90.0
 FLOOD_FACTOR = 4
@@ -40,7 +40,7 @@ _TICK_SECONDS = 0.03
 
 @dataclass(frozen=True, kw_only=True)
 class Injected:
-    """A fault that struck, and when: seconds from the start of the round."""
+    """A fault that struck, and its time in seconds after the round's start."""
 
     kind: str
     at: float
@@ -52,10 +52,10 @@ class Injected:
 
 @dataclass(kw_only=True)
 class Stage:
-    """Everything a round plays with. `users`: ids by their number in the plan. `outcomes`: by task id;
-    `results`: of the tasks that are done.
+    """The state of a round.
 
-    `killed`: when each process was killed while it may have been at work, by pid.
+    `users`: ids by their number in the plan. `outcomes`: by task id; `results`: of the completed tasks. `killed`:
+    by pid, the time at which a process was killed that may have been at work.
     """
 
     plan: RoundPlan
@@ -105,7 +105,7 @@ class Stage:
                     time.sleep(_TICK_SECONDS)
 
     def settle(self) -> None:
-        """Wait until no message is left and nobody works; then end the workers and read how the tasks ended."""
+        """Wait until no message is left and no worker works. Then end the workers and read how the tasks ended."""
         patience = _Patience()
         calm_since: float | None = None
         with self.servers.redis(redis_number(self.plan)) as client:
@@ -115,7 +115,7 @@ class Stage:
                     calm_since = None
                 elif calm_since is None:
                     calm_since = time.monotonic()
-                # A hold may be left that no message will ever close; it expires, and is not waited for.
+                # A hold may remain that no message will ever close. It expires, so do not wait for it.
                 elif self._open_holds() == 0 or time.monotonic() - calm_since > CALM_SECONDS:
                     self.settled = True
                 time.sleep(2 * _TICK_SECONDS)
@@ -127,7 +127,7 @@ class Stage:
                     self.results[task.task_id] = result
 
     def _end_workers(self) -> None:
-        """End them; that explains a call that was not recorded only where somebody may still have been at work."""
+        """End the workers. This explains an unrecorded call only for workers that may still have been at work."""
         if self.settled and not self.flushed:
             self.killed = self._killed()
         for worker in self.workers:
@@ -139,7 +139,7 @@ class Stage:
         return {pid: at for worker in self.workers for pid, at in worker.killed.items()}
 
     def judge(self) -> tuple[Books, list[Violation]]:
-        """Hold the books against the ledger. The workers have ended."""
+        """Compare the books with the ledgers. The workers have ended."""
         books = read_books(self)
         return books, find_violations(self, books)
 
@@ -152,7 +152,7 @@ class Stage:
             time.sleep(_TICK_SECONDS)
 
     def _send(self, task: PlannedTask) -> None:
-        """Send a task as the host does; when the broker is away, again a little later."""
+        """Send a task as the host does. If the broker is not available, try again a little later."""
         try:
             for copy in range(task.copies):
                 arguments = task.arguments(self.users[task.user])
@@ -163,7 +163,7 @@ class Stage:
             self.later(0.3, lambda: self._send(task))
 
     def _strike(self, fault: Fault, tries: int = STRIKE_TRIES) -> None:
-        """Let a fault strike; when nothing was there to be struck, again a little later."""
+        """Let a fault strike. If it finds nothing to strike, try again a little later."""
         at = len(self.injected)
         self.note(fault.kind)
         if not INJECTIONS[fault.kind](self, fault):
@@ -172,7 +172,7 @@ class Stage:
                 self.later(0.3, lambda: self._strike(fault, tries - 1))
 
     def _is_behind(self) -> bool:
-        """Say whether there is still work to be struck, on a machine too busy to have done it by now."""
+        """Return whether there may still be work to strike, on a machine that was too slow to have done it by now."""
         if time.monotonic() - self.started_at > STRIKE_SECONDS:
             return False
         with suppress(redis.ConnectionError), self.servers.redis(redis_number(self.plan)) as client:
@@ -180,7 +180,7 @@ class Stage:
         return False
 
     def _supervise(self) -> None:
-        """Start workers that ended by themselves. Those we killed are on the agenda; once it is done, here too."""
+        """Start workers that ended by themselves. The agenda starts the killed ones; when it is done, this does too."""
         for worker in self.workers:
             if not self._agenda or (not worker.alive and worker.crashed):
                 worker.revive()
@@ -190,17 +190,17 @@ class Stage:
         return not self._messages(client) and not in_flight
 
     def _flooded(self, client: redis.Redis) -> bool:
-        """Say whether there is no end to messages that multiply."""
+        """Return whether messages multiply without end."""
         return self._messages(client) > FLOOD_FACTOR * sum(task.copies for task in self.plan.tasks)
 
     def _signs_of_life(self, client: redis.Redis) -> Hashable:
-        """Return what differs from one time to another when somebody has done something in between."""
+        """Return a value that differs between two times if a worker has done something in between."""
         requests = len(self.provider.ledger.servings()), len(self.graph.ledger.postings())
         in_flight = len(self.provider.ledger.in_flight()), len(self.graph.ledger.in_flight())
         return self._messages(client), requests, in_flight, client.dbsize()
 
     def _messages(self, client: redis.Redis) -> int:
-        """Count the messages in the queue, and those that a worker has."""
+        """Count the messages in the queue and the unacknowledged ones."""
         # The index, not the hash beside it: a flush at the wrong moment leaves an entry in the hash for ever.
         return int(client.llen(QUEUE)) + int(client.zcard("unacked_index"))  # type: ignore[arg-type]
 
@@ -210,7 +210,7 @@ class Stage:
 
 
 class _Patience:
-    """It lasts while something happens, and no longer than it may."""
+    """Return whether to wait longer: something still happens, and the limit is not reached."""
 
     def __init__(self) -> None:
         self._end = time.monotonic() + SETTLE_SECONDS
@@ -225,12 +225,12 @@ class _Patience:
 
 
 def redis_number(plan: RoundPlan) -> int:
-    """The next round's workers start while this one settles: each has a database of Redis of its own."""
+    """Return the round's database of Redis. The next round's workers already start while this one settles."""
     return 1 + plan.number % 2
 
 
 def _outcome(client: redis.Redis, task_id: str) -> tuple[str, Any]:
-    """Say how a task ended: by its result, or that it has none."""
+    """Return how a task ended: its result, or that it has none."""
     stored: Any = client.get(f"celery-task-meta-{task_id}")
     if stored is None:
         return NO_RESULT, None

@@ -1,4 +1,4 @@
-"""The harness is no good unless it finds what is wrong: each kind of violation, made by hand, is seen."""
+"""Tests of the harness: the checks see each kind of violation, which a test makes by hand."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,7 +38,7 @@ Found = Callable[[], set[str]]
 
 @pytest.fixture
 def stage(host: Host) -> Stage:
-    """A round of one user that has been played, with nothing in it yet."""
+    """A played round of one user, without any content yet."""
     user = host.subscriber(BUDGET, start=datetime.now(UTC) - timedelta(days=1))
     provider, graph = SimpleNamespace(ledger=Ledger()), SimpleNamespace(ledger=GraphLedger())
     return Stage(
@@ -74,7 +74,7 @@ def serve(stage: Stage, billed: int, *, asked: int = 80, task: str = "t1", user:
 
 
 def serve_stream(stage: Stage, billed: int, *, prompt: int, sent: int, chunks_read: int | None = None) -> Serving:
-    """Serve a stream whose usage was never told."""
+    """Serve a stream whose usage was never sent."""
     serving = serve(stage, billed)
     serving.streamed, serving.usage_sent, serving.complete = True, False, False
     serving.prompt_tokens, serving.tokens_sent, serving.chunks_read = prompt, sent, chunks_read
@@ -100,8 +100,8 @@ def post(stage: Stage, *, accepted: bool = True, text: str = "hello") -> None:
     posting.accepted, posting.ended_at = accepted, 0.0
 
 
-def told(host: Host, stage: Stage, status: str) -> None:
-    """Let the outbox say that of the message."""
+def record_effect(host: Host, stage: Stage, status: str) -> None:
+    """Record that state of the message in the outbox."""
     host.execute(
         "INSERT INTO trueup.outbox (user_id, task_id, effect, status, detail, created_at, updated_at) "
         """VALUES (:user, 'm1', :effect, :status, '{"message": "hello"}', now(), now())""",
@@ -118,7 +118,7 @@ def test_a_call_that_is_served_and_recorded_is_no_violation(
     assert found() == set()
 
 
-def test_what_the_provider_bills_over_what_it_was_asked_for_is_no_overshoot(
+def test_tokens_billed_beyond_the_request_are_no_overshoot(
     stage: Stage, connection: Connection, hold: Hold, found: Found
 ) -> None:
     record(connection, hold, serve(stage, BUDGET + 20, asked=80))
@@ -130,7 +130,7 @@ def test_overshoot_is_found(stage: Stage, connection: Connection, hold: Hold, fo
     assert found() == {"overshoot"}
 
 
-def test_overshoot_by_a_late_charge_is_told_apart(
+def test_overshoot_by_a_late_charge_is_distinguished(
     stage: Stage, connection: Connection, hold: Hold, found: Found
 ) -> None:
     expire_holds(connection, now=datetime.now(UTC) + timedelta(days=1))
@@ -150,16 +150,16 @@ def test_a_wrong_figure_is_found(stage: Stage, connection: Connection, hold: Hol
     assert found() == {"wrong_usage"}
 
 
-def test_a_broken_stream_is_charged_by_what_arrived(
+def test_a_broken_stream_is_charged_for_the_text_that_arrived(
     stage: Stage, connection: Connection, hold: Hold, found: Found
 ) -> None:
-    # 50 were generated: 10 of them on top of what was sent, which nobody has told the caller.
+    # 50 were generated: 10 more than were sent, and the caller does not know of them.
     record(connection, hold, serve_stream(stage, 50, prompt=30, sent=10), tokens=40, reported=False)
     assert found() == set()
 
 
 @pytest.mark.parametrize("tokens", [39, 41, 50])
-def test_a_broken_stream_that_is_not_charged_by_what_arrived_is_found(
+def test_a_wrong_charge_for_a_broken_stream_is_found(
     stage: Stage, connection: Connection, hold: Hold, found: Found, tokens: int
 ) -> None:
     record(connection, hold, serve_stream(stage, 50, prompt=30, sent=10), tokens=tokens, reported=False)
@@ -167,7 +167,7 @@ def test_a_broken_stream_that_is_not_charged_by_what_arrived_is_found(
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(36, set()), (40, {"wrong_usage"})])
-def test_a_stream_that_its_task_closed_is_charged_by_what_was_read(
+def test_a_closed_stream_is_charged_for_the_text_that_its_task_read(
     stage: Stage, connection: Connection, hold: Hold, found: Found, tokens: int, expected: set[str]
 ) -> None:
     serving = serve_stream(stage, 40, prompt=30, sent=10, chunks_read=3)
@@ -177,7 +177,7 @@ def test_a_stream_that_its_task_closed_is_charged_by_what_was_read(
 
 
 @pytest.mark.parametrize("chunks_read", [None, 6])
-def test_a_stream_that_was_read_to_its_end_is_charged_by_its_bill(
+def test_a_stream_read_to_its_end_is_charged_by_its_bill(
     stage: Stage, connection: Connection, hold: Hold, found: Found, chunks_read: int | None
 ) -> None:
     serving = serve_stream(stage, 77, prompt=30, sent=10, chunks_read=chunks_read)
@@ -186,7 +186,7 @@ def test_a_stream_that_was_read_to_its_end_is_charged_by_its_bill(
     assert found() == set()
 
 
-def test_a_counted_charge_that_does_not_say_so_is_found(
+def test_a_counted_charge_without_its_mark_is_found(
     stage: Stage, connection: Connection, hold: Hold, found: Found
 ) -> None:
     record(connection, hold, serve_stream(stage, 40, prompt=30, sent=10))
@@ -220,13 +220,13 @@ def test_a_balance_mismatch_is_found(stage: Stage, host: Host, hold: Hold, found
     assert "mismatched_balance" in found()
 
 
-def test_a_task_that_vanished_is_found(stage: Stage, hold: Hold, found: Found) -> None:
+def test_a_lost_task_is_found(stage: Stage, hold: Hold, found: Found) -> None:
     stage.outcomes = {"t1": "no result", "never-begun": "no result"}
     assert found() == {"lost_task"}
 
 
 @pytest.mark.parametrize(("outcome", "expected"), [("waits for its retry", set()), ("unfinished", {"lost_task"})])
-def test_only_a_message_on_its_way_may_be_lost_when_redis_goes(
+def test_only_a_message_in_transit_may_be_lost_when_redis_stops(
     stage: Stage, hold: Hold, found: Found, outcome: str, expected: set[str]
 ) -> None:
     stage.outcomes = {"t1": outcome}
@@ -234,9 +234,7 @@ def test_only_a_message_on_its_way_may_be_lost_when_redis_goes(
     assert found() == expected
 
 
-def test_the_message_that_waited_may_be_lost_when_redis_goes(
-    stage: Stage, host: Host, hold: Hold, found: Found
-) -> None:
+def test_the_waiting_message_may_be_lost_when_redis_stops(stage: Stage, host: Host, hold: Hold, found: Found) -> None:
     host.execute("UPDATE trueup.hold SET duplicate_waits = 1")
     stage.outcomes = {"t1": "unfinished"}
     assert found() == {"lost_task"}
@@ -245,7 +243,7 @@ def test_the_message_that_waited_may_be_lost_when_redis_goes(
 
 
 @pytest.mark.parametrize(("ways", "expected"), [(("stream",), {"lost_result"}), (("stream_closed",), set())])
-def test_a_result_that_vanished_is_found_unless_its_answers_were_not_kept(
+def test_a_lost_result_is_found_unless_its_answers_were_not_kept(
     stage: Stage, host: Host, hold: Hold, found: Found, ways: tuple[str, ...], expected: set[str]
 ) -> None:
     host.execute("UPDATE trueup.hold SET completed = true")
@@ -267,7 +265,7 @@ def test_a_result_that_vanished_is_found_unless_its_answers_were_not_kept(
     assert found() == expected
 
 
-def test_a_retry_that_vanished_while_redis_was_well_is_found(stage: Stage, hold: Hold, found: Found) -> None:
+def test_a_retry_lost_while_redis_ran_is_found(stage: Stage, hold: Hold, found: Found) -> None:
     stage.outcomes = {"t1": "waits for its retry"}
     assert found() == {"lost_task"}
 
@@ -283,7 +281,7 @@ def extension(stage: Stage, *, granted: bool, added: int, attempt: int = 1) -> N
 
 
 @pytest.mark.parametrize(("granted", "added"), [(True, 20), (False, 0)])
-def test_an_extension_that_adds_what_was_asked_or_nothing_is_no_violation(
+def test_an_extension_by_the_requested_tokens_or_none_is_no_violation(
     stage: Stage, found: Found, granted: bool, added: int
 ) -> None:
     extension(stage, granted=granted, added=added)
@@ -291,75 +289,73 @@ def test_an_extension_that_adds_what_was_asked_or_nothing_is_no_violation(
 
 
 @pytest.mark.parametrize(("granted", "added"), [(True, 0), (True, 21), (False, 20)])
-def test_an_extension_that_adds_otherwise_is_found(stage: Stage, found: Found, granted: bool, added: int) -> None:
+def test_an_extension_by_other_tokens_is_found(stage: Stage, found: Found, granted: bool, added: int) -> None:
     extension(stage, granted=granted, added=added)
     assert found() == {"wrong_extension"}
 
 
 @pytest.mark.parametrize("status", ["sent", "unknown"])
-def test_a_message_sent_once_and_told_of_is_no_violation(stage: Stage, host: Host, found: Found, status: str) -> None:
+def test_a_message_sent_once_and_recorded_is_no_violation(stage: Stage, host: Host, found: Found, status: str) -> None:
     post(stage, accepted=False)
     post(stage)
-    told(host, stage, status)
+    record_effect(host, stage, status)
     assert found() == set()
 
 
 def test_a_message_sent_twice_is_found(stage: Stage, host: Host, found: Found) -> None:
     post(stage)
     post(stage)
-    told(host, stage, "unknown")
+    record_effect(host, stage, "unknown")
     assert found() == {"message_sent_twice"}
 
 
 @pytest.mark.parametrize("status", [None, "failed", "sending"])
-def test_a_message_that_was_sent_and_is_not_told_of_is_found(
-    stage: Stage, host: Host, found: Found, status: str | None
-) -> None:
+def test_a_message_sent_without_a_record_is_found(stage: Stage, host: Host, found: Found, status: str | None) -> None:
     stage.outcomes = {"m1": "GraphError"}
     post(stage)
     if status:
-        told(host, stage, status)
+        record_effect(host, stage, status)
     assert found() == {"message_untold"}
 
 
-def test_a_message_of_a_task_that_a_flush_lost_may_stand_as_being_sent(stage: Stage, host: Host, found: Found) -> None:
+def test_a_message_of_a_flushed_task_may_remain_in_the_state_sending(stage: Stage, host: Host, found: Found) -> None:
     stage.outcomes, stage.flushed = {"m1": "no result"}, True
     post(stage)
-    told(host, stage, "sending")
+    record_effect(host, stage, "sending")
     assert found() == set()
 
 
 @pytest.mark.parametrize(("status", "expected"), [("sending", set()), ("failed", {"message_untold"})])
-def test_a_message_that_a_killed_process_sent_may_stand_as_being_sent(
+def test_a_message_of_a_killed_process_may_remain_in_the_state_sending(
     stage: Stage, host: Host, found: Found, status: str, expected: set[str]
 ) -> None:
     stage.outcomes, stage.killed = {"m1": "done"}, {1: 0.0}
     post(stage)
-    told(host, stage, status)
+    record_effect(host, stage, status)
     assert found() == expected
 
 
-def test_a_message_that_is_said_to_be_sent_and_was_not_is_found(stage: Stage, host: Host, found: Found) -> None:
+def test_a_message_recorded_as_sent_that_was_not_sent_is_found(stage: Stage, host: Host, found: Found) -> None:
     post(stage, accepted=False)
-    told(host, stage, "sent")
+    record_effect(host, stage, "sent")
     assert found() == {"message_not_sent"}
 
 
-def test_a_message_other_than_the_one_said_to_be_sent_is_found(stage: Stage, host: Host, found: Found) -> None:
+def test_a_message_that_differs_from_its_record_is_found(stage: Stage, host: Host, found: Found) -> None:
     post(stage, text="another")
-    told(host, stage, "sent")
+    record_effect(host, stage, "sent")
     assert found() == {"message_not_sent"}
 
 
-def test_a_result_that_says_sent_of_a_message_that_was_not_is_found(stage: Stage, host: Host, found: Found) -> None:
+def test_a_result_that_claims_an_unsent_message_is_found(stage: Stage, host: Host, found: Found) -> None:
     stage.results["m1"] = {"status": "sent", "public_reply_sent": False}
-    told(host, stage, "failed")
+    record_effect(host, stage, "failed")
     assert found() == {"message_not_sent"}
 
 
-def test_a_task_that_vanished_while_sending_is_found(stage: Stage, host: Host, found: Found) -> None:
+def test_a_task_lost_while_it_sent_is_found(stage: Stage, host: Host, found: Found) -> None:
     stage.outcomes = {"m1": "no result"}
-    told(host, stage, "sending")
+    record_effect(host, stage, "sending")
     assert found() == {"lost_task"}
 
 
@@ -371,13 +367,13 @@ def intent(bound: int, outcome: str = "unknown") -> SimpleNamespace:
     ("behaviour", "complete", "sent", "outcome", "lost"),
     [
         ("ok", True, 10, "started", True),
-        ("ok", True, 10, "unknown", False),  # it may have waited too long for it
+        ("ok", True, 10, "unknown", False),  # it may have waited too long
         ("ok", False, 10, "started", True),  # its task ended it early
         ("stream_broken", False, 2, "started", True),
         ("broken_after", False, 0, "started", False),
     ],
 )
-def test_a_call_that_was_answered_and_stays_as_begun_is_lost_unless_its_process_died(
+def test_an_answered_call_with_an_open_intent_is_lost_unless_its_process_died(
     behaviour: str, complete: bool, sent: int, outcome: str, lost: bool
 ) -> None:
     serving, _ = Ledger().open(task_id="t1", call=1, user_id=7, pid=1, asked=80)
@@ -388,7 +384,7 @@ def test_a_call_that_was_answered_and_stays_as_begun_is_lost_unless_its_process_
         assert found.lost is expected
 
 
-def test_each_unrecorded_call_needs_a_row_of_its_own_with_a_bound_that_suffices() -> None:
+def test_each_unrecorded_call_needs_its_own_row_with_a_sufficient_bound() -> None:
     ledger = Ledger()
     for billed in (40, 60):
         serving, _ = ledger.open(task_id="t1", call=1, user_id=7, pid=1, asked=80)
@@ -404,7 +400,7 @@ def test_each_unrecorded_call_needs_a_row_of_its_own_with_a_bound_that_suffices(
     assert named() == [False, False]
 
 
-def test_a_process_that_went_on_to_its_next_call_is_not_excused_by_its_later_death() -> None:
+def test_a_later_death_does_not_excuse_an_earlier_call() -> None:
     ledger = Ledger()
     for call in (1, 2):
         serving, _ = ledger.open(task_id="t1", call=call, user_id=7, pid=1, asked=80)

@@ -1,6 +1,6 @@
-"""A short run of the fault harness: every kind of fault, and no invariant violated.
+"""A short run of the fault harness: every kind of fault, and no violated invariant.
 
-A long test plays another seed, and `make faults` any.
+A long test plays another seed, and `make faults` plays any.
 """
 
 import pytest
@@ -10,10 +10,10 @@ from tests.faults.plans import plan_round
 from tests.faults.report import Totals
 from tests.faults.runs import run_rounds
 
-pytestmark = pytest.mark.xdist_group("faults")  # they share a fixture that takes long
+pytestmark = pytest.mark.xdist_group("faults")  # they share a slow fixture
 
 SEED = 11
-ROUNDS = -(-len(KINDS) // FAULTS_PER_ROUND)  # as many as it takes to deal the whole deck
+ROUNDS = -(-len(KINDS) // FAULTS_PER_ROUND)  # enough to draw every kind
 
 
 @pytest.fixture(scope="module", params=[SEED, pytest.param(SEED + 1, marks=pytest.mark.long)])
@@ -32,13 +32,13 @@ def totals(seed: int, said: list[str], _no_settings_from_outside: None) -> Total
     return run_rounds([plan_round(seed, number) for number in range(ROUNDS)], said.append)
 
 
-def test_no_invariant_is_violated_whatever_is_killed_stopped_or_cut(totals: Totals, said: list[str]) -> None:
+def test_no_invariant_is_violated_by_any_fault(totals: Totals, said: list[str]) -> None:
     assert not totals.violations, "\n".join(said)
 
 
 def test_faults_of_every_kind_struck(totals: Totals) -> None:
     kinds = {*KINDS, *PROVIDER_KINDS, *GRAPH_KINDS}
-    # Some may find nothing to strike, on a machine that is busy with something else.
+    # On a busy machine some may find nothing to strike.
     assert len(kinds - {kind for kind in kinds if totals.faults[kind]}) <= 3, totals.faults
 
 

@@ -1,9 +1,9 @@
-"""Calls that the provider served and nobody recorded: which are explained, and which are named in the database.
+"""Calls that the provider served and that have no charge: which are explained, and which the database names.
 
-trueup can't record an answer that never came, or one whose process died holding it. It can say beforehand that the
-call begins: table `trueup.call_intent`. Where that is there, every unrecorded call must have a row of it with a bound
-no smaller than what the provider billed (of what it was asked for). Nor may a call stay as begun whose caller lived,
-and got its answer: that one was to be charged.
+trueup can't record an answer that never came, or whose process died with it. It can record beforehand that the call
+begins, in the table `trueup.call_intent`. If the table exists, every unrecorded call must have a row with a maximum
+cost no smaller than the provider's bill (up to the request). The intent of a call whose caller lived and got its answer
+must not stay open, because that call should have been charged.
 """
 
 from collections import defaultdict
@@ -18,9 +18,9 @@ Cause = Literal["answer lost", "process killed", "another attempt was recorded",
 
 @dataclass(frozen=True, kw_only=True)
 class Unrecorded:
-    """A serving in no charge. `named`: a row in the database tells of it; None: there is no such table.
+    """A serving without a charge. `named`: a row in the database names it; None: there is no such table.
 
-    `outcome`: what that row says, "started" or "unknown"; None: there is no row.
+    `outcome`: that row's outcome, "started" or "unknown"; None: there is no row.
     """
 
     serving: Serving
@@ -30,7 +30,7 @@ class Unrecorded:
 
     @property
     def lost(self) -> bool:
-        """True when nothing tells of it: without the table, when also no crash and no lost answer explains it."""
+        """Whether nothing explains it: no row and, without the table, neither a crash nor a lost answer."""
         if self.named is None:
             return self.cause not in ("answer lost", "process killed")
         return not self.named or (self.cause == "none" and self.outcome == "started")
@@ -50,10 +50,10 @@ def find_unrecorded(
     intents: Iterable[Any] | None,
     killed: Mapping[int, float],
 ) -> list[Unrecorded]:
-    """Return the billed servings that no charge names.
+    """Return the billed servings without a charge.
 
-    `intents`: rows of the calls that were begun and not recorded; None when there is no such table. `killed`: when
-    each process was killed, by pid.
+    `intents`: rows of the begun and unrecorded calls; None: there is no such table. `killed`: by pid, the time at
+    which each process was killed.
     """
     last_asked: dict[int, float] = {}
     for serving in servings:
@@ -64,7 +64,7 @@ def find_unrecorded(
     return [
         Unrecorded(
             serving=serving,
-            # A process that asked again had done with this call: its later death is no excuse.
+            # A process that made a later call had finished this one, so its later death explains nothing.
             cause=_cause(serving, recorded_calls, killed if last_asked[serving.pid] == serving.started_at else {}),
             named=None if named is None else serving.serial in named,
             outcome=None if named is None else named.get(serving.serial),
@@ -84,12 +84,12 @@ def _cause(serving: Serving, recorded_calls: set[tuple[str, int]], killed: Mappi
 
 
 def _named(missing: Sequence[Serving], intents: Iterable[Any]) -> dict[int, str]:
-    """Return the outcomes of the servings that a row tells of, by their serials; each row tells of one."""
+    """Return the outcomes of the servings that have a row, by their serials. Each row names one serving."""
     rows = defaultdict(list)
     for intent in intents:
         rows[intent.user_id, intent.task_id, intent.call].append(intent)
     named = {}
-    # The dearest first, each with the smallest bound that suffices.
+    # The most expensive first, each with the smallest sufficient bound.
     for serving in sorted(missing, key=lambda serving: -min(serving.billed, serving.asked)):
         place = serving.user_id, serving.task_id, serving.call
         left = sorted(rows[place], key=lambda intent: intent.tokens_bound)

@@ -31,7 +31,7 @@ UNENDED = (NO_RESULT, UNFINISHED, WAITING, REJECTED)
 
 @dataclass(frozen=True, kw_only=True)
 class Violation:
-    """An invariant that did not hold. `tokens`: the number of tokens concerned, 0 if it is not about tokens."""
+    """A violated invariant. `tokens`: the number of tokens concerned, 0 if it is not about tokens."""
 
     kind: str
     detail: str

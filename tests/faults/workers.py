@@ -19,7 +19,7 @@ _CLOCK = Path(__file__).with_name("clock")
 
 @dataclass(kw_only=True)
 class Worker:
-    """One worker, through all its lives. `killed`: when each process of it was ended by us, by pid."""
+    """One worker with all its restarts. `killed`: by pid, the time at which the harness ended each of its processes."""
 
     name: str
     log: Path
@@ -50,7 +50,7 @@ class Worker:
         ]
         self._log_start = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as output:
-            # A session of its own: Ctrl-C reaches the harness, which then ends the worker.
+            # In its own session: Ctrl-C reaches the harness, which then ends the worker.
             self._process = subprocess.Popen(
                 command,
                 stdout=output,
@@ -76,13 +76,13 @@ class Worker:
 
     @property
     def at_work(self) -> bool:
-        """True once it has come so far as to take tasks, until it dies."""
+        """Whether it takes tasks now."""
         self._is_ready = self.alive and (self._is_ready or self._says_ready())
         return self._is_ready
 
     @property
     def crashed(self) -> bool:
-        """True when it has ended, and we had no part in it."""
+        """Whether it has ended by itself."""
         return self._process is not None and not self.alive and self._process.pid not in self.killed
 
     def _says_ready(self) -> bool:
@@ -105,7 +105,7 @@ class Worker:
         child.kill()
 
     def kill(self) -> None:
-        """kill -9 the worker and its pool at once, as a machine that loses power does."""
+        """Kill the worker and its pool with SIGKILL at once, like a power failure of the machine."""
         if self._process is None:
             return
         if self.alive:
@@ -121,12 +121,12 @@ class Worker:
             os.killpg(self._process.pid, number)
 
     def revive(self) -> bool:
-        """Start it again if it has died, and say whether it had. A death not caused by us is noted."""
+        """Start it again if it has died, and return whether it had. A death that the harness did not cause is noted."""
         if self._process is None or self.alive:
             return False
         if self.crashed:
             self.crashes.append(f"{self.name} ended with {self._process.returncode}: {self._last_words()}")
-            self.kill()  # its pool, if any of it is left
+            self.kill()  # the rest of its pool, if any
         self.start()
         return True
 

@@ -12,7 +12,7 @@ from tests.features.test_instagram import _event, _static
 from tests.support.host import Host
 from trueup.features.instagram.comments import action_config
 from trueup.features.instagram.direct_message import DmResult, send_instagram_dm
-from trueup.features.instagram.effects import TaskOutbox
+from trueup.features.instagram.effects import Outbox
 from trueup.features.instagram.graph import GraphClient, GraphError
 from trueup.usage.outbox import begin_effect, list_unresolved_effects
 
@@ -25,8 +25,8 @@ def graph(httpserver: HTTPServer) -> Iterator[GraphClient]:
         yield client
 
 
-def outbox(user: int, *, resend_unknown: bool = False) -> TaskOutbox:
-    return TaskOutbox(user_id=user, task_id=TASK, resend_unknown=resend_unknown)
+def outbox(user: int, *, resend_unknown: bool = False) -> Outbox:
+    return Outbox(user_id=user, task_id=TASK, resend_unknown=resend_unknown)
 
 
 def send(user: int, graph: GraphClient, *, config: Any = None, resend_unknown: bool = False) -> DmResult:
@@ -120,7 +120,7 @@ def test_a_message_without_an_answer_is_recorded_as_unknown(
 
 
 def test_a_message_that_a_time_limit_interrupts_is_recorded_as_unknown(host: Host, connection: Connection) -> None:
-    outbox = TaskOutbox(user_id=host.user(), task_id=TASK, resend_unknown=False)
+    outbox = Outbox(user_id=host.user(), task_id=TASK, resend_unknown=False)
 
     def interrupted() -> dict[str, Any]:
         raise SoftTimeLimitExceeded

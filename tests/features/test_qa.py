@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from tests.support.scripted import HeldModel, ScriptedModel, completion
 from trueup.errors import AnswerFormatError, HoldExhaustedError, InvalidInputError
-from trueup.features.qa import QaResult, estimate_tokens, generate_qa
-from trueup.features.qa_plan import plan_qa
+from trueup.features.qa import QaResult, estimate_tokens, generate_qa, plan_qa
 from trueup.llm.tokens import BoundCounter, EncodingCounter, TokenCounter
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

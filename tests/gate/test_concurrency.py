@@ -1,4 +1,4 @@
-"""Everybody at once on the same few users: nobody fails, nobody deadlocks, and every sum is exact at the end."""
+"""Hosts, workers and upkeep work on the same few users: no error, no deadlock, and every sum is exact at the end."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ def engine(database: str) -> Iterator[Engine]:
 
 
 def host_writer(engine: Engine, users: list[int], seed: int, rounds: int) -> Callable[[], None]:
-    """A host: batches over many users in random order, updates, deletes and counters, each in transactions."""
+    """Write as a host does: batches over many users in random order, updates, deletes and counters, in transactions."""
     dice = random.Random(seed)  # noqa: S311 - it makes a load, and guards nothing
     insert = text(
         "INSERT INTO ai_usage_log (id, user_id, section, total_tokens, success, created_at) "
@@ -75,7 +75,7 @@ def host_writer(engine: Engine, users: list[int], seed: int, rounds: int) -> Cal
 
 
 def metered_worker(engine: Engine, users: list[int], seed: int, rounds: int) -> Callable[[], None]:
-    """A worker: hold, charge in random order and more than once, close."""
+    """Work as a worker does: open a hold, charge in random order and more than once, close the hold."""
     dice = random.Random(seed)  # noqa: S311 - it makes a load, and guards nothing
 
     def work() -> None:
@@ -111,7 +111,7 @@ def upkeep(engine: Engine, users: list[int], rounds: int) -> Callable[[], None]:
 
 
 def auditor(engine: Engine, rounds: int) -> Callable[[], None]:
-    """The invariants hold at every commit, so they hold at every look."""
+    """Check the invariants, which hold at every commit."""
 
     def work() -> None:
         with Host(engine) as host:
@@ -136,7 +136,7 @@ def test_hosts_and_workers_and_upkeep_on_the_same_users_leave_true_books(
         hold_tokens(connection, user, 0)
     assert_true(host)
     reconcile(engine, HostMapping(), rules=Rules(min_age_seconds=0))
-    # Tokens too many that nothing explains wait for a person.
+    # A positive drift without an explanation waits for a person.
     for item in list_reviews(connection, "bigint"):
         decide_drift(connection, item.id, "accept", by="test", note="as logged")
     assert [read_account(connection, user).drift for user in users] == [0] * len(users)
@@ -144,7 +144,7 @@ def test_hosts_and_workers_and_upkeep_on_the_same_users_leave_true_books(
     assert host.value("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()") == 0
 
 
-def test_runs_at_once_leave_one_at_work(host: Host, engine: Engine) -> None:
+def test_of_several_runs_that_start_at_once_one_works(host: Host, engine: Engine) -> None:
     for _ in range(20):
         host.log(host.subscriber(), 300)
 

@@ -18,7 +18,7 @@ DAY = timedelta(days=1)
 
 
 def reasons(connection: Connection, user: int, tokens: int) -> tuple[str | None, str | None]:
-    """Return what the check says and what the gate says; a denial of the gate must tell the check's figures."""
+    """Return the reasons of the check and of the gate. A denial of the gate must have the check's figures."""
     access = check_access(connection, user, tokens, "Test", now=NOW)
     denied = None
     try:
@@ -48,7 +48,7 @@ def reasons(connection: Connection, user: int, tokens: int) -> tuple[str | None,
         ({"end": NOW - timedelta(microseconds=1)}, 0, 0, 1, "subscription_expired"),
         ({"end": NOW + DAY}, 0, 0, 1, None),
         ({"active": False}, 0, 0, 0, "subscription_deactivated"),
-        # The first reason that applies is the one that is given.
+        # The first reason that applies is returned.
         ({"active": False, "end": NOW - DAY}, 1_000, 0, 1, "subscription_deactivated"),
         ({"end": NOW - DAY}, 1_000, 0, 1, "subscription_expired"),
         ({}, 1_000, 0, 5_000, "no_tokens_remaining"),
@@ -75,7 +75,7 @@ def test_the_check_and_the_gate_give_the_same_reason(
     assert reasons(connection, user, tokens) == (reason, reason)
 
 
-def test_a_user_without_a_subscription_is_told_so(host: Host, connection: Connection) -> None:
+def test_the_denial_of_a_user_without_a_subscription_says_so(host: Host, connection: Connection) -> None:
     assert reasons(connection, host.user(), 0) == ("no_subscription", "no_subscription")
     assert reasons(connection, 987_654, 0) == ("no_subscription", "no_subscription")
 

@@ -59,7 +59,7 @@ def test_of_32_gates_at_once_exactly_as_many_are_admitted_as_the_budget_covers(h
     assert_true(host)
 
 
-def test_a_gate_that_waited_decides_on_what_was_committed_meanwhile(host: Host, connection: Connection) -> None:
+def test_a_gate_that_waited_decides_on_the_data_committed_during_the_wait(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     hold_tokens(connection, user, 0)
     pid = backend_pid(connection)
@@ -103,7 +103,7 @@ def test_a_rebuild_sees_a_row_of_the_host_and_its_delta_or_neither(host: Host, c
     assert_true(host)
 
 
-def test_the_first_gates_of_a_user_at_once_make_one_balance(host: Host, database: str) -> None:
+def test_several_concurrent_first_gates_of_a_user_create_one_balance(host: Host, database: str) -> None:
     user = host.subscriber(1_000)
     host.log(user, 10)
     engine = create_engine(database, poolclass=QueuePool, pool_size=8, isolation_level="AUTOCOMMIT")
@@ -182,7 +182,7 @@ def test_two_users_may_run_tasks_of_the_same_id(host: Host, connection: Connecti
     assert_true(host)
 
 
-def test_closing_gives_back_the_rest_once(host: Host, connection: Connection) -> None:
+def test_closing_a_hold_releases_its_remaining_tokens_once(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     unused, used = hold_tokens(connection, user, 300), hold_tokens(connection, user, 400)
     charge_tokens(connection, used, 150)
@@ -203,7 +203,9 @@ def test_an_overtaken_attempt_cant_close(host: Host, connection: Connection) -> 
     assert close_hold(connection, second) == "released"
 
 
-def test_of_many_closings_at_once_one_gives_back(host: Host, connection: Connection, database: str) -> None:
+def test_of_several_concurrent_closings_one_releases_the_tokens(
+    host: Host, connection: Connection, database: str
+) -> None:
     user = host.subscriber(1_000)
     hold = hold_tokens(connection, user, 300)
     hold_tokens(connection, user, 500)
@@ -218,7 +220,7 @@ def test_of_many_closings_at_once_one_gives_back(host: Host, connection: Connect
     assert balance(host, user) == (0, 500)
 
 
-def test_the_next_gate_takes_overdue_holds_back(host: Host, connection: Connection) -> None:
+def test_the_next_gate_ends_overdue_holds(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     dead = hold_tokens(connection, user, 1_000, ttl=60, now=NOW)
     with pytest.raises(TokensDenied):
@@ -230,7 +232,7 @@ def test_the_next_gate_takes_overdue_holds_back(host: Host, connection: Connecti
     assert_true(host)
 
 
-def test_the_sweep_takes_back_what_is_overdue_and_nothing_else(host: Host, connection: Connection) -> None:
+def test_the_sweep_ends_overdue_holds_and_no_others(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     charged = hold_tokens(connection, user, 300, ttl=60, now=NOW)
     charge_tokens(connection, charged, 100, now=NOW)
@@ -243,7 +245,7 @@ def test_the_sweep_takes_back_what_is_overdue_and_nothing_else(host: Host, conne
     assert_true(host)
 
 
-def test_the_sweep_passes_over_a_user_whose_balance_is_in_use(host: Host, connection: Connection) -> None:
+def test_the_sweep_skips_a_user_whose_balance_is_locked(host: Host, connection: Connection) -> None:
     busy, free = host.subscriber(1_000), host.subscriber(1_000)
     for user in (busy, free):
         hold_tokens(connection, user, 100, ttl=60, now=NOW)
@@ -255,7 +257,7 @@ def test_the_sweep_passes_over_a_user_whose_balance_is_in_use(host: Host, connec
     assert_true(host)
 
 
-def test_the_sweep_takes_a_bounded_number_the_longest_overdue_first(host: Host, connection: Connection) -> None:
+def test_the_sweep_ends_a_limited_number_of_holds_the_longest_overdue_first(host: Host, connection: Connection) -> None:
     users = [host.subscriber(1_000) for _ in range(3)]
     for wait, user in zip((30, 10, 20), users, strict=True):
         hold_tokens(connection, user, 100, ttl=wait, now=NOW)

@@ -1,4 +1,4 @@
-"""Two attempts of one task: who has the hold, what each may spend, and what is done only once."""
+"""Two attempts of one task: which attempt has the hold, what each may spend, and which work is done only once."""
 
 from datetime import timedelta
 from typing import Any
@@ -45,7 +45,7 @@ def begin(connection: Connection, hold: Hold, bound: int, seconds: float = 0, *,
 
 
 def redo(connection: Connection, user: int, how: str) -> Hold:
-    """Have the work done, delivered again, and that replay end in some way; then deliver once more."""
+    """Complete the work, replay it, end the replay as `how` says, and deliver the task once more."""
     close_hold(connection, deliver(connection, user), completed=True, now=NOW)
     replay = deliver(connection, user)
     if how == "its body failed":
@@ -67,7 +67,7 @@ ENDS_OF_A_REPLAY = [
 ]
 
 
-def test_while_an_attempt_has_its_lease_a_duplicate_is_told_when_to_ask_again(
+def test_while_an_attempt_has_its_lease_a_duplicate_gets_the_time_to_try_again(
     host: Host, connection: Connection, user: int
 ) -> None:
     first = deliver(connection, user)
@@ -78,14 +78,14 @@ def test_while_an_attempt_has_its_lease_a_duplicate_is_told_when_to_ask_again(
     assert_true(host)
 
 
-def test_a_duplicate_beside_one_that_waits_is_superfluous(connection: Connection, user: int) -> None:
+def test_a_second_waiting_duplicate_is_redundant(connection: Connection, user: int) -> None:
     deliver(connection, user)
-    told = []
+    redundant = []
     for seconds in (1, 2, LEASE - 1):
         with pytest.raises(HoldBusyError) as busy:
             deliver(connection, user, seconds)
-        told.append(busy.value.redundant)
-    assert told == [False, True, True]
+        redundant.append(busy.value.redundant)
+    assert redundant == [False, True, True]
     assert deliver(connection, user, LEASE).attempt == 2
 
 
@@ -125,9 +125,7 @@ def test_a_call_before_the_sweep_saves_an_overdue_hold(host: Host, connection: C
     assert_true(host)
 
 
-def test_an_overtaken_attempt_can_do_nothing_but_record_what_it_spent(
-    host: Host, connection: Connection, user: int
-) -> None:
+def test_an_overtaken_attempt_can_only_record_its_usage(host: Host, connection: Connection, user: int) -> None:
     first = deliver(connection, user)
     deliver(connection, user, LEASE)
     with pytest.raises(HoldOvertakenError):
@@ -140,7 +138,7 @@ def test_an_overtaken_attempt_can_do_nothing_but_record_what_it_spent(
     assert_true(host)
 
 
-def test_what_a_slow_attempt_is_buying_is_kept_back_from_its_successor(
+def test_tokens_of_a_slow_attempts_call_in_flight_are_withheld_from_the_next_attempt(
     host: Host, connection: Connection, user: int
 ) -> None:
     first = deliver(connection, user)
@@ -156,10 +154,10 @@ def test_what_a_slow_attempt_is_buying_is_kept_back_from_its_successor(
     assert_true(host)
 
 
-def test_a_successor_gets_as_much_as_is_kept_back_if_the_budget_has_it(
+def test_the_next_attempt_gets_the_withheld_tokens_again_if_the_budget_allows(
     host: Host, connection: Connection, user: int
 ) -> None:
-    """Else a task whose worker died in a call of all its hold could never go on."""
+    """Otherwise a task whose worker died in a call for its whole hold could never continue."""
     attempts = []
     for number, (left, held) in enumerate([(300, 300), (300, 600), (300, 900), (0, 900)]):
         attempts.append(deliver(connection, user, number * LEASE, tokens=300))
@@ -171,7 +169,7 @@ def test_a_successor_gets_as_much_as_is_kept_back_if_the_budget_has_it(
     assert_true(host)
 
 
-def test_what_a_dead_attempt_was_buying_is_not_kept_back_from_its_retry_and_is_named(
+def test_tokens_of_a_dead_attempts_call_are_free_for_its_retry_and_the_call_is_listed(
     connection: Connection, user: int
 ) -> None:
     first = deliver(connection, user)
@@ -184,7 +182,7 @@ def test_what_a_dead_attempt_was_buying_is_not_kept_back_from_its_retry_and_is_n
     assert list_unrecorded_calls(connection) == []
 
 
-def test_a_retry_of_the_second_attempt_does_not_forget_the_call_of_a_slow_first(
+def test_a_retry_of_the_second_attempt_keeps_the_call_of_a_slow_first_attempt_covered(
     host: Host, connection: Connection, user: int
 ) -> None:
     """Three attempts: the first is slow, and the worker that saw the second die sent the third."""
@@ -202,10 +200,10 @@ def test_a_retry_of_the_second_attempt_does_not_forget_the_call_of_a_slow_first(
     assert_true(host)
 
 
-def test_a_hold_opened_anew_is_not_burdened_with_calls_of_the_one_that_ended(
+def test_a_new_hold_does_not_cover_the_calls_of_the_hold_that_ended(
     host: Host, connection: Connection, user: int
 ) -> None:
-    """They were given back with it. Else a task whose worker died in a call could never go on."""
+    """Their tokens were released. Otherwise a task whose worker died in a call could never continue."""
     first = deliver(connection, user)
     begin(connection, first, 600)
     expire_holds(connection, now=after(1_200))
@@ -269,9 +267,7 @@ def test_work_that_is_done_stays_done_however_its_replay_ends(
     assert_true(host)
 
 
-def test_a_replay_that_extends_its_hold_is_granted_nothing_to_spend(
-    host: Host, connection: Connection, user: int
-) -> None:
+def test_a_replay_that_extends_its_hold_gets_no_tokens(host: Host, connection: Connection, user: int) -> None:
     close_hold(connection, deliver(connection, user), completed=True)
     replay = deliver(connection, user)
     assert extend_hold(connection, replay, 400, now=NOW) == (None, 0)
@@ -281,13 +277,13 @@ def test_a_replay_that_extends_its_hold_is_granted_nothing_to_spend(
 
 
 def overtaken_in_a_call(connection: Connection, user: int, bound: int) -> tuple[Hold, Hold]:
-    """Return a first attempt that is in a call still, and the second that has its hold."""
+    """Return a first attempt that is still in a call, and the second attempt, which has the hold."""
     first = deliver(connection, user)
     begin(connection, first, bound)
     return first, deliver(connection, user, LEASE)
 
 
-def test_what_a_slow_attempt_is_buying_stays_held_when_its_successor_ends(
+def test_tokens_of_a_slow_attempts_call_in_flight_stay_held_when_the_next_attempt_ends(
     host: Host, connection: Connection, user: int
 ) -> None:
     first, second = overtaken_in_a_call(connection, user, 400)
@@ -303,7 +299,7 @@ def test_what_a_slow_attempt_is_buying_stays_held_when_its_successor_ends(
     assert_true(host)
 
 
-def test_a_hold_that_is_open_for_calls_in_flight_ends_with_the_last_of_them_and_lets_nobody_spend(
+def test_a_hold_that_is_open_only_for_calls_in_flight_ends_with_the_last_one_and_allows_no_new_call(
     host: Host, connection: Connection, user: int
 ) -> None:
     first, second = overtaken_in_a_call(connection, user, 200)
@@ -328,7 +324,7 @@ def test_a_hold_that_is_open_for_calls_in_flight_ends_with_the_last_of_them_and_
 @pytest.mark.parametrize(
     ("completed", "retries", "tokens"), [(True, 0, 0), (True, 1, 0), (False, 0, 600), (False, 1, 600)]
 )
-def test_a_task_comes_back_to_a_hold_that_is_open_for_calls_in_flight_as_to_a_closed_one(
+def test_a_redelivered_task_passes_the_gate_if_its_hold_is_open_only_for_calls_in_flight(
     host: Host, connection: Connection, user: int, completed: bool, retries: int, tokens: int
 ) -> None:
     first, second = overtaken_in_a_call(connection, user, 400)
@@ -344,7 +340,7 @@ def test_a_task_comes_back_to_a_hold_that_is_open_for_calls_in_flight_as_to_a_cl
     assert_true(host)
 
 
-def test_a_task_without_tokens_for_another_try_leaves_what_is_in_flight_held(
+def test_a_task_that_is_denied_another_attempt_leaves_calls_in_flight_covered(
     host: Host, connection: Connection, user: int
 ) -> None:
     _, second = overtaken_in_a_call(connection, user, 500)
@@ -358,7 +354,7 @@ def test_a_task_without_tokens_for_another_try_leaves_what_is_in_flight_held(
 
 
 def test_the_tokens_of_a_call_in_flight_outlive_their_hold_once(host: Host, connection: Connection, user: int) -> None:
-    """A process that stood still in a call may still come back with it: nobody else is given what that may cost."""
+    """A frozen process may still return from a call, so no other task gets the call's maximum cost."""
     first = deliver(connection, user)
     begin(connection, first, 400)
     assert read_account(connection, user, now=after(600)).held == 400
@@ -379,7 +375,7 @@ def test_the_tokens_of_a_call_in_flight_outlive_their_hold_once(host: Host, conn
 
 
 def test_a_retry_leaves_the_call_of_another_delivery_covered(host: Host, connection: Connection, user: int) -> None:
-    """The attempt that asked for the retry is not the one that has the hold: that one lives, in a call."""
+    """The attempt that asked for the retry does not have the hold: another attempt has it, and is in a call."""
     deliver(connection, user, tokens=900)
     alive = deliver(connection, user, LEASE, tokens=900)
     begin(connection, alive, 700, LEASE)
@@ -392,7 +388,9 @@ def test_a_retry_leaves_the_call_of_another_delivery_covered(host: Host, connect
     assert_true(host)
 
 
-def test_who_lost_the_hold_and_died_says_nothing_of_who_has_it(host: Host, connection: Connection, user: int) -> None:
+def test_the_death_of_an_attempt_that_lost_its_hold_does_not_affect_the_holds_owner(
+    host: Host, connection: Connection, user: int
+) -> None:
     alive = deliver(connection, user)
     begin(connection, alive, 400)
     abandon_calls(connection, user, "t", owner="test:2")
@@ -403,7 +401,7 @@ def test_who_lost_the_hold_and_died_says_nothing_of_who_has_it(host: Host, conne
     assert_true(host)
 
 
-def test_a_gate_finds_a_call_in_flight_past_its_hold_as_the_sweep_does(
+def test_a_gate_treats_a_call_in_flight_past_its_hold_as_the_sweep_does(
     host: Host, connection: Connection, user: int
 ) -> None:
     first = deliver(connection, user)
@@ -433,10 +431,10 @@ def test_a_task_delivered_after_its_hold_ran_out_passes_the_gate_beside_its_call
     assert_true(host)
 
 
-def test_a_charge_that_comes_after_its_hold_ran_out_may_pass_the_budget_by_no_more_than_its_bound(
+def test_a_charge_after_the_expiry_of_its_hold_exceeds_the_budget_by_at_most_its_maximum_cost(
     host: Host, connection: Connection, user: int
 ) -> None:
-    """The one way past a budget without the provider's help: a process that stood still in a call for two holds."""
+    """Only this exceeds a budget without the provider's fault: a process that is frozen in a call for two periods."""
     first = deliver(connection, user)
     begin(connection, first, 400)
     other = hold_tokens(connection, user, 1_000, now=after(1_201))

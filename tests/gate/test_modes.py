@@ -1,4 +1,4 @@
-"""Modes of the gate: what is denied runs all the same, is noted or not, and leaves true books."""
+"""Modes of the gate: which denied tasks a mode admits, which denials it records, and that the books stay true."""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -17,11 +17,11 @@ from trueup.errors import InvalidInputError, TokensDenied
 from trueup.gate.decision import check_gate
 from trueup.gate.holds import close_hold
 from trueup.gate.modes import (
-    lets_pass,
     list_changes,
     list_modes,
     list_observed_denials,
     mode_of,
+    overrides_denial,
     prune_observed_denials,
     set_mode,
 )
@@ -60,23 +60,25 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     get_settings.cache_clear()
 
 
-def test_what_is_observed_runs_past_the_budget_and_is_noted(host: Host, connection: Connection) -> None:
+def test_observe_mode_admits_a_task_beyond_the_budget_and_records_the_denial(
+    host: Host, connection: Connection
+) -> None:
     user = host.subscriber(1_000)
     mode(connection, "observe")
     hold = hold_tokens(connection, user, 1_500)
-    assert (hold.passed, hold.tokens_left) == ("insufficient_tokens", 1_500)
+    assert (hold.overridden, hold.tokens_left) == ("insufficient_tokens", 1_500)
     assert denials(host) == [(FEATURE, "insufficient_tokens", 1_500)]
     charge_tokens(connection, hold, 1_400)
     assert balance(host, user) == (1_400, 100)
     close_hold(connection, hold)
     again = hold_tokens(connection, user, 10)
-    assert again.passed == "no_tokens_remaining"
+    assert again.overridden == "no_tokens_remaining"
     assert_true(host)
 
 
-@pytest.mark.parametrize(("mode_now", "noted"), [("observe", 1), ("off", 0)])
-def test_a_task_whose_attempt_died_in_a_call_goes_on_past_the_budget_too(
-    host: Host, connection: Connection, mode_now: str, noted: int
+@pytest.mark.parametrize(("mode_now", "recorded"), [("observe", 1), ("off", 0)])
+def test_a_task_whose_attempt_died_in_a_call_continues_beyond_the_budget_too(
+    host: Host, connection: Connection, mode_now: str, recorded: int
 ) -> None:
     user = host.subscriber(1_000)
     mode(connection, mode_now)
@@ -84,28 +86,28 @@ def test_a_task_whose_attempt_died_in_a_call_goes_on_past_the_budget_too(
     begin_call(connection, first, call_key="1", max_tokens=1_500, lease_seconds=0, ttl_seconds=600)
     second = hold_tokens(connection, user, 1_500, task="t")
     assert (second.tokens_left, balance(host, user)) == (1_500, (0, 3_000))
-    assert len(denials(host)) == noted
+    assert len(denials(host)) == recorded
     charge_tokens(connection, second, 1_500, key="2")
     assert charge_tokens(connection, first, 1_500).tokens_over == 0
     assert_true(host)
 
 
-def test_what_is_admitted_is_not_noted(host: Host, connection: Connection) -> None:
+def test_an_admitted_task_leaves_no_record_of_a_denial(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     mode(connection, "observe")
-    assert hold_tokens(connection, user, 1_000).passed is None
+    assert hold_tokens(connection, user, 1_000).overridden is None
     assert denials(host) == []
 
 
-def test_what_is_off_runs_and_is_not_noted(host: Host, connection: Connection) -> None:
+def test_off_mode_admits_a_task_and_records_nothing(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000, active=False)
     mode(connection, "off")
-    assert hold_tokens(connection, user, 1_500).passed == "subscription_deactivated"
+    assert hold_tokens(connection, user, 1_500).overridden == "subscription_deactivated"
     assert denials(host) == []
     assert_true(host)
 
 
-def test_a_feature_goes_before_every_feature_and_both_before_the_settings(
+def test_a_features_own_mode_precedes_that_of_every_feature_and_both_precede_the_settings(
     host: Host, connection: Connection, settings: pytest.MonkeyPatch
 ) -> None:
     user = host.subscriber(1_000)
@@ -118,24 +120,24 @@ def test_a_feature_goes_before_every_feature_and_both_before_the_settings(
     with pytest.raises(TokensDenied):
         hold_tokens(connection, user, 1_500)
     mode(connection, "off")
-    assert hold_tokens(connection, user, 1_500).passed
+    assert hold_tokens(connection, user, 1_500).overridden
     mode(connection, None)
     with pytest.raises(TokensDenied):
         hold_tokens(connection, user, 1_500)
     assert len(denials(host)) == 1
 
 
-def test_a_user_without_a_subscription_is_let_pass_with_true_books(host: Host, connection: Connection) -> None:
+def test_observe_mode_admits_a_user_without_a_subscription_with_true_books(host: Host, connection: Connection) -> None:
     user = host.user()
     mode(connection, "observe")
     hold = hold_tokens(connection, user, 300)
-    assert (hold.passed, hold.tokens_left) == ("no_subscription", 300)
+    assert (hold.overridden, hold.tokens_left) == ("no_subscription", 300)
     assert begin_call(connection, hold, call_key="1", max_tokens=300, lease_seconds=30, ttl_seconds=60) is None
     charge_tokens(connection, hold, 200)
     assert_true(host)
     subscribe(host, user, 1_000)
     second = hold_tokens(connection, user, 500)
-    assert second.passed is None
+    assert second.overridden is None
     assert balance(host, user) == (200, 600)
     close_hold(connection, hold)
     close_hold(connection, second)
@@ -157,7 +159,9 @@ def test_an_extension_obeys_the_mode_too(host: Host, connection: Connection) -> 
     assert_true(host)
 
 
-def test_a_redelivery_of_what_was_let_pass_is_not_noted_again(host: Host, connection: Connection) -> None:
+def test_a_redelivery_of_a_task_that_observe_mode_admitted_is_not_recorded_again(
+    host: Host, connection: Connection
+) -> None:
     user = host.subscriber(100)
     mode(connection, "observe")
     hold_tokens(connection, user, 500, task="t")
@@ -165,18 +169,20 @@ def test_a_redelivery_of_what_was_let_pass_is_not_noted_again(host: Host, connec
     assert (again.reattached, again.tokens_left, len(denials(host))) == (True, 500, 1)
 
 
-@pytest.mark.parametrize(("set_to", "passes", "noted"), [("enforce", False, 0), ("observe", True, 1), ("off", True, 0)])
-def test_a_check_that_holds_nothing_obeys_the_mode(
-    host: Host, connection: Connection, set_to: str, passes: bool, noted: int
+@pytest.mark.parametrize(
+    ("set_to", "passes", "recorded"), [("enforce", False, 0), ("observe", True, 1), ("off", True, 0)]
+)
+def test_a_check_without_a_hold_obeys_the_mode(
+    host: Host, connection: Connection, set_to: str, passes: bool, recorded: int
 ) -> None:
     user = host.subscriber(100)
     mode(connection, set_to)
     denied = {"feature_name": FEATURE, "reason": "insufficient_tokens", "tokens": 500}
-    assert lets_pass(connection, user, **denied) is passes
-    assert len(denials(host)) == noted
+    assert overrides_denial(connection, user, **denied) is passes
+    assert len(denials(host)) == recorded
 
 
-def test_each_change_is_written_down_once(host: Host, connection: Connection) -> None:
+def test_each_change_is_recorded_once(host: Host, connection: Connection) -> None:
     assert [mode(connection, m) for m in ("observe", "observe", "enforce", None, None)] == [
         None,
         "observe",
@@ -192,7 +198,7 @@ def test_each_change_is_written_down_once(host: Host, connection: Connection) ->
     ]
 
 
-def test_of_those_who_change_a_mode_at_once_each_says_what_it_changed(host: Host) -> None:
+def test_each_of_several_concurrent_mode_changes_records_the_mode_that_it_replaced(host: Host) -> None:
     def change(to: str) -> None:
         with host.engine.begin() as connection:
             mode(connection, to)
@@ -205,10 +211,10 @@ def test_of_those_who_change_a_mode_at_once_each_says_what_it_changed(host: Host
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mode": "enforced"}, "mode: 'enforced' is none of enforce, observe, off"),
-        ({"feature_name": " "}, "feature: give a text"),
-        ({"note": ""}, "note: give a text"),
-        ({"changed_by": "\x00"}, "by: give a text"),
+        ({"mode": "enforced"}, "mode: 'enforced' is unknown. Use one of enforce, observe, off"),
+        ({"feature_name": " "}, "feature: '' can't be stored. Give a text"),
+        ({"note": ""}, "note: '' can't be stored. Give a text"),
+        ({"changed_by": "\x00"}, "by: .* can't be stored. Give a text"),
     ],
 )
 def test_a_malformed_change_is_refused(connection: Connection, change: dict[str, str], message: str) -> None:
@@ -218,7 +224,9 @@ def test_a_malformed_change_is_refused(connection: Connection, change: dict[str,
     assert list_changes(connection) == []
 
 
-def test_modes_and_denials_are_listed_with_what_they_would_have_cost(host: Host, connection: Connection) -> None:
+def test_modes_and_denials_are_listed_with_the_tokens_that_the_tasks_asked_for(
+    host: Host, connection: Connection
+) -> None:
     first, second = host.subscriber(100), host.subscriber(100)
     mode(connection, "observe")
     for user in (first, first, second):
@@ -236,7 +244,7 @@ def test_modes_and_denials_are_listed_with_what_they_would_have_cost(host: Host,
     assert (status.observed_denials, status.observed_denial_tokens) == (3, 1_500)
 
 
-def test_old_denials_are_forgotten(host: Host, connection: Connection) -> None:
+def test_old_denials_are_deleted(host: Host, connection: Connection) -> None:
     user = host.subscriber(100)
     mode(connection, "observe")
     for _ in range(3):

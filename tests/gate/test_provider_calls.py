@@ -46,7 +46,7 @@ def on_record(host: Host) -> list[tuple[Any, ...]]:
     return [tuple(row) for row in rows]
 
 
-def test_a_call_is_on_record_from_before_it_is_made_until_it_is_charged(
+def test_a_calls_intent_is_recorded_before_the_call_and_removed_by_its_charge(
     host: Host, connection: Connection, hold: Hold
 ) -> None:
     assert begin(connection, hold, 600) is None
@@ -56,7 +56,7 @@ def test_a_call_is_on_record_from_before_it_is_made_until_it_is_charged(
     assert begin(connection, hold, 530, key="2") is None
 
 
-def test_a_call_that_the_hold_does_not_cover_is_refused_with_what_it_covers(
+def test_a_call_that_the_hold_does_not_cover_is_refused_with_the_tokens_left(
     host: Host, connection: Connection, hold: Hold
 ) -> None:
     charge_tokens(connection, hold, 100, key="0", now=NOW)
@@ -75,14 +75,14 @@ def test_calls_at_the_same_time_share_the_hold(connection: Connection, hold: Hol
 
 
 def test_a_call_begun_again_counts_once_with_its_newer_bound(host: Host, connection: Connection, hold: Hold) -> None:
-    """An answer to the first asking that was lost on its way is asked for again."""
+    """The caller repeats the request if the first answer was lost."""
     begin(connection, hold, 600)
     assert begin(connection, hold, 400) is None
     assert on_record(host) == [("1", 1, 400, "started")]
     assert begin(connection, hold, 200, key="2") is None
 
 
-def test_a_call_that_cost_nothing_is_forgotten_and_its_tokens_are_free(
+def test_the_intent_of_a_call_that_cost_nothing_is_deleted_and_its_tokens_are_free(
     host: Host, connection: Connection, hold: Hold
 ) -> None:
     begin(connection, hold, 600)
@@ -91,7 +91,7 @@ def test_a_call_that_cost_nothing_is_forgotten_and_its_tokens_are_free(
     assert begin(connection, hold, 600, key="2") is None
 
 
-def test_a_call_whose_outcome_nobody_knows_is_named_at_once_and_holds_nothing_back(
+def test_a_call_with_an_unknown_outcome_is_listed_at_once_and_reserves_no_tokens(
     host: Host, connection: Connection, user: int, hold: Hold
 ) -> None:
     begin(connection, hold, 600)
@@ -99,7 +99,7 @@ def test_a_call_whose_outcome_nobody_knows_is_named_at_once_and_holds_nothing_ba
     [call] = list_unrecorded_calls(connection)
     assert call == UnrecordedCall(user_id=user, task_id="t", call_key="1", tokens_bound=600, started_at=NOW)
     assert begin(connection, hold, 600, key="2") is None
-    assert host.used(user) == 0  # possible usage is reported, and never made up
+    assert host.used(user) == 0  # possible usage is reported, but not recorded as usage
     assert_true(host)
 
 
@@ -124,7 +124,7 @@ def test_ending_a_call_leaves_that_of_another_attempt_or_user_alone(
 
 
 @pytest.mark.parametrize("end", ["closed", "expired"])
-def test_a_call_in_flight_is_named_when_its_hold_ends_and_no_more_when_it_is_recorded(
+def test_a_call_in_flight_is_listed_from_the_end_of_its_hold_until_its_charge(
     host: Host, connection: Connection, hold: Hold, end: str
 ) -> None:
     begin(connection, hold, 300)
@@ -148,7 +148,7 @@ def test_unrecorded_calls_are_listed_newest_first(connection: Connection, hold: 
 
 
 @pytest.mark.parametrize("end", ["closed", "expired", "taken over", "never opened"])
-def test_no_call_is_begun_without_an_open_hold_of_ones_own(
+def test_no_call_begins_without_an_open_hold_of_its_own_attempt(
     host: Host, connection: Connection, hold: Hold, end: str
 ) -> None:
     if end == "closed":
@@ -172,7 +172,9 @@ def test_a_call_is_begun_and_ended_while_the_balance_is_in_use(
         end_call(connection, hold, call_key="1", unknown=False)
 
 
-def test_without_an_injected_clock_a_call_renews_by_the_databases(host: Host, connection: Connection) -> None:
+def test_without_an_injected_clock_a_call_renews_its_hold_by_the_databases_clock(
+    host: Host, connection: Connection
+) -> None:
     hold = hold_tokens(connection, host.subscriber(), 600)
     begin_call(connection, hold, call_key="1", max_tokens=1, lease_seconds=100, ttl_seconds=1_000)
     left = host.execute("SELECT lease_until - now() AS lease, expires_at - now() AS hold FROM trueup.hold").one()
@@ -191,7 +193,9 @@ def test_a_hold_is_extended_as_the_gate_would_admit(host: Host, connection: Conn
     assert_true(host)
 
 
-def test_what_an_extended_hold_has_left_is_told_without_calls_in_flight(connection: Connection, hold: Hold) -> None:
+def test_an_extension_returns_the_tokens_left_without_those_of_calls_in_flight(
+    connection: Connection, hold: Hold
+) -> None:
     begin(connection, hold, 500)
     assert extend_hold(connection, hold, 50, now=NOW) == (None, 150)
     assert extend_hold(connection, hold, 5_000, now=NOW) == ("insufficient_tokens", 150)

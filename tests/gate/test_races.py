@@ -45,7 +45,7 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """`rows`: those it locks, in that order. `row?`: goes on without it if it is locked; `row!`: gives up then."""
+    """`rows`: the rows it locks, in order. `row?`: skips the row if it is locked. `row!`: stops if it is locked."""
 
     act: Callable[[Connection, Scene], Any]
     rows: str = ""
@@ -210,8 +210,8 @@ def test_two_operations_at_once_leave_true_books(
         assert account.consumed + account.held <= account.original  # I2
 
 
-def test_a_host_that_logs_waits_for_nobody_and_nobody_for_it() -> None:
-    """Said of the table above, so that nobody changes it lightly."""
+def test_a_host_that_logs_usage_neither_waits_nor_is_waited_for() -> None:
+    """This asserts the table above, so that a change of the table needs a reason."""
     logs = OPERATIONS["host logs"]
     assert not any(other.waits_for(logs) or logs.waits_for(other) for other in OPERATIONS.values())
 

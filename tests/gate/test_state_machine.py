@@ -1,4 +1,4 @@
-"""Any sequence of trueup's operations, and of the host's, leaves what a plain model says.
+"""Any sequence of operations of trueup and the host leaves the state that a plain model computes.
 
 A failure prints the steps that lead to it.
 """
@@ -64,11 +64,11 @@ class BillingMachine(HostMachine):
 
     @rule(step=st.sampled_from(STEPS), data=st.data())
     def step(self, step: str, data: st.DataObject) -> None:
-        """One rule of many kinds: Hypothesis would leave out whole rules, and without a hold most others do nothing."""
+        """Do one step of any kind. Hypothesis would drop whole rules, and most need an open hold to have an effect."""
         getattr(self, step)(data.draw)
 
     def draw_attempt(self, draw: Draw) -> tuple[ModelUser, Handle, Hold]:
-        """Draw a task's attempt: one that has the hold, if the gate gives it one; or the last, or one before."""
+        """Draw an attempt of a task: the one to which the gate gives the hold, the last one, or an earlier one."""
         user, task = self.draw_user(draw), draw(tasks)
         back = draw(st.sampled_from([None, None, None, 0, 1, 2]))
         if back is None and user.open_hold_of(task) is None:
@@ -89,7 +89,7 @@ class BillingMachine(HostMachine):
         return user, Handle(user=user.user, task=task, attempt=attempt), hold
 
     def committed(self, user: ModelUser) -> int:
-        """Return what the database has promised: consumed + held."""
+        """Return the tokens that the database has committed: consumed + held."""
         account = read_account(self.connection, user.user, now=self.now)
         return account.consumed + account.held
 
@@ -169,7 +169,7 @@ class BillingMachine(HostMachine):
         recorded, late, over, left = user.record_charge(handle, key, tokens, self.now)
         charge = charge_tokens(self.connection, hold, tokens, key=key, now=self.now)
         assert charge == Charge(recorded=recorded, late=late, tokens_over=over, tokens_left=left)
-        # Only what a hold did not cover adds to what was promised; overdue holds are left out before and after.
+        # Only tokens that no hold covered add to the committed tokens. Overdue holds are left out before and after.
         assert self.committed(user) <= before + (over if recorded else 0)
 
     def close_hold(self, draw: Draw) -> None:
@@ -210,7 +210,7 @@ class BillingMachine(HostMachine):
         self._learn_what_was_settled()
 
     def _learn_which_expired(self) -> None:
-        """A refreshed balance gives overdue holds back; one that was fresh is not looked at. Either is right."""
+        """A refreshed balance ends overdue holds; an up-to-date balance is not refreshed. Both are correct."""
         still_open = {(row.user_id, row.task_id, row.expires_at) for row in list_holds(self.connection)}
         for user in self.users:
             overdue = [hold for hold in user.holds if hold.status == "open" and hold.expires_at <= self.now]
@@ -218,7 +218,7 @@ class BillingMachine(HostMachine):
                 user.expire_holds(self.now)
 
     def _learn_what_was_settled(self) -> None:
-        """A refreshed balance settles its grants; one that was fresh is not looked at. Either is right."""
+        """A refreshed balance settles its grants; an up-to-date balance is not refreshed. Both are correct."""
         for user in self.users:
             if self._settled(user) != self._settled_in_model(user):
                 user.lock(self.now)
@@ -239,13 +239,13 @@ class BillingMachine(HostMachine):
 
     def _settled_in_model(self, user: ModelUser) -> tuple[Any, Any, Any]:
         book = user.book
-        return [(change.window, change.at) for change in book.told], book.closed, book.settled
+        return [(change.window, change.at) for change in book.changes], book.closed, book.settled
 
     @invariant()
     def the_books_are_true(self) -> None:
         assert_true(self.host)  # I1, I4
         for user in self.users:
-            # A hold is passed only by a provider that billed more than the call had leave for.
+            # Usage exceeds a hold only if the provider bills more than the call's maximum cost.
             assert all(hold.over <= hold.excess for hold in user.holds)
             account = read_account(self.connection, user.user, now=self.now)
             counter = user.counter if user.subscribed else None

@@ -1,4 +1,4 @@
-"""Conditions and expressions of the mapping: what is refused at the setup, and what may be built upon."""
+"""Conditions and expressions of the mapping: the setup refuses unusable ones and accepts the others."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -70,7 +70,7 @@ def engine(empty_database: str) -> Iterator[Engine]:
 
 
 def problems(engine: Engine, mappings: dict[str, HostMapping]) -> dict[str, str | None]:
-    """Return what is said of each, None of a good one; of nothing is anything left."""
+    """Return the problem of each mapping, None for a good one. Check that no trial leaves anything behind."""
     said = {}
     with engine.connect() as connection:
         for name, mapping in mappings.items():
@@ -101,27 +101,27 @@ BAD_TOKENS = {
     "{row}.base > 5": "its type is boolean",
     "{row}.size": "its type is app.tokens",
     "{row}.base, {row}.gift": "its type is record",
-    "(SELECT 5)": "it looks beyond its row",
-    "(SELECT count(*) FROM app.log)": "it looks beyond its row",
-    "CAST(sum({row}.base) AS bigint)": "it looks beyond its row",
-    "generate_series(1, {row}.base)": "it looks beyond its row",
-    "CASE WHEN {row}.trial_end > now() THEN 1 ELSE 2 END": "it does not always give the same for the same row",
-    "CAST(random() * 10 AS integer)": "it does not always give the same for the same row",
-    "{row}.base / {row}.gift": "it divides by what may be 0 for a row",
-    "{row}.base / 2 / {row}.gift": "it divides by what may be 0 for a row",
-    "{row}.base / 0": "it divides by what may be 0 for a row",
-    "mod({row}.base, {row}.base)": "it divides by what may be 0 for a row",
+    "(SELECT 5)": "it reads more than its row",
+    "(SELECT count(*) FROM app.log)": "it reads more than its row",
+    "CAST(sum({row}.base) AS bigint)": "it reads more than its row",
+    "generate_series(1, {row}.base)": "it reads more than its row",
+    "CASE WHEN {row}.trial_end > now() THEN 1 ELSE 2 END": "it does not always return the same value for the same row",
+    "CAST(random() * 10 AS integer)": "it does not always return the same value for the same row",
+    "{row}.base / {row}.gift": "it divides by a value that may be 0 for a row",
+    "{row}.base / 2 / {row}.gift": "it divides by a value that may be 0 for a row",
+    "{row}.base / 0": "it divides by a value that may be 0 for a row",
+    "mod({row}.base, {row}.base)": "it divides by a value that may be 0 for a row",
     "CAST({row}.note AS integer)": "it casts text or jsonb, which may fail for a row",
     "double({row}.base)": "function double(integer) does not exist",
 }
 
 
-def test_tokens_may_be_any_whole_number_that_the_row_alone_says(engine: Engine) -> None:
+def test_tokens_may_be_any_whole_number_expression_over_the_row(engine: Engine) -> None:
     good = problems(engine, {one: mapped(included=one) for one in GOOD_TOKENS})
     assert good == dict.fromkeys(GOOD_TOKENS)
 
 
-def test_tokens_that_nothing_can_be_built_on_are_refused_with_the_remedy(engine: Engine) -> None:
+def test_unusable_expressions_for_tokens_are_refused_with_the_remedy(engine: Engine) -> None:
     said = problems(engine, {one: mapped(included=one) for one in BAD_TOKENS})
     for one, wanted in BAD_TOKENS.items():
         assert str(said[one]).startswith("host.subscription.tokens_included: "), (one, said[one])
@@ -158,8 +158,8 @@ GOOD_COUNTS = (
 )
 BAD_COUNTS = {
     "{row}.total_tokens": "its type is integer. Cast it: it must be boolean",
-    "{row}.created_at > now() - interval '1 day'": "it does not always give the same for the same row",
-    "{row}.ok AND 100 / {row}.code > 1": "might fail for a row, and the host's own write of the row with it",
+    "{row}.created_at > now() - interval '1 day'": "it does not always return the same value for the same row",
+    "{row}.ok AND 100 / {row}.code > 1": "might fail for a row, and the host's own write of the row would fail too",
     "{row}.ok AND CAST({row}.kind AS integer) = 1": "might fail for a row",
     "{row}.ok AND CAST(CAST({row}.kind AS text) AS integer) = 1": "might fail for a row",
     "{row}.ok AND {row}.total_tokens + {row}.code > 5": "might fail for a row",
@@ -167,19 +167,19 @@ BAD_COUNTS = {
     "{row}.ok AND app.double({row}.code) > 5": "might fail for a row",
     "CAST({row}.total_tokens AS app.tokens) = 5": "might fail for a row",
     "{row}.half IS NULL": "the rows that trueup writes would not count",
-    "EXISTS (SELECT FROM app.log)": "it looks beyond its row",
+    "EXISTS (SELECT FROM app.log)": "it reads more than its row",
     "{row}.ok AND {row}.kind = 'chat'": "the rows that trueup writes would not count",
     "{row}.ok AND {row}.is_test": "the rows that trueup writes would not count",
     "NOT {row}.is_test": "a row that trueup writes of a failed call would count",
 }
 
 
-def test_rows_may_count_by_what_can_not_fail(engine: Engine) -> None:
+def test_a_condition_that_can_not_fail_is_accepted(engine: Engine) -> None:
     good = problems(engine, {one: mapped(counts=one) for one in GOOD_COUNTS})
     assert good == dict.fromkeys(GOOD_COUNTS)
 
 
-def test_rows_do_not_count_by_what_nothing_can_be_built_on(engine: Engine) -> None:
+def test_an_unusable_condition_for_rows_is_refused(engine: Engine) -> None:
     said = problems(engine, {one: mapped(counts=one) for one in BAD_COUNTS})
     for one, wanted in BAD_COUNTS.items():
         assert str(said[one]).startswith("host.usage_log.counts: "), (one, said[one])
@@ -212,7 +212,7 @@ def test_a_condition_is_tried_with_the_values_that_trueup_writes(engine: Engine)
     assert "value too long" in str(said["too long"])
 
 
-def test_the_setup_the_look_and_the_doctor_name_the_setting_and_the_remedy(engine: Engine) -> None:
+def test_the_setup_the_preview_and_the_doctor_name_the_setting_and_the_remedy(engine: Engine) -> None:
     wrong = mapped(included="{row}.price")
     with engine.connect() as connection:
         with pytest.raises(
@@ -258,10 +258,13 @@ def test_a_label_of_an_enum_that_was_renamed_is_named(engine: Engine) -> None:
         [finding] = check_mapping(connection, Settings(host=mapping))
         assert 'host.usage_log.counts: invalid input value for enum app.state: "late"' in finding.what
         otherwise = wrong_expression(connection, mapped(counts={"column": "code", "equals": "0200"}))
-        assert otherwise == ("host.usage_log.counts: code can't have the value '0200'.", "Write it as the column does.")
+        assert otherwise == (
+            "host.usage_log.counts: code can't have the value '0200'.",
+            "Write it as PostgreSQL shows it.",
+        )
 
 
-def test_a_role_that_may_make_no_table_of_its_own_is_told(engine: Engine) -> None:
+def test_a_role_without_the_right_to_temporary_tables_is_refused_with_the_remedy(engine: Engine) -> None:
     name = f"poor_{engine.url.database}"
     with engine.begin() as connection:
         connection.exec_driver_sql(
@@ -279,7 +282,7 @@ def test_a_role_that_may_make_no_table_of_its_own_is_told(engine: Engine) -> Non
 
 
 def test_a_value_may_be_any_word(engine: Engine) -> None:
-    """Also one that stands for something in the statements that it is tried out with."""
+    """Also a word with a meaning in the statements of the trial."""
     with engine.begin() as connection:
         connection.exec_driver_sql("CREATE TYPE app.outcome AS ENUM ('SUCCEEDED', 'FAILED')")
         connection.exec_driver_sql("ALTER TABLE app.log ADD outcome app.outcome NOT NULL DEFAULT 'SUCCEEDED'")

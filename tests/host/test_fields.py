@@ -1,12 +1,12 @@
-"""The registry of the host's fields: one entry says all that the rest of the code needs to know of a column."""
+"""The registry of the host's fields: an entry has all facts that other code needs about a column."""
 
 import pytest
 
-from trueup.host.fields import FIELDS, NOUNS, TABLES, Kind, Noun, kind_of, types_of
-from trueup.host.mapping import HostMapping, PaymentTable, TokenUsageTable
+from trueup.host.fields import FIELDS, NOUNS, TABLES, Kind, Noun, PaymentTable, TokenUsageTable, kind_of, types_of
+from trueup.host.mapping import HostMapping
 from trueup.install.example_tables import build_host_metadata
 
-# Settings of a table that are no column.
+# Settings of a table that are no columns.
 NO_COLUMN = {"table", "completed_status"}
 COMPLETE = HostMapping(token_usage=TokenUsageTable(table="decrements"), payment=PaymentTable(table="payments"))
 
@@ -23,14 +23,14 @@ def test_an_entry_is_enough_for_the_example_tables(noun: Noun) -> None:
 
 
 @pytest.mark.parametrize("noun", NOUNS)
-def test_a_column_that_nothing_works_without_has_no_substitute(noun: Noun) -> None:
+def test_a_required_column_has_no_substitute(noun: Noun) -> None:
     for name, entry in FIELDS[noun].items():
         assert not (entry.required and entry.substitute is not None), name
-        assert entry.required or entry.use or not entry.is_sought, f"{name} does not say what it is for"
+        assert entry.required or entry.use or not entry.is_sought, f"{name} has no use"
 
 
 @pytest.mark.parametrize("noun", NOUNS)
-def test_no_other_name_is_listed_twice(noun: Noun) -> None:
+def test_no_synonym_is_listed_twice(noun: Noun) -> None:
     for name, entry in FIELDS[noun].items():
         assert len(entry.names) == len({name, *entry.names}) - 1, name
 

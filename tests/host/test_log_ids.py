@@ -16,14 +16,12 @@ from tests.support.host import START, Host
 from tests.support.sessions import run_at_once
 from tests.support.work import balance, charge_tokens, hold_tokens
 from trueup.database.engine import connect, dispose_engine, get_engine
-from trueup.doctor.host import check_mapping
-from trueup.doctor.log_ids import check_log_ids
+from trueup.doctor.host import check_log_ids, check_mapping
 from trueup.errors import NotInstalledError
 from trueup.host.mapping import HostMapping
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import install
-from trueup.install.rights import lacking_rights, worker_rights
-from trueup.install.roles import RoleNames, grants_sql
+from trueup.install.rights import RoleNames, grants_sql, lacking_rights, worker_rights
 from trueup.reconcile.local_run import reconcile
 from trueup.settings.policies import Rules
 from trueup.settings.settings import get_settings
@@ -45,7 +43,7 @@ COLUMNS = {
 
 
 class NumberedHost(Host):
-    """A host that leaves the ids of its log to the database."""
+    """A host whose database generates the ids of its log."""
 
     def number(self, user: int, tokens: int, *, success: bool = True, at: datetime = START + timedelta(hours=1)) -> int:
         row: int = self.value(
@@ -64,7 +62,7 @@ class NumberedHost(Host):
 
 @pytest.fixture
 def bare(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[NumberedHost]:
-    """Such a host before trueup."""
+    """Yield such a host before the setup of trueup."""
     monkeypatch.setenv("TRUEUP_HOST__USAGE_LOG_ID_TYPE", "bigint")
     get_settings.cache_clear()
     engine = create_engine(empty_database, poolclass=NullPool)
@@ -82,7 +80,7 @@ def set_up(host: Host, mapping: HostMapping = MAPPING) -> None:
 
 @pytest.fixture(params=COLUMNS)
 def numbered(request: pytest.FixtureRequest, bare: NumberedHost) -> NumberedHost:
-    """Such a host with trueup, its ids made in each of the ways."""
+    """Yield such a host with trueup, for each way of generating ids."""
     bare.execute(COLUMNS[request.param])
     set_up(bare)
     return bare
@@ -116,22 +114,20 @@ def test_a_charge_draws_its_id_as_the_hosts_rows_do_and_counts_once(
     assert_true(numbered, MAPPING)
 
 
-def test_a_call_that_comes_again_is_found_by_its_charge_and_takes_no_id(
-    numbered: NumberedHost, connection: Connection
-) -> None:
+def test_a_repeated_call_is_found_by_its_charge_and_draws_no_id(numbered: NumberedHost, connection: Connection) -> None:
     user = numbered.subscriber(10_000)
     hold = hold_tokens(connection, user, 1_000, task="t")
     charge_tokens(connection, hold, 200)
     assert not charge_tokens(connection, hold, 200).recorded
     again = hold_tokens(connection, user, 1_000, task="t", retries=1)
-    assert charge_tokens(connection, again, 70).recorded  # bought twice: another attempt's
+    assert charge_tokens(connection, again, 70).recorded  # bought twice, by another attempt
     assert not charge_tokens(connection, again, 70).recorded
     row = numbered.number(user, 5)
     assert numbered.ids() == [row - 2, row - 1, row]
     assert_true(numbered, MAPPING)
 
 
-def test_reported_usage_says_which_row_it_is_however_often_it_is_reported(numbered: NumberedHost) -> None:
+def test_each_report_of_the_same_usage_returns_the_same_row(numbered: NumberedHost) -> None:
     user = numbered.subscriber(10_000)
     hosts = numbered.number(user, 1)
     reported = track(user)
@@ -145,7 +141,7 @@ def test_reported_usage_says_which_row_it_is_however_often_it_is_reported(number
     assert_true(numbered, MAPPING)
 
 
-def test_what_is_reported_by_many_at_once_is_one_row(numbered: NumberedHost) -> None:
+def test_concurrent_reports_of_the_same_usage_are_one_row(numbered: NumberedHost) -> None:
     user = numbered.subscriber(10_000)
     reports = run_at_once([lambda key=key: track(user, key=key) for key in "aaab"])  # type: ignore[misc]
     assert sorted(one.recorded for one in reports) == [False, False, True, True]
@@ -154,7 +150,9 @@ def test_what_is_reported_by_many_at_once_is_one_row(numbered: NumberedHost) -> 
     assert_true(numbered, MAPPING)
 
 
-def test_reconciling_tells_our_rows_from_the_hosts_by_their_ids(numbered: NumberedHost, connection: Connection) -> None:
+def test_a_reconcile_run_distinguishes_trueups_rows_from_the_hosts_by_their_ids(
+    numbered: NumberedHost, connection: Connection
+) -> None:
     user = numbered.subscriber(10_000)
     charge_tokens(connection, hold_tokens(connection, user, 1_000), 300)
     numbered.number(user, 40, at=datetime.now(UTC))
@@ -167,7 +165,7 @@ def test_reconciling_tells_our_rows_from_the_hosts_by_their_ids(numbered: Number
     assert [defect.kind for defect in deep.defect_rows] == ["charge_without_log_row"]
 
 
-def test_a_row_whose_id_the_host_changes_counts_once_and_is_named_as_it_was_logged(
+def test_a_row_whose_id_the_host_changes_counts_once_and_is_reported_with_its_first_id(
     numbered: NumberedHost, connection: Connection
 ) -> None:
     numbered.execute(
@@ -186,7 +184,7 @@ def test_a_row_whose_id_the_host_changes_counts_once_and_is_named_as_it_was_logg
     assert_true(numbered, MAPPING)
 
 
-def test_a_sequence_at_its_end_is_said_to_be_and_nothing_is_half_written(
+def test_an_exhausted_sequence_raises_its_error_and_nothing_is_written(
     bare: NumberedHost, connection: Connection
 ) -> None:
     bare.execute(SERIAL)
@@ -202,7 +200,7 @@ def test_a_sequence_at_its_end_is_said_to_be_and_nothing_is_half_written(
     assert bare.ids() == [2**31]
 
 
-def test_a_sequence_that_is_gone_is_named(bare: NumberedHost, connection: Connection) -> None:
+def test_the_error_for_a_missing_sequence_names_its_column(bare: NumberedHost, connection: Connection) -> None:
     set_up(bare)
     hold = hold_tokens(connection, bare.subscriber(10_000), 1_000)
     bare.execute("ALTER TABLE ai_usage_log ALTER id DROP IDENTITY")
@@ -223,7 +221,7 @@ def test_a_sequence_that_is_gone_is_named(bare: NumberedHost, connection: Connec
         ("DROP id, ADD id uuid PRIMARY KEY", "bigint", 'Set usage_log_id_type = "uuid"'),
     ],
 )
-def test_ids_that_no_row_of_ours_could_have_are_refused_at_the_setup(
+def test_ids_that_trueups_rows_can_not_get_are_refused_at_the_setup(
     bare: NumberedHost, monkeypatch: pytest.MonkeyPatch, connection: Connection, change: str, mapped: Any, said: str
 ) -> None:
     bare.execute(f"ALTER TABLE ai_usage_log {change}")
@@ -235,7 +233,7 @@ def test_ids_that_no_row_of_ours_could_have_are_refused_at_the_setup(
     assert finding.level == "error"
 
 
-def test_a_sequence_of_a_default_that_is_not_the_columns_own_is_refused_until_it_is(bare: NumberedHost) -> None:
+def test_a_default_that_draws_from_a_sequence_of_another_owner_is_refused(bare: NumberedHost) -> None:
     bare.execute(SERIAL)
     bare.execute('ALTER SEQUENCE "Log Ids" OWNED BY NONE')
     with pytest.raises(NotInstalledError, match="ALTER SEQUENCE … OWNED BY"):
@@ -264,14 +262,16 @@ def test_a_sequence_near_its_end_or_behind_its_ids_is_found(bare: NumberedHost, 
     bare.execute("SELECT setval('\"Log Ids\"', 1950000000)")
     [near] = check_log_ids(connection, settings)
     assert (near.level, near.detail["used"]) == ("warning", 0.908)
-    # A sequence of more than its column holds ends with the column.
+    # A sequence with a larger range than its column ends with the column.
     bare.execute('ALTER SEQUENCE "Log Ids" AS bigint')
     assert [finding.level for finding in check_log_ids(connection, settings)] == ["warning"]
     bare.execute("ALTER TABLE ai_usage_log ALTER id TYPE bigint")
     assert [finding.level for finding in check_log_ids(connection, settings)] == ["ok"]
 
 
-def test_charges_from_before_the_log_got_other_ids_stay_known(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_charges_from_before_a_change_of_the_logs_id_type_stay_known(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
     user = host.subscriber(10_000)
     before = track(user)
     host.execute("ALTER TABLE ai_usage_log DROP id, ADD id bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY")
@@ -285,7 +285,7 @@ def test_charges_from_before_the_log_got_other_ids_stay_known(host: Host, monkey
     assert_true(host, MAPPING)
 
 
-def test_ids_that_need_no_sequence_are_nothing_to_look_at(host: Host) -> None:
+def test_ids_without_a_sequence_give_no_finding(host: Host) -> None:
     with connect() as connection:
         [finding] = check_log_ids(connection, get_settings())
     assert finding.level == "ok"
@@ -301,7 +301,7 @@ def roles(bare: NumberedHost) -> Iterator[RoleNames]:
         bare.execute(f"DROP OWNED BY {role} CASCADE; DROP ROLE {role}")
 
 
-def test_the_worker_role_draws_ids_by_a_right_on_the_sequence_alone(
+def test_the_worker_role_draws_ids_with_a_right_on_the_sequence_only(
     bare: NumberedHost, roles: RoleNames, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare.execute(SERIAL)

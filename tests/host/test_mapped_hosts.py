@@ -1,4 +1,4 @@
-"""Hosts that name everything otherwise: the whole way, from the setup to a corrected counter, under their names."""
+"""Hosts with other names for all tables and columns: all steps from the setup to a corrected counter."""
 
 import uuid
 from collections.abc import Iterator
@@ -19,9 +19,8 @@ from trueup.billing.utils import get_accurate_tokens_remaining
 from trueup.database.engine import connect, get_engine
 from trueup.errors import TokensDenied
 from trueup.gate.holds import close_hold, expire_holds, list_holds
-from trueup.host.mapping import (
+from trueup.host.fields import (
     FullPlanTable,
-    HostMapping,
     PaymentTable,
     SubscriptionTable,
     TokenPlanTable,
@@ -29,6 +28,7 @@ from trueup.host.mapping import (
     UsageLogTable,
     UserTable,
 )
+from trueup.host.mapping import HostMapping
 from trueup.host.sql import render_sql
 from trueup.install.install import check_installed, install
 from trueup.reconcile.local_run import reconcile
@@ -157,7 +157,7 @@ LOG = (
 
 
 def lower(host: Host, mapping: HostMapping, user: Any, tokens: int) -> None:
-    """Lower the counter, and note it where the host does."""
+    """Lower the counter, and add the host's decrement row."""
     do(
         host,
         mapping,
@@ -175,7 +175,7 @@ def lower(host: Host, mapping: HostMapping, user: Any, tokens: int) -> None:
         )
 
 
-def test_the_whole_way_works_under_the_hosts_names(mapped_host: Host, mapping: HostMapping) -> None:
+def test_all_steps_work_with_the_hosts_names(mapped_host: Host, mapping: HostMapping) -> None:
     host = mapped_host
     users = USERS[mapping.user_id_type]
     for number, user in enumerate(users, 1):
@@ -217,7 +217,7 @@ def test_the_whole_way_works_under_the_hosts_names(mapped_host: Host, mapping: H
     assert get_accurate_tokens_remaining(user) == (10_500, 0, 10_500)
 
 
-def test_grants_and_decisions_work_under_the_hosts_names(mapped_host: Host, mapping: HostMapping) -> None:
+def test_grants_and_decisions_work_with_the_hosts_names(mapped_host: Host, mapping: HostMapping) -> None:
     host = mapped_host
     users = USERS[mapping.user_id_type]
     for number, user in enumerate(users, 1):
@@ -249,7 +249,7 @@ def test_grants_and_decisions_work_under_the_hosts_names(mapped_host: Host, mapp
     assert_true(host, mapping)
 
 
-def test_the_setup_may_be_repeated_under_the_hosts_names(mapped_host: Host, mapping: HostMapping) -> None:
+def test_the_setup_may_be_repeated_with_the_hosts_names(mapped_host: Host, mapping: HostMapping) -> None:
     with mapped_host.engine.begin() as connection:
         install(connection, mapping, with_host_tables=True)
     mapped_host.execute("SELECT trueup.counter_limit()")
@@ -257,7 +257,7 @@ def test_the_setup_may_be_repeated_under_the_hosts_names(mapped_host: Host, mapp
     assert mapped_host.value("SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'trueup%'") == 5
 
 
-def test_32_bit_user_ids_and_varchar_columns_are_taken(database: str, host: Host) -> None:
+def test_32_bit_user_ids_and_varchar_columns_are_accepted(database: str, host: Host) -> None:
     """Older Django applications have them."""
     host.execute(
         "ALTER TABLE accounts_user ALTER id TYPE int; ALTER TABLE billing_subscription ALTER user_id TYPE int, "

@@ -9,12 +9,8 @@ from pydantic import ValidationError
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.pool import NullPool
 
-from trueup.host.mapping import (
-    HostMapping,
-    SubscriptionTable,
-    quote_identifier,
-    quote_table,
-)
+from trueup.host.fields import SubscriptionTable
+from trueup.host.mapping import HostMapping, quote_identifier, quote_table
 from trueup.host.setting_values import Compared, quote_literal
 from trueup.host.sql import render_sql, render_statement
 from trueup.install.install import run_scripts
@@ -41,7 +37,7 @@ def test_an_unknown_name_in_a_template_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "x" * 64, "ü" * 32, "a\x00b", "cost$$x"])
-def test_a_name_that_is_none_is_refused(name: str) -> None:
+def test_a_malformed_name_is_refused(name: str) -> None:
     with pytest.raises(ValidationError):
         SubscriptionTable(user_id=name)
     with pytest.raises(ValidationError):
@@ -49,7 +45,7 @@ def test_a_name_that_is_none_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["x" * 63, "ü" * 31, "a b", "%s", "cost$", 'q"', "select"])
-def test_any_other_name_is_taken(name: str) -> None:
+def test_any_other_name_is_accepted(name: str) -> None:
     assert SubscriptionTable(user_id=name).user_id == name
 
 
@@ -105,7 +101,7 @@ def written(toml: str) -> HostMapping:
         ("counts = {expression = \"{row}.a = '$$'\"}", "contains NUL or $$"),
     ],
 )
-def test_what_a_column_can_not_be_is_refused_with_the_remedy(setting: str, said: str) -> None:
+def test_a_malformed_setting_of_a_column_is_refused_with_the_remedy(setting: str, said: str) -> None:
     with pytest.raises(ValidationError) as refused:
         written(f"[usage_log]\n{setting}")
     [fault] = refused.value.errors()
@@ -113,7 +109,7 @@ def test_what_a_column_can_not_be_is_refused_with_the_remedy(setting: str, said:
     assert said in fault["msg"]
 
 
-def test_without_plans_a_subscription_says_what_it_includes() -> None:
+def test_without_plans_the_tokens_of_a_subscription_must_be_mapped() -> None:
     with pytest.raises(ValidationError, match="set subscription\\.tokens_included"):
         written("token_plan = false\nfull_plan = false")
     for said in ('"quota"', "{value = 0}", '{expression = "{row}.a"}'):
@@ -122,7 +118,7 @@ def test_without_plans_a_subscription_says_what_it_includes() -> None:
         assert not {"token_plan_id", "full_plan_id"} & set(dict(mapping.columns("subscription")))
 
 
-def test_a_mapping_is_the_same_after_it_was_written_down() -> None:
+def test_a_mapping_is_the_same_after_a_round_trip_through_json() -> None:
     mapping = written(
         """
         user = false
@@ -141,13 +137,13 @@ def test_a_mapping_is_the_same_after_it_was_written_down() -> None:
 
 
 def test_a_mapping_without_the_newer_settings_has_the_fingerprint_that_it_had() -> None:
-    """Or the gates of each installation would close with an upgrade."""
+    """Otherwise an upgrade would close the gate of each installation."""
     assert HostMapping().fingerprint() == "d5d81bb04544b146"
     odd = HostMapping(user_id_type="text", subscription=SubscriptionTable(id="ü:%"))
     assert odd.fingerprint() == "e76d70ddfb8f6e44"
 
 
-def test_the_fingerprint_covers_what_stands_for_columns() -> None:
+def test_the_fingerprint_covers_the_replacements_of_columns() -> None:
     prints = {
         written(toml).fingerprint()
         for toml in (
@@ -178,12 +174,12 @@ def test_the_fingerprint_covers_what_stands_for_columns() -> None:
         ("{value = true}", "{expression = '{row}.a'}", False),
     ],
 )
-def test_failed_calls_get_a_row_where_it_can_say_so(success: str, counts: str, tells: bool) -> None:
+def test_failed_calls_get_a_row_if_it_can_record_the_failure(success: str, counts: str, tells: bool) -> None:
     log = written(f"[usage_log]\nsuccess = {success}\n{f'counts = {counts}' if counts else ''}").usage_log
-    assert log.tells_failure is tells
+    assert log.records_failure is tells
 
 
-# What hosts may have in names and values; a name is at most 63 bytes.
+# Texts that hosts may have in names and values. A name has at most 63 bytes.
 NASTY = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=15) | st.sampled_from(
     ["'", '"', "\\", ":a", "%s", "%%", "{{user}}", "{% if", "{#", "{row}.a", "$1", "--", "/*", "';", "ü" * 15, "$"]
 )

@@ -1,4 +1,4 @@
-"""Hosts that look otherwise: the whole way, from a look to the detaching, through the mapping alone.
+"""Hosts with other designs: all steps from the preview to the detachment, with the mapping only.
 
 Two of them are those of docs/mapping.md, as it shows them.
 """
@@ -31,8 +31,7 @@ from trueup.host.mapping import HostMapping
 from trueup.install.attach import attach
 from trueup.install.detach import detach
 from trueup.install.install import install
-from trueup.install.rights import worker_rights
-from trueup.install.roles import RoleNames, grants_sql
+from trueup.install.rights import RoleNames, grants_sql, worker_rights
 from trueup.preview.scan import scan
 from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import Finding
@@ -90,7 +89,7 @@ EXPRESSION_SETTINGS = """
 
 @dataclass(kw_only=True)
 class Site:
-    """A host, and its own SQL for what hosts do. Users are numbered from 1."""
+    """A host with its own SQL for the operations of hosts. Users are numbered from 1."""
 
     host: Host
     sign_up: str
@@ -183,7 +182,7 @@ def attached(subscribed: Site) -> Site:
     return subscribed
 
 
-def test_looking_attaching_and_detaching_leave_the_host_as_it_was(subscribed: Site) -> None:
+def test_preview_attachment_and_detachment_leave_the_host_unchanged(subscribed: Site) -> None:
     site, (ann, bob) = subscribed, subscribed.users
     site.logs(ann, 1_000)
     site.logs(ann, 50, ok=False)
@@ -247,12 +246,12 @@ def test_drift_is_explained_corrected_and_audited(attached: Site) -> None:
     again = reconcile(get_engine(), site.mapping, rules=NO_AGE, kind="deep")
     assert (again.checked, again.drifted, again.defects) == (2, 0, 0)
     assert (site.left(ann), site.left(bob)) == (9_700, 9_960)
-    with connect() as connection:  # or each pass would look closely at everybody
+    with connect() as connection:  # otherwise each pass would check all users in detail
         assert find_suspects(connection, site.mapping, None, None) == []
     assert_true(site.host, site.mapping)
 
 
-def test_grants_count_beside_what_the_subscription_includes_when_that_changes(attached: Site) -> None:
+def test_grants_count_in_addition_to_the_subscriptions_tokens_when_these_change(attached: Site) -> None:
     site, (ann, _) = attached, attached.users
     with connect() as connection:
         grant_tokens(
@@ -263,7 +262,7 @@ def test_grants_count_beside_what_the_subscription_includes_when_that_changes(at
         hold_tokens(connection, ann, 10)
         account = read_account(connection, ann)
         assert (account.original, account.consumed) == (12_500, 10_400)
-        # Once the grant has ended, what it paid for stays: the usage that the tokens of its time did not cover.
+        # After its end a grant adds the tokens that it paid for: usage beyond the subscription's tokens of its time.
         later = read_account(connection, ann, now=datetime.now(UTC) + timedelta(days=2))
         assert later.original == 12_400
         summary = read_summary(connection, site.mapping, ann, with_plans=True)
@@ -272,9 +271,9 @@ def test_grants_count_beside_what_the_subscription_includes_when_that_changes(at
     assert (summary.username, [plan.name for plan in summary.own_plans]) == (("Ann", ["Pro"]) if named else (None, []))
 
 
-# Where plans say what is included, a plan that came and went is told of: tests/accounts/test_windows.py.
+# tests/accounts/test_windows.py tests the same for hosts whose plans state the tokens.
 @pytest.mark.parametrize("site", ["of little", "of expressions"], indirect=True)
-def test_a_quota_that_came_and_went_unseen_is_told_of(attached: Site) -> None:
+def test_a_quota_that_changed_between_two_reads_is_recorded(attached: Site) -> None:
     site, (ann, _) = attached, attached.users
     with connect() as connection:
         grant_tokens(connection, ann, 500, reason="r", reference="r", by="ann")
@@ -287,7 +286,7 @@ def test_a_quota_that_came_and_went_unseen_is_told_of(attached: Site) -> None:
     assert list(told.scalars()) == [10_000, 10_000, 12_000, 12_000, 10_000, 10_000, 0]
 
 
-def test_everyone_may_have_the_same_number_of_tokens(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_users_may_have_the_same_constant_number_of_tokens(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("SUBSCRIPTION__TOKENS_INCLUDED", '{"value": 700}'), ("TOKEN_PLAN", "false")):
         monkeypatch.setenv(f"TRUEUP_HOST__{name}", value)
     get_settings.cache_clear()
@@ -307,7 +306,9 @@ def test_everyone_may_have_the_same_number_of_tokens(host: Host, monkeypatch: py
     assert_true(host, get_settings().host)
 
 
-def test_a_failed_call_gets_no_row_where_none_could_say_so(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_call_gets_no_row_if_rows_can_not_record_the_failure(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRUEUP_HOST__USAGE_LOG__SUCCESS", '{"value": true}')
     get_settings.cache_clear()
     host.execute("ALTER TABLE ai_usage_log DROP success")
@@ -323,7 +324,7 @@ def test_a_failed_call_gets_no_row_where_none_could_say_so(host: Host, monkeypat
     assert_true(host, get_settings().host)
 
 
-def test_the_doctor_finds_nothing_wrong(attached: Site) -> None:
+def test_the_doctor_finds_no_problem(attached: Site) -> None:
     findings = examine_database(get_settings())
     told = [finding for finding in findings if finding.level != "ok" and finding.check != "rights"]
     assert told == []
@@ -340,7 +341,7 @@ def test_the_manual_names_every_setting() -> None:
         assert all(f"`{field}`" in manual for field in kind.model_fields if field != "table")
 
 
-def test_least_privilege_roles_do_their_part(subscribed: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_least_privilege_roles_can_do_their_work(subscribed: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site, (ann, _) = subscribed, subscribed.users
     url, suffix = site.host.engine.url, str(site.host.engine.url.database)
     roles = RoleNames(migrate=f"m_{suffix}", worker=f"w_{suffix}", readonly=f"r_{suffix}")

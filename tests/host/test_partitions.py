@@ -1,4 +1,4 @@
-"""A partitioned usage log: whatever way rows come, go and move, and whatever becomes of their partition."""
+"""A partitioned usage log: all ways to insert, delete and move rows, and to attach and detach partitions."""
 
 import re
 from collections.abc import Iterator
@@ -22,12 +22,13 @@ from trueup.database.retry import retrying
 from trueup.doctor.host import check_mapping
 from trueup.doctor.installation import check_triggers
 from trueup.errors import NotInstalledError
-from trueup.host.mapping import HostMapping, UsageLogTable
+from trueup.host.fields import UsageLogTable
+from trueup.host.mapping import HostMapping
 from trueup.install.attach import AttachError, attach, open_gate, prepare
 from trueup.install.detach import detach, plan_detach
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import drop_functions, install
-from trueup.install.roles import RoleNames, grants_sql
+from trueup.install.rights import RoleNames, grants_sql
 from trueup.reconcile.audit import read_defects
 from trueup.reconcile.local_run import reconcile
 from trueup.settings.settings import get_settings
@@ -53,14 +54,14 @@ FOREIGN = """
 
 @pytest.fixture
 def bare(empty_database: str) -> Iterator[PartitionedHost]:
-    """The host before trueup."""
+    """Yield the host before the setup of trueup."""
     with new_host(empty_database, HostMapping()) as host:
         yield host
 
 
 @pytest.fixture(scope="module")
 def template(stack: StackUrls, admin_engine: Engine) -> Iterator[str]:
-    """The name of a database of the host with trueup, made once."""
+    """Yield the name of a template database of the host with trueup, created once."""
     with cloned_database(stack, admin_engine, "template1") as url:
         with new_host(url, HostMapping()) as host:
             host.set_up()
@@ -88,14 +89,14 @@ def connection(host: PartitionedHost) -> Iterator[Connection]:
 
 @pytest.fixture
 def user(host: PartitionedHost, connection: Connection) -> int:
-    """A user with 1 000 of 10 000 tokens used and a balance built, so that what follows comes through deltas."""
+    """Return a user with 1,000 of 10,000 tokens used and a balance, so later usage arrives as deltas."""
     user = host.subscriber(10_000)
     host.write(user, 1_000)
     hold_tokens(connection, user, 0, task="warm-up")
     return user
 
 
-def test_every_partition_has_triggers_and_the_ways_in_count_once(
+def test_every_partition_has_triggers_and_each_way_to_insert_counts_once(
     host: PartitionedHost, connection: Connection, user: int
 ) -> None:
     assert host.triggered() == sorted(["ai_usage_log", *PARTS])
@@ -126,7 +127,7 @@ def test_every_partition_has_triggers_and_the_ways_in_count_once(
         (MOVED_BY_HAND, 3_000),
     ],
 )
-def test_rows_that_change_move_or_go_count_as_they_are_now(
+def test_updated_moved_and_deleted_rows_count_with_their_current_values(
     host: PartitionedHost, connection: Connection, user: int, statement: str, total: int
 ) -> None:
     host.write(user, 2_000, at=DECEMBER)
@@ -154,7 +155,7 @@ def test_a_user_deleted_with_all_rows_leaves_true_books(host: PartitionedHost, u
 
 
 @pytest.mark.parametrize("kind", MAPPINGS)
-def test_our_own_rows_go_through_the_log_and_count_once(
+def test_trueups_own_rows_are_inserted_through_the_log_and_count_once(
     empty_database: str, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setenv("TRUEUP_HOST__USAGE_LOG_ID_TYPE", kind)
@@ -174,7 +175,7 @@ def test_our_own_rows_go_through_the_log_and_count_once(
         assert (deep.drifted, deep.defects) == (0, 0)
 
 
-def test_the_host_writes_into_partitions_while_our_functions_are_swapped(
+def test_the_host_writes_into_partitions_during_an_upgrade_of_the_functions(
     host: PartitionedHost, connection: Connection, user: int
 ) -> None:
     with host.engine.begin() as swapping:
@@ -185,13 +186,13 @@ def test_the_host_writes_into_partitions_while_our_functions_are_swapped(
     assert consumed(host, connection, user) == 1_000
 
 
-def test_what_a_detached_partition_held_stays_taken_until_a_deep_pass_goes_by_the_log(
+def test_usage_of_a_detached_partition_counts_until_the_next_deep_pass(
     host: PartitionedHost, connection: Connection, user: int
 ) -> None:
     host.write(user, 300, at=DECEMBER)
     host.execute('ALTER TABLE ai_usage_log DETACH PARTITION "Log 12"')
     assert known(user) == 1_300
-    # What is written there from now on is not the log's.
+    # Rows written there from now on are not part of the log.
     host.write(user, 50, into='"Log 12"', at=DECEMBER)
     host.execute('UPDATE "Log 12" SET total_tokens = 7')
     host.execute('DELETE FROM "Log 12" WHERE total_tokens = 7')
@@ -208,7 +209,7 @@ def test_what_a_detached_partition_held_stays_taken_until_a_deep_pass_goes_by_th
 
 def test_a_dropped_partition_is_like_a_detached_one(host: PartitionedHost, connection: Connection, user: int) -> None:
     host.execute("ALTER TABLE ai_usage_log DETACH PARTITION log_11")
-    for table in ("log_11", "log_11a"):  # nor does what is written into one with partitions of its own
+    for table in ("log_11", "log_11a"):  # rows in a detached partition with its own partitions don't count either
         host.write(user, 50, into=table)
     host.execute("DROP TABLE log_11")
     assert known(user) == 1_000
@@ -220,7 +221,7 @@ def check_triggers_of(connection: Connection) -> list[tuple[str, list[str] | Non
     return [(one.level, one.detail.get("partitions")) for one in check_triggers(connection, get_settings())]
 
 
-def test_an_attached_partition_is_told_once_a_day_and_counts_from_the_next_attach_on(
+def test_an_attached_partition_is_reported_once_a_day_and_has_triggers_after_the_next_attach(
     host: PartitionedHost, connection: Connection, user: int
 ) -> None:
     host.execute('ALTER TABLE ai_usage_log DETACH PARTITION "Log 12"; DROP TABLE "Log 12"')
@@ -262,7 +263,7 @@ def test_partitions_made_in_advance_are_covered_without_closing_the_gate_or_touc
     assert consumed(host, connection, user) == 1_002
 
 
-def test_a_trigger_switched_off_on_a_partition_is_found_and_set_to_work_again(
+def test_a_disabled_trigger_on_a_partition_is_found_and_enabled_again(
     host: PartitionedHost, connection: Connection, user: int
 ) -> None:
     host.execute("ALTER TABLE log_11a DISABLE TRIGGER trueup_deleted; DELETE FROM log_11a")
@@ -272,7 +273,7 @@ def test_a_trigger_switched_off_on_a_partition_is_found_and_set_to_work_again(
     assert consumed(host, connection, user) == 3
 
 
-def test_a_plain_log_that_becomes_a_partition_of_its_successor_goes_on_counting_once_set_up_again(
+def test_a_log_that_becomes_a_partition_of_its_successor_counts_after_a_repeated_setup(
     empty_database: str,
 ) -> None:
     engine = create_engine(empty_database, poolclass=NullPool)
@@ -323,10 +324,10 @@ def test_tables_that_inherit_from_the_log_count_as_its_partitions_do(empty_datab
         triggers = host.execute(CHILDS).all()
         host.set_up()
         assert len(triggers) == 4
-        assert host.execute(CHILDS).all() == triggers  # made again they would take the child's owner
+        assert host.execute(CHILDS).all() == triggers  # creating them again would need the child's owner
 
 
-def test_attaching_and_leaving_again_changes_nothing_of_the_host(bare: PartitionedHost, empty_database: str) -> None:
+def test_attachment_and_detachment_leave_the_host_unchanged(bare: PartitionedHost, empty_database: str) -> None:
     user = bare.subscriber(10_000)
     bare.write(user, 100)
     before = pg_dump(empty_database)
@@ -353,7 +354,7 @@ def test_the_migrate_role_needs_no_more_than_is_granted(bare: PartitionedHost) -
         with bare.engine.begin() as connection:
             connection.execute(text("SET LOCAL ROLE part_mig"))
             install(connection, bare.mapping, with_host_tables=False)
-            # Once a partition is detached, setting up again takes nothing that its owner alone may do.
+            # After a partition was detached, a repeated setup needs no right that only its owner has.
             connection.execute(text("RESET ROLE"))
             connection.execute(text('ALTER TABLE ai_usage_log DETACH PARTITION "Log 12"'))
             connection.execute(text("SET LOCAL ROLE part_mig"))
@@ -372,10 +373,14 @@ def test_the_migrate_role_needs_no_more_than_is_granted(bare: PartitionedHost) -
     ("change", "log", "said"),
     [
         (FOREIGN, "spread", "public.far is a foreign table and a partition of spread"),
-        ("SELECT", "log_11", "log_11 is a partition of .*ai_usage_log, through which rows come unseen"),
+        (
+            "SELECT",
+            "log_11",
+            "log_11 is a partition of .*ai_usage_log: rows written to .*ai_usage_log are not recorded",
+        ),
     ],
 )
-def test_logs_whose_rows_could_come_unseen_are_refused(
+def test_logs_with_rows_that_triggers_can_not_record_are_refused(
     bare: PartitionedHost, monkeypatch: pytest.MonkeyPatch, change: str, log: str, said: str
 ) -> None:
     bare.execute(change)

@@ -1,4 +1,4 @@
-"""A log whose values a host changes as a whole, by `ALTER COLUMN … TYPE … USING`: no trigger tells of it."""
+"""A log whose values the host rewrites with `ALTER COLUMN … TYPE … USING`, which fires no trigger."""
 
 import pytest
 from sqlalchemy import Connection, event
@@ -19,7 +19,7 @@ from trueup.reconcile.local_run import reconcile
 
 @pytest.fixture
 def user(host: Host, connection: Connection) -> int:
-    """A user with a quota of 10,000 tokens and 100 used, whose balance is built."""
+    """Return a user with 100 of 10,000 tokens used, and a balance."""
     user = host.subscriber()
     host.log(user, 100)
     hold_tokens(connection, user, 0)
@@ -36,7 +36,7 @@ def test_other_values_count_from_the_next_gate_on(host: Host, connection: Connec
     held = hold_tokens(connection, user, 500)
     host.execute(DOUBLED)
     host.log(user, 7)
-    # Who may not be asked twice is told to ask again.
+    # An operation that is not retried automatically gets an error that says to retry it.
     with pytest.raises(LogChangedError, match="maybe with other values"), connect() as own:
         hold_tokens(own, user, 0)
     charge_tokens(connection, held, 300)
@@ -55,7 +55,9 @@ def test_other_times_count_from_the_next_gate_on(host: Host, user: int) -> None:
 
 
 @pytest.mark.parametrize("changes", [(VERSION, FILES, VERSION), (FILES, VERSION, FILES)])
-def test_what_changes_no_values_is_noted_by_each_quick_pass(host: Host, user: int, changes: tuple[str, ...]) -> None:
+def test_a_change_of_the_schema_without_new_values_is_recorded_by_each_quick_pass(
+    host: Host, user: int, changes: tuple[str, ...]
+) -> None:
     epoch = host.value(EPOCH)
     for change in changes:
         host.execute(change)
@@ -68,7 +70,7 @@ def test_what_changes_no_values_is_noted_by_each_quick_pass(host: Host, user: in
     assert host.value("SELECT expected FROM trueup.drift ORDER BY id DESC LIMIT 1") == 10_000 - 200
 
 
-def test_a_dry_run_reports_nothing_by_sums_that_stand_still(host: Host, user: int) -> None:
+def test_a_dry_run_reports_no_drift_from_outdated_sums(host: Host, user: int) -> None:
     host.execute(DOUBLED)
     with pytest.raises(LogChangedError):
         reconcile(get_engine(), HostMapping(), dry_run=True)
@@ -76,17 +78,17 @@ def test_a_dry_run_reports_nothing_by_sums_that_stand_still(host: Host, user: in
 
 
 @pytest.mark.parametrize("default", ["", "ALTER TABLE ai_usage_log ALTER billed DROP DEFAULT"])
-def test_writing_the_log_anew_closes_no_gate_where_a_column_came_with_a_default(
+def test_a_rewrite_of_the_log_after_adding_a_column_with_a_default_closes_no_gate(
     host: Host, user: int, default: str
 ) -> None:
     change_of(host, f"ALTER TABLE ai_usage_log ADD billed boolean NOT NULL DEFAULT true; {default or 'SELECT 1'}")
     attach(HostMapping.model_validate({"usage_log": {"success": "billed"}}))
-    # The value that old rows are read with goes into them, and out of the catalog: a new version, in new files.
+    # The rewrite moves the default from the catalog into the old rows: new column versions, in new files.
     host.execute(FILES)
     assert retrying(lambda worker: hold_tokens(worker, user, 9_900)).tokens_left == 9_900
 
 
-def test_a_partitioned_log_whose_values_are_changed_is_noticed(host: Host, user: int) -> None:
+def test_a_rewrite_of_a_partitioned_log_is_detected(host: Host, user: int) -> None:
     change_of(host, PARTITIONED)
     attach(HostMapping())
     epoch = host.value(EPOCH)
@@ -96,7 +98,7 @@ def test_a_partitioned_log_whose_values_are_changed_is_noticed(host: Host, user:
     assert (known(user), host.value(EPOCH)) == (100, epoch)
     host.execute(DOUBLED)
     assert known(user) == 200
-    # The file of one that was away meanwhile is the old one, and tells nothing of the others.
+    # A partition that was detached in the meantime has its old file, which proves nothing about the others.
     host.execute("ALTER TABLE ai_usage_log DETACH PARTITION log_now")
     host.execute(DOUBLED)
     host.execute("ALTER TABLE ai_usage_log ATTACH PARTITION log_now FOR VALUES FROM ('2025-01-01') TO (MAXVALUE)")
@@ -104,7 +106,7 @@ def test_a_partitioned_log_whose_values_are_changed_is_noticed(host: Host, user:
     assert_true(host)
 
 
-def test_values_that_change_while_trueup_is_set_up_again_are_counted(host: Host, user: int) -> None:
+def test_values_that_change_during_a_repeated_setup_are_counted(host: Host, user: int) -> None:
     with host.engine.begin() as setting_up:
 
         @event.listens_for(setting_up, "before_cursor_execute")
@@ -116,7 +118,7 @@ def test_values_that_change_while_trueup_is_set_up_again_are_counted(host: Host,
     assert known(user) == host.used(user) == 200
 
 
-def test_another_expression_of_a_column_that_says_what_counts_is_noticed(host: Host, user: int) -> None:
+def test_a_new_expression_of_a_computed_column_in_the_condition_is_detected(host: Host, user: int) -> None:
     if int(host.value("SELECT current_setting('server_version_num')")) < 170_000:
         pytest.skip("columns get another expression from PostgreSQL 17 on")
     host.execute("ALTER TABLE ai_usage_log ADD billed boolean GENERATED ALWAYS AS (section <> 'free') STORED")
@@ -124,7 +126,7 @@ def test_another_expression_of_a_column_that_says_what_counts_is_noticed(host: H
     attach(mapping)
     epoch = host.value(EPOCH)
     assert (known(user), host.value(EPOCH)) == (100, epoch)
-    # In the same files, as where such a column is not stored.
+    # In the same files, as for a column that is not stored.
     host.execute("UPDATE trueup.installation SET column_versions = 'older'")
     assert known(user) == 100
     assert host.value(EPOCH) > epoch

@@ -1,4 +1,4 @@
-"""A host that changes what trueup reads and counts by: the gate says so, and is closed until it is attached anew."""
+"""A host that changes mapped columns or triggers: the gate closes with an error until trueup is attached again."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,8 @@ from trueup.errors import (
     ServiceUnavailableError,
 )
 from trueup.gate.holds import Hold
-from trueup.host.mapping import FullPlanTable, HostMapping, SubscriptionTable, UsageLogTable
+from trueup.host.fields import FullPlanTable, SubscriptionTable, UsageLogTable
+from trueup.host.mapping import HostMapping
 from trueup.install.attach import attach
 from trueup.install.install import install
 from trueup.reconcile.local_run import reconcile
@@ -37,7 +38,7 @@ PARTITIONED = """
     CREATE INDEX ON ai_usage_log (user_id, created_at);
     INSERT INTO ai_usage_log SELECT * FROM old_log
 """
-# What no statement stumbles over: without a look at the triggers the gate would go on with sums that stand still.
+# Changes that no statement fails on: without the check of the triggers, the gate would use outdated sums.
 SILENT = {
     "replaced": (REPLACED, "trueup_deleted is missing, trueup_inserted is missing"),
     "partitioned": (PARTITIONED, "trueup_inserted is missing"),
@@ -61,7 +62,7 @@ SILENT = {
             "INSERT INTO ai_usage_log (user_id, section, total_tokens, created_at) "
             f"SELECT id, 'chat', 50, '{START}' FROM accounts_user; ALTER TABLE ai_usage_log ENABLE TRIGGER USER"
         ),
-        "made anew or switched off for a while",
+        "re-created or disabled for a while",
     ),
     "a column in place of another": (
         (
@@ -82,7 +83,7 @@ SILENT = {
 
 
 def renamed(noun: str, column: str, table: str) -> tuple[str, str, HostMapping]:
-    """Return a change of the host's, what is missing then, and the mapping that says so."""
+    """Return a change by the host, the object that is then missing, and the new mapping."""
     kinds = {"usage_log": UsageLogTable, "subscription": SubscriptionTable, "full_plan": FullPlanTable}
     mapping = HostMapping(**{noun: kinds[noun](**{column: "renamed"})})
     return f"ALTER TABLE {table} RENAME COLUMN {column} TO renamed", f"column {table}.{column}", mapping
@@ -107,7 +108,7 @@ LOUD = [
 
 @pytest.fixture
 def user(host: Host, connection: Connection) -> int:
-    """A user of 10 000 tokens with 100 used, whose balance is built."""
+    """Return a user with 100 of 10,000 tokens used, and a balance."""
     user = host.subscriber()
     host.log(user, 100)
     hold_tokens(connection, user, 0, task="warm-up")
@@ -115,13 +116,13 @@ def user(host: Host, connection: Connection) -> int:
 
 
 def change_of(host: Host, statements: str) -> None:
-    """Run what the host changes, each statement by itself."""
+    """Run the host's changes, each statement separately."""
     for statement in statements.split(";"):
         host.execute(statement)
 
 
 def ask(user: int) -> list[Callable[[], object]]:
-    """Return what asks the gate: a task, a view, a task that needs more."""
+    """Return the requests to the gate: of a task, of a view, and of a task that needs more tokens."""
 
     def hold() -> Hold:
         with connect() as own:
@@ -143,16 +144,16 @@ def test_a_view_answers_that_it_is_not_ready(host: Host, user: int) -> None:
     assert (refusal.status, refusal.body["error_code"]) == (503, "not_ready")
 
 
-def assert_closed(user: int, match: str) -> None:
+def assert_unavailable(user: int, match: str) -> None:
     for question in ask(user):
         with pytest.raises(HostChangedError, match=match) as caught:
             question()
-        assert "Nothing was run: the gate is closed" in str(caught.value)
+        assert "Nothing was run, and the gate is closed" in str(caught.value)
         assert "`trueup db attach`" in str(caught.value)
 
 
 @pytest.mark.parametrize("change", SILENT)
-def test_a_change_that_would_go_unseen_closes_the_gate_until_it_is_attached_anew(
+def test_a_change_that_no_statement_fails_on_closes_the_gate_until_the_next_attach(
     host: Host, connection: Connection, user: int, change: str
 ) -> None:
     statement, wrong = SILENT[change]
@@ -160,9 +161,9 @@ def test_a_change_that_would_go_unseen_closes_the_gate_until_it_is_attached_anew
     assert {finding.level for finding in check_triggers(connection, get_settings())} == {"ok"}
     change_of(host, statement)
     host.log(user, 7)
-    assert_closed(user, wrong)
+    assert_unavailable(user, wrong)
     assert "error" in {finding.level for finding in check_triggers(connection, get_settings())}
-    # What is spent is spent: it is recorded all the same.
+    # Paid usage is still recorded.
     charge_tokens(connection, held, 300)
     attach(HostMapping())
     assert_true(host)
@@ -174,11 +175,11 @@ def test_a_change_that_would_go_unseen_closes_the_gate_until_it_is_attached_anew
 
 
 @pytest.mark.parametrize(("statement", "missing", "mapping"), LOUD, ids=[missing for _, missing, _ in LOUD])
-def test_what_the_host_renames_is_named_with_the_remedy(
+def test_the_error_for_a_renamed_object_names_it_with_the_remedy(
     host: Host, user: int, statement: str, missing: str, mapping: HostMapping
 ) -> None:
     host.execute(statement)
-    # The host's own statements go on, whatever has become of what we count by.
+    # The host's own statements succeed, whatever trueup can count.
     names = mapping.usage_log
     columns = f"user_id, section, {names.total_tokens}, created_at"
     host.execute(
@@ -188,7 +189,7 @@ def test_what_the_host_renames_is_named_with_the_remedy(
     )
     host.execute(f"UPDATE {names.table} SET {names.total_tokens} = 6 WHERE {names.total_tokens} = 5")
     host.execute(f"DELETE FROM {names.table} WHERE {names.total_tokens} = 100")
-    assert_closed(user, rf"has no {missing} any more")
+    assert_unavailable(user, rf"has no {missing} any more")
     attach(mapping)
     assert_true(host, mapping)
     with connect() as own:
@@ -196,7 +197,7 @@ def test_what_the_host_renames_is_named_with_the_remedy(
         hold_tokens(own, user, 9_994)
 
 
-def test_a_column_of_another_type_is_named_as_what_it_is(host: Host, user: int) -> None:
+def test_the_error_for_a_changed_column_type_says_so(host: Host, user: int) -> None:
     host.execute("ALTER TABLE ai_usage_log ALTER user_id DROP NOT NULL, DROP CONSTRAINT ai_usage_log_user_id_fkey")
     host.execute("ALTER TABLE ai_usage_log ALTER user_id TYPE uuid USING NULL")
     host.execute("UPDATE trueup.balance SET log_epoch = -1")
@@ -213,7 +214,7 @@ RETYPED = {
 
 
 @pytest.mark.parametrize("change", RETYPED)
-def test_a_host_that_gives_a_column_another_type_goes_on_writing(host: Host, user: int, change: str) -> None:
+def test_a_host_can_write_after_it_changed_the_type_of_a_column(host: Host, user: int, change: str) -> None:
     host.execute(f"ALTER TABLE ai_usage_log {RETYPED[change]}")
     values = f"'{user}', 'chat', '5', 'true', '{START}'"
     host.execute(f"INSERT INTO ai_usage_log (user_id, section, total_tokens, success, created_at) VALUES ({values})")
@@ -223,7 +224,7 @@ def test_a_host_that_gives_a_column_another_type_goes_on_writing(host: Host, use
         hold_tokens(own, user, 0)
 
 
-def test_a_host_goes_on_writing_when_the_mapping_leans_on_a_function_that_is_gone(host: Host, user: int) -> None:
+def test_a_host_can_write_if_the_mapping_uses_a_function_that_was_dropped(host: Host, user: int) -> None:
     host.execute("CREATE FUNCTION counts(boolean) RETURNS boolean IMMUTABLE LEAKPROOF LANGUAGE sql AS 'SELECT $1'")
     mapping = HostMapping.model_validate({"usage_log": {"counts": {"expression": "public.counts({row}.success)"}}})
     attach(mapping)
@@ -239,7 +240,7 @@ def test_a_host_goes_on_writing_when_the_mapping_leans_on_a_function_that_is_gon
     assert host.value("SELECT consumed FROM trueup.balance") == 107
 
 
-def test_a_label_that_the_mapping_names_and_the_host_renames_closes_the_gate(host: Host) -> None:
+def test_renaming_an_enum_label_that_the_mapping_names_closes_the_gate(host: Host) -> None:
     user = host.subscriber()
     host.execute(
         "CREATE TYPE state AS ENUM ('on', 'off'); ALTER TABLE billing_subscription ADD state state DEFAULT 'on'"
@@ -249,12 +250,12 @@ def test_a_label_that_the_mapping_names_and_the_host_renames_closes_the_gate(hos
     with connect() as own:
         hold_tokens(own, user, 0)
     host.execute("ALTER TYPE state RENAME VALUE 'on' TO 'active'")
-    dispose_engine()  # a session that has planned it knows the label by its number still
+    dispose_engine()  # a session with a cached plan would still use the label's number
     with pytest.raises(HostChangedError, match="invalid input value for enum"), connect() as own:
         hold_tokens(own, user, 0)
 
 
-def test_nobody_sets_a_counter_right_by_sums_that_stand_still(host: Host, user: int) -> None:
+def test_no_decision_corrects_a_counter_with_outdated_sums(host: Host, user: int) -> None:
     host.plan(500)
     host.execute("UPDATE billing_subscription SET tokens_remaining = 10400")  # as after buying a pack
     reconcile(get_engine(), HostMapping())
@@ -266,7 +267,7 @@ def test_nobody_sets_a_counter_right_by_sums_that_stand_still(host: Host, user: 
     assert host.counter(user) == 10_400
 
 
-def test_a_quick_pass_corrects_no_counter_by_sums_that_stand_still(host: Host, user: int) -> None:
+def test_a_quick_pass_corrects_no_counter_with_outdated_sums(host: Host, user: int) -> None:
     host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER trueup_inserted")
     host.log(user, 400)
     counter = host.counter(user)
@@ -277,7 +278,7 @@ def test_a_quick_pass_corrects_no_counter_by_sums_that_stand_still(host: Host, u
     assert host.value("SELECT consumed FROM trueup.balance") == 500
 
 
-def test_more_tokens_are_a_question_to_the_gate_too(host: Host, connection: Connection, user: int) -> None:
+def test_an_extension_of_a_hold_is_refused_by_a_closed_gate_too(host: Host, connection: Connection, user: int) -> None:
     hold_tokens(connection, user, 500, task="long")
     host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER trueup_inserted")
     statement = text("SELECT * FROM trueup.extend_hold(:user, 'long', 1, 'Test', 100, 'enforce', NULL)")
@@ -286,9 +287,9 @@ def test_more_tokens_are_a_question_to_the_gate_too(host: Host, connection: Conn
     assert host.value("SELECT held FROM trueup.balance") == 500
 
 
-def test_setting_up_again_in_place_of_attaching_counts_anew_too(host: Host, user: int) -> None:
+def test_a_repeated_setup_rebuilds_the_balances_as_an_attach_does(host: Host, user: int) -> None:
     change_of(host, SILENT["off and on again"][0])
-    assert_closed(user, "switched off for a while")
+    assert_unavailable(user, "disabled for a while")
     with host.engine.begin() as setting_up:
         install(setting_up, HostMapping(), with_host_tables=False)
     with connect() as own:
@@ -296,7 +297,7 @@ def test_setting_up_again_in_place_of_attaching_counts_anew_too(host: Host, user
     assert host.value("SELECT consumed FROM trueup.balance") == host.used(user) == 150
 
 
-def test_what_has_nothing_to_do_with_us_closes_nothing(host: Host, connection: Connection, user: int) -> None:
+def test_unrelated_changes_of_the_host_do_not_close_the_gate(host: Host, connection: Connection, user: int) -> None:
     host.execute(
         "ALTER TABLE ai_usage_log ADD COLUMN note text, ADD CONSTRAINT positive CHECK (total_tokens >= 0); "
         "CREATE INDEX ON ai_usage_log (section); "
@@ -310,28 +311,28 @@ def test_what_has_nothing_to_do_with_us_closes_nothing(host: Host, connection: C
     assert hold_tokens(connection, user, 9_880).tokens_left == 9_880
 
 
-def test_settings_that_are_ahead_of_the_database_close_the_gate_until_it_is_attached(
+def test_a_new_mapping_in_the_settings_closes_the_gate_until_the_next_attach(
     host: Host, user: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The host has renamed a column, the workers know it already, and nobody has attached yet."""
+    """The host has renamed a column, the workers have the new mapping, and `db attach` has not run yet."""
     host.execute("ALTER TABLE billing_subscription RENAME COLUMN tokens_remaining TO renamed")
     monkeypatch.setenv("TRUEUP_HOST__SUBSCRIPTION__TOKENS_REMAINING", "renamed")
     get_settings.cache_clear()
-    with pytest.raises(GateClosedError, match="other names of the host than the settings now say"), connect() as own:
+    with pytest.raises(GateClosedError, match="another mapping than that of the settings"), connect() as own:
         hold_tokens(own, user)
     attach(get_settings().host)
     with connect() as own:
         hold_tokens(own, user, 9_900)
 
 
-def test_an_attach_under_way_closes_the_gate_for_a_while_and_not_for_good(host: Host, user: int) -> None:
+def test_a_running_attach_closes_the_gate_temporarily(host: Host, user: int) -> None:
     host.execute("UPDATE trueup.installation SET mapping_fingerprint = 'attaching'")
     host.execute("DROP FUNCTION trueup.require_counted()")
-    with pytest.raises(GateClosedError, match="just being attached"), connect() as own:
+    with pytest.raises(GateClosedError, match="is running, or was interrupted"), connect() as own:
         hold_tokens(own, user)
 
 
-def test_a_right_that_is_gone_is_named_with_who_gives_it(host: Host, user: int) -> None:
+def test_the_error_for_a_revoked_right_names_the_right_and_the_command(host: Host, user: int) -> None:
     def hold_without_rights() -> None:
         with transaction() as own:
             own.execute(text("SET LOCAL ROLE pg_read_all_stats"))
@@ -341,7 +342,7 @@ def test_a_right_that_is_gone_is_named_with_who_gives_it(host: Host, user: int) 
         hold_without_rights()
 
 
-def test_a_function_that_was_replaced_in_the_middle_of_a_call_is_called_again(host: Host) -> None:
+def test_a_call_is_retried_if_its_function_was_replaced_during_the_call(host: Host) -> None:
     calls = []
 
     def call(own: Connection) -> str:
@@ -354,7 +355,7 @@ def test_a_function_that_was_replaced_in_the_middle_of_a_call_is_called_again(ho
     assert retrying(call) == "called"
 
 
-def test_a_connection_that_prepared_what_is_there_no_more_is_not_used_again(host: Host) -> None:
+def test_a_connection_with_an_outdated_prepared_statement_is_not_used_again(host: Host) -> None:
     host.execute("CREATE FUNCTION public.answer() RETURNS TABLE (a int) LANGUAGE sql AS 'SELECT 1'")
     select = text("SELECT * FROM public.answer()")
     with connect() as own:

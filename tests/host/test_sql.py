@@ -1,29 +1,30 @@
-"""Templates of SQL: what they may name, and what they are given for it."""
+"""SQL templates: the names that they may use, and the SQL that they get."""
 
 import pytest
 from jinja2 import TemplateRuntimeError
 
-from trueup.host.mapping import HostMapping, PaymentTable, SubscriptionTable, TokenPlanTable, UsageLogTable
+from trueup.host.fields import PaymentTable, SubscriptionTable, TokenPlanTable, UsageLogTable
+from trueup.host.mapping import HostMapping
 from trueup.host.sql import OwnTables, fields_read, render_sql, render_statement
 
 CONSTANT_SECTION = HostMapping.model_validate({"usage_log": {"section": {"value": "chat"}}})
 
 
-def test_a_field_that_may_be_no_column_must_be_asked_for_a_row() -> None:
-    with pytest.raises(TemplateRuntimeError, match=r"host\.usage_log\.section may be something else than a column"):
+def test_a_field_that_may_be_no_column_needs_the_alias_of_a_row() -> None:
+    with pytest.raises(TemplateRuntimeError, match=r"host\.usage_log\.section may be no column"):
         render_sql("l.{{ usage_log.section }}", HostMapping())
     asked = '{{ usage_log.section("l") }}, {{ usage_log.section() }}'
     assert render_sql(asked, HostMapping()) == 'l."section", "section"'
     assert render_sql(asked, CONSTANT_SECTION) == "CAST('chat' AS text), CAST('chat' AS text)"
 
 
-def test_a_column_that_the_host_does_not_keep_has_an_alternative() -> None:
+def test_a_template_can_replace_a_column_that_the_host_lacks() -> None:
     asked = '{{ usage_log.section.column("l") or "p_section" }}'
     assert render_sql(asked, HostMapping()) == 'l."section"'
     assert render_sql(asked, CONSTANT_SECTION) == "p_section"
 
 
-def test_a_template_chooses_by_what_the_host_has() -> None:
+def test_a_template_can_test_whether_the_host_has_a_field() -> None:
     asked = (
         "{% if payment %}payments{% endif %} {% if usage_log.section %}sections{% endif %} "
         "{% if subscription.tokens_included %}own tokens{% endif %}"

@@ -32,7 +32,7 @@ from trueup.stack import StackUrls
 
 @dataclass
 class Site:
-    """A host's database. `role`: who trueup is there; the host itself logs in as another."""
+    """A host's database. `role`: trueup's role in it. The host logs in with another one."""
 
     url: str
     role: str
@@ -59,7 +59,7 @@ class Site:
 
     @contextmanager
     def away_from_trueup(self) -> Iterator[None]:
-        """Have the database turn trueup away, and no one else."""
+        """Make the database refuse trueup's connections, and no others."""
         with self.admin.connect() as connection:
             connection.execute(text(f"ALTER ROLE {self.role} NOLOGIN"))
         try:

@@ -1,4 +1,4 @@
-"""The code in a text, by its heading, to be run as it is written."""
+"""The code blocks of a document, by their headings, to be run as written."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ MANUAL = ROOT / "docs" / "decorators.md"
 
 
 def python_under_headings(text: Path) -> list[tuple[str, str]]:
-    """Return each block of Python, with the heading that it stands under. A `#` inside a block is no heading."""
+    """Return each block of Python, with the heading above it. A `#` inside a block is not a heading."""
     found, heading, language, block = [], "", None, list[str]()
     for line in text.read_text().splitlines(keepends=True):
         if line.startswith("```"):
@@ -25,13 +25,13 @@ def python_under_headings(text: Path) -> list[tuple[str, str]]:
 
 
 def code_under(text: Path, heading: str) -> str:
-    """Return the one block of Python under a heading. Raises ValueError when there is none, or more."""
+    """Return the one block of Python under a heading. Raises ValueError if there is none, or more than one."""
     [code] = [code for title, code in python_under_headings(text) if title == heading]
     return code
 
 
 def run(text: Path, heading: str, /, **names: Any) -> dict[str, Any]:
-    """Run the block under a heading as a module that knows these names too. Returns all its names."""
+    """Run the block under a heading as a module that also has these names. Returns all its names."""
     namespace = {"__name__": f"{text.stem}_{re.sub(r'[^a-z]+', '_', heading.lower())}", **names}
     exec(compile(code_under(text, heading), str(text), "exec"), namespace)  # noqa: S102 - our own
     return namespace

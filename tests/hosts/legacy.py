@@ -1,4 +1,4 @@
-"""The old Django project at work, and an engineer at a terminal beside it."""
+"""A working Django project, and an engineer at a terminal beside it."""
 
 import json
 import os
@@ -35,14 +35,14 @@ class Shop:
     took: list[tuple[str, float]] = field(default_factory=list)
 
     def open(self) -> list[dict[str, Any]]:
-        """Make the tables by the project's own migrations, and a history. Returns the books of it."""
+        """Make the tables by the project's own migrations, and a history. Returns its books."""
         run_module(MANAGE, "migrate", "--verbosity=0", host_url=self.url)
         run_module(MANAGE, "open_shop", "--books", self.folder / "opened.json", host_url=self.url)
         return self._read("opened.json")
 
     @contextmanager
     def at_work(self) -> Iterator[list[dict[str, Any]]]:
-        """Serve customers in a process of the project's. Gives its books, which are filled at the end."""
+        """Serve customers in a process of the project's. Gives its books, which are complete at the end."""
         books: list[dict[str, Any]] = []
         process = subprocess.Popen(
             [sys.executable, "-m", MANAGE, "use_ai", "--books", str(self.folder / "served.json")],
@@ -67,7 +67,7 @@ class Shop:
         return books
 
     def goes_on(self) -> None:
-        """Return once the project has written counters and logged for a while longer."""
+        """Return when the project has written counters and log rows for a while longer."""
         for table in ("sales_counterchange", "ai_usage_log"):
             count = f"SELECT count(*) FROM {table}"
             until = self.host.value(count) + 50
@@ -77,12 +77,12 @@ class Shop:
         return make_url(self.url).set(username=role).render_as_string(hide_password=False)
 
     def trueup(self, *arguments: str, role: str | None = None) -> str:
-        """Run the real program, as that role; it must end well. Returns what it prints."""
+        """Run the real program as that role. It must succeed. Returns its output."""
         environment = os.environ | ({"TRUEUP_DATABASE_URL": self.url_of(role)} if role else {})
         return self._run([str(Path(sys.executable).with_name("trueup")), *arguments], environment)
 
     def psql(self, statements: str) -> None:
-        """Run statements as the database's superuser, in psql; the first error ends them."""
+        """Run statements in psql as the database's superuser. The first error ends them."""
         program = str(programs() / "psql")
         self._run(
             [program, "--quiet", "--set=ON_ERROR_STOP=1", "--no-psqlrc", plain_url(self.url)], os.environ, statements
@@ -105,5 +105,5 @@ class Shop:
         return done.stdout
 
     def structure(self) -> list[str]:
-        """Return the database's structure, but for the rights that roles have in it."""
+        """Return the database's structure, without the rights of roles."""
         return pg_dump(self.url, "--schema-only", "--no-privileges")

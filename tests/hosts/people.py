@@ -1,4 +1,4 @@
-"""Who uses the hosts: one user for each answer of the gate."""
+"""The users of the hosts, one for each answer of the gate, and their prompts for views that stream."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ JWT_SECRET = "only-for-tests-and-long-enough-for-hs256"
 
 @dataclass(frozen=True, kw_only=True)
 class Person:
-    """A user. `tokens` None: without a subscription; `used`: count in the log."""
+    """A user. `tokens` None: without a subscription; `used`: tokens in the log."""
 
     id: int
     name: str
@@ -23,7 +23,7 @@ POOR = Person(id=102, name="poor", tokens=1_000)
 SPENT = Person(id=103, name="spent", tokens=2_000, used=2_000)
 EXPIRED = Person(id=104, name="expired", expired=True)
 STOPPED = Person(id=105, name="stopped", active=False)
-# Whom the specification's own test of the gate asks about.
+# The user of the specification's own test of the gate.
 TESTER = Person(id=107, name="test@example.com", tokens=5_000, used=4_500)
 STRANGER = Person(id=106, name="stranger", tokens=None)
 RACERS = tuple(Person(id=200 + number, name=f"racer{number}", tokens=4_000) for number in range(4))
@@ -36,3 +36,8 @@ REASONS = {
     STOPPED: "subscription_deactivated",
     STRANGER: "no_subscription",
 }
+
+# What `tests.hosts.streaming` answers, in words of one token each.
+PROMPT_TOKENS = 10
+SHORT, SHORT_WORDS = "short", 20
+LONG = "as long as the hold allows"

@@ -1,4 +1,4 @@
-"""A host that runs: its process, its address, its users, and how they log in."""
+"""A running host: its process, its address, its users, and their login."""
 
 import os
 import subprocess
@@ -23,10 +23,10 @@ STOP_SECONDS = 10
 
 
 class Login(Protocol):
-    """How a host's users prove who they are."""
+    """How a host's users log in."""
 
     def __call__(self, client: httpx.Client, person: Person) -> None:
-        """Have the client be this person from now on."""
+        """Make the client this person from now on."""
 
 
 @dataclass
@@ -38,12 +38,12 @@ class Server:
     clients: dict[Person | None, httpx.Client] = field(default_factory=dict)
 
     def client(self, person: Person | None) -> httpx.Client:
-        """Return a client that has logged in as this person; None: nobody."""
+        """Return a client that has logged in as this person. None: not logged in."""
         if person not in self.clients:
             client = httpx.Client(base_url=self.url, timeout=30)
             if person is not None:
                 self.login(client, person)
-            # Kept once it has logged in: a login that failed must not make every later test a stranger's.
+            # Kept only after the login, so that a failed login does not affect every later test.
             self.clients[person] = client
         return self.clients[person]
 
@@ -55,7 +55,7 @@ class Server:
 def serving(
     kind: str, application: str, log: Path, login: Login, *, trueup_url: str, host_url: str
 ) -> Iterator[Server]:
-    """Run a host until the block ends. Its own database URL and trueup's are given to it by its environment."""
+    """Run a host until the block ends. Its environment has its own database URL and trueup's."""
     environment = os.environ | {
         "TRUEUP_DATABASE_URL": trueup_url,
         "HOST_DATABASE_URL": plain_url(host_url),
@@ -85,7 +85,7 @@ def serving(
 
 
 def run_module(module: str, *arguments: object, host_url: str) -> str:
-    """Run one of the hosts' own commands to its end. Returns what it prints."""
+    """Run one of the hosts' own commands to its end. Returns its output."""
     done = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
         cwd=ROOT,
@@ -99,7 +99,7 @@ def run_module(module: str, *arguments: object, host_url: str) -> str:
 
 
 def plain_url(url: str) -> str:
-    """Return a URL of SQLAlchemy's as libpq reads it."""
+    """Return a URL of SQLAlchemy's in the form of libpq."""
     return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
 
 

@@ -1,6 +1,6 @@
 """Serve one of the hosts on a free port of the loopback: `python -m tests.hosts.serve KIND MODULE:NAME`.
 
-Prints the port once it is bound: from then on connections are taken.
+It prints the port once it is bound. From then on it takes connections.
 """
 
 import socket
@@ -23,7 +23,7 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
 
 class _QuietHandler(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the parent's name
-        """Say nothing of each request."""
+        """Do not log requests."""
 
 
 def serve_wsgi(app: Any) -> None:

@@ -3,13 +3,17 @@
 import pytest
 
 from tests.hosts.checks import (
-    NOBODY,
-    assert_asks_for_a_subscription_only,
-    assert_closed,
+    ANONYMOUS,
+    assert_admits,
+    assert_breaks_off,
+    assert_charges_what_was_streamed,
+    assert_concurrent_requests_never_overspend,
     assert_denied,
-    assert_lets_in,
-    assert_requests_at_once_never_overspend,
-    assert_turns_nobody_in,
+    assert_denies_before_it_streams,
+    assert_refuses_anonymous,
+    assert_requires_only_a_subscription,
+    assert_streams,
+    assert_unavailable,
     denied,
 )
 from tests.hosts.conftest import Site
@@ -30,17 +34,17 @@ def server(request: pytest.FixtureRequest) -> Server:
 
 
 @pytest.mark.parametrize("path", [*REST, *DJANGO])
-def test_who_has_tokens_is_let_in(server: Server, path: str) -> None:
-    assert_lets_in(server, path)
+def test_a_user_with_tokens_is_admitted(server: Server, path: str) -> None:
+    assert_admits(server, path)
 
 
 @pytest.mark.parametrize("path", DJANGO)
-def test_nobody_is_turned_away_by_django(server: Server, path: str) -> None:
-    assert_turns_nobody_in(server, path)
+def test_django_refuses_an_anonymous_user(server: Server, path: str) -> None:
+    assert_refuses_anonymous(server, path)
 
 
 @pytest.mark.parametrize("path", REST)
-def test_nobody_is_turned_away_by_rest_framework_in_its_own_way(server: Server, path: str) -> None:
+def test_rest_framework_refuses_an_anonymous_user_in_its_own_way(server: Server, path: str) -> None:
     answer = server.post(path, None)
     assert (answer.status_code, answer.json()) == (401, {"detail": "Authentication credentials were not provided."})
     assert answer.headers["WWW-Authenticate"].startswith("Bearer")
@@ -48,7 +52,7 @@ def test_nobody_is_turned_away_by_rest_framework_in_its_own_way(server: Server, 
 
 @denied
 @pytest.mark.parametrize("path", ["/rest/class", "/django/async-class"])
-def test_who_may_not_is_answered_with_the_specifications_body(server: Server, path: str, person: Person) -> None:
+def test_a_denied_user_gets_the_specifications_body(server: Server, path: str, person: Person) -> None:
     assert_denied(server.post(path, person), person)
 
 
@@ -58,35 +62,35 @@ def test_every_kind_of_view_denies(server: Server, path: str) -> None:
 
 
 @denied
-def test_a_subscription_is_asked_for_without_regard_to_its_tokens(server: Server, person: Person) -> None:
-    assert_asks_for_a_subscription_only(server, "/rest/subscribers", person)
+def test_a_subscription_is_required_with_any_number_of_tokens(server: Server, person: Person) -> None:
+    assert_requires_only_a_subscription(server, "/rest/subscribers", person)
 
 
-def test_without_the_database_nobody_is_let_in_and_afterwards_as_before(server: Server, django_site: Site) -> None:
+def test_without_the_database_no_user_is_admitted_until_it_answers(server: Server, django_site: Site) -> None:
     paths = ["/rest/class", "/rest/subscribers", *DJANGO]
     for path in paths:
-        server.client(RICH)  # logs in first: the host's own database is there
-        assert_lets_in(server, path)
+        server.client(RICH)  # logs in first, while the host's own database is available
+        assert_admits(server, path)
     with django_site.away_from_trueup():
         for path in paths:
-            assert_closed(server, path)
-        assert server.post("/django/function", None).json() == NOBODY
-    assert_lets_in(server, "/rest/class")
+            assert_unavailable(server, path)
+        assert server.post("/django/function", None).json() == ANONYMOUS
+    assert_admits(server, "/rest/class")
 
 
-def test_requests_at_once_never_overspend(django_wsgi: Server, django_asgi: Server, django_site: Site) -> None:
-    assert_requests_at_once_never_overspend(django_wsgi, django_site.host, RACERS[0])
-    assert_requests_at_once_never_overspend(django_asgi, django_site.host, RACERS[1])
+def test_concurrent_requests_never_overspend(django_wsgi: Server, django_asgi: Server, django_site: Site) -> None:
+    assert_concurrent_requests_never_overspend(django_wsgi, django_site.host, RACERS[0])
+    assert_concurrent_requests_never_overspend(django_asgi, django_site.host, RACERS[1])
     assert_true(django_site.host)
 
 
-def test_what_a_view_wrote_before_its_hold_was_denied_is_rolled_back(server: Server, django_site: Site) -> None:
+def test_a_denied_hold_rolls_back_the_views_earlier_writes(server: Server, django_site: Site) -> None:
     answer = server.post("/write-then-hold", RICH)
     assert (answer.status_code, answer.json()["error_code"]) == (402, "insufficient_tokens")
     assert django_site.host.value("SELECT count(*) FROM billing_tokenplan WHERE name = 'half a purchase'") == 0
 
 
-def test_a_copy_of_a_request_that_is_at_work_is_answered_409(django_wsgi: Server, django_site: Site) -> None:
+def test_a_duplicate_of_a_running_request_is_answered_409(django_wsgi: Server, django_site: Site) -> None:
     key = {"Idempotency-Key": "order 7"}
     assert django_wsgi.post("/spend", RICH, headers=key).status_code == 200
     # As if it were still at work, after its charge.
@@ -98,7 +102,7 @@ def test_a_copy_of_a_request_that_is_at_work_is_answered_409(django_wsgi: Server
     assert answer.headers["Retry-After"] == "5"
 
 
-def test_the_specifications_first_example_shows_what_is_true(server: Server) -> None:
+def test_the_specifications_first_example_shows_the_true_figures(server: Server) -> None:
     answer = server.client(SPENT).get("/specification/1")
     assert answer.json() == {
         "original_tokens": 2_000,
@@ -122,12 +126,12 @@ def test_the_specifications_third_example_is_gated(server: Server) -> None:
     assert server.post("/specification/3", None).status_code == 401
 
 
-def test_the_specifications_solution_is_the_truth_of_the_log(server: Server) -> None:
+def test_the_specifications_solution_equals_the_log(server: Server) -> None:
     assert server.post("/specification/solution", SPENT).json() == [2_000, 2_000, 0]
 
 
 def test_the_specifications_decorated_view_denies(server: Server) -> None:
-    """Its body returns nothing, which REST framework takes from no view that is let in."""
+    """Its body returns nothing, which REST framework refuses from a view that runs."""
     assert_denied(server.post("/specification/decorator", SPENT), SPENT)
 
 
@@ -153,9 +157,27 @@ def test_the_manuals_examples_run(server: Server, path: str) -> None:
     assert server.post(path, None).status_code == 401
 
 
-def test_the_manuals_example_of_a_hold_charges_what_it_used(server: Server, django_site: Site) -> None:
+def test_the_manuals_example_of_a_hold_charges_its_usage(server: Server, django_site: Site) -> None:
     before = django_site.host.used(RICH.id)
     assert server.post("/manual/hold", RICH).json() == {"summary": "of at most 1500"}
     assert django_site.host.used(RICH.id) == before + 300
     assert_denied(server.post("/manual/hold", POOR), POOR, feature="Summaries")
     assert_true(django_site.host)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [("django_wsgi", "/manual/stream"), ("django_asgi", "/manual/async-stream")],
+)
+def test_a_streaming_view_is_charged_for_what_it_streamed(
+    kind: str, path: str, django_site: Site, request: pytest.FixtureRequest
+) -> None:
+    server: Server = request.getfixturevalue(kind)
+    assert_streams(server, path, django_site.host)
+    assert_charges_what_was_streamed(server, path, django_site.host)
+    assert_denies_before_it_streams(server, path, SPENT)
+
+
+def test_a_stream_that_django_breaks_off_leaves_nothing_held(django_wsgi: Server, django_site: Site) -> None:
+    """Under WSGI Django warns of an asynchronous iterator. In the tests' servers a warning is an error."""
+    assert_breaks_off(django_wsgi, "/manual/async-stream", django_site.host)

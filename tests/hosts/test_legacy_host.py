@@ -1,4 +1,4 @@
-"""A Django project at work while trueup looks at it, attaches, enforces, reconciles and leaves: judged by its books."""
+"""trueup reports on a working Django project, attaches, enforces, reconciles and detaches; its books are the judge."""
 
 import json
 import secrets
@@ -26,7 +26,7 @@ from trueup.settings.settings import get_settings
 from trueup.stack import StackUrls
 
 ROLES = ("migrate", "worker", "readonly")
-# What the project did to its idle customers, and the cause by which it is found.
+# The project's faults with its idle customers, and the cause that trueup must find for each.
 CAUSES = {
     "miss": "missed_decrement",
     "lose": "lost_update",
@@ -40,7 +40,7 @@ CAUSES = {
 PAID = ("buy_pack", "renew_early", "upgrade")
 FOR_A_PERSON = (*PAID, "charge_unlogged")
 
-# By the project's tables alone.
+# From the project's tables alone.
 _COUNTERS = """
     SELECT u.username, s.id, s.tokens_remaining AS counter, greatest(p.tokens_included - coalesce((
         SELECT sum(l.total_tokens) FROM ai_usage_log l
@@ -53,7 +53,7 @@ _COUNTERS = """
 
 @dataclass(kw_only=True)
 class Lived:
-    """What was told while the project was at work, and what there is afterwards. `audit`: every change of a counter."""
+    """The reports while the project worked, and the tables afterwards. `audit`: every change of a counter."""
 
     books: list[dict[str, Any]]
     before: list[str]
@@ -71,7 +71,7 @@ class Lived:
     counters: dict[str, Any] = field(default_factory=dict)
 
     def entries(self, kind: str) -> Counter[Any]:
-        """Count what the project's books say of one kind."""
+        """Count the entries of one kind in the project's books."""
         return Counter(
             tuple(entry) if isinstance(entry, list) else entry for book in self.books for entry in book[kind]
         )
@@ -79,7 +79,7 @@ class Lived:
 
 @contextmanager
 def role_of(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Have this process, and the workers that it starts, be that role."""
+    """Make this process, and the workers that it starts, use that role."""
     with monkeypatch.context() as patch:
         patch.setenv("TRUEUP_DATABASE_URL", url)
         get_settings.cache_clear()
@@ -90,7 +90,7 @@ def role_of(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def spend_now(user: int) -> int | TokensDenied:
-    """Have a worker run a gated task for that user. Returns what it spent, or why it was denied."""
+    """Let a worker run a gated task for that user. Returns the tokens spent, or the reason of the denial."""
     sent = spend.delay(user_id=user)
     result: int | TokensDenied = sent.get(timeout=30, propagate=False)
     return result
@@ -179,16 +179,16 @@ def lived(stack: StackUrls, admin_engine: Engine, tmp_path_factory: pytest.TempP
             connection.execute(text(f"DROP ROLE IF EXISTS {role}"))
 
 
-def test_the_project_was_at_work_all_the_time_and_met_no_error(lived: Lived) -> None:
+def test_the_project_worked_all_the_time_without_an_error(lived: Lived) -> None:
     slowest = sorted((tuple(book["slowest"]) for book in lived.books[1:]), reverse=True)
-    told = ", ".join(f"{seconds * 1000:.0f} ms {what}" for seconds, what in slowest)
+    said = ", ".join(f"{seconds * 1000:.0f} ms {what}" for seconds, what in slowest)
     steps = sum(book["steps"] for book in lived.books[1:])
-    sys.stdout.write(f"the shop: {steps} transactions; the longest of each thread: {told}\n{lived.took}\n")
+    sys.stdout.write(f"the shop: {steps} transactions; the longest of each thread: {said}\n{lived.took}\n")
     assert [error for book in lived.books for error in book["errors"]] == []
     assert all(book["steps"] > 100 for book in lived.books)
 
 
-def test_every_row_of_the_project_is_there_as_it_was_written(lived: Lived) -> None:
+def test_every_row_of_the_project_is_unchanged(lived: Lived) -> None:
     own = {row["log_id"] for row in lived.history["charge"]}
     logs = Counter((str(row.id), *row[1:]) for row in lived.rows["logs"] if str(row.id) not in own)
     assert logs == lived.entries("logs")
@@ -196,7 +196,7 @@ def test_every_row_of_the_project_is_there_as_it_was_written(lived: Lived) -> No
     assert Counter(lived.rows["payments"]) == lived.entries("payments")
 
 
-def test_each_counter_is_what_the_project_wrote_and_trueup_corrected(lived: Lived) -> None:
+def test_each_counter_has_the_project_s_value_with_trueup_s_corrections(lived: Lived) -> None:
     written = Counter((row.subscription_id, row.after) for row in lived.audit if row.who == "shop")
     assert written == lived.entries("counters")
     last: dict[int, int] = {}
@@ -206,7 +206,7 @@ def test_each_counter_is_what_the_project_wrote_and_trueup_corrected(lived: Live
     assert {row.id: row.counter for row in lived.counters.values() if row.id in last} == last
 
 
-def test_trueup_changed_no_counter_but_by_corrections_and_charges(lived: Lived) -> None:
+def test_trueup_changed_counters_only_by_corrections_and_charges(lived: Lived) -> None:
     made = Counter(
         (str(row.subscription_id), row.before, row.after)
         for row in lived.audit
@@ -223,7 +223,7 @@ def test_trueup_changed_no_counter_but_by_corrections_and_charges(lived: Lived) 
     assert (subscription, before - after) == (str(lived.counters["rich"].id), lived.tasks["rich"])
 
 
-def test_the_first_look_found_what_had_gone_wrong(lived: Lived) -> None:
+def test_the_first_report_found_the_faults(lived: Lived) -> None:
     assert 'table = "billing_tokenusage"' in lived.mapping
     assert 'table = "billing_payment"' in lived.mapping
     assert set(CAUSES.values()) <= {row["cause"] for row in lived.look["rows"]}
@@ -231,7 +231,7 @@ def test_the_first_look_found_what_had_gone_wrong(lived: Lived) -> None:
 
 @pytest.mark.parametrize("act", CAUSES)
 def test_customers_with_a_history_have_the_right_counter_and_cause(lived: Lived, act: str) -> None:
-    """What was paid for, or was used and never logged, waits for a person; all else is corrected."""
+    """Drifts that may be paid tokens, or use without a log row, wait for a person. All others are corrected."""
     for number in range(3):
         customer = lived.counters[f"idle-{act}-{number}"]
         found = {
@@ -241,7 +241,7 @@ def test_customers_with_a_history_have_the_right_counter_and_cause(lived: Lived,
         assert (customer.counter == customer.remaining) is (act not in FOR_A_PERSON)
 
 
-def test_the_gate_let_pass_denied_and_charged_as_it_was_told(lived: Lived) -> None:
+def test_the_gate_admitted_denied_and_charged_by_its_settings(lived: Lived) -> None:
     assert lived.tasks["spent, observed"] == lived.tasks["rich"] > 0
     denied = lived.tasks["spent, enforced"]
     assert isinstance(denied, TokensDenied)
@@ -255,6 +255,6 @@ def test_each_part_ran_with_its_own_role(lived: Lived) -> None:
     assert lived.owner.startswith("migrate_")
 
 
-def test_the_database_is_built_as_before(lived: Lived) -> None:
+def test_the_database_has_its_structure_of_before(lived: Lived) -> None:
     assert lived.after == lived.before
     assert len(lived.before) > 50

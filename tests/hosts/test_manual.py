@@ -1,4 +1,4 @@
-"""The manual's code that needs no framework runs as it is written, and its words are those of the code."""
+"""The manual's code that needs no framework runs as written, and its texts equal those of the code."""
 
 import re
 from pathlib import Path

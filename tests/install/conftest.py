@@ -1,4 +1,4 @@
-"""What tests of attaching share."""
+"""Fixtures of the tests of installing and attaching."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ from trueup.install.example_tables import build_host_metadata
 
 @pytest.fixture
 def bare_host(empty_database: str) -> Iterator[Host]:
-    """A host from before trueup."""
+    """A host without trueup."""
     engine = create_engine(empty_database, poolclass=NullPool)
     with engine.begin() as connection:
         build_host_metadata(HostMapping()).create_all(connection)

@@ -28,10 +28,11 @@ from trueup.database.locks import HostBusyError, take_step
 from trueup.database.retry import retrying
 from trueup.errors import HostChangedError, MissingRightError, NotInstalledError
 from trueup.gate.holds import close_hold
-from trueup.host.mapping import HostMapping, UsageLogTable
+from trueup.host.fields import UsageLogTable
+from trueup.host.mapping import HostMapping
 from trueup.install.attach import (
-    WATCH_LOG,
-    WATCH_SUBSCRIPTIONS,
+    LOG_STEP,
+    SUBSCRIPTION_STEP,
     AttachError,
     attach,
     fill,
@@ -55,12 +56,12 @@ def host(bare_host: Host) -> Host:
 
 
 def balances(host: Host) -> dict[int, int]:
-    """Return what each balance that is up to date says was consumed."""
+    """Return the consumed tokens of each balance that is up to date, by user."""
     rows = host.execute("SELECT user_id, consumed FROM trueup.balance WHERE log_epoch = trueup.log_epoch()")
     return {row.user_id: row.consumed for row in rows}
 
 
-def test_balances_are_true_though_the_host_writes_all_the_time(host: Host, connection: Connection) -> None:
+def test_balances_are_right_while_the_host_writes_all_the_time(host: Host, connection: Connection) -> None:
     users = [host.subscriber() for _ in range(5)]
     for user in users:
         host.log(user, 100)
@@ -78,7 +79,7 @@ def test_balances_are_true_though_the_host_writes_all_the_time(host: Host, conne
     hold_tokens(connection, users[1], 9_900)
 
 
-def test_it_makes_what_setting_up_at_once_makes(host: Host, empty_database: str) -> None:
+def test_attach_creates_the_same_objects_as_install(host: Host, empty_database: str) -> None:
     attach(MAPPING)
     attached = pg_dump(empty_database, "--schema-only")
     host.execute("DROP SCHEMA trueup CASCADE")
@@ -89,7 +90,7 @@ def test_it_makes_what_setting_up_at_once_makes(host: Host, empty_database: str)
     assert attached == installed
 
 
-def test_again_it_needs_no_lock_and_the_gate_stays_open(host: Host, connection: Connection) -> None:
+def test_a_second_attach_takes_no_lock_and_the_gate_stays_open(host: Host, connection: Connection) -> None:
     user = host.subscriber()
     attach(MAPPING)
     charge_tokens(connection, hold_tokens(connection, user), 300)
@@ -103,7 +104,7 @@ def test_again_it_needs_no_lock_and_the_gate_stays_open(host: Host, connection: 
     assert_true(host)
 
 
-def test_gates_at_work_do_not_notice_that_functions_are_replaced(host: Host) -> None:
+def test_running_gates_are_not_disturbed_while_functions_are_replaced(host: Host) -> None:
     user, over, held = host.subscriber(), threading.Event(), [0, 0]
     attach(MAPPING)
 
@@ -131,14 +132,14 @@ def test_gates_at_work_do_not_notice_that_functions_are_replaced(host: Host) -> 
 
 STEPS: tuple[Callable[[Connection], None], ...] = (
     lambda connection: prepare(connection, MAPPING),
-    lambda connection: WATCH_LOG.take(connection, MAPPING),
-    lambda connection: WATCH_SUBSCRIPTIONS.take(connection, MAPPING),
+    lambda connection: LOG_STEP.take(connection, MAPPING),
+    lambda connection: SUBSCRIPTION_STEP.take(connection, MAPPING),
     lambda connection: connection.execute(text("SELECT trueup.fill_balances(NULL, 1)")).close(),
 )
 
 
 @pytest.mark.parametrize("taken", range(1, len(STEPS) + 1))
-def test_stopped_after_any_step_it_is_closed_and_goes_on_where_it_was(
+def test_interrupted_after_any_step_the_gate_is_closed_and_the_next_run_continues(
     host: Host, connection: Connection, taken: int
 ) -> None:
     users = [host.subscriber(), host.subscriber()]
@@ -150,7 +151,7 @@ def test_stopped_after_any_step_it_is_closed_and_goes_on_where_it_was(
         hold_tokens(worker, users[0])
     with pytest.raises(NotInstalledError, match=r"interrupted\. Run `trueup db attach`"):
         check_installed(connection)
-    # What has been built needs not be built again.
+    # Balances that were built are not built again.
     assert attach(MAPPING)["balances"] == (1 if taken == len(STEPS) else 2)
     assert balances(host).keys() == set(users)
     assert_true(host)
@@ -158,7 +159,7 @@ def test_stopped_after_any_step_it_is_closed_and_goes_on_where_it_was(
     assert host.value("SELECT consumed FROM trueup.balance WHERE user_id = :user", user=users[0]) == 120
 
 
-def test_two_at_once_take_turns(host: Host) -> None:
+def test_concurrent_attaches_are_serialized(host: Host) -> None:
     user = host.subscriber()
     host.log(user, 100)
     run_at_once([lambda: attach(MAPPING)] * 3)
@@ -167,7 +168,7 @@ def test_two_at_once_take_turns(host: Host) -> None:
 
 
 @pytest.mark.parametrize("table", ["ai_usage_log", "billing_subscription"])
-def test_a_host_that_has_its_table_for_long_is_not_waited_for(host: Host, table: str) -> None:
+def test_a_table_that_stays_locked_ends_the_command_with_an_error(host: Host, table: str) -> None:
     user = host.subscriber()
     with locked(host, f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE") as busy:
         with pytest.raises(HostBusyError, match=f'kept "public"."{table}" .*process {backend_pid(busy)} '):
@@ -188,7 +189,7 @@ def test_a_host_that_has_its_table_for_long_is_not_waited_for(host: Host, table:
         "ALTER TABLE ai_usage_log RENAME TO old_log; CREATE TABLE ai_usage_log (LIKE old_log INCLUDING ALL)",
     ],
 )
-def test_triggers_that_were_lost_are_put_back_and_what_they_missed_counts(
+def test_lost_triggers_are_created_again_and_rows_that_they_missed_count(
     host: Host, connection: Connection, loss: str
 ) -> None:
     user = host.subscriber()
@@ -207,7 +208,7 @@ def test_triggers_that_were_lost_are_put_back_and_what_they_missed_counts(
     assert host.value("SELECT consumed FROM trueup.balance") == host.used(user)
 
 
-def test_another_mapping_counts_all_anew_even_if_it_was_interrupted(host: Host, connection: Connection) -> None:
+def test_another_mapping_rebuilds_every_balance_even_after_an_interruption(host: Host, connection: Connection) -> None:
     user = host.subscriber()
     host.log(user, 100)
     attach(MAPPING)
@@ -228,7 +229,7 @@ def test_a_balance_that_does_not_agree_with_the_log_keeps_the_gate_closed(host: 
         take_step(step)
     fill()
     host.execute("UPDATE trueup.balance SET consumed = 1")
-    with pytest.raises(AttachError, match=rf"those of {user} .*The gate stays closed"):
+    with pytest.raises(AttachError, match=rf"those of {user}\. The gate stays closed"):
         take_step(lambda connection: open_gate(connection, MAPPING))
     host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER trueup_updated")
     with pytest.raises(AttachError, match="missing or disabled"):
@@ -237,9 +238,7 @@ def test_a_balance_that_does_not_agree_with_the_log_keeps_the_gate_closed(host: 
         hold_tokens(worker, user)
 
 
-def test_balances_are_filled_in_batches_and_those_that_gates_have_are_passed_over(
-    host: Host, connection: Connection
-) -> None:
+def test_balances_are_built_in_batches_and_locked_ones_are_skipped(host: Host, connection: Connection) -> None:
     users = [host.subscriber() for _ in range(7)]
     attach(MAPPING)
     for user in users:
@@ -256,8 +255,10 @@ def test_balances_are_filled_in_batches_and_those_that_gates_have_are_passed_ove
     assert_true(host)
 
 
-def test_killed_wherever_it_is_it_goes_on_while_the_host_writes(host: Host, connection: Connection) -> None:
-    """The real program, killed as soon as it has told of a step."""
+def test_killed_after_any_step_the_next_attach_continues_while_the_host_writes(
+    host: Host, connection: Connection
+) -> None:
+    """The real program is killed as soon as it has printed a step."""
     users = [host.subscriber() for _ in range(3)]
     host.log(users[1], 100)
     steps = ("Tables are", "The trigger", "Balances are")
@@ -271,7 +272,7 @@ def test_killed_wherever_it_is_it_goes_on_while_the_host_writes(host: Host, conn
 
 
 def told_until(step: str) -> list[str]:
-    """Attach with the real program, killed once it tells of that step. Returns what it has told."""
+    """Run the real program and kill it once it prints that step. Returns its output."""
     told = []
     command = [TRUEUP, "db", "attach", "--yes"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -283,7 +284,7 @@ def told_until(step: str) -> list[str]:
     return told
 
 
-def test_a_trigger_that_somebody_touches_meanwhile_starts_it_anew(host: Host) -> None:
+def test_a_trigger_changed_by_another_session_makes_attach_start_again(host: Host) -> None:
     user = host.subscriber()
     host.log(user, 100)
     for step in STEPS[:2]:
@@ -292,14 +293,14 @@ def test_a_trigger_that_somebody_touches_meanwhile_starts_it_anew(host: Host) ->
     host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER USER")
     host.log(user, 20)
     host.execute("ALTER TABLE ai_usage_log ENABLE TRIGGER USER")
-    with pytest.raises(AttachError, match="by somebody else meanwhile"):
+    with pytest.raises(AttachError, match="Another session disabled or re-created"):
         take_step(STEPS[2])
     attach(MAPPING)
     assert balances(host) == {user: 120}
     assert_true(host)
 
 
-def test_the_rights_that_it_names_are_the_rights_that_it_takes(
+def test_the_rights_in_the_error_are_the_rights_that_attach_needs(
     host: Host, empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     user, role = host.subscriber(), f"setup_{uuid.uuid4().hex[:8]}"
@@ -312,7 +313,7 @@ def test_the_rights_that_it_names_are_the_rights_that_it_takes(
         with pytest.raises(MissingRightError, match=r"CREATE ON DATABASE .*SELECT .*TRIGGER|TRIGGER") as refused:
             attach(MAPPING)
         assert host.value("SELECT to_regnamespace('trueup') IS NULL")
-        host.execute(str(refused.value).partition("gives it: ")[2])
+        host.execute(str(refused.value).partition("tables run: ")[2])
         attach(MAPPING)
         assert balances(host) == {user: 100}
         host.execute(
@@ -334,12 +335,12 @@ def test_a_second_application_in_the_database_is_refused(host: Host, connection:
         OtherInstallationError, match=r"attached to ai_usage_log .*the settings say other_log.*--replace"
     ):
         refuse_other_installation(connection, other)
-    # A table that has only got another name is no other.
+    # A renamed table is the same table.
     host.execute("DROP TABLE other_log; ALTER TABLE ai_usage_log RENAME TO other_log")
     refuse_other_installation(connection, other)
 
 
-def test_the_plan_says_what_there_is_to_do_and_which_rights_lack(host: Host, connection: Connection) -> None:
+def test_the_plan_lists_the_steps_and_the_missing_rights(host: Host, connection: Connection) -> None:
     host.subscriber()
     host.execute("ANALYZE")
     plan = plan_attach(connection, MAPPING)
@@ -362,7 +363,7 @@ def test_the_plan_says_what_there_is_to_do_and_which_rights_lack(host: Host, con
     [prepare_scripts(MAPPING, ready=True), opening_scripts(MAPPING)],
     ids=["first", "last"],
 )
-def test_triggers_that_are_switched_off_just_as_it_is_attached_again_are_noticed(
+def test_triggers_disabled_during_another_attach_are_noticed(
     host: Host, connection: Connection, scripts: list[str]
 ) -> None:
     user = host.subscriber()
@@ -374,16 +375,16 @@ def test_triggers_that_are_switched_off_just_as_it_is_attached_again_are_noticed
         host.log(user, 20)
         host.execute("ALTER TABLE ai_usage_log ENABLE TRIGGER USER")
         run_scripts(again, scripts)
-    with pytest.raises(HostChangedError, match="switched off for a while"), connect() as worker:
+    with pytest.raises(HostChangedError, match="disabled for a while"), connect() as worker:
         hold_tokens(worker, user, 0)
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_balances_that_were_open_and_are_not_true_are_built_anew_or_the_gate_is_closed(host: Host, again: bool) -> None:
+def test_wrong_balances_behind_an_open_gate_are_rebuilt_or_the_gate_is_closed(host: Host, again: bool) -> None:
     user = host.subscriber()
     host.log(user, 100)
     attach(MAPPING)
-    # As by rows that went with a partition; and by something that makes it so each time.
+    # Once, as after rows dropped with a partition; or each time the balances are built.
     host.execute("UPDATE trueup.balance SET consumed = 90")
     if not again:
         assert attach(MAPPING) == {"balances": 1}

@@ -20,6 +20,7 @@ from trueup.database.engine import connect, transaction
 from trueup.database.locks import HostBusyError, take_step
 from trueup.errors import InvalidInputError, NotInstalledError
 from trueup.gate.decision import check_access
+from trueup.gate.holds import close_hold
 from trueup.host.mapping import HostMapping
 from trueup.install.attach import attach, prepare
 from trueup.install.detach import DetachRefusedError, detach, plan_detach, steps
@@ -31,7 +32,7 @@ WITHOUT_PATIENCE = {"patience_seconds": 0.0}
 
 @pytest.fixture
 def engine(empty_database: str) -> Iterator[Engine]:
-    """A host's database from before trueup."""
+    """A host's database without trueup."""
     engine = create_engine(empty_database, poolclass=NullPool)
     with engine.begin() as connection:
         build_host_metadata(HostMapping()).create_all(connection)
@@ -55,7 +56,7 @@ def triggers(host: Host) -> int:
 
 @contextmanager
 def writing(engine: Engine, user: int) -> Iterator[list[int]]:
-    """Write log rows and counters all the time, from two sessions; gives the tokens of each row written."""
+    """Write log rows and counters all the time from two sessions. Yields the list of tokens of all rows written."""
     written: list[int] = []
     over = threading.Event()
 
@@ -90,7 +91,7 @@ def writing(engine: Engine, user: int) -> Iterator[list[int]]:
             thread.join()
 
 
-def test_the_host_is_left_as_it_was_while_it_writes(engine: Engine, empty_database: str) -> None:
+def test_detach_leaves_the_host_unchanged_while_it_writes(engine: Engine, empty_database: str) -> None:
     before = pg_dump(empty_database, "--schema-only")
     with Host(engine) as host:
         user = host.subscriber()
@@ -114,7 +115,7 @@ def test_rows_of_the_host_stay_byte_for_byte(engine: Engine, empty_database: str
         assert pg_dump(empty_database) == before
 
 
-def test_what_is_removed_is_told_first(host: Host, connection: Connection) -> None:
+def test_the_plan_names_everything_that_detach_removes(host: Host, connection: Connection) -> None:
     hold_tokens(connection, host.subscriber())
     plan = plan_detach(connection)
     assert plan.host_tables == ("ai_usage_log", "billing_subscription")
@@ -135,7 +136,9 @@ def test_while_a_hold_is_open_nothing_is_removed(host: Host, connection: Connect
     assert not schema_there(host)
 
 
-def test_an_overdue_hold_is_in_nobodys_way_unless_its_call_may_be_in_flight(host: Host, connection: Connection) -> None:
+def test_an_expired_hold_does_not_stop_detach_unless_its_call_may_be_in_flight(
+    host: Host, connection: Connection
+) -> None:
     user = host.subscriber()
     hold_tokens(connection, user)
     host.execute("UPDATE trueup.hold SET expires_at = now() - interval '1 day'")
@@ -167,19 +170,19 @@ def test_the_history_is_kept(host: Host, connection: Connection, tmp_path: Path)
     assert list(tmp_path.glob("history*")) == [file]
 
 
-def test_a_file_that_is_there_is_not_written_over(host: Host, tmp_path: Path) -> None:
+def test_an_existing_file_is_not_overwritten(host: Host, tmp_path: Path) -> None:
     file = tmp_path / "history.jsonl"
     file.write_text("mine")
-    with pytest.raises(InvalidInputError, match=r"history\.jsonl is there already"):
+    with pytest.raises(InvalidInputError, match=r"history\.jsonl exists already"):
         detach(history=file)
-    with pytest.raises(InvalidInputError, match="no folder"):
+    with pytest.raises(InvalidInputError, match="write into folder"):
         detach(history=tmp_path / "missing" / "history.jsonl")
     assert file.read_text() == "mine"
     assert triggers(host) == 5
 
 
 @pytest.mark.parametrize("taken", range(1, 4))
-def test_stopped_after_any_step_it_is_closed_and_goes_on_where_it_was(
+def test_interrupted_after_any_step_the_gate_is_closed_and_the_next_run_continues(
     host: Host, connection: Connection, tmp_path: Path, taken: int
 ) -> None:
     user = host.subscriber()
@@ -195,9 +198,7 @@ def test_stopped_after_any_step_it_is_closed_and_goes_on_where_it_was(
     assert triggers(host) == 0
 
 
-def test_stopped_halfway_the_database_can_be_set_up_again_and_no_number_is_wrong(
-    host: Host, connection: Connection
-) -> None:
+def test_after_half_a_detach_a_new_setup_has_right_figures(host: Host, connection: Connection) -> None:
     user = host.subscriber()
     charge_tokens(connection, hold_tokens(connection, user, 0), 300)
     for _, (step, tables) in zip(range(2), steps(None, force=True, kept={}), strict=False):
@@ -220,12 +221,12 @@ def test_workers_that_still_run_get_one_clear_error(host: Host) -> None:
         detach()
 
 
-def test_a_host_that_has_its_table_for_long_is_not_waited_for(host: Host, connection: Connection) -> None:
+def test_a_table_that_stays_locked_ends_the_command_with_an_error(host: Host, connection: Connection) -> None:
     user = host.subscriber()
     with locked(host, "UPDATE billing_subscription SET tokens_remaining = 1") as busy:
         with pytest.raises(HostBusyError, match=rf"kept .*billing_subscription.* process {backend_pid(busy)} "):
             detach(**WITHOUT_PATIENCE)
-        # Nobody waits behind us; what was taken stays taken.
+        # No session waits behind detach; the steps that it took stay done.
         with impatient(host) as other:
             other.execute(text("INSERT INTO accounts_user (id, username, email) VALUES (77, 'x', 'x')"))
             other.execute(text("SELECT * FROM billing_subscription"))
@@ -235,7 +236,7 @@ def test_a_host_that_has_its_table_for_long_is_not_waited_for(host: Host, connec
     host.log(user, 5)
 
 
-def test_what_others_made_to_depend_on_the_schema_is_named_and_kept(host: Host) -> None:
+def test_objects_of_others_that_depend_on_the_schema_are_named_and_kept(host: Host) -> None:
     host.execute("CREATE VIEW spending AS SELECT user_id, consumed FROM trueup.balance")
     host.execute("CREATE TABLE trueup.mine (id int)")
     with pytest.raises(DetachRefusedError, match=r"view spending, table trueup\.mine\. Nothing was removed"):
@@ -246,7 +247,7 @@ def test_what_others_made_to_depend_on_the_schema_is_named_and_kept(host: Host) 
     assert not schema_there(host)
 
 
-def test_what_came_unseen_while_it_was_given_up_halfway_is_counted_when_it_is_attached_again(
+def test_rows_written_after_half_a_detach_count_when_trueup_is_attached_again(
     host: Host, connection: Connection
 ) -> None:
     user = host.subscriber()
@@ -264,3 +265,15 @@ def test_what_came_unseen_while_it_was_given_up_halfway_is_counted_when_it_is_at
     assert_true(host)
     hold_tokens(connection, user, 0)
     assert host.value("SELECT consumed FROM trueup.balance") == 320
+
+
+def test_owed_charges_prevent_a_detach_without_force(host: Host, connection: Connection, tmp_path: Path) -> None:
+    hold = hold_tokens(connection, host.subscriber(), 500)
+    host.execute("ALTER TABLE ai_usage_log ADD CONSTRAINT small CHECK (total_tokens < 10)")
+    charge_tokens(connection, hold, 100)
+    close_hold(connection, hold)
+    with pytest.raises(DetachRefusedError, match="refused the rows of 1 charges"):
+        detach(**WITHOUT_PATIENCE)
+    assert schema_there(host)
+    assert detach(history=tmp_path / "kept.jsonl", force=True, **WITHOUT_PATIENCE)["owed_charge"] == 1
+    assert not schema_there(host)

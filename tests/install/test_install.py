@@ -1,6 +1,4 @@
-import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,21 +6,18 @@ from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
-from tests.conftest import settings_for, url_of_database
 from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.sessions import impatient, in_background, locked, run_at_once, wait_for_lock
 from tests.support.waiting import wait_for
 from tests.support.work import charge_tokens, hold_tokens
-from trueup.database.engine import connect, transaction
+from trueup.database.engine import connect
 from trueup.database.locks import INSTALL_LOCK
 from trueup.errors import NotInstalledError
-from trueup.host.mapping import HostMapping, SubscriptionTable, UsageLogTable
-from trueup.install.attach import attach
-from trueup.install.example_tables import build_host_metadata
+from trueup.host.fields import SubscriptionTable, UsageLogTable
+from trueup.host.mapping import HostMapping
 from trueup.install.install import check_installed, install
 from trueup.settings.settings import get_settings
-from trueup.stack import StackUrls
 
 
 @pytest.fixture
@@ -37,11 +32,11 @@ def set_up(engine: Engine, mapping: HostMapping | None = None, *, with_host_tabl
         return install(connection, mapping or HostMapping(), with_host_tables=with_host_tables)
 
 
-def test_setting_up_says_what_it_did(engine: Engine) -> None:
+def test_install_returns_the_steps_that_it_did(engine: Engine) -> None:
     assert set_up(engine) == ["host tables", "tables", "functions and triggers"]
 
 
-def test_setting_up_may_be_repeated_and_keeps_everything(host: Host, connection: Connection) -> None:
+def test_install_may_be_repeated_and_keeps_everything(host: Host, connection: Connection) -> None:
     user = host.subscriber()
     charge_tokens(connection, hold_tokens(connection, user), 300)
     host.log(user, 20)
@@ -56,7 +51,7 @@ def test_setting_up_may_be_repeated_and_keeps_everything(host: Host, connection:
     assert host.execute("SELECT consumed FROM trueup.balance").scalar_one() == 325
 
 
-def test_installers_at_once_take_turns(engine: Engine) -> None:
+def test_concurrent_installers_are_serialized(engine: Engine) -> None:
     assert len(run_at_once([lambda: set_up(engine)] * 4)) == 4
     with engine.connect() as connection:
         check_installed(connection)
@@ -109,14 +104,14 @@ def test_missing_host_tables_are_named_and_nothing_is_changed(engine: Engine) ->
         ("subscription", SubscriptionTable(tokens_remaining="left")),
     ],
 )
-def test_a_missing_column_is_found_at_the_setup_and_not_at_the_first_charge(host: Host, noun: str, column: Any) -> None:
+def test_install_finds_a_missing_column_before_the_first_charge(host: Host, noun: str, column: Any) -> None:
     (name,) = (value for value in column.model_dump().values() if value in ("latency", "meta", "left"))
     with pytest.raises(NotInstalledError, match=rf"{column.table}\.{name}"):
         set_up(host.engine, HostMapping(**{noun: column}), with_host_tables=False)
 
 
-def test_a_log_that_demands_a_column_we_do_not_write_is_refused(host: Host) -> None:
-    """Every charge would fail, after its tokens are spent."""
+def test_a_log_with_a_required_column_that_trueup_does_not_write_is_refused(host: Host) -> None:
+    """Otherwise every charge would fail after its tokens are spent."""
     host.execute(
         "ALTER TABLE ai_usage_log ADD cost numeric NOT NULL, ADD note text NOT NULL DEFAULT '', "
         "ADD n int GENERATED ALWAYS AS IDENTITY, ADD twice int NOT NULL GENERATED ALWAYS AS (total_tokens * 2) STORED"
@@ -164,8 +159,8 @@ def test_a_busy_log_makes_the_setup_fail_soon_rather_than_queue_the_host(
             session.execute(text("SELECT * FROM ai_usage_log FOR UPDATE"))
 
 
-def test_the_setup_gives_up_before_a_deadlock_could_end_the_hosts_transaction(host: Host) -> None:
-    """The host has a subscription and wants the log; the setup has the log, and wants the subscriptions."""
+def test_install_gives_up_before_a_deadlock_could_cancel_the_hosts_transaction(host: Host) -> None:
+    """The host locks a subscription and waits for the log; install locks the log and needs the subscriptions."""
     user = host.subscriber()
     with in_background() as submit, locked(host, "UPDATE billing_subscription SET tokens_remaining = 1") as session:
         setting_up = submit(lambda: set_up(host.engine, with_host_tables=False))
@@ -184,7 +179,7 @@ def test_an_installer_waits_a_bounded_time_for_another(host: Host, monkeypatch: 
         set_up(host.engine, with_host_tables=False)
 
 
-def test_a_log_table_made_anew_is_counted_again_after_the_setup(host: Host, connection: Connection) -> None:
+def test_install_counts_a_recreated_log_again(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     host.log(user, 100)
     hold_tokens(connection, user, 0)
@@ -227,7 +222,7 @@ def test_mapping_another_column_of_the_same_log_counts_that_one(host: Host, conn
     assert_true(host, mapping)
 
 
-def test_a_database_set_up_for_another_mapping_is_not_taken_for_ready(
+def test_a_database_set_up_for_another_mapping_is_not_ready(
     host: Host, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_installed(connection)
@@ -235,31 +230,3 @@ def test_a_database_set_up_for_another_mapping_is_not_taken_for_ready(
     get_settings.cache_clear()
     with pytest.raises(NotInstalledError, match=r"other table or column names.*trueup db init"):
         check_installed(connection)
-
-
-@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
-def test_a_database_that_cannot_store_every_text_is_refused(
-    stack: StackUrls, admin_engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, encoding: str
-) -> None:
-    assert stack.database_url is not None
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    with admin_engine.connect() as admin:
-        admin.execute(text(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C'"))
-    url = url_of_database(stack.database_url, name)
-    try:
-        with settings_for(url, stack, monkeypatch, tmp_path):
-            with transaction() as connection:
-                build_host_metadata(HostMapping()).create_all(connection)
-            for set_up in (attach, lambda mapping: _install(mapping)):
-                with pytest.raises(NotInstalledError, match=f"encoding is {encoding}.*ENCODING 'UTF8'"):
-                    set_up(HostMapping())
-            with connect() as connection:
-                assert connection.scalar(text("SELECT to_regnamespace('trueup') IS NULL"))
-    finally:
-        with admin_engine.connect() as admin:
-            admin.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-
-
-def _install(mapping: HostMapping) -> None:
-    with transaction() as connection:
-        install(connection, mapping, with_host_tables=False)

@@ -1,4 +1,4 @@
-"""What `trueup db attach --dry-run` prints: run by psql it does what attaching does, and printing it does nothing."""
+"""`trueup db attach --dry-run` prints SQL that attaches trueup in psql; printing changes nothing."""
 
 import subprocess
 
@@ -14,11 +14,11 @@ from tests.support.sessions import locked
 from tests.support.work import hold_tokens
 from trueup.database.engine import transaction
 from trueup.errors import NotInstalledError
-from trueup.host.mapping import HostMapping, SubscriptionTable, UsageLogTable
-from trueup.install.attach import attach
+from trueup.host.fields import SubscriptionTable, UsageLogTable
+from trueup.host.mapping import HostMapping
+from trueup.install.attach import attach, attach_script
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import check_installed
-from trueup.install.script import attach_script
 
 MAPPING = HostMapping()
 ODD = HostMapping(
@@ -52,7 +52,7 @@ def drop_schema(host: Host) -> None:
     host.execute("DROP SCHEMA trueup CASCADE")
 
 
-def test_it_prints_all_and_changes_nothing(host: Host, empty_database: str) -> None:
+def test_the_script_has_every_step_and_printing_changes_nothing(host: Host, empty_database: str) -> None:
     host.log(host.subscriber(), 100)
     before = pg_dump(empty_database)
     script = printed()
@@ -62,7 +62,7 @@ def test_it_prints_all_and_changes_nothing(host: Host, empty_database: str) -> N
     assert script.index("FROM trueup.fill_balances(") < script.index("FUNCTION trueup.open_hold(")
 
 
-def test_run_by_psql_it_makes_what_attaching_makes(host: Host, empty_database: str, connection: Connection) -> None:
+def test_the_script_creates_the_same_objects_as_attach(host: Host, empty_database: str, connection: Connection) -> None:
     users = [host.subscriber(), host.subscriber()]
     host.log(users[0], 100)
     run(host, printed())
@@ -79,7 +79,7 @@ def test_run_by_psql_it_makes_what_attaching_makes(host: Host, empty_database: s
     assert pg_dump(empty_database, "--schema-only") == scripted
 
 
-def test_names_of_any_kind_go_through_psql(empty_database: str) -> None:
+def test_names_of_any_kind_work_in_psql(empty_database: str) -> None:
     engine = create_engine(empty_database, poolclass=NullPool)
     with engine.begin() as connection:
         build_host_metadata(ODD).create_all(connection)
@@ -94,7 +94,7 @@ def test_names_of_any_kind_go_through_psql(empty_database: str) -> None:
     engine.dispose()
 
 
-def test_stopped_by_a_lock_it_may_be_run_again(host: Host, connection: Connection) -> None:
+def test_a_script_stopped_by_a_lock_may_be_run_again(host: Host, connection: Connection) -> None:
     user = host.subscriber()
     host.log(user, 100)
     script = printed()
@@ -110,7 +110,7 @@ def test_stopped_by_a_lock_it_may_be_run_again(host: Host, connection: Connectio
     assert_true(host)
 
 
-def test_where_all_is_there_it_has_no_step_that_locks_the_hosts_tables(host: Host, connection: Connection) -> None:
+def test_for_a_complete_setup_the_script_locks_no_host_table(host: Host, connection: Connection) -> None:
     user = host.subscriber()
     attach(MAPPING)
     host.log(user, 20)
@@ -129,7 +129,7 @@ def test_where_all_is_there_it_has_no_step_that_locks_the_hosts_tables(host: Hos
         ("ALTER TABLE public.ai_usage_log DISABLE TRIGGER trueup_deleted", "trigger trueup_deleted is disabled"),
     ],
 )
-def test_what_does_not_hold_keeps_the_gate_closed(
+def test_wrong_balances_or_triggers_keep_the_gate_closed(
     host: Host, connection: Connection, meanwhile: str, refusal: str
 ) -> None:
     host.log(host.subscriber(), 100)

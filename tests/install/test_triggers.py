@@ -1,4 +1,4 @@
-"""The usage log's triggers: whoever writes the log, whatever way, the balance stays its exact sum."""
+"""The usage log's triggers: after any write by any role, the balance is the exact sum of the log."""
 
 import contextlib
 import uuid
@@ -23,7 +23,7 @@ BEFORE_WINDOW = START - timedelta(days=1)
 
 @pytest.fixture
 def user(host: Host, connection: Connection) -> int:
-    """A user with 1 000 of 10 000 tokens used and a balance built, so that what follows comes through deltas."""
+    """A user with 1,000 of 10,000 tokens used and a balance built, so that later writes arrive as deltas."""
     user = host.subscriber(10_000)
     host.log(user, 1_000)
     hold_tokens(connection, user, 0, task="warm-up")
@@ -32,10 +32,10 @@ def user(host: Host, connection: Connection) -> int:
 
 
 def consumed(host: Host, connection: Connection, user: int) -> int:
-    """Return what a read says, after checking that folding says the same and that the books are true."""
+    """Return the consumed tokens by a read, after checking that folding gives the same and that the sums agree."""
     assert_true(host)
     read = read_account(connection, user).consumed
-    with contextlib.suppress(TokensDenied):  # a denial folds too
+    with contextlib.suppress(TokensDenied):  # a denial folds deltas too
         hold_tokens(connection, user, 0)
     assert_true(host)
     assert balance(host, user)[0] == read
@@ -79,7 +79,7 @@ def test_one_statement_may_insert_rows_of_many_users(host: Host, connection: Con
         ({"user_id": None}, 0),
     ],
 )
-def test_odd_rows_count_as_the_logs_own_sum_says(
+def test_odd_rows_count_as_in_the_logs_own_sum(
     host: Host, connection: Connection, user: int, row: dict[str, Any], counts: int
 ) -> None:
     for column in ("success", "total_tokens", "created_at", "user_id"):
@@ -110,7 +110,7 @@ def test_odd_rows_count_as_the_logs_own_sum_says(
         ("total_tokens = 5, created_at = '2024-12-01Z'", 5),
     ],
 )
-def test_an_updated_row_counts_as_it_is_now(
+def test_an_updated_row_counts_with_its_new_values(
     host: Host, connection: Connection, user: int, change: str, total: int
 ) -> None:
     host.execute(f"UPDATE ai_usage_log SET {change} WHERE user_id = :user", user=user)
@@ -147,7 +147,7 @@ def test_a_deleted_row_no_longer_counts(host: Host, connection: Connection, user
     assert consumed(host, connection, user) == 7
 
 
-def test_a_truncated_log_counts_nothing_and_what_follows_counts(host: Host, connection: Connection, user: int) -> None:
+def test_a_truncated_log_counts_nothing_and_later_rows_count(host: Host, connection: Connection, user: int) -> None:
     host.log(user, 5)
     host.execute("TRUNCATE ai_usage_log")
     host.log(user, 11)
@@ -269,7 +269,7 @@ def test_our_gate_does_not_wait_for_a_host_that_writes_the_log(host: Host, conne
     with host.engine.connect() as session:
         session.execute(text("UPDATE ai_usage_log SET total_tokens = 9000 WHERE user_id = :user"), {"user": user})
         connection.execute(text("SET lock_timeout = '100ms'"))
-        assert hold_tokens(connection, user, 9_000).tokens_left == 9_000  # what is not committed is not there yet
+        assert hold_tokens(connection, user, 9_000).tokens_left == 9_000  # the host's row is not committed yet
         session.commit()
     assert read_account(connection, user).consumed == 9_000
     assert_true(host)

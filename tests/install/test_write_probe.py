@@ -1,4 +1,4 @@
-"""What a log would refuse of trueup's rows is refused at the setup: later their tokens are spent."""
+"""A log that would refuse trueup's rows is refused at the setup: at a charge the tokens are spent already."""
 
 import pytest
 from sqlalchemy import Connection, text
@@ -10,8 +10,8 @@ from trueup.database.engine import connect, transaction
 from trueup.database.retry import retrying
 from trueup.errors import NotInstalledError
 from trueup.host.expressions import expression_problem
+from trueup.host.fields import SECTIONS
 from trueup.host.mapping import HostMapping
-from trueup.host.sections import SECTIONS
 from trueup.install.install import install
 from trueup.install.write_probe import row_problem
 from trueup.usage.log import list_usage
@@ -23,7 +23,7 @@ KINDS = f"CREATE TABLE kinds (name varchar(50) PRIMARY KEY); {LOG} ADD FOREIGN K
 REFUSED = {
     f"CREATE TYPE kind AS ENUM ('qa'); {LOG} ALTER section TYPE kind USING NULL": (
         "would refuse trueup's row of section 'chat' .column \"section\" is of type",
-        r"Map columns that take any text",
+        r"Map columns that accept any text",
     ),
     f"{LOG} ALTER section TYPE varchar(12)": (
         r"section 'embedding_generation' \(value too long",
@@ -46,8 +46,8 @@ REFUSED = {
         "trueup's row of model 'claude-3-5-sonnet-20241022'",
         "Let the constraint",
     ),
-    MODELS: (r"ai_usage_log\.model_name must stand in models, and may not", "Drop that foreign key"),
-    KINDS: ("must stand in kinds, where there is no chat, embedding_generation", "Add them there"),
+    MODELS: (r"ai_usage_log\.model_name has a foreign key to models, which may lack", "Drop that foreign key"),
+    KINDS: ("has a foreign key to kinds, which lacks chat, embedding_generation", "Add them there"),
 }
 
 
@@ -64,7 +64,7 @@ def test_a_log_that_would_refuse_our_rows_is_refused(host: Host, statements: str
         install(setup, HostMapping(), with_host_tables=False)
 
 
-def test_checks_keys_and_triggers_that_take_our_rows_are_no_matter(host: Host, connection: Connection) -> None:
+def test_checks_keys_and_triggers_that_accept_trueups_rows_are_fine(host: Host, connection: Connection) -> None:
     change(
         host,
         f"{KINDS}; {LOG} ADD CHECK (section <> '' AND total_tokens >= 0); "
@@ -97,7 +97,7 @@ def test_checks_keys_and_triggers_that_take_our_rows_are_no_matter(host: Host, c
         f"{LOG} ADD \"select\" text DEFAULT '5%', ADD CHECK (\"select\" LIKE '5%')",
     ],
 )
-def test_what_takes_the_rows_of_a_user_is_not_refused(host: Host, statements: str) -> None:
+def test_a_log_that_accepts_rows_of_a_real_user_is_not_refused(host: Host, statements: str) -> None:
     change(host, statements)
     with host.engine.begin() as setup:
         install(setup, HostMapping(), with_host_tables=False)
@@ -107,7 +107,7 @@ def test_what_takes_the_rows_of_a_user_is_not_refused(host: Host, statements: st
     assert host.value("SELECT count(*) FROM ai_usage_log") == 1
 
 
-def test_a_trial_that_is_cut_short_is_no_verdict(host: Host) -> None:
+def test_an_interrupted_probe_gives_no_verdict(host: Host) -> None:
     change(host, "CREATE FUNCTION slow(text) RETURNS boolean LANGUAGE sql AS 'SELECT pg_sleep(60) IS NOT NULL'")
     change(host, f"{LOG} ADD CHECK (slow(section))")
     with transaction() as setup:
@@ -116,7 +116,7 @@ def test_a_trial_that_is_cut_short_is_no_verdict(host: Host) -> None:
             row_problem(setup, HostMapping())
 
 
-def test_a_key_to_what_the_role_may_not_read_is_left_to_those_who_may(host: Host) -> None:
+def test_a_foreign_key_to_an_unreadable_table_is_not_judged(host: Host) -> None:
     change(host, f"CREATE SCHEMA hidden; {KINDS.replace('kinds', 'hidden.kinds')}; CREATE ROLE key_trier")
     with host.engine.begin() as setup:
         assert row_problem(setup, HostMapping()) is not None
@@ -150,7 +150,7 @@ def test_names_of_models_and_errors_are_cut_to_what_the_column_holds(host: Host,
     assert host.value("SELECT error_message FROM ai_usage_log WHERE NOT success") == "rate lim"
 
 
-def test_a_role_that_may_make_no_temporary_table_tries_nothing(host: Host) -> None:
+def test_a_role_without_temporary_tables_skips_the_probe(host: Host) -> None:
     change(host, f"{LOG} ALTER section TYPE varchar(3); CREATE ROLE row_trier")
     with host.engine.begin() as setup:
         name = setup.scalar(text("SELECT quote_ident(current_database())"))
@@ -163,7 +163,7 @@ def test_a_role_that_may_make_no_temporary_table_tries_nothing(host: Host) -> No
     host.execute("DROP ROLE row_trier")
 
 
-def test_a_condition_is_tried_of_nobody_where_ids_of_users_have_a_form(host: Host) -> None:
+def test_a_condition_is_tried_without_a_user_if_user_ids_have_a_format(host: Host) -> None:
     change(host, f"CREATE DOMAIN formed AS bigint CHECK (VALUE > 1); {LOG} ALTER user_id TYPE formed")
     counts = {"expression": "{row}.success AND {row}.section <> ''"}
     mapping = HostMapping.model_validate({"usage_log": {"success": "success", "counts": counts}})

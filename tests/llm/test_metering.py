@@ -198,7 +198,7 @@ def test_an_overtaken_attempt_cannot_spend(host: Host, connection: Connection) -
     user, task_id, slow = host.subscriber(1_000), str(uuid.uuid4()), Counting()
     with spending_from(hold(connection, user, task_id=task_id)):
         hold(connection, user, task_id=task_id, retries=1)
-        with pytest.raises(HoldOvertakenError, match="a later attempt goes on"):
+        with pytest.raises(HoldOvertakenError, match="a later attempt took over"):
             model(slow).complete(PROMPT)
     assert slow.limits == []
 

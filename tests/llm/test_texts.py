@@ -2,7 +2,7 @@ import pytest
 
 from trueup.errors import InvalidInputError
 from trueup.features.answers import objects_under, share_of
-from trueup.features.chunks import passages
+from trueup.features.qa import passages
 from trueup.llm import languages
 from trueup.llm.texts import cut_at_word, cut_to_bytes, readable, sentences
 from trueup.llm.tokens import BoundCounter, EncodingCounter

@@ -268,7 +268,7 @@ def test_the_waits_between_sendings_grow_up_to_an_hour(host: Host, connection: C
         ({"webhook_url": "ftp://alerts.example/x"}, "give a URL"),
         ({"webhook_url": "https://"}, "give a URL"),
         ({"webhook_url": "https://a:port/"}, "give a URL"),
-        ({"webhook_url": None, "webhook_secret": None, "tokens": 5}, "nobody would hear of it"),
+        ({"webhook_url": None, "webhook_secret": None, "tokens": 5}, "no alert could be sent"),
         ({"unexplained_share": 1.5}, "less than or equal to 1"),
         ({"tokns": 5}, "Extra inputs"),
     ],

@@ -25,7 +25,7 @@ PROJECT = ROOT / "tests" / "packaging" / "project"
 MADE_APPS = ("tasks", "api", "ai", "cli")
 OWN = ("billing", *MADE_APPS, "worker")
 
-# Django refuses to make an app by a name that can be imported already.
+# Django refuses to make an app whose name can already be imported.
 START_APPS = f"""
 from django.core.management import call_command
 for app in {MADE_APPS}:
@@ -71,7 +71,7 @@ print([name for name, packages in m.packages_distributions().items() if "trueup"
 
 @dataclass(frozen=True)
 class Project:
-    """The project: its folder, what is installed, and the variables that say where its servers are."""
+    """The project: its folder, its environment, and the variables with the addresses of its servers."""
 
     folder: Path
     environment: Environment
@@ -97,7 +97,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     folder = tmp_path_factory.mktemp("environment")
     wheel = build("wheel", ROOT, folder / "wheel")
     environment = make_environment(folder / "venv")
-    # Without a registry: the wheel lies in a folder, what it needs is there.
+    # Without a registry: the wheel is in a folder, and its dependencies are installed.
     offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel.parent), "PIP_NO_DEPS": "1"}
     environment.run(*FIRST_COMMANDS[0].split(), folder=folder, **offline, PIP_DISABLE_PIP_VERSION_CHECK="1")
     return environment
@@ -144,7 +144,7 @@ def attached(project: Project) -> Project:
 def worker(attached: Project) -> Iterator[WorkerProcess]:
     """A worker of the project's own application."""
     command = [attached.environment.python, "-m", "celery", "-A", "proj", "worker", "-c", "1", "-l", "INFO"]
-    # Celery warns whoever runs it as root.
+    # Celery warns when root runs it.
     variables = attached.environment.variables | attached.variables | {"PYTHONWARNINGS": "default"}
     with running_command(
         command, attached.folder.parent / "worker.log", folder=attached.folder, environment=variables
@@ -177,7 +177,7 @@ def test_the_readmes_task_runs_in_the_projects_own_worker(attached: Project, wor
 
 
 def test_the_task_is_found_by_way_of_the_projects_application(attached: Project) -> None:
-    """The project's Celery looks for tasks in the installed apps: Django must be set up before."""
+    """The project's Celery looks for tasks in the installed apps, so Django must be set up before."""
     assert "Summaries" in attached.celery("trueup", "rollout", "list")
 
 

@@ -1,4 +1,4 @@
-"""The package: what is in the wheel, and that it is the same whatever it is built from."""
+"""The package: the content of the wheel, which is the same for every kind of source."""
 
 import shutil
 import subprocess
@@ -46,7 +46,7 @@ def test_the_sdist_builds_the_same_wheel(wheel: dict[str, bytes], tmp_path: Path
 
 @pytest.mark.parametrize("kept", ["nothing", "a text file"])
 def test_an_archive_without_links_builds_the_same_wheel(wheel: dict[str, bytes], kept: str, tmp_path: Path) -> None:
-    """Where links can't be, an unpacked archive has none, or a file with the link's target as its text."""
+    """On systems without links, an unpacked archive has none, or a file with the link's target as its text."""
     source = tmp_path / "source"
     for name in SOURCES:
         hidden = shutil.ignore_patterns("__pycache__", *(LINKS if name == "trueup" else ()))

@@ -12,12 +12,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 120
-# What an editable installation leaves beside the dependencies: it leads back to the checkout.
+# An editable installation leaves these beside the dependencies, and they lead back to the checkout.
 CHECKOUT = ("trueup", "_trueup", "__editable__")
 
 
 def run(command: list[object], folder: Path, environment: Mapping[str, str]) -> str:
-    """Run a program to its good end. Returns what it prints."""
+    """Run a program, which must succeed. Returns its output."""
     done = subprocess.run(
         [str(word) for word in command],
         cwd=folder,
@@ -59,7 +59,7 @@ def contents(wheel: Path) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment. `variables`: what its programs are given, PATH among them."""
+    """A virtual environment. `variables`: the environment of its programs, with PATH."""
 
     folder: Path
     variables: dict[str, str]
@@ -75,7 +75,7 @@ class Environment:
 def make_environment(folder: Path) -> Environment:
     """Make an environment with the dependencies of this one, without any trueup.
 
-    The dependencies are links to those that are installed here, so that no registry is needed.
+    The dependencies are links to the packages of this environment, so that no registry is needed.
     """
     venv.create(folder, with_pip=True, symlinks=True)
     dependencies = folder / "dependencies"

@@ -1,4 +1,4 @@
-"""Looking first: by a role that may only read, in a database that knows nothing of trueup; and on a standby."""
+"""The preview: by a role that may only read, in a database without trueup, and on a standby."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -18,10 +18,11 @@ from tests.support.legacy.population import make_population
 from tests.support.standby import caught_up, standby_of
 from tests.support.waiting import wait_for
 from trueup.errors import NotInstalledError, TrueupError
-from trueup.host.mapping import HostMapping, PaymentTable, SubscriptionTable, TokenUsageTable, UsageLogTable
+from trueup.host.fields import PaymentTable, SubscriptionTable, TokenUsageTable, UsageLogTable
+from trueup.host.mapping import HostMapping
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import install
-from trueup.preview import scan as looking
+from trueup.preview import scan as scanning
 from trueup.preview.report import PreviewReport
 from trueup.preview.scan import ScanOutcome, scan
 from trueup.reconcile.local_run import reconcile
@@ -33,10 +34,10 @@ NO_AGE = Rules(min_age_seconds=0)
 
 
 class Seen(list[Finding]):
-    """What a look reported: the findings, and how many counters it compared."""
+    """The findings of a scan, and the number of counters compared."""
 
     checked = 0
-    told = ScanOutcome()
+    outcome = ScanOutcome()
 
     def add(self, checked: int, findings: Sequence[Finding]) -> None:
         self.checked += checked
@@ -47,7 +48,7 @@ class Seen(list[Finding]):
 
 
 def shown(finding: Finding) -> tuple[Any, ...]:
-    """What a report tells of a finding, but for its moment."""
+    """A finding as a report shows it, without its time."""
     row = row_of_finding(finding)
     return (
         row.observed,
@@ -63,13 +64,13 @@ def shown(finding: Finding) -> tuple[Any, ...]:
 
 def seen(engine: Engine, mapping: HostMapping | None = None, **options: Any) -> Seen:
     found = Seen()
-    found.told = scan(engine, mapping or HostMapping(), found.add, **options)
+    found.outcome = scan(engine, mapping or HostMapping(), found.add, **options)
     return found
 
 
 @pytest.fixture
 def bare(empty_database: str) -> Iterator[Host]:
-    """A host in whose database nothing of trueup's is."""
+    """A host whose database has nothing of trueup's."""
     engine = create_engine(empty_database, poolclass=NullPool)
     build_host_metadata(WITH_ROWS).create_all(engine)
     with Host(engine) as host:
@@ -79,7 +80,7 @@ def bare(empty_database: str) -> Iterator[Host]:
 
 @pytest.fixture
 def drifting(bare: Host) -> list[int]:
-    """Three users: one is right, one too high by what was never subtracted, one was charged for what failed."""
+    """Three users: a right counter, one with a missed decrement, and one charged for a failed request."""
     users = [bare.subscriber(1_000), bare.subscriber(1_000), bare.subscriber(1_000, counter=950)]
     bare.log(users[0], 100)
     bare.decrement(users[0], 100)
@@ -91,7 +92,7 @@ def drifting(bare: Host) -> list[int]:
 
 @contextmanager
 def as_role(bare: Host, *grants: str) -> Iterator[Engine]:
-    """Give an engine of a role with these rights alone."""
+    """Return a function that makes an engine for a role with only these rights."""
     url = bare.engine.url
     role = f"reader_{url.database}"
     bare.execute(f"CREATE ROLE {role} LOGIN")
@@ -120,8 +121,8 @@ def test_drift_is_found_with_its_causes_by_a_role_that_may_only_read(bare: Host,
             drifting[1]: (1_000, 700, "missed_decrement", "likely"),
             drifting[2]: (950, 1_000, "failed_usage_charged", "likely"),
         }
-        assert found.told.notes == ()
-        # Rights on the columns that are read are enough.
+        assert found.outcome.notes == ()
+        # Rights on the columns that the scan reads are enough.
         names = seen(engine, WITH_ROWS, rules=NO_AGE)
         assert set(names.by_user()) == set(drifting[1:])
 
@@ -137,7 +138,7 @@ def test_nothing_is_written_and_nothing_is_left_behind(bare: Host, drifting: lis
 
     transactions = bare.value("SELECT pg_snapshot_xmax(pg_current_snapshot())::text")
     assert len(seen(engine)) == 2
-    # Whatever writes in PostgreSQL takes a number; nobody did.
+    # A transaction that writes takes a transaction id; none was taken.
     assert bare.value("SELECT pg_snapshot_xmax(pg_current_snapshot())::text") == transactions
     assert contents(bare) == before
     engine.dispose()
@@ -148,7 +149,7 @@ def test_nothing_is_written_and_nothing_is_left_behind(bare: Host, drifting: lis
 
 
 def contents(host: Host) -> list[tuple[Any, ...]]:
-    """Return every object of the database with what is in it, system columns too."""
+    """Return every object of the database with its content, system columns included."""
     objects = host.execute(
         "SELECT relname, relkind, relfilenode, relowner, CAST(relacl AS text) FROM pg_class "
         "WHERE relnamespace = 'public'::regnamespace ORDER BY 1".replace("::", "\\:\\:")
@@ -164,14 +165,14 @@ def contents(host: Host) -> list[tuple[Any, ...]]:
     return [*(tuple(one) for one in objects), *rows]
 
 
-def test_a_connection_that_can_not_write_is_no_hindrance(bare: Host, drifting: list[int]) -> None:
+def test_a_read_only_connection_is_enough(bare: Host, drifting: list[int]) -> None:
     options = "-c default_transaction_read_only=on"
     engine = create_engine(bare.engine.url, connect_args={"options": options}, poolclass=NullPool)
     assert set(seen(engine).by_user()) == set(drifting[1:])
     engine.dispose()
 
 
-def test_a_hot_standby_can_be_looked_at(bare: Host, drifting: list[int]) -> None:
+def test_a_hot_standby_can_be_scanned(bare: Host, drifting: list[int]) -> None:
     with standby_of(bare.engine) as standby:
         bare.log(drifting[0], 5)
         wait_for(lambda: caught_up(bare.engine, standby), "the standby to have the newest row")
@@ -183,7 +184,9 @@ def test_a_hot_standby_can_be_looked_at(bare: Host, drifting: list[int]) -> None
 
 
 @pytest.mark.parametrize("mapping", [WITH_ROWS, HostMapping()], ids=["decrements and payments", "neither"])
-def test_it_tells_what_a_dry_run_of_an_installed_trueup_tells(empty_database: str, mapping: HostMapping) -> None:
+def test_a_preview_finds_the_same_as_a_dry_run_of_an_installed_trueup(
+    empty_database: str, mapping: HostMapping
+) -> None:
     people = make_population(160, seed=3, now=time.time())
     engine = create_engine(empty_database, poolclass=NullPool)
     with engine.begin() as connection:
@@ -213,7 +216,7 @@ def test_pages_of_any_size_find_the_same(bare: Host, drifting: list[int], page_s
     assert (found.checked, set(found.by_user())) == (3, set(drifting[1:]))
 
 
-def test_one_user_can_be_looked_at_alone(bare: Host, drifting: list[int]) -> None:
+def test_a_single_user_can_be_scanned(bare: Host, drifting: list[int]) -> None:
     found = seen(bare.engine, only_user=drifting[2])
     assert (found.checked, set(found.by_user())) == (1, {drifting[2]})
     assert seen(bare.engine, only_user=999).checked == 0
@@ -224,7 +227,7 @@ def test_an_empty_host_has_no_drift(bare: Host) -> None:
     assert (found.checked, list(found)) == (0, [])
 
 
-def test_windows_that_begin_whenever_and_counters_that_are_none_are_compared(bare: Host) -> None:
+def test_infinite_periods_and_null_counters_are_compared(bare: Host) -> None:
     bare.execute("ALTER TABLE billing_subscription ALTER start_date DROP NOT NULL")
     users = [bare.subscriber(1_000, counter=None), bare.subscriber(1_000), bare.subscriber(1_000, counter=-5)]
     bare.execute("UPDATE billing_subscription SET start_date = NULL WHERE user_id = :user", user=users[1])
@@ -238,12 +241,12 @@ def test_windows_that_begin_whenever_and_counters_that_are_none_are_compared(bar
 
 
 @pytest.mark.parametrize("user_id_type", ["uuid", "text"])
-def test_a_host_of_other_names_types_and_partitions_is_looked_at_by_its_mapping(
+def test_a_host_with_other_names_types_and_partitions_is_scanned_by_its_mapping(
     empty_database: str, user_id_type: str
 ) -> None:
     engine = create_engine(empty_database, poolclass=NullPool)
     with engine.begin() as connection:
-        # Log ids that are whole numbers can be looked at too.
+        # A log with integer ids can be scanned too.
         host = UUID_HOST.replace(
             "call_id uuid DEFAULT gen_random_uuid()", "call_id bigint GENERATED ALWAYS AS IDENTITY"
         )
@@ -264,13 +267,13 @@ def test_a_host_of_other_names_types_and_partitions_is_looked_at_by_its_mapping(
         )
     mapping = HostMapping.model_validate({**UUID_MAPPING, "user_id_type": user_id_type})
     found = seen(engine, mapping, page_size=70)
-    assert (found.checked, len(found), found.told.notes) == (300, 200, ())
+    assert (found.checked, len(found), found.outcome.notes) == (300, 200, ())
     assert {row[:3] for row in found.by_user().values()} == {(5_000, 4_960, "missed_decrement")}
     engine.dispose()
 
 
 @pytest.mark.parametrize("named", ["odd bigint, with decrements and payments", "odd uuid, text log ids", "odd text"])
-def test_names_that_would_mean_something_in_a_statement_are_only_names(empty_database: str, named: str) -> None:
+def test_names_with_sql_syntax_are_only_names(empty_database: str, named: str) -> None:
     mapping = MAPPINGS[named]
     engine = create_engine(empty_database, poolclass=NullPool)
     with engine.begin() as connection:
@@ -309,7 +312,7 @@ def test_names_that_would_mean_something_in_a_statement_are_only_names(empty_dat
     ],
     ids=str,
 )
-def test_a_wrong_mapping_is_refused_by_the_settings_name(bare: Host, mapping: Any, said: str) -> None:
+def test_a_wrong_mapping_is_refused_with_the_settings_name(bare: Host, mapping: Any, said: str) -> None:
     with pytest.raises(TrueupError, match="trueup db discover") as refused:
         seen(bare.engine, HostMapping(**mapping))
     assert said in str(refused.value)
@@ -324,7 +327,7 @@ def test_a_missing_right_is_named_with_its_remedy(bare: Host, drifting: list[int
     assert said.count("GRANT") == 1
 
 
-def test_row_security_never_hides_what_was_used(bare: Host, drifting: list[int]) -> None:
+def test_row_security_never_hides_usage(bare: Host, drifting: list[int]) -> None:
     bare.execute("ALTER TABLE ai_usage_log ENABLE ROW LEVEL SECURITY")
     with as_role(bare, READ) as engine, pytest.raises(TrueupError, match="would hide rows of ai_usage_log"):
         seen(engine)
@@ -334,14 +337,14 @@ def test_row_security_never_hides_what_was_used(bare: Host, drifting: list[int])
 def test_a_second_subscription_of_a_user_is_refused(bare: Host, drifting: list[int]) -> None:
     bare.execute("ALTER TABLE billing_subscription DROP CONSTRAINT billing_subscription_user_id_key")
     bare.execute("UPDATE billing_subscription SET user_id = :to WHERE user_id = :of", to=drifting[0], of=drifting[1])
-    with pytest.raises(TrueupError, match=r"billing_subscription.user_id: 1 of 3 subscriptions are a user's second"):
+    with pytest.raises(TrueupError, match=r"billing_subscription.user_id: of 3 subscriptions, 1 belong"):
         seen(bare.engine)
 
 
-def test_a_log_without_an_index_is_read_once_and_its_drift_told_without_causes(bare: Host, drifting: list[int]) -> None:
+def test_a_log_without_an_index_is_read_once_and_drifts_have_no_causes(bare: Host, drifting: list[int]) -> None:
     bare.execute("DROP INDEX ai_usage_log_user_created")
-    # A small one is looked at all the same.
-    assert seen(bare.engine).told.notes == ()
+    # A small log needs no index.
+    assert seen(bare.engine).outcome.notes == ()
     bare.execute(
         "INSERT INTO ai_usage_log (user_id, section, total_tokens, created_at) "
         "SELECT :user, repeat('x', 50), 0, :at FROM generate_series(1, 20000)",
@@ -350,7 +353,7 @@ def test_a_log_without_an_index_is_read_once_and_its_drift_told_without_causes(b
     )
     null = bare.subscriber(5, counter=None)
     found = seen(bare.engine)
-    assert 'CREATE INDEX CONCURRENTLY ON "public"."ai_usage_log" ("user_id", "created_at");' in found.told.notes[0]
+    assert 'CREATE INDEX CONCURRENTLY ON "public"."ai_usage_log" ("user_id", "created_at");' in found.outcome.notes[0]
     assert found.checked == 4
     assert {user: row[:3] for user, row in found.by_user().items()} == {
         drifting[1]: (1_000, 700, "unexplained"),
@@ -361,7 +364,7 @@ def test_a_log_without_an_index_is_read_once_and_its_drift_told_without_causes(b
     assert seen(bare.engine, only_user=drifting[1]).by_user()[drifting[1]][2] == "unexplained"
 
 
-def test_where_trueup_is_set_up_its_grants_count_or_nothing_is_told(host: Host) -> None:
+def test_grants_of_an_installed_trueup_count_or_the_scan_is_refused(host: Host) -> None:
     user = host.subscriber(1_000, counter=1_500)
     host.execute("INSERT INTO trueup.token_grant (user_id, tokens, reason) VALUES (:user, 500, 'r')", user=user)
     assert list(seen(host.engine)) == []
@@ -374,12 +377,12 @@ def test_where_trueup_is_set_up_its_grants_count_or_nothing_is_told(host: Host) 
         assert list(seen(engine)) == []
 
 
-def test_a_page_that_takes_too_long_is_tried_again_as_a_smaller_one(
+def test_a_page_that_takes_too_long_is_retried_as_a_smaller_one(
     bare: Host, drifting: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row that a statement sleeps over stands for one with too much behind it."""
+    """A row with a slow function stands for a user with too many rows."""
     pages: list[int] = []
-    once = looking._Scan._page
+    once = scanning._Scan._page
 
     def page(self: Any, after: Any, only_user: Any, size: int) -> Any:
         pages.append(size)
@@ -389,7 +392,7 @@ def test_a_page_that_takes_too_long_is_tried_again_as_a_smaller_one(
                 connection.execute(text("SELECT pg_sleep(10)"))
         return once(self, after, only_user, size)
 
-    monkeypatch.setattr(looking._Scan, "_page", page)
+    monkeypatch.setattr(scanning._Scan, "_page", page)
     found = seen(bare.engine, page_size=10)
     assert (found.checked, set(found.by_user())) == (3, set(drifting[1:]))
     assert pages[:2] == [10, 1]
@@ -399,9 +402,9 @@ def test_the_report_adds_up_batches_and_keeps_the_largest_rows(bare: Host) -> No
     users = [bare.subscriber(1_000_000, counter=1_000_000 + 10**size) for size in range(5)]
     users.append(bare.subscriber(1_000, counter=None))
     with closing(PreviewReport(DriftFilter())) as found:
-        told = scan(bare.engine, HostMapping(), found.add, page_size=2)
-        whole = found.report(told, max_rows=None)
-        largest = found.report(told, max_rows=2)
+        outcome = scan(bare.engine, HostMapping(), found.add, page_size=2)
+        whole = found.report(outcome, max_rows=None)
+        largest = found.report(outcome, max_rows=2)
     assert [row.user_id for row in whole.rows] == [users[4], users[3], users[5], users[2], users[1], users[0]]
     assert [row.user_id for row in largest.rows] == [users[4], users[3]]
     assert (whole.rows_left_out, largest.rows_left_out) == (0, 4)
@@ -424,7 +427,7 @@ def test_the_report_adds_up_batches_and_keeps_the_largest_rows(bare: Host) -> No
         (DriftFilter(causes=("counter_null", "manual_edit")), 0),
     ],
 )
-def test_the_report_tells_only_of_what_was_asked_for(bare: Host, only: DriftFilter, left: int) -> None:
+def test_the_report_shows_only_the_filtered_drifts(bare: Host, only: DriftFilter, left: int) -> None:
     bare.subscriber(1_000, counter=None)
     bare.subscriber(10_000, counter=11_000)
     bare.subscriber(1_000, counter=1_001)

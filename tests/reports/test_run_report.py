@@ -18,7 +18,7 @@ from trueup.reconcile.local_run import reconcile
 from trueup.reports.history import history_json, read_history
 from trueup.reports.rows import DriftFilter, ReportRow
 from trueup.reports.run_report import SCHEMA_VERSION, DriftReport, find_source, read_report, report_dry_run, stream_rows
-from trueup.reports.user_report import tell_counter
+from trueup.reports.user_report import report_counter
 
 pytestmark = pytest.mark.dated
 
@@ -253,7 +253,7 @@ def test_a_counter_that_drifts_is_explained_without_a_run_and_without_writing(
     host: Host, connection: Connection, drifted: list[int]
 ) -> None:
     before = host.value("SELECT xmin::text FROM billing_subscription WHERE user_id = :u", u=drifted[0])
-    story = tell_counter(connection, HostMapping(), drifted[0])
+    story = report_counter(connection, HostMapping(), drifted[0])
     assert (story.original, story.consumed, story.observed, story.expected, story.drift) == (
         *(10_000, 300, 10_000),
         *(9_700, 300),
@@ -270,15 +270,15 @@ def test_a_counter_that_drifts_is_explained_without_a_run_and_without_writing(
 def test_a_counters_past_drifts_are_reported_with_their_decisions(
     host: Host, connection: Connection, drifted: list[int]
 ) -> None:
-    assert tell_counter(connection, HostMapping(), drifted[3]).base.why == "the window began"
+    assert report_counter(connection, HostMapping(), drifted[3]).base.why == "the window began"
     run = add_run(host)
     drift = add_drift(host, run, drifted[2], 12_000, 10_000, ("credit_without_grant", 2_000), action="review")
     decide(host, drift, "accept")
-    story = tell_counter(connection, HostMapping(), drifted[2])
+    story = report_counter(connection, HostMapping(), drifted[2])
     assert [(row.drift_id, row.decision) for row in story.past] == [(drift, "accept")]
     assert [(d.decision, d.decided_by, d.note) for d in story.decisions] == [("accept", "sam", "asked the customer")]
     assert (story.base.at, story.base.why) == (story.decisions[0].decided_at, "a person decided about a drift")
-    clean = tell_counter(connection, HostMapping(), drifted[3])
+    clean = report_counter(connection, HostMapping(), drifted[3])
     assert (clean.finding, clean.drift, clean.base.at, clean.base.why) == (
         *(None, 0, FIRST_RUN),
         "a run over all users found no drift",

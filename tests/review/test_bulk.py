@@ -13,9 +13,17 @@ from trueup.database.engine import connect, get_engine
 from trueup.errors import InvalidInputError
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.local_run import reconcile
-from trueup.review import bulk
-from trueup.review.bulk import BulkDecision, ChosenDrifts, choose_drifts, decide_chosen
-from trueup.review.decisions import ReviewFilter, decide_drift, list_reviews, undo_run
+from trueup.review import decisions
+from trueup.review.decisions import (
+    BulkDecision,
+    ChosenDrifts,
+    ReviewFilter,
+    choose_drifts,
+    decide_chosen,
+    decide_drift,
+    list_reviews,
+    undo_run,
+)
 from trueup.settings.policies import Rules
 
 RULES = Rules(min_age_seconds=0, policies={"missed_decrement": "review"})
@@ -44,8 +52,8 @@ def counters(host: Host) -> list[int | None]:
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk, "DECIDED_AT_ONCE", 2)
-    monkeypatch.setattr(bulk, "PAGE_SIZE", 3)
+    monkeypatch.setattr(decisions, "DECIDED_AT_ONCE", 2)
+    monkeypatch.setattr(decisions, "PAGE_SIZE", 3)
 
 
 def test_many_drifts_are_accepted_in_batches_and_each_has_its_own_audit_row(host: Host, connection: Connection) -> None:

@@ -20,7 +20,7 @@ from trueup.stack.servers.postgres import PostgresServer
 from trueup.stack.servers.redis import RedisServer
 from trueup.stack.waiting import wait_until
 
-# A command that uses the stack: says so, and goes on until its standard input is closed.
+# A command that uses the stack: it prints "ready", and runs until its standard input is closed.
 USER = """
 import sys
 from trueup.settings.settings import Settings
@@ -34,7 +34,7 @@ with running_stack(Settings(home=sys.argv[1]), services=sys.argv[2].split(",")):
 
 @contextmanager
 def temporary_home(under: Path | None = None) -> Iterator[Path]:
-    """A home that root's PostgreSQL user can reach too; pytest's own folders it can't. None: the usual place."""
+    """Give a home that root's PostgreSQL user can reach, unlike pytest's own folders. `under` None: the usual place."""
     folder = Path(tempfile.mkdtemp(prefix="trueup-test-", dir=under))
     folder.chmod(0o711)
     try:
@@ -56,14 +56,14 @@ def servers(home: Path) -> tuple[PostgresServer, RedisServer]:
 
 
 def stack_processes(home: Path) -> list[psutil.Process]:
-    """All living server processes of a home."""
+    """Return all living server processes of a home."""
     if not (home / "run").is_dir():
         return []
     return [process for server in servers(home) for process in server.processes()]
 
 
 def is_initdb_at_work(home: Path) -> bool:
-    """Return whether an initdb, also an orphan, makes data in this home."""
+    """Return whether an initdb, or its orphan, makes data in this home."""
     programs = psutil.process_iter(["name", "cmdline"])
     return any(
         process.info["name"] in ("initdb", "postgres")
@@ -73,7 +73,7 @@ def is_initdb_at_work(home: Path) -> bool:
 
 
 def server_pids(home: Path) -> list[int]:
-    """The pids of PostgreSQL and of Redis; of those that run."""
+    """Return the pids of PostgreSQL and of Redis, if they run."""
     mains = [first_of(server.processes()) for server in servers(home)]
     return [process.pid for process in mains if process]
 
@@ -84,7 +84,7 @@ def eventually(condition: Callable[[], object], seconds: float = DEADLINE_SECOND
 
 @contextmanager
 def python(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """Run a script in a process of its own; killed at the end if it still runs."""
+    """Run a script in a process of its own. Kill it at the end if it still runs."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRUEUP_")}
     with subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
@@ -104,7 +104,7 @@ def python(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
 
 @contextmanager
 def stack_user(home: Path, services: str = "postgres,redis") -> Iterator[subprocess.Popen[str]]:
-    """A process that uses the stack of `home`, and has it."""
+    """Run a process that uses the stack of `home`. It is given ready."""
     with python(USER, home, services) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -112,7 +112,7 @@ def stack_user(home: Path, services: str = "postgres,redis") -> Iterator[subproc
 
 
 def finish(process: subprocess.Popen[str], how: signal.Signals | None = None) -> str:
-    """Let a process end, by a signal or by closing its input, and return what it still wrote.
+    """End a process by a signal or by closing its input, and return the rest of its output.
 
     SIGINT goes to the whole process group, as Ctrl-C in a terminal does.
     """

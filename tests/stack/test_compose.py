@@ -1,4 +1,4 @@
-"""docker-compose.yml runs what `trueup up` runs, in order, and gives nothing away."""
+"""docker-compose.yml runs the commands of `trueup up`, in order, and contains no secret."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from trueup.stack.supervisor.commands import stack_commands
+from trueup.stack.commands import stack_commands
 
 ROOT = Path(__file__).parents[2]
 HOME = Path("/var/lib/trueup")
@@ -71,7 +71,7 @@ def test_the_compose_file_is_valid() -> None:
     assert result.returncode == 0, result.stdout
 
 
-def test_the_image_is_a_worker_unless_told_otherwise() -> None:
+def test_the_image_runs_a_worker_by_default() -> None:
     dockerfile = (ROOT / "Dockerfile").read_text()
     (command,) = re.findall(r"^CMD (\[.*\])$", dockerfile, re.MULTILINE)
     assert tuple(json.loads(command)) == stack_commands(HOME)[0].tokens

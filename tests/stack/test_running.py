@@ -1,4 +1,4 @@
-"""The embedded servers are there while somebody uses them, and their data always."""
+"""The embedded servers run while a process uses them, and their data stays."""
 
 import json
 import os
@@ -43,7 +43,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become ano
 
 @pytest.fixture(scope="module")
 def home() -> Iterator[Path]:
-    """One home for the tests that don't need a new one: its data is made once."""
+    """One home for the tests that don't need a new one, because making its data takes time."""
     with temporary_home() as folder:
         yield folder
 
@@ -70,7 +70,7 @@ def redis(urls: StackUrls, *words: str) -> str:
         return connection.recv(1000).decode()
 
 
-def test_what_is_written_is_there_in_the_next_run(home: Path) -> None:
+def test_data_survives_until_the_next_run(home: Path) -> None:
     with running_stack(stack_settings(home)) as urls:
         query(urls, "DROP TABLE IF EXISTS kept")
         query(urls, "CREATE TABLE kept AS SELECT 42 AS answer")
@@ -112,6 +112,22 @@ def test_redis_never_evicts_and_keeps_an_append_only_file(home: Path) -> None:
         assert "yes" in redis(urls, "CONFIG", "GET", "appendonly")
 
 
+def test_a_server_inherits_no_variable_and_gets_the_given_ones(
+    new_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, seen = find_program(tmp_path).path, tmp_path / "seen"
+    wrapper = tmp_path / "redis-server"
+    wrapper.write_text(f'#!/bin/sh\nenv > {seen}\nexec {program} "$@"\n')
+    tmp_path.chmod(0o755)
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("TRUEUP_OPENAI_API_KEY", "secret")
+    with running_stack(stack_settings(new_home), services=["redis"], environment={"GIVEN": "yes"}) as urls:
+        assert "PONG" in redis(urls, "PING")
+    names = {line.partition("=")[0] for line in seen.read_text().splitlines()}
+    assert {"PATH", "LC_ALL", "GIVEN"} <= names <= {"PATH", "LC_ALL", "GIVEN", "PWD", "OLDPWD", "SHLVL", "_"}
+
+
 def test_the_stack_file_names_exactly_the_servers_that_run(home: Path) -> None:
     settings = stack_settings(home)
 
@@ -138,7 +154,7 @@ def test_servers_set_by_url_are_left_alone(new_home: Path) -> None:
     assert not new_home.exists()
 
 
-def test_the_server_runs_until_its_last_user_has_gone(home: Path) -> None:
+def test_the_server_runs_until_its_last_user_has_ended(home: Path) -> None:
     with stack_user(home) as other:
         first = server_pids(home)
         with running_stack(stack_settings(home)):
@@ -164,7 +180,7 @@ def test_a_terminated_user_stops_the_servers(home: Path) -> None:
     assert not stack_processes(home)
 
 
-def test_killed_servers_are_started_again_though_their_pid_is_in_use(home: Path) -> None:
+def test_killed_servers_are_restarted_although_their_pid_is_in_use(home: Path) -> None:
     with stack_user(home) as user:
         finish(user, signal.SIGKILL)
     for pid in server_pids(home):
@@ -173,7 +189,7 @@ def test_killed_servers_are_started_again_though_their_pid_is_in_use(home: Path)
     eventually(lambda: not stack_processes(home))
     pid_file = postgres.data / "postmaster.pid"
     owner = pid_file.stat().st_uid
-    # A process of the same user that PostgreSQL, seeing only the number, takes for a server.
+    # A process of the same user. PostgreSQL, which sees only the number, takes it for a server.
     with subprocess.Popen(["sleep", "60"], user=owner if os.geteuid() == 0 else None) as stranger:
         lines = pid_file.read_text().splitlines()
         pid_file.write_text("\n".join([str(stranger.pid), *lines[1:]]) + "\n")
@@ -199,7 +215,7 @@ def test_many_users_at_once_start_each_server_once(new_home: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_first_start_torn_in_the_middle_does_no_harm(new_home: Path, how: signal.Signals) -> None:
+def test_an_interrupted_first_start_does_no_harm(new_home: Path, how: signal.Signals) -> None:
     with python(USER, new_home, "postgres,redis") as user:
         eventually(lambda: list(new_home.glob("postgres/new-*/PG_VERSION")))
         finish(user, how)
@@ -207,7 +223,7 @@ def test_a_first_start_torn_in_the_middle_does_no_harm(new_home: Path, how: sign
         assert not stack_processes(new_home)
     with running_stack(stack_settings(new_home)) as urls:
         assert query(urls, "SELECT 1") == [(1,)]
-    # An orphan may have written while the folder was removed; when it has ended, the next start removes what is left.
+    # An orphan may have written while the folder was removed. After its end, the next start removes the rest.
     eventually(lambda: not is_initdb_at_work(new_home))
     with running_stack(stack_settings(new_home)) as urls:
         assert query(urls, "SELECT 1") == [(1,)]
@@ -226,7 +242,9 @@ def test_a_path_too_long_for_a_socket_gets_a_short_private_one(new_home: Path) -
     shutil.rmtree(sockets.parent)
 
 
-def test_a_link_laid_in_the_way_of_the_sockets_is_refused(new_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_foreign_link_instead_of_the_socket_folder_is_refused(
+    new_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     short = new_home.parent / "t"
     short.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(short))
@@ -257,7 +275,7 @@ def test_a_server_that_cannot_start_says_why(new_home: Path) -> None:
 
 def test_a_home_that_cannot_be_made_says_where_and_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StackError, match=r"file.*TRUEUP_HOME elsewhere"):
+    with pytest.raises(StackError, match=r"file.*set TRUEUP_HOME to another folder"):
         running_stack(stack_settings(tmp_path / "file" / "home")).__enter__()
 
 
@@ -271,7 +289,7 @@ def test_a_redis_too_old_is_refused_with_a_remedy(tmp_path: Path, monkeypatch: p
         find_program(tmp_path)
 
 
-def test_without_any_redis_the_error_names_the_package_that_brings_one(
+def test_without_any_redis_the_error_names_the_package_that_installs_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -280,7 +298,7 @@ def test_without_any_redis_the_error_names_the_package_that_brings_one(
         find_program(tmp_path)
 
 
-def test_where_path_has_no_redis_the_installed_valkey_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_redis_on_path_the_installed_valkey_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     program = find_program(tmp_path)
     assert Path(program.path).name == "valkey-server"
@@ -292,7 +310,7 @@ def test_where_path_has_no_redis_the_installed_valkey_is_used(tmp_path: Path, mo
     ("reported", "takes_it"),
     [("Valkey server v=9.0.0", True), ("Valkey server v=8.1.4", False), ("Redis server v=9.0.0", False)],
 )
-def test_only_a_valkey_that_knows_the_option_is_told_to_read_foreign_snapshots(
+def test_only_a_valkey_with_the_option_gets_it_to_read_foreign_snapshots(
     reported: str, takes_it: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "valkey-server"
@@ -334,7 +352,7 @@ def test_valkey_opens_the_data_of_a_newer_redis(new_home: Path, monkeypatch: pyt
 def test_root_leaves_a_hidden_folder_hidden_and_puts_the_data_elsewhere(new_home: Path) -> None:
     new_home.mkdir(mode=0o700)
     hidden = new_home / "home"
-    for _run in range(2):  # the second one finds the folder again
+    for _run in range(2):  # the second run finds the folder again
         with running_stack(stack_settings(hidden), services=["postgres"]) as urls:
             assert query(urls, "SELECT 1") == [(1,)]
             ((data,),) = query(urls, "SHOW data_directory")
@@ -349,7 +367,7 @@ def test_root_leaves_a_hidden_folder_hidden_and_puts_the_data_elsewhere(new_home
 
 
 def copy_for_everybody(target: Path) -> Path:
-    """Copy trueup and what its stack imports into a folder that every user can read: a checkout may lie in /root."""
+    """Copy trueup and the imports of its stack into a folder that every user can read. A checkout may be in /root."""
     script = "import sys, psycopg, redis, trueup.stack; print(*{name.partition('.')[0] for name in sys.modules})"
     imported = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     site = Path(psycopg.__file__).parents[1]
@@ -363,21 +381,21 @@ def copy_for_everybody(target: Path) -> Path:
 
 
 @as_root
-def test_an_ordinary_user_runs_the_servers_himself(new_home: Path) -> None:
-    nobody = 65534
+def test_an_ordinary_user_runs_the_servers(new_home: Path) -> None:
+    other_user = 65534
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     interpreter = shutil.which(name, path="/usr/bin:/usr/local/bin")
     if interpreter is None:
         pytest.skip(f"there is no {name} that other users can run")
     new_home.mkdir()
-    os.chown(new_home, nobody, nobody)
+    os.chown(new_home, other_user, other_user)
     result = subprocess.run(
         [interpreter, "-W", "ignore", "-c", USER, str(new_home / "home"), "postgres,redis"],
         input="",
         capture_output=True,
         text=True,
-        user=nobody,
-        group=nobody,
+        user=other_user,
+        group=other_user,
         extra_groups=[],
         cwd="/",
         env={"PYTHONPATH": str(copy_for_everybody(new_home.parent / "code")), "PYTHONDONTWRITEBYTECODE": "1"},
@@ -385,6 +403,6 @@ def test_an_ordinary_user_runs_the_servers_himself(new_home: Path) -> None:
         check=False,
     )
     assert (result.stdout, result.stderr) == ("ready\n", "")
-    assert (new_home / "home" / "postgres" / "data").stat().st_uid == nobody
+    assert (new_home / "home" / "postgres" / "data").stat().st_uid == other_user
     with pytest.raises(StackError, match="belongs to another user"):
         running_stack(stack_settings(new_home / "home")).__enter__()

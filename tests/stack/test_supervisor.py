@@ -1,4 +1,4 @@
-"""`trueup up` starts everything once, stops everything, and cleans up after its own murder."""
+"""`trueup up` starts everything once, stops everything, and cleans up after a `kill -9` of itself."""
 
 import io
 import json
@@ -26,21 +26,19 @@ from tests.stack.helpers import (
 )
 from trueup.settings.settings import Settings
 from trueup.stack import running_stack
+from trueup.stack.children import ChildRecords, start_child
+from trueup.stack.commands import Command, embedded_settings
 from trueup.stack.errors import ChildFailedError, StackAlreadyRunningError
-from trueup.stack.records import ChildRecords
-from trueup.stack.supervisor.children import start_child
-from trueup.stack.supervisor.commands import Command, embedded_settings
-from trueup.stack.supervisor.crew import Policy
-from trueup.stack.supervisor.supervisor import about_the_model, run_stack
+from trueup.stack.supervisor import Policy, about_the_model, run_stack
 
-# `trueup up` with commands of the test's own; without servers unless "embedded" is asked for.
+# `trueup up` with commands of the test's own, and without servers unless "embedded" is requested.
 UP = """
 import json, sys
 from trueup.errors import TrueupError
 from trueup.settings.settings import Settings
-from trueup.stack.supervisor.commands import Command
-from trueup.stack.supervisor.crew import Policy
-from trueup.stack.supervisor.supervisor import run_stack
+from trueup.stack.commands import Command
+from trueup.stack.supervisor import Policy
+from trueup.stack.supervisor import run_stack
 
 home, commands, policy, servers = sys.argv[1:]
 urls = {"database_url": "postgresql://db/x", "broker_url": "redis://broker/0"}
@@ -54,7 +52,7 @@ except TrueupError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
 
-# Ends on SIGTERM like a worker that finishes its task first; has a child of its own, like a pool.
+# Ends on SIGTERM like a worker that finishes its task first. Has a child of its own, like a pool.
 POLITE = """
 import os, signal, subprocess, sys
 child = subprocess.Popen(["sleep", "300"])
@@ -67,7 +65,7 @@ print(f"pids {os.getpid()} {child.pid}", flush=True)
 while True: signal.pause()
 """
 
-# Hears nothing but SIGKILL, and neither does its child.
+# Ignores all signals except SIGKILL, and so does its child.
 STUBBORN = """
 import os, signal, subprocess
 for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT): signal.signal(number, signal.SIG_IGN)
@@ -85,7 +83,7 @@ def home() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def data() -> Iterator[Path]:
-    """PostgreSQL's data folder, made once, because that is what takes time."""
+    """PostgreSQL's data folder, made once, because making it takes time."""
     with temporary_home() as folder:
         with running_stack(stack_settings(folder), services=["postgres"]):
             pass
@@ -122,7 +120,7 @@ def children_of(process: subprocess.Popen[str]) -> list[int]:
 
 
 def run_here(home: Path, commands: Sequence[Command], **policy: float) -> str:
-    """Run the stack in this process, with servers that nobody asks, and return its output."""
+    """Run the stack in this process, with servers that are never called, and return its output."""
     output = io.StringIO()
     run_stack(
         Settings(home=home, database_url="postgresql://db/x", broker_url="redis://broker/0"),
@@ -165,7 +163,7 @@ def test_a_stop_with_the_embedded_servers_leaves_no_process(embedded_home: Path)
         ({"database_url": "postgresql://db/app", "model_provider": "offline"}, "model provider: offline", {}),
     ],
 )
-def test_only_with_the_embedded_database_does_the_stack_choose_a_provider_and_it_says_so(
+def test_the_stack_chooses_a_provider_only_with_the_embedded_database_and_logs_it(
     values: dict[str, str], said: str, variables: dict[str, str]
 ) -> None:
     settings = Settings(**values)  # type: ignore[arg-type]
@@ -173,7 +171,7 @@ def test_only_with_the_embedded_database_does_the_stack_choose_a_provider_and_it
     assert said in about_the_model(settings)
 
 
-def test_a_server_that_dies_is_started_again(embedded_home: Path) -> None:
+def test_a_dead_server_is_restarted(embedded_home: Path) -> None:
     with up(embedded_home, {"one": POLITE}, "embedded") as stack:
         children_of(stack)
         before = server_pids(embedded_home)
@@ -187,7 +185,7 @@ def test_a_server_that_dies_is_started_again(embedded_home: Path) -> None:
     assert not stack_processes(embedded_home)
 
 
-def test_a_second_request_does_not_wait_for_the_grace_to_end(home: Path) -> None:
+def test_a_second_request_ends_the_grace_time(home: Path) -> None:
     with up(home, {"one": STUBBORN}, grace_seconds=300, fast_seconds=0.2) as stack:
         pids = children_of(stack)
         stack.send_signal(signal.SIGINT)
@@ -204,7 +202,7 @@ def test_a_process_that_does_not_stop_is_killed_with_its_children(home: Path) ->
     assert not any(map(alive, pids))
 
 
-def test_a_dead_process_is_started_again(home: Path) -> None:
+def test_a_dead_process_is_restarted(home: Path) -> None:
     with up(home, {"one": POLITE}, first_pause_seconds=0.05) as stack:
         leader, child = children_of(stack)
         os.kill(leader, signal.SIGKILL)
@@ -215,7 +213,7 @@ def test_a_dead_process_is_started_again(home: Path) -> None:
         finish(stack, signal.SIGINT)
 
 
-def test_a_process_that_keeps_dying_ends_the_stack_with_its_last_words(home: Path) -> None:
+def test_a_process_that_dies_too_often_ends_the_stack_with_its_last_lines(home: Path) -> None:
     dying = Command(name="one", tokens=("sh", "-c", "echo no such queue; exit 3"))
     other = Command(name="two", tokens=("sleep", "300"))
     with pytest.raises(ChildFailedError, match=r"exit code 3.*\n.*no such queue") as caught:
@@ -229,7 +227,7 @@ def test_a_command_that_does_not_exist_is_named(home: Path) -> None:
         run_here(home, [Command(name="one", tokens=("no-such-program",))], failures_allowed=1)
 
 
-def test_a_second_stack_is_refused_and_told_who_runs(home: Path) -> None:
+def test_a_second_stack_is_refused_with_the_pid_of_the_first(home: Path) -> None:
     with up(home, {"one": POLITE}) as first:
         children_of(first)
         with pytest.raises(StackAlreadyRunningError, match=f"kill {first.pid}") as caught:
@@ -260,7 +258,7 @@ def test_after_kill_9_the_next_start_ends_the_old_processes_and_adopts_the_serve
     assert not stack_processes(embedded_home)
 
 
-def test_the_orphans_of_a_dead_worker_are_ended_too(home: Path) -> None:
+def test_the_orphans_of_a_dead_worker_are_ended(home: Path) -> None:
     with up(home, {"one": POLITE}) as killed:
         leader, orphan = children_of(killed)
         finish(killed, signal.SIGKILL)
@@ -273,7 +271,7 @@ def test_the_orphans_of_a_dead_worker_are_ended_too(home: Path) -> None:
         finish(stack, signal.SIGINT)
 
 
-def test_a_stranger_with_a_recorded_pid_is_left_alone(home: Path) -> None:
+def test_a_foreign_process_with_a_recorded_pid_is_not_signalled(home: Path) -> None:
     with subprocess.Popen(["sleep", "300"], start_new_session=True) as stranger:
         created = psutil.Process(stranger.pid).create_time()
         record = {"name": "one", "pid": stranger.pid, "create_time": created - 3600}
@@ -298,7 +296,7 @@ def test_no_program_runs_before_it_is_on_record(home: Path, tmp_path: Path) -> N
     assert not proof.exists()
 
 
-def test_the_stack_stops_when_nobody_reads_its_output_any_more(home: Path) -> None:
+def test_the_stack_stops_when_the_reader_of_its_output_has_ended(home: Path) -> None:
     chatty = "import time\nwhile True: print('still here', flush=True); time.sleep(0.01)"
     with up(home, {"one": chatty}) as stack:
         read_until(stack, "still here")
@@ -309,7 +307,7 @@ def test_the_stack_stops_when_nobody_reads_its_output_any_more(home: Path) -> No
 
 
 def test_lines_are_coloured_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trueup.stack.supervisor.merged_log import MergedLog
+    from trueup.stack.supervisor import MergedLog
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -1,4 +1,4 @@
-"""For tests of the API: tokens as a host issues them, a clock, a port."""
+"""For tests of the API: tokens as a host issues them, a clock, a free port."""
 
 import socket
 import time
@@ -11,7 +11,7 @@ OPERATOR = "trueup:operator"
 
 
 def token(user_id: object = None, *, key: Any = SECRET, algorithm: str = "HS256", **claims: Any) -> str:
-    """Return a token of the user's, good for a minute. A claim that is None is left out."""
+    """Return a token of the user that is valid for a minute. A claim of None is left out."""
     content = {"user_id": user_id, "exp": int(time.time()) + 60} | {
         name: value for name, value in claims.items() if name != "headers"
     }
@@ -25,7 +25,7 @@ def bearer(user_id: object = None, **claims: Any) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on now."""
+    """Return a port of this machine on which no server listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -33,7 +33,7 @@ def free_port() -> int:
 
 
 class Clock:
-    """Stands in for `time.monotonic`, and goes on only when told to."""
+    """A replacement for `time.monotonic` that advances only when a test moves it."""
 
     def __init__(self) -> None:
         self.now = 1000.0

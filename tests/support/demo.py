@@ -1,4 +1,4 @@
-"""`trueup demo`, run once for all tests that look at what it says and leaves."""
+"""`trueup demo`, run once for all tests that check its output and its data."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ DEADLINE_SECONDS = 400.0
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """How the demo ended, and `home`, where its data stays."""
+    """The result of the demo. `home`: the folder with its data."""
 
     home: Path
     code: int
@@ -28,19 +28,19 @@ class Demo:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of who looks around afterwards."""
+        """Return the environment for commands that look at the demo's data afterwards."""
         return environment_of(self.home)
 
 
 def environment_of(home: Path) -> dict[str, str]:
-    """Return this process's environment with only that home, and this Python's scripts first."""
+    """Return this process's environment with only that home, and with this Python's scripts first on PATH."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("TRUEUP_")}
     scripts = str(Path(sys.executable).parent)
     return own | {"TRUEUP_HOME": str(home), "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
 
 
 def processes_of(home: Path) -> list[psutil.Process]:
-    """Return the living processes that work in a home, or for it."""
+    """Return the living processes that work in a home or for it."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
@@ -55,7 +55,7 @@ def demo() -> Iterator[Demo]:
     with temporary_home() as home:
         result = subprocess.run(
             ["trueup", "demo"],
-            env=environment_of(home) | {"TRUEUP_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/never-touched"},
+            env=environment_of(home) | {"TRUEUP_DATABASE_URL": "postgresql://unused@127.0.0.1:1/never-touched"},
             capture_output=True,
             text=True,
             timeout=DEADLINE_SECONDS,

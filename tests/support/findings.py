@@ -1,4 +1,4 @@
-"""Drifts and evidence as the database would give them, for what judges them without one."""
+"""Drifts and evidence as the database would return them, for tests of the cause engine without a database."""
 
 from datetime import timedelta
 from typing import Any
@@ -86,7 +86,7 @@ def concurrent(lost: int, kept: int, *, overlapped: bool = False) -> dict[str, A
 
 
 def overlaps(*sizes: int) -> dict[str, Any]:
-    """Decrements that were each overwritten, or not, by one that had read the counter before."""
+    """Return decrements, some of them overwritten by a process that had read the counter before."""
     return {"concurrent": [concurrent(size, 80, overlapped=True) for size in sizes]}
 
 

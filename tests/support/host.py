@@ -9,15 +9,15 @@ from typing import Any, Self
 from sqlalchemy import Connection, Engine, text
 
 START = datetime(2024, 11, 1, 12, tzinfo=UTC)
-"""When subscriptions of the tests begin, unless told otherwise.
+"""The start of the tests' subscriptions, unless a test gives another.
 
-Long ago: the time that a test injects, a few months later at most, then lies before the server's clock today as it will
-in ten years. Triggers go by the server's clock.
+It is long ago. A test injects times up to a few months later, and triggers use the server's clock, so those times are
+before the server's clock now and in ten years.
 """
 
 
 class Host:
-    """A host with one connection, each statement its own transaction."""
+    """A host with one connection, on which each statement is its own transaction."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -74,7 +74,7 @@ class Host:
     ) -> int:
         """Sign up a user with a subscription to a plan of that size. Returns the user's id.
 
-        `counter`: what the legacy counter shows; by default the plan's tokens.
+        `counter`: the value of the legacy counter; by default the plan's tokens.
         """
         plan, user = self.plan(tokens, kind=kind), self.user()
         self.execute(
@@ -116,7 +116,7 @@ class Host:
         )
 
     def date_change(self, at: datetime) -> None:
-        """Date the last change of a subscription, whose window or plan a trigger has saved by the server's clock."""
+        """Change the time of a subscription's last change, which a trigger has saved by the server's clock."""
         self.execute(
             "UPDATE trueup.window_change SET changed_at = :at "
             "WHERE id IN (SELECT id FROM trueup.window_change ORDER BY id DESC LIMIT 2)",
@@ -130,7 +130,7 @@ class Host:
         return counter
 
     def used(self, user: int) -> int:
-        """Sum the user's counted log rows, whatever their window."""
+        """Return the sum of the user's counted log rows, in any window."""
         used: int = self.value(
             "SELECT coalesce(sum(total_tokens), 0) FROM ai_usage_log WHERE user_id = :user AND success", user=user
         )

@@ -1,4 +1,4 @@
-"""What a host does beside billing, as steps of a state machine: each to the database and to the model."""
+"""The host's own actions, as steps of a state machine. Each step changes the database and the model."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -31,7 +31,7 @@ HOST_STEPS = (
 
 
 class HostMachine(RuleBasedStateMachine):
-    """Two users, so that steps meet; and their host, which does as it likes."""
+    """Two users, so that steps affect the same user, and their host, which acts in any order."""
 
     host: Host
 
@@ -42,11 +42,11 @@ class HostMachine(RuleBasedStateMachine):
         self.users = [ModelUser(user=self.host.subscriber(PLAN), plan=PLAN, start=START, counter=PLAN) for _ in "12"]
 
     def draw_user(self, draw: Draw) -> ModelUser:
-        """Draw a user, one of them more often: what attempts of one task do to each other takes several steps."""
+        """Draw a user, one of them more often, because conflicts between attempts of one task need several steps."""
         return self.users[draw(st.sampled_from([0, 0, 0, 1]))]
 
     def draw_subscriber(self, draw: Draw) -> ModelUser:
-        """Draw a user; one without a subscription takes one now."""
+        """Draw a user. A user without a subscription gets one now."""
         user = self.draw_user(draw)
         if not user.subscribed:
             self._subscribe(user)
@@ -110,21 +110,21 @@ class HostMachine(RuleBasedStateMachine):
         user.start = draw(st.sampled_from([self.now, user.start])) + draw(shifts)
         self._set(user, "start_date = :start", start=user.start)
         if user.start != before.window:
-            self._tell(user, before, self._terms(user))
+            self._record(user, before, self._terms(user))
 
     def change_plan(self, draw: Draw) -> None:
         user = self.draw_subscriber(draw)
         before = self._terms(user)
         user.plan = draw(st.sampled_from([0, 1_000, PLAN, 3_000]))
         self._set(user, "token_plan_id = :plan", plan=self.host.plan(user.plan))
-        self._tell(user, before, self._terms(user))
+        self._record(user, before, self._terms(user))
 
     def _terms(self, user: ModelUser) -> Change:
         return Change(at=self.now, window=user.start, plan=user.plan)
 
-    def _tell(self, user: ModelUser, *changes: Change) -> None:
-        """The trigger has told of the host's changes; it goes by the clock on the wall, and the machine by its own."""
-        user.book.tell(*changes)
+    def _record(self, user: ModelUser, *changes: Change) -> None:
+        """Change the times of the trigger's records to the machine's clock. The trigger uses the server's clock."""
+        user.book.record(*changes)
         self.host.execute(
             "UPDATE trueup.window_change SET changed_at = :now WHERE id IN (SELECT id FROM trueup.window_change "
             "WHERE user_id = :user AND plan_tokens IS NULL ORDER BY id DESC LIMIT :count)",
@@ -154,7 +154,7 @@ class HostMachine(RuleBasedStateMachine):
             plan=self.host.plan(user.plan),
             start=user.start,
         )
-        self._tell(user, self._terms(user))
+        self._record(user, self._terms(user))
 
     def set_counter(self, draw: Draw) -> None:
         user = self.draw_subscriber(draw)

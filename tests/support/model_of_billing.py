@@ -1,4 +1,4 @@
-"""What billing should do, in plain Python: lists and sums, no deltas, no locks, no cache."""
+"""A model of billing in plain Python: lists and sums, without deltas, locks or a cache."""
 
 import json
 import uuid
@@ -22,7 +22,7 @@ class Row:
 
 @dataclass(kw_only=True)
 class ModelHold:
-    """`over`, `excess`: tokens charged beyond the hold, and beyond what the calls had leave for."""
+    """`over`, `excess`: tokens charged beyond the hold, and beyond the granted maximum of the calls."""
 
     task: str
     attempt: int
@@ -63,7 +63,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Handle:
-    """What a task's attempt knows of its hold."""
+    """An attempt's knowledge of its hold."""
 
     user: int
     task: str
@@ -71,13 +71,13 @@ class Handle:
 
 
 def log_id(handle: Handle, key: str) -> str:
-    """The id of a call's log row: always the same, so that no row is written twice."""
+    """Return the id of a call's log row. It is always the same, so that no row is written twice."""
     return str(uuid.uuid5(LOG_NAMESPACE, json.dumps([str(handle.user), handle.task, key])))
 
 
 @dataclass(frozen=True)
 class Busy:
-    """The answer of the gate while another attempt is at work. `redundant`: another duplicate waits already."""
+    """Return the gate's answer while another attempt works. `redundant`: another duplicate waits already."""
 
     seconds: float
     redundant: bool
@@ -95,7 +95,7 @@ class Overtaken(Exception):  # noqa: N818 - an answer, no fault
 
 @dataclass(kw_only=True)
 class ModelUser:
-    """One user: its subscription, its log, its grants, and everything its tasks did."""
+    """One user: its subscription, its log, its grants, and all actions of its tasks."""
 
     user: int
     plan: int
@@ -119,7 +119,7 @@ class ModelUser:
         return [(row.at, row.tokens) for row in self.log.values() if row.success]
 
     def lock(self, now: datetime) -> None:
-        """Bring the balance up to date, as whoever locks it does: overdue holds end, the grants' use is settled."""
+        """Update the balance as a lock on it does: end overdue holds, and settle the use of grants."""
         self.expire_holds(now)
         if self.subscribed:
             self.book.settle(self.start, self.plan, self.counted(), now)
@@ -130,15 +130,15 @@ class ModelUser:
         return sum(row.tokens for row in self.log.values() if row.success and row.at >= self.start)
 
     def dated(self, now: datetime) -> datetime:
-        """When usage of now counts as logged: the host's clock may be a little ahead."""
+        """Return the time at which usage of now counts as logged. The host's clock may be a little ahead."""
         return self.start if self.subscribed and now < self.start <= now + TOLERANCE else now
 
     def held(self, now: datetime) -> int:
-        """What is held at that moment; of overdue holds only what they keep."""
+        """Return the held tokens at that time. An overdue hold counts only with the tokens that it keeps."""
         return sum(hold.rest if hold.expires_at > now else self._kept(hold, now) for hold in self.holds)
 
     def reason(self, tokens: int, now: datetime) -> str | None:
-        """Why a task of that size may not run."""
+        """Return the reason that a task of that size may not run."""
         if not self.subscribed:
             return "no_subscription"
         if not self.is_active or self.start > now + TOLERANCE:
@@ -168,7 +168,7 @@ class ModelUser:
         return max(0, hold.rest - self.in_flight(hold.task, but=but))
 
     def expire_holds(self, now: datetime) -> tuple[int, int]:
-        """End what is overdue, but for calls in flight. Returns how many holds ended, and the tokens given back."""
+        """End overdue holds, except with calls in flight. Returns the number of ended holds and the released tokens."""
         overdue = [hold for hold in self.holds if hold.status == "open" and hold.expires_at <= now]
         before = sum(hold.rest for hold in overdue)
         for hold in overdue:
@@ -179,7 +179,7 @@ class ModelUser:
         return sum(hold.status == "expired" for hold in overdue), before - sum(hold.rest for hold in overdue)
 
     def _kept(self, hold: ModelHold, now: datetime) -> int:
-        """What calls in flight may cost outlives the hold once, as long again as it had been given to the last."""
+        """Keep the maximum cost of calls in flight beyond the hold's time once, for as long as its last duration."""
         in_time = not hold.body_ended and self._calls_until(hold) > now
         return min(self.in_flight(hold.task), hold.rest) if in_time else 0
 
@@ -190,7 +190,7 @@ class ModelUser:
         return hold.expires_at + (hold.expires_at - max(begun, default=hold.expires_at))
 
     def _end_body(self, hold: ModelHold, until: datetime) -> None:
-        """From now on the hold is there for calls in flight alone."""
+        """From now on the hold exists only for calls in flight."""
         hold.body_ended, hold.expires_at = True, until
         self._keep_for_calls(hold)
 
@@ -233,8 +233,8 @@ class ModelUser:
         return hold
 
     def _wait(self, hold: ModelHold, waits: int, now: datetime) -> Busy:
-        somebody_waits = hold.duplicate_until is not None and hold.duplicate_until > now
-        redundant = somebody_waits and waits < hold.duplicate_waits
+        is_waited_for = hold.duplicate_until is not None and hold.duplicate_until > now
+        redundant = is_waited_for and waits < hold.duplicate_waits
         waits = max(waits, hold.duplicate_waits) + 1
         busy_until = min(hold.lease_until, now + timedelta(minutes=1))
         if not redundant:
@@ -242,18 +242,18 @@ class ModelUser:
         return Busy((busy_until - now).total_seconds(), redundant, waits)
 
     def replays(self, task: str) -> bool:
-        """The task's work is done: what it paid for is there, and it buys nothing more."""
+        """End the task's body. Its charges stay, and it makes no more calls."""
         hold = self.last_hold(task)
         return hold is not None and hold.completed
 
     def _forget_calls(self, task: str, attempt: int | None = None) -> None:
-        """Those calls' attempt is dead: nobody can tell what became of them."""
+        """End those calls' attempt by a crash, so the outcome of the calls is unknown."""
         for (of, _, by), call in self.calls.items():
             if of == task and attempt in (None, by) and call.outcome == "started":
                 call.outcome = "unknown"
 
     def abandon_calls(self, task: str) -> None:
-        """The process that has the hold is dead."""
+        """End the process that has the hold by a crash."""
         hold = self.open_hold_of(task)
         if hold is not None:
             self._forget_calls(task, hold.attempt)
@@ -338,13 +338,13 @@ class ModelUser:
         return hold.status
 
     def _keep_for_calls(self, hold: ModelHold) -> None:
-        """A hold whose body has ended keeps what calls in flight may cost; without any, it ends."""
+        """Reduce a hold whose body has ended to the maximum cost of its calls in flight. Without such calls it ends."""
         kept = min(self.in_flight(hold.task), hold.rest)
         hold.reserved = hold.covered + kept
         hold.status = "open" if kept else "settled"
 
     def unrecorded(self) -> list[tuple[str, str, int]]:
-        """Calls that may have been billed and are in no charge: task, key, bound."""
+        """Return the calls that may have been billed and have no charge: task, key, bound."""
         return sorted(
             (task, key, call.bound)
             for (task, key, _), call in self.calls.items()

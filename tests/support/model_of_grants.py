@@ -1,4 +1,4 @@
-"""What grants count for, in plain Python: one event after the other, nothing stored but what was settled."""
+"""A model of grants in plain Python: it replays the events in order and stores only settled use."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -24,16 +24,16 @@ class Grant:
 
     @property
     def turn(self) -> tuple[datetime, datetime, int]:
-        """Who pays first."""
+        """The order in which grants are used."""
         return self.expires_at or EVER, self.granted_at, self.id
 
 
 class Window:
-    """A window as it goes by: the plan and the grants, and what each has paid for."""
+    """A window in the replay: the plan and the grants, and the tokens that each has paid for."""
 
     def __init__(self) -> None:
-        self.plan = 0  # what it has for the user, or what a larger one before it has paid for
-        self.next_plan: int | None = None  # nothing was logged under it yet
+        self.plan = 0  # the user's tokens in it, or the tokens that a larger plan before it has paid for
+        self.next_plan: int | None = None  # no usage was logged under it yet
         self.spent = 0  # of the plan and of grants without an expiry
         self.live: list[tuple[Grant, int]] = []
         self.used: dict[int, int] = {}
@@ -43,7 +43,7 @@ class Window:
         self.spent -= tokens
 
     def lasting(self, before: Grant | None = None) -> int:
-        """What grants without an expiry have, those older than one."""
+        """Return the tokens of grants without an expiry that are older than this one."""
         return sum(
             rest for grant, rest in self.live if not grant.expires_at and (before is None or grant.turn < before.turn)
         )
@@ -66,7 +66,7 @@ class Window:
                 tokens -= paid
 
     def over(self, grant: Grant, rest: int) -> int:
-        """What one without an expiry has to pay for: what the plan and older ones don't cover."""
+        """Return the usage that a grant without an expiry must pay for: plan and older grants don't cover it."""
         return min(rest, max(0, self.spent - self.plan - self.lasting(grant)))
 
     def end(self, grant: Grant, rest: int) -> None:
@@ -78,7 +78,7 @@ class Window:
 def used_in(
     grants: Iterable[tuple[Grant, int]], rows: Iterable[Logged], start: datetime, until: datetime, plans: Plans
 ) -> dict[int, int]:
-    """Return what a window used of each grant, of which it found so much left."""
+    """Return a window's use of each grant. `grants`: each with the tokens that were left at its start."""
     grants = [pair for pair in grants if pair[0].granted_at < until and pair[0].ends > max(pair[0].granted_at, start)]
     window = Window()
     first = (EVER, EVER, 0)
@@ -105,7 +105,7 @@ def used_in(
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """The host's subscription became so."""
+    """The host's subscription changed to this state."""
 
     at: datetime
     window: datetime
@@ -114,24 +114,24 @@ class Change:
 
 @dataclass(kw_only=True)
 class GrantBook:
-    """A user's grants. `told`: what the host changed. `closed`: the settled windows, and when the next began."""
+    """A user's grants. `changes`: the host's changes. `closed`: the settled windows, and the next ones' starts."""
 
     grants: dict[int, Grant] = field(default_factory=dict)
-    told: list[Change] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
     settled: dict[tuple[int, datetime], int] = field(default_factory=dict)
     closed: dict[datetime, datetime] = field(default_factory=dict)
 
-    def tell(self, *changes: Change) -> None:
+    def record(self, *changes: Change) -> None:
         if self.grants:
-            self.told.extend(changes)
+            self.changes.extend(changes)
 
     def windows(self, start: datetime, plan: int) -> list[tuple[datetime, Plans]]:
-        """Return the windows up to this one, each with its plans. One that moved back takes those after it along."""
-        told = self.told
-        if not told or told[-1].window != start:
-            told = [*told, Change(at=EVER, window=start, plan=plan)]
+        """Return the windows up to this one, each with its plans. A window that moved back removes the later ones."""
+        changes = self.changes
+        if not changes or changes[-1].window != start:
+            changes = [*changes, Change(at=EVER, window=start, plan=plan)]
         windows: list[tuple[datetime, Plans]] = []
-        for change in told:
+        for change in changes:
             while windows and windows[-1][0] > change.window:
                 windows.pop()
             if not windows or windows[-1][0] < change.window:
@@ -140,7 +140,7 @@ class GrantBook:
         return windows
 
     def written(self, window: datetime, until: datetime) -> dict[int, int]:
-        """Return what is settled of grants that ended in a window, and holds however the window goes on."""
+        """Return the settled use of grants that expired in a window, which later events of the window do not change."""
         known = min(until, self.closed.get(window, EVER))
         return {
             number: tokens
@@ -151,7 +151,7 @@ class GrantBook:
     def uses(
         self, start: datetime, plan: int, rows: list[Logged]
     ) -> tuple[dict[int, int], dict[tuple[int, datetime], int]]:
-        """Return what is left of each grant for this window, and what each window that has ended used of it."""
+        """Return the tokens left of each grant for this window, and the use by each ended window."""
         left = {number: grant.tokens for number, grant in self.grants.items()}
         uses = {}
         windows = self.windows(start, plan)
@@ -168,7 +168,7 @@ class GrantBook:
         return left, uses
 
     def found(self, start: datetime, plan: int, rows: list[Logged]) -> list[tuple[Grant, int]]:
-        """Return each grant with what a window finds left of it; of one settled in it, what it has paid."""
+        """Return each grant with the tokens that a window finds left of it, or with its use if it is settled in it."""
         left, _ = self.uses(start, plan, rows)
         written = self.written(start, EVER)
         return [(grant, written.get(number, left[number])) for number, grant in self.grants.items()]
@@ -178,7 +178,7 @@ class GrantBook:
         return used_in(self.found(start, plan, rows), rows, start, until, plans)
 
     def adds(self, start: datetime, plan: int, rows: list[Logged], now: datetime) -> int:
-        """Return what the grants add to a plan."""
+        """Return the tokens that the grants add to a plan."""
         total = 0
         written = self.written(start, EVER)
         for grant, rest in self.found(start, plan, rows):
@@ -191,11 +191,11 @@ class GrantBook:
         return total
 
     def settle(self, start: datetime, plan: int, rows: list[Logged], now: datetime) -> None:
-        """Write down what is settled, as whoever locks the balance does."""
+        """Record the settled use, as a lock on the balance does."""
         if not self.grants:
             return
-        if not self.told or (self.told[-1].window, self.told[-1].plan) != (start, plan):
-            self.told.append(Change(at=now, window=start, plan=plan))
+        if not self.changes or (self.changes[-1].window, self.changes[-1].plan) != (start, plan):
+            self.changes.append(Change(at=now, window=start, plan=plan))
         _, uses = self.uses(start, plan, rows)
         ended = self.written(start, EVER)
         windows = [window for window, _ in self.windows(start, plan)]
@@ -208,19 +208,19 @@ class GrantBook:
                 self.settled.setdefault((grant.id, start), used)
 
     def _forget_what_was_taken_back(self) -> None:
-        told: list[Change] = []
-        for change in self.told:
-            while told and told[-1].window > change.window:
-                told.pop()
-            told.append(change)
-        self.told = [
+        changes: list[Change] = []
+        for change in self.changes:
+            while changes and changes[-1].window > change.window:
+                changes.pop()
+            changes.append(change)
+        self.changes = [
             change
-            for before, change in zip([None, *told], told, strict=False)
+            for before, change in zip([None, *changes], changes, strict=False)
             if before is None or (before.window, before.plan) != (change.window, change.plan)
         ]
 
     def left(self, start: datetime, plan: int, rows: list[Logged], now: datetime) -> dict[int, int]:
-        """Return what each grant still adds."""
+        """Return the tokens that each grant still adds."""
         used = self.used_until(now, start, plan, rows)
         return {
             grant.id: rest - used.get(grant.id, 0) if grant.ends > now else 0

@@ -1,4 +1,4 @@
-"""Metered tasks for the tests, registered by a worker with `-I tests.support.model_tasks`."""
+"""Metered tasks for the tests. A worker registers them with `-I tests.support.model_tasks`."""
 
 import time
 from contextlib import suppress
@@ -28,7 +28,7 @@ def ask(model: Model, words: int) -> int:
 
 @metered_task(name="test.spend", feature_name="Spender", section="chat", estimated_tokens=100)
 def spend(model: Model, user_id: UserId, words: int = 10, calls: int = 1, seconds: float = 0) -> int:
-    """Spend on some calls, then take some time. Returns the tokens spent."""
+    """Spend on some calls, then run for some time. Returns the tokens spent."""
     spent = sum(ask(model, words + call) for call in range(calls))
     time.sleep(seconds)
     return spent
@@ -53,7 +53,7 @@ def ignore(model: Model, user_id: UserId) -> None:
     estimated_tokens=lambda arguments: arguments["tokens"],
 )
 def measured(model: Model, user_id: UserId, tokens: int | None) -> Any:
-    """Hold what the caller says; None: no hold."""
+    """Hold the tokens that the caller gives. None: no hold."""
     return getattr(model, "tokens_left", None) if tokens is not None else ask(model, 1)
 
 
@@ -85,7 +85,7 @@ def retrying(model: Model, user_id: UserId) -> int:
     name="test.exact", feature_name="Exact", section="chat", estimated_tokens=lambda arguments: arguments["tokens"]
 )
 def exact(model: Model, user_id: UserId, tokens: int) -> int:
-    """Hold what the caller says, and spend the same on every run."""
+    """Hold the tokens that the caller gives, and spend the same on every run."""
     return ask(model, 10)
 
 
@@ -93,7 +93,7 @@ def exact(model: Model, user_id: UserId, tokens: int) -> int:
     name="test.limited", feature_name="Limited", section="chat", estimated_tokens=100, soft_time_limit=1, time_limit=2
 )
 def limited(model: Model, user_id: UserId) -> None:
-    """Spend, and then not heed the soft time limit."""
+    """Spend, and then ignore the soft time limit."""
     ask(model, 10)
     with suppress(SoftTimeLimitExceeded):
         time.sleep(20)
@@ -104,14 +104,14 @@ def limited(model: Model, user_id: UserId) -> None:
     name="test.soft", feature_name="Soft", section="chat", estimated_tokens=100, soft_time_limit=1, time_limit=30
 )
 def soft(model: Model, user_id: UserId) -> None:
-    """Spend, and then take longer than the soft time limit."""
+    """Spend, and then exceed the soft time limit."""
     ask(model, 10)
     time.sleep(20)
 
 
 @metered_task(name="test.expiring", feature_name="Expiring", section="chat", estimated_tokens=100)
 def expiring(model: Model, user_id: UserId) -> int:
-    """Spend, and go on when the hold's time has run out meanwhile."""
+    """Spend, and continue after the hold has expired."""
     ask(model, 10)
     with connect() as connection:
         expire_holds(connection, now=datetime.now(UTC) + timedelta(days=1))
@@ -127,7 +127,7 @@ def expiring(model: Model, user_id: UserId) -> int:
     retry_kwargs={"max_retries": 1, "countdown": 0},
 )
 def overtaken(model: Model, user_id: UserId, goes_on: bool = False) -> None:
-    """Stand still until another delivery has the hold, then go on, or ask for a retry."""
+    """Wait until another delivery has the hold. Then continue, or ask for a retry."""
     hold = running_hold()
     assert hold is not None
     with connect() as connection:
@@ -147,12 +147,12 @@ def leave(model: Model, user_id: UserId) -> None:
 
 @metered_task(name="test.replaced", feature_name="Replaced", section="chat", estimated_tokens=100)
 def replaced(model: Model, user_id: UserId, successor: UserId) -> None:
-    """Spend, then have another task take this one's place."""
+    """Spend, then replace this task by another."""
     ask(model, 10)
     current_task.replace(spend.si(user_id=successor, words=20))
 
 
 @shared_task(name="test.total")
 def total(figures: list[int]) -> int:
-    """Add up what the tasks of a chord spent."""
+    """Add up the tokens that the tasks of a chord spent."""
     return sum(figures)

@@ -1,4 +1,4 @@
-"""A host whose usage log is partitioned, at two depths."""
+"""A host whose usage log is partitioned on two levels."""
 
 from datetime import UTC, datetime
 
@@ -21,7 +21,7 @@ def month(number: int) -> str:
     return f"FOR VALUES FROM ('2024-{number}-01Z') TO ('{later}Z')"
 
 
-# As PostgreSQL demands, the key has the partitions' column in it. November's partition has partitions of its own.
+# PostgreSQL requires the partition column in the key. November's partition is partitioned again.
 PARTITIONED = [
     "ALTER TABLE ai_usage_log RENAME TO plain",
     "ALTER INDEX ai_usage_log_user_created RENAME TO plain_user_created",
@@ -41,7 +41,7 @@ PARTS = ['"Log 12"', "log_10", "log_11", "log_11a", "log_11b", "log_default"]
 
 
 class PartitionedHost(Host):
-    """A host that writes its log through the log itself, and directly into partitions."""
+    """A host that writes log rows through the parent table, and directly into partitions."""
 
     mapping: HostMapping
 
@@ -75,5 +75,5 @@ def new_host(url: str, mapping: HostMapping) -> PartitionedHost:
 
 
 def known(user: int) -> int:
-    """Return what the gate takes the user to have used."""
+    """Return the user's consumed tokens as the gate sees them."""
     return retrying(lambda connection: read_account(connection, user)).consumed

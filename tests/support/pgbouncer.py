@@ -1,4 +1,4 @@
-"""A PgBouncer in transaction mode in front of the tests' PostgreSQL, where this machine has one."""
+"""A PgBouncer in transaction mode in front of the tests' PostgreSQL, if this machine has one."""
 
 import os
 import shutil
@@ -13,25 +13,25 @@ from tests.stack.helpers import temporary_home
 from tests.support.waiting import DEADLINE_SECONDS, wait_for
 from trueup.settings.settings import Settings
 from trueup.stack.layout import prepare_layout
-from trueup.stack.servers.postgres_home import find_postgres_home
+from trueup.stack.servers.postgres import find_postgres_home
 
 VARIABLE = "TRUEUP_TEST_PGBOUNCER"
 GIVEN = os.environ.get(VARIABLE)
-"""The program, if it is not on the path; read before a fixture takes trueup's variables out of the environment."""
+"""The program, if it is not on PATH. It is read before a fixture removes trueup's variables from the environment."""
 
 PORT = 6432
 
 
 def find_pgbouncer() -> str | None:
-    """Return the program. Distributions put it where only root's path leads."""
+    """Return the program. Distributions install it in a folder that only root has on PATH."""
     return GIVEN or shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
 
 @contextmanager
 def running_pgbouncer(program: str, url: str, *, users: list[str], pool_size: int) -> Iterator[str]:
-    """Lend out so few sessions of that server, a transaction at a time. Gives the URL of the same database.
+    """Give the URL of the same database through a pool of so few sessions, in transaction mode.
 
-    All else is as PgBouncer has it by default.
+    All other options are PgBouncer's defaults.
     """
     direct = make_url(url)
     with temporary_home() as home:
@@ -53,7 +53,7 @@ def running_pgbouncer(program: str, url: str, *, users: list[str], pool_size: in
             """.replace("            ", "")
         )
         account = {}
-        if place.account is not None:  # it does not run as root
+        if place.account is not None:  # PgBouncer refuses to run as root
             account = {"user": place.account.uid, "group": place.account.gid}
             for path in (folder, *folder.iterdir()):
                 os.chown(path, place.account.uid, place.account.gid)

@@ -1,4 +1,4 @@
-"""PostgreSQL servers of other versions than the embedded one, for the tests to run against."""
+"""PostgreSQL servers of other versions than the embedded one, for the tests to run on."""
 
 import os
 import re
@@ -12,15 +12,15 @@ from urllib.parse import quote
 from trueup.settings.settings import Settings
 from trueup.stack.layout import can_pass, prepare_layout
 from trueup.stack.processes import run_tool
-from trueup.stack.servers.postgres_home import find_postgres_home
+from trueup.stack.servers.postgres import find_postgres_home
 
 VARIABLE = "TRUEUP_TEST_POSTGRES"
-"""Folders with `postgres` and `initdb`: the whole test session runs on the first, tests/versions on each."""
+"""Folders with `postgres` and `initdb`. The test session runs on the first, tests/versions on each."""
 
-# Read before a fixture takes trueup's variables out of the environment.
+# Read before a fixture removes trueup's variables from the environment.
 GIVEN = [Path(folder) for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder]
 
-# Where distributions put them, and where `python -m tests.versions` does.
+# The folders of distributions, and of `python -m tests.versions`.
 FETCHED = Path(__file__).parents[2] / ".trueup" / "postgres-versions"
 _PLACES = (
     "/usr/lib/postgresql/*/bin",
@@ -31,7 +31,7 @@ _PLACES = (
 
 
 def installed_versions() -> dict[int, Path]:
-    """Return the servers found, by major version: those given first, each version once."""
+    """Return the servers by major version, each version once. The folders in `GIVEN` have priority."""
     found: dict[int, Path] = {}
     for programs in (*GIVEN, *_candidates()):
         version = _version(programs)
@@ -48,14 +48,14 @@ def _candidates() -> Iterable[Path]:
 def _version(programs: Path) -> int | None:
     if not (programs / "initdb").is_file():
         return None
-    told = subprocess.run([programs / "postgres", "--version"], capture_output=True, text=True, check=False)
-    match = re.search(r"\(PostgreSQL\) (\d+)", told.stdout)
+    said = subprocess.run([programs / "postgres", "--version"], capture_output=True, text=True, check=False)
+    match = re.search(r"\(PostgreSQL\) (\d+)", said.stdout)
     return int(match[1]) if match else None
 
 
 @contextmanager
 def running_server(programs: Path, home: Path) -> Iterator[str]:
-    """Run the server of that folder in a home of its own, on a unix socket. Gives the URL of an empty database."""
+    """Run the server of that folder in its own home, on a Unix socket. Gives the URL of an empty database."""
     place = find_postgres_home(prepare_layout(Settings(home=home, database_url=None)))
     if place.account is not None and not can_pass(programs / "postgres", place.account):
         programs = Path(shutil.copytree(programs.parent, place.base / "programs", symlinks=True)) / programs.name

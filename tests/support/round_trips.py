@@ -1,4 +1,4 @@
-"""How often the database is asked."""
+"""A count of the round trips to the database."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +12,9 @@ from trueup.database.engine import get_engine
 
 @contextmanager
 def round_trips(trace: Path) -> Iterator[list[str]]:
-    """Give a list that has, after the block, the server's state after each answer: "I" where no transaction is open.
+    """Give a list. After the block it has the server's state after each answer; "I" means that no transaction is open.
 
-    Of this process's connections to the database, which there must be before the block. `trace`: a file for it.
+    It covers this process's connections to the database, which must exist before the block. `trace`: a file for it.
     """
     engine, used, seen = get_engine(), [], []
     with trace.open("wb") as file:
@@ -29,5 +29,5 @@ def round_trips(trace: Path) -> Iterator[list[str]]:
         finally:
             event.remove(engine, "checkout", watch)
             for pgconn in used:
-                pgconn.untrace()  # writes what it has kept back
+                pgconn.untrace()  # flushes its buffer
     seen += [line.split()[-1] for line in trace.read_text().splitlines() if "ReadyForQuery" in line]

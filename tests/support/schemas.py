@@ -1,4 +1,4 @@
-"""Documents judged by the JSON schemas of docs/, in this process: a tool that is started for each takes seconds."""
+"""Validation by the JSON schemas of docs/ in this process, because a separate tool takes seconds for each document."""
 
 import json
 from datetime import datetime
@@ -17,7 +17,7 @@ def _is_moment(value: object) -> bool:
 
 
 def complaints(document: Any, schema: str) -> list[str]:
-    """Return what a schema of docs/, by its file's name, says against a document: nothing if it is valid."""
+    """Return the violations of a schema of docs/, given by its file name, in a document. None if it is valid."""
     content = json.loads((_DOCS / schema).read_text())
     Draft202012Validator.check_schema(content)
     return [error.message for error in Draft202012Validator(content, format_checker=_FORMATS).iter_errors(document)]

@@ -1,10 +1,10 @@
-"""A model that answers as the test says, and remembers what it was asked."""
+"""Models that answer as a test says, and record their prompts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from trueup.errors import HoldExhaustedError
-from trueup.features.instagram.effects import Outcome
+from trueup.features.instagram.effects import Outbox, Outcome
 from trueup.llm.model import Completion, Message
 from trueup.llm.offline.offline import OfflineProvider
 
@@ -22,7 +22,7 @@ def completion(text: str, *, truncated: bool = False) -> Completion:
 
 
 class ScriptedModel:
-    """Gives the answers in turn; after the last one its hold is exhausted."""
+    """Gives the answers in turn. After the last one its hold is exhausted."""
 
     def __init__(self, *answers: str | Completion) -> None:
         self._answers = list(answers)
@@ -39,7 +39,7 @@ class ScriptedModel:
 
 
 class HeldModel:
-    """The offline provider behind a hold of a given size, capped and refused as a metered model is. No database."""
+    """The offline provider behind a hold of a given size, capped and refused like a metered model. No database."""
 
     def __init__(self, tokens: int) -> None:
         self._provider = OfflineProvider()
@@ -57,8 +57,11 @@ class HeldModel:
         return done
 
 
-class AtOnce:
-    """An outbox that remembers nothing: each effect is done when it is asked for."""
+class AtOnce(Outbox):
+    """An outbox without a record: it performs each effect at once."""
+
+    def __init__(self) -> None:
+        super().__init__(user_id=1, task_id="scripted", resend_unknown=False)
 
     def find(self, effect: str) -> Outcome | None:
         return None

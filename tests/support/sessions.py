@@ -1,4 +1,4 @@
-"""Sessions that meet: threads with connections of their own, and waiting for what PostgreSQL says of them."""
+"""Concurrent sessions: threads with their own connections, and waits for the states that PostgreSQL reports."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -16,13 +16,13 @@ Result = TypeVar("Result")
 
 @contextmanager
 def in_background() -> Iterator[Callable[..., "Future[Any]"]]:
-    """Give `submit`: it runs a function in a thread and returns its future."""
+    """Give `submit`, which runs a function in a thread and returns its future."""
     with ThreadPoolExecutor() as pool:
         yield pool.submit
 
 
 def run_at_once(functions: list[Callable[[], Result]]) -> list[Result]:
-    """Run the functions in threads that all start together. Returns their results, in order; raises their errors."""
+    """Start the functions at the same time in threads. Returns their results in order, and raises their errors."""
     start = threading.Barrier(len(functions), timeout=DEADLINE_SECONDS)
 
     def run(function: Callable[[], Result]) -> Result:
@@ -40,7 +40,7 @@ def backend_pid(connection: Connection) -> int:
 
 
 def wait_for_lock(host: Host, pid: int | None = None) -> None:
-    """Return once that session, or any of this database, waits for a lock."""
+    """Return when that session, or any session of this database, waits for a lock."""
     wait_for(
         lambda: host.value(
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
@@ -53,7 +53,7 @@ def wait_for_lock(host: Host, pid: int | None = None) -> None:
 
 @contextmanager
 def locked(host: Host, statement: str, **values: Any) -> Iterator[Connection]:
-    """Hold the locks of a statement in an open transaction of another session, rolled back at the end."""
+    """Hold the locks of a statement in an open transaction of another session, which is rolled back at the end."""
     with host.engine.connect() as connection:
         connection.execute(text(statement), values)
         yield connection
@@ -62,14 +62,14 @@ def locked(host: Host, statement: str, **values: Any) -> Iterator[Connection]:
 
 @contextmanager
 def locked_balance(host: Host, user: Any) -> Iterator[Connection]:
-    """Hold a user's balance, as a gate in the middle of its work would."""
+    """Hold a user's balance, as a gate in the middle of its work does."""
     with locked(host, "SELECT * FROM trueup.balance WHERE user_id = :user FOR UPDATE", user=user) as connection:
         yield connection
 
 
 @contextmanager
 def impatient(host: Host) -> Iterator[Connection]:
-    """Give a host session that fails rather than wait for a lock."""
+    """Give a host session that fails at once instead of waiting for a lock."""
     with host.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("SET lock_timeout = '100ms'; SET statement_timeout = '5s'"))
         yield connection

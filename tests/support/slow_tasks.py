@@ -1,4 +1,4 @@
-"""A task that takes its time, registered by a worker with `-I tests.support.slow_tasks`."""
+"""A slow task. A worker registers it with `-I tests.support.slow_tasks`."""
 
 import time
 

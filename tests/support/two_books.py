@@ -1,4 +1,4 @@
-"""A host that keeps rows of its decrements and payments, and one subscriber whose two books may differ."""
+"""A host that keeps rows of its decrements and payments, and one subscriber whose two records may differ."""
 
 from datetime import datetime, timedelta
 
@@ -8,7 +8,8 @@ from tests.support.host import START, Host
 from trueup.drift.causes import Explanation
 from trueup.drift.detect import Drift, find_drifts
 from trueup.drift.explain import explain
-from trueup.host.mapping import HostMapping, PaymentTable, TokenUsageTable
+from trueup.host.fields import PaymentTable, TokenUsageTable
+from trueup.host.mapping import HostMapping
 
 MAPPED = HostMapping(
     token_usage=TokenUsageTable(table="billing_tokenusage"), payment=PaymentTable(table="billing_payment")
@@ -29,7 +30,7 @@ class Books:
         return str(self.host.log(self.user, tokens, at=at, success=success))
 
     def row(self, tokens: int | None, at: datetime = NOON) -> str:
-        """Note a decrement. Returns the row's id."""
+        """Insert a decrement row. Returns its id."""
         row: int = self.host.value(
             "INSERT INTO billing_tokenusage (subscription_id, used_tokens, usage_date) "
             "SELECT id, :tokens, :at FROM billing_subscription WHERE user_id = :user RETURNING id",
@@ -40,12 +41,12 @@ class Books:
         return str(row)
 
     def lower(self, tokens: int, at: datetime = NOON) -> str:
-        """Lower the counter, as the host does, and note it."""
+        """Lower the counter, as the host does, and insert the decrement row."""
         self.host.decrement(self.user, tokens)
         return self.row(tokens, at + SECOND)
 
     def use(self, tokens: int, at: datetime = NOON) -> None:
-        """Use tokens, with nothing going wrong."""
+        """Use tokens without any fault."""
         self.log(tokens, at)
         self.lower(tokens, at)
 

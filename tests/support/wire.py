@@ -1,4 +1,4 @@
-"""A model server that says byte for byte what a test wants, and may hang up on its client."""
+"""A model server that sends exactly the bytes of a test's script, and may disconnect its client."""
 
 import json
 import socket
@@ -21,7 +21,7 @@ Script = Callable[[socket.socket], None]
 
 
 class Wire:
-    """Does the scripts' doings, one for each connection in turn, and keeps what it was asked."""
+    """Performs one script for each connection in turn, and records the requests."""
 
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -35,11 +35,11 @@ class Wire:
         self._scripts = iter(scripts)
 
     def sends(self, *pieces: bytes) -> None:
-        """Answer the one request with these bytes, each written by itself, and close the connection."""
+        """Answer the one request with these bytes, each written separately, and close the connection."""
         self.answers(sending(*pieces))
 
     def run(self) -> None:
-        with suppress(OSError):  # the listener is shut when the test is over
+        with suppress(OSError):  # the test closed the listener at its end
             while True:
                 connection, _ = self._listener.accept()
                 connection.settimeout(DEADLINE_SECONDS)
@@ -55,7 +55,7 @@ class Wire:
         if script is None:
             connection.sendall(plain(418, "no script is left"))
             return
-        with suppress(OSError):  # a client may leave in the middle
+        with suppress(OSError):  # a client may disconnect in the middle
             script(connection)
 
     def wait_for_client_to_leave(self, connection: socket.socket) -> None:
@@ -95,7 +95,7 @@ def provider_at(url: str, **values: object) -> Provider:
 
 
 def read_request(connection: socket.socket) -> dict[str, Any] | None:
-    """Return the JSON of one request; None if there is none in it."""
+    """Return the JSON of one request. None: it contains none."""
     data = b""
     while b"\r\n\r\n" not in data:
         received = connection.recv(65_536)
@@ -103,7 +103,7 @@ def read_request(connection: socket.socket) -> dict[str, Any] | None:
             return None
         data += received
         if not data.startswith(b"POST"):
-            return None  # the hello of a TLS client
+            return None  # a TLS client's hello
     head, _, body = data.partition(b"\r\n\r\n")
     length = next(int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:"))
     while len(body) < length:
@@ -122,7 +122,7 @@ def sending(*pieces: bytes) -> Script:
 
 
 def reset(connection: socket.socket) -> None:
-    """Hang up rudely: the peer's next read fails."""
+    """Reset the connection, so that the client's next read fails."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 
@@ -138,7 +138,7 @@ def event(data: object) -> bytes:
 
 
 def chunk(content: str | None = None, *, finish: str | None = None, **values: object) -> bytes:
-    """Return one chunk of a stream as OpenAI sends it."""
+    """Return one chunk of a stream in OpenAI's format."""
     delta = {} if content is None else {"content": content}
     return event(
         {

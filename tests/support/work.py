@@ -1,4 +1,4 @@
-"""trueup's own work as tasks do it, with the arguments that tests do not care about filled in."""
+"""trueup's own work as tasks do it, with defaults for the arguments that a test does not vary."""
 
 import itertools
 from datetime import datetime
@@ -26,7 +26,7 @@ def hold_tokens(
     waits: int = 0,
     now: datetime | None = None,
 ) -> Hold:
-    """Open a hold; `task` None: of a new task. `lease` 0: the next attempt may take it over at once."""
+    """Open a hold. `task` None: of a new task. `lease` 0: the next attempt may take it over at once."""
     return open_hold(
         connection,
         user_id=user,
@@ -55,6 +55,6 @@ def charge_tokens(
 
 
 def balance(host: Any, user: Any) -> tuple[int, int]:
-    """Return the balance row's own (consumed, held), deltas left out."""
+    """Return the balance row's (consumed, held), without deltas."""
     row = host.execute("SELECT consumed, held FROM trueup.balance WHERE user_id = :user", user=user).one()
     return row.consumed, row.held

@@ -1,4 +1,4 @@
-"""A real Celery worker in a subprocess, for the tests that need one."""
+"""A real Celery worker in a subprocess."""
 
 import gc
 import os
@@ -16,7 +16,7 @@ from tests.support.waiting import DEADLINE_SECONDS, wait_for
 
 
 def own_application() -> Celery:
-    """Return trueup's application with its tasks, as its worker has it: the one that `shared_task`s belong to."""
+    """Return trueup's application with its tasks, as its worker has it. `shared_task`s register with it."""
     from trueup.worker.celery import app
 
     app.set_current()
@@ -40,7 +40,7 @@ class WorkerProcess:
         return psutil.Process(self.process.pid).children()
 
     def stop(self) -> None:
-        """Stop it warm; what does not end is killed, its pool included."""
+        """Stop it warm. If it does not end, kill it and its pool."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
@@ -49,23 +49,23 @@ class WorkerProcess:
             self.kill()
 
     def kill(self) -> None:
-        """kill -9 the worker and its pool, as a machine that loses power does."""
+        """Kill the worker and its pool with SIGKILL, like a power failure of the machine."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(DEADLINE_SECONDS)
 
 
 def close_connections(app: Celery) -> None:
-    """Close all that an application has open to Redis; it connects anew when it needs to.
+    """Close all of an application's connections to Redis. It connects again when it needs them.
 
-    Python warns of a socket that is collected while it is open, in whichever test that happens.
+    Python warns when it collects an open socket, in an arbitrary later test.
     """
-    gc.collect()  # a result that is collected unsubscribes, by a connection
+    gc.collect()  # collecting a result unsubscribes it, which needs a connection
     app.backend.result_consumer.stop()
     app.backend.client.connection_pool.disconnect()
     for pool in (app.producer_pool, app.pool):
         pool.force_close_all(close_pool=False)
-        pool.setup()  # else it would be empty, and wait for ever
+        pool.setup()  # otherwise the pool stays empty, and its users wait for ever
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def running_worker(
     concurrency: int = 2,
     more: Sequence[str] = (),
 ) -> Iterator[WorkerProcess]:
-    """Run a worker on this process's settings until the block ends; ready when given. `more`: its last arguments."""
+    """Run a worker on this process's settings until the block ends. It is given ready. `more`: its last arguments."""
     celery = Path(sys.executable).with_name("celery")
     command = [str(celery), "-A", "trueup.worker", "worker", "-Q", ",".join(queues), "-c", str(concurrency)]
     if include:
@@ -94,7 +94,7 @@ def running_command(
     folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[WorkerProcess]:
-    """Run a command that is a worker until the block ends; ready when given.
+    """Run a worker command until the block ends. It is ready when given.
 
     `folder`, `environment`: None means this process's.
     """

@@ -16,7 +16,8 @@ from tests.support.books import assert_true
 from tests.support.host import Host
 from trueup.billing.decorators import ai_tokens
 from trueup.billing.utils import get_accurate_tokens_remaining
-from trueup.host.mapping import HostMapping, UsageLogTable
+from trueup.host.fields import UsageLogTable
+from trueup.host.mapping import HostMapping
 from trueup.host.sql import render_statement
 from trueup.install.install import install
 from trueup.settings.settings import get_settings

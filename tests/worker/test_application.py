@@ -1,4 +1,4 @@
-"""trueup's applications are guests: a host that imports them keeps its own current application and its own logs."""
+"""A host that imports trueup's applications keeps its own current application and its own logs."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ MINE = ("host", "host", "redis://127.0.0.1:1/7")
 
 
 def run(script: str, folder: Path, **variables: str) -> str:
-    """Run a script in a process of its own, without any of trueup's settings. Returns what it prints."""
+    """Run a script in its own process, without trueup's settings. Returns its output."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRUEUP_")}
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -55,7 +55,7 @@ def test_a_host_that_imports_trueup_keeps_its_current_application(tmp_path: Path
 
 @pytest.mark.parametrize("place", ["before", "after"])
 def test_a_django_project_keeps_its_default_application_in_every_thread(place: str, tmp_path: Path) -> None:
-    """Celery makes the first application of a Django process the default, which is what its threads then use."""
+    """Celery makes the first application of a Django process the default for its threads."""
     (tmp_path / "host_settings.py").write_text("INSTALLED_APPS = []\nUSE_TZ = True\n")
     imports = {"before": "", "after": ""} | {place: "import trueup.worker.celery, trueup.cli.client"}
     script = HOST.format(**imports, in_thread="thread.start(); thread.join()")

@@ -1,4 +1,4 @@
-"""Redis goes away for some seconds while a worker has a late-acknowledged message in work."""
+"""Redis is down for some seconds while a worker runs a task with a late acknowledgement."""
 
 import signal
 import time
@@ -42,17 +42,17 @@ def app(redis_home: Path) -> Iterator[Celery]:
     app.close()
 
 
-def test_a_worker_outlives_a_redis_that_is_away_for_seconds(
+def test_a_worker_survives_a_redis_outage_of_seconds(
     redis_home: Path, app: Celery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running_worker(tmp_path / "worker.log", include=(TASKS,)) as worker:
         result = app.send_task("test.slow", args=(AWAY_SECONDS + 3,), queue="trueup-ai")
         wait_for(lambda: result.state == "STARTED", "the task has started")
-        close_connections(app)  # Celery drops, unclosed, those that break
+        close_connections(app)  # Celery drops broken connections without closing them
         [redis] = RedisServer(Layout(home=redis_home)).processes()
         redis.send_signal(signal.SIGTERM)
         redis.wait(DEADLINE_SECONDS)
-        # Not a wait for something to happen: how long Redis is away is what is tested.
+        # The length of the outage is the subject of the test, not a wait for an event.
         time.sleep(AWAY_SECONDS)
         monkeypatch.delenv("TRUEUP_BROKER_URL")
         with running_stack(Settings(home=redis_home), services=("redis",)):

@@ -1,4 +1,4 @@
-"""A real worker: every canvas passes the gate; however a body or its worker ends, its hold ends in the right state."""
+"""A real worker: every canvas passes the gate, and a hold ends in the right state however its task or worker ends."""
 
 import signal
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_a_denied_member_of_a_chord_spends_nothing_and_its_body_does_not_run(
 
 
 @pytest.mark.parametrize("tokens", [1_000, 10])
-def test_a_task_that_takes_another_one_s_place_passes_the_gate_itself(
+def test_a_task_that_replaces_another_passes_the_gate_itself(
     app: Celery, worker: WorkerProcess, shared_host: Host, tokens: int
 ) -> None:
     first, successor = shared_host.subscriber(1_000), shared_host.subscriber(tokens)
@@ -73,14 +73,14 @@ def test_a_task_that_takes_another_one_s_place_passes_the_gate_itself(
     assert holds_of(shared_host, successor) == ([("settled", 1)] if tokens > 100 else [])
 
 
-def test_a_body_that_ends_its_process_is_tried_again_pays_once_and_leaves_nothing_held(
+def test_a_task_that_ends_its_process_is_retried_pays_once_and_leaves_no_hold(
     app: Celery, worker: WorkerProcess, shared_host: Host
 ) -> None:
     user = shared_host.subscriber(1_000)
     with pytest.raises((WorkerLostError, SystemExit)):
         model_tasks.leave.delay(user_id=user).get(timeout=DEADLINE_SECONDS)
     wait_for(lambda: not held(shared_host, user), "nothing is held")
-    # The second try is answered from the first one's charge. Celery before 5.7 does not try again.
+    # The retry replays the first attempt's charge. Celery before 5.7 does not retry.
     second = [("released", 0)] if CELERY_RETRIES_LOST_TASKS else []
     assert holds_of(shared_host, user) == [("settled", 1), *second]
     assert shared_host.value("SELECT count(*) FROM ai_usage_log WHERE user_id = :user", user=user) == 1
@@ -92,7 +92,7 @@ def test_a_worker_that_is_asked_to_stop_lets_its_task_end(
 ) -> None:
     """SIGTERM is warm; SIGQUIT is cold, but softened: tasks have some time to end."""
     user = shared_host.subscriber(1_000)
-    # Celery lets all of this time pass, whether or not a task is at work.
+    # Celery waits for all of this time, even without a running task.
     soft = ("--", "worker.soft_shutdown_timeout=4")
     with running_worker(tmp_path / "worker.log", queues=("stopping",), include=(TASKS,), more=soft) as stopping:
         model_tasks.spend.apply_async(kwargs={"user_id": user, "seconds": 2}, queue="stopping")

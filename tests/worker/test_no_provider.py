@@ -8,7 +8,7 @@ from celery import Celery
 
 from tests.support.host import Host
 from tests.support.worker import WorkerProcess, running_worker
-from trueup.cli.enqueue import finish
+from trueup.cli.run import finish
 from trueup.errors import SettingsError
 from trueup.settings.settings import get_settings
 from trueup.tasks.upkeep import expire_holds, reconcile_counters

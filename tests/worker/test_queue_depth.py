@@ -1,4 +1,4 @@
-"""What waits in the queues, and since when: by messages that real senders put there."""
+"""The length and age of queues with messages of real senders."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ import pytest
 from celery import Celery, group
 
 from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE, SENT_AT_HEADER
-from trueup.worker.queue_depth import PRIORITIES, QueueDepth, read_queue_depth
+from trueup.worker.doctor import PRIORITIES, QueueDepth, read_queue_depth
 
 pytestmark = pytest.mark.dated
 
@@ -88,9 +88,7 @@ def test_a_message_that_is_not_due_waits_only_from_then_on(app: Celery, redis: A
         {"eta": "9999-12-31T23:59:59-05:00"},
     ],
 )
-def test_a_message_of_which_nobody_can_say_since_when_it_waits_has_no_age(
-    app: Celery, redis: Any, headers: dict[str, Any]
-) -> None:
+def test_a_message_without_a_known_send_time_has_no_age(app: Celery, redis: Any, headers: dict[str, Any]) -> None:
     app.tasks["trueup.expire_holds"].delay()
     aged(redis, "trueup-reconcile", 900, **headers)
     assert read_queue_depth(redis, "trueup-reconcile") == QueueDepth(length=1, oldest_seconds=None)
@@ -99,7 +97,7 @@ def test_a_message_of_which_nobody_can_say_since_when_it_waits_has_no_age(
 
 
 @pytest.mark.parametrize("message", ["nonsense", "[]", "{}", '{"headers": null}', '{"headers": []}', b"\xff"])
-def test_what_is_no_task_is_counted_and_does_not_stop_the_look(redis: Any, message: str | bytes) -> None:
+def test_a_message_that_is_no_task_is_counted(redis: Any, message: str | bytes) -> None:
     redis.lpush("trueup-ai", message)
     assert read_queue_depth(redis, "trueup-ai") == QueueDepth(length=1, oldest_seconds=None)
 

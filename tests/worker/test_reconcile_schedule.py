@@ -1,4 +1,4 @@
-"""Scheduled reconciling with real beats and workers: one run a period, whoever dies."""
+"""Scheduled reconciling with real beats and workers: one run for each period, even if a process dies."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def statuses(host: Host) -> list[tuple[int, str]]:
     return [tuple(row) for row in rows]
 
 
-def test_what_is_scheduled_asks_for_a_run_of_its_period() -> None:
+def test_the_schedule_requests_one_run_for_each_period() -> None:
     schedule = beat_schedule(Settings(reconcile_interval_seconds=900))
     assert schedule["reconcile-counters"]["kwargs"] == {"scheduled": True}
     assert schedule["reconcile-deep"]["kwargs"] == {"scheduled": True, "deep": True}
@@ -101,7 +101,7 @@ def test_a_large_run_is_shared_and_ended_by_its_last_shard(
     assert shards == -(-checked // 1000) > 1
 
 
-def test_a_worker_killed_in_its_shard_is_made_up_for_by_another_machine(
+def test_another_machine_resumes_the_shard_of_a_killed_worker(
     app: Celery, shared_host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subscribe_many(shared_host, 200_000, 1_500)

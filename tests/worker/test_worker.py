@@ -82,7 +82,7 @@ def outcome(result: AsyncResult) -> int | str:
 
 
 class sampled_usage:  # noqa: N801 - used like a function
-    """Sample, while the block runs, the user's logged tokens and what is consumed and held together."""
+    """Sample the user's logged tokens, and consumed plus held, while the block runs."""
 
     def __init__(self, engine: Engine, user: int) -> None:
         self.samples: list[tuple[int, int]] = []

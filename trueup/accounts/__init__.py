@@ -1,1 +1,1 @@
-"""Who has what: users, subscriptions, plans, grants and their periods."""
+"""Accounts: users, subscriptions, plans, grants and their periods."""

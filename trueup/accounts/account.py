@@ -1,4 +1,4 @@
-"""Reads: a user's account as it is at this moment, in one round trip and without a lock."""
+"""Reads of a user's account in one round trip, without a lock."""
 
 import math
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from trueup.accounts.user_ids import UserId
 class Account:
     """A user's subscription and tokens in one snapshot. Token figures are counts.
 
-    `window_start` None: since ever. `end_date` None: unlimited. `counter` None: the legacy counter is null.
-    `subscribed` False: the user has no subscription, and every figure is 0.
+    `window_start` None: the window has no start. `end_date` None: unlimited. `counter` None: the counter is null.
+    `subscribed` False: the user has no subscription, and all figures are 0.
     """
 
     user_id: UserId
@@ -37,7 +37,7 @@ class Account:
 
     @property
     def available(self) -> int:
-        """What a new hold can still take: max(0, original - consumed - held)."""
+        """The tokens that a new hold can reserve: max(0, original - consumed - held)."""
         return max(0, self.original - self.consumed - self.held)
 
     @property
@@ -46,12 +46,12 @@ class Account:
 
     @property
     def drift(self) -> int | None:
-        """counter - remaining. Positive: the user is shown tokens that are gone. None: the counter is null."""
+        """counter - remaining. Positive: the counter shows tokens that are used. None: the counter is null."""
         return None if self.counter is None else self.counter - self.remaining
 
 
 def days_between(now: datetime, end_date: datetime | None) -> int | None:
-    """Return the full days left, never below 0; None when there is no end."""
+    """Return the full days until the end, at least 0. None: there is no end."""
     if end_date is None:
         return None
     return max(0, math.floor((end_date - now).total_seconds() / 86_400))
@@ -59,9 +59,9 @@ def days_between(now: datetime, end_date: datetime | None) -> int | None:
 
 # `at` NULL means the database's clock.
 CLOCK = "clock AS (SELECT coalesce(CAST(:at AS timestamptz), clock_timestamp()) AS at)"
-# Of a row `a` of trueup.accounts(), which an unknown user does not have.
-# A window may begin at -infinity, or in a year that Python can't hold: that is none.
-# Figures that the host's writes pass by are no answer.
+# Columns of a row `a` of trueup.accounts(); null for an unknown user.
+# A window that begins at -infinity, or in a year that Python can't represent, has no start here.
+# require_counted() raises an error if the triggers do not count the host's writes: the figures would be wrong.
 ACCOUNT_COLUMNS = """
            trueup.require_counted() AS watched, clock.at AS now,
            a.subscription_id IS NOT NULL AS subscribed, a.is_active,
@@ -70,7 +70,7 @@ ACCOUNT_COLUMNS = """
            a.end_date, a.original, a.consumed, a.held, a.counter
 """
 
-# The LEFT JOIN gives one row for an unknown user too.
+# The LEFT JOIN returns a row for an unknown user too.
 _READ = text(
     f"""
     WITH {CLOCK}
@@ -91,7 +91,10 @@ def read_account(connection: Connection, user_id: UserId, *, now: datetime | Non
 def read_decision(
     connection: Connection, user_id: UserId, estimated_tokens: int, *, now: datetime | None = None
 ) -> tuple[Account, str | None]:
-    """Return the account and, in the same snapshot, why a task of that size may not run (None: it may)."""
+    """Return the account and, from the same snapshot, the reason code why a task may not run (None: it may).
+
+    `estimated_tokens`: the task's size, a count. `now`: as in `read_account`. Raises `SeveralSubscriptionsError`.
+    """
     row, *others = connection.execute(_READ, {"user_id": user_id, "estimate": estimated_tokens, "at": now})
     if others:
         raise several_subscriptions(user_id)
@@ -99,7 +102,7 @@ def read_decision(
 
 
 def account_of(user_id: UserId, row: Any) -> Account:
-    """Return the account in a row with `ACCOUNT_COLUMNS`."""
+    """Return the account from a row with `ACCOUNT_COLUMNS`."""
     return Account(
         user_id=user_id,
         subscribed=row.subscribed,

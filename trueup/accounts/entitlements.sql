@@ -1,29 +1,29 @@
 {% from "host/rows.sql" import plan_tokens, window_start %}
 
-{# How far ahead a host's clock may be: a window that it begins later than this has not begun. trueup's own usage before
-   a window that begins within it is dated at its begin, so that it counts. #}
+{# How far a host's clock may be ahead. A window that begins later than this has not begun. If a window begins within
+   this time, trueup's own usage is dated at its begin, so that it counts. #}
 {% set clock_tolerance = "interval '5 minutes'" %}
 
-{# What each subscription entitles to at a time: user_id, subscription_id, is_active, window_start, end_date, original,
-   counter, plan_tokens. `original`: the tokens that the subscription itself includes, where the host has such a column;
-   else those of its token plan, else of its full plan, else 0; and what the user's grants add (grants.sql). A user
-   without grants costs one look at an index. `at`: with its function's name, for the host may have a column of that
-   name. #}
+{# The entitlements of each subscription at a time: user_id, subscription_id, is_active, window_start, end_date,
+   original, counter, plan_tokens. `original`: the tokens that the subscription itself includes, if the host has such a
+   column; else those of its token plan, else of its full plan, else 0; plus the tokens of the user's grants (grants.sql).
+   A user without grants costs one index lookup. `at`: qualified with its function's name, because the host may have a
+   column of that name. #}
 {% macro entitlements(at) -%}
 SELECT s.{{ subscription.user_id }} AS user_id,
            s.{{ subscription.id }}::text AS subscription_id,
-           -- No usage counts in a window that has not begun. With two subscriptions it is unknown which one counts. What
-           -- can't be limited is not active.
+           -- A subscription that can't be limited is not active: no usage counts before its window begins, and if a
+           -- user has two subscriptions, it is unknown which one counts.
            {{ subscription.is_active("s") }} AND w.window_start <= {{ at }} + {{ clock_tolerance }}
                AND NOT EXISTS (SELECT FROM {{ subscription }} o
                                WHERE o.{{ subscription.user_id }} = s.{{ subscription.user_id }}
                                  AND o.{{ subscription.id }} <> s.{{ subscription.id }}) AS is_active,
            w.window_start,
-           -- No end within the years that clients can hold is no end; one before them is long past.
+           -- An end after the years that clients can represent is no end; an end before them becomes their first day.
            CASE WHEN {{ subscription.end_date("s") }} < '9999-12-31'
                 THEN greatest({{ subscription.end_date("s") }}, '0001-01-03') END AS end_date,
            {% if trueup.installed %}
-           -- Half of what bigint holds, so that no sum with usage, refunds among it, can run over.
+           -- Half of the range of bigint, so that sums with usage and refunds can't overflow.
            CASE WHEN EXISTS (SELECT FROM trueup.token_grant g WHERE g.user_id = s.{{ subscription.user_id }})
                 THEN least(w.plan_tokens + trueup.granted(s.{{ subscription.user_id }}, w.window_start, w.plan_tokens,
                                                           {{ at }}), 4611686018427387904)::bigint

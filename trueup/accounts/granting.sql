@@ -1,7 +1,7 @@
 {% from "gate/store_balance.sql" import store_balance %}
--- Giving and taking back tokens on top of plans. Each takes the user's balance first, as the gate does.
+-- Grants are given and revoked here. Each function locks the user's balance first, as the gate does.
 
--- Lock a user's account as trueup.lock_account does, and store what it found. Lasts until the transaction ends.
+-- Lock a user's account with trueup.lock_account, and store the result. The lock lasts until the transaction ends.
 CREATE OR REPLACE FUNCTION trueup.lock_and_store(
     p_user {{ user_id_type }}, INOUT at timestamptz,
     OUT subscribed boolean, OUT is_active boolean, OUT end_date timestamptz, OUT original bigint,
@@ -16,8 +16,8 @@ BEGIN
 {{ store_balance("p_user", "lock_and_store") }}
 END $$;
 
--- A user's grants: what they had left when this window began, what it has used of them until now, and what windows
--- before it used.
+-- A user's grants: the tokens that they had left when this window began (`rest`), and the tokens that this window
+-- (`used`) and earlier windows (`used_before`) used of them.
 CREATE OR REPLACE FUNCTION trueup.list_grants(p_user {{ user_id_type }}, p_at timestamptz) RETURNS TABLE (
     id bigint, rest bigint, used bigint, used_before bigint, ends timestamptz
 ) LANGUAGE sql STABLE AS $$
@@ -29,9 +29,9 @@ CREATE OR REPLACE FUNCTION trueup.list_grants(p_user {{ user_id_type }}, p_at ti
     WHERE g.user_id = p_user
 $$;
 
--- Give a user tokens on top of the plan, or say why not. `outcome`: granted; already (the reference has granted the same
--- before); other_figures or revoked (it has, and that grant is not this one); no_subscription; past (it would expire
--- before it began).
+-- Grant a user tokens on top of the plan. `outcome`: granted; already (the same grant exists under the reference);
+-- other_figures or revoked (the reference has another grant, or a revoked one); no_subscription; past (the expiry is
+-- not in the future).
 CREATE OR REPLACE FUNCTION trueup.grant_tokens(
     p_user {{ user_id_type }}, p_tokens bigint, p_reason text, p_reference text, p_expires_at timestamptz, p_by text,
     at timestamptz, OUT outcome text, OUT grant_id bigint, OUT granted_at timestamptz
@@ -56,7 +56,7 @@ BEGIN
     ELSE
         INSERT INTO trueup.token_grant (user_id, tokens, reason, reference, granted_at, expires_at, granted_by)
         VALUES (p_user, p_tokens, p_reason, p_reference, a.at, p_expires_at, p_by) RETURNING * INTO g;
-        -- The window that it begins in is known from now on, whatever the host does next.
+        -- Record the window in which the grant begins, before the host can change it.
         PERFORM trueup.settle_grants(p_user, a.at);
         outcome := 'granted';
     END IF;
@@ -64,8 +64,8 @@ BEGIN
     granted_at := g.granted_at;
 END $$;
 
--- Take back what a grant has left; what it has paid for stays paid. `outcome`: revoked; already; ended (it has expired);
--- unknown. `tokens`: what was taken back.
+-- Revoke the unused tokens of a grant; usage that it has paid for stays paid. `outcome`: revoked; already; ended (it
+-- has expired); unknown. `tokens`: the count of revoked tokens.
 CREATE OR REPLACE FUNCTION trueup.revoke_grant(
     p_user {{ user_id_type }}, p_grant bigint, p_reason text, p_by text, at timestamptz,
     OUT outcome text, OUT tokens bigint
@@ -86,7 +86,7 @@ BEGIN
         outcome := 'ended';
     ELSE
         UPDATE trueup.token_grant t
-        -- Not before it began: a clock that was set back would make it one that never lived.
+        -- At least the begin of the grant: after a clock was set back, the grant would end before it began.
         SET revoked_at = greatest(a.at, t.granted_at), revoked_by = p_by, revoke_reason = p_reason
         WHERE t.user_id = p_user AND t.id = p_grant;
         PERFORM trueup.lock_and_store(p_user, a.at);

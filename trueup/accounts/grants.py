@@ -1,8 +1,8 @@
-"""Grants: tokens on top of a plan, given once per reference, with an optional expiry; used in the order that
-`trueup/accounts/grants.sql` tells.
+"""Grants: tokens on top of a plan, given once per reference, with an optional expiry.
 
-A grant pays for nothing that a plan has paid for, so that none of its tokens goes by windows or plans that trueup did
-not look at: the host's own writes tell of each, and each window is held against the plans that it was used under.
+`grants.sql` defines the order in which they are used. A grant never pays for usage that a plan paid for. Triggers
+record each change of a window or a plan, and each window is compared with the plans under which it was used, so changes
+between two reads of trueup cost no granted token.
 """
 
 from dataclasses import dataclass
@@ -12,23 +12,23 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from trueup.accounts.user_ids import UserId
-from trueup.accounts.validation import MAX_TOKENS
+from trueup.accounts.validation import check_estimate
 from trueup.errors import InvalidInputError, TrueupError, UnknownUserError
 
-# An index row, which a reference is part of, holds no more than 2 700 bytes.
-MAX_CHARACTERS = 500
+# A reference is part of an index row, which holds at most 2,700 bytes.
+_MAX_CHARACTERS = 500
 
 
 class GrantRefusedError(TrueupError):
-    """The grant can't be given or taken back as asked. Nothing was written."""
+    """The grant can't be given or revoked as requested. Nothing was written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grant:
-    """One grant. `tokens`: what it gave; `tokens_used`: what it has paid for; `tokens_left`: what it still adds.
+    """One grant. Counts: `tokens` granted, `tokens_used` for usage, `tokens_left` that it still adds to the budget.
 
-    `reference` None: it was given by hand in the database. `expires_at` None: never. `revoked_at` None: it was not.
-    `status`: live, expired, revoked, or later (it has not begun).
+    `reference` None: a person inserted it by hand. `expires_at` None: it never expires. `revoked_at` None: it was not
+    revoked. `status`: live, expired, revoked, or later (it has not begun).
     """
 
     id: int
@@ -49,7 +49,7 @@ class Grant:
 
 @dataclass(frozen=True, kw_only=True)
 class Granted:
-    """`already`: the same had been granted under this reference before, and nothing was added."""
+    """The result of `grant_tokens`. `already`: the same grant existed under this reference, and nothing was added."""
 
     id: int
     already: bool
@@ -66,10 +66,11 @@ def grant_tokens(
     expires_at: datetime | None = None,
     now: datetime | None = None,
 ) -> Granted:
-    """Give a user tokens on top of the plan, once per reference; atomic by itself, and safe to repeat.
+    """Grant a user tokens on top of the plan, once per reference. One atomic statement, safe to repeat.
 
-    `expires_at` None: never; without a time zone it is UTC. `now` None: the database's clock.
-    Raises `InvalidInputError`, `UnknownUserError`, or `GrantRefusedError` if the reference has granted something else.
+    `tokens`: a count from 1 on. `expires_at`: None means never; a time without a zone is UTC. `now`: None means the
+    database's clock. Raises `InvalidInputError`, `UnknownUserError` for a user without a subscription, or
+    `GrantRefusedError` if the reference has another grant.
     """
     values = {
         "user": user_id,
@@ -87,26 +88,28 @@ def grant_tokens(
         case "no_subscription":
             raise UnknownUserError(f"user: {user_id} has no subscription. Nothing was granted. Check the id.")
         case "past":
-            raise InvalidInputError(f"expires: {expires_at} is not in the future. Nothing was granted.")
+            raise InvalidInputError(
+                f"expires: {expires_at} is not in the future. Nothing was granted. Give a later time."
+            )
         case "revoked":
             raise GrantRefusedError(
-                f"reference: {reference!r} was granted to user {user_id} and revoked (grant {row.grant_id}). "
+                f"reference: grant {row.grant_id} of user {user_id} with the reference {reference!r} was revoked. "
                 "Nothing was granted. Give another reference."
             )
         case _:
             raise GrantRefusedError(
-                f"reference: {reference!r} stands for grant {row.grant_id} of user {user_id}, with other tokens or "
-                f"another expiry. Nothing was granted. See `trueup tokens grants {user_id}`, or give another reference."
+                f"reference: {reference!r} belongs to grant {row.grant_id} of user {user_id}, with other tokens or "
+                f"another expiry. Nothing was granted. Give another reference, or see `trueup tokens grants {user_id}`."
             )
 
 
 def revoke_grant(
     connection: Connection, user_id: UserId, grant_id: int, *, reason: str, by: str, now: datetime | None = None
 ) -> int | None:
-    """Take back what a grant has left; what it has paid for stays paid. Atomic by itself.
+    """Revoke the unused tokens of a grant; usage that it has paid for stays paid. One atomic statement.
 
-    Returns the tokens taken back, None if it was revoked before. `now` None: the database's clock.
-    Raises `InvalidInputError`, or `GrantRefusedError` for a grant that is not there or has expired.
+    `now`: None means the database's clock. Returns the count of revoked tokens, None if it was revoked before.
+    Raises `InvalidInputError`, or `GrantRefusedError` for a grant that does not exist or has expired.
     """
     values = {
         "user": user_id,
@@ -118,38 +121,38 @@ def revoke_grant(
     row = connection.execute(_REVOKE, values).one()
     if row.outcome == "unknown":
         raise GrantRefusedError(
-            f"User {user_id} has no grant {grant_id}. Nothing was revoked. `trueup tokens grants {user_id}` lists them."
+            f"User {user_id} has no grant {grant_id}. Nothing was revoked. `trueup tokens grants {user_id}` lists the "
+            "user's grants."
         )
     if row.outcome == "ended":
-        raise GrantRefusedError(f"Grant {grant_id} has expired: there is nothing left to take back.")
+        raise GrantRefusedError(f"Grant {grant_id} has expired, so no tokens are left to revoke.")
     return None if row.outcome == "already" else row.tokens
 
 
 def list_grants(connection: Connection, user_id: UserId, *, now: datetime | None = None) -> list[Grant]:
-    """Return a user's grants, newest first. `now` None: the database's clock."""
-    return [_grant(row) for row in connection.execute(_LIST, {"user": user_id, "now": now})]
+    """Return a user's grants, newest first. `now`: None means the database's clock."""
+    rows = connection.execute(_LIST, {"user": user_id, "now": now})
+    return [Grant(**{name: getattr(row, name) for name in Grant.__dataclass_fields__}) for row in rows]
 
 
 def check_tokens(tokens: Any) -> int:
-    """Return the tokens of a grant. Raises `InvalidInputError` unless they are a whole number from 1 on."""
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= MAX_TOKENS:
-        raise InvalidInputError(
-            f"tokens: {tokens!r} is no size of a grant. Give a whole number from 1 to {MAX_TOKENS}."
-        )
-    return tokens
+    """Return the count of tokens of a grant. Raises `InvalidInputError` if it is no integer of at least 1."""
+    return check_estimate(tokens, "tokens", least=1)
 
 
 def check_text(field: str, value: str) -> str:
-    """Return a text that people gave, without spaces around it. Raises `InvalidInputError` for an empty one."""
+    """Return the text without surrounding spaces. Raises `InvalidInputError` for an empty or malformed one."""
     if not value.strip() or "\x00" in value:
-        raise InvalidInputError(f"{field}: {value!r} says nothing. Give a text, for the audit.")
-    if len(value) > MAX_CHARACTERS or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise InvalidInputError(f"{field}: give at most {MAX_CHARACTERS} characters of Unicode text.")
+        raise InvalidInputError(f"{field}: {value!r} is empty or has a NUL. The audit trail needs a text.")
+    if len(value) > _MAX_CHARACTERS or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise InvalidInputError(
+            f"{field}: the text is malformed or too long. Give at most {_MAX_CHARACTERS} characters."
+        )
     return value.strip()
 
 
 def as_utc(moment: datetime | None) -> datetime | None:
-    """Return a time with its zone; one that names none is UTC."""
+    """Return a time with a zone. A time without one is UTC."""
     return moment.replace(tzinfo=UTC) if moment is not None and moment.tzinfo is None else moment
 
 
@@ -168,7 +171,3 @@ _LIST = text(
     ORDER BY g.id DESC
     """
 )
-
-
-def _grant(row: Any) -> Grant:
-    return Grant(**{name: getattr(row, name) for name in Grant.__dataclass_fields__})

@@ -1,32 +1,42 @@
-{% from "host/rows.sql" import is_counted %}
--- Grants: tokens on top of a plan. What a grant adds to `original` in a window is what it had left when the window
--- began, as long as it lives; once it has expired or was revoked, what it has paid for in this window, so that an end
--- never takes away tokens that were used. What is left when a window ends goes on into the next one.
+{% from "host/rows.sql" import countable, is_counted, owed_since %}
+-- Grants: tokens on top of a plan. While a grant lives, it adds to `original` in a window the tokens that it had left
+-- when the window began. After its expiry or revocation, it adds the tokens that it has paid for in this window, so its
+-- end never takes away used tokens. Tokens left at the end of a window carry over into the next one.
 --
--- Order of use: grants with an expiry (soonest first), then the plan, then grants without one (oldest first). A grant
--- with an expiry pays for usage logged while it lived, and for what the user was over budget by when it came.
+-- Order of use: grants with an expiry (soonest first), then the plan, then grants without an expiry (oldest first). A
+-- grant with an expiry pays for usage logged while it lived, and for the user's overdraft at the time it was given.
 --
--- A grant pays for nothing that a plan has paid for. So each window is held against its own plan, however many windows
--- came and went unseen: trueup.window_change tells of each, written in the host's own transaction. Within a window, what
--- is logged counts against the plan of its time: a larger plan counts from the first row logged under it, and a smaller
--- one leaves paid what the larger had paid for. Which of window and plan the host changes first does not matter, then.
+-- A grant never pays for usage that a plan paid for. So each window is compared with its own plan, even if several
+-- windows passed between two reads of trueup: a trigger records each in trueup.window_change, in the host's own
+-- transaction. Within a window, usage counts against the plan of its time: a larger plan counts from the first row
+-- logged under it, and usage that a larger plan paid for stays paid under a smaller one. So the order in which the host
+-- changes window and plan does not matter.
 --
--- trueup.grant_use keeps what a window used of a grant. It is written under the balance's lock, when the window has
--- ended (for all grants) or when a grant is found ended (for that one).
+-- trueup.grant_use stores a window's use of a grant. It is written under the balance's lock, when the window has ended
+-- (for all grants) or when a grant has ended (for that grant).
 
--- Counted tokens of the log between each two neighbours of these times; `place` 1: between the first two.
+-- Counted tokens of the log and of owed charges between each pair of neighbouring times. `place` 1: between the first
+-- two.
 CREATE OR REPLACE FUNCTION trueup.usage_between(p_user {{ user_id_type }}, p_times timestamptz[])
 RETURNS TABLE (place integer, tokens bigint) LANGUAGE sql STABLE AS $$
-    SELECT width_bucket(l.{{ usage_log.created_at }}::timestamptz, usage_between.p_times),
-           coalesce(sum(l.{{ usage_log.total_tokens }}), 0)::bigint
-    FROM {{ usage_log }} l
-    WHERE {{ is_counted("l", "usage_between.p_user", "(usage_between.p_times)[1]") }}
-      AND l.{{ usage_log.created_at }} < (usage_between.p_times)[cardinality(usage_between.p_times)]
+    SELECT t.place, {{ countable("sum(t.tokens)") }}
+    FROM (
+        SELECT width_bucket(l.{{ usage_log.created_at }}::timestamptz, usage_between.p_times) AS place,
+               l.{{ usage_log.total_tokens }} AS tokens
+        FROM {{ usage_log }} l
+        WHERE {{ is_counted("l", "usage_between.p_user", "(usage_between.p_times)[1]") }}
+          AND l.{{ usage_log.created_at }} < (usage_between.p_times)[cardinality(usage_between.p_times)]
+          AND l.{{ usage_log.total_tokens }} IS NOT NULL
+        UNION ALL
+        SELECT width_bucket(o.used_at, usage_between.p_times), o.total_tokens
+        {{ owed_since("usage_between.p_user", "(usage_between.p_times)[1]") }}
+          AND o.used_at < (usage_between.p_times)[cardinality(usage_between.p_times)]
+    ) t
     GROUP BY 1
 $$;
 
--- The tokens of a subscription with these plans, NULL: it has none of that kind. "tokens:" and a number in place of a plan:
--- so many, as the subscription itself says.
+-- The tokens that a subscription with these plans includes. A plan id is NULL if there is no plan of that kind. If the
+-- subscription itself states the tokens, the plan id is "tokens:" and their number.
 CREATE OR REPLACE FUNCTION trueup.plan_size(p_token_plan text, p_full_plan text) RETURNS bigint
 LANGUAGE sql STABLE AS $$
     SELECT greatest(coalesce(
@@ -37,41 +47,41 @@ LANGUAGE sql STABLE AS $$
          WHERE t.{{ full_plan.id }}::text = plan_size.p_full_plan), 0), 0)::bigint
 $$;
 
--- A user's windows, the first one first; the last is p_window, of p_plan if trueup.window_change does not know it yet.
--- `until`: when the next began, NULL for the last. `settled`: what it used of grants is written down. `written_until`:
--- to which end that was written; NULL: to each grant's own. `since`, `plans`: the plans' tokens, and from when on.
--- A window that moved back makes those after it void, as if they had never been.
+-- A user's windows, oldest first. The last is p_window, with p_plan if trueup.window_change does not have it yet.
+-- `until`: the begin of the next window, NULL for the last. `settled`: the window's use of grants has been recorded.
+-- `written_until`: the end up to which it was recorded; NULL: each grant's own end. `since`, `plans`: the begin and the
+-- tokens of each plan. A window that moved back makes the windows after it void.
 CREATE OR REPLACE FUNCTION trueup.windows(p_user {{ user_id_type }}, p_window timestamptz, p_plan bigint)
 RETURNS TABLE (
     window_start timestamptz, until timestamptz, settled boolean, written_until timestamptz,
     since timestamptz[], plans bigint[]
 ) LANGUAGE sql STABLE AS $$
-    WITH noted AS (
+    WITH recorded AS (
         SELECT c.id, c.window_start, c.changed_at, c.settled_until,
                coalesce(c.plan_tokens, trueup.plan_size(c.token_plan_id, c.full_plan_id)) AS plan
         FROM trueup.window_change c WHERE c.user_id = windows.p_user
     ), known AS (
-        SELECT * FROM noted
+        SELECT * FROM recorded
         UNION ALL
         SELECT 9223372036854775807, windows.p_window, 'infinity', NULL, windows.p_plan
-        WHERE windows.p_window IS DISTINCT FROM (SELECT n.window_start FROM noted n ORDER BY n.id DESC LIMIT 1)
-    ), passed AS (
+        WHERE windows.p_window IS DISTINCT FROM (SELECT n.window_start FROM recorded n ORDER BY n.id DESC LIMIT 1)
+    ), ordered AS (
         SELECT k.*, min(k.window_start) OVER (ORDER BY k.id ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING) AS lowest,
-               max(k.changed_at) OVER (ORDER BY k.id) AS since  -- though a clock was set back
+               max(k.changed_at) OVER (ORDER BY k.id) AS since  -- the maximum, because a clock may be set back
         FROM known k
     ), kept AS (
         SELECT p.window_start, lead(p.window_start) OVER (ORDER BY p.window_start) AS until,
                max(p.settled_until) AS settled_until, array_agg(p.since ORDER BY p.id) AS since,
                array_agg(p.plan ORDER BY p.id) AS plans
-        FROM passed p WHERE p.window_start = p.lowest GROUP BY p.window_start
+        FROM ordered p WHERE p.window_start = p.lowest GROUP BY p.window_start
     )
     SELECT k.window_start, k.until, coalesce(k.settled_until = k.until, false), least(k.until, k.settled_until),
            k.since, k.plans
     FROM kept k
 $$;
 
--- The grants among p_ids that may pay for usage of a window until that time. `place`: in which order they pay; `rest`: of
--- p_rest, what each has left.
+-- The grants among p_ids that may pay for usage of a window until that time. `place`: the order in which they pay.
+-- `rest`: the tokens that each has left, from p_rest.
 CREATE OR REPLACE FUNCTION trueup.paying_grants(
     p_user {{ user_id_type }}, p_window timestamptz, p_until timestamptz, p_ids bigint[], p_rest bigint[]
 ) RETURNS TABLE (place bigint, id bigint, begins timestamptz, ends timestamptz, expiring boolean, rest bigint)
@@ -83,8 +93,8 @@ LANGUAGE sql STABLE AS $$
     WHERE g.granted_at < p_until AND least(g.expires_at, g.revoked_at, 'infinity') > p_window
 $$;
 
--- Counted tokens between each two neighbours of these times, and which of the plans that began at p_since they were
--- logged under. The first plan that is known is that of all before it.
+-- Counted tokens between each pair of neighbouring times, and the number of the plan under which they were logged,
+-- among the plans that began at p_since. The first known plan also applies to all times before it.
 CREATE OR REPLACE FUNCTION trueup.usage_by_plan(p_user {{ user_id_type }}, p_times timestamptz[], p_since timestamptz[])
 RETURNS TABLE (place integer, tokens bigint, plan_number integer) LANGUAGE sql STABLE AS $$
     SELECT t.place, coalesce(l.tokens, 0), p.number
@@ -94,10 +104,10 @@ RETURNS TABLE (place integer, tokens bigint, plan_number integer) LANGUAGE sql S
                         FROM unnest(p_since) WITH ORDINALITY AS c (at, number) WHERE c.at <= p_times[t.place]) p
 $$;
 
--- What a window used until that time of the grants p_ids, of which it found p_rest left, in their order. Goes from one
--- begin or end of a grant, or change of the plan, to the next, and lets the grants that live in between pay for what
--- was logged then.
--- Longer than 70 lines: one pass over these times, each step of which changes what the grants and the plan have left.
+-- The tokens that a window used of the grants p_ids until that time, in their order. p_rest: the tokens that each had
+-- left when the window began. The loop goes over the begins and ends of grants and the changes of the plan; in each
+-- step, the grants that live in the interval pay for its usage.
+-- Longer than 70 lines, because each step of the one loop changes the remaining tokens of the grants and the plan.
 CREATE OR REPLACE FUNCTION trueup.used_in_window(
     p_user {{ user_id_type }}, p_window timestamptz, p_until timestamptz, p_since timestamptz[], p_plans bigint[],
     p_ids bigint[], p_rest bigint[]
@@ -111,11 +121,11 @@ DECLARE
     v_used bigint[];
     v_times timestamptz[];
     v_logged bigint[];
-    v_of_plan integer[];  -- which plan each of them was logged under
+    v_of_plan integer[];  -- the number of the plan under which each was logged
     v_plan bigint := p_plans[1];
-    v_number integer;  -- the plan that counts: the last one that something was logged under
-    v_spent bigint := 0;  -- by the plan and by grants without an expiry
-    v_funds numeric;  -- what those have
+    v_number integer;  -- the plan that counts: the last plan with usage
+    v_spent numeric := 0;  -- the usage that the plan and grants without an expiry pay for
+    v_funds numeric;  -- the tokens that these have
     v_due bigint;
     v_take bigint;
 BEGIN
@@ -132,8 +142,8 @@ BEGIN
     SELECT array_agg(u.tokens ORDER BY u.place), array_agg(u.plan_number ORDER BY u.place) INTO v_logged, v_of_plan
     FROM trueup.usage_by_plan(p_user, v_times, p_since) u;
     FOR s IN 1 .. cardinality(v_logged) LOOP
-        -- One that has just come takes over what the user was over budget by, by the larger of the plan that counts and
-        -- the one that is: no grant pays for what that plan is going to cover.
+        -- A new grant takes over the user's overdraft. The overdraft is measured with the larger of the plan that
+        -- counts and the current plan, because no grant pays for usage that the current plan is going to cover.
         v_funds := greatest(v_plan, p_plans[v_of_plan[s]]);
         FOR i IN 1 .. cardinality(v_ids) LOOP
             IF NOT v_expiring[i] AND v_begins[i] <= v_times[s] AND v_ends[i] > v_times[s] THEN
@@ -160,7 +170,7 @@ BEGIN
                 v_spent := v_spent - v_take;
             END IF;
         END LOOP;
-        -- One without an expiry pays when it is revoked, or at the end: for what the plan and older ones don't cover.
+        -- A grant without an expiry pays at its revocation or at the end, for usage beyond the plan and older grants.
         v_funds := v_plan;
         FOR i IN 1 .. cardinality(v_ids) LOOP
             IF NOT v_expiring[i] AND v_begins[i] <= v_times[s] AND v_ends[i] > v_times[s] THEN
@@ -179,8 +189,8 @@ BEGIN
                  LEFT JOIN unnest(v_ids, v_used) AS u (id, used) ON u.id = p.id ORDER BY p.place);
 END $$;
 
--- What is written down of a window's use of grants that have ended in it, and holds whether or not the window has ended.
--- p_until: to which end all of it was written, NULL: to each grant's own. Beyond that, an end was not in sight.
+-- The recorded use of grants that ended in a window. It is valid whether or not the window has ended.
+-- p_until: the end up to which it was recorded; NULL: each grant's own end. Grants that end later are left out.
 CREATE OR REPLACE FUNCTION trueup.written_use(p_user {{ user_id_type }}, p_window timestamptz, p_until timestamptz)
 RETURNS TABLE (grant_id bigint, tokens bigint) LANGUAGE sql STABLE AS $$
     SELECT u.grant_id, u.tokens FROM trueup.grant_use u
@@ -189,7 +199,7 @@ RETURNS TABLE (grant_id bigint, tokens bigint) LANGUAGE sql STABLE AS $$
       AND least(g.expires_at, g.revoked_at) <= coalesce(p_until, 'infinity')
 $$;
 
--- What windows that have ended used of each grant, as far as it is not written down yet.
+-- The use of each grant by windows that have ended and have not been settled.
 CREATE OR REPLACE FUNCTION trueup.unsettled_uses(p_user {{ user_id_type }}, p_window timestamptz, p_plan bigint)
 RETURNS TABLE (window_start timestamptz, until timestamptz, grant_id bigint, tokens bigint)
 LANGUAGE plpgsql STABLE AS $$
@@ -197,7 +207,7 @@ DECLARE
     w record;
     v_ids bigint[];
     v_rest bigint[];
-    v_written bigint[];  -- of those that ended in the window, and were found ended before it was
+    v_written bigint[];  -- the recorded use of grants that ended in the window before its own end
     v_used bigint[];
 BEGIN
     FOR w IN SELECT * FROM trueup.windows(p_user, p_window, p_plan) t WHERE NOT t.settled AND t.until IS NOT NULL
@@ -225,8 +235,8 @@ BEGIN
     END LOOP;
 END $$;
 
--- A user's grants as a window, the newest one, finds them. `rest`: what they had left when it began. `settled`: what
--- this window has used of one that ended in it, once that is written down.
+-- A user's grants in the newest window. `rest`: the tokens left when it began. `settled`: the recorded use, in this
+-- window, of a grant that ended in it; NULL until it is recorded.
 CREATE OR REPLACE FUNCTION trueup.grants_at(p_user {{ user_id_type }}, p_window timestamptz, p_plan bigint)
 RETURNS TABLE (
     id bigint, begins timestamptz, ends timestamptz, expires_at timestamptz, rest bigint, settled bigint
@@ -252,7 +262,7 @@ RETURNS TABLE (
     WHERE g.user_id = p_user
 $$;
 
--- What the newest window has used of each grant until that time (NULL: nothing is asked, nothing is returned).
+-- The newest window's use of each grant until that time. No rows if the time is NULL.
 CREATE OR REPLACE FUNCTION trueup.grant_uses(
     p_user {{ user_id_type }}, p_window timestamptz, p_until timestamptz, p_plan bigint
 ) RETURNS TABLE (grant_id bigint, tokens bigint) LANGUAGE sql STABLE AS $$
@@ -265,8 +275,8 @@ CREATE OR REPLACE FUNCTION trueup.grant_uses(
     WHERE p_until > p_window AND a.ids IS NOT NULL
 $$;
 
--- What a user's grants add to the plan in that window at that time. The log is read only for a grant that has ended in
--- this window, or for windows that have ended, until the next gate or reconcile writes their use down.
+-- The tokens that a user's grants add to the plan in that window at that time. The log is read only if a grant or a
+-- window has ended and its use has not been recorded yet; the next gate or reconcile run records it.
 CREATE OR REPLACE FUNCTION trueup.granted(
     p_user {{ user_id_type }}, p_window timestamptz, p_plan bigint, p_at timestamptz
 ) RETURNS numeric LANGUAGE plpgsql STABLE AS $$

@@ -1,4 +1,4 @@
-"""What a user is shown: account, plan and days in one snapshot and one round trip. Every view formats from it."""
+"""The account, plan and days that views show, read in one snapshot and one round trip."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ MAX_PLANS = 500
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A plan as the host sells it. `tokens_included` is a count. `duration_days` None: tokens without a duration."""
+    """A plan of the host. `tokens_included` is a count. `duration_days` None: the tokens have no duration."""
 
     kind: PlanKind
     id: int | str
@@ -35,8 +35,8 @@ class Plan:
 class Summary:
     """A user in one snapshot.
 
-    `known` False: the host has no such user. `plan`: the one whose tokens count, None without; `plans`: those that are
-    sold, and the user's own; empty unless asked for. Percentages are 0 to 100 with one decimal.
+    `known` False: the host has no such user. `plan`: the plan whose tokens count, None if there is none. `plans`: the
+    active plans and the user's own, if requested. Percentages are 0 to 100 with one decimal.
     """
 
     known: bool
@@ -52,12 +52,12 @@ class Summary:
 
     @property
     def token_usage_remaining(self) -> float:
-        """remaining / original in percent; 0 when nothing was included."""
+        """remaining / original in percent; 0 if original is 0."""
         return percent(self.account.remaining, self.account.original)
 
     @property
     def subscription_remaining(self) -> float:
-        """Full days left / duration in percent; 100 when unlimited, 0 without a subscription."""
+        """Full days left / duration in percent; 100 if unlimited, 0 without a subscription."""
         days = self.account.days_remaining
         if not self.account.subscribed:
             return 0.0
@@ -67,7 +67,7 @@ class Summary:
 
     @property
     def duration_days(self) -> float | None:
-        """The plan's duration, else from start to end. None: unlimited, or from time immemorial."""
+        """The plan's duration, else the time from start to end. None: the subscription has no end or no start."""
         account = self.account
         planned = next((plan.duration_days for plan in self.own_plans if plan.duration_days), None)
         if planned is not None or account.end_date is None or account.window_start is None:
@@ -79,17 +79,17 @@ class Summary:
 
 
 def percent(part: float, whole: float) -> float:
-    """Return part / whole in percent, 0 to 100 with one decimal; 0 when the whole is 0."""
+    """Return part / whole in percent, 0 to 100 with one decimal; 0 if the whole is 0."""
     return round(min(100.0, max(0.0, 100 * part / whole)), 1) if whole > 0 else 0.0
 
 
-# One statement is one snapshot: the figures of a view can't contradict each other while tokens are spent.
-# An unknown user, and one without a subscription, still have their row.
+# One statement has one snapshot, so the figures of a view can't contradict each other while tokens are spent.
+# A user who is unknown or has no subscription has a row too.
 _READ = """
     WITH {{ clock }}, own AS (
         SELECT {{ subscription.token_plan_id("s") }} AS token_plan, {{ subscription.full_plan_id("s") }} AS full_plan
         FROM {{ subscription }} s WHERE s.{{ subscription.user_id }} = :user_id
-        LIMIT 1  -- of several each has its row below, and that is refused
+        LIMIT 1  -- several subscriptions give several rows below, which are refused
     ), plan AS (
         SELECT 'token' AS kind, to_jsonb(p.{{ token_plan.id }}) AS id, {{ token_plan.name("p") }} AS name,
                p.{{ token_plan.tokens_included }} AS tokens_included, NULL::integer AS duration_days,
@@ -106,7 +106,7 @@ _READ = """
         WHERE p.{{ full_plan.id }} = (SELECT full_plan FROM own)
            OR ({{ with_plans }} AND {{ full_plan.is_active("p") }})
     ), listed AS (
-        -- The user's own first, of these the token plan, whose tokens count before the full plan's.
+        -- The user's own plans first. The token plan precedes the full plan, because its tokens take precedence.
         SELECT row_number() OVER (ORDER BY is_own DESC, kind DESC, tokens_included, id) AS place, plan.* FROM plan
         ORDER BY place LIMIT :most
     )
@@ -126,8 +126,10 @@ def read_summary(
     with_plans: bool = False,
     now: datetime | None = None,
 ) -> Summary:
-    """Return what the user is shown. `with_plans`: and what is sold, `MAX_PLANS` at most. `now`: None means the
-    database's clock.
+    """Return a user's summary.
+
+    `with_plans`: include the active plans, at most `MAX_PLANS`. `now`: None means the database's clock.
+    Raises `SeveralSubscriptionsError`.
     """
     values = {"user_id": user_id, "most": MAX_PLANS, "at": now}
     rows = connection.execute(_statement(mapping, with_plans), values).all()
@@ -155,7 +157,7 @@ def _plan(row: Mapping[str, Any]) -> Plan:
         kind=row["kind"],
         id=row["id"],
         name=row["name"],
-        # As the budget counts it: nothing, where the host has none or less.
+        # A missing or negative number counts as 0, as in the budget.
         tokens_included=max(0, row["tokens_included"] or 0),
         duration_days=row["duration_days"],
         is_active=row["is_active"] is True,

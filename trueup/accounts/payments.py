@@ -1,8 +1,7 @@
-"""Token packs that the host's payments tell of, given as grants: once per payment."""
+"""Token packs in the host's payments, imported as grants: once for each payment."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
 
 from sqlalchemy import Connection, text
 
@@ -13,16 +12,16 @@ from trueup.host.mapping import HostMapping
 
 
 class PaymentsNotMappedError(TrueupError):
-    """The host's payments are not known to trueup. Nothing was granted."""
+    """The mapping has no table of payments. Nothing was granted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackPayment:
-    """A payment for a token pack. `outcome`: to_grant (a dry run), granted, already, or why not: other_figures, revoked
-    (its reference has granted something else, or was taken back), same_reference (an earlier payment has it: recorded
-    twice, or another pack, which a person can grant), no_subscription (it went meanwhile).
+    """A payment for a token pack. `tokens`: a count. `grant_id`: None if there is no grant for it.
 
-    `grant_id` None: there is no grant of it.
+    `outcome`: to_grant (dry run), granted, already; or why there is no grant: other_figures or revoked (the reference's
+    grant has other tokens, or was revoked), same_reference (an earlier payment has it: recorded twice, or for another
+    pack, which a person can grant), no_subscription (it was deleted meanwhile).
     """
 
     user_id: UserId
@@ -41,11 +40,12 @@ def import_payments(
     since: datetime | None = None,
     dry_run: bool = False,
 ) -> list[PackPayment]:
-    """Give the token packs bought in the users' windows as grants, each once; safe to repeat.
+    """Grant the token packs that were bought in the users' current windows, each once; safe to repeat.
 
-    A pack is a token plan other than the subscription's, paid for after the window began (what is paid for within five
-    minutes of that opened it). `since`: only payments from then on; None: all. `connection` is one of `db.connect()`:
-    each batch is its own transaction. Raises `PaymentsNotMappedError`.
+    A pack is a token plan other than the subscription's, paid more than five minutes after the start of the window; an
+    earlier payment opened the window. `since`: only payments from this time on; None: all.
+    `connection`: from `connect()`. Each grant is a transaction that locks one balance, so two imports can't deadlock.
+    Raises `PaymentsNotMappedError`.
     """
     if mapping.payment.table is None:
         raise PaymentsNotMappedError(
@@ -53,38 +53,20 @@ def import_payments(
             "[host.payment] in trueup.toml, then run `trueup db init`."
         )
     check_text("by", by)
-    found = [_payment(row) for row in connection.execute(_FIND, {"since": since})]
-    if dry_run:
-        return found
-    wanted = [payment for payment in found if payment.outcome == "to_grant"]
-    done: dict[tuple[UserId, str], PackPayment] = {}
-    # One by one: each locks one user's balance, so that two imports at once never wait for each other crosswise.
-    for payment in wanted:
-        done |= _give(connection, mapping, [payment], by)
+    found = [PackPayment(**row) for row in connection.execute(_FIND, {"since": since}).mappings()]
     return [
-        done.get((payment.user_id, payment.reference), payment) if payment.outcome == "to_grant" else payment
+        _grant(connection, payment, by) if payment.outcome == "to_grant" and not dry_run else payment
         for payment in found
     ]
 
 
-def _give(
-    connection: Connection, mapping: HostMapping, batch: list[PackPayment], by: str
-) -> dict[tuple[UserId, str], PackPayment]:
-    values = {
-        "users": [payment.user_id for payment in batch],
-        "references": [payment.reference for payment in batch],
-        "tokens": [payment.tokens for payment in batch],
-        "paid_at": [payment.paid_at for payment in batch],
-        "by": by,
-    }
-    rows = connection.execute(text(_GIVE.format(user_id_type=mapping.user_id_type)), values)
-    return {(row.user_id, row.reference): _payment(row) for row in rows}
+def _grant(connection: Connection, payment: PackPayment, by: str) -> PackPayment:
+    values = {"user": payment.user_id, "tokens": payment.tokens, "reference": payment.reference, "by": by}
+    row = connection.execute(_GRANT, values).one()
+    return replace(payment, outcome=row.outcome, grant_id=row.grant_id)
 
 
-def _payment(row: Any) -> PackPayment:
-    return PackPayment(**{name: getattr(row, name) for name in PackPayment.__dataclass_fields__})
-
-
+_GRANT = text("SELECT * FROM trueup.grant_tokens(:user, :tokens, 'token pack bought', :reference, NULL, :by, NULL)")
 _FIND = text(
     """
     SELECT p.user_id, p.reference, p.tokens, p.at AS paid_at, g.id AS grant_id,
@@ -101,13 +83,3 @@ _FIND = text(
     ORDER BY p.user_id, p.at, p.reference
     """
 )
-
-# In order of user, so that two imports at once take the balances' locks in the same order.
-_GIVE = """
-    SELECT w.user_id, w.reference, w.tokens, w.paid_at, g.outcome, g.grant_id
-    FROM (SELECT * FROM unnest(CAST(:users AS {user_id_type}[]), CAST(:references AS text[]),
-                               CAST(:tokens AS bigint[]), CAST(:paid_at AS timestamptz[]))
-              AS u (user_id, reference, tokens, paid_at)
-          ORDER BY u.user_id, u.paid_at OFFSET 0) w
-    CROSS JOIN LATERAL trueup.grant_tokens(w.user_id, w.tokens, 'token pack bought', w.reference, NULL, :by, NULL) g
-"""

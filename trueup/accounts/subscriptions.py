@@ -1,4 +1,4 @@
-"""One subscription for each user: with two, nobody knows which plan and window count."""
+"""Each user may have one subscription. With two, it is unknown which plan and window count."""
 
 import logging
 
@@ -16,26 +16,26 @@ _NAMED_USERS = 5
 
 
 class SeveralSubscriptionsError(NotInstalledError):
-    """The host's tables are not fit: a user has more than one subscription.
+    """A user has more than one subscription in the host's tables.
 
-    Nothing is admitted for this user; what was paid for is still recorded.
+    The gate admits no task of this user. Paid usage is still recorded.
     """
 
     def __init__(self, user_id: UserId, place: str) -> None:
         self.user_id = user_id
         self.place = place
-        super().__init__(user_id, place)  # the arguments, so that the error pickles
+        super().__init__(user_id, place)  # pickle needs the arguments
 
     def __str__(self) -> str:
         return (
-            f"User {self.user_id} has several subscriptions in {self.place}, and nobody knows which one counts. "
-            "Nothing is admitted for this user. Delete all but one, and give the column a unique index, or map a table "
-            "with one row a user."
+            f"User {self.user_id} has several subscriptions in {self.place}, so it is unknown which one counts. No "
+            "task of this user is admitted. Delete all but one and add a unique index to the column, or map a table "
+            "with one row per user."
         )
 
 
 def several_subscriptions(user_id: UserId) -> SeveralSubscriptionsError:
-    """Return the error for a user that was found to have several."""
+    """Return the error for a user with several subscriptions."""
     names = get_settings().host.subscription
     return SeveralSubscriptionsError(user_id, f"{names.table}.{names.user_id}")
 
@@ -47,9 +47,9 @@ def refuse_several_subscriptions(connection: Connection, user_id: UserId) -> Non
 
 
 def refuse_shared_users(connection: Connection, mapping: HostMapping) -> None:
-    """Raise `NotInstalledError` if any user has several subscriptions now; warn if nothing keeps it so.
+    """Raise `NotInstalledError` if a user has several subscriptions; warn if no unique index prevents it.
 
-    A user without an id, which a host may allow, has no account and is passed over.
+    Rows without a user id are ignored.
     """
     names = mapping.subscription
     if connection.scalar(_UNIQUE, {"table": quote_table(names.table), "column": names.user_id}):
@@ -59,12 +59,12 @@ def refuse_shared_users(connection: Connection, mapping: HostMapping) -> None:
     if users:
         named = ", ".join(map(str, users[:_NAMED_USERS])) + (", and more" if len(users) > _NAMED_USERS else "")
         raise NotInstalledError(
-            f"{place} names a user in several rows ({named}), and nobody knows which subscription counts. Nothing was "
-            "changed. Delete all but one for each user, and give the column a unique index; or, where a user has one "
-            "for each period, map a table with one row a user and the counter."
+            f"Users have more than one row in {place} ({named}), so it is unknown which subscription counts. Nothing "
+            "was changed. Delete all but one row for each user and add a unique index to the column. If the host keeps "
+            "one row per period, map a table with one row per user and the counter."
         )
     logger.warning(
-        "%s has no unique index. A user with several subscriptions is refused by the gate: give the column one.", place
+        "column has no unique index, the gate refuses users with several subscriptions: add one column=%s", place
     )
 
 

@@ -1,6 +1,7 @@
-"""Who is meant: a user id of the host's own type, from an id or from the host's user object."""
+"""User ids of the host's type, from an id or from the host's user object."""
 
 import uuid
+from contextlib import suppress
 from typing import Any
 
 from trueup.errors import InvalidInputError
@@ -13,21 +14,17 @@ _MAX_BIGINT = 2**63 - 1
 
 
 def user_id_of(user: Any) -> UserId | None:
-    """Return the user's id: `user` itself, or its `.pk` or `.id`. None for an object that has none yet.
+    """Return the user's id: `user.pk`, `user.id` or `user` itself. None if the object has no id yet.
 
-    Raises `InvalidInputError` for what can't be an id of the host's type.
+    Raises `InvalidInputError` for a value that can't be an id of the host's type.
     """
-    for attribute in ("pk", "id"):
-        if hasattr(user, attribute):
-            user = getattr(user, attribute)
-            break
-    if user is None:
-        return None
-    return parse_user_id(user, get_settings().host.user_id_type)
+    attribute = next((name for name in ("pk", "id") if hasattr(user, name)), None)
+    value = user if attribute is None else getattr(user, attribute)
+    return None if value is None else parse_user_id(value, get_settings().host.user_id_type)
 
 
 def parse_user_id(value: Any, user_id_type: UserIdType) -> UserId:
-    """Turn a value from outside into a user id. Raises `InvalidInputError`, naming the field."""
+    """Return the user id for an external value. Raises `InvalidInputError` if it is not an id of that type."""
     if user_id_type == "bigint":
         return _parse_bigint(value)
     if user_id_type == "uuid":
@@ -36,31 +33,26 @@ def parse_user_id(value: Any, user_id_type: UserIdType) -> UserId:
         try:
             return uuid.UUID(str(value))
         except ValueError:
-            raise InvalidInputError(f"user_id: {value!r} is no UUID") from None
-    if not isinstance(value, str) or not value or "\x00" in value or not _is_text(value):
-        raise InvalidInputError(f"user_id: {value!r} is no user id: give a non-empty text")
+            raise InvalidInputError(f"user_id: {value!r} is no user id. Give a UUID.") from None
+    # A lone surrogate is a Python character that PostgreSQL can't store.
+    if not isinstance(value, str) or not value or any(c == "\x00" or "\ud800" <= c <= "\udfff" for c in value):
+        raise InvalidInputError(f"user_id: {value!r} is no user id. Give a non-empty text.")
     return value
-
-
-def _is_text(value: str) -> bool:
-    """Half of a surrogate pair is a Python character and no text."""
-    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _parse_bigint(value: Any) -> int:
-    # int() would also take other scripts' digits, and "1_0" for 10: somebody else's id.
+    number = value
+    # int() would also accept digits of other scripts, and "1_0" as 10, which is another user's id.
     if isinstance(value, str) and value.isascii() and "_" not in value:
-        try:
-            value = int(value)
-        except ValueError:
-            raise InvalidInputError(f"user_id: {value!r} is no user id: give a whole number") from None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidInputError(f"user_id: {value!r} is no user id: give a whole number")
-    if abs(value) > _MAX_BIGINT:
-        raise InvalidInputError(f"user_id: {value} is out of range: ids are 64-bit whole numbers")
-    return value
+        with suppress(ValueError):
+            number = int(value)
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise InvalidInputError(f"user_id: {value!r} is no user id. Give a whole number.")
+    if abs(number) > _MAX_BIGINT:
+        raise InvalidInputError(f"user_id: {number} is out of range. Ids are 64-bit whole numbers.")
+    return number
 
 
 def plain_id(user_id: UserId | None) -> int | str | None:
-    """Return a user's id as JSON takes it."""
+    """Return a user id as a JSON value."""
     return user_id if user_id is None or isinstance(user_id, int) else str(user_id)

@@ -1,13 +1,12 @@
 {% from "host/rows.sql" import window_start %}
--- Windows: which ones users with grants have had, and by which plans. The host's writes tell of each, in their own
--- transaction, so that none goes by unseen.
+-- The windows and plans of users with grants. A trigger records each in the host's own transaction, so none is missed.
 
 {# Append the window of the subscription row `s`, if its user has grants.
 
-A trigger dates the change by the server's clock. So do all functions of trueup whose clock is NULL, and only tests give
-them another. The usage log may have a second clock, the host's: what the host logs within the seconds by which the two
-differ can count against the plan before the change, or after it. No more depends on it: windows go by `start_date`. #}
-{% macro note_window(s) %}
+A trigger dates the change by the server's clock, as all functions of trueup do outside of tests. The usage log may have
+the host's clock. If the clocks differ by some seconds, usage in these seconds may count against the plan before or
+after the change. Nothing else depends on it, because windows begin at `start_date`. #}
+{% macro record_window(s) %}
     INSERT INTO trueup.window_change (user_id, window_start, token_plan_id, full_plan_id, changed_at)
     SELECT {{ s }}.{{ subscription.user_id }}, {{ window_start(s) }},
            {% if subscription.tokens_included %}
@@ -19,10 +18,11 @@ differ can count against the plan before the change, or after it. No more depend
     WHERE EXISTS (SELECT FROM trueup.token_grant g WHERE g.user_id = {{ s }}.{{ subscription.user_id }});
 {% endmacro %}
 
--- The trigger only appends: it waits for nobody. It fails nobody either: what can't be told, the next look finds, though
--- not what came and went before it. What has changed is compared here and not in the trigger's own condition, for that
--- would make the host's ALTER TABLE fail. SECURITY DEFINER: the host's role needs no right on our schema.
--- Where a subscription says itself what it includes, that is told in place of its plan: see trueup.plan_size.
+-- The trigger only appends, so the host never waits for it. It never raises an error: the next settlement finds a
+-- change that it could not record, but not changes in between. The function compares the columns itself, because a
+-- condition of the trigger would make the host's ALTER TABLE fail. SECURITY DEFINER: the host's role needs no right on
+-- trueup's schema. If the subscription itself states the tokens, they are recorded in place of the plan: see
+-- trueup.plan_size.
 CREATE OR REPLACE FUNCTION trueup.append_window() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
 BEGIN
@@ -37,39 +37,39 @@ BEGIN
            AND OLD.{{ subscription.user_id }} IS NOT DISTINCT FROM NEW.{{ subscription.user_id }} THEN
             RETURN NULL;
         END IF;
-        -- The old one too: it may be the first that anybody tells of.
-{{ note_window("OLD") }}
+        -- The old window too, because it may be the user's first record.
+{{ record_window("OLD") }}
     END IF;
-{{ note_window("NEW") }}
+{{ record_window("NEW") }}
     RETURN NULL;
 EXCEPTION WHEN OTHERS THEN
     RETURN NULL;
 END $$;
 
--- Write down what windows that have ended have used, and what grants that ended in the newest one have paid for. For
--- whoever has locked the user's balance; idempotent.
+-- Record the grants' use by windows that have ended, and the use of grants that ended in the newest window. Idempotent.
+-- The caller has locked the user's balance.
 CREATE OR REPLACE FUNCTION trueup.settle_grants(p_user {{ user_id_type }}, p_at timestamptz) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     e record;
-    v_news boolean;
+    v_changed boolean;
     v_ended timestamptz;
 BEGIN
-    -- What a change of the host's meant in tokens, while the host knows it.
+    -- Store the size of each recorded plan, while the host still has the plan.
     UPDATE trueup.window_change c SET plan_tokens = trueup.plan_size(c.token_plan_id, c.full_plan_id)
     WHERE c.user_id = p_user AND c.plan_tokens IS NULL;
-    v_news := FOUND;
-    -- And what no trigger told of: the first window that is looked at, a plan of another size. One statement, one
-    -- snapshot: a change by the host is seen in both tables or in neither.
+    v_changed := FOUND;
+    -- Record changes without a trigger's record: the first window of a grant, or a new size of the plan. One statement
+    -- has one snapshot: it sees a change by the host in both tables or in neither.
     INSERT INTO trueup.window_change (user_id, window_start, plan_tokens, changed_at)
     SELECT p_user, t.window_start, t.plan_tokens, p_at
     FROM (SELECT * FROM trueup.entitlements(p_at) t WHERE t.user_id = p_user ORDER BY t.subscription_id LIMIT 1) t
     LEFT JOIN (SELECT * FROM trueup.window_change c WHERE c.user_id = p_user ORDER BY c.id DESC LIMIT 1) n ON true
     WHERE n.window_start IS DISTINCT FROM t.window_start OR n.plan_tokens <> t.plan_tokens;
-    v_news := v_news OR FOUND;
+    v_changed := v_changed OR FOUND;
     SELECT c.window_start, c.plan_tokens INTO e
     FROM trueup.window_change c WHERE c.user_id = p_user ORDER BY c.id DESC LIMIT 1;
-    IF v_news THEN
+    IF v_changed THEN
         PERFORM trueup.settle_windows(p_user, e.window_start, e.plan_tokens);
     END IF;
     SELECT max(least(g.expires_at, g.revoked_at)) INTO v_ended
@@ -89,8 +89,8 @@ BEGIN
     END IF;
 END $$;
 
--- Forget windows that the host took back, and what was written of them or beyond them; write down the use of those that
--- have ended.
+-- Delete windows that the host moved back, with the recorded uses that are no longer valid, and record the use of the
+-- windows that have ended.
 CREATE OR REPLACE FUNCTION trueup.settle_windows(p_user {{ user_id_type }}, p_window timestamptz, p_plan bigint)
 RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
@@ -102,7 +102,7 @@ BEGIN
                             ORDER BY t.id ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING) AS taken_back
            FROM trueup.window_change t WHERE t.user_id = p_user) x
     WHERE c.user_id = p_user AND c.id = x.id AND x.taken_back;
-    -- Neighbours that say the same.
+    -- Delete a record that repeats its predecessor.
     DELETE FROM trueup.window_change c
     USING (SELECT t.id, (t.window_start, t.plan_tokens) = (lag(t.window_start) OVER o, lag(t.plan_tokens) OVER o) AS again
            FROM trueup.window_change t WHERE t.user_id = p_user WINDOW o AS (ORDER BY t.id)) x

@@ -46,20 +46,11 @@ def create_app(celery: Celery | None = None) -> FastAPI:
     app.state.celery = celery or app_or_default()
     app.state.watch = health.Watch(app.state.celery)
     errors.register(app)
-    for router in (*_ROUTERS, health.metrics_router(public=settings.api.public_metrics)):
-        app.include_router(router)
+    for view in (accounts, subscriptions, ai, task_results, drift, health):
+        app.include_router(view.router)
+    app.include_router(health.metrics_router(public=settings.api.public_metrics))
     app.add_middleware(Edge, settings=settings.api, metrics=app.state.metrics)
     return app
-
-
-_ROUTERS = (
-    accounts.router,
-    subscriptions.router,
-    ai.router,
-    task_results.router,
-    drift.router,
-    health.router,
-)
 
 
 @asynccontextmanager

@@ -152,9 +152,7 @@ class Plans(Body):
         return cls(
             plans=[
                 ListedPlan(
-                    **vars(plan),
-                    is_current=summary.is_current(plan),
-                    ai_usage=usage if plan == summary.plan else None,
+                    **vars(plan), is_current=summary.is_current(plan), ai_usage=usage if plan == summary.plan else None
                 )
                 for plan in summary.plans
             ]

@@ -1,1 +1,1 @@
-"""The public face: `trueup.billing.utils` and `trueup.billing.decorators`, as the specification names them."""
+"""The specification's public modules: `trueup.billing.utils` and `trueup.billing.decorators`."""

@@ -1,4 +1,4 @@
-"""The specification's public face: what is left, and may it run? Both read the usage log's sums, never the counter."""
+"""The specification's functions for remaining tokens and access. They read the usage log's sums, never the counter."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from trueup.gate.denial import Access
 
 
 def get_accurate_tokens_remaining(user: Any) -> tuple[int, int, int]:
-    """Return `(original_tokens, consumed_tokens, remaining_tokens)`, counts from the actual usage log.
+    """Return `(original_tokens, consumed_tokens, remaining_tokens)`, counts from the usage log.
 
-    `user` is an id or any object with `.pk` or `.id`. Unknown users have (0, 0, 0).
-    Raises `InvalidInputError` for a malformed id, `ServiceUnavailableError` when the database does not answer: never
-    zeros in place of an answer.
+    `user`: an id, or an object with `.pk` or `.id`. Unknown users have (0, 0, 0).
+    Raises `InvalidInputError` for a malformed id, `ServiceUnavailableError` if the database does not answer; it never
+    returns zeros in that case.
     """
     user_id = user_id_of(user)
     if user_id is None:
@@ -25,12 +25,12 @@ def get_accurate_tokens_remaining(user: Any) -> tuple[int, int, int]:
 
 
 def check_ai_access_for_user(user: Any, estimated_tokens: int, feature_name: str) -> Access:
-    """Say whether the user may run a feature that needs about `estimated_tokens` tokens.
+    """Return whether the user may run a feature that needs about `estimated_tokens` tokens (a count).
 
-    `user` is an id or any object with `.pk` or `.id`; an unknown one reads as `no_subscription`. Nothing is reserved:
-    two callers may both be told yes. Queued work goes through the gate of `metered_task`, which reserves.
-    Raises `InvalidInputError` (a ValueError) for a negative or non-integer estimate, `ServiceUnavailableError` when the
-    database does not answer.
+    `user`: an id, or an object with `.pk` or `.id`; an unknown user is denied with `no_subscription`. This reserves
+    nothing, so it may admit two callers for the same tokens. `metered_task` and `ai_tokens` reserve tokens.
+    Raises `InvalidInputError` (a ValueError) for a malformed estimate, `ServiceUnavailableError` if the database does
+    not answer.
     """
     check_estimate(estimated_tokens)
     user_id = user_id_of(user)

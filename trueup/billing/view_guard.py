@@ -1,4 +1,4 @@
-"""What a view asks before its work, and what it answers when the answer is no: framework-free, decided in one place."""
+"""The check before a view's work, and the answers of a refused view, for all web frameworks."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -18,16 +18,16 @@ logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5
 
-# Reasons that are about the subscription as such, whatever is left of its tokens.
+# Denials because of the subscription itself, whatever tokens it has left.
 SUBSCRIPTION_REASONS = ("no_subscription", "subscription_deactivated", "subscription_expired")
 
-# What a view's own work may raise and a gate has an answer for.
+# Errors of a view's own work that have an answer.
 ANSWERED: tuple[type[TrueupError], ...] = (TokensDenied, HoldBusyError, ServiceUnavailableError, NotInstalledError)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """An answer in place of the view's: an HTTP status, a JSON body, headers."""
+    """The answer of a refused view: an HTTP status, a JSON body, headers."""
 
     status: int
     body: Mapping[str, Any]
@@ -43,15 +43,15 @@ NOT_AUTHENTICATED = Refusal(
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """One question to ask of a user. `name`: the decorator it belongs to, for messages."""
+    """A check of a user before a view. `name`: the decorator's, for messages."""
 
     name: str
     ask: Callable[[Any], Access]
 
     def refusal(self, user: Any) -> Refusal | None:
-        """Return what to answer this user; None: the view may run. Asks the database.
+        """Return the refusal for this user; None: the view may run.
 
-        Without an answer from it the view does not run: that is a refusal too.
+        If the database does not answer, the view is refused too.
         """
         try:
             access = self.ask(user)
@@ -61,21 +61,21 @@ class Gate:
 
 
 def token_gate(estimated_tokens: int, feature_name: str) -> Gate:
-    """Return the gate that asks for so many tokens. Raises `InvalidInputError` for what is no count or no name."""
+    """Return the check for a count of tokens. Raises `InvalidInputError` for a malformed count or name."""
     tokens = check_estimate(estimated_tokens)
     feature = check_name(feature_name, "feature_name")
-    return Gate(name="require_ai_tokens", ask=lambda user: _check_tokens(user, tokens, feature))
 
+    def check(user: Any) -> Access:
+        user_id = user_id_of(user)
+        if user_id is None:
+            return denied_unknown_user()
+        return retrying(lambda connection: check_gate(connection, user_id, tokens, feature))
 
-def _check_tokens(user: Any, tokens: int, feature: str) -> Access:
-    user_id = user_id_of(user)
-    if user_id is None:
-        return denied_unknown_user()
-    return retrying(lambda connection: check_gate(connection, user_id, tokens, feature))
+    return Gate(name="require_ai_tokens", ask=check)
 
 
 def subscription_gate() -> Gate:
-    """Return the gate that asks for a subscription that is active and has not ended, whatever is left of its tokens."""
+    """Return the check for an active subscription that has not ended, whatever tokens it has left."""
     return Gate(name="require_active_subscription", ask=_check_subscription)
 
 
@@ -87,23 +87,17 @@ def _check_subscription(user: Any) -> Access:
 
 
 def refusal_for(error: TrueupError) -> Refusal:
-    """Return what to answer for an error of `ANSWERED`. Where the servers are is for the log alone."""
+    """Return the answer for an error of `ANSWERED`. Only the log names the servers."""
     if isinstance(error, TokensDenied):
         return Refusal(status=402, body=error.payload)
     if isinstance(error, HoldBusyError):
-        body = _body("This request is at work already", "request_in_progress")
-        return Refusal(status=409, body=body, headers=_retry_after(RETRY_AFTER_SECONDS))
-    logger.error("answered 503: %s", error, exc_info=error)
+        return _retry_later(409, "request_in_progress", "This request is already in progress")
+    logger.error("answered 503 reason=%s", error, exc_info=error)
     if isinstance(error, NotInstalledError):
-        body = _body("The database is not ready for trueup", "not_ready")
-    else:
-        body = _body("Tokens can't be checked or recorded now. Try again later", "service_unavailable")
-    return Refusal(status=503, body=body, headers=_retry_after(RETRY_AFTER_SECONDS))
+        return _retry_later(503, "not_ready", "The database is not ready for trueup")
+    return _retry_later(503, "service_unavailable", "Tokens can't be checked or recorded now. Try again later")
 
 
-def _body(error: str, error_code: str) -> dict[str, Any]:
-    return {"success": False, "error": error, "error_code": error_code}
-
-
-def _retry_after(seconds: int) -> dict[str, str]:
-    return {"Retry-After": str(seconds)}
+def _retry_later(status: int, error_code: str, error: str) -> Refusal:
+    body = {"success": False, "error": error, "error_code": error_code}
+    return Refusal(status=status, body=body, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})

@@ -1,1 +1,1 @@
-"""The connection to PostgreSQL: engine, sessions, locks, retries; trueup's own tables and their migrations."""
+"""PostgreSQL: engine, sessions, locks and retries; trueup's own tables and their migrations."""

@@ -1,10 +1,10 @@
-"""What the driver's errors mean: by psycopg's class of each error, in one place."""
+"""The meaning of the driver's errors, by psycopg's error classes, in one place."""
 
 import psycopg
 from psycopg import DataError, IntegrityError, OperationalError, errors
 from sqlalchemy.exc import DBAPIError
 
-# trueup's own SQLSTATEs: raised by trueup.require_watched() and trueup.require_counted().
+# trueup's own SQLSTATEs, which trueup.require_watched() and trueup.require_counted() raise.
 UNWATCHED = "TU001"
 LOG_CHANGED = "TU002"
 
@@ -18,7 +18,7 @@ _CONNECTION = (
     errors.TransactionResolutionUnknown,
     errors.ProtocolViolation,
 )
-# Other transactions stood in the way: a deadlock; on a standby, rows that the replay had to remove.
+# A conflict with other transactions: a deadlock, or on a standby, rows that the replay had to remove.
 DEADLOCK_OR_CONFLICT = (
     errors.TransactionRollback,
     errors.SerializationFailure,
@@ -55,11 +55,11 @@ TRANSIENT = (*_CONNECTION, *DEADLOCK_OR_CONFLICT, *_RESOURCES, *_OPERATOR, *_SES
 _TRANSIENT_CLASSES = ("08", "40", "53", "57")
 _TRANSACTION_TIMEOUT = "25P04"
 
-# The database refuses a value: its type, a constraint, or an exception of a trigger.
+# The database refuses a value: by its type, a constraint, or an exception that a trigger raises.
 REFUSED = (DataError, IntegrityError, errors.WithCheckOptionViolation, errors.RaiseException)
 
-# A function that was replaced between its lookup and its call, or a statement prepared for what it returned before. The
-# same statement succeeds on a connection that has not prepared it. PostgreSQL does not translate internal errors.
+# A function was replaced between its lookup and its call, or a prepared statement expects the old result type. The same
+# statement succeeds on a connection that has not prepared it. PostgreSQL does not translate internal errors.
 _REPLACED = ("cache lookup failed for ", "tuple concurrently ", "could not open relation with OID")
 # The functions of PostgreSQL's source that raise an error: they tell errors of one SQLSTATE apart in a server of any
 # language, which their messages do not.
@@ -69,15 +69,15 @@ CHECK_ROW_SECURITY = "check_enable_rls"
 
 
 def is_transient(error: DBAPIError) -> bool:
-    """Return whether the same statement may succeed later: no connection, a deadlock, a lock or a limit."""
-    # psycopg raises a plain OperationalError when the server did not answer, and for a code that it does not know.
+    """Return whether the same statement may succeed later: after a lost connection, a deadlock, a lock or a limit."""
+    # psycopg raises a plain OperationalError if the server did not answer, and for codes that it does not know.
     unknown = type(error.orig) is OperationalError and (error.orig.sqlstate or "08").startswith(_TRANSIENT_CLASSES)
     timed_out = sqlstate_of(error) == _TRANSACTION_TIMEOUT
     return unknown or timed_out or isinstance(error.orig, TRANSIENT) or is_replaced(error)
 
 
 def is_replaced(error: DBAPIError) -> bool:
-    """Return whether a statement met a function or a table that another session replaced just then."""
+    """Return whether the statement failed because another session replaced a function or a table at that moment."""
     if isinstance(error.orig, errors.FeatureNotSupported):
         return is_raised_by(error, CHECK_PREPARED)
     return isinstance(error.orig, errors.InternalError_) and any(known in str(error.orig) for known in _REPLACED)
@@ -89,10 +89,10 @@ def is_raised_by(error: DBAPIError, function: str) -> bool:
 
 
 def sqlstate_of(error: DBAPIError) -> str | None:
-    """Return the server's code for the error; None: the server did not answer."""
+    """Return the server's SQLSTATE for the error; None if the server did not answer."""
     return getattr(error.orig, "sqlstate", None)
 
 
 def reason_of(error: BaseException) -> str:
-    """Return an error in one line that may leave this machine: no SQL, no parameters, no row of the host's."""
+    """Return an error as one line without SQL, parameters or rows of the host, so that it may leave this machine."""
     return (str(error.orig) if isinstance(error, DBAPIError) else str(error)).strip().partition("\n")[0][:500]

@@ -24,6 +24,7 @@ from trueup.database.driver_errors import (
     is_transient,
     sqlstate_of,
 )
+from trueup.database.encoding import refuse_other_encodings
 from trueup.database.layout import refuse_old_layout
 from trueup.database.session import limit_session, read_as_utc, session_settings
 from trueup.errors import (
@@ -40,21 +41,21 @@ logger = logging.getLogger(__name__)
 
 _engine: Engine | None = None
 _engine_pid: int | None = None
-# Two threads that come first at once must not make two: one of them would never be closed.
+# Without the lock, the first two threads could each create an engine, and one of them would never be closed.
 _engine_lock = threading.Lock()
 
-# trueup's objects, or the host's under the names of the mapping.
+# A missing object of trueup's, or of the host's under a name of the mapping.
 _UNDEFINED = (errors.UndefinedTable, errors.InvalidSchemaName, errors.UndefinedFunction, errors.UndefinedColumn)
-# A column of another type: no such cast, datatype mismatch, an object of another kind.
+# A column has another type: a missing cast, a datatype mismatch, or an object of another kind.
 _CHANGED_TYPES = (errors.CannotCoerce, errors.DatatypeMismatch, errors.WrongObjectType)
 
 
 def create_trueup_engine(settings: Settings) -> Engine:
-    """Make an engine for the settings' database. Times are UTC, isolation is READ COMMITTED.
+    """Create an engine for the settings' database. Times are UTC, and the isolation level is READ COMMITTED.
 
-    A process that stops in the middle of a transaction loses it after a statement's time: others wait for its locks.
-    `options` in the URL are kept, except for the settings that `trueup.database.session` sets. A pooler in transaction
-    mode may be in between.
+    The server ends a transaction that is idle for the statement timeout, because other transactions wait for its locks.
+    `options` in the URL are kept, except for the settings that `trueup.database.session` sets. A transaction pooler may
+    be in between.
     """
     engine = create_engine(
         database_url(settings),
@@ -74,8 +75,10 @@ def create_trueup_engine(settings: Settings) -> Engine:
     def set_up(connection: psycopg.Connection[Any], _: object) -> None:
         limit_session(connection, session_settings(connection.info.server_version, seconds))
 
-    # First of all: these settings also apply to the statements that SQLAlchemy sends on a new connection.
+    # `insert`: run before SQLAlchemy's own listeners, so that these settings apply to their statements too. Those can't
+    # read the answers of a database in another encoding. The listener inserted last runs first.
     event.listen(engine, "connect", set_up, insert=True)
+    event.listen(engine, "connect", lambda connection, _: refuse_other_encodings(connection), insert=True)
     event.listen(engine, "connect", lambda connection, _: read_as_utc(connection))
     event.listen(engine, "connect", lambda connection, _: refuse_old_layout(connection))
     return engine
@@ -84,8 +87,8 @@ def create_trueup_engine(settings: Settings) -> Engine:
 def get_engine() -> Engine:
     """Return this process's engine.
 
-    A forked child that went on with its parent's connections would read answers meant for others: it drops them
-    unclosed, for they are still the parent's, and makes its own.
+    A forked child must not use its parent's connections, because it would read the parent's answers. The child forgets
+    them without closing them, since the parent still uses them, and creates its own engine.
     """
     global _engine, _engine_pid
     pid = os.getpid()
@@ -101,7 +104,7 @@ def get_engine() -> Engine:
 
 
 def dispose_engine() -> None:
-    """Close this process's connections and forget the engine; the next use reads the settings again."""
+    """Close this process's connections and drop the engine. The next use reads the settings again."""
     global _engine
     if _engine is not None:
         _engine.dispose(close=_engine_pid == os.getpid())
@@ -110,22 +113,22 @@ def dispose_engine() -> None:
 
 @contextmanager
 def connect() -> Iterator[Connection]:
-    """Give a connection on which each statement is its own transaction.
+    """Yield a connection on which each statement is its own transaction.
 
-    For one server-side function, which is atomic by itself, this saves the round trips of BEGIN and COMMIT.
+    For a single SQL function, which is atomic, this saves the round trips of BEGIN and COMMIT.
     Raises `ServiceUnavailableError` or `NotInstalledError`.
     """
-    with translated_errors(), get_engine().connect() as connection, _forgetting(connection):
+    with translated_errors(), get_engine().connect() as connection, _dropping_replaced(connection):
         yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
 
 @contextmanager
 def transaction() -> Iterator[Connection]:
-    """Give a connection in a transaction, committed at the end and rolled back on an error.
+    """Yield a connection in a transaction, which commits at the end and rolls back on an error.
 
     Raises `ServiceUnavailableError` or `NotInstalledError`.
     """
-    with translated_errors(), get_engine().begin() as connection, _forgetting(connection):
+    with translated_errors(), get_engine().begin() as connection, _dropping_replaced(connection):
         yield connection
 
 
@@ -140,13 +143,13 @@ def translated_errors() -> Iterator[None]:
             raise
         raise translated from error
     except PoolTimeoutError as error:
-        cause = "every connection of this process is in use: raise TRUEUP_DATABASE_POOL_SIZE"
+        cause = "this process uses all its connections. Raise TRUEUP_DATABASE_POOL_SIZE"
         raise ServiceUnavailableError("PostgreSQL", describe_database(), cause) from error
 
 
 @contextmanager
-def _forgetting(connection: Connection) -> Iterator[None]:
-    """Close the connection after an error of what it has prepared: it would come again with each use."""
+def _dropping_replaced(connection: Connection) -> Iterator[None]:
+    """Close the connection if its prepared statements are out of date: each use would raise the same error."""
     try:
         yield
     except DBAPIError as error:
@@ -157,7 +160,7 @@ def _forgetting(connection: Connection) -> Iterator[None]:
 
 def _is_changed_type(error: DBAPIError) -> bool:
     if isinstance(error.orig, errors.InvalidTextRepresentation):
-        # A value that a type does not have, met by a function of trueup's: a renamed label, which the mapping names.
+        # A function of trueup's used a value that the type does not have, such as a renamed label in the mapping.
         return "function" in str(error.orig.diag.context)
     no_operator = isinstance(error.orig, errors.UndefinedFunction) and is_raised_by(error, FIND_OPERATOR)
     return no_operator or isinstance(error.orig, _CHANGED_TYPES)
@@ -174,22 +177,25 @@ def _translate(error: DBAPIError) -> TrueupError | None:
     if sqlstate_of(error) == UNWATCHED:
         return _explained(cause, undefined=False) or unwatched(where, cause)
     if sqlstate_of(error) == LOG_CHANGED:
-        return _noted(cause)
+        return _record_log_change(cause)
     if not isinstance(error.orig, errors.InsufficientPrivilege):
         return None
     if is_raised_by(error, CHECK_ROW_SECURITY):
         return MissingRightError(
-            f"The database at {where} would hide rows: {cause}. Nothing was run: sums would be too low. "
-            f"{ROW_SECURITY_REMEDY}"
+            f"Row-level security in the database at {where} hides rows: {cause}. Nothing was run, because sums would "
+            f"be too low. {ROW_SECURITY_REMEDY}"
         )
     return MissingRightError(
-        f"The database at {where} refused: {cause}. Grant it to trueup's role, and do this again: "
-        "`trueup db grants` prints the statements, which the tables' owner runs."
+        f"The database at {where} refused: {cause}. Grant it to trueup's role, then retry the operation. `trueup db "
+        "grants` prints the statements, which the tables' owner runs."
     )
 
 
 def _explained(cause: str, *, undefined: bool) -> NotInstalledError | None:
-    """Look, on another connection, what of the host's is not there. None: nothing, or even that fails."""
+    """Return the error that names the host's missing objects, read on another connection.
+
+    None if nothing is missing, or if this read fails too.
+    """
     try:
         with get_engine().connect() as connection:
             return explain(connection, get_settings().host, describe_database(), cause, undefined=undefined)
@@ -197,19 +203,19 @@ def _explained(cause: str, *, undefined: bool) -> NotInstalledError | None:
         return None
 
 
-def _noted(cause: str) -> TrueupError:
-    """Note what has become of the log, so that who asks again is answered. Returns the error to raise."""
+def _record_log_change(cause: str) -> TrueupError:
+    """Record the change of the usage log, so that a retry succeeds. Returns the error to raise."""
     try:
         with translated_errors(), get_engine().begin() as connection:
-            connection.execute(text("SELECT trueup.note_log()"))
+            connection.execute(text("SELECT trueup.record_log_state()"))
     except TrueupError as error:
         return error
-    logger.warning("%s: that counts from now on; balances may be built anew from it", cause)
-    return LogChangedError(f"Nothing was run: {cause}. That is noted now: do this again.")
+    logger.warning("usage log changed, balances may be rebuilt from it cause=%r", cause)
+    return LogChangedError(f"Nothing was run: {cause}. The change is recorded now. Retry the operation.")
 
 
 def describe_database() -> str:
-    """Return where the database is, without its password."""
+    """Return the database's host, port and name, without its password."""
     url = make_url(database_url(get_settings()))
     host = url.host or url.query.get("host") or "localhost"
     return f"{host}:{url.port or 5432}/{url.database or ''}"

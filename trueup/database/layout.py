@@ -1,6 +1,6 @@
-"""Which layout trueup's own tables have in a database, and the refusal of one that no release can use.
+"""The layout of trueup's own tables in a database, and the refusal of a layout that no release can use.
 
-Alembic keeps the layout as a revision in `trueup.alembic_version`; `trueup.database.migrate` moves it on.
+Alembic keeps the layout as a revision in `trueup.alembic_version`; `trueup.database.migrate` upgrades it.
 """
 
 from contextlib import suppress
@@ -11,10 +11,10 @@ from sqlalchemy import Connection, text
 
 from trueup.errors import OldLayoutError
 
-# The revisions of the time before the first release. No release upgrades their tables.
+# The revisions from before the first release. No release upgrades their tables.
 UNRELEASED = frozenset(f"{number:04}" for number in range(1, 8))
 
-# Asked of the catalog, for to_regclass() is an error in a schema without the right USAGE.
+# This reads the catalog, because to_regclass() fails in a schema without the right USAGE.
 _EXISTS = """
     SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname = 'trueup' AND c.relname = 'alembic_version'
@@ -26,8 +26,8 @@ _REVISION = "SELECT version_num FROM trueup.alembic_version"
 def refuse_old_layout(connection: psycopg.Connection[Any]) -> None:
     """Close a new connection and raise `OldLayoutError` if its database has tables from before the first release.
 
-    Every connection of trueup passes here once, so that no entry point needs a check of its own. A role that may not
-    read trueup's tables passes: it can do no harm to them.
+    Every new connection is checked here, so no entry point needs its own check. A role that may not read trueup's
+    tables is not refused, because it can't damage them.
     """
     connection.autocommit = True
     revision = None
@@ -42,7 +42,7 @@ def refuse_old_layout(connection: psycopg.Connection[Any]) -> None:
 
 
 def revision_of(connection: Connection) -> str | None:
-    """Return the revision of the database's layout; None: it has no tables of trueup."""
+    """Return the revision of the database's layout; None if it has no tables of trueup."""
     if connection.execute(text(_EXISTS)).first() is None:
         return None
     revision: str | None = connection.scalar(text(_REVISION))

@@ -1,4 +1,4 @@
-"""Steps that lock what a running host uses: each in a transaction of its own, and never in the host's way for long."""
+"""Installation steps that lock tables of a running host: each has its own transaction and waits briefly for locks."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -12,10 +12,10 @@ from trueup.errors import ServiceUnavailableError, TrueupError
 
 Result = TypeVar("Result")
 
-# Any constant will do, as long as nobody else on this database takes the same: "trueup" in ASCII.
+# The key of an advisory lock: "trueup" in ASCII. No other program on this database may use the same number.
 INSTALL_LOCK = 0x747275657570
 
-# Whoever comes after us waits for no longer than we wait ourselves.
+# Transactions that queue behind a step wait at most as long as the step itself waits.
 LOCK_TIMEOUT_MILLISECONDS = 50
 STATEMENT_TIMEOUT_SECONDS = 300
 PATIENCE_SECONDS = 60.0
@@ -23,16 +23,17 @@ _MAX_PAUSE_SECONDS = 1.0
 
 
 class HostBusyError(TrueupError):
-    """Other transactions kept what a step needs for too long. The step was not taken; those before it stay taken."""
+    """Other transactions held the locks that a step needs for too long. The step was not done; earlier steps were."""
 
 
 def take_step(
     step: Callable[[Connection], Result], tables: Sequence[str] = (), *, patience_seconds: float = PATIENCE_SECONDS
 ) -> Result:
-    """Take a step in a transaction of its own, and again after a pause for as long as somebody has what it locks.
+    """Run a step in its own transaction, and retry it after a pause while another transaction holds its locks.
 
-    Each attempt waits at most `LOCK_TIMEOUT_MILLISECONDS` for each lock. Installers take turns, step by step. `tables`:
-    those of the host that it locks, as SQL names them. Raises `HostBusyError` when the patience is at its end.
+    Each attempt waits at most `LOCK_TIMEOUT_MILLISECONDS` for each lock. Installers take turns, step by step.
+    `tables`: the host's tables that the step locks, as SQL names them. `patience_seconds`: the time for all attempts.
+    Returns the step's result. Raises `HostBusyError` when the time is over.
     """
 
     def take() -> Result:
@@ -40,11 +41,12 @@ def take_step(
             connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_MILLISECONDS}ms'"))
             connection.execute(text(f"SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s'"))
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": INSTALL_LOCK})
-            # Waiting for that one, a session does not hear which functions were replaced: a table's lock tells.
+            # While a session waits for an advisory lock, it does not learn which functions were replaced. Locking a
+            # table makes it process these messages.
             connection.execute(text("LOCK TABLE pg_catalog.pg_proc IN ACCESS SHARE MODE"))
             return step(connection)
 
-    # Between the attempts the host's writers go on.
+    # Between the attempts the host's writers proceed.
     pauses = growing_pauses(LOCK_TIMEOUT_MILLISECONDS / 1000, _MAX_PAUSE_SECONDS, seconds=patience_seconds)
     try:
         return retry(take, _is_locked, pauses)
@@ -55,7 +57,7 @@ def take_step(
 
 
 def _is_locked(error: TrueupError) -> bool:
-    # A deadlock: should the server look for one within the time that we wait.
+    # DeadlockDetected: the server may check for deadlocks before the lock timeout ends.
     return isinstance(getattr(error.__cause__, "orig", None), LockNotAvailable | DeadlockDetected)
 
 
@@ -79,6 +81,7 @@ def _busy(tables: Sequence[str], patience_seconds: float) -> str:
         holders = connection.execute(_HOLDERS, {"tables": list(tables)}).all()
     named = ", ".join(f"process {row.pid} ({row.name or 'unnamed'}, for {row.seconds} s)" for row in holders)
     return (
-        f"Other transactions kept {', '.join(tables) or 'the tables of trueup'} for {patience_seconds:.0f} s"
-        f"{f': {named}' if named else ''}. What was done before stays done. Let them end, and run this again."
+        f"Other transactions locked {', '.join(tables) or 'the tables of trueup'} for {patience_seconds:.0f} s"
+        f"{f': {named}' if named else ''}. Earlier steps are kept. Wait until these transactions end, then run the "
+        "command again."
     )

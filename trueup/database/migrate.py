@@ -1,7 +1,7 @@
-"""Bring trueup's own tables to the layout of this version.
+"""Create trueup's own tables, or upgrade them to the layout of this version.
 
-A new database gets the tables of `trueup.database.schema`. One in use runs the revisions in `migrations/versions` that
-it lacks; `layout_1.py` there says how a release adds one.
+A new database gets the tables of `trueup.database.schema`. A database in use runs the revisions in
+`migrations/versions` that it lacks; `layout_1.py` there explains how a release adds a revision.
 """
 
 import io
@@ -20,7 +20,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 def create_tables(connection: Connection, user_id_type: UserIdType) -> None:
-    """Make or upgrade trueup's tables in the caller's transaction. Their schema is there already.
+    """Create or upgrade trueup's tables in the caller's transaction. The schema must exist.
 
     Raises `OldLayoutError`, and `NotInstalledError` for the layout of a newer version.
     """
@@ -33,7 +33,7 @@ def create_tables(connection: Connection, user_id_type: UserIdType) -> None:
 
 
 def create_tables_sql(connection: Connection, user_id_type: UserIdType) -> str:
-    """Return the statements that `create_tables` would run; empty where the layout is this version's already."""
+    """Return the statements that `create_tables` would run; empty if the layout is that of this version."""
     there = _upgradable_revision(connection)
     with io.StringIO() as output:
         config = _config(user_id_type, output=output)
@@ -58,7 +58,7 @@ def _upgradable_revision(connection: Connection) -> str | None:
     known = {script.revision for script in _revisions().walk_revisions()}
     if revision is not None and revision not in known:
         raise NotInstalledError(
-            f"This database has trueup's tables in the layout {revision}, which this version does not know: a newer "
+            f"trueup's tables in this database have the layout {revision}, which this version does not know: a newer "
             "version has upgraded them. Nothing was changed. Upgrade trueup on this machine."
         )
     return revision

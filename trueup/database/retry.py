@@ -1,4 +1,4 @@
-"""Retries: which work on the database is tried again, how often, and after which pause."""
+"""Retries: which database operations are retried, how often, and after which pause."""
 
 import logging
 import random
@@ -17,18 +17,18 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# A database that is not ready may be soon: a migration changes its tables, or trueup is being set up again.
+# A database that is not ready may become ready: a migration changes its tables, or trueup is being set up again.
 PASSING = (ServiceUnavailableError, NotInstalledError)
-# How long a write of usage waits before each further try.
+# The pauses before each further attempt to record usage.
 RETRY_DELAYS_SECONDS = (0.1, 0.5, 1, 2, 5, 10)
 
 
 def retry(
     operation: Callable[[], Result], passes: Callable[[TrueupError], bool], pauses: Iterable[float] = (0,)
 ) -> Result:
-    """Run an operation, and again after each pause (seconds) for as long as it fails with an error that `passes`.
+    """Run an operation, and retry it after each pause (seconds) if it fails with an error for which `passes` is true.
 
-    Returns its result. Raises its last error, and at once one that does not pass.
+    Returns the operation's result. Raises the last error when there are no more pauses, and any other error at once.
     """
     for pause in pauses:
         try:
@@ -41,7 +41,7 @@ def retry(
 
 
 def growing_pauses(first: float, longest: float, *, seconds: float) -> Iterator[float]:
-    """Yield ever longer pauses, each random so that two who retry don't meet again, until `seconds` from now."""
+    """Yield growing pauses in seconds, with random jitter so that two clients don't retry together, for `seconds`."""
     deadline, pause = time.monotonic() + seconds, first
     while time.monotonic() + pause <= deadline:
         yield random.uniform(pause / 2, pause)  # noqa: S311 - no secret
@@ -49,9 +49,9 @@ def growing_pauses(first: float, longest: float, *, seconds: float) -> Iterator[
 
 
 def once(operation: Callable[[Connection], Result]) -> Result:
-    """Run an operation on a connection of `connect()`; again only if the gate refused it before it did anything.
+    """Run an operation on a connection of `connect()`; retry it once if the log's partitions or values changed.
 
-    The gate refuses when the usage log's partitions or values changed. The change is recorded by then.
+    The gate refuses such an operation before it does anything, and records the change.
     """
 
     def run() -> Result:
@@ -62,11 +62,11 @@ def once(operation: Callable[[Connection], Result]) -> Result:
 
 
 def retrying(operation: Callable[[Connection], Result]) -> Result:
-    """Run an idempotent operation as `once()` does, and again if its connection was of no use.
+    """Run an idempotent operation as `once()` does, and retry it if its connection was dead or out of date.
 
-    A server that was restarted leaves dead connections in the pool; finding out costs one failure, and SQLAlchemy
-    then drops them all. An upgrade replaces functions that a connection has prepared calls of.
-    Only for what may safely run twice: a read, or a write that is idempotent by key.
+    After a restart of the server the pool has dead connections: the first failure makes SQLAlchemy drop them all. After
+    an upgrade a connection may have prepared calls of replaced functions.
+    The operation must be safe to run twice: a read, or a write that is idempotent by key.
     """
     return retry(lambda: once(operation), _is_dead_connection)
 
@@ -77,10 +77,10 @@ def _is_dead_connection(error: TrueupError) -> bool:
 
 
 def retry_until_recorded(write: Callable[[Connection], Result], what: str) -> Result:
-    """Record usage, which was paid for: run a write that is idempotent by key, for about 20 s while it fails.
+    """Record paid usage: run a write that is idempotent by key, and retry it for about 20 s.
 
-    It is tried again while the database does not answer or is not ready. `what`: the figures; they are logged if the
-    last try fails. Raises the last error of `PASSING`.
+    It is retried while the database does not answer or is not ready. `what`: the figures, which are logged if the last
+    attempt fails. Raises the last error of `PASSING`.
     """
     try:
         return retry(lambda: retrying(write), lambda error: isinstance(error, PASSING), RETRY_DELAYS_SECONDS)

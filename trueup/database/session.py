@@ -1,11 +1,12 @@
-"""A PostgreSQL session of trueup's: its settings, with a pooler in between or without, and times without a zone.
+"""Sessions: their settings, with or without a transaction pooler, and the reading of times without a zone.
 
 A role, a database or a server may set anything for new sessions. trueup itself sets what decides about the meaning of a
 statement, the form of its values, or the time after which the server gives up: `FIXED_SETTINGS`.
 
-A pooler in transaction mode, such as PgBouncer, lends a server connection for one transaction. A setting of the session
-would stay behind for the next client, and a prepared statement would be missing on the next connection. Most settings
-are also refused in the login packet. There each transaction sets its settings for itself, and nothing is prepared.
+A transaction pooler such as PgBouncer lends a server connection to a client for one transaction. A session setting
+would stay on the server connection and affect the next client, a prepared statement may not exist on the next server
+connection, and the pooler refuses most settings at login. With a pooler, therefore, each transaction sets its own
+settings, and no statement is prepared.
 """
 
 from collections.abc import Mapping
@@ -63,26 +64,26 @@ def session_settings(server_version: int, statement_timeout: str) -> dict[str, s
 
 
 def limit_session(connection: Connection[Any], limits: Mapping[str, str]) -> None:
-    """Have all that runs on a new connection run under these settings, with a pooler in between or without.
+    """Apply these settings to all statements on a new connection, with or without a pooler.
 
-    A transaction begun without an isolation level of its own is READ COMMITTED.
+    A transaction that begins without an explicit isolation level is READ COMMITTED.
     """
     values = {"limits": Json(dict(limits)), "process": connection.info.backend_pid}
     connection.autocommit = True
     ours = connection.execute(_SET_WHERE_OURS, values).fetchall()
     connection.autocommit = False
     if not ours:
-        borrow(connection, limits)
+        limit_transactions(connection, limits)
 
 
-def borrow(connection: Connection[Any], limits: Mapping[str, str]) -> None:
-    """Have each transaction on this connection set these limits first, and leave nothing behind for the next one."""
+def limit_transactions(connection: Connection[Any], limits: Mapping[str, str]) -> None:
+    """Make each transaction on this connection set these limits first, and leave nothing on the server connection."""
     statement = SQL("; ").join(
         SQL("SET LOCAL {} = {}").format(Identifier(name), _setting(name, value)) for name, value in limits.items()
     )
     connection.prepare_threshold = None
-    connection.cursor_factory = cast("type[Cursor[Any]]", partial(_BorrowedCursor, limits=statement))
-    connection.server_cursor_factory = cast("type[ServerCursor[Any]]", partial(_BorrowedServerCursor, limits=statement))
+    connection.cursor_factory = cast("type[Cursor[Any]]", partial(_PooledCursor, limits=statement))
+    connection.server_cursor_factory = cast("type[ServerCursor[Any]]", partial(_PooledServerCursor, limits=statement))
 
 
 def _setting(name: str, value: str) -> Composable:
@@ -90,8 +91,8 @@ def _setting(name: str, value: str) -> Composable:
     return SQL(value) if name == "search_path" else Literal(value)
 
 
-class _BorrowedCursor(Cursor[Any]):
-    """Sets the limits when a transaction begins; with autocommit each statement is one."""
+class _PooledCursor(Cursor[Any]):
+    """Sets the limits at the begin of each transaction. With autocommit each statement is a transaction."""
 
     def __init__(self, connection: Connection[Any], *, limits: Composed, **more: Any) -> None:
         super().__init__(connection, **more)
@@ -109,7 +110,7 @@ class _BorrowedCursor(Cursor[Any]):
             super().execute(query, params, **more)
             connection.commit()
         except BaseException:
-            with suppress(psycopg.Error):  # a connection that is lost has nothing to roll back
+            with suppress(psycopg.Error):  # a lost connection has nothing to roll back
                 connection.rollback()
             raise
         return self
@@ -120,8 +121,8 @@ class _BorrowedCursor(Cursor[Any]):
         super().executemany(query, params_seq, **more)
 
 
-class _BorrowedServerCursor(ServerCursor[Any]):
-    """The same, for results that are fetched bit by bit. PostgreSQL has those in transactions alone."""
+class _PooledServerCursor(ServerCursor[Any]):
+    """The same for server-side cursors, which PostgreSQL has only in transactions."""
 
     def __init__(self, connection: Connection[Any], name: str, *, limits: Composed, **more: Any) -> None:
         super().__init__(connection, name, **more)
@@ -144,6 +145,6 @@ class _UtcBinaryLoader(TimestampBinaryLoader):
 
 
 def read_as_utc(connection: Connection) -> None:
-    """Read each `timestamp` without a zone as UTC, the zone of the session. Many hosts keep their times so."""
+    """Read each `timestamp` without a zone as UTC, the zone of the session. Many hosts store such times."""
     for loader in (_UtcLoader, _UtcBinaryLoader):
         connection.adapters.register_loader("timestamp", loader)

@@ -1,4 +1,4 @@
-"""Work that waits for the database, done in a thread so that an event loop need not wait with it."""
+"""Blocking work in a thread, so that it does not block the event loop."""
 
 import asyncio
 import contextvars
@@ -14,8 +14,8 @@ Result = TypeVar("Result")
 async def in_thread(work: Callable[[], Result], *, undo: Callable[[], object] | None = None) -> Result:
     """Run the work in a thread and return its result.
 
-    Work that has been asked for is done, also when the caller is cancelled meanwhile: a hold is to be closed then all
-    the more. `undo` is run after work whose result nobody waited for; an error of such work is logged.
+    The work is completed even if the caller is cancelled: a hold must be closed then too. If the caller was cancelled,
+    `undo` runs after successful work, and an error of the work is logged.
     """
     loop = asyncio.get_running_loop()
     working = loop.run_in_executor(None, contextvars.copy_context().run, work)
@@ -31,6 +31,6 @@ def _end_unwanted(
 ) -> None:
     error = done.exception()
     if error is not None:
-        logger.error("what a cancelled caller had asked for failed: %s", error, exc_info=error)
+        logger.error("work of a cancelled caller failed error=%r", str(error), exc_info=error)
     elif undo is not None:
         loop.run_in_executor(None, undo)

@@ -1,7 +1,6 @@
-"""Finding a host's tables: the database's catalog is read, and the [host] mapping proposed, with reasons."""
+"""Finds a host's tables: reads the database's catalog and proposes the [host] mapping, with reasons."""
 
 from trueup.discovery.catalog import Catalog, read_catalog
-from trueup.discovery.gaps import Gap
-from trueup.discovery.proposal import Choice, Proposal, propose
+from trueup.discovery.proposal import Choice, Gap, Proposal, propose
 
 __all__ = ["Catalog", "Choice", "Gap", "Proposal", "propose", "read_catalog"]

@@ -1,10 +1,11 @@
-"""What a database's catalog says of its tables: names, columns, keys, indexes, estimates, and the role's rights.
+"""A database's tables by its catalog: names, columns, keys, indexes, estimates, and the role's rights.
 
-The catalog is open to every role. No row of the host's is read here.
+Every role may read the catalog. This module reads no row of the host's.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sqlalchemy import Connection, text
 
@@ -18,7 +19,7 @@ MAX_TABLES = 20_000
 
 @dataclass(frozen=True, kw_only=True)
 class HostColumn:
-    """A column. `required`: each new row must give it a value; `computed`: none may. `labels`: an enum's values."""
+    """A column. `required`: each new row must give it a value. `computed`: no row may. `labels`: an enum's values."""
 
     name: str
     type: str
@@ -30,12 +31,12 @@ class HostColumn:
 
 @dataclass(kw_only=True)
 class HostTable:
-    """A table that the host may own. `rows` is the server's estimate; None: it has none.
+    """A table that the host may own. `rows`: the server's estimate; None: there is none.
 
-    `usable`: the role may use its schema; `may_select`: all of its columns.
-    `references`: by column, the table (its oid) that a foreign key of this one column leads to. `unique`: columns that
-    are unique by themselves. `primary_key`: its columns; a partitioned table's has several. `leading`: the columns of
-    each index that serves all rows, in order.
+    `usable`: the role may use its schema. `may_select`: the role may read all its columns. `visible`: it is found
+    without its schema. `references`: by column, the oid of the table that a foreign key of this single column
+    references. `unique`: columns that are unique by themselves. `primary_key`: its columns; a partitioned table's key
+    has several. `leading`: the columns of each index over all rows, in order.
     """
 
     oid: int
@@ -61,13 +62,13 @@ class HostTable:
 
     @property
     def mappable(self) -> bool:
-        """A dot in a name can't be told from the one between schema and table."""
+        """Whether the mapping can name the table: a dot in a name looks like the one between schema and table."""
         return "." not in self.schema and "." not in self.name and "$$" not in self.schema + self.name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Catalog:
-    """The tables that may be a host's, by oid, and the role that asks."""
+    """The tables that a host may own, by oid, and the current role."""
 
     role: str
     tables: dict[int, HostTable]
@@ -76,7 +77,7 @@ class Catalog:
         return iter(self.tables.values())
 
 
-# Partitions are their parent's matter, and a view can't have the log's triggers.
+# Without partitions, which belong to their parent, and without views, which can't have the log's triggers.
 _TABLES = text(
     r"""
     SELECT c.oid\:\:bigint AS oid, n.nspname AS schema, c.relname AS name,
@@ -131,16 +132,14 @@ _REFERENCES = text(
 
 
 def read_catalog(connection: Connection, schemas: Sequence[str] = ()) -> Catalog:
-    """Return the tables of these schemas; without any, of all but the server's and trueup's own.
+    """Return the tables of these schemas; none given: of all schemas except the server's and trueup's.
 
-    Raises `InvalidInputError` for a schema that is not there, and for a database with too many tables to choose from.
+    Raises `InvalidInputError` for an unknown schema, and for a database with more than `MAX_TABLES` tables.
     """
     known = set(connection.scalars(text("SELECT CAST(nspname AS text) FROM pg_namespace")))
     for schema in schemas:
         if schema not in known:
-            raise InvalidInputError(
-                f"schema: the database has no schema {schema!r}. Give its name as it is written there"
-            )
+            raise InvalidInputError(f"schema: the database has no schema {schema!r}. Check the spelling and the case")
     values = {"own": SCHEMA, "schemas": list(schemas) or None, "most": MAX_TABLES + 1}
     tables = {row["oid"]: HostTable(**row) for row in connection.execute(_TABLES, values).mappings()}
     if len(tables) > MAX_TABLES:
@@ -149,14 +148,9 @@ def read_catalog(connection: Connection, schemas: Sequence[str] = ()) -> Catalog
         )
     oids = {"oids": list(tables)}
     for row in connection.execute(_COLUMNS, oids):
-        tables[row.oid].columns[row.name] = HostColumn(
-            name=row.name,
-            type=row.type,
-            kind=kind_of(row.type, row.labels),
-            required=row.required,
-            computed=row.computed,
-            labels=tuple(row.labels),
-        )
+        column: dict[str, Any] = {**row._mapping, "kind": kind_of(row.type, row.labels), "labels": tuple(row.labels)}
+        table = tables[column.pop("oid")]
+        table.columns[row.name] = HostColumn(**column)
     for row in connection.execute(_INDEXES, oids):
         table = tables[row.oid]
         table.leading.append(list(row.columns))

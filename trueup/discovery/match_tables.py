@@ -1,22 +1,22 @@
-"""Which tables of a host are its users, plans, subscriptions, usage log, decrements and payments. Pure."""
+"""Choose a host's tables of users, plans, subscriptions, usage log, decrements and payments. Pure."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trueup.discovery.catalog import Catalog, HostTable
-from trueup.discovery.match_columns import Known, Matches, default_name, match_columns
-from trueup.discovery.vocabulary import SOUGHT_FIELDS, nearness
+from trueup.discovery.match_columns import SOUGHT_FIELDS, Known, Matches, default_name, match_columns, nearness
 from trueup.host.fields import TABLES, Noun
 
+_PLANS: tuple[Noun, Noun] = ("token_plan", "full_plan")
 _MIN_SCORE = 0.5
 _MIN_USER_SCORE = 0.55
-# Another table this near to the best one may be it as well.
+# A table whose score is this close to the best one is a rival.
 _CLOSE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A table that may be a noun's. `score`: 0 to 1. `rival`: another one that may be it as well."""
+    """A table that may be a noun's. `score`: from 0 to 1. `rival`: another table that fits nearly as well."""
 
     table: HostTable
     matches: Matches
@@ -26,7 +26,7 @@ class Candidate:
 
 
 def choose_tables(catalog: Catalog) -> dict[Noun, Candidate]:
-    """Return the table of each noun that could be found."""
+    """Return the table of each noun for which one was found."""
     chosen: dict[Noun, Candidate] = {}
     users = frozenset(table.oid for table in catalog if _name_score("user", table)[0] >= _MIN_USER_SCORE)
     known: dict[Noun, frozenset[int]] = {"user": users}
@@ -37,26 +37,26 @@ def choose_tables(catalog: Catalog) -> dict[Noun, Candidate]:
     if subscription is not None:
         known["subscription"] = frozenset((subscription.table.oid,))
         _choose_plans(catalog, chosen, known, subscription.table)
-        # Once more, now that it is known where its keys lead.
+        # Match again, now that the tables that its foreign keys reference are known.
         again = _candidate("subscription", subscription.table, known, _judge_subscription)
-        chosen["subscription"] = _with_rival(again or subscription, subscription.rival)
+        chosen["subscription"] = replace(again or subscription, rival=subscription.rival)
     if log is not None:
         again = _candidate("usage_log", log.table, known, _judge_log(subscription))
-        chosen["usage_log"] = _with_rival(again or log, log.rival)
-    rest = {one.table.oid for one in chosen.values()}
+        chosen["usage_log"] = replace(again or log, rival=log.rival)
+    taken = {one.table.oid for one in chosen.values()}
     if subscription is not None:
-        decrements = _best("token_usage", _all_but(catalog, rest), known, _judge_leading("subscription_id"))
+        decrements = _best("token_usage", _all_but(catalog, taken), known, _judge_reference("subscription_id"))
         if decrements is not None:
             chosen["token_usage"] = decrements
-            rest.add(decrements.table.oid)
-    payment = _best("payment", _all_but(catalog, rest), known, _judge_leading("user_id"))
+            taken.add(decrements.table.oid)
+    payment = _best("payment", _all_but(catalog, taken), known, _judge_reference("user_id"))
     if payment is not None:
         chosen["payment"] = payment
     return chosen
 
 
 def log_without_total(catalog: Catalog) -> tuple[HostTable, Matches] | None:
-    """Return a table that would be a usage log with a column of all tokens, and what was found in it."""
+    """Return the table that would be the usage log if it had a column for all tokens, and its matches."""
     anchors = (name for name in TABLES["usage_log"].entry.anchors if name != "total_tokens")
     needed = (*anchors, "prompt_tokens", "completion_tokens")
     near = []
@@ -68,7 +68,7 @@ def log_without_total(catalog: Catalog) -> tuple[HostTable, Matches] | None:
 
 
 Judge = Callable[[HostTable, Matches], tuple[float, str]]
-"""Returns what a table's structure adds to its score or takes away, and why."""
+"""Returns the number that a table's structure adds to its score, maybe negative, and why."""
 
 
 def _all_but(catalog: Catalog, taken: Iterable[int] = ()) -> list[HostTable]:
@@ -91,23 +91,19 @@ def _candidate(noun: Noun, table: HostTable, known: Known, judge: Judge) -> Cand
 
 
 def _best(noun: Noun, tables: Iterable[HostTable], known: Known, judge: Judge) -> Candidate | None:
-    """Return the table that fits best, if any fits well enough."""
+    """Return the table with the best score, if it is high enough."""
     found = [one for table in tables if (one := _candidate(noun, table, known, judge)) and one.score >= _MIN_SCORE]
-    # Of equals the one with more rows: the others are leftovers, or somebody's copies.
+    # Of equal scores, the table with more rows: the others are leftovers or copies.
     found.sort(key=lambda one: (one.score, one.table.rows or 0), reverse=True)
     if not found:
         return None
     rival = found[1].table if len(found) > 1 and found[1].score >= found[0].score - _CLOSE else None
-    return _with_rival(found[0], rival)
-
-
-def _with_rival(one: Candidate, rival: HostTable | None) -> Candidate:
-    return Candidate(table=one.table, matches=one.matches, score=one.score, why=one.why, rival=rival)
+    return replace(found[0], rival=rival)
 
 
 def _judge_subscription(table: HostTable, matches: Matches) -> tuple[float, str]:
     if matches.found["user_id"].column.name in table.unique:
-        return 0.15, "one row a user (unique), with a counter and a time"
+        return 0.15, "one row per user (unique), with a counter and a time"
     return -0.1, ""
 
 
@@ -120,16 +116,16 @@ def _judge_log(subscription: Candidate | None) -> Judge:
             return -0.4, ""
         parts = ("prompt_tokens", "completion_tokens", "success", "model_name")
         bonus = 0.04 * sum(name in matches.found for name in parts)
-        # A counter's decrements and a subscription's periods have a user and a time as well, but no model.
-        return bonus, "many rows a user, with tokens and a time" if bonus else ""
+        # Decrements and a subscription's periods have a user and a time too, but none of these columns.
+        return bonus, "many rows per user, with tokens and a time" if bonus else ""
 
     return judge
 
 
-def _judge_leading(name: str) -> Judge:
+def _judge_reference(name: str) -> Judge:
     def judge(table: HostTable, matches: Matches) -> tuple[float, str]:
         column = matches.found[name].column.name
-        return (0.15, f"{column} leads there by a foreign key") if column in table.references else (0.0, "")
+        return (0.15, f"{column} is a foreign key") if column in table.references else (0.0, "")
 
     return judge
 
@@ -137,14 +133,14 @@ def _judge_leading(name: str) -> Judge:
 def _choose_user(
     catalog: Catalog, chosen: dict[Noun, Candidate], known: dict[Noun, frozenset[int]], owners: list[Candidate]
 ) -> None:
-    """The table that the subscription's and the log's users lead to; without such keys, one that is called so."""
+    """Choose the users' table: a foreign key of the subscriptions or the log references it, or it has the name."""
     for owner in owners:
-        leads_to = owner.table.references.get(owner.matches.found["user_id"].column.name)
-        if leads_to in catalog.tables:
-            table = catalog.tables[leads_to]
-            why = (f"{owner.table.setting}.{owner.matches.found['user_id'].column.name} leads to it by a foreign key",)
-            matches = match_columns("user", table, {})
-            chosen["user"] = Candidate(table=table, matches=matches, score=1.0, why=why)
+        column = owner.matches.found["user_id"].column.name
+        target = owner.table.references.get(column)
+        if target in catalog.tables:
+            table = catalog.tables[target]
+            why = (f"{owner.table.setting}.{column} is a foreign key to it",)
+            chosen["user"] = Candidate(table=table, matches=match_columns("user", table, {}), score=1.0, why=why)
             known["user"] = frozenset((table.oid,))
             return
     kinds = {owner.matches.found["user_id"].column.kind for owner in owners}
@@ -157,50 +153,47 @@ def _choose_user(
         return
     score, reason, table = max(named, key=lambda one: (one[0], one[2].rows or 0))
     if score >= _MIN_USER_SCORE:
-        matches = match_columns("user", table, {})
-        chosen["user"] = Candidate(table=table, matches=matches, score=score, why=(reason,))
+        chosen["user"] = Candidate(table=table, matches=match_columns("user", table, {}), score=score, why=(reason,))
 
 
 def _choose_plans(
     catalog: Catalog, chosen: dict[Noun, Candidate], known: dict[Noun, frozenset[int]], subscription: HostTable
 ) -> None:
-    """The tables with tokens that the subscription's keys lead to; without such keys, those that are called so."""
+    """Choose the plans' tables: foreign keys of the subscriptions reference them, or they have the names."""
     users = known.get("user", frozenset())
-    nouns: tuple[Noun, Noun] = ("token_plan", "full_plan")
     targets = [
         catalog.tables[oid]
         for column, oid in subscription.references.items()
         if oid in catalog.tables
         and oid not in users
         and oid != subscription.oid
-        # A voucher has tokens as well: whatever is not called a plan in any way is none.
+        # Vouchers have tokens too: a plan must be named like one.
         and _is_called_plan(column, catalog.tables[oid])
     ]
-    led = {noun: _plans_of(noun, targets, known) for noun in nouns}
-    if not any(led.values()):
+    found = {noun: _plans_of(noun, targets, known) for noun in _PLANS}
+    if not any(found.values()):
         tables = _all_but(catalog, {subscription.oid, *users})
-        led = {
+        found = {
             noun: [one for one in _plans_of(noun, tables, known) if _name_score(noun, one.table)[0] >= _MIN_USER_SCORE]
-            for noun in nouns
+            for noun in _PLANS
         }
-    token, full = led["token_plan"], led["full_plan"]
+    token, full = found["token_plan"], found["full_plan"]
     if not token or not full:
         return
-    # The pair of different tables that fits best; a host with one kind of plan has one table for both.
+    # The best pair of different tables; a host with one kind of plan has one table for both.
     pairs = [(t.score + f.score, t, f) for t in token for f in full if t.table.oid != f.table.oid]
     if pairs:
         _, chosen["token_plan"], chosen["full_plan"] = max(pairs, key=lambda pair: pair[0])
     else:
         chosen["token_plan"], chosen["full_plan"] = token[0], full[0]
-    for noun in nouns:
+    for noun in _PLANS:
         known[noun] = frozenset((chosen[noun].table.oid,))
 
 
 def _is_called_plan(column: str, table: HostTable) -> bool:
-    nouns: tuple[Noun, Noun] = ("token_plan", "full_plan")
     keys = SOUGHT_FIELDS["subscription"]
     return any(
-        _name_score(noun, table)[0] or nearness(column, f"{noun}_id", keys[f"{noun}_id"].names)[0] for noun in nouns
+        _name_score(noun, table)[0] or nearness(column, f"{noun}_id", keys[f"{noun}_id"].names)[0] for noun in _PLANS
     )
 
 

@@ -1,20 +1,18 @@
-"""A [host] mapping proposed from a database's catalog: each choice with how sure it is and why, and what is missing."""
+"""Propose a [host] mapping from a database's catalog: each choice with its certainty and reason, and all gaps."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection
 
-from trueup.discovery.catalog import Catalog
-from trueup.discovery.gaps import Gap, left_out, missing_columns, missing_table
-from trueup.discovery.match_columns import Certainty, certainty_of
-from trueup.discovery.match_tables import Candidate, choose_tables
+from trueup.discovery.catalog import Catalog, HostTable
+from trueup.discovery.match_columns import SOUGHT_FIELDS, Certainty, Matches, certainty_of, default_name
+from trueup.discovery.match_tables import Candidate, choose_tables, log_without_total
 from trueup.discovery.remarks import remarks_on
 from trueup.discovery.samples import Sampler
-from trueup.discovery.substitutes import StandIn, included_column, stand_ins
+from trueup.discovery.substitutes import PAID_WORDS, included_column, stand_ins
 from trueup.discovery.toml import toml_value
-from trueup.discovery.vocabulary import PAID_WORDS, SOUGHT_FIELDS
 from trueup.host.fields import ID_TYPES, NOUNS, TABLES, Noun
 from trueup.host.mapping import HostMapping
 
@@ -24,8 +22,18 @@ _PLANS: tuple[Noun, Noun] = ("token_plan", "full_plan")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gap:
+    """A setting without a match in the database. `stops`: what does not work without it; "": everything works."""
+
+    setting: str
+    why: str
+    remedy: str
+    stops: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A setting that was found. `value`: a name of the host's, or a type."""
+    """A proposed setting. `value`: a name in the host's database, or a type."""
 
     setting: str
     value: str
@@ -35,9 +43,9 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """What is proposed. `mapping` None: a table that nothing works without was not found.
+    """The proposed mapping. `mapping` None: a required table or column was not found; see `gaps`.
 
-    `notes`: what else a person should know of these tables, each with its remedy.
+    `notes`: further obstacles in these tables, each with its remedy.
     """
 
     mapping: HostMapping | None
@@ -47,10 +55,8 @@ class Proposal:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The [host] section: only what differs from Django's default names."""
-        if self.mapping is None:
-            return {}
-        return _as_written(self.mapping)
+        """The [host] section: only settings that differ from Django's default names."""
+        return {} if self.mapping is None else _as_written(self.mapping)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -64,9 +70,9 @@ class Proposal:
 
 
 def propose(connection: Connection, catalog: Catalog, given: Mapping[str, Any] | None = None) -> Proposal:
-    """Return the mapping that fits these tables best. Reads a few rows where the role may; nothing is written.
+    """Return the mapping that fits these tables best. Reads a few rows if the role may; writes nothing.
 
-    `given`: a [host] that a person has set. It is asked for what is not found, and for nothing else.
+    `given`: the [host] that a person has set. It is used only for settings without a match.
     """
     given = given or {}
     chosen = choose_tables(catalog)
@@ -77,34 +83,38 @@ def propose(connection: Connection, catalog: Catalog, given: Mapping[str, Any] |
     without = _without(chosen, choices)
     for noun in NOUNS:
         candidate = chosen.get(noun)
-        told = given.get(noun) or {}
+        by_person = given.get(noun) or {}
         if candidate is None and noun in without:
             continue
         if candidate is None:
-            if "table" in told:
-                drafts[noun] = dict(told)
-                choices += _choices_by_hand(noun, told)
+            if "table" in by_person:
+                drafts[noun] = dict(by_person)
+                choices += _choices_by_person(noun, by_person)
             else:
-                gaps.append(missing_table(noun, catalog))
+                gaps.append(_missing_table(noun, catalog))
             continue
         instead = stand_ins(noun, candidate, sampler)
-        # Without such plans no key leads to them.
+        # A host without plans has no foreign keys to them.
         spared = {one.instead_of for one in instead} | {f"{plan}_id" for plan in _PLANS if plan in without}
-        lacking = missing_columns(noun, candidate, spared)
-        by_hand = _by_hand(lacking, told)
-        lacking = [gap for gap in lacking if not _by_hand([gap], told)]
+        lacking = _missing_columns(noun, candidate, spared)
+        used = _used_for(lacking, by_person)
+        lacking = [gap for gap in lacking if not _used_for([gap], by_person)]
         if TABLES[noun].entry.optional:
-            names = [gap.setting for gap in lacking if gap.stops]
+            needed = [gap.setting for gap in lacking if gap.stops]
             if noun == "payment" and "full_plan" not in without and "duration_days" not in drafts.get("full_plan", {}):
-                names.append("host.full_plan.duration_days")
-            if names:
-                gaps.append(left_out(noun, candidate.table, ", ".join(names)))
+                needed.append("host.full_plan.duration_days")
+            if needed:
+                gaps.append(_left_out(noun, candidate.table, ", ".join(needed)))
                 continue
         choices += _choices_of(noun, candidate)
-        choices += [_choice_instead(noun, one) for one in instead]
-        choices += _choices_by_hand(noun, by_hand)
+        choices += [
+            Choice(setting=f"host.{noun}.{one.field}", value=toml_value(one.value), certainty="likely", why=one.why)
+            for one in instead
+        ]
+        choices += _choices_by_person(noun, used)
         gaps += lacking
-        drafts[noun] = _names_of(candidate) | {one.field: one.value for one in instead} | by_hand
+        names = {name: match.column.name for name, match in candidate.matches.found.items()}
+        drafts[noun] = {"table": candidate.table.setting, **names, **{one.field: one.value for one in instead}, **used}
     types = {name: given[name] for name in ("user_id_type", "usage_log_id_type") if name in given}
     types |= _types(drafts, chosen, choices)
     if "subscription" in drafts:
@@ -119,13 +129,13 @@ def propose(connection: Connection, catalog: Catalog, given: Mapping[str, Any] |
 
 
 def _without(chosen: dict[Noun, Candidate], choices: list[Choice]) -> dict[str, Any]:
-    """Return the settings of a host that has no users or no plans: where its subscriptions do without them."""
+    """Return the settings for a host without tables of users or plans, if its subscriptions do not need them."""
     settings: dict[str, Any] = {}
     if "subscription" not in chosen:
         return settings
     if "user" not in chosen:
         settings["user"] = False
-        why = "no table has the columns of the users: the views then show no names"
+        why = "no table has the columns of users, so the views show no names"
         choices.append(Choice(setting="host.user", value="false", certainty="likely", why=why))
     included = included_column(chosen["subscription"])
     if "token_plan" in chosen or "full_plan" in chosen or included is None:
@@ -133,51 +143,41 @@ def _without(chosen: dict[Noun, Candidate], choices: list[Choice]) -> dict[str, 
     name, score, why = included
     for noun in _PLANS:
         settings[noun] = False
-        choices.append(
-            Choice(setting=f"host.{noun}", value="false", certainty="likely", why=f"{name} says what is included")
-        )
-    choices.append(
-        Choice(setting="host.subscription.tokens_included", value=name, certainty=certainty_of(score), why=why)
-    )
+        holds = f"{name} holds the included tokens"
+        choices.append(Choice(setting=f"host.{noun}", value="false", certainty="likely", why=holds))
+    setting = "host.subscription.tokens_included"
+    choices.append(Choice(setting=setting, value=name, certainty=certainty_of(score), why=why))
     return settings | {"subscription": {"tokens_included": name}}
 
 
-def _choice_instead(noun: Noun, one: StandIn) -> Choice:
-    return Choice(setting=f"host.{noun}.{one.field}", value=toml_value(one.value), certainty="likely", why=one.why)
-
-
-def _by_hand(lacking: list[Gap], told: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a person has set for columns that were not found, by field."""
+def _used_for(lacking: list[Gap], by_person: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a person's settings for columns that were not found, by field."""
     fields = [gap.setting.rpartition(".")[2] for gap in lacking]
     fields += ["counts"] if "success" in fields else []
-    return {name: told[name] for name in fields if name in told}
+    return {name: by_person[name] for name in fields if name in by_person}
 
 
-def _choices_by_hand(noun: Noun, told: Mapping[str, Any]) -> list[Choice]:
+def _choices_by_person(noun: Noun, by_person: Mapping[str, Any]) -> list[Choice]:
     why = "set by you under [host]"
-    if "table" in told and told["table"] is None:
+    if "table" in by_person and by_person["table"] is None:
         return [Choice(setting=f"host.{noun}", value="false", certainty="certain", why=why)]
+    values = {name: value if isinstance(value, str) else toml_value(value) for name, value in by_person.items()}
     return [
-        Choice(
-            setting=f"host.{noun}.{name}",
-            value=value if isinstance(value, str) else toml_value(value),
-            certainty="certain",
-            why=why,
-        )
-        for name, value in told.items()
+        Choice(setting=f"host.{noun}.{name}", value=value, certainty="certain", why=why)
+        for name, value in values.items()
     ]
 
 
 def _as_written(mapping: HostMapping) -> dict[str, Any]:
-    """Return what differs from the defaults, as a person would write it."""
-    told = mapping.model_dump(exclude_defaults=True, exclude_none=True)
-    told |= {noun: False for noun in ("user", *_PLANS) if getattr(mapping, noun).table is None}
-    log = told.get("usage_log", {})
+    """Return the settings that differ from the defaults, as a person would write them."""
+    settings = mapping.model_dump(exclude_defaults=True, exclude_none=True)
+    settings |= {noun: False for noun in ("user", *_PLANS) if getattr(mapping, noun).table is None}
+    log = settings.get("usage_log", {})
     if "counts" in log:
-        log.pop("success", None)  # it is what it is anyway
+        log.pop("success", None)  # `counts` replaces it
     if "value" in log.get("metadata", ()):
         log["metadata"] = {"value": {}}
-    return told
+    return settings
 
 
 def _choices_of(noun: Noun, candidate: Candidate) -> list[Choice]:
@@ -193,55 +193,109 @@ def _choices_of(noun: Noun, candidate: Candidate) -> list[Choice]:
     for name in SOUGHT_FIELDS[noun]:
         match = candidate.matches.found.get(name)
         if match is not None:
+            setting, reason = f"host.{noun}.{name}", f"{match.why}, {match.column.type}"
             found.append(
-                Choice(
-                    setting=f"host.{noun}.{name}",
-                    value=match.column.name,
-                    certainty=certainty_of(match.score),
-                    why=f"{match.why}, {match.column.type}",
-                )
+                Choice(setting=setting, value=match.column.name, certainty=certainty_of(match.score), why=reason)
             )
     return found
 
 
-def _names_of(candidate: Candidate) -> dict[str, Any]:
-    names = {name: match.column.name for name, match in candidate.matches.found.items()}
-    return {"table": candidate.table.setting, **names}
+_ID_COLUMNS: dict[str, tuple[Noun, str]] = {
+    "user_id_type": ("subscription", "user_id"),
+    "usage_log_id_type": ("usage_log", "id"),
+}
 
 
 def _types(drafts: dict[Noun, dict[str, Any]], chosen: dict[Noun, Candidate], choices: list[Choice]) -> dict[str, str]:
-    """The types of ids, from the columns that hold them."""
+    """Return the types of ids by their columns, and add a choice for each."""
     types: dict[str, str] = {}
-    if "subscription" in drafts and "subscription" in chosen:
-        column = chosen["subscription"].matches.found["user_id"].column
-        types["user_id_type"] = ID_TYPES[column.kind]
-        why = f"{chosen['subscription'].table.setting}.{column.name} is {column.type}"
-        choices.append(Choice(setting="host.user_id_type", value=types["user_id_type"], certainty="certain", why=why))
-    if "usage_log" in drafts and "usage_log" in chosen and "id" in chosen["usage_log"].matches.found:
-        column = chosen["usage_log"].matches.found["id"].column
-        types["usage_log_id_type"] = ID_TYPES[column.kind]
-        why = f"{chosen['usage_log'].table.setting}.{column.name} is {column.type}"
-        choices.append(
-            Choice(setting="host.usage_log_id_type", value=types["usage_log_id_type"], certainty="certain", why=why)
-        )
+    for setting, (noun, field_name) in _ID_COLUMNS.items():
+        match = chosen[noun].matches.found.get(field_name) if noun in drafts and noun in chosen else None
+        if match is not None:
+            types[setting] = ID_TYPES[match.column.kind]
+            why = f"{chosen[noun].table.setting}.{match.column.name} is {match.column.type}"
+            choices.append(Choice(setting=f"host.{setting}", value=types[setting], certainty="certain", why=why))
     return types
 
 
 def _paid_word(
     chosen: dict[Noun, Candidate], drafts: dict[Noun, dict[str, Any]], sampler: Sampler, choices: list[Choice]
 ) -> list[str]:
-    """Find what a payment is called whose money has come. Returns a note if nothing tells it."""
+    """Find the status of a completed payment. Returns a note if it is not clear."""
     if "payment" not in drafts or "payment" not in chosen or "completed_status" in drafts["payment"]:
         return []
     table, status = chosen["payment"].table, drafts["payment"]["status"]
     word = sampler.word(table, status, PAID_WORDS)
     if word is None:
         note = (
-            f"{table.setting}.{status}: which value says that the money has come could not be told. Set "
-            'completed_status under [host.payment]; without it, "completed" is taken.'
+            f"{table.setting}.{status}: trueup could not tell which value marks a completed payment. Set "
+            'completed_status under [host.payment]; the default is "completed".'
         )
         return [note]
     drafts["payment"]["completed_status"] = word
     why = "an enum's value" if table.columns[status].labels else f"a value of {status} in a sample"
     choices.append(Choice(setting="host.payment.completed_status", value=word, certainty="likely", why=why))
     return []
+
+
+def _missing_table(noun: Noun, catalog: Catalog) -> Gap:
+    """Return the gap for a table that was not found, or for the one column that a near match lacks."""
+    setting = f"host.{noun}.table"
+    near = log_without_total(catalog) if noun == "usage_log" else None
+    if near is not None:
+        return _missing_total(*near)
+    example = f'table = "SCHEMA.TABLE" under [host.{noun}]'
+    about = TABLES[noun].entry
+    if about.optional:
+        why = f"no table looks like {about.meaning}"
+        remedy = f"if there is one, set {example}: causes of drift become certain"
+        return Gap(setting=setting, why=why, remedy=remedy, stops="")
+    why = f"no table has the columns of {about.meaning}"
+    return Gap(setting=setting, why=why, remedy=f"set {example}, and its columns", stops="everything")
+
+
+def _missing_total(table: HostTable, matches: Matches) -> Gap:
+    prompt, completion = (matches.found[name].column.name for name in ("prompt_tokens", "completion_tokens"))
+    column = matches.wrong_type.get("total_tokens")
+    if column is None:
+        why = f"has no column with the sum of {prompt} and {completion}"
+        remedy = "add such a column (integer), and a trigger BEFORE INSERT OR UPDATE that fills it; it can't be "
+        remedy += "GENERATED, because trueup's rows set it"
+    else:
+        why = f"its {column.name} is of type {column.type}, which is not integer"
+        remedy = "make it integer or bigint, or add such a column"
+    return Gap(
+        setting="host.usage_log.total_tokens",
+        why=f"{table.setting} looks like the AI usage log, but {why}",
+        remedy=remedy,
+        stops="everything",
+    )
+
+
+def _left_out(noun: Noun, table: HostTable, names: str) -> Gap:
+    """Return the gap for an optional table that lacks the columns `names`."""
+    return Gap(
+        setting=f"host.{noun}.table",
+        why=f"{table.setting} looks like {TABLES[noun].entry.meaning}, but no column was found for {names}",
+        remedy=f'set table = "{table.setting}" and these columns under [host.{noun}], or leave it unmapped',
+        stops="",
+    )
+
+
+def _missing_columns(noun: Noun, candidate: Candidate, spared: Collection[str]) -> list[Gap]:
+    """Return a gap for each column that was not found. `spared`: fields that need no column."""
+    gaps = []
+    for name, wanted in SOUGHT_FIELDS[noun].items():
+        if name in candidate.matches.found or name in spared:
+            continue
+        column = candidate.matches.wrong_type.get(name)
+        kinds = " or ".join(sorted(wanted.kinds))
+        why = f"{candidate.table.setting} has no column like {default_name(noun, name)}"
+        if column is not None:
+            why = f"{candidate.table.setting}.{column.name} is of type {column.type}, which is not {kinds}"
+        stops = "everything" if wanted.required else "" if wanted.use.startswith("nothing") else wanted.use
+        remedy = f'set {name} = "COLUMN" under [host.{noun}], or add such a column ({kinds})'
+        if wanted.otherwise:
+            remedy += f", or set {wanted.otherwise}"
+        gaps.append(Gap(setting=f"host.{noun}.{name}", why=why, remedy=remedy, stops=stops))
+    return gaps

@@ -1,4 +1,4 @@
-"""A look at a few of the host's rows, where its rights allow one: what is seen is compared, and never shown."""
+"""Reads a few of the host's rows if the role may. Values are only compared, and never shown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ ROWS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Reads at most `ROWS` rows of a table. Without the right to read it, nothing is known."""
+    """Reads at most `ROWS` rows of a table. Without the right to read it, the answers are None."""
 
     connection: Connection
 
     def word(self, table: HostTable, column: str, words: Sequence[str]) -> str | None:
-        """Return which of these words, in any case, is a value of the column. None: none of them, or several."""
+        """Return the one value of the column that is one of these words, in any case. None: no value, or several."""
         labels = list(table.columns[column].labels)
         if not labels and table.readable:
             labels = [str(value) for value in self._values(table, column) if value is not None]
@@ -26,7 +26,7 @@ class Sampler:
         return used[0] if len(used) == 1 else None
 
     def adds_up(self, table: HostTable, prompt: str, completion: str, total: str) -> bool | None:
-        """Return whether most totals are the sum of both parts. None: there is nothing to tell it by."""
+        """Return whether most totals are the sum of both parts. None: not known."""
         if not table.readable:
             return None
         parts = [quote_identifier(name) for name in (prompt, completion, total)]

@@ -1,4 +1,4 @@
-"""What stands for columns and tables that a host does not have, where that can be told for sure."""
+"""Substitutes for columns and tables that a host does not have, if they are certain."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -6,21 +6,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from trueup.discovery.catalog import HostColumn, HostTable
+from trueup.discovery.match_columns import SOUGHT_FIELDS, nearness, plain
 from trueup.discovery.match_tables import Candidate
 from trueup.discovery.samples import Sampler
-from trueup.discovery.vocabulary import (
-    ACTIVE_WORDS,
-    DELETED_NAMES,
-    FAILED_WORDS,
-    OK_WORDS,
-    SOUGHT_FIELDS,
-    STATUS_NAMES,
-    STATUS_OF_SUBSCRIPTION,
-    nearness,
-    plain,
-)
 from trueup.host.fields import Noun
 from trueup.host.setting_values import quote_identifier, quote_literal
+
+# The values and names of hosts, compared without case.
+PAID_WORDS = ("completed", "complete", "succeeded", "success", "successful", "paid", "captured", "settled", "confirmed")
+ACTIVE_WORDS = ("active", "enabled")
+OK_WORDS = ("ok", "success", "successful", "succeeded", "completed", "complete", "done", "finished")
+FAILED_WORDS = ("failed", "failure", "fail", "error", "errored")
+SUBSCRIPTION_STATUS_NAMES = {"status", "state", "subscription_status", "subscription_state"}
+CALL_STATUS_NAMES = {
+    *("status", "state", "outcome", "result", "success", "ended"),
+    *("finish_status", "call_status", "request_status"),
+}
+DELETED_NAMES = {"deleted_at", "deleted_on", "discarded_at", "removed_at"}
 
 _MIN_SCORE = 0.6
 _PLAIN = re.compile(r"[a-z_][a-z0-9_]*")
@@ -28,7 +30,7 @@ _PLAIN = re.compile(r"[a-z_][a-z0-9_]*")
 
 @dataclass(frozen=True, kw_only=True)
 class StandIn:
-    """A setting that is no column's name. `instead_of`: the field for which it stands."""
+    """A setting that is not a column's name. `instead_of`: the field that it replaces."""
 
     field: str
     instead_of: str
@@ -37,7 +39,7 @@ class StandIn:
 
 
 def stand_ins(noun: Noun, candidate: Candidate, sampler: Sampler) -> list[StandIn]:
-    """Return what stands for columns that were not found. A column of a wrong type is left to a person."""
+    """Return the substitutes for columns that were not found. A column of a wrong type is left to a person."""
     table, matches = candidate.table, candidate.matches
     found = [
         StandIn(
@@ -57,58 +59,58 @@ def stand_ins(noun: Noun, candidate: Candidate, sampler: Sampler) -> list[StandI
 
 
 def _active(candidate: Candidate, sampler: Sampler) -> list[StandIn]:
-    """Return what says that a subscription is in force, if one status says it in a word. All other values deny."""
-    told = _told(candidate, sampler, STATUS_OF_SUBSCRIPTION, ACTIVE_WORDS)
-    if told is None:
+    """Return the condition for an active subscription, if one status value means it. All other values deny."""
+    found = _status_column(candidate, sampler, SUBSCRIPTION_STATUS_NAMES, ACTIVE_WORDS)
+    if found is None:
         return []
-    column, word = told
-    why = f"{column.name} is {column.type}, and {word!r} its only value that says so: with any other nobody may spend"
+    column, word = found
+    why = f"{column.name} is {column.type}, and {word!r} is its only value for active; any other value denies"
     value: dict[str, Any] = {"column": column.name, "equals": word}
-    gone = deleted_column(candidate.table)
-    if gone is not None:
-        value = {"expression": f"{_of_row(column.name)} = {quote_literal(word)} AND {_of_row(gone)} IS NULL"}
-        why += f", nor with a {gone}"
+    deleted = deleted_column(candidate.table)
+    if deleted is not None:
+        value = {"expression": f"{_of_row(column.name)} = {quote_literal(word)} AND {_of_row(deleted)} IS NULL"}
+        why += f", and so does a {deleted}"
     return [StandIn(field="is_active", instead_of="is_active", value=value, why=why)]
 
 
 def _of_row(name: str) -> str:
-    """Return a column as an expression of the mapping names it."""
+    """Return a column's name for an expression of the mapping."""
     return "{row}." + (name if _PLAIN.fullmatch(name) else quote_identifier(name))
 
 
 def deleted_column(table: HostTable) -> str | None:
-    """Return the column that says when a row was deleted, if the host keeps such rows."""
+    """Return the column with the time when a row was deleted, if the host keeps deleted rows."""
     names = (column.name for column in table.columns.values() if column.kind == "time")
     return next((name for name in names if plain(name) in DELETED_NAMES), None)
 
 
 def _counts(candidate: Candidate, sampler: Sampler) -> list[StandIn]:
-    """Return what says that a row counts, if one column says it in a word."""
-    told = _told(candidate, sampler, STATUS_NAMES, OK_WORDS)
-    if told is None:
+    """Return the condition for a log row that counts, if one status value means success."""
+    status = _status_column(candidate, sampler, CALL_STATUS_NAMES, OK_WORDS)
+    if status is None:
         return []
-    column, word = told
+    column, word = status
     failed = sampler.word(candidate.table, column.name, FAILED_WORDS)
     value = {"column": column.name, "equals": word} | ({} if failed is None else {"failed": failed})
-    why = f"{column.name} is {column.type}, and {word!r} its only value that says so"
+    why = f"{column.name} is {column.type}, and {word!r} is its only value for success"
     return [StandIn(field="counts", instead_of="success", value=value, why=why)]
 
 
-def _told(
+def _status_column(
     candidate: Candidate, sampler: Sampler, names: Collection[str], words: Sequence[str]
 ) -> tuple[HostColumn, str] | None:
-    """Return the column called so that says it in one of these words, and the word. None: none does, or several."""
+    """Return the column with one of these names that has one of these words as a value, and the word; None: not one."""
     taken = {match.column.name for match in candidate.matches.found.values()}
-    told = []
+    found = []
     for column in candidate.table.columns.values():
         if column.kind == "text" and column.name not in taken and plain(column.name) in names:
             word = sampler.word(candidate.table, column.name, words)
-            told += [(column, word)] if word is not None else []
-    return told[0] if len(told) == 1 else None
+            found += [(column, word)] if word is not None else []
+    return found[0] if len(found) == 1 else None
 
 
 def included_column(candidate: Candidate) -> tuple[str, float, str] | None:
-    """Return the column of a subscription that says what it includes, with how sure that is, and why."""
+    """Return the column of a subscription with the tokens that it includes, a score from 0 to 1, and why."""
     taken = {match.column.name for match in candidate.matches.found.values()}
     wanted = SOUGHT_FIELDS["token_plan"]["tokens_included"]
     scored = [

@@ -1,4 +1,4 @@
-"""The [host] section of trueup.toml: written as text, put into a file whose other sections stay as they are. Pure."""
+"""Write the [host] section of trueup.toml, also into a file whose other sections stay unchanged. Pure."""
 
 import json
 import re
@@ -11,15 +11,15 @@ from pydantic import ValidationError
 from trueup.errors import InvalidInputError
 from trueup.host.mapping import HostMapping
 
-# "host" bare or quoted, alone or with more behind a dot; an array of tables is none of ours.
+# A table header named host, bare or quoted, alone or followed by a dot and more. Arrays of tables do not count.
 _HEADER = re.compile(r"\s*\[(?!\[)\s*(?P<name>[^\]]*?)\s*\]\s*(#.*)?$")
 _HOST = re.compile(r"""(host|"host"|'host')\s*(\.|$)""")
 
 
 def host_section(settings: Mapping[str, Any], remarks: Sequence[str] = ()) -> str:
-    """Return the section as TOML. `remarks`: what is missing, as comments at its head."""
+    """Return the section as TOML. `remarks`: comments at its head."""
     lines = ["[host]", *(f"# {line}" for remark in remarks for line in remark.splitlines())]
-    lines += [*_pairs({name: value for name, value in settings.items() if not isinstance(value, dict)})]
+    lines += _pairs({name: value for name, value in settings.items() if not isinstance(value, dict)})
     for noun, names in settings.items():
         if isinstance(names, dict):
             lines += ["", f"[host.{noun}]", *_pairs(names)]
@@ -27,18 +27,20 @@ def host_section(settings: Mapping[str, Any], remarks: Sequence[str] = ()) -> st
 
 
 def merged(content: str, section: str, *, force: bool) -> str:
-    """Return a file's content with the section in it. `force`: in place of the [host] that it has.
+    """Return a file's content with the section added. `force`: replace the [host] that it has.
 
-    Everything else stays as it is, comments too. Raises `InvalidInputError` where that can't be done safely: the file
-    is no TOML, it has a [host] and `force` is off, or its [host] is written so that it can't be taken out by lines.
+    All else stays unchanged, comments included. Raises `InvalidInputError` if the file is not TOML, if it has a [host]
+    and `force` is off, or if its [host] can't be removed by lines.
     """
     try:
         before = tomllib.loads(content)
     except tomllib.TOMLDecodeError as error:
-        raise InvalidInputError(f"output: the file is no TOML ({error}). Correct it, or give another file") from None
+        raise InvalidInputError(
+            f"output: the file is not TOML ({error}). Nothing was changed. Correct it, or give another file"
+        ) from None
     if "host" in before and not force:
         raise InvalidInputError(
-            "output: the file has a [host] already, and nothing was changed. Replace it with --force (everything else "
+            "output: the file has a [host] already. Nothing was changed. Replace it with --force (everything else "
             "stays), or give another file with --output"
         )
     rest = _without_host(content) if "host" in before else content
@@ -50,27 +52,27 @@ def merged(content: str, section: str, *, force: bool) -> str:
     wanted = tomllib.loads(section)
     if after != {**before, "host": wanted["host"]}:
         raise InvalidInputError(
-            "output: the [host] of this file is not written as a section of its own, and nothing was changed. Take it "
-            "out by hand, then write again"
+            "output: the [host] of this file is not a section of its own, so trueup can't replace it. Nothing was "
+            "changed. Remove it from the file and run the command again"
         )
     return text
 
 
 def read_host(content: str) -> HostMapping:
-    """Return the mapping that a file's [host] says. Raises `InvalidInputError`."""
+    """Return the mapping in a file's [host]. Raises `InvalidInputError` if it is not valid."""
     try:
         return HostMapping.model_validate(tomllib.loads(content).get("host", {}))
     except (tomllib.TOMLDecodeError, ValidationError) as error:
-        raise InvalidInputError(f"host: what was written can't be read back ({error})") from None
+        raise InvalidInputError(f"host: trueup can't read this [host] ({error}). Correct it in the file") from None
 
 
 def toml_value(value: Any) -> str:
-    """Return a value as TOML, a table in one line."""
+    """Return a value as TOML; a table as an inline table."""
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{name} = {toml_value(one)}' for name, one in value.items())}}}"
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(toml_value, value))}]"
-    # JSON's strings are TOML's, but for DEL, which TOML wants escaped.
+    # JSON strings are TOML strings, except DEL, which TOML needs escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -79,9 +81,9 @@ def _pairs(names: Mapping[str, Any]) -> list[str]:
 
 
 def _without_host(content: str) -> str:
-    """Leave out each table called host, or host.something, up to its last line; comments after that are the next one's.
+    """Return the content without the tables host and host.*. Comments after a table's last line belong to the next one.
 
-    So trueup's own remarks stand below their heading.
+    Therefore `host_section` writes its remarks below the heading.
     """
     kept, inside = [], False
     after: list[str] = []

@@ -1,4 +1,4 @@
-"""`trueup doctor`: is everything in place for budgets to be true? Each finding says what is so, and what to do.
+"""`trueup doctor` checks everything that budgets depend on. Each finding names a fact and, if needed, a remedy.
 
-Checks only look. One that fails is a finding itself, and hides no other.
+Checks write nothing. A check that fails becomes a finding, and the other checks still run.
 """

@@ -1,4 +1,4 @@
-"""What checks find, and running them so that one that fails hides no other."""
+"""The findings of checks, and `run_check`, which turns a failed check into a finding."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ Level = Literal["ok", "warning", "error"]
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What a check found. `check`: its lasting name. `remedy` None: nothing is to be done.
+    """The result of a check. `check`: a stable name for machines. `remedy` None: nothing needs to be done.
 
     `detail`: figures and names for machines; times in seconds, tokens as counts.
     """
@@ -25,9 +25,6 @@ class Finding:
     what: str
     remedy: str | None = None
     detail: dict[str, Any] = field(default_factory=dict)
-
-
-Check = Callable[[], Iterable[Finding]]
 
 
 def ok(check: str, what: str, **detail: Any) -> Finding:
@@ -42,25 +39,22 @@ def error(check: str, what: str, remedy: str, **detail: Any) -> Finding:
     return Finding(check=check, level="error", what=what, remedy=remedy, detail=detail)
 
 
-def run_check(check: str, check_function: Check) -> list[Finding]:
-    """Return what a check finds; that it failed, if it did: a warning if it only took too long."""
+def run_check(check: str, check_function: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """Return the findings of a check. A failure is a finding too: a warning after a timeout, else an error."""
     found: list[Finding] = []
     try:
         found.extend(check_function())
-    except Exception as failure:  # noqa: BLE001 - whatever it is, the other checks have something to say
+    except Exception as failure:  # noqa: BLE001 - the other checks must still run
         if isinstance(failure, DBAPIError) and isinstance(failure.orig, QueryCanceled):
-            found.append(
-                warning(check, "Not known: looking took too long.", "Look again when the database has less to do.")
-            )
+            remedy = "Run doctor again when the database has less load."
+            found.append(warning(check, "Unknown: the check took too long.", remedy))
         else:
             cause = reason_of(failure) if isinstance(failure, DBAPIError | TrueupError) else repr(failure)[:500]
-            found.append(
-                error(check, f"Not known: looking failed ({cause}).", "Mend what the cause names, and look again.")
-            )
+            found.append(error(check, f"Unknown: the check failed ({cause}).", "Fix the cause and run doctor again."))
     return found
 
 
 def exit_code(findings: Iterable[Finding], *, strict: bool) -> int:
-    """Return 1 if anything is wrong, else 0. `strict`: a warning is wrong too."""
+    """Return 1 if there is an error, else 0. `strict`: a warning counts as an error."""
     wrong = ("warning", "error") if strict else ("error",)
     return int(any(finding.level in wrong for finding in findings))

@@ -1,7 +1,8 @@
-"""trueup's own objects in the database: of this version, for this mapping, and at work."""
+"""trueup's own objects in the database: their version, their mapping, triggers and rights."""
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, text
@@ -9,166 +10,121 @@ from sqlalchemy import Connection, text
 from trueup.database.layout import revision_of
 from trueup.database.migrate import newest_revision
 from trueup.doctor.findings import Finding, error, ok, warning
-from trueup.host.mapping import quote_identifier, quote_table
+from trueup.host.mapping import HostMapping, quote_identifier, quote_table
 from trueup.host.partitions import FAMILY, uncovered_partitions
+from trueup.install.baseline import LOG_TRIGGERS, WINDOW_TRIGGER, are_triggers_unchanged
 from trueup.install.install import expected_functions
 from trueup.install.rights import lacking_rights, worker_rights
-from trueup.install.triggers import LOG_TRIGGERS, WINDOW_TRIGGER, is_untouched
 from trueup.settings.settings import Settings
 
-_INIT = "Run `trueup db attach`."
+_ATTACH = "Run `trueup db attach`."
 _SHOWN = 3
+_trigger_warning, _trigger_error = partial(warning, "triggers"), partial(error, "triggers")
 
 
 def is_installed(connection: Connection) -> bool:
-    """Return whether trueup's tables are there, also where the role has no right to look into their schema."""
-    return bool(
-        connection.scalar(
-            text("SELECT EXISTS (SELECT FROM pg_tables WHERE schemaname = 'trueup' AND tablename = 'installation')")
-        )
-    )
+    """Return whether trueup's tables exist. The role needs no right on the schema."""
+    table = text("SELECT 1 FROM pg_tables WHERE schemaname = 'trueup' AND tablename = 'installation'")
+    return connection.scalar(table) is not None
 
 
 def check_schema(connection: Connection, settings: Settings) -> Iterator[Finding]:
-    """Yield whether trueup's tables are of the code's version."""
+    """Check that trueup's tables have the code's version."""
     wanted = newest_revision()
     if not is_installed(connection):
-        yield error("schema", "This database has no trueup schema.", _INIT, wanted=wanted)
+        yield error("schema", "This database has no trueup schema.", _ATTACH, wanted=wanted)
         return
-    there = revision_of(connection)
-    if there == wanted:
-        yield ok("schema", f"Schema trueup is of this version ({there}).", version=there)
+    version = revision_of(connection)
+    if version == wanted:
+        yield ok("schema", f"Schema trueup has the code's version ({version}).", version=version)
     else:
-        yield error(
-            "schema",
-            f"Schema trueup is of version {there}, the code is of version {wanted}.",
-            f"{_INIT} If the schema is newer, upgrade trueup on this machine.",
-            version=there,
-            wanted=wanted,
-        )
+        what = f"Schema trueup has version {version}, the code has version {wanted}."
+        remedy = f"{_ATTACH} If the schema is newer, upgrade trueup on this machine."
+        yield error("schema", what, remedy, version=version, wanted=wanted)
 
 
 def check_functions(connection: Connection, settings: Settings) -> Iterator[Finding]:
-    """Yield whether the functions in the database are those of this code and this mapping."""
+    """Check that the functions in the database belong to this code and this mapping."""
     fingerprint = connection.scalar(text("SELECT mapping_fingerprint FROM trueup.installation"))
     if fingerprint != settings.host.fingerprint():
-        yield error(
-            "functions",
-            "The database was set up for other table or column names than [host] now says.",
-            f"Set them back, or: {_INIT}",
-            fingerprint=fingerprint,
-            wanted=settings.host.fingerprint(),
-        )
+        what = "The database was set up for other table or column names than those in [host]."
+        remedy = f"Restore the names in [host], or adopt the new ones: {_ATTACH}"
+        yield error("functions", what, remedy, fingerprint=fingerprint, wanted=settings.host.fingerprint())
         return
-    rows = connection.execute(
-        text(
-            "SELECT CAST(proname AS text), md5(convert_to(prosrc, 'UTF8')) FROM pg_proc "
-            "WHERE pronamespace = to_regnamespace('trueup')"
-        )
+    statement = text(
+        "SELECT CAST(proname AS text), md5(convert_to(prosrc, 'UTF8')) FROM pg_proc "
+        "WHERE pronamespace = to_regnamespace('trueup')"
     )
-    there, wanted = Counter((str(name), str(body)) for name, body in rows), expected_functions(settings.host)
-    differing = sorted({name for name, _ in (wanted - there) + (there - wanted)})
+    existing = Counter((str(name), str(body)) for name, body in connection.execute(statement))
+    wanted = expected_functions(settings.host)
+    differing = sorted({name for name, _ in (wanted - existing) + (existing - wanted)})
     if differing:
-        yield error(
-            "functions",
-            f"Functions of trueup are missing or of another version: {_some(differing)}.",
-            f"{_INIT} Workers of an older version then should be restarted.",
-            functions=differing,
-        )
+        what = f"Functions of trueup are missing or have another version: {_some(differing)}."
+        yield error("functions", what, f"{_ATTACH} Then restart workers of an older version.", functions=differing)
     else:
-        yield ok("functions", f"All {there.total()} functions are those of this version and mapping.")
+        yield ok("functions", f"All {existing.total()} functions belong to this version and mapping.")
 
 
 def check_triggers(connection: Connection, settings: Settings) -> Iterator[Finding]:
-    """Yield whether each row written to the log is counted: triggers there, enabled, and not passed by."""
-    idle = [
-        *_disabled_triggers(connection, settings.host.usage_log.table),
-        *_disabled_window_trigger(connection, settings.host.subscription.table),
-    ]
+    """Check that triggers count every row written to the log: they exist, are enabled, and no write bypasses them."""
+    log = settings.host.usage_log.table
     found = [
-        *(idle or _touched_triggers(connection)),
-        *_triggers_elsewhere(connection, settings.host.usage_log.table),
-        *_uncovered_partitions(connection, settings.host.usage_log.table),
+        *(list(_disabled_triggers(connection, settings.host)) or _touched_triggers(connection)),
+        *_triggers_elsewhere(connection, log),
+        *_uncovered_partitions(connection, log),
         *_replica_roles(connection),
-        *_subscription(connection, settings.host.usage_log.table),
+        *_subscription(connection, log),
     ]
     wanted = len(LOG_TRIGGERS) + 1
-    yield from found or [ok("triggers", f"All {wanted} triggers of log and subscriptions are there and enabled.")]
+    yield from found or [ok("triggers", f"All {wanted} triggers of log and subscriptions exist and are enabled.")]
 
 
-_TRIGGERS = """
-    SELECT CAST(g.tgname AS text) AS name, CAST(g.tgenabled AS text) AS state, CAST(CAST(g.tgrelid AS regclass) AS text)
-           AS log
-    FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
-    WHERE p.pronamespace = to_regnamespace('trueup') AND NOT g.tgisinternal AND p.proname <> 'append_window'
-      AND g.tgnargs = 0  -- else it is a partition's, which counts only what belongs to the log
-"""
-_HOW_OFF = {"D": "disabled", "R": "enabled for replication alone"}
+_TRIGGER_STATE = text(
+    """
+    SELECT CAST(g.tgenabled AS text) FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
+    WHERE g.tgrelid = to_regclass(:table) AND g.tgname = :name AND NOT g.tgisinternal
+      AND p.pronamespace = to_regnamespace('trueup')
+      AND g.tgnargs = 0  -- a trigger with arguments belongs to a partition
+    """
+)
+_DISABLED_STATES = {"D": "disabled", "R": "enabled for replication alone"}
 
 
-def _disabled_triggers(connection: Connection, log: str) -> Iterator[Finding]:
-    rows = connection.execute(text(f"{_TRIGGERS} AND g.tgrelid = to_regclass(:log)"), {"log": quote_table(log)})
-    states = {row.name: row.state for row in rows}
-    for trigger in LOG_TRIGGERS:
-        state = states.get(trigger)
-        if state in ("O", "A"):
-            continue
-        how = _HOW_OFF.get(state or "", "missing")
-        yield error(
-            "triggers",
-            f"Trigger {trigger} on {log} is {how}: what the host writes is not counted.",
-            f"{_INIT} It sets the trigger to work, and lets each balance be built anew from the log.",
-            trigger=trigger,
-            state=how,
-        )
-
-
-def _disabled_window_trigger(connection: Connection, subscription: str) -> Iterator[Finding]:
-    state = connection.scalar(
-        text(
-            "SELECT CAST(tgenabled AS text) FROM pg_trigger "
-            "WHERE tgrelid = to_regclass(:subscription) AND tgname = :name AND NOT tgisinternal"
-        ),
-        {"subscription": quote_table(subscription), "name": WINDOW_TRIGGER},
-    )
-    if state not in ("O", "A"):
-        how = _HOW_OFF.get(state or "", "missing")
-        yield error(
-            "triggers",
-            f"Trigger {WINDOW_TRIGGER} on {subscription} is {how}: several renewals between two looks of trueup are "
-            "taken for one, which may settle grants wrongly.",
-            _INIT,
-            trigger=WINDOW_TRIGGER,
-            state=how,
-        )
+def _disabled_triggers(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
+    for table, names in ((mapping.usage_log.table, LOG_TRIGGERS), (mapping.subscription.table, (WINDOW_TRIGGER,))):
+        for name in names:
+            state = connection.scalar(_TRIGGER_STATE, {"table": quote_table(table), "name": name})
+            if state in ("O", "A"):
+                continue
+            how = _DISABLED_STATES.get(state or "", "missing")
+            effect, remedy = "rows that the host writes are not counted.", f"{_ATTACH} It rebuilds all balances."
+            if name == WINDOW_TRIGGER:
+                effect, remedy = "trueup may take several renewals for one, and then settle grants wrongly.", _ATTACH
+            yield _trigger_error(f"Trigger {name} on {table} is {how}: {effect}", remedy, trigger=name, state=how)
 
 
 def _touched_triggers(connection: Connection) -> Iterator[Finding]:
-    if _may_call(connection, "trigger_marks") and not is_untouched(connection):
-        yield error(
-            "triggers",
-            "Since trueup was set up, triggers were made anew or switched off for a while, or columns that they count "
-            "were replaced: not all may be counted, and the gate is closed.",
-            "Run `trueup db attach`. It builds each balance anew from the log.",
+    if _may_call(connection, "trigger_marks") and not are_triggers_unchanged(connection):
+        yield _trigger_error(
+            "Since trueup was set up, triggers were recreated or disabled for a while, or columns that they count were "
+            "replaced. Some usage may not be counted, so the gate is closed.",
+            f"{_ATTACH} It rebuilds each balance from the log.",
         )
 
 
 def _triggers_elsewhere(connection: Connection, log: str) -> Iterator[Finding]:
-    """Yield tables that carry our triggers and are neither the log nor one of its partitions."""
-    others = connection.scalars(
-        text(
-            f"{FAMILY} SELECT DISTINCT t.log FROM ({_TRIGGERS} AND g.tgrelid <> ALL ("
-            "SELECT f.id FROM family f WHERE f.id IS NOT NULL)) t ORDER BY 1"
-        ),
-        {"log": quote_table(log)},
+    """Yield tables with trueup's triggers that are neither the log nor one of its partitions."""
+    statement = text(
+        f"""{FAMILY}
+        SELECT DISTINCT CAST(CAST(g.tgrelid AS regclass) AS text) FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
+        WHERE p.pronamespace = to_regnamespace('trueup') AND NOT g.tgisinternal AND p.proname <> 'append_window'
+          AND g.tgnargs = 0 AND g.tgrelid <> ALL (SELECT f.id FROM family f WHERE f.id IS NOT NULL)
+        ORDER BY 1"""
     )
-    for other in others:
-        yield warning(
-            "triggers",
-            f"trueup's triggers are on {other} too, which is not the mapped log: its rows count as usage.",
-            f"If it was the log once: {_INIT} If it is the log now, set host.usage_log.table.",
-            table=other,
-        )
+    for other in connection.scalars(statement, {"log": quote_table(log)}):
+        what = f"{other} also has trueup's triggers, but is not the mapped log: its rows count as usage."
+        remedy = f"If it is the log now, set host.usage_log.table. If it was the log before: {_ATTACH}"
+        yield _trigger_warning(what, remedy, table=other)
 
 
 _MAY_CALL = text(
@@ -178,89 +134,64 @@ _MAY_CALL = text(
 
 
 def _may_call(connection: Connection, function: str) -> bool:
-    """Return whether trueup's function is there and may be called; the checks of functions and rights say why not."""
+    """Return whether the role may call trueup's function. The checks of functions and rights report why not."""
     return bool(connection.scalar(_MAY_CALL, {"name": function}))
 
 
 def _uncovered_partitions(connection: Connection, log: str) -> Iterator[Finding]:
-    """Yield partitions into which rows can be written past the triggers: the log's fire for writes through it only."""
-    if not _may_call(connection, "log_partitions"):
-        return
-    uncovered = uncovered_partitions(connection)
-    if uncovered:
-        yield warning(
-            "triggers",
-            f"{len(uncovered)} partitions of {log} have no triggers of their own ({_some(uncovered)}): rows written "
-            "directly into them are not counted.",
-            "Run `trueup db attach`. It adds the triggers, and has balances built anew where there are rows.",
-            partitions=uncovered,
-        )
+    """Yield partitions without triggers: the log's own triggers fire only for writes through the log."""
+    if _may_call(connection, "log_partitions") and (uncovered := uncovered_partitions(connection)):
+        partitions = f"{len(uncovered)} partitions of {log} have no triggers of their own ({_some(uncovered)})"
+        what = f"{partitions}: rows written directly to them are not counted."
+        remedy = f"{_ATTACH} It adds the triggers, and rebuilds balances if the partitions have rows."
+        yield _trigger_warning(what, remedy, partitions=uncovered)
 
 
 def _replica_roles(connection: Connection) -> Iterator[Finding]:
-    """Yield roles and databases whose sessions fire no trigger."""
-    rows = connection.execute(
-        text(
-            """
-            SELECT coalesce('role ' || r.rolname, 'all roles') AS who
-            FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole, unnest(s.setconfig) AS c (setting)
-            WHERE s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
-              AND c.setting ~ '^session_replication_role=(replica)$'
-            UNION ALL
-            SELECT 'this server' WHERE current_setting('session_replication_role') = 'replica'
-            ORDER BY 1
-            """
-        )
+    """Yield roles and databases whose sessions fire no triggers."""
+    statement = text(
+        """
+        SELECT coalesce('role ' || r.rolname, 'all roles') AS who
+        FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole, unnest(s.setconfig) AS c (setting)
+        WHERE s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
+          AND c.setting ~ '^session_replication_role=(replica)$'
+        UNION ALL
+        SELECT 'this server' WHERE current_setting('session_replication_role') = 'replica'
+        ORDER BY 1
+        """
     )
-    for row in rows:
-        yield error(
-            "triggers",
-            f"session_replication_role is replica for {row.who}: no trigger counts what its sessions write.",
-            "Reset it, then run `trueup reconcile --deep`.",
-            who=row.who,
-        )
+    for who in connection.scalars(statement):
+        what = f"session_replication_role is replica for {who}: no trigger counts the rows that its sessions write."
+        yield _trigger_error(what, "Reset it, then run `trueup reconcile --deep`.", who=who)
 
 
 def _subscription(connection: Connection, log: str) -> Iterator[Finding]:
-    """Yield that the log's rows come by logical replication, whose worker fires no statement's trigger."""
-    replicated = connection.scalar(
-        text("SELECT count(*) FROM pg_subscription_rel s WHERE s.srrelid = to_regclass(:log)"),
-        {"log": quote_table(log)},
-    )
-    if replicated:
-        yield error(
-            "triggers",
-            f"{log} is filled by logical replication, which fires no trigger of a statement.",
-            "Run trueup on the database that the log is written in.",
-        )
+    """Check that logical replication does not fill the log: it fires no statement-level triggers."""
+    replicated = text("SELECT 1 FROM pg_subscription_rel WHERE srrelid = to_regclass(:log)")
+    if connection.execute(replicated, {"log": quote_table(log)}).first():
+        what = f"Logical replication fills {log}, but it fires no statement-level triggers: no row is counted."
+        yield _trigger_error(what, "Run trueup on the database where the application writes the log.")
 
 
 def check_rights(connection: Connection, settings: Settings) -> Iterator[Finding]:
-    """Yield what the current role may not do though workers must."""
+    """Check that the current role has the rights that workers need, and no more."""
     row = connection.execute(
         text("SELECT CAST(rolname AS text) AS name, rolsuper AS super FROM pg_roles WHERE rolname = current_user")
     ).one()
     lacking = [str(right) for right in lacking_rights(connection, worker_rights(connection, settings.host))]
     if lacking:
-        yield error(
-            "rights",
-            f"Role {row.name} lacks {len(lacking)} rights that workers need: {_some(lacking)}.",
-            f"Let the database's owner run: trueup db grants --worker-role {quote_identifier(row.name)} | psql",
-            role=row.name,
-            lacking=lacking,
-        )
+        what = f"Role {row.name} lacks {len(lacking)} rights that workers need: {_some(lacking)}."
+        remedy = f"Ask the database's owner to run: trueup db grants --worker-role {quote_identifier(row.name)} | psql"
+        yield error("rights", what, remedy, role=row.name, lacking=lacking)
     elif row.super and settings.database_url:
-        yield warning(
-            "rights",
-            f"Role {row.name} is a superuser: a mistake of ours could reach anything.",
-            "Run workers as the worker role that `trueup db grants` makes.",
-            role=row.name,
-        )
+        what = f"Role {row.name} is a superuser: a bug in trueup could change any table."
+        remedy = "Run workers with the worker role that `trueup db grants` creates."
+        yield warning("rights", what, remedy, role=row.name)
     else:
         yield ok("rights", f"Role {row.name} has the rights that workers need.", role=row.name)
 
 
 def _some(names: Any) -> str:
-    """Return the first few, and how many more there are."""
+    """Return the first few names, and the number of the others."""
     shown = ", ".join(list(names)[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

@@ -1,10 +1,12 @@
-"""How the books stand: holds, calls and messages left open, runs, and the invariants where looking is cheap."""
+"""Open holds, unresolved calls and messages, reconcile runs, and the invariants that are cheap to check."""
 
 from collections.abc import Iterator
+from typing import Any
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 
 from trueup.doctor.findings import Finding, error, ok, warning
+from trueup.gate.owed_charges import list_owed_charges
 from trueup.host.sql import render_statement
 from trueup.monitoring.status import read_gauges
 from trueup.reconcile.audit import OVERDUE_AFTER
@@ -12,135 +14,121 @@ from trueup.reconcile.missed_runs import find_missed_runs
 from trueup.settings.settings import Settings
 from trueup.usage.outbox import count_unresolved_effects
 
-# A task that retries keeps its hold; none does so for a day.
+# A task keeps its hold while it retries, but never for a day.
 OLD_HOLD_SECONDS = 86_400
+# The number of balances that are compared with the log. `trueup reconcile --deep` compares all.
 SAMPLE = 200
-"""So many balances are compared with the log; `trueup reconcile --deep` compares all."""
 
 
 def check_holds(connection: Connection, settings: Settings) -> Iterator[Finding]:
-    """Yield holds whose time is long over, and old ones."""
+    """Check for old holds, and for holds that should have expired."""
     figures = read_gauges(connection)
     open_holds, oldest = int(figures["holds_open"][0] or 0), figures["oldest_hold_seconds"][0]
-    overdue = connection.scalar(
-        text(
-            "SELECT count(*) FROM trueup.hold "
-            "WHERE status = 'open' AND expires_at < clock_timestamp() - make_interval(secs => :seconds)"
-        ),
-        {"seconds": OVERDUE_AFTER.total_seconds()},
+    statement = text(
+        "SELECT count(*) FROM trueup.hold "
+        "WHERE status = 'open' AND expires_at < clock_timestamp() - CAST(:overdue_after AS interval)"
     )
+    overdue = connection.scalar(statement, {"overdue_after": OVERDUE_AFTER})
     detail = {"open": open_holds, "oldest_seconds": oldest, "overdue": overdue}
     if overdue:
-        yield warning(
-            "holds",
-            f"{overdue} holds ran out more than {OVERDUE_AFTER.total_seconds() / 60:.0f} minutes ago, and nobody has "
-            "ended them.",
-            "See that beat and the worker of the queue trueup-reconcile run: trueup.expire_holds does it.",
-            **detail,
-        )
+        minutes = OVERDUE_AFTER.total_seconds() / 60
+        what = f"{overdue} holds should have expired more than {minutes:.0f} minutes ago: their tokens stay reserved."
+        remedy = "Check that beat and a worker of queue trueup-reconcile run. The task trueup.expire_holds ends them."
+        yield warning("holds", what, remedy, **detail)
     elif oldest is not None and oldest > OLD_HOLD_SECONDS:
-        yield warning(
-            "holds",
-            f"A hold has been open for {oldest / 3600:.0f} hours.",
-            "Find its task: `trueup holds list`.",
-            **detail,
-        )
+        what = f"A hold has been open for {oldest / 3600:.0f} hours."
+        yield warning("holds", what, "Find its task with `trueup holds list`.", **detail)
     else:
         age = "" if oldest is None else f", the oldest for {oldest:.0f} s"
         yield ok("holds", f"{open_holds} open holds{age}.", **detail)
 
 
 def check_unresolved(connection: Connection, settings: Settings) -> Iterator[Finding]:
-    """Yield calls that may have been billed unrecorded, and messages that may have been sent."""
+    """Check for calls that may have been billed but were not recorded, and for messages that may have been sent."""
     figures = read_gauges(connection)
-    calls, bound = int(figures["unrecorded_calls"][0] or 0), int(figures["unrecorded_tokens_bound"][0] or 0)
+    calls, max_tokens = int(figures["unrecorded_calls"][0] or 0), int(figures["unrecorded_tokens_bound"][0] or 0)
     now = connection.execute(text("SELECT clock_timestamp()")).scalar_one()
     messages = count_unresolved_effects(connection, now)
     if calls:
-        yield warning(
-            "calls",
-            f"{calls} calls of a provider were begun and never recorded; they may have cost up to {bound:,} tokens.",
-            "Compare them with the provider's bill: `trueup status` lists them.",
-            calls=calls,
-            tokens_bound=bound,
-        )
+        what = f"{calls} provider calls were started but not recorded. They may have cost up to {max_tokens:,} tokens."
+        remedy = "Compare the calls in `trueup status` with the provider's bill."
+        yield warning("calls", what, remedy, calls=calls, tokens_bound=max_tokens)
     else:
-        yield ok("calls", "Every call that was begun has been recorded.", calls=0, tokens_bound=0)
+        yield ok("calls", "Every call that started has been recorded.", calls=0, tokens_bound=0)
     if messages:
-        yield warning(
-            "messages",
-            f"{messages} messages may or may not have been sent.",
-            "Look whether they were: `trueup status` lists them.",
-            messages=messages,
-        )
+        remedy = "Check at the receiver whether the messages in `trueup status` arrived."
+        yield warning("messages", f"{messages} messages may have been sent.", remedy, messages=messages)
     else:
-        yield ok("messages", "No message is in doubt.", messages=0)
+        yield ok("messages", "The outcome of every message is known.", messages=0)
 
 
-def check_runs(connection: Connection, settings: Settings) -> Iterator[Finding]:
-    """Yield runs that did not happen or failed, and what the newest left to people."""
-    missed = find_missed_runs(connection)
-    for gap in missed:
-        yield error(
-            "reconcile",
-            gap.message,
-            "See that beat and the worker of the queue trueup-reconcile run, or reconcile by hand: `trueup reconcile`.",
-            **gap.content(),
-        )
-    run = connection.execute(
-        text(
-            "SELECT id, kind, status, error, in_review, defects, coalesce(finished_at, started_at) AS at "
-            "FROM trueup.reconcile_run WHERE only_user IS NULL AND NOT dry_run ORDER BY id DESC LIMIT 1"
-        )
-    ).one_or_none()
-    if run is None:
-        if not missed:
-            yield ok("reconcile", "No run over all users yet; the first one is not overdue.")
+def check_owed_charges(connection: Connection, settings: Settings) -> Iterator[Finding]:
+    """Yield the charges whose row the usage log refused, with the reason of the oldest."""
+    figures = read_gauges(connection)
+    charges, tokens = int(figures["owed_charges"][0] or 0), int(figures["owed_tokens"][0] or 0)
+    if not charges:
+        yield ok("owed_charges", "The usage log has the row of every charge.", charges=0, tokens=0)
         return
-    detail = {"run_id": run.id, "kind": run.kind, "status": run.status, "at": run.at.isoformat()}
-    told = f"Run {run.id} ({run.kind}) {run.status} at {run.at:%Y-%m-%d %H:%M} UTC"
-    if run.status == "failed":
-        yield error("reconcile", f"{told}: {run.error}", f"`trueup drift report --run {run.id}` has more.", **detail)
-    elif run.in_review:
-        yield warning(
-            "reconcile",
-            f"{told}; {run.in_review} drifts wait for a person.",
-            "Decide about them: `trueup drift review`.",
-            **detail,
-            in_review=run.in_review,
-        )
-    elif not missed:
-        yield ok("reconcile", f"{told}.", **detail)
-
-
-def check_beat(connection: Connection, settings: Settings) -> Iterator[Finding]:
-    """Yield how long ago a schedule last had a run begun. One that is at work keeps others from beginning."""
-    row = connection.execute(
-        text(
-            "SELECT extract(epoch FROM clock_timestamp() - coalesce(max(r.started_at), min(i.installed_at))) "
-            "AS seconds, count(r.id) AS runs, coalesce(bool_or(r.status = 'running'), false) AS running "
-            "FROM trueup.installation i "
-            "LEFT JOIN trueup.reconcile_run r ON r.period IS NOT NULL OR r.status = 'running'"
-        )
-    ).one()
-    seconds, limit = float(row.seconds), 2 * settings.reconcile_interval_seconds
-    detail = {"seconds": round(seconds), "interval_seconds": settings.reconcile_interval_seconds, "runs": row.runs}
-    if seconds <= limit or row.running:
-        told = f"The schedule's last run began {seconds:.0f} s ago." if row.runs else "No scheduled run is due yet."
-        yield ok("beat", told, **detail)
-        return
-    since = "since the setup" if not row.runs else "ago"
+    oldest = list_owed_charges(connection, limit=1)
+    refusal = oldest[0].refusal if oldest else "written meanwhile"
     yield error(
-        "beat",
-        f"The schedule's last run began {seconds:.0f} s {since}; one is due every "
-        f"{settings.reconcile_interval_seconds} s.",
-        "Start `celery -A trueup.worker beat`, and a worker for its queue: "
-        "`celery -A trueup.worker worker -Q trueup-reconcile`.",
-        **detail,
+        "owed_charges",
+        f"The usage log refused the rows of {charges} charges of {tokens:,} tokens. They count against the budgets, "
+        f"but the host doesn't see them. The oldest: {refusal}",
+        "Correct what refuses the rows: a constraint, a trigger or a missing column of the log. trueup tries again "
+        "each minute. `trueup status` lists them.",
+        charges=charges,
+        tokens=tokens,
     )
 
 
-# I4, of all users: one look at the balances that hold something, and at the open holds.
+def check_runs(connection: Connection, settings: Settings) -> Iterator[Finding]:
+    """Check for missed and failed runs, and for drifts that the newest run left for review."""
+    missed = find_missed_runs(connection)
+    for gap in missed:
+        remedy = "Check that beat and a worker of queue trueup-reconcile run, or run `trueup reconcile`."
+        yield error("reconcile", gap.message, remedy, **gap.content())
+    statement = text(
+        "SELECT id, kind, status, error, in_review, coalesce(finished_at, started_at) AS at "
+        "FROM trueup.reconcile_run WHERE only_user IS NULL AND NOT dry_run ORDER BY id DESC LIMIT 1"
+    )
+    run = connection.execute(statement).one_or_none()
+    if run is None:
+        if not missed:
+            yield ok("reconcile", "No run over all users yet; the first run is not overdue.")
+        return
+    detail = {"run_id": run.id, "kind": run.kind, "status": run.status, "at": run.at.isoformat()}
+    what = f"Run {run.id} ({run.kind}) {run.status} at {run.at:%Y-%m-%d %H:%M} UTC"
+    if run.status == "failed":
+        yield error("reconcile", f"{what}: {run.error}", f"See `trueup drift report --run {run.id}`.", **detail)
+    elif run.in_review:
+        what = f"{what}; {run.in_review} drifts wait for a person."
+        yield warning("reconcile", what, "Decide with `trueup drift review`.", **detail, in_review=run.in_review)
+    elif not missed:
+        yield ok("reconcile", f"{what}.", **detail)
+
+
+def check_beat(connection: Connection, settings: Settings) -> Iterator[Finding]:
+    """Check when beat last started a run. While a run is in progress, no other run starts."""
+    statement = text(
+        "SELECT extract(epoch FROM clock_timestamp() - coalesce(max(r.started_at), min(i.installed_at))) AS seconds, "
+        "count(r.id) AS runs, coalesce(bool_or(r.status = 'running'), false) AS running FROM trueup.installation i "
+        "LEFT JOIN trueup.reconcile_run r ON r.period IS NOT NULL OR r.status = 'running'"
+    )
+    row = connection.execute(statement).one()
+    seconds, limit = float(row.seconds), 2 * settings.reconcile_interval_seconds
+    detail = {"seconds": round(seconds), "interval_seconds": settings.reconcile_interval_seconds, "runs": row.runs}
+    if seconds <= limit or row.running:
+        what = f"The last scheduled run started {seconds:.0f} s ago." if row.runs else "No scheduled run is due yet."
+        yield ok("beat", what, **detail)
+        return
+    when = f"The last scheduled run started {seconds:.0f} s ago" if row.runs else f"No scheduled run in {seconds:.0f} s"
+    what = f"{when}; a run is due every {settings.reconcile_interval_seconds} s."
+    remedy = "Start `celery -A trueup.worker beat` and `celery -A trueup.worker worker -Q trueup-reconcile`."
+    yield error("beat", what, remedy, **detail)
+
+
+# I4, for all users: compares the balances that hold tokens with the open holds.
 _MISMATCHED_HOLDS = text(
     """
     SELECT count(*) AS users, min(CAST(user_id AS text)) AS example
@@ -151,7 +139,7 @@ _MISMATCHED_HOLDS = text(
     """
 )
 
-# I1, of some: a balance that says itself that it is stale is rebuilt when next read, and no defect.
+# I1, for a sample. A balance that is marked stale is rebuilt when it is read next, and is no defect.
 _MISMATCHED_BALANCES = """
     {% from "host/rows.sql" import used_since, window_start %}
     WITH sample AS MATERIALIZED (
@@ -171,31 +159,26 @@ _MISMATCHED_BALANCES = """
 
 
 def check_invariants(connection: Connection, settings: Settings) -> Iterator[Finding]:
-    """Yield balances that are not what their holds, or the log, add up to."""
+    """Check that balances equal the sums of their holds, and a sample of them the sums of the log."""
     row = connection.execute(_MISMATCHED_HOLDS).one()
     if row.users:
-        yield _mismatch(f"The tokens held of {row.users} users are not the sum of their open holds", "I4", row)
+        yield _mismatch(f"The held tokens of {row.users} users differ from the sum of their open holds", "I4", row)
     else:
-        yield ok("books", "The tokens held of every user are the sum of their open holds.", invariant="I4")
-    # -1: not known, as before the first ANALYZE.
+        yield ok("books", "The held tokens of every user equal the sum of their open holds.", invariant="I4")
+    # -1: unknown before the first ANALYZE.
     rows = connection.scalar(text("SELECT reltuples FROM pg_class WHERE oid = to_regclass('trueup.balance')"))
     share = min(100.0, 200.0 * SAMPLE / rows) if rows and rows > 0 else 100.0
     statement = render_statement(_MISMATCHED_BALANCES, settings.host)
     row = connection.execute(statement, {"share": share, "most": SAMPLE}).one()
     if row.users:
-        yield _mismatch(f"The balances of {row.users} of {row.looked_at} users are not the sum of their log", "I1", row)
+        what = f"The balances of {row.users} of {row.looked_at} users differ from the sum of their log rows"
+        yield _mismatch(what, "I1", row)
     else:
-        told = f"The balances of {row.looked_at} users, picked by chance, are the sums of their log."
-        yield ok("books", told, invariant="I1", looked_at=row.looked_at)
+        what = f"The balances of {row.looked_at} random users equal the sums of their log rows."
+        yield ok("books", what, invariant="I1", looked_at=row.looked_at)
 
 
-def _mismatch(what: str, invariant: str, row: object) -> Finding:
-    example = getattr(row, "example", None)
-    return error(
-        "books",
-        f"{what}, of user {example} for one.",
-        "Run `trueup reconcile --deep`: it repairs them, and reports why. Then look for what passed by the triggers.",
-        invariant=invariant,
-        users=getattr(row, "users", None),
-        example=example,
-    )
+def _mismatch(what: str, invariant: str, row: Row[Any]) -> Finding:
+    what = f"{what}, for example user {row.example}."
+    remedy = "Run `trueup reconcile --deep`, which repairs and reports them. Then find the writes that no trigger saw."
+    return error("books", what, remedy, invariant=invariant, users=row.users, example=row.example)

@@ -1,1 +1,1 @@
-"""Finds drifts, explains them and decides what becomes of each: pure, without a connection of its own."""
+"""Finds drifts, explains their causes and decides which may be corrected."""

@@ -1,4 +1,4 @@
-"""What may be done about a drift: correct it, hold it for a person, or only report it. Pure: rules in, verdict out."""
+"""Decide about a drift: correct it, leave it for a person to review, or only report it. Pure: rules in, verdict out."""
 
 from dataclasses import dataclass
 
@@ -9,11 +9,11 @@ from trueup.settings.policies import PAID_CAUSES, POLICIES, UNCORRECTABLE_CAUSES
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """What is known from before of a user's counter, in this window.
+    """Earlier findings and decisions about a user's counter in this period.
 
-    `unchanged`: the same figures have been seen for longer than the rules' minimum age. `held`: tokens too many were
-    held for review, and nobody has decided yet. `ignored`: the differences in tokens that a person said to leave alone.
-    `undone`: a person put the counter back, and none has decided since.
+    `unchanged`: the figures have been the same for longer than the rules' minimum age. `held`: a surplus of tokens
+    awaits review. `ignored`: the differences in tokens that a person decided to ignore. `undone`: a person undid a
+    correction, and no later decision was made.
     """
 
     unchanged: bool = False
@@ -22,16 +22,17 @@ class History:
     undone: bool = False
 
 
-HELD = "may contain tokens that were held for review, and nobody has decided about them"
+HELD = "may contain tokens that still await review"
 NO_HISTORY = History()
 DEFAULT_RULES = Rules()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """`write`: the value to set the counter to, only with "correct". `reason`: the rule that decided, for people.
+    """What to do about a drift.
 
-    `action`: what a drift row says of a drift that nothing is written for.
+    `write`: the counter's new value in tokens; None unless the policy is "correct". `reason`: the rule that decided,
+    for people. `action`: recorded in the drift row if the counter is not written.
     """
 
     policy: Policy
@@ -41,10 +42,9 @@ class Verdict:
 
 
 def difference(drift: Drift, in_flight: int) -> int:
-    """Return by how much the counter would be off once the decrements in flight are made; a null counter is read as 0.
+    """Return the drift in tokens that remains after the decrements in flight; a null counter reads as 0.
 
-    `in_flight`: tokens of usage whose decrements may still come. They are missing in a counter that stops at zero only
-    as far as it had them.
+    `in_flight`: tokens of usage whose decrements may still arrive. They can't lower the counter below zero.
     """
     return (drift.observed or 0) - max(0, drift.original - drift.consumed + in_flight)
 
@@ -57,18 +57,18 @@ def decide(
     history: History = NO_HISTORY,
     counter_limit: int | None = None,
 ) -> Verdict:
-    """Say what may be done about a drift. What may be paid tokens is never "correct".
+    """Return the verdict on a drift. A surplus that may be paid tokens is never "correct".
 
-    `counter_limit`: the largest value that the counter's column takes; None: not known.
+    `counter_limit`: the largest value that the counter's column holds, in tokens; None: not known.
     """
     in_flight = 0 if history.unchanged else explanation.in_flight
     off_by = difference(drift, in_flight)
     if drift.observed is not None and abs(off_by) <= rules.tolerance:
         return _tolerated(in_flight, rules)
     if off_by in history.ignored:
-        return Verdict(policy="report", action="ignored", reason="a person said to ignore this difference")
+        return Verdict(policy="report", action="ignored", reason="a person decided to ignore this difference")
     if history.undone:
-        return _review("a correction was undone in this window: a person decides")
+        return _review("a person undid a correction in this period")
     policy = max((rules.policy_of(cause) for cause in _causes(drift, explanation)), key=POLICIES.index)
     if policy == "report":
         return Verdict(policy="report", reason=f"policy of {explanation.cause}")
@@ -77,7 +77,7 @@ def decide(
         return _review(doubt or f"policy of {explanation.cause}")
     write = (drift.observed or 0) - off_by
     if counter_limit is not None and write > counter_limit:
-        return Verdict(policy="report", reason="the counter's column can't hold what is right")
+        return Verdict(policy="report", reason="the counter's column can't hold the right value")
     kept = f", {in_flight} tokens in flight kept" if in_flight else ""
     return Verdict(policy="correct", write=write, reason=f"policy of {explanation.cause}{kept}")
 
@@ -95,24 +95,23 @@ def _review(reason: str) -> Verdict:
 
 
 def _causes(drift: Drift, explanation: Explanation) -> set[str]:
-    """Return the causes that have a say; what the components leave over is unexplained."""
+    """Return the causes whose policies apply; "unexplained" is one if the components do not add up to the drift."""
     named = sum(component.tokens for component in explanation.components)
-    whole = {drift.tokens, (drift.observed or 0) - (drift.original - drift.consumed)}
     causes: set[str] = {component.cause for component in explanation.components}
-    if not causes or not {named, named + explanation.in_flight} & whole:
+    if not causes or not {named, named + explanation.in_flight} & {drift.tokens, drift.surplus}:
         causes.add("unexplained")
     return causes
 
 
 def _doubt(off_by: int, explanation: Explanation, rules: Rules, history: History) -> str | None:
-    """Return why a counter that the policies would correct is held for a person after all; None: it is not."""
+    """Return why a drift needs review although the policies would correct it; None: it does not."""
     others = set(explanation.alternatives)
     if off_by > 0 and others & PAID_CAUSES:
         return f"may be paid tokens: {', '.join(sorted(others & PAID_CAUSES))} fits as well"
     if off_by > 0 and "may_contain_a_plan_of" in explanation.evidence:
         return "may be paid tokens: a plan's size fits into it"
     if history.held:
-        # By chance one cause may fit the sum of what is held and something new.
+        # One cause may fit the sum of the held tokens and a new drift by chance.
         return HELD
     if off_by < 0 and others & UNCORRECTABLE_CAUSES:
         return f"{', '.join(sorted(others & UNCORRECTABLE_CAUSES))} fits as well"

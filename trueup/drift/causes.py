@@ -1,4 +1,4 @@
-"""The causes of drift in code and in words, and what an explanation is made of."""
+"""The causes of drift, their sentences for people, and the parts of an explanation."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,52 +23,52 @@ Cause = Literal[
     "manual_edit",
     "unexplained",
 ]
-# In order: a combination is as certain as its least certain part.
+# From most to least certain. A combination has the certainty of its least certain component.
 Certainty = Literal["certain", "likely", "possible"]
 CERTAINTIES: tuple[Certainty, ...] = ("certain", "likely", "possible")
 
-# In words that an operator understands: one sentence each, for reports and `drift explain`.
+# One sentence each for operators, in reports and `drift explain`.
 CAUSE_SENTENCES: dict[str, str] = {
-    "missed_decrement": "usage was logged, but never taken off the counter",
+    "missed_decrement": "the host logged usage, but did not subtract it from the counter",
     "lost_update": "two decrements ran at the same moment, and the counter kept only one of them",
-    "double_decrement": "one log row was taken off the counter twice, as a retried task does",
-    "charged_not_logged": "tokens were taken off the counter, but no usage was logged for them",
-    "failed_usage_charged": "a failed request was taken off the counter, though it does not count",
+    "double_decrement": "the host subtracted one log row twice, for example in a retried task",
+    "charged_not_logged": "the host subtracted tokens, but logged no usage for them",
+    "failed_usage_charged": "the host subtracted a failed request, which does not count",
     "clamped_at_zero": "the last request cost more than the counter held, and the counter stopped at zero",
-    "credit_without_grant": "the counter was raised by a purchase that the plan's tokens do not know of",
-    "renewal_without_new_window": "a renewal added the plan's tokens, but the window did not begin anew",
-    "carried_over_tokens": "an upgrade began a new window and kept what was left of the old one",
-    "grant_not_in_counter": "a grant came or went, and the counter did not follow",
+    "credit_without_grant": "a purchase raised the counter, and no plan or grant includes these tokens",
+    "renewal_without_new_window": "a renewal added the plan's tokens, but no new period began",
+    "carried_over_tokens": "an upgrade began a new period and kept the tokens left in the old one",
+    "grant_not_in_counter": "a grant was added or ended, and the counter did not follow",
     "burned_at_expiry": "the subscription ended, and the counter was set to zero",
-    "manual_edit": "someone set the counter by hand",
+    "manual_edit": "a person set the counter by hand",
     "counter_null": "the counter is empty",
     "counter_negative": "the counter is below zero",
-    "counter_out_of_range": "what remains is more than the counter's column can hold",
-    "unexplained": "no row of the log, of the decrements or of the payments explains it",
+    "counter_out_of_range": "more tokens remain than the counter's column can hold",
+    "unexplained": "no log row, decrement or payment explains it",
 }
 
 ACTION_SENTENCES: dict[str, str] = {
-    "corrected": "the counter was set right",
-    "reported": "only reported, the counter was left alone",
-    "review": "left for a person: `trueup drift review`",
-    "lost_race": "the host wrote the counter at the same moment; the next run looks again",
-    "waiting": "so young that its decrement may still come; the next run looks again",
-    "tolerated": "within the tolerance, the counter was left alone",
-    "ignored": "a person decided to leave it as it is",
+    "corrected": "trueup corrected the counter",
+    "reported": "only reported; the counter did not change",
+    "review": "a person decides: `trueup drift review`",
+    "lost_race": "the host wrote the counter at the same moment; the next run checks it again",
+    "waiting": "the usage is so recent that its decrement may still arrive; the next run checks it again",
+    "tolerated": "within the tolerance; the counter did not change",
+    "ignored": "a person decided to ignore it",
 }
 
 CERTAINTY_SENTENCES: dict[str, str] = {
     "certain": "the rows prove it, and nothing else fits",
-    "likely": "the rows fit it best",
-    "possible": "the rows allow it, and other causes too",
+    "likely": "it fits the rows best",
+    "possible": "it fits the rows, and other causes do too",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """One cause, and its share of a drift in tokens: positive where it made the counter too high.
+    """One cause and its share of a drift. `tokens` is positive if it made the counter too high.
 
-    `evidence`: the rows that prove it (JSON-safe).
+    `evidence`: the rows that prove it, JSON-safe.
     """
 
     cause: Cause
@@ -79,10 +79,10 @@ class Component:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What made a drift. No component: it is unexplained.
+    """Why a counter drifted. Without components the drift is unexplained.
 
-    `alternatives`: other causes that fit as well. `in_flight`: tokens of log rows so young that their decrements may
-    still come. `evidence`: figures that belong to no one component (JSON-safe).
+    `alternatives`: other causes that fit too. `in_flight`: tokens of recent log rows whose decrements may still arrive.
+    `evidence`: figures that belong to no single component, JSON-safe.
     """
 
     components: tuple[Component, ...] = ()
@@ -92,37 +92,33 @@ class Explanation:
 
     @property
     def cause(self) -> str:
-        """The cause's name, those of a combination joined by "+", or "unexplained"."""
+        """The names of all causes, joined by "+", or "unexplained"."""
         return "+".join(dict.fromkeys(component.cause for component in self.components)) or "unexplained"
 
     @property
     def certainty(self) -> Certainty:
-        """How sure the name is: that of the least certain component."""
+        """The certainty of the least certain component."""
         return max((component.certainty for component in self.components), key=CERTAINTIES.index, default="possible")
 
     def as_evidence(self) -> dict[str, Any]:
-        """Return everything that a drift row keeps of it, JSON-safe."""
+        """Return the JSON document that a drift row keeps."""
         components = [
             {"cause": part.cause, "tokens": part.tokens, "certainty": part.certainty, **part.evidence}
             for part in self.components
         ]
-        return {
-            **self.evidence,
-            "components": components,
-            "alternatives": list(self.alternatives),
-            "in_flight": self.in_flight,
-        }
+        alternatives = list(self.alternatives)
+        return {**self.evidence, "components": components, "alternatives": alternatives, "in_flight": self.in_flight}
 
     def tokens_explained(self, drift: Drift) -> int:
-        """Return how many of the drift's tokens the components account for, at most all of them."""
+        """Return how many of the drift's tokens the components explain, at most all of them."""
         return min(abs(drift.tokens), abs(sum(component.tokens for component in self.components)))
 
 
 def cause_title(cause: str) -> str:
-    """Return a cause's name, or a combination's, as people read it."""
+    """Return the name of a cause or a combination for people."""
     return cause.replace("_", " ").replace("+", " + ")
 
 
 def cause_sentence(cause: str) -> str:
-    """Return what a cause means; its own name if there are no words for it."""
+    """Return the sentence for a cause; its name if there is none."""
     return CAUSE_SENTENCES.get(cause, cause_title(cause))

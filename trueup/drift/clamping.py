@@ -1,4 +1,4 @@
-"""The counter replayed, decrement by decrement: where a host that stops at zero charged less than was used. Pure."""
+"""Replay the counter, decrement by decrement, to find where a host that stops at zero subtracted less. Pure."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ _FROM_THE_START = ("carried_over_tokens", "grant_not_in_counter")
 
 @dataclass(frozen=True, kw_only=True)
 class Clamp:
-    """By how much the counter stopped short of going below zero. `candidate` None: it never had to.
+    """The tokens that a counter did not lose because it stopped at zero. `candidate` None: it did not stop.
 
-    `cost`: how much this strains belief. `cost_before_edit`: how much more if an edit by hand comes into it as well.
+    `cost`: how improbable this is. `cost_before_edit`: the extra cost if the explanation includes a manual edit.
     """
 
     candidate: Candidate | None = None
@@ -24,12 +24,12 @@ class Clamp:
 
 
 def clamps(evidence: Evidence, chosen: Sequence[Candidate]) -> Iterator[Clamp]:
-    """Replay the counter: yield where it stopped at zero and, should the host not stop there, that it did not."""
+    """Replay the counter: yield the clamp at zero, if any, and the case that the host does not stop at zero."""
     credited = {place for place, purchase in enumerate(evidence.purchases) if purchase.granted}
     credited |= {one.purchase for one in chosen if one.purchase is not None and one.tokens > 0}
     credited -= {one.purchase for one in chosen if one.purchase is not None and one.tokens < 0}
     segments = {segment.number: segment for segment in evidence.segments}
-    # What was in the counter from the start, and is not in the figures; or the other way round.
+    # Tokens that the counter had from the start and the figures lack, or the reverse.
     started = [one for one in chosen if one.component.cause in _FROM_THE_START and one.purchase is None]
     height = evidence.start + sum(one.tokens for one in started)
     stopped, below_zero, last = 0, [], False
@@ -49,21 +49,21 @@ def clamps(evidence: Evidence, chosen: Sequence[Candidate]) -> Iterator[Clamp]:
     if not stopped:
         yield Clamp()
         return
-    strain = _strain_below_zero(below_zero)
+    cost = _cost_below_zero(below_zero)
     proof = {
         "rows": below_zero[: weights.MAX_ROWS_BELOW_ZERO],
         "count": len(below_zero),
-        "note": "the counter held less than these took",
+        "note": "the counter held less than these decrements",
     }
-    # What an upgrade kept hides in a clamp, where nobody knows how much that was.
+    # If the carried-over tokens are unknown, they may hide in a clamp.
     unknown = any(carried.tokens is None for carried in evidence.carried) or not evidence.purchases_mapped
     kept = evidence.base.kind == "window" and unknown and not _names_carried(chosen)
-    certainty: Certainty = "likely" if kept or strain >= weights.REQUEST_LET_THROUGH else "certain"
+    certainty: Certainty = "likely" if kept or cost >= weights.REQUEST_LET_THROUGH else "certain"
     at = below_zero[0]["at"] if below_zero else ""
     others = ("carried_over_tokens",) if kept else ()
     found = candidate("clamped_at_zero", stopped, certainty, at=at, alternatives=others, evidence=proof)
-    # An edit before these rows explains by itself that the counter is above zero after them.
-    yield Clamp(candidate=found, cost=strain, cost_before_edit=weights.EDIT_AFTER_CLAMP if last else 0.0)
+    # A manual edit before these rows would explain by itself why the counter is above zero after them.
+    yield Clamp(candidate=found, cost=cost, cost_before_edit=weights.EDIT_AFTER_CLAMP if last else 0.0)
     yield Clamp(cost=weights.NO_CLAMP)
 
 
@@ -71,8 +71,8 @@ def _names_carried(chosen: Sequence[Candidate]) -> bool:
     return any(one.component.cause == "carried_over_tokens" for one in chosen)
 
 
-def _strain_below_zero(rows: Sequence[Row]) -> float:
-    """Return how hard it is to believe that a host at zero let these through after the first."""
+def _cost_below_zero(rows: Sequence[Row]) -> float:
+    """Return the cost of believing that a host let these requests pass, after the first, with a counter at zero."""
     if not rows:
         return 0.0
     first = moment_of(rows[0]["at"])
@@ -82,7 +82,7 @@ def _strain_below_zero(rows: Sequence[Row]) -> float:
 
 
 def _rows_below_zero(segment: Segment, height: int) -> list[Row]:
-    """Return the last decrements of a segment that found less than they took, oldest first."""
+    """Return the last decrements of a segment that exceeded the counter, oldest first."""
     height += segment.change
     found: list[Row] = []
     for row in segment.newest:

@@ -1,7 +1,7 @@
-{# `concurrent` of the evidence (ledger.sql): decrements within two seconds of another's, whose requests were at work at
-   the same time, as far as the log tells; of such two, one may be lost. `overlapped`: the other one came later, and its log
-   row before this one: it may have read the counter before this one was written. `called_lost`: by an earlier look that
-   accounted for all. Only where the two books don't account for all of the drift. #}
+{# `concurrent` of the evidence (ledger.sql): two decrements within two seconds whose requests overlapped, as far as the log
+   shows; one of them may be lost. `overlapped`: the other decrement came later and its log row came before this decrement,
+   so its request may have read the counter before this decrement was written. `called_lost`: an earlier run that explained
+   the whole drift named it. Only for users whose drift the log and decrements do not explain completely. #}
 {% macro concurrency() -%}
 {{ requests() }}, {{ neighbours() }}, concurrent AS (
         SELECT p.user_id,
@@ -13,7 +13,7 @@
                                              ORDER BY p.called_lost DESC, p.overlapped DESC,
                                                       p.tokens = t.surplus - t.difference DESC, p.at DESC) AS place
               FROM paired p JOIN totals t ON t.user_id = p.user_id
-              -- Not those beside a request that began after they were done, or was done before theirs began.
+              -- Requests that did not overlap are left out.
               WHERE p.called_lost
                  OR (p.looked_at IS NULL OR p.at >= p.looked_at)
                     AND (p.overlapped OR p.unknown_after
@@ -22,8 +22,8 @@
     )
 {%- endmacro %}
 
-{# `requests`: when a decrement's request began: at the last log row of its size before it. A second decrement of one log
-   row has none, nor has a charge of ours, which lowers the counter in one step. #}
+{# `requests`: the beginning of a decrement's request, which is the last log row of its size before it. A second decrement
+   of one log row has no request, and trueup's charges have none: they lower the counter in one step. #}
 {% macro requests() %}
     turns AS (
         SELECT t.*, sum(t.opens) OVER (PARTITION BY t.user_id, t.tokens ORDER BY t.at, t.kind DESC, t.id) AS turn
@@ -41,11 +41,11 @@
     )
 {%- endmacro %}
 
-{# `paired`: each change with those before and after it, and what the last look said of it. #}
+{# `paired`: each change with the changes before and after it, and the finding of the last run about it. #}
 {% macro neighbours() %}
     looks AS (
-        -- The last look since then that accounted for all of the drift of then, and left nothing to a person: what it did
-        -- not call lost was not.
+        -- The last drift since the base point that was explained completely and left nothing to a person: decrements before
+        -- it that it did not call lost were not lost.
         SELECT DISTINCT ON (d.user_id) d.user_id, d.found_at - interval '2 seconds' AS at,
                ARRAY(SELECT p.part #>> '{rows,0,id}' FROM jsonb_array_elements(d.evidence -> 'components') AS p (part)
                      WHERE p.part ->> 'cause' = 'lost_update') AS lost
@@ -63,7 +63,7 @@
         FROM (SELECT c.*, least(c.at, '9999-12-31'::timestamptz) AS about FROM changes c) c
         LEFT JOIN requests r ON r.user_id = c.user_id AND r.id = c.id AND NOT c.own
         WINDOW w AS (PARTITION BY c.user_id ORDER BY c.at, c.id),
-               -- Those that came after this one, but for it. (The rows of one moment have no order.)
+               -- The changes in the two seconds after this one. (Rows of one time have no order, so all of them count.)
                moment AS (PARTITION BY c.user_id ORDER BY c.about
                           RANGE BETWEEN CURRENT ROW AND '2 seconds' FOLLOWING EXCLUDE CURRENT ROW)
     ), paired AS (

@@ -1,4 +1,4 @@
-"""Finding drift: counters compared with balances, and what the host's rows say of it. Nothing is written."""
+"""Find drifts: compare counters with balances, and gather the evidence from the host's rows. Read-only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from sqlalchemy import Connection, text
 from trueup.accounts.user_ids import UserId
 from trueup.drift.evidence import Evidence
 from trueup.host.mapping import UserIdType
+from trueup.host.sql import UNCOUNTABLE
 from trueup.settings.policies import DEFAULT_MIN_AGE_SECONDS
 
 _NO_EVIDENCE = Evidence()
@@ -17,11 +18,11 @@ _NO_EVIDENCE = Evidence()
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """A counter that differs from what remains. Token figures are counts.
+    """A counter that differs from the remaining tokens. All figures are tokens.
 
-    `observed`: the counter as seen, None if it was null. `expected`: max(0, original - consumed). `end_date` None:
-    unlimited. `seen_at`: when this was so, by the database's clock. `window`: when the window began, as PostgreSQL
-    writes it; "": whenever.
+    `observed`: the counter's value, None if it is null. `expected`: max(0, original - consumed). `end_date` None:
+    unlimited. `seen_at`: the time of the comparison, by the database's clock. `window`: the beginning of the period,
+    as PostgreSQL prints it; "": not known.
     """
 
     user_id: UserId
@@ -38,7 +39,7 @@ class Drift:
 
     @property
     def tokens(self) -> int:
-        """observed - expected, a null counter read as 0. Positive: the user is shown tokens that are gone."""
+        """observed - expected, a null counter as 0. Positive: the user is shown tokens that are gone."""
         return (self.observed or 0) - self.expected
 
     @property
@@ -49,13 +50,12 @@ class Drift:
 
     @property
     def surplus(self) -> int:
-        """observed - (original - consumed): what all causes together made of the counter, overdrafts not cut off."""
+        """observed - (original - consumed): the sum of all causes, with an overdraft not cut off at zero."""
         return (self.observed or 0) - (self.original - self.consumed)
 
 
-# One statement, so that a drift and its evidence are of one snapshot. Without a drift no row but balances is read. The
-# statement's own time, for what comes between a look at the clock and the snapshot would seem to come after a
-# correction that knew of it.
+# One statement, so that a drift and its evidence have one snapshot. Without a drift it reads only balances. It uses its
+# own time: with an earlier clock reading, a row committed in between would seem to come after a correction that saw it.
 _FIND = """
     WITH drifted AS MATERIALIZED (
         SELECT a.user_id, a.subscription_id, a.is_active, a.window_start, a.end_date, a.original, a.consumed,
@@ -63,6 +63,8 @@ _FIND = """
         FROM trueup.accounts(statement_timestamp()) a
         WHERE a.user_id = ANY (CAST(:user_ids AS {user_id_type}[]))
           AND a.counter IS DISTINCT FROM greatest(a.original - a.consumed, 0)
+          -- A counter whose usage can't be counted has no right value: a deep pass reports it.
+          AND a.consumed < {uncountable}
     ), known AS (
         SELECT e.user_id, e.evidence FROM (
             SELECT array_agg(user_id) AS users, array_agg(subscription_id) AS subscriptions,
@@ -86,13 +88,13 @@ def find_drifts(
     *,
     min_age_seconds: float = DEFAULT_MIN_AGE_SECONDS,
 ) -> list[Drift]:
-    """Return the drifts among these users' counters, ordered by user.
+    """Return the drifts of these users' counters, ordered by user.
 
-    `min_age_seconds`: the decrement of usage that is younger may still come.
+    `min_age_seconds`: the decrement of more recent usage may still arrive.
     """
-    statement = text(_FIND.format(user_id_type=user_id_type))
+    statement = text(_FIND.format(user_id_type=user_id_type, uncountable=UNCOUNTABLE))
     rows = connection.execute(statement, {"user_ids": list(user_ids), "min_age": min_age_seconds})
-    return [_drift(row) for row in rows.all()]  # .all() is one call of the driver, not one for each row
+    return [_drift(row) for row in rows.all()]  # .all() calls the driver once, not for each row
 
 
 def _drift(row: Any) -> Drift:

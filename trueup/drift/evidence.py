@@ -1,6 +1,6 @@
-"""What the host's rows say of a drifted counter, as `trueup.drift_evidence` gathers it. Token figures are counts.
+"""The evidence about a drifted counter, as `trueup.drift_evidence` gathers it from the host's rows.
 
-Rows that only prove something stay as they come: dictionaries of id, tokens and time, JSON-safe.
+Rows that only serve as proof stay dictionaries of id, tokens and time, JSON-safe.
 """
 
 from datetime import datetime
@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 def moment_of(at: str | None) -> datetime | None:
-    """Return the time that PostgreSQL wrote; None for none, and for one that Python can't hold."""
+    """Return the time that PostgreSQL printed; None for no time, and for one outside Python's range."""
     try:
         return datetime.fromisoformat(at) if at else None
     except ValueError:
@@ -26,7 +26,8 @@ class _Document(BaseModel):
 class BasePoint(_Document):
     """When the counter was last known to be right.
 
-    `written`, `seen_before`: by a correction then, and `kept`, what of it was for decrements in flight; else None.
+    For a correction: `written` is the new value, `seen_before` the old one, `kept` the tokens that it left for
+    decrements in flight. None for other kinds.
     """
 
     at: str | None = None
@@ -37,14 +38,14 @@ class BasePoint(_Document):
 
     @property
     def moment(self) -> datetime | None:
-        """Return when that was; None for a time that Python can't hold."""
+        """Return the time; None if it is outside Python's range."""
         return moment_of(self.at)
 
 
 class Part(_Document):
-    """Rows without a partner in the other book, of one class, and what they made of the counter in tokens.
+    """Log rows or decrements of one class without a match, and the drift in tokens that they caused.
 
-    `elsewhere`: other rows of such a size are in the log. `late`: some of this size were subtracted late.
+    `elsewhere`: the log has other rows of this size. `late`: some decrements of this size came late.
     """
 
     kind: Literal["missed", "double", "failed", "unlogged", "mixed"] = Field(alias="class")
@@ -57,7 +58,10 @@ class Part(_Document):
 
 
 class EdgeRow(_Document):
-    """A row at the base point (`settled`: before it), or so young that its partner may come. L, F or D by `kind`."""
+    """A row near the base point, or so recent that its match may still arrive.
+
+    `kind`: L (log row that counts), F (failed log row), D (decrement). `settled`: before the base point.
+    """
 
     kind: Literal["L", "F", "D"]
     id: str
@@ -67,17 +71,17 @@ class EdgeRow(_Document):
 
 
 class Edge(_Document):
-    """Rows of one size, some of them settled or young."""
+    """Rows of one size, of which some are settled or young."""
 
     tokens: int
     rows: list[EdgeRow]
 
 
 class Concurrent(_Document):
-    """Two decrements within seconds: the one may have been lost, the other kept.
+    """Two decrements within seconds: the counter may have lost one and kept the other.
 
-    `overlapped`: the request of another decrement after the lost one had begun before it. `called_lost`: an earlier
-    look that accounted for all of the drift said so.
+    `overlapped`: a later decrement belongs to a request that began before the lost decrement. `called_lost`: an
+    earlier run that explained the whole drift named this lost update.
     """
 
     lost: Row
@@ -87,7 +91,7 @@ class Concurrent(_Document):
 
 
 class Segment(_Document):
-    """The counter between two purchases: its change, the lowest it came to, its last decrements, newest first."""
+    """The counter between two purchases: its change, its lowest value, and its last decrements, newest first."""
 
     number: int
     change: int
@@ -108,9 +112,9 @@ class Purchase(_Document):
 
 
 class Carried(_Document):
-    """The window before: what was bought (`tokens` None: not known), used and subtracted in it.
+    """The period before: tokens bought (None: not known), used and subtracted (`lowered`) in it.
 
-    `place`: how many payments back that is. `ran_out`: the plan had ended. `same_plan`: it is the one of now.
+    `place`: how many payments ago. `ran_out`: the plan had ended. `same_plan`: it is the present plan.
     """
 
     since: str
@@ -125,7 +129,7 @@ class Carried(_Document):
 
 
 class OwnMissed(_Document):
-    """Charges of trueup's that could not lower the counter, because the host had it locked."""
+    """Charges of trueup's that did not lower the counter, because the host had its row locked."""
 
     count: int
     tokens: int
@@ -133,7 +137,7 @@ class OwnMissed(_Document):
 
 
 class Grant(_Document):
-    """A grant and what it had left when the window began, or when it ended."""
+    """A grant, and the tokens that it had left when the period began, or when the grant ended."""
 
     id: int
     tokens: int
@@ -144,7 +148,7 @@ class Grant(_Document):
 
 
 class Match(_Document):
-    """Rows of the log that are as large as `tokens` (of its sign here: what they would explain)."""
+    """Log rows whose size is that of `tokens`, the signed drift that one of them would explain."""
 
     tokens: int
     counted: int
@@ -154,7 +158,7 @@ class Match(_Document):
 
 
 class Pair(_Document):
-    """Two rows of the log that add up to the drift: how many such pairs, and one."""
+    """Pairs of log rows that add up to the drift: how many, and one of them."""
 
     kinds: Literal["LL", "FL", "FF"]
     count: int
@@ -166,33 +170,33 @@ class Young(_Document):
     tokens: int
 
 
-# A list as a default is copied deeply for each document, which takes longer than all the rest of reading it.
+# pydantic copies a default list deeply for each document, which costs more than all other parsing.
 _NONE: Any = Field(default_factory=list)
 
 
 class Evidence(_Document):
-    """All that is known of one drifted counter. What needs a table that is not mapped is empty."""
+    """All evidence about one drifted counter. Fields that need an unmapped table are empty."""
 
     decrements_mapped: bool = False
     purchases_mapped: bool = False
     base: BasePoint = BasePoint()
     purchases: list[Purchase] = _NONE
-    # Paid for in this window, before the counter was last right, and not granted: the credit may have come since.
+    # Purchases in this period before the base point, without a grant: the host may have credited them after it.
     credit_may_be_late: list[int] = _NONE
     grants: list[Grant] = _NONE
     own_missed: OwnMissed | None = None
     carried: list[Carried] = _NONE
-    # With the decrements' rows:
+    # If the host's decrements are mapped:
     logged_rows: int = 0
     lowered_rows: int = 0
     start: int = 0
     parts: list[Part] = _NONE
     edges: list[Edge] = _NONE
     concurrent: list[Concurrent] = _NONE
-    # What was subtracted so soon after the last correction that its request may have read the counter before.
+    # A decrement so soon after the last correction that its request may have read the counter before it.
     overwriting: Row | None = None
     segments: list[Segment] = _NONE
-    # Without them:
+    # If they are not mapped:
     matches: list[Match] = _NONE
     pairs: list[Pair] = _NONE
     young: Young | None = None

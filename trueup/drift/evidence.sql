@@ -1,21 +1,19 @@
-{% from "drift/base_points.sql" import base_points %}
-{% from "drift/evidence_query.sql" import evidence %}
-{% from "drift/limits.sql" import counter_limit %}
-{% from "drift/purchases.sql" import plan_sizes, purchases %}
--- Evidence for the causes of drift: what the host's rows say of each drifted counter, since it was last known to be
--- right. What stands in macros is asked as well by the preview, in a database without these functions.
+{% from "drift/evidence_query.sql" import base_points, evidence %}
+{% from "drift/host_records.sql" import counter_limit, plan_sizes, purchases %}
+-- The evidence for the causes of drift: the host's rows about each drifted counter since it was last known to be right.
+-- The preview renders the same macros, for a database without these functions.
 
--- The token amounts that plans sell.
+-- The tokens that plans include.
 CREATE OR REPLACE FUNCTION trueup.plan_sizes() RETURNS SETOF bigint LANGUAGE sql STABLE AS $$
     {{ plan_sizes() }}
 $$;
 
--- The largest value that the counter's column can take.
+-- The largest value that the counter's column can hold.
 CREATE OR REPLACE FUNCTION trueup.counter_limit() RETURNS bigint LANGUAGE sql STABLE AS $$
     {{ counter_limit() }}
 $$;
 
--- What was bought and paid for. The planner inlines it, so that a user and a time reach the indexes.
+-- The completed payments. The planner inlines this function, so conditions on user and time use the indexes.
 CREATE OR REPLACE FUNCTION trueup.purchases() RETURNS TABLE (
     user_id {{ user_id_type }}, id text, reference text, at timestamptz, tokens bigint, own_plan boolean, kind text,
     ends timestamptz
@@ -23,7 +21,7 @@ CREATE OR REPLACE FUNCTION trueup.purchases() RETURNS TABLE (
     {{ purchases() }}
 $$;
 
--- Since when each counter is known to have been right.
+-- When each counter was last known to be right.
 CREATE OR REPLACE FUNCTION trueup.base_points(
     p_users {{ user_id_type }}[], p_subscriptions text[], p_windows timestamptz[]
 ) RETURNS TABLE (
@@ -35,8 +33,8 @@ CREATE OR REPLACE FUNCTION trueup.base_points(
     SELECT b.user_id, b.at, b.kind, b.written, b.seen_before, b.kept FROM base_points b
 $$;
 
--- All that is known of these counters, one document for each: what `trueup.drift.evidence` reads. One call serves a
--- whole batch in the snapshot of its caller.
+-- One evidence document for each of these counters; `trueup.drift.evidence` parses it. One call serves a whole batch in
+-- its caller's snapshot. `p_min_age`: how long a decrement may take.
 CREATE OR REPLACE FUNCTION trueup.drift_evidence(
     p_users {{ user_id_type }}[], p_subscriptions text[], p_windows timestamptz[], p_original bigint[],
     p_consumed bigint[], p_observed bigint[], p_at timestamptz, p_min_age interval

@@ -1,13 +1,11 @@
-{% from "drift/base_points.sql" import base_points %}
-{% from "drift/host_records.sql" import log_and_decrements, purchase_rows, shortly_before %}
+{% from "drift/host_records.sql" import log_and_decrements, purchase_rows, purchases, shortly_before %}
 {% from "drift/ledger.sql" import ledger_evidence %}
-{% from "drift/purchases.sql" import purchases %}
 {% from "drift/sizes.sql" import size_evidence %}
 
-{# The rest of a statement that begins with `WITH wanted AS (…),` where `wanted` has a row for each drifted counter:
-   user_id, subscription_id, window_start, original, consumed, observed. Returns user_id, evidence. `at`: the time of the
-   snapshot; `min_age`: how long a decrement of usage may take. Every name is qualified where the host's tables are in
-   scope: a host may have a column of any name. #}
+{# The rest of a statement that begins with `WITH wanted AS (…),`. `wanted` has a row for each drifted counter: user_id,
+   subscription_id, window_start, original, consumed, observed. Returns user_id, evidence. `at`: the time of the snapshot;
+   `min_age`: how long a decrement may take. Names are qualified wherever the host's tables are in scope, because a host
+   may have a column of any name. #}
 {% macro evidence(at, min_age) -%}
 {{ base_points() }}, known AS MATERIALIZED (
         SELECT b.user_id, b.at AS base_at, {{ shortly_before("b.at") if token_usage else "b.at" }} AS since, b.kind,
@@ -41,9 +39,9 @@
     LEFT JOIN book_evidence b ON b.user_id = k.user_id
 {%- endmacro %}
 
-{# `purchases_found`; `late_credit`: tokens of purchases begun and dated before the counter was last right, whose money
-   and credit may have come only since; `grants_found`: grants that came, went or go on from the window before, which the
-   counter need not have followed, with what they had left when the window began, or when they ended. #}
+{# `purchases_found`. `late_credit`: tokens of purchases from before the base point that the host may have credited after
+   it. `grants_found`: grants that began or ended since the base point, or continue from the previous period, so the
+   counter may not show them; with the tokens that they had left when the period began, or when they ended. #}
 {% macro purchases_and_grants(at) %}
     purchases_found AS (
         SELECT p.user_id, jsonb_agg(p.found ORDER BY p.at, p.id) AS found FROM purchase_rows p GROUP BY p.user_id
@@ -76,3 +74,51 @@
         {% endif %}
     )
 {%- endmacro %}
+
+{# When each counter was last known to be right: at a correction, a person's decision, a full run that found no drift, or
+   the beginning of its period. CTEs over `wanted` (user_id, subscription_id, window_start). The last one, `base_points`,
+   has a row for each user: user_id, at, kind and, for a correction, the new value (`written`), the old one
+   (`seen_before`), and the tokens left for decrements in flight (`kept`). An undone correction does not count. #}
+{% macro base_points() %}
+    past_drifts AS MATERIALIZED (
+        SELECT w.user_id, w.window_start, d.id, d.run_id, d.last_run_id, d.action, d.found_at, d.written, d.observed,
+               d.written - d.expected AS kept
+        FROM wanted w
+        JOIN {{ trueup.drift }} d ON d.user_id = w.user_id AND d.subscription_id = w.subscription_id
+    ), clean_runs AS (
+        -- The newest run without a drift of this counter: the newest run of all, or the one before a drift was first found.
+        SELECT w.user_id, r.id, r.started_at
+        FROM (SELECT user_id, window_start, NULL::bigint AS before FROM wanted
+              UNION ALL SELECT user_id, window_start, run_id FROM past_drifts) w
+        CROSS JOIN LATERAL (
+            SELECT r.id, r.started_at FROM {{ trueup.reconcile_run }} r
+            WHERE r.status = 'finished' AND NOT r.dry_run AND r.only_user IS NULL
+              AND (w.before IS NULL OR r.id < w.before)
+            ORDER BY r.id DESC LIMIT 1) r
+        WHERE r.started_at > w.window_start
+          AND NOT EXISTS (SELECT FROM past_drifts d
+                          WHERE d.user_id = w.user_id AND r.id BETWEEN d.run_id AND d.last_run_id)
+          -- A run that could not compare or correct this counter does not count.
+          AND NOT EXISTS (SELECT FROM {{ trueup.defect }} f
+                          WHERE f.run_id = r.id AND f.user_id = w.user_id
+                            AND f.kind IN ('counter_too_slow', 'counter_refused'))
+    ), right_points AS (
+        SELECT user_id, window_start AS at, 'window' AS kind, NULL::bigint AS written, NULL::bigint AS seen_before,
+               NULL::bigint AS kept
+        FROM wanted
+        UNION ALL
+        SELECT user_id, started_at, 'run', NULL, NULL, NULL FROM clean_runs
+        UNION ALL
+        SELECT d.user_id, d.found_at, 'correction', d.written, d.observed, d.kept FROM past_drifts d
+        WHERE d.action = 'corrected' AND d.found_at > d.window_start
+          AND NOT EXISTS (SELECT FROM {{ trueup.drift_decision }} u
+                          WHERE u.user_id = d.user_id AND u.drift_id = d.id AND u.decision = 'undo')
+        UNION ALL
+        SELECT w.user_id, u.decided_at, 'decision', NULL, NULL, NULL
+        FROM wanted w JOIN {{ trueup.drift_decision }} u ON u.user_id = w.user_id
+        WHERE u.decision IN ('accept', 'grant') AND u.decided_at > w.window_start
+    ), base_points AS (
+        SELECT DISTINCT ON (user_id) user_id, at, kind, written, seen_before, kept
+        FROM right_points ORDER BY user_id, at DESC, kind
+    )
+{% endmacro %}

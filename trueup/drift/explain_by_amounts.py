@@ -1,24 +1,32 @@
-"""Why a counter drifted, where the host keeps no rows of its decrements: by sizes alone, so never certain. Pure.
+"""Explain a drift by amounts alone, for a host without decrement rows; the result is never certain. Pure.
 
-A row of the log, a purchase or two rows that are just as large as the drift explain it. Without decrement rows a missed
-decrement looks like a lost update, and a double one like usage that was not logged: the others are named as well.
+A log row, a purchase or a pair of log rows of the drift's size explains it. Without decrement rows a missed decrement
+looks like a lost update, and a double decrement like usage that was not logged, so alternatives are named too.
 """
 
-from dataclasses import replace
-from itertools import product
 from typing import Any
 
 from trueup.drift import weights
 from trueup.drift.causes import Cause, Component, Explanation
 from trueup.drift.detect import Drift
 from trueup.drift.evidence import Evidence, Match
-from trueup.drift.hypotheses import Candidate, candidate, carried_of, credits_of, grants_of, own_missed
+from trueup.drift.hypotheses import (
+    Candidate,
+    candidate,
+    carried_of,
+    combinations_of,
+    credits_of,
+    explanation_of,
+    grants_of,
+    less_certain,
+    own_missed,
+)
 
 PAID = ("credit_without_grant", "renewal_without_new_window", "carried_over_tokens")
 
 
 def explain_by_amounts(drift: Drift, plan_sizes: frozenset[int]) -> Explanation:
-    """Name what made a drift, from the sizes of rows."""
+    """Return the explanation by the sizes of rows. `plan_sizes`: the tokens that plans include."""
     evidence = drift.evidence
     if (drift.observed or 0) < 0:
         part = Component(cause="counter_negative", tokens=drift.tokens, certainty="certain")
@@ -29,14 +37,7 @@ def explain_by_amounts(drift: Drift, plan_sizes: frozenset[int]) -> Explanation:
     if not chosen:
         others, more = _unexplained(drift, plan_sizes)
         return Explanation(alternatives=others, evidence={**drift.figures, **more})
-    ordered = sorted(chosen, key=lambda one: one.at)
-    named = [name for one in ordered for name in one.alternatives]
-    causes = {one.component.cause for one in ordered}
-    return Explanation(
-        components=tuple(one.component for one in ordered),
-        alternatives=tuple(name for name in dict.fromkeys([*named, *alternatives]) if name not in causes),
-        evidence=drift.figures,
-    )
+    return explanation_of(drift, chosen, alternatives)
 
 
 def _chosen(drift: Drift, plan_sizes: frozenset[int]) -> tuple[list[Candidate], tuple[str, ...]]:
@@ -62,7 +63,7 @@ def _chosen(drift: Drift, plan_sizes: frozenset[int]) -> tuple[list[Candidate], 
 
 
 def _hidden_purchase(drift: Drift, rest: int, plan_sizes: frozenset[int]) -> tuple[str, ...]:
-    """What no row tells of may be as large as a row: a purchase and something that lowered it, or tokens kept."""
+    """Return causes without a row that may have this size too: a purchase partly used, or carried-over tokens."""
     evidence = drift.evidence
     unseen = evidence.credit_may_be_late if evidence.purchases_mapped else plan_sizes
     names = ["credit_without_grant"] if any(size <= rest for size in unseen) else []
@@ -73,41 +74,29 @@ def _hidden_purchase(drift: Drift, rest: int, plan_sizes: frozenset[int]) -> tup
 def _with_purchases(
     drift: Drift, plan_sizes: frozenset[int], rest: int, matches: dict[int, Match]
 ) -> tuple[list[Candidate], tuple[str, ...]]:
-    """Return the purchases, grants and kept tokens that make it up, maybe with one row of the log; and what else."""
+    """Return the purchases, grants and kept tokens that add up to `rest`, maybe with a log row; and alternatives."""
     evidence = drift.evidence
     possible = [*credits_of(evidence), *grants_of(evidence)][-weights.MAX_CREDITS :]
     kept = carried_of(evidence, plan_sizes)
-    not_carried = max((one.cost_unused for one in kept), default=0.0)
     found: list[tuple[float, list[Candidate]]] = []
-    for flags in product((True, False), repeat=len(possible)):
-        used = [one for one, flag in zip(possible, flags, strict=True) if flag]
-        cost = sum(one.cost_used if flag else one.cost_unused for one, flag in zip(possible, flags, strict=True))
-        for carried in (None, *kept):
-            taken = [*used, *([carried] if carried else [])]
-            left = rest - sum(one.tokens for one in taken)
-            total = cost + (carried.cost_used if carried else not_carried)
-            if left == 0:
-                found.append((total, taken))
-            elif left in matches:
-                found.append((total + weights.AMOUNT_OF_A_ROW, [*taken, _of_match(matches[left])]))
+    for taken, cost in combinations_of(possible, kept):
+        left = rest - sum(one.tokens for one in taken)
+        if left == 0:
+            found.append((cost, taken))
+        elif left in matches:
+            found.append((cost + weights.AMOUNT_OF_A_ROW, [*taken, _of_match(matches[left])]))
     if not found:
         return [], ()
     best = min(found, key=lambda one: one[0])[1]
     others = {one.component.cause for _, taken in found for one in taken}
-    # What has no part in it may have one all the same, with something that no row shows: a purchase, or what was kept.
+    # An unused purchase or kept tokens may be part of it, together with a cause that left no row.
     others |= {one.component.cause for one in possible if one.cost_unused} | {one.component.cause for one in kept}
-    return [_likely(one) for one in best], tuple(sorted(others - {one.component.cause for one in best}))
-
-
-def _likely(one: Candidate) -> Candidate:
-    """A size is no proof, for a decrement's row might have told otherwise."""
-    if one.component.certainty != "certain":
-        return one
-    return replace(one, component=replace(one.component, certainty="likely"))
+    # A size is no proof: a decrement's row might have shown otherwise.
+    return [less_certain(one) for one in best], tuple(sorted(others - {one.component.cause for one in best}))
 
 
 def _of_match(match: Match) -> Candidate:
-    """Rows that are as large: more than one, and any of them may be the one."""
+    """Return the cause for log rows of the drift's size; any one of them may be the row."""
     others: tuple[str, ...]
     if match.tokens > 0:
         cause: Cause = "missed_decrement"
@@ -125,7 +114,7 @@ def _of_match(match: Match) -> Candidate:
 
 
 def _of_pair(evidence: Evidence, rest: int) -> list[Candidate]:
-    """Two rows that add up to it, if there is but one such pair: among many rows some always do by chance."""
+    """Return the causes for two log rows that add up to `rest`, if there is only one pair: several match by chance."""
     if sum(pair.count for pair in evidence.pairs) != 1:
         return []
     (pair,) = evidence.pairs
@@ -138,34 +127,28 @@ def _of_pair(evidence: Evidence, rest: int) -> list[Candidate]:
             cause = "failed_usage_charged" if row["kind"] == "F" else "double_decrement"
         tokens = int(row["tokens"]) if rest > 0 else -int(row["tokens"])
         others = ("lost_update", "manual_edit") if rest > 0 else ("charged_not_logged",)
-        found.append(
-            candidate(cause, tokens, "possible", at=row["created_at"], alternatives=others, evidence={"rows": [row]})
-        )
+        at, proof = row["created_at"], {"rows": [row]}
+        found.append(candidate(cause, tokens, "possible", at=at, alternatives=others, evidence=proof))
     return found
 
 
 def _unexplained(drift: Drift, plan_sizes: frozenset[int]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Say what was considered, and whether what nothing explains may hide tokens that somebody paid for."""
+    """Return the causes that an unexplained drift may hide, and the figures that were considered."""
     evidence = drift.evidence
-    more: dict[str, Any] = {
-        "considered": {
-            "rows_of_this_size": 0,
-            "pairs_of_rows": {pair.kinds: pair.count for pair in evidence.pairs},
-            "purchases": len(evidence.purchases) if evidence.purchases_mapped else None,
-        }
+    considered = {
+        "rows_of_this_size": 0,
+        "pairs_of_rows": {pair.kinds: pair.count for pair in evidence.pairs},
+        "purchases": len(evidence.purchases) if evidence.purchases_mapped else None,
     }
+    more: dict[str, Any] = {"considered": considered}
     if drift.tokens < 0:
         return (), more
-    sizes = (
-        [*(purchase.tokens for purchase in evidence.purchases), *evidence.credit_may_be_late]
-        if evidence.purchases_mapped
-        else plan_sizes
-    )
-    smaller = [size for size in sizes if size <= drift.surplus]
+    paid = [*(purchase.tokens for purchase in evidence.purchases), *evidence.credit_may_be_late]
+    smaller = [size for size in (paid if evidence.purchases_mapped else plan_sizes) if size <= drift.surplus]
     if smaller:
-        # A credit and something else may hide in one difference.
+        # A purchase together with another cause may make up the drift.
         more["may_contain_a_plan_of"] = max(smaller)
-    # Payments that are not mapped may have raised it, and something else lowered it again.
+    # If payments are not mapped, a purchase may have raised the counter and another cause lowered it.
     names = [] if evidence.purchases_mapped else ["credit_without_grant"]
     names += ["carried_over_tokens"] if evidence.used_before and not evidence.purchases_mapped else []
     names += dict.fromkeys(one.component.cause for one in credits_of(evidence))
@@ -175,11 +158,11 @@ def _unexplained(drift: Drift, plan_sizes: frozenset[int]) -> tuple[tuple[str, .
 
 
 def _looks_given(drift: Drift, plan_sizes: frozenset[int]) -> bool:
-    """Whether it looks like a gift, not like several missed decrements.
+    """Return whether the drift looks like a gift by hand, and not like several missed decrements.
 
-    It does if it is round, a plan's size, more than was used, or just what our last correction took off.
+    A gift is round, has a plan's size, exceeds the usage, or equals the tokens that the last correction subtracted.
     """
-    given = drift.surplus  # of which some may have been used beyond the plan
+    given = drift.surplus  # a part of it may have been used beyond the plan
     base = drift.evidence.base
     given_back = base.written is not None and given == (base.seen_before or 0) - base.written
     return given % weights.ROUND_FIGURE == 0 or given in plan_sizes or given > drift.consumed or given_back

@@ -1,4 +1,4 @@
-"""What rows in the log and rows of decrements say of a counter: two books of the same usage, row for row. Pure."""
+"""Explain a drift by rows: match log rows with decrement rows; a row without a match is a cause. Pure."""
 
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ from trueup.drift.lost_updates import called_lost
 
 
 def ledger_candidates(evidence: Evidence, plan_sizes: frozenset[int]) -> Candidates:
-    """Return what rows in both books, purchases and grants may have done to the counter."""
+    """Return the causes that log rows, decrements, purchases and grants prove or allow."""
     found = Candidates()
     found.proven += [_of_part(part) for part in evidence.parts]
     found.proven += own_missed(evidence)
@@ -37,15 +37,23 @@ def ledger_candidates(evidence: Evidence, plan_sizes: frozenset[int]) -> Candida
     return found
 
 
+_CAUSES: dict[str, Cause] = {
+    "missed": "missed_decrement",
+    "double": "double_decrement",
+    "failed": "failed_usage_charged",
+    "unlogged": "charged_not_logged",
+}
+
+
 def _shown(row: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Return a row as evidence shows it: from which book, its id, tokens and time."""
+    """Return a row for the evidence of a report."""
     if row["kind"] == "D":
         return {"decrement_id": row["id"], "tokens": tokens, "at": row["at"]}
     return {"log_id": row["id"], "tokens": tokens, "created_at": row["at"], "success": row["kind"] == "L"}
 
 
 def _doubted(one: Candidate, paid: set[int]) -> Candidate:
-    """A proven cause as large as a purchase may be that purchase, and the row's decrement one that left no row."""
+    """Lower the certainty of a proven cause that has a purchase's size: the purchase may be the cause instead."""
     if one.tokens not in paid:
         return one
     return less_certain(replace(one, alternatives=(*one.alternatives, "credit_without_grant")))
@@ -55,29 +63,26 @@ def _of_part(part: Part) -> Candidate:
     rows = [_shown(row, sample["tokens"]) for sample in part.samples for row in sample["rows"]]
     proof: dict[str, Any] = {"count": part.count, "rows": rows[: weights.MAX_ROWS]}
     if part.late:
-        proof["note"] = "others of this size were subtracted late: which one is left over is not certain"
-    cause: Cause
+        proof["note"] = "other rows of this size were subtracted late, so it is not certain which row has no match"
+    cause: Cause = _CAUSES[part.kind] if part.kind != "mixed" else _of_mixed(part)
     alternatives: tuple[str, ...] = ()
-    if part.kind == "missed":
-        cause = "missed_decrement"
+    if part.kind == "mixed":
+        alternatives = tuple(sorted({"failed_usage_charged", "double_decrement", "charged_not_logged"} - {cause}))
     elif part.kind == "double":
-        # A retry, or another call of the same size whose log row was lost: the rows look the same.
-        cause, alternatives = "double_decrement", ("charged_not_logged",)
-    elif part.kind == "failed":
-        cause, alternatives = "failed_usage_charged", ("double_decrement",) if part.elsewhere else ()
-    elif part.kind == "unlogged":
-        # A retry hours later is not near its log row either.
-        cause, alternatives = "charged_not_logged", ("double_decrement",) if part.elsewhere else ()
-    else:
-        cause = _of_mixed(part)
-        others = {"failed_usage_charged", "double_decrement", "charged_not_logged"} - {cause}
-        alternatives = tuple(sorted(others))
+        # A retry, or a call of the same size whose log row was lost: the rows look the same.
+        alternatives = ("charged_not_logged",)
+    elif part.kind != "missed" and part.elsewhere:
+        # The decrement of a retry hours later is far from its log row.
+        alternatives = ("double_decrement",)
     certainty: Certainty = "likely" if alternatives or part.late else "certain"
     return candidate(cause, part.tokens, certainty, at=part.first_at, alternatives=alternatives, evidence=proof)
 
 
 def _of_mixed(part: Part) -> Cause:
-    """Failed and counted rows of one size, and a decrement too many: each belongs to the row just before it."""
+    """Return the cause of surplus decrements among failed and counted rows of one size.
+
+    A decrement belongs to the log row just before it.
+    """
     failed = double = 0
     for sample in part.samples:
         unpaired: list[str] = []
@@ -92,7 +97,7 @@ def _of_mixed(part: Part) -> Cause:
 
 
 def _add_edge(found: Candidates, edge: Edge, base: BasePoint) -> None:
-    """Pair the rows of one size, in order of time: each side of the base point by itself, then across it."""
+    """Match the rows of one size in order of time: first on each side of the base point, then across it."""
     kinds = {kind: [row for row in edge.rows if row.kind == kind] for kind in ("L", "F", "D")}
     logged, lowered = kinds["L"], kinds["D"]
     for settled in (True, False):
@@ -111,42 +116,31 @@ def _add_edge(found: Candidates, edge: Edge, base: BasePoint) -> None:
 
 
 def _straddling(edge: Edge, log_row: EdgeRow, decrement: EdgeRow) -> Candidate:
-    proof = {"rows": [_shown(row.model_dump(), edge.tokens) for row in (log_row, decrement)]}
+    proof: dict[str, Any] = {"rows": [_shown(row.model_dump(), edge.tokens) for row in (log_row, decrement)]}
     if log_row.settled:
-        note = "the decrement came after the counter was last known to be right, its log row before"
+        note = "the log row is older than the time when the counter was last known to be right, its decrement newer"
         return candidate(
             "double_decrement", -edge.tokens, "likely", at=decrement.at, alternatives=("charged_not_logged",),
             evidence={**proof, "note": note}, cost_used=weights.DECREMENT_AFTER_BASE,
         )  # fmt: skip
-    note = "the decrement came before the counter was last known to be right, its log row after"
-    return candidate(
-        "missed_decrement",
-        edge.tokens,
-        "likely",
-        at=log_row.at,
-        evidence={**proof, "note": note},
-        cost_used=weights.DECREMENT_BEFORE_BASE,
-    )
+    note = "the decrement is older than the time when the counter was last known to be right, its log row newer"
+    proof |= {"note": note}
+    cost = weights.DECREMENT_BEFORE_BASE
+    return candidate("missed_decrement", edge.tokens, "likely", at=log_row.at, evidence=proof, cost_used=cost)
 
 
 def _add_single_log_row(found: Candidates, edge: Edge, row: EdgeRow, base: BasePoint) -> None:
     proof = {"count": 1, "rows": [_shown(row.model_dump(), edge.tokens)]}
-    # The correction waited for a decrement of this size, which never came.
+    # The last correction left tokens for a decrement of this size, which never came.
     waited_for = edge.tokens <= (base.kept or 0)
     if row.young:
-        young = candidate(
-            "missed_decrement",
-            edge.tokens,
-            "possible",
-            at=row.at,
-            evidence=proof,
-            cost_unused=weights.YOUNG_LOG_ROW_UNUSED,
-        )
+        cost = weights.YOUNG_LOG_ROW_UNUSED
+        young = candidate("missed_decrement", edge.tokens, "possible", at=row.at, evidence=proof, cost_unused=cost)
         found.possible.append(replace(young, in_flight=True))
     elif not row.settled:
         found.proven.append(candidate("missed_decrement", edge.tokens, "certain", at=row.at, evidence=proof))
     elif base.kind == "run" or waited_for or _just_before(row, base):
-        # Or it was committed after the counter was looked at, though it is dated before.
+        # Or the row was committed after the comparison, although its time is before it.
         cost = weights.AWAITED_LOG_ROW if waited_for else weights.LOG_ROW_BEFORE_BASE
         late = candidate("missed_decrement", edge.tokens, "likely", at=row.at, evidence=proof, cost_used=cost)
         found.possible.append(late)
@@ -173,15 +167,15 @@ def _add_single_decrement(
 
 
 def _just_before(row: EdgeRow, base: BasePoint) -> bool:
-    """Whether a settled row is so near that the look at the counter may have missed it: it is dated, then committed."""
+    """Return whether the comparison may have missed a settled row: a row gets its time before its commit."""
     at, known_at = moment_of(row.at), base.moment
     return at is not None and known_at is not None and known_at - at <= weights.JUST_BEFORE
 
 
 def _overwritten_correction(evidence: Evidence) -> Candidate | None:
-    """A host that had read the counter before trueup corrected it may have written the old figure back.
+    """Return the lost update of a host that read the counter before the last correction and wrote it after.
 
-    So may a person who disagreed, unless a request was at work at that moment.
+    Without a request at that moment, a person may have restored the old value.
     """
     base = evidence.base
     if base.kind != "correction" or base.written is None or base.seen_before in (None, base.written):
@@ -191,16 +185,10 @@ def _overwritten_correction(evidence: Evidence) -> Candidate | None:
     others: tuple[str, ...] = ()
     if evidence.overwriting is not None:
         proof["overwritten_by"] = evidence.overwriting
-        proof["note"] = "the host wrote back what it had read before the correction"
+        proof["note"] = "the host wrote the value that it had read before the correction"
     else:
-        proof["note"] = "the counter shows again what it did before the correction"
+        proof["note"] = "the counter has the same value as before the correction"
         others = ("manual_edit",)
-    return candidate(
-        "lost_update",
-        tokens,
-        "likely",
-        at=base.at or "",
-        alternatives=others,
-        evidence=proof,
-        cost_used=weights.OVERWRITTEN_CORRECTION,
-    )
+    cost = weights.OVERWRITTEN_CORRECTION
+    at = base.at or ""
+    return candidate("lost_update", tokens, "likely", at=at, alternatives=others, evidence=proof, cost_used=cost)

@@ -1,17 +1,65 @@
-{% from "drift/purchases.sql" import purchases %}
-{% from "host/rows.sql" import is_counted, used_since %}
+{% from "host/rows.sql" import in_range, used_since %}
 
-{# The rows that tell of drifted counters: CTEs over `known` (evidence.sql), each read by user and time, so that only
-   rows of drifted users are read. OFFSET 0 keeps the planner from reading a whole table at once, however many users it
-   expects. #}
+{# The host's rows about drifted counters: log rows, decrements, payments, plans. The CTEs are over `known`
+   (evidence_query.sql) and read by user and time, so that only rows of drifted users are read. OFFSET 0 keeps the planner
+   from reading a whole table, however many users it expects. #}
 
-{# Ten minutes before a time: rows of one size that are no further apart belong together. (Times before any calendar's
-   have no minutes before them.) #}
+{# The largest value that the counter's column can hold. #}
+{% macro counter_limit() -%}
+SELECT CASE format_type(a.atttypid, NULL)
+               WHEN 'smallint' THEN 32767 WHEN 'integer' THEN 2147483647 ELSE 9223372036854775807 END
+    FROM pg_attribute a
+    WHERE a.attrelid = CAST({{ subscription | literal }} AS regclass)
+      AND '"' || replace(a.attname, '"', '""') || '"' = {{ subscription.tokens_remaining | literal }}
+{%- endmacro %}
+
+{# The tokens that plans include (`size`): a drift of such a size may be a purchase. #}
+{% macro plan_sizes() -%}
+SELECT p.{{ token_plan.tokens_included }}::bigint AS size FROM {{ token_plan }} p
+    WHERE p.{{ token_plan.tokens_included }} > 0
+    UNION
+    SELECT p.{{ full_plan.tokens_included }}::bigint FROM {{ full_plan }} p WHERE p.{{ full_plan.tokens_included }} > 0
+{%- endmacro %}
+
+{# The completed payments: user_id, id, reference, at, tokens, own_plan, kind, ends; none if payments are not mapped.
+   `reference`: the name that a grant made from this payment has. `tokens`: of the plan that was bought, 0 without one.
+   `own_plan`: it is the subscription's present plan. `ends`: when a plan with a duration ends; null: never. #}
+{% macro purchases() -%}
+{% if payment %}
+SELECT p.{{ payment.user_id }} AS user_id, p.{{ payment.id }}::text AS id,
+           coalesce(nullif(p.{{ payment.transaction_id }}::text, ''), p.{{ payment.id }}::text) AS reference,
+           p.{{ payment.payment_date }}::timestamptz AS at,
+           greatest(coalesce(tp.{{ token_plan.tokens_included }}, fp.{{ full_plan.tokens_included }}, 0), 0)::bigint
+               AS tokens,
+           CASE WHEN {{ payment.token_plan_id("p") }} IS NOT NULL
+                THEN coalesce({{ payment.token_plan_id("p") }} = {{ subscription.token_plan_id("s") }}, false)
+                ELSE {{ subscription.token_plan_id("s") }} IS NULL
+                     AND coalesce({{ payment.full_plan_id("p") }} = {{ subscription.full_plan_id("s") }}, false)
+           END AS own_plan,
+           CASE WHEN {{ payment.token_plan_id("p") }} IS NOT NULL THEN 'token plan'
+                WHEN {{ payment.full_plan_id("p") }} IS NOT NULL THEN 'full plan' ELSE 'no plan' END AS kind,
+           CASE WHEN {{ payment.token_plan_id("p") }} IS NULL
+                THEN p.{{ payment.payment_date }}::timestamptz
+                     + make_interval(days => {{ full_plan.duration_days("fp") }}::int) END AS ends
+    FROM {{ payment }} p
+    LEFT JOIN {{ subscription }} s ON s.{{ subscription.user_id }} = p.{{ payment.user_id }}
+    LEFT JOIN {{ token_plan }} tp ON tp.{{ token_plan.id }} = {{ payment.token_plan_id("p") }}
+    LEFT JOIN {{ full_plan }} fp ON fp.{{ full_plan.id }} = {{ payment.full_plan_id("p") }}
+    WHERE p.{{ payment.status }}::text = {{ payment.completed_status | literal }}
+{%- else %}
+SELECT NULL::{{ user_id_type }} AS user_id, NULL::text AS id, NULL::text AS reference, NULL::timestamptz AS at,
+           NULL::bigint AS tokens, NULL::boolean AS own_plan, NULL::text AS kind, NULL::timestamptz AS ends
+    WHERE false
+{%- endif %}
+{%- endmacro %}
+
+{# Ten minutes before a time: rows of one size that are at most so far apart belong together. (The earliest times that
+   PostgreSQL has can't be lowered.) #}
 {% macro shortly_before(at) -%}
 CASE WHEN {{ at }} < '0001-01-03' THEN '-infinity'::timestamptz ELSE {{ at }} - interval '10 minutes' END
 {%- endmacro %}
 
-{# The host's rows of its decrements, one for each time that it lowered a counter: user_id, id, tokens, at. #}
+{# The host's decrement rows: user_id, id, tokens, at. #}
 {% macro decrements() -%}
 {% if token_usage %}
 SELECT s.{{ subscription.user_id }} AS user_id, t.{{ token_usage.id }}::text AS id,
@@ -23,8 +71,8 @@ SELECT NULL::{{ user_id_type }} AS user_id, NULL::text AS id, NULL::bigint AS to
 {%- endif %}
 {%- endmacro %}
 
-{# `own_charges`: trueup's charges since `known.since`. `log_rows`: the log rows since then but those of these charges;
-   kind L counts, F does not (failed, or not known). `decrement_rows`: the decrements since then, kind D. #}
+{# `own_charges`: trueup's charges since `known.since`. `log_rows`: the host's log rows since then; kind L counts, F does
+   not (failed, or not known). `decrement_rows`: the decrements since then, kind D. #}
 {% macro log_and_decrements() %}
     own_charges AS MATERIALIZED (
         SELECT c.user_id, c.log_id, c.tokens_total AS tokens, c.charged_at AS at, c.counter_lowered,
@@ -34,7 +82,7 @@ SELECT NULL::{{ user_id_type }} AS user_id, NULL::text AS id, NULL::bigint AS to
         SELECT k.user_id, k.base_at, CASE WHEN l.success THEN 'L' ELSE 'F' END AS kind, l.id, l.tokens, l.at
         FROM known k
         CROSS JOIN LATERAL (
-            SELECT l.{{ usage_log.id }}::text AS id, l.{{ usage_log.total_tokens }}::bigint AS tokens,
+            SELECT l.{{ usage_log.id }}::text AS id, {{ in_range("l." ~ usage_log.total_tokens) }}::bigint AS tokens,
                    l.{{ usage_log.created_at }}::timestamptz AS at, {{ usage_log.success("l") }} AS success
             FROM {{ usage_log }} l
             WHERE l.{{ usage_log.user_id }} = k.user_id AND l.{{ usage_log.created_at }} >= k.since
@@ -51,10 +99,10 @@ SELECT NULL::{{ user_id_type }} AS user_id, NULL::text AS id, NULL::bigint AS to
     )
 {%- endmacro %}
 
-{# `purchase_rows`: what was paid for since shortly before the base points, the newest twelve of each user; and what was
-   granted since without a payment in sight (kind "grant"), for a host may have raised the counter by that as well.
-   `granted`: a grant was made of it. `settled`: before the base point. `opened_window`: it is the subscription's own
-   plan, and of those the one bought nearest to when the window began. #}
+{# `purchase_rows`: each user's newest twelve purchases since shortly before the base point, and grants since then without
+   such a payment (kind "grant"): the host may have raised the counter for these too. `granted`: a grant covers it.
+   `settled`: before the base point. `opened_window`: of the purchases of the subscription's own plan, this one is nearest
+   to the beginning of the period. #}
 {% macro purchase_rows(at) %}
     purchase_rows AS (
         SELECT p.user_id, p.id, p.tokens, p.at, p.granted,
@@ -91,11 +139,10 @@ SELECT NULL::{{ user_id_type }} AS user_id, NULL::text AS id, NULL::bigint AS to
     )
 {%- endmacro %}
 
-{# `carried`: what may have been left of the window before, where an upgrade began this one: the payments up to three
-   back, and what was used and what was subtracted from there to the window's beginning. `ran_out`: the plan that was
-   bought then had ended before. `same_plan`: it is the one of now. Without an earlier payment (a trial), `tokens` is
-   null: what was given is unknown. `rows`: the CTE whose users are asked about, its rows called `w`, where `condition`
-   holds. #}
+{# `carried`: the tokens that an upgrade may have kept of the previous period: up to three earlier payments, and the tokens
+   used and subtracted from each one to the period's beginning. `ran_out`: that plan had ended before. `same_plan`: it is
+   the present plan. Without an earlier payment (a trial), `tokens` is null: unknown. `rows`: the CTE with the users, as
+   `w`, of whom those count for whom `condition` is true. #}
 {% macro carried(rows, condition) %}
     carried_rows AS (
         SELECT w.user_id, f.place,

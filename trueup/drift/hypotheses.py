@@ -1,24 +1,27 @@
-"""What evidence may mean for a counter: causes that its rows prove, and causes that they allow. Pure.
+"""Hypotheses about a drift: the causes that the evidence proves, and the causes that it allows. Pure.
 
-With the host's decrement rows at hand, a row without its partner must have moved the counter. A purchase, what an
-upgrade kept, rows at the base point or too young to tell only may have: whether they did, the sum decides.
+If decrements are mapped, a row without a match has moved the counter. A purchase, carried-over tokens, and rows near
+the base point or very recent ones may have moved it; the sum decides.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 from trueup.drift import weights
-from trueup.drift.causes import Cause, Certainty, Component
+from trueup.drift.causes import Cause, Certainty, Component, Explanation
+from trueup.drift.detect import Drift
 from trueup.drift.evidence import Carried, Evidence, Grant, Purchase
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A component that may be part of an explanation, `at` a time (ISO), with other names that fit its rows as well.
+    """A possible component of an explanation.
 
-    `cost_used`, `cost_unused`: how much it strains belief that it moved the counter, and that it did not; the
-    explanation that costs least wins. `purchase`: its place among the purchases, in order of time: the counter was
-    raised by it, or, with negative tokens, was not. `in_flight`: no cause, only a decrement that has not come yet.
+    `at`: its time (ISO), for the order. `alternatives`: other causes that fit its rows. `cost_used`, `cost_unused`: how
+    improbable it is that it moved the counter, and that it did not. `purchase`: the index of the purchase that raised
+    the counter or, with negative tokens, did not. `in_flight`: not a cause, but a decrement that may still arrive.
     """
 
     component: Component
@@ -36,7 +39,7 @@ class Candidate:
 
 @dataclass(kw_only=True)
 class Candidates:
-    """`proven`: the rows can't be there without them. `possible`: each may be part of it. `carried`: at most one is."""
+    """`proven`: the rows prove them. `possible`: each may be part of the explanation. `carried`: at most one is."""
 
     proven: list[Candidate] = field(default_factory=list)
     possible: list[Candidate] = field(default_factory=list)
@@ -57,14 +60,41 @@ def candidate(
     return Candidate(component=part, at=at, alternatives=alternatives, **more)
 
 
+def combinations_of(
+    possible: Sequence[Candidate], carried: Sequence[Candidate]
+) -> Iterator[tuple[list[Candidate], float]]:
+    """Yield each choice of possible candidates with at most one of `carried`, and its cost."""
+    not_carried = max((one.cost_unused for one in carried), default=0.0)
+    for flags in product((True, False), repeat=len(possible)):
+        used = [one for one, flag in zip(possible, flags, strict=True) if flag]
+        cost = sum(one.cost_used if flag else one.cost_unused for one, flag in zip(possible, flags, strict=True))
+        yield used, cost + not_carried
+        yield from (([*used, one], cost + one.cost_used) for one in carried)
+
+
+def explanation_of(drift: Drift, chosen: Iterable[Candidate], alternatives: Iterable[str] = ()) -> Explanation:
+    """Return the explanation by these candidates, in order of time; `alternatives`: besides their own."""
+    chosen = sorted(chosen, key=lambda one: one.at)
+    ordered = [one for one in chosen if not one.in_flight]
+    causes = {one.component.cause for one in ordered}
+    names = [*(name for one in ordered for name in one.alternatives), *alternatives]
+    return Explanation(
+        components=tuple(one.component for one in ordered),
+        alternatives=tuple(name for name in dict.fromkeys(names) if name not in causes),
+        in_flight=sum(one.tokens for one in chosen if one.in_flight),
+        evidence=drift.figures,
+    )
+
+
 def less_certain(one: Candidate) -> Candidate:
-    """Return it as no more than likely."""
-    certainty: Certainty = "likely" if one.component.certainty == "certain" else one.component.certainty
-    return replace(one, component=replace(one.component, certainty=certainty))
+    """Return the candidate with certainty "likely" at most."""
+    if one.component.certainty != "certain":
+        return one
+    return replace(one, component=replace(one.component, certainty="likely"))
 
 
 def own_missed(evidence: Evidence) -> list[Candidate]:
-    """Return trueup's own charges that could not lower the counter."""
+    """Return trueup's charges that did not lower the counter."""
     own = evidence.own_missed
     if own is None:
         return []
@@ -73,21 +103,18 @@ def own_missed(evidence: Evidence) -> list[Candidate]:
 
 
 def credits_of(evidence: Evidence) -> list[Candidate]:
-    """Return the purchases that may have raised the counter. A host that sells tokens adds them: that is no strain.
+    """Return the purchases that may have raised the counter.
 
-    Of those just before the base point the last few: more of them only stand in the way of likelier things.
+    Of those just before the base point only the last few: more would crowd out likelier candidates.
     """
-    places = [
-        place
+    open_purchases = [
+        (place, purchase)
         for place, purchase in enumerate(evidence.purchases)
         if not purchase.granted and not purchase.opened_window
     ]
-    before = [place for place in places if evidence.purchases[place].settled]
-    return [
-        _credit(evidence.purchases[place], place)
-        for place in places
-        if place not in before[: -weights.MAX_SETTLED_PURCHASES]
-    ]
+    settled = [place for place, purchase in open_purchases if purchase.settled]
+    skipped = settled[: -weights.MAX_SETTLED_PURCHASES]
+    return [_credit(purchase, place) for place, purchase in open_purchases if place not in skipped]
 
 
 def _credit(purchase: Purchase, place: int) -> Candidate:
@@ -98,7 +125,7 @@ def _credit(purchase: Purchase, place: int) -> Candidate:
         "certain",
         at=purchase.at,
         evidence={"payments": [purchase.model_dump(include={"id", "reference", "tokens", "at", "kind"})]},
-        # Shortly before the base point, it may have been in the counter then, or come a moment later.
+        # The counter may have included a purchase shortly before the base point, or the host added it a moment later.
         cost_used=weights.SETTLED_PURCHASE_USED if purchase.settled else weights.PURCHASE_USED,
         cost_unused=weights.SETTLED_PURCHASE_UNUSED if purchase.settled else weights.PURCHASE_UNUSED,
         purchase=place,
@@ -106,7 +133,7 @@ def _credit(purchase: Purchase, place: int) -> Candidate:
 
 
 def grants_of(evidence: Evidence) -> list[Candidate]:
-    """Return the grants that the counter may not have followed, but for those that a purchase in sight stands for."""
+    """Return the grants that the counter may not have followed, except grants that a known purchase represents."""
     places = {purchase.id: place for place, purchase in enumerate(evidence.purchases) if purchase.kind == "grant"}
     return [
         _grant(grant, places.get(str(grant.id)))
@@ -117,7 +144,7 @@ def grants_of(evidence: Evidence) -> list[Candidate]:
 
 def _grant(grant: Grant, place: int | None) -> Candidate:
     tokens = grant.tokens if grant.ended_since else -grant.tokens
-    note = "ended, and the counter kept it" if grant.ended_since else "given, and the counter does not show it"
+    note = "ended, and the counter kept its tokens" if grant.ended_since else "added, and the counter does not show it"
     return candidate(
         "grant_not_in_counter",
         tokens,
@@ -130,10 +157,10 @@ def _grant(grant: Grant, place: int | None) -> Candidate:
 
 
 def carried_of(evidence: Evidence, plan_sizes: frozenset[int]) -> list[Candidate]:
-    """Return what an upgrade may have kept, each figure once: by the log or by the decrements, of each earlier plan.
+    """Return the amounts that an upgrade may have kept of each earlier plan, by the log and by the decrements.
 
-    What had run out was not there to be kept. A plan that is bought while another one runs is an upgrade: what was left
-    of that one is expected to be kept.
+    `plan_sizes`: the tokens that plans include, tried if the earlier plan is not known. An expired plan left nothing. A
+    plan that is bought while another one runs is an upgrade, which probably keeps the other's tokens.
     """
     found: dict[int, Candidate] = {}
     for carried in evidence.carried:
@@ -152,14 +179,14 @@ def _carried(carried: Carried, size: int, left: int) -> Candidate:
         "before": {**carried.model_dump(exclude={"upgrade"}), "tokens": size},
     }
     if guessed:
-        proof["note"] = "no earlier payment: the size of an earlier plan is taken from those on sale"
+        proof["note"] = "no earlier payment is known: the sizes of the plans on sale are tried"
     known = weights.CARRIED_EARLIER_PLAN * (carried.place - 1)
     known += weights.CARRIED_SAME_PLAN if carried.same_plan else 0.0
     return candidate(
         "carried_over_tokens",
         left,
         "likely" if guessed or carried.same_plan else "certain",
-        # A plan that is renewed seldom keeps anything: a hand may have added just as much.
+        # A renewal seldom keeps tokens: a manual edit may have added the same number.
         alternatives=("manual_edit",) if carried.same_plan else (),
         at=carried.upgrade["at"],
         evidence=proof,

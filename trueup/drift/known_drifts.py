@@ -1,4 +1,4 @@
-"""What was found and decided before about counters that differ now: is it the same drift, and may it be touched?"""
+"""Earlier findings and decisions about drifted counters: is a drift new, and which of them limit the verdict?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +13,17 @@ from trueup.drift.causes import Explanation
 from trueup.drift.detect import Drift
 from trueup.host.mapping import UserIdType
 
-# What is found again as it was; a correction or a lost race is an event, and written each time.
+# A drift with one of these actions keeps its row when it is found again. Corrections and lost races are events: each
+# gets a row.
 _KEEPS_ITS_ROW = frozenset({"review", "reported", "ignored", "tolerated", "waiting"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Past:
-    """A user's newest drift row, if the run before this one saw it, and what people decided in this window.
+    """A user's newest drift row, if the previous run saw it, and people's decisions in this period.
 
-    `off_by`: the difference that the row stands for, in tokens, without what was in flight. `decision` None: nobody
-    decided about the row. `row_id` None: there is none.
+    `off_by`: the row's difference in tokens, without those in flight. `decision` None: there is no decision about the
+    row. `row_id` None: there is no row.
     """
 
     row_id: int | None = None
@@ -39,23 +40,26 @@ class Past:
     reason: str | None = None
 
     def history(self, drift: Drift, *, now: datetime, min_age_seconds: int) -> History:
-        """Return what of it matters to the policy."""
+        """Return the part that the verdict depends on.
+
+        `min_age_seconds`: how old equal figures must be to count as unchanged.
+        """
         unchanged = (
             self._same_figures(drift)
             and self.found_at is not None
             and now - self.found_at >= timedelta(seconds=min_age_seconds)
         )
         held = self.action == "review" and self.decision is None and ((self.off_by or 0) > 0 or self.reason == HELD)
-        # A new window has begun since: what was held is not in this counter any more.
+        # If a new period has begun since, the held tokens are no longer in this counter.
         known_at = drift.evidence.base.moment
         over = known_at is not None and self.found_at is not None and self.found_at < known_at
         return History(unchanged=unchanged, held=held and not over, ignored=self.ignored, undone=self.undone)
 
     def known_row_id(self, drift: Drift, explanation: Explanation, verdict: Verdict) -> int | None:
-        """Return the row that this drift stands in already; None: it is new.
+        """Return the row that records this drift already; None: the drift is new.
 
-        A user who goes on working lowers both figures, and the difference stays: that is the same drift. Only what
-        waits must be the very same figures, for the next request in flight may be as large as the last one.
+        It is the same drift if the difference is the same: usage lowers both figures. A drift that waits for
+        decrements must have the same figures too: the next request in flight may be as large as the last one.
         """
         if self.row_id is None or verdict.write is not None or verdict.action not in _KEEPS_ITS_ROW:
             return None
@@ -79,12 +83,8 @@ def read_past(connection: Connection, user_ids: Sequence[UserId], user_id_type: 
     past: dict[UserId, Past] = {user_id: Past() for user_id in user_ids}
     if past:
         statement = text(f"SELECT * FROM trueup.drift_past(CAST(:user_ids AS {user_id_type}[]))")
-        for row in connection.execute(statement, {"user_ids": list(user_ids)}).all():
-            past[row.user_id] = _past(row)
+        for row in connection.execute(statement, {"user_ids": list(user_ids)}).mappings().all():
+            values: dict[str, Any] = {**row, "ignored": frozenset(row["ignored"] or ())}
+            user_id = values.pop("user_id")
+            past[user_id] = Past(**values)
     return past
-
-
-def _past(row: Any) -> Past:
-    values = dict(row._mapping)
-    values.pop("user_id")
-    return Past(**values | {"ignored": frozenset(row.ignored or ())})

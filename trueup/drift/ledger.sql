@@ -1,20 +1,20 @@
 {% from "drift/concurrency.sql" import concurrency %}
 {% from "drift/host_records.sql" import carried %}
 
-{# Evidence where the host keeps rows of its decrements: the log and they are two books of the same usage, so that a row
-   in one without its partner in the other says which it was, and when. CTEs over those of evidence_query.sql. #}
+{# Evidence for a host with decrement rows: log and decrements record the same usage, so a row without a match in the other
+   table shows which usage drifted, and when. CTEs over those of evidence_query.sql. #}
 
 {# One document for each user, in `book_evidence`:
-     parts        rows without a partner, by class: `missed` (a log row more than decrements), `double` (a decrement more
-                  than log rows), `failed` (only a failed log row), `unlogged` (no log row), `mixed` (failed and counted
-                  ones). At most four samples of each, and how many there are.
-     edges        groups of rows at the base point, or so young that partners may come: read one by one.
+     parts        rows without a match, by class: `missed` (more log rows than decrements), `double` (more decrements than
+                  log rows), `failed` (only a failed log row), `unlogged` (no log row), `mixed` (failed and counted rows);
+                  at most four samples of each, and how many there are
+     edges        groups of rows near the base point, or so recent that a match may still arrive, row by row
      concurrent   see concurrency.sql
-     overwriting  the first decrement between the look of the last correction and two seconds after its write: its
-                  request may have read the counter before.
-     segments     the counter replayed from purchase to purchase: its `change`, the `lowest` it came to on the way, and
-                  the newest twelve decrements.
-     carried      what may have been kept of the window before. #}
+     overwriting  the first decrement between the comparison of the last correction and two seconds after its write: its
+                  request may have read the counter before
+     segments     the counter replayed from purchase to purchase: its `change`, its `lowest` value, and the newest twelve
+                  decrements
+     carried      tokens that may have been kept of the previous period #}
 {% macro ledger_evidence(at, min_age) -%}
 {{ clusters(at, min_age) }}, {{ parts_and_edges() }}, {{ totals(at) }}, {{ changes() }}, {{ concurrency() }},
     {{ segments() }}, {{ carried("totals", "w.kind = 'window' AND w.surplus > w.difference") }}, book_evidence AS (
@@ -34,16 +34,16 @@
     )
 {%- endmacro %}
 
-{# `events`: the rows of both books. `settled`: before the base point. `young`: the partner may still come. `clusters`:
-   rows of one user and size that are no further than ten minutes apart, where the two books differ: how many of each
-   kind, and the first sixty. #}
+{# `events`: log rows and decrements. `settled`: before the base point. `young`: the match may still arrive. `clusters`:
+   rows of one user and size at most ten minutes apart, if log and decrements differ: how many of each kind, and the first
+   sixty. #}
 {% macro clusters(at, min_age) %}
     events AS MATERIALIZED (
         SELECT b.user_id, b.kind, b.id, b.tokens, b.at, b.at < b.base_at AS settled,
                b.at > {{ at }} - {{ min_age }} AND b.at <= {{ at }} + {{ min_age }} AS young
         FROM (SELECT * FROM log_rows UNION ALL SELECT * FROM decrement_rows) b
     ), differing AS (
-        -- Where as many of a size were subtracted as were logged, and at about the same times, all came out right.
+        -- Sizes with as many decrements as log rows at about the same times have no drift and are left out.
         SELECT e.user_id, e.tokens FROM events e WHERE e.kind <> 'F'
         GROUP BY e.user_id, e.tokens
         HAVING count(*) FILTER (WHERE e.kind = 'L') <> count(*) FILTER (WHERE e.kind = 'D')
@@ -82,7 +82,7 @@
                sum(c.l + c.f) OVER (PARTITION BY c.user_id, c.tokens) AS logged
         FROM clusters c WHERE NOT c.edge
     ), netted AS (
-        -- A decrement that came within a day is late, and no drift: it cancels the log row that lacked it.
+        -- A decrement within a day is late, and no drift: it matches the log row that lacked one.
         SELECT n.*, n.class IN ('missed', 'unlogged') AND n.surplus <> 0
                     AND max(n.first_at) OVER pool <= least(min(n.first_at) OVER pool, '9999-12-31'::timestamptz)
                                                      + interval '1 day' AS pooled,
@@ -110,7 +110,7 @@
             GROUP BY t.user_id, t.class) t
         GROUP BY t.user_id
     ), edges AS (
-        -- Those with a row since the base point first: one of them may be all that tells what it did.
+        -- Groups with a row since the base point have their own, larger limit: such a row may be the only evidence.
         SELECT c.user_id,
                jsonb_agg(jsonb_build_object('tokens', c.tokens, 'rows', c.found) ORDER BY c.since, c.first_at) AS found
         FROM (SELECT c.*, row_number() OVER (PARTITION BY c.user_id, c.since ORDER BY c.first_at DESC) AS place
@@ -119,8 +119,8 @@
     )
 {%- endmacro %}
 
-{# `totals`: since the base point, what was logged and what was subtracted, trueup's charges among both; `start`: what the
-   counter was then; `difference`: of the drift, what the host's two books account for. #}
+{# `totals`: tokens logged and subtracted since the base point. `start`: the counter at the base point. `lowered`: all
+   decrements, trueup's charges included. `difference`: the part of the drift that the host's log and decrements explain. #}
 {% macro totals(at) %}
     totals AS MATERIALIZED (
         SELECT k.user_id, k.base_at, k.window_start, k.kind, k.surplus, t.logged_rows, t.lowered_rows,
@@ -144,7 +144,7 @@
     )
 {%- endmacro %}
 
-{# `changes`: what lowered the counter since the base point, where the two books don't account for all of the drift.
+{# `changes`: all decrements since the base point, of users whose drift the log and decrements do not explain completely.
    `overwriting` of the document. #}
 {% macro changes() %}
     changes AS MATERIALIZED (
@@ -165,7 +165,7 @@
     )
 {%- endmacro %}
 
-{# `segments` of the document, of users whose counter must have reached zero on the way. #}
+{# `segments` of the document, of users whose counter must have reached zero in between. #}
 {% macro segments() %}
     path AS (
         SELECT s.*, sum(s.change) OVER (PARTITION BY s.user_id, s.segment ORDER BY s.at, s.id) AS height

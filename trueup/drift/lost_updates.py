@@ -1,8 +1,8 @@
-"""Which decrements other ones overwrote: read, computed and written without a lock, the counter keeps the last. Pure.
+"""Lost updates: a host that reads, computes and writes the counter without a lock keeps only the last decrement. Pure.
 
-A decrement can only be lost to one that read the counter before it was written. Where both books show that (the other
-request was logged before this decrement, and subtracted after it), several losses may be summed up, as long as the
-sums are so few that an edit by hand would hardly meet one by chance. Two decrements that merely lie close prove less.
+A decrement is lost only to a request that read the counter before the decrement was written. If the rows show that (the
+other request was logged before this decrement and subtracted after it), sums of several losses are tried too, as long
+as the sums are so few that a manual edit would hardly match one by chance. Two close decrements alone prove less.
 """
 
 import math
@@ -17,7 +17,7 @@ from trueup.drift.hypotheses import Candidate, candidate
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """Decrements that were lost together. `doubtful`: an edit by hand of their sum can't be told from it."""
+    """Decrements that were lost together. `doubtful`: a manual edit of the same sum fits too."""
 
     lost: tuple[Candidate, ...]
     doubtful: bool
@@ -25,9 +25,9 @@ class Losses:
 
 
 def losses_by_tokens(evidence: Evidence, plan_sizes: frozenset[int]) -> dict[int, Losses]:
-    """Return what may have been lost, for each sum of tokens that it would explain; of several, what is proved best.
+    """Return the possible losses by the sum of tokens that they explain; for each sum, the best proven ones.
 
-    Somebody who gives tokens by hand likes to give a plan's: a sum as large as one (`plan_sizes`) is doubtful.
+    `plan_sizes`: the tokens that plans include. A sum of that size is doubtful: people often grant a plan's tokens.
     """
     pairs = [pair for pair in evidence.concurrent if int(pair.lost["tokens"]) > 0 and not pair.called_lost]
     overlapped = [_lost(pair) for pair in pairs if pair.overlapped]
@@ -43,17 +43,17 @@ def losses_by_tokens(evidence: Evidence, plan_sizes: frozenset[int]) -> dict[int
 
 
 def called_lost(evidence: Evidence) -> list[Candidate]:
-    """Return what an earlier look that accounted for all of the drift called lost: no more than that is known of it."""
+    """Return the lost updates that an earlier run named when it explained the whole drift."""
     return [_lost(pair) for pair in evidence.concurrent if pair.called_lost]
 
 
 def _few_sums(lost: Sequence[Candidate]) -> Iterator[tuple[Candidate, ...]]:
-    """Yield what may be lost of these: all, then ever more of the ways to choose, while they prove something."""
+    """Yield subsets of these losses: all, then smaller and larger ones, until a match by chance gets too probable."""
     if len(lost) >= weights.MAX_CONCURRENT:
         return
     chance = 0.0
     for few in range(len(lost) // 2 + 1):
-        # Few were kept, or few were lost: as many ways, the one as the other.
+        # All but a few were lost, or only a few: both have equally many subsets.
         for number in dict.fromkeys((len(lost) - few, few)):
             for chosen in combinations(lost, number) if number else ():
                 tokens = max(weights.GIVEN_FROM, sum(one.tokens for one in chosen))
@@ -64,5 +64,5 @@ def _few_sums(lost: Sequence[Candidate]) -> Iterator[tuple[Candidate, ...]]:
 
 
 def _lost(pair: Concurrent) -> Candidate:
-    proof = {"rows": [pair.lost, pair.kept], "note": "of two decrements at the same moment one was lost"}
+    proof = {"rows": [pair.lost, pair.kept], "note": "two decrements ran at the same moment, and one was lost"}
     return candidate("lost_update", int(pair.lost["tokens"]), "likely", at=pair.lost["at"], evidence=proof)

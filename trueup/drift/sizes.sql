@@ -1,18 +1,15 @@
-{% from "drift/host_records.sql" import carried, shortly_before %}
-{% from "drift/purchases.sql" import plan_sizes %}
+{% from "drift/host_records.sql" import carried, plan_sizes, shortly_before %}
 {% from "host/rows.sql" import is_counted %}
 
-{# Evidence where the host keeps no rows of its decrements: rows of the log that are as large as a drift, or as what is
-   left of it once a purchase is taken out. Sizes are a weaker proof than rows: see what explain_by_amounts.py makes of
-   them. CTEs over those of evidence_query.sql. #}
+{# Evidence for a host without decrement rows: log rows of the drift's size, or of its size without a purchase. Sizes are a
+   weaker proof than rows; see explain_by_amounts.py. CTEs over those of evidence_query.sql. #}
 
 {# One document for each user, in `book_evidence`:
-     matches      rows of the log as large as one of the sizes in question, counted and failed ones, the newest three of
-                  each.
-     pairs        where no single row is, how many pairs of the newest 400 add up to it, by kind, and one of them.
-     young        counted rows whose decrement may still come.
-     used_before  the user used something before the window.
-     carried      what may have been kept of the window before. #}
+     matches      log rows that have one of the sizes in question, counted and failed ones, the newest three of each
+     pairs        if no single row matches: how many pairs of the newest 400 rows add up to the drift, by kind, and one pair
+     young        counted rows whose decrement may still arrive
+     used_before  the user has usage before this period
+     carried      tokens that may have been kept of the previous period #}
 {% macro size_evidence(at, min_age) -%}
 {{ matches() }}, {{ pairs() }}, {{ carried("unsolved", "w.kind = 'window' AND w.open > 0") }}, young AS (
         SELECT e.user_id, jsonb_build_object('count', count(*), 'tokens', sum(e.tokens)) AS found
@@ -35,8 +32,8 @@
     )
 {%- endmacro %}
 
-{# `unsolved`: what is left of each drift without the charges of ours that could not lower the counter (`open`).
-   `events`: the log rows since the base point. `questions`: the sizes in question. `matches` of the document. #}
+{# `unsolved`: each drift without trueup's charges that did not lower the counter (`open`). `events`: the log rows since
+   the base point. `questions`: the sizes in question. `matches` of the document. #}
 {% macro matches() %}
     unsolved AS MATERIALIZED (
         SELECT k.user_id, k.base_at, k.window_start, k.kind, k.surplus - coalesce(o.tokens, 0) AS open

@@ -1,20 +1,186 @@
-"""Question-and-answer pairs from a text: the estimate and the generation."""
+"""Question-and-answer pairs from a text: passages, prompts with their costs, the estimate and the generation.
 
+The estimate and the work use the same plan."""
+
+import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from trueup.errors import AnswerFormatError, HoldExhaustedError
+from trueup.errors import AnswerFormatError, HoldExhaustedError, InvalidInputError
 from trueup.features.answers import objects_under, scalar_under, share_of, text_of
-from trueup.features.qa_plan import PlannedChunk, plan_qa
 from trueup.llm import languages
-from trueup.llm.model import Model
-from trueup.llm.texts import cut_at_word, fold, sentences, words
-from trueup.llm.tokens import TokenCounter
+from trueup.llm.model import Message, Model
+from trueup.llm.prompts import ANSWER_CHARACTERS, CONTEXT_CHARACTERS, QUESTION_CHARACTERS, qa_messages
+from trueup.llm.texts import cut_at_word, fold, paragraph_spans, readable, sentence_spans, sentences, words
+from trueup.llm.tokens import TokenCounter, count_prompt_tokens, offline_counter
+
+Span = tuple[int, int]
+
+
+def passages(text: str, *, tokens: int, counter: TokenCounter) -> list[str]:
+    """Return slices of the text, verbatim, in order and complete, of at most about `tokens` tokens each."""
+    found: list[str] = []
+    begin = end = used = 0
+    for (start, stop), cost in _pieces(text, tokens, counter):
+        if used and used + cost > tokens:
+            found.append(text[begin:end])
+            used = 0
+        if not used:
+            begin = start
+        end = stop
+        used += cost
+    if used:
+        found.append(text[begin:end])
+    return found
+
+
+def _pieces(text: str, tokens: int, counter: TokenCounter) -> Iterator[tuple[Span, int]]:
+    """Yield spans within the budget and their costs. A span above the budget is split further."""
+    for paragraph in paragraph_spans(text):
+        cost = _cost(text, paragraph, counter)
+        if cost <= tokens:
+            yield paragraph, cost
+            continue
+        for sentence in sentence_spans(text, *paragraph):
+            cost = _cost(text, sentence, counter)
+            if cost <= tokens:
+                yield sentence, cost
+            else:
+                yield from _hard_pieces(text, sentence, tokens, counter)
+
+
+def _hard_pieces(text: str, span: Span, tokens: int, counter: TokenCounter) -> Iterator[tuple[Span, int]]:
+    """Split a span without sentences, at spaces if possible. Each piece is shrunk until it fits."""
+    start, end = span
+    while start < end:
+        stop = end
+        while (cost := _cost(text, (start, stop), counter)) > tokens and stop - start > 1:
+            middle = start + max(1, (stop - start) * tokens // (cost + 1))
+            space = text.rfind(" ", start + (middle - start) // 2, middle)
+            stop = space if space > start else middle
+        yield (start, stop), cost
+        start = stop
+        while start < end and text[start].isspace():
+            start += 1
+
+
+def _cost(text: str, span: Span, counter: TokenCounter) -> int:
+    return max(1, counter.count(text[span[0] : span[1]]))
+
+
+MIN_TEXT_CHARACTERS = 100
+MAX_TEXT_CHARACTERS = 500_000
+MAX_TITLE_CHARACTERS = 500
+MAX_PAIRS = 50
+
+PASSAGE_TOKENS = 1200
+MAX_PASSAGE_TOKENS = 4000
+# Tokens of the JSON syntax: for one pair, and for the answer around the pairs.
+_PAIR_OVERHEAD_TOKENS = 40
+_ANSWER_OVERHEAD_TOKENS = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedChunk:
+    """One model call: a passage, its prompt, and the costs in tokens. `pairs`: how many to request."""
+
+    passage: str
+    pairs: int
+    messages: tuple[Message, ...]
+    prompt_tokens: int
+    answer_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class QaPlan:
+    """All model calls for one text."""
+
+    chunks: tuple[PlannedChunk, ...]
+    passages_left_out: int
+    """Count of passages that are not read, because the text has more passages than requested pairs."""
+
+    @property
+    def estimated_tokens(self) -> int:
+        return sum(chunk.prompt_tokens + chunk.answer_tokens for chunk in self.chunks)
+
+
+def plan_qa(text: str, max_pairs: int, *, page_title: str = "", counter: TokenCounter | None = None) -> QaPlan:
+    """Plan the model calls for at most `max_pairs` pairs. `counter` None: that of the o200k encoding.
+
+    Raises `InvalidInputError` for an unusable text, title or number of pairs.
+    """
+    counter = counter or offline_counter()
+    text, page_title, max_pairs = _checked(text, page_title, max_pairs)
+    found = _passages(text, max_pairs, counter)
+    kept = _evenly(found, max_pairs)
+    chunks = []
+    for passage, pairs in zip(kept, _spread(max_pairs, kept), strict=True):
+        messages = qa_messages(passage=passage, page_title=page_title, pairs=pairs)
+        chunks.append(
+            PlannedChunk(
+                passage=passage,
+                pairs=pairs,
+                messages=messages,
+                prompt_tokens=count_prompt_tokens(messages, counter),
+                answer_tokens=_answer_tokens(passage, pairs, counter),
+            )
+        )
+    return QaPlan(chunks=tuple(chunks), passages_left_out=len(found) - len(kept))
+
+
+def _checked(text: str, page_title: str, max_pairs: int) -> tuple[str, str, int]:
+    if isinstance(max_pairs, bool) or not isinstance(max_pairs, int):
+        raise InvalidInputError(f"max_pairs is {max_pairs!r}. Nothing was spent. Send a number from 1 to {MAX_PAIRS}.")
+    if not 1 <= max_pairs <= MAX_PAIRS:
+        raise InvalidInputError(f"max_pairs is {max_pairs}. Nothing was spent. Send a number from 1 to {MAX_PAIRS}.")
+    title = readable("page_title", page_title, minimum=0, maximum=MAX_TITLE_CHARACTERS)
+    body = readable("text", text, minimum=MIN_TEXT_CHARACTERS, maximum=MAX_TEXT_CHARACTERS)
+    if not any(character.isalpha() for character in body):
+        raise InvalidInputError("text has no letters. Nothing was spent. Send prose.")
+    return body, " ".join(title.split()), max_pairs
+
+
+def _passages(text: str, max_pairs: int, counter: TokenCounter) -> list[str]:
+    """Cut the text into passages. For a long text with few pairs they are longer, so that all of them are read."""
+    budget = PASSAGE_TOKENS
+    found = passages(text, tokens=budget, counter=counter)
+    while len(found) > max_pairs and budget < MAX_PASSAGE_TOKENS:
+        budget = min(MAX_PASSAGE_TOKENS, budget * 2)
+        found = passages(text, tokens=budget, counter=counter)
+    return found
+
+
+def _evenly(found: Sequence[str], most: int) -> list[str]:
+    if len(found) <= most:
+        return list(found)
+    return [found[index * len(found) // most] for index in range(most)]
+
+
+def _spread(max_pairs: int, kept: Sequence[str]) -> list[int]:
+    """Distribute the pairs by the lengths of the passages: one each, the rest by the largest-remainder method."""
+    shares = [len(passage) * (max_pairs - len(kept)) / sum(map(len, kept)) for passage in kept]
+    pairs = [1 + math.floor(share) for share in shares]
+    by_remainder = sorted(range(len(kept)), key=lambda index: shares[index] % 1, reverse=True)
+    for index in by_remainder[: max_pairs - sum(pairs)]:
+        pairs[index] += 1
+    return pairs
+
+
+def _answer_tokens(passage: str, pairs: int, counter: TokenCounter) -> int:
+    """Return the limit of an answer: each pair at full length, at the passage's own tokens per character.
+
+    Persian, for example, has more tokens per character than English.
+    """
+    density = max(0.25, counter.count(passage) / len(passage))
+    characters = QUESTION_CHARACTERS + ANSWER_CHARACTERS + CONTEXT_CHARACTERS
+    per_pair = math.ceil(density * characters) + _PAIR_OVERHEAD_TOKENS
+    return _ANSWER_OVERHEAD_TOKENS + pairs * per_pair
+
 
 _MAX_QUESTION_CHARACTERS = 500
 _MAX_ANSWER_CHARACTERS = 4000
@@ -61,12 +227,7 @@ def estimate_tokens(text: str, max_pairs: int, *, page_title: str = "", counter:
 
 
 def generate_qa(
-    model: Model,
-    *,
-    text: str,
-    page_title: str = "",
-    max_pairs: int = 10,
-    counter: TokenCounter | None = None,
+    model: Model, *, text: str, page_title: str = "", max_pairs: int = 10, counter: TokenCounter | None = None
 ) -> QaResult:
     """Generate at most `max_pairs` pairs from a text of 100 or more characters, passage by passage.
 

@@ -96,10 +96,7 @@ def plan_question(*, question: str, context: Sequence[str] = (), counter: TokenC
             cut = place if kept else None
             break
     return QuestionPlan(
-        messages=prompt(lines),
-        passages_read=len(lines),
-        passages_left_out=len(passages) - len(lines),
-        passage_cut=cut,
+        messages=prompt(lines), passages_read=len(lines), passages_left_out=len(passages) - len(lines), passage_cut=cut
     )
 
 

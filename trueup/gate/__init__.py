@@ -1,1 +1,1 @@
-"""May this run? The decision, holds, provider calls, and how strict the gate is."""
+"""The gate: the decision whether a task may run, holds, provider calls, and the mode of each feature."""

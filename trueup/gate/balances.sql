@@ -1,17 +1,17 @@
 {% from "gate/store_balance.sql" import create_balance %}
-{% from "host/rows.sql" import used_since %}
--- Writes to the balance. Each takes the user's balance row first and reads everything else after it, in
--- statements of their own: under READ COMMITTED each sees what was committed while it waited for the lock. (One
--- statement that locks and reads at once would decide on what was true before the wait.)
--- `at`: the injected clock; NULL means the database's, which all workers share.
--- Where a host table is in scope, parameters are named in full: the host may have a column of any name.
+{% from "host/rows.sql" import countable, used_since %}
+-- Writes to the balance. Each function locks the user's balance row first and reads everything else afterwards, in
+-- separate statements. Under READ COMMITTED, each of them sees the data that was committed while the function waited
+-- for the lock. A single statement that locks and reads would decide on the data from before the wait. `at`: the
+-- injected clock; NULL means the database's, which all workers share. Where a host table is in scope, parameters are
+-- qualified with the function's name: the host may have a column of any name.
 
--- Stand in line for the user's balance, until the transaction ends. The row's own lock is the gate and would do; but a
--- crowd that waits for a row which each of them updates is woken all at once, and falls steeply with its size. Here one
--- is woken at a time. (Two users may share a number: then one waits a moment for the other.) The number is taken before
--- the row and by whoever takes one row only, so nobody waits for it with a row in hand.
--- Any role that may connect can take that number and keep it. So nobody waits for it longer than lock_timeout says: after
--- that the balance's row alone is the gate.
+-- Queue for the user's balance until the transaction ends. The row lock alone would be correct, but PostgreSQL wakes
+-- all transactions that wait for a row that each of them updates, so throughput falls steeply with their number. An
+-- advisory lock wakes one at a time. (Two users may share a number; then one waits briefly for the other.) A
+-- transaction takes this lock before the row, and only if it locks a single user's row, so it never waits here while it
+-- holds a row lock. Any role that may connect can take the lock and keep it. After lock_timeout, therefore, the
+-- transaction goes on without it, to the row lock.
 CREATE OR REPLACE FUNCTION trueup.queue_for(p_user {{ user_id_type }}) RETURNS void
 LANGUAGE plpgsql SET lock_timeout = '2s' AS $$
 BEGIN
@@ -25,8 +25,8 @@ BEGIN
     END;
 END $$;
 
--- Lock the user's balance, and bring it up to date: fold the deltas, or rebuild it from the log if the window
--- moved or the log was truncated; take back overdue holds. The caller stores window_start, log_epoch, consumed, held.
+-- Lock the user's balance and bring it up to date: fold the deltas, or rebuild it from the log if the window moved or
+-- the log was truncated; end overdue holds. The caller stores window_start, log_epoch, consumed and held.
 CREATE OR REPLACE FUNCTION trueup.lock_account(
     p_user {{ user_id_type }}, INOUT at timestamptz,
     OUT subscribed boolean, OUT is_active boolean, OUT end_date timestamptz, OUT original bigint,
@@ -36,7 +36,9 @@ CREATE OR REPLACE FUNCTION trueup.lock_account(
 DECLARE
     b trueup.balance;
     e record;
-    v_consumed bigint;
+    v_consumed numeric;
+    v_largest bigint;
+    v_is_stale boolean;
     v_overdue bigint;
 BEGIN
     SELECT * INTO b FROM trueup.balance WHERE user_id = p_user FOR UPDATE;
@@ -52,20 +54,24 @@ BEGIN
     END IF;
     IF subscribed AND EXISTS (SELECT FROM trueup.token_grant WHERE user_id = p_user) THEN
         PERFORM trueup.settle_grants(p_user, at);
-        -- As settled, and all of it anew: the tokens of one window must not be held against the usage of another.
+        -- Read everything again after the settlement: tokens of one window must not be compared with usage of another.
         SELECT t.*, trueup.log_epoch() AS log_epoch INTO e FROM trueup.entitlements(at) t WHERE t.user_id = p_user;
         subscribed := FOUND;
     END IF;
-    IF subscribed AND (b.window_start, b.log_epoch) IS DISTINCT FROM (e.window_start, e.log_epoch) THEN
-        -- One statement, one snapshot: a log row and its delta are both seen here or both left for later.
+    v_is_stale := subscribed AND (b.window_start, b.log_epoch) IS DISTINCT FROM (e.window_start, e.log_epoch);
+    IF NOT v_is_stale THEN
+        WITH folded AS (DELETE FROM trueup.usage_delta WHERE user_id = p_user RETURNING used_at, tokens)
+        SELECT b.consumed + coalesce(sum(tokens) FILTER (WHERE used_at >= b.window_start), 0), max(abs(tokens))
+        INTO v_consumed, v_largest FROM folded;
+        -- The delta of a row beyond the range has another figure than the row.
+        v_is_stale := subscribed AND v_largest >= {{ uncountable }};
+    END IF;
+    IF v_is_stale THEN
+        -- One statement has one snapshot: it sees both a log row and its delta, or neither.
         WITH cleared AS (DELETE FROM trueup.usage_delta WHERE user_id = p_user)
         SELECT u.tokens INTO v_consumed FROM ({{ used_since("lock_account.p_user", "e.window_start") }}) u;
         b.window_start := e.window_start;
         b.log_epoch := e.log_epoch;
-    ELSE
-        WITH folded AS (DELETE FROM trueup.usage_delta WHERE user_id = p_user RETURNING used_at, tokens)
-        SELECT b.consumed + coalesce(sum(tokens) FILTER (WHERE used_at >= b.window_start), 0)
-        INTO v_consumed FROM folded;
     END IF;
     IF EXISTS (SELECT FROM trueup.hold WHERE user_id = p_user AND status = 'open' AND expires_at <= at) THEN
         SELECT sum(o.freed) INTO v_overdue FROM trueup.end_overdue_holds(ARRAY[p_user], at) o;
@@ -75,14 +81,15 @@ BEGIN
     original := coalesce(e.original, 0);
     window_start := b.window_start;
     log_epoch := b.log_epoch;
-    consumed := v_consumed;
+    consumed := {{ countable("v_consumed") }};
     held := b.held - coalesce(v_overdue, 0);
 END $$;
 
--- End the holds of these users whose time has run out; the caller has locked their balances, and lowers `held` by `freed`.
--- A process may be frozen in a call and still come back with it: what such calls may cost stays held for as long again as
--- it is since the last of them began (trueup.kept_past_expiry), and `expired` is false. One that began a call of the
--- hold meanwhile has renewed it: the conditions on `h` are looked at again under its row's lock.
+-- End the overdue holds of these users. The caller has locked their balances, and lowers `held` by `freed`. A frozen
+-- process may still return from a call. The maximum cost of calls in flight therefore stays held for a second period,
+-- as long as the time from the start of the last call to the expiry (trueup.kept_past_expiry); then `expired` is false.
+-- A call that began in the meantime has renewed the hold: PostgreSQL checks the conditions on `h` again under the lock
+-- of its row.
 CREATE OR REPLACE FUNCTION trueup.end_overdue_holds(p_users {{ user_id_type }}[], at timestamptz)
 RETURNS TABLE (user_id {{ user_id_type }}, expired boolean, freed bigint) LANGUAGE plpgsql AS $$
 #variable_conflict use_column
@@ -103,7 +110,7 @@ BEGIN
     RETURNING h.user_id, o.kept = 0, o.rest - o.kept;
 END $$;
 
--- What calls of this task that are in flight may cost at most, other than the one named.
+-- The maximum cost of this task's calls in flight, without the named call.
 CREATE OR REPLACE FUNCTION trueup.in_flight(
     p_user {{ user_id_type }}, p_task text, p_call_key text, p_attempt integer
 ) RETURNS bigint LANGUAGE sql STABLE AS $$

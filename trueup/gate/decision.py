@@ -1,4 +1,4 @@
-"""May this run? The decision is made in one place, SQL function `trueup.decide`; here it is put into words."""
+"""Checks without a hold. The SQL function `trueup.decide` makes the decision; this module adds the message."""
 
 from datetime import datetime
 
@@ -8,7 +8,7 @@ from trueup.accounts.account import Account, read_decision
 from trueup.accounts.user_ids import UserId
 from trueup.accounts.validation import check_estimate
 from trueup.gate.denial import Access, describe_denial
-from trueup.gate.modes import lets_pass
+from trueup.gate.modes import overrides_denial
 
 
 def check_access(
@@ -19,9 +19,9 @@ def check_access(
     *,
     now: datetime | None = None,
 ) -> Access:
-    """Say whether a task of that size may run now, and why not. Reserves nothing: only a hold does.
+    """Return whether a task of that size may run now, with the reason if not. Reserves nothing: only a hold does.
 
-    `now`: None means the database's clock.
+    `estimated_tokens`: a count. `now`: None means the database's clock.
     """
     account, reason = read_decision(connection, user_id, check_estimate(estimated_tokens), now=now)
     access = _access(account)
@@ -38,17 +38,17 @@ def check_access(
 
 
 def check_gate(connection: Connection, user_id: UserId, estimated_tokens: int, feature_name: str) -> Access:
-    """Check as the gate of a view does: what is denied has access if the feature's mode lets it pass."""
+    """Return the check of a view's gate: a denied user has access if the feature's mode overrides the denial."""
     access = check_access(connection, user_id, estimated_tokens, feature_name)
     if not access["has_access"]:
-        access["has_access"] = lets_pass(
+        access["has_access"] = overrides_denial(
             connection, user_id, feature_name=feature_name, reason=access["reason"], tokens=estimated_tokens
         )
     return access
 
 
 def denied_unknown_user() -> Access:
-    """The answer for a user that has no id, such as an anonymous one."""
+    """Return the answer for a user without an id, such as an anonymous one."""
     return Access(
         has_access=False,
         reason="no_subscription",

@@ -1,4 +1,4 @@
-"""The answer to a check; of a denial the reason code, the message, and the specification's error body (HTTP 402)."""
+"""The answer to a check. A denial has a reason code, a message, and the specification's error body (HTTP 402)."""
 
 from typing import Literal, NotRequired, TypedDict
 
@@ -10,13 +10,14 @@ Reason = Literal[
     "subscription_expired",
     "no_tokens_remaining",
     "insufficient_tokens",
+    "usage_uncountable",
 ]
 
 
 class Access(TypedDict):
     """The answer to a check. Tokens are counts; `days_remaining` None means unlimited.
 
-    `reason` is there only when access is denied, as in the specification.
+    As in the specification, `reason` is present only if access is denied.
     """
 
     has_access: bool
@@ -31,7 +32,7 @@ class Access(TypedDict):
 
 
 def describe_denial(reason: str, *, feature_name: str, estimated_tokens: int, available: int) -> str:
-    """Return the message of a reason code, for people. `estimated_tokens`, `available`: counts."""
+    """Return the message for a reason code. `estimated_tokens`, `available`: counts."""
     if reason == "insufficient_tokens":
         return f"Insufficient tokens for {feature_name}: {estimated_tokens} needed, {available} available"
     return {
@@ -39,6 +40,7 @@ def describe_denial(reason: str, *, feature_name: str, estimated_tokens: int, av
         "subscription_deactivated": "Subscription is deactivated",
         "subscription_expired": "Subscription has expired",
         "no_tokens_remaining": "No tokens remaining in subscription",
+        "usage_uncountable": "The usage log's rows of this user add up to more than can be counted",
     }[reason]
 
 

@@ -1,4 +1,4 @@
-"""Holds: tokens set aside for one running task, from before its work until after its last charge."""
+"""Holds: tokens set aside for one running task, from the gate until its last charge."""
 
 import itertools
 from collections.abc import Iterator
@@ -22,11 +22,13 @@ from trueup.settings.settings import get_settings
 class Hold:
     """An open hold, as one attempt of its task sees it.
 
-    `tokens_left`: count still set aside. `attempt`: 1 for the first delivery, counted up by each later one; it fences
-    an attempt that was overtaken. `reattached`: an earlier attempt had opened it. `replay`: an earlier attempt had done
-    the task's work already, so this hold has no tokens and is for making the result again. `passed`: the reason code of
-    a denial that the feature's mode let pass; None: it was admitted. `ordinals`: numbers of its calls, counted through
-    however often the model client is given it: two calls of one number would be one charge.
+    `tokens_left`: count still set aside.
+    `attempt`: 1 for the first delivery, one more for each later one. It fences earlier attempts.
+    `reattached`: an earlier attempt opened the hold.
+    `replay`: an earlier attempt completed the task's work. The hold has no tokens; charged calls are replayed.
+    `overridden`: the reason code of a denial that the feature's mode overrode. None: the gate admitted the task.
+    `ordinals`: the numbers of the hold's calls, shared by all model clients of the hold. Two calls with the same
+    number would be one charge.
     """
 
     user_id: UserId
@@ -38,13 +40,13 @@ class Hold:
     replay: bool
     tokens_left: int
     expires_at: datetime
-    passed: str | None = None
+    overridden: str | None = None
     ordinals: Iterator[int] = field(default_factory=lambda: itertools.count(1), init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HoldRow:
-    """A hold as it stands in the database, for people. `closed_at` None: it is open."""
+    """A row of the table of holds, for display. Tokens are counts. `closed_at` None: the hold is open."""
 
     user_id: UserId
     task_id: str
@@ -84,14 +86,15 @@ def open_hold(
     waits: int = 0,
     now: datetime | None = None,
 ) -> Hold:
-    """Set `estimated_tokens` aside for a task, in one round trip, or give this attempt the hold its task has open.
+    """Reserve tokens for a task in one round trip, or return the open hold of the task to its next attempt.
 
-    The locked balance row is the only gate: two callers can't both take the last tokens. For `lease_seconds` the hold
-    is this attempt's alone; a later one may then take it over, or at once if its `retries` are higher: then this one
-    has ended. After `ttl_seconds` without a sign of life the tokens are given back. A task whose body has returned
-    gets a hold of no tokens, for what it has paid for already. `owner` is for people. `waits`: what the last
-    `HoldBusyError` gave this message.
-    `now`: None means the database's clock. Idempotent by task id.
+    Idempotent by task id. The locked balance row decides: two callers can't both take the last tokens. A task whose
+    body has returned gets a hold without tokens, to replay the calls that it has paid for.
+
+    `estimated_tokens`: count to reserve. `owner`: names the process, for display.
+    `lease_seconds`: the time during which no later attempt can take the hold over, unless its `retries` are higher,
+    which proves that this attempt has ended. `ttl_seconds`: the hold expires after this time without a heartbeat.
+    `waits`: the number that the last `HoldBusyError` gave to this message. `now`: None means the database's clock.
     Raises `TokensDenied` with the specification's payload, `HoldBusyError` while another attempt has the hold,
     `InvalidInputError` for a malformed estimate, `SeveralSubscriptionsError`.
     """
@@ -124,7 +127,7 @@ def open_hold(
         raise _denied(row, feature_name, estimated_tokens)
     if row.busy_until is not None:
         seconds = (row.busy_until - row.at).total_seconds()
-        raise HoldBusyError(task_id, seconds, redundant=row.superfluous, waits=row.waits)
+        raise HoldBusyError(task_id, seconds, redundant=row.redundant, waits=row.waits)
     return Hold(
         user_id=user_id,
         task_id=task_id,
@@ -135,7 +138,7 @@ def open_hold(
         replay=row.replay,
         tokens_left=row.tokens_left,
         expires_at=row.expiry,
-        passed=row.passed,
+        overridden=row.overridden,
     )
 
 
@@ -147,12 +150,11 @@ _CLOSE = text(
 def close_hold(
     connection: Connection, hold: Hold, *, completed: bool = False, now: datetime | None = None
 ) -> str | None:
-    """Give back what the hold has left. Returns "settled", "released", or None when it was not this attempt's to close.
+    """Close a hold and release its remaining tokens. Idempotent: a hold ends once.
 
-    Returns "open" when an earlier attempt may still be in a call: what that may cost stays held until it is charged, or
-    until the hold's time runs out.
-    `completed`: the task's body has returned, so that a redelivery need not buy anything. Idempotent: a hold ends once.
-    `now`: None means the database's clock.
+    `completed`: the task's body has returned, so a redelivery buys nothing. `now`: None means the database's clock.
+    Returns "settled" or "released"; None if the hold is closed or belongs to a later attempt; "open" if an earlier
+    attempt may still be in a call: the call's maximum cost stays held until it is charged or the hold expires.
     """
     values = {"attempt": hold.attempt, "owner": None, "completed": completed, "now": now}
     return _close(connection, hold.user_id, hold.task_id, values)
@@ -161,9 +163,9 @@ def close_hold(
 def close_abandoned_hold(
     connection: Connection, user_id: UserId, task_id: str, *, owner: str, now: datetime | None = None
 ) -> str | None:
-    """Give back what a task's hold has left, for a caller that knows its owner to be dead. Returns as `close_hold`.
+    """Close the hold of a task whose owner has died, as the caller knows, and release its remaining tokens.
 
-    None too when the hold is another owner's by now: that one may be alive.
+    Returns as `close_hold` does; also None if the hold belongs to another owner, who may be alive.
     """
     values = {"attempt": None, "owner": owner, "completed": False, "now": now}
     return _close(connection, user_id, task_id, values)
@@ -178,15 +180,15 @@ _ABANDON = text("SELECT trueup.abandon_calls(:user_id, :task_id, :owner)")
 
 
 def abandon_calls(connection: Connection, user_id: UserId, task_id: str, *, owner: str) -> None:
-    """Note that the calls of a hold's owner are in flight no more, for a caller that knows it to be dead.
+    """Record that a dead owner's calls are no longer in flight. The caller knows that the owner has died.
 
-    The next attempt may then spend what they were given. Nothing, when the hold is another owner's by now.
+    The next attempt may then spend their tokens. Does nothing if the hold belongs to another owner.
     """
     connection.execute(_ABANDON, {"user_id": user_id, "task_id": task_id, "owner": owner})
 
 
 def has_later_attempt(connection: Connection, hold: Hold) -> bool:
-    """Return whether a later attempt of the hold's task was admitted: then this one is a duplicate that came second."""
+    """Return whether a later attempt of the hold's task was admitted: then this attempt is an outdated duplicate."""
     holds = own_table("hold", get_settings().host.user_id_type).c
     query = select(holds.id).where(
         holds.user_id == hold.user_id, holds.task_id == hold.task_id, holds.attempt > hold.attempt
@@ -198,7 +200,10 @@ _EXPIRE = text("SELECT holds, tokens FROM trueup.expire_holds(:limit, CAST(:now 
 
 
 def expire_holds(connection: Connection, *, limit: int = 1000, now: datetime | None = None) -> tuple[int, int]:
-    """Take back holds whose owner died, those of at most `limit` at once. Returns how many, and their tokens."""
+    """End overdue holds, whose owners have died. `limit`: the maximum number of holds to look for.
+
+    `now`: None means the database's clock. Returns the number of ended holds, and the count of released tokens.
+    """
     row = connection.execute(_EXPIRE, {"limit": limit, "now": now}).one()
     return row.holds, row.tokens
 
@@ -210,7 +215,7 @@ def list_holds(
     every_status: bool = False,
     limit: int = 100,
 ) -> list[HoldRow]:
-    """Return holds, newest first: open ones, or those of `every_status`. `user_id` None: of all users."""
+    """Return open holds, newest first; with `every_status` also ended ones. `user_id` None: holds of all users."""
     hold = own_table("hold", get_settings().host.user_id_type).c
     tokens_left = case((hold.status == "open", hold.tokens_reserved - hold.tokens_covered), else_=0)
     names = [field.name for field in fields(HoldRow) if field.name != "tokens_left"]

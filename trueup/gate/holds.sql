@@ -1,27 +1,29 @@
 {% from "gate/store_balance.sql" import create_balance, store_balance %}
--- Holds, from the gate to their end; balances.sql says how the balance's row is locked.
+-- Holds, from the gate to their end. balances.sql describes how the balance row is locked.
 
--- Reserve tokens for a task, or say why not (`reason`, NULL when admitted). `passed`: why it would have been denied, had
--- its feature's mode not let it pass; it then has all its tokens, whatever is left of the budget.
+-- Reserve tokens for a task, or return the `reason` of the denial (NULL: admitted). `overridden`: the reason of a
+-- denial that the feature's mode overrode; the task then gets all its tokens, even beyond the budget.
 --
--- A task that has a hold open already gets it back, with the next attempt's number, which fences the one before:
---   * p_retries is higher: the attempt that asked for this retry has ended, or its worker saw it die.
---   * its lease has run out: the attempt before is dead, or too slow.
---     In either case the attempt that has the hold may be in a call, for a retry may be another attempt's than that one's:
---     so what the call may cost is kept back; and as much is added if the budget has it, for else a task whose worker died
---     in a call of all its hold could never go on. (A worker that saw it die says so: trueup.abandon_calls.) A mode that
---     lets pass adds it whatever is left of the budget, and notes nothing: the task was noted at its gate, if it was to be.
---   * otherwise it is at work now, and this is a duplicate. `busy_until` says when to ask again. One duplicate that waits
---     is enough for the case that the one at work dies; any other is `superfluous`, or they would multiply. The one that
---     waits is given a number, `waits`, and brings it back as p_waits: copies of its message come with older ones.
--- A task whose body has returned gets a hold of no tokens: what it paid for is answered from its charges, and its
--- result is made again without buying anything.
--- A hold whose body has ended is open for calls in flight alone (see trueup.close_hold): its task passes the gate as if it
--- were closed, and gets it back with the new tokens added.
+-- If the task has an open hold, one of these cases applies:
+--   * p_retries is higher: the attempt that asked for this retry has ended, or its worker saw it die. Or the lease has
+--     run out: the previous attempt is dead, or too slow. Then this attempt takes the hold over, with the next attempt
+--     number, which fences the previous attempt. That attempt may still be in a call, because the retry may stem from
+--     an even earlier one. So the call's maximum cost stays reserved, and the same amount is added if the budget allows
+--     it; otherwise a task whose worker died in a call for its whole hold could never continue. (A worker that saw the
+--     process die reports it with trueup.abandon_calls.) A mode that overrides denials adds the amount whatever the
+--     budget has left, and records nothing: the task's own gate has recorded it.
+--   * Otherwise the previous attempt is running, and this delivery is a duplicate. `busy_until`: when to try again. One
+--     waiting duplicate is enough in case the running attempt dies; any other is `redundant`, or they would multiply.
+--     The waiting duplicate gets a number, `waits`, and returns it as p_waits: copies of its message carry older
+--     numbers.
+-- A task whose body has returned gets a hold without tokens. Its charged calls are replayed, and it produces its result
+-- again without buying anything.
+-- A hold whose body has ended is open only for calls in flight (see trueup.close_hold). Its task passes the gate like a
+-- new one, and gets the hold back with the new tokens added.
 CREATE OR REPLACE FUNCTION trueup.open_hold(
     p_user {{ user_id_type }}, p_task text, p_retries integer, p_feature text, p_section text, p_owner text,
     p_tokens bigint, p_lease interval, p_ttl interval, p_waits integer, p_mode text, INOUT at timestamptz,
-    OUT reason text, OUT passed text, OUT busy_until timestamptz, OUT superfluous boolean, OUT waits integer,
+    OUT reason text, OUT overridden text, OUT busy_until timestamptz, OUT redundant boolean, OUT waits integer,
     OUT hold_attempt integer, OUT tokens_left bigint, OUT reattached boolean, OUT replay boolean, OUT expiry timestamptz,
     OUT original bigint, OUT consumed bigint, OUT held bigint, OUT end_date timestamptz
 ) LANGUAGE plpgsql AS $$
@@ -31,11 +33,11 @@ DECLARE
     h trueup.hold;
     v_tokens bigint;
     v_kept bigint;
-    v_at_work boolean;
+    v_running boolean;
 BEGIN
     PERFORM trueup.queue_for(p_user);
     SELECT * INTO a FROM trueup.lock_account(p_user, at);
-    PERFORM trueup.require_counted();  -- after the look at the deltas: what they missed is missed no later than here
+    PERFORM trueup.require_counted();  -- after reading the deltas, so that a write they missed is noticed here
     at := a.at;
     expiry := at + p_ttl;
     original := coalesce(a.original, 0);
@@ -45,12 +47,12 @@ BEGIN
     SELECT * INTO h FROM trueup.hold WHERE user_id = p_user AND task_id = p_task ORDER BY id DESC LIMIT 1;
     hold_attempt := coalesce(h.attempt, 0) + 1;
     reattached := coalesce(h.status = 'open', false);
-    v_at_work := reattached AND h.body_ended_at IS NULL;
+    v_running := reattached AND h.body_ended_at IS NULL;
     replay := coalesce(h.completed, false);
     v_tokens := CASE WHEN replay THEN 0 ELSE p_tokens END;
-    IF v_at_work AND p_retries <= h.retries AND h.lease_until > at THEN
-        SELECT w.* INTO superfluous, waits, busy_until FROM trueup.note_duplicate(h, p_waits, at) w;
-    ELSIF v_at_work THEN
+    IF v_running AND p_retries <= h.retries AND h.lease_until > at THEN
+        SELECT w.* INTO redundant, waits, busy_until FROM trueup.record_duplicate(h, p_waits, at) w;
+    ELSIF v_running THEN
         v_kept := trueup.tokens_in_call(h);
         IF v_kept > 0 AND (trueup.gate_mode_of(p_feature, p_mode) <> 'enforce' OR trueup.decide(
             a.subscribed, a.is_active, a.end_date, original, consumed, held, v_kept, at) IS NULL) THEN
@@ -60,11 +62,11 @@ BEGIN
     ELSE
         reason := CASE WHEN NOT replay THEN trueup.decide(
             a.subscribed, a.is_active, a.end_date, original, consumed, held, v_tokens, at) END;
-        IF reason IS NOT NULL AND trueup.let_pass(p_user, p_task, p_feature, p_mode, reason, v_tokens, at) THEN
-            passed := reason;
+        IF reason IS NOT NULL AND trueup.override_denial(p_user, p_task, p_feature, p_mode, reason, v_tokens, at) THEN
+            overridden := reason;
             reason := NULL;
             IF a.consumed IS NULL THEN
-                -- Without a subscription there is no balance yet, and holds are to be told by it.
+                -- A user without a subscription has no balance yet; the balance must count the hold.
                 {{ create_balance("p_user") }}
                 SELECT * INTO a FROM trueup.lock_account(p_user, at);
                 held := coalesce(a.held, 0);
@@ -74,12 +76,12 @@ BEGIN
             held := held + trueup.raise_hold(h, v_tokens);
             tokens_left := trueup.take_over(p_user, p_task, h.id, p_retries, p_owner, at + p_lease, expiry);
         ELSIF reason IS NULL THEN
-            -- A hold for a replay is completed from the start, however its attempts end: the work stays done.
+            -- A replay's hold is completed from the start, however its attempts end: the work is done.
             INSERT INTO trueup.hold (user_id, task_id, attempt, retries, feature_name, section, owner, status,
                                      tokens_reserved, opened_at, lease_until, expires_at, completed)
             VALUES (p_user, p_task, hold_attempt, CASE WHEN replay THEN h.retries ELSE p_retries END, p_feature,
                     p_section, p_owner, 'open', v_tokens, at, at + p_lease, expiry, replay);
-            -- What an ended hold left in flight was given back with it, and is no burden on this one.
+            -- Calls in flight of an ended hold are not covered by this one: their tokens were released.
             UPDATE trueup.call_intent c SET outcome = 'unknown'
             WHERE h.id IS NOT NULL AND c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started';
             held := held + v_tokens;
@@ -89,32 +91,33 @@ BEGIN
 {{ store_balance("p_user", held="open_hold.held") }}
 END $$;
 
--- What the calls may cost that the attempt which has this hold has begun and not ended; NULL: it is in none.
+-- The maximum cost of the calls in flight of the attempt that has this hold. NULL: it has none.
 CREATE OR REPLACE FUNCTION trueup.tokens_in_call(h trueup.hold) RETURNS bigint LANGUAGE sql STABLE AS $$
     SELECT sum(c.tokens_bound)::bigint FROM trueup.call_intent c
     WHERE c.user_id = h.user_id AND c.task_id = h.task_id AND c.attempt = h.attempt AND c.outcome = 'started'
 $$;
 
--- Add tokens to a hold; for trueup.open_hold, under its lock. Returns how many.
+-- Add tokens to a hold and return their number. trueup.open_hold calls this under its lock.
 CREATE OR REPLACE FUNCTION trueup.raise_hold(h trueup.hold, p_tokens bigint) RETURNS bigint LANGUAGE sql AS $$
     UPDATE trueup.hold t SET tokens_reserved = t.tokens_reserved + p_tokens
     WHERE t.user_id = h.user_id AND t.task_id = h.task_id AND t.id = h.id
     RETURNING p_tokens
 $$;
 
--- Note a duplicate of a task that is at work, unless another one waits already; for trueup.open_hold, under its lock.
-CREATE OR REPLACE FUNCTION trueup.note_duplicate(
-    h trueup.hold, p_waits integer, at timestamptz, OUT superfluous boolean, OUT waits integer, OUT busy_until timestamptz
+-- Record a duplicate of a running task, unless another duplicate waits. trueup.open_hold calls this under its lock.
+CREATE OR REPLACE FUNCTION trueup.record_duplicate(
+    h trueup.hold, p_waits integer, at timestamptz, OUT redundant boolean, OUT waits integer, OUT busy_until timestamptz
 ) LANGUAGE plpgsql AS $$
 BEGIN
-    superfluous := coalesce(h.duplicate_until > at, false) AND p_waits < h.duplicate_waits;
+    redundant := coalesce(h.duplicate_until > at, false) AND p_waits < h.duplicate_waits;
     waits := greatest(h.duplicate_waits, p_waits) + 1;
     busy_until := least(h.lease_until, at + interval '1 minute');
     UPDATE trueup.hold t SET duplicate_until = busy_until, duplicate_waits = waits
-    WHERE NOT superfluous AND t.user_id = h.user_id AND t.task_id = h.task_id AND t.id = h.id;
+    WHERE NOT redundant AND t.user_id = h.user_id AND t.task_id = h.task_id AND t.id = h.id;
 END $$;
 
--- Give an open hold to the next attempt; for trueup.open_hold, under its lock. Returns what that attempt may spend.
+-- Give an open hold to the next attempt and return the tokens that it may spend. trueup.open_hold calls this under its
+-- lock.
 CREATE OR REPLACE FUNCTION trueup.take_over(
     p_user {{ user_id_type }}, p_task text, p_id bigint, p_retries integer, p_owner text,
     p_lease_until timestamptz, p_expires_at timestamptz
@@ -130,8 +133,8 @@ BEGIN
     RETURN greatest(v_tokens - trueup.in_flight(p_user, p_task, NULL, NULL), 0);
 END $$;
 
--- A worker saw a process die: what that process had begun is in flight no more, and nobody knows what became of it.
--- Only if the hold is still that process's: which attempt it was is not known of one that lost it.
+-- A worker saw a process die: the calls of that process are no longer in flight, and their outcome is unknown.
+-- Does nothing if the process has lost the hold: then its attempt number is not known.
 CREATE OR REPLACE FUNCTION trueup.abandon_calls(p_user {{ user_id_type }}, p_task text, p_owner text)
 RETURNS void LANGUAGE sql AS $$
     UPDATE trueup.call_intent c SET outcome = 'unknown'
@@ -140,13 +143,13 @@ RETURNS void LANGUAGE sql AS $$
       AND c.user_id = p_user AND c.task_id = p_task AND c.attempt = h.attempt AND c.outcome = 'started'
 $$;
 
--- Give back what a hold has left. NULL when there was nothing to close: closed already, or another attempt's by now.
--- p_attempt NULL: that of p_owner, for a caller that knows it dead. p_completed: the body has returned.
--- Attempts that lost their lease may still be in calls, and what comes back is charged late: the tokens of those calls are
--- kept, and the hold stays open with them until they are charged or its time runs out: as long again as it has been given
--- since the last of them began, as in trueup.kept_past_expiry. Then this returns 'open'.
--- The commit is not waited for to reach the disk: lost in a crash of the server, the hold is open again, which promises
--- too much to nobody, and its time runs out.
+-- Close a hold, release its remaining tokens and return its status. NULL: the hold is closed, or belongs to another
+-- attempt. p_attempt NULL: the attempt of p_owner, who has died, as the caller knows. p_completed: the body has
+-- returned. Attempts that lost their lease may still be in calls, which are charged late. The tokens of these calls
+-- stay held, and the function returns 'open'. The hold ends when they are charged, or when it expires: its time is
+-- extended by the time from the start of the last call to the expiry, as in trueup.kept_past_expiry. The commit does
+-- not wait for the disk. If a crash of the server loses it, the hold is open again until it expires; no token is
+-- promised twice.
 CREATE OR REPLACE FUNCTION trueup.close_hold(
     p_user {{ user_id_type }}, p_task text, p_attempt integer, p_owner text, p_completed boolean, at timestamptz
 ) RETURNS text LANGUAGE plpgsql AS $$
@@ -172,7 +175,7 @@ BEGIN
     FROM trueup.call_intent c
     WHERE c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started' AND c.attempt <> v_attempt;
     IF v_kept > 0 THEN
-        -- Its own are over with the body, and no reason to keep anything.
+        -- This attempt's own calls ended with its body, so no tokens are kept for them.
         UPDATE trueup.call_intent c SET outcome = 'unknown'
         WHERE c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started' AND c.attempt = v_attempt;
     END IF;
@@ -189,16 +192,16 @@ BEGIN
     RETURN v_status;
 END $$;
 
--- Take back the holds of dead owners, those of at most p_limit. Returns how many have ended, and all tokens that were
--- given back: also what holds gave back that stay open for calls in flight. A user whose balance is in use now is passed
--- over: that transaction, or the next sweep, does it.
+-- End overdue holds, at most p_limit. Returns the number of ended holds and all released tokens, including those of
+-- holds that stay open for calls in flight. Users whose balance row is locked are skipped: the transaction that has the
+-- lock, or the next sweep, ends their holds.
 CREATE OR REPLACE FUNCTION trueup.expire_holds(p_limit integer, at timestamptz)
 RETURNS TABLE (holds bigint, tokens bigint) LANGUAGE plpgsql AS $$
 DECLARE
     v_at timestamptz := coalesce(at, clock_timestamp());
     v_users {{ user_id_type }}[];
 BEGIN
-    -- Lock first, in a statement of its own; the next one then sees the holds as they are under the locks.
+    -- Lock first, in a separate statement: the next statement then sees the holds as they are under the locks.
     SELECT array_agg(locked.user_id) INTO v_users FROM (
         SELECT b.user_id FROM trueup.balance b
         WHERE b.user_id IN (

@@ -1,4 +1,4 @@
-"""How strict the gate is, feature by feature: a row in the database goes before the settings."""
+"""The mode of the gate for each feature. A row in the database takes precedence over the settings."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -19,7 +19,8 @@ _MAX_NAME = 200
 class FeatureMode:
     """A feature and its mode. `source`: "run time" (a row in the database) or "settings".
 
-    `denied`, `denied_tokens`: what it would have been denied in the time looked at, had it been enforced.
+    `denied`, `denied_tokens`, `denied_users`: counts of the overridden denials in the requested time, of the tokens
+    that they asked for, and of their users.
     """
 
     feature_name: str
@@ -32,7 +33,7 @@ class FeatureMode:
 
 @dataclass(frozen=True, kw_only=True)
 class ModeChange:
-    """One change at run time. `mode` None: from then on the settings decide; `mode_before` None: they did."""
+    """A change at run time. `mode` None: the settings decide from then on. `mode_before` None: they decided before."""
 
     feature_name: str
     mode_before: GateMode | None
@@ -44,7 +45,7 @@ class ModeChange:
 
 @dataclass(frozen=True, kw_only=True)
 class ObservedDenial:
-    """What one feature would have been denied for one reason. `tokens`: the sum of what was asked for."""
+    """The overridden denials of one feature for one reason. `tokens`: the sum of the requested tokens."""
 
     feature_name: str
     reason: str
@@ -66,13 +67,14 @@ def set_mode(
     note: str,
     now: datetime | None = None,
 ) -> GateMode | None:
-    """Set a feature's mode from now on; `feature_name` "*" means every feature that has none of its own.
+    """Set the mode of a feature from now on, and record who changed it and why.
 
-    `mode` None: as the settings say. Returns the mode that was set before, None if none was. Each change leaves a row
-    that says who made it and why. Raises `InvalidInputError` for an unknown mode or an unusable name or note.
+    `feature_name`: "*" means every feature without a mode of its own. `mode`: None removes the row, so that the
+    settings decide. Returns the previous mode, None if there was none. Raises `InvalidInputError` for an unknown mode
+    or a malformed name or note.
     """
     if mode is not None and mode not in get_args(GateMode):
-        raise InvalidInputError(f"mode: {mode!r} is none of {', '.join(get_args(GateMode))}")
+        raise InvalidInputError(f"mode: {mode!r} is unknown. Use one of {', '.join(get_args(GateMode))}.")
     values = {
         "feature_name": _check_text("feature", feature_name),
         "mode": mode,
@@ -101,7 +103,10 @@ _FEATURES = text(
 
 
 def list_modes(connection: Connection, *, known: list[str], hours: int = 24) -> list[FeatureMode]:
-    """Return the mode of every feature that has one of its own, was let pass lately, or is among `known`."""
+    """Return the modes of all features that have a mode of their own, had a denial overridden, or are in `known`.
+
+    `hours`: the time before now for which denials are counted.
+    """
     gate = get_settings().gate
     names = [EVERY_FEATURE, *gate.modes, *known]
     rows = connection.execute(_FEATURES, {"names": names, "since": timedelta(hours=hours)})
@@ -142,7 +147,7 @@ _DENIALS = text(
 
 
 def list_observed_denials(connection: Connection, *, hours: int = 24) -> list[ObservedDenial]:
-    """Return what would have been denied in the last `hours`, by feature and reason, the most frequent first."""
+    """Return the overridden denials of the last `hours` by feature and reason, the most frequent first."""
     return [ObservedDenial(**row) for row in connection.execute(_DENIALS, {"since": timedelta(hours=hours)}).mappings()]
 
 
@@ -150,18 +155,19 @@ _MODE = text("SELECT trueup.gate_mode_of(:feature_name, :mode)")
 
 
 def mode_of(connection: Connection, feature_name: str) -> GateMode:
-    """Return how strict the gate is for a feature now."""
+    """Return the current mode of a feature."""
     settings = get_settings().gate.mode_of(feature_name)
     mode: GateMode = connection.execute(_MODE, {"feature_name": feature_name, "mode": settings}).scalar_one()
     return mode
 
 
-_LET_PASS = text(
-    "SELECT trueup.let_pass(:user_id, :task_id, :feature_name, :mode, :reason, :tokens, CAST(:now AS timestamptz))"
+_OVERRIDE = text(
+    "SELECT trueup.override_denial(:user_id, :task_id, :feature_name, :mode, :reason, :tokens, "
+    "CAST(:now AS timestamptz))"
 )
 
 
-def lets_pass(
+def overrides_denial(
     connection: Connection,
     user_id: UserId,
     *,
@@ -171,10 +177,10 @@ def lets_pass(
     task_id: str = "",
     now: datetime | None = None,
 ) -> bool:
-    """Return whether a check that was denied lets pass all the same; in mode "observe" that is noted.
+    """Return whether the feature's mode overrides a denial; mode "observe" also records the denial.
 
-    For checks that hold nothing; the gate of a hold asks by itself. `task_id` "": there is none. `now`: None means the
-    database's clock.
+    For checks without a hold: `open_hold` does this itself. `reason`: the code of the denial. `tokens`: the requested
+    count. `task_id`: "" means that there is no task. `now`: None means the database's clock.
     """
     values = {
         "user_id": user_id,
@@ -185,8 +191,8 @@ def lets_pass(
         "tokens": tokens,
         "now": now,
     }
-    passed: bool = connection.execute(_LET_PASS, values).scalar_one()
-    return passed
+    overridden: bool = connection.execute(_OVERRIDE, values).scalar_one()
+    return overridden
 
 
 _PRUNE = text(
@@ -199,12 +205,12 @@ _PRUNE = text(
 
 
 def prune_observed_denials(connection: Connection, *, older_than: timedelta, limit: int) -> int:
-    """Forget what was let pass longer ago, at most `limit` rows. Returns how many."""
+    """Delete overridden denials that are older than `older_than`, at most `limit`. Returns the number deleted."""
     return connection.execute(_PRUNE, {"older_than": older_than, "limit": limit}).rowcount
 
 
 def _check_text(name: str, value: str, *, most: int = _MAX_NAME) -> str:
     value = value.strip()
     if not value or len(value) > most or any(letter == "\x00" or "\ud800" <= letter <= "\udfff" for letter in value):
-        raise InvalidInputError(f"{name}: give a text of 1 to {most} characters")
+        raise InvalidInputError(f"{name}: {value[:50]!r} can't be stored. Give a text of 1 to {most} characters.")
     return value

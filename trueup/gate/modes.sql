@@ -1,14 +1,15 @@
--- How strict the gate is: by feature, at run time. Looked at only when the gate has denied, so that nobody else pays for it.
+-- The mode of the gate for each feature, at run time. The gate reads it only after a denial, so admitted tasks pay
+-- nothing.
 
--- What holds for a feature: its own row, the one of every feature, or what the settings say.
+-- A feature's mode: from its own row, from the row of every feature ('*'), or from the settings.
 CREATE OR REPLACE FUNCTION trueup.gate_mode_of(p_feature text, p_settings text) RETURNS text LANGUAGE sql STABLE AS $$
     SELECT coalesce((SELECT m.mode FROM trueup.gate_mode m WHERE m.feature_name = p_feature),
                     (SELECT m.mode FROM trueup.gate_mode m WHERE m.feature_name = '*'),
                     p_settings)
 $$;
 
--- Let what was denied run all the same? In mode "observe" it is noted.
-CREATE OR REPLACE FUNCTION trueup.let_pass(
+-- Whether the feature's mode overrides a denial. Mode "observe" also records the denial.
+CREATE OR REPLACE FUNCTION trueup.override_denial(
     p_user {{ user_id_type }}, p_task text, p_feature text, p_settings text, p_reason text, p_tokens bigint, at timestamptz
 ) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
@@ -21,14 +22,14 @@ BEGIN
     RETURN v_mode IN ('observe', 'off');
 END $$;
 
--- Say how strict the gate is for a feature from now on; p_mode NULL: as the settings say. Returns what was said before.
+-- Set the mode of a feature, and return the previous one. p_mode NULL: the settings decide from now on.
 CREATE OR REPLACE FUNCTION trueup.set_gate_mode(
     p_feature text, p_mode text, p_by text, p_note text, at timestamptz
 ) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
     v_before text;
 BEGIN
-    -- Two who say so at once take turns, so that each change names what it changed.
+    -- Concurrent changes take turns, so that each records the mode that it replaced.
     LOCK TABLE trueup.gate_mode IN SHARE ROW EXCLUSIVE MODE;
     SELECT m.mode INTO v_before FROM trueup.gate_mode m WHERE m.feature_name = p_feature;
     IF v_before IS NOT DISTINCT FROM p_mode THEN

@@ -1,4 +1,4 @@
-"""Calls of the provider, before and after: allowed within the hold, and never forgotten once started."""
+"""Provider calls: a call intent is recorded before each call, and stays as evidence until the call is charged."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,9 +15,9 @@ from trueup.settings.settings import get_settings
 
 @dataclass(frozen=True, kw_only=True)
 class UnrecordedCall:
-    """A call that was started and never recorded: its task's hold has ended, or its provider gave no clear answer.
+    """A call that began and was never charged: its task's hold has ended, or the provider gave no clear answer.
 
-    It may have been billed. `tokens_bound`: count that it can have cost at most.
+    The provider may have billed it. `tokens_bound`: its maximum cost, a count.
     """
 
     user_id: UserId
@@ -46,11 +46,11 @@ def begin_call(
     ttl_seconds: float,
     now: datetime | None = None,
 ) -> int | None:
-    """Allow a call of at most `max_tokens` tokens, and remember that it was started.
+    """Record a call intent, if the hold covers the call; renew the lease and the hold.
 
-    Returns None if it may be made; else how many tokens the hold has left for it, other calls in flight taken off.
-    Renews the lease and the hold. `now`: None means the database's clock.
-    Raises `HoldOvertakenError` when the hold is not this attempt's any more.
+    `max_tokens`: the call's maximum cost, a count. `lease_seconds`, `ttl_seconds`: as in `open_hold`. `now`: None means
+    the database's clock. Returns None if the call may start; else the tokens that the hold has left for it, without
+    those of other calls in flight. Raises `HoldOvertakenError` if the hold has ended or belongs to a later attempt.
     """
     row = connection.execute(
         _BEGIN,
@@ -74,7 +74,7 @@ _END = text("SELECT trueup.end_call(:user_id, :task_id, :attempt, :call_key, :un
 
 
 def end_call(connection: Connection, hold: Hold, *, call_key: str, unknown: bool) -> None:
-    """Note that a call gave no usage. `unknown`: it may have been billed all the same, so it stays on record."""
+    """Record that a call ended without usage. `unknown`: it may have been billed, so its intent is kept as evidence."""
     connection.execute(
         _END,
         {
@@ -98,10 +98,11 @@ _EXTEND = text(
 def extend_hold(
     connection: Connection, hold: Hold, tokens: int, *, now: datetime | None = None
 ) -> tuple[str | None, int]:
-    """Add `tokens` to an open hold, by the same decision as at the gate.
+    """Add `tokens` (a count) to an open hold, by the same decision as at the gate.
 
-    Returns why not (a reason code; None: they were added), and how many tokens the hold has left.
-    Raises `HoldOvertakenError` when the hold is not this attempt's any more, `InvalidInputError` for a malformed count.
+    `now`: None means the database's clock. Returns the reason code of a denial (None: the tokens were added), and the
+    count of tokens that the hold has left. Raises `HoldOvertakenError` if the hold has ended or belongs to a later
+    attempt, `InvalidInputError` for a malformed count.
     """
     row = connection.execute(
         _EXTEND,
@@ -121,9 +122,9 @@ def extend_hold(
 
 
 def list_unrecorded_calls(connection: Connection, *, limit: int = 100) -> list[UnrecordedCall]:
-    """Return calls that may have been billed and were never recorded, newest first.
+    """Return calls that may have been billed and were never charged, newest first.
 
-    A call in flight is none of them: its hold is open and its outcome not yet due.
+    Calls in flight, whose hold is open, are not included.
     """
     user_id_type = get_settings().host.user_id_type
     call, hold = own_table("call_intent", user_id_type).c, own_table("hold", user_id_type).c

@@ -1,10 +1,10 @@
 {% from "gate/store_balance.sql" import store_balance %}
--- Calls of the provider, before and after: what was started and never recorded leaves its intent behind as evidence.
+-- Provider calls. The intent of a call that was never charged stays as evidence.
 
--- May this attempt make a call of at most p_bound tokens now? `granted` false: its hold has ended or a later attempt has
--- it (`overtaken`), or the hold has only `tokens_left` for it, other calls in flight taken off.
--- Leaves an intent, and renews the lease and the hold for as long as the call may take.
--- Only the hold's own row is locked here: the balance does not change, and its users need not wait for us.
+-- Record the intent of a call that costs at most p_bound tokens, and renew the lease and the hold for the time that the
+-- call may take. `granted` is false, and no intent is recorded, if the hold has ended or belongs to a later attempt
+-- (`overtaken`), or if it has only `tokens_left` for this call, without those of other calls in flight.
+-- This locks only the hold's row. The balance does not change, so other transactions of the user need not wait.
 CREATE OR REPLACE FUNCTION trueup.begin_call(
     p_user {{ user_id_type }}, p_task text, p_attempt integer, p_call_key text, p_bound bigint,
     p_lease interval, p_ttl interval, at timestamptz,
@@ -29,7 +29,7 @@ BEGIN
     END IF;
 END $$;
 
--- A call ended without usage: it certainly cost nothing, or nobody knows (p_unknown), which is kept.
+-- End a call without usage. p_unknown: its cost is not known, so its intent is kept. Otherwise it cost nothing.
 CREATE OR REPLACE FUNCTION trueup.end_call(
     p_user {{ user_id_type }}, p_task text, p_attempt integer, p_call_key text, p_unknown boolean
 ) RETURNS void LANGUAGE plpgsql AS $$
@@ -43,8 +43,9 @@ BEGIN
     END IF;
 END $$;
 
--- Add tokens to a task's open hold, by the same decision as at the gate, or say why not (`reason`, NULL when granted).
--- A replay is granted them, so that it goes the way its work went, and given none: it buys nothing.
+-- Add tokens to a task's open hold by the same decision as at the gate, or return the `reason` of a denial (NULL:
+-- added). A replay is never denied, so that it takes the same path as the original work, but it gets no tokens: it buys
+-- nothing.
 CREATE OR REPLACE FUNCTION trueup.extend_hold(
     p_user {{ user_id_type }}, p_task text, p_attempt integer, p_feature text, p_tokens bigint, p_mode text,
     INOUT at timestamptz, OUT overtaken boolean, OUT reason text, OUT tokens_left bigint
@@ -63,7 +64,7 @@ BEGIN
     IF reason IS NOT NULL AND EXISTS (
         SELECT FROM trueup.hold h WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open'
                                     AND h.attempt = p_attempt AND h.body_ended_at IS NULL AND NOT h.completed)
-       AND trueup.let_pass(p_user, p_task, p_feature, p_mode, reason, p_tokens, at) THEN
+       AND trueup.override_denial(p_user, p_task, p_feature, p_mode, reason, p_tokens, at) THEN
         reason := NULL;
     END IF;
     UPDATE trueup.hold h
@@ -80,7 +81,7 @@ BEGIN
 {{ store_balance("p_user", held="a.held + v_added") }}
 END $$;
 
--- Forget stored answers charged before that time, at most p_limit of them. Returns how many.
+-- Delete stored answers of charges older than p_before, at most p_limit. Returns the number deleted.
 CREATE OR REPLACE FUNCTION trueup.prune_answers(p_before timestamptz, p_limit integer)
 RETURNS bigint LANGUAGE sql AS $$
     WITH old AS (

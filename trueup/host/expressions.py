@@ -1,10 +1,10 @@
-"""Conditions and expressions of the mapping, tried out before they are built upon: on a table of our own, rolled back.
+"""Trials of the mapping's conditions and expressions, on a temporary table that is rolled back.
 
-It has the columns of the host's table and none of its rows. Nothing of the host's is locked, read or written.
+The table has the columns of the host's table and no rows. A trial locks, reads and writes nothing of the host's.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from psycopg.errors import InsufficientPrivilege
@@ -34,7 +34,7 @@ _COLUMN_TYPE = text(
     "FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid "
     "WHERE a.attrelid = to_regclass(:table) AND a.attname = :column"
 )
-# The second table makes a column that is not of {row} ambiguous. No row is read.
+# The second table makes a column without {row} ambiguous. No row is read.
 _TYPE = """
     SELECT CAST(pg_typeof(tried.value) AS text)
     FROM (SELECT) AS one LEFT JOIN LATERAL (
@@ -46,9 +46,9 @@ _OWN_ROW = """
     SELECT {{ usage_log.written("r") }} FROM (SELECT {{ values }}) r CROSS JOIN {{ role_search_path() }}
     RETURNING {{ usage_log.success("l") }}
 """
-_DRAWN = re.compile(r"nextval\('(?:[^']|'')*'::regclass\)")  # in a default; a sequence would be used up
+_DRAWN = re.compile(r"nextval\('(?:[^']|'')*'::regclass\)")  # in a default; a trial must not draw from a sequence
 _SAMPLE_UUID = "00000000-0000-4000-8000-000000000001"
-# The tried expression as PostgreSQL has parsed it.
+# The expression under trial as PostgreSQL has parsed it.
 _TRIED = """
     WITH tree AS (
         SELECT CAST(f.adbin AS text) AS nodes FROM pg_attrdef f JOIN pg_attribute a
@@ -61,7 +61,8 @@ _CASTS_TEXT = r"""
         SELECT FROM regexp_matches(nodes, '[^a-z]resulttype (\d+)', 'g') AS used (id)
         WHERE used.id[1] NOT IN ('25', '1043')))
 """
-# Written while the host's own statement runs, which we must not fail: so all in it is of a kind that can't.
+# A condition runs in the host's own statement, which trueup must not make fail. So it may only have nodes and functions
+# that can't fail; this returns the first other one.
 _TREE = text(
     rf"""
     {_TRIED}
@@ -79,7 +80,7 @@ _TREE = text(
     LIMIT 1
     """
 )
-# What one row can make fail for all who are read together with it; but for sums of more than fits.
+# Divisions and casts: one row can make a read of many rows fail. (An overflow of a sum is not detected.)
 _DIVISIONS = text(
     rf"""
     {_TRIED}
@@ -98,7 +99,7 @@ _HARMLESS = """
     jsonb_eq jsonb_ne textlike textnlike texticlike texticnlike lower upper length btrim starts_with
     numeric_eq numeric_ne numeric_lt numeric_le numeric_gt numeric_ge enum_eq enum_ne
 """
-# As PostgreSQL calls them, before version 16 and since.
+# PostgreSQL's names of the nodes, before version 16 and since.
 _KINDS = """
     OPEXPR DISTINCTEXPR NULLIFEXPR SCALARARRAYOPEXPR BOOLEXPR VAR CONST CASE CASEEXPR WHEN CASEWHEN CASETESTEXPR
     COALESCE COALESCEEXPR MINMAX MINMAXEXPR NULLTEST BOOLEANTEST RELABELTYPE FUNCEXPR COERCEVIAIO ARRAY ARRAYEXPR
@@ -109,13 +110,13 @@ _ALLOWED = (
 )
 
 Problem = tuple[str, str]
-"""What is wrong, and the remedy."""
+"""A problem and its remedy."""
 
 
 def expression_problem(connection: Connection, mapping: HostMapping) -> Problem | None:
-    """Return why nothing can be built on a condition, an expression or a column of tokens of the mapping; None: it can.
+    """Return the first problem of the mapping's conditions, expressions and column of tokens; None: there is none.
 
-    In the caller's transaction, of which nothing is left. The columns that are named must be there.
+    The trial leaves nothing in the caller's transaction. The columns that the mapping names must exist.
     """
     included = mapping.subscription.tokens_included
     if isinstance(included, str):
@@ -123,32 +124,40 @@ def expression_problem(connection: Connection, mapping: HostMapping) -> Problem 
         problem = _type_problem(str(connection.scalar(_COLUMN_TYPE, values)), _TOKENS)
         if problem is not None:
             return f"host.subscription.tokens_included: {problem[0]}.", problem[1]
-    for setting, given, table, types in _given(mapping):
+
+    def judge(given: Compared | Expression, table: str, types: tuple[str, ...]) -> Problem | None:
         trial = connection.begin_nested()
         try:
-            problem = next(_problems(connection, mapping, given, table, types), None)
-        except DBAPIError as error:
-            problem = _said(error)
+            return next(_problems(connection, mapping, given, table, types), None)
         finally:
             trial.rollback()
-        if problem is not None:
-            return f"{setting}: {problem[0]}.", problem[1]
-    return None
+
+    return _first_problem(mapping, judge)
 
 
 def wrong_expression(connection: Connection, mapping: HostMapping) -> Problem | None:
-    """Return which condition or expression is none over the host's table, by a role that may only read; None: all are.
+    """Return the first condition or expression that is not valid SQL over the host's table; None: all are valid.
 
-    Whether trueup may lean on them is not looked at. The connection's transaction is over if there is one that is none.
+    A role with SELECT rights can run this. It does not check whether an expression may fail for a row. If it finds a
+    problem, the connection's transaction has failed.
     """
+
+    def judge(given: Compared | Expression, table: str, types: tuple[str, ...]) -> Problem | None:
+        if isinstance(given, Compared):
+            return _value_problem(connection, given, table)
+        return _type_problem(_type_of(connection, given, quote_table(table)), types)
+
+    return _first_problem(mapping, judge)
+
+
+def _first_problem(
+    mapping: HostMapping, judge: Callable[[Compared | Expression, str, tuple[str, ...]], Problem | None]
+) -> Problem | None:
     for setting, given, table, types in _given(mapping):
         try:
-            if isinstance(given, Compared):
-                problem = _value_problem(connection, given, table)
-            else:
-                problem = _type_problem(_type_of(connection, given, quote_table(table)), types)
+            problem = judge(given, table, types)
         except DBAPIError as error:
-            problem = _said(error)
+            problem = _sql_problem(error)
         if problem is not None:
             return f"{setting}: {problem[0]}.", problem[1]
     return None
@@ -165,7 +174,7 @@ def _given(mapping: HostMapping) -> Iterator[tuple[str, Compared | Expression, s
 
 
 def _value_problem(connection: Connection, given: Compared, table: str) -> Problem | None:
-    """A value that the column can't have: the host may have renamed an enum's label."""
+    """Return a problem if the column can't have a value, such as a label of an enum that the host renamed."""
     name, column = quote_literal(given.column), quote_identifier(given.column)
     values = [*given.equals, *([] if given.failed is None else [given.failed])]
     statement = (
@@ -174,7 +183,11 @@ def _value_problem(connection: Connection, given: Compared, table: str) -> Probl
         f".{column} AS text) IS DISTINCT FROM value LIMIT 1"
     )
     wrong = run(connection, statement).scalar()
-    return None if wrong is None else (f"{given.column} can't have the value {wrong!r}", "Write it as the column does.")
+    return (
+        None
+        if wrong is None
+        else (f"{given.column} can't have the value {wrong!r}", "Write it as PostgreSQL shows it.")
+    )
 
 
 def _type_problem(found: str, types: tuple[str, ...]) -> Problem | None:
@@ -206,13 +219,13 @@ def _problems(
     risky = connection.scalar(_TREE, {"harmless": _HARMLESS.split(), "kinds": _KINDS.split()})
     if risky is not None:
         yield (
-            f"it uses {risky}, which might fail for a row, and the host's own write of the row with it",
+            f"it uses {risky}, which might fail for a row, and the host's own write of the row would fail too",
             _ALLOWED,
         )
     make_table(connection, table, "trueup_own", filled=True)
     if _own_counts(connection, mapping, succeeded=True) is not True:
-        yield "the rows that trueup writes would not count", "Make it true of them, or map the column that tells."
-    if mapping.usage_log.tells_failure and _own_counts(connection, mapping, succeeded=False):
+        yield "the rows that trueup writes would not count", "Make it true for them, or map the column that it tests."
+    if mapping.usage_log.records_failure and _own_counts(connection, mapping, succeeded=False):
         yield (
             "a row that trueup writes of a failed call would count",
             "Let it depend on the column of success, or set success = {value = true}: failed calls then get no row.",
@@ -223,12 +236,12 @@ def _failing_read(connection: Connection, given: Expression) -> Iterator[Problem
     found = connection.execute(_DIVISIONS).one()
     if found.divisions > len(_BY_A_NUMBER.findall(given.expression)):
         yield (
-            "it divides by what may be 0 for a row, and nothing that reads the row would work then",
-            "Divide by a plain number only, or let the host compute a column.",
+            "it divides by a value that may be 0 for a row, and then each read of the row would fail",
+            "Divide only by a number, or let the host compute a column.",
         )
     if found.casts:
         yield (
-            "it casts text or jsonb, which may fail for a row, and nothing that reads the row would work then",
+            "it casts text or jsonb, which may fail for a row, and then each read of the row would fail",
             "Let the host compute a column.",
         )
 
@@ -243,17 +256,17 @@ def _own_counts(connection: Connection, mapping: HostMapping, *, succeeded: bool
 
     try:
         return counts(user=True)
-    except DBAPIError:  # the type of users' ids may know a form of them
+    except DBAPIError:  # the type of the user id may refuse the sample
         return counts(user=False)
 
 
 def own_row(
     mapping: HostMapping, *, succeeded: bool, section: str = "chat", size: int = 1, model: str = "o3", user: bool = True
 ) -> str:
-    """Return the statement that writes a row of trueup's into the table of `make_table`, and returns if it counts.
+    """Return the statement that writes a row of trueup's into the table of `make_table` and returns whether it counts.
 
     It leaves the role's search path behind: the caller rolls its savepoint back.
-    `size`: its tokens of each kind, and its milliseconds. `user` False: nobody's.
+    `size`: the count of tokens of each kind, and the milliseconds. `user` False: the row has no user.
     """
     log_id = "1" if mapping.usage_log_id_type == "bigint" else _SAMPLE_UUID
     user_id = quote_literal(_SAMPLE_UUID if mapping.user_id_type == "uuid" else "1") if user else "NULL"
@@ -275,10 +288,10 @@ def own_row(
 
 
 def make_table(connection: Connection, like: str, name: str, *, filled: bool) -> int:
-    """Make a temporary table with the columns of the host's table `like`, without its constraints.
+    """Create a temporary table with the columns of the host's table `like`, without constraints.
 
-    `filled`: with the defaults of those columns, which trueup's rows get. Sets the search path of the transaction to
-    trueup's, in which the triggers resolve names. Returns the oid of the host's table.
+    `filled`: with the host's defaults and computed columns. Sets the search path of the transaction to trueup's, in
+    which the triggers resolve names. Returns the oid of the host's table.
     """
     connection.execute(_SET_SEARCH_PATH)
     table_id: int = connection.execute(_TABLE_ID, {"table": quote_table(like)}).scalar_one()
@@ -297,19 +310,19 @@ def run(connection: Connection, statement: str) -> CursorResult[Any]:
     return connection.exec_driver_sql(statement.replace("%", "%%"))
 
 
-def _said(error: DBAPIError) -> tuple[str, str]:
-    """Return PostgreSQL's words and what to do about them."""
+def _sql_problem(error: DBAPIError) -> Problem:
+    """Return PostgreSQL's message and the remedy."""
     diagnosis = getattr(error.orig, "diag", None)
     message = re.sub(r"\btrueup_row\.", "{row}.", str(getattr(diagnosis, "message_primary", None) or error.orig))
     if isinstance(error.orig, InsufficientPrivilege) and "temporary" in message:
-        return f"it can't be tried out ({message})", "GRANT TEMPORARY ON DATABASE to this role."
+        return f"it can't be tried ({message})", "GRANT TEMPORARY ON DATABASE to this role."
     if "ambiguous" in message:
         return message, "Name the row's columns as {row}.column."
     if "immutable" in message:
         return (
-            "it does not always give the same for the same row (it is not immutable)",
-            "Leave out the time of now, settings of the session such as the time zone, and other tables.",
+            "it does not always return the same value for the same row (it is not immutable)",
+            "Leave out the current time, session settings such as the time zone, and other tables.",
         )
     if "subquery" in message or "aggregate" in message or "set-returning" in message or "window" in message:
-        return "it looks beyond its row", "Use the row's own columns alone."
+        return "it reads more than its row", "Use only the row's own columns."
     return message, "Correct it in trueup.toml."

@@ -1,7 +1,7 @@
-"""The registry of the host's tables and columns: each field once, with all that trueup knows of it.
+"""The registry of the host's tables and columns: each field once, with all facts about it.
 
-A field is one entry: its default name (Django's), what a setting may put in its place, and a `FieldEntry`. Discovery,
-the mapping, the checks of types and rights, the example tables and the trial rows read these entries.
+A field is one entry: its default name (Django's), the settings that may replace the column, and a `FieldEntry`.
+Discovery, the mapping, the checks of types and rights, the example tables and the trial rows read these entries.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from trueup.errors import InvalidInputError
 from trueup.host.setting_values import (
     Active,
     Column,
@@ -42,7 +43,7 @@ _TYPES: dict[Kind, tuple[str, ...]] = {
     "json": ("jsonb",),
 }
 ID_TYPES: dict[Kind, IdType] = {"integer": "bigint", "uuid": "uuid", "text": "text"}
-"""What the mapping calls the type of an id whose column is of a kind."""
+"""The mapping's name for the type of an id, by the kind of its column."""
 
 ID: frozenset[Kind] = frozenset(ID_TYPES)
 INTEGER: frozenset[Kind] = frozenset({"integer"})
@@ -54,7 +55,7 @@ JSON: frozenset[Kind] = frozenset({"json"})
 
 
 def kind_of(type_name: str, labels: Sequence[str] = ()) -> Kind:
-    """Return what a column of a type (as `format_type` writes it) can be used as. `labels`: an enum's values."""
+    """Return the kind of a column by its type, as `format_type` writes it. `labels`: the values of an enum."""
     return "text" if labels else next((kind for kind, types in _TYPES.items() if type_name in types), "other")
 
 
@@ -71,18 +72,19 @@ _NOTHING = "nothing yet"
 
 @dataclass(frozen=True)
 class FieldEntry:
-    """What trueup knows of a column.
+    """The facts about a column.
 
     `kinds`: the kinds of type that it may have. `synonyms`: other names for it, separated by spaces, the likeliest
-    first. `required`: nothing works without it; `use`: what does not, where it is not required, or what alone reads it.
-    `spare`: a host may lack it even where the mapping names it. `references`: the table that a foreign key leads to.
+    first. `required`: trueup can't work without it. `use`: the feature that needs it, if it is not required, or the
+    only reader. `spare`: the host may lack it even if the mapping names it. `references`: the table of its
+    foreign key.
 
-    `is_sought`: discovery looks for such a column by name. `substitute`: what discovery puts in its place where the
-    host has none, for nothing is decided by it. `otherwise`: the setting that a person may give instead.
+    `is_sought`: discovery looks for such a column by name. `substitute`: the constant that discovery proposes if the
+    host lacks the column, because no decision depends on it. `otherwise`: the setting that a person may give instead.
 
-    `written`: trueup's own rows in the log fill it. `counted`: it says what is used, by whom and when.
+    `written`: trueup's own rows in the log fill it. `counted`: it defines the usage, its user or its time.
 
-    `length`, `nullable`, `unique`, `default` (SQL): how a typical Django host declares it; for the example tables.
+    `length`, `nullable`, `unique`, `default` (SQL): the declaration in a typical Django host, for the example tables.
     """
 
     kinds: frozenset[Kind]
@@ -109,22 +111,22 @@ class FieldEntry:
 
     @property
     def is_for_views(self) -> bool:
-        """Whether the views alone read it, but for a plan's duration, which payments need as well."""
+        """Whether only the views read it. (Payments also need a plan's duration.)"""
         return self.use in (VIEWS, _VIEWS_AND_PAYMENTS)
 
     @property
     def sql_type(self) -> str:
-        """The type that stands for it in SQL where the host has no such column."""
+        """Its type in SQL if the host has no such column."""
         types = {TIME: "timestamptz", JSON: "jsonb", FLAG: "boolean", INTEGER: "integer"}
         return types.get(self.kinds, "text")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableEntry:
-    """What trueup knows of a table.
+    """The facts about a table.
 
-    `anchors`: the fields without which a table can't be it. `default_name`: Django's, where the mapping has none.
-    `index`: the columns of the index that reading a user's rows takes. `optional`: trueup works without it.
+    `anchors`: the fields that discovery requires of it. `default_name`: Django's, if the mapping has none. `index`: the
+    columns of the index for reads of a user's rows. `optional`: trueup works without it.
     """
 
     meaning: str
@@ -152,16 +154,16 @@ _FullPlanId = Annotated[Column, FieldEntry(ID, _FULL_PLAN, required=True, refere
 
 
 class Names(BaseModel):
-    # Pydantic before 2.10 warns of each field whose name begins with "model_", unless this is empty.
+    # Before 2.10, pydantic warns about each field whose name begins with "model_", unless this is empty.
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     entry: ClassVar[TableEntry]
 
 
-# A table, a field to a paragraph.
+# Each field is a paragraph.
 # fmt: off
 class UserTable(Names):
-    """Optional: `table` None: users are those with a subscription, and the views show no names."""
+    """Optional. `table` None: each user id with a subscription is a user, and the views show no names."""
 
     entry: ClassVar = TableEntry(
         meaning="the users",
@@ -178,7 +180,7 @@ class UserTable(Names):
 
 
 class TokenPlanTable(Names):
-    """Optional: `table` None: the host has no such plans."""
+    """Optional. `table` None: the host has no such plans."""
 
     entry: ClassVar = TableEntry(
         meaning="plans of tokens without a duration",
@@ -199,7 +201,7 @@ class TokenPlanTable(Names):
 
 
 class FullPlanTable(TokenPlanTable):
-    """Optional: as for `TokenPlanTable`."""
+    """Optional, as `TokenPlanTable`."""
 
     entry: ClassVar = TableEntry(
         meaning="plans of tokens with a duration",
@@ -214,7 +216,7 @@ class FullPlanTable(TokenPlanTable):
 
 
 class SubscriptionTable(Names):
-    """`tokens_included`: what the subscription includes. None: its plan says that."""
+    """`tokens_included`: the tokens that the subscription includes. None: its plan states them."""
 
     entry: ClassVar = TableEntry(
         meaning="the subscriptions, with the counter",
@@ -245,7 +247,7 @@ class SubscriptionTable(Names):
 
 
 class UsageLogTable(Names):
-    """`counts`: which rows count. None: those with `success`; with it, `success` is only what is mapped explicitly."""
+    """`counts`: the condition for rows that count. None: `success`. With it, `success` has no default column."""
 
     entry: ClassVar = TableEntry(
         meaning="the AI usage log",
@@ -293,27 +295,27 @@ class UsageLogTable(Names):
 
     @property
     def written(self) -> list[str]:
-        """The columns that trueup's own rows fill, in order."""
+        """The columns that trueup's rows fill, in order."""
         compared = [self.counts.column] if isinstance(self.counts, Compared) else []
         return [*(getattr(self, field) for field in self.written_fields), *compared]
 
     @property
     def written_fields(self) -> list[str]:
-        """What those columns are, but for the one that says by a value that a row counts: that comes last."""
+        """The fields of these columns, without the last column if `counts` compares it with a value."""
         compared = self.counts.column if isinstance(self.counts, Compared) else None
         names = {field: getattr(self, field) for field, entry in FIELDS["usage_log"].items() if entry.written}
         return [field for field, name in names.items() if isinstance(name, str) and name != compared]
 
     @property
-    def tells_failure(self) -> bool:
-        """Whether a row can say that its call failed. Where none can, failed calls get no row."""
+    def records_failure(self) -> bool:
+        """Whether a row can record that its call failed. If not, failed calls get no row."""
         if isinstance(self.counts, Compared):
             return self.counts.failed is not None
         return isinstance(self.success, str)
 
 
 class TokenUsageTable(Names):
-    """Optional: one row for each decrement of the counter. `table` None: the host keeps no such rows."""
+    """Optional: one row for each decrement of the counter. `table` None: the host has no such rows."""
 
     entry: ClassVar = TableEntry(
         meaning="one row for each decrement of the counter",
@@ -337,9 +339,9 @@ class TokenUsageTable(Names):
 
 
 class PaymentTable(Names):
-    """Optional: what was bought. `table` None: the host keeps no such rows.
+    """Optional: purchases. `table` None: the host has no such rows.
 
-    `completed_status`: the value of `status` that says the money came.
+    `completed_status`: the value of `status` for a completed payment.
     """
 
     entry: ClassVar = TableEntry(
@@ -388,3 +390,17 @@ def _entries(table: type[Names]) -> Iterator[tuple[str, FieldEntry]]:
 
 FIELDS: dict[Noun, dict[str, FieldEntry]] = {noun: dict(_entries(table)) for noun, table in TABLES.items()}
 """Each table's columns, in the order of the mapping."""
+
+_SECTIONS = (
+    "chat prompt_generation marketing_workflow knowledge_qa product_recommendation rag_pipeline web_knowledge "
+    "session_memory intent_detection embedding_generation other"
+)
+SECTIONS = frozenset(_SECTIONS.split())
+"""The values of the usage log's section, from the specification of the host's schema."""
+
+
+def check_section(section: object) -> str:
+    """Return the section. Raises `InvalidInputError` if the log has no such section."""
+    if not isinstance(section, str) or section not in SECTIONS:
+        raise InvalidInputError(f"section: {section!r} is unknown. Use one of {', '.join(sorted(SECTIONS))}.")
+    return section

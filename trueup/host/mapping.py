@@ -1,7 +1,7 @@
-"""Where the host keeps its users, plans, subscriptions and AI usage log: table and column names.
+"""The mapping: the names of the host's tables and columns for users, plans, subscriptions and the AI usage log.
 
-The defaults are those of a Django application. A table may be qualified by its schema ("public.billing_subscription").
-Some columns may be missing: what stands for them then is said in `trueup.host.setting_values`.
+The defaults are those of a Django application. A table may have its schema's name ("public.billing_subscription").
+`trueup.host.setting_values` defines the settings that may replace a missing column.
 """
 
 import hashlib
@@ -25,19 +25,7 @@ from trueup.host.fields import (
 )
 from trueup.host.setting_values import columns_of, quote_identifier, quote_table
 
-__all__ = [
-    "FullPlanTable",
-    "HostMapping",
-    "PaymentTable",
-    "SubscriptionTable",
-    "TokenPlanTable",
-    "TokenUsageTable",
-    "UsageLogTable",
-    "UserIdType",
-    "UserTable",
-    "quote_identifier",
-    "quote_table",
-]
+__all__ = ["HostMapping", "UserIdType", "quote_identifier", "quote_table"]
 
 UserIdType = IdType
 
@@ -45,7 +33,7 @@ _IF_THERE = BeforeValidator(lambda given: {"table": None} if given is False else
 
 
 class HostMapping(Names):
-    """Names of the host's tables and columns, and the type of its user ids. A table that is `false` is not there."""
+    """The names of the host's tables and columns, and the types of its ids. `false`: the host has no such table."""
 
     user_id_type: UserIdType = "bigint"
     usage_log_id_type: IdType = "uuid"
@@ -61,19 +49,19 @@ class HostMapping(Names):
     def _tokens_come_from_somewhere(self) -> Self:
         if self.token_plan.table is self.full_plan.table is self.subscription.tokens_included is None:
             raise ValueError(
-                "without token_plan and full_plan nothing says what a subscription includes: "
+                "without token_plan and full_plan the tokens of a subscription are unknown: "
                 "set subscription.tokens_included"
             )
         return self
 
     def tables(self) -> list[str]:
-        """Return the host's tables that are mapped."""
+        """Return the mapped tables."""
         return [table for noun in NOUNS if (table := getattr(self, noun).table) is not None]
 
     def columns(self, noun: Noun) -> list[tuple[str, str]]:
-        """Return the host's columns that are used of a noun, as (field, column); none if its table is not there.
+        """Return the columns of a noun that trueup uses, as (field, column); none if the host has no such table.
 
-        A field that is missing has none; an expression has one for each column that it names.
+        A constant has no column. An expression has each column that it names.
         """
         part = getattr(self, noun)
         if part.table is None:
@@ -86,19 +74,19 @@ class HostMapping(Names):
         ]
 
     def counted_columns(self) -> list[str]:
-        """Return the log's columns that say what is used, by whom and when."""
+        """Return the log's columns that define the usage, its user and its time."""
         fields = FIELDS["usage_log"]
         return list(dict.fromkeys(column for field, column in self.columns("usage_log") if fields[field].counted))
 
     def fingerprint(self) -> str:
-        """Return a short hash of the whole mapping, to notice that the database was set up for another one."""
-        # A field that came later is left out where it is not used: an upgrade alone makes no other mapping.
+        """Return a short hash of the mapping, which detects that the database was set up for another mapping."""
+        # Unused fields are left out, so an upgrade that adds a field does not change the hash.
         unused: dict[str, set[str]] = {
             noun: {field for field in FIELDS[noun] if getattr(getattr(self, noun), field) is None} for noun in NOUNS
         }
         return hashlib.sha256(self.model_dump_json(exclude=unused).encode()).hexdigest()[:16]
 
     def has_plan_of(self, field: str) -> bool:
-        """Return whether the plans that a key leads to are there; for any other field, True."""
+        """Return whether the host has the plans that a plan key references; True for any other field."""
         table = {"token_plan_id": self.token_plan.table, "full_plan_id": self.full_plan.table}.get(field, field)
         return table is not None

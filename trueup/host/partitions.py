@@ -1,10 +1,10 @@
-"""The usage log's partitions, at any depth, and tables that inherit from it: their rows are the log's."""
+"""The usage log's partitions at any depth, and tables that inherit from it. Their rows are part of the log."""
 
 from sqlalchemy import Connection, text
 
 from trueup.host.mapping import HostMapping, quote_table
 
-# The log's id and theirs, as `family`.
+# The oids of the log and of these tables, as `family`.
 FAMILY = """
     WITH RECURSIVE family (id) AS (
         SELECT CAST(to_regclass(:log) AS oid)
@@ -29,25 +29,25 @@ _ABOVE = text(
 
 
 def log_tables(connection: Connection, mapping: HostMapping) -> list[str]:
-    """Return the log and its partitions as SQL names them, the log first; none if there is no such table."""
+    """Return the SQL names of the log and its partitions, the log first; empty if there is no such table."""
     return [row.name for row in connection.execute(_TABLES, {"log": quote_table(mapping.usage_log.table)})]
 
 
 def partition_problem(connection: Connection, mapping: HostMapping) -> tuple[str, str] | None:
-    """Return why triggers could not tell of all that is written to the log, and the remedy; None: they can."""
+    """Return why triggers can't record all writes to the log, and the remedy; None: they can."""
     log = mapping.usage_log.table
     rows = connection.execute(_TABLES, {"log": quote_table(log)}).all()
     foreign = [row.name for row in rows if row.is_foreign]
     if foreign:
-        why = f"{', '.join(foreign)} is a foreign table and a partition of {log}: no trigger could tell of its rows."
+        why = f"{', '.join(foreign)} is a foreign table and a partition of {log}, so no trigger can record its rows."
         return why, "Detach it, or make it a table of this database."
     above = connection.scalar(_ABOVE, {"log": quote_table(log)})
     if above is not None:
-        return f"{log} is a partition of {above}, through which rows come unseen.", f"Map {above} as the log."
+        return f"{log} is a partition of {above}: rows written to {above} are not recorded.", f"Map {above} as the log."
     return None
 
 
 def uncovered_partitions(connection: Connection) -> list[str]:
-    """Return the partitions into which rows can come that no trigger of ours tells of, as SQL names them."""
+    """Return the SQL names of the partitions without trueup's triggers."""
     statement = "SELECT CAST(CAST(id AS regclass) AS text) FROM trueup.log_partitions() WHERE NOT covered ORDER BY 1"
     return list(connection.scalars(text(statement)))

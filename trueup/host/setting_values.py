@@ -1,7 +1,8 @@
-"""What a setting under [host] may be: a name in the host's database, or what stands where the host has no such column.
+"""The values of settings under [host]: a name in the host's database, or a replacement for a missing column.
 
-A column is given by its name. `{value = …}` is the same for every row, `{column = "…", equals = "…"}` compares, and
-`{expression = "…"}` is SQL over the row, whose columns it names as `{row}.column`. Of these three none is ever written.
+A column is given by its name. `{value = …}` is a constant for every row, `{column = "…", equals = "…"}` compares a
+column, and `{expression = "…"}` is SQL over the row, with columns as `{row}.column`. A replacement is never written,
+except a compared column of the usage log.
 """
 
 import re
@@ -22,12 +23,12 @@ from pydantic import (
 DEFAULT_SCHEMA = "public"
 _MAX_IDENTIFIER_BYTES = 63  # PostgreSQL's NAMEDATALEN - 1
 _MAX_COUNT = 2**31 - 1
-# Half of what bigint holds, so that no sum with usage runs over.
+# Half of the range of bigint, so that sums with usage can't overflow.
 _MAX_TOKENS = 2**62
 
 
 def check_identifier(name: str) -> str:
-    """Return a name as it is. Raises ValueError for one that PostgreSQL or trueup's functions could not hold."""
+    """Return the name. Raises ValueError if PostgreSQL or trueup's functions can't use it."""
     if not name or "\x00" in name or len(name.encode()) > _MAX_IDENTIFIER_BYTES:
         raise ValueError(f"{name!r} is no PostgreSQL name: give 1 to {_MAX_IDENTIFIER_BYTES} bytes")
     if "$$" in name:
@@ -69,7 +70,7 @@ def quote_table(name: str) -> str:
 
 
 def quote_literal(value: str) -> str:
-    """Quote a string for use in SQL text, also where standard_conforming_strings is off."""
+    """Quote a string for use in SQL text, even if standard_conforming_strings is off."""
     quoted = value.replace("'", "''").replace("\\", r"\\")
     return f"E'{quoted}'" if "\\" in value else f"'{quoted}'"
 
@@ -79,13 +80,13 @@ class _Setting(BaseModel):
 
 
 class Constant(_Setting):
-    """The same for every row: the host has no such column, and trueup writes none."""
+    """A constant for every row, for a column that the host lacks."""
 
     value: StrictBool | StrictInt | StrictStr
 
 
 def _as_texts(given: object) -> object:
-    """One value or a list of them, as PostgreSQL writes them as text."""
+    """Return one value or a list of values as the texts that PostgreSQL would write."""
     values = given if isinstance(given, list | tuple) else [given]
     return tuple(map(_as_text, values))
 
@@ -97,9 +98,9 @@ def _as_text(value: object) -> object:
 
 
 class Compared(_Setting):
-    """True of a row whose column has one of these values. trueup writes the first of them for a call that succeeded.
+    """True for a row whose column has one of these values. trueup writes the first value for a successful call.
 
-    `failed`: what it writes for one that failed. None: such a call gets no row.
+    `failed`: the value that trueup writes for a failed call. None: failed calls get no row.
     """
 
     column: Column
@@ -113,18 +114,18 @@ class Expression(_Setting):
     expression: StrictStr
 
     def over(self, alias: str | None) -> str:
-        """Return it as SQL about the row of that alias; None: of the only table in scope."""
+        """Return the expression as SQL for the row of that alias. None: for the only table in scope."""
         row = "" if alias is None else f"{alias}."
         return f"({''.join(f'{row}{column}' if column else text for text, column in _tokens(self.expression))})"
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that it names, each once."""
+        """The columns that the expression names, each once."""
         named = (column for _, column in _tokens(self.expression) if column)
         return tuple(dict.fromkeys(_plain_name(column) for column in named))
 
 
-# Each match is a string, a quoted name, a column of the row, a sign that has to be looked at, or any other text.
+# Each match is a string, a quoted name, a column of the row, a character to check, or any other text.
 _TOKEN = re.compile(
     r"""'(?:[^']|'')*' | "(?:[^"]|"")+" | \{row\}\.(?P<column>"(?:[^"]|"")+" | [A-Za-z_][A-Za-z0-9_$]*)"""
     r"""| -- | /\* | [;$(){}'"\x00\\] | [-/] | [^-'"{}();$/\x00\\]+ """,
@@ -134,7 +135,7 @@ _SPECIAL_STRING = re.compile(r"(?i)(?:\be|\bu&)$")
 
 
 def _tokens(expression: str) -> Iterator[tuple[str, str | None]]:
-    """Yield the parts of an expression, each with the column of the row that it names, if it does."""
+    """Yield the parts of an expression, each with the column of the row that it names, or None."""
     return ((match[0], match["column"]) for match in _TOKEN.finditer(expression))
 
 
@@ -143,7 +144,7 @@ def _plain_name(column: str) -> str:
 
 
 def _check_expression(expression: str) -> None:
-    """Refuse what would not be one expression wherever it is put. Whether it is SQL, the database says at the setup."""
+    """Refuse text that is not one self-contained expression. The setup checks in the database whether it is SQL."""
     if not expression.strip():
         raise ValueError("expression is empty")
     depth, before = 0, ""
@@ -184,7 +185,7 @@ def _either(
     others: tuple[type, ...] = (),
     optional: bool = False,
 ) -> BeforeValidator:
-    """Take a column's name, a constant that fits (`value`: an example of one), or one of the others."""
+    """Accept a column's name, a constant that fits (`value`: an example), or one of the other kinds."""
     ways = [*(["a column's name"] if column else []), *([f"{{value = {value}}}"] if value else [])]
     ways += [_WAYS[kind] for kind in others]
     kinds = (*((Constant,) if fits else ()), *others)
@@ -212,7 +213,7 @@ def _either(
 
 
 def _made(kind: Any, setting: dict[str, Any]) -> object:
-    # No host needs another document than an empty one, and a dict can't be told from another by its hash.
+    # The only document is the empty one. It becomes a string, because a dict has no hash.
     given = setting | {"value": "{}"} if setting.get("value") == {} else setting
     try:
         made: object = kind.model_validate(given)
@@ -226,11 +227,11 @@ def _check_compared(setting: Compared) -> None:
     if not setting.equals:
         raise ValueError("equals: give one value or more")
     if setting.failed in setting.equals:
-        raise ValueError(f"failed: {setting.failed!r} would count; give a value that is not among those of equals")
+        raise ValueError(f"failed: {setting.failed!r} would count; give a value that is not in equals")
 
 
 def _only_read(setting: object) -> object:
-    """Refuse what trueup would write into a column that it only reads."""
+    """Refuse a value for failed calls, for a column that trueup only reads."""
     if isinstance(setting, Compared) and setting.failed is not None:
         raise ValueError("failed: leave it out; trueup never writes this column")
     return setting
@@ -264,7 +265,7 @@ Given = str | Constant | Compared | Expression
 
 
 def sql_of(given: Given, alias: str | None, sql_type: str) -> str:
-    """Return what a row has for this setting, as SQL. `alias` None: the table is the only one in scope."""
+    """Return the setting's value of a row, as SQL. `alias` None: for the only table in scope."""
     row = "" if alias is None else f"{alias}."
     if isinstance(given, str):
         return f"{row}{quote_identifier(given)}"

@@ -2,17 +2,18 @@
 
 A template sees each noun of the mapping, and the types of ids:
 
-`{{ subscription }}`            the quoted table, or a subquery that stands for a table that the host does not have
+`{{ subscription }}`            the quoted table, or a subquery in place of a table that the host lacks
 `s.{{ subscription.user_id }}`  a field that is a column in every mapping
-`{{ usage_log.section("l") }}`  what row `l` has for a field that the mapping may give as something else than a column;
-                                without an alias: what the row of the only table in scope has
-`{{ usage_log.section.column("l") or "''" }}`  the column alone; nothing where the host keeps none
-`{% if usage_log.metadata %}`   whether the host has a table or a field, in whatever form
+`{{ usage_log.section("l") }}`  the value of row `l` for a field that may be another setting than a column;
+                                without an alias: the value of the only table in scope
+`{{ usage_log.section.column("l") or "''" }}`  the column; nothing if the host lacks it
+`{% if usage_log.metadata %}`   whether the host has a table or a field, in any form
 `{{ usage_log | literal }}`     the name as an SQL string
-`{{ trueup.charge }}`           a table of trueup's own, where the piece also runs in a database without them
+`{{ uncountable }}`             `UNCOUNTABLE`
+`{{ trueup.charge }}`           a table of trueup's own, if the template also runs in a database without them
 
-Files are found below the package: `{% from "host/rows.sql" import window_start %}`. A macro is a piece of SQL that
-several statements share; a file of macros alone is never run by itself.
+Files are found below the package: `{% from "host/rows.sql" import window_start %}`. Several statements share a macro.
+A file that has only macros is not run itself.
 """
 
 from collections.abc import Callable
@@ -28,16 +29,19 @@ from trueup.host.fields import FIELDS, NOUNS, Noun
 from trueup.host.mapping import HostMapping
 from trueup.host.setting_values import Compared, Constant, Given, quote_identifier, quote_literal, quote_table, sql_of
 
-# In place of a colon in a host's name while a statement is rendered: no name or value of a mapping can contain it.
+# It replaces a colon in a host's name while a statement is rendered. No name or value of a mapping can contain it.
 _COLON = "\x00"
-_KNOWN_TEMPLATES = 256
-_KNOWN_MAPPINGS = 16
-Note = Callable[[Noun, str], None]
-"""Called with the noun and the field whenever a template reads one."""
+UNCOUNTABLE = 2**62 - 1
+"""The consumed tokens of a user whose usage can't be counted, because its sum or its negative is at least this.
+
+It closes the gate, and two such figures still add up to a bigint. A row with more tokens is counted as this many.
+"""
+OnRead = Callable[[Noun, str], None]
+"""A callback with the noun and the field of each read by a template."""
 
 
 class OwnTables:
-    """trueup's own tables, by their names in SQL. `installed`: they and trueup's functions are in the database."""
+    """The SQL names of trueup's own tables. `installed`: the database has them and trueup's functions."""
 
     installed = True
 
@@ -58,36 +62,34 @@ class HostField:
         self._is_always_column = is_always_column
 
     def __call__(self, alias: str | None = None) -> str:
-        """Return what the row of that alias has, as SQL. None: the row of the only table in scope."""
+        """Return the field's value in the row of that alias, as SQL. None: for the only table in scope."""
         return self._sql(alias)
 
     def column(self, alias: str | None = None) -> str | None:
-        """Return the column of the row as SQL; None if the mapping gives something else."""
+        """Return the column of the row as SQL; None if the mapping has no column for the field."""
         return self._sql(alias) if isinstance(self._given, str) else None
 
     def __str__(self) -> str:
         if not self._is_always_column:
-            raise TemplateRuntimeError(
-                f'host.{self._name} may be something else than a column. Write {{{{ {self._name}("alias") }}}}.'
-            )
+            raise TemplateRuntimeError(f'host.{self._name} may be no column. Write {{{{ {self._name}("alias") }}}}.')
         return self._sql(None)
 
     def __bool__(self) -> bool:
-        """Whether the host has it. Of constants only the tokens that a subscription includes are the host's."""
+        """Whether the host has the field. Constants don't count, except the tokens that a subscription includes."""
         return self._given is not None and (
             self._name == "subscription.tokens_included" or not isinstance(self._given, Constant)
         )
 
 
 class HostTable:
-    """A table of the host, with its fields as attributes. Jinja2 refuses a name that is no field."""
+    """A table of the host, with its fields as attributes. Jinja2 refuses an unknown field."""
 
-    def __init__(self, mapping: HostMapping, noun: Noun, escape: Callable[[str], str], note: Note) -> None:
+    def __init__(self, mapping: HostMapping, noun: Noun, escape: Callable[[str], str], on_read: OnRead) -> None:
         self._mapping = mapping
         self._noun = noun
         self._names = getattr(mapping, noun)
         self._escape = escape
-        self._note = note
+        self._on_read = on_read
 
     def __str__(self) -> str:
         if self._names.table is not None:
@@ -116,7 +118,7 @@ class HostTable:
         is_always_column = found.annotation is str and not is_plan_key
 
         def sql(alias: str | None) -> str:
-            self._note(self._noun, field)
+            self._on_read(self._noun, field)
             return self._escape(self._sql(field, given, alias))
 
         return HostField(name, given, sql, is_always_column=is_always_column)
@@ -129,21 +131,21 @@ class HostTable:
         counts = self._mapping.usage_log.counts
         if (self._noun, field) == ("usage_log", "success") and counts is not None:
             given = counts
-        # What stands for a table that is not there names its columns as trueup does.
+        # The subquery in place of a missing table uses trueup's names of the fields as its columns.
         return sql_of(field if self._names.table is None else given, alias, FIELDS[self._noun][field].sql_type)
 
 
 class UsageLog(HostTable):
-    """The usage log, with what a row of trueup's own in it consists of."""
+    """The usage log, with the columns and values of trueup's own rows."""
 
     def written(self, alias: str | None = None) -> str:
-        """Return the columns that trueup writes; with an alias: their values, of a row that has all fields."""
+        """Return the columns that trueup writes; with an alias: their values, from a row with all fields."""
         log = self._mapping.usage_log
         if alias is None:
             return self._escape(", ".join(map(quote_identifier, log.written)))
         values = [f"{alias}.{field}" for field in log.written_fields]
         if isinstance(log.counts, Compared):
-            # Into whatever type the column has.
+            # jsonb_populate_record converts the value to the column's type.
             name, succeeded = quote_literal(log.counts.column), quote_literal(log.counts.equals[0])
             failed = quote_literal(log.counts.failed) if log.counts.failed is not None else succeeded
             values.append(
@@ -153,34 +155,34 @@ class UsageLog(HostTable):
         return self._escape(", ".join(values))
 
     def counted(self) -> str:
-        """Return the names of the columns that say what is used, by whom and when, as SQL strings."""
+        """Return the names of the counted columns as SQL strings."""
         return self._escape(", ".join(map(quote_literal, self._mapping.counted_columns())))
 
-    def tells_failure(self) -> str:
-        """Return whether a row can say that its call failed, as SQL."""
-        return str(self._mapping.usage_log.tells_failure).lower()
+    def records_failure(self) -> str:
+        """Return, as SQL, whether a row can record that its call failed."""
+        return str(self._mapping.usage_log.records_failure).lower()
 
 
 def render_sql(template: str, mapping: HostMapping, **values: object) -> str:
-    """Return an SQL script made of a template. `values`: what else the template names."""
+    """Return the SQL script of a template. `values`: further names for the template."""
     return _template(template, mapping, False, INSTALLED).render(values)
 
 
 def render_file(name: str, mapping: HostMapping) -> str:
-    """Return the SQL script that a file below the package makes for a mapping."""
+    """Return the SQL script of a template file below the package."""
     return _environment(mapping, False, INSTALLED).get_template(name).render()
 
 
 def render_statement(template: str, mapping: HostMapping, own: OwnTables = INSTALLED, **values: object) -> TextClause:
-    """Return a template as a statement with `:parameters`; a colon in a name of the host's begins none.
+    """Return a template as a statement with `:parameters`. A colon in a host's name begins no parameter.
 
-    `values`: what else the template names.
+    `values`: further names for the template.
     """
     return text(_template(template, mapping, True, own).render(values).replace(_COLON, "\\:"))
 
 
 def fields_read(templates: list[str], mapping: HostMapping, own: OwnTables, **values: object) -> list[tuple[Noun, str]]:
-    """Return what templates read of the host's tables, as (noun, field), each once. `values`: what else they name."""
+    """Return the fields of the host that templates read, as (noun, field), each once. `values`: further names."""
     found: dict[tuple[Noun, str], None] = {}
     environment = _make_environment(mapping, False, own, lambda noun, field: found.setdefault((noun, field)))
     for template in templates:
@@ -189,7 +191,7 @@ def fields_read(templates: list[str], mapping: HostMapping, own: OwnTables, **va
 
 
 class _CompiledFiles(BytecodeCache):
-    """The files as Jinja2 has compiled them: the same for every mapping, so that each is compiled once in a process."""
+    """The compiled template files. They are the same for every mapping, so each is compiled once in a process."""
 
     def __init__(self) -> None:
         self._compiled: dict[str, CodeType] = {}
@@ -205,17 +207,17 @@ class _CompiledFiles(BytecodeCache):
 _COMPILED_FILES = _CompiledFiles()
 
 
-@lru_cache(maxsize=_KNOWN_TEMPLATES)
+@lru_cache(maxsize=256)
 def _template(template: str, mapping: HostMapping, is_statement: bool, own: OwnTables) -> Template:
     return _environment(mapping, is_statement, own).from_string(template)
 
 
-@lru_cache(maxsize=_KNOWN_MAPPINGS)
+@lru_cache(maxsize=16)
 def _environment(mapping: HostMapping, is_statement: bool, own: OwnTables) -> Environment:
     return _make_environment(mapping, is_statement, own, lambda noun, field: None)
 
 
-def _make_environment(mapping: HostMapping, is_statement: bool, own: OwnTables, note: Note) -> Environment:
+def _make_environment(mapping: HostMapping, is_statement: bool, own: OwnTables, on_read: OnRead) -> Environment:
     environment = Environment(
         loader=PackageLoader("trueup", "."),
         undefined=StrictUndefined,
@@ -236,8 +238,11 @@ def _make_environment(mapping: HostMapping, is_statement: bool, own: OwnTables, 
     environment.filters["literal"] = literal
     for noun in NOUNS:
         kind = UsageLog if noun == "usage_log" else HostTable
-        environment.globals[noun] = kind(mapping, noun, escape, note)
+        environment.globals[noun] = kind(mapping, noun, escape, on_read)
     environment.globals.update(
-        user_id_type=mapping.user_id_type, usage_log_id_type=mapping.usage_log_id_type, trueup=own
+        user_id_type=mapping.user_id_type,
+        usage_log_id_type=mapping.usage_log_id_type,
+        trueup=own,
+        uncountable=UNCOUNTABLE,
     )
     return environment

@@ -1,7 +1,7 @@
-"""Take trueup out of a database: its triggers, then its schema. The host's tables stay as they are, and writable.
+"""Remove trueup from a database: its triggers, then its schema. The host's tables stay unchanged and writable.
 
-The steps, each a transaction of its own: the gate is closed, the triggers go, the schema goes. Stopped between any two,
-it goes on where it was when it is run again. From the first step on, workers that still run are refused with one error.
+Each step is its own transaction: close the gate, drop the triggers, drop the schema. If a detach is interrupted, the
+next one continues. From the first step on, the gate refuses workers that still run with `NotInstalledError`.
 """
 
 import json
@@ -15,9 +15,10 @@ from sqlalchemy import Connection, text
 from trueup.database.locks import PATIENCE_SECONDS, take_step
 from trueup.database.schema import SCHEMA, build_metadata
 from trueup.errors import InvalidInputError, NotInstalledError, TrueupError
+from trueup.install.baseline import is_installed
 from trueup.install.install import drop_functions
 
-# What is kept of the history, in this order.
+# The tables that `history` keeps, in this order.
 HISTORY = (
     "installation",
     "reconcile_run",
@@ -26,17 +27,18 @@ HISTORY = (
     "token_grant",
     "grant_use",
     "charge",
+    "owed_charge",
     "gate_mode_change",
 )
 
 
 class DetachRefusedError(TrueupError):
-    """Something still needs trueup's schema. Nothing was removed."""
+    """Open holds, owed charges or other objects still need trueup's schema. Nothing was removed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetachPlan:
-    """What would be removed. `host_tables`: those with triggers of ours. `open_holds`: not overdue, or in a call."""
+    """What `detach` would remove. `host_tables`: with triggers of trueup's. `open_holds`: not expired, or in a call."""
 
     host_tables: tuple[str, ...]
     triggers: int
@@ -46,8 +48,8 @@ class DetachPlan:
 
 
 def plan_detach(connection: Connection) -> DetachPlan:
-    """Return what would be removed. Raises `NotInstalledError` when there is nothing, else as `detach`."""
-    _refuse_strangers(connection)
+    """Return what `detach` would remove. Raises like `detach`, except for open holds."""
+    _refuse_foreign_objects(connection)
     found = connection.execute(_TRIGGERED).all()
     size = connection.execute(_SIZE).one()
     return DetachPlan(
@@ -62,12 +64,13 @@ def plan_detach(connection: Connection) -> DetachPlan:
 def detach(
     *, history: Path | None = None, force: bool = False, patience_seconds: float = PATIENCE_SECONDS
 ) -> dict[str, int]:
-    """Remove triggers and schema; return the rows kept in `history`, table by table.
+    """Remove triggers and schema; return how many rows `history` keeps of each table. Safe to repeat and to interrupt.
 
-    `history`: a file that must not be there yet; each line is `{"table": …, "row": {…}}`. `force`: also while holds are
-    open; their calls are then neither charged nor counted. Safe to repeat after any interruption.
-    Raises `InvalidInputError` for the file, `DetachRefusedError` for open holds and for what is not ours,
-    `HostBusyError`, and `NotInstalledError` when there is nothing to remove.
+    `history`: a file that must not exist yet; each line is `{"table": …, "row": {…}}`. None: keep nothing. `force`:
+    also while holds are open, whose calls are then neither charged nor counted, and while charges are owed, which are
+    lost. `patience_seconds`: how long a step keeps retrying for its locks. Raises `InvalidInputError` for the file,
+    `DetachRefusedError` for open holds, owed charges and objects that are not trueup's, `HostBusyError`, and
+    `NotInstalledError` when there is nothing to remove.
     """
     if history is not None:
         _check_file(history)
@@ -81,24 +84,31 @@ Step = Callable[[Connection], None]
 
 
 def steps(history: Path | None, *, force: bool, kept: dict[str, int]) -> Iterator[tuple[Step, list[str]]]:
-    """Yield the steps in order, each with the host tables that it locks. The last one fills `kept`."""
+    """Yield the steps in order, each with the host tables that it locks. The last step fills `kept`."""
     tables: list[str] = []
 
     def close_gate(connection: Connection) -> None:
-        _refuse_strangers(connection)
-        # A gate that is at work now either has its hold before us, or finds nothing to charge by after us.
+        _refuse_foreign_objects(connection)
+        # A concurrent gate either commits its hold first, and we count it here, or it finds no functions afterwards.
         connection.execute(text("LOCK TABLE trueup.hold IN SHARE MODE"))
         holds = connection.execute(_OPEN_HOLDS).scalar_one()
         if holds and not force:
             raise DetachRefusedError(
-                f"{holds} holds are open: tasks are at work, and what they spend could not be charged. Nothing was "
-                "removed. Stop the workers and let the holds end (`trueup holds list`), or give --force."
+                f"{holds} holds are open, so tasks are running whose usage could not be charged. Nothing was removed. "
+                "Stop the workers and wait until the holds end (`trueup holds list`), or give --force."
+            )
+        owed = connection.scalar(text("SELECT count(*) FROM trueup.owed_charge"))
+        if owed and not force:
+            raise DetachRefusedError(
+                f"The usage log has refused the rows of {owed} charges, and only trueup knows them. Nothing was "
+                "removed. Correct what refuses them (`trueup status`) and run `trueup reconcile`, or give --force "
+                "with --keep-history to keep them in a file."
             )
         drop_functions(connection)
         tables.extend(row.name for row in connection.execute(_TRIGGERED))
 
     def remove(condition: str) -> Step:
-        # With the function its triggers go, which needs no more than to own the function.
+        # CASCADE drops a function's triggers too. This only needs ownership of the function, not of the host's table.
         def step(connection: Connection) -> None:
             functions = connection.scalars(
                 text(
@@ -112,17 +122,17 @@ def steps(history: Path | None, *, force: bool, kept: dict[str, int]) -> Iterato
         return step
 
     def remove_schema(connection: Connection) -> None:
-        _refuse_strangers(connection)
-        there = connection.scalars(
+        _refuse_foreign_objects(connection)
+        tables = connection.scalars(
             text("SELECT format('%I.%I', schemaname, tablename) FROM pg_tables WHERE schemaname = 'trueup' ORDER BY 1")
         ).all()
-        connection.execute(text(f"LOCK TABLE {', '.join(there)} IN ACCESS EXCLUSIVE MODE"))
+        connection.execute(text(f"LOCK TABLE {', '.join(tables)} IN ACCESS EXCLUSIVE MODE"))
         if history is not None:
             kept.update(_write_history(connection, history))
         connection.execute(text(f"DROP SCHEMA {SCHEMA} CASCADE"))
 
     yield close_gate, []
-    # The log and the subscriptions apart: nobody waits for one of them while we have the other.
+    # The log and the subscriptions in two steps, so that no step holds a lock on one while it waits for the other.
     yield remove("<> 'append_window'"), tables
     yield remove("= 'append_window'"), tables
     yield remove_schema, []
@@ -142,7 +152,7 @@ _SIZE = text(
     "FROM pg_class WHERE relnamespace = to_regnamespace('trueup') AND relkind = 'r'"
 )
 
-# One that is overdue is taken back by the next gate, unless a call of it may still be in flight.
+# An expired hold does not count: the next gate takes its tokens back, unless a call of it may still be in flight.
 _OPEN_HOLDS = text(
     """
     SELECT count(*) FROM trueup.hold h
@@ -152,8 +162,8 @@ _OPEN_HOLDS = text(
     """
 )
 
-# What somebody else has made in our schema, or made to depend on it: the schema would take it along.
-_STRANGERS = text(
+# Objects of others in trueup's schema, or that depend on it: DROP SCHEMA … CASCADE would drop them too.
+_FOREIGN_OBJECTS = text(
     """
     WITH own (class, id) AS (
         SELECT CAST('pg_class' AS regclass), oid FROM pg_class WHERE relnamespace = to_regnamespace('trueup')
@@ -174,32 +184,34 @@ _STRANGERS = text(
 )
 
 
-def _refuse_strangers(connection: Connection) -> None:
-    """Raise `NotInstalledError` or `DetachRefusedError` unless all that the schema would take along is ours."""
-    if connection.scalar(text("SELECT to_regclass('trueup.installation') IS NULL")):
+def _refuse_foreign_objects(connection: Connection) -> None:
+    """Raise `NotInstalledError` without a schema, `DetachRefusedError` if dropping it would drop others' objects."""
+    if not is_installed(connection):
         raise NotInstalledError("This database has no trueup schema: there is nothing to remove.")
     own = [table.name for table in build_metadata("bigint").tables.values()]
-    strangers = connection.scalars(_STRANGERS, {"tables": [*own, "alembic_version"]}).all()
-    if strangers:
+    foreign = connection.scalars(_FOREIGN_OBJECTS, {"tables": [*own, "alembic_version"]}).all()
+    if foreign:
         raise DetachRefusedError(
-            f"What is not trueup's own depends on its schema: {', '.join(strangers)}. Nothing was removed. "
-            "Drop or move it first."
+            f"Objects that are not trueup's are in its schema or depend on it: {', '.join(foreign)}. Nothing was "
+            "removed. Drop or move them first."
         )
 
 
 def _check_file(path: Path) -> None:
     if path.exists():
-        raise InvalidInputError(f"keep_history: {path} is there already. Nothing was removed. Name another file.")
+        raise InvalidInputError(f"keep_history: {path} exists already. Nothing was removed. Name another file.")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InvalidInputError(f"keep_history: {path.parent} is no folder that can be written. Nothing was removed.")
+        raise InvalidInputError(
+            f"keep_history: trueup can't write into folder {path.parent}. Nothing was removed. Name another file."
+        )
 
 
 def _write_history(connection: Connection, path: Path) -> dict[str, int]:
-    """Write the history, and return its rows table by table. The file is there in full or not at all."""
+    """Write the history file, in full or not at all. Returns how many rows it has of each table."""
     kept = {}
     part = path.with_name(f"{path.name}.part")
     with part.open("w", encoding="utf-8") as file:
-        part.chmod(0o600)  # it names users, and what they asked for
+        part.chmod(0o600)  # it names users
         for table in HISTORY:
             rows = connection.execute(
                 text(f"SELECT CAST(to_jsonb(t) AS text) FROM {SCHEMA}.{table} t"),

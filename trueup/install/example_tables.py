@@ -1,26 +1,11 @@
-"""The host's tables as the mapping names them: made for the embedded stack and for tests.
+"""Example host tables under the mapping's names, for the embedded stack and for tests.
 
-In production the host owns these tables; trueup reads them, adds rows to the usage log, and repairs one column.
+In production the host owns these tables. trueup reads them, adds rows to the usage log, and corrects the counter.
 """
 
 from typing import Any
 
-from sqlalchemy import (
-    BigInteger,
-    Boolean,
-    Column,
-    DateTime,
-    ForeignKey,
-    Identity,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    Text,
-    func,
-    text,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
 from trueup.database.schema.columns import user_id_column_type
@@ -30,15 +15,15 @@ from trueup.host.mapping import HostMapping
 from trueup.host.setting_values import DEFAULT_SCHEMA, Compared, Expression, columns_of
 
 
-def build_host_metadata(mapping: HostMapping) -> MetaData:
-    """Return tables shaped like a typical Django host's, under the names of the mapping.
+def build_host_metadata(mapping: HostMapping) -> sa.MetaData:
+    """Return tables like a typical Django host's, under the mapping's names.
 
-    Raises `InvalidInputError` where a row counts, or a subscription is active, by an expression: the columns that such
-    an expression needs are not known.
+    Raises `InvalidInputError` if an expression of the mapping says whether a row counts or a subscription is active:
+    its columns are not known.
     """
-    metadata = MetaData()
-    tables: dict[Noun, Table] = {}
-    # A table comes after those that its foreign keys lead to.
+    metadata = sa.MetaData()
+    tables: dict[Noun, sa.Table] = {}
+    # NOUNS lists a table after the tables that its foreign keys reference.
     for noun in NOUNS:
         names = getattr(mapping, noun)
         if names.table is None:
@@ -46,44 +31,46 @@ def build_host_metadata(mapping: HostMapping) -> MetaData:
         schema, _, name = names.table.rpartition(".")
         columns = [one for field in FIELDS[noun] for one in _columns(mapping, noun, field, tables)]
         if noun == "subscription":
-            columns += _more_of_subscription({column.name for column in columns})
-        tables[noun] = Table(name, metadata, *columns, schema=schema or DEFAULT_SCHEMA)
+            columns += _extra_subscription_columns({column.name for column in columns})
+        tables[noun] = sa.Table(name, metadata, *columns, schema=schema or DEFAULT_SCHEMA)
         index = TABLES[noun].entry.index
         if index is not None:
-            Index(f"{name}_user_created", *(tables[noun].c[getattr(names, field)] for field in index))
+            sa.Index(f"{name}_user_created", *(tables[noun].c[getattr(names, field)] for field in index))
     return metadata
 
 
-def _columns(mapping: HostMapping, noun: Noun, field: str, tables: dict[Noun, Table]) -> list[Column[Any]]:
-    """Return the columns that a setting names; none for a constant."""
+def _columns(mapping: HostMapping, noun: Noun, field: str, tables: dict[Noun, sa.Table]) -> list[sa.Column[Any]]:
+    """Return the columns for a setting; none for a constant."""
     given, entry = getattr(getattr(mapping, noun), field), FIELDS[noun][field]
     if isinstance(given, Expression) and entry.kinds == FLAG:
-        raise InvalidInputError(f"host.{noun}.{field}: no example table can be made for an expression")
+        raise InvalidInputError(
+            f"host.{noun}.{field}: trueup can't create an example table for an expression. Map a column"
+        )
     if isinstance(given, Compared):
-        return [Column(given.column, String(50), nullable=False, server_default=given.equals[0])]
+        return [sa.Column(given.column, sa.String(50), nullable=False, server_default=given.equals[0])]
     if field == "id":
         return [_primary_key(given, _id_type(mapping, noun, entry), is_log=noun == "usage_log")]
     if entry.references is not None:
         if noun == "subscription" and entry.references not in ("user", *tables):
-            return []  # no such plans
+            return []  # the host has no such plans
         keys = []
         if entry.references in tables:
-            leads_to = tables[entry.references].c[getattr(mapping, entry.references).id]
-            keys.append(ForeignKey(leads_to, deferrable=True, initially="DEFERRED"))  # like Django's
+            target = tables[entry.references].c[getattr(mapping, entry.references).id]
+            keys.append(sa.ForeignKey(target, deferrable=True, initially="DEFERRED"))  # like Django's
         id_type = _id_type(mapping, noun, entry)
-        return [Column(given, id_type, *keys, nullable=entry.nullable, unique=entry.unique or None)]
-    default = None if entry.default is None else text(entry.default)
+        return [sa.Column(given, id_type, *keys, nullable=entry.nullable, unique=entry.unique or None)]
+    default = None if entry.default is None else sa.text(entry.default)
     return [
-        Column(name, _type(entry), nullable=entry.nullable, unique=entry.unique or None, server_default=default)
+        sa.Column(name, _type(entry), nullable=entry.nullable, unique=entry.unique or None, server_default=default)
         for name in columns_of(given)
     ]
 
 
-def _primary_key(name: str, id_type: Any, *, is_log: bool) -> Column[Any]:
-    """The ids are numbers that the database draws; those of users may be others, and the log draws them too."""
-    if isinstance(id_type, BigInteger):
-        return Column(name, id_type, Identity(), primary_key=True)
-    return Column(name, id_type, primary_key=True, server_default=text("gen_random_uuid()") if is_log else None)
+def _primary_key(name: str, id_type: Any, *, is_log: bool) -> sa.Column[Any]:
+    """Return an identity column for integers. Other types are for users and the log; the log generates its ids."""
+    if isinstance(id_type, sa.BigInteger):
+        return sa.Column(name, id_type, sa.Identity(), primary_key=True)
+    return sa.Column(name, id_type, primary_key=True, server_default=sa.text("gen_random_uuid()") if is_log else None)
 
 
 def _id_type(mapping: HostMapping, noun: Noun, entry: FieldEntry) -> Any:
@@ -94,16 +81,16 @@ def _id_type(mapping: HostMapping, noun: Noun, entry: FieldEntry) -> Any:
 
 def _type(entry: FieldEntry) -> Any:
     if entry.kinds in (TEXT, ID):
-        return Text() if entry.length is None else String(entry.length)
-    return {FLAG: Boolean(), TIME: DateTime(timezone=True), JSON: JSONB()}.get(entry.kinds, Integer())
+        return sa.Text() if entry.length is None else sa.String(entry.length)
+    return {FLAG: sa.Boolean(), TIME: sa.DateTime(timezone=True), JSON: JSONB()}.get(entry.kinds, sa.Integer())
 
 
-def _more_of_subscription(there: set[str]) -> list[Column[Any]]:
-    """Return what a typical host keeps besides. `there`: a host that says by a status what is active has that."""
-    status = Column("status", String(20), nullable=False, server_default=text("'active'"))
+def _extra_subscription_columns(there: set[str]) -> list[sa.Column[Any]]:
+    """Return further columns of a typical host. `there`: the mapped ones, which may include `status`."""
+    status = sa.Column("status", sa.String(20), nullable=False, server_default=sa.text("'active'"))
     return [
         *([] if "status" in there else [status]),
-        Column("trial_end", DateTime(timezone=True)),
-        Column("cancel_at_period_end", Boolean, nullable=False, server_default=text("false")),
-        Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+        sa.Column("trial_end", sa.DateTime(timezone=True)),
+        sa.Column("cancel_at_period_end", sa.Boolean, nullable=False, server_default=sa.text("false")),
+        sa.Column("updated_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
     ]

@@ -1,9 +1,9 @@
-"""Set a database up: migrations of our own tables, then the functions and triggers for the host's mapping."""
+"""Set a database up: trueup's tables by migration, then the functions and triggers for the host's mapping."""
 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from sqlalchemy import Connection, text
 
@@ -16,36 +16,40 @@ from trueup.host.catalog import (
     COMPUTED_REMEDY,
     computed_log_columns,
     demanded_log_columns,
+    mapped_columns,
     missing_host_columns,
     missing_host_tables,
     tables_without_triggers,
+    wrong_types,
 )
-from trueup.host.column_types import mapped_columns, wrong_types
-from trueup.host.expressions import expression_problem
+from trueup.host.expressions import Problem, expression_problem
 from trueup.host.log_ids import log_id_problem
 from trueup.host.mapping import HostMapping, quote_table
 from trueup.host.partitions import partition_problem
 from trueup.host.schema_changes import ATTACHING
 from trueup.host.setting_values import quote_literal
 from trueup.host.sql import render_file
+from trueup.install.baseline import FILL_BASELINE, SAVE_TRIGGER_BASELINE, are_triggers_unchanged, is_installed
 from trueup.install.example_tables import build_host_metadata
-from trueup.install.triggers import KEEP_WATCHED, SAVE_TRIGGERS, is_untouched
+from trueup.install.trial_writes import trial_problem
 from trueup.install.write_probe import row_problem
 from trueup.settings.settings import get_settings
 
-# Functions before triggers; each file may use what those before it define. Files of macros alone are not among them.
+# Functions before triggers; a file may use functions of the files before it. Files with only macros are not listed.
 SQL_FILES = (
     "accounts/grants.sql",
     "accounts/accounts.sql",
     "accounts/windows.sql",
     "usage/deltas.sql",
     "install/fill.sql",
-    "install/watching.sql",
+    "install/baseline.sql",
     "install/triggers.sql",
     "install/partition_triggers.sql",
     "install/window_triggers.sql",
     "gate/modes.sql",
     "gate/balances.sql",
+    "usage/log_row.sql",
+    "gate/owed_charges.sql",
     "gate/holds.sql",
     "gate/provider_calls.sql",
     "usage/charges.sql",
@@ -64,15 +68,15 @@ LOCK_TIMEOUT_SECONDS = 5
 
 
 def install(connection: Connection, mapping: HostMapping, *, with_host_tables: bool) -> list[str]:
-    """Bring the database to this version, in the caller's transaction; safe to repeat. Returns what was done.
+    """Bring the database to this version, in the caller's transaction; safe to repeat. Returns the steps done.
 
-    Two installers take turns: one waits for the other up to `STATEMENT_TIMEOUT_SECONDS`. A trigger waits at most
-    `LOCK_TIMEOUT_SECONDS` for the usage log, so that the host's writers never queue behind us for longer. Raises
-    `NotInstalledError` when the host's tables are not there.
+    An advisory lock serializes installers; one waits for another up to `STATEMENT_TIMEOUT_SECONDS`. CREATE TRIGGER
+    waits at most `LOCK_TIMEOUT_SECONDS` for the usage log, so the host's writers never queue behind it for longer.
+    `with_host_tables`: also create example tables for the host. Raises `NotInstalledError` for an unfit host.
     """
     done = []
     connection.execute(text(f"SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s'"))
-    # Before the short limit: another installer may take longer than that, and the host's writers wait for neither.
+    # Without the short limit: another installer may take longer, and no writer of the host waits for this lock.
     connection.execute(text("SET LOCAL lock_timeout = 0"))
     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": INSTALL_LOCK})
     connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_SECONDS}s'"))
@@ -81,27 +85,27 @@ def install(connection: Connection, mapping: HostMapping, *, with_host_tables: b
         done.append("host tables")
     create_tables(connection, mapping)
     done.append("tables")
-    values = {"log": quote_table(mapping.usage_log.table), "touched": not is_untouched(connection)}
+    values = {"log": quote_table(mapping.usage_log.table), "changed": not are_triggers_unchanged(connection)}
     connection.execute(_MARK_BALANCES_STALE, _installation_row(mapping) | values)
     drop_functions(connection)
     run_scripts(connection, sql_scripts(mapping))
     done.append("functions and triggers")
-    run_scripts(connection, [save_sql(mapping), SAVE_TRIGGERS, KEEP_WATCHED])
+    run_scripts(connection, [save_sql(mapping), SAVE_TRIGGER_BASELINE, FILL_BASELINE])
     return done
 
 
 def create_tables(connection: Connection, mapping: HostMapping) -> None:
-    """Make or upgrade trueup's tables, without a lock on the host's. Raises `NotInstalledError` for an unfit host."""
+    """Create or upgrade trueup's tables, without a lock on the host's. Raises `NotInstalledError` for an unfit host."""
     _refuse_other_user_ids(connection, mapping)
     check_host(connection, mapping)
-    # Who owns the schema need not have the right to make another.
+    # Not CREATE SCHEMA IF NOT EXISTS: the schema's owner may lack the right to create schemas.
     if _lacks_schema(connection):
         connection.execute(text(_CREATE_SCHEMA))
     migrate.create_tables(connection, mapping.user_id_type)
 
 
 def tables_sql(connection: Connection, mapping: HostMapping) -> list[str]:
-    """Return the statements by which `create_tables` would go on from what is there; none: it is of this version.
+    """Return the statements that `create_tables` would run; none: the tables are of this version already.
 
     Raises `NotInstalledError` for an unfit host.
     """
@@ -112,7 +116,7 @@ def tables_sql(connection: Connection, mapping: HostMapping) -> list[str]:
 
 
 def sql_scripts(mapping: HostMapping, names: Iterable[str] = SQL_FILES) -> list[str]:
-    """Return the scripts that make the functions and triggers for this mapping, in order; or these of them."""
+    """Return the scripts that create the functions and triggers for this mapping, in order; `names`: only these."""
     return [render_file(name, mapping) for name in names]
 
 
@@ -122,35 +126,34 @@ def run_scripts(connection: Connection, scripts: Iterable[str]) -> None:
 
 
 def save_sql(mapping: HostMapping, *, ready: bool = True) -> str:
-    """Return the statement that writes down which mapping the database is ready for, or is being made ready for."""
+    """Return the statement that records the mapping. `ready` False: the database is not ready for it yet."""
     row = _installation_row(mapping) | ({} if ready else {"fingerprint": ATTACHING})
     return _SAVE_INSTALLATION.format(**{key: quote_literal(value) for key, value in row.items()})
 
 
 def drop_functions(connection: Connection) -> None:
-    """Drop trueup's functions, but those of triggers: until they are made again, every gate refuses."""
+    """Drop trueup's functions except the triggers'. The gate refuses every task until they are created again."""
     run_scripts(connection, [DROP_FUNCTIONS])
 
 
 def check_installed(connection: Connection) -> None:
-    """Raise `NotInstalledError` unless the database has been set up, and for the settings' mapping."""
-    found = connection.execute(text("SELECT to_regclass('trueup.installation') IS NOT NULL"))
-    if not found.scalar_one():
+    """Raise `NotInstalledError` unless the database is ready for the mapping in the settings."""
+    if not is_installed(connection):
         raise NotInstalledError("This database has no trueup schema. Run `trueup db init`.")
     installed = connection.scalar(text("SELECT mapping_fingerprint FROM trueup.installation"))
     if installed in (None, ATTACHING):
         raise NotInstalledError(
-            "trueup is just being attached to this database, or that was interrupted. Run `trueup db attach`."
+            "Attaching trueup to this database is in progress, or was interrupted. Run `trueup db attach` to finish it."
         )
     if installed != get_settings().host.fingerprint():
         raise NotInstalledError(
-            "This database was set up for other table or column names of the host than [host] in the settings now "
-            "says. Set them back, or set the database up for the new ones with `trueup db init`."
+            "This database was set up for other table or column names of the host than [host] in the settings says "
+            "now. Restore the old names, or run `trueup db init` to set the database up for the new ones."
         )
 
 
-# A function whose parameters changed would stay beside its successor. Callers in other transactions keep the old ones
-# until this one commits.
+# CREATE OR REPLACE alone would keep the old function if its parameters changed. Other transactions call the old
+# functions until this one commits.
 DROP_FUNCTIONS = """
 DO $$
 DECLARE
@@ -164,14 +167,14 @@ BEGIN
 END $$;
 """
 
-# A trigger that was not there has missed rows, and another mapping sees other rows: then no balance can be trusted, and
-# each is rebuilt from the log when next read.
+# A missing trigger has missed rows, and another mapping counts other rows. Every balance is stale then; the gate
+# rebuilds it from the log when it next reads it.
 _MARK_BALANCES_STALE = text(
     """
     INSERT INTO trueup.log_truncation (truncated_at)
     SELECT clock_timestamp()
     WHERE EXISTS (SELECT FROM trueup.balance)
-      AND (:touched OR NOT EXISTS (SELECT FROM trueup.installation WHERE mapping_fingerprint = :fingerprint)
+      AND (:changed OR NOT EXISTS (SELECT FROM trueup.installation WHERE mapping_fingerprint = :fingerprint)
            OR (SELECT count(*) FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
                WHERE g.tgrelid = to_regclass(:log) AND g.tgenabled IN ('O', 'A')
                  AND p.pronamespace = to_regnamespace('trueup')) < 4)
@@ -190,51 +193,62 @@ def _installation_row(mapping: HostMapping) -> dict[str, str]:
     return {"fingerprint": mapping.fingerprint(), "mapping": mapping.model_dump_json()}
 
 
-def check_host(connection: Connection, mapping: HostMapping) -> None:
-    """What a charge would stumble over, after its tokens are spent, is refused here: raises `NotInstalledError`."""
-    encoding = connection.scalar(text("SELECT current_setting('server_encoding')"))
-    if encoding != "UTF8":
-        raise NotInstalledError(
-            f"The database's encoding is {encoding}. Nothing was changed. It can't store every answer of a model, so a "
-            "charge could fail for its text. Move the host's data to a database created with ENCODING 'UTF8'."
-        )
-    tables = missing_host_tables(connection, mapping)
-    if tables:
-        raise NotInstalledError(
-            f"The database has no table {', '.join(tables)}. Nothing was changed. Map the host's names under [host] "
-            "in trueup.toml, or create example tables with `trueup db init --with-host-tables`."
-        )
-    columns = missing_host_columns(connection, mapping)
-    if columns:
-        raise NotInstalledError(
-            f"The database has no column {', '.join(columns)}. Nothing was changed. Map the host's names, or what "
-            "stands for a missing column, under [host] in trueup.toml."
-        )
+Judge = Callable[[Connection, HostMapping], Problem | None]
+
+
+def _named(find: Callable[[Connection, HostMapping], list[str]], what: str, remedy: str) -> Judge:
+    """Return a check that fails if `find` returns names; `what` has {} for them."""
+
+    def judge(connection: Connection, mapping: HostMapping) -> Problem | None:
+        names = find(connection, mapping)
+        return (what.format(", ".join(names)), remedy) if names else None
+
+    return judge
+
+
+def _type_problem(connection: Connection, mapping: HostMapping) -> Problem | None:
     wrong = list(wrong_types(mapped_columns(connection, mapping), mapping))
-    if wrong:
-        raise NotInstalledError(
-            f"{' '.join(one.what for one in wrong)} Nothing was changed. "
-            f"{' '.join(dict.fromkeys(one.remedy for one in wrong))}"
-        )
-    demanded = demanded_log_columns(connection, mapping)
-    if demanded:
-        raise NotInstalledError(
-            f"{', '.join(demanded)} must be given in each row of the usage log, and trueup's rows could not give it. "
-            "Nothing was changed. Give the column a default in the database."
-        )
-    computed = computed_log_columns(connection, mapping)
-    if computed:
-        raise NotInstalledError(
-            f"{', '.join(computed)} is computed by the database, and trueup's rows would have to give it. Nothing was "
-            f"changed. {COMPUTED_REMEDY}"
-        )
-    views = tables_without_triggers(connection, mapping)
-    if views:
-        raise NotInstalledError(
-            f"{', '.join(views)} is no table, so that trueup could not be told of its changes. Nothing was changed. "
-            "Map the table behind it under [host] in trueup.toml."
-        )
-    for judge in (log_id_problem, partition_problem, expression_problem, row_problem):
+    if not wrong:
+        return None
+    return " ".join(one.what for one in wrong), " ".join(dict.fromkeys(one.remedy for one in wrong))
+
+
+# In this order: later checks read the tables and columns that earlier ones have found.
+_HOST_CHECKS: tuple[Judge, ...] = (
+    _named(
+        missing_host_tables,
+        "The database has no table {}.",
+        "Map the host's names under [host] in trueup.toml, or create example tables with "
+        "`trueup db init --with-host-tables`.",
+    ),
+    _named(
+        missing_host_columns,
+        "The database has no column {}.",
+        "Map the host's names, or substitutes for missing columns, under [host] in trueup.toml.",
+    ),
+    _type_problem,
+    _named(
+        demanded_log_columns,
+        "Each row of the usage log must have a value in {}, and trueup's rows have none.",
+        "Give the column a default in the database.",
+    ),
+    _named(computed_log_columns, "{} is computed by the database, so trueup's rows can't set it.", COMPUTED_REMEDY),
+    _named(
+        tables_without_triggers,
+        "{} is no table, so trueup can't put triggers on it.",
+        "Map the table behind it under [host] in trueup.toml.",
+    ),
+    log_id_problem,
+    partition_problem,
+    expression_problem,
+    row_problem,
+    trial_problem,
+)
+
+
+def check_host(connection: Connection, mapping: HostMapping) -> None:
+    """Raise `NotInstalledError` if a charge would fail on the host's tables: its tokens would be spent by then."""
+    for judge in _HOST_CHECKS:
         problem = judge(connection, mapping)
         if problem is not None:
             raise NotInstalledError(f"{problem[0]} Nothing was changed. {problem[1]}")
@@ -242,14 +256,14 @@ def check_host(connection: Connection, mapping: HostMapping) -> None:
 
 
 def _refuse_other_user_ids(connection: Connection, mapping: HostMapping) -> None:
-    """Our tables keep the type of user id that they were made for."""
-    if connection.scalar(text("SELECT to_regclass('trueup.installation') IS NULL")):
+    """Raise `NotInstalledError` if trueup's tables were created for another type of user id: it can't be changed."""
+    if not is_installed(connection):
         return
     installed = connection.scalar(text("SELECT mapping->>'user_id_type' FROM trueup.installation"))
     if installed is not None and installed != mapping.user_id_type:
         raise NotInstalledError(
-            f"This database was set up for user ids of type {installed}, the settings now say {mapping.user_id_type}. "
-            "Nothing was changed. Set host.user_id_type back."
+            f"This database was set up for user ids of type {installed}, and the settings say {mapping.user_id_type}. "
+            f"Nothing was changed. Set host.user_id_type to {installed} again."
         )
 
 
@@ -261,6 +275,6 @@ _FUNCTION = re.compile(r"^CREATE OR REPLACE FUNCTION trueup\.(\w+)\(.*?\bAS \$\$
 
 
 def expected_functions(mapping: HostMapping) -> Counter[tuple[str, str]]:
-    """Return the functions that the code would make for this mapping: names, and hashes of their bodies."""
+    """Return the functions that this version creates for the mapping: pairs of name and MD5 of the body."""
     scripts = "\n".join(sql_scripts(mapping))
     return Counter((name, hashlib.md5(body.encode()).hexdigest()) for name, body in _FUNCTION.findall(scripts))  # noqa: S324 - tells versions apart

@@ -1,11 +1,10 @@
--- The same triggers on each partition of the log that lacks them: for statements that name the partition itself.
--- Rows that are there may have come unseen, before the partition was attached or since: then each balance is rebuilt from
--- the log when next read. An empty one, made in advance, changes nothing.
+-- The same triggers on each partition of the log that lacks them: they fire for statements that name the partition itself.
+-- No trigger has seen a partition's existing rows, so every balance becomes stale. An empty partition changes nothing.
 DO $$
 DECLARE
     part record;
 BEGIN
-    PERFORM trueup.note_log();
+    PERFORM trueup.record_log_state();
     FOR part IN
         SELECT c.oid AS id, c.oid::regclass AS name
         FROM trueup.log_partitions() l JOIN pg_class c ON c.oid = l.id
@@ -20,7 +19,7 @@ BEGIN
                        'FOR EACH STATEMENT EXECUTE FUNCTION trueup.append_deleted(''partition'')', part.name);
         EXECUTE format('CREATE OR REPLACE TRIGGER trueup_truncated AFTER TRUNCATE ON %s '
                        'FOR EACH STATEMENT EXECUTE FUNCTION trueup.append_truncated(''partition'')', part.name);
-        -- Its writers are locked out by now: what is empty stays empty until they find the triggers.
+        -- CREATE TRIGGER has locked out its writers: an empty partition stays empty until this commits.
         IF pg_relation_size(part.id) > 0 THEN
             INSERT INTO trueup.log_truncation (truncated_at)
             SELECT clock_timestamp() WHERE EXISTS (SELECT FROM trueup.balance);

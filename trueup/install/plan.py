@@ -1,4 +1,4 @@
-"""What `trueup db attach` is going to do, what it locks and for how long, and which rights it takes. Only looks."""
+"""The plan of `trueup db attach`: its steps, locks, duration and rights. Read-only."""
 
 from dataclasses import dataclass
 
@@ -10,28 +10,29 @@ from trueup.errors import NotInstalledError, ServiceUnavailableError, TrueupErro
 from trueup.host.mapping import HostMapping, quote_table
 from trueup.host.partitions import log_tables
 from trueup.host.sql import render_statement
-from trueup.install.attach import are_subscriptions_watched, estimated_rows, is_log_watched
+from trueup.install.attach import estimated_rows, has_log_triggers, has_subscription_trigger
+from trueup.install.baseline import is_installed
 from trueup.install.rights import Right, find_lacking, lacking_rights, migrate_rights, worker_rights
 
-# So many rows of the log are read to see how fast that goes; no longer than this.
+# The sample of the log that measures the reading speed, and its time limit.
 SAMPLE_ROWS = 20_000
 SAMPLE_MILLISECONDS = 2_000
-# Adding up costs more than reading: rows are joined with the subscriptions and grouped. And each balance is written.
+# Building balances costs more than reading: it joins rows with subscriptions, groups them and writes balances.
 FILL_FACTOR = 3.0
 WRITTEN_PER_SECOND = 40_000
 
 
 class OtherInstallationError(TrueupError):
-    """Another host's tables are counted in this database. Nothing was changed."""
+    """trueup is attached to another host's tables in this database. Nothing was changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttachPlan:
-    """What there is to do. Rows as the server estimates them.
+    """What `attach` will do. Row counts are the server's estimates.
 
-    `log_tables`: the log and its partitions. `fill_seconds`: about how long balances are built; None: the sample was
-    too slow to tell. `needed`: rights that setting up takes. `lacking`: those of them that the role has not, each with
-    the statement that gives it. `lacking_to_work`: what this role lacks if the workers are to run as the same.
+    `log_tables`: the log and its partitions. `fill_seconds`: estimated seconds to build the balances; None: the sample
+    hit its time limit. `needed`: the rights for attaching. `lacking`: rights that the current role lacks, each with its
+    GRANT statement. `lacking_to_work`: the rights that it lacks to run workers on the host's tables.
     """
 
     log: str
@@ -49,7 +50,7 @@ class AttachPlan:
 
 
 def plan_attach(connection: Connection, mapping: HostMapping) -> AttachPlan:
-    """Return what there is to do. Raises `NotInstalledError` when a mapped table is not there."""
+    """Return what `attach` will do. Raises `NotInstalledError` if the log or the subscriptions do not exist."""
     log, subscriptions = quote_table(mapping.usage_log.table), quote_table(mapping.subscription.table)
     for table in (log, subscriptions):
         if connection.scalar(text("SELECT to_regclass(:table) IS NULL"), {"table": table}):
@@ -59,10 +60,10 @@ def plan_attach(connection: Connection, mapping: HostMapping) -> AttachPlan:
     return AttachPlan(
         log=mapping.usage_log.table,
         subscriptions=mapping.subscription.table,
-        tables_there=bool(connection.scalar(text("SELECT to_regclass('trueup.installation') IS NOT NULL"))),
+        tables_there=is_installed(connection),
         log_tables=tuple(log_tables(connection, mapping)),
-        log_watched=is_log_watched(connection, mapping),
-        subscriptions_watched=are_subscriptions_watched(connection, mapping),
+        log_watched=has_log_triggers(connection, mapping),
+        subscriptions_watched=has_subscription_trigger(connection, mapping),
         log_rows=rows[log],
         subscription_rows=rows[subscriptions],
         fill_seconds=_fill_seconds(mapping, rows[log], rows[subscriptions]),
@@ -73,8 +74,8 @@ def plan_attach(connection: Connection, mapping: HostMapping) -> AttachPlan:
 
 
 def refuse_other_installation(connection: Connection, mapping: HostMapping) -> None:
-    """Raise `OtherInstallationError` if trueup counts other tables here, that are still there, than this mapping's."""
-    if connection.scalar(text("SELECT to_regclass('trueup.installation') IS NULL")):
+    """Raise `OtherInstallationError` if trueup is attached to other tables here that still exist."""
+    if not is_installed(connection):
         return
     installed = connection.scalar(text("SELECT mapping FROM trueup.installation"))
     for noun in ("usage_log", "subscription"):
@@ -84,9 +85,9 @@ def refuse_other_installation(connection: Connection, mapping: HostMapping) -> N
         values = {"old": quote_table(old), "new": quote_table(new)}
         if connection.scalar(_COUNTED_ELSEWHERE, values):
             raise OtherInstallationError(
-                f"trueup is attached to {old} in this database, and counts it; the settings say {new}. Nothing was "
-                "changed: a database has one trueup. Give the other application a database of its own. If it is this "
-                "one, and its table is another now, give --replace: what was counted in the old one counts no more."
+                f"trueup is attached to {old} in this database, and the settings say {new}. A database has one trueup, "
+                "so nothing was changed. Give each application its own database. If this application now uses the new "
+                f"table, give --replace: trueup then stops counting {old}."
             )
 
 
@@ -95,7 +96,7 @@ def _is_own(right: Right) -> bool:
 
 
 def _fill_seconds(mapping: HostMapping, log_rows: int, subscription_rows: int) -> float | None:
-    """Estimate from how fast a few rows are read. Nothing is written."""
+    """Estimate the seconds from the time that a sample takes to read. None: the sample hit its time limit."""
     try:
         with transaction() as connection:
             connection.execute(text(f"SET LOCAL statement_timeout = {SAMPLE_MILLISECONDS}"))
@@ -106,7 +107,7 @@ def _fill_seconds(mapping: HostMapping, log_rows: int, subscription_rows: int) -
     return reading * FILL_FACTOR + subscription_rows / WRITTEN_PER_SECOND
 
 
-# The times of one statement and the next are those of its beginning and its end.
+# clock_timestamp() runs once before the sample is read and once after it.
 _SAMPLE = """
     WITH began AS MATERIALIZED (SELECT clock_timestamp() AS at),
     sampled AS MATERIALIZED (

@@ -1,7 +1,7 @@
--- The triggers that tell of usage, on the log; their functions are in deltas.sql.
+-- The log's triggers, which report usage. Their functions are in usage/deltas.sql.
 
--- A log that was mapped before is let go: its rows no longer count. (Those of a partition that was detached don't either:
--- its triggers see to that, and dropping them would take its owner.)
+-- Drop the triggers of a log that was mapped before: its rows no longer count. (The triggers of a detached partition stay:
+-- they ignore its rows, and only its owner could drop them.)
 DO $$
 DECLARE
     old record;

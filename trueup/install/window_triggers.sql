@@ -1,6 +1,6 @@
--- The trigger that tells of windows, on the subscriptions.
+-- The subscriptions' trigger, which reports new windows.
 
--- Subscriptions that were mapped before are let go. (A partition's is its parent's.)
+-- Drop the trigger of a table that was mapped before. (A partition's trigger belongs to its parent's.)
 DO $$
 DECLARE
     old record;
@@ -14,8 +14,8 @@ BEGIN
     END LOOP;
 END $$;
 
--- The log is locked by now. A host that has a subscription and waits for the log must not be the one that a deadlock
--- ends: we give up before it is looked for.
+-- This transaction may hold a lock on the log. A host transaction may hold a subscription and wait for the log. The short
+-- timeout makes this transaction give up before PostgreSQL detects the deadlock and cancels the host's.
 DO $$
 DECLARE
     v_before text := current_setting('lock_timeout');

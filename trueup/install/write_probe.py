@@ -1,7 +1,7 @@
-"""Would the host's log take trueup's rows? One of each section is written into a table of our own like it, rolled back.
+"""Try trueup's rows before a charge needs them: insert one of each section into a temporary copy of the host's log.
 
-What the log refuses is refused when its tokens are spent already. So its types, its lengths, its checks and its keys
-to other tables are looked at before.
+A row that the log refuses later is a row whose tokens are spent already. So the probe tests the log's types, lengths,
+checks and foreign keys now, and rolls everything back.
 """
 
 from typing import Any
@@ -12,8 +12,8 @@ from sqlalchemy.exc import DBAPIError
 
 from trueup.database.driver_errors import is_transient
 from trueup.host.expressions import Problem, make_table, own_row, run
+from trueup.host.fields import SECTIONS
 from trueup.host.mapping import HostMapping, quote_table
-from trueup.host.sections import SECTIONS
 from trueup.host.setting_values import quote_identifier
 
 _MAY_MAKE = text("SELECT has_database_privilege(current_database(), 'TEMPORARY')")
@@ -21,7 +21,7 @@ _CHECKS = text(
     "SELECT CAST(conname AS text) AS name, pg_get_constraintdef(oid) AS definition FROM pg_constraint "
     "WHERE conrelid = CAST(:id AS oid) AND contype = 'c' ORDER BY conname"
 )
-# But those to the user: whoever is gone by then has nothing that could be logged.
+# Without foreign keys to the user: a deleted user makes no calls.
 _KEYS = text(
     """
     SELECT CAST(CAST(k.confrelid AS regclass) AS text) AS leads_to, k.columns, k.other_columns, k.readable
@@ -46,20 +46,21 @@ _REMEDIES: dict[type, str] = {
     CheckViolation: "Let the constraint allow it.",
     StringDataRightTruncation: "Make the column longer, or map another one.",
     NumericValueOutOfRange: "Make the column integer or bigint, or map another one.",
-    InsufficientPrivilege: "Grant that to trueup's roles, this one among them.",
+    InsufficientPrivilege: "Grant that to trueup's roles, including this one.",
 }
-# Tokens of each kind, and milliseconds, that one call may well have.
+# Tokens of each kind, and milliseconds, of a large call.
 _MANY = 600_000
 _LONG_NAME = "claude-3-5-sonnet-20241022"
 _REMEDY = (
-    "Map columns that take any text and whole numbers, or {value = …} for those that the host's own default is to fill."
+    "Map columns that accept any text and any integer, or {value = …} where the column's own default should apply."
 )
 
 
 def row_problem(connection: Connection, mapping: HostMapping) -> Problem | None:
-    """Return why the log would refuse rows of trueup's, and the remedy; None: it takes them, as far as can be tried.
+    """Return why the log would refuse trueup's rows, and the remedy; None: no refusal was found.
 
-    In the caller's transaction, of which nothing is left. A role without the right to make temporary tables tries none.
+    Runs in the caller's transaction and rolls its own work back. Without the right to create temporary tables it only
+    checks foreign keys.
     """
     return _refused_row(connection, mapping) or _unknown_key(connection, mapping)
 
@@ -80,7 +81,7 @@ def _refused_row(connection: Connection, mapping: HostMapping) -> Problem | None
     except DBAPIError as error:
         if made or is_transient(error):
             raise
-        return None  # a table like it can't be made: then there is nothing to try
+        return None  # the copy can't be created, so there is nothing to try rows on
     finally:
         trial.rollback()
 
@@ -91,19 +92,22 @@ def _refused(connection: Connection, mapping: HostMapping) -> Problem | None:
         refusal = _refusal(connection, mapping, section=section)
         if refusal is not None:
             return _problem(f"{log} would refuse trueup's row of section {section!r}", refusal)
-    # A limit that the host has set to figures is the host's; and a name that is too long is cut before it is written.
-    for what, kind, row in (
+    # Only these kinds of errors: a host may limit figures by a check, and trueup cuts a name that is too long.
+    for described, kind, row in (
         (f"of {2 * _MANY:,} tokens and {_MANY:,} ms", NumericValueOutOfRange, {"size": _MANY}),
         (f"of model {_LONG_NAME!r}", CheckViolation, {"model": _LONG_NAME}),
     ):
         refusal = _refusal(connection, mapping, section=min(SECTIONS), **row)
         if refusal is not None and isinstance(refusal.orig, kind):
-            return _problem(f"{log} would refuse trueup's row {what}", refusal)
+            return _problem(f"{log} would refuse trueup's row {described}", refusal)
     return None
 
 
 def _refusal(connection: Connection, mapping: HostMapping, **row: Any) -> DBAPIError | None:
-    """What the ids of users look like nobody knows: what is refused of a user must be refused of nobody as well."""
+    """Return the error of inserting this row; None: it fits.
+
+    A valid user id is unknown here, so the row is tried with a made-up user and without one. It fits if one try works.
+    """
     refusals = []
     for user in (True, False):
         attempt = connection.begin_nested()
@@ -119,26 +123,27 @@ def _refusal(connection: Connection, mapping: HostMapping, **row: Any) -> DBAPIE
     return refusals[0]
 
 
-def _problem(what: str, refusal: DBAPIError) -> Problem:
-    said = getattr(getattr(refusal.orig, "diag", None), "message_primary", None) or str(refusal.orig)
-    return f"host.usage_log: {what} ({said}).", _REMEDIES.get(type(refusal.orig), _REMEDY)
+def _problem(refused: str, refusal: DBAPIError) -> Problem:
+    message = getattr(getattr(refusal.orig, "diag", None), "message_primary", None) or str(refusal.orig)
+    return f"host.usage_log: {refused} ({message}).", _REMEDIES.get(type(refusal.orig), _REMEDY)
 
 
 def _unknown_key(connection: Connection, mapping: HostMapping) -> Problem | None:
-    """Values that must stand in another table of the host's, which does not have them all, or not for sure."""
+    """Return the problem of a foreign key from a column that trueup writes, if its table may lack trueup's values."""
     log = mapping.usage_log
     values = {"table": quote_table(log.table), "written": log.written, "user_id": log.user_id}
     for key in connection.execute(_KEYS, values).all():
-        what = (
-            f"host.usage_log: what trueup writes into {log.table}.{', '.join(key.columns)} must stand in {key.leads_to}"
-        )
+        fault = f"host.usage_log: {log.table}.{', '.join(key.columns)} has a foreign key to {key.leads_to}"
         if key.columns != [log.section]:
-            return f"{what}, and may not.", "Drop that foreign key, or map {value = …} in place of the column."
+            return (
+                f"{fault}, which may lack the values that trueup writes.",
+                "Drop that foreign key, or map {value = …} in place of the column.",
+            )
         if not key.readable:
-            continue  # by another role then: keys are looked up as their tables' owner
+            continue  # PostgreSQL checks a key as the table's owner; a role that may read it finds the problem
         column = quote_identifier(key.other_columns[0])
         there = set(run(connection, f"SELECT CAST({column} AS text) FROM {key.leads_to}").scalars())
         missing = sorted(SECTIONS - there)
         if missing:
-            return f"{what}, where there is no {', '.join(missing)}.", "Add them there, or drop that foreign key."
+            return f"{fault}, which lacks {', '.join(missing)}.", "Add them there, or drop that foreign key."
     return None

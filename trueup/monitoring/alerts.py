@@ -85,7 +85,7 @@ def raise_alerts(connection: Connection, run_id: int, *, settings: AlertSettings
         return 0
     raised = 0
     for kind, content in findings_of(RunNews(**row), settings):
-        raised += _write(connection, f"run:{run_id}:{kind}", kind, {"run_id": run_id, **content}, settings)
+        raised += len(_insert(connection, f"run:{run_id}:{kind}", kind, {"run_id": run_id, **content}, settings))
     # Last, so that an interrupted call is repeated.
     connection.execute(_RAISED, {"run_id": run_id})
     return raised
@@ -142,7 +142,7 @@ def raise_all(connection: Connection, *, settings: AlertSettings | None = None) 
     for missed in find_missed_runs(connection, settings=settings):
         # One alert for each gap, however long the gap becomes.
         key = f"{missed.kind}:{missed.last.isoformat()}"
-        raised += _write(connection, key, missed.kind, missed.content(), settings)
+        raised += len(_insert(connection, key, missed.kind, missed.content(), settings))
     return raised
 
 
@@ -166,14 +166,10 @@ _WRITE = text(
 )
 
 
-def _write(connection: Connection, key: str, kind: str, content: dict[str, Any], settings: AlertSettings) -> int:
-    """Record an alert for each channel that has none with this key. Returns how many were recorded."""
-    return len(_insert(connection, key, kind, content, settings))
-
-
 def _insert(
     connection: Connection, key: str, kind: str, content: dict[str, Any], settings: AlertSettings, *, attempts: int = 0
 ) -> list[Alert]:
+    """Record an alert for each channel that has none with this key, and return the recorded ones."""
     payload = {"id": f"trueup_{uuid.uuid4()}", "type": f"trueup.{kind}", "data": content}
     values = {
         "key": key,

@@ -1,4 +1,4 @@
-"""May this role look at these tables, and are they as the mapping says? Asked of the catalog; no row is read."""
+"""Check that the mapped tables and columns exist, have the right types and are readable; by the catalog alone."""
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from trueup.host.fields import FIELDS, ID_TYPES, NOUNS, TABLES, Noun, kind_of
 from trueup.host.mapping import HostMapping, UserIdType, quote_identifier, quote_table
 from trueup.host.setting_values import DEFAULT_SCHEMA
 
-# A log of so few bytes is read as fast without an index.
+# A table of fewer bytes needs no index.
 _SMALL = 2_000_000
 
 _COLUMNS = text(
@@ -35,7 +35,7 @@ _COLUMNS = text(
     ORDER BY t.place
     """
 )
-# The index may be the table's, or each partition's own.
+# The table or each of its partitions may have the index.
 _HAS_INDEX = text(
     """
     SELECT coalesce(bool_and(pg_relation_size(k.leaf) < :small OR EXISTS (
@@ -59,7 +59,7 @@ _OWN = text(
 
 @dataclass(frozen=True, kw_only=True)
 class Named:
-    """A column that a statement needs: where the mapping says it is. `is_part`: of a condition or an expression."""
+    """A column that a statement needs, as mapped. `is_part`: a condition or an expression reads it."""
 
     noun: Noun
     field: str
@@ -69,19 +69,19 @@ class Named:
 
 
 def named_columns(fields: Collection[tuple[str, str]], mapping: HostMapping) -> list[Named]:
-    """Return the columns that these fields of these nouns are, or are made of."""
+    """Return the columns that these fields of these tables map to or read."""
     return [
         Named(noun=noun, field=field, table=getattr(mapping, noun).table, column=column, is_part=column != given)
         for noun in NOUNS
         for field, column in mapping.columns(noun)
         for given in [getattr(getattr(mapping, noun), field)]
-        # What counts may be said by other columns than the one for success.
+        # `counts` may read other columns than the one for success.
         if (noun, "success" if field == "counts" else field) in fields
     ]
 
 
 def check_columns(connection: Connection, named: list[Named], user_id_type: UserIdType) -> None:
-    """Raise `TrueupError` naming all that is not there, not of the right type, or not to be read; with the remedy."""
+    """Raise `TrueupError` that names every column that is missing, unreadable or of a wrong type, with the remedy."""
     parts = [one.table.rpartition(".") for one in named]
     values: dict[str, list[Any]] = {
         "nouns": [one.noun for one in named],
@@ -95,16 +95,16 @@ def check_columns(connection: Connection, named: list[Named], user_id_type: User
     wrong += _rights(str(connection.scalar(text("SELECT current_user"))), zip(named, rows, strict=True))
     if wrong:
         raise TrueupError(
-            f"This database can't be looked at as [host] in trueup.toml says: {'; '.join(dict.fromkeys(wrong))}. "
+            f"[host] in trueup.toml does not fit this database: {'; '.join(dict.fromkeys(wrong))}. "
             "Nothing was read. `trueup db discover` proposes a mapping."
         )
 
 
 def check_expressions(connection: Connection, mapping: HostMapping) -> None:
-    """Raise `TrueupError` naming an expression of the mapping that is none over these tables."""
+    """Raise `TrueupError` that names an expression of the mapping that fails on these tables."""
     wrong = wrong_expression(connection, mapping)
     if wrong is not None:
-        raise TrueupError(f"This database can't be looked at: {wrong[0]} Nothing was read. {wrong[1]}")
+        raise TrueupError(f"[host] in trueup.toml does not fit this database: {wrong[0]} Nothing was read. {wrong[1]}")
 
 
 def _faults(one: Named, row: Any, user_id_type: UserIdType) -> Iterator[str]:
@@ -115,8 +115,8 @@ def _faults(one: Named, row: Any, user_id_type: UserIdType) -> Iterator[str]:
         yield f"host.{one.noun}.{one.field}: {one.table} has no column {one.column}"
         return
     if row.filtered:
-        # With row security off, as it is set, PostgreSQL refuses rather than leaves rows out.
-        yield f"row level security would hide rows of {one.table}: look as a role with BYPASSRLS"
+        # The scan sets row_security off, so PostgreSQL would raise an error instead of hiding rows.
+        yield f"row level security would hide rows of {one.table}: connect as a role with BYPASSRLS"
     kind = kind_of(row.type, ("enum",) if row.is_enum else ())
     if one.is_part:
         return
@@ -130,7 +130,7 @@ def _faults(one: Named, row: Any, user_id_type: UserIdType) -> Iterator[str]:
 
 
 def _rights(role: str, found: Iterable[tuple[Named, Any]]) -> Iterator[str]:
-    """Yield what the role may not read, a table at a time."""
+    """Yield the rights that the role lacks, a table at a time."""
     to = quote_identifier(role)
     hidden: dict[str, list[str]] = {}
     for one, row in found:
@@ -145,7 +145,7 @@ def _rights(role: str, found: Iterable[tuple[Named, Any]]) -> Iterator[str]:
 
 
 def missing_index(connection: Connection, mapping: HostMapping) -> str | None:
-    """Return the statement that makes the index without which causes are too dear to look for. None: it is there."""
+    """Return the statement that creates a missing index; None: nothing is missing. Evidence is too slow without one."""
     for noun, kind in TABLES.items():
         names = getattr(mapping, noun)
         table = names.table
@@ -160,22 +160,22 @@ def missing_index(connection: Connection, mapping: HostMapping) -> str | None:
 
 
 def is_attached(connection: Connection, mapping: HostMapping) -> bool:
-    """Return whether trueup is set up in this database, so that its grants and decisions count as well.
+    """Return whether trueup is set up in this database, so that its grants and decisions count.
 
-    Raises `NotInstalledError` where it is, but not for this mapping, or where this role may not read its tables:
-    without the grants the figures would be wrong.
+    Raises `NotInstalledError` if it is set up for another mapping, or if the role may not read its tables: without its
+    grants the figures would be wrong.
     """
     readable = connection.scalar(_OWN)
     if readable is None:
         return False
     if not readable:
         raise NotInstalledError(
-            "trueup is set up in this database, and this role may not read its tables: without the grants in them the "
+            "trueup is set up in this database, and this role may not read its tables. Without the grants in them the "
             "figures would be wrong. GRANT USAGE ON SCHEMA trueup, and SELECT ON ALL TABLES IN SCHEMA trueup, to it."
         )
     if connection.scalar(text("SELECT mapping_fingerprint FROM trueup.installation")) != mapping.fingerprint():
         raise NotInstalledError(
-            "trueup is set up in this database for other table or column names than [host] in trueup.toml says. Set "
-            "them back, or set the database up for the new ones with `trueup db init`."
+            "trueup is set up in this database for other table or column names than [host] in trueup.toml says. "
+            "Restore the old names, or run `trueup db init` to set the database up for the new ones."
         )
     return True

@@ -1,4 +1,4 @@
-"""The drift report of a preview: figures added up batch by batch, rows kept in a file until they are shown."""
+"""The drift report of a preview: it sums figures batch by batch and keeps rows in a temporary file."""
 
 import heapq
 import pickle
@@ -23,7 +23,7 @@ IN_MEMORY_BYTES = 16_000_000
 
 
 class PreviewReport:
-    """What a preview has found so far. Its memory does not grow with the drifts, but for two numbers each."""
+    """The findings of a preview so far. In memory it keeps two numbers for each drift."""
 
     def __init__(self, only: DriftFilter) -> None:
         self.only = only
@@ -36,11 +36,11 @@ class PreviewReport:
         self._places = array("q")
 
     def close(self) -> None:
-        """Forget the rows."""
+        """Delete the temporary file with the rows."""
         self._rows.close()
 
     def add(self, checked: int, findings: Sequence[Finding]) -> None:
-        """Take in a batch: how many counters it compared, and what drifts."""
+        """Add a batch: the number of counters compared, and the drifts found."""
         pairs = [(finding, row_of_finding(finding)) for finding in findings]
         chosen = [(finding, row) for finding, row in pairs if self._is_chosen(row)]
         self.summary.add(checked, [finding for finding, _ in chosen])
@@ -57,7 +57,7 @@ class PreviewReport:
             pickle.dump(row, self._rows)
 
     def report(self, outcome: ScanOutcome, *, max_rows: int | None) -> DriftReport:
-        """Return the report, with the largest drifts' rows; `max_rows` None: all, and all in memory."""
+        """Return the report with the rows of the largest drifts; `max_rows` None: all rows, all in memory."""
         self.summary.started_at = outcome.started_at or self.summary.started_at
         self.summary.finished_at = outcome.finished_at or self.summary.started_at
         self.summary.status = "finished"
@@ -91,7 +91,7 @@ class PreviewReport:
         return abs(row.drift) >= self.only.min_tokens and set(self.only.causes) <= set(row.cause.split("+"))
 
     def _all_sizes(self) -> list[SizeFigures]:
-        """The sizes from the smallest to the largest; empty ones between are there."""
+        """Return the size classes from the smallest to the largest, with empty ones in between."""
         if not self.sizes:
             return []
         found, at_least = [], min(self.sizes)
@@ -102,7 +102,7 @@ class PreviewReport:
 
 
 def _sum(so_far: Figures | None, more: Figures, key: str) -> Figures:
-    """Return both figures in one; `key`: the field that they share."""
+    """Return the sum of two figures; `key`: the field that both share."""
     if so_far is None:
         return more
     names = [field.name for field in fields(more) if field.name != key]

@@ -1,23 +1,27 @@
-"""Every counter compared with the usage log by a role that may only read. Nothing is written anywhere.
+"""Compare every counter with the usage log, as a role that may only read. Writes nothing.
 
-No schema of ours is needed, no lock is taken but the reader's own, and no transaction is long: users go through in
-batches by their ids, each a read-only transaction with one snapshot, in which one statement sums the log and another
-gathers what the host's rows say of the drifts. That works on a hot standby as well.
+It needs no schema of trueup's and takes only a reader's locks. Users are read in pages by their ids; each page is one
+read-only transaction with one snapshot, in which one statement sums the log and another gathers the evidence. So it
+works on a hot standby too. The statements share their SQL with the functions that a reconcile run calls. If trueup is
+not set up, they read its tables as empty.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 from psycopg.errors import QueryCanceled
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, TextClause, text
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 
 from trueup.accounts.user_ids import UserId
 from trueup.database.driver_errors import DEADLOCK_OR_CONFLICT
 from trueup.database.engine import translated_errors
+from trueup.database.schema import SCHEMA, build_metadata
 from trueup.drift.action import DEFAULT_RULES, Verdict, decide
 from trueup.drift.causes import Explanation
 from trueup.drift.detect import Drift
@@ -25,28 +29,29 @@ from trueup.drift.evidence import Evidence
 from trueup.drift.explain import explain
 from trueup.drift.known_drifts import Past, read_past
 from trueup.errors import TrueupError
-from trueup.host.mapping import HostMapping
-from trueup.preview.checks import check_columns, check_expressions, is_attached, missing_index
-from trueup.preview.statements import Statements, needed_columns
+from trueup.host.mapping import HostMapping, UserIdType
+from trueup.host.sql import INSTALLED, UNCOUNTABLE, OwnTables, fields_read, render_statement
+from trueup.preview.checks import Named, check_columns, check_expressions, is_attached, missing_index, named_columns
+from trueup.reconcile.audit import UNCOUNTABLE_REMEDY
 from trueup.reconcile.runs import Finding
-from trueup.reconcile.shards import MAX_FAILURES, bounds
+from trueup.reconcile.shards import MAX_FAILURES, bounds, conditions_of
 from trueup.settings.policies import Rules
 
 PAGE_SIZE = 5_000
-"""How many subscriptions one transaction compares: what a process keeps in memory of them are the drifts."""
+"""Subscriptions that one transaction compares; the process keeps only their drifts in memory."""
 
-# What evidence costs grows faster than the users asked for at once.
+# The cost of evidence grows faster than the number of users in one statement.
 EXPLAINED_AT_ONCE = 100
-# What a counter shows by itself, without a look at any row.
+# Causes that the counter shows by itself, without any evidence.
 _PLAIN = frozenset({"counter_null", "counter_negative", "counter_out_of_range", "burned_at_expiry"})
 
 Report = Callable[[int, Sequence[Finding]], None]
-"""Called after each batch with how many counters it compared, and what drifts."""
+"""Called after each batch with the number of counters compared, and the drifts found."""
 
 
 @dataclass(kw_only=True)
 class ScanOutcome:
-    """How a look went. `notes`: what it could not tell, with the remedy. Times are the database's; None: not yet."""
+    """The outcome of a scan. Times are the database's; None: not yet. `notes`: what the scan could not do, and why."""
 
     started_at: datetime | None = None
     finished_at: datetime | None = None
@@ -64,12 +69,12 @@ def scan(
     timeout_seconds: int = 30,
     scan_timeout_seconds: int = 600,
 ) -> ScanOutcome:
-    """Compare every counter with the log, and tell of each drift with its cause, as a run of reconcile would.
+    """Compare every counter with the log, and report each drift with its cause as a reconcile run would.
 
-    Where trueup is set up already, its grants and decisions count. `only_user` None: all. `timeout_seconds`: limit of
-    a statement; pages become smaller where it is reached. `scan_timeout_seconds`: of one that reads the whole log,
-    where that has no index by user; then no rows are looked at for causes. Raises `TrueupError` saying what is missing:
-    a table, a column, a right.
+    If trueup is set up, its grants and decisions count. `only_user` None: all users. `timeout_seconds`: the limit of a
+    statement; a page that reaches it is retried as smaller ones. `scan_timeout_seconds`: the limit of the one statement
+    that reads the whole log if it has no index by user; then no causes are named. Raises `TrueupError` that names the
+    missing table, column or right.
     """
     with translated_errors():
         running = _Scan(engine, mapping, report, rules, timeout_seconds)
@@ -78,48 +83,48 @@ def scan(
             running.by_pages(only_user, page_size)
         else:
             running.at_once(scan_timeout_seconds)
-        return running.told
+        return running.outcome
 
 
+@dataclass
 class _Scan:
-    """A look, and what all its batches share."""
+    """A running scan, and the values that all its batches share, which `prepare` reads.
 
-    plan_sizes: frozenset[int]
-    counter_limit: int
-    attached: bool
-    statements: Statements
-    index: str | None
-    """The index that is missing; without it causes are not looked for."""
+    `index`: the statement that creates a missing index; without the index no causes are named.
+    """
 
-    def __init__(
-        self, engine: Engine, mapping: HostMapping, report: Report, rules: Rules, timeout_seconds: int
-    ) -> None:
-        self.engine = engine
-        self.mapping = mapping
-        self.report = report
-        self.rules = rules
-        self.timeout_seconds = timeout_seconds
-        self.told = ScanOutcome()
+    engine: Engine
+    mapping: HostMapping
+    report: Report
+    rules: Rules
+    timeout_seconds: int
+    outcome: ScanOutcome = field(default_factory=ScanOutcome)
+    plan_sizes: frozenset[int] = field(init=False)
+    counter_limit: int = field(init=False)
+    attached: bool = field(init=False)
+    statements: "_Statements" = field(init=False)
+    index: str | None = field(init=False)
 
     def prepare(self) -> None:
-        """Check what can be checked, and read what is the same for all batches."""
+        """Check tables, columns and rights, and read the values that all batches share."""
         with self._reading(self.timeout_seconds) as connection:
-            check_columns(connection, needed_columns(self.mapping), self.mapping.user_id_type)
+            check_columns(connection, _needed_columns(self.mapping), self.mapping.user_id_type)
             check_expressions(connection, self.mapping)
             self.attached = is_attached(connection, self.mapping)
             self.index = missing_index(connection, self.mapping)
-            self.statements = Statements(self.mapping, attached=self.attached)
+            self.statements = _Statements(self.mapping, attached=self.attached)
             self.plan_sizes = frozenset(connection.scalars(self.statements.plan_sizes))
             self.counter_limit = connection.scalar(self.statements.counter_limit) or 0
-            self.told.started_at = connection.scalar(text("SELECT statement_timestamp()"))
+            self.outcome.started_at = connection.scalar(text("SELECT statement_timestamp()"))
         if self.index is not None:
             note = (
-                f"Causes were not looked for: it would read a whole table for each user. Make the index: {self.index};"
+                "Causes were not looked for: without an index each user would need a scan of a whole table. Create the "
+                f"index: {self.index};"
             )
-            self.told.notes = (note,)
+            self.outcome.notes = (note,)
 
     def by_pages(self, only_user: UserId | None, page_size: int) -> None:
-        """Go through the users in order of their ids; a page that takes too long is tried again as a smaller one."""
+        """Read the users in pages, in the order of their ids; retry a page that takes too long as smaller ones."""
         after: UserId | None = None
         size, failures = page_size, 0
         while True:
@@ -132,8 +137,8 @@ class _Scan:
                     size = max(1, size // 10)
                 elif slow:
                     raise TrueupError(
-                        f"One user's rows took longer than {self.timeout_seconds} s to read. "
-                        "Raise TRUEUP_STATEMENT_TIMEOUT_SECONDS, and look again."
+                        f"Reading one user's rows took longer than {self.timeout_seconds} s. The report is not "
+                        "complete. Raise TRUEUP_STATEMENT_TIMEOUT_SECONDS and run it again."
                     ) from error
                 elif not isinstance(error.orig, DEADLOCK_OR_CONFLICT) or failures >= MAX_FAILURES:
                     raise
@@ -141,55 +146,64 @@ class _Scan:
             self.report(counters, findings)
             if last is None or only_user is not None or counters < size:
                 return
-            # What was too much for a time limit once need not be so for those who come after.
+            # The next users may have fewer rows, so the page grows again.
             after, failures, size = last, 0, min(page_size, 2 * size)
 
     def at_once(self, timeout_seconds: int) -> None:
-        """Read the whole log once: without an index, each page would."""
+        """Read the whole log once: without an index, each page would read it."""
         with self._reading(timeout_seconds) as connection:
             counted = connection.execute(self.statements.page(None, None), {"page": None}).one()
-            self._refuse_doubles(counted)
+            self._refuse_shared_users(counted)
             rows = connection.execution_options(yield_per=EXPLAINED_AT_ONCE).execute(
                 self.statements.drifted(None, None, None), {"at": counted.at}
             )
             for part in rows.partitions():
-                self.report(0, [self._finding(_drift(row, counted.at), Past()) for row in part])
-            self.told.finished_at = counted.at
+                drifts = self._countable([Drift(seen_at=counted.at, **row._mapping) for row in part])
+                self.report(0, [self._finding(drift, Past()) for drift in drifts])
+            self.outcome.finished_at = counted.at
         self.report(counted.counters, [])
 
     def _page(
         self, after: UserId | None, only_user: UserId | None, size: int
     ) -> tuple[UserId | None, int, list[Finding]]:
-        """Return the last user of the page after that one (None: there is none), how many it has, and what drifts."""
+        """Return the last user of the page after `after` (None: no user is left), its counters, and their drifts."""
         with self._reading(self.timeout_seconds) as connection:
             who = {} if only_user is None else {"only_user": only_user}
             page = connection.execute(
                 self.statements.page(after, only_user), {"page": size, **bounds(after, None), **who}
             ).one()
-            self.told.finished_at = page.at
+            self.outcome.finished_at = page.at
             if not page.counters:
                 return None, 0, []
-            self._refuse_doubles(page)
+            self._refuse_shared_users(page)
             values = {"at": page.at, **bounds(after, page.last), **who}
-            statement = self.statements.drifted(after, page.last, only_user)
-            drifts = [_drift(row, page.at) for row in connection.execute(statement, values)]
+            rows = connection.execute(self.statements.drifted(after, page.last, only_user), values)
+            drifts = self._countable([Drift(seen_at=page.at, **row._mapping) for row in rows])
             findings = []
             for start in range(0, len(drifts), EXPLAINED_AT_ONCE):
                 findings += self._explained(connection, drifts[start : start + EXPLAINED_AT_ONCE])
             return page.last, page.counters, findings
 
-    def _refuse_doubles(self, page: Any) -> None:
+    def _countable(self, drifts: list[Drift]) -> list[Drift]:
+        """Return the drifts of users whose usage can be counted, and note the others."""
+        for drift in drifts:
+            if drift.consumed == UNCOUNTABLE:
+                self.outcome.notes += (f"User {drift.user_id} was set aside. {UNCOUNTABLE_REMEDY}",)
+        return [drift for drift in drifts if drift.consumed != UNCOUNTABLE]
+
+    def _refuse_shared_users(self, page: Any) -> None:
         if page.users != page.counters:
             names = self.mapping.subscription
             raise TrueupError(
-                f"{names.table}.{names.user_id}: {page.counters - page.users} of {page.counters} subscriptions are a "
-                "user's second, so that no counter is the user's. Map a table with one row a user."
+                f"{names.table}.{names.user_id}: of {page.counters} subscriptions, {page.counters - page.users} belong "
+                "to users who have another one, so trueup can't tell which counter is the user's. Map a table with one "
+                "row per user."
             )
 
     def _explained(self, connection: Connection, drifts: Sequence[Drift]) -> list[Finding]:
-        """Return the findings of a few drifts, with what the host's rows say of them in the same snapshot."""
+        """Return the findings of a few drifts, with evidence from the same snapshot."""
         past: dict[UserId, Past] = {}
-        evidence: dict[UserId, Any] = {}
+        evidence: dict[UserId, Evidence] = {}
         if self.attached:
             past = read_past(connection, [drift.user_id for drift in drifts], self.mapping.user_id_type)
         if self.index is None:
@@ -206,18 +220,20 @@ class _Scan:
             rows = connection.execute(self.statements.evidence, values)
             evidence = {row.user_id: Evidence.model_validate(row.evidence) for row in rows}
         return [
-            self._finding(_with(drift, evidence.get(drift.user_id)), past.get(drift.user_id, Past()))
+            self._finding(
+                replace(drift, evidence=evidence.get(drift.user_id, drift.evidence)), past.get(drift.user_id, Past())
+            )
             for drift in drifts
         ]
 
     def _finding(self, drift: Drift, past: Past) -> Finding:
-        """Return what a run of reconcile would find, and leave."""
+        """Return the finding that a reconcile run would record."""
         limit = self.counter_limit
         explanation = explain(drift, plan_sizes=self.plan_sizes, counter_limit=limit, now=drift.seen_at)
         history = past.history(drift, now=drift.seen_at, min_age_seconds=self.rules.min_age_seconds)
         verdict = decide(drift, explanation, rules=self.rules, history=history, counter_limit=limit)
         if self.index is not None and not {part.cause for part in explanation.components} & _PLAIN:
-            explanation = Explanation(evidence={"note": "its rows were not looked at"})
+            explanation = Explanation(evidence={"note": "its rows were not read"})
             verdict = Verdict(policy="report", reason="causes were not looked for")
         return Finding(
             drift=drift, explanation=explanation, verdict=verdict, action=verdict.action, written=None, is_new=True
@@ -225,20 +241,105 @@ class _Scan:
 
     @contextmanager
     def _reading(self, timeout_seconds: int) -> Iterator[Connection]:
-        """Give a connection in a transaction that can't write, with one snapshot for all its statements."""
+        """Yield a connection in a read-only transaction with one snapshot for all its statements."""
         with self.engine.begin() as connection:
             connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"))
-            # Refuse rather than leave rows out.
+            # Fail instead of leaving out rows that a policy hides.
             connection.execute(text("SET LOCAL row_security = off"))
-            # Compiling so large a statement takes longer than it does.
+            # Compiling such a large statement takes longer than running it.
             connection.execute(text("SET LOCAL jit = off"))
             connection.execute(text(f"SET LOCAL statement_timeout = '{timeout_seconds}s'"))
             yield connection
 
 
-def _drift(row: Any, seen_at: datetime) -> Drift:
-    return Drift(seen_at=seen_at, **row._mapping)
+_PAGE = """
+    SELECT count(*) AS counters, count(DISTINCT p.user_id) AS users,
+           (array_agg(p.user_id ORDER BY p.user_id DESC))[1] AS last, statement_timestamp() AS at
+    FROM (SELECT s.{{ subscription.user_id }} AS user_id FROM {{ subscription }} s
+          WHERE s.{{ subscription.user_id }} IS NOT NULL{{ within("s." ~ subscription.user_id) }}
+          ORDER BY s.{{ subscription.user_id }} LIMIT CAST(:page AS bigint)) p
+"""
+# By subscription, so that each sum is of its own period. `window` is text: Python can't hold every time.
+_DRIFTED = """
+    {% from "accounts/entitlements.sql" import entitlements %}
+    {% from "host/rows.sql" import used_in_windows %}
+    SELECT e.user_id, e.subscription_id, coalesce(e.is_active, false) AS is_active, e.end_date, e.original,
+           e.counter AS observed,
+           CAST(e.window_start AS text) AS window, coalesce(u.tokens, 0) AS consumed,
+           greatest(e.original - coalesce(u.tokens, 0), 0) AS expected
+    FROM ({{ entitlements("CAST(:at AS timestamptz)") }}) e
+    LEFT JOIN (
+        {{ used_in_windows("w." ~ subscription.id, within("l." ~ usage_log.user_id)) }}
+    ) u ON CAST(u.key AS text) = e.subscription_id
+    WHERE e.user_id IS NOT NULL{{ within("e.user_id") }}
+      AND (e.counter IS DISTINCT FROM greatest(e.original - coalesce(u.tokens, 0), 0) OR u.tokens = {{ uncountable }})
+"""
+_EVIDENCE = """
+    {% from "drift/evidence_query.sql" import evidence %}
+    WITH wanted AS (
+        SELECT * FROM unnest(
+            CAST(:users AS {{ user_id_type }}[]), CAST(:subscriptions AS text[]), CAST(:windows AS timestamptz[]),
+            CAST(:original AS bigint[]), CAST(:consumed AS bigint[]), CAST(:observed AS bigint[]))
+            AS w (user_id, subscription_id, window_start, original, consumed, observed)
+    ), {{ evidence("CAST(:at AS timestamptz)", "make_interval(secs => :min_age)") }}
+"""
+_PLAN_SIZES = '{% from "drift/host_records.sql" import plan_sizes %}{{ plan_sizes() }}'
+_COUNTER_LIMIT = '{% from "drift/host_records.sql" import counter_limit %}{{ counter_limit() }}'
 
 
-def _with(drift: Drift, evidence: Evidence | None) -> Drift:
-    return drift if evidence is None else replace(drift, evidence=evidence)
+@dataclass(frozen=True)
+class _EmptyTables(OwnTables):
+    """trueup's tables in a database without them: each is a subquery with its columns and no rows."""
+
+    user_id_type: UserIdType
+    installed = False
+
+    def __getattr__(self, name: str) -> str:
+        return _empty_table(name, self.user_id_type)
+
+
+@lru_cache
+def _empty_table(name: str, user_id_type: UserIdType) -> str:
+    found = build_metadata(user_id_type).tables.get(f"{SCHEMA}.{name}")
+    if found is None:
+        raise AttributeError(name)
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+    columns = (f"CAST(NULL AS {column.type.compile(dialect=dialect)}) AS {column.name}" for column in found.columns)
+    return f"(SELECT {', '.join(columns)} WHERE false)"
+
+
+class _Statements:
+    """The statements for a mapping. `attached`: trueup is set up, so its grants and decisions count."""
+
+    def __init__(self, mapping: HostMapping, *, attached: bool) -> None:
+        self._mapping = mapping
+        self._own = INSTALLED if attached else _EmptyTables(mapping.user_id_type)
+        self.plan_sizes = self._render(_PLAN_SIZES)
+        self.counter_limit = self._render(_COUNTER_LIMIT)
+        self.evidence = self._render(_EVIDENCE)
+
+    def page(self, after: UserId | None, only_user: UserId | None) -> TextClause:
+        """Count the next users in the order of their ids, at most `:page`, and return the last one."""
+        return self._render(_PAGE, within=_within(after, None, only_user))
+
+    def drifted(self, after: UserId | None, last: UserId | None, only_user: UserId | None) -> TextClause:
+        """Return the users of a range whose counters differ from the log."""
+        return self._render(_DRIFTED, within=_within(after, last, only_user))
+
+    def _render(self, template: str, **values: object) -> TextClause:
+        return render_statement(template, self._mapping, self._own, **values)
+
+
+def _needed_columns(mapping: HostMapping) -> list[Named]:
+    """Return the host's columns that a scan reads."""
+    templates = [_PAGE, _DRIFTED, _EVIDENCE, _PLAN_SIZES, _COUNTER_LIMIT]
+    values = {"within": _within(None, None, None)}
+    return named_columns(fields_read(templates, mapping, _EmptyTables(mapping.user_id_type), **values), mapping)
+
+
+def _within(after: UserId | None, last: UserId | None, only_user: UserId | None) -> Callable[[str], str]:
+    """Return the function that adds the range of users to a statement as a condition on a column."""
+    conditions = conditions_of(after, last)
+    if only_user is None:
+        return conditions
+    return lambda column: f"{conditions(column)} AND {column} = :only_user"

@@ -46,11 +46,7 @@ class BatchContext:
 
 
 def reconcile_batch(
-    connection: Connection,
-    context: BatchContext,
-    run_id: int | None,
-    user_ids: list[UserId],
-    step: Step | None = None,
+    connection: Connection, context: BatchContext, run_id: int | None, user_ids: list[UserId], step: Step | None = None
 ) -> list[Finding]:
     """Compare these users' counters with the log, correct and record the drifts, and return the findings.
 

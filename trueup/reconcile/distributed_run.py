@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from sqlalchemy import Engine, text
 
 from trueup.database.engine import translated_errors
+from trueup.gate.owed_charges import settle_owed_charges
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.audit import long_read
 from trueup.reconcile.batch import BatchContext
-from trueup.reconcile.jobs import Job, connected
 from trueup.reconcile.local_run import SCAN_TIMEOUT_SECONDS
 from trueup.reconcile.runs import RunKind, RunSummary, begin_run, end_run, read_summary, runs_by, sweep_runs
-from trueup.reconcile.shard_worker import work_shard
+from trueup.reconcile.shard_worker import Job, connected, work_shard
 from trueup.reconcile.shards import ShardLostError, claim_shard, kept_alive, new_owner
 from trueup.settings.policies import Rules
 
@@ -71,6 +71,7 @@ def plan_run(
     if begun is None:
         return None
     with translated_errors(), connected(engine) as connection:
+        settle_owed_charges(connection)
         numbers = connection.scalars(
             text(
                 "SELECT number FROM trueup.reconcile_shard "

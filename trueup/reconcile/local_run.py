@@ -8,11 +8,12 @@ locked while the server waits for this process. A dry run writes nothing.
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from datetime import datetime
-from functools import partial
 
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
@@ -22,21 +23,21 @@ from trueup.database.driver_errors import reason_of
 from trueup.database.engine import translated_errors
 from trueup.drift.action import DEFAULT_RULES
 from trueup.errors import InvalidInputError
+from trueup.gate.owed_charges import settle_owed_charges
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.audit import Defect, long_read
 from trueup.reconcile.batch import BatchContext
-from trueup.reconcile.jobs import Job, Shards, ShardsInMemory, ShardsOfRun, connected, run_jobs
-from trueup.reconcile.runs import (
-    Finding,
-    RunKind,
-    RunSummary,
-    begin_run,
-    end_run,
-    read_summary,
-    refuse_beside_a_run,
+from trueup.reconcile.runs import Finding, RunKind, RunSummary, begin_run, end_run, read_summary, refuse_beside_a_run
+from trueup.reconcile.shard_worker import Job, connected, work_shard
+from trueup.reconcile.shards import (
+    Shard,
+    ShardLostError,
+    claim_shard,
+    count_subscriptions,
+    kept_alive,
+    new_owner,
+    shard_ends,
 )
-from trueup.reconcile.shard_worker import work_shard
-from trueup.reconcile.shards import Shard, count_subscriptions, kept_alive, new_owner, shard_ends
 from trueup.settings.policies import Rules
 
 SCAN_TIMEOUT_SECONDS = 600
@@ -95,7 +96,7 @@ def reconcile(
             stop=threading.Event(),
         )
         if progress:
-            run.tell(progress)
+            run.start_progress(progress)
         return run.dry_run() if dry_run else run.work(requested_by)
 
 
@@ -105,13 +106,7 @@ class _LocalRun:
     job: Job
 
     def __init__(
-        self,
-        engine: Engine,
-        *,
-        kind: RunKind,
-        only_user: UserId | None,
-        jobs: int,
-        keep_findings: bool,
+        self, engine: Engine, *, kind: RunKind, only_user: UserId | None, jobs: int, keep_findings: bool
     ) -> None:
         self.engine = engine
         self.kind = kind
@@ -124,7 +119,7 @@ class _LocalRun:
         self.lock = threading.Lock()
         self.summary = RunSummary(run_id=None, dry_run=True, started_at=self._now(), kind=kind)
 
-    def tell(self, progress: Progress) -> None:
+    def start_progress(self, progress: Progress) -> None:
         """Report progress from now on, against the number of all subscriptions."""
         self.progress, self.total = progress, 1
         if self.only_user is None:
@@ -148,14 +143,22 @@ class _LocalRun:
             with self._long_read() as connection:
                 ends = list(shard_ends(connection, size))
         starts = [None, *ends]
-        shards = [Shard(after=after, last=last) for after, last in zip(starts, [*ends, None], strict=True)]
-        self._do_jobs(ShardsInMemory(shards))
+        shards = deque(Shard(after=after, last=last) for after, last in zip(starts, [*ends, None], strict=True))
+
+        def take() -> Shard | None:
+            with suppress(IndexError):  # one call, so that two threads never get the same shard
+                return shards.popleft()
+            return None
+
+        self._do_jobs(take)
         self.summary.finished_at = self._now()
         self.summary.status = "finished"
         return self.summary
 
     def work(self, requested_by: str) -> RunSummary:
         """Do a run that is recorded in the database."""
+        with connected(self.engine) as connection:
+            settle_owed_charges(connection)
         size = self._shard_size()
         with self._long_read() as connection:
             begun = begin_run(
@@ -189,8 +192,13 @@ class _LocalRun:
 
     def _to_the_end(self, run_id: int) -> None:
         """Work until no shard is left. Wait for shards of other processes too, because their owners may die."""
+
+        def take() -> Shard | None:
+            with connected(self.engine) as connection:
+                return claim_shard(connection, run_id, self.owner)
+
         while True:
-            self._do_jobs(ShardsOfRun(self.engine, run_id, self.owner))
+            self._do_jobs(take)
             with connected(self.engine) as connection:
                 if end_run(connection, run_id):
                     return
@@ -199,8 +207,35 @@ class _LocalRun:
                 return
             time.sleep(POLL_SECONDS)
 
-    def _do_jobs(self, shards: Shards) -> None:
-        run_jobs(self.jobs, shards, partial(work_shard, self.job), self.job.stop)
+    def _do_jobs(self, take: Callable[[], Shard | None]) -> None:
+        """Work on the shards that `take` returns, in `self.jobs` threads, until it returns None or the job stops.
+
+        Raises the first error of any thread; the others end after their current batch. If another process has taken
+        over a shard (`ShardLostError`), the thread continues with the next shard.
+        """
+        stop = self.job.stop
+
+        def take_shards() -> None:
+            try:
+                while not stop.is_set() and (shard := take()) is not None:
+                    with suppress(ShardLostError):
+                        work_shard(self.job, shard)
+            except BaseException:
+                stop.set()
+                raise
+
+        if self.jobs == 1:
+            take_shards()
+            return
+        with ThreadPoolExecutor(self.jobs, thread_name_prefix="reconcile") as pool:
+            futures = [pool.submit(take_shards) for _ in range(self.jobs)]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                # An error or Ctrl-C. Leaving the pool's block waits for the other threads.
+                stop.set()
+                raise
 
     def _shard_size(self) -> int | None:
         """Return the number of subscriptions in a shard. None: one shard for all."""

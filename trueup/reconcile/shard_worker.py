@@ -1,32 +1,34 @@
 """The work on one shard of a reconcile run: batch by batch from its cursor to its end, with retries."""
 
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import replace
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 
 from psycopg.errors import QueryCanceled
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from trueup.accounts.user_ids import UserId
 from trueup.database.driver_errors import REFUSED, reason_of, sqlstate_of
 from trueup.database.engine import translated_errors
 from trueup.errors import ServiceUnavailableError
+from trueup.host.mapping import HostMapping
 from trueup.reconcile.audit import (
-    TOLD_AGAIN_AFTER,
+    REPORTED_AGAIN_AFTER,
     Defect,
     find_anomalies,
     find_balance_mismatches,
     find_installation_defects,
+    find_uncountable,
     find_uncovered_partitions,
     long_read,
     note_defect,
     repair_balance,
     repair_installation,
 )
-from trueup.reconcile.batch import reconcile_batch
-from trueup.reconcile.jobs import Job, connected
-from trueup.reconcile.runs import Finding
+from trueup.reconcile.batch import BatchContext, reconcile_batch
+from trueup.reconcile.runs import Finding, RunKind
 from trueup.reconcile.shards import (
     MAX_FAILURES,
     PAGE_SIZE,
@@ -48,6 +50,39 @@ MAX_REFUSED = 100
 # If this many users reach the time limit, the database is too slow. The attempt fails, because each costs minutes.
 MAX_SLOW = 10
 
+Report = Callable[[int, Sequence[Finding], Sequence[Defect]], None]
+"""Called after each batch with the number of counters it checked, its findings and its defects."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The context that all shards of a run share.
+
+    `run_id` None: a dry run. `only_user` None: all users of the shard. `batch_size`: users in a batch.
+    `scan_timeout_seconds`: time limit of each long read. `stop`: when set, the job ends after its current batch.
+    """
+
+    engine: Engine
+    context: BatchContext
+    run_id: int | None
+    kind: RunKind
+    only_user: UserId | None
+    batch_size: int
+    scan_timeout_seconds: int
+    report: Report
+    stop: threading.Event
+
+    @property
+    def mapping(self) -> HostMapping:
+        return self.context.mapping
+
+
+@contextmanager
+def connected(engine: Engine) -> Iterator[Connection]:
+    """Give a connection on which each statement is its own transaction."""
+    with engine.connect() as connection:
+        yield connection.execution_options(isolation_level="AUTOCOMMIT")
+
 
 def work_shard(job: Job, shard: Shard) -> bool:
     """Work on a claimed shard and release it. Returns True if it is finished, False if `job.stop` was set before.
@@ -58,7 +93,7 @@ def work_shard(job: Job, shard: Shard) -> bool:
     shard, and the error is raised. Raises `ShardLostError` when another process has taken over the shard.
     """
     try:
-        finished = _persevere(job, shard)
+        finished = _retry_work(job, shard)
     except ShardLostError:
         raise
     except BaseException as error:
@@ -73,7 +108,7 @@ def work_shard(job: Job, shard: Shard) -> bool:
     return finished
 
 
-def _persevere(job: Job, shard: Shard) -> bool:
+def _retry_work(job: Job, shard: Shard) -> bool:
     failures, place = 0, shard.cursor
     while True:
         try:
@@ -99,7 +134,7 @@ def _work(job: Job, shard: Shard) -> bool:
         # pass repairs the balances first.
         with connected(job.engine) as connection:
             if job.run_id is not None:
-                connection.execute(text("SELECT trueup.note_log()"))
+                connection.execute(text("SELECT trueup.record_log_state()"))
             connection.execute(text("SELECT trueup.require_watched()"))
             # A dry run cannot record that the log's values have changed, so it refuses to report outdated figures.
             connection.execute(text("SELECT trueup.require_counted() WHERE NOT trueup.has_old_values()"))
@@ -119,7 +154,7 @@ def _work(job: Job, shard: Shard) -> bool:
             batch = suspects[done : done + (shard.pace or job.batch_size)]
             done += len(batch)
             step = Step(number=shard.number, attempt=shard.attempt, cursor=batch[-1], checked=total - left + done)
-            findings = _settled(job, shard, batch, step)
+            findings = _do_batch(job, shard, batch, step)
             checked, shard.cursor, shard.checked = step.checked - shard.checked, step.cursor, step.checked
             # Grow the batches again, because later users may be faster.
             shard.pace = min(job.batch_size, 2 * (shard.pace or job.batch_size))
@@ -132,7 +167,7 @@ def _work(job: Job, shard: Shard) -> bool:
     return False
 
 
-def _settled(job: Job, shard: Shard, user_ids: list[UserId], step: Step) -> list[Finding]:
+def _do_batch(job: Job, shard: Shard, user_ids: list[UserId], step: Step) -> list[Finding]:
     """Do one batch. A user whose row a host's constraint refuses, or who is too slow, does not stop the others."""
     try:
         return _batch(job, user_ids, step)
@@ -143,33 +178,40 @@ def _settled(job: Job, shard: Shard, user_ids: list[UserId], step: Step) -> list
             raise
         if len(user_ids) > 1:
             # Reaching a time limit takes long, so the parts are small: few users share a part with the slow one.
-            return _settled_in_parts(job, shard, user_ids, step, max(1, len(user_ids) // (10 if slow else 2)))
+            return _do_in_parts(job, shard, user_ids, step, max(1, len(user_ids) // (10 if slow else 2)))
         if slow:
-            return _tried_once_more(job, shard, user_ids, step)
+            return _retry_once(job, shard, user_ids, step)
         shard.refused += 1
         with connected(job.engine) as connection:
             defect = Defect(kind="counter_refused", user_id=user_ids[0], detail={"sqlstate": sqlstate_of(error)})
             note_defect(connection, job.mapping.user_id_type, job.run_id or 0, defect)
-        return _told(job, user_ids, step)
+        return _record_only(job, user_ids, step)
 
 
 def _batch(job: Job, user_ids: list[UserId], step: Step) -> list[Finding]:
     with connected(job.engine) as connection:
-        return reconcile_batch(connection, job.context, job.run_id, user_ids, step)
+        findings = reconcile_batch(connection, job.context, job.run_id, user_ids, step)
+        uncountable = find_uncountable(connection, job.mapping.user_id_type, user_ids)
+        if job.run_id is None:
+            job.report(0, (), uncountable)
+        else:
+            for defect in uncountable:
+                note_defect(connection, job.mapping.user_id_type, job.run_id, defect)
+        return findings
 
 
-def _settled_in_parts(job: Job, shard: Shard, user_ids: list[UserId], step: Step, size: int) -> list[Finding]:
+def _do_in_parts(job: Job, shard: Shard, user_ids: list[UserId], step: Step, size: int) -> list[Finding]:
     """Do a batch again in parts of `size` users."""
     shard.pace = size
     findings: list[Finding] = []
     for start in range(0, len(user_ids), size):
         part = user_ids[start : start + size]
         checked = step.checked - len(user_ids) + start + len(part)
-        findings += _settled(job, shard, part, replace(step, cursor=part[-1], checked=checked))
+        findings += _do_batch(job, shard, part, replace(step, cursor=part[-1], checked=checked))
     return findings
 
 
-def _tried_once_more(job: Job, shard: Shard, user_ids: list[UserId], step: Step) -> list[Finding]:
+def _retry_once(job: Job, shard: Shard, user_ids: list[UserId], step: Step) -> list[Finding]:
     """Retry one user who reached a time limit. After a second time, record a defect and skip the user in this run."""
     try:
         return _batch(job, user_ids, step)
@@ -187,7 +229,7 @@ def _tried_once_more(job: Job, shard: Shard, user_ids: list[UserId], step: Step)
     return []
 
 
-def _told(job: Job, user_ids: list[UserId], step: Step) -> list[Finding]:
+def _record_only(job: Job, user_ids: list[UserId], step: Step) -> list[Finding]:
     """Record the drift of a counter that could not be corrected. Without a drift row it would count as correct."""
     rules = replace(job.context.rules, policies=dict.fromkeys(DEFAULT_POLICIES, "report"))
     try:
@@ -212,7 +254,7 @@ def _next_page(job: Job, shard: Shard) -> tuple[list[UserId], int]:
 def _report_uncovered_partitions(job: Job) -> None:
     """Record partitions that were added after the attach. They have no triggers, so balances may miss their rows."""
     with connected(job.engine) as connection:
-        found = find_uncovered_partitions(connection, told_within=TOLD_AGAIN_AFTER)
+        found = find_uncovered_partitions(connection, reported_within=REPORTED_AGAIN_AFTER)
         if job.run_id is None:
             job.report(0, (), found)
             return

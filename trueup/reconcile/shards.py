@@ -9,7 +9,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from sqlalchemy import Connection, Engine, text
@@ -88,6 +88,11 @@ class Shard:
         )
 
     @property
+    def claim(self) -> dict[str, Any]:
+        """The parameters of statements that only the current attempt may execute."""
+        return {"run_id": self.run_id, "number": self.number, "attempt": self.attempt}
+
+    @property
     def position(self) -> UserId | None:
         """The user after whom the remaining work begins; None: it begins with the first user."""
         return self.after if self.cursor is None else self.cursor
@@ -127,9 +132,7 @@ def reload_shard(connection: Connection, shard: Shard) -> None:
     """
     if shard.run_id is None:
         return
-    row = connection.execute(
-        _RELOAD, {"run_id": shard.run_id, "number": shard.number, "attempt": shard.attempt}
-    ).one_or_none()
+    row = connection.execute(_RELOAD, shard.claim).one_or_none()
     connection.rollback()
     if row is None:
         raise ShardLostError
@@ -146,7 +149,7 @@ def measure_shard(connection: Connection, shard: Shard, total: int) -> None:
             "UPDATE trueup.reconcile_shard SET total = :total "
             "WHERE run_id = :run_id AND number = :number AND attempts = :attempt"
         ),
-        {"total": total, "run_id": shard.run_id, "number": shard.number, "attempt": shard.attempt},
+        {"total": total, **shard.claim},
     )
     connection.rollback()
 
@@ -156,14 +159,7 @@ def move_shard(connection: Connection, run_id: int | None, step: Step | None, us
     if run_id is None or step is None:
         return
     statement = text(f"SELECT trueup.move_shard(:run_id, :number, :attempt, CAST(:cursor AS {user_id_type}), :checked)")
-    values = {
-        "run_id": run_id,
-        "number": step.number,
-        "attempt": step.attempt,
-        "cursor": step.cursor,
-        "checked": step.checked,
-    }
-    moved = connection.scalar(statement, values)
+    moved = connection.scalar(statement, {"run_id": run_id, **asdict(step)})
     connection.rollback()
     if not moved:
         raise ShardLostError
@@ -179,17 +175,8 @@ def end_shard(connection: Connection, shard: Shard, *, finished: bool, error: st
     """
     if shard.run_id is None:
         return True
-    ended = connection.scalar(
-        _END,
-        {
-            "run_id": shard.run_id,
-            "number": shard.number,
-            "attempt": shard.attempt,
-            "status": "finished" if finished else "waiting",
-            "checked": shard.checked,
-            "error": error,
-        },
-    )
+    status = "finished" if finished else "waiting"
+    ended = connection.scalar(_END, {**shard.claim, "status": status, "checked": shard.checked, "error": error})
     connection.rollback()
     return bool(ended)
 

@@ -92,19 +92,23 @@ BEGIN
     UPDATE trueup.reconcile_run t SET lease_until = clock_timestamp() + p_lease WHERE t.id = begin_run.run_id;
 END $$;
 
+-- Give up the run's unclaimed shards that failed p_most times in a row without progress.
+CREATE OR REPLACE FUNCTION trueup.give_up_shards(p_run bigint, p_most integer) RETURNS void LANGUAGE sql AS $$
+    UPDATE trueup.reconcile_shard s
+    SET status = 'failed', error = coalesce(s.error, 'its worker died on every attempt'), updated_at = clock_timestamp()
+    WHERE s.run_id = p_run AND s.failures + (s.status = 'running')::integer >= p_most
+      AND (s.status = 'waiting' OR s.status = 'running' AND s.lease_until <= clock_timestamp())
+$$;
+
 -- Claim a waiting shard, or one whose lease has expired. p_number null: any shard. Returns no row if there is none to
--- claim. The new attempt number fences the previous owner: its later writes are refused. A shard that failed p_most times
--- in a row without progress is given up.
+-- claim. The new attempt number fences the previous owner: its later writes are refused. p_most: see give_up_shards.
 CREATE OR REPLACE FUNCTION trueup.claim_shard(
     p_run bigint, p_number integer, p_owner text, p_lease interval, p_most integer
 ) RETURNS SETOF trueup.reconcile_shard LANGUAGE plpgsql AS $$
 DECLARE
     v_number integer;
 BEGIN
-    UPDATE trueup.reconcile_shard s
-    SET status = 'failed', error = coalesce(s.error, 'its worker died on every attempt'), updated_at = clock_timestamp()
-    WHERE s.run_id = p_run AND s.failures + (s.status = 'running')::integer >= p_most
-      AND (s.status = 'waiting' OR s.status = 'running' AND s.lease_until <= clock_timestamp());
+    PERFORM trueup.give_up_shards(p_run, p_most);
     SELECT s.number INTO v_number FROM trueup.reconcile_shard s
     JOIN trueup.reconcile_run r ON r.id = s.run_id AND r.status = 'running'
     WHERE s.run_id = p_run AND (p_number IS NULL OR s.number = p_number)
@@ -216,10 +220,7 @@ BEGIN
                AND (t.period IS NOT NULL OR NOT trueup.run_is_alive(t.id))
              FOR UPDATE SKIP LOCKED
     LOOP
-        UPDATE trueup.reconcile_shard s
-        SET status = 'failed', error = coalesce(s.error, 'its worker died on every attempt'), updated_at = clock_timestamp()
-        WHERE s.run_id = r.id AND s.failures + (s.status = 'running')::integer >= p_most
-          AND (s.status = 'waiting' OR s.status = 'running' AND s.lease_until <= clock_timestamp());
+        PERFORM trueup.give_up_shards(r.id, p_most);
         IF NOT trueup.end_run(r.id, NULL, NULL) THEN
             UPDATE trueup.reconcile_run t SET lease_until = clock_timestamp() + p_lease WHERE t.id = r.id;
             RETURN QUERY

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -86,8 +86,8 @@ class DriftReport:
             "filter": self.filter.as_json(),
             "tokens_drifted": self.tokens_drifted,
             "share_explained": self.share_explained,
-            "causes": [figures.as_json() for figures in self.causes],
-            "sizes": [figures.as_json() for figures in self.sizes],
+            "causes": [asdict(figures) for figures in self.causes],
+            "sizes": [asdict(figures) for figures in self.sizes],
         }
 
     def as_json(self) -> dict[str, Any]:

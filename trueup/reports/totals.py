@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
@@ -47,9 +47,6 @@ class CauseFigures:
     def tokens(self) -> int:
         return self.tokens_overstated + self.tokens_understated
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class SizeFigures:
@@ -58,9 +55,6 @@ class SizeFigures:
     at_least: int
     overstated: int
     understated: int
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def tally_totals(connection: Connection, chosen: Select[Any]) -> dict[str, int]:

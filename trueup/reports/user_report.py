@@ -105,7 +105,7 @@ class CounterStory:
         }
 
 
-def tell_counter(
+def report_counter(
     connection: Connection, mapping: HostMapping, user_id: UserId, *, rules: Rules = DEFAULT_RULES
 ) -> CounterStory:
     """Return the report on a user's counter. Writes nothing.

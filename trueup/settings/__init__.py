@@ -1,1 +1,1 @@
-"""What can be set."""
+"""All settings, their sources and their checks."""

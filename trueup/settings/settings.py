@@ -1,6 +1,6 @@
 """Settings: environment variables `TRUEUP_*`, then `trueup.toml`, then defaults that need no server.
 
-Nothing is read at import. `get_settings()` reads once per process; `get_settings.cache_clear()` forgets.
+Nothing is read at import. `get_settings()` reads once per process, `get_settings.cache_clear()` discards what it read.
 """
 
 import difflib
@@ -8,17 +8,13 @@ import json
 import os
 import tomllib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, Field, SecretStr, ValidationError, ValidationInfo, field_validator
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
-)
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 from pydantic_settings import SettingsError as SourceError
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
@@ -28,25 +24,25 @@ from trueup.host.mapping import HostMapping
 from trueup.settings.alerts import AlertSettings
 from trueup.settings.api import ApiSettings
 from trueup.settings.gate import GateSettings
-from trueup.settings.reconcile import ReconcileSettings
+from trueup.settings.policies import ReconcileSettings
+from trueup.settings.urls import ESCAPE, is_readable, split_http_url
 
 PREFIX = "TRUEUP_"
 CONFIG_VARIABLE = "TRUEUP_CONFIG"
-
 LEASE_MARGIN_SECONDS = 30
 
 ModelProvider = Literal["offline", "openai"]
 
 
 class Settings(BaseSettings):
-    """All settings. Times are seconds, sizes are counts; each is `TRUEUP_` plus its name in capitals."""
+    """All settings. Times are seconds, sizes are counts. A variable is `TRUEUP_` plus the name in capitals."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
         env_nested_delimiter="__",
         extra="forbid",
         frozen=True,
-        # Pydantic before 2.10 warns of each field whose name begins with "model_", unless this is empty.
+        # Pydantic before 2.10 warns about each field whose name begins with "model_", unless this is empty.
         protected_namespaces=(),
     )
 
@@ -54,71 +50,44 @@ class Settings(BaseSettings):
     database_url: str | None = Field(default=None, description="PostgreSQL URL; unset means the embedded server")
     broker_url: str | None = Field(default=None, description="Redis URL for Celery; unset means the embedded server")
     result_backend_url: str | None = Field(default=None, description="Redis URL for results; unset means the broker's")
-    # One for the work, and one for the sign of life beside it.
+    # One connection for the work and one for the heartbeat.
     database_pool_size: int = Field(default=5, ge=2, le=100, description="connections per process")
     database_connect_timeout_seconds: int = Field(default=5, ge=1, le=60)
     statement_timeout_seconds: int = Field(default=30, ge=1, le=3600)
 
-    hold_ttl_seconds: int = Field(
-        default=1200, ge=30, description="a hold whose owner died is given back after this long"
-    )
-    store_answers: bool = Field(
-        default=True,
-        description="keep providers' answers, so that a redelivered task need not buy them again",
-    )
+    hold_ttl_seconds: int = Field(default=1200, ge=30, description="a hold without a heartbeat expires after this")
+    store_answers: bool = Field(default=True, description="keep providers' answers for replay after redelivery")
     stored_answer_max_bytes: int = Field(default=65_536, ge=0, le=10_000_000)
-    answer_retention_days: int = Field(default=7, ge=0, description="stored answers are forgotten after this long")
-    keep_hold_seconds: int = Field(
-        default=60, ge=0, le=600, description="a task that retries within this long keeps its hold"
-    )
-    resend_unknown_messages: bool = Field(
-        default=False, description="send a message again whose first sending may or may not have happened"
-    )
-    gate_retry_max_seconds: int = Field(
-        default=60, ge=1, le=600, description="longest wait between tries while the gate is down"
-    )
+    answer_retention_days: int = Field(default=7, ge=0, description="stored answers are deleted after this")
+    keep_hold_seconds: int = Field(default=60, ge=0, le=600, description="a retry within this keeps its hold")
+    resend_unknown_messages: bool = Field(default=False, description="resend a message that may have been sent already")
+    gate_retry_max_seconds: int = Field(default=60, ge=1, le=600, description="maximum delay while the gate is down")
     reconcile_interval_seconds: int = Field(default=900, ge=10)
-    reconcile_deep_interval_seconds: int = Field(
-        default=86_400, ge=0, description="how often the balances are compared with the log; 0 means never"
-    )
-    reconcile_deep_offset_seconds: int = Field(
-        default=7200, ge=0, description="when in that interval, counted from midnight UTC"
-    )
-    reconcile_shard_size: int = Field(default=250_000, ge=1000, description="subscriptions that a worker takes at once")
-    reconcile_scan_timeout_seconds: int = Field(
-        default=600, ge=1, le=86_400, description="limit of a statement that reads a whole shard"
-    )
-    beat_scheduler: Literal["file", "redbeat"] = Field(
-        default="file", description="redbeat: any number of beats, of which one sends (pip install celery-redbeat)"
-    )
-    beat_lock_seconds: int = Field(
-        default=60, ge=5, le=3600, description="with redbeat: another beat takes over after this long"
-    )
+    reconcile_deep_interval_seconds: int = Field(default=86_400, ge=0, description="time between deep passes; 0: none")
+    reconcile_deep_offset_seconds: int = Field(default=7200, ge=0, description="start of deep passes from midnight UTC")
+    reconcile_shard_size: int = Field(default=250_000, ge=1000, description="subscriptions in a shard")
+    reconcile_scan_timeout_seconds: int = Field(default=600, ge=1, le=86_400, description="a shard's statement timeout")
+    beat_scheduler: Literal["file", "redbeat"] = Field(default="file", description="redbeat: several beats, one sends")
+    beat_lock_seconds: int = Field(default=60, ge=5, le=3600, description="redbeat: another beat takes over after this")
     expire_interval_seconds: int = Field(default=60, ge=1)
     reconcile_batch_size: int = Field(default=1000, ge=1, le=10_000)
 
     worker_concurrency: int = Field(default=2, ge=1, le=512)
-    visibility_timeout_seconds: int = Field(
-        default=1200, ge=5, description="Redis redelivers a task not acknowledged for this long"
-    )
+    visibility_timeout_seconds: int = Field(default=1200, ge=5, description="an unacknowledged task is redelivered")
     task_time_limit_seconds: int = Field(default=600, ge=2, validate_default=True)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
-    # No default: answers that are made up must not reach real users because a setting was forgotten.
+    # No default: a forgotten setting must not send made-up answers to real users.
     model_provider: ModelProvider | None = Field(
-        default=None, description="openai, or offline for made-up answers; unset means that AI tasks fail"
+        default=None, description="openai, or offline for made-up answers; unset: AI tasks fail"
     )
     model_name: str = "gpt-4o-mini"
-    openai_base_url: str | None = Field(
-        default=None, description="any OpenAI-compatible endpoint; unset means OpenAI's own"
-    )
+    openai_base_url: str | None = Field(default=None, description="an OpenAI-compatible endpoint; unset: OpenAI's own")
     openai_api_key: SecretStr | None = None
     model_timeout_seconds: float = Field(
         default=60.0, gt=0, le=600, description="for one whole answer; of a stream, for each event"
     )
-    model_max_retries: int = Field(
-        default=0, ge=0, le=10, description="repeats by the SDK of requests that were not served"
-    )
+    model_max_retries: int = Field(default=0, ge=0, le=10, description="the SDK's retries of requests not served")
     model_max_tokens_parameter: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
 
     instagram_graph_url: str = "https://graph.instagram.com/v23.0"
@@ -143,27 +112,27 @@ class Settings(BaseSettings):
 
     @field_validator("task_time_limit_seconds")
     @classmethod
-    def _ended_before_its_hold(cls, seconds: int, info: ValidationInfo) -> int:
+    def _shorter_than_the_hold(cls, seconds: int, info: ValidationInfo) -> int:
         ttl = info.data.get("hold_ttl_seconds")
         if ttl is not None and seconds >= ttl:
-            raise ValueError(
-                f"give less than hold_ttl_seconds ({ttl}): a task that outlives its hold may spend others' tokens"
-            )
+            raise ValueError(f"give less than hold_ttl_seconds ({ttl}): a task must not run longer than its hold lives")
         return seconds
 
     @field_validator("database_url")
     @classmethod
     def _psycopg_url(cls, url: str | None) -> str | None:
-        """Accept the usual PostgreSQL schemes, and name the driver that trueup uses."""
+        """Accept the usual PostgreSQL schemes, and select the driver psycopg."""
         if not url:
             return None
         scheme, separator, rest = url.partition("://")
         if not separator or scheme not in ("postgresql", "postgres", "postgresql+psycopg"):
             raise ValueError("give a PostgreSQL URL: postgresql://user:password@host:5432/name")
         try:
-            make_url(f"postgresql+psycopg://{rest}")
+            parsed = make_url(f"postgresql+psycopg://{rest}")
         except (ArgumentError, ValueError):
-            raise ValueError("this URL can't be read: check its port, and escape special characters") from None
+            raise ValueError(f"malformed URL: check its port, or {ESCAPE}") from None
+        if "@" in (parsed.host or ""):
+            raise ValueError(f"malformed URL: {ESCAPE}")
         return f"postgresql+psycopg://{rest}"
 
     @field_validator("broker_url", "result_backend_url")
@@ -173,6 +142,15 @@ class Settings(BaseSettings):
             return None
         if url.partition("://")[0] not in ("redis", "rediss", "redis+socket", "sentinel"):
             raise ValueError("give a Redis URL: redis://:password@host:6379/0")
+        if not is_readable(url):
+            raise ValueError(f"this URL can't be read: check its port, or {ESCAPE}")
+        return url
+
+    @field_validator("openai_base_url", "instagram_graph_url")
+    @classmethod
+    def _http_url(cls, url: str | None) -> str | None:
+        if url and split_http_url(url) is None:
+            raise ValueError(f"give an HTTP URL: https://host.example/v1. Check its port, or {ESCAPE}")
         return url
 
     @classmethod
@@ -189,12 +167,12 @@ class Settings(BaseSettings):
 
     @property
     def lease_seconds(self) -> float:
-        """How long a hold is one attempt's alone without a sign of life: longer than any call of the model takes."""
+        """How long a hold belongs to one attempt without a heartbeat. It is longer than any model call."""
         return self.model_timeout_seconds * (self.model_max_retries + 1) + LEASE_MARGIN_SECONDS
 
     @property
     def stack_file(self) -> Path:
-        """The embedded stack writes its URLs here while it runs."""
+        """The file with the URLs of the embedded stack, while it runs."""
         return self.home / "run" / "stack.json"
 
 
@@ -203,22 +181,20 @@ def _config_file() -> Path:
 
 
 def _refuse_missing_file() -> None:
-    """A file that was asked for and is not there would mean the defaults, and so another database: refuse."""
+    """Refuse a named file that does not exist. With the defaults, trueup would use another database."""
     if os.environ.get(CONFIG_VARIABLE) and not _config_file().is_file():
         raise SettingsError(f"{CONFIG_VARIABLE}: there is no file {_config_file()}. Correct the path, or unset it.")
 
 
 def _refuse_unknown_variables() -> None:
-    """A misspelt variable would be ignored silently: refuse it, and name the nearest real one."""
-    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {CONFIG_VARIABLE}
+    """Refuse a misspelt variable, and name the nearest setting. Otherwise it would be ignored silently."""
+    known = {name.upper() for name in Settings.model_fields} | {CONFIG_VARIABLE.removeprefix(PREFIX)}
     for variable in os.environ:
-        if not variable.startswith(PREFIX) or variable.split("__")[0] in known:
-            continue
-        near = [
-            PREFIX + name for name in _nearest(variable.removeprefix(PREFIX), {k.removeprefix(PREFIX) for k in known})
-        ]
-        hint = f"Did you mean {near[0]}?" if near else "`trueup settings` lists them."
-        raise SettingsError(f"{variable} is no setting of trueup. {hint}")
+        name = variable.removeprefix(PREFIX)
+        if name != variable and name.split("__")[0] not in known:
+            near = _nearest(name, known)
+            hint = f"Did you mean {PREFIX}{near[0]}?" if near else "`trueup settings` lists the settings."
+            raise SettingsError(f"{variable} is no setting of trueup. {hint}")
 
 
 def _nearest(name: str, known: Iterable[str]) -> list[str]:
@@ -226,7 +202,7 @@ def _nearest(name: str, known: Iterable[str]) -> list[str]:
 
 
 def _setting_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield every setting's name, the nested ones' in full: host.subscription.table."""
+    """Yield the name of every setting; a nested one in full: host.subscription.table."""
     for name, field in model.model_fields.items():
         yield prefix + name
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -243,11 +219,11 @@ def _describe(error: ValidationError) -> str:
             lines.append(f"{name}: no such setting.{hint}")
         else:
             lines.append(f"{name} ({PREFIX}{name.replace('.', '__').upper()}): {fault['msg']}")
-    return "Wrong settings. " + "; ".join(lines)
+    return "Wrong settings, nothing was started. " + "; ".join(lines)
 
 
 def read_settings() -> Settings:
-    """Read the settings afresh. Raises `SettingsError` on an unknown or malformed one."""
+    """Read the settings again. Raises `SettingsError` for an unknown or malformed setting."""
     _refuse_unknown_variables()
     _refuse_missing_file()
     try:
@@ -255,9 +231,13 @@ def read_settings() -> Settings:
     except ValidationError as error:
         raise SettingsError(_describe(error)) from None
     except SourceError as error:
-        raise SettingsError(f"Wrong settings. {error}: give JSON, or set its parts one by one.") from None
+        raise SettingsError(
+            f"Wrong settings, nothing was started. {error}: give JSON, or set each field by its own variable."
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise SettingsError(f"{_config_file()} cannot be read: {error}") from None
+        raise SettingsError(
+            f"{_config_file()} cannot be read: {error}. Nothing was started. Correct the file."
+        ) from None
 
 
 @lru_cache(maxsize=1)
@@ -266,40 +246,25 @@ def get_settings() -> Settings:
     return read_settings()
 
 
-def _running_stack(settings: Settings) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(settings.stack_file.read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return content
-
-
 def database_url(settings: Settings) -> str:
-    """Return the URL of PostgreSQL: the one set, else that of the embedded server now running.
-
-    Raises `SettingsError` when neither is there.
-    """
-    return _url_of(settings, "database_url", "database")
+    """Return the URL of PostgreSQL: the setting, else the running embedded server's. Raises `SettingsError` if none."""
+    return settings.database_url or _embedded_url(settings, "database_url")
 
 
 def broker_url(settings: Settings) -> str:
-    """Return the URL of Redis: the one set, else that of the embedded server now running.
-
-    Raises `SettingsError` when neither is there.
-    """
-    return _url_of(settings, "broker_url", "broker")
-
-
-def _url_of(settings: Settings, name: str, what: str) -> str:
-    url = getattr(settings, name) or _running_stack(settings).get(name)
-    if not url:
-        raise SettingsError(
-            f"No {what}: {PREFIX}{name.upper()} is not set and no embedded stack runs in {settings.home}. "
-            "Set it, or start the stack with `trueup up`."
-        )
-    return str(url)
+    """Return the URL of Redis: the setting, else the running embedded server's. Raises `SettingsError` if none."""
+    return settings.broker_url or _embedded_url(settings, "broker_url")
 
 
 def result_backend_url(settings: Settings) -> str:
-    """Return the URL where Celery keeps results: the one set, else the broker's."""
+    """Return the URL where Celery keeps results: the setting, else the broker's."""
     return settings.result_backend_url or broker_url(settings)
+
+
+def _embedded_url(settings: Settings, name: str) -> str:
+    with suppress(OSError, json.JSONDecodeError, KeyError):
+        return str(json.loads(settings.stack_file.read_text())[name])
+    raise SettingsError(
+        f"{PREFIX}{name.upper()} is not set and no embedded stack runs in {settings.home}. "
+        "Set the URL, or start the stack with `trueup up`."
+    )

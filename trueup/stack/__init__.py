@@ -1,7 +1,6 @@
-"""The embedded stack: PostgreSQL and Redis for anyone who has set up neither.
+"""The embedded stack: PostgreSQL and Redis for users who have set up neither.
 
-`running_stack` lends the servers to a block of code; `supervisor.run_stack` is the core of `trueup
-up`.
+`running_stack` starts the servers for a block of code. `supervisor.run_stack` is the core of `trueup up`.
 """
 
 from trueup.stack.running import BOTH, Service, StackUrls, running_stack

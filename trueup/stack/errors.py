@@ -1,4 +1,4 @@
-"""What can go wrong with the embedded stack, and what to do about it."""
+"""The errors of the embedded stack, each with a remedy."""
 
 import errno
 from collections.abc import Iterator
@@ -7,59 +7,55 @@ from pathlib import Path
 
 from trueup.errors import TrueupError
 
+_OTHER_OWNER = "Another user owns it. Run trueup as that user, or set TRUEUP_HOME to another folder."
 _REMEDIES = {
-    errno.ENOSPC: "Free some disk space, then try again; nothing that was committed is lost.",
-    errno.EDQUOT: "The disk quota is used up: free some space, then try again.",
-    errno.EROFS: "The folder is read-only: point TRUEUP_HOME to one you can write.",
-    errno.EACCES: "Another user owns it: run trueup as that user, or point TRUEUP_HOME elsewhere.",
-    errno.EPERM: "Another user owns it: run trueup as that user, or point TRUEUP_HOME elsewhere.",
-    errno.ENOTDIR: "A file is in the way: remove it, or point TRUEUP_HOME elsewhere.",
+    errno.ENOSPC: "Free some disk space, then try again. No committed data is lost.",
+    errno.EDQUOT: "The disk quota is used up. Free some space, then try again.",
+    errno.EROFS: "The folder is read-only. Set TRUEUP_HOME to a folder that you can write to.",
+    errno.EACCES: _OTHER_OWNER,
+    errno.EPERM: _OTHER_OWNER,
+    errno.ENOTDIR: "A part of the path is a file. Remove the file, or set TRUEUP_HOME to another folder.",
 }
 
 
 class StackError(TrueupError):
-    """An embedded server cannot be run. Data already committed is untouched."""
+    """An embedded server cannot run. Committed data is unchanged."""
 
     def __init__(self, service: str, where: str, cause: str, remedy: str) -> None:
         self.service = service
         self.where = where
         self.cause = cause
         self.remedy = remedy
-        super().__init__(service, where, cause, remedy)  # the arguments, so that the error pickles
+        super().__init__(service, where, cause, remedy)  # Exception needs the arguments for pickling
 
     def __str__(self) -> str:
         return f"{self.service} in {self.where}: {self.cause.rstrip('.')}. {self.remedy}"
 
 
 class StackAlreadyRunningError(StackError):
-    """Another `trueup up` runs in this home. Nothing was started; `pid` is None if not known."""
+    """Another `trueup up` runs in this home. Nothing was started. `pid` is None when it is unknown."""
 
     def __init__(self, home: str, pid: int | None) -> None:
         self.pid = pid
-        named = f"process {pid}" if pid else "another process"
+        cause = f"{f'process {pid}' if pid else 'another process'} already runs the stack"
         stop = f"`kill {pid}`" if pid else "SIGTERM"
-        StackError.__init__(
-            self,
-            "trueup up",
-            home,
-            f"the stack is already run by {named}",
-            f"Stop that one first (Ctrl-C in its terminal, or {stop}), or use another TRUEUP_HOME.",
-        )
+        remedy = f"Stop that process first (Ctrl-C in its terminal, or {stop}), or use another TRUEUP_HOME."
+        StackError.__init__(self, "trueup up", home, cause, remedy)
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.where, self.pid)
 
 
 class ChildFailedError(StackError):
-    """A process of the stack kept dying, so that the whole stack was stopped."""
+    """A process of the stack died too often, so `trueup up` stopped the whole stack."""
 
 
 @contextmanager
 def explained(service: str, where: Path) -> Iterator[None]:
-    """Turn an error of the operating system into a `StackError` with cause and remedy."""
+    """Turn an `OSError` of the block into a `StackError` with cause and remedy."""
     try:
         yield
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, "Correct it, or point TRUEUP_HOME elsewhere.")
+        remedy = _REMEDIES.get(error.errno or 0, "Correct the cause, or set TRUEUP_HOME to another folder.")
         place = error.filename if isinstance(error.filename, str) else str(where)
         raise StackError(service, place, error.strerror or str(error), remedy) from error

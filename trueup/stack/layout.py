@@ -1,10 +1,11 @@
-"""Where the embedded stack keeps its data, sockets, locks and logs.
+"""The folders of the embedded stack: data, sockets, locks and logs.
 
-Everything is in the home folder. Only sockets may move to the system's folder for temporary files,
-when the home's path is too long for a socket or would have to be quoted in a URL.
+Everything is in the home folder. Only sockets move to the system's folder for temporary files, if the home's path is
+too long for a socket or would need quoting in a URL.
 """
 
 import hashlib
+import json
 import os
 import re
 import stat
@@ -17,11 +18,11 @@ from trueup.settings.settings import Settings
 from trueup.stack.errors import StackError, explained
 from trueup.stack.processes import Account
 
-# The kernel takes 107 bytes on Linux and 103 on macOS.
+# Linux allows 107 bytes for a socket's path, macOS 103.
 _MAX_SOCKET_PATH = 103
 _MAX_SOCKET_NAME = len("/postgres/.s.PGSQL.5432")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_./-]+")
-_LARGEST_LOG_BYTES = 5 * 1024 * 1024
+_MAX_LOG_BYTES = 5 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +45,7 @@ class Layout:
 
 
 def prepare_layout(settings: Settings) -> Layout:
-    """Make the home's folders and return them. Raises `StackError` when that is not possible."""
+    """Make the home's folders and return them. Raises `StackError`."""
     layout = Layout(home=settings.home)
     with explained("The embedded stack", layout.home):
         make_folder(layout.home, passable=True)
@@ -54,18 +55,18 @@ def prepare_layout(settings: Settings) -> Layout:
             raise StackError(
                 "The embedded stack",
                 str(layout.home),
-                f"it belongs to another user (#{owner}), who could not use it any more after us",
-                "Run trueup as that user, or point TRUEUP_HOME elsewhere.",
+                f"it belongs to another user (#{owner}), who could not use it after a run as this user",
+                "Run trueup as that user, or set TRUEUP_HOME to another folder.",
             )
         make_folder(layout.log)
     return layout
 
 
 def make_folder(folder: Path, *, passable: bool = False) -> None:
-    """Make `folder`, private to us; an existing one keeps its mode: it may not be ours alone.
+    """Make `folder`, private to this user. An existing folder keeps its mode, because others may use it.
 
-    `passable` lets other users through, not in, when we are root: the server then runs as one of
-    them.
+    `passable`: if this process is root, other users may pass through the folder but not list it. Root runs PostgreSQL
+    as another user.
     """
     if folder.is_dir():
         return
@@ -75,7 +76,7 @@ def make_folder(folder: Path, *, passable: bool = False) -> None:
 
 
 def can_pass(path: Path, account: Account) -> bool:
-    """Return whether `account` may enter the folder (or run the program) `path` and all above it."""
+    """Return whether `account` may enter the folder (or run the program) `path` and all folders above it."""
     real = path.resolve()
     return all(_may_execute(step.stat(), account) for step in (*real.parents, real))
 
@@ -91,8 +92,8 @@ def _may_execute(status: os.stat_result, account: Account) -> bool:
 def socket_folder(base: Path, service: str, account: Account | None = None) -> Path:
     """Make and return a folder of mode 0700 for the sockets of `service`, with a path short enough.
 
-    It belongs to `account` when given. It is below `base` if it can be, otherwise below the
-    folder for temporary files.
+    It belongs to `account` (None: this user). It is below `base` if the path allows, else below the folder for
+    temporary files.
     """
     length = len(os.fsencode(base)) + _MAX_SOCKET_NAME
     if length > _MAX_SOCKET_PATH or not _PLAIN_PATH.fullmatch(str(base)):
@@ -106,7 +107,7 @@ def socket_folder(base: Path, service: str, account: Account | None = None) -> P
 
 
 def _temporary_base(base: Path) -> Path:
-    """Return a folder named by our user and `base`, made by us and by nobody else."""
+    """Make and return a temporary folder of this user, named by a hash of `base`."""
     digest = hashlib.sha256(os.fsencode(base)).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"trueup-{os.geteuid()}-{digest}"
     with explained("The socket folder", folder):
@@ -114,14 +115,14 @@ def _temporary_base(base: Path) -> Path:
             folder.mkdir(mode=0o700)
         refuse_foreign_folder(folder)
         if os.geteuid() == 0:
-            folder.chmod(0o711)  # the server's user must pass through; nobody can list it
+            folder.chmod(0o711)  # the server's user must pass through
     return folder
 
 
 def refuse_foreign_folder(folder: Path) -> None:
-    """Raise `StackError` unless `folder` is a real folder of ours that nobody else can write to.
+    """Raise `StackError` unless `folder` is a real folder of this user that no other user can write to.
 
-    In a folder open to all, anybody may have put a link or a folder of their own under our name.
+    In a folder that all users can write to, another user may have made a link or a folder with our name.
     """
     status = folder.lstat()
     if (
@@ -133,19 +134,19 @@ def refuse_foreign_folder(folder: Path) -> None:
     raise StackError(
         "The embedded stack",
         str(folder),
-        "this folder was made by someone else",
-        "Remove it, or point TRUEUP_HOME to a folder with a shorter path.",
+        "this folder was made by someone else, so trueup does not use it",
+        "Remove it, or set TRUEUP_HOME to a folder with a shorter path.",
     )
 
 
 def rotate_log(log: Path) -> None:
-    """Keep one older log when `log` has grown past 5 MiB, so that logs never fill the disk."""
-    if log.exists() and log.stat().st_size > _LARGEST_LOG_BYTES:
+    """Rename `log` when it is larger than 5 MiB, and keep one older log, so that logs never fill the disk."""
+    if log.exists() and log.stat().st_size > _MAX_LOG_BYTES:
         log.replace(log.with_suffix(".log.1"))
 
 
 def log_tail(log: Path, lines: int = 8) -> str:
-    """Return the last lines of `log` for an error message; "" when there are none."""
+    """Return the last lines of `log` for an error message, or "" if there are none."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 8192))
@@ -153,3 +154,11 @@ def log_tail(log: Path, lines: int = 8) -> str:
     except OSError:
         return ""
     return "\n".join(text.strip().splitlines()[-lines:])
+
+
+def replace_json(path: Path, content: object) -> None:
+    """Replace a file by `content` as JSON, with mode 0600. The rename is atomic: a reader never sees half a file."""
+    descriptor, name = tempfile.mkstemp(prefix=f"{path.stem}-", dir=path.parent)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(content, file)
+    os.replace(name, path)

@@ -1,4 +1,4 @@
-"""Advisory file locks (flock): the kernel drops them when their holder dies, however it dies."""
+"""Advisory file locks (flock). The kernel releases a lock when the process that holds it dies."""
 
 import fcntl
 import os
@@ -9,14 +9,13 @@ from pathlib import Path
 from trueup.stack.errors import StackError, explained
 from trueup.stack.waiting import wait_until
 
-# Files are opened close-on-exec, so that no server and no worker keeps a lock alive by inheriting
-# it. A fork without exec (multiprocessing) does inherit: `_forget_after_fork` closes the copies
-# there.
+# Python opens files close-on-exec, so a server or worker does not inherit a lock and keep it. A fork without exec
+# (multiprocessing) inherits the descriptors; `_forget_after_fork` closes them there.
 _open_descriptors: set[int] = set()
 
 
 def _forget_after_fork() -> None:
-    # Close only: LOCK_UN in the child would unlock the parent, since both share one open file.
+    # Only close: parent and child share one open file, so LOCK_UN in the child would also unlock the parent.
     for descriptor in _open_descriptors:
         os.close(descriptor)
     _open_descriptors.clear()
@@ -26,7 +25,7 @@ os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 class FileLock:
-    """One flock on one file, shared or exclusive, held by this process until `release`."""
+    """One flock on one file, shared or exclusive. This process holds it until `release`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,23 +33,23 @@ class FileLock:
         self._owner = 0
 
     def try_shared(self) -> bool:
-        """Take or downgrade to the shared lock; False when another process holds it exclusively."""
+        """Take the shared lock, or downgrade to it. False: another process holds the exclusive lock."""
         return self._try(fcntl.LOCK_SH)
 
     def try_exclusive(self) -> bool:
-        """Take or upgrade to the exclusive lock; False when any other process holds the lock.
+        """Take the exclusive lock, or upgrade to it. False: another process holds the lock.
 
-        A failed upgrade loses the shared lock: the kernel drops it first.
+        A failed upgrade also loses the shared lock, because the kernel releases that first.
         """
         return self._try(fcntl.LOCK_EX)
 
     @property
     def held(self) -> bool:
-        """Whether this process holds it; a fork of the holder does not."""
+        """Whether this process holds the lock. A fork of the holder does not."""
         return self._descriptor is not None and self._owner == os.getpid()
 
     def release(self) -> None:
-        """Drop the lock; without effect when it is not held, or is our parent's (we are a fork)."""
+        """Release the lock if this process holds it."""
         if self._descriptor is not None and self.held:
             _open_descriptors.discard(self._descriptor)
             os.close(self._descriptor)
@@ -71,10 +70,9 @@ class FileLock:
 
 @contextmanager
 def mutex(path: Path, service: str, timeout_seconds: float = 180.0) -> Iterator[None]:
-    """Hold the exclusive lock on `path` for the block. Raises `StackError` when it stays taken.
+    """Hold the exclusive lock on `path` for the block. Raises `StackError` after `timeout_seconds`.
 
-    Everything done under a mutex has its own deadline, so that a wait this long means a stopped
-    holder.
+    All work under a mutex has a deadline of its own, so a longer wait means that the holder is stopped.
     """
     lock = FileLock(path)
     try:
@@ -85,7 +83,7 @@ def mutex(path: Path, service: str, timeout_seconds: float = 180.0) -> Iterator[
                 service,
                 str(path),
                 f"another trueup process has held this lock for {timeout_seconds:.0f} s",
-                f"Find it with `fuser -v {path}` and end it, then try again.",
+                f"Find that process with `fuser -v {path}` and end it, then try again.",
             )
         yield
     finally:

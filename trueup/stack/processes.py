@@ -1,30 +1,32 @@
-"""Server processes: started in a session of their own, found again by the folder they work in.
+"""Server processes: start, find and stop them.
 
-A process of ours is recognised by its working directory, which is the server's data folder, and
-never by a pid file: those outlive `kill -9` and reboots, and their number may belong to someone
-else by then.
+We recognise our processes by their working directory, the server's data folder. A pid file would not do: it survives
+`kill -9` and reboots, and its pid may belong to another process by then.
 """
 
 import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 
 from trueup.stack.waiting import wait_until
 
-_SERVER_PATH = "/usr/local/bin:/usr/bin:/bin"
+# All that a server gets of an environment, so that keys don't show in /proc/<pid>/environ of another user's process,
+# and variables such as PGPORT or LD_PRELOAD don't change the server.
+_ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LC_ALL": "C"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Account:
-    """The user a server runs as when trueup itself is root."""
+    """The user that runs a server when trueup itself is root."""
 
     name: str
     uid: int
@@ -33,19 +35,17 @@ class Account:
 
 @contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Hold back Ctrl-C and SIGTERM until the block is done, so that nothing is half started."""
+    """Delay Ctrl-C and SIGTERM until the block ends, so that it is never interrupted half-way."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are delivered to the main thread only
+        yield  # Python runs signal handlers in the main thread only
         return
     caught: list[int] = []
 
     def remember(number: int, _frame: FrameType | None) -> None:
         caught.append(number)
 
-    # Handlers, not a blocked mask: a mask would be inherited by the server, which could then not be
-    # stopped.
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    previous = {kind: signal.signal(kind, remember) for kind in kinds}
+    # Handlers and not a blocked mask: a server would inherit the mask, and could then not be stopped.
+    previous = {kind: signal.signal(kind, remember) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -56,7 +56,7 @@ def deferred_signals() -> Iterator[None]:
 
 
 def run_tool(argv: Sequence[str], account: Account | None) -> subprocess.CompletedProcess[str]:
-    """Run a short command as `account` (None: as ourselves); its failure is in the result."""
+    """Run a short command as `account` (None: this user). A failure is in the result, not an exception."""
     return subprocess.run(  # noqa: S603 - our own argument list, no shell
         argv,
         capture_output=True,
@@ -65,19 +65,17 @@ def run_tool(argv: Sequence[str], account: Account | None) -> subprocess.Complet
         check=False,
         stdin=subprocess.DEVNULL,
         cwd="/",
-        env=_server_environment(),
-        start_new_session=True,  # Ctrl-C in the terminal must not tear it
-        user=account.uid if account else None,
-        group=account.gid if account else None,
-        extra_groups=[] if account else None,
+        **_isolated(account, {}),
     )
 
 
-def start_detached(argv: Sequence[str], *, folder: Path, log: Path, account: Account | None) -> psutil.Process | None:
-    """Start a server that outlives us and works in `folder`; None when it was gone at once.
+def start_detached(
+    argv: Sequence[str], *, folder: Path, log: Path, account: Account | None, environment: Mapping[str, str]
+) -> psutil.Process | None:
+    """Start a server that outlives this process and works in `folder`. None: it has already ended.
 
-    The shell in between makes init its parent, so that it never is a zombie of ours, and its new
-    session keeps the terminal's Ctrl-C away from it while workers still finish.
+    `environment` is added to its minimal one. A shell starts it, so that init becomes its parent and it never is a
+    zombie of ours. Its own session protects it from the terminal's Ctrl-C while workers still finish.
     """
     with deferred_signals(), log.open("ab") as output:
         started = subprocess.run(  # noqa: S603 - our own argument list; "$@" is never parsed by the shell
@@ -88,19 +86,21 @@ def start_detached(argv: Sequence[str], *, folder: Path, log: Path, account: Acc
             text=True,
             check=True,
             cwd=folder,
-            env=_server_environment(),
-            start_new_session=True,
-            user=account.uid if account else None,
-            group=account.gid if account else None,
-            extra_groups=[] if account else None,
+            **_isolated(account, environment),
         )
     with suppress(psutil.NoSuchProcess):
         return psutil.Process(int(started.stdout))
     return None
 
 
+def _isolated(account: Account | None, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return options for `subprocess.run`: a session of its own (no Ctrl-C), a user and a minimal environment."""
+    user = {"user": account.uid, "group": account.gid, "extra_groups": []} if account else {}
+    return {"start_new_session": True, "env": _ENVIRONMENT | dict(environment), **user}
+
+
 def is_alive(process: psutil.Process) -> bool:
-    """Return whether this very process still runs; not if it is a zombie or its pid was reused."""
+    """Return whether the process still runs. A zombie does not, nor a process that reuses the pid."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -108,7 +108,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def processes_in(folder: Path, names: tuple[str, ...]) -> list[psutil.Process]:
-    """Return the living processes that work in `folder` and have a name that starts with `names`."""
+    """Return the living processes that work in `folder` and whose name starts with one of `names`."""
     wanted = os.path.realpath(folder)
     found = []
     for process in psutil.process_iter():
@@ -119,7 +119,7 @@ def processes_in(folder: Path, names: tuple[str, ...]) -> list[psutil.Process]:
 
 
 def first_of(processes: Sequence[psutil.Process]) -> psutil.Process | None:
-    """Return the server itself among its processes: the one whose parent is none of them."""
+    """Return the main process of a server: its parent is not among `processes`."""
     pids = {process.pid for process in processes}
     for process in processes:
         with suppress(psutil.NoSuchProcess):
@@ -129,23 +129,17 @@ def first_of(processes: Sequence[psutil.Process]) -> psutil.Process | None:
 
 
 def stop_processes(processes: Sequence[psutil.Process], steps: Sequence[tuple[signal.Signals, float]]) -> bool:
-    """Send the server each signal in turn until all processes have gone; False when some stay.
+    """Send each signal in turn until all processes have ended. Return False if some still run.
 
-    Each step waits at most its seconds. The signal goes to the server, SIGKILL to every process.
+    `steps` are signals, each with the seconds to wait after it. SIGKILL goes to every process, another signal to the
+    main process.
     """
     for number, seconds in steps:
         living = [process for process in processes if is_alive(process)]
-        server = first_of(living)
-        for process in living if number is signal.SIGKILL else filter(None, [server]):
-            # psutil compares the creation time before it signals: a reused pid is left alone.
+        for process in living if number is signal.SIGKILL else filter(None, [first_of(living)]):
+            # psutil compares the creation time first, so it never signals a process that reuses the pid.
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
         if wait_until(lambda: not any(is_alive(process) for process in processes), seconds):
             return True
     return False
-
-
-def _server_environment() -> dict[str, str]:
-    # Nothing of ours: keys must not show in /proc/<pid>/environ of another user's process, and
-    # variables such as PGPORT or LD_PRELOAD must not change what is started.
-    return {"PATH": _SERVER_PATH, "LC_ALL": "C"}

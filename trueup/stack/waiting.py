@@ -1,4 +1,4 @@
-"""Waiting for a condition, never longer than a deadline."""
+"""Wait for a condition until a deadline."""
 
 import time
 from collections.abc import Callable
@@ -8,9 +8,9 @@ _MAX_SECONDS = 0.1
 
 
 def wait_until(condition: Callable[[], bool], timeout_seconds: float) -> bool:
-    """Return True as soon as `condition()` holds, False when it has not within the time.
+    """Return True as soon as `condition()` is true, False after `timeout_seconds`.
 
-    Looks often at first, because servers usually start in a few milliseconds, then less often.
+    The pause between two checks grows, because servers usually start within a few milliseconds.
     """
     deadline = time.monotonic() + timeout_seconds
     pause = _MIN_SECONDS

@@ -6,8 +6,8 @@ from datetime import datetime
 from sqlalchemy import Connection
 
 from trueup.accounts.user_ids import UserId
+from trueup.host.fields import SECTIONS
 from trueup.host.mapping import HostMapping
-from trueup.host.sections import SECTIONS
 from trueup.host.sql import render_statement
 from trueup.usage.tracker import TrackedUsage, ai_usage, track_ai_usage
 

@@ -1,14 +1,14 @@
 """A wrong clock for one process: put this folder on PYTHONPATH and set FAULTS_CLOCK_SKEW_SECONDS.
 
-Python's own ways to read the time of day are shifted before anything else is imported; the monotonic clock is not, as
-it would not be on a machine with a wrong date.
+Python's own functions for the time of day are shifted before any other import. The monotonic clock is not shifted, as
+on a machine with a wrong date.
 """
 
 import datetime
 import os
 import time
 
-# Its compiled half is built against the real class, and refuses any other.
+# psycopg's compiled part is built against the real class and refuses any other.
 import psycopg  # noqa: F401
 
 _SKEW_SECONDS = float(os.environ.get("FAULTS_CLOCK_SKEW_SECONDS") or 0)

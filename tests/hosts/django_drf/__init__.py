@@ -1,4 +1,4 @@
-"""A Django project, its folder on the path as `manage.py` has it: `accounts` and `billing` are its own."""
+"""A Django project. Its folder is on the path, as `manage.py` puts it: `accounts` and `billing` are its own."""
 
 import sys
 from pathlib import Path

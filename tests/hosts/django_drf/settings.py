@@ -1,4 +1,4 @@
-"""A Django project as one finds it: its own users, plans, subscriptions and usage log, on PostgreSQL."""
+"""A typical Django project: its own users, plans, subscriptions and usage log, on PostgreSQL."""
 
 import os
 

@@ -1,6 +1,6 @@
-"""A Django project that has sold AI features for years: users, plans and subscriptions as the other one's, and sales.
+"""A Django project that has sold AI features for years: users, plans and subscriptions like the other, and sales.
 
-It gives up on a lock or a statement that takes long, so that nobody could be in its way unnoticed.
+Its statements have short time limits for locks and in total, so that it notices everything that makes it wait.
 """
 
 from tests.hosts.django_drf import settings as other

@@ -1,8 +1,9 @@
-"""Legacy hosts made up from a seed, with every way a counter goes wrong, and the truth about each kept aside.
+"""Legacy hosts generated from a seed, with every way in which a counter goes wrong, and the truth about each.
 
-`timeline` plays one subscription's life as the host's code would live it. `usage` scripts ordinary life, `injections`
-the causes, `coincidences` what only looks like one; `population` mixes them, `loading` puts them into a database,
-`judging` compares what reconciliation said with the truth. `live_host` is a host at work, a process of its own.
+`timeline` plays one subscription's life as the host's code would. `usage` scripts ordinary use, `injections` the
+causes, `coincidences` the events that only look like a cause. `population` mixes them, `loading` writes them to a
+database, `judging` compares the result of reconciliation with the truth. `live_host` is a working host in its own
+process.
 
-The description of such hosts is all that this was written from: nothing here looks at how reconciliation finds causes.
+All of this was written from the description of such hosts alone, without a look at how reconciliation finds causes.
 """

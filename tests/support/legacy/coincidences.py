@@ -1,19 +1,19 @@
-"""What only looks like a cause, or like another one: made on purpose, so that a finder that guesses is caught.
+"""Events that only look like a cause, or that look like another cause, to catch a finder that guesses.
 
-Rows alone can't always tell the truth here. What is asked is that no wrong name is stated as certain, that no paid
+Rows alone can't always prove the truth here. The tests require that no wrong cause is called certain, that no paid
 tokens are taken away, and that a second pass finds nothing new.
 
-equal_sizes_*: a user whose calls are all of one size, within minutes: one is missed, charged twice, lost, or failed and
+equal_sizes_*: a user whose calls have one size, within minutes. One is missed, charged twice, lost, or failed and
     charged.
 missed_of_a_plans_size: a missed decrement of exactly a pack's tokens.
-edit_of_a_rows_size, edit_down_of_a_failed_rows_size: an edit by exactly what some row of the log cost.
+edit_of_a_rows_size, edit_down_of_a_failed_rows_size: an edit by exactly the tokens of a log row.
 edit_of_a_concurrent_rows_size: two decrements within 2 s, both in the counter, and an edit by the first one's tokens.
-edit_of_a_plans_size: an edit by exactly a pack's tokens, of which no payment knows.
+edit_of_a_plans_size: an edit by exactly a pack's tokens, without a payment.
 edit_and_pending_payment: the same, beside a payment that was begun and never completed.
-edit_and_lost_update: both at once. Nothing tells this from an edit by the sum.
-unlogged_of_a_neighbours_size: a call that was charged and not logged, as large as one logged minutes before.
+edit_and_lost_update: both at once. The rows are those of an edit by the sum.
+unlogged_of_a_neighbours_size: a call that was charged and not logged, as large as a call logged minutes before.
 paid_and_not_credited: a completed payment whose tokens never reached the counter, and a missed decrement.
-slow_queue: decrements that come 20 to 40 minutes late, though they do come, and a missed one.
+slow_queue: decrements that come 20 to 40 minutes late, and a missed decrement.
 sizes_that_add_up: a missed and a doubled decrement whose difference is another row's size.
 burned_after_a_miss: a trial burned at expiry whose counter had been too high before.
 """
@@ -28,7 +28,7 @@ from tests.support.legacy.usage import Script
 
 @dataclass(frozen=True, kw_only=True)
 class Coincidence:
-    """`also`: names that are as right as the truth, because what they leave out has no effect any more."""
+    """`also`: other correct names. The causes that they leave out have no effect any more."""
 
     act: Callable[[Script, list[Plan]], None]
     on_trial: bool = False

@@ -1,22 +1,21 @@
-"""Each way a counter goes wrong, put into a script as the description of legacy hosts tells it.
+"""Every way in which a counter goes wrong, as a part of a script, from the description of legacy hosts.
 
-missed_decrement: a request is logged, its decrement never comes (one to three times).
-lost_update: two requests' decrements both read the counter before either writes: two decrement rows within 1.5 s, the
-    counter lowered by the second only.
+missed_decrement: a request is logged, but its decrement never comes (one to three times).
+lost_update: two decrements read the counter before either writes. There are two decrement rows within 1.5 s, and only
+    the second has lowered the counter.
 double_decrement: a retry lowers the counter again for one log row, 0.5 s to 180 s after the first time.
-charged_not_logged: a decrement with its row, and no log row at all.
-failed_usage_charged: a failed request's tokens are taken off the counter.
-clamped_at_zero: the last request costs more than the counter holds. With more gone than was there, the counter is
-    right to show 0; it becomes wrong when tokens come afterwards, which is how it is made visible here: by a pack that
-    a person has turned into a grant of ours, by another injected credit or renewal, or because the counter had been too
-    low before.
+charged_not_logged: a decrement with its row, without a log row.
+failed_usage_charged: a failed request's tokens are subtracted from the counter.
+clamped_at_zero: the last request costs more than the counter holds, so the counter correctly shows 0. It becomes wrong
+    when tokens come afterwards: a pack that a person has turned into a grant, another injected credit or renewal, or a
+    counter that had been too low before.
 credit_without_grant: another plan's tokens are bought (one payment, sometimes two) and added to the counter.
-renewal_without_new_window: the subscription's own plan is bought again, its tokens are added, the window stays.
-carried_over_tokens: another plan is bought, the window begins anew, the counter keeps what it had and gets the plan's.
-    Now and then what it had was a trial's, for which nobody paid.
-manual_edit: the counter is set to another value by hand, up or down, by a round number, to one, or by any.
-burned_at_expiry: a trial ends; a moment later its counter is set to 0 and it is deactivated.
-counter_null, counter_negative: as they say.
+renewal_without_new_window: the subscription's own plan is bought again and its tokens are added, but the window stays.
+carried_over_tokens: another plan is bought and a new window starts. The counter keeps its tokens and gets the plan's.
+    Sometimes the kept tokens are a trial's, which were never paid for.
+manual_edit: a person sets the counter to another value, up or down, by or to a round number, or to any value.
+burned_at_expiry: a trial ends. A moment later its counter is set to 0, and it is deactivated.
+counter_null, counter_negative: the counter is null or negative.
 """
 
 from collections.abc import Callable
@@ -86,7 +85,7 @@ def renew_early(script: Script, plans: list[Plan]) -> None:
 
 def carry_over(script: Script, plans: list[Plan]) -> None:
     if script.left == script.plan.tokens:
-        # Of tokens that were given for nothing and never used, no row would tell.
+        # No row shows tokens that were given for nothing and never used.
         script.request()
         script.wait(60, 600)
     larger = [plan for plan in plans if plan.sold and plan.tokens > script.plan.tokens]
@@ -101,7 +100,7 @@ def edit(script: Script, plans: list[Plan]) -> None:
 
 
 def edited_tokens(script: Script, plans: list[Plan]) -> int:
-    """Choose what a person adds to the counter: not by chance a plan's or a known row's size, nor what empties it."""
+    """Choose an edit of the counter that equals no plan's and no known row's size, and does not empty the counter."""
     dice = script.dice
     known = {plan.tokens for plan in plans} | set(script.log_sizes)
     while True:
@@ -117,7 +116,7 @@ def edited_tokens(script: Script, plans: list[Plan]) -> int:
 
 
 def drain_and_clamp(script: Script, *, visible_below: int | None = None) -> None:
-    """Spend until a request costs more than is left. `visible_below`: clamp away fewer tokens than that."""
+    """Spend until a request costs more than the rest. `visible_below`: clamp away fewer tokens than that."""
     while script.left > 3_000:
         script.request(int(script.left * script.dice.uniform(0.2, 0.33)))
         script.wait(20, 900)
@@ -128,14 +127,14 @@ def drain_and_clamp(script: Script, *, visible_below: int | None = None) -> None
 
 
 def clamp(script: Script, plans: list[Plan]) -> None:
-    """Clamp, then a pack that a person has granted: the counter shows all of it, and some was spent before."""
+    """Clamp, then add a pack that a person has granted. The counter shows all of it, but some was spent before."""
     drain_and_clamp(script)
     buy_granted_pack(script, plans)
     script.session(most=4)
 
 
 def clamp_and_stay(script: Script, plans: list[Plan]) -> None:
-    """Clamp where the counter was too low before: it shows 0, and some is left."""
+    """Clamp while the counter is too low. It shows 0, but some tokens are left."""
     low = sum(event.tokens for event in script.events if event.kind == "write" and event.cause)
     drain_and_clamp(script, visible_below=low)
 
@@ -179,5 +178,5 @@ INJECTIONS: dict[str, Injection] = {
     "counter_negative": negative,
 }
 
-# Tokens that somebody paid for, or was given by a person: never to be taken away.
+# Tokens that somebody paid for or that a person gave. A machine must never take them away.
 PAID = frozenset({"credit_without_grant", "renewal_without_new_window", "carried_over_tokens"})

@@ -1,4 +1,4 @@
-"""Compares what a reconcile run wrote down with the truth."""
+"""Compares the records of a reconcile run with the truth."""
 
 import json
 from collections import Counter
@@ -13,9 +13,9 @@ MOMENT_SECONDS = 2.0
 
 
 def looks_like_a_lost_update(person: Person) -> bool:
-    """Whether the counter was raised by hand by just what a decrement cost that another request may have overwritten.
+    """Whether an edit raised the counter by just the tokens of a decrement that another request may have overwritten.
 
-    That one was logged before this decrement, and subtracted after it. No row tells the two stories apart.
+    That decrement was logged before this one and subtracted after it. The rows of both cases are equal.
     """
     edited = person.life.truth.tokens.get("manual_edit")
     return any(
@@ -29,7 +29,7 @@ def looks_like_a_lost_update(person: Person) -> bool:
 
 
 def looks_given(person: Person) -> bool:
-    """Whether somebody gave tokens, and nothing else is wrong: an amount that no usage adds up to."""
+    """Whether a person gave tokens and nothing else is wrong. No usage adds up to that amount."""
     life = person.life
     given = life.truth.tokens.get("manual_edit", 0)
     sizes = {plan.tokens for plan in PLANS}
@@ -43,7 +43,7 @@ def looks_given(person: Person) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Named:
-    """What a drift row says of one subscription. No row: the causes are `NO_DRIFT`."""
+    """The content of a drift row of one subscription. Without a row, the causes are `NO_DRIFT`."""
 
     causes: frozenset[str]
     certainty: str
@@ -63,7 +63,7 @@ UNSEEN = Named(causes=NO_DRIFT, certainty="certain", action="none", evidence={})
 
 
 class Judgement:
-    """Holds each person against what was said of them."""
+    """Compares the drift rows of all subscriptions with the truth."""
 
     def __init__(self, people: list[Person], named: dict[int, Named]) -> None:
         self.people = people
@@ -71,7 +71,7 @@ class Judgement:
 
     @classmethod
     def read(cls, host: Host, people: list[Person]) -> "Judgement":
-        """Read what the first run wrote down."""
+        """Read the records of the first run."""
         rows = host.execute("SELECT user_id, cause, certainty, action, evidence FROM trueup.drift")
         named = {
             row.user_id: Named(
@@ -98,7 +98,7 @@ class Judgement:
         return sum(verdicts) / len(verdicts)
 
     def wrong_and_certain(self) -> list[Person]:
-        """Those of whom a wrong name is stated as certain. To say nothing is not to state a name."""
+        """Return the subscriptions with a wrong cause stated as certain. No stated cause is not a wrong one."""
         return [
             person
             for person in self.people
@@ -109,7 +109,7 @@ class Judgement:
         ]
 
     def without_proof(self, people: Iterable[Person]) -> list[Person]:
-        """Those rightly named whose evidence shows none of the rows behind some cause, where there are such rows."""
+        """Return the correct verdicts whose evidence lacks the rows of a cause that has rows."""
         lacking = []
         for person in people:
             shown = json.dumps(self.of(person).evidence)
@@ -120,7 +120,7 @@ class Judgement:
         return lacking
 
     def table(self, group: Group) -> str:
-        """Return what each label's people were named, the wrong names below their label, with an example each."""
+        """Return the causes found for each label, with wrong causes below their label, and an example of each."""
         lines = []
         for label in sorted({person.label for person in self.group(group)}):
             people = [person for person in self.group(group) if person.label == label]

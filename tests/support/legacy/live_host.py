@@ -1,12 +1,11 @@
-"""A legacy host at work: a process of its own that writes at full speed, wrongly at times, and keeps a ledger.
+"""A working legacy host: a process that writes at full speed, sometimes wrongly, and keeps a record of its writes.
 
-`python -m tests.support.legacy.live_host PLAN.json LEDGER.json`: PLAN says the database, the seed and who subscribes;
-LEDGER gets every write that was committed, in order for each subscription, the errors and the slowest statements. It
-works until its standard input ends. Each subscription belongs to one of the threads, so that what the host itself loses
-it loses on purpose.
+`python -m tests.support.legacy.live_host PLAN.json LEDGER.json`. PLAN has the database, the seed and the subscribers.
+LEDGER gets every committed write, in order for each subscription, the errors and the slowest statements. It works until
+its standard input ends. Each subscription belongs to one thread, so every loss by the host itself is intended.
 
-Spenders only spend; buyers also buy packs; renewers renew properly; leavers leave, and come back. The counter is read
-and written back in transactions of their own, without a lock, as such hosts do.
+Spenders only spend, buyers also buy packs, renewers renew properly, leavers leave and come back. As in such hosts, the
+counter is read and written back in separate transactions without a lock.
 """
 
 import json
@@ -27,9 +26,9 @@ THREADS = 4
 PACK_TOKENS = 20_000
 PACK_ID = 3
 EMPTY = 45_000
-"""With fewer tokens than this nobody spends: that the counter is clamped is no part of this play."""
+"""A user with fewer tokens than this does not spend, so that the counter is never clamped here."""
 
-# What an act is, and how often it comes.
+# The acts and their frequencies.
 SPENDING = {"request": 90, "fail": 5, "miss": 2, "double": 2, "charge_failed": 1, "lose": 1}
 ACTS = {
     "spender": SPENDING,
@@ -85,7 +84,7 @@ class HostThread(threading.Thread):
 
     @contextmanager
     def transaction(self, on: Any = None) -> Iterator[None]:
-        """Commit is a statement too, and may wait."""
+        """Commit as a statement, because a commit may wait too."""
         self.execute("BEGIN", on=on)
         try:
             yield
@@ -95,13 +94,13 @@ class HostThread(threading.Thread):
             raise
 
     def note(self, who: dict[str, Any], kind: str, **more: Any) -> None:
-        """Enter what has been committed."""
+        """Record a committed write."""
         self.ledger.append({"user": who["user"], "subscription": who["subscription"], "kind": kind, **more})
 
-    # The pieces.
+    # The parts of the acts.
 
     def _size(self) -> int:
-        """Draw a request's tokens: fewer than a pack's, which nobody could tell from a pack once they are lost."""
+        """Draw a request's tokens: fewer than a pack's, because a loss of a pack's size is ambiguous."""
         return max(7, min(15_000, int(400 * math.exp(self.dice.gauss(0, 1.2)))))
 
     def _log(self, who: dict[str, Any], tokens: int, *, success: bool = True) -> None:
@@ -121,7 +120,7 @@ class HostThread(threading.Thread):
         return int(counter)
 
     def _write(self, who: dict[str, Any], seen: int, tokens: int, on: Any = None) -> None:
-        """Write the counter back as it was seen, lowered, with a row for this decrement."""
+        """Write back the lowered counter as it was read, with a decrement row."""
         if self.dice.random() < 0.1:
             time.sleep(self.dice.uniform(0, 0.01))
         after = max(0, seen - tokens)
@@ -174,7 +173,7 @@ class HostThread(threading.Thread):
             self._write(who, self._read(who), tokens)
 
     def _lose(self, who: dict[str, Any]) -> None:
-        """Two requests at once, each in a session of its own: both read before either writes."""
+        """Make two requests at once, each in its own session. Both read before either writes."""
         if self._can_spend(who):
             sizes = self._size(), self._size()
             self._log(who, sizes[0])
@@ -215,7 +214,7 @@ class HostThread(threading.Thread):
         self.note(who, "renew", after=who["tokens"])
 
     def _leave(self, who: dict[str, Any]) -> None:
-        """Delete the subscription with all its rows; a moment later subscribe anew."""
+        """Delete the subscription with all its rows, and subscribe again a moment later."""
         with self.transaction():
             for table in ("billing_tokenusage", "billing_payment"):
                 self.execute(f"DELETE FROM {table} WHERE subscription_id = %s", who["subscription"])

@@ -1,4 +1,4 @@
-"""Puts a population into a database in bulk, as rows that have been there all along."""
+"""Loads a population into a database in bulk, as rows that have existed for long."""
 
 import json
 from collections.abc import Iterable
@@ -8,7 +8,8 @@ from typing import Any
 from sqlalchemy import Engine, text
 
 from tests.support.legacy.population import PLANS, Person
-from trueup.host.mapping import HostMapping, PaymentTable, TokenUsageTable
+from trueup.host.fields import PaymentTable, TokenUsageTable
+from trueup.host.mapping import HostMapping
 
 WITH_ROWS = HostMapping(
     token_usage=TokenUsageTable(table="billing_tokenusage"), payment=PaymentTable(table="billing_payment")
@@ -16,7 +17,7 @@ WITH_ROWS = HostMapping(
 """The mapping of a host that keeps decrement rows and payments."""
 
 SUBSCRIPTION_OFFSET = 1_000_000
-"""Subscriptions' ids are their users' and this, so that one is not taken for the other unseen."""
+"""The difference between a subscription's id and its user's, so that a confusion of the two is noticed."""
 
 
 def moment(seconds: float | None) -> datetime | None:
@@ -24,7 +25,7 @@ def moment(seconds: float | None) -> datetime | None:
 
 
 def load(engine: Engine, people: list[Person]) -> None:
-    """Write everything; what a person granted is granted last. The tables of `WITH_ROWS` must be there, and empty."""
+    """Write all rows; grants of a person come last. The tables of `WITH_ROWS` must exist and be empty."""
     _copy(engine, "accounts_user (id, username, email)", _users(people))
     for table, days, kind in (("billing_tokenplan", "", "token"), ("billing_fullplan", ", duration_days", "full")):
         plans = [plan for plan in PLANS if (plan.days is None) == (kind == "token")]

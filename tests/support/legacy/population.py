@@ -1,8 +1,8 @@
-"""A population of subscriptions: most in order, some with one cause, some with two, some with a coincidence.
+"""A population of subscriptions: most without a fault, others with one cause, two causes, or a coincidence.
 
-All is made from a seed: the same seed, size and moment make the same host. The host has one rule for each act: a plan
-that is bought while another runs keeps the old tokens (the fault called carried-over tokens); one that is bought after
-the old one has ended begins with its own, and so does the same plan renewed at its end.
+Everything comes from a seed: the same seed, size and time make the same host. The host has one rule for each act. A
+plan bought while another runs keeps the old tokens (the cause "carried-over tokens"). A plan bought after the end of
+the old one starts with its own tokens, and so does a renewal at its end.
 """
 
 import random
@@ -32,17 +32,17 @@ PLANS = [
 ]
 TRIAL = PLANS[7]
 
-# Tokens that come after a clamp show it; what the counter was too low by before a clamp does as well.
+# Tokens that come after a clamp make it visible. So does a counter that was too low before the clamp.
 _ENDS = ("burned_at_expiry", "counter_null", "counter_negative")
 _LOW = ("double_decrement", "charged_not_logged", "failed_usage_charged")
 _CREDITS = ("credit_without_grant", "renewal_without_new_window")
-# A clamp sets the counter to 0, whatever lost updates and edits had made of it before: those come after it.
+# A clamp sets the counter to 0 and hides earlier lost updates and edits, so those come after it.
 _AFTER_A_CLAMP = ("lost_update", "manual_edit")
 
 _LAST = (*_ENDS, "burned_after_a_miss")
 
-# Not with a pair of their own: nothing in the rows tells an edit and a lost update from an edit by the sum (it is among
-# the coincidences), and what ends a counter (burned, null, negative) ends what was wrong with it before.
+# These are not combined as a pair. The rows can't distinguish an edit and a lost update from an edit by the sum (see
+# the coincidences), and a cause that ends a counter (burned, null, negative) also ends its earlier faults.
 PAIRS = [
     pair
     for pair in combinations([cause for cause in INJECTIONS if cause not in _ENDS], 2)
@@ -52,14 +52,14 @@ PAIRS = [
 NO_DRIFT = frozenset({"no drift"})
 
 SETTLED_SECONDS = 600
-"""Nothing happens in a population for this long before its moment."""
+"""The time in seconds before the population's end without any event."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Person:
     """One subscription, with the truth about it.
 
-    `label`: what was done to it. `accepted`: the sets of causes that name it rightly.
+    `label`: the faults in it. `accepted`: the sets of causes that name them correctly.
     """
 
     user_id: int
@@ -116,7 +116,7 @@ def _last_moment(life: Life) -> float:
 
 
 def _cancels_without_a_trace(life: Life) -> bool:
-    """Whether a missed decrement is followed by an injected one of its size within a day: both are one slow request."""
+    """Whether an injected decrement of the same size follows a missed one within a day. Both are one slow request."""
     injected = {row for rows in life.truth.rows.values() for row in rows}
     missed = [row for row in life.logs if str(row.id) in life.truth.rows.get("missed_decrement", [])]
     return any(
@@ -128,7 +128,7 @@ def _cancels_without_a_trace(life: Life) -> bool:
 
 
 def _edit_is_a_rows_size(life: Life) -> bool:
-    """Whether somebody has by chance changed the counter by just what a row of any kind says: a coincidence."""
+    """Whether a random edit equals the size in a row of any kind, which is a coincidence."""
     edited = abs(life.truth.tokens.get("manual_edit", 0))
     rows = {row.tokens for row in (*life.logs, *life.decrements)} | {
         pay.plan.tokens for pay in life.payments if pay.plan
@@ -152,7 +152,7 @@ def _live(dice: random.Random, numbers: Numbers, group: Group, names: tuple[str,
     if base == "trial":
         life.status, life.trial_end = "trial", life.end
     else:
-        # Mostly the payment opens the window; some hosts hear of it a little later.
+        # Usually the payment opens the window. Some hosts learn of the payment a little later.
         paid_at = start + (dice.uniform(0, 60) if dice.random() < 0.1 else -dice.uniform(0.001, 3))
         script.add(Event(at=paid_at, kind="pay", plan=plan))
     script.wait(20, 3_600)
@@ -182,7 +182,7 @@ def _base(dice: random.Random, names: tuple[str, ...]) -> str:
 
 
 def _open_windows(script: Script, base: str, names: tuple[str, ...], last: float) -> None:
-    """Live through the windows before the last one. Their usage does not count any more."""
+    """Play the windows before the last one. Their usage does not count any more."""
     openers: list[Callable[[], None]] = []
     if base == "renewed":
         openers.append(lambda: script.open_window(script.plan))
@@ -202,7 +202,7 @@ def _open_windows(script: Script, base: str, names: tuple[str, ...], last: float
 
 
 def _spread(script: Script, acts: list[Callable[[], None]], until: float) -> None:
-    """Spread acts over the time until then; some follow close on the one before."""
+    """Distribute acts over the time until then. Some follow closely on the act before."""
     moments = sorted(script.dice.uniform(script.clock + 60, max(script.clock + 61, until)) for _ in acts)
     for moment, act in zip(moments, acts, strict=True):
         if act == script.session or script.dice.random() < 0.6:
@@ -211,13 +211,13 @@ def _spread(script: Script, acts: list[Callable[[], None]], until: float) -> Non
 
 
 def _acts(script: Script, group: Group, names: tuple[str, ...]) -> list[Callable[[], None]]:
-    """Return what happens in the last window, in order: sessions, and in between what is to go wrong."""
+    """Return the events of the last window in order: sessions, with the faults between them."""
     special = [partial(act, script, PLANS) for act in _special_acts(script.dice, group, names)]
     acts: list[Callable[[], None]] = [script.session] * script.dice.randint(1, 8)
     if names[0] in _LAST:
         return acts + special
     for act in special:
-        # Each somewhere behind the one before it.
+        # Each at a place after the one before it.
         after = acts.index(special[special.index(act) - 1]) + 1 if act is not special[0] else 0
         acts.insert(script.dice.randint(after, len(acts)), act)
     return acts

@@ -1,9 +1,9 @@
-"""One subscription's life: a script of what the host does, played in order of time, and the truth of what went wrong.
+"""One subscription's life: a script of the host's acts, played in order of time, and the truth about its faults.
 
-The host's code, as it is played here: a request is logged; a moment later, in another transaction, the counter is
-read, and written back lowered by the request's tokens but never below zero, together with a row for this decrement.
-Tokens that a write loses (the counter had changed since it was read) and tokens that it clamps away are found while
-playing. Everything else that goes wrong is in the script, marked with its cause.
+The host's code, as played here: it logs a request. A moment later, in another transaction, it reads the counter and
+writes it back, lowered by the request's tokens but never below zero, with a decrement row. Playing the script finds the
+tokens that a write loses (the counter had changed since it was read) and the clamped tokens. All other faults
+are in the script, marked with their cause.
 
 Times are seconds since 1970, tokens are counts.
 """
@@ -45,7 +45,7 @@ class DecrementRow:
 
 @dataclass(frozen=True, kw_only=True)
 class PaymentRow:
-    """`plan` None: something else was bought."""
+    """`plan` None: the payment was for something else."""
 
     id: int
     plan: Plan | None
@@ -59,7 +59,7 @@ class PaymentRow:
 
 @dataclass(slots=True, kw_only=True)
 class Event:
-    """One committed act of the host at a moment. `key` ties a write to the read before it; `cause`: why it is wrong."""
+    """One committed act of the host. `key` connects a write with its read; `cause`: the fault in it."""
 
     at: float
     kind: Literal["log", "read", "write", "pay", "credit", "edit", "window", "grant", "burn", "null", "negative"]
@@ -74,7 +74,7 @@ class Event:
 
 @dataclass(kw_only=True)
 class Truth:
-    """What made the counter differ: each cause's signed tokens (positive: counter too high) and the rows behind it."""
+    """The causes of a difference: signed tokens of each (positive: the counter is too high), and their rows."""
 
     tokens: dict[str, int] = field(default_factory=dict)
     rows: dict[str, list[str]] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class Truth:
 
 
 class Numbers:
-    """Ids of one host. Decrements' and payments' are long, so that a text that contains one means that one."""
+    """Ids of one host. Those of decrements and payments are long, so that a text contains one only if it names it."""
 
     def __init__(self, dice: random.Random) -> None:
         self.dice = dice
@@ -114,9 +114,9 @@ class Numbers:
 
 @dataclass(kw_only=True)
 class Life:
-    """What a subscription's life left in the host's tables, and the truth about its counter.
+    """The rows that a subscription's life left in the host's tables, and the truth about its counter.
 
-    `expected` = max(0, `original` − the window's counted rows), by this module's own sum.
+    `expected` = max(0, `original` − the window's counted rows), summed by this module.
     """
 
     plan: Plan
@@ -156,8 +156,8 @@ class Player:
         if "counter_null" not in life.truth.causes:
             life.counter = self.counter
             difference = self.counter - (life.original - life.consumed)
-            told = sum(life.truth.tokens.values())
-            assert told == difference, f"the script's truth {life.truth} is not the difference {difference}"
+            total = sum(life.truth.tokens.values())
+            assert total == difference, f"the script's truth {life.truth} is not the difference {difference}"
         return life
 
     def on_log(self, event: Event) -> None:
@@ -168,7 +168,7 @@ class Player:
         if event.success:
             self.life.consumed += event.tokens
         if event.cause:
-            # A failed row that was charged has no tokens of its own to add: its decrement has.
+            # A failed row that was charged adds no tokens itself; its decrement does.
             self.life.truth.add(event.cause, event.tokens if event.success else 0, row.id)
 
     def _read_counter(self, event: Event) -> tuple[int, int]:
@@ -206,7 +206,7 @@ class Player:
             self.life.end += (event.plan.days or 0) * DAY
 
     def on_grant(self, event: Event) -> None:
-        """A person has turned the newest payment for this plan into a grant of ours: its tokens now count."""
+        """A person turns the newest payment for this plan into a grant, so its tokens count from now on."""
         assert event.plan is not None
         payment = [row for row in self.life.payments if row.plan == event.plan][-1]
         self.life.grants.append((event.plan.tokens, payment.transaction_id, event.at))
@@ -218,7 +218,7 @@ class Player:
         self.life.truth.add("manual_edit", event.tokens)
 
     def on_window(self, event: Event) -> None:
-        """The window begins anew with a plan; `tokens` of the old counter are kept, which is right only for none."""
+        """Start a new window with a plan. `tokens` of the old counter are kept; only 0 is right."""
         life = self.life
         assert event.plan is not None
         kept = self.counter if event.cause else 0

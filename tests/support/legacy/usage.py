@@ -1,9 +1,9 @@
-"""Ordinary life of a subscription, scripted: sessions of requests as live hosts see them.
+"""Scripts of a subscription's ordinary use: sessions of requests, as live hosts have them.
 
-Token sizes are log-normal with a long tail (embeddings small, workflows large), requests come in sessions with gaps of
-seconds to minutes and now and then in bursts, about one in twenty fails and costs nothing, and the decrement comes a
-moment after the log row: mostly a fraction of a second, at times a few seconds. One user's decrements wait for each
-other, so that ordinary life loses no update.
+Token sizes are log-normal with a long tail (embeddings small, workflows large). Requests come in sessions with gaps of
+seconds to minutes, and sometimes in bursts. About one in twenty fails and costs nothing. The decrement comes a moment
+after the log row, usually a fraction of a second, sometimes a few seconds. One user's decrements wait for each other,
+so ordinary use loses no update.
 """
 
 import math
@@ -12,7 +12,7 @@ import random
 from tests.support.legacy.timeline import Event, Plan
 
 SECTIONS = {
-    # section: how often, the median of its tokens, the spread (sigma of the logarithm)
+    # section: frequency, median of its tokens, spread (sigma of the logarithm)
     "chat": (34, 900, 0.9),
     "prompt_generation": (12, 1_400, 0.8),
     "knowledge_qa": (12, 2_200, 0.7),
@@ -33,7 +33,7 @@ BURSTS = 0.15
 
 
 class Script:
-    """Writes a script forward in time: `clock` is where it stands, `left` what the counter will show there."""
+    """Writes a script forward in time. `clock` is its current time, `left` the counter's value at that time."""
 
     def __init__(self, dice: random.Random, plan: Plan, start: float) -> None:
         self.dice = dice
@@ -49,19 +49,19 @@ class Script:
         self.clock += self.dice.uniform(low, high)
 
     def wait_until(self, moment: float) -> None:
-        """Go on no earlier than this, and only after what has been scripted so far."""
+        """Continue no earlier than this, and only after the acts scripted so far."""
         self.clock = max(self.clock, self._decremented_at) + 0.5
         self.clock = max(self.clock, moment)
 
     def section_and_size(self) -> tuple[str, int]:
-        """Draw a request that the counter can pay for more than twice over."""
+        """Draw a request that the counter can pay for more than twice."""
         section = self.dice.choices(_NAMES, _WEIGHTS)[0]
         _, median, spread = SECTIONS[section]
         size = int(median * math.exp(self.dice.gauss(0, spread)))
         return section, max(11, min(size, 60_000, self.left // 3 - self.dice.randrange(20)))
 
     def delay(self) -> float:
-        """Seconds from a log row to its decrement."""
+        """Return the seconds from a log row to its decrement."""
         return min(5.0, 0.15 * math.exp(self.dice.gauss(0, 1.0)))
 
     def log(self, section: str, tokens: int, *, success: bool = True, cause: str = "") -> None:
@@ -77,7 +77,7 @@ class Script:
         self.left = max(0, self.left - tokens)
 
     def write_both(self, requests: list[tuple[str, int]], *, after: float, apart: float) -> None:
-        """Lower the counter for two requests at once: both read it before either writes. The first is lost."""
+        """Lower the counter for two requests at once. Both read it before either writes, so the first write is lost."""
         self._decremented_at = max(self._decremented_at + 0.002, self.clock + after)
         read_at = self._decremented_at
         for place, (section, tokens) in enumerate(requests):
@@ -90,19 +90,19 @@ class Script:
         self.left -= requests[-1][1]
 
     def request(self, tokens: int | None = None, *, after: float | None = None) -> None:
-        """One request that goes well: a log row, and a moment later its decrement."""
+        """Script a successful request: a log row, and its decrement a moment later."""
         section, size = self.section_and_size()
         size = tokens or size
         self.log(section, size)
         self.write(section, size, after=self.delay() if after is None else after)
 
     def failed_request(self, tokens: int | None = None) -> None:
-        """One request that fails and costs nothing, as it should."""
+        """Script a failed request that costs nothing, as intended."""
         section, size = self.section_and_size()
         self.log(section, tokens or self.dice.choice((0, size // 3 or 1, size)), success=False)
 
     def session(self, *, most: int = 12) -> None:
-        """A user at work. A counter that is nearly empty lets no request through."""
+        """Script a session of a user. A counter that is nearly empty prevents requests."""
         burst = self.dice.random() < BURSTS
         for _ in range(min(most, 1 + int(self.dice.expovariate(0.25)))):
             if self.left < 200:
@@ -114,13 +114,13 @@ class Script:
             self.wait(*((0.05, 1.2) if burst else (4.0, 110.0)))
 
     def add(self, event: Event) -> None:
-        """An act of another kind, now. Credits and edits change what is left."""
+        """Script an act of another kind now. Credits and edits change the rest."""
         self.events.append(event)
         if event.kind in ("credit", "edit"):
             self.left += event.tokens
 
     def buy(self, plan: Plan, *, cause: str = "", credited: bool = True, status: str = "completed") -> None:
-        """Pay for a plan, and have the counter raised by its tokens."""
+        """Pay for a plan and raise the counter by its tokens."""
         self.wait_until(self.clock)
         self.add(Event(at=self.clock, kind="pay", plan=plan, cause=cause, status=status))
         if credited:
@@ -128,7 +128,7 @@ class Script:
             self.add(Event(at=self.clock, kind="credit", tokens=plan.tokens, plan=plan, cause=cause))
 
     def open_window(self, plan: Plan, *, cause: str = "", paid: bool = True) -> None:
-        """Begin a window with a plan, just bought. With a cause, the old tokens are kept."""
+        """Start a window with a plan that was just bought. With a cause, the old tokens are kept."""
         self.wait_until(self.clock)
         if paid:
             self.add(Event(at=self.clock, kind="pay", plan=plan, cause=cause))

@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from trueup.accounts.overview import Summary, read_summary
 from trueup.accounts.user_ids import UserId
 from trueup.api.auth import CurrentUser, refusal
-from trueup.api.responses import AUTHENTICATED, responses
+from trueup.api.errors import AUTHENTICATED, responses
 from trueup.api.schemas import AccountOverview, Profile
 from trueup.database.retry import retrying
 from trueup.errors import SettingsError, TrueupError

@@ -19,8 +19,7 @@ from redis.exceptions import RedisError
 from trueup.accounts.user_ids import UserId
 from trueup.api.access import require_tokens
 from trueup.api.auth import CurrentUser
-from trueup.api.errors import ApiError, unavailable
-from trueup.api.responses import AUTHENTICATED, Problem, responses
+from trueup.api.errors import AUTHENTICATED, ApiError, Problem, responses, unavailable
 from trueup.api.schemas import Body
 from trueup.api.views.task_results import ENDED, TASKS_PATH, TaskBody, body_of, read_task
 from trueup.database.retry import retrying
@@ -56,8 +55,7 @@ IdempotencyKey = Annotated[
     ),
 ]
 Prefer = Annotated[
-    str | None,
-    Header(max_length=255, description="`wait=N`: wait up to N seconds for the result, and answer with it."),
+    str | None, Header(max_length=255, description="`wait=N`: wait up to N seconds for the result, and answer with it.")
 ]
 
 
@@ -213,7 +211,6 @@ async def _wait(request: Request, asked: TaskRequest, seconds: int) -> dict[str,
     pause, longest = POLL_SECONDS
     while True:
         # A waiting request uses a thread only to read the state, so that waiting requests do not exhaust the pool.
-        # A thread for the look alone: those who wait must not keep others from theirs.
         state = await run_in_threadpool(_read_state, request.app.state.celery, asked)
         left = deadline - time.monotonic()
         if state["state"] in ENDED or left <= 0 or await request.is_disconnected():

@@ -9,8 +9,7 @@ from pydantic import ConfigDict, Field
 from sqlalchemy import Connection
 
 from trueup.api.auth import Operator
-from trueup.api.errors import ApiError
-from trueup.api.responses import AUTHENTICATED, responses
+from trueup.api.errors import AUTHENTICATED, ApiError, responses
 from trueup.api.schemas import Body, Tokens
 from trueup.database.retry import retrying
 from trueup.errors import InvalidInputError

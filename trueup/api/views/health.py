@@ -14,7 +14,7 @@ from pydantic import Field
 from redis.exceptions import RedisError
 
 from trueup.api.auth import operator
-from trueup.api.responses import AUTHENTICATED, responses_to_text
+from trueup.api.errors import AUTHENTICATED, responses_to_text
 from trueup.api.schemas import Body
 from trueup.api.views import metrics
 from trueup.database.retry import retrying

@@ -3,8 +3,7 @@
 from fastapi import APIRouter
 
 from trueup.api.auth import CurrentUser
-from trueup.api.errors import ApiError
-from trueup.api.responses import AUTHENTICATED, responses
+from trueup.api.errors import AUTHENTICATED, ApiError, responses
 from trueup.api.schemas import BillingOverview, Plans, Subscription
 from trueup.api.views.accounts import summary_of
 

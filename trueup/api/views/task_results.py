@@ -11,8 +11,7 @@ from pydantic import Field
 from redis.exceptions import RedisError
 
 from trueup.api.auth import CurrentUser
-from trueup.api.errors import ApiError
-from trueup.api.responses import AUTHENTICATED, Denial, responses
+from trueup.api.errors import AUTHENTICATED, ApiError, Denial, responses
 from trueup.api.schemas import Body
 from trueup.database.retry import retrying
 from trueup.errors import (

@@ -1,4 +1,4 @@
-"""Run revisions on the connection that `trueup.database.migrate` hands over, in its transaction; or print their SQL."""
+"""Run revisions on the connection of `trueup.database.migrate`, in its transaction, or print their SQL."""
 
 from alembic import context
 
@@ -15,7 +15,7 @@ else:
     context.configure(
         connection=context.config.attributes["connection"],
         version_table_schema=SCHEMA,
-        # One transaction, the caller's: a migration that fails leaves nothing behind.
+        # All revisions run in the caller's transaction: a failed migration changes nothing.
         transactional_ddl=True,
     )
 context.run_migrations()

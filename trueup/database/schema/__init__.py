@@ -1,6 +1,6 @@
-"""trueup's own tables, all in PostgreSQL schema `trueup`, keyed by the user first. Tokens are bigint counts.
+"""trueup's own tables, all in the schema `trueup`. Keys begin with the user. Tokens are bigint counts.
 
-The migrations create them; a test proves both equal. What the constraints prevent stands in their comments.
+The first migration creates them. The comment of each constraint says which fault it prevents.
 """
 
 from functools import cache
@@ -21,7 +21,7 @@ SCHEMA = "trueup"
 
 
 def build_metadata(user_id_type: UserIdType) -> MetaData:
-    """Return the tables for a host whose user ids are of that type."""
+    """Return the tables for a host whose user ids have that type."""
     metadata = MetaData(schema=SCHEMA)
 
     def user_id(name: str = "user_id", *, nullable: bool = False) -> Column[Any]:

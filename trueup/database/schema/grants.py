@@ -1,4 +1,4 @@
-"""Tokens given on top of plans."""
+"""Tables of grants, of their use in each window, and of the windows."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def add_grant_tables(metadata: MetaData, user_id: Any) -> None:
         Column("grant_id", BigInteger, nullable=False),
         moment("window_start"),
         tokens("tokens"),
-        # What a window used of a grant is settled once, whoever settles it again.
+        # A window's use of a grant is recorded once, even if several transactions settle it.
         PrimaryKeyConstraint("user_id", "grant_id", "window_start", name="grant_use_pkey"),
         CheckConstraint("tokens >= 0", name="grant_use_not_negative"),
     )
@@ -57,12 +57,12 @@ def add_grant_tables(metadata: MetaData, user_id: Any) -> None:
         user_id(),
         Column("id", BigInteger, Identity(always=True), nullable=False),
         moment("window_start"),
-        # As the host's row has them; the plan's size is looked up later, and then they are not looked at any more.
+        # The plan ids of the host's row. The plan's size is looked up later; after that, the ids are not used.
         Column("token_plan_id", Text),
         Column("full_plan_id", Text),
         tokens("plan_tokens", nullable=True),
         moment("changed_at"),
-        # When the next window began, once what this one used of grants is written down.
+        # When the next window began; set when this window's use of grants has been recorded.
         moment("settled_until", nullable=True),
         PrimaryKeyConstraint("user_id", "id", name="window_change_pkey"),
     )

@@ -1,4 +1,4 @@
-"""Holds, charges, calls in flight, the outbox of side effects."""
+"""Tables of holds, charges, call intents, and the outbox of side effects."""
 
 from typing import Any
 
@@ -49,17 +49,17 @@ def _add_hold_table(metadata: MetaData, user_id: Any) -> None:
         moment("lease_until", server_default=text("'-infinity'")),
         Column("completed", Boolean, nullable=False, server_default=text("false")),
         moment("duplicate_until", nullable=True),
-        # Set: its body has ended, and it is open only for calls of earlier attempts that are in flight.
+        # If set, the task's body has ended, and the hold is open only for calls in flight of earlier attempts.
         moment("body_ended_at", nullable=True),
-        # The number of the duplicate that waits: copies of its message carry older ones.
+        # The number of the waiting duplicate. Copies of its message carry older numbers.
         Column("duplicate_waits", Integer, nullable=False, server_default=text("0")),
         PrimaryKeyConstraint("user_id", "task_id", "id", name="hold_pkey"),
         CheckConstraint("status IN ('open', 'settled', 'released', 'expired')", name="hold_status_is_known"),
-        # A hold ends exactly once, and then stays ended.
+        # A hold ends exactly once and is never reopened.
         CheckConstraint("(status = 'open') = (closed_at IS NULL)", name="hold_closed_when_not_open"),
-        # Charges can't take more out of a hold than was put aside.
+        # Charges can't take more tokens from a hold than were reserved.
         CheckConstraint("tokens_covered BETWEEN 0 AND tokens_reserved", name="hold_covers_what_it_has"),
-        # Two deliveries of one task can't both set tokens aside.
+        # Two deliveries of one task can't both reserve tokens.
         Index(
             "hold_one_open_per_task",
             "user_id",
@@ -88,13 +88,14 @@ def _add_call_tables(metadata: MetaData, user_id: Any) -> None:
         Column("answer", JSONB),
         moment("charged_at"),
         Column("hold_id", BigInteger),
-        # False: the host had the counter locked, so this charge is missing in it. Null: not known.
+        # False: the host had locked the counter, so the counter lacks this charge. Null: not known.
         Column("counter_lowered", Boolean),
-        # A provider call is paid for once, whatever is delivered again.
+        # A provider call is charged once, however often its task is redelivered.
         PrimaryKeyConstraint("user_id", "task_id", "call_key", name="charge_pkey"),
         CheckConstraint("tokens_covered BETWEEN 0 AND tokens_total", name="charge_covered_within_total"),
         Index("charge_by_time", "charged_at", postgresql_using="brin"),
     )
+    _add_owed_table(metadata, user_id)
     Table(
         "call_intent",
         metadata,
@@ -105,7 +106,7 @@ def _add_call_tables(metadata: MetaData, user_id: Any) -> None:
         tokens("tokens_bound"),
         Column("outcome", Text, nullable=False),
         moment("started_at"),
-        # Each attempt's call is evidence of its own, also when two attempts make the same one.
+        # Each attempt's call is separate evidence, even if two attempts make the same call.
         PrimaryKeyConstraint("user_id", "task_id", "call_key", "attempt", name="call_intent_pkey"),
         CheckConstraint("outcome IN ('started', 'unknown')", name="call_intent_outcome_is_known"),
     )
@@ -119,9 +120,39 @@ def _add_call_tables(metadata: MetaData, user_id: Any) -> None:
         Column("detail", JSONB, nullable=False, server_default=text("'{}'")),
         moment("created_at"),
         moment("updated_at"),
-        # How often it was begun to be sent: a late word about an earlier try does not count for a later one.
+        # The number of attempts to send. A late result of an earlier attempt does not count for a later one.
         Column("tries", Integer, nullable=False, server_default=text("1")),
-        # A task's side effect is one row, whatever is delivered again.
+        # A task's side effect has one row, however often the task is redelivered.
         PrimaryKeyConstraint("user_id", "task_id", "effect", name="outbox_pkey"),
         CheckConstraint("status IN ('sending', 'sent', 'unknown', 'failed')", name="outbox_status_is_known"),
+    )
+
+
+def _add_owed_table(metadata: MetaData, user_id: Any) -> None:
+    """A charge whose row the host's usage log refused. It has the values of that row, and counts as usage."""
+    Table(
+        "owed_charge",
+        metadata,
+        user_id(),
+        Column("task_id", Text, nullable=False),
+        Column("call_key", Text, nullable=False),
+        Column("log_id", Text, nullable=False),
+        Column("section", Text, nullable=False),
+        Column("model_name", Text, nullable=False),
+        tokens("prompt_tokens"),
+        tokens("completion_tokens"),
+        tokens("total_tokens"),
+        tokens("response_time_ms"),
+        Column("success", Boolean, nullable=False),
+        Column("error", Text),
+        Column("metadata", JSONB, nullable=False),
+        moment("used_at"),
+        # Why the log refused the row at the last try: PostgreSQL's code and its message.
+        Column("sqlstate", Text, nullable=False),
+        Column("refusal", Text, nullable=False),
+        Column("tries", Integer, nullable=False),
+        moment("owed_since"),
+        moment("tried_at"),
+        # A charge is owed once, so that it can be settled only once.
+        PrimaryKeyConstraint("user_id", "task_id", "call_key", name="owed_charge_pkey"),
     )

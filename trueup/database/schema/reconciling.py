@@ -1,4 +1,4 @@
-"""Reconcile runs and their shards, drift and what was decided about it, defects, alerts."""
+"""Tables of reconcile runs and their shards, of drift and decisions about it, of defects and alerts."""
 
 from typing import Any
 
@@ -46,18 +46,18 @@ def _add_run_table(metadata: MetaData) -> None:
         tokens("tokens_understated", server_default=text("0")),
         Column("error", Text),
         Column("kind", Text, nullable=False, server_default=text("'quick'")),
-        # The scheduled time that the run is for; null: somebody asked for it.
+        # The scheduled time of the run; null: a person or a program requested it.
         moment("period", nullable=True),
         Column("requested_by", Text, nullable=False, server_default=text("''")),
         tokens("found_new", server_default=text("0")),
         tokens("in_review", server_default=text("0")),
         tokens("tokens_explained", server_default=text("0")),
         tokens("defects", server_default=text("0")),
-        # When its alerts were raised; null: not yet.
+        # When its alerts were raised. Null: they were not raised yet.
         moment("alerted_at", nullable=True),
-        # What it may do by itself: only who is to do the same goes on with it.
+        # The rules by which it may correct. Only a caller with the same rules continues the run.
         Column("rules", JSONB, nullable=False, server_default=text("'{}'")),
-        # Who plans it or works on it, and until when another may not take it over.
+        # The process that plans or works on the run, and the end of its lease.
         Column("owner", Text),
         moment("lease_until", nullable=True),
         CheckConstraint(
@@ -65,7 +65,7 @@ def _add_run_table(metadata: MetaData) -> None:
             name="reconcile_run_status_is_known",
         ),
         CheckConstraint("kind IN ('quick', 'deep')", name="reconcile_run_kind_is_known"),
-        # Ten schedulers that are due at the same time make one run.
+        # Several schedulers start one run for each period.
         UniqueConstraint("kind", "period", name="reconcile_run_once_per_period"),
         # Runs never overlap.
         Index("reconcile_run_one_at_work", "status", unique=True, postgresql_where=text("status = 'running'")),
@@ -84,11 +84,11 @@ def _add_work_tables(metadata: MetaData, user_id: Any) -> None:
         Column("status", Text, nullable=False),
         Column("owner", Text),
         moment("lease_until", nullable=True),
-        # How often it was begun: the number fences an owner that was overtaken.
+        # The number of attempts. It fences the owner of an earlier attempt.
         Column("attempts", Integer, nullable=False, server_default=text("0")),
-        # How often that ended badly since it last got on.
+        # The number of failed attempts since the last progress.
         Column("failures", Integer, nullable=False, server_default=text("0")),
-        # The subscriptions in it, counted when it was begun first; null until then.
+        # The number of subscriptions in the shard, counted at its first attempt; null until then.
         tokens("total", nullable=True),
         tokens("checked", server_default=text("0")),
         moment("updated_at"),
@@ -131,13 +131,13 @@ def _add_drift_tables(metadata: MetaData, user_id: Any) -> None:
         moment("found_at"),
         Column("certainty", Text, nullable=False, server_default=text("'likely'")),
         tokens("tokens_explained", server_default=text("0")),
-        # Why this action: the rule that decided.
+        # The rule that decided on the action.
         Column("reason", Text, nullable=False, server_default=text("''")),
-        # The newest run that saw the same drift again, and when.
+        # The newest run that found the same drift again, and the time.
         Column("last_run_id", BigInteger, nullable=False),
         moment("last_seen_at"),
         PrimaryKeyConstraint("user_id", "id", name="drift_pkey"),
-        # A correction says what it wrote; what was not corrected wrote nothing.
+        # A correction records the value that it wrote. Other actions write no value.
         CheckConstraint("(action = 'corrected') = (written IS NOT NULL)", name="drift_written_when_corrected"),
         CheckConstraint(
             "action IN ('corrected', 'reported', 'review', 'lost_race', 'waiting', 'tolerated', 'ignored')",
@@ -145,7 +145,7 @@ def _add_drift_tables(metadata: MetaData, user_id: Any) -> None:
         ),
         CheckConstraint("certainty IN ('certain', 'likely', 'possible')", name="drift_certainty_is_known"),
         Index("drift_by_run", "run_id"),
-        # A run's report: what it found, and what it saw again.
+        # The report of a run lists the drifts that it found first and the drifts that it found again.
         Index("drift_by_last_run", "last_run_id"),
         Index("drift_in_review", "id", postgresql_where=text("action = 'review'")),
     )
@@ -165,7 +165,7 @@ def _add_drift_tables(metadata: MetaData, user_id: Any) -> None:
         moment("window_start", nullable=True),
         PrimaryKeyConstraint("user_id", "id", name="drift_decision_pkey"),
         CheckConstraint("decision IN ('accept', 'grant', 'ignore', 'undo')", name="drift_decision_is_known"),
-        # Two people who decide the same at once decide it once.
+        # If two people make the same decision at once, it is recorded once.
         UniqueConstraint("user_id", "drift_id", "decision", name="drift_decision_once"),
     )
 
@@ -185,7 +185,7 @@ def _add_alert_table(metadata: MetaData) -> None:
         moment("created_at"),
         moment("sent_at", nullable=True),
         Column("error", Text),
-        # The same finding alerts once on each channel.
+        # A finding raises one alert on each channel.
         UniqueConstraint("key", "channel", name="alert_once"),
         CheckConstraint("status IN ('waiting', 'sent', 'failed')", name="alert_status_is_known"),
     )

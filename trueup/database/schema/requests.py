@@ -1,4 +1,4 @@
-"""Tasks that were asked for over HTTP."""
+"""The table of tasks that were requested over HTTP."""
 
 from typing import Any
 
@@ -13,16 +13,16 @@ def add_request_table(metadata: MetaData, user_id: Any) -> None:
         metadata,
         user_id(),
         Column("idempotency_key", Text, nullable=False),
-        # Of the task and its arguments: the same key with others is a mistake.
+        # Of the task and its arguments. The same key with other arguments is refused.
         Column("fingerprint", Text, nullable=False),
         Column("task_id", Text, nullable=False),
         Column("task", Text, nullable=False),
         moment("created_at"),
-        # Null: the task may not have been sent yet, and the next request of the same key sends it.
+        # Null: the task may not have been sent. The next request with the same key sends it.
         moment("sent_at", nullable=True),
-        # Two requests of one key, at once or one after the other, are one task.
+        # Requests with the same key, concurrent or not, are one task.
         PrimaryKeyConstraint("user_id", "idempotency_key", name="task_request_pkey"),
-        # Whose a task is stands here alone.
+        # Only this table records the user of a task.
         UniqueConstraint("user_id", "task_id", name="task_request_by_task"),
         Index("task_request_by_age", "created_at"),
     )

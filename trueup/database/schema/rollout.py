@@ -1,4 +1,4 @@
-"""How strict the gate is for each feature, who said so, and what it let pass."""
+"""Tables of the modes of the gate, their changes, and the denials that a mode overrode."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ def add_rollout_tables(metadata: MetaData, user_id: Any) -> None:
     Table(
         "gate_mode",
         metadata,
-        # '*' stands for every feature that has no row of its own.
+        # '*' means every feature without a row of its own.
         Column("feature_name", Text, nullable=False),
         Column("mode", Text, nullable=False),
         PrimaryKeyConstraint("feature_name", name="gate_mode_pkey"),
-        # A word that the gate does not know would enforce nothing.
+        # An unknown mode would enforce nothing.
         CheckConstraint("mode IN ('enforce', 'observe', 'off')", name="gate_mode_is_known"),
     )
     Table(
@@ -23,7 +23,7 @@ def add_rollout_tables(metadata: MetaData, user_id: Any) -> None:
         metadata,
         Column("id", BigInteger, Identity(always=True), nullable=False),
         Column("feature_name", Text, nullable=False),
-        # Null: there was none, or there is none any more; then the settings decide.
+        # Null: no row exists before or after the change, so the settings decide.
         Column("mode_before", Text, nullable=True),
         Column("mode", Text, nullable=True),
         Column("changed_by", Text, nullable=False),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from trueup.accounts.user_ids import UserId
 from trueup.database.engine import connect
@@ -19,23 +19,11 @@ class Outcome:
     detail: dict[str, Any]
 
 
-class Outbox(Protocol):
-    """Performs each named side effect of a task at most once."""
+class Outbox:
+    """The outbox of one task in the database. It performs each named side effect at most once.
 
-    def find(self, effect: str) -> Outcome | None:
-        """Return the state in which an earlier attempt left the effect; None if it was never attempted."""
-        ...
-
-    def once(self, effect: str, detail: dict[str, Any], action: Callable[[], dict[str, Any]]) -> Outcome:
-        """Call `action`, unless an earlier attempt did or may have done so. Its result is added to `detail`.
-
-        Raises the errors of `action`, after recording whether it certainly failed or its outcome is unknown.
-        """
-        ...
-
-
-class TaskOutbox:
-    """The outbox of one task in the database. `resend_unknown` True: repeat an effect whose outcome is unknown."""
+    `resend_unknown` True: repeat an effect whose outcome is unknown.
+    """
 
     def __init__(self, *, user_id: UserId, task_id: str, resend_unknown: bool) -> None:
         self._user_id = user_id
@@ -43,12 +31,17 @@ class TaskOutbox:
         self._resend_unknown = resend_unknown
 
     def find(self, effect: str) -> Outcome | None:
+        """Return the state in which an earlier attempt left the effect; None if it was never attempted."""
         found = retrying(
             lambda connection: find_effect(connection, user_id=self._user_id, task_id=self._task_id, effect=effect)
         )
         return Outcome(status=found.status, detail=found.detail) if found else None
 
     def once(self, effect: str, detail: dict[str, Any], action: Callable[[], dict[str, Any]]) -> Outcome:
+        """Call `action`, unless an earlier attempt did or may have done so. Its result is added to `detail`.
+
+        Raises the errors of `action`, after recording whether it certainly failed or its outcome is unknown.
+        """
         # Not retried, because a second try would find the first one's row and report an effect as unknown that has not
         # begun. It has a connection of its own.
         with connect() as connection:

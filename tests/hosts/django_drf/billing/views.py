@@ -29,7 +29,7 @@ class ClassView(APIView):
 
 
 class OpenView(APIView):
-    """Without a permission class: the decorator alone keeps anonymous users out."""
+    """Without a permission class: the decorator alone refuses anonymous users."""
 
     @needs_tokens
     def post(self, request: Request) -> Response:
@@ -95,7 +95,7 @@ def spend(request: Request) -> Response:
 @api_view(["POST"])
 @require_active_subscription
 def write_then_hold(request: Request) -> Response:
-    """Write to the database, and only then ask for more tokens than there can be."""
+    """Write to the database, and only then request more tokens than any budget has."""
     TokenPlan.objects.create(name="half a purchase", tokens_included=1)
     with ai_tokens(request.user, 10**12):
         return Response()
@@ -107,7 +107,7 @@ def counts(request: Request) -> Response:
 
 
 def log_in(request: HttpRequest) -> HttpResponse:
-    """Begin a session, as Django's own views have them."""
+    """Start a session, as Django's own views have it."""
     user = authenticate(request, username=request.POST["username"], password=request.POST["password"])
     login(request, user)
     return HttpResponse()

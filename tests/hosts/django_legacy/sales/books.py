@@ -1,4 +1,4 @@
-"""What the project knows of its own writes: entered once they are committed."""
+"""The project's own record of its writes, each entered after its commit."""
 
 import json
 import time
@@ -14,9 +14,9 @@ from django.db import DatabaseError
 class Books:
     """One thread's entries.
 
-    `logs`: id, user, tokens, success. `counters`: subscription, the value written. `decrements`: subscription, tokens.
-    `payments`: their transactions. `errors`: what the database refused, whether or not the project minded.
-    `slowest`: seconds of its longest transaction, and what that was.
+    `logs`: id, user, tokens, success. `counters`: subscription, written value. `decrements`: subscription, tokens.
+    `payments`: their transactions. `errors`: refusals of the database, ignored by the project or not. `slowest`:
+    seconds of its longest transaction, and its name.
     """
 
     logs: list[tuple[str, int, int, bool]] = field(default_factory=list)

@@ -28,7 +28,7 @@ class Payment(models.Model):
 
 
 class CounterChange(models.Model):
-    """What a counter was and became, whoever changed it: written by a trigger of the project's own."""
+    """The old and new value of a counter, for a change by any process. A trigger of the project's own writes it."""
 
     subscription_id = models.BigIntegerField()
     before = models.IntegerField()

@@ -1,6 +1,6 @@
-"""How tokens are spent and sold here: the log first, the counter later, and the answer goes out in any case.
+"""How the shop spends and sells tokens: the log first, the counter later, and the answer is sent in any case.
 
-Each act writes in transactions of its own. `at`: when it is dated; None: now.
+Each act writes in its own transactions. `at`: its date; None: now.
 """
 
 import logging
@@ -17,22 +17,22 @@ from .models import Payment, TokenUsage
 
 PACK_TOKENS = 20_000
 LATER = timedelta(milliseconds=150)
-"""From a row of the log to its decrement, days ago."""
+"""The time from a log row to its decrement, days ago."""
 
 logger = logging.getLogger(__name__)
 
 
 class Desk:
-    """Where requests are served. `dice` decides what goes wrong."""
+    """Serves requests. `dice` decides the faults."""
 
     def __init__(self, books: Books, dice: random.Random) -> None:
         self.books = books
         self.dice = dice
 
-    # What a customer does.
+    # The acts of a customer.
 
     def ask(self, subscription: int, tokens: int | None = None, *, at: datetime | None = None) -> None:
-        """Serve one request. Whoever has run out subscribes anew."""
+        """Serve one request. A customer without tokens subscribes again."""
         with self.books.step("read"):
             found = Subscription.objects.get(pk=subscription)
         if found.tokens_remaining == 0:
@@ -43,11 +43,11 @@ class Desk:
         self._decrement(subscription, tokens, at=at)
 
     def ask_in_vain(self, subscription: int, *, at: datetime | None = None) -> None:
-        """A request that fails costs nothing."""
+        """A failed request costs nothing."""
         self._log(self._read(subscription), self._size(), success=False, at=at)
 
     def renew(self, subscription: int) -> None:
-        """Begin a new term, as it should be."""
+        """Start a new term correctly."""
         found = self._read(subscription)
         with self.books.step("renew"), transaction.atomic():
             paid = self._pay(found, found.token_plan, None)
@@ -56,10 +56,10 @@ class Desk:
             found.save()
         self._enter(found, paid)
 
-    # What goes wrong with counters, one each.
+    # The faults of counters, one each.
 
     def miss(self, subscription: int, *, at: datetime | None = None) -> None:
-        """An error on the way to the counter is swallowed: the decrement is missed."""
+        """An error before the decrement is ignored, so the decrement is missed."""
         tokens = self._size()
         self._log(self._read(subscription), tokens, at=at)
         self._decrement(subscription, tokens, at=at, hiccup=True)
@@ -74,14 +74,14 @@ class Desk:
             self._decrement(subscription, tokens, seen=found, at=moment)
 
     def retry(self, subscription: int, *, at: datetime | None = None) -> None:
-        """A task that is retried decrements twice for one row of the log."""
+        """A retried task decrements twice for one log row."""
         tokens = self._size()
         self._log(self._read(subscription), tokens, at=at)
         for _ in range(2):
             self._decrement(subscription, tokens, at=at)
 
     def charge_unlogged(self, subscription: int, *, at: datetime | None = None) -> None:
-        """The row of the log is not written, the decrement is."""
+        """The log row is not written, but the decrement is."""
         self._decrement(subscription, self._size(), at=at)
 
     def charge_in_vain(self, subscription: int, *, at: datetime | None = None) -> None:
@@ -95,19 +95,19 @@ class Desk:
         self.ask(subscription, self._read(subscription).tokens_remaining + 500, at=at)
 
     def buy_pack(self, subscription: int, *, at: datetime | None = None) -> None:
-        """The counter rises by a pack; the plan stays what it was."""
+        """The counter rises by a pack, but the plan stays the same."""
         self._credit(subscription, TokenPlan.objects.get(name="pack"), at)
 
     def renew_early(self, subscription: int, *, at: datetime | None = None) -> None:
-        """The same plan is bought again before its end: tokens are added, the term goes on."""
+        """The same plan is bought again before its end. Tokens are added, and the term continues."""
         self._credit(subscription, self._read(subscription).token_plan, at)
 
     def upgrade(self, subscription: int, *, at: datetime | None = None) -> None:
-        """A larger plan is bought: a new term, with the old tokens carried over."""
+        """A larger plan is bought: a new term, and the old tokens are carried over."""
         self._credit(subscription, TokenPlan.objects.get(name="large"), at, term=True)
 
     def burn(self, subscription: int, *, at: datetime | None = None) -> None:
-        """What is left at the end of a trial is zeroed."""
+        """At the end of a trial its rest is set to zero."""
         found = self._read(subscription)
         with self.books.step("burn"):
             found.tokens_remaining, found.is_active, found.status = 0, False, "expired"
@@ -116,14 +116,14 @@ class Desk:
         self._enter(found)
 
     def edit(self, subscription: int, *, at: datetime | None = None) -> None:
-        """Somebody means well, in the admin."""
+        """A person edits the counter in the admin, to help the user."""
         found = self._read(subscription)
         with self.books.step("edit"):
             found.tokens_remaining += self.dice.choice((-777, 1_234))
             found.save()
         self._enter(found)
 
-    # The pieces.
+    # The parts of the acts.
 
     def _size(self) -> int:
         return self.dice.randrange(50, 400)
@@ -155,7 +155,7 @@ class Desk:
         at: datetime | None = None,
         hiccup: bool = False,
     ) -> None:
-        """Lower the counter as it was read, and never below zero. No error gets out: the customer has the answer."""
+        """Lower the counter as it was read, never below zero. No error is raised: the customer has the answer."""
         try:
             if hiccup:
                 raise ConnectionError("the quota service does not answer")

@@ -1,14 +1,14 @@
-"""Every table of trueup, as `trueup.database.schema` states them.
+"""Create all tables of `trueup.database.schema`.
 
-Only a database without trueup's tables runs this revision, and it gets the tables of the version that runs it. Then
-`trueup.database.migrate` marks it as being at the newest revision. So the tables are stated once, and a release that
-changes them does two things:
+Only a database without trueup's tables runs this revision, and it gets the tables of the installed version. Then
+`trueup.database.migrate` marks the database as being at the newest revision. So the tables are defined once. A release
+that changes them does two things:
 
-1. It changes the statement in `trueup.database.schema`.
-2. It adds a revision here, `layout_2.py`, which alters the tables of the release before, by statements of its own. That
-   revision runs in databases that are in use and never in a new one, so it may not import `trueup.database.schema`.
+1. It changes the definition in `trueup.database.schema`.
+2. It adds a revision here, `layout_2.py`, with explicit statements that alter the tables of the previous release. This
+   revision runs only in databases in use, so it must not import `trueup.database.schema`.
 
-A test of such a release then compares a new database with one that was upgraded, by `pg_dump --schema-only`.
+A test of that release compares a new database with an upgraded database by `pg_dump --schema-only`.
 """
 
 from alembic import context, op

@@ -1,4 +1,4 @@
-"""Sell plans to customers and let some of them live through what goes wrong, days ago: `manage open_shop`."""
+"""Sell plans to customers, with faults in some of their histories, dated days ago: `manage open_shop`."""
 
 import random
 from argparse import ArgumentParser

@@ -45,7 +45,7 @@ class Command(BaseCommand):
 
 
 class Worker(threading.Thread):
-    """One of the project's threads, with a connection of its own. Its customers are `shared`, and `alone` its own."""
+    """One of the project's threads, with its own connection. `shared`: customers of all threads. `alone`: its own."""
 
     def __init__(self, number: int, shared: list[int], alone: list[int], stopping: threading.Event) -> None:
         super().__init__(name=f"shop-{number}")
@@ -62,5 +62,5 @@ class Worker(threading.Thread):
             try:
                 getattr(desk, act)(self.dice.choice(self.shared if shares else self.alone))
             except DatabaseError:
-                continue  # it is in the books
+                continue  # the books record it
         connection.close()

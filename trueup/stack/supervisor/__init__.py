@@ -1,1 +1,0 @@
-"""The processes of `trueup up`: started, watched and stopped together."""
