@@ -53,7 +53,7 @@ HOSTILE_SETTINGS = {
     "timezone": "'Asia/Tokyo'",
     "default_transaction_isolation": "serializable",
     "search_path": "nowhere",
-    "statement_timeout": "'1ms'",
+    "statement_timeout": "'2s'",
     "idle_in_transaction_session_timeout": "'1s'",
     "idle_session_timeout": "'1s'",
     "transaction_timeout": "'1s'",

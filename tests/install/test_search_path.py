@@ -29,7 +29,7 @@ from trueup.usage.log import track_ai_usage
 __all__ = ["settings"]
 
 # Attaching makes fill_balances anew after it was called. The others need a run that lasts for a heartbeat, a broken
-# balance, or a partition. They too have a fixed search path, as the first test sees.
+# balance, a refused log row, or a partition. They too have a fixed search path, as the first test sees.
 NOT_CALLED = {
     "delete_lost_deltas",
     "fill_balances",
@@ -38,6 +38,7 @@ NOT_CALLED = {
     "raise_hold",
     "repair_balance",
     "run_is_alive",
+    "settle_owed_charge",
     "sweep_runs",
 }
 HOSTS_OWN_PATH = "-c search_path=pg_catalog,public"
