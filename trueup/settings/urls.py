@@ -54,7 +54,7 @@ def check_length(secret: bytes, minimum: int) -> None:
 
 
 def explain_other_broker(scheme: str) -> str:
-    """Return why workers can't use a broker of this URL scheme, as the begin of a message; empty: for no known reason."""
+    """Return why workers can't use a broker of this URL scheme, as the begin of a message; empty: not known."""
     if scheme.removeprefix("py").startswith("amqp"):
         return (
             "trueup's own workers use Redis and not RabbitMQ (an application of yours may run metered tasks on any "
