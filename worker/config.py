@@ -3,6 +3,7 @@
 from datetime import timedelta
 from typing import Any
 
+from trueup.errors import SettingsError
 from trueup.extras import require_extra
 from trueup.settings.settings import Settings, broker_url, result_backend_url
 from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE
@@ -18,11 +19,11 @@ ANSWER_SECONDS = 3.0
 
 
 def celery_config(settings: Settings) -> dict[str, Any]:
-    """Return Celery's settings for a worker. Raises `SettingsError` without a broker."""
+    """Return Celery's settings for a worker. Raises `SettingsError` without a broker, and for one behind Sentinel."""
     hard_limit = settings.task_time_limit_seconds
     return {
-        "broker_url": broker_url(settings),
-        "result_backend": result_backend_url(settings),
+        "broker_url": _without_sentinel(broker_url(settings)),
+        "result_backend": _without_sentinel(result_backend_url(settings)),
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
         "broker_transport_options": {
@@ -80,6 +81,15 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "beat_schedule": beat_schedule(settings),
         **_redbeat(settings),
     }
+
+
+def _without_sentinel(url: str) -> str:
+    if url.startswith("sentinel://"):
+        raise SettingsError(
+            "TRUEUP_BROKER_URL or TRUEUP_RESULT_BACKEND_URL names Redis Sentinel, and trueup does not ask it for the "
+            "primary. Nothing was started. Give the address of the primary, or of a proxy that follows it."
+        )
+    return url
 
 
 def client_config(settings: Settings) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def count_letters(client: Any) -> int:
 
 
 def drop_letters(client: Any, ids: Collection[str] | None) -> list[DeadLetter]:
-    """Delete dead letters. `ids` None: all. Returns those that were deleted."""
+    """Delete dead letters. `ids` None: all. Returns the deleted ones."""
     return _take(client, ids, lambda pipe, letter: None)
 
 

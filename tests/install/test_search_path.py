@@ -84,7 +84,7 @@ def test_each_function_that_may_run_elsewhere_has_a_fixed_search_path(host: Host
 def test_triggers_of_the_host_find_its_tables_in_the_search_path_of_the_role(
     host: Host, connection: Connection
 ) -> None:
-    """Also those that the host defers to the commit."""
+    """Deferred triggers too, which the host runs at the commit."""
     user = host.subscriber(1_000)
     host.execute(
         "CREATE TABLE public.audit (what text, tokens bigint);"

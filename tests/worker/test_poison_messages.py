@@ -103,7 +103,7 @@ POISONS: dict[str, Callable[[bytes], bytes]] = {
     "an expiry that is an object": lambda message: with_header(message, "expires", {"a": 1}),
     "a root that is an object": lambda message: with_header(message, "root_id", {"a": 1}),
     "stamps that are text": lambda message: with_header(message, "stamps", "s"),
-    "a compression nobody knows": lambda message: with_header(message, "compression", "nonsense"),
+    "an unknown compression": lambda message: with_header(message, "compression", "nonsense"),
 }
 
 UNREADABLE = {name: poison for name, poison in POISONS.items() if name != "an unknown task"}

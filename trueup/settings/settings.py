@@ -25,7 +25,7 @@ from trueup.settings.alerts import AlertSettings
 from trueup.settings.api import ApiSettings
 from trueup.settings.gate import GateSettings
 from trueup.settings.policies import ReconcileSettings
-from trueup.settings.urls import ESCAPE, is_readable, split_http_url
+from trueup.settings.urls import ESCAPE, explain_other_broker, is_readable, split_http_url
 
 PREFIX = "TRUEUP_"
 CONFIG_VARIABLE = "TRUEUP_CONFIG"
@@ -151,8 +151,9 @@ class Settings(BaseSettings):
     def _redis_url(cls, url: str | None) -> str | None:
         if not url:
             return None
-        if url.partition("://")[0] not in ("redis", "rediss", "redis+socket", "sentinel"):
-            raise ValueError("give a Redis URL: redis://:password@host:6379/0")
+        scheme = url.partition("://")[0]
+        if scheme not in ("redis", "rediss", "redis+socket", "sentinel"):
+            raise ValueError(f"{explain_other_broker(scheme)}give a Redis URL: redis://:password@host:6379/0")
         if not is_readable(url):
             raise ValueError(f"this URL can't be read: check its port, or {ESCAPE}")
         return url
