@@ -16,7 +16,7 @@ from tests.conftest import url_of_database
 from tests.support.books import assert_true
 from tests.support.dumps import programs
 from tests.support.host import Host
-from tests.support.postgres_versions import installed_versions, running_server
+from tests.support.postgres_versions import GIVEN, installed_versions, running_server
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.database.engine import connect, dispose_engine, transaction
@@ -40,12 +40,13 @@ def run(*command: object) -> "subprocess.CompletedProcess[str]":
 def restored(host: Host, url: str, folder: Path, *options: str) -> Iterator[tuple[str, str]]:
     """Dump a database with these options and restore it into a new one. Gives its URL and pg_restore's messages."""
     dump, name = folder / "dump", f"restored_{uuid.uuid4().hex[:8]}"
-    done = run(programs() / "pg_dump", "--format=custom", *options, f"--file={dump}", libpq(url))
+    tools = GIVEN[0] if GIVEN else programs()  # of the server's own version
+    done = run(tools / "pg_dump", "--format=custom", *options, f"--file={dump}", libpq(url))
     assert done.returncode == 0, done.stderr
     host.execute(f"CREATE DATABASE {name}")
     try:
         new = url_of_database(url, name)
-        yield new, run(programs() / "pg_restore", f"--dbname={libpq(new)}", dump).stderr
+        yield new, run(tools / "pg_restore", f"--dbname={libpq(new)}", dump).stderr
     finally:
         dispose_engine()
         host.execute(f"DROP DATABASE {name} WITH (FORCE)")

@@ -29,10 +29,11 @@ from trueup.stack import StackUrls
 
 COPIED = ("trueup", "cli", "tasks", "worker", "examples", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md")
 CLOSE = re.compile(
-    r"CREATE OR REPLACE FUNCTION trueup\.close_hold\(\n(?P<parameters>.*?)\n\) RETURNS text LANGUAGE plpgsql AS \$\$"
-    r"(?P<body>.*?)\$\$;",
+    r"CREATE OR REPLACE FUNCTION trueup\.close_hold\((?P<parameters>.*?)\) RETURNS text LANGUAGE plpgsql(?P<head>[^$]*)"
+    r"AS \$\$(?P<body>.*?)\$\$;",
     re.DOTALL,
 )
+CALL = re.compile(r"trueup\.close_hold\((?P<values>[^\"]*)\) AS status")
 REVISION = '''"""A column that workers of the release before don't know."""
 from alembic import op
 revision, down_revision, branch_labels, depends_on = "layout_next", "{newest}", None, None
@@ -41,19 +42,8 @@ def upgrade() -> None:
 '''
 
 
-def replaced(file: Path, old: str, new: str) -> None:
-    text = file.read_text()
-    assert text.count(old) == 1, (file, old)
-    file.write_text(text.replace(old, new))
-
-
 def make_next_release(source: Path) -> None:
     """Change a copy of the sources: a column more, and a function with a parameter more beside the one of before."""
-    replaced(
-        source / "trueup/database/schema/holds.py",
-        'Column("task_id", Text, nullable=False),\n        Column("att',
-        'Column("note", Text),\n        Column("task_id", Text, nullable=False),\n        Column("att',
-    )
     revisions = source / "trueup/database/migrations/versions"
     (revisions / "layout_next.py").write_text(REVISION.format(newest=newest_revision()))
     holds = source / "trueup/gate/holds.sql"
@@ -61,20 +51,19 @@ def make_next_release(source: Path) -> None:
     assert found is not None
     parameters, body = found["parameters"], found["body"]
     names = [one.split()[0] for one in parameters.split(",")]
-    changed = body.replace(
-        "    RETURN v_status;",
-        "    UPDATE trueup.hold h SET note = p_note WHERE h.task_id = p_task;\n    RETURN v_status;",
+    noted = "    UPDATE trueup.hold h SET note = p_note WHERE h.user_id = p_user AND h.task_id = p_task;\n"
+    changed, places = re.subn(r"(?=    RETURN \w+;\nEND)", noted, body)
+    assert places == 1
+    declared = "CREATE OR REPLACE FUNCTION trueup.close_hold({}) RETURNS text LANGUAGE {} AS $${}$$;"
+    next_one = declared.format(f"{parameters}, p_note text", f"plpgsql{found['head']}", changed)
+    kept = declared.format(
+        parameters, f"sql{found['head']}", f"\n    SELECT trueup.close_hold({', '.join(names)}, NULL)\n"
     )
-    assert changed != body
-    declared = "CREATE OR REPLACE FUNCTION trueup.close_hold(\n{}\n) RETURNS text LANGUAGE {} AS $${}$$;"
-    next_one = declared.format(f"{parameters}, p_note text", "plpgsql", changed)
-    kept = declared.format(parameters, "sql", f"\n    SELECT trueup.close_hold({', '.join(names)}, NULL)\n")
     holds.write_text(holds.read_text().replace(found[0], f"{next_one}\n\n{kept}"))
-    replaced(
-        source / "trueup/gate/holds.py",
-        ":completed, CAST(:now AS timestamptz)) AS status",
-        ":completed, CAST(:now AS timestamptz), 'next') AS status",
-    )
+    caller = source / "trueup/gate/holds.py"
+    called, places = CALL.subn(r"trueup.close_hold(\g<values>, 'next') AS status", caller.read_text())
+    assert places == 1
+    caller.write_text(called)
 
 
 def environment_of(source: Path, folder: Path) -> Environment:

@@ -143,8 +143,10 @@ def bound(running: RunningHold) -> Iterator[None]:
 
 def finish(running: RunningHold) -> None:
     """Wait for the calls that cancelled callers have left running, then charge the open streams."""
-    running.in_flight.wait()
-    _close_streams(running)
+    try:
+        running.in_flight.wait()
+    finally:  # a time limit's exception may end the wait
+        _close_streams(running)
 
 
 def _close_streams(running: RunningHold) -> None:
