@@ -27,6 +27,7 @@ class ArgumentParser:
         if USER_ARGUMENT not in [parameter.name for parameter in parameters]:
             raise TypeError(f"{name_of(body)} must take `{USER_ARGUMENT}`, the user whose tokens it spends")
         self.signature = inspect.Signature(parameters)
+        self.defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         self._model = _arguments_model(body, parameters)
 
     def signature_with_task(self) -> inspect.Signature:

@@ -7,6 +7,9 @@ neither Celery nor SQLAlchemy.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# Loaded at once: Celery rebuilds a task's error as our class only if its module is loaded by then. It needs no package.
+from trueup import errors as errors
+
 if TYPE_CHECKING:
     from trueup.billing.decorators import (
         ai_tokens,
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
         NotInstalledError,
         ProviderError,
         ServiceUnavailableError,
+        TaskIdReusedError,
         TokensDenied,
         TrueupError,
     )
@@ -42,6 +46,7 @@ __all__ = [
     "NotInstalledError",
     "ProviderError",
     "ServiceUnavailableError",
+    "TaskIdReusedError",
     "TokensDenied",
     "TrueupError",
     "ai_tokens",
@@ -70,6 +75,7 @@ _MODULES = {
     "NotInstalledError": "trueup.errors",
     "ProviderError": "trueup.errors",
     "ServiceUnavailableError": "trueup.errors",
+    "TaskIdReusedError": "trueup.errors",
     "TokensDenied": "trueup.errors",
     "TrueupError": "trueup.errors",
     "ai_tokens": "trueup.billing.decorators",

@@ -43,13 +43,13 @@ class Books:
 
 
 _CHARGES = """
-    SELECT c.user_id, c.task_id, c.call_key, split_part(c.call_key, ':', 1)::int AS call, c.model_name,
+    SELECT c.user_id, c.task_id, c.call_key, split_part(c.call_key, ':', -2) AS fingerprint, c.model_name,
            c.tokens_total, c.tokens_covered, c.late, l.user_id AS log_user, l.total_tokens AS log_tokens,
            (l.metadata ->> 'usage_reported')::boolean AS usage_reported
     FROM trueup.charge c LEFT JOIN ai_usage_log l ON l.id::text = c.log_id
 """
 _INTENTS = """
-    SELECT user_id, task_id, split_part(call_key, ':', 1)::int AS call, attempt, tokens_bound, outcome
+    SELECT user_id, task_id, split_part(call_key, ':', -2) AS fingerprint, attempt, tokens_bound, outcome
     FROM trueup.call_intent
 """
 _EFFECTS = """

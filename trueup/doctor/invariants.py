@@ -124,7 +124,8 @@ def check_beat(connection: Connection, settings: Settings) -> Iterator[Finding]:
         return
     when = f"The last scheduled run started {seconds:.0f} s ago" if row.runs else f"No scheduled run in {seconds:.0f} s"
     what = f"{when}; a run is due every {settings.reconcile_interval_seconds} s."
-    remedy = "Start `celery -A trueup.worker beat` and `celery -A trueup.worker worker -Q trueup-reconcile`."
+    worker = "celery -A trueup.worker worker -Q trueup-reconcile -n trueup-reconcile@%h"
+    remedy = f"Start `celery -A trueup.worker beat` and `{worker}`."
     yield error("beat", what, remedy, **detail)
 
 

@@ -56,7 +56,8 @@ _REMEDY = (
 def trial_problem(connection: Connection, mapping: HostMapping) -> Problem | None:
     """Return what of the host's refuses trueup's writes, and the remedy; None: nothing, or it could not be tried.
 
-    In the caller's transaction, of which nothing is left. Without a subscription there is no user to try a row with.
+    In the caller's transaction, of which nothing is left but a gap in the sequence of the log's ids. Without a
+    subscription there is no user to try a row with.
     """
     if not connection.scalar(render_statement(_ANY, mapping)):
         return None

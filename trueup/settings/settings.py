@@ -56,6 +56,9 @@ class Settings(BaseSettings):
     statement_timeout_seconds: int = Field(default=30, ge=1, le=3600)
 
     hold_ttl_seconds: int = Field(default=1200, ge=30, description="a hold without a heartbeat expires after this")
+    hold_max_seconds: int = Field(
+        default=21_600, ge=30, validate_default=True, description="a heartbeat keeps a hold for at most this"
+    )
     store_answers: bool = Field(default=True, description="keep providers' answers for replay after redelivery")
     stored_answer_max_bytes: int = Field(default=65_536, ge=0, le=10_000_000)
     answer_retention_days: int = Field(default=7, ge=0, description="stored answers are deleted after this")
@@ -109,6 +112,14 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute_home(cls, home: Path) -> Path:
         return home.expanduser().absolute()
+
+    @field_validator("hold_max_seconds")
+    @classmethod
+    def _no_less_than_without_heartbeat(cls, seconds: int, info: ValidationInfo) -> int:
+        ttl = info.data.get("hold_ttl_seconds")
+        if ttl is not None and seconds < ttl:
+            raise ValueError(f"give at least hold_ttl_seconds ({ttl}): a hold lives that long without a heartbeat")
+        return seconds
 
     @field_validator("task_time_limit_seconds")
     @classmethod

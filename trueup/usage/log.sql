@@ -91,14 +91,11 @@ BEGIN
 END $$;
 
 -- Store a call's error in its log row, for trueup.record_usage: in the error column, else in the metadata; if the log has
--- neither, the error is not stored.
+-- neither, or the host refuses the update, the error is not stored.
 CREATE OR REPLACE FUNCTION trueup.note_error(p_log_id text, p_error text) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     v_error text;
 BEGIN
-    IF p_error IS NULL THEN
-        RETURN;
-    END IF;
     IF EXISTS (SELECT FROM pg_attribute t
                WHERE t.attrelid = CAST({{ usage_log | literal }} AS regclass) AND t.attnum > 0 AND NOT t.attisdropped
                  AND '"' || replace(t.attname, '"', '""') || '"' = {{ usage_log.error_message | literal }}) THEN
@@ -115,4 +112,9 @@ BEGIN
     {% endif %}
     END IF;
     {{ own_search_path() }}
+EXCEPTION WHEN OTHERS THEN
+    -- A host may keep its log append-only. The row counts more than its text. The rollback restores the search path.
+    IF trueup.is_transient(SQLSTATE) THEN
+        RAISE;
+    END IF;
 END $$;

@@ -70,7 +70,15 @@ BEGIN
             RAISE EXCEPTION 'a trigger of the usage log dropped the row';
         END IF;
     END IF;
-    PERFORM trueup.note_error(log_id, o.error);
+    IF o.error IS NOT NULL THEN
+        PERFORM trueup.note_error(log_id, o.error);
+    END IF;
+    -- Check the row's foreign keys now, before the counter is locked. Django defers foreign keys to the commit, and a
+    -- host that locks the user's row and then the counter's would deadlock with this transaction. The host may defer
+    -- triggers of its own too.
+    PERFORM FROM {{ role_search_path() }};
+    SET CONSTRAINTS ALL IMMEDIATE;
+    {{ own_search_path() }}
     counted := coalesce(counted, 0);
     own := CASE WHEN log_id = v_id AND v_mark IS NOT NULL THEN counted ELSE 0 END;
     log_id := coalesce(log_id, o.log_id);
