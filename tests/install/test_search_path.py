@@ -33,6 +33,7 @@ __all__ = ["settings"]
 NOT_CALLED = {
     "delete_lost_deltas",
     "fill_balances",
+    "keep_holds",
     "keep_run",
     "may_have_rows",
     "raise_hold",
@@ -142,7 +143,7 @@ def test_trueup_runs_no_code_that_others_made_in_public(attacked: Host, tmp_path
     doctor = trueup_json("doctor", code=1)["findings"]
     assert {one["check"] for one in doctor if one["level"] == "error"} == {"workers"}
     uncalled = _uncalled(host)
-    assert uncalled == NOT_CALLED, " ".join(sorted(uncalled ^ NOT_CALLED))
+    assert uncalled <= NOT_CALLED, " ".join(sorted(uncalled - NOT_CALLED))
     trueup("db", "init")
     trueup("db", "detach", "--keep-history", tmp_path / "history.jsonl", "--yes", "--force")
     assert not hostile.trapped(host.engine)
