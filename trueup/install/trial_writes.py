@@ -6,7 +6,7 @@ charge meets. A role without the right to write them tries nothing: workers then
 
 from typing import Any
 
-from psycopg.errors import ForeignKeyViolation, InsufficientPrivilege
+from psycopg.errors import CheckViolation, ForeignKeyViolation, InsufficientPrivilege
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
@@ -88,6 +88,9 @@ def _refusal(connection: Connection, statement: Any, *, must_write: bool, **valu
     except DBAPIError as error:
         # The user may have been deleted meanwhile. A transient error is no refusal.
         if is_transient(error) or isinstance(error.orig, InsufficientPrivilege | ForeignKeyViolation):
+            return None
+        # A row of now without a partition names no constraint: the host may create the partition when it is needed.
+        if isinstance(error.orig, CheckViolation) and not error.orig.diag.constraint_name:
             return None
         return reason_of(error)
     finally:
