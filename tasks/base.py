@@ -36,6 +36,7 @@ from trueup.llm.model import Provider
 from trueup.settings.settings import get_settings
 from trueup.tasks.applications import require_broker
 from trueup.tasks.arguments import USER_ARGUMENT, ArgumentParser
+from trueup.tasks.body import check_result
 from trueup.tasks.heartbeat import keeping
 from trueup.tasks.identity import (
     asks_for_new_answers,
@@ -57,6 +58,12 @@ Replay = Literal["redelivery", "always"]
 
 # On the request of an outer task that is not metered: the numbers of the metered tasks that it has called directly.
 CALLS_ATTRIBUTE = "trueup_direct_calls"
+
+# What `celery.contrib.django.task` adds to the tasks of an application in a Django project.
+ON_COMMIT = ("delay_on_commit", "apply_async_on_commit")
+
+# The hold that a retry keeps, on the exception that asks for the retry.
+KEPT_HOLD = "trueup_kept_hold"
 
 # A duplicate asks the gate again this long after the other attempt's lease ends.
 ASK_AGAIN_SECONDS = 0.5
@@ -239,7 +246,7 @@ class MeteredTask(Task):
 
     def _run(self, arguments: dict[str, Any]) -> Any:
         try:
-            return self.run(**arguments)
+            return check_result(self.run(**arguments), self.name)
         except TrueupError as error:
             if getattr(error, "retryable", False) and not self.request.called_directly:
                 raise retry_provider(self, error) from error
@@ -281,6 +288,24 @@ class MeteredTask(Task):
                 tokens,
             )
         return hold
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the task here, as Celery does. If that raises the retry instead of running it, close the kept hold."""
+        try:
+            return super().apply(*args, **kwargs)
+        except Retry as retry:
+            hold = getattr(retry, KEPT_HOLD, None)
+            if hold is not None:
+                _close(hold, completed=False)
+            raise
+
+    @classmethod
+    def bind(cls, app: Any) -> Any:
+        """Bind the task to an application, with the methods that its Django fixup gives to all tasks."""
+        for name in ON_COMMIT:
+            if hasattr(app.Task, name) and not hasattr(cls, name):
+                setattr(cls, name, getattr(app.Task, name))
+        return super().bind(app)
 
     def retry(
         self, args: Any = None, kwargs: Any = None, exc: Exception | None = None, *more: Any, **options: Any
@@ -325,6 +350,8 @@ def _closing(hold: Hold) -> Iterator[None]:
         completed = True
     except Retry as retry:
         kept = _seconds_until(retry) <= get_settings().keep_hold_seconds
+        if kept:
+            setattr(retry, KEPT_HOLD, hold)
         raise
     finally:
         if not kept:

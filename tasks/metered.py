@@ -18,6 +18,7 @@ from trueup.settings.settings import get_settings
 from trueup.tasks.applications import find_application
 from trueup.tasks.arguments import ArgumentParser
 from trueup.tasks.base import Estimate, MeteredTask, OnDenied, Replay
+from trueup.tasks.body import call_body, check_body
 from trueup.usage.log import SECTIONS
 
 
@@ -32,8 +33,8 @@ def metered_task(
 ) -> Callable[[Callable[..., Any]], Any]:
     """Make a Celery task that passes the token gate before any work.
 
-    The body's first parameter receives the model client, bound to the task's hold. The caller passes the others,
-    `user_id` among them; they are parsed by their type hints.
+    The body is a function or a coroutine function. Its first parameter receives the model client, bound to the task's
+    hold. The caller passes the others, `user_id` among them; they are parsed by their type hints.
 
     `feature_name`: as logs, denials and the usage log name the task. `section`: one of the usage log's sections.
     `estimated_tokens`: the tokens to hold, or a function of the parsed arguments (by name) that returns them. It may
@@ -42,18 +43,20 @@ def metered_task(
     has paid for: on a "redelivery" and after the loss of a worker, or "always", also when it asks for a retry itself.
     `options`: Celery's own task options.
 
-    Raises TypeError or ValueError at import for an unknown option or section, or for a body without `user_id`.
+    Raises TypeError or ValueError at import for an unknown option or section, for a body without `user_id`, and for a
+    generator function, a class, or a type hint that can't be resolved.
     """
     _check_options(section, on_denied, replay, options)
     if not callable(estimated_tokens):
         check_estimate(estimated_tokens)
 
     def decorate(body: Callable[..., Any]) -> Any:
+        check_body(body, named="name" in options)
         parser = ArgumentParser(body, given=1)
 
         @functools.wraps(body)
         def run(_task: MeteredTask, *args: Any, **kwargs: Any) -> Any:
-            return body(_model(os.getpid()), *args, **kwargs)
+            return call_body(body, _task, _model(os.getpid()), *args, **kwargs)
 
         # Celery checks calls against this signature. It has the bound task in place of the model client.
         run.__signature__ = parser.signature_with_task()  # type: ignore[attr-defined]

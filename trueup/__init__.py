@@ -30,11 +30,13 @@ if TYPE_CHECKING:
         TrueupError,
     )
     from trueup.llm.metering import spending_from
-    from trueup.llm.model import Completion, Message, Model
+    from trueup.llm.model import AsyncModel, Completion, Message, Model
+    from trueup.llm.streaming import astream_with_tokens, stream_with_tokens
     from trueup.tasks.metered import metered_task
     from trueup.usage.tracker import ai_usage, track_ai_usage
 
 __all__ = [
+    "AsyncModel",
     "Completion",
     "HoldBusyError",
     "HoldExhaustedError",
@@ -49,6 +51,7 @@ __all__ = [
     "TrueupError",
     "ai_tokens",
     "ai_usage",
+    "astream_with_tokens",
     "check_ai_access_for_user",
     "check_tokens_for_function",
     "get_accurate_tokens_remaining",
@@ -56,11 +59,13 @@ __all__ = [
     "require_active_subscription",
     "require_ai_tokens",
     "spending_from",
+    "stream_with_tokens",
     "track_ai_usage",
 ]
 
 # Type checkers read the imports above, Python reads this table. A test compares both with `__all__`.
 _MODULES = {
+    "AsyncModel": "trueup.llm.model",
     "Completion": "trueup.llm.model",
     "HoldBusyError": "trueup.errors",
     "HoldExhaustedError": "trueup.errors",
@@ -75,6 +80,7 @@ _MODULES = {
     "TrueupError": "trueup.errors",
     "ai_tokens": "trueup.billing.decorators",
     "ai_usage": "trueup.usage.tracker",
+    "astream_with_tokens": "trueup.llm.streaming",
     "check_ai_access_for_user": "trueup.billing.utils",
     "check_tokens_for_function": "trueup.billing.decorators",
     "get_accurate_tokens_remaining": "trueup.billing.utils",
@@ -82,6 +88,7 @@ _MODULES = {
     "require_active_subscription": "trueup.billing.decorators",
     "require_ai_tokens": "trueup.billing.decorators",
     "spending_from": "trueup.llm.metering",
+    "stream_with_tokens": "trueup.llm.streaming",
     "track_ai_usage": "trueup.usage.tracker",
 }
 

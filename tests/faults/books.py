@@ -9,6 +9,7 @@ from tests.faults.injections import past_every_hold
 from tests.faults.ledger import Posting, Serving
 from tests.faults.unrecorded import Unrecorded, find_unrecorded
 from trueup.gate.holds import expire_holds
+from trueup.gate.owed_charges import settle_owed_charges
 
 if TYPE_CHECKING:
     from tests.faults.stages import Stage
@@ -63,6 +64,8 @@ def read_books(stage: "Stage") -> Books:
         expired = 0
         while (holds := expire_holds(connection, now=past_every_hold())[0]) > 0:
             expired += holds
+        # As the sweep does too: a row that a cut session or a lock refused is written now.
+        settle_owed_charges(connection)
         charges = list(connection.execute(text(_CHARGES)))
         servings = stage.provider.ledger.servings()
         named = bool(connection.scalar(text("SELECT to_regclass('trueup.call_intent') IS NOT NULL")))

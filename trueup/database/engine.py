@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from trueup.database.driver_errors import LOG_CHANGED, UNWATCHED, is_replaced, is_transient, sqlstate_of
+from trueup.database.encoding import refuse_other_encodings
 from trueup.database.layout import refuse_old_layout
 from trueup.database.session import limit_session, read_as_utc
 from trueup.errors import (
@@ -66,8 +67,10 @@ def create_trueup_engine(settings: Settings) -> Engine:
         # If a row-level security policy hid rows, sums would be too low. With "off", PostgreSQL raises an error.
         "row_security": "off",
     }
-    # `insert`: run before SQLAlchemy's own listeners, so that their statements are limited too.
+    # `insert`: run before SQLAlchemy's own listeners, so that their statements are limited too. Those can't read the
+    # answers of a database in another encoding. The listener inserted last runs first.
     event.listen(engine, "connect", lambda connection, _: limit_session(connection, limits), insert=True)
+    event.listen(engine, "connect", lambda connection, _: refuse_other_encodings(connection), insert=True)
     event.listen(engine, "connect", lambda connection, _: read_as_utc(connection))
     event.listen(engine, "connect", lambda connection, _: refuse_old_layout(connection))
     return engine

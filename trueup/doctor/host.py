@@ -29,6 +29,7 @@ from trueup.host.mapping import HostMapping, quote_identifier, quote_table
 from trueup.host.partitions import partition_problem
 from trueup.host.schema_changes import ROW_SECURITY_REMEDY
 from trueup.host.setting_values import quote_literal
+from trueup.install.trial_writes import trial_problem
 from trueup.install.write_probe import row_problem
 from trueup.settings.settings import Settings
 
@@ -157,6 +158,7 @@ def _trial_problems(connection: Connection, mapping: HostMapping) -> Iterator[Pr
     yield wrong_expression(connection, mapping)
     with connection.engine.begin() as trial:
         yield row_problem(trial, mapping)
+        yield trial_problem(trial, mapping)
 
 
 def _nearest(name: str, existing: Iterable[Any]) -> str | None:

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from trueup.database.retry import PASSING, once, retry_until_recorded, retrying
+from trueup.database.threads import in_thread
 from trueup.errors import (
     HoldExhaustedError,
     HoldOvertakenError,
@@ -24,6 +25,7 @@ from trueup.errors import (
 )
 from trueup.gate.holds import Hold
 from trueup.gate.provider_calls import end_call, extend_hold
+from trueup.llm.awaitable import AwaitableModel, InFlight
 from trueup.llm.model import Completion, CompletionStream, Message, Provider
 from trueup.llm.output_cap import cap_output
 from trueup.settings.settings import Settings
@@ -45,6 +47,7 @@ class RunningHold:
     def __init__(self, hold: Hold) -> None:
         self.hold = hold
         self.tokens_left = hold.tokens_left
+        self.in_flight = InFlight()
         self.is_lost = False  # set by a late charge, which means that this attempt no longer has the hold
         self._lock = threading.Lock()
         self._streams: set[CompletionStream] = set()  # open streams; each must be charged before the body ends
@@ -96,18 +99,52 @@ def running_hold() -> Hold | None:
     return running.hold if running else None
 
 
-@contextmanager
-def spending_from(hold: Hold) -> Iterator[RunningHold]:
-    """Let model calls in this context spend from `hold` until the block ends. It then charges open streams."""
-    running = RunningHold(hold)
-    token = _running.set(running)
-    try:
-        yield running
-    finally:
+class spending_from:  # noqa: N801 - used as a function: `with spending_from(hold)`
+    """Lets model calls in this context spend from `hold` until the block ends. It then charges open streams.
+
+    `async with` does the same without blocking the event loop. For a generator that a web framework resumes use
+    `stream_with_tokens`: each of its steps may run in another context.
+    """
+
+    def __init__(self, hold: Hold) -> None:
+        self._running = RunningHold(hold)
+        self._bound = bound(self._running)
+
+    def __enter__(self) -> RunningHold:
+        self._bound.__enter__()
+        return self._running
+
+    def __exit__(self, *error: Any) -> None:
         try:
-            _close_streams(running)
+            finish(self._running)
         finally:
-            _running.reset(token)
+            self._bound.__exit__(None, None, None)
+
+    async def __aenter__(self) -> RunningHold:
+        return self.__enter__()
+
+    async def __aexit__(self, *error: Any) -> None:
+        self._bound.__exit__(None, None, None)
+        await in_thread(lambda: finish(self._running))
+
+
+@contextmanager
+def bound(running: RunningHold) -> Iterator[None]:
+    """Let model calls in this context spend from a hold until the block ends."""
+    previous = _running.get()
+    _running.set(running)
+    try:
+        yield
+    finally:
+        # A generator may be closed in another context than it began in. That context has another value, or none.
+        if _running.get() is running:
+            _running.set(previous)
+
+
+def finish(running: RunningHold) -> None:
+    """Wait for the calls that cancelled callers have left running, then charge the open streams."""
+    running.in_flight.wait()
+    _close_streams(running)
 
 
 def _close_streams(running: RunningHold) -> None:
@@ -117,7 +154,7 @@ def _close_streams(running: RunningHold) -> None:
             stream.close()
 
 
-class MeteredModel:
+class MeteredModel(AwaitableModel):
     """A `Model` that asks a provider for at most the tokens that the hold covers, and charges the real usage.
 
     A redelivered task repeats its calls, in any order. Calls already paid for are replayed from their charges.
@@ -140,6 +177,10 @@ class MeteredModel:
     def tokens_left(self) -> int:
         """Tokens that the running task may still spend. Raises `NoHoldError` outside a metered task."""
         return _running_hold().tokens_left
+
+    def in_flight(self) -> InFlight:
+        """Return the calls in threads of the running hold. Raises `NoHoldError` outside a metered task."""
+        return _running_hold().in_flight
 
     def extend(self, tokens: int) -> bool:
         """Add `tokens` to the running task's hold. Returns False if the budget denies it; the hold is then unchanged.
@@ -246,7 +287,8 @@ def _running_hold() -> RunningHold:
     if running is None:
         raise NoHoldError(
             "A model was called outside a metered task, so no tokens are held for the call. Nothing was spent. "
-            "Call the task itself (delay, apply_async, or directly), not its run method."
+            "Call the task itself (delay, apply_async, or directly), not its run method. In the generator of a "
+            "streaming view, use stream_with_tokens."
         )
     if running.is_over:
         raise NoHoldError(

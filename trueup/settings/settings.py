@@ -25,6 +25,7 @@ from trueup.settings.alerts import AlertSettings
 from trueup.settings.api import ApiSettings
 from trueup.settings.gate import GateSettings
 from trueup.settings.policies import ReconcileSettings
+from trueup.settings.urls import ESCAPE, is_readable, split_http_url
 
 PREFIX = "TRUEUP_"
 CONFIG_VARIABLE = "TRUEUP_CONFIG"
@@ -136,9 +137,11 @@ class Settings(BaseSettings):
         if not separator or scheme not in ("postgresql", "postgres", "postgresql+psycopg"):
             raise ValueError("give a PostgreSQL URL: postgresql://user:password@host:5432/name")
         try:
-            make_url(f"postgresql+psycopg://{rest}")
+            parsed = make_url(f"postgresql+psycopg://{rest}")
         except (ArgumentError, ValueError):
-            raise ValueError("malformed URL: check its port, and percent-encode special characters") from None
+            raise ValueError(f"malformed URL: check its port, or {ESCAPE}") from None
+        if "@" in (parsed.host or ""):
+            raise ValueError(f"malformed URL: {ESCAPE}")
         return f"postgresql+psycopg://{rest}"
 
     @field_validator("broker_url", "result_backend_url")
@@ -148,6 +151,15 @@ class Settings(BaseSettings):
             return None
         if url.partition("://")[0] not in ("redis", "rediss", "redis+socket", "sentinel"):
             raise ValueError("give a Redis URL: redis://:password@host:6379/0")
+        if not is_readable(url):
+            raise ValueError(f"this URL can't be read: check its port, or {ESCAPE}")
+        return url
+
+    @field_validator("openai_base_url", "instagram_graph_url")
+    @classmethod
+    def _http_url(cls, url: str | None) -> str | None:
+        if url and split_http_url(url) is None:
+            raise ValueError(f"give an HTTP URL: https://host.example/v1. Check its port, or {ESCAPE}")
         return url
 
     @classmethod

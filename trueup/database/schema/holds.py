@@ -103,6 +103,7 @@ def _add_call_tables(metadata: MetaData, user_id: Any) -> None:
         CheckConstraint("tokens_covered BETWEEN 0 AND tokens_total", name="charge_covered_within_total"),
         Index("charge_by_time", "charged_at", postgresql_using="brin"),
     )
+    _add_owed_table(metadata, user_id)
     Table(
         "call_intent",
         metadata,
@@ -132,4 +133,34 @@ def _add_call_tables(metadata: MetaData, user_id: Any) -> None:
         # A task's side effect has one row, however often the task is redelivered.
         PrimaryKeyConstraint("user_id", "task_id", "effect", name="outbox_pkey"),
         CheckConstraint("status IN ('sending', 'sent', 'unknown', 'failed')", name="outbox_status_is_known"),
+    )
+
+
+def _add_owed_table(metadata: MetaData, user_id: Any) -> None:
+    """A charge whose row the host's usage log refused. It has the values of that row, and counts as usage."""
+    Table(
+        "owed_charge",
+        metadata,
+        user_id(),
+        Column("task_id", Text, nullable=False),
+        Column("call_key", Text, nullable=False),
+        Column("log_id", Text, nullable=False),
+        Column("section", Text, nullable=False),
+        Column("model_name", Text, nullable=False),
+        tokens("prompt_tokens"),
+        tokens("completion_tokens"),
+        tokens("total_tokens"),
+        tokens("response_time_ms"),
+        Column("success", Boolean, nullable=False),
+        Column("error", Text),
+        Column("metadata", JSONB, nullable=False),
+        moment("used_at"),
+        # Why the log refused the row at the last try: PostgreSQL's code and its message.
+        Column("sqlstate", Text, nullable=False),
+        Column("refusal", Text, nullable=False),
+        Column("tries", Integer, nullable=False),
+        moment("owed_since"),
+        moment("tried_at"),
+        # A charge is owed once, so that it can be settled only once.
+        PrimaryKeyConstraint("user_id", "task_id", "call_key", name="owed_charge_pkey"),
     )

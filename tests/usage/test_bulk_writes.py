@@ -1,0 +1,31 @@
+"""A host's bulk writes on its log, under a limit on temporary files."""
+
+from datetime import timedelta
+
+from sqlalchemy import Connection, text
+
+from tests.support.books import assert_true
+from tests.support.host import START, Host
+from trueup.accounts.account import read_account
+
+ROWS = 60_000
+INSERT = """
+    INSERT INTO ai_usage_log (id, user_id, section, total_tokens, success, created_at)
+    SELECT gen_random_uuid(), :user, 'chat', 5, true, CAST(:at AS timestamptz) + n * interval '1 second'
+    FROM generate_series(1, :rows) n
+"""
+
+
+def test_an_update_of_many_rows_passes_where_the_sums_need_more_temporary_files_than_allowed(
+    host: Host, connection: Connection
+) -> None:
+    user = host.subscriber(1_000_000)
+    host.execute(INSERT, user=user, at=START + timedelta(hours=1), rows=ROWS)
+    assert read_account(connection, user).consumed == 5 * ROWS
+    with host.engine.begin() as session:
+        session.execute(text("SET LOCAL temp_file_limit = '20MB'"))
+        session.execute(text("SET LOCAL work_mem = '64kB'"))
+        session.execute(text("UPDATE ai_usage_log SET total_tokens = 6"))
+    assert host.value("SELECT count(*) FROM trueup.log_truncation") == 1  # the sums did not fit
+    assert read_account(connection, user).consumed == 6 * ROWS
+    assert_true(host)
