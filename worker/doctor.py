@@ -14,6 +14,7 @@ from trueup.doctor.clocks import Offset, judge, measure
 from trueup.doctor.findings import Finding, error, ok, run_check, warning
 from trueup.settings.settings import PREFIX, Settings
 from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE, SENT_AT_HEADER
+from trueup.worker.dead_letters import count_letters
 
 OLDEST_REDIS = (6, 2)
 # A worker that forks, or on a busy machine, answers within this.
@@ -34,6 +35,7 @@ def examine_broker(app: Celery, settings: Settings, database_offset: Offset | No
             *run_check("redis", lambda: check_server(client)),
             *run_check("redis_clock", lambda: check_clock(client, database_offset)),
             *run_check("workers", lambda: check_workers(app, client, settings)),
+            *run_check("dead_letters", lambda: check_dead_letters(client)),
         ]
 
 
@@ -69,6 +71,20 @@ def check_clock(client: Any, database_offset: Offset | None) -> Iterator[Finding
         yield from judge("redis_clock", "Redis' clock and this machine's", offset)
     else:
         yield from judge("redis_clock", "Redis' clock and the database's", offset.against(database_offset))
+
+
+def check_dead_letters(client: Any) -> Iterator[Finding]:
+    """Yield whether messages are kept that no worker could work on."""
+    letters = count_letters(client)
+    if letters:
+        yield warning(
+            "dead_letters",
+            f"{letters:,} messages could not be worked on, and are kept as dead letters.",
+            "See why: `trueup queues dead`. Then `trueup queues requeue`, or `trueup queues drop`.",
+            letters=letters,
+        )
+    else:
+        yield ok("dead_letters", "There are no dead letters.", letters=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -328,3 +328,16 @@ def test_beat_sends_a_task_that_settles_owed_charges(host: Host, connection: Con
     statements(host, REFUSALS["a check"][1])
     assert upkeep.settle_owed_charges() == {"settled": 1, "refused": 0}
     assert host.used(user) == 400
+
+
+def test_an_append_only_log_takes_the_row_of_a_call_with_an_error(host: Host, user: int) -> None:
+    statements(
+        host,
+        """
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE ''append only''; END';
+        CREATE TRIGGER refuse BEFORE UPDATE ON ai_usage_log FOR EACH ROW EXECUTE FUNCTION refuse()
+        """,
+    )
+    given = {"section": "chat", "prompt_tokens": 300, "completion_tokens": 0, "model_name": "m", "key": "k"}
+    tracked = track_ai_usage(user, error_message="it broke off", **given)
+    assert (tracked.recorded, tracked.owed, host.used(user)) == (True, False, 300)

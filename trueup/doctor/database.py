@@ -6,7 +6,7 @@ from sqlalchemy import Connection, text
 
 from trueup.database.engine import create_trueup_engine, translated_errors
 from trueup.database.migrate import newest_revision
-from trueup.doctor import host, installation, invariants
+from trueup.doctor import host, installation, invariants, schemas
 from trueup.doctor.clocks import judge, measure
 from trueup.doctor.findings import Finding, error, ok, run_check, warning
 from trueup.errors import OldLayoutError, ServiceUnavailableError, TrueupError
@@ -114,6 +114,7 @@ _ALWAYS: tuple[tuple[str, Check], ...] = (
     ("log_index", host.check_log_index),
     ("subscription_index", host.check_subscription_index),
     ("schema", installation.check_schema),
+    ("schemas", schemas.check_schemas),
 )
 # These checks need trueup's own objects.
 _INSTALLED: tuple[tuple[str, Check], ...] = (

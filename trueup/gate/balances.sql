@@ -10,10 +10,20 @@
 -- all transactions that wait for a row that each of them updates, so throughput falls steeply with their number. An
 -- advisory lock wakes one at a time. (Two users may share a number; then one waits briefly for the other.) A
 -- transaction takes this lock before the row, and only if it locks a single user's row, so it never waits here while it
--- holds a row lock.
-CREATE OR REPLACE FUNCTION trueup.queue_for(p_user {{ user_id_type }}) RETURNS void LANGUAGE sql AS $$
-    SELECT pg_advisory_xact_lock(1953658213, hashtext(p_user::text))  -- "true" in ASCII
-$$;
+-- holds a row lock. Any role that may connect can take the lock and keep it. After lock_timeout, therefore, the
+-- transaction goes on without it, to the row lock.
+CREATE OR REPLACE FUNCTION trueup.queue_for(p_user {{ user_id_type }}) RETURNS void
+LANGUAGE plpgsql SET lock_timeout = '2s' AS $$
+BEGIN
+    IF pg_try_advisory_xact_lock(1953658213, hashtext(p_user::text)) THEN  -- "true" in ASCII
+        RETURN;
+    END IF;
+    BEGIN
+        PERFORM pg_advisory_xact_lock(1953658213, hashtext(p_user::text));
+    EXCEPTION WHEN lock_not_available THEN
+        RETURN;
+    END;
+END $$;
 
 -- Lock the user's balance and bring it up to date: fold the deltas, or rebuild it from the log if the window moved or
 -- the log was truncated; end overdue holds. The caller stores window_start, log_epoch, consumed and held.

@@ -188,10 +188,16 @@ def open_hold(
 
 def _execute_open(connection: Connection, values: dict[str, Any]) -> Any:
     try:
-        return connection.execute(_OPEN, values).one()
+        result = connection.execute(_OPEN, values)
     except IntegrityError as error:
         if isinstance(error.orig, UniqueViolation) and error.orig.diag.constraint_name == ONE_OPEN_PER_TASK:
             raise TaskIdReusedError(values["task_id"]) from error  # another user's task has the id now
+        raise
+    try:
+        return result.one()
+    except Exception:
+        # The hold is committed, and this caller never learns of it. Its tokens would be held until it expires.
+        close_abandoned_hold(connection, values["user_id"], values["task_id"], owner=values["owner"], now=values["now"])
         raise
 
 

@@ -18,9 +18,10 @@
 --     numbers.
 -- A task whose body has returned gets a hold without tokens. Its charged calls are replayed, and it produces its result
 -- again without buying anything.
--- p_request: the fingerprint of the task's request. Another request with the same id gets its own hold (`follows`) after
--- the hold of the earlier request has ended, and is refused (`reused`) while that hold is open.
--- p_fresh: the retries by which the body asked for new answers. The calls of each have their own keys.
+-- p_request: the fingerprint of the task's request. Another request with this id gets a hold of its own (`follows`)
+-- once the earlier request's hold has ended, and is refused (`reused`) while that hold is open. A replay is `redundant`
+-- instead: it is a copy of a message whose work is done, and the id's result belongs to the other request.
+-- p_fresh: the number of retries by which the body asked for new answers. Each has calls of its own.
 -- A hold whose body has ended is open only for calls in flight (see trueup.close_hold). Its task passes the gate like a
 -- new one, and gets the hold back with the new tokens added.
 CREATE OR REPLACE FUNCTION trueup.open_hold(
@@ -56,8 +57,8 @@ BEGIN
     replay := coalesce(h.completed, false);
     v_tokens := CASE WHEN replay THEN 0 ELSE p_tokens END;
     IF f.in_use_until IS NOT NULL THEN
-        -- A replay here is a copy of a message whose work is done. The result of this id belongs to the other request.
-        SELECT NOT replay, replay, 0, CASE WHEN replay THEN f.in_use_until END INTO reused, redundant, waits, busy_until;
+        SELECT NOT replay, replay, 0, CASE WHEN replay THEN f.in_use_until END
+        INTO reused, redundant, waits, busy_until;
     ELSIF v_running AND p_retries <= h.retries AND h.lease_until > at THEN
         SELECT w.* INTO redundant, waits, busy_until FROM trueup.record_duplicate(h, p_waits, at) w;
     ELSIF v_running THEN
@@ -84,9 +85,8 @@ BEGIN
             held := held + trueup.raise_hold(h, v_tokens);
             tokens_left := trueup.take_over(p_user, p_task, h.id, p_retries, p_fresh, p_owner, at + p_lease, expiry);
         ELSIF reason IS NULL THEN
-            PERFORM trueup.insert_hold(p_user, p_task, p_request, fresh, hold_attempt,
-                                       CASE WHEN replay THEN h.retries ELSE p_retries END, p_feature, p_section, p_owner,
-                                       v_tokens, at, at + p_lease, expiry, replay);
+            PERFORM trueup.insert_hold(p_user, p_task, p_request, h, fresh, hold_attempt, p_retries, p_feature,
+                                       p_section, p_owner, v_tokens, at, at + p_lease, expiry);
             held := held + v_tokens;
             tokens_left := v_tokens;
         END IF;
@@ -107,8 +107,8 @@ CREATE OR REPLACE FUNCTION trueup.raise_hold(h trueup.hold, p_tokens bigint) RET
     RETURNING p_tokens
 $$;
 
--- The last hold of a request (NULL: none), the number of attempts of all requests with this id, and the end of the lease
--- of another request's open hold (NULL: none). An attempt number is never used twice for one id.
+-- The last hold of a task's request (NULL: it has none), the number of attempts of all requests with this id, and the
+-- end of the lease of another request's open hold (NULL: there is none). No attempt number is used twice for an id.
 CREATE OR REPLACE FUNCTION trueup.find_hold(
     p_user {{ user_id_type }}, p_task text, p_request text,
     OUT own trueup.hold, OUT attempts integer, OUT in_use_until timestamptz
@@ -127,17 +127,18 @@ BEGIN
     attempts := coalesce(v_last.attempt, 0);
 END $$;
 
--- Open a hold. trueup.open_hold calls this under its lock. A replay's hold is completed from the start, however its
--- attempts end: the work is done.
+-- Open a hold. trueup.open_hold calls this under its lock. `own`: the last hold of the request. A replay's hold is
+-- completed from the start, however its attempts end: the work is done.
 CREATE OR REPLACE FUNCTION trueup.insert_hold(
-    p_user {{ user_id_type }}, p_task text, p_request text, p_fresh integer, p_attempt integer, p_retries integer,
-    p_feature text, p_section text, p_owner text, p_tokens bigint, at timestamptz, p_lease_until timestamptz,
-    p_expires_at timestamptz, p_replay boolean
+    p_user {{ user_id_type }}, p_task text, p_request text, own trueup.hold, p_fresh integer, p_attempt integer,
+    p_retries integer, p_feature text, p_section text, p_owner text, p_tokens bigint, at timestamptz,
+    p_lease_until timestamptz, p_expires_at timestamptz
 ) RETURNS void LANGUAGE sql AS $$
     INSERT INTO trueup.hold (user_id, task_id, request, fresh_retries, attempt, retries, feature_name, section, owner,
                              status, tokens_reserved, opened_at, lease_until, expires_at, completed)
-    VALUES (p_user, p_task, p_request, p_fresh, p_attempt, p_retries, p_feature, p_section, p_owner, 'open', p_tokens, at,
-            p_lease_until, p_expires_at, p_replay);
+    VALUES (p_user, p_task, p_request, p_fresh, p_attempt, CASE WHEN own.completed THEN own.retries ELSE p_retries END,
+            p_feature, p_section, p_owner, 'open', p_tokens, at, p_lease_until, p_expires_at,
+            coalesce(own.completed, false));
     -- Calls in flight of an ended hold are not covered by this one: their tokens were released.
     UPDATE trueup.call_intent c SET outcome = 'unknown'
     WHERE c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started'
@@ -173,10 +174,10 @@ BEGIN
     RETURN greatest(v_tokens - trueup.in_flight(p_user, p_task, NULL, NULL), 0);
 END $$;
 
--- Renew the open holds of living attempts: one heartbeat of a process, for all its holds (user_id, task_id, attempt), until
--- p_most after each hold was opened, so that a body that hangs can't keep its hold for ever. Returns the number renewed.
--- Only the hold rows are locked, as in trueup.begin_call. A row that is locked now is renewed by the next heartbeat, so
--- that a heartbeat never waits and never deadlocks.
+-- Renew the open holds of living attempts and return their number. A process's heartbeat calls this for all its holds
+-- (user_id, task_id, attempt). A hold is not renewed after p_most since its opening, so that a body that hangs can't
+-- keep it for ever. This locks only the rows of the holds, as trueup.begin_call does. The next beat renews a row that
+-- is locked now, so a heartbeat never waits and never deadlocks.
 CREATE OR REPLACE FUNCTION trueup.keep_holds(
     p_holds jsonb, p_lease interval, p_ttl interval, p_most interval, at timestamptz
 ) RETURNS bigint LANGUAGE sql AS $$

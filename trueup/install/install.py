@@ -60,6 +60,7 @@ SQL_FILES = (
     "reconcile/audit.sql",
     "review/decisions.sql",
     "drift/evidence.sql",
+    "install/search_path.sql",
 )
 
 _CREATE_SCHEMA = f"CREATE SCHEMA {SCHEMA}"

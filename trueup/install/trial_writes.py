@@ -20,6 +20,7 @@ from trueup.host.sql import render_statement
 _SHORT_WAIT = text("SET LOCAL lock_timeout = '50ms'")
 _CHECK_NOW = text("SET CONSTRAINTS ALL IMMEDIATE")
 _LOG_ROW = """
+    {% from "host/search_path.sql" import role_search_path %}
     INSERT INTO {{ usage_log }} AS l ({{ usage_log.written() }})
     OVERRIDING SYSTEM VALUE
     SELECT {{ usage_log.written("r") }}
@@ -31,10 +32,13 @@ _LOG_ROW = """
                  CAST(2 AS bigint) AS total_tokens, CAST(1 AS bigint) AS response_time_ms, true AS success,
                  'o3' AS model_name, CAST('{"task_id": "1"}' AS jsonb) AS metadata, clock_timestamp() AS created_at
           FROM {{ subscription }} s WHERE s.{{ subscription.user_id }} IS NOT NULL LIMIT 1) r
+    CROSS JOIN {{ role_search_path() }}
     RETURNING 1
 """
 _LOWER = """
+    {% from "host/search_path.sql" import role_search_path %}
     UPDATE {{ subscription }} s SET {{ subscription.tokens_remaining }} = s.{{ subscription.tokens_remaining }} - 1
+    FROM {{ role_search_path() }}
     WHERE s.{{ subscription.id }} = (
         SELECT f.{{ subscription.id }} FROM {{ subscription }} f WHERE f.{{ subscription.tokens_remaining }} > 0
         LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED)
@@ -52,7 +56,8 @@ _REMEDY = (
 def trial_problem(connection: Connection, mapping: HostMapping) -> Problem | None:
     """Return what of the host's refuses trueup's writes, and the remedy; None: nothing, or it could not be tried.
 
-    In the caller's transaction, of which nothing is left. Without a subscription there is no user to try a row with.
+    In the caller's transaction, of which nothing is left but a gap in the sequence of the log's ids. Without a
+    subscription there is no user to try a row with.
     """
     if not connection.scalar(render_statement(_ANY, mapping)):
         return None

@@ -87,7 +87,9 @@ class Settings(BaseSettings):
     model_name: str = "gpt-4o-mini"
     openai_base_url: str | None = Field(default=None, description="an OpenAI-compatible endpoint; unset: OpenAI's own")
     openai_api_key: SecretStr | None = None
-    model_timeout_seconds: float = Field(default=60.0, gt=0, le=600)
+    model_timeout_seconds: float = Field(
+        default=60.0, gt=0, le=600, description="for one whole answer; of a stream, for each event"
+    )
     model_max_retries: int = Field(default=0, ge=0, le=10, description="the SDK's retries of requests not served")
     model_max_tokens_parameter: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
 

@@ -1,3 +1,4 @@
+{% from "host/search_path.sql" import own_search_path, role_search_path %}
 {% from "gate/store_balance.sql" import store_balance %}
 -- Usage that host code reports about its own calls: no hold, no task, one log row for each idempotency key.
 
@@ -6,16 +7,21 @@
 -- own decrements do. If the host refuses the update, by a trigger for example, it returns false too. A counter that is 0, null or below 0 cannot be lowered, and counts as done (true).
 CREATE OR REPLACE FUNCTION trueup.lower_counter(p_user {{ user_id_type }}, p_tokens bigint)
 RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+    v_lowered boolean;
 BEGIN
+    -- A constraint or a trigger of the host's that waits for the commit would refuse the charge with it.
+    SET CONSTRAINTS ALL IMMEDIATE;
     UPDATE {{ subscription }} s
     SET {{ subscription.tokens_remaining }} = greatest(s.{{ subscription.tokens_remaining }} - lower_counter.p_tokens, 0)
+    FROM {{ role_search_path() }}
     WHERE s.{{ subscription.id }} = (
         SELECT f.{{ subscription.id }} FROM {{ subscription }} f WHERE f.{{ subscription.user_id }} = lower_counter.p_user
         ORDER BY f.{{ subscription.id }} LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED)
       AND s.{{ subscription.tokens_remaining }} > 0;
-    -- A constraint or a trigger of the host's that waits for the commit would refuse the charge with it.
-    SET CONSTRAINTS ALL IMMEDIATE;
-    RETURN FOUND OR NOT EXISTS (
+    v_lowered := FOUND;
+    {{ own_search_path() }}
+    RETURN v_lowered OR NOT EXISTS (
         SELECT FROM {{ subscription }} s
         WHERE s.{{ subscription.user_id }} = lower_counter.p_user AND s.{{ subscription.tokens_remaining }} > 0);
 EXCEPTION WHEN query_canceled OR OTHERS THEN
@@ -85,23 +91,30 @@ BEGIN
 END $$;
 
 -- Store a call's error in its log row, for trueup.record_usage: in the error column, else in the metadata; if the log has
--- neither, the error is not stored.
+-- neither, or the host refuses the update, the error is not stored.
 CREATE OR REPLACE FUNCTION trueup.note_error(p_log_id text, p_error text) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    v_error text;
 BEGIN
-    IF p_error IS NULL THEN
-        RETURN;
-    END IF;
     IF EXISTS (SELECT FROM pg_attribute t
                WHERE t.attrelid = CAST({{ usage_log | literal }} AS regclass) AND t.attnum > 0 AND NOT t.attisdropped
                  AND '"' || replace(t.attname, '"', '""') || '"' = {{ usage_log.error_message | literal }}) THEN
-        UPDATE {{ usage_log }} AS l
-        SET {{ usage_log.error_message }} = trueup.fitting(note_error.p_error, {{ usage_log.error_message | literal }})
+        v_error := trueup.fitting(p_error, {{ usage_log.error_message | literal }});
+        UPDATE {{ usage_log }} AS l SET {{ usage_log.error_message }} = v_error
+        FROM {{ role_search_path() }}
         WHERE l.{{ usage_log.id }} = note_error.p_log_id::{{ usage_log_id_type }};
     {% if usage_log.metadata %}
     ELSE
         UPDATE {{ usage_log }} AS l
         SET {{ usage_log.metadata() }} = {{ usage_log.metadata("l") }}::jsonb || jsonb_build_object('error', note_error.p_error)
+        FROM {{ role_search_path() }}
         WHERE l.{{ usage_log.id }} = note_error.p_log_id::{{ usage_log_id_type }};
     {% endif %}
+    END IF;
+    {{ own_search_path() }}
+EXCEPTION WHEN OTHERS THEN
+    -- A host may keep its log append-only. The row counts more than its text. The rollback restores the search path.
+    IF trueup.is_transient(SQLSTATE) THEN
+        RAISE;
     END IF;
 END $$;

@@ -1,4 +1,5 @@
 {% from "host/rows.sql" import own_row_mark %}
+{% from "host/search_path.sql" import own_search_path, role_search_path %}
 {# The tokens of the log row `l` that count in the window, in trueup.try_log_row. #}
 {% macro counted() -%}
 CASE WHEN {{ usage_log.success("l") }} AND l.{{ usage_log.created_at }} >= coalesce(try_log_row.p_window, '-infinity')
@@ -43,6 +44,10 @@ BEGIN
     v_id := trueup.new_log_id(o.log_id);
     v_mark := CASE WHEN p_has_balance THEN trueup.own_row_mark(v_id) END;
     PERFORM set_config('trueup.own_row', coalesce(v_mark, ''), true);
+    -- Check the row's foreign keys with the row, before the counter is locked. Django defers foreign keys to the commit,
+    -- and a host that locks the user's row and then the counter's would deadlock with this transaction. Triggers that the
+    -- host defers run now too, in the role's search path.
+    SET CONSTRAINTS ALL IMMEDIATE;
     INSERT INTO {{ usage_log }} AS l ({{ usage_log.written() }})
     OVERRIDING SYSTEM VALUE  -- the id comes from the column's sequence even if the column is GENERATED ALWAYS
     SELECT {{ usage_log.written("r") }}
@@ -50,10 +55,12 @@ BEGIN
                  o.prompt_tokens AS prompt_tokens, o.completion_tokens AS completion_tokens,
                  o.total_tokens AS total_tokens, o.response_time_ms AS response_time_ms, o.success AS success,
                  o.model_name AS model_name, o.metadata AS metadata, o.used_at AS created_at) r
+    CROSS JOIN {{ role_search_path() }}
     -- A failed call gets no row if the log has no way to mark it as failed.
     WHERE o.success OR {{ usage_log.records_failure() }}
     -- Read the row as stored: a trigger of the host's may have changed it.
     RETURNING l.{{ usage_log.id }}::text, {{ counted() }} INTO log_id, counted;
+    {{ own_search_path() }}
     PERFORM set_config('trueup.own_row', '', true);
     IF log_id IS NULL AND (o.success OR {{ usage_log.records_failure() }}) THEN
         -- A trigger of the host's wrote the row into a table that inherits from the log, or dropped it.
@@ -63,10 +70,15 @@ BEGIN
             RAISE EXCEPTION 'a trigger of the usage log dropped the row';
         END IF;
     END IF;
-    PERFORM trueup.note_error(log_id, o.error);
+    IF o.error IS NOT NULL THEN
+        PERFORM trueup.note_error(log_id, o.error);
+    END IF;
     -- Check the row's foreign keys now, before the counter is locked. Django defers foreign keys to the commit, and a
-    -- host that locks the user's row and then the counter's would deadlock with this transaction.
+    -- host that locks the user's row and then the counter's would deadlock with this transaction. The host may defer
+    -- triggers of its own too.
+    PERFORM FROM {{ role_search_path() }};
     SET CONSTRAINTS ALL IMMEDIATE;
+    {{ own_search_path() }}
     counted := coalesce(counted, 0);
     own := CASE WHEN log_id = v_id AND v_mark IS NOT NULL THEN counted ELSE 0 END;
     log_id := coalesce(log_id, o.log_id);
