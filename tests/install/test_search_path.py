@@ -17,7 +17,7 @@ from tests.support.work import OWNER, charge_tokens, hold_tokens
 from tests.support.worker import own_application
 from trueup.database.engine import connect, dispose_engine, get_engine
 from trueup.errors import HoldBusyError, TokensDenied
-from trueup.gate.holds import abandon_calls, expire_holds
+from trueup.gate.holds import abandon_calls, expire_holds, keep_holds
 from trueup.gate.provider_calls import begin_call, end_call, extend_hold
 from trueup.host.mapping import HostMapping
 from trueup.install.example_tables import build_host_metadata
@@ -183,6 +183,7 @@ def _work(users: list[int]) -> None:
         hold = hold_tokens(connection, users[3], 100, task="t", retries=1)
         assert begin_call(connection, hold, call_key="1", max_tokens=50, lease_seconds=60, ttl_seconds=60) is None
         end_call(connection, hold, call_key="1", unknown=False)
+        assert keep_holds(connection, [hold], lease_seconds=60, ttl_seconds=60, max_seconds=60) == 1
         abandon_calls(connection, users[3], "t", owner=OWNER)
         extend_hold(connection, hold, 100)
         charge_tokens(connection, hold, 60, answer={"text": "a"})
