@@ -167,7 +167,7 @@ def test_usage_that_cannot_be_recorded_is_an_error(
         "CREATE FUNCTION shut_down() RETURNS trigger LANGUAGE plpgsql AS "
         f"$$ BEGIN RAISE EXCEPTION 'terminating connection' USING ERRCODE = '{state}'; END $$"
     )
-    host.execute("CREATE TRIGGER away BEFORE INSERT ON ai_usage_log EXECUTE FUNCTION shut_down()")
+    host.execute("CREATE TRIGGER away BEFORE INSERT ON trueup.charge EXECUTE FUNCTION shut_down()")
     with spending_from(hold(connection, user)), pytest.raises(error, match="terminating"):
         model(Counting()).complete(PROMPT)
     assert "usage not recorded: user" in caplog.text
