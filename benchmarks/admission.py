@@ -30,7 +30,9 @@ REPEATS = 300
 CLIENTS = (1, 4, 16, 64)
 USAGE = Usage(prompt_tokens=5, completion_tokens=5, total_tokens=10, response_time_ms=1, model_name="bench")
 
-OPEN_SQL = "SELECT * FROM trueup.open_hold(%s, %s, 0, 'F', 'chat', 'me', 20, '90 s', '1200 s', 0, 'enforce', NULL)"
+OPEN_SQL = (
+    "SELECT * FROM trueup.open_hold(%s, %s, '', 0, 0, 'F', 'chat', 'me', 20, '90 s', '1200 s', 0, 'enforce', NULL)"
+)
 CHARGE_SQL = (
     "SELECT * FROM trueup.record_charge(%s, %s, 1, '1:a', gen_random_uuid()::text, 'chat', 5, 5, 10, 1, 'bench', "
     "'{}', NULL, NULL)"
@@ -41,7 +43,8 @@ UPDATE_SQL = "UPDATE bare SET n = n + 1 WHERE id = %s"
 # Each cycle has its own task id. pgbench's variables are numbers.
 HOT_SCRIPT = """
 \\set task random(1, 9223372036854775806)
-SELECT reason FROM trueup.open_hold(1, (:task)::text, 0, 'F', 'chat', 'me', 20, '90 s', '1200 s', 0, 'enforce', NULL);
+SELECT reason
+FROM trueup.open_hold(1, (:task)::text, '', 0, 0, 'F', 'chat', 'me', 20, '90 s', '1200 s', 0, 'enforce', NULL);
 SELECT late FROM trueup.record_charge(1, (:task)::text, 1, '1', gen_random_uuid()::text, 'chat', 5, 5, 10, 1,
                                       'bench', '{}', NULL, NULL);
 SELECT trueup.close_hold(1, (:task)::text, 1, NULL, true, NULL);

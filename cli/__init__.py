@@ -28,6 +28,7 @@ COMMANDS = {
     "tokens": ("trueup.cli.tokens", "Show and check a user's tokens, and grant more."),
     "status": ("trueup.cli.status", "Show the figures of the gate, and calls and messages to check."),
     "holds": ("trueup.cli.holds", "List the tokens that running tasks reserve."),
+    "queues": ("trueup.cli.queues", "List, requeue and drop messages that no worker could work on."),
     "usage": ("trueup.cli.usage", "List a user's rows in the AI usage log."),
     "reconcile": ("trueup.cli.reconcile", "Compare every counter with the usage log, and correct it."),
     "drift": ("trueup.cli.drift.commands", "Report and review the drift that reconcile runs found."),

@@ -229,7 +229,8 @@ def _worker(app: Celery, settings: Settings) -> Iterator[Callable[[], object]]:
         with temporary_worker(settings) as supervise:
             yield supervise
     else:
-        click.echo("No worker answers. Start one with `celery -A trueup.worker worker -Q trueup-ai`.", err=True)
+        command = "celery -A trueup.worker worker -Q trueup-ai -n trueup-ai@%h"
+        click.echo(f"No worker answers. Start one with `{command}`.", err=True)
         yield lambda: None
 
 

@@ -5,6 +5,7 @@ import click
 from trueup.cli.options import hours_option, json_option, servers
 from trueup.cli.output import print_facts, print_json, print_table
 from trueup.database.engine import connect
+from trueup.gate.owed_charges import OwedCharge, list_owed_charges
 from trueup.gate.provider_calls import UnrecordedCall, list_unrecorded_calls
 from trueup.monitoring.status import Status, read_status
 from trueup.usage.outbox import Effect, list_unresolved_effects
@@ -14,7 +15,7 @@ from trueup.usage.outbox import Effect, list_unresolved_effects
 @hours_option
 @json_option
 def status(hours: int, as_json: bool) -> None:
-    """Show holds, charges, settlement lag, overdrafts, and calls and messages of unknown outcome.
+    """Show holds, charges, settlement lag, overdrafts, owed charges, and calls and messages of unknown outcome.
 
     \b
     Example:
@@ -24,12 +25,14 @@ def status(hours: int, as_json: bool) -> None:
     with servers("postgres"), connect() as connection:
         figures = read_status(connection, hours=hours)
         calls = list_unrecorded_calls(connection)
+        owed = list_owed_charges(connection)
         effects = list_unresolved_effects(connection)
     if as_json:
-        print_json({"status": figures, "unrecorded_calls": calls, "unknown_effects": effects})
+        print_json({"status": figures, "unrecorded_calls": calls, "owed_charges": owed, "unknown_effects": effects})
         return
     print_facts(_facts(figures))
     _print_calls(calls)
+    _print_owed(owed)
     _print_effects(effects)
 
 
@@ -57,6 +60,8 @@ def _facts(status: Status) -> dict[str, object]:
         "  overdraft tokens": status.overdraft_tokens,
         "  unrecorded calls": status.unrecorded_calls,
         "  their tokens, at most": status.unrecorded_tokens_bound,
+        "  owed charges": status.owed_charges,
+        "  tokens of owed charges": status.owed_tokens,
         "  messages, perhaps sent": status.unknown_effects,
     }
 
@@ -66,6 +71,13 @@ def _print_calls(calls: list[UnrecordedCall]) -> None:
         click.echo("\nCalls that started and were never recorded. The provider may have billed each:")
         rows = [(str(c.user_id), c.tokens_bound, c.started_at, c.task_id, c.call_key) for c in calls]
         print_table(("user", "max. tokens", "started (UTC)", "task", "call"), rows)
+
+
+def _print_owed(owed: list[OwedCharge]) -> None:
+    if owed:
+        click.echo("\nCharges whose row the usage log refused. Correct the reason; trueup tries again each minute:")
+        rows = [(str(o.user_id), o.tokens, o.owed_since, o.tries, o.refusal) for o in owed]
+        print_table(("user", "tokens", "owed since (UTC)", "tries", "refusal"), rows)
 
 
 def _print_effects(effects: list[Effect]) -> None:

@@ -8,6 +8,7 @@ from trueup.extras import require_extra
 from trueup.install.install import check_installed, install
 from trueup.settings.settings import get_settings
 from trueup.stack import StackUrls
+from trueup.worker.http import listening_socket
 
 
 @click.command()
@@ -24,9 +25,13 @@ def up() -> None:
       trueup up
     """
     require_extra("embedded", "`trueup up`", "psutil")
-    from trueup.stack.supervisor import run_stack
+    from trueup.stack.supervisor import run_stack, serves_api
 
-    run_stack(get_settings(), before_commands=_prepare_database)
+    settings = get_settings()
+    if serves_api(settings):
+        # Found by the API's own process, it would end the whole stack after several tries.
+        listening_socket(settings.api.host, settings.api.port).close()
+    run_stack(settings, before_commands=_prepare_database)
 
 
 def _prepare_database(urls: StackUrls) -> None:

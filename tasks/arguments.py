@@ -2,13 +2,14 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from trueup.accounts.user_ids import parse_user_id
 from trueup.errors import InvalidInputError
 from trueup.settings.settings import get_settings
+from trueup.tasks.body import name_of, resolved_hint, signature_of
 
 USER_ARGUMENT = "user_id"
 
@@ -16,15 +17,17 @@ USER_ARGUMENT = "user_id"
 class ArgumentParser:
     """Parses the arguments of one task body.
 
-    `given`: count of first parameters that the caller does not pass, such as the model client. Raises TypeError for a
-    body that has no parameter `user_id`, or takes `*args` or `**kwargs`.
+    `given`: count of first parameters that the caller does not pass, such as the model client. Their type hints are
+    not used. Raises TypeError for a body that has no parameter `user_id`, that takes `*args` or `**kwargs`, or that has
+    a type hint which can't be resolved.
     """
 
     def __init__(self, body: Callable[..., Any], *, given: int) -> None:
-        parameters = list(inspect.signature(body).parameters.values())[given:]
+        parameters = list(signature_of(body).parameters.values())[given:]
         if USER_ARGUMENT not in [parameter.name for parameter in parameters]:
-            raise TypeError(f"{body.__qualname__} must take `{USER_ARGUMENT}`, the user whose tokens it spends")
+            raise TypeError(f"{name_of(body)} must take `{USER_ARGUMENT}`, the user whose tokens it spends")
         self.signature = inspect.Signature(parameters)
+        self.defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         self._model = _arguments_model(body, parameters)
 
     def signature_with_task(self) -> inspect.Signature:
@@ -51,16 +54,15 @@ class ArgumentParser:
 
 
 def _arguments_model(body: Callable[..., Any], parameters: list[inspect.Parameter]) -> type[BaseModel]:
-    hints = get_type_hints(body, include_extras=True)
     fields: dict[str, Any] = {}
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise TypeError(f"{body.__qualname__} takes `{parameter}`: name each argument instead")
+            raise TypeError(f"{name_of(body)} takes `{parameter}`: name each argument instead")
         default = ... if parameter.default is parameter.empty else parameter.default
-        hint = Any if parameter.name == USER_ARGUMENT else hints.get(parameter.name, Any)
+        hint = Any if parameter.name == USER_ARGUMENT else resolved_hint(body, parameter)
         fields[parameter.name] = (hint, default)
     config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
-    return create_model(f"{body.__name__}_arguments", __config__=config, **fields)
+    return create_model(f"{name_of(body)}_arguments", __config__=config, **fields)
 
 
 def _describe(fault: Any) -> str:

@@ -3,15 +3,17 @@
 import logging
 import os
 import socket
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any, ClassVar, Literal, cast
 
 from celery import Task
 from celery._state import get_current_task
 from celery.exceptions import Ignore, Reject, Retry
+from celery.states import READY_STATES
 from pydantic import BaseModel
 
 from trueup.database.retry import retrying
@@ -19,17 +21,32 @@ from trueup.errors import (
     GateClosedError,
     HoldBusyError,
     HoldExhaustedError,
+    HoldLifetimeError,
     HoldOvertakenError,
+    InvalidInputError,
     OutOfMemoryError,
+    ResultNotKeptError,
     ServiceUnavailableError,
+    TaskIdReusedError,
     TokensDenied,
     TrueupError,
 )
-from trueup.gate.holds import Hold, close_hold, has_later_attempt, open_hold
+from trueup.gate.holds import CallNumbers, Hold, close_hold, count_attempts, has_later_attempt, open_hold
 from trueup.llm.metering import running_hold, spending_from
 from trueup.llm.model import Provider
 from trueup.settings.settings import get_settings
+from trueup.tasks.applications import require_broker
 from trueup.tasks.arguments import USER_ARGUMENT, ArgumentParser
+from trueup.tasks.body import check_result
+from trueup.tasks.heartbeat import keeping
+from trueup.tasks.identity import (
+    asks_for_new_answers,
+    canonical_defaults,
+    identity_of,
+    is_random_id,
+    request_fingerprint,
+    retry_headers,
+)
 from trueup.tasks.republish import confirmed, is_republished
 from trueup.tasks.requests import owner_name
 from trueup.tasks.requeue import leave_to_later_attempt, reject_after_pause, requeue, retry_provider, waits_of
@@ -39,12 +56,25 @@ logger = logging.getLogger(__name__)
 Estimator = Callable[[Mapping[str, Any]], int | None]
 Estimate = int | Estimator
 OnDenied = Literal["raise", "return"]
+Replay = Literal["redelivery", "always"]
 
-# Count, on the request of an outer task, of the metered tasks that its body has called directly.
+# On the request of an outer task that is not metered: the numbers of the metered tasks that it has called directly.
 CALLS_ATTRIBUTE = "trueup_direct_calls"
+
+# What `celery.contrib.django.task` adds to the tasks of an application in a Django project.
+ON_COMMIT = ("delay_on_commit", "apply_async_on_commit")
+
+# The hold that a retry keeps, on the exception that asks for the retry.
+KEPT_HOLD = "trueup_kept_hold"
 
 # A duplicate asks the gate again this long after the other attempt's lease ends.
 ASK_AGAIN_SECONDS = 0.5
+
+# After so many attempts that lost their hold, beside the task's retries, it fails.
+MAX_LOST_HOLDS = 5
+
+# A delivery that can't make its task's result again waits so long for the earlier delivery to store it.
+RESULT_SECONDS = 2.0
 
 
 class MeteredTask(Task):
@@ -60,11 +90,12 @@ class MeteredTask(Task):
     section: ClassVar[str]
     estimated_tokens: ClassVar[Estimate]
     on_denied: ClassVar[OnDenied] = "raise"
+    replay: ClassVar[Replay] = "redelivery"
     parser: ClassVar[ArgumentParser]
     provider: ClassVar["staticmethod[[], Provider]"]
 
-    throws = (TokensDenied,)
-    dont_autoretry_for = (TokensDenied,)
+    throws = (TokensDenied, TaskIdReusedError)
+    dont_autoretry_for = (TokensDenied, TaskIdReusedError)
     acks_late = True
     # Celery retries a lost pool process at most max_retries times; a rejected message would be redelivered for ever.
     retry_on_worker_lost = True
@@ -72,45 +103,53 @@ class MeteredTask(Task):
     default_retry_delay = 2
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = self.parser.parse(args, kwargs)
+        fingerprint = self.fingerprint(arguments)
         request = self.request
         # A direct call has no request of its own: there is none, or the request is the calling metered task's.
         outer = running_hold()
         if request.called_directly or (outer is not None and outer.task_id == request.id):
-            with self._own_request(args, kwargs):
-                return self._call(args, kwargs)
-        return self._call(args, kwargs)
+            with self._own_request(args, kwargs, fingerprint):
+                return self._call(arguments, fingerprint)
+        return self._call(arguments, fingerprint)
 
     @contextmanager
-    def _own_request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    def _own_request(self, args: tuple[Any, ...], kwargs: dict[str, Any], fingerprint: str) -> Iterator[None]:
         """Give a direct call a task id of its own.
 
         Inside another task (`map`, `starmap`, `chunks`, or a body that calls this one) the id is derived from the outer
-        task's id and the count of direct calls before this one. After a redelivery of the outer task, the same call has
-        the same id, so its paid calls are replayed.
+        task's id, what is asked for, and the number of direct calls before it with the same request. After a
+        redelivery of the outer task, the same call has the same id, so its paid calls are replayed. In a metered task,
+        which may call from several threads, a retry that asks for new answers changes the ids too.
         """
-        outer = get_current_task()
+        hold, outer = running_hold(), get_current_task()
         task_id, retries = str(uuid.uuid4()), 0
-        if outer is not None and outer.request.id:
-            place = getattr(outer.request, CALLS_ATTRIBUTE, 0) + 1
-            setattr(outer.request, CALLS_ATTRIBUTE, place)
-            task_id = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{outer.request.id}/{self.name}/{place}"))
-            retries = outer.request.retries
+        within, numbers = None, None
+        if hold is not None:
+            within, numbers, retries = f"{hold.task_id}/{hold.scope}", hold.calls, hold.retries
+        elif outer is not None and outer.request.id:
+            within, retries = outer.request.id, outer.request.retries
+            numbers = vars(outer.request).setdefault(CALLS_ATTRIBUTE, CallNumbers())
+        if numbers is not None:
+            number = numbers.take(f"{self.name}/{fingerprint}")
+            task_id = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{within}/{self.name}/{fingerprint}/{number}"))
         self.push_request(id=task_id, args=args, kwargs=kwargs, retries=retries, called_directly=True)
         try:
             yield
         finally:
             self.pop_request()
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, arguments: dict[str, Any], fingerprint: str) -> Any:
         try:
-            arguments = self.parser.parse(args, kwargs)
             tokens = self._estimate(arguments)
             if tokens is None:
                 return _json_safe(self._run(arguments))
             # Before the gate: without a provider the task can't work, and must not hold tokens that others could use.
             self.provider()
-            hold = self._open_hold(arguments, tokens)
-            with _closing(hold), spending_from(hold):
+            hold = self._open_hold(arguments, fingerprint, tokens)
+            with _closing(hold), keeping(hold), spending_from(hold):
+                if hold.follows or (hold.attempt == 1 and not is_random_id(hold.task_id)):
+                    self._forget_earlier_result()
                 return _json_safe(self._run_held(arguments, hold))
         except TokensDenied as denied:
             if self.on_denied == "return":
@@ -130,21 +169,90 @@ class MeteredTask(Task):
             return self._run(arguments)
         except HoldExhaustedError:
             if hold.replay:
-                # An earlier delivery did the work but its answers were not stored, so nothing can be replayed. Keep the
-                # result of that delivery.
-                raise Ignore(f"task {hold.task_id} was already completed by an earlier delivery") from None
+                # Closed here, because a retry would keep it, and then the requeued message would wait for its lease.
+                _close(hold, completed=True)
+                raise self._earlier_result() from None
             raise
         except HoldOvertakenError as error:
             if self.request.called_directly:
                 raise
+            self._limit_attempts(hold)
             if retrying(lambda connection: has_later_attempt(connection, hold)):
                 raise leave_to_later_attempt(error) from error
             # The hold expired and no later attempt took over. Requeue the task; calls already paid for are replayed.
             raise requeue(self, error, ASK_AGAIN_SECONDS) from error
 
+    def _limit_attempts(self, hold: Hold) -> None:
+        """Raise `HoldLifetimeError` for a task that has lost its hold too often: the next attempt would lose it too."""
+        attempts = retrying(lambda connection: count_attempts(connection, hold)) - self.request.retries
+        if attempts >= MAX_LOST_HOLDS:
+            settings = get_settings()
+            raise HoldLifetimeError(hold.task_id, attempts, settings.hold_ttl_seconds, settings.hold_max_seconds)
+
+    def _earlier_result(self) -> Exception:
+        """Return the exception for a task that an earlier delivery has completed, and whose answers were not kept.
+
+        The result of that delivery stays. If there is none, because the delivery died before it stored it or because
+        the caller has forgotten it, the task fails: a caller would wait for ever.
+        """
+        request = self.request
+        error = ResultNotKeptError(request.id)
+        if request.called_directly or request.is_eager:
+            return error
+        done: Exception = Ignore(f"task {request.id} was already completed by an earlier delivery")
+        try:
+            if self.backend.get_state(request.id) in READY_STATES:
+                return done
+        except NotImplementedError:  # no result backend
+            return done
+        return error if waits_of(self) else requeue(self, error, RESULT_SECONDS)
+
+    def fingerprint(self, arguments: dict[str, Any]) -> str:
+        """Return the fingerprint of a request with these parsed arguments."""
+        return request_fingerprint(self.name, arguments, canonical_defaults(self.parser.defaults))
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, task_id: str | None = None, **options: Any) -> Any:
+        """Send the task as Celery does. A stored result of another request with this id is deleted first.
+
+        The caller would else take it for the result of this one. A retry has an id too, and no result yet. A retry or
+        requeue returns only when the broker has its message.
+        Raises `SettingsError` if no application with a broker is known.
+        """
+        if self.app.conf.task_always_eager:
+            return super().apply_async(args, kwargs, task_id=task_id, **options)
+        require_broker(self.app, self.name)
+        if task_id is not None and "retries" not in options:
+            with suppress(NotImplementedError):  # no result backend
+                meta = self.backend.get_task_meta(task_id, cache=False)
+                if meta["status"] in READY_STATES and not self._is_result_of(meta, args, kwargs):
+                    self.backend.forget(task_id)
+        if not is_republished(options) or "connection" in options:
+            return super().apply_async(args, kwargs, task_id=task_id, **options)
+        with confirmed(self.app, options) as confirmed_options:
+            return super().apply_async(args, kwargs, task_id=task_id, **confirmed_options)
+
+    def _is_result_of(self, meta: Mapping[str, Any], args: Any, kwargs: Any) -> bool:
+        """Return whether a stored result belongs to this request. Without `result_extended` it does not say so."""
+        if meta.get("name") != self.name:
+            return False
+        try:
+            stored = self.parser.parse(tuple(meta["args"] or ()), dict(meta["kwargs"] or {}))
+            return self.fingerprint(stored) == self.fingerprint(self.parser.parse(tuple(args or ()), kwargs or {}))
+        except InvalidInputError:  # the worker will tell
+            return False
+
+    def _forget_earlier_result(self) -> None:
+        """Delete the result that another request with this id, maybe another user's, has stored.
+
+        Celery never overwrites a success: the caller would get the other request's result.
+        """
+        if not self.request.called_directly and not self.request.is_eager:
+            with suppress(NotImplementedError):  # no result backend
+                self.backend.forget(self.request.id)
+
     def _run(self, arguments: dict[str, Any]) -> Any:
         try:
-            return self.run(**arguments)
+            return check_result(self.run(**arguments), self.name)
         except MemoryError as error:
             # Celery would end the whole worker, and each one to which the task is redelivered.
             raise OutOfMemoryError(self.name) from error
@@ -159,13 +267,16 @@ class MeteredTask(Task):
         # Cast, because mypy takes a callable class attribute for a method; `metered_task` stores a static function.
         return cast("Estimator", estimate)(arguments) if callable(estimate) else estimate
 
-    def _open_hold(self, arguments: dict[str, Any], tokens: int) -> Hold:
+    def _open_hold(self, arguments: dict[str, Any], fingerprint: str, tokens: int) -> Hold:
         settings = get_settings()
+        first_request, fresh_retries = identity_of(self, fingerprint)
         hold = retrying(
             lambda connection: open_hold(
                 connection,
                 user_id=arguments[USER_ARGUMENT],
                 task_id=self.request.id,
+                request=first_request,
+                fresh_retries=fresh_retries,
                 retries=self.request.retries,
                 waits=waits_of(self),
                 feature_name=self.feature_name,
@@ -187,23 +298,52 @@ class MeteredTask(Task):
             )
         return hold
 
-    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
-        """Send the task as Celery does. A retry or requeue returns only when the broker has its message."""
-        if not is_republished(options) or self.app.conf.task_always_eager or "connection" in options:
-            return super().apply_async(args, kwargs, **options)
-        with confirmed(self.app, options) as confirmed_options:
-            return super().apply_async(args, kwargs, **confirmed_options)
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the task here, as Celery does. If that raises the retry instead of running it, close the kept hold."""
+        try:
+            return super().apply(*args, **kwargs)
+        except Retry as retry:
+            hold = getattr(retry, KEPT_HOLD, None)
+            if hold is not None:
+                _close(hold, completed=False)
+            raise
 
-    def retry(self, *args: Any, **kwargs: Any) -> Any:
-        """Retry as Celery does, unless a later attempt has the hold: a retry would take the hold from it."""
+    @classmethod
+    def bind(cls, app: Any) -> Any:
+        """Bind the task to an application, with the methods that its Django fixup gives to all tasks."""
+        for name in ON_COMMIT:
+            if hasattr(app.Task, name) and not hasattr(cls, name):
+                setattr(cls, name, getattr(app.Task, name))
+        return super().bind(app)
+
+    def retry(
+        self, args: Any = None, kwargs: Any = None, exc: Exception | None = None, *more: Any, **options: Any
+    ) -> Any:
+        """Retry as Celery does, unless a later attempt has the hold: a retry would take the hold from it.
+
+        The retry keeps the task's identity, whatever arguments it changes. If the body rejects its answers, the retry
+        buys new ones; otherwise paid calls are replayed.
+        """
         hold = running_hold()
         if hold is not None and retrying(lambda connection: has_later_attempt(connection, hold)):
+            self._limit_attempts(hold)
             raise leave_to_later_attempt(HoldOvertakenError(hold.task_id, hold.attempt))
+        if hold is not None:
+            is_fresh = self.replay != "always" and asks_for_new_answers(exc or sys.exc_info()[1])
+            headers = options.get("headers") or self.request.headers
+            options["headers"] = retry_headers(headers, hold, is_fresh=is_fresh)
         try:
-            return super().retry(*args, **kwargs)
+            return super().retry(args, kwargs, exc, *more, **options)
         except Reject as rejected:
             # The broker took no new message, and Celery would drop the task here.
             raise reject_after_pause(self, rejected.reason, rejected.reason) from rejected
+
+    def on_replace(self, sig: Any) -> Any:
+        """Close the hold before the task that replaces this one is sent: it has the same id, which must be free."""
+        hold = running_hold()
+        if hold is not None and hold.task_id == self.request.id:
+            _close(hold, completed=True)
+        return super().on_replace(sig)
 
 
 def _json_safe(result: Any) -> Any:
@@ -223,6 +363,8 @@ def _closing(hold: Hold) -> Iterator[None]:
         completed = True
     except Retry as retry:
         kept = _seconds_until(retry) <= get_settings().keep_hold_seconds
+        if kept:
+            setattr(retry, KEPT_HOLD, hold)
         raise
     finally:
         if not kept:

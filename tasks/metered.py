@@ -7,15 +7,18 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
-from celery import shared_task
+from celery import Celery, shared_task
+from celery.local import Proxy
 
 from trueup.accounts.validation import check_estimate
 from trueup.llm.metering import MeteredModel
 from trueup.llm.model import Provider
 from trueup.llm.providers import provider_from_settings
 from trueup.settings.settings import get_settings
+from trueup.tasks.applications import find_application
 from trueup.tasks.arguments import ArgumentParser
-from trueup.tasks.base import Estimate, MeteredTask, OnDenied
+from trueup.tasks.base import Estimate, MeteredTask, OnDenied, Replay
+from trueup.tasks.body import call_body, check_body
 from trueup.usage.log import SECTIONS
 
 
@@ -25,34 +28,40 @@ def metered_task(
     section: str,
     estimated_tokens: Estimate,
     on_denied: OnDenied = "raise",
+    replay: Replay = "redelivery",
     **options: Any,
 ) -> Callable[[Callable[..., Any]], Any]:
     """Make a Celery task that passes the token gate before any work.
 
-    The body's first parameter receives the model client, bound to the task's hold. The caller passes the others,
-    `user_id` among them; they are parsed by their type hints.
+    The body is a function or a coroutine function. Its first parameter receives the model client, bound to the task's
+    hold. The caller passes the others, `user_id` among them; they are parsed by their type hints.
 
     `feature_name`: as logs, denials and the usage log name the task. `section`: one of the usage log's sections.
     `estimated_tokens`: the tokens to hold, or a function of the parsed arguments (by name) that returns them. It may
     return None for a call that uses no AI: such a call is not gated and can't spend.
-    `on_denied`: "raise" `TokensDenied`, or "return" its payload. `options`: Celery's own task options.
+    `on_denied`: "raise" `TokensDenied`, or "return" its payload. `replay`: when the body gets the answers again that it
+    has paid for: on a "redelivery" and after the loss of a worker, or "always", also when it asks for a retry itself.
+    `options`: Celery's own task options.
 
-    Raises TypeError or ValueError at import for an unknown option or section, or for a body without `user_id`.
+    Raises TypeError or ValueError at import for an unknown option or section, for a body without `user_id`, and for a
+    generator function, a class, or a type hint that can't be resolved.
     """
-    _check_options(section, on_denied, options)
+    _check_options(section, on_denied, replay, options)
     if not callable(estimated_tokens):
         check_estimate(estimated_tokens)
 
     def decorate(body: Callable[..., Any]) -> Any:
+        check_body(body, named="name" in options)
         parser = ArgumentParser(body, given=1)
 
         @functools.wraps(body)
         def run(_task: MeteredTask, *args: Any, **kwargs: Any) -> Any:
-            return body(_model(os.getpid()), *args, **kwargs)
+            return call_body(body, _task, _model(os.getpid()), *args, **kwargs)
 
         # Celery checks calls against this signature. It has the bound task in place of the model client.
         run.__signature__ = parser.signature_with_task()  # type: ignore[attr-defined]
-        return shared_task(
+        # This registers it with every application. Celery's own proxy finds the task by the current one alone.
+        shared_task(
             bind=True,
             base=MeteredTask,
             feature_name=feature_name,
@@ -60,12 +69,18 @@ def metered_task(
             # As a class attribute, a plain function would become a method of the task.
             estimated_tokens=staticmethod(estimated_tokens) if callable(estimated_tokens) else estimated_tokens,
             on_denied=on_denied,
+            replay=replay,
             parser=parser,
             provider=staticmethod(_provider),
             **options,
         )(run)
+        return Proxy(lambda: _task_of(find_application(), options.get("name"), run))
 
     return decorate
+
+
+def _task_of(app: Celery, name: str | None, run: Callable[..., Any]) -> Any:
+    return app.tasks[name or app.gen_task_name(run.__name__, run.__module__)]
 
 
 # Celery accepts a misspelt option silently, so options are checked against the ones it knows.
@@ -109,16 +124,20 @@ CELERY_OPTIONS = frozenset(
 )
 
 
-def _check_options(section: str, on_denied: str, options: dict[str, Any]) -> None:
+def _check_options(section: str, on_denied: str, replay: str, options: dict[str, Any]) -> None:
     for option in options:
         if option not in CELERY_OPTIONS:
-            near = difflib.get_close_matches(option, [*CELERY_OPTIONS, "feature_name", "section", "on_denied"], n=1)
+            near = difflib.get_close_matches(
+                option, [*CELERY_OPTIONS, "feature_name", "section", "on_denied", "replay"], n=1
+            )
             hint = f" Did you mean {near[0]}?" if near else ""
             raise TypeError(f"metered_task has no option {option!r}.{hint}")
     if section not in SECTIONS:
         raise ValueError(f"section: {section!r} is not a section of the usage log: use {', '.join(sorted(SECTIONS))}")
     if on_denied not in ("raise", "return"):
         raise ValueError(f'on_denied: {on_denied!r} is not valid: use "raise" or "return"')
+    if replay not in ("redelivery", "always"):
+        raise ValueError(f'replay: {replay!r} is not valid: use "redelivery" or "always"')
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""Maintenance tasks that beat sends: expire the holds of dead workers, and delete old rows."""
+"""Maintenance tasks that beat sends: expire the holds of dead workers, settle owed charges, and delete old rows."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -9,6 +9,7 @@ from sqlalchemy import Connection
 from trueup.database.retry import retrying
 from trueup.gate.holds import expire_holds as expire_overdue
 from trueup.gate.modes import prune_observed_denials as prune_denials
+from trueup.gate.owed_charges import settle_owed_charges as settle_charges
 from trueup.settings.settings import get_settings
 from trueup.tasks.reconcile import reconcile_counters, reconcile_shard, sweep_runs
 from trueup.usage.charges import prune_answers as prune
@@ -22,6 +23,7 @@ __all__ = [
     "prune_requests",
     "reconcile_counters",
     "reconcile_shard",
+    "settle_owed_charges",
     "sweep_runs",
 ]
 
@@ -38,6 +40,13 @@ def expire_holds() -> dict[str, int]:
     """Expire at most `EXPIRE_LIMIT` overdue holds; the next task expires the rest. Returns their count and tokens."""
     holds, tokens = retrying(lambda connection: expire_overdue(connection, limit=EXPIRE_LIMIT))
     return {"holds": holds, "tokens": tokens}
+
+
+@shared_task(name="trueup.settle_owed_charges", acks_late=True)
+def settle_owed_charges() -> dict[str, int]:
+    """Try again to write the usage rows that the host's log refused. Returns how many it took, and how many not."""
+    settled, refused = retrying(settle_charges)
+    return {"settled": settled, "refused": refused}
 
 
 @shared_task(name="trueup.prune_answers", acks_late=True)

@@ -29,7 +29,7 @@ before = set(sys.modules)
 import trueup
 print(sorted(name for name in set(sys.modules) - before if name.partition(".")[0] not in sys.stdlib_module_names))
 """
-    assert run(script) == "['trueup']"
+    assert run(script) == "['trueup', 'trueup.errors']"
 
 
 def test_a_name_loads_its_own_module_and_no_web_framework() -> None:

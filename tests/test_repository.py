@@ -41,6 +41,7 @@ PARTS = {
     "cryptography": "pyjwt",
     "jsonschema": "check-jsonschema",
     "kombu": "celery",
+    "pydantic_core": "pydantic",
     "ruamel": "check-jsonschema",
     "werkzeug": "pytest-httpserver",
 }
@@ -284,3 +285,12 @@ def test_a_checkout_on_the_path_gives_no_second_copy_of_a_package(package: str) 
     assert done.returncode != 0
     assert error.startswith("ImportError: ")
     assert error.endswith(f"Import trueup.{package}.")
+
+
+def test_each_worker_command_names_its_node() -> None:
+    """Two workers without `-n` on one machine have one name, and Celery's remote control mixes them up."""
+    texts = [path for path in TRACKED if path.suffix in (".md", ".py", ".yml") and path.parts[-2] != "tests"]
+    command = re.compile(r"celery -A \S+ worker -Q [^`\n]*")
+    found = [(name(path), hit[0]) for path in texts for hit in command.finditer(path.read_text())]
+    assert len(found) > 5
+    assert [(path, hit) for path, hit in found if " -n " not in hit] == []

@@ -7,6 +7,9 @@ neither Celery nor SQLAlchemy.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# Loaded at once: Celery rebuilds a task's error as our class only if its module is loaded by then. It needs no package.
+from trueup import errors as errors
+
 if TYPE_CHECKING:
     from trueup.billing.decorators import (
         ai_tokens,
@@ -22,15 +25,18 @@ if TYPE_CHECKING:
         NotInstalledError,
         ProviderError,
         ServiceUnavailableError,
+        TaskIdReusedError,
         TokensDenied,
         TrueupError,
     )
     from trueup.llm.metering import spending_from
-    from trueup.llm.model import Completion, Message, Model
+    from trueup.llm.model import AsyncModel, Completion, Message, Model
+    from trueup.llm.streaming import astream_with_tokens, stream_with_tokens
     from trueup.tasks.metered import metered_task
     from trueup.usage.tracker import ai_usage, track_ai_usage
 
 __all__ = [
+    "AsyncModel",
     "Completion",
     "HoldBusyError",
     "HoldExhaustedError",
@@ -40,10 +46,12 @@ __all__ = [
     "NotInstalledError",
     "ProviderError",
     "ServiceUnavailableError",
+    "TaskIdReusedError",
     "TokensDenied",
     "TrueupError",
     "ai_tokens",
     "ai_usage",
+    "astream_with_tokens",
     "check_ai_access_for_user",
     "check_tokens_for_function",
     "get_accurate_tokens_remaining",
@@ -51,11 +59,13 @@ __all__ = [
     "require_active_subscription",
     "require_ai_tokens",
     "spending_from",
+    "stream_with_tokens",
     "track_ai_usage",
 ]
 
 # Type checkers read the imports above, Python reads this table. A test compares both with `__all__`.
 _MODULES = {
+    "AsyncModel": "trueup.llm.model",
     "Completion": "trueup.llm.model",
     "HoldBusyError": "trueup.errors",
     "HoldExhaustedError": "trueup.errors",
@@ -65,10 +75,12 @@ _MODULES = {
     "NotInstalledError": "trueup.errors",
     "ProviderError": "trueup.errors",
     "ServiceUnavailableError": "trueup.errors",
+    "TaskIdReusedError": "trueup.errors",
     "TokensDenied": "trueup.errors",
     "TrueupError": "trueup.errors",
     "ai_tokens": "trueup.billing.decorators",
     "ai_usage": "trueup.usage.tracker",
+    "astream_with_tokens": "trueup.llm.streaming",
     "check_ai_access_for_user": "trueup.billing.utils",
     "check_tokens_for_function": "trueup.billing.decorators",
     "get_accurate_tokens_remaining": "trueup.billing.utils",
@@ -76,6 +88,7 @@ _MODULES = {
     "require_active_subscription": "trueup.billing.decorators",
     "require_ai_tokens": "trueup.billing.decorators",
     "spending_from": "trueup.llm.metering",
+    "stream_with_tokens": "trueup.llm.streaming",
     "track_ai_usage": "trueup.usage.tracker",
 }
 

@@ -131,6 +131,36 @@ class TokensDenied(TrueupError):  # noqa: N818 - an answer of the gate, not a fa
         return f"{self.payload['error']} ({self.payload['error_code']})"
 
 
+class TaskIdReusedError(TrueupError):
+    """A task with this id and another request is running or waits for its retry. Nothing was run for this request."""
+
+    def __init__(self, task_id: str) -> None:
+        self.task_id = task_id
+        super().__init__(task_id)
+
+    def __str__(self) -> str:
+        return (
+            f"The task id {self.task_id} is in use: a task with this id and other arguments, or of another name, is "
+            "running or waits for its retry. Nothing was run or spent for this request. Give each request its own task "
+            "id, or send this one again when that task has ended."
+        )
+
+
+class ResultNotKeptError(TrueupError):
+    """An earlier delivery has done the task's work, and neither its result nor its answers are kept."""
+
+    def __init__(self, task_id: str) -> None:
+        self.task_id = task_id
+        super().__init__(task_id)
+
+    def __str__(self) -> str:
+        return (
+            f"An earlier delivery of task {self.task_id} has done its work. Its result is no longer stored, and the "
+            "answers are not kept, so the result can't be made again. Nothing was spent. Send the work with a new task "
+            "id, and set TRUEUP_STORE_ANSWERS=true to have answers kept."
+        )
+
+
 class HoldError(TrueupError):
     """The hold does not allow this model call. The call spent nothing."""
 
@@ -186,6 +216,25 @@ class HoldOvertakenError(HoldError):
         return (
             f"attempt {self.attempt} of task {self.task_id} has lost its hold: its lease ended and a later attempt "
             "took over, or the hold expired. This attempt spends nothing more."
+        )
+
+
+class HoldLifetimeError(HoldError):
+    """A task has lost its hold in attempt after attempt. It was not started again."""
+
+    def __init__(self, task_id: str, attempts: int, ttl_seconds: int, max_seconds: int) -> None:
+        self.task_id = task_id
+        self.attempts = attempts
+        self.ttl_seconds = ttl_seconds
+        self.max_seconds = max_seconds
+        super().__init__(task_id, attempts, ttl_seconds, max_seconds)
+
+    def __str__(self) -> str:
+        return (
+            f"Task {self.task_id} has lost its hold in each of {self.attempts} attempts: its body works longer between "
+            f"two model calls than a hold lives ({self.ttl_seconds} s without a heartbeat, {self.max_seconds} s with "
+            "it). Its paid calls stay charged, and nothing more is spent. Raise TRUEUP_HOLD_MAX_SECONDS for bodies "
+            "that work longer, or TRUEUP_HOLD_TTL_SECONDS where the worker's pool leaves no time for the heartbeat."
         )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from celery import Celery
 
 from trueup.tasks import TASK_MODULES
+from trueup.tasks.applications import mark_as_guest
 
 
 def make_application(name: str, **options: Any) -> Celery:
@@ -14,4 +15,6 @@ def make_application(name: str, **options: Any) -> Celery:
     trueup's broker. The `celery` command makes it current when it runs it. It ignores DJANGO_SETTINGS_MODULE, because
     Celery makes the first Django application the default.
     """
-    return Celery(name, set_as_current=False, fixups=[], include=list(TASK_MODULES), **options)
+    app = Celery(name, set_as_current=False, fixups=[], include=list(TASK_MODULES), **options)
+    mark_as_guest(app)
+    return app

@@ -61,6 +61,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "task_routes": {
             "trueup.reconcile_*": {"queue": RECONCILE_QUEUE},
             "trueup.prune_*": {"queue": RECONCILE_QUEUE},
+            "trueup.settle_owed_charges": {"queue": RECONCILE_QUEUE},
             "trueup.sweep_runs": {"queue": RECONCILE_QUEUE},
             "trueup.expire_holds": {"queue": RECONCILE_QUEUE},
             "trueup.check_alerts": {"queue": RECONCILE_QUEUE},
@@ -109,6 +110,7 @@ def beat_schedule(settings: Settings) -> dict[str, Any]:
         **({"reconcile-deep": _every(deep, "trueup.reconcile_counters", scheduled=True, deep=True)} if deep else {}),
         "sweep-runs": _every(SWEEP_INTERVAL_SECONDS, "trueup.sweep_runs"),
         "expire-holds": _every(settings.expire_interval_seconds, "trueup.expire_holds"),
+        "settle-owed-charges": _every(settings.expire_interval_seconds, "trueup.settle_owed_charges"),
         "prune-answers": _every(PRUNE_INTERVAL_SECONDS, "trueup.prune_answers"),
         "prune-requests": _every(PRUNE_INTERVAL_SECONDS, "trueup.prune_requests"),
         "prune-observed-denials": _every(PRUNE_INTERVAL_SECONDS, "trueup.prune_observed_denials"),

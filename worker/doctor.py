@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -13,6 +14,7 @@ from trueup.doctor.clocks import Offset, judge, measure
 from trueup.doctor.findings import Finding, error, ok, run_check, warning
 from trueup.settings.settings import PREFIX, Settings
 from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE, SENT_AT_HEADER
+from trueup.worker.dead_letters import count_letters
 
 OLDEST_REDIS = (6, 2)
 # A worker that forks, or on a busy machine, answers within this.
@@ -33,6 +35,7 @@ def examine_broker(app: Celery, settings: Settings, database_offset: Offset | No
             *run_check("redis", lambda: check_server(client)),
             *run_check("redis_clock", lambda: check_clock(client, database_offset)),
             *run_check("workers", lambda: check_workers(app, client, settings)),
+            *run_check("dead_letters", lambda: check_dead_letters(client)),
         ]
 
 
@@ -71,6 +74,20 @@ def check_clock(client: Any, database_offset: Offset | None) -> Iterator[Finding
         yield from judge("redis_clock", "Redis' clock and this machine's", offset)
     else:
         yield from judge("redis_clock", "Redis' clock and the database's", offset.against(database_offset))
+
+
+def check_dead_letters(client: Any) -> Iterator[Finding]:
+    """Yield whether messages are kept that no worker could work on."""
+    letters = count_letters(client)
+    if letters:
+        yield warning(
+            "dead_letters",
+            f"{letters:,} messages could not be worked on, and are kept as dead letters.",
+            "See why: `trueup queues dead`. Then `trueup queues requeue`, or `trueup queues drop`.",
+            letters=letters,
+        )
+    else:
+        yield ok("dead_letters", "There are no dead letters.", letters=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,16 +140,23 @@ def _due_since(headers: dict[str, Any]) -> datetime | None:
 
 def check_workers(app: Celery, client: Any, settings: Settings) -> Iterator[Finding]:
     """Check that workers answer and consume trueup's queues, and look for long queues and tasks that hang."""
-    inspect = app.control.inspect(timeout=ANSWER_SECONDS)
-    taken: dict[str, list[dict[str, Any]]] = inspect.active_queues() or {}
-    served = {queue["name"] for queues in taken.values() for queue in queues}
+    replies = app.control.broadcast("active_queues", reply=True, timeout=ANSWER_SECONDS) or []
+    # Celery's `inspect` would give the queues of only one of several workers with the same node name.
+    taken = [(worker, queues) for reply in replies for worker, queues in reply.items()]
+    names = Counter(worker for worker, _ in taken)
+    served = {queue["name"] for _, queues in taken for queue in queues}
     waiting = {queue: read_queue_depth(client, queue) for queue in (AI_QUEUE, RECONCILE_QUEUE)}
     if taken:
-        yield ok("workers", f"Workers answer: {', '.join(sorted(taken))}.", workers=sorted(taken))
-        yield from _hanging(inspect.active() or {}, settings, time.time())
+        yield ok("workers", f"Workers answer: {', '.join(sorted(names))}.", workers=sorted(names))
+        yield from _same_names(names)
+        active = app.control.broadcast("active", reply=True, timeout=ANSWER_SECONDS) or []
+        yield from _hanging([item for reply in active for item in reply.items()], settings, time.time())
     else:
         what = f"No worker answered within {ANSWER_SECONDS:.0f} s."
-        remedy = "Start workers: `celery -A trueup.worker worker -Q trueup-ai`, and another with `-Q trueup-reconcile`."
+        remedy = (
+            "Start workers: `celery -A trueup.worker worker -Q trueup-ai -n trueup-ai@%h`, and another with "
+            "`-Q trueup-reconcile -n trueup-reconcile@%h`."
+        )
         yield error("workers", what, remedy, workers=[])
     if AI_QUEUE in served and settings.model_provider is None and settings.database_url:
         what = f"Workers consume queue {AI_QUEUE}, but no model provider is set: every AI task fails."
@@ -145,7 +169,7 @@ def check_workers(app: Celery, client: Any, settings: Settings) -> Iterator[Find
 def _queue(queue: str, waiting: QueueDepth, *, served: bool, alone: bool) -> Finding:
     """Return the finding about a queue. `alone`: no worker answered, which is a finding of its own."""
     detail = {"queue": queue, "served": served, **asdict(waiting)}
-    start = f"Start a worker for it: `celery -A trueup.worker worker -Q {queue}`."
+    start = f"Start a worker for it: `celery -A trueup.worker worker -Q {queue} -n {queue}@%h`."
     if waiting.length and not served:
         return error("queues", f"In queue {queue} {waiting}, and no worker consumes it.", start, **detail)
     if waiting.length >= LONG_QUEUE or (waiting.oldest_seconds or 0) >= LONG_WAIT_SECONDS:
@@ -157,12 +181,21 @@ def _queue(queue: str, waiting: QueueDepth, *, served: bool, alone: bool) -> Fin
     return ok("queues", f"In queue {queue} {waiting}.", **detail)
 
 
-def _hanging(active: dict[str, list[dict[str, Any]]], settings: Settings, now: float) -> Iterator[Finding]:
+def _same_names(names: Mapping[str, int]) -> Iterator[Finding]:
+    """Find node names that several workers have: Celery's remote control and events mix up such workers."""
+    for name, workers in sorted(names.items()):
+        if workers > 1:
+            what = f"{workers} workers have the node name {name}: `celery inspect` and revocations mix them up."
+            remedy = "Start each worker with its own name: `-n trueup-ai@%h` and `-n trueup-reconcile@%h`."
+            yield warning("workers", what, remedy, worker=name, workers=workers)
+
+
+def _hanging(active: Iterable[tuple[str, list[dict[str, Any]]]], settings: Settings, now: float) -> Iterator[Finding]:
     """Look for a task that runs longer than the time limit: a worker whose processes hang still answers."""
     limit = settings.task_time_limit_seconds + settings.reconcile_scan_timeout_seconds
     started = [
         (now - float(task["time_start"]), task.get("name"), worker, task.get("id"))
-        for worker, tasks in active.items()
+        for worker, tasks in active
         for task in tasks
         if task.get("time_start")
     ]

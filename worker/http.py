@@ -1,7 +1,11 @@
 """The HTTP API and a Celery application that sends its tasks: `uvicorn --factory trueup.worker.http:create_app`."""
 
+import socket
+import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from trueup.errors import SettingsError
 from trueup.extras import require_extra
 from trueup.settings.settings import Settings, get_settings
 from trueup.worker import logs, redis_transport
@@ -15,6 +19,8 @@ if TYPE_CHECKING:
 GRACE_SECONDS = 30
 # Longer than proxies keep idle connections, so that a proxy does not send a request into a closing connection.
 KEEP_ALIVE_SECONDS = 75
+# As uvicorn exits.
+START_FAILED = 3
 
 
 def create_app() -> "FastAPI":
@@ -33,12 +39,15 @@ def create_app() -> "FastAPI":
 
 
 def serve(settings: Settings, app: "FastAPI | None" = None) -> None:
-    """Serve the API until SIGINT or SIGTERM. `app` None: call `create_app`, which may raise."""
+    """Serve the API until SIGINT or SIGTERM. `app` None: call `create_app`, which may raise.
+
+    Raises `SettingsError` if it can't listen on the address.
+    """
     app = app or create_app()
     import uvicorn
 
     logs.configure()
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=settings.api.host,
         port=settings.api.port,
@@ -50,3 +59,20 @@ def serve(settings: Settings, app: "FastAPI | None" = None) -> None:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         backlog=2048,
     )
+    server = uvicorn.Server(config)
+    with listening_socket(settings.api.host, settings.api.port) as listener, suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
+    if not server.started:
+        sys.exit(START_FAILED)
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on an address. Raises `SettingsError` if it can't, as when another program does."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise SettingsError(
+            f"The HTTP API can't listen on {host}:{port}: {error.strerror or error}. Nothing is served. Stop the "
+            "program that listens there, or set TRUEUP_API__HOST and TRUEUP_API__PORT to a free address."
+        ) from None

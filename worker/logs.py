@@ -2,10 +2,11 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from celery import current_task
-from celery.app import log
+from celery.app import log, trace
 from celery.signals import setup_logging, worker_ready
 
 from trueup.extras import missing_modules
@@ -27,6 +28,19 @@ class Formatter(logging.Formatter):
         task = current_task
         record.task = f" {task.name}[{task.request.id}]" if task and task.request.id else ""
         return super().format(record)
+
+
+class WithoutResults(logging.Filter):
+    """Leaves the results of tasks out of Celery's lines: they are users' texts, which a log must not keep."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, Mapping) and "return_value" in record.args:
+            record.args = {**record.args, "return_value": "(result not logged)"}
+        return True
+
+
+# One object: a logger has a filter once, however often it is added.
+_WITHOUT_RESULTS = WithoutResults()
 
 
 class Logging(log.Logging):
@@ -56,3 +70,4 @@ def configure(**_signal: Any) -> None:
     logging.basicConfig(level=get_settings().log_level, handlers=[handler], force=True)
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger(trace.__name__).addFilter(_WITHOUT_RESULTS)

@@ -10,6 +10,7 @@ from trueup.cli.output import show
 from trueup.database.engine import describe_database, transaction
 from trueup.database.locks import LOCK_TIMEOUT_MILLISECONDS, PATIENCE_SECONDS
 from trueup.database.retry import retrying
+from trueup.database.session import SEARCH_PATH
 from trueup.host.mapping import quote_table
 from trueup.install.attach import attach as attach_to
 from trueup.install.attach import attach_script
@@ -155,7 +156,7 @@ def grants(migrate_role: str, worker_role: str, readonly_role: str) -> None:
         where = describe_database()
     click.echo(f"-- Least-privilege roles for trueup in {where}.")
     click.echo("-- They have no passwords yet; in psql: \\password ROLE")
-    click.echo("BEGIN;\nSET LOCAL lock_timeout = '5s';")
+    click.echo(f"BEGIN;\nSET LOCAL search_path = {SEARCH_PATH};\nSET LOCAL lock_timeout = '5s';")
     for statement in statements:
         click.echo(f"{statement};")
     click.echo("COMMIT;")

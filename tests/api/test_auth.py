@@ -371,6 +371,13 @@ def test_the_demo_answers_this_machine_only(
         assert status(client, {"Authorization": f"Bearer {user}", "Host": host_header}) == 401
 
 
+@pytest.mark.parametrize("header", ["X-Forwarded-For", "X-Real-IP", "Forwarded", "Via", "X-Forwarded-Host"])
+def test_the_demo_answers_no_request_that_a_proxy_passes_on(client_with: MakeClient, user: int, header: str) -> None:
+    client = client_with(jwt_secret=None, demo=True)
+    assert status(client, {"Authorization": f"Bearer {user}"}) == 200
+    assert status(client, {"Authorization": f"Bearer {user}", header: "127.0.0.1"}) == 401
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [

@@ -445,3 +445,20 @@ def test_a_cancelled_block_releases_its_tokens(host: Host, user: int) -> None:
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(work())
     assert (balance(host, user), statuses()) == ((0, 0), ["released"])
+
+
+def test_the_charge_of_a_cancelled_caller_is_recorded_before_its_block_ends(host: Host, user: int) -> None:
+    """Its provider has answered, so its tokens must not be released before they are charged."""
+
+    async def view() -> None:
+        async with ai_tokens(user, 1_500) as hold:
+            with locked_balance(host, user):
+                charge = asyncio.create_task(hold.acharge(prompt_tokens=200, completion_tokens=100, model_name="m"))
+                await asyncio.to_thread(wait_for_lock, host)
+                charge.cancel()
+                await asyncio.wait([charge])
+                assert charge.cancelled()
+
+    asyncio.run(view())
+    assert (balance(host, user), host.used(user)) == ((300, 0), 300)
+    assert host.value("SELECT late FROM trueup.charge") is False

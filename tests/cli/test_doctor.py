@@ -12,7 +12,7 @@ from celery import Celery
 from tests.cli.conftest import trueup, trueup_json
 from tests.support.host import Host
 from tests.support.schemas import complaints
-from tests.support.worker import WorkerProcess
+from tests.support.worker import WorkerProcess, running_worker
 from trueup.cli import client
 from trueup.cli.client import celery_client
 from trueup.doctor.clocks import Offset
@@ -155,7 +155,7 @@ def test_a_task_that_exceeds_the_time_limit_is_reported(age: float, level: str) 
     active = {
         "trueup-ai@a": [{"name": "tasks.run", "id": "1", "time_start": 1e9 - age}, {"name": "x", "time_start": None}]
     }
-    [finding] = doctor._hanging(active, Settings(), 1e9)
+    [finding] = doctor._hanging(active.items(), Settings(), 1e9)
     assert (finding.level, finding.detail["seconds"]) == (level, age)
 
 
@@ -205,3 +205,14 @@ def test_with_a_worker_all_is_well_but_for_the_tests_own_role(
     assert document["warnings"] > 0
     trueup("doctor", "--strict", code=1)
     assert complaints(document, SCHEMA) == []
+
+
+def test_workers_with_one_node_name_are_told_and_the_queues_of_both_count(
+    worker: WorkerProcess, shared_host: Host, tmp_path: Path
+) -> None:
+    """Celery's own `inspect` shows the queues of only one of them."""
+    with running_worker(tmp_path / "second.log", queues=("another",), concurrency=1):
+        findings = trueup_json("doctor")["findings"]
+    level, told = of(findings, "workers")[1]
+    assert (level, told.startswith("2 workers have the node name celery@")) == ("warning", True)
+    assert [level for level, _ in of(findings, "queues")] == ["ok", "ok"]

@@ -74,7 +74,7 @@ def test_missing_rights_of_the_role_are_named(bare: Host, drifting: list[int], m
         monkeypatch.setenv("TRUEUP_DATABASE_URL", engine.url.render_as_string(hide_password=False))
         get_settings.cache_clear()
         dispose_engine()
-        assert 'GRANT SELECT ON "ai_usage_log" TO "reader_' in trueup(*LOOK, code=1).stderr
+        assert 'GRANT SELECT ON "public"."ai_usage_log" TO "reader_' in trueup(*LOOK, code=1).stderr
         bare.execute(f"GRANT {READ} TO {engine.url.username}")
         assert trueup_json(*LOOK)["drifted"] == 2
         dispose_engine()

@@ -142,7 +142,7 @@ class TestWithoutAWorker:
         result = trueup("run", "qa", "--user", 7, "--wait", "--timeout", 1, ARTICLE, code=1)
         [message] = waiting()
         assert f"Task {message['id']} has not ended within 1 s (state PENDING). It continues" in result.stderr
-        assert "Start one with `celery -A trueup.worker worker -Q trueup-ai`" in result.stderr
+        assert "Start one with `celery -A trueup.worker worker -Q trueup-ai -n trueup-ai@%h`" in result.stderr
 
     @pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # by Celery, as a worker would
     def test_a_result_of_megabytes_arrives_whole(

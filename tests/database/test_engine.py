@@ -1,15 +1,19 @@
 import os
+from datetime import timedelta
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Engine, text
 
-from tests.support.host import Host
+from tests.support.host import START, Host
 from tests.support.sessions import locked
 from tests.support.waiting import wait_for
+from tests.support.work import charge_tokens, hold_tokens
 from trueup.database.engine import connect, dispose_engine, transaction
 from trueup.database.retry import retrying
+from trueup.database.session import session_settings
 from trueup.errors import NotInstalledError, ServiceUnavailableError
 from trueup.settings.settings import get_settings
+from trueup.usage.charges import find_answer
 
 
 def one(statement: str) -> object:
@@ -25,25 +29,79 @@ def test_sessions_are_in_utc_read_committed_and_bounded_in_time(database: str) -
     assert one("SHOW application_name") == "trueup"
 
 
-def test_options_of_the_url_are_kept(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRUEUP_DATABASE_URL", f"{database}&options=-csearch_path%3Dapp%20-cwork_mem%3D5MB")
+def test_options_of_the_url_are_kept_but_for_what_trueup_sets(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = "-csearch_path%3Dapp%20-cwork_mem%3D5MB"
+    monkeypatch.setenv("TRUEUP_DATABASE_URL", f"{database}&client_encoding=latin1&options={options}")
     get_settings.cache_clear()
     dispose_engine()
-    assert (one("SHOW search_path"), one("SHOW work_mem"), one("SHOW timezone")) == ("app", "5MB", "UTC")
+    assert (one("SHOW work_mem"), one("SHOW search_path")) == ("5MB", "pg_catalog, pg_temp")
+    assert (one("SHOW timezone"), one("SHOW client_encoding")) == ("UTC", "UTF8")
+
+
+# What a role, a database or a server may set, and what trueup's sessions must not take over.
+HOSTILE_SETTINGS = {
+    "client_encoding": "LATIN1",
+    "datestyle": "German, DMY",
+    "intervalstyle": "sql_standard",
+    "extra_float_digits": "-10",
+    "bytea_output": "escape",
+    "standard_conforming_strings": "off",
+    "array_nulls": "off",
+    "transform_null_equals": "on",
+    "quote_all_identifiers": "on",
+    "lock_timeout": "'1ms'",
+    "timezone": "'Asia/Tokyo'",
+    "default_transaction_isolation": "serializable",
+    "search_path": "nowhere",
+    "statement_timeout": "'2s'",
+    "idle_in_transaction_session_timeout": "'1s'",
+    "idle_session_timeout": "'1s'",
+    "transaction_timeout": "'1s'",
+    "row_security": "on",
+}
+
+
+@pytest.mark.parametrize("by", ["role", "database"])
+def test_settings_of_a_role_or_a_database_change_nothing_for_trueup(
+    database: str, host: Host, admin_engine: Engine, by: str
+) -> None:
+    known = set(host.execute("SELECT lower(name) FROM pg_settings").scalars())
+    chosen = {name: value for name, value in HOSTILE_SETTINGS.items() if name in known}
+    here = host.value("SELECT quote_ident(current_database())")
+    whom = (
+        f"ROLE {host.value('SELECT quote_ident(current_user)')} IN DATABASE {here}"
+        if by == "role"
+        else f"DATABASE {here}"
+    )
+    user = host.subscriber(10_000)
+    with admin_engine.connect() as admin:
+        for name, value in chosen.items():
+            admin.execute(text(f"ALTER {whom} SET {name} = {value}"))
+    dispose_engine()
+    with connect() as connection:
+        for name, value in session_settings(connection.connection.driver_connection.info.server_version, "30s").items():
+            assert connection.scalar(text(f"SHOW {name}")) == value, name
+        hold = hold_tokens(connection, user, 1_000, lease=60, now=START)
+        assert hold.expires_at == START + timedelta(seconds=600)
+        charge_tokens(connection, hold, 60, answer={"text": "سلام"}, metadata={"path": "C:\\new"})
+        assert find_answer(connection, hold, "1") == {"text": "سلام"}
+    assert set(session_settings(999999, "30s")) == set(HOSTILE_SETTINGS)
 
 
 def test_on_connect_each_statement_is_its_own_transaction(host: Host) -> None:
     with connect() as connection:
-        connection.execute(text("INSERT INTO accounts_user VALUES (1, 'a', '')"))
+        connection.execute(text("INSERT INTO public.accounts_user VALUES (1, 'a', '')"))
         assert host.value("SELECT count(*) FROM accounts_user") == 1
 
 
 def test_a_transaction_is_committed_at_its_end_and_rolled_back_on_an_error(host: Host) -> None:
     with pytest.raises(ServiceUnavailableError), transaction() as connection:
-        connection.exec_driver_sql("INSERT INTO accounts_user VALUES (1, 'a', ''); DO $$ BEGIN RAISE disk_full; END $$")
+        connection.exec_driver_sql(
+            "INSERT INTO public.accounts_user VALUES (1, 'a', ''); DO $$ BEGIN RAISE disk_full; END $$"
+        )
     assert host.value("SELECT count(*) FROM accounts_user") == 0
     with transaction() as connection:
-        connection.execute(text("INSERT INTO accounts_user VALUES (1, 'a', '')"))
+        connection.execute(text("INSERT INTO public.accounts_user VALUES (1, 'a', '')"))
         assert host.value("SELECT count(*) FROM accounts_user") == 0
     assert host.value("SELECT count(*) FROM accounts_user") == 1
 
@@ -51,9 +109,9 @@ def test_a_transaction_is_committed_at_its_end_and_rolled_back_on_an_error(host:
 @pytest.mark.parametrize(
     ("setting", "trouble"),
     [
-        ("lock_timeout = '50ms'", "SELECT * FROM accounts_user"),
-        ("statement_timeout = '50ms'", "SELECT * FROM accounts_user"),
-        ("default_transaction_read_only = on", "CREATE TABLE on_a_standby ()"),
+        ("lock_timeout = '50ms'", "SELECT * FROM public.accounts_user"),
+        ("statement_timeout = '50ms'", "SELECT * FROM public.accounts_user"),
+        ("default_transaction_read_only = on", "CREATE TABLE public.on_a_standby ()"),
         ("lock_timeout = '50ms'", "SELECT pg_terminate_backend(pg_backend_pid())"),
         ("lock_timeout = '50ms'", "DO $$ BEGIN RAISE deadlock_detected; END $$"),
         ("lock_timeout = '50ms'", "DO $$ BEGIN RAISE disk_full; END $$"),

@@ -133,7 +133,7 @@ def test_a_role_that_may_not_read_the_layout_can_connect(host: Host) -> None:
             get_settings().model_copy(update={"database_url": url.set(username=role).render_as_string(False)})
         )
         with engine.connect() as connection:
-            assert connection.scalar(text("SELECT count(*) FROM billing_subscription")) == 0
+            assert connection.scalar(text("SELECT count(*) FROM public.billing_subscription")) == 0
         engine.dispose()
     host.execute(f"DROP OWNED BY {role}")
     host.execute(f"DROP ROLE {role}")

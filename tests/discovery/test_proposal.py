@@ -286,7 +286,7 @@ def test_obstacles_are_named_with_their_remedies(catalog_of: Connection) -> None
     notes = "\n".join(proposal.notes)
     for said in (
         "billing_subscription.user_id is not unique",
-        'CREATE INDEX CONCURRENTLY ON "ai_usage_log" ("user_id", "created_at");',
+        'CREATE INDEX CONCURRENTLY ON "public"."ai_usage_log" ("user_id", "created_at");',
         "ai_usage_log.id is bigint and has no default",
         "ai_usage_log.tenant: each row must have a value",
         "billing_subscription.start_date has no time zone",
@@ -331,7 +331,7 @@ def test_no_row_is_shown_and_none_is_needed(catalog_of: Connection) -> None:
         script(catalog_of, f"SET ROLE {role}")
         proposal = discovered(catalog_of)
         assert proposal.mapping == HostMapping(**BOOKS)  # type: ignore[arg-type]
-        assert f'GRANT SELECT ON "ai_usage_log" TO "{role}";' in "\n".join(proposal.notes)
+        assert f'GRANT SELECT ON "public"."ai_usage_log" TO "{role}";' in "\n".join(proposal.notes)
     finally:
         script(catalog_of, f"RESET ROLE; DROP ROLE {role}")
 

@@ -152,6 +152,19 @@ def test_a_persons_settings_are_used_only_for_missing_matches(
     assert whys["host.usage_log.counts"] == whys["host.subscription.is_active"] == "set by you under [host]"
 
 
+def test_a_persons_settings_are_kept_for_fields_that_are_not_sought(
+    catalog_of: Connection,  # noqa: F811
+) -> None:
+    script(catalog_of, SMALL_HOST)
+    script(catalog_of, "ALTER TABLE llm_calls DROP status, ADD success boolean, ADD billable boolean")
+    assert "counts" not in discovered(catalog_of).settings["usage_log"]
+    counts = {"expression": "billable"}
+    proposal = propose(catalog_of, read_catalog(catalog_of), {"usage_log": {"counts": counts}})
+    assert proposal.settings["usage_log"]["counts"] == counts
+    settings = [choice.setting for choice in proposal.choices]
+    assert len(settings) == len(set(settings))
+
+
 def test_a_persons_table_is_used_if_none_is_found(
     catalog_of: Connection,  # noqa: F811
 ) -> None:

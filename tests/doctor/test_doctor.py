@@ -10,6 +10,8 @@ from sqlalchemy.pool import NullPool
 
 from tests.support.books import assert_true
 from tests.support.host import Host
+from tests.support.standby import standby_of
+from tests.support.waiting import wait_for
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.database.engine import connect
 from trueup.doctor import database as doctor
@@ -17,7 +19,14 @@ from trueup.doctor.clocks import HARMFUL_SECONDS, Offset, judge, measure
 from trueup.doctor.database import check_durability, check_server
 from trueup.doctor.findings import Finding, error, exit_code, ok, run_check, warning
 from trueup.doctor.installation import check_functions, check_rights, check_schema, check_triggers
-from trueup.doctor.invariants import check_beat, check_holds, check_invariants, check_runs, check_unresolved
+from trueup.doctor.invariants import (
+    check_beat,
+    check_holds,
+    check_invariants,
+    check_owed_charges,
+    check_runs,
+    check_unresolved,
+)
 from trueup.doctor.settings import check_settings
 from trueup.doctor.versions import check_packages, check_python, check_weaker_versions
 from trueup.host.mapping import HostMapping
@@ -53,6 +62,7 @@ def mapped(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
 
 def test_a_fresh_database_has_nothing_wrong_with_it(host: Host) -> None:
     charge_tokens_of(host)
+    host.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")  # PostgreSQL 14 grants it
     findings = doctor.examine_database(get_settings())
     told = [finding for finding in findings if finding.level != "ok"]
     # The tests' role is a superuser.
@@ -224,6 +234,23 @@ def test_a_server_that_may_lose_commits_is_reported(host: Host, connection: Conn
     assert "warning" in [finding.level for finding in found(check_durability, connection)]
 
 
+def test_standbys_of_which_none_is_synchronous_are_told(host: Host, connection: Connection) -> None:
+    """A failover to one of them may lose a hold, and what was promised by it."""
+    assert only(check_durability, connection).level == "ok"
+    with standby_of(host.engine):
+        wait_for(lambda: host.value("SELECT count(*) FROM pg_stat_replication") == 1)
+        told = [finding for finding in found(check_durability, connection) if finding.level == "warning"]
+    assert [finding.detail for finding in told] == [{"standbys": 1}]
+    assert "synchronous_standby_names" in str(told[0].remedy)
+
+
+def test_a_limit_on_temporary_files_is_told(host: Host, connection: Connection) -> None:
+    name = host.value("SELECT current_database()")
+    host.execute(f"ALTER DATABASE {name} SET temp_file_limit = '10MB'")
+    told = [finding for finding in found(check_durability, connection) if finding.level == "warning"]
+    assert [finding.detail for finding in told] == [{"limits": ["temp_file_limit=10MB"]}]
+
+
 # -- trueup's own objects
 
 
@@ -340,6 +367,17 @@ def test_calls_and_messages_with_an_unknown_outcome_are_counted(host: Host, conn
     calls, messages = found(check_unresolved, connection)
     assert (calls.level, calls.detail) == ("warning", {"calls": 1, "tokens_bound": 700})
     assert (messages.level, messages.detail) == ("warning", {"messages": 1})
+
+
+def test_owed_charges_are_an_error_with_the_reason(host: Host, connection: Connection) -> None:
+    assert only(check_owed_charges, connection).level == "ok"
+    hold = hold_tokens(connection, host.subscriber(), 1_000)
+    host.execute("ALTER TABLE ai_usage_log ADD CONSTRAINT small CHECK (total_tokens < 10)")
+    charge_tokens(connection, hold, 700)
+    finding = only(check_owed_charges, connection)
+    assert (finding.level, finding.detail) == ("error", {"charges": 1, "tokens": 700})
+    assert "23514" in finding.what
+    assert "small" in finding.what
 
 
 def add_run(host: Host, status: str, *, hours: float, **more: Any) -> None:

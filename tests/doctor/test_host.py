@@ -107,7 +107,7 @@ def test_an_invalid_index_is_not_used(host: Host, connection: Connection) -> Non
         "UPDATE pg_index SET indisvalid = false WHERE indexrelid = CAST('ai_usage_log_user_created' AS regclass)"
     )
     finding = only(check_log_index, connection)
-    assert "DROP INDEX CONCURRENTLY ai_usage_log_user_created" in str(finding.remedy)
+    assert "DROP INDEX CONCURRENTLY public.ai_usage_log_user_created" in str(finding.remedy)
 
 
 def test_users_with_several_subscriptions_are_an_error_and_a_missing_unique_index_is_a_warning(
@@ -147,9 +147,9 @@ def test_a_partitioned_log_gets_an_index_that_never_blocks_the_host(
     mapped(monkeypatch, USAGE_LOG__TABLE="log")
     finding = only(check_log_index, connection)
     assert [statement.split(" (")[0] for statement in finding.detail["statements"]] == [
-        "CREATE INDEX CONCURRENTLY ON log_new",
-        "CREATE INDEX CONCURRENTLY ON log_old",
-        'CREATE INDEX ON "log"',
+        "CREATE INDEX CONCURRENTLY ON public.log_new",
+        "CREATE INDEX CONCURRENTLY ON public.log_old",
+        'CREATE INDEX ON "public"."log"',
     ]
     for statement in finding.detail["statements"]:
         partitioned.execute(statement)
@@ -165,6 +165,6 @@ def test_partitions_made_after_the_setup_are_named_until_it_is_run_again(
     partitioned.execute("ALTER TABLE log DETACH PARTITION log_old")
     partitioned.execute("CREATE TABLE log_none PARTITION OF log FOR VALUES FROM (MINVALUE) TO ('2024-12-01')")
     finding = only(check_triggers, connection)
-    assert (finding.level, finding.detail["partitions"]) == ("warning", ["log_none"])
+    assert (finding.level, finding.detail["partitions"]) == ("warning", ["public.log_none"])
     set_up(partitioned, get_settings().host)
     assert only(check_triggers, connection).level == "ok"

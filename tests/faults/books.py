@@ -9,6 +9,7 @@ from tests.faults.injections import past_every_hold
 from tests.faults.ledger import Posting, Serving
 from tests.faults.unrecorded import Unrecorded, find_unrecorded
 from trueup.gate.holds import expire_holds
+from trueup.gate.owed_charges import settle_owed_charges
 
 if TYPE_CHECKING:
     from tests.faults.stages import Stage
@@ -42,13 +43,13 @@ class Books:
 
 
 _CHARGES = """
-    SELECT c.user_id, c.task_id, c.call_key, split_part(c.call_key, ':', 1)::int AS call, c.model_name,
+    SELECT c.user_id, c.task_id, c.call_key, split_part(c.call_key, ':', -2) AS fingerprint, c.model_name,
            c.tokens_total, c.tokens_covered, c.late, l.user_id AS log_user, l.total_tokens AS log_tokens,
            (l.metadata ->> 'usage_reported')::boolean AS usage_reported
     FROM trueup.charge c LEFT JOIN ai_usage_log l ON l.id::text = c.log_id
 """
 _INTENTS = """
-    SELECT user_id, task_id, split_part(call_key, ':', 1)::int AS call, attempt, tokens_bound, outcome
+    SELECT user_id, task_id, split_part(call_key, ':', -2) AS fingerprint, attempt, tokens_bound, outcome
     FROM trueup.call_intent
 """
 _EFFECTS = """
@@ -63,6 +64,8 @@ def read_books(stage: "Stage") -> Books:
         expired = 0
         while (holds := expire_holds(connection, now=past_every_hold())[0]) > 0:
             expired += holds
+        # As the sweep does too: a row that a cut session or a lock refused is written now.
+        settle_owed_charges(connection)
         charges = list(connection.execute(text(_CHARGES)))
         servings = stage.provider.ledger.servings()
         named = bool(connection.scalar(text("SELECT to_regclass('trueup.call_intent') IS NOT NULL")))

@@ -90,7 +90,10 @@ def _charged_rightly(books: Books) -> Iterator[Violation]:
     for charge in books.charges:
         name = f"charge {charge.call_key} of {charge.task_id}"
         serving = by_name.get(charge.model_name)
-        if serving is None or (serving.task_id, serving.call) != (charge.task_id, charge.call):
+        if serving is None or (serving.task_id, serving.fingerprint) != (
+            charge.task_id,
+            charge.fingerprint,
+        ):
             yield Violation(kind="wrong_usage", detail=f"{name} names {charge.model_name}: {serving}")
         elif not serving.chargeable == charge.tokens_total == charge.log_tokens:
             due = f"billed {serving.billed}, of these known to its caller {serving.chargeable} ({serving.behaviour})"

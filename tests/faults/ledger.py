@@ -19,14 +19,16 @@ CHUNK_TOKENS = 2
 class Serving:
     """One request that the provider served.
 
-    `asked`: its maximum cost, prompt and answer; `billed`: its real cost. `pid`: the calling process. `complete`:
-    the whole answer was sent. `chunks_read`: after how many chunks its caller ends the stream; None: never, or it
-    is no stream. `tokens_sent`: of a stream's text. Times are of the monotonic clock.
+    `fingerprint`: the fingerprint in the keys of its call. `asked`: its maximum cost, prompt and answer; `billed`: its
+    real cost. `pid`: the calling process. `complete`: the whole answer was sent. `chunks_read`: after how many chunks
+    its caller ends the stream; None: never, or it is no stream. `tokens_sent`: of a stream's text. Times are of the
+    monotonic clock.
     """
 
     serial: int
     task_id: str
     call: int
+    fingerprint: str
     user_id: int
     pid: int
     behaviour: str
@@ -89,7 +91,9 @@ class Ledger:
         self._servings: list[Serving] = []
         self._times: Counter[tuple[str, int]] = Counter()
 
-    def open(self, *, task_id: str, call: int, user_id: int, pid: int, asked: int) -> tuple[Serving, int]:
+    def open(
+        self, *, task_id: str, call: int, fingerprint: str, user_id: int, pid: int, asked: int
+    ) -> tuple[Serving, int]:
         """Record a request. Returns it, and how often its call has come before."""
         with self._lock:
             times = self._times[task_id, call]
@@ -98,6 +102,7 @@ class Ledger:
                 serial=len(self._servings) + 1,
                 task_id=task_id,
                 call=call,
+                fingerprint=fingerprint,
                 user_id=user_id,
                 pid=pid,
                 behaviour="ok",

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from tests.faults.kinds import CHUNKS_READ
 from tests.faults.prompts import prompt_of
@@ -10,7 +10,7 @@ from tests.faults.prompts import prompt_of
 COMPLETE, STREAM, STREAM_CLOSED, STREAM_LEFT = "complete", "stream", "stream_closed", "stream_left"
 """Ways to make a call: at once, in chunks, or in chunks of which the task reads some and then closes or leaves it."""
 
-SPEND_TASK = "faults.spend"
+SPEND_TASK, ASYNC_SPEND_TASK = "faults.spend", "faults.spend_async"
 SEND_TASK = "trueup.send_instagram_dm"
 
 _PRODUCTS = ({"name": "Lamp", "price": "10", "currency": "EUR"},)
@@ -23,13 +23,16 @@ class PlannedTask(ABC):
     `script`: how the provider treats its calls the first time they come; `copies`: how often it is delivered.
     """
 
-    name: ClassVar[str]
-
     task_id: str
     at: float
     user: int
     copies: int
     script: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The Celery task's name."""
 
     @abstractmethod
     def arguments(self, user_id: object) -> dict[str, Any]:
@@ -48,9 +51,8 @@ class Spending(PlannedTask):
     """A task that calls the model, once in each of these `ways`.
 
     `extends`: it holds less than it needs, and extends its hold before each call that the hold does not cover.
+    `is_async`: its body is `async def`.
     """
-
-    name = SPEND_TASK
 
     ways: tuple[str, ...]
     words: int
@@ -58,6 +60,11 @@ class Spending(PlannedTask):
     tokens: int
     cap: int | None
     extends: bool
+    is_async: bool = False
+
+    @property
+    def name(self) -> str:
+        return ASYNC_SPEND_TASK if self.is_async else SPEND_TASK
 
     def arguments(self, user_id: object) -> dict[str, Any]:
         return {
@@ -88,12 +95,14 @@ class Sending(PlannedTask):
     `post_script`: how Instagram treats its message and its public reply the first time they come.
     """
 
-    name = SEND_TASK
-
     mode: str
     words: int
     replies: bool
     post_script: tuple[str, str]
+
+    @property
+    def name(self) -> str:
+        return SEND_TASK
 
     @property
     def comment_id(self) -> str:

@@ -159,6 +159,7 @@ def _spending(draw: random.Random, number: int, index: int, users: int) -> Spend
         tokens=tokens,
         cap=draw.choice((None, None, 15, 30)),
         extends=extends,
+        is_async=index % 3 == 0,
         copies=1,
         script=(),
     )

@@ -16,6 +16,7 @@ from tests.faults.loopback import (
     LoopbackServer,
 )
 from tests.faults.prompts import read_prompt
+from trueup.llm.metering import call_fingerprint
 from trueup.llm.model import Message
 from trueup.llm.tokens import count_prompt_tokens, offline_counter
 
@@ -62,6 +63,7 @@ class _Handler(LoopbackHandler):
         serving, times = self.server.ledger.open(
             task_id=asked.task_id,
             call=asked.call,
+            fingerprint=call_fingerprint(MODEL_NAME, messages),
             user_id=asked.user_id,
             pid=self.asked_by,
             asked=prompt_tokens + cap,

@@ -48,7 +48,7 @@ class Totals:
                 "tokens billed": sum(serving.billed for serving in books.servings),
                 "tokens recorded": sum(charge.tokens_total for charge in books.charges),
                 "tokens billed above the requested maximum": sum(serving.over for serving in books.servings),
-                "calls bought twice": len(books.charges) - len({(c.task_id, c.call) for c in books.charges}),
+                "calls bought twice": len(books.charges) - len({(c.task_id, c.fingerprint) for c in books.charges}),
                 "messages lost by the broker": sum(
                     lost_by_transport(stage, books, task) for task in ended_by_nothing(stage)
                 ),

@@ -4,6 +4,7 @@ This module does not change what a task may spend or how that is recorded. It sh
 seconds, and adds the calling process to each request to the provider and to Instagram.
 """
 
+import asyncio
 import inspect
 import os
 import time
@@ -22,9 +23,10 @@ import trueup.settings.settings
 import trueup.tasks.requeue
 from tests.faults.kinds import CHUNKS_READ, LEASE_MARGIN_SECONDS, VISIBILITY_SECONDS
 from tests.faults.loopback import PID_HEADER
-from tests.faults.planned import COMPLETE, SPEND_TASK, STREAM_CLOSED, STREAM_LEFT
+from tests.faults.planned import ASYNC_SPEND_TASK, COMPLETE, SPEND_TASK, STREAM_CLOSED, STREAM_LEFT
 from tests.faults.prompts import prompt_of
 from trueup.accounts.user_ids import UserId
+from trueup.llm.awaitable import AsyncCompletionStream
 from trueup.llm.metering import MeteredModel, running_hold
 from trueup.llm.model import CompletionStream, Message
 from trueup.llm.tokens import offline_counter
@@ -68,9 +70,66 @@ def spend(
     return {"spent": spent, "extensions": extensions}
 
 
+@metered_task(
+    name=ASYNC_SPEND_TASK,
+    feature_name="Faults",
+    section="chat",
+    estimated_tokens=lambda arguments: arguments["tokens"],
+    default_retry_delay=0.3,
+)
+async def spend_async(
+    model: MeteredModel,
+    user_id: UserId,
+    label: str,
+    tokens: int,
+    ways: list[str],
+    words: int = 10,
+    seconds: float = 0,
+    cap: int | None = None,
+    extends: bool = False,
+) -> dict[str, Any]:
+    """Do as `spend`, by the awaitable methods of the model client."""
+    spent, extensions = 0, list[dict[str, Any]]()
+    for call, way in enumerate(ways, 1):
+        if extends and model.tokens_left < words + ROOM_TOKENS:
+            before = model.tokens_left
+            granted = await model.aextend(words + ROOM_TOKENS)
+            extensions.append(_extension(model, words + ROOM_TOKENS, before, granted))
+            if not granted:
+                break
+        spent += await _abuy(model, [Message(role="user", content=prompt_of(label, call, user_id, words))], way, cap)
+        await asyncio.sleep(seconds)
+    return {"spent": spent, "extensions": extensions}
+
+
+async def _abuy(model: MeteredModel, messages: list[Message], way: str, cap: int | None) -> int:
+    if way == COMPLETE:
+        return (await model.acomplete(messages, max_completion_tokens=cap)).total_tokens
+    stream = model.astream(messages, max_completion_tokens=cap)
+    chunks = None if way not in (STREAM_CLOSED, STREAM_LEFT) else CHUNKS_READ
+    if way == STREAM_LEFT:  # for the base task to end
+        await _aread(stream, chunks)
+        return 0
+    async with stream:
+        await _aread(stream, chunks)
+    return (await stream.acompletion()).total_tokens
+
+
+async def _aread(stream: AsyncCompletionStream, chunks: int | None) -> None:
+    read = 0
+    while chunks is None or read < chunks:
+        if await anext(stream, None) is None:
+            break
+        read += 1
+
+
 def _extend(model: MeteredModel, tokens: int) -> dict[str, Any]:
-    hold, before = running_hold(), model.tokens_left
-    granted = model.extend(tokens)
+    before = model.tokens_left
+    return _extension(model, tokens, before, model.extend(tokens))
+
+
+def _extension(model: MeteredModel, tokens: int, before: int, granted: bool) -> dict[str, Any]:
+    hold = running_hold()
     return {
         "asked": tokens,
         "granted": granted,

@@ -67,7 +67,9 @@ def hold(connection: Connection, stage: Stage) -> Hold:
 
 
 def serve(stage: Stage, billed: int, *, asked: int = 80, task: str = "t1", user: int | None = None) -> Serving:
-    serving, _ = stage.provider.ledger.open(task_id=task, call=1, user_id=user or stage.users[0], pid=1, asked=asked)
+    serving, _ = stage.provider.ledger.open(
+        task_id=task, call=1, fingerprint="x", user_id=user or stage.users[0], pid=1, asked=asked
+    )
     serving.billed, serving.complete, serving.ended_at = billed, True, serving.started_at
     serving.usage_sent = True
     return serving
@@ -87,7 +89,7 @@ def record(
     serving: Serving,
     *,
     tokens: int | None = None,
-    key: str = "1:x",
+    key: str = "x:1",
     reported: bool = True,
 ) -> None:
     usage = usage_of(tokens or serving.billed, model_name=serving.model_name)
@@ -141,7 +143,7 @@ def test_overshoot_by_a_late_charge_is_distinguished(
 def test_a_serving_recorded_twice_is_found(stage: Stage, connection: Connection, hold: Hold, found: Found) -> None:
     serving = serve(stage, 30)
     record(connection, hold, serving)
-    record(connection, hold, serving, key="1:y")
+    record(connection, hold, serving, key="x:2")
     assert found() == {"double_charge"}
 
 
@@ -360,7 +362,7 @@ def test_a_task_lost_while_it_sent_is_found(stage: Stage, host: Host, found: Fou
 
 
 def intent(bound: int, outcome: str = "unknown") -> SimpleNamespace:
-    return SimpleNamespace(user_id=7, task_id="t1", call=1, tokens_bound=bound, outcome=outcome)
+    return SimpleNamespace(user_id=7, task_id="t1", fingerprint="x", tokens_bound=bound, outcome=outcome)
 
 
 @pytest.mark.parametrize(
@@ -376,7 +378,7 @@ def intent(bound: int, outcome: str = "unknown") -> SimpleNamespace:
 def test_an_answered_call_with_an_open_intent_is_lost_unless_its_process_died(
     behaviour: str, complete: bool, sent: int, outcome: str, lost: bool
 ) -> None:
-    serving, _ = Ledger().open(task_id="t1", call=1, user_id=7, pid=1, asked=80)
+    serving, _ = Ledger().open(task_id="t1", call=1, fingerprint="x", user_id=7, pid=1, asked=80)
     serving.billed, serving.behaviour, serving.complete = 40, behaviour, complete
     serving.streamed, serving.tokens_sent, serving.chunks_read = True, sent, 3
     for killed, expected in (({}, lost), ({1: serving.started_at + 1}, False)):
@@ -387,7 +389,7 @@ def test_an_answered_call_with_an_open_intent_is_lost_unless_its_process_died(
 def test_each_unrecorded_call_needs_its_own_row_with_a_sufficient_bound() -> None:
     ledger = Ledger()
     for billed in (40, 60):
-        serving, _ = ledger.open(task_id="t1", call=1, user_id=7, pid=1, asked=80)
+        serving, _ = ledger.open(task_id="t1", call=1, fingerprint="x", user_id=7, pid=1, asked=80)
         serving.billed = billed
     servings = ledger.servings()
 
@@ -403,7 +405,7 @@ def test_each_unrecorded_call_needs_its_own_row_with_a_sufficient_bound() -> Non
 def test_a_later_death_does_not_excuse_an_earlier_call() -> None:
     ledger = Ledger()
     for call in (1, 2):
-        serving, _ = ledger.open(task_id="t1", call=call, user_id=7, pid=1, asked=80)
+        serving, _ = ledger.open(task_id="t1", call=call, fingerprint=f"x{call}", user_id=7, pid=1, asked=80)
         serving.billed, serving.complete = 40, True
     servings = ledger.servings()
     killed = {1: servings[1].started_at + 1}

@@ -87,11 +87,11 @@ def _named(missing: Sequence[Serving], intents: Iterable[Any]) -> dict[int, str]
     """Return the outcomes of the servings that have a row, by their serials. Each row names one serving."""
     rows = defaultdict(list)
     for intent in intents:
-        rows[intent.user_id, intent.task_id, intent.call].append(intent)
+        rows[intent.user_id, intent.task_id, intent.fingerprint].append(intent)
     named = {}
     # The most expensive first, each with the smallest sufficient bound.
     for serving in sorted(missing, key=lambda serving: -min(serving.billed, serving.asked)):
-        place = serving.user_id, serving.task_id, serving.call
+        place = serving.user_id, serving.task_id, serving.fingerprint
         left = sorted(rows[place], key=lambda intent: intent.tokens_bound)
         fitting = [intent for intent in left if intent.tokens_bound >= min(serving.billed, serving.asked)]
         if fitting:

@@ -28,6 +28,17 @@ def statuses(host: Host) -> list[str]:
     return list(host.execute("SELECT status FROM trueup.hold ORDER BY id").scalars())
 
 
+def test_a_hold_whose_answer_cannot_be_read_is_given_back(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    # The driver reads no time in this style.
+    connection.execute(text("SET datestyle = 'German'"))
+    with pytest.raises(NotImplementedError, match="DateStyle"):
+        hold_tokens(connection, user, 900, task="t", lease=60)
+    assert balance(host, user) == (0, 0)
+    connection.execute(text("SET datestyle = 'ISO'"))
+    assert [hold.status for hold in list_holds(connection, user_id=user, every_status=True)] == ["released"]
+
+
 def test_of_32_gates_at_once_exactly_as_many_are_admitted_as_the_budget_covers(host: Host, database: str) -> None:
     user = host.subscriber(10_999)
     host.log(user, 500)

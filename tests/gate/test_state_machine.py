@@ -19,11 +19,11 @@ from sqlalchemy import Connection, Engine, create_engine
 from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.host_machine import HOST_STEPS, Draw, HostMachine, sizes
-from tests.support.model_of_billing import Busy, Denied, Handle, ModelUser, Overtaken
+from tests.support.model_of_billing import Busy, Denied, Handle, ModelUser, Overtaken, Reused
 from tests.support.work import OWNER, charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.accounts.grants import list_grants
-from trueup.errors import HoldBusyError, HoldOvertakenError, TokensDenied
+from trueup.errors import HoldBusyError, HoldOvertakenError, TaskIdReusedError, TokensDenied
 from trueup.gate.decision import check_access
 from trueup.gate.holds import Hold, abandon_calls, close_abandoned_hold, close_hold, expire_holds, list_holds
 from trueup.gate.provider_calls import begin_call, end_call, extend_hold, list_unrecorded_calls
@@ -69,7 +69,7 @@ class BillingMachine(HostMachine):
 
     def draw_attempt(self, draw: Draw) -> tuple[ModelUser, Handle, Hold]:
         """Draw an attempt of a task: the one to which the gate gives the hold, the last one, or an earlier one."""
-        user, task = self.draw_user(draw), draw(tasks)
+        user, task = self.draw_user_and_task(draw)
         back = draw(st.sampled_from([None, None, None, 0, 1, 2]))
         if back is None and user.open_hold_of(task) is None:
             self._open_hold(user, task=task, tokens=300, retries=0, lease=30, ttl=60)
@@ -93,10 +93,17 @@ class BillingMachine(HostMachine):
         account = read_account(self.connection, user.user, now=self.now)
         return account.consumed + account.held
 
+    def draw_user_and_task(self, draw: Draw) -> tuple[ModelUser, str]:
+        """Draw a user and one of the user's own task ids: requests of two users can't have one id at the same time."""
+        user = self.draw_user(draw)
+        return user, f"{draw(tasks)}-{user.user}"
+
     def open_hold(self, draw: Draw) -> None:
+        user, task = self.draw_user_and_task(draw)
         self._open_hold(
-            self.draw_user(draw),
-            task=draw(tasks),
+            user,
+            task=task,
+            request=draw(st.sampled_from(["", "", "", "other"])),
             tokens=draw(sizes),
             retries=draw(st.sampled_from([0, 0, 0, 1, 1, 2])),
             lease=draw(st.sampled_from([0, 30, 90])),
@@ -105,18 +112,32 @@ class BillingMachine(HostMachine):
         )
 
     def _open_hold(
-        self, user: ModelUser, *, task: str, tokens: int, retries: int, lease: int, ttl: int, waits: int = 0
+        self,
+        user: ModelUser,
+        *,
+        task: str,
+        tokens: int,
+        retries: int,
+        lease: int,
+        ttl: int,
+        waits: int = 0,
+        request: str = "",
     ) -> None:
         told = check_access(self.connection, user.user, tokens, "Test", now=self.now)
         user.expire_holds(self.now)  # as the gate does first
-        replay, reattached = user.replays(task), user.open_hold_of(task)
-        call = {"task": task, "retries": retries, "lease": lease, "ttl": ttl, "waits": waits, "now": self.now}
+        replay, reattached = user.replays(task, request), user.open_hold_of(task)
+        call: dict[str, Any] = {"task": task, "request": request, "retries": retries, "lease": lease, "ttl": ttl}
+        call |= {"waits": waits, "now": self.now}
         expected = user.open_hold(tokens=tokens, **call)
         if isinstance(expected, Busy):
             with pytest.raises(HoldBusyError) as busy:
                 hold_tokens(self.connection, user.user, tokens, **call)
             told_to_wait = Busy(busy.value.seconds, busy.value.redundant, busy.value.waits)
             assert told_to_wait == expected
+            return
+        if isinstance(expected, Reused):
+            with pytest.raises(TaskIdReusedError):
+                hold_tokens(self.connection, user.user, tokens, **call)
             return
         if isinstance(expected, Denied):
             with pytest.raises(TokensDenied) as denied:
@@ -179,12 +200,12 @@ class BillingMachine(HostMachine):
         assert close_hold(self.connection, hold, completed=completed, now=self.now) == expected
 
     def close_abandoned_hold(self, draw: Draw) -> None:
-        user, task, owner = self.draw_user(draw), draw(tasks), draw(owners)
+        (user, task), owner = self.draw_user_and_task(draw), draw(owners)
         expected = user.close_hold(task, None, completed=False) if owner == OWNER else None
         assert close_abandoned_hold(self.connection, user.user, task, owner=owner, now=self.now) == expected
 
     def abandon_calls(self, draw: Draw) -> None:
-        user, task, owner = self.draw_user(draw), draw(tasks), draw(owners)
+        (user, task), owner = self.draw_user_and_task(draw), draw(owners)
         if owner == OWNER:
             user.abandon_calls(task)
         abandon_calls(self.connection, user.user, task, owner=owner)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DataError
 from sqlalchemy.pool import NullPool
 
 from tests.support.books import assert_true
@@ -18,6 +17,7 @@ from tests.support.work import balance, charge_tokens, hold_tokens
 from trueup.database.engine import connect, dispose_engine, get_engine
 from trueup.doctor.host import check_log_ids, check_mapping
 from trueup.errors import NotInstalledError
+from trueup.gate.owed_charges import list_owed_charges, settle_owed_charges
 from trueup.host.mapping import HostMapping
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import install
@@ -184,7 +184,7 @@ def test_a_row_whose_id_the_host_changes_counts_once_and_is_reported_with_its_fi
     assert_true(numbered, MAPPING)
 
 
-def test_an_exhausted_sequence_raises_its_error_and_nothing_is_written(
+def test_a_charge_with_an_exhausted_sequence_is_owed_until_it_has_numbers_again(
     bare: NumberedHost, connection: Connection
 ) -> None:
     bare.execute(SERIAL)
@@ -192,23 +192,21 @@ def test_an_exhausted_sequence_raises_its_error_and_nothing_is_written(
     user = bare.subscriber(10_000)
     hold = hold_tokens(connection, user, 1_000)
     bare.execute("SELECT setval('\"Log Ids\"', 2147483647)")
-    with pytest.raises(DataError, match="reached maximum value of sequence"):
-        charge_tokens(connection, hold, 10)
-    assert bare.value("SELECT count(*) FROM trueup.charge") == 0
+    assert charge_tokens(connection, hold, 10).owed
+    assert "reached maximum value of sequence" in list_owed_charges(connection)[0].refusal
+    assert bare.ids() == []
     bare.execute('ALTER SEQUENCE "Log Ids" AS bigint; ALTER TABLE ai_usage_log ALTER id TYPE bigint')
-    assert charge_tokens(connection, hold, 10).recorded
+    assert settle_owed_charges(connection) == (1, 0)
+    assert not charge_tokens(connection, hold, 10).recorded
     assert bare.ids() == [2**31]
 
 
-def test_the_error_for_a_missing_sequence_names_its_column(bare: NumberedHost, connection: Connection) -> None:
+def test_a_charge_without_a_sequence_is_owed_and_names_the_column(bare: NumberedHost, connection: Connection) -> None:
     set_up(bare)
     hold = hold_tokens(connection, bare.subscriber(10_000), 1_000)
     bare.execute("ALTER TABLE ai_usage_log ALTER id DROP IDENTITY")
-    with (
-        pytest.raises(NotInstalledError, match='column "id" of "ai_usage_log" no longer owns a sequence'),
-        connect() as worker,
-    ):
-        charge_tokens(worker, hold, 10)
+    assert charge_tokens(connection, hold, 10).owed
+    assert 'column "id" of "ai_usage_log" no longer owns a sequence' in list_owed_charges(connection)[0].refusal
 
 
 @pytest.mark.parametrize(
@@ -281,7 +279,8 @@ def test_charges_from_before_a_change_of_the_logs_id_type_stay_known(
     again = track(user, prompt_tokens=7)
     assert (again.recorded, again.differs, again.log_id) == (False, False, before.log_id)
     assert reconcile(get_engine(), MAPPING, kind="deep").defects == 0
-    assert track(user, key="new").log_id == "2"
+    new = track(user, key="new")
+    assert new.log_id == host.value("SELECT max(id)::text FROM ai_usage_log") != before.log_id
     assert_true(host, MAPPING)
 
 

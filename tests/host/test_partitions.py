@@ -1,5 +1,6 @@
 """A partitioned usage log: all ways to insert, delete and move rows, and to attach and detach partitions."""
 
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -231,13 +232,13 @@ def test_an_attached_partition_is_reported_once_a_day_and_has_triggers_after_the
     host.write(user, 5, into="more", at=DECEMBER)
     look = reconcile(get_engine(), host.mapping, dry_run=True)
     assert [(defect.kind, defect.detail) for defect in look.defect_rows] == [
-        ("partition_uncovered", {"partition": "more"})
+        ("partition_uncovered", {"partition": "public.more"})
     ]
     assert reconcile(get_engine(), host.mapping, only_user=user).defects == 0
     assert [reconcile(get_engine(), host.mapping).defects for _ in range(2)] == [1, 0]
     host.execute("UPDATE trueup.defect SET found_at = found_at - interval '25 hours'")
     assert reconcile(get_engine(), host.mapping).defects == 1
-    assert check_triggers_of(connection) == [("warning", ["more"])]
+    assert check_triggers_of(connection) == [("warning", ["public.more"])]
     attach(host.mapping)
     assert consumed(host, connection, user) == 1_435
     host.write(user, 1, into="more", at=DECEMBER)
@@ -266,7 +267,7 @@ def test_a_disabled_trigger_on_a_partition_is_found_and_enabled_again(
     host: PartitionedHost, connection: Connection, user: int
 ) -> None:
     host.execute("ALTER TABLE log_11a DISABLE TRIGGER trueup_deleted; DELETE FROM log_11a")
-    assert check_triggers_of(connection) == [("warning", ["log_11a"])]
+    assert check_triggers_of(connection) == [("warning", ["public.log_11a"])]
     host.write(user, 3)
     attach(host.mapping)
     assert consumed(host, connection, user) == 3
@@ -334,7 +335,8 @@ def test_attachment_and_detachment_leave_the_host_unchanged(bare: PartitionedHos
     assert len(bare.triggered()) == 1 + len(PARTS)
     with connect() as connection:
         plan = plan_detach(connection)
-        assert set(plan.host_tables) == {"ai_usage_log", "billing_subscription", *PARTS}
+        tables = ("ai_usage_log", "billing_subscription", *PARTS)
+        assert set(plan.host_tables) == {f"public.{table}" for table in tables}
     bare.execute("ALTER TABLE ai_usage_log DETACH PARTITION log_10")
     detach()
     assert bare.triggered() == []
@@ -371,7 +373,11 @@ def test_the_migrate_role_needs_no_more_than_is_granted(bare: PartitionedHost) -
     ("change", "log", "said"),
     [
         (FOREIGN, "spread", "public.far is a foreign table and a partition of spread"),
-        ("SELECT", "log_11", "log_11 is a partition of ai_usage_log: rows written to ai_usage_log are not recorded"),
+        (
+            "SELECT",
+            "log_11",
+            "log_11 is a partition of .*ai_usage_log: rows written to .*ai_usage_log are not recorded",
+        ),
     ],
 )
 def test_logs_with_rows_that_triggers_can_not_record_are_refused(
@@ -385,4 +391,5 @@ def test_logs_with_rows_that_triggers_can_not_record_are_refused(
     get_settings.cache_clear()
     with connect() as connection:
         [finding] = check_mapping(connection, get_settings())
-    assert (finding.level, said in finding.what) == ("error", True)
+    assert finding.level == "error"
+    assert re.search(said, finding.what)

@@ -356,13 +356,14 @@ def test_a_call_is_retried_if_its_function_was_replaced_during_the_call(host: Ho
 
 
 def test_a_connection_with_an_outdated_prepared_statement_is_not_used_again(host: Host) -> None:
-    host.execute("CREATE FUNCTION answer() RETURNS TABLE (a int) LANGUAGE sql AS 'SELECT 1'")
-    select = text("SELECT * FROM answer()")
+    host.execute("CREATE FUNCTION public.answer() RETURNS TABLE (a int) LANGUAGE sql AS 'SELECT 1'")
+    select = text("SELECT * FROM public.answer()")
     with connect() as own:
         for _ in range(10):
             own.execute(select)
     host.execute(
-        "DROP FUNCTION answer(); CREATE FUNCTION answer() RETURNS TABLE (a text) LANGUAGE sql AS 'SELECT ''2'''"
+        "DROP FUNCTION public.answer(); "
+        "CREATE FUNCTION public.answer() RETURNS TABLE (a text) LANGUAGE sql AS 'SELECT ''2'''"
     )
     with pytest.raises(ServiceUnavailableError, match="cached plan must not change"), connect() as own:
         own.execute(select)

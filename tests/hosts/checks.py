@@ -1,14 +1,19 @@
 """Checks that every host must pass, with any framework."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.hosts.people import POOR, REASONS, RICH, SPENT, Person
+from tests.hosts.people import LONG, POOR, PROMPT_TOKENS, REASONS, RICH, SHORT, SHORT_WORDS, SPENT, Person
 from tests.hosts.running import Server
+from tests.support.books import assert_true
 from tests.support.host import Host
+from tests.support.waiting import wait_for
 from trueup.billing.utils import check_ai_access_for_user, get_accurate_tokens_remaining
 from trueup.gate.denial import denial_payload
 
@@ -73,3 +78,57 @@ def assert_concurrent_requests_never_overspend(server: Server, host: Host, perso
     }
     assert client.get("/counts").json() == [4_000, 4_000, 0] == list(get_accurate_tokens_remaining(person.id))
     assert (host.used(person.id), host.counter(person.id)) == (4_000, 0)
+
+
+def assert_streams(server: Server, path: str, host: Host, *, answers: int = 1) -> None:
+    """The whole stream arrives and is charged, and the rest of its hold is released. `answers`: model calls in it."""
+    before = host.used(RICH.id)
+    answer = server.post(path, RICH, params={"text": SHORT})
+    assert (answer.status_code, len(answer.text.split())) == (200, answers * SHORT_WORDS), answer.text
+    wait_until_nothing_is_held(host, RICH)
+    assert host.used(RICH.id) - before == answers * (PROMPT_TOKENS + SHORT_WORDS)
+
+
+def assert_charges_what_was_streamed(server: Server, path: str, host: Host) -> None:
+    """The client is gone in the middle: the hold ends, charged for the part that the provider gave."""
+    before = host.used(RICH.id)
+    with server.client(RICH).stream("POST", path, params={"text": LONG}) as answer:
+        assert answer.status_code == 200
+        next(answer.iter_raw(1))
+    wait_until_nothing_is_held(host, RICH)
+    charged = host.used(RICH.id) - before
+    assert PROMPT_TOKENS < charged < 1500, charged
+    assert host.value("SELECT bool_or(late) FROM trueup.charge WHERE user_id = :user", user=RICH.id) is False
+
+
+def assert_breaks_off(server: Server, path: str, host: Host) -> None:
+    """The server fails after the hold was opened: it ends without a charge."""
+    before = host.used(RICH.id)
+    with suppress(httpx.RemoteProtocolError):
+        assert server.post(path, RICH, params={"text": SHORT}).status_code == 500
+    wait_until_nothing_is_held(host, RICH)
+    status = host.value("SELECT status FROM trueup.hold WHERE user_id = :user ORDER BY id DESC LIMIT 1", user=RICH.id)
+    assert (status, host.used(RICH.id)) == ("released", before)
+
+
+def assert_denies_before_it_streams(server: Server, path: str, person: Person) -> None:
+    answer = server.post(path, person, params={"text": SHORT})
+    assert (answer.status_code, answer.json()["success"]) == (402, False)
+    assert answer.json()["error_code"] == REASONS[person]
+
+
+@contextmanager
+def logs_no_error(log: Path) -> Iterator[None]:
+    """Check what the server logs during the block; earlier tests may have caused errors."""
+    before = len(log.read_text())
+    yield
+    logged = log.read_text()[before:]
+    for sign in ("ValueError", "different Context", "Traceback (most recent call last)", "never awaited"):
+        assert sign not in logged, logged
+
+
+def wait_until_nothing_is_held(host: Host, person: Person) -> None:
+    held = "SELECT count(*) = 0 FROM trueup.hold WHERE status = 'open' AND user_id = :user"
+    wait_for(lambda: bool(host.value(held, user=person.id)), "the stream's hold to end")
+    assert host.value("SELECT held FROM trueup.balance WHERE user_id = :user", user=person.id) == 0
+    assert_true(host)

@@ -1,4 +1,4 @@
-"""The users of the hosts: one for each answer of the gate."""
+"""The users of the hosts, one for each answer of the gate, and their prompts for views that stream."""
 
 from dataclasses import dataclass
 
@@ -36,3 +36,8 @@ REASONS = {
     STOPPED: "subscription_deactivated",
     STRANGER: "no_subscription",
 }
+
+# What `tests.hosts.streaming` answers, in words of one token each.
+PROMPT_TOKENS = 10
+SHORT, SHORT_WORDS = "short", 20
+LONG = "as long as the hold allows"

@@ -5,10 +5,14 @@ import pytest
 from tests.hosts.checks import (
     ANONYMOUS,
     assert_admits,
+    assert_breaks_off,
+    assert_charges_what_was_streamed,
     assert_concurrent_requests_never_overspend,
     assert_denied,
+    assert_denies_before_it_streams,
     assert_refuses_anonymous,
     assert_requires_only_a_subscription,
+    assert_streams,
     assert_unavailable,
     denied,
 )
@@ -159,3 +163,21 @@ def test_the_manuals_example_of_a_hold_charges_its_usage(server: Server, django_
     assert django_site.host.used(RICH.id) == before + 300
     assert_denied(server.post("/manual/hold", POOR), POOR, feature="Summaries")
     assert_true(django_site.host)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [("django_wsgi", "/manual/stream"), ("django_asgi", "/manual/async-stream")],
+)
+def test_a_streaming_view_is_charged_for_what_it_streamed(
+    kind: str, path: str, django_site: Site, request: pytest.FixtureRequest
+) -> None:
+    server: Server = request.getfixturevalue(kind)
+    assert_streams(server, path, django_site.host)
+    assert_charges_what_was_streamed(server, path, django_site.host)
+    assert_denies_before_it_streams(server, path, SPENT)
+
+
+def test_a_stream_that_django_breaks_off_leaves_nothing_held(django_wsgi: Server, django_site: Site) -> None:
+    """Under WSGI Django warns of an asynchronous iterator. In the tests' servers a warning is an error."""
+    assert_breaks_off(django_wsgi, "/manual/async-stream", django_site.host)

@@ -5,13 +5,17 @@ import pytest
 from tests.hosts.checks import (
     ANONYMOUS,
     assert_admits,
+    assert_charges_what_was_streamed,
     assert_concurrent_requests_never_overspend,
     assert_denied,
+    assert_denies_before_it_streams,
     assert_refuses_anonymous,
     assert_requires_only_a_subscription,
+    assert_streams,
     assert_unavailable,
     denial_of,
     denied,
+    logs_no_error,
 )
 from tests.hosts.conftest import Site
 from tests.hosts.people import POOR, RACERS, RICH, SPENT, Person
@@ -111,3 +115,33 @@ def test_the_manuals_examples_run(fastapi_server: Server, path: str, tokens: int
 def test_the_manuals_endpoint_without_a_user_refuses_all(fastapi_server: Server) -> None:
     """Its user comes from a middleware that only the outer application has."""
     assert fastapi_server.post("/manual/tags?text=a", None).status_code == 401
+
+
+STREAMS = ["/streaming/summary", "/streaming/digest", "/starlette/streaming"]
+BY_HAND = ["/by-hand", "/async-by-hand"]
+
+
+@pytest.mark.parametrize("path", STREAMS)
+def test_a_streaming_view_is_charged_for_what_it_streamed(fastapi_server: Server, plain_site: Site, path: str) -> None:
+    with logs_no_error(plain_site.folder / "asgi.log"):
+        assert_streams(fastapi_server, path, plain_site.host)
+        assert_charges_what_was_streamed(fastapi_server, path, plain_site.host)
+
+
+@pytest.mark.parametrize("path", STREAMS)
+def test_a_streaming_view_is_denied_before_it_streams(fastapi_server: Server, path: str) -> None:
+    assert_denies_before_it_streams(fastapi_server, path, SPENT)
+
+
+@pytest.mark.parametrize("path", ["/two-answers", "/async-two-answers"])
+def test_each_step_of_a_stream_finds_its_hold(fastapi_server: Server, plain_site: Site, path: str) -> None:
+    assert_streams(fastapi_server, path, plain_site.host, answers=2)
+    assert_charges_what_was_streamed(fastapi_server, path, plain_site.host)
+
+
+@pytest.mark.parametrize("path", BY_HAND)
+def test_a_generator_that_manages_its_own_hold_ends_it_in_another_context(
+    fastapi_server: Server, plain_site: Site, path: str
+) -> None:
+    with logs_no_error(plain_site.folder / "asgi.log"):
+        assert_streams(fastapi_server, path, plain_site.host)

@@ -4,12 +4,16 @@ import pytest
 
 from tests.hosts.checks import (
     assert_admits,
+    assert_charges_what_was_streamed,
     assert_concurrent_requests_never_overspend,
     assert_denied,
+    assert_denies_before_it_streams,
     assert_refuses_anonymous,
     assert_requires_only_a_subscription,
+    assert_streams,
     assert_unavailable,
     denied,
+    logs_no_error,
 )
 from tests.hosts.conftest import Site
 from tests.hosts.people import POOR, RACERS, RICH, SPENT, Person
@@ -59,3 +63,10 @@ def test_the_manuals_example_runs(flask_server: Server) -> None:
 def test_the_manuals_other_user_pays(flask_server: Server) -> None:
     assert flask_server.post(f"/another/teams/{RICH.id}/summary", None).json() == {"summary": "generated"}
     assert_denied(flask_server.post(f"/another/teams/{POOR.id}/summary", RICH), POOR, feature="Summaries")
+
+
+def test_a_streaming_view_is_charged_for_what_it_streamed(flask_server: Server, plain_site: Site) -> None:
+    with logs_no_error(plain_site.folder / "werkzeug.log"):
+        assert_streams(flask_server, "/streaming/summary", plain_site.host)
+        assert_charges_what_was_streamed(flask_server, "/streaming/summary", plain_site.host)
+        assert_denies_before_it_streams(flask_server, "/streaming/summary", SPENT)

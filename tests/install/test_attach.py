@@ -171,7 +171,7 @@ def test_concurrent_attaches_are_serialized(host: Host) -> None:
 def test_a_table_that_stays_locked_ends_the_command_with_an_error(host: Host, table: str) -> None:
     user = host.subscriber()
     with locked(host, f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE") as busy:
-        with pytest.raises(HostBusyError, match=f'kept "{table}" .*process {backend_pid(busy)} '):
+        with pytest.raises(HostBusyError, match=f'locked "public"."{table}" .*process {backend_pid(busy)} '):
             attach(MAPPING, patience_seconds=0)
         with impatient(host) as other:
             other.execute(text("DELETE FROM ai_usage_log"))
@@ -354,7 +354,7 @@ def test_the_plan_lists_the_steps_and_the_missing_rights(host: Host, connection:
     connection.execute(text("RESET ROLE"))
     assert lacking["TRIGGER ON TABLE public.ai_usage_log"].endswith('public.ai_usage_log TO "pg_read_all_data"')
     assert "to own SCHEMA trueup" in lacking
-    with pytest.raises(NotInstalledError, match='no table "gone"'):
+    with pytest.raises(NotInstalledError, match=r'no table "public"\."gone"'):
         plan_attach(connection, HostMapping(usage_log=UsageLogTable(table="gone")))
 
 

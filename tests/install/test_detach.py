@@ -20,6 +20,7 @@ from trueup.database.engine import connect, transaction
 from trueup.database.locks import HostBusyError, take_step
 from trueup.errors import InvalidInputError, NotInstalledError
 from trueup.gate.decision import check_access
+from trueup.gate.holds import close_hold
 from trueup.host.mapping import HostMapping
 from trueup.install.attach import attach, prepare
 from trueup.install.detach import DetachRefusedError, detach, plan_detach, steps
@@ -264,3 +265,15 @@ def test_rows_written_after_half_a_detach_count_when_trueup_is_attached_again(
     assert_true(host)
     hold_tokens(connection, user, 0)
     assert host.value("SELECT consumed FROM trueup.balance") == 320
+
+
+def test_owed_charges_prevent_a_detach_without_force(host: Host, connection: Connection, tmp_path: Path) -> None:
+    hold = hold_tokens(connection, host.subscriber(), 500)
+    host.execute("ALTER TABLE ai_usage_log ADD CONSTRAINT small CHECK (total_tokens < 10)")
+    charge_tokens(connection, hold, 100)
+    close_hold(connection, hold)
+    with pytest.raises(DetachRefusedError, match="refused the rows of 1 charges"):
+        detach(**WITHOUT_PATIENCE)
+    assert schema_there(host)
+    assert detach(history=tmp_path / "kept.jsonl", force=True, **WITHOUT_PATIENCE)["owed_charge"] == 1
+    assert not schema_there(host)

@@ -126,7 +126,7 @@ def test_for_a_complete_setup_the_script_locks_no_host_table(host: Host, connect
     ("meanwhile", "refusal"),
     [
         ("UPDATE trueup.balance SET consumed = 1", "do not agree with the log: the gate stays closed"),
-        ("ALTER TABLE ai_usage_log DISABLE TRIGGER trueup_deleted", "trigger trueup_deleted is disabled"),
+        ("ALTER TABLE public.ai_usage_log DISABLE TRIGGER trueup_deleted", "trigger trueup_deleted is disabled"),
     ],
 )
 def test_wrong_balances_or_triggers_keep_the_gate_closed(

@@ -1,5 +1,8 @@
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +13,6 @@ from trueup.errors import (
     HoldExhaustedError,
     HoldOvertakenError,
     NoHoldError,
-    NotInstalledError,
     ProviderError,
     ServiceUnavailableError,
 )
@@ -131,7 +133,7 @@ def test_a_second_attempt_replays_paid_answers_and_buys_only_new_ones(host: Host
     assert host.used(user) == 140
 
 
-def test_a_changed_request_with_the_same_ordinal_is_a_new_call(host: Host, connection: Connection) -> None:
+def test_a_changed_call_is_a_new_call(host: Host, connection: Connection) -> None:
     user, task_id = host.subscriber(1_000), str(uuid.uuid4())
     with spending_from(hold(connection, user, task_id=task_id)):
         model(Counting()).complete(PROMPT)
@@ -154,18 +156,17 @@ def test_answers_are_stored_only_if_the_settings_allow(
     assert host.value("SELECT count(*) FROM trueup.charge WHERE answer IS NULL") == 1
 
 
-@pytest.mark.parametrize(("state", "error"), [("57P01", ServiceUnavailableError), ("42703", NotInstalledError)])
 def test_usage_that_cannot_be_recorded_is_an_error(
-    host: Host, connection: Connection, monkeypatch: Any, caplog: Any, state: str, error: type[Exception]
+    host: Host, connection: Connection, monkeypatch: Any, caplog: Any
 ) -> None:
     monkeypatch.setattr("trueup.database.retry.RETRY_DELAYS_SECONDS", (0.01,))
     user = host.subscriber(1_000)
     host.execute(
         "CREATE FUNCTION shut_down() RETURNS trigger LANGUAGE plpgsql AS "
-        f"$$ BEGIN RAISE EXCEPTION 'terminating connection' USING ERRCODE = '{state}'; END $$"
+        "$$ BEGIN RAISE EXCEPTION 'terminating connection' USING ERRCODE = '57P01'; END $$"
     )
     host.execute("CREATE TRIGGER away BEFORE INSERT ON ai_usage_log EXECUTE FUNCTION shut_down()")
-    with spending_from(hold(connection, user)), pytest.raises(error, match="terminating"):
+    with spending_from(hold(connection, user)), pytest.raises(ServiceUnavailableError, match="terminating"):
         model(Counting()).complete(PROMPT)
     assert "usage not recorded: user" in caplog.text
     assert "70 tokens" in caplog.text
@@ -298,3 +299,87 @@ def test_a_paid_stream_is_replayed_whole_to_a_redelivery(host: Host, connection:
     with spending_from(hold(connection, user, task_id=task_id, retries=1)):
         assert "".join(model(OfflineProvider()).stream(PROMPT)) == first
     assert host.used(user) == used
+
+
+def in_threads(client: MeteredModel, questions: Sequence[str], *, threads: int = 8) -> list[str]:
+    """Ask all questions from threads that run in copies of this context. Returns the answers, in the same order."""
+
+    def ask(question: str) -> str:
+        return client.complete([Message(role="user", content=question)], max_completion_tokens=10).text
+
+    with ThreadPoolExecutor(threads) as pool:
+        return [future.result() for future in [pool.submit(copy_context().run, ask, text) for text in questions]]
+
+
+class Echo(Counting):
+    """Answers each question by its text, so that an answer shows which question it belongs to."""
+
+    def complete(self, messages: Sequence[Message], *, max_completion_tokens: int) -> Completion:
+        answer = super().complete(messages, max_completion_tokens=max_completion_tokens)
+        return replace(answer, text=f"answer to {messages[0].content}")
+
+
+def test_calls_in_threads_are_replayed_whatever_thread_comes_first(host: Host, connection: Connection) -> None:
+    user, task_id = host.subscriber(10_000), str(uuid.uuid4())
+    # The same question twice is two calls.
+    questions = [*(f"question {number}" for number in range(9)), "question 0"]
+    with spending_from(hold(connection, user, tokens=5_000, task_id=task_id)):
+        first = in_threads(model(Echo(billed=10)), questions)
+    second = Echo(billed=10)
+    with spending_from(hold(connection, user, tokens=5_000, task_id=task_id, retries=1)):
+        again = in_threads(model(second), questions[::-1])
+    assert first == again[::-1] == [f"answer to {question}" for question in questions]
+    assert second.limits == []
+    assert host.used(user) == 10 * 50
+    assert host.value("SELECT count(*) FROM trueup.charge") == 10
+
+
+def test_threads_together_spend_no_more_than_the_hold(host: Host, connection: Connection) -> None:
+    user, provider = host.subscriber(10_000), Counting(billed=10)
+
+    def ask(number: int) -> bool:
+        try:
+            client.complete([Message(role="user", content=str(number))], max_completion_tokens=10)
+        except HoldExhaustedError:
+            return False
+        return True
+
+    client = model(provider)
+    with spending_from(hold(connection, user, tokens=250)), ThreadPoolExecutor(8) as pool:
+        done = [future.result() for future in [pool.submit(copy_context().run, ask, n) for n in range(16)]]
+    assert done.count(True) == len(provider.limits) <= 5
+    assert host.used(user) == 50 * len(provider.limits)
+
+
+def test_tokens_that_another_threads_failed_call_leaves_can_be_spent(host: Host, connection: Connection) -> None:
+    """The last answer of the database was given while that call was in flight, and it knew of fewer tokens."""
+    user, provider, failing = host.subscriber(1_000), Counting(), Counting(error=ProviderError("out of order"))
+    with spending_from(hold(connection, user, tokens=200)) as running:
+        with pytest.raises(ProviderError):
+            model(failing).complete(PROMPT)
+        running.tokens_left = 0
+        model(provider).complete(PROMPT)
+    assert provider.limits == [160]
+
+
+def test_a_call_that_failed_unbilled_is_found_by_its_number_after_a_redelivery(
+    host: Host, connection: Connection
+) -> None:
+    user, task_id = host.subscriber(1_000), str(uuid.uuid4())
+    with spending_from(hold(connection, user, task_id=task_id)):
+        with pytest.raises(ProviderError):
+            model(Counting(error=ProviderError("busy"))).complete(PROMPT)
+        paid = model(Counting()).complete(PROMPT)
+    second = Counting()
+    with spending_from(hold(connection, user, task_id=task_id, retries=1)):
+        assert model(second).complete(PROMPT) == paid
+    assert second.limits == []
+
+
+def test_a_thread_that_the_body_left_behind_cannot_spend(host: Host, connection: Connection) -> None:
+    user, provider = host.subscriber(1_000), Counting()
+    with spending_from(hold(connection, user)):
+        behind = copy_context()
+    with pytest.raises(NoHoldError, match="after the body of task"):
+        behind.run(model(provider).complete, PROMPT)
+    assert provider.limits == []

@@ -67,6 +67,26 @@ def test_a_completion_has_the_text_and_the_billed_usage(httpserver: HTTPServer, 
     assert done.response_time_ms >= 0
 
 
+@pytest.mark.parametrize(
+    ("usage", "figures"),
+    [
+        ({"prompt_tokens": 21.0, "completion_tokens": 4.0, "total_tokens": 500.0}, (21, 4, 500)),
+        ({"input_tokens": 21, "output_tokens": 4}, (21, 4, 25)),
+        ({"input_tokens": 21.0, "output_tokens": 4, "total_tokens": 25}, (21, 4, 25)),
+        ({"prompt_tokens": None, "completion_tokens": None, "input_tokens": 21, "output_tokens": 4}, (21, 4, 25)),
+        ({"prompt_tokens": 21, "completion_tokens": 4, "input_tokens": 99}, (21, 4, 25)),
+    ],
+    ids=repr,
+)
+def test_usage_in_other_forms_is_taken(
+    httpserver: HTTPServer, make: MakeProvider, usage: object, figures: tuple[int, int, int]
+) -> None:
+    httpserver.expect_oneshot_request(PATH).respond_with_json(_body(usage=usage))
+    done = _complete(make())
+    assert (done.prompt_tokens, done.completion_tokens, done.total_tokens) == figures
+    assert done.usage_reported
+
+
 @pytest.mark.parametrize("parameter", ["max_tokens", "max_completion_tokens"])
 def test_the_cap_is_sent_under_the_configured_name_only(
     httpserver: HTTPServer, make: MakeProvider, parameter: str

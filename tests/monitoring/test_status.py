@@ -49,6 +49,8 @@ def test_where_nothing_has_happened_there_are_zeros_and_no_times(connection: Con
         overdraft_tokens=0,
         unrecorded_calls=0,
         unrecorded_tokens_bound=0,
+        owed_charges=0,
+        owed_tokens=0,
         unknown_effects=0,
         observed_denials=0,
         observed_denial_tokens=0,

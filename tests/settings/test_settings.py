@@ -236,3 +236,47 @@ def test_rules_that_are_not_allowed_are_refused(
 ) -> None:
     monkeypatch.setenv(f"TRUEUP_RECONCILE__{name}", value)
     assert said in refusal()
+
+
+@pytest.mark.parametrize(
+    ("variable", "url"),
+    [
+        ("TRUEUP_BROKER_URL", "redis://:hush/hush@redis:6379/0"),
+        ("TRUEUP_BROKER_URL", "redis://:hush#hush@redis:6379/0"),
+        ("TRUEUP_BROKER_URL", "redis://:hush?hush@redis:6379/0"),
+        ("TRUEUP_BROKER_URL", "rediss://user:12/hush@redis:6379/0"),
+        ("TRUEUP_BROKER_URL", "redis://redis:hush/0"),
+        ("TRUEUP_RESULT_BACKEND_URL", "sentinel://:x@one:1;sentinel://:hush/hush@two:2"),
+        ("TRUEUP_DATABASE_URL", "postgresql://app:hush@hush@db/app"),
+        ("TRUEUP_DATABASE_URL", "postgresql://app:x@db:hush/app"),
+        ("TRUEUP_OPENAI_BASE_URL", "https://app:hush/hush@models/v1"),
+        ("TRUEUP_OPENAI_BASE_URL", "https://app:hush#hush@models/v1"),
+        ("TRUEUP_INSTAGRAM_GRAPH_URL", "https://app:hush?hush@graph/v1"),
+        ("TRUEUP_API__JWKS_URL", "https://app:hush/hush@issuer/jwks.json"),
+        ("TRUEUP_ALERTS__WEBHOOK_URL", "https://app:hush/hush@alerts/"),
+    ],
+)
+def test_a_url_with_an_unquoted_character_in_its_password_is_refused_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, variable: str, url: str
+) -> None:
+    monkeypatch.setenv(variable, url)
+    said = refusal()
+    assert variable in said
+    assert "hush" not in said
+    assert "percent-encode" in said or "give a URL" in said
+
+
+@pytest.mark.parametrize(
+    ("variable", "url"),
+    [
+        ("TRUEUP_BROKER_URL", "redis://:a%2Fb%23c%40d@redis:6379/0"),
+        ("TRUEUP_BROKER_URL", "redis+socket:///run/a@b/redis.sock?virtual_host=0"),
+        ("TRUEUP_BROKER_URL", "sentinel://:x@one:1;sentinel://:y@two:2"),
+        ("TRUEUP_DATABASE_URL", "postgresql://app:a%2Fb%40c@db:5432/app"),
+        ("TRUEUP_DATABASE_URL", "postgresql:///app?host=/run/postgresql&user=a@b"),
+        ("TRUEUP_OPENAI_BASE_URL", "https://models.example/v1/a@b"),
+    ],
+)
+def test_a_url_that_is_written_right_is_taken(monkeypatch: pytest.MonkeyPatch, variable: str, url: str) -> None:
+    monkeypatch.setenv(variable, url)
+    read_settings()

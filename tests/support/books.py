@@ -12,7 +12,10 @@ _MISMATCHED_BALANCES = """
         SELECT coalesce(sum(tokens), 0) AS tokens FROM trueup.usage_delta
         WHERE user_id = b.user_id AND used_at >= b.window_start) d
     CROSS JOIN LATERAL (
-        SELECT coalesce(sum({{ usage_log.total_tokens }}), 0) AS tokens FROM {{ usage_log }}
+        SELECT coalesce(sum({{ usage_log.total_tokens }}), 0) + (
+                   SELECT coalesce(sum(total_tokens), 0) FROM trueup.owed_charge o
+                   WHERE o.user_id = b.user_id AND o.success AND o.used_at >= b.window_start) AS tokens
+        FROM {{ usage_log }}
         WHERE {{ usage_log.user_id }} = b.user_id AND {{ usage_log.success() }}
           AND {{ usage_log.created_at }} >= b.window_start) l
     WHERE b.log_epoch = trueup.log_epoch() AND b.consumed + d.tokens <> l.tokens
@@ -22,7 +25,10 @@ _MISMATCHED_READS = """
     SELECT a.user_id, a.consumed, l.tokens AS logged
     FROM trueup.accounts(clock_timestamp()) a
     CROSS JOIN LATERAL (
-        SELECT coalesce(sum({{ usage_log.total_tokens }}), 0) AS tokens FROM {{ usage_log }}
+        SELECT coalesce(sum({{ usage_log.total_tokens }}), 0) + (
+                   SELECT coalesce(sum(total_tokens), 0) FROM trueup.owed_charge o
+                   WHERE o.user_id = a.user_id AND o.success AND o.used_at >= a.window_start) AS tokens
+        FROM {{ usage_log }}
         WHERE {{ usage_log.user_id }} = a.user_id AND {{ usage_log.success() }}
           AND {{ usage_log.created_at }} >= a.window_start) l
     WHERE a.consumed <> l.tokens
@@ -39,7 +45,7 @@ _MISMATCHED_HOLDS = """
 
 
 def assert_true(host: Host, mapping: HostMapping | None = None) -> None:
-    """Check I1 (consumed + deltas = log, for every balance and read) and I4 (open holds = held, for every user)."""
+    """Check I1 (consumed + deltas = log + owed charges, for each balance and read) and I4 (open holds = held)."""
     mapping = mapping or HostMapping()
     for name, statement in (
         ("I1, balances", _MISMATCHED_BALANCES),

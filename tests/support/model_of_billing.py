@@ -25,6 +25,7 @@ class ModelHold:
     """`over`, `excess`: tokens charged beyond the hold, and beyond the granted maximum of the calls."""
 
     task: str
+    request: str
     attempt: int
     retries: int
     reserved: int
@@ -82,6 +83,10 @@ class Busy:
     seconds: float
     redundant: bool
     waits: int
+
+
+class Reused:
+    """The answer of the gate while another request with this task id has a hold."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +155,9 @@ class ModelUser:
         left = self.original(now) - self.consumed() - self.held(now)
         return "insufficient_tokens" if left < tokens else None
 
-    def last_hold(self, task: str) -> ModelHold | None:
-        return next((hold for hold in reversed(self.holds) if hold.task == task), None)
+    def last_hold(self, task: str, request: str | None = None) -> ModelHold | None:
+        of_task = (hold for hold in reversed(self.holds) if hold.task == task and request in (None, hold.request))
+        return next(of_task, None)
 
     def open_hold_of(self, task: str) -> ModelHold | None:
         hold = self.last_hold(task)
@@ -195,11 +201,13 @@ class ModelUser:
         self._keep_for_calls(hold)
 
     def open_hold(
-        self, task: str, tokens: int, retries: int, lease: int, ttl: int, waits: int, now: datetime
-    ) -> ModelHold | Busy | Denied:
+        self, task: str, request: str, tokens: int, retries: int, lease: int, ttl: int, waits: int, now: datetime
+    ) -> ModelHold | Busy | Reused | Denied:
         self.lock(now)
-        hold = self.last_hold(task)
-        replay = self.replays(task)
+        last, hold = self.last_hold(task), self.last_hold(task, request)
+        replay = self.replays(task, request)
+        if last is not None and last.status == "open" and last.request != request:
+            return Busy((last.lease_until - now).total_seconds(), True, 0) if replay else Reused()
         if hold is not None and hold.status == "open" and not hold.body_ended:
             if retries <= hold.retries and hold.lease_until > now:
                 return self._wait(hold, waits, now)
@@ -216,7 +224,8 @@ class ModelUser:
         self._forget_calls(task)
         opened = ModelHold(
             task=task,
-            attempt=hold.attempt + 1 if hold else 1,
+            request=request,
+            attempt=last.attempt + 1 if last else 1,
             retries=hold.retries if hold and replay else retries,
             reserved=0 if replay else tokens,
             lease_until=now + timedelta(seconds=lease),
@@ -241,9 +250,9 @@ class ModelUser:
             hold.duplicate_until, hold.duplicate_waits = busy_until, waits
         return Busy((busy_until - now).total_seconds(), redundant, waits)
 
-    def replays(self, task: str) -> bool:
-        """End the task's body. Its charges stay, and it makes no more calls."""
-        hold = self.last_hold(task)
+    def replays(self, task: str, request: str) -> bool:
+        """Return whether the request's work is done: its charges stay, and it makes no more calls."""
+        hold = self.last_hold(task, request)
         return hold is not None and hold.completed
 
     def _forget_calls(self, task: str, attempt: int | None = None) -> None:

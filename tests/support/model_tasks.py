@@ -1,7 +1,9 @@
 """Metered tasks for the tests. A worker registers them with `-I tests.support.model_tasks`."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -13,6 +15,7 @@ from sqlalchemy import text
 from tests.support.work import hold_tokens
 from trueup.accounts.user_ids import UserId
 from trueup.database.engine import connect
+from trueup.errors import ProviderError
 from trueup.gate.holds import expire_holds
 from trueup.llm.metering import running_hold
 from trueup.llm.model import Message, Model
@@ -81,6 +84,65 @@ def retrying(model: Model, user_id: UserId) -> int:
     raise ValueError("always")
 
 
+def reject(model: Model, good_at: int, seconds: float = 0) -> int:
+    """Reject the answer until the retry of that number, then take some time."""
+    spent = ask(model, 10)
+    if current_task.request.retries < good_at:
+        raise ValueError("this answer is no good")
+    time.sleep(seconds)
+    return spent
+
+
+RETRIED_AT_ONCE: dict[str, Any] = {
+    "section": "chat",
+    "estimated_tokens": 200,
+    "autoretry_for": (ValueError,),
+    "retry_kwargs": {"max_retries": 3, "countdown": 0},
+    "max_retries": 3,
+    "default_retry_delay": 0,
+}
+
+
+@metered_task(name="test.picky", feature_name="Picky", **RETRIED_AT_ONCE)
+def picky(model: Model, user_id: UserId, good_at: int, seconds: float = 0) -> int:
+    return reject(model, good_at, seconds)
+
+
+@metered_task(name="test.replaying", feature_name="Replaying", replay="always", **RETRIED_AT_ONCE)
+def replaying(model: Model, user_id: UserId, good_at: int) -> int:
+    return reject(model, good_at)
+
+
+@metered_task(name="test.changing", feature_name="Changing", section="chat", estimated_tokens=200)
+def changing(model: Model, user_id: UserId, words: int) -> int:
+    """Retry with fewer words until there are few."""
+    spent = ask(model, words)
+    if words > 10:
+        raise current_task.retry(kwargs={"user_id": user_id, "words": words - 1}, countdown=0)
+    return spent
+
+
+@metered_task(
+    name="test.failing_call", feature_name="Failing call", section="chat", estimated_tokens=200, default_retry_delay=0
+)
+def failing_call(model: Model, user_id: UserId) -> int:
+    """Spend, then fail as a provider that may be better soon; a retry goes on."""
+    spent = ask(model, 10)
+    if current_task.request.retries == 0:
+        raise ProviderError("busy", retryable=True)
+    return spent + ask(model, 11)
+
+
+@metered_task(name="test.calling", feature_name="Calling", section="chat", estimated_tokens=100)
+def calling(model: Model, user_id: UserId, words: list[int]) -> list[int]:
+    """Call another metered task directly from several threads, once for each count of words."""
+    with ThreadPoolExecutor(4) as pool:
+        return [
+            future.result()
+            for future in [pool.submit(copy_context().run, spend, user_id=user_id, words=count) for count in words]
+        ]
+
+
 @metered_task(
     name="test.exact", feature_name="Exact", section="chat", estimated_tokens=lambda arguments: arguments["tokens"]
 )
@@ -132,7 +194,7 @@ def overtaken(model: Model, user_id: UserId, goes_on: bool = False) -> None:
     assert hold is not None
     with connect() as connection:
         connection.execute(text("UPDATE trueup.hold SET lease_until = '-infinity'"))
-        hold_tokens(connection, user_id, 100, task=hold.task_id, lease=60)
+        hold_tokens(connection, user_id, 100, task=hold.task_id, request=hold.request, lease=60)
     if goes_on:
         ask(model, 10)
     raise ValueError("after standing still")

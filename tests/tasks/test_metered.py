@@ -40,6 +40,11 @@ def app(database: str) -> Celery:
     return own_application()
 
 
+def request_of(task: Any, **arguments: Any) -> str:
+    fingerprint: str = task.fingerprint(task.parser.parse((), arguments))
+    return fingerprint
+
+
 def holds_of(connection: Connection, user: int) -> list[HoldRow]:
     return list_holds(connection, user_id=user, every_status=True)
 
@@ -132,13 +137,15 @@ def test_a_task_may_call_another_directly_each_with_its_own_hold(
     }
 
 
-def test_a_quick_retry_keeps_its_hold_and_pays_once(app: Celery, host: Host, connection: Connection) -> None:
+def test_a_quick_retry_keeps_its_hold_and_spends_from_what_is_left(
+    app: Celery, host: Host, connection: Connection
+) -> None:
     user = host.subscriber(1_000)
     with pytest.raises(ValueError, match="always"):
         model_tasks.retrying.apply(kwargs={"user_id": user}).get()
     [hold] = holds_of(connection, user)
-    assert (hold.attempt, hold.status) == (2, "settled")
-    assert host.value("SELECT count(*) FROM ai_usage_log WHERE user_id = :user", user=user) == 1
+    assert (hold.attempt, hold.status, hold.tokens_reserved) == (2, "settled", 100)
+    assert host.used(user) == hold.tokens_charged > 0
 
 
 def test_a_denied_task_is_never_retried(app: Celery, host: Host) -> None:
@@ -204,6 +211,7 @@ def test_a_misspelt_option_fails_at_import_with_the_nearest_name() -> None:
         ({"section": "chit-chat"}, "section: 'chit-chat' is not a section of the usage log: use "),
         ({"estimated_tokens": -1}, "estimated_tokens: -1 is out of range"),
         ({"estimated_tokens": 1.5}, "estimated_tokens: 1.5 is no whole number"),
+        ({"replay": "never"}, 'replay: \'never\' is not valid: use "redelivery" or "always"'),
         ({"on_denied": "skip"}, 'on_denied: \'skip\' is not valid: use "raise" or "return"'),
     ],
 )
@@ -244,9 +252,10 @@ def test_a_duplicate_is_dropped_if_another_one_waits_unless_it_has_waited_itself
 ) -> None:
     """A duplicate that has waited may be the one in whose favour the others were dropped."""
     user, task_id = host.subscriber(1_000), str(uuid.uuid4())
-    hold_tokens(connection, user, 100, task=task_id, lease=60)
+    request = request_of(model_tasks.spend, user_id=user)
+    hold_tokens(connection, user, 100, task=task_id, request=request, lease=60)
     with pytest.raises(HoldBusyError) as first:
-        hold_tokens(connection, user, 100, task=task_id, lease=60)
+        hold_tokens(connection, user, 100, task=task_id, request=request, lease=60)
     assert (first.value.redundant, first.value.waits) == (False, 1)
     headers = {WAITS_HEADER: 1} if waited else None
     result = model_tasks.spend.apply(kwargs={"user_id": user}, task_id=task_id, headers=headers)
@@ -257,9 +266,10 @@ def test_a_duplicate_is_dropped_if_another_one_waits_unless_it_has_waited_itself
 def test_only_one_copy_of_a_waiting_message_keeps_waiting(app: Celery, host: Host, connection: Connection) -> None:
     """Redis redelivers a waiting message when a worker's clock is wrong. Without this, each copy would make another."""
     user, task_id = host.subscriber(1_000), str(uuid.uuid4())
-    hold_tokens(connection, user, 100, task=task_id, lease=60)
+    request = request_of(model_tasks.spend, user_id=user)
+    hold_tokens(connection, user, 100, task=task_id, request=request, lease=60)
     with pytest.raises(HoldBusyError) as first:
-        hold_tokens(connection, user, 100, task=task_id, lease=60)
+        hold_tokens(connection, user, 100, task=task_id, request=request, lease=60)
     call = {"kwargs": {"user_id": user}, "task_id": task_id, "headers": {WAITS_HEADER: first.value.waits}}
     states = [model_tasks.spend.apply(**call).state for _ in range(3)]
     assert states == ["FAILURE", "IGNORED", "IGNORED"]

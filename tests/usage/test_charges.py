@@ -280,6 +280,16 @@ def test_figures_that_the_log_cant_hold_are_recorded_at_its_limits(
     assert_true(host)
 
 
+def test_figures_that_the_logs_columns_can_hold_are_recorded_in_full(
+    host: Host, connection: Connection, user: int, hold: Hold
+) -> None:
+    for column in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        host.execute(f"ALTER TABLE ai_usage_log ALTER {column} TYPE bigint")
+    record_charge(connection, hold, call_key="1", usage=usage_of(3_000_000_000))
+    assert host.used(user) == balance(host, user)[0] == 3_000_000_000
+    assert_true(host)
+
+
 def test_a_row_changed_by_a_host_trigger_is_counted_as_stored(
     host: Host, connection: Connection, user: int, hold: Hold
 ) -> None:

@@ -22,7 +22,6 @@ from trueup.monitoring.status import read_status
 from trueup.reconcile.local_run import reconcile
 from trueup.settings.settings import get_settings
 from trueup.usage import tracker as tracking
-from trueup.usage.charges import MAX_LOG_TOKENS
 from trueup.usage.log import TrackedUsage, ai_usage, list_usage, track_ai_usage
 
 NOWHERE = "postgresql://absent@127.0.0.1:1/x"
@@ -263,12 +262,29 @@ def test_usage_without_a_user_id_is_refused(database: str, anonymous: Any) -> No
         track(anonymous)
 
 
-def test_figures_that_the_log_cant_hold_are_recorded_at_its_limits(host: Host, user: int) -> None:
-    track(user, 2**70, 0, response_time_ms=2**40, model_name="m\x00" * 200)
-    row = log_row(host)
-    assert (row["total_tokens"], row["response_time_ms"]) == (MAX_LOG_TOKENS, MAX_LOG_TOKENS)
-    assert row["model_name"] == "m" * 100
+@pytest.mark.parametrize("field", ["prompt_tokens", "completion_tokens", "total_tokens", "response_time_ms"])
+@pytest.mark.parametrize("figure", [2**31, 2**63, 2**70])
+def test_a_figure_that_its_column_cant_store_is_refused_by_name(host: Host, user: int, field: str, figure: int) -> None:
+    figures = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2, field: figure}
+    with pytest.raises(InvalidInputError, match=f"^{field}: .* nothing was recorded"):
+        track_ai_usage(user, section="chat", model_name="m", key="k", **figures)
+    assert host.value("SELECT count(*) FROM ai_usage_log") == host.value("SELECT count(*) FROM trueup.charge") == 0
     assert_true(host)
+
+
+def test_a_figure_that_its_column_can_store_is_stored_in_full(host: Host, user: int) -> None:
+    for column in ("prompt_tokens", "total_tokens"):
+        host.execute(f"ALTER TABLE ai_usage_log ALTER {column} TYPE bigint")
+    track(user, 3_000_000_000, 0)
+    row = log_row(host)
+    assert (row["prompt_tokens"], row["total_tokens"]) == (3_000_000_000, 3_000_000_000)
+    assert balance(host, user) == (3_000_000_000, 0)
+    assert_true(host)
+
+
+def test_a_long_model_name_is_cut(host: Host, user: int) -> None:
+    track(user, 1, 0, model_name="m\x00" * 200)
+    assert log_row(host)["model_name"] == "m" * 100
 
 
 def test_a_reported_row_changed_by_a_host_trigger_is_counted_as_stored(host: Host, user: int) -> None:

@@ -3,9 +3,13 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from redis import Redis
+
+from trueup.stack import StackUrls
 
 IMPORTS = "import trueup.worker.celery, trueup.worker.http, trueup.cli.client"
 
@@ -32,11 +36,11 @@ print(found)
 MINE = ("host", "host", "redis://127.0.0.1:1/7")
 
 
-def run(script: str, folder: Path, **variables: str) -> str:
+def run(script: str, folder: Path, *arguments: str, **variables: str) -> str:
     """Run a script in its own process, without trueup's settings. Returns its output."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRUEUP_")}
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", script, *arguments],
         cwd=folder,
         env=environment | variables,
         capture_output=True,
@@ -76,3 +80,56 @@ print([type(handler.formatter).__module__ for handler in logging.getLogger().han
 def test_only_trueups_own_worker_logs_as_trueup(application: str, module: str, tmp_path: Path) -> None:
     settings = {"TRUEUP_BROKER_URL": "redis://127.0.0.1:1/0"}
     assert run(HANDLERS.format(application=application), tmp_path, **settings).startswith(f"['{module}")
+
+
+SHOP = """
+import sys
+from threading import Thread
+from celery import Celery
+from trueup import metered_task
+import trueup.worker.celery
+from trueup.errors import SettingsError
+broker, others = sys.argv[1], int(sys.argv[2])
+apps = [Celery(f"shop{number}", broker=broker) for number in range(1 + others)]
+
+@metered_task(name="shop.summarize", feature_name="Summaries", section="chat", estimated_tokens=1, queue="shop-threads")
+def summarize(model, user_id): ...
+
+def send():
+    try:
+        summarize.delay(user_id=1)
+        found.append(summarize.app.main)
+    except SettingsError as error:
+        found.append(str(error))
+
+found = []
+thread = Thread(target=send)
+thread.start()
+thread.join()
+print(*found)
+"""
+
+
+@pytest.fixture
+def waiting(stack: StackUrls) -> Iterator[Callable[[], int]]:
+    """Return how many messages wait in the shop's queue."""
+    assert stack.broker_url is not None
+    with Redis.from_url(stack.broker_url.replace("redis+socket", "unix")) as redis:
+        redis.delete("shop-threads")
+        yield lambda: int(redis.llen("shop-threads"))  # type: ignore[arg-type]
+        redis.delete("shop-threads")
+
+
+def test_a_thread_sends_a_metered_task_by_the_hosts_application_that_is_no_default(
+    stack: StackUrls, waiting: Callable[[], int], tmp_path: Path
+) -> None:
+    assert run(SHOP, tmp_path, str(stack.broker_url), "0") == "shop0"
+    assert waiting() == 1
+
+
+def test_a_thread_that_can_not_know_the_application_is_told_what_to_call(
+    stack: StackUrls, waiting: Callable[[], int], tmp_path: Path
+) -> None:
+    told = run(SHOP, tmp_path, str(stack.broker_url), "1")
+    assert "several are known here: 'shop0', 'shop1'. Call app.set_default()" in told
+    assert waiting() == 0

@@ -83,13 +83,16 @@ def test_a_worker_logs_in_at_redis_with_a_client_certificate(
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("amqp://guest@127.0.0.1//", "trueup's own workers need Redis.*Your own Celery application may keep RabbitMQ"),
-        ("pyamqp://guest@127.0.0.1//", "trueup's own workers need Redis"),
+        (
+            "amqp://guest@127.0.0.1//",
+            "trueup's own workers use Redis and not RabbitMQ.*Your own Celery application may keep RabbitMQ",
+        ),
+        ("pyamqp://guest@127.0.0.1//", "trueup's own workers use Redis and not RabbitMQ"),
         ("redis_cluster://127.0.0.1:7000", "don't work on a Redis Cluster"),
         ("redis+cluster://127.0.0.1:7000", "don't work on a Redis Cluster"),
         ("redis+sentinel://127.0.0.1:26379", "write sentinel://"),
         ("valkey://127.0.0.1:6379", "write redis:// for Valkey too"),
-        ("sentinel://127.0.0.1:26379;amqp://127.0.0.1", "trueup's own workers need Redis"),
+        ("sentinel://127.0.0.1:26379;amqp://127.0.0.1", "trueup's own workers use Redis and not RabbitMQ"),
         ("sqs://", "give a Redis URL"),
     ],
 )

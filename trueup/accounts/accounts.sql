@@ -1,9 +1,10 @@
 {% from "accounts/entitlements.sql" import clock_tolerance, entitlements %}
-{% from "host/rows.sql" import used_since %}
+{% from "host/rows.sql" import countable, used_since %}
 -- Reads. These are functions, because a view on a host table would make the host's own ALTER TABLE fail. The planner
 -- inlines simple SQL functions, so a WHERE clause can use the indexes.
 
--- The gate's decision whether a task may run. NULL: it may. Otherwise one of the specification's reason codes.
+-- The gate's decision whether a task may run. NULL: it may. Otherwise one of the specification's reason codes, or
+-- 'usage_uncountable': the log's rows add up to more than can be counted.
 CREATE OR REPLACE FUNCTION trueup.decide(
     subscribed boolean, is_active boolean, end_date timestamptz,
     original bigint, consumed bigint, held bigint, estimate bigint, at timestamptz
@@ -12,6 +13,7 @@ CREATE OR REPLACE FUNCTION trueup.decide(
         WHEN subscribed IS NOT TRUE THEN 'no_subscription'
         WHEN is_active IS NOT TRUE THEN 'subscription_deactivated'
         WHEN end_date < at THEN 'subscription_expired'
+        WHEN consumed >= {{ uncountable }} THEN 'usage_uncountable'
         WHEN original <= consumed THEN 'no_tokens_remaining'
         WHEN original - consumed - held < estimate THEN 'insufficient_tokens'
     END
@@ -60,10 +62,9 @@ CREATE OR REPLACE FUNCTION trueup.accounts(at timestamptz) RETURNS TABLE (
 ) LANGUAGE sql STABLE AS $$
     SELECT e.user_id, e.subscription_id, e.is_active, e.window_start, e.end_date, e.original, e.counter,
            CASE WHEN b.window_start = e.window_start AND b.log_epoch = (SELECT trueup.log_epoch())
-                THEN b.consumed + coalesce((
-                    SELECT sum(d.tokens) FROM trueup.usage_delta d
-                    WHERE d.user_id = e.user_id AND d.used_at >= e.window_start), 0)::bigint
-                ELSE ({{ used_since("e.user_id", "e.window_start") }})::bigint
+                      AND coalesce(d.largest, 0) < {{ uncountable }}
+                THEN {{ countable("b.consumed + coalesce(d.tokens, 0)") }}
+                ELSE ({{ used_since("e.user_id", "e.window_start") }})
            END,
            coalesce(b.held - coalesce((
                SELECT sum(h.tokens_reserved - h.tokens_covered - k.kept)
@@ -71,4 +72,7 @@ CREATE OR REPLACE FUNCTION trueup.accounts(at timestamptz) RETURNS TABLE (
                WHERE h.user_id = e.user_id AND h.status = 'open' AND h.expires_at <= at), 0), 0)::bigint
     FROM trueup.entitlements(at) e
     LEFT JOIN trueup.balance b ON b.user_id = e.user_id
+    LEFT JOIN LATERAL (
+        SELECT sum(t.tokens) AS tokens, max(abs(t.tokens)) AS largest FROM trueup.usage_delta t
+        WHERE t.user_id = e.user_id AND t.used_at >= e.window_start) d ON true
 $$;

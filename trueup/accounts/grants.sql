@@ -1,4 +1,4 @@
-{% from "host/rows.sql" import is_counted %}
+{% from "host/rows.sql" import countable, is_counted, owed_since %}
 -- Grants: tokens on top of a plan. While a grant lives, it adds to `original` in a window the tokens that it had left
 -- when the window began. After its expiry or revocation, it adds the tokens that it has paid for in this window, so its
 -- end never takes away used tokens. Tokens left at the end of a window carry over into the next one.
@@ -15,14 +15,23 @@
 -- trueup.grant_use stores a window's use of a grant. It is written under the balance's lock, when the window has ended
 -- (for all grants) or when a grant has ended (for that grant).
 
--- Counted tokens of the log between each pair of neighbouring times. `place` 1: between the first two.
+-- Counted tokens of the log and of owed charges between each pair of neighbouring times. `place` 1: between the first
+-- two.
 CREATE OR REPLACE FUNCTION trueup.usage_between(p_user {{ user_id_type }}, p_times timestamptz[])
 RETURNS TABLE (place integer, tokens bigint) LANGUAGE sql STABLE AS $$
-    SELECT width_bucket(l.{{ usage_log.created_at }}::timestamptz, usage_between.p_times),
-           coalesce(sum(l.{{ usage_log.total_tokens }}), 0)::bigint
-    FROM {{ usage_log }} l
-    WHERE {{ is_counted("l", "usage_between.p_user", "(usage_between.p_times)[1]") }}
-      AND l.{{ usage_log.created_at }} < (usage_between.p_times)[cardinality(usage_between.p_times)]
+    SELECT t.place, {{ countable("sum(t.tokens)") }}
+    FROM (
+        SELECT width_bucket(l.{{ usage_log.created_at }}::timestamptz, usage_between.p_times) AS place,
+               l.{{ usage_log.total_tokens }} AS tokens
+        FROM {{ usage_log }} l
+        WHERE {{ is_counted("l", "usage_between.p_user", "(usage_between.p_times)[1]") }}
+          AND l.{{ usage_log.created_at }} < (usage_between.p_times)[cardinality(usage_between.p_times)]
+          AND l.{{ usage_log.total_tokens }} IS NOT NULL
+        UNION ALL
+        SELECT width_bucket(o.used_at, usage_between.p_times), o.total_tokens
+        {{ owed_since("usage_between.p_user", "(usage_between.p_times)[1]") }}
+          AND o.used_at < (usage_between.p_times)[cardinality(usage_between.p_times)]
+    ) t
     GROUP BY 1
 $$;
 
@@ -115,7 +124,7 @@ DECLARE
     v_of_plan integer[];  -- the number of the plan under which each was logged
     v_plan bigint := p_plans[1];
     v_number integer;  -- the plan that counts: the last plan with usage
-    v_spent bigint := 0;  -- the usage that the plan and grants without an expiry pay for
+    v_spent numeric := 0;  -- the usage that the plan and grants without an expiry pay for
     v_funds numeric;  -- the tokens that these have
     v_due bigint;
     v_take bigint;

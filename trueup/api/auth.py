@@ -38,6 +38,10 @@ class Token:
     scopes: frozenset[str]
 
 
+# Added by proxies, to name the client or themselves.
+_FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+
+
 class Verifier:
     """Verifies tokens by the settings. Raises `SettingsError` if they name no key and do not enable the demo."""
 
@@ -109,8 +113,11 @@ class Verifier:
     def _demo_token(self, request: Request, encoded: str) -> Token:
         """Take the token as the user's id, for callers on this machine only.
 
-        The Host header must name this machine too: a web page in its browser could send requests under another name.
+        The Host header must name this machine too: a web page in its browser could send requests under another name. A
+        request that a proxy on this machine passes on may come from anywhere.
         """
+        if any(header in request.headers for header in _FORWARDED):
+            raise refusal("The demo answers no requests that a proxy passes on")
         server, client = request.scope.get("server"), request.client
         names = (server and server[0], client and client.host, _named_host(request))
         if not all(name and is_loopback(name) for name in names):

@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import uuid
+from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 # The prefix of a request's key. No task id begins with it, so holds of tasks and requests never collide.
 KEY_PREFIX = "request:"
+
+# How long the end of a block waits for charges in threads. They retry for about 20 s themselves.
+RECORDING_SECONDS = 30
 
 
 class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hold`
@@ -57,6 +61,7 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
         self._calls = itertools.count(1)
         self._hold: Hold | None = None
         self._tokens_left = 0
+        self._recording: set[Future[None]] = set()
 
     @property
     def hold(self) -> Hold:
@@ -114,7 +119,17 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
     async def acharge(self, **figures: Any) -> Charge:
         """Charge as `charge` does, without blocking the event loop."""
         hold = self.hold  # read now: a cancelled caller may leave the block before a thread is free
-        return await in_thread(lambda: self.charge(**figures, _hold=hold))
+        recorded: Future[None] = Future()
+        self._recording.add(recorded)
+
+        def record() -> Charge:
+            try:
+                return self.charge(**figures, _hold=hold)
+            finally:
+                self._recording.discard(recorded)
+                recorded.set_result(None)
+
+        return await in_thread(record)
 
     def extend(self, tokens: int) -> bool:
         """Add `tokens` (a count) to the hold. Returns False, and changes nothing, if the budget does not allow it.
@@ -179,8 +194,12 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
         await in_thread(self._close)
 
     def _close(self) -> None:
-        """Release the remaining tokens. If that fails, only log it: the work is done, and the hold will expire."""
+        """Release the remaining tokens, after the charges of cancelled callers: these must not be released.
+
+        If that fails, only log it: the work is done, and the hold will expire.
+        """
         hold = self.hold
+        wait(tuple(self._recording), RECORDING_SECONDS)
         self._hold, self._tokens_left = None, 0
         try:
             retrying(lambda connection: close_hold(connection, hold))

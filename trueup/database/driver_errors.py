@@ -1,5 +1,6 @@
 """The meaning of the driver's errors, by psycopg's error classes, in one place."""
 
+import psycopg
 from psycopg import DataError, IntegrityError, OperationalError, errors
 from sqlalchemy.exc import DBAPIError
 
@@ -43,38 +44,48 @@ _OPERATOR = (
 )
 _SESSION = (
     errors.LockNotAvailable,
+    errors.ObjectInUse,
     errors.ReadOnlySqlTransaction,  # a standby, until the failover is over
     errors.IdleInTransactionSessionTimeout,
 )
-TRANSIENT = (*_CONNECTION, *DEADLOCK_OR_CONFLICT, *_RESOURCES, *_OPERATOR, *_SESSION)
-# SQLSTATE classes of the same meaning, for codes for which this psycopg has no error class.
+_STORAGE = (errors.SystemError, errors.IoError)
+TRANSIENT = (*_CONNECTION, *DEADLOCK_OR_CONFLICT, *_RESOURCES, *_OPERATOR, *_SESSION, *_STORAGE)
+# The same for codes that this psycopg has no class for: the SQLSTATE classes whose every code is transient, and
+# transaction_timeout of PostgreSQL 17.
 _TRANSIENT_CLASSES = ("08", "40", "53", "57")
+_TRANSACTION_TIMEOUT = "25P04"
 
 # The database refuses a value: by its type, a constraint, or an exception that a trigger raises.
 REFUSED = (DataError, IntegrityError, errors.WithCheckOptionViolation, errors.RaiseException)
 
 # A function was replaced between its lookup and its call, or a prepared statement expects the old result type. The same
-# statement succeeds on a connection that has not prepared it.
-_REPLACED = (
-    "cache lookup failed for ",
-    "tuple concurrently ",
-    "cached plan must not change result type",
-    "could not open relation with OID",
-)
+# statement succeeds on a connection that has not prepared it. PostgreSQL does not translate internal errors.
+_REPLACED = ("cache lookup failed for ", "tuple concurrently ", "could not open relation with OID")
+# The functions of PostgreSQL's source that raise an error: they tell errors of one SQLSTATE apart in a server of any
+# language, which their messages do not.
+CHECK_PREPARED = "RevalidateCachedQuery"
+FIND_OPERATOR = "op_error"
+CHECK_ROW_SECURITY = "check_enable_rls"
 
 
 def is_transient(error: DBAPIError) -> bool:
     """Return whether the same statement may succeed later: after a lost connection, a deadlock, a lock or a limit."""
     # psycopg raises a plain OperationalError if the server did not answer, and for codes that it does not know.
     unknown = type(error.orig) is OperationalError and (error.orig.sqlstate or "08").startswith(_TRANSIENT_CLASSES)
-    return unknown or isinstance(error.orig, TRANSIENT) or is_replaced(error)
+    timed_out = sqlstate_of(error) == _TRANSACTION_TIMEOUT
+    return unknown or timed_out or isinstance(error.orig, TRANSIENT) or is_replaced(error)
 
 
 def is_replaced(error: DBAPIError) -> bool:
     """Return whether the statement failed because another session replaced a function or a table at that moment."""
-    return isinstance(error.orig, errors.InternalError_ | errors.FeatureNotSupported) and any(
-        known in str(error.orig) for known in _REPLACED
-    )
+    if isinstance(error.orig, errors.FeatureNotSupported):
+        return is_raised_by(error, CHECK_PREPARED)
+    return isinstance(error.orig, errors.InternalError_) and any(known in str(error.orig) for known in _REPLACED)
+
+
+def is_raised_by(error: DBAPIError, function: str) -> bool:
+    """Return whether that function of the server's source raised the error."""
+    return isinstance(error.orig, psycopg.Error) and error.orig.diag.source_function == function
 
 
 def sqlstate_of(error: DBAPIError) -> str | None:

@@ -5,16 +5,28 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import psycopg
 from psycopg import errors
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from trueup.database.driver_errors import LOG_CHANGED, UNWATCHED, is_replaced, is_transient, sqlstate_of
+from trueup.database.driver_errors import (
+    CHECK_ROW_SECURITY,
+    FIND_OPERATOR,
+    LOG_CHANGED,
+    UNWATCHED,
+    is_raised_by,
+    is_replaced,
+    is_transient,
+    sqlstate_of,
+)
+from trueup.database.encoding import refuse_other_encodings
 from trueup.database.layout import refuse_old_layout
-from trueup.database.session import limit_session, read_as_utc
+from trueup.database.session import limit_session, read_as_utc, session_settings
 from trueup.errors import (
     LogChangedError,
     MissingRightError,
@@ -36,15 +48,14 @@ _engine_lock = threading.Lock()
 _UNDEFINED = (errors.UndefinedTable, errors.InvalidSchemaName, errors.UndefinedFunction, errors.UndefinedColumn)
 # A column has another type: a missing cast, a datatype mismatch, or an object of another kind.
 _CHANGED_TYPES = (errors.CannotCoerce, errors.DatatypeMismatch, errors.WrongObjectType)
-_NO_OPERATOR = "operator does not exist"
-_ROW_SECURITY = "query would be affected by row-level security"
 
 
 def create_trueup_engine(settings: Settings) -> Engine:
     """Create an engine for the settings' database. Times are UTC, and the isolation level is READ COMMITTED.
 
     The server ends a transaction that is idle for the statement timeout, because other transactions wait for its locks.
-    `options` in the URL (such as a search_path) are kept. A transaction pooler may be in between.
+    `options` in the URL are kept, except for the settings that `trueup.database.session` sets. A transaction pooler may
+    be in between.
     """
     engine = create_engine(
         database_url(settings),
@@ -55,19 +66,19 @@ def create_trueup_engine(settings: Settings) -> Engine:
         connect_args={
             "connect_timeout": settings.database_connect_timeout_seconds,
             "application_name": "trueup",
+            # Until the session's settings are set. A pooler accepts it in the login packet.
+            "client_encoding": "UTF8",
         },
     )
     seconds = f"{settings.statement_timeout_seconds}s"
-    limits = {
-        "timezone": "UTC",
-        "statement_timeout": seconds,
-        "idle_in_transaction_session_timeout": seconds,
-        "default_transaction_isolation": "read committed",
-        # If a row-level security policy hid rows, sums would be too low. With "off", PostgreSQL raises an error.
-        "row_security": "off",
-    }
-    # `insert`: run before SQLAlchemy's own listeners, so that their statements are limited too.
-    event.listen(engine, "connect", lambda connection, _: limit_session(connection, limits), insert=True)
+
+    def set_up(connection: psycopg.Connection[Any], _: object) -> None:
+        limit_session(connection, session_settings(connection.info.server_version, seconds))
+
+    # `insert`: run before SQLAlchemy's own listeners, so that these settings apply to their statements too. Those can't
+    # read the answers of a database in another encoding. The listener inserted last runs first.
+    event.listen(engine, "connect", set_up, insert=True)
+    event.listen(engine, "connect", lambda connection, _: refuse_other_encodings(connection), insert=True)
     event.listen(engine, "connect", lambda connection, _: read_as_utc(connection))
     event.listen(engine, "connect", lambda connection, _: refuse_old_layout(connection))
     return engine
@@ -147,11 +158,11 @@ def _dropping_replaced(connection: Connection) -> Iterator[None]:
         raise
 
 
-def _is_changed_type(error: DBAPIError, cause: str) -> bool:
+def _is_changed_type(error: DBAPIError) -> bool:
     if isinstance(error.orig, errors.InvalidTextRepresentation):
         # A function of trueup's used a value that the type does not have, such as a renamed label in the mapping.
         return "function" in str(error.orig.diag.context)
-    no_operator = isinstance(error.orig, errors.UndefinedFunction) and cause.startswith(_NO_OPERATOR)
+    no_operator = isinstance(error.orig, errors.UndefinedFunction) and is_raised_by(error, FIND_OPERATOR)
     return no_operator or isinstance(error.orig, _CHANGED_TYPES)
 
 
@@ -159,7 +170,7 @@ def _translate(error: DBAPIError) -> TrueupError | None:
     where, cause = describe_database(), str(error.orig).strip().partition("\n")[0]
     if is_transient(error):
         return ServiceUnavailableError("PostgreSQL", where, cause)
-    if _is_changed_type(error, cause):
+    if _is_changed_type(error):
         return _explained(cause, undefined=False) or changed_type(where, cause)
     if isinstance(error.orig, _UNDEFINED):
         return _explained(cause, undefined=True) or not_ready(where, cause)
@@ -169,7 +180,7 @@ def _translate(error: DBAPIError) -> TrueupError | None:
         return _record_log_change(cause)
     if not isinstance(error.orig, errors.InsufficientPrivilege):
         return None
-    if cause.startswith(_ROW_SECURITY):
+    if is_raised_by(error, CHECK_ROW_SECURITY):
         return MissingRightError(
             f"Row-level security in the database at {where} hides rows: {cause}. Nothing was run, because sums would "
             f"be too low. {ROW_SECURITY_REMEDY}"

@@ -1,9 +1,12 @@
-"""Sessions: their limits, with or without a transaction pooler, and the reading of times without a zone.
+"""Sessions: their settings, with or without a transaction pooler, and the reading of times without a zone.
+
+A role, a database or a server may set anything for new sessions. trueup itself sets what decides about the meaning of a
+statement, the form of its values, or the time after which the server gives up: `FIXED_SETTINGS`.
 
 A transaction pooler such as PgBouncer lends a server connection to a client for one transaction. A session setting
 would stay on the server connection and affect the next client, a prepared statement may not exist on the next server
 connection, and the pooler refuses most settings at login. With a pooler, therefore, each transaction sets its own
-limits, and no statement is prepared.
+settings, and no statement is prepared.
 """
 
 from collections.abc import Mapping
@@ -16,14 +19,48 @@ import psycopg
 from psycopg import Connection, Cursor, ServerCursor
 from psycopg.abc import Buffer, Params
 from psycopg.pq import TransactionStatus
-from psycopg.sql import SQL, Composed, Identifier, Literal
+from psycopg.sql import SQL, Composable, Composed, Identifier, Literal
 from psycopg.types.datetime import TimestampBinaryLoader, TimestampLoader
 from psycopg.types.json import Json
 
-# A pooler reports a process id of its own to the client, because it uses many server processes.
+# Where names without a schema are looked up. No role can create anything in pg_catalog or in another session's pg_temp,
+# so no function or operator of another role is called in place of PostgreSQL's own.
+SEARCH_PATH = "pg_catalog, pg_temp"
+FIXED_SETTINGS = {
+    "search_path": SEARCH_PATH,
+    "timezone": "UTC",
+    "default_transaction_isolation": "read committed",
+    # A sum over the rows that a policy leaves is too low: PostgreSQL then refuses.
+    "row_security": "off",
+    # How values are read and written.
+    "client_encoding": "UTF8",
+    "datestyle": "ISO, MDY",
+    "intervalstyle": "postgres",
+    "extra_float_digits": "1",
+    "bytea_output": "hex",
+    "standard_conforming_strings": "on",
+    "array_nulls": "on",
+    "transform_null_equals": "off",
+    "quote_all_identifiers": "off",
+    # `statement_timeout` bounds every wait: a shorter limit of the role would fail a charge that only has to wait.
+    "lock_timeout": "0",
+    "idle_session_timeout": "0",
+}
+# Settings that older servers do not know, with the version that has them.
+_NEWER_SETTINGS = {"transaction_timeout": ("0", 170000)}
+
+# A pooler reports a process id of its own, which differs from the server's.
 _SET_WHERE_OURS = """
-    SELECT set_config(key, value, false) FROM json_each_text(%(limits)s) WHERE pg_backend_pid() = %(process)s
+    SELECT pg_catalog.set_config(s.key, s.value, false) FROM pg_catalog.json_each_text(%(limits)s) AS s (key, value)
+    WHERE pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) CAST(%(process)s AS pg_catalog.int4)
 """
+
+
+def session_settings(server_version: int, statement_timeout: str) -> dict[str, str]:
+    """Return all settings of a session. `server_version`: as libpq gives it (170002); `statement_timeout`: "30s"."""
+    newer = {name: value for name, (value, since) in _NEWER_SETTINGS.items() if server_version >= since}
+    limits = {"statement_timeout": statement_timeout, "idle_in_transaction_session_timeout": statement_timeout}
+    return FIXED_SETTINGS | newer | limits
 
 
 def limit_session(connection: Connection[Any], limits: Mapping[str, str]) -> None:
@@ -42,11 +79,16 @@ def limit_session(connection: Connection[Any], limits: Mapping[str, str]) -> Non
 def limit_transactions(connection: Connection[Any], limits: Mapping[str, str]) -> None:
     """Make each transaction on this connection set these limits first, and leave nothing on the server connection."""
     statement = SQL("; ").join(
-        SQL("SET LOCAL {} = {}").format(Identifier(name), Literal(value)) for name, value in limits.items()
+        SQL("SET LOCAL {} = {}").format(Identifier(name), _setting(name, value)) for name, value in limits.items()
     )
     connection.prepare_threshold = None
     connection.cursor_factory = cast("type[Cursor[Any]]", partial(_PooledCursor, limits=statement))
     connection.server_cursor_factory = cast("type[ServerCursor[Any]]", partial(_PooledServerCursor, limits=statement))
+
+
+def _setting(name: str, value: str) -> Composable:
+    # A list: as one literal, it would be the name of one schema.
+    return SQL(value) if name == "search_path" else Literal(value)
 
 
 class _PooledCursor(Cursor[Any]):

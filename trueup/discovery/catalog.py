@@ -12,6 +12,7 @@ from sqlalchemy import Connection, text
 from trueup.database.schema import SCHEMA
 from trueup.errors import InvalidInputError
 from trueup.host.fields import Kind, kind_of
+from trueup.host.setting_values import DEFAULT_SCHEMA
 
 MAX_TABLES = 20_000
 
@@ -44,7 +45,6 @@ class HostTable:
     rows: int | None
     usable: bool
     may_select: bool
-    visible: bool
     columns: dict[str, HostColumn] = field(default_factory=dict)
     primary_key: tuple[str, ...] = ()
     unique: set[str] = field(default_factory=set)
@@ -57,8 +57,8 @@ class HostTable:
 
     @property
     def setting(self) -> str:
-        """The table's name in the mapping: without its schema only in `public`, where every role finds it."""
-        return self.name if self.schema == "public" and self.visible else f"{self.schema}.{self.name}"
+        """The table as the mapping names it, without the default schema."""
+        return self.name if self.schema == DEFAULT_SCHEMA else f"{self.schema}.{self.name}"
 
     @property
     def mappable(self) -> bool:
@@ -80,7 +80,7 @@ class Catalog:
 # Without partitions, which belong to their parent, and without views, which can't have the log's triggers.
 _TABLES = text(
     r"""
-    SELECT c.oid\:\:bigint AS oid, n.nspname AS schema, c.relname AS name, pg_table_is_visible(c.oid) AS visible,
+    SELECT c.oid\:\:bigint AS oid, n.nspname AS schema, c.relname AS name,
            has_schema_privilege(n.oid, 'USAGE') AS usable, has_table_privilege(c.oid, 'SELECT') AS may_select,
            CASE WHEN c.relkind = 'p'
                 THEN (SELECT CAST(sum(greatest(p.reltuples, 0)) AS bigint)

@@ -13,7 +13,7 @@ from trueup.discovery.remarks import remarks_on
 from trueup.discovery.samples import Sampler
 from trueup.discovery.substitutes import PAID_WORDS, included_column, stand_ins
 from trueup.discovery.toml import toml_value
-from trueup.host.fields import ID_TYPES, NOUNS, TABLES, Noun
+from trueup.host.fields import FIELDS, ID_TYPES, NOUNS, TABLES, Noun
 from trueup.host.mapping import HostMapping
 
 SCHEMA_VERSION = 1
@@ -97,7 +97,8 @@ def propose(connection: Connection, catalog: Catalog, given: Mapping[str, Any] |
         # A host without plans has no foreign keys to them.
         spared = {one.instead_of for one in instead} | {f"{plan}_id" for plan in _PLANS if plan in without}
         lacking = _missing_columns(noun, candidate, spared)
-        used = _used_for(lacking, by_person)
+        found_otherwise = {one.field for one in instead} | set(without.get(noun) or ())
+        used = _used_for(lacking, by_person) | _not_sought(noun, by_person, found_otherwise)
         lacking = [gap for gap in lacking if not _used_for([gap], by_person)]
         if TABLES[noun].entry.optional:
             needed = [gap.setting for gap in lacking if gap.stops]
@@ -155,6 +156,12 @@ def _used_for(lacking: list[Gap], by_person: Mapping[str, Any]) -> dict[str, Any
     fields = [gap.setting.rpartition(".")[2] for gap in lacking]
     fields += ["counts"] if "success" in fields else []
     return {name: by_person[name] for name in fields if name in by_person}
+
+
+def _not_sought(noun: Noun, by_person: Mapping[str, Any], found: Collection[str]) -> dict[str, Any]:
+    """Return a person's settings for fields that discovery does not look for by name, except those in `found`."""
+    fields = FIELDS[noun].keys() - SOUGHT_FIELDS[noun].keys() - set(found)
+    return {name: value for name, value in by_person.items() if name in fields and value is not None}
 
 
 def _choices_by_person(noun: Noun, by_person: Mapping[str, Any]) -> list[Choice]:

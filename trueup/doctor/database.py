@@ -6,7 +6,7 @@ from sqlalchemy import Connection, text
 
 from trueup.database.engine import create_trueup_engine, translated_errors
 from trueup.database.migrate import newest_revision
-from trueup.doctor import host, installation, invariants
+from trueup.doctor import host, installation, invariants, schemas
 from trueup.doctor.clocks import judge, measure
 from trueup.doctor.findings import Finding, error, ok, run_check, warning
 from trueup.errors import OldLayoutError, ServiceUnavailableError, TrueupError
@@ -52,6 +52,51 @@ def check_durability(connection: Connection, settings: Settings) -> Iterator[Fin
         yield warning("durability", what, "Set synchronous_commit = on, at least for trueup's role.")
     elif not off:
         yield ok("durability", "Committed charges survive a crash.")
+    yield from _check_standbys(connection)
+    yield from _check_temporary_files(connection)
+
+
+def _check_standbys(connection: Connection) -> Iterator[Finding]:
+    """Yield a warning if a failover may lose committed holds. Their tokens could be spent again."""
+    row = connection.execute(
+        text(
+            "SELECT count(*) AS standbys, current_setting('synchronous_standby_names') AS synchronous "
+            "FROM pg_stat_replication r WHERE r.application_name <> 'pg_basebackup' AND NOT EXISTS ("
+            "SELECT FROM pg_replication_slots s WHERE s.active_pid = r.pid AND s.slot_type = 'logical')"
+        )
+    ).one()
+    if row.standbys and not row.synchronous:
+        yield warning(
+            "durability",
+            f"{row.standbys} standbys follow this server, and none is synchronous: a failover loses the last holds and "
+            "charges, and their tokens can be spent again.",
+            "Set synchronous_standby_names, so that a commit waits for a standby.",
+            standbys=row.standbys,
+        )
+
+
+# What is set for one database or one role, which need not be this session's.
+_TEMPORARY_FILES = text(
+    """
+    SELECT DISTINCT setting FROM (
+        SELECT 'temp_file_limit=' || current_setting('temp_file_limit') AS setting
+        UNION ALL SELECT unnest(s.setconfig) FROM pg_db_role_setting s
+    ) s WHERE s.setting LIKE 'temp_file_limit=%' AND s.setting <> 'temp_file_limit=-1' ORDER BY 1
+    """
+)
+
+
+def _check_temporary_files(connection: Connection) -> Iterator[Finding]:
+    """Yield a warning if large statements of the host on its log may fail by a limit on temporary files."""
+    limits = list(connection.scalars(_TEMPORARY_FILES))
+    if limits:
+        yield warning(
+            "durability",
+            f"{', '.join(limits)}: a statement of the host that writes so many bytes of log rows at once fails, "
+            "because trueup's triggers see its rows in a temporary table.",
+            "Raise the limit for the roles that load or change the log in bulk, or let them write fewer rows at once.",
+            limits=limits,
+        )
 
 
 def check_clock(connection: Connection, settings: Settings) -> Iterator[Finding]:
@@ -69,6 +114,7 @@ _ALWAYS: tuple[tuple[str, Check], ...] = (
     ("log_index", host.check_log_index),
     ("subscription_index", host.check_subscription_index),
     ("schema", installation.check_schema),
+    ("schemas", schemas.check_schemas),
 )
 # These checks need trueup's own objects.
 _INSTALLED: tuple[tuple[str, Check], ...] = (
@@ -78,6 +124,7 @@ _INSTALLED: tuple[tuple[str, Check], ...] = (
     ("log_ids", host.check_log_ids),
     ("holds", invariants.check_holds),
     ("calls", invariants.check_unresolved),
+    ("owed_charges", invariants.check_owed_charges),
     ("reconcile", invariants.check_runs),
     ("beat", invariants.check_beat),
     ("books", invariants.check_invariants),

@@ -28,7 +28,8 @@ from trueup.host.log_ids import log_id_problem, log_id_sequence
 from trueup.host.mapping import HostMapping, quote_identifier, quote_table
 from trueup.host.partitions import partition_problem
 from trueup.host.schema_changes import ROW_SECURITY_REMEDY
-from trueup.host.setting_values import quote_literal
+from trueup.host.setting_values import DEFAULT_SCHEMA, quote_literal
+from trueup.install.trial_writes import trial_problem
 from trueup.install.write_probe import row_problem
 from trueup.settings.settings import Settings
 
@@ -75,11 +76,12 @@ def _tables(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
         return
     existing = connection.scalars(
         text(
-            "SELECT CASE WHEN pg_table_is_visible(c.oid) THEN c.relname ELSE n.nspname || '.' || c.relname END "
+            "SELECT CASE WHEN n.nspname = :default THEN c.relname ELSE n.nspname || '.' || c.relname END "
             "FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
             "WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') "
             "AND n.nspname NOT IN ('information_schema', 'trueup') AND n.nspname !~ '^pg_'"
-        )
+        ),
+        {"default": DEFAULT_SCHEMA},
     )
     candidates = [table for table in existing if table not in mapping.tables()]
     for table in missing:
@@ -157,6 +159,7 @@ def _trial_problems(connection: Connection, mapping: HostMapping) -> Iterator[Pr
     yield wrong_expression(connection, mapping)
     with connection.engine.begin() as trial:
         yield row_problem(trial, mapping)
+        yield trial_problem(trial, mapping)
 
 
 def _nearest(name: str, existing: Iterable[Any]) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, text
 
 from trueup.doctor.findings import Finding, error, ok, warning
+from trueup.gate.owed_charges import list_owed_charges
 from trueup.host.sql import render_statement
 from trueup.monitoring.status import read_gauges
 from trueup.reconcile.audit import OVERDUE_AFTER
@@ -61,6 +62,26 @@ def check_unresolved(connection: Connection, settings: Settings) -> Iterator[Fin
         yield ok("messages", "The outcome of every message is known.", messages=0)
 
 
+def check_owed_charges(connection: Connection, settings: Settings) -> Iterator[Finding]:
+    """Yield the charges whose row the usage log refused, with the reason of the oldest."""
+    figures = read_gauges(connection)
+    charges, tokens = int(figures["owed_charges"][0] or 0), int(figures["owed_tokens"][0] or 0)
+    if not charges:
+        yield ok("owed_charges", "The usage log has the row of every charge.", charges=0, tokens=0)
+        return
+    oldest = list_owed_charges(connection, limit=1)
+    refusal = oldest[0].refusal if oldest else "written meanwhile"
+    yield error(
+        "owed_charges",
+        f"The usage log refused the rows of {charges} charges of {tokens:,} tokens. They count against the budgets, "
+        f"but the host doesn't see them. The oldest: {refusal}",
+        "Correct what refuses the rows: a constraint, a trigger or a missing column of the log. trueup tries again "
+        "each minute. `trueup status` lists them.",
+        charges=charges,
+        tokens=tokens,
+    )
+
+
 def check_runs(connection: Connection, settings: Settings) -> Iterator[Finding]:
     """Check for missed and failed runs, and for drifts that the newest run left for review."""
     missed = find_missed_runs(connection)
@@ -103,7 +124,8 @@ def check_beat(connection: Connection, settings: Settings) -> Iterator[Finding]:
         return
     when = f"The last scheduled run started {seconds:.0f} s ago" if row.runs else f"No scheduled run in {seconds:.0f} s"
     what = f"{when}; a run is due every {settings.reconcile_interval_seconds} s."
-    remedy = "Start `celery -A trueup.worker beat` and `celery -A trueup.worker worker -Q trueup-reconcile`."
+    worker = "celery -A trueup.worker worker -Q trueup-reconcile -n trueup-reconcile@%h"
+    remedy = f"Start `celery -A trueup.worker beat` and `{worker}`."
     yield error("beat", what, remedy, **detail)
 
 

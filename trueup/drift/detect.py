@@ -10,6 +10,7 @@ from sqlalchemy import Connection, text
 from trueup.accounts.user_ids import UserId
 from trueup.drift.evidence import Evidence
 from trueup.host.mapping import UserIdType
+from trueup.host.sql import UNCOUNTABLE
 from trueup.settings.policies import DEFAULT_MIN_AGE_SECONDS
 
 _NO_EVIDENCE = Evidence()
@@ -62,6 +63,8 @@ _FIND = """
         FROM trueup.accounts(statement_timestamp()) a
         WHERE a.user_id = ANY (CAST(:user_ids AS {user_id_type}[]))
           AND a.counter IS DISTINCT FROM greatest(a.original - a.consumed, 0)
+          -- A counter whose usage can't be counted has no right value: a deep pass reports it.
+          AND a.consumed < {uncountable}
     ), known AS (
         SELECT e.user_id, e.evidence FROM (
             SELECT array_agg(user_id) AS users, array_agg(subscription_id) AS subscriptions,
@@ -89,7 +92,7 @@ def find_drifts(
 
     `min_age_seconds`: the decrement of more recent usage may still arrive.
     """
-    statement = text(_FIND.format(user_id_type=user_id_type))
+    statement = text(_FIND.format(user_id_type=user_id_type, uncountable=UNCOUNTABLE))
     rows = connection.execute(statement, {"user_ids": list(user_ids), "min_age": min_age_seconds})
     return [_drift(row) for row in rows.all()]  # .all() calls the driver once, not for each row
 

@@ -1,4 +1,4 @@
-{% from "host/rows.sql" import used_since %}
+{% from "host/rows.sql" import in_range, used_since %}
 
 {# The host's rows about drifted counters: log rows, decrements, payments, plans. The CTEs are over `known`
    (evidence_query.sql) and read by user and time, so that only rows of drifted users are read. OFFSET 0 keeps the planner
@@ -82,7 +82,7 @@ SELECT NULL::{{ user_id_type }} AS user_id, NULL::text AS id, NULL::bigint AS to
         SELECT k.user_id, k.base_at, CASE WHEN l.success THEN 'L' ELSE 'F' END AS kind, l.id, l.tokens, l.at
         FROM known k
         CROSS JOIN LATERAL (
-            SELECT l.{{ usage_log.id }}::text AS id, l.{{ usage_log.total_tokens }}::bigint AS tokens,
+            SELECT l.{{ usage_log.id }}::text AS id, {{ in_range("l." ~ usage_log.total_tokens) }}::bigint AS tokens,
                    l.{{ usage_log.created_at }}::timestamptz AS at, {{ usage_log.success("l") }} AS success
             FROM {{ usage_log }} l
             WHERE l.{{ usage_log.user_id }} = k.user_id AND l.{{ usage_log.created_at }} >= k.since

@@ -1,5 +1,5 @@
 {% from "gate/store_balance.sql" import create_balance %}
-{% from "host/rows.sql" import used_since %}
+{% from "host/rows.sql" import countable, used_since %}
 -- Writes to the balance. Each function locks the user's balance row first and reads everything else afterwards, in
 -- separate statements. Under READ COMMITTED, each of them sees the data that was committed while the function waited
 -- for the lock. A single statement that locks and reads would decide on the data from before the wait. `at`: the
@@ -10,10 +10,20 @@
 -- all transactions that wait for a row that each of them updates, so throughput falls steeply with their number. An
 -- advisory lock wakes one at a time. (Two users may share a number; then one waits briefly for the other.) A
 -- transaction takes this lock before the row, and only if it locks a single user's row, so it never waits here while it
--- holds a row lock.
-CREATE OR REPLACE FUNCTION trueup.queue_for(p_user {{ user_id_type }}) RETURNS void LANGUAGE sql AS $$
-    SELECT pg_advisory_xact_lock(1953658213, hashtext(p_user::text))  -- "true" in ASCII
-$$;
+-- holds a row lock. Any role that may connect can take the lock and keep it. After lock_timeout, therefore, the
+-- transaction goes on without it, to the row lock.
+CREATE OR REPLACE FUNCTION trueup.queue_for(p_user {{ user_id_type }}) RETURNS void
+LANGUAGE plpgsql SET lock_timeout = '2s' AS $$
+BEGIN
+    IF pg_try_advisory_xact_lock(1953658213, hashtext(p_user::text)) THEN  -- "true" in ASCII
+        RETURN;
+    END IF;
+    BEGIN
+        PERFORM pg_advisory_xact_lock(1953658213, hashtext(p_user::text));
+    EXCEPTION WHEN lock_not_available THEN
+        RETURN;
+    END;
+END $$;
 
 -- Lock the user's balance and bring it up to date: fold the deltas, or rebuild it from the log if the window moved or
 -- the log was truncated; end overdue holds. The caller stores window_start, log_epoch, consumed and held.
@@ -26,7 +36,9 @@ CREATE OR REPLACE FUNCTION trueup.lock_account(
 DECLARE
     b trueup.balance;
     e record;
-    v_consumed bigint;
+    v_consumed numeric;
+    v_largest bigint;
+    v_is_stale boolean;
     v_overdue bigint;
 BEGIN
     SELECT * INTO b FROM trueup.balance WHERE user_id = p_user FOR UPDATE;
@@ -46,16 +58,20 @@ BEGIN
         SELECT t.*, trueup.log_epoch() AS log_epoch INTO e FROM trueup.entitlements(at) t WHERE t.user_id = p_user;
         subscribed := FOUND;
     END IF;
-    IF subscribed AND (b.window_start, b.log_epoch) IS DISTINCT FROM (e.window_start, e.log_epoch) THEN
+    v_is_stale := subscribed AND (b.window_start, b.log_epoch) IS DISTINCT FROM (e.window_start, e.log_epoch);
+    IF NOT v_is_stale THEN
+        WITH folded AS (DELETE FROM trueup.usage_delta WHERE user_id = p_user RETURNING used_at, tokens)
+        SELECT b.consumed + coalesce(sum(tokens) FILTER (WHERE used_at >= b.window_start), 0), max(abs(tokens))
+        INTO v_consumed, v_largest FROM folded;
+        -- The delta of a row beyond the range has another figure than the row.
+        v_is_stale := subscribed AND v_largest >= {{ uncountable }};
+    END IF;
+    IF v_is_stale THEN
         -- One statement has one snapshot: it sees both a log row and its delta, or neither.
         WITH cleared AS (DELETE FROM trueup.usage_delta WHERE user_id = p_user)
         SELECT u.tokens INTO v_consumed FROM ({{ used_since("lock_account.p_user", "e.window_start") }}) u;
         b.window_start := e.window_start;
         b.log_epoch := e.log_epoch;
-    ELSE
-        WITH folded AS (DELETE FROM trueup.usage_delta WHERE user_id = p_user RETURNING used_at, tokens)
-        SELECT b.consumed + coalesce(sum(tokens) FILTER (WHERE used_at >= b.window_start), 0)
-        INTO v_consumed FROM folded;
     END IF;
     IF EXISTS (SELECT FROM trueup.hold WHERE user_id = p_user AND status = 'open' AND expires_at <= at) THEN
         SELECT sum(o.freed) INTO v_overdue FROM trueup.end_overdue_holds(ARRAY[p_user], at) o;
@@ -65,7 +81,7 @@ BEGIN
     original := coalesce(e.original, 0);
     window_start := b.window_start;
     log_epoch := b.log_epoch;
-    consumed := v_consumed;
+    consumed := {{ countable("v_consumed") }};
     held := b.held - coalesce(v_overdue, 0);
 END $$;
 

@@ -10,6 +10,7 @@ Reason = Literal[
     "subscription_expired",
     "no_tokens_remaining",
     "insufficient_tokens",
+    "usage_uncountable",
 ]
 
 
@@ -39,6 +40,7 @@ def describe_denial(reason: str, *, feature_name: str, estimated_tokens: int, av
         "subscription_deactivated": "Subscription is deactivated",
         "subscription_expired": "Subscription has expired",
         "no_tokens_remaining": "No tokens remaining in subscription",
+        "usage_uncountable": "The usage log's rows of this user add up to more than can be counted",
     }[reason]
 
 

@@ -1,21 +1,53 @@
 """Holds: tokens set aside for one running task, from the gate until its last charge."""
 
-import itertools
-from collections.abc import Iterator
+import heapq
+import json
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any
 
+from psycopg.errors import UniqueViolation
 from sqlalchemy import Connection, case, select, text
+from sqlalchemy.exc import IntegrityError
 
 from trueup.accounts.account import days_between
 from trueup.accounts.subscriptions import refuse_several_subscriptions
 from trueup.accounts.user_ids import UserId
 from trueup.accounts.validation import check_estimate
 from trueup.database.schema import own_table
-from trueup.errors import DenialPayload, HoldBusyError, TokensDenied
+from trueup.database.schema.holds import ONE_OPEN_PER_TASK
+from trueup.errors import DenialPayload, HoldBusyError, TaskIdReusedError, TokensDenied
 from trueup.gate.denial import describe_denial
 from trueup.settings.settings import get_settings
+
+
+class CallNumbers:
+    """The numbers of a hold's provider calls: for each fingerprint, its calls are 1, 2, 3, …
+
+    A call's key has its fingerprint and this number, so the order of different calls does not matter: a body that calls
+    from several threads finds after a redelivery what it has paid for, whatever thread comes first. Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken: Counter[str] = Counter()
+        self._free: defaultdict[str, list[int]] = defaultdict(list)
+
+    def take(self, fingerprint: str) -> int:
+        """Return the lowest number that no call of this fingerprint has."""
+        with self._lock:
+            if self._free[fingerprint]:
+                return heapq.heappop(self._free[fingerprint])
+            self._taken[fingerprint] += 1
+            return self._taken[fingerprint]
+
+    def give_back(self, fingerprint: str, number: int) -> None:
+        """Free the number of a call that certainly was not billed. The next call of this fingerprint takes it."""
+        with self._lock:
+            heapq.heappush(self._free[fingerprint], number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +59,10 @@ class Hold:
     `reattached`: an earlier attempt opened the hold.
     `replay`: an earlier attempt completed the task's work. The hold has no tokens; charged calls are replayed.
     `overridden`: the reason code of a denial that the feature's mode overrode. None: the gate admitted the task.
-    `ordinals`: the numbers of the hold's calls, shared by all model clients of the hold. Two calls with the same
-    number would be one charge.
+    `request`: the fingerprint of the task's first request. `fresh_retries`: how often its body asked for new answers.
+    `retries`: the retries that its message counts. `follows`: an earlier task with this id had another request.
+    `calls`: the numbers of the hold's calls, shared by all model clients of the hold. Two calls with the same key would
+    be one charge.
     """
 
     user_id: UserId
@@ -41,7 +75,16 @@ class Hold:
     tokens_left: int
     expires_at: datetime
     overridden: str | None = None
-    ordinals: Iterator[int] = field(default_factory=lambda: itertools.count(1), init=False, repr=False, compare=False)
+    request: str = ""
+    fresh_retries: int = 0
+    retries: int = 0
+    follows: bool = False
+    calls: CallNumbers = field(default_factory=CallNumbers, init=False, repr=False, compare=False)
+
+    @property
+    def scope(self) -> str:
+        """The scope of the hold's calls: a call is answered only from a charge of the same scope."""
+        return f"{self.request}.{self.fresh_retries}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +107,9 @@ class HoldRow:
 
 _OPEN = text(
     """
-    SELECT * FROM trueup.open_hold(:user_id, :task_id, :retries, :feature_name, :section, :owner, :tokens,
-                                   make_interval(secs => :lease_seconds), make_interval(secs => :ttl_seconds), :waits,
-                                   :mode, CAST(:now AS timestamptz))
+    SELECT * FROM trueup.open_hold(:user_id, :task_id, :request, :fresh_retries, :retries, :feature_name, :section,
+                                   :owner, :tokens, make_interval(secs => :lease_seconds),
+                                   make_interval(secs => :ttl_seconds), :waits, :mode, CAST(:now AS timestamptz))
     """
 )
 
@@ -82,27 +125,34 @@ def open_hold(
     owner: str,
     lease_seconds: float,
     ttl_seconds: float,
+    request: str = "",
+    fresh_retries: int = 0,
     retries: int = 0,
     waits: int = 0,
     now: datetime | None = None,
 ) -> Hold:
     """Reserve tokens for a task in one round trip, or return the open hold of the task to its next attempt.
 
-    Idempotent by task id. The locked balance row decides: two callers can't both take the last tokens. A task whose
-    body has returned gets a hold without tokens, to replay the calls that it has paid for.
+    Idempotent by task id and request. The locked balance row decides: two callers can't both take the last tokens. A
+    task whose body has returned gets a hold without tokens, to replay the calls that it has paid for.
 
     `estimated_tokens`: count to reserve. `owner`: names the process, for display.
     `lease_seconds`: the time during which no later attempt can take the hold over, unless its `retries` are higher,
     which proves that this attempt has ended. `ttl_seconds`: the hold expires after this time without a heartbeat.
-    `waits`: the number that the last `HoldBusyError` gave to this message. `now`: None means the database's clock.
+    `request`: the fingerprint of what the task is asked to do. `fresh_retries`: how often its body has asked for new
+    answers. `waits`: the number that the last `HoldBusyError` gave to this message. `now`: None means the database's
+    clock.
     Raises `TokensDenied` with the specification's payload, `HoldBusyError` while another attempt has the hold,
-    `InvalidInputError` for a malformed estimate, `SeveralSubscriptionsError`.
+    `TaskIdReusedError` while another request with this id has one, `InvalidInputError` for a malformed estimate,
+    `SeveralSubscriptionsError`.
     """
-    row = connection.execute(
-        _OPEN,
+    row = _execute_open(
+        connection,
         {
             "user_id": user_id,
             "task_id": task_id,
+            "request": request,
+            "fresh_retries": fresh_retries,
             "retries": retries,
             "feature_name": feature_name,
             "section": section,
@@ -114,14 +164,10 @@ def open_hold(
             "mode": get_settings().gate.mode_of(feature_name),
             "now": now,
         },
-    ).one()
-    if row.reason == "subscription_deactivated":
-        refuse_several_subscriptions(connection, user_id)
+    )
+    _refuse_in_use(row, task_id)
     if row.reason is not None:
-        raise _denied(row, feature_name, estimated_tokens)
-    if row.busy_until is not None:
-        seconds = (row.busy_until - row.at).total_seconds()
-        raise HoldBusyError(task_id, seconds, redundant=row.redundant, waits=row.waits)
+        raise _denied(connection, row, user_id, feature_name, estimated_tokens)
     return Hold(
         user_id=user_id,
         task_id=task_id,
@@ -133,7 +179,34 @@ def open_hold(
         tokens_left=row.tokens_left,
         expires_at=row.expiry,
         overridden=row.overridden,
+        request=request,
+        fresh_retries=row.fresh,
+        retries=retries,
+        follows=row.follows,
     )
+
+
+def _execute_open(connection: Connection, values: dict[str, Any]) -> Any:
+    try:
+        result = connection.execute(_OPEN, values)
+    except IntegrityError as error:
+        if isinstance(error.orig, UniqueViolation) and error.orig.diag.constraint_name == ONE_OPEN_PER_TASK:
+            raise TaskIdReusedError(values["task_id"]) from error  # another user's task has the id now
+        raise
+    try:
+        return result.one()
+    except Exception:
+        # The hold is committed, and this caller never learns of it. Its tokens would be held until it expires.
+        close_abandoned_hold(connection, values["user_id"], values["task_id"], owner=values["owner"], now=values["now"])
+        raise
+
+
+def _refuse_in_use(row: Any, task_id: str) -> None:
+    if row.reused:
+        raise TaskIdReusedError(task_id)
+    if row.busy_until is not None:
+        seconds = (row.busy_until - row.at).total_seconds()
+        raise HoldBusyError(task_id, seconds, redundant=row.redundant, waits=row.waits)
 
 
 _CLOSE = text(
@@ -190,6 +263,51 @@ def has_later_attempt(connection: Connection, hold: Hold) -> bool:
     return connection.scalar(select(query.exists())) or False
 
 
+_KEEP = text(
+    """
+    SELECT trueup.keep_holds(CAST(:holds AS jsonb), make_interval(secs => :lease_seconds),
+                             make_interval(secs => :ttl_seconds), make_interval(secs => :max_seconds),
+                             CAST(:now AS timestamptz))
+    """
+)
+
+
+def keep_holds(
+    connection: Connection,
+    holds: Iterable[Hold],
+    *,
+    lease_seconds: float,
+    ttl_seconds: float,
+    max_seconds: float,
+    now: datetime | None = None,
+) -> int:
+    """Renew the leases and the expiry of open holds whose attempts are alive. Returns how many were renewed.
+
+    Leaves these alone: a hold that has ended, that belongs to a later attempt, that was opened more than `max_seconds`
+    ago, or whose row is locked now. `now`: None means the database's clock.
+    """
+    own = [{"user_id": str(hold.user_id), "task_id": hold.task_id, "attempt": hold.attempt} for hold in holds]
+    values = {"lease_seconds": lease_seconds, "ttl_seconds": ttl_seconds, "max_seconds": max_seconds, "now": now}
+    kept: int = connection.execute(_KEEP, {"holds": json.dumps(own), **values}).scalar_one()
+    return kept
+
+
+_ATTEMPTS = text(
+    """
+    SELECT coalesce(sum(t.attempts), 0) FROM (
+        SELECT h.request, h.attempt - coalesce(lag(h.attempt) OVER (ORDER BY h.id), 0) AS attempts
+        FROM trueup.hold h WHERE h.user_id = :user_id AND h.task_id = :task_id
+    ) t WHERE t.request = :request
+    """
+)
+
+
+def count_attempts(connection: Connection, hold: Hold) -> int:
+    """Return how many attempts of the hold's request were admitted, this one included."""
+    place = {"user_id": hold.user_id, "task_id": hold.task_id, "request": hold.request}
+    return int(connection.execute(_ATTEMPTS, place).scalar_one())
+
+
 _EXPIRE = text("SELECT holds, tokens FROM trueup.expire_holds(:limit, CAST(:now AS timestamptz))")
 
 
@@ -222,7 +340,12 @@ def list_holds(
     return [HoldRow(**row) for row in rows.mappings()]
 
 
-def _denied(row: Any, feature_name: str, estimated_tokens: int) -> TokensDenied:
+def _denied(
+    connection: Connection, row: Any, user_id: UserId, feature_name: str, estimated_tokens: int
+) -> TokensDenied:
+    """Return the denial. Raises `SeveralSubscriptionsError` if the user has several subscriptions."""
+    if row.reason == "subscription_deactivated":
+        refuse_several_subscriptions(connection, user_id)
     available = max(0, row.original - row.consumed - row.held)
     message = describe_denial(
         row.reason, feature_name=feature_name, estimated_tokens=estimated_tokens, available=available

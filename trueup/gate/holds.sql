@@ -18,18 +18,25 @@
 --     numbers.
 -- A task whose body has returned gets a hold without tokens. Its charged calls are replayed, and it produces its result
 -- again without buying anything.
+-- p_request: the fingerprint of the task's request. Another request with this id gets a hold of its own (`follows`)
+-- once the earlier request's hold has ended, and is refused (`reused`) while that hold is open. A replay is `redundant`
+-- instead: it is a copy of a message whose work is done, and the id's result belongs to the other request.
+-- p_fresh: the number of retries by which the body asked for new answers. Each has calls of its own.
 -- A hold whose body has ended is open only for calls in flight (see trueup.close_hold). Its task passes the gate like a
 -- new one, and gets the hold back with the new tokens added.
 CREATE OR REPLACE FUNCTION trueup.open_hold(
-    p_user {{ user_id_type }}, p_task text, p_retries integer, p_feature text, p_section text, p_owner text,
-    p_tokens bigint, p_lease interval, p_ttl interval, p_waits integer, p_mode text, INOUT at timestamptz,
-    OUT reason text, OUT overridden text, OUT busy_until timestamptz, OUT redundant boolean, OUT waits integer,
-    OUT hold_attempt integer, OUT tokens_left bigint, OUT reattached boolean, OUT replay boolean, OUT expiry timestamptz,
+    p_user {{ user_id_type }}, p_task text, p_request text, p_fresh integer, p_retries integer, p_feature text,
+    p_section text, p_owner text, p_tokens bigint, p_lease interval, p_ttl interval, p_waits integer, p_mode text,
+    INOUT at timestamptz,
+    OUT reason text, OUT overridden text, OUT reused boolean, OUT follows boolean, OUT busy_until timestamptz,
+    OUT redundant boolean, OUT waits integer, OUT hold_attempt integer, OUT tokens_left bigint, OUT reattached boolean,
+    OUT replay boolean, OUT fresh integer, OUT expiry timestamptz,
     OUT original bigint, OUT consumed bigint, OUT held bigint, OUT end_date timestamptz
 ) LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
     a record;
+    f record;
     h trueup.hold;
     v_tokens bigint;
     v_kept bigint;
@@ -38,19 +45,21 @@ BEGIN
     PERFORM trueup.queue_for(p_user);
     SELECT * INTO a FROM trueup.lock_account(p_user, at);
     PERFORM trueup.require_counted();  -- after reading the deltas, so that a write they missed is noticed here
-    at := a.at;
-    expiry := at + p_ttl;
-    original := coalesce(a.original, 0);
-    consumed := coalesce(a.consumed, 0);
-    held := coalesce(a.held, 0);
-    end_date := a.end_date;
-    SELECT * INTO h FROM trueup.hold WHERE user_id = p_user AND task_id = p_task ORDER BY id DESC LIMIT 1;
-    hold_attempt := coalesce(h.attempt, 0) + 1;
+    SELECT a.at, a.at + p_ttl, coalesce(a.original, 0), coalesce(a.consumed, 0), coalesce(a.held, 0), a.end_date
+    INTO at, expiry, original, consumed, held, end_date;
+    SELECT * INTO f FROM trueup.find_hold(p_user, p_task, p_request);
+    h := f.own;
+    hold_attempt := f.attempts + 1;
+    follows := h.id IS NULL AND f.attempts > 0;
+    fresh := greatest(coalesce(h.fresh_retries, 0), p_fresh);
     reattached := coalesce(h.status = 'open', false);
     v_running := reattached AND h.body_ended_at IS NULL;
     replay := coalesce(h.completed, false);
     v_tokens := CASE WHEN replay THEN 0 ELSE p_tokens END;
-    IF v_running AND p_retries <= h.retries AND h.lease_until > at THEN
+    IF f.in_use_until IS NOT NULL THEN
+        SELECT NOT replay, replay, 0, CASE WHEN replay THEN f.in_use_until END
+        INTO reused, redundant, waits, busy_until;
+    ELSIF v_running AND p_retries <= h.retries AND h.lease_until > at THEN
         SELECT w.* INTO redundant, waits, busy_until FROM trueup.record_duplicate(h, p_waits, at) w;
     ELSIF v_running THEN
         v_kept := trueup.tokens_in_call(h);
@@ -58,7 +67,7 @@ BEGIN
             a.subscribed, a.is_active, a.end_date, original, consumed, held, v_kept, at) IS NULL) THEN
             held := held + trueup.raise_hold(h, v_kept);
         END IF;
-        tokens_left := trueup.take_over(p_user, p_task, h.id, p_retries, p_owner, at + p_lease, expiry);
+        tokens_left := trueup.take_over(p_user, p_task, h.id, p_retries, p_fresh, p_owner, at + p_lease, expiry);
     ELSE
         reason := CASE WHEN NOT replay THEN trueup.decide(
             a.subscribed, a.is_active, a.end_date, original, consumed, held, v_tokens, at) END;
@@ -74,16 +83,10 @@ BEGIN
         END IF;
         IF reason IS NULL AND reattached THEN
             held := held + trueup.raise_hold(h, v_tokens);
-            tokens_left := trueup.take_over(p_user, p_task, h.id, p_retries, p_owner, at + p_lease, expiry);
+            tokens_left := trueup.take_over(p_user, p_task, h.id, p_retries, p_fresh, p_owner, at + p_lease, expiry);
         ELSIF reason IS NULL THEN
-            -- A replay's hold is completed from the start, however its attempts end: the work is done.
-            INSERT INTO trueup.hold (user_id, task_id, attempt, retries, feature_name, section, owner, status,
-                                     tokens_reserved, opened_at, lease_until, expires_at, completed)
-            VALUES (p_user, p_task, hold_attempt, CASE WHEN replay THEN h.retries ELSE p_retries END, p_feature,
-                    p_section, p_owner, 'open', v_tokens, at, at + p_lease, expiry, replay);
-            -- Calls in flight of an ended hold are not covered by this one: their tokens were released.
-            UPDATE trueup.call_intent c SET outcome = 'unknown'
-            WHERE h.id IS NOT NULL AND c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started';
+            PERFORM trueup.insert_hold(p_user, p_task, p_request, h, fresh, hold_attempt, p_retries, p_feature,
+                                       p_section, p_owner, v_tokens, at, at + p_lease, expiry);
             held := held + v_tokens;
             tokens_left := v_tokens;
         END IF;
@@ -104,6 +107,43 @@ CREATE OR REPLACE FUNCTION trueup.raise_hold(h trueup.hold, p_tokens bigint) RET
     RETURNING p_tokens
 $$;
 
+-- The last hold of a task's request (NULL: it has none), the number of attempts of all requests with this id, and the
+-- end of the lease of another request's open hold (NULL: there is none). No attempt number is used twice for an id.
+CREATE OR REPLACE FUNCTION trueup.find_hold(
+    p_user {{ user_id_type }}, p_task text, p_request text,
+    OUT own trueup.hold, OUT attempts integer, OUT in_use_until timestamptz
+) LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    v_last trueup.hold;
+BEGIN
+    SELECT * INTO v_last FROM trueup.hold h WHERE h.user_id = p_user AND h.task_id = p_task ORDER BY h.id DESC LIMIT 1;
+    IF v_last.request = p_request THEN
+        own := v_last;
+    ELSIF FOUND THEN
+        SELECT * INTO own FROM trueup.hold h
+        WHERE h.user_id = p_user AND h.task_id = p_task AND h.request = p_request ORDER BY h.id DESC LIMIT 1;
+        in_use_until := CASE WHEN v_last.status = 'open' THEN v_last.lease_until END;
+    END IF;
+    attempts := coalesce(v_last.attempt, 0);
+END $$;
+
+-- Open a hold. trueup.open_hold calls this under its lock. `own`: the last hold of the request. A replay's hold is
+-- completed from the start, however its attempts end: the work is done.
+CREATE OR REPLACE FUNCTION trueup.insert_hold(
+    p_user {{ user_id_type }}, p_task text, p_request text, own trueup.hold, p_fresh integer, p_attempt integer,
+    p_retries integer, p_feature text, p_section text, p_owner text, p_tokens bigint, at timestamptz,
+    p_lease_until timestamptz, p_expires_at timestamptz
+) RETURNS void LANGUAGE sql AS $$
+    INSERT INTO trueup.hold (user_id, task_id, request, fresh_retries, attempt, retries, feature_name, section, owner,
+                             status, tokens_reserved, opened_at, lease_until, expires_at, completed)
+    VALUES (p_user, p_task, p_request, p_fresh, p_attempt, CASE WHEN own.completed THEN own.retries ELSE p_retries END,
+            p_feature, p_section, p_owner, 'open', p_tokens, at, p_lease_until, p_expires_at,
+            coalesce(own.completed, false));
+    -- Calls in flight of an ended hold are not covered by this one: their tokens were released.
+    UPDATE trueup.call_intent c SET outcome = 'unknown'
+    WHERE c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started'
+$$;
+
 -- Record a duplicate of a running task, unless another duplicate waits. trueup.open_hold calls this under its lock.
 CREATE OR REPLACE FUNCTION trueup.record_duplicate(
     h trueup.hold, p_waits integer, at timestamptz, OUT redundant boolean, OUT waits integer, OUT busy_until timestamptz
@@ -119,19 +159,44 @@ END $$;
 -- Give an open hold to the next attempt and return the tokens that it may spend. trueup.open_hold calls this under its
 -- lock.
 CREATE OR REPLACE FUNCTION trueup.take_over(
-    p_user {{ user_id_type }}, p_task text, p_id bigint, p_retries integer, p_owner text,
+    p_user {{ user_id_type }}, p_task text, p_id bigint, p_retries integer, p_fresh integer, p_owner text,
     p_lease_until timestamptz, p_expires_at timestamptz
 ) RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
     v_tokens bigint;
 BEGIN
     UPDATE trueup.hold h
-    SET attempt = h.attempt + 1, retries = greatest(h.retries, p_retries), owner = p_owner,
+    SET attempt = h.attempt + 1, retries = greatest(h.retries, p_retries),
+        fresh_retries = greatest(h.fresh_retries, p_fresh), owner = p_owner,
         lease_until = p_lease_until, expires_at = p_expires_at, body_ended_at = NULL
     WHERE h.user_id = p_user AND h.task_id = p_task AND h.id = p_id
     RETURNING h.tokens_reserved - h.tokens_covered INTO v_tokens;
     RETURN greatest(v_tokens - trueup.in_flight(p_user, p_task, NULL, NULL), 0);
 END $$;
+
+-- Renew the open holds of living attempts and return their number. A process's heartbeat calls this for all its holds
+-- (user_id, task_id, attempt). A hold is not renewed after p_most since its opening, so that a body that hangs can't
+-- keep it for ever. This locks only the rows of the holds, as trueup.begin_call does. The next beat renews a row that
+-- is locked now, so a heartbeat never waits and never deadlocks.
+CREATE OR REPLACE FUNCTION trueup.keep_holds(
+    p_holds jsonb, p_lease interval, p_ttl interval, p_most interval, at timestamptz
+) RETURNS bigint LANGUAGE sql AS $$
+    WITH clock AS MATERIALIZED (
+        SELECT coalesce(keep_holds.at, clock_timestamp()) AS now
+    ), living AS (
+        SELECT h.user_id, h.task_id, h.id, clock.now
+        FROM clock, jsonb_to_recordset(p_holds) AS k (user_id {{ user_id_type }}, task_id text, attempt integer)
+        JOIN trueup.hold h USING (user_id, task_id, attempt)
+        WHERE h.status = 'open' AND h.body_ended_at IS NULL AND h.opened_at + p_most > clock.now
+        FOR UPDATE OF h SKIP LOCKED
+    ), kept AS (
+        UPDATE trueup.hold h
+        SET lease_until = greatest(h.lease_until, l.now + p_lease), expires_at = greatest(h.expires_at, l.now + p_ttl)
+        FROM living l WHERE (h.user_id, h.task_id, h.id) = (l.user_id, l.task_id, l.id)
+        RETURNING 1
+    )
+    SELECT count(*) FROM kept
+$$;
 
 -- A worker saw a process die: the calls of that process are no longer in flight, and their outcome is unknown.
 -- Does nothing if the process has lost the hold: then its attempt number is not known.

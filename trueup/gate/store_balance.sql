@@ -5,11 +5,13 @@ INSERT INTO trueup.balance (user_id, window_start, log_epoch) VALUES ({{ user }}
 {%- endmacro %}
 
 {# Store the result of trueup.lock_account. `account`: the variable or function that has its columns. `held`: the
-   tokens held now. #}
+   tokens held now. If the consumed tokens can't be counted, the balance is stored as stale, so each read builds it from
+   the log until the log's rows can be counted again. #}
 {% macro store_balance(user, account="a", held=none) %}
     UPDATE trueup.balance b
-    SET window_start = {{ account }}.window_start, log_epoch = {{ account }}.log_epoch,
-        consumed = {{ account }}.consumed, held = {{ held or account ~ ".held" }}
+    SET window_start = {{ account }}.window_start,
+        log_epoch = CASE WHEN {{ account }}.consumed < {{ uncountable }} THEN {{ account }}.log_epoch ELSE -1 END,
+        consumed = least({{ account }}.consumed, {{ uncountable }}), held = {{ held or account ~ ".held" }}
     -- If there was no balance, a concurrent transaction may have created one: keep that one.
     WHERE b.user_id = {{ user }} AND {{ account }}.consumed IS NOT NULL;
 {% endmacro %}

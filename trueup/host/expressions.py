@@ -17,10 +17,10 @@ from trueup.host.setting_values import Compared, Expression, quote_identifier, q
 from trueup.host.sql import render_sql
 
 _TOKENS = types_of(INTEGER)
-SEARCH_PATH = "pg_catalog, pg_temp"  # that of the triggers, whatever the role's is
-SET_SEARCH_PATH = text("SELECT set_config('search_path', :path, true)")
+# A caller that is no session of trueup's may have another one.
+_SET_SEARCH_PATH = text("SELECT set_config('search_path', 'pg_catalog, pg_temp', true)")
 
-HOST_TABLE = text("SELECT CAST(to_regclass(:table) AS oid) AS id, current_setting('search_path') AS search_path")
+_TABLE_ID = text("SELECT CAST(to_regclass(:table) AS oid)")
 _COLUMNS = text(
     """
     SELECT a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type, a.attgenerated <> '' AS is_generated,
@@ -41,8 +41,9 @@ _TYPE = """
         SELECT EXPRESSION AS value FROM HOST AS trueup_row CROSS JOIN HOST AS trueup_other LIMIT 0) AS tried ON true
 """
 _OWN_ROW = """
+    {% from "host/search_path.sql" import role_search_path %}
     INSERT INTO pg_temp.trueup_own AS l ({{ usage_log.written() }})
-    SELECT {{ usage_log.written("r") }} FROM (SELECT {{ values }}) r
+    SELECT {{ usage_log.written("r") }} FROM (SELECT {{ values }}) r CROSS JOIN {{ role_search_path() }}
     RETURNING {{ usage_log.success("l") }}
 """
 _DRAWN = re.compile(r"nextval\('(?:[^']|'')*'::regclass\)")  # in a default; a trial must not draw from a sequence
@@ -202,9 +203,7 @@ def _type_of(connection: Connection, given: Expression, table: str) -> str:
 def _problems(
     connection: Connection, mapping: HostMapping, given: Compared | Expression, table: str, types: tuple[str, ...]
 ) -> Iterator[Problem]:
-    host = connection.execute(HOST_TABLE, {"table": quote_table(table)}).one()
-    connection.execute(SET_SEARCH_PATH, {"path": SEARCH_PATH})
-    make_table(connection, host.id, "trueup_row", filled=False)
+    make_table(connection, table, "trueup_row", filled=False)
     if isinstance(given, Expression):
         found = _type_of(connection, given, "pg_temp.trueup_row")
         if problem := _type_problem(found, types):
@@ -223,8 +222,7 @@ def _problems(
             f"it uses {risky}, which might fail for a row, and the host's own write of the row would fail too",
             _ALLOWED,
         )
-    make_table(connection, host.id, "trueup_own", filled=True)
-    connection.execute(SET_SEARCH_PATH, {"path": host.search_path})
+    make_table(connection, table, "trueup_own", filled=True)
     if _own_counts(connection, mapping, succeeded=True) is not True:
         yield "the rows that trueup writes would not count", "Make it true for them, or map the column that it tests."
     if mapping.usage_log.records_failure and _own_counts(connection, mapping, succeeded=False):
@@ -249,11 +247,17 @@ def _failing_read(connection: Connection, given: Expression) -> Iterator[Problem
 
 
 def _own_counts(connection: Connection, mapping: HostMapping, *, succeeded: bool) -> Any:
+    def counts(*, user: bool) -> Any:
+        trial = connection.begin_nested()
+        try:
+            return run(connection, own_row(mapping, succeeded=succeeded, user=user)).scalar_one()
+        finally:
+            trial.rollback()
+
     try:
-        with connection.begin_nested():
-            return run(connection, own_row(mapping, succeeded=succeeded)).scalar_one()
+        return counts(user=True)
     except DBAPIError:  # the type of the user id may refuse the sample
-        return run(connection, own_row(mapping, succeeded=succeeded, user=False)).scalar_one()
+        return counts(user=False)
 
 
 def own_row(
@@ -261,6 +265,7 @@ def own_row(
 ) -> str:
     """Return the statement that writes a row of trueup's into the table of `make_table` and returns whether it counts.
 
+    It leaves the role's search path behind: the caller rolls its savepoint back.
     `size`: the count of tokens of each kind, and the milliseconds. `user` False: the row has no user.
     """
     log_id = "1" if mapping.usage_log_id_type == "bigint" else _SAMPLE_UUID
@@ -282,19 +287,23 @@ def own_row(
     return render_sql(_OWN_ROW, mapping, values=", ".join(values))
 
 
-def make_table(connection: Connection, like: int, name: str, *, filled: bool) -> None:
-    """Create a temporary table with the columns of the host's table `like` (its oid), without constraints.
+def make_table(connection: Connection, like: str, name: str, *, filled: bool) -> int:
+    """Create a temporary table with the columns of the host's table `like`, without constraints.
 
-    `filled`: with the host's defaults and computed columns.
+    `filled`: with the host's defaults and computed columns. Sets the search path of the transaction to trueup's, in
+    which the triggers resolve names. Returns the oid of the host's table.
     """
+    connection.execute(_SET_SEARCH_PATH)
+    table_id: int = connection.execute(_TABLE_ID, {"table": quote_table(like)}).scalar_one()
     columns = []
-    for row in connection.execute(_COLUMNS, {"id": like}):
+    for row in connection.execute(_COLUMNS, {"id": table_id}):
         column = f"{quote_identifier(row.name)} {row.type}"
         given = None if row.given is None else _DRAWN.sub("CAST(1 AS bigint)", row.given)
         if filled and given is not None and "nextval" not in given:
             column += f" GENERATED ALWAYS AS ({given}) STORED" if row.is_generated else f" DEFAULT {given}"
         columns.append(column)
     run(connection, f"CREATE TEMP TABLE {name} ({', '.join(columns)})")
+    return table_id
 
 
 def run(connection: Connection, statement: str) -> CursorResult[Any]:

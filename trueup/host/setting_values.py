@@ -20,6 +20,7 @@ from pydantic import (
     ValidationError,
 )
 
+DEFAULT_SCHEMA = "public"
 _MAX_IDENTIFIER_BYTES = 63  # PostgreSQL's NAMEDATALEN - 1
 _MAX_COUNT = 2**31 - 1
 # Half of the range of bigint, so that sums with usage can't overflow.
@@ -60,8 +61,12 @@ def quote_identifier(name: str) -> str:
 
 
 def quote_table(name: str) -> str:
-    """Quote a table name, schema-qualified or not, for use in SQL text."""
-    return ".".join(quote_identifier(part) for part in name.split("."))
+    """Return a table's name as SQL text, quoted and with its schema: `DEFAULT_SCHEMA` if the name gives none.
+
+    trueup's search path holds no schema in which another role could make a table of that name.
+    """
+    schema, _, table = name.rpartition(".")
+    return f"{quote_identifier(schema or DEFAULT_SCHEMA)}.{quote_identifier(table)}"
 
 
 def quote_literal(value: str) -> str:

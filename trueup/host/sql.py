@@ -9,6 +9,7 @@ A template sees each noun of the mapping, and the types of ids:
 `{{ usage_log.section.column("l") or "''" }}`  the column; nothing if the host lacks it
 `{% if usage_log.metadata %}`   whether the host has a table or a field, in any form
 `{{ usage_log | literal }}`     the name as an SQL string
+`{{ uncountable }}`             `UNCOUNTABLE`
 `{{ trueup.charge }}`           a table of trueup's own, if the template also runs in a database without them
 
 Files are found below the package: `{% from "host/rows.sql" import window_start %}`. Several statements share a macro.
@@ -30,6 +31,11 @@ from trueup.host.setting_values import Compared, Constant, Given, quote_identifi
 
 # It replaces a colon in a host's name while a statement is rendered. No name or value of a mapping can contain it.
 _COLON = "\x00"
+UNCOUNTABLE = 2**62 - 1
+"""The consumed tokens of a user whose usage can't be counted, because its sum or its negative is at least this.
+
+It closes the gate, and two such figures still add up to a bigint. A row with more tokens is counted as this many.
+"""
 OnRead = Callable[[Noun, str], None]
 """A callback with the noun and the field of each read by a template."""
 
@@ -234,6 +240,9 @@ def _make_environment(mapping: HostMapping, is_statement: bool, own: OwnTables, 
         kind = UsageLog if noun == "usage_log" else HostTable
         environment.globals[noun] = kind(mapping, noun, escape, on_read)
     environment.globals.update(
-        user_id_type=mapping.user_id_type, usage_log_id_type=mapping.usage_log_id_type, trueup=own
+        user_id_type=mapping.user_id_type,
+        usage_log_id_type=mapping.usage_log_id_type,
+        trueup=own,
+        uncountable=UNCOUNTABLE,
     )
     return environment

@@ -19,6 +19,7 @@ from trueup.database.locks import (
     take_step,
 )
 from trueup.database.retry import retrying
+from trueup.database.session import SEARCH_PATH
 from trueup.errors import TrueupError
 from trueup.host.mapping import HostMapping, quote_table
 from trueup.host.partitions import log_tables, uncovered_partitions
@@ -50,7 +51,7 @@ MAX_BATCH_USERS = 500_000
 SAMPLE_USERS = 1_000
 
 # What the triggers and the filling need; the gate's functions come later.
-BEFORE_TRIGGERS = SQL_FILES[: SQL_FILES.index("install/triggers.sql")]
+BEFORE_TRIGGERS = (*SQL_FILES[: SQL_FILES.index("install/triggers.sql")], "install/search_path.sql")
 FUNCTIONS = tuple(name for name in SQL_FILES if not name.endswith("triggers.sql"))
 
 
@@ -160,9 +161,8 @@ def attach_script(connection: Connection, mapping: HostMapping) -> str:
     """
     tables = tables_sql(connection, mapping)
     ready = is_ready(connection, mapping)
-    search_path = str(connection.scalar(text("SHOW search_path"))) or "''"
     parts = [
-        _HEAD.format(milliseconds=LOCK_TIMEOUT_MILLISECONDS, search_path=search_path),
+        _HEAD.format(milliseconds=LOCK_TIMEOUT_MILLISECONDS, search_path=SEARCH_PATH),
         _step("1. Schema, tables and functions of trueup", [*tables, *prepare_scripts(mapping, ready=ready)]),
     ]
     for step in TRIGGER_STEPS:
@@ -363,7 +363,7 @@ _HEAD = """\
 -- It stops at the first error and is safe to run again. Each step is its own transaction and waits at most
 -- {milliseconds} ms for a lock on a host table. If a table is in use, run the script again.
 \\set ON_ERROR_STOP on
-SET search_path = {search_path};
+SET search_path = {search_path};  -- no function or operator of another role is called
 SET timezone = 'UTC';  -- for times without a zone
 SET row_security = off;  -- fail instead of adding up only the rows that a policy shows
 """

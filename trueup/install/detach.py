@@ -27,12 +27,13 @@ HISTORY = (
     "token_grant",
     "grant_use",
     "charge",
+    "owed_charge",
     "gate_mode_change",
 )
 
 
 class DetachRefusedError(TrueupError):
-    """Open holds or other objects still need trueup's schema. Nothing was removed."""
+    """Open holds, owed charges or other objects still need trueup's schema. Nothing was removed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +67,10 @@ def detach(
     """Remove triggers and schema; return how many rows `history` keeps of each table. Safe to repeat and to interrupt.
 
     `history`: a file that must not exist yet; each line is `{"table": …, "row": {…}}`. None: keep nothing. `force`:
-    also while holds are open; their calls are then neither charged nor counted. `patience_seconds`: how long a step
-    keeps retrying for its locks. Raises `InvalidInputError` for the file, `DetachRefusedError` for open holds and for
-    objects that are not trueup's, `HostBusyError`, and `NotInstalledError` when there is nothing to remove.
+    also while holds are open, whose calls are then neither charged nor counted, and while charges are owed, which are
+    lost. `patience_seconds`: how long a step keeps retrying for its locks. Raises `InvalidInputError` for the file,
+    `DetachRefusedError` for open holds, owed charges and objects that are not trueup's, `HostBusyError`, and
+    `NotInstalledError` when there is nothing to remove.
     """
     if history is not None:
         _check_file(history)
@@ -94,6 +96,13 @@ def steps(history: Path | None, *, force: bool, kept: dict[str, int]) -> Iterato
             raise DetachRefusedError(
                 f"{holds} holds are open, so tasks are running whose usage could not be charged. Nothing was removed. "
                 "Stop the workers and wait until the holds end (`trueup holds list`), or give --force."
+            )
+        owed = connection.scalar(text("SELECT count(*) FROM trueup.owed_charge"))
+        if owed and not force:
+            raise DetachRefusedError(
+                f"The usage log has refused the rows of {owed} charges, and only trueup knows them. Nothing was "
+                "removed. Correct what refuses them (`trueup status`) and run `trueup reconcile`, or give --force "
+                "with --keep-history to keep them in a file."
             )
         drop_functions(connection)
         tables.extend(row.name for row in connection.execute(_TRIGGERED))

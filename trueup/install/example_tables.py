@@ -12,7 +12,7 @@ from trueup.database.schema.columns import user_id_column_type
 from trueup.errors import InvalidInputError
 from trueup.host.fields import FIELDS, FLAG, ID, JSON, NOUNS, TABLES, TEXT, TIME, FieldEntry, Noun
 from trueup.host.mapping import HostMapping
-from trueup.host.setting_values import Compared, Expression, columns_of
+from trueup.host.setting_values import DEFAULT_SCHEMA, Compared, Expression, columns_of
 
 
 def build_host_metadata(mapping: HostMapping) -> sa.MetaData:
@@ -32,7 +32,7 @@ def build_host_metadata(mapping: HostMapping) -> sa.MetaData:
         columns = [one for field in FIELDS[noun] for one in _columns(mapping, noun, field, tables)]
         if noun == "subscription":
             columns += _extra_subscription_columns({column.name for column in columns})
-        tables[noun] = sa.Table(name, metadata, *columns, schema=schema or None)
+        tables[noun] = sa.Table(name, metadata, *columns, schema=schema or DEFAULT_SCHEMA)
         index = TABLES[noun].entry.index
         if index is not None:
             sa.Index(f"{name}_user_created", *(tables[noun].c[getattr(names, field)] for field in index))

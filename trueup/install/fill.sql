@@ -1,4 +1,4 @@
-{% from "host/rows.sql" import is_counted, window_start %}
+{% from "host/rows.sql" import countable, is_counted, window_start %}
 -- Build the balances of the next p_limit users from the log, in the order of their ids after p_after (NULL: from the
 -- first), as trueup.lock_account does for one user. Returns the last user's id (NULL: no user is left) and how many
 -- balances were built. It skips balances that are up to date or locked, and users with grants, whom the gate rebuilds.
@@ -42,13 +42,23 @@ BEGIN
     cleared AS (DELETE FROM trueup.usage_delta d USING mine m WHERE d.user_id = m.user_id),
     -- Users without usage come below: an inner join lets the planner choose which side to hash, at best the users.
     sums AS (
-        SELECT m.user_id, m.window_start, sum(l.{{ usage_log.total_tokens }})::bigint AS tokens
-        FROM mine m
-        JOIN {{ usage_log }} l ON {{ is_counted("l", "m.user_id", "m.window_start") }}
-        GROUP BY m.user_id, m.window_start
+        SELECT t.user_id, t.window_start, {{ countable("sum(t.tokens)") }} AS tokens
+        FROM (
+            SELECT m.user_id, m.window_start, sum(l.{{ usage_log.total_tokens }}) AS tokens
+            FROM mine m
+            JOIN {{ usage_log }} l ON {{ is_counted("l", "m.user_id", "m.window_start") }}
+            GROUP BY m.user_id, m.window_start
+            UNION ALL
+            SELECT m.user_id, m.window_start, o.total_tokens
+            FROM mine m
+            JOIN trueup.owed_charge o ON o.user_id = m.user_id AND o.success AND o.used_at >= m.window_start
+        ) t
+        GROUP BY t.user_id, t.window_start
     )
     UPDATE trueup.balance b
-    SET window_start = m.window_start, log_epoch = fill.v_epoch, consumed = coalesce(s.tokens, 0)
+    SET window_start = m.window_start,
+        log_epoch = CASE WHEN s.tokens = {{ uncountable }} THEN -1 ELSE fill.v_epoch END,
+        consumed = coalesce(s.tokens, 0)
     FROM mine m LEFT JOIN sums s ON s.user_id = m.user_id AND s.window_start = m.window_start
     WHERE b.user_id = m.user_id;
     GET DIAGNOSTICS filled = ROW_COUNT;

@@ -31,6 +31,7 @@ from trueup.host.setting_values import quote_literal
 from trueup.host.sql import render_file
 from trueup.install.baseline import FILL_BASELINE, SAVE_TRIGGER_BASELINE, are_triggers_unchanged, is_installed
 from trueup.install.example_tables import build_host_metadata
+from trueup.install.trial_writes import trial_problem
 from trueup.install.write_probe import row_problem
 from trueup.settings.settings import get_settings
 
@@ -47,6 +48,8 @@ SQL_FILES = (
     "install/window_triggers.sql",
     "gate/modes.sql",
     "gate/balances.sql",
+    "usage/log_row.sql",
+    "gate/owed_charges.sql",
     "gate/holds.sql",
     "gate/provider_calls.sql",
     "usage/charges.sql",
@@ -57,6 +60,7 @@ SQL_FILES = (
     "reconcile/audit.sql",
     "review/decisions.sql",
     "drift/evidence.sql",
+    "install/search_path.sql",
 )
 
 _CREATE_SCHEMA = f"CREATE SCHEMA {SCHEMA}"
@@ -238,6 +242,7 @@ _HOST_CHECKS: tuple[Judge, ...] = (
     partition_problem,
     expression_problem,
     row_problem,
+    trial_problem,
 )
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from sqlalchemy import Connection, text
 
-from trueup.database.schema import SCHEMA
+from trueup.database.schema import SCHEMA, own_table
 from trueup.errors import InvalidInputError, MissingRightError, NotInstalledError
 from trueup.host.catalog import column_names, missing_host_tables
 from trueup.host.fields import NOUNS
@@ -117,7 +117,18 @@ def worker_rights(connection: Connection, mapping: HostMapping) -> list[Right]:
 
 def readonly_rights(connection: Connection, mapping: HostMapping) -> list[Right]:
     """Return the rights that the role of reports needs."""
-    return [*_host_rights(connection, mapping, as_worker=False), *_own_rights(connection)]
+    return [
+        *_host_rights(connection, mapping, as_worker=False),
+        *(_without_secret(right, mapping) for right in _own_rights(connection)),
+    ]
+
+
+def _without_secret(right: Right, mapping: HostMapping) -> Right:
+    """Return the right without the secret of trueup's marks: a role that reads it can hide log rows from balances."""
+    if right != _on_own("installation", "SELECT"):
+        return right
+    columns = own_table("installation", mapping.user_id_type).columns.keys()
+    return replace(right, columns=tuple(name for name in columns if name != "mark_secret"))
 
 
 @cache

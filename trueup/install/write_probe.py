@@ -11,7 +11,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from trueup.database.driver_errors import is_transient
-from trueup.host.expressions import HOST_TABLE, SEARCH_PATH, SET_SEARCH_PATH, Problem, make_table, own_row, run
+from trueup.host.expressions import Problem, make_table, own_row, run
 from trueup.host.fields import SECTIONS
 from trueup.host.mapping import HostMapping, quote_table
 from trueup.host.setting_values import quote_identifier
@@ -69,16 +69,13 @@ def _refused_row(connection: Connection, mapping: HostMapping) -> Problem | None
     if not connection.scalar(_MAY_MAKE):
         return None
     log = mapping.usage_log.table
-    host = connection.execute(HOST_TABLE, {"table": quote_table(log)}).one()
     trial = connection.begin_nested()
     made = False
     try:
-        connection.execute(SET_SEARCH_PATH, {"path": SEARCH_PATH})
-        make_table(connection, host.id, "trueup_own", filled=True)
-        for check in connection.execute(_CHECKS, {"id": host.id}).all():
+        table_id = make_table(connection, log, "trueup_own", filled=True)
+        for check in connection.execute(_CHECKS, {"id": table_id}).all():
             name = quote_identifier(check.name)
             run(connection, f"ALTER TABLE pg_temp.trueup_own ADD CONSTRAINT {name} {check.definition}")
-        connection.execute(SET_SEARCH_PATH, {"path": host.search_path})
         made = True
         return _refused(connection, mapping)
     except DBAPIError as error:

@@ -7,6 +7,7 @@ other way finds no hold and can't spend.
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -15,13 +16,16 @@ from functools import cached_property
 from typing import Any
 
 from trueup.database.retry import PASSING, once, retry_until_recorded, retrying
+from trueup.database.threads import in_thread
 from trueup.errors import (
+    HoldExhaustedError,
     HoldOvertakenError,
     NoHoldError,
     ProviderError,
 )
 from trueup.gate.holds import Hold
 from trueup.gate.provider_calls import end_call, extend_hold
+from trueup.llm.awaitable import AwaitableModel, InFlight
 from trueup.llm.model import Completion, CompletionStream, Message, Provider
 from trueup.llm.output_cap import cap_output
 from trueup.settings.settings import Settings
@@ -33,20 +37,57 @@ _running: ContextVar["RunningHold | None"] = ContextVar("trueup_running_hold", d
 
 
 class RunningHold:
-    """The hold of the running task and its remaining tokens. Each attempt of a task has its own."""
+    """The hold of the running task and its remaining tokens. Each attempt of a task has its own.
+
+    The body may call the model from several threads, if each of them runs in a copy of the body's context.
+    `tokens_left` is what the database answered last. Another thread's call may have changed it since, so it only
+    proposes a bound, and the database decides.
+    """
 
     def __init__(self, hold: Hold) -> None:
         self.hold = hold
         self.tokens_left = hold.tokens_left
-        self.streams: set[CompletionStream] = set()  # open streams; each must be charged before the body ends
+        self.in_flight = InFlight()
         self.is_lost = False  # set by a late charge, which means that this attempt no longer has the hold
+        self._lock = threading.Lock()
+        self._streams: set[CompletionStream] = set()  # open streams; each must be charged before the body ends
+        self._is_over = False
+
+    @property
+    def is_over(self) -> bool:
+        """True once the body has ended. A thread that the body left behind must not spend any more."""
+        return self._is_over
+
+    def add_stream(self, stream: CompletionStream) -> None:
+        """Have the stream charged when the body ends; at once if it has ended."""
+        with self._lock:
+            is_over = self._is_over
+            if not is_over:
+                self._streams.add(stream)
+        if is_over:
+            stream.close()
+
+    def remove_stream(self, stream: CompletionStream) -> None:
+        with self._lock:
+            self._streams.discard(stream)
+
+    def end(self) -> tuple[CompletionStream, ...]:
+        """Admit no further calls. Returns the streams that are open."""
+        with self._lock:
+            self._is_over = True
+            return tuple(self._streams)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Call:
-    """An admitted call. `limit`: tokens of the answer, at most. `paid`: an earlier attempt's answer to replay."""
+    """An admitted call. `limit`: tokens of the answer, at most. `paid`: an earlier attempt's answer to replay.
+
+    `number`: the call's number among the calls of its fingerprint.
+    """
 
     running: RunningHold
+    fingerprint: str
+    number: int
     key: str
     limit: int
     paid: Completion | None = None
@@ -58,31 +99,67 @@ def running_hold() -> Hold | None:
     return running.hold if running else None
 
 
-@contextmanager
-def spending_from(hold: Hold) -> Iterator[RunningHold]:
-    """Let model calls in this context spend from `hold` until the block ends. It then charges open streams."""
-    running = RunningHold(hold)
-    token = _running.set(running)
-    try:
-        yield running
-    finally:
+class spending_from:  # noqa: N801 - used as a function: `with spending_from(hold)`
+    """Lets model calls in this context spend from `hold` until the block ends. It then charges open streams.
+
+    `async with` does the same without blocking the event loop. For a generator that a web framework resumes use
+    `stream_with_tokens`: each of its steps may run in another context.
+    """
+
+    def __init__(self, hold: Hold) -> None:
+        self._running = RunningHold(hold)
+        self._bound = bound(self._running)
+
+    def __enter__(self) -> RunningHold:
+        self._bound.__enter__()
+        return self._running
+
+    def __exit__(self, *error: Any) -> None:
         try:
-            _close_streams(running)
+            finish(self._running)
         finally:
-            _running.reset(token)
+            self._bound.__exit__(None, None, None)
+
+    async def __aenter__(self) -> RunningHold:
+        return self.__enter__()
+
+    async def __aexit__(self, *error: Any) -> None:
+        self._bound.__exit__(None, None, None)
+        await in_thread(lambda: finish(self._running))
+
+
+@contextmanager
+def bound(running: RunningHold) -> Iterator[None]:
+    """Let model calls in this context spend from a hold until the block ends."""
+    previous = _running.get()
+    _running.set(running)
+    try:
+        yield
+    finally:
+        # A generator may be closed in another context than it began in. That context has another value, or none.
+        if _running.get() is running:
+            _running.set(previous)
+
+
+def finish(running: RunningHold) -> None:
+    """Wait for the calls that cancelled callers have left running, then charge the open streams."""
+    try:
+        running.in_flight.wait()
+    finally:  # a time limit's exception may end the wait
+        _close_streams(running)
 
 
 def _close_streams(running: RunningHold) -> None:
     """Charge the streams that the body left open. A stream that can't be charged now must not stop the others."""
-    for stream in tuple(running.streams):
+    for stream in running.end():
         with suppress(*PASSING):  # already logged; the call intent stays recorded
             stream.close()
 
 
-class MeteredModel:
+class MeteredModel(AwaitableModel):
     """A `Model` that asks a provider for at most the tokens that the hold covers, and charges the real usage.
 
-    A redelivered task repeats its calls in the same order. Calls already paid for are replayed from their charges.
+    A redelivered task repeats its calls, in any order. Calls already paid for are replayed from their charges.
     `make_provider` is called on first use.
     """
 
@@ -102,6 +179,10 @@ class MeteredModel:
     def tokens_left(self) -> int:
         """Tokens that the running task may still spend. Raises `NoHoldError` outside a metered task."""
         return _running_hold().tokens_left
+
+    def in_flight(self) -> InFlight:
+        """Return the calls in threads of the running hold. Raises `NoHoldError` outside a metered task."""
+        return _running_hold().in_flight
 
     def extend(self, tokens: int) -> bool:
         """Add `tokens` to the running task's hold. Returns False if the budget denies it; the hold is then unchanged.
@@ -145,27 +226,34 @@ class MeteredModel:
             completion = source.completion()
             # A stream that broke or was closed early is incomplete, so it must not be replayed as the whole answer.
             self._charge(call, completion, keep_answer=source.exhausted)
-            call.running.streams.discard(stream)
+            call.running.remove_stream(stream)
             return completion
 
         stream = CompletionStream(source, finish)
-        call.running.streams.add(stream)
+        call.running.add_stream(stream)
         return stream
 
     def _begin(self, messages: Sequence[Message], max_completion_tokens: int | None) -> _Call:
         """Return the call's paid answer, or admit the call and record its intent."""
         running = _running_hold()
+        hold = running.hold
         if running.is_lost:
-            raise HoldOvertakenError(running.hold.task_id, running.hold.attempt)
-        # The key is the call's ordinal in the task and its fingerprint, so that a redelivery finds the same calls.
-        key = f"{next(running.hold.ordinals)}:{_fingerprint(self._settings.model_name, messages)}"
-        if running.hold.attempt > 1:
-            found = retrying(lambda connection: find_answer(connection, running.hold, key))
+            raise HoldOvertakenError(hold.task_id, hold.attempt)
+        fingerprint = call_fingerprint(self._settings.model_name, messages)
+        number = hold.calls.take(fingerprint)
+        key = f"{hold.scope}:{fingerprint}:{number}"
+        if hold.attempt > 1:
+            found = retrying(lambda connection: find_answer(connection, hold, key))
             if found is not None:
-                return _Call(running=running, key=key, limit=0, paid=Completion(**found))
+                paid = Completion(**found)
+                return _Call(running=running, fingerprint=fingerprint, number=number, key=key, limit=0, paid=paid)
         prompt_tokens = self.provider.count_prompt_tokens(messages)
-        limit = cap_output(running, prompt_tokens, max_completion_tokens, call_key=key, settings=self._settings)
-        return _Call(running=running, key=key, limit=limit)
+        try:
+            limit = cap_output(running, prompt_tokens, max_completion_tokens, call_key=key, settings=self._settings)
+        except HoldExhaustedError:
+            hold.calls.give_back(fingerprint, number)
+            raise
+        return _Call(running=running, fingerprint=fingerprint, number=number, key=key, limit=limit)
 
     def _charge(self, call: _Call, completion: Completion, *, keep_answer: bool = True) -> None:
         """Record the usage. It was paid for, so the write is retried while the database is unavailable."""
@@ -184,7 +272,7 @@ class MeteredModel:
             f"user {hold.user_id}, task {hold.task_id}, call {call.key}, {completion.total_tokens} tokens",
         )
         call.running.tokens_left = charge.tokens_left
-        call.running.is_lost = charge.late
+        call.running.is_lost = call.running.is_lost or charge.late
         _warn_if_uncovered(hold, call.key, charge)
 
     def _storable(self, completion: Completion) -> dict[str, Any] | None:
@@ -201,7 +289,13 @@ def _running_hold() -> RunningHold:
     if running is None:
         raise NoHoldError(
             "A model was called outside a metered task, so no tokens are held for the call. Nothing was spent. "
-            "Call the task itself (delay, apply_async, or directly), not its run method."
+            "Call the task itself (delay, apply_async, or directly), not its run method. In the generator of a "
+            "streaming view, use stream_with_tokens."
+        )
+    if running.is_over:
+        raise NoHoldError(
+            f"A thread called a model after the body of task {running.hold.task_id} had ended, so no tokens are held "
+            "for the call. Nothing was spent. Wait for the body's threads before it returns."
         )
     return running
 
@@ -215,11 +309,13 @@ def _noted_failure(call: _Call) -> Iterator[None]:
         unknown = error.outcome_unknown
         with suppress(*PASSING):  # the intent then stays started, which reports the call as unrecorded
             retrying(lambda connection: end_call(connection, call.running.hold, call_key=call.key, unknown=unknown))
+        if not unknown:
+            call.running.hold.calls.give_back(call.fingerprint, call.number)
         raise
 
 
-def _fingerprint(model_name: str, messages: Sequence[Message]) -> str:
-    """Return the fingerprint of a request: a changed request at the same ordinal in the task is a new call.
+def call_fingerprint(model_name: str, messages: Sequence[Message]) -> str:
+    """Return the fingerprint of a call. Calls of a task with the same fingerprint are told apart by their number.
 
     It leaves out the limit on the answer, which depends on the hold's remaining tokens and so differs in a redelivery.
     """

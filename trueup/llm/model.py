@@ -3,10 +3,10 @@
 Services accept any `Model`. A metered task passes the client of `llm.metering`, which spends from the task's hold.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,4 +127,40 @@ class Model(Protocol):
 
         `max_completion_tokens` and errors are as in `complete`. Iterating raises `ProviderError` if the stream breaks.
         """
+        ...
+
+
+class AsyncStream(Protocol):
+    """A completion's chunks for `async for`. `async with` ends it, however its block ends."""
+
+    def __aiter__(self) -> AsyncIterator[str]: ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+    async def aclose(self) -> None:
+        """End the stream and close its connection. A second call does nothing."""
+        ...
+
+    async def acompletion(self) -> Completion:
+        """Return the received part and its usage. A running stream is closed first."""
+        ...
+
+
+class AsyncModel(Model, Protocol):
+    """The model client of an `async def` body: the operations of `Model`, and the same for `await`."""
+
+    async def acomplete(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> Completion:
+        """Do as `complete`, without blocking the event loop."""
+        ...
+
+    def astream(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> AsyncStream:
+        """Do as `stream`, for `async for`. The stream is opened, and may raise, when it is first used."""
+        ...
+
+    async def aextend(self, tokens: int) -> bool:
+        """Do as `extend`, without blocking the event loop."""
         ...

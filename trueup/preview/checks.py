@@ -10,6 +10,7 @@ from trueup.errors import NotInstalledError, TrueupError
 from trueup.host.expressions import wrong_expression
 from trueup.host.fields import FIELDS, ID_TYPES, NOUNS, TABLES, Noun, kind_of
 from trueup.host.mapping import HostMapping, UserIdType, quote_identifier, quote_table
+from trueup.host.setting_values import DEFAULT_SCHEMA
 
 # A table of fewer bytes needs no index.
 _SMALL = 2_000_000
@@ -26,7 +27,7 @@ _COLUMNS = text(
     LEFT JOIN LATERAL (
         SELECT k.* FROM pg_class k JOIN pg_namespace m ON m.oid = k.relnamespace
         WHERE k.relname = t.name AND k.relkind IN ('r', 'p', 'v', 'm', 'f')
-          AND CASE WHEN t.schema = '' THEN pg_table_is_visible(k.oid) ELSE m.nspname = t.schema END) c ON true
+          AND m.nspname = t.schema) c ON true
     LEFT JOIN pg_namespace n ON n.oid = c.relnamespace
     LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = t.wanted AND a.attnum > 0 AND NOT a.attisdropped
     LEFT JOIN pg_type d ON d.oid = a.atttypid
@@ -85,7 +86,7 @@ def check_columns(connection: Connection, named: list[Named], user_id_type: User
     values: dict[str, list[Any]] = {
         "nouns": [one.noun for one in named],
         "fields": [one.field for one in named],
-        "schemas": [schema for schema, _, _ in parts],
+        "schemas": [schema or DEFAULT_SCHEMA for schema, _, _ in parts],
         "tables": [table for _, _, table in parts],
         "columns": [one.column for one in named],
     }

@@ -30,8 +30,9 @@ from trueup.drift.explain import explain
 from trueup.drift.known_drifts import Past, read_past
 from trueup.errors import TrueupError
 from trueup.host.mapping import HostMapping, UserIdType
-from trueup.host.sql import INSTALLED, OwnTables, fields_read, render_statement
+from trueup.host.sql import INSTALLED, UNCOUNTABLE, OwnTables, fields_read, render_statement
 from trueup.preview.checks import Named, check_columns, check_expressions, is_attached, missing_index, named_columns
+from trueup.reconcile.audit import UNCOUNTABLE_REMEDY
 from trueup.reconcile.runs import Finding
 from trueup.reconcile.shards import MAX_FAILURES, bounds, conditions_of
 from trueup.settings.policies import Rules
@@ -157,7 +158,8 @@ class _Scan:
                 self.statements.drifted(None, None, None), {"at": counted.at}
             )
             for part in rows.partitions():
-                self.report(0, [self._finding(Drift(seen_at=counted.at, **row._mapping), Past()) for row in part])
+                drifts = self._countable([Drift(seen_at=counted.at, **row._mapping) for row in part])
+                self.report(0, [self._finding(drift, Past()) for drift in drifts])
             self.outcome.finished_at = counted.at
         self.report(counted.counters, [])
 
@@ -176,11 +178,18 @@ class _Scan:
             self._refuse_shared_users(page)
             values = {"at": page.at, **bounds(after, page.last), **who}
             rows = connection.execute(self.statements.drifted(after, page.last, only_user), values)
-            drifts = [Drift(seen_at=page.at, **row._mapping) for row in rows]
+            drifts = self._countable([Drift(seen_at=page.at, **row._mapping) for row in rows])
             findings = []
             for start in range(0, len(drifts), EXPLAINED_AT_ONCE):
                 findings += self._explained(connection, drifts[start : start + EXPLAINED_AT_ONCE])
             return page.last, page.counters, findings
+
+    def _countable(self, drifts: list[Drift]) -> list[Drift]:
+        """Return the drifts of users whose usage can be counted, and note the others."""
+        for drift in drifts:
+            if drift.consumed == UNCOUNTABLE:
+                self.outcome.notes += (f"User {drift.user_id} was set aside. {UNCOUNTABLE_REMEDY}",)
+        return [drift for drift in drifts if drift.consumed != UNCOUNTABLE]
 
     def _refuse_shared_users(self, page: Any) -> None:
         if page.users != page.counters:
@@ -263,7 +272,7 @@ _DRIFTED = """
         {{ used_in_windows("w." ~ subscription.id, within("l." ~ usage_log.user_id)) }}
     ) u ON CAST(u.key AS text) = e.subscription_id
     WHERE e.user_id IS NOT NULL{{ within("e.user_id") }}
-      AND e.counter IS DISTINCT FROM greatest(e.original - coalesce(u.tokens, 0), 0)
+      AND (e.counter IS DISTINCT FROM greatest(e.original - coalesce(u.tokens, 0), 0) OR u.tokens = {{ uncountable }})
 """
 _EVIDENCE = """
     {% from "drift/evidence_query.sql" import evidence %}

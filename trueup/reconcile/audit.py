@@ -16,7 +16,7 @@ from trueup.accounts.user_ids import UserId
 from trueup.database.schema import own_table
 from trueup.gate.holds import expire_holds
 from trueup.host.mapping import HostMapping, UserIdType
-from trueup.host.sql import render_statement
+from trueup.host.sql import UNCOUNTABLE, render_statement
 from trueup.reconcile.shards import bounds, conditions_of
 
 MAX_ANOMALIES = 100
@@ -26,6 +26,10 @@ MAX_ANOMALIES = 100
 OVERDUE_AFTER = timedelta(minutes=10)
 # A partition without triggers is reported once in this time, because quick passes run often.
 REPORTED_AGAIN_AFTER = timedelta(days=1)
+UNCOUNTABLE_REMEDY = (
+    "The user's rows of the usage log add up to more than trueup can count, so the gate denies the user's tasks and "
+    "the counter is not compared. Find the rows with the largest and the smallest tokens, and correct or delete them."
+)
 # Deep passes check a charge's log row once. Charges within this time before the last pass are checked again, because
 # that pass may have missed them.
 CHARGES_SINCE_MARGIN = timedelta(days=1)
@@ -62,7 +66,7 @@ def long_read(engine: Engine, timeout_seconds: int) -> Iterator[Connection]:
 # A stale balance is not a defect, because it is rebuilt when it is next read. The statement calls no function of
 # trueup's, so that PostgreSQL can run it in parallel.
 _MISMATCHES = """
-    {% from "host/rows.sql" import used_in_windows, window_start %}
+    {% from "host/rows.sql" import countable, used_in_windows, window_start %}
     WITH epoch AS (SELECT coalesce(max(id), 0) AS epoch FROM trueup.log_truncation)
     SELECT * FROM (
         SELECT b.user_id, b.consumed + coalesce(d.tokens, 0) AS seen, coalesce(l.tokens, 0) AS expected,
@@ -75,7 +79,7 @@ _MISMATCHES = """
             {{ used_in_windows("w." ~ subscription.user_id, within("l." ~ usage_log.user_id)) }}
         ) l ON l.key = b.user_id
         LEFT JOIN (
-            SELECT t.user_id, CAST(sum(t.tokens) AS bigint) AS tokens
+            SELECT t.user_id, {{ countable("sum(t.tokens)") }} AS tokens
             FROM trueup.usage_delta t JOIN trueup.balance k ON k.user_id = t.user_id AND t.used_at >= k.window_start
             GROUP BY 1
         ) d ON d.user_id = b.user_id
@@ -116,6 +120,21 @@ def find_balance_mismatches(
         if row.held != row.in_holds:
             found.append(Defect(kind="held_untrue", user_id=row.user_id, seen=row.held, expected=row.in_holds))
     return found
+
+
+_UNCOUNTABLE = """
+    SELECT user_id FROM trueup.balance
+    WHERE user_id = ANY (CAST(:user_ids AS {user_id_type}[])) AND consumed >= :uncountable ORDER BY user_id
+"""
+
+
+def find_uncountable(connection: Connection, user_id_type: UserIdType, user_ids: Sequence[UserId]) -> list[Defect]:
+    """Return a defect for each of these users whose log rows add up to more than can be counted. Writes nothing."""
+    statement = text(_UNCOUNTABLE.format(user_id_type=user_id_type))
+    found = connection.scalars(statement, {"user_ids": list(user_ids), "uncountable": UNCOUNTABLE})
+    return [
+        Defect(kind="usage_uncountable", user_id=user_id, detail={"remedy": UNCOUNTABLE_REMEDY}) for user_id in found
+    ]
 
 
 def find_anomalies(

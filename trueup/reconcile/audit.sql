@@ -1,4 +1,4 @@
-{% from "host/rows.sql" import used_since, window_start %}
+{% from "host/rows.sql" import countable, used_since, window_start %}
 -- The deep pass: repairs, and defects of trueup's own tables other than different sums (audit.py finds those).
 -- The finders only read. Their range is the users after p_after, up to and including p_last; null: no bound. Each finding
 -- is checked again under the balance's lock before anything is written.
@@ -26,7 +26,7 @@ BEGIN
     IF v_stale IS FALSE THEN
         -- One statement has one snapshot: it sees both a log row and its delta, or neither.
         WITH cleared AS (DELETE FROM trueup.usage_delta t WHERE t.user_id = p_user RETURNING t.used_at, t.tokens)
-        SELECT (SELECT coalesce(sum(c.tokens), 0) FROM cleared c WHERE c.used_at >= b.window_start),
+        SELECT (SELECT {{ countable("coalesce(sum(c.tokens), 0)") }} FROM cleared c WHERE c.used_at >= b.window_start),
                ({{ used_since("repair_balance.p_user", "b.window_start") }})
         INTO v_deltas, v_logged;
         v_defects := v_defects + trueup.note_defect(
@@ -35,7 +35,10 @@ BEGIN
     SELECT coalesce(sum(h.tokens_reserved - h.tokens_covered), 0) INTO v_in_holds
     FROM trueup.hold h WHERE h.user_id = p_user AND h.status = 'open';
     v_defects := v_defects + trueup.note_defect(p_run, 'held_untrue', p_user, b.held, v_in_holds, true, '{}');
-    UPDATE trueup.balance t SET consumed = coalesce(v_logged, b.consumed), held = v_in_holds WHERE t.user_id = p_user;
+    UPDATE trueup.balance t
+    SET consumed = coalesce(v_logged, b.consumed), held = v_in_holds,
+        log_epoch = CASE WHEN v_logged = {{ uncountable }} THEN -1 ELSE t.log_epoch END
+    WHERE t.user_id = p_user;
     RETURN v_defects;
 END $$;
 
@@ -91,6 +94,8 @@ LANGUAGE sql STABLE AS $$
      WHERE (oddities.p_since IS NULL OR c.charged_at >= oddities.p_since) AND c.tokens_total > 0
        AND trueup.as_log_id(c.log_id) IS NOT NULL
        AND NOT EXISTS (SELECT FROM {{ usage_log }} l WHERE l.{{ usage_log.id }} = trueup.as_log_id(c.log_id))
+       AND NOT EXISTS (SELECT FROM trueup.owed_charge o
+                       WHERE o.user_id = c.user_id AND o.task_id = c.task_id AND o.call_key = c.call_key)
        AND (oddities.p_after IS NULL OR c.user_id > oddities.p_after)
        AND (oddities.p_last IS NULL OR c.user_id <= oddities.p_last)
      ORDER BY c.charged_at LIMIT oddities.p_most)

@@ -1,3 +1,4 @@
+{% from "host/search_path.sql" import own_search_path, role_search_path %}
 {% from "gate/store_balance.sql" import store_balance %}
 {% from "host/rows.sql" import window_start %}
 -- The tokens by which a drifted counter was off, without tokens in flight.
@@ -53,7 +54,10 @@ END $$;
 CREATE OR REPLACE FUNCTION trueup.correct_counters(
     p_users {{ user_id_type }}[], p_subscriptions text[], p_observed bigint[], p_expected bigint[],
     p_windows text[] DEFAULT NULL
-) RETURNS SETOF {{ user_id_type }} LANGUAGE sql AS $$
+) RETURNS SETOF {{ user_id_type }} LANGUAGE plpgsql AS $$
+BEGIN
+    SET CONSTRAINTS ALL IMMEDIATE;  -- triggers that the host defers run now, in the role's search path
+    RETURN QUERY
     WITH locked AS (
         SELECT s.{{ subscription.id }} AS id, w.expected
         FROM unnest(p_users, p_subscriptions, p_observed, p_expected, p_windows)
@@ -66,9 +70,11 @@ CREATE OR REPLACE FUNCTION trueup.correct_counters(
         FOR NO KEY UPDATE OF s SKIP LOCKED
     )
     UPDATE {{ subscription }} s SET {{ subscription.tokens_remaining }} = l.expected
-    FROM locked l WHERE s.{{ subscription.id }} = l.id
-    RETURNING s.{{ subscription.user_id }}
-$$;
+    FROM locked l CROSS JOIN {{ role_search_path() }}
+    WHERE s.{{ subscription.id }} = l.id
+    RETURNING s.{{ subscription.user_id }};
+    {{ own_search_path() }}
+END $$;
 
 -- Earlier findings and decisions about these users' counters. `row_id` and the columns after it: the newest drift row, if
 -- the last finished run over all users saw it (otherwise the drift had disappeared meanwhile, and this is a new one).

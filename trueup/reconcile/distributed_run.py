@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from sqlalchemy import Engine, text
 
 from trueup.database.engine import translated_errors
+from trueup.gate.owed_charges import settle_owed_charges
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.audit import long_read
 from trueup.reconcile.batch import BatchContext
@@ -70,6 +71,7 @@ def plan_run(
     if begun is None:
         return None
     with translated_errors(), connected(engine) as connection:
+        settle_owed_charges(connection)
         numbers = connection.scalars(
             text(
                 "SELECT number FROM trueup.reconcile_shard "

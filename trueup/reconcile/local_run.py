@@ -23,6 +23,7 @@ from trueup.database.driver_errors import reason_of
 from trueup.database.engine import translated_errors
 from trueup.drift.action import DEFAULT_RULES
 from trueup.errors import InvalidInputError
+from trueup.gate.owed_charges import settle_owed_charges
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.audit import Defect, long_read
 from trueup.reconcile.batch import BatchContext
@@ -156,6 +157,8 @@ class _LocalRun:
 
     def work(self, requested_by: str) -> RunSummary:
         """Do a run that is recorded in the database."""
+        with connected(self.engine) as connection:
+            settle_owed_charges(connection)
         size = self._shard_size()
         with self._long_read() as connection:
             begun = begin_run(

@@ -20,6 +20,7 @@ from trueup.reconcile.audit import (
     find_anomalies,
     find_balance_mismatches,
     find_installation_defects,
+    find_uncountable,
     find_uncovered_partitions,
     long_read,
     note_defect,
@@ -189,7 +190,14 @@ def _do_batch(job: Job, shard: Shard, user_ids: list[UserId], step: Step) -> lis
 
 def _batch(job: Job, user_ids: list[UserId], step: Step) -> list[Finding]:
     with connected(job.engine) as connection:
-        return reconcile_batch(connection, job.context, job.run_id, user_ids, step)
+        findings = reconcile_batch(connection, job.context, job.run_id, user_ids, step)
+        uncountable = find_uncountable(connection, job.mapping.user_id_type, user_ids)
+        if job.run_id is None:
+            job.report(0, (), uncountable)
+        else:
+            for defect in uncountable:
+                note_defect(connection, job.mapping.user_id_type, job.run_id, defect)
+        return findings
 
 
 def _do_in_parts(job: Job, shard: Shard, user_ids: list[UserId], step: Step, size: int) -> list[Finding]:

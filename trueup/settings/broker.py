@@ -4,7 +4,8 @@ _ACCEPTED = ("redis", "rediss", "redis+socket", "sentinel")
 _EXAMPLE = "redis://:password@host:6379/0"
 
 _RABBITMQ = (
-    "trueup's own workers need Redis: results, rate limits and the queue depths of `trueup doctor` are read from it. "
+    "trueup's own workers use Redis and not RabbitMQ: results, rate limits and the queue depths of `trueup doctor` are "
+    "read from Redis. "
     f"Give a Redis URL: {_EXAMPLE}. Your own Celery application may keep RabbitMQ: its metered tasks need no broker of "
     "trueup's"
 )

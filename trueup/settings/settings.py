@@ -26,6 +26,7 @@ from trueup.settings.api import ApiSettings
 from trueup.settings.broker import check_redis_url
 from trueup.settings.gate import GateSettings
 from trueup.settings.policies import ReconcileSettings
+from trueup.settings.urls import ESCAPE, is_readable, split_http_url
 
 PREFIX = "TRUEUP_"
 CONFIG_VARIABLE = "TRUEUP_CONFIG"
@@ -57,6 +58,9 @@ class Settings(BaseSettings):
     statement_timeout_seconds: int = Field(default=30, ge=1, le=3600)
 
     hold_ttl_seconds: int = Field(default=1200, ge=30, description="a hold without a heartbeat expires after this")
+    hold_max_seconds: int = Field(
+        default=21_600, ge=30, validate_default=True, description="a heartbeat keeps a hold for at most this"
+    )
     store_answers: bool = Field(default=True, description="keep providers' answers for replay after redelivery")
     stored_answer_max_bytes: int = Field(default=65_536, ge=0, le=10_000_000)
     answer_retention_days: int = Field(default=7, ge=0, description="stored answers are deleted after this")
@@ -85,7 +89,9 @@ class Settings(BaseSettings):
     model_name: str = "gpt-4o-mini"
     openai_base_url: str | None = Field(default=None, description="an OpenAI-compatible endpoint; unset: OpenAI's own")
     openai_api_key: SecretStr | None = None
-    model_timeout_seconds: float = Field(default=60.0, gt=0, le=600)
+    model_timeout_seconds: float = Field(
+        default=60.0, gt=0, le=600, description="for one whole answer; of a stream, for each event"
+    )
     model_max_retries: int = Field(default=0, ge=0, le=10, description="the SDK's retries of requests not served")
     model_max_tokens_parameter: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
 
@@ -109,6 +115,14 @@ class Settings(BaseSettings):
     def _absolute_home(cls, home: Path) -> Path:
         return home.expanduser().absolute()
 
+    @field_validator("hold_max_seconds")
+    @classmethod
+    def _no_less_than_without_heartbeat(cls, seconds: int, info: ValidationInfo) -> int:
+        ttl = info.data.get("hold_ttl_seconds")
+        if ttl is not None and seconds < ttl:
+            raise ValueError(f"give at least hold_ttl_seconds ({ttl}): a hold lives that long without a heartbeat")
+        return seconds
+
     @field_validator("task_time_limit_seconds")
     @classmethod
     def _shorter_than_the_hold(cls, seconds: int, info: ValidationInfo) -> int:
@@ -127,9 +141,11 @@ class Settings(BaseSettings):
         if not separator or scheme not in ("postgresql", "postgres", "postgresql+psycopg"):
             raise ValueError("give a PostgreSQL URL: postgresql://user:password@host:5432/name")
         try:
-            make_url(f"postgresql+psycopg://{rest}")
+            parsed = make_url(f"postgresql+psycopg://{rest}")
         except (ArgumentError, ValueError):
-            raise ValueError("malformed URL: check its port, and percent-encode special characters") from None
+            raise ValueError(f"malformed URL: check its port, or {ESCAPE}") from None
+        if "@" in (parsed.host or ""):
+            raise ValueError(f"malformed URL: {ESCAPE}")
         return f"postgresql+psycopg://{rest}"
 
     @field_validator("broker_url", "result_backend_url")
@@ -138,6 +154,15 @@ class Settings(BaseSettings):
         if not url:
             return None
         check_redis_url(url)
+        if not is_readable(url):
+            raise ValueError(f"this URL can't be read: check its port, or {ESCAPE}")
+        return url
+
+    @field_validator("openai_base_url", "instagram_graph_url")
+    @classmethod
+    def _http_url(cls, url: str | None) -> str | None:
+        if url and split_http_url(url) is None:
+            raise ValueError(f"give an HTTP URL: https://host.example/v1. Check its port, or {ESCAPE}")
         return url
 
     @classmethod

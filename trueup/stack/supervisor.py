@@ -81,10 +81,11 @@ def run_stack(
 
 def commands_of(settings: Settings, home: Path) -> Sequence[Command]:
     """Return the processes that `trueup up` runs: the whole table, but the API only with a key to verify tokens."""
-    return [command for command in stack_commands(home) if command.name != API or _serves_api(settings)]
+    return [command for command in stack_commands(home) if command.name != API or serves_api(settings)]
 
 
-def _serves_api(settings: Settings) -> bool:
+def serves_api(settings: Settings) -> bool:
+    """Return whether the stack serves the API: it has a key to check tokens with, or is a demo."""
     return settings.api.has_key or settings.api.demo
 
 
@@ -102,7 +103,7 @@ def about_the_model(settings: Settings) -> str:
 
 def about_the_api(settings: Settings) -> str:
     """Return a log line: the API's URL, or why it is not served."""
-    if not _serves_api(settings):
+    if not serves_api(settings):
         return (
             "the HTTP API is not served, because it has no key to verify tokens. Set TRUEUP_API__JWT_SECRET, or on "
             "this machine alone TRUEUP_API__DEMO=true (see `trueup api --help`)"

@@ -1,6 +1,7 @@
 """Charges: the usage of each provider call, recorded exactly once per task and call."""
 
 import json
+import logging
 import uuid
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -12,12 +13,14 @@ from sqlalchemy.exc import IntegrityError
 
 from trueup.errors import UnknownUserError
 from trueup.gate.holds import Hold
+from trueup.host.sql import UNCOUNTABLE
+
+logger = logging.getLogger(__name__)
 
 # A log row's id is the UUIDv5 of its user, task and call in this namespace, so that a call always gets the same id. If
 # the log's ids are integers, its sequence gives the id, and the charge row names the call's log row.
 LOG_NAMESPACE = uuid.UUID("5b0e1c38-3d0b-5a34-9d5c-7d1f4b6f2a90")
 
-MAX_LOG_TOKENS = 2**31 - 1
 _MAX_MODEL_NAME = 100
 
 
@@ -38,17 +41,19 @@ class Charge:
 
     `recorded` False: an earlier delivery recorded it. `late`: the hold has ended or belongs to a later attempt.
     `tokens_over`: tokens that the hold did not cover. `tokens_left`: tokens that the hold still has for this attempt.
+    `owed`: the usage log refused the row. The tokens count, and trueup tries again to write the row.
     """
 
     recorded: bool
     late: bool
     tokens_over: int
     tokens_left: int
+    owed: bool = False
 
 
 _RECORD = text(
     """
-    SELECT recorded, bought_twice, late, tokens_over, tokens_left
+    SELECT recorded, bought_twice, late, tokens_over, tokens_left, owed_because
     FROM trueup.record_charge(:user_id, :task_id, :attempt, :call_key, :log_id, :section,
                               :prompt_tokens, :completion_tokens, :total_tokens, :response_time_ms, :model_name,
                               CAST(:metadata AS jsonb), CAST(:answer AS jsonb), CAST(:now AS timestamptz))
@@ -70,7 +75,8 @@ def record_charge(
 
     Idempotent by task and `call_key`. `metadata`: stored in the log row. `answer`: the provider's answer, stored for a
     redelivery; None: not stored. `now` None: the database's clock. Usage is spent money, so a value that the log can't
-    store (a count out of range, text with NUL) is changed to fit instead of refused.
+    store (a count out of its column's range, text with NUL) is changed to fit instead of refused, and a row that the
+    host refuses becomes an owed charge.
     Raises `UnknownUserError` when the host has deleted the user: a log row needs a user.
     """
     total_tokens = _countable(usage.total_tokens)
@@ -105,11 +111,23 @@ def record_charge(
             f"user: the host has deleted user {hold.user_id}, so {total_tokens} tokens of task {hold.task_id} are not "
             "in the usage log. Keep this message if you account for them elsewhere."
         ) from error
+    if row.owed_because is not None:
+        log_owed(f"user={hold.user_id} task={hold.task_id} call={call_key} tokens={total_tokens}", row.owed_because)
     return Charge(
         recorded=row.recorded,
         late=row.late,
         tokens_over=row.tokens_over,
         tokens_left=row.tokens_left,
+        owed=row.owed_because is not None,
+    )
+
+
+def log_owed(what: str, refusal: str) -> None:
+    """Log that a charge is owed. `what`: the charge, as `key=value`."""
+    logger.error(
+        "the usage log refused a row, the charge is owed: its tokens count, and the row is tried again %s refusal=%r",
+        what,
+        refusal,
     )
 
 
@@ -118,7 +136,7 @@ def _log_id(hold: Hold, call_key: str) -> uuid.UUID:
 
 
 def _countable(figure: int) -> int:
-    return max(0, min(figure, MAX_LOG_TOKENS))
+    return max(0, min(figure, UNCOUNTABLE))
 
 
 def _storable_text(value: str) -> str:

@@ -1,5 +1,4 @@
 {% from "gate/store_balance.sql" import store_balance %}
-{% from "usage/log_row.sql" import write_log_row %}
 -- Record the usage of one provider call: log row, charge row, hold and balance in one transaction. An existing charge
 -- stays unchanged (recorded = false), so any number of redeliveries pay once. `bought_twice`: another attempt recorded
 -- this key, because this attempt lost its lease; the caller must record its own call under another key.
@@ -8,22 +7,22 @@
 -- tokens_over: the tokens that the hold did not cover.
 CREATE OR REPLACE FUNCTION trueup.record_charge(
     p_user {{ user_id_type }}, p_task text, p_attempt integer, p_call_key text, p_log_id text, p_section text,
-    p_prompt integer, p_completion integer, p_total integer, p_response_ms integer, p_model text,
+    p_prompt bigint, p_completion bigint, p_total bigint, p_response_ms bigint, p_model text,
     p_metadata jsonb, p_answer jsonb, INOUT at timestamptz,
-    OUT recorded boolean, OUT bought_twice boolean, OUT late boolean, OUT tokens_over bigint, OUT tokens_left bigint
+    OUT recorded boolean, OUT bought_twice boolean, OUT late boolean, OUT tokens_over bigint, OUT tokens_left bigint,
+    OUT owed_because text
 ) LANGUAGE plpgsql AS $$
 DECLARE
     a record;
     h trueup.hold;
     v_covered bigint;
-    v_counted bigint;
-    v_logged_id text;
+    o trueup.owed_charge;
+    w record;
     v_kept bigint;
-    v_lowered boolean;
     v_first_key text := split_part(p_call_key, '~', 1);  -- the key of the first call, if the call was bought twice
 BEGIN
     PERFORM trueup.queue_for(p_user);
-    SELECT * INTO a FROM trueup.lock_account(p_user, at);
+    SELECT * INTO a FROM trueup.lock_charged_account(p_user, at);
     at := a.at;
     SELECT * INTO h FROM trueup.hold t
     WHERE t.user_id = p_user AND t.task_id = p_task AND t.status = 'open';
@@ -39,28 +38,27 @@ BEGIN
         IF h.body_ended_at IS NOT NULL THEN
             v_covered := greatest(v_covered - trueup.in_flight(p_user, p_task, v_first_key, p_attempt), 0);
         END IF;
+        o := trueup.row_to_log(p_user, p_task, p_call_key, p_log_id, p_section, p_model, p_prompt, p_completion, p_total,
+                               p_response_ms, true, NULL, p_metadata,
+                               trueup.dated(at, CASE WHEN a.subscribed THEN a.window_start END));
+        p_total := o.total_tokens;
         v_covered := least(p_total, v_covered);
         tokens_over := p_total - v_covered;
-        p_model := trueup.fitting(p_model, {{ usage_log.model_name() | literal }});
-{{ write_log_row("true", "trueup.dated(at, CASE WHEN a.subscribed THEN a.window_start END)") }}
-        -- Check the row's foreign key now, before the counter is locked. Django defers foreign keys to the commit, and a
-        -- host that locks the user's row and then the counter's would deadlock with this transaction.
-        SET CONSTRAINTS ALL IMMEDIATE;
-        -- Lower the legacy counter too, so that trueup's own usage causes no drift.
-        v_lowered := trueup.lower_counter(p_user, p_total);
+        SELECT * INTO w FROM trueup.log_or_owe(o, a.window_start, a.consumed IS NOT NULL);
+        owed_because := w.refusal;
+        a.consumed := a.consumed + w.own;
+        a.held := a.held - v_covered;
         INSERT INTO trueup.charge (user_id, task_id, call_key, attempt, log_id, section, model_name,
                                    hold_id, tokens_total, tokens_covered, late, answer, charged_at, counter_lowered)
-        VALUES (p_user, p_task, p_call_key, p_attempt, coalesce(v_logged_id, p_log_id), p_section, p_model,
-                h.id, p_total, v_covered, late, p_answer, at, v_lowered);
+        -- Lower the legacy counter too, so that trueup's own usage causes no drift.
+        VALUES (p_user, p_task, p_call_key, p_attempt, w.log_id, p_section, o.model_name,
+                h.id, p_total, v_covered, late, p_answer, at, w.may_lower AND trueup.lower_counter(p_user, p_total));
         -- The call is no longer in flight.
         DELETE FROM trueup.call_intent c
-        WHERE c.user_id = p_user AND c.task_id = p_task AND c.attempt = p_attempt
-          AND c.call_key = v_first_key;
+        WHERE c.user_id = p_user AND c.task_id = p_task AND c.attempt = p_attempt AND c.call_key = v_first_key;
         UPDATE trueup.hold t SET tokens_covered = t.tokens_covered + v_covered,
-                                 tokens_charged = t.tokens_charged + p_total, calls = t.calls + 1
-        WHERE t.user_id = p_user AND t.task_id = p_task AND t.id = h.id
-        RETURNING * INTO h;
-        a.held := a.held - v_covered;
+                                 tokens_charged = least(t.tokens_charged + p_total, {{ uncountable }}), calls = t.calls + 1
+        WHERE t.user_id = p_user AND t.task_id = p_task AND t.id = h.id RETURNING * INTO h;
         IF h.body_ended_at IS NOT NULL THEN
             -- The hold was open only for calls in flight; it ends with the last of them.
             v_kept := least(trueup.in_flight(p_user, p_task, NULL, NULL), h.tokens_reserved - h.tokens_covered);
@@ -75,6 +73,21 @@ BEGIN
                         THEN greatest(h.tokens_reserved - h.tokens_covered
                                       - trueup.in_flight(p_user, p_task, NULL, NULL), 0) ELSE 0 END;
 {{ store_balance("p_user") }}
+END $$;
+
+-- The figure, lowered to what a column of the usage log can hold. p_column: the column's name as quoted in SQL. Every
+-- type of number that a host may have holds 2147483647; the setup refuses a smaller one.
+CREATE OR REPLACE FUNCTION trueup.fitting(p_value bigint, p_column text) RETURNS bigint LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    IF p_value <= 2147483647 THEN
+        RETURN p_value;
+    END IF;
+    RETURN least(p_value, (
+        SELECT CASE coalesce(nullif(t.typbasetype, 0), t.oid) WHEN 'int4'::regtype THEN 2147483647
+                                                             WHEN 'int2'::regtype THEN 32767 END
+        FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+        WHERE a.attrelid = to_regclass({{ usage_log | literal }}) AND a.attnum > 0 AND NOT a.attisdropped
+          AND '"' || replace(a.attname, '"', '""') || '"' = p_column));
 END $$;
 
 -- The text, cut to the length of a column of the usage log, so that a long model name never stops a charge. p_column:
@@ -94,6 +107,20 @@ BEGIN
         HAVING bool_or(k.id IN ('varchar'::regtype, 'bpchar'::regtype))
     ), length(p_value)));
 END $$;
+
+-- The log row of a call. A value that its column can't hold is changed to fit: the text is cut, the figure is lowered.
+CREATE OR REPLACE FUNCTION trueup.row_to_log(
+    p_user {{ user_id_type }}, p_task text, p_call_key text, p_log_id text, p_section text, p_model text, p_prompt bigint,
+    p_completion bigint, p_total bigint, p_response_ms bigint, p_success boolean, p_error text, p_metadata jsonb,
+    p_used_at timestamptz
+) RETURNS trueup.owed_charge LANGUAGE sql STABLE AS $$
+    SELECT p_user, p_task, p_call_key, p_log_id, p_section, trueup.fitting(p_model, {{ usage_log.model_name() | literal }}),
+           trueup.fitting(p_prompt, {{ usage_log.prompt_tokens() | literal }}),
+           trueup.fitting(p_completion, {{ usage_log.completion_tokens() | literal }}),
+           trueup.fitting(p_total, {{ usage_log.total_tokens() | literal }}),
+           trueup.fitting(p_response_ms, {{ usage_log.response_time_ms() | literal }}),
+           p_success, p_error, p_metadata, p_used_at, '', '', 1, clock_timestamp(), clock_timestamp()
+$$;
 
 -- The id of trueup's next log row. p_derived: the id derived from the call, used if the log's ids are uuid or text.
 -- Integer ids come from the column's own sequence, like the host's; they are drawn before the row is written, so that the

@@ -1,6 +1,9 @@
+{% from "host/rows.sql" import in_range, own_row_mark %}
 -- The usage log's triggers only append to trueup.usage_delta. Two writers never need the same row, so a host's
 -- transaction never waits for trueup. SECURITY DEFINER: the host's role needs no right on trueup's schema.
--- The triggers skip rows written by trueup.record_charge, because it adds them to the balance itself.
+-- The triggers skip a row that trueup writes itself, because trueup adds it to the balance. Its transaction has the row's
+-- mark in the setting trueup.own_row. Only trueup can compute a mark, so a role that sets it to anything else hides no row.
+-- Figures are brought into the range of what can be counted, so that a host's row of any figure can be written and deleted.
 -- They call no function of trueup's: an upgrade could remove it for a moment, and the host's statement would fail.
 -- Times without a zone are UTC, whatever the time zone of the host's session.
 
@@ -43,15 +46,22 @@
 
 CREATE OR REPLACE FUNCTION trueup.append_inserted() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
+DECLARE
+    v_mark text := nullif(current_setting('trueup.own_row', true), '');
 BEGIN
 {{ return_unless_of_the_log() }}
 {{ return_unless_columns_fit("new_rows") }}
+    IF v_mark IS NOT NULL THEN  -- in a statement of its own, which a host's insert does not pay for
+        -- trueup writes one row in a statement.
+        IF EXISTS (SELECT FROM new_rows n WHERE v_mark = {{ own_row_mark("n." ~ usage_log.id ~ "::text") }}) THEN
+            RETURN NULL;
+        END IF;
+    END IF;
     INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
-    SELECT n.{{ usage_log.user_id }}, n.{{ usage_log.created_at }}, n.{{ usage_log.total_tokens }}
+    SELECT n.{{ usage_log.user_id }}, n.{{ usage_log.created_at }}, {{ in_range("n." ~ usage_log.total_tokens) }}
     FROM new_rows n
     WHERE {{ usage_log.success("n") }} AND n.{{ usage_log.total_tokens }} <> 0
-      AND n.{{ usage_log.user_id }} IS NOT NULL AND n.{{ usage_log.created_at }} IS NOT NULL
-      AND n.{{ usage_log.id }}::text IS DISTINCT FROM current_setting('trueup.own_log_id', true);
+      AND n.{{ usage_log.user_id }} IS NOT NULL AND n.{{ usage_log.created_at }} IS NOT NULL;
     RETURN NULL;
 END $$;
 
@@ -60,18 +70,23 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET time
 BEGIN
 {{ return_unless_of_the_log() }}
 {{ return_unless_columns_fit("old_rows") }}
-    INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
-    SELECT changed.user_id, changed.used_at, sum(changed.tokens)
-    FROM (
-        SELECT o.{{ usage_log.user_id }}, o.{{ usage_log.created_at }}, -o.{{ usage_log.total_tokens }}::bigint
-        FROM old_rows o WHERE {{ usage_log.success("o") }}
-        UNION ALL
-        SELECT n.{{ usage_log.user_id }}, n.{{ usage_log.created_at }}, n.{{ usage_log.total_tokens }}::bigint
-        FROM new_rows n WHERE {{ usage_log.success("n") }}
-    ) AS changed (user_id, used_at, tokens)
-    WHERE changed.user_id IS NOT NULL AND changed.used_at IS NOT NULL
-    GROUP BY changed.user_id, changed.used_at
-    HAVING sum(changed.tokens) <> 0;
+    BEGIN
+        INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
+        SELECT changed.user_id, changed.used_at, {{ in_range("sum(changed.tokens)") }}
+        FROM (
+            SELECT o.{{ usage_log.user_id }}, o.{{ usage_log.created_at }}, -{{ in_range("o." ~ usage_log.total_tokens) }}
+            FROM old_rows o WHERE {{ usage_log.success("o") }}
+            UNION ALL
+            SELECT n.{{ usage_log.user_id }}, n.{{ usage_log.created_at }}, {{ in_range("n." ~ usage_log.total_tokens) }}
+            FROM new_rows n WHERE {{ usage_log.success("n") }}
+        ) AS changed (user_id, used_at, tokens)
+        WHERE changed.user_id IS NOT NULL AND changed.used_at IS NOT NULL
+        GROUP BY changed.user_id, changed.used_at
+        HAVING sum(changed.tokens) <> 0;
+    EXCEPTION WHEN configuration_limit_exceeded THEN
+        -- The host's limit on temporary files is too low for the sums. Every balance becomes stale instead.
+        INSERT INTO trueup.log_truncation DEFAULT VALUES;
+    END;
     RETURN NULL;
 END $$;
 
@@ -81,7 +96,7 @@ BEGIN
 {{ return_unless_of_the_log() }}
 {{ return_unless_columns_fit("old_rows") }}
     INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
-    SELECT o.{{ usage_log.user_id }}, o.{{ usage_log.created_at }}, -o.{{ usage_log.total_tokens }}::bigint
+    SELECT o.{{ usage_log.user_id }}, o.{{ usage_log.created_at }}, -{{ in_range("o." ~ usage_log.total_tokens) }}
     FROM old_rows o
     WHERE {{ usage_log.success("o") }} AND o.{{ usage_log.total_tokens }} <> 0
       AND o.{{ usage_log.user_id }} IS NOT NULL AND o.{{ usage_log.created_at }} IS NOT NULL;

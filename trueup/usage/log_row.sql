@@ -1,27 +1,94 @@
-{# Write trueup's own row into the usage log, and add it to the consumed tokens of the account `a`. In PL/pgSQL, with the
-   parameters of trueup.record_charge; sets v_counted, the tokens that count in the window, and v_logged_id, the id of
-   the row; both are null if a trigger of the host's dropped the row. #}
-{% macro write_log_row(success, created_at) %}
-        p_log_id := trueup.new_log_id(p_log_id);
-        -- Without a balance this transaction holds no lock, and another may create the balance meanwhile. Then the row is
-        -- not marked as trueup's own, and its trigger appends a delta.
-        PERFORM set_config('trueup.own_log_id', CASE WHEN a.consumed IS NULL THEN '' ELSE p_log_id END, true);
-        INSERT INTO {{ usage_log }} AS l ({{ usage_log.written() }})
-        OVERRIDING SYSTEM VALUE  -- p_log_id comes from the column's sequence even if the column is GENERATED ALWAYS
-        SELECT {{ usage_log.written("r") }}
-        FROM (SELECT p_log_id::{{ usage_log_id_type }} AS id, p_user AS user_id, p_section AS section,
-                     p_prompt AS prompt_tokens, p_completion AS completion_tokens, p_total AS total_tokens,
-                     p_response_ms AS response_time_ms, {{ success }} AS success, p_model AS model_name,
-                     p_metadata AS metadata, {{ created_at }} AS created_at) r
-        -- A failed call gets no row if the log has no way to mark it as failed.
-        WHERE {{ success }} OR {{ usage_log.records_failure() }}
-        -- Read the row as stored: a trigger of the host's may have changed or dropped it.
-        RETURNING coalesce(CASE WHEN {{ usage_log.success("l") }}
-                                     AND l.{{ usage_log.created_at }} >= coalesce(a.window_start, '-infinity')
-                                THEN l.{{ usage_log.total_tokens }} END, 0),
-                  l.{{ usage_log.id }}::text INTO v_counted, v_logged_id;
-        PERFORM set_config('trueup.own_log_id', '', true);
-        IF v_logged_id = p_log_id THEN  -- with another id, the log's trigger has appended a delta, as for a host's row
-            a.consumed := a.consumed + v_counted;
+{% from "host/rows.sql" import own_row_mark %}
+{% from "host/search_path.sql" import own_search_path, role_search_path %}
+{# The tokens of the log row `l` that count in the window, in trueup.try_log_row. #}
+{% macro counted() -%}
+CASE WHEN {{ usage_log.success("l") }} AND l.{{ usage_log.created_at }} >= coalesce(try_log_row.p_window, '-infinity')
+                     THEN l.{{ usage_log.total_tokens }}::bigint END
+{%- endmacro %}
+-- trueup's own rows in the usage log. The host may refuse one: by a constraint, a trigger, a missing sequence, a lock. The
+-- provider has been paid by then, so a refused row becomes an owed charge, which counts as usage until the log has its row.
+
+-- The mark of trueup's own row in this transaction, by which the log's triggers recognise it.
+CREATE OR REPLACE FUNCTION trueup.own_row_mark(p_log_id text) RETURNS text LANGUAGE sql STABLE AS $$
+    SELECT {{ own_row_mark("p_log_id") }}
+$$;
+
+-- Whether an error is none of the host's, and may pass: no connection, a deadlock, no memory or disk, an internal error.
+-- Then the whole transaction fails, and the caller tries it again. A statement that took too long is the host's.
+CREATE OR REPLACE FUNCTION trueup.is_transient(p_sqlstate text) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+    SELECT left(p_sqlstate, 2) IN ('08', '25', '40', '53', '57', '58', 'XX') AND p_sqlstate <> '57014'
+$$;
+
+-- Whether a foreign key of the log leads to its user. A user whom the host has deleted can have no log row.
+CREATE OR REPLACE FUNCTION trueup.is_user_key(p_constraint text) RETURNS boolean LANGUAGE sql STABLE AS $$
+    SELECT EXISTS (
+        SELECT FROM pg_constraint c JOIN pg_attribute t ON t.attrelid = c.conrelid AND t.attnum = ANY (c.conkey)
+        WHERE c.contype = 'f' AND c.conname = p_constraint
+          AND '"' || replace(t.attname, '"', '""') || '"' = {{ usage_log.user_id | literal }})
+$$;
+
+-- Write the row of `o` into the log, in a subtransaction. p_window: the begin of the user's window. p_has_balance: the
+-- caller has locked the user's balance, so the row is marked as trueup's own and its triggers append no delta.
+-- `log_id`: the id of the row. `counted`: its tokens that count in the window. `own`: of these, the tokens that the caller
+-- adds to the balance. `refused_with`: the SQLSTATE if the host refused the row; then the figures are those of `o`.
+-- Raises what is transient, a violation of the foreign key to the user, and any refusal of a failed call, which owes nothing.
+CREATE OR REPLACE FUNCTION trueup.try_log_row(
+    o trueup.owed_charge, p_window timestamptz, p_has_balance boolean,
+    OUT log_id text, OUT counted bigint, OUT own bigint, OUT refused_with text, OUT refusal text
+) LANGUAGE plpgsql AS $$
+DECLARE
+    v_id text;
+    v_mark text;
+    v_constraint text;
+BEGIN
+    v_id := trueup.new_log_id(o.log_id);
+    v_mark := CASE WHEN p_has_balance THEN trueup.own_row_mark(v_id) END;
+    PERFORM set_config('trueup.own_row', coalesce(v_mark, ''), true);
+    -- Check the row's foreign keys with the row, before the counter is locked. Django defers foreign keys to the commit,
+    -- and a host that locks the user's row and then the counter's would deadlock with this transaction. Triggers that the
+    -- host defers run now too, in the role's search path.
+    SET CONSTRAINTS ALL IMMEDIATE;
+    INSERT INTO {{ usage_log }} AS l ({{ usage_log.written() }})
+    OVERRIDING SYSTEM VALUE  -- the id comes from the column's sequence even if the column is GENERATED ALWAYS
+    SELECT {{ usage_log.written("r") }}
+    FROM (SELECT v_id::{{ usage_log_id_type }} AS id, o.user_id AS user_id, o.section AS section,
+                 o.prompt_tokens AS prompt_tokens, o.completion_tokens AS completion_tokens,
+                 o.total_tokens AS total_tokens, o.response_time_ms AS response_time_ms, o.success AS success,
+                 o.model_name AS model_name, o.metadata AS metadata, o.used_at AS created_at) r
+    CROSS JOIN {{ role_search_path() }}
+    -- A failed call gets no row if the log has no way to mark it as failed.
+    WHERE o.success OR {{ usage_log.records_failure() }}
+    -- Read the row as stored: a trigger of the host's may have changed it.
+    RETURNING l.{{ usage_log.id }}::text, {{ counted() }} INTO log_id, counted;
+    {{ own_search_path() }}
+    PERFORM set_config('trueup.own_row', '', true);
+    IF log_id IS NULL AND (o.success OR {{ usage_log.records_failure() }}) THEN
+        -- A trigger of the host's wrote the row into a table that inherits from the log, or dropped it.
+        SELECT l.{{ usage_log.id }}::text, {{ counted() }} INTO log_id, counted
+        FROM {{ usage_log }} l WHERE l.{{ usage_log.id }} = v_id::{{ usage_log_id_type }};
+        IF log_id IS NULL THEN
+            RAISE EXCEPTION 'a trigger of the usage log dropped the row';
         END IF;
-{% endmacro %}
+    END IF;
+    IF o.error IS NOT NULL THEN
+        PERFORM trueup.note_error(log_id, o.error);
+    END IF;
+    -- Check the row's foreign keys now, before the counter is locked. Django defers foreign keys to the commit, and a
+    -- host that locks the user's row and then the counter's would deadlock with this transaction. The host may defer
+    -- triggers of its own too.
+    PERFORM FROM {{ role_search_path() }};
+    SET CONSTRAINTS ALL IMMEDIATE;
+    {{ own_search_path() }}
+    counted := coalesce(counted, 0);
+    own := CASE WHEN log_id = v_id AND v_mark IS NOT NULL THEN counted ELSE 0 END;
+    log_id := coalesce(log_id, o.log_id);
+EXCEPTION WHEN query_canceled OR OTHERS THEN
+    GET STACKED DIAGNOSTICS refused_with = RETURNED_SQLSTATE, refusal = MESSAGE_TEXT, v_constraint = CONSTRAINT_NAME;
+    IF NOT o.success OR trueup.is_transient(refused_with)
+       OR refused_with = '23503' AND trueup.is_user_key(v_constraint) THEN
+        RAISE;
+    END IF;
+    log_id := o.log_id;
+    counted := CASE WHEN o.success AND o.used_at >= coalesce(p_window, '-infinity') THEN o.total_tokens ELSE 0 END;
+    own := CASE WHEN p_has_balance THEN counted ELSE 0 END;
+END $$;

@@ -20,8 +20,8 @@ from trueup.database.retry import retry_until_recorded
 from trueup.database.threads import in_thread
 from trueup.errors import InvalidInputError, TrueupError, UnknownUserError
 from trueup.host.fields import check_section
-from trueup.usage.charges import LOG_NAMESPACE
-from trueup.usage.validation import check_count, check_counts, check_key, check_metadata, storable_text
+from trueup.usage.charges import LOG_NAMESPACE, log_owed
+from trueup.usage.validation import check_count, check_counts, check_key, check_metadata, storable_text, too_large
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +39,14 @@ class TrackedUsage:
     """The result of a report.
 
     `recorded` False: the key was recorded before, and the first report stays. `differs`: the first report has other
-    figures than this one. `log_id`: the row's id in the usage log.
+    figures than this one. `log_id`: the row's id in the usage log. `owed`: the log refused the row. The tokens
+    count, and trueup tries again to write the row, perhaps under another id.
     """
 
     recorded: bool
     differs: bool
     log_id: str
+    owed: bool = False
 
 
 def track_ai_usage(
@@ -68,6 +70,7 @@ def track_ai_usage(
     again. `success` False: the call failed; it counts 0 tokens, and a later successful call may use the same key.
     `total_tokens` None: the sum of prompt and completion tokens. `response_time_ms`: milliseconds. `created_at` None:
     now, by the database's clock. No hold is needed, and usage beyond the budget is recorded too.
+    If the host refuses the log row, the usage counts all the same and the row is tried again: see `TrackedUsage.owed`.
     While the database is unavailable, the write is retried for about 20 s. Raises `InvalidInputError` (then nothing
     was written), `UnknownUserError`, `ServiceUnavailableError`.
     """
@@ -223,7 +226,7 @@ def _check_model_name(name: object) -> str:
 
 _RECORD = text(
     """
-    SELECT recorded, differs, in_future, log_id
+    SELECT recorded, differs, in_future, too_large, log_id, owed_because
     FROM trueup.record_usage(:user_id, :task_id, :call_key, :log_id, :section, :prompt_tokens, :completion_tokens,
                              :total_tokens, :response_time_ms, :success, :model_name, :error, CAST(:metadata AS jsonb),
                              CAST(:created_at AS timestamptz), make_interval(secs => :skew_seconds), NULL)
@@ -258,9 +261,15 @@ def _record(fixed: _Fixed, figures: _Figures, *, success: bool, error: str | Non
             f"created_at: {fixed.created_at} is later than the database's clock, so nothing was recorded. Give the "
             "time of the call, or leave it out for now."
         )
+    if row.too_large:
+        raise too_large(row.too_large)
+    if row.owed_because is not None:
+        log_owed(what, row.owed_because)
     if row.differs:
         logger.warning("usage reported again with other figures, the first report stays %s", what)
-    return TrackedUsage(recorded=row.recorded, differs=row.differs, log_id=row.log_id)
+    return TrackedUsage(
+        recorded=row.recorded, differs=row.differs, log_id=row.log_id, owed=row.owed_because is not None
+    )
 
 
 def _writing(values: dict[str, Any], what: str) -> Callable[[Connection], Any]:

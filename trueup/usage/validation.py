@@ -4,19 +4,29 @@ import json
 from typing import Any
 
 from trueup.errors import InvalidInputError
-from trueup.usage.charges import MAX_LOG_TOKENS
+from trueup.host.sql import UNCOUNTABLE
 
 _MAX_KEY = 255
 
 
 def check_count(value: object, field: str) -> int:
-    """Return the count, reduced to the log's maximum. `field`: the argument's name, for the message.
+    """Return the count. `field`: the argument's name, for the message.
 
-    Raises `InvalidInputError` if it is not a whole number of 0 or more.
+    Raises `InvalidInputError` if it is not a whole number of 0 or more, or too large for any log.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise InvalidInputError(f"{field}: {value!r} is not a count. Give a whole number, 0 or more.")
-    return min(value, MAX_LOG_TOKENS)
+    if value >= UNCOUNTABLE:
+        raise too_large(field)
+    return value
+
+
+def too_large(field: str) -> InvalidInputError:
+    """Return the error of a figure that the log can't store. `field`: the argument's name."""
+    return InvalidInputError(
+        f"{field}: the usage log's column can't store so large a figure, so nothing was recorded. Correct "
+        "the figure, or make the column a bigint."
+    )
 
 
 def check_counts(prompt_tokens: object, completion_tokens: object, total_tokens: object) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from tests.hosts.documents import MANUAL, SPECIFICATION, run
+from tests.hosts.streaming import model
 from trueup.llm.model import Completion
 
 
@@ -77,3 +78,5 @@ ManualRestView = run(MANUAL, "Django REST framework", summarize=_Service().gener
 manual_function = run(MANUAL, "Django", summarize=_Service().generate)["summary"]
 manual_async = run(MANUAL, "Django, async", summarize=write_summary)["summary"]
 manual_hold = run(MANUAL, "Holding tokens", provider=_Service())["summary"]
+manual_stream = run(MANUAL, "Streaming from Django", model=model)["summary"]
+manual_async_stream = run(MANUAL, "Streaming from Django, async", model=model)["summary"]

@@ -32,4 +32,6 @@ urlpatterns = [
     path("manual/function", examples.manual_function),
     path("manual/async", non_atomic_requests(examples.manual_async)),
     path("manual/hold", examples.manual_hold),
+    path("manual/stream", examples.manual_stream),
+    path("manual/async-stream", non_atomic_requests(examples.manual_async_stream)),
 ]

@@ -11,14 +11,18 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.middleware import Middleware
 from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.requests import HTTPConnection
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from tests.hosts.documents import MANUAL, run
 from tests.hosts.people import JWT_SECRET
+from tests.hosts.streaming import model, two_answers, two_answers_asynchronously
 from trueup.billing.decorators import ai_tokens, require_active_subscription, require_ai_tokens
 from trueup.billing.frameworks.fastapi import active_subscription_required, ai_tokens_required, answer_denials
 from trueup.billing.utils import get_accurate_tokens_remaining
+from trueup.llm.metering import spending_from
+from trueup.llm.model import Message
+from trueup.llm.streaming import astream_with_tokens, stream_with_tokens
 
 app = FastAPI()
 answer_denials(app)
@@ -121,6 +125,38 @@ async def spend(user: CurrentUser, idempotency_key: Annotated[str | None, Header
     return {"tokens_left": hold.tokens_left}
 
 
+@app.post("/two-answers")
+def answer_twice(text: str, user: CurrentUser) -> StreamingResponse:
+    """Two calls of the model, far apart: Starlette runs each step in a thread with a context of its own."""
+    return StreamingResponse(stream_with_tokens(two_answers(text), user, 1500, "Answers"))
+
+
+@app.post("/async-two-answers")
+async def answer_twice_asynchronously(text: str, user: CurrentUser) -> StreamingResponse:
+    return StreamingResponse(await astream_with_tokens(two_answers_asynchronously(text), user, 1500, "Answers"))
+
+
+@app.post("/by-hand")
+def answer_by_hand(text: str, user: CurrentUser) -> StreamingResponse:
+    """A generator that manages its hold itself. It is resumed, and maybe closed, in other contexts."""
+
+    def chunks() -> Any:
+        with ai_tokens(user, 1500, "Answers") as hold, spending_from(hold.hold):
+            yield from model.stream([Message(role="user", content=text)])
+
+    return StreamingResponse(chunks())
+
+
+@app.post("/async-by-hand")
+async def answer_by_hand_asynchronously(text: str, user: CurrentUser) -> StreamingResponse:
+    async def chunks() -> Any:
+        async with ai_tokens(user, 1500, "Answers") as hold, spending_from(hold.hold):
+            async for chunk in model.astream([Message(role="user", content=text)]):
+                yield chunk
+
+    return StreamingResponse(chunks())
+
+
 @app.get("/counts")
 def counts(user: CurrentUser) -> tuple[int, int, int]:
     return get_accurate_tokens_remaining(user)
@@ -163,9 +199,11 @@ starlette = Starlette(
         Route("/function", starlette_function, methods=["POST"]),
         Route("/class", StarletteEndpoint),
         Route("/manual", run(MANUAL, "Starlette", summarize=summarize)["summary"], methods=["POST"]),
+        Route("/streaming", run(MANUAL, "Streaming from Starlette", model=model)["summary"], methods=["POST"]),
     ],
     middleware=[Middleware(AuthenticationMiddleware, backend=_Backend())],
 )
 app.mount("/starlette", starlette)
 app.mount("/unanswering", unanswering)
 app.mount("/manual", run(MANUAL, "FastAPI", current_user=current_user, summarize=summarize)["app"])
+app.mount("/streaming", run(MANUAL, "Streaming from FastAPI", current_user=current_user, model=model)["app"])

@@ -8,6 +8,7 @@ from flask import Flask, g, request, session
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 from tests.hosts.documents import MANUAL, run
+from tests.hosts.streaming import model
 from trueup.billing.decorators import ai_tokens, require_active_subscription, require_ai_tokens
 from trueup.billing.utils import get_accurate_tokens_remaining
 
@@ -73,4 +74,5 @@ def summarize(_: bytes) -> str:
 
 manual = run(MANUAL, "Flask", secret_key=SECRET_KEY, summarize=summarize)["app"]
 another_user = run(MANUAL, "Another user", owner_of=lambda team_id: team_id, summarize=summarize)["app"]
-served = DispatcherMiddleware(app, {"/manual": manual, "/another": another_user})
+streaming = run(MANUAL, "Streaming from Flask", secret_key=SECRET_KEY, model=model)["app"]
+served = DispatcherMiddleware(app, {"/manual": manual, "/another": another_user, "/streaming": streaming})

@@ -39,6 +39,8 @@ def add_balance_tables(metadata: MetaData, user_id: Any) -> None:
         # The baseline that detects partitions that were attached with rows: trueup.partition_marks().
         Column("log_parents", ARRAY(OID)),
         Column("partitions", ARRAY(Text)),
+        # Only trueup can compute the mark by which the log's triggers recognise trueup's own row.
+        Column("mark_secret", Text, nullable=False, server_default=text("CAST(gen_random_uuid() AS text)")),
         CheckConstraint("singleton", name="installation_is_one_row"),
     )
     balance = Table(

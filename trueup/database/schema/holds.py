@@ -20,6 +20,9 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from trueup.database.schema.columns import moment, tokens
 
+# Violated where another request, of another user, has the task id.
+ONE_OPEN_PER_TASK = "hold_one_open_per_task"
+
 
 def add_hold_tables(metadata: MetaData, user_id: Any) -> None:
     _add_hold_table(metadata, user_id)
@@ -33,6 +36,10 @@ def _add_hold_table(metadata: MetaData, user_id: Any) -> None:
         user_id(),
         Column("id", BigInteger, Identity(always=True), nullable=False),
         Column("task_id", Text, nullable=False),
+        # The fingerprint of what the task was asked to do. Empty: a block of ai_tokens, whose key says it.
+        Column("request", Text, nullable=False, server_default=text("''")),
+        # The retries by which the body asked for new answers. The calls of each have keys of their own.
+        Column("fresh_retries", Integer, nullable=False, server_default=text("0")),
         Column("attempt", Integer, nullable=False),
         Column("feature_name", Text, nullable=False),
         Column("section", Text, nullable=False),
@@ -59,11 +66,12 @@ def _add_hold_table(metadata: MetaData, user_id: Any) -> None:
         CheckConstraint("(status = 'open') = (closed_at IS NULL)", name="hold_closed_when_not_open"),
         # Charges can't take more tokens from a hold than were reserved.
         CheckConstraint("tokens_covered BETWEEN 0 AND tokens_reserved", name="hold_covers_what_it_has"),
-        # Two deliveries of one task can't both reserve tokens.
+        # Two deliveries of one task can't both reserve tokens. Neither can the requests of two users with one task id,
+        # because they would share one result. Keys of ai_tokens blocks belong to each user.
         Index(
-            "hold_one_open_per_task",
-            "user_id",
+            ONE_OPEN_PER_TASK,
             "task_id",
+            text("(CASE WHEN request = '' THEN user_id::text ELSE '' END)"),
             unique=True,
             postgresql_where=text("status = 'open'"),
         ),
@@ -95,6 +103,7 @@ def _add_call_tables(metadata: MetaData, user_id: Any) -> None:
         CheckConstraint("tokens_covered BETWEEN 0 AND tokens_total", name="charge_covered_within_total"),
         Index("charge_by_time", "charged_at", postgresql_using="brin"),
     )
+    _add_owed_table(metadata, user_id)
     Table(
         "call_intent",
         metadata,
@@ -124,4 +133,34 @@ def _add_call_tables(metadata: MetaData, user_id: Any) -> None:
         # A task's side effect has one row, however often the task is redelivered.
         PrimaryKeyConstraint("user_id", "task_id", "effect", name="outbox_pkey"),
         CheckConstraint("status IN ('sending', 'sent', 'unknown', 'failed')", name="outbox_status_is_known"),
+    )
+
+
+def _add_owed_table(metadata: MetaData, user_id: Any) -> None:
+    """A charge whose row the host's usage log refused. It has the values of that row, and counts as usage."""
+    Table(
+        "owed_charge",
+        metadata,
+        user_id(),
+        Column("task_id", Text, nullable=False),
+        Column("call_key", Text, nullable=False),
+        Column("log_id", Text, nullable=False),
+        Column("section", Text, nullable=False),
+        Column("model_name", Text, nullable=False),
+        tokens("prompt_tokens"),
+        tokens("completion_tokens"),
+        tokens("total_tokens"),
+        tokens("response_time_ms"),
+        Column("success", Boolean, nullable=False),
+        Column("error", Text),
+        Column("metadata", JSONB, nullable=False),
+        moment("used_at"),
+        # Why the log refused the row at the last try: PostgreSQL's code and its message.
+        Column("sqlstate", Text, nullable=False),
+        Column("refusal", Text, nullable=False),
+        Column("tries", Integer, nullable=False),
+        moment("owed_since"),
+        moment("tried_at"),
+        # A charge is owed once, so that it can be settled only once.
+        PrimaryKeyConstraint("user_id", "task_id", "call_key", name="owed_charge_pkey"),
     )

@@ -11,8 +11,9 @@ from trueup.errors import SettingsError
 from trueup.llm.credentials import header_value
 from trueup.llm.model import Completion, CompletionStream, Message
 from trueup.llm.providers.openai_answers import Answer
-from trueup.llm.providers.openai_errors import SDK_ERRORS, Failures, PayingClient
+from trueup.llm.providers.openai_errors import SDK_ERRORS, Failures
 from trueup.llm.providers.openai_streams import StreamReader, completion_body
+from trueup.llm.providers.paying_client import PayingClient
 from trueup.llm.texts import without_lone_surrogates
 from trueup.llm.tokens import count_prompt_tokens, counter_for
 from trueup.settings.settings import Settings
@@ -48,7 +49,11 @@ class OpenAIProvider:
             base_url=url,
             timeout=settings.model_timeout_seconds,
             max_retries=settings.model_max_retries,
-            http_client=PayingClient(limits=openai.DEFAULT_CONNECTION_LIMITS, follow_redirects=True),
+            http_client=PayingClient(
+                answer_seconds=settings.model_timeout_seconds,
+                limits=openai.DEFAULT_CONNECTION_LIMITS,
+                follow_redirects=True,
+            ),
         )
 
     def count_prompt_tokens(self, messages: Sequence[Message]) -> int:
@@ -132,11 +137,9 @@ class OpenAIProvider:
         )
 
     def _counted(self, messages: Sequence[Message], text: str, reasoning: str, cap: int) -> tuple[int, int, int]:
-        """Count the usage that the provider did not report. An upper bound is capped at the requested maximum."""
+        """Count the usage that the provider did not report: at most the requested maximum."""
         prompt = self.count_prompt_tokens(messages)
-        completion = self._counter.count(text) + self._counter.count(reasoning)
-        if not self._counter.exact:
-            completion = min(completion, cap)
+        completion = min(self._counter.count(text) + self._counter.count(reasoning), cap)
         return prompt, completion, prompt + completion
 
 

@@ -98,18 +98,26 @@ def _usage(usage: object, *, answered: bool) -> Usage | None:
     """Return plausible usage; None otherwise. A prompt and a text always cost tokens, so zeros are not plausible."""
     if not isinstance(usage, dict):
         return None
-    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
-    if not _is_count(prompt) or not _is_count(completion):
+    prompt = _count(usage, "prompt_tokens", "input_tokens")
+    completion = _count(usage, "completion_tokens", "output_tokens", otherwise=0)
+    if prompt is None or completion is None or prompt == 0 or (answered and completion == 0):
         return None
-    if prompt == 0 or (answered and completion == 0):
-        return None
-    total = usage.get("total_tokens", prompt + completion)
-    if not _is_count(total):
+    total = _count(usage, "total_tokens", otherwise=prompt + completion)
+    if total is None:
         return None
     # A total above the sum includes billed reasoning, which some servers report nowhere else; one below is an error.
     total = max(total, prompt + completion)
     return (prompt, completion, total) if total <= _MAX_TOKENS else None
 
 
-def _is_count(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_TOKENS
+def _count(usage: dict[str, Any], *names: str, otherwise: int | None = None) -> int | None:
+    """Return the first of these figures that is reported; `otherwise` if none is. None: it is no plausible count.
+
+    Some servers name the figures after input and output, and some write whole numbers as floats.
+    """
+    value = next((usage[name] for name in names if usage.get(name) is not None), otherwise)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_TOKENS:
+        return None
+    return value

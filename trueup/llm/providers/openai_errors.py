@@ -1,28 +1,15 @@
 """Errors of an OpenAI-compatible server, translated to `ProviderError` in one place and without the key."""
 
-from contextlib import suppress
-from typing import Any
-
 import httpx2
 import openai
 
 from trueup.errors import ProviderError
+from trueup.llm.providers.paying_client import NEVER_SENT
 from trueup.llm.texts import cut_at_word
 
 SDK_ERRORS = (openai.OpenAIError, httpx2.HTTPError)
 """The SDK's errors. While it reads the body of a refusal, its HTTP client's own errors get through."""
 
-# Errors raised before the request was sent, so no provider can have served it. After any other failure that is not
-# known, because a server may have read the whole request before the connection broke.
-_NEVER_SENT = (
-    httpx2.ConnectError,  # connection refused, unknown host name, or failed TLS handshake
-    httpx2.ConnectTimeout,
-    httpx2.PoolTimeout,
-    httpx2.ProxyError,
-    httpx2.UnsupportedProtocol,
-    httpx2.LocalProtocolError,
-    httpx2.TooManyRedirects,
-)
 _RETRYABLE_STATUS = frozenset({408, 409, 429})
 _DETAIL_CHARACTERS = 300
 
@@ -34,32 +21,6 @@ _REMEDIES = {
     413: "Send a shorter text.",
     429: "Try again later, or raise the limit with the provider.",
 }
-
-
-class PayingClient(httpx2.Client):
-    """An HTTP client that stops the SDK from retrying a request that may have been served.
-
-    The SDK retries after every error of its HTTP client, but not after its own errors. A request that is served twice
-    would be billed twice and charged once.
-
-    It also decodes every body as UTF-8, the encoding of JSON. A server may name a charset that Python does not know as
-    a text encoding; reading the paid answer would then fail.
-    """
-
-    def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
-        try:
-            response = super().send(request, **options)
-        except httpx2.RequestError as error:
-            if isinstance(error, _NEVER_SENT):
-                raise
-            kind = openai.APITimeoutError if isinstance(error, httpx2.TimeoutException) else openai.APIConnectionError
-            raise kind(request=request) from error
-        response.encoding = "utf-8"
-        return response
-
-    def __del__(self) -> None:  # as in the SDK's own client
-        with suppress(Exception):
-            self.close()
 
 
 class Failures:
@@ -76,7 +37,7 @@ class Failures:
         if not isinstance(error, openai.APIConnectionError | httpx2.HTTPError):
             return ProviderError(f"The SDK could not call the model at {self._url}: {self._safe(str(error))}.")
         cause = error.__cause__ or error
-        if isinstance(cause, _NEVER_SENT):
+        if isinstance(cause, NEVER_SENT):
             return ProviderError(
                 f"The model at {self._url} can't be reached ({self._named(cause)}). "
                 "Check the network and TRUEUP_OPENAI_BASE_URL.",

@@ -1,0 +1,119 @@
+"""Rows whose tokens add up to more than a bigint holds concern their own user alone."""
+
+import pytest
+from sqlalchemy import Connection
+
+from tests.support.books import assert_true
+from tests.support.host import Host
+from tests.support.work import balance, charge_tokens, hold_tokens
+from trueup.accounts.account import read_account
+from trueup.database.engine import get_engine
+from trueup.errors import TokensDenied
+from trueup.gate.holds import close_hold
+from trueup.host.mapping import HostMapping
+from trueup.install.install import install
+from trueup.preview.scan import scan
+from trueup.reconcile.local_run import reconcile
+from trueup.reconcile.runs import Finding
+
+LOWEST, HIGHEST = -(2**63), 2**63 - 1
+WAYS = [[LOWEST], [HIGHEST], [HIGHEST, HIGHEST], [LOWEST, LOWEST, 5]]
+
+
+@pytest.fixture(autouse=True)
+def _bigint(host: Host) -> None:
+    host.execute("ALTER TABLE ai_usage_log ALTER total_tokens TYPE bigint")
+    with host.engine.begin() as connection:
+        install(connection, HostMapping(), with_host_tables=False)
+
+
+@pytest.fixture
+def user(host: Host) -> int:
+    return host.subscriber(1_000)
+
+
+def refusal(connection: Connection, user: int) -> str:
+    with pytest.raises(TokensDenied) as denied:
+        hold_tokens(connection, user, 10)
+    return f"{denied.value}"
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("known", [True, False])
+def test_the_gate_of_the_user_is_closed_until_the_host_corrects_the_rows(
+    host: Host, connection: Connection, user: int, way: list[int], known: bool
+) -> None:
+    if known:
+        close_hold(connection, hold_tokens(connection, user, 10))
+    for tokens in way:
+        host.log(user, tokens)
+    said = "The usage log's rows of this user add up to more than can be counted (usage_uncountable)"
+    assert [refusal(connection, user), refusal(connection, user)] == [said, said]
+    assert (read_account(connection, user).remaining, read_account(connection, user).available) == (0, 0)
+    host.execute("UPDATE ai_usage_log SET total_tokens = 20 WHERE total_tokens <> 5")
+    expected = 20 * sum(tokens != 5 for tokens in way) + 5 * way.count(5)
+    assert read_account(connection, user).consumed == expected
+    hold_tokens(connection, user, 10)
+    assert balance(host, user) == (expected, 10)
+    assert_true(host)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_host_can_delete_such_rows(host: Host, connection: Connection, user: int, way: list[int]) -> None:
+    host.log(user, 30)
+    rows = [host.log(user, tokens) for tokens in way]
+    for row in rows:
+        host.execute("DELETE FROM ai_usage_log WHERE id = :row", row=row)
+    hold_tokens(connection, user, 10)
+    assert balance(host, user) == (30, 10)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_charge_of_the_user_is_recorded(host: Host, connection: Connection, user: int, way: list[int]) -> None:
+    hold = hold_tokens(connection, user, 100)
+    for tokens in way:
+        host.log(user, tokens)
+    assert charge_tokens(connection, hold, 70).recorded
+    assert host.value("SELECT count(*) FROM ai_usage_log WHERE total_tokens = 70") == 1
+    host.execute("DELETE FROM ai_usage_log WHERE total_tokens <> 70")
+    assert read_account(connection, user).consumed == 70
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("with_grant", [True, False])
+@pytest.mark.parametrize("kind", ["quick", "deep"])
+def test_reconcile_sets_the_user_aside_and_corrects_all_others(
+    host: Host, connection: Connection, user: int, way: list[int], with_grant: bool, kind: str
+) -> None:
+    other = host.subscriber(1_000, counter=3)
+    if with_grant:
+        host.execute(
+            "INSERT INTO trueup.token_grant (user_id, tokens, granted_at, expires_at, reason, granted_by) "
+            "VALUES (:user, 100, now() - interval '3 days', now() - interval '1 day', '', 'test')",
+            user=user,
+        )
+    host.log(other, 100)
+    for tokens in way:
+        host.log(user, tokens)
+    summary = reconcile(get_engine(), HostMapping(), kind=kind, keep_findings=True)  # type: ignore[arg-type]
+    assert summary.status == "finished"
+    assert [finding.drift.user_id for finding in summary.findings] == [other]
+    assert host.counter(user) == 1_000
+    defects = host.execute("SELECT kind, user_id, detail ->> 'remedy' FROM trueup.defect").all()
+    assert [(row[0], row[1]) for row in defects] == [("usage_uncountable", user)]
+    assert all("correct or delete them" in row[2] for row in defects)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("indexed", [True, False])
+def test_the_read_only_report_sets_the_user_aside(host: Host, user: int, way: list[int], indexed: bool) -> None:
+    other = host.subscriber(1_000, counter=3)
+    for tokens in way:
+        host.log(user, tokens)
+    host.log(other, 100)
+    if not indexed:
+        host.execute("DROP INDEX ai_usage_log_user_created")
+    found: list[Finding] = []
+    outcome = scan(get_engine(), HostMapping(), lambda _, findings: found.extend(findings))
+    assert [finding.drift.user_id for finding in found] == [other]
+    assert [note for note in outcome.notes if note.startswith(f"User {user} was set aside.")]

@@ -1,0 +1,94 @@
+"""Task ids and retries, with a real worker and a real result backend."""
+
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from tests.support import model_tasks
+from tests.support.host import Host
+from tests.support.waiting import DEADLINE_SECONDS, wait_for
+from tests.support.worker import WorkerProcess
+from trueup.errors import TaskIdReusedError
+from trueup.tasks.requests import CELERY_RETRIES_LOST_TASKS
+
+
+def test_a_finished_tasks_id_with_other_arguments_gets_its_own_result(
+    app: Celery, worker: WorkerProcess, shared_host: Host
+) -> None:
+    user = shared_host.subscriber(1_000)
+    first = model_tasks.spend.apply_async(kwargs={"user_id": user, "words": 10}, task_id="digest-1")
+    shorter = first.get(timeout=DEADLINE_SECONDS)
+    second = model_tasks.spend.apply_async(kwargs={"user_id": user, "words": 30}, task_id="digest-1")
+    assert second.get(timeout=DEADLINE_SECONDS) == shared_host.used(user) - shorter > shorter
+    again = model_tasks.spend.apply_async(kwargs={"user_id": user, "words": 30}, task_id="digest-1")
+    assert again.state == "SUCCESS", "the stored result of the same request stays"
+
+
+def test_a_users_task_never_gets_the_result_of_another_users_task_with_its_id(
+    app: Celery, worker: WorkerProcess, shared_host: Host
+) -> None:
+
+    def stored(task_id: str) -> dict[str, Any]:
+        meta: dict[str, Any] = app.backend.get_task_meta(task_id, cache=False)
+        return meta
+
+    users = [shared_host.subscriber(1_000), shared_host.subscriber(1_000)]
+    for user, words in zip(users, (10, 30), strict=True):
+        # By its name, as from a service that does not know the task: nothing is compared when it is sent.
+        app.send_task("test.spend", kwargs={"user_id": user, "words": words}, task_id="digest-4", queue="trueup-ai")
+        wait_for(lambda user=user: shared_host.used(user), "the task spends")
+        wait_for(lambda: stored("digest-4")["status"] == "SUCCESS", "it ends")
+    assert stored("digest-4")["result"] == shared_host.used(users[1])
+
+
+def test_a_finished_task_whose_result_was_forgotten_gives_it_again(
+    app: Celery, worker: WorkerProcess, shared_host: Host
+) -> None:
+    user = shared_host.subscriber(1_000)
+    results = []
+    for words in (10, 10, 30):
+        result = model_tasks.spend.apply_async(kwargs={"user_id": user, "words": words}, task_id="digest-2")
+        results.append(result.get(timeout=DEADLINE_SECONDS))
+        result.forget()
+    assert results[0] == results[1] < results[2]
+    assert shared_host.used(user) == results[0] + results[2]
+
+
+def test_an_id_in_use_fails_the_other_request_and_leaves_the_running_task_alone(
+    app: Celery, worker: WorkerProcess, shared_host: Host
+) -> None:
+    user = shared_host.subscriber(1_000)
+    running = model_tasks.spend.apply_async(kwargs={"user_id": user, "seconds": 3}, task_id="digest-3")
+    wait_for(lambda: shared_host.used(user), "the call is charged")
+    model_tasks.spend.apply_async(kwargs={"user_id": user, "words": 30}, task_id="digest-3")
+    with pytest.raises(TaskIdReusedError, match="digest-3 is in use"):
+        running.get(timeout=DEADLINE_SECONDS)
+    wait_for(lambda: app.AsyncResult("digest-3").state == "SUCCESS", "the running task ends")
+    assert app.AsyncResult("digest-3").get(timeout=DEADLINE_SECONDS) == shared_host.used(user)
+    assert shared_host.value("SELECT count(*) FROM trueup.hold WHERE user_id = :user", user=user) == 1
+
+
+def test_a_task_that_another_replaces_leaves_it_the_id_at_once(
+    app: Celery, worker: WorkerProcess, shared_host: Host
+) -> None:
+    user = shared_host.subscriber(1_000)
+    result = model_tasks.replaced.delay(user_id=user, successor=user)
+    assert 0 < result.get(timeout=DEADLINE_SECONDS) < shared_host.used(user)
+    statuses = shared_host.execute("SELECT status FROM trueup.hold WHERE user_id = :user", user=user)
+    assert [row.status for row in statuses] == ["settled", "settled"]
+
+
+@pytest.mark.skipif(not CELERY_RETRIES_LOST_TASKS, reason="before 5.7, Celery does not retry a lost task")
+def test_a_crash_inside_a_retry_replays_what_that_retry_has_bought(
+    app: Celery, worker: WorkerProcess, shared_host: Host
+) -> None:
+    user = shared_host.subscriber(1_000)
+    result = model_tasks.picky.delay(user_id=user, good_at=1, seconds=3)
+    count = "SELECT count(*) FROM trueup.charge WHERE user_id = :user"
+    wait_for(lambda: shared_host.value(count, user=user) == 2, "the retry has bought its own answer")
+    owner = shared_host.value("SELECT owner FROM trueup.hold WHERE status = 'open' AND user_id = :user", user=user)
+    [child] = [process for process in worker.pool() if str(process.pid) == owner.rpartition(":")[2]]
+    child.kill()
+    assert result.get(timeout=DEADLINE_SECONDS) > 0
+    assert shared_host.value(count, user=user) == 2

@@ -1,0 +1,124 @@
+"""The HTTP client of paid requests: it does not repeat what may have been served, and limits the answer."""
+
+import math
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import httpx2
+import openai
+
+# Errors raised before the request was sent, so no provider can have served it. After any other failure that is not
+# known, because a server may have read the whole request before the connection broke.
+NEVER_SENT = (
+    httpx2.ConnectError,  # connection refused, unknown host name, or failed TLS handshake
+    httpx2.ConnectTimeout,
+    httpx2.PoolTimeout,
+    httpx2.ProxyError,
+    httpx2.UnsupportedProtocol,
+    httpx2.LocalProtocolError,
+    httpx2.TooManyRedirects,
+)
+# No model's answer is so long: 100,000 tokens, each in an event of its own, take about 30 MB.
+MAX_ANSWER_BYTES = 64 * 2**20
+# What each event of a stream begins with; comments that keep a connection alive do not.
+_EVENT = b"data:"
+
+
+class PayingClient(httpx2.Client):
+    """An HTTP client that stops the SDK from retrying a request that may have been served.
+
+    The SDK retries after every error of its HTTP client, but not after its own errors. A request that is served twice
+    would be billed twice and charged once.
+
+    `answer_seconds`: the time for a whole answer, from the request on; for each event of a stream. HTTP clients limit
+    each wait alone, so that a server which sends a byte now and then would be waited for without end. An answer of more
+    than `MAX_ANSWER_BYTES` is broken off.
+
+    It also decodes every body as UTF-8, the encoding of JSON. A server may name a charset that Python does not know as
+    a text encoding; reading the paid answer would then fail.
+    """
+
+    def __init__(self, *, answer_seconds: float, **options: Any) -> None:
+        super().__init__(**options)
+        self._answer_seconds = answer_seconds
+
+    def send(self, request: httpx2.Request, *, stream: bool = False, **options: Any) -> httpx2.Response:
+        deadline = time.monotonic() + self._answer_seconds
+        try:
+            response = super().send(request, stream=True, **options)
+            response.stream = _LimitedStream(response, request, deadline, self._answer_seconds if stream else None)
+            if not stream:
+                response.read()
+        except httpx2.RequestError as error:
+            if isinstance(error, NEVER_SENT):
+                raise
+            kind = openai.APITimeoutError if isinstance(error, httpx2.TimeoutException) else openai.APIConnectionError
+            raise kind(request=request) from error
+        response.encoding = "utf-8"
+        return response
+
+    def __del__(self) -> None:  # as in the SDK's own client
+        with suppress(Exception):
+            self.close()
+
+
+class _LimitedStream(httpx2.SyncByteStream):
+    """The bytes of an answer, until its time is over or it is too long.
+
+    `event_seconds`: by so much each event of a stream moves the deadline. None: nothing moves it.
+    """
+
+    def __init__(
+        self, response: httpx2.Response, request: httpx2.Request, deadline: float, event_seconds: float | None
+    ) -> None:
+        self._stream = response.stream
+        self._request = request
+        self._deadline = deadline
+        self._event_seconds = event_seconds
+        connection = response.extensions.get("network_stream")
+        self._socket = connection.get_extra_info("socket") if connection is not None else None
+        self._ended = threading.Event()
+
+    def __iter__(self) -> Iterator[bytes]:
+        threading.Thread(target=self._watch, daemon=True).start()
+        size = 0
+        try:
+            for part in self._stream:  # type: ignore[union-attr]
+                size += len(part)
+                if size > MAX_ANSWER_BYTES:
+                    what = f"the answer is longer than {MAX_ANSWER_BYTES:,} bytes"
+                    raise httpx2.ReadError(what, request=self._request)
+                self._check_time(None)
+                if self._event_seconds is None:
+                    yield part
+                    continue
+                # The time that the caller takes for a part is not the server's.
+                left = self._event_seconds if _EVENT in part else self._deadline - time.monotonic()
+                self._deadline = math.inf
+                yield part
+                self._deadline = time.monotonic() + left
+        except httpx2.RequestError as error:
+            self._check_time(error)
+            raise
+        finally:
+            self._ended.set()
+
+    def close(self) -> None:
+        self._stream.close()  # type: ignore[union-attr]
+
+    def _check_time(self, cause: Exception | None) -> None:
+        if time.monotonic() >= self._deadline:
+            raise httpx2.ReadTimeout("the answer was not complete in time", request=self._request) from cause
+
+    def _watch(self) -> None:
+        """Shut the socket down when the time is over: that ends a read that waits."""
+        while (seconds := self._deadline - time.monotonic()) > 0:
+            if self._ended.wait(min(seconds, self._event_seconds or seconds)):
+                return
+        if self._socket is not None:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
