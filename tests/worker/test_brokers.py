@@ -32,6 +32,12 @@ def sender() -> Iterator[Celery]:
     app.close()
 
 
+def examined() -> set[tuple[str, str]]:
+    """Return check and level of doctor's findings about the broker and the workers."""
+    with celery_client(read_settings()) as app:
+        return {(found.check, found.level) for found in examine_broker(app, read_settings(), None)}
+
+
 def spend(app: Celery, user: int) -> int:
     result = app.send_task("test.spend", kwargs={"user_id": user}, queue="trueup-ai")
     tokens: int = result.get(timeout=DEADLINE_SECONDS)
@@ -54,10 +60,7 @@ def test_a_worker_follows_the_sentinels_to_the_new_master(
         with running_worker(tmp_path / "worker.log", include=(TASKS,)) as worker:
             with sender() as app:
                 assert spend(app, user) == host.used(user)
-            with celery_client(read_settings()) as commands:
-                found = {(one.check, one.level) for one in examine_broker(commands, read_settings(), None)}
-            assert ("redis", "ok") in found
-            assert ("workers", "ok") in found
+            wait_for(lambda: {("redis", "ok"), ("workers", "ok")} <= examined(), "doctor finds Redis and the worker")
             master.kill()
             address = ("127.0.0.1", replica.port)
             wait_for(lambda: client.sentinel_get_master_addr_by_name("books") == address, "the failover")
