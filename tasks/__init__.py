@@ -10,6 +10,7 @@ if not __name__.startswith("trueup."):
     )
 
 from trueup.extras import missing_modules
+from trueup.tasks import pools as pools  # its import registers the handler that refuses pools of greenlets
 from trueup.tasks import queues as queues  # its import registers the handler that stamps messages with their send time
 from trueup.tasks import time_limits as time_limits  # its import registers the check of a worker's tasks
 from trueup.tasks.base import MeteredTask

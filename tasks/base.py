@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from celery import Task
 from celery._state import get_current_task
-from celery.exceptions import Ignore, Retry
+from celery.exceptions import Ignore, Reject, Retry
 from celery.states import READY_STATES
 from pydantic import BaseModel
 
@@ -24,6 +24,7 @@ from trueup.errors import (
     HoldLifetimeError,
     HoldOvertakenError,
     InvalidInputError,
+    OutOfMemoryError,
     ResultNotKeptError,
     ServiceUnavailableError,
     TaskIdReusedError,
@@ -46,8 +47,9 @@ from trueup.tasks.identity import (
     request_fingerprint,
     retry_headers,
 )
+from trueup.tasks.republish import confirmed, is_republished
 from trueup.tasks.requests import owner_name
-from trueup.tasks.requeue import leave_to_later_attempt, requeue, retry_provider, waits_of
+from trueup.tasks.requeue import leave_to_later_attempt, reject_after_pause, requeue, retry_provider, waits_of
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +214,8 @@ class MeteredTask(Task):
     def apply_async(self, args: Any = None, kwargs: Any = None, task_id: str | None = None, **options: Any) -> Any:
         """Send the task as Celery does. A stored result of another request with this id is deleted first.
 
-        The caller would else take it for the result of this one. A retry has an id too, and no result yet.
+        The caller would else take it for the result of this one. A retry has an id too, and no result yet. A retry or
+        requeue returns only when the broker has its message.
         Raises `SettingsError` if no application with a broker is known.
         """
         if self.app.conf.task_always_eager:
@@ -223,7 +226,10 @@ class MeteredTask(Task):
                 meta = self.backend.get_task_meta(task_id, cache=False)
                 if meta["status"] in READY_STATES and not self._is_result_of(meta, args, kwargs):
                     self.backend.forget(task_id)
-        return super().apply_async(args, kwargs, task_id=task_id, **options)
+        if not is_republished(options) or "connection" in options:
+            return super().apply_async(args, kwargs, task_id=task_id, **options)
+        with confirmed(self.app, options) as confirmed_options:
+            return super().apply_async(args, kwargs, task_id=task_id, **confirmed_options)
 
     def _is_result_of(self, meta: Mapping[str, Any], args: Any, kwargs: Any) -> bool:
         """Return whether a stored result belongs to this request. Without `result_extended` it does not say so."""
@@ -247,6 +253,9 @@ class MeteredTask(Task):
     def _run(self, arguments: dict[str, Any]) -> Any:
         try:
             return check_result(self.run(**arguments), self.name)
+        except MemoryError as error:
+            # Celery would end the whole worker, and each one to which the task is redelivered.
+            raise OutOfMemoryError(self.name) from error
         except TrueupError as error:
             if getattr(error, "retryable", False) and not self.request.called_directly:
                 raise retry_provider(self, error) from error
@@ -323,7 +332,11 @@ class MeteredTask(Task):
             is_fresh = self.replay != "always" and asks_for_new_answers(exc or sys.exc_info()[1])
             headers = options.get("headers") or self.request.headers
             options["headers"] = retry_headers(headers, hold, is_fresh=is_fresh)
-        return super().retry(args, kwargs, exc, *more, **options)
+        try:
+            return super().retry(args, kwargs, exc, *more, **options)
+        except Reject as rejected:
+            # The broker took no new message, and Celery would drop the task here.
+            raise reject_after_pause(self, rejected.reason, rejected.reason) from rejected
 
     def on_replace(self, sig: Any) -> Any:
         """Close the hold before the task that replaces this one is sent: it has the same id, which must be free."""

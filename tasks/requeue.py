@@ -2,20 +2,21 @@
 
 import logging
 import random
+import time
 from typing import Any
 
 from celery import Task
 from celery.exceptions import Reject, Retry
-from kombu.exceptions import OperationalError
 
 from trueup.errors import HoldOvertakenError, TrueupError
 from trueup.settings.settings import get_settings
+from trueup.tasks.republish import WAITS_HEADER, broker_errors
 
 logger = logging.getLogger(__name__)
 
-# How often this task has waited for the gate. Celery's `retries` can't hold it: it counts the body's own retries.
-WAITS_HEADER = "trueup_waits"
 PROVIDER_RETRY_BASE_SECONDS = 2
+# A rejected message comes back at once. While the broker accepts no other message, the task pauses before it rejects.
+REJECT_PAUSE_SECONDS = 5.0
 
 
 def requeue(task: Task, error: TrueupError, seconds: float | None = None, *, waits: int | None = None) -> Exception:
@@ -44,10 +45,8 @@ def requeue(task: Task, error: TrueupError, seconds: float | None = None, *, wai
     )
     try:
         signature.apply_async()
-    except OperationalError:
-        # The broker is down too. Reject requeues the message now; if that fails, the broker redelivers it after the
-        # visibility timeout.
-        return _rejected(error)
+    except broker_errors(task.app) as refusal:
+        return reject_after_pause(task, error, refusal)
     retry: Exception = Retry(exc=error, when=countdown, sig=signature)
     return retry
 
@@ -72,9 +71,24 @@ def retry_provider(task: Task, error: TrueupError) -> Exception:
     try:
         retry: Exception = task.retry(exc=error, countdown=countdown, throw=False)
     except Reject as rejected:
-        # The broker is down, and Celery would drop the task here. Requeue its message instead.
-        return _rejected(rejected.reason)
+        retry = rejected
     return retry
+
+
+def reject_after_pause(task: Task, reason: Any, refusal: Any) -> Exception:
+    """Return the exception that requeues the task's message, after the broker took no new one.
+
+    The message comes back at once where only new messages are refused, so the task pauses first. If the broker is down,
+    it redelivers the message: RabbitMQ when the connection is lost, Redis after the visibility timeout.
+    """
+    logger.warning(
+        "broker took no new message, the task's own is requeued after a pause task=%s seconds=%.1f error=%s",
+        task.request.id,
+        REJECT_PAUSE_SECONDS,
+        refusal,
+    )
+    time.sleep(REJECT_PAUSE_SECONDS)
+    return _rejected(reason)
 
 
 def _rejected(reason: Any) -> Exception:

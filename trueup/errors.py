@@ -165,6 +165,20 @@ class HoldError(TrueupError):
     """The hold does not allow this model call. The call spent nothing."""
 
 
+class OutOfMemoryError(TrueupError):
+    """A task's body ran out of memory. The task fails; its paid calls are recorded."""
+
+    def __init__(self, task: str) -> None:
+        self.task = task
+        super().__init__(task)
+
+    def __str__(self) -> str:
+        return (
+            f"The body of task {self.task} ran out of memory. The task has failed; its paid calls are charged and its "
+            "hold is released. Give the worker more memory, or lower its concurrency."
+        )
+
+
 class NoHoldError(HoldError):
     """The model was called outside a metered task, so there is no hold to spend from."""
 

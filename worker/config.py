@@ -5,7 +5,8 @@ from typing import Any
 
 from trueup.errors import SettingsError
 from trueup.extras import require_extra
-from trueup.settings.settings import Settings, broker_url, result_backend_url
+from trueup.settings.broker import is_sentinel
+from trueup.settings.settings import PREFIX, Settings, broker_url, result_backend_url
 from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE
 from trueup.tasks.reconcile import SWEEP_INTERVAL_SECONDS
 
@@ -19,14 +20,16 @@ ANSWER_SECONDS = 3.0
 
 
 def celery_config(settings: Settings) -> dict[str, Any]:
-    """Return Celery's settings for a worker. Raises `SettingsError` without a broker, and for one behind Sentinel."""
+    """Return Celery's settings for a worker. Raises `SettingsError` without a broker."""
     hard_limit = settings.task_time_limit_seconds
+    sentinel = _sentinel(settings)
     return {
-        "broker_url": _without_sentinel(broker_url(settings)),
-        "result_backend": _without_sentinel(result_backend_url(settings)),
+        "broker_url": broker_url(settings),
+        "result_backend": result_backend_url(settings),
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
         "broker_transport_options": {
+            **sentinel,
             # A task or countdown that takes longer is delivered again while the first delivery still runs.
             "visibility_timeout": settings.visibility_timeout_seconds,
             "unacked_restore_interval": 10,
@@ -38,6 +41,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
             "socket_keepalive": True,
             "health_check_interval": 25,
         },
+        "result_backend_transport_options": sentinel,
         "redis_socket_timeout": 30,
         "redis_socket_connect_timeout": 5,
         "redis_backend_health_check_interval": 25,
@@ -83,15 +87,6 @@ def celery_config(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _without_sentinel(url: str) -> str:
-    if url.startswith("sentinel://"):
-        raise SettingsError(
-            "TRUEUP_BROKER_URL or TRUEUP_RESULT_BACKEND_URL names Redis Sentinel, and trueup does not ask it for the "
-            "primary. Nothing was started. Give the address of the primary, or of a proxy that follows it."
-        )
-    return url
-
-
 def client_config(settings: Settings) -> dict[str, Any]:
     """Return the configuration of a client that sends tasks. Without retries it reports at once that Redis is down."""
     config = celery_config(settings)
@@ -101,7 +96,8 @@ def client_config(settings: Settings) -> dict[str, Any]:
         "redis_socket_timeout": ANSWER_SECONDS,
         "redis_socket_connect_timeout": ANSWER_SECONDS,
         "result_backend_always_retry": False,
-        "result_backend_transport_options": {"retry_policy": {"max_retries": 0}},
+        "result_backend_transport_options": config["result_backend_transport_options"]
+        | {"retry_policy": {"max_retries": 0}},
         "task_publish_retry": False,
     }
 
@@ -122,15 +118,32 @@ def beat_schedule(settings: Settings) -> dict[str, Any]:
     }
 
 
+def _sentinel(settings: Settings) -> dict[str, Any]:
+    """Return the options with which Celery asks Sentinels for the master. Raises `SettingsError` without its name."""
+    if not any(map(is_sentinel, (broker_url(settings), result_backend_url(settings)))):
+        return {}
+    if settings.sentinel_master is None:
+        raise SettingsError(
+            f"A URL names Sentinels, and {PREFIX}SENTINEL_MASTER is not set. Nothing was started. Set it to the name "
+            "that the Sentinels monitor: `redis-cli -p 26379 sentinel masters` shows it."
+        )
+    return {"master_name": settings.sentinel_master}
+
+
 def _redbeat(settings: Settings) -> dict[str, Any]:
     """Return the settings of celery-redbeat. Of several beats, only the holder of a lock in Redis sends.
 
-    Raises `MissingExtraError` when celery-redbeat is not installed.
+    Raises `MissingExtraError` when celery-redbeat is not installed, `SettingsError` for a broker it can't use.
     """
     if settings.beat_scheduler != "redbeat":
         return {}
     require_extra("redbeat", "TRUEUP_BEAT_SCHEDULER=redbeat", otherwise="unset the setting: one beat needs no lock")
     url = broker_url(settings)
+    if is_sentinel(url):
+        raise SettingsError(
+            f"{PREFIX}BEAT_SCHEDULER=redbeat can't follow Sentinels. Nothing was started. Unset it and run one beat; "
+            "a second beat does no harm, because each scheduled run exists once."
+        )
     socket = url.removeprefix("redis+socket://")
     return {
         "beat_scheduler": "redbeat.RedBeatScheduler",

@@ -50,6 +50,9 @@ def check_server(client: Any) -> Iterator[Finding]:
         yield error("redis", f"{name} {version}.", "Use Redis or Valkey 6.2 or newer.", **detail)
     else:
         yield ok("redis", f"{name} {version}.", **detail)
+    if info.get("cluster_enabled"):
+        what = "This server is a node of a Redis Cluster: Celery's transactions fail on it."
+        yield error("redis", what, "Use a single Redis, or Sentinels.", cluster_enabled=True)
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         what = f"Redis' maxmemory-policy is {policy}: when memory is short, Redis deletes tasks."

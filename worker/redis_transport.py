@@ -100,9 +100,10 @@ class Transport(redis.Transport):
 
 
 def register() -> None:
-    """Use this transport for every redis:// and rediss:// broker URL of this process."""
+    """Use this transport for every redis:// and rediss:// broker URL of this process, and its fixes for sentinel://."""
     for scheme in ("redis", "rediss"):
         TRANSPORT_ALIASES[scheme] = f"{__name__}:{Transport.__name__}"
+    TRANSPORT_ALIASES["sentinel"] = "trueup.worker.sentinel_transport:Transport"
     task_rejected.connect(_bury_rejected, weak=False, dispatch_uid=f"{__name__}.rejected")
     task_unknown.connect(_bury_unknown, weak=False, dispatch_uid=f"{__name__}.unknown")
 

@@ -11,7 +11,6 @@ from trueup.settings.settings import (
     read_settings,
     result_backend_url,
 )
-from trueup.worker.config import celery_config
 
 
 @pytest.fixture(autouse=True)
@@ -105,28 +104,6 @@ def test_a_malformed_value_is_refused_by_the_settings_name(
 ) -> None:
     monkeypatch.setenv(f"TRUEUP_{name}", value)
     assert name.split("__")[0].lower() in refusal().lower()
-
-
-@pytest.mark.parametrize(
-    ("url", "reason"),
-    [
-        ("amqp://guest@rabbit//", "trueup's own workers use Redis and not RabbitMQ"),
-        ("pyamqp://guest@rabbit//", "trueup's own workers use Redis and not RabbitMQ"),
-        ("redis+cluster://redis:6379/0", "Redis Cluster spreads a queue"),
-        ("sqs://", "give a Redis URL"),
-    ],
-)
-def test_a_broker_that_workers_cannot_use_is_refused_with_the_reason(
-    monkeypatch: pytest.MonkeyPatch, url: str, reason: str
-) -> None:
-    monkeypatch.setenv("TRUEUP_BROKER_URL", url)
-    assert reason in refusal()
-
-
-def test_workers_refuse_a_broker_behind_sentinel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRUEUP_BROKER_URL", "sentinel://one:26379;sentinel://two:26379")
-    with pytest.raises(SettingsError, match="Redis Sentinel"):
-        celery_config(read_settings())
 
 
 def test_a_model_provider_that_is_set_to_nothing_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,10 @@ from trueup.errors import SettingsError
 from trueup.host.mapping import HostMapping
 from trueup.settings.alerts import AlertSettings
 from trueup.settings.api import ApiSettings
+from trueup.settings.broker import check_redis_url
 from trueup.settings.gate import GateSettings
 from trueup.settings.policies import ReconcileSettings
-from trueup.settings.urls import ESCAPE, explain_other_broker, is_readable, split_http_url
+from trueup.settings.urls import ESCAPE, is_readable, split_http_url
 
 PREFIX = "TRUEUP_"
 CONFIG_VARIABLE = "TRUEUP_CONFIG"
@@ -50,6 +51,7 @@ class Settings(BaseSettings):
     database_url: str | None = Field(default=None, description="PostgreSQL URL; unset means the embedded server")
     broker_url: str | None = Field(default=None, description="Redis URL for Celery; unset means the embedded server")
     result_backend_url: str | None = Field(default=None, description="Redis URL for results; unset means the broker's")
+    sentinel_master: str | None = Field(default=None, description="name of the master, for sentinel:// URLs")
     # One connection for the work and one for the heartbeat.
     database_pool_size: int = Field(default=5, ge=2, le=100, description="connections per process")
     database_connect_timeout_seconds: int = Field(default=5, ge=1, le=60)
@@ -151,9 +153,7 @@ class Settings(BaseSettings):
     def _redis_url(cls, url: str | None) -> str | None:
         if not url:
             return None
-        scheme = url.partition("://")[0]
-        if scheme not in ("redis", "rediss", "redis+socket", "sentinel"):
-            raise ValueError(f"{explain_other_broker(scheme)}give a Redis URL: redis://:password@host:6379/0")
+        check_redis_url(url)
         if not is_readable(url):
             raise ValueError(f"this URL can't be read: check its port, or {ESCAPE}")
         return url

@@ -51,15 +51,3 @@ def check_length(secret: bytes, minimum: int) -> None:
     """Raise ValueError for a secret shorter than `minimum` bytes."""
     if len(secret) < minimum:
         raise ValueError(f"too short: give {minimum} random bytes or more")
-
-
-def explain_other_broker(scheme: str) -> str:
-    """Return why workers can't use a broker of this URL scheme, as the begin of a message; empty: not known."""
-    if scheme.removeprefix("py").startswith("amqp"):
-        return (
-            "trueup's own workers use Redis and not RabbitMQ (an application of yours may run metered tasks on any "
-            "broker of Celery's); "
-        )
-    if "cluster" in scheme:
-        return "Redis Cluster spreads a queue and its unacknowledged messages over several servers, which is unsafe; "
-    return ""
