@@ -55,7 +55,7 @@ class Channel(redis.Channel):
         return client
 
     def _readable(self, reply: tuple[bytes, bytes]) -> tuple[bytes, bytes] | None:
-        """Return what was taken from a queue; None, as of empty queues, if it is a task that no worker can read."""
+        """Return the message taken from a queue; None, as for empty queues, for a task that no worker can read."""
         key, message = reply
         queue = key.decode().rsplit(self.sep, 1)[0]  # a list's name has the priority after the queue's name
         problem = find_problem(message) if queue in self._task_queues else None
