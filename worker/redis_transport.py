@@ -27,7 +27,15 @@ _SHOWN = 500
 
 
 class Channel(redis.Channel):
-    """A channel that raises ConnectionError when its connection is lost, and delivers only readable messages."""
+    """A channel that raises ConnectionError when its connection is lost, and delivers only readable tasks.
+
+    Tasks are the messages that a consumer acknowledges. Answers of remote control and results have no acknowledgement
+    and another form: they are delivered unchecked.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._task_queues: set[str] = set()
+        super().__init__(*arguments, **options)  # type: ignore[no-untyped-call]
 
     def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
         if self.connection is None or self.connection.client is None:
@@ -47,9 +55,10 @@ class Channel(redis.Channel):
         return client
 
     def _readable(self, reply: tuple[bytes, bytes]) -> tuple[bytes, bytes] | None:
-        """Return what was taken from a queue; None, as of empty queues, if no worker can read it."""
+        """Return the message taken from a queue; None, as for empty queues, for a task that no worker can read."""
         key, message = reply
-        problem = find_problem(message)
+        queue = key.decode().rsplit(self.sep, 1)[0]  # a list's name has the priority after the queue's name
+        problem = find_problem(message) if queue in self._task_queues else None
         if problem is None:
             return reply
         self.bury(key.decode(), message, problem)
@@ -64,6 +73,8 @@ class Channel(redis.Channel):
             keep_letter(client, queue, message, reason)
 
     def basic_consume(self, queue: str, no_ack: bool = False, *arguments: Any, **options: Any) -> Any:
+        if not no_ack:
+            self._task_queues.add(queue)
         consumed = super().basic_consume(queue, no_ack, *arguments, **options)  # type: ignore[no-untyped-call]
         deliver = self.connection._callbacks[queue]
 

@@ -178,6 +178,13 @@ def test_a_worker_survives_every_message_and_keeps_what_it_cannot_read(
     wait_for(lambda: redis.hlen("unacked") == 0, "nothing is left unacknowledged")
 
 
+def test_answers_of_workers_to_remote_control_are_no_dead_letters(
+    app: Celery, redis: Any, worker: WorkerProcess
+) -> None:
+    wait_for(lambda: app.control.ping(timeout=1), "the worker answers")
+    assert list_letters(redis) == []
+
+
 def test_dead_letters_are_bounded_and_come_back_unchanged(redis: Any) -> None:
     for number in range(MAX_LETTERS + 5):
         keep_letter(redis, "for-the-test", b"%d" % number, "no JSON object")
