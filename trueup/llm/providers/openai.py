@@ -11,9 +11,9 @@ from trueup.errors import SettingsError
 from trueup.llm.credentials import header_value
 from trueup.llm.model import Completion, CompletionStream, Message
 from trueup.llm.providers.openai_answers import Answer
+from trueup.llm.providers.openai_client import PayingClient
 from trueup.llm.providers.openai_errors import SDK_ERRORS, Failures
 from trueup.llm.providers.openai_streams import StreamReader, completion_body
-from trueup.llm.providers.paying_client import PayingClient
 from trueup.llm.texts import without_lone_surrogates
 from trueup.llm.tokens import count_prompt_tokens, counter_for
 from trueup.settings.settings import Settings

@@ -4,7 +4,7 @@ import httpx2
 import openai
 
 from trueup.errors import ProviderError
-from trueup.llm.providers.paying_client import NEVER_SENT
+from trueup.llm.providers.openai_client import NEVER_SENT
 from trueup.llm.texts import cut_at_word
 
 SDK_ERRORS = (openai.OpenAIError, httpx2.HTTPError)
