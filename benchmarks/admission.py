@@ -78,20 +78,22 @@ def prepare(url: str, sizes: list[int]) -> None:
     with engine.begin() as connection:
         build_host_metadata(mapping).create_all(connection)
         connection.execute(
-            text("INSERT INTO billing_tokenplan (id, name, tokens_included) VALUES (1, 'p', :t)"), {"t": PLAN_TOKENS}
+            text("INSERT INTO public.billing_tokenplan (id, name, tokens_included) VALUES (1, 'p', :t)"),
+            {"t": PLAN_TOKENS},
         )
         for user, size in enumerate(sizes, start=1):
-            connection.execute(text("INSERT INTO accounts_user VALUES (:u, 'user' || :u, 'e')"), {"u": user})
+            connection.execute(text("INSERT INTO public.accounts_user VALUES (:u, 'user' || :u, 'e')"), {"u": user})
             connection.execute(
                 text(
-                    "INSERT INTO billing_subscription (id, user_id, token_plan_id, start_date, tokens_remaining) "
+                    "INSERT INTO public.billing_subscription (id, user_id, token_plan_id, "
+                    "start_date, tokens_remaining) "
                     "VALUES (:u, :u, 1, now() - interval '1 year', 2000000000)"
                 ),
                 {"u": user},
             )
             connection.execute(
                 text(
-                    "INSERT INTO ai_usage_log (user_id, section, total_tokens, created_at) "
+                    "INSERT INTO public.ai_usage_log (user_id, section, total_tokens, created_at) "
                     "SELECT :u, 'chat', 1, now() - make_interval(secs => i / 10.0) FROM generate_series(1, :n) i"
                 ),
                 {"u": user, "n": size},
@@ -195,8 +197,9 @@ def compare_log_sizes(bare: psycopg.Connection[Any], sizes: list[int]) -> None:
 
     def plain(user: int) -> float:
         statement = (
-            "EXPLAIN (ANALYZE, FORMAT JSON) SELECT sum(total_tokens) FROM ai_usage_log WHERE user_id = %s AND success "
-            "AND created_at >= (SELECT start_date FROM billing_subscription WHERE user_id = %s)"
+            "EXPLAIN (ANALYZE, FORMAT JSON) SELECT sum(total_tokens) FROM public.ai_usage_log WHERE "
+            "user_id = %s AND success "
+            "AND created_at >= (SELECT start_date FROM public.billing_subscription WHERE user_id = %s)"
         )
         runs = [bare.execute(statement, (user, user)).fetchone() for _ in range(3)]
         return statistics.median(run[0][0]["Execution Time"] / 1000 for run in runs if run)

@@ -29,11 +29,11 @@ WRITERS = 8
 BATCH_ROWS = 100
 REPEATS = 300
 INSERT = (
-    "INSERT INTO ai_usage_log (id, user_id, section, total_tokens, created_at) "
+    "INSERT INTO public.ai_usage_log (id, user_id, section, total_tokens, created_at) "
     "VALUES (gen_random_uuid(), %s, 'chat', 10, clock_timestamp())"
 )
 INSERT_MANY = (
-    "INSERT INTO ai_usage_log (id, user_id, section, total_tokens, created_at) "
+    "INSERT INTO public.ai_usage_log (id, user_id, section, total_tokens, created_at) "
     "SELECT gen_random_uuid(), u, 'chat', 10, clock_timestamp() FROM unnest(%s::bigint[]) u"
 )
 # The plainest form of a balance: each user's usage in the window.
@@ -41,7 +41,7 @@ BARE_FILL = (
     "CREATE TABLE bare_sums (user_id bigint PRIMARY KEY, window_start timestamptz, consumed bigint)",
     (
         "INSERT INTO bare_sums SELECT s.user_id, s.start_date, coalesce(sum(l.total_tokens), 0) "
-        "FROM billing_subscription s LEFT JOIN ai_usage_log l ON l.user_id = s.user_id AND l.success "
+        "FROM public.billing_subscription s LEFT JOIN public.ai_usage_log l ON l.user_id = s.user_id AND l.success "
         "AND l.created_at >= s.start_date GROUP BY s.user_id, s.start_date"
     ),
     "DROP TABLE bare_sums",
@@ -79,21 +79,23 @@ def prepare(url: str, subscriptions: int, rows: int) -> None:
         connection.execute(
             text("SET LOCAL session_replication_role = replica")
         )  # looking up a key for each row takes long
-        connection.execute(text("INSERT INTO billing_tokenplan (id, name, tokens_included) VALUES (1, 'p', 1000000)"))
         connection.execute(
-            text("INSERT INTO accounts_user SELECT i, 'user' || i, 'e' FROM generate_series(1, :n) i"),
+            text("INSERT INTO public.billing_tokenplan (id, name, tokens_included) VALUES (1, 'p', 1000000)")
+        )
+        connection.execute(
+            text("INSERT INTO public.accounts_user SELECT i, 'user' || i, 'e' FROM generate_series(1, :n) i"),
             {"n": subscriptions},
         )
         connection.execute(
             text(
-                "INSERT INTO billing_subscription (id, user_id, token_plan_id, start_date, tokens_remaining) "
+                "INSERT INTO public.billing_subscription (id, user_id, token_plan_id, start_date, tokens_remaining) "
                 "SELECT i, i, 1, now() - interval '20 days', 1000000 FROM generate_series(1, :n) i"
             ),
             {"n": subscriptions},
         )
         connection.execute(
             text(
-                "INSERT INTO ai_usage_log (user_id, section, total_tokens, created_at) "
+                "INSERT INTO public.ai_usage_log (user_id, section, total_tokens, created_at) "
                 "SELECT 1 + floor(random() * :n), 'chat', 10, now() - interval '30 days' "
                 "* (1 - i / CAST(:rows AS float)) FROM generate_series(1, :rows) i"
             ),
@@ -170,7 +172,10 @@ def writing(target: str, users: int) -> Iterator[Waits]:
         with psycopg.connect(target, autocommit=True) as connection:
             while not over.wait(0.002):
                 user = dice.randint(1, users)
-                for statement in (INSERT, "UPDATE billing_subscription SET tokens_remaining = 5 WHERE user_id = %s"):
+                for statement in (
+                    INSERT,
+                    "UPDATE public.billing_subscription SET tokens_remaining = 5 WHERE user_id = %s",
+                ):
                     began = time.perf_counter()
                     try:
                         connection.execute(statement, (user,))
@@ -195,7 +200,7 @@ def compare_inserts(target: str, users: int) -> None:
         dice = random.Random(2)  # noqa: S311 - picks users
         for _ in range(ROUNDS):
             for watched in (True, False):
-                connection.execute(f"ALTER TABLE ai_usage_log {'ENABLE' if watched else 'DISABLE'} TRIGGER USER")
+                connection.execute(f"ALTER TABLE public.ai_usage_log {'ENABLE' if watched else 'DISABLE'} TRIGGER USER")
                 for name, statement, rows in (("one row", INSERT, 1), (f"{BATCH_ROWS} rows", INSERT_MANY, BATCH_ROWS)):
                     for number in range(REPEATS):
                         many = [dice.randint(1, users) for _ in range(rows)]
@@ -203,7 +208,7 @@ def compare_inserts(target: str, users: int) -> None:
                         connection.execute(statement, (many if rows > 1 else many[0],))
                         if number >= REPEATS // 10:  # before that, PostgreSQL makes its plans
                             taken.setdefault((name, watched), []).append(time.perf_counter() - began)
-        connection.execute("ALTER TABLE ai_usage_log ENABLE TRIGGER USER")
+        connection.execute("ALTER TABLE public.ai_usage_log ENABLE TRIGGER USER")
     names = list(dict.fromkeys(name for name, _ in taken))
     middle = {key: statistics.median(values) for key, values in taken.items()}
     print_markdown(
@@ -250,13 +255,13 @@ def write_together(target: str, users: int, seconds: int) -> tuple[str, str, int
                     connection.execute(INSERT_MANY.replace("'chat'", f"'writer {number}'"), (batch,))
                     if len(own) % 5 == 0:
                         connection.execute(
-                            "UPDATE ai_usage_log SET total_tokens = total_tokens + 1 WHERE user_id = ANY (%s) "
+                            "UPDATE public.ai_usage_log SET total_tokens = total_tokens + 1 WHERE user_id = ANY (%s) "
                             "AND section = %s",
                             (own[-2][:20], f"writer {number}"),
                         )
                     if len(own) % 7 == 0:
                         connection.execute(
-                            "DELETE FROM ai_usage_log WHERE user_id = ANY (%s) AND section = %s",
+                            "DELETE FROM public.ai_usage_log WHERE user_id = ANY (%s) AND section = %s",
                             (own[-3][:20], f"writer {number}"),
                         )
                 except psycopg.Error as error:

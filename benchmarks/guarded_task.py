@@ -48,14 +48,15 @@ def prepare(url: str) -> None:
     with engine.begin() as connection:
         install(connection, get_settings().host, with_host_tables=True)
         connection.execute(
-            text("INSERT INTO billing_tokenplan (id, name, tokens_included) VALUES (1, 'p', 2000000000)")
+            text("INSERT INTO public.billing_tokenplan (id, name, tokens_included) VALUES (1, 'p', 2000000000)")
         )
         connection.execute(
-            text("INSERT INTO accounts_user SELECT i, 'user' || i, 'e' FROM generate_series(1, :n) i"), {"n": USERS}
+            text("INSERT INTO public.accounts_user SELECT i, 'user' || i, 'e' FROM generate_series(1, :n) i"),
+            {"n": USERS},
         )
         connection.execute(
             text(
-                "INSERT INTO billing_subscription (id, user_id, token_plan_id, start_date, tokens_remaining) "
+                "INSERT INTO public.billing_subscription (id, user_id, token_plan_id, start_date, tokens_remaining) "
                 "SELECT i, i, 1, now() - interval '1 day', 2000000000 FROM generate_series(1, :n) i"
             ),
             {"n": USERS},

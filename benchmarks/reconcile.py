@@ -36,9 +36,9 @@ RULES = Rules(min_age_seconds=0)
 
 BARE_QUICK = """
     SELECT s.user_id, s.tokens_remaining, greatest(coalesce(tp.tokens_included, fp.tokens_included, 0) - b.consumed, 0)
-    FROM billing_subscription s
-    LEFT JOIN billing_tokenplan tp ON tp.id = s.token_plan_id
-    LEFT JOIN billing_fullplan fp ON fp.id = s.full_plan_id
+    FROM public.billing_subscription s
+    LEFT JOIN public.billing_tokenplan tp ON tp.id = s.token_plan_id
+    LEFT JOIN public.billing_fullplan fp ON fp.id = s.full_plan_id
     LEFT JOIN trueup.balance b ON b.user_id = s.user_id
     WHERE s.tokens_remaining IS DISTINCT FROM
           greatest(coalesce(tp.tokens_included, fp.tokens_included, 0) - b.consumed, 0)
@@ -46,7 +46,8 @@ BARE_QUICK = """
 BARE_DEEP = """
     SELECT count(*), sum(sums.tokens) FROM (
         SELECT l.user_id, sum(l.total_tokens) AS tokens
-        FROM ai_usage_log l JOIN billing_subscription s ON s.user_id = l.user_id AND l.created_at >= s.start_date
+        FROM public.ai_usage_log l
+        JOIN public.billing_subscription s ON s.user_id = l.user_id AND l.created_at >= s.start_date
         WHERE l.success GROUP BY l.user_id) AS sums
 """
 
@@ -110,24 +111,26 @@ def fill(connection: Connection, users: int, rows: int) -> None:
     connection.execute(text("SET LOCAL session_replication_role = replica"))
     values = {"users": users, "rows": rows, "plan": PLAN_TOKENS, "tokens": ROW_TOKENS}
     for statement in (
-        "INSERT INTO billing_tokenplan (id, name, tokens_included) SELECT i, i, :plan FROM generate_series(1, 9) i",
-        "INSERT INTO accounts_user SELECT i, 'user' || i, '' FROM generate_series(1, :users) i",
+        "INSERT INTO public.billing_tokenplan (id, name, tokens_included) SELECT i, i, :plan FROM "
+        "generate_series(1, 9) i",
+        "INSERT INTO public.accounts_user SELECT i, 'user' || i, '' FROM generate_series(1, :users) i",
         (
-            "INSERT INTO billing_subscription (id, user_id, token_plan_id, start_date, tokens_remaining) "
+            "INSERT INTO public.billing_subscription (id, user_id, token_plan_id, start_date, tokens_remaining) "
             "SELECT i, i, 1 + i % 9, now() - interval '30 days', :plan FROM generate_series(1, :users) i"
         ),
         (
-            "INSERT INTO ai_usage_log (user_id, section, total_tokens, created_at) "
+            "INSERT INTO public.ai_usage_log (user_id, section, total_tokens, created_at) "
             "SELECT 1 + (i::bigint * 7919) % :users, 'chat', :tokens, "
             "now() - make_interval(secs => (:rows - i) / 10.0) "
             "FROM generate_series(1, :rows) i"
         ),
         (
             "CREATE TEMP TABLE used ON COMMIT DROP AS "
-            "SELECT l.user_id, sum(l.total_tokens) AS tokens FROM ai_usage_log l "
-            "JOIN billing_subscription s ON s.user_id = l.user_id AND l.created_at >= s.start_date GROUP BY 1"
+            "SELECT l.user_id, sum(l.total_tokens) AS tokens FROM public.ai_usage_log l "
+            "JOIN public.billing_subscription s ON s.user_id = l.user_id AND l.created_at >= s.start_date GROUP BY 1"
         ),
-        "UPDATE billing_subscription s SET tokens_remaining = :plan - u.tokens FROM used u WHERE u.user_id = s.user_id",
+        "UPDATE public.billing_subscription s SET tokens_remaining = :plan - u.tokens FROM used u "
+        "WHERE u.user_id = s.user_id",
     ):
         connection.execute(text(statement), {name: value for name, value in values.items() if f":{name}" in statement})
     for index in indexes:
@@ -137,7 +140,7 @@ def fill(connection: Connection, users: int, rows: int) -> None:
     connection.execute(
         text(
             "INSERT INTO trueup.balance (user_id, window_start, log_epoch, consumed) "
-            "SELECT s.user_id, s.start_date, 0, coalesce(u.tokens, 0) FROM billing_subscription s "
+            "SELECT s.user_id, s.start_date, 0, coalesce(u.tokens, 0) FROM public.billing_subscription s "
             "LEFT JOIN used u ON u.user_id = s.user_id"
         ),
         {"plan": PLAN_TOKENS},
@@ -244,10 +247,12 @@ def correct_drift(url: str, drifted: int) -> None:
 
         def spoil() -> None:
             with engine.begin() as connection:
-                connection.execute(text("UPDATE billing_subscription SET tokens_remaining = tokens_remaining - 7"))
+                connection.execute(
+                    text("UPDATE public.billing_subscription SET tokens_remaining = tokens_remaining - 7")
+                )
                 connection.execute(text("TRUNCATE trueup.drift"))
             with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-                connection.execute(text("VACUUM ANALYZE billing_subscription"))
+                connection.execute(text("VACUUM ANALYZE public.billing_subscription"))
 
         taken: dict[int, list[float]] = {1: [], 2: []}
         for _ in range(3):

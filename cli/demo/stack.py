@@ -33,10 +33,11 @@ WORKERS = 2
 # All tables that the demo writes. The database of its stack is its own.
 _CLEAR = text(
     """
-    TRUNCATE accounts_user, billing_tokenplan, billing_fullplan, billing_subscription, ai_usage_log,
+    TRUNCATE public.accounts_user, public.billing_tokenplan, public.billing_fullplan, public.billing_subscription,
+             public.ai_usage_log,
              trueup.balance, trueup.usage_delta, trueup.log_truncation, trueup.token_grant, trueup.hold,
-             trueup.charge, trueup.call_intent, trueup.outbox, trueup.reconcile_run, trueup.reconcile_shard,
-             trueup.drift, trueup.drift_decision, trueup.defect, trueup.grant_use, trueup.window_change,
+             trueup.charge, trueup.owed_charge, trueup.call_intent, trueup.outbox, trueup.reconcile_run,
+             trueup.reconcile_shard, trueup.drift, trueup.drift_decision, trueup.defect, trueup.grant_use, trueup.window_change,
              trueup.alert
     RESTART IDENTITY CASCADE
     """

@@ -133,7 +133,9 @@ def _enqueue(stack: DemoStack, task: str, tenant: Tenant, arguments: dict[str, A
 
 def _spent(stack: DemoStack, task_id: str) -> int:
     """Return the tokens of a task in the usage log."""
-    statement = text("SELECT coalesce(sum(total_tokens), 0) FROM ai_usage_log WHERE metadata->>'task_id' = :task_id")
+    statement = text(
+        "SELECT coalesce(sum(total_tokens), 0) FROM public.ai_usage_log WHERE metadata->>'task_id' = :task_id"
+    )
     with stack.engine.connect() as connection:
         return int(connection.execute(statement, {"task_id": task_id}).scalar_one())
 

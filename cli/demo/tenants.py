@@ -45,7 +45,7 @@ def create_tenants(engine: Engine) -> None:
     """Fill the host's tables: plans, users, subscriptions with exact counters, and a log of past usage."""
     with engine.begin() as connection:
         connection.execute(
-            text("INSERT INTO billing_tokenplan (id, name, tokens_included) VALUES (:id, :name, :tokens)"),
+            text("INSERT INTO public.billing_tokenplan (id, name, tokens_included) VALUES (:id, :name, :tokens)"),
             [{"id": plan, "name": name, "tokens": _PLAN_TOKENS[plan]} for plan, name in _PLAN_NAMES.items()],
         )
         for tenant in TENANTS:
@@ -55,14 +55,14 @@ def create_tenants(engine: Engine) -> None:
 def _create(connection: Connection, tenant: Tenant) -> None:
     now = datetime.now(UTC)
     connection.execute(
-        text("INSERT INTO accounts_user (id, username, email) VALUES (:id, :name, :email)"),
+        text("INSERT INTO public.accounts_user (id, username, email) VALUES (:id, :name, :email)"),
         {"id": tenant.id, "name": tenant.name, "email": f"owner@{tenant.name}.example"},
     )
     if tenant.plan is None:
         return
     connection.execute(
         text(
-            "INSERT INTO billing_subscription (id, user_id, token_plan_id, start_date, end_date, is_active, "
+            "INSERT INTO public.billing_subscription (id, user_id, token_plan_id, start_date, end_date, is_active, "
             "tokens_remaining) VALUES (:id, :id, :plan, :start, :end, :active, :counter)"
         ),
         {
@@ -84,7 +84,8 @@ def log_call(connection: Connection, tenant: Tenant, tokens: int, at: datetime) 
     """Insert a log row by plain SQL, as a host does."""
     connection.execute(
         text(
-            "INSERT INTO ai_usage_log (user_id, section, prompt_tokens, completion_tokens, total_tokens, model_name, "
+            "INSERT INTO public.ai_usage_log (user_id, section, prompt_tokens, completion_tokens, "
+            "total_tokens, model_name, "
             "created_at) VALUES (:user, 'chat', :prompt, :completion, :total, 'gpt-4o-mini', :at)"
         ),
         {"user": tenant.id, "prompt": tokens - tokens // 4, "completion": tokens // 4, "total": tokens, "at": at},
@@ -103,7 +104,10 @@ def decrement_twice(engine: Engine, tenant: Tenant, tokens: int) -> None:
         log_call(connection, tenant, tokens, datetime.now(UTC) - FAULT_AGE)
         for _attempt in range(2):
             connection.execute(
-                text("UPDATE billing_subscription SET tokens_remaining = tokens_remaining - :t WHERE user_id = :user"),
+                text(
+                    "UPDATE public.billing_subscription SET tokens_remaining = tokens_remaining - "
+                    ":t WHERE user_id = :user"
+                ),
                 {"t": tokens, "user": tenant.id},
             )
 
@@ -112,7 +116,7 @@ def counters(engine: Engine, *tenants: Tenant) -> dict[str, int]:
     """Return the host's counters of the tenants by name."""
     with engine.connect() as connection:
         rows = connection.execute(
-            text("SELECT user_id, tokens_remaining FROM billing_subscription WHERE user_id = ANY (:ids)"),
+            text("SELECT user_id, tokens_remaining FROM public.billing_subscription WHERE user_id = ANY (:ids)"),
             {"ids": [tenant.id for tenant in tenants]},
         )
         shown = {row.user_id: row.tokens_remaining for row in rows}
