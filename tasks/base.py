@@ -156,9 +156,13 @@ class MeteredTask(Task):
                 return denied.payload
             raise
         except HoldBusyError as error:
-            if error.redundant and not self.request.called_directly:
+            # The hold may be another one: of a task that the body calls, or of a block of `ai_tokens`. Then no other
+            # message of this task need wait.
+            is_own = error.task_id == self.request.id
+            if is_own and error.redundant and not self.request.called_directly:
                 raise Ignore(str(error)) from error
-            waiting = requeue(self, error, error.seconds + ASK_AGAIN_SECONDS, waits=error.waits)
+            waits = error.waits if is_own else None
+            waiting = requeue(self, error, error.seconds + ASK_AGAIN_SECONDS, waits=waits)
             # The running attempt reports the task's state: a "retry" of this duplicate could overwrite its result.
             raise (Ignore(str(error)) if isinstance(waiting, Retry) else waiting) from error
         except (ServiceUnavailableError, GateClosedError) as error:

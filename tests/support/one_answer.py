@@ -19,9 +19,9 @@ def main() -> None:
         else:
             text = provider.complete(PROMPT, max_completion_tokens=50).text
     except ProviderError as error:
-        print(json.dumps({"error": str(error)}))
+        sys.stdout.write(json.dumps({"error": str(error)}))
     else:
-        print(json.dumps({"text": text}))
+        sys.stdout.write(json.dumps({"text": text}))
 
 
 if __name__ == "__main__":

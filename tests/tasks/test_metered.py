@@ -11,6 +11,7 @@ from tests.support import model_tasks
 from tests.support.host import Host
 from tests.support.work import hold_tokens
 from tests.support.worker import own_application
+from trueup.billing.token_hold import ai_tokens
 from trueup.errors import (
     HoldBusyError,
     HoldOvertakenError,
@@ -273,6 +274,17 @@ def test_only_one_copy_of_a_waiting_message_keeps_waiting(app: Celery, host: Hos
     call = {"kwargs": {"user_id": user}, "task_id": task_id, "headers": {WAITS_HEADER: first.value.waits}}
     states = [model_tasks.spend.apply(**call).state for _ in range(3)]
     assert states == ["FAILURE", "IGNORED", "IGNORED"]
+
+
+def test_a_task_waits_for_a_block_of_another_task_however_many_tasks_wait_for_it(
+    app: Celery, host: Host, connection: Connection
+) -> None:
+    """Each of them has work of its own. Dropped as a duplicate's message is, it would be lost."""
+    user = host.subscriber(1_000)
+    with ai_tokens(user, 50, key="upload"):
+        results = [model_tasks.uploading.apply(kwargs={"user_id": user}) for _ in range(3)]
+    assert [(result.state, type(result.result)) for result in results] == [("FAILURE", HoldBusyError)] * 3
+    assert model_tasks.uploading.apply(kwargs={"user_id": user}).get() == "uploaded"
 
 
 @pytest.mark.parametrize("goes_on", [True, False], ids=["continues", "asks for a retry"])
