@@ -28,7 +28,7 @@ from trueup.gate.provider_calls import end_call, extend_hold
 from trueup.llm.awaitable import AwaitableModel, InFlight
 from trueup.llm.model import Completion, CompletionStream, Message, Provider
 from trueup.llm.output_cap import cap_output
-from trueup.settings.settings import Settings
+from trueup.settings.settings import Settings, get_settings
 from trueup.usage.charges import Charge, Usage, find_answer, record_charge
 
 logger = logging.getLogger(__name__)
@@ -51,12 +51,9 @@ class RunningHold:
         self.is_lost = False  # set by a late charge, which means that this attempt no longer has the hold
         self._lock = threading.Lock()
         self._streams: set[CompletionStream] = set()  # open streams; each must be charged before the body ends
+        self._calls = 0  # calls in progress, from the intent to the charge
+        self._call_ended = threading.Condition(self._lock)
         self._is_over = False
-
-    @property
-    def is_over(self) -> bool:
-        """True once the body has ended. A thread that the body left behind must not spend any more."""
-        return self._is_over
 
     def add_stream(self, stream: CompletionStream) -> None:
         """Have the stream charged when the body ends; at once if it has ended."""
@@ -70,6 +67,32 @@ class RunningHold:
     def remove_stream(self, stream: CompletionStream) -> None:
         with self._lock:
             self._streams.discard(stream)
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """Have the hold's end wait for this block. Raises `NoHoldError` once the body has ended."""
+        with self._lock:
+            self.refuse_if_over()
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls -= 1
+                self._call_ended.notify_all()
+
+    def wait_for_calls(self) -> None:
+        """Return once no call is in progress, or after the time of a lease: no call takes longer."""
+        with self._lock:
+            self._call_ended.wait_for(lambda: not self._calls, get_settings().lease_seconds)
+
+    def refuse_if_over(self) -> None:
+        """Raise `NoHoldError` once the body has ended: a thread that it left behind must not spend any more."""
+        if self._is_over:
+            raise NoHoldError(
+                f"A thread called a model after the body of task {self.hold.task_id} had ended, so no tokens are held "
+                "for the call. Nothing was spent. Wait for the body's threads before it returns."
+            )
 
     def end(self) -> tuple[CompletionStream, ...]:
         """Admit no further calls. Returns the streams that are open."""
@@ -142,11 +165,12 @@ def bound(running: RunningHold) -> Iterator[None]:
 
 
 def finish(running: RunningHold) -> None:
-    """Wait for the calls that cancelled callers have left running, then charge the open streams."""
+    """Wait for the calls that cancelled callers and the body's threads have left running; charge the open streams."""
     try:
         running.in_flight.wait()
     finally:  # a time limit's exception may end the wait
         _close_streams(running)
+    running.wait_for_calls()
 
 
 def _close_streams(running: RunningHold) -> None:
@@ -201,13 +225,15 @@ class MeteredModel(AwaitableModel):
         one token of the answer, `HoldOvertakenError` if a later attempt has the hold, `ProviderError` if the provider
         fails, `ServiceUnavailableError` if the database can't record the call intent or the usage.
         """
-        call = self._begin(messages, max_completion_tokens)
-        if call.paid is not None:
-            return call.paid
-        with _noted_failure(call):
-            completion = self.provider.complete(messages, max_completion_tokens=call.limit)
-        self._charge(call, completion)
-        return completion
+        running = _running_hold()
+        with running.calling():
+            call = self._begin(running, messages, max_completion_tokens)
+            if call.paid is not None:
+                return call.paid
+            with _noted_failure(call):
+                completion = self.provider.complete(messages, max_completion_tokens=call.limit)
+            self._charge(call, completion)
+            return completion
 
     def stream(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> CompletionStream:
         """Return one completion in chunks, charged when the stream ends, breaks or is closed early.
@@ -215,7 +241,14 @@ class MeteredModel(AwaitableModel):
         `max_completion_tokens` and errors are as in `complete`. Iterating raises `ProviderError` if the stream breaks,
         after the received part was charged.
         """
-        call = self._begin(messages, max_completion_tokens)
+        running = _running_hold()
+        with running.calling():
+            return self._stream(running, messages, max_completion_tokens)
+
+    def _stream(
+        self, running: RunningHold, messages: Sequence[Message], max_completion_tokens: int | None
+    ) -> CompletionStream:
+        call = self._begin(running, messages, max_completion_tokens)
         if call.paid is not None:
             paid = call.paid
             return CompletionStream([paid.text], lambda: paid)
@@ -233,9 +266,8 @@ class MeteredModel(AwaitableModel):
         call.running.add_stream(stream)
         return stream
 
-    def _begin(self, messages: Sequence[Message], max_completion_tokens: int | None) -> _Call:
+    def _begin(self, running: RunningHold, messages: Sequence[Message], max_completion_tokens: int | None) -> _Call:
         """Return the call's paid answer, or admit the call and record its intent."""
-        running = _running_hold()
         hold = running.hold
         if running.is_lost:
             raise HoldOvertakenError(hold.task_id, hold.attempt)
@@ -292,11 +324,7 @@ def _running_hold() -> RunningHold:
             "Call the task itself (delay, apply_async, or directly), not its run method. In the generator of a "
             "streaming view, use stream_with_tokens."
         )
-    if running.is_over:
-        raise NoHoldError(
-            f"A thread called a model after the body of task {running.hold.task_id} had ended, so no tokens are held "
-            "for the call. Nothing was spent. Wait for the body's threads before it returns."
-        )
+    running.refuse_if_over()
     return running
 
 
