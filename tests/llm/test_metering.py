@@ -378,6 +378,28 @@ def test_a_call_that_failed_unbilled_is_found_by_its_number_after_a_redelivery(
     assert second.limits == []
 
 
+def test_a_call_that_was_not_sent_leaves_its_number_to_the_next_one(host: Host, connection: Connection) -> None:
+    """A redelivery, in which the first try succeeds, else buys the answer again."""
+
+    class Stumbling(Counting):
+        def count_prompt_tokens(self, messages: Sequence[Message]) -> int:
+            if not stumbled.is_set():
+                stumbled.set()
+                raise ServiceUnavailableError("PostgreSQL", "db.example", "connection refused")
+            return super().count_prompt_tokens(messages)
+
+    stumbled, user, task_id = threading.Event(), host.subscriber(1_000), str(uuid.uuid4())
+    client = model(Stumbling())
+    with spending_from(hold(connection, user, task_id=task_id)):
+        with pytest.raises(ServiceUnavailableError):
+            client.complete(PROMPT)
+        paid = client.complete(PROMPT)
+    second = Counting()
+    with spending_from(hold(connection, user, task_id=task_id, retries=1)):
+        assert model(second).complete(PROMPT) == paid
+    assert second.limits == []
+
+
 def test_a_thread_that_the_body_left_behind_cannot_spend(host: Host, connection: Connection) -> None:
     user, provider = host.subscriber(1_000), Counting()
     with spending_from(hold(connection, user)):

@@ -18,7 +18,6 @@ from typing import Any
 from trueup.database.retry import PASSING, once, retry_until_recorded, retrying
 from trueup.database.threads import in_thread
 from trueup.errors import (
-    HoldExhaustedError,
     HoldOvertakenError,
     NoHoldError,
     ProviderError,
@@ -274,18 +273,24 @@ class MeteredModel(AwaitableModel):
         fingerprint = call_fingerprint(self._settings.model_name, messages)
         number = hold.calls.take(fingerprint)
         key = f"{hold.scope}:{fingerprint}:{number}"
+        try:
+            paid, limit = self._answer_or_limit(running, key, messages, max_completion_tokens)
+        except BaseException:  # not sent, so not billed
+            hold.calls.give_back(fingerprint, number)
+            raise
+        return _Call(running=running, fingerprint=fingerprint, number=number, key=key, limit=limit, paid=paid)
+
+    def _answer_or_limit(
+        self, running: RunningHold, key: str, messages: Sequence[Message], max_completion_tokens: int | None
+    ) -> tuple[Completion | None, int]:
+        """Return a call's paid answer, or None and the limit of the answer that it may buy."""
+        hold = running.hold
         if hold.attempt > 1:
             found = retrying(lambda connection: find_answer(connection, hold, key))
             if found is not None:
-                paid = Completion(**found)
-                return _Call(running=running, fingerprint=fingerprint, number=number, key=key, limit=0, paid=paid)
+                return Completion(**found), 0
         prompt_tokens = self.provider.count_prompt_tokens(messages)
-        try:
-            limit = cap_output(running, prompt_tokens, max_completion_tokens, call_key=key, settings=self._settings)
-        except HoldExhaustedError:
-            hold.calls.give_back(fingerprint, number)
-            raise
-        return _Call(running=running, fingerprint=fingerprint, number=number, key=key, limit=limit)
+        return None, cap_output(running, prompt_tokens, max_completion_tokens, call_key=key, settings=self._settings)
 
     def _charge(self, call: _Call, completion: Completion, *, keep_answer: bool = True) -> None:
         """Record the usage. It was paid for, so the write is retried while the database is unavailable."""
