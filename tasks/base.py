@@ -31,7 +31,7 @@ from trueup.errors import (
     TokensDenied,
     TrueupError,
 )
-from trueup.gate.holds import CallNumbers, Hold, close_hold, count_attempts, has_later_attempt, open_hold
+from trueup.gate.holds import CallNumbers, Hold, close_hold, count_lost, has_later_attempt, open_hold
 from trueup.llm.metering import running_hold, spending_from
 from trueup.llm.model import Provider
 from trueup.settings.settings import get_settings
@@ -188,10 +188,10 @@ class MeteredTask(Task):
 
     def _limit_attempts(self, hold: Hold) -> None:
         """Raise `HoldLifetimeError` for a task that has lost its hold too often: the next attempt would lose it too."""
-        attempts = retrying(lambda connection: count_attempts(connection, hold)) - self.request.retries
-        if attempts >= MAX_LOST_HOLDS:
+        lost = retrying(lambda connection: count_lost(connection, hold)) - self.request.retries
+        if lost >= MAX_LOST_HOLDS:
             settings = get_settings()
-            raise HoldLifetimeError(hold.task_id, attempts, settings.hold_ttl_seconds, settings.hold_max_seconds)
+            raise HoldLifetimeError(hold.task_id, lost, settings.hold_ttl_seconds, settings.hold_max_seconds)
 
     def _earlier_result(self) -> Exception:
         """Return the exception for a task that an earlier delivery has completed, and whose answers were not kept.
