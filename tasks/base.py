@@ -31,7 +31,7 @@ from trueup.errors import (
     TokensDenied,
     TrueupError,
 )
-from trueup.gate.holds import CallNumbers, Hold, close_hold, count_attempts, has_later_attempt, open_hold
+from trueup.gate.holds import CallNumbers, Hold, close_hold, count_lost, has_later_attempt, open_hold
 from trueup.llm.metering import running_hold, spending_from
 from trueup.llm.model import Provider
 from trueup.settings.settings import get_settings
@@ -156,9 +156,13 @@ class MeteredTask(Task):
                 return denied.payload
             raise
         except HoldBusyError as error:
-            if error.redundant and not self.request.called_directly:
+            # The hold may be another one: of a task that the body calls, or of a block of `ai_tokens`. Then no other
+            # message of this task need wait.
+            is_own = error.task_id == self.request.id
+            if is_own and error.redundant and not self.request.called_directly:
                 raise Ignore(str(error)) from error
-            waiting = requeue(self, error, error.seconds + ASK_AGAIN_SECONDS, waits=error.waits)
+            waits = error.waits if is_own else None
+            waiting = requeue(self, error, error.seconds + ASK_AGAIN_SECONDS, waits=waits)
             # The running attempt reports the task's state: a "retry" of this duplicate could overwrite its result.
             raise (Ignore(str(error)) if isinstance(waiting, Retry) else waiting) from error
         except (ServiceUnavailableError, GateClosedError) as error:
@@ -184,10 +188,10 @@ class MeteredTask(Task):
 
     def _limit_attempts(self, hold: Hold) -> None:
         """Raise `HoldLifetimeError` for a task that has lost its hold too often: the next attempt would lose it too."""
-        attempts = retrying(lambda connection: count_attempts(connection, hold)) - self.request.retries
-        if attempts >= MAX_LOST_HOLDS:
+        lost = retrying(lambda connection: count_lost(connection, hold)) - self.request.retries
+        if lost >= MAX_LOST_HOLDS:
             settings = get_settings()
-            raise HoldLifetimeError(hold.task_id, attempts, settings.hold_ttl_seconds, settings.hold_max_seconds)
+            raise HoldLifetimeError(hold.task_id, lost, settings.hold_ttl_seconds, settings.hold_max_seconds)
 
     def _earlier_result(self) -> Exception:
         """Return the exception for a task that an earlier delivery has completed, and whose answers were not kept.

@@ -231,7 +231,7 @@ class HoldLifetimeError(HoldError):
 
     def __str__(self) -> str:
         return (
-            f"Task {self.task_id} has lost its hold in each of {self.attempts} attempts: its body works longer between "
+            f"Task {self.task_id} has lost its hold in {self.attempts} attempts: its body works longer between "
             f"two model calls than a hold lives ({self.ttl_seconds} s without a heartbeat, {self.max_seconds} s with "
             "it). Its paid calls stay charged, and nothing more is spent. Raise TRUEUP_HOLD_MAX_SECONDS for bodies "
             "that work longer, or TRUEUP_HOLD_TTL_SECONDS where the worker's pool leaves no time for the heartbeat."

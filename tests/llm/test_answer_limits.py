@@ -1,6 +1,11 @@
 """What a model server may take of time and memory for one answer, and what an answer without usage may cost."""
 
+import json
+import signal
 import socket
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +19,8 @@ from trueup.llm.providers import openai_client
 
 PROMPT = [Message(role="user", content="How are you?")]
 LIMIT_SECONDS = 0.5
+# For a process to start on a loaded machine.
+PROCESS_SECONDS = 120
 # A drip comes more often than that, so that no single wait is long.
 DRIP_SECONDS = 0.05
 
@@ -101,3 +108,38 @@ def test_an_answer_without_usage_is_charged_at_most_what_was_asked_for(wire: Wir
     wire.sends(plain(200, {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}))
     done = provider_at(wire.url, model_name=model).complete(PROMPT, max_completion_tokens=50)
     assert (done.completion_tokens, done.usage_reported) == (50, False)
+
+
+@pytest.mark.parametrize(
+    ("way", "before", "after"),
+    [
+        ("stream", [HEAD, chunk("We")], [chunk("ll"), chunk("."), chunk(finish="stop"), DONE]),
+        ("complete", [], [plain(200, {"choices": [{"message": {"content": "Well."}, "finish_reason": "stop"}]})]),
+    ],
+    ids=["stream", "complete"],
+)
+def test_an_answer_that_comes_while_the_process_is_stopped_is_read_to_its_end(
+    wire: Wire, way: str, before: list[bytes], after: list[bytes]
+) -> None:
+    begun, stopped = threading.Event(), threading.Event()
+
+    def script(connection: socket.socket) -> None:
+        connection.sendall(b"".join(before))
+        begun.set()
+        stopped.wait(PROCESS_SECONDS)
+        connection.sendall(b"".join(after))
+
+    wire.answers(script)
+    command = [sys.executable, "-m", "tests.support.one_answer", wire.url, way, str(LIMIT_SECONDS)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert begun.wait(PROCESS_SECONDS)
+            process.send_signal(signal.SIGSTOP)
+            stopped.set()
+            time.sleep(3 * LIMIT_SECONDS)
+            process.send_signal(signal.SIGCONT)
+            output, _ = process.communicate(timeout=PROCESS_SECONDS)
+        finally:
+            stopped.set()
+            process.kill()
+    assert json.loads(output) == {"text": "Well."}

@@ -1,6 +1,7 @@
+import threading
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from sqlalchemy import Connection
 
 from tests.support.host import Host
+from tests.support.waiting import DEADLINE_SECONDS
 from trueup.errors import (
     HoldExhaustedError,
     HoldOvertakenError,
@@ -19,7 +21,7 @@ from trueup.errors import (
 from trueup.gate.holds import Hold, close_hold, open_hold
 from trueup.gate.provider_calls import list_unrecorded_calls
 from trueup.llm.metering import MeteredModel, spending_from
-from trueup.llm.model import Completion, Message
+from trueup.llm.model import Completion, CompletionStream, Message
 from trueup.llm.offline.offline import OfflineProvider
 from trueup.settings.settings import get_settings
 
@@ -376,6 +378,28 @@ def test_a_call_that_failed_unbilled_is_found_by_its_number_after_a_redelivery(
     assert second.limits == []
 
 
+def test_a_call_that_was_not_sent_leaves_its_number_to_the_next_one(host: Host, connection: Connection) -> None:
+    """A redelivery, in which the first try succeeds, else buys the answer again."""
+
+    class Stumbling(Counting):
+        def count_prompt_tokens(self, messages: Sequence[Message]) -> int:
+            if not stumbled.is_set():
+                stumbled.set()
+                raise ServiceUnavailableError("PostgreSQL", "db.example", "connection refused")
+            return super().count_prompt_tokens(messages)
+
+    stumbled, user, task_id = threading.Event(), host.subscriber(1_000), str(uuid.uuid4())
+    client = model(Stumbling())
+    with spending_from(hold(connection, user, task_id=task_id)):
+        with pytest.raises(ServiceUnavailableError):
+            client.complete(PROMPT)
+        paid = client.complete(PROMPT)
+    second = Counting()
+    with spending_from(hold(connection, user, task_id=task_id, retries=1)):
+        assert model(second).complete(PROMPT) == paid
+    assert second.limits == []
+
+
 def test_a_thread_that_the_body_left_behind_cannot_spend(host: Host, connection: Connection) -> None:
     user, provider = host.subscriber(1_000), Counting()
     with spending_from(hold(connection, user)):
@@ -383,3 +407,42 @@ def test_a_thread_that_the_body_left_behind_cannot_spend(host: Host, connection:
     with pytest.raises(NoHoldError, match="after the body of task"):
         behind.run(model(provider).complete, PROMPT)
     assert provider.limits == []
+
+
+@pytest.mark.parametrize("way", ["complete", "stream"])
+def test_a_hold_ends_after_the_calls_that_the_bodys_threads_have_begun(
+    host: Host, connection: Connection, way: str
+) -> None:
+    """The hold covers them. Released before, its tokens would be spent twice."""
+    begun, answered = threading.Event(), threading.Event()
+
+    class Slow(OfflineProvider):
+        def complete(self, messages: Sequence[Message], *, max_completion_tokens: int) -> Completion:
+            begun.set()
+            answered.wait(DEADLINE_SECONDS)
+            return super().complete(messages, max_completion_tokens=max_completion_tokens)
+
+        def stream(self, messages: Sequence[Message], *, max_completion_tokens: int) -> CompletionStream:
+            begun.set()
+            answered.wait(DEADLINE_SECONDS)
+            return super().stream(messages, max_completion_tokens=max_completion_tokens)
+
+    user = host.subscriber(1_000)
+    opened = hold(connection, user)
+
+    def body() -> None:
+        with spending_from(opened):
+            calls.append(pool.submit(copy_context().run, getattr(model(Slow()), way), PROMPT))
+            assert begun.wait(DEADLINE_SECONDS)
+        close_hold(connection, opened)
+
+    calls: list[Future[Any]] = []
+    with ThreadPoolExecutor(2) as pool:
+        ended = pool.submit(body)
+        assert begun.wait(DEADLINE_SECONDS)
+        wait([ended], 0.5)  # without the rule the body ends at once
+        answered.set()
+        ended.result(DEADLINE_SECONDS)
+        calls[0].result(DEADLINE_SECONDS)
+    assert host.execute("SELECT late, tokens_total > 0 FROM trueup.charge").all() == [(False, True)]
+    assert host.value("SELECT status FROM trueup.hold WHERE user_id = :user", user=user) == "settled"

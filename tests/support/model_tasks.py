@@ -14,6 +14,7 @@ from sqlalchemy import text
 
 from tests.support.work import hold_tokens
 from trueup.accounts.user_ids import UserId
+from trueup.billing.token_hold import ai_tokens
 from trueup.database.engine import connect
 from trueup.errors import ProviderError
 from trueup.gate.holds import expire_holds
@@ -69,6 +70,13 @@ def answering(model: Model, user_id: UserId) -> str:
 def outer(model: Model, user_id: UserId) -> list[int]:
     """Spend, and call another metered task directly."""
     return [ask(model, 10), spend(user_id=user_id)]
+
+
+@metered_task(name="test.uploading", feature_name="Uploading", section="chat", estimated_tokens=100)
+def uploading(model: Model, user_id: UserId) -> str:
+    """Hold tokens of its own for a request that other tasks make too."""
+    with ai_tokens(user_id, 50, key="upload"):
+        return "uploaded"
 
 
 @metered_task(

@@ -11,6 +11,7 @@ from tests.support import model_tasks
 from tests.support.host import Host
 from tests.support.work import hold_tokens
 from tests.support.worker import own_application
+from trueup.billing.token_hold import ai_tokens
 from trueup.errors import (
     HoldBusyError,
     HoldOvertakenError,
@@ -19,10 +20,11 @@ from trueup.errors import (
     ServiceUnavailableError,
     TokensDenied,
 )
-from trueup.gate.holds import HoldRow, list_holds
+from trueup.gate.holds import HoldRow, close_hold, list_holds
 from trueup.llm.metering import running_hold
 from trueup.settings.settings import get_settings
 from trueup.tasks import metered_task
+from trueup.tasks.base import MAX_LOST_HOLDS
 from trueup.tasks.metered import _model
 from trueup.tasks.requeue import WAITS_HEADER, requeue
 
@@ -275,6 +277,17 @@ def test_only_one_copy_of_a_waiting_message_keeps_waiting(app: Celery, host: Hos
     assert states == ["FAILURE", "IGNORED", "IGNORED"]
 
 
+def test_a_task_waits_for_a_block_of_another_task_however_many_tasks_wait_for_it(
+    app: Celery, host: Host, connection: Connection
+) -> None:
+    """Each of them has work of its own. Dropped as a duplicate's message is, it would be lost."""
+    user = host.subscriber(1_000)
+    with ai_tokens(user, 50, key="upload"):
+        results = [model_tasks.uploading.apply(kwargs={"user_id": user}) for _ in range(3)]
+    assert [(result.state, type(result.result)) for result in results] == [("FAILURE", HoldBusyError)] * 3
+    assert model_tasks.uploading.apply(kwargs={"user_id": user}).get() == "uploaded"
+
+
 @pytest.mark.parametrize("goes_on", [True, False], ids=["continues", "asks for a retry"])
 def test_an_overtaken_attempt_leaves_the_hold_to_the_later_one_and_requeues_its_message(
     app: Celery, host: Host, connection: Connection, goes_on: bool
@@ -285,6 +298,18 @@ def test_an_overtaken_attempt_leaves_the_hold_to_the_later_one_and_requeues_its_
     assert (result.state, result.result.requeue) == ("REJECTED", True)
     assert host.used(user) == 0
     assert [(hold.attempt, hold.status) for hold in holds_of(connection, user)] == [(2, "open")]
+
+
+def test_attempts_that_ended_their_holds_themselves_do_not_count_as_lost(
+    app: Celery, host: Host, connection: Connection
+) -> None:
+    """A task that waits for a server, or for another hold, opens and closes a hold each time."""
+    user, task_id = host.subscriber(1_000), str(uuid.uuid4())
+    request = request_of(model_tasks.expiring, user_id=user)
+    for _ in range(MAX_LOST_HOLDS):
+        close_hold(connection, hold_tokens(connection, user, 100, task=task_id, request=request))
+    result = model_tasks.expiring.apply(kwargs={"user_id": user}, task_id=task_id)
+    assert (result.state, type(result.result)) == ("FAILURE", HoldOvertakenError), "a worker requeues it"
 
 
 def test_a_body_may_have_an_argument_named_task(app: Celery, host: Host) -> None:

@@ -292,20 +292,23 @@ def keep_holds(
     return kept
 
 
-_ATTEMPTS = text(
+_LOST = text(
     """
-    SELECT coalesce(sum(t.attempts), 0) FROM (
-        SELECT h.request, h.attempt - coalesce(lag(h.attempt) OVER (ORDER BY h.id), 0) AS attempts
+    SELECT coalesce(sum(t.attempts - 1 + CAST(t.status = 'expired' AS integer)), 0) FROM (
+        SELECT h.request, h.status, h.attempt - coalesce(lag(h.attempt) OVER (ORDER BY h.id), 0) AS attempts
         FROM trueup.hold h WHERE h.user_id = :user_id AND h.task_id = :task_id
     ) t WHERE t.request = :request
     """
 )
 
 
-def count_attempts(connection: Connection, hold: Hold) -> int:
-    """Return how many attempts of the hold's request were admitted, this one included."""
+def count_lost(connection: Connection, hold: Hold) -> int:
+    """Return how many attempts of the hold's request have lost their hold: it expired, or a later attempt took it over.
+
+    A retry takes over a hold that it has kept, so it counts too.
+    """
     place = {"user_id": hold.user_id, "task_id": hold.task_id, "request": hold.request}
-    return int(connection.execute(_ATTEMPTS, place).scalar_one())
+    return int(connection.execute(_LOST, place).scalar_one())
 
 
 _EXPIRE = text("SELECT holds, tokens FROM trueup.expire_holds(:limit, CAST(:now AS timestamptz))")

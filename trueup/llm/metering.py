@@ -18,7 +18,6 @@ from typing import Any
 from trueup.database.retry import PASSING, once, retry_until_recorded, retrying
 from trueup.database.threads import in_thread
 from trueup.errors import (
-    HoldExhaustedError,
     HoldOvertakenError,
     NoHoldError,
     ProviderError,
@@ -28,7 +27,7 @@ from trueup.gate.provider_calls import end_call, extend_hold
 from trueup.llm.awaitable import AwaitableModel, InFlight
 from trueup.llm.model import Completion, CompletionStream, Message, Provider
 from trueup.llm.output_cap import cap_output
-from trueup.settings.settings import Settings
+from trueup.settings.settings import Settings, get_settings
 from trueup.usage.charges import Charge, Usage, find_answer, record_charge
 
 logger = logging.getLogger(__name__)
@@ -51,12 +50,9 @@ class RunningHold:
         self.is_lost = False  # set by a late charge, which means that this attempt no longer has the hold
         self._lock = threading.Lock()
         self._streams: set[CompletionStream] = set()  # open streams; each must be charged before the body ends
+        self._calls = 0  # calls in progress, from the intent to the charge
+        self._call_ended = threading.Condition(self._lock)
         self._is_over = False
-
-    @property
-    def is_over(self) -> bool:
-        """True once the body has ended. A thread that the body left behind must not spend any more."""
-        return self._is_over
 
     def add_stream(self, stream: CompletionStream) -> None:
         """Have the stream charged when the body ends; at once if it has ended."""
@@ -70,6 +66,32 @@ class RunningHold:
     def remove_stream(self, stream: CompletionStream) -> None:
         with self._lock:
             self._streams.discard(stream)
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """Have the hold's end wait for this block. Raises `NoHoldError` once the body has ended."""
+        with self._lock:
+            self.refuse_if_over()
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls -= 1
+                self._call_ended.notify_all()
+
+    def wait_for_calls(self) -> None:
+        """Return once no call is in progress, or after the time of a lease: no call takes longer."""
+        with self._lock:
+            self._call_ended.wait_for(lambda: not self._calls, get_settings().lease_seconds)
+
+    def refuse_if_over(self) -> None:
+        """Raise `NoHoldError` once the body has ended: a thread that it left behind must not spend any more."""
+        if self._is_over:
+            raise NoHoldError(
+                f"A thread called a model after the body of task {self.hold.task_id} had ended, so no tokens are held "
+                "for the call. Nothing was spent. Wait for the body's threads before it returns."
+            )
 
     def end(self) -> tuple[CompletionStream, ...]:
         """Admit no further calls. Returns the streams that are open."""
@@ -142,11 +164,12 @@ def bound(running: RunningHold) -> Iterator[None]:
 
 
 def finish(running: RunningHold) -> None:
-    """Wait for the calls that cancelled callers have left running, then charge the open streams."""
+    """Wait for the calls that cancelled callers and the body's threads have left running; charge the open streams."""
     try:
         running.in_flight.wait()
     finally:  # a time limit's exception may end the wait
         _close_streams(running)
+    running.wait_for_calls()
 
 
 def _close_streams(running: RunningHold) -> None:
@@ -201,13 +224,15 @@ class MeteredModel(AwaitableModel):
         one token of the answer, `HoldOvertakenError` if a later attempt has the hold, `ProviderError` if the provider
         fails, `ServiceUnavailableError` if the database can't record the call intent or the usage.
         """
-        call = self._begin(messages, max_completion_tokens)
-        if call.paid is not None:
-            return call.paid
-        with _noted_failure(call):
-            completion = self.provider.complete(messages, max_completion_tokens=call.limit)
-        self._charge(call, completion)
-        return completion
+        running = _running_hold()
+        with running.calling():
+            call = self._begin(running, messages, max_completion_tokens)
+            if call.paid is not None:
+                return call.paid
+            with _noted_failure(call):
+                completion = self.provider.complete(messages, max_completion_tokens=call.limit)
+            self._charge(call, completion)
+            return completion
 
     def stream(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> CompletionStream:
         """Return one completion in chunks, charged when the stream ends, breaks or is closed early.
@@ -215,7 +240,14 @@ class MeteredModel(AwaitableModel):
         `max_completion_tokens` and errors are as in `complete`. Iterating raises `ProviderError` if the stream breaks,
         after the received part was charged.
         """
-        call = self._begin(messages, max_completion_tokens)
+        running = _running_hold()
+        with running.calling():
+            return self._stream(running, messages, max_completion_tokens)
+
+    def _stream(
+        self, running: RunningHold, messages: Sequence[Message], max_completion_tokens: int | None
+    ) -> CompletionStream:
+        call = self._begin(running, messages, max_completion_tokens)
         if call.paid is not None:
             paid = call.paid
             return CompletionStream([paid.text], lambda: paid)
@@ -233,27 +265,32 @@ class MeteredModel(AwaitableModel):
         call.running.add_stream(stream)
         return stream
 
-    def _begin(self, messages: Sequence[Message], max_completion_tokens: int | None) -> _Call:
+    def _begin(self, running: RunningHold, messages: Sequence[Message], max_completion_tokens: int | None) -> _Call:
         """Return the call's paid answer, or admit the call and record its intent."""
-        running = _running_hold()
         hold = running.hold
         if running.is_lost:
             raise HoldOvertakenError(hold.task_id, hold.attempt)
         fingerprint = call_fingerprint(self._settings.model_name, messages)
         number = hold.calls.take(fingerprint)
         key = f"{hold.scope}:{fingerprint}:{number}"
+        try:
+            paid, limit = self._answer_or_limit(running, key, messages, max_completion_tokens)
+        except BaseException:  # not sent, so not billed
+            hold.calls.give_back(fingerprint, number)
+            raise
+        return _Call(running=running, fingerprint=fingerprint, number=number, key=key, limit=limit, paid=paid)
+
+    def _answer_or_limit(
+        self, running: RunningHold, key: str, messages: Sequence[Message], max_completion_tokens: int | None
+    ) -> tuple[Completion | None, int]:
+        """Return a call's paid answer, or None and the limit of the answer that it may buy."""
+        hold = running.hold
         if hold.attempt > 1:
             found = retrying(lambda connection: find_answer(connection, hold, key))
             if found is not None:
-                paid = Completion(**found)
-                return _Call(running=running, fingerprint=fingerprint, number=number, key=key, limit=0, paid=paid)
+                return Completion(**found), 0
         prompt_tokens = self.provider.count_prompt_tokens(messages)
-        try:
-            limit = cap_output(running, prompt_tokens, max_completion_tokens, call_key=key, settings=self._settings)
-        except HoldExhaustedError:
-            hold.calls.give_back(fingerprint, number)
-            raise
-        return _Call(running=running, fingerprint=fingerprint, number=number, key=key, limit=limit)
+        return None, cap_output(running, prompt_tokens, max_completion_tokens, call_key=key, settings=self._settings)
 
     def _charge(self, call: _Call, completion: Completion, *, keep_answer: bool = True) -> None:
         """Record the usage. It was paid for, so the write is retried while the database is unavailable."""
@@ -292,11 +329,7 @@ def _running_hold() -> RunningHold:
             "Call the task itself (delay, apply_async, or directly), not its run method. In the generator of a "
             "streaming view, use stream_with_tokens."
         )
-    if running.is_over:
-        raise NoHoldError(
-            f"A thread called a model after the body of task {running.hold.task_id} had ended, so no tokens are held "
-            "for the call. Nothing was spent. Wait for the body's threads before it returns."
-        )
+    running.refuse_if_over()
     return running
 
 

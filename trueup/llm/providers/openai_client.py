@@ -26,6 +26,8 @@ NEVER_SENT = (
 MAX_ANSWER_BYTES = 64 * 2**20
 # What each event of a stream begins with; comments that keep a connection alive do not.
 _EVENT = b"data:"
+# A wait that ends later than this, in seconds, shows that this process did not run.
+_STOPPED_SECONDS = 0.1
 
 
 class PayingClient(httpx2.Client):
@@ -34,9 +36,10 @@ class PayingClient(httpx2.Client):
     The SDK retries after every error of its HTTP client, but not after its own errors. A request that is served twice
     would be billed twice and charged once.
 
-    `answer_seconds`: the time for a whole answer, from the request on; for each event of a stream. HTTP clients limit
-    each wait alone, so that a server which sends a byte now and then would be waited for without end. An answer of more
-    than `MAX_ANSWER_BYTES` is broken off.
+    `answer_seconds`: the time for the wait for an answer's head, for the rest of the answer, and for each event of a
+    stream. HTTP clients limit each wait alone, so that a server which sends a byte now and then would be waited for
+    without end. Time in which this process did not run does not count: the server has sent its answer meanwhile, and
+    bills it. An answer of more than `MAX_ANSWER_BYTES` is broken off.
 
     It also decodes every body as UTF-8, the encoding of JSON. A server may name a charset that Python does not know as
     a text encoding; reading the paid answer would then fail.
@@ -47,10 +50,9 @@ class PayingClient(httpx2.Client):
         self._answer_seconds = answer_seconds
 
     def send(self, request: httpx2.Request, *, stream: bool = False, **options: Any) -> httpx2.Response:
-        deadline = time.monotonic() + self._answer_seconds
         try:
             response = super().send(request, stream=True, **options)
-            response.stream = _LimitedStream(response, request, deadline, self._answer_seconds if stream else None)
+            response.stream = _LimitedStream(response, request, self._answer_seconds, of_events=stream)
             if not stream:
                 response.read()
         except httpx2.RequestError as error:
@@ -69,18 +71,19 @@ class PayingClient(httpx2.Client):
 class _LimitedStream(httpx2.SyncByteStream):
     """The bytes of an answer, until its time is over or it is too long.
 
-    `event_seconds`: by so much each event of a stream moves the deadline. None: nothing moves it.
+    `seconds`: the time for the answer. `of_events`: the answer is a stream, and each of its events has that time.
     """
 
-    def __init__(
-        self, response: httpx2.Response, request: httpx2.Request, deadline: float, event_seconds: float | None
-    ) -> None:
+    def __init__(self, response: httpx2.Response, request: httpx2.Request, seconds: float, *, of_events: bool) -> None:
         self._stream = response.stream
         self._request = request
-        self._deadline = deadline
-        self._event_seconds = event_seconds
+        self._seconds = seconds
+        self._of_events = of_events
         connection = response.extensions.get("network_stream")
         self._socket = connection.get_extra_info("socket") if connection is not None else None
+        self._lock = threading.Lock()
+        self._deadline = time.monotonic() + seconds
+        self._is_over = False  # the watch decides it alone, because only the watch sees that the process was stopped
         self._ended = threading.Event()
 
     def __iter__(self) -> Iterator[bytes]:
@@ -93,14 +96,14 @@ class _LimitedStream(httpx2.SyncByteStream):
                     what = f"the answer is longer than {MAX_ANSWER_BYTES:,} bytes"
                     raise httpx2.ReadError(what, request=self._request)
                 self._check_time(None)
-                if self._event_seconds is None:
+                if not self._of_events:
                     yield part
                     continue
                 # The time that the caller takes for a part is not the server's.
-                left = self._event_seconds if _EVENT in part else self._deadline - time.monotonic()
-                self._deadline = math.inf
+                left = self._seconds if _EVENT in part else self._deadline - time.monotonic()
+                self._set_deadline(math.inf)
                 yield part
-                self._deadline = time.monotonic() + left
+                self._set_deadline(time.monotonic() + left)
         except httpx2.RequestError as error:
             self._check_time(error)
             raise
@@ -111,14 +114,25 @@ class _LimitedStream(httpx2.SyncByteStream):
         self._stream.close()  # type: ignore[union-attr]
 
     def _check_time(self, cause: Exception | None) -> None:
-        if time.monotonic() >= self._deadline:
+        if self._is_over:
             raise httpx2.ReadTimeout("the answer was not complete in time", request=self._request) from cause
+
+    def _set_deadline(self, deadline: float) -> None:
+        with self._lock:
+            self._deadline = deadline
 
     def _watch(self) -> None:
         """Shut the socket down when the time is over: that ends a read that waits."""
-        while (seconds := self._deadline - time.monotonic()) > 0:
-            if self._ended.wait(min(seconds, self._event_seconds or seconds)):
+        while (left := self._deadline - time.monotonic()) > 0:
+            step = min(left, self._seconds)
+            began = time.monotonic()
+            if self._ended.wait(step):
                 return
+            late = time.monotonic() - began - step
+            if late > _STOPPED_SECONDS:
+                with self._lock:
+                    self._deadline += late
+        self._is_over = True
         if self._socket is not None:
             with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
