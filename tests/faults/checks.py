@@ -10,6 +10,7 @@ from sqlalchemy.exc import DBAPIError
 from tests.faults.books import Books
 from tests.faults.effects import effect_violations
 from tests.faults.kinds import REDIS_KINDS
+from tests.faults.requests import request_violations
 from tests.faults.violations import UNENDED, WAITING, Violation
 from tests.support.books import assert_true
 from tests.support.host import Host
@@ -32,6 +33,7 @@ def violations(stage: "Stage", books: Books) -> list[Violation]:
             *_lost(books),
             *_unmetered(stage, books),
             *_extended(stage),
+            *request_violations(stage, books),
             *effect_violations(stage, books),
             *_held(connection),
             *_mismatch(stage),
@@ -166,8 +168,8 @@ def result_may_be_lost(stage: "Stage", task_id: str) -> bool:
     Celery stores a duplicate's state over a result that comes at the same moment. The duplicate then makes it
     again.
     """
-    task = stage.plan.task(task_id)
-    return task is not None and any(task.chunks_read(call) for call in range(1, len(task.script) + 1))
+    tasks = [task for task in stage.plan.tasks if task.task_id == task_id]
+    return any(task.chunks_read(call) for task in tasks for call in range(1, len(task.script) + 1))
 
 
 def lost_by_transport(stage: "Stage", books: Books, task: str) -> bool:
