@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, cast
 from celery import Task
 from celery._state import get_current_task
 from celery.exceptions import Ignore, Reject, Retry
-from celery.states import READY_STATES
+from celery.states import READY_STATES, SUCCESS
 from pydantic import BaseModel
 
 from trueup.database.retry import retrying
@@ -146,10 +146,12 @@ class MeteredTask(Task):
                 return _json_safe(self._run(arguments))
             # Before the gate: without a provider the task can't work, and must not hold tokens that others could use.
             self.provider()
-            hold = self._open_hold(arguments, fingerprint, tokens)
+            hold = self._open_hold_or_forget(arguments, fingerprint, tokens)
             with _closing(hold), keeping(hold), spending_from(hold):
                 if hold.follows or (hold.attempt == 1 and not is_random_id(hold.task_id)):
                     self._forget_earlier_result()
+                if hold.replay and self._is_result_stored():
+                    raise Ignore(f"task {hold.task_id} was already completed, and its result is stored")
                 return _json_safe(self._run_held(arguments, hold))
         except TokensDenied as denied:
             if self.on_denied == "return":
@@ -254,6 +256,20 @@ class MeteredTask(Task):
             with suppress(NotImplementedError):  # no result backend
                 self.backend.forget(self.request.id)
 
+    def _is_result_stored(self) -> bool:
+        """Return whether an earlier delivery has stored its result, so that this one has nothing to do.
+
+        A body that works longer than the broker's visibility timeout is redelivered while it works. If each redelivery
+        ran it again, this would never end. A member of a chord runs again: the chord may still wait for its part.
+        """
+        request = self.request
+        if request.called_directly or request.is_eager or request.chord:
+            return False
+        try:
+            return bool(self.backend.get_task_meta(request.id, cache=False)["status"] == SUCCESS)
+        except NotImplementedError:  # no result backend
+            return False
+
     def _run(self, arguments: dict[str, Any]) -> Any:
         try:
             return check_result(self.run(**arguments), self.name)
@@ -270,6 +286,18 @@ class MeteredTask(Task):
         estimate = self.estimated_tokens
         # Cast, because mypy takes a callable class attribute for a method; `metered_task` stores a static function.
         return cast("Estimator", estimate)(arguments) if callable(estimate) else estimate
+
+    def _open_hold_or_forget(self, arguments: dict[str, Any], fingerprint: str, tokens: int) -> Hold:
+        """Open the hold. On a denial, delete a result that another request with this id has stored.
+
+        Celery would keep that success instead of the denial. It can't be this request's own: done work is not denied.
+        """
+        try:
+            return self._open_hold(arguments, fingerprint, tokens)
+        except TokensDenied:
+            if not is_random_id(self.request.id):
+                self._forget_earlier_result()
+            raise
 
     def _open_hold(self, arguments: dict[str, Any], fingerprint: str, tokens: int) -> Hold:
         settings = get_settings()

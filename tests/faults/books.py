@@ -25,6 +25,7 @@ class Books:
     """
 
     charges: list[Any]
+    holds: list[Any]
     tasks_admitted: set[str]
     tasks_completed: set[str]
     tasks_waited: set[str]
@@ -47,6 +48,10 @@ _CHARGES = """
            c.tokens_total, c.tokens_covered, c.late, l.user_id AS log_user, l.total_tokens AS log_tokens,
            (l.metadata ->> 'usage_reported')::boolean AS usage_reported
     FROM trueup.charge c LEFT JOIN ai_usage_log l ON l.id::text = c.log_id
+"""
+_HOLDS = """
+    SELECT id, user_id, task_id, request, attempt, status, completed, coalesce(body_ended_at, closed_at) AS ended_at
+    FROM trueup.hold ORDER BY id
 """
 _INTENTS = """
     SELECT user_id, task_id, split_part(call_key, ':', -2) AS fingerprint, attempt, tokens_bound, outcome
@@ -72,6 +77,7 @@ def read_books(stage: "Stage") -> Books:
         intents = list(connection.execute(text(_INTENTS))) if named else None
         return Books(
             charges=charges,
+            holds=list(connection.execute(text(_HOLDS))),
             tasks_admitted=set(connection.scalars(text("SELECT DISTINCT task_id FROM trueup.hold"))),
             tasks_completed=set(connection.scalars(text("SELECT task_id FROM trueup.hold WHERE completed"))),
             tasks_waited=set(connection.scalars(text("SELECT task_id FROM trueup.hold WHERE duplicate_waits > 0"))),

@@ -10,6 +10,8 @@ from sqlalchemy.exc import DBAPIError
 from tests.faults.books import Books
 from tests.faults.effects import effect_violations
 from tests.faults.kinds import REDIS_KINDS
+from tests.faults.ledger import Serving
+from tests.faults.requests import request_violations
 from tests.faults.violations import UNENDED, WAITING, Violation
 from tests.support.books import assert_true
 from tests.support.host import Host
@@ -28,10 +30,11 @@ def violations(stage: "Stage", books: Books) -> list[Violation]:
         return [
             *_overshoot(stage, connection, books),
             *_charged_once(connection, books),
-            *_charged_rightly(books),
+            *_charged_rightly(stage, books),
             *_lost(books),
             *_unmetered(stage, books),
             *_extended(stage),
+            *request_violations(stage, books),
             *effect_violations(stage, books),
             *_held(connection),
             *_mismatch(stage),
@@ -79,12 +82,12 @@ def _charged_once(connection: Connection, books: Books) -> Iterator[Violation]:
         yield Violation(kind="double_charge", detail=detail, tokens=abs(tokens - charged))
 
 
-def _charged_rightly(books: Books) -> Iterator[Violation]:
+def _charged_rightly(stage: "Stage", books: Books) -> Iterator[Violation]:
     """Each charge and its log row match one serving of the provider: same task, call, user and tokens.
 
     A stream that broke or was closed early is charged for the text that arrived, and the log row says so. The
     provider may bill more than that without telling the caller: at most the call's maximum cost, and the report
-    counts it.
+    counts it. A process that was suspended in the middle of a stream may find that its time is over, and break it off.
     """
     by_name = {serving.model_name: serving for serving in books.servings}
     for charge in books.charges:
@@ -95,6 +98,8 @@ def _charged_rightly(books: Books) -> Iterator[Violation]:
             charge.fingerprint,
         ):
             yield Violation(kind="wrong_usage", detail=f"{name} names {charge.model_name}: {serving}")
+        elif serving.pid in stage.stopped and _is_part_of(serving, charge):
+            continue
         elif not serving.chargeable == charge.tokens_total == charge.log_tokens:
             due = f"billed {serving.billed}, of these known to its caller {serving.chargeable} ({serving.behaviour})"
             detail = f"{name}: {due}, charged {charge.tokens_total}, logged {charge.log_tokens}"
@@ -105,6 +110,12 @@ def _charged_rightly(books: Books) -> Iterator[Violation]:
         elif not serving.user_id == charge.user_id == charge.log_user:
             detail = f"{name}: used by {serving.user_id}, charged to {charge.user_id}, logged to {charge.log_user}"
             yield Violation(kind="wrong_user", detail=detail, tokens=charge.tokens_total)
+
+
+def _is_part_of(serving: Serving, charge: Any) -> bool:
+    """Return whether a charge, and its log row, are for a stream's prompt and a part of its text, and say so."""
+    is_counted = serving.streamed and charge.usage_reported is False and charge.tokens_total == charge.log_tokens
+    return is_counted and serving.prompt_tokens <= charge.tokens_total <= serving.prompt_tokens + serving.tokens_sent
 
 
 def _lost(books: Books) -> Iterator[Violation]:
@@ -166,8 +177,8 @@ def result_may_be_lost(stage: "Stage", task_id: str) -> bool:
     Celery stores a duplicate's state over a result that comes at the same moment. The duplicate then makes it
     again.
     """
-    task = stage.plan.task(task_id)
-    return task is not None and any(task.chunks_read(call) for call in range(1, len(task.script) + 1))
+    tasks = [task for task in stage.plan.tasks if task.task_id == task_id]
+    return any(task.chunks_read(call) for task in tasks for call in range(1, len(task.script) + 1))
 
 
 def lost_by_transport(stage: "Stage", books: Books, task: str) -> bool:

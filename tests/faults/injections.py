@@ -11,11 +11,13 @@ import psutil
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from tests.faults.kinds import VISIBILITY_SECONDS
+from tests.faults.kinds import HOLD_TTL_SECONDS, VISIBILITY_SECONDS
 from tests.faults.ledger import GraphLedger, Ledger
 from tests.faults.plans import Fault
 from tests.faults.workers import Worker
 from trueup.gate.holds import expire_holds
+from trueup.host.mapping import HostMapping
+from trueup.install.install import install
 from trueup.stack.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -23,13 +25,12 @@ if TYPE_CHECKING:
 
 Injection = Callable[["Stage", Fault], bool]
 
-HOLD_TTL_SECONDS = 1800
 _MOMENT_SECONDS = 0.5  # how long to wait for the right moment
 
 
 def past_every_hold() -> datetime:
     """Return a time at which nothing of this round is held any more, with the calls in flight."""
-    return datetime.now(UTC) + timedelta(seconds=3 * HOLD_TTL_SECONDS)
+    return datetime.now(UTC) + timedelta(hours=1)
 
 
 def _child_killed(stage: "Stage", fault: Fault) -> bool:
@@ -116,6 +117,7 @@ def _worker_stopped(stage: "Stage", fault: Fault) -> bool:
     worker = _pick_worker(stage, fault)
     if worker is None:
         return False
+    stage.stopped.update(child.pid for child in worker.children())
     worker.signal(signal.SIGSTOP)
     stage.later(fault.seconds, lambda: worker.signal(signal.SIGCONT))
     return True
@@ -158,6 +160,16 @@ def _database_sessions_cut_while_sending(stage: "Stage", fault: Fault) -> bool:
     return _caller(stage, stage.graph.ledger)[1] is not None and stage.servers.cut_sessions(stage.database) > 0
 
 
+def _functions_replaced(stage: "Stage", fault: Fault) -> bool:
+    """Set the database up again while the workers work, as `trueup db init` of a release does."""
+    try:
+        with stage.engine.begin() as connection:
+            install(connection, HostMapping(), with_host_tables=True)
+    except DBAPIError:
+        return False
+    return True
+
+
 INJECTIONS: dict[str, Injection] = {
     "child_killed": _child_killed,
     "child_killed_in_call": _child_killed_in_call,
@@ -178,6 +190,7 @@ INJECTIONS: dict[str, Injection] = {
     "database_sessions_cut": _database_sessions_cut,
     "database_sessions_cut_after_charge": _database_sessions_cut_after_charge,
     "database_sessions_cut_while_sending": _database_sessions_cut_while_sending,
+    "functions_replaced": _functions_replaced,
 }
 
 
@@ -236,5 +249,6 @@ def _stop(stage: "Stage", child: psutil.Process, seconds: float) -> bool:
         child.suspend()
     except psutil.NoSuchProcess:
         return False
+    stage.stopped.add(child.pid)
     stage.later(seconds, resume)
     return True

@@ -21,6 +21,7 @@ TIMED_KINDS = (
     "database_sessions_cut",
     "database_sessions_cut_after_charge",
     "database_sessions_cut_while_sending",
+    "functions_replaced",
 )
 LONG_KINDS = (
     "child_stopped_past_lease",
@@ -62,12 +63,16 @@ GRAPH_KINDS = (
     "graph_timeout",
 )
 
-FAULTS_PER_ROUND = 7
+FAULTS_PER_ROUND = 8
 WINDOW_SECONDS = 4.0
 # A message that waits for another attempt's lease waits for less than the visibility timeout, as in any deployment.
 # Otherwise it would be delivered again and again while it waits.
 VISIBILITY_SECONDS = 4
 LEASE_MARGIN_SECONDS = 1.5
+# A hold lives this long without a heartbeat: longer than any stop of a process. A body that works for WORK_SECONDS
+# between two calls loses its hold, unless the heartbeat of its process renews it.
+HOLD_TTL_SECONDS = 8
+WORK_SECONDS = 9.5
 SKEWS_SECONDS = (-3600.0, -20.0, -4.0, 4.0, 8.0)
 DUPLICATES_PER_ROUND = 4
 

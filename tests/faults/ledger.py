@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tests.faults.kinds import BREAKING_KINDS
+from tests.faults.prompts import label_of
 
 Effect = Literal["instagram_message", "instagram_public_reply"]
 EFFECTS: tuple[Effect, Effect] = ("instagram_message", "instagram_public_reply")
@@ -20,9 +21,10 @@ class Serving:
     """One request that the provider served.
 
     `fingerprint`: the fingerprint in the keys of its call. `asked`: its maximum cost, prompt and answer; `billed`: its
-    real cost. `pid`: the calling process. `complete`: the whole answer was sent. `chunks_read`: after how many chunks
-    its caller ends the stream; None: never, or it is no stream. `tokens_sent`: of a stream's text. Times are of the
-    monotonic clock.
+    real cost. `request`: the number of its request among those with its task id. `pid`: the calling process; `run`: the
+    run of a body in it; `lane`: the thread of that run, which makes one call after the other. `complete`: the whole
+    answer was sent. `chunks_read`: after how many chunks its caller ends the stream; None: never, or it is no stream.
+    `tokens_sent`: of a stream's text. Times are of the monotonic clock.
     """
 
     serial: int
@@ -34,6 +36,9 @@ class Serving:
     behaviour: str
     asked: int
     started_at: float
+    request: int = 1
+    run: int = 0
+    lane: int = 0
     prompt_tokens: int = 0
     streamed: bool = False
     chunks_read: int | None = None
@@ -47,6 +52,11 @@ class Serving:
     def model_name(self) -> str:
         """The answer's model name. Charges and log rows keep it, and so name the serving that they record."""
         return f"fake-{self.serial}"
+
+    @property
+    def label(self) -> str:
+        """The name of its request."""
+        return label_of(self.task_id, self.request)
 
     @property
     def over(self) -> int:
@@ -89,15 +99,25 @@ class Ledger:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._servings: list[Serving] = []
-        self._times: Counter[tuple[str, int]] = Counter()
+        self._times: Counter[tuple[str, int, int]] = Counter()
 
     def open(
-        self, *, task_id: str, call: int, fingerprint: str, user_id: int, pid: int, asked: int
+        self,
+        *,
+        task_id: str,
+        call: int,
+        fingerprint: str,
+        user_id: int,
+        pid: int,
+        asked: int,
+        request: int = 1,
+        run: int = 0,
+        lane: int = 0,
     ) -> tuple[Serving, int]:
         """Record a request. Returns it, and how often its call has come before."""
         with self._lock:
-            times = self._times[task_id, call]
-            self._times[task_id, call] += 1
+            times = self._times[task_id, request, call]
+            self._times[task_id, request, call] += 1
             serving = Serving(
                 serial=len(self._servings) + 1,
                 task_id=task_id,
@@ -107,6 +127,9 @@ class Ledger:
                 pid=pid,
                 behaviour="ok",
                 asked=asked,
+                request=request,
+                run=run,
+                lane=lane,
                 started_at=time.monotonic(),
             )
             self._servings.append(serving)

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeVar
 
-PID_HEADER = "X-Asked-By"
+# The calling process, and in it: the run of a body, and the lane of that run. A lane makes one call after the other.
+PID_HEADER, RUN_HEADER, LANE_HEADER = "X-Asked-By", "X-Body-Run", "X-Body-Lane"
 QUICK_SECONDS, SLOW_SECONDS = 0.03, 0.6
 # How long workers wait for an answer, and how long a server stalls if it does not answer in time.
 TIMEOUT_SECONDS = 1.0

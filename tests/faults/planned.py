@@ -2,15 +2,21 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tests.faults.kinds import CHUNKS_READ
-from tests.faults.prompts import prompt_of
+from tests.faults.prompts import label_of, prompt_of
+from trueup.tasks.identity import request_fingerprint
 
 COMPLETE, STREAM, STREAM_CLOSED, STREAM_LEFT = "complete", "stream", "stream_closed", "stream_left"
 """Ways to make a call: at once, in chunks, or in chunks of which the task reads some and then closes or leaves it."""
 
-SPEND_TASK, ASYNC_SPEND_TASK = "faults.spend", "faults.spend_async"
+Style = Literal["plain", "async", "threads"]
+SPEND_TASKS: dict[Style, str] = {
+    "plain": "faults.spend",
+    "async": "faults.spend_async",
+    "threads": "faults.spend_in_threads",
+}
 SEND_TASK = "trueup.send_instagram_dm"
 
 _PRODUCTS = ({"name": "Lamp", "price": "10", "currency": "EUR"},)
@@ -21,6 +27,8 @@ class PlannedTask(ABC):
     """One task, sent `at` seconds after the round's start.
 
     `script`: how the provider treats its calls the first time they come; `copies`: how often it is delivered.
+    `request`: its number among the requests that share the task id. `after`: it is sent when an earlier request with
+    that id has its result.
     """
 
     task_id: str
@@ -28,6 +36,17 @@ class PlannedTask(ABC):
     user: int
     copies: int
     script: tuple[str, ...]
+    request: int = 1
+    after: bool = False
+
+    @property
+    def label(self) -> str:
+        """The name of its request."""
+        return label_of(self.task_id, self.request)
+
+    def fingerprint(self, user_id: object) -> str:
+        """Return the fingerprint of its request, as the hold keeps it."""
+        return request_fingerprint(self.name, self.arguments(user_id), {})
 
     @property
     @abstractmethod
@@ -48,10 +67,11 @@ class PlannedTask(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Spending(PlannedTask):
-    """A task that calls the model, once in each of these `ways`.
+    """A task that calls the model, once in each of these `ways`, with a pause of `seconds` after each call.
 
     `extends`: it holds less than it needs, and extends its hold before each call that the hold does not cover.
-    `is_async`: its body is `async def`.
+    `style`: a body that makes one call after the other, the same as `async def`, or one with a thread for each call.
+    `works`: the seconds that it works after its first call.
     """
 
     ways: tuple[str, ...]
@@ -60,22 +80,24 @@ class Spending(PlannedTask):
     tokens: int
     cap: int | None
     extends: bool
-    is_async: bool = False
+    style: Style = "plain"
+    works: float = 0.0
 
     @property
     def name(self) -> str:
-        return ASYNC_SPEND_TASK if self.is_async else SPEND_TASK
+        return SPEND_TASKS[self.style]
 
     def arguments(self, user_id: object) -> dict[str, Any]:
         return {
             "user_id": user_id,
-            "label": self.task_id,
+            "label": self.label,
             "tokens": self.tokens,
             "ways": list(self.ways),
             "words": self.words,
             "seconds": self.seconds,
             "cap": self.cap,
             "extends": self.extends,
+            "works": self.works,
         }
 
     def chunks_read(self, call: int) -> int | None:

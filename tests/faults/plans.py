@@ -18,14 +18,17 @@ from tests.faults.kinds import (
     STREAM_KINDS,
     TIMED_KINDS,
     WINDOW_SECONDS,
+    WORK_SECONDS,
 )
-from tests.faults.planned import COMPLETE, STREAM, STREAM_CLOSED, STREAM_LEFT, PlannedTask, Sending, Spending
+from tests.faults.planned import COMPLETE, STREAM, STREAM_CLOSED, STREAM_LEFT, PlannedTask, Sending, Spending, Style
 
 _Task = TypeVar("_Task", bound=PlannedTask)
 
 # The shares of a round's calls and messages that go wrong the first time they come.
 _BAD_CALLS, _BAD_STREAMS, _BAD_POSTS = 7, 9, 5
 _AGAIN_RATE = 0.2  # the share of the repeated ones
+_STYLES: tuple[Style, ...] = ("async", "plain", "threads")
+_REUSED = 4  # the task ids of a round with a second request, and as many whose request comes again when it has ended
 _SHOPS = 2  # users who send direct messages, which needs a larger budget
 
 
@@ -57,13 +60,13 @@ class RoundPlan:
         """Return the command that plays this round again."""
         return f"python -m tests.faults --seed {self.seed} --round {self.number}"
 
-    def serving(self, task_id: str, call: int, times: int) -> str:
-        """Return how the provider treats a call that has come `times` times before."""
-        task = self.task(task_id)
+    def serving(self, label: str, call: int, times: int) -> str:
+        """Return how the provider treats a request's call that has come `times` times before."""
+        task = self.task(label)
         if times == 0 and task is not None:
             return task.script[call - 1]
         kinds = STREAM_KINDS if task is not None and task.streams(call) else COMPLETE_KINDS
-        return self._again(f"{task_id}/{call}/{times}", kinds)
+        return self._again(f"{label}/{call}/{times}", kinds)
 
     def posting(self, comment_id: str, place: int, times: int) -> str:
         """Return how Instagram treats a comment's message (place 0) or public reply (1) that has come before."""
@@ -72,13 +75,18 @@ class RoundPlan:
                 return task.post_script[place]
         return self._again(f"{comment_id}/post {place}/{times}", GRAPH_KINDS)
 
-    def chunks_read(self, task_id: str, call: int) -> int | None:
+    def chunks_read(self, label: str, call: int) -> int | None:
         """Return how many chunks of a stream its task reads before it ends it. None: all."""
-        task = self.task(task_id)
+        task = self.task(label)
         return task.chunks_read(call) if task else None
 
-    def task(self, task_id: str) -> PlannedTask | None:
-        return next((task for task in self.tasks if task.task_id == task_id), None)
+    def task(self, label: str) -> PlannedTask | None:
+        return next((task for task in self.tasks if task.label == label), None)
+
+    @property
+    def spendings(self) -> list[Spending]:
+        """The tasks that do nothing but call the model."""
+        return [task for task in self.tasks if isinstance(task, Spending)]
 
     @property
     def sendings(self) -> list[Sending]:
@@ -99,7 +107,9 @@ def plan_round(seed: int, number: int) -> RoundPlan:
     spendings = _scripted(
         draw, seed, number, [_spending(draw, number, index, users) for index in range(draw.randint(26, 34))]
     )
+    spendings[1] = _working(draw, spendings[1])
     sendings = _sendings(draw, seed, number, users)
+    again = _sent_again(draw, spendings[2:], users)
     if "duplicate_delivery" in kinds:
         spendings, sendings = _duplicated(spendings), _duplicated(sendings)
     return RoundPlan(
@@ -109,7 +119,7 @@ def plan_round(seed: int, number: int) -> RoundPlan:
         concurrency=draw.choice((2, 3)),
         skew_seconds=draw.choice(SKEWS_SECONDS) if "clock_skewed" in kinds else 0.0,
         budgets=tuple(budgets),
-        tasks=(*spendings, *sendings),
+        tasks=(*spendings, *sendings, *again),
         faults=tuple(sorted(_faults(draw, kinds), key=lambda fault: fault.at)),
     )
 
@@ -145,9 +155,14 @@ def _spending(draw: random.Random, number: int, index: int, users: int) -> Spend
     # A stream that is left open keeps its tokens from all later calls, so none comes after it.
     if ways[-1] == STREAM_CLOSED and draw.random() < 0.4:
         ways[-1] = STREAM_LEFT
-    extends = draw.random() < 0.3
+    style = _STYLES[index % len(_STYLES)]
+    extends = draw.random() < 0.3 and style != "threads"
+    # Without a cap, the first of several calls at once would be granted all tokens of the hold.
+    cap = draw.choice((15, 30)) if style == "threads" else draw.choice((None, None, 15, 30))
     # Usually enough for the calls. Sometimes the hold is too small, or must be extended.
     tokens = draw.choice((10, words + 40)) if extends else calls * (words + draw.choice((25, 45, 60, 80)))
+    if style == "threads":
+        tokens = calls * (words + (cap or 0) + 30)
     return Spending(
         task_id=f"r{number}-t{index}",
         # Half of them at once, to fill the queue; the others while faults strike.
@@ -157,12 +172,48 @@ def _spending(draw: random.Random, number: int, index: int, users: int) -> Spend
         words=words,
         seconds=round(draw.choice((0.0, 0.05, 0.2, 0.5)), 2),
         tokens=tokens,
-        cap=draw.choice((None, None, 15, 30)),
+        cap=cap,
         extends=extends,
-        is_async=index % 3 == 0,
+        style=style,
         copies=1,
         script=(),
     )
+
+
+def _working(draw: random.Random, task: Spending) -> Spending:
+    """Let a task work between two calls for longer than its hold lives without a heartbeat."""
+    return replace(
+        task,
+        at=0.0,
+        ways=(COMPLETE, COMPLETE),
+        script=("ok", "ok"),
+        seconds=0.0,
+        tokens=2 * (task.words + 60),
+        cap=30,
+        extends=False,
+        style=draw.choice(("plain", "async")),
+        works=WORK_SECONDS,
+    )
+
+
+def _sent_again(draw: random.Random, tasks: list[Spending], users: int) -> list[Spending]:
+    """Return requests that use the id of a task again: the same request when it has ended, and other ones."""
+    chosen = draw.sample(tasks, 2 * _REUSED)
+    same = [replace(task, after=True) for task in chosen[:_REUSED]]
+    others = [
+        replace(
+            task,
+            request=2,
+            # Soon enough for the first one to be at work still, or when it has its result.
+            after=index % 2 == 0,
+            at=round(task.at + draw.uniform(0.1, 1.0), 2),
+            user=task.user if draw.random() < 0.5 else draw.randrange(users),
+            words=task.words + 1,
+            script=tuple(_good(draw) for _ in task.ways),
+        )
+        for index, task in enumerate(chosen[_REUSED:])
+    ]
+    return [*same, *others]
 
 
 def _scripted(draw: random.Random, seed: int, number: int, tasks: list[Spending]) -> list[Spending]:

@@ -8,7 +8,9 @@ from typing import Any, Protocol
 from tests.faults.kinds import BREAKING_KINDS, LEASE_MARGIN_SECONDS, VISIBILITY_SECONDS
 from tests.faults.ledger import CHUNK_TOKENS, Ledger, Serving
 from tests.faults.loopback import (
+    LANE_HEADER,
     QUICK_SECONDS,
+    RUN_HEADER,
     SLOW_SECONDS,
     STALLED_SECONDS,
     TIMEOUT_SECONDS,
@@ -31,11 +33,11 @@ _MAX_PAUSE_SECONDS = 0.7 * TIMEOUT_SECONDS
 class Script(Protocol):
     """The treatment of calls. A round's plan is one."""
 
-    def serving(self, task_id: str, call: int, times: int) -> str:
+    def serving(self, label: str, call: int, times: int) -> str:
         """Return how a call that has come `times` times before is treated."""
         ...
 
-    def chunks_read(self, task_id: str, call: int) -> int | None:
+    def chunks_read(self, label: str, call: int) -> int | None:
         """Return after how many chunks the caller ends a stream. None: it does not."""
         ...
 
@@ -62,16 +64,19 @@ class _Handler(LoopbackHandler):
         cap = request["max_tokens"]
         serving, times = self.server.ledger.open(
             task_id=asked.task_id,
+            request=asked.request,
             call=asked.call,
             fingerprint=call_fingerprint(MODEL_NAME, messages),
             user_id=asked.user_id,
             pid=self.asked_by,
+            run=int(self.headers.get(RUN_HEADER, 0)),
+            lane=int(self.headers.get(LANE_HEADER, 0)),
             asked=prompt_tokens + cap,
         )
         serving.prompt_tokens = prompt_tokens
         serving.streamed = bool(request.get("stream"))
-        serving.chunks_read = self.server.script.chunks_read(asked.task_id, asked.call) if serving.streamed else None
-        serving.behaviour = self.server.script.serving(asked.task_id, asked.call, times)
+        serving.chunks_read = self.server.script.chunks_read(serving.label, asked.call) if serving.streamed else None
+        serving.behaviour = self.server.script.serving(serving.label, asked.call, times)
         try:
             with suppress(OSError):
                 self._serve(serving, min(cap, 5 + len(prompt) % 30))

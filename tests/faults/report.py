@@ -59,6 +59,7 @@ class Totals:
                 "messages left in these rounds": stage.messages_left,
             }
         )
+        self.figures.update(_figures_of_requests(stage))
         self.figures.update(_figures_of_streams(books))
         extended = [extension["granted"] for extensions in extensions_of(stage).values() for extension in extensions]
         self.figures.update({"extensions granted": sum(extended), "extensions denied": extended.count(False)})
@@ -68,6 +69,18 @@ class Totals:
             self.figures[f"{_UNRECORDED}{call.cause}, tokens"] += call.serving.billed
             if call.named:
                 self.figures["of these, named by a call intent"] += 1
+
+
+def _figures_of_requests(stage: Stage) -> dict[str, int]:
+    tasks = stage.plan.spendings
+    results = [stage.results.get(task.task_id) for task in tasks if task.works]
+    return {
+        "tasks with calls in threads": sum(task.style == "threads" for task in tasks),
+        "tasks with an `async def` body": sum(task.style == "async" for task in tasks),
+        "requests with the id of another": sum(task.request > 1 for task in tasks),
+        "requests sent when another with their id had its result": len(stage.sent_after),
+        "tasks done that worked longer than a hold lives": sum(result is not None for result in results),
+    }
 
 
 def _figures_of_streams(books: Books) -> dict[str, int]:

@@ -10,7 +10,6 @@ from celery import Celery
 from sqlalchemy import Engine
 
 from tests.faults.graph import FakeGraph
-from tests.faults.injections import HOLD_TTL_SECONDS
 from tests.faults.kinds import VISIBILITY_SECONDS
 from tests.faults.loopback import TIMEOUT_SECONDS, running
 from tests.faults.plans import RoundPlan
@@ -82,7 +81,6 @@ def _environment(stage: Stage) -> dict[str, str]:
         "TRUEUP_HOME": str(stage.servers.home),
         "TRUEUP_DATABASE_URL": stage.servers.database_url(stage.database),
         "TRUEUP_BROKER_URL": stage.servers.broker_url(redis_number(stage.plan)),
-        "TRUEUP_HOLD_TTL_SECONDS": str(HOLD_TTL_SECONDS),
         "TRUEUP_VISIBILITY_TIMEOUT_SECONDS": str(max(5, VISIBILITY_SECONDS)),
         "TRUEUP_GATE_RETRY_MAX_SECONDS": "1",
         "TRUEUP_MODEL_PROVIDER": "openai",

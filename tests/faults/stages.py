@@ -13,6 +13,7 @@ import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
 from sqlalchemy import Engine, text
+from sqlalchemy.exc import DBAPIError
 
 from tests.faults.audit import Audit, auditing
 from tests.faults.books import Books, read_books
@@ -23,8 +24,9 @@ from tests.faults.planned import PlannedTask
 from tests.faults.plans import Fault, RoundPlan
 from tests.faults.provider import FakeProvider
 from tests.faults.servers import Servers
-from tests.faults.violations import DONE, NO_RESULT, UNFINISHED, WAITING, Violation
+from tests.faults.violations import DONE, NO_RESULT, UNENDED, UNFINISHED, WAITING, Violation
 from tests.faults.workers import Worker
+from trueup.gate.holds import expire_holds
 
 QUEUE = "trueup-ai"
 BOOT_SECONDS = 90.0
@@ -33,6 +35,9 @@ QUIET_SECONDS = 25.0
 SETTLE_SECONDS = 90.0
 FLOOD_FACTOR = 4
 STRIKE_TRIES = 8
+# How long a request that uses an id again waits for the end of an earlier one.
+AFTER_SECONDS = 15.0
+SWEEP_SECONDS = 0.5
 STRIKE_SECONDS = 20.0
 CALM_SECONDS = 4.0
 _TICK_SECONDS = 0.03
@@ -55,7 +60,8 @@ class Stage:
     """The state of a round.
 
     `users`: ids by their number in the plan. `outcomes`: by task id; `results`: of the completed tasks. `killed`:
-    by pid, the time at which a process was killed that may have been at work.
+    by pid, the time at which a process was killed that may have been at work. `stopped`: the processes that were
+    suspended for a time. `sent_after`: the requests that were sent when an earlier one with their id had its result.
     """
 
     plan: RoundPlan
@@ -71,11 +77,14 @@ class Stage:
     outcomes: dict[str, str] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     killed: dict[int, float] = field(default_factory=dict)
+    stopped: set[int] = field(default_factory=set)
+    sent_after: set[str] = field(default_factory=set)
     flushed: bool = False
     settled: bool = False
     messages_left: int = 0
     started_at: float = 0.0
     audit: Audit = field(default_factory=Audit)
+    _swept_at: float = 0.0
     _agenda: list[tuple[float, int, Callable[[], object]]] = field(default_factory=list)
     _order: Iterator[int] = field(default_factory=itertools.count)
 
@@ -154,13 +163,26 @@ class Stage:
     def _send(self, task: PlannedTask) -> None:
         """Send a task as the host does. If the broker is not available, try again a little later."""
         try:
+            if task.after and self._waits_for_earlier(task):
+                return
             for copy in range(task.copies):
                 arguments = task.arguments(self.users[task.user])
                 self.sender.send_task(task.name, kwargs=arguments, task_id=task.task_id, queue=QUEUE, retry=False)
                 if copy:
                     self.note("duplicate_delivery", task.task_id)
-        except OperationalError:
+        except (OperationalError, redis.ConnectionError):
             self.later(0.3, lambda: self._send(task))
+
+    def _waits_for_earlier(self, task: PlannedTask) -> bool:
+        """Put the task on the agenda again while an earlier request with its id has no result. Waits not for ever."""
+        with self.servers.redis(redis_number(self.plan)) as client:
+            ended = _outcome(client, task.task_id)[0] not in UNENDED
+        if ended:
+            self.sent_after.add(task.label)
+        waits = not ended and time.monotonic() - self.started_at < AFTER_SECONDS
+        if waits:
+            self.later(0.3, lambda: self._send(task))
+        return waits
 
     def _strike(self, fault: Fault, tries: int = STRIKE_TRIES) -> None:
         """Let a fault strike. If it finds nothing to strike, try again a little later."""
@@ -184,6 +206,11 @@ class Stage:
         for worker in self.workers:
             if not self._agenda or (not worker.alive and worker.crashed):
                 worker.revive()
+        if time.monotonic() - self._swept_at > SWEEP_SECONDS:
+            self._swept_at = time.monotonic()
+            # As the upkeep worker does. The database may be away.
+            with suppress(DBAPIError), self.engine.begin() as connection:
+                expire_holds(connection)
 
     def _calm(self, client: redis.Redis) -> bool:
         in_flight = self.provider.ledger.in_flight() or self.graph.ledger.in_flight()

@@ -8,71 +8,17 @@ from types import SimpleNamespace
 import pytest
 from sqlalchemy import Connection
 
-from tests.faults.books import read_books
-from tests.faults.checks import violations
-from tests.faults.ledger import EFFECTS, GraphLedger, Ledger, Serving
-from tests.faults.planned import Sending, Spending
-from tests.faults.plans import plan_round
+from tests.faults.by_hand import BUDGET, SENDING, SPENDING, serve
+from tests.faults.ledger import EFFECTS, Ledger, Serving
 from tests.faults.stages import Stage
 from tests.faults.unrecorded import find_unrecorded
 from tests.support.host import Host
-from tests.support.work import hold_tokens, usage_of
+from tests.support.work import usage_of
 from trueup.gate.holds import Hold, expire_holds
 from trueup.usage.charges import record_charge
 
-BUDGET = 100
 MESSAGE = EFFECTS[0]
-SENDING = Sending(
-    task_id="m1",
-    at=0,
-    user=0,
-    copies=1,
-    script=("ok",),
-    mode="STATIC",
-    words=5,
-    replies=False,
-    post_script=("ok", "ok"),
-)
 Found = Callable[[], set[str]]
-
-
-@pytest.fixture
-def stage(host: Host) -> Stage:
-    """A played round of one user, without any content yet."""
-    user = host.subscriber(BUDGET, start=datetime.now(UTC) - timedelta(days=1))
-    provider, graph = SimpleNamespace(ledger=Ledger()), SimpleNamespace(ledger=GraphLedger())
-    return Stage(
-        plan=replace(plan_round(1, 0), budgets=(BUDGET,), tasks=(SENDING,)),
-        servers=None,  # type: ignore[arg-type] - not asked
-        database="",
-        engine=host.engine,
-        provider=provider,  # type: ignore[arg-type] - only its ledger is asked
-        graph=graph,  # type: ignore[arg-type] - likewise
-        workers=[],
-        sender=None,  # type: ignore[arg-type] - not asked
-        users=[user],
-        settled=True,
-    )
-
-
-@pytest.fixture
-def found(stage: Stage) -> Found:
-    """Return the kinds of violations that the checks find now."""
-    return lambda: {violation.kind for violation in violations(stage, read_books(stage))}
-
-
-@pytest.fixture
-def hold(connection: Connection, stage: Stage) -> Hold:
-    return hold_tokens(connection, stage.users[0], 80, task="t1")
-
-
-def serve(stage: Stage, billed: int, *, asked: int = 80, task: str = "t1", user: int | None = None) -> Serving:
-    serving, _ = stage.provider.ledger.open(
-        task_id=task, call=1, fingerprint="x", user_id=user or stage.users[0], pid=1, asked=asked
-    )
-    serving.billed, serving.complete, serving.ended_at = billed, True, serving.started_at
-    serving.usage_sent = True
-    return serving
 
 
 def serve_stream(stage: Stage, billed: int, *, prompt: int, sent: int, chunks_read: int | None = None) -> Serving:
@@ -195,6 +141,19 @@ def test_a_counted_charge_without_its_mark_is_found(
     assert found() == {"wrong_usage"}
 
 
+@pytest.mark.parametrize(
+    ("tokens", "stopped", "expected"),
+    [(36, {1}, set()), (36, set(), {"wrong_usage"}), (29, {1}, {"wrong_usage"}), (41, {1}, {"wrong_usage"})],
+)
+def test_a_process_that_was_stopped_in_a_stream_may_charge_a_part_of_it(
+    stage: Stage, connection: Connection, hold: Hold, found: Found, tokens: int, stopped: set[int], expected: set[str]
+) -> None:
+    serving = serve_stream(stage, 40, prompt=30, sent=10)
+    serving.usage_sent, stage.stopped = True, stopped
+    record(connection, hold, serving, tokens=tokens, reported=False)
+    assert found() == expected
+
+
 def test_usage_of_another_user_is_found(
     stage: Stage, host: Host, connection: Connection, hold: Hold, found: Found
 ) -> None:
@@ -249,19 +208,8 @@ def test_a_lost_result_is_found_unless_its_answers_were_not_kept(
     stage: Stage, host: Host, hold: Hold, found: Found, ways: tuple[str, ...], expected: set[str]
 ) -> None:
     host.execute("UPDATE trueup.hold SET completed = true")
-    spending = Spending(
-        task_id="t1",
-        at=0,
-        user=0,
-        copies=1,
-        script=("ok",),
-        ways=ways,
-        words=5,
-        seconds=0,
-        tokens=80,
-        cap=None,
-        extends=False,
-    )
+    spending = replace(SPENDING, ways=ways)
+    host.execute("UPDATE trueup.hold SET request = :request", request=spending.fingerprint(stage.users[0]))
     stage.plan = replace(stage.plan, tasks=(spending,))
     stage.outcomes = {"t1": "unfinished"}
     assert found() == expected
@@ -411,3 +359,22 @@ def test_a_later_death_does_not_excuse_an_earlier_call() -> None:
     killed = {1: servings[1].started_at + 1}
     causes = [call.cause for call in find_unrecorded(servings, set(), None, killed)]
     assert causes == ["none", "process killed"]
+
+
+@pytest.mark.parametrize(
+    ("run", "lane", "cause"),
+    [(1, 1, "none"), (1, 2, "process killed"), (2, 2, "none")],
+)
+def test_a_death_excuses_a_call_in_a_thread_unless_its_thread_or_its_process_went_on(
+    run: int, lane: int, cause: str
+) -> None:
+    ledger = Ledger()
+    for call, (its_run, its_lane) in enumerate([(1, 1), (run, lane)], 1):
+        serving, _ = ledger.open(
+            task_id="t1", call=call, fingerprint=f"x{call}", user_id=7, pid=1, asked=80, run=its_run, lane=its_lane
+        )
+        serving.billed, serving.complete = 40, True
+    servings = ledger.servings()
+    killed = {1: servings[1].started_at + 1}
+    causes = [call.cause for call in find_unrecorded(servings, set(), None, killed)]
+    assert causes == [cause, "process killed"]

@@ -55,17 +55,13 @@ def find_unrecorded(
     `intents`: rows of the begun and unrecorded calls; None: there is no such table. `killed`: by pid, the time at
     which each process was killed.
     """
-    last_asked: dict[int, float] = {}
-    for serving in servings:
-        last_asked[serving.pid] = max(serving.started_at, last_asked.get(serving.pid, 0))
-    recorded_calls = {(serving.task_id, serving.call) for serving in servings if serving.model_name in recorded}
+    recorded_calls = {(serving.label, serving.call) for serving in servings if serving.model_name in recorded}
     missing = [serving for serving in servings if serving.billed and serving.model_name not in recorded]
     named = None if intents is None else _named(missing, intents)
     return [
         Unrecorded(
             serving=serving,
-            # A process that made a later call had finished this one, so its later death explains nothing.
-            cause=_cause(serving, recorded_calls, killed if last_asked[serving.pid] == serving.started_at else {}),
+            cause=_cause(serving, recorded_calls, {} if _had_finished(serving, servings) else killed),
             named=None if named is None else serving.serial in named,
             outcome=None if named is None else named.get(serving.serial),
         )
@@ -73,12 +69,26 @@ def find_unrecorded(
     ]
 
 
+def _had_finished(serving: Serving, servings: Sequence[Serving]) -> bool:
+    """Return whether its process went on after this call, so that the later death of the process explains nothing.
+
+    A lane of a body makes a call when its call before is finished, and a process runs a body when all lanes of the
+    body before have ended. A call in another lane of the same run proves nothing.
+    """
+    return any(
+        other.pid == serving.pid
+        and other.started_at > serving.started_at
+        and (other.run != serving.run or other.lane == serving.lane)
+        for other in servings
+    )
+
+
 def _cause(serving: Serving, recorded_calls: set[tuple[str, int]], killed: Mapping[int, float]) -> Cause:
     if not serving.answered or serving.behaviour == "timeout":
         return "answer lost"
     if killed.get(serving.pid, 0) > serving.started_at:
         return "process killed"
-    if (serving.task_id, serving.call) in recorded_calls:
+    if (serving.label, serving.call) in recorded_calls:
         return "another attempt was recorded"
     return "none"
 

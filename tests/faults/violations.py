@@ -10,6 +10,9 @@ VIOLATIONS = {
     "wrong_usage": "a charge that differs from the provider's bill (for a stream without usage: from the part that "
     "arrived), or has no provider call",
     "wrong_user": "usage recorded under another user",
+    "wrong_result": "a request with a result, or an answer, that belongs to another request with the same task id",
+    "bought_again": "a call that a process bought after the work of its request was done",
+    "ran_again": "a task that another attempt began again while its process lived and was not suspended",
     "unmetered_call": "a provider call of a task that never had a hold",
     "wrong_extension": "a granted extension of another amount than requested, or a denied extension that added tokens",
     "message_sent_twice": "a direct message or public reply that Instagram accepted more than once",

@@ -42,6 +42,36 @@ def test_a_users_task_never_gets_the_result_of_another_users_task_with_its_id(
     assert stored("digest-4")["result"] == shared_host.used(users[1])
 
 
+def test_a_denied_request_never_gets_the_result_of_another_request_with_its_id(
+    app: Celery, worker: WorkerProcess, shared_host: Host
+) -> None:
+    user, poor = shared_host.subscriber(1_000), shared_host.subscriber(1)
+    for one, state in ((user, "SUCCESS"), (poor, "FAILURE")):
+        # By its name, as from a service that does not know the task: nothing is compared when it is sent.
+        app.send_task("test.spend", kwargs={"user_id": one}, task_id="digest-5", queue="trueup-ai")
+        wait_for(lambda state=state: app.backend.get_state("digest-5") == state, f"it ends as {state}")
+    assert shared_host.used(user) > shared_host.used(poor) == 0
+
+
+def test_a_redelivery_of_done_work_does_not_run_the_body_again_while_its_result_is_stored(
+    app: Celery, worker: WorkerProcess, shared_host: Host
+) -> None:
+    user, seconds = shared_host.subscriber(1_000), 5
+    durations = "SELECT extract(epoch FROM closed_at - opened_at) FROM trueup.hold WHERE user_id = :user ORDER BY id"
+    for delivery in (1, 2):
+        kwargs = {"user_id": user, "seconds": seconds}
+        result = app.send_task("test.spend", kwargs=kwargs, task_id="digest-6", queue="trueup-ai")
+        assert result.get(timeout=DEADLINE_SECONDS) == shared_host.used(user)
+        wait_for(
+            lambda delivery=delivery: (
+                [row[0] is None for row in shared_host.execute(durations, user=user)] == [False] * delivery
+            ),
+            "the hold is closed",
+        )
+    first, second = [row[0] for row in shared_host.execute(durations, user=user)]
+    assert second < seconds <= first
+
+
 def test_a_finished_task_whose_result_was_forgotten_gives_it_again(
     app: Celery, worker: WorkerProcess, shared_host: Host
 ) -> None:
