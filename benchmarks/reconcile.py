@@ -111,8 +111,10 @@ def fill(connection: Connection, users: int, rows: int) -> None:
     connection.execute(text("SET LOCAL session_replication_role = replica"))
     values = {"users": users, "rows": rows, "plan": PLAN_TOKENS, "tokens": ROW_TOKENS}
     for statement in (
-        "INSERT INTO public.billing_tokenplan (id, name, tokens_included) SELECT i, i, :plan FROM "
-        "generate_series(1, 9) i",
+        (
+            "INSERT INTO public.billing_tokenplan (id, name, tokens_included) "
+            "SELECT i, i, :plan FROM generate_series(1, 9) i"
+        ),
         "INSERT INTO public.accounts_user SELECT i, 'user' || i, '' FROM generate_series(1, :users) i",
         (
             "INSERT INTO public.billing_subscription (id, user_id, token_plan_id, start_date, tokens_remaining) "
@@ -129,8 +131,10 @@ def fill(connection: Connection, users: int, rows: int) -> None:
             "SELECT l.user_id, sum(l.total_tokens) AS tokens FROM public.ai_usage_log l "
             "JOIN public.billing_subscription s ON s.user_id = l.user_id AND l.created_at >= s.start_date GROUP BY 1"
         ),
-        "UPDATE public.billing_subscription s SET tokens_remaining = :plan - u.tokens FROM used u "
-        "WHERE u.user_id = s.user_id",
+        (
+            "UPDATE public.billing_subscription s SET tokens_remaining = :plan - u.tokens "
+            "FROM used u WHERE u.user_id = s.user_id"
+        ),
     ):
         connection.execute(text(statement), {name: value for name, value in values.items() if f":{name}" in statement})
     for index in indexes:

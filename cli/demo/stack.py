@@ -34,11 +34,10 @@ WORKERS = 2
 _CLEAR = text(
     """
     TRUNCATE public.accounts_user, public.billing_tokenplan, public.billing_fullplan, public.billing_subscription,
-             public.ai_usage_log,
-             trueup.balance, trueup.usage_delta, trueup.log_truncation, trueup.token_grant, trueup.hold,
-             trueup.charge, trueup.owed_charge, trueup.call_intent, trueup.outbox, trueup.reconcile_run,
-             trueup.reconcile_shard, trueup.drift, trueup.drift_decision, trueup.defect, trueup.grant_use, trueup.window_change,
-             trueup.alert
+             public.ai_usage_log, trueup.balance, trueup.usage_delta, trueup.log_truncation, trueup.token_grant,
+             trueup.hold, trueup.charge, trueup.owed_charge, trueup.call_intent, trueup.outbox, trueup.reconcile_run,
+             trueup.reconcile_shard, trueup.drift, trueup.drift_decision, trueup.defect, trueup.grant_use,
+             trueup.window_change, trueup.alert
     RESTART IDENTITY CASCADE
     """
 )
