@@ -62,7 +62,7 @@ def _wrong_result(stage: "Stage", holds: dict[str, list[Any]], requests: list[Sp
     """The stored result is that of the last request with its id that did its work.
 
     A request that was sent when an earlier one had its result has a result or an error of its own, unless Redis has
-    lost its message. (A request that is refused because its id is in use leaves the id to the one that is running.)
+    lost its message. (A request that is refused because its id is in use leaves the id to the running one.)
     """
     result = stage.results.get(requests[0].task_id)
     if not isinstance(result, dict) or stage.flushed or not stage.settled:
@@ -92,7 +92,7 @@ def _unknown_requests(books: Books, requests: dict[str, Spending], holds: dict[s
 
 
 def _bought_again(stage: "Stage", books: Books, label: str, holds: list[Any]) -> Iterator[Violation]:
-    """After a request's work is done, no process buys for it: only one that was stopped may come too late."""
+    """After a request's work is done, no process buys for it: only a stopped process may come too late."""
     ends = [hold.ended_at.timestamp() for hold in holds if hold.completed and hold.ended_at is not None]
     if not ends:
         return
