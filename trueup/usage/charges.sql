@@ -25,15 +25,16 @@ BEGIN
     SELECT * INTO a FROM trueup.lock_charged_account(p_user, at);
     at := a.at;
     SELECT * INTO h FROM trueup.hold t
-    WHERE t.user_id = p_user AND t.task_id = p_task AND t.status = 'open';
+    WHERE t.user_id = p_user AND t.task_id = p_task AND t.status = 'open'
+      AND (t.attempt = p_attempt OR t.request = trueup.request_of(p_user, p_task, p_attempt));
     SELECT c.late, c.tokens_total - c.tokens_covered, c.attempt <> p_attempt INTO late, tokens_over, bought_twice
     FROM trueup.charge c WHERE c.user_id = p_user AND c.task_id = p_task AND c.call_key = p_call_key;
     recorded := NOT FOUND;
     bought_twice := coalesce(bought_twice, false);
     IF recorded THEN
         late := h.id IS NULL OR h.attempt <> p_attempt OR h.body_ended_at IS NOT NULL;
-        -- A late charge also uses the open hold, if there is one, so that both attempts together stay within it. If the
-        -- task's body has ended, the hold keeps the tokens that other calls in flight may cost.
+        -- A late charge also uses the open hold of its request, if there is one, so that both attempts together stay within
+        -- it. If the task's body has ended, the hold keeps the tokens that other calls in flight may cost.
         v_covered := coalesce(h.tokens_reserved - h.tokens_covered, 0);
         IF h.body_ended_at IS NOT NULL THEN
             v_covered := greatest(v_covered - trueup.in_flight(p_user, p_task, v_first_key, p_attempt), 0);
@@ -74,6 +75,14 @@ BEGIN
                                       - trueup.in_flight(p_user, p_task, NULL, NULL), 0) ELSE 0 END;
 {{ store_balance("p_user") }}
 END $$;
+
+-- The fingerprint of the request that this attempt of a task worked for. Holds of one id follow each other, and attempts
+-- are numbered through all of them.
+CREATE OR REPLACE FUNCTION trueup.request_of(p_user {{ user_id_type }}, p_task text, p_attempt integer)
+RETURNS text LANGUAGE sql STABLE AS $$
+    SELECT h.request FROM trueup.hold h
+    WHERE h.user_id = p_user AND h.task_id = p_task AND h.attempt >= p_attempt ORDER BY h.id LIMIT 1
+$$;
 
 -- The figure, lowered to what a column of the usage log can hold. p_column: the column's name as quoted in SQL. Every
 -- type of number that a host may have holds 2147483647; the setup refuses a smaller one.
