@@ -52,6 +52,8 @@ def test_the_rounds_had_something_to_lose(totals: Totals) -> None:
     assert totals.figures["streams ended early by their task"] > 0
     assert totals.figures["extensions granted"] > 0
     assert totals.figures["extensions denied"] > 0
+    assert totals.figures["requests sent when another with their id had its result"] > 0
+    assert totals.figures["tasks done that worked longer than a hold lives"] > 0
 
 
 def test_a_round_is_drawn_from_its_seed_and_number_alone() -> None:
