@@ -223,19 +223,6 @@ def test_a_new_hold_does_not_cover_the_calls_of_the_hold_that_ended(
     assert_true(host)
 
 
-def test_a_late_charge_takes_nothing_from_another_request_that_has_the_id_now(
-    host: Host, connection: Connection, user: int
-) -> None:
-    """That request passed the gate with its estimate, and would fail for want of tokens that it did not spend."""
-    first = hold_tokens(connection, user, 300, task="t", request="first", ttl=600, now=NOW)
-    expire_holds(connection, now=after(600))
-    second = hold_tokens(connection, user, 300, task="t", request="second", lease=LEASE, now=after(601))
-    assert charge_tokens(connection, first, 200, now=after(602)).late
-    assert begin(connection, second, 300, 602) is None
-    assert balance(host, user) == (200, 300)
-    assert_true(host)
-
-
 def test_two_attempts_that_buy_the_same_call_are_both_recorded_and_each_once(
     host: Host, connection: Connection, user: int
 ) -> None:

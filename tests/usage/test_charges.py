@@ -131,6 +131,20 @@ def test_a_charge_of_an_expired_hold_is_late(host: Host, connection: Connection,
     assert_true(host)
 
 
+def test_a_late_charge_takes_nothing_from_another_request_that_has_the_id_now(
+    host: Host, connection: Connection, user: int
+) -> None:
+    """That request passed the gate with its estimate, and would fail for want of tokens that it did not spend."""
+    first = hold_tokens(connection, user, 300, task="t", request="first", ttl=600, now=NOW)
+    expire_holds(connection, now=NOW + timedelta(seconds=600))
+    second = hold_tokens(connection, user, 300, task="t", request="second", now=NOW + timedelta(seconds=601))
+    late = charge_tokens(connection, first, 200, now=NOW + timedelta(seconds=602))
+    assert (late.late, late.tokens_over) == (True, 200)
+    assert balance(host, user) == (200, 300)
+    assert charge_tokens(connection, second, 300, now=NOW + timedelta(seconds=602)).tokens_over == 0
+    assert_true(host)
+
+
 def test_a_fenced_attempts_charge_is_late_and_uses_the_hold_of_the_later_attempt(
     host: Host, connection: Connection, user: int, hold: Hold
 ) -> None:
