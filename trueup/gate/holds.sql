@@ -40,8 +40,7 @@ BEGIN
     PERFORM trueup.require_counted();  -- after reading the deltas, so that a write they missed is noticed here
     at := a.at;
     expiry := at + p_ttl;
-    original := coalesce(a.original, 0);
-    consumed := coalesce(a.consumed, 0);
+    original := coalesce(a.original, 0); consumed := coalesce(a.consumed, 0);
     held := coalesce(a.held, 0);
     end_date := a.end_date;
     SELECT * INTO h FROM trueup.hold WHERE user_id = p_user AND task_id = p_task ORDER BY id DESC LIMIT 1;
