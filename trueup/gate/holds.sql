@@ -20,6 +20,7 @@
 -- again without buying anything.
 -- A hold whose body has ended is open only for calls in flight (see trueup.close_hold). Its task passes the gate like a
 -- new one, and gets the hold back with the new tokens added.
+-- Longer than 70 lines, because one decision under one row lock fills all of the answer.
 CREATE OR REPLACE FUNCTION trueup.open_hold(
     p_user {{ user_id_type }}, p_task text, p_retries integer, p_feature text, p_section text, p_owner text,
     p_tokens bigint, p_lease interval, p_ttl interval, p_waits integer, p_mode text, INOUT at timestamptz,
@@ -40,7 +41,8 @@ BEGIN
     PERFORM trueup.require_counted();  -- after reading the deltas, so that a write they missed is noticed here
     at := a.at;
     expiry := at + p_ttl;
-    original := coalesce(a.original, 0); consumed := coalesce(a.consumed, 0);
+    original := coalesce(a.original, 0);
+    consumed := coalesce(a.consumed, 0);
     held := coalesce(a.held, 0);
     end_date := a.end_date;
     SELECT * INTO h FROM trueup.hold WHERE user_id = p_user AND task_id = p_task ORDER BY id DESC LIMIT 1;
