@@ -171,7 +171,7 @@ def test_concurrent_attaches_are_serialized(host: Host) -> None:
 def test_a_table_that_stays_locked_ends_the_command_with_an_error(host: Host, table: str) -> None:
     user = host.subscriber()
     with locked(host, f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE") as busy:
-        with pytest.raises(HostBusyError, match=f'kept "{table}" .*process {backend_pid(busy)} '):
+        with pytest.raises(HostBusyError, match=f'locked "{table}" .*process {backend_pid(busy)} '):
             attach(MAPPING, patience_seconds=0)
         with impatient(host) as other:
             other.execute(text("DELETE FROM ai_usage_log"))

@@ -213,7 +213,7 @@ def test_a_duplicate_waits_while_the_first_delivery_is_at_work(
     for _ in range(3):
         model_tasks.spend.apply_async(kwargs={"user_id": user, "seconds": 2}, task_id=first.id)
     wait_for(lambda: worker.output.count(f"{first.id}] ignored") == 3, "none of the duplicates tells a result")
-    assert worker.output.count(f"attempt of task {first.id} is at work") == 1, "one waits, two are redundant"
+    assert worker.output.count(f"attempt of task {first.id} is running") == 1, "one waits, two are redundant"
     assert first.state == "STARTED"
     assert shared_host.value("SELECT attempt FROM trueup.hold WHERE user_id = :user", user=user) == 1
     wait_for(lambda: not held(shared_host, user), "the first is done")
