@@ -89,5 +89,5 @@ def test_an_example_table_has_the_status_but_none_for_an_expression() -> None:
         table = build_host_metadata(mapping).tables["billing_subscription"]
         assert "is_active" not in table.c
         assert str(table.c[column].server_default.arg) == "on"  # type: ignore[union-attr]
-    with pytest.raises(InvalidInputError, match="no example table"):
+    with pytest.raises(InvalidInputError, match="can't create an example table for an expression"):
         build_host_metadata(HostMapping.model_validate({"subscription": {"is_active": {"expression": "{row}.a"}}}))

@@ -384,7 +384,7 @@ def test_the_demo_answers_no_request_that_a_proxy_passes_on(client_with: MakeCli
         ({"demo": True, "host": "0.0.0.0"}, "loopback only"),  # noqa: S104 - refused
         ({"demo": True, "jwt_secret": SECRET}, "Unset one"),
         ({"jwt_secret": "short"}, "32 random bytes"),
-        ({"jwt_secret": SECRET, "jwks_url": "https://issuer.example/jwks"}, "give one of them"),
+        ({"jwt_secret": SECRET, "jwks_url": "https://issuer.example/jwks"}, "Give one of them"),
         ({"jwks_url": "http://issuer.example/jwks"}, "not https"),
         ({"jwks_url": "https://me:pw@issuer.example/jwks"}, "without a password"),
         ({"jwks_url": "issuer"}, "give a URL"),

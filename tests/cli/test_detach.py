@@ -21,7 +21,7 @@ def test_it_removes_and_keeps_the_history(host: Host, tmp_path: Path) -> None:
     file = tmp_path / "history.jsonl"
     said = trueup("db", "detach", "--yes", "--keep-history", file).stdout
     assert f"Saved to {file}: 1 of installation, 0 of reconcile_run" in said
-    assert said.endswith("Removed: triggers and schema trueup.\n")
+    assert said.endswith("Removed the triggers and the schema trueup.\n")
     assert host.value("SELECT to_regnamespace('trueup') IS NULL")
     assert "nothing to remove" in trueup("db", "detach", "--yes", code=1).stderr
     assert "Run `trueup db init`" in trueup("tokens", "show", 1, code=1).stderr

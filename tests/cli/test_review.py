@@ -83,7 +83,7 @@ def test_an_undone_run_is_left_to_a_person(host: Host) -> None:
     trueup("reconcile")
     assert host.counter(user) == 10_000
     (item,) = trueup_json("drift", "review")
-    assert "undone" in item["reason"]
+    assert "undid" in item["reason"]
     assert "Run 99 does not exist" in trueup("drift", "undo", 99, "--note", "n", code=1).stderr
 
 

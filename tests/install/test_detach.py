@@ -224,7 +224,7 @@ def test_workers_that_still_run_get_one_clear_error(host: Host) -> None:
 def test_a_table_that_stays_locked_ends_the_command_with_an_error(host: Host, connection: Connection) -> None:
     user = host.subscriber()
     with locked(host, "UPDATE billing_subscription SET tokens_remaining = 1") as busy:
-        with pytest.raises(HostBusyError, match=rf"kept .*billing_subscription.* process {backend_pid(busy)} "):
+        with pytest.raises(HostBusyError, match=rf"locked .*billing_subscription.* process {backend_pid(busy)} "):
             detach(**WITHOUT_PATIENCE)
         # No session waits behind detach; the steps that it took stay done.
         with impatient(host) as other:

@@ -357,7 +357,7 @@ def test_an_undone_correction_stays_in_review_after_later_changes(
     assert host.counter(user) == 10_000
     (item,) = reviews(connection)
     assert item.tokens == 340
-    assert "undone" in item.reason
+    assert "undid" in item.reason
     decide(item.id)
     assert host.counter(user) == 9_660
     host.log(user, 25, at=datetime.now(UTC))

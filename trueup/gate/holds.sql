@@ -24,6 +24,7 @@
 -- p_fresh: the number of retries by which the body asked for new answers. Each has calls of its own.
 -- A hold whose body has ended is open only for calls in flight (see trueup.close_hold). Its task passes the gate like a
 -- new one, and gets the hold back with the new tokens added.
+-- Longer than 70 lines, because one decision under one row lock fills all of the answer.
 CREATE OR REPLACE FUNCTION trueup.open_hold(
     p_user {{ user_id_type }}, p_task text, p_request text, p_fresh integer, p_retries integer, p_feature text,
     p_section text, p_owner text, p_tokens bigint, p_lease interval, p_ttl interval, p_waits integer, p_mode text,
