@@ -31,12 +31,19 @@ from trueup.host.mapping import HostMapping
 from trueup.reconcile.local_run import reconcile
 from trueup.usage.charges import Charge
 
-# These are found before PostgreSQL's own: reconcile, too, then lives at the machine's time.
+# These are found before PostgreSQL's own: reconcile, too, then lives at the machine's time. trueup's functions have a
+# search path of their own, which ignores the session's. Triggers keep the server's clock, as `HostMachine` expects.
 CLOCK = """
     CREATE SCHEMA clock;
     CREATE TABLE clock.now AS SELECT clock_timestamp() AS at;
     CREATE FUNCTION clock.clock_timestamp() RETURNS timestamptz LANGUAGE sql STABLE AS 'SELECT at FROM clock.now';
     CREATE FUNCTION clock.statement_timestamp() RETURNS timestamptz LANGUAGE sql STABLE AS 'SELECT at FROM clock.now';
+    DO $$ DECLARE f regprocedure; BEGIN
+        FOR f IN SELECT oid FROM pg_proc WHERE pronamespace = 'trueup'::regnamespace
+                 AND prorettype <> 'trigger'::regtype AND proconfig IS NOT NULL LOOP
+            EXECUTE format('ALTER FUNCTION %s SET search_path = clock, pg_catalog, pg_temp', f);
+        END LOOP;
+    END $$
 """
 
 CHARGES = """
@@ -313,8 +320,7 @@ class BillingMachine(HostMachine):
 
 @pytest.fixture
 def machine(host: Host, database: str) -> Iterator[type[BillingMachine]]:
-    for statement in CLOCK.split(";\n"):
-        host.execute(statement)
+    host.execute(CLOCK)
     engine = create_engine(database, connect_args={"options": "-c timezone=UTC -c search_path=clock,pg_catalog,public"})
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         yield type("Machine", (BillingMachine,), {"host": host, "connection": connection, "engine": engine})
