@@ -28,10 +28,17 @@ def up() -> None:
     from trueup.stack.supervisor import run_stack, serves_api
 
     settings = get_settings()
-    if serves_api(settings):
-        # Found by the API's own process, it would end the whole stack after several tries.
-        listening_socket(settings.api.host, settings.api.port).close()
-    run_stack(settings, before_commands=_prepare_database)
+    run_stack(
+        settings,
+        before_servers=_check_api_address if serves_api(settings) else None,
+        before_commands=_prepare_database,
+    )
+
+
+def _check_api_address() -> None:
+    """Raise `SettingsError` if the API can't listen. Its own process would fail again and again, and end the stack."""
+    api = get_settings().api
+    listening_socket(api.host, api.port).close()
 
 
 def _prepare_database(urls: StackUrls) -> None:

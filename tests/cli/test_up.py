@@ -29,7 +29,8 @@ class Up:
         self.home = home
         self.log = home.with_name("up.log")
         self.process: subprocess.Popen[bytes] | None = None
-        self.api = f"http://127.0.0.1:{free_port()}"
+        self.port = free_port()
+        self.api = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> int:
         """Start it, and return its pid once both workers answer."""
@@ -39,13 +40,15 @@ class Up:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=environment_of(self.home)
-                | {"TRUEUP_API__DEMO": "true", "TRUEUP_API__PORT": self.api.rpartition(":")[2]},
+                env=self.environment(),
                 start_new_session=True,
             )
         wait_for(lambda: self.process.poll() is not None or self.runs(), "the stack is up")  # type: ignore[union-attr]
         assert self.process.poll() is None, self.log.read_text()
         return self.process.pid
+
+    def environment(self) -> dict[str, str]:
+        return environment_of(self.home) | {"TRUEUP_API__DEMO": "true", "TRUEUP_API__PORT": str(self.port)}
 
     def runs(self) -> bool:
         return self.log.read_text().count(" ready.") >= 2
@@ -59,7 +62,7 @@ class Up:
     def trueup(self, *arguments: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [TRUEUP, *map(str, arguments)],
-            env=environment_of(self.home),
+            env=self.environment(),
             capture_output=True,
             text=True,
             timeout=STOP_SECONDS,
@@ -115,6 +118,16 @@ def test_up_runs_both_workers_and_the_api_and_other_commands_use_it(up: Up) -> N
     assert denied.returncode == 3
     assert not (up.home / "log" / "temporary-worker.log").exists()
     assert "trueup.generate_qa" in up.log.read_text()
+
+
+def test_up_refuses_an_address_of_the_api_that_is_in_use_before_it_starts_anything(up: Up) -> None:
+    with temporary_home() as home:
+        other = Up(home)
+        other.port = up.port
+        refused = other.trueup("up")
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert f"can't listen on 127.0.0.1:{up.port}: Address already in use" in refused.stderr
+        assert_nothing_runs(home)
 
 
 def test_after_kill_9_a_second_start_takes_over_and_its_stop_leaves_nothing(up: Up) -> None:

@@ -47,15 +47,17 @@ def run_stack(
     settings: Settings,
     *,
     commands: Sequence[Command] | None = None,
+    before_servers: Callable[[], None] | None = None,
     before_commands: Callable[[StackUrls], None] | None = None,
     policy: Policy | None = None,
     output: TextIO | None = None,
 ) -> None:
     """Run the stack until Ctrl-C, SIGTERM or SIGHUP. A second request stops it fast, a third kills it.
 
-    `commands`: None means those of `commands_of`. `before_commands` is called when the servers answer, to migrate.
-    `policy`: None means its defaults. `output`: None means standard output. Raises `StackAlreadyRunningError`,
-    `StackError` when a server can't run, and `ChildFailedError` when a process dies too often.
+    `commands`: None means those of `commands_of`. `before_servers` is called before the servers start, after the
+    leftovers of a killed `trueup up` have ended; `before_commands` when the servers answer, to migrate. `policy`: None
+    means its defaults. `output`: None means standard output. Raises `StackAlreadyRunningError`, `StackError` when a
+    server can't run, and `ChildFailedError` when a process dies too often.
     """
     policy = policy or Policy()
     layout = prepare_layout(settings)
@@ -65,6 +67,8 @@ def run_stack(
         records = ChildRecords(layout.run / "children.json")
         # First of all, so that old workers never share the queues with new ones.
         reap_leftovers(records, layout.home, policy.grace_seconds, log.say)
+        if before_servers:
+            before_servers()
         with leased_stack(settings) as (urls, leases):
             log.say(f"PostgreSQL and Redis are ready (home: {layout.home})")
             if commands is None:
