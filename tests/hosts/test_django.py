@@ -21,6 +21,7 @@ from tests.hosts.documents import SPECIFICATION, code_under
 from tests.hosts.people import POOR, RACERS, RICH, SPENT, STOPPED, Person
 from tests.hosts.running import Server, run_module
 from tests.support.books import assert_true
+from trueup.billing.token_hold import ai_tokens
 from trueup.billing.utils import get_accurate_tokens_remaining
 
 REST = ["/rest/class", "/rest/open", "/rest/method-decorator", "/rest/viewset", "/rest/function"]
@@ -90,16 +91,14 @@ def test_a_denied_hold_rolls_back_the_views_earlier_writes(server: Server, djang
     assert django_site.host.value("SELECT count(*) FROM billing_tokenplan WHERE name = 'half a purchase'") == 0
 
 
-def test_a_duplicate_of_a_running_request_is_answered_409(django_wsgi: Server, django_site: Site) -> None:
+def test_a_duplicate_of_a_running_request_is_answered_409(django_wsgi: Server) -> None:
     key = {"Idempotency-Key": "order 7"}
+    with ai_tokens(RICH.id, 1000, "Spending", "chat", key="order 7") as running:
+        running.charge(prompt_tokens=900, completion_tokens=100, model_name="m")
+        answer = django_wsgi.post("/spend", RICH, headers=key)
+        assert (answer.status_code, answer.json()["error_code"]) == (409, "request_in_progress")
+        assert answer.headers["Retry-After"] == "5"
     assert django_wsgi.post("/spend", RICH, headers=key).status_code == 200
-    # As if it were still at work, after its charge.
-    django_site.host.execute(
-        "UPDATE trueup.hold SET status = 'open', closed_at = NULL WHERE task_id = 'request:order 7'"
-    )
-    answer = django_wsgi.post("/spend", RICH, headers=key)
-    assert (answer.status_code, answer.json()["error_code"]) == (409, "request_in_progress")
-    assert answer.headers["Retry-After"] == "5"
 
 
 def test_the_specifications_first_example_shows_the_true_figures(server: Server) -> None:
