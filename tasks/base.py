@@ -31,6 +31,7 @@ from trueup.errors import (
     TokensDenied,
     TrueupError,
 )
+from trueup.gate.heartbeat import keeping
 from trueup.gate.holds import CallNumbers, Hold, close_hold, count_lost, has_later_attempt, open_hold
 from trueup.llm.metering import running_hold, spending_from
 from trueup.llm.model import Provider
@@ -38,7 +39,6 @@ from trueup.settings.settings import get_settings
 from trueup.tasks.applications import require_broker
 from trueup.tasks.arguments import USER_ARGUMENT, ArgumentParser
 from trueup.tasks.body import check_result
-from trueup.tasks.heartbeat import keeping
 from trueup.tasks.identity import (
     asks_for_new_answers,
     canonical_defaults,

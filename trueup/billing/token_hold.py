@@ -18,6 +18,7 @@ from trueup.database.threads import in_thread
 from trueup.errors import HoldBusyError, InvalidInputError, NoHoldError, TokensDenied, TrueupError
 from trueup.gate.decision import denied_unknown_user
 from trueup.gate.denial import denial_payload
+from trueup.gate.heartbeat import keep, stop_keeping
 from trueup.gate.holds import Hold, close_abandoned_hold, close_hold, open_hold
 from trueup.gate.provider_calls import extend_hold
 from trueup.host.fields import check_section
@@ -42,7 +43,8 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
     block a key may be used again; the gate then treats it as a new request.
     Entering the block, also with `async with`, raises `TokensDenied`, whose `payload` is the body of a 402;
     `HoldBusyError` while another block with this key runs; or `ServiceUnavailableError`. Wrong arguments raise
-    `InvalidInputError` at once. If the process dies in the block, the hold expires after `hold_ttl_seconds`.
+    `InvalidInputError` at once. The heartbeat keeps the hold of a long block, for at most `hold_max_seconds`. If the
+    process dies in the block, the hold expires after `hold_ttl_seconds`.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
             raise TokensDenied(denial_payload(denied_unknown_user()))
         self._hold = self._open(self._user_id)
         self._tokens_left = self._hold.tokens_left
+        keep(self._hold)
         return self
 
     def _open(self, user_id: UserId) -> Hold:
@@ -199,7 +202,10 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
         If that fails, only log it: the work is done, and the hold will expire.
         """
         hold = self.hold
-        wait(tuple(self._recording), RECORDING_SECONDS)
+        try:
+            wait(tuple(self._recording), RECORDING_SECONDS)
+        finally:
+            stop_keeping(hold)
         self._hold, self._tokens_left = None, 0
         try:
             retrying(lambda connection: close_hold(connection, hold))

@@ -1,0 +1,92 @@
+"""The heartbeat of a process that serves requests. `tests/worker/test_heartbeat.py` tests that of a worker."""
+
+import gc
+from collections.abc import Iterator
+from datetime import datetime
+
+import pytest
+
+import trueup.settings.settings
+from tests.support.books import assert_true
+from tests.support.host import Host
+from tests.support.waiting import wait_for
+from trueup.billing.token_hold import ai_tokens
+from trueup.gate import heartbeat
+from trueup.llm.metering import MeteredModel
+from trueup.llm.model import Message
+from trueup.llm.offline.offline import OfflineProvider
+from trueup.llm.streaming import stream_with_tokens
+from trueup.settings.settings import get_settings
+
+PROMPT = [Message(role="user", content="Orders are sent in two days. Returns are free.")]
+
+
+@pytest.fixture
+def user(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Give a user, in a process that beats a few times in a second."""
+    monkeypatch.setenv("TRUEUP_MODEL_TIMEOUT_SECONDS", "0.5")
+    monkeypatch.setattr(trueup.settings.settings, "LEASE_MARGIN_SECONDS", 0)
+    monkeypatch.setattr(heartbeat, "_heartbeat", heartbeat.Heartbeat())
+    get_settings.cache_clear()
+    yield host.subscriber(10_000)
+    get_settings.cache_clear()
+
+
+def expiry(host: Host, task: str) -> datetime:
+    found: datetime = host.value("SELECT expires_at FROM trueup.hold WHERE task_id = :task", task=task)
+    return found
+
+
+def wait_for_beats(host: Host, hold: ai_tokens, beats: int = 2) -> None:
+    """Wait until the hold has been renewed so often."""
+    for beat in range(beats):
+        before = expiry(host, hold.hold.task_id)
+        wait_for(lambda before=before: expiry(host, hold.hold.task_id) > before, f"beat {beat + 1}")  # type: ignore[misc]
+
+
+def almost_over(host: Host) -> None:
+    """Leave every hold as little time as a heartbeat needs."""
+    host.execute("UPDATE trueup.hold SET expires_at = clock_timestamp() + interval '5 seconds'")
+
+
+def test_a_block_that_works_longer_than_its_holds_time_keeps_its_hold(host: Host, user: int) -> None:
+    with ai_tokens(user, 1_000) as hold:
+        almost_over(host)
+        wait_for_beats(host, hold)
+        charge = hold.charge(prompt_tokens=200, completion_tokens=100, model_name="m")
+        assert (charge.late, charge.tokens_over) == (False, 0)
+    assert host.value("SELECT status FROM trueup.hold") == "settled"
+    assert_true(host)
+
+
+def test_a_stream_that_is_read_longer_than_its_holds_time_keeps_its_hold(host: Host, user: int) -> None:
+    model = MeteredModel(OfflineProvider, get_settings())
+    holds = []
+
+    def chunks(hold: ai_tokens) -> Iterator[str]:
+        holds.append(hold)
+        for _ in "12":
+            yield from model.stream(PROMPT)
+
+    stream = stream_with_tokens(chunks, user, 3_000)
+    next(stream)
+    almost_over(host)
+    wait_for_beats(host, holds[0])
+    assert list(stream)
+    assert host.value("SELECT status FROM trueup.hold") == "settled"
+    assert host.execute("SELECT late FROM trueup.charge").scalars().all() == [False, False]
+    assert_true(host)
+
+
+def test_the_hold_of_a_block_that_was_dropped_without_its_end_is_not_renewed(host: Host, user: int) -> None:
+    dropped = ai_tokens(user, 1_000)
+    dropped.__enter__()
+    wait_for_beats(host, dropped)
+    task = dropped.hold.task_id
+    del dropped
+    gc.collect()
+    with ai_tokens(user, 1_000) as other:
+        wait_for_beats(host, other, beats=1)  # a beat may have begun before
+        last = expiry(host, task)
+        wait_for_beats(host, other)
+    assert expiry(host, task) == last
