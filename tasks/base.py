@@ -150,8 +150,8 @@ class MeteredTask(Task):
             with _closing(hold), keeping(hold), spending_from(hold):
                 if hold.follows or (hold.attempt == 1 and not is_random_id(hold.task_id)):
                     self._forget_earlier_result()
-                if hold.replay and self._is_result_stored():
-                    raise Ignore(f"task {hold.task_id} was already completed, and its result is stored")
+                if hold.replay and self._is_delivered():
+                    raise Ignore(f"task {hold.task_id} was already completed, and its result is stored or ignored")
                 return _json_safe(self._run_held(arguments, hold))
         except TokensDenied as denied:
             if self.on_denied == "return":
@@ -256,19 +256,24 @@ class MeteredTask(Task):
             with suppress(NotImplementedError):  # no result backend
                 self.backend.forget(self.request.id)
 
-    def _is_result_stored(self) -> bool:
-        """Return whether an earlier delivery has stored its result, so that this one has nothing to do.
+    def _is_delivered(self) -> bool:
+        """Return whether an earlier delivery that completed the work has also delivered its result.
 
-        A body that works longer than the broker's visibility timeout is redelivered while it works. If each redelivery
-        ran it again, this would never end. A member of a chord runs again: the chord may still wait for its part.
+        Then this delivery has nothing to do. A body that works longer than the broker's visibility timeout is
+        redelivered while it works. If each redelivery ran it again, this would never end. Celery sends the tasks that
+        follow before it stores the result. A task without a stored result therefore runs again if others follow it, and
+        so does a member of a chord: the chord may still wait for its part.
         """
         request = self.request
         if request.called_directly or request.is_eager or request.chord:
             return False
+        is_last = not (request.callbacks or request.chain)
+        if request.ignore_result or self.ignore_result:
+            return is_last
         try:
             return bool(self.backend.get_task_meta(request.id, cache=False)["status"] == SUCCESS)
         except NotImplementedError:  # no result backend
-            return False
+            return is_last
 
     def _run(self, arguments: dict[str, Any]) -> Any:
         try:

@@ -294,3 +294,18 @@ def test_each_worker_command_names_its_node() -> None:
     found = [(name(path), hit[0]) for path in texts for hit in command.finditer(path.read_text())]
     assert len(found) > 5
     assert [(path, hit) for path, hit in found if " -n " not in hit] == []
+
+
+def test_each_guarantee_names_tests_that_exist() -> None:
+    tests = {
+        hit
+        for path in PYTHON
+        if name(path).startswith("tests/")
+        for hit in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    _, _, guarantees = (ROOT / "docs/reliability.md").read_text().partition("## Each guarantee and its test\n")
+    rows = [line for line in guarantees.partition("\n## ")[0].splitlines() if line.startswith("| ")]
+    named = [re.findall(r"`(test_\w+)`", row) for row in rows if not row.startswith(("| ---", "| guarantee |"))]
+    assert len(named) > 50
+    assert all(named)
+    assert {test for row in named for test in row} - tests == set()

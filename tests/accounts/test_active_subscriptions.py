@@ -86,7 +86,7 @@ def test_an_example_table_has_the_status_but_none_for_an_expression() -> None:
         mapping = HostMapping.model_validate(
             {"subscription": {"is_active": {"column": column, "equals": ["on", "test"]}}}
         )
-        table = build_host_metadata(mapping).tables["billing_subscription"]
+        table = build_host_metadata(mapping).tables["public.billing_subscription"]
         assert "is_active" not in table.c
         assert str(table.c[column].server_default.arg) == "on"  # type: ignore[union-attr]
     with pytest.raises(InvalidInputError, match="can't create an example table for an expression"):

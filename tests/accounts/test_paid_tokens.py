@@ -125,7 +125,7 @@ def test_a_plan_that_changes_while_a_person_decides_stops_the_decision(host: Hos
     reconciled()
     (item,) = list_reviews(connection, "bigint")
     source = host.value("SELECT pg_get_functiondef(CAST('trueup.lock_counter' AS regproc))")
-    change = f"BEGIN UPDATE billing_subscription SET token_plan_id = {larger};"
+    change = f"BEGIN UPDATE public.billing_subscription SET token_plan_id = {larger};"
     host.connection.exec_driver_sql(source.replace("BEGIN", change, 1))
     with pytest.raises(DecisionRefusedError):
         decide_drift(connection, item.id, "accept", by="ann", note="no pack")

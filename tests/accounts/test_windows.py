@@ -319,7 +319,7 @@ def test_the_tokens_of_a_window_are_never_compared_with_the_usage_of_another(
     host.log(user, 2_000, at=START + DAY)
     give(connection, user, 10, at=START + 31 * DAY)
     source = host.value("SELECT pg_get_functiondef(CAST('trueup.settle_grants' AS regproc))")
-    change = f"BEGIN UPDATE billing_subscription SET start_date = '{START}', token_plan_id = {host.plan(LARGE)};"
+    change = f"BEGIN UPDATE public.billing_subscription SET start_date = '{START}', token_plan_id = {host.plan(LARGE)};"
     host.connection.exec_driver_sql(source.replace("BEGIN", change, 1))
     hold = hold_tokens(connection, user, 3_000, now=START + 31 * DAY)
     assert host.execute("SELECT window_start, consumed FROM trueup.balance").one() == (START, 2_000)

@@ -12,7 +12,7 @@ from tests.support.work import hold_tokens
 def test_detach_shows_its_plan_and_asks(host: Host) -> None:
     said = trueup("db", "detach", stdin="n\n", code=1)
     assert "removes schema trueup" in said.stdout
-    assert "5 triggers on ai_usage_log, billing_subscription" in said.stdout
+    assert "5 triggers on public.ai_usage_log, public.billing_subscription" in said.stdout
     assert "--keep-history" in said.stdout
     assert host.value("SELECT count(*) FROM trueup.installation") == 1
 

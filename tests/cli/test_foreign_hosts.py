@@ -63,7 +63,7 @@ def test_a_foreign_host_is_discovered_reported_attached_and_gated(prisma: Host) 
     [drifted] = trueup_json("drift", "report", "--read-only")["rows"]
     assert (drifted["user_id"], drifted["observed"], drifted["expected"]) == ("c1", 1_000, 900)
     script = trueup("db", "attach", "--dry-run").stdout
-    assert 'TRIGGER trueup_inserted AFTER INSERT ON "AiUsage"' in script
+    assert 'TRIGGER trueup_inserted AFTER INSERT ON "public"."AiUsage"' in script
     assert prisma.value("SELECT to_regnamespace('trueup') IS NULL")
     assert "ready" in trueup("db", "attach", "--yes").stdout
     trueup("tokens", "check", "c1", "--tokens", "900")
@@ -95,7 +95,7 @@ def test_the_rights_that_a_reader_lacks_are_named_once_each(prisma: Host) -> Non
     with as_role(prisma, 'SELECT ON "User", "Plan", "Ai"."AiUsage"') as engine:
         role = engine.url.username
         use = f'may not use schema Ai: GRANT USAGE ON SCHEMA "Ai" TO "{role}"'
-        read = f'GRANT SELECT ON "Subscription" TO "{role}"'
+        read = f'GRANT SELECT ON "public"."Subscription" TO "{role}"'
         with engine.connect() as connection:
             proposal = propose(connection, read_catalog(connection))
         assert [note for note in proposal.notes if "GRANT" in note] == [

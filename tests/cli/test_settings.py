@@ -52,7 +52,7 @@ def _is_part(kind: Any) -> bool:
         ("TRUEUP_OPENAI_API_KEY", SECRET),
         ("TRUEUP_INSTAGRAM_ACCESS_TOKEN", SECRET),
         ("TRUEUP_DATABASE_URL", f"postgresql://app:{SECRET}@db/app"),
-        ("TRUEUP_DATABASE_URL", f"postgresql://app:{SECRET}/{SECRET}@{SECRET}@db/app"),
+        ("TRUEUP_DATABASE_URL", f"postgresql://app:{SECRET}%2F{SECRET}%40{SECRET}@db/app"),
         ("TRUEUP_DATABASE_URL", f"postgresql://db/app?user=app&password={SECRET}&sslmode=require"),
         ("TRUEUP_BROKER_URL", f"redis://:{SECRET}@redis:6379/0"),
         ("TRUEUP_RESULT_BACKEND_URL", f"sentinel://:{SECRET}@one:26379;sentinel://:{SECRET}@two:26379"),

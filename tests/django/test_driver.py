@@ -43,7 +43,7 @@ call_command("migrate", verbosity=0)
 User.objects.create(username="ada")
 print("driver", connection.Database.__name__)
 with connect() as trueup:
-    print("trueup", trueup.execute(text("SELECT count(*) FROM auth_user")).scalar_one(), trueup.dialect.driver)
+    print("trueup", trueup.execute(text("SELECT count(*) FROM public.auth_user")).scalar_one(), trueup.dialect.driver)
 with connection.cursor() as cursor:
     try:
         cursor.execute("SELECT count(*) FROM auth_user WHERE username IN %s", [("ada", "grace")])

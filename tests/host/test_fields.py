@@ -18,7 +18,7 @@ def test_each_column_of_the_mapping_has_an_entry(noun: Noun) -> None:
 
 @pytest.mark.parametrize("noun", NOUNS)
 def test_an_entry_is_enough_for_the_example_tables(noun: Noun) -> None:
-    made = build_host_metadata(COMPLETE).tables[getattr(COMPLETE, noun).table]
+    made = build_host_metadata(COMPLETE).tables[f"public.{getattr(COMPLETE, noun).table}"]
     assert {column for _, column in COMPLETE.columns(noun)} <= {column.name for column in made.columns}
 
 

@@ -155,6 +155,7 @@ def test_users_deleted_with_their_rows_while_their_tasks_run_stop_no_other_task_
             done = host.used(user)
             wait_for(lambda user=user, done=done: host.used(user) > done, "a task of this user is at work")
             host.execute("DELETE FROM accounts_user WHERE id = :user", user=user)
+        wait_for(lambda: TokensDenied in ends, "a task of a deleted user is denied")
     assert TokensDenied in ends
     assert host.value("SELECT count(*) FROM ai_usage_log WHERE user_id = ANY(:users)", users=leaves) == 0
     assert host.used(stays) == charged[0] > 0

@@ -84,7 +84,7 @@ def test_triggers_of_an_older_version_are_replaced_on_tables_that_inherit(
         "CREATE OR REPLACE TRIGGER trueup_deleted AFTER DELETE ON child REFERENCING OLD TABLE AS old_rows "
         "FOR EACH STATEMENT EXECUTE FUNCTION trueup.append_deleted()"
     )
-    assert uncovered_partitions(connection) == ["child"]
+    assert uncovered_partitions(connection) == ["public.child"]
     attach(HostMapping())
     assert uncovered_partitions(connection) == []
     assert known(user) == 100

@@ -206,7 +206,8 @@ def test_a_charge_without_a_sequence_is_owed_and_names_the_column(bare: Numbered
     hold = hold_tokens(connection, bare.subscriber(10_000), 1_000)
     bare.execute("ALTER TABLE ai_usage_log ALTER id DROP IDENTITY")
     assert charge_tokens(connection, hold, 10).owed
-    assert 'column "id" of "ai_usage_log" no longer owns a sequence' in list_owed_charges(connection)[0].refusal
+    [charge] = list_owed_charges(connection)
+    assert 'column "id" of "public"."ai_usage_log" no longer owns a sequence' in charge.refusal
 
 
 @pytest.mark.parametrize(

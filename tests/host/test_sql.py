@@ -47,7 +47,7 @@ def test_a_colon_in_a_name_begins_no_parameter() -> None:
     mapping = HostMapping(subscription=SubscriptionTable(table="a:b", user_id="c:d"))
     statement = render_statement("SELECT {{ subscription.user_id }} FROM {{ subscription }} WHERE 1 = :one", mapping)
     assert list(statement.compile().params) == ["one"]
-    assert str(statement.compile()).startswith('SELECT "c:d" FROM "a:b"')
+    assert str(statement.compile()).startswith('SELECT "c:d" FROM "public"."a:b"')
 
 
 def test_the_fields_that_a_template_reads_are_known() -> None:

@@ -118,7 +118,7 @@ def test_rows_of_the_host_stay_byte_for_byte(engine: Engine, empty_database: str
 def test_the_plan_names_everything_that_detach_removes(host: Host, connection: Connection) -> None:
     hold_tokens(connection, host.subscriber())
     plan = plan_detach(connection)
-    assert plan.host_tables == ("ai_usage_log", "billing_subscription")
+    assert plan.host_tables == ("public.ai_usage_log", "public.billing_subscription")
     assert (plan.triggers, plan.open_holds) == (triggers(host), 1)
     assert plan.tables > 10
     assert plan.bytes > 0
@@ -239,7 +239,7 @@ def test_a_table_that_stays_locked_ends_the_command_with_an_error(host: Host, co
 def test_objects_of_others_that_depend_on_the_schema_are_named_and_kept(host: Host) -> None:
     host.execute("CREATE VIEW spending AS SELECT user_id, consumed FROM trueup.balance")
     host.execute("CREATE TABLE trueup.mine (id int)")
-    with pytest.raises(DetachRefusedError, match=r"view spending, table trueup\.mine\. Nothing was removed"):
+    with pytest.raises(DetachRefusedError, match=r"view public\.spending, table trueup\.mine\. Nothing was removed"):
         detach()
     host.execute("DROP VIEW spending; DROP TABLE trueup.mine")
     assert triggers(host) == 5

@@ -10,9 +10,9 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.pool import NullPool
-from tests.install.test_rights import Site, ready, site  # noqa: F401 - fixtures
 
 from tests.conftest import url_of_database
+from tests.install.test_rights import Site, ready, site  # noqa: F401 - fixtures
 from tests.support.books import assert_true
 from tests.support.dumps import programs
 from tests.support.host import Host

@@ -16,6 +16,11 @@ def programs() -> Path:
     return Path(wheel.origin).parent / "pginstall" / "bin"
 
 
+def without_positions(dump: list[str]) -> list[str]:
+    """Return the lines of a dump without the next numbers of sequences: a row that was rolled back took one."""
+    return [line for line in dump if not line.startswith("SELECT pg_catalog.setval(")]
+
+
 def pg_dump(url: str, *arguments: str) -> list[str]:
     """Return the lines of a dump, without comments and psql's own commands."""
     program = programs() / "pg_dump"

@@ -330,11 +330,12 @@ def test_beat_sends_a_task_that_settles_owed_charges(host: Host, connection: Con
     assert host.used(user) == 400
 
 
-def test_an_append_only_log_takes_the_row_of_a_call_with_an_error(host: Host, user: int) -> None:
+@pytest.mark.parametrize("does", ["RAISE ''append only''", "PERFORM pg_sleep(3600)"], ids=["refuses", "takes-too-long"])
+def test_an_append_only_log_takes_the_row_of_a_call_with_an_error(host: Host, user: int, does: str) -> None:
     statements(
         host,
-        """
-        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE ''append only''; END';
+        f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN {does}; RETURN NEW; END';
         CREATE TRIGGER refuse BEFORE UPDATE ON ai_usage_log FOR EACH ROW EXECUTE FUNCTION refuse()
         """,
     )

@@ -72,6 +72,32 @@ def test_a_redelivery_of_done_work_does_not_run_the_body_again_while_its_result_
     assert second < seconds <= first
 
 
+@pytest.mark.parametrize("is_followed", [False, True])
+def test_a_redelivery_of_done_work_whose_result_is_ignored_runs_the_body_only_if_tasks_follow(
+    app: Celery, worker: WorkerProcess, shared_host: Host, is_followed: bool
+) -> None:
+    user, task_id = shared_host.subscriber(1_000), f"ignored-{is_followed}"
+    link = [model_tasks.spend.si(user_id=user, seconds=0)] if is_followed else None
+    closed = "SELECT closed_at - opened_at FROM trueup.hold WHERE task_id = :task_id ORDER BY id"
+    for delivery in (1, 2):
+        app.send_task(
+            "test.spend",
+            kwargs={"user_id": user, "seconds": 3},
+            task_id=task_id,
+            queue="trueup-ai",
+            ignore_result=True,
+            link=link if delivery == 2 else None,
+        )
+        wait_for(
+            lambda delivery=delivery: (
+                [row[0] is None for row in shared_host.execute(closed, task_id=task_id)] == [False] * delivery
+            ),
+            "the hold is closed",
+        )
+    durations = [row[0].total_seconds() for row in shared_host.execute(closed, task_id=task_id)]
+    assert [duration >= 3 for duration in durations] == [True, is_followed]
+
+
 def test_a_finished_task_whose_result_was_forgotten_gives_it_again(
     app: Celery, worker: WorkerProcess, shared_host: Host
 ) -> None:

@@ -49,7 +49,8 @@ _HAS_INDEX = text(
 )
 _OWN = text(
     """
-    SELECT has_schema_privilege(n.oid, 'USAGE') AND coalesce(bool_and(has_table_privilege(c.oid, 'SELECT')), true)
+    -- Of `installation`, a role for reports may read all columns but the secret.
+    SELECT has_schema_privilege(n.oid, 'USAGE') AND coalesce(bool_and(has_any_column_privilege(c.oid, 'SELECT')), true)
     FROM pg_namespace n LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relkind = 'r'
     WHERE n.nspname = 'trueup' GROUP BY n.oid
     HAVING bool_or(c.relname = 'installation')
@@ -171,7 +172,7 @@ def is_attached(connection: Connection, mapping: HostMapping) -> bool:
     if not readable:
         raise NotInstalledError(
             "trueup is set up in this database, and this role may not read its tables. Without the grants in them the "
-            "figures would be wrong. GRANT USAGE ON SCHEMA trueup, and SELECT ON ALL TABLES IN SCHEMA trueup, to it."
+            "figures would be wrong. Grant it what the readonly role of `trueup db grants` has."
         )
     if connection.scalar(text("SELECT mapping_fingerprint FROM trueup.installation")) != mapping.fingerprint():
         raise NotInstalledError(

@@ -72,7 +72,7 @@ BEGIN
     UPDATE {{ subscription }} s SET {{ subscription.tokens_remaining }} = l.expected
     FROM locked l CROSS JOIN {{ role_search_path() }}
     WHERE s.{{ subscription.id }} = l.id
-    RETURNING s.{{ subscription.user_id }};
+    RETURNING s.{{ subscription.user_id }}::{{ user_id_type }};
     {{ own_search_path() }}
 END $$;
 

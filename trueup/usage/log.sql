@@ -112,8 +112,9 @@ BEGIN
     {% endif %}
     END IF;
     {{ own_search_path() }}
-EXCEPTION WHEN OTHERS THEN
-    -- A host may keep its log append-only. The row counts more than its text. The rollback restores the search path.
+EXCEPTION WHEN query_canceled OR OTHERS THEN
+    -- A host may keep its log append-only, or its trigger may take too long. The row counts more than its text. The
+    -- rollback restores the search path.
     IF trueup.is_transient(SQLSTATE) THEN
         RAISE;
     END IF;
