@@ -34,11 +34,12 @@ BOOT_SECONDS = 90.0
 QUIET_SECONDS = 25.0
 SETTLE_SECONDS = 90.0
 FLOOD_FACTOR = 4
+# How often a fault looks for something to strike, and how often while messages are left.
 STRIKE_TRIES = 8
+MAX_STRIKE_TRIES = 25
 # How long a request that uses an id again waits for the end of an earlier one.
 AFTER_SECONDS = 15.0
 SWEEP_SECONDS = 0.5
-STRIKE_SECONDS = 20.0
 CALM_SECONDS = 4.0
 _TICK_SECONDS = 0.03
 
@@ -184,21 +185,27 @@ class Stage:
             self.later(0.3, lambda: self._send(task))
         return waits
 
-    def _strike(self, fault: Fault, tries: int = STRIKE_TRIES) -> None:
-        """Let a fault strike. If it finds nothing to strike, try again a little later."""
+    def _strike(self, fault: Fault, tries: int = 0) -> None:
+        """Let a fault strike. If it finds nothing to strike, try again a little later.
+
+        Only a try beside a worker that takes tasks counts: on a busy machine workers boot for longer than all tries take.
+        """
         at = len(self.injected)
+        counts = any(worker.at_work for worker in self.workers)
         self.note(fault.kind)
         if not INJECTIONS[fault.kind](self, fault):
             del self.injected[at]
-            if tries > 1 or self._is_behind():
-                self.later(0.3, lambda: self._strike(fault, tries - 1))
+            if self._may_find(tries + counts):
+                self.later(0.3, lambda: self._strike(fault, tries + counts))
 
-    def _is_behind(self) -> bool:
-        """Return whether there may still be work to strike, on a machine that was too slow to have done it by now."""
-        if time.monotonic() - self.started_at > STRIKE_SECONDS:
+    def _may_find(self, tries: int) -> bool:
+        """Return whether a fault that found nothing in `tries` tries may still find something to strike."""
+        if time.monotonic() - self.started_at > BOOT_SECONDS:
             return False
+        if tries < STRIKE_TRIES:
+            return True
         with suppress(redis.ConnectionError), self.servers.redis(redis_number(self.plan)) as client:
-            return self._messages(client) > 0
+            return tries < MAX_STRIKE_TRIES and self._messages(client) > 0
         return False
 
     def _supervise(self) -> None:
