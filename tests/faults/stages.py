@@ -188,7 +188,7 @@ class Stage:
     def _strike(self, fault: Fault, tries: int = 0) -> None:
         """Let a fault strike. If it finds nothing to strike, try again a little later.
 
-        Only a try beside a worker that takes tasks counts: on a busy machine workers boot for longer than all tries take.
+        Only a try beside a worker that takes tasks counts: on a busy machine a worker boots for longer than all tries.
         """
         at = len(self.injected)
         counts = any(worker.at_work for worker in self.workers)
