@@ -73,6 +73,9 @@ def _wrong_result(stage: "Stage", holds: dict[str, list[Any]], requests: list[Sp
         if ids:
             done[task.label] = min(ids)
     last = max(done, key=done.__getitem__, default=None)
+    # A process that was stopped past its hold may still store its result, and completes none.
+    if last is None and holds[result["request"]]:
+        return None
     if result["request"] != last:
         return f"its result is that of {result['request']}, and {last} was done last"
     later = [task.label for task in requests if task.label in stage.sent_after and task.request > 1]
