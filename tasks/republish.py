@@ -15,6 +15,10 @@ from kombu.exceptions import OperationalError
 # How often this task has waited for the gate. Celery's `retries` can't hold it: it counts the body's own retries.
 WAITS_HEADER = "trueup_waits"
 
+# What RabbitMQ notes on a message that moves between queues, as each delayed message of a quorum queue does. Before
+# 4.0.1 it drops a new message with these notes on its way to a queue that they name.
+DEATH_HEADERS = ("x-death", "x-first-death-", "x-last-death-")
+
 # A RabbitMQ short of memory or disk reads nothing from its publishers.
 CONFIRM_SECONDS = 10
 
@@ -26,7 +30,10 @@ def is_republished(options: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def confirmed(app: Celery, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Give these options of `apply_async` as those with which it returns only when the broker has the message."""
+    """Give these options of `apply_async` as those with which it returns only when the broker has the message.
+
+    The message's notes of its way through RabbitMQ's queues are left out. Celery before 5.7 sends them again.
+    """
     with app.connection_for_write(transport_options={"confirm_publish": True}) as connection:
         if connection.transport.driver_type != "amqp":
             yield dict(options)
@@ -35,7 +42,9 @@ def confirmed(app: Celery, options: Mapping[str, Any]) -> Iterator[dict[str, Any
         # Celery delays the messages of quorum queues by whole seconds, and refuses a countdown below one.
         if 0 < (options.get("countdown") or 0) < 1:
             publishing["countdown"] = 1
-        yield {**options, **publishing}
+        headers = options.get("headers") or {}
+        kept = {name: value for name, value in headers.items() if not name.startswith(DEATH_HEADERS)}
+        yield {**options, **publishing, "headers": kept}
 
 
 def broker_errors(app: Celery) -> tuple[type[Exception], ...]:

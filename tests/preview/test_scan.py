@@ -371,7 +371,10 @@ def test_grants_of_an_installed_trueup_count_or_the_scan_is_refused(host: Host) 
     rights = "SELECT ON ALL TABLES IN SCHEMA public"
     with pytest.raises(NotInstalledError, match="set up in this database for other table or column names"):
         seen(host.engine, HostMapping(usage_log_id_type="text"))
-    with as_role(host, rights) as engine, pytest.raises(NotInstalledError, match="the readonly role of `trueup db grants`"):
+    with (
+        as_role(host, rights) as engine,
+        pytest.raises(NotInstalledError, match="the readonly role of `trueup db grants`"),
+    ):
         seen(engine)
     with as_role(host, rights, "USAGE ON SCHEMA trueup", "SELECT ON ALL TABLES IN SCHEMA trueup") as engine:
         assert list(seen(engine)) == []

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from celery.result import AsyncResult
@@ -65,8 +66,8 @@ class Shop:
             bound.purge()
             channel.queue_purge("dead")
 
-    def send(self, user: int) -> AsyncResult:
-        return self.app.send_task("shop.describe", kwargs={"user_id": user}, queue=self.queue.name)
+    def send(self, user: int, **options: Any) -> AsyncResult:
+        return self.app.send_task("shop.describe", kwargs={"user_id": user}, queue=self.queue.name, **options)
 
     def open_door(self) -> None:
         (self.folder / "door").touch()
@@ -153,6 +154,22 @@ def test_a_task_that_the_gate_keeps_waiting_is_delayed_and_runs_once(kind: str, 
         assert result.get(timeout=DEADLINE_SECONDS) == host.used(user) > 0
         assert charges(host, user) == 1
         assert shop.waiting(shop.queue.name) == 0
+
+
+def test_a_requeued_task_whose_message_was_in_its_queue_before_is_not_dropped_as_a_cycle(
+    make: MakeShop, host: Host
+) -> None:
+    user = host.subscriber(1_000)
+    host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER trueup_inserted")
+    with make("quorum") as shop, shop.worker() as worker:
+        shop.open_door()
+        # As RabbitMQ notes it on a delayed message.
+        names = {"queue": shop.queue.name, "exchange": "celery_delayed_0", "routing-keys": [shop.queue.name]}
+        death = {**names, "reason": "expired", "count": 1, "time": datetime.now(UTC)}
+        result = shop.send(user, headers={"x-death": [death], "x-first-death-queue": shop.queue.name})
+        wait_for(lambda: "task waits" in worker.output, "the task waits")
+        attach(HostMapping())
+        assert result.get(timeout=DEADLINE_SECONDS) == host.used(user) > 0
 
 
 def test_a_task_whose_requeue_rabbitmq_refuses_pauses_and_stays_in_its_queue(
