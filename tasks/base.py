@@ -148,10 +148,10 @@ class MeteredTask(Task):
             self.provider()
             hold = self._open_hold_or_forget(arguments, fingerprint, tokens)
             with _closing(hold), keeping(hold), spending_from(hold):
-                if hold.follows or (hold.attempt == 1 and not is_random_id(hold.task_id)):
+                if hold.replay:
+                    self._leave_delivered_work(hold)
+                elif hold.follows or (hold.attempt == 1 and not is_random_id(hold.task_id)):
                     self._forget_earlier_result()
-                if hold.replay and self._is_delivered():
-                    raise Ignore(f"task {hold.task_id} was already completed, and its result is stored or ignored")
                 return _json_safe(self._run_held(arguments, hold))
         except TokensDenied as denied:
             if self.on_denied == "return":
@@ -255,6 +255,16 @@ class MeteredTask(Task):
         if not self.request.called_directly and not self.request.is_eager:
             with suppress(NotImplementedError):  # no result backend
                 self.backend.forget(self.request.id)
+
+    def _leave_delivered_work(self, hold: Hold) -> None:
+        """Raise `Ignore` if an earlier delivery has delivered this task's result.
+
+        Raises `TaskIdReusedError` if another request has had the id since: its caller must not get this one's result.
+        """
+        if self._is_delivered():
+            raise Ignore(f"task {hold.task_id} was already completed, and its result is stored or ignored")
+        if hold.follows and not (self.request.called_directly or self.request.is_eager):
+            raise TaskIdReusedError(hold.task_id)
 
     def _is_delivered(self) -> bool:
         """Return whether an earlier delivery that completed the work has also delivered its result.

@@ -132,7 +132,7 @@ class TokensDenied(TrueupError):  # noqa: N818 - an answer of the gate, not a fa
 
 
 class TaskIdReusedError(TrueupError):
-    """A task with this id and another request is running or waits for its retry. Nothing was run for this request."""
+    """A task with this id and another request is running, waits for its retry or came later. Nothing was run."""
 
     def __init__(self, task_id: str) -> None:
         self.task_id = task_id
@@ -141,8 +141,8 @@ class TaskIdReusedError(TrueupError):
     def __str__(self) -> str:
         return (
             f"The task id {self.task_id} is in use: a task with this id and other arguments, or of another name, is "
-            "running or waits for its retry. Nothing was run or spent for this request. Give each request its own task "
-            "id, or send this one again when that task has ended."
+            "running, waits for its retry, or came after this one. Nothing was run or spent for this request now. Give "
+            "each request its own task id, or send this one again when that task has ended."
         )
 
 

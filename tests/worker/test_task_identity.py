@@ -13,6 +13,11 @@ from trueup.errors import TaskIdReusedError
 from trueup.tasks.requests import CELERY_RETRIES_LOST_TASKS
 
 
+def stored(app: Celery, task_id: str) -> dict[str, Any]:
+    meta: dict[str, Any] = app.backend.get_task_meta(task_id, cache=False)
+    return meta
+
+
 def test_a_finished_tasks_id_with_other_arguments_gets_its_own_result(
     app: Celery, worker: WorkerProcess, shared_host: Host
 ) -> None:
@@ -25,21 +30,54 @@ def test_a_finished_tasks_id_with_other_arguments_gets_its_own_result(
     assert again.state == "SUCCESS", "the stored result of the same request stays"
 
 
+def test_a_redelivery_after_another_request_with_its_id_gives_its_own_result(
+    app: Celery, worker: WorkerProcess, shared_host: Host
+) -> None:
+    """Its first attempt died, then the other request had the id."""
+    user = shared_host.subscriber(1_000)
+
+    closed = "SELECT count(*) FROM trueup.hold WHERE task_id = 'digest-7' AND closed_at IS NOT NULL"
+
+    def send(words: int) -> int:
+        before = shared_host.value(closed)
+        kwargs = {"user_id": user, "words": words}
+        app.send_task("test.spend", kwargs=kwargs, task_id="digest-7", queue="trueup-ai")
+        wait_for(lambda: shared_host.value(closed) > before, "the hold is closed")
+        wait_for(lambda: stored(app, "digest-7")["status"] == "SUCCESS", "it succeeds")
+        result: int = stored(app, "digest-7")["result"]
+        return result
+
+    first = send(10)
+    shared_host.execute("UPDATE trueup.hold SET completed = false WHERE task_id = 'digest-7'")
+    assert send(30) > first
+    wait_for(lambda: send(10) == first, "its own result is stored")
+    assert shared_host.used(user) > first
+
+
+def test_a_later_request_with_an_id_never_gets_the_result_of_a_redelivery_of_the_earlier_one(
+    app: Celery, worker: WorkerProcess, shared_host: Host
+) -> None:
+    user = shared_host.subscriber(1_000)
+    closed = "SELECT count(*) FROM trueup.hold WHERE task_id = 'digest-8' AND closed_at IS NOT NULL"
+    for number, (task, state) in enumerate(
+        [("test.spend", "SUCCESS"), ("test.fail", "FAILURE"), ("test.spend", "FAILURE")], start=1
+    ):
+        app.send_task(task, kwargs={"user_id": user}, task_id="digest-8", queue="trueup-ai")
+        wait_for(lambda number=number: shared_host.value(closed) == number, "the hold is closed")
+        wait_for(lambda state=state: stored(app, "digest-8")["status"] == state, f"its state is {state}")
+    assert isinstance(stored(app, "digest-8")["result"], TaskIdReusedError)
+
+
 def test_a_users_task_never_gets_the_result_of_another_users_task_with_its_id(
     app: Celery, worker: WorkerProcess, shared_host: Host
 ) -> None:
-
-    def stored(task_id: str) -> dict[str, Any]:
-        meta: dict[str, Any] = app.backend.get_task_meta(task_id, cache=False)
-        return meta
-
     users = [shared_host.subscriber(1_000), shared_host.subscriber(1_000)]
     for user, words in zip(users, (10, 30), strict=True):
         # By its name, as from a service that does not know the task: nothing is compared when it is sent.
         app.send_task("test.spend", kwargs={"user_id": user, "words": words}, task_id="digest-4", queue="trueup-ai")
         wait_for(lambda user=user: shared_host.used(user), "the task spends")
-        wait_for(lambda: stored("digest-4")["status"] == "SUCCESS", "it ends")
-    assert stored("digest-4")["result"] == shared_host.used(users[1])
+        wait_for(lambda: stored(app, "digest-4")["status"] == "SUCCESS", "it ends")
+    assert stored(app, "digest-4")["result"] == shared_host.used(users[1])
 
 
 def test_a_denied_request_never_gets_the_result_of_another_request_with_its_id(

@@ -60,7 +60,7 @@ class Hold:
     `replay`: an earlier attempt completed the task's work. The hold has no tokens; charged calls are replayed.
     `overridden`: the reason code of a denial that the feature's mode overrode. None: the gate admitted the task.
     `request`: the fingerprint of the task's first request. `fresh_retries`: how often its body asked for new answers.
-    `retries`: the retries that its message counts. `follows`: an earlier task with this id had another request.
+    `retries`: the retries that its message counts. `follows`: the last hold of this id was another request's.
     `calls`: the numbers of the hold's calls, shared by all model clients of the hold. Two calls with the same key would
     be one charge.
     """

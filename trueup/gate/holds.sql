@@ -20,7 +20,8 @@
 -- again without buying anything.
 -- p_request: the fingerprint of the task's request. Another request with this id gets a hold of its own (`follows`)
 -- once the earlier request's hold has ended, and is refused (`reused`) while that hold is open. A replay is `redundant`
--- instead: it is a copy of a message whose work is done, and the id's result belongs to the other request.
+-- instead: it is a copy of a message whose work is done, and the id's result belongs to the other request. `follows` is
+-- also true for a redelivery of this request, if another request has had a hold since its own.
 -- p_fresh: the number of retries by which the body asked for new answers. Each has calls of its own.
 -- A hold whose body has ended is open only for calls in flight (see trueup.close_hold). Its task passes the gate like a
 -- new one, and gets the hold back with the new tokens added.
@@ -51,7 +52,7 @@ BEGIN
     SELECT * INTO f FROM trueup.find_hold(p_user, p_task, p_request);
     h := f.own;
     hold_attempt := f.attempts + 1;
-    follows := h.id IS NULL AND f.attempts > 0;
+    follows := f.attempts > coalesce(h.attempt, 0);
     fresh := greatest(coalesce(h.fresh_retries, 0), p_fresh);
     reattached := coalesce(h.status = 'open', false);
     v_running := reattached AND h.body_ended_at IS NULL;
