@@ -18,8 +18,10 @@ ROUNDS ?= 20
 OLDEST_PYTHON ?= python3.11
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
-# All but the long run beside a busy host, which uses no other calls.
-OLDEST_TESTS ?= tests/gate tests/usage tests/reconcile tests/worker --ignore=tests/reconcile/test_live_host.py
+# All but the long run beside a busy host, which uses no other calls, and RabbitMQ: after a lost connection, a worker of
+# Celery 5.5 takes no message while a task runs.
+OLDEST_TESTS ?= tests/gate tests/usage tests/reconcile tests/worker --ignore=tests/reconcile/test_live_host.py \
+    --ignore=tests/worker/test_rabbitmq.py
 
 .PHONY: help demo test test-long test-oldest check faults format lock clean
 

@@ -64,6 +64,7 @@ def test_a_task_that_a_full_redis_can_not_requeue_stays_in_its_queue_and_runs_la
             attach(HostMapping())
             assert result.get(timeout=DEADLINE_SECONDS) == host.used(user) > 0
             assert worker.process.poll() is None
+        del result  # collecting it unsubscribes it, which needs its server
         close_connections(app)
         app.close()
     assert host.value("SELECT count(*) FROM ai_usage_log WHERE user_id = :user", user=user) == 1
