@@ -141,7 +141,8 @@ def test_trueup_runs_no_code_that_others_made_in_public(attacked: Host, tmp_path
         writer.execute("TRUNCATE ai_usage_log")
     trueup("reconcile", "--deep")
     doctor = trueup_json("doctor", code=1)["findings"]
-    assert {one["check"] for one in doctor if one["level"] == "error"} == {"workers"}
+    # No worker runs here, and tests before this one may have left messages.
+    assert {"workers"} <= {one["check"] for one in doctor if one["level"] == "error"} <= {"workers", "queues"}
     uncalled = _uncalled(host)
     assert uncalled <= NOT_CALLED, " ".join(sorted(uncalled - NOT_CALLED))
     trueup("db", "init")
