@@ -84,9 +84,9 @@ def log_call(connection: Connection, tenant: Tenant, tokens: int, at: datetime) 
     """Insert a log row by plain SQL, as a host does."""
     connection.execute(
         text(
-            "INSERT INTO public.ai_usage_log (user_id, section, prompt_tokens, completion_tokens, "
-            "total_tokens, model_name, "
-            "created_at) VALUES (:user, 'chat', :prompt, :completion, :total, 'gpt-4o-mini', :at)"
+            "INSERT INTO public.ai_usage_log "
+            "(user_id, section, prompt_tokens, completion_tokens, total_tokens, model_name, created_at) "
+            "VALUES (:user, 'chat', :prompt, :completion, :total, 'gpt-4o-mini', :at)"
         ),
         {"user": tenant.id, "prompt": tokens - tokens // 4, "completion": tokens // 4, "total": tokens, "at": at},
     )
@@ -105,8 +105,8 @@ def decrement_twice(engine: Engine, tenant: Tenant, tokens: int) -> None:
         for _attempt in range(2):
             connection.execute(
                 text(
-                    "UPDATE public.billing_subscription SET tokens_remaining = tokens_remaining - "
-                    ":t WHERE user_id = :user"
+                    "UPDATE public.billing_subscription SET tokens_remaining = tokens_remaining - :t "
+                    "WHERE user_id = :user"
                 ),
                 {"t": tokens, "user": tenant.id},
             )
