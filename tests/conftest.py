@@ -15,7 +15,7 @@ from sqlalchemy.pool import NullPool
 
 from tests.stack.helpers import temporary_home
 from tests.support.demo import demo  # noqa: F401 - a fixture
-from tests.support.host import Host
+from tests.support.host import Host, host_of
 from tests.support.postgres_versions import GIVEN, running_server
 from trueup.database.engine import connect, dispose_engine
 from trueup.host.mapping import HostMapping
@@ -176,10 +176,8 @@ def settings_for(url: str, stack: StackUrls, monkeypatch: pytest.MonkeyPatch, ho
 @pytest.fixture
 def host(database: str) -> Iterator[Host]:
     """The host application, with its own connection and its own SQL, independent of trueup."""
-    engine = create_engine(database, poolclass=NullPool)
-    with Host(engine) as host:
+    with host_of(database) as host:
         yield host
-    engine.dispose()
 
 
 @pytest.fixture

@@ -7,15 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import text
 from sqlalchemy.engine import make_url
-from sqlalchemy.pool import NullPool
 
 from tests.conftest import url_of_database
 from tests.install.test_rights import Site, ready, site  # noqa: F401 - fixtures
 from tests.support.books import assert_true
 from tests.support.dumps import programs
-from tests.support.host import Host
+from tests.support.host import Host, host_of
 from tests.support.postgres_versions import GIVEN, installed_versions, running_server
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
@@ -50,14 +49,6 @@ def restored(host: Host, url: str, folder: Path, *options: str) -> Iterator[tupl
     finally:
         dispose_engine()
         host.execute(f"DROP DATABASE {name} WITH (FORCE)")
-
-
-@contextlib.contextmanager
-def host_of(url: str) -> Iterator[Host]:
-    engine = create_engine(url, poolclass=NullPool)
-    with Host(engine) as host:
-        yield host
-    engine.dispose()
 
 
 def use(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,10 @@ from pathlib import Path
 
 import pytest
 from celery import Celery, group
-from sqlalchemy import create_engine
-from sqlalchemy.pool import NullPool
 
 from tests.packaging.wheels import ROOT, Environment, build, clean_environment, make_environment, run
 from tests.support.books import assert_true
-from tests.support.host import Host
+from tests.support.host import Host, host_of
 from tests.support.waiting import DEADLINE_SECONDS
 from tests.support.worker import WorkerProcess, close_connections, own_application, running_command
 from trueup.database.migrate import newest_revision
@@ -127,10 +125,8 @@ def app(empty_database: str) -> Iterator[Celery]:
 
 @pytest.fixture
 def host(empty_database: str) -> Iterator[Host]:
-    engine = create_engine(empty_database, poolclass=NullPool)
-    with Host(engine) as host:
+    with host_of(empty_database) as host:
         yield host
-    engine.dispose()
 
 
 @pytest.fixture

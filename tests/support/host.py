@@ -2,11 +2,14 @@
 
 import itertools
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy.pool import NullPool
 
 START = datetime(2024, 11, 1, 12, tzinfo=UTC)
 """The start of the tests' subscriptions, unless a test gives another.
@@ -135,3 +138,12 @@ class Host:
             "SELECT coalesce(sum(total_tokens), 0) FROM ai_usage_log WHERE user_id = :user AND success", user=user
         )
         return used
+
+
+@contextmanager
+def host_of(url: str) -> Iterator[Host]:
+    """Give the host application of a database, with its own connection, and close both at the end of the block."""
+    engine = create_engine(url, poolclass=NullPool)
+    with Host(engine) as host:
+        yield host
+    engine.dispose()

@@ -4,11 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 from celery import Celery
-from sqlalchemy import Engine, create_engine
-from sqlalchemy.pool import NullPool
+from sqlalchemy import Engine
 
 from tests.conftest import cloned_database, settings_for
-from tests.support.host import Host
+from tests.support.host import Host, host_of
 from tests.support.worker import WorkerProcess, close_connections, own_application, running_worker
 from trueup.stack import StackUrls
 
@@ -30,10 +29,8 @@ def shared_database(
 
 @pytest.fixture(scope="module")
 def shared_host(shared_database: str) -> Iterator[Host]:
-    engine = create_engine(shared_database, poolclass=NullPool)
-    with Host(engine) as host:
+    with host_of(shared_database) as host:
         yield host
-    engine.dispose()
 
 
 @pytest.fixture(scope="module")
