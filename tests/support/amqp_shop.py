@@ -14,27 +14,34 @@ from trueup.llm.model import Model
 from trueup.tasks import metered_task
 
 BROKER, RESULTS, QUEUE, DOOR = "SHOP_BROKER_URL", "SHOP_RESULTS_URL", "SHOP_QUEUE", "SHOP_DOOR"
-"""Variables: the two URLs, the queue ("classic", "quorum", or with a delivery limit "quorum:2"), and a file."""
+"""Variables: the two URLs, the queue (see `queue_of`), and a file."""
 
 
-def queue_of(kind: str) -> Queue:
-    """Return the shop's queue. A quorum queue sends messages beyond its limit to the queue `dead`."""
-    kind, _, limit = kind.partition(":")
+def queue_of(words: str) -> Queue:
+    """Return the shop's queue: its name and its kind, and for a quorum queue maybe its delivery limit.
+
+    `words`: such as "shop1 classic", "shop2 quorum" or "shop3 quorum 2". Messages beyond the limit go to the queue
+    `shop3-dead`.
+    """
+    name, kind, *limit = words.split()
     arguments: dict[str, Any] = {"x-queue-type": kind}
     if limit:
         arguments |= {
-            "x-delivery-limit": int(limit),
+            "x-delivery-limit": int(limit[0]),
             "x-dead-letter-exchange": "",
-            "x-dead-letter-routing-key": "dead",
+            "x-dead-letter-routing-key": dead_letters_of(name),
         }
     # Celery delays the messages of quorum queues by topic exchanges.
-    name = f"shop-{kind}{limit}"
     exchange = Exchange(f"{name}-in", type="topic" if kind == "quorum" else "direct")
     return Queue(name, exchange, routing_key=name, queue_arguments=arguments)
 
 
-def make_shop(broker: str, results: str, kind: str, *, current: bool) -> Celery:
-    queue = queue_of(kind)
+def dead_letters_of(queue: str) -> str:
+    return f"{queue}-dead"
+
+
+def make_shop(broker: str, results: str, words: str, *, current: bool) -> Celery:
+    queue = queue_of(words)
     shop = Celery("shop", broker=broker, backend=results, set_as_current=current)
     shop.conf.task_queues = [queue]
     shop.conf.task_default_queue = queue.name

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import pytest
 from celery.result import AsyncResult
 from sqlalchemy import Connection
 
-from tests.support.amqp_shop import BROKER, DOOR, QUEUE, RESULTS, make_shop, queue_of
+from tests.support.amqp_shop import BROKER, DOOR, QUEUE, RESULTS, dead_letters_of, make_shop, queue_of
 from tests.support.host import Host
 from tests.support.rabbitmq import find_rabbitmq, running_rabbitmq
 from tests.support.tcp_proxy import proxy_to
@@ -56,15 +57,14 @@ class Shop:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        self.app = make_shop(url_of(self.port), self.results, self.kind, current=False)
-        self.queue = queue_of(self.kind)
+        # A queue of its own: a delayed message of another test may come only now.
+        self.words = f"shop-{uuid.uuid4().hex} {self.kind}"
+        self.app = make_shop(url_of(self.port), self.results, self.words, current=False)
+        self.queue = queue_of(self.words)
         with self.app.connection_for_write() as connection:
             channel = connection.default_channel
-            channel.queue_declare("dead", durable=True, auto_delete=False)
-            bound = self.queue(channel)
-            bound.declare()
-            bound.purge()
-            channel.queue_purge("dead")
+            channel.queue_declare(dead_letters_of(self.queue.name), durable=True, auto_delete=False)
+            self.queue(channel).declare()
 
     def send(self, user: int, **options: Any) -> AsyncResult:
         return self.app.send_task("shop.describe", kwargs={"user_id": user}, queue=self.queue.name, **options)
@@ -86,7 +86,7 @@ class Shop:
             **os.environ,
             BROKER: url_of(port or self.port, user),
             RESULTS: self.results,
-            QUEUE: self.kind,
+            QUEUE: self.words,
             DOOR: str(self.folder / "door"),
         }
         celery = Path(sys.executable).with_name("celery")
@@ -214,7 +214,7 @@ def test_a_message_beyond_the_delivery_limit_of_its_queue_is_a_dead_letter_and_i
     make: MakeShop, host: Host, connection: Connection
 ) -> None:
     user = host.subscriber(1_000)
-    with make("quorum:1") as shop:
+    with make("quorum 1") as shop:
         shop.send(user)
         for _ in range(2):
             with shop.worker() as worker:
@@ -223,7 +223,7 @@ def test_a_message_beyond_the_delivery_limit_of_its_queue_is_a_dead_letter_and_i
                 wait_for(lambda: shop.waiting(shop.queue.name) == 0, "the message is with the worker")
                 worker.kill()
             end_lease(host, user)
-        wait_for(lambda: shop.waiting("dead") == 1, "the message is a dead letter")
+        wait_for(lambda: shop.waiting(dead_letters_of(shop.queue.name)) == 1, "the message is a dead letter")
         assert shop.waiting(shop.queue.name) == 0
     assert charges(host, user) == 1, "the paid call is recorded"
     expire_holds(connection, now=datetime.now(UTC) + timedelta(days=1))

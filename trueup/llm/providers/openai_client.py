@@ -1,9 +1,7 @@
 """The HTTP client of paid requests: it does not repeat what may have been served, and limits the answer."""
 
-import math
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -26,8 +24,9 @@ NEVER_SENT = (
 MAX_ANSWER_BYTES = 64 * 2**20
 # What each event of a stream begins with; comments that keep a connection alive do not.
 _EVENT = b"data:"
-# A wait that ends later than this, in seconds, shows that this process did not run.
-_STOPPED_SECONDS = 0.1
+# The time of an answer is counted in so many steps. A step in which this process was stopped counts as one, however
+# long it took.
+_STEPS = 20
 
 
 class PayingClient(httpx2.Client):
@@ -81,9 +80,11 @@ class _LimitedStream(httpx2.SyncByteStream):
         self._of_events = of_events
         connection = response.extensions.get("network_stream")
         self._socket = connection.get_extra_info("socket") if connection is not None else None
-        self._lock = threading.Lock()
-        self._deadline = time.monotonic() + seconds
-        self._is_over = False  # the watch decides it alone, because only the watch sees that the process was stopped
+        # Each of these is set by one thread alone: the steps and the end by the watch, the others by the reader.
+        self._steps = 0
+        self._is_over = False
+        self._first_step = 0
+        self._is_paused = False
         self._ended = threading.Event()
 
     def __iter__(self) -> Iterator[bytes]:
@@ -100,10 +101,11 @@ class _LimitedStream(httpx2.SyncByteStream):
                     yield part
                     continue
                 # The time that the caller takes for a part is not the server's.
-                left = self._seconds if _EVENT in part else self._deadline - time.monotonic()
-                self._set_deadline(math.inf)
+                self._is_paused = True
+                if _EVENT in part:
+                    self._first_step = self._steps
                 yield part
-                self._set_deadline(time.monotonic() + left)
+                self._is_paused = False
         except httpx2.RequestError as error:
             self._check_time(error)
             raise
@@ -117,21 +119,13 @@ class _LimitedStream(httpx2.SyncByteStream):
         if self._is_over:
             raise httpx2.ReadTimeout("the answer was not complete in time", request=self._request) from cause
 
-    def _set_deadline(self, deadline: float) -> None:
-        with self._lock:
-            self._deadline = deadline
-
     def _watch(self) -> None:
         """Shut the socket down when the time is over: that ends a read that waits."""
-        while (left := self._deadline - time.monotonic()) > 0:
-            step = min(left, self._seconds)
-            began = time.monotonic()
-            if self._ended.wait(step):
+        while self._steps - self._first_step <= _STEPS:
+            if self._ended.wait(self._seconds / _STEPS):
                 return
-            late = time.monotonic() - began - step
-            if late > _STOPPED_SECONDS:
-                with self._lock:
-                    self._deadline += late
+            if not self._is_paused:
+                self._steps += 1
         self._is_over = True
         if self._socket is not None:
             with suppress(OSError):
