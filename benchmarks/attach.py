@@ -32,6 +32,10 @@ INSERT = (
     "INSERT INTO public.ai_usage_log (id, user_id, section, total_tokens, created_at) "
     "VALUES (gen_random_uuid(), %s, 'chat', 10, clock_timestamp())"
 )
+MANY_COUNTERS = 1_000
+LOWER = "UPDATE public.billing_subscription SET tokens_remaining = tokens_remaining - 1 WHERE user_id = %s"
+LOWER_MANY = "UPDATE public.billing_subscription SET tokens_remaining = tokens_remaining - 1 WHERE user_id = ANY (%s)"
+TOUCH = "UPDATE public.billing_subscription SET end_date = clock_timestamp() WHERE user_id = %s"
 INSERT_MANY = (
     "INSERT INTO public.ai_usage_log (id, user_id, section, total_tokens, created_at) "
     "SELECT gen_random_uuid(), u, 'chat', 10, clock_timestamp() FROM unnest(%s::bigint[]) u"
@@ -68,6 +72,7 @@ def main() -> None:
         prepare(url, options.subscriptions, options.rows)
         compare_attaching(target, options.subscriptions, options.rows)
         compare_inserts(target, options.subscriptions)
+        compare_updates(target, options.subscriptions)
         compare_writers(target, options.subscriptions, options.seconds)
 
 
@@ -193,27 +198,45 @@ def writing(target: str, users: int) -> Iterator[Waits]:
 
 
 def compare_inserts(target: str, users: int) -> None:
-    """The same insert into the log with and without our triggers, alternately. Each turn creates or drops them."""
+    """The same insert into the log with and without our triggers, alternately."""
+    statements = (("one row", INSERT, 1), (f"{BATCH_ROWS} rows", INSERT_MANY, BATCH_ROWS))
+    compare_statements(target, users, "An insert into the log", "public.ai_usage_log", statements)
+
+
+def compare_updates(target: str, users: int) -> None:
+    """The same update of subscriptions with and without our trigger, which appends each changed counter."""
+    statements = (
+        ("one counter", LOWER, 1),
+        ("another column", TOUCH, 1),
+        (f"{MANY_COUNTERS:,} counters", LOWER_MANY, MANY_COUNTERS),
+    )
+    compare_statements(target, users, "An update of subscriptions", "public.billing_subscription", statements)
+
+
+def compare_statements(
+    target: str, users: int, title: str, table: str, statements: tuple[tuple[str, str, int], ...]
+) -> None:
+    """Compare statements of the host with and without our triggers on `table`: each is a name, SQL and its users."""
     taken: dict[tuple[str, bool], list[float]] = {}
     with psycopg.connect(target, autocommit=True) as connection:
         connection.execute("SET synchronous_commit = off")  # the disk's time would hide ours
         dice = random.Random(2)  # noqa: S311 - picks users
         for _ in range(ROUNDS):
             for watched in (True, False):
-                connection.execute(f"ALTER TABLE public.ai_usage_log {'ENABLE' if watched else 'DISABLE'} TRIGGER USER")
-                for name, statement, rows in (("one row", INSERT, 1), (f"{BATCH_ROWS} rows", INSERT_MANY, BATCH_ROWS)):
+                connection.execute(f"ALTER TABLE {table} {'ENABLE' if watched else 'DISABLE'} TRIGGER USER")
+                for name, statement, rows in statements:
                     for number in range(REPEATS):
                         many = [dice.randint(1, users) for _ in range(rows)]
                         began = time.perf_counter()
                         connection.execute(statement, (many if rows > 1 else many[0],))
                         if number >= REPEATS // 10:  # before that, PostgreSQL makes its plans
                             taken.setdefault((name, watched), []).append(time.perf_counter() - began)
-        connection.execute("ALTER TABLE public.ai_usage_log ENABLE TRIGGER USER")
+        connection.execute(f"ALTER TABLE {table} ENABLE TRIGGER USER")
     names = list(dict.fromkeys(name for name, _ in taken))
     middle = {key: statistics.median(values) for key, values in taken.items()}
     print_markdown(
-        "An insert into the log, median, the disk not waited for",
-        ("insert", "with triggers", "without", "ratio"),
+        f"{title}, median, the disk not waited for",
+        ("statement", "with triggers", "without", "ratio"),
         [
             (
                 name,

@@ -7,6 +7,7 @@ from celery import shared_task
 from sqlalchemy import Connection
 
 from trueup.database.retry import retrying
+from trueup.drift.journal import prune_journal as prune_entries
 from trueup.gate.holds import expire_holds as expire_overdue
 from trueup.gate.modes import prune_observed_denials as prune_denials
 from trueup.gate.owed_charges import settle_owed_charges as settle_charges
@@ -19,6 +20,7 @@ from trueup.usage.task_requests import prune_requests as prune_old_requests
 __all__ = [
     "expire_holds",
     "prune_answers",
+    "prune_journal",
     "prune_observed_denials",
     "prune_requests",
     "reconcile_counters",
@@ -66,6 +68,13 @@ def prune_requests() -> int:
 def prune_observed_denials() -> int:
     """Delete observed denials older than `DENIALS_KEPT`, batch by batch. Returns their count."""
     return _in_batches(lambda connection: prune_denials(connection, older_than=DENIALS_KEPT, limit=PRUNE_LIMIT))
+
+
+@shared_task(name="trueup.prune_journal", acks_late=True)
+def prune_journal() -> int:
+    """Delete settled entries of the counters' journal older than `journal_retention_days`. Returns their count."""
+    kept = timedelta(days=get_settings().journal_retention_days)
+    return _in_batches(lambda connection: prune_entries(connection, older_than=kept, limit=PRUNE_LIMIT))
 
 
 def _in_batches(prune_some: Callable[[Connection], int]) -> int:

@@ -112,6 +112,7 @@ def beat_schedule(settings: Settings) -> dict[str, Any]:
         "expire-holds": _every(settings.expire_interval_seconds, "trueup.expire_holds"),
         "settle-owed-charges": _every(settings.expire_interval_seconds, "trueup.settle_owed_charges"),
         "prune-answers": _every(PRUNE_INTERVAL_SECONDS, "trueup.prune_answers"),
+        "prune-journal": _every(PRUNE_INTERVAL_SECONDS, "trueup.prune_journal"),
         "prune-requests": _every(PRUNE_INTERVAL_SECONDS, "trueup.prune_requests"),
         "prune-observed-denials": _every(PRUNE_INTERVAL_SECONDS, "trueup.prune_observed_denials"),
         **({"check-alerts": _every(ALERT_INTERVAL_SECONDS, "trueup.check_alerts")} if settings.alerts.channels else {}),

@@ -16,6 +16,7 @@ from tests.support.host import Host
 from tests.support.work import OWNER, charge_tokens, hold_tokens
 from tests.support.worker import own_application
 from trueup.database.engine import connect, dispose_engine, get_engine
+from trueup.drift.journal import prune_journal
 from trueup.errors import HoldBusyError, TokensDenied
 from trueup.gate.holds import abandon_calls, expire_holds, keep_holds
 from trueup.gate.provider_calls import begin_call, end_call, extend_hold
@@ -189,6 +190,7 @@ def _work(users: list[int]) -> None:
         extend_hold(connection, hold, 100)
         charge_tokens(connection, hold, 60, answer={"text": "a"})
         prune_answers(connection, older_than=timedelta(0), limit=10)
+        prune_journal(connection, older_than=timedelta(days=1), limit=10)
         shard_ends(connection, 2)
     trueup("tokens", "check", users[0], "--tokens", 10)
     trueup("tokens", "show", users[0])

@@ -15,7 +15,7 @@ PLAN = 2_000
 TABLES = (
     "accounts_user, billing_tokenplan, billing_fullplan, billing_subscription, ai_usage_log, trueup.balance, "
     "trueup.usage_delta, trueup.token_grant, trueup.grant_use, trueup.window_change, trueup.hold, trueup.charge, "
-    "trueup.call_intent, trueup.drift, trueup.drift_decision, trueup.reconcile_run"
+    "trueup.call_intent, trueup.counter_entry, trueup.drift, trueup.drift_decision, trueup.reconcile_run"
 )
 
 sizes = st.sampled_from([0, 1, 50, 100, 300, 600, 1_000])

@@ -99,7 +99,11 @@ def _disabled_triggers(connection: Connection, mapping: HostMapping) -> Iterator
             how = _DISABLED_STATES.get(state or "", "missing")
             effect, remedy = "rows that the host writes are not counted.", f"{_ATTACH} It rebuilds all balances."
             if name == WINDOW_TRIGGER:
-                effect, remedy = "trueup may take several renewals for one, and then settle grants wrongly.", _ATTACH
+                effect = (
+                    "trueup may take several renewals for one, and then settle grants wrongly. Changes of counters go "
+                    "unseen, so causes of drift are inferred, not proven."
+                )
+                remedy = _ATTACH
             yield _trigger_error(f"Trigger {name} on {table} is {how}: {effect}", remedy, trigger=name, state=how)
 
 
@@ -117,7 +121,7 @@ def _triggers_elsewhere(connection: Connection, log: str) -> Iterator[Finding]:
     statement = text(
         f"""{FAMILY}
         SELECT DISTINCT CAST(CAST(g.tgrelid AS regclass) AS text) FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
-        WHERE p.pronamespace = to_regnamespace('trueup') AND NOT g.tgisinternal AND p.proname <> 'append_window'
+        WHERE p.pronamespace = to_regnamespace('trueup') AND NOT g.tgisinternal  AND p.proname <> 'append_window'
           AND g.tgnargs = 0 AND g.tgrelid <> ALL (SELECT f.id FROM family f WHERE f.id IS NOT NULL)
         ORDER BY 1"""
     )

@@ -5,6 +5,15 @@
 coalesce({{ s }}.{{ subscription.start_date }}, '-infinity'::timestamptz)
 {%- endmacro %}
 
+{# The plans of the subscription `s` as two texts, for rows that outlive the plan: see trueup.plan_size. #}
+{% macro plan_ids(s) -%}
+{% if subscription.tokens_included -%}
+'tokens:' || greatest(coalesce({{ subscription.tokens_included(s) }}, 0), 0), NULL::text
+{%- else -%}
+{{ subscription.token_plan_id(s) }}::text, {{ subscription.full_plan_id(s) }}::text
+{%- endif %}
+{%- endmacro %}
+
 {# The tokens that the subscription `s` itself states, or that its plans `tp` and `fp` include. #}
 {% macro plan_tokens() -%}
 greatest(coalesce(

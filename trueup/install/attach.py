@@ -105,7 +105,7 @@ SUBSCRIPTION_STEP = TriggerStep(
     title="2. The trigger on the subscriptions",
     done="The trigger on {table} is there.",
     noun="subscription",
-    is_needed=lambda connection, mapping: not has_subscription_trigger(connection, mapping),
+    is_needed=lambda connection, mapping: _lacks_subscription_trigger(connection, mapping),
     scripts=lambda mapping: [*sql_scripts(mapping, ["install/window_triggers.sql"]), SAVE_TRIGGER_BASELINE],
     keeps_balances=True,
 )
@@ -295,6 +295,14 @@ def _lacks_partition_triggers(connection: Connection, mapping: HostMapping) -> b
     if len(log_tables(connection, mapping)) == 1:
         return False
     return not is_ready(connection, mapping) or bool(uncovered_partitions(connection))
+
+
+def _lacks_subscription_trigger(connection: Connection, mapping: HostMapping) -> bool:
+    """Return whether the trigger is missing, or was replaced or disabled for a while: the journal must begin again."""
+    if not has_subscription_trigger(connection, mapping):
+        return True
+    there = connection.scalar(text("SELECT to_regproc('trueup.journal_since') IS NOT NULL"))
+    return bool(there and connection.scalar(text("SELECT trueup.journal_since() IS NULL")))
 
 
 def has_log_triggers(connection: Connection, mapping: HostMapping) -> bool:

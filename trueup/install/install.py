@@ -40,6 +40,7 @@ SQL_FILES = (
     "accounts/grants.sql",
     "accounts/accounts.sql",
     "accounts/windows.sql",
+    "install/journal.sql",
     "usage/deltas.sql",
     "install/fill.sql",
     "install/baseline.sql",
@@ -60,6 +61,7 @@ SQL_FILES = (
     "reconcile/audit.sql",
     "review/decisions.sql",
     "drift/evidence.sql",
+    "drift/journal.sql",
     "install/search_path.sql",
 )
 

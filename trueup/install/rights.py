@@ -23,7 +23,7 @@ from trueup.host.partitions import log_tables
 from trueup.host.setting_values import quote_literal
 
 # Only migrations write these tables; the log's triggers write them with their owner's rights.
-MIGRATED = frozenset({"alembic_version", "installation", "log_truncation"})
+MIGRATED = frozenset({"alembic_version", "installation", "journal_start", "log_truncation"})
 # Except for the log's state in the baseline: see trueup.record_log_state().
 _LOG_STATE = ("column_versions", "log_files", "log_parents", "partitions")
 # PostgreSQL cuts a longer name, and two names could become one.

@@ -57,6 +57,7 @@ CREATE OR REPLACE FUNCTION trueup.correct_counters(
 ) RETURNS SETOF {{ user_id_type }} LANGUAGE plpgsql AS $$
 BEGIN
     SET CONSTRAINTS ALL IMMEDIATE;  -- triggers that the host defers run now, in the role's search path
+    PERFORM set_config('trueup.own_counter', trueup.own_row_mark('correction'), true);  -- for the journal
     RETURN QUERY
     WITH locked AS (
         SELECT s.{{ subscription.id }} AS id, w.expected
@@ -74,6 +75,7 @@ BEGIN
     WHERE s.{{ subscription.id }} = l.id
     RETURNING s.{{ subscription.user_id }}::{{ user_id_type }};
     {{ own_search_path() }}
+    PERFORM set_config('trueup.own_counter', '', true);
 END $$;
 
 -- Earlier findings and decisions about these users' counters. `row_id` and the columns after it: the newest drift row, if

@@ -64,6 +64,9 @@ class Settings(BaseSettings):
     store_answers: bool = Field(default=True, description="keep providers' answers for replay after redelivery")
     stored_answer_max_bytes: int = Field(default=65_536, ge=0, le=10_000_000)
     answer_retention_days: int = Field(default=7, ge=0, description="stored answers are deleted after this")
+    journal_retention_days: int = Field(
+        default=30, ge=1, description="settled changes of counters are deleted after this"
+    )
     keep_hold_seconds: int = Field(default=60, ge=0, le=600, description="a retry within this keeps its hold")
     resend_unknown_messages: bool = Field(default=False, description="resend a message that may have been sent already")
     gate_retry_max_seconds: int = Field(default=60, ge=1, le=600, description="maximum delay while the gate is down")

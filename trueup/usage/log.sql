@@ -12,6 +12,7 @@ DECLARE
 BEGIN
     -- A constraint or a trigger of the host's that waits for the commit would refuse the charge with it.
     SET CONSTRAINTS ALL IMMEDIATE;
+    PERFORM set_config('trueup.own_counter', trueup.own_row_mark('charge'), true);  -- for the journal
     UPDATE {{ subscription }} s
     SET {{ subscription.tokens_remaining }} = greatest(s.{{ subscription.tokens_remaining }} - lower_counter.p_tokens, 0)
     FROM {{ role_search_path() }}
@@ -21,6 +22,7 @@ BEGIN
       AND s.{{ subscription.tokens_remaining }} > 0;
     v_lowered := FOUND;
     {{ own_search_path() }}
+    PERFORM set_config('trueup.own_counter', '', true);
     RETURN v_lowered OR NOT EXISTS (
         SELECT FROM {{ subscription }} s
         WHERE s.{{ subscription.user_id }} = lower_counter.p_user AND s.{{ subscription.tokens_remaining }} > 0);

@@ -12,6 +12,7 @@ from trueup.database.schema.balances import add_balance_tables
 from trueup.database.schema.columns import user_id_column_type
 from trueup.database.schema.grants import add_grant_tables
 from trueup.database.schema.holds import add_hold_tables
+from trueup.database.schema.journal import add_journal_tables
 from trueup.database.schema.reconciling import add_reconcile_tables
 from trueup.database.schema.requests import add_request_table
 from trueup.database.schema.rollout import add_rollout_tables
@@ -30,6 +31,7 @@ def build_metadata(user_id_type: UserIdType) -> MetaData:
     add_balance_tables(metadata, user_id)
     add_grant_tables(metadata, user_id)
     add_hold_tables(metadata, user_id)
+    add_journal_tables(metadata, user_id)
     add_reconcile_tables(metadata, user_id)
     add_request_table(metadata, user_id)
     add_rollout_tables(metadata, user_id)
