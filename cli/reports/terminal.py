@@ -29,9 +29,9 @@ def print_summary(report: DriftReport, max_rows: int | None = None) -> None:
     if report.causes:
         click.echo()
         print_table(
-            ("cause", "drifts", "certain", "tokens overstated", "tokens understated"),
+            ("cause", "drifts", "proven", "inferred", "tokens overstated", "tokens understated"),
             [
-                (cause_title(c.cause), c.drifts, c.certain, c.tokens_overstated, c.tokens_understated)
+                (cause_title(c.cause), c.drifts, c.proven, c.inferred, c.tokens_overstated, c.tokens_understated)
                 for c in report.causes
             ],
         )

@@ -48,7 +48,7 @@ def test_the_report_shows_summary_causes_and_rows(past: list[int]) -> None:
     ):
         assert line in shown
     assert ["credit without grant", "1", "0", "5,000", "0"] in table(shown)
-    assert ["2", "900", "600", "300", "missed decrement", "likely", "corrected", "600"] in table(shown)
+    assert ["2", "900", "600", "300", "missed decrement", "possible", "corrected", "600"] in table(shown)
 
 
 def test_without_a_run_the_report_says_how_to_start_one(database: str) -> None:

@@ -128,7 +128,7 @@ def test_the_page_has_the_content_of_the_report(host: Host) -> None:
     add_run(host, only_user="7", tokens_overstated=9_999)
     run = add_run(host, checked=12_345_678, tokens_overstated=5_000)
     add_drift(host, first, 1, 400, 100, ("missed_decrement", 300))
-    add_drift(host, run, 2, None, 7_000, action="review", certainty="certain")
+    add_drift(host, run, 2, None, 7_000, action="review", certainty="inferred")
     add_drift(host, run, 3, 6_000, 1_000, ("credit_without_grant", 5_000), action="review")
     text = page()
     found = Page(text)

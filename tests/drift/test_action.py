@@ -28,7 +28,7 @@ def drift(observed: int | None, remaining: int) -> Drift:
 
 
 def explained(*parts: tuple[Any, int], **more: Any) -> Explanation:
-    components = tuple(Component(cause=cause, tokens=tokens, certainty="likely") for cause, tokens in parts)
+    components = tuple(Component(cause=cause, tokens=tokens, certainty="possible") for cause, tokens in parts)
     return Explanation(components=components, **more)
 
 

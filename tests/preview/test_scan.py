@@ -118,8 +118,8 @@ def test_drift_is_found_with_its_causes_by_a_role_that_may_only_read(bare: Host,
         found = seen(engine, rules=NO_AGE)
         assert found.checked == 3
         assert {user: row[:4] for user, row in found.by_user().items()} == {
-            drifting[1]: (1_000, 700, "missed_decrement", "likely"),
-            drifting[2]: (950, 1_000, "failed_usage_charged", "likely"),
+            drifting[1]: (1_000, 700, "missed_decrement", "possible"),
+            drifting[2]: (950, 1_000, "failed_usage_charged", "possible"),
         }
         assert found.outcome.notes == ()
         # Rights on the columns that the scan reads are enough.
@@ -289,7 +289,7 @@ def test_names_with_sql_syntax_are_only_names(empty_database: str, named: str) -
     assert found.checked == 2
     assert {user: row[:3] for user, row in found.by_user().items()} == {users[1]: (10_000, 9_200, "missed_decrement")}
     certain = mapping.token_usage.table is not None
-    assert found.by_user()[users[1]][3] == ("certain" if certain else "likely")
+    assert found.by_user()[users[1]][3] == ("inferred" if certain else "possible")
     engine.dispose()
 
 

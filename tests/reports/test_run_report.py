@@ -37,9 +37,9 @@ def past(host: Host) -> dict[str, int]:
     runs = [add_run(host, checked=100) for _ in range(3)]
     ids = {
         "credit": add_drift(host, runs[0], 1, 15_000, 10_000, ("credit_without_grant", 5_000), action="review"),
-        "missed": add_drift(host, runs[0], 2, 900, 600, ("missed_decrement", 300), certainty="certain"),
+        "missed": add_drift(host, runs[0], 2, 900, 600, ("missed_decrement", 300), certainty="inferred"),
         "pair": add_drift(
-            host, runs[1], 3, 1_000, 940, ("missed_decrement", 80), ("double_decrement", -20), certainty="certain"
+            host, runs[1], 3, 1_000, 940, ("missed_decrement", 80), ("double_decrement", -20), certainty="inferred"
         ),
         "unknown": add_drift(host, runs[1], 4, None, 7_000),
     }
@@ -114,7 +114,7 @@ def test_a_report_on_all_runs_since_a_time_has_each_drift_once(
 
 def test_the_tokens_of_each_cause_are_its_own_share(host: Host, connection: Connection, past: dict[str, int]) -> None:
     report = read(connection, past["run 2"])
-    assert [(c.cause, c.drifts, c.certain, c.tokens_overstated, c.tokens_understated) for c in report.causes] == [
+    assert [(c.cause, c.drifts, c.inferred, c.tokens_overstated, c.tokens_understated) for c in report.causes] == [
         ("unexplained", 1, 0, 0, 7_000),
         ("credit_without_grant", 1, 0, 5_000, 0),
         ("missed_decrement", 1, 1, 80, 0),

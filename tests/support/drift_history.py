@@ -49,7 +49,7 @@ def add_drift(
     expected: int,
     *parts: tuple[str, int],
     action: str = "corrected",
-    certainty: str = "likely",
+    certainty: str = "possible",
     reason: str = "policy",
 ) -> int:
     """Insert a drift that a run found, with its causes and their tokens. Returns its number."""

@@ -11,11 +11,14 @@ Cause = Literal[
     "counter_out_of_range",
     "missed_decrement",
     "lost_update",
+    "stale_write",
     "double_decrement",
     "charged_not_logged",
+    "host_decremented_our_charge",
     "failed_usage_charged",
     "clamped_at_zero",
     "credit_without_grant",
+    "credited_twice",
     "renewal_without_new_window",
     "carried_over_tokens",
     "grant_not_in_counter",
@@ -23,22 +26,25 @@ Cause = Literal[
     "manual_edit",
     "unexplained",
 ]
-# From most to least certain. A combination has the certainty of its least certain component.
-Certainty = Literal["certain", "likely", "possible"]
-CERTAINTIES: tuple[Certainty, ...] = ("certain", "likely", "possible")
+# From most to least certain. Before the journal begins, a cause is inferred or possible, never proven. A combination has the certainty of its least certain component.
+Certainty = Literal["proven", "inferred", "possible"]
+CERTAINTIES: tuple[Certainty, ...] = ("proven", "inferred", "possible")
 
 # One sentence each for operators, in reports and `drift explain`.
 CAUSE_SENTENCES: dict[str, str] = {
     "missed_decrement": "the host logged usage, but did not subtract it from the counter",
     "lost_update": "two decrements ran at the same moment, and the counter kept only one of them",
+    "stale_write": "the application wrote a value that it had read before other changes, and so overwrote them",
     "double_decrement": "the host subtracted one log row twice, for example in a retried task",
     "charged_not_logged": "the host subtracted tokens, but logged no usage for them",
+    "host_decremented_our_charge": "the host subtracted a call that trueup had subtracted already",
     "failed_usage_charged": "the host subtracted a failed request, which does not count",
     "clamped_at_zero": "the last request cost more than the counter held, and the counter stopped at zero",
     "credit_without_grant": "a purchase raised the counter, and no plan or grant includes these tokens",
+    "credited_twice": "the host raised the counter a second time for one payment",
     "renewal_without_new_window": "a renewal added the plan's tokens, but no new period began",
     "carried_over_tokens": "an upgrade began a new period and kept the tokens left in the old one",
-    "grant_not_in_counter": "a grant was added or ended, and the counter did not follow",
+    "grant_not_in_counter": "a grant or a plan changed, and the counter did not follow",
     "burned_at_expiry": "the subscription ended, and the counter was set to zero",
     "manual_edit": "a person set the counter by hand",
     "counter_null": "the counter is empty",
@@ -58,9 +64,9 @@ ACTION_SENTENCES: dict[str, str] = {
 }
 
 CERTAINTY_SENTENCES: dict[str, str] = {
-    "certain": "the rows prove it, and nothing else fits",
-    "likely": "it fits the rows best",
-    "possible": "it fits the rows, and other causes do too",
+    "proven": "the journal of the counter's changes proves it",
+    "inferred": "it follows from the rows, and nothing else fits them",
+    "possible": "it fits the rows, and other causes may fit too",
 }
 
 

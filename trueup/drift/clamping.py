@@ -58,7 +58,7 @@ def clamps(evidence: Evidence, chosen: Sequence[Candidate]) -> Iterator[Clamp]:
     # If the carried-over tokens are unknown, they may hide in a clamp.
     unknown = any(carried.tokens is None for carried in evidence.carried) or not evidence.purchases_mapped
     kept = evidence.base.kind == "window" and unknown and not _names_carried(chosen)
-    certainty: Certainty = "likely" if kept or cost >= weights.REQUEST_LET_THROUGH else "certain"
+    certainty: Certainty = "possible" if kept or cost >= weights.REQUEST_LET_THROUGH else "inferred"
     at = below_zero[0]["at"] if below_zero else ""
     others = ("carried_over_tokens",) if kept else ()
     found = candidate("clamped_at_zero", stopped, certainty, at=at, alternatives=others, evidence=proof)

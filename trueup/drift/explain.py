@@ -28,9 +28,9 @@ def explain(drift: Drift, *, plan_sizes: frozenset[int], counter_limit: int, now
     tokens. `now`: decides whether the subscription has ended.
     """
     if drift.expected > counter_limit:
-        return _whole("counter_out_of_range", drift, "certain", {"counter_limit": counter_limit})
+        return _whole("counter_out_of_range", drift, "proven", {"counter_limit": counter_limit})
     if drift.observed is None:
-        return _whole("counter_null", drift, "certain")
+        return _whole("counter_null", drift, "proven")
     solution = None
     if drift.evidence.decrements_mapped:
         solution = _best(drift, plan_sizes)
@@ -39,7 +39,7 @@ def explain(drift: Drift, *, plan_sizes: frozenset[int], counter_limit: int, now
     ended = drift.end_date is not None and drift.end_date < now
     if drift.observed == 0 and drift.tokens < 0 and (ended or not drift.is_active):
         reason = "the subscription's end has passed" if ended else "the subscription is not active"
-        return _whole("burned_at_expiry", drift, "likely", {"note": reason}, alternatives=("manual_edit",))
+        return _whole("burned_at_expiry", drift, "possible", {"note": reason}, alternatives=("manual_edit",))
     if solution:
         return explanation_of(drift, solution.chosen)
     return explain_by_amounts(drift, plan_sizes)
@@ -130,7 +130,7 @@ def _closed(
     """Yield the solutions for these candidates and the remainder `rest`: exact, unseen purchase, lost, manual edit."""
     cost += clamp.cost
     if (drift.observed or 0) < 0:
-        negative = candidate("counter_negative", rest, "certain", at="~")
+        negative = candidate("counter_negative", rest, "proven", at="~")
         yield _Solution(chosen=(*taken, negative), cost=cost, exact=rest == 0)
         return
     if rest == 0:
@@ -146,7 +146,7 @@ def _closed(
         yield _Solution(chosen=(*taken, *chosen), cost=cost + losses.cost, exact=True)
     digits = len(str(abs(rest)).rstrip("0"))
     proof = {"note": "no log row, decrement or purchase explains it"}
-    edit = candidate("manual_edit", rest, "likely", at="~", evidence=proof)
+    edit = candidate("manual_edit", rest, "possible", at="~", evidence=proof)
     cost += weights.MANUAL_EDIT + math.log10(abs(rest)) + weights.MANUAL_EDIT_DIGIT * max(0, digits - 2)
     yield _Solution(chosen=(*taken, edit), cost=cost + clamp.cost_before_edit, exact=False)
 
@@ -154,5 +154,5 @@ def _closed(
 def _bought(tokens: int) -> Candidate:
     """Return the purchase of a plan of this size, for a host whose payments are not mapped."""
     others = ("renewal_without_new_window", "manual_edit")
-    return candidate("credit_without_grant", tokens, "likely", at="~", alternatives=others,
+    return candidate("credit_without_grant", tokens, "possible", at="~", alternatives=others,
                      evidence={"plans_of_this_size": True})  # fmt: skip

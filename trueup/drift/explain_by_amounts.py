@@ -29,7 +29,7 @@ def explain_by_amounts(drift: Drift, plan_sizes: frozenset[int]) -> Explanation:
     """Return the explanation by the sizes of rows. `plan_sizes`: the tokens that plans include."""
     evidence = drift.evidence
     if (drift.observed or 0) < 0:
-        part = Component(cause="counter_negative", tokens=drift.tokens, certainty="certain")
+        part = Component(cause="counter_negative", tokens=drift.tokens, certainty="proven")
         return Explanation(components=(part,), evidence=drift.figures)
     if evidence.young and 0 < drift.tokens <= evidence.young.tokens:
         return Explanation(in_flight=drift.tokens, evidence=drift.figures)
@@ -55,7 +55,7 @@ def _chosen(drift: Drift, plan_sizes: frozenset[int]) -> tuple[list[Candidate], 
         names: list[str] = [cause for cause in PAID[1:] if cause != "carried_over_tokens" or evidence.used_before]
         names += ["missed_decrement", "lost_update"] if rest in matches and matches[rest].counted else []
         proof = {"plans_of_this_size": rest in plan_sizes}
-        return [*own, candidate("credit_without_grant", rest, "likely", evidence=proof)], (*names, "manual_edit")
+        return [*own, candidate("credit_without_grant", rest, "possible", evidence=proof)], (*names, "manual_edit")
     if rest in matches:
         return [*own, _of_match(matches[rest])], _hidden_purchase(drift, rest, plan_sizes)
     pair = _of_pair(evidence, rest)
@@ -110,7 +110,7 @@ def _of_match(match: Match) -> Candidate:
         count, rows, others = match.counted, match.counted_rows, ("charged_not_logged",)
     proof = {"log_rows_of_this_size": count, "newest": rows}
     at = rows[0]["created_at"]
-    return candidate(cause, match.tokens, "likely", at=at, alternatives=others, evidence=proof)
+    return candidate(cause, match.tokens, "possible", at=at, alternatives=others, evidence=proof)
 
 
 def _of_pair(evidence: Evidence, rest: int) -> list[Candidate]:

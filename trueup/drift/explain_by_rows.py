@@ -74,7 +74,7 @@ def _of_part(part: Part) -> Candidate:
     elif part.kind != "missed" and part.elsewhere:
         # The decrement of a retry hours later is far from its log row.
         alternatives = ("double_decrement",)
-    certainty: Certainty = "likely" if alternatives or part.late else "certain"
+    certainty: Certainty = "possible" if alternatives or part.late else "inferred"
     return candidate(cause, part.tokens, certainty, at=part.first_at, alternatives=alternatives, evidence=proof)
 
 
@@ -120,13 +120,13 @@ def _straddling(edge: Edge, log_row: EdgeRow, decrement: EdgeRow) -> Candidate:
     if log_row.settled:
         note = "the log row is older than the time when the counter was last known to be right, its decrement newer"
         return candidate(
-            "double_decrement", -edge.tokens, "likely", at=decrement.at, alternatives=("charged_not_logged",),
+            "double_decrement", -edge.tokens, "possible", at=decrement.at, alternatives=("charged_not_logged",),
             evidence={**proof, "note": note}, cost_used=weights.DECREMENT_AFTER_BASE,
         )  # fmt: skip
     note = "the decrement is older than the time when the counter was last known to be right, its log row newer"
     proof |= {"note": note}
     cost = weights.DECREMENT_BEFORE_BASE
-    return candidate("missed_decrement", edge.tokens, "likely", at=log_row.at, evidence=proof, cost_used=cost)
+    return candidate("missed_decrement", edge.tokens, "possible", at=log_row.at, evidence=proof, cost_used=cost)
 
 
 def _add_single_log_row(found: Candidates, edge: Edge, row: EdgeRow, base: BasePoint) -> None:
@@ -138,11 +138,11 @@ def _add_single_log_row(found: Candidates, edge: Edge, row: EdgeRow, base: BaseP
         young = candidate("missed_decrement", edge.tokens, "possible", at=row.at, evidence=proof, cost_unused=cost)
         found.possible.append(replace(young, in_flight=True))
     elif not row.settled:
-        found.proven.append(candidate("missed_decrement", edge.tokens, "certain", at=row.at, evidence=proof))
+        found.proven.append(candidate("missed_decrement", edge.tokens, "inferred", at=row.at, evidence=proof))
     elif base.kind == "run" or waited_for or _just_before(row, base):
         # Or the row was committed after the comparison, although its time is before it.
         cost = weights.AWAITED_LOG_ROW if waited_for else weights.LOG_ROW_BEFORE_BASE
-        late = candidate("missed_decrement", edge.tokens, "likely", at=row.at, evidence=proof, cost_used=cost)
+        late = candidate("missed_decrement", edge.tokens, "possible", at=row.at, evidence=proof, cost_used=cost)
         found.possible.append(late)
 
 
@@ -152,7 +152,7 @@ def _add_single_decrement(
     proof = {"count": 1, "rows": [_shown(row.model_dump(), edge.tokens)]}
     cause: Cause = "failed_usage_charged" if failed else "double_decrement" if near else "charged_not_logged"
     others = ("double_decrement", "charged_not_logged") if near else ()
-    certainty: Certainty = "likely" if others else "certain"
+    certainty: Certainty = "possible" if others else "inferred"
     one = candidate(
         cause, -edge.tokens, certainty, at=row.at, alternatives=tuple({*others} - {cause}), evidence=proof
     )  # fmt: skip
@@ -191,4 +191,4 @@ def _overwritten_correction(evidence: Evidence) -> Candidate | None:
         others = ("manual_edit",)
     cost = weights.OVERWRITTEN_CORRECTION
     at = base.at or ""
-    return candidate("lost_update", tokens, "likely", at=at, alternatives=others, evidence=proof, cost_used=cost)
+    return candidate("lost_update", tokens, "possible", at=at, alternatives=others, evidence=proof, cost_used=cost)

@@ -87,10 +87,10 @@ def explanation_of(drift: Drift, chosen: Iterable[Candidate], alternatives: Iter
 
 
 def less_certain(one: Candidate) -> Candidate:
-    """Return the candidate with certainty "likely" at most."""
-    if one.component.certainty != "certain":
+    """Return the candidate with certainty "possible" at most."""
+    if one.component.certainty != "inferred":
         return one
-    return replace(one, component=replace(one.component, certainty="likely"))
+    return replace(one, component=replace(one.component, certainty="possible"))
 
 
 def own_missed(evidence: Evidence) -> list[Candidate]:
@@ -99,7 +99,7 @@ def own_missed(evidence: Evidence) -> list[Candidate]:
     if own is None:
         return []
     proof = {"by": "trueup: the counter was locked", "count": own.count, "rows": own.rows}
-    return [candidate("missed_decrement", own.tokens, "certain", at=own.rows[0]["at"], evidence=proof)]
+    return [candidate("missed_decrement", own.tokens, "inferred", at=own.rows[0]["at"], evidence=proof)]
 
 
 def credits_of(evidence: Evidence) -> list[Candidate]:
@@ -122,7 +122,7 @@ def _credit(purchase: Purchase, place: int) -> Candidate:
     return candidate(
         cause,
         purchase.tokens,
-        "certain",
+        "inferred",
         at=purchase.at,
         evidence={"payments": [purchase.model_dump(include={"id", "reference", "tokens", "at", "kind"})]},
         # The counter may have included a purchase shortly before the base point, or the host added it a moment later.
@@ -148,7 +148,7 @@ def _grant(grant: Grant, place: int | None) -> Candidate:
     return candidate(
         "grant_not_in_counter",
         tokens,
-        "likely",
+        "possible",
         at=grant.granted_at,
         evidence={"grants": [grant.model_dump()], "note": note},
         cost_used=weights.GRANT_NOT_IN_COUNTER,
@@ -185,7 +185,7 @@ def _carried(carried: Carried, size: int, left: int) -> Candidate:
     return candidate(
         "carried_over_tokens",
         left,
-        "likely" if guessed or carried.same_plan else "certain",
+        "possible" if guessed or carried.same_plan else "inferred",
         # A renewal seldom keeps tokens: a manual edit may have added the same number.
         alternatives=("manual_edit",) if carried.same_plan else (),
         at=carried.upgrade["at"],

@@ -65,4 +65,4 @@ def _few_sums(lost: Sequence[Candidate]) -> Iterator[tuple[Candidate, ...]]:
 
 def _lost(pair: Concurrent) -> Candidate:
     proof = {"rows": [pair.lost, pair.kept], "note": "two decrements ran at the same moment, and one was lost"}
-    return candidate("lost_update", int(pair.lost["tokens"]), "likely", at=pair.lost["at"], evidence=proof)
+    return candidate("lost_update", int(pair.lost["tokens"]), "possible", at=pair.lost["at"], evidence=proof)

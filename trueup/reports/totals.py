@@ -33,13 +33,14 @@ SET_ASIDE = ("tolerated", "ignored", "waiting")
 class CauseFigures:
     """The figures of one cause. `drifts`: number of drifts with this cause, alone or with others.
 
-    `certain`: how many of them have rows that prove the cause. `tokens_overstated`, `tokens_understated`: the tokens of
-    this cause only.
+    `proven`: how many of them the journal proves. `inferred`: how many follow from the rows that are there.
+    `tokens_overstated`, `tokens_understated`: the tokens of this cause only.
     """
 
     cause: str
     drifts: int
-    certain: int
+    proven: int
+    inferred: int
     tokens_overstated: int
     tokens_understated: int
 
@@ -105,7 +106,8 @@ def tally_causes(connection: Connection, chosen: Select[Any]) -> list[CauseFigur
         select(
             parts.c.cause,
             func.count(parts.c.id.distinct()).label("drifts"),
-            func.count(parts.c.id.distinct()).filter(parts.c.certainty == "certain").label("certain"),
+            func.count(parts.c.id.distinct()).filter(parts.c.certainty == "proven").label("proven"),
+            func.count(parts.c.id.distinct()).filter(parts.c.certainty == "inferred").label("inferred"),
             cast(func.sum(func.greatest(parts.c.tokens, 0)), BigInteger).label("tokens_overstated"),
             cast(func.sum(func.greatest(-parts.c.tokens, 0)), BigInteger).label("tokens_understated"),
         )
@@ -137,7 +139,9 @@ def tally_actions(connection: Connection, chosen: Select[Any]) -> dict[str, int]
 
 def tally_findings(rows: Iterable[ReportRow]) -> tuple[list[CauseFigures], list[SizeFigures]]:
     """Return the figures by cause and by size for rows in memory."""
-    causes: dict[str, dict[str, Any]] = defaultdict(lambda: {"ids": set(), "certain": set(), "over": 0, "under": 0})
+    causes: dict[str, dict[str, Any]] = defaultdict(
+        lambda: {"ids": set(), "proven": set(), "inferred": set(), "over": 0, "under": 0}
+    )
     sizes: dict[int, tuple[int, int]] = {}
     for number, row in enumerate(rows):
         over, under = sizes.get(len(str(abs(row.drift))), (0, 0))
@@ -146,14 +150,15 @@ def tally_findings(rows: Iterable[ReportRow]) -> tuple[list[CauseFigures], list[
         for part in row.evidence.get("components") or whole:
             figures = causes[part["cause"]]
             figures["ids"].add(number)
-            if part["certainty"] == "certain":
-                figures["certain"].add(number)
+            if part["certainty"] in ("proven", "inferred"):
+                figures[part["certainty"]].add(number)
             figures["over" if part["tokens"] > 0 else "under"] += abs(part["tokens"])
     tallied = [
         CauseFigures(
             cause=cause,
             drifts=len(figures["ids"]),
-            certain=len(figures["certain"]),
+            proven=len(figures["proven"]),
+            inferred=len(figures["inferred"]),
             tokens_overstated=figures["over"],
             tokens_understated=figures["under"],
         )

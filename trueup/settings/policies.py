@@ -16,9 +16,12 @@ POLICIES: tuple[Policy, ...] = ("correct", "review", "report")
 DEFAULT_POLICIES: dict[str, Policy] = {
     "missed_decrement": "correct",
     "lost_update": "correct",
+    # The journal shows the changes that were overwritten.
+    "stale_write": "correct",
     "double_decrement": "correct",
     # The host's rows say that these tokens were used. If the log is incomplete, a correction would give them away.
     "charged_not_logged": "review",
+    "host_decremented_our_charge": "correct",
     "failed_usage_charged": "correct",
     "clamped_at_zero": "correct",
     "grant_not_in_counter": "correct",
@@ -26,6 +29,7 @@ DEFAULT_POLICIES: dict[str, Policy] = {
     "counter_negative": "correct",
     "counter_out_of_range": "report",
     "credit_without_grant": "review",
+    "credited_twice": "review",
     "renewal_without_new_window": "review",
     "carried_over_tokens": "review",
     "manual_edit": "review",
@@ -35,7 +39,9 @@ DEFAULT_POLICIES: dict[str, Policy] = {
 }
 
 # These tokens may be paid for, or set on purpose. Only a person may take them away.
-PAID_CAUSES = frozenset({"credit_without_grant", "renewal_without_new_window", "carried_over_tokens", "manual_edit"})
+PAID_CAUSES = frozenset(
+    {"credit_without_grant", "credited_twice", "renewal_without_new_window", "carried_over_tokens", "manual_edit"}
+)
 # A machine does not give back tokens that ended on purpose, and can't write a value that the column can't hold.
 UNCORRECTABLE_CAUSES = frozenset({"burned_at_expiry", "counter_out_of_range"})
 

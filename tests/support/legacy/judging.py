@@ -59,7 +59,7 @@ class Named:
         return dict(sums)
 
 
-UNSEEN = Named(causes=NO_DRIFT, certainty="certain", action="none", evidence={})
+UNSEEN = Named(causes=NO_DRIFT, certainty="inferred", action="none", evidence={})
 
 
 class Judgement:
@@ -103,7 +103,7 @@ class Judgement:
             person
             for person in self.people
             if person.user_id in self.named
-            and self.of(person).certainty == "certain"
+            and self.of(person).certainty == "inferred"
             and self.of(person).causes != {"unexplained"}
             and not self.is_right(person)
         ]

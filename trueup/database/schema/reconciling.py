@@ -129,7 +129,7 @@ def _add_drift_tables(metadata: MetaData, user_id: Any) -> None:
         Column("action", Text, nullable=False),
         Column("evidence", JSONB, nullable=False),
         moment("found_at"),
-        Column("certainty", Text, nullable=False, server_default=text("'likely'")),
+        Column("certainty", Text, nullable=False, server_default=text("'possible'")),
         tokens("tokens_explained", server_default=text("0")),
         # The rule that decided on the action.
         Column("reason", Text, nullable=False, server_default=text("''")),
@@ -143,7 +143,7 @@ def _add_drift_tables(metadata: MetaData, user_id: Any) -> None:
             "action IN ('corrected', 'reported', 'review', 'lost_race', 'waiting', 'tolerated', 'ignored')",
             name="drift_action_is_known",
         ),
-        CheckConstraint("certainty IN ('certain', 'likely', 'possible')", name="drift_certainty_is_known"),
+        CheckConstraint("certainty IN ('proven', 'inferred', 'possible')", name="drift_certainty_is_known"),
         Index("drift_by_run", "run_id"),
         # The report of a run lists the drifts that it found first and the drifts that it found again.
         Index("drift_by_last_run", "last_run_id"),
