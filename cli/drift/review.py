@@ -44,6 +44,7 @@ from trueup.review.decisions import (
 from trueup.settings.settings import get_settings
 
 _LEFT_REASONS = {
+    "may_be_paid": "it shows tokens that the user may have paid for; decide about each one by its number",
     "changed": "the difference has changed; the next run finds it again",
     "busy": "the application is writing the counter now; try again",
     "gone": "the subscription no longer exists",
@@ -65,6 +66,11 @@ def filter_options(command: Command) -> Command:
     return command
 
 
+component_option = click.option(
+    "--component", type=click.IntRange(1, 1_000), help="Only this component of the drift; the others stay in review."
+)
+
+
 def decision_options(command: Command) -> Command:
     """Add the drifts, or the options that select many, and the options of a decision."""
     for option in (
@@ -73,6 +79,7 @@ def decision_options(command: Command) -> Command:
         note_option,
         click.option("--yes", is_flag=True, help="Do not ask before a decision about many drifts."),
         click.option("--limit", type=click.IntRange(1, MAX_CHOSEN), help="The maximum, oldest first.  [default: all]"),
+        component_option,
         filter_options,
         click.argument("drifts", metavar="DRIFT...", type=NUMBER, nargs=-1),
     ):
@@ -119,6 +126,7 @@ def review(
     if items:
         click.echo("\ntrueup drift accept DRIFT --note …    set the counter to the value under accept")
         click.echo("trueup drift grant DRIFT --reason … --reference …    grant the tokens under grant")
+        click.echo("trueup drift accept DRIFT --component N --note …    decide about one component; the others stay")
         click.echo("trueup drift ignore DRIFT --note …    leave this difference as it is while it does not change")
 
 
@@ -132,6 +140,7 @@ def accept(**options: Any) -> None:
     \b
     Example:
       trueup drift accept 7 --note "refunded"
+      trueup drift accept 7 --component 2 --note "missed decrements"
       trueup drift accept --cause missed_decrement --max 500 --note "checked a sample"
     """
     _decide_named_or_selected("accept", **options)
@@ -139,17 +148,22 @@ def accept(**options: Any) -> None:
 
 @click.command()
 @click.argument("drift", type=NUMBER)
+@component_option
 @grant_options
 @by_option
 @json_option
-def grant(drift: int, reason: str, reference: str, expires: datetime | None, by: str, as_json: bool) -> None:
+def grant(
+    drift: int, component: int | None, reason: str, reference: str, expires: datetime | None, by: str, as_json: bool
+) -> None:
     """Grant the tokens by which the counter of DRIFT is too high. The counter is then right as it is.
 
     \b
     Example:
       trueup drift grant 7 --reason "pack of 500" --reference tx-1881
+      trueup drift grant 7 --component 1 --reason "pack of 500" --reference tx-1881
     """
-    _decide((drift,), "grant", as_json, note=reason, by=by, reference=reference, expires_at=expires)
+    more = {"note": reason, "by": by, "reference": reference, "expires_at": expires}
+    _decide((drift,), "grant", as_json, component=component, **more)
 
 
 @click.command()
@@ -211,11 +225,14 @@ def _row(item: ReviewItem) -> tuple[object, ...]:
 
 
 def short_evidence(evidence: dict[str, Any]) -> str:
-    """Return a drift's evidence in one line: the tokens of each cause, and the first row that proves it."""
+    """Return a drift's evidence in one line: each component with its tokens and the first row that proves it."""
+    components = evidence.get("components", [])
     parts = []
-    for component in evidence.get("components", []):
+    for number, component in enumerate(components, 1):
         row = _first_row(component)
-        parts.append(f"{component['tokens']:+,}" + (f" ({row})" if row else ""))
+        name = f"{number}: {cause_title(component['cause'])} " if len(components) > 1 else ""
+        ignored = ", ignored" if component.get("ignored") else ""
+        parts.append(f"{name}{component['tokens']:+,}{ignored}" + (f" ({row})" if row else ""))
     others = evidence.get("alternatives")
     return "; ".join(parts) + (f"; or {', '.join(map(cause_title, others))}" if others else "")
 
@@ -240,6 +257,7 @@ def _decide_named_or_selected(
     max_tokens: int | None,
     run_id: int | None,
     limit: int | None,
+    component: int | None,
     yes: bool,
     note: str,
     by: str,
@@ -249,8 +267,10 @@ def _decide_named_or_selected(
     selected = only != ReviewFilter()
     if drifts and (selected or limit):
         raise click.UsageError("DRIFT and --cause, --max, --run or --limit exclude each other.")
+    if component is not None and len(drifts) != 1:
+        raise click.UsageError("--component is about one drift: give its number.")
     if drifts:
-        _decide(drifts, choice, as_json, note=note, by=by)
+        _decide(drifts, choice, as_json, note=note, by=by, component=component)
     elif selected:
         by, note = check_text("by", by), check_text("note", note)
         _decide_selected(choice, only, limit or MAX_CHOSEN, by=by, note=note, yes=yes, as_json=as_json)

@@ -90,7 +90,7 @@ class Life:
                     transaction=number,
                     application=application,
                     writer=writer,
-                )  # fmt: skip
+                )
             )
         self.counter = value
 

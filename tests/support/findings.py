@@ -51,6 +51,11 @@ def ledger(**more: Any) -> dict[str, Any]:
     return {"decrements_mapped": True, "purchases_mapped": True, "start": 10_000, **more}
 
 
+def forget_journal(host: Any) -> None:
+    """Let all changes of counters be unseen, as before trueup was attached: causes are inferred from the rows."""
+    host.execute("DELETE FROM trueup.journal_start")
+
+
 def part(kind: str, tokens: int, *, elsewhere: bool = False) -> dict[str, Any]:
     row = {"kind": "L", "id": "1", "at": AT}
     sample = {"tokens": abs(tokens), "times": 1, "rows": [row]}

@@ -87,5 +87,29 @@ class Books:
         assert sum(part.tokens for part in explanation.components) + explanation.in_flight == drift.surplus
         return explanation
 
+    # With the journal, whose entries have the time of the server's clock.
+
+    def log_now(self, tokens: int, *, success: bool = True) -> str:
+        return str(self.host.log(self.user, tokens, at=self.host.value("SELECT clock_timestamp()"), success=success))
+
+    def spend(self, tokens: int) -> None:
+        """Use tokens without any fault, now."""
+        self.log_now(tokens)
+        self.host.decrement(self.user, tokens)
+
+    def set(self, counter: int) -> None:
+        self.host.execute(
+            "UPDATE billing_subscription SET tokens_remaining = :counter WHERE user_id = :user",
+            counter=counter,
+            user=self.user,
+        )
+
+    def explained_now(self) -> Explanation:
+        drift = self.drift(min_age_seconds=0)
+        sizes = self.connection.scalars(text("SELECT trueup.plan_sizes()")).all()
+        explanation = explain(drift, plan_sizes=frozenset(sizes), counter_limit=2**31 - 1, now=drift.seen_at)
+        assert sum(part.tokens for part in explanation.components) + explanation.in_flight == drift.surplus
+        return explanation
+
     def shares(self) -> dict[str, int]:
         return {part.cause: part.tokens for part in self.explained().components}

@@ -159,8 +159,8 @@ _MISMATCHED_BALANCES = """
 """
 
 
-# I7, for a sample of the users with a change in the journal. Entries of one transaction may be out of order if a trigger
-# of the host's writes the counter too. So the first value and the sum of all changes are compared with the counter.
+# I7, for a sample of the users with a change in the journal. Entries of one transaction may be out of order, if a
+# trigger of the host's writes the counter too. So the first value and the sum of all changes are compared.
 _UNSEEN_CHANGES = """
     WITH sample AS MATERIALIZED (
         SELECT DISTINCT e.user_id FROM trueup.counter_entry e TABLESAMPLE SYSTEM (:share) LIMIT :most

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trueup.drift.causes import Explanation
+from trueup.drift.causes import Component, Explanation
 from trueup.drift.detect import Drift
 from trueup.settings.policies import PAID_CAUSES, POLICIES, UNCORRECTABLE_CAUSES, Policy, Rules
 
@@ -32,13 +32,15 @@ class Verdict:
     """What to do about a drift.
 
     `write`: the counter's new value in tokens; None unless the policy is "correct". `reason`: the rule that decided,
-    for people. `action`: recorded in the drift row if the counter is not written.
+    for people. `action`: recorded in the drift row if the counter is not written. `held`: the components that a
+    correction leaves in the counter; they wait for a person, or are only reported.
     """
 
     policy: Policy
     reason: str
     write: int | None = None
     action: str = "reported"
+    held: tuple[Component, ...] = ()
 
 
 def difference(drift: Drift, in_flight: int) -> int:
@@ -69,6 +71,8 @@ def decide(
         return Verdict(policy="report", action="ignored", reason="a person decided to ignore this difference")
     if history.undone:
         return _review("a person undid a correction in this period")
+    if explanation.by_component:
+        return _by_component(drift, explanation, in_flight, rules, counter_limit)
     policy = max((rules.policy_of(cause) for cause in _causes(drift, explanation)), key=POLICIES.index)
     if policy == "report":
         return Verdict(policy="report", reason=f"policy of {explanation.cause}")
@@ -80,6 +84,46 @@ def decide(
         return Verdict(policy="report", reason="the counter's column can't hold the right value")
     kept = f", {in_flight} tokens in flight kept" if in_flight else ""
     return Verdict(policy="correct", write=write, reason=f"policy of {explanation.cause}{kept}")
+
+
+def _by_component(
+    drift: Drift, explanation: Explanation, in_flight: int, rules: Rules, counter_limit: int | None
+) -> Verdict:
+    """Return the verdict on a drift whose components the journal accounts for: each is decided by itself."""
+    reasons = {place: _doubt_about(part, rules) for place, part in enumerate(explanation.components)}
+    held = tuple(part for place, part in enumerate(explanation.components) if reasons[place] is not None)
+    held_back = sum(part.tokens for part in held)
+    write = max(0, drift.original - drift.consumed + in_flight + held_back)
+    reason = next((reason for reason in reasons.values() if reason), "")
+    changed = write != drift.observed and len(held) < len(explanation.components)
+    if changed and rules.max_correction is not None and abs(write - (drift.observed or 0)) > rules.max_correction:
+        return _review(f"more than {rules.max_correction} tokens")
+    if not changed and held:
+        if all(part.is_ignored for part in held):
+            return Verdict(policy="report", action="ignored", reason=reason)
+        in_review = any(not part.is_ignored and rules.policy_of(part.cause) != "report" for part in held)
+        return _review(reason) if in_review else Verdict(policy="report", reason=reason)
+    if counter_limit is not None and write > counter_limit:
+        return Verdict(policy="report", reason="the counter's column can't hold the right value")
+    kept = f", {in_flight} tokens in flight kept" if in_flight else ""
+    kept += f", {held_back} tokens left for a decision" if held else ""
+    causes = "+".join(dict.fromkeys(part.cause for part in explanation.components if part not in held))
+    return Verdict(policy="correct", write=write, reason=f"policy of {causes or explanation.cause}{kept}", held=held)
+
+
+def _doubt_about(part: Component, rules: Rules) -> str | None:
+    """Return why a machine does not correct this component; None: it does."""
+    if part.is_ignored:
+        return "a person decided to ignore this difference"
+    policy = rules.policy_of(part.cause)
+    if policy != "correct":
+        return f"policy of {part.cause}"
+    paid = sorted(set(part.alternatives) & PAID_CAUSES)
+    if part.tokens > 0 and paid:
+        return f"may be paid tokens: {', '.join(paid)} fits as well"
+    if part.tokens < 0 and (others := sorted(set(part.alternatives) & UNCORRECTABLE_CAUSES)):
+        return f"{', '.join(others)} fits as well"
+    return None
 
 
 def _tolerated(in_flight: int, rules: Rules) -> Verdict:

@@ -26,7 +26,8 @@ Cause = Literal[
     "manual_edit",
     "unexplained",
 ]
-# From most to least certain. Before the journal begins, a cause is inferred or possible, never proven. A combination has the certainty of its least certain component.
+# From most to least certain. Before the journal begins, a cause is inferred or possible, never proven. A combination
+# has the certainty of its least certain component.
 Certainty = Literal["proven", "inferred", "possible"]
 CERTAINTIES: tuple[Certainty, ...] = ("proven", "inferred", "possible")
 
@@ -74,13 +75,30 @@ CERTAINTY_SENTENCES: dict[str, str] = {
 class Component:
     """One cause and its share of a drift. `tokens` is positive if it made the counter too high.
 
-    `evidence`: the rows that prove it, JSON-safe.
+    `evidence`: the rows that prove it, JSON-safe. `alternatives`: other causes that fit this component. `is_ignored`: a
+    person decided to ignore it.
     """
 
     cause: Cause
     tokens: int
     certainty: Certainty
     evidence: dict[str, Any] = field(default_factory=dict)
+    alternatives: tuple[str, ...] = ()
+    is_ignored: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the component as a drift row keeps it."""
+        more: dict[str, Any] = {"alternatives": list(self.alternatives)} if self.alternatives else {}
+        more |= {"ignored": True} if self.is_ignored else {}
+        return {"cause": self.cause, "tokens": self.tokens, "certainty": self.certainty, **self.evidence, **more}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "Component":
+        """Return the component that a drift row keeps."""
+        evidence = {**row}
+        values = {name: evidence.pop(name) for name in ("cause", "tokens", "certainty")}
+        alternatives = tuple(evidence.pop("alternatives", ()))
+        return cls(**values, alternatives=alternatives, is_ignored=evidence.pop("ignored", False), evidence=evidence)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +106,15 @@ class Explanation:
     """Why a counter drifted. Without components the drift is unexplained.
 
     `alternatives`: other causes that fit too. `in_flight`: tokens of recent log rows whose decrements may still arrive.
-    `evidence`: figures that belong to no single component, JSON-safe.
+    `evidence`: figures that belong to no single component, JSON-safe. `by_component`: the journal accounts for the
+    whole drift, so that each component can be decided by itself.
     """
 
     components: tuple[Component, ...] = ()
     alternatives: tuple[str, ...] = ()
     in_flight: int = 0
     evidence: dict[str, Any] = field(default_factory=dict)
+    by_component: bool = False
 
     @property
     def cause(self) -> str:
@@ -108,10 +128,7 @@ class Explanation:
 
     def as_evidence(self) -> dict[str, Any]:
         """Return the JSON document that a drift row keeps."""
-        components = [
-            {"cause": part.cause, "tokens": part.tokens, "certainty": part.certainty, **part.evidence}
-            for part in self.components
-        ]
+        components = [part.as_json() for part in self.components]
         alternatives = list(self.alternatives)
         return {**self.evidence, "components": components, "alternatives": alternatives, "in_flight": self.in_flight}
 

@@ -22,7 +22,8 @@ class Drift:
 
     `observed`: the counter's value, None if it is null. `expected`: max(0, original - consumed). `end_date` None:
     unlimited. `seen_at`: the time of the comparison, by the database's clock. `window`: the beginning of the period,
-    as PostgreSQL prints it; "": not known.
+    as PostgreSQL prints it; "": not known. `story`: the journal and the rows since the last known point, as
+    `trueup.drift.history` reads them; None: there is no journal.
     """
 
     user_id: UserId
@@ -36,6 +37,7 @@ class Drift:
     seen_at: datetime
     window: str = ""
     evidence: Evidence = _NO_EVIDENCE
+    story: dict[str, Any] | None = None
 
     @property
     def tokens(self) -> int:
@@ -65,18 +67,22 @@ _FIND = """
           AND a.counter IS DISTINCT FROM greatest(a.original - a.consumed, 0)
           -- A counter whose usage can't be counted has no right value: a deep pass reports it.
           AND a.consumed < {uncountable}
-    ), known AS (
-        SELECT e.user_id, e.evidence FROM (
+    ), listed AS MATERIALIZED (
             SELECT array_agg(user_id) AS users, array_agg(subscription_id) AS subscriptions,
                    array_agg(window_start) AS windows, array_agg(original) AS original,
                    array_agg(consumed) AS consumed, array_agg(observed) AS observed
             FROM drifted HAVING count(*) > 0
-        ) d, trueup.drift_evidence(d.users, d.subscriptions, d.windows, d.original, d.consumed, d.observed,
-                                   statement_timestamp(), make_interval(secs => :min_age)) e
+    ), known AS (
+        SELECT e.user_id, e.evidence
+        FROM listed d, trueup.drift_evidence(d.users, d.subscriptions, d.windows, d.original, d.consumed, d.observed,
+                                             statement_timestamp(), make_interval(secs => :min_age)) e
+    ), stories AS (
+        SELECT s.user_id, s.story
+        FROM listed d, trueup.counter_stories(d.users, d.subscriptions, d.windows, statement_timestamp()) s
     )
     SELECT d.user_id, d.subscription_id, d.is_active, d.end_date, d.original, d.consumed, d.observed, d.expected,
-           CAST(d.window_start AS text) AS window, statement_timestamp() AS seen_at, k.evidence
-    FROM drifted d LEFT JOIN known k ON k.user_id = d.user_id
+           CAST(d.window_start AS text) AS window, statement_timestamp() AS seen_at, k.evidence, s.story
+    FROM drifted d LEFT JOIN known k ON k.user_id = d.user_id LEFT JOIN stories s ON s.user_id = d.user_id
     ORDER BY d.user_id
 """
 
@@ -94,11 +100,13 @@ def find_drifts(
     """
     statement = text(_FIND.format(user_id_type=user_id_type, uncountable=UNCOUNTABLE))
     rows = connection.execute(statement, {"user_ids": list(user_ids), "min_age": min_age_seconds})
-    return [_drift(row) for row in rows.all()]  # .all() calls the driver once, not for each row
+    return [_drift(row, min_age_seconds) for row in rows.all()]  # .all() calls the driver once, not for each row
 
 
-def _drift(row: Any) -> Drift:
+def _drift(row: Any, min_age_seconds: float) -> Drift:
     values = dict(row._mapping)
     evidence, is_active = values.pop("evidence"), bool(values.pop("is_active"))
     known = Evidence.model_validate(evidence) if evidence else _NO_EVIDENCE
+    if values["story"]:
+        values["story"]["min_age"] = min_age_seconds
     return Drift(**values, is_active=is_active, evidence=known)

@@ -116,7 +116,7 @@
         UNION ALL
         SELECT w.user_id, u.decided_at, 'decision', NULL, NULL, NULL
         FROM wanted w JOIN {{ trueup.drift_decision }} u ON u.user_id = w.user_id
-        WHERE u.decision IN ('accept', 'grant') AND u.decided_at > w.window_start
+        WHERE u.decision IN ('accept', 'grant') AND u.component IS NULL AND u.decided_at > w.window_start
     ), base_points AS (
         SELECT DISTINCT ON (user_id) user_id, at, kind, written, seen_before, kept
         FROM right_points ORDER BY user_id, at DESC, kind

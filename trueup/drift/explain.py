@@ -17,6 +17,7 @@ from trueup.drift.detect import Drift
 from trueup.drift.evidence import Evidence
 from trueup.drift.explain_by_amounts import explain_by_amounts
 from trueup.drift.explain_by_rows import ledger_candidates
+from trueup.drift.history import explain_by_journal, journal_position
 from trueup.drift.hypotheses import Candidate, Candidates, candidate, combinations_of, explanation_of, less_certain
 from trueup.drift.lost_updates import Losses, losses_by_tokens
 
@@ -31,10 +32,16 @@ def explain(drift: Drift, *, plan_sizes: frozenset[int], counter_limit: int, now
         return _whole("counter_out_of_range", drift, "proven", {"counter_limit": counter_limit})
     if drift.observed is None:
         return _whole("counter_null", drift, "proven")
+    told = explain_by_journal(drift, plan_sizes)
+    return told or _with_position(drift, _inferred(drift, plan_sizes, now))
+
+
+def _inferred(drift: Drift, plan_sizes: frozenset[int], now: datetime) -> Explanation:
+    """Return the causes that follow from the rows and the sizes that are there, without a journal."""
     solution = None
     if drift.evidence.decrements_mapped:
         solution = _best(drift, plan_sizes)
-    if solution and solution.exact and drift.observed >= 0 and "lost_update" not in solution.causes:
+    if solution and solution.exact and (drift.observed or 0) >= 0 and "lost_update" not in solution.causes:
         return explanation_of(drift, solution.chosen)
     ended = drift.end_date is not None and drift.end_date < now
     if drift.observed == 0 and drift.tokens < 0 and (ended or not drift.is_active):
@@ -43,6 +50,12 @@ def explain(drift: Drift, *, plan_sizes: frozenset[int], counter_limit: int, now
     if solution:
         return explanation_of(drift, solution.chosen)
     return explain_by_amounts(drift, plan_sizes)
+
+
+def _with_position(drift: Drift, explanation: Explanation) -> Explanation:
+    """Note where the journal stands, so that the next run can go on from this explanation."""
+    position = journal_position(drift, in_flight=explanation.in_flight > 0)
+    return replace(explanation, evidence={**explanation.evidence, **position})
 
 
 def _whole(

@@ -4,8 +4,8 @@ The drift is the sum of the entries that no row explains and of the rows that ha
 sums. The finder yields findings in the order of the journal; `components_of` puts them together.
 
 1. An entry is a decrement of a log row of its size; of all pairs, the nearest in time match first.
-2. What is left is tried by the rules of `_Matcher.rules`. If several rules fit with different results, the first one wins
-   and is inferred, not proven.
+2. What is left is tried by the rules of `_Matcher._rules`. If several rules fit with different results, the first one
+   wins and is inferred, not proven.
 3. A log row that no entry belongs to was not subtracted.
 """
 
@@ -18,8 +18,8 @@ from typing import Any
 from trueup.drift.causes import Cause, Certainty
 from trueup.drift.story import Entry, Story, Usage, holes, in_chain_order, moment
 
-# Seconds. How long an application may keep a subscription that it has read before it saves it, and how far a log row may
-# be from its decrement.
+# Seconds. How long an application may keep a subscription that it has read before it saves it, and how far a log row
+# may be from its decrement.
 HORIZON = 600.0
 # A decrement is at most so far from its log row, unless no other cause fits: more rows nearby match by chance.
 USUAL = 30.0
@@ -59,10 +59,17 @@ class BrokenChainError(Exception):
 
 def match(story: Story) -> list[Found]:
     """Return the causes of drift in a story, oldest first. Raises `BrokenChainError` if the journal has a hole."""
+    return match_pairs(story)[0]
+
+
+def match_pairs(story: Story) -> tuple[list[Found], list[tuple[Entry, Usage]]]:
+    """Return the causes of drift as `match` does, and each entry with the log row that it subtracted."""
     entries = in_chain_order(story.entries)
     if holes(entries):
         raise BrokenChainError
-    return sorted(_Matcher(story, entries).find(), key=lambda found: found.at)
+    matcher = _Matcher(story, entries)
+    found = sorted(matcher.find(), key=lambda one: one.at)
+    return found, [(entries[place], matcher.usage[row]) for place, row in matcher.row_of.items()]
 
 
 _UNCHANGED = "the application wrote the value that the counter had already, because it had read it before other changes"
@@ -108,7 +115,7 @@ class _Matcher:
                 yield self._of_row(row)
 
     def _read_decrements(self) -> None:
-        """Find what each entry meant to subtract: the host's decrement row beside it says so, even if the write was stale."""
+        """Find what each entry meant to subtract: the decrement row beside it says so, even if the write was stale."""
         left = sorted(self.story.decrements, key=lambda row: row[2])
         times, taken = [row[2] for row in left], set[int]()
         meant: list[tuple[int, float, int, int]] = []
@@ -143,9 +150,9 @@ class _Matcher:
     def _pair_by_amount(self) -> None:
         """Pair decrements with log rows of their size, the nearest in time first."""
         by_amount: dict[tuple[int, bool], list[int]] = defaultdict(list)
-        for place, row in enumerate(self.usage):
-            if row.counts:
-                by_amount[row.tokens, row.own].append(place)
+        for number, used in enumerate(self.usage):
+            if used.counts:
+                by_amount[used.tokens, used.own].append(number)
         pairs = []
         for place in range(self.first, len(self.entries)):
             entry = self.entries[place]
@@ -252,7 +259,10 @@ class _Matcher:
     def _clamped(self, place: int) -> Found | None:
         """The counter held less than the request cost, and stopped at zero."""
         entry = self.entries[place]
-        if entry.new != 0 or place in self.amounts or self.has_decrements:
+        # The host may have inserted a decrement row of what it subtracted, or none.
+        if entry.new != 0 or self.amounts.get(place, -entry.change) != -entry.change:
+            return None
+        if self.has_decrements and place not in self.amounts:
             return None
         row = self._nearest(entry, lambda one: one.counts and not one.own and one.tokens > entry.old)
         return row if row is None else self._clamp(entry, row)
@@ -354,7 +364,7 @@ class _Matcher:
                 yield _Stale(value=read, row=row, overwritten=tuple(self.entries[after:place]))
 
     def _held_before(self, place: int) -> dict[int, int]:
-        """Return the values that the counter had within the horizon, other than the last, each with the place after it."""
+        """Return the values that the counter had within the horizon before, each with the place of the next entry."""
         entry = self.entries[place]
         held: dict[int, int] = {}
         begin = place
@@ -384,7 +394,7 @@ class _Matcher:
         )  # fmt: skip
 
     def _double(self, place: int) -> Found | None:
-        """A log row that was subtracted already; the second time maybe only in part, because the counter reached zero."""
+        """A log row that was subtracted already; the second time maybe in part, because the counter reached zero."""
         entry = self.entries[place]
         if entry.change >= 0:
             return None
@@ -450,7 +460,7 @@ class _Matcher:
         return (entry.window, entry.plan) != (before.window, before.plan)
 
     def _of_period(self, place: int) -> Iterator[Found]:
-        """A plan changed within a period: the counter should follow the plan's size. (`history` splits at new periods.)"""
+        """A plan changed within a period: the counter should follow its size. (`history` splits at new periods.)"""
         entry, before = self.entries[place], self.entries[place - 1]
         planned = (entry.plan_tokens or 0) - (before.plan_tokens or 0)
         off = entry.change - planned

@@ -6,6 +6,7 @@ Times are seconds since 1970, so that thousands of rows are compared quickly.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 
@@ -70,8 +71,8 @@ class Story:
     """All that happened to one counter, oldest first.
 
     `entries`: the first one may be the last of the time before, which only tells the period and the plan then: see
-    `has_context`. `decrements`: the host's decrement rows as (id, tokens, at). `young_since`: the decrement of a later log
-    row may still arrive. `ended_at`: when the subscription ended; None: it did not.
+    `has_context`. `decrements`: the host's decrement rows as (id, tokens, at). `young_since`: the decrement of a later
+    log row may still arrive. `ended_at`: when the subscription ended; None: it did not.
     """
 
     entries: Sequence[Entry] = ()
@@ -87,8 +88,11 @@ class Story:
 
 
 def moment(at: float) -> str:
-    """Return the time for people and JSON."""
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
+    """Return the time for people and JSON; the seconds since 1970 if it is outside of Python's range."""
+    try:
+        return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
+    except (OverflowError, ValueError, OSError):
+        return str(at)
 
 
 def shown(entry: Entry) -> dict[str, Any]:
@@ -134,7 +138,4 @@ def _transactions(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
 
 def holes(entries: Sequence[Entry]) -> bool:
     """Return whether a change between two entries went unseen."""
-    return any(
-        later.kind == "changed" and earlier.new != later.old
-        for earlier, later in zip(entries, entries[1:], strict=False)
-    )
+    return any(later.kind == "changed" and earlier.new != later.old for earlier, later in pairwise(entries))

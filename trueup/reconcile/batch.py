@@ -1,6 +1,7 @@
 """One batch of a reconcile run: refresh the balances, find drifts, explain, decide, correct, record."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,25 +73,61 @@ def reconcile_batch(
         history = before.history(drift, now=now, min_age_seconds=min_age)
         verdict = decide(drift, explanation, rules=context.rules, history=history, counter_limit=context.counter_limit)
         row_id = known_rows[drift.user_id] = before.known_row_id(drift, explanation, verdict)
-        findings.append(
-            Finding(
-                drift=drift,
-                explanation=explanation,
-                verdict=verdict,
-                action=verdict.action,
-                written=None,
-                is_new=row_id is None,
-            )
+        found = Finding(
+            drift=drift,
+            explanation=explanation,
+            verdict=verdict,
+            action=verdict.action,
+            written=None,
+            is_new=row_id is None,
         )
+        findings += _in_parts(found, context.rules) if verdict.held else [found]
     if context.dry_run:
         return findings
     settled: list[Finding] = []
-    for start in range(0, len(findings), SETTLED_AT_ONCE):
-        part = findings[start : start + SETTLED_AT_ONCE]
+    for part in _slices(findings):
         reached = _step_to(step, user_ids, part[-1].drift.user_id)
         settled += _settle(connection, context, run_id, part, known_rows, reached)
     move_shard(connection, run_id, step, user_id_type)
     return settled
+
+
+def _slices(findings: list[Finding]) -> Iterator[list[Finding]]:
+    """Yield the findings in slices of about `SETTLED_AT_ONCE`; a correction and its remainder share one."""
+    part: list[Finding] = []
+    for found in findings:
+        if len(part) >= SETTLED_AT_ONCE and not found.is_remainder:
+            yield part
+            part = []
+        part.append(found)
+    if part:
+        yield part
+
+
+def _in_parts(found: Finding, rules: Rules) -> list[Finding]:
+    """Return the finding of a correction by component as two: what it corrects, and what it leaves in the counter.
+
+    The right value of the first is what the correction writes, so that each has the sum of its components.
+    """
+    drift, explanation, held = found.drift, found.explanation, found.verdict.held
+    written = found.verdict.write or 0
+    parts = tuple(part for part in explanation.components if part not in held)
+    more = {**explanation.evidence, "held_components": [part.as_json() for part in held]}
+    corrected = replace(explanation, components=parts, evidence=more, alternatives=())
+    left = replace(explanation, components=held, evidence={**explanation.evidence, "after_correction": True})
+    verdict = decide(replace(drift, observed=written), left, rules=rules)
+    return [
+        replace(found, drift=replace(drift, expected=written - explanation.in_flight), explanation=corrected),
+        replace(
+            found,
+            drift=replace(drift, observed=written),
+            explanation=left,
+            verdict=verdict,
+            action=verdict.action,
+            is_new=True,
+            is_remainder=True,
+        ),
+    ]
 
 
 def _step_to(step: Step | None, user_ids: list[UserId], user_id: UserId) -> Step | None:
@@ -112,39 +149,44 @@ _SETTLE = """
         SELECT f.* FROM shard, json_to_recordset(CAST(:found AS json)) AS f (
             user_id {user_id_type}, subscription_id text, observed bigint, expected bigint, write bigint, cause text,
             certainty text, explained bigint, action text, reason text, evidence jsonb, known_row_id bigint,
-            window_start text)
+            window_start text, is_remainder boolean)
         WHERE shard.is_ours
     ), corrected AS MATERIALIZED (
         SELECT c.user_id FROM (
             SELECT array_agg(user_id) AS users, array_agg(subscription_id) AS subscriptions,
                    array_agg(observed) AS observed, array_agg(write) AS writes, array_agg(window_start) AS windows
-            FROM found WHERE write IS NOT NULL
+            FROM found WHERE write IS NOT NULL AND NOT is_remainder
         ) f, trueup.correct_counters(f.users, f.subscriptions, f.observed, f.writes, f.windows) AS c (user_id)
     ), seen_again AS (
-        UPDATE trueup.drift d SET last_run_id = :run_id, last_seen_at = :now
+        -- The next run reads the journal from here.
+        UPDATE trueup.drift d SET last_run_id = :run_id, last_seen_at = :now,
+               evidence = CASE WHEN f.evidence ? 'journal' THEN f.evidence ELSE d.evidence END
         FROM found f WHERE d.user_id = f.user_id AND d.id = f.known_row_id
         RETURNING d.user_id, f.action
     ), written AS (
         INSERT INTO trueup.drift (user_id, run_id, subscription_id, observed, expected, written, cause, certainty,
                                   tokens_explained, action, reason, evidence, found_at, last_run_id, last_seen_at)
         SELECT f.user_id, :run_id, f.subscription_id, f.observed, f.expected,
-               CASE WHEN c.user_id IS NOT NULL THEN f.write END, f.cause, f.certainty, f.explained,
-               CASE WHEN f.write IS NULL THEN f.action
+               CASE WHEN c.user_id IS NOT NULL AND NOT f.is_remainder THEN f.write END,
+               f.cause, f.certainty, f.explained,
+               CASE WHEN f.write IS NULL OR f.is_remainder THEN f.action
                     WHEN c.user_id IS NULL THEN 'lost_race' ELSE 'corrected' END,
                f.reason,
                -- The time of the write: a host process that read the counter before may still write the old value back.
-               CASE WHEN c.user_id IS NULL THEN f.evidence
+               CASE WHEN c.user_id IS NULL OR f.is_remainder THEN f.evidence
                     ELSE f.evidence || jsonb_build_object('written_at', clock_timestamp()) END,
                :now, :run_id, :now
         FROM found f LEFT JOIN corrected c ON c.user_id = f.user_id
         -- Not by known_row_id: that row may have been deleted meanwhile.
         WHERE NOT EXISTS (SELECT FROM seen_again a WHERE a.user_id = f.user_id)
-        ORDER BY f.user_id
-        RETURNING user_id, action, written
+          -- Without the correction, its row has all components.
+          AND (NOT f.is_remainder OR c.user_id IS NOT NULL)
+        ORDER BY f.user_id, f.is_remainder
+        RETURNING user_id, action, written, coalesce((evidence ->> 'after_correction')::boolean, false) AS is_remainder
     )
-    SELECT user_id, action, written, true AS is_new FROM written
+    SELECT user_id, action, written, true AS is_new, is_remainder FROM written
     UNION ALL
-    SELECT user_id, action, NULL, false FROM seen_again
+    SELECT user_id, action, NULL, false, false FROM seen_again
 """
 
 
@@ -167,11 +209,12 @@ def _settle(
         "checked": step.checked if step else None,
     }
     rows = connection.execute(text(_SETTLE.format(user_id_type=context.mapping.user_id_type)), values)
-    settled = {row.user_id: row for row in rows.all()}
+    settled = {(row.user_id, row.is_remainder): row for row in rows.all()}
     connection.rollback()
     if not settled:
         raise ShardLostError
-    return [_as_settled(found, settled[found.drift.user_id]) for found in findings]
+    keys = ((found, (found.drift.user_id, found.is_remainder)) for found in findings)
+    return [_as_settled(found, settled[key]) for found, key in keys if key in settled]
 
 
 def _as_row(found: Finding, known_row_id: int | None) -> dict[str, Any]:
@@ -188,7 +231,8 @@ def _as_row(found: Finding, known_row_id: int | None) -> dict[str, Any]:
         "action": found.action,
         "reason": found.verdict.reason,
         "evidence": explanation.as_evidence(),
-        "known_row_id": known_row_id,
+        "known_row_id": None if found.is_remainder else known_row_id,
+        "is_remainder": found.is_remainder,
         "window_start": drift.window or None,
     }
 

@@ -107,7 +107,7 @@ CREATE OR REPLACE FUNCTION trueup.drift_past(p_users {{ user_id_type }}[]) RETUR
     LEFT JOIN LATERAL (
         SELECT array_agg(trueup.off_by(o)) AS ignored
         FROM trueup.drift_decision c JOIN trueup.drift o ON o.user_id = c.user_id AND o.id = c.drift_id
-        WHERE c.user_id = u.user_id AND c.decision = 'ignore'
+        WHERE c.user_id = u.user_id AND c.decision = 'ignore' AND c.component IS NULL
           AND coalesce(c.window_start = s.window_start, c.decided_at >= s.window_start)
     ) i ON true
     LEFT JOIN LATERAL (

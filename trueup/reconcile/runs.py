@@ -46,7 +46,8 @@ class Finding:
     """A drift, its explanation, the verdict on it, and the action taken: corrected, reported, review, lost_race, …
 
     `written`: the corrected counter; None: the counter was not changed. `is_new` False: an earlier run recorded the
-    drift, and this run updated that row.
+    drift, and this run updated that row. `is_remainder`: the components that a correction of the same counter, which is
+    the finding before this one, has left.
     """
 
     drift: Drift
@@ -55,6 +56,7 @@ class Finding:
     action: str
     written: int | None
     is_new: bool = True
+    is_remainder: bool = False
 
 
 @dataclass(kw_only=True)
@@ -86,7 +88,7 @@ class RunSummary:
 
     def add(self, checked: int, findings: Sequence[Finding]) -> None:
         self.checked += checked
-        self.drifted += len(findings)
+        self.drifted += sum(not finding.is_remainder for finding in findings)
         self.corrected += sum(finding.action == "corrected" for finding in findings)
         self.found_new += sum(finding.is_new for finding in findings)
         self.in_review += sum(finding.action == "review" for finding in findings)

@@ -188,7 +188,7 @@ BEGIN
     IF p_status IS NULL AND v_left > 0 THEN
         RETURN false;
     END IF;
-    SELECT count(*) AS drifted, count(*) FILTER (WHERE t.run_id = p_run) AS found_new,
+    SELECT count(DISTINCT t.user_id) AS drifted, count(*) FILTER (WHERE t.run_id = p_run) AS found_new,
            count(*) FILTER (WHERE t.run_id = p_run AND t.action = 'corrected') AS corrected,
            count(*) FILTER (WHERE t.action = 'review') AS in_review,
            coalesce(sum(greatest(coalesce(t.observed, 0) - t.expected, 0)), 0) AS overstated,

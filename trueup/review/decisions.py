@@ -131,13 +131,16 @@ def decide_drift(
     note: str,
     reference: str | None = None,
     expires_at: datetime | None = None,
+    component: int | None = None,
     now: datetime | None = None,
 ) -> Decision:
     """Decide about a drift in review, in one statement. Idempotent.
 
     "accept": correct the counter. "grant": give the tokens that the counter shows too much as a grant, with `reference`
     as its idempotency key and `expires_at` (None: no expiry). "ignore": accept the difference while it stays the same
-    in this window. `by`, `note`: who decides and why. `now` None: the database's clock.
+    in this window. `component`: the place of a component in the drift's evidence, from 1; the decision is then about
+    its tokens alone, and the others stay in review as a new drift. `by`, `note`: who decides and why. `now` None: the
+    database's clock.
     Raises `InvalidInputError`, or `DecisionRefusedError` if the drift is not in review, or has changed since it was
     found.
     """
@@ -153,6 +156,7 @@ def decide_drift(
         "note": check_text("note", note),
         "reference": None if reference is None else check_text("reference", reference),
         "expires_at": as_utc(expires_at),
+        "component": component,
         "now": now,
     }
     row = connection.execute(_DECIDE, values).one()
@@ -215,7 +219,9 @@ _REVIEW = """
         CAST(:user AS {user_id_type}), CAST(:causes AS text[]), CAST(:max_tokens AS bigint), CAST(:run AS bigint),
         :limit, coalesce(CAST(:now AS timestamptz), clock_timestamp())) r
 """
-_DECIDE = text("SELECT * FROM trueup.decide_drift(:drift, :choice, :by, :note, :reference, :expires_at, :now)")
+_DECIDE = text(
+    "SELECT * FROM trueup.decide_drift(:drift, :choice, :by, :note, :reference, :expires_at, :now, :component)"
+)
 _RUN_STATUS = text("SELECT status FROM trueup.reconcile_run WHERE id = :run")
 _UNDO = """
     SELECT * FROM trueup.undo_corrections(:run, CAST(:after_user AS {user_id_type}), :after_id, :limit, :by, :note)
@@ -249,6 +255,8 @@ def _refusal(row: Any, reference: str | None) -> str:
         case "changed":
             counter = "null" if row.counter is None else row.counter
             return f"the counter is now {counter} and should be {row.expected}, which is another difference. {again}"
+        case "no_component":
+            return "it has no such component that can be decided by itself. `trueup drift review` lists the components."
         case "out_of_range":
             return f"the counter's column cannot store {row.counter_after}. Give the column a larger type."
         case "nothing_to_grant":
@@ -281,8 +289,8 @@ class ChosenDrifts:
 class BulkDecision:
     """The result of a bulk decision. `decided`: number of decided drifts.
 
-    `left`: number of undecided drifts by reason, an `outcome` of `trueup.decide_drift`, or "refused" if the database
-    refused the new counter.
+    `left`: number of undecided drifts by reason, an `outcome` of `trueup.decide_drift`, "may_be_paid" if the surplus
+    may be paid tokens, or "refused" if the database refused the new counter.
     """
 
     decided: int = 0
@@ -370,8 +378,7 @@ _PAGE = f"""
 """
 # In the order of users, so that two concurrent bulk decisions don't deadlock.
 _DECIDE_EACH = """
-    SELECT r.outcome
+    SELECT trueup.decide_in_bulk(w.id, :choice, :by, :note)
     FROM (SELECT w.id FROM unnest(CAST(:ids AS bigint[]), CAST(:users AS {user_id_type}[])) AS w (id, user_id)
           ORDER BY w.user_id, w.id) w
-    CROSS JOIN LATERAL trueup.decide_drift(w.id, :choice, :by, :note, NULL, NULL, NULL) r
 """

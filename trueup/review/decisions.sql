@@ -6,12 +6,14 @@
 -- grant, "ignore" accepts the difference while it stays the same in this window. The function locks the user's balance, so
 -- that one of two concurrent decisions wins and the expected value cannot change. It does not wait for the host's row.
 -- Usage since the drift was found lowers counter and expected value alike, so only their difference is compared.
+-- p_component: the place of a component, from 1; the decision is then about its tokens alone, and the other components
+-- continue in a new drift row. Null: the decision is about the whole drift.
 -- `outcome`: decided; already (the same decision was made before); or the reason of a refusal: unknown, not_in_review,
--- decided_otherwise, superseded, gone, busy, changed, out_of_range, nothing_to_grant, or "grant_" and the outcome of
--- trueup.grant_tokens.
+-- decided_otherwise, superseded, gone, busy, changed, no_component, out_of_range, nothing_to_grant, or "grant_" and the
+-- outcome of trueup.grant_tokens.
 CREATE OR REPLACE FUNCTION trueup.decide_drift(
     p_drift bigint, p_decision text, p_by text, p_note text, p_reference text, p_expires_at timestamptz,
-    at timestamptz,
+    at timestamptz, p_component integer,
     OUT outcome text, OUT drift_user {{ user_id_type }}, OUT counter bigint, OUT expected bigint, OUT off_by bigint,
     OUT counter_after bigint, OUT grant_id bigint, OUT tokens_granted bigint, OUT decision text, OUT decided_by text,
     OUT decided_at timestamptz, OUT newer_drift bigint
@@ -21,6 +23,7 @@ DECLARE
     d trueup.drift;
     c trueup.drift_decision;
     v_in_flight bigint;
+    v_part jsonb;
 BEGIN
     SELECT * INTO d FROM trueup.find_drift(p_drift);
     IF NOT FOUND THEN
@@ -33,7 +36,9 @@ BEGIN
     SELECT * INTO c FROM trueup.drift_decision t
     WHERE t.user_id = d.user_id AND t.drift_id = d.id AND t.decision <> 'undo' ORDER BY t.id DESC LIMIT 1;
     IF FOUND THEN
-        outcome := CASE WHEN c.decision = p_decision THEN 'already' ELSE 'decided_otherwise' END;
+        newer_drift := (SELECT max(t.id) FROM trueup.drift t WHERE t.user_id = d.user_id AND t.id > d.id);
+        outcome := CASE WHEN c.decision = p_decision AND c.component IS NOT DISTINCT FROM p_component THEN 'already'
+                        WHEN c.component IS NOT NULL THEN 'superseded' ELSE 'decided_otherwise' END;
         decision := c.decision;
         decided_by := c.decided_by;
         decided_at := c.decided_at;
@@ -64,19 +69,61 @@ BEGIN
         outcome := 'changed';
         RETURN;
     END IF;
+    v_part := d.evidence -> 'components' -> (p_component - 1);
+    IF p_component IS NOT NULL AND (v_part IS NULL OR p_component < 1 OR NOT d.evidence ? 'journal') THEN
+        outcome := 'no_component';
+        RETURN;
+    END IF;
     SELECT x.outcome, x.counter_after, x.tokens_granted, x.grant_id
     INTO outcome, counter_after, tokens_granted, grant_id
     FROM trueup.carry_out(d, p_decision, p_by, p_note, p_reference, p_expires_at, counter, v_in_flight,
-                          a.original - a.consumed, a.at) x;
+                          a.original - a.consumed, a.at, (v_part ->> 'tokens')::bigint) x;
     IF outcome <> 'decided' THEN
         RETURN;
+    END IF;
+    IF p_component IS NOT NULL THEN
+        PERFORM trueup.keep_other_components(d, p_decision, p_component, counter_after, v_in_flight,
+                                             a.original + coalesce(tokens_granted, 0), a.consumed, a.at);
     END IF;
     decision := p_decision;
     decided_by := p_by;
     decided_at := a.at;
-    INSERT INTO trueup.drift_decision (user_id, drift_id, decision, decided_by, note, counter_before, counter_after,
-                                       grant_id, decided_at, window_start)
-    VALUES (d.user_id, d.id, p_decision, p_by, p_note, counter, counter_after, grant_id, a.at, a.window_start);
+    INSERT INTO trueup.drift_decision (user_id, drift_id, decision, component, decided_by, note, counter_before,
+                                       counter_after, grant_id, decided_at, window_start)
+    VALUES (d.user_id, d.id, p_decision, p_component, p_by, p_note, counter, counter_after, grant_id, a.at,
+            a.window_start);
+END $$;
+
+-- Insert the drift row in which the components go on that a decision about one component has left. An ignored component
+-- stays in it: the counter keeps its tokens. Without another component, nothing is left to decide.
+CREATE OR REPLACE FUNCTION trueup.keep_other_components(
+    d trueup.drift, p_decision text, p_component integer, p_counter bigint, p_in_flight bigint, p_original bigint,
+    p_consumed bigint, at timestamptz
+) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    v_parts jsonb;
+BEGIN
+    SELECT jsonb_agg(CASE WHEN c.place = p_component THEN c.part || '{"ignored": true}' ELSE c.part END ORDER BY c.place)
+    INTO v_parts
+    FROM jsonb_array_elements(d.evidence -> 'components') WITH ORDINALITY AS c (part, place)
+    WHERE c.place <> p_component OR p_decision = 'ignore';
+    IF v_parts IS NULL THEN
+        RETURN;
+    END IF;
+    INSERT INTO trueup.drift (user_id, run_id, subscription_id, observed, expected, cause, certainty, tokens_explained,
+                              action, reason, evidence, found_at, last_run_id, last_seen_at)
+    SELECT d.user_id, d.run_id, d.subscription_id, p_counter, greatest(p_original - p_consumed, 0), c.causes, d.certainty,
+           c.tokens, CASE WHEN c.waits THEN 'review' ELSE 'ignored' END, d.reason,
+           d.evidence - 'after_correction' - 'held_components' || jsonb_build_object(
+               'components', v_parts, 'original', p_original, 'consumed', p_consumed, 'in_flight', p_in_flight,
+               'journal', d.evidence -> 'journal' || jsonb_build_object(
+                   'at', clock_timestamp(), 'position', (
+                       SELECT max(e.id) FROM trueup.counter_entry e
+                       WHERE e.user_id = d.user_id AND e.subscription_id = d.subscription_id))),
+           keep_other_components.at, d.last_run_id, keep_other_components.at
+    FROM (SELECT string_agg(DISTINCT p ->> 'cause', '+') AS causes, abs(sum((p ->> 'tokens')::bigint)) AS tokens,
+                 bool_or(NOT p ? 'ignored') AS waits
+          FROM jsonb_array_elements(v_parts) p) c;
 END $$;
 
 -- A drift by its id alone. A drift in review is found by its index; any other by a scan of the table, to tell why it cannot
@@ -112,10 +159,10 @@ BEGIN
 END $$;
 
 -- Carry out a decision about a drift. The caller has locked the user's balance and counter. p_remaining: original -
--- consumed. `outcome`: 'decided', or the reason of a refusal, as in trueup.decide_drift.
+-- consumed. p_tokens: of the component that is decided; null: the whole drift. `outcome`: 'decided', or the reason of a refusal, as in trueup.decide_drift.
 CREATE OR REPLACE FUNCTION trueup.carry_out(
     d trueup.drift, p_decision text, p_by text, p_note text, p_reference text, p_expires_at timestamptz,
-    p_counter bigint, p_in_flight bigint, p_remaining bigint, at timestamptz,
+    p_counter bigint, p_in_flight bigint, p_remaining bigint, at timestamptz, p_tokens bigint,
     OUT outcome text, OUT counter_after bigint, OUT tokens_granted bigint, OUT grant_id bigint
 ) LANGUAGE plpgsql AS $$
 DECLARE
@@ -124,7 +171,7 @@ BEGIN
     outcome := 'decided';
     counter_after := p_counter;
     IF p_decision = 'accept' THEN
-        counter_after := greatest(greatest(p_remaining, 0) + p_in_flight, 0);
+        counter_after := greatest(coalesce(p_counter - p_tokens, greatest(p_remaining, 0) + p_in_flight), 0);
         IF counter_after > trueup.counter_limit() THEN
             outcome := 'out_of_range';
             RETURN;
@@ -133,8 +180,8 @@ BEGIN
                                         ARRAY[counter_after]);
     ELSIF p_decision = 'grant' THEN
         -- The grant includes the user's overdraft, so that the remaining tokens become what the counter shows.
-        tokens_granted := p_counter - p_in_flight - p_remaining;
-        IF tokens_granted IS NULL OR trueup.off_by(d) <= 0 THEN
+        tokens_granted := coalesce(p_tokens, p_counter - p_in_flight - p_remaining);
+        IF tokens_granted IS NULL OR coalesce(p_tokens, trueup.off_by(d)) <= 0 THEN
             outcome := 'nothing_to_grant';
             RETURN;
         END IF;
@@ -143,7 +190,7 @@ BEGIN
         IF g.outcome <> 'granted' THEN
             outcome := 'grant_' || g.outcome;
         END IF;
-    ELSE
+    ELSIF p_tokens IS NULL THEN
         UPDATE trueup.drift t SET action = 'ignored' WHERE t.user_id = d.user_id AND t.id = d.id;
     END IF;
 END $$;

@@ -30,7 +30,7 @@ def add_journal_tables(metadata: MetaData, user_id: Any) -> None:
         Column("application_name", Text, nullable=False),
         # host, or charge or correction: trueup wrote the counter, for this.
         Column("written_by", Text, nullable=False),
-        PrimaryKeyConstraint("user_id", "id", name="counter_entry_pkey"),
+        PrimaryKeyConstraint("user_id", "at", "id", name="counter_entry_pkey"),
         # Without CHECK constraints: PostgreSQL prepares them anew for each insert, which made a host's update of a
         # counter a third slower. The trigger is the only writer, and its kinds are constants.
         # Old entries are deleted by their time. This kind of index costs a writer nothing that is measurable.

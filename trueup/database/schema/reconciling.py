@@ -156,6 +156,8 @@ def _add_drift_tables(metadata: MetaData, user_id: Any) -> None:
         Column("id", BigInteger, Identity(always=True), nullable=False),
         Column("drift_id", BigInteger, nullable=False),
         Column("decision", Text, nullable=False),
+        # The place of the component that it is about, from 1; null: the whole drift.
+        Column("component", Integer),
         Column("decided_by", Text, nullable=False),
         Column("note", Text, nullable=False),
         tokens("counter_before", nullable=True),
@@ -166,7 +168,14 @@ def _add_drift_tables(metadata: MetaData, user_id: Any) -> None:
         PrimaryKeyConstraint("user_id", "id", name="drift_decision_pkey"),
         CheckConstraint("decision IN ('accept', 'grant', 'ignore', 'undo')", name="drift_decision_is_known"),
         # If two people make the same decision at once, it is recorded once.
-        UniqueConstraint("user_id", "drift_id", "decision", name="drift_decision_once"),
+        Index(
+            "drift_decision_once",
+            "user_id",
+            "drift_id",
+            "decision",
+            text("coalesce(component, 0)"),
+            unique=True,
+        ),
     )
 
 
