@@ -15,10 +15,12 @@ from trueup.reconcile.runs import Finding
 from trueup.reports.history import RunFigures
 from trueup.reports.run_report import DriftReport
 from trueup.reports.user_report import CounterStory
+from trueup.settings.policies import PAID_CAUSES
 
 BARS = "▁▂▃▄▅▆▇█"
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)$")
 # These facts have sentences of their own. The rest of a component's evidence is printed by name.
+_FIGURES = ("original", "consumed", "since", "journal", "after_correction", "held_components")
 _IN_SENTENCES = ("cause", "tokens", "certainty")
 
 
@@ -114,9 +116,18 @@ def print_story(story: CounterStory) -> None:
             click.echo("\nThe counter is right: there is no drift.")
         since = "unknown" if story.base.at is None else f"{show(story.base.at)} UTC"
         click.echo(f"\nThe counter was last known to be right: {since} ({show(story.base.why)}).")
+        _print_told(story)
     else:
         click.echo(f"User {show(str(account.user_id))} has no subscription any more. Earlier findings and decisions:")
     _print_past(story)
+
+
+def _print_told(story: CounterStory) -> None:
+    """Print each change of the counter since it was last known."""
+    if story.told:
+        click.echo("\nThe changes of the counter, oldest first (UTC):")
+    for told in story.told:
+        click.echo(f"  {_words(told.at)}  {show(told.sentence)}")
 
 
 def _print_sum(story: CounterStory) -> None:
@@ -147,7 +158,9 @@ def _print_finding(found: Finding) -> None:
     if drift.observed is None:
         effect = "The counter is NULL: the application may show nothing, or refuse the user."
     elif drift.tokens > 0:
-        effect = f"The counter shows {drift.tokens:,} tokens that are used up."
+        may_be_paid = any(part.tokens > 0 and part.cause in PAID_CAUSES for part in explanation.components)
+        what = "more than remain by the log; some of them may be paid" if may_be_paid else "that are used up"
+        effect = f"The counter shows {drift.tokens:,} tokens {what}."
     else:
         effect = f"The user has {-drift.tokens:,} tokens that the counter does not show."
     click.echo(f"\n{effect}")
@@ -162,7 +175,7 @@ def _print_finding(found: Finding) -> None:
         click.echo(f"\nOther possible causes: {others}.")
     if explanation.in_flight:
         click.echo(f"\n{explanation.in_flight:,} tokens were logged so recently that the host may still subtract them.")
-    _print_evidence({k: v for k, v in explanation.evidence.items() if k not in ("original", "consumed", "since")})
+    _print_evidence({k: v for k, v in explanation.evidence.items() if k not in _FIGURES})
     why = cause_title(show(found.verdict.reason))
     if found.verdict.write is not None:
         click.echo(f"\nA run now would set the counter to {found.verdict.write:,} ({why}).")

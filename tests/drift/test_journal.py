@@ -3,6 +3,7 @@
 import pytest
 
 from tests.support.two_books import MAPPED, Books
+from trueup.drift.journal import tell_story
 from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import RunSummary
 from trueup.review.decisions import (
@@ -246,3 +247,19 @@ def test_no_machine_no_bulk_decision_and_no_undo_takes_what_may_be_paid(books: B
     (item,) = list_reviews(books.connection, "bigint")
     decide_drift(books.connection, item.id, "accept", by="ann", note="asked the user")
     assert books.host.counter(books.user) == 9_700
+
+
+def test_the_story_of_a_counter_is_told_entry_by_entry(books: Books) -> None:
+    books.host.execute("SET application_name = 'shop'")
+    row = books.log_now(400)
+    books.host.decrement(books.user, 400)
+    missed = books.log_now(300)
+    books.set(10_000)
+    story = tell_story(books.connection, MAPPED, books.user, most=10)
+    told = [one.sentence for one in story]
+    assert f"10,000 → 9,600 by 'shop': subtracted the 400 tokens of log row {row}." in told
+    assert any(
+        one.startswith("9,600 → 10,000 by 'shop': the application wrote a value that it had read") for one in told
+    )
+    assert any(one.startswith(f"No change of the counter. log row {missed}: the host logged usage") for one in told)
+    assert sum(one.tokens for one in story) == books.drift(0).surplus

@@ -90,7 +90,7 @@ def explain_by_journal(drift: Drift, plan_sizes: frozenset[int]) -> Explanation 
     anchor = _anchor(document, begun, entries)
     if anchor is None:
         return None
-    story = _story(drift, document, plan_sizes, entries, context)
+    story = story_of(drift, document, plan_sizes)
     try:
         found = list(_since(anchor, story, document))
     except BrokenChainError:
@@ -123,9 +123,10 @@ def _entry(row: Sequence[Any], plans: dict[str, int]) -> Entry:
     )  # fmt: skip
 
 
-def _story(
-    drift: Drift, document: dict[str, Any], plan_sizes: frozenset[int], entries: list[Entry], context: Entry | None
-) -> Story:
+def story_of(drift: Drift, document: dict[str, Any], plan_sizes: frozenset[int]) -> Story:
+    """Return the story that `trueup.counter_stories` has read, for the counter of `drift`."""
+    entries = [_entry(row, document["plans"]) for row in document["entries"]]
+    context = _entry(document["context"], document["plans"]) if document["context"] else None
     ended = drift.end_date.timestamp() if drift.end_date and drift.end_date < drift.seen_at else None
     return Story(
         entries=[context, *entries] if context else entries,
@@ -138,7 +139,7 @@ def _story(
             Payment(id=row[0], tokens=row[1], at=float(row[2]), own_plan=bool(row[3]), granted=row[4])
             for row in document["payments"]
         ],
-        payments_mapped=drift.evidence.purchases_mapped,
+        payments_mapped=document.get("payments_mapped", drift.evidence.purchases_mapped),
         grants=[Grant(id=row[0], tokens=row[1], at=float(row[2])) for row in document["grants"]],
         plan_sizes=plan_sizes,
         young_since=drift.seen_at.timestamp() - document["min_age"],

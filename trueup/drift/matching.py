@@ -461,7 +461,9 @@ class _Matcher:
 
     def _of_period(self, place: int) -> Iterator[Found]:
         """A plan changed within a period: the counter should follow its size. (`history` splits at new periods.)"""
-        entry, before = self.entries[place], self.entries[place - 1]
+        entry, before = self.entries[place], self.entries[max(place - 1, 0)]
+        if entry.kind != "changed" or entry.window != before.window:
+            return
         planned = (entry.plan_tokens or 0) - (before.plan_tokens or 0)
         off = entry.change - planned
         if not off:

@@ -81,7 +81,7 @@ def reconcile_batch(
             written=None,
             is_new=row_id is None,
         )
-        findings += _in_parts(found, context.rules) if verdict.held else [found]
+        findings += _in_parts(found, context.rules) if verdict.held and not context.dry_run else [found]
     if context.dry_run:
         return findings
     settled: list[Finding] = []

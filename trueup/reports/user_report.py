@@ -10,6 +10,8 @@ from trueup.accounts.account import Account, read_account
 from trueup.accounts.user_ids import UserId, plain_id
 from trueup.database.schema import own_table
 from trueup.drift.action import DEFAULT_RULES
+from trueup.drift.journal import tell_story
+from trueup.drift.telling import Told
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.batch import BatchContext, reconcile_batch
 from trueup.reconcile.runs import Finding
@@ -18,6 +20,7 @@ from trueup.settings.policies import Rules
 
 SCHEMA_VERSION = 1
 MAX_PAST_DRIFTS = 20
+MAX_TOLD = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +50,17 @@ class Decision:
 
 @dataclass(frozen=True, kw_only=True)
 class CounterStory:
-    """One user's counter now, and its past. `finding` None: the counter does not drift."""
+    """One user's counter now, and its past. `finding` None: the counter does not drift.
+
+    `told`: the newest changes of the counter since it was last known, by the journal; empty without a journal.
+    """
 
     account: Account
     finding: Finding | None
     base: BasePoint
     past: list[ReportRow]
     decisions: list[Decision]
+    told: list[Told]
 
     @property
     def original(self) -> int:
@@ -102,6 +109,7 @@ class CounterStory:
             "base": asdict(self.base),
             "past": [row.as_json() for row in self.past],
             "decisions": [asdict(decision) for decision in self.decisions],
+            "story": [asdict(told) for told in self.told],
         }
 
 
@@ -124,6 +132,7 @@ def report_counter(
         base=_base_point(connection, user_id),
         past=drifts_of_user(connection, mapping.user_id_type, user_id, limit=MAX_PAST_DRIFTS),
         decisions=_decisions(connection, mapping, user_id),
+        told=tell_story(connection, mapping, user_id, most=MAX_TOLD) if account.subscribed else [],
     )
 
 
