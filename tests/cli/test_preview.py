@@ -28,7 +28,7 @@ def test_the_drift_of_a_bare_database_is_shown(bare: Host, drifting: list[int]) 
         "tokens understated  50",
     ):
         assert line in shown
-    assert ["missed decrement", "1", "0", "300", "0"] in table(shown)
+    assert ["missed decrement", "1", "0", "0", "300", "0"] in table(shown)
     row = [str(drifting[1]), "1,000", "700", "300", "missed decrement", "possible"]
     assert row in [cells[:6] for cells in table(shown)]
     assert "drift report --read-only --rows all" in trueup(*LOOK, "--rows", 1).stdout

@@ -90,15 +90,18 @@ def test_an_undone_run_is_left_to_a_person(host: Host) -> None:
 def test_many_are_counted_and_accepted_when_the_question_is_answered(host: Host) -> None:
     for tokens in (500, 700, 900):
         held(host, tokens)
-    many = ("drift", "accept", "--cause", "credit_without_grant", "--max", 700, "--note", "refunded")
+    many = ("drift", "ignore", "--cause", "credit_without_grant", "--max", 700, "--note", "refunded")
     asked = trueup(*many, code=1, stdin="n\n")
-    question = "Accept 2 drifts of credit without grant? It takes 1,200 tokens off counters that are too high"
+    question = "Ignore 2 drifts of credit without grant? It leaves counters as they are, 1,200 tokens too high"
     assert question in asked.stderr
     assert len(trueup_json("drift", "review")) == 3
     # Without an answer to the question, nothing is decided.
     trueup(*many, code=1)
     assert len(trueup_json("drift", "review", "--max", 700)) == 2
-    assert "Accepted: 2 of 2." in trueup(*many, stdin="y\n").stdout
+    # What may be paid is accepted one by one.
+    accepting = trueup("drift", "accept", *many[2:], "--yes", code=1).stdout
+    assert "Undecided: 2, it shows tokens that the user may have paid for" in accepting
+    assert "Ignored: 2 of 2." in trueup(*many, stdin="y\n").stdout
     assert "No drift awaiting review matches" in trueup(*many, "--yes").stdout
     [left] = trueup_json("drift", "review", "--cause", "credit_without_grant")
     assert left["tokens"] == 900

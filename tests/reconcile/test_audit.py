@@ -219,3 +219,14 @@ def test_a_deep_pass_in_shards_finds_the_same(
     mismatches = sorted((row for row in found if row[1] is not None), key=lambda row: row[1])
     assert mismatches == [("balance_untrue", user, 300, 400, True) for user in users]
     assert_true(host)
+
+
+def test_the_charges_of_a_user_whom_the_host_has_deleted_are_no_defect(
+    host: Host, connection: Connection, deep: Callable[..., Found]
+) -> None:
+    user = host.subscriber(10_000)
+    charge_tokens(connection, hold_tokens(connection, user), 60)
+    host.execute("UPDATE trueup.hold SET status = 'settled', closed_at = now()")
+    for table, column in (("ai_usage_log", "user_id"), ("billing_subscription", "user_id"), ("accounts_user", "id")):
+        host.execute(f"DELETE FROM {table} WHERE {column} = :user", user=user)
+    assert [one for one in deep() if one[0] == "charge_without_log_row"] == []

@@ -121,6 +121,8 @@ def _doubt_about(part: Component, rules: Rules) -> str | None:
     paid = sorted(set(part.alternatives) & PAID_CAUSES)
     if part.tokens > 0 and paid:
         return f"may be paid tokens: {', '.join(paid)} fits as well"
+    if part.tokens > 0 and part.is_held:
+        return HELD
     if part.tokens < 0 and (others := sorted(set(part.alternatives) & UNCORRECTABLE_CAUSES)):
         return f"{', '.join(others)} fits as well"
     return None

@@ -76,7 +76,7 @@ class Component:
     """One cause and its share of a drift. `tokens` is positive if it made the counter too high.
 
     `evidence`: the rows that prove it, JSON-safe. `alternatives`: other causes that fit this component. `is_ignored`: a
-    person decided to ignore it.
+    person decided to ignore it. `is_held`: an earlier run left it for a person, who has not decided yet.
     """
 
     cause: Cause
@@ -85,6 +85,7 @@ class Component:
     evidence: dict[str, Any] = field(default_factory=dict)
     alternatives: tuple[str, ...] = ()
     is_ignored: bool = False
+    is_held: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Return the component as a drift row keeps it."""

@@ -14,7 +14,7 @@ from trueup.drift import weights
 from trueup.drift.causes import Cause, Component, Explanation
 from trueup.drift.detect import Drift
 from trueup.drift.evidence import moment_of
-from trueup.drift.matching import BrokenChainError, Found, match_pairs
+from trueup.drift.matching import HORIZON, BrokenChainError, Found, match_pairs
 from trueup.drift.story import Entry, Grant, Payment, Story, Usage, moment, shown
 
 # The SQL reads at most so many entries and rows.
@@ -35,7 +35,7 @@ NEW_PERIOD = 26 * 3_600.0
 
 @dataclass(frozen=True, kw_only=True)
 class Anchor:
-    """The last known point. `carried`: what was wrong then and still is. `pending`: log rows without a decrement yet.
+    """The last known point. `carried`: the components that were not corrected. `pending`: log rows without a decrement.
 
     `recent`: the log rows of the last minute that were there; None: not known. `position`: the last entry then; None:
     by time. `is_clean`: a run compared everything after this time, so a pair of
@@ -70,8 +70,8 @@ def journal_position(drift: Drift, *, in_flight: bool, pending: Iterable[str] | 
         return {}
     if pending is None:
         since = drift.seen_at.timestamp() - story["min_age"]
-        pending = [row[0] for row in story["usage"] if in_flight and row[2] >= since]
-    recent = [row[0] for row in story["usage"] if row[2] > drift.seen_at.timestamp() - RECENT]
+        pending = [row[0] for row in story["usage"] if in_flight and float(row[2]) >= since]
+    recent = [row[0] for row in story["usage"] if float(row[2]) > drift.seen_at.timestamp() - RECENT]
     position = {"position": story["last_entry"] or 0, "at": story["snapshot_at"]}
     return {"journal": position | {"pending": sorted(pending), "recent": sorted(recent)}}
 
@@ -166,7 +166,8 @@ def _anchor(document: dict[str, Any], begun: int | None, entries: list[Entry]) -
     if begun is not None and (kind == "window" or entries[begun].at > float(at)):
         first, began = entries[begun], moment_of(entries[begun].window)
         # A subscription that was imported, or whose period began long before, has a past that no entry shows.
-        if began is None or first.at - began.timestamp() > NEW_PERIOD:
+        used_before = any(row[3] and float(row[2]) < first.at - HORIZON for row in document["usage"])
+        if began is None or first.at - began.timestamp() > NEW_PERIOD or used_before:
             return None
         return Anchor(at=first.at, position=first.id, begins_period=True)
     if kind == "window" or float(at) < float(document["journal_since"]):
@@ -184,6 +185,8 @@ def _anchor(document: dict[str, Any], begun: int | None, entries: list[Entry]) -
         carried = [Component(cause="unexplained", tokens=tokens, certainty="possible", alternatives=others)]
     if seen["action"] == "ignored":
         carried = [replace(part, is_ignored=True) for part in carried]
+    if seen["action"] == "review":
+        carried = [replace(part, is_held=True) for part in carried]
     return Anchor(
         at=float(at),
         position=document["position"],

@@ -4,10 +4,12 @@ The drift is the sum of the entries that no row explains and of the rows that ha
 sums. The finder yields findings in the order of the journal; `components_of` puts them together.
 
 1. An entry is a decrement of a log row of its size; of all pairs, the nearest in time match first.
-2. What is left is tried by the rules of `_Matcher._rules`. If several rules fit with different results, the first one
+2. The rules of `_Matcher._rules` try each other entry. If several rules fit with different results, the first one
    wins and is inferred, not proven.
 3. A log row that no entry belongs to was not subtracted.
 """
+
+# Longer than 500 lines: the rules share the state of one matching.
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
@@ -305,7 +307,7 @@ class _Matcher:
         return None
 
     def _charged_wrongly(self, place: int) -> Found | None:
-        """A failed request, one that trueup or the host has subtracted before: the nearest log row of its size."""
+        """A request that failed, or that trueup or the host has subtracted before: the nearest log row of its size."""
         if self.has_decrements and place not in self.amounts:
             return None  # the host would have inserted a decrement row
         found = [one for rule in (self._failed, self._own_charge_again, self._double) if (one := rule(place))]

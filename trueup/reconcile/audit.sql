@@ -61,7 +61,7 @@ $$;
 
 -- Defects in a range that trueup cannot repair, at most p_most of each kind: balances below zero, caused by negative log
 -- rows; balances that were computed after a later log truncation than any on record; holds of users without a balance; and
--- charges since p_since (null: all) whose log row is missing.
+-- charges since p_since (null: all) whose log row is missing, unless the host has deleted the user with all rows.
 CREATE OR REPLACE FUNCTION trueup.oddities(
     p_after {{ user_id_type }}, p_last {{ user_id_type }}, p_since timestamptz, p_most integer
 ) RETURNS TABLE (kind text, user_id {{ user_id_type }}, seen bigint, expected bigint, detail jsonb)
@@ -96,6 +96,7 @@ LANGUAGE sql STABLE AS $$
        AND NOT EXISTS (SELECT FROM {{ usage_log }} l WHERE l.{{ usage_log.id }} = trueup.as_log_id(c.log_id))
        AND NOT EXISTS (SELECT FROM trueup.owed_charge o
                        WHERE o.user_id = c.user_id AND o.task_id = c.task_id AND o.call_key = c.call_key)
+       AND EXISTS (SELECT FROM {{ subscription }} s WHERE s.{{ subscription.user_id }} = c.user_id)
        AND (oddities.p_after IS NULL OR c.user_id > oddities.p_after)
        AND (oddities.p_last IS NULL OR c.user_id <= oddities.p_last)
      ORDER BY c.charged_at LIMIT oddities.p_most)

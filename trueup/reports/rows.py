@@ -130,7 +130,13 @@ def read_rows(
 
 
 def _stored_row(row: RowMapping) -> ReportRow:
-    return ReportRow(drift_id=row["id"], **{name: row[name] for name in _STORED})
+    values = {name: row[name] for name in _STORED}
+    return ReportRow(drift_id=row["id"], **{**values, "evidence": _public(row["evidence"])})
+
+
+def _public(evidence: dict[str, Any]) -> dict[str, Any]:
+    """Return the evidence without the marks with which the next run goes on."""
+    return {name: value for name, value in evidence.items() if name not in ("journal", "after_correction")}
 
 
 _STORED = [field.name for field in fields(ReportRow) if field.name != "drift_id"]
@@ -157,5 +163,5 @@ def row_of_finding(finding: Finding) -> ReportRow:
         last_run_id=None,
         found_at=None,
         last_seen_at=None,
-        evidence=explanation.as_evidence(),
+        evidence=_public(explanation.as_evidence()),
     )

@@ -11,6 +11,7 @@
 -- `outcome`: decided; already (the same decision was made before); or the reason of a refusal: unknown, not_in_review,
 -- decided_otherwise, superseded, gone, busy, changed, no_component, out_of_range, nothing_to_grant, or "grant_" and the
 -- outcome of trueup.grant_tokens.
+-- Longer than 70 lines: each refusal needs the state that the lines before it have read and locked.
 CREATE OR REPLACE FUNCTION trueup.decide_drift(
     p_drift bigint, p_decision text, p_by text, p_note text, p_reference text, p_expires_at timestamptz,
     at timestamptz, p_component integer,
