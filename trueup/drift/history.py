@@ -38,8 +38,8 @@ class Anchor:
     """The last known point. `carried`: the components that were not corrected. `pending`: log rows without a decrement.
 
     `recent`: the log rows of the last minute that were there; None: not known. `position`: the last entry then; None:
-    by time. `is_clean`: a run compared everything after this time, so a pair of
-    entry and row on its two sides is no drift. `begins_period`: the entry at `position` began the present period.
+    by time. `is_clean`: a run compared everything after this time, so a pair of entry and row on its two sides is no
+    drift. `begins_period`: the entry at `position` began the present period.
     """
 
     at: float

@@ -494,7 +494,8 @@ class _Matcher:
         )
 
     def _of_row(self, row: Usage) -> Found:
-        if row.at >= self.story.young_since:
+        # trueup's own charge lowers the counter at once, or not at all.
+        if row.at >= self.story.young_since and not row.own:
             return Found(cause="missed_decrement", tokens=row.tokens, at=row.at, rows=(_row(row),), is_young=True)
         if self._value_at(row.at) == 0:
             note = "the counter was at zero already"
