@@ -74,7 +74,8 @@ def _wrong_result(stage: "Stage", holds: dict[str, list[Any]], requests: list[Sp
             done[task.label] = min(ids)
     last = max(done, key=done.__getitem__, default=None)
     # A process that was stopped past its hold may still store its result, and completes none.
-    if last is None and holds[result["request"]]:
+    own = holds[result["request"]]
+    if own and result["request"] not in done and own[-1].id > done.get(last, 0):
         return None
     if result["request"] != last:
         return f"its result is that of {result['request']}, and {last} was done last"
