@@ -46,7 +46,7 @@ class Configuration:
     def settings(self) -> dict[str, Any]:
         """Return trueup's settings. Raises `SettingsError` if something is wrong or in doubt."""
         if self.findings:
-            told = "; ".join(f"{one.what} {one.remedy}" for one in self.findings)
+            told = " ".join(f"{one.what} {one.remedy}" for one in self.findings)
             raise SettingsError(f"Wrong settings in the Django project, nothing was started. {told}")
         return self.own
 

@@ -8,7 +8,7 @@ from django.apps import apps
 from django.db import connections, models, router
 
 from trueup.discovery.catalog import HostColumn, HostTable
-from trueup.discovery.match_columns import LIKELY, SOUGHT_FIELDS, Match, match_columns
+from trueup.discovery.match_columns import LIKELY, SOUGHT_FIELDS, Match, default_name, match_columns, nearness
 from trueup.discovery.substitutes import PAID_WORDS
 from trueup.host.fields import FIELDS, ID_TYPES, NOUNS, FieldEntry, Noun, kind_of
 
@@ -20,7 +20,7 @@ _TYPES = {"varchar": "character varying", "serial": "integer", "bigserial": "big
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What is wrong with the project's settings, and what to do."""
+    """A fault in the project's settings, and its remedy."""
 
     what: str
     remedy: str
@@ -39,16 +39,17 @@ def map_models(labels: Mapping[Noun, Any], fields: Mapping[str, Any]) -> Mapped:
     """Return the mapping of the models with these labels.
 
     `fields`: by noun in capitals, the model's field (or any value that trueup.toml may have) for a field of the
-    mapping. What is missing or in doubt is a finding.
+    mapping. A missing model or a doubtful field becomes a finding.
     """
     mapped = Mapped()
     _find_models(labels, mapped)
-    tables = {noun: _table_of(noun, model, mapped) for noun, model in mapped.found.items()}
+    tables = {noun: _table_of(model, mapped) for noun, model in mapped.found.items()}
     known = {noun: frozenset({table.oid}) for noun, table in tables.items()}
     for noun, table in tables.items():
         given = fields.get(noun.upper()) or {}
         matches = match_columns(noun, table, known).found
         mapped.host[noun] = {"table": table.setting, **_columns(noun, mapped, matches, given)}
+        _ask_which_key(noun, table, matches, given, mapped)
     for noun in (*_PLANS, "user"):
         if noun not in labels or labels[noun] is None:
             mapped.host[noun] = False
@@ -66,21 +67,27 @@ def _find_models(labels: Mapping[Noun, Any], mapped: Mapped) -> None:
                 mapped.findings.append(Finding(what=what, remedy='Set it to the model\'s label, such as "app.Model".'))
             continue
         try:
-            mapped.found[noun] = apps.get_model(label)._meta.concrete_model
-        except (LookupError, ValueError, AttributeError) as error:
+            model = apps.get_model(str(label))._meta.concrete_model
+        except (LookupError, ValueError):
+            what = f"TRUEUP[{noun.upper()!r}] is {label!r}, which is no model of the project."
             remedy = 'Set it to the label of a model in INSTALLED_APPS, such as "app.Model".'
-            mapped.findings.append(Finding(what=f"TRUEUP[{noun.upper()!r}] = {label!r}: {error}", remedy=remedy))
+            mapped.findings.append(Finding(what=what, remedy=remedy))
+            continue
+        if model._meta.parents:
+            parents = ", ".join(parent._meta.label for parent in model._meta.parents)
+            what = f"TRUEUP[{noun.upper()!r}] is {label!r}, whose columns are in two tables."
+            mapped.findings.append(Finding(what=what, remedy=f"trueup needs them in one: name its parent ({parents})."))
+            continue
+        mapped.found[noun] = model
 
 
-def _table_of(noun: Noun, model: type[models.Model], mapped: Mapped) -> HostTable:
+def _table_of(model: type[models.Model], mapped: Mapped) -> HostTable:
     """Return a model's table as discovery reads it from a catalog. Its number is that of the model's first noun."""
     connection = connections[router.db_for_read(model)]
     numbers = {other: number for number, other in enumerate(mapped.found.values(), start=1)}
     schema, _, name = model._meta.db_table.replace('"', "").rpartition(".")
     table = HostTable(oid=numbers[model], schema=schema or "public", name=name, rows=None, usable=True, may_select=True)
     for one in model._meta.concrete_fields:
-        if one.model._meta.concrete_model is not model:
-            continue  # a parent's column, in another table
         declared = (one.db_type(connection) or "").split("(")[0].strip()
         type_name = _TYPES.get(declared, declared)
         table.columns[one.column] = HostColumn(
@@ -91,9 +98,6 @@ def _table_of(noun: Noun, model: type[models.Model], mapped: Mapped) -> HostTabl
         target = one.remote_field.model._meta.concrete_model if one.remote_field else None
         if target is not None:
             table.references[one.column] = numbers.get(target, -1)
-    if not table.primary_key:
-        what = f"{model._meta.label}: its primary key {model._meta.pk.name!r} is in the table of a parent model."
-        mapped.findings.append(Finding(what=what, remedy=f"Name a model with a key of its own for {noun.upper()}."))
     return table
 
 
@@ -120,6 +124,23 @@ def _column_of(model: type[models.Model], value: Any) -> Any:
     """Return the column of a field that is named as in the model. Anything else is a value of the mapping's own."""
     columns = {one.name: one.column for one in model._meta.concrete_fields}
     return columns.get(value, value) if isinstance(value, str) else value
+
+
+def _ask_which_key(
+    noun: Noun, table: HostTable, matches: Mapping[str, Match], given: Mapping[str, Any], mapped: Mapped
+) -> None:
+    """Add a finding where several foreign keys lead to the same model, and their names do not tell them apart."""
+    for name, match in matches.items():
+        target = table.references.get(match.column.name)
+        if target is None or name in given:
+            continue
+        rivals = [column for column, other in table.references.items() if other == target]
+        own = nearness(match.column.name, default_name(noun, name), FIELDS[noun][name].names)[0]
+        equal = [one for one in rivals if nearness(one, default_name(noun, name), FIELDS[noun][name].names)[0] == own]
+        if len(equal) > 1:
+            what = f"{mapped.found[noun]._meta.label} has several keys for {name}: {', '.join(sorted(equal))}."
+            remedy = f'Set TRUEUP["FIELDS"]["{noun.upper()}"]["{name}"] to the right one.'
+            mapped.findings.append(Finding(what=what, remedy=remedy))
 
 
 def _is_spared(name: str, mapped: Mapped) -> bool:

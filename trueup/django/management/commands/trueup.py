@@ -10,7 +10,7 @@ from trueup.cli import main
 
 class Command(BaseCommand):
     help = "trueup's commands with this project's settings: manage.py trueup drift report --read-only"
-    # The commands say themselves what is missing, and `db attach` is the remedy for some checks.
+    # The commands report wrong settings themselves, and `db attach` is the remedy for some checks.
     requires_system_checks: ClassVar[list[str]] = []
 
     def run_from_argv(self, argv: list[str]) -> None:
