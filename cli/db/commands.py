@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from trueup.cli import SuggestingGroup
 from trueup.cli.db.discover import discover
 from trueup.cli.options import servers
 from trueup.cli.output import show
@@ -27,7 +28,7 @@ replace_option = click.option(
 yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 
 
-@click.group()
+@click.group(cls=SuggestingGroup)
 def db() -> None:
     """Set the database up, attach trueup to a host, or detach it.
 
