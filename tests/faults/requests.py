@@ -32,7 +32,8 @@ def request_violations(stage: "Stage", books: Books) -> Iterator[Violation]:
         yield from _wrong_answers(books, task_id, stage.results.get(task_id))
         detail = _wrong_result(stage, holds, [task for task in requests.values() if task.task_id == task_id])
         if detail:
-            yield Violation(kind="wrong_result", detail=f"{task_id}: {detail}")
+            told = "; ".join(_told(label, hold) for label in holds for hold in holds[label] if hold.task_id == task_id)
+            yield Violation(kind="wrong_result", detail=f"{task_id}: {detail}. Holds: {told}")
     yield from _unknown_requests(books, requests, holds)
     for label, task in requests.items():
         yield from _bought_again(stage, books, label, holds[label])
@@ -46,6 +47,13 @@ def _holds_of(stage: "Stage", books: Books, task: Spending) -> list[Any]:
     user = stage.users[task.user]
     request = task.fingerprint(user)
     return [h for h in books.holds if (h.user_id, h.task_id, h.request) == (user, task.task_id, request)]
+
+
+def _told(label: str, hold: Any) -> str:
+    done = " completed" if hold.completed else ""
+    return (
+        f"{hold.id} of {label}, attempt {hold.attempt}, {hold.status}{done} {hold.opened_at:%T.%f} to {hold.ended_at}"
+    )
 
 
 def _wrong_answers(books: Books, task_id: str, result: Any) -> Iterator[Violation]:
