@@ -51,9 +51,7 @@ def _holds_of(stage: "Stage", books: Books, task: Spending) -> list[Any]:
 
 def _told(label: str, hold: Any) -> str:
     done = " completed" if hold.completed else ""
-    return (
-        f"{hold.id} of {label}, attempt {hold.attempt}, {hold.status}{done} {hold.opened_at:%T.%f} to {hold.ended_at}"
-    )
+    return f"{hold.id} of {label}, attempt {hold.attempt}, {hold.status}{done} at {hold.ended_at}"
 
 
 def _wrong_answers(books: Books, task_id: str, result: Any) -> Iterator[Violation]:
