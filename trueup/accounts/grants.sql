@@ -1,4 +1,4 @@
-{% from "host/rows.sql" import countable, is_counted, owed_since %}
+{% from "host/rows.sql" import countable, is_counted, owed_since, worth_of_plans %}
 -- Grants: tokens on top of a plan. While a grant lives, it adds to `original` in a window the tokens that it had left
 -- when the window began. After its expiry or revocation, it adds the tokens that it has paid for in this window, so its
 -- end never takes away used tokens. Tokens left at the end of a window carry over into the next one.
@@ -39,12 +39,13 @@ $$;
 -- subscription itself states the tokens, the plan id is "tokens:" and their number.
 CREATE OR REPLACE FUNCTION trueup.plan_size(p_token_plan text, p_full_plan text) RETURNS bigint
 LANGUAGE sql STABLE AS $$
-    SELECT greatest(coalesce(
-        CASE WHEN plan_size.p_token_plan LIKE 'tokens:%' THEN substr(plan_size.p_token_plan, 8)::bigint END,
-        (SELECT t.{{ token_plan.tokens_included }} FROM {{ token_plan }} t
-         WHERE t.{{ token_plan.id }}::text = plan_size.p_token_plan),
-        (SELECT t.{{ full_plan.tokens_included }} FROM {{ full_plan }} t
-         WHERE t.{{ full_plan.id }}::text = plan_size.p_full_plan), 0), 0)::bigint
+    SELECT CASE WHEN plan_size.p_token_plan LIKE 'tokens:%' THEN substr(plan_size.p_token_plan, 8)::bigint
+                ELSE {{ worth_of_plans("tp.tokens", "fp.tokens", "tp.id IS NOT NULL", "fp.id IS NOT NULL") }} END::bigint
+    FROM (SELECT) AS one
+    LEFT JOIN (SELECT t.{{ token_plan.id }}::text AS id, t.{{ token_plan.tokens_included }} AS tokens
+               FROM {{ token_plan }} t) tp ON tp.id = plan_size.p_token_plan
+    LEFT JOIN (SELECT t.{{ full_plan.id }}::text AS id, t.{{ full_plan.tokens_included }} AS tokens
+               FROM {{ full_plan }} t) fp ON fp.id = plan_size.p_full_plan
 $$;
 
 -- A user's windows, oldest first. The last is p_window, with p_plan if trueup.window_change does not have it yet.

@@ -1,4 +1,4 @@
-{% from "host/rows.sql" import window_start %}
+{% from "host/rows.sql" import window_start, worth %}
 -- The windows and plans of users with grants. A trigger records each in the host's own transaction, so none is missed.
 
 {# Append the window of the subscription row `s`, if its user has grants.
@@ -10,7 +10,7 @@ after the change. Nothing else depends on it, because windows begin at `start_da
     INSERT INTO trueup.window_change (user_id, window_start, token_plan_id, full_plan_id, changed_at)
     SELECT {{ s }}.{{ subscription.user_id }}, {{ window_start(s) }},
            {% if subscription.tokens_included %}
-           'tokens:' || greatest(coalesce({{ subscription.tokens_included(s) }}, 0), 0), NULL,
+           'tokens:' || {{ worth(subscription.tokens_included(s)) }}, NULL,
            {% else %}
            {{ subscription.token_plan_id(s) }}, {{ subscription.full_plan_id(s) }},
            {% endif %}

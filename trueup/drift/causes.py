@@ -8,6 +8,7 @@ from trueup.drift.detect import Drift
 Cause = Literal[
     "counter_null",
     "counter_negative",
+    "plan_negative",
     "counter_out_of_range",
     "missed_decrement",
     "lost_update",
@@ -43,6 +44,7 @@ CAUSE_SENTENCES: dict[str, str] = {
     "manual_edit": "a person set the counter by hand",
     "counter_null": "the counter is empty",
     "counter_negative": "the counter is below zero",
+    "plan_negative": "the plan states a number of tokens below zero, which may mean unlimited",
     "counter_out_of_range": "more tokens remain than the counter's column can hold",
     "unexplained": "no log row, decrement or payment explains it",
 }

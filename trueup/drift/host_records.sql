@@ -33,8 +33,8 @@ SELECT p.{{ payment.user_id }} AS user_id, p.{{ payment.id }}::text AS id,
                AS tokens,
            CASE WHEN {{ payment.token_plan_id("p") }} IS NOT NULL
                 THEN coalesce({{ payment.token_plan_id("p") }} = {{ subscription.token_plan_id("s") }}, false)
-                ELSE {{ subscription.token_plan_id("s") }} IS NULL
-                     AND coalesce({{ payment.full_plan_id("p") }} = {{ subscription.full_plan_id("s") }}, false)
+                ELSE {% if not subscription.adds_plans %}{{ subscription.token_plan_id("s") }} IS NULL
+                     AND {% endif %}coalesce({{ payment.full_plan_id("p") }} = {{ subscription.full_plan_id("s") }}, false)
            END AS own_plan,
            CASE WHEN {{ payment.token_plan_id("p") }} IS NOT NULL THEN 'token plan'
                 WHEN {{ payment.full_plan_id("p") }} IS NOT NULL THEN 'full plan' ELSE 'no plan' END AS kind,

@@ -17,13 +17,18 @@ from trueup.host.setting_values import (
     Compared,
     Count,
     Counts,
+    Direction,
     Document,
     End,
     Flag,
+    PlanRule,
     PlanTokens,
     Table,
+    Unlimited,
     Value,
     Words,
+    read_counter,
+    read_plan_rule,
 )
 
 Noun = Literal["user", "token_plan", "full_plan", "subscription", "usage_log", "token_usage", "payment"]
@@ -216,7 +221,12 @@ class FullPlanTable(TokenPlanTable):
 
 
 class SubscriptionTable(Names):
-    """`tokens_included`: the tokens that the subscription includes. None: its plan states them."""
+    """`tokens_included`: the tokens that the subscription includes. None: its plans state them.
+
+    `plans`: how: "first" the token plan's, else the full plan's; "sum" both; None: not set, as "first".
+    `counts`: "up" if the counter shows used tokens, "down" if it shows the tokens left; None: not set, as "down".
+    `unlimited`: the values that mean no limit.
+    """
 
     entry: ClassVar = TableEntry(
         meaning="the subscriptions, with the counter",
@@ -244,6 +254,14 @@ class SubscriptionTable(Names):
         otherwise='is_active = {column = "COLUMN", equals = "VALUE"} if a status says so, or is_active = '
         "{value = true} if all subscriptions are", default="true")] = "is_active"
     tokens_included: Annotated[PlanTokens, FieldEntry(INTEGER, is_sought=False, nullable=True)] = None
+    plans: PlanRule = None
+    counts: Direction = None
+    unlimited: Unlimited = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_short_forms(cls, given: Any) -> Any:
+        return read_plan_rule(read_counter(given)) if isinstance(given, dict) else given
 
 
 class UsageLogTable(Names):

@@ -46,6 +46,12 @@ class HostMapping(Names):
     payment: Annotated[PaymentTable, _IF_THERE] = PaymentTable()
 
     @model_validator(mode="after")
+    def _plans_are_there_to_add(self) -> Self:
+        if self.subscription.plans == "sum" and None in (self.token_plan.table, self.full_plan.table):
+            raise ValueError('subscription.tokens_included = "sum" adds two plans: map token_plan and full_plan')
+        return self
+
+    @model_validator(mode="after")
     def _tokens_come_from_somewhere(self) -> Self:
         if self.token_plan.table is self.full_plan.table is self.subscription.tokens_included is None:
             raise ValueError(
@@ -82,7 +88,12 @@ class HostMapping(Names):
         """Return a short hash of the mapping, which detects that the database was set up for another mapping."""
         # Unused fields are left out, so an upgrade that adds a field does not change the hash.
         unused: dict[str, set[str]] = {
-            noun: {field for field in FIELDS[noun] if getattr(getattr(self, noun), field) is None} for noun in NOUNS
+            noun: {
+                field
+                for field in type(getattr(self, noun)).model_fields
+                if field != "table" and getattr(getattr(self, noun), field) is None
+            }
+            for noun in NOUNS
         }
         return hashlib.sha256(self.model_dump_json(exclude=unused).encode()).hexdigest()[:16]
 

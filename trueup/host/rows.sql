@@ -5,12 +5,92 @@
 coalesce({{ s }}.{{ subscription.start_date }}, '-infinity'::timestamptz)
 {%- endmacro %}
 
+{# The tokens that a host's figure of included tokens is worth: `no_limit` for a value that the mapping calls unlimited;
+   0 for null and for a negative figure. #}
+{% macro worth(figure) -%}
+{%- if subscription.means_unlimited("included") -%}
+CASE WHEN {{ figure }} {{ subscription.means_unlimited("included") }} THEN {{ no_limit }}
+     ELSE greatest(coalesce({{ figure }}, 0), 0) END
+{%- else -%}
+greatest(coalesce({{ figure }}, 0), 0)
+{%- endif -%}
+{%- endmacro %}
+
+{# The tokens of two plans, of which a subscription may have none, one or both: `token`, `full`: their figures;
+   `has_token`, `has_full`: whether it has them. Each counts at most a quarter of the range of bigint, so that the sum
+   can't overflow. #}
+{% macro worth_of_plans(token, full, has_token, has_full) -%}
+{%- if subscription.adds_plans -%}
+CASE WHEN {{ has_token }} AND {{ worth(token) }} = {{ no_limit }} OR {{ has_full }} AND {{ worth(full) }} = {{ no_limit }}
+     THEN {{ no_limit }}
+     ELSE least(greatest(coalesce({{ token }}, 0), 0), {{ no_limit // 2 - 1 }})::bigint
+          + least(greatest(coalesce({{ full }}, 0), 0), {{ no_limit // 2 - 1 }})::bigint END
+{%- elif subscription.means_unlimited("included") == "IS NULL" -%}
+CASE WHEN {{ has_token }} THEN {{ worth(token) }} WHEN {{ has_full }} THEN {{ worth(full) }} ELSE 0 END
+{%- else -%}
+{{ worth("coalesce(" ~ token ~ ", " ~ full ~ ")") }}
+{%- endif -%}
+{%- endmacro %}
+
 {# The tokens that the subscription `s` itself states, or that its plans `tp` and `fp` include. #}
 {% macro plan_tokens() -%}
-greatest(coalesce(
-{%- if subscription.tokens_included %}{{ subscription.tokens_included("s") }}
-{%- else %}tp.{{ token_plan.tokens_included }}, fp.{{ full_plan.tokens_included }}
-{%- endif %}, 0), 0)
+{%- if subscription.means_unlimited("counter") %}CASE WHEN {{ is_free_counter("s") }} THEN {{ no_limit }} ELSE {% endif -%}
+{%- if subscription.tokens_included %}{{ worth(subscription.tokens_included("s")) }}
+{%- else %}{{ worth_of_plans("tp." ~ token_plan.tokens_included, "fp." ~ full_plan.tokens_included,
+                             "tp." ~ token_plan.id ~ " IS NOT NULL", "fp." ~ full_plan.id ~ " IS NOT NULL") }}
+{%- endif %}
+{%- if subscription.means_unlimited("counter") %} END{% endif -%}
+{%- endmacro %}
+
+{# Whether the counter of `s` has the value that the mapping calls unlimited. #}
+{% macro is_free_counter(s) -%}
+{{ s }}.{{ subscription.tokens_remaining }} {{ subscription.means_unlimited("counter") }}
+{%- endmacro %}
+
+{# Whether the figure of included tokens that counts for `s`, `tp` and `fp` is below zero: it means something else than a
+   number of tokens, and the mapping does not say what. #}
+{% macro has_negative_plan() -%}
+{%- if subscription.tokens_included %}{{ subscription.tokens_included("s") }} < 0
+{%- elif subscription.adds_plans -%}
+(tp.{{ token_plan.tokens_included }} < 0 OR fp.{{ full_plan.tokens_included }} < 0)
+{%- else %}coalesce(tp.{{ token_plan.tokens_included }}, fp.{{ full_plan.tokens_included }}) < 0
+{%- endif -%}
+{%- endmacro %}
+
+{# The counter of the subscription `s`, as tokens that remain of `original`. This macro, `raw_counter`, `can_be_lowered`
+   and `lowered_counter` are all that know which way the host counts. #}
+{% macro counter(s, original) -%}
+{%- if subscription.counts_up -%}
+CASE WHEN {{ s }}.{{ subscription.tokens_remaining }} IS NOT NULL
+     THEN {{ original }} - {{ in_range(s ~ "." ~ subscription.tokens_remaining) }} END
+{%- else -%}
+{{ s }}.{{ subscription.tokens_remaining }}::bigint
+{%- endif -%}
+{%- endmacro %}
+
+{# The value of the host's counter that shows `remaining` tokens of `original`. #}
+{% macro raw_counter(remaining, original) -%}
+{%- if subscription.counts_up %}{{ original }} - {{ remaining }}{% else %}{{ remaining }}{% endif -%}
+{%- endmacro %}
+
+{# The tokens that the counter should show. A counter that counts up shows an overdraft too. #}
+{% macro right_counter(original, consumed) -%}
+{%- if subscription.counts_up %}({{ original }} - {{ consumed }}){% else %}greatest({{ original }} - {{ consumed }}, 0)
+{%- endif -%}
+{%- endmacro %}
+
+{# Whether usage can lower the remaining tokens that the counter of `s` shows: a counter that counts down stops at 0. #}
+{% macro can_be_lowered(s) -%}
+{{ s }}.{{ subscription.tokens_remaining }} {% if subscription.counts_up %}IS NOT NULL{% else %}> 0{% endif %}
+{%- endmacro %}
+
+{# The host's counter of `s` after the use of some tokens. #}
+{% macro lowered_counter(s, tokens) -%}
+{%- if subscription.counts_up -%}
+{{ s }}.{{ subscription.tokens_remaining }} + {{ tokens }}
+{%- else -%}
+greatest({{ s }}.{{ subscription.tokens_remaining }} - {{ tokens }}, 0)
+{%- endif -%}
 {%- endmacro %}
 
 {# Whether the log row `l` is usage of that user that counts, at or after that time. #}

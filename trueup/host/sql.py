@@ -9,7 +9,7 @@ A template sees each noun of the mapping, and the types of ids:
 `{{ usage_log.section.column("l") or "''" }}`  the column; nothing if the host lacks it
 `{% if usage_log.metadata %}`   whether the host has a table or a field, in any form
 `{{ usage_log | literal }}`     the name as an SQL string
-`{{ uncountable }}`             `UNCOUNTABLE`
+`{{ uncountable }}`             `UNCOUNTABLE`; `{{ no_limit }}`: `NO_LIMIT`
 `{{ trueup.charge }}`           a table of trueup's own, if the template also runs in a database without them
 
 Files are found below the package: `{% from "host/rows.sql" import window_start %}`. Several statements share a macro.
@@ -36,6 +36,8 @@ UNCOUNTABLE = 2**62 - 1
 
 It closes the gate, and two such figures still add up to a bigint. A row with more tokens is counted as this many.
 """
+NO_LIMIT = 2**62
+"""The tokens that a subscription without a limit includes. No usage that can be counted reaches it."""
 OnRead = Callable[[Noun, str], None]
 """A callback with the noun and the field of each read by a template."""
 
@@ -133,6 +135,25 @@ class HostTable:
             given = counts
         # The subquery in place of a missing table uses trueup's names of the fields as its columns.
         return sql_of(field if self._names.table is None else given, alias, FIELDS[self._noun][field].sql_type)
+
+
+class Subscription(HostTable):
+    """The subscriptions, with how their plans and their counter are read."""
+
+    @property
+    def adds_plans(self) -> bool:
+        """Whether a subscription includes the tokens of its token plan and of its full plan."""
+        return bool(self._names.plans == "sum")
+
+    @property
+    def counts_up(self) -> bool:
+        """Whether the counter shows used tokens."""
+        return bool(self._names.counts == "up")
+
+    def means_unlimited(self, of: str) -> str | None:
+        """Return the condition of "no limit" on a value, such as `= -1`. `of`: "included" or "counter"."""
+        given = getattr(self._names.unlimited, of, None)
+        return None if given is None else "IS NULL" if given == "null" else f"= {given}"
 
 
 class UsageLog(HostTable):
@@ -237,12 +258,13 @@ def _make_environment(mapping: HostMapping, is_statement: bool, own: OwnTables, 
 
     environment.filters["literal"] = literal
     for noun in NOUNS:
-        kind = UsageLog if noun == "usage_log" else HostTable
+        kind = {"usage_log": UsageLog, "subscription": Subscription}.get(noun, HostTable)
         environment.globals[noun] = kind(mapping, noun, escape, on_read)
     environment.globals.update(
         user_id_type=mapping.user_id_type,
         usage_log_id_type=mapping.usage_log_id_type,
         trueup=own,
         uncountable=UNCOUNTABLE,
+        no_limit=NO_LIMIT,
     )
     return environment

@@ -37,10 +37,11 @@ _LOG_ROW = """
 """
 _LOWER = """
     {% from "host/search_path.sql" import role_search_path %}
-    UPDATE {{ subscription }} s SET {{ subscription.tokens_remaining }} = s.{{ subscription.tokens_remaining }} - 1
+    {% from "host/rows.sql" import can_be_lowered, lowered_counter %}
+    UPDATE {{ subscription }} s SET {{ subscription.tokens_remaining }} = {{ lowered_counter("s", 1) }}
     FROM {{ role_search_path() }}
     WHERE s.{{ subscription.id }} = (
-        SELECT f.{{ subscription.id }} FROM {{ subscription }} f WHERE f.{{ subscription.tokens_remaining }} > 0
+        SELECT f.{{ subscription.id }} FROM {{ subscription }} f WHERE {{ can_be_lowered("f") }}
         LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED)
     RETURNING 1
 """

@@ -23,7 +23,9 @@ DEFAULT_POLICIES: dict[str, Policy] = {
     "clamped_at_zero": "correct",
     "grant_not_in_counter": "correct",
     "counter_null": "correct",
-    "counter_negative": "correct",
+    # A figure below zero may mean unlimited (`subscription.unlimited`).
+    "counter_negative": "review",
+    "plan_negative": "review",
     "counter_out_of_range": "report",
     "credit_without_grant": "review",
     "renewal_without_new_window": "review",
@@ -37,7 +39,7 @@ DEFAULT_POLICIES: dict[str, Policy] = {
 # These tokens may be paid for, or set on purpose. Only a person may take them away.
 PAID_CAUSES = frozenset({"credit_without_grant", "renewal_without_new_window", "carried_over_tokens", "manual_edit"})
 # A machine does not give back tokens that ended on purpose, and can't write a value that the column can't hold.
-UNCORRECTABLE_CAUSES = frozenset({"burned_at_expiry", "counter_out_of_range"})
+UNCORRECTABLE_CAUSES = frozenset({"burned_at_expiry", "counter_out_of_range", "plan_negative"})
 
 DEFAULT_MIN_AGE_SECONDS = 60
 

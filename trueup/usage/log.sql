@@ -1,10 +1,22 @@
 {% from "host/search_path.sql" import own_search_path, role_search_path %}
 {% from "gate/store_balance.sql" import store_balance %}
+{% from "host/rows.sql" import can_be_lowered, lowered_counter %}
+{# Whether the user `p_user` of trueup.lower_counter has a limit. #}
+{% macro is_limited() -%}
+{% if subscription.unlimited %}
+NOT EXISTS (SELECT FROM trueup.entitlements(clock_timestamp()) e
+                      WHERE e.user_id = lower_counter.p_user AND e.plan_kind = 'unlimited')
+{%- else -%}
+true
+{%- endif %}
+{%- endmacro %}
 -- Usage that host code reports about its own calls: no hold, no task, one log row for each idempotency key.
 
 -- Lower the legacy counter, so that usage recorded by trueup causes no drift. If the host has locked the row, this does
 -- not wait: it returns false, and the next reconcile run corrects the counter. The counter stops at zero, as the host's
--- own decrements do. If the host refuses the update, by a trigger for example, it returns false too. A counter that is 0, null or below 0 cannot be lowered, and counts as done (true).
+-- own decrements do; a counter that counts up is raised. If the host refuses the update, by a trigger for example, it
+-- returns false too. A counter that is 0, null or below 0 cannot be lowered, and one without a limit is left alone: these
+-- count as done (true).
 CREATE OR REPLACE FUNCTION trueup.lower_counter(p_user {{ user_id_type }}, p_tokens bigint)
 RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
@@ -13,17 +25,17 @@ BEGIN
     -- A constraint or a trigger of the host's that waits for the commit would refuse the charge with it.
     SET CONSTRAINTS ALL IMMEDIATE;
     UPDATE {{ subscription }} s
-    SET {{ subscription.tokens_remaining }} = greatest(s.{{ subscription.tokens_remaining }} - lower_counter.p_tokens, 0)
+    SET {{ subscription.tokens_remaining }} = {{ lowered_counter("s", "lower_counter.p_tokens") }}
     FROM {{ role_search_path() }}
     WHERE s.{{ subscription.id }} = (
         SELECT f.{{ subscription.id }} FROM {{ subscription }} f WHERE f.{{ subscription.user_id }} = lower_counter.p_user
         ORDER BY f.{{ subscription.id }} LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED)
-      AND s.{{ subscription.tokens_remaining }} > 0;
+      AND {{ can_be_lowered("s") }} AND {{ is_limited() }};
     v_lowered := FOUND;
     {{ own_search_path() }}
     RETURN v_lowered OR NOT EXISTS (
         SELECT FROM {{ subscription }} s
-        WHERE s.{{ subscription.user_id }} = lower_counter.p_user AND s.{{ subscription.tokens_remaining }} > 0);
+        WHERE s.{{ subscription.user_id }} = lower_counter.p_user AND {{ can_be_lowered("s") }} AND {{ is_limited() }});
 EXCEPTION WHEN query_canceled OR OTHERS THEN
     IF trueup.is_transient(SQLSTATE) THEN
         RAISE;

@@ -1,0 +1,151 @@
+"""Questions about a host that its rows raise and its mapping does not answer. A wrong guess would change counters.
+
+Each is asked once: the setting that answers it ends it. Reads a sample of the host's rows, and writes nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
+
+from trueup.host.mapping import HostMapping
+from trueup.host.setting_values import Expression
+from trueup.host.sql import render_statement
+
+SAMPLE_ROWS = 100_000
+SAMPLE_USERS = 200
+# Without an index, the usage of a few users may take long to add up. The question is then left open.
+SAMPLE_MILLISECONDS = 2_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """`setting`: what to set. `what`: what the rows show. `remedy`: the possible answers.
+
+    `is_blocking`: with the present setting, trueup would change counters to wrong values, so it is not attached.
+    """
+
+    setting: str
+    what: str
+    remedy: str
+    is_blocking: bool = False
+
+
+def open_questions(connection: Connection, mapping: HostMapping) -> list[Question]:
+    """Return the questions that the host's rows raise. A question whose rows the role may not read is left out."""
+    driver: Any = connection.connection.driver_connection
+    if driver.autocommit:  # each question is tried in a savepoint
+        with connection.engine.begin() as own:
+            return open_questions(own, mapping)
+    found = []
+    for ask in (_which_plans, _unlimited, _which_way):
+        trial = connection.begin_nested()
+        try:
+            connection.execute(text(f"SET LOCAL statement_timeout = {SAMPLE_MILLISECONDS}"))
+            question = ask(mapping, lambda template, **values: _read(connection, mapping, template, **values))
+        except DBAPIError:
+            if connection.invalidated:
+                raise
+            question = None
+        finally:
+            trial.rollback()
+        found += [question] if question else []
+    return found
+
+
+Read = Callable[..., Any]
+
+
+def _read(connection: Connection, mapping: HostMapping, template: str, **values: Any) -> Any:
+    return connection.execute(render_statement(template, mapping), values).one()
+
+
+_BOTH_PLANS = """
+    SELECT count(*) AS users FROM (
+        SELECT {{ subscription.token_plan_id("s") }} IS NOT NULL
+               AND {{ subscription.full_plan_id("s") }} IS NOT NULL AS has
+        FROM {{ subscription }} s LIMIT :rows) sample
+    WHERE has
+"""
+
+
+def _which_plans(mapping: HostMapping, read: Read) -> Question | None:
+    names = mapping.subscription
+    is_one_kind = names.token_plan_id == names.full_plan_id or None in (
+        mapping.token_plan.table,
+        mapping.full_plan.table,
+    )
+    if is_one_kind or names.plans is not None or names.tokens_included is not None:
+        return None
+    users = read(_BOTH_PLANS, rows=SAMPLE_ROWS).users
+    if not users:
+        return None
+    return Question(
+        setting="host.subscription.tokens_included",
+        what=f"{users} subscriptions have a token plan and a full plan. trueup counts the token plan alone",
+        remedy='set tokens_included = "sum" if both plans count, or "first" if the token plan counts alone',
+    )
+
+
+_NEGATIVE = """
+    {% from "host/rows.sql" import has_negative_plan %}
+    SELECT count(*) AS users FROM (
+        SELECT {{ has_negative_plan() }} AS has
+        FROM {{ subscription }} s
+        LEFT JOIN {{ token_plan }} tp ON tp.{{ token_plan.id }} = {{ subscription.token_plan_id("s") }}
+        LEFT JOIN {{ full_plan }} fp ON fp.{{ full_plan.id }} = {{ subscription.full_plan_id("s") }}
+        LIMIT :rows) sample
+    WHERE has
+"""
+
+
+def _unlimited(mapping: HostMapping, read: Read) -> Question | None:
+    names = mapping.subscription
+    if names.unlimited is not None or isinstance(names.tokens_included, Expression):
+        return None
+    users = read(_NEGATIVE, rows=SAMPLE_ROWS).users
+    if not users:
+        return None
+    return Question(
+        setting="host.subscription.unlimited",
+        what=f"{users} subscriptions include a number of tokens below 0. trueup lets them use none",
+        remedy="set unlimited = -1 if that value means no limit, or correct the plans",
+    )
+
+
+# `up`: the counter equals the used tokens; `down`: it equals the tokens left.
+_WAY = """
+    {% from "host/rows.sql" import is_counted, plan_tokens, window_start %}
+    SELECT count(*) FILTER (WHERE c.counter = u.tokens) AS up,
+           count(*) FILTER (WHERE c.counter = greatest(c.included - u.tokens, 0)) AS down
+    FROM (
+        SELECT s.{{ subscription.user_id }} AS user_id, s.{{ subscription.tokens_remaining }} AS counter,
+               {{ plan_tokens() }} AS included, {{ window_start("s") }} AS since
+        FROM {{ subscription }} s
+        LEFT JOIN {{ token_plan }} tp ON tp.{{ token_plan.id }} = {{ subscription.token_plan_id("s") }}
+        LEFT JOIN {{ full_plan }} fp ON fp.{{ full_plan.id }} = {{ subscription.full_plan_id("s") }}
+        WHERE s.{{ subscription.tokens_remaining }} > 0
+        LIMIT :users) c
+    CROSS JOIN LATERAL (SELECT sum(l.{{ usage_log.total_tokens }}) AS tokens FROM {{ usage_log }} l
+                        WHERE {{ is_counted("l", "c.user_id", "c.since") }} OFFSET 0) u
+    WHERE u.tokens > 0
+"""
+
+
+def _which_way(mapping: HostMapping, read: Read) -> Question | None:
+    names = mapping.subscription
+    if names.counts is not None:
+        return None
+    votes = read(_WAY, users=SAMPLE_USERS)
+    if votes.up <= votes.down:
+        return None
+    return Question(
+        setting="host.subscription.counter",
+        what=f"{names.table}.{names.tokens_remaining} equals the used tokens of {votes.up} users, and the tokens left "
+        f"of {votes.down}. trueup reads it as the tokens left",
+        remedy=f'set counter = {{column = "{names.tokens_remaining}", counts = "up"}} if it shows used tokens, or '
+        'counts = "down" if it shows the tokens left',
+        is_blocking=True,
+    )
