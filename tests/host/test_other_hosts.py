@@ -46,7 +46,7 @@ MANUAL = Path(__file__).parents[2] / "docs" / "mapping.md"
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", MANUAL.read_text(), re.DOTALL)
 HOSTS = [block for kind, block in BLOCKS if kind == "sql"]
 EXAMPLES = [block for kind, block in BLOCKS if kind == "toml"]
-SETTINGS = [block for block in EXAMPLES if "[host.usage_log]" in block][1:]
+SETTINGS = [block for block in EXAMPLES if block.count("[host.") > 1]
 NO_AGE = Rules(min_age_seconds=0)
 
 # Tokens by an expression, and rows that count by one.

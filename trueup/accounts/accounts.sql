@@ -25,6 +25,14 @@ LANGUAGE sql IMMUTABLE AS $$
     SELECT {{ right_counter("original", "consumed") }}
 $$;
 
+-- Whether the host may still log calls of the user's, and lower the counter for them.
+CREATE OR REPLACE FUNCTION trueup.awaits_host(p_user {{ user_id_type }}) RETURNS boolean LANGUAGE sql STABLE AS $$
+    SELECT {% if usage_log.is_written_by_host %}EXISTS (
+        SELECT FROM trueup.owed_charge o WHERE o.user_id = p_user AND o.used_at > clock_timestamp() - interval '1 hour')
+    {%- else %}false{% endif %}
+
+$$;
+
 -- The time to log for trueup's own usage at that time, in that window (NULL: there is none). It is never in the first
 -- fraction of a second of the window: a log with whole seconds would date the usage before the window, where it does
 -- not count.

@@ -23,7 +23,7 @@ from trueup.discovery.remarks import remarks_on
 from trueup.discovery.samples import Sampler
 from trueup.discovery.substitutes import PAID_WORDS, included_column, stand_ins
 from trueup.discovery.toml import toml_value
-from trueup.host.fields import FIELDS, ID_TYPES, NOUNS, TABLES, Noun
+from trueup.host.fields import FIELDS, ID_TYPES, NOUNS, TABLES, Noun, settings_of
 from trueup.host.mapping import HostMapping
 from trueup.host.questions import Question, open_questions
 
@@ -238,7 +238,7 @@ def _not_sought(noun: Noun, by_person: Mapping[str, Any], found: Collection[str]
     """Return a person's settings for fields that discovery does not look for by name, except those in `found`."""
     fields = FIELDS[noun].keys() - SOUGHT_FIELDS[noun].keys() - set(found)
     # Settings that are no columns. The counter's direction belongs to its column: `_way_of_counter`.
-    fields |= TABLES[noun].model_fields.keys() - FIELDS[noun].keys() - {"table", "completed_status", "counts"}
+    fields |= settings_of(noun) - {"completed_status", "counts"}
     return {name: value for name, value in by_person.items() if name in fields and value is not None}
 
 

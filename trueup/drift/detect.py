@@ -76,7 +76,7 @@ _FIND = """
         FROM trueup.accounts(statement_timestamp()) a
         WHERE a.user_id = ANY (CAST(:user_ids AS {user_id_type}[]))
           AND a.counter IS DISTINCT FROM trueup.right_counter(a.original, a.consumed)
-          AND a.plan_kind IS DISTINCT FROM 'unlimited'
+          AND a.plan_kind IS DISTINCT FROM 'unlimited' AND NOT trueup.awaits_host(a.user_id)
           -- A counter whose usage can't be counted has no right value: a deep pass reports it.
           AND a.consumed < {uncountable}
     ), known AS (

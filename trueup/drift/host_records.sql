@@ -78,6 +78,10 @@ SELECT NULL::{{ user_id_type }} AS user_id, NULL::text AS id, NULL::bigint AS to
         SELECT c.user_id, c.log_id, c.tokens_total AS tokens, c.charged_at AS at, c.counter_lowered,
                c.charged_at >= k.base_at AS since_base
         FROM known k JOIN {{ trueup.charge }} c ON c.user_id = k.user_id AND c.charged_at >= k.since
+        {% if usage_log.is_written_by_host %}
+        -- The other calls have a row and a decrement of the host's.
+        WHERE c.counter_lowered = false
+        {% endif %}
     ), log_rows AS (
         SELECT k.user_id, k.base_at, CASE WHEN l.success THEN 'L' ELSE 'F' END AS kind, l.id, l.tokens, l.at
         FROM known k

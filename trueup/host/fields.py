@@ -21,6 +21,7 @@ from trueup.host.setting_values import (
     Document,
     End,
     Flag,
+    Keeper,
     PlanRule,
     PlanTokens,
     Table,
@@ -225,7 +226,8 @@ class SubscriptionTable(Names):
 
     `plans`: how: "first" the token plan's, else the full plan's; "sum" both; None: not set, as "first".
     `counts`: "up" if the counter shows used tokens, "down" if it shows the tokens left; None: not set, as "down".
-    `unlimited`: the values that mean no limit.
+    `unlimited`: the values that mean no limit. `counter_kept_by`: "host" if
+    a trigger of the host's lowers the counter for each log row, also for trueup's; None: not set, as "trueup".
     """
 
     entry: ClassVar = TableEntry(
@@ -257,6 +259,7 @@ class SubscriptionTable(Names):
     plans: PlanRule = None
     counts: Direction = None
     unlimited: Unlimited = None
+    counter_kept_by: Keeper = None
 
     @model_validator(mode="before")
     @classmethod
@@ -265,7 +268,10 @@ class SubscriptionTable(Names):
 
 
 class UsageLogTable(Names):
-    """`counts`: the condition for rows that count. None: `success`. With it, `success` has no default column."""
+    """`counts`: the condition for rows that count. None: `success`. With it, `success` has no default column.
+
+    `record`: "host" if the host writes the rows of trueup's calls too, so that trueup writes none; None: "trueup".
+    """
 
     entry: ClassVar = TableEntry(
         meaning="the AI usage log",
@@ -303,6 +309,7 @@ class UsageLogTable(Names):
         "time ts at created date_created inserted_at event_time happened_at", required=True, written=True, counted=True,
         default="now()")] = "created_at"
     counts: Annotated[Counts, FieldEntry(FLAG, is_sought=False, counted=True)] = None
+    record: Keeper = None
 
     @model_validator(mode="before")
     @classmethod
@@ -408,6 +415,12 @@ def _entries(table: type[Names]) -> Iterator[tuple[str, FieldEntry]]:
 
 FIELDS: dict[Noun, dict[str, FieldEntry]] = {noun: dict(_entries(table)) for noun, table in TABLES.items()}
 """Each table's columns, in the order of the mapping."""
+
+
+def settings_of(noun: Noun) -> frozenset[str]:
+    """Return the settings of a table that are no columns, without the table's name."""
+    return frozenset(TABLES[noun].model_fields) - FIELDS[noun].keys() - {"table"}
+
 
 _SECTIONS = (
     "chat prompt_generation marketing_workflow knowledge_qa product_recommendation rag_pipeline web_knowledge "

@@ -262,6 +262,7 @@ PlanTokens = Annotated[
 Counts = Annotated[Compared | Expression | None, _either(column=False, others=(Compared, Expression), optional=True)]
 
 PlanRule = Literal["first", "sum"] | None
+Keeper = Literal["host", "trueup"] | None
 Direction = Literal["up", "down"] | None
 
 

@@ -150,6 +150,11 @@ class Subscription(HostTable):
         """Whether the counter shows used tokens."""
         return bool(self._names.counts == "up")
 
+    @property
+    def is_kept_by_host(self) -> bool:
+        """Whether the host lowers the counter for each log row, also for the rows of trueup's calls."""
+        return "host" in (self._names.counter_kept_by, self._mapping.usage_log.record)
+
     def means_unlimited(self, of: str) -> str | None:
         """Return the condition of "no limit" on a value, such as `= -1`. `of`: "included" or "counter"."""
         given = getattr(self._names.unlimited, of, None)
@@ -174,6 +179,11 @@ class UsageLog(HostTable):
                 f"CASE WHEN {alias}.success THEN {succeeded} ELSE {failed} END))).{quote_identifier(log.counts.column)}"
             )
         return self._escape(", ".join(values))
+
+    @property
+    def is_written_by_host(self) -> bool:
+        """Whether the host writes the rows of trueup's calls."""
+        return self._mapping.usage_log.record == "host"
 
     def counted(self) -> str:
         """Return the names of the counted columns as SQL strings."""

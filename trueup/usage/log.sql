@@ -17,6 +17,11 @@ true
 -- own decrements do; a counter that counts up is raised. If the host refuses the update, by a trigger for example, it
 -- returns false too. A counter that is 0, null or below 0 cannot be lowered, and one without a limit is left alone: these
 -- count as done (true).
+{% if subscription.is_kept_by_host %}
+-- This host lowers the counter itself, for the log's row of each call (`counter_kept_by`), so nothing is left to do.
+CREATE OR REPLACE FUNCTION trueup.lower_counter(p_user {{ user_id_type }}, p_tokens bigint)
+RETURNS boolean LANGUAGE sql IMMUTABLE AS $$ SELECT true $$;
+{% else %}
 CREATE OR REPLACE FUNCTION trueup.lower_counter(p_user {{ user_id_type }}, p_tokens bigint)
 RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
@@ -42,6 +47,7 @@ EXCEPTION WHEN query_canceled OR OTHERS THEN
     END IF;
     RETURN false;
 END $$;
+{% endif %}
 
 -- Record usage once for its key: log row, charge row, balance and counter in one transaction. If the key was recorded
 -- before, nothing changes: `recorded` is false, and `differs` is true if its log row has other figures than these.
@@ -89,6 +95,7 @@ BEGIN
         VALUES (p_user, p_task, p_call_key, 1, log_id, p_section, o.model_name, greatest(w.counted, 0),
                 greatest(w.counted, 0), false, at,
                 w.counted <= 0 OR w.may_lower AND trueup.lower_counter(p_user, w.counted));
+    {% if not usage_log.is_written_by_host %}
     ELSIF log_id IS NOT NULL THEN
         SELECT ({{ usage_log.prompt_tokens.column("l") or "record_usage.p_prompt" }},
                 {{ usage_log.completion_tokens.column("l") or "record_usage.p_completion" }}, l.{{ usage_log.total_tokens }},
@@ -98,6 +105,7 @@ BEGIN
                                  record_usage.p_section, o.model_name) INTO differs
         FROM {{ usage_log }} l WHERE l.{{ usage_log.id }} = trueup.as_log_id(record_usage.log_id);
         differs := coalesce(differs, false);
+    {% endif %}
     END IF;
 {{ store_balance("p_user") }}
 END $$;
