@@ -10,7 +10,7 @@ from trueup.install.example_tables import build_host_metadata
 NO_COLUMN = {"table", "completed_status"}
 SETTINGS: dict[Noun, set[str]] = {
     "subscription": {"plans", "counts", "unlimited", "counter_kept_by"},
-    "usage_log": {"record"},
+    "usage_log": {"record", "section_type"},
 }
 COMPLETE = HostMapping(token_usage=TokenUsageTable(table="decrements"), payment=PaymentTable(table="payments"))
 

@@ -1,5 +1,6 @@
 """Propose a [host] mapping from a database's catalog: each choice with its certainty and reason, and all gaps."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -133,7 +134,7 @@ def propose(connection: Connection, catalog: Catalog, given: Mapping[str, Any] |
         choices += _choices_by_person(noun, used)
         gaps += lacking
         names = {name: match.column.name for name, match in candidate.matches.found.items()}
-        names |= _way_of_counter(noun, names, by_person)
+        names |= _way_of_counter(noun, names, by_person) | _section_type(noun, candidate)
         drafts[noun] = {"table": candidate.table.setting, **names, **{one.field: one.value for one in instead}, **used}
     types = {name: given[name] for name in ("user_id_type", "usage_log_id_type") if name in given}
     types |= _types(drafts, chosen, choices)
@@ -225,6 +226,14 @@ def _way_of_counter(noun: Noun, names: Mapping[str, str], by_person: Mapping[str
     if by_person.get("tokens_remaining") == column and by_person.get("counts"):
         return {"counts": by_person["counts"]}
     return {"counts": "up"} if plain(column) in USED_NAMES else {}
+
+
+def _section_type(noun: Noun, candidate: Candidate) -> dict[str, str]:
+    """Return the enum of the log's section, if it is one and its name needs no quotes."""
+    match = candidate.matches.found.get("section") if noun == "usage_log" else None
+    if match is None or not match.column.labels or not re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)?", match.column.type):
+        return {}
+    return {"section_type": match.column.type}
 
 
 def _used_for(lacking: list[Gap], by_person: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from trueup.database.schema import own_table
 from trueup.database.schema.holds import ONE_OPEN_PER_TASK
 from trueup.errors import DenialPayload, HoldBusyError, TaskIdReusedError, TokensDenied
 from trueup.gate.denial import describe_denial
+from trueup.host.sections import require_section
 from trueup.settings.settings import get_settings
 
 
@@ -143,9 +144,10 @@ def open_hold(
     answers. `waits`: the number that the last `HoldBusyError` gave to this message. `now`: None means the database's
     clock.
     Raises `TokensDenied` with the specification's payload, `HoldBusyError` while another attempt has the hold,
-    `TaskIdReusedError` while another request with this id has one, `InvalidInputError` for a malformed estimate,
-    `SeveralSubscriptionsError`.
+    `TaskIdReusedError` while another request with this id has one, `InvalidInputError` for a malformed estimate
+    and for a section that the host's log refuses, `SeveralSubscriptionsError`.
     """
+    require_section(connection, get_settings().host, section)
     row = _execute_open(
         connection,
         {

@@ -271,6 +271,7 @@ class UsageLogTable(Names):
     """`counts`: the condition for rows that count. None: `success`. With it, `success` has no default column.
 
     `record`: "host" if the host writes the rows of trueup's calls too, so that trueup writes none; None: "trueup".
+    `section_type`: the enum of the section's column; None: it is text.
     """
 
     entry: ClassVar = TableEntry(
@@ -310,6 +311,7 @@ class UsageLogTable(Names):
         default="now()")] = "created_at"
     counts: Annotated[Counts, FieldEntry(FLAG, is_sought=False, counted=True)] = None
     record: Keeper = None
+    section_type: Table | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -427,11 +429,19 @@ _SECTIONS = (
     "session_memory intent_detection embedding_generation other"
 )
 SECTIONS = frozenset(_SECTIONS.split())
-"""The values of the usage log's section, from the specification of the host's schema."""
+"""The sections of trueup's own features, from the specification of the host's schema. A host may have others."""
+
+
+MAX_SECTION = 255
 
 
 def check_section(section: object) -> str:
-    """Return the section. Raises `InvalidInputError` if the log has no such section."""
-    if not isinstance(section, str) or section not in SECTIONS:
-        raise InvalidInputError(f"section: {section!r} is unknown. Use one of {', '.join(sorted(SECTIONS))}.")
+    """Return the section, any text. The host's log decides at the gate whether it takes it (`trueup.host.sections`).
+
+    Raises `InvalidInputError` for an empty or overlong text.
+    """
+    if not isinstance(section, str) or not section or "\x00" in section or len(section) > MAX_SECTION:
+        raise InvalidInputError(
+            f"section: {section!r:.80} is no section. Give a text of 1 to {MAX_SECTION} characters."
+        )
     return section

@@ -170,6 +170,9 @@ class UsageLog(HostTable):
         if alias is None:
             return self._escape(", ".join(map(quote_identifier, log.written)))
         values = [f"{alias}.{field}" for field in log.written_fields]
+        if log.section_type is not None and "section" in log.written_fields:
+            place = log.written_fields.index("section")
+            values[place] = f"CAST({alias}.section AS {quote_table(log.section_type)})"
         if isinstance(log.counts, Compared):
             # jsonb_populate_record converts the value to the column's type.
             name, succeeded = quote_literal(log.counts.column), quote_literal(log.counts.equals[0])

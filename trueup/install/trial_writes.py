@@ -14,6 +14,7 @@ from trueup.database.driver_errors import is_transient, reason_of
 from trueup.host.expressions import Problem
 from trueup.host.fields import SECTIONS
 from trueup.host.mapping import HostMapping
+from trueup.host.sections import usable_sections
 from trueup.host.sql import render_statement
 
 # The host's writers must not wait for a trial, nor the trial for them.
@@ -76,7 +77,7 @@ def trial_problem(connection: Connection, mapping: HostMapping) -> Problem | Non
     log, names = mapping.usage_log.table, mapping.subscription
     if mapping.usage_log.record != "host":
         row = render_statement(_LOG_ROW, mapping, of_one_user=False)
-        refusal = _refusal(connection, row, must_write=True, section=min(SECTIONS))
+        refusal = _refusal(connection, row, must_write=True, section=_section(connection, mapping))
         if refusal is not None:
             return (
                 f"host.usage_log: {log} refuses a row of trueup's ({refusal}). Its tokens would be owed.",
@@ -92,6 +93,11 @@ def trial_problem(connection: Connection, mapping: HostMapping) -> Problem | Non
             _REMEDY,
         )
     return None
+
+
+def _section(connection: Connection, mapping: HostMapping) -> str:
+    """Return a section that the log takes, if one is known."""
+    return next(iter(usable_sections(connection, mapping)), min(SECTIONS))
 
 
 def _counter_problem(connection: Connection, mapping: HostMapping) -> Problem | None:
@@ -120,7 +126,7 @@ def _moved_counter(connection: Connection, mapping: HostMapping) -> tuple[int, i
         if locked is None:
             return None
         row = render_statement(_LOG_ROW, mapping, of_one_user=True)
-        connection.execute(row, {"section": min(SECTIONS), "user": locked.user_id})
+        connection.execute(row, {"section": _section(connection, mapping), "user": locked.user_id})
         connection.execute(_CHECK_NOW)
         after = connection.scalar(render_statement(_COUNTER, mapping), {"user": locked.user_id})
         return (locked.counter, after) if after != locked.counter else None

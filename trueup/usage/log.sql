@@ -99,7 +99,7 @@ BEGIN
     ELSIF log_id IS NOT NULL THEN
         SELECT ({{ usage_log.prompt_tokens.column("l") or "record_usage.p_prompt" }},
                 {{ usage_log.completion_tokens.column("l") or "record_usage.p_completion" }}, l.{{ usage_log.total_tokens }},
-                {{ usage_log.section.column("l") or "record_usage.p_section" }},
+                {% if usage_log.section.column("l") %}{{ usage_log.section("l") }}::text{% else %}record_usage.p_section{% endif %},
                 {{ usage_log.model_name.column("l") or "record_usage.p_model" }})
                IS DISTINCT FROM (record_usage.p_prompt, record_usage.p_completion, record_usage.p_total,
                                  record_usage.p_section, o.model_name) INTO differs
