@@ -24,7 +24,7 @@ after the change. Nothing else depends on it, because windows begin at `start_da
 -- trueup's schema. If the subscription itself states the tokens, they are recorded in place of the plan: see
 -- trueup.plan_size.
 CREATE OR REPLACE FUNCTION trueup.append_window() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = {{ time_zone }} AS $$
 BEGIN
     IF TG_OP = 'UPDATE' THEN
         IF OLD.{{ subscription.start_date }} IS NOT DISTINCT FROM NEW.{{ subscription.start_date }}

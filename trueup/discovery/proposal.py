@@ -136,7 +136,7 @@ def propose(connection: Connection, catalog: Catalog, given: Mapping[str, Any] |
         names = {name: match.column.name for name, match in candidate.matches.found.items()}
         names |= _way_of_counter(noun, names, by_person) | _section_type(noun, candidate)
         drafts[noun] = {"table": candidate.table.setting, **names, **{one.field: one.value for one in instead}, **used}
-    types = {name: given[name] for name in ("user_id_type", "usage_log_id_type") if name in given}
+    types = {name: given[name] for name in ("user_id_type", "usage_log_id_type", "time_zone") if name in given}
     types |= _types(drafts, chosen, choices)
     if "subscription" in drafts:
         drafts["subscription"] |= without.pop("subscription", {})

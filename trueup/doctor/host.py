@@ -122,9 +122,12 @@ def _types(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
     for wrong in wrong_types(columns, mapping):
         column = wrong.column
         yield _error(wrong.what, wrong.remedy, table=column.table, column=column.name, type=column.type)
-    for column in local_times(columns, mapping):
+    for column in local_times(columns, mapping) if mapping.time_zone is None else ():
         what = f"{column.table}.{column.name} has no time zone: trueup reads it as UTC."
-        remedy = "If the host writes local times, periods start at the wrong time: change the column to timestamptz."
+        remedy = (
+            "If the host writes local times, periods start at the wrong time. Set time_zone under [host] to their zone "
+            '("UTC" if they are UTC), or change the column to timestamptz.'
+        )
         yield _warning(what, remedy, table=column.table, column=column.name)
 
 

@@ -4,10 +4,12 @@ The defaults are those of a Django application. A table may have its schema's na
 `trueup.host.setting_values` defines the settings that may replace a missing column.
 """
 
+import difflib
 import hashlib
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from trueup.host.fields import (
     FIELDS,
@@ -32,11 +34,30 @@ UserIdType = IdType
 _IF_THERE = BeforeValidator(lambda given: {"table": None} if given is False else given)
 
 
+def _check_zone(name: str | None) -> str | None:
+    """Return the name of a time zone. Raises ValueError if there is no such zone."""
+    if name is None:
+        return None
+    try:
+        return ZoneInfo(name).key
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        near = difflib.get_close_matches(name, available_timezones(), n=1)
+        hint = f"did you mean {near[0]}?" if near else 'give a name such as "Asia/Tehran" or "UTC"'
+        raise ValueError(f"{name!r} is no time zone: {hint}") from None
+
+
+TimeZone = Annotated[str | None, AfterValidator(_check_zone)]
+
+
 class HostMapping(Names):
-    """The names of the host's tables and columns, and the types of its ids. `false`: the host has no such table."""
+    """The names of the host's tables and columns, and the types of its ids. `false`: the host has no such table.
+
+    `time_zone`: of the host's times that have none; None: not set, as "UTC".
+    """
 
     user_id_type: UserIdType = "bigint"
     usage_log_id_type: IdType = "uuid"
+    time_zone: TimeZone = None
     user: Annotated[UserTable, _IF_THERE] = UserTable()
     token_plan: Annotated[TokenPlanTable, _IF_THERE] = TokenPlanTable()
     full_plan: Annotated[FullPlanTable, _IF_THERE] = FullPlanTable()
@@ -87,7 +108,7 @@ class HostMapping(Names):
     def fingerprint(self) -> str:
         """Return a short hash of the mapping, which detects that the database was set up for another mapping."""
         # Unused fields are left out, so an upgrade that adds a field does not change the hash.
-        unused: dict[str, set[str]] = {
+        unused: dict[str, Any] = {
             noun: {
                 field
                 for field in type(getattr(self, noun)).model_fields
@@ -95,6 +116,7 @@ class HostMapping(Names):
             }
             for noun in NOUNS
         }
+        unused |= {name: True for name in ("time_zone",) if getattr(self, name) is None}
         return hashlib.sha256(self.model_dump_json(exclude=unused).encode()).hexdigest()[:16]
 
     def has_plan_of(self, field: str) -> bool:

@@ -3,13 +3,14 @@
 Each is asked once: the setting that answers it ends it. Reads a sample of the host's rows, and writes nothing.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
+from trueup.host.catalog import Column, local_times, mapped_columns
 from trueup.host.mapping import HostMapping
 from trueup.host.setting_values import Expression
 from trueup.host.sql import render_statement
@@ -18,6 +19,8 @@ SAMPLE_ROWS = 100_000
 SAMPLE_USERS = 200
 # Without an index, the usage of a few users may take long to add up. The question is then left open.
 SAMPLE_MILLISECONDS = 2_000
+# How far a host's clock may be ahead.
+CLOCK_TOLERANCE = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +43,11 @@ def open_questions(connection: Connection, mapping: HostMapping) -> list[Questio
         with connection.engine.begin() as own:
             return open_questions(own, mapping)
     found = []
-    for ask in (_which_plans, _unlimited, _which_way):
+    for ask in (_which_zone, _which_plans, _unlimited, _which_way):
         trial = connection.begin_nested()
         try:
             connection.execute(text(f"SET LOCAL statement_timeout = {SAMPLE_MILLISECONDS}"))
-            question = ask(mapping, lambda template, **values: _read(connection, mapping, template, **values))
+            question = ask(mapping, Reader(connection=connection, mapping=mapping))
         except DBAPIError:
             if connection.invalidated:
                 raise
@@ -55,11 +58,66 @@ def open_questions(connection: Connection, mapping: HostMapping) -> list[Questio
     return found
 
 
-Read = Callable[..., Any]
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """Reads the one row of a question's statement."""
+
+    connection: Connection
+    mapping: HostMapping
+
+    def __call__(self, template: str, *, names: dict[str, Any] | None = None, **values: Any) -> Any:
+        """Return the row. `names`: further names for the template; `values`: the statement's parameters."""
+        return self.connection.execute(render_statement(template, self.mapping, **names or {}), values).one()
+
+    def local_columns(self) -> list[Column]:
+        """Return the mapped columns with times without a zone."""
+        return list(local_times(mapped_columns(self.connection, self.mapping), self.mapping))
 
 
-def _read(connection: Connection, mapping: HostMapping, template: str, **values: Any) -> Any:
-    return connection.execute(render_statement(template, mapping), values).one()
+# `server`: the zone of sessions that set none; trueup's set their own, and would be reset to this. `ahead`: how far the
+# log's newest time lies in the future, if it is read as UTC.
+_ZONES = """
+    SELECT z.reset_val AS server,
+           EXISTS (SELECT FROM unnest(ARRAY[1, 4, 7, 10]) AS m (month)
+                   WHERE (make_timestamptz(2024, m.month, 1, 0, 0, 0, 'UTC') AT TIME ZONE z.reset_val)
+                         <> make_timestamp(2024, m.month, 1, 0, 0, 0)) AS is_other,
+           {% if is_logged %}
+           (SELECT max(l.{{ usage_log.created_at }}) FROM {{ usage_log }} l)
+               - (clock_timestamp() AT TIME ZONE 'UTC') AS ahead
+           {% else %}
+           NULL AS ahead
+           {% endif %}
+    FROM pg_settings z WHERE z.name = 'TimeZone'
+"""
+
+
+def _which_zone(mapping: HostMapping, read: Reader) -> Question | None:
+    if mapping.time_zone is not None:
+        return None
+    columns = read.local_columns()
+    if not columns:
+        return None
+    # No call is logged before it is made. Other times, such as the start of a subscription, may lie ahead.
+    is_logged = any((column.noun, column.field) == ("usage_log", "created_at") for column in columns)
+    row = read(_ZONES, names={"is_logged": is_logged})
+    is_ahead = row.ahead is not None and row.ahead > CLOCK_TOLERANCE
+    if not row.is_other and not is_ahead:
+        return None
+    names = ", ".join(f"{column.table}.{column.name}" for column in columns)
+    hints = [f"The server's sessions are in {row.server}"] if row.is_other else []
+    hints += [f"the log's newest time lies {_hours(row.ahead)} ahead of now in UTC"] if is_ahead else []
+    return Question(
+        setting="host.time_zone",
+        what=f"{names} have no time zone, and trueup reads them as UTC. {' and '.join(hints)}",
+        remedy=f'set time_zone under [host] to the zone of these times ("{row.server if row.is_other else "Asia/Tehran"}", '
+        'for example), or to "UTC" if they are UTC',
+        is_blocking=True,
+    )
+
+
+def _hours(ahead: timedelta) -> str:
+    minutes = round(ahead.total_seconds() / 60)
+    return f"{minutes // 60}:{minutes % 60:02} h"
 
 
 _BOTH_PLANS = """
@@ -71,7 +129,7 @@ _BOTH_PLANS = """
 """
 
 
-def _which_plans(mapping: HostMapping, read: Read) -> Question | None:
+def _which_plans(mapping: HostMapping, read: Reader) -> Question | None:
     names = mapping.subscription
     is_one_kind = names.token_plan_id == names.full_plan_id or None in (
         mapping.token_plan.table,
@@ -101,7 +159,7 @@ _NEGATIVE = """
 """
 
 
-def _unlimited(mapping: HostMapping, read: Read) -> Question | None:
+def _unlimited(mapping: HostMapping, read: Reader) -> Question | None:
     names = mapping.subscription
     if names.unlimited is not None or isinstance(names.tokens_included, Expression):
         return None
@@ -134,7 +192,7 @@ _WAY = """
 """
 
 
-def _which_way(mapping: HostMapping, read: Read) -> Question | None:
+def _which_way(mapping: HostMapping, read: Reader) -> Question | None:
     names = mapping.subscription
     if names.counts is not None:
         return None

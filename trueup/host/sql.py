@@ -8,6 +8,7 @@ A template sees each noun of the mapping, and the types of ids:
                                 without an alias: the value of the only table in scope
 `{{ usage_log.section.column("l") or "''" }}`  the column; nothing if the host lacks it
 `{% if usage_log.metadata %}`   whether the host has a table or a field, in any form
+`{{ time_zone }}`               the zone of the host's times without one, as an SQL string
 `{{ usage_log | literal }}`     the name as an SQL string
 `{{ uncountable }}`             `UNCOUNTABLE`; `{{ no_limit }}`: `NO_LIMIT`
 `{{ trueup.charge }}`           a table of trueup's own, if the template also runs in a database without them
@@ -276,6 +277,7 @@ def _make_environment(mapping: HostMapping, is_statement: bool, own: OwnTables, 
     environment.globals.update(
         user_id_type=mapping.user_id_type,
         usage_log_id_type=mapping.usage_log_id_type,
+        time_zone=quote_literal(mapping.time_zone or "UTC"),
         trueup=own,
         uncountable=UNCOUNTABLE,
         no_limit=NO_LIMIT,
