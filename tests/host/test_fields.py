@@ -9,7 +9,7 @@ from trueup.install.example_tables import build_host_metadata
 # Settings of a table that are no columns.
 NO_COLUMN = {"table", "completed_status"}
 SETTINGS: dict[Noun, set[str]] = {
-    "subscription": {"plans", "counts", "unlimited", "counter_kept_by"},
+    "subscription": {"plans", "counts", "unlimited", "counter_kept_by", "period"},
     "usage_log": {"record", "section_type"},
 }
 COMPLETE = HostMapping(token_usage=TokenUsageTable(table="decrements"), payment=PaymentTable(table="payments"))

@@ -43,6 +43,6 @@ SELECT s.{{ subscription.user_id }} AS user_id,
     LEFT JOIN {{ token_plan }} tp ON tp.{{ token_plan.id }} = {{ subscription.token_plan_id("s") }}
     LEFT JOIN {{ full_plan }} fp ON fp.{{ full_plan.id }} = {{ subscription.full_plan_id("s") }}
     CROSS JOIN LATERAL (
-        SELECT {{ window_start("s") }} AS window_start, CAST({{ plan_tokens() }} AS bigint) AS plan_tokens
+        SELECT {{ window_start("s", at) }} AS window_start, CAST({{ plan_tokens() }} AS bigint) AS plan_tokens
     ) w
 {%- endmacro %}

@@ -19,6 +19,7 @@ from trueup.drift.explain_by_amounts import explain_by_amounts
 from trueup.drift.explain_by_rows import ledger_candidates
 from trueup.drift.hypotheses import Candidate, Candidates, candidate, combinations_of, explanation_of, less_certain
 from trueup.drift.lost_updates import Losses, losses_by_tokens
+from trueup.drift.period_reset import explain_reset
 
 
 def explain(drift: Drift, *, plan_sizes: frozenset[int], counter_limit: int, now: datetime) -> Explanation:
@@ -42,6 +43,9 @@ def explain(drift: Drift, *, plan_sizes: frozenset[int], counter_limit: int, now
     if drift.observed == 0 and drift.tokens < 0 and (ended or not drift.is_active):
         reason = "the subscription's end has passed" if ended else "the subscription is not active"
         return _whole("burned_at_expiry", drift, "likely", {"note": reason}, alternatives=("manual_edit",))
+    reset = None if solution and solution.exact else explain_reset(drift, plan_sizes)
+    if reset is not None:
+        return reset
     if solution:
         return explanation_of(drift, solution.chosen)
     return explain_by_amounts(drift, plan_sizes)

@@ -147,7 +147,6 @@ def open_hold(
     `TaskIdReusedError` while another request with this id has one, `InvalidInputError` for a malformed estimate
     and for a section that the host's log refuses, `SeveralSubscriptionsError`.
     """
-    require_section(connection, get_settings().host, section)
     row = _execute_open(
         connection,
         {
@@ -189,6 +188,7 @@ def open_hold(
 
 
 def _execute_open(connection: Connection, values: dict[str, Any]) -> Any:
+    require_section(connection, get_settings().host, values["section"])
     try:
         result = connection.execute(_OPEN, values)
     except IntegrityError as error:

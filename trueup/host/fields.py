@@ -24,6 +24,7 @@ from trueup.host.setting_values import (
     Keeper,
     PlanRule,
     PlanTokens,
+    Recurring,
     Table,
     Unlimited,
     Value,
@@ -228,6 +229,7 @@ class SubscriptionTable(Names):
     `counts`: "up" if the counter shows used tokens, "down" if it shows the tokens left; None: not set, as "down".
     `unlimited`: the values that mean no limit. `counter_kept_by`: "host" if
     a trigger of the host's lowers the counter for each log row, also for trueup's; None: not set, as "trueup".
+    `period`: how periods repeat; None: a period lasts until the host moves the start.
     """
 
     entry: ClassVar = TableEntry(
@@ -260,6 +262,7 @@ class SubscriptionTable(Names):
     counts: Direction = None
     unlimited: Unlimited = None
     counter_kept_by: Keeper = None
+    period: Recurring = None
 
     @model_validator(mode="before")
     @classmethod

@@ -4,12 +4,10 @@ The defaults are those of a Django application. A table may have its schema's na
 `trueup.host.setting_values` defines the settings that may replace a missing column.
 """
 
-import difflib
 import hashlib
 from typing import Annotated, Any, Self
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
-from pydantic import AfterValidator, BeforeValidator, model_validator
+from pydantic import BeforeValidator, model_validator
 
 from trueup.host.fields import (
     FIELDS,
@@ -25,28 +23,13 @@ from trueup.host.fields import (
     UsageLogTable,
     UserTable,
 )
-from trueup.host.setting_values import columns_of, quote_identifier, quote_table
+from trueup.host.setting_values import TimeZone, columns_of, quote_identifier, quote_table
 
 __all__ = ["HostMapping", "UserIdType", "quote_identifier", "quote_table"]
 
 UserIdType = IdType
 
 _IF_THERE = BeforeValidator(lambda given: {"table": None} if given is False else given)
-
-
-def _check_zone(name: str | None) -> str | None:
-    """Return the name of a time zone. Raises ValueError if there is no such zone."""
-    if name is None:
-        return None
-    try:
-        return ZoneInfo(name).key
-    except (ZoneInfoNotFoundError, ValueError, OSError):
-        near = difflib.get_close_matches(name, available_timezones(), n=1)
-        hint = f"did you mean {near[0]}?" if near else 'give a name such as "Asia/Tehran" or "UTC"'
-        raise ValueError(f"{name!r} is no time zone: {hint}") from None
-
-
-TimeZone = Annotated[str | None, AfterValidator(_check_zone)]
 
 
 class HostMapping(Names):

@@ -106,11 +106,12 @@ def _which_zone(mapping: HostMapping, read: Reader) -> Question | None:
     names = ", ".join(f"{column.table}.{column.name}" for column in columns)
     hints = [f"The server's sessions are in {row.server}"] if row.is_other else []
     hints += [f"the log's newest time lies {_hours(row.ahead)} ahead of now in UTC"] if is_ahead else []
+    example = row.server if row.is_other else "Asia/Tehran"
     return Question(
         setting="host.time_zone",
         what=f"{names} have no time zone, and trueup reads them as UTC. {' and '.join(hints)}",
-        remedy=f'set time_zone under [host] to the zone of these times ("{row.server if row.is_other else "Asia/Tehran"}", '
-        'for example), or to "UTC" if they are UTC',
+        remedy=f'set time_zone under [host] to the zone of these times ("{example}", for example), or to "UTC" if they '
+        "are UTC",
         is_blocking=True,
     )
 

@@ -1,8 +1,52 @@
 {# Facts about the host's rows. Each macro defines one fact for all statements that need it. #}
 
-{# The start of the window of the subscription `s`. Usage before it does not count. #}
-{% macro window_start(s) -%}
-coalesce({{ s }}.{{ subscription.start_date }}, '-infinity'::timestamptz)
+{# The start of the window of the subscription `s` at a time. Usage before it does not count. If periods repeat, it is the
+   start of the present one: it never lies after `at`, unless the subscription begins later, also where a change of clocks
+   repeats an hour. A start before the years that clients can represent does not repeat. #}
+{% macro window_start(s, at="statement_timestamp()") -%}
+{%- set start = s ~ "." ~ subscription.start_date -%}
+{%- if not subscription.anchor -%}
+coalesce({{ start }}, '-infinity'::timestamptz)
+{%- elif subscription.anchor == "first" -%}
+greatest({{ start }}, {{ latest_of(at, "0", "date_trunc('month', timezone(" ~ subscription.period_zone ~ ", " ~ at ~ "))") }})
+{%- else -%}
+CASE WHEN {{ start }} >= '0001-01-03'::timestamptz AND {{ start }} <= {{ at }} AND {{ at }} < '9999-12-31'
+     THEN greatest({{ start }}, {{ latest_of(at, months_between(start, at), local_start(s)) }})
+     ELSE coalesce({{ start }}, '-infinity'::timestamptz) END
+{%- endif -%}
+{%- endmacro %}
+
+{# The start of the subscription `s` by the clocks of its periods' zone, as a timestamp. #}
+{% macro local_start(s) -%}
+timezone({{ subscription.period_zone }}, {{ s }}.{{ subscription.start_date }}::timestamptz)
+{%- endmacro %}
+
+{# The calendar months from a time's month to that of `at`, in the zone of the periods. #}
+{% macro months_between(start, at) -%}
+CAST(12 * (extract(year FROM timezone({{ subscription.period_zone }}, {{ at }}))
+           - extract(year FROM timezone({{ subscription.period_zone }}, {{ start }}::timestamptz)))
+     + extract(month FROM timezone({{ subscription.period_zone }}, {{ at }}))
+     - extract(month FROM timezone({{ subscription.period_zone }}, {{ start }}::timestamptz)) AS integer)
+{%- endmacro %}
+
+{# That many months after a local time, as a time with a zone; a month earlier if that is after `at`. #}
+{% macro latest_of(at, months, local) -%}
+CASE WHEN timezone({{ subscription.period_zone }}, {{ local }} + make_interval(months => {{ months }})) <= {{ at }}
+     THEN timezone({{ subscription.period_zone }}, {{ local }} + make_interval(months => {{ months }}))
+     ELSE timezone({{ subscription.period_zone }}, {{ local }} + make_interval(months => {{ months }} - 1)) END
+{%- endmacro %}
+
+{# The starts of the repeating periods of `s` after one time and before another: at. A subquery's SELECT. #}
+{% macro period_starts(s, after, before) -%}
+SELECT p.at FROM (
+    SELECT timezone({{ subscription.period_zone }}, b.local + make_interval(months => k.months)) AS at
+    FROM (SELECT {% if subscription.anchor == "first" -%}
+                 date_trunc('month', timezone({{ subscription.period_zone }}, {{ after }})) AS local, {{ after }} AS since
+                 {%- else %}{{ local_start(s) }} AS local, {{ s }}.{{ subscription.start_date }} AS since{% endif %}) b
+    CROSS JOIN LATERAL generate_series(0, CASE
+        WHEN {{ after }} >= '0001-01-03' AND {{ before }} < '9999-12-31' AND b.since >= '0001-01-03'
+        THEN {{ months_between("b.since", before) }} END) k (months)) p
+WHERE p.at > {{ after }} AND p.at < {{ before }} AND p.at >= coalesce({{ s }}.{{ subscription.start_date }}, '-infinity')
 {%- endmacro %}
 
 {# The tokens that a host's figure of included tokens is worth: `no_limit` for a value that the mapping calls unlimited;
@@ -126,20 +170,20 @@ SELECT {{ countable("t.tokens") }} AS tokens FROM (
 {%- endmacro %}
 
 {# The usage of each subscription `w` in its window, where it has any: key, tokens; owed charges among it. `key`: what of
-   `w` names it. `range`: which log rows `l` are read, as a condition that begins with AND. #}
-{% macro used_in_windows(key, range) -%}
+   `w` names it. `range`: which log rows `l` are read, as a condition that begins with AND. `at`: the time of the window. #}
+{% macro used_in_windows(key, range, at="statement_timestamp()") -%}
 SELECT t.key, {{ countable("sum(t.tokens)") }} AS tokens
 FROM (
     SELECT {{ key }} AS key, sum(l.{{ usage_log.total_tokens }}) AS tokens
     FROM {{ subscription }} w
-    JOIN {{ usage_log }} l ON {{ is_counted("l", "w." ~ subscription.user_id, window_start("w")) }}
+    JOIN {{ usage_log }} l ON {{ is_counted("l", "w." ~ subscription.user_id, window_start("w", at)) }}
     WHERE true{{ range }}
     GROUP BY {{ key }}
     UNION ALL
     SELECT {{ key }}, o.total_tokens
     FROM {{ subscription }} w
     JOIN {{ trueup.owed_charge }} o ON o.user_id = w.{{ subscription.user_id }} AND o.success
-                                    AND o.used_at >= {{ window_start("w") }}
+                                    AND o.used_at >= {{ window_start("w", at) }}
 ) t
 GROUP BY t.key
 {%- endmacro %}

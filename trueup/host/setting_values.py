@@ -5,9 +5,11 @@ column, and `{expression = "…"}` is SQL over the row, with columns as `{row}.c
 except a compared column of the usage log.
 """
 
+import difflib
 import re
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from pydantic import (
     AfterValidator,
@@ -293,6 +295,48 @@ def _no_limit(given: object) -> object:
 
 
 Unlimited = Annotated[NoLimit | None, BeforeValidator(_no_limit)]
+
+
+def _check_zone(name: str | None) -> str | None:
+    """Return the name of a time zone. Raises ValueError if there is no such zone."""
+    if name is None:
+        return None
+    try:
+        return ZoneInfo(name).key
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        near = difflib.get_close_matches(name, available_timezones(), n=1)
+        hint = f"did you mean {near[0]}?" if near else 'give a name such as "Asia/Tehran" or "UTC"'
+        raise ValueError(f"{name!r} is no time zone: {hint}") from None
+
+
+TimeZone = Annotated[str | None, AfterValidator(_check_zone)]
+
+
+class Period(_Setting):
+    """How a subscription's period repeats.
+
+    `anchor`: "start_date", each month on the day of the start (the month's last day if it has no such day), or
+    "first", the first of each calendar month. `time_zone`: in which days begin; None: the mapping's.
+    """
+
+    every: Literal["month"]
+    anchor: Literal["start_date", "first"] = "start_date"
+    time_zone: TimeZone = None
+
+
+def _period(given: object) -> object:
+    """Raises ValueError for anything but a period."""
+    if given is None or isinstance(given, Period):
+        return given
+    try:
+        return Period.model_validate(given)
+    except ValidationError as error:
+        zone = next((fault["msg"] for fault in error.errors() if fault["loc"] == ("time_zone",)), None)
+        wanted = 'give {every = "month", anchor = "start_date" or "first", time_zone = "Asia/Tehran"}'
+        raise ValueError(f"time_zone: {zone}" if zone else wanted) from None
+
+
+Recurring = Annotated[Period | None, BeforeValidator(_period)]
 
 
 def read_counter(given: dict[str, Any]) -> dict[str, Any]:

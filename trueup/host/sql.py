@@ -152,6 +152,17 @@ class Subscription(HostTable):
         return bool(self._names.counts == "up")
 
     @property
+    def anchor(self) -> str | None:
+        """Return where repeating periods begin: "start_date" or "first"; None: periods do not repeat."""
+        return None if self._names.period is None else str(self._names.period.anchor)
+
+    @property
+    def period_zone(self) -> str:
+        """Return the zone in which the days of repeating periods begin, as an SQL string."""
+        period = self._names.period
+        return quote_literal((period and period.time_zone) or self._mapping.time_zone or "UTC")
+
+    @property
     def is_kept_by_host(self) -> bool:
         """Whether the host lowers the counter for each log row, also for the rows of trueup's calls."""
         return "host" in (self._names.counter_kept_by, self._mapping.usage_log.record)

@@ -35,8 +35,8 @@ class AttachPlan:
     `log_tables`: the log and its partitions. `fill_seconds`: estimated seconds to build the balances; None: the sample
     hit its time limit. `needed`: the rights for attaching. `lacking`: rights that the current role lacks, each with its
     GRANT statement. `lacking_to_work`: the rights that it lacks to run workers on the host's tables.
-    `host_triggers`: the host's own triggers that may change the counter or the log. `questions`: those that the host's
-    rows raise and the mapping does not answer.
+    `host_triggers`: the host's own triggers that may change the counter or the log. `questions`: what the host's rows
+    leave open and the mapping does not answer.
     """
 
     log: str

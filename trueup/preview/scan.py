@@ -270,7 +270,7 @@ _DRIFTED = """
            {{ subscription.counts_up | lower }} AS counts_up
     FROM ({{ entitlements("CAST(:at AS timestamptz)") }}) e
     LEFT JOIN (
-        {{ used_in_windows("w." ~ subscription.id, within("l." ~ usage_log.user_id)) }}
+        {{ used_in_windows("w." ~ subscription.id, within("l." ~ usage_log.user_id), "CAST(:at AS timestamptz)") }}
     ) u ON CAST(u.key AS text) = e.subscription_id
     WHERE e.user_id IS NOT NULL{{ within("e.user_id") }}
       AND e.plan_kind IS DISTINCT FROM 'unlimited'

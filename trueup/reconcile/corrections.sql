@@ -24,7 +24,7 @@ BEGIN
         LEFT JOIN trueup.balance b ON b.user_id = s.{{ subscription.user_id }}
         WHERE s.{{ subscription.user_id }} = ANY (refresh_balances.p_users)
           AND (b.user_id IS NULL
-               OR b.window_start <> {{ window_start("s") }}
+               OR b.window_start <> {{ window_start("s", "coalesce(refresh_balances.at, clock_timestamp())") }}
                OR b.log_epoch <> (SELECT trueup.log_epoch())
                OR EXISTS (SELECT FROM trueup.usage_delta d WHERE d.user_id = s.{{ subscription.user_id }})
                -- A grant has ended in this window, and the tokens it paid for are not recorded yet.

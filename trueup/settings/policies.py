@@ -22,6 +22,7 @@ DEFAULT_POLICIES: dict[str, Policy] = {
     "failed_usage_charged": "correct",
     "clamped_at_zero": "correct",
     "grant_not_in_counter": "correct",
+    "period_reset": "correct",
     "counter_null": "correct",
     # A figure below zero may mean unlimited (`subscription.unlimited`).
     "counter_negative": "review",
