@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
+from trueup.accounts.host_connection import HostConnection
 from trueup.accounts.subscriptions import several_subscriptions
 from trueup.accounts.user_ids import UserId
 
@@ -96,7 +97,7 @@ def read_account(connection: Connection, user_id: UserId, *, now: datetime | Non
 
 
 def read_decision(
-    connection: Connection, user_id: UserId, estimated_tokens: int, *, now: datetime | None = None
+    connection: Connection | HostConnection, user_id: UserId, estimated_tokens: int, *, now: datetime | None = None
 ) -> tuple[Account, str | None]:
     """Return the account and, from the same snapshot, the reason code why a task may not run (None: it may).
 

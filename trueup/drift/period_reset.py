@@ -22,8 +22,9 @@ def explain_reset(drift: Drift, plan_sizes: frozenset[int]) -> Explanation | Non
         and drift.tokens < 0
         and (rest == -reset.used_before or (not drift.counts_up and drift.observed == max(0, before - drift.consumed)))
     )
+    alternatives: tuple[str, ...] = ()
     if is_old:
-        note, alternatives = "the counter still shows the period before", ()
+        note = "the counter still shows the period before"
     elif rest > 0 and rest in put_back:
         note = "the counter was set to its full value after this usage of the period"
         evidence = drift.evidence
