@@ -224,6 +224,25 @@ def test_a_counter_of_used_tokens_is_told_by_its_name_and_confirmed_by_its_value
     assert answered.settings["subscription"]["counter"] == {"column": "tokens_left", "counts": "up"}
 
 
+def test_a_name_that_the_values_contradict_is_asked_about(
+    catalog_of: Connection,  # noqa: F811
+) -> None:
+    script(catalog_of, USED_HOST)
+    script(
+        catalog_of,
+        "INSERT INTO memberships SELECT i, i, 10000, 7000, now() - interval '1 day', NULL, true "
+        "FROM generate_series(2, 4) i; "
+        "INSERT INTO llm_calls SELECT gen_random_uuid(), i, 3000, 'm', 'OK', now() FROM generate_series(2, 4) i",
+    )
+    asked = discovered(catalog_of)
+    assert asked.mapping is None
+    [gap] = [gap for gap in asked.gaps if gap.stops == "everything"]
+    assert "equals the used tokens of 0 users, and the tokens left of 3. trueup reads it as used tokens" in gap.why
+    given = {"subscription": {"tokens_remaining": "tokens_used", "counts": "down"}}
+    answered = propose(catalog_of, read_catalog(catalog_of), given)
+    assert answered.settings["subscription"]["counter"] == {"column": "tokens_used", "counts": "down"}
+
+
 def test_a_host_whose_counter_counts_the_other_way_is_not_set_up(
     catalog_of: Connection,  # noqa: F811
 ) -> None:

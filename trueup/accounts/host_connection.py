@@ -53,7 +53,10 @@ class HostConnection:
         self.execute(_RESTORE, {f"new_{place}": getattr(before, f"old_{place}") for place in range(len(_SETTINGS))})
 
 
-_NEW = ", ".join(f"set_config('{name}', :new_{place}, true) AS now_{place}" for place, name in enumerate(_SETTINGS))
-_OLD = ", ".join(f"current_setting('{name}') AS old_{place}" for place, name in enumerate(_SETTINGS))
+# With the schema: the first statement is resolved in the host's search path.
+_NEW = ", ".join(
+    f"pg_catalog.set_config('{name}', :new_{place}, true) AS now_{place}" for place, name in enumerate(_SETTINGS)
+)
+_OLD = ", ".join(f"pg_catalog.current_setting('{name}') AS old_{place}" for place, name in enumerate(_SETTINGS))
 _SET = text(f"SELECT o.*, {_NEW} FROM (SELECT {_OLD} OFFSET 0) o")
 _RESTORE = text(f"SELECT {_NEW}")

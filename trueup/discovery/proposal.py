@@ -144,7 +144,8 @@ def propose(connection: Connection, catalog: Catalog, given: Mapping[str, Any] |
     stopped = [gap for gap in gaps if gap.stops == "everything"]
     mapping = None if stopped else HostMapping.model_validate({**types, **without, **drafts})
     if mapping is not None:
-        asked = [_asked(question) for question in open_questions(connection, mapping)]
+        said = "counts" in (given.get("subscription") or {})
+        asked = [_asked(question) for question in open_questions(connection, mapping, is_way_said=said)]
         gaps += asked
         mapping = None if asked else mapping
     counts = drafts.get("usage_log", {}).get("counts") or {}

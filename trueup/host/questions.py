@@ -36,18 +36,21 @@ class Question:
     is_blocking: bool = False
 
 
-def open_questions(connection: Connection, mapping: HostMapping) -> list[Question]:
-    """Return the questions that the host's rows raise. A question whose rows the role may not read is left out."""
+def open_questions(connection: Connection, mapping: HostMapping, *, is_way_said: bool = True) -> list[Question]:
+    """Return the questions that the host's rows raise. A question whose rows the role may not read is left out.
+
+    `is_way_said` False: a name, and no person, says which way the counter counts.
+    """
     driver: Any = connection.connection.driver_connection
     if driver.autocommit:  # each question is tried in a savepoint
         with connection.engine.begin() as own:
-            return open_questions(own, mapping)
+            return open_questions(own, mapping, is_way_said=is_way_said)
     found = []
     for ask in (_which_zone, _which_plans, _unlimited, _which_way):
         trial = connection.begin_nested()
         try:
             connection.execute(text(f"SET LOCAL statement_timeout = {SAMPLE_MILLISECONDS}"))
-            question = ask(mapping, Reader(connection=connection, mapping=mapping))
+            question = ask(mapping, Reader(connection=connection, mapping=mapping, is_way_said=is_way_said))
         except DBAPIError:
             if connection.invalidated:
                 raise
@@ -64,6 +67,7 @@ class Reader:
 
     connection: Connection
     mapping: HostMapping
+    is_way_said: bool
 
     def __call__(self, template: str, *, names: dict[str, Any] | None = None, **values: Any) -> Any:
         """Return the row. `names`: further names for the template; `values`: the statement's parameters."""
@@ -195,15 +199,16 @@ _WAY = """
 
 def _which_way(mapping: HostMapping, read: Reader) -> Question | None:
     names = mapping.subscription
-    if names.counts is not None:
+    if names.counts is not None and read.is_way_said:
         return None
     votes = read(_WAY, users=SAMPLE_USERS)
-    if votes.up <= votes.down:
+    counts_up = names.counts == "up"
+    if (votes.down <= votes.up) if counts_up else (votes.up <= votes.down):
         return None
     return Question(
         setting="host.subscription.counter",
         what=f"{names.table}.{names.tokens_remaining} equals the used tokens of {votes.up} users, and the tokens left "
-        f"of {votes.down}. trueup reads it as the tokens left",
+        f"of {votes.down}. trueup reads it as {'used tokens' if counts_up else 'the tokens left'}",
         remedy=f'set counter = {{column = "{names.tokens_remaining}", counts = "up"}} if it shows used tokens, or '
         'counts = "down" if it shows the tokens left',
         is_blocking=True,

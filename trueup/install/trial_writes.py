@@ -19,6 +19,7 @@ from trueup.host.sql import render_statement
 
 # The host's writers must not wait for a trial, nor the trial for them.
 _SHORT_WAIT = text("SET LOCAL lock_timeout = '50ms'")
+_OWN_PATH = text("SELECT pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true)")
 _CHECK_NOW = text("SET CONSTRAINTS ALL IMMEDIATE")
 _LOG_ROW = """
     {% from "host/search_path.sql" import role_search_path %}
@@ -128,6 +129,7 @@ def _moved_counter(connection: Connection, mapping: HostMapping) -> tuple[int, i
         row = render_statement(_LOG_ROW, mapping, of_one_user=True)
         connection.execute(row, {"section": _section(connection, mapping), "user": locked.user_id})
         connection.execute(_CHECK_NOW)
+        connection.execute(_OWN_PATH)  # the row's triggers ran in the role's
         after = connection.scalar(render_statement(_COUNTER, mapping), {"user": locked.user_id})
         return (locked.counter, after) if after != locked.counter else None
     except DBAPIError as error:
