@@ -136,6 +136,21 @@ def test_a_row_that_the_host_writes_before_the_charge_is_the_charges_row(
     assert_true(host, mapping)
 
 
+def test_a_row_that_is_older_than_the_call_is_not_its_row(
+    host: Host,
+    connection: Connection,
+    remap: Remap,  # noqa: F811
+) -> None:
+    remap(RECORDED_BY_HOST)
+    user = host.subscriber(1_000)
+    host.log(user, 300, at=datetime.now(UTC) - timedelta(minutes=1))
+    charge_tokens(connection, hold_tokens(connection, user, 600), 300)
+    assert read_account(connection, user).consumed == 600
+    host.log(user, 300, at=datetime.now(UTC))
+    hold_tokens(connection, user, 10)
+    assert (list_owed_charges(connection), read_account(connection, user).consumed) == ([], 600)
+
+
 def test_doctor_names_calls_that_the_host_never_logs(
     host: Host,
     connection: Connection,
