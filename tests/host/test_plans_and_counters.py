@@ -305,3 +305,47 @@ def test_a_negative_plan_or_counter_waits_for_a_person_unless_the_mapping_explai
     assert (run.drifted, run.corrected) == (1, 0)
     assert [item.cause for item in list_reviews(connection, "bigint")] == [cause]
     assert host.counter(user) == counter
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (
+            "tokens_included = 'sum'\ncounter = {column = 'tokens_remaining', counts = 'up'}\n"
+            "unlimited = {included = -1, counter = -1}\nperiod = {every = 'month', anchor = 'first'}"
+        ),
+        (
+            "tokens_included = 'quota'\ncounter = {column = 'tokens_remaining', counts = 'up'}\nunlimited = 'null'\n"
+            "period = {every = 'month', time_zone = 'Asia/Tehran'}"
+        ),
+        (
+            "tokens_included = {expression = '{row}.quota + 1'}\nunlimited = -1\ncounter_kept_by = 'host'\n"
+            "period = {every = 'month', anchor = 'first', time_zone = 'Asia/Tehran'}"
+        ),
+        "tokens_included = 'sum'\nunlimited = 0\nperiod = {every = 'month'}\n[host.usage_log]\nrecord = 'host'",
+    ],
+)
+def test_all_settings_of_a_subscription_work_together(
+    host: Host,
+    connection: Connection,
+    remap: Remap,  # noqa: F811
+    settings: str,
+) -> None:
+    mapping = remap(
+        f"[host.subscription]\n{settings}",
+        "ALTER TABLE billing_subscription ADD quota bigint DEFAULT 500",
+    )
+    user = with_both_plans(host, 300, 200, counter=0)
+    grant_tokens(connection, user, 50, reason="r", reference="r", by="ann")
+    hold = hold_tokens(connection, user, 400)
+    charge_tokens(connection, hold, 100)
+    assert close_hold(connection, hold) == "settled"
+    host.execute("UPDATE billing_subscription SET quota = 600, full_plan_id = NULL")
+    host.execute("UPDATE billing_subscription SET start_date = start_date + interval '1 day'")
+    assert read_account(connection, user).consumed == 100
+    found_by_scan(host, mapping)
+    reconcile(get_engine(), mapping, rules=NO_AGE, kind="deep")
+    for item in list_reviews(connection, mapping.user_id_type):
+        decide_drift(connection, item.id, "ignore", by="ann", note="n")
+    assert reconcile(get_engine(), mapping, rules=NO_AGE).defects == 0
+    assert_true(host, mapping)
