@@ -147,7 +147,7 @@ def _which_plans(mapping: HostMapping, read: Reader) -> Question | None:
         return None
     return Question(
         setting="host.subscription.tokens_included",
-        what=f"{users} subscriptions have a token plan and a full plan. trueup counts the token plan alone",
+        what=f"Some subscriptions ({users}) have a token plan and a full plan. trueup counts the token plan alone",
         remedy='set tokens_included = "sum" if both plans count, or "first" if the token plan counts alone',
     )
 
@@ -173,7 +173,7 @@ def _unlimited(mapping: HostMapping, read: Reader) -> Question | None:
         return None
     return Question(
         setting="host.subscription.unlimited",
-        what=f"{users} subscriptions include a number of tokens below 0. trueup lets them use none",
+        what=f"Some subscriptions ({users}) include a number of tokens below 0. trueup lets them use none",
         remedy="set unlimited = -1 if that value means no limit, or correct the plans",
     )
 
