@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DBAPIError
 
 from trueup.errors import InvalidInputError
@@ -41,13 +42,14 @@ _COLUMN = text(
 )
 _WORD = re.compile(r"'((?:[^']|'')*)'")
 
-_fitting: set[tuple[str, HostMapping, str]] = set()
+# By engine: the mapping for which a section was found to fit.
+_fitting: WeakKeyDictionary[Engine, dict[str, HostMapping]] = WeakKeyDictionary()
 
 
 def require_section(connection: Connection, mapping: HostMapping, section: str) -> None:
     """Raise `InvalidInputError` if the host's log refuses rows of this section. A section that fits is tried once."""
-    known = (str(connection.engine.url), mapping, section)
-    if known in _fitting:
+    known = _fitting.setdefault(connection.engine, {})
+    if known.get(section) is mapping:
         return
     column = _column(connection, mapping)
     if column is not None and not _fits(connection, mapping, column, section):
@@ -60,7 +62,7 @@ def require_section(connection: Connection, mapping: HostMapping, section: str) 
         else:
             remedy = "Use a value that the column takes"
         raise InvalidInputError(f"section: {log.table}.{log.section} does not take {section!r}. {remedy}.")
-    _fitting.add(known)
+    known[section] = mapping
 
 
 def usable_sections(connection: Connection, mapping: HostMapping) -> list[str]:
