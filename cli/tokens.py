@@ -214,6 +214,7 @@ def _facts(account: Account) -> dict[str, object]:
     return {
         "user": str(account.user_id),
         "active": account.is_active,
+        "unlimited": account.unlimited,
         "window_start": account.window_start,
         "end_date": account.end_date,
         "days_remaining": account.days_remaining,

@@ -180,6 +180,10 @@ def _lines(plan: AttachPlan) -> list[str]:
         "rights needed:",
         *(f"  {right}" for right in plan.needed),
     ]
+    if plan.host_triggers:
+        lines.append("triggers of the host's that may change the counter or the log:")
+        lines += [f"  {trigger}" for trigger in plan.host_triggers]
+    lines += [f"question: {question}" for question in plan.questions]
     for right, statement in plan.lacking:
         lines.append(f"this role lacks the right {right}; run: {statement};")
     if plan.lacking_to_work:
