@@ -101,7 +101,7 @@ def play(name: str, url: str, broker: str, home: Path) -> Ran:
     return ran
 
 
-@pytest.fixture(scope="module", params=["django", "fastapi"])
+@pytest.fixture(scope="module", params=["django", pytest.param("fastapi", marks=pytest.mark.long)])
 def ran(
     request: pytest.FixtureRequest, stack: StackUrls, admin_engine: Engine, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Ran]:
