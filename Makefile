@@ -10,6 +10,9 @@ STAMP := $(VENV)/.installed
 # pip and uv show their progress only in a terminal; a log gets one line.
 QUIET = $$(test -t 2 || echo --quiet)
 
+# Container images often set this. Without bytecode, each process that the tests start would compile 1,500 modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 JOBS ?= 4
 SEED ?= 1
 ROUNDS ?= 20
