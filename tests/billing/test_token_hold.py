@@ -248,7 +248,7 @@ def test_a_hold_is_usable_only_in_its_block_and_in_one_block_at_a_time(host: Hos
         ({"estimated_tokens": 1.5}, "estimated_tokens"),
         ({"feature_name": " "}, "feature_name"),
         ({"feature_name": None}, "feature_name"),
-        ({"section": "sales"}, "section"),
+        ({"section": ""}, "section"),
         ({"key": ""}, "key"),
         ({"user": "five"}, "user_id"),
     ],

@@ -204,7 +204,7 @@ def _work(users: list[int]) -> None:
 def _reconcile_and_decide(host: Host, users: list[int]) -> None:
     found = trueup_json("reconcile")
     assert found["corrected"] > 0
-    [waiting, *_] = trueup_json("drift", "review")
+    [waiting, *_] = trueup_json("drift", "review")["drifts"]
     trueup("drift", "ignore", waiting["id"], "--note", "known")
     trueup("drift", "undo", found["run_id"], "--note", "too early")
     trueup("reconcile", "--deep")

@@ -102,13 +102,14 @@ CASE WHEN {{ has_token }} THEN {{ worth(token) }} WHEN {{ has_full }} THEN {{ wo
 {%- endmacro %}
 
 {# The counter of the subscription `s`, as tokens that remain of `original`. This macro, `raw_counter`, `can_be_lowered`
-   and `lowered_counter` are all that know which way the host counts. #}
+   and `lowered_counter` are all that know which way the host counts. The sum, unlike a cast, refuses a column that the
+   host has made a text. #}
 {% macro counter(s, original) -%}
 {%- if subscription.counts_up -%}
 CASE WHEN {{ s }}.{{ subscription.tokens_remaining }} IS NOT NULL
      THEN {{ original }} - {{ in_range(s ~ "." ~ subscription.tokens_remaining) }} END
 {%- else -%}
-{{ s }}.{{ subscription.tokens_remaining }}::bigint
+{{ s }}.{{ subscription.tokens_remaining }} + 0::bigint
 {%- endif -%}
 {%- endmacro %}
 
