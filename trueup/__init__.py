@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from trueup.llm.streaming import astream_with_tokens, stream_with_tokens
     from trueup.tasks.metered import metered_task
     from trueup.usage.tracker import ai_usage, track_ai_usage
+    from trueup.worker.upkeep import add_upkeep
 
 __all__ = [
     "AsyncModel",
@@ -49,6 +50,7 @@ __all__ = [
     "TaskIdReusedError",
     "TokensDenied",
     "TrueupError",
+    "add_upkeep",
     "ai_tokens",
     "ai_usage",
     "astream_with_tokens",
@@ -78,6 +80,7 @@ _MODULES = {
     "TaskIdReusedError": "trueup.errors",
     "TokensDenied": "trueup.errors",
     "TrueupError": "trueup.errors",
+    "add_upkeep": "trueup.worker.upkeep",
     "ai_tokens": "trueup.billing.decorators",
     "ai_usage": "trueup.usage.tracker",
     "astream_with_tokens": "trueup.llm.streaming",

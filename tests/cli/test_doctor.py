@@ -45,7 +45,7 @@ def of(findings: list[dict[str, Any]], check: str) -> list[tuple[str, str]]:
 def test_without_a_worker_it_fails_and_says_how_to_start_one(queues: Celery) -> None:
     result = trueup("doctor", code=1)
     assert "celery -A trueup.worker worker -Q" in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("1 errors, ")
+    assert result.stdout.splitlines()[-1].startswith("1 error, ")
     lines = [line for line in result.stdout.splitlines() if line.startswith("│ ")]
     assert lines[0].startswith("│ error ")  # errors come first
 

@@ -96,9 +96,9 @@ def test_before_any_run_the_report_names_the_remedy(database: str) -> None:
     assert "Start one with `trueup reconcile`" in trueup("drift", "report", code=1).stderr
 
 
-@pytest.mark.parametrize("run", ["7", "0", "x"])
-def test_a_run_that_is_not_there_is_wrong_usage(database: str, run: str) -> None:
-    assert "run" in trueup("drift", "report", "--run", run, code=2).stderr
+@pytest.mark.parametrize(("run", "code"), [("7", 1), ("0", 2), ("x", 2)])
+def test_a_run_that_does_not_exist_is_named(database: str, run: str, code: int) -> None:
+    assert "run" in trueup("drift", "report", "--run", run, code=code).stderr
 
 
 def test_an_unknown_format_is_wrong_usage(database: str) -> None:

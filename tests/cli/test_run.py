@@ -48,7 +48,12 @@ class TestWithoutAWorker:
     def test_enqueueing_prints_json_when_asked_to(self, waiting: Callable[[], list[dict[str, Any]]]) -> None:
         printed = trueup_json("run", "dm", "--user", 7, EXAMPLES / "comment_product.json")
         [message] = waiting()
-        assert printed == {"task_id": message["id"], "task": "trueup.send_instagram_dm", "state": "ENQUEUED"}
+        assert printed == {
+            "schema_version": 1,
+            "task_id": message["id"],
+            "task": "trueup.send_instagram_dm",
+            "state": "ENQUEUED",
+        }
 
     @pytest.mark.parametrize(("suffix", "argument"), [("html", "html"), ("txt", "text")])
     def test_a_text_file_of_products_is_sent_as_text_and_any_other_as_html(

@@ -156,6 +156,11 @@ def test_the_manuals_examples_run(server: Server, path: str) -> None:
     assert server.post(path, None).status_code == 401
 
 
+def test_the_manuals_example_sees_a_subscription_before_its_commit(server: Server) -> None:
+    access = server.post("/manual/subscribe", RICH).json()
+    assert (access["has_access"], access["tokens_remaining"]) == (True, 2_000)
+
+
 def test_the_manuals_example_of_a_hold_charges_its_usage(server: Server, django_site: Site) -> None:
     before = django_site.host.used(RICH.id)
     assert server.post("/manual/hold", RICH).json() == {"summary": "of at most 1500"}

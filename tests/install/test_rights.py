@@ -139,7 +139,7 @@ def test_the_worker_holds_calls_charges_and_grants(ready: Site) -> None:
     track_ai_usage(user, section="chat", key="a", **figures)
     track_ai_usage(user, section="chat", key="b", success=False, error_message="refused", **figures)
     trueup("tokens", "grant", user, 100, "--reason", "gift", "--reference", "r1")
-    trueup("tokens", "revoke", user, trueup_json("tokens", "grants", user)[0]["id"], "--reason", "wrong")
+    trueup("tokens", "revoke", user, trueup_json("tokens", "grants", user)["grants"][0]["id"], "--reason", "wrong")
     assert ready.host.value("SELECT count(*) FROM ai_usage_log WHERE error_message = 'refused'") == 1
     assert ready.host.counter(user) == 9_690
 
@@ -154,7 +154,7 @@ def test_the_worker_reconciles_and_people_decide_through_it(ready: Site) -> None
     trueup("reconcile", "--jobs", 2)
     trueup("reconcile", "--deep")
     assert host.counter(missed) == 700
-    [item] = trueup_json("drift", "review")
+    [item] = trueup_json("drift", "review")["drifts"]
     assert item["user_id"] == shown
     trueup("drift", "accept", item["id"], "--note", "refunded")
     assert host.counter(shown) == 1_000

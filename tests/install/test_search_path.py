@@ -208,7 +208,7 @@ def _work(users: list[int]) -> None:
 def _reconcile_and_decide(host: Host, users: list[int]) -> None:
     found = trueup_json("reconcile")
     assert found["corrected"] > 0
-    assert trueup_json("drift", "review")
+    assert trueup_json("drift", "review")["drifts"]
     trueup("drift", "ignore", "--run", found["run_id"], "--yes", "--note", "known")
     trueup("drift", "undo", found["run_id"], "--note", "too early")
     trueup("reconcile", "--deep")

@@ -343,7 +343,7 @@ def test_the_check_command_reports_a_missing_run_by_its_exit_code(
 def test_the_list_of_alerts_shows_their_errors(webhook: HTTPServer, drifted: int) -> None:
     webhook.expect_request("/hook").respond_with_data("", status=500)
     check_alerts()
-    [alert] = trueup_json("alerts", "list", "--waiting")
+    [alert] = trueup_json("alerts", "list", "--waiting")["alerts"]
     assert (alert["key"], alert["status"], alert["attempts"]) == (f"run:{drifted}:tokens", "waiting", 1)
     assert "the webhook answered 500" in trueup("alerts", "list").stdout
 

@@ -13,6 +13,12 @@ BEGIN
     UPDATE trueup.window_change c SET plan_tokens = trueup.plan_size(c.token_plan_id, c.full_plan_id)
     WHERE c.user_id = p_user AND c.plan_tokens IS NULL;
     v_changed := FOUND;
+    {% if subscription.anchor %}
+    -- Periods that came and went since the newest record, with its plan.
+    INSERT INTO trueup.window_change (user_id, window_start, plan_tokens, changed_at)
+    SELECT p_user, t.at, t.plan_tokens, t.at FROM trueup.passed_periods(p_user, p_at) t ORDER BY t.at;
+    v_changed := v_changed OR FOUND;
+    {% endif %}
     -- Record changes without a trigger's record: the first window of a grant, or a new size of the plan. One statement
     -- has one snapshot: it sees a change by the host in both tables or in neither.
     INSERT INTO trueup.window_change (user_id, window_start, plan_tokens, changed_at)

@@ -48,7 +48,8 @@ def difference(drift: Drift, in_flight: int) -> int:
 
     `in_flight`: tokens of usage whose decrements may still arrive. They can't lower the counter below zero.
     """
-    return (drift.observed or 0) - max(0, drift.original - drift.consumed + in_flight)
+    lowest = min(0, drift.expected)  # below 0 only if the counter shows used tokens
+    return (drift.observed or 0) - max(lowest, drift.original - drift.consumed + in_flight)
 
 
 def decide(
@@ -80,7 +81,7 @@ def decide(
     if policy == "review" or doubt is not None:
         return _review(doubt or f"policy of {explanation.cause}")
     write = (drift.observed or 0) - off_by
-    if counter_limit is not None and write > counter_limit:
+    if counter_limit is not None and drift.written(write) > counter_limit:
         return Verdict(policy="report", reason="the counter's column can't hold the right value")
     kept = f", {in_flight} tokens in flight kept" if in_flight else ""
     return Verdict(policy="correct", write=write, reason=f"policy of {explanation.cause}{kept}")
@@ -93,7 +94,7 @@ def _by_component(
     reasons = {place: _doubt_about(part, rules) for place, part in enumerate(explanation.components)}
     held = tuple(part for place, part in enumerate(explanation.components) if reasons[place] is not None)
     held_back = sum(part.tokens for part in held)
-    write = max(0, drift.original - drift.consumed + in_flight + held_back)
+    write = max(min(0, drift.expected), drift.original - drift.consumed + in_flight + held_back)
     reason = next((reason for reason in reasons.values() if reason), "")
     changed = write != drift.observed and len(held) < len(explanation.components)
     if changed and rules.max_correction is not None and abs(write - (drift.observed or 0)) > rules.max_correction:
@@ -103,7 +104,7 @@ def _by_component(
             return Verdict(policy="report", action="ignored", reason=reason)
         in_review = any(not part.is_ignored and rules.policy_of(part.cause) != "report" for part in held)
         return _review(reason) if in_review else Verdict(policy="report", reason=reason)
-    if counter_limit is not None and write > counter_limit:
+    if counter_limit is not None and drift.written(write) > counter_limit:
         return Verdict(policy="report", reason="the counter's column can't hold the right value")
     kept = f", {in_flight} tokens in flight kept" if in_flight else ""
     kept += f", {held_back} tokens left for a decision" if held else ""

@@ -14,7 +14,7 @@ from trueup.drift import weights
 from trueup.drift.causes import Cause, Component, Explanation
 from trueup.drift.detect import Drift
 from trueup.drift.evidence import moment_of
-from trueup.drift.matching import HORIZON, BrokenChainError, Found, match_pairs
+from trueup.drift.matching import HORIZON, PAYMENT_HORIZON, BrokenChainError, Found, match_pairs
 from trueup.drift.story import Entry, Grant, Payment, Story, Usage, moment, shown
 
 # The SQL reads at most so many entries and rows.
@@ -82,15 +82,12 @@ def explain_by_journal(drift: Drift, plan_sizes: frozenset[int]) -> Explanation 
     None: it does not reach back to the last known point, it has a hole, or it does not account for the whole drift.
     """
     document = drift.story
-    if document is None or (drift.observed or 0) < 0 or max(len(document["entries"]), len(document["usage"])) >= MOST:
-        return None
-    entries = [_entry(row, document["plans"]) for row in document["entries"]]
-    context = _entry(document["context"], document["plans"]) if document["context"] else None
-    begun = _new_period(context, entries)
-    anchor = _anchor(document, begun, entries)
-    if anchor is None:
+    if document is None or drift.is_negative or max(len(document["entries"]), len(document["usage"])) >= MOST:
         return None
     story = story_of(drift, document, plan_sizes)
+    anchor = _repeated_anchor(story, document) if document["repeats"] else _anchor(story, document)
+    if anchor is None:
+        return None
     try:
         found = list(_since(anchor, story, document))
     except BrokenChainError:
@@ -115,18 +112,23 @@ def explain_by_journal(drift: Drift, plan_sizes: frozenset[int]) -> Explanation 
     )
 
 
-def _entry(row: Sequence[Any], plans: dict[str, int]) -> Entry:
+def _entry(row: Sequence[Any], document: dict[str, Any], *, counts_up: bool) -> Entry:
     number, old, new, at, kind, window, plan, transaction, application, writer = row
+    sign = -1 if counts_up else 1
     return Entry(
-        id=number, old=old, new=new, at=float(at), kind=kind, window=window, plan=plan, plan_tokens=plans.get(plan),
-        transaction=transaction, application=application, writer=writer,
+        id=number, old=sign * old, new=sign * new, at=float(at), kind=kind, plan=plan,
+        # Periods that repeat begin without a change of the subscription: see _repeated_anchor().
+        window="" if document["repeats"] else window,
+        # A plan does not change how much is used.
+        plan_tokens=0 if counts_up else document["plans"].get(plan),
+        transaction=transaction, application=application, writer=writer, counts_up=counts_up,
     )  # fmt: skip
 
 
 def story_of(drift: Drift, document: dict[str, Any], plan_sizes: frozenset[int]) -> Story:
     """Return the story that `trueup.counter_stories` has read, for the counter of `drift`."""
-    entries = [_entry(row, document["plans"]) for row in document["entries"]]
-    context = _entry(document["context"], document["plans"]) if document["context"] else None
+    entries = [_entry(row, document, counts_up=drift.counts_up) for row in document["entries"]]
+    context = _entry(document["context"], document, counts_up=drift.counts_up) if document["context"] else None
     ended = drift.end_date.timestamp() if drift.end_date and drift.end_date < drift.seen_at else None
     return Story(
         entries=[context, *entries] if context else entries,
@@ -140,14 +142,15 @@ def story_of(drift: Drift, document: dict[str, Any], plan_sizes: frozenset[int])
             for row in document["payments"]
         ],
         payments_mapped=document.get("payments_mapped", drift.evidence.purchases_mapped),
-        grants=[Grant(id=row[0], tokens=row[1], at=float(row[2])) for row in document["grants"]],
+        grants=[Grant(id=row[0], tokens=row[1], at=float(row[2])) for row in document["grants"] if not drift.counts_up],
         plan_sizes=plan_sizes,
         young_since=drift.seen_at.timestamp() - document["min_age"],
         ended_at=ended if drift.is_active else 0.0,
+        stops_at_zero=not drift.counts_up,
     )
 
 
-def _new_period(context: Entry | None, entries: list[Entry]) -> int | None:
+def _new_period(context: Entry | None, entries: Sequence[Entry]) -> int | None:
     """Return the place of the last entry of the transaction that began the present period; None: an earlier one did."""
     before, begun = context, None
     for place, entry in enumerate(entries):
@@ -161,8 +164,10 @@ def _new_period(context: Entry | None, entries: list[Entry]) -> int | None:
     return begun
 
 
-def _anchor(document: dict[str, Any], begun: int | None, entries: list[Entry]) -> Anchor | None:
+def _anchor(story: Story, document: dict[str, Any]) -> Anchor | None:
     kind, at = document["kind"], document["at"]
+    entries = story.entries[int(story.has_context) :]
+    begun = _new_period(story.entries[0] if story.has_context else None, entries)
     if begun is not None and (kind == "window" or entries[begun].at > float(at)):
         first, began = entries[begun], moment_of(entries[begun].window)
         # A subscription that was imported, or whose period began long before, has a past that no entry shows.
@@ -172,6 +177,35 @@ def _anchor(document: dict[str, Any], begun: int | None, entries: list[Entry]) -
         return Anchor(at=first.at, position=first.id, begins_period=True)
     if kind == "window" or float(at) < float(document["journal_since"]):
         return None
+    return _anchor_in_period(document)
+
+
+def _repeated_anchor(story: Story, document: dict[str, Any]) -> Anchor | None:
+    """Return the last known point of a counter whose periods repeat. None: the journal does not tell it."""
+    at = float(document["at"])
+    if any(entry.kind != "changed" for entry in story.entries[int(story.has_context) :]):
+        return None
+    if document["kind"] != "window":
+        return None if at < float(document["journal_since"]) else _anchor_in_period(document)
+    entries = [entry for entry in story.entries if entry.at >= at]
+    before = next((entry for entry in reversed(story.entries) if entry.at < at), None)
+    if before is None:
+        return None
+    reset = next((entry for entry in entries if entry.change and entry.new == entry.plan_tokens), None)
+    if reset is not None:
+        return Anchor(at=reset.at, position=reset.id, begins_period=True)
+    if before.plan_tokens is None or any(entry.change > 0 and entry.writer == "host" for entry in entries):
+        return None  # a purchase, perhaps
+    carried: tuple[Component, ...] = ()
+    if before.new != before.plan_tokens:
+        evidence = {"note": "the counter still shows the period before", "entries": [shown(before)]}
+        tokens = before.new - before.plan_tokens
+        carried = (Component(cause="period_reset", tokens=tokens, certainty="inferred", evidence=evidence),)
+    return Anchor(at=at, position=before.id, carried=carried)
+
+
+def _anchor_in_period(document: dict[str, Any]) -> Anchor:
+    kind, at = document["kind"], document["at"]
     if kind != "drift":
         return Anchor(at=float(at), is_clean=kind == "run")
     seen = document["seen"]
@@ -202,7 +236,7 @@ def _since(anchor: Anchor, story: Story, document: dict[str, Any]) -> Iterator[F
     entries = story.entries
     if anchor.begins_period:
         place = next(place for place, entry in enumerate(entries) if entry.id == anchor.position)
-        yield from _of_period(story, place)
+        yield from _of_period(story, place, repeats=document["repeats"])
         entries = story.entries[place:]
         story = replace(story, has_context=True)
     found, pairs = match_pairs(replace(story, entries=entries))
@@ -239,7 +273,7 @@ def _is_new(anchor: Anchor, found: Found) -> bool:
     return any(anchor.is_new(str(row.get("log_id")), found.at) for row in found.rows) or found.at > anchor.at
 
 
-def _of_period(story: Story, place: int) -> Iterator[Found]:
+def _of_period(story: Story, place: int, *, repeats: bool) -> Iterator[Found]:
     """Yield how much the counter differed from the plan when the period began."""
     entry = story.entries[place]
     first = place
@@ -250,12 +284,24 @@ def _of_period(story: Story, place: int) -> Iterator[Found]:
     off = entry.new - ((entry.plan_tokens or 0) - used)
     if not off:
         return
+    more = {"counter_before": entry.written(old), "plan_tokens": entry.plan_tokens}
+    if repeats and off == used:
+        note = "the counter was set to its full value after this usage of the period"
+        others = ("credit_without_grant",) if _may_be_bought(story, off, entry.at) else ()
+        yield Found(cause="period_reset", tokens=off, at=entry.at, entries=(entry,), note=note, certainty="inferred",
+                    others=others, more=more)  # fmt: skip
+        return
     cause: Cause = "carried_over_tokens" if 0 < off <= old else "manual_edit"
     note = "the counter was not set to the plan's tokens when this period began"
     yield Found(
-        cause=cause, tokens=off, at=entry.at, entries=(entry,), note=note, certainty="inferred",
-        more={"counter_before": old, "plan_tokens": entry.plan_tokens},
+        cause=cause, tokens=off, at=entry.at, entries=(entry,), note=note, certainty="inferred", more=more,
     )  # fmt: skip
+
+
+def _may_be_bought(story: Story, tokens: int, at: float) -> bool:
+    return tokens in story.plan_sizes or any(
+        one.tokens == tokens and abs(one.at - at) <= PAYMENT_HORIZON for one in story.payments
+    )
 
 
 def _rest(anchor: Anchor, story: Story, rest: int) -> Found | None:
@@ -265,7 +311,7 @@ def _rest(anchor: Anchor, story: Story, rest: int) -> Found | None:
     """
     after = next((entry for entry in story.entries if anchor.is_after(entry)), None)
     value = after.old if after else (story.entries[-1].new if story.entries else None)
-    if rest > 0 and value == 0:
+    if rest > 0 and value == 0 and story.stops_at_zero:
         note = "the counter was at zero already, and the usage was larger than the plan"
         return Found(cause="clamped_at_zero", tokens=rest, at=anchor.at, certainty="inferred", note=note)
     return None

@@ -14,7 +14,8 @@ from trueup.host.mapping import HostMapping
 _STORY = text(
     """
     SELECT a.user_id, a.subscription_id, a.is_active, a.end_date, a.original, a.consumed, a.counter AS observed,
-           greatest(a.original - a.consumed, 0) AS expected, statement_timestamp() AS seen_at, s.story
+           trueup.right_counter(a.original, a.consumed) AS expected, trueup.right_counter(0, 1) < 0 AS counts_up,
+           statement_timestamp() AS seen_at, s.story
     FROM trueup.accounts(statement_timestamp()) a
     CROSS JOIN LATERAL trueup.counter_stories(ARRAY[a.user_id], ARRAY[a.subscription_id], ARRAY[a.window_start],
                                               statement_timestamp()) s

@@ -25,7 +25,8 @@
                             AND c.decision <> 'ignore')
     ), anchors AS MATERIALIZED (
         SELECT w.user_id, w.subscription_id, w.window_start, a.kind, a.at, a.position, a.seen, j.since AS journal_since,
-               greatest(CASE WHEN a.kind = 'window' THEN '-infinity' ELSE a.at - interval '10 minutes' END, j.since) AS since
+               greatest(CASE WHEN a.kind = 'window' THEN {{ "a.at" if subscription.anchor else "'-infinity'" }}
+                             ELSE a.at - interval '10 minutes' END, j.since) AS since
         FROM wanted w
         CROSS JOIN (SELECT trueup.journal_since() AS since) j
         JOIN base_points b ON b.user_id = w.user_id
@@ -73,7 +74,11 @@ RETURNS jsonb LANGUAGE sql STABLE AS $$
     ORDER BY e.at DESC LIMIT 1
 $$;
 
--- The log rows of a user since that time, and the owed charges: id, tokens, time, whether it counts, whether it is trueup's.
+{# Whether trueup lowers the counter for its calls. Else the host does, as for its own. #}
+{% set lowers = "false" if subscription.is_kept_by_host or usage_log.is_written_by_host else "true" %}
+
+-- The log rows of a user since that time, and the owed charges: id, tokens, time, whether it counts, whether trueup lowers
+-- the counter for it.
 CREATE OR REPLACE FUNCTION trueup.story_usage(
     p_user {{ user_id_type }}, p_since timestamptz, p_window timestamptz, OUT found jsonb
 ) LANGUAGE sql STABLE AS $$
@@ -89,11 +94,11 @@ CREATE OR REPLACE FUNCTION trueup.story_usage(
     )
     SELECT jsonb_agg(t.found) FROM (
         SELECT jsonb_build_array(r.id, r.tokens, extract(epoch FROM r.at), coalesce(r.success, false) AND r.at >= p_window,
-                                 r.id IN (SELECT o.log_id FROM own o)) AS found
+                                 {{ lowers }} AND r.id IN (SELECT o.log_id FROM own o)) AS found
         FROM rows r
         UNION ALL
         SELECT jsonb_build_array(o.log_id, o.total_tokens, extract(epoch FROM o.used_at), o.success AND o.used_at >= p_window,
-                                 true)
+                                 {{ lowers }})
         FROM trueup.owed_charge o WHERE o.user_id = p_user AND o.used_at >= p_since) t
 $$;
 
@@ -122,6 +127,7 @@ CREATE OR REPLACE FUNCTION trueup.counter_stories(
            jsonb_build_object(
                'kind', a.kind, 'at', extract(epoch FROM a.at), 'position', a.position, 'seen', a.seen,
                'journal_since', extract(epoch FROM a.journal_since), 'snapshot_at', p_at,
+               'repeats', {{ "true" if subscription.anchor else "false" }},
                'last_entry', (SELECT max(e.id) FROM trueup.counter_entry e
                               WHERE e.user_id = a.user_id AND e.subscription_id = a.subscription_id),
                'context', c.found, 'entries', coalesce(e.found, '[]'), 'plans', coalesce(e.plans, '{}'),

@@ -130,7 +130,7 @@ class _Matcher:
                 tokens, distance = left[row][1], abs(times[row] - entry.at)
                 if tokens == -entry.change:
                     meant.append((0, distance, place, row))
-                elif entry.new == 0 and tokens > entry.old:
+                elif self._is_emptied(entry) and tokens > entry.old:
                     meant.append((2, distance, place, row))
                 else:
                     held = self._held_before(place) if held is None else held
@@ -144,6 +144,10 @@ class _Matcher:
         lowered = sum(entry.change < 0 and entry.writer == "host" for entry in self.entries)
         # A host that writes such rows writes one for each decrement.
         self.has_decrements = 2 * len(self.amounts) >= lowered and bool(self.amounts)
+
+    def _is_emptied(self, entry: Entry) -> bool:
+        """Return whether the counter reached zero and would have stopped there."""
+        return entry.new == 0 and self.story.stops_at_zero
 
     def _amount(self, place: int) -> int:
         """Return what the entry meant to subtract."""
@@ -200,7 +204,7 @@ class _Matcher:
         """The entry's decrement row says what it meant to subtract, and the counter changed by another amount."""
         entry, tokens = self.entries[place], self.amounts[place]
         row: dict[str, Any] = {"decrement_id": self.named[place], "tokens": tokens}
-        if entry.new == 0 and tokens > entry.old:
+        if self._is_emptied(entry) and tokens > entry.old:
             # Another value that it may have read would share the same tokens between the two causes.
             others = ("stale_write",) if any(value < tokens for value in self._held_before(place)) else ()
             return Found(
@@ -212,13 +216,13 @@ class _Matcher:
         after = self._held_before(place)[read]
         return Found(
             cause="stale_write", tokens=read - entry.old, at=entry.at, rows=(row,), note=_STALE,
-            entries=(entry, *self.entries[after:place]), more={"read_value": read},
+            entries=(entry, *self.entries[after:place]), more={"read_value": entry.written(read)},
         )  # fmt: skip
 
     def _is_partial(self, place: int) -> bool:
         """Return whether the entry subtracted, without a right, all that the counter had: less than it meant to."""
         entry = self.entries[place]
-        return place not in self.row_of and entry.new == 0 and self._amount(place) > entry.old
+        return place not in self.row_of and self._is_emptied(entry) and self._amount(place) > entry.old
 
     def _charged(self, place: int) -> int:
         """Return the tokens that the entry subtracted without a right."""
@@ -262,7 +266,7 @@ class _Matcher:
         """The counter held less than the request cost, and stopped at zero."""
         entry = self.entries[place]
         # The host may have inserted a decrement row of what it subtracted, or none.
-        if entry.new != 0 or self.amounts.get(place, -entry.change) != -entry.change:
+        if not self._is_emptied(entry) or self.amounts.get(place, -entry.change) != -entry.change:
             return None
         if self.has_decrements and place not in self.amounts:
             return None
@@ -347,7 +351,7 @@ class _Matcher:
             certainty="inferred" if others else "proven",
             entries=(entry, *best.overwritten), rows=(_row(row),) if row else (),
             note=_STALE,
-            more={"read_value": best.value, **({"_row": best.row} if row else {})},
+            more={"read_value": entry.written(best.value), **({"_row": best.row} if row else {})},
         )  # fmt: skip
 
     def _stale_readings(self, place: int) -> Iterator[_Stale]:
@@ -430,7 +434,7 @@ class _Matcher:
         """No row explains the entry. From an application that never lowers counters for requests, it is an edit."""
         entry = self.entries[place]
         ended = self.story.ended_at
-        if entry.new == 0 and ended is not None and entry.at >= ended:
+        if self._is_emptied(entry) and ended is not None and entry.at >= ended:
             return Found(cause="burned_at_expiry", tokens=entry.change, at=entry.at, entries=(entry,))
         is_usual = entry.application in self.usual
         note = "no log row, decrement or payment explains this change"
@@ -497,7 +501,7 @@ class _Matcher:
         # trueup's own charge lowers the counter at once, or not at all.
         if row.at >= self.story.young_since and not row.own:
             return Found(cause="missed_decrement", tokens=row.tokens, at=row.at, rows=(_row(row),), is_young=True)
-        if self._value_at(row.at) == 0:
+        if self.story.stops_at_zero and self._value_at(row.at) == 0:
             note = "the counter was at zero already"
             return Found(cause="clamped_at_zero", tokens=row.tokens, at=row.at, rows=(_row(row),), note=note)
         for place, (at, tokens, name) in enumerate(self.without_entry):
@@ -520,7 +524,7 @@ class _Matcher:
         if row.tokens == self._amount(place):
             return True
         entry = self.entries[place]
-        return place not in self.amounts and entry.new == 0 and row.tokens > entry.old
+        return place not in self.amounts and self._is_emptied(entry) and row.tokens > entry.old
 
     def _near(self, entry: Entry) -> range:
         begin = bisect_left(self.row_times, entry.at - HORIZON)

@@ -14,8 +14,10 @@ from typing import Any
 class Entry:
     """One change of the counter. A null counter counts as 0.
 
-    `kind`: created, changed or deleted. `window`, `plan`: the period and the plans after it. `plan_tokens`: what the
-    plans include; None: not looked up, because the plans stayed. `writer`: host, charge or correction.
+    `old`, `new`: a higher value is more tokens for the user. `counts_up`: the host's counter shows used tokens, and
+    these are its negatives. `kind`: created, changed or deleted. `window`, `plan`: the period and the plans after it.
+    `plan_tokens`: what the plans include; None: not looked up, because the plans stayed. `writer`: host, charge or
+    correction.
     """
 
     id: int
@@ -29,6 +31,11 @@ class Entry:
     transaction: int = 0
     application: str = ""
     writer: str = "host"
+    counts_up: bool = False
+
+    def written(self, value: int) -> int:
+        """Return the value of the host's counter that this is."""
+        return -value if self.counts_up else value
 
     @property
     def change(self) -> int:
@@ -37,7 +44,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
-    """A log row. `counts`: it is usage of this period. `own`: trueup wrote it, and lowers the counter itself."""
+    """A log row. `counts`: it is usage of this period. `own`: trueup lowers the counter for it."""
 
     id: str
     tokens: int
@@ -72,7 +79,8 @@ class Story:
 
     `entries`: the first one may be the last of the time before, which only tells the period and the plan then: see
     `has_context`. `decrements`: the host's decrement rows as (id, tokens, at). `young_since`: the decrement of a later
-    log row may still arrive. `ended_at`: when the subscription ended; None: it did not.
+    log row may still arrive. `ended_at`: when the subscription ended; None: it did not. `stops_at_zero`: the host
+    does not lower the counter below zero.
     """
 
     entries: Sequence[Entry] = ()
@@ -85,6 +93,7 @@ class Story:
     young_since: float = float("inf")
     ended_at: float | None = None
     has_context: bool = False
+    stops_at_zero: bool = True
 
 
 def moment(at: float) -> str:
@@ -99,8 +108,8 @@ def shown(entry: Entry) -> dict[str, Any]:
     """Return an entry for the evidence of a report."""
     return {
         "entry_id": entry.id,
-        "old": entry.old,
-        "new": entry.new,
+        "old": entry.written(entry.old),
+        "new": entry.written(entry.new),
         "at": moment(entry.at),
         "application_name": entry.application,
     }

@@ -49,11 +49,11 @@ def _changes(entry: Entry) -> Iterator[str]:
     by = f" by {entry.application!r}" if entry.application and entry.writer == "host" else ""
     match entry.kind:
         case "created":
-            yield f"The subscription began with {entry.new:,}{by}"
+            yield f"The subscription began with {entry.written(entry.new):,}{by}"
         case "deleted":
-            yield f"The subscription ended with {entry.old:,}{by}"
+            yield f"The subscription ended with {entry.written(entry.old):,}{by}"
         case _:
-            yield f"{entry.old:,} → {entry.new:,}{by}"
+            yield f"{entry.written(entry.old):,} → {entry.written(entry.new):,}{by}"
 
 
 def _reasons(entry: Entry, row: Usage | None, reasons: list[Found]) -> Iterator[str]:

@@ -1,11 +1,23 @@
-{% from "host/rows.sql" import own_row_mark, plan_ids, window_start %}
+{% from "host/rows.sql" import own_row_mark, period_starts, plan_ids, window_start %}
 -- The function of the subscriptions' trigger. It appends every change of a counter to the journal (trueup.counter_entry), and
 -- the windows and plans of users with grants to trueup.window_change, in the host's own transaction, so none is missed.
 
 {# The columns of a subscription whose change is recorded. The cast fails if the counter does not fit into an entry. #}
 {% macro recorded(s) -%}
-{{ s }}.{{ subscription.tokens_remaining }}::bigint, {{ s }}.{{ subscription.user_id }}, {{ window_start(s) }}, {{ plan_ids(s) }},
+{{ s }}.{{ subscription.tokens_remaining }}::bigint, {{ s }}.{{ subscription.user_id }}, {{ window_start(s, "clock_timestamp()") }}, {{ plan_ids(s) }},
                                   {{ s }}.{{ subscription.id }}
+{%- endmacro %}
+
+{# Append the repeating periods of `s` between the newest record and the present one, if its user has grants. #}
+{% macro record_passed_periods(s) -%}
+INSERT INTO trueup.window_change (user_id, window_start, token_plan_id, full_plan_id, changed_at)
+            SELECT {{ s }}.{{ subscription.user_id }}, t.at, {{ plan_ids(s) }}, t.at
+            FROM (SELECT c.window_start FROM trueup.window_change c WHERE c.user_id = {{ s }}.{{ subscription.user_id }}
+                  ORDER BY c.id DESC LIMIT 1) n
+            CROSS JOIN LATERAL (
+                {{ period_starts(s, "n.window_start", window_start(s, "clock_timestamp()")) }}) t
+            WHERE EXISTS (SELECT FROM trueup.token_grant g WHERE g.user_id = {{ s }}.{{ subscription.user_id }})
+            ORDER BY t.at;
 {%- endmacro %}
 
 {# Append the window of the subscription row `s`, if its user has grants.
@@ -14,8 +26,12 @@ A trigger dates the change by the server's clock, as all functions of trueup do 
 the host's clock. If the clocks differ by some seconds, usage in these seconds may count against the plan before or
 after the change. Nothing else depends on it, because windows begin at `start_date`. #}
 {% macro record_window(s) -%}
+{% if subscription.anchor -%}
+-- First the periods that came and went since the newest record, with the plan that counted until now.
+            {{ record_passed_periods(s) }}
+            {% endif -%}
 INSERT INTO trueup.window_change (user_id, window_start, token_plan_id, full_plan_id, changed_at)
-            SELECT {{ s }}.{{ subscription.user_id }}, {{ window_start(s) }}, {{ plan_ids(s) }}, clock_timestamp()
+            SELECT {{ s }}.{{ subscription.user_id }}, {{ window_start(s, "clock_timestamp()") }}, {{ plan_ids(s) }}, clock_timestamp()
             WHERE EXISTS (SELECT FROM trueup.token_grant g WHERE g.user_id = {{ s }}.{{ subscription.user_id }});
 {%- endmacro %}
 
@@ -24,7 +40,7 @@ INSERT INTO trueup.window_change (user_id, window_start, token_plan_id, full_pla
 INSERT INTO trueup.counter_entry (user_id, subscription_id, kind, old_counter, new_counter, window_start, token_plan_id,
                                           full_plan_id, at, transaction_id, backend_pid, application_name, written_by)
         VALUES ({{ s }}.{{ subscription.user_id }}, {{ s }}.{{ subscription.id }}::text, '{{ kind }}', {{ before }}, {{ after }},
-                {{ window_start(s) }}, {{ plan_ids(s) }}, clock_timestamp(), pg_current_xact_id()::text::bigint,
+                {{ window_start(s, "clock_timestamp()") }}, {{ plan_ids(s) }}, clock_timestamp(), pg_current_xact_id()::text::bigint,
                 pg_backend_pid(), current_setting('application_name'), {{ writer }});
 {%- endmacro %}
 {% set before, after = "OLD." ~ subscription.tokens_remaining, "NEW." ~ subscription.tokens_remaining %}
@@ -39,7 +55,7 @@ INSERT INTO trueup.counter_entry (user_id, subscription_id, kind, old_counter, n
 -- right on trueup's schema. If the subscription itself states the tokens, they are recorded in place of the plan: see
 -- trueup.plan_size. An entry is trueup's own if its transaction has the mark, which only trueup can compute.
 CREATE OR REPLACE FUNCTION trueup.append_window() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = {{ time_zone }} AS $$
 DECLARE
     v_state text;
 BEGIN
@@ -48,8 +64,8 @@ BEGIN
             v_state := CASE WHEN ({{ recorded("OLD") }})
                                  IS NOT DISTINCT FROM ({{ recorded("NEW") }})
                                  OR to_regclass('trueup.counter_entry') IS NULL THEN 'same'
-                            WHEN (OLD.{{ subscription.user_id }}, {{ window_start("OLD") }}, {{ plan_ids("OLD") }})
-                                 IS NOT DISTINCT FROM (NEW.{{ subscription.user_id }}, {{ window_start("NEW") }},
+                            WHEN (OLD.{{ subscription.user_id }}, {{ window_start("OLD", "clock_timestamp()") }}, {{ plan_ids("OLD") }})
+                                 IS NOT DISTINCT FROM (NEW.{{ subscription.user_id }}, {{ window_start("NEW", "clock_timestamp()") }},
                                                        {{ plan_ids("NEW") }})
                                  AND NEW.{{ subscription.user_id }} IS NOT NULL THEN 'counter' ELSE 'window' END
                        || coalesce(current_setting('trueup.own_counter', true), '');

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from billing.models import FullPlan, Subscription
+from django.contrib.auth import get_user_model
 from rest_framework.decorators import api_view, permission_classes
 from rest_framework.exceptions import PermissionDenied
 from rest_framework.permissions import IsAuthenticated
@@ -68,6 +70,18 @@ def operate(request: Request) -> Response:
     except PermissionError as denied:
         raise PermissionDenied(str(denied)) from denied
     return Response({"result": "done"})
+
+
+@api_view(["POST"])
+@permission_classes([IsAuthenticated])
+def subscribe(request: Request) -> Response:
+    """Subscribe a new user in the request's transaction, and return what the gate would say before the commit."""
+    user = get_user_model().objects.create(username=f"new from {request.get_host()}")
+    trial = FullPlan.objects.create(name="Trial", tokens_included=2_000, duration_days=14)
+    names = run(
+        MANUAL, "In a transaction that creates the subscription", Subscription=Subscription, user=user, trial=trial
+    )
+    return Response(names["access"])
 
 
 async def write_summary(*_: Any) -> str:

@@ -29,6 +29,7 @@ urlpatterns = [
     path("specification/decorator", examples.DecoratedView.as_view()),
     path("specification/function", examples.run_in_a_task),
     path("manual/rest", examples.ManualRestView.as_view()),
+    path("manual/subscribe", examples.subscribe),
     path("manual/function", examples.manual_function),
     path("manual/async", non_atomic_requests(examples.manual_async)),
     path("manual/hold", examples.manual_hold),
