@@ -19,7 +19,7 @@ from trueup.accounts.validation import check_estimate
 from trueup.drift.causes import CAUSE_SENTENCES, Cause
 from trueup.errors import UnknownUserError
 from trueup.settings.settings import get_settings
-from trueup.stack import Service, running_stack
+from trueup.stack import Service, require_database, running_stack
 
 if TYPE_CHECKING:
     ParamType = click.ParamType[Any]
@@ -34,8 +34,14 @@ _MAX_BACK = timedelta(days=36_500)
 
 
 @contextmanager
-def servers(*services: Service) -> Iterator[None]:
-    """Provide the servers: by URL, of a running stack, or embedded for the time of the block."""
+def servers(*services: Service, create: bool = False) -> Iterator[None]:
+    """Provide the servers: by URL, of a running stack, or embedded for the time of the block.
+
+    `create`: an embedded database may be created. Otherwise a home without one raises `StackError`: a new and empty
+    database would answer each question wrongly.
+    """
+    if "postgres" in services and not create:
+        require_database(get_settings())
     with running_stack(get_settings(), services=services):
         yield
 

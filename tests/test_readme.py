@@ -16,6 +16,7 @@ from tests.support.demo import Demo
 from tests.support.host import Host
 from tests.support.worker import own_application
 from trueup.cli import main
+from trueup.settings.home import FOLDER
 from trueup.settings.settings import CONFIG_VARIABLE, PREFIX, Settings, read_settings
 from trueup.stack import running_stack
 from trueup.tasks import MeteredTask
@@ -54,7 +55,7 @@ def test_the_readme_starts_with_installation_a_report_and_five_lines_of_code() -
 
 def test_other_commands_in_the_readme_prepare_ours() -> None:
     [virtual_environment] = re.findall(r"^VENV := (\S+)$", MAKEFILE, re.MULTILINE)
-    demo_home = Settings.model_fields["home"].default / "demo"
+    demo_home = Path(FOLDER) / "demo"
     stage = [command for command in COMMANDS if command not in OWN_COMMANDS and not command.startswith("make ")]
     assert stage == [f"source {virtual_environment}/bin/activate", f"export TRUEUP_HOME={demo_home}"]
 

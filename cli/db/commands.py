@@ -56,7 +56,7 @@ def init(with_host_tables: bool, replace: bool) -> None:
       trueup db init
       trueup db init --with-host-tables     # for an empty database
     """
-    with servers("postgres"):
+    with servers("postgres", create=True):
         with transaction() as connection:
             if not replace:
                 refuse_other_installation(connection, get_settings().host)

@@ -1,6 +1,9 @@
 """The steps of the demo, in order, and the check of their results."""
 
 import json
+import shlex
+import shutil
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +17,7 @@ from sqlalchemy import text
 from trueup.accounts.account import read_account
 from trueup.cli.demo import tenants
 from trueup.cli.demo.stack import DemoStack
-from trueup.cli.demo.tenants import BAKER, DENIED, FLORIST, KESTREL, SEPIDEH, Tenant
+from trueup.cli.demo.tenants import BAKER, DENIED, FLORIST, GUARDED, KESTREL, SEPIDEH, UNGUARDED, Tenant
 from trueup.cli.output import print_table
 from trueup.cli.reports.terminal import print_summary
 from trueup.database.engine import connect
@@ -26,6 +29,9 @@ from trueup.settings.settings import get_settings
 TASK_SECONDS = 30
 MISSED_TOKENS = 1_180
 DOUBLED_TOKENS = 640
+RACED_TOKENS = 1_800  # of each task without the gate
+WORKERS = 2
+CENTS_PER_1000 = 100  # the price at which the demo's tenants buy tokens
 SHOP = "https://kestrel-outdoor.example/shop"
 
 
@@ -38,9 +44,9 @@ def run_story(stack: DemoStack) -> list[str]:
     started = time.monotonic()
     missing: list[str] = []
     tenants.create_tenants(stack.engine)
-    for step in (_run_tasks, _deny, _drift):
+    for step in (_race, _run_tasks, _deny, _drift):
         missing += [expected for held, expected in step(stack) if not held]
-    _next_steps(time.monotonic() - started)
+    _next_steps(time.monotonic() - started, get_settings().home)
     return missing
 
 
@@ -49,8 +55,39 @@ def _heading(title: str) -> None:
     click.secho(title, bold=True)
 
 
+def _race(stack: DemoStack) -> Results:
+    _heading("1. Two workers race for a user's last tokens: first without the gate, as in many hosts, then with it")
+    left = tenants.plan_tokens(UNGUARDED) - UNGUARDED.used_tokens
+    admitted = {UNGUARDED: tenants.race_without_gate(stack.engine, UNGUARDED, RACED_TOKENS, WORKERS)}
+    sent = [_enqueue(stack, "trueup.generate_qa", GUARDED, _article("help_en.txt")) for _ in range(WORKERS)]
+    denied = [result.get(timeout=TASK_SECONDS, propagate=False) for result in sent]
+    admitted[GUARDED] = sum(not isinstance(answer, Exception) for answer in denied)
+    rows = []
+    lost = {}
+    for tenant in (UNGUARDED, GUARDED):
+        used = tenants.used_tokens(stack.engine, tenant) - tenant.used_tokens
+        lost[tenant] = max(used - left, 0)
+        worth = lost[tenant] * CENTS_PER_1000 // 1000
+        rows.append(
+            (
+                tenant.name,
+                left,
+                f"{admitted[tenant]} of {WORKERS}",
+                used,
+                lost[tenant],
+                f"${worth // 100}.{worth % 100:02}",
+            )
+        )
+    print_table(("tenant", "tokens left", "tasks that ran", "tokens used", "overspent", "at $1 per 1,000"), rows)
+    yield (lost[UNGUARDED] > 0, "without the gate the race overspends")
+    yield (
+        admitted[GUARDED] == 1 and lost[GUARDED] == 0,
+        "with the gate one of the two tasks runs, and nothing is overspent",
+    )
+
+
 def _run_tasks(stack: DemoStack) -> Results:
-    _heading("1. AI tasks pass the gate: it reserves tokens before the work, and trueup charges every call")
+    _heading("2. AI tasks pass the gate: it reserves tokens before the work, and trueup charges every call")
     jobs: list[tuple[str, str, Tenant, dict[str, Any], Callable[[Any], str]]] = [
         ("Q&A, English article", "trueup.generate_qa", KESTREL, _article("help_en.txt"), _describe_pairs),
         ("Q&A, Persian article", "trueup.generate_qa", SEPIDEH, _article("help_fa.txt"), _describe_pairs),
@@ -76,7 +113,7 @@ def _run_tasks(stack: DemoStack) -> Results:
 
 
 def _deny(stack: DemoStack) -> Results:
-    _heading("2. The gate denies tasks before any work: one tenant for each reason")
+    _heading("3. The gate denies tasks before any work: one tenant for each reason")
     sent = {
         reason: _enqueue(stack, "trueup.generate_qa", tenant, _article("help_en.txt"))
         for reason, tenant in DENIED.items()
@@ -93,14 +130,14 @@ def _deny(stack: DemoStack) -> Results:
 
 
 def _drift(stack: DemoStack) -> Results:
-    _heading("3. Two counters drift, as in legacy hosts")
+    _heading("4. Two more counters drift, as in legacy hosts")
     tenants.miss_a_decrement(stack.engine, BAKER, MISSED_TOKENS)
     tenants.decrement_twice(stack.engine, FLORIST, DOUBLED_TOKENS)
     before = tenants.counters(stack.engine, BAKER, FLORIST)
     for tenant, how in ((BAKER, "a call was logged but not subtracted"), (FLORIST, "a retried task subtracted twice")):
         account = retrying(lambda connection, user=tenant.id: read_account(connection, user))  # type: ignore[misc]
         click.echo(f"  {tenant.name}: shows {before[tenant.name]:,}, has {account.remaining:,} ({how})")
-    _heading("4. The reconcile task finds, explains and corrects the drifts: `trueup drift report`")
+    _heading("5. The reconcile task finds, explains and corrects the drifts: `trueup drift report`")
     figures = stack.app.tasks["trueup.reconcile_counters"].apply_async().get(timeout=TASK_SECONDS)
     with connect() as connection:
         report = read_report(connection, get_settings().host.user_id_type, figures["run_id"])
@@ -109,21 +146,33 @@ def _drift(stack: DemoStack) -> Results:
         return
     print_summary(report)
     found = {row.user_id: (row.drift, row.cause, row.action) for row in report.rows}
+    yield (UNGUARDED.id in found, "the drift that the race left")
     yield (found.get(BAKER.id) == (MISSED_TOKENS, "missed_decrement", "corrected"), "the missed decrement")
     yield (found.get(FLORIST.id) == (-DOUBLED_TOKENS, "double_decrement", "corrected"), "the double decrement")
-    yield (report.drifted == 2, f"two counters had drifted, not {report.drifted}")
+    yield (report.drifted == 3, f"three counters had drifted, not {report.drifted}")
 
 
-def _next_steps(seconds: float) -> None:
-    _heading(f"All in {seconds:.0f} s. Next:")
+def _next_steps(seconds: float, home: Path) -> None:
+    """Print commands that work as pasted, in any folder: the demo's data stays in `home`."""
+    _heading(f"All in {seconds:.0f} s. The demo's data stays. Next:")
+    program = shlex.quote(_program())
+    click.echo(f"  export TRUEUP_HOME={shlex.quote(str(home))}")
     for command, purpose in (
-        ("trueup up", "a stack that keeps its data"),
-        ("trueup tokens show USER", "a user's tokens, and the drift of the host's counter"),
-        ("trueup run qa --user USER --wait FILE", "a real task, from your own text"),
-        ("trueup reconcile --dry-run", "the drift, without writing"),
-        ("trueup --help", "all commands; README.md shows how to add trueup to your Celery project"),
+        (f"tokens show {BAKER.id}", "a user's tokens, and the drift of the host's counter"),
+        (f"drift explain {BAKER.id}", "why that counter drifted"),
+        (f"run qa --user {KESTREL.id} --wait {shlex.quote(str(_example_file('help_en.txt')))}", "a real task"),
+        ("drift report --output drift.html", "the report above as a page"),
+        ("up", "run the stack with this data until Ctrl-C"),
+        ("--help", "all commands; README.md shows how to add trueup to your Celery project"),
     ):
-        click.echo(f"  {command:<40} {purpose}")
+        click.echo(f"  {program} {command}    # {purpose}")
+
+
+def _program() -> str:
+    """Return the command that runs this trueup: its name if the shell finds it, else its path."""
+    found = shutil.which("trueup")
+    beside = Path(sys.executable).parent / "trueup"
+    return "trueup" if found and (not beside.exists() or Path(found).samefile(beside)) else str(beside)
 
 
 def _enqueue(stack: DemoStack, task: str, tenant: Tenant, arguments: dict[str, Any]) -> AsyncResult:
@@ -141,11 +190,15 @@ def _spent(stack: DemoStack, task_id: str) -> int:
 
 
 def _example(name: str) -> str:
-    """Return the text of an example file from the repository or the wheel."""
+    return _example_file(name).read_text(encoding="utf-8")
+
+
+def _example_file(name: str) -> Path:
+    """Return the path of an example file from the repository or the wheel."""
     here = Path(__file__).resolve().parent
     for folder in (here / "examples", here.parent.parent / "examples"):
         if (folder / name).is_file():
-            return (folder / name).read_text(encoding="utf-8")
+            return folder / name
     raise FileNotFoundError(f"examples/{name}")
 
 

@@ -1,7 +1,9 @@
 """The demo's tenants, with rows as a host application writes them."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from threading import Barrier
 
 from sqlalchemy import Connection, Engine, text
 
@@ -24,6 +26,8 @@ KESTREL = Tenant(id=1, name="kestrel-outdoor", plan=PRO, used_tokens=41_250)
 SEPIDEH = Tenant(id=2, name="sepideh-crafts", plan=PRO, used_tokens=8_900)
 BAKER = Tenant(id=3, name="north-street-bakery", used_tokens=6_420)
 FLORIST = Tenant(id=4, name="lale-flowers", used_tokens=2_310)
+UNGUARDED = Tenant(id=5, name="without-the-gate", used_tokens=7_600)
+GUARDED = Tenant(id=6, name="with-the-gate", used_tokens=7_600)
 
 DENIED = {
     "no_subscription": Tenant(id=11, name="just-looking", plan=None),
@@ -32,7 +36,7 @@ DENIED = {
     "no_tokens_remaining": Tenant(id=14, name="used-it-all", used_tokens=10_000),
     "insufficient_tokens": Tenant(id=15, name="nearly-empty", used_tokens=9_700),
 }
-TENANTS = (KESTREL, SEPIDEH, BAKER, FLORIST, *DENIED.values())
+TENANTS = (KESTREL, SEPIDEH, BAKER, FLORIST, UNGUARDED, GUARDED, *DENIED.values())
 
 _PLAN_TOKENS = {STARTER: 10_000, PRO: 100_000}
 _PLAN_NAMES = {STARTER: "Starter", PRO: "Pro"}
@@ -90,6 +94,49 @@ def log_call(connection: Connection, tenant: Tenant, tokens: int, at: datetime) 
         ),
         {"user": tenant.id, "prompt": tokens - tokens // 4, "completion": tokens // 4, "total": tokens, "at": at},
     )
+
+
+def race_without_gate(engine: Engine, tenant: Tenant, tokens: int, workers: int) -> int:
+    """Let workers spend at the same time as a host does: read the counter, call the model, log, subtract.
+
+    Returns how many of them the counter admitted.
+    """
+    all_read = Barrier(workers)
+
+    def work(_number: int) -> bool:
+        with engine.connect() as connection:
+            left = connection.execute(
+                text("SELECT tokens_remaining FROM public.billing_subscription WHERE user_id = :user"),
+                {"user": tenant.id},
+            ).scalar_one()
+        all_read.wait(timeout=30)
+        if left < tokens:
+            return False
+        with engine.begin() as connection:
+            log_call(connection, tenant, tokens, datetime.now(UTC))
+            connection.execute(
+                text(
+                    "UPDATE public.billing_subscription SET tokens_remaining = greatest(:left - :tokens, 0) "
+                    "WHERE user_id = :user"
+                ),
+                {"left": left, "tokens": tokens, "user": tenant.id},
+            )
+        return True
+
+    with ThreadPoolExecutor(workers) as pool:
+        return sum(pool.map(work, range(workers)))
+
+
+def used_tokens(engine: Engine, tenant: Tenant) -> int:
+    """Return the tokens of all of a tenant's calls in the log."""
+    statement = text("SELECT coalesce(sum(total_tokens), 0) FROM public.ai_usage_log WHERE user_id = :user")
+    with engine.connect() as connection:
+        return int(connection.execute(statement, {"user": tenant.id}).scalar_one())
+
+
+def plan_tokens(tenant: Tenant) -> int:
+    """Return the tokens that a tenant's plan includes; 0 without a plan."""
+    return 0 if tenant.plan is None else _PLAN_TOKENS[tenant.plan]
 
 
 def miss_a_decrement(engine: Engine, tenant: Tenant, tokens: int) -> None:

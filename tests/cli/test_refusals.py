@@ -1,6 +1,7 @@
 """Permanent errors of the database: missing rights, changed tables of the host."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -63,3 +64,18 @@ def test_an_error_of_our_own_is_not_taken_for_the_database_s(host: Host, monkeyp
     monkeypatch.setattr("trueup.cli.drift.commands.read_history", broken)
     with pytest.raises(ZeroDivisionError):
         trueup("drift", "history")
+
+
+READERS = [*COMMANDS, ("usage", 1), ("holds", "list"), ("alerts", "list"), ("db", "grants"), ("rollout", "list")]
+
+
+@pytest.mark.parametrize("command", READERS, ids=lambda command: " ".join(map(str, command)))
+def test_a_command_that_reads_creates_no_database(
+    command: tuple[object, ...], settings: Callable[..., None], tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    settings(TRUEUP_HOME=str(home), TRUEUP_DATABASE_URL=None, TRUEUP_BROKER_URL="redis://127.0.0.1:1/0")
+    error = trueup(*command, code=1).stderr
+    assert str(home) in error
+    assert "Set TRUEUP_DATABASE_URL" in error
+    assert not (home / "postgres").exists()

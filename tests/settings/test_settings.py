@@ -16,6 +16,7 @@ from trueup.settings.settings import (
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
 
 
 def refusal() -> str:
@@ -27,7 +28,7 @@ def refusal() -> str:
 def test_with_no_settings_at_all_everything_has_a_default(tmp_path: Path) -> None:
     settings = read_settings()
     assert settings.database_url is None
-    assert settings.home == tmp_path / ".trueup"
+    assert settings.home == tmp_path / "data" / "trueup"
     assert settings.host.subscription.table == "billing_subscription"
 
 

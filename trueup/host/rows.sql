@@ -118,7 +118,7 @@ CASE WHEN {{ has_token }} THEN {{ worth(token) }} WHEN {{ has_full }} THEN {{ wo
 CASE WHEN {{ s }}.{{ subscription.tokens_remaining }} IS NOT NULL
      THEN {{ original }} - {{ in_range(s ~ "." ~ subscription.tokens_remaining) }} END
 {%- else -%}
-{{ s }}.{{ subscription.tokens_remaining }} + 0::bigint
+({{ s }}.{{ subscription.tokens_remaining }} + 0::bigint)
 {%- endif -%}
 {%- endmacro %}
 

@@ -31,6 +31,7 @@ from trueup.settings.alerts import AlertSettings
 from trueup.settings.api import ApiSettings
 from trueup.settings.broker import check_redis_url
 from trueup.settings.gate import GateSettings
+from trueup.settings.home import default_home
 from trueup.settings.policies import ReconcileSettings
 from trueup.settings.urls import ESCAPE, is_readable, split_http_url
 
@@ -53,7 +54,11 @@ class Settings(BaseSettings):
         protected_namespaces=(),
     )
 
-    home: Path = Field(default=Path(".trueup"), description="data folder of the embedded PostgreSQL and Redis")
+    home: Path = Field(
+        default_factory=default_home,
+        description="data folder of the embedded PostgreSQL and Redis; unset means the project's .trueup, else the "
+        "user's data folder",
+    )
     database_url: str | None = Field(default=None, description="PostgreSQL URL; unset means the embedded server")
     broker_url: str | None = Field(default=None, description="Redis URL for Celery; unset means the embedded server")
     result_backend_url: str | None = Field(default=None, description="Redis URL for results; unset means the broker's")

@@ -3,6 +3,6 @@
 `running_stack` starts the servers for a block of code. `supervisor.run_stack` is the core of `trueup up`.
 """
 
-from trueup.stack.running import BOTH, Service, StackUrls, running_stack
+from trueup.stack.running import BOTH, Service, StackUrls, require_database, running_stack
 
-__all__ = ["BOTH", "Service", "StackUrls", "running_stack"]
+__all__ = ["BOTH", "Service", "StackUrls", "require_database", "running_stack"]

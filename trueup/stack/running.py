@@ -48,6 +48,23 @@ def running_stack(
         yield urls
 
 
+def require_database(settings: Settings) -> None:
+    """Raise `StackError` if there is neither a URL of PostgreSQL nor an embedded database. Nothing is created."""
+    service: Service = "postgres"  # which is also the name of the server's folder
+    if settings.database_url or (settings.home / service).is_dir():
+        return
+    from trueup.stack.errors import StackError
+
+    demo = settings.home / "demo"
+    raise StackError(
+        "trueup",
+        str(settings.home),
+        "TRUEUP_DATABASE_URL is not set, and this folder has no embedded database. Nothing was created",
+        "Set TRUEUP_DATABASE_URL to your database, or start an embedded one with `trueup up`"
+        + (f", or use the demo's: TRUEUP_HOME={demo}." if demo.is_dir() else "."),
+    )
+
+
 @contextmanager
 def leased_stack(
     settings: Settings, services: Sequence[Service] = BOTH, environment: Mapping[str, str] | None = None
