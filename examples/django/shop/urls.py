@@ -1,4 +1,5 @@
 from api.views import summarize
+from django.contrib import admin
 from django.urls import path
 
-urlpatterns = [path("summaries/", summarize)]
+urlpatterns = [path("admin/", admin.site.urls), path("summaries/", summarize)]

@@ -1,5 +1,6 @@
 """`manage.py trueup …`: trueup's commands with the project's settings."""
 
+import argparse
 import sys
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ class Command(BaseCommand):
         sys.exit(main.main(words, prog_name="manage.py trueup", standalone_mode=True))
 
     def add_arguments(self, parser: CommandParser) -> None:
-        parser.add_argument("words", nargs="*", help="a command of trueup and its arguments")
+        parser.add_argument("words", nargs=argparse.REMAINDER, help="a command of trueup and its arguments")
 
     def handle(self, *_: Any, words: list[str], **__: Any) -> None:
         """Run a command for `call_command("trueup", "db", "attach", "--yes")`."""
