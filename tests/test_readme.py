@@ -86,6 +86,11 @@ def test_a_command_runs_as_written_on_the_demo_s_data(demo: Demo, command: str, 
     assert result.stderr == ""
 
 
+def test_the_report_that_the_readme_shows_is_the_demo_s(demo: Demo) -> None:
+    [report] = [block for block in blocks("text") if "missed decrement" in block]
+    assert report in demo.output
+
+
 def find_command(words: list[str]) -> click.Command:
     """Return the command that these words call, after it has parsed the rest as its arguments."""
     command: click.Command = main

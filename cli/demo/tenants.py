@@ -40,8 +40,6 @@ TENANTS = (KESTREL, SEPIDEH, BAKER, FLORIST, UNGUARDED, GUARDED, *DENIED.values(
 
 _PLAN_TOKENS = {STARTER: 10_000, PRO: 100_000}
 _PLAN_NAMES = {STARTER: "Starter", PRO: "Pro"}
-# The age of the faulty calls. Younger usage may still reach the counter, so that it is no drift yet.
-FAULT_AGE = timedelta(minutes=10)
 _ROW_TOKENS = 430  # the tokens of one past call
 
 
@@ -142,13 +140,13 @@ def plan_tokens(tenant: Tenant) -> int:
 def miss_a_decrement(engine: Engine, tenant: Tenant, tokens: int) -> None:
     """Log a call and leave the counter, as a host whose second transaction fails silently."""
     with engine.begin() as connection:
-        log_call(connection, tenant, tokens, datetime.now(UTC) - FAULT_AGE)
+        log_call(connection, tenant, tokens, datetime.now(UTC))
 
 
 def decrement_twice(engine: Engine, tenant: Tenant, tokens: int) -> None:
     """Log a call once and lower the counter twice, as a host whose task is retried."""
     with engine.begin() as connection:
-        log_call(connection, tenant, tokens, datetime.now(UTC) - FAULT_AGE)
+        log_call(connection, tenant, tokens, datetime.now(UTC))
         for _attempt in range(2):
             connection.execute(
                 text(

@@ -30,8 +30,9 @@ def test_the_demo_succeeds(demo: Demo) -> None:
         *((tenant.name, reason) for reason, tenant in DENIED.items()),
         ("north-street-bakery: shows 3,580, has 2,400",),
         ("lale-flowers: shows 6,410, has 7,050",),
-        ("3,580", "2,400", "1,180", "missed decrement", "corrected"),
-        ("6,410", "7,050", "-640", "double decrement", "corrected"),
+        ("3,580", "2,400", "1,180", "missed decrement", "proven", "corrected"),
+        ("6,410", "7,050", "-640", "double decrement", "proven", "corrected"),
+        (" 600 ", " 0 ", "missed decrement", "proven", "corrected"),
     ],
     ids=lambda line: line[0],
 )

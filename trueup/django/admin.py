@@ -26,7 +26,7 @@ from trueup.reports.user_report import report_counter
 from trueup.review.decisions import Choice, decide_drift, list_reviews
 from trueup.settings.settings import get_settings
 
-# A count of millions of rows takes seconds, and nobody turns so many pages.
+# A count of millions of rows takes seconds, and people do not turn so many pages.
 MOST_COUNTED = 10_000
 RECENT = timedelta(days=1)
 # A page of the list of drifts has at most this many, and one decision is about drifts of one page.
