@@ -218,7 +218,11 @@ class DriftAdmin(ReadOnlyAdmin):
         drift = self.get_object(request, str(number))
         if drift is None or not self.has_review_permission(request) or request.method != "POST":
             raise PermissionDenied
-        form = self._form(request, drift, request.POST)
+        try:
+            form = self._form(request, drift, request.POST)
+        except TrueupError as error:
+            self.message_user(request, str(error), messages.ERROR)
+            return HttpResponseRedirect(reverse("admin:trueup_drift_change", args=(number,)))
         if form is None:
             self.message_user(
                 request, f"Drift {number} is not in review any more. Nothing was written.", messages.ERROR
