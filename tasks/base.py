@@ -33,8 +33,8 @@ from trueup.errors import (
 )
 from trueup.gate.heartbeat import keeping
 from trueup.gate.holds import CallNumbers, Hold, close_hold, count_lost, has_later_attempt, open_hold
-from trueup.llm.metering import running_hold, spending_from
 from trueup.llm.model import Provider
+from trueup.llm.running import running_hold, spending_from
 from trueup.settings.settings import get_settings
 from trueup.tasks.applications import require_broker
 from trueup.tasks.arguments import USER_ARGUMENT, ArgumentParser

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
         TokensDenied,
         TrueupError,
     )
-    from trueup.llm.metering import spending_from
     from trueup.llm.model import AsyncModel, Completion, Message, Model
+    from trueup.llm.running import spending_from
     from trueup.llm.streaming import astream_with_tokens, stream_with_tokens
     from trueup.tasks.metered import metered_task
     from trueup.usage.tracker import ai_usage, track_ai_usage
@@ -87,7 +87,7 @@ _MODULES = {
     "metered_task": "trueup.tasks.metered",
     "require_active_subscription": "trueup.billing.decorators",
     "require_ai_tokens": "trueup.billing.decorators",
-    "spending_from": "trueup.llm.metering",
+    "spending_from": "trueup.llm.running",
     "stream_with_tokens": "trueup.llm.streaming",
     "track_ai_usage": "trueup.usage.tracker",
 }

@@ -1,5 +1,6 @@
 """The cap on a model's answer: the tokens that the hold covers after the prompt, as the database admits them."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from trueup.database.retry import retrying
@@ -19,32 +20,62 @@ class Spending(Protocol):
     tokens_left: int
 
 
-def cap_output(spending: Spending, prompt_tokens: int, wanted: int | None, *, call_key: str, settings: Settings) -> int:
-    """Record that a call begins, and return the cap on its answer in tokens.
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What a call may cost, in tokens.
 
-    `wanted`: the caller's own cap in tokens; None: as many as the hold covers. The database decides: if the hold has
-    less left by now, `spending.tokens_left` and the cap become smaller. Raises `HoldExhaustedError` when the hold does
-    not cover the prompt and one token of answer, `HoldOvertakenError` when a later attempt has the hold.
+    `prompt_tokens`: the prompt's cost, at most. `wanted`: the caller's own cap on an answer; None: as many as the hold
+    covers. `choices`: the answers that the call asks for, each under the same cap; 0: it has none, as an embedding.
+    `least`: the smallest cap with which the call makes sense. `beside`: each answer's cost that no cap covers, at most.
+    """
+
+    prompt_tokens: int
+    wanted: int | None = None
+    choices: int = 1
+    least: int = 1
+    beside: int = 0
+
+    @property
+    def fixed_tokens(self) -> int:
+        """What the call costs before the first token of an answer."""
+        return self.prompt_tokens + self.choices * self.beside
+
+
+def cap_output(spending: Spending, demand: Demand, *, call_key: str, settings: Settings) -> int:
+    """Record that a call begins, and return the cap on each of its answers in tokens.
+
+    The database decides: if the hold has less left by now, `spending.tokens_left` and the cap become smaller. Raises
+    `HoldExhaustedError` when the hold does not cover the prompt and the least answer, `HoldOvertakenError` when a later
+    attempt has the hold.
     """
     hold, is_stale = spending.hold, True
     while True:
-        limit = spending.tokens_left - prompt_tokens
-        if limit < 1 and is_stale:
+        room = spending.tokens_left - demand.fixed_tokens
+        limit = room // demand.choices if demand.choices else 0
+        fits = limit >= demand.least if demand.choices else room >= 0
+        if not fits and is_stale:
             # A call of another thread may have ended since the last look and left more than is known here.
             spending.tokens_left = _begin(hold, call_key, _MORE_THAN_ANY_HOLD, settings) or 0
             is_stale = False
             continue
-        if limit < 1:
-            raise HoldExhaustedError(
-                f"{hold.feature_name}: {spending.tokens_left} tokens are left of the hold, and the prompt alone "
-                f"takes {prompt_tokens}. Nothing was spent on this call. Raise the task's estimate or send less text."
-            )
-        if wanted is not None:
-            limit = min(limit, wanted)
-        left = _begin(hold, call_key, prompt_tokens + limit, settings)
+        if not fits:
+            raise HoldExhaustedError(_too_little(spending, demand))
+        if demand.wanted is not None:
+            limit = min(limit, demand.wanted)
+        left = _begin(hold, call_key, demand.fixed_tokens + demand.choices * limit, settings)
         if left is None:
             return limit
         spending.tokens_left, is_stale = left, False
+
+
+def _too_little(spending: Spending, demand: Demand) -> str:
+    least = f" The call needs at least {demand.least} tokens for the answer." if demand.least > 1 else ""
+    choices = f" It asks for {demand.choices} answers." if demand.choices > 1 else ""
+    return (
+        f"{spending.hold.feature_name}: {spending.tokens_left} tokens are left of the hold, and the prompt alone "
+        f"takes {demand.fixed_tokens}.{least}{choices} Nothing was spent on this call. Raise the task's estimate or "
+        "send less text."
+    )
 
 
 def _begin(hold: Hold, call_key: str, max_tokens: int, settings: Settings) -> int | None:

@@ -175,6 +175,20 @@ def find_answer(connection: Connection, hold: Hold, call_key: str) -> dict[str, 
     return answer
 
 
+_FIND_NUMBERS = text(
+    "SELECT call_key FROM trueup.charge "
+    "WHERE user_id = :user_id AND task_id = :task_id AND starts_with(call_key, CAST(:prefix AS text))"
+)
+
+
+def charged_numbers(connection: Connection, hold: Hold, prefix: str) -> frozenset[int]:
+    """Return the numbers of the charged calls of this task whose keys begin with `prefix`. A number follows it."""
+    keys = connection.execute(
+        _FIND_NUMBERS, {"user_id": hold.user_id, "task_id": hold.task_id, "prefix": prefix}
+    ).scalars()
+    return frozenset(int(key[len(prefix) :].partition("~")[0]) for key in keys)
+
+
 _PRUNE = text(
     "SELECT trueup.prune_answers("
     "coalesce(CAST(:now AS timestamptz), clock_timestamp()) - CAST(:age AS interval), :limit)"
