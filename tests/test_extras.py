@@ -24,7 +24,9 @@ ALL = sorted({module for modules in EXTRAS.values() for module in modules})
 # Python loads this at its start if the folder is on its path. These modules can't be imported then.
 BLOCK = "import sys\nsys.modules.update(dict.fromkeys({modules!r}))\n"
 # These need an extra and raise its error when they are used. No other module imports them.
-NEEDS_EXTRA = re.compile(r"trueup\.(api\b|stack\.|llm\.providers\.openai|cli\.demo\.)|trueup\.database\.migrations\.")
+NEEDS_EXTRA = re.compile(
+    r"trueup\.(api\b|stack\.|llm\.providers\.openai|llm\.transport\.on_|cli\.demo\.)|trueup\.database\.migrations\."
+)
 
 IMPORT_CORE = f"""
 import importlib, pkgutil, re

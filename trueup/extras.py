@@ -12,6 +12,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "features": ("bpe_openai", "extruct", "html_text", "lxml", "price_parser", "pycountry"),
     "openai": ("bpe_openai", "httpx2", "openai"),
     "redbeat": ("redbeat",),
+    "sdks": ("bpe_openai", "httpx2"),
 }
 
 
