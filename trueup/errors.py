@@ -190,13 +190,15 @@ class HoldExhaustedError(HoldError):
 class UnboundedCallError(HoldError):
     """What a call may cost can't be told from its request, so no hold can cover it.
 
-    `cause`: what can't be told, as the beginning of a sentence. `remedy`: a sentence.
+    `cause`: what can't be told, as the beginning of a sentence. `remedy`: a sentence. `is_countable`: the provider's
+    own counter of tokens can tell, if it has one.
     """
 
-    def __init__(self, cause: str, remedy: str) -> None:
+    def __init__(self, cause: str, remedy: str, is_countable: bool = False) -> None:
         self.cause = cause
         self.remedy = remedy
-        super().__init__(cause, remedy)
+        self.is_countable = is_countable
+        super().__init__(cause, remedy, is_countable)
 
     def __str__(self) -> str:
         return f"What this call may cost is not known: {self.cause}. Nothing was spent. {self.remedy}"

@@ -84,7 +84,165 @@ class Chat(Answer):
         yield event("[DONE]")
 
 
-_FORMATS: tuple[tuple[str, type[Answer]], ...] = (("/chat/completions", Chat),)
+class Responses(Answer):
+    cap_names = ("max_output_tokens",)
+
+    def response(self, text: str, status: str, reports: bool) -> dict[str, Any]:
+        billed = self.billed
+        usage = {
+            "input_tokens": billed.prompt,
+            "input_tokens_details": {"cached_tokens": billed.cached},
+            "output_tokens": billed.output + billed.reasoning,
+            "output_tokens_details": {"reasoning_tokens": billed.reasoning},
+            "total_tokens": billed.total,
+        }
+        content = {"type": "output_text", "text": text, "annotations": []}
+        message = {"type": "message", "id": "m1", "role": "assistant", "status": status, "content": [content]}
+        return {
+            "id": "r1",
+            "object": "response",
+            "created_at": 1,
+            "model": MODEL,
+            "status": status,
+            "tools": [],
+            "output": [message] if text else [],
+            "parallel_tool_calls": True,
+            "tool_choice": "auto",
+            "usage": usage if reports and status == "completed" else None,
+        }
+
+    def whole(self, reports: bool) -> dict[str, Any]:
+        return self.response(self.make(self.words), "completed", reports)
+
+    def events(self, reports: bool) -> Iterator[bytes]:
+        def named(kind: str, number: int, **more: Any) -> bytes:
+            return event({"type": kind, "sequence_number": number, **more}, kind)
+
+        yield named("response.created", 0, response=self.response("", "in_progress", False))
+        place = {"item_id": "m1", "output_index": 0, "content_index": 0, "logprobs": []}
+        for number in range(self.words):
+            delta = {"delta": self.make(1), "obfuscation": "x" * number}
+            yield named("response.output_text.delta", number + 1, **delta, **place)
+        done = self.response(WORD * self.words, "completed", reports)
+        yield named("response.completed", self.words + 1, response=done)
+
+
+class Embeddings(Answer):
+    def whole(self, reports: bool) -> dict[str, Any]:
+        given = self.body["input"]
+        vectors = [
+            {"object": "embedding", "index": index, "embedding": [0.5, 0.25]}
+            for index, _ in enumerate(given if isinstance(given, list) else [given])
+        ]
+        usage = {"usage": {"prompt_tokens": self.billed.prompt, "total_tokens": self.billed.prompt}} if reports else {}
+        return {"object": "list", "data": vectors, "model": self.body["model"]} | usage
+
+
+class Messages(Answer):
+    cap_names = ("max_tokens",)
+
+    def usage(self) -> dict[str, Any]:
+        billed = self.billed
+        written = billed.cached // 2
+        return {
+            "input_tokens": billed.prompt - billed.cached,
+            "cache_creation_input_tokens": written,
+            "cache_read_input_tokens": billed.cached - written,
+            "output_tokens": billed.output + billed.reasoning,
+            "output_tokens_details": {"thinking_tokens": billed.reasoning},
+        }
+
+    def message(self, text: str) -> dict[str, Any]:
+        content = [{"type": "text", "text": text}] if text else []
+        head = {"id": "m1", "type": "message", "role": "assistant", "model": "claude-test", "content": content}
+        return head | {"stop_reason": "end_turn" if text else None, "stop_sequence": None}
+
+    def whole(self, reports: bool) -> dict[str, Any]:
+        text = self.make(self.words)
+        return self.message(text) | ({"usage": self.usage()} if reports else {"usage": {}})
+
+    def events(self, reports: bool) -> Iterator[bytes]:
+        start = self.message("") | {"usage": self.usage() | {"output_tokens": 1}}
+        yield event({"type": "message_start", "message": start}, "message_start")
+        block = {"type": "text", "text": ""}
+        yield event({"type": "content_block_start", "index": 0, "content_block": block}, "content_block_start")
+        for _ in range(self.words):
+            delta = {"type": "text_delta", "text": self.make(1)}
+            yield event({"type": "content_block_delta", "index": 0, "delta": delta}, "content_block_delta")
+        yield event({"type": "content_block_stop", "index": 0}, "content_block_stop")
+        usage = {"output_tokens": self.billed.output + self.billed.reasoning}
+        end = {"delta": {"stop_reason": "end_turn", "stop_sequence": None}, "usage": usage if reports else {}}
+        yield event({"type": "message_delta"} | end, "message_delta")
+        yield event({"type": "message_stop"}, "message_stop")
+
+
+class Gemini(Answer):
+    cap_names = ("maxOutputTokens",)
+
+    def cap_in(self, name: str) -> int | None:
+        config: dict[str, int] = self.body.get("generationConfig") or {}
+        return config.get(name)
+
+    @property
+    def is_stream(self) -> bool:
+        return self.path.endswith(":streamGenerateContent")
+
+    def chunk(self, text: str, reports: bool, finish: str | None = None) -> dict[str, Any]:
+        billed = self.billed
+        candidate: dict[str, Any] = {"index": 0, "content": {"role": "model", "parts": [{"text": text}]}}
+        usage = {
+            "promptTokenCount": billed.prompt,
+            "cachedContentTokenCount": billed.cached,
+            "candidatesTokenCount": billed.output,
+            "thoughtsTokenCount": billed.reasoning,
+            "totalTokenCount": billed.total,
+        }
+        chunk = {
+            "candidates": [candidate | ({"finishReason": finish} if finish else {})],
+            "modelVersion": "gemini-test",
+        }
+        return chunk | ({"usageMetadata": usage} if reports else {})
+
+    def whole(self, reports: bool) -> dict[str, Any]:
+        return self.chunk(self.make(self.words), reports, "STOP")
+
+    def events(self, reports: bool) -> Iterator[bytes]:
+        for _ in range(self.words):
+            text = self.make(1)
+            yield event(self.chunk(text, reports))
+        yield event(self.chunk("", reports, "STOP"))
+
+
+class GeminiEmbeddings(Answer):
+    def whole(self, reports: bool) -> dict[str, Any]:
+        vectors = [{"values": [0.5, 0.25]} for _ in self.body["requests"]]
+        return {"embeddings": vectors} | (
+            {"usageMetadata": {"promptTokenCount": self.billed.prompt}} if reports else {}
+        )
+
+
+class Counter(Answer):
+    """The makers' own counters of tokens. They bill nothing."""
+
+    def whole(self, reports: bool) -> dict[str, Any]:
+        tokens, self.billed.prompt = 500, 0
+        self.maker.counted += 1
+        name = "totalTokens" if self.path.endswith(":countTokens") else "input_tokens"
+        return {name: tokens}
+
+
+_FORMATS: tuple[tuple[str, type[Answer]], ...] = (
+    ("/chat/completions", Chat),
+    ("/responses", Responses),
+    ("/embeddings", Embeddings),
+    ("/messages", Messages),
+    (":generateContent", Gemini),
+    (":streamGenerateContent", Gemini),
+    (":batchEmbedContents", GeminiEmbeddings),
+    ("/responses/input_tokens", Counter),
+    ("/messages/count_tokens", Counter),
+    (":countTokens", Counter),
+)
 
 
 def format_for(path: str) -> type[Answer] | None:

@@ -61,6 +61,7 @@ class Maker:
     left: threading.Event = field(default_factory=threading.Event)
     other: dict[str, Callable[["_Handler"], None]] = field(default_factory=dict)
     connections: set[tuple[str, int]] = field(default_factory=set)
+    counted: int = 0
     port: int = 0
 
     @property
@@ -141,7 +142,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_events(answer.events(reports), cut=fault == "cut")
         else:
             whole = answer.whole(reports)
-            self.maker.ledger.append(billed)
+            if billed.total:
+                self.maker.ledger.append(billed)
             self.send_json(whole, cut=fault == "cut")
 
     def send_json(self, body: object, status: int = 200, *, cut: bool = False) -> None:

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from trueup.llm.formats.prompts import bounded_prompt, media_in
-from trueup.llm.formats.reading import count_of, list_of, object_of, requested_count, strings_in
+from trueup.llm.formats.prompts import Unknown, bounded_prompt, media_in
+from trueup.llm.formats.reader import Reader
+from trueup.llm.formats.reading import count_of, first_count, list_of, object_of, requested_count, strings_in
 from trueup.llm.formats.usage import TokenUsage, split_usage
-from trueup.llm.formats.wire_format import AnswerReader, Body, Sent
+from trueup.llm.formats.wire_format import AnswerReader, Body, Count, Sent
 from trueup.llm.output_cap import Demand
 from trueup.llm.tokens import TokenCounter
 
@@ -43,6 +44,9 @@ class ChatCompletions:
             choices=requested_count(sent.body, "n") or 1,
         )
 
+    def count_request(self, sent: Sent) -> Count | None:
+        return None
+
     def capped(self, sent: Sent, limit: int, *, adds_usage: bool) -> Body:
         body = _capped(sent, limit)
         if adds_usage:
@@ -74,33 +78,19 @@ def _own_cap(host: str) -> str:
 
 def _prompt_tokens(sent: Sent, counter: TokenCounter) -> int:
     messages = list_of(sent.body.get("messages"))
-    media = media_in(messages, _TEXT_PARTS)
+    unknown = media_in(messages, _TEXT_PARTS)
     if sent.body.get("web_search_options") is not None:
-        media = "the results of a web search"
+        unknown = Unknown(what="the results of a web search", is_countable=False)
     rest = {name: value for name, value in sent.body.items() if name not in _SETTINGS and _is_text(value)}
-    return bounded_prompt(sent, counter, messages, rest, media)
+    return bounded_prompt(sent, counter, messages, rest, unknown)
 
 
 def _is_text(value: object) -> bool:
     return isinstance(value, (str, list, dict)) and bool(value)
 
 
-class ChatReader:
+class ChatReader(Reader):
     """Reads a completion or the chunks of one."""
-
-    def __init__(self) -> None:
-        self.model_name: str | None = None
-        self.has_begun = False
-        self.is_complete = False
-        self.texts: list[str] = []
-        self.events = 0
-        self.prompt_tokens: int | None = None
-        self._usage: TokenUsage | None = None
-        self._is_finished = False
-
-    @property
-    def usage(self) -> TokenUsage | None:
-        return self._usage
 
     def add(self, event: str | None, data: object) -> bool:
         if data == "[DONE]":
@@ -109,35 +99,26 @@ class ChatReader:
         body = object_of(data)
         self.has_begun |= "choices" in body or "usage" in body
         choices = [object_of(choice) for choice in list_of(body.get("choices"))]
-        model = body.get("model")
-        if isinstance(model, str) and model:
-            self.model_name = model
-        parts = [part for choice in choices for part in _texts(choice)]
-        if parts:
-            self.events += 1
-            self.texts += parts
+        self._note_model(body.get("model"))
+        if self._note_texts(part for choice in choices for part in _texts(choice)):
             self._usage = None  # it was reported before the answer's end
-        if any(isinstance(choice.get("message"), dict) for choice in choices):
-            self.is_complete = True
+        self.is_complete |= any(isinstance(choice.get("message"), dict) for choice in choices)
         self._is_finished |= any(bool(choice.get("finish_reason")) for choice in choices)
         self._usage = chat_usage(body.get("usage"), answered=bool(self.texts)) or self._usage
         return not choices and body.get("usage") is not None and "choices" in body
 
-    def end(self) -> None:
-        self.is_complete |= self._is_finished or self._usage is not None
-
 
 def _texts(choice: dict[str, Any]) -> list[str]:
     message = object_of(choice.get("delta")) or object_of(choice.get("message"))
-    return [text for text in strings_in(message or choice.get("text"), without=_MARKS) if text]
+    return list(strings_in(message or choice.get("text"), without=_MARKS))
 
 
 def chat_usage(usage: object, *, answered: bool) -> TokenUsage | None:
     """Return plausible usage; None otherwise. A prompt and a text always cost tokens, so zeros are not plausible."""
     figures = object_of(usage)
-    prompt = _first(figures, "prompt_tokens", "input_tokens")
-    completion = _first(figures, "completion_tokens", "output_tokens", otherwise=0)
-    total = _first(figures, "total_tokens", otherwise=0)
+    prompt = first_count(figures, "prompt_tokens", "input_tokens")
+    completion = first_count(figures, "completion_tokens", "output_tokens", otherwise=0)
+    total = first_count(figures, "total_tokens", otherwise=0)
     if not prompt or completion is None or total is None or (answered and completion == 0):
         return None
     details = object_of(figures.get("prompt_tokens_details"))
@@ -151,9 +132,3 @@ def chat_usage(usage: object, *, answered: bool) -> TokenUsage | None:
         input_audio=count_of(details.get("audio_tokens")) or 0,
         output_audio=count_of(made.get("audio_tokens")) or 0,
     ).at_least(total)
-
-
-def _first(figures: dict[str, Any], *names: str, otherwise: int | None = None) -> int | None:
-    """Return the first of these figures that is reported; `otherwise` if none is. None: it is no plausible count."""
-    value = next((figures[name] for name in names if figures.get(name) is not None), otherwise)
-    return count_of(value)

@@ -28,15 +28,21 @@ def count_of(value: object) -> int | None:
     return value
 
 
-def requested_count(body: dict[str, Any], name: str, *, least: int = 1) -> int | None:
-    """Return a count that a request gives; None if it gives none. `least`: a smaller count, down to 0, becomes this.
+def first_count(figures: dict[str, Any], *names: str, otherwise: int | None = None) -> int | None:
+    """Return the first of these figures that is reported; `otherwise` if none is. None: it is no plausible count."""
+    return count_of(next((figures[name] for name in names if figures.get(name) is not None), otherwise))
 
-    A negative count asks for an answer without a limit on some servers, so it is None. Raises `UnboundedCallError` for
-    any other value.
+
+def requested_count(body: dict[str, Any], *names: str, least: int = 1) -> int | None:
+    """Return the first count that a request gives under these names; None if it gives none.
+
+    `least`: a smaller count, down to 0, becomes this. A negative count asks for an answer without a limit on some
+    servers, so it is None. Raises `UnboundedCallError` for any other value.
     """
-    value = body.get(name)
-    if value is None:
+    name = next((name for name in names if body.get(name) is not None), None)
+    if name is None:
         return None
+    value = body[name]
     if isinstance(value, bool) or not isinstance(value, int):
         raise UnboundedCallError(f"the request's {name!r} is {value!r:.40}, not a whole number", "Send a number.")
     return None if value < 0 else max(value, least)

@@ -3,11 +3,24 @@
 import re
 from urllib.parse import unquote
 
+from trueup.llm.formats.anthropic_messages import Messages
+from trueup.llm.formats.gemini import EmbedContent, GenerateContent
 from trueup.llm.formats.openai_chat import ChatCompletions
+from trueup.llm.formats.openai_embeddings import Embeddings
+from trueup.llm.formats.openai_responses import Responses
 from trueup.llm.formats.wire_format import WireFormat
 
 # By the end of the path, so that any base URL, gateway or version prefix is understood.
-_FORMATS: tuple[tuple[str, WireFormat], ...] = (("/chat/completions", ChatCompletions()),)
+_FORMATS: tuple[tuple[str, WireFormat], ...] = (
+    ("/chat/completions", ChatCompletions()),
+    ("/responses", Responses()),
+    ("/embeddings", Embeddings()),
+    ("/messages", Messages()),
+    (":generatecontent", GenerateContent()),
+    (":streamgeneratecontent", GenerateContent()),
+    (":embedcontent", EmbedContent()),
+    (":batchembedcontents", EmbedContent()),
+)
 
 # The makers' own counters of tokens, moderation, and llama.cpp's tokenizer.
 _FREE = (
@@ -18,6 +31,7 @@ _FREE = (
     "/tokenize",
     "/detokenize",
     "/apply-template",
+    "/cancel",
 )
 _FREE_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "DELETE"))
 

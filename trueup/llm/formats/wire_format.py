@@ -25,6 +25,19 @@ class Sent:
     media_tokens: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Count:
+    """A request to the provider's own free counter of tokens.
+
+    `ending`: follows the path of the call; one that begins with ":" replaces the call's verb. `answer`: the field of
+    the answer that has the count.
+    """
+
+    ending: str
+    body: Body
+    answer: str
+
+
 class AnswerReader(Protocol):
     """Reads an answer, whole or event by event, into its usage."""
 
@@ -81,6 +94,10 @@ class WireFormat(Protocol):
 
     def demand(self, sent: Sent, counter: TokenCounter) -> Demand:
         """Return what the call may cost. Raises `UnboundedCallError` if the request does not tell."""
+        ...
+
+    def count_request(self, sent: Sent) -> Count | None:
+        """Return the request that has the provider count the prompt; None if it offers none."""
         ...
 
     def capped(self, sent: Sent, limit: int, *, adds_usage: bool) -> Body:

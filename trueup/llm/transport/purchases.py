@@ -3,8 +3,8 @@
 import json
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trueup.errors import UnboundedCallError, UnmeteredCallError
@@ -12,9 +12,10 @@ from trueup.llm.calls import Call, begin, charge, end_without_usage, fingerprint
 from trueup.llm.formats.reading import parsed
 from trueup.llm.formats.registry import format_of, is_free, normal_path
 from trueup.llm.formats.usage import TokenUsage, split_usage
-from trueup.llm.formats.wire_format import AnswerReader, Sent, WireFormat
+from trueup.llm.formats.wire_format import AnswerReader, Count, Sent, WireFormat
+from trueup.llm.output_cap import Demand
 from trueup.llm.running import RunningHold, running_now, running_or_refuse
-from trueup.llm.tokens import counter_for, likely_counter
+from trueup.llm.tokens import TokenCounter, counter_for, likely_counter
 from trueup.settings.settings import get_settings
 from trueup.usage.charges import Usage
 
@@ -26,6 +27,9 @@ REPLAYED_HEADER = "trueup-replayed"
 # answers for it does not know.
 _NOT_SERVED = frozenset((501, 503, 529))
 
+# The makers call their counts estimates: a hundredth is added, and a few tokens.
+_COUNT_MARGIN, _LEAST_MARGIN = 100, 16
+
 _usage_refusers: set[tuple[str, str]] = set()  # hosts and models that refuse to report a stream's usage
 
 
@@ -36,6 +40,8 @@ class Planned:
     running: RunningHold
     format: WireFormat
     sent: Sent
+    ask: Callable[[Count], int | None]
+    """Asks the provider's own counter for the tokens of a prompt. None: it gave no count."""
 
     def begin(self) -> "Purchase":
         """Return the admitted call, or a paid one. Raises `HoldError` if the hold does not cover it."""
@@ -45,10 +51,22 @@ class Planned:
         call = begin(
             self.running,
             fingerprint_of([sent.host, sent.path, sent.body]),
-            lambda: self.format.demand(sent, counter),
+            lambda: self._demand(counter),
             get_settings(),
         )
         return Purchase(call, self.format, sent, model)
+
+    def _demand(self, counter: TokenCounter) -> Demand:
+        """Return what the call may cost. What the request does not tell is asked of the provider's own counter."""
+        try:
+            return self.format.demand(self.sent, counter)
+        except UnboundedCallError as error:
+            count = self.format.count_request(self.sent) if error.is_countable else None
+            tokens = self.ask(count) if count is not None else None
+            if tokens is None:
+                raise
+        known = self.format.demand(replace(self.sent, media_tokens=0), counter)
+        return replace(known, prompt_tokens=tokens + tokens // _COUNT_MARGIN + _LEAST_MARGIN)
 
 
 class Meter:
@@ -59,8 +77,10 @@ class Meter:
         self._media_tokens = prompt_tokens
         self._made_in = running_now()
 
-    def plan(self, method: str, url: Any, headers: Any, content: bytes) -> Planned | None:
-        """Return the metered request; None for one that is free or allowed.
+    def plan(
+        self, method: str, url: Any, headers: Any, content: bytes, ask: Callable[[Count], int | None]
+    ) -> Planned | None:
+        """Return the metered request; None for one that is free or allowed. `ask`: as in `Planned`.
 
         Raises `UnmeteredCallError` for a request that may cost tokens and that no format describes, `NoHoldError`
         where no tokens are held.
@@ -74,7 +94,7 @@ class Meter:
         if known is None or not isinstance(body, dict):
             raise UnmeteredCallError(method, f"{url.scheme}://{url.host}{url.path}")
         sent = Sent(host=url.host.lower(), path=path, body=body, media_tokens=self._media(headers))
-        return Planned(running=self._running(), format=known, sent=sent)
+        return Planned(running=self._running(), format=known, sent=sent, ask=ask)
 
     def _running(self) -> RunningHold:
         # Threads that the body started have no context of their own; its client knows the hold all the same.
@@ -178,7 +198,8 @@ class Purchase:
         """Return what the received part has probably cost: at most what was asked for."""
         counter = likely_counter(self._model)
         prompt = self.reader.prompt_tokens
-        demand = self._format.demand(self._sent, counter)
+        # Parts that could not be counted here were counted by the provider, or bounded by the caller.
+        demand = self._format.demand(replace(self._sent, media_tokens=self._sent.media_tokens or 0), counter)
         if prompt is None:
             prompt = demand.prompt_tokens
         output = max(self.reader.events, counter.count("".join(self.reader.texts)))

@@ -1,13 +1,16 @@
 """The transport under the makers' SDKs. It is synchronous and asynchronous at once, as some frameworks need it."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, ClassVar
 
 from trueup.errors import TrueupError
+from trueup.llm.formats.reading import count_of, object_of, parsed
+from trueup.llm.formats.wire_format import Count
 from trueup.llm.transport.bodies import TappedBody, closer_of, recorded, undone_if_cancelled
 from trueup.llm.transport.pools import Pools
-from trueup.llm.transport.purchases import MEDIA_HEADER, REPLAYED_HEADER, Meter, Purchase
+from trueup.llm.transport.purchases import MEDIA_HEADER, REPLAYED_HEADER, Meter, Planned, Purchase
 from trueup.llm.transport.refusals import passing_through_sdks
 from trueup.llm.transport.taps import LongAnswer, Tap
 from trueup.settings.settings import get_settings
@@ -34,7 +37,7 @@ class MeteredTransport:
         inner = self._pools.sync_for(request.url)
         with passing_through_sdks():
             content = request.read()
-            planned = self._meter.plan(request.method, request.url, request.headers, content)
+            planned = self._plan(request, content)
             if planned is None:
                 return inner.handle_request(request)
             with planned.running.calling():
@@ -47,7 +50,7 @@ class MeteredTransport:
         inner = self._pools.async_for(request.url)
         with passing_through_sdks():
             content = await request.aread()
-            planned = self._meter.plan(request.method, request.url, request.headers, content)
+            planned = self._plan(request, content)
             if planned is None:
                 return await inner.handle_async_request(request)
             with planned.running.calling():
@@ -61,6 +64,29 @@ class MeteredTransport:
 
     async def aclose(self) -> None:
         await self._pools.aclose()
+
+    def _plan(self, request: Any, content: bytes) -> Planned | None:
+        return self._meter.plan(
+            request.method, request.url, request.headers, content, lambda count: self._ask(request, count)
+        )
+
+    def _ask(self, request: Any, count: Count) -> int | None:
+        """Ask the provider's own counter, which is free, for the tokens of a prompt. None: it gave no count."""
+        path = request.url.path
+        path = path.rpartition(":")[0] + count.ending if count.ending.startswith(":") else path + count.ending
+        url = request.url.copy_with(path=path).copy_remove_param("alt")
+        headers = self.http.Headers(request.headers)
+        for name in (MEDIA_HEADER, "content-length", "transfer-encoding"):
+            headers.pop(name, None)
+        content = json.dumps(count.body).encode()
+        question = self.http.Request("POST", url, headers=headers, content=content, extensions=request.extensions)
+        try:
+            response = self._pools.sync_for(url).handle_request(question)
+            answer = object_of(parsed(response.read()))
+            response.close()
+        except (self.http.RequestError, NotImplementedError, AttributeError):  # the caller's transport is asynchronous
+            return None
+        return count_of(answer.get(count.answer)) if response.status_code == 200 else None
 
     def _buy(self, inner: Any, request: Any, purchase: Purchase, content: bytes) -> Any:
         try:
