@@ -10,9 +10,11 @@ from trueup.errors import ProviderError
 from trueup.gate.provider_calls import extend_hold
 from trueup.llm.awaitable import AwaitableModel, InFlight
 from trueup.llm.calls import Call, begin, charge, end_without_usage, fingerprint_of, storable
+from trueup.llm.formats.usage import split_usage
 from trueup.llm.model import Completion, CompletionStream, Message, Provider
 from trueup.llm.output_cap import Demand
 from trueup.llm.running import RunningHold, running_or_refuse
+from trueup.llm.weights import counted_tokens, weighted
 from trueup.settings.settings import Settings
 from trueup.usage.charges import Usage
 
@@ -108,14 +110,18 @@ class MeteredModel(AwaitableModel):
         return begin(
             running,
             call_fingerprint(self._settings.model_name, messages),
-            lambda: Demand(prompt_tokens=self.provider.count_prompt_tokens(messages), wanted=max_completion_tokens),
+            lambda: weighted(
+                Demand(prompt_tokens=self.provider.count_prompt_tokens(messages), wanted=max_completion_tokens),
+                self._settings.model_name,
+                self._settings,
+            ),
             self._settings,
         )
 
     def _charge(self, call: Call, completion: Completion, *, keep_answer: bool = True) -> None:
         charge(
             call,
-            _usage(completion),
+            _usage(completion, self._settings),
             metadata={"usage_reported": completion.usage_reported},
             answer=storable(asdict(completion), self._settings) if keep_answer else None,
         )
@@ -136,11 +142,12 @@ def call_fingerprint(model_name: str, messages: Sequence[Message]) -> str:
     return fingerprint_of([model_name, *([message.role, message.content] for message in messages)])
 
 
-def _usage(completion: Completion) -> Usage:
+def _usage(completion: Completion, settings: Settings) -> Usage:
+    billed = split_usage(prompt=completion.prompt_tokens, completion=completion.completion_tokens)
     return Usage(
         prompt_tokens=completion.prompt_tokens,
         completion_tokens=completion.completion_tokens,
-        total_tokens=completion.total_tokens,
+        total_tokens=counted_tokens(billed.at_least(completion.total_tokens), settings.model_name, settings),
         response_time_ms=completion.response_time_ms,
         model_name=completion.model_name,
     )

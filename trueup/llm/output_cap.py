@@ -1,6 +1,7 @@
 """The cap on a model's answer: the tokens that the hold covers after the prompt, as the database admits them."""
 
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
 from typing import Protocol
 
 from trueup.database.retry import retrying
@@ -11,6 +12,8 @@ from trueup.settings.settings import Settings
 
 # More than any hold has: the database refuses a call of this size, and answers with the tokens left.
 _MORE_THAN_ANY_HOLD = 2**62
+# More than any model answers: the cap where the answer's tokens do not count.
+_UNLIMITED = 2**20
 
 
 class Spending(Protocol):
@@ -27,6 +30,7 @@ class Demand:
     `prompt_tokens`: the prompt's cost, at most. `wanted`: the caller's own cap on an answer; None: as many as the hold
     covers. `choices`: the answers that the call asks for, each under the same cap; 0: it has none, as an embedding.
     `least`: the smallest cap with which the call makes sense. `beside`: each answer's cost that no cap covers, at most.
+    `prompt_weight`, `answer_weight`: how much a token of the prompt and of an answer counts against the hold.
     """
 
     prompt_tokens: int
@@ -34,11 +38,23 @@ class Demand:
     choices: int = 1
     least: int = 1
     beside: int = 0
+    prompt_weight: Decimal = Decimal(1)
+    answer_weight: Decimal = Decimal(1)
 
-    @property
-    def fixed_tokens(self) -> int:
-        """What the call costs before the first token of an answer."""
-        return self.prompt_tokens + self.choices * self.beside
+    def cost(self, limit: int) -> int:
+        """Return what the call costs at most with answers of `limit` tokens, as it counts against the hold."""
+        answers = self.choices * (self.beside + limit)
+        return _rounded_up(self.prompt_weight * self.prompt_tokens + self.answer_weight * answers)
+
+    def limit(self, tokens: int) -> int:
+        """Return the largest cap on an answer that `tokens` of a hold cover; below 0: not even the prompt."""
+        room = tokens - self.cost(0)
+        each = self.choices * self.answer_weight
+        return _UNLIMITED if not each and room >= 0 else room if not each else int(room // each)
+
+
+def _rounded_up(tokens: Decimal) -> int:
+    return int(tokens.to_integral_value(ROUND_CEILING))
 
 
 def cap_output(spending: Spending, demand: Demand, *, call_key: str, settings: Settings) -> int:
@@ -50,9 +66,8 @@ def cap_output(spending: Spending, demand: Demand, *, call_key: str, settings: S
     """
     hold, is_stale = spending.hold, True
     while True:
-        room = spending.tokens_left - demand.fixed_tokens
-        limit = room // demand.choices if demand.choices else 0
-        fits = limit >= demand.least if demand.choices else room >= 0
+        limit = demand.limit(spending.tokens_left)
+        fits = limit >= (demand.least if demand.choices else 0)
         if not fits and is_stale:
             # A call of another thread may have ended since the last look and left more than is known here.
             spending.tokens_left = _begin(hold, call_key, _MORE_THAN_ANY_HOLD, settings) or 0
@@ -62,7 +77,7 @@ def cap_output(spending: Spending, demand: Demand, *, call_key: str, settings: S
             raise HoldExhaustedError(_too_little(spending, demand))
         if demand.wanted is not None:
             limit = min(limit, demand.wanted)
-        left = _begin(hold, call_key, demand.fixed_tokens + demand.choices * limit, settings)
+        left = _begin(hold, call_key, demand.cost(limit), settings)
         if left is None:
             return limit
         spending.tokens_left, is_stale = left, False
@@ -73,7 +88,7 @@ def _too_little(spending: Spending, demand: Demand) -> str:
     choices = f" It asks for {demand.choices} answers." if demand.choices > 1 else ""
     return (
         f"{spending.hold.feature_name}: {spending.tokens_left} tokens are left of the hold, and the prompt alone "
-        f"takes {demand.fixed_tokens}.{least}{choices} Nothing was spent on this call. Raise the task's estimate or "
+        f"takes {demand.cost(0)}.{least}{choices} Nothing was spent on this call. Raise the task's estimate or "
         "send less text."
     )
 

@@ -25,6 +25,7 @@ from trueup.settings.alerts import AlertSettings
 from trueup.settings.api import ApiSettings
 from trueup.settings.broker import check_redis_url
 from trueup.settings.gate import GateSettings
+from trueup.settings.models import ModelSettings, TokenClass, Weight
 from trueup.settings.policies import ReconcileSettings
 from trueup.settings.urls import ESCAPE, is_readable, split_http_url
 
@@ -94,6 +95,11 @@ class Settings(BaseSettings):
     )
     model_max_retries: int = Field(default=0, ge=0, le=10, description="the SDK's retries of requests not served")
     model_max_tokens_parameter: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+
+    count: dict[TokenClass, Weight] = Field(
+        default_factory=dict, description="how much a token of a class counts, such as cached_input = 0.1; else 1"
+    )
+    models: dict[str, ModelSettings] = Field(default_factory=dict, description='by pattern of the name: "gpt-5*"')
 
     instagram_graph_url: str = "https://graph.instagram.com/v23.0"
     instagram_access_token: SecretStr | None = None

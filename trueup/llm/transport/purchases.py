@@ -16,6 +16,7 @@ from trueup.llm.formats.wire_format import AnswerReader, Count, Sent, WireFormat
 from trueup.llm.output_cap import Demand
 from trueup.llm.running import RunningHold, running_now, running_or_refuse
 from trueup.llm.tokens import TokenCounter, counter_for, likely_counter
+from trueup.llm.weights import counted_tokens, weighted
 from trueup.settings.settings import get_settings
 from trueup.usage.charges import Usage
 
@@ -47,12 +48,12 @@ class Planned:
         """Return the admitted call, or a paid one. Raises `HoldError` if the hold does not cover it."""
         sent = self.sent
         model = self.format.model_of(sent)
-        counter = counter_for(model)
+        counter, settings = counter_for(model), get_settings()
         call = begin(
             self.running,
             fingerprint_of([sent.host, sent.path, sent.body]),
-            lambda: self._demand(counter),
-            get_settings(),
+            lambda: weighted(self._demand(counter), model, settings),
+            settings,
         )
         return Purchase(call, self.format, sent, model)
 
@@ -177,20 +178,25 @@ class Purchase:
                 return
             usage = self.reader.usage
             figures = usage or self._estimate()
-            metadata: dict[str, Any] = {"usage_reported": usage is not None}
+            classes = figures.classes()
+            billed = {name: tokens for name, tokens in classes.items() if tokens}
+            metadata: dict[str, Any] = {"usage_reported": usage is not None, "tokens": billed}
             if usage is None:
                 metadata["estimated"] = True
+            settings = get_settings()
             charge(
                 self.call,
                 Usage(
                     prompt_tokens=figures.prompt,
                     completion_tokens=figures.completion,
-                    total_tokens=figures.total,
+                    # By the name that was asked for, because the bound was made by it too.
+                    total_tokens=counted_tokens(figures, self._model, settings),
                     response_time_ms=round((time.monotonic() - self._started) * 1000),
                     model_name=self.reader.model_name or self._model,
+                    classes=classes,
                 ),
                 metadata=metadata,
-                answer=None if answer is None else storable(answer, get_settings()),
+                answer=None if answer is None else storable(answer, settings),
             )
             self.is_settled = True
 
