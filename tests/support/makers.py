@@ -62,6 +62,7 @@ class Maker:
     other: dict[str, Callable[["_Handler"], None]] = field(default_factory=dict)
     connections: set[tuple[str, int]] = field(default_factory=set)
     counted: int = 0
+    prompt_factor: float = 1
     port: int = 0
 
     @property
@@ -134,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
         if known is None:
             self.send_json({"error": {"message": f"no such path {path}"}}, 404)
             return
-        billed = Billed(path=path, prompt=prompt_tokens(body), cached=self.maker.cached)
+        billed = Billed(path=path, prompt=int(self.maker.prompt_factor * prompt_tokens(body)), cached=self.maker.cached)
         answer = known(self.maker, body, billed, path)
         reports = fault != "silent"
         if answer.is_stream:

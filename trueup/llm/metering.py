@@ -9,11 +9,13 @@ from trueup.database.retry import once
 from trueup.errors import ProviderError
 from trueup.gate.provider_calls import extend_hold
 from trueup.llm.awaitable import AwaitableModel, InFlight
+from trueup.llm.bounds import ClassCounter, bounding_counter, learn, learns
 from trueup.llm.calls import Call, begin, charge, end_without_usage, fingerprint_of, storable
 from trueup.llm.formats.usage import split_usage
 from trueup.llm.model import Completion, CompletionStream, Message, Provider
 from trueup.llm.output_cap import Demand
 from trueup.llm.running import RunningHold, running_or_refuse
+from trueup.llm.tokens import count_prompt_tokens
 from trueup.llm.weights import counted_tokens, weighted
 from trueup.settings.settings import Settings
 from trueup.usage.charges import Usage
@@ -71,7 +73,7 @@ class MeteredModel(AwaitableModel):
                 return Completion(**call.paid)
             with _noted_failure(call):
                 completion = self.provider.complete(messages, max_completion_tokens=call.limit)
-            self._charge(call, completion)
+            self._charge(call, messages, completion)
             return completion
 
     def stream(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> CompletionStream:
@@ -97,7 +99,7 @@ class MeteredModel(AwaitableModel):
         def finish() -> Completion:
             completion = source.completion()
             # A stream that broke or was closed early is incomplete, so it must not be replayed as the whole answer.
-            self._charge(call, completion, keep_answer=source.exhausted)
+            self._charge(call, messages, completion, keep_answer=source.exhausted)
             call.running.remove_stream(stream)
             return completion
 
@@ -111,20 +113,33 @@ class MeteredModel(AwaitableModel):
             running,
             call_fingerprint(self._settings.model_name, messages),
             lambda: weighted(
-                Demand(prompt_tokens=self.provider.count_prompt_tokens(messages), wanted=max_completion_tokens),
+                Demand(prompt_tokens=self._prompt_tokens(messages), wanted=max_completion_tokens),
                 self._settings.model_name,
                 self._settings,
             ),
             self._settings,
         )
 
-    def _charge(self, call: Call, completion: Completion, *, keep_answer: bool = True) -> None:
+    def _prompt_tokens(self, messages: Sequence[Message]) -> int:
+        """Return what the prompt costs at most: by the provider's counter, or less by what was learned."""
+        name, most = self._settings.model_name, self.provider.count_prompt_tokens(messages)
+        if not learns(name, self._settings):
+            return most
+        return min(most, count_prompt_tokens(messages, bounding_counter(name, self._settings)))
+
+    def _charge(
+        self, call: Call, messages: Sequence[Message], completion: Completion, *, keep_answer: bool = True
+    ) -> None:
         charge(
             call,
             _usage(completion, self._settings),
             metadata={"usage_reported": completion.usage_reported},
             answer=storable(asdict(completion), self._settings) if keep_answer else None,
         )
+        if completion.usage_reported and learns(self._settings.model_name, self._settings):
+            sizes = ClassCounter()
+            count_prompt_tokens(messages, sizes)
+            learn(self._settings.model_name, sizes.sizes, completion.prompt_tokens)
 
 
 @contextmanager

@@ -19,6 +19,12 @@ class ModelSettings(BaseModel):
     weight: Annotated[Decimal, Field(gt=0, le=1000)] = Field(
         default=Decimal(1), description="each token counts so much against the budget"
     )
+    tokenizer: Literal["o200k_base", "cl100k_base"] | None = Field(
+        default=None, description="the encoding that counts this model's prompts"
+    )
+    ratio: Annotated[Decimal, Field(gt=0, le=1)] | None = Field(
+        default=None, description="a byte of a prompt costs at most so many tokens; unset: learned"
+    )
 
 
 def settings_of_model(models: Mapping[str, ModelSettings], name: str) -> ModelSettings:

@@ -2,6 +2,7 @@
 
 from trueup.errors import SettingsError
 from trueup.extras import require_extra
+from trueup.llm.bounds import assigned_counter
 from trueup.llm.model import Provider
 from trueup.llm.tokens import TokenCounter, counter_for, offline_counter
 from trueup.settings.settings import PREFIX, Settings
@@ -39,4 +40,4 @@ def counter_from_settings(settings: Settings) -> TokenCounter:
     """
     if settings.model_provider == "offline":
         return offline_counter()
-    return counter_for(settings.model_name)
+    return assigned_counter(settings.model_name, settings) or counter_for(settings.model_name)

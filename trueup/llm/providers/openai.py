@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import openai
 
 from trueup.errors import SettingsError
+from trueup.llm.bounds import assigned_counter
 from trueup.llm.credentials import header_value
 from trueup.llm.model import Completion, CompletionStream, Message
 from trueup.llm.providers.openai_answers import Answer
@@ -42,7 +43,7 @@ class OpenAIProvider:
         self._failures = Failures(url, key)
         self._model_name = settings.model_name
         self._cap_parameter = settings.model_max_tokens_parameter
-        self._counter = counter_for(settings.model_name)
+        self._counter = assigned_counter(settings.model_name, settings) or counter_for(settings.model_name)
         self._asks_for_usage = True
         self._client = openai.OpenAI(
             api_key=key or _NO_KEY,

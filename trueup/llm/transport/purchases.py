@@ -4,10 +4,12 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from trueup.errors import UnboundedCallError, UnmeteredCallError
+from trueup.llm.bounds import ClassCounter, bounding_counter, learn, learns
 from trueup.llm.calls import Call, begin, charge, end_without_usage, fingerprint_of, storable
 from trueup.llm.formats.reading import parsed
 from trueup.llm.formats.registry import format_of, is_free, normal_path
@@ -15,7 +17,7 @@ from trueup.llm.formats.usage import TokenUsage, split_usage
 from trueup.llm.formats.wire_format import AnswerReader, Count, Sent, WireFormat
 from trueup.llm.output_cap import Demand
 from trueup.llm.running import RunningHold, running_now, running_or_refuse
-from trueup.llm.tokens import TokenCounter, counter_for, likely_counter
+from trueup.llm.tokens import TokenCounter, likely_counter
 from trueup.llm.weights import counted_tokens, weighted
 from trueup.settings.settings import get_settings
 from trueup.usage.charges import Usage
@@ -48,11 +50,11 @@ class Planned:
         """Return the admitted call, or a paid one. Raises `HoldError` if the hold does not cover it."""
         sent = self.sent
         model = self.format.model_of(sent)
-        counter, settings = counter_for(model), get_settings()
+        settings = get_settings()
         call = begin(
             self.running,
             fingerprint_of([sent.host, sent.path, sent.body]),
-            lambda: weighted(self._demand(counter), model, settings),
+            lambda: weighted(self._demand(bounding_counter(model, settings)), model, settings),
             settings,
         )
         return Purchase(call, self.format, sent, model)
@@ -199,6 +201,17 @@ class Purchase:
                 answer=None if answer is None else storable(answer, settings),
             )
             self.is_settled = True
+            if usage is not None:
+                self._learn(usage)
+
+    def _learn(self, usage: TokenUsage) -> None:
+        """Learn what a prompt of this kind costs, if all of it is text."""
+        if not learns(self._model, get_settings()) or self._sent.media_tokens is not None:
+            return
+        counter = ClassCounter()
+        with suppress(UnboundedCallError):  # it has parts that are no text
+            self._format.demand(self._sent, counter)
+            learn(self._model, counter.sizes, usage.prompt)
 
     def _estimate(self) -> TokenUsage:
         """Return what the received part has probably cost: at most what was asked for."""
