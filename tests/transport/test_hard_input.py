@@ -1,7 +1,6 @@
 """Bodies, protocols and endings that are hard on a transport."""
 
 import gzip
-import json
 import socket
 import threading
 import zlib
