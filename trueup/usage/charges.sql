@@ -6,6 +6,7 @@
 -- Usage counts even if its hold has ended (expired, or taken over by a later attempt): it is recorded and flagged late.
 -- tokens_over: the tokens that the hold did not cover. p_classes: the billed tokens by class, such as cached input, before
 -- the settings' weights; NULL: not known.
+-- Longer than 70 lines, because all effects of a charge happen in one transaction under one row lock.
 CREATE OR REPLACE FUNCTION trueup.record_charge(
     p_user {{ user_id_type }}, p_task text, p_attempt integer, p_call_key text, p_log_id text, p_section text,
     p_prompt bigint, p_completion bigint, p_total bigint, p_response_ms bigint, p_model text,

@@ -15,7 +15,7 @@ _TEXT_BLOCKS = frozenset(("text", "thinking", "redacted_thinking", "tool_use", "
 _OWN_TOOLS = ("custom", "bash_", "text_editor_", "computer_", "memory_")
 # The provider's own prompt for tools has up to 530 tokens, the description of one of its tools up to 740.
 _TOOLS_TOKENS, _DESCRIBED_TOOL_TOKENS = 600, 800
-# The provider refuses a smaller budget for thinking, and one that is not below the answer's cap.
+# The provider refuses a smaller budget for thinking, and a budget that is not below the answer's cap.
 _LEAST_THINKING = 1_024
 _MARKS = frozenset(("type", "id", "name", "signature", "citations", "tool_use_id"))
 _PROMPT_USAGE = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")

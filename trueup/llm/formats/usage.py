@@ -56,7 +56,7 @@ def split_usage(
 ) -> TokenUsage:
     """Return the usage of a prompt and an answer, whose counts contain those of the parts.
 
-    A part that is larger than what is left of its whole is lowered to that.
+    A part that is larger than the rest of its whole is lowered to it.
     """
     left = prompt
     cached_input = min(cached_input, left)

@@ -29,7 +29,7 @@ class Sent:
 class Count:
     """A request to the provider's own free counter of tokens.
 
-    `ending`: follows the path of the call; one that begins with ":" replaces the call's verb. `answer`: the field of
+    `ending`: follows the path of the call; an ending with ":" replaces the call's verb. `answer`: the field of
     the answer that has the count.
     """
 

@@ -11,7 +11,6 @@ from trueup.llm.transport.purchases import Meter
 if TYPE_CHECKING:
     import httpx
     import httpx2
-    from google.genai.types import HttpOptions
 
 Library = Literal["httpx2", "httpx"]
 
@@ -64,14 +63,12 @@ def async_http_client(
     return module.Transport.http.AsyncClient(transport=transport, **_defaults(module.Transport.http) | options)
 
 
-def genai_http_options(*, allow: Sequence[str] = (), prompt_tokens: int | None = None) -> "HttpOptions":
+def genai_http_options(*, allow: Sequence[str] = (), prompt_tokens: int | None = None) -> Any:
     """Return `http_options` for `google.genai.Client`, with a metered client for its calls of both kinds.
 
     It needs both: with one alone, `client.aio` may use another library, whose calls are not seen.
     """
-    from google.genai.types import HttpOptions
-
-    return HttpOptions(
+    return import_module("google.genai.types").HttpOptions(
         httpx_client=http_client(allow=allow, prompt_tokens=prompt_tokens),
         httpx_async_client=async_http_client(allow=allow, prompt_tokens=prompt_tokens),
     )

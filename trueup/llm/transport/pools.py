@@ -1,7 +1,7 @@
 """The connections of the metered clients.
 
-All synchronous clients of a process share their connections, so that a task which makes a client of its own does not
-connect again. An asynchronous client has its own, for each event loop.
+All clients of a process share their connections, so that a task which makes a client of its own does not connect again:
+synchronous clients by process, asynchronous ones by event loop, until the last one on the loop is closed.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 from urllib.request import getproxies, proxy_bypass
+from weakref import WeakSet
 
 # Options of a client that concern its connections. A client with one of these has connections of its own.
 CONNECTION_OPTIONS = frozenset(("verify", "cert", "http1", "http2", "limits", "proxy"))
@@ -29,7 +30,7 @@ class Pools:
         self._options = options
         self._trust_env = trust_env and "proxy" not in options
         self._own: dict[str | None, Any] = {}
-        self._by_loop: dict[asyncio.AbstractEventLoop, dict[str | None, Any]] = {}
+        self._by_loop: dict[asyncio.AbstractEventLoop, _LoopConnections] = {}
 
     def sync_for(self, url: Any) -> Any:
         """Return the transport for a URL."""
@@ -46,25 +47,33 @@ class Pools:
         """Return the transport for a URL on the running event loop."""
         if self._inner is not None:
             return self._inner
-        loop = asyncio.get_running_loop()
-        for other in [other for other in self._by_loop if other.is_closed()]:
-            del self._by_loop[other]
-        own, proxy = self._by_loop.setdefault(loop, {}), self._proxy_for(url)
-        if proxy not in own:
-            own[proxy] = self._http.AsyncHTTPTransport(**self._with(proxy))
-        return own[proxy]
+        known = _of_running_loop(self._by_loop if self._options else _shared_by_loop)
+        known.users.add(self)
+        place = (self._http.__name__, self._proxy_for(url))
+        if place not in known.transports:
+            known.transports[place] = self._http.AsyncHTTPTransport(**self._with(place[1]))
+        return known.transports[place]
 
     def close(self) -> None:
-        """Close the connections that are this client's alone."""
+        """Close the connections that no other client may use."""
         for transport in (*self._own.values(), *(() if self._inner is None else (self._inner,))):
             transport.close()
         self._own = {}
 
     async def aclose(self) -> None:
         """Do as `close`, for the running event loop."""
-        own = self._by_loop.pop(asyncio.get_running_loop(), {})
-        for transport in (*own.values(), *(() if self._inner is None else (self._inner,))):
-            await transport.aclose()
+        loop = asyncio.get_running_loop()
+        for loops in (self._by_loop, _shared_by_loop):
+            known = loops.get(loop)
+            if known is None:
+                continue
+            known.users.discard(self)
+            if not known.users:
+                del loops[loop]
+                for transport in known.transports.values():
+                    await transport.aclose()
+        if self._inner is not None:
+            await self._inner.aclose()
 
     def _with(self, proxy: str | None) -> dict[str, Any]:
         found = {} if proxy is None else {"proxy": proxy}
@@ -79,6 +88,25 @@ class Pools:
         if not proxy or proxy_bypass(url.host):
             return None
         return proxy if "://" in proxy else f"http://{proxy}"
+
+
+class _LoopConnections:
+    """The transports of one event loop, and the clients that have used them and are not closed."""
+
+    def __init__(self) -> None:
+        self.transports: dict[tuple[str, str | None], Any] = {}
+        self.users: WeakSet[Pools] = WeakSet()
+
+
+# An event loop uses its own entry alone, and adding an entry is atomic.
+_shared_by_loop: dict[asyncio.AbstractEventLoop, _LoopConnections] = {}
+
+
+def _of_running_loop(loops: dict[asyncio.AbstractEventLoop, _LoopConnections]) -> _LoopConnections:
+    """Return the running loop's connections. Those of loops that have ended are dropped."""
+    for other in [other for other in tuple(loops) if other.is_closed()]:
+        loops.pop(other, None)
+    return loops.setdefault(asyncio.get_running_loop(), _LoopConnections())
 
 
 _shared_transports: dict[tuple[str, str | None], Any] = {}
@@ -111,8 +139,8 @@ def _close_shared() -> None:
 
 def _forget_parents_connections() -> None:
     """A forked child must not share its parent's connections."""
-    global _shared_transports, _shared_lock
-    _shared_transports, _shared_lock = {}, threading.Lock()
+    global _shared_transports, _shared_lock, _shared_by_loop
+    _shared_transports, _shared_lock, _shared_by_loop = {}, threading.Lock(), {}
 
 
 os.register_at_fork(after_in_child=_forget_parents_connections)

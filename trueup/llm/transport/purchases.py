@@ -83,7 +83,7 @@ class Meter:
     def plan(
         self, method: str, url: Any, headers: Any, content: bytes, ask: Callable[[Count], int | None]
     ) -> Planned | None:
-        """Return the metered request; None for one that is free or allowed. `ask`: as in `Planned`.
+        """Return the metered request; None: it is free or allowed. `ask`: as in `Planned`.
 
         Raises `UnmeteredCallError` for a request that may cost tokens and that no format describes, `NoHoldError`
         where no tokens are held.

@@ -106,7 +106,7 @@ class Tap:
         return data
 
     def _read(self, data: bytes) -> bytes:
-        """Read the events that are complete by now. Returns those that the caller gets."""
+        """Read the events that are complete by now. Returns the part for the caller."""
         self._pending += data
         passed, start = [], 0
         for blank in _BLANK_LINE.finditer(self._pending):

@@ -20,7 +20,7 @@ MAX_READ_BYTES = 64 * 2**20
 
 
 class MeteredTransport:
-    """Sends requests; those that cost tokens are calls of the running hold.
+    """Sends requests. Requests that cost tokens are calls of the running hold.
 
     Each attempt of an SDK is one call. The classes of each HTTP library's transports inherit from this one.
     """
