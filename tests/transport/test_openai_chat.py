@@ -202,6 +202,21 @@ def test_a_redelivery_gets_the_paid_answers_again_whatever_comes_first(
     assert host.used(user) == maker.billed
 
 
+def test_a_long_stream_is_stored_compressed_and_replayed(
+    maker: Maker, host: Host, connection: Connection, user: int
+) -> None:
+    task = str(uuid.uuid4())
+    maker.length = 1_500  # about 250 kB of events
+    heard = []
+    for retries in range(2):
+        with spending_from(hold_tokens(connection, user, 5_000, task=task, retries=retries)), sdk(maker) as client:
+            heard.append([part.choices for part in client.chat.completions.create(**ASK, stream=True)])
+    assert len(heard[0]) == 1_502
+    assert heard[0] == heard[1]
+    assert len(maker.ledger) == 1
+    assert host.value("SELECT length(answer::text) FROM trueup.charge") < 65_536
+
+
 def test_a_call_that_was_asked_again_after_an_unknown_outcome_is_replayed(
     maker: Maker, host: Host, connection: Connection, user: int
 ) -> None:

@@ -114,7 +114,9 @@ def assigned_counter(model_name: str, settings: Settings) -> TokenCounter | None
 
 def learns(model_name: str, settings: Settings) -> bool:
     """Return whether the bounds of a model's prompts are learned."""
-    return assigned_counter(model_name, settings) is None and not counter_for(model_name).exact
+    if not model_name or assigned_counter(model_name, settings) is not None:
+        return False
+    return not counter_for(model_name).exact
 
 
 def learn(model_name: str, sizes: Counter[str], prompt_tokens: int) -> None:

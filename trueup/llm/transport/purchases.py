@@ -3,6 +3,8 @@
 import json
 import threading
 import time
+import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,6 +34,9 @@ _NOT_SERVED = frozenset((501, 503, 529))
 
 # The makers call their counts estimates: a hundredth is added, and a few tokens.
 _COUNT_MARGIN, _LEAST_MARGIN = 100, 16
+
+# A longer answer is stored compressed: the events of a stream repeat themselves, and shrink to a tenth.
+_PLAIN_BYTES = 4_096
 
 _usage_refusers: set[tuple[str, str]] = set()  # hosts and models that refuse to report a stream's usage
 
@@ -226,8 +231,18 @@ class Purchase:
 
 
 def stored(status: int, content_type: str, body: bytes) -> dict[str, Any] | None:
-    """Return an answer as it is stored; None if it is no text."""
+    """Return an answer as it is stored; None if it is short and no text."""
+    head: dict[str, Any] = {"status": status, "content_type": content_type}
+    if len(body) > _PLAIN_BYTES:
+        return head | {"deflated": b64encode(zlib.compress(body)).decode()}
     try:
-        return {"status": status, "content_type": content_type, "body": body.decode()}
+        return head | {"body": body.decode()}
     except UnicodeDecodeError:
         return None
+
+
+def stored_body(answer: dict[str, Any]) -> bytes:
+    """Return the body of a stored answer."""
+    if "deflated" in answer:
+        return zlib.decompress(b64decode(answer["deflated"]))
+    return str(answer["body"]).encode()

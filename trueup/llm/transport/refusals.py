@@ -19,7 +19,7 @@ def passing_through_sdks() -> Iterator[None]:
         yield
     except TrueupError as error:
         kinds = _loaded_errors()
-        if not isinstance(error, kinds):
+        if not all(isinstance(error, kind) for kind in kinds):
             error.__class__ = _combined(type(error), kinds)  # type: ignore[arg-type]
         raise
 

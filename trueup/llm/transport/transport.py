@@ -10,13 +10,15 @@ from trueup.llm.formats.reading import count_of, object_of, parsed
 from trueup.llm.formats.wire_format import Count
 from trueup.llm.transport.bodies import TappedBody, closer_of, recorded, undone_if_cancelled
 from trueup.llm.transport.pools import Pools
-from trueup.llm.transport.purchases import MEDIA_HEADER, REPLAYED_HEADER, Meter, Planned, Purchase
+from trueup.llm.transport.purchases import MEDIA_HEADER, REPLAYED_HEADER, Meter, Planned, Purchase, stored_body
 from trueup.llm.transport.refusals import passing_through_sdks
 from trueup.llm.transport.taps import LongAnswer, Tap
 from trueup.settings.settings import get_settings
 
 # A longer answer is passed on as it comes, and its usage is looked for at its end.
 MAX_READ_BYTES = 64 * 2**20
+# A stream is stored compressed. So much of it is kept until its end, as a multiple of the size that may be stored.
+_SHRINKING = 10
 
 
 class MeteredTransport:
@@ -155,7 +157,7 @@ class MeteredTransport:
     def _tapped(self, response: Any, purchase: Purchase, close_source: Callable[[], object]) -> Any:
         content_type = response.headers.get("content-type", "")
         settings = get_settings()
-        keep_bytes = settings.stored_answer_max_bytes if settings.store_answers else 0
+        keep_bytes = _SHRINKING * settings.stored_answer_max_bytes if settings.store_answers else 0
         tap = Tap(purchase, content_type, _encoding(response), close_source, keep_bytes)
         answer = self._like(response, self.body(response.stream, tap))
         if tap.rewrites:
@@ -171,7 +173,7 @@ class MeteredTransport:
 
     def _replayed(self, paid: dict[str, Any]) -> Any:
         headers = {"content-type": paid["content_type"], REPLAYED_HEADER: "true"}
-        return self.http.Response(paid["status"], headers=headers, stream=self.http.ByteStream(paid["body"].encode()))
+        return self.http.Response(paid["status"], headers=headers, stream=self.http.ByteStream(stored_body(paid)))
 
     def _is_unsent(self, error: Exception) -> bool:
         """Return whether the error was raised before the request was sent, so that no provider can have served it."""
