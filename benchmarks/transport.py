@@ -162,7 +162,7 @@ def compare(url: str, hold: Hold, calls: int) -> None:
 
 
 def measured(ways: dict[str, Callable[[], float]], calls: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the median processor time of a call of each way, and the processor time until its first event, in seconds."""
+    """Return each way's median processor time of a call, and until its first event, in seconds."""
     cpu: dict[str, list[float]] = {name: [] for name in ways}
     first: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
