@@ -2,6 +2,7 @@
 
 import asyncio
 import pickle
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,7 +19,8 @@ from tests.support.makers import Maker
 from tests.support.work import hold_tokens
 from tests.support.worker import own_application
 from trueup import async_http_client, http_client, metered_task
-from trueup.errors import HoldExhaustedError, NoHoldError
+from trueup.database.engine import dispose_engine
+from trueup.errors import HoldExhaustedError, NoHoldError, ServiceUnavailableError
 from trueup.llm.running import spending_from
 
 ASK: Any = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "a question"}]}
@@ -204,3 +206,36 @@ def test_the_proxy_of_the_environment_is_used(
 
 def test_http_client_is_offered_by_the_package() -> None:
     assert {"http_client", "async_http_client", "genai_http_options"} <= set(trueup.__all__)
+
+
+def test_without_the_database_nothing_is_sent_and_the_sdk_does_not_repeat(
+    maker: Maker, host: Host, connection: Connection, user: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with spending_from(hold_tokens(connection, user, 1_000)), sdk(maker) as client:
+        monkeypatch.setenv("TRUEUP_DATABASE_URL", f"postgresql://a:b@127.0.0.1:{port}/none")
+        trueup_settings().cache_clear()
+        dispose_engine()
+        with pytest.raises(ServiceUnavailableError) as away:
+            client.chat.completions.create(**ASK)
+    assert isinstance(away.value, openai.OpenAIError)
+    assert maker.paths == []
+
+
+def test_an_answer_whose_charge_fails_is_not_bought_again_by_the_sdk(
+    maker: Maker, host: Host, connection: Connection, user: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trueup.database.retry.RETRY_DELAYS_SECONDS", (0.01,))
+    host.execute(
+        "CREATE FUNCTION shut_down() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE EXCEPTION 'terminating connection' USING ERRCODE = '57P01'; END $$"
+    )
+    host.execute("CREATE TRIGGER away BEFORE INSERT ON ai_usage_log EXECUTE FUNCTION shut_down()")
+    with spending_from(hold_tokens(connection, user, 1_000)), sdk(maker) as client:
+        with pytest.raises(ServiceUnavailableError):
+            client.chat.completions.create(**ASK, max_tokens=30)
+        with pytest.raises(ServiceUnavailableError):
+            list(client.chat.completions.create(**ASK, max_tokens=30, stream=True))
+        host.execute("DROP TRIGGER away ON ai_usage_log")
+    assert len(maker.ledger) == 2
