@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # pip and uv show their progress only in a terminal; a log gets one line.
 QUIET = $$(test -t 2 || echo --quiet)
 
-JOBS ?= 3
+JOBS ?= 4
 SEED ?= 1
 ROUNDS ?= 20
 
@@ -31,7 +31,7 @@ help:  ## Show this help
 demo: $(STAMP)  ## Run the demo on an embedded stack (under a minute)
 	@$(BIN)/trueup demo
 
-test: $(STAMP)  ## Run the tests on real embedded servers with JOBS=3 processes; ARGS="-k gate" selects tests
+test: $(STAMP)  ## Run the tests on real embedded servers with JOBS=4 processes; ARGS="-k gate" selects tests
 	@$(BIN)/pytest --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: $(STAMP)  ## Run the long tests: more repetitions, and the dated tests at other times and in other time zones

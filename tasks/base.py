@@ -152,7 +152,7 @@ class MeteredTask(Task):
             with _closing(hold), keeping(hold), spending_from(hold):
                 if hold.replay:
                     self._leave_delivered_work(hold)
-                elif hold.follows or (hold.attempt == 1 and not is_random_id(hold.task_id)):
+                elif hold.follows or not is_random_id(hold.task_id):
                     self._forget_earlier_result()
                 return _json_safe(self._run_held(arguments, hold))
         except TokensDenied as denied:
@@ -252,7 +252,8 @@ class MeteredTask(Task):
     def _forget_earlier_result(self) -> None:
         """Delete the result that another request with this id, maybe another user's, has stored.
 
-        Celery never overwrites a success: the caller would get the other request's result.
+        Celery never overwrites a success: the caller would get the other request's result. A hold's `follows` knows
+        only of requests of the same user.
         """
         if not self.request.called_directly and not self.request.is_eager:
             with suppress(NotImplementedError):  # no result backend

@@ -371,7 +371,12 @@ class _ClosedBeforeCharged(ThreadPoolExecutor):
         return super().submit(run)
 
 
-def test_a_charge_is_recorded_even_if_its_caller_is_cancelled_and_the_block_ends_first(host: Host, user: int) -> None:
+def test_a_charge_is_recorded_even_if_its_caller_is_cancelled_and_the_block_ends_first(
+    host: Host, user: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The block waits so long for the charge, which comes only after it.
+    monkeypatch.setattr(token_hold, "RECORDING_SECONDS", 0.5)
+
     async def work() -> None:
         asyncio.get_running_loop().set_default_executor(_ClosedBeforeCharged())
         async with ai_tokens(user, 1_000) as hold:

@@ -32,7 +32,8 @@ def request_violations(stage: "Stage", books: Books) -> Iterator[Violation]:
         yield from _wrong_answers(books, task_id, stage.results.get(task_id))
         detail = _wrong_result(stage, holds, [task for task in requests.values() if task.task_id == task_id])
         if detail:
-            yield Violation(kind="wrong_result", detail=f"{task_id}: {detail}")
+            told = "; ".join(_told(label, hold) for label in holds for hold in holds[label] if hold.task_id == task_id)
+            yield Violation(kind="wrong_result", detail=f"{task_id}: {detail}. Holds: {told}")
     yield from _unknown_requests(books, requests, holds)
     for label, task in requests.items():
         yield from _bought_again(stage, books, label, holds[label])
@@ -46,6 +47,11 @@ def _holds_of(stage: "Stage", books: Books, task: Spending) -> list[Any]:
     user = stage.users[task.user]
     request = task.fingerprint(user)
     return [h for h in books.holds if (h.user_id, h.task_id, h.request) == (user, task.task_id, request)]
+
+
+def _told(label: str, hold: Any) -> str:
+    done = " completed" if hold.completed else ""
+    return f"{hold.id} of {label}, attempt {hold.attempt}, {hold.status}{done} at {hold.ended_at}"
 
 
 def _wrong_answers(books: Books, task_id: str, result: Any) -> Iterator[Violation]:
@@ -74,7 +80,8 @@ def _wrong_result(stage: "Stage", holds: dict[str, list[Any]], requests: list[Sp
             done[task.label] = min(ids)
     last = max(done, key=done.__getitem__, default=None)
     # A process that was stopped past its hold may still store its result, and completes none.
-    if last is None and holds[result["request"]]:
+    own = holds[result["request"]]
+    if own and result["request"] not in done and own[-1].id > done.get(last, 0):
         return None
     if result["request"] != last:
         return f"its result is that of {result['request']}, and {last} was done last"

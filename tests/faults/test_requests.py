@@ -48,6 +48,19 @@ def test_a_result_of_an_earlier_request_with_the_same_id_is_found(
     assert found() == expected
 
 
+@pytest.mark.parametrize(("place", "expected"), [(0, {"wrong_result"}), (1, set())])
+def test_a_result_whose_request_lost_its_hold_is_found_if_another_was_done_later(
+    stage: Stage, host: Host, hold: Hold, found: Found, place: int, expected: set[str]
+) -> None:
+    tasks = [SPENDING, SPENDING]
+    tasks[place] = OTHER
+    play(host, stage, *tasks)
+    lost = "UPDATE trueup.hold SET completed = false, status = 'expired' WHERE request = :request"
+    host.execute(lost, request=OTHER.fingerprint(stage.users[OTHER.user]))
+    finish(stage, OTHER.label)
+    assert found() == expected
+
+
 @pytest.mark.parametrize(("is_cut", "expected"), [(False, {"wrong_result"}), (True, set())])
 def test_a_request_without_an_end_of_its_own_is_found_unless_redis_may_have_lost_it(
     stage: Stage, host: Host, hold: Hold, found: Found, is_cut: bool, expected: set[str]

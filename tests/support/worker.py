@@ -80,6 +80,8 @@ def running_worker(
     """Run a worker on this process's settings until the block ends. It is given ready. `more`: its last arguments."""
     celery = Path(sys.executable).with_name("celery")
     command = [str(celery), "-A", "trueup.worker", "worker", "-Q", ",".join(queues), "-c", str(concurrency)]
+    # These ask the other workers of the broker for a second, and there are none.
+    command += ["--without-mingle", "--without-gossip"]
     if include:
         command += ["-I", ",".join(include)]
     with running_command([*command, *more], log) as worker:

@@ -331,7 +331,11 @@ def test_beat_sends_a_task_that_settles_owed_charges(host: Host, connection: Con
 
 
 @pytest.mark.parametrize("does", ["RAISE ''append only''", "PERFORM pg_sleep(3600)"], ids=["refuses", "takes-too-long"])
-def test_an_append_only_log_takes_the_row_of_a_call_with_an_error(host: Host, user: int, does: str) -> None:
+def test_an_append_only_log_takes_the_row_of_a_call_with_an_error(
+    host: Host, user: int, does: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRUEUP_STATEMENT_TIMEOUT_SECONDS", "2")
+    get_settings.cache_clear()
     statements(
         host,
         f"""
