@@ -9,6 +9,10 @@ if not __name__.startswith("trueup."):
         "Nothing was imported. Import trueup.cli."
     )
 
+import difflib
+import errno
+import io
+import os
 import sys
 from importlib import import_module
 
@@ -19,6 +23,8 @@ from trueup.errors import InvalidInputError, TrueupError
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_DENIED = 3
+# The output is a full disk, or a terminal that has gone.
+_OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 # A command is imported when it is called, so that `trueup --help` loads neither Celery nor SQLAlchemy.
 COMMANDS = {
@@ -35,6 +41,7 @@ COMMANDS = {
     "rollout": ("trueup.cli.rollout", "Show and set the gate's mode for each feature."),
     "alerts": ("trueup.cli.alerts", "List, send and test alerts."),
     "run": ("trueup.cli.run", "Enqueue a real AI task."),
+    "result": ("trueup.cli.result", "Show the result of a task."),
     "doctor": ("trueup.cli.doctor", "Check settings, servers, tables and workers, with a remedy for each problem."),
     "find-unmetered": ("trueup.cli.find_unmetered", "List where code calls a model without trueup."),
     "settings": ("trueup.cli.settings", "List the settings and their values."),
@@ -42,7 +49,22 @@ COMMANDS = {
 }
 
 
-class LazyGroup(click.Group):
+class SuggestingGroup(click.Group):
+    """A group that names the nearest command when a name is misspelt."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            if near and "Did you mean" not in error.message:
+                raise click.UsageError(f"{error.message} Did you mean {near[0]!r}?", ctx) from None
+            raise
+
+
+class LazyGroup(SuggestingGroup):
     """A group that imports its commands on use, and turns trueup's errors into one message and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -59,8 +81,16 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> object:
+        _replace_what_cannot_be_printed()
         try:
             return super().invoke(ctx)
+        except OSError as error:
+            if error.errno not in _OUTPUT_ERRORS:
+                raise
+            click.echo(f"Error: the output can't be written: {error.strerror}. Earlier writes are kept.", err=True)
+            # What is still buffered can't be written either, and Python would complain at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            ctx.exit(EXIT_ERROR)
         except TrueupError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(EXIT_USAGE if isinstance(error, InvalidInputError) else EXIT_ERROR)
@@ -70,6 +100,13 @@ class LazyGroup(click.Group):
                 raise
             click.echo(f"Error: {message}", err=True)
             ctx.exit(EXIT_ERROR)
+
+
+def _replace_what_cannot_be_printed() -> None:
+    """Print ? for characters that the output's encoding does not have. In UTF-8 there are none."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="replace")
 
 
 def _database_error(error: Exception) -> str | None:

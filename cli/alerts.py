@@ -2,7 +2,7 @@
 
 import click
 
-from trueup.cli import EXIT_DENIED, EXIT_ERROR
+from trueup.cli import EXIT_DENIED, EXIT_ERROR, SuggestingGroup
 from trueup.cli.options import json_option, limit_option, servers
 from trueup.cli.output import print_json, print_table
 from trueup.database.engine import connect
@@ -15,7 +15,7 @@ from trueup.settings.settings import get_settings
 GAPS = ("missed", "missed_deep")
 
 
-@click.group()
+@click.group(cls=SuggestingGroup)
 def alerts() -> None:
     """List, send and test alerts.
 
@@ -40,7 +40,7 @@ def list_command(limit: int, waiting: bool, as_json: bool) -> None:
     with servers("postgres"), connect() as connection:
         found = list_alerts(connection, statuses=("waiting", "failed") if waiting else (), limit=limit)
     if as_json:
-        print_json(found)
+        print_json({"alerts": found})
         return
     print_table(
         ("alert", "what", "channel", "status", "attempts", "raised (UTC)", "sent (UTC)", "error"),

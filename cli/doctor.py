@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from trueup.cli.options import json_option, servers
-from trueup.cli.output import print_json, print_table, without_password
+from trueup.cli.output import count_of, print_json, print_table, without_password
 from trueup.doctor.clocks import Offset
 from trueup.doctor.database import examine_database
 from trueup.doctor.findings import Finding, error, exit_code, run_check
@@ -18,9 +18,6 @@ from trueup.doctor.settings import check_settings
 from trueup.doctor.versions import check_extras, check_packages, check_python, check_weaker_versions
 from trueup.errors import SettingsError, TrueupError
 from trueup.settings.settings import Settings, get_settings
-
-# The version of the `--json` document, which docs/doctor.schema.json describes.
-SCHEMA_VERSION = 1
 
 
 @click.command()
@@ -45,7 +42,7 @@ def doctor(ctx: click.Context, strict: bool, as_json: bool) -> None:
         rows = [(f.level, f.check, f.what, f.remedy or "") for f in findings]
         print_table(("level", "check", "what", "remedy"), sorted(rows, key=lambda row: order.index(row[0])))
         counts = Counter(finding.level for finding in findings)
-        click.echo(f"{counts['error']} errors, {counts['warning']} warnings.")
+        click.echo(f"{count_of(counts['error'], 'error')}, {count_of(counts['warning'], 'warning')}.")
     ctx.exit(exit_code(findings, strict=strict))
 
 
@@ -95,9 +92,9 @@ def _without_passwords(finding: Finding) -> Finding:
 
 
 def _document(findings: list[Finding]) -> dict[str, Any]:
+    """Return what docs/doctor.schema.json describes."""
     counts = Counter(finding.level for finding in findings)
     return {
-        "schema_version": SCHEMA_VERSION,
         "checked_at": datetime.now(UTC),
         "healthy": counts["error"] == 0,
         "errors": counts["error"],

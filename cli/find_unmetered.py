@@ -27,7 +27,7 @@ def find_unmetered(ctx: click.Context, path: Path, as_json: bool) -> None:
 
     found = find(path)
     if as_json:
-        print_json(found)
+        print_json({"calls": found})
     else:
         rows = [(f"{call.file}:{call.line}", call.call, call.remedy) for call in found]
         print_table(("place", "call", "remedy"), rows, empty=f"No unmetered call was found in {path}.")

@@ -3,13 +3,14 @@
 import click
 
 from trueup.accounts.user_ids import UserId
-from trueup.cli.options import USER, json_option, limit_option, servers
+from trueup.cli import SuggestingGroup
+from trueup.cli.options import USER, json_option, limit_option, require_user, servers
 from trueup.cli.output import print_json, print_table
 from trueup.database.retry import retrying
 from trueup.gate.holds import list_holds
 
 
-@click.group()
+@click.group(cls=SuggestingGroup)
 def holds() -> None:
     """List the tokens that running tasks reserve.
 
@@ -33,9 +34,10 @@ def list_(user: UserId | None, every_status: bool, limit: int, as_json: bool) ->
       trueup holds list --user 42 --all
     """
     with servers("postgres"):
+        retrying(lambda connection: require_user(connection, user))
         rows = retrying(lambda connection: list_holds(connection, user_id=user, every_status=every_status, limit=limit))
     if as_json:
-        print_json(rows)
+        print_json({"holds": rows})
         return
     print_table(
         ("user", "feature", "status", "reserved", "charged", "left", "opened (UTC)", "expires (UTC)", "owner", "task"),

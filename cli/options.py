@@ -2,6 +2,7 @@
 
 import difflib
 import getpass
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -10,10 +11,13 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
+from sqlalchemy import Connection
 
-from trueup.accounts.user_ids import parse_user_id
+from trueup.accounts.account import read_account
+from trueup.accounts.user_ids import UserId, parse_user_id
 from trueup.accounts.validation import check_estimate
 from trueup.drift.causes import CAUSE_SENTENCES, Cause
+from trueup.errors import UnknownUserError
 from trueup.settings.settings import get_settings
 from trueup.stack import Service, running_stack
 
@@ -124,6 +128,12 @@ ROWS = Parsed("rows", _parse_rows)
 NUMBER = click.IntRange(1, 2**63 - 1)
 
 
+def require_user(connection: Connection, user: UserId | None) -> None:
+    """Raise `UnknownUserError` for a user without a subscription. None: all users are meant."""
+    if user is not None and not read_account(connection, user).subscribed:
+        raise UnknownUserError(f"user: {user} has no subscription. Check the id, and the [host] mapping.")
+
+
 def limit_option(default: int, most: int) -> Callable[[Command], Command]:
     """Return a decorator that adds `--limit`."""
     return click.option(
@@ -146,9 +156,22 @@ by_option = click.option(
     "--by", default=this_user, show_default="the user of this computer", help="Who decides, for the audit."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-hours_option = click.option(
-    "--hours", type=click.IntRange(1, 24 * 365), default=24, show_default=True, help="How far to look back."
+since_option = click.option(
+    "--since", type=SINCE, default=timedelta(hours=24), show_default="24h", help="From when on: 90m, 7d, 2026-11-01."
 )
+
+
+def hours_since(since: datetime | timedelta) -> int:
+    """Return the whole hours from a time to now, at least one."""
+    length = since if isinstance(since, timedelta) else datetime.now(UTC) - since
+    return max(1, math.ceil(length / timedelta(hours=1)))
+
+
+def one_format(form: str | None, as_json: bool) -> str | None:
+    """Return the format that `--format` or `--json` gives. Raises a usage error if they differ."""
+    if as_json and form not in (None, "json"):
+        raise click.UsageError(f"--json and --format {form} exclude each other: give one of them.")
+    return "json" if as_json else form
 
 
 def grant_options(command: Command) -> Command:

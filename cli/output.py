@@ -9,7 +9,7 @@ import stat
 import sys
 import unicodedata
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -20,15 +20,22 @@ import click
 
 from trueup.errors import TrueupError
 
+SCHEMA_VERSION = 1
+"""Of the commands' JSON. Names are added without a new version; a removed or changed name is a new version."""
+
 # A piped table has no terminal width. This one fits every table, so that nothing is cut.
 PIPED_WIDTH = 200
-MIN_COLUMN_WIDTH = 4
+MIN_COLUMN_WIDTH = 8
+MIN_COLUMNS = 2
 _BORDERS_PER_COLUMN = 3  # a line and a space on each side; columns share the line
 
 # The lines of a table: (left, middle, right, between) of top, rule and bottom; the vertical of head and body.
 BOX = {"top": "┏┳┓━", "head": "┃", "rule": "┡╇┩━", "body": "│", "bottom": "└┴┘─"}
 # For an output whose encoding has no line characters.
 ASCII = {"top": "+++-", "head": "|", "rule": "+++-", "body": "|", "bottom": "+++-"}
+
+# Numbers and times, which are not folded: half of a number would be read as a number.
+_WHOLE = re.compile(r"[\d,.:+−-]+( [\d:]+)?")
 
 # A terminal obeys these characters, which a host's id or name may contain.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -44,9 +51,10 @@ def without_password(url: str) -> str:
     return _PASSWORD_PARAMETER.sub(r"\1=***", _PASSWORD.sub(r"\1:***@", url))
 
 
-def print_json(content: Any) -> None:
-    """Print content as JSON: dataclasses as objects, times as ISO 8601, UUIDs and decimals as texts."""
-    click.echo(json.dumps(content, default=_plain, indent=2, ensure_ascii=False))
+def print_json(content: Mapping[str, Any]) -> None:
+    """Print content as a JSON object with `schema_version`: times as ISO 8601, UUIDs and decimals as texts."""
+    document = {"schema_version": SCHEMA_VERSION, **content}
+    click.echo(json.dumps(document, default=_plain, indent=2, ensure_ascii=False))
 
 
 def _plain(value: Any) -> Any:
@@ -69,7 +77,8 @@ def print_facts(facts: dict[str, Any]) -> None:
     """Print names and values, one pair in a line."""
     width = max(len(name) for name in facts)
     for name, value in facts.items():
-        click.echo(f"{name:<{width}}  {show(value)}")
+        zone = " UTC" if isinstance(value, datetime) and "UTC" not in name else ""
+        click.echo(f"{name:<{width}}  {show(value)}{zone}")
 
 
 def show(value: Any) -> str:
@@ -88,6 +97,11 @@ def show(value: Any) -> str:
     return _CONTROL.sub("�", str(value))
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return a count with its noun in the right number: "1 error", "1,200 errors"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def numeric_columns(rows: Sequence[Sequence[Any]]) -> list[bool]:
     """Return for each column whether it has only whole numbers and None."""
     return [all(value is None or isinstance(value, int) for value in column) for column in zip(*rows, strict=True)]
@@ -98,16 +112,21 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[Any]], *, empty
     if not rows:
         click.echo(empty)
         return
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPED_WIDTH
+    cells = [[show(value) for value in row] for row in rows]
+    shown = fitting_columns([headings, *cells], width)
     head, body = table_lines(
-        headings,
-        [[show(value) for value in row] for row in rows],
-        right=numeric_columns(rows),
-        width=shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPED_WIDTH,
+        headings[:shown],
+        [row[:shown] for row in cells],
+        right=numeric_columns(rows)[:shown],
+        width=width,
         lines=BOX if _can_print(BOX["top"] + BOX["body"]) else ASCII,
     )
     # In two calls: click flushes after each call, and a table may have very many rows.
     click.secho("\n".join(head), bold=True)
     click.echo("\n".join(body))
+    if shown < len(headings):
+        click.echo(f"Too narrow for: {', '.join(headings[shown:])}. Widen the terminal, or use --json.")
 
 
 def _can_print(text: str) -> bool:
@@ -129,8 +148,8 @@ def table_lines(
 ) -> tuple[list[str], list[str]]:
     """Return the lines of a table's head and of its body. Cells must not contain line breaks.
 
-    `right`: the columns to align to the right. `width`: of the output, in characters. The table is wider only if it has
-    so many columns that each has `MIN_COLUMN_WIDTH`.
+    `right`: the columns to align to the right. `width`: of the output, in characters. The table is wider only if each
+    column has its least width already.
     """
     widths = _column_widths([headings, *rows], width)
     head = [_rule(widths, lines["top"]), *_row(headings, widths, right, lines["head"]), _rule(widths, lines["rule"])]
@@ -151,17 +170,40 @@ def _character_width(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1
 
 
+def fitting_columns(rows: Sequence[Sequence[str]], width: int) -> int:
+    """Return how many of the first columns fit into the width, each with its least width; at least `MIN_COLUMNS`."""
+    least = _least_widths(rows)
+    count = len(least)
+    while count > MIN_COLUMNS and sum(least[:count]) > _room(width, count):
+        count -= 1
+    return count
+
+
+def _room(width: int, columns: int) -> int:
+    return width - _BORDERS_PER_COLUMN * columns - 1
+
+
+def _least_widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    """Return the least width of each column: of its longest number or time, and of a few characters of its texts."""
+    return [
+        max(
+            display_width(cell) if _WHOLE.fullmatch(cell) else min(display_width(cell), MIN_COLUMN_WIDTH)
+            for cell in column
+        )
+        for column in zip(*rows, strict=True)
+    ]
+
+
 def _column_widths(rows: Sequence[Sequence[str]], width: int) -> list[int]:
-    """Return each column's width. The widest columns shrink until the table fits."""
+    """Return each column's width. The widest columns that may be narrower shrink until the table fits."""
     widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
-    room = width - _BORDERS_PER_COLUMN * len(widths) - 1
-    while sum(widths) > room and max(widths) > MIN_COLUMN_WIDTH:
-        widest = max(widths)
-        second = max((other for other in widths if other < widest), default=MIN_COLUMN_WIDTH)
-        # Shrink the widest columns to the next width, but not more than needed.
-        needed = -(-(sum(widths) - room) // widths.count(widest))
-        cut = min(widest - max(second, MIN_COLUMN_WIDTH), needed)
-        widths = [other - cut if other == widest else other for other in widths]
+    least = _least_widths(rows)
+    room = _room(width, len(widths))
+    while sum(widths) > room:
+        larger = [place for place, own in enumerate(widths) if own > least[place]]
+        if not larger:
+            break
+        widths[max(larger, key=widths.__getitem__)] -= 1
     return widths
 
 

@@ -7,17 +7,18 @@ from typing import Any
 
 import click
 
+from trueup.cli import SuggestingGroup
 from trueup.cli.client import celery_client
 from trueup.cli.options import json_option, servers
 from trueup.cli.output import print_json, print_table
-from trueup.errors import InvalidInputError
+from trueup.errors import InvalidInputError, NotFoundError
 from trueup.settings.settings import get_settings
 from trueup.worker.dead_letters import DeadLetter, drop_letters, list_letters, requeue_letters
 
 _SHOWN_BYTES = 2_000
 
 
-@click.group()
+@click.group(cls=SuggestingGroup)
 def queues() -> None:
     """Messages that no worker could work on.
 
@@ -42,7 +43,7 @@ def dead(limit: int, as_json: bool) -> None:
     """
     letters = _with_redis(lambda client: list_letters(client, limit=limit))
     if as_json:
-        print_json([asdict(letter) | {"preview": _preview(letter)} for letter in letters])
+        print_json({"letters": [asdict(letter) | {"preview": _preview(letter)} for letter in letters]})
         return
     print_table(
         ("letter", "at (UTC)", "queue", "task", "task id", "bytes", "reason"),
@@ -100,7 +101,7 @@ def _take(
     click.echo(f"{done}: {len(taken)}.")
     missed = sorted(set(letters) - {letter.id for letter in taken})
     if missed:
-        raise InvalidInputError(
+        raise NotFoundError(
             f"letters: {', '.join(missed)}: no such dead letter, or its message was too long to be kept whole."
         )
 

@@ -14,12 +14,13 @@ import click
 from trueup.accounts.user_ids import UserId
 from trueup.cli import EXIT_DENIED, EXIT_ERROR
 from trueup.cli.drift.report import read_one_snapshot
-from trueup.cli.options import TOKENS, USER, json_option, servers, this_user
+from trueup.cli.options import TOKENS, USER, json_option, require_user, servers, this_user
 from trueup.cli.output import echo, print_table
 from trueup.cli.progress import progress_bar
 from trueup.cli.reports.plain import report_json
 from trueup.cli.reports.terminal import print_summary
 from trueup.database.engine import create_trueup_engine, transaction
+from trueup.database.retry import retrying
 from trueup.reconcile import local_run as reconciliation
 from trueup.reconcile.audit import Defect, read_defects
 from trueup.reconcile.runs import RunSummary
@@ -71,6 +72,8 @@ def reconcile(
     given = {name: tokens for name, tokens in limits.items() if tokens is not None}
     rules = settings.reconcile.model_copy(update=given).rules()
     with _sigterm_as_ctrl_c(), servers("postgres"):
+        if user is not None:
+            retrying(lambda connection: require_user(connection, user))
         summary = _run(settings, rules, dry_run=dry_run, deep=deep, user=user, jobs=jobs, batch_size=batch_size)
         report, defects = _show(settings, summary, as_json=as_json)
     if report.status != "finished":

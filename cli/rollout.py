@@ -1,18 +1,20 @@
 """`trueup rollout`: the mode of the gate for each feature, changed without a restart."""
 
+from datetime import datetime, timedelta
 from importlib import import_module
 from typing import get_args
 
 import click
 
-from trueup.cli.options import by_option, hours_option, json_option, limit_option, note_option, servers
+from trueup.cli import SuggestingGroup
+from trueup.cli.options import by_option, hours_since, json_option, limit_option, note_option, servers, since_option
 from trueup.cli.output import print_json, print_table
 from trueup.database.engine import connect, transaction
 from trueup.gate.modes import EVERY_FEATURE, list_changes, list_modes, list_observed_denials, set_mode
 from trueup.settings.gate import GateMode
 
 
-@click.group()
+@click.group(cls=SuggestingGroup)
 def rollout() -> None:
     """Show and set the gate's mode for each feature: enforce, observe or off.
 
@@ -27,15 +29,16 @@ def rollout() -> None:
 
 
 @rollout.command("list")
-@hours_option
+@since_option
 @json_option
-def list_command(hours: int, as_json: bool) -> None:
+def list_command(since: datetime | timedelta, as_json: bool) -> None:
     """List each feature's mode, and the denials that observe recorded lately.
 
     \b
     Example:
-      trueup rollout list --hours 168
+      trueup rollout list --since 7d
     """
+    hours = hours_since(since)
     with servers("postgres"), connect() as connection:
         modes = list_modes(connection, known=_task_features(), hours=hours)
         denials = list_observed_denials(connection, hours=hours)
@@ -97,7 +100,7 @@ def history(limit: int, as_json: bool) -> None:
     with servers("postgres"), connect() as connection:
         changes = list_changes(connection, limit=limit)
     if as_json:
-        print_json(changes)
+        print_json({"changes": changes})
         return
     rows = [
         (c.changed_at, _title(c.feature_name), c.mode_before or "settings", c.mode or "settings", c.changed_by, c.note)

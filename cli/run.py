@@ -15,7 +15,7 @@ from celery.exceptions import TimeoutError as ResultTimeoutError
 from celery.result import AsyncResult
 
 from trueup.accounts.user_ids import UserId
-from trueup.cli import EXIT_DENIED, EXIT_ERROR
+from trueup.cli import EXIT_DENIED, EXIT_ERROR, SuggestingGroup
 from trueup.cli.client import celery_client
 from trueup.cli.options import USER, Command, json_option, servers
 from trueup.cli.output import print_json
@@ -26,6 +26,8 @@ from trueup.settings.settings import Settings, get_settings
 from trueup.tasks.queues import AI_QUEUE
 
 PING_SECONDS = 1.0
+# What Celery's states mean to a person who waits. Celery says PENDING of every task that no worker has started.
+_WAITS_FOR = {"PENDING": "waiting for a worker", "STARTED": "running", "RETRY": "waiting to be tried again"}
 POLL_SECONDS = 0.1
 FILE = click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
 
@@ -49,7 +51,7 @@ def common_options(command: Command) -> Command:
     return command
 
 
-@click.group()
+@click.group(cls=SuggestingGroup)
 def run() -> None:
     """Enqueue a real AI task, which passes the gate in the worker. Exit code 3: denied. Needs the extra [features].
 
@@ -208,7 +210,7 @@ def _wait_and_show(app: Celery, settings: Settings, result: AsyncResult, *, time
             state = _wait(result, timeout, supervise)
             ended = True
             # Before the block stops the temporary worker, which takes seconds.
-            return _show(result, state, as_json)
+            return show_result(result, state, as_json)
     except (KeyboardInterrupt, SystemExit, ServiceUnavailableError):
         if not ended:
             click.echo(f"The wait was stopped. Task {result.id} is not cancelled: a worker will run it.", err=True)
@@ -263,12 +265,13 @@ def _wait(result: AsyncResult, timeout: int, supervise: Callable[[], object]) ->
                     "Wait longer with --timeout, and check that a worker runs."
                 )
             supervise()
-            show_status(f"{result.state} {result.id}")
+            state = result.state
+            show_status(f"{_WAITS_FOR.get(state, state)} (task {result.id})")
             time.sleep(POLL_SECONDS)
     return str(result.state)
 
 
-def _show(result: AsyncResult, state: str, as_json: bool) -> int:
+def show_result(result: AsyncResult, state: str, as_json: bool) -> int:
     """Show the task's result, denial or error. Returns the exit code."""
     try:
         value = result.get(timeout=PING_SECONDS)

@@ -1,8 +1,10 @@
 """`trueup status`: the figures of the gate, and calls and messages for a person to check."""
 
+from datetime import datetime, timedelta
+
 import click
 
-from trueup.cli.options import hours_option, json_option, servers
+from trueup.cli.options import hours_since, json_option, servers, since_option
 from trueup.cli.output import print_facts, print_json, print_table
 from trueup.database.engine import connect
 from trueup.gate.owed_charges import OwedCharge, list_owed_charges
@@ -12,18 +14,18 @@ from trueup.usage.outbox import Effect, list_unresolved_effects
 
 
 @click.command()
-@hours_option
+@since_option
 @json_option
-def status(hours: int, as_json: bool) -> None:
+def status(since: datetime | timedelta, as_json: bool) -> None:
     """Show holds, charges, settlement lag, overdrafts, owed charges, and calls and messages of unknown outcome.
 
     \b
     Example:
       trueup status
-      trueup status --hours 1 --json
+      trueup status --since 1h --json
     """
     with servers("postgres"), connect() as connection:
-        figures = read_status(connection, hours=hours)
+        figures = read_status(connection, hours=hours_since(since))
         calls = list_unrecorded_calls(connection)
         owed = list_owed_charges(connection)
         effects = list_unresolved_effects(connection)

@@ -1,5 +1,6 @@
 """`trueup tokens`: a user's tokens from the usage log, and grants on top of the plan."""
 
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 
 import click
@@ -8,7 +9,7 @@ from trueup.accounts.account import Account, read_account
 from trueup.accounts.grants import check_tokens, grant_tokens, list_grants, revoke_grant
 from trueup.accounts.payments import import_payments
 from trueup.accounts.user_ids import UserId
-from trueup.cli import EXIT_DENIED
+from trueup.cli import EXIT_DENIED, SuggestingGroup
 from trueup.cli.options import (
     NUMBER,
     SINCE,
@@ -20,6 +21,7 @@ from trueup.cli.options import (
     json_option,
     parse_count,
     reason_option,
+    require_user,
     servers,
 )
 from trueup.cli.output import print_facts, print_json, print_table, show
@@ -32,7 +34,7 @@ from trueup.settings.settings import get_settings
 SIZE = Parsed("tokens", lambda value: parse_count(value, check_tokens))
 
 
-@click.group()
+@click.group(cls=SuggestingGroup)
 def tokens() -> None:
     """Show and check a user's tokens, and grant more.
 
@@ -111,11 +113,14 @@ def grant(
             )
         )
     if as_json:
-        print_json(given)
+        print_json(asdict(given))
     elif given.already:
         click.echo(f"Already granted: grant {given.id}. Nothing was added.")
     else:
-        click.echo(f"Granted {show(size)} tokens to user {user}: grant {given.id}.")
+        click.echo(
+            f"Granted {show(size)} tokens to user {user}: grant {given.id}. The gate counts them at once. The host's "
+            f"counter shows them after the next reconcile run (`trueup reconcile --user {user}`)."
+        )
 
 
 @tokens.command()
@@ -131,9 +136,10 @@ def grants(user: UserId, as_json: bool) -> None:
       trueup tokens grants 42
     """
     with servers("postgres"):
+        retrying(lambda connection: require_user(connection, user))
         found = retrying(lambda connection: list_grants(connection, user))
     if as_json:
-        print_json(found)
+        print_json({"user": str(user), "grants": found})
         return
     print_table(
         ("grant", "status", "tokens", "used", "left", "granted (UTC)", "expires (UTC)", "by", "reference", "reason"),
@@ -191,7 +197,7 @@ def import_payments_(since: datetime | timedelta | None, dry_run: bool, by: str,
     with servers("postgres"), connect() as connection:
         found = import_payments(connection, get_settings().host, by=by, since=since, dry_run=dry_run)
     if as_json:
-        print_json(found)
+        print_json({"payments": found})
         return
     print_table(
         ("user", "tokens", "paid (UTC)", "reference", "outcome", "grant"),
@@ -208,6 +214,7 @@ def _facts(account: Account) -> dict[str, object]:
     return {
         "user": str(account.user_id),
         "active": account.is_active,
+        "unlimited": account.unlimited,
         "window_start": account.window_start,
         "end_date": account.end_date,
         "days_remaining": account.days_remaining,

@@ -3,7 +3,7 @@
 import click
 
 from trueup.accounts.user_ids import UserId
-from trueup.cli.options import USER, json_option, limit_option, servers
+from trueup.cli.options import USER, json_option, limit_option, require_user, servers
 from trueup.cli.output import print_json, print_table
 from trueup.database.retry import retrying
 from trueup.settings.settings import get_settings
@@ -23,9 +23,10 @@ def usage(user: UserId, limit: int, as_json: bool) -> None:
     """
     mapping = get_settings().host
     with servers("postgres"):
+        retrying(lambda connection: require_user(connection, user))
         rows = retrying(lambda connection: list_usage(connection, mapping, user, limit=limit))
     if as_json:
-        print_json(rows)
+        print_json({"user": str(user), "rows": rows})
         return
     print_table(
         ("time (UTC)", "section", "model", "prompt", "completion", "total", "counts", "task"),

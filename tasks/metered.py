@@ -11,6 +11,7 @@ from celery import Celery, shared_task
 from celery.local import Proxy
 
 from trueup.accounts.validation import check_estimate
+from trueup.host.fields import check_section
 from trueup.llm.metering import MeteredModel
 from trueup.llm.model import Provider
 from trueup.llm.providers import provider_from_settings
@@ -19,7 +20,6 @@ from trueup.tasks.applications import find_application
 from trueup.tasks.arguments import ArgumentParser
 from trueup.tasks.base import Estimate, MeteredTask, OnDenied, Replay
 from trueup.tasks.body import call_body, check_body, takes_model
-from trueup.usage.log import SECTIONS
 
 
 def metered_task(
@@ -38,7 +38,8 @@ def metered_task(
     `http_client()` needs no such parameter. The caller passes the others, `user_id` among them; they are parsed by
     their type hints.
 
-    `feature_name`: as logs, denials and the usage log name the task. `section`: one of the usage log's sections.
+    `feature_name`: as logs, denials and the usage log name the task. `section`: a section
+    that the host's usage log takes.
     `estimated_tokens`: the tokens to hold, or a function of the parsed arguments (by name) that returns them. It may
     return None for a call that uses no AI: such a call is not gated and can't spend.
     `on_denied`: "raise" `TokensDenied`, or "return" its payload. `replay`: when the body gets the answers again that it
@@ -136,8 +137,7 @@ def _check_options(section: str, on_denied: str, replay: str, options: dict[str,
             )
             hint = f" Did you mean {near[0]}?" if near else ""
             raise TypeError(f"metered_task has no option {option!r}.{hint}")
-    if section not in SECTIONS:
-        raise ValueError(f"section: {section!r} is not a section of the usage log: use {', '.join(sorted(SECTIONS))}")
+    check_section(section)
     if on_denied not in ("raise", "return"):
         raise ValueError(f'on_denied: {on_denied!r} is not valid: use "raise" or "return"')
     if replay not in ("redelivery", "always"):

@@ -23,9 +23,11 @@ TRUEUP = Path(sys.executable).with_name("trueup")
 ALL = sorted({module for modules in EXTRAS.values() for module in modules})
 # Python loads this at its start if the folder is on its path. These modules can't be imported then.
 BLOCK = "import sys\nsys.modules.update(dict.fromkeys({modules!r}))\n"
-# These need an extra and raise its error when they are used. No other module imports them.
+# These need an extra and raise its error when they are used, or Django, which a Django project has. No other module
+# imports them.
 NEEDS_EXTRA = re.compile(
-    r"trueup\.(api\b|stack\.|llm\.providers\.openai|llm\.transport\.on_|cli\.demo\.)|trueup\.database\.migrations\."
+    r"trueup\.(api\b|stack\.|llm\.providers\.openai|llm\.transport\.on_|cli\.demo\.|django\.(?!driver))"
+    r"|trueup\.database\.migrations\."
 )
 
 IMPORT_CORE = f"""

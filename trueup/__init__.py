@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from trueup.llm.transport.clients import async_http_client, genai_http_options, http_client
     from trueup.tasks.metered import metered_task
     from trueup.usage.tracker import ai_usage, track_ai_usage
+    from trueup.worker.upkeep import add_upkeep
 
 __all__ = [
     "AsyncModel",
@@ -56,6 +57,7 @@ __all__ = [
     "TrueupError",
     "UnboundedCallError",
     "UnmeteredCallError",
+    "add_upkeep",
     "ai_tokens",
     "ai_usage",
     "astream_with_tokens",
@@ -91,6 +93,7 @@ _MODULES = {
     "TrueupError": "trueup.errors",
     "UnboundedCallError": "trueup.errors",
     "UnmeteredCallError": "trueup.errors",
+    "add_upkeep": "trueup.worker.upkeep",
     "ai_tokens": "trueup.billing.decorators",
     "ai_usage": "trueup.usage.tracker",
     "astream_with_tokens": "trueup.llm.streaming",

@@ -97,7 +97,11 @@ class MissingRightError(NotInstalledError):
     """The database role lacks a right that trueup needs. The message names the right and who can grant it."""
 
 
-class UnknownUserError(TrueupError):
+class NotFoundError(TrueupError):
+    """What a person asked for by its number or id does not exist."""
+
+
+class UnknownUserError(NotFoundError):
     """No subscription belongs to this user."""
 
 

@@ -2,6 +2,7 @@
 
 from trueup.settings.settings import get_settings
 from trueup.worker import redis_transport
+from trueup.worker.alive import touch_while_alive
 from trueup.worker.application import make_application
 from trueup.worker.config import celery_config
 
@@ -9,3 +10,4 @@ redis_transport.register()
 
 app = make_application("trueup", log="trueup.worker.logs:Logging")
 app.add_defaults(lambda: celery_config(get_settings()))
+touch_while_alive(app)

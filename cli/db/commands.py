@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from trueup.cli import SuggestingGroup
 from trueup.cli.db.discover import discover
 from trueup.cli.options import servers
 from trueup.cli.output import show
@@ -27,7 +28,7 @@ replace_option = click.option(
 yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 
 
-@click.group()
+@click.group(cls=SuggestingGroup)
 def db() -> None:
     """Set the database up, attach trueup to a host, or detach it.
 
@@ -179,6 +180,10 @@ def _lines(plan: AttachPlan) -> list[str]:
         "rights needed:",
         *(f"  {right}" for right in plan.needed),
     ]
+    if plan.host_triggers:
+        lines.append("triggers of the host's that may change the counter or the log:")
+        lines += [f"  {trigger}" for trigger in plan.host_triggers]
+    lines += [f"question: {question}" for question in plan.questions]
     for right, statement in plan.lacking:
         lines.append(f"this role lacks the right {right}; run: {statement};")
     if plan.lacking_to_work:

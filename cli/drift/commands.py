@@ -1,11 +1,14 @@
 """`trueup drift`: drift reports, the history of runs, the explanation of a counter, and the review queue."""
 
+from datetime import UTC, datetime, timedelta
+
 import click
 
 from trueup.accounts.user_ids import UserId
+from trueup.cli import SuggestingGroup
 from trueup.cli.drift.report import report
 from trueup.cli.drift.review import accept, grant, ignore, review, undo
-from trueup.cli.options import USER, json_option, limit_option, servers
+from trueup.cli.options import SINCE, USER, json_option, limit_option, one_format, servers
 from trueup.cli.output import echo, print_json
 from trueup.cli.reports.plain import history_csv
 from trueup.cli.reports.terminal import print_history, print_story
@@ -16,7 +19,7 @@ from trueup.reports.user_report import report_counter
 from trueup.settings.settings import get_settings
 
 
-@click.group()
+@click.group(cls=SuggestingGroup)
 def drift() -> None:
     """Report and review the drift that reconcile runs found.
 
@@ -33,19 +36,22 @@ for _command in (report, review, accept, grant, ignore, undo):
 
 @drift.command()
 @limit_option(30, 10_000)
-@click.option("--days", type=click.IntRange(1, 3_650), help="Only runs of the last days.")
+@click.option("--since", type=SINCE, help="Only runs since a time: 24h, 7d, 2026-11-01.")
 @click.option("--format", "form", type=click.Choice(("table", "json", "csv")), help="The format.  [default: table]")
-@click.option("--json", "form", flag_value="json", help="The same as --format json.")
-def history(limit: int, days: int | None, form: str | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
+def history(limit: int, since: datetime | timedelta | None, form: str | None, as_json: bool) -> None:
     """Show the runs with their figures, and the trend of the drift.
 
     \b
     Example:
       trueup drift history
-      trueup drift history --days 7 --format csv > runs.csv
+      trueup drift history --since 7d --format csv > runs.csv
     """
+    form = one_format(form, as_json)
+    if isinstance(since, timedelta):
+        since = datetime.now(UTC) - since
     with servers("postgres"), connect() as connection:
-        runs = read_history(connection, get_settings().host.user_id_type, limit=limit, days=days)
+        runs = read_history(connection, get_settings().host.user_id_type, limit=limit, since=since)
     if form == "json":
         print_json(history_json(runs))
     elif form == "csv":

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, text
 
 from trueup.accounts.user_ids import UserId
 from trueup.cli import EXIT_DENIED
-from trueup.cli.options import CAUSE, NUMBER, ROWS, SINCE, TOKENS, USER, servers
+from trueup.cli.options import CAUSE, NUMBER, ROWS, SINCE, TOKENS, USER, one_format, require_user, servers
 from trueup.cli.output import echo, show, write_file
 from trueup.cli.reports.terminal import print_summary
 from trueup.database.engine import get_engine, transaction
@@ -37,7 +37,7 @@ RUNS_IN_CHART = 60
 @click.option("--user", type=USER, help="Only this user.")
 @click.option("--rows", type=ROWS, help='The number of rows, largest first, or "all", the default of json and csv.')
 @click.option("--format", "form", type=click.Choice(tuple(DEFAULT_ROWS)), help="The format.  [default: table]")
-@click.option("--json", "form", flag_value="json", help="The same as --format json.")
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file. Its suffix sets the format."
 )
@@ -53,6 +53,7 @@ def report(
     user: UserId | None,
     rows: int | str | None,
     form: str | None,
+    as_json: bool,
     output: Path | None,
     fail_on_drift: bool,
     read_only: bool,
@@ -70,7 +71,7 @@ def report(
         raise click.UsageError("--run and --since exclude each other: give one run, or a time.")
     if read_only and (run_id is not None or since is not None):
         raise click.UsageError("--read-only compares the current state: leave out --run and --since.")
-    form = form or (SUFFIXES.get(output.suffix.lower(), "table") if output else "table")
+    form = one_format(form, as_json) or (SUFFIXES.get(output.suffix.lower(), "table") if output else "table")
     if output and form == "table":
         raise click.UsageError("--output: a table is for the terminal. Add --format json, csv, markdown or html.")
     only = DriftFilter(causes=causes or (), min_tokens=min_tokens, user_id=user)
@@ -100,6 +101,8 @@ def _report_runs(
         if source is None:
             raise TrueupError("There has been no reconcile run yet. Start one with `trueup reconcile`.")
         found = read_source(connection, source, max_rows=0 if _is_streamed(form, max_rows) else max_rows)
+        if not found.drifted:
+            require_user(connection, only.user_id)
         runs = read_history(connection, kind, limit=RUNS_IN_CHART, up_to_run=source.run_id) if form == "html" else []
         if source.since is not None:
             runs = [run for run in runs if run.started_at >= source.since]

@@ -1,12 +1,13 @@
 """`trueup drift review`, and the decisions of a person: accept, grant, ignore, undo."""
 
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 import click
 
-from trueup.accounts.grants import check_text
 from trueup.accounts.user_ids import UserId
+from trueup.accounts.validation import check_text
 from trueup.cli import EXIT_ERROR
 from trueup.cli.options import (
     CAUSE,
@@ -106,7 +107,7 @@ def review(
     with servers("postgres"):
         items = retrying(lambda connection: list_reviews(connection, kind, user_id=user, only=only, limit=limit))
     if as_json:
-        print_json([vars(item) | {"choices": choices_of(item)} for item in items])
+        print_json({"drifts": [vars(item) | {"choices": choices_of(item)} for item in items]})
         return
     print_table(
         (
@@ -184,7 +185,7 @@ def undo(run: int, note: str, by: str, as_json: bool) -> None:
     with servers("postgres"), connect() as connection:
         undone = undo_run(connection, run, get_settings().host.user_id_type, by=by, note=note)
     if as_json:
-        print_json(undone)
+        print_json(asdict(undone))
         return
     click.echo(f"Restored: {show(undone.counters)}. Unchanged: {show(undone.left)}, written since or in use now.")
     if undone.counters:
@@ -272,7 +273,7 @@ def _decide(drifts: tuple[int, ...], choice: Choice, as_json: bool, **more: Any)
                 if not as_json:
                     click.echo(_summary(decision))
     if as_json:
-        print_json(decisions)
+        print_json({"decisions": decisions})
     if len(decisions) < len(drifts):
         click.get_current_context().exit(EXIT_ERROR)
 

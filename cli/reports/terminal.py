@@ -126,7 +126,7 @@ def _print_sum(story: CounterStory) -> None:
         "− consumed (usage log)": story.consumed,
         "= left": story.original - story.consumed,
     }
-    if story.original < story.consumed:
+    if story.expected != story.original - story.consumed:  # a counter of used tokens shows an overdraft
         lines["expected (never below zero)"] = story.expected
     if story.finding:
         for part in story.finding.explanation.components:
@@ -136,7 +136,8 @@ def _print_sum(story: CounterStory) -> None:
         rest = (story.observed or 0) - (story.original - story.consumed) - named
         if rest and story.observed is not None:
             lines[f"{'+' if rest > 0 else '−'} without a cause"] = abs(rest)
-    lines["counter"] = story.observed
+    counts_up = story.finding is not None and story.finding.drift.counts_up
+    lines["counter (original − used tokens)" if counts_up else "counter"] = story.observed
     lines["drift (counter − expected)"] = story.drift
     width = max(len(show(value)) for value in lines.values())
     print_facts({name: show(value).rjust(width) for name, value in lines.items()})

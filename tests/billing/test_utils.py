@@ -5,7 +5,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import psycopg2
 import pytest
+from sqlalchemy import Connection
+from sqlalchemy.orm import Session
 
 from tests.support.host import Host
 from tests.support.waiting import wait_for
@@ -13,6 +16,8 @@ from trueup.billing.decorators import check_tokens_for_function
 from trueup.billing.utils import check_ai_access_for_user, get_accurate_tokens_remaining
 from trueup.database.engine import dispose_engine
 from trueup.errors import InvalidInputError, NotInstalledError, ServiceUnavailableError
+from trueup.host.mapping import HostMapping
+from trueup.install.rights import RoleNames, grants_sql
 from trueup.settings.settings import get_settings
 
 KEYS = {
@@ -109,3 +114,57 @@ def test_a_dead_connection_in_the_pool_causes_no_error(host: Host, face: Callabl
     host.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'trueup'")
     wait_for(lambda: host.value("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'trueup'") == 0)
     assert face(user) == first
+
+
+SUBSCRIBE = """
+    INSERT INTO billing_subscription (user_id, token_plan_id, start_date, tokens_remaining) VALUES ({}, {}, now(), 700)
+"""
+
+
+@pytest.mark.parametrize("kind", ["sqlalchemy", "session", "psycopg"])
+def test_the_hosts_connection_sees_the_subscription_that_its_transaction_makes(host: Host, kind: str) -> None:
+    user, plan = host.user(), host.plan(700)
+    with host.engine.connect() as outer:
+        outer.exec_driver_sql("SET LOCAL timezone = 'Asia/Tehran'")
+        outer.exec_driver_sql("SET LOCAL search_path = public")
+        outer.exec_driver_sql(SUBSCRIBE.format(user, plan))
+        driver = outer.connection.driver_connection
+        given = {"sqlalchemy": outer, "session": Session(outer), "psycopg": driver}[kind]
+        access = check_ai_access_for_user(user, 700, "Test", connection=given)
+        assert (access["has_access"], access["original_tokens"], set(access)) == (True, 700, KEYS)
+        assert not check_ai_access_for_user(user, 701, "Test", connection=given)["has_access"]
+        # Other connections do not see it yet, and the host's settings are as before.
+        assert check_ai_access_for_user(user, 1, "Test")["reason"] == "no_subscription"
+        names = ("timezone", "search_path", "row_security")
+        shown = [outer.exec_driver_sql(f"SHOW {name}").scalar() for name in names]
+        assert shown == ["Asia/Tehran", "public", "on"]
+        outer.rollback()
+    assert check_ai_access_for_user(user, 1, "Test")["reason"] == "no_subscription"
+
+
+def test_a_connection_of_psycopg2_and_a_role_that_only_reads_are_enough(host: Host, connection: Connection) -> None:
+    user, plan, url = host.user(), host.plan(700), host.engine.url
+    roles = RoleNames(migrate=f"m_{url.database}", worker=f"w_{url.database}", readonly=f"r_{url.database}")
+    with host.engine.begin() as setup:
+        for statement in grants_sql(setup, HostMapping(), roles):
+            setup.exec_driver_sql(statement.replace("%", "%%"))
+    of_host = psycopg2.connect(
+        dbname=url.database,
+        user=url.username,
+        host=url.query.get("host", url.host),
+        port=url.query.get("port", url.port),
+    )
+    try:
+        with of_host.cursor() as cursor:
+            cursor.execute(SUBSCRIBE.format(user, plan))
+            cursor.execute(f"SET LOCAL ROLE {roles.readonly}")
+        assert check_ai_access_for_user(user, 700, "Test", connection=of_host)["has_access"]
+    finally:
+        of_host.close()
+        for role in (roles.migrate, roles.worker, roles.readonly):
+            host.execute(f"REASSIGN OWNED BY {role} TO CURRENT_USER; DROP OWNED BY {role} CASCADE; DROP ROLE {role}")
+
+
+def test_what_is_no_connection_is_refused_by_name() -> None:
+    with pytest.raises(InvalidInputError, match="connection: str is no open database connection"):
+        check_ai_access_for_user(1, 1, "Test", connection="postgresql://")

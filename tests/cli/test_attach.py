@@ -36,3 +36,20 @@ def test_attach_shows_its_plan_asks_and_reports_each_step(empty_database: str) -
 
 def test_a_host_that_does_not_fit_is_refused(empty_database: str) -> None:
     assert "no table" in trueup("db", "attach", "--yes", code=1).stderr
+
+
+def test_attach_names_the_hosts_triggers_and_the_open_questions_in_its_plan(host: Host) -> None:
+    user = host.subscriber(10_000)
+    host.execute(f"UPDATE billing_subscription SET full_plan_id = {host.plan(500, kind='full')} WHERE user_id = {user}")
+    host.execute(
+        "CREATE FUNCTION touched() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'; "
+        "CREATE TRIGGER touches BEFORE UPDATE ON billing_subscription FOR EACH ROW EXECUTE FUNCTION touched(); "
+        "CREATE TRIGGER cleans BEFORE INSERT ON ai_usage_log FOR EACH ROW EXECUTE FUNCTION touched()"
+    )
+    said = trueup("db", "attach", "--yes").stdout
+    assert (
+        "triggers of the host's that may change the counter or the log:\n"
+        "    cleans on ai_usage_log: it may change rows of the log\n"
+        "    touches on billing_subscription\n" in said
+    )
+    assert "question: Some subscriptions (1) have a token plan and a full plan. trueup counts the token plan" in said

@@ -53,7 +53,7 @@ def test_the_report_shows_summary_causes_and_rows(past: list[int]) -> None:
 
 def test_without_a_run_the_report_says_how_to_start_one(database: str) -> None:
     assert "Start one with `trueup reconcile`" in trueup("drift", "report", code=1).stderr
-    assert "reconcile run 7 does not exist" in trueup("drift", "report", "--run", 7, code=2).stderr
+    assert "reconcile run 7 does not exist" in trueup("drift", "report", "--run", 7, code=1).stderr
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_history_without_runs_says_so(host: Host) -> None:
     assert "no reconcile run" in trueup("drift", "history").stdout
     assert trueup_json("drift", "history")["runs"] == []
     add_run(host, started_at=FIRST_RUN.replace(year=2020))
-    assert "no reconcile run" in trueup("drift", "history", "--days", 1).stdout
+    assert "no reconcile run" in trueup("drift", "history", "--since", "1d").stdout
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from trueup.gate.holds import close_hold
 def test_open_holds_are_listed_with_their_remaining_tokens(host: Host, connection: Connection) -> None:
     user = host.subscriber()
     charge_tokens(connection, hold_tokens(connection, user, 1_000, task="one"), 300)
-    [hold] = trueup_json("holds", "list")
+    [hold] = trueup_json("holds", "list")["holds"]
     assert (hold["user_id"], hold["task_id"], hold["status"]) == (user, "one", "open")
     assert (hold["tokens_reserved"], hold["tokens_charged"], hold["tokens_left"]) == (1_000, 300, 700)
     table = trueup("holds", "list").stdout
@@ -23,8 +23,8 @@ def test_ended_holds_are_listed_only_when_asked_for(host: Host, connection: Conn
     user = host.subscriber()
     close_hold(connection, hold_tokens(connection, user, task="ended"))
     assert trueup("holds", "list").stdout == "No open holds.\n"
-    assert trueup_json("holds", "list") == []
-    [hold] = trueup_json("holds", "list", "--all")
+    assert trueup_json("holds", "list")["holds"] == []
+    [hold] = trueup_json("holds", "list", "--all")["holds"]
     assert (hold["task_id"], hold["status"]) == ("ended", "released")
 
 
@@ -36,9 +36,9 @@ def test_holds_of_one_user_leave_the_others_out(host: Host, connection: Connecti
     one, other = host.subscriber(), host.subscriber()
     for user in (one, other):
         hold_tokens(connection, user, task=f"of-{user}")
-    assert [hold["task_id"] for hold in trueup_json("holds", "list", "--user", one)] == [f"of-{one}"]
-    assert len(trueup_json("holds", "list")) == 2
-    assert len(trueup_json("holds", "list", "--limit", 1)) == 1
+    assert [hold["task_id"] for hold in trueup_json("holds", "list", "--user", one)["holds"]] == [f"of-{one}"]
+    assert len(trueup_json("holds", "list")["holds"]) == 2
+    assert len(trueup_json("holds", "list", "--limit", 1)["holds"]) == 1
 
 
 def test_the_lists_refuse_limits_and_users_that_are_none(database: str) -> None:
@@ -51,14 +51,14 @@ def test_usage_shows_the_rows_of_the_host_and_of_tasks(host: Host, connection: C
     host.log(user, 120)
     host.log(user, 70, success=False)
     charge_tokens(connection, hold_tokens(connection, user, task="one"), 300, metadata={"task_id": "one"})
-    rows = trueup_json("usage", user)
+    rows = trueup_json("usage", user)["rows"]
     assert {(row["total_tokens"], row["success"], row["task_id"]) for row in rows} == {
         (120, True, None),
         (70, False, None),
         (300, True, "one"),
     }
     assert [row["created_at"] for row in rows] == sorted((row["created_at"] for row in rows), reverse=True)
-    assert len(trueup_json("usage", user, "--limit", 2)) == 2
+    assert len(trueup_json("usage", user, "--limit", 2)["rows"]) == 2
     table = trueup("usage", user).stdout
     assert "one" in table
     assert "300" in table
@@ -67,7 +67,7 @@ def test_usage_shows_the_rows_of_the_host_and_of_tasks(host: Host, connection: C
 def test_a_user_without_usage_is_reported(host: Host) -> None:
     user = host.subscriber()
     assert trueup("usage", user).stdout == f"The log has no rows of user {user}.\n"
-    assert trueup_json("usage", user) == []
+    assert trueup_json("usage", user)["rows"] == []
 
 
 def test_a_piped_table_is_not_cut(host: Host, connection: Connection) -> None:

@@ -34,10 +34,10 @@ def test_dead_letters_are_listed_with_their_reason(redis: Any) -> None:
     table = trueup("queues", "dead").stdout
     for cell in ("it is no JSON object", "this worker has no task", "trueup.lost", "t-1", QUEUE):
         assert cell in table
-    newest, oldest = trueup_json("queues", "dead")
+    newest, oldest = trueup_json("queues", "dead")["letters"]
     assert (newest["task"], newest["task_id"], newest["preview"]) == ("trueup.lost", "t-1", MESSAGE.decode())
     assert (oldest["task"], base64.b64decode(oldest["message"]), oldest["preview"]) == (None, b"\xff", "\\xff")
-    assert len(trueup_json("queues", "dead", "--limit", 1)) == 1
+    assert len(trueup_json("queues", "dead", "--limit", 1)["letters"]) == 1
     [finding] = check_dead_letters(redis)
     assert (finding.level, finding.detail["letters"]) == ("warning", 2)
 
@@ -47,9 +47,9 @@ def test_dead_letters_are_requeued_and_dropped_by_name_or_all(redis: Any) -> Non
     assert trueup("queues", "requeue", letters[0].id).stdout == "Requeued: 1.\n"
     assert redis.lrange(QUEUE, 0, -1) == [MESSAGE]
     assert trueup("queues", "drop", letters[1].id).stdout == "Dropped: 1.\n"
-    assert f"letters: {letters[1].id}: no such" in trueup("queues", "drop", letters[1].id, code=2).stderr
+    assert f"letters: {letters[1].id}: no such" in trueup("queues", "drop", letters[1].id, code=1).stderr
     for command in ("requeue", "drop"):
         assert "name dead letters, or give --all" in trueup("queues", command, code=2).stderr
     assert trueup("queues", "requeue", "--all").stdout == "Requeued: 2.\n"
     assert redis.llen(QUEUE) == 3
-    assert trueup_json("queues", "dead") == []
+    assert trueup_json("queues", "dead")["letters"] == []

@@ -12,18 +12,18 @@ def held(host: Host, tokens: int = 500) -> int:
     host.plan(tokens)
     user = host.subscriber(10_000, counter=10_000 + tokens)
     trueup("reconcile")
-    return next(item["id"] for item in trueup_json("drift", "review") if item["user_id"] == user)
+    return next(item["id"] for item in trueup_json("drift", "review")["drifts"] if item["user_id"] == user)
 
 
 def test_a_review_shows_the_effect_of_each_choice(host: Host) -> None:
     drift = held(host)
-    (item,) = trueup_json("drift", "review")
+    (item,) = trueup_json("drift", "review")["drifts"]
     assert (item["id"], item["tokens"], item["cause"]) == (drift, 500, "credit_without_grant")
     assert item["choices"] == {"accept": {"counter": 10_000}, "grant": {"tokens": 500}, "ignore": {"tokens": 500}}
     shown = trueup("drift", "review").stdout
     for part in ("10,500 → 10,000", "+500", "credit without grant", "trueup drift accept DRIFT"):
         assert part in shown
-    assert trueup_json("drift", "review", "--user", item["user_id"] + 1) == []
+    assert trueup_json("drift", "review", "--user", item["user_id"] + 1)["drifts"] == []
 
 
 def test_an_empty_review_queue_is_reported(host: Host) -> None:
@@ -35,7 +35,7 @@ def test_a_drift_that_has_changed_is_shown_as_such(host: Host) -> None:
     drift = held(host)
     host.execute("UPDATE billing_subscription SET tokens_remaining = 1")
     assert "changed: reconcile again" in trueup("drift", "review").stdout
-    (item,) = trueup_json("drift", "review")
+    (item,) = trueup_json("drift", "review")["drifts"]
     assert item["choices"] == {"accept": None, "grant": None, "ignore": None}
     result = trueup("drift", "accept", drift, "--note", "n", code=1)
     assert "the counter is now 1 and should be 10000," in result.stderr
@@ -49,7 +49,7 @@ def test_several_drifts_are_accepted_and_refusals_are_reported(host: Host) -> No
     assert [line.partition(",")[0] for line in result.stdout.splitlines()] == [f"Drift {first}", f"Drift {second}"]
     assert "counter 10,500 → 10,000" in result.stdout
     assert "Drift 999: it does not exist" in result.stderr
-    assert trueup_json("drift", "review") == []
+    assert trueup_json("drift", "review")["drifts"] == []
     assert "decided 'accept'" in trueup("drift", "accept", first, "--note", "n").stdout
     assert f"{this_user()} decided 'accept'" in trueup("drift", "ignore", first, "--note", "n", code=1).stderr
 
@@ -60,8 +60,8 @@ def test_a_grant_of_a_drift_keeps_the_counter(host: Host) -> None:
     assert "granted 500 tokens (grant 1); counter stays 10,500" in told
     user = host.value("SELECT user_id FROM trueup.token_grant")
     assert (host.counter(user), trueup_json("tokens", "show", user)["drift"]) == (10_500, 0)
-    assert trueup_json("tokens", "grants", user)[0]["granted_by"] == "ann"
-    (again,) = trueup_json("drift", "grant", drift, "--reason", "pack", "--reference", "tx-1")
+    assert trueup_json("tokens", "grants", user)["grants"][0]["granted_by"] == "ann"
+    (again,) = trueup_json("drift", "grant", drift, "--reason", "pack", "--reference", "tx-1")["decisions"]
     assert (again["already"], again["by"]) == (True, "ann")
 
 
@@ -69,7 +69,7 @@ def test_an_ignored_drift_is_not_raised_again(host: Host) -> None:
     drift = held(host)
     assert "ignored; counter stays 10,500" in trueup("drift", "ignore", drift, "--note", "ours").stdout
     trueup("reconcile")
-    assert trueup_json("drift", "review") == []
+    assert trueup_json("drift", "review")["drifts"] == []
 
 
 def test_an_undone_run_is_left_to_a_person(host: Host) -> None:
@@ -79,10 +79,10 @@ def test_an_undone_run_is_left_to_a_person(host: Host) -> None:
     told = trueup("drift", "undo", 1, "--note", "wrong").stdout
     assert told.startswith("Restored: 1. Unchanged: 0, ")
     assert host.counter(user) == 10_000
-    assert trueup_json("drift", "undo", 1, "--note", "wrong") == {"counters": 0, "left": 0}
+    assert trueup_json("drift", "undo", 1, "--note", "wrong") == {"schema_version": 1, "counters": 0, "left": 0}
     trueup("reconcile")
     assert host.counter(user) == 10_000
-    (item,) = trueup_json("drift", "review")
+    (item,) = trueup_json("drift", "review")["drifts"]
     assert "undid" in item["reason"]
     assert "Run 99 does not exist" in trueup("drift", "undo", 99, "--note", "n", code=1).stderr
 
@@ -94,17 +94,22 @@ def test_many_are_counted_and_accepted_when_the_question_is_answered(host: Host)
     asked = trueup(*many, code=1, stdin="n\n")
     question = "Accept 2 drifts of credit without grant? It takes 1,200 tokens off counters that are too high"
     assert question in asked.stderr
-    assert len(trueup_json("drift", "review")) == 3
+    assert len(trueup_json("drift", "review")["drifts"]) == 3
     # Without an answer to the question, nothing is decided.
     trueup(*many, code=1)
-    assert len(trueup_json("drift", "review", "--max", 700)) == 2
+    assert len(trueup_json("drift", "review", "--max", 700)["drifts"]) == 2
     assert "Accepted: 2 of 2." in trueup(*many, stdin="y\n").stdout
     assert "No drift awaiting review matches" in trueup(*many, "--yes").stdout
-    [left] = trueup_json("drift", "review", "--cause", "credit_without_grant")
+    [left] = trueup_json("drift", "review", "--cause", "credit_without_grant")["drifts"]
     assert left["tokens"] == 900
     host.execute("UPDATE billing_subscription SET tokens_remaining = tokens_remaining + 1")
     run = ("drift", "ignore", "--run", left["run_id"], "--limit", 5, "--yes", "--note", "n")
-    assert trueup_json(*run, code=1) == {"chosen": 1, "decided": 0, "left": {"changed": 1}}
+    assert trueup_json(*run, code=1) == {
+        "schema_version": 1,
+        "chosen": 1,
+        "decided": 0,
+        "left": {"changed": 1},
+    }
     assert "Undecided: 1, the difference has changed" in trueup(*run, code=1).stdout
 
 

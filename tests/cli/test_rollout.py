@@ -26,7 +26,7 @@ def test_a_feature_is_observed_listed_and_enforced_again(host: Host, connection:
     )
     assert [(d["reason"], d["times"]) for d in listed["observed_denials"]] == [("insufficient_tokens", 1)]
     assert trueup("rollout", "reset", FEATURE, "--note", "done").stdout == f"{FEATURE}: as in the settings\n"
-    history = trueup_json("rollout", "history")
+    history = trueup_json("rollout", "history")["changes"]
     assert [(c["mode_before"], c["mode"], c["note"]) for c in history] == [
         ("observe", None, "done"),
         (None, "observe", "first week"),
@@ -51,7 +51,7 @@ def test_wrong_words_are_refused(host: Host) -> None:
     assert "'enforced' is not one of" in trueup("rollout", "set", FEATURE, "enforced", "--note", "x", code=2).stderr
     assert "--note" in trueup("rollout", "set", FEATURE, "off", code=2).stderr
     assert "feature: '' can't be stored" in trueup("rollout", "set", " ", "off", "--note", "x", code=2).stderr
-    assert trueup_json("rollout", "history") == []
+    assert trueup_json("rollout", "history")["changes"] == []
 
 
 def test_an_unknown_feature_is_set_with_a_note_on_its_name(host: Host) -> None:

@@ -25,9 +25,9 @@ def test_status_covers_the_requested_hours(host: Host, connection: Connection) -
     user = host.subscriber(10_000)
     charge_tokens(connection, hold_tokens(connection, user), 300)
     host.execute("UPDATE trueup.charge SET charged_at = charged_at - interval '3 hours'")
-    assert trueup_json("status", "--hours", 4)["status"]["charges"] == 1
-    assert trueup_json("status", "--hours", 2)["status"]["charges"] == 0
-    assert "Invalid value for '--hours'" in trueup("status", "--hours", 0, code=2).stderr
+    assert trueup_json("status", "--since", "4h")["status"]["charges"] == 1
+    assert trueup_json("status", "--since", "2h")["status"]["charges"] == 0
+    assert "Invalid value for '--since'" in trueup("status", "--since", "soon", code=2).stderr
 
 
 def test_status_of_a_new_database_is_all_dashes_and_zeros(database: str) -> None:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from trueup.cli.output import ASCII, MIN_COLUMN_WIDTH, display_width, table_lines
+from trueup.cli.output import ASCII, MIN_COLUMN_WIDTH, display_width, fitting_columns, table_lines
 from trueup.cli.progress import progress_text
 
 HEADINGS = ("user", "why")
@@ -47,7 +47,26 @@ def test_a_table_fits_its_width_and_loses_no_text(width: int) -> None:
 
 def test_no_column_is_narrower_than_can_be_read() -> None:
     table = lines(5)
-    assert display_width(table[0]) == 2 * (MIN_COLUMN_WIDTH + 3) + 1
+    assert display_width(table[0]) == len("user") + MIN_COLUMN_WIDTH + 2 * 3 + 1
+
+
+NUMBERS = [["1,234,567", "2026-12-01 08:30:00", "a text of several words"], ["-12", "–", "another"]]
+
+
+@pytest.mark.parametrize("width", range(20, 80))
+def test_a_number_or_a_time_is_never_broken(width: int) -> None:
+    headings = ("tokens", "at (UTC)", "why")
+    count = fitting_columns([headings, *NUMBERS], width)
+    rows = [row[:count] for row in NUMBERS]
+    head, body = table_lines(headings[:count], rows, right=(True, False, False)[:count], width=width)
+    whole = ["1,234,567", "2026-12-01 08:30:00"]
+    assert all(any(part in line for line in body) for part in whole)
+    assert count == 3 or display_width(head[0]) <= max(width, 35)
+
+
+def test_columns_that_do_not_fit_are_left_out_from_the_right() -> None:
+    rows = [("tokens", "at (UTC)", "why"), *NUMBERS]
+    assert [fitting_columns(rows, width) for width in (20, 40, 50, 80)] == [2, 2, 3, 3]
 
 
 def test_wide_and_combining_characters_keep_the_borders_in_line() -> None:

@@ -1,9 +1,11 @@
-"""Hosts that store times without a zone: the times are UTC, whatever the zone of the session."""
+"""Hosts that store times without a zone: the times are in the mapping's zone, whatever the zone of the session."""
 
 from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
 
 import pytest
-from sqlalchemy import create_engine
+from pydantic import ValidationError
+from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.pool import NullPool
 
 from tests.cli.conftest import trueup_json
@@ -12,11 +14,13 @@ from tests.support.books import assert_true
 from tests.support.host import START, Host
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
-from trueup.database.engine import connect, get_engine, transaction
+from trueup.database.engine import connect, dispose_engine, get_engine, transaction
 from trueup.database.retry import retrying
+from trueup.errors import NotInstalledError
 from trueup.host.mapping import HostMapping
 from trueup.install.attach import attach, attach_script
 from trueup.reconcile.local_run import reconcile
+from trueup.settings.settings import get_settings
 from trueup.usage.log import list_usage
 
 pytestmark = pytest.mark.dated
@@ -111,3 +115,75 @@ def test_a_log_with_whole_seconds_counts_usage_at_the_begin_of_a_window(host: Ho
     retrying(lambda worker: charge_tokens(worker, hold, 100))
     assert retrying(lambda worker: read_account(worker, user)).consumed == 100
     assert_true(host)
+
+
+TEHRAN = ZoneInfo("Asia/Tehran")
+
+
+@pytest.fixture
+def in_tehran(monkeypatch: pytest.MonkeyPatch) -> HostMapping:
+    monkeypatch.setenv("TRUEUP_HOST__TIME_ZONE", "Asia/Tehran")
+    get_settings.cache_clear()
+    dispose_engine()
+    return get_settings().host
+
+
+def local(moment: datetime) -> datetime:
+    return moment.astimezone(TEHRAN).replace(tzinfo=None)
+
+
+def test_a_new_customer_of_a_host_with_local_times_is_admitted_at_once(host: Host, in_tehran: HostMapping) -> None:
+    attach(in_tehran)
+    now = datetime.now(UTC)
+    user = host.subscriber(10_000, start=local(now), end=local(now + timedelta(hours=1)))
+    hold = retrying(lambda worker: hold_tokens(worker, user, 1_000))
+    retrying(lambda worker: charge_tokens(worker, hold, 100))
+    # The host logs in local time, whatever the zone of its session.
+    for zone, tokens, minutes in (("UTC", 1, 0), ("Asia/Tokyo", 2, 0), ("UTC", 4, -1)):
+        host.execute(f"SET timezone = '{zone}'")
+        host.log(user, tokens, at=local(now + timedelta(minutes=minutes)))
+    host.execute("SET timezone = 'Asia/Tehran'")
+    account = retrying(lambda worker: read_account(worker, user))
+    assert account.consumed == 103
+    assert (account.window_start, account.end_date) == (now, now + timedelta(hours=1))
+    with connect() as connection:
+        rows = list_usage(connection, in_tehran, user)
+    assert {row.created_at.tzinfo for row in rows} == {UTC}
+    assert max(abs(row.created_at - now) for row in rows) < timedelta(minutes=5)
+    assert reconcile(get_engine(), in_tehran, kind="deep").defects == 0
+    assert_true(host, in_tehran)
+
+
+def test_the_script_for_psql_uses_the_mappings_zone(host: Host, in_tehran: HostMapping) -> None:
+    user = host.subscriber(10_000, start=local(START))
+    write(host, user, "UTC", 1, 3.6)
+    write(host, user, "UTC", 2, 3.4)
+    with transaction() as connection:
+        script = attach_script(connection, in_tehran)
+    assert psql(host, script).returncode == 0
+    assert host.value("SELECT consumed FROM trueup.balance") == 1
+
+
+def test_attaching_asks_for_the_zone_if_the_server_or_the_log_is_not_in_utc(host: Host, admin_engine: Engine) -> None:
+    user = host.subscriber(10_000)
+    database = host.value("SELECT quote_ident(current_database())")
+    with admin_engine.connect() as admin:
+        admin.execute(text(f"ALTER DATABASE {database} SET timezone = 'Asia/Tehran'"))
+    dispose_engine()
+    with pytest.raises(NotInstalledError, match=r"sessions are in Asia/Tehran.*for example"):
+        attach(HostMapping())
+    with admin_engine.connect() as admin:
+        admin.execute(text(f"ALTER DATABASE {database} RESET timezone"))
+    dispose_engine()
+    host.log(user, 5, at=local(datetime.now(UTC)))
+    with pytest.raises(NotInstalledError, match="newest time lies 3:30 h ahead of now"):
+        attach(HostMapping())
+    attach(HostMapping(time_zone="UTC"))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("Asia/Teheran", "did you mean Asia/Tehran"), ("+03:30", "is no time zone")]
+)
+def test_an_unknown_zone_is_refused(name: str, said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        HostMapping(time_zone=name)

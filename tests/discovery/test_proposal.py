@@ -12,7 +12,7 @@ from trueup.discovery.match_columns import nearness, plain
 from trueup.discovery.toml import host_section, merged, read_host
 from trueup.errors import InvalidInputError
 from trueup.host.catalog import missing_host_columns, missing_host_tables
-from trueup.host.fields import PaymentTable, TokenUsageTable
+from trueup.host.fields import PaymentTable, SubscriptionTable, TokenUsageTable
 from trueup.host.mapping import HostMapping
 from trueup.install.example_tables import build_host_metadata
 
@@ -250,14 +250,39 @@ def test_a_missing_required_column_is_named(catalog_of: Connection, change: str,
     assert said in found[setting]
 
 
-def test_a_single_column_with_an_unknown_name_is_a_guess(catalog_of: Connection) -> None:
+def test_a_counter_or_a_quota_with_an_unknown_name_is_never_guessed(catalog_of: Connection) -> None:
     build_host_metadata(HostMapping()).create_all(catalog_of)
     script(catalog_of, "ALTER TABLE billing_subscription RENAME tokens_remaining TO guthaben")
-    proposal = discovered(catalog_of)
-    assert proposal.settings == {"subscription": {"tokens_remaining": "guthaben"}}
-    assert certainties(proposal)["host.subscription.tokens_remaining"] == "guess"
-    script(catalog_of, "ALTER TABLE billing_subscription ADD punkte int")
-    assert discovered(catalog_of).mapping is None
+    script(catalog_of, "ALTER TABLE billing_tokenplan RENAME tokens_included TO punkte")
+    asked = discovered(catalog_of)
+    assert asked.mapping is None
+    assert {gap.setting for gap in asked.gaps if gap.stops == "everything"} == {
+        "host.subscription.tokens_remaining",
+        "host.token_plan.tokens_included",
+    }
+    answers = {"subscription": {"tokens_remaining": "guthaben"}, "token_plan": {"tokens_included": "punkte"}}
+    assert propose(catalog_of, read_catalog(catalog_of), answers).settings == answers
+
+
+def test_two_plans_of_one_subscription_are_asked_about(catalog_of: Connection) -> None:
+    build_host_metadata(HostMapping()).create_all(catalog_of)
+    script(
+        catalog_of,
+        "INSERT INTO accounts_user (username, email) VALUES ('ann', ''); "
+        "INSERT INTO billing_tokenplan (name, tokens_included) VALUES ('pack', 20000); "
+        "INSERT INTO billing_fullplan (name, tokens_included, duration_days) VALUES ('trial', 15000, 7); "
+        "INSERT INTO billing_subscription (user_id, token_plan_id, full_plan_id, start_date) "
+        "SELECT u.id, t.id, f.id, now() FROM accounts_user u, billing_tokenplan t, billing_fullplan f",
+    )
+    asked = discovered(catalog_of)
+    [gap] = [gap for gap in asked.gaps if gap.stops == "everything"]
+    assert (asked.mapping, gap.setting) == (None, "host.subscription.tokens_included")
+    for rule in ("sum", "first"):
+        given = SubscriptionTable.model_validate({"tokens_included": rule}).model_dump(exclude_unset=True)
+        answered = propose(catalog_of, read_catalog(catalog_of), {"subscription": given})
+        assert read_host(host_section(answered.settings)) == answered.mapping
+        assert answered.mapping is not None
+        assert answered.mapping.subscription.plans == rule
 
 
 def test_two_equally_good_tables_are_a_guess(catalog_of: Connection) -> None:

@@ -11,6 +11,7 @@ from tests.discovery.test_proposal import (
 )
 from trueup.discovery import propose, read_catalog
 from trueup.discovery.toml import host_section, read_host
+from trueup.errors import NotInstalledError
 from trueup.install.install import check_host
 
 SMALL_HOST = """
@@ -195,3 +196,66 @@ def test_remarks_explain_deleted_and_computed_columns(
     notes = discovered(catalog_of).notes
     assert sum("deleted_at" in note for note in notes) == 2
     assert sum(note.startswith("llm_calls.tokens: the database computes it") for note in notes) == 1
+
+
+USED_HOST = SMALL_HOST.replace("quota int", "token_limit int").replace("tokens_left int", "tokens_used int")
+
+
+def test_a_counter_of_used_tokens_is_told_by_its_name_and_confirmed_by_its_values(
+    catalog_of: Connection,  # noqa: F811
+) -> None:
+    script(catalog_of, USED_HOST)
+    script(
+        catalog_of,
+        "INSERT INTO memberships SELECT i, i, 10000, 3000, now() - interval '1 day', NULL, true "
+        "FROM generate_series(1, 3) i; "
+        "INSERT INTO llm_calls SELECT gen_random_uuid(), i, 3000, 'm', 'OK', now() FROM generate_series(1, 3) i",
+    )
+    proposal = discovered(catalog_of)
+    assert proposal.settings["subscription"]["counter"] == {"column": "tokens_used", "counts": "up"}
+    assert proposal.settings["subscription"]["tokens_included"] == "token_limit"
+    assert read_host(host_section(proposal.settings)) == proposal.mapping
+    script(catalog_of, "ALTER TABLE memberships RENAME tokens_used TO tokens_left")
+    asked = discovered(catalog_of)
+    assert asked.mapping is None
+    assert [gap.setting for gap in asked.gaps if gap.stops == "everything"] == ["host.subscription.counter"]
+    given = {"subscription": {"tokens_remaining": "tokens_left", "counts": "up"}}
+    answered = propose(catalog_of, read_catalog(catalog_of), given)
+    assert answered.settings["subscription"]["counter"] == {"column": "tokens_left", "counts": "up"}
+
+
+def test_a_name_that_the_values_contradict_is_asked_about(
+    catalog_of: Connection,  # noqa: F811
+) -> None:
+    script(catalog_of, USED_HOST)
+    script(
+        catalog_of,
+        "INSERT INTO memberships SELECT i, i, 10000, 7000, now() - interval '1 day', NULL, true "
+        "FROM generate_series(2, 4) i; "
+        "INSERT INTO llm_calls SELECT gen_random_uuid(), i, 3000, 'm', 'OK', now() FROM generate_series(2, 4) i",
+    )
+    asked = discovered(catalog_of)
+    assert asked.mapping is None
+    [gap] = [gap for gap in asked.gaps if gap.stops == "everything"]
+    assert "equals the used tokens of 0 users, and the tokens left of 3. trueup reads it as used tokens" in gap.why
+    given = {"subscription": {"tokens_remaining": "tokens_used", "counts": "down"}}
+    answered = propose(catalog_of, read_catalog(catalog_of), given)
+    assert answered.settings["subscription"]["counter"] == {"column": "tokens_used", "counts": "down"}
+
+
+def test_a_host_whose_counter_counts_the_other_way_is_not_set_up(
+    catalog_of: Connection,  # noqa: F811
+) -> None:
+    script(catalog_of, USED_HOST)
+    mapping = discovered(catalog_of).mapping
+    assert mapping is not None
+    script(
+        catalog_of,
+        "INSERT INTO memberships VALUES (2, 2, 10000, 3000, now() - interval '1 day', NULL, true); "
+        "INSERT INTO llm_calls VALUES (gen_random_uuid(), 2, 3000, 'm', 'OK', now())",
+    )
+    names = mapping.subscription.model_copy(update={"counts": None})
+    with catalog_of.engine.begin() as connection, pytest.raises(NotInstalledError, match="equals the used tokens"):
+        check_host(connection, mapping.model_copy(update={"subscription": names}))
+    with catalog_of.engine.begin() as connection:
+        check_host(connection, mapping)

@@ -96,3 +96,17 @@ def test_importing_it_imports_neither_django_nor_sqlalchemy() -> None:
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert "trueup" in loaded
     assert not {"django", "sqlalchemy", "celery", "pydantic", "psycopg", "psycopg2"} & set(loaded)
+
+
+@pytest.mark.parametrize(("first", "warned"), [("", "trueup.W001"), (KEEP, "")], ids=["silent", "kept"])
+def test_manage_py_check_warns_of_a_driver_that_changed_silently(
+    empty_database: str, tmp_path: Path, first: str, warned: str
+) -> None:
+    script = """
+import django
+django.setup()
+from trueup.django.checks import check_driver
+print(*(warning.id for warning in check_driver()))
+"""
+    done = project(tmp_path, first, script)
+    assert done.stdout.strip() == warned, done.stderr

@@ -49,7 +49,7 @@ TAKEN_OFF = {"at": AT, "kind": "correction", "written": 9_000}
     ("found", "plan_sizes", "cause", "policy"),
     [
         (drift(None, 500), {10_000}, "counter_null", "correct"),
-        (drift(-5, 500), {10_000}, "counter_negative", "correct"),
+        (drift(-5, 500), {10_000}, "counter_negative", "review"),
         (drift(500, 200, MISSED), {10_000}, "missed_decrement", "correct"),
         (drift(200, 500, COUNTED), {10_000}, "double_decrement", "correct"),
         (drift(200, 500, FAILED), {10_000}, "failed_usage_charged", "correct"),

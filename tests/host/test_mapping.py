@@ -109,6 +109,42 @@ def test_a_malformed_setting_of_a_column_is_refused_with_the_remedy(setting: str
     assert said in fault["msg"]
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("counter = 7", 'counter: give a column\'s name, or {column = "NAME", counts = "up"}'),
+        ("counter = {column = 'used', counts = 'sideways'}", 'counts is "up" (used tokens) or "down" (tokens left)'),
+        ("counter = {column = 'used', count = 'up'}", "counter: give a column's name"),
+        ("counter = 'used'\ntokens_remaining = 'left'", "give counter or tokens_remaining, not both"),
+        ("unlimited = 5", "a positive number is a number of tokens"),
+        ("unlimited = 'none'", 'give -1, 0 or "null", or {included = -1, counter = -1}'),
+        ("unlimited = {}", 'give -1, 0 or "null"'),
+        ("unlimited = {counter = 0}", "a counter of 0 is a number of tokens"),
+        ("period = 'month'", 'give {every = "month", anchor = "start_date" or "first"'),
+        ("period = {every = 'week'}", 'give {every = "month"'),
+        ("period = {every = 'month', time_zone = 'Asia/Teheran'}", "did you mean Asia/Tehran?"),
+        ("counter_kept_by = 'me'", "Input should be 'host' or 'trueup'"),
+    ],
+)
+def test_a_malformed_setting_of_a_subscription_is_refused_with_the_remedy(setting: str, said: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        written(f"[subscription]\n{setting}")
+    [fault] = refused.value.errors()
+    assert fault["loc"][0] == "subscription"
+    assert said in fault["msg"]
+
+
+def test_the_sum_of_plans_needs_both_kinds() -> None:
+    with pytest.raises(ValidationError, match="adds two plans: map token_plan and full_plan"):
+        written("token_plan = false\n[subscription]\ntokens_included = 'sum'")
+
+
+@pytest.mark.parametrize("counter", ["'used'", "{column = 'used'}", "{column = 'used', counts = 'down'}"])
+def test_a_counter_is_a_column_that_counts_down_by_default(counter: str) -> None:
+    names = written(f"[subscription]\ncounter = {counter}").subscription
+    assert (names.tokens_remaining, names.counts in (None, "down")) == ("used", True)
+
+
 def test_without_plans_the_tokens_of_a_subscription_must_be_mapped() -> None:
     with pytest.raises(ValidationError, match="set subscription\\.tokens_included"):
         written("token_plan = false\nfull_plan = false")

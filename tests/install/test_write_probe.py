@@ -22,15 +22,15 @@ MODELS = f"CREATE TABLE models (name text PRIMARY KEY); {LOG} ADD FOREIGN KEY (m
 KINDS = f"CREATE TABLE kinds (name varchar(50) PRIMARY KEY); {LOG} ADD FOREIGN KEY (section) REFERENCES kinds"
 REFUSED = {
     f"CREATE TYPE kind AS ENUM ('qa'); {LOG} ALTER section TYPE kind USING NULL": (
-        "would refuse trueup's row of section 'chat' .column \"section\" is of type",
-        r"Map columns that accept any text",
+        "would refuse trueup's row of section 'qa' .column \"section\" is of type",
+        "section_type = ",
     ),
-    f"{LOG} ALTER section TYPE varchar(12)": (
-        r"section 'embedding_generation' \(value too long",
+    f"{LOG} ALTER section TYPE varchar(3)": (
+        r"section 'chat' \(value too long",
         "Make the column longer",
     ),
-    f"{LOG} ADD CONSTRAINT known CHECK (section IN ('chat', 'other'))": (
-        r"section 'embedding_generation' \(new row .* violates check constraint \"known\"",
+    f"{LOG} ADD CONSTRAINT known CHECK (section ~ '^[0-9]+$')": (
+        r"section 'chat' \(new row .* violates check constraint \"known\"",
         "Let the constraint allow it",
     ),
     f"CREATE DOMAIN little AS integer CHECK (VALUE < 2); {LOG} ALTER total_tokens TYPE little": (
@@ -47,7 +47,7 @@ REFUSED = {
         "Let the constraint",
     ),
     MODELS: (r"ai_usage_log\.model_name has a foreign key to models, which may lack", "Drop that foreign key"),
-    KINDS: ("has a foreign key to kinds, which lacks chat, embedding_generation", "Add them there"),
+    KINDS: ("has a foreign key to kinds, which has no rows", "Add the sections of your tasks there"),
 }
 
 

@@ -63,7 +63,7 @@ def test_a_missed_decrement_is_corrected(host: Host, run: Callable[..., RunSumma
     ("spoil", "cause", "action", "counter"),
     [
         ("UPDATE billing_subscription SET tokens_remaining = NULL", "counter_null", "corrected", 9_700),
-        ("UPDATE billing_subscription SET tokens_remaining = -4", "counter_negative", "corrected", 9_700),
+        ("UPDATE billing_subscription SET tokens_remaining = -4", "counter_negative", "review", -4),
         ("UPDATE billing_subscription SET tokens_remaining = 9400", "double_decrement", "corrected", 9_700),
         ("UPDATE billing_subscription SET tokens_remaining = 9650", "failed_usage_charged", "corrected", 9_700),
         # There was usage before the window, so an upgrade may have kept tokens.

@@ -1,7 +1,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import fields
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import get_args
 
@@ -12,7 +12,7 @@ from tests.support.drift_history import FIRST_RUN, add_drift, add_run, decide, s
 from tests.support.host import Host
 from trueup.database.engine import get_engine, transaction
 from trueup.drift.causes import ACTION_SENTENCES, CAUSE_SENTENCES, Cause
-from trueup.errors import InvalidInputError
+from trueup.errors import NotFoundError
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.local_run import reconcile
 from trueup.reports.history import history_json, read_history
@@ -196,7 +196,7 @@ def test_a_row_of_an_earlier_version_has_its_cause_counted(host: Host, connectio
 
 
 def test_a_run_that_does_not_exist_is_refused_by_name(host: Host, connection: Connection) -> None:
-    with pytest.raises(InvalidInputError, match="reconcile run 99 does not exist"):
+    with pytest.raises(NotFoundError, match="reconcile run 99 does not exist"):
         read_report(connection, "bigint", 99)
 
 
@@ -246,7 +246,9 @@ def test_the_history_has_the_newest_runs_oldest_first(host: Host, connection: Co
     assert history_json(runs)["runs"][0]["run_id"] == past["run 3"]
     host.execute("UPDATE trueup.reconcile_run SET started_at = now() - interval '2 days' WHERE id < :id", id=runs[1].id)
     host.execute("UPDATE trueup.reconcile_run SET started_at = now() WHERE id = :id", id=runs[1].id)
-    assert [run.id for run in read_history(connection, "bigint", days=1)] == [runs[1].id]
+    assert [run.id for run in read_history(connection, "bigint", since=datetime.now(UTC) - timedelta(days=1))] == [
+        runs[1].id
+    ]
 
 
 def test_a_counter_that_drifts_is_explained_without_a_run_and_without_writing(

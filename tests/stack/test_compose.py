@@ -1,6 +1,7 @@
 """docker-compose.yml runs the commands of `trueup up`, in order, and contains no secret."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -41,8 +42,24 @@ def test_every_process_waits_for_healthy_servers_and_the_migrations(
         assert compose["services"][server]["healthcheck"]["test"]
 
 
-def test_host_tables_are_made_only_when_a_variable_says_so(compose: dict[str, Any]) -> None:
-    assert compose["services"]["migrate"]["command"] == "trueup db init ${DB_INIT_OPTIONS:-}"
+@pytest.mark.parametrize(
+    ("url", "done"),
+    [
+        ("postgresql://trueup:trial@postgres:5432/trueup", "trueup db init --with-host-tables"),
+        ("postgresql://worker:secret@db.internal:5432/trueup", "trueup db init"),
+        ("postgresql://worker:secret@db.internal:5432/app?application_name=x@postgres:5432/trueup2", "trueup db init"),
+    ],
+)
+def test_only_the_trials_own_database_gets_tables_of_a_host(compose: dict[str, Any], url: str, done: str) -> None:
+    shell, option, script = compose["services"]["migrate"]["command"]
+    said = subprocess.run(
+        [shell, option, script.replace("$$", "$").replace("exec trueup", "echo trueup")],
+        env={**os.environ, "TRUEUP_DATABASE_URL": url},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.strip() == done
 
 
 def test_ports_are_published_to_this_machine_only(compose: dict[str, Any]) -> None:
@@ -51,13 +68,37 @@ def test_ports_are_published_to_this_machine_only(compose: dict[str, Any]) -> No
             assert str(port).startswith("127.0.0.1:")
 
 
-def test_the_password_comes_from_the_environment(compose: dict[str, Any]) -> None:
-    from_environment = "${POSTGRES_PASSWORD:?set POSTGRES_PASSWORD}"
+def test_one_file_of_the_user_replaces_the_trials_servers(compose: dict[str, Any]) -> None:
     services = compose["services"]
-    assert services["postgres"]["environment"]["POSTGRES_PASSWORD"] == from_environment
+    trial = dict(re.findall(r"^(\w+)=(.*)$", (ROOT / "deploy/compose.env").read_text(), re.MULTILINE))
+    password = services["postgres"]["environment"]["POSTGRES_PASSWORD"]
+    assert trial["TRUEUP_DATABASE_URL"] == f"postgresql://trueup:{password}@postgres:5432/trueup"
     for name in ("migrate", *(command.name for command in stack_commands(HOME))):
-        url = services[name]["environment"]["TRUEUP_DATABASE_URL"]
-        assert url == f"postgresql://trueup:{from_environment}@postgres:5432/trueup"
+        # A variable in `environment` would win over the user's file.
+        assert not set(trial) & set(services[name].get("environment", {}))
+        assert services[name]["env_file"] == [
+            {"path": "deploy/compose.env"},
+            {"path": "trueup.env", "required": False},
+        ]
+
+
+def test_processes_can_write_only_where_they_must(compose: dict[str, Any]) -> None:
+    for name in ("migrate", *(command.name for command in stack_commands(HOME))):
+        service = compose["services"][name]
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        assert service["deploy"]["resources"]["limits"]["memory"]
+        assert "./config:/etc/trueup:ro" in service["volumes"]
+        assert service["working_dir"] == "/etc/trueup"
+
+
+def test_no_health_check_starts_celery(compose: dict[str, Any]) -> None:
+    checks = [
+        service["healthcheck"].get("test", []) for service in compose["services"].values() if "healthcheck" in service
+    ]
+    checks.append(re.findall(r"HEALTHCHECK.*\n.*", (ROOT / "Dockerfile").read_text()))
+    assert len(checks) > 5
+    assert not [check for check in checks if "celery -A" in str(check)]
 
 
 def test_the_compose_file_is_valid() -> None:

@@ -210,7 +210,7 @@ def test_a_misspelt_option_fails_at_import_with_the_nearest_name() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"section": "chit-chat"}, "section: 'chit-chat' is not a section of the usage log: use "),
+        ({"section": ""}, "section: '' is no section. Give a text of 1 to 255 characters"),
         ({"estimated_tokens": -1}, "estimated_tokens: -1 is out of range"),
         ({"estimated_tokens": 1.5}, "estimated_tokens: 1.5 is no whole number"),
         ({"replay": "never"}, 'replay: \'never\' is not valid: use "redelivery" or "always"'),

@@ -1,5 +1,6 @@
 """`trueup find-unmetered` reads a code base and names what spends tokens unseen."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +63,7 @@ def test_the_command_exits_1_if_it_found_calls(tmp_path: Path) -> None:
     done = subprocess.run([TRUEUP, "find-unmetered", tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "bad.py:2" in done.stdout
+    done = subprocess.run([TRUEUP, "find-unmetered", tmp_path, "--json"], capture_output=True, text=True, check=False)
+    answer = json.loads(done.stdout)
+    assert answer["schema_version"] == 1
+    assert [(call["line"], call["call"]) for call in answer["calls"]] == [(2, "OpenAI")]

@@ -228,7 +228,7 @@ def test_a_host_without_a_column_for_errors_finds_them_among_the_metadata(host: 
 @pytest.mark.parametrize(
     ("wrong", "field"),
     [
-        ({"section": "chats"}, "section"),
+        ({"section": "x" * 51}, "section"),
         ({"section": None}, "section"),
         ({"prompt_tokens": -1}, "prompt_tokens"),
         ({"completion_tokens": 1.0}, "completion_tokens"),
@@ -410,7 +410,7 @@ def test_figures_set_after_the_block_are_refused(host: Host, user: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"section": "x"}, {"key": ""}, {"metadata": {"x": {1}}}, {"model_name": 1}, {"user": None}]
+    "wrong", [{"section": ""}, {"key": ""}, {"metadata": {"x": {1}}}, {"model_name": 1}, {"user": None}]
 )
 def test_a_block_with_wrong_arguments_does_not_begin(user: int, wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidInputError, match=next(iter(wrong))):

@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
+from trueup.accounts.host_connection import HostConnection
 from trueup.accounts.subscriptions import several_subscriptions
 from trueup.accounts.user_ids import UserId
 
@@ -15,7 +16,9 @@ from trueup.accounts.user_ids import UserId
 class Account:
     """A user's subscription and tokens in one snapshot. Token figures are counts.
 
-    `window_start` None: the window has no start. `end_date` None: unlimited. `counter` None: the counter is null.
+    `window_start` None: the window has no start. `end_date` None: unlimited. `counter`: as remaining tokens,
+    whichever way the host counts; None: it is null. `right_counter`: the value that it should have; None: `remaining`.
+    `unlimited`: the subscription has no limit, and its counter means nothing.
     `subscribed` False: the user has no subscription, and all figures are 0.
     """
 
@@ -29,6 +32,8 @@ class Account:
     held: int
     counter: int | None
     now: datetime
+    unlimited: bool = False
+    right_counter: int | None = None
 
     @property
     def remaining(self) -> int:
@@ -46,8 +51,10 @@ class Account:
 
     @property
     def drift(self) -> int | None:
-        """counter - remaining. Positive: the counter shows tokens that are used. None: the counter is null."""
-        return None if self.counter is None else self.counter - self.remaining
+        """counter - remaining. Positive: the counter shows used tokens. None: it is null, or there is no limit."""
+        if self.counter is None or self.unlimited:
+            return None
+        return self.counter - (self.remaining if self.right_counter is None else self.right_counter)
 
 
 def days_between(now: datetime, end_date: datetime | None) -> int | None:
@@ -67,7 +74,8 @@ ACCOUNT_COLUMNS = """
            a.subscription_id IS NOT NULL AS subscribed, a.is_active,
            CASE WHEN a.window_start >= '0001-01-03' AND a.window_start < '9999-12-31' THEN a.window_start END
                AS window_start,
-           a.end_date, a.original, a.consumed, a.held, a.counter
+           a.end_date, a.original, a.consumed, a.held, a.counter, a.plan_kind = 'unlimited' AS unlimited,
+           trueup.right_counter(a.original, a.consumed) AS right_counter
 """
 
 # The LEFT JOIN returns a row for an unknown user too.
@@ -89,7 +97,7 @@ def read_account(connection: Connection, user_id: UserId, *, now: datetime | Non
 
 
 def read_decision(
-    connection: Connection, user_id: UserId, estimated_tokens: int, *, now: datetime | None = None
+    connection: Connection | HostConnection, user_id: UserId, estimated_tokens: int, *, now: datetime | None = None
 ) -> tuple[Account, str | None]:
     """Return the account and, from the same snapshot, the reason code why a task may not run (None: it may).
 
@@ -113,5 +121,7 @@ def account_of(user_id: UserId, row: Any) -> Account:
         consumed=row.consumed or 0,
         held=row.held or 0,
         counter=row.counter,
+        unlimited=bool(row.unlimited),
+        right_counter=row.right_counter,
         now=row.now,
     )

@@ -1,5 +1,5 @@
 {% from "accounts/entitlements.sql" import clock_tolerance, entitlements %}
-{% from "host/rows.sql" import countable, used_since %}
+{% from "host/rows.sql" import countable, right_counter, used_since %}
 -- Reads. These are functions, because a view on a host table would make the host's own ALTER TABLE fail. The planner
 -- inlines simple SQL functions, so a WHERE clause can use the indexes.
 
@@ -19,6 +19,20 @@ CREATE OR REPLACE FUNCTION trueup.decide(
     END
 $$;
 
+-- The tokens that the host's counter should show, as remaining tokens.
+CREATE OR REPLACE FUNCTION trueup.right_counter(original bigint, consumed bigint) RETURNS bigint
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT {{ right_counter("original", "consumed") }}
+$$;
+
+-- Whether the host may still log calls of the user's, and lower the counter for them.
+CREATE OR REPLACE FUNCTION trueup.awaits_host(p_user {{ user_id_type }}) RETURNS boolean LANGUAGE sql STABLE AS $$
+    SELECT {% if usage_log.is_written_by_host %}EXISTS (
+        SELECT FROM trueup.owed_charge o WHERE o.user_id = p_user AND o.used_at > clock_timestamp() - interval '1 hour')
+    {%- else %}false{% endif %}
+
+$$;
+
 -- The time to log for trueup's own usage at that time, in that window (NULL: there is none). It is never in the first
 -- fraction of a second of the window: a log with whole seconds would date the usage before the window, where it does
 -- not count.
@@ -31,7 +45,7 @@ $$;
 -- The entitlements of each subscription: see entitlements.sql.
 CREATE OR REPLACE FUNCTION trueup.entitlements(at timestamptz) RETURNS TABLE (
     user_id {{ user_id_type }}, subscription_id text, is_active boolean,
-    window_start timestamptz, end_date timestamptz, original bigint, counter bigint, plan_tokens bigint
+    window_start timestamptz, end_date timestamptz, original bigint, counter bigint, plan_tokens bigint, plan_kind text
 ) LANGUAGE sql STABLE AS $$
     {{ entitlements("entitlements.at") }}
 $$;
@@ -58,7 +72,7 @@ $$;
 -- the next gate will release from overdue holds.
 CREATE OR REPLACE FUNCTION trueup.accounts(at timestamptz) RETURNS TABLE (
     user_id {{ user_id_type }}, subscription_id text, is_active boolean, window_start timestamptz,
-    end_date timestamptz, original bigint, counter bigint, consumed bigint, held bigint
+    end_date timestamptz, original bigint, counter bigint, consumed bigint, held bigint, plan_kind text
 ) LANGUAGE sql STABLE AS $$
     SELECT e.user_id, e.subscription_id, e.is_active, e.window_start, e.end_date, e.original, e.counter,
            CASE WHEN b.window_start = e.window_start AND b.log_epoch = (SELECT trueup.log_epoch())
@@ -69,7 +83,8 @@ CREATE OR REPLACE FUNCTION trueup.accounts(at timestamptz) RETURNS TABLE (
            coalesce(b.held - coalesce((
                SELECT sum(h.tokens_reserved - h.tokens_covered - k.kept)
                FROM trueup.hold h CROSS JOIN LATERAL trueup.kept_past_expiry(h, at) k
-               WHERE h.user_id = e.user_id AND h.status = 'open' AND h.expires_at <= at), 0), 0)::bigint
+               WHERE h.user_id = e.user_id AND h.status = 'open' AND h.expires_at <= at), 0), 0)::bigint,
+           e.plan_kind
     FROM trueup.entitlements(at) e
     LEFT JOIN trueup.balance b ON b.user_id = e.user_id
     LEFT JOIN LATERAL (

@@ -1,15 +1,27 @@
-{% from "host/rows.sql" import plan_tokens, window_start %}
+{% from "host/rows.sql" import counter, has_negative_plan, plan_tokens, window_start %}
 
 {# How far a host's clock may be ahead. A window that begins later than this has not begun. If a window begins within
    this time, trueup's own usage is dated at its begin, so that it counts. #}
 {% set clock_tolerance = "interval '5 minutes'" %}
 
 {# The entitlements of each subscription at a time: user_id, subscription_id, is_active, window_start, end_date,
-   original, counter, plan_tokens. `original`: the tokens that the subscription itself includes, if the host has such a
-   column; else those of its token plan, else of its full plan, else 0; plus the tokens of the user's grants (grants.sql).
-   A user without grants costs one index lookup. `at`: qualified with its function's name, because the host may have a
+   original, counter, plan_tokens, plan_kind. `original`: the tokens that the subscription itself includes, if the host has
+   such a column; else those of its token plan, else of its full plan, else 0, or of both (`tokens_included = "sum"`); plus
+   the tokens of the user's grants (grants.sql). `plan_kind`: 'unlimited', or 'negative' for a figure below zero that the
+   mapping does not explain; NULL: a number of tokens. `counter`: as remaining tokens, whichever way the host counts. A user without grants costs one index lookup. `at`: qualified with its function's name, because the host may have a
    column of that name. #}
 {% macro entitlements(at) -%}
+{% set original -%}
+{% if trueup.installed %}
+{# Half of the range of bigint, so that sums with usage and refunds can't overflow. #}
+CASE WHEN EXISTS (SELECT FROM trueup.token_grant g WHERE g.user_id = s.{{ subscription.user_id }})
+                THEN least(w.plan_tokens + trueup.granted(s.{{ subscription.user_id }}, w.window_start, w.plan_tokens,
+                                                          {{ at }}), {{ no_limit }})::bigint
+                ELSE w.plan_tokens END
+{%- else -%}
+w.plan_tokens
+{%- endif %}
+{%- endset -%}
 SELECT s.{{ subscription.user_id }} AS user_id,
            s.{{ subscription.id }}::text AS subscription_id,
            -- A subscription that can't be limited is not active: no usage counts before its window begins, and if a
@@ -22,21 +34,15 @@ SELECT s.{{ subscription.user_id }} AS user_id,
            -- An end after the years that clients can represent is no end; an end before them becomes their first day.
            CASE WHEN {{ subscription.end_date("s") }} < '9999-12-31'
                 THEN greatest({{ subscription.end_date("s") }}, '0001-01-03') END AS end_date,
-           {% if trueup.installed %}
-           -- Half of the range of bigint, so that sums with usage and refunds can't overflow.
-           CASE WHEN EXISTS (SELECT FROM trueup.token_grant g WHERE g.user_id = s.{{ subscription.user_id }})
-                THEN least(w.plan_tokens + trueup.granted(s.{{ subscription.user_id }}, w.window_start, w.plan_tokens,
-                                                          {{ at }}), 4611686018427387904)::bigint
-                ELSE w.plan_tokens END AS original,
-           {% else %}
-           w.plan_tokens AS original,
-           {% endif %}
-           s.{{ subscription.tokens_remaining }}::bigint AS counter,
-           w.plan_tokens
+           {{ original }} AS original,
+           {{ counter("s", original) }} AS counter,
+           w.plan_tokens,
+           CASE {% if subscription.unlimited %}WHEN w.plan_tokens = {{ no_limit }} THEN 'unlimited' {% endif -%}
+                WHEN {{ has_negative_plan() }} THEN 'negative' END AS plan_kind
     FROM {{ subscription }} s
     LEFT JOIN {{ token_plan }} tp ON tp.{{ token_plan.id }} = {{ subscription.token_plan_id("s") }}
     LEFT JOIN {{ full_plan }} fp ON fp.{{ full_plan.id }} = {{ subscription.full_plan_id("s") }}
     CROSS JOIN LATERAL (
-        SELECT {{ window_start("s") }} AS window_start, CAST({{ plan_tokens() }} AS bigint) AS plan_tokens
+        SELECT {{ window_start("s", at) }} AS window_start, CAST({{ plan_tokens() }} AS bigint) AS plan_tokens
     ) w
 {%- endmacro %}

@@ -12,11 +12,8 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from trueup.accounts.user_ids import UserId
-from trueup.accounts.validation import check_estimate
+from trueup.accounts.validation import check_estimate, check_text
 from trueup.errors import InvalidInputError, TrueupError, UnknownUserError
-
-# A reference is part of an index row, which holds at most 2,700 bytes.
-_MAX_CHARACTERS = 500
 
 
 class GrantRefusedError(TrueupError):
@@ -138,17 +135,6 @@ def list_grants(connection: Connection, user_id: UserId, *, now: datetime | None
 def check_tokens(tokens: Any) -> int:
     """Return the count of tokens of a grant. Raises `InvalidInputError` if it is no integer of at least 1."""
     return check_estimate(tokens, "tokens", least=1)
-
-
-def check_text(field: str, value: str) -> str:
-    """Return the text without surrounding spaces. Raises `InvalidInputError` for an empty or malformed one."""
-    if not value.strip() or "\x00" in value:
-        raise InvalidInputError(f"{field}: {value!r} is empty or has a NUL. The audit trail needs a text.")
-    if len(value) > _MAX_CHARACTERS or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise InvalidInputError(
-            f"{field}: the text is malformed or too long. Give at most {_MAX_CHARACTERS} characters."
-        )
-    return value.strip()
 
 
 def as_utc(moment: datetime | None) -> datetime | None:

@@ -1,4 +1,4 @@
-{% from "host/rows.sql" import countable, is_counted, owed_since %}
+{% from "host/rows.sql" import countable, is_counted, owed_since, period_starts, window_start, worth_of_plans %}
 -- Grants: tokens on top of a plan. While a grant lives, it adds to `original` in a window the tokens that it had left
 -- when the window began. After its expiry or revocation, it adds the tokens that it has paid for in this window, so its
 -- end never takes away used tokens. Tokens left at the end of a window carry over into the next one.
@@ -39,13 +39,28 @@ $$;
 -- subscription itself states the tokens, the plan id is "tokens:" and their number.
 CREATE OR REPLACE FUNCTION trueup.plan_size(p_token_plan text, p_full_plan text) RETURNS bigint
 LANGUAGE sql STABLE AS $$
-    SELECT greatest(coalesce(
-        CASE WHEN plan_size.p_token_plan LIKE 'tokens:%' THEN substr(plan_size.p_token_plan, 8)::bigint END,
-        (SELECT t.{{ token_plan.tokens_included }} FROM {{ token_plan }} t
-         WHERE t.{{ token_plan.id }}::text = plan_size.p_token_plan),
-        (SELECT t.{{ full_plan.tokens_included }} FROM {{ full_plan }} t
-         WHERE t.{{ full_plan.id }}::text = plan_size.p_full_plan), 0), 0)::bigint
+    SELECT CASE WHEN plan_size.p_token_plan LIKE 'tokens:%' THEN substr(plan_size.p_token_plan, 8)::bigint
+                ELSE {{ worth_of_plans("tp.tokens", "fp.tokens", "tp.id IS NOT NULL", "fp.id IS NOT NULL") }} END::bigint
+    FROM (SELECT) AS one
+    LEFT JOIN (SELECT t.{{ token_plan.id }}::text AS id, t.{{ token_plan.tokens_included }} AS tokens
+               FROM {{ token_plan }} t) tp ON tp.id = plan_size.p_token_plan
+    LEFT JOIN (SELECT t.{{ full_plan.id }}::text AS id, t.{{ full_plan.tokens_included }} AS tokens
+               FROM {{ full_plan }} t) fp ON fp.id = plan_size.p_full_plan
 $$;
+
+{% if subscription.anchor %}
+-- The repeating periods of a user between the newest record and the period of p_at, with the record's plan.
+CREATE OR REPLACE FUNCTION trueup.passed_periods(p_user {{ user_id_type }}, p_at timestamptz)
+RETURNS TABLE (at timestamptz, plan_tokens bigint) LANGUAGE sql STABLE AS $$
+    SELECT t.at, coalesce(n.plan_tokens, trueup.plan_size(n.token_plan_id, n.full_plan_id))
+    FROM {{ subscription }} s
+    CROSS JOIN LATERAL (SELECT * FROM trueup.window_change c
+                        WHERE c.user_id = passed_periods.p_user ORDER BY c.id DESC LIMIT 1) n
+    CROSS JOIN LATERAL (SELECT {{ window_start("s", "passed_periods.p_at") }} AS present) w
+    CROSS JOIN LATERAL ({{ period_starts("s", "n.window_start", "w.present") }}) t
+    WHERE s.{{ subscription.user_id }} = passed_periods.p_user
+$$;
+{% endif %}
 
 -- A user's windows, oldest first. The last is p_window, with p_plan if trueup.window_change does not have it yet.
 -- `until`: the begin of the next window, NULL for the last. `settled`: the window's use of grants has been recorded.
@@ -63,6 +78,11 @@ RETURNS TABLE (
     ), known AS (
         SELECT * FROM recorded
         UNION ALL
+        {% if subscription.anchor %}
+        SELECT 9223372036854770000 + row_number() OVER (ORDER BY t.at), t.at, t.at, NULL, t.plan_tokens
+        FROM trueup.passed_periods(windows.p_user, windows.p_window) t
+        UNION ALL
+        {% endif %}
         SELECT 9223372036854775807, windows.p_window, 'infinity', NULL, windows.p_plan
         WHERE windows.p_window IS DISTINCT FROM (SELECT n.window_start FROM recorded n ORDER BY n.id DESC LIMIT 1)
     ), ordered AS (

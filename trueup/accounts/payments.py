@@ -5,8 +5,8 @@ from datetime import datetime
 
 from sqlalchemy import Connection, text
 
-from trueup.accounts.grants import check_text
 from trueup.accounts.user_ids import UserId
+from trueup.accounts.validation import check_text
 from trueup.errors import TrueupError
 from trueup.host.mapping import HostMapping
 

@@ -1,5 +1,26 @@
-{% from "host/rows.sql" import window_start %}
+{% from "host/rows.sql" import period_starts, window_start, worth %}
 -- The windows and plans of users with grants. A trigger records each in the host's own transaction, so none is missed.
+
+{# What a record keeps of the plan of `s`, as its two columns: the ids of both plans, or the tokens that `s` itself states. #}
+{% macro recorded_plan(s) -%}
+{% if subscription.tokens_included -%}
+'tokens:' || {{ worth(subscription.tokens_included(s)) }}, NULL
+{%- else -%}
+{{ subscription.token_plan_id(s) }}, {{ subscription.full_plan_id(s) }}
+{%- endif %}
+{%- endmacro %}
+
+{# Append the repeating periods of `s` between the newest record and the present one, if its user has grants. #}
+{% macro record_passed_periods(s) %}
+INSERT INTO trueup.window_change (user_id, window_start, token_plan_id, full_plan_id, changed_at)
+    SELECT {{ s }}.{{ subscription.user_id }}, t.at, {{ recorded_plan(s) }}, t.at
+    FROM (SELECT c.window_start FROM trueup.window_change c WHERE c.user_id = {{ s }}.{{ subscription.user_id }}
+          ORDER BY c.id DESC LIMIT 1) n
+    CROSS JOIN LATERAL (
+        {{ period_starts(s, "n.window_start", window_start(s, "clock_timestamp()")) }}) t
+    WHERE EXISTS (SELECT FROM trueup.token_grant g WHERE g.user_id = {{ s }}.{{ subscription.user_id }})
+    ORDER BY t.at;
+{%- endmacro %}
 
 {# Append the window of the subscription row `s`, if its user has grants.
 
@@ -7,13 +28,12 @@ A trigger dates the change by the server's clock, as all functions of trueup do 
 the host's clock. If the clocks differ by some seconds, usage in these seconds may count against the plan before or
 after the change. Nothing else depends on it, because windows begin at `start_date`. #}
 {% macro record_window(s) %}
+    {% if subscription.anchor %}
+    -- First the periods that came and went since the newest record, with the plan that counted until now.
+    {{ record_passed_periods(s) }}
+    {% endif %}
     INSERT INTO trueup.window_change (user_id, window_start, token_plan_id, full_plan_id, changed_at)
-    SELECT {{ s }}.{{ subscription.user_id }}, {{ window_start(s) }},
-           {% if subscription.tokens_included %}
-           'tokens:' || greatest(coalesce({{ subscription.tokens_included(s) }}, 0), 0), NULL,
-           {% else %}
-           {{ subscription.token_plan_id(s) }}, {{ subscription.full_plan_id(s) }},
-           {% endif %}
+    SELECT {{ s }}.{{ subscription.user_id }}, {{ window_start(s, "clock_timestamp()") }}, {{ recorded_plan(s) }},
            clock_timestamp()
     WHERE EXISTS (SELECT FROM trueup.token_grant g WHERE g.user_id = {{ s }}.{{ subscription.user_id }});
 {% endmacro %}
@@ -24,7 +44,7 @@ after the change. Nothing else depends on it, because windows begin at `start_da
 -- trueup's schema. If the subscription itself states the tokens, they are recorded in place of the plan: see
 -- trueup.plan_size.
 CREATE OR REPLACE FUNCTION trueup.append_window() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = {{ time_zone }} AS $$
 BEGIN
     IF TG_OP = 'UPDATE' THEN
         IF OLD.{{ subscription.start_date }} IS NOT DISTINCT FROM NEW.{{ subscription.start_date }}
@@ -59,6 +79,12 @@ BEGIN
     UPDATE trueup.window_change c SET plan_tokens = trueup.plan_size(c.token_plan_id, c.full_plan_id)
     WHERE c.user_id = p_user AND c.plan_tokens IS NULL;
     v_changed := FOUND;
+    {% if subscription.anchor %}
+    -- Periods that came and went since the newest record, with its plan.
+    INSERT INTO trueup.window_change (user_id, window_start, plan_tokens, changed_at)
+    SELECT p_user, t.at, t.plan_tokens, t.at FROM trueup.passed_periods(p_user, p_at) t ORDER BY t.at;
+    v_changed := v_changed OR FOUND;
+    {% endif %}
     -- Record changes without a trigger's record: the first window of a grant, or a new size of the plan. One statement
     -- has one snapshot: it sees a change by the host in both tables or in neither.
     INSERT INTO trueup.window_change (user_id, window_start, plan_tokens, changed_at)

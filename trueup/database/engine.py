@@ -51,7 +51,7 @@ _CHANGED_TYPES = (errors.CannotCoerce, errors.DatatypeMismatch, errors.WrongObje
 
 
 def create_trueup_engine(settings: Settings) -> Engine:
-    """Create an engine for the settings' database. Times are UTC, and the isolation level is READ COMMITTED.
+    """Create an engine for the settings' database. Times come as UTC, and the isolation level is READ COMMITTED.
 
     The server ends a transaction that is idle for the statement timeout, because other transactions wait for its locks.
     `options` in the URL are kept, except for the settings that `trueup.database.session` sets. A transaction pooler may
@@ -70,16 +70,16 @@ def create_trueup_engine(settings: Settings) -> Engine:
             "client_encoding": "UTF8",
         },
     )
-    seconds = f"{settings.statement_timeout_seconds}s"
+    seconds, time_zone = f"{settings.statement_timeout_seconds}s", settings.host.time_zone or "UTC"
 
     def set_up(connection: psycopg.Connection[Any], _: object) -> None:
-        limit_session(connection, session_settings(connection.info.server_version, seconds))
+        limit_session(connection, session_settings(connection.info.server_version, seconds, time_zone))
 
     # `insert`: run before SQLAlchemy's own listeners, so that these settings apply to their statements too. Those can't
     # read the answers of a database in another encoding. The listener inserted last runs first.
     event.listen(engine, "connect", set_up, insert=True)
     event.listen(engine, "connect", lambda connection, _: refuse_other_encodings(connection), insert=True)
-    event.listen(engine, "connect", lambda connection, _: read_as_utc(connection))
+    event.listen(engine, "connect", lambda connection, _: read_as_utc(connection, time_zone))
     event.listen(engine, "connect", lambda connection, _: refuse_old_layout(connection))
     return engine
 

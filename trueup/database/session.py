@@ -11,16 +11,22 @@ settings, and no statement is prepared.
 
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Self, cast
+from zoneinfo import ZoneInfo
 
 import psycopg
 from psycopg import Connection, Cursor, ServerCursor
 from psycopg.abc import Buffer, Params
 from psycopg.pq import TransactionStatus
 from psycopg.sql import SQL, Composable, Composed, Identifier, Literal
-from psycopg.types.datetime import TimestampBinaryLoader, TimestampLoader
+from psycopg.types.datetime import (
+    TimestampBinaryLoader,
+    TimestampLoader,
+    TimestamptzBinaryLoader,
+    TimestamptzLoader,
+)
 from psycopg.types.json import Json
 
 # Where names without a schema are looked up. No role can create anything in pg_catalog or in another session's pg_temp,
@@ -56,11 +62,15 @@ _SET_WHERE_OURS = """
 """
 
 
-def session_settings(server_version: int, statement_timeout: str) -> dict[str, str]:
-    """Return all settings of a session. `server_version`: as libpq gives it (170002); `statement_timeout`: "30s"."""
+def session_settings(server_version: int, statement_timeout: str, time_zone: str = "UTC") -> dict[str, str]:
+    """Return all settings of a session.
+
+    `server_version`: as libpq gives it (170002). `statement_timeout`: "30s". `time_zone`: of the host's times that have
+    none. PostgreSQL converts between these and times with a zone by the zone of the session.
+    """
     newer = {name: value for name, (value, since) in _NEWER_SETTINGS.items() if server_version >= since}
     limits = {"statement_timeout": statement_timeout, "idle_in_transaction_session_timeout": statement_timeout}
-    return FIXED_SETTINGS | newer | limits
+    return FIXED_SETTINGS | newer | limits | {"timezone": time_zone}
 
 
 def limit_session(connection: Connection[Any], limits: Mapping[str, str]) -> None:
@@ -134,17 +144,43 @@ class _PooledServerCursor(ServerCursor[Any]):
         return super().execute(query, params, **more)
 
 
-class _UtcLoader(TimestampLoader):
-    def load(self, data: Buffer) -> datetime:
-        return super().load(data).replace(tzinfo=UTC)
+def _offset(moment: datetime) -> timedelta:
+    return moment.utcoffset() or timedelta(0)
 
 
-class _UtcBinaryLoader(TimestampBinaryLoader):
-    def load(self, data: Buffer) -> datetime:
-        return super().load(data).replace(tzinfo=UTC)
+def read_as_utc(connection: Connection, time_zone: str = "UTC") -> None:
+    """Read every time as UTC. A `timestamp` without a zone is in `time_zone`, the zone of the session."""
+    zone = UTC if time_zone == "UTC" else ZoneInfo(time_zone)
 
+    def in_zone(moment: datetime) -> datetime:
+        read = moment.replace(tzinfo=zone)
+        # PostgreSQL reads a time that a change of clocks repeats as the second one.
+        again = read.replace(fold=1)
+        try:
+            return (again if _offset(again) < _offset(read) else read).astimezone(UTC)
+        except OverflowError:  # in the first or the last hours that Python has
+            return moment.replace(tzinfo=UTC)
 
-def read_as_utc(connection: Connection) -> None:
-    """Read each `timestamp` without a zone as UTC, the zone of the session. Many hosts store such times."""
-    for loader in (_UtcLoader, _UtcBinaryLoader):
+    class LocalLoader(TimestampLoader):
+        def load(self, data: Buffer) -> datetime:
+            return in_zone(super().load(data))
+
+    class LocalBinaryLoader(TimestampBinaryLoader):
+        def load(self, data: Buffer) -> datetime:
+            return in_zone(super().load(data))
+
+    for loader in (LocalLoader, LocalBinaryLoader):
         connection.adapters.register_loader("timestamp", loader)
+    if zone is UTC:
+        return  # psycopg gives times of the session's zone
+
+    class UtcLoader(TimestamptzLoader):
+        def load(self, data: Buffer) -> datetime:
+            return super().load(data).astimezone(UTC)
+
+    class UtcBinaryLoader(TimestamptzBinaryLoader):
+        def load(self, data: Buffer) -> datetime:
+            return super().load(data).astimezone(UTC)
+
+    for with_zone in (UtcLoader, UtcBinaryLoader):
+        connection.adapters.register_loader("timestamptz", with_zone)

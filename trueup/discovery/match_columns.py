@@ -22,6 +22,13 @@ _LAST_ONE = 0.45
 _REFERENCE = 0.99
 _PLANS = ("token_plan_id", "full_plan_id")
 
+_USED = (
+    "tokens_used used_tokens tokens_consumed consumed_tokens tokens_spent spent_tokens credits_used used_credits "
+    "credits_spent quota_used used_quota usage used spend spent consumed"
+)
+USED_NAMES = frozenset(_USED.split())
+"""The names of a counter that counts up."""
+
 _HUMPS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _FUZZY = 0.86
 
@@ -81,6 +88,8 @@ def match_columns(noun: Noun, table: HostTable, known: Known) -> Matches:
             matches.found[name] = match
             taken.add(match.column.name)
     _share_plan_column(matches, table, known)
+    if noun == "subscription":
+        _take_used_counter(table, matches, taken)
     _take_last_ones(noun, table, matches, taken)
     return matches
 
@@ -124,6 +133,22 @@ def _share_plan_column(matches: Matches, table: HostTable, known: Known) -> None
         return
     why = "the host has one kind of plan: the same column as for the other kind"
     matches.found[missing] = Match(column=single.column, score=min(single.score, 0.8), why=why)
+
+
+def _take_used_counter(table: HostTable, matches: Matches, taken: set[str]) -> None:
+    """Take a column of used tokens as the counter, unless a column is clearly named like the tokens left."""
+    found = matches.found.get("tokens_remaining")
+    if found is not None and found.score >= LIKELY:
+        return
+    wanted = SOUGHT_FIELDS["subscription"]["tokens_remaining"]
+    for column in table.columns.values():
+        if plain(column.name) in USED_NAMES and _is_free(column, wanted, table, taken - {found and found.column.name}):
+            if found is not None:
+                taken.discard(found.column.name)
+            taken.add(column.name)
+            why = "its name says that it counts used tokens"
+            matches.found["tokens_remaining"] = Match(column=column, score=0.85, why=why)
+            return
 
 
 def _take_last_ones(noun: Noun, table: HostTable, matches: Matches, taken: set[str]) -> None:

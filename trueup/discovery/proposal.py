@@ -1,5 +1,6 @@
 """Propose a [host] mapping from a database's catalog: each choice with its certainty and reason, and all gaps."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -7,18 +8,35 @@ from typing import Any
 from sqlalchemy import Connection
 
 from trueup.discovery.catalog import Catalog, HostTable
-from trueup.discovery.match_columns import SOUGHT_FIELDS, Certainty, Matches, certainty_of, default_name
+from trueup.discovery.match_columns import (
+    LIKELY,
+    SOUGHT_FIELDS,
+    USED_NAMES,
+    Certainty,
+    Match,
+    Matches,
+    certainty_of,
+    default_name,
+    plain,
+)
 from trueup.discovery.match_tables import Candidate, choose_tables, log_without_total
 from trueup.discovery.remarks import remarks_on
 from trueup.discovery.samples import Sampler
 from trueup.discovery.substitutes import PAID_WORDS, included_column, stand_ins
 from trueup.discovery.toml import toml_value
-from trueup.host.fields import FIELDS, ID_TYPES, NOUNS, TABLES, Noun
+from trueup.host.fields import FIELDS, ID_TYPES, NOUNS, TABLES, Noun, settings_of
 from trueup.host.mapping import HostMapping
+from trueup.host.questions import Question, open_questions
 
 SCHEMA_VERSION = 1
 
 _PLANS: tuple[Noun, Noun] = ("token_plan", "full_plan")
+# A wrong guess would change counters or budgets to wrong values.
+_NEVER_GUESSED: tuple[tuple[Noun, str], ...] = (
+    ("subscription", "tokens_remaining"),
+    ("token_plan", "tokens_included"),
+    ("full_plan", "tokens_included"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +99,7 @@ def propose(connection: Connection, catalog: Catalog, given: Mapping[str, Any] |
     choices: list[Choice] = []
     gaps: list[Gap] = []
     without = _without(chosen, choices)
+    gaps += _guessed(chosen, without, given)
     for noun in NOUNS:
         candidate = chosen.get(noun)
         by_person = given.get(noun) or {}
@@ -115,14 +134,20 @@ def propose(connection: Connection, catalog: Catalog, given: Mapping[str, Any] |
         choices += _choices_by_person(noun, used)
         gaps += lacking
         names = {name: match.column.name for name, match in candidate.matches.found.items()}
+        names |= _way_of_counter(noun, names, by_person) | _section_type(noun, candidate)
         drafts[noun] = {"table": candidate.table.setting, **names, **{one.field: one.value for one in instead}, **used}
-    types = {name: given[name] for name in ("user_id_type", "usage_log_id_type") if name in given}
+    types = {name: given[name] for name in ("user_id_type", "usage_log_id_type", "time_zone") if name in given}
     types |= _types(drafts, chosen, choices)
     if "subscription" in drafts:
         drafts["subscription"] |= without.pop("subscription", {})
     notes = _paid_word(chosen, drafts, sampler, choices)
     stopped = [gap for gap in gaps if gap.stops == "everything"]
     mapping = None if stopped else HostMapping.model_validate({**types, **without, **drafts})
+    if mapping is not None:
+        said = "counts" in (given.get("subscription") or {})
+        asked = [_asked(question) for question in open_questions(connection, mapping, is_way_said=said)]
+        gaps += asked
+        mapping = None if asked else mapping
     counts = drafts.get("usage_log", {}).get("counts") or {}
     found = {noun: chosen[noun] for noun in drafts if noun in chosen}
     notes += remarks_on(catalog, found, sampler, filled=counts.get("column"))
@@ -151,6 +176,67 @@ def _without(chosen: dict[Noun, Candidate], choices: list[Choice]) -> dict[str, 
     return settings | {"subscription": {"tokens_included": name}}
 
 
+def _guessed(chosen: dict[Noun, Candidate], without: dict[str, Any], given: Mapping[str, Any]) -> list[Gap]:
+    """Return a gap for each counter or number of included tokens that is a guess and that no person has set.
+
+    What a person has set is taken in place of a guess, and a counter whose direction a person has set, in place of any
+    match.
+    """
+    gaps = []
+    for noun, name in _NEVER_GUESSED:
+        candidate = chosen.get(noun)
+        if candidate is None:
+            continue
+        settings, found = given.get(noun) or {}, candidate.matches.found.get(name)
+        by_person = settings.get(name)
+        is_open = found is None or found.score < LIKELY or (name == "tokens_remaining" and "counts" in settings)
+        if by_person in candidate.table.columns and is_open:
+            column = candidate.table.columns[str(by_person)]
+            candidate.matches.found[name] = Match(column=column, score=1.0, why="set by you under [host]")
+        elif found is not None and found.score < LIKELY:
+            gaps.append(_guess(noun, name, candidate.table, found.column.name, found.why))
+    included = without.get("subscription", {}).get("tokens_included")
+    if included is not None:
+        _, score, why = included_column(chosen["subscription"]) or ("", 0.0, "")
+        by_person = (given.get("subscription") or {}).get("tokens_included")
+        if by_person is not None:
+            without["subscription"]["tokens_included"] = by_person
+        elif score < LIKELY:
+            gaps.append(_guess("subscription", "tokens_included", chosen["subscription"].table, included, why))
+    return gaps
+
+
+def _guess(noun: Noun, name: str, table: HostTable, column: str, why: str) -> Gap:
+    what = "shows a user's tokens" if name == "tokens_remaining" else "states the included tokens"
+    remedy = f'set {name} = "{column}" under [host.{noun}] if it does, or name the right column'
+    if name == "tokens_remaining":
+        remedy += f'; if it counts used tokens, set counter = {{column = "{column}", counts = "up"}}'
+    why = f"{table.setting}.{column} may be the column that {what} ({why}), but trueup does not guess this"
+    return Gap(setting=f"host.{noun}.{name}", why=why, remedy=remedy, stops="everything")
+
+
+def _asked(question: Question) -> Gap:
+    return Gap(setting=question.setting, why=question.what, remedy=question.remedy, stops="everything")
+
+
+def _way_of_counter(noun: Noun, names: Mapping[str, str], by_person: Mapping[str, Any]) -> dict[str, str]:
+    """Return whether the counter counts up or down, if a person or its name says so."""
+    column = names.get("tokens_remaining") if noun == "subscription" else None
+    if column is None:
+        return {}
+    if by_person.get("tokens_remaining") == column and by_person.get("counts"):
+        return {"counts": by_person["counts"]}
+    return {"counts": "up"} if plain(column) in USED_NAMES else {}
+
+
+def _section_type(noun: Noun, candidate: Candidate) -> dict[str, str]:
+    """Return the enum of the log's section, if it is one and its name needs no quotes."""
+    match = candidate.matches.found.get("section") if noun == "usage_log" else None
+    if match is None or not match.column.labels or not re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)?", match.column.type):
+        return {}
+    return {"section_type": match.column.type}
+
+
 def _used_for(lacking: list[Gap], by_person: Mapping[str, Any]) -> dict[str, Any]:
     """Return a person's settings for columns that were not found, by field."""
     fields = [gap.setting.rpartition(".")[2] for gap in lacking]
@@ -161,6 +247,8 @@ def _used_for(lacking: list[Gap], by_person: Mapping[str, Any]) -> dict[str, Any
 def _not_sought(noun: Noun, by_person: Mapping[str, Any], found: Collection[str]) -> dict[str, Any]:
     """Return a person's settings for fields that discovery does not look for by name, except those in `found`."""
     fields = FIELDS[noun].keys() - SOUGHT_FIELDS[noun].keys() - set(found)
+    # Settings that are no columns. The counter's direction belongs to its column: `_way_of_counter`.
+    fields |= settings_of(noun) - {"completed_status", "counts"}
     return {name: value for name, value in by_person.items() if name in fields and value is not None}
 
 
@@ -179,6 +267,10 @@ def _as_written(mapping: HostMapping) -> dict[str, Any]:
     """Return the settings that differ from the defaults, as a person would write them."""
     settings = mapping.model_dump(exclude_defaults=True, exclude_none=True)
     settings |= {noun: False for noun in ("user", *_PLANS) if getattr(mapping, noun).table is None}
+    counts = settings.get("subscription", {}).pop("counts", None)
+    if counts is not None:
+        column = settings["subscription"].pop("tokens_remaining", mapping.subscription.tokens_remaining)
+        settings["subscription"]["counter"] = {"column": column, "counts": counts}
     log = settings.get("usage_log", {})
     if "counts" in log:
         log.pop("success", None)  # `counts` replaces it

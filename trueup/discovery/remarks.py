@@ -26,7 +26,7 @@ def remarks_on(
             if match.column.type == LOCAL_TIME:
                 notes.append(
                     f"{one.table.setting}.{match.column.name} has no time zone, so trueup reads it as UTC. If the host "
-                    "writes local times there, periods begin at the wrong time. Make it timestamptz."
+                    "writes local times there, set time_zone under [host]: periods begin at the wrong time otherwise."
                 )
     return list(dict.fromkeys([*notes, *_on_names(catalog)]))
 

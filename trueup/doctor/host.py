@@ -27,6 +27,7 @@ from trueup.host.fields import NOUNS, Noun
 from trueup.host.log_ids import log_id_problem, log_id_sequence
 from trueup.host.mapping import HostMapping, quote_identifier, quote_table
 from trueup.host.partitions import partition_problem
+from trueup.host.questions import open_questions
 from trueup.host.schema_changes import ROW_SECURITY_REMEDY
 from trueup.host.setting_values import DEFAULT_SCHEMA, quote_literal
 from trueup.install.trial_writes import trial_problem
@@ -66,6 +67,7 @@ def check_mapping(connection: Connection, settings: Settings) -> Iterator[Findin
     found += _hidden(connection, mapping)
     if all(finding.level != "error" for finding in found):
         found += [_error(*problem) for problem in _trial_problems(connection, mapping) if problem is not None]
+        found += _questions(connection, mapping)
     found += _view_columns(connection, mapping)
     yield from found or [ok("mapping", "Every mapped table and column exists and has a suitable type.")]
 
@@ -120,9 +122,12 @@ def _types(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
     for wrong in wrong_types(columns, mapping):
         column = wrong.column
         yield _error(wrong.what, wrong.remedy, table=column.table, column=column.name, type=column.type)
-    for column in local_times(columns, mapping):
+    for column in local_times(columns, mapping) if mapping.time_zone is None else ():
         what = f"{column.table}.{column.name} has no time zone: trueup reads it as UTC."
-        remedy = "If the host writes local times, periods start at the wrong time: change the column to timestamptz."
+        remedy = (
+            "If the host writes local times, periods start at the wrong time. Set time_zone under [host] to their zone "
+            '("UTC" if they are UTC), or change the column to timestamptz.'
+        )
         yield _warning(what, remedy, table=column.table, column=column.name)
 
 
@@ -160,6 +165,14 @@ def _trial_problems(connection: Connection, mapping: HostMapping) -> Iterator[Pr
     with connection.engine.begin() as trial:
         yield row_problem(trial, mapping)
         yield trial_problem(trial, mapping)
+
+
+def _questions(connection: Connection, mapping: HostMapping) -> Iterator[Finding]:
+    with connection.engine.begin() as trial:
+        for question in open_questions(trial, mapping):
+            level = _error if question.is_blocking else _warning
+            remedy = f"In trueup.toml, {question.remedy}; then run `trueup db attach`."
+            yield level(f"{question.what}.", remedy, setting=question.setting)
 
 
 def _nearest(name: str, existing: Iterable[Any]) -> str | None:

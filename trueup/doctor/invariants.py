@@ -69,6 +69,9 @@ def check_owed_charges(connection: Connection, settings: Settings) -> Iterator[F
     if not charges:
         yield ok("owed_charges", "The usage log has the row of every charge.", charges=0, tokens=0)
         return
+    if settings.host.usage_log.record == "host":
+        yield from _awaited_charges(connection)
+        return
     oldest = list_owed_charges(connection, limit=1)
     refusal = oldest[0].refusal if oldest else "written meanwhile"
     yield error(
@@ -79,6 +82,31 @@ def check_owed_charges(connection: Connection, settings: Settings) -> Iterator[F
         "each minute. `trueup status` lists them.",
         charges=charges,
         tokens=tokens,
+    )
+
+
+_AWAITED = text(
+    """
+    SELECT count(*) AS charges, coalesce(sum(total_tokens), 0) AS tokens FROM trueup.owed_charge
+    WHERE owed_since < clock_timestamp() - interval '10 minutes'
+    """
+)
+
+
+def _awaited_charges(connection: Connection) -> Iterator[Finding]:
+    """Check that the host logs the calls that it is to log (`usage_log.record`)."""
+    row = connection.execute(_AWAITED).one()
+    figures = {"charges": int(row.charges), "tokens": int(row.tokens)}
+    if not row.charges:
+        yield ok("owed_charges", "The host logs the calls of trueup's tasks.", **figures)
+        return
+    yield warning(
+        "owed_charges",
+        f"The host has logged no row for {row.charges} calls of {row.tokens:,} tokens in ten minutes. They count "
+        "against the budgets, but the host doesn't see them.",
+        "Check that the host's tracker runs for these tasks (`trueup status` lists them), or let trueup log them: "
+        'remove record = "host" under [host.usage_log].',
+        **figures,
     )
 
 

@@ -46,7 +46,8 @@ def difference(drift: Drift, in_flight: int) -> int:
 
     `in_flight`: tokens of usage whose decrements may still arrive. They can't lower the counter below zero.
     """
-    return (drift.observed or 0) - max(0, drift.original - drift.consumed + in_flight)
+    lowest = min(0, drift.expected)  # below 0 only if the counter shows used tokens
+    return (drift.observed or 0) - max(lowest, drift.original - drift.consumed + in_flight)
 
 
 def decide(
@@ -76,7 +77,7 @@ def decide(
     if policy == "review" or doubt is not None:
         return _review(doubt or f"policy of {explanation.cause}")
     write = (drift.observed or 0) - off_by
-    if counter_limit is not None and write > counter_limit:
+    if counter_limit is not None and drift.written(write) > counter_limit:
         return Verdict(policy="report", reason="the counter's column can't hold the right value")
     kept = f", {in_flight} tokens in flight kept" if in_flight else ""
     return Verdict(policy="correct", write=write, reason=f"policy of {explanation.cause}{kept}")

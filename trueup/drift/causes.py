@@ -8,6 +8,7 @@ from trueup.drift.detect import Drift
 Cause = Literal[
     "counter_null",
     "counter_negative",
+    "plan_negative",
     "counter_out_of_range",
     "missed_decrement",
     "lost_update",
@@ -19,6 +20,7 @@ Cause = Literal[
     "renewal_without_new_window",
     "carried_over_tokens",
     "grant_not_in_counter",
+    "period_reset",
     "burned_at_expiry",
     "manual_edit",
     "unexplained",
@@ -39,10 +41,12 @@ CAUSE_SENTENCES: dict[str, str] = {
     "renewal_without_new_window": "a renewal added the plan's tokens, but no new period began",
     "carried_over_tokens": "an upgrade began a new period and kept the tokens left in the old one",
     "grant_not_in_counter": "a grant was added or ended, and the counter did not follow",
+    "period_reset": "a new period began, and the host's reset of the counter has not come, or came late",
     "burned_at_expiry": "the subscription ended, and the counter was set to zero",
     "manual_edit": "a person set the counter by hand",
     "counter_null": "the counter is empty",
     "counter_negative": "the counter is below zero",
+    "plan_negative": "the plan states a number of tokens below zero, which may mean unlimited",
     "counter_out_of_range": "more tokens remain than the counter's column can hold",
     "unexplained": "no log row, decrement or payment explains it",
 }

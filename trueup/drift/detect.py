@@ -22,7 +22,9 @@ class Drift:
 
     `observed`: the counter's value, None if it is null. `expected`: max(0, original - consumed). `end_date` None:
     unlimited. `seen_at`: the time of the comparison, by the database's clock. `window`: the beginning of the period,
-    as PostgreSQL prints it; "": not known.
+    as PostgreSQL prints it; "": not known. `counts_up`: the host's counter shows used tokens; `observed` is then
+    original - counter, and `expected` is below 0 if the user has used too many. `plan_kind` "negative": the plan's
+    figure is below 0, which may mean anything.
     """
 
     user_id: UserId
@@ -35,6 +37,8 @@ class Drift:
     expected: int
     seen_at: datetime
     window: str = ""
+    counts_up: bool = False
+    plan_kind: str | None = None
     evidence: Evidence = _NO_EVIDENCE
 
     @property
@@ -48,6 +52,15 @@ class Drift:
         base = self.evidence.base
         return {"original": self.original, "consumed": self.consumed, "since": {"at": base.at, "kind": base.kind}}
 
+    def written(self, remaining: int) -> int:
+        """Return the value of the host's counter that shows so many remaining tokens."""
+        return self.original - remaining if self.counts_up else remaining
+
+    @property
+    def is_negative(self) -> bool:
+        """Whether the host's counter is below zero."""
+        return self.observed is not None and self.written(self.observed) < 0
+
     @property
     def surplus(self) -> int:
         """observed - (original - consumed): the sum of all causes, with an overdraft not cut off at zero."""
@@ -59,10 +72,11 @@ class Drift:
 _FIND = """
     WITH drifted AS MATERIALIZED (
         SELECT a.user_id, a.subscription_id, a.is_active, a.window_start, a.end_date, a.original, a.consumed,
-               a.counter AS observed, greatest(a.original - a.consumed, 0) AS expected
+               a.counter AS observed, trueup.right_counter(a.original, a.consumed) AS expected, a.plan_kind
         FROM trueup.accounts(statement_timestamp()) a
         WHERE a.user_id = ANY (CAST(:user_ids AS {user_id_type}[]))
-          AND a.counter IS DISTINCT FROM greatest(a.original - a.consumed, 0)
+          AND a.counter IS DISTINCT FROM trueup.right_counter(a.original, a.consumed)
+          AND a.plan_kind IS DISTINCT FROM 'unlimited' AND NOT trueup.awaits_host(a.user_id)
           -- A counter whose usage can't be counted has no right value: a deep pass reports it.
           AND a.consumed < {uncountable}
     ), known AS (
@@ -75,7 +89,8 @@ _FIND = """
                                    statement_timestamp(), make_interval(secs => :min_age)) e
     )
     SELECT d.user_id, d.subscription_id, d.is_active, d.end_date, d.original, d.consumed, d.observed, d.expected,
-           CAST(d.window_start AS text) AS window, statement_timestamp() AS seen_at, k.evidence
+           CAST(d.window_start AS text) AS window, statement_timestamp() AS seen_at, k.evidence, d.plan_kind,
+           trueup.right_counter(0, 1) < 0 AS counts_up
     FROM drifted d LEFT JOIN known k ON k.user_id = d.user_id
     ORDER BY d.user_id
 """

@@ -147,6 +147,16 @@ class Grant(_Document):
     ended_since: bool | None
 
 
+class Reset(_Document):
+    """What the reset of a counter at the beginning of a repeating period may have done.
+
+    `used_before`: the usage of the period before. `used_until`: the usage of this period up to each of its first rows.
+    """
+
+    used_before: int
+    used_until: list[int]
+
+
 class Match(_Document):
     """Log rows whose size is that of `tokens`, the signed drift that one of them would explain."""
 
@@ -186,6 +196,8 @@ class Evidence(_Document):
     grants: list[Grant] = _NONE
     own_missed: OwnMissed | None = None
     carried: list[Carried] = _NONE
+    # If periods repeat: None in the first one.
+    reset: Reset | None = None
     # If the host's decrements are mapped:
     logged_rows: int = 0
     lowered_rows: int = 0

@@ -1,5 +1,6 @@
 {% from "drift/host_records.sql" import log_and_decrements, purchase_rows, purchases, shortly_before %}
 {% from "drift/ledger.sql" import ledger_evidence %}
+{% from "drift/period_reset.sql" import period_reset %}
 {% from "drift/sizes.sql" import size_evidence %}
 
 {# The rest of a statement that begins with `WITH wanted AS (…),`. `wanted` has a row for each drifted counter: user_id,
@@ -30,6 +31,9 @@
                'credit_may_be_late', coalesce(f.found, '[]'),
                'own_missed', CASE WHEN o.charges > 0 THEN jsonb_build_object(
                    'count', o.charges, 'tokens', o.tokens, 'rows', o.found) END)
+           {% if subscription.anchor %}
+           || jsonb_build_object('reset', r.found)
+           {% endif %}
            || coalesce(b.evidence, '{}') AS evidence
     FROM known k
     LEFT JOIN purchases_found p ON p.user_id = k.user_id
@@ -37,6 +41,9 @@
     LEFT JOIN late_credit f ON f.user_id = k.user_id
     LEFT JOIN own_missed o ON o.user_id = k.user_id
     LEFT JOIN book_evidence b ON b.user_id = k.user_id
+    {% if subscription.anchor %}
+    LEFT JOIN LATERAL ({{ period_reset("k") }}) r ON true
+    {% endif %}
 {%- endmacro %}
 
 {# `purchases_found`. `late_credit`: tokens of purchases from before the base point that the host may have credited after

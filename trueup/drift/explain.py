@@ -19,6 +19,7 @@ from trueup.drift.explain_by_amounts import explain_by_amounts
 from trueup.drift.explain_by_rows import ledger_candidates
 from trueup.drift.hypotheses import Candidate, Candidates, candidate, combinations_of, explanation_of, less_certain
 from trueup.drift.lost_updates import Losses, losses_by_tokens
+from trueup.drift.period_reset import explain_reset
 
 
 def explain(drift: Drift, *, plan_sizes: frozenset[int], counter_limit: int, now: datetime) -> Explanation:
@@ -27,19 +28,24 @@ def explain(drift: Drift, *, plan_sizes: frozenset[int], counter_limit: int, now
     `plan_sizes`: the tokens that plans include. `counter_limit`: the largest value that the counter's column holds, in
     tokens. `now`: decides whether the subscription has ended.
     """
-    if drift.expected > counter_limit:
+    if drift.plan_kind == "negative":
+        return _whole("plan_negative", drift, "possible", {"note": "the plan's figure may mean unlimited"})
+    if drift.written(drift.expected) > counter_limit:
         return _whole("counter_out_of_range", drift, "certain", {"counter_limit": counter_limit})
     if drift.observed is None:
         return _whole("counter_null", drift, "certain")
     solution = None
     if drift.evidence.decrements_mapped:
         solution = _best(drift, plan_sizes)
-    if solution and solution.exact and drift.observed >= 0 and "lost_update" not in solution.causes:
+    if solution and solution.exact and not drift.is_negative and "lost_update" not in solution.causes:
         return explanation_of(drift, solution.chosen)
     ended = drift.end_date is not None and drift.end_date < now
     if drift.observed == 0 and drift.tokens < 0 and (ended or not drift.is_active):
         reason = "the subscription's end has passed" if ended else "the subscription is not active"
         return _whole("burned_at_expiry", drift, "likely", {"note": reason}, alternatives=("manual_edit",))
+    reset = None if solution and solution.exact else explain_reset(drift, plan_sizes)
+    if reset is not None:
+        return reset
     if solution:
         return explanation_of(drift, solution.chosen)
     return explain_by_amounts(drift, plan_sizes)
@@ -129,7 +135,7 @@ def _closed(
 ) -> Iterator[_Solution]:
     """Yield the solutions for these candidates and the remainder `rest`: exact, unseen purchase, lost, manual edit."""
     cost += clamp.cost
-    if (drift.observed or 0) < 0:
+    if drift.is_negative:
         negative = candidate("counter_negative", rest, "certain", at="~")
         yield _Solution(chosen=(*taken, negative), cost=cost, exact=rest == 0)
         return

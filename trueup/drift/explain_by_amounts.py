@@ -28,7 +28,7 @@ PAID = ("credit_without_grant", "renewal_without_new_window", "carried_over_toke
 def explain_by_amounts(drift: Drift, plan_sizes: frozenset[int]) -> Explanation:
     """Return the explanation by the sizes of rows. `plan_sizes`: the tokens that plans include."""
     evidence = drift.evidence
-    if (drift.observed or 0) < 0:
+    if drift.is_negative:
         part = Component(cause="counter_negative", tokens=drift.tokens, certainty="certain")
         return Explanation(components=(part,), evidence=drift.figures)
     if evidence.young and 0 < drift.tokens <= evidence.young.tokens:

@@ -33,8 +33,8 @@ SELECT p.{{ payment.user_id }} AS user_id, p.{{ payment.id }}::text AS id,
                AS tokens,
            CASE WHEN {{ payment.token_plan_id("p") }} IS NOT NULL
                 THEN coalesce({{ payment.token_plan_id("p") }} = {{ subscription.token_plan_id("s") }}, false)
-                ELSE {{ subscription.token_plan_id("s") }} IS NULL
-                     AND coalesce({{ payment.full_plan_id("p") }} = {{ subscription.full_plan_id("s") }}, false)
+                ELSE {% if not subscription.adds_plans %}{{ subscription.token_plan_id("s") }} IS NULL
+                     AND {% endif %}coalesce({{ payment.full_plan_id("p") }} = {{ subscription.full_plan_id("s") }}, false)
            END AS own_plan,
            CASE WHEN {{ payment.token_plan_id("p") }} IS NOT NULL THEN 'token plan'
                 WHEN {{ payment.full_plan_id("p") }} IS NOT NULL THEN 'full plan' ELSE 'no plan' END AS kind,
@@ -78,6 +78,10 @@ SELECT NULL::{{ user_id_type }} AS user_id, NULL::text AS id, NULL::bigint AS to
         SELECT c.user_id, c.log_id, c.tokens_total AS tokens, c.charged_at AS at, c.counter_lowered,
                c.charged_at >= k.base_at AS since_base
         FROM known k JOIN {{ trueup.charge }} c ON c.user_id = k.user_id AND c.charged_at >= k.since
+        {% if usage_log.is_written_by_host %}
+        -- The other calls have a row and a decrement of the host's.
+        WHERE c.counter_lowered = false
+        {% endif %}
     ), log_rows AS (
         SELECT k.user_id, k.base_at, CASE WHEN l.success THEN 'L' ELSE 'F' END AS kind, l.id, l.tokens, l.at
         FROM known k

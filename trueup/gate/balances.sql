@@ -58,6 +58,9 @@ BEGIN
         SELECT t.*, trueup.log_epoch() AS log_epoch INTO e FROM trueup.entitlements(at) t WHERE t.user_id = p_user;
         subscribed := FOUND;
     END IF;
+    {% if usage_log.is_written_by_host %}
+    PERFORM trueup.match_host_rows(p_user);
+    {% endif %}
     v_is_stale := subscribed AND (b.window_start, b.log_epoch) IS DISTINCT FROM (e.window_start, e.log_epoch);
     IF NOT v_is_stale THEN
         WITH folded AS (DELETE FROM trueup.usage_delta WHERE user_id = p_user RETURNING used_at, tokens)

@@ -5,6 +5,7 @@ from datetime import datetime
 from sqlalchemy import Connection
 
 from trueup.accounts.account import Account, read_decision
+from trueup.accounts.host_connection import HostConnection
 from trueup.accounts.user_ids import UserId
 from trueup.accounts.validation import check_estimate
 from trueup.gate.denial import Access, describe_denial
@@ -12,7 +13,7 @@ from trueup.gate.modes import overrides_denial
 
 
 def check_access(
-    connection: Connection,
+    connection: Connection | HostConnection,
     user_id: UserId,
     estimated_tokens: int,
     feature_name: str,

@@ -21,6 +21,7 @@ from trueup.database.schema import own_table
 from trueup.database.schema.holds import ONE_OPEN_PER_TASK
 from trueup.errors import DenialPayload, HoldBusyError, TaskIdReusedError, TokensDenied
 from trueup.gate.denial import describe_denial
+from trueup.host.sections import require_section
 from trueup.settings.settings import get_settings
 
 
@@ -143,8 +144,8 @@ def open_hold(
     answers. `waits`: the number that the last `HoldBusyError` gave to this message. `now`: None means the database's
     clock.
     Raises `TokensDenied` with the specification's payload, `HoldBusyError` while another attempt has the hold,
-    `TaskIdReusedError` while another request with this id has one, `InvalidInputError` for a malformed estimate,
-    `SeveralSubscriptionsError`.
+    `TaskIdReusedError` while another request with this id has one, `InvalidInputError` for a malformed estimate
+    and for a section that the host's log refuses, `SeveralSubscriptionsError`.
     """
     row = _execute_open(
         connection,
@@ -187,6 +188,7 @@ def open_hold(
 
 
 def _execute_open(connection: Connection, values: dict[str, Any]) -> Any:
+    require_section(connection, get_settings().host, values["section"])
     try:
         result = connection.execute(_OPEN, values)
     except IntegrityError as error:

@@ -7,6 +7,7 @@ from typing import get_args
 from sqlalchemy import Connection, text
 
 from trueup.accounts.user_ids import UserId
+from trueup.accounts.validation import check_text
 from trueup.errors import InvalidInputError
 from trueup.settings.gate import GateMode
 from trueup.settings.settings import get_settings
@@ -76,10 +77,10 @@ def set_mode(
     if mode is not None and mode not in get_args(GateMode):
         raise InvalidInputError(f"mode: {mode!r} is unknown. Use one of {', '.join(get_args(GateMode))}.")
     values = {
-        "feature_name": _check_text("feature", feature_name),
+        "feature_name": check_text("feature", feature_name, most=_MAX_NAME),
         "mode": mode,
-        "changed_by": _check_text("by", changed_by),
-        "note": _check_text("note", note, most=2000),
+        "changed_by": check_text("by", changed_by, most=_MAX_NAME),
+        "note": check_text("note", note, most=2000),
         "now": now,
     }
     before: GateMode | None = connection.execute(_SET, values).scalar_one()
@@ -91,11 +92,16 @@ _FEATURES = text(
     WITH seen AS (
         SELECT d.feature_name, count(*) AS denied, sum(d.tokens)::bigint AS tokens, count(DISTINCT d.user_id) AS users
         FROM trueup.observed_denial d WHERE d.denied_at >= clock_timestamp() - CAST(:since AS interval) GROUP BY 1
+    ), passed AS (
+        SELECT h.feature_name FROM trueup.charge c
+        JOIN trueup.hold h ON h.user_id = c.user_id AND h.task_id = c.task_id AND h.id = c.hold_id
+        WHERE c.charged_at >= clock_timestamp() - CAST(:since AS interval)
+        UNION SELECT h.feature_name FROM trueup.hold h WHERE h.status = 'open'
     )
     SELECT n.feature_name, trueup.gate_mode_of(n.feature_name, NULL) AS mode, coalesce(s.denied, 0) AS denied,
            coalesce(s.tokens, 0) AS denied_tokens, coalesce(s.users, 0) AS denied_users
     FROM (SELECT feature_name FROM trueup.gate_mode UNION SELECT feature_name FROM seen
-          UNION SELECT unnest(CAST(:names AS text[]))) n
+          UNION SELECT feature_name FROM passed UNION SELECT unnest(CAST(:names AS text[]))) n
     LEFT JOIN seen s USING (feature_name)
     ORDER BY n.feature_name = '*' DESC, n.feature_name
     """
@@ -103,9 +109,9 @@ _FEATURES = text(
 
 
 def list_modes(connection: Connection, *, known: list[str], hours: int = 24) -> list[FeatureMode]:
-    """Return the modes of all features that have a mode of their own, had a denial overridden, or are in `known`.
+    """Return the modes of all features that have a mode of their own, or passed the gate lately, or are in `known`.
 
-    `hours`: the time before now for which denials are counted.
+    A host's views and tasks have features that only their gate names. `hours`: how far back denials and holds count.
     """
     gate = get_settings().gate
     names = [EVERY_FEATURE, *gate.modes, *known]
@@ -207,10 +213,3 @@ _PRUNE = text(
 def prune_observed_denials(connection: Connection, *, older_than: timedelta, limit: int) -> int:
     """Delete overridden denials that are older than `older_than`, at most `limit`. Returns the number deleted."""
     return connection.execute(_PRUNE, {"older_than": older_than, "limit": limit}).rowcount
-
-
-def _check_text(name: str, value: str, *, most: int = _MAX_NAME) -> str:
-    value = value.strip()
-    if not value or len(value) > most or any(letter == "\x00" or "\ud800" <= letter <= "\udfff" for letter in value):
-        raise InvalidInputError(f"{name}: {value[:50]!r} can't be stored. Give a text of 1 to {most} characters.")
-    return value

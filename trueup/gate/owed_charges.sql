@@ -29,7 +29,8 @@ BEGIN
 END $$;
 
 -- Write the row of `o` into the log, or keep it as an owed charge. Parameters and results: as of trueup.try_log_row.
--- `refusal`: why it is owed, NULL: it is in the log. `may_lower`: there is time to lower the counter too.
+-- `refusal`: why it is owed, NULL: it is in the log. `may_lower`: there is time to lower the counter too, or the host has
+-- lowered it with the row.
 CREATE OR REPLACE FUNCTION trueup.log_or_owe(
     o trueup.owed_charge, p_window timestamptz, p_has_balance boolean,
     OUT log_id text, OUT counted bigint, OUT own bigint, OUT refusal text, OUT may_lower boolean
@@ -42,7 +43,8 @@ BEGIN
     counted := w.counted;
     own := w.own;
     -- The limit on the statement's time has been reached, and does not apply a second time in this statement.
-    may_lower := w.refused_with IS DISTINCT FROM '57014';
+    may_lower := {% if subscription.is_kept_by_host %}w.refused_with IS NULL
+                 {%- else %}w.refused_with IS DISTINCT FROM '57014'{% endif %};
     IF w.refused_with IS NULL THEN
         RETURN;
     END IF;
@@ -101,6 +103,8 @@ BEGIN
     END IF;
     DELETE FROM trueup.owed_charge t WHERE t.user_id = p_user AND t.task_id = p_task AND t.call_key = p_call_key;
     UPDATE trueup.charge c SET log_id = coalesce(v_log_id, c.log_id)
+    {%- if subscription.is_kept_by_host %}, counter_lowered = true{% endif %}
+
     WHERE c.user_id = p_user AND c.task_id = p_task AND c.call_key = p_call_key;
     -- The charge no longer counts as owed, and its row counts.
     INSERT INTO trueup.usage_delta (user_id, used_at, tokens)

@@ -1,5 +1,6 @@
 """Checks of the mapping against the database's catalog: missing tables and columns, types, and rights."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -94,12 +95,46 @@ def computed_log_columns(connection: Connection, mapping: HostMapping) -> list[s
 
 def _log_columns_where(connection: Connection, mapping: HostMapping, condition: str) -> list[str]:
     log = mapping.usage_log
+    if log.record == "host":
+        return []
     statement = text(
         "SELECT attname FROM pg_attribute "
         f"WHERE attrelid = to_regclass(:table) AND attnum > 0 AND NOT attisdropped AND {condition} ORDER BY attnum"
     )
     found = connection.scalars(statement, {"table": quote_table(log.table), "written": log.written})
     return [f"{log.table}.{column}" for column in found]
+
+
+def host_triggers(connection: Connection, mapping: HostMapping) -> list[str]:
+    """Return the host's own triggers that may change the counter or the rows of the log, each with its reason.
+
+    Those on the subscriptions, those on the log that run before a row is written, and those of the log or decrements
+    whose function names the counter's column.
+    """
+    names = mapping.subscription
+    tables = [mapping.usage_log.table, names.table]
+    tables += [mapping.token_usage.table] if mapping.token_usage.table else []
+    statement = text(
+        """
+        SELECT t.name, CAST(g.tgname AS text) AS trigger, p.prosrc ~ ('\\m' || :counter || '\\M') AS names_counter,
+               g.tgtype & 3 = 3 AND t.place = 1 AS changes_rows
+        FROM unnest(CAST(:names AS text[]), CAST(:quoted AS text[])) WITH ORDINALITY AS t (name, quoted, place)
+        JOIN pg_trigger g ON g.tgrelid = to_regclass(t.quoted) AND NOT g.tgisinternal AND g.tgenabled IN ('O', 'A')
+        JOIN pg_proc p ON p.oid = g.tgfoid AND p.pronamespace <> coalesce(to_regnamespace('trueup')::oid, 0)
+        WHERE t.place = 2 OR p.prosrc ~ ('\\m' || :counter || '\\M') OR (g.tgtype & 3 = 3 AND t.place = 1)
+        ORDER BY t.place, g.tgname
+        """.replace("::", r"\:\:")
+    )
+    quoted = [quote_table(table) for table in tables]
+    rows = connection.execute(
+        statement, {"names": tables, "quoted": quoted, "counter": re.escape(names.tokens_remaining)}
+    )
+    return [
+        f"{row.trigger} on {row.name}"
+        + (f": its function names {names.tokens_remaining}" if row.names_counter else "")
+        + (": it may change rows of the log" if row.changes_rows and not row.names_counter else "")
+        for row in rows
+    ]
 
 
 def tables_without_triggers(connection: Connection, mapping: HostMapping) -> list[str]:

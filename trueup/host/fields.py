@@ -17,13 +17,20 @@ from trueup.host.setting_values import (
     Compared,
     Count,
     Counts,
+    Direction,
     Document,
     End,
     Flag,
+    Keeper,
+    PlanRule,
     PlanTokens,
+    Recurring,
     Table,
+    Unlimited,
     Value,
     Words,
+    read_counter,
+    read_plan_rule,
 )
 
 Noun = Literal["user", "token_plan", "full_plan", "subscription", "usage_log", "token_usage", "payment"]
@@ -216,7 +223,14 @@ class FullPlanTable(TokenPlanTable):
 
 
 class SubscriptionTable(Names):
-    """`tokens_included`: the tokens that the subscription includes. None: its plan states them."""
+    """`tokens_included`: the tokens that the subscription includes. None: its plans state them.
+
+    `plans`: how: "first" the token plan's, else the full plan's; "sum" both; None: not set, as "first".
+    `counts`: "up" if the counter shows used tokens, "down" if it shows the tokens left; None: not set, as "down".
+    `unlimited`: the values that mean no limit. `counter_kept_by`: "host" if
+    a trigger of the host's lowers the counter for each log row, also for trueup's; None: not set, as "trueup".
+    `period`: how periods repeat; None: a period lasts until the host moves the start.
+    """
 
     entry: ClassVar = TableEntry(
         meaning="the subscriptions, with the counter",
@@ -244,10 +258,24 @@ class SubscriptionTable(Names):
         otherwise='is_active = {column = "COLUMN", equals = "VALUE"} if a status says so, or is_active = '
         "{value = true} if all subscriptions are", default="true")] = "is_active"
     tokens_included: Annotated[PlanTokens, FieldEntry(INTEGER, is_sought=False, nullable=True)] = None
+    plans: PlanRule = None
+    counts: Direction = None
+    unlimited: Unlimited = None
+    counter_kept_by: Keeper = None
+    period: Recurring = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_short_forms(cls, given: Any) -> Any:
+        return read_plan_rule(read_counter(given)) if isinstance(given, dict) else given
 
 
 class UsageLogTable(Names):
-    """`counts`: the condition for rows that count. None: `success`. With it, `success` has no default column."""
+    """`counts`: the condition for rows that count. None: `success`. With it, `success` has no default column.
+
+    `record`: "host" if the host writes the rows of trueup's calls too, so that trueup writes none; None: "trueup".
+    `section_type`: the enum of the section's column; None: it is text.
+    """
 
     entry: ClassVar = TableEntry(
         meaning="the AI usage log",
@@ -285,6 +313,8 @@ class UsageLogTable(Names):
         "time ts at created date_created inserted_at event_time happened_at", required=True, written=True, counted=True,
         default="now()")] = "created_at"
     counts: Annotated[Counts, FieldEntry(FLAG, is_sought=False, counted=True)] = None
+    record: Keeper = None
+    section_type: Table | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -391,16 +421,30 @@ def _entries(table: type[Names]) -> Iterator[tuple[str, FieldEntry]]:
 FIELDS: dict[Noun, dict[str, FieldEntry]] = {noun: dict(_entries(table)) for noun, table in TABLES.items()}
 """Each table's columns, in the order of the mapping."""
 
+
+def settings_of(noun: Noun) -> frozenset[str]:
+    """Return the settings of a table that are no columns, without the table's name."""
+    return frozenset(TABLES[noun].model_fields) - FIELDS[noun].keys() - {"table"}
+
+
 _SECTIONS = (
     "chat prompt_generation marketing_workflow knowledge_qa product_recommendation rag_pipeline web_knowledge "
     "session_memory intent_detection embedding_generation other"
 )
 SECTIONS = frozenset(_SECTIONS.split())
-"""The values of the usage log's section, from the specification of the host's schema."""
+"""The sections of trueup's own features, from the specification of the host's schema. A host may have others."""
+
+
+MAX_SECTION = 255
 
 
 def check_section(section: object) -> str:
-    """Return the section. Raises `InvalidInputError` if the log has no such section."""
-    if not isinstance(section, str) or section not in SECTIONS:
-        raise InvalidInputError(f"section: {section!r} is unknown. Use one of {', '.join(sorted(SECTIONS))}.")
+    """Return the section, any text. The host's log decides at the gate whether it takes it (`trueup.host.sections`).
+
+    Raises `InvalidInputError` for an empty or overlong text.
+    """
+    if not isinstance(section, str) or not section or "\x00" in section or len(section) > MAX_SECTION:
+        raise InvalidInputError(
+            f"section: {section!r:.80} is no section. Give a text of 1 to {MAX_SECTION} characters."
+        )
     return section

@@ -38,11 +38,12 @@ def log_id_problem(connection: Connection, mapping: HostMapping) -> tuple[str, s
     log, row = mapping.usage_log, _column(connection, mapping)
     if row is None:
         return None
+    draws = log.record != "host"
     named, wanted = f"{log.table}.{log.id}", ID_TYPES.get(kind_of(row.type), mapping.usage_log_id_type)
     if wanted != mapping.usage_log_id_type:
         why = f"{named} is of type {row.type}, and host.usage_log_id_type is {mapping.usage_log_id_type}."
         return why, f'Set usage_log_id_type = "{wanted}" under [host] in trueup.toml.'
-    if wanted != "bigint" or row.is_identity or row.is_default:
+    if wanted != "bigint" or row.is_identity or row.is_default or not draws:
         return None
     table, column = quote_table(log.table), quote_identifier(log.id)
     if row.by_default is None and row.sequence is None:

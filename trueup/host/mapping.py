@@ -5,7 +5,7 @@ The defaults are those of a Django application. A table may have its schema's na
 """
 
 import hashlib
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, model_validator
 
@@ -23,7 +23,7 @@ from trueup.host.fields import (
     UsageLogTable,
     UserTable,
 )
-from trueup.host.setting_values import columns_of, quote_identifier, quote_table
+from trueup.host.setting_values import TimeZone, columns_of, quote_identifier, quote_table
 
 __all__ = ["HostMapping", "UserIdType", "quote_identifier", "quote_table"]
 
@@ -33,10 +33,14 @@ _IF_THERE = BeforeValidator(lambda given: {"table": None} if given is False else
 
 
 class HostMapping(Names):
-    """The names of the host's tables and columns, and the types of its ids. `false`: the host has no such table."""
+    """The names of the host's tables and columns, and the types of its ids. `false`: the host has no such table.
+
+    `time_zone`: of the host's times that have none; None: not set, as "UTC".
+    """
 
     user_id_type: UserIdType = "bigint"
     usage_log_id_type: IdType = "uuid"
+    time_zone: TimeZone = None
     user: Annotated[UserTable, _IF_THERE] = UserTable()
     token_plan: Annotated[TokenPlanTable, _IF_THERE] = TokenPlanTable()
     full_plan: Annotated[FullPlanTable, _IF_THERE] = FullPlanTable()
@@ -44,6 +48,12 @@ class HostMapping(Names):
     usage_log: UsageLogTable = UsageLogTable()
     token_usage: Annotated[TokenUsageTable, _IF_THERE] = TokenUsageTable()
     payment: Annotated[PaymentTable, _IF_THERE] = PaymentTable()
+
+    @model_validator(mode="after")
+    def _plans_are_there_to_add(self) -> Self:
+        if self.subscription.plans == "sum" and None in (self.token_plan.table, self.full_plan.table):
+            raise ValueError('subscription.tokens_included = "sum" adds two plans: map token_plan and full_plan')
+        return self
 
     @model_validator(mode="after")
     def _tokens_come_from_somewhere(self) -> Self:
@@ -81,9 +91,15 @@ class HostMapping(Names):
     def fingerprint(self) -> str:
         """Return a short hash of the mapping, which detects that the database was set up for another mapping."""
         # Unused fields are left out, so an upgrade that adds a field does not change the hash.
-        unused: dict[str, set[str]] = {
-            noun: {field for field in FIELDS[noun] if getattr(getattr(self, noun), field) is None} for noun in NOUNS
+        unused: dict[str, Any] = {
+            noun: {
+                field
+                for field in type(getattr(self, noun)).model_fields
+                if field != "table" and getattr(getattr(self, noun), field) is None
+            }
+            for noun in NOUNS
         }
+        unused |= {name: True for name in ("time_zone",) if getattr(self, name) is None}
         return hashlib.sha256(self.model_dump_json(exclude=unused).encode()).hexdigest()[:16]
 
     def has_plan_of(self, field: str) -> bool:

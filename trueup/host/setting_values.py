@@ -5,9 +5,11 @@ column, and `{expression = "…"}` is SQL over the row, with columns as `{row}.c
 except a compared column of the usage log.
 """
 
+import difflib
 import re
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from pydantic import (
     AfterValidator,
@@ -23,8 +25,8 @@ from pydantic import (
 DEFAULT_SCHEMA = "public"
 _MAX_IDENTIFIER_BYTES = 63  # PostgreSQL's NAMEDATALEN - 1
 _MAX_COUNT = 2**31 - 1
-# Half of the range of bigint, so that sums with usage can't overflow.
-_MAX_TOKENS = 2**62
+# Below half of the range of bigint, so that sums with usage can't overflow.
+_MAX_TOKENS = 2**62 - 1
 
 
 def check_identifier(name: str) -> str:
@@ -260,6 +262,106 @@ PlanTokens = Annotated[
     _either(value="0", fits=_is_count(_MAX_TOKENS), others=(Expression,), optional=True),
 ]
 Counts = Annotated[Compared | Expression | None, _either(column=False, others=(Compared, Expression), optional=True)]
+
+PlanRule = Literal["first", "sum"] | None
+Keeper = Literal["host", "trueup"] | None
+Direction = Literal["up", "down"] | None
+
+
+class NoLimit(_Setting):
+    """The values that mean no limit. `included`: of the included tokens. `counter`: of the counter; None: no value.
+
+    "null" stands for null. A counter of 0 or more is a number of tokens, so only a negative one can mean no limit.
+    """
+
+    included: StrictInt | Literal["null"] | None = None
+    counter: StrictInt | Literal["null"] | None = None
+
+
+def _no_limit(given: object) -> object:
+    """Read `-1` as the value of the included tokens. Raises ValueError for a value that is a number of tokens."""
+    wanted = 'give -1, 0 or "null", or {included = -1, counter = -1}'
+    if given is None or isinstance(given, NoLimit):
+        return given
+    try:
+        read = NoLimit.model_validate(given if isinstance(given, dict) else {"included": given})
+    except ValidationError:
+        raise ValueError(wanted) from None
+    if read.included is read.counter is None or (isinstance(read.included, int) and read.included > 0):
+        raise ValueError(f"{wanted}; a positive number is a number of tokens")
+    if isinstance(read.counter, int) and read.counter >= 0:
+        raise ValueError(f'counter: a counter of {read.counter} is a number of tokens; give a negative one or "null"')
+    return read
+
+
+Unlimited = Annotated[NoLimit | None, BeforeValidator(_no_limit)]
+
+
+def _check_zone(name: str | None) -> str | None:
+    """Return the name of a time zone. Raises ValueError if there is no such zone."""
+    if name is None:
+        return None
+    try:
+        return ZoneInfo(name).key
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        near = difflib.get_close_matches(name, available_timezones(), n=1)
+        hint = f"did you mean {near[0]}?" if near else 'give a name such as "Asia/Tehran" or "UTC"'
+        raise ValueError(f"{name!r} is no time zone: {hint}") from None
+
+
+TimeZone = Annotated[str | None, AfterValidator(_check_zone)]
+
+
+class Period(_Setting):
+    """How a subscription's period repeats.
+
+    `anchor`: "start_date", each month on the day of the start (the month's last day if it has no such day), or
+    "first", the first of each calendar month. `time_zone`: in which days begin; None: the mapping's.
+    """
+
+    every: Literal["month"]
+    anchor: Literal["start_date", "first"] = "start_date"
+    time_zone: TimeZone = None
+
+
+def _period(given: object) -> object:
+    """Raises ValueError for anything but a period."""
+    if given is None or isinstance(given, Period):
+        return given
+    try:
+        return Period.model_validate(given)
+    except ValidationError as error:
+        zone = next((fault["msg"] for fault in error.errors() if fault["loc"] == ("time_zone",)), None)
+        wanted = 'give {every = "month", anchor = "start_date" or "first", time_zone = "Asia/Tehran"}'
+        raise ValueError(f"time_zone: {zone}" if zone else wanted) from None
+
+
+Recurring = Annotated[Period | None, BeforeValidator(_period)]
+
+
+def read_counter(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a subscription with `counter` read as the column and its direction."""
+    if "counter" not in given:
+        return given
+    rest = {name: value for name, value in given.items() if name != "counter"}
+    counter = given["counter"]
+    if "tokens_remaining" in rest:
+        raise ValueError("counter: give counter or tokens_remaining, not both")
+    if isinstance(counter, str):
+        return rest | {"tokens_remaining": counter}
+    if not isinstance(counter, dict) or "column" not in counter or not set(counter) <= {"column", "counts"}:
+        raise ValueError('counter: give a column\'s name, or {column = "NAME", counts = "up"}')
+    if counter.get("counts", "down") not in ("up", "down"):
+        raise ValueError('counter: counts is "up" (used tokens) or "down" (tokens left)')
+    return rest | {"tokens_remaining": counter["column"], "counts": counter.get("counts")}
+
+
+def read_plan_rule(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a subscription with a `tokens_included` of "sum" or "first" read as the rule of plans."""
+    if given.get("tokens_included") not in ("sum", "first"):
+        return given
+    return given | {"tokens_included": None, "plans": given["tokens_included"]}
+
 
 Given = str | Constant | Compared | Expression
 

@@ -8,8 +8,9 @@ A template sees each noun of the mapping, and the types of ids:
                                 without an alias: the value of the only table in scope
 `{{ usage_log.section.column("l") or "''" }}`  the column; nothing if the host lacks it
 `{% if usage_log.metadata %}`   whether the host has a table or a field, in any form
+`{{ time_zone }}`               the zone of the host's times without one, as an SQL string
 `{{ usage_log | literal }}`     the name as an SQL string
-`{{ uncountable }}`             `UNCOUNTABLE`
+`{{ uncountable }}`             `UNCOUNTABLE`; `{{ no_limit }}`: `NO_LIMIT`
 `{{ trueup.charge }}`           a table of trueup's own, if the template also runs in a database without them
 
 Files are found below the package: `{% from "host/rows.sql" import window_start %}`. Several statements share a macro.
@@ -36,6 +37,8 @@ UNCOUNTABLE = 2**62 - 1
 
 It closes the gate, and two such figures still add up to a bigint. A row with more tokens is counted as this many.
 """
+NO_LIMIT = 2**62
+"""The tokens that a subscription without a limit includes. No usage that can be counted reaches it."""
 OnRead = Callable[[Noun, str], None]
 """A callback with the noun and the field of each read by a template."""
 
@@ -135,6 +138,41 @@ class HostTable:
         return sql_of(field if self._names.table is None else given, alias, FIELDS[self._noun][field].sql_type)
 
 
+class Subscription(HostTable):
+    """The subscriptions, with how their plans and their counter are read."""
+
+    @property
+    def adds_plans(self) -> bool:
+        """Whether a subscription includes the tokens of its token plan and of its full plan."""
+        return bool(self._names.plans == "sum")
+
+    @property
+    def counts_up(self) -> bool:
+        """Whether the counter shows used tokens."""
+        return bool(self._names.counts == "up")
+
+    @property
+    def anchor(self) -> str | None:
+        """Return where repeating periods begin: "start_date" or "first"; None: periods do not repeat."""
+        return None if self._names.period is None else str(self._names.period.anchor)
+
+    @property
+    def period_zone(self) -> str:
+        """Return the zone in which the days of repeating periods begin, as an SQL string."""
+        period = self._names.period
+        return quote_literal((period and period.time_zone) or self._mapping.time_zone or "UTC")
+
+    @property
+    def is_kept_by_host(self) -> bool:
+        """Whether the host lowers the counter for each log row, also for the rows of trueup's calls."""
+        return "host" in (self._names.counter_kept_by, self._mapping.usage_log.record)
+
+    def means_unlimited(self, of: str) -> str | None:
+        """Return the condition of "no limit" on a value, such as `= -1`. `of`: "included" or "counter"."""
+        given = getattr(self._names.unlimited, of, None)
+        return None if given is None else "IS NULL" if given == "null" else f"= {given}"
+
+
 class UsageLog(HostTable):
     """The usage log, with the columns and values of trueup's own rows."""
 
@@ -144,6 +182,9 @@ class UsageLog(HostTable):
         if alias is None:
             return self._escape(", ".join(map(quote_identifier, log.written)))
         values = [f"{alias}.{field}" for field in log.written_fields]
+        if log.section_type is not None and "section" in log.written_fields:
+            place = log.written_fields.index("section")
+            values[place] = f"CAST({alias}.section AS {quote_table(log.section_type)})"
         if isinstance(log.counts, Compared):
             # jsonb_populate_record converts the value to the column's type.
             name, succeeded = quote_literal(log.counts.column), quote_literal(log.counts.equals[0])
@@ -153,6 +194,11 @@ class UsageLog(HostTable):
                 f"CASE WHEN {alias}.success THEN {succeeded} ELSE {failed} END))).{quote_identifier(log.counts.column)}"
             )
         return self._escape(", ".join(values))
+
+    @property
+    def is_written_by_host(self) -> bool:
+        """Whether the host writes the rows of trueup's calls."""
+        return self._mapping.usage_log.record == "host"
 
     def counted(self) -> str:
         """Return the names of the counted columns as SQL strings."""
@@ -237,12 +283,14 @@ def _make_environment(mapping: HostMapping, is_statement: bool, own: OwnTables, 
 
     environment.filters["literal"] = literal
     for noun in NOUNS:
-        kind = UsageLog if noun == "usage_log" else HostTable
+        kind = {"usage_log": UsageLog, "subscription": Subscription}.get(noun, HostTable)
         environment.globals[noun] = kind(mapping, noun, escape, on_read)
     environment.globals.update(
         user_id_type=mapping.user_id_type,
         usage_log_id_type=mapping.usage_log_id_type,
+        time_zone=quote_literal(mapping.time_zone or "UTC"),
         trueup=own,
         uncountable=UNCOUNTABLE,
+        no_limit=NO_LIMIT,
     )
     return environment

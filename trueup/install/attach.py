@@ -23,6 +23,7 @@ from trueup.database.session import SEARCH_PATH
 from trueup.errors import TrueupError
 from trueup.host.mapping import HostMapping, quote_table
 from trueup.host.partitions import log_tables, uncovered_partitions
+from trueup.host.setting_values import quote_literal
 from trueup.host.sql import render_sql, render_statement
 from trueup.install.baseline import (
     FILL_BASELINE,
@@ -162,7 +163,11 @@ def attach_script(connection: Connection, mapping: HostMapping) -> str:
     tables = tables_sql(connection, mapping)
     ready = is_ready(connection, mapping)
     parts = [
-        _HEAD.format(milliseconds=LOCK_TIMEOUT_MILLISECONDS, search_path=SEARCH_PATH),
+        _HEAD.format(
+            milliseconds=LOCK_TIMEOUT_MILLISECONDS,
+            search_path=SEARCH_PATH,
+            time_zone=quote_literal(mapping.time_zone or "UTC"),
+        ),
         _step("1. Schema, tables and functions of trueup", [*tables, *prepare_scripts(mapping, ready=ready)]),
     ]
     for step in TRIGGER_STEPS:
@@ -364,7 +369,7 @@ _HEAD = """\
 -- {milliseconds} ms for a lock on a host table. If a table is in use, run the script again.
 \\set ON_ERROR_STOP on
 SET search_path = {search_path};  -- no function or operator of another role is called
-SET timezone = 'UTC';  -- for times without a zone
+SET timezone = {time_zone};  -- for times without a zone
 SET row_security = off;  -- fail instead of adding up only the rows that a policy shows
 """
 

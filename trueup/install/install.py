@@ -26,6 +26,7 @@ from trueup.host.expressions import Problem, expression_problem
 from trueup.host.log_ids import log_id_problem
 from trueup.host.mapping import HostMapping, quote_table
 from trueup.host.partitions import partition_problem
+from trueup.host.questions import open_questions
 from trueup.host.schema_changes import ATTACHING
 from trueup.host.setting_values import quote_literal
 from trueup.host.sql import render_file
@@ -213,6 +214,14 @@ def _type_problem(connection: Connection, mapping: HostMapping) -> Problem | Non
     return " ".join(one.what for one in wrong), " ".join(dict.fromkeys(one.remedy for one in wrong))
 
 
+def _question(connection: Connection, mapping: HostMapping) -> Problem | None:
+    """Return the first question about the host whose present answer would change counters to wrong values."""
+    for question in open_questions(connection, mapping):
+        if question.is_blocking:
+            return f"{question.what}.", f"In trueup.toml, {question.remedy} ({question.setting})."
+    return None
+
+
 # In this order: later checks read the tables and columns that earlier ones have found.
 _HOST_CHECKS: tuple[Judge, ...] = (
     _named(
@@ -243,6 +252,7 @@ _HOST_CHECKS: tuple[Judge, ...] = (
     expression_problem,
     row_problem,
     trial_problem,
+    _question,
 )
 
 

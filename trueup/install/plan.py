@@ -7,8 +7,10 @@ from sqlalchemy import Connection, text
 from trueup.database.engine import transaction
 from trueup.database.schema import SCHEMA
 from trueup.errors import NotInstalledError, ServiceUnavailableError, TrueupError
+from trueup.host.catalog import host_triggers
 from trueup.host.mapping import HostMapping, quote_table
 from trueup.host.partitions import log_tables
+from trueup.host.questions import open_questions
 from trueup.host.sql import render_statement
 from trueup.install.attach import estimated_rows, has_log_triggers, has_subscription_trigger
 from trueup.install.baseline import is_installed
@@ -33,6 +35,8 @@ class AttachPlan:
     `log_tables`: the log and its partitions. `fill_seconds`: estimated seconds to build the balances; None: the sample
     hit its time limit. `needed`: the rights for attaching. `lacking`: rights that the current role lacks, each with its
     GRANT statement. `lacking_to_work`: the rights that it lacks to run workers on the host's tables.
+    `host_triggers`: the host's own triggers that may change the counter or the log. `questions`: what the host's rows
+    leave open and the mapping does not answer.
     """
 
     log: str
@@ -47,6 +51,8 @@ class AttachPlan:
     needed: tuple[str, ...]
     lacking: tuple[tuple[str, str], ...]
     lacking_to_work: tuple[str, ...]
+    host_triggers: tuple[str, ...]
+    questions: tuple[str, ...]
 
 
 def plan_attach(connection: Connection, mapping: HostMapping) -> AttachPlan:
@@ -70,6 +76,8 @@ def plan_attach(connection: Connection, mapping: HostMapping) -> AttachPlan:
         needed=("CREATE ON DATABASE, or to own SCHEMA trueup", *map(str, migrate_rights(connection, mapping))),
         lacking=tuple(find_lacking(connection, mapping)),
         lacking_to_work=tuple(map(str, lacking_rights(connection, of_host))),
+        host_triggers=tuple(host_triggers(connection, mapping)),
+        questions=tuple(f"{one.what}: {one.remedy}" for one in open_questions(connection, mapping)),
     )
 
 

@@ -236,7 +236,7 @@ def _host_rights(connection: Connection, mapping: HostMapping, *, as_worker: boo
         verbs = {"SELECT": tuple(column for column in mapped if column in there)}
         if as_worker and noun == "subscription":
             verbs["UPDATE"] = (names.tokens_remaining,)
-        if as_worker and noun == "usage_log":
+        if as_worker and noun == "usage_log" and names.record != "host":
             verbs["INSERT"] = tuple(column for column in names.written if column in there)
             # trueup writes the error into its own row after the insert.
             error = names.error_message if names.error_message in there else names.metadata

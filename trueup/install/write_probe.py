@@ -1,4 +1,4 @@
-"""Try trueup's rows before a charge needs them: insert one of each section into a temporary copy of the host's log.
+"""Try trueup's rows before a charge needs them: insert some into a temporary copy of the host's log.
 
 A row that the log refuses later is a row whose tokens are spent already. So the probe tests the log's types, lengths,
 checks and foreign keys now, and rolls everything back.
@@ -14,6 +14,7 @@ from trueup.database.driver_errors import is_transient
 from trueup.host.expressions import Problem, make_table, own_row, run
 from trueup.host.fields import SECTIONS
 from trueup.host.mapping import HostMapping, quote_table
+from trueup.host.sections import usable_sections
 from trueup.host.setting_values import quote_identifier
 
 _MAY_MAKE = text("SELECT has_database_privilege(current_database(), 'TEMPORARY')")
@@ -52,7 +53,8 @@ _REMEDIES: dict[type, str] = {
 _MANY = 600_000
 _LONG_NAME = "claude-3-5-sonnet-20241022"
 _REMEDY = (
-    "Map columns that accept any text and any integer, or {value = …} where the column's own default should apply."
+    "Map columns that accept any text and any integer, or {value = …} where the column's own default should apply. "
+    'If the section is an enum, name it: section_type = "SCHEMA.TYPE".'
 )
 
 
@@ -62,6 +64,8 @@ def row_problem(connection: Connection, mapping: HostMapping) -> Problem | None:
     Runs in the caller's transaction and rolls its own work back. Without the right to create temporary tables it only
     checks foreign keys.
     """
+    if mapping.usage_log.record == "host":
+        return None
     return _refused_row(connection, mapping) or _unknown_key(connection, mapping)
 
 
@@ -88,16 +92,17 @@ def _refused_row(connection: Connection, mapping: HostMapping) -> Problem | None
 
 def _refused(connection: Connection, mapping: HostMapping) -> Problem | None:
     log = mapping.usage_log.table
-    for section in sorted(SECTIONS):
-        refusal = _refusal(connection, mapping, section=section)
-        if refusal is not None:
-            return _problem(f"{log} would refuse trueup's row of section {section!r}", refusal)
+    # Without a section that is known to fit, the row of any section shows why.
+    section = next(iter(usable_sections(connection, mapping)), min(SECTIONS))
+    refusal = _refusal(connection, mapping, section=section)
+    if refusal is not None:
+        return _problem(f"{log} would refuse trueup's row of section {section!r}", refusal)
     # Only these kinds of errors: a host may limit figures by a check, and trueup cuts a name that is too long.
     for described, kind, row in (
         (f"of {2 * _MANY:,} tokens and {_MANY:,} ms", NumericValueOutOfRange, {"size": _MANY}),
         (f"of model {_LONG_NAME!r}", CheckViolation, {"model": _LONG_NAME}),
     ):
-        refusal = _refusal(connection, mapping, section=min(SECTIONS), **row)
+        refusal = _refusal(connection, mapping, section=section, **row)
         if refusal is not None and isinstance(refusal.orig, kind):
             return _problem(f"{log} would refuse trueup's row {described}", refusal)
     return None
@@ -142,8 +147,6 @@ def _unknown_key(connection: Connection, mapping: HostMapping) -> Problem | None
         if not key.readable:
             continue  # PostgreSQL checks a key as the table's owner; a role that may read it finds the problem
         column = quote_identifier(key.other_columns[0])
-        there = set(run(connection, f"SELECT CAST({column} AS text) FROM {key.leads_to}").scalars())
-        missing = sorted(SECTIONS - there)
-        if missing:
-            return f"{fault}, which lacks {', '.join(missing)}.", "Add them there, or drop that foreign key."
+        if not run(connection, f"SELECT EXISTS (SELECT {column} FROM {key.leads_to})").scalar():
+            return f"{fault}, which has no rows.", "Add the sections of your tasks there, or drop that foreign key."
     return None

@@ -43,7 +43,7 @@ PAGE_SIZE = 5_000
 # The cost of evidence grows faster than the number of users in one statement.
 EXPLAINED_AT_ONCE = 100
 # Causes that the counter shows by itself, without any evidence.
-_PLAIN = frozenset({"counter_null", "counter_negative", "counter_out_of_range", "burned_at_expiry"})
+_PLAIN = frozenset({"counter_null", "counter_negative", "plan_negative", "counter_out_of_range", "burned_at_expiry"})
 
 Report = Callable[[int, Sequence[Finding]], None]
 """Called after each batch with the number of counters compared, and the drifts found."""
@@ -262,17 +262,20 @@ _PAGE = """
 # By subscription, so that each sum is of its own period. `window` is text: Python can't hold every time.
 _DRIFTED = """
     {% from "accounts/entitlements.sql" import entitlements %}
-    {% from "host/rows.sql" import used_in_windows %}
+    {% from "host/rows.sql" import right_counter, used_in_windows %}
     SELECT e.user_id, e.subscription_id, coalesce(e.is_active, false) AS is_active, e.end_date, e.original,
            e.counter AS observed,
            CAST(e.window_start AS text) AS window, coalesce(u.tokens, 0) AS consumed,
-           greatest(e.original - coalesce(u.tokens, 0), 0) AS expected
+           {{ right_counter("e.original", "coalesce(u.tokens, 0)") }} AS expected, e.plan_kind,
+           {{ subscription.counts_up | lower }} AS counts_up
     FROM ({{ entitlements("CAST(:at AS timestamptz)") }}) e
     LEFT JOIN (
-        {{ used_in_windows("w." ~ subscription.id, within("l." ~ usage_log.user_id)) }}
+        {{ used_in_windows("w." ~ subscription.id, within("l." ~ usage_log.user_id), "CAST(:at AS timestamptz)") }}
     ) u ON CAST(u.key AS text) = e.subscription_id
     WHERE e.user_id IS NOT NULL{{ within("e.user_id") }}
-      AND (e.counter IS DISTINCT FROM greatest(e.original - coalesce(u.tokens, 0), 0) OR u.tokens = {{ uncountable }})
+      AND e.plan_kind IS DISTINCT FROM 'unlimited'
+      AND (e.counter IS DISTINCT FROM {{ right_counter("e.original", "coalesce(u.tokens, 0)") }}
+           OR u.tokens = {{ uncountable }})
 """
 _EVIDENCE = """
     {% from "drift/evidence_query.sql" import evidence %}

@@ -1,6 +1,6 @@
 {% from "host/search_path.sql" import own_search_path, role_search_path %}
 {% from "gate/store_balance.sql" import store_balance %}
-{% from "host/rows.sql" import window_start %}
+{% from "host/rows.sql" import counter, raw_counter, window_start %}
 -- The tokens by which a drifted counter was off, without tokens in flight.
 CREATE OR REPLACE FUNCTION trueup.off_by(d trueup.drift) RETURNS bigint LANGUAGE sql IMMUTABLE AS $$
     SELECT coalesce(d.observed, 0) - d.expected - coalesce((d.evidence->>'in_flight')::bigint, 0)
@@ -24,7 +24,7 @@ BEGIN
         LEFT JOIN trueup.balance b ON b.user_id = s.{{ subscription.user_id }}
         WHERE s.{{ subscription.user_id }} = ANY (refresh_balances.p_users)
           AND (b.user_id IS NULL
-               OR b.window_start <> {{ window_start("s") }}
+               OR b.window_start <> {{ window_start("s", "coalesce(refresh_balances.at, clock_timestamp())") }}
                OR b.log_epoch <> (SELECT trueup.log_epoch())
                OR EXISTS (SELECT FROM trueup.usage_delta d WHERE d.user_id = s.{{ subscription.user_id }})
                -- A grant has ended in this window, and the tokens it paid for are not recorded yet.
@@ -49,7 +49,8 @@ END $$;
 
 -- Correct counters by compare-and-set: each only if it still has the value that was seen, in the window in which it was
 -- seen, because a renewal may set the same value again. p_windows null: in any window. A row that the host has locked is
--- skipped: trueup never waits for the host while it holds locks that others wait for.
+-- skipped: trueup never waits for the host while it holds locks that others wait for. A counter without a limit is never
+-- written. p_observed, p_expected: as remaining tokens.
 -- Returns the users whose counter was corrected.
 CREATE OR REPLACE FUNCTION trueup.correct_counters(
     p_users {{ user_id_type }}[], p_subscriptions text[], p_observed bigint[], p_expected bigint[],
@@ -59,17 +60,22 @@ BEGIN
     SET CONSTRAINTS ALL IMMEDIATE;  -- triggers that the host defers run now, in the role's search path
     RETURN QUERY
     WITH locked AS (
-        SELECT s.{{ subscription.id }} AS id, w.expected
+        SELECT s.{{ subscription.id }} AS id, {{ raw_counter("w.expected", "e.original") }} AS written
         FROM unnest(p_users, p_subscriptions, p_observed, p_expected, p_windows)
             AS w (user_id, subscription_id, observed, expected, window_start)
         JOIN {{ subscription }} s ON s.{{ subscription.user_id }} = w.user_id
+        {% if subscription.counts_up or subscription.unlimited %}
+        JOIN LATERAL (SELECT t.original, t.plan_kind FROM trueup.entitlements(clock_timestamp()) t
+                      WHERE t.user_id = w.user_id AND t.subscription_id = w.subscription_id) e
+            ON e.plan_kind IS DISTINCT FROM 'unlimited'
+        {% endif %}
         WHERE s.{{ subscription.id }}::text = w.subscription_id
           AND (w.window_start IS NULL
                OR {{ window_start("s") }}::text = w.window_start)
-          AND s.{{ subscription.tokens_remaining }} IS NOT DISTINCT FROM w.observed
+          AND {{ counter("s", "e.original") }} IS NOT DISTINCT FROM w.observed
         FOR NO KEY UPDATE OF s SKIP LOCKED
     )
-    UPDATE {{ subscription }} s SET {{ subscription.tokens_remaining }} = l.expected
+    UPDATE {{ subscription }} s SET {{ subscription.tokens_remaining }} = l.written
     FROM locked l CROSS JOIN {{ role_search_path() }}
     WHERE s.{{ subscription.id }} = l.id
     RETURNING s.{{ subscription.user_id }}::{{ user_id_type }};

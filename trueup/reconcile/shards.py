@@ -239,7 +239,7 @@ def count_subscriptions_of(connection: Connection, mapping: HostMapping, user_id
 # log. Users with grants are always suspects, because a simple expression cannot compute the effect of grants. The
 # statement calls no function of trueup's, so that PostgreSQL can run it in parallel.
 _SUSPECTS = """
-    {% from "host/rows.sql" import plan_tokens, window_start %}
+    {% from "host/rows.sql" import counter, plan_tokens, right_counter, window_start %}
     WITH suspects AS MATERIALIZED (
         SELECT s.{{ subscription.user_id }} AS user_id
         FROM {{ subscription }} s
@@ -252,10 +252,13 @@ _SUSPECTS = """
         LEFT JOIN (SELECT DISTINCT user_id FROM trueup.token_grant WHERE true{{ within("user_id") }}) g
             ON g.user_id = s.{{ subscription.user_id }}
         WHERE s.{{ subscription.user_id }} IS NOT NULL{{ within("s." ~ subscription.user_id) }}
+          {% if subscription.unlimited %}
+          AND {{ plan_tokens() }} <> {{ no_limit }}
+          {% endif %}
           AND NOT coalesce(
               b.window_start = {{ window_start("s") }}
               AND b.log_epoch = (SELECT coalesce(max(id), 0) FROM trueup.log_truncation)
-              AND s.{{ subscription.tokens_remaining }} = greatest({{ plan_tokens() }} - b.consumed, 0)
+              AND {{ counter("s", plan_tokens()) }} = {{ right_counter(plan_tokens(), "b.consumed") }}
               AND d.user_id IS NULL AND g.user_id IS NULL, false)
     )
     SELECT user_id FROM suspects ORDER BY user_id LIMIT :page

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, select
 
 from trueup.database.schema import own_table
 from trueup.host.mapping import UserIdType
@@ -65,18 +65,18 @@ def read_history(
     user_id_type: UserIdType,
     *,
     limit: int = 30,
-    days: int | None = None,
+    since: datetime | None = None,
     up_to_run: int | None = None,
 ) -> list[RunFigures]:
     """Return the newest runs, at most `limit`, in the order of their start.
 
-    `days`: only runs that started in the last so many days; None: runs of any age. `up_to_run`: the number of the last
+    `since`: only runs that started from then on; None: runs of any age. `up_to_run`: the number of the last
     run; None: the newest.
     """
     run = own_table("reconcile_run", user_id_type).c
     query = select(*(run[field.name] for field in fields(RunFigures))).order_by(run.id.desc()).limit(limit)
-    if days is not None:
-        query = query.where(run.started_at >= func.now() - func.make_interval(0, 0, 0, days))
+    if since is not None:
+        query = query.where(run.started_at >= since)
     if up_to_run is not None:
         query = query.where(run.id <= up_to_run)
     return [RunFigures(**row) for row in connection.execute(query).mappings()][::-1]

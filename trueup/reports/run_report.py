@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, Select, func, select
 
 from trueup.database.schema import own_table
-from trueup.errors import InvalidInputError
+from trueup.errors import NotFoundError
 from trueup.host.mapping import UserIdType
 from trueup.reconcile.runs import RunSummary
 from trueup.reports.rows import DriftFilter, ReportRow, chosen_drifts, read_rows, row_of_finding
@@ -120,7 +120,7 @@ def find_source(
     """Return the runs of a report. Returns None if there has been no run yet.
 
     `since`: all runs since this time, or within this duration before now; otherwise run `run_id`; both None: the newest
-    run. `only` None: no filter. Raises `InvalidInputError` for a run that does not exist.
+    run. `only` None: no filter. Raises `NotFoundError` for a run that does not exist.
     """
     run = own_table("reconcile_run", user_id_type)
     runs = select(*(run.c[name] for name in _RUN))
@@ -137,7 +137,7 @@ def find_source(
     if run_id is not None:
         found = connection.execute(runs.where(run.c.id == run_id)).one_or_none()
     if found is None:
-        raise InvalidInputError(f"run: reconcile run {run_id} does not exist. `trueup drift history` lists the runs.")
+        raise NotFoundError(f"run: reconcile run {run_id} does not exist. `trueup drift history` lists the runs.")
     chosen = chosen_drifts(user_id_type, only, run=found)
     return ReportSource(run_id=found.id, since=None, filter=only, runs=[found], chosen=chosen)
 
@@ -187,7 +187,7 @@ def read_report(
 ) -> DriftReport | None:
     """Return a report, with the arguments of `find_source` and `read_source`. None: there has been no run yet.
 
-    Raises `InvalidInputError` for a run that does not exist.
+    Raises `NotFoundError` for a run that does not exist.
     """
     source = find_source(connection, user_id_type, run_id, since=since, only=only)
     return read_source(connection, source, max_rows=max_rows) if source else None

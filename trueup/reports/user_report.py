@@ -70,12 +70,14 @@ class CounterStory:
 
     @property
     def expected(self) -> int:
-        return max(0, self.original - self.consumed)
+        if self.finding:
+            return self.finding.drift.expected
+        return self.account.remaining if self.account.right_counter is None else self.account.right_counter
 
     @property
     def drift(self) -> int:
         """observed - expected in tokens, where a null counter counts as 0."""
-        return (self.observed or 0) - self.expected
+        return 0 if self.account.unlimited else (self.observed or 0) - self.expected
 
     def as_json(self) -> dict[str, Any]:
         """Return everything for JSON, in a versioned schema."""

@@ -12,8 +12,9 @@ from typing import Any, Literal
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from trueup.accounts.grants import as_utc, check_text
+from trueup.accounts.grants import as_utc
 from trueup.accounts.user_ids import UserId
+from trueup.accounts.validation import check_text
 from trueup.database.driver_errors import REFUSED
 from trueup.errors import InvalidInputError, TrueupError
 from trueup.host.mapping import UserIdType

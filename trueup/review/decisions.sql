@@ -1,4 +1,4 @@
-{% from "host/rows.sql" import window_start %}
+{% from "host/rows.sql" import counter, raw_counter, right_counter, window_start %}
 -- Decisions about drifts, and undoing a run's corrections. Each decision is a compare-and-set on the drift row's values. It
 -- is recorded with the person, the note, and the counter before and after.
 
@@ -56,7 +56,7 @@ BEGIN
     IF outcome IS NOT NULL THEN
         RETURN;
     END IF;
-    expected := greatest(a.original - a.consumed, 0);
+    expected := {{ right_counter("a.original", "a.consumed") }};
     off_by := coalesce(counter, 0) - expected;
     v_in_flight := off_by - trueup.off_by(d);
     IF (counter IS NULL) <> (d.observed IS NULL)
@@ -67,7 +67,7 @@ BEGIN
     SELECT x.outcome, x.counter_after, x.tokens_granted, x.grant_id
     INTO outcome, counter_after, tokens_granted, grant_id
     FROM trueup.carry_out(d, p_decision, p_by, p_note, p_reference, p_expires_at, counter, v_in_flight,
-                          a.original - a.consumed, a.at) x;
+                          a.original - a.consumed, a.original, a.at) x;
     IF outcome <> 'decided' THEN
         RETURN;
     END IF;
@@ -97,25 +97,26 @@ CREATE OR REPLACE FUNCTION trueup.lock_counter_of(
 DECLARE
     c record;
 BEGIN
-    c := trueup.lock_counter(d.user_id, d.subscription_id);
+    c := trueup.lock_counter(d.user_id, d.subscription_id, p_original);
     IF p_subscribed IS NOT TRUE OR c.is_there IS NOT TRUE THEN
         problem := CASE WHEN p_subscribed AND c.is_there IS NULL THEN 'busy' ELSE 'gone' END;
         RETURN;
     END IF;
     -- The host's row is locked now. The account was read before that, so its plan and window may have changed meanwhile.
     IF NOT EXISTS (SELECT FROM trueup.entitlements(lock_counter_of.at) e
-                   WHERE e.user_id = d.user_id AND e.original = p_original AND e.window_start = p_window) THEN
+                   WHERE e.user_id = d.user_id AND e.original = p_original AND e.window_start = p_window
+                     AND e.plan_kind IS DISTINCT FROM 'unlimited') THEN
         problem := 'busy';
         RETURN;
     END IF;
     counter := c.counter;
 END $$;
 
--- Carry out a decision about a drift. The caller has locked the user's balance and counter. p_remaining: original -
+-- Carry out a decision about a drift. The caller has locked the user's balance and counter. p_remaining: p_original -
 -- consumed. `outcome`: 'decided', or the reason of a refusal, as in trueup.decide_drift.
 CREATE OR REPLACE FUNCTION trueup.carry_out(
     d trueup.drift, p_decision text, p_by text, p_note text, p_reference text, p_expires_at timestamptz,
-    p_counter bigint, p_in_flight bigint, p_remaining bigint, at timestamptz,
+    p_counter bigint, p_in_flight bigint, p_remaining bigint, p_original bigint, at timestamptz,
     OUT outcome text, OUT counter_after bigint, OUT tokens_granted bigint, OUT grant_id bigint
 ) LANGUAGE plpgsql AS $$
 DECLARE
@@ -124,8 +125,12 @@ BEGIN
     outcome := 'decided';
     counter_after := p_counter;
     IF p_decision = 'accept' THEN
+        {% if subscription.counts_up %}
+        counter_after := p_remaining + p_in_flight;
+        {% else %}
         counter_after := greatest(greatest(p_remaining, 0) + p_in_flight, 0);
-        IF counter_after > trueup.counter_limit() THEN
+        {% endif %}
+        IF {{ raw_counter("counter_after", "p_original") }} > trueup.counter_limit() THEN
             outcome := 'out_of_range';
             RETURN;
         END IF;
@@ -142,19 +147,26 @@ BEGIN
         grant_id := g.grant_id;
         IF g.outcome <> 'granted' THEN
             outcome := 'grant_' || g.outcome;
+        {% if subscription.counts_up %}
+        ELSE
+            -- The counter shows used tokens, which a grant does not change: it must show all of them.
+            counter_after := p_remaining + p_in_flight + tokens_granted;
+            PERFORM trueup.correct_counters(ARRAY[d.user_id], ARRAY[d.subscription_id],
+                                            ARRAY[p_counter + tokens_granted], ARRAY[counter_after]);
+        {% endif %}
         END IF;
     ELSE
         UPDATE trueup.drift t SET action = 'ignored' WHERE t.user_id = d.user_id AND t.id = d.id;
     END IF;
 END $$;
 
--- Lock a user's counter and read it. `is_there` false: no such subscription; NULL: the host has locked its row.
+-- Lock a user's counter and read it, as tokens that remain of p_original. `is_there` false: no such subscription; NULL: the host has locked its row.
 CREATE OR REPLACE FUNCTION trueup.lock_counter(
-    p_user {{ user_id_type }}, p_subscription text, OUT is_there boolean, OUT counter bigint
+    p_user {{ user_id_type }}, p_subscription text, p_original bigint, OUT is_there boolean, OUT counter bigint
 ) LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 BEGIN
-    SELECT true, s.{{ subscription.tokens_remaining }}::bigint INTO lock_counter.is_there, lock_counter.counter
+    SELECT true, {{ counter("s", "p_original") }} INTO lock_counter.is_there, lock_counter.counter
     FROM {{ subscription }} s
     WHERE s.{{ subscription.user_id }} = lock_counter.p_user AND s.{{ subscription.id }}::text = lock_counter.p_subscription
     FOR NO KEY UPDATE SKIP LOCKED;
@@ -190,11 +202,11 @@ CREATE OR REPLACE FUNCTION trueup.drifts_in_review(
 ) RETURNS TABLE (
     drift trueup.drift, off_by bigint, counter bigint, expected bigint, overdraft bigint, changed boolean
 ) LANGUAGE sql STABLE AS $$
-    SELECT d.r, trueup.off_by(d.r), a.counter, greatest(a.original - a.consumed, 0),
+    SELECT d.r, trueup.off_by(d.r), a.counter, {{ right_counter("a.original", "a.consumed") }},
            greatest(a.consumed - a.original, 0),
            a.user_id IS NULL OR (a.counter IS NULL) <> ((d.r).observed IS NULL)
                OR a.subscription_id <> (d.r).subscription_id
-               OR coalesce(a.counter, 0) - greatest(a.original - a.consumed, 0)
+               OR coalesce(a.counter, 0) - {{ right_counter("a.original", "a.consumed") }}
                   NOT IN (trueup.off_by(d.r), coalesce((d.r).observed, 0) - (d.r).expected)
     FROM (
         SELECT t AS r FROM trueup.undecided_drifts(p_user, p_causes, p_max, p_run) t

@@ -22,8 +22,11 @@ DEFAULT_POLICIES: dict[str, Policy] = {
     "failed_usage_charged": "correct",
     "clamped_at_zero": "correct",
     "grant_not_in_counter": "correct",
+    "period_reset": "correct",
     "counter_null": "correct",
-    "counter_negative": "correct",
+    # A figure below zero may mean unlimited (`subscription.unlimited`).
+    "counter_negative": "review",
+    "plan_negative": "review",
     "counter_out_of_range": "report",
     "credit_without_grant": "review",
     "renewal_without_new_window": "review",
@@ -37,7 +40,7 @@ DEFAULT_POLICIES: dict[str, Policy] = {
 # These tokens may be paid for, or set on purpose. Only a person may take them away.
 PAID_CAUSES = frozenset({"credit_without_grant", "renewal_without_new_window", "carried_over_tokens", "manual_edit"})
 # A machine does not give back tokens that ended on purpose, and can't write a value that the column can't hold.
-UNCORRECTABLE_CAUSES = frozenset({"burned_at_expiry", "counter_out_of_range"})
+UNCORRECTABLE_CAUSES = frozenset({"burned_at_expiry", "counter_out_of_range", "plan_negative"})
 
 DEFAULT_MIN_AGE_SECONDS = 60
 

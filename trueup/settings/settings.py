@@ -1,4 +1,4 @@
-"""Settings: environment variables `TRUEUP_*`, then `trueup.toml`, then defaults that need no server.
+"""Settings: environment variables `TRUEUP_*`, `trueup.toml`, a Django project's settings, defaults that need no server.
 
 Nothing is read at import. `get_settings()` reads once per process, `get_settings.cache_clear()` discards what it read.
 """
@@ -7,14 +7,20 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, SecretStr, ValidationError, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 from pydantic_settings import SettingsError as SourceError
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
@@ -181,7 +187,8 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         toml = TomlConfigSettingsSource(settings_cls, toml_file=_config_file())
-        return init_settings, env_settings, toml
+        project = InitSettingsSource(settings_cls, init_kwargs=_project_settings())
+        return init_settings, env_settings, toml, project
 
     @property
     def lease_seconds(self) -> float:
@@ -192,6 +199,20 @@ class Settings(BaseSettings):
     def stack_file(self) -> Path:
         """The file with the URLs of the embedded stack, while it runs."""
         return self.home / "run" / "stack.json"
+
+
+def _no_project() -> dict[str, Any]:
+    return {}
+
+
+_project_settings: Callable[[], dict[str, Any]] = _no_project
+
+
+def use_project_settings(read: Callable[[], dict[str, Any]]) -> None:
+    """Take settings that neither a variable nor trueup.toml gives from `read`, which is called when they are needed."""
+    global _project_settings
+    _project_settings = read
+    get_settings.cache_clear()
 
 
 def _config_file() -> Path:

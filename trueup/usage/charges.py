@@ -130,8 +130,15 @@ def record_charge(
     )
 
 
+# The state of a charge whose row the host writes (`usage_log.record`), until the row is there.
+AWAITED = "TU001 "
+
+
 def log_owed(what: str, refusal: str) -> None:
     """Log that a charge is owed. `what`: the charge, as `key=value`."""
+    if refusal.startswith(AWAITED):
+        logger.debug("the charge counts until the host has logged the call %s", what)
+        return
     logger.error(
         "the usage log refused a row, the charge is owed: its tokens count, and the row is tried again %s refusal=%r",
         what,

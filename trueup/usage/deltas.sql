@@ -5,7 +5,7 @@
 -- mark in the setting trueup.own_row. Only trueup can compute a mark, so a role that sets it to anything else hides no row.
 -- Figures are brought into the range of what can be counted, so that a host's row of any figure can be written and deleted.
 -- They call no function of trueup's: an upgrade could remove it for a moment, and the host's statement would fail.
--- Times without a zone are UTC, whatever the time zone of the host's session.
+-- Times without a zone are in the mapping's zone, whatever the time zone of the host's session.
 
 {% macro return_unless_of_the_log() %}
     -- The triggers of a partition, or of a table that inherits, have an argument. After the partition is detached, its rows
@@ -45,7 +45,7 @@
 {% endmacro %}
 
 CREATE OR REPLACE FUNCTION trueup.append_inserted() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = {{ time_zone }} AS $$
 DECLARE
     v_mark text := nullif(current_setting('trueup.own_row', true), '');
 BEGIN
@@ -66,7 +66,7 @@ BEGIN
 END $$;
 
 CREATE OR REPLACE FUNCTION trueup.append_updated() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = {{ time_zone }} AS $$
 BEGIN
 {{ return_unless_of_the_log() }}
 {{ return_unless_columns_fit("old_rows") }}
@@ -91,7 +91,7 @@ BEGIN
 END $$;
 
 CREATE OR REPLACE FUNCTION trueup.append_deleted() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = {{ time_zone }} AS $$
 BEGIN
 {{ return_unless_of_the_log() }}
 {{ return_unless_columns_fit("old_rows") }}
@@ -105,7 +105,7 @@ END $$;
 
 -- One row makes all balances stale; each is rebuilt from the log when it is next read.
 CREATE OR REPLACE FUNCTION trueup.append_truncated() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = {{ time_zone }} AS $$
 BEGIN
 {{ return_unless_of_the_log() }}
     INSERT INTO trueup.log_truncation DEFAULT VALUES;

@@ -1,10 +1,27 @@
 {% from "host/search_path.sql" import own_search_path, role_search_path %}
 {% from "gate/store_balance.sql" import store_balance %}
+{% from "host/rows.sql" import can_be_lowered, lowered_counter %}
+{# Whether the user `p_user` of trueup.lower_counter has a limit. #}
+{% macro is_limited() -%}
+{% if subscription.unlimited %}
+NOT EXISTS (SELECT FROM trueup.entitlements(clock_timestamp()) e
+                      WHERE e.user_id = lower_counter.p_user AND e.plan_kind = 'unlimited')
+{%- else -%}
+true
+{%- endif %}
+{%- endmacro %}
 -- Usage that host code reports about its own calls: no hold, no task, one log row for each idempotency key.
 
 -- Lower the legacy counter, so that usage recorded by trueup causes no drift. If the host has locked the row, this does
 -- not wait: it returns false, and the next reconcile run corrects the counter. The counter stops at zero, as the host's
--- own decrements do. If the host refuses the update, by a trigger for example, it returns false too. A counter that is 0, null or below 0 cannot be lowered, and counts as done (true).
+-- own decrements do; a counter that counts up is raised. If the host refuses the update, by a trigger for example, it
+-- returns false too. A counter that is 0, null or below 0 cannot be lowered, and one without a limit is left alone: these
+-- count as done (true).
+{% if subscription.is_kept_by_host %}
+-- This host lowers the counter itself, for the log's row of each call (`counter_kept_by`), so nothing is left to do.
+CREATE OR REPLACE FUNCTION trueup.lower_counter(p_user {{ user_id_type }}, p_tokens bigint)
+RETURNS boolean LANGUAGE sql IMMUTABLE AS $$ SELECT true $$;
+{% else %}
 CREATE OR REPLACE FUNCTION trueup.lower_counter(p_user {{ user_id_type }}, p_tokens bigint)
 RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
@@ -13,23 +30,24 @@ BEGIN
     -- A constraint or a trigger of the host's that waits for the commit would refuse the charge with it.
     SET CONSTRAINTS ALL IMMEDIATE;
     UPDATE {{ subscription }} s
-    SET {{ subscription.tokens_remaining }} = greatest(s.{{ subscription.tokens_remaining }} - lower_counter.p_tokens, 0)
+    SET {{ subscription.tokens_remaining }} = {{ lowered_counter("s", "lower_counter.p_tokens") }}
     FROM {{ role_search_path() }}
     WHERE s.{{ subscription.id }} = (
         SELECT f.{{ subscription.id }} FROM {{ subscription }} f WHERE f.{{ subscription.user_id }} = lower_counter.p_user
         ORDER BY f.{{ subscription.id }} LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED)
-      AND s.{{ subscription.tokens_remaining }} > 0;
+      AND {{ can_be_lowered("s") }} AND {{ is_limited() }};
     v_lowered := FOUND;
     {{ own_search_path() }}
     RETURN v_lowered OR NOT EXISTS (
         SELECT FROM {{ subscription }} s
-        WHERE s.{{ subscription.user_id }} = lower_counter.p_user AND s.{{ subscription.tokens_remaining }} > 0);
+        WHERE s.{{ subscription.user_id }} = lower_counter.p_user AND {{ can_be_lowered("s") }} AND {{ is_limited() }});
 EXCEPTION WHEN query_canceled OR OTHERS THEN
     IF trueup.is_transient(SQLSTATE) THEN
         RAISE;
     END IF;
     RETURN false;
 END $$;
+{% endif %}
 
 -- Record usage once for its key: log row, charge row, balance and counter in one transaction. If the key was recorded
 -- before, nothing changes: `recorded` is false, and `differs` is true if its log row has other figures than these.
@@ -77,15 +95,17 @@ BEGIN
         VALUES (p_user, p_task, p_call_key, 1, log_id, p_section, o.model_name, greatest(w.counted, 0),
                 greatest(w.counted, 0), false, at,
                 w.counted <= 0 OR w.may_lower AND trueup.lower_counter(p_user, w.counted));
+    {% if not usage_log.is_written_by_host %}
     ELSIF log_id IS NOT NULL THEN
         SELECT ({{ usage_log.prompt_tokens.column("l") or "record_usage.p_prompt" }},
                 {{ usage_log.completion_tokens.column("l") or "record_usage.p_completion" }}, l.{{ usage_log.total_tokens }},
-                {{ usage_log.section.column("l") or "record_usage.p_section" }},
+                {% if usage_log.section.column("l") %}{{ usage_log.section("l") }}::text{% else %}record_usage.p_section{% endif %},
                 {{ usage_log.model_name.column("l") or "record_usage.p_model" }})
                IS DISTINCT FROM (record_usage.p_prompt, record_usage.p_completion, record_usage.p_total,
                                  record_usage.p_section, o.model_name) INTO differs
         FROM {{ usage_log }} l WHERE l.{{ usage_log.id }} = trueup.as_log_id(record_usage.log_id);
         differs := coalesce(differs, false);
+    {% endif %}
     END IF;
 {{ store_balance("p_user") }}
 END $$;

@@ -1,4 +1,4 @@
-{% from "host/rows.sql" import own_row_mark %}
+{% from "host/rows.sql" import is_counted, own_row_mark %}
 {% from "host/search_path.sql" import own_search_path, role_search_path %}
 {# The tokens of the log row `l` that count in the window, in trueup.try_log_row. #}
 {% macro counted() -%}
@@ -27,6 +27,65 @@ CREATE OR REPLACE FUNCTION trueup.is_user_key(p_constraint text) RETURNS boolean
           AND '"' || replace(t.attname, '"', '""') || '"' = {{ usage_log.user_id | literal }})
 $$;
 
+{% if usage_log.is_written_by_host %}
+-- The host's row of a call, among rows of the user that no other charge has: a row of the call's tokens, not older than the
+-- call. After ten minutes, the row that is nearest in time, whatever it counts. NULL: the host has not logged the call.
+CREATE OR REPLACE FUNCTION trueup.find_host_row(o trueup.owed_charge) RETURNS text LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    v_any boolean := o.used_at < clock_timestamp() - interval '10 minutes';
+    v_since timestamptz := o.used_at - CASE WHEN v_any THEN interval '10 minutes'
+                                            ELSE make_interval(secs => 5 + o.response_time_ms / 1000.0) END;
+BEGIN
+    RETURN (
+        SELECT l.{{ usage_log.id }}::text FROM {{ usage_log }} l
+        WHERE {{ is_counted("l", "o.user_id", "v_since") }}
+          AND l.{{ usage_log.created_at }} <= o.used_at + interval '10 minutes'
+          AND (v_any OR l.{{ usage_log.total_tokens }} = o.total_tokens)
+          AND NOT EXISTS (SELECT FROM trueup.charge c
+                          WHERE c.user_id = o.user_id AND c.log_id = l.{{ usage_log.id }}::text)
+        ORDER BY l.{{ usage_log.total_tokens }} <> o.total_tokens,
+                 abs(extract(epoch FROM l.{{ usage_log.created_at }} - o.used_at)) LIMIT 1);
+END $$;
+
+-- Match the user's charges that wait for the host's row with the rows that have come. The caller has locked the balance,
+-- and folds the deltas afterwards: the host's row counts from now on, and the charge no more.
+CREATE OR REPLACE FUNCTION trueup.match_host_rows(p_user {{ user_id_type }}) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    o trueup.owed_charge;
+    v_log_id text;
+BEGIN
+    FOR o IN SELECT * FROM trueup.owed_charge t WHERE t.user_id = p_user ORDER BY t.used_at LOOP
+        v_log_id := trueup.find_host_row(o);
+        CONTINUE WHEN v_log_id IS NULL;
+        DELETE FROM trueup.owed_charge t
+        WHERE t.user_id = p_user AND t.task_id = o.task_id AND t.call_key = o.call_key;
+        UPDATE trueup.charge c SET log_id = v_log_id, counter_lowered = true
+        WHERE c.user_id = p_user AND c.task_id = o.task_id AND c.call_key = o.call_key;
+        INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
+        SELECT p_user, o.used_at, -o.total_tokens WHERE o.success AND o.total_tokens <> 0;
+    END LOOP;
+END $$;
+
+-- The host's log row of `o`, in place of a row of trueup's. Parameters and results: as below. A call whose row has not come
+-- is owed: it counts as usage until the row comes.
+CREATE OR REPLACE FUNCTION trueup.try_log_row(
+    o trueup.owed_charge, p_window timestamptz, p_has_balance boolean,
+    OUT log_id text, OUT counted bigint, OUT own bigint, OUT refused_with text, OUT refusal text
+) LANGUAGE plpgsql AS $$
+BEGIN
+    counted := CASE WHEN o.success AND o.used_at >= coalesce(p_window, '-infinity') THEN o.total_tokens ELSE 0 END;
+    log_id := trueup.find_host_row(o);
+    own := 0;
+    IF log_id IS NULL AND NOT o.success THEN
+        log_id := o.log_id;  -- a failed call owes nothing
+    ELSIF log_id IS NULL THEN
+        log_id := o.log_id;
+        own := CASE WHEN p_has_balance THEN counted ELSE 0 END;
+        refused_with := 'TU001';
+        refusal := 'the host has not logged this call yet';
+    END IF;
+END $$;
+{% else %}
 -- Write the row of `o` into the log, in a subtransaction. p_window: the begin of the user's window. p_has_balance: the
 -- caller has locked the user's balance, so the row is marked as trueup's own and its triggers append no delta.
 -- `log_id`: the id of the row. `counted`: its tokens that count in the window. `own`: of these, the tokens that the caller
@@ -92,3 +151,4 @@ EXCEPTION WHEN query_canceled OR OTHERS THEN
     counted := CASE WHEN o.success AND o.used_at >= coalesce(p_window, '-infinity') THEN o.total_tokens ELSE 0 END;
     own := CASE WHEN p_has_balance THEN counted ELSE 0 END;
 END $$;
+{% endif %}

@@ -20,6 +20,8 @@ from trueup.database.retry import retry_until_recorded
 from trueup.database.threads import in_thread
 from trueup.errors import InvalidInputError, TrueupError, UnknownUserError
 from trueup.host.fields import check_section
+from trueup.host.sections import require_section
+from trueup.settings.settings import get_settings
 from trueup.usage.charges import LOG_NAMESPACE, log_owed
 from trueup.usage.validation import check_count, check_counts, check_key, check_metadata, storable_text, too_large
 
@@ -274,6 +276,7 @@ def _record(fixed: _Fixed, figures: _Figures, *, success: bool, error: str | Non
 
 def _writing(values: dict[str, Any], what: str) -> Callable[[Connection], Any]:
     def write(connection: Connection) -> Any:
+        require_section(connection, get_settings().host, values["section"])
         try:
             return connection.execute(_RECORD, values).one()
         except IntegrityError as error:

@@ -12,7 +12,7 @@ from trueup.api.auth import Operator
 from trueup.api.errors import AUTHENTICATED, ApiError, responses
 from trueup.api.schemas import Body, Tokens
 from trueup.database.retry import retrying
-from trueup.errors import InvalidInputError
+from trueup.errors import NotFoundError
 from trueup.host.mapping import UserIdType
 from trueup.reports.history import SCHEMA_VERSION as HISTORY_VERSION
 from trueup.reports.history import read_history
@@ -130,7 +130,7 @@ def run(_operator: Operator, run_id: Annotated[RunId, Path()], query: Annotated[
 def _report(connection: Connection, user_id_type: UserIdType, run_id: int, query: ReportQuery) -> dict[str, Any]:
     try:
         source = find_source(connection, user_id_type, run_id)
-    except InvalidInputError:
+    except NotFoundError:
         source = None
     if source is None:
         raise ApiError(404, "not_found", f"Reconcile run {run_id} does not exist")

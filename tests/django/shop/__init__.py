@@ -1,0 +1,1 @@
+"""A Django app with models of its own names."""
