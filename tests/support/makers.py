@@ -61,6 +61,7 @@ class Maker:
     left: threading.Event = field(default_factory=threading.Event)
     other: dict[str, Callable[["_Handler"], None]] = field(default_factory=dict)
     connections: set[tuple[str, int]] = field(default_factory=set)
+    open_sockets: set[socket.socket] = field(default_factory=set)
     counted: int = 0
     prompt_factor: float = 1
     port: int = 0
@@ -90,8 +91,11 @@ def maker_server() -> Iterator[Maker]:
     finally:
         maker.resume.set()
         server.shutdown()
-        with suppress(OSError):
-            server.socket.close()
+        # A client keeps its connections open, and the handlers' threads would wait for the next request.
+        for connection in tuple(maker.open_sockets):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        server.server_close()
         thread.join(DEADLINE_SECONDS)
 
 
@@ -103,6 +107,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+    def setup(self) -> None:
+        super().setup()
+        self.maker.open_sockets.add(self.connection)
 
     def do_GET(self) -> None:
         self.maker.paths.append(self.path)
@@ -189,6 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile = open("/dev/null", "wb")  # noqa: SIM115 - the base class flushes and closes it
 
     def finish(self) -> None:
+        self.maker.open_sockets.discard(self.connection)
         with suppress(OSError, ValueError):
             super().finish()
 

@@ -19,7 +19,7 @@ from tests.support.makers import Maker
 from tests.support.work import hold_tokens
 from tests.support.worker import own_application
 from trueup import async_http_client, http_client, metered_task
-from trueup.database.engine import dispose_engine
+from trueup.database.engine import connect, dispose_engine
 from trueup.errors import HoldExhaustedError, NoHoldError, ServiceUnavailableError
 from trueup.llm.running import spending_from
 
@@ -209,11 +209,14 @@ def test_http_client_is_offered_by_the_package() -> None:
 
 
 def test_without_the_database_nothing_is_sent_and_the_sdk_does_not_repeat(
-    maker: Maker, host: Host, connection: Connection, user: int, monkeypatch: pytest.MonkeyPatch
+    maker: Maker, host: Host, user: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with spending_from(hold_tokens(connection, user, 1_000)), sdk(maker) as client:
+    # Not the fixture's connection: a disposed engine closes no connection that is in use.
+    with connect() as connection:
+        hold = hold_tokens(connection, user, 1_000)
+    with spending_from(hold), sdk(maker) as client:
         monkeypatch.setenv("TRUEUP_DATABASE_URL", f"postgresql://a:b@127.0.0.1:{port}/none")
         trueup_settings().cache_clear()
         dispose_engine()
