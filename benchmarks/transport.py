@@ -66,6 +66,10 @@ def _completion() -> bytes:
     ).encode()
 
 
+# What the database keeps of a call for a replay.
+STORED_ANSWER = {"status": 200, "content_type": "application/json", "body": _completion().decode()}
+
+
 def _events() -> bytes:
     base = {"id": "c", "object": "chat.completion.chunk", "model": "m"}
     chunk = base | {"choices": [{"index": 0, "delta": {"content": " token"}, "finish_reason": None}], "usage": None}
@@ -201,7 +205,9 @@ def database(hold: Hold) -> float:
     seconds = time.process_time() - started
     usage = Usage(prompt_tokens=9, completion_tokens=WORDS, total_tokens=9 + WORDS, response_time_ms=1, model_name="m")
     with connect() as connection:
-        record_charge(connection, hold, call_key=key, usage=usage, metadata={"task_id": hold.task_id})
+        record_charge(
+            connection, hold, call_key=key, usage=usage, metadata={"task_id": hold.task_id}, answer=STORED_ANSWER
+        )
     return seconds
 
 

@@ -104,8 +104,10 @@ class ChatReader(Reader):
             self._usage = None  # it was reported before the answer's end
         self.is_complete |= any(isinstance(choice.get("message"), dict) for choice in choices)
         self._is_finished |= any(bool(choice.get("finish_reason")) for choice in choices)
-        self._usage = chat_usage(body.get("usage"), answered=bool(self.texts)) or self._usage
-        return not choices and body.get("usage") is not None and "choices" in body
+        if body.get("usage") is None:  # as in most events of a stream
+            return False
+        self._usage = chat_usage(body["usage"], answered=bool(self.texts)) or self._usage
+        return not choices and "choices" in body
 
 
 def _texts(choice: dict[str, Any]) -> list[str]:
