@@ -39,7 +39,7 @@ PREFIX = "TRUEUP_"
 CONFIG_VARIABLE = "TRUEUP_CONFIG"
 LEASE_MARGIN_SECONDS = 30
 
-ModelProvider = Literal["offline", "openai"]
+ModelProvider = Literal["anthropic", "gemini", "offline", "openai"]
 
 
 class Settings(BaseSettings):
@@ -91,11 +91,17 @@ class Settings(BaseSettings):
 
     # No default: a forgotten setting must not send made-up answers to real users.
     model_provider: ModelProvider | None = Field(
-        default=None, description="openai, or offline for made-up answers; unset: AI tasks fail"
+        default=None, description="openai, anthropic, gemini, or offline for made-up answers; unset: AI tasks fail"
     )
     model_name: str = "gpt-4o-mini"
     openai_base_url: str | None = Field(default=None, description="an OpenAI-compatible endpoint; unset: OpenAI's own")
-    openai_api_key: SecretStr | None = None
+    openai_api_key: SecretStr | None = Field(default=None, description="unset: OPENAI_API_KEY, for OpenAI's own server")
+    model_base_url: str | None = Field(
+        default=None, description="another server with the API of Anthropic or Gemini; unset: the maker's own"
+    )
+    model_api_key: SecretStr | None = Field(
+        default=None, description="for anthropic and gemini; unset: ANTHROPIC_API_KEY, GEMINI_API_KEY, GOOGLE_API_KEY"
+    )
     model_timeout_seconds: float = Field(
         default=60.0, gt=0, le=600, description="for one whole answer; of a stream, for each event"
     )
@@ -170,7 +176,7 @@ class Settings(BaseSettings):
             raise ValueError(f"this URL can't be read: check its port, or {ESCAPE}")
         return url
 
-    @field_validator("openai_base_url", "instagram_graph_url")
+    @field_validator("openai_base_url", "model_base_url", "instagram_graph_url")
     @classmethod
     def _http_url(cls, url: str | None) -> str | None:
         if url and split_http_url(url) is None:

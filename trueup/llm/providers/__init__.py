@@ -20,6 +20,18 @@ def provider_from_settings(settings: Settings) -> Provider:
             from trueup.llm.providers.openai import OpenAIProvider
 
             return OpenAIProvider(settings)
+        case "anthropic":
+            require_extra("anthropic", "TRUEUP_MODEL_PROVIDER=anthropic", consequence="Nothing was spent.")
+            from trueup.llm.providers.anthropic import Anthropic
+            from trueup.llm.providers.maker import MakerProvider
+
+            return MakerProvider(settings, Anthropic)
+        case "gemini":
+            require_extra("gemini", "TRUEUP_MODEL_PROVIDER=gemini", consequence="Nothing was spent.")
+            from trueup.llm.providers.gemini import Gemini
+            from trueup.llm.providers.maker import MakerProvider
+
+            return MakerProvider(settings, Gemini)
         case "offline":
             require_extra("embedded", "TRUEUP_MODEL_PROVIDER=offline", "bpe_openai", consequence="Nothing was spent.")
             from trueup.llm.offline.offline import OfflineProvider
@@ -28,8 +40,8 @@ def provider_from_settings(settings: Settings) -> Provider:
         case None:
             raise SettingsError(
                 f"{PREFIX}MODEL_PROVIDER is not set, and this task needs a model. No tokens were held or spent. Set it "
-                "for the workers and restart them: `openai` calls any OpenAI-compatible endpoint, `offline` makes up "
-                "its answers."
+                "for the workers and restart them: `openai` calls any OpenAI-compatible endpoint, `anthropic` and "
+                "`gemini` their makers, `offline` makes up its answers."
             )
 
 
