@@ -43,6 +43,7 @@ COMMANDS = {
     "run": ("trueup.cli.run", "Enqueue a real AI task."),
     "result": ("trueup.cli.result", "Show the result of a task."),
     "doctor": ("trueup.cli.doctor", "Check settings, servers, tables and workers, with a remedy for each problem."),
+    "find-unmetered": ("trueup.cli.find_unmetered", "List where code calls a model without trueup."),
     "settings": ("trueup.cli.settings", "List the settings and their values."),
     "demo": ("trueup.cli.demo", "Show all of trueup on an embedded stack, in under a minute."),
 }
@@ -72,7 +73,7 @@ class LazyGroup(SuggestingGroup):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        command: click.Command = getattr(import_module(COMMANDS[name][0]), name)
+        command: click.Command = getattr(import_module(COMMANDS[name][0]), name.replace("-", "_"))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

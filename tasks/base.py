@@ -33,8 +33,8 @@ from trueup.errors import (
 )
 from trueup.gate.heartbeat import keeping
 from trueup.gate.holds import CallNumbers, Hold, close_hold, count_lost, has_later_attempt, open_hold
-from trueup.llm.metering import running_hold, spending_from
 from trueup.llm.model import Provider
+from trueup.llm.running import running_hold, spending_from
 from trueup.settings.settings import get_settings
 from trueup.tasks.applications import require_broker
 from trueup.tasks.arguments import USER_ARGUMENT, ArgumentParser
@@ -92,7 +92,8 @@ class MeteredTask(Task):
     on_denied: ClassVar[OnDenied] = "raise"
     replay: ClassVar[Replay] = "redelivery"
     parser: ClassVar[ArgumentParser]
-    provider: ClassVar["staticmethod[[], Provider]"]
+    # None: the body takes no model client.
+    provider: ClassVar["staticmethod[[], Provider] | None"] = None
 
     throws = (TokensDenied, TaskIdReusedError)
     dont_autoretry_for = (TokensDenied, TaskIdReusedError)
@@ -145,7 +146,8 @@ class MeteredTask(Task):
             if tokens is None:
                 return _json_safe(self._run(arguments))
             # Before the gate: without a provider the task can't work, and must not hold tokens that others could use.
-            self.provider()
+            if self.provider is not None:
+                self.provider()
             hold = self._open_hold_or_forget(arguments, fingerprint, tokens)
             with _closing(hold), keeping(hold), spending_from(hold):
                 if hold.replay:

@@ -12,6 +12,8 @@ from celery import Task
 
 from trueup.tasks.event_loop import run_async
 
+_MODEL_TYPES = frozenset(("AsyncModel", "MeteredModel", "Model"))
+
 
 def check_body(body: Any, *, named: bool) -> None:
     """Raise TypeError for a body that would pass the gate and then not run, or not be found.
@@ -48,6 +50,21 @@ def check_result(result: Any, task_name: str) -> Any:
         "failed; model calls that the body has made are charged. Declare the body `async def` and await the work, or "
         "return a list of the items."
     )
+
+
+def takes_model(body: Callable[..., Any]) -> bool:
+    """Return whether the body's first parameter is the model client: it is called `model`, or its hint is one's type.
+
+    A first parameter `model` with another hint, such as `str`, is an argument of the caller's.
+    """
+    first = next(iter(signature_of(body).parameters.values()), None)
+    if first is None:
+        return False
+    hint = first.annotation
+    named = hint if isinstance(hint, str) else getattr(hint, "__forward_arg__", getattr(hint, "__name__", ""))
+    if named.strip("\"'").rpartition(".")[2] in _MODEL_TYPES:
+        return True
+    return first.name == "model" and (hint is first.empty or hint is Any or named == "Any")
 
 
 def name_of(body: Any) -> str:

@@ -1,4 +1,4 @@
-"""`metered_task`: the decorator that makes a metered Celery task from a function that takes a model client."""
+"""`metered_task`: the decorator that makes a metered Celery task from a function."""
 
 import difflib
 import functools
@@ -19,22 +19,24 @@ from trueup.settings.settings import get_settings
 from trueup.tasks.applications import find_application
 from trueup.tasks.arguments import ArgumentParser
 from trueup.tasks.base import Estimate, MeteredTask, OnDenied, Replay
-from trueup.tasks.body import call_body, check_body
+from trueup.tasks.body import call_body, check_body, takes_model
 
 
 def metered_task(
     *,
     feature_name: str,
-    section: str,
     estimated_tokens: Estimate,
+    section: str = "other",
     on_denied: OnDenied = "raise",
     replay: Replay = "redelivery",
     **options: Any,
 ) -> Callable[[Callable[..., Any]], Any]:
     """Make a Celery task that passes the token gate before any work.
 
-    The body is a function or a coroutine function. Its first parameter receives the model client, bound to the task's
-    hold. The caller passes the others, `user_id` among them; they are parsed by their type hints.
+    The body is a function or a coroutine function. If its first parameter is called `model`, or has the type `Model` or
+    `AsyncModel`, it receives the model client, bound to the task's hold. A body that calls the makers' SDKs over
+    `http_client()` needs no such parameter. The caller passes the others, `user_id` among them; they are parsed by
+    their type hints.
 
     `feature_name`: as logs, denials and the usage log name the task. `section`: a section
     that the host's usage log takes.
@@ -53,11 +55,13 @@ def metered_task(
 
     def decorate(body: Callable[..., Any]) -> Any:
         check_body(body, named="name" in options)
-        parser = ArgumentParser(body, given=1)
+        asks_for_model = takes_model(body)
+        parser = ArgumentParser(body, given=1 if asks_for_model else 0)
 
         @functools.wraps(body)
         def run(_task: MeteredTask, *args: Any, **kwargs: Any) -> Any:
-            return call_body(body, _task, _model(os.getpid()), *args, **kwargs)
+            given = (_model(os.getpid()),) if asks_for_model else ()
+            return call_body(body, _task, *given, *args, **kwargs)
 
         # Celery checks calls against this signature. It has the bound task in place of the model client.
         run.__signature__ = parser.signature_with_task()  # type: ignore[attr-defined]
@@ -72,7 +76,7 @@ def metered_task(
             on_denied=on_denied,
             replay=replay,
             parser=parser,
-            provider=staticmethod(_provider),
+            provider=staticmethod(_provider) if asks_for_model else None,
             **options,
         )(run)
         return Proxy(lambda: _task_of(find_application(), options.get("name"), run))

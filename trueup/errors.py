@@ -191,6 +191,38 @@ class HoldExhaustedError(HoldError):
     """The tokens left in the hold do not cover the prompt and one token of output."""
 
 
+class UnboundedCallError(HoldError):
+    """What a call may cost can't be told from its request, so no hold can cover it.
+
+    `cause`: what can't be told, as the beginning of a sentence. `remedy`: a sentence. `is_countable`: the provider's
+    own counter of tokens can tell, if it has one.
+    """
+
+    def __init__(self, cause: str, remedy: str, is_countable: bool = False) -> None:
+        self.cause = cause
+        self.remedy = remedy
+        self.is_countable = is_countable
+        super().__init__(cause, remedy, is_countable)
+
+    def __str__(self) -> str:
+        return f"What this call may cost is not known: {self.cause}. Nothing was spent. {self.remedy}"
+
+
+class UnmeteredCallError(HoldError):
+    """A client made a request that may cost money and whose usage trueup can't read."""
+
+    def __init__(self, method: str, url: str) -> None:
+        self.method = method
+        self.url = url
+        super().__init__(method, url)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.method} {self.url} may cost tokens, and trueup knows no way to cap and record them. Nothing was "
+            "sent. If the call is free or is recorded elsewhere, name its path: http_client(allow=[…])."
+        )
+
+
 class HoldBusyError(HoldError):
     """Another attempt of this task holds the lease, so this one is a duplicate. It may retry in `seconds`.
 

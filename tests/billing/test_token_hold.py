@@ -30,9 +30,10 @@ from trueup.errors import (
 )
 from trueup.gate.holds import Hold, list_holds, open_hold
 from trueup.gate.owed_charges import settle_owed_charges
-from trueup.llm.metering import MeteredModel, spending_from
+from trueup.llm.metering import MeteredModel
 from trueup.llm.model import Message
 from trueup.llm.providers import provider_from_settings
+from trueup.llm.running import spending_from
 from trueup.settings.settings import get_settings
 from trueup.usage.charges import record_charge
 

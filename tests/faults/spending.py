@@ -31,8 +31,9 @@ from tests.faults.planned import COMPLETE, SPEND_TASKS, STREAM_CLOSED, STREAM_LE
 from tests.faults.prompts import prompt_of
 from trueup.accounts.user_ids import UserId
 from trueup.llm.awaitable import AsyncCompletionStream
-from trueup.llm.metering import MeteredModel, running_hold
+from trueup.llm.metering import MeteredModel
 from trueup.llm.model import Completion, CompletionStream, Message
+from trueup.llm.running import running_hold
 from trueup.llm.tokens import offline_counter
 from trueup.settings.settings import get_settings
 from trueup.tasks import metered_task

@@ -15,7 +15,7 @@ import pytest
 from tests.support.wire import DONE, HEAD, Wire, chunk, plain, provider_at, wire_server
 from trueup.errors import ProviderError
 from trueup.llm.model import Message
-from trueup.llm.providers import openai_client
+from trueup.llm.providers import paying_client
 
 PROMPT = [Message(role="user", content="How are you?")]
 LIMIT_SECONDS = 0.5
@@ -94,7 +94,7 @@ def test_a_stream_of_events_may_take_longer_than_any_of_them(wire: Wire) -> None
 def test_an_answer_of_any_length_takes_no_more_memory_than_the_longest_allowed(
     wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openai_client, "MAX_ANSWER_BYTES", 2**20)
+    monkeypatch.setattr(paying_client, "MAX_ANSWER_BYTES", 2**20)
     text = "x" * 2**21
     wire.sends(plain(200, {"choices": [{"message": {"content": text}}]}))
     with pytest.raises(ProviderError, match="longer than 1,048,576 bytes") as raised:

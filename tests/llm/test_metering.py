@@ -20,9 +20,10 @@ from trueup.errors import (
 )
 from trueup.gate.holds import Hold, close_hold, open_hold
 from trueup.gate.provider_calls import list_unrecorded_calls
-from trueup.llm.metering import MeteredModel, spending_from
+from trueup.llm.metering import MeteredModel
 from trueup.llm.model import Completion, CompletionStream, Message
 from trueup.llm.offline.offline import OfflineProvider
+from trueup.llm.running import spending_from
 from trueup.settings.settings import get_settings
 
 PROMPT = [Message(role="user", content="a question")]

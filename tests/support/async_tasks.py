@@ -7,8 +7,8 @@ from celery import current_task
 
 from tests.support.model_tasks import WORD, spend
 from trueup.accounts.user_ids import UserId
-from trueup.llm.metering import running_hold
 from trueup.llm.model import AsyncModel, Message
+from trueup.llm.running import running_hold
 from trueup.tasks import metered_task
 
 

@@ -18,8 +18,8 @@ from trueup.billing.token_hold import ai_tokens
 from trueup.database.engine import connect
 from trueup.errors import ProviderError
 from trueup.gate.holds import expire_holds
-from trueup.llm.metering import running_hold
 from trueup.llm.model import Message, Model
+from trueup.llm.running import running_hold
 from trueup.tasks import metered_task
 
 WORD = "token "

@@ -16,9 +16,10 @@ from tests.support.work import hold_tokens
 from tests.support.worker import own_application
 from trueup.errors import HoldBusyError, ResultNotKeptError, TaskIdReusedError
 from trueup.gate.holds import close_hold, list_holds
-from trueup.llm.metering import MeteredModel, spending_from
+from trueup.llm.metering import MeteredModel
 from trueup.llm.model import Message
 from trueup.llm.offline.offline import OfflineProvider
+from trueup.llm.running import spending_from
 from trueup.settings.settings import get_settings
 from trueup.tasks.arguments import ArgumentParser
 from trueup.tasks.identity import canonical_defaults, request_fingerprint

@@ -21,7 +21,7 @@ from trueup.errors import (
     TokensDenied,
 )
 from trueup.gate.holds import HoldRow, close_hold, list_holds
-from trueup.llm.metering import running_hold
+from trueup.llm.running import running_hold
 from trueup.settings.settings import get_settings
 from trueup.tasks import metered_task
 from trueup.tasks.base import MAX_LOST_HOLDS

@@ -67,7 +67,7 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
 
     @property
     def hold(self) -> Hold:
-        """The hold, for `trueup.llm.metering.spending_from`: in its block trueup's client spends from the hold."""
+        """The hold, for `trueup.llm.running.spending_from`: in its block trueup's client spends from the hold."""
         if self._hold is None:
             raise NoHoldError("ai_tokens: outside of the block no tokens are held. Use `with ai_tokens(…) as hold`.")
         return self._hold

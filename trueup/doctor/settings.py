@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from trueup.doctor.findings import Finding, error, ok, warning
+from trueup.settings.model_keys import model_key
 from trueup.settings.settings import PREFIX, Settings
 
 _warning, _error = partial(warning, "settings"), partial(error, "settings")
@@ -47,8 +48,9 @@ def _servers(settings: Settings) -> Iterator[Finding]:
 
 
 def _model(settings: Settings) -> Iterator[Finding]:
-    if settings.model_provider == "openai" and settings.openai_api_key is None:
-        yield _error("The model provider is openai, but no API key is set.", f"Set {PREFIX}OPENAI_API_KEY.")
+    names, key = model_key(settings)
+    if names and key is None:
+        yield _error(f"The model provider is {settings.model_provider}, but no API key is set.", f"Set {names}.")
     if settings.model_provider is None and settings.database_url:
         yield _warning(
             "No model provider is set: metered tasks fail before the gate and hold no tokens.",

@@ -72,8 +72,8 @@ def check_extras(settings: Settings) -> Iterator[Finding]:
 
 def _needed_extras(settings: Settings) -> Iterator[tuple[str, str]]:
     """Yield each extra that a setting needs, with the setting."""
-    if settings.model_provider == "openai":
-        yield "openai", "TRUEUP_MODEL_PROVIDER=openai"
+    if settings.model_provider not in (None, "offline"):
+        yield settings.model_provider, f"TRUEUP_MODEL_PROVIDER={settings.model_provider}"
     if settings.beat_scheduler == "redbeat":
         yield "redbeat", "TRUEUP_BEAT_SCHEDULER=redbeat"
     if settings.alerts.apprise_urls:

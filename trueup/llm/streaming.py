@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 from trueup.billing.token_hold import ai_tokens
 from trueup.database.threads import in_thread
 from trueup.llm.awaitable import in_call_thread
-from trueup.llm.metering import RunningHold, bound, finish
+from trueup.llm.running import RunningHold, bound, finish
 
 logger = logging.getLogger(__name__)
 

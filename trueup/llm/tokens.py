@@ -95,6 +95,12 @@ def counter_for(model_name: str) -> TokenCounter:
     return BoundCounter()
 
 
+def likely_counter(model_name: str) -> TokenCounter:
+    """Return the counter for an estimate: the model's own, else the one whose counts are nearest to most models'."""
+    counter = counter_for(model_name)
+    return counter if counter.exact else EncodingCounter(OFFLINE_ENCODING)
+
+
 def offline_counter() -> TokenCounter:
     """Return the counter by which the offline provider bills; the default of the services' plans."""
     return EncodingCounter(OFFLINE_ENCODING)
@@ -105,12 +111,20 @@ def scaled_estimate(tokens: int, counter: TokenCounter) -> int:
     return tokens if counter.exact else tokens * _BOUND_BYTES_PER_TOKEN
 
 
+def prompt_overhead(counter: TokenCounter) -> int:
+    """Return the tokens of a prompt beside those of its messages."""
+    return _EXACT_PER_PROMPT if counter.exact else _BOUND_PER_PROMPT
+
+
+def message_overhead(counter: TokenCounter) -> int:
+    """Return the tokens of a message beside those of its role and content."""
+    return _EXACT_PER_MESSAGE if counter.exact else _BOUND_PER_MESSAGE
+
+
 def count_prompt_tokens(messages: Sequence[Message], counter: TokenCounter) -> int:
     """Return the tokens that a chat prompt costs, with message overhead; never fewer than billed."""
-    per_message, per_prompt = (
-        (_EXACT_PER_MESSAGE, _EXACT_PER_PROMPT) if counter.exact else (_BOUND_PER_MESSAGE, _BOUND_PER_PROMPT)
-    )
-    return per_prompt + sum(
+    per_message = message_overhead(counter)
+    return prompt_overhead(counter) + sum(
         per_message + counter.count(message.role) + counter.count(message.content) for message in messages
     )
 

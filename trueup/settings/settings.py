@@ -32,6 +32,7 @@ from trueup.settings.api import ApiSettings
 from trueup.settings.broker import check_redis_url
 from trueup.settings.gate import GateSettings
 from trueup.settings.home import default_home
+from trueup.settings.models import ModelSettings, TokenClass, Weight
 from trueup.settings.policies import ReconcileSettings
 from trueup.settings.urls import ESCAPE, is_readable, split_http_url
 
@@ -39,7 +40,7 @@ PREFIX = "TRUEUP_"
 CONFIG_VARIABLE = "TRUEUP_CONFIG"
 LEASE_MARGIN_SECONDS = 30
 
-ModelProvider = Literal["offline", "openai"]
+ModelProvider = Literal["anthropic", "gemini", "offline", "openai"]
 
 
 class Settings(BaseSettings):
@@ -98,16 +99,27 @@ class Settings(BaseSettings):
 
     # No default: a forgotten setting must not send made-up answers to real users.
     model_provider: ModelProvider | None = Field(
-        default=None, description="openai, or offline for made-up answers; unset: AI tasks fail"
+        default=None, description="openai, anthropic, gemini, or offline for made-up answers; unset: AI tasks fail"
     )
     model_name: str = "gpt-4o-mini"
     openai_base_url: str | None = Field(default=None, description="an OpenAI-compatible endpoint; unset: OpenAI's own")
-    openai_api_key: SecretStr | None = None
+    openai_api_key: SecretStr | None = Field(default=None, description="unset: OPENAI_API_KEY, for OpenAI's own server")
+    model_base_url: str | None = Field(
+        default=None, description="another server with the API of Anthropic or Gemini; unset: the maker's own"
+    )
+    model_api_key: SecretStr | None = Field(
+        default=None, description="for anthropic and gemini; unset: ANTHROPIC_API_KEY, GEMINI_API_KEY, GOOGLE_API_KEY"
+    )
     model_timeout_seconds: float = Field(
         default=60.0, gt=0, le=600, description="for one whole answer; of a stream, for each event"
     )
     model_max_retries: int = Field(default=0, ge=0, le=10, description="the SDK's retries of requests not served")
     model_max_tokens_parameter: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+
+    count: dict[TokenClass, Weight] = Field(
+        default_factory=dict, description="how much a token of a class counts, such as cached_input = 0.1; else 1"
+    )
+    models: dict[str, ModelSettings] = Field(default_factory=dict, description='by pattern of the name: "gpt-5*"')
 
     instagram_graph_url: str = "https://graph.instagram.com/v23.0"
     instagram_access_token: SecretStr | None = None
@@ -172,7 +184,7 @@ class Settings(BaseSettings):
             raise ValueError(f"this URL can't be read: check its port, or {ESCAPE}")
         return url
 
-    @field_validator("openai_base_url", "instagram_graph_url")
+    @field_validator("openai_base_url", "model_base_url", "instagram_graph_url")
     @classmethod
     def _http_url(cls, url: str | None) -> str | None:
         if url and split_http_url(url) is None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -26,13 +27,18 @@ _MAX_MODEL_NAME = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """The usage of one provider call. Token figures are counts, as billed by the provider."""
+    """The usage of one provider call. Token figures are counts.
+
+    `prompt_tokens`, `completion_tokens`: as billed by the provider. `total_tokens`: what counts against the budget.
+    `classes`: the billed tokens by class, such as cached input; None: not known.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     response_time_ms: int
     model_name: str
+    classes: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +62,8 @@ _RECORD = text(
     SELECT recorded, bought_twice, late, tokens_over, tokens_left, owed_because
     FROM trueup.record_charge(:user_id, :task_id, :attempt, :call_key, :log_id, :section,
                               :prompt_tokens, :completion_tokens, :total_tokens, :response_time_ms, :model_name,
-                              CAST(:metadata AS jsonb), CAST(:answer AS jsonb), CAST(:now AS timestamptz))
+                              CAST(:metadata AS jsonb), CAST(:answer AS jsonb), CAST(:now AS timestamptz),
+                              CAST(:classes AS jsonb))
     """
 )
 
@@ -95,6 +102,7 @@ def record_charge(
         "metadata": _storable_json(metadata) or "{}",
         "answer": _storable_json(answer),
         "now": now,
+        "classes": None if usage.classes is None else json.dumps(dict(usage.classes)),
     }
     try:
         row = connection.execute(_RECORD, values).one()
@@ -180,6 +188,20 @@ def find_answer(connection: Connection, hold: Hold, call_key: str) -> dict[str, 
         {"user_id": hold.user_id, "task_id": hold.task_id, "call_key": call_key},
     ).scalar_one_or_none()
     return answer
+
+
+_FIND_NUMBERS = text(
+    "SELECT call_key FROM trueup.charge "
+    "WHERE user_id = :user_id AND task_id = :task_id AND starts_with(call_key, CAST(:prefix AS text))"
+)
+
+
+def charged_numbers(connection: Connection, hold: Hold, prefix: str) -> frozenset[int]:
+    """Return the numbers of the charged calls of this task whose keys begin with `prefix`. A number follows it."""
+    keys = connection.execute(
+        _FIND_NUMBERS, {"user_id": hold.user_id, "task_id": hold.task_id, "prefix": prefix}
+    ).scalars()
+    return frozenset(int(key[len(prefix) :].partition("~")[0]) for key in keys)
 
 
 _PRUNE = text(

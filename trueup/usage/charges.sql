@@ -4,11 +4,13 @@
 -- this key, because this attempt lost its lease; the caller must record its own call under another key.
 --
 -- Usage counts even if its hold has ended (expired, or taken over by a later attempt): it is recorded and flagged late.
--- tokens_over: the tokens that the hold did not cover.
+-- tokens_over: the tokens that the hold did not cover. p_classes: the billed tokens by class, such as cached input, before
+-- the settings' weights; NULL: not known.
+-- Longer than 70 lines, because all effects of a charge happen in one transaction under one row lock.
 CREATE OR REPLACE FUNCTION trueup.record_charge(
     p_user {{ user_id_type }}, p_task text, p_attempt integer, p_call_key text, p_log_id text, p_section text,
     p_prompt bigint, p_completion bigint, p_total bigint, p_response_ms bigint, p_model text,
-    p_metadata jsonb, p_answer jsonb, INOUT at timestamptz,
+    p_metadata jsonb, p_answer jsonb, INOUT at timestamptz, p_classes jsonb DEFAULT NULL,
     OUT recorded boolean, OUT bought_twice boolean, OUT late boolean, OUT tokens_over bigint, OUT tokens_left bigint,
     OUT owed_because text
 ) LANGUAGE plpgsql AS $$
@@ -50,10 +52,14 @@ BEGIN
         a.consumed := a.consumed + w.own;
         a.held := a.held - v_covered;
         INSERT INTO trueup.charge (user_id, task_id, call_key, attempt, log_id, section, model_name,
-                                   hold_id, tokens_total, tokens_covered, late, answer, charged_at, counter_lowered)
+                                   hold_id, tokens_total, tokens_covered, late, answer, charged_at, counter_lowered,
+                                   tokens_input, tokens_cached_input, tokens_cache_write, tokens_output,
+                                   tokens_reasoning, tokens_audio)
         -- Lower the legacy counter too, so that trueup's own usage causes no drift.
         VALUES (p_user, p_task, p_call_key, p_attempt, w.log_id, p_section, o.model_name,
-                h.id, p_total, v_covered, late, p_answer, at, w.may_lower AND trueup.lower_counter(p_user, p_total));
+                h.id, p_total, v_covered, late, p_answer, at, w.may_lower AND trueup.lower_counter(p_user, p_total),
+                (p_classes->>'input')::bigint, (p_classes->>'cached_input')::bigint, (p_classes->>'cache_write')::bigint,
+                (p_classes->>'output')::bigint, (p_classes->>'reasoning')::bigint, (p_classes->>'audio')::bigint);
         -- The call is no longer in flight.
         DELETE FROM trueup.call_intent c
         WHERE c.user_id = p_user AND c.task_id = p_task AND c.attempt = p_attempt AND c.call_key = v_first_key;

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Column, MetaData, Table
 
 from trueup.database.schema.balances import add_balance_tables
+from trueup.database.schema.bounds import add_bound_tables
 from trueup.database.schema.columns import user_id_column_type
 from trueup.database.schema.grants import add_grant_tables
 from trueup.database.schema.holds import add_hold_tables
@@ -35,6 +36,7 @@ def build_metadata(user_id_type: UserIdType) -> MetaData:
     add_reconcile_tables(metadata, user_id)
     add_request_table(metadata, user_id)
     add_rollout_tables(metadata, user_id)
+    add_bound_tables(metadata)
     return metadata
 
 

@@ -24,6 +24,10 @@ from trueup.database.schema.columns import moment, tokens
 ONE_OPEN_PER_TASK = "hold_one_open_per_task"
 
 
+# The classes of tokens that a charge keeps apart.
+CHARGE_CLASSES = ("input", "cached_input", "cache_write", "output", "reasoning", "audio")
+
+
 def add_hold_tables(metadata: MetaData, user_id: Any) -> None:
     _add_hold_table(metadata, user_id)
     _add_call_tables(metadata, user_id)
@@ -98,6 +102,8 @@ def _add_call_tables(metadata: MetaData, user_id: Any) -> None:
         Column("hold_id", BigInteger),
         # False: the host had locked the counter, so the counter lacks this charge. Null: not known.
         Column("counter_lowered", Boolean),
+        # The billed tokens by class, before the settings' weights. Null: not known.
+        *(tokens(f"tokens_{name}", nullable=True) for name in CHARGE_CLASSES),
         # A provider call is charged once, however often its task is redelivered.
         PrimaryKeyConstraint("user_id", "task_id", "call_key", name="charge_pkey"),
         CheckConstraint("tokens_covered BETWEEN 0 AND tokens_total", name="charge_covered_within_total"),

@@ -2,6 +2,7 @@
 
 from trueup.errors import SettingsError
 from trueup.extras import require_extra
+from trueup.llm.bounds import assigned_counter
 from trueup.llm.model import Provider
 from trueup.llm.tokens import TokenCounter, counter_for, offline_counter
 from trueup.settings.settings import PREFIX, Settings
@@ -19,6 +20,18 @@ def provider_from_settings(settings: Settings) -> Provider:
             from trueup.llm.providers.openai import OpenAIProvider
 
             return OpenAIProvider(settings)
+        case "anthropic":
+            require_extra("anthropic", "TRUEUP_MODEL_PROVIDER=anthropic", consequence="Nothing was spent.")
+            from trueup.llm.providers.anthropic import Anthropic
+            from trueup.llm.providers.maker import MakerProvider
+
+            return MakerProvider(settings, Anthropic)
+        case "gemini":
+            require_extra("gemini", "TRUEUP_MODEL_PROVIDER=gemini", consequence="Nothing was spent.")
+            from trueup.llm.providers.gemini import Gemini
+            from trueup.llm.providers.maker import MakerProvider
+
+            return MakerProvider(settings, Gemini)
         case "offline":
             require_extra("embedded", "TRUEUP_MODEL_PROVIDER=offline", "bpe_openai", consequence="Nothing was spent.")
             from trueup.llm.offline.offline import OfflineProvider
@@ -27,8 +40,8 @@ def provider_from_settings(settings: Settings) -> Provider:
         case None:
             raise SettingsError(
                 f"{PREFIX}MODEL_PROVIDER is not set, and this task needs a model. No tokens were held or spent. Set it "
-                "for the workers and restart them: `openai` calls any OpenAI-compatible endpoint, `offline` makes up "
-                "its answers."
+                "for the workers and restart them: `openai` calls any OpenAI-compatible endpoint, `anthropic` and "
+                "`gemini` their makers, `offline` makes up its answers."
             )
 
 
@@ -39,4 +52,4 @@ def counter_from_settings(settings: Settings) -> TokenCounter:
     """
     if settings.model_provider == "offline":
         return offline_counter()
-    return counter_for(settings.model_name)
+    return assigned_counter(settings.model_name, settings) or counter_for(settings.model_name)

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any, cast
 import openai
 
 from trueup.errors import SettingsError
+from trueup.llm.bounds import assigned_counter
 from trueup.llm.credentials import header_value
 from trueup.llm.model import Completion, CompletionStream, Message
+from trueup.llm.providers.failures import Failures
 from trueup.llm.providers.openai_answers import Answer
-from trueup.llm.providers.openai_client import PayingClient
-from trueup.llm.providers.openai_errors import SDK_ERRORS, Failures
-from trueup.llm.providers.openai_streams import StreamReader, completion_body
+from trueup.llm.providers.openai_streams import SDK_ERRORS, StreamReader, completion_body
+from trueup.llm.providers.paying_client import PayingClient
 from trueup.llm.texts import without_lone_surrogates
 from trueup.llm.tokens import count_prompt_tokens, counter_for
+from trueup.settings.model_keys import model_key
 from trueup.settings.settings import Settings
 
 if TYPE_CHECKING:
@@ -32,17 +34,24 @@ class OpenAIProvider:
 
     def __init__(self, settings: Settings) -> None:
         """Make the client without connecting. Raises `SettingsError` if no key is set and the server is OpenAI's."""
-        key = header_value("TRUEUP_OPENAI_API_KEY", settings.openai_api_key)
+        key_name, secret = model_key(settings)
+        key = header_value(key_name, secret)
         if not key and not settings.openai_base_url:
             raise SettingsError(
-                "TRUEUP_OPENAI_API_KEY is not set, and OpenAI refuses calls without a key. Nothing was spent. Set it, "
+                f"{key_name} is not set, and OpenAI refuses calls without a key. Nothing was spent. Set it, "
                 "or set TRUEUP_OPENAI_BASE_URL for a server that needs no key, or TRUEUP_MODEL_PROVIDER=offline."
             )
         url = settings.openai_base_url or _OPENAI_URL
-        self._failures = Failures(url, key)
+        self._failures = Failures(
+            url,
+            key,
+            key_name=key_name,
+            url_name="TRUEUP_OPENAI_BASE_URL",
+            connection_errors=(openai.APIConnectionError,),
+        )
         self._model_name = settings.model_name
         self._cap_parameter = settings.model_max_tokens_parameter
-        self._counter = counter_for(settings.model_name)
+        self._counter = assigned_counter(settings.model_name, settings) or counter_for(settings.model_name)
         self._asks_for_usage = True
         self._client = openai.OpenAI(
             api_key=key or _NO_KEY,
@@ -50,9 +59,9 @@ class OpenAIProvider:
             timeout=settings.model_timeout_seconds,
             max_retries=settings.model_max_retries,
             http_client=PayingClient(
+                root=openai.OpenAIError,
                 answer_seconds=settings.model_timeout_seconds,
                 limits=openai.DEFAULT_CONNECTION_LIMITS,
-                follow_redirects=True,
             ),
         )
 

@@ -4,10 +4,14 @@ import json
 import time
 from collections.abc import Iterator
 
+import httpx2
 import openai
 
+from trueup.llm.providers.failures import Failures
 from trueup.llm.providers.openai_answers import Answer, is_completion
-from trueup.llm.providers.openai_errors import SDK_ERRORS, Failures
+
+SDK_ERRORS = (openai.OpenAIError, httpx2.HTTPError)
+"""The SDK's errors. While it reads the body of a refusal, its HTTP client's own errors get through."""
 
 # Errors of reading a stream besides the SDK's: events that are not UTF-8 or JSON, or JSON that is nested too deep.
 _UNREADABLE = (ValueError, RecursionError)

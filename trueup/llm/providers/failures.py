@@ -1,46 +1,63 @@
-"""Errors of an OpenAI-compatible server, translated to `ProviderError` in one place and without the key."""
+"""Errors of a model's server, translated to `ProviderError` in one place and without the key."""
+
+from typing import Any
 
 import httpx2
-import openai
 
 from trueup.errors import ProviderError
-from trueup.llm.providers.openai_client import NEVER_SENT
+from trueup.llm.providers.paying_client import NEVER_SENT
 from trueup.llm.texts import cut_at_word
-
-SDK_ERRORS = (openai.OpenAIError, httpx2.HTTPError)
-"""The SDK's errors. While it reads the body of a refusal, its HTTP client's own errors get through."""
 
 _RETRYABLE_STATUS = frozenset({408, 409, 429})
 _DETAIL_CHARACTERS = 300
 
 _REMEDIES = {
     400: "Check TRUEUP_MODEL_NAME and TRUEUP_MODEL_MAX_TOKENS_PARAMETER.",
-    401: "Check TRUEUP_OPENAI_API_KEY.",
-    403: "Check that the key of TRUEUP_OPENAI_API_KEY may use this model.",
-    404: "Check TRUEUP_MODEL_NAME and TRUEUP_OPENAI_BASE_URL.",
+    401: "Check {key}.",
+    403: "Check that the key of {key} may use this model.",
+    404: "Check TRUEUP_MODEL_NAME and {url}.",
     413: "Send a shorter text.",
     429: "Try again later, or raise the limit with the provider.",
 }
 
 
 class Failures:
-    """Makes the errors of one server."""
+    """Makes the errors of one server.
 
-    def __init__(self, url: str, key: str | None) -> None:
+    `key_name`, `url_name`: the settings that hold its key and its URL. `connection_errors`: the SDK's errors around an
+    error of its HTTP client.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        key: str,
+        *,
+        key_name: str,
+        url_name: str,
+        connection_errors: tuple[type[Exception], ...] = (),
+    ) -> None:
         self._url = url
         self._key = key
+        self._names = {"key": key_name, "url": url_name}
+        self._connection_errors = connection_errors
+
+    def is_of_connection(self, error: Exception) -> bool:
+        """Return whether the error came from the connection: from the HTTP client, or around one of its errors."""
+        return isinstance(error, self._connection_errors) or isinstance(_cause_of(error), httpx2.HTTPError)
 
     def of(self, error: Exception) -> ProviderError:
         """Translate an error that the SDK raised before an answer, or before the first event of a stream."""
-        if isinstance(error, openai.APIStatusError):
-            return self._refused(error)
-        if not isinstance(error, openai.APIConnectionError | httpx2.HTTPError):
+        status = status_of(error)
+        if status is not None:
+            return self._refused(error, status)
+        if not self.is_of_connection(error):
             return ProviderError(f"The SDK could not call the model at {self._url}: {self._safe(str(error))}.")
-        cause = error.__cause__ or error
+        cause = _cause_of(error)
         if isinstance(cause, NEVER_SENT):
             return ProviderError(
                 f"The model at {self._url} can't be reached ({self._named(cause)}). "
-                "Check the network and TRUEUP_OPENAI_BASE_URL.",
+                f"Check the network and {self._names['url']}.",
                 retryable=True,
             )
         if isinstance(cause, httpx2.TimeoutException):
@@ -61,7 +78,7 @@ class Failures:
         """Return the error for a success that is not a completion and so has no usage."""
         return ProviderError(
             f"The server at {self._url} answered, but not with a chat completion "
-            f"({self._safe(text) or 'an empty body'}), so the call's usage is unknown. Check TRUEUP_OPENAI_BASE_URL.",
+            f"({self._safe(text) or 'an empty body'}), so the call's usage is unknown. Check {self._names['url']}.",
             outcome_unknown=True,
         )
 
@@ -70,24 +87,23 @@ class Failures:
 
         `begun`: a part of the answer has arrived, so the usage can be counted.
         """
-        named = "the connection was closed" if error is None else self._named(error.__cause__ or error)
+        named = "the connection was closed" if error is None else self._named(_cause_of(error))
         usage = "The received part is charged" if begun else "Nothing had arrived, so the call's usage is unknown"
         return ProviderError(
             f"The model at {self._url} broke off its answer ({named}). {usage}. A later call may succeed.",
-            retryable=not isinstance(error, openai.APIError) or _worth_repeating(error),
+            retryable=error is None or self.is_of_connection(error) or _worth_repeating(error),
             outcome_unknown=not begun,
         )
 
-    def _refused(self, error: openai.APIStatusError) -> ProviderError:
-        status = error.status_code
+    def _refused(self, error: Exception, status: int) -> ProviderError:
         # The text of a 401 may quote part of the key, so it is left out.
         detail = "" if status == 401 else f" ({self._safe(_refusal_text(error))})"
         retryable = _worth_repeating(error)
         remedy = _REMEDIES.get(status, "Try again later." if retryable else "See the provider's documentation.")
-        if error.code == "insufficient_quota":
+        if getattr(error, "code", None) == "insufficient_quota":
             remedy = "The provider's account has no credit. Add credit."
         return ProviderError(
-            f"The model at {self._url} refused the call with HTTP {status}{detail}. {remedy}",
+            f"The model at {self._url} refused the call with HTTP {status}{detail}. {remedy.format(**self._names)}",
             retryable=retryable,
         )
 
@@ -102,21 +118,40 @@ class Failures:
         return cut_at_word(line, _DETAIL_CHARACTERS)
 
 
-def _refusal_text(error: openai.APIStatusError) -> str:
+def _cause_of(error: Exception) -> BaseException:
+    """Return the HTTP client's error that the SDK's error is about, or the error itself."""
+    return error if isinstance(error, httpx2.HTTPError) else error.__cause__ or error
+
+
+def status_of(error: Exception) -> int | None:
+    """Return the HTTP status of a refusal; None for any other error, such as an error event of a stream.
+
+    Google's SDK calls it a code.
+    """
+    for status in (getattr(error, "status_code", None), getattr(error, "code", None)):
+        if isinstance(status, int) and status >= 400:
+            return status
+    return None
+
+
+def _refusal_text(error: Any) -> str:
     """Return the server's message, or the raw body if it has none."""
-    body = error.body
-    if isinstance(body, dict) and isinstance(body.get("message"), str):
-        return str(body["message"])
-    return error.response.text
+    body = getattr(error, "body", None)
+    inner = body.get("error") if isinstance(body, dict) else None
+    for fields in (inner, body):
+        if isinstance(fields, dict) and isinstance(fields.get("message"), str):
+            return str(fields["message"])
+    return str(error.response.text) if hasattr(error, "body") else str(error.message)
 
 
-def _worth_repeating(error: openai.APIError) -> bool:
+def _worth_repeating(error: Exception) -> bool:
     """Return whether the same request may succeed later. An error event has no HTTP status; its code may be one."""
-    if error.code == "insufficient_quota":
+    code = getattr(error, "code", None)
+    if code == "insufficient_quota":
         return False
-    status = getattr(error, "status_code", None)
-    if status is None and error.code is not None and error.code.isdecimal():
-        status = int(error.code)
+    status = status_of(error)
+    if status is None and isinstance(code, str) and code.isdecimal():
+        status = int(code)
     if status is None:
-        return error.type != "invalid_request_error"
+        return getattr(error, "type", None) != "invalid_request_error"
     return status in _RETRYABLE_STATUS or status >= 500

@@ -7,7 +7,6 @@ from contextlib import suppress
 from typing import Any
 
 import httpx2
-import openai
 
 # Errors raised before the request was sent, so no provider can have served it. After any other failure that is not
 # known, because a server may have read the whole request before the connection broke.
@@ -32,21 +31,30 @@ _STEPS = 20
 class PayingClient(httpx2.Client):
     """An HTTP client that stops the SDK from retrying a request that may have been served.
 
-    The SDK retries after every error of its HTTP client, but not after its own errors. A request that is served twice
-    would be billed twice and charged once.
+    An SDK retries after every error of its HTTP client, but passes an error of its own root class on. A request that is
+    served twice would be billed twice and charged once.
 
-    `answer_seconds`: the time for the wait for an answer's head, for the rest of the answer, and for each event of a
-    stream. HTTP clients limit each wait alone, so that a server which sends a byte now and then would be waited for
-    without end. Time in which this process did not run does not count: the server has sent its answer meanwhile, and
-    bills it. An answer of more than `MAX_ANSWER_BYTES` is broken off.
+    `root`: the root class of the SDK's errors; None: it does not retry. `answer_seconds`: the time for the wait for an
+    answer's head, for the rest of the answer, and for each event of a stream. HTTP clients limit each wait alone, so
+    that a server which sends a byte now and then would be waited for without end. Time in which this process did not
+    run does not count: the server has sent its answer meanwhile, and bills it. An answer of more than
+    `MAX_ANSWER_BYTES` is broken off.
 
     It also decodes every body as UTF-8, the encoding of JSON. A server may name a charset that Python does not know as
     a text encoding; reading the paid answer would then fail.
     """
 
-    def __init__(self, *, answer_seconds: float, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *, root: type[Exception] | None, answer_seconds: float, **options: Any) -> None:
+        super().__init__(follow_redirects=True, **options)
+        self._root = root
         self._answer_seconds = answer_seconds
+        self._latest = threading.local()
+
+    @property
+    def latest_response(self) -> httpx2.Response:
+        """The response that this thread received last."""
+        response: httpx2.Response = self._latest.response
+        return response
 
     def send(self, request: httpx2.Request, *, stream: bool = False, **options: Any) -> httpx2.Response:
         try:
@@ -55,11 +63,11 @@ class PayingClient(httpx2.Client):
             if not stream:
                 response.read()
         except httpx2.RequestError as error:
-            if isinstance(error, NEVER_SENT):
+            if isinstance(error, NEVER_SENT) or self._root is None:
                 raise
-            kind = openai.APITimeoutError if isinstance(error, httpx2.TimeoutException) else openai.APIConnectionError
-            raise kind(request=request) from error
+            raise self._root(str(error)) from error
         response.encoding = "utf-8"
+        self._latest.response = response
         return response
 
     def __del__(self) -> None:  # as in the SDK's own client

@@ -1,0 +1,54 @@
+"""docs/sdks.md: each example runs as it stands, capped and recorded."""
+
+import inspect
+import re
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from celery import Celery
+
+from tests.support.host import Host
+from tests.support.makers import WORD, Maker
+from tests.support.worker import own_application
+from trueup.settings.settings import Settings
+
+MANUAL = (Path(__file__).parents[2] / "docs" / "sdks.md").read_text()
+EXAMPLES = dict(re.findall(r"^## ([^\n]+)\n\n```python\n(.*?)^```", MANUAL, re.MULTILINE | re.DOTALL))
+
+
+@pytest.fixture
+def app(database: str) -> Celery:
+    return own_application()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_makes_a_capped_and_recorded_call(
+    name: str, app: Celery, maker: Maker, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GEMINI_API_KEY"):
+        monkeypatch.setenv(variable, "test")
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{maker.url}/v1")
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", maker.url)
+    monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", maker.url)
+    module = ModuleType(f"example_{len(name)}_{abs(hash(name))}")
+    exec(EXAMPLES[name], vars(module))  # noqa: S102 - our own manual
+    user = host.subscriber(10_000)
+    assert module.summarize(user, text="a text to summarize") == WORD * 20
+    assert host.used(user) == maker.billed
+    [request] = maker.requests
+    config = request.get("generationConfig") or request
+    caps = [config.get(cap) for cap in ("max_output_tokens", "maxOutputTokens", "max_completion_tokens", "max_tokens")]
+    assert max(cap for cap in caps if cap) <= 4_000
+    body = EXAMPLES[name].partition("def summarize")[2]
+    assert len(inspect.cleandoc(body).splitlines()) <= 5
+
+
+def test_there_is_an_example_for_each_sdk() -> None:
+    assert list(EXAMPLES) == ["OpenAI, and servers with its API", "Anthropic", "Gemini", "pydantic-ai"]
+
+
+@pytest.mark.parametrize("block", re.findall(r"^```toml\n(.*?)^```", MANUAL, re.MULTILINE | re.DOTALL))
+def test_the_settings_of_the_manual_are_valid(block: str) -> None:
+    Settings.model_validate(tomllib.loads(block))

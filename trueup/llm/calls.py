@@ -1,0 +1,139 @@
+"""One provider call of a running hold: begun under a bound, replayed if it was paid for, and charged once."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from trueup.database.retry import PASSING, retry_until_recorded, retrying
+from trueup.errors import HoldOvertakenError
+from trueup.gate.holds import Hold
+from trueup.gate.provider_calls import end_call
+from trueup.llm.output_cap import Demand, cap_output
+from trueup.llm.running import RunningHold
+from trueup.settings.settings import Settings
+from trueup.usage.charges import Charge, Usage, charged_numbers, find_answer, record_charge
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """An admitted call. `limit`: tokens of the answer, at most. `paid`: an earlier attempt's answer to replay.
+
+    `number`: the call's number among the calls of its fingerprint.
+    """
+
+    running: RunningHold
+    fingerprint: str
+    number: int
+    key: str
+    limit: int
+    paid: dict[str, Any] | None = None
+
+
+def fingerprint_of(request: Any) -> str:
+    """Return the fingerprint of a call's request, a JSON value. Calls with the same one are told apart by their number.
+
+    Leave out the limit on the answer, which depends on the hold's remaining tokens and so differs in a redelivery.
+    """
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def begin(running: RunningHold, fingerprint: str, demand: Callable[[], Demand], settings: Settings) -> Call:
+    """Return the call with its paid answer, or admit it under a bound and record its intent.
+
+    `demand`: what the call may cost; asked for only if the call is not paid. Raises `HoldExhaustedError` if the hold
+    does not cover it, `HoldOvertakenError` if a later attempt has the hold, and what `demand` raises.
+    """
+    hold = running.hold
+    if running.is_lost:
+        raise HoldOvertakenError(hold.task_id, hold.attempt)
+    number, paid = _number(hold, fingerprint)
+    key = _key(hold, fingerprint, number)
+    try:
+        limit = 0 if paid is not None else cap_output(running, demand(), call_key=key, settings=settings)
+    except BaseException:  # not sent, so not billed
+        hold.calls.give_back(fingerprint, number)
+        raise
+    return Call(running=running, fingerprint=fingerprint, number=number, key=key, limit=limit, paid=paid)
+
+
+def _number(hold: Hold, fingerprint: str) -> tuple[int, dict[str, Any] | None]:
+    """Return the number of the next call with this fingerprint, and its answer if it is paid for and stored.
+
+    A number that an earlier attempt used for a call with an unknown outcome is skipped if a later one is charged: that
+    attempt asked again, and got the later call's answer.
+    """
+    number = hold.calls.take(fingerprint)
+    if hold.attempt == 1:
+        return number, None
+    try:
+        answer = _answer(hold, fingerprint, number)
+        if answer is None:
+            prefix = _key(hold, fingerprint, None)
+            charged = retrying(lambda connection: charged_numbers(connection, hold, prefix))
+            while number not in charged and any(other > number for other in charged):
+                number = hold.calls.take(fingerprint)
+            answer = _answer(hold, fingerprint, number)
+    except BaseException:
+        hold.calls.give_back(fingerprint, number)
+        raise
+    return number, answer
+
+
+def _answer(hold: Hold, fingerprint: str, number: int) -> dict[str, Any] | None:
+    key = _key(hold, fingerprint, number)
+    return retrying(lambda connection: find_answer(connection, hold, key))
+
+
+def _key(hold: Hold, fingerprint: str, number: int | None) -> str:
+    return f"{hold.scope}:{fingerprint}:{'' if number is None else number}"
+
+
+def end_without_usage(call: Call, *, unknown: bool) -> None:
+    """Record that a call failed. `unknown`: it may have been billed, so its intent stays as evidence."""
+    with suppress(*PASSING):  # the intent then stays started, which reports the call as unrecorded
+        retrying(lambda connection: end_call(connection, call.running.hold, call_key=call.key, unknown=unknown))
+    if not unknown:
+        call.running.hold.calls.give_back(call.fingerprint, call.number)
+
+
+def charge(call: Call, usage: Usage, *, metadata: dict[str, Any], answer: dict[str, Any] | None) -> None:
+    """Record the usage. It was paid for, so the write is retried while the database is unavailable.
+
+    `metadata`: what the log row keeps, beside the names of task, feature and call. `answer`: what a redelivery gets.
+    """
+    hold = call.running.hold
+    named = {"task_id": hold.task_id, "feature": hold.feature_name, "call": call.key}
+    charged = retry_until_recorded(
+        lambda connection: record_charge(
+            connection, hold, call_key=call.key, usage=usage, metadata=named | metadata, answer=answer
+        ),
+        f"user {hold.user_id}, task {hold.task_id}, call {call.key}, {usage.total_tokens} tokens",
+    )
+    call.running.tokens_left = charged.tokens_left
+    call.running.is_lost = call.running.is_lost or charged.late
+    _warn_if_uncovered(hold, call.key, charged)
+
+
+def storable(answer: dict[str, Any], settings: Settings) -> dict[str, Any] | None:
+    """Return the answer to store for a replay; None if the settings or its size do not allow it."""
+    if not settings.store_answers:
+        return None
+    return answer if len(json.dumps(answer).encode()) <= settings.stored_answer_max_bytes else None
+
+
+def _warn_if_uncovered(hold: Hold, call_key: str, charged: Charge) -> None:
+    if charged.recorded and (charged.tokens_over or charged.late):
+        logger.warning(
+            "charge not covered by its hold task=%s user=%s call=%s tokens_over=%d late=%s",
+            hold.task_id,
+            hold.user_id,
+            call_key,
+            charged.tokens_over,
+            charged.late,
+        )

@@ -1,0 +1,191 @@
+"""Completions by a maker's own SDK, read by the maker's wire format, which the transport reads too."""
+
+import time
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any, Protocol
+
+import httpx2
+
+from trueup.errors import SettingsError
+from trueup.llm.bounds import assigned_counter
+from trueup.llm.credentials import header_value
+from trueup.llm.formats.usage import TokenUsage, split_usage
+from trueup.llm.formats.wire_format import AnswerReader
+from trueup.llm.model import Completion, CompletionStream, Message
+from trueup.llm.providers.failures import Failures, status_of
+from trueup.llm.texts import without_lone_surrogates
+from trueup.llm.tokens import count_prompt_tokens, counter_for, likely_counter
+from trueup.settings.model_keys import model_key
+from trueup.settings.settings import Settings
+
+NO_KEY = "none"  # for a server without keys; the SDKs require one
+
+# Errors of reading an answer: it is not UTF-8, not JSON, not of the maker's form, or nested too deep.
+_UNREADABLE = (ValueError, RecursionError)
+
+Part = dict[str, Any]
+"""A whole answer, or one event of a stream, as the server's JSON."""
+
+
+class Maker(Protocol):
+    """One maker's SDK."""
+
+    url: str
+    """The maker's own server. Always passed to the SDK, so that no variable can send the key to another one."""
+    errors: tuple[type[Exception], ...]
+    """The SDK's errors, without those of its HTTP client."""
+    connection_errors: tuple[type[Exception], ...]
+    """The SDK's errors around an error of its HTTP client."""
+
+    def __init__(self, url: str, key: str, settings: Settings) -> None: ...
+
+    def whole(self, messages: Sequence[Message], cap: int) -> Part:
+        """Buy one answer of at most `cap` tokens."""
+        ...
+
+    def events(self, messages: Sequence[Message], cap: int) -> Iterator[Part]:
+        """Buy one answer as a stream. Closing the generator closes the connection."""
+        ...
+
+    def reader(self, *, is_stream: bool) -> AnswerReader:
+        """Return the wire format's reader of an answer."""
+        ...
+
+    def text_of(self, part: Part) -> str:
+        """Return the text for the user, without reasoning."""
+        ...
+
+    def is_cut(self, part: Part) -> bool:
+        """Return whether the part says that the answer was cut off at its cap."""
+        ...
+
+
+class MakerProvider:
+    """A provider over a maker's SDK. Make one per process, because it keeps connections open."""
+
+    def __init__(self, settings: Settings, make: type[Maker]) -> None:
+        """Make the client without connecting. Raises `SettingsError` if no key is set and the server is the maker's."""
+        name, secret = model_key(settings)
+        key = header_value(name, secret)
+        if not key and not settings.model_base_url:
+            raise SettingsError(
+                f"{name} is not set, and the provider {settings.model_provider} refuses calls without a key. Nothing "
+                "was spent. Set it for the workers and restart them."
+            )
+        url = (settings.model_base_url or make.url).rstrip("/")
+        self._maker = make(url, key or NO_KEY, settings)
+        self._failures = Failures(
+            url,
+            key,
+            key_name=name,
+            url_name="TRUEUP_MODEL_BASE_URL",
+            connection_errors=self._maker.connection_errors,
+        )
+        self._errors: tuple[type[Exception], ...] = (*self._maker.errors, httpx2.HTTPError)
+        self._breaks: tuple[type[Exception], ...] = (*self._errors, *_UNREADABLE)
+        self._model_name = settings.model_name
+        assigned = assigned_counter(settings.model_name, settings)
+        self._bound = assigned or counter_for(settings.model_name)
+        self._likely = assigned or likely_counter(settings.model_name)
+
+    def count_prompt_tokens(self, messages: Sequence[Message]) -> int:
+        """Return the tokens that the prompt costs, with message overhead; never fewer than billed."""
+        return count_prompt_tokens(messages, self._bound)
+
+    def complete(self, messages: Sequence[Message], *, max_completion_tokens: int) -> Completion:
+        """Buy one completion of at most `max_completion_tokens` tokens. Raises `ProviderError`."""
+        answer = _Answer(self._maker, is_stream=False)
+        try:
+            part = self._maker.whole(messages, max_completion_tokens)
+        except _UNREADABLE as error:
+            raise self._failures.no_completion(str(error)) from None
+        except self._errors as error:
+            raise self._failures.of(error) from None  # the SDK's text may quote part of the key
+        answer.add(part)
+        answer.reader.end()
+        if not answer.reader.has_begun:
+            raise self._failures.no_completion(str(part))
+        return self._completion(answer, messages, max_completion_tokens)
+
+    def stream(self, messages: Sequence[Message], *, max_completion_tokens: int) -> CompletionStream:
+        """Buy one completion of at most `max_completion_tokens` tokens, in chunks. Returns once it has begun.
+
+        The usage is the provider's if the answer was complete; otherwise it is counted. Raises `ProviderError` if the
+        stream does not begin; iterating raises it if the stream breaks.
+        """
+        answer = _Answer(self._maker, is_stream=True)
+        events = self._maker.events(messages, max_completion_tokens)
+        chunks = self._chunks(answer, events)
+        first = next(chunks)
+
+        def finish() -> Completion:
+            events.close()  # type: ignore[attr-defined]  # a generator
+            return self._completion(answer, messages, max_completion_tokens)
+
+        return CompletionStream(chain((first,), chunks), finish)
+
+    def _chunks(self, answer: "_Answer", events: Iterator[Part]) -> Iterator[str]:
+        """Yield the text of each event. A break after the end of the answer is not an error."""
+        broken: Exception | None = None
+        try:
+            for event in events:
+                text = answer.add(event)
+                if answer.reader.has_begun:
+                    yield text
+        except self._breaks as error:
+            broken = error
+        answer.reader.end()
+        if answer.reader.is_complete:
+            return
+        if broken is not None and not answer.reader.has_begun and self._is_before_answer(broken):
+            raise self._failures.of(broken) from None
+        raise self._failures.broken_stream(broken, begun=answer.reader.has_begun) from None
+
+    def _is_before_answer(self, error: Exception) -> bool:
+        return status_of(error) is not None or self._failures.is_of_connection(error)
+
+    def _completion(self, answer: "_Answer", messages: Sequence[Message], cap: int) -> Completion:
+        usage = answer.reader.usage
+        figures = usage or self._counted(answer.reader, messages, cap)
+        return Completion(
+            text=answer.text,
+            prompt_tokens=figures.prompt,
+            completion_tokens=figures.completion,
+            total_tokens=figures.total,
+            model_name=answer.reader.model_name or self._model_name,
+            response_time_ms=round((answer.last_arrival - answer.started) * 1000),
+            truncated=answer.is_cut,
+            usage_reported=usage is not None,
+        )
+
+    def _counted(self, reader: AnswerReader, messages: Sequence[Message], cap: int) -> TokenUsage:
+        """Estimate the usage that the provider did not report: at most the requested maximum."""
+        prompt = reader.prompt_tokens or count_prompt_tokens(messages, self._likely)
+        made = max(reader.events, self._likely.count("".join(reader.texts)))
+        return split_usage(prompt=prompt, completion=min(made, cap))
+
+
+class _Answer:
+    """The received part of an answer: its text for the user, and what its charge needs."""
+
+    def __init__(self, maker: Maker, *, is_stream: bool) -> None:
+        self.reader = maker.reader(is_stream=is_stream)
+        self.started = self.last_arrival = time.monotonic()
+        self.is_cut = False
+        self._maker = maker
+        self._texts: list[str] = []
+
+    @property
+    def text(self) -> str:
+        return "".join(self._texts)
+
+    def add(self, part: Part) -> str:
+        """Add a part, and return its text."""
+        self.last_arrival = time.monotonic()
+        self.reader.add(None, part)
+        self.is_cut |= self._maker.is_cut(part)
+        # A lone surrogate has no UTF-8 form, so PostgreSQL could not store the answer.
+        text = without_lone_surrogates(self._maker.text_of(part))
+        self._texts.append(text)
+        return text

@@ -1,0 +1,1 @@
+"""HTTP clients for the makers' SDKs: each call is capped to the running hold and recorded once."""
