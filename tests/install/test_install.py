@@ -162,6 +162,7 @@ def test_a_busy_log_makes_the_setup_fail_soon_rather_than_queue_the_host(
 def test_install_gives_up_before_a_deadlock_could_cancel_the_hosts_transaction(host: Host) -> None:
     """The host locks a subscription and waits for the log; install locks the log and needs the subscriptions."""
     user = host.subscriber()
+    host.execute("DROP TRIGGER trueup_window_changed ON billing_subscription")
     with in_background() as submit, locked(host, "UPDATE billing_subscription SET tokens_remaining = 1") as session:
         setting_up = submit(lambda: set_up(host.engine, with_host_tables=False))
         wait_for_lock(host)

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import psycopg
 import pytest
-from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy import Connection, Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
@@ -80,7 +81,10 @@ def test_each_function_that_may_run_elsewhere_has_a_fixed_search_path(host: Host
         "FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang WHERE p.pronamespace = CAST('trueup' AS regnamespace)"
     ).all()
     assert len(found) > 80
-    for function in found:
+    # The subscriptions' trigger names the schema of all that it uses: see the test below.
+    others = [one for one in found if one.name != "trueup.append_window()"]
+    assert len(others) == len(found) - 1
+    for function in others:
         only_reads = function.language == "sql" and function.volatility in ("s", "i") and not function.definer
         assert only_reads or "search_path=pg_catalog, pg_temp" in function.settings, function.name
 
@@ -124,6 +128,40 @@ def test_a_session_without_a_fixed_path_falls_into_the_traps(attacked: Host, emp
     with pytest.raises(DBAPIError, match="hostile code ran"), engine.connect() as connection:
         connection.execute(text("SELECT lower('A') || 'b'"))
     assert hostile.trapped(attacked.engine)
+
+
+def test_the_trigger_of_the_subscriptions_runs_no_code_of_the_sessions_search_path(
+    attacked: Host, empty_database: str
+) -> None:
+    host = attacked
+    user = host.subscriber(10_000)
+    trueup("db", "attach", "--yes")
+    trueup("tokens", "grant", user, 50, "--reason", "gift", "--reference", "r1")
+    plan = host.plan(5_000)
+    for name in ("text", "uuid", "regclass"):
+        host.execute(
+            f"CREATE DOMAIN public.{name} AS pg_catalog.{name} "
+            "CHECK (pg_catalog.nextval('public.trapped') OPERATOR(pg_catalog.<) 0)"
+        )
+    # SQLAlchemy would use operators when it connects.
+    url = make_url(empty_database).set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(url) as connection:
+        for change in (
+            "UPDATE billing_subscription SET tokens_remaining = 5",
+            "UPDATE billing_subscription SET tokens_remaining = NULL",
+            "UPDATE billing_subscription SET is_active = is_active",
+            "UPDATE billing_subscription SET start_date = '2026-02-03', tokens_remaining = 7",
+            f"UPDATE billing_subscription SET token_plan_id = {plan}",
+            "DELETE FROM billing_subscription",
+            (
+                "INSERT INTO billing_subscription (user_id, token_plan_id, start_date, tokens_remaining) "
+                f"VALUES ({user}, {plan}, '2026-02-03', 9)"
+            ),
+        ):
+            connection.execute(change)
+            assert not hostile.trapped(host.engine), change
+    assert host.value("SELECT count(*) FROM trueup.counter_entry") == 6
+    assert host.value("SELECT count(*) FROM trueup.window_change") > 2
 
 
 def test_trueup_runs_no_code_that_others_made_in_public(attacked: Host, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ CREATE OR REPLACE FUNCTION trueup.story_entries(
     )
     SELECT (SELECT jsonb_agg(jsonb_build_array(
                        e.id, coalesce(e.old_counter, 0), coalesce(e.new_counter, 0), extract(epoch FROM e.at), e.kind,
-                       e.window_start, e.plan, e.transaction_id, e.application_name, e.written_by) ORDER BY e.id)
+                       e.window_start, e.plan, e.transaction_id::text::bigint, e.application_name, e.written_by) ORDER BY e.id)
             FROM entries e),
            (SELECT jsonb_object_agg(d.plan, trueup.plan_size(d.token_plan_id, d.full_plan_id))
             FROM (SELECT DISTINCT e.plan, e.token_plan_id, e.full_plan_id FROM entries e
@@ -67,7 +67,7 @@ CREATE OR REPLACE FUNCTION trueup.entry_before(p_user {{ user_id_type }}, p_subs
 RETURNS jsonb LANGUAGE sql STABLE AS $$
     SELECT jsonb_build_array(
                e.id, coalesce(e.old_counter, 0), coalesce(e.new_counter, 0), extract(epoch FROM e.at), e.kind, e.window_start,
-               concat_ws('/', coalesce(e.token_plan_id, ''), coalesce(e.full_plan_id, '')), e.transaction_id,
+               concat_ws('/', coalesce(e.token_plan_id, ''), coalesce(e.full_plan_id, '')), e.transaction_id::text::bigint,
                e.application_name, e.written_by)
     FROM trueup.counter_entry e
     WHERE e.user_id = p_user AND e.subscription_id = p_subscription AND e.at < p_since
@@ -181,13 +181,22 @@ END $$;
 -- Delete at most p_limit entries from before p_before that a run over all users has settled since: that run found the
 -- counter right, or its drift row has the causes. Returns how many were deleted.
 CREATE OR REPLACE FUNCTION trueup.prune_journal(p_before timestamptz, p_limit integer) RETURNS bigint LANGUAGE sql AS $$
-    WITH deleted AS (
-        DELETE FROM trueup.counter_entry e
-        USING (SELECT t.user_id, t.at, t.id FROM trueup.counter_entry t
-               WHERE t.at < p_before
-                 AND t.at < (SELECT max(r.started_at) FROM trueup.reconcile_run r
-                             WHERE r.status = 'finished' AND r.only_user IS NULL AND NOT r.dry_run)
-               LIMIT p_limit) old
+    WITH RECURSIVE users (user_id) AS (
+        -- One step in the index for each user. An index by time would cost the host's writers more.
+        (SELECT e.user_id FROM trueup.counter_entry e ORDER BY e.user_id LIMIT 1)
+        UNION ALL
+        SELECT (SELECT e.user_id FROM trueup.counter_entry e WHERE e.user_id > u.user_id ORDER BY e.user_id LIMIT 1)
+        FROM users u WHERE u.user_id IS NOT NULL
+    ), old AS MATERIALIZED (
+        SELECT t.* FROM users u
+        CROSS JOIN LATERAL (
+            SELECT e.user_id, e.at, e.id FROM trueup.counter_entry e
+            WHERE e.user_id = u.user_id AND e.at < p_before
+              AND e.at < (SELECT max(r.started_at) FROM trueup.reconcile_run r
+                          WHERE r.status = 'finished' AND r.only_user IS NULL AND NOT r.dry_run)) t
+        LIMIT p_limit
+    ), deleted AS (
+        DELETE FROM trueup.counter_entry e USING old
         WHERE e.user_id = old.user_id AND e.at = old.at AND e.id = old.id
         RETURNING 1
     )

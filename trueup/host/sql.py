@@ -163,6 +163,17 @@ class Subscription(HostTable):
         return quote_literal((period and period.time_zone) or self._mapping.time_zone or "UTC")
 
     @property
+    def has_plain_period(self) -> bool:
+        """Whether period and plans are columns, and times without a zone are in UTC."""
+        plans = (self._names.token_plan_id, self._names.full_plan_id)
+        return (
+            self._names.period is None
+            and self._names.tokens_included is None
+            and (self._mapping.time_zone or "UTC") == "UTC"
+            and all(isinstance(given, str | None) for given in plans)
+        )
+
+    @property
     def is_kept_by_host(self) -> bool:
         """Whether the host lowers the counter for each log row, also for the rows of trueup's calls."""
         return "host" in (self._names.counter_kept_by, self._mapping.usage_log.record)
