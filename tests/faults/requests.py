@@ -68,7 +68,8 @@ def _wrong_result(stage: "Stage", holds: dict[str, list[Any]], requests: list[Sp
     """The stored result is that of the last request with its id that did its work.
 
     A request that was sent when an earlier one had its result has a result or an error of its own, unless Redis has
-    lost its message. (A request that is refused because its id is in use leaves the id to the running one.)
+    lost its message. (A request that is refused because its id is in use leaves the id to the running one. That is so
+    also if the earlier one had failed, and a copy of its message had begun it again.)
     """
     result = stage.results.get(requests[0].task_id)
     if not isinstance(result, dict) or stage.flushed or not stage.settled:
@@ -87,7 +88,8 @@ def _wrong_result(stage: "Stage", holds: dict[str, list[Any]], requests: list[Sp
         return f"its result is that of {result['request']}, and {last} was done last"
     later = [task.label for task in requests if task.label in stage.sent_after and task.request > 1]
     cut = any(injected.kind in REDIS_KINDS for injected in stage.injected)
-    if later and result["request"] not in later and not cut:
+    refused = [label for label in later if not holds[label] and len(own) > 1]
+    if later and later != refused and result["request"] not in later and not cut:
         return f"{later} was sent when {result['request']} had its result, and finds that one"
     return None
 
