@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, cast
 from celery import Task
 from celery._state import get_current_task
 from celery.exceptions import Ignore, Reject, Retry
-from celery.states import READY_STATES, SUCCESS
+from celery.states import READY_STATES, STARTED, SUCCESS
 from pydantic import BaseModel
 
 from trueup.database.retry import retrying
@@ -92,6 +92,8 @@ class MeteredTask(Task):
     on_denied: ClassVar[OnDenied] = "raise"
     replay: ClassVar[Replay] = "redelivery"
     parser: ClassVar[ArgumentParser]
+    # Whether it tells its state "started", once the gate has admitted it.
+    tells_started: ClassVar[bool] = False
     # None: the body takes no model client.
     provider: ClassVar["staticmethod[[], Provider] | None"] = None
 
@@ -144,6 +146,7 @@ class MeteredTask(Task):
         try:
             tokens = self._estimate(arguments)
             if tokens is None:
+                self._tell_started()
                 return _json_safe(self._run(arguments))
             # Before the gate: without a provider the task can't work, and must not hold tokens that others could use.
             if self.provider is not None:
@@ -154,6 +157,7 @@ class MeteredTask(Task):
                     self._leave_delivered_work(hold)
                 elif hold.follows or not is_random_id(hold.task_id):
                     self._forget_earlier_result()
+                self._tell_started()
                 return _json_safe(self._run_held(arguments, hold))
         except TokensDenied as denied:
             if self.on_denied == "return":
@@ -260,12 +264,14 @@ class MeteredTask(Task):
                 self.backend.forget(self.request.id)
 
     def _leave_delivered_work(self, hold: Hold) -> None:
-        """Raise `Ignore` if an earlier delivery has delivered this task's result.
+        """Raise `Ignore` if this task's result was delivered, or the stored one is that of another request with its id.
 
         Raises `TaskIdReusedError` if another request has had the id since: its caller must not get this one's result.
         """
         if self._is_delivered():
             raise Ignore(f"task {hold.task_id} was already completed, and its result is stored or ignored")
+        if self._has_result_of_another():
+            raise Ignore(f"task {hold.task_id} was already completed, and another request with its id has ended since")
         if hold.follows and not (self.request.called_directly or self.request.is_eager):
             raise TaskIdReusedError(hold.task_id)
 
@@ -287,6 +293,30 @@ class MeteredTask(Task):
             return bool(self.backend.get_task_meta(request.id, cache=False)["status"] == SUCCESS)
         except NotImplementedError:  # no result backend
             return is_last
+
+    def _has_result_of_another(self) -> bool:
+        """Return whether the stored result is another request's. Without `result_extended` it does not say so."""
+        request = self.request
+        if request.called_directly or request.is_eager:
+            return False
+        try:
+            meta = self.backend.get_task_meta(request.id, cache=False)
+        except NotImplementedError:  # no result backend
+            return False
+        is_extended = meta["status"] in READY_STATES and meta.get("name") is not None
+        return is_extended and not self._is_result_of(meta, request.args, request.kwargs)
+
+    def _tell_started(self) -> None:
+        """Store the state "started". Celery would store it before it calls the task, and so hide a stored result."""
+        request = self.request
+        if not self.tells_started or request.called_directly or request.is_eager:
+            return
+        try:
+            told = {"pid": os.getpid(), "hostname": request.hostname}
+            self.backend.store_result(request.id, told, STARTED, request=request)
+        except Exception:
+            # Only information. The task has its tokens, and its result is stored with retries.
+            logger.warning("state not stored task=%s", request.id, exc_info=True)
 
     def _run(self, arguments: dict[str, Any]) -> Any:
         try:
@@ -357,6 +387,13 @@ class MeteredTask(Task):
             if hold is not None:
                 _close(hold, completed=False)
             raise
+
+    @classmethod
+    def on_bound(cls, app: Any) -> None:
+        """Tell "started" in place of Celery, which would do it before the gate."""
+        cls.tells_started = cls.tells_started or bool(cls.track_started)
+        cls.track_started = False
+        super().on_bound(app)
 
     @classmethod
     def bind(cls, app: Any) -> Any:

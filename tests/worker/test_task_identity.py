@@ -9,7 +9,7 @@ from tests.support import model_tasks
 from tests.support.host import Host
 from tests.support.waiting import DEADLINE_SECONDS, wait_for
 from tests.support.worker import WorkerProcess
-from trueup.errors import TaskIdReusedError
+from trueup.errors import TaskIdReusedError, TokensDenied
 from trueup.tasks.requests import CELERY_RETRIES_LOST_TASKS
 
 
@@ -66,7 +66,8 @@ def test_a_later_request_with_an_id_never_gets_the_result_of_a_redelivery_of_the
         app.send_task(task, kwargs={"user_id": user}, task_id="digest-8", queue="trueup-ai")
         wait_for(lambda number=number: shared_host.value(closed) == number, "the hold is closed")
         wait_for(lambda state=state: stored(app, "digest-8")["status"] == state, f"its state is {state}")
-    assert isinstance(stored(app, "digest-8")["result"], TaskIdReusedError)
+    wait_for(lambda: shared_host.value(closed) == 3, "the redelivery ends")
+    assert not isinstance(stored(app, "digest-8")["result"], TaskIdReusedError), "the later request's failure stays"
 
 
 def test_a_users_task_never_gets_the_result_of_another_users_task_with_its_id(
@@ -90,6 +91,33 @@ def test_a_denied_request_never_gets_the_result_of_another_request_with_its_id(
         app.send_task("test.spend", kwargs={"user_id": one}, task_id="digest-5", queue="trueup-ai")
         wait_for(lambda state=state: app.backend.get_state("digest-5") == state, f"it ends as {state}")
     assert shared_host.used(user) > shared_host.used(poor) == 0
+
+
+@pytest.mark.parametrize("of", ["the same user", "another user"])
+def test_a_redelivery_of_done_work_leaves_the_denial_of_a_later_request_with_its_id(
+    app: Celery, worker: WorkerProcess, shared_host: Host, of: str
+) -> None:
+    user, task_id = shared_host.subscriber(1_000), f"digest-9-{of}"
+    poor = user if of == "the same user" else shared_host.subscriber(1)
+    ended = "SELECT count(*) FROM trueup.hold WHERE task_id = :task AND closed_at IS NOT NULL"
+    for one, tokens, state in ((user, 100, "SUCCESS"), (poor, 20_000, "FAILURE")):
+        kwargs = {"user_id": one, "tokens": tokens}
+        app.send_task("test.measured", kwargs=kwargs, task_id=task_id, queue="trueup-ai")
+        wait_for(lambda state=state: app.backend.get_state(task_id) == state, f"it ends as {state}")
+    kwargs = {"user_id": user, "tokens": 100}
+    app.send_task("test.measured", kwargs=kwargs, task_id=task_id, queue="trueup-ai")
+    wait_for(lambda: shared_host.value(ended, task=task_id) == 2, "the redelivery ends")
+    assert isinstance(stored(app, task_id)["result"], TokensDenied)
+
+
+def test_the_state_started_is_told_once_the_gate_has_admitted_the_task(
+    app: Celery, worker: WorkerProcess, shared_host: Host
+) -> None:
+    kwargs = {"user_id": shared_host.subscriber(1_000), "seconds": 3}
+    result = app.send_task("test.spend", kwargs=kwargs, queue="trueup-ai")
+    wait_for(lambda: result.state == "STARTED", "it is started")
+    assert result.info["pid"] > 0
+    assert result.get(timeout=DEADLINE_SECONDS)
 
 
 def test_a_redelivery_of_done_work_does_not_run_the_body_again_while_its_result_is_stored(
