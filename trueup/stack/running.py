@@ -49,10 +49,14 @@ def running_stack(
 
 
 def require_database(settings: Settings) -> None:
-    """Raise `StackError` if there is neither a URL of PostgreSQL nor an embedded database. Nothing is created."""
+    """Raise `StackError` if there is neither a URL of PostgreSQL nor an embedded database. Nothing is created.
+
+    Raises `MissingExtraError` if an embedded database could not run.
+    """
     service: Service = "postgres"  # which is also the name of the server's folder
     if settings.database_url or (settings.home / service).is_dir():
         return
+    _require_extra(service)
     from trueup.stack.errors import StackError
 
     demo = settings.home / "demo"
@@ -87,8 +91,7 @@ def leased_stack(
 def _leases(settings: Settings, services: Sequence[Service], environment: Mapping[str, str]) -> Iterator["Lease"]:
     """Yield the lease of each embedded server. Raises `MissingExtraError`."""
     for service in services:
-        feature, modules, setting = _NEEDS[service]
-        require_extra("embedded", feature, *modules, otherwise=f"set {setting} to a server that runs")
+        _require_extra(service)
     # Imported here, because a process without embedded servers needs none of it.
     from trueup.stack.layout import prepare_layout
     from trueup.stack.leases import Lease
@@ -99,6 +102,11 @@ def _leases(settings: Settings, services: Sequence[Service], environment: Mappin
     for service in services:
         server = PostgresServer if service == "postgres" else RedisServer
         yield Lease(service, partial(server, layout, environment), layout.run, settings.stack_file)
+
+
+def _require_extra(service: Service) -> None:
+    feature, modules, setting = _NEEDS[service]
+    require_extra("embedded", feature, *modules, otherwise=f"set {setting} to a server that runs")
 
 
 @contextmanager
