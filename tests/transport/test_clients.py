@@ -52,7 +52,7 @@ def test_a_body_without_a_model_calls_an_sdk(app: Celery, maker: Maker, host: Ho
 
 
 def test_a_first_parameter_called_model_with_another_type_is_the_caller_s(app: Celery, host: Host, user: int) -> None:
-    @metered_task(name="test.named", feature_name="Named", estimated_tokens=100)
+    @metered_task(name="test.own_model", feature_name="Own model", estimated_tokens=100)
     def named(model: str, user_id: int) -> str:
         return model
 
