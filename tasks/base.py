@@ -287,12 +287,15 @@ class MeteredTask(Task):
         if request.called_directly or request.is_eager or request.chord:
             return False
         is_last = not (request.callbacks or request.chain)
-        if request.ignore_result or self.ignore_result:
+        if self._ignores_result():
             return is_last
         try:
             return bool(self.backend.get_task_meta(request.id, cache=False)["status"] == SUCCESS)
         except NotImplementedError:  # no result backend
             return is_last
+
+    def _ignores_result(self) -> bool:
+        return bool(self.request.ignore_result or self.ignore_result)
 
     def _has_result_of_another(self) -> bool:
         """Return whether the stored result is another request's. Without `result_extended` it does not say so."""
@@ -309,7 +312,7 @@ class MeteredTask(Task):
     def _tell_started(self) -> None:
         """Store the state "started". Celery would store it before it calls the task, and so hide a stored result."""
         request = self.request
-        if not self.tells_started or request.called_directly or request.is_eager:
+        if not self.tells_started or request.called_directly or request.is_eager or self._ignores_result():
             return
         try:
             told = {"pid": os.getpid(), "hostname": request.hostname}

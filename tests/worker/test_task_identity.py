@@ -120,6 +120,14 @@ def test_the_state_started_is_told_once_the_gate_has_admitted_the_task(
     assert result.get(timeout=DEADLINE_SECONDS)
 
 
+def test_a_task_whose_result_is_ignored_leaves_no_state(app: Celery, worker: WorkerProcess, shared_host: Host) -> None:
+    user = shared_host.subscriber(1_000)
+    result = app.send_task("test.spend", kwargs={"user_id": user}, queue="trueup-ai", ignore_result=True)
+    closed = "SELECT count(*) FROM trueup.hold WHERE task_id = :task AND closed_at IS NOT NULL"
+    wait_for(lambda: shared_host.value(closed, task=result.id) == 1, "the hold is closed")
+    assert stored(app, result.id)["status"] == "PENDING"
+
+
 def test_a_redelivery_of_done_work_does_not_run_the_body_again_while_its_result_is_stored(
     app: Celery, worker: WorkerProcess, shared_host: Host
 ) -> None:
