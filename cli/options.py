@@ -167,6 +167,11 @@ since_option = click.option(
 )
 
 
+def time_of(since: datetime | timedelta | None) -> datetime | None:
+    """Return the time that `--since` gives. None: it is not given."""
+    return datetime.now(UTC) - since if isinstance(since, timedelta) else since
+
+
 def hours_since(since: datetime | timedelta) -> int:
     """Return the whole hours from a time to now, at least one."""
     length = since if isinstance(since, timedelta) else datetime.now(UTC) - since

@@ -1,7 +1,7 @@
 """`trueup tokens`: a user's tokens from the usage log, and grants on top of the plan."""
 
 from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 import click
 
@@ -23,6 +23,7 @@ from trueup.cli.options import (
     reason_option,
     require_user,
     servers,
+    time_of,
 )
 from trueup.cli.output import print_facts, print_json, print_table, show
 from trueup.database.engine import connect
@@ -192,10 +193,8 @@ def import_payments_(since: datetime | timedelta | None, dry_run: bool, by: str,
     Example:
       trueup tokens import-payments --since 7d --dry-run
     """
-    if isinstance(since, timedelta):
-        since = datetime.now(UTC) - since
     with servers("postgres"), connect() as connection:
-        found = import_payments(connection, get_settings().host, by=by, since=since, dry_run=dry_run)
+        found = import_payments(connection, get_settings().host, by=by, since=time_of(since), dry_run=dry_run)
     if as_json:
         print_json({"payments": found})
         return

@@ -61,8 +61,8 @@ def _race(stack: DemoStack) -> Results:
     left = tenants.plan_tokens(UNGUARDED) - UNGUARDED.used_tokens
     admitted = {UNGUARDED: tenants.race_without_gate(stack.engine, UNGUARDED, RACED_TOKENS, WORKERS)}
     sent = [_enqueue(stack, "trueup.generate_qa", GUARDED, _article("help_en.txt")) for _ in range(WORKERS)]
-    denied = [result.get(timeout=TASK_SECONDS, propagate=False) for result in sent]
-    admitted[GUARDED] = sum(not isinstance(answer, Exception) for answer in denied)
+    answers = [result.get(timeout=TASK_SECONDS, propagate=False) for result in sent]
+    admitted[GUARDED] = sum(not isinstance(answer, Exception) for answer in answers)
     rows = []
     lost = {}
     for tenant in (UNGUARDED, GUARDED):

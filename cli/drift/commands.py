@@ -1,6 +1,6 @@
 """`trueup drift`: drift reports, the history of runs, the explanation of a counter, and the review queue."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 import click
 
@@ -8,7 +8,7 @@ from trueup.accounts.user_ids import UserId
 from trueup.cli import SuggestingGroup
 from trueup.cli.drift.report import report
 from trueup.cli.drift.review import accept, grant, ignore, review, undo
-from trueup.cli.options import SINCE, USER, json_option, limit_option, one_format, servers
+from trueup.cli.options import SINCE, USER, json_option, limit_option, one_format, servers, time_of
 from trueup.cli.output import echo, print_json
 from trueup.cli.reports.plain import history_csv
 from trueup.cli.reports.terminal import print_history, print_story
@@ -48,10 +48,8 @@ def history(limit: int, since: datetime | timedelta | None, form: str | None, as
       trueup drift history --since 7d --format csv > runs.csv
     """
     form = one_format(form, as_json)
-    if isinstance(since, timedelta):
-        since = datetime.now(UTC) - since
     with servers("postgres"), connect() as connection:
-        runs = read_history(connection, get_settings().host.user_id_type, limit=limit, since=since)
+        runs = read_history(connection, get_settings().host.user_id_type, limit=limit, since=time_of(since))
     if form == "json":
         print_json(history_json(runs))
     elif form == "csv":

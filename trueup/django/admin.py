@@ -186,9 +186,6 @@ class DriftAdmin(ReadOnlyAdmin):
     def cause_name(self, drift: Drift) -> str:
         return cause_title(drift.cause)
 
-    def get_queryset(self, request: HttpRequest) -> QuerySet:
-        return super().get_queryset(request).defer("reason")
-
     def has_review_permission(self, request: HttpRequest) -> bool:
         """Return whether this person may decide: the permission `trueup.review_drift`."""
         allowed: bool = request.user.has_perm("trueup.review_drift")

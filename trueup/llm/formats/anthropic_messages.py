@@ -6,7 +6,7 @@ from trueup.llm.formats.prompts import Unknown, bounded_prompt
 from trueup.llm.formats.reader import Reader
 from trueup.llm.formats.reading import count_of, list_of, object_of, requested_count, strings_in
 from trueup.llm.formats.usage import TokenUsage, split_usage
-from trueup.llm.formats.wire_format import AnswerReader, Body, Count, Sent
+from trueup.llm.formats.wire_format import AnswerReader, Body, BodyFormat, Count, Sent
 from trueup.llm.output_cap import Demand
 from trueup.llm.tokens import TokenCounter
 
@@ -21,17 +21,10 @@ _MARKS = frozenset(("type", "id", "name", "signature", "citations", "tool_use_id
 _PROMPT_USAGE = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 
 
-class Messages:
+class Messages(BodyFormat):
     """POST …/messages"""
 
     name = "anthropic messages"
-
-    def model_of(self, sent: Sent) -> str:
-        model = sent.body.get("model")
-        return model if isinstance(model, str) else ""
-
-    def is_stream(self, sent: Sent) -> bool:
-        return bool(sent.body.get("stream"))
 
     def demand(self, sent: Sent, counter: TokenCounter) -> Demand:
         body = sent.body

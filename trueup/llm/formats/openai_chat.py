@@ -6,7 +6,7 @@ from trueup.llm.formats.prompts import Unknown, bounded_prompt, media_in
 from trueup.llm.formats.reader import Reader
 from trueup.llm.formats.reading import count_of, first_count, list_of, object_of, requested_count, strings_in
 from trueup.llm.formats.usage import TokenUsage, split_usage
-from trueup.llm.formats.wire_format import AnswerReader, Body, Count, Sent
+from trueup.llm.formats.wire_format import AnswerReader, Body, BodyFormat, Count, Sent
 from trueup.llm.output_cap import Demand
 from trueup.llm.tokens import TokenCounter
 
@@ -24,17 +24,10 @@ _SETTINGS = frozenset(
 _MARKS = frozenset(("role", "id", "type", "index", "obfuscation", "finish_reason", "logprobs", "data", "expires_at"))
 
 
-class ChatCompletions:
+class ChatCompletions(BodyFormat):
     """POST …/chat/completions"""
 
     name = "openai chat"
-
-    def model_of(self, sent: Sent) -> str:
-        model = sent.body.get("model")
-        return model if isinstance(model, str) else ""
-
-    def is_stream(self, sent: Sent) -> bool:
-        return bool(sent.body.get("stream"))
 
     def demand(self, sent: Sent, counter: TokenCounter) -> Demand:
         caps = [cap for name in _CAPS if (cap := requested_count(sent.body, name)) is not None]

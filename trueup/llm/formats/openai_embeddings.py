@@ -4,7 +4,7 @@ from trueup.errors import UnboundedCallError
 from trueup.llm.formats.reader import Reader
 from trueup.llm.formats.reading import count_of, first_count, list_of, object_of
 from trueup.llm.formats.usage import split_usage
-from trueup.llm.formats.wire_format import AnswerReader, Body, Count, Sent
+from trueup.llm.formats.wire_format import AnswerReader, Body, BodyFormat, Count, Sent
 from trueup.llm.output_cap import Demand
 from trueup.llm.tokens import TokenCounter
 
@@ -12,14 +12,10 @@ from trueup.llm.tokens import TokenCounter
 _PER_INPUT = 2
 
 
-class Embeddings:
+class Embeddings(BodyFormat):
     """POST …/embeddings"""
 
     name = "openai embeddings"
-
-    def model_of(self, sent: Sent) -> str:
-        model = sent.body.get("model")
-        return model if isinstance(model, str) else ""
 
     def is_stream(self, sent: Sent) -> bool:
         return False

@@ -7,7 +7,7 @@ from trueup.llm.formats.prompts import Unknown, bounded_prompt, media_in
 from trueup.llm.formats.reader import Reader
 from trueup.llm.formats.reading import count_of, first_count, list_of, object_of, requested_count, strings_in
 from trueup.llm.formats.usage import TokenUsage, split_usage
-from trueup.llm.formats.wire_format import AnswerReader, Body, Count, Sent
+from trueup.llm.formats.wire_format import AnswerReader, Body, BodyFormat, Count, Sent
 from trueup.llm.output_cap import Demand
 from trueup.llm.tokens import TokenCounter
 
@@ -21,17 +21,10 @@ _MARKS = frozenset(("id", "type", "role", "status", "call_id", "annotations", "l
 _ENDS = ("response.completed", "response.incomplete", "response.failed")
 
 
-class Responses:
+class Responses(BodyFormat):
     """POST …/responses"""
 
     name = "openai responses"
-
-    def model_of(self, sent: Sent) -> str:
-        model = sent.body.get("model")
-        return model if isinstance(model, str) else ""
-
-    def is_stream(self, sent: Sent) -> bool:
-        return bool(sent.body.get("stream"))
 
     def demand(self, sent: Sent, counter: TokenCounter) -> Demand:
         if sent.body.get("background"):

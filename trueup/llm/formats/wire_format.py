@@ -114,3 +114,14 @@ class WireFormat(Protocol):
     def reader(self, sent: Sent) -> AnswerReader:
         """Return a reader of the answer to this request."""
         ...
+
+
+class BodyFormat:
+    """A format whose requests name the model, and whether they want a stream, in the body."""
+
+    def model_of(self, sent: Sent) -> str:
+        model = sent.body.get("model")
+        return model if isinstance(model, str) else ""
+
+    def is_stream(self, sent: Sent) -> bool:
+        return bool(sent.body.get("stream"))
