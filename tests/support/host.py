@@ -94,15 +94,22 @@ class Host:
         return user
 
     def log(
-        self, user: int, tokens: int | None, *, success: bool = True, at: datetime = START + timedelta(hours=1)
+        self,
+        user: int,
+        tokens: int | None,
+        *,
+        success: bool = True,
+        at: datetime = START + timedelta(hours=1),
+        section: str = "chat",
     ) -> uuid.UUID:
         """Log an AI call, as the host does. Returns the row's id."""
         row = uuid.uuid4()
         self.execute(
             "INSERT INTO ai_usage_log (id, user_id, section, total_tokens, success, created_at) "
-            "VALUES (:id, :user, 'chat', :tokens, :success, :at)",
+            "VALUES (:id, :user, :section, :tokens, :success, :at)",
             id=row,
             user=user,
+            section=section,
             tokens=tokens,
             success=success,
             at=at,

@@ -134,7 +134,8 @@ def story_of(drift: Drift, document: dict[str, Any], plan_sizes: frozenset[int])
         entries=[context, *entries] if context else entries,
         has_context=context is not None,
         usage=[
-            Usage(id=row[0], tokens=row[1], at=float(row[2]), counts=row[3], own=row[4]) for row in document["usage"]
+            Usage(id=row[0], tokens=row[1], at=float(row[2]), counts=row[3], own=row[4], section=row[5])
+            for row in document["usage"]
         ],
         decrements=[(row[0], row[1], float(row[2])) for row in document["decrements"]],
         payments=[
@@ -335,6 +336,7 @@ def _component(group: Sequence[Found]) -> Component:
     proof |= {"entries": entries} if entries else {}
     proof |= {"rows": rows} if rows else {}
     proof |= {"note": "; ".join(notes)} if notes else {}
+    proof |= {"writers": _writers(group)} if group[0].cause == "stale_write" else {}
     return Component(
         cause=group[0].cause,
         tokens=sum(one.tokens for one in group),
@@ -342,3 +344,23 @@ def _component(group: Sequence[Found]) -> Component:
         alternatives=group[0].others,
         evidence={**proof, **group[0].more},
     )
+
+
+def _writers(group: Sequence[Found]) -> list[dict[str, Any]]:
+    """Return who made the stale writes: by application and section, how many, and how many tokens they overwrote.
+
+    `application_name` None: the write left no entry, because it wrote the value that the counter had already.
+    """
+    writes: dict[tuple[str | None, str], list[Found]] = defaultdict(list)
+    for one in group:
+        writes[one.entries[0].application if one.entries else None, one.section].append(one)
+    return [
+        {
+            "application_name": application,
+            "section": section,
+            "count": len(found),
+            "tokens": sum(abs(one.tokens) for one in found),
+            "first_at": moment(min(one.at for one in found)),
+        }
+        for (application, section), found in writes.items()
+    ]

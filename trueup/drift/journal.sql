@@ -78,7 +78,7 @@ $$;
 {% set lowers = "false" if subscription.is_kept_by_host or usage_log.is_written_by_host else "true" %}
 
 -- The log rows of a user since that time, and the owed charges: id, tokens, time, whether it counts, whether trueup lowers
--- the counter for it.
+-- the counter for it, section.
 CREATE OR REPLACE FUNCTION trueup.story_usage(
     p_user {{ user_id_type }}, p_since timestamptz, p_window timestamptz, OUT found jsonb
 ) LANGUAGE sql STABLE AS $$
@@ -86,7 +86,8 @@ CREATE OR REPLACE FUNCTION trueup.story_usage(
         SELECT c.log_id FROM trueup.charge c WHERE c.user_id = p_user AND c.charged_at >= p_since - interval '10 minutes'
     ), rows AS (
         SELECT l.{{ usage_log.id }}::text AS id, {{ in_range("l." ~ usage_log.total_tokens) }}::bigint AS tokens,
-               l.{{ usage_log.created_at }}::timestamptz AS at, {{ usage_log.success("l") }} AS success
+               l.{{ usage_log.created_at }}::timestamptz AS at, {{ usage_log.success("l") }} AS success,
+               coalesce({{ usage_log.section("l") }}::text, '') AS section
         FROM {{ usage_log }} l
         WHERE l.{{ usage_log.user_id }} = story_usage.p_user AND l.{{ usage_log.created_at }} >= story_usage.p_since
           AND l.{{ usage_log.total_tokens }} <> 0
@@ -94,11 +95,11 @@ CREATE OR REPLACE FUNCTION trueup.story_usage(
     )
     SELECT jsonb_agg(t.found) FROM (
         SELECT jsonb_build_array(r.id, r.tokens, extract(epoch FROM r.at), coalesce(r.success, false) AND r.at >= p_window,
-                                 {{ lowers }} AND r.id IN (SELECT o.log_id FROM own o)) AS found
+                                 {{ lowers }} AND r.id IN (SELECT o.log_id FROM own o), r.section) AS found
         FROM rows r
         UNION ALL
         SELECT jsonb_build_array(o.log_id, o.total_tokens, extract(epoch FROM o.used_at), o.success AND o.used_at >= p_window,
-                                 {{ lowers }})
+                                 {{ lowers }}, o.section)
         FROM trueup.owed_charge o WHERE o.user_id = p_user AND o.used_at >= p_since) t
 $$;
 

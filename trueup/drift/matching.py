@@ -40,7 +40,8 @@ class Found:
     """One cause of drift. `tokens` is positive if it made the counter too high.
 
     `at`: seconds since 1970. `entries`: the journal's entries that prove it; `rows`: the host's rows. `others`: causes
-    that fit the entry too. `is_young`: no cause yet, the decrement of this log row may still arrive.
+    that fit the entry too. `section`: of the request that made a stale write; "": not known. `is_young`: no cause yet,
+    the decrement of this log row may still arrive.
     """
 
     cause: Cause
@@ -52,6 +53,7 @@ class Found:
     others: tuple[str, ...] = ()
     note: str = ""
     more: dict[str, Any] = field(default_factory=dict)
+    section: str = ""
     is_young: bool = False
 
 
@@ -217,6 +219,7 @@ class _Matcher:
         return Found(
             cause="stale_write", tokens=read - entry.old, at=entry.at, rows=(row,), note=_STALE,
             entries=(entry, *self.entries[after:place]), more={"read_value": entry.written(read)},
+            section=self.usage[self.row_of[place]].section if place in self.row_of else "",
         )  # fmt: skip
 
     def _is_partial(self, place: int) -> bool:
@@ -350,7 +353,7 @@ class _Matcher:
             cause="stale_write", tokens=best.value - entry.old, at=entry.at, others=others,
             certainty="inferred" if others else "proven",
             entries=(entry, *best.overwritten), rows=(_row(row),) if row else (),
-            note=_STALE,
+            note=_STALE, section=row.section if row else "",
             more={"read_value": entry.written(best.value), **({"_row": best.row} if row else {})},
         )  # fmt: skip
 
@@ -508,7 +511,10 @@ class _Matcher:
             if tokens == row.tokens and abs(at - row.at) <= USUAL and not row.own:
                 del self.without_entry[place]
                 lost = {"decrement_id": name, "tokens": tokens, "at": moment(at)}
-                return Found(cause="stale_write", tokens=tokens, at=at, rows=(_row(row), lost), note=_UNCHANGED)
+                return Found(
+                    cause="stale_write", tokens=tokens, at=at, rows=(_row(row), lost), note=_UNCHANGED,
+                    section=row.section,
+                )  # fmt: skip
         note = "trueup could not lower the counter: the application had it locked" if row.own else ""
         return Found(cause="missed_decrement", tokens=row.tokens, at=row.at, rows=(_row(row),), note=note)
 

@@ -51,6 +51,7 @@ class Usage:
     at: float
     counts: bool = True
     own: bool = False
+    section: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -72,6 +72,7 @@ class PreviewReport:
             actions=dict(self.actions.most_common()),
             rows=rows,
             rows_left_out=self.summary.drifted - len(rows),
+            systemic=outcome.systemic if self.only == DriftFilter() else None,
         )
 
     def rows(self, most: int | None = None) -> Iterator[ReportRow]:

@@ -9,11 +9,11 @@ not set up, they read its tables as empty.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any
 
-from psycopg.errors import QueryCanceled
+from psycopg.errors import InsufficientPrivilege, QueryCanceled, UndefinedColumn
 from sqlalchemy import Connection, Engine, TextClause, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
@@ -35,6 +35,7 @@ from trueup.preview.checks import Named, check_columns, check_expressions, is_at
 from trueup.reconcile.audit import UNCOUNTABLE_REMEDY
 from trueup.reconcile.runs import Finding
 from trueup.reconcile.shards import MAX_FAILURES, bounds, conditions_of
+from trueup.reports.systemic import SystemicCause, systemic_causes
 from trueup.settings.policies import Rules
 
 PAGE_SIZE = 5_000
@@ -51,11 +52,15 @@ Report = Callable[[int, Sequence[Finding]], None]
 
 @dataclass(kw_only=True)
 class ScanOutcome:
-    """The outcome of a scan. Times are the database's; None: not yet. `notes`: what the scan could not do, and why."""
+    """The outcome of a scan. Times are the database's; None: not yet. `notes`: what the scan could not do, and why.
+
+    `systemic`: the systemic causes of the present periods; None: they were not looked for.
+    """
 
     started_at: datetime | None = None
     finished_at: datetime | None = None
     notes: tuple[str, ...] = ()
+    systemic: list[SystemicCause] | None = None
 
 
 def scan(
@@ -81,6 +86,8 @@ def scan(
         running.prepare()
         if running.index is None or only_user is not None:
             running.by_pages(only_user, page_size)
+            if only_user is None:
+                running.look_for_systemic_causes(scan_timeout_seconds)
         else:
             running.at_once(scan_timeout_seconds)
         return running.outcome
@@ -90,7 +97,8 @@ def scan(
 class _Scan:
     """A running scan, and the values that all its batches share, which `prepare` reads.
 
-    `index`: the statement that creates a missing index; without the index no causes are named.
+    `index`: the statement that creates a missing index; without the index no causes are named. `missed`: the users
+    whose counters missed decrements.
     """
 
     engine: Engine
@@ -99,6 +107,7 @@ class _Scan:
     rules: Rules
     timeout_seconds: int
     outcome: ScanOutcome = field(default_factory=ScanOutcome)
+    missed: list[UserId] = field(default_factory=list)
     plan_sizes: frozenset[int] = field(init=False)
     counter_limit: int = field(init=False)
     attached: bool = field(init=False)
@@ -148,6 +157,25 @@ class _Scan:
                 return
             # The next users may have fewer rows, so the page grows again.
             after, failures, size = last, 0, min(page_size, 2 * size)
+
+    def look_for_systemic_causes(self, timeout_seconds: int) -> None:
+        """Look for faults behind many of the drifts, in one statement over the log rows of the present periods."""
+        assert self.outcome.started_at is not None  # noqa: S101 - for the type checker: prepare() has read it
+        if not self.missed:
+            self.outcome.systemic = []
+            return
+        try:
+            with self._reading(timeout_seconds) as connection:
+                self.outcome.systemic = systemic_causes(
+                    connection, self.mapping, own=self.statements.own, drifted=self.missed,
+                    since=datetime.min.replace(tzinfo=UTC),
+                    until=self.outcome.started_at - timedelta(seconds=self.rules.min_age_seconds),
+                )  # fmt: skip
+        except DBAPIError as error:
+            if not isinstance(error.orig, QueryCanceled | InsufficientPrivilege | UndefinedColumn):
+                raise
+            why = str(error.orig).partition("\n")[0]
+            self.outcome.notes += (f"Systemic causes were not looked for: {why}.",)
 
     def at_once(self, timeout_seconds: int) -> None:
         """Read the whole log once: without an index, each page would read it."""
@@ -230,6 +258,8 @@ class _Scan:
         """Return the finding that a reconcile run would record."""
         limit = self.counter_limit
         explanation = explain(drift, plan_sizes=self.plan_sizes, counter_limit=limit, now=drift.seen_at)
+        if "missed_decrement" in {part.cause for part in explanation.components}:
+            self.missed.append(drift.user_id)
         history = past.history(drift, now=drift.seen_at, min_age_seconds=self.rules.min_age_seconds)
         verdict = decide(drift, explanation, rules=self.rules, history=history, counter_limit=limit)
         if self.index is not None and not {part.cause for part in explanation.components} & _PLAIN:
@@ -316,7 +346,7 @@ class _Statements:
 
     def __init__(self, mapping: HostMapping, *, attached: bool) -> None:
         self._mapping = mapping
-        self._own = INSTALLED if attached else _EmptyTables(mapping.user_id_type)
+        self.own = INSTALLED if attached else _EmptyTables(mapping.user_id_type)
         self.plan_sizes = self._render(_PLAN_SIZES)
         self.counter_limit = self._render(_COUNTER_LIMIT)
         self.evidence = self._render(_EVIDENCE)
@@ -330,7 +360,7 @@ class _Statements:
         return self._render(_DRIFTED, within=_within(after, last, only_user))
 
     def _render(self, template: str, **values: object) -> TextClause:
-        return render_statement(template, self._mapping, self._own, **values)
+        return render_statement(template, self._mapping, self.own, **values)
 
 
 def _needed_columns(mapping: HostMapping) -> list[Named]:

@@ -2,17 +2,20 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from typing import Any
 
+from psycopg.errors import QueryCanceled
 from sqlalchemy import Connection, Row, Select, func, select
+from sqlalchemy.exc import DBAPIError
 
 from trueup.database.schema import own_table
 from trueup.errors import NotFoundError
-from trueup.host.mapping import UserIdType
+from trueup.host.mapping import HostMapping, UserIdType
 from trueup.reconcile.runs import RunSummary
 from trueup.reports.rows import DriftFilter, ReportRow, chosen_drifts, read_rows, row_of_finding
+from trueup.reports.systemic import LOOK_BACK, SIGNS, SystemicCause, systemic_causes
 from trueup.reports.totals import (
     SET_ASIDE,
     CauseFigures,
@@ -38,6 +41,7 @@ class DriftReport:
     `set_aside`: drifts that need no decision: tolerated, ignored, or so new that their decrements may still arrive.
     `tokens_overstated`: used tokens that counters still show; `tokens_understated`: unused tokens that they don't show.
     `actions`: number of drifts by action. `rows`: the largest drifts first; `rows_left_out`: number of other drifts.
+    `systemic`: the systemic causes of the time before the newest of these runs; None: they were not looked for.
     """
 
     run_id: int | None
@@ -64,6 +68,7 @@ class DriftReport:
     actions: dict[str, int]
     rows: list[ReportRow]
     rows_left_out: int = 0
+    systemic: list[SystemicCause] | None = None
 
     @property
     def tokens_drifted(self) -> int:
@@ -88,6 +93,7 @@ class DriftReport:
             "share_explained": self.share_explained,
             "causes": [asdict(figures) for figures in self.causes],
             "sizes": [asdict(figures) for figures in self.sizes],
+            "systemic": None if self.systemic is None else [cause.as_json() for cause in self.systemic],
         }
 
     def as_json(self) -> dict[str, Any]:
@@ -174,6 +180,30 @@ def read_source(
         rows=rows,
         rows_left_out=max(0, totals["drifted"] - skip - len(rows)),
     )
+
+
+def with_systemic_causes(
+    connection: Connection, mapping: HostMapping, source: ReportSource, report: DriftReport, *, min_age_seconds: float
+) -> DriftReport:
+    """Return the report on `source` with its systemic causes; without them if it is not about all users and causes.
+
+    `min_age_seconds`: how long a decrement may take. If the log is too large to be read within the statement timeout,
+    `systemic` stays None.
+    """
+    runs = [run for run in source.runs if run.only_user is None]
+    if source.filter != DriftFilter() or not runs:
+        return report
+    if not SIGNS & {cause.cause for cause in report.causes}:
+        return replace(report, systemic=[])
+    until = runs[-1].started_at - timedelta(seconds=min_age_seconds)
+    since = min(until - LOOK_BACK, source.since or until)
+    try:
+        with connection.begin_nested():
+            return replace(report, systemic=systemic_causes(connection, mapping, since=since, until=until))
+    except DBAPIError as error:
+        if not isinstance(error.orig, QueryCanceled):
+            raise
+        return report
 
 
 def read_report(

@@ -1,0 +1,136 @@
+{% from "accounts/entitlements.sql" import entitlements %}
+{% from "drift/host_records.sql" import decrements %}
+{% from "host/rows.sql" import in_range %}
+
+{# Rows for the rules of systemic.py. Each macro is one statement over the host's tables, for a database with trueup and for
+   one without. #}
+
+{# A decrement is at most so far from its log row. #}
+{% set near = "interval '10 minutes'" %}
+{# The host's counter before a decrement is the one after it, plus the tokens times this. #}
+{% set direction = -1 if subscription.counts_up else 1 %}
+
+{# Whether trueup wrote the log row `l` and lowers the counter for it itself. #}
+{% macro is_own(l) -%}
+{% if subscription.is_kept_by_host or usage_log.is_written_by_host -%}
+false
+{%- else -%}
+EXISTS (SELECT FROM {{ trueup.charge }} c
+                WHERE c.user_id = {{ l }}.{{ usage_log.user_id }} AND c.log_id = {{ l }}.{{ usage_log.id }}::text)
+{%- endif -%}
+{%- endmacro %}
+
+{# Whether the journal shows that the host lowered the counter for the row `r`: an entry near it has its size, or is its
+   size below an earlier value (a stale write), or the counter was at zero. #}
+{% macro has_entry(r) -%}
+EXISTS (SELECT FROM {{ trueup.counter_entry }} e
+                WHERE e.user_id = {{ r }}.user_id AND e.at BETWEEN {{ r }}.at - {{ near }} AND {{ r }}.at + {{ near }}
+                  AND e.written_by = 'host' AND e.new_counter + {{ direction }} * {{ r }}.tokens = e.old_counter)
+        OR EXISTS (SELECT FROM {{ trueup.counter_entry }} e
+                   JOIN {{ trueup.counter_entry }} p ON p.user_id = e.user_id AND p.id < e.id
+                                                    AND p.at BETWEEN e.at - {{ near }} AND e.at
+                   WHERE e.user_id = {{ r }}.user_id AND e.at BETWEEN {{ r }}.at - {{ near }} AND {{ r }}.at + {{ near }}
+                     AND e.written_by = 'host' AND e.new_counter + {{ direction }} * {{ r }}.tokens = p.old_counter)
+        {% if not subscription.counts_up %}
+        OR 0 = (SELECT e.new_counter FROM {{ trueup.counter_entry }} e
+                WHERE e.user_id = {{ r }}.user_id AND e.at < {{ r }}.at ORDER BY e.at DESC, e.id DESC LIMIT 1)
+        {% endif %}
+{%- endmacro %}
+
+{# The host's log rows from :since to :until, by `dimension` (host, section or model) and `name`: `log_rows`, of which so
+   many are `missing` their decrement, their `tokens` and `users`, and the `first` one. Only the rows from that point on at
+   which the share of missing ones is highest are counted: :weight is how many missing rows outweigh one decrement.
+
+   A row is missing its decrement if a run (or the preview: :drifted) found missed decrements on its user's counter since,
+   and neither a decrement row nor the journal shows a decrement. Users without a limit, and users whose counter shows
+   nothing that could be subtracted, are left out. #}
+{% macro decrements_by_group() -%}
+WITH logged AS MATERIALIZED (
+        SELECT l.{{ usage_log.user_id }} AS user_id, {{ in_range("l." ~ usage_log.total_tokens) }}::bigint AS tokens,
+               l.{{ usage_log.created_at }}::timestamptz AS at, coalesce({{ usage_log.section("l") }}::text, '') AS section,
+               coalesce({{ usage_log.model_name("l") }}::text, '') AS model
+        FROM ({{ entitlements("CAST(:until AS timestamptz)") }}) e
+        JOIN {{ usage_log }} l ON l.{{ usage_log.user_id }} = e.user_id
+        WHERE l.{{ usage_log.created_at }} >= greatest(e.window_start, CAST(:since AS timestamptz))
+          AND l.{{ usage_log.created_at }} < CAST(:until AS timestamptz)
+          AND {{ usage_log.success("l") }} AND l.{{ usage_log.total_tokens }} > 0
+          AND e.plan_kind IS DISTINCT FROM 'unlimited' AND e.counter {{ "IS NOT NULL" if subscription.counts_up else "> 0" }}
+          AND NOT {{ is_own("l") }}
+    ), judged AS MATERIALIZED (
+        SELECT r.*, (r.user_id = ANY (CAST(:drifted AS {{ user_id_type }}[]))
+                     OR EXISTS (SELECT FROM {{ trueup.drift }} d
+                                WHERE d.user_id = r.user_id AND d.last_seen_at >= r.at
+                                  AND 'missed_decrement' = ANY (string_to_array(d.cause, '+'))))
+               {% if token_usage %}
+               AND NOT EXISTS (SELECT FROM ({{ decrements() }}) d
+                               WHERE d.user_id = r.user_id AND d.tokens = r.tokens
+                                 AND d.at BETWEEN r.at - {{ near }} AND r.at + {{ near }})
+               {% endif %}
+               AND NOT coalesce({{ has_entry("r") }}, false) AS is_missing
+        FROM logged r
+    ), grouped AS (
+        SELECT 'host' AS dimension, '' AS name, j.* FROM judged j
+        UNION ALL SELECT 'section', j.section, j.* FROM judged j
+        UNION ALL SELECT 'model', j.model, j.* FROM judged j
+    ), running AS (
+        SELECT g.*, sum(CASE WHEN g.is_missing THEN 1 ELSE -CAST(:weight AS integer) END) OVER (
+                        PARTITION BY g.dimension, g.name ORDER BY g.at DESC RANGE UNBOUNDED PRECEDING) AS excess
+        FROM grouped g
+    ), begun AS (
+        SELECT DISTINCT ON (r.dimension, r.name) r.dimension, r.name, r.at
+        FROM running r WHERE r.is_missing ORDER BY r.dimension, r.name, r.excess DESC, r.at
+    )
+    SELECT g.dimension, g.name, count(*) AS log_rows, count(*) FILTER (WHERE g.is_missing) AS missing,
+           coalesce(sum(g.tokens) FILTER (WHERE g.is_missing), 0)::bigint AS tokens,
+           count(DISTINCT g.user_id) FILTER (WHERE g.is_missing) AS users,
+           min(g.at) FILTER (WHERE g.is_missing) AS first
+    FROM grouped g LEFT JOIN begun b ON b.dimension = g.dimension AND b.name = g.name
+    WHERE b.at IS NULL OR g.at >= b.at
+    GROUP BY g.dimension, g.name
+    ORDER BY g.dimension, g.name
+{%- endmacro %}
+
+{# The stale writes that runs from :since to :until found, by `dimension` (application or section) and `name`: how many
+   (`stale`), their `tokens` and `users`, the `first` one, and how many writes there were since it (`writes`). A component
+   that a later drift row carries along is counted once. #}
+{% macro stale_writes_by_writer() -%}
+WITH parts AS MATERIALIZED (
+        SELECT DISTINCT d.user_id, p.part ->> 'at' AS at, p.part -> 'writers' AS writers
+        FROM trueup.reconcile_run r
+        JOIN trueup.drift d ON d.run_id = r.id
+        CROSS JOIN LATERAL jsonb_array_elements(
+            CASE WHEN jsonb_typeof(d.evidence -> 'components') = 'array' THEN d.evidence -> 'components' END) p (part)
+        WHERE r.started_at >= CAST(:since AS timestamptz) AND r.started_at <= CAST(:until AS timestamptz)
+          AND p.part ->> 'cause' = 'stale_write' AND jsonb_typeof(p.part -> 'writers') = 'array'
+    ), stale AS MATERIALIZED (
+        SELECT p.user_id, w.* FROM parts p
+        CROSS JOIN LATERAL jsonb_to_recordset(p.writers) AS w (
+            application_name text, section text, count bigint, tokens bigint, first_at timestamptz)
+        WHERE w.first_at >= CAST(:since AS timestamptz)
+    ), by_name AS (
+        SELECT d.dimension, d.name, sum(s.count)::bigint AS stale, sum(s.tokens)::bigint AS tokens,
+               count(DISTINCT s.user_id) AS users, min(s.first_at) AS first
+        FROM stale s
+        CROSS JOIN LATERAL (VALUES ('application', s.application_name), ('section', nullif(s.section, ''))) d (dimension, name)
+        WHERE d.name IS NOT NULL
+        GROUP BY d.dimension, d.name
+        HAVING sum(s.count) >= :least
+    ), writes AS (
+        SELECT b.dimension, b.name, count(*) AS writes
+        FROM by_name b
+        JOIN trueup.counter_entry e ON e.application_name = b.name AND e.at >= b.first
+        WHERE b.dimension = 'application' AND e.at <= CAST(:until AS timestamptz) AND e.written_by = 'host'
+          AND e.kind = 'changed' AND e.new_counter IS DISTINCT FROM e.old_counter
+        GROUP BY b.dimension, b.name
+        UNION ALL
+        SELECT b.dimension, b.name, count(*)
+        FROM by_name b
+        JOIN {{ usage_log }} l ON {{ usage_log.section("l") }}::text = b.name AND l.{{ usage_log.created_at }} >= b.first
+        WHERE b.dimension = 'section' AND l.{{ usage_log.created_at }} <= CAST(:until AS timestamptz)
+          AND {{ usage_log.success("l") }} AND NOT {{ is_own("l") }}
+        GROUP BY b.dimension, b.name
+    )
+    SELECT b.dimension, b.name, b.stale, b.tokens, b.users, b.first, w.writes
+    FROM by_name b JOIN writes w ON w.dimension = b.dimension AND w.name = b.name
+    ORDER BY b.dimension, b.name
+{%- endmacro %}
