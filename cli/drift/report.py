@@ -20,7 +20,7 @@ from trueup.preview.report import PreviewReport
 from trueup.preview.scan import scan
 from trueup.reports.history import RunFigures, read_history
 from trueup.reports.rows import DriftFilter, ReportRow
-from trueup.reports.run_report import DriftReport, find_source, read_source, stream_rows, with_systemic_causes
+from trueup.reports.run_report import DriftReport, find_source, read_source, stream_rows, with_host_faults
 from trueup.settings.settings import get_settings
 
 # A person reads the largest drifts; a program gets all.
@@ -105,7 +105,7 @@ def _report_runs(
         if not found.drifted:
             require_user(connection, only.user_id)
         min_age = settings.reconcile.min_age_seconds
-        found = with_systemic_causes(connection, settings.host, source, found, min_age_seconds=min_age)
+        found = with_host_faults(connection, settings.host, source, found, min_age_seconds=min_age)
         runs = read_history(connection, kind, limit=RUNS_IN_CHART, up_to_run=source.run_id) if form == "html" else []
         if source.since is not None:
             runs = [run for run in runs if run.started_at >= source.since]

@@ -15,6 +15,8 @@ from trueup.cli.reports.figures import filter_of, percent, signed, title_of
 from trueup.drift.causes import ACTION_SENTENCES, CERTAINTY_SENTENCES, cause_sentence, cause_title
 from trueup.reports.history import RunFigures
 from trueup.reports.run_report import DriftReport
+from trueup.reports.systemic import REMEDIES, sentence_of
+from trueup.reports.uncredited import REMEDY
 
 # The size of the chart in its own units. The page stretches it, so that its text stands outside.
 HEIGHT = 200
@@ -45,6 +47,9 @@ def report_html(report: DriftReport, runs: Sequence[RunFigures]) -> Iterator[str
             actions=share_bars([(drifts, 0) for drifts in report.actions.values()]),
             sizes=share_bars([(s.overstated, s.understated) for s in report.sizes]),
             size_label=_size_label,
+            systemic_sentence=sentence_of,
+            remedies=REMEDIES,
+            pack_remedy=REMEDY.replace("`", ""),
             cause_title=cause_title,
             cause_sentence=cause_sentence,
             action_sentence=_action_sentence,

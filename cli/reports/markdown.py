@@ -8,9 +8,12 @@ from trueup.cli.output import numeric_columns, show
 from trueup.cli.reports.figures import summary_of, title_of
 from trueup.drift.causes import cause_sentence, cause_title
 from trueup.reports.run_report import DriftReport
+from trueup.reports.systemic import REMEDIES
+from trueup.reports.uncredited import REMEDY
 
 # In trueup's own words, Markdown or HTML would interpret these characters.
 _SPECIAL = re.compile(r"([\\`*_\[\]|<>&~])")
+MAX_PACKS_SHOWN = 50
 _BACKTICKS = re.compile("`+")
 
 
@@ -25,6 +28,28 @@ def report_markdown(report: DriftReport) -> Iterator[str]:
     if "only" in facts:
         facts["only"] = _verbatim(facts["only"])
     yield from _table(("", ""), list(facts.items()))
+    if report.systemic:
+        yield "\n## Systemic causes\n\n"
+        yield from _table(
+            ("fault", "in the", "named", "rows", "of", "users", "tokens", "since (UTC)", "remedy"),
+            [
+                (
+                    *(cause_title(c.kind), c.dimension, _verbatim(c.name), c.count, c.of, c.users, c.tokens),
+                    *(c.since, REMEDIES[c.kind]),
+                )
+                for c in report.systemic
+            ],
+        )
+    if report.uncredited and report.uncredited.packs:
+        yield "\n## Paid, but in neither plan, grant nor counter\n\n"
+        yield f"{report.uncredited.packs:,} packs, {report.uncredited.tokens:,} tokens. {REMEDY}\n\n"
+        yield from _table(
+            ("user", "reference", "tokens", "paid (UTC)", "certainty"),
+            [
+                (_verbatim(str(p.user_id)), _verbatim(p.reference), p.tokens, p.paid_at, p.certainty)
+                for p in report.uncredited.newest[:MAX_PACKS_SHOWN]
+            ],
+        )
     if report.causes:
         yield "\n## Causes\n\n"
         yield from _table(

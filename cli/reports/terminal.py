@@ -14,9 +14,12 @@ from trueup.drift.causes import ACTION_SENTENCES, CERTAINTY_SENTENCES, cause_sen
 from trueup.reconcile.runs import Finding
 from trueup.reports.history import RunFigures
 from trueup.reports.run_report import DriftReport
+from trueup.reports.systemic import REMEDIES, sentence_of
+from trueup.reports.uncredited import REMEDY, UncreditedPacks
 from trueup.reports.user_report import CounterStory
 from trueup.settings.policies import PAID_CAUSES
 
+ROWS_OF_PACKS = 20
 BARS = "▁▂▃▄▅▆▇█"
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)$")
 # These facts have sentences of their own. The rest of a component's evidence is printed by name.
@@ -27,6 +30,12 @@ _IN_SENTENCES = ("cause", "tokens", "certainty")
 def print_summary(report: DriftReport, max_rows: int | None = None) -> None:
     """Print a report's figures, its causes, and its largest drifts. `max_rows` None: all rows of the report."""
     print_facts(summary_of(report))
+    if report.systemic:
+        click.secho("\nSystemic causes", bold=True)
+        for cause in report.systemic:
+            click.echo(f"{show(sentence_of(cause))}, since {show(cause.since)} UTC.\n  {REMEDIES[cause.kind]}")
+    if report.uncredited and report.uncredited.packs:
+        _print_uncredited(report.uncredited, ROWS_OF_PACKS if max_rows is None else max_rows)
     shown = report.rows if max_rows is None else report.rows[:max_rows]
     if report.causes:
         click.echo()
@@ -52,6 +61,16 @@ def print_summary(report: DriftReport, max_rows: int | None = None) -> None:
     left = report.drifted - len(shown)
     if left and shown:
         click.echo(f"and {left:,} smaller drifts: `trueup {_command_for_all(report)}`")
+
+
+def _print_uncredited(found: UncreditedPacks, max_rows: int) -> None:
+    click.secho("\nPaid, but in neither plan, grant nor counter", bold=True)
+    click.echo(f"{found.packs:,} packs, {found.tokens:,} tokens. {REMEDY}")
+    shown = found.newest[:max_rows]
+    rows = [(str(pack.user_id), pack.reference, pack.tokens, pack.paid_at, pack.certainty) for pack in shown]
+    print_table(("user", "reference", "tokens", "paid (UTC)", "certainty"), rows)
+    if found.packs > len(shown):
+        click.echo(f"and {found.packs - len(shown):,} older ones")
 
 
 def _command_for_all(report: DriftReport) -> str:

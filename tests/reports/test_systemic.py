@@ -18,7 +18,7 @@ from trueup.install.install import install
 from trueup.preview.scan import scan
 from trueup.reconcile.local_run import reconcile
 from trueup.reports.rows import DriftFilter
-from trueup.reports.run_report import DriftReport, find_source, read_source, with_systemic_causes
+from trueup.reports.run_report import DriftReport, find_source, read_source, with_host_faults
 from trueup.reports.systemic import THRESHOLDS, SystemicCause, sentence_of
 from trueup.settings.policies import Rules
 
@@ -76,7 +76,7 @@ class Application:
             source = find_source(connection, "bigint", **chosen)
             assert source is not None
             report = read_source(connection, source)
-            return with_systemic_causes(connection, self.mapping, source, report, min_age_seconds=0)
+            return with_host_faults(connection, self.mapping, source, report, min_age_seconds=0)
 
 
 @pytest.fixture(params=["decrement rows", "journal alone"])
@@ -246,8 +246,8 @@ def test_a_stale_job_is_one_finding_with_its_application_name(application: Appli
     assert report.systemic is not None
     assert began <= report.systemic[0].since
     assert sentence_of(report.systemic[0]) == (
-        f"The writer in the application 'nightly' saves values that it read before other changes: {jobs} of {jobs} of its "
-        f"writes overwrote {lost:,} tokens of {USERS} users"
+        f"The writer in the application 'nightly' saves values that it read before other changes: "
+        f"{jobs} of its {jobs} writes overwrote {lost:,} tokens of {USERS} users"
     )
     assert all(application.host.counter(user) == 1_000_000 - application.host.used(user) for user in application.users)
 

@@ -9,6 +9,7 @@ from trueup.accounts.user_ids import UserId
 from trueup.accounts.validation import check_text
 from trueup.errors import TrueupError
 from trueup.host.mapping import HostMapping
+from trueup.host.sql import render_statement
 
 
 class PaymentsNotMappedError(TrueupError):
@@ -53,7 +54,8 @@ def import_payments(
             "[host.payment] in trueup.toml, then run `trueup db init`."
         )
     check_text("by", by)
-    found = [PackPayment(**row) for row in connection.execute(_FIND, {"since": since}).mappings()]
+    statement = render_statement(_FIND, mapping)
+    found = [PackPayment(**row) for row in connection.execute(statement, {"since": since}).mappings()]
     return [
         _grant(connection, payment, by) if payment.outcome == "to_grant" and not dry_run else payment
         for payment in found
@@ -67,8 +69,8 @@ def _grant(connection: Connection, payment: PackPayment, by: str) -> PackPayment
 
 
 _GRANT = text("SELECT * FROM trueup.grant_tokens(:user, :tokens, 'token pack bought', :reference, NULL, :by, NULL)")
-_FIND = text(
-    """
+_FIND = """
+    {% from "drift/host_records.sql" import is_pack %}
     SELECT p.user_id, p.reference, p.tokens, p.at AS paid_at, g.id AS grant_id,
            CASE WHEN row_number() OVER (PARTITION BY p.user_id, p.reference ORDER BY p.at, p.id) > 1
                 THEN 'same_reference'
@@ -77,9 +79,7 @@ _FIND = text(
     FROM trueup.purchases() p
     JOIN trueup.entitlements(clock_timestamp()) e ON e.user_id = p.user_id
     LEFT JOIN trueup.token_grant g ON g.user_id = p.user_id AND g.reference = p.reference
-    WHERE p.kind = 'token plan' AND NOT p.own_plan AND p.tokens > 0
-      AND p.at > e.window_start + interval '5 minutes' AND p.at <= clock_timestamp()
+    WHERE {{ is_pack("p", "e.window_start") }} AND p.at <= clock_timestamp()
       AND (CAST(:since AS timestamptz) IS NULL OR p.at >= :since)
     ORDER BY p.user_id, p.at, p.reference
-    """
-)
+"""

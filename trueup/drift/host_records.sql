@@ -53,6 +53,13 @@ SELECT NULL::{{ user_id_type }} AS user_id, NULL::text AS id, NULL::text AS refe
 {%- endif %}
 {%- endmacro %}
 
+{# Whether the purchase `p` is a pack: a token plan other than the subscription's, bought in the window. An earlier payment
+   opened the window. #}
+{% macro is_pack(p, window) -%}
+{{ p }}.kind = 'token plan' AND NOT {{ p }}.own_plan AND {{ p }}.tokens > 0
+      AND {{ p }}.at > {{ window }} + interval '5 minutes'
+{%- endmacro %}
+
 {# Ten minutes before a time: rows of one size that are at most so far apart belong together. (The earliest times that
    PostgreSQL has can't be lowered.) #}
 {% macro shortly_before(at) -%}

@@ -72,7 +72,8 @@ class PreviewReport:
             actions=dict(self.actions.most_common()),
             rows=rows,
             rows_left_out=self.summary.drifted - len(rows),
-            systemic=outcome.systemic if self.only == DriftFilter() else None,
+            systemic=outcome.systemic if self._is_about_all_causes() else None,
+            uncredited=outcome.uncredited if self._is_about_all_causes() else None,
         )
 
     def rows(self, most: int | None = None) -> Iterator[ReportRow]:
@@ -87,6 +88,9 @@ class PreviewReport:
             row = pickle.load(self._rows)  # noqa: S301 - this process wrote it
             assert isinstance(row, ReportRow)  # noqa: S101 - for the type checker
             yield row
+
+    def _is_about_all_causes(self) -> bool:
+        return replace(self.only, user_id=None) == DriftFilter()
 
     def _is_chosen(self, row: ReportRow) -> bool:
         return abs(row.drift) >= self.only.min_tokens and set(self.only.causes) <= set(row.cause.split("+"))

@@ -36,6 +36,7 @@ from trueup.reconcile.audit import UNCOUNTABLE_REMEDY
 from trueup.reconcile.runs import Finding
 from trueup.reconcile.shards import MAX_FAILURES, bounds, conditions_of
 from trueup.reports.systemic import SystemicCause, systemic_causes
+from trueup.reports.uncredited import UncreditedPacks, uncredited_packs
 from trueup.settings.policies import Rules
 
 PAGE_SIZE = 5_000
@@ -54,13 +55,15 @@ Report = Callable[[int, Sequence[Finding]], None]
 class ScanOutcome:
     """The outcome of a scan. Times are the database's; None: not yet. `notes`: what the scan could not do, and why.
 
-    `systemic`: the systemic causes of the present periods; None: they were not looked for.
+    `systemic`: the systemic causes of the present periods. `uncredited`: the packs that are paid for and not credited.
+    Both None: not looked for.
     """
 
     started_at: datetime | None = None
     finished_at: datetime | None = None
     notes: tuple[str, ...] = ()
     systemic: list[SystemicCause] | None = None
+    uncredited: UncreditedPacks | None = None
 
 
 def scan(
@@ -86,8 +89,7 @@ def scan(
         running.prepare()
         if running.index is None or only_user is not None:
             running.by_pages(only_user, page_size)
-            if only_user is None:
-                running.look_for_systemic_causes(scan_timeout_seconds)
+            running.look_for_host_faults(only_user, scan_timeout_seconds)
         else:
             running.at_once(scan_timeout_seconds)
         return running.outcome
@@ -158,24 +160,34 @@ class _Scan:
             # The next users may have fewer rows, so the page grows again.
             after, failures, size = last, 0, min(page_size, 2 * size)
 
-    def look_for_systemic_causes(self, timeout_seconds: int) -> None:
-        """Look for faults behind many of the drifts, in one statement over the log rows of the present periods."""
-        assert self.outcome.started_at is not None  # noqa: S101 - for the type checker: prepare() has read it
-        if not self.missed:
-            self.outcome.systemic = []
+    def look_for_host_faults(self, only_user: UserId | None, timeout_seconds: int) -> None:
+        """Look for packs that were never credited and, for all users, for faults behind many of the drifts."""
+        began = self.outcome.started_at
+        assert began is not None  # noqa: S101 - for the type checker: prepare() has read it
+        own, mapping = self.statements.own, self.mapping
+        with self._noted("Packs that were never credited", timeout_seconds) as connection:
+            self.outcome.uncredited = uncredited_packs(connection, mapping, at=began, only_user=only_user, own=own)
+        if only_user is not None or not self.missed:
+            self.outcome.systemic = [] if only_user is None else None
             return
+        until = began - timedelta(seconds=self.rules.min_age_seconds)
+        since = datetime.min.replace(tzinfo=UTC)
+        with self._noted("Systemic causes", timeout_seconds) as connection:
+            self.outcome.systemic = systemic_causes(
+                connection, mapping, since=since, until=until, drifted=self.missed, own=own
+            )
+
+    @contextmanager
+    def _noted(self, what: str, timeout_seconds: int) -> Iterator[Connection]:
+        """Yield a connection for reading. What takes too long or may not be read becomes a note."""
         try:
             with self._reading(timeout_seconds) as connection:
-                self.outcome.systemic = systemic_causes(
-                    connection, self.mapping, own=self.statements.own, drifted=self.missed,
-                    since=datetime.min.replace(tzinfo=UTC),
-                    until=self.outcome.started_at - timedelta(seconds=self.rules.min_age_seconds),
-                )  # fmt: skip
+                yield connection
         except DBAPIError as error:
             if not isinstance(error.orig, QueryCanceled | InsufficientPrivilege | UndefinedColumn):
                 raise
             why = str(error.orig).partition("\n")[0]
-            self.outcome.notes += (f"Systemic causes were not looked for: {why}.",)
+            self.outcome.notes += (f"{what} were not looked for: {why}.",)
 
     def at_once(self, timeout_seconds: int) -> None:
         """Read the whole log once: without an index, each page would read it."""

@@ -1,10 +1,10 @@
 """Drift reports on one run or on all runs since a time, from the database or from the summary of a dry run."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from psycopg.errors import QueryCanceled
 from sqlalchemy import Connection, Row, Select, func, select
@@ -26,6 +26,9 @@ from trueup.reports.totals import (
     tally_sizes,
     tally_totals,
 )
+from trueup.reports.uncredited import UncreditedPacks, uncredited_packs
+
+T = TypeVar("T")
 
 # Adding a field keeps the number. Renaming or removing a field, or changing its meaning, increases it.
 SCHEMA_VERSION = 2
@@ -41,7 +44,8 @@ class DriftReport:
     `set_aside`: drifts that need no decision: tolerated, ignored, or so new that their decrements may still arrive.
     `tokens_overstated`: used tokens that counters still show; `tokens_understated`: unused tokens that they don't show.
     `actions`: number of drifts by action. `rows`: the largest drifts first; `rows_left_out`: number of other drifts.
-    `systemic`: the systemic causes of the time before the newest of these runs; None: they were not looked for.
+    `systemic`: the systemic causes of the time before the newest of these runs. `uncredited`: the packs that are paid
+    for and not credited now. Both None: not looked for.
     """
 
     run_id: int | None
@@ -69,6 +73,7 @@ class DriftReport:
     rows: list[ReportRow]
     rows_left_out: int = 0
     systemic: list[SystemicCause] | None = None
+    uncredited: UncreditedPacks | None = None
 
     @property
     def tokens_drifted(self) -> int:
@@ -94,6 +99,7 @@ class DriftReport:
             "causes": [asdict(figures) for figures in self.causes],
             "sizes": [asdict(figures) for figures in self.sizes],
             "systemic": None if self.systemic is None else [cause.as_json() for cause in self.systemic],
+            "uncredited": None if self.uncredited is None else self.uncredited.as_json(),
         }
 
     def as_json(self) -> dict[str, Any]:
@@ -179,31 +185,48 @@ def read_source(
         actions=tally_actions(connection, source.chosen),
         rows=rows,
         rows_left_out=max(0, totals["drifted"] - skip - len(rows)),
+        systemic=None,
+        uncredited=None,
     )
 
 
-def with_systemic_causes(
+def with_host_faults(
     connection: Connection, mapping: HostMapping, source: ReportSource, report: DriftReport, *, min_age_seconds: float
 ) -> DriftReport:
-    """Return the report on `source` with its systemic causes; without them if it is not about all users and causes.
+    """Return the report on `source` with the host's faults: systemic causes, and packs that were never credited.
 
-    `min_age_seconds`: how long a decrement may take. If the log is too large to be read within the statement timeout,
-    `systemic` stays None.
+    Both are left out of a report about some causes or sizes, and systemic causes also of one about one user.
+    `min_age_seconds`: how long a decrement may take. What can't be read within the statement timeout stays None.
     """
-    runs = [run for run in source.runs if run.only_user is None]
-    if source.filter != DriftFilter() or not runs:
+    if replace(source.filter, user_id=None) != DriftFilter():
         return report
-    if not SIGNS & {cause.cause for cause in report.causes}:
-        return replace(report, systemic=[])
-    until = runs[-1].started_at - timedelta(seconds=min_age_seconds)
-    since = min(until - LOOK_BACK, source.since or until)
+
+    def packs() -> UncreditedPacks | None:
+        now = connection.execute(select(func.now())).scalar_one()
+        return uncredited_packs(connection, mapping, at=now, only_user=source.filter.user_id)
+
+    def causes() -> list[SystemicCause] | None:
+        runs = [run for run in source.runs if run.only_user is None]
+        if source.filter.user_id is not None or not runs:
+            return None
+        if not SIGNS & {cause.cause for cause in report.causes}:
+            return []
+        until = runs[-1].started_at - timedelta(seconds=min_age_seconds)
+        since = min(until - LOOK_BACK, source.since or until)
+        return systemic_causes(connection, mapping, since=since, until=until)
+
+    return replace(report, systemic=_in_time(connection, causes), uncredited=_in_time(connection, packs))
+
+
+def _in_time(connection: Connection, read: Callable[[], T]) -> T | None:
+    """Return what `read` returns; None if it takes longer than the statement timeout."""
     try:
         with connection.begin_nested():
-            return replace(report, systemic=systemic_causes(connection, mapping, since=since, until=until))
+            return read()
     except DBAPIError as error:
         if not isinstance(error.orig, QueryCanceled):
             raise
-        return report
+        return None
 
 
 def read_report(

@@ -28,8 +28,8 @@ SIGNS = frozenset({"missed_decrement", "stale_write"})
 class Threshold:
     """From when on single faults are one systemic cause.
 
-    `count`: at least this many faulty rows. `users`: on the counters of at least this many users. `share`: at least this
-    share of all rows of the section, the model or the writer, 0 to 1.
+    `count`: at least this many faulty rows. `users`: on the counters of at least this many users. `share`: at least
+    this share of all rows of the section, the model or the writer, 0 to 1.
     """
 
     count: int
@@ -55,8 +55,8 @@ class SystemicCause:
     """One fault of the host, and what it did.
 
     `dimension`: what it is limited to, and `name`: which one; "host" and "": nothing. `since`: the first faulty row.
-    `count`: the log rows without a decrement, or the stale writes, of `of` since then. `tokens`: those of these log rows,
-    or those that the writes overwrote. `users`: how many users' counters.
+    `count`: the log rows without a decrement, or the stale writes, of `of` since then. `tokens`: those of these log
+    rows, or those that the writes overwrote. `users`: how many users' counters.
     """
 
     kind: Kind
@@ -161,7 +161,7 @@ def stale_writers(rows: Iterable[Any]) -> list[SystemicCause]:
 
 
 def sentence_of(cause: SystemicCause) -> str:
-    """Return the finding in words, without its since."""
+    """Return the finding in words, without the time since when."""
     where = f" in the {cause.dimension} {cause.name!r}" if cause.dimension != "host" else ""
     if cause.kind == "decrement_not_run":
         return (
@@ -169,15 +169,15 @@ def sentence_of(cause: SystemicCause) -> str:
             f"{cause.tokens:,} tokens of {cause.users:,} users"
         )
     return (
-        f"The writer{where} saves values that it read before other changes: {cause.count:,} of {cause.of:,} of its writes "
+        f"The writer{where} saves values that it read before other changes: {cause.count:,} of its {cause.of:,} writes "
         f"overwrote {cause.tokens:,} tokens of {cause.users:,} users"
     )
 
 
 REMEDIES: dict[Kind, str] = {
-    "decrement_not_run": "Let the application lower the counter after these calls; until then each run finds new drift.",
-    "stale_writer": "Let it lower the counter in the database (SET counter = counter - tokens) instead of saving the object "
-    "that it has read.",
+    "decrement_not_run": "Let the application lower the counter after these calls. Until then each run finds drift.",
+    "stale_writer": "Let it lower the counter in the database (SET counter = counter - tokens), and not save the "
+    "object that it has read.",
 }
 
 _JOURNAL_SINCE = text("SELECT trueup.journal_since()")
