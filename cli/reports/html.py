@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from trueup.cli.output import show
+from trueup.cli.output import count_of, show
 from trueup.cli.reports.figures import filter_of, percent, signed, title_of
 from trueup.drift.causes import ACTION_SENTENCES, CERTAINTY_SENTENCES, cause_sentence, cause_title
 from trueup.reports.history import RunFigures
@@ -57,6 +57,7 @@ def report_html(report: DriftReport, runs: Sequence[RunFigures]) -> Iterator[str
             zip=zip,
             sentence=lambda words: words[:1].upper() + words[1:],
             show=show,
+            count_of=count_of,
             compact=compact,
             signed=signed,
             percent=percent,

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from trueup.cli.output import numeric_columns, show
+from trueup.cli.output import count_of, numeric_columns, show
 from trueup.cli.reports.figures import summary_of, title_of
 from trueup.drift.causes import cause_sentence, cause_title
 from trueup.reports.run_report import DriftReport
@@ -42,7 +42,7 @@ def report_markdown(report: DriftReport) -> Iterator[str]:
         )
     if report.uncredited and report.uncredited.packs:
         yield "\n## Paid, but in neither plan, grant nor counter\n\n"
-        yield f"{report.uncredited.packs:,} packs, {report.uncredited.tokens:,} tokens. {REMEDY}\n\n"
+        yield f"{count_of(report.uncredited.packs, 'pack')}, {report.uncredited.tokens:,} tokens. {REMEDY}\n\n"
         yield from _table(
             ("user", "reference", "tokens", "paid (UTC)", "certainty"),
             [

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from trueup.cli.output import print_facts, print_table, show
+from trueup.cli.output import count_of, print_facts, print_table, show
 from trueup.cli.reports.figures import percent, signed, summary_of
 from trueup.drift.causes import ACTION_SENTENCES, CERTAINTY_SENTENCES, cause_sentence, cause_title
 from trueup.reconcile.runs import Finding
@@ -65,7 +65,7 @@ def print_summary(report: DriftReport, max_rows: int | None = None) -> None:
 
 def _print_uncredited(found: UncreditedPacks, max_rows: int) -> None:
     click.secho("\nPaid, but in neither plan, grant nor counter", bold=True)
-    click.echo(f"{found.packs:,} packs, {found.tokens:,} tokens. {REMEDY}")
+    click.echo(f"{count_of(found.packs, 'pack')}, {found.tokens:,} tokens. {REMEDY}")
     shown = found.newest[:max_rows]
     rows = [(str(pack.user_id), pack.reference, pack.tokens, pack.paid_at, pack.certainty) for pack in shown]
     print_table(("user", "reference", "tokens", "paid (UTC)", "certainty"), rows)

@@ -134,6 +134,16 @@ def test_two_rows_explain_a_drift_only_if_no_other_pair_does() -> None:
     assert named(drift(500, 200, {"pairs": [{"kinds": "LL", "count": 2, "rows": pair}]})) == {}
 
 
+@pytest.mark.parametrize("missed", [0, 300])
+def test_a_payment_credited_twice_is_named_by_amounts_alone_too(missed: int) -> None:
+    bought = {**PAYMENTS, "purchases": [purchase(5_000)], **(MISSED if missed else {})}
+    found = drift(19_000, 9_000, bought)
+    assert named(found, 5_000) == {"credit_without_grant": 5_000, "credited_twice": 5_000}
+    explanation = explain(found, plan_sizes=frozenset({5_000}), counter_limit=INT4, now=NOW)
+    assert decide(found, explanation).policy == "review"
+    assert "manual_edit" in explanation.alternatives
+
+
 def test_young_usage_may_be_all_of_a_drift() -> None:
     explanation = explain(
         drift(500, 200, {"young": {"count": 2, "tokens": 300}}), plan_sizes=frozenset(), counter_limit=INT4, now=NOW
@@ -176,8 +186,17 @@ def test_young_usage_may_be_all_of_a_drift() -> None:
             {"purchases": [purchase(5_000)], "parts": [part("missed", 300)]},
             {"missed_decrement": 300},
         ),
-        (14_000, 9_000, {"purchases": [purchase(5_000, granted=True)]}, {"manual_edit": 5_000}),
-        (14_000, 9_000, {"purchases": [purchase(5_000, own_plan=True, opened_window=True)]}, {"manual_edit": 5_000}),
+        # Raised a second time for a payment that the figures have, or that raised the counter before.
+        (14_000, 9_000, {"purchases": [purchase(5_000, granted=True)]}, {"credited_twice": 5_000}),
+        (14_000, 9_000, {"purchases": [purchase(5_000, own_plan=True, opened_window=True)]}, {"credited_twice": 5_000}),
+        (
+            19_300,
+            9_000,
+            {"purchases": [purchase(5_000)], "parts": [part("missed", 300)]},
+            {"missed_decrement": 300, "credit_without_grant": 5_000, "credited_twice": 5_000},
+        ),
+        # A grant that no payment has made is a person's work, and so is the same amount again.
+        (14_000, 9_000, {"purchases": [purchase(5_000, kind="grant", granted=True)]}, {"manual_edit": 5_000}),
         # Many purchases just before the base point do not hide causes after it.
         (
             8_700,

@@ -126,9 +126,9 @@ def test_the_counter_stopped_at_zero_before_a_purchase(books: Books) -> None:
     [
         (False, DAY, "completed", "credit_without_grant"),
         (True, DAY, "completed", "renewal_without_new_window"),
-        # Not paid; or the purchase that began the period.
+        # Not paid; or the purchase that began the period, whose tokens the counter began with.
         (False, DAY, "pending", "manual_edit"),
-        (True, SECOND, "completed", "manual_edit"),
+        (True, SECOND, "completed", "credited_twice"),
     ],
 )
 def test_a_purchase_that_no_plan_or_grant_includes(
@@ -405,3 +405,14 @@ def test_missing_mapped_tables_and_columns_are_named(host: Host) -> None:
             "billing_tokenusage.usage_date",
             "billing_payment.status",
         ]
+
+
+def test_a_pack_that_was_credited_twice_has_its_own_cause_without_the_journal(books: Books) -> None:
+    books.pay(books.host.plan(5_000), NOON)
+    books.use(400)
+    books.add(5_000)
+    books.add(5_000)
+    books.log(300, NOON + HOUR)
+    assert books.shares() == {"credit_without_grant": 5_000, "credited_twice": 5_000, "missed_decrement": 300}
+    twice = next(part for part in books.explained().components if part.cause == "credited_twice")
+    assert (twice.certainty, twice.evidence["payments"][0]["reference"]) == ("possible", "t1")

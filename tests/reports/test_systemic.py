@@ -299,3 +299,24 @@ def test_a_report_about_some_drifts_looks_for_no_systemic_cause(application: App
     content = json.loads(json.dumps(application.report().as_json()))
     assert content["systemic"][0]["name"] == "products"
     assert content["systemic"][0]["since"] > "2024"
+
+
+def test_a_section_whose_writes_are_all_stale_has_a_stale_writer_and_no_decrement_that_does_not_run(
+    application: Application,
+) -> None:
+    for number in range(2 * ENOUGH):
+        stale_job(application, application.users[number % USERS], spent=200 + number)
+    for user in application.users:
+        application.log(user, 33)
+    assert [cause[:3] for cause in found(application.reconcile())] == [("stale_writer", "application", "nightly")]
+
+
+def test_requests_of_any_size_do_not_hide_a_decrement_that_does_not_run(application: Application) -> None:
+    """Sums of other requests' decrements have the sizes of the log rows."""
+    for number in range(ENOUGH):
+        for tokens in (50, 51):
+            application.call(application.users[number % USERS], tokens)
+        application.log(application.users[number % USERS], 101, "products")
+    assert found(application.reconcile()) == [
+        ("decrement_not_run", "section", "products", ENOUGH, ENOUGH, USERS, 101 * ENOUGH)
+    ]

@@ -142,14 +142,6 @@ def test_of_two_equal_packs_the_journal_tells_the_one_that_was_not_credited(book
     assert references(books) == []
 
 
-def test_a_pack_that_was_credited_twice_has_its_own_cause_with_the_journal(books: Books) -> None:
-    """With the journal the raise of the one payment's size is named; without it the row of that payment is missing."""
-    buy(books)
-    credit(books)
-    credit(books, hours=0.5)
-    assert references(books) == []
-
-
 def test_the_report_on_a_run_has_them_and_a_filter_on_causes_leaves_them_out(books: Books) -> None:
     buy(books)
     reconcile(books.host.engine, MAPPED)

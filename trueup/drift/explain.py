@@ -18,7 +18,15 @@ from trueup.drift.evidence import Evidence
 from trueup.drift.explain_by_amounts import explain_by_amounts
 from trueup.drift.explain_by_rows import ledger_candidates
 from trueup.drift.history import explain_by_journal, journal_position
-from trueup.drift.hypotheses import Candidate, Candidates, candidate, combinations_of, explanation_of, less_certain
+from trueup.drift.hypotheses import (
+    Candidate,
+    Candidates,
+    candidate,
+    combinations_of,
+    credited_twice,
+    explanation_of,
+    less_certain,
+)
 from trueup.drift.lost_updates import Losses, losses_by_tokens
 from trueup.drift.period_reset import explain_reset
 
@@ -146,7 +154,7 @@ def _closed(
     lost: dict[int, Losses],
     unseen: frozenset[int],
 ) -> Iterator[_Solution]:
-    """Yield the solutions for these candidates and the remainder `rest`: exact, unseen purchase, lost, manual edit."""
+    """Yield the solutions for these candidates and the remainder `rest`: none, or what else raised the counter."""
     cost += clamp.cost
     if drift.is_negative:
         negative = candidate("counter_negative", rest, "proven", at="~")
@@ -155,6 +163,9 @@ def _closed(
     if rest == 0:
         yield _Solution(chosen=taken, cost=cost, exact=True)
         return
+    twice = credited_twice(drift.evidence, taken)
+    if rest in twice:
+        yield _Solution(chosen=(*taken, twice[rest]), cost=cost + weights.CREDITED_TWICE, exact=True)
     if rest in unseen:
         yield _Solution(chosen=(*taken, _bought(rest)), cost=cost + weights.UNSEEN_PURCHASE, exact=True)
     if rest in lost:

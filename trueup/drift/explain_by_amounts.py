@@ -15,6 +15,7 @@ from trueup.drift.hypotheses import (
     candidate,
     carried_of,
     combinations_of,
+    credited_twice,
     credits_of,
     explanation_of,
     grants_of,
@@ -85,6 +86,8 @@ def _with_purchases(
             found.append((cost, taken))
         elif left in matches:
             found.append((cost + weights.AMOUNT_OF_A_ROW, [*taken, _of_match(matches[left])]))
+        elif left in (twice := credited_twice(evidence, taken)):
+            found.append((cost + weights.CREDITED_TWICE, [*taken, twice[left]]))
     if not found:
         return [], ()
     best = min(found, key=lambda one: one[0])[1]

@@ -132,6 +132,26 @@ def _credit(purchase: Purchase, place: int) -> Candidate:
     )
 
 
+def credited_twice(evidence: Evidence, chosen: Iterable[Candidate]) -> dict[int, Candidate]:
+    """Return the second raises for one payment that may explain the rest, by their tokens.
+
+    Of the payments that raised the counter once: `chosen` has them, or a grant or the present period covers them.
+    """
+    used = {one.purchase for one in chosen if one.purchase is not None and one.tokens > 0}
+    return {
+        purchase.tokens: candidate(
+            "credited_twice",
+            purchase.tokens,
+            "possible",
+            at=purchase.at,
+            alternatives=("manual_edit",),
+            evidence={"payments": [purchase.model_dump(include={"id", "reference", "tokens", "at", "kind"})]},
+        )
+        for place, purchase in enumerate(evidence.purchases)
+        if purchase.kind != "grant" and (purchase.granted or purchase.opened_window or place in used)
+    }
+
+
 def grants_of(evidence: Evidence) -> list[Candidate]:
     """Return the grants that the counter may not have followed, except grants that a known purchase represents."""
     places = {purchase.id: place for place, purchase in enumerate(evidence.purchases) if purchase.kind == "grant"}

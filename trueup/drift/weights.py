@@ -18,6 +18,8 @@ PURCHASE_USED = 0.0
 PURCHASE_UNUSED = 1.0
 SETTLED_PURCHASE_USED = 1.0
 SETTLED_PURCHASE_UNUSED = 0.0
+# The rest is as large as a payment whose tokens the figures or the explanation have already (calibrated).
+CREDITED_TWICE = 3.0
 # Payments are not mapped, and the rest has the size of a plan (calibrated).
 UNSEEN_PURCHASE = 3.0
 # A grant that the counter did not follow (calibrated).

@@ -97,18 +97,18 @@ def systemic_causes(
     stands in for them. Reads all log rows of this time once.
     """
     journal_since = connection.scalar(_JOURNAL_SINCE) if own.installed else None
-    found: list[SystemicCause] = []
+    stale: Sequence[Any] = ()
+    if journal_since is not None:
+        values = {"since": max(since, journal_since), "until": until, "least": THRESHOLDS["stale_writer"].count}
+        stale = connection.execute(render_statement(_WRITERS, mapping, own), values).all()
+    found = stale_writers(stale)
     # Only decrement rows or the journal show that a decrement did not run.
     begin = since if mapping.token_usage.table else max(since, journal_since or until)
     if begin < until:
         weight = _weight(THRESHOLDS["decrement_not_run"].share)
         values = {"since": begin, "until": until, "drifted": list(drifted), "weight": weight}
-        found += decrements_that_do_not_run(
-            connection.execute(render_statement(_DECREMENTS, mapping, own), values).all()
-        )
-    if journal_since is not None:
-        values = {"since": max(since, journal_since), "until": until, "least": THRESHOLDS["stale_writer"].count}
-        found += stale_writers(connection.execute(render_statement(_WRITERS, mapping, own), values).all())
+        groups = connection.execute(render_statement(_DECREMENTS, mapping, own), values).all()
+        found += decrements_that_do_not_run(groups, stale if mapping.token_usage.table is None else ())
     return sorted(found, key=lambda one: (-one.tokens, one.kind, one.name))
 
 
@@ -117,16 +117,19 @@ def _weight(share: Fraction) -> int:
     return int(share / (1 - share))
 
 
-def decrements_that_do_not_run(rows: Iterable[Any]) -> list[SystemicCause]:
+def decrements_that_do_not_run(rows: Iterable[Any], stale: Iterable[Any]) -> list[SystemicCause]:
     """Return where the decrement does not run: everywhere, or in which sections; else for which models.
 
-    `rows`: the groups of log rows, as systemic.sql describes them.
+    `rows`: the groups of log rows, `stale`: the stale writes by section, as systemic.sql describes them. Without
+    decrement rows a stale write leaves its log row without a decrement of its size, although the decrement ran.
     """
+    ran = {row.name: row.stale for row in stale if row.dimension == "section"}
     limit = THRESHOLDS["decrement_not_run"]
     found: dict[str, list[SystemicCause]] = {"host": [], "section": [], "model": []}
     runs_in_sections = False
     for row in rows:
-        group = _not_run(row) if row.missing else None
+        missing = row.missing - (ran.get(row.name, 0) if row.dimension == "section" else sum(ran.values()))
+        group = _not_run(row, missing) if missing > 0 else None
         if group is not None and group.is_systemic:
             found[row.dimension].append(group)
         elif row.dimension == "section" and row.log_rows >= limit.count:
@@ -136,9 +139,9 @@ def decrements_that_do_not_run(rows: Iterable[Any]) -> list[SystemicCause]:
     return found["section"] or found["model"] or found["host"]
 
 
-def _not_run(row: Any) -> SystemicCause:
+def _not_run(row: Any, missing: int) -> SystemicCause:
     return SystemicCause(
-        kind="decrement_not_run", dimension=row.dimension, name=row.name, since=row.first, count=row.missing,
+        kind="decrement_not_run", dimension=row.dimension, name=row.name, since=row.first, count=missing,
         of=row.log_rows, users=row.users, tokens=row.tokens,
     )  # fmt: skip
 
@@ -154,6 +157,7 @@ def stale_writers(rows: Iterable[Any]) -> list[SystemicCause]:
             of=max(row.writes, row.stale), users=row.users, tokens=row.tokens,
         )
         for row in rows
+        if row.writes is not None
     ]  # fmt: skip
     found = [writer for writer in writers if writer.is_systemic]
     best = max(found, key=lambda writer: (writer.share, writer.dimension == "application"), default=None)

@@ -20,17 +20,12 @@ EXISTS (SELECT FROM {{ trueup.charge }} c
 {%- endif -%}
 {%- endmacro %}
 
-{# Whether the journal shows that the host lowered the counter for the row `r`: an entry near it has its size, or is its
-   size below an earlier value (a stale write), or the counter was at zero. #}
+{# Whether the journal shows that the host lowered the counter for the row `r`: an entry near it has its size, or the counter
+   was at zero. #}
 {% macro has_entry(r) -%}
 EXISTS (SELECT FROM {{ trueup.counter_entry }} e
                 WHERE e.user_id = {{ r }}.user_id AND e.at BETWEEN {{ r }}.at - {{ near }} AND {{ r }}.at + {{ near }}
                   AND e.written_by = 'host' AND e.new_counter + {{ direction }} * {{ r }}.tokens = e.old_counter)
-        OR EXISTS (SELECT FROM {{ trueup.counter_entry }} e
-                   JOIN {{ trueup.counter_entry }} p ON p.user_id = e.user_id AND p.id < e.id
-                                                    AND p.at BETWEEN e.at - {{ near }} AND e.at
-                   WHERE e.user_id = {{ r }}.user_id AND e.at BETWEEN {{ r }}.at - {{ near }} AND {{ r }}.at + {{ near }}
-                     AND e.written_by = 'host' AND e.new_counter + {{ direction }} * {{ r }}.tokens = p.old_counter)
         {% if not subscription.counts_up %}
         OR 0 = (SELECT e.new_counter FROM {{ trueup.counter_entry }} e
                 WHERE e.user_id = {{ r }}.user_id AND e.at < {{ r }}.at ORDER BY e.at DESC, e.id DESC LIMIT 1)
@@ -91,8 +86,8 @@ WITH logged AS MATERIALIZED (
 {%- endmacro %}
 
 {# The stale writes that runs from :since to :until found, by `dimension` (application or section) and `name`: how many
-   (`stale`), their `tokens` and `users`, the `first` one, and how many writes there were since it (`writes`). A component
-   that a later drift row carries along is counted once. #}
+   (`stale`), their `tokens` and `users`, the `first` one, and how many writes there were since it (`writes`; null for fewer
+   than :least stale ones). A component that a later drift row carries along is counted once. #}
 {% macro stale_writes_by_writer() -%}
 WITH parts AS MATERIALIZED (
         SELECT DISTINCT d.user_id, p.part ->> 'at' AS at, p.part -> 'writers' AS writers
@@ -114,23 +109,22 @@ WITH parts AS MATERIALIZED (
         CROSS JOIN LATERAL (VALUES ('application', s.application_name), ('section', nullif(s.section, ''))) d (dimension, name)
         WHERE d.name IS NOT NULL
         GROUP BY d.dimension, d.name
-        HAVING sum(s.count) >= :least
     ), writes AS (
         SELECT b.dimension, b.name, count(*) AS writes
         FROM by_name b
         JOIN trueup.counter_entry e ON e.application_name = b.name AND e.at >= b.first
-        WHERE b.dimension = 'application' AND e.at <= CAST(:until AS timestamptz) AND e.written_by = 'host'
+        WHERE b.dimension = 'application' AND b.stale >= :least AND e.at <= CAST(:until AS timestamptz) AND e.written_by = 'host'
           AND e.kind = 'changed' AND e.new_counter IS DISTINCT FROM e.old_counter
         GROUP BY b.dimension, b.name
         UNION ALL
         SELECT b.dimension, b.name, count(*)
         FROM by_name b
         JOIN {{ usage_log }} l ON {{ usage_log.section("l") }}::text = b.name AND l.{{ usage_log.created_at }} >= b.first
-        WHERE b.dimension = 'section' AND l.{{ usage_log.created_at }} <= CAST(:until AS timestamptz)
+        WHERE b.dimension = 'section' AND b.stale >= :least AND l.{{ usage_log.created_at }} <= CAST(:until AS timestamptz)
           AND {{ usage_log.success("l") }} AND NOT {{ is_own("l") }}
         GROUP BY b.dimension, b.name
     )
     SELECT b.dimension, b.name, b.stale, b.tokens, b.users, b.first, w.writes
-    FROM by_name b JOIN writes w ON w.dimension = b.dimension AND w.name = b.name
+    FROM by_name b LEFT JOIN writes w ON w.dimension = b.dimension AND w.name = b.name
     ORDER BY b.dimension, b.name
 {%- endmacro %}
