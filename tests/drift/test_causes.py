@@ -209,7 +209,8 @@ def test_young_usage_may_be_all_of_a_drift() -> None:
         ),
         # An upgrade kept the tokens left of a running plan.
         (11_400, 9_000, {"carried": [carried(4_000, 1_600)]}, {"carried_over_tokens": 2_400}),
-        (11_400, 9_000, {"carried": [carried(4_000, 1_600, ran_out=True)]}, {"manual_edit": 2_400}),
+        # So did the host, exactly, of a plan that had ended.
+        (11_400, 9_000, {"carried": [carried(4_000, 1_600, ran_out=True)]}, {"carried_over_tokens": 2_400}),
         # The counter stopped at zero, and a purchase came after that.
         (
             4_500,

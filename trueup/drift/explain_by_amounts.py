@@ -93,7 +93,8 @@ def _with_purchases(
     best = min(found, key=lambda one: one[0])[1]
     others = {one.component.cause for _, taken in found for one in taken}
     # An unused purchase or kept tokens may be part of it, together with a cause that left no row.
-    others |= {one.component.cause for one in possible if one.cost_unused} | {one.component.cause for one in kept}
+    others |= {one.component.cause for one in possible if one.cost_unused}
+    others |= {one.component.cause for one in kept if not one.component.evidence["before"]["ran_out"]}
     # A size is no proof: a decrement's row might have shown otherwise.
     return [less_certain(one) for one in best], tuple(sorted(others - {one.component.cause for one in best}))
 

@@ -179,15 +179,16 @@ def _grant(grant: Grant, place: int | None) -> Candidate:
 def carried_of(evidence: Evidence, plan_sizes: frozenset[int]) -> list[Candidate]:
     """Return the amounts that an upgrade may have kept of each earlier plan, by the log and by the decrements.
 
-    `plan_sizes`: the tokens that plans include, tried if the earlier plan is not known. An expired plan left nothing. A
-    plan that is bought while another one runs is an upgrade, which probably keeps the other's tokens.
+    `plan_sizes`: the tokens that plans include, tried if the earlier plan is not known. A plan that is bought while
+    another one runs is an upgrade, which probably keeps the other's tokens. Of a plan that had ended, a host seldom
+    keeps them.
     """
     found: dict[int, Candidate] = {}
     for carried in evidence.carried:
         sizes = [carried.tokens] if carried.tokens is not None else sorted(plan_sizes)
         for size in sizes:
             for left in (size - carried.used, size - carried.lowered):
-                if left > 0 and not carried.ran_out:
+                if left > 0:
                     found.setdefault(left, _carried(carried, size, left))
     return list(found.values())[: weights.MAX_CARRIED]
 
@@ -202,14 +203,16 @@ def _carried(carried: Carried, size: int, left: int) -> Candidate:
         proof["note"] = "no earlier payment is known: the sizes of the plans on sale are tried"
     known = weights.CARRIED_EARLIER_PLAN * (carried.place - 1)
     known += weights.CARRIED_SAME_PLAN if carried.same_plan else 0.0
+    known += weights.CARRIED_ENDED_PLAN if carried.ran_out else 0.0
+    is_seldom = carried.same_plan or carried.ran_out
     return candidate(
         "carried_over_tokens",
         left,
-        "possible" if guessed or carried.same_plan else "inferred",
+        "possible" if guessed or is_seldom else "inferred",
         # A renewal seldom keeps tokens: a manual edit may have added the same number.
-        alternatives=("manual_edit",) if carried.same_plan else (),
+        alternatives=("manual_edit",) if is_seldom else (),
         at=carried.upgrade["at"],
         evidence=proof,
         cost_used=weights.CARRIED_GUESSED if guessed else known,
-        cost_unused=0.0 if guessed or carried.same_plan else weights.NOT_CARRIED,
+        cost_unused=0.0 if guessed or is_seldom else weights.NOT_CARRIED,
     )

@@ -26,10 +26,11 @@ UNSEEN_PURCHASE = 3.0
 GRANT_NOT_IN_COUNTER = 1.0
 
 # Tokens that an upgrade kept (habit: an upgrade keeps them, a renewal of the same plan seldom does). An earlier plan
-# costs more the older it is, and a guessed plan size costs most (calibrated).
+# costs more the older it is, and more if it had ended; a guessed plan size costs most (calibrated).
 CARRIED_GUESSED = 2.6
 CARRIED_SAME_PLAN = 2.4
 CARRIED_EARLIER_PLAN = 0.4
+CARRIED_ENDED_PLAN = 2.0
 NOT_CARRIED = 1.5
 
 # A log row and a decrement on different sides of the base point (calibrated): the decrement came late, or early.
