@@ -27,6 +27,15 @@ def percent(share: float | None) -> str:
     return f"{share * 100:.1f} %".replace(".0 %", " %")
 
 
+def explained_of(report: DriftReport) -> str:
+    """Return the share of the explained tokens, and how sure that is."""
+    drifted = report.tokens_drifted
+    if not drifted:
+        return percent(None)
+    shares = (report.tokens_explained / drifted, report.tokens_proven / drifted, report.tokens_inferred / drifted)
+    return "{}: {} proven, {} inferred".format(*map(percent, shares))
+
+
 def signed(tokens: int) -> str:
     """Return a count of tokens with its sign."""
     return f"{tokens:+,}".replace("-", "−")
@@ -50,7 +59,7 @@ def summary_of(report: DriftReport) -> dict[str, Any]:
         **({"set aside": report.set_aside} if report.set_aside else {}),
         "tokens overstated": report.tokens_overstated,
         "tokens understated": report.tokens_understated,
-        "tokens explained": percent(report.share_explained),
+        "tokens explained": explained_of(report),
         **({"defects": report.defects} if report.defects else {}),
     }
 

@@ -83,6 +83,7 @@ def _tiles(report: DriftReport) -> list[dict[str, Any]]:
     """Return the tiles of the summary: label, figure, note and colour."""
     drifted = percent(report.drifted / report.checked) if report.checked else "–"
     drift = report.tokens_drifted
+    certain = f"{compact(report.tokens_proven)} proven · {compact(report.tokens_inferred)} inferred"
     tiles: list[dict[str, Any]] = [
         _tile(
             "Counters checked", report.checked, f"in {report.runs:,} runs" if report.since else f"{report.kind} pass"
@@ -92,7 +93,7 @@ def _tiles(report: DriftReport) -> list[dict[str, Any]]:
         _tile("In review", report.in_review, "wait for a person", "attention" if report.in_review else ""),
         _tile("Tokens overstated", report.tokens_overstated, "shown, but used up", "over"),
         _tile("Tokens understated", report.tokens_understated, "left, but not shown", "under"),
-        _tile("Tokens explained", report.tokens_explained, f"{compact(report.tokens_explained)} of {compact(drift)}")
+        _tile("Tokens explained", report.tokens_explained, certain)
         | {"figure": percent(report.share_explained), "full": f"{report.tokens_explained:,} of {drift:,}"},
     ]
     if report.defects:

@@ -44,7 +44,7 @@ def test_the_report_shows_summary_causes_and_rows(past: list[int]) -> None:
         "counters checked    50",
         "drifted             2",
         "in review           1",
-        "tokens explained    100 %",
+        "tokens explained    100 %: 0 % proven, 0 % inferred",
     ):
         assert line in shown
     assert ["credit without grant", "1", "0", "0", "5,000", "0"] in table(shown)

@@ -160,6 +160,16 @@ def test_without_a_journal_a_cause_is_never_proven(books: Books) -> None:
     assert {part.certainty for part in books.explained_now().components} == {"inferred"}
 
 
+def test_backdated_rows_do_not_move_the_time_when_the_counter_was_known_to_be_right(books: Books) -> None:
+    books.spend(50)
+    run(books)
+    known = books.host.value("SELECT max(started_at) FROM trueup.reconcile_run")
+    books.log(300)
+    books.row(300)
+    base = books.drift(0).evidence.base
+    assert (base.kind, base.moment) == ("run", known)
+
+
 def test_backdated_rows_are_explained_by_rows_alone(books: Books) -> None:
     books.log(300)
     books.spend(50)

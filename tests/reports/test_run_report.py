@@ -121,6 +121,7 @@ def test_the_tokens_of_each_cause_are_its_own_share(host: Host, connection: Conn
         ("double_decrement", 1, 1, 0, 20),
     ]
     assert (report.tokens_explained, report.tokens_drifted) == (5_060, 12_060)
+    assert (report.tokens_proven, report.tokens_inferred) == (0, 60)
     assert report.share_explained == pytest.approx(5_060 / 12_060)
 
 
@@ -205,8 +206,9 @@ def test_a_dry_runs_report_finds_what_a_run_would(host: Host, connection: Connec
     reconcile(get_engine(), HostMapping())
     stored = read(connection)
     assert (dry.run_id, dry.dry_run, dry.corrected) == (None, True, 0)
-    names = ("checked", "drifted", "in_review", "tokens_overstated", "tokens_understated", "tokens_explained")
-    for field in (*names, "causes", "sizes"):
+    names = ("checked", "drifted", "in_review")
+    tokens = ("overstated", "understated", "explained", "proven", "inferred")
+    for field in (*names, *(f"tokens_{name}" for name in tokens), "causes", "sizes"):
         assert getattr(dry, field) == getattr(stored, field), field
     assert [(row.user_id, row.observed, row.expected, row.cause) for row in dry.rows] == [
         (row.user_id, row.observed, row.expected, row.cause) for row in stored.rows

@@ -21,6 +21,7 @@ from trueup.reconcile.local_run import reconcile
 from trueup.reports.rows import DriftFilter
 from trueup.reports.run_report import find_source, read_source, with_host_faults
 from trueup.reports.uncredited import UncreditedPacks, uncredited_packs
+from trueup.review.decisions import decide_drift, list_reviews
 
 PAID_AT = START + DAY
 PACK = 20_000
@@ -90,6 +91,23 @@ def test_a_pack_whose_tokens_are_used_up_is_not(books: Books) -> None:
     books.use(PACK)
     books.use(9_999)
     assert books.host.counter(books.user) == 1
+    assert references(books) == []
+
+
+def test_a_pack_that_a_stale_write_has_overwritten_is(books: Books) -> None:
+    buy(books)
+    credit(books)
+    books.set(10_000)
+    assert [(pack.reference, pack.certainty) for pack in found(books).newest] == [("t1", "inferred")]
+
+
+def test_a_pack_whose_surplus_a_person_has_taken_away_is_not(books: Books) -> None:
+    buy(books)
+    credit(books)
+    reconcile(books.host.engine, MAPPED)
+    (item,) = list_reviews(books.connection, "bigint")
+    decide_drift(books.connection, item.id, "accept", by="ann", note="refunded")
+    assert books.host.counter(books.user) == 10_000
     assert references(books) == []
 
 

@@ -63,6 +63,7 @@ class Finding:
 class RunSummary:
     """The figures of a run. `run_id` None: a dry run, which has no row. Token figures are counts.
 
+    `tokens_proven`, `tokens_inferred`: those of the explained tokens whose causes are all proven, or at least inferred.
     `resumed`: the run continued an interrupted one. `findings` (if requested) and `defect_rows` (of a dry run) have at
     most `KEPT_FINDINGS` entries.
     """
@@ -80,6 +81,8 @@ class RunSummary:
     tokens_overstated: int = 0
     tokens_understated: int = 0
     tokens_explained: int = 0
+    tokens_proven: int = 0
+    tokens_inferred: int = 0
     found_new: int = 0
     in_review: int = 0
     defects: int = 0
@@ -94,7 +97,11 @@ class RunSummary:
         self.in_review += sum(finding.action == "review" for finding in findings)
         self.tokens_overstated += sum(max(0, finding.drift.tokens) for finding in findings)
         self.tokens_understated += sum(max(0, -finding.drift.tokens) for finding in findings)
-        self.tokens_explained += sum(finding.explanation.tokens_explained(finding.drift) for finding in findings)
+        for finding in findings:
+            explained = finding.explanation.tokens_explained(finding.drift)
+            self.tokens_explained += explained
+            self.tokens_proven += explained if finding.explanation.certainty == "proven" else 0
+            self.tokens_inferred += explained if finding.explanation.certainty == "inferred" else 0
 
     def keep(self, findings: Sequence[Finding]) -> None:
         self.findings.extend(findings[: KEPT_FINDINGS - len(self.findings)])

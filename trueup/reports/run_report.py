@@ -43,6 +43,7 @@ class DriftReport:
     runs. `found_new`: drifts that no earlier run had seen. `in_review`: drifts that still wait for a decision.
     `set_aside`: drifts that need no decision: tolerated, ignored, or so new that their decrements may still arrive.
     `tokens_overstated`: used tokens that counters still show; `tokens_understated`: unused tokens that they don't show.
+    `tokens_proven`, `tokens_inferred`: of the explained tokens, those of drifts with no less certain cause.
     `actions`: number of drifts by action. `rows`: the largest drifts first; `rows_left_out`: number of other drifts.
     `systemic`: the systemic causes of the time before the newest of these runs. `uncredited`: the packs that are paid
     for and not credited now. Both None: not looked for.
@@ -66,6 +67,8 @@ class DriftReport:
     tokens_overstated: int
     tokens_understated: int
     tokens_explained: int
+    tokens_proven: int
+    tokens_inferred: int
     defects: int
     causes: list[CauseFigures]
     sizes: list[SizeFigures]
@@ -278,6 +281,8 @@ def report_dry_run(summary: RunSummary) -> DriftReport:
         tokens_overstated=summary.tokens_overstated,
         tokens_understated=summary.tokens_understated,
         tokens_explained=summary.tokens_explained,
+        tokens_proven=summary.tokens_proven,
+        tokens_inferred=summary.tokens_inferred,
         defects=summary.defects,
         causes=causes,
         sizes=sizes,

@@ -72,6 +72,10 @@ def tally_totals(connection: Connection, chosen: Select[Any]) -> dict[str, int]:
         func.coalesce(func.sum(func.greatest(d.drift, 0)), 0).label("tokens_overstated"),
         func.coalesce(func.sum(func.greatest(-d.drift, 0)), 0).label("tokens_understated"),
         func.coalesce(func.sum(d.tokens_explained), 0).label("tokens_explained"),
+        *(
+            func.coalesce(func.sum(d.tokens_explained).filter(d.certainty == certainty), 0).label(f"tokens_{certainty}")
+            for certainty in ("proven", "inferred")
+        ),
     )
     return {name: int(value) for name, value in connection.execute(counted).mappings().one().items()}
 
