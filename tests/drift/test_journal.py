@@ -1,9 +1,12 @@
 """Causes that the journal proves, on a real host, and decisions by component."""
 
 import pytest
+from sqlalchemy import Connection
 
+from tests.support.host import Host
 from tests.support.two_books import MAPPED, Books
 from trueup.drift.journal import tell_story
+from trueup.install.install import install
 from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import RunSummary
 from trueup.review.decisions import (
@@ -273,3 +276,31 @@ def test_the_story_of_a_counter_is_told_entry_by_entry(books: Books) -> None:
     )
     assert any(one.startswith(f"No change of the counter. log row {missed}: the host logged usage") for one in told)
     assert sum(one.tokens for one in story) == books.drift(0).surplus
+
+
+def test_a_write_that_changed_nothing_is_found_by_one_run_and_not_again_by_the_next(books: Books) -> None:
+    """A request reads the counter, another one of its size lowers it, and the first writes what it has already."""
+    books.spend(280)
+    books.row(280, books.host.value("SELECT clock_timestamp()"))
+    books.log_now(280)
+    books.row(280, books.host.value("SELECT clock_timestamp()"))
+    held = Rules(min_age_seconds=0, policies={"stale_write": "review"})
+    for _ in range(2):
+        reconcile(books.host.engine, MAPPED, rules=held)
+        assert parts(books) == [("stale_write", 280, "proven")]
+    books.log_now(7)
+    assert parts(books) == [("stale_write", 280, "proven"), ("missed_decrement", 7, "proven")]
+
+
+def test_a_row_with_a_decrement_is_not_awaited_although_another_one_is(host: Host, connection: Connection) -> None:
+    """The first run explains by rows, because no run has found the counter right since the journal began."""
+    with host.engine.begin() as setup:
+        install(setup, MAPPED, with_host_tables=True)
+    books = Books(host, connection)
+    books.use(400)
+    books.spend(30)
+    books.log_now(50)
+    reconcile(host.engine, MAPPED, rules=Rules(min_age_seconds=600))
+    assert rows(books)[-1][0] == "waiting"
+    books.log_now(9)
+    assert parts(books) == [("missed_decrement", 59, "proven")]

@@ -157,6 +157,8 @@ def live(engine: Engine, url: str, folder: Path, *, seconds: float, seed: int) -
             connection.execute(text(_AUDIT))
         # The host's ids continue from their current values.
         host.execute("SELECT setval(pg_get_serial_sequence('billing_tokenusage', 'id'), 1)")
+        # This run finds the counters of the people at work right: from here on the journal tells all of their story.
+        reconcile(engine, WITH_ROWS, rules=rules)
         with host_process(url, people, roles, folder, seed) as process:
             end = time.monotonic() + seconds
             while time.monotonic() < end or len(runs) < MIN_RUNS or host.value(_WRITES) < MIN_WRITES:

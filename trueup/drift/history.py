@@ -63,17 +63,26 @@ class Anchor:
 def journal_position(drift: Drift, *, in_flight: bool, pending: Iterable[str] | None = None) -> dict[str, Any]:
     """Return the evidence with which the next run goes on; empty without a journal.
 
-    `pending` None: all recent rows are pending if tokens are in flight.
+    `pending` None: if tokens are in flight, the recent rows without an entry are pending.
     """
     story = drift.story
     if story is None:
         return {}
     if pending is None:
-        since = drift.seen_at.timestamp() - story["min_age"]
-        pending = [row[0] for row in story["usage"] if in_flight and float(row[2]) >= since]
+        pending = _without_entry(drift, story) if in_flight else ()
     recent = [row[0] for row in story["usage"] if float(row[2]) > drift.seen_at.timestamp() - RECENT]
     position = {"position": story["last_entry"] or 0, "at": story["snapshot_at"]}
     return {"journal": position | {"pending": sorted(pending), "recent": sorted(recent)}}
+
+
+def _without_entry(drift: Drift, document: dict[str, Any]) -> list[str]:
+    """Return the young log rows whose decrement has not come; all young ones if the journal has a hole."""
+    story = story_of(drift, document, frozenset())
+    try:
+        paired = {row.id for _, row in match_pairs(story)[1]}
+    except BrokenChainError:
+        paired = set()
+    return [row.id for row in story.usage if row.at >= story.young_since and row.id not in paired]
 
 
 def explain_by_journal(drift: Drift, plan_sizes: frozenset[int]) -> Explanation | None:
@@ -217,7 +226,8 @@ def _anchor_in_period(document: dict[str, Any]) -> Anchor:
     if not rows and seen["action"] != "corrected":
         tokens = (seen["observed"] or 0) - (evidence["original"] - evidence["consumed"]) - evidence.get("in_flight", 0)
         others = tuple(evidence.get("alternatives", ()))
-        carried = [Component(cause="unexplained", tokens=tokens, certainty="possible", alternatives=others)]
+        whole = Component(cause="unexplained", tokens=tokens, certainty="possible", alternatives=others)
+        carried = [whole] if tokens else []
     if seen["action"] == "ignored":
         carried = [replace(part, is_ignored=True) for part in carried]
     if seen["action"] == "review":
@@ -271,7 +281,8 @@ def _correction(anchor: Anchor, story: Story, document: dict[str, Any]) -> int |
 
 def _is_new(anchor: Anchor, found: Found) -> bool:
     """Return whether a log row without an entry came after the anchor."""
-    return any(anchor.is_new(str(row.get("log_id")), found.at) for row in found.rows) or found.at > anchor.at
+    names = [str(row["log_id"]) for row in found.rows if "log_id" in row]
+    return any(anchor.is_new(name, found.at) for name in names) or found.at > anchor.at
 
 
 def _of_period(story: Story, place: int, *, repeats: bool) -> Iterator[Found]:

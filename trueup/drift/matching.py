@@ -512,7 +512,7 @@ class _Matcher:
                 del self.without_entry[place]
                 lost = {"decrement_id": name, "tokens": tokens, "at": moment(at)}
                 return Found(
-                    cause="stale_write", tokens=tokens, at=at, rows=(_row(row), lost), note=_UNCHANGED,
+                    cause="stale_write", tokens=tokens, at=row.at, rows=(_row(row), lost), note=_UNCHANGED,
                     section=row.section,
                 )  # fmt: skip
         note = "trueup could not lower the counter: the application had it locked" if row.own else ""

@@ -4,8 +4,9 @@
 LEDGER gets every committed write, in order for each subscription, the errors and the slowest statements. It works until
 its standard input ends. Each subscription belongs to one thread, so every loss by the host itself is intended.
 
-Spenders only spend, buyers also buy packs, renewers renew properly, leavers leave and come back. As in such hosts, the
-counter is read and written back in separate transactions without a lock.
+Jobs keep the counter that they have read while requests lower it, and other code saves whole objects that it has
+read before. Spenders only spend, buyers also buy packs, renewers renew properly, leavers leave and come back. As in
+such hosts, the counter is read and written back in separate transactions without a lock.
 """
 
 import json
@@ -29,7 +30,7 @@ EMPTY = 45_000
 """A user with fewer tokens than this does not spend, so that the counter is never clamped here."""
 
 # The acts and their frequencies.
-SPENDING = {"request": 90, "fail": 5, "miss": 2, "double": 2, "charge_failed": 1, "lose": 1}
+SPENDING = {"request": 90, "fail": 5, "miss": 2, "double": 2, "charge_failed": 1, "lose": 1, "job": 2, "save": 1}
 ACTS = {
     "spender": SPENDING,
     "buyer": {**SPENDING, "buy": 3},
@@ -182,6 +183,31 @@ class HostThread(threading.Thread):
             self._write(who, first, sizes[0])
             self._write(who, second, sizes[1], on=self.second)
             self.note(who, "lose")
+
+    def _job(self, who: dict[str, Any]) -> None:
+        """Load the subscription, and save it less the job's tokens after other requests have lowered the counter."""
+        if self._can_spend(who):
+            seen, tokens = self._read(who), self._size()
+            self._some_requests(who)
+            self._log(who, tokens)
+            self._write(who, seen, tokens)
+            self.note(who, "job")
+
+    def _save(self, who: dict[str, Any]) -> None:
+        """Load the subscription, and save the whole object after other requests have lowered the counter."""
+        if self._can_spend(who):
+            seen = self._read(who)
+            self._some_requests(who)
+            self.execute(
+                "UPDATE billing_subscription SET tokens_remaining = %s, updated_at = now() WHERE id = %s",
+                seen,
+                who["subscription"],
+            )
+            self.note(who, "save", after=seen, seen=seen)
+
+    def _some_requests(self, who: dict[str, Any]) -> None:
+        for _ in range(self.dice.randint(1, 3)):
+            self._request(who)
 
     def _pay(self, who: dict[str, Any], token_plan: int | None, full_plan: int | None) -> None:
         self.execute(
