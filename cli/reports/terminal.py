@@ -130,7 +130,7 @@ def print_story(story: CounterStory) -> None:
         click.echo(f"User {show(str(account.user_id))}: {state}, period since {start} (UTC), {end}.\n")
         _print_sum(story)
         if story.finding:
-            _print_finding(story.finding)
+            _print_finding(story.finding, story.plans)
         else:
             click.echo("\nThe counter is right: there is no drift.")
         since = "unknown" if story.base.at is None else f"{show(story.base.at)} UTC"
@@ -173,14 +173,15 @@ def _print_sum(story: CounterStory) -> None:
     print_facts({name: show(value).rjust(width) for name, value in lines.items()})
 
 
-def _print_finding(found: Finding) -> None:
+def _print_finding(found: Finding, plans: dict[int, list[str]]) -> None:
     drift, explanation = found.drift, found.explanation
     if drift.observed is None:
         effect = "The counter is NULL: the application may show nothing, or refuse the user."
     elif drift.tokens > 0:
-        may_be_paid = any(part.tokens > 0 and part.cause in PAID_CAUSES for part in explanation.components)
-        what = "more than remain by the log; some of them may be paid" if may_be_paid else "that are used up"
-        effect = f"The counter shows {drift.tokens:,} tokens {what}."
+        has_paid_cause = any(part.tokens > 0 and part.cause in PAID_CAUSES for part in explanation.components)
+        may_be_paid = has_paid_cause or drift.tokens in plans
+        what = "more than plan, grants and usage leave; they may be paid" if may_be_paid else "that are used up"
+        effect = f"The counter shows {drift.tokens:,} tokens {what}.{_size_of_plan(drift.tokens, plans)}"
     else:
         effect = f"The user has {-drift.tokens:,} tokens that the counter does not show."
     click.echo(f"\n{effect}")
@@ -188,7 +189,8 @@ def _print_finding(found: Finding) -> None:
         click.echo(f"Why: unexplained. {cause_sentence('unexplained').capitalize()}.")
     for part in explanation.components:
         click.echo(f"\nWhy: {cause_title(part.cause)}, {signed(part.tokens)} tokens: {cause_sentence(part.cause)}.")
-        click.echo(f"  {part.certainty}: {CERTAINTY_SENTENCES[part.certainty]}.")
+        size = _size_of_plan(part.tokens, plans) if part.tokens != drift.tokens else ""
+        click.echo(f"  {part.certainty}: {CERTAINTY_SENTENCES[part.certainty]}.{size}")
         _print_evidence(part.evidence)
     if explanation.alternatives:
         others = ", ".join(cause_title(cause) for cause in explanation.alternatives)
@@ -201,6 +203,12 @@ def _print_finding(found: Finding) -> None:
         click.echo(f"\nA run now would set the counter to {found.verdict.write:,} ({why}).")
     else:
         click.echo(f"\nA run now: {ACTION_SENTENCES.get(found.action, found.action)} ({why}).")
+
+
+def _size_of_plan(tokens: int, plans: dict[int, list[str]]) -> str:
+    """Return the sentence about the plans of this size, which may have been paid for; empty if there is none."""
+    names = " and ".join(repr(name) for name in plans.get(tokens, []))
+    return show(f" This is the size of the plan {names}.") if names else ""
 
 
 def _print_evidence(evidence: dict[str, Any]) -> None:

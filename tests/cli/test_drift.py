@@ -236,6 +236,16 @@ def test_a_counter_is_explained_by_a_sum_that_can_be_checked(host: Host) -> None
     )
 
 
+def test_a_surplus_of_a_plans_size_is_never_called_used_up(host: Host) -> None:
+    user = host.subscriber(10_000, counter=15_000)
+    host.plan(5_000)
+    shown = trueup("drift", "explain", user).stdout
+    said = "The counter shows 5,000 tokens more than plan, grants and usage leave; they may be paid. "
+    assert said + "This is the size of the plan 'token 5000'." in shown
+    assert "used up" not in shown
+    assert trueup_json("drift", "explain", user)["plans_of_this_size"] == {"5000": ["token 5000"]}
+
+
 def test_a_right_counter_is_reported_as_right(host: Host) -> None:
     assert "The counter is right" in trueup("drift", "explain", host.subscriber(10_000)).stdout
 

@@ -87,10 +87,12 @@ def read_counters(host: Host) -> dict[int, int | None]:
 
 
 @pytest.fixture(
-    scope="module", params=[(800, 1), pytest.param((4_000, 2), marks=pytest.mark.long)], ids=lambda param: f"{param[0]}"
+    scope="module",
+    params=[(800, 1), pytest.param((10_000, 5), marks=pytest.mark.long)],
+    ids=lambda param: f"{param[0]}",
 )
 def people(request: pytest.FixtureRequest) -> list[Person]:
-    """The generated people; the number of subscriptions and the seed come from the environment."""
+    """The generated people."""
     subscriptions, seed = request.param
     return make_population(subscriptions, seed=seed, now=time.time())
 

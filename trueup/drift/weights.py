@@ -5,7 +5,7 @@ A cost says how improbable an assumption is. The explanation with the lowest sum
 
 - calibrated: chosen so that tests/drift/test_explain.py, which generates hosts with known causes (single and in pairs),
   finds at least 99.9 % of single causes and 95 % of pairs named correctly, and no wrong cause called certain. Run that
-  test after a change, also with a larger EXPLANATIONS_SUBSCRIPTIONS and another seed.
+  test after a change, also its long case.
 - habit: the behaviour of hosts and people, as the specification describes its legacy host.
 - bound: it limits the search or the output, not the judgement.
 """

@@ -13,6 +13,7 @@ from trueup.drift.action import DEFAULT_RULES
 from trueup.drift.journal import tell_story
 from trueup.drift.telling import Told
 from trueup.host.mapping import HostMapping
+from trueup.host.sql import render_statement
 from trueup.reconcile.batch import BatchContext, reconcile_batch
 from trueup.reconcile.runs import Finding
 from trueup.reports.rows import ReportRow, drifts_of_user
@@ -52,7 +53,8 @@ class Decision:
 class CounterStory:
     """One user's counter now, and its past. `finding` None: the counter does not drift.
 
-    `told`: the newest changes of the counter since it was last known, by the journal; empty without a journal.
+    `told`: the newest changes of the counter since it was last known, by the journal; empty without a journal. `plans`:
+    the names of the plans that are as large as its surplus or as one of its components, by their tokens.
     """
 
     account: Account
@@ -61,6 +63,7 @@ class CounterStory:
     past: list[ReportRow]
     decisions: list[Decision]
     told: list[Told]
+    plans: dict[int, list[str]]
 
     @property
     def original(self) -> int:
@@ -112,6 +115,7 @@ class CounterStory:
             "past": [row.as_json() for row in self.past],
             "decisions": [asdict(decision) for decision in self.decisions],
             "story": [asdict(told) for told in self.told],
+            "plans_of_this_size": self.plans,
         }
 
 
@@ -135,7 +139,28 @@ def report_counter(
         past=drifts_of_user(connection, mapping.user_id_type, user_id, limit=MAX_PAST_DRIFTS),
         decisions=_decisions(connection, mapping, user_id),
         told=tell_story(connection, mapping, user_id, most=MAX_TOLD) if account.subscribed else [],
+        plans=_plans_of_size(connection, mapping, findings[0]) if findings else {},
     )
+
+
+_PLANS = """
+    SELECT p.size, array_agg(DISTINCT p.name ORDER BY p.name) AS names
+    FROM (SELECT t.{{ token_plan.tokens_included }}::bigint AS size, {{ token_plan.name("t") }}::text AS name
+          FROM {{ token_plan }} t
+          UNION ALL
+          SELECT f.{{ full_plan.tokens_included }}::bigint, {{ full_plan.name("f") }}::text FROM {{ full_plan }} f) p
+    WHERE p.size = ANY (CAST(:sizes AS bigint[]))
+    GROUP BY p.size
+"""
+
+
+def _plans_of_size(connection: Connection, mapping: HostMapping, found: Finding) -> dict[int, list[str]]:
+    """Return the names of the plans that are as large as the surplus of the finding, or as one of its components."""
+    tokens = {found.drift.tokens, *(part.tokens for part in found.explanation.components)}
+    sizes = [size for size in tokens if size > 0]
+    if not sizes:
+        return {}
+    return {row.size: row.names for row in connection.execute(render_statement(_PLANS, mapping), {"sizes": sizes})}
 
 
 # A window may begin at -infinity, or in a year outside Python's range. Both give no time.
