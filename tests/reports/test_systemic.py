@@ -6,10 +6,11 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
 from tests.support.host import Host, host_of
+from tests.support.sessions import locked
 from tests.support.two_books import MAPPED
 from trueup.database.engine import transaction
 from trueup.host.mapping import HostMapping
@@ -320,3 +321,20 @@ def test_requests_of_any_size_do_not_hide_a_decrement_that_does_not_run(applicat
     assert found(application.reconcile()) == [
         ("decrement_not_run", "section", "products", ENOUGH, ENOUGH, USERS, 101 * ENOUGH)
     ]
+
+
+def test_a_log_that_is_too_large_for_the_statement_timeout_is_left_out_with_a_warning(
+    application: Application, caplog: pytest.LogCaptureFixture
+) -> None:
+    use_two_features(application)
+    application.reconcile()
+    with transaction() as connection:
+        source = find_source(connection, "bigint")
+        assert source is not None
+        report = read_source(connection, source)
+        # The statement waits for this lock, as it would work on a large table.
+        with locked(application.host, "LOCK TABLE ai_usage_log IN ACCESS EXCLUSIVE MODE"):
+            connection.execute(text("SET LOCAL statement_timeout = '200ms'"))
+            report = with_host_faults(connection, application.mapping, source, report, min_age_seconds=0)
+    assert (report.systemic, report.drifted) == (None, USERS)
+    assert "leaves out systemic causes" in caplog.text

@@ -1,5 +1,6 @@
 """Drift reports on one run or on all runs since a time, from the database or from the summary of a dry run."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -29,6 +30,7 @@ from trueup.reports.totals import (
 from trueup.reports.uncredited import UncreditedPacks, uncredited_packs
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 # Adding a field keeps the number. Renaming or removing a field, or changing its meaning, increases it.
 SCHEMA_VERSION = 2
@@ -218,17 +220,24 @@ def with_host_faults(
         since = min(until - LOOK_BACK, source.since or until)
         return systemic_causes(connection, mapping, since=since, until=until)
 
-    return replace(report, systemic=_in_time(connection, causes), uncredited=_in_time(connection, packs))
+    return replace(
+        report,
+        systemic=_in_time(connection, "systemic causes", causes),
+        uncredited=_in_time(connection, "packs that were never credited", packs),
+    )
 
 
-def _in_time(connection: Connection, read: Callable[[], T]) -> T | None:
-    """Return what `read` returns; None if it takes longer than the statement timeout."""
+def _in_time(connection: Connection, what: str, read: Callable[[], T]) -> T | None:
+    """Return what `read` returns; None, with a warning about `what`, if it takes longer than the statement timeout."""
     try:
         with connection.begin_nested():
             return read()
     except DBAPIError as error:
         if not isinstance(error.orig, QueryCanceled):
             raise
+        logger.warning(
+            "The drift report leaves out %s: reading them took longer than TRUEUP_STATEMENT_TIMEOUT_SECONDS", what
+        )
         return None
 
 

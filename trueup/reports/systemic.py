@@ -43,10 +43,11 @@ THRESHOLDS: dict[Kind, Threshold] = {
 }
 """The thresholds of each systemic cause. They are chosen so that chance reaches none of them.
 
-A decrement that fails now and then (a lost task, a crash) misses a few rows in a hundred. One that does not run misses
-all of them: nine in ten leave room for a repair by hand or a row that matches by chance. Requests that meet in the same
-moment overwrite each other in a few writes of a hundred, and a writer that keeps an object while others write does it
-in most: one in four is far from both. Three users, because a fault of one account is a single drift.
+A decrement that fails now and then (a lost task, a crash) misses a few rows in a hundred. A decrement that does not run
+misses all of them: nine in ten leave room for a repair by hand or a row that matches by chance. Requests that meet in
+the same moment overwrite each other in a few writes of a hundred. A writer that keeps an object while others write
+overwrites in most of its writes. One in four is far from both. Three users, because a fault of one account is a single
+drift.
 """
 
 
@@ -54,9 +55,9 @@ in most: one in four is far from both. Three users, because a fault of one accou
 class SystemicCause:
     """One fault of the host, and what it did.
 
-    `dimension`: what it is limited to, and `name`: which one; "host" and "": nothing. `since`: the first faulty row.
-    `count`: the log rows without a decrement, or the stale writes, of `of` since then. `tokens`: those of these log
-    rows, or those that the writes overwrote. `users`: how many users' counters.
+    `dimension` and `name`: its limits; "host" and "": no limit. `since`: the first faulty row.
+    `count`: the log rows without a decrement, or the stale writes, of `of` since then. `tokens`: of these log
+    rows, or the overwritten ones. `users`: how many users' counters.
     """
 
     kind: Kind
@@ -93,8 +94,8 @@ def systemic_causes(
     """Return the systemic causes of the time from `since` to `until`, the one with the most tokens first.
 
     `until`: when a run over all users began, less the time that a decrement may take: what is younger may be no drift.
-    `drifted`: users whose counters missed decrements, besides those that runs found. `own`: trueup's tables, or what
-    stands in for them. Reads all log rows of this time once.
+    `drifted`: users whose counters missed decrements, besides the drifts that runs found. `own`: trueup's tables, or
+    their substitutes. Reads all log rows of this time once.
     """
     journal_since = connection.scalar(_JOURNAL_SINCE) if own.installed else None
     stale: Sequence[Any] = ()
@@ -105,8 +106,9 @@ def systemic_causes(
     # Only decrement rows or the journal show that a decrement did not run.
     begin = since if mapping.token_usage.table else max(since, journal_since or until)
     if begin < until:
-        weight = _weight(THRESHOLDS["decrement_not_run"].share)
-        values = {"since": begin, "until": until, "drifted": list(drifted), "weight": weight}
+        limit = THRESHOLDS["decrement_not_run"]
+        values = {"since": begin, "until": until, "drifted": list(drifted)}
+        values |= {"least": limit.count, "weight": _weight(limit.share)}
         groups = connection.execute(render_statement(_DECREMENTS, mapping, own), values).all()
         found += decrements_that_do_not_run(groups, stale if mapping.token_usage.table is None else ())
     return sorted(found, key=lambda one: (-one.tokens, one.kind, one.name))

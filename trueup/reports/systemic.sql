@@ -33,8 +33,9 @@ EXISTS (SELECT FROM {{ trueup.counter_entry }} e
 {%- endmacro %}
 
 {# The host's log rows from :since to :until, by `dimension` (host, section or model) and `name`: `log_rows`, of which so
-   many are `missing` their decrement, their `tokens` and `users`, and the `first` one. Only the rows from that point on at
-   which the share of missing ones is highest are counted: :weight is how many missing rows outweigh one decrement.
+   many are `missing` their decrement, their `tokens` and `users`, and the `first` one. In a group with at least :least
+   missing ones, only the rows from the point on are counted at which these outweigh the others most; :weight is how many
+   missing rows outweigh one decrement. Fewer missing ones are not counted.
 
    A row is missing its decrement if a run (or the preview: :drifted) found missed decrements on its user's counter since,
    and neither a decrement row nor the journal shows a decrement. Users without a limit, and users whose counter shows
@@ -42,8 +43,9 @@ EXISTS (SELECT FROM {{ trueup.counter_entry }} e
 {% macro decrements_by_group() -%}
 WITH logged AS MATERIALIZED (
         SELECT l.{{ usage_log.user_id }} AS user_id, {{ in_range("l." ~ usage_log.total_tokens) }}::bigint AS tokens,
-               l.{{ usage_log.created_at }}::timestamptz AS at, coalesce({{ usage_log.section("l") }}::text, '') AS section,
-               coalesce({{ usage_log.model_name("l") }}::text, '') AS model
+               l.{{ usage_log.created_at }}::timestamptz AS at,
+               coalesce({{ usage_log.section("l") }}::text, '') COLLATE "C" AS section,
+               coalesce({{ usage_log.model_name("l") }}::text, '') COLLATE "C" AS model
         FROM ({{ entitlements("CAST(:until AS timestamptz)") }}) e
         JOIN {{ usage_log }} l ON l.{{ usage_log.user_id }} = e.user_id
         WHERE l.{{ usage_log.created_at }} >= greatest(e.window_start, CAST(:since AS timestamptz))
@@ -51,38 +53,67 @@ WITH logged AS MATERIALIZED (
           AND {{ usage_log.success("l") }} AND l.{{ usage_log.total_tokens }} > 0
           AND e.plan_kind IS DISTINCT FROM 'unlimited' AND e.counter {{ "IS NOT NULL" if subscription.counts_up else "> 0" }}
           AND NOT {{ is_own("l") }}
+    ), drifted AS MATERIALIZED (
+        SELECT f.user_id, max(f.seen_at) AS seen_at
+        FROM (SELECT u.user_id, 'infinity'::timestamptz AS seen_at
+              FROM unnest(CAST(:drifted AS {{ user_id_type }}[])) u (user_id)
+              UNION ALL
+              SELECT d.user_id, d.last_seen_at FROM {{ trueup.drift }} d
+              WHERE d.last_seen_at >= CAST(:since AS timestamptz)
+                AND 'missed_decrement' = ANY (string_to_array(d.cause, '+'))) f
+        GROUP BY f.user_id
     ), judged AS MATERIALIZED (
-        SELECT r.*, (r.user_id = ANY (CAST(:drifted AS {{ user_id_type }}[]))
-                     OR EXISTS (SELECT FROM {{ trueup.drift }} d
-                                WHERE d.user_id = r.user_id AND d.last_seen_at >= r.at
-                                  AND 'missed_decrement' = ANY (string_to_array(d.cause, '+'))))
+        SELECT r.*, coalesce(f.seen_at >= r.at, false)
                {% if token_usage %}
                AND NOT EXISTS (SELECT FROM ({{ decrements() }}) d
                                WHERE d.user_id = r.user_id AND d.tokens = r.tokens
                                  AND d.at BETWEEN r.at - {{ near }} AND r.at + {{ near }})
                {% endif %}
                AND NOT coalesce({{ has_entry("r") }}, false) AS is_missing
-        FROM logged r
+        FROM logged r LEFT JOIN drifted f ON f.user_id = r.user_id
     ), grouped AS (
-        SELECT 'host' AS dimension, '' AS name, j.* FROM judged j
+        SELECT 'host' AS dimension, '' COLLATE "C" AS name, j.* FROM judged j
         UNION ALL SELECT 'section', j.section, j.* FROM judged j
         UNION ALL SELECT 'model', j.model, j.* FROM judged j
+    ), {{ faulty_end() }}
+    SELECT t.dimension, t.name, coalesce(e.log_rows, t.log_rows) AS log_rows, coalesce(e.missing, 0) AS missing,
+           coalesce(e.tokens, 0)::bigint AS tokens, coalesce(u.users, 0) AS users, e.first
+    FROM totals t
+    LEFT JOIN ends e ON e.dimension = t.dimension AND e.name = t.name
+    LEFT JOIN end_users u ON u.dimension = t.dimension AND u.name = t.name
+    ORDER BY t.dimension, t.name
+{%- endmacro %}
+
+{# CTEs over `grouped`. `totals`: all rows of each group. `ends`: of the groups with at least :least missing rows, the rows
+   from the point on at which the missing ones outweigh the others most. `end_users`: the users of the missing ones. Only
+   such groups are sorted. #}
+{% macro faulty_end() -%}
+totals AS MATERIALIZED (
+        SELECT g.dimension, g.name, count(*) AS log_rows, count(*) FILTER (WHERE g.is_missing) AS missing
+        FROM grouped g GROUP BY g.dimension, g.name
+    ), suspects AS MATERIALIZED (
+        SELECT g.* FROM grouped g JOIN totals t ON t.dimension = g.dimension AND t.name = g.name
+        WHERE t.missing >= :least
     ), running AS (
-        SELECT g.*, sum(CASE WHEN g.is_missing THEN 1 ELSE -CAST(:weight AS integer) END) OVER (
-                        PARTITION BY g.dimension, g.name ORDER BY g.at DESC RANGE UNBOUNDED PRECEDING) AS excess
-        FROM grouped g
+        SELECT s.dimension, s.name, s.at, s.is_missing,
+               sum(CASE WHEN s.is_missing THEN 1 ELSE -CAST(:weight AS integer) END) OVER (
+                   PARTITION BY s.dimension, s.name ORDER BY s.at DESC RANGE UNBOUNDED PRECEDING) AS excess
+        FROM suspects s
     ), begun AS (
         SELECT DISTINCT ON (r.dimension, r.name) r.dimension, r.name, r.at
         FROM running r WHERE r.is_missing ORDER BY r.dimension, r.name, r.excess DESC, r.at
+    ), ends AS (
+        SELECT s.dimension, s.name, count(*) AS log_rows, count(*) FILTER (WHERE s.is_missing) AS missing,
+               sum(s.tokens) FILTER (WHERE s.is_missing) AS tokens, min(s.at) FILTER (WHERE s.is_missing) AS first
+        FROM suspects s JOIN begun b ON b.dimension = s.dimension AND b.name = s.name AND s.at >= b.at
+        GROUP BY s.dimension, s.name
+    ), end_users AS (
+        SELECT m.dimension, m.name, count(*) AS users
+        FROM (SELECT DISTINCT s.dimension, s.name, s.user_id
+              FROM suspects s JOIN begun b ON b.dimension = s.dimension AND b.name = s.name AND s.at >= b.at
+              WHERE s.is_missing) m
+        GROUP BY m.dimension, m.name
     )
-    SELECT g.dimension, g.name, count(*) AS log_rows, count(*) FILTER (WHERE g.is_missing) AS missing,
-           coalesce(sum(g.tokens) FILTER (WHERE g.is_missing), 0)::bigint AS tokens,
-           count(DISTINCT g.user_id) FILTER (WHERE g.is_missing) AS users,
-           min(g.at) FILTER (WHERE g.is_missing) AS first
-    FROM grouped g LEFT JOIN begun b ON b.dimension = g.dimension AND b.name = g.name
-    WHERE b.at IS NULL OR g.at >= b.at
-    GROUP BY g.dimension, g.name
-    ORDER BY g.dimension, g.name
 {%- endmacro %}
 
 {# The stale writes that runs from :since to :until found, by `dimension` (application or section) and `name`: how many

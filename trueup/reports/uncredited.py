@@ -55,7 +55,7 @@ def uncredited_packs(
 ) -> UncreditedPacks | None:
     """Return the packs that were paid for in the present windows until an hour before `at`, and never credited.
 
-    `only_user` None: of all users. `own`: trueup's tables, or what stands in for them.
+    `only_user` None: of all users. `own`: trueup's tables, or their substitutes.
     Returns None if the host's payments are not mapped, or if the subscription itself states the tokens that it
     includes, because a pack may be among them.
     """
