@@ -165,10 +165,14 @@ class _Scan:
         began = self.outcome.started_at
         assert began is not None  # noqa: S101 - for the type checker: prepare() has read it
         own, mapping = self.statements.own, self.mapping
-        with self._noted("Packs that were never credited", timeout_seconds) as connection:
-            self.outcome.uncredited = uncredited_packs(connection, mapping, at=began, only_user=only_user, own=own)
-        if only_user is not None or not self.missed:
-            self.outcome.systemic = [] if only_user is None else None
+        if mapping.payment.table is not None:
+            with self._noted("Packs that were never credited", timeout_seconds) as connection:
+                self.outcome.uncredited = uncredited_packs(connection, mapping, at=began, only_user=only_user, own=own)
+        # Only decrement rows or the journal tell whether a decrement ran.
+        if only_user is not None or not (self.attached or mapping.token_usage.table):
+            return
+        if not self.missed:
+            self.outcome.systemic = []
             return
         until = began - timedelta(seconds=self.rules.min_age_seconds)
         since = datetime.min.replace(tzinfo=UTC)
