@@ -16,7 +16,7 @@ from trueup.accounts.account import read_account
 from trueup.accounts.grants import grant_tokens, list_grants, revoke_grant
 from trueup.billing.decorators import check_tokens_for_function
 from trueup.billing.utils import get_accurate_tokens_remaining
-from trueup.database.engine import connect, get_engine
+from trueup.database.engine import connect, get_engine, transaction
 from trueup.errors import TokensDenied
 from trueup.gate.holds import close_hold, expire_holds, list_holds
 from trueup.host.fields import (
@@ -32,7 +32,7 @@ from trueup.host.mapping import HostMapping
 from trueup.host.sql import render_sql
 from trueup.install.install import check_installed, install
 from trueup.reconcile.local_run import reconcile
-from trueup.reports.run_report import read_report
+from trueup.reports.run_report import find_source, read_report, read_source, with_host_faults
 from trueup.review.decisions import decide_drift, list_reviews, undo_run
 from trueup.settings.policies import Rules
 from trueup.settings.settings import get_settings
@@ -206,6 +206,11 @@ def test_all_steps_work_with_the_hosts_names(mapped_host: Host, mapping: HostMap
         assert report is not None
         assert [(row.user_id, row.observed, row.written) for row in report.rows] == [(user, 9_760, 8_760)]
         assert report.as_json()["rows"][0]["user_id"] == (user if isinstance(user, int) else str(user))
+        with transaction() as connection:
+            source = find_source(connection, mapping.user_id_type)
+            assert source is not None
+            report = with_host_faults(connection, mapping, source, read_source(connection, source), min_age_seconds=0)
+            assert report.systemic == []
         again = reconcile(get_engine(), mapping, only_user=user)
     assert (again.checked, again.drifted) == (1, 0)
     assert_true(host, mapping)

@@ -23,7 +23,7 @@ from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.accounts.grants import grant_tokens
 from trueup.accounts.overview import read_summary
-from trueup.database.engine import connect, dispose_engine, get_engine
+from trueup.database.engine import connect, dispose_engine, get_engine, transaction
 from trueup.doctor.database import examine_database
 from trueup.errors import TokensDenied
 from trueup.gate.holds import close_hold
@@ -36,7 +36,7 @@ from trueup.preview.scan import scan
 from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import Finding
 from trueup.reconcile.shards import find_suspects
-from trueup.reports.run_report import read_report
+from trueup.reports.run_report import find_source, read_report, read_source, with_host_faults
 from trueup.settings.policies import Rules
 from trueup.settings.settings import CONFIG_VARIABLE, get_settings
 from trueup.usage.log import list_usage
@@ -243,6 +243,11 @@ def test_drift_is_explained_corrected_and_audited(attached: Site) -> None:
         report = read_report(connection, site.mapping.user_id_type)
     assert report is not None
     assert [(row.user_id, row.cause, row.written) for row in report.rows] == [(ann, "missed_decrement", 9_700)]
+    with transaction() as connection:
+        source = find_source(connection, site.mapping.user_id_type)
+        assert source is not None
+        report = with_host_faults(connection, site.mapping, source, read_source(connection, source), min_age_seconds=0)
+        assert report.systemic == []
     site.logs(bob, 5, ok=False)
     again = reconcile(get_engine(), site.mapping, rules=NO_AGE, kind="deep")
     assert (again.checked, again.drifted, again.defects) == (2, 0, 0)
