@@ -24,7 +24,14 @@ from trueup.database.retry import retrying
 from trueup.reconcile import local_run as reconciliation
 from trueup.reconcile.audit import Defect, read_defects
 from trueup.reconcile.runs import RunSummary
-from trueup.reports.run_report import DriftReport, find_source, read_source, report_dry_run, stream_rows
+from trueup.reports.run_report import (
+    DriftReport,
+    find_source,
+    read_source,
+    report_dry_run,
+    stream_rows,
+    with_host_faults,
+)
 from trueup.settings.policies import Rules
 from trueup.settings.settings import Settings, database_url, get_settings
 
@@ -155,6 +162,8 @@ def _show(settings: Settings, summary: RunSummary, *, as_json: bool) -> tuple[Dr
         source = find_source(connection, kind, summary.run_id)
         assert source is not None  # noqa: S101 - find_source raises for an unknown run
         report = read_source(connection, source, max_rows=0 if as_json else ROWS_SHOWN)
+        min_age = settings.reconcile.min_age_seconds
+        report = with_host_faults(connection, settings.host, source, report, min_age_seconds=min_age)
         if as_json:
             echo(report_json(replace(report, rows_left_out=0), stream_rows(connection, source)))
         else:

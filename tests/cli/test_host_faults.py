@@ -66,13 +66,15 @@ def test_the_table_tells_the_faults_above_the_drifts(faulty: Host) -> None:
     assert [cell.strip() for cell in row.split("│")[2:4]] == [REFERENCE, "7,000"]
 
 
-def test_json_has_them_by_its_schema_and_a_run_does_not_look_for_them(faulty: Host) -> None:
+def test_json_has_them_by_its_schema_after_a_run_and_later(faulty: Host) -> None:
+    dry = trueup_json("reconcile", "--dry-run")
     run = trueup_json("reconcile")
     report = trueup_json("drift", "report")
     preview = trueup_json("drift", "report", "--read-only")
-    for content in (preview, run, report):
+    for content in (dry, preview, run, report):
         assert complaints(content, SCHEMA) == []
-    assert (run["systemic"], run["uncredited"]) == (None, None)
+    assert (dry["systemic"], dry["uncredited"]) == (None, None)
+    assert run == report
     (cause,) = report["systemic"]
     assert (cause["kind"], cause["dimension"], cause["name"]) == ("decrement_not_run", "section", SECTION)
     assert (cause["count"], cause["of"], cause["users"], cause["tokens"]) == (ROWS, ROWS, 3, TOKENS)
