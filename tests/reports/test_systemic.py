@@ -12,7 +12,8 @@ from sqlalchemy.pool import NullPool
 from tests.support.host import Host, host_of
 from tests.support.sessions import locked
 from tests.support.two_books import MAPPED
-from trueup.database.engine import transaction
+from tests.support.work import charge_tokens, hold_tokens
+from trueup.database.engine import connect, transaction
 from trueup.host.mapping import HostMapping
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import install
@@ -338,3 +339,14 @@ def test_a_log_that_is_too_large_for_the_statement_timeout_is_left_out_with_a_wa
             report = with_host_faults(connection, application.mapping, source, report, min_age_seconds=0)
     assert (report.systemic, report.drifted) == (None, USERS)
     assert "leaves out systemic causes" in caplog.text
+
+
+def test_calls_that_trueup_has_charged_need_no_decrement_of_the_host(application: Application) -> None:
+    with connect() as connection:
+        for number in range(2 * ENOUGH):
+            charge_tokens(connection, hold_tokens(connection, application.users[number % USERS], 500), 300 + number)
+    for user in application.users:
+        application.log(user, 33)
+    report = application.reconcile()
+    assert [cause.cause for cause in report.causes] == ["missed_decrement"]
+    assert found(report) == []
