@@ -1,4 +1,4 @@
-{% from "accounts/entitlements.sql" import clock_tolerance, entitlements %}
+{% from "accounts/entitlements.sql" import clock_tolerance, entitlements, log_epoch %}
 {% from "host/rows.sql" import countable, right_counter, used_since %}
 -- Reads. These are functions, because a view on a host table would make the host's own ALTER TABLE fail. The planner
 -- inlines simple SQL functions, so a WHERE clause can use the indexes.
@@ -50,9 +50,9 @@ CREATE OR REPLACE FUNCTION trueup.entitlements(at timestamptz) RETURNS TABLE (
     {{ entitlements("entitlements.at") }}
 $$;
 
--- The number of the last truncation or setup of the log. A balance with an earlier number is stale.
+-- See entitlements.sql.
 CREATE OR REPLACE FUNCTION trueup.log_epoch() RETURNS bigint LANGUAGE sql STABLE AS $$
-    SELECT coalesce(max(id), 0) FROM trueup.log_truncation
+    SELECT {{ log_epoch() }}
 $$;
 
 -- The tokens that a hold keeps when it expires, and until when. It keeps the maximum cost of its calls in flight, for

@@ -4,6 +4,11 @@
    this time, trueup's own usage is dated at its begin, so that it counts. #}
 {% set clock_tolerance = "interval '5 minutes'" %}
 
+{# The number of the last truncation or setup of the log. A balance with an earlier number is stale. #}
+{% macro log_epoch() -%}
+(SELECT coalesce(max(t.id), 0) FROM trueup.log_truncation t)
+{%- endmacro %}
+
 {# The entitlements of each subscription at a time: user_id, subscription_id, is_active, window_start, end_date,
    original, counter, plan_tokens, plan_kind. `original`: the tokens that the subscription itself includes, if the host has
    such a column; else those of its token plan, else of its full plan, else 0, or of both (`tokens_included = "sum"`); plus
