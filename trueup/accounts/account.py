@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, text
@@ -10,6 +11,7 @@ from sqlalchemy import Connection, text
 from trueup.accounts.host_connection import HostConnection
 from trueup.accounts.subscriptions import several_subscriptions
 from trueup.accounts.user_ids import UserId
+from trueup.database.calls import call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,9 @@ def read_decision(
 
     `estimated_tokens`: the task's size, a count. `now`: as in `read_account`. Raises `SeveralSubscriptionsError`.
     """
-    row, *others = connection.execute(_READ, {"user_id": user_id, "estimate": estimated_tokens, "at": now})
+    values = {"user_id": user_id, "estimate": estimated_tokens, "at": now}
+    read = connection.execute if isinstance(connection, HostConnection) else partial(call, connection)
+    row, *others = read(_READ, values)
     if others:
         raise several_subscriptions(user_id)
     return account_of(user_id, row), row.reason

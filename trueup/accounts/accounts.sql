@@ -1,22 +1,14 @@
-{% from "accounts/entitlements.sql" import clock_tolerance, entitlements, log_epoch %}
+{% from "accounts/entitlements.sql" import clock_tolerance, decision, entitlements, log_epoch %}
 {% from "host/rows.sql" import countable, right_counter, used_since %}
 -- Reads. These are functions, because a view on a host table would make the host's own ALTER TABLE fail. The planner
 -- inlines simple SQL functions, so a WHERE clause can use the indexes.
 
--- The gate's decision whether a task may run. NULL: it may. Otherwise one of the specification's reason codes, or
--- 'usage_uncountable': the log's rows add up to more than can be counted.
+-- The gate's decision whether a task may run: see entitlements.sql.
 CREATE OR REPLACE FUNCTION trueup.decide(
     subscribed boolean, is_active boolean, end_date timestamptz,
     original bigint, consumed bigint, held bigint, estimate bigint, at timestamptz
 ) RETURNS text LANGUAGE sql IMMUTABLE AS $$
-    SELECT CASE
-        WHEN subscribed IS NOT TRUE THEN 'no_subscription'
-        WHEN is_active IS NOT TRUE THEN 'subscription_deactivated'
-        WHEN end_date < at THEN 'subscription_expired'
-        WHEN consumed >= {{ uncountable }} THEN 'usage_uncountable'
-        WHEN original <= consumed THEN 'no_tokens_remaining'
-        WHEN original - consumed - held < estimate THEN 'insufficient_tokens'
-    END
+    SELECT {{ decision("subscribed", "is_active", "end_date", "original", "consumed", "held", "estimate", "at") }}
 $$;
 
 -- The tokens that the host's counter should show, as remaining tokens.

@@ -1,4 +1,4 @@
-{% from "accounts/entitlements.sql" import log_epoch %}
+{% from "accounts/entitlements.sql" import decision, log_epoch %}
 {% from "gate/begin.sql" import by_index, queue_for, require_counted %}
 {% from "gate/store_balance.sql" import create_balance, store_balance %}
 {# Open a hold, in a function with the parameters of trueup.open_hold. #}
@@ -53,7 +53,9 @@ BEGIN
     {{ queue_for("p_user") }}
     SELECT * INTO b FROM trueup.balance t WHERE t.user_id = p_user FOR UPDATE;
     at := coalesce(at, clock_timestamp());
-    SELECT e.original, e.end_date, e.is_active
+    SELECT e.plan_tokens AS original, e.end_date,
+           {{ decision("true", "e.is_active", "e.end_date", "e.plan_tokens", "b.consumed", "b.held", "p_tokens",
+                       "open_hold.at") }} IS NULL
            AND (b.window_start, b.log_epoch) = (e.window_start, {{ log_epoch() }})
            AND NOT EXISTS (SELECT FROM trueup.usage_delta d WHERE d.user_id = p_user)
            AND NOT EXISTS (SELECT FROM trueup.token_grant g WHERE g.user_id = p_user)
@@ -65,7 +67,7 @@ BEGIN
                            WHERE t.user_id = p_user AND t.status = 'open' AND t.expires_at <= open_hold.at) AS is_common
     INTO c FROM trueup.entitlements(open_hold.at) e WHERE e.user_id = p_user;
     {{ require_counted() }}  -- after the look at the deltas, so that a write they missed is noticed here
-    IF c.is_common AND trueup.decide(true, true, c.end_date, c.original, b.consumed, b.held, p_tokens, at) IS NULL THEN
+    IF c.is_common THEN
         expiry := at + p_ttl;
         WITH opened AS (
     {{ insert_hold("p_fresh", "1", "p_retries", "p_tokens", "open_hold.expiry", "false") }}

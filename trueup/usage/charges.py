@@ -12,6 +12,7 @@ from psycopg.errors import ForeignKeyViolation
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError
 
+from trueup.database.calls import call
 from trueup.errors import UnknownUserError
 from trueup.gate.holds import Hold
 from trueup.host.sql import UNCOUNTABLE
@@ -105,13 +106,13 @@ def record_charge(
         "classes": None if usage.classes is None else json.dumps(dict(usage.classes)),
     }
     try:
-        row = connection.execute(_RECORD, values).one()
+        [row] = call(connection, _RECORD, values)
         if row.bought_twice:
             # Two attempts made the same call, and the provider billed both. Both are recorded, each with its answer,
             # because the answer of the other attempt may be incomplete.
             own_key = f"{call_key}~{hold.attempt}"
             own = values | {"call_key": own_key, "log_id": str(_log_id(hold, own_key))}
-            row = connection.execute(_RECORD, own).one()
+            [row] = call(connection, _RECORD, own)
     except IntegrityError as error:
         if not isinstance(error.orig, ForeignKeyViolation):
             raise

@@ -42,6 +42,7 @@ DECLARE
     o trueup.owed_charge;
     v_first_key text := split_part(p_call_key, '~', 1);  -- the key of the first call, if the call was bought twice
     v_consumed bigint;
+    v_window timestamptz;
     v_hold bigint;
     v_covered bigint;
     v_id text;
@@ -51,21 +52,20 @@ DECLARE
     v_refused_with text;
 BEGIN
     {{ queue_for("p_user") }}
-    SELECT b.consumed INTO v_consumed FROM trueup.balance b WHERE b.user_id = p_user FOR UPDATE;
+    SELECT b.consumed, b.window_start INTO v_consumed, v_window FROM trueup.balance b WHERE b.user_id = p_user FOR UPDATE;
     at := coalesce(at, clock_timestamp());
     {% if not usage_log.is_written_by_host %}
     BEGIN
-        SELECT h.id, h.tokens_reserved - h.tokens_covered AS free, w.window_start,
-               trueup.dated(record_charge.at, w.window_start) AS used_at,
+        SELECT h.id, h.tokens_reserved - h.tokens_covered AS free, trueup.dated(record_charge.at, v_window) AS used_at,
                {{ in_flight("v_first_key", "p_attempt") }} AS in_flight, n.mark_secret
         INTO c
         FROM trueup.hold h
         CROSS JOIN trueup.installation n
-        CROSS JOIN LATERAL (SELECT {{ window_start("s", "record_charge.at") }} AS window_start FROM {{ subscription }} s
-                            WHERE s.{{ subscription.user_id }} = record_charge.p_user LIMIT 1) w
         WHERE h.user_id = p_user AND h.task_id = p_task AND h.attempt = p_attempt AND h.status = 'open'
           AND h.body_ended_at IS NULL AND h.expires_at > record_charge.at
           AND v_consumed < {{ uncountable }} - p_total
+          AND EXISTS (SELECT FROM {{ subscription }} s WHERE s.{{ subscription.user_id }} = record_charge.p_user
+                                                         AND {{ window_start("s", "record_charge.at") }} = v_window)
           AND NOT EXISTS (SELECT FROM trueup.charge x
                           WHERE x.user_id = p_user AND x.task_id = p_task AND x.call_key = p_call_key);
         IF FOUND THEN
@@ -73,7 +73,7 @@ BEGIN
                   true, NULL, p_metadata, c.used_at, '', '', 1, at, at);
             v_id := {% if usage_log_id_type == "bigint" %}trueup.new_log_id(p_log_id){% else %}p_log_id{% endif %};
             {{ check_at_once() }}
-    {{ insert_log_row(mark("c.mark_secret", "v_id"), "c.window_start", "v_log_id", "v_counted") }}
+    {{ insert_log_row(mark("c.mark_secret", "v_id"), "v_window", "v_log_id", "v_counted") }}
             IF v_log_id IS DISTINCT FROM v_id THEN
                 RAISE EXCEPTION 'a trigger of the usage log moved the row';
             END IF;
