@@ -33,31 +33,13 @@ def snipz_cycle(url: str) -> Cycle:
 
 
 def trueup_cycle(url: str) -> Cycle:
-    """Hold, charge and close, as a metered task does them."""
+    """Hold, and charge with close, as docs/python.md shows it."""
     os.environ["TRUEUP_DATABASE_URL"] = url
-    retry: Any = importlib.import_module("trueup.database.retry")
-    holds: Any = importlib.import_module("trueup.gate.holds")
-    charges: Any = importlib.import_module("trueup.usage.charges")
-    usage = charges.Usage(prompt_tokens=5, completion_tokens=5, total_tokens=10, response_time_ms=1, model_name="bench")
-    numbers = itertools.count()
+    billing: Any = importlib.import_module("trueup.billing.token_hold")
 
     async def cycle(user: int) -> None:
-        task = f"{os.getpid()}-{next(numbers)}"
-        hold = retry.once(
-            lambda connection: holds.open_hold(
-                connection,
-                user_id=user,
-                task_id=task,
-                feature_name="F",
-                section="chat",
-                estimated_tokens=20,
-                owner="me",
-                lease_seconds=90,
-                ttl_seconds=1200,
-            )
-        )
-        retry.retrying(lambda connection: charges.record_charge(connection, hold, call_key="1:a", usage=usage))
-        retry.retrying(lambda connection: holds.close_hold(connection, hold, completed=True))
+        with billing.ai_tokens(user, 20, "F", section="chat") as hold:
+            hold.charge(prompt_tokens=5, completion_tokens=5, model_name="bench", last=True)
 
     return cycle
 

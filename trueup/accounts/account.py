@@ -70,9 +70,9 @@ def days_between(now: datetime, end_date: datetime | None) -> int | None:
 CLOCK = "clock AS (SELECT coalesce(CAST(:at AS timestamptz), clock_timestamp()) AS at)"
 # Columns of a row `a` of trueup.accounts(); null for an unknown user.
 # A window that begins at -infinity, or in a year that Python can't represent, has no start here.
-# require_counted() raises an error if the triggers do not count the host's writes: the figures would be wrong.
+# require_counted_lately() raises an error if the triggers do not count the host's writes: the figures would be wrong.
 ACCOUNT_COLUMNS = """
-           trueup.require_counted() AS watched, clock.at AS now,
+           trueup.require_counted_lately() AS watched, clock.at AS now,
            a.subscription_id IS NOT NULL AS subscribed, a.is_active,
            CASE WHEN a.window_start >= '0001-01-03' AND a.window_start < '9999-12-31' THEN a.window_start END
                AS window_start,

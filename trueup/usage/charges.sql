@@ -24,7 +24,8 @@
 -- this key, because this attempt lost its lease; the caller must record its own call under another key.
 --
 -- Usage counts even if its hold has ended (expired, or taken over by a later attempt): it is recorded and flagged late.
--- tokens_over: the tokens that the hold did not cover. p_classes: the billed tokens by class, such as cached input, before
+-- tokens_over: the tokens that the hold did not cover. p_last: close the hold with this charge, as trueup.close_hold does, if no
+-- other call is in flight (`closed`; not true: the caller closes it). p_classes: the billed tokens by class, such as cached input, before
 -- the settings' weights; NULL: not known.
 -- This function records the common case in as few statements as the lock allows: a new call under an open hold, whose row and
 -- counter the host takes. trueup.record_other_charge records all others.
@@ -33,8 +34,9 @@ CREATE OR REPLACE FUNCTION trueup.record_charge(
     p_user {{ user_id_type }}, p_task text, p_attempt integer, p_call_key text, p_log_id text, p_section text,
     p_prompt bigint, p_completion bigint, p_total bigint, p_response_ms bigint, p_model text,
     p_metadata jsonb, p_answer jsonb, INOUT at timestamptz, p_classes jsonb DEFAULT NULL,
+    p_last boolean DEFAULT false,
     OUT recorded boolean, OUT bought_twice boolean, OUT late boolean, OUT tokens_over bigint, OUT tokens_left bigint,
-    OUT owed_because text
+    OUT owed_because text, OUT closed boolean
 ) LANGUAGE plpgsql {{ by_index }} AS $$
 #variable_conflict use_column
 DECLARE
@@ -90,6 +92,7 @@ BEGIN
         v_refused_with := SQLSTATE;
     END;
     {% endif %}
+    closed := p_last AND v_hold IS NOT NULL AND c.in_flight = 0;
     IF v_hold IS NULL THEN
         SELECT r.* INTO at, recorded, bought_twice, late, tokens_over, tokens_left, owed_because
         FROM trueup.record_other_charge(
@@ -104,12 +107,16 @@ BEGIN
 {{ end_call() }}
     ), used AS (
         UPDATE trueup.hold t SET tokens_covered = t.tokens_covered + v_covered,
-                                 tokens_charged = least(t.tokens_charged + p_total, {{ uncountable }}), calls = t.calls + 1
+                                 tokens_charged = least(t.tokens_charged + p_total, {{ uncountable }}), calls = t.calls + 1,
+                                 status = CASE WHEN closed THEN 'settled' ELSE t.status END,
+                                 closed_at = CASE WHEN closed THEN at END
         WHERE t.user_id = p_user AND t.task_id = p_task AND t.id = v_hold
     )
-    UPDATE trueup.balance b SET consumed = b.consumed + coalesce(v_counted, 0), held = b.held - v_covered
+    UPDATE trueup.balance b SET consumed = b.consumed + coalesce(v_counted, 0),
+                                held = b.held - CASE WHEN closed THEN c.free ELSE v_covered END
     WHERE b.user_id = p_user;
-    SELECT true, false, false, p_total - v_covered, greatest(c.free - v_covered - c.in_flight, 0)
+    SELECT true, false, false, p_total - v_covered,
+           CASE WHEN closed THEN 0 ELSE greatest(c.free - v_covered - c.in_flight, 0) END
     INTO recorded, bought_twice, late, tokens_over, tokens_left;
 END $$;
 

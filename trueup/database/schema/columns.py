@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import DDL, BigInteger, Column, DateTime, Table, Text, Uuid, event
+from sqlalchemy import BigInteger, Column, DateTime, Table, Text, Uuid
 from sqlalchemy.types import TypeEngine
 
 from trueup.host.mapping import UserIdType
@@ -28,10 +28,10 @@ def tokens(name: str, *, nullable: bool = False, **options: Any) -> Column[Any]:
     return Column(name, BigInteger, nullable=nullable, **options)
 
 
-def leave_space(table: Table) -> None:
-    """Leave half of each page free, so that updates of a row stay on its page (HOT) and write no index.
+# Options that SQLAlchemy 2.0 can't give to a table (`postgresql_with`), as a clause of ALTER TABLE.
+OPTIONS = "trueup_options"
 
-    SQLAlchemy 2.0 has no `postgresql_with` for tables.
-    """
-    fill = DDL("ALTER TABLE %(fullname)s SET (fillfactor = 50)")  # type: ignore[no-untyped-call]
-    event.listen(table, "after_create", fill)
+
+def leave_space(table: Table) -> None:
+    """Leave half of each page free, so that updates of a row stay on its page (HOT) and write no index."""
+    table.info[OPTIONS] = "SET (fillfactor = 50)"
