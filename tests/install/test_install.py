@@ -237,4 +237,4 @@ def test_rows_that_are_updated_often_have_space_on_their_pages(host: Host) -> No
     options = host.execute(
         "SELECT relname, reloptions FROM pg_class WHERE oid IN ('trueup.balance'::regclass, 'trueup.hold'::regclass)"
     )
-    assert dict(options.tuples().all()) == {"balance": ["fillfactor=50"], "hold": ["fillfactor=50"]}
+    assert {row.relname: row.reloptions for row in options} == {"balance": ["fillfactor=50"], "hold": ["fillfactor=50"]}
