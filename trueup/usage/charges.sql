@@ -92,7 +92,6 @@ BEGIN
         v_refused_with := SQLSTATE;
     END;
     {% endif %}
-    closed := p_last AND v_hold IS NOT NULL AND c.in_flight = 0;
     IF v_hold IS NULL THEN
         SELECT r.* INTO at, recorded, bought_twice, late, tokens_over, tokens_left, owed_because
         FROM trueup.record_other_charge(
@@ -100,6 +99,7 @@ BEGIN
             p_model, p_metadata, p_answer, at, p_classes, v_refused_with = '57014') r;
         RETURN;
     END IF;
+    closed := p_last AND c.in_flight = 0;
     v_covered := least(p_total, c.free);
     WITH charged AS (
 {{ insert_charge("p_total", "v_log_id", "p_model", "v_hold", "v_covered", "false", "v_lowered") }}
