@@ -31,8 +31,8 @@ from trueup.usage.log import track_ai_usage
 __all__ = ["settings"]
 
 # Attaching makes fill_balances anew after it was called. The others need a run that lasts for a heartbeat, a broken
-# balance, a refused log row, a partition, a drift with several components, or two gates at once. They too have a fixed search path, as the
-# first test sees.
+# balance, a refused log row, a partition, a drift with several components, or two gates at once. They too have a fixed
+# search path, as the first test sees.
 NOT_CALLED = {
     "delete_lost_deltas",
     "fill_balances",

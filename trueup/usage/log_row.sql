@@ -145,10 +145,11 @@ RETURNS boolean LANGUAGE sql IMMUTABLE AS $$ SELECT true $$;
 CREATE OR REPLACE FUNCTION trueup.lower_counter(p_user {{ user_id_type }}, p_tokens bigint)
 RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
+    v_mark text := trueup.own_row_mark('charge');
     v_lowered boolean;
 BEGIN
     {{ check_at_once() }}
-    {{ lower_counter("lower_counter.p_user", "lower_counter.p_tokens", "trueup.own_row_mark('charge')", "v_lowered") }}
+    {{ lower_counter("lower_counter.p_user", "lower_counter.p_tokens", "v_mark", "v_lowered") }}
     RETURN v_lowered;
 EXCEPTION WHEN query_canceled OR OTHERS THEN
     IF trueup.is_transient(SQLSTATE) THEN
