@@ -49,8 +49,8 @@ true
    this does not wait: `lowered` becomes false, and the next reconcile run corrects the counter. The counter stops at zero, as
    the host's own decrements do; a counter that counts up is raised. A counter that is 0, null or below 0 cannot be lowered,
    and one without a limit is left alone: these count as done (true). `user`, `tokens`: qualified, because the host may have
-   columns of any name. `mark`: by which the journal recognises trueup's write; no call of a
-   function of trueup's, which would resolve its names in the role's path. #}
+   columns of any name. `mark`: by which the journal recognises trueup's write. It must call no function of trueup's, which
+   would resolve its names in the role's path. #}
 {% macro lower_counter(user, tokens, mark, lowered) -%}
 UPDATE {{ subscription }} s
     SET {{ subscription.tokens_remaining }} = {{ lowered_counter("s", tokens) }}
