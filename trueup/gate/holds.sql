@@ -91,6 +91,9 @@ BEGIN
                                        p_section, p_owner, v_tokens, at, at + p_lease, expiry);
             held := held + v_tokens;
             tokens_left := v_tokens;
+        ELSE
+            INSERT INTO trueup.denial (user_id, task_id, feature_name, reason, tokens, denied_at)
+            VALUES (p_user, p_task, p_feature, reason, v_tokens, at);
         END IF;
     END IF;
 {{ store_balance("p_user", held="open_hold.held") }}
