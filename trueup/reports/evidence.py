@@ -24,7 +24,7 @@ def figure_sentences(evidence: Mapping[str, Any]) -> list[str]:
         told.append(f"Decrements of {show(evidence['in_flight'])} recent tokens may still arrive.")
     if evidence.get("alternatives"):
         told.append(f"It may also be: {', '.join(cause_title(str(one)) for one in evidence['alternatives'])}.")
-    return told + list(_others(evidence, _FIGURES))
+    return [show(one) for one in (*told, *_others(evidence, _FIGURES))]
 
 
 def component_sentences(part: Mapping[str, Any]) -> list[str]:
@@ -42,7 +42,7 @@ def component_sentences(part: Mapping[str, Any]) -> list[str]:
         told.append(f"Note: {show(part['note'])}.")
     if part.get("alternatives"):
         told.append(f"It may also be: {', '.join(cause_title(str(one)) for one in part['alternatives'])}.")
-    return told + list(_others(part, _SAID))
+    return [show(one) for one in (*told, *_others(part, _SAID))]
 
 
 def _listed(rows: Any) -> list[Any]:

@@ -88,7 +88,7 @@ def values_of(page: DriftPage, number: int) -> dict[str, Any]:
         "choices": _choices(item) if item else [],
         # The causes of a drift without a journal can't be decided one by one.
         "components": [
-            (place, f"{place}: {cause_title(one['cause'])} {signed(one['tokens'])}")
+            (place, show(f"{place}: {cause_title(one['cause'])} {signed(one['tokens'])}"))
             for place, one in enumerate(components, 1)
         ]
         if len(components) > 1 and "journal" in evidence
