@@ -22,7 +22,8 @@ def figure_sentences(evidence: Mapping[str, Any]) -> list[str]:
         told.append(f"Plan and grants: {show(evidence['original'])}. Used: {show(evidence['consumed'])}.")
     if evidence.get("in_flight"):
         told.append(f"Decrements of {show(evidence['in_flight'])} recent tokens may still arrive.")
-    if evidence.get("alternatives"):
+    said = [part.get("alternatives") for part in evidence.get("components") or []]
+    if evidence.get("alternatives") and evidence["alternatives"] not in said:
         told.append(f"It may also be: {', '.join(cause_title(str(one)) for one in evidence['alternatives'])}.")
     return [show(one) for one in (*told, *_others(evidence, _FIGURES))]
 

@@ -80,6 +80,10 @@ class Live:
             await self._refresh()
         return self._view
 
+    def outdate(self) -> None:
+        """Let the next page read a new snapshot: a decision was made. Any thread may call it."""
+        self._read_at = float("-inf")
+
     def identify(self, view: View) -> str:
         """Return the id of a state. After a restart of the process, ids of earlier ones mean nothing."""
         return f"{self._boot}-{view.version}"

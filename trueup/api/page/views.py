@@ -92,6 +92,7 @@ def decide(request: Request, viewer: Operator, form: Form, number: DriftNumber) 
         return _drift_page(request, viewer, number, status=422, problem=str(error), given=form)
     except DecisionRefusedError as error:
         return _drift_page(request, viewer, number, status=409, problem=str(error), given=form)
+    live_of(request).outdate()
     # So that a reload does not post again.
     return RedirectResponse(f"/drifts/{number}", _SEE_OTHER)
 
