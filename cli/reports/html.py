@@ -61,8 +61,11 @@ def _tiles(report: DriftReport) -> list[dict[str, Any]]:
             report.counters,
             f"each in up to {count_of(report.runs, 'run')}" if report.since else f"{report.kind} pass",
         ),
-        _tile("Counters drifted", report.counters_drifted, f"{drifted} of those checked"),
-        _tile("Drifts", report.drifted, f"{report.found_new:,} new"),
+        _tile(
+            "Counters drifted",
+            report.counters_drifted,
+            f"{drifted} · {count_of(report.drifted, 'drift')}, {report.found_new:,} new",
+        ),
         _tile("Corrected", report.corrected, "by compare-and-set"),
         _tile("In review", report.in_review, "wait for a person", "attention" if report.in_review else ""),
         _tile("Tokens overstated", report.tokens_overstated, "shown, but used up", "over"),

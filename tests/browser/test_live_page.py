@@ -1,6 +1,6 @@
 """The live page in a real browser: keyboard, screen reader, narrow and wide windows, dark and light, with no script."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 from tests.api.test_server import served
 from tests.browser.conftest import overflow, take_picture, violations, wrapped_figures
-from tests.cli.conftest import trueup
+from tests.cli.conftest import settings, trueup
 from tests.support.drift_history import add_run
 from tests.support.host import Host
 from tests.support.page import credited, drift_in_review
@@ -22,6 +22,8 @@ from tests.support.worker import running_worker
 from trueup.database.engine import connect
 from trueup.errors import TokensDenied
 from trueup.monitoring.page_access import make_link
+
+__all__ = ["settings"]
 
 WIDTHS = (360, 768, 1280, 1920, 3840)
 PAGE_BYTES = 100_000
@@ -191,9 +193,10 @@ def test_a_hidden_page_asks_for_nothing_and_a_shown_one_goes_on(chromium: Any, a
 
 
 def test_the_drift_page_is_accessible_and_breaks_no_figure(
-    chromium: Any, axe: str, host: Host, connection: Connection, tmp_path: Path
+    chromium: Any, axe: str, host: Host, connection: Connection, tmp_path: Path, settings: Callable[..., None]
 ) -> None:
     let_things_happen(host, connection)
+    settings(TRUEUP_NAME="Kestrel & Pine")
     file = tmp_path / "drift.html"
     trueup("drift", "report", "--since", "3d", "--output", file)
     for scheme in ("light", "dark"):
