@@ -84,9 +84,13 @@ def listening_socket(host: str, port: int) -> socket.socket:
     """Return a socket that listens on an address. Raises `SettingsError` if it can't, as when another program does."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise SettingsError(
             f"The HTTP API can't listen on {host}:{port}: {error.strerror or error}. Nothing is served. Stop the "
             "program that listens there, or set TRUEUP_API__HOST and TRUEUP_API__PORT to a free address."
         ) from None
+    # asyncio sets this only for sockets that name their protocol. Without it the body of an answer waits 40 ms for the
+    # acknowledgement of the head.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
