@@ -29,7 +29,7 @@ class Session:
 
 
 def new_secret() -> str:
-    """Return a secret that nobody can guess, for a link, a session or a form."""
+    """Return a random secret for a link or a session."""
     return secrets.token_urlsafe(_SECRET_BYTES)
 
 

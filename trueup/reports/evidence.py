@@ -51,7 +51,7 @@ def _listed(rows: Any) -> list[Any]:
 
 
 def _row(row: Any) -> str:
-    """Return a host's row: what it is, its number, and its other values."""
+    """Return a host's row: its kind, its number, and its other values."""
     if not isinstance(row, dict):
         return _sentence(_value(row))
     key = next((name for name in _TITLES if row.get(name) is not None), None)

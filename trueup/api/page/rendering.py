@@ -36,7 +36,7 @@ class Pages:
     def answer(
         self, request: Request, template: str, viewer: Viewer | None, *, status: int = 200, **values: Any
     ) -> HTMLResponse:
-        """Return a page for a viewer; None: nobody whose form would be taken. `values`: of its template."""
+        """Return a page for a viewer; None: forms are not taken. `values`: of its template."""
         made = self.environment.get_template(template).render(
             style=self._style,
             script=self._script,
