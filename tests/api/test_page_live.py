@@ -1,7 +1,9 @@
 """A real server sends the changes of the live page to the browsers that look at it, and to no others."""
 
+import asyncio
 import json
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import text
 
 from tests.api.test_server import served
 from tests.support.api import OPERATOR, bearer
@@ -16,6 +20,12 @@ from tests.support.host import Host
 from tests.support.page import credited
 from tests.support.waiting import DEADLINE_SECONDS, wait_for
 from tests.support.worker import running_worker
+from trueup.api.page.live import Live
+from trueup.api.page.parts import PACKAGE
+from trueup.api.page.snapshot import Snapshot, read_snapshot
+from trueup.database.engine import connect
+from trueup.host.mapping import UserIdType
+from trueup.reports.pages import environment
 
 OPS = bearer(None, sub="ops", scope=OPERATOR, exp=2**31)
 
@@ -116,3 +126,70 @@ def test_the_server_stops_at_once_while_pages_are_open(database: str, tmp_path: 
         process.wait(DEADLINE_SECONDS)
         assert process.returncode in (0, -number)
     assert "Traceback" not in (tmp_path / "api.log").read_text()
+
+
+@pytest.fixture
+def live(database: str) -> Live:
+    return Live(environment(PACKAGE), "bigint", None)
+
+
+async def stays() -> bool:
+    return False
+
+
+def test_many_pages_share_one_reading(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    readings: list[float] = []
+
+    def counted(user_id_type: UserIdType) -> Snapshot:
+        readings.append(time.monotonic())
+        return read_snapshot(user_id_type)
+
+    monkeypatch.setattr("trueup.api.page.live.read_snapshot", counted)
+
+    async def watch() -> None:
+        streams = [live.events("", stays) for _ in range(50)]
+        # The hint how long to wait before a new connection, then the first parts.
+        await asyncio.gather(*(anext(stream) for stream in streams))
+        first = await asyncio.gather(*(anext(stream) for stream in streams))
+        assert len(set(first)) == 1
+        assert live.open_pages == 50
+        assert len(readings) == 1
+        await asyncio.gather(*(stream.aclose() for stream in streams))
+        assert live.open_pages == 0
+        live.close()
+
+    asyncio.run(watch())
+
+
+def test_a_slow_database_rests_nine_times_as_long_as_it_worked(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(user_id_type: UserIdType) -> Snapshot:
+        with connect() as connection:
+            connection.execute(text("SELECT pg_sleep(0.3)"))
+        return read_snapshot(user_id_type)
+
+    monkeypatch.setattr("trueup.api.page.live.read_snapshot", slow)
+    asyncio.run(live.view())
+    assert live.pause_seconds >= 2.7
+
+
+def test_a_quiet_stream_has_heartbeats_and_ends_to_check_the_login_again(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trueup.api.page.live.HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr("trueup.api.page.live.STREAM_SECONDS", 0.5)
+
+    async def watch() -> list[bytes]:
+        seen = live.identify(await live.view())
+        sent = [event async for event in live.events(seen, stays)]
+        live.close()
+        return sent
+
+    sent = asyncio.run(watch())
+    assert sent[0] == b"retry: 3000\n\n"
+    assert set(sent[1:]) == {b": still here\n\n"}
+
+
+def test_more_pages_than_the_limit_are_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trueup.api.page.views.MAX_PAGES", 0)
+    answer = client.get("/events", headers=OPS)
+    assert (answer.status_code, "pages are open already" in answer.text) == (503, True)

@@ -18,11 +18,13 @@ _CELERY = ("celery", "-A", "trueup.worker")
 class Command:
     """One process: the name before its log lines (in compose, its service), and its tokens.
 
-    The first token is a console script of this Python environment, or a path to any program.
+    The first token is a console script of this Python environment, or a path to any program. `is_optional`: the stack
+    runs on without it when it dies too often.
     """
 
     name: str
     tokens: tuple[str, ...]
+    is_optional: bool = False
 
 
 def stack_commands(home: Path) -> tuple[Command, ...]:

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
@@ -88,8 +88,16 @@ def run_stack(
 
 
 def commands_of(settings: Settings, home: Path) -> Sequence[Command]:
-    """Return the processes that `trueup up` runs: the whole table, but the API only if it has something to serve."""
-    return [command for command in stack_commands(home) if command.name != API or serves_api(settings)]
+    """Return the processes that `trueup up` runs: the whole table, but the API only if it has something to serve.
+
+    The stack runs on if the API that serves the page alone can't: its address may be taken meanwhile.
+    """
+    page_alone = not settings.api.has_key and not settings.api.demo
+    return [
+        replace(command, is_optional=page_alone) if command.name == API else command
+        for command in stack_commands(home)
+        if command.name != API or serves_api(settings)
+    ]
 
 
 def serves_api(settings: Settings) -> bool:
@@ -365,6 +373,11 @@ class _Supervisor:
         policy, now, name = self._policy, time.monotonic(), slot.command.name
         slot.failures = [then for then in slot.failures if now - then < policy.failure_window_seconds] + [now]
         count = len(slot.failures)
+        if count >= policy.failures_allowed and slot.command.is_optional:
+            slot.restart_at = float("inf")
+            self._ready = None
+            self._log.say(f"{name} died {count} times ({_describe(code)}) and is not started again; its lines say why")
+            return
         if count >= policy.failures_allowed:
             lines = "\n".join(slot.last_lines)
             self._failed = self._failed or ChildFailedError(

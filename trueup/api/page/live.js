@@ -24,8 +24,11 @@
       state.textContent = `live, last change ${new Date().toISOString().slice(11, 19)} UTC`;
     });
     source.addEventListener("error", () => {
-      const ended = source.readyState === EventSource.CLOSED;
-      state.textContent = ended ? "stopped: reload the page" : "connection lost, trying again";
+      if (!source || source.readyState !== EventSource.CLOSED) { state.textContent = "connection lost, trying again"; return; }
+      // The server refused, and does not say why to a script: it may be out of order, or the session has ended.
+      source = null;
+      state.textContent = "stopped, trying again soon; reload the page if it asks for a login";
+      setTimeout(() => { if (!document.hidden && !source) listen(); }, 15000);
     });
   };
   // A hidden page costs nothing.

@@ -65,7 +65,7 @@ class Live:
         self._view = View(version=0, parts={}, say="", is_stale=True)
         self._read_at = float("-inf")
         self._broker_at = float("-inf")
-        self._pause = INTERVAL_SECONDS
+        self.pause_seconds = INTERVAL_SECONDS
         self._changed = asyncio.Event()
         self._reading = asyncio.Lock()
         self._threads = CapacityLimiter(2)
@@ -76,7 +76,7 @@ class Live:
 
     async def view(self) -> View:
         """Return the state of the page, not older than the pause between two readings."""
-        if time.monotonic() - self._read_at >= self._pause:
+        if time.monotonic() - self._read_at >= self.pause_seconds:
             await self._refresh()
         return self._view
 
@@ -146,12 +146,12 @@ class Live:
     async def _read_while_open(self) -> None:
         while self.open_pages and not self._is_closed:
             await self.view()
-            await asyncio.sleep(max(0.05, self._read_at + self._pause - time.monotonic()))
+            await asyncio.sleep(max(0.05, self._read_at + self.pause_seconds - time.monotonic()))
 
     async def _refresh(self) -> None:
         """Read a snapshot, unless another request has just read one."""
         async with self._reading:
-            if time.monotonic() - self._read_at < self._pause:
+            if time.monotonic() - self._read_at < self.pause_seconds:
                 return
             self._ask_broker()
             began = time.monotonic()
@@ -166,7 +166,7 @@ class Live:
                 problem = "Reading failed on the server. Its log names the cause."
                 parts, say, stale = problem_part(self._pages, problem), "The figures can't be read now.", True
             self._read_at = time.monotonic()
-            self._pause = max(INTERVAL_SECONDS, RESTS * (self._read_at - began))
+            self.pause_seconds = max(INTERVAL_SECONDS, RESTS * (self._read_at - began))
             self._publish(parts, say, stale)
 
     def _read(self) -> tuple[dict[str, str], str]:
