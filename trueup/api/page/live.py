@@ -53,7 +53,10 @@ class View:
 
 
 class Live:
-    """The open pages of one process. All methods belong to its event loop; reading runs in threads of its own."""
+    """The open pages of one process. Its methods belong to the event loop; reading runs in threads of its own.
+
+    `open_pages`: streams that are open now. `pause_seconds`: the least time between two readings.
+    """
 
     def __init__(self, pages: Environment, user_id_type: UserIdType, read_broker: ReadBroker | None) -> None:
         self._pages = pages
