@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
+BROWSER_STAMP := $(VENV)/.installed-browser
 # pip and uv show their progress only in a terminal; a log gets one line.
 QUIET = $$(test -t 2 || echo --quiet)
 
@@ -26,7 +27,7 @@ OLDEST_STAMP := $(OLDEST)/.installed
 OLDEST_TESTS ?= tests/gate tests/usage tests/reconcile tests/worker --ignore=tests/reconcile/test_live_host.py \
     --ignore=tests/worker/test_rabbitmq.py
 
-.PHONY: help demo test test-long test-oldest check faults format lock clean
+.PHONY: help demo test test-long test-browser test-oldest check faults format lock clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -39,6 +40,9 @@ test: $(STAMP)  ## Run the tests on real embedded servers with JOBS=4 processes;
 
 test-long: $(STAMP)  ## Run the long tests: more repetitions, and the dated tests at other times and in other time zones
 	@$(BIN)/pytest --numprocesses=$(JOBS) --dist=loadgroup -m long $(ARGS)
+
+test-browser: $(BROWSER_STAMP)  ## Run the tests in the system's Chromium; PICTURES=docs/pictures also makes the documentation's pictures
+	@$(BIN)/pytest tests/browser $(ARGS)
 
 test-oldest: $(OLDEST_STAMP)  ## Run the tests of gate, charges, reconcile and worker on the lowest allowed versions
 	@$(OLDEST)/bin/pytest --numprocesses=$(JOBS) --dist=loadfile $(OLDEST_TESTS) $(ARGS)
@@ -85,6 +89,10 @@ $(STAMP): pyproject.toml requirements/dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "trueup needs Python 3.11 or newer; choose one with: make PYTHON=python3.12"; exit 1; }
 	$(call install,$(VENV),$(PYTHON),requirements/dev.txt)
+	@touch $@
+
+$(BROWSER_STAMP): $(STAMP) requirements/browser.txt
+	$(call install,$(VENV),$(PYTHON),requirements/browser.txt)
 	@touch $@
 
 $(OLDEST_STAMP): pyproject.toml requirements/oldest.txt

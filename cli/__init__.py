@@ -30,6 +30,7 @@ _OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 COMMANDS = {
     "up": ("trueup.cli.up", "Run database, Redis, workers and beat in the foreground."),
     "api": ("trueup.cli.api", "Serve the HTTP API in the foreground."),
+    "page": ("trueup.cli.page", "Print a link that opens the live page in a browser on this machine."),
     "db": ("trueup.cli.db.commands", "Set the database up, attach trueup to a host, or detach it."),
     "tokens": ("trueup.cli.tokens", "Show and check a user's tokens, and grant more."),
     "status": ("trueup.cli.status", "Show the figures of the gate, and calls and messages to check."),

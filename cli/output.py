@@ -19,6 +19,8 @@ from typing import Any
 import click
 
 from trueup.errors import TrueupError
+from trueup.reports.display import count_of as count_of
+from trueup.reports.display import show as show
 
 SCHEMA_VERSION = 1
 """Of the commands' JSON. Names are added without a new version; a removed or changed name is a new version."""
@@ -36,9 +38,6 @@ ASCII = {"top": "+++-", "head": "|", "rule": "+++-", "body": "|", "bottom": "+++
 
 # Numbers and times, which are not folded: half of a number would be read as a number.
 _WHOLE = re.compile(r"[\d,.:+−-]+( [\d:]+)?")
-
-# A terminal obeys these characters, which a host's id or name may contain.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 # A password may contain "/" and "@", so it ends at the last "@". A sentinel URL names several servers, each with a
 # password. libpq also takes a password as a parameter.
@@ -79,27 +78,6 @@ def print_facts(facts: dict[str, Any]) -> None:
     for name, value in facts.items():
         zone = " UTC" if isinstance(value, datetime) and "UTC" not in name else ""
         click.echo(f"{name:<{width}}  {show(value)}{zone}")
-
-
-def show(value: Any) -> str:
-    """Return a value for people: thousands separated, times to the second in UTC, None as a dash.
-
-    A control character is shown as �, because a terminal would obey it.
-    """
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, datetime):
-        return f"{value:%Y-%m-%d %H:%M:%S}"
-    return _CONTROL.sub("�", str(value))
-
-
-def count_of(number: int, noun: str) -> str:
-    """Return a count with its noun in the right number: "1 error", "1,200 errors"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def numeric_columns(rows: Sequence[Sequence[Any]]) -> list[bool]:

@@ -15,7 +15,8 @@ from trueup.worker.http import listening_socket
 def up() -> None:
     """Run database, Redis, workers and beat in the foreground, with one log, until Ctrl-C.
 
-    It also serves the HTTP API if a key that verifies tokens is set (see `trueup api --help`).
+    It ends with "ready:" and the address of the live page. The HTTP API needs a key that verifies tokens too (see
+    `trueup api --help`); without one the page is for this machine alone.
 
     It uses the servers whose URL is set. The others run embedded in TRUEUP_HOME and keep their data. It sets up an
     embedded database, host tables included. It needs the extra [embedded].
@@ -25,12 +26,13 @@ def up() -> None:
       trueup up
     """
     require_extra("embedded", "`trueup up`", "psutil")
-    from trueup.stack.supervisor import run_stack, serves_api
+    from trueup.stack.supervisor import run_stack
 
     settings = get_settings()
     run_stack(
         settings,
-        before_servers=_check_api_address if serves_api(settings) else None,
+        # The page alone is left out where its address is in use.
+        before_servers=_check_api_address if settings.api.has_key or settings.api.demo else None,
         before_commands=_prepare_database,
     )
 

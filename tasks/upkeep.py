@@ -66,7 +66,7 @@ def prune_requests() -> int:
 
 @shared_task(name="trueup.prune_observed_denials", acks_late=True)
 def prune_observed_denials() -> int:
-    """Delete observed denials older than `DENIALS_KEPT`, batch by batch. Returns their count."""
+    """Delete denials older than `DENIALS_KEPT`, batch by batch. Returns their count."""
     return _in_batches(lambda connection: prune_denials(connection, older_than=DENIALS_KEPT, limit=PRUNE_LIMIT))
 
 

@@ -1,8 +1,11 @@
 """The HTTP API and a Celery application that sends its tasks: `uvicorn --factory trueup.worker.http:create_app`."""
 
+import asyncio
 import socket
 import sys
 from contextlib import suppress
+from functools import partial
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from trueup.errors import SettingsError
@@ -30,12 +33,13 @@ def create_app() -> "FastAPI":
     """
     require_extra("api", "The HTTP API")
     from trueup.api import app as api
+    from trueup.worker.overview import read_broker
 
     redis_transport.register()
     celery = make_application("trueup-api")
     celery.conf.update(client_config(get_settings()))
     celery.loader.import_default_modules()
-    return api.create_app(celery)
+    return api.create_app(celery, partial(read_broker, celery))
 
 
 def serve(settings: Settings, app: "FastAPI | None" = None) -> None:
@@ -44,6 +48,7 @@ def serve(settings: Settings, app: "FastAPI | None" = None) -> None:
     Raises `SettingsError` if it can't listen on the address.
     """
     app = app or create_app()
+    live = app.state.live
     import uvicorn
 
     logs.configure()
@@ -59,7 +64,16 @@ def serve(settings: Settings, app: "FastAPI | None" = None) -> None:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         backlog=2048,
     )
-    server = uvicorn.Server(config)
+
+    class Server(uvicorn.Server):
+        """Ends the streams of open pages first: it would wait for them."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            super().handle_exit(sig, frame)
+            with suppress(RuntimeError):  # the loop has ended already
+                asyncio.get_running_loop().call_soon_threadsafe(live.close)
+
+    server = Server(config)
     with listening_socket(settings.api.host, settings.api.port) as listener, suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     if not server.started:
@@ -70,9 +84,13 @@ def listening_socket(host: str, port: int) -> socket.socket:
     """Return a socket that listens on an address. Raises `SettingsError` if it can't, as when another program does."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise SettingsError(
             f"The HTTP API can't listen on {host}:{port}: {error.strerror or error}. Nothing is served. Stop the "
             "program that listens there, or set TRUEUP_API__HOST and TRUEUP_API__PORT to a free address."
         ) from None
+    # asyncio sets this only for sockets that name their protocol. Without it the body of an answer waits 40 ms for the
+    # acknowledgement of the head.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener

@@ -169,7 +169,7 @@ def _next_steps(seconds: float, home: Path) -> None:
         (f"drift explain {BAKER.id}", "why that counter drifted"),
         (f"run qa --user {KESTREL.id} --wait {shlex.quote(str(_example_file('help_en.txt')))}", "a real task"),
         ("drift report --output drift.html", "the report above as a page"),
-        ("up", "run the stack with this data until Ctrl-C"),
+        ("up", f"run the stack with this data until Ctrl-C, with its live page, {get_settings().api.local_url}"),
         ("--help", "all commands; README.md shows how to add trueup to your Celery project"),
     ):
         click.echo(f"  {program} {command}    # {purpose}")

@@ -2,29 +2,21 @@
 
 from typing import Any
 
-from trueup.cli.output import show
 from trueup.drift.causes import cause_title
+from trueup.reports.display import percent, show
 from trueup.reports.run_report import DriftReport
+from trueup.settings.settings import get_settings, host_name
 
 
 def title_of(report: DriftReport) -> str:
-    """Return the title of the report."""
+    """Return the title of the report, which ends with the host's name."""
     if report.dry_run:
-        return "Drift, dry run: nothing was written"
-    if report.since is not None:
-        return f"Drift since {show(report.since)[:16]} UTC"
-    return f"Drift, run {report.run_id}"
-
-
-def percent(share: float | None) -> str:
-    """Return a share as a percentage. Only a share of 1 is shown as 100 %, and only 0 as 0 %."""
-    if share is None:
-        return "–"
-    if 0 < share < 0.001:
-        return "< 0.1 %"
-    if 0.999 < share < 1:
-        return "> 99.9 %"
-    return f"{share * 100:.1f} %".replace(".0 %", " %")
+        what = "dry run: nothing was written"
+    elif report.since is not None:
+        what = f"since {show(report.since)[:16]} UTC"
+    else:
+        what = f"run {report.run_id}"
+    return f"Drift of {show(host_name(get_settings()))}, {what}"
 
 
 def explained_of(report: DriftReport) -> str:
@@ -34,11 +26,6 @@ def explained_of(report: DriftReport) -> str:
         return percent(None)
     shares = (report.tokens_explained / drifted, report.tokens_proven / drifted, report.tokens_inferred / drifted)
     return "{}: {} proven, {} inferred".format(*map(percent, shares))
-
-
-def signed(tokens: int) -> str:
-    """Return a count of tokens with its sign."""
-    return f"{tokens:+,}".replace("-", "−")
 
 
 def summary_of(report: DriftReport) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
-from trueup.cli.output import count_of, print_facts, print_table, show
-from trueup.cli.reports.figures import percent, signed, summary_of
+from trueup.cli.output import print_facts, print_table, show
+from trueup.cli.reports.figures import summary_of
 from trueup.drift.causes import ACTION_SENTENCES, CERTAINTY_SENTENCES, cause_sentence, cause_title
 from trueup.reconcile.runs import Finding
+from trueup.reports.display import count_of, percent, signed
 from trueup.reports.history import RunFigures
 from trueup.reports.run_report import DriftReport
 from trueup.reports.systemic import REMEDIES, sentence_of

@@ -100,7 +100,7 @@ def test_a_denial_is_402_with_exactly_the_specifications_body(shop: TestClient, 
 
 def test_unknown_addresses_and_methods_have_the_same_shape(client: TestClient) -> None:
     problem(client.get("/api/nothing"), 404, "not_found")
-    problem(client.get("/docs"), 404, "not_found")
+    problem(client.get("/redoc"), 404, "not_found")
     answer = client.delete(PROFILE)
     problem(answer, 405, "method_not_allowed")
     assert answer.headers["allow"] == "GET"

@@ -14,7 +14,11 @@ from fastapi.testclient import TestClient
 from tests.api.test_ai import BODIES
 from tests.support.api import OPERATOR, bearer
 from tests.support.host import Host
+from trueup.api.page import documentation
+from trueup.api.page import views as page
 
+# For browsers: they are not in the OpenAPI document.
+PAGES = {"/", "/docs", "/drifts/{number}", "/events", "/login", "/login/{link}", "/logout"}
 FEATURES = (Path(__file__).parents[2] / "docs" / "features.md").read_text()
 
 
@@ -41,7 +45,12 @@ def sent_tasks(celery: Celery) -> list[str]:
 
 
 def test_every_route_is_in_the_document(app: FastAPI) -> None:
-    assert set(paths_of(app.routes)) - {"/openapi.json"} == set(app.openapi()["paths"])
+    assert set(paths_of(app.routes)) - {"/openapi.json"} - PAGES == set(app.openapi()["paths"])
+
+
+def test_no_page_spends(app: FastAPI) -> None:
+    pages = {path for router in (page.router, documentation.router) for path in paths_of(router.routes)}
+    assert pages == PAGES  # a new page is looked at here: none of them may send a task
 
 
 def test_each_route_that_can_spend_is_documented_and_denies(client: TestClient, app: FastAPI, host: Host) -> None:

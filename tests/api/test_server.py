@@ -24,7 +24,9 @@ from trueup.billing.decorators import ai_tokens
 from trueup.billing.utils import get_accurate_tokens_remaining
 from trueup.settings.api import ApiSettings
 from trueup.settings.settings import Settings
+from trueup.stack.commands import page_settings
 from trueup.stack.supervisor import about_the_api, commands_of
+from trueup.worker.http import listening_socket
 
 TRUEUP = Path(sys.executable).with_name("trueup")
 # The specification's three calls.
@@ -157,10 +159,30 @@ def test_without_a_key_the_api_does_not_start(database: str) -> None:
     assert "Traceback" not in refused.stderr
 
 
-def test_trueup_up_serves_the_api_if_a_key_is_configured_and_otherwise_says_why_not(tmp_path: Path) -> None:
-    without, keyed = Settings(home=tmp_path), Settings(home=tmp_path, api=ApiSettings(jwt_secret=SecretStr(SECRET)))
-    assert [command.name for command in commands_of(without, tmp_path)] == ["worker", "reconcile", "beat"]
-    assert [command.name for command in commands_of(keyed, tmp_path)] == ["worker", "reconcile", "beat", "api"]
-    assert "TRUEUP_API__JWT_SECRET" in about_the_api(without)
-    assert "http://127.0.0.1:8000" in about_the_api(keyed)
-    assert SECRET not in about_the_api(keyed)
+def test_trueup_up_serves_the_page_to_this_machine_without_a_key_and_never_to_others(tmp_path: Path) -> None:
+    def up(**api: Any) -> tuple[list[str], str]:
+        settings = Settings(home=tmp_path, api=ApiSettings(port=port, **api))
+        names = [command.name for command in commands_of(settings, tmp_path)]
+        return names, about_the_api(settings, is_served="api" in names)
+
+    port = free_port()
+    without, keyed, everywhere = up(), up(jwt_secret=SecretStr(SECRET)), up(host="0.0.0.0")  # noqa: S104 - refused
+    assert without[0] == keyed[0] == ["worker", "reconcile", "beat", "api"]
+    assert "this machine alone" in without[1]
+    assert f"http://127.0.0.1:{port}" in keyed[1]
+    assert SECRET not in keyed[1]
+    assert everywhere[0] == ["worker", "reconcile", "beat"]
+    assert "TRUEUP_API__JWT_SECRET" in everywhere[1]
+    with listening_socket("127.0.0.1", port):  # such as Django's runserver
+        taken = up()
+    assert taken[0] == ["worker", "reconcile", "beat"]
+    assert "another program uses" in taken[1]
+    assert "TRUEUP_API__PORT" in taken[1]
+
+
+def test_the_page_of_an_embedded_database_is_open_and_that_of_a_real_one_asks_for_a_link(tmp_path: Path) -> None:
+    name, database = "TRUEUP_API__LOCAL_PAGE", "postgresql://127.0.0.1/shop"
+    assert page_settings(Settings(home=tmp_path, database_url=None)) == {name: "open"}
+    assert page_settings(Settings(home=tmp_path, database_url=database)) == {name: "login"}
+    assert page_settings(Settings(home=tmp_path, api=ApiSettings(jwt_secret=SecretStr(SECRET)))) == {}
+    assert page_settings(Settings(home=tmp_path, api=ApiSettings(host="10.0.0.7"))) == {}

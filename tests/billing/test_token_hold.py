@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from sqlalchemy import Connection, text
 
 from tests.support.books import assert_true
 from tests.support.host import Host
+from tests.support.round_trips import round_trips
 from tests.support.sessions import in_background, locked_balance, run_at_once, wait_for_lock
 from tests.support.waiting import DEADLINE_SECONDS, wait_for
 from tests.support.work import balance
@@ -306,6 +308,38 @@ def test_a_charge_is_owed_while_the_hosts_tables_change_and_written_afterwards(h
         with connect() as connection:
             assert settle_owed_charges(connection) == (1, 0)
     assert host.used(user) == 300
+    assert_true(host)
+
+
+def test_the_last_charge_releases_the_rest_in_the_same_round_trip(host: Host, user: int, tmp_path: Path) -> None:
+    with ai_tokens(user, 1_000) as hold:
+        spend(hold, last=True)  # the first one connects
+    with round_trips(tmp_path / "trace") as seen, ai_tokens(user, 1_000) as hold:
+        assert spend(hold, last=True).closed
+        assert (balance(host, user), hold.tokens_left) == ((600, 0), 0)
+    assert (seen, statuses()) == (["I", "I"], ["settled", "settled"])
+    assert_true(host)
+
+
+def test_the_block_closes_a_hold_that_its_last_charge_could_not_close(host: Host, user: int) -> None:
+    host.execute("ALTER TABLE ai_usage_log ADD CHECK (total_tokens <> 300)")
+    with ai_tokens(user, 1_000) as hold:
+        refused = spend(hold, last=True)
+        assert (refused.owed, refused.closed, balance(host, user)) == (True, False, (300, 700))
+    with ai_tokens(user, 1_000) as hold:
+        spend(hold, 200, key="a")
+        again = spend(hold, 200, key="a", last=True)
+        assert (again.recorded, again.closed, balance(host, user)) == (False, False, (500, 800))
+    assert (balance(host, user), statuses()) == ((500, 0), ["settled", "settled"])
+    assert_true(host)
+
+
+def test_a_charge_after_the_last_one_is_recorded_as_late(host: Host, user: int) -> None:
+    with ai_tokens(user, 1_000) as hold:
+        spend(hold, last=True)
+        late = spend(hold)
+        assert (late.recorded, late.late, late.tokens_over) == (True, True, 300)
+    assert balance(host, user) == (600, 0)
     assert_true(host)
 
 

@@ -4,10 +4,12 @@ import base64
 import csv
 import hashlib
 import io
+import json
 import re
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from sqlalchemy import create_engine
@@ -16,9 +18,9 @@ from sqlalchemy.pool import NullPool
 from tests.cli.conftest import trueup
 from tests.support.drift_history import add_drift, add_run
 from tests.support.host import Host
-from trueup.cli.reports.html import compact
 from trueup.host.mapping import HostMapping
 from trueup.install.install import install
+from trueup.reports.display import compact
 from trueup.settings.settings import get_settings
 
 HOSTILE = (
@@ -135,7 +137,7 @@ def test_the_page_has_the_content_of_the_report(host: Host) -> None:
     figures = "".join(found.text["dd"]).split("\n")[0]
     for figure in ("12.3 M", "5,000", "7,000", "41.7 %"):
         assert figure in figures
-    assert found.text["title"][0] == f"Drift, run {run}"
+    assert found.text["title"][0] == f"Drift of {host.engine.url.database}, run {run}"
     # One group for each run over all users.
     assert len(found.all("g")) == 2
     headings = [head["data-kind"] for head in found.all("th") if head.get("data-kind")]
@@ -174,6 +176,66 @@ def test_the_page_is_readable_by_a_screen_reader(host: Host) -> None:
     for head in found.all("th"):
         assert head["scope"] in ("col", "row")
     assert [p for p in found.all("p") if p.get("role") == "status"]
+
+
+def test_the_title_has_the_hosts_own_name(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRUEUP_NAME", "Kestrel & <Pine>")
+    get_settings.cache_clear()
+    run = add_run(host)
+    assert Page(page()).text["title"][0] == f"Drift of Kestrel & <Pine>, run {run}"
+
+
+def test_evidence_is_told_in_sentences(host: Host) -> None:
+    drift = add_drift(host, add_run(host), 1, 900, 600, ("missed_decrement", 300))
+    part = {
+        "cause": "missed_decrement",
+        "tokens": 300,
+        "certainty": "proven",
+        "count": 9,
+        "note": "seen twice",
+        "rows": [
+            {"log_id": f"<{number}>", "tokens": 50, "created_at": "2024-11-02T12:00:00+00:00"} for number in range(6)
+        ],
+        "entries": [{"old": 1000, "new": 900, "at": "2024-11-02T11:00:00+00:00", "application_name": "django"}],
+        "alternatives": ["lost_update"],
+    }
+    evidence = {"components": [part], "original": 1000, "consumed": 400, "plans_of_this_size": True, "in_flight": 0}
+    host.execute(
+        "UPDATE trueup.drift SET evidence = CAST(:e AS jsonb) WHERE id = :id", e=json.dumps(evidence), id=drift
+    )
+    text = page()
+    for sentence in (
+        "+300 tokens: the host logged usage, but did not subtract it from the counter; the journal of the counter",
+        "Log row &lt;0&gt;: 50 tokens, at 2024-11-02 12:00:00 UTC.",
+        "The counter changed from 1,000 to 900 at 2024-11-02 11:00:00 UTC by &#39;django&#39;.",
+        "And 4 more.",
+        "Note: seen twice.",
+        "It may also be: lost update.",
+        "Plan and grants: 1,000. Used: 400.",
+        "Plans of this size: yes.",
+    ):
+        assert sentence in text
+    assert "{&#34;" not in text
+    assert "<pre>" not in text
+
+
+def test_a_report_on_several_runs_counts_each_counter_once(host: Host) -> None:
+    for _ in range(3):
+        run = add_run(host, checked=200, started_at=datetime.now(UTC) - timedelta(hours=1))
+        add_drift(host, run, 7, 110, 10, ("missed_decrement", 100))
+    figures = "".join(Page(page("--since", "2h")).text["dd"])
+    assert figures.startswith("200each in up to 3 runs10.5 % · 3 drifts, 3 new")
+
+
+def test_bars_stand_at_their_true_place_in_time(host: Host) -> None:
+    start = datetime(2024, 11, 2, tzinfo=UTC)
+    for hours in (0, 1, 2, 8):
+        add_run(host, started_at=start + timedelta(hours=hours), tokens_overstated=100)
+    bars = [float(rect["x"] or 0) for rect in Page(page()).all("rect") if rect.get("class") == "o"]
+    steps = [later - earlier for earlier, later in pairwise(bars)]
+    assert steps == pytest.approx([steps[0], steps[0], 6 * steps[0]], abs=0.05)
+    [dates] = re.findall(r'<div class="dates">(.*?)</div>', page())
+    assert re.findall("<span>(.*?)</span>", dates) == ["2024-11-02 00:00", "2024-11-02 04:00", "2024-11-02 08:00"]
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,12 @@ def test_up_runs_both_workers_and_the_api_and_other_commands_use_it(up: Up) -> N
     ready = wait_for(lambda: answer_of(f"{up.api}/readyz"), "the API answers")
     assert ready == {"ready": True, "database": "ok", "broker": "ok", "worker": "ok"}
     assert "the bearer token is the user id" in up.log.read_text()
+    wait_for(lambda: f"ready: {up.api}/" in up.log.read_text(), "the page's address is printed")
+    page = httpx.get(up.api, timeout=10, trust_env=False)
+    assert (page.status_code, "Review queue" in page.text) == (200, True)
+    link = up.trueup("page", "--by", "ann").stdout.strip()
+    assert link.startswith(f"{up.api}/login/")
+    assert "Open the page" in httpx.get(link, timeout=10, trust_env=False).text
 
     second = up.trueup("up")
     assert (second.returncode, second.stdout) == (1, "")

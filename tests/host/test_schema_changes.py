@@ -1,12 +1,15 @@
 """A host that changes mapped columns or triggers: the gate closes with an error until trueup is attached again."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
 
 from tests.support.books import assert_true
 from tests.support.host import START, Host
+from tests.support.waiting import wait_for
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.billing.view_guard import token_gate
@@ -133,6 +136,26 @@ def ask(user: int) -> list[Callable[[], object]]:
             return read_account(own, user)
 
     return [hold, check]
+
+
+def test_a_session_looks_at_the_hosts_tables_once_a_second(host: Host, connection: Connection, user: int) -> None:
+    connection.execute(text("SET trueup.recount_after = '1 hour'"))
+    hold_tokens(connection, user, 10)
+    host.execute("ALTER TABLE ai_usage_log DISABLE TRIGGER trueup_inserted")
+    hold_tokens(connection, user, 10)
+    read_account(connection, user)
+    connection.execute(text("SET trueup.recount_after = ''"))  # the default: one second
+
+    def is_refused() -> bool:
+        with suppress(DBAPIError):
+            hold_tokens(connection, user, 10)
+            return False
+        return True
+
+    wait_for(is_refused, "the closed gate")
+    for ask_gate in (hold_tokens, read_account):
+        with pytest.raises(DBAPIError, match="trueup_inserted is disabled"):
+            ask_gate(connection, user)
 
 
 def test_a_view_answers_that_it_is_not_ready(host: Host, user: int) -> None:

@@ -231,3 +231,10 @@ def test_a_database_set_up_for_another_mapping_is_not_ready(
     get_settings.cache_clear()
     with pytest.raises(NotInstalledError, match=r"other table or column names.*trueup db init"):
         check_installed(connection)
+
+
+def test_rows_that_are_updated_often_have_space_on_their_pages(host: Host) -> None:
+    options = host.execute(
+        "SELECT relname, reloptions FROM pg_class WHERE oid IN ('trueup.balance'::regclass, 'trueup.hold'::regclass)"
+    )
+    assert {row.relname: row.reloptions for row in options} == {"balance": ["fillfactor=50"], "hold": ["fillfactor=50"]}

@@ -31,8 +31,8 @@ from trueup.usage.log import track_ai_usage
 __all__ = ["settings"]
 
 # Attaching makes fill_balances anew after it was called. The others need a run that lasts for a heartbeat, a broken
-# balance, a refused log row, a partition, or a drift with several components. They too have a fixed search path, as the
-# first test sees.
+# balance, a refused log row, a partition, a drift with several components, or two gates at once. They too have a fixed
+# search path, as the first test sees.
 NOT_CALLED = {
     "delete_lost_deltas",
     "fill_balances",
@@ -45,6 +45,7 @@ NOT_CALLED = {
     "run_is_alive",
     "settle_owed_charge",
     "sweep_runs",
+    "wait_for_turn",
 }
 HOSTS_OWN_PATH = "-c search_path=pg_catalog,public"
 
@@ -229,6 +230,7 @@ def _work(users: list[int]) -> None:
         abandon_calls(connection, users[3], "t", owner=OWNER)
         extend_hold(connection, hold, 100)
         charge_tokens(connection, hold, 60, answer={"text": "a"})
+        charge_tokens(connection, hold, 60)  # the same again
         prune_answers(connection, older_than=timedelta(0), limit=10)
         prune_journal(connection, older_than=timedelta(days=1), limit=10)
         shard_ends(connection, 2)

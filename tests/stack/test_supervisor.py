@@ -119,9 +119,9 @@ def children_of(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in read_until(process, r"pids (\d+) (\d+)").groups()]
 
 
-def run_here(home: Path, commands: Sequence[Command], **policy: float) -> str:
+def run_here(home: Path, commands: Sequence[Command], *, output: io.StringIO | None = None, **policy: float) -> str:
     """Run the stack in this process, with servers that are never called, and return its output."""
-    output = io.StringIO()
+    output = output or io.StringIO()
     run_stack(
         Settings(home=home, database_url="postgresql://db/x", broker_url="redis://broker/0"),
         commands=commands,
@@ -220,6 +220,25 @@ def test_a_process_that_dies_too_often_ends_the_stack_with_its_last_lines(home: 
         run_here(home, [dying, other], failures_allowed=3, first_pause_seconds=0.05)
     assert caught.value.service == "one"
     assert "died 3 times" in str(caught.value)
+
+
+def test_the_stack_runs_on_without_an_optional_process_that_dies_too_often(home: Path, tmp_path: Path) -> None:
+    deaths = tmp_path / "deaths"
+    page = Command(name="page", tokens=("sh", "-c", f"echo address taken | tee -a {deaths}; exit 3"), is_optional=True)
+    # It goes on until the page has died for the last time, and then ends the stack.
+    wait = f'until [ "$(wc -l < {deaths})" -ge 3 ]; do sleep 0.05; done; exit 4'
+    output = io.StringIO()
+    with pytest.raises(ChildFailedError, match="exit code 4") as caught:
+        run_here(
+            home,
+            [page, Command(name="one", tokens=("sh", "-c", wait))],
+            output=output,
+            failures_allowed=3,
+            first_pause_seconds=0.05,
+        )
+    assert caught.value.service == "one"
+    assert "page died 3 times (exit code 3) and is not started again" in output.getvalue()
+    assert deaths.read_text().count("taken") == 3
 
 
 def test_a_command_that_does_not_exist_is_named(home: Path) -> None:

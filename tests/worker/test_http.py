@@ -20,3 +20,10 @@ def test_a_taken_port_is_one_error_that_names_the_settings(address: str) -> None
     assert f"can't listen on {address}:{port}: Address already in use" in str(refused.value)
     assert "__cause__" not in str(refused.value)
     listening_socket(address, port).close()
+
+
+def test_an_answer_does_not_wait_for_the_acknowledgement_of_its_head() -> None:
+    with listening_socket("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

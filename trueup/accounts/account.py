@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, text
@@ -10,6 +11,7 @@ from sqlalchemy import Connection, text
 from trueup.accounts.host_connection import HostConnection
 from trueup.accounts.subscriptions import several_subscriptions
 from trueup.accounts.user_ids import UserId
+from trueup.database.calls import call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +70,9 @@ def days_between(now: datetime, end_date: datetime | None) -> int | None:
 CLOCK = "clock AS (SELECT coalesce(CAST(:at AS timestamptz), clock_timestamp()) AS at)"
 # Columns of a row `a` of trueup.accounts(); null for an unknown user.
 # A window that begins at -infinity, or in a year that Python can't represent, has no start here.
-# require_counted() raises an error if the triggers do not count the host's writes: the figures would be wrong.
+# require_counted_lately() raises an error if the triggers do not count the host's writes: the figures would be wrong.
 ACCOUNT_COLUMNS = """
-           trueup.require_counted() AS watched, clock.at AS now,
+           trueup.require_counted_lately() AS watched, clock.at AS now,
            a.subscription_id IS NOT NULL AS subscribed, a.is_active,
            CASE WHEN a.window_start >= '0001-01-03' AND a.window_start < '9999-12-31' THEN a.window_start END
                AS window_start,
@@ -103,7 +105,9 @@ def read_decision(
 
     `estimated_tokens`: the task's size, a count. `now`: as in `read_account`. Raises `SeveralSubscriptionsError`.
     """
-    row, *others = connection.execute(_READ, {"user_id": user_id, "estimate": estimated_tokens, "at": now})
+    values = {"user_id": user_id, "estimate": estimated_tokens, "at": now}
+    read = connection.execute if isinstance(connection, HostConnection) else partial(call, connection)
+    row, *others = read(_READ, values)
     if others:
         raise several_subscriptions(user_id)
     return account_of(user_id, row), row.reason

@@ -1,22 +1,14 @@
-{% from "accounts/entitlements.sql" import clock_tolerance, entitlements %}
+{% from "accounts/entitlements.sql" import clock_tolerance, decision, entitlements, log_epoch %}
 {% from "host/rows.sql" import countable, right_counter, used_since %}
 -- Reads. These are functions, because a view on a host table would make the host's own ALTER TABLE fail. The planner
 -- inlines simple SQL functions, so a WHERE clause can use the indexes.
 
--- The gate's decision whether a task may run. NULL: it may. Otherwise one of the specification's reason codes, or
--- 'usage_uncountable': the log's rows add up to more than can be counted.
+-- The gate's decision whether a task may run: see entitlements.sql.
 CREATE OR REPLACE FUNCTION trueup.decide(
     subscribed boolean, is_active boolean, end_date timestamptz,
     original bigint, consumed bigint, held bigint, estimate bigint, at timestamptz
 ) RETURNS text LANGUAGE sql IMMUTABLE AS $$
-    SELECT CASE
-        WHEN subscribed IS NOT TRUE THEN 'no_subscription'
-        WHEN is_active IS NOT TRUE THEN 'subscription_deactivated'
-        WHEN end_date < at THEN 'subscription_expired'
-        WHEN consumed >= {{ uncountable }} THEN 'usage_uncountable'
-        WHEN original <= consumed THEN 'no_tokens_remaining'
-        WHEN original - consumed - held < estimate THEN 'insufficient_tokens'
-    END
+    SELECT {{ decision("subscribed", "is_active", "end_date", "original", "consumed", "held", "estimate", "at") }}
 $$;
 
 -- The tokens that the host's counter should show, as remaining tokens.
@@ -50,9 +42,9 @@ CREATE OR REPLACE FUNCTION trueup.entitlements(at timestamptz) RETURNS TABLE (
     {{ entitlements("entitlements.at") }}
 $$;
 
--- The number of the last truncation or setup of the log. A balance with an earlier number is stale.
+-- See entitlements.sql.
 CREATE OR REPLACE FUNCTION trueup.log_epoch() RETURNS bigint LANGUAGE sql STABLE AS $$
-    SELECT coalesce(max(id), 0) FROM trueup.log_truncation
+    SELECT {{ log_epoch() }}
 $$;
 
 -- The tokens that a hold keeps when it expires, and until when. It keeps the maximum cost of its calls in flight, for

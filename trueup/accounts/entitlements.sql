@@ -4,6 +4,24 @@
    this time, trueup's own usage is dated at its begin, so that it counts. #}
 {% set clock_tolerance = "interval '5 minutes'" %}
 
+{# The gate's decision whether a task may run. NULL: it may. Otherwise one of the specification's reason codes, or
+   'usage_uncountable': the log's rows add up to more than can be counted. #}
+{% macro decision(subscribed, is_active, end_date, original, consumed, held, estimate, at) -%}
+CASE
+        WHEN {{ subscribed }} IS NOT TRUE THEN 'no_subscription'
+        WHEN {{ is_active }} IS NOT TRUE THEN 'subscription_deactivated'
+        WHEN {{ end_date }} < {{ at }} THEN 'subscription_expired'
+        WHEN {{ consumed }} >= {{ uncountable }} THEN 'usage_uncountable'
+        WHEN {{ original }} <= {{ consumed }} THEN 'no_tokens_remaining'
+        WHEN {{ original }} - {{ consumed }} - {{ held }} < {{ estimate }} THEN 'insufficient_tokens'
+    END
+{%- endmacro %}
+
+{# The number of the last truncation or setup of the log. A balance with an earlier number is stale. #}
+{% macro log_epoch() -%}
+(SELECT coalesce(max(t.id), 0) FROM trueup.log_truncation t)
+{%- endmacro %}
+
 {# The entitlements of each subscription at a time: user_id, subscription_id, is_active, window_start, end_date,
    original, counter, plan_tokens, plan_kind. `original`: the tokens that the subscription itself includes, if the host has
    such a column; else those of its token plan, else of its full plan, else 0, or of both (`tokens_included = "sum"`); plus

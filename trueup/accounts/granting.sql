@@ -1,3 +1,4 @@
+{% from "gate/begin.sql" import queue_for %}
 {% from "gate/store_balance.sql" import store_balance %}
 -- Grants are given and revoked here. Each function locks the user's balance first, as the gate does.
 
@@ -9,7 +10,7 @@ CREATE OR REPLACE FUNCTION trueup.lock_and_store(
 ) LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 BEGIN
-    PERFORM trueup.queue_for(p_user);
+    {{ queue_for("p_user") }}
     SELECT t.at, t.subscribed, t.is_active, t.end_date, t.original, t.window_start, t.log_epoch, t.consumed, t.held
     INTO at, subscribed, is_active, end_date, original, window_start, log_epoch, consumed, held
     FROM trueup.lock_account(p_user, at) t;

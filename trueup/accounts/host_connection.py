@@ -7,15 +7,14 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection, TextClause, text
-from sqlalchemy.dialects import postgresql
 
+from trueup.database.calls import driver_query
 from trueup.errors import InvalidInputError
 from trueup.settings.settings import get_settings
 
 # What decides about the meaning of trueup's statements: see trueup.database.session.
 _SETTINGS = ("TimeZone", "search_path", "row_security")
 _WANTED = {"search_path": "pg_catalog, pg_temp", "row_security": "off"}
-_DIALECT = postgresql.dialect(paramstyle="pyformat")  # type: ignore[no-untyped-call]
 
 
 class HostConnection:
@@ -37,7 +36,7 @@ class HostConnection:
             return list(self._given.execute(statement, values or {}))
         plain = {name: str(value) if isinstance(value, UUID) else value for name, value in (values or {}).items()}
         with self._given.cursor() as cursor:
-            cursor.execute(str(statement.compile(dialect=_DIALECT)), plain)
+            cursor.execute(driver_query(statement), plain)
             names = [column[0] for column in cursor.description]
             return [SimpleNamespace(**dict(zip(names, row, strict=True))) for row in cursor.fetchall()]
 

@@ -31,11 +31,15 @@ _bearer = HTTPBearer(
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """A verified token. `user_id` None: it names no user, as a machine's token may. `subject`: the rate limit's key."""
+    """A verified token. `user_id` None: it names no user, as a machine's token may. `subject`: the rate limit's key.
+
+    `expires_at`: in seconds since 1970; None: never, as in the demo.
+    """
 
     user_id: UserId | None
     subject: str
     scopes: frozenset[str]
+    expires_at: float | None = None
 
 
 # Added by proxies, to name the client or themselves.
@@ -43,13 +47,13 @@ _FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "
 
 
 class Verifier:
-    """Verifies tokens by the settings. Raises `SettingsError` if they name no key and do not enable the demo."""
+    """Verifies tokens by the settings. Raises `SettingsError` if they name no key, and enable neither demo nor page."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings: ApiSettings = settings.api
         self._user_id_type: UserIdType = settings.host.user_id_type
         keys = keys_of(settings.api)
-        if keys is None and not settings.api.demo:
+        if keys is None and not settings.api.demo and not settings.api.local_page:
             raise SettingsError(
                 "No key is configured to verify tokens with. The API was not started. Set TRUEUP_API__JWT_SECRET, "
                 "TRUEUP_API__JWKS_FILE or TRUEUP_API__JWKS_URL, or TRUEUP_API__DEMO=true to try it on this machine."
@@ -60,6 +64,8 @@ class Verifier:
         """Return the verified token. Raises `ApiError` 401, or 503 if the issuer's keys are not available."""
         if len(encoded.encode()) > MAX_TOKEN_BYTES:
             raise refusal(f"The token has more than {MAX_TOKEN_BYTES} bytes")
+        if self._keys is None and not self._settings.demo:
+            raise refusal("The API has no key to verify tokens with, and serves only its page at /")
         if self._keys is None:
             return self._demo_token(request, encoded)
         return self._token(self._claims(self._keys, encoded))
@@ -102,6 +108,7 @@ class Verifier:
             # A machine's name may equal a user's id; the prefix keeps their rate limits apart.
             subject=f"machine {claims.get('sub', '')}" if user_id is None else str(user_id),
             scopes=frozenset(word for word in words if isinstance(word, str)),
+            expires_at=float(claims["exp"]),
         )
 
     def _parse(self, claimed: Any) -> UserId:
@@ -111,19 +118,28 @@ class Verifier:
             raise refusal(f"The token's {self._settings.user_id_claim} is not a user id of this host") from None
 
     def _demo_token(self, request: Request, encoded: str) -> Token:
-        """Take the token as the user's id, for callers on this machine only.
-
-        The Host header must name this machine too: a web page in its browser could send requests under another name. A
-        request that a proxy on this machine passes on may come from anywhere.
-        """
-        if any(header in request.headers for header in _FORWARDED):
+        """Take the token as the user's id, for callers on this machine only."""
+        if is_proxied(request):
             raise refusal("The demo answers no requests that a proxy passes on")
-        server, client = request.scope.get("server"), request.client
-        names = (server and server[0], client and client.host, _named_host(request))
-        if not all(name and is_loopback(name) for name in names):
+        if not is_from_this_machine(request):
             raise refusal("The demo answers callers on this machine only")
         user_id = self._parse(encoded)
         return Token(user_id=user_id, subject=str(user_id), scopes=frozenset({self._settings.operator_scope}))
+
+
+def is_proxied(request: Request) -> bool:
+    """Return whether a proxy has passed the request on: it may come from anywhere."""
+    return any(header in request.headers for header in _FORWARDED)
+
+
+def is_from_this_machine(request: Request) -> bool:
+    """Return whether a program on this machine sent the request to this machine, without a proxy.
+
+    The Host header must name this machine too: a web page in its browser could send requests under another name.
+    """
+    server, client = request.scope.get("server"), request.client
+    names = (server and server[0], client and client.host, _named_host(request))
+    return not is_proxied(request) and all(name and is_loopback(name) for name in names)
 
 
 def _named_host(request: Request) -> str | None:

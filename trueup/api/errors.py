@@ -94,7 +94,10 @@ RETRY_AFTER_SECONDS = 5
 
 # Codes and texts of errors that Starlette raises.
 _CODES = {404: "not_found", 405: "method_not_allowed"}
-_TEXTS = {404: "No resource has this address", 405: "This address does not accept the method"}
+_TEXTS = {
+    404: "No resource has this address. The page /docs lists the addresses",
+    405: "This address does not accept the method",
+}
 
 
 class ApiError(HTTPException):

@@ -100,7 +100,9 @@ class _Exchange:
     async def send(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message["headers"], *self._headers]
+            own = {name.lower() for name, _ in message["headers"]}
+            # A page has a policy of its own, which allows its style and script.
+            message["headers"] = [*message["headers"], *(pair for pair in self._headers if pair[0] not in own)]
         await self._send(message)
 
 

@@ -63,6 +63,7 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
         self._calls = itertools.count(1)
         self._hold: Hold | None = None
         self._tokens_left = 0
+        self._is_closed = False
         self._recording: set[Future[None]] = set()
 
     @property
@@ -87,13 +88,15 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
         response_time_ms: int = 0,
         key: str | None = None,
         metadata: dict[str, Any] | None = None,
+        last: bool = False,
         _hold: Hold | None = None,
     ) -> Charge:
         """Record the usage of a provider call once: log row, hold, balance and legacy counter, in one transaction.
 
         `key`: the idempotency key of the call within this block; None means that each charge is another call.
-        `total_tokens`: None means the sum of both counts. `response_time_ms`: milliseconds. Usage beyond the hold is
-        recorded too. If the database does not answer, the charge is retried for about 20 s. Raises `InvalidInputError`,
+        `total_tokens`: None means the sum of both counts. `response_time_ms`: milliseconds. `last`: the block makes no
+        further call, so the same transaction also releases its remaining tokens. Usage beyond the hold is recorded too.
+        If the database does not answer, the charge is retried for about 20 s. Raises `InvalidInputError`,
         `NoHoldError` outside of the block, `UnknownUserError`, `ServiceUnavailableError`.
         """
         hold = _hold or self.hold
@@ -111,11 +114,14 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
         call_key = str(next(self._calls)) if key is None else _call_key(check_key(key))
         named = {"task_id": hold.task_id, "feature": hold.feature_name, "call": call_key}
         charge = retry_until_recorded(
-            lambda connection: record_charge(connection, hold, call_key=call_key, usage=usage, metadata=more | named),
+            lambda connection: record_charge(
+                connection, hold, call_key=call_key, usage=usage, metadata=more | named, last=last
+            ),
             f"user={hold.user_id} task={hold.task_id} call={call_key} tokens={total}",
         )
         # Of concurrent charges, the first to be written may be the last to return.
         self._tokens_left = min(self._tokens_left, charge.tokens_left)
+        self._is_closed = self._is_closed or charge.closed
         return charge
 
     async def acharge(self, **figures: Any) -> Charge:
@@ -152,7 +158,7 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
         if self._user_id is None:
             raise TokensDenied(denial_payload(denied_unknown_user()))
         self._hold = self._open(self._user_id)
-        self._tokens_left = self._hold.tokens_left
+        self._tokens_left, self._is_closed = self._hold.tokens_left, False
         keep(self._hold)
         return self
 
@@ -207,6 +213,8 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
         finally:
             stop_keeping(hold)
         self._hold, self._tokens_left = None, 0
+        if self._is_closed:
+            return
         try:
             retrying(lambda connection: close_hold(connection, hold))
         except TrueupError:

@@ -1,3 +1,4 @@
+{% from "gate/begin.sql" import in_flight, turn_of %}
 {% from "gate/store_balance.sql" import create_balance %}
 {% from "host/rows.sql" import countable, used_since %}
 -- Writes to the balance. Each function locks the user's balance row first and reads everything else afterwards, in
@@ -6,23 +7,15 @@
 -- injected clock; NULL means the database's, which all workers share. Where a host table is in scope, parameters are
 -- qualified with the function's name: the host may have a column of any name.
 
--- Queue for the user's balance until the transaction ends. The row lock alone would be correct, but PostgreSQL wakes
--- all transactions that wait for a row that each of them updates, so throughput falls steeply with their number. An
--- advisory lock wakes one at a time. (Two users may share a number; then one waits briefly for the other.) A
--- transaction takes this lock before the row, and only if it locks a single user's row, so it never waits here while it
--- holds a row lock. Any role that may connect can take the lock and keep it. After lock_timeout, therefore, the
--- transaction goes on without it, to the row lock.
-CREATE OR REPLACE FUNCTION trueup.queue_for(p_user {{ user_id_type }}) RETURNS void
+-- Wait for the user's turn at the advisory lock: see gate/begin.sql. Any role that may
+-- connect can take the lock and keep it. After lock_timeout, therefore, the transaction goes on without it, to the row
+-- lock.
+CREATE OR REPLACE FUNCTION trueup.wait_for_turn(p_user {{ user_id_type }}) RETURNS void
 LANGUAGE plpgsql SET lock_timeout = '2s' AS $$
 BEGIN
-    IF pg_try_advisory_xact_lock(1953658213, hashtext(p_user::text)) THEN  -- "true" in ASCII
-        RETURN;
-    END IF;
-    BEGIN
-        PERFORM pg_advisory_xact_lock(1953658213, hashtext(p_user::text));
-    EXCEPTION WHEN lock_not_available THEN
-        RETURN;
-    END;
+    PERFORM pg_advisory_xact_lock({{ turn_of("p_user") }});
+EXCEPTION WHEN lock_not_available THEN
+    RETURN;
 END $$;
 
 -- Lock the user's balance and bring it up to date: fold the deltas, or rebuild it from the log if the window moved or
@@ -117,7 +110,5 @@ END $$;
 CREATE OR REPLACE FUNCTION trueup.in_flight(
     p_user {{ user_id_type }}, p_task text, p_call_key text, p_attempt integer
 ) RETURNS bigint LANGUAGE sql STABLE AS $$
-    SELECT coalesce(sum(c.tokens_bound), 0)::bigint FROM trueup.call_intent c
-    WHERE c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started'
-      AND (c.call_key, c.attempt) IS DISTINCT FROM (p_call_key, p_attempt)
+    SELECT {{ in_flight("p_call_key", "p_attempt") }}
 $$;

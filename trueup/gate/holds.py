@@ -17,6 +17,7 @@ from trueup.accounts.account import days_between
 from trueup.accounts.subscriptions import refuse_several_subscriptions
 from trueup.accounts.user_ids import UserId
 from trueup.accounts.validation import check_estimate
+from trueup.database.calls import UnreadableAnswerError, call
 from trueup.database.schema import own_table
 from trueup.database.schema.holds import ONE_OPEN_PER_TASK
 from trueup.errors import DenialPayload, HoldBusyError, TaskIdReusedError, TokensDenied
@@ -190,17 +191,16 @@ def open_hold(
 def _execute_open(connection: Connection, values: dict[str, Any]) -> Any:
     require_section(connection, get_settings().host, values["section"])
     try:
-        result = connection.execute(_OPEN, values)
+        [row] = call(connection, _OPEN, values)
     except IntegrityError as error:
         if isinstance(error.orig, UniqueViolation) and error.orig.diag.constraint_name == ONE_OPEN_PER_TASK:
             raise TaskIdReusedError(values["task_id"]) from error  # another user's task has the id now
         raise
-    try:
-        return result.one()
-    except Exception:
+    except UnreadableAnswerError:
         # The hold is committed, and this caller never learns of it. Its tokens would be held until it expires.
         close_abandoned_hold(connection, values["user_id"], values["task_id"], owner=values["owner"], now=values["now"])
         raise
+    return row
 
 
 def _refuse_in_use(row: Any, task_id: str) -> None:
@@ -241,7 +241,8 @@ def close_abandoned_hold(
 
 
 def _close(connection: Connection, user_id: UserId, task_id: str, values: dict[str, Any]) -> str | None:
-    status: str | None = connection.execute(_CLOSE, {"user_id": user_id, "task_id": task_id, **values}).scalar_one()
+    [row] = call(connection, _CLOSE, {"user_id": user_id, "task_id": task_id, **values})
+    status: str | None = row.status
     return status
 
 

@@ -1,4 +1,13 @@
+{% from "accounts/entitlements.sql" import decision, log_epoch %}
+{% from "gate/begin.sql" import by_index, queue_for, require_counted %}
 {% from "gate/store_balance.sql" import create_balance, store_balance %}
+{# Open a hold, in a function with the parameters of trueup.open_hold. #}
+{% macro insert_hold(fresh, attempt, retries, tokens, expiry, completed) -%}
+INSERT INTO trueup.hold (user_id, task_id, request, fresh_retries, attempt, retries, feature_name, section, owner, status,
+                             tokens_reserved, opened_at, lease_until, expires_at, completed)
+    VALUES (p_user, p_task, p_request, {{ fresh }}, {{ attempt }}, {{ retries }}, p_feature, p_section, p_owner, 'open',
+            {{ tokens }}, at, at + p_lease, {{ expiry }}, {{ completed }})
+{%- endmacro %}
 -- Holds, from the gate to their end. balances.sql describes how the balance row is locked.
 
 -- Reserve tokens for a task, or return the `reason` of the denial (NULL: admitted). `overridden`: the reason of a
@@ -25,8 +34,57 @@
 -- p_fresh: the number of retries by which the body asked for new answers. Each has calls of its own.
 -- A hold whose body has ended is open only for calls in flight (see trueup.close_hold). Its task passes the gate like a
 -- new one, and gets the hold back with the new tokens added.
--- Longer than 70 lines, because one decision under one row lock fills all of the answer.
+-- This function decides the common case in as few statements as the lock allows: a new task of a user whose balance is up
+-- to date. trueup.open_other_hold decides all others.
 CREATE OR REPLACE FUNCTION trueup.open_hold(
+    p_user {{ user_id_type }}, p_task text, p_request text, p_fresh integer, p_retries integer, p_feature text,
+    p_section text, p_owner text, p_tokens bigint, p_lease interval, p_ttl interval, p_waits integer, p_mode text,
+    INOUT at timestamptz,
+    OUT reason text, OUT overridden text, OUT reused boolean, OUT follows boolean, OUT busy_until timestamptz,
+    OUT redundant boolean, OUT waits integer, OUT hold_attempt integer, OUT tokens_left bigint, OUT reattached boolean,
+    OUT replay boolean, OUT fresh integer, OUT expiry timestamptz,
+    OUT original bigint, OUT consumed bigint, OUT held bigint, OUT end_date timestamptz
+) LANGUAGE plpgsql {{ by_index }} AS $$
+#variable_conflict use_column
+DECLARE
+    b trueup.balance;
+    c record;
+BEGIN
+    {{ queue_for("p_user") }}
+    SELECT * INTO b FROM trueup.balance t WHERE t.user_id = p_user FOR UPDATE;
+    at := coalesce(at, clock_timestamp());
+    SELECT e.plan_tokens AS original, e.end_date,
+           {{ decision("true", "e.is_active", "e.end_date", "e.plan_tokens", "b.consumed", "b.held", "p_tokens",
+                       "open_hold.at") }} IS NULL
+           AND (b.window_start, b.log_epoch) = (e.window_start, {{ log_epoch() }})
+           AND NOT EXISTS (SELECT FROM trueup.usage_delta d WHERE d.user_id = p_user)
+           AND NOT EXISTS (SELECT FROM trueup.token_grant g WHERE g.user_id = p_user)
+           {%- if usage_log.is_written_by_host %}
+           AND NOT EXISTS (SELECT FROM trueup.owed_charge o WHERE o.user_id = p_user)
+           {%- endif %}
+           AND NOT EXISTS (SELECT FROM trueup.hold t WHERE t.user_id = p_user AND t.task_id = p_task)
+           AND NOT EXISTS (SELECT FROM trueup.hold t
+                           WHERE t.user_id = p_user AND t.status = 'open' AND t.expires_at <= open_hold.at) AS is_common
+    INTO c FROM trueup.entitlements(open_hold.at) e WHERE e.user_id = p_user;
+    {{ require_counted() }}  -- after the look at the deltas, so that a write they missed is noticed here
+    IF c.is_common THEN
+        expiry := at + p_ttl;
+        WITH opened AS (
+    {{ insert_hold("p_fresh", "1", "p_retries", "p_tokens", "open_hold.expiry", "false") }}
+        )
+        UPDATE trueup.balance t SET held = b.held + p_tokens WHERE t.user_id = p_user;
+        SELECT false, false, 1, p_tokens, false, false, p_fresh, c.original, b.consumed, b.held + p_tokens, c.end_date
+        INTO reused, follows, hold_attempt, tokens_left, reattached, replay, fresh, original, consumed, held, end_date;
+        RETURN;
+    END IF;
+    SELECT o.* INTO at, reason, overridden, reused, follows, busy_until, redundant, waits, hold_attempt, tokens_left,
+                    reattached, replay, fresh, expiry, original, consumed, held, end_date
+    FROM trueup.open_other_hold(p_user, p_task, p_request, p_fresh, p_retries, p_feature, p_section, p_owner, p_tokens,
+                                p_lease, p_ttl, p_waits, p_mode, at) o;
+END $$;
+
+-- Decide whatever trueup.open_hold finds no common case, under its lock.
+CREATE OR REPLACE FUNCTION trueup.open_other_hold(
     p_user {{ user_id_type }}, p_task text, p_request text, p_fresh integer, p_retries integer, p_feature text,
     p_section text, p_owner text, p_tokens bigint, p_lease interval, p_ttl interval, p_waits integer, p_mode text,
     INOUT at timestamptz,
@@ -44,9 +102,7 @@ DECLARE
     v_kept bigint;
     v_running boolean;
 BEGIN
-    PERFORM trueup.queue_for(p_user);
     SELECT * INTO a FROM trueup.lock_account(p_user, at);
-    PERFORM trueup.require_counted();  -- after reading the deltas, so that a write they missed is noticed here
     SELECT a.at, a.at + p_ttl, coalesce(a.original, 0), coalesce(a.consumed, 0), coalesce(a.held, 0), a.end_date
     INTO at, expiry, original, consumed, held, end_date;
     SELECT * INTO f FROM trueup.find_hold(p_user, p_task, p_request);
@@ -87,13 +143,21 @@ BEGIN
             held := held + trueup.raise_hold(h, v_tokens);
             tokens_left := trueup.take_over(p_user, p_task, h.id, p_retries, p_fresh, p_owner, at + p_lease, expiry);
         ELSIF reason IS NULL THEN
-            PERFORM trueup.insert_hold(p_user, p_task, p_request, h, fresh, hold_attempt, p_retries, p_feature,
-                                       p_section, p_owner, v_tokens, at, at + p_lease, expiry);
+            -- A replay's hold is completed from the start, however its attempts end: the work is done.
+            {{ insert_hold("open_other_hold.fresh", "hold_attempt",
+                           "CASE WHEN h.completed THEN h.retries ELSE p_retries END", "v_tokens",
+                           "open_other_hold.expiry", "coalesce(h.completed, false)") }};
+            -- Calls in flight of an ended hold are not covered by this one: their tokens were released.
+            UPDATE trueup.call_intent c SET outcome = 'unknown'
+            WHERE c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started';
             held := held + v_tokens;
             tokens_left := v_tokens;
+        ELSE
+            INSERT INTO trueup.denial (user_id, task_id, feature_name, reason, tokens, denied_at)
+            VALUES (p_user, p_task, p_feature, reason, v_tokens, at);
         END IF;
     END IF;
-{{ store_balance("p_user", held="open_hold.held") }}
+{{ store_balance("p_user", held="open_other_hold.held") }}
 END $$;
 
 -- The maximum cost of the calls in flight of the attempt that has this hold. NULL: it has none.
@@ -128,23 +192,6 @@ BEGIN
     END IF;
     attempts := coalesce(v_last.attempt, 0);
 END $$;
-
--- Open a hold. trueup.open_hold calls this under its lock. `own`: the last hold of the request. A replay's hold is
--- completed from the start, however its attempts end: the work is done.
-CREATE OR REPLACE FUNCTION trueup.insert_hold(
-    p_user {{ user_id_type }}, p_task text, p_request text, own trueup.hold, p_fresh integer, p_attempt integer,
-    p_retries integer, p_feature text, p_section text, p_owner text, p_tokens bigint, at timestamptz,
-    p_lease_until timestamptz, p_expires_at timestamptz
-) RETURNS void LANGUAGE sql AS $$
-    INSERT INTO trueup.hold (user_id, task_id, request, fresh_retries, attempt, retries, feature_name, section, owner,
-                             status, tokens_reserved, opened_at, lease_until, expires_at, completed)
-    VALUES (p_user, p_task, p_request, p_fresh, p_attempt, CASE WHEN own.completed THEN own.retries ELSE p_retries END,
-            p_feature, p_section, p_owner, 'open', p_tokens, at, p_lease_until, p_expires_at,
-            coalesce(own.completed, false));
-    -- Calls in flight of an ended hold are not covered by this one: their tokens were released.
-    UPDATE trueup.call_intent c SET outcome = 'unknown'
-    WHERE c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started'
-$$;
 
 -- Record a duplicate of a running task, unless another duplicate waits. trueup.open_hold calls this under its lock.
 CREATE OR REPLACE FUNCTION trueup.record_duplicate(
@@ -219,43 +266,44 @@ $$;
 -- promised twice.
 CREATE OR REPLACE FUNCTION trueup.close_hold(
     p_user {{ user_id_type }}, p_task text, p_attempt integer, p_owner text, p_completed boolean, at timestamptz
-) RETURNS text LANGUAGE plpgsql AS $$
+) RETURNS text LANGUAGE plpgsql {{ by_index }} AS $$
 DECLARE
+    v_commit text := set_config('synchronous_commit', 'off', true);
+    c record;
     v_at timestamptz;
-    v_attempt integer;
-    v_rest bigint;
     v_kept bigint;
-    v_started_at timestamptz;
     v_status text;
 BEGIN
-    PERFORM set_config('synchronous_commit', 'off', true);
-    PERFORM trueup.queue_for(p_user);
+    {{ queue_for("p_user") }}
     PERFORM FROM trueup.balance b WHERE b.user_id = p_user FOR UPDATE;
     v_at := coalesce(at, clock_timestamp());
-    SELECT h.attempt, h.tokens_reserved - h.tokens_covered INTO v_attempt, v_rest FROM trueup.hold h
+    SELECT h.attempt, h.tokens_reserved - h.tokens_covered AS rest, f.bound, f.started_at INTO c
+    FROM trueup.hold h CROSS JOIN LATERAL (
+        SELECT sum(i.tokens_bound) AS bound, max(i.started_at) AS started_at FROM trueup.call_intent i
+        WHERE i.user_id = p_user AND i.task_id = p_task AND i.outcome = 'started' AND i.attempt <> h.attempt) f
     WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open' AND h.body_ended_at IS NULL
       AND (h.attempt = p_attempt OR (p_attempt IS NULL AND h.owner = p_owner));
     IF NOT FOUND THEN
         RETURN NULL;
     END IF;
-    SELECT least(coalesce(sum(c.tokens_bound), 0), v_rest), max(c.started_at) INTO v_kept, v_started_at
-    FROM trueup.call_intent c
-    WHERE c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started' AND c.attempt <> v_attempt;
+    v_kept := least(coalesce(c.bound, 0), c.rest);
     IF v_kept > 0 THEN
         -- This attempt's own calls ended with its body, so no tokens are kept for them.
-        UPDATE trueup.call_intent c SET outcome = 'unknown'
-        WHERE c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started' AND c.attempt = v_attempt;
+        UPDATE trueup.call_intent i SET outcome = 'unknown'
+        WHERE i.user_id = p_user AND i.task_id = p_task AND i.outcome = 'started' AND i.attempt = c.attempt;
     END IF;
+    WITH lowered AS (
+        UPDATE trueup.balance b SET held = b.held - (c.rest - v_kept) WHERE b.user_id = p_user
+    )
     UPDATE trueup.hold h
     SET status = CASE WHEN v_kept > 0 THEN 'open' WHEN h.calls > 0 THEN 'settled' ELSE 'released' END,
         closed_at = CASE WHEN v_kept = 0 THEN v_at END,
         body_ended_at = CASE WHEN v_kept > 0 THEN v_at END,
-        tokens_reserved = h.tokens_reserved - CASE WHEN v_kept > 0 THEN v_rest - v_kept ELSE 0 END,
-        expires_at = CASE WHEN v_kept > 0 THEN h.expires_at + (h.expires_at - v_started_at) ELSE h.expires_at END,
+        tokens_reserved = h.tokens_reserved - CASE WHEN v_kept > 0 THEN c.rest - v_kept ELSE 0 END,
+        expires_at = CASE WHEN v_kept > 0 THEN h.expires_at + (h.expires_at - c.started_at) ELSE h.expires_at END,
         completed = h.completed OR p_completed
     WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open'
     RETURNING h.status INTO v_status;
-    UPDATE trueup.balance b SET held = b.held - (v_rest - v_kept) WHERE b.user_id = p_user;
     RETURN v_status;
 END $$;
 

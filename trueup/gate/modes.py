@@ -157,6 +157,43 @@ def list_observed_denials(connection: Connection, *, hours: int = 24) -> list[Ob
     return [ObservedDenial(**row) for row in connection.execute(_DENIALS, {"since": timedelta(hours=hours)}).mappings()]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeniedTasks:
+    """The tasks, blocks and streams that the gate denied or, in mode "observe", would have denied, for one reason.
+
+    `overridden`: how many of `times` were only observed. `tokens`: the sum of the requested tokens.
+    """
+
+    reason: str
+    times: int
+    overridden: int
+    tokens: int
+    users: int
+    last_at: datetime
+
+
+_DENIED = text(
+    """
+    SELECT t.reason, count(*) AS times, count(*) FILTER (WHERE t.overridden) AS overridden,
+           sum(t.tokens)::bigint AS tokens, count(DISTINCT t.user_id) AS users, max(t.denied_at) AS last_at
+    FROM (
+        (SELECT user_id, reason, tokens, denied_at, false AS overridden FROM trueup.denial
+         WHERE denied_at >= clock_timestamp() - CAST(:since AS interval) ORDER BY denied_at DESC LIMIT :most)
+        UNION ALL
+        (SELECT user_id, reason, tokens, denied_at, true FROM trueup.observed_denial
+         WHERE denied_at >= clock_timestamp() - CAST(:since AS interval) ORDER BY denied_at DESC LIMIT :most)
+    ) t
+    GROUP BY t.reason ORDER BY times DESC, t.reason
+    """
+)
+
+
+def list_denied_tasks(connection: Connection, *, hours: int = 24, most: int = 10_000) -> list[DeniedTasks]:
+    """Return the denials of the last `hours` by reason, the most frequent first. `most`: only the newest count."""
+    values = {"since": timedelta(hours=hours), "most": most}
+    return [DeniedTasks(**row) for row in connection.execute(_DENIED, values).mappings()]
+
+
 _MODE = text("SELECT trueup.gate_mode_of(:feature_name, :mode)")
 
 
@@ -203,13 +240,20 @@ def overrides_denial(
 
 _PRUNE = text(
     """
-    DELETE FROM trueup.observed_denial WHERE (user_id, id) IN (
-        SELECT user_id, id FROM trueup.observed_denial
-        WHERE denied_at < clock_timestamp() - CAST(:older_than AS interval) LIMIT :limit)
+    WITH overridden AS (
+        DELETE FROM trueup.observed_denial WHERE (user_id, id) IN (
+            SELECT user_id, id FROM trueup.observed_denial
+            WHERE denied_at < clock_timestamp() - CAST(:older_than AS interval) LIMIT :limit) RETURNING 1
+    ), denied AS (
+        DELETE FROM trueup.denial WHERE (user_id, id) IN (
+            SELECT user_id, id FROM trueup.denial
+            WHERE denied_at < clock_timestamp() - CAST(:older_than AS interval) LIMIT :limit) RETURNING 1
+    )
+    SELECT (SELECT count(*) FROM overridden) + (SELECT count(*) FROM denied)
     """
 )
 
 
 def prune_observed_denials(connection: Connection, *, older_than: timedelta, limit: int) -> int:
-    """Delete overridden denials that are older than `older_than`, at most `limit`. Returns the number deleted."""
-    return connection.execute(_PRUNE, {"older_than": older_than, "limit": limit}).rowcount
+    """Delete denials older than `older_than`, at most `limit` overridden and as many others. Returns how many."""
+    return int(connection.execute(_PRUNE, {"older_than": older_than, "limit": limit}).scalar_one())

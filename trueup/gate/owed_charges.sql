@@ -1,11 +1,13 @@
+{% from "gate/begin.sql" import queue_for %}
 {% from "gate/store_balance.sql" import store_balance %}
 -- Owed charges: usage that a provider was paid for, and whose row the usage log refused. An owed charge counts as usage
 -- wherever the log's rows do (host/rows.sql), until the log takes its row.
 
 -- Lock a user's balance for a charge: as trueup.lock_account, which also reads the host's tables. If that fails, the
--- balance as it is stored: what a provider was paid for is recorded whatever the host has done to its tables.
+-- balance as it is stored: what a provider was paid for is recorded whatever the host has done to its tables. p_timed_out: the
+-- statement's time is over, so the host's tables are not read.
 CREATE OR REPLACE FUNCTION trueup.lock_charged_account(
-    p_user {{ user_id_type }}, INOUT at timestamptz,
+    p_user {{ user_id_type }}, INOUT at timestamptz, p_timed_out boolean,
     OUT subscribed boolean, OUT is_active boolean, OUT end_date timestamptz, OUT original bigint,
     OUT window_start timestamptz, OUT log_epoch bigint, OUT consumed bigint, OUT held bigint
 ) LANGUAGE plpgsql AS $$
@@ -13,6 +15,9 @@ BEGIN
     -- Before the subtransaction, so that the lock outlives its failure.
     PERFORM FROM trueup.balance b WHERE b.user_id = p_user FOR UPDATE;
     BEGIN
+        IF p_timed_out THEN
+            RAISE query_canceled;
+        END IF;
         SELECT t.at, t.subscribed, t.is_active, t.end_date, t.original, t.window_start, t.log_epoch, t.consumed, t.held
         INTO at, subscribed, is_active, end_date, original, window_start, log_epoch, consumed, held
         FROM trueup.lock_account(p_user, lock_charged_account.at) t;
@@ -32,13 +37,13 @@ END $$;
 -- `refusal`: why it is owed, NULL: it is in the log. `may_lower`: there is time to lower the counter too, or the host has
 -- lowered it with the row.
 CREATE OR REPLACE FUNCTION trueup.log_or_owe(
-    o trueup.owed_charge, p_window timestamptz, p_has_balance boolean,
+    o trueup.owed_charge, p_window timestamptz, p_has_balance boolean, p_timed_out boolean,
     OUT log_id text, OUT counted bigint, OUT own bigint, OUT refusal text, OUT may_lower boolean
 ) LANGUAGE plpgsql AS $$
 DECLARE
     w record;
 BEGIN
-    SELECT * INTO w FROM trueup.try_log_row(o, p_window, p_has_balance);
+    SELECT * INTO w FROM trueup.try_log_row(o, p_window, p_has_balance, p_timed_out);
     log_id := w.log_id;
     counted := w.counted;
     own := w.own;
@@ -72,8 +77,8 @@ DECLARE
     v_log_id text;
     v_own bigint;
 BEGIN
-    PERFORM trueup.queue_for(p_user);
-    SELECT * INTO a FROM trueup.lock_charged_account(p_user, at);
+    {{ queue_for("p_user") }}
+    SELECT * INTO a FROM trueup.lock_charged_account(p_user, at, false);
     SELECT * INTO o FROM trueup.owed_charge t
     WHERE t.user_id = p_user AND t.task_id = p_task AND t.call_key = p_call_key FOR UPDATE;
     IF NOT FOUND THEN
@@ -85,7 +90,7 @@ BEGIN
         SELECT l.{{ usage_log.id }}::text INTO v_log_id
         FROM {{ usage_log }} l WHERE l.{{ usage_log.id }} = trueup.as_log_id(o.log_id);
         IF v_log_id IS NULL THEN
-            SELECT * INTO w FROM trueup.try_log_row(o, a.window_start, a.consumed IS NOT NULL);
+            SELECT * INTO w FROM trueup.try_log_row(o, a.window_start, a.consumed IS NOT NULL, false);
             v_log_id := w.log_id;
             v_own := w.own;
         END IF;

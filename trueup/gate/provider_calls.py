@@ -7,6 +7,7 @@ from sqlalchemy import Connection, select, text
 
 from trueup.accounts.user_ids import UserId
 from trueup.accounts.validation import check_estimate
+from trueup.database.calls import call
 from trueup.database.schema import own_table
 from trueup.errors import HoldOvertakenError
 from trueup.gate.holds import Hold
@@ -52,7 +53,8 @@ def begin_call(
     the database's clock. Returns None if the call may start; else the tokens that the hold has left for it, without
     those of other calls in flight. Raises `HoldOvertakenError` if the hold has ended or belongs to a later attempt.
     """
-    row = connection.execute(
+    [row] = call(
+        connection,
         _BEGIN,
         {
             "user_id": hold.user_id,
@@ -64,7 +66,7 @@ def begin_call(
             "ttl_seconds": ttl_seconds,
             "now": now,
         },
-    ).one()
+    )
     if row.overtaken:
         raise HoldOvertakenError(hold.task_id, hold.attempt)
     return None if row.granted else row.tokens_left
@@ -75,7 +77,8 @@ _END = text("SELECT trueup.end_call(:user_id, :task_id, :attempt, :call_key, :un
 
 def end_call(connection: Connection, hold: Hold, *, call_key: str, unknown: bool) -> None:
     """Record that a call ended without usage. `unknown`: it may have been billed, so its intent is kept as evidence."""
-    connection.execute(
+    call(
+        connection,
         _END,
         {
             "user_id": hold.user_id,
@@ -104,7 +107,8 @@ def extend_hold(
     count of tokens that the hold has left. Raises `HoldOvertakenError` if the hold has ended or belongs to a later
     attempt, `InvalidInputError` for a malformed count.
     """
-    row = connection.execute(
+    [row] = call(
+        connection,
         _EXTEND,
         {
             "user_id": hold.user_id,
@@ -115,7 +119,7 @@ def extend_hold(
             "mode": get_settings().gate.mode_of(hold.feature_name),
             "now": now,
         },
-    ).one()
+    )
     if row.overtaken:
         raise HoldOvertakenError(hold.task_id, hold.attempt)
     return row.reason, row.tokens_left

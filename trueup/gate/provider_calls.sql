@@ -1,3 +1,4 @@
+{% from "gate/begin.sql" import queue_for %}
 {% from "gate/store_balance.sql" import store_balance %}
 -- Provider calls. The intent of a call that was never charged stays as evidence.
 
@@ -55,7 +56,7 @@ DECLARE
     v_replay boolean;
     v_added bigint;
 BEGIN
-    PERFORM trueup.queue_for(p_user);
+    {{ queue_for("p_user") }}
     SELECT * INTO a FROM trueup.lock_account(p_user, at);
     PERFORM trueup.require_counted();
     at := a.at;

@@ -201,6 +201,9 @@ GROUP BY t.key
 {# The mark of trueup's own log row of that id in this transaction, as text. Only trueup's roles can read the secret, and
    the transaction's number makes a mark useless in any other. In pg_catalog's names, for triggers. #}
 {% macro own_row_mark(id) -%}
-(SELECT encode(sha256(convert_to(i.mark_secret || ' ' || {{ id }} || ' ' || pg_current_xact_id()::text, 'UTF8')), 'hex')
- FROM trueup.installation i)
+(SELECT {{ mark("i.mark_secret", id) }} FROM trueup.installation i)
+{%- endmacro %}
+
+{% macro mark(secret, id) -%}
+encode(sha256(convert_to({{ secret }} || ' ' || {{ id }} || ' ' || pg_current_xact_id()::text, 'UTF8')), 'hex')
 {%- endmacro %}

@@ -1,3 +1,4 @@
+{% from "gate/begin.sql" import require_counted %}
 -- The baseline: the state of the log's triggers, counted columns, files and partitions when the balances were verified.
 -- While it holds, trueup counts every write of the host.
 
@@ -150,4 +151,10 @@ BEGIN
     RAISE EXCEPTION USING ERRCODE = 'TU002', MESSAGE = CASE
         WHEN trueup.has_old_values() THEN 'partitions of the usage log were added or removed'
         ELSE 'the usage log was rewritten, maybe with other values' END;
+END $$;
+
+-- The same, once a second in each session: see gate/begin.sql.
+CREATE OR REPLACE FUNCTION trueup.require_counted_lately() RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    {{ require_counted() }}
 END $$;

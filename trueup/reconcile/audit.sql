@@ -1,3 +1,4 @@
+{% from "gate/begin.sql" import queue_for %}
 {% from "host/rows.sql" import countable, used_since, window_start %}
 -- The deep pass: repairs, and defects of trueup's own tables other than different sums (audit.py finds those).
 -- The finders only read. Their range is the users after p_after, up to and including p_last; null: no bound. Each finding
@@ -15,7 +16,7 @@ DECLARE
     v_in_holds bigint;
     v_defects integer := 0;
 BEGIN
-    PERFORM trueup.queue_for(p_user);
+    {{ queue_for("p_user") }}
     SELECT * INTO b FROM trueup.balance t WHERE t.user_id = p_user FOR UPDATE;
     IF NOT FOUND THEN
         RETURN 0;

@@ -42,8 +42,10 @@ class DriftReport:
 
     `run_id` None: a dry run, which is not stored, or several runs. `runs`: number of runs in the report. `since` None:
     the report is about one run. `finished_at` None: the run has not ended. `checked`: comparisons made in all these
-    runs. `found_new`: drifts that no earlier run had seen. `in_review`: drifts that still wait for a decision.
-    `set_aside`: drifts that need no decision: tolerated, ignored, or so new that their decrements may still arrive.
+    runs; `counters`: the most that one of them made, so that each counter counts once. `counters_drifted`: counters
+    that had a drift. `found_new`: drifts that no earlier run had seen. `in_review`: drifts that still wait for a
+    decision. `set_aside`: drifts that need no decision: tolerated, ignored, or so new that their decrements may still
+    arrive.
     `tokens_overstated`: used tokens that counters still show; `tokens_understated`: unused tokens that they don't show.
     `tokens_proven`, `tokens_inferred`: of the explained tokens, those of drifts with no less certain cause.
     `actions`: number of drifts by action. `rows`: the largest drifts first; `rows_left_out`: number of other drifts.
@@ -61,7 +63,9 @@ class DriftReport:
     finished_at: datetime | None
     filter: DriftFilter
     checked: int
+    counters: int
     drifted: int
+    counters_drifted: int
     found_new: int
     corrected: int
     in_review: int
@@ -183,6 +187,7 @@ def read_source(
         finished_at=newest.finished_at if newest else None,
         filter=source.filter,
         checked=sum(run.checked for run in source.runs),
+        counters=max((run.checked for run in source.runs), default=0),
         defects=sum(run.defects for run in source.runs),
         **totals,
         causes=tally_causes(connection, source.chosen),
@@ -282,7 +287,9 @@ def report_dry_run(summary: RunSummary) -> DriftReport:
         finished_at=summary.finished_at,
         filter=DriftFilter(),
         checked=summary.checked,
+        counters=summary.checked,
         drifted=summary.drifted,
+        counters_drifted=summary.drifted,
         found_new=summary.found_new,
         corrected=summary.corrected,
         in_review=summary.in_review,

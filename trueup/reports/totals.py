@@ -65,6 +65,7 @@ def tally_totals(connection: Connection, chosen: Select[Any]) -> dict[str, int]:
     settled = func.coalesce(d.decision, "").in_(("accept", "grant", "ignore"))
     counted = select(
         func.count().label("drifted"),
+        func.count(d.user_id.distinct()).label("counters_drifted"),
         func.count().filter(d.is_new).label("found_new"),
         func.count().filter(d.action == "corrected").label("corrected"),
         func.count().filter(and_(d.action == "review", not_(settled))).label("in_review"),

@@ -1,7 +1,7 @@
 """Settings of the HTTP API: `TRUEUP_API__JWT_SECRET`, or [api] in trueup.toml."""
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
@@ -19,6 +19,11 @@ class ApiSettings(BaseModel):
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0: all addresses")
     port: int = Field(default=8000, ge=1, le=65_535)
     demo: bool = Field(default=False, description="no key, loopback only: the bearer token is the user's id itself")
+
+    local_page: Literal["open", "login"] | None = Field(
+        default=None,
+        description="no key, loopback only: serve the page alone, open to this machine or by links of `trueup page`",
+    )
 
     jwt_secret: SecretStr | None = Field(default=None, description="accept HS256 tokens signed with this")
     jwks_file: Path | None = Field(default=None, description="accept RS256 and ES256 tokens of these public keys")
@@ -46,6 +51,17 @@ class ApiSettings(BaseModel):
     def has_key(self) -> bool:
         """Whether a key is set that verifies tokens."""
         return any(getattr(self, name) for name in _KEYS)
+
+    @property
+    def local_address(self) -> tuple[str, int]:
+        """The host and port at which a program on this machine reaches the API."""
+        return self.host if is_loopback(self.host) else "::1" if ":" in self.host else "127.0.0.1", self.port
+
+    @property
+    def local_url(self) -> str:
+        """The URL of the live page on this machine."""
+        host, port = self.local_address
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
     @field_validator("jwt_secret")
     @classmethod
@@ -76,4 +92,11 @@ class ApiSettings(BaseModel):
             raise ValueError(f"demo and {given[0]} are set: with demo no token is verified. Unset one of them")
         if self.demo and not is_loopback(self.host):
             raise ValueError(f"demo is set and host is {self.host}: without a key the API is served on loopback only")
+        if self.local_page and (given or self.demo):
+            other = given[0] if given else "demo"
+            raise ValueError(
+                f"local_page and {other} are set: the page is served with {other} anyway. Unset local_page"
+            )
+        if self.local_page and not is_loopback(self.host):
+            raise ValueError(f"local_page is set and host is {self.host}: without a key the page is for loopback only")
         return self

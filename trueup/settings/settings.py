@@ -55,6 +55,9 @@ class Settings(BaseSettings):
         protected_namespaces=(),
     )
 
+    name: str = Field(
+        default="", max_length=100, description="the host's name in the titles of pages; unset: the database's name"
+    )
     home: Path = Field(
         default_factory=default_home,
         description="data folder of the embedded PostgreSQL and Redis; unset means the project's .trueup, else the "
@@ -312,6 +315,15 @@ def broker_url(settings: Settings) -> str:
 def result_backend_url(settings: Settings) -> str:
     """Return the URL where Celery keeps results: the setting, else the broker's."""
     return settings.result_backend_url or broker_url(settings)
+
+
+def host_name(settings: Settings) -> str:
+    """Return the host's name for titles: the setting, else the database's name. It raises nothing."""
+    if settings.name:
+        return settings.name
+    with suppress(SettingsError):
+        return make_url(database_url(settings)).database or "trueup"
+    return "trueup"
 
 
 def _embedded_url(settings: Settings, name: str) -> str:

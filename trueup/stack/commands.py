@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trueup.settings.settings import PREFIX, Settings
+from trueup.settings.urls import is_loopback
 
 API = "api"
 
@@ -17,11 +18,13 @@ _CELERY = ("celery", "-A", "trueup.worker")
 class Command:
     """One process: the name before its log lines (in compose, its service), and its tokens.
 
-    The first token is a console script of this Python environment, or a path to any program.
+    The first token is a console script of this Python environment, or a path to any program. `is_optional`: the stack
+    runs on without it when it dies too often.
     """
 
     name: str
     tokens: tuple[str, ...]
+    is_optional: bool = False
 
 
 def stack_commands(home: Path) -> tuple[Command, ...]:
@@ -47,3 +50,15 @@ def embedded_settings(settings: Settings) -> dict[str, str]:
     if settings.database_url is None and settings.model_provider is None:
         return {f"{PREFIX}MODEL_PROVIDER": "offline"}
     return {}
+
+
+def page_settings(settings: Settings) -> dict[str, str]:
+    """Return the variables by which the API serves its page alone, to this machine, where it has no key.
+
+    The page of an embedded database is open to this machine: it is a trial. A database of the user's own has real
+    users, so the page asks for a login link, which only someone with the database's settings can make.
+    """
+    api = settings.api
+    if api.has_key or api.demo or api.local_page or not is_loopback(api.host):
+        return {}
+    return {f"{PREFIX}API__LOCAL_PAGE": "open" if settings.database_url is None else "login"}

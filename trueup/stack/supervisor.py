@@ -3,21 +3,23 @@
 import os
 import selectors
 import signal
+import socket
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
 import psutil
 
+from trueup.extras import missing_modules
 from trueup.settings.settings import Settings
 from trueup.stack.children import Child, ChildRecords, reap_leftovers, start_child
-from trueup.stack.commands import API, Command, embedded_settings, stack_commands
+from trueup.stack.commands import API, Command, embedded_settings, page_settings, stack_commands
 from trueup.stack.errors import ChildFailedError, StackAlreadyRunningError, explained
 from trueup.stack.layout import Layout, prepare_layout
 from trueup.stack.leases import Lease
@@ -26,6 +28,7 @@ from trueup.stack.running import StackUrls, leased_stack
 
 _TICK_SECONDS = 0.1
 _TEND_SECONDS = 2.0
+_TRY_SECONDS = 1.0
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _COLOURS = ("36", "33", "35", "32", "34", "31")  # ANSI foreground colours
 _OWN_NAME = "trueup"
@@ -61,36 +64,59 @@ def run_stack(
     """
     policy = policy or Policy()
     layout = prepare_layout(settings)
-    table = commands if commands is not None else commands_of(settings, layout.home)
-    log = MergedLog(output or sys.stdout, [command.name for command in table])
+    known = commands if commands is not None else stack_commands(layout.home)
+    log = MergedLog(output or sys.stdout, [command.name for command in known])
     with _only_one(layout), _stop_requests() as requests:
         records = ChildRecords(layout.run / "children.json")
         # First of all, so that old workers never share the queues with new ones.
         reap_leftovers(records, layout.home, policy.grace_seconds, log.say)
         if before_servers:
             before_servers()
+        table = commands if commands is not None else commands_of(settings, layout.home)
         with leased_stack(settings) as (urls, leases):
             log.say(f"PostgreSQL and Redis are ready (home: {layout.home})")
             if commands is None:
                 log.say(about_the_model(settings))
-                log.say(about_the_api(settings))
+                log.say(about_the_api(settings, is_served=any(command.name == API for command in table)))
             if before_commands:
                 before_commands(urls)
-            environment = _environment(layout.home, urls) | embedded_settings(settings)
-            supervisor = _Supervisor(table, environment, records, log, policy)
+            environment = _environment(layout.home, urls) | embedded_settings(settings) | page_settings(settings)
+            supervisor = _Supervisor(table, environment, records, log, policy, _ready_when(settings, table))
             with explained("trueup up", layout.home):
                 supervisor.run(requests, leases)
         log.say("stopped")
 
 
 def commands_of(settings: Settings, home: Path) -> Sequence[Command]:
-    """Return the processes that `trueup up` runs: the whole table, but the API only with a key to verify tokens."""
-    return [command for command in stack_commands(home) if command.name != API or serves_api(settings)]
+    """Return the processes that `trueup up` runs: the whole table, but the API only if it has something to serve.
+
+    The stack runs on if the API that serves the page alone can't: its address may be taken meanwhile.
+    """
+    page_alone = not settings.api.has_key and not settings.api.demo
+    return [
+        replace(command, is_optional=page_alone) if command.name == API else command
+        for command in stack_commands(home)
+        if command.name != API or serves_api(settings)
+    ]
 
 
 def serves_api(settings: Settings) -> bool:
-    """Return whether the stack serves the API: it has a key to check tokens with, or is a demo."""
-    return settings.api.has_key or settings.api.demo
+    """Return whether the stack serves the API: it has a key, is a demo, or can serve its page to this machine.
+
+    The page alone is not worth refusing to start: it needs the extra [api], and an address that no program uses.
+    """
+    api = settings.api
+    if api.has_key or api.demo:
+        return True
+    return bool(api.local_page or page_settings(settings)) and not missing_modules("api") and _is_free(settings)
+
+
+def _is_free(settings: Settings) -> bool:
+    try:
+        socket.create_connection(settings.api.local_address, _TRY_SECONDS).close()
+    except OSError:
+        return True
+    return False
 
 
 def about_the_model(settings: Settings) -> str:
@@ -105,15 +131,30 @@ def about_the_model(settings: Settings) -> str:
     return f"model provider: {settings.model_provider}"
 
 
-def about_the_api(settings: Settings) -> str:
+def about_the_api(settings: Settings, *, is_served: bool) -> str:
     """Return a log line: the API's URL, or why it is not served."""
-    if not serves_api(settings):
+    if not is_served:
+        return f"the HTTP API and its page are not served: {_obstacle(settings)}"
+    if not settings.api.has_key and not settings.api.demo:
         return (
-            "the HTTP API is not served, because it has no key to verify tokens. Set TRUEUP_API__JWT_SECRET, or on "
-            "this machine alone TRUEUP_API__DEMO=true (see `trueup api --help`)"
+            "the page is served to this machine alone, and the HTTP API takes no token, because there is no key to "
+            "verify tokens. Set TRUEUP_API__JWT_SECRET, or to try the API TRUEUP_API__DEMO=true"
         )
     demo = "; demo: the bearer token is the user id, without authentication" if settings.api.demo else ""
     return f"the HTTP API will be at http://{settings.api.host}:{settings.api.port}{demo}"
+
+
+def _obstacle(settings: Settings) -> str:
+    """Return why the page is not served, and what to do."""
+    api = settings.api
+    if not api.local_page and not page_settings(settings):
+        return (
+            f"there is no key to verify tokens, and {api.host} is more than this machine. Set TRUEUP_API__JWT_SECRET "
+            "(see `trueup api --help`)"
+        )
+    if missing_modules("api"):
+        return "the extra [api] is not installed. Install it: pip install 'trueup[api]'"
+    return f"another program uses {api.host}:{api.port}. Set TRUEUP_API__PORT to a free port, and start again"
 
 
 @contextmanager
@@ -207,6 +248,32 @@ class _Slot:
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=8))
 
 
+@dataclass(slots=True)
+class _Ready:
+    """The address at which the page is served, tried each second until a program listens there."""
+
+    url: str
+    address: tuple[str, int]
+    try_at: float = 0
+
+    def is_reached(self) -> bool:
+        if time.monotonic() < self.try_at:
+            return False
+        self.try_at = time.monotonic() + _TRY_SECONDS
+        try:
+            socket.create_connection(self.address, _TRY_SECONDS).close()
+        except OSError:
+            return False
+        return True
+
+
+def _ready_when(settings: Settings, commands: Sequence[Command]) -> _Ready | None:
+    """Return what to wait for before the stack is called ready; None: it serves no page."""
+    if not any(command.name == API for command in commands):
+        return None
+    return _Ready(url=settings.api.local_url, address=settings.api.local_address)
+
+
 class _Supervisor:
     """Runs the commands until a stop request, and restarts dead ones."""
 
@@ -217,7 +284,9 @@ class _Supervisor:
         records: ChildRecords,
         log: MergedLog,
         policy: Policy,
+        ready: "_Ready | None" = None,
     ) -> None:
+        self._ready = ready
         self._slots = [_Slot(command) for command in commands]
         self._environment = environment
         self._records = records
@@ -239,6 +308,9 @@ class _Supervisor:
                 self._handle_requests(len(requests))
                 if not self._stage:
                     self._start_due()
+                    if self._ready is not None and self._ready.is_reached():
+                        self._log.say(f"ready: {self._ready.url}")
+                        self._ready = None
                     if time.monotonic() >= tend_at:
                         self._revive(leases)
                         tend_at = time.monotonic() + _TEND_SECONDS
@@ -301,6 +373,11 @@ class _Supervisor:
         policy, now, name = self._policy, time.monotonic(), slot.command.name
         slot.failures = [then for then in slot.failures if now - then < policy.failure_window_seconds] + [now]
         count = len(slot.failures)
+        if count >= policy.failures_allowed and slot.command.is_optional:
+            slot.restart_at = float("inf")
+            self._ready = None
+            self._log.say(f"{name} died {count} times ({_describe(code)}) and is not started again; its lines say why")
+            return
         if count >= policy.failures_allowed:
             lines = "\n".join(slot.last_lines)
             self._failed = self._failed or ChildFailedError(

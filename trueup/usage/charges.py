@@ -12,6 +12,7 @@ from psycopg.errors import ForeignKeyViolation
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError
 
+from trueup.database.calls import call
 from trueup.errors import UnknownUserError
 from trueup.gate.holds import Hold
 from trueup.host.sql import UNCOUNTABLE
@@ -48,6 +49,7 @@ class Charge:
     `recorded` False: an earlier delivery recorded it. `late`: the hold has ended or belongs to a later attempt.
     `tokens_over`: tokens that the hold did not cover. `tokens_left`: tokens that the hold still has for this attempt.
     `owed`: the usage log refused the row. The tokens count, and trueup tries again to write the row.
+    `closed`: the hold was closed with this charge.
     """
 
     recorded: bool
@@ -55,15 +57,16 @@ class Charge:
     tokens_over: int
     tokens_left: int
     owed: bool = False
+    closed: bool = False
 
 
 _RECORD = text(
     """
-    SELECT recorded, bought_twice, late, tokens_over, tokens_left, owed_because
+    SELECT recorded, bought_twice, late, tokens_over, tokens_left, owed_because, closed
     FROM trueup.record_charge(:user_id, :task_id, :attempt, :call_key, :log_id, :section,
                               :prompt_tokens, :completion_tokens, :total_tokens, :response_time_ms, :model_name,
                               CAST(:metadata AS jsonb), CAST(:answer AS jsonb), CAST(:now AS timestamptz),
-                              CAST(:classes AS jsonb))
+                              CAST(:classes AS jsonb), :last)
     """
 )
 
@@ -76,14 +79,16 @@ def record_charge(
     usage: Usage,
     metadata: dict[str, Any] | None = None,
     answer: dict[str, Any] | None = None,
+    last: bool = False,
     now: datetime | None = None,
 ) -> Charge:
     """Record a provider call's usage: log row, charge, hold, balance and counter in one round trip.
 
     Idempotent by task and `call_key`. `metadata`: stored in the log row. `answer`: the provider's answer, stored for a
-    redelivery; None: not stored. `now` None: the database's clock. Usage is spent money, so a value that the log can't
-    store (a count out of its column's range, text with NUL) is changed to fit instead of refused, and a row that the
-    host refuses becomes an owed charge.
+    redelivery; None: not stored. `last`: close the hold with the charge, unless another call is in flight or the host
+    refuses something. `now` None: the database's clock. Usage is spent money, so a value that the log can't store (a
+    count out of its column's range, text with NUL) is changed to fit instead of refused, and a row that the host
+    refuses becomes an owed charge.
     Raises `UnknownUserError` when the host has deleted the user: a log row needs a user.
     """
     total_tokens = _countable(usage.total_tokens)
@@ -103,15 +108,16 @@ def record_charge(
         "answer": _storable_json(answer),
         "now": now,
         "classes": None if usage.classes is None else json.dumps(dict(usage.classes)),
+        "last": last,
     }
     try:
-        row = connection.execute(_RECORD, values).one()
+        [row] = call(connection, _RECORD, values)
         if row.bought_twice:
             # Two attempts made the same call, and the provider billed both. Both are recorded, each with its answer,
             # because the answer of the other attempt may be incomplete.
             own_key = f"{call_key}~{hold.attempt}"
             own = values | {"call_key": own_key, "log_id": str(_log_id(hold, own_key))}
-            row = connection.execute(_RECORD, own).one()
+            [row] = call(connection, _RECORD, own)
     except IntegrityError as error:
         if not isinstance(error.orig, ForeignKeyViolation):
             raise
@@ -127,6 +133,7 @@ def record_charge(
         tokens_over=row.tokens_over,
         tokens_left=row.tokens_left,
         owed=row.owed_because is not None,
+        closed=bool(row.closed),
     )
 
 

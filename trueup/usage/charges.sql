@@ -1,16 +1,132 @@
+{% from "gate/begin.sql" import by_index, in_flight, queue_for %}
 {% from "gate/store_balance.sql" import store_balance %}
+{% from "host/rows.sql" import mark, window_start %}
+{% from "usage/host_writes.sql" import check_at_once, insert_log_row, lower_counter %}
+{# Insert the row of a charge, in a function with the parameters of trueup.record_charge. #}
+{% macro insert_charge(total, log_id, model, hold, covered, late, lowered) -%}
+        INSERT INTO trueup.charge (user_id, task_id, call_key, attempt, log_id, section, model_name,
+                                   hold_id, tokens_total, tokens_covered, late, answer, charged_at, counter_lowered,
+                                   tokens_input, tokens_cached_input, tokens_cache_write, tokens_output,
+                                   tokens_reasoning, tokens_audio)
+        VALUES (p_user, p_task, p_call_key, p_attempt, {{ log_id }}, p_section, {{ model }},
+                {{ hold }}, {{ total }}, {{ covered }}, {{ late }}, p_answer, at, {{ lowered }},
+                (p_classes->>'input')::bigint, (p_classes->>'cached_input')::bigint, (p_classes->>'cache_write')::bigint,
+                (p_classes->>'output')::bigint, (p_classes->>'reasoning')::bigint, (p_classes->>'audio')::bigint)
+{%- endmacro %}
+
+{# The call is no longer in flight. #}
+{% macro end_call() -%}
+        DELETE FROM trueup.call_intent i
+        WHERE i.user_id = p_user AND i.task_id = p_task AND i.attempt = p_attempt AND i.call_key = v_first_key
+{%- endmacro %}
 -- Record the usage of one provider call: log row, charge row, hold and balance in one transaction. An existing charge
 -- stays unchanged (recorded = false), so any number of redeliveries pay once. `bought_twice`: another attempt recorded
 -- this key, because this attempt lost its lease; the caller must record its own call under another key.
 --
 -- Usage counts even if its hold has ended (expired, or taken over by a later attempt): it is recorded and flagged late.
--- tokens_over: the tokens that the hold did not cover. p_classes: the billed tokens by class, such as cached input, before
+-- tokens_over: the tokens that the hold did not cover. p_last: close the hold with this charge, as trueup.close_hold does, if no
+-- other call is in flight (`closed`; not true: the caller closes it). p_classes: the billed tokens by class, such as cached input, before
 -- the settings' weights; NULL: not known.
--- Longer than 70 lines, because all effects of a charge happen in one transaction under one row lock.
+-- This function records the common case in as few statements as the lock allows: a new call under an open hold, whose row and
+-- counter the host takes. trueup.record_other_charge records all others.
+-- Longer than 70 lines, because a subtransaction must hold all that the host may refuse.
 CREATE OR REPLACE FUNCTION trueup.record_charge(
     p_user {{ user_id_type }}, p_task text, p_attempt integer, p_call_key text, p_log_id text, p_section text,
     p_prompt bigint, p_completion bigint, p_total bigint, p_response_ms bigint, p_model text,
     p_metadata jsonb, p_answer jsonb, INOUT at timestamptz, p_classes jsonb DEFAULT NULL,
+    p_last boolean DEFAULT false,
+    OUT recorded boolean, OUT bought_twice boolean, OUT late boolean, OUT tokens_over bigint, OUT tokens_left bigint,
+    OUT owed_because text, OUT closed boolean
+) LANGUAGE plpgsql {{ by_index }} AS $$
+#variable_conflict use_column
+DECLARE
+    c record;
+    o trueup.owed_charge;
+    v_first_key text := split_part(p_call_key, '~', 1);  -- the key of the first call, if the call was bought twice
+    v_consumed bigint;
+    v_window timestamptz;
+    v_hold bigint;
+    v_covered bigint;
+    v_id text;
+    v_log_id text;
+    v_counted bigint;
+    v_lowered boolean := true;
+    v_refused_with text;
+BEGIN
+    {{ queue_for("p_user") }}
+    SELECT b.consumed, b.window_start INTO v_consumed, v_window FROM trueup.balance b WHERE b.user_id = p_user FOR UPDATE;
+    at := coalesce(at, clock_timestamp());
+    {% if not usage_log.is_written_by_host %}
+    BEGIN
+        SELECT h.id, h.tokens_reserved - h.tokens_covered AS free, trueup.dated(record_charge.at, v_window) AS used_at,
+               {{ in_flight("v_first_key", "p_attempt") }} AS in_flight, n.mark_secret
+        INTO c
+        FROM trueup.hold h
+        CROSS JOIN trueup.installation n
+        WHERE h.user_id = p_user AND h.task_id = p_task AND h.attempt = p_attempt AND h.status = 'open'
+          AND h.body_ended_at IS NULL AND h.expires_at > record_charge.at
+          AND v_consumed < {{ uncountable }} - p_total
+          AND EXISTS (SELECT FROM {{ subscription }} s WHERE s.{{ subscription.user_id }} = record_charge.p_user
+                                                         AND {{ window_start("s", "record_charge.at") }} = v_window)
+          AND NOT EXISTS (SELECT FROM trueup.charge x
+                          WHERE x.user_id = p_user AND x.task_id = p_task AND x.call_key = p_call_key);
+        IF FOUND THEN
+            o := (p_user, p_task, p_call_key, p_log_id, p_section, p_model, p_prompt, p_completion, p_total, p_response_ms,
+                  true, NULL, p_metadata, c.used_at, '', '', 1, at, at);
+            v_id := {% if usage_log_id_type == "bigint" %}trueup.new_log_id(p_log_id){% else %}p_log_id{% endif %};
+            {{ check_at_once() }}
+    {{ insert_log_row(mark("c.mark_secret", "v_id"), "v_window", "v_log_id", "v_counted") }}
+            IF v_log_id IS DISTINCT FROM v_id THEN
+                RAISE EXCEPTION 'a trigger of the usage log moved the row';
+            END IF;
+            {% if not subscription.is_kept_by_host %}
+    {{ lower_counter("record_charge.p_user", "record_charge.p_total", mark("c.mark_secret", "'charge'"), "v_lowered") }}
+            {% endif %}
+            v_hold := c.id;
+        END IF;
+    EXCEPTION WHEN query_canceled OR OTHERS THEN
+        -- The host refused something, or has changed its tables. The rollback has undone all; now do it step by step.
+        IF trueup.is_transient(SQLSTATE) THEN
+            RAISE;
+        END IF;
+        v_refused_with := SQLSTATE;
+    END;
+    {% endif %}
+    IF v_hold IS NULL THEN
+        SELECT r.* INTO at, recorded, bought_twice, late, tokens_over, tokens_left, owed_because
+        FROM trueup.record_other_charge(
+            p_user, p_task, p_attempt, p_call_key, p_log_id, p_section, p_prompt, p_completion, p_total, p_response_ms,
+            p_model, p_metadata, p_answer, at, p_classes, v_refused_with = '57014') r;
+        RETURN;
+    END IF;
+    closed := p_last AND c.in_flight = 0;
+    v_covered := least(p_total, c.free);
+    WITH charged AS (
+{{ insert_charge("p_total", "v_log_id", "p_model", "v_hold", "v_covered", "false", "v_lowered") }}
+    ), ended AS (
+{{ end_call() }}
+    ), used AS (
+        UPDATE trueup.hold t SET tokens_covered = t.tokens_covered + v_covered,
+                                 tokens_charged = least(t.tokens_charged + p_total, {{ uncountable }}), calls = t.calls + 1,
+                                 status = CASE WHEN closed THEN 'settled' ELSE t.status END,
+                                 closed_at = CASE WHEN closed THEN at END
+        WHERE t.user_id = p_user AND t.task_id = p_task AND t.id = v_hold
+    )
+    UPDATE trueup.balance b SET consumed = b.consumed + coalesce(v_counted, 0),
+                                held = b.held - CASE WHEN closed THEN c.free ELSE v_covered END
+    WHERE b.user_id = p_user;
+    SELECT true, false, false, p_total - v_covered,
+           CASE WHEN closed THEN 0 ELSE greatest(c.free - v_covered - c.in_flight, 0) END
+    INTO recorded, bought_twice, late, tokens_over, tokens_left;
+END $$;
+
+-- Record whatever trueup.record_charge finds no common case, under its lock. p_timed_out: the statement's time is over: nothing
+-- may wait for the host any more, so the charge is owed.
+-- Longer than 70 lines, because all effects of a charge happen in one transaction under one row lock.
+CREATE OR REPLACE FUNCTION trueup.record_other_charge(
+    p_user {{ user_id_type }}, p_task text, p_attempt integer, p_call_key text, p_log_id text, p_section text,
+    p_prompt bigint, p_completion bigint, p_total bigint, p_response_ms bigint, p_model text,
+    p_metadata jsonb, p_answer jsonb, INOUT at timestamptz, p_classes jsonb, p_timed_out boolean,
     OUT recorded boolean, OUT bought_twice boolean, OUT late boolean, OUT tokens_over bigint, OUT tokens_left bigint,
     OUT owed_because text
 ) LANGUAGE plpgsql AS $$
@@ -23,8 +139,7 @@ DECLARE
     v_kept bigint;
     v_first_key text := split_part(p_call_key, '~', 1);  -- the key of the first call, if the call was bought twice
 BEGIN
-    PERFORM trueup.queue_for(p_user);
-    SELECT * INTO a FROM trueup.lock_charged_account(p_user, at);
+    SELECT * INTO a FROM trueup.lock_charged_account(p_user, at, p_timed_out);
     at := a.at;
     SELECT * INTO h FROM trueup.hold t
     WHERE t.user_id = p_user AND t.task_id = p_task AND t.status = 'open'
@@ -47,22 +162,13 @@ BEGIN
         p_total := o.total_tokens;
         v_covered := least(p_total, v_covered);
         tokens_over := p_total - v_covered;
-        SELECT * INTO w FROM trueup.log_or_owe(o, a.window_start, a.consumed IS NOT NULL);
+        SELECT * INTO w FROM trueup.log_or_owe(o, a.window_start, a.consumed IS NOT NULL, p_timed_out);
         owed_because := w.refusal;
         a.consumed := a.consumed + w.own;
         a.held := a.held - v_covered;
-        INSERT INTO trueup.charge (user_id, task_id, call_key, attempt, log_id, section, model_name,
-                                   hold_id, tokens_total, tokens_covered, late, answer, charged_at, counter_lowered,
-                                   tokens_input, tokens_cached_input, tokens_cache_write, tokens_output,
-                                   tokens_reasoning, tokens_audio)
-        -- Lower the legacy counter too, so that trueup's own usage causes no drift.
-        VALUES (p_user, p_task, p_call_key, p_attempt, w.log_id, p_section, o.model_name,
-                h.id, p_total, v_covered, late, p_answer, at, w.may_lower AND trueup.lower_counter(p_user, p_total),
-                (p_classes->>'input')::bigint, (p_classes->>'cached_input')::bigint, (p_classes->>'cache_write')::bigint,
-                (p_classes->>'output')::bigint, (p_classes->>'reasoning')::bigint, (p_classes->>'audio')::bigint);
-        -- The call is no longer in flight.
-        DELETE FROM trueup.call_intent c
-        WHERE c.user_id = p_user AND c.task_id = p_task AND c.attempt = p_attempt AND c.call_key = v_first_key;
+{{ insert_charge("p_total", "w.log_id", "o.model_name", "h.id", "v_covered", "late",
+                 "w.may_lower AND trueup.lower_counter(p_user, p_total)") }};
+{{ end_call() }};
         UPDATE trueup.hold t SET tokens_covered = t.tokens_covered + v_covered,
                                  tokens_charged = least(t.tokens_charged + p_total, {{ uncountable }}), calls = t.calls + 1
         WHERE t.user_id = p_user AND t.task_id = p_task AND t.id = h.id RETURNING * INTO h;

@@ -49,14 +49,14 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET time
 DECLARE
     v_mark text := nullif(current_setting('trueup.own_row', true), '');
 BEGIN
-{{ return_unless_of_the_log() }}
-{{ return_unless_columns_fit("new_rows") }}
     IF v_mark IS NOT NULL THEN  -- in a statement of its own, which a host's insert does not pay for
-        -- trueup writes one row in a statement.
+        -- trueup writes one row in a statement, and has named its columns.
         IF EXISTS (SELECT FROM new_rows n WHERE v_mark = {{ own_row_mark("n." ~ usage_log.id ~ "::text") }}) THEN
             RETURN NULL;
         END IF;
     END IF;
+{{ return_unless_of_the_log() }}
+{{ return_unless_columns_fit("new_rows") }}
     INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
     SELECT n.{{ usage_log.user_id }}, n.{{ usage_log.created_at }}, {{ in_range("n." ~ usage_log.total_tokens) }}
     FROM new_rows n

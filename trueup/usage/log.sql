@@ -1,55 +1,7 @@
-{% from "host/search_path.sql" import own_search_path, role_search_path %}
+{% from "gate/begin.sql" import queue_for %}
 {% from "gate/store_balance.sql" import store_balance %}
-{% from "host/rows.sql" import can_be_lowered, lowered_counter %}
-{# Whether the user `p_user` of trueup.lower_counter has a limit. #}
-{% macro is_limited() -%}
-{% if subscription.unlimited %}
-NOT EXISTS (SELECT FROM trueup.entitlements(clock_timestamp()) e
-                      WHERE e.user_id = lower_counter.p_user AND e.plan_kind = 'unlimited')
-{%- else -%}
-true
-{%- endif %}
-{%- endmacro %}
+{% from "host/search_path.sql" import own_search_path, role_search_path %}
 -- Usage that host code reports about its own calls: no hold, no task, one log row for each idempotency key.
-
--- Lower the legacy counter, so that usage recorded by trueup causes no drift. If the host has locked the row, this does
--- not wait: it returns false, and the next reconcile run corrects the counter. The counter stops at zero, as the host's
--- own decrements do; a counter that counts up is raised. If the host refuses the update, by a trigger for example, it
--- returns false too. A counter that is 0, null or below 0 cannot be lowered, and one without a limit is left alone: these
--- count as done (true).
-{% if subscription.is_kept_by_host %}
--- This host lowers the counter itself, for the log's row of each call (`counter_kept_by`), so nothing is left to do.
-CREATE OR REPLACE FUNCTION trueup.lower_counter(p_user {{ user_id_type }}, p_tokens bigint)
-RETURNS boolean LANGUAGE sql IMMUTABLE AS $$ SELECT true $$;
-{% else %}
-CREATE OR REPLACE FUNCTION trueup.lower_counter(p_user {{ user_id_type }}, p_tokens bigint)
-RETURNS boolean LANGUAGE plpgsql AS $$
-DECLARE
-    v_lowered boolean;
-BEGIN
-    -- A constraint or a trigger of the host's that waits for the commit would refuse the charge with it.
-    SET CONSTRAINTS ALL IMMEDIATE;
-    PERFORM set_config('trueup.own_counter', trueup.own_row_mark('charge'), true);  -- for the journal
-    UPDATE {{ subscription }} s
-    SET {{ subscription.tokens_remaining }} = {{ lowered_counter("s", "lower_counter.p_tokens") }}
-    FROM {{ role_search_path() }}
-    WHERE s.{{ subscription.id }} = (
-        SELECT f.{{ subscription.id }} FROM {{ subscription }} f WHERE f.{{ subscription.user_id }} = lower_counter.p_user
-        ORDER BY f.{{ subscription.id }} LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED)
-      AND {{ can_be_lowered("s") }} AND {{ is_limited() }};
-    v_lowered := FOUND;
-    {{ own_search_path() }}
-    PERFORM set_config('trueup.own_counter', '', true);
-    RETURN v_lowered OR NOT EXISTS (
-        SELECT FROM {{ subscription }} s
-        WHERE s.{{ subscription.user_id }} = lower_counter.p_user AND {{ can_be_lowered("s") }} AND {{ is_limited() }});
-EXCEPTION WHEN query_canceled OR OTHERS THEN
-    IF trueup.is_transient(SQLSTATE) THEN
-        RAISE;
-    END IF;
-    RETURN false;
-END $$;
-{% endif %}
 
 -- Record usage once for its key: log row, charge row, balance and counter in one transaction. If the key was recorded
 -- before, nothing changes: `recorded` is false, and `differs` is true if its log row has other figures than these.
@@ -71,8 +23,8 @@ DECLARE
     w record;
     v_at timestamptz;
 BEGIN
-    PERFORM trueup.queue_for(p_user);
-    SELECT * INTO a FROM trueup.lock_charged_account(p_user, at);
+    {{ queue_for("p_user") }}
+    SELECT * INTO a FROM trueup.lock_charged_account(p_user, at, false);
     at := a.at;
     v_at := coalesce(least(p_created_at, at), trueup.dated(at, CASE WHEN a.subscribed THEN a.window_start END));
     in_future := coalesce(p_created_at > at + p_skew, false);
@@ -87,7 +39,7 @@ BEGIN
     recorded := NOT in_future AND too_large IS NULL AND log_id IS NULL;
     differs := false;
     IF recorded THEN
-        SELECT * INTO w FROM trueup.log_or_owe(o, a.window_start, a.consumed IS NOT NULL);
+        SELECT * INTO w FROM trueup.log_or_owe(o, a.window_start, a.consumed IS NOT NULL, false);
         a.consumed := a.consumed + w.own;
         log_id := w.log_id;
         owed_because := w.refusal;

@@ -1,12 +1,9 @@
 {% from "host/rows.sql" import is_counted, own_row_mark %}
 {% from "host/search_path.sql" import own_search_path, role_search_path %}
-{# The tokens of the log row `l` that count in the window, in trueup.try_log_row. #}
-{% macro counted() -%}
-CASE WHEN {{ usage_log.success("l") }} AND l.{{ usage_log.created_at }} >= coalesce(try_log_row.p_window, '-infinity')
-                     THEN l.{{ usage_log.total_tokens }}::bigint END
-{%- endmacro %}
--- trueup's own rows in the usage log. The host may refuse one: by a constraint, a trigger, a missing sequence, a lock. The
--- provider has been paid by then, so a refused row becomes an owed charge, which counts as usage until the log has its row.
+{% from "usage/host_writes.sql" import check_at_once, counted, insert_log_row, lower_counter %}
+-- trueup's own writes to the usage log and the counter. The host may refuse one: by a constraint, a trigger, a missing
+-- sequence, a lock. The provider has been paid by then, so a refused row becomes an owed charge, which counts as usage until
+-- the log has its row.
 
 -- The mark of trueup's own row in this transaction, by which the log's triggers recognise it.
 CREATE OR REPLACE FUNCTION trueup.own_row_mark(p_log_id text) RETURNS text LANGUAGE sql STABLE AS $$
@@ -69,7 +66,7 @@ END $$;
 -- The host's log row of `o`, in place of a row of trueup's. Parameters and results: as below. A call whose row has not come
 -- is owed: it counts as usage until the row comes.
 CREATE OR REPLACE FUNCTION trueup.try_log_row(
-    o trueup.owed_charge, p_window timestamptz, p_has_balance boolean,
+    o trueup.owed_charge, p_window timestamptz, p_has_balance boolean, p_timed_out boolean,
     OUT log_id text, OUT counted bigint, OUT own bigint, OUT refused_with text, OUT refusal text
 ) LANGUAGE plpgsql AS $$
 BEGIN
@@ -90,9 +87,11 @@ END $$;
 -- caller has locked the user's balance, so the row is marked as trueup's own and its triggers append no delta.
 -- `log_id`: the id of the row. `counted`: its tokens that count in the window. `own`: of these, the tokens that the caller
 -- adds to the balance. `refused_with`: the SQLSTATE if the host refused the row; then the figures are those of `o`.
+-- p_timed_out: the limit on the statement's time has been reached, and does not apply a second time, so nothing may wait for the
+-- host any more: the row is refused.
 -- Raises what is transient, a violation of the foreign key to the user, and any refusal of a failed call, which owes nothing.
 CREATE OR REPLACE FUNCTION trueup.try_log_row(
-    o trueup.owed_charge, p_window timestamptz, p_has_balance boolean,
+    o trueup.owed_charge, p_window timestamptz, p_has_balance boolean, p_timed_out boolean,
     OUT log_id text, OUT counted bigint, OUT own bigint, OUT refused_with text, OUT refusal text
 ) LANGUAGE plpgsql AS $$
 DECLARE
@@ -100,30 +99,16 @@ DECLARE
     v_mark text;
     v_constraint text;
 BEGIN
+    IF p_timed_out THEN
+        RAISE query_canceled USING MESSAGE = 'canceling statement due to statement timeout';
+    END IF;
     v_id := trueup.new_log_id(o.log_id);
     v_mark := CASE WHEN p_has_balance THEN trueup.own_row_mark(v_id) END;
-    PERFORM set_config('trueup.own_row', coalesce(v_mark, ''), true);
-    -- Check the row's foreign keys with the row, before the counter is locked. Django defers foreign keys to the commit,
-    -- and a host that locks the user's row and then the counter's would deadlock with this transaction. Triggers that the
-    -- host defers run now too, in the role's search path.
-    SET CONSTRAINTS ALL IMMEDIATE;
-    INSERT INTO {{ usage_log }} AS l ({{ usage_log.written() }})
-    OVERRIDING SYSTEM VALUE  -- the id comes from the column's sequence even if the column is GENERATED ALWAYS
-    SELECT {{ usage_log.written("r") }}
-    FROM (SELECT v_id::{{ usage_log_id_type }} AS id, o.user_id AS user_id, o.section AS section,
-                 o.prompt_tokens AS prompt_tokens, o.completion_tokens AS completion_tokens,
-                 o.total_tokens AS total_tokens, o.response_time_ms AS response_time_ms, o.success AS success,
-                 o.model_name AS model_name, o.metadata AS metadata, o.used_at AS created_at) r
-    CROSS JOIN {{ role_search_path() }}
-    -- A failed call gets no row if the log has no way to mark it as failed.
-    WHERE o.success OR {{ usage_log.records_failure() }}
-    -- Read the row as stored: a trigger of the host's may have changed it.
-    RETURNING l.{{ usage_log.id }}::text, {{ counted() }} INTO log_id, counted;
-    {{ own_search_path() }}
-    PERFORM set_config('trueup.own_row', '', true);
+    {{ check_at_once() }}
+    {{ insert_log_row("v_mark", "try_log_row.p_window") }}
     IF log_id IS NULL AND (o.success OR {{ usage_log.records_failure() }}) THEN
         -- A trigger of the host's wrote the row into a table that inherits from the log, or dropped it.
-        SELECT l.{{ usage_log.id }}::text, {{ counted() }} INTO log_id, counted
+        SELECT l.{{ usage_log.id }}::text, {{ counted("try_log_row.p_window") }} INTO log_id, counted
         FROM {{ usage_log }} l WHERE l.{{ usage_log.id }} = v_id::{{ usage_log_id_type }};
         IF log_id IS NULL THEN
             RAISE EXCEPTION 'a trigger of the usage log dropped the row';
@@ -132,11 +117,9 @@ BEGIN
     IF o.error IS NOT NULL THEN
         PERFORM trueup.note_error(log_id, o.error);
     END IF;
-    -- Check the row's foreign keys now, before the counter is locked. Django defers foreign keys to the commit, and a
-    -- host that locks the user's row and then the counter's would deadlock with this transaction. The host may defer
-    -- triggers of its own too.
+    -- Again: a trigger of the host's may have deferred its constraints.
     PERFORM FROM {{ role_search_path() }};
-    SET CONSTRAINTS ALL IMMEDIATE;
+    {{ check_at_once() }}
     {{ own_search_path() }}
     counted := coalesce(counted, 0);
     own := CASE WHEN log_id = v_id AND v_mark IS NOT NULL THEN counted ELSE 0 END;
@@ -150,5 +133,28 @@ EXCEPTION WHEN query_canceled OR OTHERS THEN
     log_id := o.log_id;
     counted := CASE WHEN o.success AND o.used_at >= coalesce(p_window, '-infinity') THEN o.total_tokens ELSE 0 END;
     own := CASE WHEN p_has_balance THEN counted ELSE 0 END;
+END $$;
+{% endif %}
+
+-- Lower the legacy counter. Returns whether that is done; false also if the host refuses the update, by a trigger for example.
+{% if subscription.is_kept_by_host %}
+-- This host lowers the counter itself, for the log's row of each call (`counter_kept_by`), so nothing is left to do.
+CREATE OR REPLACE FUNCTION trueup.lower_counter(p_user {{ user_id_type }}, p_tokens bigint)
+RETURNS boolean LANGUAGE sql IMMUTABLE AS $$ SELECT true $$;
+{% else %}
+CREATE OR REPLACE FUNCTION trueup.lower_counter(p_user {{ user_id_type }}, p_tokens bigint)
+RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+    v_mark text := trueup.own_row_mark('charge');
+    v_lowered boolean;
+BEGIN
+    {{ check_at_once() }}
+    {{ lower_counter("lower_counter.p_user", "lower_counter.p_tokens", "v_mark", "v_lowered") }}
+    RETURN v_lowered;
+EXCEPTION WHEN query_canceled OR OTHERS THEN
+    IF trueup.is_transient(SQLSTATE) THEN
+        RAISE;
+    END IF;
+    RETURN false;
 END $$;
 {% endif %}

@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import Column, MetaData, Table
 
+from trueup.database.schema.access import add_access_table
 from trueup.database.schema.balances import add_balance_tables
 from trueup.database.schema.bounds import add_bound_tables
 from trueup.database.schema.columns import user_id_column_type
@@ -37,6 +38,7 @@ def build_metadata(user_id_type: UserIdType) -> MetaData:
     add_request_table(metadata, user_id)
     add_rollout_tables(metadata, user_id)
     add_bound_tables(metadata)
+    add_access_table(metadata)
     return metadata
 
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 from sqlalchemy import (
-    DDL,
     BigInteger,
     Boolean,
     CheckConstraint,
@@ -13,13 +12,12 @@ from sqlalchemy import (
     PrimaryKeyConstraint,
     Table,
     Text,
-    event,
     func,
     text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, OID
 
-from trueup.database.schema.columns import moment, tokens
+from trueup.database.schema.columns import leave_space, moment, tokens
 
 
 def add_balance_tables(metadata: MetaData, user_id: Any) -> None:
@@ -55,10 +53,7 @@ def add_balance_tables(metadata: MetaData, user_id: Any) -> None:
         # Releasing a hold twice would create tokens.
         CheckConstraint("held >= 0", name="balance_held_not_negative"),
     )
-    # Free space on each page lets frequent updates of a row stay on its page (HOT), without index writes. SQLAlchemy
-    # 2.0 has no `postgresql_with` for tables.
-    fill = DDL("ALTER TABLE %(fullname)s SET (fillfactor = 50)")  # type: ignore[no-untyped-call]
-    event.listen(balance, "after_create", fill)
+    leave_space(balance)
     Table(
         "usage_delta",
         metadata,

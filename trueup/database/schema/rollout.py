@@ -32,6 +32,19 @@ def add_rollout_tables(metadata: MetaData, user_id: Any) -> None:
         PrimaryKeyConstraint("id", name="gate_mode_change_pkey"),
     )
     Table(
+        "denial",
+        metadata,
+        user_id(),
+        Column("id", BigInteger, Identity(always=True), nullable=False),
+        Column("task_id", Text, nullable=False),
+        Column("feature_name", Text, nullable=False),
+        Column("reason", Text, nullable=False),
+        tokens("tokens"),
+        moment("denied_at"),
+        PrimaryKeyConstraint("user_id", "id", name="denial_pkey"),
+        Index("denial_by_time", "denied_at"),
+    )
+    Table(
         "observed_denial",
         metadata,
         user_id(),

@@ -15,6 +15,7 @@ from alembic import context, op
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from trueup.database.schema import build_metadata
+from trueup.database.schema.columns import OPTIONS
 
 revision = "layout_1"
 down_revision = None
@@ -26,5 +27,7 @@ def upgrade() -> None:
     metadata = build_metadata(context.config.attributes["user_id_type"])
     for table in metadata.tables.values():
         op.execute(CreateTable(table))
+        if OPTIONS in table.info:
+            op.execute(f"ALTER TABLE {table} {table.info[OPTIONS]}")
         for index in sorted(table.indexes, key=lambda index: str(index.name)):
             op.execute(CreateIndex(index))
