@@ -84,6 +84,7 @@ BEGIN
 END $$;
 
 -- Decide whatever trueup.open_hold finds no common case, under its lock.
+-- Longer than 70 lines, because one decision under one row lock fills all of the answer.
 CREATE OR REPLACE FUNCTION trueup.open_other_hold(
     p_user {{ user_id_type }}, p_task text, p_request text, p_fresh integer, p_retries integer, p_feature text,
     p_section text, p_owner text, p_tokens bigint, p_lease interval, p_ttl interval, p_waits integer, p_mode text,
