@@ -27,7 +27,7 @@ from trueup.database.engine import connect
 from trueup.host.mapping import UserIdType
 from trueup.reports.pages import environment
 
-OPS = bearer(None, sub="ops", scope=OPERATOR, exp=2**31)
+OPS = bearer(None, sub="ops", scope=OPERATOR)
 
 
 def events_of(stream: httpx.Response) -> Iterator[dict[str, Any]]:

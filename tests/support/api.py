@@ -11,8 +11,11 @@ OPERATOR = "trueup:operator"
 
 
 def token(user_id: object = None, *, key: Any = SECRET, algorithm: str = "HS256", **claims: Any) -> str:
-    """Return a token of the user that is valid for a minute. A claim of None is left out."""
-    content = {"user_id": user_id, "exp": int(time.time()) + 60} | {
+    """Return a token of the user that is valid for a day: a test may use it long after its module was read.
+
+    A claim of None is left out.
+    """
+    content = {"user_id": user_id, "exp": int(time.time()) + 86_400} | {
         name: value for name, value in claims.items() if name != "headers"
     }
     content = {name: value for name, value in content.items() if value is not None}

@@ -112,11 +112,12 @@ class _PooledCursor(Cursor[Any]):
         connection = self.connection
         if connection.info.transaction_status != TransactionStatus.IDLE:
             return super().execute(query, params, **more)
+        # With a plain cursor: one with binary answers can't send several commands at once.
         if not connection.autocommit:
-            super().execute(self._limits)
+            Cursor(connection).execute(self._limits)
             return super().execute(query, params, **more)
         try:
-            super().execute(SQL("BEGIN ISOLATION LEVEL READ COMMITTED; ") + self._limits)
+            Cursor(connection).execute(SQL("BEGIN ISOLATION LEVEL READ COMMITTED; ") + self._limits)
             super().execute(query, params, **more)
             connection.commit()
         except BaseException:
@@ -127,7 +128,7 @@ class _PooledCursor(Cursor[Any]):
 
     def executemany(self, query: Any, params_seq: Any, **more: Any) -> None:
         if self.connection.info.transaction_status == TransactionStatus.IDLE and not self.connection.autocommit:
-            super().execute(self._limits)
+            Cursor(self.connection).execute(self._limits)
         super().executemany(query, params_seq, **more)
 
 
