@@ -97,7 +97,7 @@ def prepare(url: str, peer_url: str, peer: str) -> None:
     with psycopg.connect(peer_url, autocommit=True) as connection:
         connection.execute(
             'INSERT INTO snipz_limits (scope_type, scope_id, "window", cap_cents) '
-            "SELECT 'user', i::text, 'monthly', 2000000000 FROM generate_series(1, %s) i",
+            "SELECT 'user', i::text, 'month', 2000000000 FROM generate_series(1, %s) i",
             (people,),
         )
         connection.execute(
