@@ -261,8 +261,10 @@ def test_a_correction_only_replaced_the_value_that_it_had_seen(lived: Lived) -> 
         last[entry.subscription_id] = entry.after
 
 
-# Nearly all of this host's users lose updates, most of them several: far more than in any real host.
-MAX_AMBIGUOUS = 0.01
+# Nearly all of this host's users lose updates, most of them several: far more than in any real host. A counter that was
+# wrong when a run began and right when that run compared it has a last known point that the journal does not confirm.
+# Then the rows explain it, and it may wait for a person.
+MAX_AMBIGUOUS = 0.03
 
 
 def test_counters_are_right_when_the_host_has_stopped(lived: Lived) -> None:
