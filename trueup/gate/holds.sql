@@ -1,7 +1,18 @@
 {% from "accounts/entitlements.sql" import decision, log_epoch %}
 {% from "gate/begin.sql" import by_index, queue_for, require_counted %}
 {% from "gate/store_balance.sql" import create_balance, store_balance %}
-{# Open a hold, in a function with the parameters of trueup.open_hold. #}
+{# The parameters of the functions that open a hold, and their answer. #}
+{% set parameters %}
+    p_user {{ user_id_type }}, p_task text, p_request text, p_fresh integer, p_retries integer, p_feature text,
+    p_section text, p_owner text, p_tokens bigint, p_lease interval, p_ttl interval, p_waits integer, p_mode text,
+    INOUT at timestamptz,
+    OUT reason text, OUT overridden text, OUT reused boolean, OUT follows boolean, OUT busy_until timestamptz,
+    OUT redundant boolean, OUT waits integer, OUT hold_attempt integer, OUT tokens_left bigint, OUT reattached boolean,
+    OUT replay boolean, OUT fresh integer, OUT expiry timestamptz,
+    OUT original bigint, OUT consumed bigint, OUT held bigint, OUT end_date timestamptz
+{%- endset %}
+
+{# Insert a hold, in a function with these parameters. #}
 {% macro insert_hold(fresh, attempt, retries, tokens, expiry, completed) -%}
 INSERT INTO trueup.hold (user_id, task_id, request, fresh_retries, attempt, retries, feature_name, section, owner, status,
                              tokens_reserved, opened_at, lease_until, expires_at, completed)
@@ -34,16 +45,11 @@ INSERT INTO trueup.hold (user_id, task_id, request, fresh_retries, attempt, retr
 -- p_fresh: the number of retries by which the body asked for new answers. Each has calls of its own.
 -- A hold whose body has ended is open only for calls in flight (see trueup.close_hold). Its task passes the gate like a
 -- new one, and gets the hold back with the new tokens added.
+--
 -- This function decides the common case in as few statements as the lock allows: a new task of a user whose balance is up
 -- to date. trueup.open_other_hold decides all others.
 CREATE OR REPLACE FUNCTION trueup.open_hold(
-    p_user {{ user_id_type }}, p_task text, p_request text, p_fresh integer, p_retries integer, p_feature text,
-    p_section text, p_owner text, p_tokens bigint, p_lease interval, p_ttl interval, p_waits integer, p_mode text,
-    INOUT at timestamptz,
-    OUT reason text, OUT overridden text, OUT reused boolean, OUT follows boolean, OUT busy_until timestamptz,
-    OUT redundant boolean, OUT waits integer, OUT hold_attempt integer, OUT tokens_left bigint, OUT reattached boolean,
-    OUT replay boolean, OUT fresh integer, OUT expiry timestamptz,
-    OUT original bigint, OUT consumed bigint, OUT held bigint, OUT end_date timestamptz
+{{ parameters }}
 ) LANGUAGE plpgsql {{ by_index }} AS $$
 #variable_conflict use_column
 DECLARE
@@ -86,13 +92,7 @@ END $$;
 -- Decide whatever trueup.open_hold finds no common case, under its lock.
 -- Longer than 70 lines, because one decision under one row lock fills all of the answer.
 CREATE OR REPLACE FUNCTION trueup.open_other_hold(
-    p_user {{ user_id_type }}, p_task text, p_request text, p_fresh integer, p_retries integer, p_feature text,
-    p_section text, p_owner text, p_tokens bigint, p_lease interval, p_ttl interval, p_waits integer, p_mode text,
-    INOUT at timestamptz,
-    OUT reason text, OUT overridden text, OUT reused boolean, OUT follows boolean, OUT busy_until timestamptz,
-    OUT redundant boolean, OUT waits integer, OUT hold_attempt integer, OUT tokens_left bigint, OUT reattached boolean,
-    OUT replay boolean, OUT fresh integer, OUT expiry timestamptz,
-    OUT original bigint, OUT consumed bigint, OUT held bigint, OUT end_date timestamptz
+{{ parameters }}
 ) LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE

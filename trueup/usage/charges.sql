@@ -27,6 +27,7 @@
 -- tokens_over: the tokens that the hold did not cover. p_last: close the hold with this charge, as trueup.close_hold does, if no
 -- other call is in flight (`closed`; not true: the caller closes it). p_classes: the billed tokens by class, such as cached input, before
 -- the settings' weights; NULL: not known.
+--
 -- This function records the common case in as few statements as the lock allows: a new call under an open hold, whose row and
 -- counter the host takes. trueup.record_other_charge records all others.
 -- Longer than 70 lines, because a subtransaction must hold all that the host may refuse.

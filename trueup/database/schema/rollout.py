@@ -31,29 +31,18 @@ def add_rollout_tables(metadata: MetaData, user_id: Any) -> None:
         moment("changed_at"),
         PrimaryKeyConstraint("id", name="gate_mode_change_pkey"),
     )
-    Table(
-        "denial",
-        metadata,
-        user_id(),
-        Column("id", BigInteger, Identity(always=True), nullable=False),
-        Column("task_id", Text, nullable=False),
-        Column("feature_name", Text, nullable=False),
-        Column("reason", Text, nullable=False),
-        tokens("tokens"),
-        moment("denied_at"),
-        PrimaryKeyConstraint("user_id", "id", name="denial_pkey"),
-        Index("denial_by_time", "denied_at"),
-    )
-    Table(
-        "observed_denial",
-        metadata,
-        user_id(),
-        Column("id", BigInteger, Identity(always=True), nullable=False),
-        Column("task_id", Text, nullable=False),
-        Column("feature_name", Text, nullable=False),
-        Column("reason", Text, nullable=False),
-        tokens("tokens"),
-        moment("denied_at"),
-        PrimaryKeyConstraint("user_id", "id", name="observed_denial_pkey"),
-        Index("observed_denial_by_time", "denied_at"),
-    )
+    # Enforced denials, and denials that the feature's mode overrode.
+    for name in ("denial", "observed_denial"):
+        Table(
+            name,
+            metadata,
+            user_id(),
+            Column("id", BigInteger, Identity(always=True), nullable=False),
+            Column("task_id", Text, nullable=False),
+            Column("feature_name", Text, nullable=False),
+            Column("reason", Text, nullable=False),
+            tokens("tokens"),
+            moment("denied_at"),
+            PrimaryKeyConstraint("user_id", "id", name=f"{name}_pkey"),
+            Index(f"{name}_by_time", "denied_at"),
+        )
