@@ -76,7 +76,8 @@ def rate(asked: list[Client], command: str) -> float:
     return sum(int(done) / float(seconds) for done, seconds in (client.answer() for client in asked))
 
 
-def prepare(url: str, peer_url: str, peer: str) -> None:
+def prepare_ours(url: str) -> None:
+    """Make users 1, 2, … with subscriptions and log rows, and attach trueup."""
     mapping, people = HostMapping(), LONG_USER
     engine = create_engine(url)
     with engine.begin() as connection:
@@ -92,22 +93,26 @@ def prepare(url: str, peer_url: str, peer: str) -> None:
             connection.execute(text(statement), {"people": people, "rows": ROWS})
         install(connection, mapping, with_host_tables=False)
     engine.dispose()
+    with psycopg.connect(libpq(url), autocommit=True) as connection:
+        connection.execute("VACUUM ANALYZE")
+
+
+def prepare_theirs(peer_url: str, peer: str) -> None:
+    """Make the same users for the peer, with as many rows."""
     migrate = f"import asyncio, snipz; asyncio.run(snipz.Budget({peer_url!r}).migrate())"
     subprocess.run([peer, "-c", migrate], check=True)  # noqa: S603
     with psycopg.connect(peer_url, autocommit=True) as connection:
         connection.execute(
             'INSERT INTO snipz_limits (scope_type, scope_id, "window", cap_cents) '
             "SELECT 'user', i::text, 'month', 2000000000 FROM generate_series(1, %s) i",
-            (people,),
+            (LONG_USER,),
         )
         connection.execute(
             "INSERT INTO snipz_ledger (id, reservation_id, scope_type, scope_id, state, estimated_cents, actual_cents, "
             "expires_at) SELECT gen_random_uuid(), gen_random_uuid(), 'user', u::text, 'committed', 1, 1, now() "
             "FROM generate_series(1, %s) u, generate_series(1, %s) i",
-            (people, ROWS),
+            (LONG_USER, ROWS),
         )
-        connection.execute("VACUUM ANALYZE")
-    with psycopg.connect(libpq(url), autocommit=True) as connection:
         connection.execute("VACUUM ANALYZE")
 
 
@@ -121,7 +126,8 @@ def main() -> None:
         with psycopg.connect(libpq(url), autocommit=True) as connection:
             connection.execute("CREATE DATABASE snipz")
         peer_url = libpq(make_url(url).set(database="snipz").render_as_string(hide_password=False))
-        prepare(url, peer_url, options.peer)
+        prepare_ours(url)
+        prepare_theirs(peer_url, options.peer)
         rows = []
         for count, who in ((1, 0), (1, HOT[1]), (4, 0), (4, HOT[4])):
             with (
