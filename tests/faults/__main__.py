@@ -17,7 +17,7 @@ def main() -> int:
     for variable in [name for name in os.environ if name.startswith("TRUEUP_")]:
         del os.environ[variable]
     numbers = range(arguments.rounds) if arguments.round is None else [arguments.round]
-    totals = run_rounds([plan_round(arguments.seed, number) for number in numbers], _say)
+    totals = run_rounds([plan_round(arguments.seed, number) for number in numbers], _say, arguments.partitions)
     report = as_markdown(totals)
     _say(f"\n{report}")
     if arguments.report:
@@ -30,6 +30,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="what everything is drawn from")
     parser.add_argument("--rounds", type=int, default=10, help="how many rounds to play")
     parser.add_argument("--round", type=int, help="play this one alone, as a failing run says")
+    parser.add_argument("--partitions", type=int, help="split trueup's large tables by user into so many")
     parser.add_argument("--report", type=Path, help="write the tables to this file, as markdown")
     return parser.parse_args()
 

@@ -13,14 +13,15 @@ from tests.faults.servers import Servers, running_servers
 from tests.faults.stages import Stage
 
 
-def run_rounds(plans: Sequence[RoundPlan], say: Callable[[str], None]) -> Totals:
+def run_rounds(plans: Sequence[RoundPlan], say: Callable[[str], None], partitions: int | None = None) -> Totals:
     """Play the rounds, print a line for each, and return the totals. No process is left in any case.
 
+    `partitions`: split trueup's large tables by user into so many; None: they are plain.
     The workers' logs of rounds that went wrong, or did not settle, are kept in a folder whose name is printed.
     """
     totals = Totals(seed=plans[0].seed)
     logs = Path(tempfile.mkdtemp(prefix="trueup-faults-"))
-    with running_servers() as servers, ExitStack() as everything:
+    with running_servers(partitions) as servers, ExitStack() as everything:
         upcoming: tuple[Stage, ExitStack] | None = _open(plans[0], servers, logs, everything)
         for place, plan in enumerate(plans):
             assert upcoming is not None

@@ -14,6 +14,7 @@ from sqlalchemy.pool import NullPool
 from tests.conftest import TEMPLATE, url_of_database
 from tests.stack.helpers import servers as servers_of
 from tests.stack.helpers import stack_processes, temporary_home
+from tests.support.partitioned_tables import partition_by_user
 from trueup.host.mapping import HostMapping
 from trueup.install.install import install
 from trueup.settings.settings import Settings
@@ -48,12 +49,17 @@ class Servers:
     def redis(self, number: int) -> redis.Redis:
         return redis.Redis(unix_socket_path=str(self._redis.socket), db=number, decode_responses=True)
 
-    def make_template(self) -> None:
-        """Make the template of the rounds' databases: the host's tables and trueup's."""
+    def make_template(self, partitions: int | None) -> None:
+        """Make the template of the rounds' databases: the host's tables and trueup's.
+
+        `partitions`: split trueup's large tables by user into so many; None: they are plain.
+        """
         self._admin(f"CREATE DATABASE {TEMPLATE}")
         engine = self.engine(TEMPLATE)
         with engine.begin() as connection:
             install(connection, HostMapping(), with_host_tables=True)
+            if partitions is not None:
+                partition_by_user(connection, partitions)
 
     def make_database(self, name: str) -> None:
         self._admin(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
@@ -113,11 +119,11 @@ class Servers:
 
 
 @contextmanager
-def running_servers() -> Iterator[Servers]:
-    """Run both servers in a home of their own until the block ends in any way."""
+def running_servers(partitions: int | None = None) -> Iterator[Servers]:
+    """Run both servers in a home of their own until the block ends in any way. `partitions`: see `make_template`."""
     with temporary_home() as home, running_stack(Settings(home=home, database_url=None, broker_url=None)) as urls:
         assert urls.database_url is not None
         servers = Servers(home, urls.database_url)
-        servers.make_template()
+        servers.make_template(partitions)
         yield servers
     assert not stack_processes(home)

@@ -10,6 +10,7 @@ from sqlalchemy.pool import NullPool
 
 from tests.support.books import assert_true
 from tests.support.host import START, Host
+from tests.support.partitioned_tables import partition_by_user
 from tests.support.sessions import run_at_once
 from tests.support.work import balance, charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
@@ -121,10 +122,15 @@ def auditor(engine: Engine, rounds: int) -> Callable[[], None]:
     return work
 
 
-@pytest.mark.parametrize("rounds", [10, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("rounds", "partitions"), [(10, None), (5, 3), *(pytest.param(50, n, marks=pytest.mark.long) for n in (None, 8))]
+)
 def test_hosts_and_workers_and_upkeep_on_the_same_users_leave_true_books(
-    host: Host, connection: Connection, engine: Engine, rounds: int
+    host: Host, connection: Connection, engine: Engine, rounds: int, partitions: int | None
 ) -> None:
+    if partitions is not None:
+        with engine.begin() as session:
+            partition_by_user(session, partitions)
     users = [host.subscriber(500_000_000) for _ in range(5)]
     run_at_once(
         [host_writer(engine, users, seed, rounds) for seed in range(WRITERS)]
