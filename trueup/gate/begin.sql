@@ -13,9 +13,9 @@ IF NOT pg_try_advisory_xact_lock({{ turn_of(user) }}) THEN
     END IF;
 {%- endmacro %}
 
-{# A clause of functions that read a few rows. The plans of a session may be made while the tables are empty: without it,
-   they would read each table from end to end until autovacuum has seen its rows. Compiling a plan takes longer than any of
-   them. #}
+{# A clause of the functions that tasks and workers call, which read a few rows of large tables. A session may plan them while
+   PostgreSQL knows the tables as empty: without it, they would read each table from end to end until autovacuum has seen its
+   rows. Compiling a plan takes longer than any of them. #}
 {% set by_index = "SET enable_seqscan = off SET jit = off SET plan_cache_mode = force_generic_plan" %}
 
 {# Refuse as trueup.require_counted() does, which a session asks once a second, or once in `trueup.recount_after` if a role

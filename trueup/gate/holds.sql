@@ -230,7 +230,7 @@ END $$;
 -- is locked now, so a heartbeat never waits and never deadlocks.
 CREATE OR REPLACE FUNCTION trueup.keep_holds(
     p_holds jsonb, p_lease interval, p_ttl interval, p_most interval, at timestamptz
-) RETURNS bigint LANGUAGE sql AS $$
+) RETURNS bigint LANGUAGE sql {{ by_index }} AS $$
     WITH clock AS MATERIALIZED (
         SELECT coalesce(keep_holds.at, clock_timestamp()) AS now
     ), living AS (
@@ -251,7 +251,7 @@ $$;
 -- A worker saw a process die: the calls of that process are no longer in flight, and their outcome is unknown.
 -- Does nothing if the process has lost the hold: then its attempt number is not known.
 CREATE OR REPLACE FUNCTION trueup.abandon_calls(p_user {{ user_id_type }}, p_task text, p_owner text)
-RETURNS void LANGUAGE sql AS $$
+RETURNS void LANGUAGE sql {{ by_index }} AS $$
     UPDATE trueup.call_intent c SET outcome = 'unknown'
     FROM trueup.hold h
     WHERE h.user_id = p_user AND h.task_id = p_task AND h.status = 'open' AND h.owner = p_owner
@@ -312,7 +312,7 @@ END $$;
 -- holds that stay open for calls in flight. Users whose balance row is locked are skipped: the transaction that has the
 -- lock, or the next sweep, ends their holds.
 CREATE OR REPLACE FUNCTION trueup.expire_holds(p_limit integer, at timestamptz)
-RETURNS TABLE (holds bigint, tokens bigint) LANGUAGE plpgsql AS $$
+RETURNS TABLE (holds bigint, tokens bigint) LANGUAGE plpgsql {{ by_index }} AS $$
 DECLARE
     v_at timestamptz := coalesce(at, clock_timestamp());
     v_users {{ user_id_type }}[];
@@ -320,9 +320,9 @@ BEGIN
     -- Lock first, in a separate statement: the next statement then sees the holds as they are under the locks.
     SELECT array_agg(locked.user_id) INTO v_users FROM (
         SELECT b.user_id FROM trueup.balance b
-        WHERE b.user_id IN (
+        WHERE b.user_id = ANY (ARRAY(
             SELECT h.user_id FROM trueup.hold h WHERE h.status = 'open' AND h.expires_at <= v_at
-            ORDER BY h.expires_at LIMIT p_limit)
+            ORDER BY h.expires_at LIMIT p_limit))
         FOR UPDATE SKIP LOCKED
     ) AS locked;
     RETURN QUERY
@@ -331,7 +331,7 @@ BEGIN
     ), given_back AS (
         UPDATE trueup.balance b SET held = b.held - e.freed
         FROM (SELECT x.user_id, sum(x.freed) AS freed FROM ended x GROUP BY x.user_id) e
-        WHERE b.user_id = e.user_id
+        WHERE b.user_id = e.user_id AND b.user_id = ANY (v_users)
     )
     SELECT count(*) FILTER (WHERE ended.expired), coalesce(sum(ended.freed), 0)::bigint FROM ended;
 END $$;

@@ -1,4 +1,4 @@
-{% from "gate/begin.sql" import queue_for %}
+{% from "gate/begin.sql" import by_index, queue_for %}
 {% from "gate/store_balance.sql" import store_balance %}
 -- Owed charges: usage that a provider was paid for, and whose row the usage log refused. An owed charge counts as usage
 -- wherever the log's rows do (host/rows.sql), until the log takes its row.
@@ -69,7 +69,7 @@ END $$;
 -- the host has deleted the user. False: the host refused the row again.
 CREATE OR REPLACE FUNCTION trueup.settle_owed_charge(
     p_user {{ user_id_type }}, p_task text, p_call_key text, at timestamptz
-) RETURNS boolean LANGUAGE plpgsql AS $$
+) RETURNS boolean LANGUAGE plpgsql {{ by_index }} AS $$
 DECLARE
     a record;
     o trueup.owed_charge;

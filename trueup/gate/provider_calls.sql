@@ -1,4 +1,4 @@
-{% from "gate/begin.sql" import queue_for %}
+{% from "gate/begin.sql" import by_index, queue_for %}
 {% from "gate/store_balance.sql" import store_balance %}
 -- Provider calls. The intent of a call that was never charged stays as evidence.
 
@@ -10,7 +10,7 @@ CREATE OR REPLACE FUNCTION trueup.begin_call(
     p_user {{ user_id_type }}, p_task text, p_attempt integer, p_call_key text, p_bound bigint,
     p_lease interval, p_ttl interval, at timestamptz,
     OUT granted boolean, OUT overtaken boolean, OUT tokens_left bigint
-) LANGUAGE plpgsql AS $$
+) LANGUAGE plpgsql {{ by_index }} AS $$
 DECLARE
     v_at timestamptz := coalesce(at, clock_timestamp());
 BEGIN
@@ -33,7 +33,7 @@ END $$;
 -- End a call without usage. p_unknown: its cost is not known, so its intent is kept. Otherwise it cost nothing.
 CREATE OR REPLACE FUNCTION trueup.end_call(
     p_user {{ user_id_type }}, p_task text, p_attempt integer, p_call_key text, p_unknown boolean
-) RETURNS void LANGUAGE plpgsql AS $$
+) RETURNS void LANGUAGE plpgsql {{ by_index }} AS $$
 BEGIN
     IF p_unknown THEN
         UPDATE trueup.call_intent c SET outcome = 'unknown'
@@ -50,7 +50,7 @@ END $$;
 CREATE OR REPLACE FUNCTION trueup.extend_hold(
     p_user {{ user_id_type }}, p_task text, p_attempt integer, p_feature text, p_tokens bigint, p_mode text,
     INOUT at timestamptz, OUT overtaken boolean, OUT reason text, OUT tokens_left bigint
-) LANGUAGE plpgsql AS $$
+) LANGUAGE plpgsql {{ by_index }} AS $$
 DECLARE
     a record;
     v_replay boolean;

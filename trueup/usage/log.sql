@@ -1,4 +1,4 @@
-{% from "gate/begin.sql" import queue_for %}
+{% from "gate/begin.sql" import by_index, queue_for %}
 {% from "gate/store_balance.sql" import store_balance %}
 {% from "host/search_path.sql" import own_search_path, role_search_path %}
 -- Usage that host code reports about its own calls: no hold, no task, one log row for each idempotency key.
@@ -16,7 +16,7 @@ CREATE OR REPLACE FUNCTION trueup.record_usage(
     p_metadata jsonb, p_created_at timestamptz, p_skew interval, INOUT at timestamptz,
     OUT recorded boolean, OUT differs boolean, OUT in_future boolean, OUT too_large text, OUT log_id text,
     OUT owed_because text
-) LANGUAGE plpgsql AS $$
+) LANGUAGE plpgsql {{ by_index }} AS $$
 DECLARE
     a record;
     o trueup.owed_charge;
