@@ -15,6 +15,7 @@ from trueup.gate.provider_calls import end_call
 from trueup.llm.output_cap import Demand, cap_output
 from trueup.llm.running import RunningHold
 from trueup.settings.settings import Settings
+from trueup.usage.charge_events import deliver_soon
 from trueup.usage.charges import Charge, Usage, charged_numbers, find_answer, record_charge
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ def charge(call: Call, usage: Usage, *, metadata: dict[str, Any], answer: dict[s
         ),
         f"user {hold.user_id}, task {hold.task_id}, call {call.key}, {usage.total_tokens} tokens",
     )
+    deliver_soon()
     call.running.tokens_left = charged.tokens_left
     call.running.is_lost = call.running.is_lost or charged.late
     _warn_if_uncovered(hold, call.key, charged)

@@ -16,6 +16,8 @@ from trueup.database.calls import call
 from trueup.errors import UnknownUserError
 from trueup.gate.holds import Hold
 from trueup.host.sql import UNCOUNTABLE
+from trueup.settings.settings import get_settings
+from trueup.usage.charge_events import with_event
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +62,15 @@ class Charge:
     closed: bool = False
 
 
-_RECORD = text(
-    """
-    SELECT recorded, bought_twice, late, tokens_over, tokens_left, owed_because, closed
+_RECORD_SQL = """
+    SELECT at, recorded, bought_twice, late, tokens_over, tokens_left, owed_because, closed
     FROM trueup.record_charge(:user_id, :task_id, :attempt, :call_key, :log_id, :section,
                               :prompt_tokens, :completion_tokens, :total_tokens, :response_time_ms, :model_name,
                               CAST(:metadata AS jsonb), CAST(:answer AS jsonb), CAST(:now AS timestamptz),
                               CAST(:classes AS jsonb), :last)
     """
-)
+_RECORD = text(_RECORD_SQL)
+_RECORD_WITH_EVENT = with_event(_RECORD_SQL)
 
 
 def record_charge(
@@ -110,14 +112,17 @@ def record_charge(
         "classes": None if usage.classes is None else json.dumps(dict(usage.classes)),
         "last": last,
     }
+    statement = _RECORD
+    if get_settings().on_charge is not None:
+        statement, values["feature_name"] = _RECORD_WITH_EVENT, _storable_text(hold.feature_name)
     try:
-        [row] = call(connection, _RECORD, values)
+        [row] = call(connection, statement, values)
         if row.bought_twice:
             # Two attempts made the same call, and the provider billed both. Both are recorded, each with its answer,
             # because the answer of the other attempt may be incomplete.
             own_key = f"{call_key}~{hold.attempt}"
             own = values | {"call_key": own_key, "log_id": str(_log_id(hold, own_key))}
-            [row] = call(connection, _RECORD, own)
+            [row] = call(connection, statement, own)
     except IntegrityError as error:
         if not isinstance(error.orig, ForeignKeyViolation):
             raise
