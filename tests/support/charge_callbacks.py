@@ -1,4 +1,4 @@
-"""Functions of a host for TRUEUP_ON_CHARGE. They write what they are told into a file, so that a test can read it."""
+"""Functions of a host for TRUEUP_ON_CHARGE. They write their charges into a file, so that a test can read it."""
 
 import json
 import os
@@ -16,7 +16,7 @@ def _file() -> Path:
 
 
 def told() -> list[dict[str, Any]]:
-    """Return what `remember` was told, in the order of its calls."""
+    """Return what `remember` got, in the order of its calls."""
     return [json.loads(line) for line in _file().read_text().splitlines()] if _file().exists() else []
 
 

@@ -1,4 +1,4 @@
-"""The host's function is told of each charge after its commit, at least once, and never stops a charge."""
+"""The host's function gets each charge after its commit, at least once, and never stops one."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -117,7 +117,7 @@ def test_the_process_that_charges_tells_it_at_once(host: Host, user: int, on_cha
         hold.charge(prompt_tokens=200, completion_tokens=100, model_name="m", key="one")
         wait_for(told, "the function is told while the block runs")
     track_ai_usage(user, section="chat", prompt_tokens=5, completion_tokens=6, model_name="m", key="k")
-    wait_for(lambda: len(told()) == 2, "the function is told of reported usage")
+    wait_for(lambda: len(told()) == 2, "the function gets reported usage")
     assert [(one["feature_name"], one["total_tokens"], one["user_id"]) for one in told()] == [
         ("Summaries", 300, user),
         (None, 11, user),

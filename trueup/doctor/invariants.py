@@ -114,7 +114,7 @@ def _awaited_charges(connection: Connection) -> Iterator[Finding]:
 
 
 def check_charge_events(connection: Connection, settings: Settings) -> Iterator[Finding]:
-    """Check that the host's function is told of its charges in time."""
+    """Check that the host's function gets each charge in time."""
     figures = read_gauges(connection)
     events, oldest = int(figures["charge_events"][0] or 0), figures["oldest_charge_event_seconds"][0]
     detail = {"events": events, "oldest_seconds": oldest}

@@ -137,14 +137,14 @@ def _deliver(path: str, row: Row[Any]) -> bool:
 
 @lru_cache(maxsize=1)
 def load_callback(path: str) -> Callable[[ChargeEvent], object]:
-    """Return the function at a dotted path. Raises `SettingsError` if there is none that trueup can call."""
+    """Return the function at a dotted path. Raises `SettingsError` if trueup can call no function there."""
     module, _, name = path.rpartition(".")
     try:
         function = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise SettingsError(f"on_charge (TRUEUP_ON_CHARGE): {path} can't be imported ({error}). Correct it.") from error
     if not callable(function) or iscoroutinefunction(function):
-        raise SettingsError(f"on_charge (TRUEUP_ON_CHARGE): {path} is no plain function. Give one that is not async.")
+        raise SettingsError(f"on_charge (TRUEUP_ON_CHARGE): {path} is no plain function. Give a def, not an async def.")
     return function  # type: ignore[no-any-return]
 
 
