@@ -17,6 +17,7 @@ from trueup.errors import UnknownUserError
 from trueup.gate.holds import Hold
 from trueup.host.sql import UNCOUNTABLE
 from trueup.settings.settings import get_settings
+from trueup.telemetry import Value, span
 from trueup.usage.charge_events import with_event
 
 logger = logging.getLogger(__name__)
@@ -112,17 +113,11 @@ def record_charge(
         "classes": None if usage.classes is None else json.dumps(dict(usage.classes)),
         "last": last,
     }
-    statement = _RECORD
-    if get_settings().on_charge is not None:
-        statement, values["feature_name"] = _RECORD_WITH_EVENT, _storable_text(hold.feature_name)
+    about: dict[str, Value] = {"trueup.feature": hold.feature_name, "trueup.task_id": hold.task_id}
     try:
-        [row] = call(connection, statement, values)
-        if row.bought_twice:
-            # Two attempts made the same call, and the provider billed both. Both are recorded, each with its answer,
-            # because the answer of the other attempt may be incomplete.
-            own_key = f"{call_key}~{hold.attempt}"
-            own = values | {"call_key": own_key, "log_id": str(_log_id(hold, own_key))}
-            [row] = call(connection, statement, own)
+        with span("trueup.charge", about | {"trueup.tokens.charged": total_tokens}) as traced:
+            row = _record(connection, hold, values)
+            traced.set({"trueup.charge.recorded": row.recorded, "trueup.charge.late": row.late})
     except IntegrityError as error:
         if not isinstance(error.orig, ForeignKeyViolation):
             raise
@@ -140,6 +135,20 @@ def record_charge(
         owed=row.owed_because is not None,
         closed=bool(row.closed),
     )
+
+
+def _record(connection: Connection, hold: Hold, values: dict[str, Any]) -> Any:
+    statement = _RECORD
+    if get_settings().on_charge is not None:
+        statement, values["feature_name"] = _RECORD_WITH_EVENT, _storable_text(hold.feature_name)
+    [row] = call(connection, statement, values)
+    if row.bought_twice:
+        # Two attempts made the same call, and the provider billed both. Both are recorded, each with its answer,
+        # because the answer of the other attempt may be incomplete.
+        own_key = f"{values['call_key']}~{hold.attempt}"
+        own = values | {"call_key": own_key, "log_id": str(_log_id(hold, own_key))}
+        [row] = call(connection, statement, own)
+    return row
 
 
 # The state of a charge whose row the host writes (`usage_log.record`), until the row is there.
