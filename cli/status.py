@@ -64,6 +64,7 @@ def _facts(status: Status) -> dict[str, object]:
         "  their tokens, at most": status.unrecorded_tokens_bound,
         "  owed charges": status.owed_charges,
         "  tokens of owed charges": status.owed_tokens,
+        "  charges not yet told to on_charge": status.charge_events,
         "  messages, perhaps sent": status.unknown_effects,
     }
 

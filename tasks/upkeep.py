@@ -1,4 +1,4 @@
-"""Maintenance tasks that beat sends: expire the holds of dead workers, settle owed charges, and delete old rows."""
+"""Maintenance tasks that beat sends: expire holds, settle owed charges, deliver charge events, delete old rows."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,11 +13,13 @@ from trueup.gate.modes import prune_observed_denials as prune_denials
 from trueup.gate.owed_charges import settle_owed_charges as settle_charges
 from trueup.settings.settings import get_settings
 from trueup.tasks.reconcile import reconcile_counters, reconcile_shard, sweep_runs
+from trueup.usage.charge_events import deliver_charge_events as deliver_events
 from trueup.usage.charges import prune_answers as prune
 from trueup.usage.task_requests import prune_requests as prune_old_requests
 
 # A host's application that includes this module gets the reconcile tasks too.
 __all__ = [
+    "deliver_charge_events",
     "expire_holds",
     "prune_answers",
     "prune_journal",
@@ -49,6 +51,13 @@ def settle_owed_charges() -> dict[str, int]:
     """Try again to write the usage rows that the host's log refused. Returns how many it took, and how many not."""
     settled, refused = retrying(settle_charges)
     return {"settled": settled, "refused": refused}
+
+
+@shared_task(name="trueup.deliver_charge_events", acks_late=True)
+def deliver_charge_events() -> dict[str, int]:
+    """Call the host's function for charges of which it was not told. Returns how many calls succeeded and failed."""
+    delivered, failed = deliver_events()
+    return {"delivered": delivered, "failed": failed}
 
 
 @shared_task(name="trueup.prune_answers", acks_late=True)

@@ -74,8 +74,9 @@ def test_the_extras_are_those_of_the_package_and_name_its_modules() -> None:
     }
     [everything] = project["optional-dependencies"]["all"]
     assert Requirement(everything).extras == set(EXTRAS) == set(declared) - {"all"}
-    # Several distributions bring modules of the package `google`.
-    brought = {**packages_distributions(), "google.genai": ["google-genai"]}
+    # Several distributions bring modules of these packages.
+    api = {name: ["opentelemetry-api"] for name in ("opentelemetry.metrics", "opentelemetry.trace")}
+    brought = {**packages_distributions(), "google.genai": ["google-genai"], **api}
     for extra, modules in EXTRAS.items():
         assert {canonicalize_name(name) for module in modules for name in brought[module]} == declared[extra]
 

@@ -37,11 +37,13 @@ if TYPE_CHECKING:
     from trueup.llm.streaming import astream_with_tokens, stream_with_tokens
     from trueup.llm.transport.clients import async_http_client, genai_http_options, http_client
     from trueup.tasks.metered import metered_task
+    from trueup.usage.charge_events import ChargeEvent
     from trueup.usage.tracker import ai_usage, track_ai_usage
     from trueup.worker.upkeep import add_upkeep
 
 __all__ = [
     "AsyncModel",
+    "ChargeEvent",
     "Completion",
     "HoldBusyError",
     "HoldExhaustedError",
@@ -78,6 +80,7 @@ __all__ = [
 # Type checkers read the imports above, Python reads this table. A test compares both with `__all__`.
 _MODULES = {
     "AsyncModel": "trueup.llm.model",
+    "ChargeEvent": "trueup.usage.charge_events",
     "Completion": "trueup.llm.model",
     "HoldBusyError": "trueup.errors",
     "HoldExhaustedError": "trueup.errors",

@@ -13,8 +13,10 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "features": ("bpe_openai", "extruct", "html_text", "lxml", "price_parser", "pycountry"),
     "gemini": ("bpe_openai", "google.genai", "httpx2"),
     "openai": ("bpe_openai", "httpx2", "openai"),
+    "otel": ("opentelemetry.metrics", "opentelemetry.trace"),
     "redbeat": ("redbeat",),
     "sdks": ("bpe_openai", "httpx2"),
+    "tokenizers": ("tokenizers",),
 }
 
 

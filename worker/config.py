@@ -13,6 +13,7 @@ from trueup.tasks.reconcile import SWEEP_INTERVAL_SECONDS
 SOFT_LIMIT_MARGIN_SECONDS = 60
 PRUNE_INTERVAL_SECONDS = 3600
 ALERT_INTERVAL_SECONDS = 60
+DELIVER_INTERVAL_SECONDS = 30
 # Beat requests a deep pass this often. The pass starts if its period has had none, so that a busy worker skips none.
 DEEP_ASKED_SECONDS = 600
 # A client waits this long for Redis.
@@ -62,6 +63,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
             "trueup.reconcile_*": {"queue": RECONCILE_QUEUE},
             "trueup.prune_*": {"queue": RECONCILE_QUEUE},
             "trueup.settle_owed_charges": {"queue": RECONCILE_QUEUE},
+            "trueup.deliver_charge_events": {"queue": RECONCILE_QUEUE},
             "trueup.sweep_runs": {"queue": RECONCILE_QUEUE},
             "trueup.expire_holds": {"queue": RECONCILE_QUEUE},
             "trueup.check_alerts": {"queue": RECONCILE_QUEUE},
@@ -111,6 +113,11 @@ def beat_schedule(settings: Settings) -> dict[str, Any]:
         "sweep-runs": _every(SWEEP_INTERVAL_SECONDS, "trueup.sweep_runs"),
         "expire-holds": _every(settings.expire_interval_seconds, "trueup.expire_holds"),
         "settle-owed-charges": _every(settings.expire_interval_seconds, "trueup.settle_owed_charges"),
+        **(
+            {"deliver-charge-events": _every(DELIVER_INTERVAL_SECONDS, "trueup.deliver_charge_events")}
+            if settings.on_charge
+            else {}
+        ),
         "prune-answers": _every(PRUNE_INTERVAL_SECONDS, "trueup.prune_answers"),
         "prune-journal": _every(PRUNE_INTERVAL_SECONDS, "trueup.prune_journal"),
         "prune-requests": _every(PRUNE_INTERVAL_SECONDS, "trueup.prune_requests"),

@@ -35,9 +35,9 @@ _CLEAR = text(
     """
     TRUNCATE public.accounts_user, public.billing_tokenplan, public.billing_fullplan, public.billing_subscription,
              public.ai_usage_log, trueup.balance, trueup.usage_delta, trueup.log_truncation, trueup.token_grant,
-             trueup.hold, trueup.charge, trueup.owed_charge, trueup.call_intent, trueup.outbox, trueup.reconcile_run,
-             trueup.reconcile_shard, trueup.drift, trueup.drift_decision, trueup.defect, trueup.grant_use,
-             trueup.window_change, trueup.alert, trueup.counter_entry, trueup.denial
+             trueup.hold, trueup.charge, trueup.owed_charge, trueup.charge_event, trueup.call_intent, trueup.outbox,
+             trueup.reconcile_run, trueup.reconcile_shard, trueup.drift, trueup.drift_decision, trueup.defect,
+             trueup.grant_use, trueup.window_change, trueup.alert, trueup.counter_entry, trueup.denial
     RESTART IDENTITY CASCADE
     """
 )

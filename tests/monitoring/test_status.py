@@ -51,6 +51,8 @@ def test_where_nothing_has_happened_there_are_zeros_and_no_times(connection: Con
         unrecorded_tokens_bound=0,
         owed_charges=0,
         owed_tokens=0,
+        charge_events=0,
+        oldest_charge_event_seconds=None,
         unknown_effects=0,
         observed_denials=0,
         observed_denial_tokens=0,

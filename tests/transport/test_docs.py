@@ -50,5 +50,9 @@ def test_there_is_an_example_for_each_sdk() -> None:
 
 
 @pytest.mark.parametrize("block", re.findall(r"^```toml\n(.*?)^```", MANUAL, re.MULTILINE | re.DOTALL))
-def test_the_settings_of_the_manual_are_valid(block: str) -> None:
+def test_the_settings_of_the_manual_are_valid(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in re.findall(r'"file:(.*)"', block):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).touch()
+    monkeypatch.chdir(tmp_path)
     Settings.model_validate(tomllib.loads(block))

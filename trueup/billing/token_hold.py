@@ -23,6 +23,7 @@ from trueup.gate.holds import Hold, close_abandoned_hold, close_hold, open_hold
 from trueup.gate.provider_calls import extend_hold
 from trueup.host.fields import check_section
 from trueup.settings.settings import get_settings
+from trueup.usage.charge_events import deliver_soon
 from trueup.usage.charges import Charge, Usage, record_charge
 from trueup.usage.validation import check_count, check_counts, check_key, check_metadata, check_name
 
@@ -119,6 +120,7 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
             ),
             f"user={hold.user_id} task={hold.task_id} call={call_key} tokens={total}",
         )
+        deliver_soon()
         # Of concurrent charges, the first to be written may be the last to return.
         self._tokens_left = min(self._tokens_left, charge.tokens_left)
         self._is_closed = self._is_closed or charge.closed

@@ -125,6 +125,7 @@ _INSTALLED: tuple[tuple[str, Check], ...] = (
     ("holds", invariants.check_holds),
     ("calls", invariants.check_unresolved),
     ("owed_charges", invariants.check_owed_charges),
+    ("charge_events", invariants.check_charge_events),
     ("reconcile", invariants.check_runs),
     ("beat", invariants.check_beat),
     ("books", invariants.check_invariants),

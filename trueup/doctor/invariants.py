@@ -12,8 +12,11 @@ from trueup.monitoring.status import read_gauges
 from trueup.reconcile.audit import OVERDUE_AFTER
 from trueup.reconcile.missed_runs import find_missed_runs
 from trueup.settings.settings import Settings
+from trueup.usage.charge_events import last_failure
 from trueup.usage.outbox import count_unresolved_effects
 
+# A charge is told at once, and after a failure within an hour.
+OLD_EVENT_SECONDS = 300
 # A task keeps its hold while it retries, but never for a day.
 OLD_HOLD_SECONDS = 86_400
 # The number of balances that are compared with the log. `trueup reconcile --deep` compares all.
@@ -108,6 +111,28 @@ def _awaited_charges(connection: Connection) -> Iterator[Finding]:
         'remove record = "host" under [host.usage_log].',
         **figures,
     )
+
+
+def check_charge_events(connection: Connection, settings: Settings) -> Iterator[Finding]:
+    """Check that the host's function gets each charge in time."""
+    figures = read_gauges(connection)
+    events, oldest = int(figures["charge_events"][0] or 0), figures["oldest_charge_event_seconds"][0]
+    detail = {"events": events, "oldest_seconds": oldest}
+    if oldest is None or oldest < OLD_EVENT_SECONDS:
+        yield ok("charge_events", f"{events} charges wait until on_charge is called.", **detail)
+        return
+    what = f"{events} charges have not been told to on_charge, the oldest for {oldest / 60:.0f} minutes."
+    if settings.on_charge is None:
+        remedy = "Set TRUEUP_ON_CHARGE again, or run DELETE FROM trueup.charge_event to forget them."
+        yield warning("charge_events", what, remedy, **detail)
+        return
+    failure = last_failure(connection)
+    if failure is not None:
+        what = f"{what} The oldest failure: {failure}"
+        remedy = "Correct the function. trueup calls it again within an hour."
+    else:
+        remedy = "Check that beat and a worker of queue trueup-reconcile run, and that both have TRUEUP_ON_CHARGE."
+    yield warning("charge_events", what, remedy, **detail)
 
 
 def check_runs(connection: Connection, settings: Settings) -> Iterator[Finding]:

@@ -78,6 +78,9 @@ def _needed_extras(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "redbeat", "TRUEUP_BEAT_SCHEDULER=redbeat"
     if settings.alerts.apprise_urls:
         yield "apprise", "alerts.apprise_urls"
+    for pattern, model in settings.models.items():
+        if model.tokenizer_file is not None:
+            yield "tokenizers", f'tokenizer = "{model.tokenizer}" of model "{pattern}"'
     if settings.api.has_key:
         yield "api", "A key for the HTTP API"
 

@@ -24,6 +24,7 @@ from trueup.errors import DenialPayload, HoldBusyError, TaskIdReusedError, Token
 from trueup.gate.denial import describe_denial
 from trueup.host.sections import require_section
 from trueup.settings.settings import get_settings
+from trueup.telemetry import span
 
 
 class CallNumbers:
@@ -148,7 +149,7 @@ def open_hold(
     `TaskIdReusedError` while another request with this id has one, `InvalidInputError` for a malformed estimate
     and for a section that the host's log refuses, `SeveralSubscriptionsError`.
     """
-    row = _execute_open(
+    row = _traced_open(
         connection,
         {
             "user_id": user_id,
@@ -186,6 +187,15 @@ def open_hold(
         retries=retries,
         follows=row.follows,
     )
+
+
+def _traced_open(connection: Connection, values: dict[str, Any]) -> Any:
+    about = {"trueup.feature": values["feature_name"], "trueup.task_id": values["task_id"]}
+    with span("trueup.gate", {**about, "trueup.tokens.estimated": values["tokens"]}) as traced:
+        row = _execute_open(connection, values)
+        in_use = "in_use" if row.reused or row.busy_until is not None else "admitted"
+        traced.set({"trueup.gate.outcome": row.reason or in_use})
+    return row
 
 
 def _execute_open(connection: Connection, values: dict[str, Any]) -> Any:

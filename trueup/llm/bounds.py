@@ -16,7 +16,7 @@ from trueup.database.retry import retrying
 from trueup.errors import TrueupError
 from trueup.llm.text_classes import classes_of
 from trueup.llm.texts import without_lone_surrogates
-from trueup.llm.tokens import BoundCounter, EncodingCounter, TokenCounter, counter_for
+from trueup.llm.tokens import BoundCounter, EncodingCounter, FileCounter, TokenCounter, counter_for
 from trueup.settings.models import settings_of_model
 from trueup.settings.settings import Settings
 
@@ -105,8 +105,13 @@ def bounding_counter(model_name: str, settings: Settings) -> TokenCounter:
 
 
 def assigned_counter(model_name: str, settings: Settings) -> TokenCounter | None:
-    """Return the counter that the settings give to a model; None if they give none."""
+    """Return the counter that the settings give to a model; None if they give none.
+
+    Raises `SettingsError` for a tokenizer's file that can't be read, `MissingExtraError` without its library.
+    """
     known = settings_of_model(settings.models, model_name)
+    if known.tokenizer_file is not None:
+        return FileCounter(known.tokenizer_file)
     if known.tokenizer is not None:
         return AssignedCounter(known.tokenizer)
     return None if known.ratio is None else RatioCounter(int(known.ratio * _UNIT) + 1)

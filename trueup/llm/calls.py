@@ -14,7 +14,9 @@ from trueup.gate.holds import Hold
 from trueup.gate.provider_calls import end_call
 from trueup.llm.output_cap import Demand, cap_output
 from trueup.llm.running import RunningHold
+from trueup.llm.traced_calls import Operation, TracedCall
 from trueup.settings.settings import Settings
+from trueup.usage.charge_events import deliver_soon
 from trueup.usage.charges import Charge, Usage, charged_numbers, find_answer, record_charge
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ class Call:
     number: int
     key: str
     limit: int
+    traced: TracedCall
     paid: dict[str, Any] | None = None
 
 
@@ -43,23 +46,31 @@ def fingerprint_of(request: Any) -> str:
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def begin(running: RunningHold, fingerprint: str, demand: Callable[[], Demand], settings: Settings) -> Call:
+def begin(
+    running: RunningHold, fingerprint: str, demand: Callable[[], Demand], settings: Settings, operation: Operation
+) -> Call:
     """Return the call with its paid answer, or admit it under a bound and record its intent.
 
-    `demand`: what the call may cost; asked for only if the call is not paid. Raises `HoldExhaustedError` if the hold
-    does not cover it, `HoldOvertakenError` if a later attempt has the hold, and what `demand` raises.
+    `demand`: what the call may cost; asked for only if the call is not paid. `operation`: for traces. Raises
+    `HoldExhaustedError` if the hold does not cover it, `HoldOvertakenError` if a later attempt has the hold, and what
+    `demand` raises.
     """
     hold = running.hold
     if running.is_lost:
         raise HoldOvertakenError(hold.task_id, hold.attempt)
     number, paid = _number(hold, fingerprint)
     key = _key(hold, fingerprint, number)
+    traced = TracedCall(operation, hold.task_id, hold.feature_name)
     try:
-        limit = 0 if paid is not None else cap_output(running, demand(), call_key=key, settings=settings)
-    except BaseException:  # not sent, so not billed
+        with traced.current():
+            limit = 0 if paid is not None else cap_output(running, demand(), call_key=key, settings=settings)
+    except BaseException as error:  # not sent, so not billed
         hold.calls.give_back(fingerprint, number)
+        traced.gave_up(type(error).__name__)
         raise
-    return Call(running=running, fingerprint=fingerprint, number=number, key=key, limit=limit, paid=paid)
+    if paid is not None:
+        traced.replayed()
+    return Call(running=running, fingerprint=fingerprint, number=number, key=key, limit=limit, traced=traced, paid=paid)
 
 
 def _number(hold: Hold, fingerprint: str) -> tuple[int, dict[str, Any] | None]:
@@ -94,8 +105,12 @@ def _key(hold: Hold, fingerprint: str, number: int | None) -> str:
     return f"{hold.scope}:{fingerprint}:{'' if number is None else number}"
 
 
-def end_without_usage(call: Call, *, unknown: bool) -> None:
-    """Record that a call failed. `unknown`: it may have been billed, so its intent stays as evidence."""
+def end_without_usage(call: Call, *, unknown: bool, error_type: str = "_OTHER") -> None:
+    """Record that a call failed. `unknown`: it may have been billed, so its intent stays as evidence.
+
+    `error_type`: the error's name, for traces.
+    """
+    call.traced.failed(error_type)
     with suppress(*PASSING):  # the intent then stays started, which reports the call as unrecorded
         retrying(lambda connection: end_call(connection, call.running.hold, call_key=call.key, unknown=unknown))
     if not unknown:
@@ -109,12 +124,19 @@ def charge(call: Call, usage: Usage, *, metadata: dict[str, Any], answer: dict[s
     """
     hold = call.running.hold
     named = {"task_id": hold.task_id, "feature": hold.feature_name, "call": call.key}
-    charged = retry_until_recorded(
-        lambda connection: record_charge(
-            connection, hold, call_key=call.key, usage=usage, metadata=named | metadata, answer=answer
-        ),
-        f"user {hold.user_id}, task {hold.task_id}, call {call.key}, {usage.total_tokens} tokens",
-    )
+    try:
+        with call.traced.current():
+            charged = retry_until_recorded(
+                lambda connection: record_charge(
+                    connection, hold, call_key=call.key, usage=usage, metadata=named | metadata, answer=answer
+                ),
+                f"user {hold.user_id}, task {hold.task_id}, call {call.key}, {usage.total_tokens} tokens",
+            )
+    except BaseException as error:
+        call.traced.gave_up(type(error).__name__)
+        raise
+    call.traced.charged(usage, is_new=charged.recorded)
+    deliver_soon()
     call.running.tokens_left = charged.tokens_left
     call.running.is_lost = call.running.is_lost or charged.late
     _warn_if_uncovered(hold, call.key, charged)

@@ -16,6 +16,7 @@ from trueup.llm.model import Completion, CompletionStream, Message, Provider
 from trueup.llm.output_cap import Demand
 from trueup.llm.running import RunningHold, running_or_refuse
 from trueup.llm.tokens import count_prompt_tokens
+from trueup.llm.traced_calls import Operation
 from trueup.llm.weights import counted_tokens, weighted
 from trueup.settings.settings import Settings
 from trueup.usage.charges import Usage
@@ -118,6 +119,7 @@ class MeteredModel(AwaitableModel):
                 self._settings,
             ),
             self._settings,
+            Operation.of_settings(self._settings),
         )
 
     def _prompt_tokens(self, messages: Sequence[Message]) -> int:
@@ -148,7 +150,7 @@ def _noted_failure(call: Call) -> Iterator[None]:
     try:
         yield
     except ProviderError as error:
-        end_without_usage(call, unknown=error.outcome_unknown)
+        end_without_usage(call, unknown=error.outcome_unknown, error_type=type(error).__name__)
         raise
 
 

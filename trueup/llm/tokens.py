@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from trueup.errors import SettingsError
 from trueup.extras import require_extra
 from trueup.llm.model import Message
 from trueup.llm.texts import without_lone_surrogates
@@ -35,6 +36,9 @@ _EXACT_PER_PROMPT = 3
 _BOUND_PER_MESSAGE = 16
 _BOUND_PER_PROMPT = 128
 _BOUND_BYTES_PER_TOKEN = 4  # of English prose
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _BINDINGS = "bpe_openai._bindings"
 _loading = threading.Lock()
@@ -84,6 +88,21 @@ class BoundCounter:
         compatible = unicodedata.normalize("NFKC", text)
         forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD", "NFKD")]
         return 1 + max(len(form.encode()) for form in (text, compatible, compatible.casefold(), *forms))
+
+
+class FileCounter:
+    """Counts with a model's own tokenizer, a `tokenizer.json` of Hugging Face. The model's template is not known.
+
+    Raises `SettingsError` if the file can't be read, `MissingExtraError` without the extra [tokenizers].
+    """
+
+    exact = False
+
+    def __init__(self, path: Path) -> None:
+        self._tokenizer = _tokenizer_of_file(path)
+
+    def count(self, text: str) -> int:
+        return len(self._tokenizer.encode(without_lone_surrogates(text), add_special_tokens=False).ids)
 
 
 def counter_for(model_name: str) -> TokenCounter:
@@ -162,4 +181,25 @@ class _Tokenizer(Protocol):
 @lru_cache(maxsize=4)
 def _tokenizer(encoding: str) -> _Tokenizer:
     tokenizer: _Tokenizer = _bindings().tokenizer_for_encoding(encoding)
+    return tokenizer
+
+
+@lru_cache(maxsize=8)
+def _tokenizer_of_file(path: Path) -> "Tokenizer":
+    feature = f'tokenizer = "file:{path.name}"'
+    require_extra("tokenizers", feature, consequence="Nothing was spent.", otherwise="set a ratio instead")
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise SettingsError(
+            f"models: the tokenizer {path} can't be read ({error}). Nothing was spent. Download the model's "
+            "tokenizer.json again, or set a ratio instead."
+        ) from error
+    # What the file says about long or short prompts is for training: the count must be that of the whole text.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # A user's text that looks like a special token: as text it costs more, and servers differ.
+    tokenizer.encode_special_tokens = True
     return tokenizer

@@ -17,6 +17,8 @@ FIGURES = {
     "unrecorded_tokens_bound": "The most tokens that unrecorded provider calls can have cost.",
     "owed_charges": "Charges whose row the usage log refused.",
     "owed_tokens": "Tokens of owed charges. They count against the budgets.",
+    "charge_events": "Charges of which the host's function has not been told.",
+    "oldest_charge_event_seconds": "Age of the oldest of these charges.",
     "last_reconcile_age_seconds": "Time since the last reconcile run over all users finished.",
     "last_deep_reconcile_age_seconds": "Time since the last deep reconcile run finished.",
     "last_reconcile_in_review": "Drifts that the last reconcile run left for review.",
@@ -32,7 +34,8 @@ class Status:
     `settlement_lag_*`: time from opening a hold to a charge against it. `tokens_over_hold`: tokens charged beyond
     their hold, because a provider billed more than was requested. `overdraft_*`: users beyond their budget, and their
     tokens beyond it. `unrecorded_*`: calls that began and were never recorded, and the most they can have cost.
-    `owed_*`: charges whose row the usage log refused, and their tokens. `observed_*`: tasks that a gate in mode
+    `owed_*`: charges whose row the usage log refused, and their tokens. `charge_events`: charges of which the host's
+    function (`TRUEUP_ON_CHARGE`) has not been told. `observed_*`: tasks that a gate in mode
     `observe` would have denied, and the tokens they requested.
     """
 
@@ -54,6 +57,8 @@ class Status:
     unrecorded_tokens_bound: int
     owed_charges: int
     owed_tokens: int
+    charge_events: int
+    oldest_charge_event_seconds: float | None
     unknown_effects: int
     observed_denials: int
     observed_denial_tokens: int
@@ -77,6 +82,8 @@ _OWED = """owed AS (
         SELECT count(*) AS charges, coalesce(sum(o.total_tokens) FILTER (WHERE o.success), 0) AS tokens
         FROM trueup.owed_charge o
     )"""
+
+_EVENTS = """events AS (SELECT count(*) AS count, min(e.charged_at) AS oldest FROM trueup.charge_event e)"""
 
 # Overdrafts are read from the balances, without the log. A balance is exact except for deltas not yet folded into it.
 _READ_STATUS = text(
@@ -103,7 +110,7 @@ _READ_STATUS = text(
     ), observed AS (
         SELECT count(*) AS denials, coalesce(sum(d.tokens), 0) AS tokens
         FROM trueup.observed_denial d, clock WHERE d.denied_at >= clock.since
-    ), {_UNRECORDED}, {_OWED}
+    ), {_UNRECORDED}, {_OWED}, {_EVENTS}
     SELECT clock.now, open.holds AS open_holds, open.tokens AS tokens_held,
            extract(epoch FROM clock.now - open.oldest) AS oldest_hold_seconds, ended.holds AS expired_holds,
            charged.charges, charged.tokens AS tokens_charged, charged.late AS late_charges,
@@ -111,16 +118,17 @@ _READ_STATUS = text(
            charged.p95 AS settlement_lag_p95_seconds, overdrawn.users AS overdraft_users,
            overdrawn.tokens AS overdraft_tokens, unrecorded.calls AS unrecorded_calls,
            unrecorded.tokens AS unrecorded_tokens_bound, owed.charges AS owed_charges, owed.tokens AS owed_tokens,
+           events.count AS charge_events, extract(epoch FROM clock.now - events.oldest) AS oldest_charge_event_seconds,
            observed.denials AS observed_denials, observed.tokens AS observed_denial_tokens,
            (SELECT max(r.finished_at) FROM trueup.reconcile_run r WHERE r.status = 'finished') AS last_reconcile
-    FROM clock, open, ended, charged, overdrawn, observed, unrecorded, owed
+    FROM clock, open, ended, charged, overdrawn, observed, unrecorded, owed, events
     """
 )
 
 
 _READ_GAUGES = text(
     f"""
-    WITH clock AS (SELECT clock_timestamp() AS now), {_OPEN}, {_UNRECORDED}, {_OWED}, run AS (
+    WITH clock AS (SELECT clock_timestamp() AS now), {_OPEN}, {_UNRECORDED}, {_OWED}, {_EVENTS}, run AS (
         SELECT r.* FROM trueup.reconcile_run r WHERE r.status = 'finished' AND r.only_user IS NULL AND NOT r.dry_run
     ), latest AS (
         SELECT run.finished_at, run.in_review, run.tokens_overstated, run.tokens_understated
@@ -130,12 +138,13 @@ _READ_GAUGES = text(
            extract(epoch FROM clock.now - open.oldest) AS oldest_hold_seconds,
            unrecorded.calls AS unrecorded_calls, unrecorded.tokens AS unrecorded_tokens_bound,
            owed.charges AS owed_charges, owed.tokens AS owed_tokens,
+           events.count AS charge_events, extract(epoch FROM clock.now - events.oldest) AS oldest_charge_event_seconds,
            extract(epoch FROM clock.now - latest.finished_at) AS last_reconcile_age_seconds,
            extract(epoch FROM clock.now - (SELECT run.finished_at FROM run WHERE run.kind = 'deep'
                                            ORDER BY run.id DESC LIMIT 1)) AS last_deep_reconcile_age_seconds,
            latest.in_review AS last_reconcile_in_review, latest.tokens_overstated AS last_reconcile_tokens_overstated,
            latest.tokens_understated AS last_reconcile_tokens_understated
-    FROM clock CROSS JOIN open CROSS JOIN unrecorded CROSS JOIN owed LEFT JOIN latest ON true
+    FROM clock CROSS JOIN open CROSS JOIN unrecorded CROSS JOIN owed CROSS JOIN events LEFT JOIN latest ON true
     """
 )
 

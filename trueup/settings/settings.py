@@ -82,6 +82,9 @@ class Settings(BaseSettings):
     journal_retention_days: int = Field(
         default=30, ge=1, description="settled changes of counters are deleted after this"
     )
+    on_charge: str | None = Field(
+        default=None, description="dotted path of a function that is called after each charge: shop.figures.on_charge"
+    )
     keep_hold_seconds: int = Field(default=60, ge=0, le=600, description="a retry within this keeps its hold")
     resend_unknown_messages: bool = Field(default=False, description="resend a message that may have been sent already")
     gate_retry_max_seconds: int = Field(default=60, ge=1, le=600, description="maximum delay while the gate is down")
@@ -138,6 +141,16 @@ class Settings(BaseSettings):
     @classmethod
     def _empty_is_unset(cls, provider: object) -> object:
         return provider or None
+
+    @field_validator("on_charge")
+    @classmethod
+    def _dotted_path(cls, path: str | None) -> str | None:
+        if not path:
+            return None
+        parts = path.split(".")
+        if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+            raise ValueError("give the dotted path of a function, with its module: shop.figures.on_charge")
+        return path
 
     @field_validator("home")
     @classmethod

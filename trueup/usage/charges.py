@@ -16,6 +16,9 @@ from trueup.database.calls import call
 from trueup.errors import UnknownUserError
 from trueup.gate.holds import Hold
 from trueup.host.sql import UNCOUNTABLE
+from trueup.settings.settings import get_settings
+from trueup.telemetry import Value, span
+from trueup.usage.charge_events import with_event
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +63,15 @@ class Charge:
     closed: bool = False
 
 
-_RECORD = text(
-    """
-    SELECT recorded, bought_twice, late, tokens_over, tokens_left, owed_because, closed
+_RECORD_SQL = """
+    SELECT at, recorded, bought_twice, late, tokens_over, tokens_left, owed_because, closed
     FROM trueup.record_charge(:user_id, :task_id, :attempt, :call_key, :log_id, :section,
                               :prompt_tokens, :completion_tokens, :total_tokens, :response_time_ms, :model_name,
                               CAST(:metadata AS jsonb), CAST(:answer AS jsonb), CAST(:now AS timestamptz),
                               CAST(:classes AS jsonb), :last)
     """
-)
+_RECORD = text(_RECORD_SQL)
+_RECORD_WITH_EVENT = with_event(_RECORD_SQL)
 
 
 def record_charge(
@@ -110,14 +113,11 @@ def record_charge(
         "classes": None if usage.classes is None else json.dumps(dict(usage.classes)),
         "last": last,
     }
+    about: dict[str, Value] = {"trueup.feature": hold.feature_name, "trueup.task_id": hold.task_id}
     try:
-        [row] = call(connection, _RECORD, values)
-        if row.bought_twice:
-            # Two attempts made the same call, and the provider billed both. Both are recorded, each with its answer,
-            # because the answer of the other attempt may be incomplete.
-            own_key = f"{call_key}~{hold.attempt}"
-            own = values | {"call_key": own_key, "log_id": str(_log_id(hold, own_key))}
-            [row] = call(connection, _RECORD, own)
+        with span("trueup.charge", about | {"trueup.tokens.charged": total_tokens}) as traced:
+            row = _record(connection, hold, values)
+            traced.set({"trueup.charge.recorded": row.recorded, "trueup.charge.late": row.late})
     except IntegrityError as error:
         if not isinstance(error.orig, ForeignKeyViolation):
             raise
@@ -135,6 +135,20 @@ def record_charge(
         owed=row.owed_because is not None,
         closed=bool(row.closed),
     )
+
+
+def _record(connection: Connection, hold: Hold, values: dict[str, Any]) -> Any:
+    statement = _RECORD
+    if get_settings().on_charge is not None:
+        statement, values["feature_name"] = _RECORD_WITH_EVENT, _storable_text(hold.feature_name)
+    [row] = call(connection, statement, values)
+    if row.bought_twice:
+        # Two attempts made the same call, and the provider billed both. Both are recorded, each with its answer,
+        # because the answer of the other attempt may be incomplete.
+        own_key = f"{values['call_key']}~{hold.attempt}"
+        own = values | {"call_key": own_key, "log_id": str(_log_id(hold, own_key))}
+        [row] = call(connection, statement, own)
+    return row
 
 
 # The state of a charge whose row the host writes (`usage_log.record`), until the row is there.

@@ -22,6 +22,7 @@ from trueup.errors import InvalidInputError, TrueupError, UnknownUserError
 from trueup.host.fields import check_section
 from trueup.host.sections import require_section
 from trueup.settings.settings import get_settings
+from trueup.usage.charge_events import deliver_soon, with_event
 from trueup.usage.charges import LOG_NAMESPACE, log_owed
 from trueup.usage.validation import check_count, check_counts, check_key, check_metadata, storable_text, too_large
 
@@ -226,14 +227,14 @@ def _check_model_name(name: object) -> str:
     return storable_text(name)[:_MAX_MODEL_NAME]
 
 
-_RECORD = text(
-    """
-    SELECT recorded, differs, in_future, too_large, log_id, owed_because
+_RECORD_SQL = """
+    SELECT at, recorded, differs, in_future, too_large, log_id, owed_because
     FROM trueup.record_usage(:user_id, :task_id, :call_key, :log_id, :section, :prompt_tokens, :completion_tokens,
                              :total_tokens, :response_time_ms, :success, :model_name, :error, CAST(:metadata AS jsonb),
                              CAST(:created_at AS timestamptz), make_interval(secs => :skew_seconds), NULL)
     """
-)
+_RECORD = text(_RECORD_SQL)
+_RECORD_WITH_EVENT = with_event(_RECORD_SQL, is_report=True)
 
 
 def _record(fixed: _Fixed, figures: _Figures, *, success: bool, error: str | None) -> TrackedUsage:
@@ -258,6 +259,7 @@ def _record(fixed: _Fixed, figures: _Figures, *, success: bool, error: str | Non
     }
     what = f"user={fixed.user_id} key={fixed.key!r} tokens={figures.total_tokens}"
     row = retry_until_recorded(_writing(values, what), what)
+    deliver_soon()
     if row.in_future:
         raise InvalidInputError(
             f"created_at: {fixed.created_at} is later than the database's clock, so nothing was recorded. Give the "
@@ -277,8 +279,10 @@ def _record(fixed: _Fixed, figures: _Figures, *, success: bool, error: str | Non
 def _writing(values: dict[str, Any], what: str) -> Callable[[Connection], Any]:
     def write(connection: Connection) -> Any:
         require_section(connection, get_settings().host, values["section"])
+        # A failed call costs nothing, so it is no event.
+        has_event = values["success"] and get_settings().on_charge is not None
         try:
-            return connection.execute(_RECORD, values).one()
+            return connection.execute(_RECORD_WITH_EVENT if has_event else _RECORD, values).one()
         except IntegrityError as error:
             if not isinstance(error.orig, ForeignKeyViolation):
                 raise

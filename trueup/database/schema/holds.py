@@ -1,4 +1,4 @@
-"""Tables of holds, charges, call intents, and the outbox of side effects."""
+"""Tables of holds, charges and their events, call intents, and the outbox of side effects."""
 
 from typing import Any
 
@@ -113,6 +113,7 @@ def _add_call_tables(metadata: MetaData, user_id: Any) -> None:
         Index("charge_by_time", "charged_at", postgresql_using="brin"),
     )
     _add_owed_table(metadata, user_id)
+    _add_event_table(metadata, user_id)
     Table(
         "call_intent",
         metadata,
@@ -172,4 +173,31 @@ def _add_owed_table(metadata: MetaData, user_id: Any) -> None:
         moment("tried_at"),
         # A charge is owed once, so that it can be settled only once.
         PrimaryKeyConstraint("user_id", "task_id", "call_key", name="owed_charge_pkey"),
+    )
+
+
+def _add_event_table(metadata: MetaData, user_id: Any) -> None:
+    """A charge of which the host's own function has not been told yet (`TRUEUP_ON_CHARGE`)."""
+    Table(
+        "charge_event",
+        metadata,
+        user_id(),
+        Column("key", Text, nullable=False),
+        # Null: usage that the host reported. It has no task and no feature.
+        Column("task_id", Text),
+        Column("feature_name", Text),
+        Column("section", Text, nullable=False),
+        Column("model_name", Text, nullable=False),
+        tokens("prompt_tokens"),
+        tokens("completion_tokens"),
+        tokens("total_tokens"),
+        Column("classes", JSONB),
+        moment("charged_at"),
+        # The next try. A process that delivers the event has set it to a later time.
+        moment("due_at"),
+        Column("tries", Integer, nullable=False, server_default=text("0")),
+        Column("last_error", Text),
+        # A charge is one event.
+        PrimaryKeyConstraint("user_id", "key", name="charge_event_pkey"),
+        Index("charge_event_due", "due_at"),
     )

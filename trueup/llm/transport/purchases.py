@@ -20,6 +20,7 @@ from trueup.llm.formats.wire_format import AnswerReader, Count, Sent, WireFormat
 from trueup.llm.output_cap import Demand
 from trueup.llm.running import RunningHold, running_now, running_or_refuse
 from trueup.llm.tokens import TokenCounter, likely_counter
+from trueup.llm.traced_calls import Operation
 from trueup.llm.weights import counted_tokens, weighted
 from trueup.settings.settings import get_settings
 from trueup.usage.charges import Usage
@@ -61,6 +62,7 @@ class Planned:
             fingerprint_of([sent.host, sent.path, sent.body]),
             lambda: weighted(self._demand(bounding_counter(model, settings)), model, settings),
             settings,
+            Operation.of_request(self.format.name, sent.host, model),
         )
         return Purchase(call, self.format, sent, model)
 
@@ -158,12 +160,12 @@ class Purchase:
         self.adds_usage = False
         return True
 
-    def fail(self, *, unknown: bool) -> None:
-        """Record that the call has no answer. `unknown`: it may have been billed."""
+    def fail(self, *, unknown: bool, error_type: str = "_OTHER") -> None:
+        """Record that the call has no answer. `unknown`: it may have been billed. `error_type`: for traces."""
         with self._lock:
             if not self.is_settled:
                 self.is_settled = True
-                end_without_usage(self.call, unknown=unknown)
+                end_without_usage(self.call, unknown=unknown, error_type=error_type)
 
     def answer(self, status: int, content_type: str, decoded: bytes) -> None:
         """Charge a whole answer, or record that it cost nothing."""
@@ -172,7 +174,7 @@ class Purchase:
             self.reader.add(None, part)
         self.reader.end()
         if status >= 400 and self.reader.usage is None:
-            self.fail(unknown=status >= 500 and status not in _NOT_SERVED)
+            self.fail(unknown=status >= 500 and status not in _NOT_SERVED, error_type=str(status))
         elif status < 400 and not self.reader.has_begun:
             self.fail(unknown=status < 300)  # a redirect costs nothing; another success is no answer that we know
         else:
