@@ -81,6 +81,27 @@ def test_a_request_subtracted_twice_and_the_next_one_clamped_at_zero(books: Book
     assert books.drift(0).tokens == -3_701
 
 
+def test_a_counter_that_was_wrong_when_a_run_began_and_right_when_it_was_compared(books: Books) -> None:
+    """The run's beginning is no moment at which the counter was right. The journal tells the later one."""
+    books.spend(400)
+    books.set(9_000)
+    began = books.host.value("SELECT clock_timestamp()")
+    books.spend(100)
+    books.set(9_500)
+    books.log_now(300)
+    # So far the run compared the counter: between its beginning and its end.
+    books.set(9_200)
+    assert run(books).drifted == 0
+    books.host.execute(
+        "UPDATE trueup.reconcile_run SET started_at = :began WHERE id = (SELECT max(id) FROM trueup.reconcile_run)",
+        began=began,
+    )
+    books.log_now(77)
+    assert parts(books) == [("missed_decrement", 77, "proven")]
+    assert run(books).corrected == 1
+    assert books.host.counter(books.user) == 9_123
+
+
 def test_a_failed_request_that_was_subtracted(books: Books) -> None:
     books.log_now(250, success=False)
     books.host.decrement(books.user, 250)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from tests.support.counter_simulation import Life, live
-from trueup.drift.matching import Found, match
+from trueup.drift.findings import Found
+from trueup.drift.matching import match
 
 HOURS = 24
 PER_HOUR = (5, 20, 60)

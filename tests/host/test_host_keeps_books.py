@@ -7,7 +7,7 @@ from sqlalchemy import Connection
 
 from tests.support.books import assert_true
 from tests.support.host import Host
-from tests.support.mapped import Remap, remap  # noqa: F401 - a fixture
+from tests.support.mapped import NO_AGE, Remap
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.database.engine import get_engine
@@ -18,11 +18,9 @@ from trueup.gate.owed_charges import list_owed_charges, settle_owed_charges
 from trueup.host.catalog import host_triggers
 from trueup.host.mapping import HostMapping
 from trueup.reconcile.local_run import reconcile
-from trueup.settings.policies import Rules
 from trueup.settings.settings import get_settings
 from trueup.usage.tracker import track_ai_usage
 
-NO_AGE = Rules(min_age_seconds=0)
 KEPT_BY_HOST = "[host.subscription]\ncounter_kept_by = 'host'"
 RECORDED_BY_HOST = "[host.usage_log]\nrecord = 'host'"
 LOWERS = """
@@ -44,7 +42,7 @@ def log_now(host: Host, user: int, tokens: int) -> None:
 def test_a_trigger_that_lowers_the_counter_is_found_at_setup(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     user = host.subscriber(10_000)
     with pytest.raises(NotInstalledError, match="went from 10000 to 9998 when a row"):
@@ -60,7 +58,7 @@ def test_a_trigger_that_lowers_the_counter_is_found_at_setup(
 def test_a_counter_that_the_host_keeps_is_lowered_once_for_each_call(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     mapping = remap(KEPT_BY_HOST, LOWERS)
     user = host.subscriber(10_000)
@@ -78,7 +76,7 @@ def test_a_counter_that_the_host_keeps_is_lowered_once_for_each_call(
 def test_an_owed_charge_reaches_a_counter_that_the_host_keeps_with_its_row(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     mapping = remap(KEPT_BY_HOST, LOWERS)
     user = host.subscriber(1_000)
@@ -94,7 +92,7 @@ def test_an_owed_charge_reaches_a_counter_that_the_host_keeps_with_its_row(
 def test_a_call_that_the_host_logs_is_held_capped_and_counted_once(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     mapping = remap(RECORDED_BY_HOST)
     user = host.subscriber(1_000)
@@ -123,7 +121,7 @@ def test_a_call_that_the_host_logs_is_held_capped_and_counted_once(
 def test_a_row_that_the_host_writes_before_the_charge_is_the_charges_row(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     mapping = remap(RECORDED_BY_HOST)
     user = host.subscriber(1_000)
@@ -139,7 +137,7 @@ def test_a_row_that_the_host_writes_before_the_charge_is_the_charges_row(
 def test_a_row_that_is_older_than_the_call_is_not_its_row(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     remap(RECORDED_BY_HOST)
     user = host.subscriber(1_000)
@@ -154,7 +152,7 @@ def test_a_row_that_is_older_than_the_call_is_not_its_row(
 def test_doctor_names_calls_that_the_host_never_logs(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     remap(RECORDED_BY_HOST)
     user = host.subscriber(1_000)
@@ -168,7 +166,7 @@ def test_doctor_names_calls_that_the_host_never_logs(
 def test_a_row_of_other_size_is_the_calls_after_ten_minutes(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     remap(RECORDED_BY_HOST)
     user = host.subscriber(1_000)
@@ -182,7 +180,7 @@ def test_a_row_of_other_size_is_the_calls_after_ten_minutes(
 def test_the_counter_of_a_user_whose_row_is_awaited_is_not_corrected(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     mapping = remap(RECORDED_BY_HOST)
     user = host.subscriber(1_000)

@@ -19,6 +19,7 @@ from sqlalchemy.pool import NullPool
 from tests.support.books import assert_true
 from tests.support.dumps import pg_dump, without_positions
 from tests.support.host import START, Host
+from tests.support.mapped import NO_AGE
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.accounts.grants import grant_tokens
@@ -37,7 +38,6 @@ from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import Finding
 from trueup.reconcile.shards import find_suspects
 from trueup.reports.run_report import find_source, read_report, read_source, with_host_faults
-from trueup.settings.policies import Rules
 from trueup.settings.settings import CONFIG_VARIABLE, get_settings
 from trueup.usage.log import list_usage
 from trueup.usage.tracker import track_ai_usage
@@ -47,7 +47,6 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", MANUAL.read_text(), re.DOTALL)
 HOSTS = [block for kind, block in BLOCKS if kind == "sql"]
 EXAMPLES = [block for kind, block in BLOCKS if kind == "toml"]
 SETTINGS = [block for block in EXAMPLES if block.count("[host.") > 1]
-NO_AGE = Rules(min_age_seconds=0)
 
 # Tokens by an expression, and rows that count by one.
 EXPRESSION_HOST = """

@@ -8,7 +8,7 @@ from sqlalchemy import Connection
 
 from tests.support.books import assert_true
 from tests.support.host import Host
-from tests.support.mapped import Remap, remap  # noqa: F401 - a fixture
+from tests.support.mapped import NO_AGE, Remap
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.accounts.grants import grant_tokens
@@ -23,7 +23,6 @@ from trueup.reconcile.shards import find_suspects
 from trueup.review.decisions import decide_drift, list_reviews, undo_run
 from trueup.settings.policies import Rules
 
-NO_AGE = Rules(min_age_seconds=0)
 ADDED = '[host.subscription]\ntokens_included = "sum"'
 UP = """
     token_plan = false
@@ -57,7 +56,7 @@ def with_both_plans(host: Host, token: int, full: int, counter: int) -> int:
 def test_a_trial_and_a_pack_that_add_up_are_no_drift(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     mapping = remap(ADDED)
     user = with_both_plans(host, 20_000, 15_000, counter=33_800)
@@ -87,7 +86,7 @@ def test_without_the_sum_the_token_plan_counts_alone(host: Host, connection: Con
 def test_the_sum_of_plans_counts_a_missing_plan_as_none(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
     token: int | None,
     full: int | None,
     original: int,
@@ -103,7 +102,7 @@ def test_the_sum_of_plans_counts_a_missing_plan_as_none(
 def test_a_grant_pays_only_for_usage_beyond_both_plans(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     remap(ADDED)
     user = with_both_plans(host, 200, 100, counter=300)
@@ -117,7 +116,7 @@ def test_a_grant_pays_only_for_usage_beyond_both_plans(
 
 
 @pytest.fixture
-def counted_up(host: Host, remap: Remap) -> tuple[HostMapping, Callable[..., int]]:  # noqa: F811
+def counted_up(host: Host, remap: Remap) -> tuple[HostMapping, Callable[..., int]]:
     mapping = remap(UP, *USED_COLUMNS)
 
     def subscribe(limit: int, used: int | None) -> int:
@@ -225,7 +224,7 @@ def test_a_decision_about_a_counter_of_used_tokens_is_carried_out(
 def test_an_unlimited_plan_passes_the_gate_and_its_counter_is_never_written(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     mapping = remap("[host.subscription]\nunlimited = -1")
     users = [host.subscriber(-1, counter=-1), host.subscriber(-1, kind="full", counter=5_000)]
@@ -251,7 +250,7 @@ def test_an_unlimited_plan_passes_the_gate_and_its_counter_is_never_written(
 def test_each_value_may_mean_unlimited_and_no_plan_never_does(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
     unlimited: str,
     tokens: int | None,
     rule: str,
@@ -269,7 +268,7 @@ def test_each_value_may_mean_unlimited_and_no_plan_never_does(
 def test_a_counter_means_unlimited_only_if_the_mapping_says_so(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     remap("[host.subscription]\nunlimited = {included = -1, counter = -1}")
     by_counter, limited = host.subscriber(100, counter=-1), host.subscriber(100, counter=-2)
@@ -280,7 +279,7 @@ def test_a_counter_means_unlimited_only_if_the_mapping_says_so(
 def test_an_unlimited_subscription_uses_up_no_grant_without_an_expiry(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     remap("[host.subscription]\nunlimited = -1")
     user = host.subscriber(-1, counter=-1)
@@ -328,7 +327,7 @@ def test_a_negative_plan_or_counter_waits_for_a_person_unless_the_mapping_explai
 def test_all_settings_of_a_subscription_work_together(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
     settings: str,
 ) -> None:
     mapping = remap(

@@ -7,7 +7,7 @@ from sqlalchemy import Connection
 
 from tests.support.books import assert_true
 from tests.support.host import Host
-from tests.support.mapped import Remap, remap  # noqa: F401 - a fixture
+from tests.support.mapped import NO_AGE, Remap
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.accounts.grants import grant_tokens
@@ -18,11 +18,8 @@ from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import Finding
 from trueup.reconcile.shards import find_suspects
 from trueup.reports.run_report import read_report
-from trueup.settings.policies import Rules
 
 pytestmark = pytest.mark.dated
-
-NO_AGE = Rules(min_age_seconds=0)
 
 
 def monthly(anchor: str, zone: str = "UTC") -> str:
@@ -52,7 +49,7 @@ def causes(connection: Connection) -> list[tuple[str, str, int | None]]:
 def test_the_counter_that_a_cron_resets_on_the_first_is_no_drift(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     mapping = remap(monthly("first"))
     user = signed_up(host, counter=900)
@@ -90,7 +87,7 @@ def test_the_counter_that_a_cron_resets_on_the_first_is_no_drift(
 def test_a_period_begins_at_its_anchor_in_its_zone(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
     anchor: str,
     zone: str,
     start: str,
@@ -107,7 +104,7 @@ def test_a_period_begins_at_its_anchor_in_its_zone(
 def test_a_start_that_can_not_repeat_never_fails_a_read(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
     anchor: str,
     start: str,
 ) -> None:
@@ -124,7 +121,7 @@ def test_a_start_that_can_not_repeat_never_fails_a_read(
 def test_a_charge_after_the_begin_of_a_period_counts_in_it(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     mapping = remap(monthly("first"))
     user = host.subscriber(1_000, start=utc("2024-11-15"))
@@ -140,7 +137,7 @@ def test_a_charge_after_the_begin_of_a_period_counts_in_it(
 def test_periods_that_passed_unseen_use_up_no_grant_that_their_plans_paid_for(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     remap(monthly("start_date"))
     user = host.subscriber(1_000, start=utc("2024-11-01"))
@@ -160,7 +157,7 @@ def test_periods_that_passed_unseen_use_up_no_grant_that_their_plans_paid_for(
 def test_a_change_of_plan_keeps_the_periods_before_it(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     remap(monthly("first"))
     user = host.subscriber(1_000, start=utc("2024-11-01"))
@@ -177,7 +174,7 @@ def test_a_change_of_plan_keeps_the_periods_before_it(
 def test_a_reset_that_has_not_come_yet_is_named_and_made_up_for(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     mapping = remap(monthly("first"))
     user = signed_up(host, counter=400)
@@ -191,7 +188,7 @@ def test_a_reset_that_has_not_come_yet_is_named_and_made_up_for(
 def test_a_late_reset_that_puts_used_tokens_back_is_named_and_made_up_for(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     mapping = remap(
         f'{monthly("first")}\n[host.token_usage]\ntable = "billing_tokenusage"',
@@ -217,7 +214,7 @@ def test_a_late_reset_that_puts_used_tokens_back_is_named_and_made_up_for(
 def test_a_first_row_that_was_not_subtracted_is_a_missed_decrement(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     mapping = remap(monthly("first"))
     user = signed_up(host)
@@ -229,7 +226,7 @@ def test_a_first_row_that_was_not_subtracted_is_a_missed_decrement(
 def test_a_counter_that_ended_with_its_subscription_is_not_reset(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     mapping = remap(monthly("first"))
     user = signed_up(host, counter=0)
@@ -242,7 +239,7 @@ def test_a_counter_that_ended_with_its_subscription_is_not_reset(
 def test_a_surplus_of_a_plans_size_is_not_taken_as_a_late_reset(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     mapping = remap(monthly("first"))
     user = signed_up(host)

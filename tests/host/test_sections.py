@@ -4,7 +4,7 @@ import pytest
 from sqlalchemy import Connection
 
 from tests.support.host import Host
-from tests.support.mapped import Remap, remap  # noqa: F401 - a fixture
+from tests.support.mapped import Remap
 from trueup.billing.token_hold import ai_tokens
 from trueup.database.engine import get_engine
 from trueup.discovery import propose, read_catalog
@@ -37,7 +37,7 @@ def report(user: int, section: str) -> None:
 )
 def test_the_hosts_sections_are_taken_and_others_refused_before_any_work(
     host: Host,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
     settings: str,
     change: str,
     said: str,
@@ -67,7 +67,7 @@ def test_any_text_is_a_section_of_a_log_without_rules(host: Host) -> None:
 def test_a_section_that_the_host_adds_is_taken_at_once(
     host: Host,
     connection: Connection,
-    remap: Remap,  # noqa: F811
+    remap: Remap,
 ) -> None:
     mapping = remap("", KEY)
     user = host.subscriber(1_000)

@@ -15,6 +15,7 @@ from tests.host.test_mapped_hosts import LOG, MAPPINGS, USERS, do, lower, subscr
 from tests.support.host import START, Host
 from tests.support.legacy.loading import WITH_ROWS, load
 from tests.support.legacy.population import make_population
+from tests.support.mapped import NO_AGE
 from tests.support.standby import caught_up, standby_of
 from tests.support.waiting import wait_for
 from trueup.errors import NotInstalledError, TrueupError
@@ -28,9 +29,6 @@ from trueup.preview.scan import ScanOutcome, scan
 from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import Finding
 from trueup.reports.rows import DriftFilter, row_of_finding
-from trueup.settings.policies import Rules
-
-NO_AGE = Rules(min_age_seconds=0)
 
 
 class Seen(list[Finding]):

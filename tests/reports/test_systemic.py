@@ -36,6 +36,7 @@ class Application:
         self.host = host
         self.mapping = mapping
         self.users = [host.subscriber(1_000_000) for _ in range(USERS)]
+        self.describes = True  # the decrement rows
 
     def named(self, application: str) -> None:
         self.host.execute("SELECT set_config('application_name', :name, false)", name=application)
@@ -51,15 +52,17 @@ class Application:
         """Log a call, lower the counter, and note that in a decrement row, if the mapping has such rows."""
         self.log(user, tokens, section)
         self.host.decrement(user, tokens)
-        self.note(user, tokens)
+        self.note(user, tokens, f"AI usage: {section}")
 
-    def note(self, user: int, tokens: int) -> None:
+    def note(self, user: int, tokens: int, description: str) -> None:
         if self.mapping.token_usage.table:
+            column, value = (", description", ", :description") if self.describes else ("", "")
             self.host.execute(
-                "INSERT INTO billing_tokenusage (subscription_id, used_tokens, usage_date) "
-                "SELECT id, :tokens, clock_timestamp() FROM billing_subscription WHERE user_id = :user",
+                f"INSERT INTO billing_tokenusage (subscription_id, used_tokens, usage_date{column}) "
+                f"SELECT id, :tokens, clock_timestamp(){value} FROM billing_subscription WHERE user_id = :user",
                 tokens=tokens,
                 user=user,
+                **({"description": description} if self.describes else {}),
             )
 
     def save(self, user: int, counter: int | None) -> None:
@@ -109,6 +112,12 @@ def figures(cause: SystemicCause) -> tuple[object, ...]:
 def found(report: DriftReport) -> list[tuple[object, ...]]:
     assert report.systemic is not None
     return [figures(cause) for cause in report.systemic]
+
+
+def only_one(report: DriftReport) -> SystemicCause:
+    assert report.systemic is not None
+    (cause,) = report.systemic
+    return cause
 
 
 def use_two_features(application: Application) -> datetime:
@@ -222,7 +231,10 @@ def test_a_counter_at_zero_that_nothing_is_subtracted_from_is_no_fault(applicati
     assert found(application.reconcile()) == []
 
 
-def stale_job(application: Application, user: int, *, spent: int) -> None:
+NIGHTLY = "nightly product texts"
+
+
+def stale_job(application: Application, user: int, *, spent: int, description: str = NIGHTLY) -> None:
     """A job reads the counter, requests lower it, and the job saves what it has read less its own tokens."""
     read = application.host.counter(user)
     assert read is not None
@@ -231,7 +243,7 @@ def stale_job(application: Application, user: int, *, spent: int) -> None:
     application.named("nightly")
     application.log(user, 900, "products")
     application.save(user, read - 900)
-    application.note(user, 900)
+    application.note(user, 900, description)
 
 
 def test_a_stale_job_is_one_finding_with_its_application_name(application: Application) -> None:
@@ -247,8 +259,9 @@ def test_a_stale_job_is_one_finding_with_its_application_name(application: Appli
     assert found(report) == [("stale_writer", "application", "nightly", jobs, jobs, USERS, lost)]
     assert report.systemic is not None
     assert began <= report.systemic[0].since
+    described = " ('nightly product texts')" if application.mapping.token_usage.table else ""
     assert sentence_of(report.systemic[0]) == (
-        f"The writer in the application 'nightly' saves values that it read before other changes: "
+        f"The writer in the application 'nightly'{described} saves values that it read before other changes: "
         f"{jobs} of its {jobs} writes overwrote {lost:,} tokens of {USERS} users"
     )
     assert all(application.host.counter(user) == 1_000_000 - application.host.used(user) for user in application.users)
@@ -257,7 +270,7 @@ def test_a_stale_job_is_one_finding_with_its_application_name(application: Appli
 def test_a_stale_writer_among_many_of_one_name_is_told_by_its_section(application: Application) -> None:
     """All of the host's processes have one name, as with a connection pooler."""
     jobs = THRESHOLDS["stale_writer"].count
-    application.named = lambda name: None  # type: ignore[method-assign]
+    application.named = lambda application: None  # type: ignore[method-assign]
     for number in range(jobs):
         stale_job(application, application.users[number % USERS], spent=200 + number)
         application.call(application.users[number % USERS], 50 + number)
@@ -265,10 +278,36 @@ def test_a_stale_writer_among_many_of_one_name_is_told_by_its_section(applicatio
     assert (kind, dimension, name, stale, writes) == ("stale_writer", "section", "products", jobs, jobs)
 
 
-def test_requests_that_seldom_meet_are_no_stale_writer(application: Application) -> None:
+@pytest.mark.parametrize("application", ["decrement rows"], indirect=True)
+def test_a_stale_writer_that_shares_name_and_section_is_told_by_its_decrement_rows(application: Application) -> None:
+    jobs = THRESHOLDS["stale_writer"].count
+    application.named = lambda application: None  # type: ignore[method-assign]
+    for number in range(jobs):
+        user = application.users[number % USERS]
+        stale_job(application, user, spent=200 + number)
+        application.call(user, 50 + number, "products")
+    writer = only_one(application.reconcile())
+    assert figures(writer)[:5] == ("stale_writer", "description", NIGHTLY, jobs, jobs)
+    assert sentence_of(writer).startswith("The writer of the decrements 'nightly product texts' saves values")
+
+
+@pytest.mark.parametrize("application", ["decrement rows"], indirect=True)
+def test_a_host_without_descriptions_has_its_stale_writers_by_application(application: Application) -> None:
+    """The mapping names the column by default, and the subscriptions have one of that name."""
+    application.host.execute("ALTER TABLE billing_tokenusage DROP COLUMN description")
+    application.host.execute("ALTER TABLE billing_subscription ADD COLUMN description text DEFAULT 'of a subscription'")
+    application.describes = False
     jobs = THRESHOLDS["stale_writer"].count
     for number in range(jobs):
         stale_job(application, application.users[number % USERS], spent=200 + number)
+    writer = only_one(application.reconcile())
+    assert (writer.dimension, writer.name, writer.descriptions) == ("application", "nightly", ())
+
+
+def test_requests_that_seldom_meet_are_no_stale_writer(application: Application) -> None:
+    jobs = THRESHOLDS["stale_writer"].count
+    for number in range(jobs):
+        stale_job(application, application.users[number % USERS], spent=200 + number, description="AI usage: products")
         application.named("nightly")
         for more in range(4):
             application.call(application.users[number % USERS], 10 * number + more + 1_000, "products")

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from trueup.drift.story import Entry, Payment, Story, Usage
+from trueup.drift.story import Decrement, Entry, Payment, Story, Usage
 
 HOUR = 3_600.0
 START = 1_730_000_000.0
@@ -46,7 +46,7 @@ class Life:
     counter: int
     entries: list[Entry] = field(default_factory=list)
     usage: list[Usage] = field(default_factory=list)
-    decrements: list[tuple[str, int, float]] = field(default_factory=list)
+    decrements: list[Decrement] = field(default_factory=list)
     payments: list[Payment] = field(default_factory=list)
     truth: Counter[str] = field(default_factory=Counter)
     queue: list[tuple[float, int, Callable[[float], None]]] = field(default_factory=list)
@@ -104,7 +104,7 @@ class Life:
         else:
             self.truth[cause] += clamped - tokens
         self.write(at, new)
-        self.decrements.append((f"d{next(self.numbers)}", tokens, at))
+        self.decrements.append(Decrement(id=f"d{next(self.numbers)}", tokens=tokens, at=at))
 
 
 def size(dice: random.Random) -> int:

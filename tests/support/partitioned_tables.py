@@ -13,7 +13,10 @@ BY_USER = ("balance", "usage_delta", "hold", "charge", "call_intent", "owed_char
 
 
 def partition_by_user(connection: Connection, partitions: int) -> None:
-    """Split trueup's large tables into so many partitions, in a transaction of the caller. No other session may use them meanwhile."""
+    """Split trueup's large tables into so many partitions, in a transaction of the caller.
+
+    No other session may use the tables meanwhile.
+    """
     for table in BY_USER:
         _partition(connection, table, partitions)
     # The functions that used the tables' row types went with the old tables.

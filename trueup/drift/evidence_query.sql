@@ -85,7 +85,8 @@
 {# When each counter was last known to be right: at a correction, a person's decision, a full run that found no drift, or
    the beginning of its period. CTEs over `wanted` (user_id, subscription_id, window_start). The last one, `base_points`,
    has a row for each user: user_id, at, kind and, for a correction, the new value (`written`), the old one
-   (`seen_before`), and the tokens left for decrements in flight (`kept`). An undone correction does not count. #}
+   (`seen_before`), and the tokens left for decrements in flight (`kept`). A run compared the counter between `at`, when it
+   began, and `ended`. An undone correction does not count. #}
 {% macro base_points() %}
     past_drifts AS MATERIALIZED (
         SELECT w.user_id, w.window_start, d.id, d.run_id, d.last_run_id, d.action, d.found_at, d.written, d.observed,
@@ -94,11 +95,11 @@
         JOIN {{ trueup.drift }} d ON d.user_id = w.user_id AND d.subscription_id = w.subscription_id
     ), clean_runs AS (
         -- The newest run without a drift of this counter: the newest run of all, or the one before a drift was first found.
-        SELECT w.user_id, r.id, r.started_at
+        SELECT w.user_id, r.id, r.started_at, r.finished_at
         FROM (SELECT user_id, window_start, NULL::bigint AS before FROM wanted
               UNION ALL SELECT user_id, window_start, run_id FROM past_drifts) w
         CROSS JOIN LATERAL (
-            SELECT r.id, r.started_at FROM {{ trueup.reconcile_run }} r
+            SELECT r.id, r.started_at, r.finished_at FROM {{ trueup.reconcile_run }} r
             WHERE r.status = 'finished' AND NOT r.dry_run AND r.only_user IS NULL
               AND (w.before IS NULL OR r.id < w.before)
             ORDER BY r.id DESC LIMIT 1) r
@@ -111,21 +112,21 @@
                             AND f.kind IN ('counter_too_slow', 'counter_refused'))
     ), right_points AS (
         SELECT user_id, window_start AS at, 'window' AS kind, NULL::bigint AS written, NULL::bigint AS seen_before,
-               NULL::bigint AS kept
+               NULL::bigint AS kept, NULL::timestamptz AS ended
         FROM wanted
         UNION ALL
-        SELECT user_id, started_at, 'run', NULL, NULL, NULL FROM clean_runs
+        SELECT user_id, started_at, 'run', NULL, NULL, NULL, finished_at FROM clean_runs
         UNION ALL
-        SELECT d.user_id, d.found_at, 'correction', d.written, d.observed, d.kept FROM past_drifts d
+        SELECT d.user_id, d.found_at, 'correction', d.written, d.observed, d.kept, NULL FROM past_drifts d
         WHERE d.action = 'corrected' AND d.found_at > d.window_start
           AND NOT EXISTS (SELECT FROM {{ trueup.drift_decision }} u
                           WHERE u.user_id = d.user_id AND u.drift_id = d.id AND u.decision = 'undo')
         UNION ALL
-        SELECT w.user_id, u.decided_at, 'decision', NULL, NULL, NULL
+        SELECT w.user_id, u.decided_at, 'decision', NULL, NULL, NULL, NULL
         FROM wanted w JOIN {{ trueup.drift_decision }} u ON u.user_id = w.user_id
         WHERE u.decision IN ('accept', 'grant') AND u.component IS NULL AND u.decided_at > w.window_start
     ), base_points AS (
-        SELECT DISTINCT ON (user_id) user_id, at, kind, written, seen_before, kept
+        SELECT DISTINCT ON (user_id) user_id, at, kind, written, seen_before, kept, ended
         FROM right_points ORDER BY user_id, at DESC, kind
     )
 {% endmacro %}

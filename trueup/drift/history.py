@@ -14,8 +14,11 @@ from trueup.drift import weights
 from trueup.drift.causes import Cause, Component, Explanation
 from trueup.drift.detect import Drift
 from trueup.drift.evidence import moment_of
-from trueup.drift.matching import HORIZON, PAYMENT_HORIZON, BrokenChainError, Found, match_pairs
-from trueup.drift.story import Entry, Grant, Payment, Story, Usage, moment, shown
+from trueup.drift.findings import BrokenChainError, Found
+from trueup.drift.matching import match_pairs
+from trueup.drift.pairing import HORIZON
+from trueup.drift.rules import PAYMENT_HORIZON
+from trueup.drift.story import Decrement, Entry, Grant, Payment, Story, Usage, moment, shown
 
 # The SQL reads at most so many entries and rows.
 MOST = 20_000
@@ -99,9 +102,13 @@ def explain_by_journal(drift: Drift, plan_sizes: frozenset[int]) -> Explanation 
         return None
     try:
         found = list(_since(anchor, story, document))
+        rest = drift.surplus - sum(part.tokens for part in anchor.carried) - sum(one.tokens for one in found)
+        later = _later_in_run(story, document, drift.surplus) if rest and anchor.is_clean else None
+        if later is not None:
+            anchor = later
+            found, rest = list(_since(anchor, story, document)), 0
     except BrokenChainError:
         return None
-    rest = drift.surplus - sum(part.tokens for part in anchor.carried) - sum(one.tokens for one in found)
     if rest:
         more = _rest(anchor, story, rest)
         if more is None:
@@ -146,7 +153,9 @@ def story_of(drift: Drift, document: dict[str, Any], plan_sizes: frozenset[int])
             Usage(id=row[0], tokens=row[1], at=float(row[2]), counts=row[3], own=row[4], section=row[5])
             for row in document["usage"]
         ],
-        decrements=[(row[0], row[1], float(row[2])) for row in document["decrements"]],
+        decrements=[
+            Decrement(id=row[0], tokens=row[1], at=float(row[2]), description=row[3]) for row in document["decrements"]
+        ],
         payments=[
             Payment(id=row[0], tokens=row[1], at=float(row[2]), own_plan=bool(row[3]), granted=row[4])
             for row in document["payments"]
@@ -239,6 +248,31 @@ def _anchor_in_period(document: dict[str, Any]) -> Anchor:
         pending=frozenset(evidence["journal"]["pending"]),
         recent=frozenset(evidence["journal"]["recent"]),
     )
+
+
+def _later_in_run(story: Story, document: dict[str, Any], surplus: int) -> Anchor | None:
+    """Return the last moment of a run at which the counter was right and nothing was in flight; None: there was none.
+
+    The run found the counter right when it compared it. When the run began, the counter may have been wrong. The drift
+    at each moment is the drift now (`surplus`), less the changes and log rows since.
+    """
+    began, ended = float(document["at"]), float(document["ended"])
+    entries = [entry for entry in story.entries if entry.at >= began]
+    if not entries or story.grants or len({(entry.window, entry.plan) for entry in entries}) > 1:
+        return None
+    events = [(entry.at, entry.change) for entry in entries]
+    events += [(row.at, row.tokens) for row in story.usage if row.counts and row.at >= began]
+    events.sort()
+    in_flight = [sorted((entry.at, row.at)) for entry, row in match_pairs(story)[1]]
+    after = float("inf")
+    for at, tokens in reversed(events):
+        is_quiet = not any(first <= at < last for first, last in in_flight)
+        if not surplus and at < after and at <= ended and is_quiet:
+            position = max((entry.id for entry in story.entries if entry.at <= at), default=0)
+            return Anchor(at=at, position=position)
+        surplus -= tokens
+        after = at
+    return None
 
 
 def _since(anchor: Anchor, story: Story, document: dict[str, Any]) -> Iterator[Found]:
@@ -358,20 +392,21 @@ def _component(group: Sequence[Found]) -> Component:
 
 
 def _writers(group: Sequence[Found]) -> list[dict[str, Any]]:
-    """Return who made the stale writes: by application and section, how many, and how many tokens they overwrote.
+    """Return who made the stale writes: by application, section and description, how many, and how many tokens.
 
     `application_name` None: the write left no entry, because it wrote the value that the counter had already.
     """
-    writes: dict[tuple[str | None, str], list[Found]] = defaultdict(list)
+    writes: dict[tuple[str | None, str, str], list[Found]] = defaultdict(list)
     for one in group:
-        writes[one.entries[0].application if one.entries else None, one.section].append(one)
+        writes[one.entries[0].application if one.entries else None, one.section, one.description].append(one)
     return [
         {
             "application_name": application,
             "section": section,
+            "description": description,
             "count": len(found),
             "tokens": sum(abs(one.tokens) for one in found),
             "first_at": moment(min(one.at for one in found)),
         }
-        for (application, section), found in writes.items()
+        for (application, section, description), found in writes.items()
     ]

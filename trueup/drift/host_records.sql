@@ -66,15 +66,30 @@ SELECT NULL::{{ user_id_type }} AS user_id, NULL::text AS id, NULL::text AS refe
 CASE WHEN {{ at }} < '0001-01-03' THEN '-infinity'::timestamptz ELSE {{ at }} - interval '10 minutes' END
 {%- endmacro %}
 
-{# The host's decrement rows: user_id, id, tokens, at. #}
-{% macro decrements() -%}
-{% if token_usage %}
+{# The host's decrement rows: user_id, id, tokens, at. `described`: also `description`, at most 100 characters; empty if the
+   host has no such column. The column may be missing although the mapping names it: then the name means `absent`'s. #}
+{% macro decrements(described=false) -%}
+{% if token_usage and described %}
+SELECT s.{{ subscription.user_id }} AS user_id, t.id, t.tokens, t.at, t.description
+        FROM {{ subscription }} s
+        CROSS JOIN LATERAL (
+            SELECT t.*
+            FROM (SELECT NULL::text AS {{ token_usage.description }}) absent
+            CROSS JOIN LATERAL (
+                SELECT t.{{ token_usage.id }}::text AS id, t.{{ token_usage.used_tokens }}::bigint AS tokens,
+                       t.{{ token_usage.usage_date }}::timestamptz AS at,
+                       left(coalesce({{ token_usage.description }}::text, ''), 100) AS description
+                FROM {{ token_usage }} t
+                WHERE t.{{ token_usage.subscription_id }} = s.{{ subscription.id }}) t) t
+{%- elif token_usage %}
 SELECT s.{{ subscription.user_id }} AS user_id, t.{{ token_usage.id }}::text AS id,
                t.{{ token_usage.used_tokens }}::bigint AS tokens, t.{{ token_usage.usage_date }}::timestamptz AS at
         FROM {{ subscription }} s
         JOIN {{ token_usage }} t ON t.{{ token_usage.subscription_id }} = s.{{ subscription.id }}
 {%- else %}
-SELECT NULL::{{ user_id_type }} AS user_id, NULL::text AS id, NULL::bigint AS tokens, NULL::timestamptz AS at WHERE false
+SELECT NULL::{{ user_id_type }} AS user_id, NULL::text AS id, NULL::bigint AS tokens, NULL::timestamptz AS at,
+               NULL::text AS description
+        WHERE false
 {%- endif %}
 {%- endmacro %}
 

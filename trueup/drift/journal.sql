@@ -7,7 +7,7 @@
 {% set most = 20000 %}
 
 {# `anchors`: the last point of each wanted counter that is known, as base_points() or as the newest drift row says it:
-   `kind`, `at`, `position` (the last entry then), `seen` (that row). `since`: the time from which the story is read; rows
+   `kind`, `at`, `ended` (of a run), `position` (the last entry then), `seen` (that row). `since`: the time from which the story is read; rows
    and entries shortly before the anchor belong to each other. #}
 {% macro anchors() %}
     newest AS (
@@ -24,7 +24,7 @@
                           WHERE c.user_id = w.user_id AND c.drift_id = d.id AND c.component IS NULL
                             AND c.decision <> 'ignore')
     ), anchors AS MATERIALIZED (
-        SELECT w.user_id, w.subscription_id, w.window_start, a.kind, a.at, a.position, a.seen, j.since AS journal_since,
+        SELECT w.user_id, w.subscription_id, w.window_start, a.kind, a.at, b.ended, a.position, a.seen, j.since AS journal_since,
                greatest(CASE WHEN a.kind = 'window' THEN {{ "a.at" if subscription.anchor else "'-infinity'" }}
                              ELSE a.at - interval '10 minutes' END, j.since) AS since
         FROM wanted w
@@ -126,7 +126,7 @@ CREATE OR REPLACE FUNCTION trueup.counter_stories(
     ), {{ base_points() }}, {{ anchors() }}
     SELECT a.user_id,
            jsonb_build_object(
-               'kind', a.kind, 'at', extract(epoch FROM a.at), 'position', a.position, 'seen', a.seen,
+               'kind', a.kind, 'at', extract(epoch FROM a.at), 'ended', extract(epoch FROM a.ended), 'position', a.position, 'seen', a.seen,
                'journal_since', extract(epoch FROM a.journal_since), 'snapshot_at', p_at,
                'repeats', {{ "true" if subscription.anchor else "false" }},
                'last_entry', (SELECT max(e.id) FROM trueup.counter_entry e
@@ -139,8 +139,8 @@ CREATE OR REPLACE FUNCTION trueup.counter_stories(
     CROSS JOIN LATERAL (SELECT trueup.entry_before(a.user_id, a.subscription_id, a.since) AS found) c
     CROSS JOIN LATERAL trueup.story_usage(a.user_id, greatest(a.window_start, a.since), a.window_start) l
     CROSS JOIN LATERAL (
-        SELECT jsonb_agg(jsonb_build_array(d.id, d.tokens, extract(epoch FROM d.at))) AS found
-        FROM (SELECT d.* FROM ({{ decrements() }}) d
+        SELECT jsonb_agg(jsonb_build_array(d.id, d.tokens, extract(epoch FROM d.at), d.description)) AS found
+        FROM (SELECT d.* FROM ({{ decrements(described=true) }}) d
               WHERE d.user_id = a.user_id AND d.at >= greatest(a.window_start, a.since) AND d.tokens > 0
               LIMIT {{ most }}) d) t
     CROSS JOIN LATERAL (

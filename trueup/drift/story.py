@@ -55,6 +55,16 @@ class Usage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Decrement:
+    """A decrement row of the host's. `description`: what it says about the request; "": nothing."""
+
+    id: str
+    tokens: int
+    at: float
+    description: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Payment:
     """A completed payment. `granted`: a grant covers it. `own_plan`: it bought the present plan again."""
 
@@ -79,14 +89,13 @@ class Story:
     """All that happened to one counter, oldest first.
 
     `entries`: the first one may be the last of the time before, which only tells the period and the plan then: see
-    `has_context`. `decrements`: the host's decrement rows as (id, tokens, at). `young_since`: the decrement of a later
-    log row may still arrive. `ended_at`: when the subscription ended; None: it did not. `stops_at_zero`: the host
-    does not lower the counter below zero.
+    `has_context`. `young_since`: the decrement of a later log row may still arrive. `ended_at`: when the subscription
+    ended; None: it did not. `stops_at_zero`: the host does not lower the counter below zero.
     """
 
     entries: Sequence[Entry] = ()
     usage: Sequence[Usage] = ()
-    decrements: Sequence[tuple[str, int, float]] = ()
+    decrements: Sequence[Decrement] = ()
     payments: Sequence[Payment] = ()
     payments_mapped: bool = False
     grants: Sequence[Grant] = ()

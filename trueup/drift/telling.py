@@ -5,7 +5,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from trueup.drift.causes import cause_sentence
-from trueup.drift.matching import BrokenChainError, Found, match_pairs
+from trueup.drift.findings import BrokenChainError, Found
+from trueup.drift.matching import match_pairs
 from trueup.drift.story import Entry, Story, Usage, moment
 
 

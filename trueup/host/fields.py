@@ -364,8 +364,8 @@ class TokenUsageTable(Names):
         "deducted quantity", required=True)] = "used_tokens"
     usage_date: Annotated[Column, FieldEntry(TIME, "used_at created_at deducted_at occurred_at timestamp date at "
         "created logged_at", required=True, default="now()")] = "usage_date"
-    description: Annotated[Column, FieldEntry(TEXT, "note notes reason comment memo", use=_NOTHING, spare=True,
-        length=255, default="''")] = "description"
+    description: Annotated[Column, FieldEntry(TEXT, "note notes reason comment memo",
+        use="nothing but the description of stale writes", spare=True, length=255, default="''")] = "description"
 
 
 class PaymentTable(Names):

@@ -16,7 +16,7 @@ from trueup.host.mapping import HostMapping
 from trueup.host.sql import INSTALLED, OwnTables, render_statement
 
 Kind = Literal["decrement_not_run", "stale_writer"]
-Dimension = Literal["host", "section", "model", "application"]
+Dimension = Literal["host", "section", "model", "application", "description"]
 
 LOOK_BACK = timedelta(days=30)
 """How far a report on runs looks back for systemic causes, unless it is about a longer time."""
@@ -57,7 +57,8 @@ class SystemicCause:
 
     `dimension` and `name`: its limits; "host" and "": no limit. `since`: the first faulty row.
     `count`: the log rows without a decrement, or the stale writes, of `of` since then. `tokens`: of these log
-    rows, or the overwritten ones. `users`: how many users' counters.
+    rows, or the overwritten ones. `users`: how many users' counters. `descriptions`: what the decrement rows beside the
+    stale writes say most often; empty: nothing, or it is the name.
     """
 
     kind: Kind
@@ -68,6 +69,7 @@ class SystemicCause:
     of: int
     users: int
     tokens: int
+    descriptions: tuple[str, ...] = ()
 
     @property
     def share(self) -> Fraction:
@@ -79,7 +81,7 @@ class SystemicCause:
         return self.count >= limit.count and self.users >= limit.users and self.share >= limit.share
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "since": self.since.isoformat()}
+        return {**asdict(self), "since": self.since.isoformat(), "descriptions": list(self.descriptions)}
 
 
 def systemic_causes(
@@ -149,20 +151,22 @@ def _not_run(row: Any, missing: int) -> SystemicCause:
 
 
 def stale_writers(rows: Iterable[Any]) -> list[SystemicCause]:
-    """Return the writers that overwrite the changes of others: by application, or by section where that tells more.
+    """Return the writers that overwrite the changes of others.
 
-    `rows`: the writers, as systemic.sql describes them.
+    By application, or by section or description of the decrement rows where that tells more. `rows`: the writers, as
+    systemic.sql describes them.
     """
     writers = [
         SystemicCause(
             kind="stale_writer", dimension=row.dimension, name=row.name, since=row.first, count=row.stale,
-            of=max(row.writes, row.stale), users=row.users, tokens=row.tokens,
+            of=max(row.writes, row.stale), users=row.users, tokens=row.tokens, descriptions=tuple(row.descriptions),
         )
         for row in rows
         if row.writes is not None
     ]  # fmt: skip
     found = [writer for writer in writers if writer.is_systemic]
-    best = max(found, key=lambda writer: (writer.share, writer.dimension == "application"), default=None)
+    order = ("description", "section", "application")
+    best = max(found, key=lambda writer: (writer.share, order.index(writer.dimension)), default=None)
     return [writer for writer in found if best is not None and writer.dimension == best.dimension]
 
 
@@ -174,9 +178,12 @@ def sentence_of(cause: SystemicCause) -> str:
             f"The decrement does not run{where}: {cause.count:,} of {cause.of:,} log rows have none, "
             f"{cause.tokens:,} tokens of {cause.users:,} users"
         )
+    described = f" ({', '.join(map(repr, cause.descriptions))})" if cause.descriptions else ""
+    if cause.dimension == "description":
+        where = f" of the decrements {cause.name!r}"
     return (
-        f"The writer{where} saves values that it read before other changes: {cause.count:,} of its {cause.of:,} writes "
-        f"overwrote {cause.tokens:,} tokens of {cause.users:,} users"
+        f"The writer{where}{described} saves values that it read before other changes: {cause.count:,} of its "
+        f"{cause.of:,} writes overwrote {cause.tokens:,} tokens of {cause.users:,} users"
     )
 
 

@@ -116,9 +116,10 @@ totals AS MATERIALIZED (
     )
 {%- endmacro %}
 
-{# The stale writes that runs from :since to :until found, by `dimension` (application or section) and `name`: how many
-   (`stale`), their `tokens` and `users`, the `first` one, and how many writes there were since it (`writes`; null for fewer
-   than :least stale ones). A component that a later drift row carries along is counted once. #}
+{# The stale writes that runs from :since to :until found, by `dimension` (application, section, or description of the
+   decrement row) and `name`: how many (`stale`), their `tokens` and `users`, the `first` one, and how many writes there were
+   since it (`writes`; null for fewer than :least stale ones). `descriptions`: the most frequent ones, each of a tenth of
+   them at least. A component that a later drift row carries along is counted once. #}
 {% macro stale_writes_by_writer() -%}
 WITH parts AS MATERIALIZED (
         SELECT DISTINCT d.user_id, p.part ->> 'at' AS at, p.part -> 'writers' AS writers
@@ -131,15 +132,25 @@ WITH parts AS MATERIALIZED (
     ), stale AS MATERIALIZED (
         SELECT p.user_id, w.* FROM parts p
         CROSS JOIN LATERAL jsonb_to_recordset(p.writers) AS w (
-            application_name text, section text, count bigint, tokens bigint, first_at timestamptz)
+            application_name text, section text, description text, count bigint, tokens bigint, first_at timestamptz)
         WHERE w.first_at >= CAST(:since AS timestamptz)
-    ), by_name AS (
-        SELECT d.dimension, d.name, sum(s.count)::bigint AS stale, sum(s.tokens)::bigint AS tokens,
-               count(DISTINCT s.user_id) AS users, min(s.first_at) AS first
+    ), named AS MATERIALIZED (
+        SELECT d.dimension, d.name, s.user_id, s.description, s.count, s.tokens, s.first_at
         FROM stale s
-        CROSS JOIN LATERAL (VALUES ('application', s.application_name), ('section', nullif(s.section, ''))) d (dimension, name)
+        CROSS JOIN LATERAL (VALUES ('application', s.application_name), ('section', nullif(s.section, '')),
+                                   ('description', nullif(s.description, ''))) d (dimension, name)
         WHERE d.name IS NOT NULL
-        GROUP BY d.dimension, d.name
+    ), by_name AS (
+        SELECT n.dimension, n.name, sum(n.count)::bigint AS stale, sum(n.tokens)::bigint AS tokens,
+               count(DISTINCT n.user_id) AS users, min(n.first_at) AS first
+        FROM named n GROUP BY n.dimension, n.name
+    ), described AS (
+        SELECT c.dimension, c.name, (array_agg(c.description ORDER BY c.count DESC, c.description))[1 : 3] AS descriptions
+        FROM (SELECT n.dimension, n.name, n.description, sum(n.count) AS count
+              FROM named n WHERE n.description <> '' AND n.dimension <> 'description'
+              GROUP BY n.dimension, n.name, n.description) c
+        JOIN by_name b ON b.dimension = c.dimension AND b.name = c.name AND 10 * c.count >= b.stale
+        GROUP BY c.dimension, c.name
     ), writes AS (
         SELECT b.dimension, b.name, count(*) AS writes
         FROM by_name b
@@ -154,8 +165,19 @@ WITH parts AS MATERIALIZED (
         WHERE b.dimension = 'section' AND b.stale >= :least AND l.{{ usage_log.created_at }} <= CAST(:until AS timestamptz)
           AND {{ usage_log.success("l") }} AND NOT {{ is_own("l") }}
         GROUP BY b.dimension, b.name
+        {% if token_usage %}
+        UNION ALL
+        SELECT b.dimension, b.name, count(*)
+        FROM by_name b
+        JOIN ({{ decrements(described=true) }}) t ON t.description = b.name AND t.at >= b.first
+        WHERE b.dimension = 'description' AND b.stale >= :least AND t.at <= CAST(:until AS timestamptz)
+        GROUP BY b.dimension, b.name
+        {% endif %}
     )
-    SELECT b.dimension, b.name, b.stale, b.tokens, b.users, b.first, w.writes
-    FROM by_name b LEFT JOIN writes w ON w.dimension = b.dimension AND w.name = b.name
+    SELECT b.dimension, b.name, b.stale, b.tokens, b.users, b.first, w.writes,
+           coalesce(d.descriptions, ARRAY[]::text[]) AS descriptions
+    FROM by_name b
+    LEFT JOIN writes w ON w.dimension = b.dimension AND w.name = b.name
+    LEFT JOIN described d ON d.dimension = b.dimension AND d.name = b.name
     ORDER BY b.dimension, b.name
 {%- endmacro %}
