@@ -11,7 +11,7 @@ from werkzeug import Request, Response
 from trueup.errors import ProviderError, SettingsError
 from trueup.llm.model import Completion, Message, Provider
 from trueup.llm.providers import provider_from_settings
-from trueup.llm.tokens import BoundCounter, EncodingCounter, count_prompt_tokens
+from trueup.llm.tokens import EncodingCounter, count_prompt_tokens
 from trueup.settings.settings import Settings
 
 KEY = "sk-test-0123456789abcdef"
@@ -70,7 +70,7 @@ def test_a_completion_has_the_text_and_the_billed_usage(httpserver: HTTPServer, 
 @pytest.mark.parametrize(
     ("usage", "figures"),
     [
-        ({"prompt_tokens": 21.0, "completion_tokens": 4.0, "total_tokens": 500.0}, (21, 4, 500)),
+        ({"prompt_tokens": 21.0, "completion_tokens": 4.0, "total_tokens": 500.0}, (21, 479, 500)),
         ({"input_tokens": 21, "output_tokens": 4}, (21, 4, 25)),
         ({"input_tokens": 21.0, "output_tokens": 4, "total_tokens": 25}, (21, 4, 25)),
         ({"prompt_tokens": None, "completion_tokens": None, "input_tokens": 21, "output_tokens": 4}, (21, 4, 25)),
@@ -167,11 +167,11 @@ def test_missing_or_implausible_usage_is_counted_here(
     assert done.total_tokens == done.prompt_tokens + done.completion_tokens
 
 
-def test_an_upper_bound_never_exceeds_the_cap(httpserver: HTTPServer, make: MakeProvider) -> None:
-    httpserver.expect_oneshot_request(PATH).respond_with_json(_body(usage=None, choices=_choice("x" * 400)))
+def test_an_estimate_of_an_unknown_model_never_exceeds_the_cap(httpserver: HTTPServer, make: MakeProvider) -> None:
+    httpserver.expect_oneshot_request(PATH).respond_with_json(_body(usage=None, choices=_choice(" word" * 400)))
     done = _complete(make(model_name="llama-3.3"), cap=50)
     assert done.completion_tokens == 50
-    assert done.prompt_tokens == count_prompt_tokens(PROMPT, BoundCounter())
+    assert done.prompt_tokens == count_prompt_tokens(PROMPT, EncodingCounter("o200k_base"))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,15 @@ from typing import Any
 
 from trueup.llm.formats.prompts import Unknown, bounded_prompt, media_in
 from trueup.llm.formats.reader import Reader
-from trueup.llm.formats.reading import count_of, first_count, list_of, object_of, requested_count, strings_in
+from trueup.llm.formats.reading import (
+    MAX_TOKENS,
+    count_of,
+    first_count,
+    list_of,
+    object_of,
+    requested_count,
+    strings_in,
+)
 from trueup.llm.formats.usage import TokenUsage, split_usage
 from trueup.llm.formats.wire_format import AnswerReader, Body, BodyFormat, Count, Sent
 from trueup.llm.output_cap import Demand
@@ -99,8 +107,14 @@ class ChatReader(Reader):
         self._is_finished |= any(bool(choice.get("finish_reason")) for choice in choices)
         if body.get("usage") is None:  # as in most events of a stream
             return False
-        self._usage = chat_usage(body["usage"], answered=bool(self.texts)) or self._usage
+        usage = chat_usage(body["usage"], answered=bool(self.texts))
+        self._usage = usage or self._usage
+        # Usage without a choice, after a text, is a stream's last chunk, even if the server reports no finish reason.
+        self._is_finished |= usage is not None and not choices and bool(self.texts)
         return not choices and "choices" in body
+
+    def end(self) -> None:
+        self.is_complete |= self._is_finished  # usage alone does not say so: a server may report it in each chunk
 
 
 def _texts(choice: dict[str, Any]) -> list[str]:
@@ -115,6 +129,8 @@ def chat_usage(usage: object, *, answered: bool) -> TokenUsage | None:
     completion = first_count(figures, "completion_tokens", "output_tokens", otherwise=0)
     total = first_count(figures, "total_tokens", otherwise=0)
     if not prompt or completion is None or total is None or (answered and completion == 0):
+        return None
+    if max(total, prompt + completion) > MAX_TOKENS:
         return None
     details = object_of(figures.get("prompt_tokens_details"))
     made = object_of(figures.get("completion_tokens_details"))

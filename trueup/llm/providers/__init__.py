@@ -17,9 +17,10 @@ def provider_from_settings(settings: Settings) -> Provider:
         case "openai":
             require_extra("openai", "TRUEUP_MODEL_PROVIDER=openai", consequence="Nothing was spent.")
             # Imported on use: the SDK costs about one second and 43 MB, which other processes do not need.
-            from trueup.llm.providers.openai import OpenAIProvider
+            from trueup.llm.providers.maker import MakerProvider
+            from trueup.llm.providers.openai import OpenAI
 
-            return OpenAIProvider(settings)
+            return MakerProvider(settings, OpenAI)
         case "anthropic":
             require_extra("anthropic", "TRUEUP_MODEL_PROVIDER=anthropic", consequence="Nothing was spent.")
             from trueup.llm.providers.anthropic import Anthropic

@@ -20,6 +20,7 @@ class Anthropic:
     """Implements `Maker`."""
 
     url = "https://api.anthropic.com"
+    url_setting = "model_base_url"
     errors: tuple[type[Exception], ...] = (anthropic.AnthropicError,)
     connection_errors: tuple[type[Exception], ...] = (anthropic.APIConnectionError,)
 

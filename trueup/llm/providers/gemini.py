@@ -20,6 +20,7 @@ class Gemini:
     """Implements `Maker`. The SDK makes one attempt for each call, so `model_max_retries` has no effect."""
 
     url = "https://generativelanguage.googleapis.com"
+    url_setting = "model_base_url"
     errors: tuple[type[Exception], ...] = (errors.APIError,)
     connection_errors: tuple[type[Exception], ...] = ()
 

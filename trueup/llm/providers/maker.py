@@ -14,10 +14,9 @@ from trueup.llm.formats.usage import TokenUsage, split_usage
 from trueup.llm.formats.wire_format import AnswerReader
 from trueup.llm.model import Completion, CompletionStream, Message
 from trueup.llm.providers.failures import Failures, status_of
-from trueup.llm.texts import without_lone_surrogates
 from trueup.llm.tokens import count_prompt_tokens, counter_for, likely_counter
 from trueup.settings.model_keys import model_key
-from trueup.settings.settings import Settings
+from trueup.settings.settings import PREFIX, Settings
 
 NO_KEY = "none"  # for a server without keys; the SDKs require one
 
@@ -28,11 +27,28 @@ Part = dict[str, Any]
 """A whole answer, or one event of a stream, as the server's JSON."""
 
 
+_HIGH_SURROGATES = ("\ud800", "\udbff")
+
+
+class NotAnAnswerError(ValueError):
+    """A success whose body is no answer. Its argument is the body."""
+
+
+class BrokenAnswerError(Exception):
+    """The server had accepted the request when its answer broke off. `error`: the SDK's."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class Maker(Protocol):
     """One maker's SDK."""
 
     url: str
     """The maker's own server. Always passed to the SDK, so that no variable can send the key to another one."""
+    url_setting: str
+    """The setting that names another server."""
     errors: tuple[type[Exception], ...]
     """The SDK's errors, without those of its HTTP client."""
     connection_errors: tuple[type[Exception], ...]
@@ -45,7 +61,10 @@ class Maker(Protocol):
         ...
 
     def events(self, messages: Sequence[Message], cap: int) -> Iterator[Part]:
-        """Buy one answer as a stream. Closing the generator closes the connection."""
+        """Buy one answer as a stream. Closing the generator closes the connection.
+
+        Raises `NotAnAnswerError`, and `BrokenAnswerError` if the SDK's error does not tell that the request was served.
+        """
         ...
 
     def reader(self, *, is_stream: bool) -> AnswerReader:
@@ -68,18 +87,20 @@ class MakerProvider:
         """Make the client without connecting. Raises `SettingsError` if no key is set and the server is the maker's."""
         name, secret = model_key(settings)
         key = header_value(name, secret)
-        if not key and not settings.model_base_url:
+        server = getattr(settings, make.url_setting)
+        url_name = f"{PREFIX}{make.url_setting.upper()}"
+        if not key and not server:
             raise SettingsError(
                 f"{name} is not set, and the provider {settings.model_provider} refuses calls without a key. Nothing "
-                "was spent. Set it for the workers and restart them."
+                f"was spent. Set it for the workers and restart them, or set {url_name} for a server that needs no key."
             )
-        url = (settings.model_base_url or make.url).rstrip("/")
+        url = (server or make.url).rstrip("/")
         self._maker = make(url, key or NO_KEY, settings)
         self._failures = Failures(
             url,
             key,
             key_name=name,
-            url_name="TRUEUP_MODEL_BASE_URL",
+            url_name=url_name,
             connection_errors=self._maker.connection_errors,
         )
         self._errors: tuple[type[Exception], ...] = (*self._maker.errors, httpx2.HTTPError)
@@ -103,7 +124,7 @@ class MakerProvider:
         except self._errors as error:
             raise self._failures.of(error) from None  # the SDK's text may quote part of the key
         answer.add(part)
-        answer.reader.end()
+        answer.end()
         if not answer.reader.has_begun:
             raise self._failures.no_completion(str(part))
         return self._completion(answer, messages, max_completion_tokens)
@@ -128,17 +149,24 @@ class MakerProvider:
     def _chunks(self, answer: "_Answer", events: Iterator[Part]) -> Iterator[str]:
         """Yield the text of each event. A break after the end of the answer is not an error."""
         broken: Exception | None = None
+        is_accepted = False
         try:
             for event in events:
                 text = answer.add(event)
                 if answer.reader.has_begun:
                     yield text
+        except NotAnAnswerError as error:
+            raise self._failures.no_completion(str(error)) from None
+        except BrokenAnswerError as error:
+            broken, is_accepted = error.error, True
         except self._breaks as error:
             broken = error
-        answer.reader.end()
+        rest = answer.end()
         if answer.reader.is_complete:
+            yield rest
             return
-        if broken is not None and not answer.reader.has_begun and self._is_before_answer(broken):
+        is_accepted |= answer.reader.has_begun
+        if broken is not None and not is_accepted and self._is_before_answer(broken):
             raise self._failures.of(broken) from None
         raise self._failures.broken_stream(broken, begun=answer.reader.has_begun) from None
 
@@ -175,6 +203,7 @@ class _Answer:
         self.is_cut = False
         self._maker = maker
         self._texts: list[str] = []
+        self._half = ""  # of a surrogate pair, whose other half the next part has
 
     @property
     def text(self) -> str:
@@ -185,7 +214,19 @@ class _Answer:
         self.last_arrival = time.monotonic()
         self.reader.add(None, part)
         self.is_cut |= self._maker.is_cut(part)
-        # A lone surrogate has no UTF-8 form, so PostgreSQL could not store the answer.
-        text = without_lone_surrogates(self._maker.text_of(part))
+        text, self._half = self._half + self._maker.text_of(part), ""
+        if text and _HIGH_SURROGATES[0] <= text[-1] <= _HIGH_SURROGATES[1]:
+            text, self._half = text[:-1], text[-1]
+        return self._keep(text)
+
+    def end(self) -> str:
+        """Note that no part follows, and return the text that waited for one."""
+        self.reader.end()
+        rest, self._half = self._half, ""
+        return self._keep(rest)
+
+    def _keep(self, text: str) -> str:
+        # Joins surrogate pairs. A lone surrogate has no UTF-8 form, so PostgreSQL could not store the answer.
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         self._texts.append(text)
         return text
