@@ -129,6 +129,8 @@ def test_doctor_names_the_extras_that_settings_need(
     shown = trueup(tmp_path, "doctor", "--json", without=("openai", "lxml")).stdout
     assert "TRUEUP_MODEL_PROVIDER=openai needs the extra [openai], which is not installed (no module openai)." in shown
     monkeypatch.setenv("TRUEUP_MODEL_PROVIDER", "offline")
+    shown = trueup(tmp_path, "doctor", "--json", without=("bpe_openai",)).stdout
+    assert "TRUEUP_MODEL_PROVIDER=offline needs the extra [embedded], which is not installed (no module bpe_op" in shown
     shown = trueup(tmp_path, "doctor", "--json", without=("openai", "lxml")).stdout
     assert "Without [features] this process registers none of trueup's own AI tasks." in shown
 

@@ -52,7 +52,7 @@ class ServiceUnavailableError(TrueupError):
 
 
 class NotInstalledError(TrueupError):
-    """The database has no trueup schema, or its schema was made for another mapping. Run `trueup db init`."""
+    """The database has no trueup schema, or its schema was made for another mapping. Run `trueup db attach`."""
 
 
 class GateClosedError(NotInstalledError):

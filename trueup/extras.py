@@ -19,6 +19,14 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "tokenizers": ("tokenizers",),
 }
 
+# What a model provider needs: the extra, and its modules; empty: all. Any extra with these modules will do.
+PROVIDER_EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "anthropic": ("anthropic", ()),
+    "gemini": ("gemini", ()),
+    "offline": ("embedded", ("bpe_openai",)),
+    "openai": ("openai", ()),
+}
+
 
 def missing_modules(extra: str, *modules: str) -> tuple[str, ...]:
     """Return the extra's modules that are not installed. `modules`: check only these."""

@@ -3,7 +3,7 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -17,6 +17,7 @@ from trueup.tasks.queues import AI_QUEUE, RECONCILE_QUEUE, SENT_AT_HEADER
 from trueup.worker.dead_letters import count_letters
 
 OLDEST_REDIS = (6, 2)
+UPKEEP_TASK = "trueup.reconcile_counters"
 # A worker that forks, or on a busy machine, answers within this.
 ANSWER_SECONDS = 2.0
 LONG_QUEUE = 1000
@@ -162,20 +163,31 @@ def check_workers(app: Celery, client: Any, settings: Settings) -> Iterator[Find
         what = f"Workers consume queue {AI_QUEUE}, but no model provider is set: every AI task fails."
         remedy = f"Set {PREFIX}MODEL_PROVIDER for the workers, and restart the workers."
         yield error("workers", what, remedy, queue=AI_QUEUE)
+    own = {worker for worker, queues in taken if {queue["name"] for queue in queues} - {AI_QUEUE, RECONCILE_QUEUE}}
     for queue, found in waiting.items():
-        yield _queue(queue, found, served=queue in served, alone=not taken)
+        may_idle = not taken or queue == AI_QUEUE or (queue not in served and _do_upkeep(app, own))
+        yield _queue(queue, found, served=queue in served, may_idle=may_idle)
 
 
-def _queue(queue: str, waiting: QueueDepth, *, served: bool, alone: bool) -> Finding:
-    """Return the finding about a queue. `alone`: no worker answered, which is a finding of its own."""
+def _do_upkeep(app: Celery, workers: Collection[str]) -> bool:
+    """Return whether one of these workers of the host has the upkeep's tasks, by `trueup.add_upkeep`."""
+    replies = app.control.broadcast("registered", reply=True, timeout=ANSWER_SECONDS) if workers else None
+    named = [(worker, names) for reply in replies or [] for worker, names in reply.items()]
+    return any(worker in workers and UPKEEP_TASK in names for worker, names in named)
+
+
+def _queue(queue: str, waiting: QueueDepth, *, served: bool, may_idle: bool) -> Finding:
+    """Return the finding about a queue. `may_idle`: that no worker consumes it is no fault, or another finding's."""
     detail = {"queue": queue, "served": served, **asdict(waiting)}
     start = f"Start a worker for it: `celery -A trueup.worker worker -Q {queue} -n {queue}@%h`."
+    if queue == RECONCILE_QUEUE and not waiting.length:
+        start += " Or call `trueup.add_upkeep(app)` in your application."
     if waiting.length and not served:
         return error("queues", f"In queue {queue} {waiting}, and no worker consumes it.", start, **detail)
     if waiting.length >= LONG_QUEUE or (waiting.oldest_seconds or 0) >= LONG_WAIT_SECONDS:
         remedy = "Start more workers for the queue, or find out why they are slow."
         return warning("queues", f"In queue {queue} {waiting}.", remedy, **detail)
-    if not served and not alone and queue == RECONCILE_QUEUE:
+    if not served and not may_idle:
         what = f"No worker consumes queue {queue}: no scheduled reconcile run takes place."
         return warning("queues", what, start, **detail)
     return ok("queues", f"In queue {queue} {waiting}.", **detail)

@@ -35,7 +35,13 @@ RUNS_IN_CHART = 60
 @click.option("--cause", "causes", type=CAUSE, help='Only drifts with this cause, or with all causes joined by "+".')
 @click.option("--min", "min_tokens", type=TOKENS, default=0, help="Only drifts of at least this many tokens.")
 @click.option("--user", type=USER, help="Only this user.")
-@click.option("--rows", type=ROWS, help='The number of rows, largest first, or "all", the default of json and csv.')
+@click.option(
+    "--rows",
+    "--limit",
+    "rows",
+    type=ROWS,
+    help='The number of rows, largest first, or "all", as in json and csv.',
+)
 @click.option("--format", "form", type=click.Choice(tuple(DEFAULT_ROWS)), help="The format.  [default: table]")
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
 @click.option(

@@ -186,7 +186,7 @@ def _print_finding(found: Finding, plans: dict[int, list[str]]) -> None:
     else:
         effect = f"The user has {-drift.tokens:,} tokens that the counter does not show."
     click.echo(f"\n{effect}")
-    if not explanation.components:
+    if not explanation.components and drift.surplus != explanation.in_flight:
         click.echo(f"Why: unexplained. {cause_sentence('unexplained').capitalize()}.")
     for part in explanation.components:
         click.echo(f"\nWhy: {cause_title(part.cause)}, {signed(part.tokens)} tokens: {cause_sentence(part.cause)}.")

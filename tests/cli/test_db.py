@@ -38,4 +38,4 @@ def test_without_host_tables_nothing_is_made_and_each_is_named(empty_database: s
     ids=lambda command: command[0],
 )
 def test_before_the_setup_each_command_names_the_remedy(empty_database: str, command: tuple[object, ...]) -> None:
-    assert "Run `trueup db init`" in trueup(*command, code=1).stderr
+    assert "Run `trueup db attach`" in trueup(*command, code=1).stderr

@@ -24,7 +24,7 @@ def test_it_removes_and_keeps_the_history(host: Host, tmp_path: Path) -> None:
     assert said.endswith("Removed the triggers and the schema trueup.\n")
     assert host.value("SELECT to_regnamespace('trueup') IS NULL")
     assert "nothing to remove" in trueup("db", "detach", "--yes", code=1).stderr
-    assert "Run `trueup db init`" in trueup("tokens", "show", 1, code=1).stderr
+    assert "Run `trueup db attach`" in trueup("tokens", "show", 1, code=1).stderr
 
 
 def test_open_holds_prevent_a_detach_without_force(host: Host, connection: Connection) -> None:

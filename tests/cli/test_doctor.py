@@ -174,7 +174,7 @@ def test_a_queue_is_judged_by_its_length_its_age_and_by_who_takes_from_it(
     queue: str, length: int, oldest: float | None, served: bool, level: str
 ) -> None:
     waiting = QueueDepth(length=length, oldest_seconds=oldest)
-    finding = doctor._queue(queue, waiting, served=served, alone=False)
+    finding = doctor._queue(queue, waiting, served=served, may_idle=queue == "trueup-ai")
     assert (finding.level, finding.detail["length"], finding.detail["oldest_seconds"]) == (level, length, oldest)
 
 

@@ -17,6 +17,7 @@ from sqlalchemy.engine import make_url
 from tests.conftest import cloned_database
 from tests.support.api import free_port
 from tests.support.waiting import wait_for
+from trueup.extras import EXTRAS, PROVIDER_EXTRAS
 from trueup.stack import StackUrls
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -101,7 +102,7 @@ def play(name: str, url: str, broker: str, home: Path) -> Ran:
     return ran
 
 
-@pytest.fixture(scope="module", params=["django", pytest.param("fastapi", marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=["django", "fastapi"])
 def ran(
     request: pytest.FixtureRequest, stack: StackUrls, admin_engine: Engine, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Ran]:
@@ -123,3 +124,16 @@ def test_one_task_is_charged_and_one_is_denied(ran: Ran) -> None:
 def test_the_drifted_counter_is_in_the_report(ran: Ran) -> None:
     [report] = [output for command, output in ran.output.items() if command.endswith("drift report")]
     assert "1,400" in report
+
+
+def test_the_doctor_sees_that_the_projects_own_worker_does_the_upkeep(ran: Ran) -> None:
+    assert "No worker consumes queue" not in ran.of("trueup doctor")
+    assert "0 errors" in ran.of("trueup doctor")
+
+
+@pytest.mark.parametrize("name", ["django", "fastapi"])
+def test_the_requirements_of_an_example_hold_the_extra_that_its_model_provider_needs(name: str) -> None:
+    """The tests run with all extras; a reader installs the example's requirements alone."""
+    requirements = (EXAMPLES / name / "requirements.txt").read_text()
+    [extra] = re.findall(r"^trueup\[(\w+)\]$", requirements, re.MULTILINE)
+    assert set(PROVIDER_EXTRAS["offline"][1]) <= set(EXTRAS[extra])

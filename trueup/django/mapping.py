@@ -1,5 +1,6 @@
 """The mapping of the host's tables, from the project's models: tables, columns, types and keys."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -157,7 +158,9 @@ def _instead(noun: Noun, name: str, entry: FieldEntry, match: Match | None, mapp
     label, key = mapped.found[noun]._meta.label, noun.upper()
     doubt = f" {match.column.name!r} is only a guess." if match is not None else ""
     remedy = f'Set TRUEUP["FIELDS"]["{key}"]["{name}"] to the model\'s field'
-    remedy += f", or {entry.otherwise}." if entry.otherwise else "."
+    # The registry words it for trueup.toml.
+    otherwise = re.sub(r"(\w+) = ", r'"\1": ', entry.otherwise).replace(": true}", ": True}")
+    remedy += f", or {otherwise}." if otherwise else "."
     mapped.findings.append(Finding(what=f"{label} has no field for {name}.{doubt}", remedy=remedy))
     return {}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from trueup.doctor.findings import Finding, error, ok, warning
-from trueup.extras import EXTRAS, missing_modules
+from trueup.extras import EXTRAS, PROVIDER_EXTRAS, missing_modules
 from trueup.settings.settings import Settings
 
 OLDEST_PYTHON = (3, 11)
@@ -53,12 +53,15 @@ def check_weaker_versions(installed: Mapping[str, str] | None = None) -> Iterato
 def check_extras(settings: Settings) -> Iterator[Finding]:
     """Yield each missing extra that the settings need."""
     missing = {extra for extra in EXTRAS if missing_modules(extra)}
-    needed = [(extra, setting) for extra, setting in _needed_extras(settings) if extra in missing]
-    for extra, setting in needed:
+    needed = [
+        (extra, setting, lacks)
+        for extra, setting, modules in _needed_extras(settings)
+        if (lacks := missing_modules(extra, *modules))
+    ]
+    for extra, setting, lacks in needed:
         yield error(
             "extras",
-            f"{setting} needs the extra [{extra}], which is not installed (no module "
-            f"{', '.join(missing_modules(extra))}).",
+            f"{setting} needs the extra [{extra}], which is not installed (no module {', '.join(lacks)}).",
             f"Install it: pip install 'trueup[{extra}]', or unset the setting.",
             extra=extra,
         )
@@ -70,19 +73,20 @@ def check_extras(settings: Settings) -> Iterator[Finding]:
         yield ok("extras", what, installed=installed, missing=sorted(missing))
 
 
-def _needed_extras(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Yield each extra that a setting needs, with the setting."""
-    if settings.model_provider not in (None, "offline"):
-        yield settings.model_provider, f"TRUEUP_MODEL_PROVIDER={settings.model_provider}"
+def _needed_extras(settings: Settings) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Yield each extra that a setting needs, the setting, and the modules that it needs; empty: all of the extra."""
+    if settings.model_provider is not None:
+        extra, modules = PROVIDER_EXTRAS[settings.model_provider]
+        yield extra, f"TRUEUP_MODEL_PROVIDER={settings.model_provider}", modules
     if settings.beat_scheduler == "redbeat":
-        yield "redbeat", "TRUEUP_BEAT_SCHEDULER=redbeat"
+        yield "redbeat", "TRUEUP_BEAT_SCHEDULER=redbeat", ()
     if settings.alerts.apprise_urls:
-        yield "apprise", "alerts.apprise_urls"
+        yield "apprise", "alerts.apprise_urls", ()
     for pattern, model in settings.models.items():
         if model.tokenizer_file is not None:
-            yield "tokenizers", f'tokenizer = "{model.tokenizer}" of model "{pattern}"'
+            yield "tokenizers", f'tokenizer = "{model.tokenizer}" of model "{pattern}"', ()
     if settings.api.has_key:
-        yield "api", "A key for the HTTP API"
+        yield "api", "A key for the HTTP API", ()
 
 
 def _demands() -> list[str]:

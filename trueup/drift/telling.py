@@ -66,7 +66,7 @@ def _reasons(entry: Entry, row: Usage | None, reasons: list[Found]) -> Iterator[
         yield f"{who} the {row.tokens:,} tokens of log row {row.id}"
     for one in reasons:
         yield f"{cause_sentence(one.cause)} ({one.tokens:+,})"
-    if row is None and not reasons and entry.change:
+    if row is None and not reasons and entry.change and entry.kind == "changed":
         yield "a purchase or a grant, which the figures include" if entry.change > 0 else "no reason is known"
 
 

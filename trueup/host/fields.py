@@ -246,10 +246,10 @@ class SubscriptionTable(Names):
     token_plan_id: _TokenPlanId = "token_plan_id"
     full_plan_id: _FullPlanId = "full_plan_id"
     start_date: Annotated[Column, FieldEntry(TIME, "started_at starts_at start_at start started current_period_start "
-        "period_start valid_from begins_at activated_at window_start renewed_at created_at",
+        "period_start valid_from begins_at begins activated_at window_start renewed_at created_at",
         required=True)] = "start_date"
-    end_date: Annotated[End, FieldEntry(TIME, "ended_at ends_at end_at end current_period_end period_end valid_until "
-        "valid_to expires_at expires expiry expiry_date expiration_date expired_at", required=True,
+    end_date: Annotated[End, FieldEntry(TIME, "ended_at ends_at ends end_at end current_period_end period_end "
+        "valid_until valid_to expires_at expires expiry expiry_date expiration_date expired_at", required=True,
         otherwise='end_date = {value = "infinity"} if none ends', nullable=True)] = "end_date"
     tokens_remaining: Annotated[Column, FieldEntry(INTEGER, "remaining_tokens tokens_left token_balance tokens_balance "
         "balance credits_remaining remaining_credits credits_left credit_balance available_tokens tokens_available "

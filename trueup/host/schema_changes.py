@@ -47,10 +47,14 @@ def explain(
     return GateClosedError(f"{not_ready(where, cause)} {why}")
 
 
+SET_UP = "Run `trueup db attach`; `trueup drift report --read-only` needs no setup."
+"""The remedy where the database is not set up for trueup."""
+
+
 def not_ready(where: str, cause: str) -> NotInstalledError:
     """Return the error for a database that lacks an object, without a known reason."""
     return NotInstalledError(
-        f"The database at {where} is not ready for trueup: {cause}. Nothing was run. Run `trueup db init`, and check "
+        f"The database at {where} is not ready for trueup: {cause}. Nothing was run. {SET_UP} Check "
         "the table names under [host] in trueup.toml."
     )
 

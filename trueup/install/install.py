@@ -27,7 +27,7 @@ from trueup.host.log_ids import log_id_problem
 from trueup.host.mapping import HostMapping, quote_table
 from trueup.host.partitions import partition_problem
 from trueup.host.questions import open_questions
-from trueup.host.schema_changes import ATTACHING
+from trueup.host.schema_changes import ATTACHING, SET_UP
 from trueup.host.setting_values import quote_literal
 from trueup.host.sql import render_file
 from trueup.install.baseline import FILL_BASELINE, SAVE_TRIGGER_BASELINE, are_triggers_unchanged, is_installed
@@ -142,7 +142,7 @@ def drop_functions(connection: Connection) -> None:
 def check_installed(connection: Connection) -> None:
     """Raise `NotInstalledError` unless the database is ready for the mapping in the settings."""
     if not is_installed(connection):
-        raise NotInstalledError("This database has no trueup schema. Run `trueup db init`.")
+        raise NotInstalledError(f"This database has no trueup schema. {SET_UP}")
     installed = connection.scalar(text("SELECT mapping_fingerprint FROM trueup.installation"))
     if installed in (None, ATTACHING):
         raise NotInstalledError(

@@ -35,6 +35,12 @@ _COLUMNS = text(
     ORDER BY t.place
     """
 )
+_THERE = text(
+    """
+    SELECT name FROM unnest(CAST(:names AS text[])) AS name
+    WHERE has_table_privilege(to_regclass(:schema || '.' || name), 'SELECT') ORDER BY name
+    """
+)
 # The table or each of its partitions may have the index.
 _HAS_INDEX = text(
     """
@@ -180,3 +186,10 @@ def is_attached(connection: Connection, mapping: HostMapping) -> bool:
             "Restore the old names, or run `trueup db init` to set the database up for the new ones."
         )
     return True
+
+
+def optional_tables(connection: Connection, mapping: HostMapping) -> list[str]:
+    """Return the readable tables with a default name of decrement rows or payments that the mapping leaves out."""
+    nouns = [noun for noun in NOUNS if TABLES[noun].entry.optional and getattr(mapping, noun).table is None]
+    names = [TABLES[noun].entry.default_name for noun in nouns]
+    return list(connection.scalars(_THERE, {"names": names, "schema": DEFAULT_SCHEMA}))

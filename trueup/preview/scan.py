@@ -31,7 +31,15 @@ from trueup.drift.known_drifts import Past, read_past
 from trueup.errors import TrueupError
 from trueup.host.mapping import HostMapping, UserIdType
 from trueup.host.sql import INSTALLED, UNCOUNTABLE, OwnTables, fields_read, render_statement
-from trueup.preview.checks import Named, check_columns, check_expressions, is_attached, missing_index, named_columns
+from trueup.preview.checks import (
+    Named,
+    check_columns,
+    check_expressions,
+    is_attached,
+    missing_index,
+    named_columns,
+    optional_tables,
+)
 from trueup.reconcile.audit import UNCOUNTABLE_REMEDY
 from trueup.reconcile.runs import Finding
 from trueup.reconcile.shards import MAX_FAILURES, bounds, conditions_of
@@ -127,12 +135,16 @@ class _Scan:
             self.plan_sizes = frozenset(connection.scalars(self.statements.plan_sizes))
             self.counter_limit = connection.scalar(self.statements.counter_limit) or 0
             self.outcome.started_at = connection.scalar(text("SELECT statement_timestamp()"))
+            left_out = optional_tables(connection, self.mapping)
+        if left_out:
+            note = f"{' and '.join(left_out)}: not mapped. With decrement rows and payments more causes are named. "
+            self.outcome.notes += (f"{note}`trueup db discover` proposes the settings.",)
         if self.index is not None:
             note = (
                 "Causes were not looked for: without an index each user would need a scan of a whole table. Create the "
                 f"index: {self.index};"
             )
-            self.outcome.notes = (note,)
+            self.outcome.notes += (note,)
 
     def by_pages(self, only_user: UserId | None, page_size: int) -> None:
         """Read the users in pages, in the order of their ids; retry a page that takes too long as smaller ones."""

@@ -1,7 +1,7 @@
 """The model provider that the settings name. There is no default."""
 
 from trueup.errors import SettingsError
-from trueup.extras import require_extra
+from trueup.extras import PROVIDER_EXTRAS, require_extra
 from trueup.llm.bounds import assigned_counter
 from trueup.llm.model import Provider
 from trueup.llm.tokens import TokenCounter, counter_for, offline_counter
@@ -13,28 +13,28 @@ def provider_from_settings(settings: Settings) -> Provider:
 
     Raises `SettingsError` if they name none or lack its key, `MissingExtraError` if its packages are not installed.
     """
+    if settings.model_provider is not None:
+        extra, modules = PROVIDER_EXTRAS[settings.model_provider]
+        feature = f"{PREFIX}MODEL_PROVIDER={settings.model_provider}"
+        require_extra(extra, feature, *modules, consequence="Nothing was spent.")
     match settings.model_provider:
         case "openai":
-            require_extra("openai", "TRUEUP_MODEL_PROVIDER=openai", consequence="Nothing was spent.")
             # Imported on use: the SDK costs about one second and 43 MB, which other processes do not need.
             from trueup.llm.providers.maker import MakerProvider
             from trueup.llm.providers.openai import OpenAI
 
             return MakerProvider(settings, OpenAI)
         case "anthropic":
-            require_extra("anthropic", "TRUEUP_MODEL_PROVIDER=anthropic", consequence="Nothing was spent.")
             from trueup.llm.providers.anthropic import Anthropic
             from trueup.llm.providers.maker import MakerProvider
 
             return MakerProvider(settings, Anthropic)
         case "gemini":
-            require_extra("gemini", "TRUEUP_MODEL_PROVIDER=gemini", consequence="Nothing was spent.")
             from trueup.llm.providers.gemini import Gemini
             from trueup.llm.providers.maker import MakerProvider
 
             return MakerProvider(settings, Gemini)
         case "offline":
-            require_extra("embedded", "TRUEUP_MODEL_PROVIDER=offline", "bpe_openai", consequence="Nothing was spent.")
             from trueup.llm.offline.offline import OfflineProvider
 
             return OfflineProvider()
