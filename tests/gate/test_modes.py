@@ -18,6 +18,7 @@ from trueup.gate.decision import check_gate
 from trueup.gate.holds import close_hold
 from trueup.gate.modes import (
     list_changes,
+    list_denied_tasks,
     list_modes,
     list_observed_denials,
     mode_of,
@@ -180,6 +181,20 @@ def test_a_check_without_a_hold_obeys_the_mode(
     denied = {"feature_name": FEATURE, "reason": "insufficient_tokens", "tokens": 500}
     assert overrides_denial(connection, user, **denied) is passes
     assert len(denials(host)) == recorded
+    assert [(one.reason, one.overridden) for one in list_denied_tasks(connection)] == (
+        [] if set_to == "off" else [("insufficient_tokens", recorded)]
+    )
+
+
+def test_a_guarded_view_that_denies_is_counted_and_a_plain_check_is_not(host: Host, connection: Connection) -> None:
+    user = host.subscriber(100)
+    assert not check_ai_access_for_user(user, 500, FEATURE)["has_access"]
+    assert list_denied_tasks(connection) == []
+    refusal = token_gate(500, FEATURE).refusal(user)
+    assert refusal is not None
+    assert refusal.status == 402
+    [denied] = list_denied_tasks(connection)
+    assert (denied.reason, denied.times, denied.tokens, denied.users) == ("insufficient_tokens", 1, 500, 1)
 
 
 def test_each_change_is_recorded_once(host: Host, connection: Connection) -> None:

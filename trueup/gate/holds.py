@@ -92,7 +92,10 @@ class Hold:
 
 @dataclass(frozen=True, kw_only=True)
 class HoldRow:
-    """A row of the table of holds, for display. Tokens are counts. `closed_at` None: the hold is open."""
+    """A row of the table of holds, for display. Tokens are counts; `tokens_left`: still set aside.
+
+    `calls`: charged so far, with `tokens_charged`. `closed_at` None: the hold is open.
+    """
 
     user_id: UserId
     task_id: str
@@ -103,6 +106,7 @@ class HoldRow:
     tokens_reserved: int
     tokens_charged: int
     tokens_left: int
+    calls: int
     opened_at: datetime
     expires_at: datetime
     closed_at: datetime | None
@@ -341,9 +345,13 @@ def list_holds(
     *,
     user_id: UserId | None = None,
     every_status: bool = False,
+    oldest_first: bool = False,
     limit: int = 100,
 ) -> list[HoldRow]:
-    """Return open holds, newest first; with `every_status` also ended ones. `user_id` None: holds of all users."""
+    """Return at most `limit` open holds, newest first unless `oldest_first`; with `every_status` also ended ones.
+
+    `user_id` None: holds of all users.
+    """
     hold = own_table("hold", get_settings().host.user_id_type).c
     tokens_left = case((hold.status == "open", hold.tokens_reserved - hold.tokens_covered), else_=0)
     names = [field.name for field in fields(HoldRow) if field.name != "tokens_left"]
@@ -352,7 +360,9 @@ def list_holds(
         query = query.where(hold.status == "open")
     if user_id is not None:
         query = query.where(hold.user_id == user_id)
-    rows = connection.execute(query.order_by(hold.id.desc()).limit(limit))
+    # Few holds are open: by their index, and never along the ids of all ended ones.
+    order = (hold.opened_at, hold.id) if oldest_first else (hold.id.desc(),)
+    rows = connection.execute(query.order_by(*order).limit(limit))
     return [HoldRow(**row) for row in rows.mappings()]
 
 

@@ -153,9 +153,6 @@ BEGIN
             WHERE c.user_id = p_user AND c.task_id = p_task AND c.outcome = 'started';
             held := held + v_tokens;
             tokens_left := v_tokens;
-        ELSE
-            INSERT INTO trueup.denial (user_id, task_id, feature_name, reason, tokens, denied_at)
-            VALUES (p_user, p_task, p_feature, reason, v_tokens, at);
         END IF;
     END IF;
 {{ store_balance("p_user", held="open_other_hold.held") }}

@@ -159,7 +159,9 @@ def list_observed_denials(connection: Connection, *, hours: int = 24) -> list[Ob
 
 @dataclass(frozen=True, kw_only=True)
 class DeniedTasks:
-    """The tasks, blocks and streams that the gate denied or, in mode "observe", would have denied, for one reason.
+    """What the gate denied or, in mode "observe", would have denied, for one reason.
+
+    These are tasks, blocks, streams, extensions of holds, and views that `require_ai_tokens` guards.
 
     `overridden`: how many of `times` were only observed. `tokens`: the sum of the requested tokens.
     """
@@ -220,7 +222,7 @@ def overrides_denial(
     task_id: str = "",
     now: datetime | None = None,
 ) -> bool:
-    """Return whether the feature's mode overrides a denial; mode "observe" also records the denial.
+    """Return whether the feature's mode overrides a denial. The denial is recorded, except in mode "off".
 
     For checks without a hold: `open_hold` does this itself. `reason`: the code of the denial. `tokens`: the requested
     count. `task_id`: "" means that there is no task. `now`: None means the database's clock.

@@ -8,7 +8,7 @@ CREATE OR REPLACE FUNCTION trueup.gate_mode_of(p_feature text, p_settings text) 
                     p_settings)
 $$;
 
--- Whether the feature's mode overrides a denial. Mode "observe" also records the denial.
+-- Whether the feature's mode overrides a denial. The denial is recorded, except in mode "off".
 CREATE OR REPLACE FUNCTION trueup.override_denial(
     p_user {{ user_id_type }}, p_task text, p_feature text, p_settings text, p_reason text, p_tokens bigint, at timestamptz
 ) RETURNS boolean LANGUAGE plpgsql AS $$
@@ -17,6 +17,9 @@ DECLARE
 BEGIN
     IF v_mode = 'observe' THEN
         INSERT INTO trueup.observed_denial (user_id, task_id, feature_name, reason, tokens, denied_at)
+        VALUES (p_user, p_task, p_feature, p_reason, p_tokens, coalesce(at, clock_timestamp()));
+    ELSIF v_mode = 'enforce' THEN
+        INSERT INTO trueup.denial (user_id, task_id, feature_name, reason, tokens, denied_at)
         VALUES (p_user, p_task, p_feature, p_reason, p_tokens, coalesce(at, clock_timestamp()));
     END IF;
     RETURN v_mode IN ('observe', 'off');

@@ -1,4 +1,4 @@
-"""What is at stake now, for the live page: balances that run out, open holds, and drifts in review.
+"""What is at stake now, for the live page: balances that run out, and drifts in review.
 
 Each query has a bound, whatever the size of the host: the page is read every few seconds while someone looks at it.
 """
@@ -38,20 +38,6 @@ class AtRisk:
         return max(0, self.consumed - self.original)
 
 
-@dataclass(frozen=True, kw_only=True)
-class OpenHold:
-    """An open hold. `tokens`: still set aside. `calls`: charged so far, with `tokens_charged`."""
-
-    user_id: UserId
-    task_id: str
-    feature_name: str
-    tokens: int
-    tokens_charged: int
-    calls: int
-    opened_at: datetime
-    expires_at: datetime
-
-
 _ACTIVE = """
     active AS (
         SELECT DISTINCT t.user_id FROM (
@@ -82,20 +68,6 @@ def list_at_risk(connection: Connection, *, limit: int = 20, now: datetime | Non
     """
     values = {"now": now, "within": ACTIVE_WITHIN, "most": MAX_ACTIVE, "percent": AT_RISK_PERCENT, "limit": limit}
     return [AtRisk(**row) for row in connection.execute(_AT_RISK, values).mappings()]
-
-
-_HOLDS = text(
-    """
-    SELECT h.user_id, h.task_id, h.feature_name, h.tokens_reserved - h.tokens_covered AS tokens, h.tokens_charged,
-           h.calls, h.opened_at, h.expires_at
-    FROM trueup.hold h WHERE h.status = 'open' ORDER BY h.opened_at, h.id LIMIT :limit
-    """
-)
-
-
-def list_open_holds(connection: Connection, *, limit: int = 20) -> list[OpenHold]:
-    """Return the open holds, the oldest first, at most `limit`."""
-    return [OpenHold(**row) for row in connection.execute(_HOLDS, {"limit": limit}).mappings()]
 
 
 _COUNT_REVIEWS = text(

@@ -180,7 +180,7 @@ def _holds(snapshot: Snapshot) -> Table:
         [
             _text(str(hold.user_id)),
             _text(hold.feature_name),
-            _number(hold.tokens),
+            _number(hold.tokens_left),
             _number(hold.tokens_charged),
             _number(hold.calls),
             _time(hold.opened_at),

@@ -8,10 +8,11 @@ from sqlalchemy import Connection, text
 
 from trueup.database.engine import transaction
 from trueup.errors import LogChangedError, ServiceUnavailableError
+from trueup.gate.holds import HoldRow, list_holds
 from trueup.gate.modes import DeniedTasks, list_denied_tasks
 from trueup.host.mapping import UserIdType
 from trueup.monitoring.alerts import Alert, list_alerts
-from trueup.monitoring.overview import AtRisk, OpenHold, count_reviews, list_at_risk, list_open_holds
+from trueup.monitoring.overview import AtRisk, count_reviews, list_at_risk
 from trueup.monitoring.status import read_gauges
 from trueup.reconcile.missed_runs import MissedRun, find_missed_runs
 from trueup.reports.history import RunFigures, read_history
@@ -33,7 +34,7 @@ class Snapshot:
     at: datetime
     gauges: dict[str, float | None]
     at_risk: Sequence[AtRisk]
-    holds: Sequence[OpenHold]
+    holds: Sequence[HoldRow]
     denied: Sequence[DeniedTasks]
     in_review: int
     reviews: Sequence[ReviewItem]
@@ -63,7 +64,7 @@ def _read(connection: Connection, user_id_type: UserIdType) -> Snapshot:
         at=connection.execute(text("SELECT clock_timestamp()")).scalar_one(),
         gauges={name: value for name, (value, _) in read_gauges(connection).items()},
         at_risk=list_at_risk(connection, limit=MAX_ROWS),
-        holds=list_open_holds(connection, limit=MAX_ROWS),
+        holds=list_holds(connection, oldest_first=True, limit=MAX_ROWS),
         denied=list_denied_tasks(connection, hours=DENIED_HOURS),
         in_review=count_reviews(connection),
         reviews=list_reviews(connection, user_id_type, limit=MAX_REVIEWS),
