@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tests.test_extras import environment
 from trueup.doctor.versions import check_extras
 from trueup.errors import SettingsError
-from trueup.llm.bounds import assigned_counter, learns
-from trueup.llm.tokens import FileCounter
+from trueup.llm.bounds import assigned_counter, learns, likely_counter
+from trueup.llm.tokens import FileCounter, offline_counter
 from trueup.settings.models import ModelSettings
 from trueup.settings.settings import Settings, read_settings
 
@@ -53,6 +53,14 @@ def test_a_count_is_that_of_the_whole_text(file: Path, text: str) -> None:
     assert not counter.exact
     assert not learns("llama-3-8b", settings(f"file:{file}"))
     assert assigned_counter("mistral", settings(f"file:{file}")) is None
+
+
+def test_an_estimate_uses_the_file_too_and_never_a_ratio_because_that_is_a_bound(file: Path) -> None:
+    assert isinstance(likely_counter("llama-3-8b", settings(f"file:{file}")), FileCounter)
+    with_ratio = Settings(models={"llama*": ModelSettings(ratio=1.0)})
+    for text in TEXTS:
+        assert likely_counter("llama-3-8b", with_ratio).count(text) == offline_counter().count(text)
+    assert likely_counter("gpt-4", with_ratio).exact
 
 
 def test_a_special_token_in_a_text_counts_as_text(file: Path) -> None:

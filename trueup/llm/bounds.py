@@ -16,7 +16,7 @@ from trueup.database.retry import retrying
 from trueup.errors import TrueupError
 from trueup.llm.text_classes import classes_of
 from trueup.llm.texts import without_lone_surrogates
-from trueup.llm.tokens import BoundCounter, EncodingCounter, FileCounter, TokenCounter, counter_for
+from trueup.llm.tokens import BoundCounter, EncodingCounter, FileCounter, TokenCounter, counter_for, offline_counter
 from trueup.settings.models import settings_of_model
 from trueup.settings.settings import Settings
 
@@ -115,6 +115,18 @@ def assigned_counter(model_name: str, settings: Settings) -> TokenCounter | None
     if known.tokenizer is not None:
         return AssignedCounter(known.tokenizer)
     return None if known.ratio is None else RatioCounter(int(known.ratio * _UNIT) + 1)
+
+
+def likely_counter(model_name: str, settings: Settings) -> TokenCounter:
+    """Return the counter for an estimate: as assigned, the model's own, else the one nearest to most models'.
+
+    A ratio in the settings is a bound, so an estimate does not use it. Raises as `assigned_counter`.
+    """
+    assigned = assigned_counter(model_name, settings)
+    if assigned is not None and not isinstance(assigned, RatioCounter):
+        return assigned
+    own = counter_for(model_name)
+    return own if own.exact else offline_counter()
 
 
 def learns(model_name: str, settings: Settings) -> bool:

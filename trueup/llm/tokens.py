@@ -114,14 +114,8 @@ def counter_for(model_name: str) -> TokenCounter:
     return BoundCounter()
 
 
-def likely_counter(model_name: str) -> TokenCounter:
-    """Return the counter for an estimate: the model's own, else the one whose counts are nearest to most models'."""
-    counter = counter_for(model_name)
-    return counter if counter.exact else EncodingCounter(OFFLINE_ENCODING)
-
-
 def offline_counter() -> TokenCounter:
-    """Return the counter by which the offline provider bills; the default of the services' plans."""
+    """Return the counter by which the offline provider bills; its counts are nearest to most models'."""
     return EncodingCounter(OFFLINE_ENCODING)
 
 

@@ -8,13 +8,13 @@ from typing import Any, Protocol
 import httpx2
 
 from trueup.errors import SettingsError
-from trueup.llm.bounds import assigned_counter
+from trueup.llm.bounds import assigned_counter, likely_counter
 from trueup.llm.credentials import header_value
 from trueup.llm.formats.usage import TokenUsage, split_usage
 from trueup.llm.formats.wire_format import AnswerReader
 from trueup.llm.model import Completion, CompletionStream, Message
 from trueup.llm.providers.failures import Failures, status_of
-from trueup.llm.tokens import count_prompt_tokens, counter_for, likely_counter
+from trueup.llm.tokens import count_prompt_tokens, counter_for
 from trueup.settings.model_keys import model_key
 from trueup.settings.settings import PREFIX, Settings
 
@@ -106,9 +106,8 @@ class MakerProvider:
         self._errors: tuple[type[Exception], ...] = (*self._maker.errors, httpx2.HTTPError)
         self._breaks: tuple[type[Exception], ...] = (*self._errors, *_UNREADABLE)
         self._model_name = settings.model_name
-        assigned = assigned_counter(settings.model_name, settings)
-        self._bound = assigned or counter_for(settings.model_name)
-        self._likely = assigned or likely_counter(settings.model_name)
+        self._bound = assigned_counter(settings.model_name, settings) or counter_for(settings.model_name)
+        self._likely = likely_counter(settings.model_name, settings)
 
     def count_prompt_tokens(self, messages: Sequence[Message]) -> int:
         """Return the tokens that the prompt costs, with message overhead; never fewer than billed."""

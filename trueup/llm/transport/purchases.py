@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trueup.errors import UnboundedCallError, UnmeteredCallError
-from trueup.llm.bounds import ClassCounter, bounding_counter, learn, learns
+from trueup.llm.bounds import ClassCounter, bounding_counter, learn, learns, likely_counter
 from trueup.llm.calls import Call, begin, charge, end_without_usage, fingerprint_of, storable
 from trueup.llm.formats.reading import parsed
 from trueup.llm.formats.registry import format_of, is_free, normal_path
@@ -19,7 +19,7 @@ from trueup.llm.formats.usage import TokenUsage, split_usage
 from trueup.llm.formats.wire_format import AnswerReader, Count, Sent, WireFormat
 from trueup.llm.output_cap import Demand
 from trueup.llm.running import RunningHold, running_now, running_or_refuse
-from trueup.llm.tokens import TokenCounter, likely_counter
+from trueup.llm.tokens import TokenCounter
 from trueup.llm.traced_calls import Operation
 from trueup.llm.weights import counted_tokens, weighted
 from trueup.settings.settings import get_settings
@@ -222,7 +222,7 @@ class Purchase:
 
     def _estimate(self) -> TokenUsage:
         """Return what the received part has probably cost: at most what was asked for."""
-        counter = likely_counter(self._model)
+        counter = likely_counter(self._model, get_settings())
         prompt = self.reader.prompt_tokens
         # Parts that could not be counted here were counted by the provider, or bounded by the caller.
         demand = self._format.demand(replace(self._sent, media_tokens=self._sent.media_tokens or 0), counter)
