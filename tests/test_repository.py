@@ -198,6 +198,9 @@ def _requirements() -> Iterator[tuple[str, Requirement]]:
         "main.txt": [*core, *image],
         "dev.txt": [*core, *every_extra, *_group("dev")],
         "oldest.txt": [*core, *_lowest_extras(), *_group("test")],
+        "frameworks.txt": _group("frameworks"),
+        "llama-index.txt": [*core, *EXTRAS["embedded"], *EXTRAS["sdks"], *_group("llama-index")],
+        "model.txt": _group("model"),
     }
     for file, lines in files.items():
         for line in lines:
@@ -205,7 +208,7 @@ def _requirements() -> Iterator[tuple[str, Requirement]]:
 
 
 REQUIREMENTS = list(_requirements())
-LOCKS = ["main.txt", "dev.txt", "oldest.txt"]
+LOCKS = ["main.txt", "dev.txt", "oldest.txt", "frameworks.txt", "llama-index.txt", "model.txt"]
 
 
 def _pins(file: str) -> dict[str, str]:
@@ -257,8 +260,8 @@ def test_the_lowest_allowed_versions_are_tested() -> None:
 
 def test_every_imported_package_is_a_requirement() -> None:
     distributions = packages_distributions()
-    tools = {_plain(requirement.name) for file, requirement in REQUIREMENTS if file == "dev.txt"}
-    shipped_requirements = tools - {_plain(Requirement(line).name) for line in _group("dev")}
+    tools = {_plain(requirement.name) for file, requirement in REQUIREMENTS if file in ("dev.txt", "model.txt")}
+    shipped_requirements = tools - {_plain(Requirement(line).name) for line in (*_group("dev"), *_group("model"))}
     by_chance = []
     for path in PYTHON:
         shipped = name(path).partition("/")[0] not in ("tests", "benchmarks", "examples")

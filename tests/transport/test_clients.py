@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import httpx2
 import openai
 import pytest
 from celery import Celery
@@ -202,6 +203,23 @@ def test_the_proxy_of_the_environment_is_used(
         client.chat.completions.create(**ASK)
     assert maker.paths == ["http://model.example/v1/chat/completions"]
     assert host.used(user) == maker.billed
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_the_caller_s_own_transport_has_read_already_is_charged(
+    stream: bool, host: Host, connection: Connection, user: int
+) -> None:
+    usage = '"usage": {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}'
+    whole = '{"choices": [{"message": {"content": "a"}}], ' + usage + "}"
+    events = 'data: {"choices": [{"delta": {"content": "a"}}], ' + usage + "}\n\ndata: [DONE]\n\n"
+    kind = "text/event-stream" if stream else "application/json"
+    answer = httpx2.Response(200, text=events if stream else whole, headers={"content-type": kind})
+    transport = httpx2.MockTransport(lambda request: answer)
+    with spending_from(hold_tokens(connection, user, 1_000)), http_client(transport=transport) as client:
+        got = client.post("http://model.example/v1/chat/completions", json=ASK | {"stream": stream})
+        assert host.used(user) == 10
+    assert got.text == (events if stream else whole)
+    assert host.value("SELECT metadata->>'usage_reported' FROM ai_usage_log") == "true"
 
 
 def test_http_client_is_offered_by_the_package() -> None:

@@ -17,6 +17,8 @@ from trueup.settings.settings import get_settings
 
 # A longer answer is passed on as it comes, and its usage is looked for at its end.
 MAX_READ_BYTES = 64 * 2**20
+# Headers of the caller's request that are not sent on: the body may get another length.
+_REPLACED = (MEDIA_HEADER, "content-length", "transfer-encoding")
 # A stream is stored compressed. So much of it is kept until its end, as a multiple of the size that may be stored.
 _SHRINKING = 10
 
@@ -78,8 +80,9 @@ class MeteredTransport:
         path = path.rpartition(":")[0] + count.ending if count.ending.startswith(":") else path + count.ending
         url = request.url.copy_with(path=path).copy_remove_param("alt")
         headers = self.http.Headers(request.headers)
-        for name in (MEDIA_HEADER, "content-length", "transfer-encoding"):
-            headers.pop(name, None)
+        for name in _REPLACED:
+            if name in headers:
+                del headers[name]
         content = json.dumps(count.body).encode()
         question = self.http.Request("POST", url, headers=headers, content=content, extensions=request.extensions)
         try:
@@ -139,8 +142,9 @@ class MeteredTransport:
         """Return the request with its answer capped, and a stream in a form that can be read on its way."""
         body = purchase.content(content, request.headers)
         headers = self.http.Headers(request.headers)
-        for name in (MEDIA_HEADER, "content-length", "transfer-encoding"):
-            headers.pop(name, None)
+        for name in _REPLACED:
+            if name in headers:
+                del headers[name]
         if purchase.is_stream:
             headers["accept-encoding"] = "identity"
         return self.http.Request(
@@ -148,10 +152,12 @@ class MeteredTransport:
         )
 
     def _answer(self, purchase: Purchase, response: Any, raw: bytes) -> None:
-        try:
-            decoded = self.http.Response(response.status_code, headers=response.headers, content=raw).content
-        except self.http.DecodingError:
-            decoded = b""
+        decoded = raw
+        if _encoding(response):
+            try:
+                decoded = self.http.Response(response.status_code, headers=response.headers, content=raw).content
+            except self.http.DecodingError:
+                decoded = b""
         purchase.answer(response.status_code, response.headers.get("content-type", ""), decoded)
 
     def _tapped(self, response: Any, purchase: Purchase, close_source: Callable[[], object]) -> Any:
@@ -166,7 +172,10 @@ class MeteredTransport:
         return answer
 
     def _like(self, response: Any, stream: Any) -> Any:
-        """Return the response with another body."""
+        """Return the response with another body: itself, unless the caller's transport has read it already."""
+        if not response.is_closed:
+            response.stream = stream
+            return response
         return self.http.Response(
             response.status_code, headers=response.headers, stream=stream, extensions=response.extensions
         )
@@ -232,8 +241,9 @@ async def _aread(parts: AsyncIterator[bytes]) -> tuple[bytes, bool]:
 
 def _is_event_stream(purchase: Purchase, response: Any) -> bool:
     """Return whether the answer is a stream of events. Some servers give it another type; a whole answer is JSON."""
-    kind = response.headers.get("content-type", "").lower()
-    return purchase.is_stream and response.status_code < 300 and "json" not in kind
+    if not purchase.is_stream or response.status_code >= 300:
+        return False
+    return "json" not in response.headers.get("content-type", "").lower()
 
 
 def _encoding(response: Any) -> str:
