@@ -20,6 +20,7 @@ from trueup.cli.options import (
     json_option,
     limit_option,
     note_option,
+    require_user,
     servers,
 )
 from trueup.cli.output import print_json, print_table, show
@@ -113,6 +114,8 @@ def review(
     only = ReviewFilter(causes=causes or (), max_tokens=max_tokens, run_id=run_id)
     with servers("postgres"):
         items = retrying(lambda connection: list_reviews(connection, kind, user_id=user, only=only, limit=limit))
+        if not items:
+            retrying(lambda connection: require_user(connection, user))
     if as_json:
         print_json({"drifts": [vars(item) | {"choices": choices_of(item)} for item in items]})
         return

@@ -16,6 +16,7 @@ USER_COMMANDS = [
     ("usage", 999),
     ("holds", "list", "--user", 999),
     ("drift", "explain", 999),
+    ("drift", "review", "--user", 999),
     ("reconcile", "--user", 999),
 ]
 

@@ -23,7 +23,8 @@ def test_a_review_shows_the_effect_of_each_choice(host: Host) -> None:
     shown = trueup("drift", "review").stdout
     for part in ("10,500 → 10,000", "+500", "credit without grant", "trueup drift accept DRIFT"):
         assert part in shown
-    assert trueup_json("drift", "review", "--user", item["user_id"] + 1)["drifts"] == []
+    other = host.subscriber()
+    assert trueup_json("drift", "review", "--user", other)["drifts"] == []
 
 
 def test_an_empty_review_queue_is_reported(host: Host) -> None:

@@ -263,8 +263,9 @@ def test_a_correction_only_replaced_the_value_that_it_had_seen(lived: Lived) -> 
 
 
 # Nearly all of this host's users lose updates, most of them several: far more than in any real host. A counter that was
-# wrong when a run began and right when that run compared it has a last known point that the journal does not confirm.
-# Then the rows explain it, and it may wait for a person.
+# wrong when a run began and right when that run compared it has no last known point by itself: the journal tells the
+# moment within the run, if one is there at which nothing was in flight. Else the rows explain it, and it may wait for a
+# person.
 MAX_AMBIGUOUS = 0.03
 
 
