@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 from trueup.database.retry import retrying
 from trueup.drift.journal import prune_journal as prune_entries
 from trueup.gate.holds import expire_holds as expire_overdue
-from trueup.gate.modes import prune_observed_denials as prune_denials
+from trueup.gate.modes import prune_denials
 from trueup.gate.owed_charges import settle_owed_charges as settle_charges
 from trueup.settings.settings import get_settings
 from trueup.tasks.reconcile import reconcile_counters, reconcile_shard, sweep_runs

@@ -23,7 +23,7 @@ from trueup.gate.modes import (
     list_observed_denials,
     mode_of,
     overrides_denial,
-    prune_observed_denials,
+    prune_denials,
     set_mode,
 )
 from trueup.gate.provider_calls import begin_call, extend_hold
@@ -266,7 +266,7 @@ def test_old_denials_are_deleted(host: Host, connection: Connection) -> None:
         hold_tokens(connection, user, 500)
     host.execute("UPDATE trueup.observed_denial SET denied_at = now() - interval '91 days' WHERE id % 3 <> 0")
     kept = timedelta(days=90)
-    pruned = [prune_observed_denials(connection, older_than=kept, limit=1) for _ in range(3)]
+    pruned = [prune_denials(connection, older_than=kept, limit=1) for _ in range(3)]
     assert pruned == [1, 1, 0]
     assert len(denials(host)) == 1
 

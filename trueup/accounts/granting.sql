@@ -1,4 +1,4 @@
-{% from "gate/begin.sql" import queue_for %}
+{% from "gate/shared.sql" import queue_for %}
 {% from "gate/store_balance.sql" import store_balance %}
 -- Grants are given and revoked here. Each function locks the user's balance first, as the gate does.
 

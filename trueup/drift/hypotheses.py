@@ -87,7 +87,7 @@ def explanation_of(drift: Drift, chosen: Iterable[Candidate], alternatives: Iter
 
 
 def less_certain(one: Candidate) -> Candidate:
-    """Return the candidate with certainty "possible" at most."""
+    """Return the candidate; if it is inferred, with certainty "possible"."""
     if one.component.certainty != "inferred":
         return one
     return replace(one, component=replace(one.component, certainty="possible"))

@@ -1,15 +1,14 @@
-{% from "gate/begin.sql" import in_flight, turn_of %}
+{% from "gate/shared.sql" import in_flight, turn_of %}
 {% from "gate/store_balance.sql" import create_balance %}
 {% from "host/rows.sql" import countable, used_since %}
--- Writes to the balance. Each function locks the user's balance row first and reads everything else afterwards, in
+-- The balance under its lock. A function locks the user's balance row first and reads everything else afterwards, in
 -- separate statements. Under READ COMMITTED, each of them sees the data that was committed while the function waited
 -- for the lock. A single statement that locks and reads would decide on the data from before the wait. `at`: the
 -- injected clock; NULL means the database's, which all workers share. Where a host table is in scope, parameters are
 -- qualified with the function's name: the host may have a column of any name.
 
--- Wait for the user's turn at the advisory lock: see gate/begin.sql. Any role that may
--- connect can take the lock and keep it. After lock_timeout, therefore, the transaction goes on without it, to the row
--- lock.
+-- Wait for the user's turn at the advisory lock: see gate/shared.sql. Any role that may connect can take this lock and keep
+-- it, so after lock_timeout the transaction relies on the row lock alone.
 CREATE OR REPLACE FUNCTION trueup.wait_for_turn(p_user {{ user_id_type }}) RETURNS void
 LANGUAGE plpgsql SET lock_timeout = '2s' AS $$
 BEGIN

@@ -17,7 +17,8 @@ Reason = Literal[
 class Access(TypedDict):
     """The answer to a check. Tokens are counts; `days_remaining` None means unlimited.
 
-    As in the specification, `reason` is present only if access is denied.
+    As in the specification, `reason` is present only if the check denies. The feature's mode may
+    give access all the same.
     """
 
     has_access: bool

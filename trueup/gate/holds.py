@@ -20,8 +20,8 @@ from trueup.accounts.validation import check_estimate
 from trueup.database.calls import UnreadableAnswerError, call
 from trueup.database.schema import own_table
 from trueup.database.schema.holds import ONE_OPEN_PER_TASK
-from trueup.errors import DenialPayload, HoldBusyError, TaskIdReusedError, TokensDenied
-from trueup.gate.denial import describe_denial
+from trueup.errors import HoldBusyError, TaskIdReusedError, TokensDenied
+from trueup.gate.denial import Access, denial_payload, describe_denial
 from trueup.host.sections import require_section
 from trueup.settings.settings import get_settings
 from trueup.telemetry import span
@@ -376,13 +376,15 @@ def _denied(
     message = describe_denial(
         row.reason, feature_name=feature_name, estimated_tokens=estimated_tokens, available=available
     )
-    payload = DenialPayload(
-        success=False,
-        error=message,
-        error_code=row.reason,
+    access = Access(
+        has_access=False,
+        reason=row.reason,
+        message=message,
         tokens_remaining=max(0, row.original - row.consumed),
         original_tokens=row.original,
         consumed_tokens=row.consumed,
         days_remaining=days_between(row.at, row.end_date),
+        tokens_held=row.held,
+        tokens_available=available,
     )
-    return TokensDenied(payload)
+    return TokensDenied(denial_payload(access))

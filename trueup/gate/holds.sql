@@ -1,5 +1,5 @@
 {% from "accounts/entitlements.sql" import decision, log_epoch %}
-{% from "gate/begin.sql" import by_index, queue_for, require_counted %}
+{% from "gate/shared.sql" import by_index, queue_for, require_counted %}
 {% from "gate/store_balance.sql" import create_balance, store_balance %}
 {# The parameters of the functions that open a hold, and their answer. #}
 {% set parameters %}
@@ -164,7 +164,7 @@ CREATE OR REPLACE FUNCTION trueup.tokens_in_call(h trueup.hold) RETURNS bigint L
     WHERE c.user_id = h.user_id AND c.task_id = h.task_id AND c.attempt = h.attempt AND c.outcome = 'started'
 $$;
 
--- Add tokens to a hold and return their number. trueup.open_hold calls this under its lock.
+-- Add tokens to a hold and return their number. trueup.open_other_hold calls this under its lock.
 CREATE OR REPLACE FUNCTION trueup.raise_hold(h trueup.hold, p_tokens bigint) RETURNS bigint LANGUAGE sql AS $$
     UPDATE trueup.hold t SET tokens_reserved = t.tokens_reserved + p_tokens
     WHERE t.user_id = h.user_id AND t.task_id = h.task_id AND t.id = h.id
@@ -191,7 +191,7 @@ BEGIN
     attempts := coalesce(v_last.attempt, 0);
 END $$;
 
--- Record a duplicate of a running task, unless another duplicate waits. trueup.open_hold calls this under its lock.
+-- Record a duplicate of a running task, unless another duplicate waits. trueup.open_other_hold calls this under its lock.
 CREATE OR REPLACE FUNCTION trueup.record_duplicate(
     h trueup.hold, p_waits integer, at timestamptz, OUT redundant boolean, OUT waits integer, OUT busy_until timestamptz
 ) LANGUAGE plpgsql AS $$
@@ -203,7 +203,7 @@ BEGIN
     WHERE NOT redundant AND t.user_id = h.user_id AND t.task_id = h.task_id AND t.id = h.id;
 END $$;
 
--- Give an open hold to the next attempt and return the tokens that it may spend. trueup.open_hold calls this under its
+-- Give an open hold to the next attempt and return the tokens that it may spend. trueup.open_other_hold calls this under its
 -- lock.
 CREATE OR REPLACE FUNCTION trueup.take_over(
     p_user {{ user_id_type }}, p_task text, p_id bigint, p_retries integer, p_fresh integer, p_owner text,

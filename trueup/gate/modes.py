@@ -111,7 +111,8 @@ _FEATURES = text(
 def list_modes(connection: Connection, *, known: list[str], hours: int = 24) -> list[FeatureMode]:
     """Return the modes of all features that have a mode of their own, or passed the gate lately, or are in `known`.
 
-    A host's views and tasks have features that only their gate names. `hours`: how far back denials and holds count.
+    A host's views and tasks have features that only their gate names. `hours`: how far back denials and
+    charges count; open holds always do.
     """
     gate = get_settings().gate
     names = [EVERY_FEATURE, *gate.modes, *known]
@@ -256,6 +257,6 @@ _PRUNE = text(
 )
 
 
-def prune_observed_denials(connection: Connection, *, older_than: timedelta, limit: int) -> int:
+def prune_denials(connection: Connection, *, older_than: timedelta, limit: int) -> int:
     """Delete denials older than `older_than`, at most `limit` overridden and as many others. Returns how many."""
     return int(connection.execute(_PRUNE, {"older_than": older_than, "limit": limit}).scalar_one())

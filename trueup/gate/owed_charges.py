@@ -1,4 +1,7 @@
-"""Owed charges: usage that a provider was paid for, and whose row the host's usage log refused."""
+"""Owed charges: usage that a provider was paid for, and whose row is not in the host's log.
+
+The log refused the row, or the host writes its rows itself and has not written this one yet.
+"""
 
 from dataclasses import dataclass
 from datetime import datetime

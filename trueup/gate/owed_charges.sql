@@ -1,7 +1,7 @@
-{% from "gate/begin.sql" import by_index, queue_for %}
+{% from "gate/shared.sql" import by_index, queue_for %}
 {% from "gate/store_balance.sql" import store_balance %}
--- Owed charges: usage that a provider was paid for, and whose row the usage log refused. An owed charge counts as usage
--- wherever the log's rows do (host/rows.sql), until the log takes its row.
+-- Owed charges: usage that a provider was paid for, and whose row the host's log lacks: it refused the row, or the host has not
+-- written it yet. An owed charge counts as usage wherever the log's rows do (host/rows.sql), until the log has its row.
 
 -- Lock a user's balance for a charge: as trueup.lock_account, which also reads the host's tables. If that fails, the
 -- balance as it is stored: what a provider was paid for is recorded whatever the host has done to its tables. p_timed_out: the
@@ -98,7 +98,7 @@ BEGIN
         WHEN foreign_key_violation THEN
             NULL;  -- the host has deleted the user, and a log row needs one
         WHEN undefined_table OR undefined_column THEN
-            SELECT '42P01' AS refused_with, SQLERRM AS refusal INTO w;
+            SELECT SQLSTATE AS refused_with, SQLERRM AS refusal INTO w;
     END;
     IF w.refused_with IS NOT NULL THEN
         UPDATE trueup.owed_charge t

@@ -1,4 +1,4 @@
-"""Provider calls: a call intent is recorded before each call, and stays as evidence until the call is charged."""
+"""Provider calls: a call intent is recorded before each call, and stays as evidence until its cost is known."""
 
 from dataclasses import dataclass
 from datetime import datetime

@@ -1,6 +1,6 @@
-{% from "gate/begin.sql" import by_index, queue_for %}
+{% from "gate/shared.sql" import by_index, queue_for %}
 {% from "gate/store_balance.sql" import store_balance %}
--- Provider calls. The intent of a call that was never charged stays as evidence.
+-- Provider calls. The intent of a call whose cost is not known stays as evidence.
 
 -- Record the intent of a call that costs at most p_bound tokens, and renew the lease and the hold for the time that the
 -- call may take. `granted` is false, and no intent is recorded, if the hold has ended or belongs to a later attempt

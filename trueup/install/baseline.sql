@@ -1,4 +1,4 @@
-{% from "gate/begin.sql" import require_counted %}
+{% from "gate/shared.sql" import require_counted %}
 -- The baseline: the state of the log's triggers, counted columns, files and partitions when the balances were verified.
 -- While it holds, trueup counts every write of the host.
 
@@ -153,7 +153,7 @@ BEGIN
         ELSE 'the usage log was rewritten, maybe with other values' END;
 END $$;
 
--- The same, once a second in each session: see gate/begin.sql.
+-- The same, once a second in each session: see gate/shared.sql.
 CREATE OR REPLACE FUNCTION trueup.require_counted_lately() RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     {{ require_counted() }}

@@ -1,4 +1,4 @@
-{% from "gate/begin.sql" import queue_for %}
+{% from "gate/shared.sql" import queue_for %}
 {% from "host/rows.sql" import countable, used_since, window_start %}
 -- The deep pass: repairs, and defects of trueup's own tables other than different sums (audit.py finds those).
 -- The finders only read. Their range is the users after p_after, up to and including p_last; null: no bound. Each finding

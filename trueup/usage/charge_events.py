@@ -181,7 +181,7 @@ class _Courier:
         try:
             threading.Thread(target=self._run, name="trueup-charge-events", daemon=True).start()
         except RuntimeError as error:  # the process ends, or has too many threads
-            self._is_running = False
+            self._stopped()
             logger.warning("charge events not delivered now, the upkeep task will do it error=%s", error)
 
     def _run(self) -> None:
@@ -189,10 +189,14 @@ class _Courier:
             while self._takes_over():
                 _deliver_or_leave()
         except BaseException:
-            self._is_running = False
+            self._stopped()
             raise
         finally:
             _close_django_connections()
+
+    def _stopped(self) -> None:
+        with self._lock:
+            self._is_running = False
 
     def _takes_over(self) -> bool:
         with self._lock:

@@ -12,6 +12,7 @@ from psycopg.errors import ForeignKeyViolation
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError
 
+from trueup.accounts.user_ids import UserId
 from trueup.database.calls import call
 from trueup.errors import UnknownUserError
 from trueup.gate.holds import Hold
@@ -19,14 +20,13 @@ from trueup.host.sql import UNCOUNTABLE
 from trueup.settings.settings import get_settings
 from trueup.telemetry import Value, span
 from trueup.usage.charge_events import with_event
+from trueup.usage.validation import MAX_MODEL_NAME, storable_text
 
 logger = logging.getLogger(__name__)
 
 # A log row's id is the UUIDv5 of its user, task and call in this namespace, so that a call always gets the same id. If
 # the log's ids are integers, its sequence gives the id, and the charge row names the call's log row.
-LOG_NAMESPACE = uuid.UUID("5b0e1c38-3d0b-5a34-9d5c-7d1f4b6f2a90")
-
-_MAX_MODEL_NAME = 100
+_LOG_NAMESPACE = uuid.UUID("5b0e1c38-3d0b-5a34-9d5c-7d1f4b6f2a90")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +100,13 @@ def record_charge(
         "task_id": hold.task_id,
         "attempt": hold.attempt,
         "call_key": call_key,
-        "log_id": str(_log_id(hold, call_key)),
+        "log_id": log_id_of(hold.user_id, hold.task_id, call_key),
         "section": hold.section,
         "prompt_tokens": _countable(usage.prompt_tokens),
         "completion_tokens": _countable(usage.completion_tokens),
         "total_tokens": total_tokens,
         "response_time_ms": _countable(usage.response_time_ms),
-        "model_name": _storable_text(usage.model_name)[:_MAX_MODEL_NAME],
+        "model_name": storable_text(usage.model_name)[:MAX_MODEL_NAME],
         "metadata": _storable_json(metadata) or "{}",
         "answer": _storable_json(answer),
         "now": now,
@@ -140,19 +140,19 @@ def record_charge(
 def _record(connection: Connection, hold: Hold, values: dict[str, Any]) -> Any:
     statement = _RECORD
     if get_settings().on_charge is not None:
-        statement, values["feature_name"] = _RECORD_WITH_EVENT, _storable_text(hold.feature_name)
+        statement, values["feature_name"] = _RECORD_WITH_EVENT, storable_text(hold.feature_name)
     [row] = call(connection, statement, values)
     if row.bought_twice:
         # Two attempts made the same call, and the provider billed both. Both are recorded, each with its answer,
         # because the answer of the other attempt may be incomplete.
         own_key = f"{values['call_key']}~{hold.attempt}"
-        own = values | {"call_key": own_key, "log_id": str(_log_id(hold, own_key))}
+        own = values | {"call_key": own_key, "log_id": log_id_of(hold.user_id, hold.task_id, own_key)}
         [row] = call(connection, statement, own)
     return row
 
 
-# The state of a charge whose row the host writes (`usage_log.record`), until the row is there.
-AWAITED = "TU001 "
+# How the refusal of a charge begins while the host has not written its row yet (`usage_log.record`).
+AWAITED = "TU003 "
 
 
 def log_owed(what: str, refusal: str) -> None:
@@ -167,17 +167,13 @@ def log_owed(what: str, refusal: str) -> None:
     )
 
 
-def _log_id(hold: Hold, call_key: str) -> uuid.UUID:
-    return uuid.uuid5(LOG_NAMESPACE, json.dumps([str(hold.user_id), hold.task_id, call_key]))
+def log_id_of(user_id: UserId, task_id: str, call_key: str) -> str:
+    """Return the id of a call's log row, which is also the key of its charge event."""
+    return str(uuid.uuid5(_LOG_NAMESPACE, json.dumps([str(user_id), task_id, call_key])))
 
 
 def _countable(figure: int) -> int:
     return max(0, min(figure, UNCOUNTABLE))
-
-
-def _storable_text(value: str) -> str:
-    """Return the text without NUL and with lone surrogates replaced: PostgreSQL cannot store either."""
-    return value.replace("\x00", "").encode(errors="replace").decode()
 
 
 def _storable_json(value: dict[str, Any] | None) -> str | None:

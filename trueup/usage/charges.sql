@@ -1,4 +1,4 @@
-{% from "gate/begin.sql" import by_index, in_flight, queue_for %}
+{% from "gate/shared.sql" import by_index, in_flight, queue_for %}
 {% from "gate/store_balance.sql" import store_balance %}
 {% from "host/rows.sql" import mark, window_start %}
 {% from "usage/host_writes.sql" import check_at_once, insert_log_row, lower_counter %}

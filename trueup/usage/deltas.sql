@@ -1,5 +1,5 @@
 {% from "host/rows.sql" import in_range, own_row_mark %}
--- The usage log's triggers only append to trueup.usage_delta. Two writers never need the same row, so a host's
+-- The usage log's triggers only append, to trueup.usage_delta and trueup.log_truncation. Two writers never need the same row, so a host's
 -- transaction never waits for trueup. SECURITY DEFINER: the host's role needs no right on trueup's schema.
 -- The triggers skip a row that trueup writes itself, because trueup adds it to the balance. Its transaction has the row's
 -- mark in the setting trueup.own_row. Only trueup can compute a mark, so a role that sets it to anything else hides no row.

@@ -1,4 +1,4 @@
-"""The AI usage log: its rows, written by the host and by trueup, and the tracker that adds rows."""
+"""The rows of the AI usage log, written by the host and by trueup."""
 
 from dataclasses import dataclass
 from datetime import datetime

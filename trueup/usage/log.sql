@@ -1,4 +1,4 @@
-{% from "gate/begin.sql" import by_index, queue_for %}
+{% from "gate/shared.sql" import by_index, queue_for %}
 {% from "gate/store_balance.sql" import store_balance %}
 {% from "host/search_path.sql" import own_search_path, role_search_path %}
 -- Usage that host code reports about its own calls: no hold, no task, one log row for each idempotency key.
@@ -64,7 +64,7 @@ BEGIN
 {{ store_balance("p_user") }}
 END $$;
 
--- Store a call's error in its log row, for trueup.record_usage: in the error column, else in the metadata; if the log has
+-- Store a call's error in its log row, for trueup.try_log_row: in the error column, else in the metadata; if the log has
 -- neither, or the host refuses the update, the error is not stored.
 CREATE OR REPLACE FUNCTION trueup.note_error(p_log_id text, p_error text) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE

@@ -25,19 +25,19 @@ CREATE OR REPLACE FUNCTION trueup.is_user_key(p_constraint text) RETURNS boolean
 $$;
 
 {% if usage_log.is_written_by_host %}
--- The host's row of a call, among rows of the user that no other charge has: a row of the call's tokens, not older than the
--- call. After ten minutes, the row that is nearest in time, whatever it counts. NULL: the host has not logged the call.
+-- The host's row of a call, among rows of the user that no other charge has: a row of the call's tokens, at most
+-- 5 s older than the call's start. After ten minutes, any row of that time: one of the call's tokens first, then the nearest. NULL: the host has not logged the call.
 CREATE OR REPLACE FUNCTION trueup.find_host_row(o trueup.owed_charge) RETURNS text LANGUAGE plpgsql STABLE AS $$
 DECLARE
-    v_any boolean := o.used_at < clock_timestamp() - interval '10 minutes';
-    v_since timestamptz := o.used_at - CASE WHEN v_any THEN interval '10 minutes'
+    v_is_old boolean := o.used_at < clock_timestamp() - interval '10 minutes';
+    v_since timestamptz := o.used_at - CASE WHEN v_is_old THEN interval '10 minutes'
                                             ELSE make_interval(secs => 5 + o.response_time_ms / 1000.0) END;
 BEGIN
     RETURN (
         SELECT l.{{ usage_log.id }}::text FROM {{ usage_log }} l
         WHERE {{ is_counted("l", "o.user_id", "v_since") }}
           AND l.{{ usage_log.created_at }} <= o.used_at + interval '10 minutes'
-          AND (v_any OR l.{{ usage_log.total_tokens }} = o.total_tokens)
+          AND (v_is_old OR l.{{ usage_log.total_tokens }} = o.total_tokens)
           AND NOT EXISTS (SELECT FROM trueup.charge c
                           WHERE c.user_id = o.user_id AND c.log_id = l.{{ usage_log.id }}::text)
         ORDER BY l.{{ usage_log.total_tokens }} <> o.total_tokens,
@@ -78,7 +78,7 @@ BEGIN
     ELSIF log_id IS NULL THEN
         log_id := o.log_id;
         own := CASE WHEN p_has_balance THEN counted ELSE 0 END;
-        refused_with := 'TU001';
+        refused_with := 'TU003';
         refusal := 'the host has not logged this call yet';
     END IF;
 END $$;

@@ -3,7 +3,6 @@
 import json
 import logging
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,8 +22,16 @@ from trueup.host.fields import check_section
 from trueup.host.sections import require_section
 from trueup.settings.settings import get_settings
 from trueup.usage.charge_events import deliver_soon, with_event
-from trueup.usage.charges import LOG_NAMESPACE, log_owed
-from trueup.usage.validation import check_count, check_counts, check_key, check_metadata, storable_text, too_large
+from trueup.usage.charges import log_id_of, log_owed
+from trueup.usage.validation import (
+    MAX_MODEL_NAME,
+    check_count,
+    check_counts,
+    check_key,
+    check_metadata,
+    storable_text,
+    too_large,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +40,6 @@ TASK_ID = "reported usage"
 # A host's clock may be this far ahead of the database's.
 CLOCK_SKEW_SECONDS = 300
 
-_MAX_MODEL_NAME = 100
 _MAX_ERROR = 2000
 
 
@@ -224,7 +230,7 @@ class _Figures:
 def _check_model_name(name: object) -> str:
     if not isinstance(name, str):
         raise InvalidInputError(f"model_name: {name!r:.80} is not a string. Give the model's name.")
-    return storable_text(name)[:_MAX_MODEL_NAME]
+    return storable_text(name)[:MAX_MODEL_NAME]
 
 
 _RECORD_SQL = """
@@ -244,7 +250,7 @@ def _record(fixed: _Fixed, figures: _Figures, *, success: bool, error: str | Non
         "user_id": fixed.user_id,
         "task_id": TASK_ID,
         "call_key": call_key,
-        "log_id": str(uuid.uuid5(LOG_NAMESPACE, json.dumps([str(fixed.user_id), TASK_ID, call_key]))),
+        "log_id": log_id_of(fixed.user_id, TASK_ID, call_key),
         "section": fixed.section,
         "prompt_tokens": figures.prompt_tokens,
         "completion_tokens": figures.completion_tokens,

@@ -7,6 +7,8 @@ from trueup.errors import InvalidInputError
 from trueup.host.sql import UNCOUNTABLE
 
 _MAX_KEY = 255
+# Characters of a model's name that are stored.
+MAX_MODEL_NAME = 100
 
 
 def check_count(value: object, field: str) -> int:
