@@ -90,7 +90,7 @@ def test_the_options_select_the_drifts(past: list[int], arguments: tuple[str, ..
         (("--user", "x"), "Invalid value for '--user'"),
         (
             ("--rows", "many"),
-            """Invalid value for '--rows': 'many' is no count of rows: give a whole number, or "all\"""",
+            """Invalid value for '--rows' / '--limit': 'many' is no count of rows: give a whole number, or "all\"""",
         ),
         (("--run", "0"), "Invalid value for '--run'"),
         (("--run", "1", "--since", "1d"), "--run and --since exclude each other"),
