@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         require_active_subscription,
         require_ai_tokens,
     )
+    from trueup.billing.streaming import astream_with_tokens, stream_with_tokens
     from trueup.billing.utils import check_ai_access_for_user, get_accurate_tokens_remaining
     from trueup.errors import (
         HoldBusyError,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     )
     from trueup.llm.model import AsyncModel, Completion, Message, Model
     from trueup.llm.running import spending_from
-    from trueup.llm.streaming import astream_with_tokens, stream_with_tokens
     from trueup.llm.transport.clients import async_http_client, genai_http_options, http_client
     from trueup.tasks.metered import metered_task
     from trueup.usage.charge_events import ChargeEvent
@@ -99,7 +99,7 @@ _MODULES = {
     "add_upkeep": "trueup.worker.upkeep",
     "ai_tokens": "trueup.billing.decorators",
     "ai_usage": "trueup.usage.tracker",
-    "astream_with_tokens": "trueup.llm.streaming",
+    "astream_with_tokens": "trueup.billing.streaming",
     "async_http_client": "trueup.llm.transport.clients",
     "check_ai_access_for_user": "trueup.billing.utils",
     "check_tokens_for_function": "trueup.billing.decorators",
@@ -110,7 +110,7 @@ _MODULES = {
     "require_active_subscription": "trueup.billing.decorators",
     "require_ai_tokens": "trueup.billing.decorators",
     "spending_from": "trueup.llm.running",
-    "stream_with_tokens": "trueup.llm.streaming",
+    "stream_with_tokens": "trueup.billing.streaming",
     "track_ai_usage": "trueup.usage.tracker",
 }
 

@@ -103,7 +103,7 @@ def test_an_unavailable_database_is_an_error_and_never_zeros(
 def test_the_error_for_a_database_without_trueup_names_the_setup_command(
     empty_database: str, face: Callable[[Any], Any]
 ) -> None:
-    with pytest.raises(NotInstalledError, match="trueup db init"):
+    with pytest.raises(NotInstalledError, match="trueup db attach"):
         face(1)
 
 

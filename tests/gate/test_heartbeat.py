@@ -10,12 +10,12 @@ import trueup.settings.settings
 from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.waiting import wait_for
+from trueup.billing.streaming import stream_with_tokens
 from trueup.billing.token_hold import ai_tokens
 from trueup.gate import heartbeat
 from trueup.llm.metering import MeteredModel
 from trueup.llm.model import Message
 from trueup.llm.offline.offline import OfflineProvider
-from trueup.llm.streaming import stream_with_tokens
 from trueup.settings.settings import get_settings
 
 PROMPT = [Message(role="user", content="Orders are sent in two days. Returns are free.")]

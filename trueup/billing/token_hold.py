@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import uuid
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +23,11 @@ from trueup.gate.heartbeat import keep, stop_keeping
 from trueup.gate.holds import Hold, close_abandoned_hold, close_hold, open_hold
 from trueup.gate.provider_calls import extend_hold
 from trueup.host.fields import check_section
+from trueup.llm.bounds import bounding_counter
+from trueup.llm.model import Message
+from trueup.llm.output_cap import Demand
+from trueup.llm.tokens import count_prompt_tokens
+from trueup.llm.weights import weighted
 from trueup.settings.settings import get_settings
 from trueup.usage.charge_events import deliver_soon
 from trueup.usage.charges import Charge, Usage, record_charge
@@ -78,6 +84,29 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
     def tokens_left(self) -> int:
         """The count of tokens that this block may still spend."""
         return self._tokens_left
+
+    def output_tokens(
+        self, prompt: str | Sequence[str], *, model_name: str | None = None, thinking_tokens: int = 0
+    ) -> int:
+        """Return how many tokens the answer to a prompt may have, so that the call stays within the hold; 0: none.
+
+        Give it to the provider as the cap of the answer. `prompt`: the text of the prompt, or of each of its messages;
+        it is counted with the model's tokenizer, or bounded if that is not known. `model_name` None: the settings'.
+        `thinking_tokens`: a count to leave for thinking that the provider bills beside its cap.
+        Raises `InvalidInputError`, and `NoHoldError` outside of the block.
+        """
+        settings = get_settings()
+        self.hold  # noqa: B018 - raises outside of the block
+        name = settings.model_name if model_name is None else check_name(model_name, "model_name")
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not all(isinstance(part, str) for part in texts):
+            raise InvalidInputError("prompt: a part of it is no text. Give a string, or a list of strings.")
+        messages = [Message(role="user", content=part) for part in texts]
+        demand = Demand(
+            prompt_tokens=count_prompt_tokens(messages, bounding_counter(name, settings)),
+            beside=check_count(thinking_tokens, "thinking_tokens"),
+        )
+        return max(0, weighted(demand, name, settings).limit(self._tokens_left))
 
     def charge(
         self,

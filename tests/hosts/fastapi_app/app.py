@@ -19,10 +19,10 @@ from tests.hosts.people import JWT_SECRET
 from tests.hosts.streaming import model, two_answers, two_answers_asynchronously
 from trueup.billing.decorators import ai_tokens, require_active_subscription, require_ai_tokens
 from trueup.billing.frameworks.fastapi import active_subscription_required, ai_tokens_required, answer_denials
+from trueup.billing.streaming import astream_with_tokens, stream_with_tokens
 from trueup.billing.utils import get_accurate_tokens_remaining
 from trueup.llm.model import Message
 from trueup.llm.running import spending_from
-from trueup.llm.streaming import astream_with_tokens, stream_with_tokens
 
 app = FastAPI()
 answer_denials(app)
