@@ -30,6 +30,7 @@ from trueup.errors import (
     TaskIdReusedError,
     TokensDenied,
     TrueupError,
+    hidden_in,
 )
 from trueup.gate.heartbeat import keeping
 from trueup.gate.holds import CallNumbers, Hold, close_hold, count_lost, has_later_attempt, open_hold
@@ -72,6 +73,9 @@ ASK_AGAIN_SECONDS = 0.5
 
 # After so many attempts that lost their hold, beside the task's retries, it fails.
 MAX_LOST_HOLDS = 5
+
+# What a body meets that ends this attempt, but not its task.
+_GOES_ON_ELSEWHERE = (HoldOvertakenError, ServiceUnavailableError, GateClosedError)
 
 # A delivery that can't make its task's result again waits so long for the earlier delivery to store it.
 RESULT_SECONDS = 2.0
@@ -178,7 +182,7 @@ class MeteredTask(Task):
 
     def _run_held(self, arguments: dict[str, Any], hold: Hold) -> Any:
         try:
-            return self._run(arguments)
+            return self._run_without_disguise(arguments, hold)
         except HoldExhaustedError:
             if hold.replay:
                 # Closed here, because a retry would keep it, and then the requeued message would wait for its lease.
@@ -193,6 +197,21 @@ class MeteredTask(Task):
                 raise leave_to_later_attempt(error) from error
             # The hold expired and no later attempt took over. Requeue the task; calls already paid for are replayed.
             raise requeue(self, error, ASK_AGAIN_SECONDS) from error
+
+    def _run_without_disguise(self, arguments: dict[str, Any], hold: Hold) -> Any:
+        """Run the body. If a library has turned trueup's error into one of its own, raise trueup's.
+
+        Only errors by which the task goes on elsewhere: another one is for the body's caller, who gets what it raised.
+        """
+        try:
+            return self._run(arguments)
+        except (TrueupError, Retry, Ignore, Reject):
+            raise
+        except Exception as error:
+            hidden = hidden_in(error, (*_GOES_ON_ELSEWHERE, *((HoldExhaustedError,) if hold.replay else ())))
+            if hidden is None:
+                raise
+            raise hidden from None
 
     def _limit_attempts(self, hold: Hold) -> None:
         """Raise `HoldLifetimeError` for a task that has lost its hold too often: the next attempt would lose it too."""

@@ -300,3 +300,15 @@ def _provider_error(
     kind: type[ProviderError], message: str, retryable: bool, outcome_unknown: bool = False
 ) -> ProviderError:
     return kind(message, retryable=retryable, outcome_unknown=outcome_unknown)
+
+
+def hidden_in(error: BaseException, kinds: tuple[type[TrueupError], ...]) -> TrueupError | None:
+    """Return the error of these kinds from which another one was made, by its cause or context; None: there is none."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        if isinstance(found, kinds):
+            return found
+        seen.add(id(found))
+        found = found.__cause__ or found.__context__
+    return None

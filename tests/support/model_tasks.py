@@ -16,7 +16,7 @@ from tests.support.work import hold_tokens
 from trueup.accounts.user_ids import UserId
 from trueup.billing.token_hold import ai_tokens
 from trueup.database.engine import connect
-from trueup.errors import ProviderError
+from trueup.errors import ProviderError, TrueupError
 from trueup.gate.holds import expire_holds
 from trueup.llm.model import Message, Model
 from trueup.llm.running import running_hold
@@ -196,15 +196,23 @@ def expiring(model: Model, user_id: UserId) -> int:
     autoretry_for=(ValueError,),
     retry_kwargs={"max_retries": 1, "countdown": 0},
 )
-def overtaken(model: Model, user_id: UserId, goes_on: bool = False) -> None:
-    """Wait until another delivery has the hold. Then continue, or ask for a retry."""
+def overtaken(model: Model, user_id: UserId, goes_on: bool = False, library: bool = False) -> None:
+    """Wait until another delivery has the hold. Then continue, or ask for a retry.
+
+    `library`: call the model through a library that raises errors of its own.
+    """
     hold = running_hold()
     assert hold is not None
     with connect() as connection:
         connection.execute(text("UPDATE trueup.hold SET lease_until = '-infinity'"))
         hold_tokens(connection, user_id, 100, task=hold.task_id, request=hold.request, lease=60)
     if goes_on:
-        ask(model, 10)
+        try:
+            ask(model, 10)
+        except TrueupError as error:
+            if library:
+                raise ConnectionError("the library could not connect") from error
+            raise
     raise ValueError("after standing still")
 
 

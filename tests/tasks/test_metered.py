@@ -288,13 +288,17 @@ def test_a_task_waits_for_a_block_of_another_task_however_many_tasks_wait_for_it
     assert model_tasks.uploading.apply(kwargs={"user_id": user}).get() == "uploaded"
 
 
-@pytest.mark.parametrize("goes_on", [True, False], ids=["continues", "asks for a retry"])
+@pytest.mark.parametrize(
+    ("goes_on", "library"),
+    [(True, False), (True, True), (False, False)],
+    ids=["continues", "by a library with errors of its own", "asks for a retry"],
+)
 def test_an_overtaken_attempt_leaves_the_hold_to_the_later_one_and_requeues_its_message(
-    app: Celery, host: Host, connection: Connection, goes_on: bool
+    app: Celery, host: Host, connection: Connection, goes_on: bool, library: bool
 ) -> None:
     """Both attempts may have the same message. If the first acknowledged it, it would be lost should the second die."""
     user = host.subscriber(1_000)
-    result = model_tasks.overtaken.apply(kwargs={"user_id": user, "goes_on": goes_on})
+    result = model_tasks.overtaken.apply(kwargs={"user_id": user, "goes_on": goes_on, "library": library})
     assert (result.state, result.result.requeue) == ("REJECTED", True)
     assert host.used(user) == 0
     assert [(hold.attempt, hold.status) for hold in holds_of(connection, user)] == [(2, "open")]
