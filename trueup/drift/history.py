@@ -15,9 +15,9 @@ from trueup.drift.causes import Cause, Component, Explanation
 from trueup.drift.detect import Drift
 from trueup.drift.evidence import moment_of
 from trueup.drift.findings import BrokenChainError, Found
+from trueup.drift.journal_rules import PAYMENT_HORIZON
 from trueup.drift.matching import match_pairs
 from trueup.drift.pairing import HORIZON
-from trueup.drift.rules import PAYMENT_HORIZON
 from trueup.drift.story import Decrement, Entry, Grant, Payment, Story, Usage, moment, shown
 
 # The SQL reads at most so many entries and rows.

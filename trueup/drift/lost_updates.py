@@ -1,4 +1,6 @@
-"""Lost updates: a host that reads, computes and writes the counter without a lock keeps only the last decrement. Pure.
+"""Lost updates where there is no journal.
+
+A host that reads, computes and writes the counter without a lock keeps only the last decrement. Pure.
 
 A decrement is lost only to a request that read the counter before the decrement was written. If the rows show that (the
 other request was logged before this decrement and subtracted after it), sums of several losses are tried too, as long

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 from trueup.drift.causes import Cause
 from trueup.drift.findings import BrokenChainError, Found, decrement_row, log_row
+from trueup.drift.journal_rules import STALE, explain_charge, explain_entry
 from trueup.drift.pairing import Pairing
-from trueup.drift.rules import STALE, explain_charge, explain_entry
 from trueup.drift.story import Entry, Story, Usage, holes, in_chain_order, moment
 
 _UNCHANGED = "the application wrote the value that the counter had already, because it had read it before other changes"

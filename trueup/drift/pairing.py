@@ -1,7 +1,7 @@
 """Pair the journal's entries with the log rows and the decrement rows of the host. Pure.
 
 A pair is an entry that subtracted a log row. An entry of a row's size belongs to it; of all pairs, the nearest in time
-come first. The rules (`trueup.drift.rules`) pair further entries.
+come first. The rules (`trueup.drift.journal_rules`) pair further entries.
 """
 
 from bisect import bisect_left, bisect_right

@@ -80,31 +80,6 @@ BEGIN
     held := b.held - coalesce(v_overdue, 0);
 END $$;
 
--- End the overdue holds of these users. The caller has locked their balances, and lowers `held` by `freed`. A frozen
--- process may still return from a call. The maximum cost of calls in flight therefore stays held for a second period,
--- as long as the time from the start of the last call to the expiry (trueup.kept_past_expiry); then `expired` is false.
--- A call that began in the meantime has renewed the hold: PostgreSQL checks the conditions on `h` again under the lock
--- of its row.
-CREATE OR REPLACE FUNCTION trueup.end_overdue_holds(p_users {{ user_id_type }}[], at timestamptz)
-RETURNS TABLE (user_id {{ user_id_type }}, expired boolean, freed bigint) LANGUAGE plpgsql AS $$
-#variable_conflict use_column
-BEGIN
-    RETURN QUERY
-    UPDATE trueup.hold h
-    SET status = CASE WHEN o.kept = 0 THEN 'expired' ELSE 'open' END,
-        closed_at = CASE WHEN o.kept = 0 THEN at END,
-        body_ended_at = CASE WHEN o.kept = 0 THEN h.body_ended_at ELSE at END,
-        tokens_reserved = CASE WHEN o.kept = 0 THEN h.tokens_reserved ELSE h.tokens_covered + o.kept END,
-        expires_at = CASE WHEN o.kept = 0 THEN h.expires_at ELSE o.kept_until END
-    FROM (
-        SELECT t.user_id, t.task_id, t.id, t.tokens_reserved - t.tokens_covered AS rest, k.kept, k.kept_until
-        FROM trueup.hold t CROSS JOIN LATERAL trueup.kept_past_expiry(t, at) k
-        WHERE t.user_id = ANY (p_users) AND t.status = 'open' AND t.expires_at <= at
-    ) o
-    WHERE (h.user_id, h.task_id, h.id) = (o.user_id, o.task_id, o.id) AND h.status = 'open' AND h.expires_at <= at
-    RETURNING h.user_id, o.kept = 0, o.rest - o.kept;
-END $$;
-
 -- The maximum cost of this task's calls in flight, without the named call.
 CREATE OR REPLACE FUNCTION trueup.in_flight(
     p_user {{ user_id_type }}, p_task text, p_call_key text, p_attempt integer
