@@ -134,7 +134,7 @@ def test_a_transient_error_is_reported_as_an_unavailable_service(host: Host, set
     "statement", ["SELECT * FROM nothing", "SELECT trueup.nothing()", "SELECT nothing FROM trueup.balance"]
 )
 def test_the_error_for_a_missing_object_names_the_setup_command(database: str, statement: str) -> None:
-    with pytest.raises(NotInstalledError, match="trueup db init"):
+    with pytest.raises(NotInstalledError, match="trueup db attach"):
         one(statement)
 
 

@@ -92,7 +92,7 @@ def test_missing_host_tables_are_named_and_nothing_is_changed(engine: Engine) ->
         set_up(engine, mapping, with_host_tables=False)
     with engine.connect() as connection:
         assert connection.scalar(text("SELECT to_regnamespace('trueup') IS NULL"))
-        with pytest.raises(NotInstalledError, match="trueup db init"):
+        with pytest.raises(NotInstalledError, match="trueup db attach"):
             check_installed(connection)
 
 

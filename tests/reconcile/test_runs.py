@@ -255,7 +255,7 @@ def test_a_run_whose_database_goes_away_reports_it_as_unavailable(
 
 
 def test_a_run_on_a_database_without_trueup_says_how_to_set_it_up(empty_database: str) -> None:
-    with pytest.raises(NotInstalledError, match="trueup db init"):
+    with pytest.raises(NotInstalledError, match="trueup db attach"):
         reconcile(get_engine(), HostMapping())
 
 

@@ -1,6 +1,7 @@
 """The host's function gets each charge after its commit, at least once, and never stops one."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,19 @@ def user(host: Host) -> int:
 
 
 @pytest.fixture
-def on_charge(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Choose:
-    """Choose the host's function, by its name."""
+def on_charge(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Choose]:
+    """Choose the host's function, by its name. At the end no thread delivers: it would use the next database."""
     monkeypatch.setenv(TOLD_VARIABLE, str(tmp_path / "told.jsonl"))
 
     def choose(name: str) -> None:
         monkeypatch.setenv("TRUEUP_ON_CHARGE", f"{charge_callbacks.__name__}.{name}")
         get_settings.cache_clear()
 
-    return choose
+    yield choose
+    wait_for(
+        lambda: all(thread.name != "trueup-charge-events" for thread in threading.enumerate()),
+        "no thread delivers events",
+    )
 
 
 def waiting(host: Host) -> int:
