@@ -50,6 +50,8 @@ def test_a_wrong_prompt_or_a_block_that_is_over_has_no_cap(user: int) -> None:
     with ai_tokens(user, 100) as hold:
         for wrong, more, field in (
             ([1], {}, "prompt"),
+            ({"text": "the body of a request"}, {}, "prompt"),
+            (None, {}, "prompt"),
             ("a", {"thinking_tokens": -1}, "thinking_tokens"),
             ("a", {"model_name": ""}, "model_name"),
         ):

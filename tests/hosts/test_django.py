@@ -23,6 +23,9 @@ from tests.hosts.running import Server, run_module
 from tests.support.books import assert_true
 from trueup.billing.token_hold import ai_tokens
 from trueup.billing.utils import get_accurate_tokens_remaining
+from trueup.llm.model import Message
+from trueup.llm.tokens import count_prompt_tokens, counter_for
+from trueup.settings.settings import get_settings
 
 REST = ["/rest/class", "/rest/open", "/rest/method-decorator", "/rest/viewset", "/rest/function"]
 DJANGO = ["/django/function", "/django/class", "/django/async-function", "/django/async-class"]
@@ -163,9 +166,11 @@ def test_the_manuals_example_sees_a_subscription_before_its_commit(server: Serve
 
 def test_the_manuals_example_of_a_hold_charges_its_usage(server: Server, django_site: Site) -> None:
     before = django_site.host.used(RICH.id)
-    assert server.post("/manual/hold", RICH).json() == {"summary": "of at most 1500"}
+    prompt = count_prompt_tokens([Message(role="user", content="Hello")], counter_for(get_settings().model_name))
+    answer = server.post("/manual/hold", RICH, json={"text": "Hello"}).json()
+    assert answer == {"summary": f"of at most {1_500 - prompt}"}
     assert django_site.host.used(RICH.id) == before + 300
-    assert_denied(server.post("/manual/hold", POOR), POOR, feature="Summaries")
+    assert_denied(server.post("/manual/hold", POOR, json={"text": "Hello"}), POOR, feature="Summaries")
     assert_true(django_site.host)
 
 

@@ -9,6 +9,8 @@ import pytest
 from tests.hosts.documents import MANUAL, ROOT, SPECIFICATION, code_under, python_under_headings, run
 from tests.support.books import assert_true
 from tests.support.host import Host
+from tests.support.worker import own_application
+from trueup.errors import TokensDenied
 from trueup.llm.metering import MeteredModel
 from trueup.llm.model import Completion, Message
 from trueup.llm.providers import provider_from_settings
@@ -28,6 +30,24 @@ def test_trueups_model_client_spends_from_the_block(host: Host, model: MeteredMo
     user = host.subscriber()
     names = run(MANUAL, "With trueup's own model client", user=user, model=model, text="Orders are sent in two days.")
     assert host.used(user) == names["answer"].total_tokens > 0
+    assert_true(host)
+
+
+def test_a_plain_task_holds_tokens_in_its_body(host: Host) -> None:
+    class Provider:
+        def complete(self, text: str, *, max_tokens: int) -> Completion:
+            assert 0 < max_tokens < 1_500
+            return Completion(
+                text=text, prompt_tokens=90, completion_tokens=10, total_tokens=100, model_name="m", response_time_ms=1
+            )
+
+    own_application()
+    summarize = run(MANUAL, "In a plain Celery task", provider=Provider())["summarize"]
+    user, poor = host.subscriber(), host.subscriber(1_000)
+    assert summarize.apply(kwargs={"user_id": user, "text": "Hello"}).get() == "Hello"
+    assert (host.used(user), host.counter(user)) == (100, 10_000 - 100)
+    denied = summarize.apply(kwargs={"user_id": poor, "text": "Hello"})
+    assert isinstance(denied.result, TokensDenied)
     assert_true(host)
 
 

@@ -5,7 +5,6 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Any, Self
@@ -86,7 +85,7 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
         return self._tokens_left
 
     def output_tokens(
-        self, prompt: str | Sequence[str], *, model_name: str | None = None, thinking_tokens: int = 0
+        self, prompt: str | list[str] | tuple[str, ...], *, model_name: str | None = None, thinking_tokens: int = 0
     ) -> int:
         """Return how many tokens the answer to a prompt may have, so that the call stays within the hold; 0: none.
 
@@ -98,9 +97,9 @@ class ai_tokens:  # noqa: N801 - used as a function: `with ai_tokens(…) as hol
         settings = get_settings()
         self.hold  # noqa: B018 - raises outside of the block
         name = settings.model_name if model_name is None else check_name(model_name, "model_name")
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not all(isinstance(part, str) for part in texts):
-            raise InvalidInputError("prompt: a part of it is no text. Give a string, or a list of strings.")
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(texts, list | tuple) or not all(isinstance(part, str) for part in texts):
+            raise InvalidInputError("prompt: it is no text. Give a string, or a list of strings.")
         messages = [Message(role="user", content=part) for part in texts]
         demand = Demand(
             prompt_tokens=count_prompt_tokens(messages, bounding_counter(name, settings)),
