@@ -208,7 +208,8 @@ class MeteredTask(Task):
         except (TrueupError, Retry, Ignore, Reject):
             raise
         except Exception as error:
-            hidden = hidden_in(error, (*_GOES_ON_ELSEWHERE, *((HoldExhaustedError,) if hold.replay else ())))
+            kinds = (*_GOES_ON_ELSEWHERE, HoldExhaustedError) if hold.replay else _GOES_ON_ELSEWHERE
+            hidden = hidden_in(error, kinds)
             if hidden is None:
                 raise
             raise hidden from None

@@ -4,8 +4,8 @@ The drift is the sum of the entries that no row explains and of the rows that ha
 sums. The finder yields findings in the order of the journal; `trueup.drift.history` puts them together.
 
 1. `pairing`: an entry is a decrement of a log row of its size.
-2. `rules`: each other entry has the first explanation that fits. If several fit with different results, it is inferred,
-   not proven.
+2. `journal_rules`: each other entry has the first explanation that fits. If several fit with different results, it is
+   inferred, not proven.
 3. A log row that no entry belongs to was not subtracted.
 """
 

@@ -79,12 +79,10 @@ class MeteredTransport:
         path = request.url.path
         path = path.rpartition(":")[0] + count.ending if count.ending.startswith(":") else path + count.ending
         url = request.url.copy_with(path=path).copy_remove_param("alt")
-        headers = self.http.Headers(request.headers)
-        for name in _REPLACED:
-            if name in headers:
-                del headers[name]
         content = json.dumps(count.body).encode()
-        question = self.http.Request("POST", url, headers=headers, content=content, extensions=request.extensions)
+        question = self.http.Request(
+            "POST", url, headers=self._headers_of(request), content=content, extensions=request.extensions
+        )
         try:
             response = self._pools.sync_for(url).handle_request(question)
             answer = object_of(parsed(response.read()))
@@ -92,6 +90,14 @@ class MeteredTransport:
         except (self.http.RequestError, NotImplementedError, AttributeError):  # the caller's transport is asynchronous
             return None
         return count_of(answer.get(count.answer)) if response.status_code == 200 else None
+
+    def _headers_of(self, request: Any) -> Any:
+        """Return the request's headers for a request with another body."""
+        headers = self.http.Headers(request.headers)
+        for name in _REPLACED:
+            if name in headers:
+                del headers[name]
+        return headers
 
     def _buy(self, inner: Any, request: Any, purchase: Purchase, content: bytes) -> Any:
         try:
@@ -141,10 +147,7 @@ class MeteredTransport:
     def _outgoing(self, request: Any, purchase: Purchase, content: bytes) -> Any:
         """Return the request with its answer capped, and a stream in a form that can be read on its way."""
         body = purchase.content(content, request.headers)
-        headers = self.http.Headers(request.headers)
-        for name in _REPLACED:
-            if name in headers:
-                del headers[name]
+        headers = self._headers_of(request)
         if purchase.is_stream:
             headers["accept-encoding"] = "identity"
         return self.http.Request(
