@@ -143,6 +143,16 @@ def test_a_refusal_costs_nothing_and_names_what_to_do(
     assert (f"fault {status}" in str(error)) == (status != 401)
 
 
+@pytest.mark.parametrize("status", [500, 502, 504])
+def test_a_server_that_failed_may_have_billed_the_call_and_is_not_asked_again(
+    status: int, ask: Ask, make: Make, maker: Maker
+) -> None:
+    maker.faults = [status] * 3
+    error = failure(ask, make(model_max_retries=2))
+    assert (error.retryable, error.outcome_unknown) == (True, True)
+    assert len(maker.paths) == 1
+
+
 def test_a_connection_that_breaks_before_the_answer_leaves_the_usage_unknown_and_is_not_repeated(
     ask: Ask, make: Make, maker: Maker
 ) -> None:

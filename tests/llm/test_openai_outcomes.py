@@ -102,12 +102,23 @@ def test_a_request_without_a_free_connection_was_not_served(
     assert len(wire.requests) == 1
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 408, 409, 413, 422, 429, 500, 502, 503, 504, 529])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 408, 409, 413, 422, 429, 501, 503, 529])
 def test_a_refusal_was_not_served(ask: Ask, wire: Wire, status: int) -> None:
     wire.sends(plain(status, {"error": {"message": "It is so.", "code": "x"}}))
     error = failure(ask, wire.url)
     assert f"HTTP {status}" in str(error)
     assert not error.outcome_unknown
+
+
+@pytest.mark.parametrize("status", [500, 502, 504, 520])
+def test_a_server_that_failed_may_have_served_the_request_and_is_not_asked_again(
+    ask: Ask, wire: Wire, status: int
+) -> None:
+    wire.answers(*[sending(plain(status, {"error": {"message": "It is so.", "code": "x"}}))] * 3)
+    error = failure(ask, wire.url, model_max_retries=2)
+    assert f"HTTP {status} (It is so.)" in str(error)
+    assert (error.retryable, error.outcome_unknown) == (True, True)
+    assert len(wire.requests) == 1
 
 
 def test_a_loop_of_redirects_was_not_served(ask: Ask, wire: Wire) -> None:

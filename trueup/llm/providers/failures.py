@@ -5,7 +5,7 @@ from typing import Any
 import httpx2
 
 from trueup.errors import ProviderError
-from trueup.llm.providers.paying_client import NEVER_SENT
+from trueup.llm.outcomes import may_be_billed, never_sent
 from trueup.llm.texts import cut_at_word
 
 _RETRYABLE_STATUS = frozenset({408, 409, 429})
@@ -54,7 +54,7 @@ class Failures:
         if not self.is_of_connection(error):
             return ProviderError(f"The SDK could not call the model at {self._url}: {self._safe(str(error))}.")
         cause = _cause_of(error)
-        if isinstance(cause, NEVER_SENT):
+        if isinstance(cause, never_sent(httpx2)):
             return ProviderError(
                 f"The model at {self._url} can't be reached ({self._named(cause)}). "
                 f"Check the network and {self._names['url']}.",
@@ -98,6 +98,13 @@ class Failures:
     def _refused(self, error: Exception, status: int) -> ProviderError:
         # The text of a 401 may quote part of the key, so it is left out.
         detail = "" if status == 401 else f" ({self._safe(_refusal_text(error))})"
+        if may_be_billed(status):
+            return ProviderError(
+                f"The model at {self._url} failed with HTTP {status}{detail}, so the call's usage is unknown. A later "
+                "call may succeed.",
+                retryable=True,
+                outcome_unknown=True,
+            )
         retryable = _worth_repeating(error)
         remedy = _REMEDIES.get(status, "Try again later." if retryable else "See the provider's documentation.")
         if getattr(error, "code", None) == "insufficient_quota":

@@ -8,17 +8,8 @@ from typing import Any
 
 import httpx2
 
-# Errors raised before the request was sent, so no provider can have served it. After any other failure that is not
-# known, because a server may have read the whole request before the connection broke.
-NEVER_SENT = (
-    httpx2.ConnectError,  # connection refused, unknown host name, or failed TLS handshake
-    httpx2.ConnectTimeout,
-    httpx2.PoolTimeout,
-    httpx2.ProxyError,
-    httpx2.UnsupportedProtocol,
-    httpx2.LocalProtocolError,
-    httpx2.TooManyRedirects,
-)
+from trueup.llm.outcomes import may_be_billed, never_sent
+
 # No model's answer is so long: 100,000 tokens, each in an event of its own, take about 30 MB.
 MAX_ANSWER_BYTES = 64 * 2**20
 # What each event of a stream begins with; comments that keep a connection alive do not.
@@ -31,8 +22,9 @@ _STEPS = 20
 class PayingClient(httpx2.Client):
     """An HTTP client that stops the SDK from retrying a request that may have been served.
 
-    An SDK retries after every error of its HTTP client, but passes an error of its own root class on. A request that is
-    served twice would be billed twice and charged once.
+    An SDK retries after every error of its HTTP client, but passes an error of its own root class on. It also retries
+    after a 5xx, unless the answer's headers forbid it. A request that is served twice would be billed twice and charged
+    once.
 
     `root`: the root class of the SDK's errors; None: it does not retry. `answer_seconds`: the time for the wait for an
     answer's head, for the rest of the answer, and for each event of a stream. HTTP clients limit each wait alone, so
@@ -63,10 +55,12 @@ class PayingClient(httpx2.Client):
             if not stream:
                 response.read()
         except httpx2.RequestError as error:
-            if isinstance(error, NEVER_SENT) or self._root is None:
+            if isinstance(error, never_sent(httpx2)) or self._root is None:
                 raise
             raise self._root(str(error)) from error
         response.encoding = "utf-8"
+        if may_be_billed(response.status_code):
+            response.headers["x-should-retry"] = "false"
         self._latest.response = response
         return response
 

@@ -17,6 +17,7 @@ from trueup.llm.formats.reading import parsed
 from trueup.llm.formats.registry import format_of, is_free, normal_path
 from trueup.llm.formats.usage import TokenUsage, split_usage
 from trueup.llm.formats.wire_format import AnswerReader, Count, Sent, WireFormat
+from trueup.llm.outcomes import may_be_billed
 from trueup.llm.output_cap import Demand
 from trueup.llm.running import RunningHold, running_now, running_or_refuse
 from trueup.llm.tokens import TokenCounter
@@ -28,10 +29,6 @@ from trueup.usage.charges import Usage
 # A caller's bound for images, audio and files, on one request. It is not sent on.
 MEDIA_HEADER = "trueup-prompt-tokens"
 REPLAYED_HEADER = "trueup-replayed"
-
-# Answers of a server that certainly did not work on the request. After any other 5xx it may have, and a proxy that
-# answers for it does not know.
-_NOT_SERVED = frozenset((501, 503, 529))
 
 # The makers call their counts estimates: a hundredth is added, and a few tokens.
 _COUNT_MARGIN, _LEAST_MARGIN = 100, 16
@@ -174,7 +171,7 @@ class Purchase:
             self.reader.add(None, part)
         self.reader.end()
         if status >= 400 and self.reader.usage is None:
-            self.fail(unknown=status >= 500 and status not in _NOT_SERVED, error_type=str(status))
+            self.fail(unknown=may_be_billed(status), error_type=str(status))
         elif status < 400 and not self.reader.has_begun:
             self.fail(unknown=status < 300)  # a redirect costs nothing; another success is no answer that we know
         else:

@@ -83,7 +83,7 @@ class Tap:
         """Charge the received part. `error`: the connection broke. A second call does nothing."""
         reader = self.purchase.reader
         if error is not None and not reader.has_begun:
-            self.purchase.fail(unknown=True)
+            self.purchase.fail(unknown=True, error_type=type(error).__name__)
         else:
             whole = b"".join(self._passed) if reader.is_complete and self._room >= 0 and self._passed else None
             self.purchase.settle(None if whole is None else stored(200, self._content_type, whole))

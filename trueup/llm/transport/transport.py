@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from trueup.errors import TrueupError
 from trueup.llm.formats.reading import count_of, object_of, parsed
 from trueup.llm.formats.wire_format import Count
+from trueup.llm.outcomes import never_sent
 from trueup.llm.transport.bodies import TappedBody, closer_of, recorded, undone_if_cancelled
 from trueup.llm.transport.pools import Pools
 from trueup.llm.transport.purchases import MEDIA_HEADER, REPLAYED_HEADER, Meter, Planned, Purchase, stored_body
@@ -114,7 +115,7 @@ class MeteredTransport:
                 if not purchase.refuses_usage(response.status_code, raw):
                     break
         except Exception as error:
-            purchase.fail(unknown=not self._is_unsent(error))
+            self._fail(purchase, error)
             raise
         self._answer(purchase, response, raw)
         return self._like(response, self.http.ByteStream(raw))
@@ -135,11 +136,11 @@ class MeteredTransport:
                 if not purchase.refuses_usage(response.status_code, raw):
                     break
         except Exception as error:
-            is_unsent = self._is_unsent(error)
-            await recorded(running, lambda: purchase.fail(unknown=not is_unsent))
+            broken = error  # the name ends with the block
+            await recorded(running, lambda: self._fail(purchase, broken))
             raise
         except asyncio.CancelledError:  # the provider may work on, and bill it
-            running.in_flight.start(lambda: purchase.fail(unknown=True))
+            running.in_flight.start(lambda: purchase.fail(unknown=True, error_type="CancelledError"))
             raise
         await recorded(running, lambda: self._answer(purchase, response, raw))
         return self._like(response, self.http.ByteStream(raw))
@@ -187,11 +188,10 @@ class MeteredTransport:
         headers = {"content-type": paid["content_type"], REPLAYED_HEADER: "true"}
         return self.http.Response(paid["status"], headers=headers, stream=self.http.ByteStream(stored_body(paid)))
 
-    def _is_unsent(self, error: Exception) -> bool:
-        """Return whether the error was raised before the request was sent, so that no provider can have served it."""
-        names = ("ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError", "UnsupportedProtocol")
-        kinds = tuple(getattr(self.http, name) for name in (*names, "LocalProtocolError"))
-        return isinstance(error, (*kinds, TrueupError))
+    def _fail(self, purchase: Purchase, error: Exception) -> None:
+        """Record that the call ended with an error instead of an answer."""
+        is_unsent = isinstance(error, (*never_sent(self.http), TrueupError))
+        purchase.fail(unknown=not is_unsent, error_type=type(error).__name__)
 
 
 class _Continued:
