@@ -160,18 +160,21 @@ def test_the_tokens_and_the_duration_of_a_call_are_metrics_and_a_replay_is_in_no
 def test_failed_and_refused_calls_are_errors_and_a_denial_is_an_outcome(
     exported: Exported, maker: Maker, host: Host, connection: Connection, user: int
 ) -> None:
-    maker.faults = [429]
+    maker.faults = [429, "reset"]
     sdk = openai.OpenAI(base_url=f"{maker.url}/v1", api_key="test", http_client=http_client(), max_retries=0)
     with spending_from(hold_tokens(connection, user, 500)):
         with pytest.raises(openai.RateLimitError):
             sdk.embeddings.create(model="failing", input=[QUESTION])
+        with pytest.raises(openai.APIConnectionError):
+            sdk.embeddings.create(model="failing", input=[QUESTION])
         with pytest.raises(HoldExhaustedError):
             sdk.embeddings.create(model="failing", input=[QUESTION * 1_000])
-    failed, refused = [span for span in exported.spans() if span.name == "embeddings failing"]
-    assert [span.status.status_code for span in (failed, refused)] == [StatusCode.ERROR] * 2
-    assert [(span.attributes or {})["error.type"] for span in (failed, refused)] == ["429", "HoldExhaustedError"]
+    spans = [span for span in exported.spans() if span.name == "embeddings failing"]
+    assert [span.status.status_code for span in spans] == [StatusCode.ERROR] * 3
+    kinds = [(span.attributes or {})["error.type"] for span in spans]
+    assert kinds == ["429", "ReadError", "HoldExhaustedError"]
     durations = exported.points("gen_ai.client.operation.duration")
-    assert [p.count for a, p in durations if a["gen_ai.request.model"] == "failing"] == [1]
+    assert [p.count for a, p in durations if a["gen_ai.request.model"] == "failing"] == [1, 1]
     with pytest.raises(TokensDenied), ai_tokens(user, 200_000):
         pass
     denied = [span for span in exported.spans() if span.name == "trueup.gate"][-1]

@@ -1,5 +1,6 @@
 """The makers' SDKs in a real worker whose processes are killed in the middle of calls."""
 
+import json
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ import psutil
 import pytest
 from celery import Celery
 
-from tests.support import sdk_tasks
+from tests.support import sdk_tasks, traced_worker
 from tests.support.host import Host
 from tests.support.makers import Maker
 from tests.support.waiting import DEADLINE_SECONDS, wait_for
@@ -88,3 +89,27 @@ def test_with_killed_processes_each_call_is_charged_once_as_the_server_billed_it
     assert charged.total() == sdk_tasks.CALLS * tasks, "each call is charged once"
     assert host.used(user) == sum(tokens * times for tokens, times in charged.items())
     assert host.value("SELECT max(tokens_charged - tokens_reserved) FROM trueup.hold") <= 0
+
+
+def test_the_spans_of_a_worker_s_task_are_in_the_trace_of_its_host(
+    app: Celery, maker: Maker, host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool's processes set their SDK up after the fork, when trueup is loaded."""
+    file = tmp_path / "spans.jsonl"
+    monkeypatch.setenv(traced_worker.SPANS_FILE, str(file))
+    user = host.subscriber(100_000)
+    include = ("tests.support.sdk_tasks", "tests.support.traced_worker")
+    with running_worker(tmp_path / "worker.log", include=include):
+        task = sdk_tasks.mix.delay(user_id=user, sdk="openai", url=maker.url, number=1)
+        task.get(timeout=DEADLINE_SECONDS)
+    spans = [json.loads(line) for line in file.read_text().splitlines()]
+    names = {span["context"]["span_id"]: span["name"] for span in spans}
+    parents = Counter((span["name"], names.get(span["parent_id"])) for span in spans)
+    run, call = "run/test.sdk_mix", "chat gpt-4o-mini"
+    assert parents[run, None] == 1
+    assert parents["trueup.gate", run] == 1
+    assert parents["trueup.charge", call] == sum(count for (name, _), count in parents.items() if name == call) == 4
+    assert len({span["context"]["trace_id"] for span in spans}) == 1
+    charged = [span["attributes"]["trueup.tokens.charged"] for span in spans if span["name"] == "trueup.charge"]
+    assert sum(charged) == maker.billed == host.used(user)
+    assert {span["attributes"]["trueup.task_id"] for span in spans if span["name"] == call} == {task.id}
