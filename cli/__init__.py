@@ -36,7 +36,7 @@ COMMANDS = {
     "status": ("trueup.cli.status", "Show the figures of the gate, and calls and messages to check."),
     "holds": ("trueup.cli.holds", "List the tokens that running tasks reserve."),
     "queues": ("trueup.cli.queues", "List, requeue and drop messages that no worker could work on."),
-    "usage": ("trueup.cli.usage", "List a user's rows in the AI usage log."),
+    "usage": ("trueup.cli.usage", "List a user's rows in the AI usage log, and code whose calls would be missing."),
     "reconcile": ("trueup.cli.reconcile", "Compare every counter with the usage log, and correct it."),
     "drift": ("trueup.cli.drift.commands", "Report and review the drift that reconcile runs found."),
     "rollout": ("trueup.cli.rollout", "Show and set the gate's mode for each feature."),
@@ -44,7 +44,6 @@ COMMANDS = {
     "run": ("trueup.cli.run", "Enqueue a real AI task."),
     "result": ("trueup.cli.result", "Show the result of a task."),
     "doctor": ("trueup.cli.doctor", "Check settings, servers, tables and workers, with a remedy for each problem."),
-    "find-unmetered": ("trueup.cli.find_unmetered", "List where code calls a model without trueup."),
     "settings": ("trueup.cli.settings", "List the settings and their values."),
     "demo": ("trueup.cli.demo", "Show all of trueup on an embedded stack, in under a minute."),
 }
@@ -74,7 +73,7 @@ class LazyGroup(SuggestingGroup):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        command: click.Command = getattr(import_module(COMMANDS[name][0]), name.replace("-", "_"))
+        command: click.Command = getattr(import_module(COMMANDS[name][0]), name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -13,7 +13,7 @@ from tests.support.worker import close_connections, own_application
 USER_COMMANDS = [
     ("tokens", "show", 999),
     ("tokens", "grants", 999),
-    ("usage", 999),
+    ("usage", "list", 999),
     ("holds", "list", "--user", 999),
     ("drift", "explain", 999),
     ("drift", "review", "--user", 999),
@@ -33,7 +33,7 @@ JSON_COMMANDS = [
     ("tokens", "show"),
     ("tokens", "check"),
     ("tokens", "grants"),
-    ("usage",),
+    ("usage", "list"),
     ("holds", "list"),
     ("status",),
     ("drift", "history"),

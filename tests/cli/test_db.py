@@ -34,7 +34,7 @@ def test_without_host_tables_nothing_is_made_and_each_is_named(empty_database: s
 
 @pytest.mark.parametrize(
     "command",
-    [("tokens", "show", 1), ("holds", "list"), ("usage", 1), ("reconcile",), ("drift", "report")],
+    [("tokens", "show", 1), ("holds", "list"), ("usage", "list", 1), ("reconcile",), ("drift", "report")],
     ids=lambda command: command[0],
 )
 def test_before_the_setup_each_command_names_the_remedy(empty_database: str, command: tuple[object, ...]) -> None:

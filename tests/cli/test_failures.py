@@ -23,7 +23,7 @@ COMMANDS = [
     ("tokens", "check", 1),
     ("holds", "list"),
     ("status",),
-    ("usage", 1),
+    ("usage", "list", 1),
     ("reconcile",),
     ("reconcile", "--dry-run"),
     ("drift", "report"),

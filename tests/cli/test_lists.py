@@ -1,4 +1,4 @@
-"""`trueup holds list` and `trueup usage`."""
+"""`trueup holds list` and `trueup usage list`."""
 
 from sqlalchemy import Connection
 
@@ -42,7 +42,7 @@ def test_holds_of_one_user_leave_the_others_out(host: Host, connection: Connecti
 
 
 def test_the_lists_refuse_limits_and_users_that_are_none(database: str) -> None:
-    for arguments in (("holds", "list", "--limit", 0), ("holds", "list", "--user", "x"), ("usage", "x")):
+    for arguments in (("holds", "list", "--limit", 0), ("holds", "list", "--user", "x"), ("usage", "list", "x")):
         assert "Invalid value" in trueup(*arguments, code=2).stderr
 
 
@@ -51,23 +51,23 @@ def test_usage_shows_the_rows_of_the_host_and_of_tasks(host: Host, connection: C
     host.log(user, 120)
     host.log(user, 70, success=False)
     charge_tokens(connection, hold_tokens(connection, user, task="one"), 300, metadata={"task_id": "one"})
-    rows = trueup_json("usage", user)["rows"]
+    rows = trueup_json("usage", "list", user)["rows"]
     assert {(row["total_tokens"], row["success"], row["task_id"]) for row in rows} == {
         (120, True, None),
         (70, False, None),
         (300, True, "one"),
     }
     assert [row["created_at"] for row in rows] == sorted((row["created_at"] for row in rows), reverse=True)
-    assert len(trueup_json("usage", user, "--limit", 2)["rows"]) == 2
-    table = trueup("usage", user).stdout
+    assert len(trueup_json("usage", "list", user, "--limit", 2)["rows"]) == 2
+    table = trueup("usage", "list", user).stdout
     assert "one" in table
     assert "300" in table
 
 
 def test_a_user_without_usage_is_reported(host: Host) -> None:
     user = host.subscriber()
-    assert trueup("usage", user).stdout == f"The log has no rows of user {user}.\n"
-    assert trueup_json("usage", user)["rows"] == []
+    assert trueup("usage", "list", user).stdout == f"The log has no rows of user {user}.\n"
+    assert trueup_json("usage", "list", user)["rows"] == []
 
 
 def test_a_piped_table_is_not_cut(host: Host, connection: Connection) -> None:

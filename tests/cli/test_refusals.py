@@ -66,7 +66,8 @@ def test_an_error_of_our_own_is_not_taken_for_the_database_s(host: Host, monkeyp
         trueup("drift", "history")
 
 
-READERS = [*COMMANDS, ("usage", 1), ("holds", "list"), ("alerts", "list"), ("db", "grants"), ("rollout", "list")]
+LISTS = [("usage", "list", 1), ("holds", "list"), ("alerts", "list"), ("rollout", "list")]
+READERS = [*COMMANDS, *LISTS, ("db", "grants")]
 
 
 @pytest.mark.parametrize("command", READERS, ids=lambda command: " ".join(map(str, command)))

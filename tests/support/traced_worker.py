@@ -1,7 +1,7 @@
 """OpenTelemetry as a host sets it up for its worker: `-I tests.support.traced_worker`.
 
-Each process of the pool has an SDK of its own, and each task a span, as opentelemetry-instrumentation-celery makes it. The
-spans are appended to the file that `SPANS_FILE` names, a line of JSON each.
+Each process of the pool has an SDK of its own, and each task a span, as opentelemetry-instrumentation-celery makes it.
+The spans are appended to the file that `SPANS_FILE` names, a line of JSON each.
 """
 
 import os

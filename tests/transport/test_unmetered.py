@@ -1,4 +1,4 @@
-"""`trueup find-unmetered` reads a code base and names what spends tokens unseen."""
+"""`trueup usage find-unmetered` reads a code base and names what spends tokens unseen."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from trueup.llm.transport.unmetered import find_unmetered
 
 LITELLM = "Set litellm.client_session = trueup.http_client() before the first call."
 SOCKET = "A WebSocket does not pass an HTTP client: hold and charge it with ai_tokens."
-TRUEUP = Path(sys.executable).with_name("trueup")
+FIND = (Path(sys.executable).with_name("trueup"), "usage", "find-unmetered")
 
 
 def found(folder: Path, code: str) -> list[str]:
@@ -58,12 +58,12 @@ def test_installed_packages_and_hidden_folders_are_left_out(tmp_path: Path) -> N
 
 def test_the_command_exits_1_if_it_found_calls(tmp_path: Path) -> None:
     (tmp_path / "good.py").write_text("x = 1")
-    assert subprocess.run([TRUEUP, "find-unmetered", tmp_path], check=False).returncode == 0
+    assert subprocess.run([*FIND, tmp_path], check=False).returncode == 0
     (tmp_path / "bad.py").write_text("from openai import OpenAI\nOpenAI()")
-    done = subprocess.run([TRUEUP, "find-unmetered", tmp_path], capture_output=True, text=True, check=False)
+    done = subprocess.run([*FIND, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "bad.py:2" in done.stdout
-    done = subprocess.run([TRUEUP, "find-unmetered", tmp_path, "--json"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*FIND, tmp_path, "--json"], capture_output=True, text=True, check=False)
     answer = json.loads(done.stdout)
     assert answer["schema_version"] == 1
     assert [(call["line"], call["call"]) for call in answer["calls"]] == [(2, "OpenAI")]
