@@ -1,5 +1,6 @@
 """How much tokens count: by class and by model."""
 
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -13,12 +14,16 @@ from tests.support.work import hold_tokens
 from trueup import http_client
 from trueup.errors import HoldExhaustedError
 from trueup.llm.formats.usage import split_usage
+from trueup.llm.metering import MeteredModel
+from trueup.llm.model import Message
 from trueup.llm.output_cap import Demand
+from trueup.llm.providers import provider_from_settings
 from trueup.llm.running import spending_from
 from trueup.llm.weights import counted_tokens
 from trueup.settings.models import ModelSettings, settings_of_model
 from trueup.settings.settings import Settings, get_settings
 
+Ask = Callable[[Maker], None]
 ASK: Any = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "a question of some length"}]}
 
 
@@ -27,12 +32,27 @@ def user(host: Host) -> int:
     return host.subscriber(100_000)
 
 
-def ask(maker: Maker) -> None:
+def by_sdk(maker: Maker) -> None:
     with openai.OpenAI(base_url=f"{maker.url}/v1", api_key="test", http_client=http_client()) as client:
         client.chat.completions.create(**ASK)
 
 
-def test_a_charge_keeps_each_class_of_tokens(maker: Maker, host: Host, connection: Connection, user: int) -> None:
+def by_model_client(maker: Maker) -> None:
+    given = {"model_provider": "openai", "openai_base_url": f"{maker.url}/v1", "model_name": ASK["model"]}
+    settings = get_settings().model_copy(update=given)
+    model = MeteredModel(lambda: provider_from_settings(settings), settings)
+    model.complete([Message(**message) for message in ASK["messages"]])
+
+
+@pytest.fixture(params=[by_sdk, by_model_client])
+def ask(request: pytest.FixtureRequest) -> Ask:
+    asked: Ask = request.param
+    return asked
+
+
+def test_a_charge_keeps_each_class_of_tokens(
+    ask: Ask, maker: Maker, host: Host, connection: Connection, user: int
+) -> None:
     maker.reasoning, maker.cached = 7, 4
     with spending_from(hold_tokens(connection, user, 500)):
         ask(maker)
@@ -47,7 +67,7 @@ def test_a_charge_keeps_each_class_of_tokens(maker: Maker, host: Host, connectio
 
 
 def test_the_settings_weights_decide_what_counts_and_what_is_held(
-    maker: Maker, host: Host, connection: Connection, user: int, monkeypatch: pytest.MonkeyPatch
+    ask: Ask, maker: Maker, host: Host, connection: Connection, user: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRUEUP_COUNT", '{"cached_input": 0.1, "output": 3}')
     monkeypatch.setenv("TRUEUP_MODELS", '{"gpt-4o*": {"weight": 2}}')
@@ -64,7 +84,7 @@ def test_the_settings_weights_decide_what_counts_and_what_is_held(
 
 
 def test_a_weight_makes_a_call_too_large_for_its_hold(
-    maker: Maker, host: Host, connection: Connection, user: int, monkeypatch: pytest.MonkeyPatch
+    ask: Ask, maker: Maker, host: Host, connection: Connection, user: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRUEUP_MODELS", '{"gpt-4o*": {"weight": 50}}')
     get_settings.cache_clear()

@@ -12,9 +12,11 @@ from trueup.database.retry import PASSING, retry_until_recorded, retrying
 from trueup.errors import HoldOvertakenError
 from trueup.gate.holds import Hold
 from trueup.gate.provider_calls import end_call
+from trueup.llm.formats.usage import TokenUsage
 from trueup.llm.output_cap import Demand, cap_output
 from trueup.llm.running import RunningHold
 from trueup.llm.traced_calls import Operation, TracedCall
+from trueup.llm.weights import counted_tokens
 from trueup.settings.settings import Settings
 from trueup.usage.charge_events import deliver_soon
 from trueup.usage.charges import Charge, Usage, charged_numbers, find_answer, record_charge
@@ -117,18 +119,52 @@ def end_without_usage(call: Call, *, unknown: bool, error_type: str = "_OTHER") 
         call.running.hold.calls.give_back(call.fingerprint, call.number)
 
 
-def charge(call: Call, usage: Usage, *, metadata: dict[str, Any], answer: dict[str, Any] | None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Bill:
+    """What a call has cost.
+
+    `is_reported`: by the provider; otherwise it is an estimate. `model_asked`: the model that the call named; its
+    weight counts, because the bound was made by that name too. `model_name`: the model that answered.
+    """
+
+    tokens: TokenUsage
+    is_reported: bool
+    model_asked: str
+    model_name: str
+    response_time_ms: int
+
+    def usage(self, settings: Settings) -> Usage:
+        """Return what the charge records, with the total that counts against the budget."""
+        return Usage(
+            prompt_tokens=self.tokens.prompt,
+            completion_tokens=self.tokens.completion,
+            total_tokens=counted_tokens(self.tokens, self.model_asked, settings),
+            response_time_ms=self.response_time_ms,
+            model_name=self.model_name,
+            classes=self.tokens.classes(),
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what the log row keeps beside its columns."""
+        found = {name: tokens for name, tokens in self.tokens.classes().items() if tokens}
+        estimated = {} if self.is_reported else {"estimated": True}
+        return {"usage_reported": self.is_reported, "tokens": found} | estimated
+
+
+def charge(call: Call, bill: Bill, settings: Settings, *, answer: dict[str, Any] | None) -> None:
     """Record the usage. It was paid for, so the write is retried while the database is unavailable.
 
-    `metadata`: what the log row keeps, beside the names of task, feature and call. `answer`: what a redelivery gets.
+    `answer`: what a redelivery gets, if the settings and its size allow it; None: nothing.
     """
     hold = call.running.hold
-    named = {"task_id": hold.task_id, "feature": hold.feature_name, "call": call.key}
+    metadata = {"task_id": hold.task_id, "feature": hold.feature_name, "call": call.key} | bill.metadata()
+    usage = bill.usage(settings)
+    kept = None if answer is None else _storable(answer, settings)
     try:
         with call.traced.current():
             charged = retry_until_recorded(
                 lambda connection: record_charge(
-                    connection, hold, call_key=call.key, usage=usage, metadata=named | metadata, answer=answer
+                    connection, hold, call_key=call.key, usage=usage, metadata=metadata, answer=kept
                 ),
                 f"user {hold.user_id}, task {hold.task_id}, call {call.key}, {usage.total_tokens} tokens",
             )
@@ -142,7 +178,7 @@ def charge(call: Call, usage: Usage, *, metadata: dict[str, Any], answer: dict[s
     _warn_if_uncovered(hold, call.key, charged)
 
 
-def storable(answer: dict[str, Any], settings: Settings) -> dict[str, Any] | None:
+def _storable(answer: dict[str, Any], settings: Settings) -> dict[str, Any] | None:
     """Return the answer to store for a replay; None if the settings or its size do not allow it."""
     if not settings.store_answers:
         return None

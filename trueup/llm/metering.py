@@ -10,16 +10,15 @@ from trueup.errors import ProviderError
 from trueup.gate.provider_calls import extend_hold
 from trueup.llm.awaitable import AwaitableModel, InFlight
 from trueup.llm.bounds import ClassCounter, bounding_counter, learn, learns
-from trueup.llm.calls import Call, begin, charge, end_without_usage, fingerprint_of, storable
-from trueup.llm.formats.usage import split_usage
+from trueup.llm.calls import Bill, Call, begin, charge, end_without_usage, fingerprint_of
+from trueup.llm.formats.usage import TokenUsage, split_usage
 from trueup.llm.model import Completion, CompletionStream, Message, Provider
 from trueup.llm.output_cap import Demand
 from trueup.llm.running import RunningHold, running_or_refuse
 from trueup.llm.tokens import count_prompt_tokens
 from trueup.llm.traced_calls import Operation
-from trueup.llm.weights import counted_tokens, weighted
+from trueup.llm.weights import weighted
 from trueup.settings.settings import Settings
-from trueup.usage.charges import Usage
 
 
 class MeteredModel(AwaitableModel):
@@ -134,9 +133,9 @@ class MeteredModel(AwaitableModel):
     ) -> None:
         charge(
             call,
-            _usage(completion, self._settings),
-            metadata={"usage_reported": completion.usage_reported},
-            answer=storable(asdict(completion), self._settings) if keep_answer else None,
+            _bill(completion, self._settings),
+            self._settings,
+            answer=asdict(completion) if keep_answer else None,
         )
         if completion.usage_reported and learns(self._settings.model_name, self._settings):
             sizes = ClassCounter()
@@ -159,12 +158,14 @@ def call_fingerprint(model_name: str, messages: Sequence[Message]) -> str:
     return fingerprint_of([model_name, *([message.role, message.content] for message in messages)])
 
 
-def _usage(completion: Completion, settings: Settings) -> Usage:
-    billed = split_usage(prompt=completion.prompt_tokens, completion=completion.completion_tokens)
-    return Usage(
-        prompt_tokens=completion.prompt_tokens,
-        completion_tokens=completion.completion_tokens,
-        total_tokens=counted_tokens(billed.at_least(completion.total_tokens), settings.model_name, settings),
-        response_time_ms=completion.response_time_ms,
+def _bill(completion: Completion, settings: Settings) -> Bill:
+    prompt, tokens = completion.prompt_tokens, completion.tokens
+    known = TokenUsage(prompt=prompt, **tokens) if tokens else None
+    counted = split_usage(prompt=prompt, completion=completion.completion_tokens)
+    return Bill(
+        tokens=known or counted.at_least(completion.total_tokens),
+        is_reported=completion.usage_reported,
+        model_asked=settings.model_name,
         model_name=completion.model_name,
+        response_time_ms=completion.response_time_ms,
     )

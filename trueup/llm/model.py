@@ -3,8 +3,8 @@
 Services accept any `Model`. A metered task passes the client of `llm.metering`, which spends from the task's hold.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
@@ -31,6 +31,8 @@ class Completion:
     """The answer was cut off at `max_completion_tokens`."""
     usage_reported: bool = True
     """False if the provider reported no usage, so the tokens were counted here."""
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    """The tokens by class, such as `cached_input` and `reasoning`; empty: of the prompt and the answer alone."""
 
 
 class CompletionStream(Iterator[str]):

@@ -184,6 +184,7 @@ class MakerProvider:
             response_time_ms=round((answer.last_arrival - answer.started) * 1000),
             truncated=answer.is_cut,
             usage_reported=usage is not None,
+            tokens=figures.classes(),
         )
 
     def _counted(self, reader: AnswerReader, messages: Sequence[Message], cap: int) -> TokenUsage:

@@ -12,7 +12,7 @@ from typing import Any
 
 from trueup.errors import UnboundedCallError, UnmeteredCallError
 from trueup.llm.bounds import ClassCounter, bounding_counter, learn, learns, likely_counter
-from trueup.llm.calls import Call, begin, charge, end_without_usage, fingerprint_of, storable
+from trueup.llm.calls import Bill, Call, begin, charge, end_without_usage, fingerprint_of
 from trueup.llm.formats.reading import parsed
 from trueup.llm.formats.registry import format_of, is_free, normal_path
 from trueup.llm.formats.usage import TokenUsage, split_usage
@@ -22,9 +22,8 @@ from trueup.llm.output_cap import Demand
 from trueup.llm.running import RunningHold, running_now, running_or_refuse
 from trueup.llm.tokens import TokenCounter
 from trueup.llm.traced_calls import Operation
-from trueup.llm.weights import counted_tokens, weighted
+from trueup.llm.weights import weighted
 from trueup.settings.settings import get_settings
-from trueup.usage.charges import Usage
 
 # A caller's bound for images, audio and files, on one request. It is not sent on.
 MEDIA_HEADER = "trueup-prompt-tokens"
@@ -183,27 +182,14 @@ class Purchase:
             if self.is_settled:
                 return
             usage = self.reader.usage
-            figures = usage or self._estimate()
-            classes = figures.classes()
-            billed = {name: tokens for name, tokens in classes.items() if tokens}
-            metadata: dict[str, Any] = {"usage_reported": usage is not None, "tokens": billed}
-            if usage is None:
-                metadata["estimated"] = True
-            settings = get_settings()
-            charge(
-                self.call,
-                Usage(
-                    prompt_tokens=figures.prompt,
-                    completion_tokens=figures.completion,
-                    # By the name that was asked for, because the bound was made by it too.
-                    total_tokens=counted_tokens(figures, self._model, settings),
-                    response_time_ms=round((time.monotonic() - self._started) * 1000),
-                    model_name=self.reader.model_name or self._model,
-                    classes=classes,
-                ),
-                metadata=metadata,
-                answer=None if answer is None else storable(answer, settings),
+            bill = Bill(
+                tokens=usage or self._estimate(),
+                is_reported=usage is not None,
+                model_asked=self._model,
+                model_name=self.reader.model_name or self._model,
+                response_time_ms=round((time.monotonic() - self._started) * 1000),
             )
+            charge(self.call, bill, get_settings(), answer=answer)
             self.is_settled = True
             if usage is not None:
                 self._learn(usage)
