@@ -394,7 +394,7 @@ def _missing_columns(noun: Noun, candidate: Candidate, spared: Collection[str]) 
             why = f"{candidate.table.setting}.{column.name} is of type {column.type}, which is not {kinds}"
         stops = "everything" if wanted.required else "" if wanted.use.startswith("nothing") else wanted.use
         remedy = f'set {name} = "COLUMN" under [host.{noun}], or add such a column ({kinds})'
-        if wanted.otherwise:
-            remedy += f", or set {wanted.otherwise}"
+        for setting, where in wanted.otherwise:
+            remedy += f", or set {name} = {toml_value(setting)} if {where}"
         gaps.append(Gap(setting=f"host.{noun}.{name}", why=why, remedy=remedy, stops=stops))
     return gaps

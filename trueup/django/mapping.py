@@ -1,6 +1,5 @@
 """The mapping of the host's tables, from the project's models: tables, columns, types and keys."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,10 +157,9 @@ def _instead(noun: Noun, name: str, entry: FieldEntry, match: Match | None, mapp
     label, key = mapped.found[noun]._meta.label, noun.upper()
     doubt = f" {match.column.name!r} is only a guess." if match is not None else ""
     remedy = f'Set TRUEUP["FIELDS"]["{key}"]["{name}"] to the model\'s field'
-    # The registry words it for trueup.toml.
-    otherwise = re.sub(r"(\w+) = ", r'"\1": ', entry.otherwise).replace(": true}", ": True}")
-    remedy += f", or {otherwise}." if otherwise else "."
-    mapped.findings.append(Finding(what=f"{label} has no field for {name}.{doubt}", remedy=remedy))
+    for setting, where in entry.otherwise:
+        remedy += f", or to {setting!r} if {where}"
+    mapped.findings.append(Finding(what=f"{label} has no field for {name}.{doubt}", remedy=f"{remedy}."))
     return {}
 
 

@@ -4,7 +4,7 @@ A field is one entry: its default name (Django's), the settings that may replace
 Discovery, the mapping, the checks of types and rights, the example tables and the trial rows read these entries.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -87,7 +87,8 @@ class FieldEntry:
     foreign key.
 
     `is_sought`: discovery looks for such a column by name. `substitute`: the constant that discovery proposes if the
-    host lacks the column, because no decision depends on it. `otherwise`: the setting that a person may give instead.
+    host lacks the column, because no decision depends on it. `otherwise`: settings that a person may give
+    instead of a column, each with its condition.
 
     `written`: trueup's own rows in the log fill it. `counted`: it defines the usage, its user or its time.
 
@@ -103,7 +104,7 @@ class FieldEntry:
     references: Noun | None = None
     is_sought: bool = True
     substitute: Any = None
-    otherwise: str = ""
+    otherwise: tuple[tuple[Mapping[str, Any], str], ...] = ()
     written: bool = False
     counted: bool = False
     length: int | None = None
@@ -219,7 +220,7 @@ class FullPlanTable(TokenPlanTable):
     table: Table | None = "billing_fullplan"
     duration_days: Annotated[Count, FieldEntry(INTEGER, "days period_days length_days validity_days valid_days "
         "interval_days duration", use=_VIEWS_AND_PAYMENTS,
-        otherwise="duration_days = {value = 30} if all plans last so long")] = "duration_days"
+        otherwise=(({"value": 30}, "all plans last so long"),))] = "duration_days"
 
 
 class SubscriptionTable(Names):
@@ -250,13 +251,13 @@ class SubscriptionTable(Names):
         required=True)] = "start_date"
     end_date: Annotated[End, FieldEntry(TIME, "ended_at ends_at ends end_at end current_period_end period_end "
         "valid_until valid_to expires_at expires expiry expiry_date expiration_date expired_at", required=True,
-        otherwise='end_date = {value = "infinity"} if none ends', nullable=True)] = "end_date"
+        otherwise=(({"value": "infinity"}, "none ends"),), nullable=True)] = "end_date"
     tokens_remaining: Annotated[Column, FieldEntry(INTEGER, "remaining_tokens tokens_left token_balance tokens_balance "
         "balance credits_remaining remaining_credits credits_left credit_balance available_tokens tokens_available "
         "quota_left remaining tokens credits quota", required=True, nullable=True)] = "tokens_remaining"
     is_active: Annotated[Active, FieldEntry(FLAG, "active enabled is_enabled is_valid", required=True,
-        otherwise='is_active = {column = "COLUMN", equals = "VALUE"} if a status says so, or is_active = '
-        "{value = true} if all subscriptions are", default="true")] = "is_active"
+        otherwise=(({"column": "COLUMN", "equals": "VALUE"}, "a status says so"),
+        ({"value": True}, "all subscriptions are")), default="true")] = "is_active"
     tokens_included: Annotated[PlanTokens, FieldEntry(INTEGER, is_sought=False, nullable=True)] = None
     plans: PlanRule = None
     counts: Direction = None
@@ -301,7 +302,7 @@ class UsageLogTable(Names):
     response_time_ms: Annotated[Count, FieldEntry(NUMBER, "latency_ms duration_ms elapsed_ms response_ms took_ms "
         "latency", use=_CHARGE, substitute=0, written=True, default="0")] = "response_time_ms"
     success: Annotated[Flag, FieldEntry(FLAG, "succeeded is_success successful is_successful was_successful ok is_ok",
-        required=True, otherwise="success = {value = true} if all rows count", written=True, counted=True,
+        required=True, otherwise=(({"value": True}, "all rows count"),), written=True, counted=True,
         default="true")] = "success"
     model_name: Annotated[Words, FieldEntry(TEXT, "model llm_model model_id engine ai_model", use=_CHARGE,
         substitute="", written=True, length=100, default="''")] = "model_name"
