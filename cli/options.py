@@ -16,7 +16,6 @@ from sqlalchemy import Connection
 from trueup.accounts.account import read_account
 from trueup.accounts.user_ids import UserId, parse_user_id
 from trueup.accounts.validation import check_estimate
-from trueup.drift.causes import CAUSE_SENTENCES, Cause
 from trueup.errors import UnknownUserError
 from trueup.settings.settings import get_settings
 from trueup.stack import Service, require_database, running_stack
@@ -101,6 +100,8 @@ def _parse_since(value: str) -> datetime | timedelta:
 
 
 def _parse_causes(value: str) -> tuple[str, ...]:
+    from trueup.drift.causes import CAUSE_SENTENCES, Cause  # on use: few commands name causes
+
     known = set(get_args(Cause)) | set(CAUSE_SENTENCES)
     causes = tuple(part.strip().lower().replace(" ", "_").replace("-", "_") for part in value.split("+"))
     for cause in causes:
