@@ -26,6 +26,7 @@ MAX_TEST_MODULE_LINES = 500
 REASON = "# Longer than"
 SQL_REASON = "-- Longer than"
 # A function, a script, or a macro that several of these share.
+SQL_COMMENT = re.compile(r"^ *--[^\n]*|^ *\{#.*?#\}", re.MULTILINE | re.DOTALL)
 SQL_PIECE = re.compile(
     r"^(?:CREATE OR REPLACE FUNCTION trueup\.(\w+).*?\bAS \$\$.*?|DO \$\$.*?)\$\$;|^\{% macro (\w+).*?endmacro %\}",
     re.MULTILINE | re.DOTALL,
@@ -136,6 +137,13 @@ def test_every_sql_function_fits_a_screen_or_gives_a_reason_above() -> None:
     pieces = [piece for path in scripts for piece in SQL_PIECE.finditer(path.read_text())]
     assert len(pieces) > 100
     assert {name(path): found for path in scripts if (found := _long_sql_pieces(path.read_text()))} == {}
+
+
+def test_lines_of_comments_in_sql_are_as_long_as_those_of_python() -> None:
+    scripts = [path for path in TRACKED if path.suffix == ".sql"]
+    comments = [(path, text) for path in scripts for text in SQL_COMMENT.findall(path.read_text())]
+    assert len(comments) > 500
+    assert [(name(path), line) for path, text in comments for line in text.splitlines() if len(line) > 120] == []
 
 
 def test_a_long_sql_function_is_found() -> None:

@@ -1,7 +1,8 @@
-{# `concurrent` of the evidence (ledger.sql): two decrements within two seconds whose requests overlapped, as far as the log
-   shows; one of them may be lost. `overlapped`: the other decrement came later and its log row came before this decrement,
-   so its request may have read the counter before this decrement was written. `called_lost`: an earlier run that explained
-   the whole drift named it. Only for users whose drift the log and decrements do not explain completely. #}
+{# `concurrent` of the evidence (ledger.sql): two decrements within two seconds whose requests overlapped, as far as the
+   log shows; one of them may be lost. `overlapped`: the other decrement came later and its log row came before this
+   decrement, so its request may have read the counter before this decrement was written. `called_lost`: an earlier run
+   that explained the whole drift named it. Only for users whose drift the log and decrements do not explain
+   completely. #}
 {% macro concurrency() -%}
 {{ requests() }}, {{ neighbours() }}, concurrent AS (
         SELECT p.user_id,
@@ -22,8 +23,8 @@
     )
 {%- endmacro %}
 
-{# `requests`: the beginning of a decrement's request, which is the last log row of its size before it. A second decrement
-   of one log row has no request, and trueup's charges have none: they lower the counter in one step. #}
+{# `requests`: the beginning of a decrement's request, which is the last log row of its size before it. A second
+   decrement of one log row has no request, and trueup's charges have none: they lower the counter in one step. #}
 {% macro requests() %}
     turns AS (
         SELECT t.*, sum(t.opens) OVER (PARTITION BY t.user_id, t.tokens ORDER BY t.at, t.kind DESC, t.id) AS turn
@@ -44,8 +45,8 @@
 {# `paired`: each change with the changes before and after it, and the finding of the last run about it. #}
 {% macro neighbours() %}
     looks AS (
-        -- The last drift since the base point that was explained completely and left nothing to a person: decrements before
-        -- it that it did not call lost were not lost.
+        -- The last drift since the base point that was explained completely and left nothing to a person: decrements
+        -- before it that it did not call lost were not lost.
         SELECT DISTINCT ON (d.user_id) d.user_id, d.found_at - interval '2 seconds' AS at,
                ARRAY(SELECT p.part #>> '{rows,0,id}' FROM jsonb_array_elements(d.evidence -> 'components') AS p (part)
                      WHERE p.part ->> 'cause' = 'lost_update') AS lost

@@ -4,9 +4,9 @@
 {% from "drift/sizes.sql" import size_evidence %}
 
 {# The rest of a statement that begins with `WITH wanted AS (…),`. `wanted` has a row for each drifted counter: user_id,
-   subscription_id, window_start, original, consumed, observed. Returns user_id, evidence. `at`: the time of the snapshot;
-   `min_age`: how long a decrement may take. Names are qualified wherever the host's tables are in scope, because a host
-   may have a column of any name. #}
+   subscription_id, window_start, original, consumed, observed. Returns user_id, evidence. `at`: the time of the
+   snapshot; `min_age`: how long a decrement may take. Names are qualified wherever the host's tables are in scope,
+   because a host may have a column of any name. #}
 {% macro evidence(at, min_age) -%}
 {{ base_points() }}, known AS MATERIALIZED (
         SELECT b.user_id, b.at AS base_at, {{ shortly_before("b.at") if token_usage else "b.at" }} AS since, b.kind,
@@ -46,9 +46,9 @@
     {% endif %}
 {%- endmacro %}
 
-{# `purchases_found`. `late_credit`: tokens of purchases from before the base point that the host may have credited after
-   it. `grants_found`: grants that began or ended since the base point, or continue from the previous period, so the
-   counter may not show them; with the tokens that they had left when the period began, or when they ended. #}
+{# `purchases_found`. `late_credit`: tokens of purchases from before the base point that the host may have credited
+   after it. `grants_found`: grants that began or ended since the base point, or continue from the previous period, so
+   the counter may not show them; with the tokens that they had left when the period began, or when they ended. #}
 {% macro purchases_and_grants(at) %}
     purchases_found AS (
         SELECT p.user_id, jsonb_agg(p.found ORDER BY p.at, p.id) AS found FROM purchase_rows p GROUP BY p.user_id
@@ -82,11 +82,11 @@
     )
 {%- endmacro %}
 
-{# When each counter was last known to be right: at a correction, a person's decision, a full run that found no drift, or
-   the beginning of its period. CTEs over `wanted` (user_id, subscription_id, window_start). The last one, `base_points`,
-   has a row for each user: user_id, at, kind and, for a correction, the new value (`written`), the old one
-   (`seen_before`), and the tokens left for decrements in flight (`kept`). A run compared the counter between `at`, when it
-   began, and `ended`. An undone correction does not count. #}
+{# When each counter was last known to be right: at a correction, a person's decision, a full run that found no drift,
+   or the beginning of its period. CTEs over `wanted` (user_id, subscription_id, window_start). The last one,
+   `base_points`, has a row for each user: user_id, at, kind and, for a correction, the new value (`written`), the old
+   one (`seen_before`), and the tokens left for decrements in flight (`kept`). A run compared the counter between `at`,
+   when it began, and `ended`. An undone correction does not count. #}
 {% macro base_points() %}
     past_drifts AS MATERIALIZED (
         SELECT w.user_id, w.window_start, d.id, d.run_id, d.last_run_id, d.action, d.found_at, d.written, d.observed,
@@ -94,7 +94,8 @@
         FROM wanted w
         JOIN {{ trueup.drift }} d ON d.user_id = w.user_id AND d.subscription_id = w.subscription_id
     ), clean_runs AS (
-        -- The newest run without a drift of this counter: the newest run of all, or the one before a drift was first found.
+        -- The newest run without a drift of this counter: the newest run of all, or the one before a drift was first
+        -- found.
         SELECT w.user_id, r.id, r.started_at, r.finished_at
         FROM (SELECT user_id, window_start, NULL::bigint AS before FROM wanted
               UNION ALL SELECT user_id, window_start, run_id FROM past_drifts) w

@@ -1,8 +1,8 @@
 {% from "host/rows.sql" import in_range, used_since %}
 
 {# The host's rows about drifted counters: log rows, decrements, payments, plans. The CTEs are over `known`
-   (evidence_query.sql) and read by user and time, so that only rows of drifted users are read. OFFSET 0 keeps the planner
-   from reading a whole table, however many users it expects. #}
+   (evidence_query.sql) and read by user and time, so that only rows of drifted users are read. OFFSET 0 keeps the
+   planner from reading a whole table, however many users it expects. #}
 
 {# The largest value that the counter's column can hold. #}
 {% macro counter_limit() -%}
@@ -53,8 +53,8 @@ SELECT NULL::{{ user_id_type }} AS user_id, NULL::text AS id, NULL::text AS refe
 {%- endif %}
 {%- endmacro %}
 
-{# Whether the purchase `p` is a pack: a token plan other than the subscription's, bought in the window. An earlier payment
-   opened the window. #}
+{# Whether the purchase `p` is a pack: a token plan other than the subscription's, bought in the window. An earlier
+   payment opened the window. #}
 {% macro is_pack(p, window) -%}
 {{ p }}.kind = 'token plan' AND NOT {{ p }}.own_plan AND {{ p }}.tokens > 0
       AND {{ p }}.at > {{ window }} + interval '5 minutes'
@@ -66,8 +66,9 @@ SELECT NULL::{{ user_id_type }} AS user_id, NULL::text AS id, NULL::text AS refe
 CASE WHEN {{ at }} < '0001-01-03' THEN '-infinity'::timestamptz ELSE {{ at }} - interval '10 minutes' END
 {%- endmacro %}
 
-{# The host's decrement rows: user_id, id, tokens, at. `described`: also `description`, at most 100 characters; empty if the
-   host has no such column. The column may be missing although the mapping names it: then the name means `absent`'s. #}
+{# The host's decrement rows: user_id, id, tokens, at. `described`: also `description`, at most 100 characters; empty if
+   the host has no such column. The column may be missing although the mapping names it: then the name means
+   `absent`'s. #}
 {% macro decrements(described=false) -%}
 {% if token_usage and described %}
 SELECT s.{{ subscription.user_id }} AS user_id, t.id, t.tokens, t.at, t.description
@@ -93,8 +94,8 @@ SELECT NULL::{{ user_id_type }} AS user_id, NULL::text AS id, NULL::bigint AS to
 {%- endif %}
 {%- endmacro %}
 
-{# `own_charges`: trueup's charges since `known.since`. `log_rows`: the host's log rows since then; kind L counts, F does
-   not (failed, or not known). `decrement_rows`: the decrements since then, kind D. #}
+{# `own_charges`: trueup's charges since `known.since`. `log_rows`: the host's log rows since then; kind L counts, F
+   does not (failed, or not known). `decrement_rows`: the decrements since then, kind D. #}
 {% macro log_and_decrements() %}
     own_charges AS MATERIALIZED (
         SELECT c.user_id, c.log_id, c.tokens_total AS tokens, c.charged_at AS at, c.counter_lowered,
@@ -125,10 +126,10 @@ SELECT NULL::{{ user_id_type }} AS user_id, NULL::text AS id, NULL::bigint AS to
     )
 {%- endmacro %}
 
-{# `purchase_rows`: each user's newest twelve purchases since shortly before the base point, and grants since then without
-   such a payment (kind "grant"): the host may have raised the counter for these too. `granted`: a grant covers it.
-   `settled`: before the base point. `opened_window`: of the purchases of the subscription's own plan, this one is nearest
-   to the beginning of the period. #}
+{# `purchase_rows`: each user's newest twelve purchases since shortly before the base point, and grants since then
+   without such a payment (kind "grant"): the host may have raised the counter for these too. `granted`: a grant covers
+   it. `settled`: before the base point. `opened_window`: of the purchases of the subscription's own plan, this one is
+   nearest to the beginning of the period. #}
 {% macro purchase_rows(at) %}
     purchase_rows AS (
         SELECT p.user_id, p.id, p.tokens, p.at, p.granted,
@@ -165,10 +166,10 @@ SELECT NULL::{{ user_id_type }} AS user_id, NULL::text AS id, NULL::bigint AS to
     )
 {%- endmacro %}
 
-{# `carried`: the tokens that an upgrade may have kept of the previous period: up to three earlier payments, and the tokens
-   used and subtracted from each one to the period's beginning. `ran_out`: that plan had ended before. `same_plan`: it is
-   the present plan. Without an earlier payment (a trial), `tokens` is null: unknown. `rows`: the CTE with the users, as
-   `w`, of whom those count for whom `condition` is true. #}
+{# `carried`: the tokens that an upgrade may have kept of the previous period: up to three earlier payments, and the
+   tokens used and subtracted from each one to the period's beginning. `ran_out`: that plan had ended before.
+   `same_plan`: it is the present plan. Without an earlier payment (a trial), `tokens` is null: unknown. `rows`: the CTE
+   with the users, as `w`, of whom those count for whom `condition` is true. #}
 {% macro carried(rows, condition) %}
     carried_rows AS (
         SELECT w.user_id, f.place,

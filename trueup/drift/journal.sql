@@ -3,12 +3,12 @@
 {% from "host/rows.sql" import in_range %}
 -- The journal, read for the causes of drift, and its pruning.
 
-{# At most so many entries, and so many log rows, are read for one counter. A longer story is explained by rows alone. #}
+{# So many entries, and so many log rows, are read for one counter at most. Rows alone explain a longer story. #}
 {% set most = 20000 %}
 
 {# `anchors`: the last point of each wanted counter that is known, as base_points() or as the newest drift row says it:
-   `kind`, `at`, `ended` (of a run), `position` (the last entry then), `seen` (that row). `since`: the time from which the story is read; rows
-   and entries shortly before the anchor belong to each other. #}
+   `kind`, `at`, `ended` (of a run), `position` (the last entry then), `seen` (that row). `since`: the time from which
+   the story is read; rows and entries shortly before the anchor belong to each other. #}
 {% macro anchors() %}
     newest AS (
         SELECT w.user_id, d.found_at, jsonb_build_object(
@@ -77,8 +77,8 @@ $$;
 {# Whether trueup lowers the counter for its calls. Else the host does, as for its own. #}
 {% set lowers = "false" if subscription.is_kept_by_host or usage_log.is_written_by_host else "true" %}
 
--- The log rows of a user since that time, and the owed charges: id, tokens, time, whether it counts, whether trueup lowers
--- the counter for it, section.
+-- The log rows of a user since that time, and the owed charges: id, tokens, time, whether it counts, whether trueup
+-- lowers the counter for it, section.
 CREATE OR REPLACE FUNCTION trueup.story_usage(
     p_user {{ user_id_type }}, p_since timestamptz, p_window timestamptz, OUT found jsonb
 ) LANGUAGE sql STABLE AS $$
@@ -116,8 +116,8 @@ CREATE OR REPLACE FUNCTION trueup.story_grants(
       AND (g.ends > p_since AND g.ends <= p_at AND g.begins <= p_since OR g.begins > p_since AND (g.ends > p_at) IS NOT FALSE)
 $$;
 
--- The story of each of these counters, as one JSON document: `trueup.drift.history` parses it. Rows are arrays, because there
--- are many. In the caller's snapshot, so that it agrees with the figures of the drift.
+-- The story of each of these counters, as one JSON document: `trueup.drift.history` parses it. Rows are arrays, because
+-- there are many. In the caller's snapshot, so that it agrees with the figures of the drift.
 CREATE OR REPLACE FUNCTION trueup.counter_stories(
     p_users {{ user_id_type }}[], p_subscriptions text[], p_windows timestamptz[], p_at timestamptz
 ) RETURNS TABLE (user_id {{ user_id_type }}, story jsonb) LANGUAGE sql STABLE AS $$
@@ -154,8 +154,9 @@ CREATE OR REPLACE FUNCTION trueup.counter_stories(
     CROSS JOIN LATERAL trueup.story_grants(a.user_id, a.window_start, a.at, p_at) g
 $$;
 
--- Whether a drift's surplus may be tokens that the user has paid for: a purchase, tokens of an earlier period, or an amount
--- that is the size of a plan on sale or of one of the user's payments. Only a decision about this single drift takes them.
+-- Whether a drift's surplus may be tokens that the user has paid for: a purchase, tokens of an earlier period, or an
+-- amount that is the size of a plan on sale or of one of the user's payments. Only a decision about this single drift
+-- takes them.
 CREATE OR REPLACE FUNCTION trueup.may_be_paid(d trueup.drift) RETURNS boolean LANGUAGE sql STABLE AS $$
     SELECT trueup.off_by(d) > 0 AND (
         d.cause ~ '(credit_without_grant|credited_twice|renewal_without_new_window|carried_over_tokens)'
@@ -168,8 +169,8 @@ CREATE OR REPLACE FUNCTION trueup.may_be_paid(d trueup.drift) RETURNS boolean LA
                OR c.tokens IN (SELECT p.tokens FROM trueup.purchases() p WHERE p.user_id = d.user_id)))
 $$;
 
--- Decide about a drift as one of many. Returns the outcome of trueup.decide_drift, or 'may_be_paid': no bulk decision takes
--- such tokens away.
+-- Decide about a drift as one of many. Returns the outcome of trueup.decide_drift, or 'may_be_paid': no bulk decision
+-- takes such tokens away.
 CREATE OR REPLACE FUNCTION trueup.decide_in_bulk(p_drift bigint, p_decision text, p_by text, p_note text) RETURNS text
 LANGUAGE plpgsql AS $$
 BEGIN

@@ -1,19 +1,19 @@
 {% from "drift/concurrency.sql" import concurrency %}
 {% from "drift/host_records.sql" import carried %}
 
-{# Evidence for a host with decrement rows: log and decrements record the same usage, so a row without a match in the other
-   table shows which usage drifted, and when. CTEs over those of evidence_query.sql. #}
+{# Evidence for a host with decrement rows: log and decrements record the same usage, so a row without a match in the
+   other table shows which usage drifted, and when. CTEs over those of evidence_query.sql. #}
 
 {# One document for each user, in `book_evidence`:
-     parts        rows without a match, by class: `missed` (more log rows than decrements), `double` (more decrements than
-                  log rows), `failed` (only a failed log row), `unlogged` (no log row), `mixed` (failed and counted rows);
-                  at most four samples of each, and how many there are
+     parts        rows without a match, by class: `missed` (more log rows than decrements), `double` (more
+                  decrements than log rows), `failed` (only a failed log row), `unlogged` (no log row), `mixed` (failed
+                  and counted rows); at most four samples of each, and how many there are
      edges        groups of rows near the base point, or so recent that a match may still arrive, row by row
      concurrent   see concurrency.sql
      overwriting  the first decrement between the comparison of the last correction and two seconds after its write: its
                   request may have read the counter before
-     segments     the counter replayed from purchase to purchase: its `change`, its `lowest` value, and the newest twelve
-                  decrements
+     segments     the counter replayed from purchase to purchase: its `change`, its `lowest` value, and the newest
+                  twelve decrements
      carried      tokens that may have been kept of the previous period #}
 {% macro ledger_evidence(at, min_age) -%}
 {{ clusters(at, min_age) }}, {{ parts_and_edges() }}, {{ totals(at) }}, {{ changes() }}, {{ concurrency() }},
@@ -35,8 +35,8 @@
 {%- endmacro %}
 
 {# `events`: log rows and decrements. `settled`: before the base point. `young`: the match may still arrive. `clusters`:
-   rows of one user and size at most ten minutes apart, if log and decrements differ: how many of each kind, and the first
-   sixty. #}
+   rows of one user and size at most ten minutes apart, if log and decrements differ: how many of each kind, and the
+   first sixty. #}
 {% macro clusters(at, min_age) %}
     events AS MATERIALIZED (
         SELECT b.user_id, b.kind, b.id, b.tokens, b.at, b.at < b.base_at AS settled,
@@ -120,7 +120,8 @@
 {%- endmacro %}
 
 {# `totals`: tokens logged and subtracted since the base point. `start`: the counter at the base point. `lowered`: all
-   decrements, trueup's charges included. `difference`: the part of the drift that the host's log and decrements explain. #}
+   decrements, trueup's charges included. `difference`: the part of the drift that the host's log and decrements
+   explain. #}
 {% macro totals(at) %}
     totals AS MATERIALIZED (
         SELECT k.user_id, k.base_at, k.window_start, k.kind, k.surplus, t.logged_rows, t.lowered_rows,
@@ -144,8 +145,8 @@
     )
 {%- endmacro %}
 
-{# `changes`: all decrements since the base point, of users whose drift the log and decrements do not explain completely.
-   `overwriting` of the document. #}
+{# `changes`: all decrements since the base point, of users whose drift the log and decrements do not explain
+   completely. `overwriting` of the document. #}
 {% macro changes() %}
     changes AS MATERIALIZED (
         SELECT c.user_id, c.id, c.tokens, c.at, c.own

@@ -1,8 +1,8 @@
 {% from "host/rows.sql" import is_counted, used_since, window_start %}
 
 {# What the reset of a counter at the beginning of a repeating period may have done, for the row `k` of `known`: found.
-   `used_before`: the usage of the period before, which the counter still shows if the reset has not come. `used_until`: the
-   usage of this period up to each of its first rows, which a late reset has put back. #}
+   `used_before`: the usage of the period before, which the counter still shows if the reset has not come. `used_until`:
+   the usage of this period up to each of its first rows, which a late reset has put back. #}
 {% macro period_reset(k) -%}
 SELECT jsonb_build_object(
            'used_before', ({{ used_since(k ~ ".user_id", "p.since", until=k ~ ".window_start") }}),

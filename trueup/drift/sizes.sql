@@ -1,12 +1,13 @@
 {% from "drift/host_records.sql" import carried, plan_sizes, shortly_before %}
 {% from "host/rows.sql" import is_counted %}
 
-{# Evidence for a host without decrement rows: log rows of the drift's size, or of its size without a purchase. Sizes are a
-   weaker proof than rows; see explain_by_amounts.py. CTEs over those of evidence_query.sql. #}
+{# Evidence for a host without decrement rows: log rows of the drift's size, or of its size without a purchase. Sizes
+   are a weaker proof than rows; see explain_by_amounts.py. CTEs over those of evidence_query.sql. #}
 
 {# One document for each user, in `book_evidence`:
      matches      log rows that have one of the sizes in question, counted and failed ones, the newest three of each
-     pairs        if no single row matches: how many pairs of the newest 400 rows add up to the drift, by kind, and one pair
+     pairs        if no single row matches: how many pairs of the newest 400 rows add up to the drift, by kind, and
+                  one pair
      young        counted rows whose decrement may still arrive
      used_before  the user has usage before this period
      carried      tokens that may have been kept of the previous period #}

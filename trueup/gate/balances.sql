@@ -7,8 +7,8 @@
 -- injected clock; NULL means the database's, which all workers share. Where a host table is in scope, parameters are
 -- qualified with the function's name: the host may have a column of any name.
 
--- Wait for the user's turn at the advisory lock: see gate/shared.sql. Any role that may connect can take this lock and keep
--- it, so after lock_timeout the transaction relies on the row lock alone.
+-- Wait for the user's turn at the advisory lock: see gate/shared.sql. Any role that may connect can take this lock and
+-- keep it, so after lock_timeout the transaction relies on the row lock alone.
 CREATE OR REPLACE FUNCTION trueup.wait_for_turn(p_user {{ user_id_type }}) RETURNS void
 LANGUAGE plpgsql SET lock_timeout = '2s' AS $$
 BEGIN

@@ -46,8 +46,8 @@ INSERT INTO trueup.hold (user_id, task_id, request, fresh_retries, attempt, retr
 -- A hold whose body has ended is open only for calls in flight (see trueup.close_hold). Its task passes the gate like a
 -- new one, and gets the hold back with the new tokens added.
 --
--- This function decides the common case in as few statements as the lock allows: a new task of a user whose balance is up
--- to date. trueup.open_other_hold decides all others.
+-- This function decides the common case in as few statements as the lock allows: a new task of a user whose balance is
+-- up to date. trueup.open_other_hold decides all others.
 CREATE OR REPLACE FUNCTION trueup.open_hold(
 {{ parameters }}
 ) LANGUAGE plpgsql {{ by_index }} AS $$
@@ -191,7 +191,8 @@ BEGIN
     attempts := coalesce(v_last.attempt, 0);
 END $$;
 
--- Record a duplicate of a running task, unless another duplicate waits. trueup.open_other_hold calls this under its lock.
+-- Record a duplicate of a running task, unless another duplicate waits. trueup.open_other_hold calls this under its
+-- lock.
 CREATE OR REPLACE FUNCTION trueup.record_duplicate(
     h trueup.hold, p_waits integer, at timestamptz, OUT redundant boolean, OUT waits integer, OUT busy_until timestamptz
 ) LANGUAGE plpgsql AS $$
@@ -203,8 +204,8 @@ BEGIN
     WHERE NOT redundant AND t.user_id = h.user_id AND t.task_id = h.task_id AND t.id = h.id;
 END $$;
 
--- Give an open hold to the next attempt and return the tokens that it may spend. trueup.open_other_hold calls this under its
--- lock.
+-- Give an open hold to the next attempt and return the tokens that it may spend. trueup.open_other_hold calls this
+-- under its lock.
 CREATE OR REPLACE FUNCTION trueup.take_over(
     p_user {{ user_id_type }}, p_task text, p_id bigint, p_retries integer, p_fresh integer, p_owner text,
     p_lease_until timestamptz, p_expires_at timestamptz

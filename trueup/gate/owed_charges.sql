@@ -1,11 +1,12 @@
 {% from "gate/shared.sql" import by_index, queue_for %}
 {% from "gate/store_balance.sql" import store_balance %}
--- Owed charges: usage that a provider was paid for, and whose row the host's log lacks: it refused the row, or the host has not
--- written it yet. An owed charge counts as usage wherever the log's rows do (host/rows.sql), until the log has its row.
+-- Owed charges: usage that a provider was paid for, and whose row the host's log lacks: it refused the row, or the host
+-- has not written it yet. An owed charge counts as usage wherever the log's rows do (host/rows.sql), until the log has
+-- its row.
 
 -- Lock a user's balance for a charge: as trueup.lock_account, which also reads the host's tables. If that fails, the
--- balance as it is stored: what a provider was paid for is recorded whatever the host has done to its tables. p_timed_out: the
--- statement's time is over, so the host's tables are not read.
+-- balance as it is stored: what a provider was paid for is recorded whatever the host has done to its tables.
+-- p_timed_out: the statement's time is over, so the host's tables are not read.
 CREATE OR REPLACE FUNCTION trueup.lock_charged_account(
     p_user {{ user_id_type }}, INOUT at timestamptz, p_timed_out boolean,
     OUT subscribed boolean, OUT is_active boolean, OUT end_date timestamptz, OUT original bigint,
@@ -34,8 +35,8 @@ BEGIN
 END $$;
 
 -- Write the row of `o` into the log, or keep it as an owed charge. Parameters and results: as of trueup.try_log_row.
--- `refusal`: why it is owed, NULL: it is in the log. `may_lower`: there is time to lower the counter too, or the host has
--- lowered it with the row.
+-- `refusal`: why it is owed, NULL: it is in the log. `may_lower`: there is time to lower the counter too, or the host
+-- has lowered it with the row.
 CREATE OR REPLACE FUNCTION trueup.log_or_owe(
     o trueup.owed_charge, p_window timestamptz, p_has_balance boolean, p_timed_out boolean,
     OUT log_id text, OUT counted bigint, OUT own bigint, OUT refusal text, OUT may_lower boolean
@@ -58,15 +59,15 @@ BEGIN
     VALUES (o.user_id, o.task_id, o.call_key, o.log_id, o.section, o.model_name, o.prompt_tokens, o.completion_tokens,
             o.total_tokens, o.response_time_ms, o.success, o.error, o.metadata, o.used_at, w.refused_with,
             left(w.refusal, 500), 1, clock_timestamp(), clock_timestamp());
-    -- Without a balance this transaction holds no lock, and another may build the balance without this charge. The delta
-    -- tells it then, as the log's trigger does for a row.
+    -- Without a balance this transaction holds no lock, and another may build the balance without this charge. The
+    -- delta tells it then, as the log's trigger does for a row.
     INSERT INTO trueup.usage_delta (user_id, used_at, tokens)
     SELECT o.user_id, o.used_at, o.total_tokens
     WHERE NOT p_has_balance AND o.success AND o.total_tokens <> 0;
 END $$;
 
--- Try again to write the row of an owed charge. True: the charge is owed no more, because the log has its row, or because
--- the host has deleted the user. False: the host refused the row again.
+-- Try again to write the row of an owed charge. True: the charge is owed no more, because the log has its row, or
+-- because the host has deleted the user. False: the host refused the row again.
 CREATE OR REPLACE FUNCTION trueup.settle_owed_charge(
     p_user {{ user_id_type }}, p_task text, p_call_key text, at timestamptz
 ) RETURNS boolean LANGUAGE plpgsql {{ by_index }} AS $$

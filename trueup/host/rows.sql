@@ -1,8 +1,8 @@
 {# Facts about the host's rows. Each macro defines one fact for all statements that need it. #}
 
-{# The start of the window of the subscription `s` at a time. Usage before it does not count. If periods repeat, it is the
-   start of the present one: it never lies after `at`, unless the subscription begins later, also where a change of clocks
-   repeats an hour. A start before the years that clients can represent does not repeat. #}
+{# The start of the window of the subscription `s` at a time. Usage before it does not count. If periods repeat, it is
+   the start of the present one: it never lies after `at`, unless the subscription begins later, also where a change of
+   clocks repeats an hour. A start before the years that clients can represent does not repeat. #}
 {% macro window_start(s, at="statement_timestamp()") -%}
 {%- set start = s ~ "." ~ subscription.start_date -%}
 {%- if not subscription.anchor -%}
@@ -100,8 +100,8 @@ CASE WHEN {{ has_token }} THEN {{ worth(token) }} WHEN {{ has_full }} THEN {{ wo
 {{ s }}.{{ subscription.tokens_remaining }} {{ subscription.means_unlimited("counter") }}
 {%- endmacro %}
 
-{# Whether the figure of included tokens that counts for `s`, `tp` and `fp` is below zero: it means something else than a
-   number of tokens, and the mapping does not say what. #}
+{# Whether the figure of included tokens that counts for `s`, `tp` and `fp` is below zero: it means something else than
+   a number of tokens, and the mapping does not say what. #}
 {% macro has_negative_plan() -%}
 {%- if subscription.tokens_included %}{{ subscription.tokens_included("s") }} < 0
 {%- elif subscription.adds_plans -%}
@@ -179,8 +179,9 @@ SELECT {{ countable("t.tokens") }} AS tokens FROM (
     {%- if until %} AND l.{{ usage_log.created_at }} < {{ until }}{% endif %}) t
 {%- endmacro %}
 
-{# The usage of each subscription `w` in its window, where it has any: key, tokens; owed charges among it. `key`: what of
-   `w` names it. `range`: which log rows `l` are read, as a condition that begins with AND. `at`: the time of the window. #}
+{# The usage of each subscription `w` in its window, where it has any: key, tokens; owed charges among it. `key`: what
+   of `w` names it. `range`: which log rows `l` are read, as a condition that begins with AND. `at`: the time of the
+   window. #}
 {% macro used_in_windows(key, range, at="statement_timestamp()") -%}
 SELECT t.key, {{ countable("sum(t.tokens)") }} AS tokens
 FROM (
@@ -198,8 +199,8 @@ FROM (
 GROUP BY t.key
 {%- endmacro %}
 
-{# The mark of trueup's own log row of that id in this transaction, as text. Only trueup's roles can read the secret, and
-   the transaction's number makes a mark useless in any other. In pg_catalog's names, for triggers. #}
+{# The mark of trueup's own log row of that id in this transaction, as text. Only trueup's roles can read the secret,
+   and the transaction's number makes a mark useless in any other. In pg_catalog's names, for triggers. #}
 {% macro own_row_mark(id) -%}
 (SELECT {{ mark("i.mark_secret", id) }} FROM trueup.installation i)
 {%- endmacro %}

@@ -58,8 +58,8 @@ BEGIN
     );
 END $$;
 
--- The tables that a partition or an inheriting table can be added to: the log, and those below it. (Any table that is no
--- partition can be inherited from.)
+-- The tables that a partition or an inheriting table can be added to: the log, and those below it. (Any table that is
+-- no partition can be inherited from.)
 CREATE OR REPLACE FUNCTION trueup.log_parents() RETURNS oid[] LANGUAGE sql STABLE AS $$
     SELECT array_agg(c.oid ORDER BY c.oid) FROM pg_class c
     WHERE c.oid = to_regclass({{ usage_log | literal }})
@@ -67,8 +67,8 @@ CREATE OR REPLACE FUNCTION trueup.log_parents() RETURNS oid[] LANGUAGE sql STABL
           AND (c.relkind = 'p' OR NOT c.relispartition)
 $$;
 
--- The partitions of these tables, each with the xmin of its catalog row: a partition that was detached and attached again,
--- maybe with other rows, has another xmin.
+-- The partitions of these tables, each with the xmin of its catalog row: a partition that was detached and attached
+-- again, maybe with other rows, has another xmin.
 CREATE OR REPLACE FUNCTION trueup.partition_marks(p_parents oid[]) RETURNS text[] LANGUAGE plpgsql STABLE AS $$
 BEGIN
     RETURN coalesce((
@@ -88,8 +88,8 @@ EXCEPTION WHEN lock_not_available THEN
 END $$;
 
 -- Save the log's present state in the baseline; a row lock serializes concurrent calls. If a partition may have brought
--- rows that no trigger saw, or values may have changed, every balance becomes stale and is rebuilt from the log when next
--- read. Frequent calls keep a new column version and a new file from months apart from looking like one rewrite.
+-- rows that no trigger saw, or values may have changed, every balance becomes stale and is rebuilt from the log when
+-- next read. Frequent calls keep a new column version and a new file from months apart from looking like one rewrite.
 CREATE OR REPLACE FUNCTION trueup.record_log_state() RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     i trueup.installation;
@@ -136,8 +136,8 @@ BEGIN
         'triggers were re-created or disabled for a while, or columns were replaced, since trueup was set up');
 END $$;
 
--- Refuse as well (SQLSTATE TU002) if the log's partitions or values changed since the baseline was saved. No trigger reports
--- this: the caller calls trueup.record_log_state and retries.
+-- Refuse as well (SQLSTATE TU002) if the log's partitions or values changed since the baseline was saved. No trigger
+-- reports this: the caller calls trueup.record_log_state and retries.
 CREATE OR REPLACE FUNCTION trueup.require_counted() RETURNS void LANGUAGE plpgsql STABLE AS $$
 BEGIN
     IF EXISTS (

@@ -1,12 +1,14 @@
 {% from "host/rows.sql" import own_row_mark, period_starts, plan_ids, window_start %}
--- The function of the subscriptions' trigger. It appends every change of a counter to the journal (trueup.counter_entry), and
--- the windows and plans of users with grants to trueup.window_change, in the host's own transaction, so none is missed.
+-- The function of the subscriptions' trigger. It appends every change of a counter to the journal
+-- (trueup.counter_entry), and the windows and plans of users with grants to trueup.window_change, in the host's own
+-- transaction, so none is missed.
 
-{# Whether period and plans are plain columns and times are in UTC. Then the function reads them by names of pg_catalog alone,
-   and needs no settings of its own: to change settings and back took a fifth of the time of a host's update. #}
+{# Whether period and plans are plain columns and times are in UTC. Then the function reads them by names of pg_catalog
+   alone, and needs no settings of its own: to change settings and back took a fifth of the time of a host's update. #}
 {% set is_plain = subscription.has_plain_period %}
 
-{# The facts of a subscription that an entry records, in its types. A cast fails where the host has changed a column's type. #}
+{# The facts of a subscription that an entry records, in its types. A cast fails where the host has changed the type of
+   a column. #}
 {% macro user(s) -%}
 {{ s }}.{{ subscription.user_id }}::{{ {"bigint": "bigint", "uuid": "pg_catalog.uuid", "text": "pg_catalog.text"}[user_id_type] }}
 {%- endmacro %}
@@ -89,15 +91,15 @@ BEGIN
         ELSE 'host' END;
 END $$;
 
--- The trigger only appends, so the host never waits for it. It never makes the host's statement fail: the first block tries
--- all columns, their casts and the journal's name, and an error there (a column that the host renamed, a figure too large for
--- an entry) leaves the change unseen. The journal's insert is outside of that block: a subtransaction that writes, for each
--- row, would make a statement over many rows slow for every session of the server.
--- The function compares the columns itself, because a condition or a column list of the trigger would make the host's
--- ALTER TABLE fail, and would miss what another trigger of the host changes. PL/pgSQL prepares each expression anew in each
--- transaction, so the update of a counter alone has as few and as small expressions as possible.
--- SECURITY DEFINER: the host's role needs no right on trueup's schema. Without a search path of its own, so each name,
--- operator and type in it names its schema: otherwise the session would choose what runs with the owner's rights.
+-- The trigger only appends, so the host never waits for it. It never makes the host's statement fail: the first block
+-- tries all columns, their casts and the journal's name, and an error there (a column that the host renamed, a figure
+-- too large for an entry) leaves the change unseen. The journal's insert is outside of that block: a subtransaction
+-- that writes, for each row, would make a statement over many rows slow for every session of the server. The function
+-- compares the columns itself, because a condition or a column list of the trigger would make the host's ALTER TABLE
+-- fail, and would miss what another trigger of the host changes. PL/pgSQL prepares each expression anew in each
+-- transaction, so the update of a counter alone has as few and as small expressions as possible. SECURITY DEFINER: the
+-- host's role needs no right on trueup's schema. Without a search path of its own, so each name, operator and type in
+-- it names its schema: otherwise the session would choose what runs with the owner's rights.
 CREATE OR REPLACE FUNCTION trueup.append_window() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER{% if not is_plain %} SET search_path = pg_catalog, pg_temp SET timezone = {{ time_zone }}{% endif %} AS $$
 DECLARE

@@ -1,5 +1,6 @@
--- The same triggers on each partition of the log that lacks them: they fire for statements that name the partition itself.
--- No trigger has seen a partition's existing rows, so every balance becomes stale. An empty partition changes nothing.
+-- The same triggers on each partition of the log that lacks them: they fire for statements that name the partition
+-- itself. No trigger has seen a partition's existing rows, so every balance becomes stale. An empty partition changes
+-- nothing.
 DO $$
 DECLARE
     part record;

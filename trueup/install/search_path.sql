@@ -1,7 +1,7 @@
--- Functions run with a fixed search path, in whatever session they are called: no function or operator that another role has
--- made can take the place of one of PostgreSQL's. The clause keeps PostgreSQL from merging a function into the query that
--- calls it. So SQL functions that only read have none: trueup's sessions and functions, which call them, have this path.
--- (Trigger functions are called in the host's sessions, and state the clause themselves.)
+-- Functions run with a fixed search path, in whatever session they are called: no function or operator that another
+-- role has made can take the place of one of PostgreSQL's. The clause keeps PostgreSQL from merging a function into the
+-- query that calls it. So SQL functions that only read have none: trueup's sessions and functions, which call them,
+-- have this path. (Trigger functions are called in the host's sessions, and state the clause themselves.)
 DO $$
 DECLARE
     f regprocedure;

@@ -1,7 +1,7 @@
 -- The log's triggers, which report usage. Their functions are in usage/deltas.sql.
 
--- Drop the triggers of a log that was mapped before: its rows no longer count. (The triggers of a detached partition stay:
--- they ignore its rows, and only its owner could drop them.)
+-- Drop the triggers of a log that was mapped before: its rows no longer count. (The triggers of a detached partition
+-- stay: they ignore its rows, and only its owner could drop them.)
 DO $$
 DECLARE
     old record;

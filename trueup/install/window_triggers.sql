@@ -14,9 +14,9 @@ BEGIN
     END LOOP;
 END $$;
 
--- This transaction may hold a lock on the log. A host transaction may hold a subscription and wait for the log. The short
--- timeout makes this transaction give up before PostgreSQL detects the deadlock and cancels the host's.
--- A working trigger stays as it is, because the journal has a hole whenever the trigger is replaced.
+-- This transaction may hold a lock on the log. A host transaction may hold a subscription and wait for the log. The
+-- short timeout makes this transaction give up before PostgreSQL detects the deadlock and cancels the host's. A working
+-- trigger stays as it is, because the journal has a hole whenever the trigger is replaced.
 DO $$
 DECLARE
     v_before text := current_setting('lock_timeout');

@@ -1,8 +1,8 @@
 {% from "gate/shared.sql" import queue_for %}
 {% from "host/rows.sql" import countable, used_since, window_start %}
 -- The deep pass: repairs, and defects of trueup's own tables other than different sums (audit.py finds those).
--- The finders only read. Their range is the users after p_after, up to and including p_last; null: no bound. Each finding
--- is checked again under the balance's lock before anything is written.
+-- The finders only read. Their range is the users after p_after, up to and including p_last; null: no bound. Each
+-- finding is checked again under the balance's lock before anything is written.
 
 -- Repair one user's balance under its lock, from the log and the open holds, and record the defects found.
 -- Returns how many defects were recorded.
@@ -60,9 +60,10 @@ CREATE OR REPLACE FUNCTION trueup.note_defect(
     SELECT count(*)::integer FROM noted
 $$;
 
--- Defects in a range that trueup cannot repair, at most p_most of each kind: balances below zero, caused by negative log
--- rows; balances that were computed after a later log truncation than any on record; holds of users without a balance; and
--- charges since p_since (null: all) whose log row is missing, unless the host has deleted the user with all rows.
+-- Defects in a range that trueup cannot repair, at most p_most of each kind: balances below zero, caused by negative
+-- log rows; balances that were computed after a later log truncation than any on record; holds of users without a
+-- balance; and charges since p_since (null: all) whose log row is missing, unless the host has deleted the user with
+-- all rows.
 CREATE OR REPLACE FUNCTION trueup.oddities(
     p_after {{ user_id_type }}, p_last {{ user_id_type }}, p_since timestamptz, p_most integer
 ) RETURNS TABLE (kind text, user_id {{ user_id_type }}, seen bigint, expected bigint, detail jsonb)
@@ -103,9 +104,9 @@ LANGUAGE sql STABLE AS $$
      ORDER BY c.charged_at LIMIT oddities.p_most)
 $$;
 
--- The missing or disabled triggers. Without those on the log, balances miss usage. Without the one on the subscriptions,
--- a window that came and went unseen is not noticed. `state`: 'missing', or pg_trigger.tgenabled ('D': disabled, 'R': fires
--- only in replica mode).
+-- The missing or disabled triggers. Without those on the log, balances miss usage. Without the one on the
+-- subscriptions, a window that came and went unseen is not noticed. `state`: 'missing', or pg_trigger.tgenabled ('D':
+-- disabled, 'R': fires only in replica mode).
 CREATE OR REPLACE FUNCTION trueup.disabled_triggers() RETURNS TABLE (name text, state text) LANGUAGE sql STABLE AS $$
     SELECT wanted.name, coalesce(g.tgenabled::text, 'missing')
     FROM (VALUES ('trueup_inserted', {{ usage_log | literal }}), ('trueup_updated', {{ usage_log | literal }}),
@@ -123,9 +124,9 @@ CREATE OR REPLACE FUNCTION trueup.count_lost_deltas() RETURNS bigint LANGUAGE sq
       AND NOT EXISTS (SELECT FROM {{ subscription }} s WHERE s.{{ subscription.user_id }} = d.user_id)
 $$;
 
--- Delete the deltas that trueup.count_lost_deltas counts. No usage is lost: if the user subscribes, the balance is built
--- from the log. No concurrent transaction can be building a balance that needs a deleted delta, because this statement's
--- snapshot shows no subscription of the user.
+-- Delete the deltas that trueup.count_lost_deltas counts. No usage is lost: if the user subscribes, the balance is
+-- built from the log. No concurrent transaction can be building a balance that needs a deleted delta, because this
+-- statement's snapshot shows no subscription of the user.
 CREATE OR REPLACE FUNCTION trueup.delete_lost_deltas() RETURNS bigint LANGUAGE sql AS $$
     WITH deleted AS (
         DELETE FROM trueup.usage_delta d

@@ -7,9 +7,9 @@ CREATE OR REPLACE FUNCTION trueup.off_by(d trueup.drift) RETURNS bigint LANGUAGE
 $$;
 
 -- Refresh the balances of these users, so that counters can be compared without reading the log. A balance that another
--- transaction has locked is skipped: reads are exact without the refresh, and waiting would block the gates of all users
--- locked so far. The commit does not wait for the disk either. If a server crash undoes it, the balance goes back to an
--- earlier state that agrees with the log and its deltas.
+-- transaction has locked is skipped: reads are exact without the refresh, and waiting would block the gates of all
+-- users locked so far. The commit does not wait for the disk either. If a server crash undoes it, the balance goes back
+-- to an earlier state that agrees with the log and its deltas.
 CREATE OR REPLACE FUNCTION trueup.refresh_balances(p_users {{ user_id_type }}[], at timestamptz)
 RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
@@ -48,10 +48,9 @@ BEGIN
 END $$;
 
 -- Correct counters by compare-and-set: each only if it still has the value that was seen, in the window in which it was
--- seen, because a renewal may set the same value again. p_windows null: in any window. A row that the host has locked is
--- skipped: trueup never waits for the host while it holds locks that others wait for. A counter without a limit is never
--- written. p_observed, p_expected: as remaining tokens.
--- Returns the users whose counter was corrected.
+-- seen, because a renewal may set the same value again. p_windows null: in any window. A row that the host has locked
+-- is skipped: trueup never waits for the host while it holds locks that others wait for. A counter without a limit is
+-- never written. p_observed, p_expected: as remaining tokens. Returns the users whose counter was corrected.
 CREATE OR REPLACE FUNCTION trueup.correct_counters(
     p_users {{ user_id_type }}[], p_subscriptions text[], p_observed bigint[], p_expected bigint[],
     p_windows text[] DEFAULT NULL
@@ -84,10 +83,10 @@ BEGIN
     PERFORM set_config('trueup.own_counter', '', true);
 END $$;
 
--- Earlier findings and decisions about these users' counters. `row_id` and the columns after it: the newest drift row, if
--- the last finished run over all users saw it (otherwise the drift had disappeared meanwhile, and this is a new one).
--- `ignored`: the differences that a person decided to ignore. `undone`: a person undid a correction, and no decision
--- followed. Both apply within a window.
+-- Earlier findings and decisions about these users' counters. `row_id` and the columns after it: the newest drift row,
+-- if the last finished run over all users saw it (otherwise the drift had disappeared meanwhile, and this is a new
+-- one). `ignored`: the differences that a person decided to ignore. `undone`: a person undid a correction, and no
+-- decision followed. Both apply within a window.
 CREATE OR REPLACE FUNCTION trueup.drift_past(p_users {{ user_id_type }}[]) RETURNS TABLE (
     user_id {{ user_id_type }}, row_id bigint, subscription_id text, observed bigint, expected bigint, off_by bigint,
     cause text, action text, decision text, found_at timestamptz, ignored bigint[], undone boolean, reason text

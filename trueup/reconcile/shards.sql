@@ -26,10 +26,10 @@ BEGIN
     END LOOP;
 END $$;
 
--- Begin a run, or resume one of the same kind, rules and users whose owner died or was interrupted less than p_resume ago.
--- `refused`: 'busy' if another run is in progress (`run_id` is its number), 'done' if this period has had its run. Any
--- number of schedulers may call this at once: an advisory lock admits one at a time, and a (kind, period) gets one run.
--- p_size: subscriptions in a shard; null: one shard for all.
+-- Begin a run, or resume one of the same kind, rules and users whose owner died or was interrupted less than p_resume
+-- ago. `refused`: 'busy' if another run is in progress (`run_id` is its number), 'done' if this period has had its run.
+-- Any number of schedulers may call this at once: an advisory lock admits one at a time, and a (kind, period) gets one
+-- run. p_size: subscriptions in a shard; null: one shard for all.
 CREATE OR REPLACE FUNCTION trueup.begin_run(
     p_kind text, p_every interval, p_offset interval, p_only_user text, p_rules jsonb, p_by text, p_owner text,
     p_lease interval, p_resume interval, p_size bigint,
@@ -67,7 +67,8 @@ BEGIN
         resumed := true;
         RETURN;
     END IF;
-    -- Fence an owner that still works on the old run after its lease expired, and free the run's period for another run.
+    -- Fence an owner that still works on the old run after its lease expired, and free the run's period for another
+    -- run.
     UPDATE trueup.reconcile_run t SET status = 'interrupted', finished_at = v_now, period = NULL
     WHERE t.status = 'running';
     UPDATE trueup.reconcile_shard s SET status = 'waiting', owner = NULL, lease_until = NULL, updated_at = v_now
@@ -122,9 +123,10 @@ BEGIN
     RETURNING s.*;
 END $$;
 
--- Record the progress of this attempt at a shard, in the transaction that did the work. False: another process has taken
--- over the shard, and nothing may be written. The commit does not wait for the disk, so that rows are not locked meanwhile.
--- If a server crash undoes the commit, it undoes work and cursor together; the commit that ends the shard does wait.
+-- Record the progress of this attempt at a shard, in the transaction that did the work. False: another process has
+-- taken over the shard, and nothing may be written. The commit does not wait for the disk, so that rows are not locked
+-- meanwhile. If a server crash undoes the commit, it undoes work and cursor together; the commit that ends the shard
+-- does wait.
 CREATE OR REPLACE FUNCTION trueup.move_shard(
     p_run bigint, p_number integer, p_attempt integer, p_cursor {{ user_id_type }}, p_checked bigint
 ) RETURNS boolean LANGUAGE plpgsql AS $$
@@ -137,8 +139,8 @@ BEGIN
     RETURN FOUND;
 END $$;
 
--- End this attempt at a shard. p_status: 'finished', or 'waiting' if work is left. p_error: the reason why it is left; null:
--- the attempt was stopped, not failed. False: another process has taken over the shard.
+-- End this attempt at a shard. p_status: 'finished', or 'waiting' if work is left. p_error: the reason why it is left;
+-- null: the attempt was stopped, not failed. False: another process has taken over the shard.
 CREATE OR REPLACE FUNCTION trueup.end_shard(
     p_run bigint, p_number integer, p_attempt integer, p_status text, p_checked bigint, p_error text
 ) RETURNS boolean LANGUAGE plpgsql AS $$
@@ -162,9 +164,10 @@ CREATE OR REPLACE FUNCTION trueup.keep_run(p_run bigint, p_owner text, p_lease i
     WHERE r.id = p_run AND r.status = 'running';
 $$;
 
--- End a run. Its figures are counted from its rows, so each row counts once, whichever process wrote it and however often
--- the run was interrupted. p_status null: derived from its shards, if all have ended. p_owner: only if the run still belongs
--- to this owner; null: always. False: the run has ended before, belongs to another owner, or shards are left.
+-- End a run. Its figures are counted from its rows, so each row counts once, whichever process wrote it and however
+-- often the run was interrupted. p_status null: derived from its shards, if all have ended. p_owner: only if the run
+-- still belongs to this owner; null: always. False: the run has ended before, belongs to another owner, or shards are
+-- left.
 CREATE OR REPLACE FUNCTION trueup.end_run(
     p_run bigint, p_status text, p_error text, p_owner text DEFAULT NULL
 ) RETURNS boolean
@@ -206,9 +209,9 @@ BEGIN
     RETURN true;
 END $$;
 
--- Return the abandoned shards of runs planned under these rules, so that the caller sends their messages again, and renew
--- those runs' leases. Swept are the scheduled runs, and other runs whose leases have expired. End the runs that have no
--- shard left. p_most: failures in a row after which a shard is given up.
+-- Return the abandoned shards of runs planned under these rules, so that the caller sends their messages again, and
+-- renew those runs' leases. Swept are the scheduled runs, and other runs whose leases have expired. End the runs that
+-- have no shard left. p_most: failures in a row after which a shard is given up.
 CREATE OR REPLACE FUNCTION trueup.sweep_runs(p_rules jsonb, p_lease interval, p_most integer)
 RETURNS TABLE (run_id bigint, number integer) LANGUAGE plpgsql AS $$
 #variable_conflict use_column

@@ -2,8 +2,8 @@
 {% from "drift/host_records.sql" import decrements %}
 {% from "host/rows.sql" import in_range %}
 
-{# Rows for the rules of systemic.py. Each macro is one statement over the host's tables, for a database with trueup and for
-   one without. #}
+{# Rows for the rules of systemic.py. Each macro is one statement over the host's tables, for a database with trueup and
+   for one without. #}
 
 {# A decrement is at most so far from its log row. #}
 {% set near = "interval '10 minutes'" %}
@@ -20,8 +20,8 @@ EXISTS (SELECT FROM {{ trueup.charge }} c
 {%- endif -%}
 {%- endmacro %}
 
-{# Whether the journal shows that the host lowered the counter for the row `r`: an entry near it has its size, or the counter
-   was at zero. #}
+{# Whether the journal shows that the host lowered the counter for the row `r`: an entry near it has its size, or the
+   counter was at zero. #}
 {% macro has_entry(r) -%}
 EXISTS (SELECT FROM {{ trueup.counter_entry }} e
                 WHERE e.user_id = {{ r }}.user_id AND e.at BETWEEN {{ r }}.at - {{ near }} AND {{ r }}.at + {{ near }}
@@ -32,14 +32,14 @@ EXISTS (SELECT FROM {{ trueup.counter_entry }} e
         {% endif %}
 {%- endmacro %}
 
-{# The host's log rows from :since to :until, by `dimension` (host, section or model) and `name`: `log_rows`, of which so
-   many are `missing` their decrement, their `tokens` and `users`, and the `first` one. In a group with at least :least
-   missing ones, only the rows from the point on are counted at which these outweigh the others most; :weight is how many
-   missing rows outweigh one decrement. Fewer missing ones are not counted.
+{# The host's log rows from :since to :until, by `dimension` (host, section or model) and `name`: `log_rows`, of which
+   so many are `missing` their decrement, their `tokens` and `users`, and the `first` one. In a group with at least
+   :least missing ones, only the rows from the point on are counted at which these outweigh the others most; :weight is
+   how many missing rows outweigh one decrement. Fewer missing ones are not counted.
 
-   A row is missing its decrement if a run (or the preview: :drifted) found missed decrements on its user's counter since,
-   and neither a decrement row nor the journal shows a decrement. Users without a limit, and users whose counter shows
-   nothing that could be subtracted, are left out. #}
+   A row is missing its decrement if a run (or the preview: :drifted) found missed decrements on its user's counter
+   since, and neither a decrement row nor the journal shows a decrement. Users without a limit, and users whose counter
+   shows nothing that could be subtracted, are left out. #}
 {% macro decrements_by_group() -%}
 WITH logged AS MATERIALIZED (
         SELECT l.{{ usage_log.user_id }} AS user_id, {{ in_range("l." ~ usage_log.total_tokens) }}::bigint AS tokens,
@@ -84,9 +84,9 @@ WITH logged AS MATERIALIZED (
     ORDER BY t.dimension, t.name
 {%- endmacro %}
 
-{# CTEs over `grouped`. `totals`: all rows of each group. `ends`: of the groups with at least :least missing rows, the rows
-   from the point on at which the missing ones outweigh the others most. `end_users`: the users of the missing ones. Only
-   such groups are sorted. #}
+{# CTEs over `grouped`. `totals`: all rows of each group. `ends`: of the groups with at least :least missing rows, the
+   rows from the point on at which the missing ones outweigh the others most. `end_users`: the users of the missing
+   ones. Only such groups are sorted. #}
 {% macro faulty_end() -%}
 totals AS MATERIALIZED (
         SELECT g.dimension, g.name, count(*) AS log_rows, count(*) FILTER (WHERE g.is_missing) AS missing
@@ -117,9 +117,9 @@ totals AS MATERIALIZED (
 {%- endmacro %}
 
 {# The stale writes that runs from :since to :until found, by `dimension` (application, section, or description of the
-   decrement row) and `name`: how many (`stale`), their `tokens` and `users`, the `first` one, and how many writes there were
-   since it (`writes`; null for fewer than :least stale ones). `descriptions`: the most frequent ones, each of a tenth of
-   them at least. A component that a later drift row carries along is counted once. #}
+   decrement row) and `name`: how many (`stale`), their `tokens` and `users`, the `first` one, and how many writes there
+   were since it (`writes`; null for fewer than :least stale ones). `descriptions`: the most frequent ones, each of a
+   tenth of them at least. A component that a later drift row carries along is counted once. #}
 {% macro stale_writes_by_writer() -%}
 WITH parts AS MATERIALIZED (
         SELECT DISTINCT d.user_id, p.part ->> 'at' AS at, p.part -> 'writers' AS writers

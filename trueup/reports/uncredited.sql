@@ -12,9 +12,9 @@
 {# The packs that were paid for in the present windows, more than an hour before :at, and that neither a grant nor the
    counter has: user_id, payment_id, reference, tokens, paid_at, certainty. One row for each reference.
 
-   proven: the journal reaches back to the payment, has fewer raises of this size than there are such packs, and none that
-   is larger within an hour of it. inferred: the counter shows no more than plan and usage leave, because the pack was never
-   credited, or because a stale write has overwritten it. #}
+   proven: the journal reaches back to the payment, has fewer raises of this size than there are such packs, and none
+   that is larger within an hour of it. inferred: the counter shows no more than plan and usage leave, because the pack
+   was never credited, or because a stale write has overwritten it. #}
 {% macro uncredited_packs(condition) -%}
 WITH packs AS (
         SELECT p.user_id, p.id, p.reference, p.tokens, p.at, e.original, e.counter, e.window_start,

@@ -1,16 +1,15 @@
 {% from "host/rows.sql" import counter, raw_counter, right_counter, window_start %}
--- Decisions about drifts, and undoing a run's corrections. Each decision is a compare-and-set on the drift row's values. It
--- is recorded with the person, the note, and the counter before and after.
+-- Decisions about drifts, and undoing a run's corrections. Each decision is a compare-and-set on the drift row's
+-- values. It is recorded with the person, the note, and the counter before and after.
 
 -- Decide about a drift in review: "accept" corrects the counter, "grant" gives the tokens that it shows too much as a
--- grant, "ignore" accepts the difference while it stays the same in this window. The function locks the user's balance, so
--- that one of two concurrent decisions wins and the expected value cannot change. It does not wait for the host's row.
--- Usage since the drift was found lowers counter and expected value alike, so only their difference is compared.
+-- grant, "ignore" accepts the difference while it stays the same in this window. The function locks the user's balance,
+-- so that one of two concurrent decisions wins and the expected value cannot change. It does not wait for the host's
+-- row. Usage since the drift was found lowers counter and expected value alike, so only their difference is compared.
 -- p_component: the place of a component, from 1; the decision is then about its tokens alone, and the other components
--- continue in a new drift row. Null: the decision is about the whole drift.
--- `outcome`: decided; already (the same decision was made before); or the reason of a refusal: unknown, not_in_review,
--- decided_otherwise, superseded, gone, busy, changed, no_component, out_of_range, nothing_to_grant, or "grant_" and the
--- outcome of trueup.grant_tokens.
+-- continue in a new drift row. Null: the decision is about the whole drift. `outcome`: decided; already (the same
+-- decision was made before); or the reason of a refusal: unknown, not_in_review, decided_otherwise, superseded, gone,
+-- busy, changed, no_component, out_of_range, nothing_to_grant, or "grant_" and the outcome of trueup.grant_tokens.
 -- Longer than 70 lines: each refusal needs the state that the lines before it have read and locked.
 CREATE OR REPLACE FUNCTION trueup.decide_drift(
     p_drift bigint, p_decision text, p_by text, p_note text, p_reference text, p_expires_at timestamptz,
@@ -127,8 +126,8 @@ BEGIN
           FROM jsonb_array_elements(v_parts) p) c;
 END $$;
 
--- A drift by its id alone. A drift in review is found by its index; any other by a scan of the table, to tell why it cannot
--- be decided.
+-- A drift by its id alone. A drift in review is found by its index; any other by a scan of the table, to tell why it
+-- cannot be decided.
 CREATE OR REPLACE FUNCTION trueup.find_drift(p_drift bigint) RETURNS SETOF trueup.drift LANGUAGE sql STABLE AS $$
     SELECT * FROM trueup.drift t WHERE t.id = p_drift AND t.action = 'review'
     UNION ALL
@@ -150,7 +149,8 @@ BEGIN
         problem := CASE WHEN p_subscribed AND c.is_there IS NULL THEN 'busy' ELSE 'gone' END;
         RETURN;
     END IF;
-    -- The host's row is locked now. The account was read before that, so its plan and window may have changed meanwhile.
+    -- The host's row is locked now. The account was read before that, so its plan and window may have changed
+    -- meanwhile.
     IF NOT EXISTS (SELECT FROM trueup.entitlements(lock_counter_of.at) e
                    WHERE e.user_id = d.user_id AND e.original = p_original AND e.window_start = p_window
                      AND e.plan_kind IS DISTINCT FROM 'unlimited') THEN
@@ -208,7 +208,8 @@ BEGIN
     END IF;
 END $$;
 
--- Lock a user's counter and read it, as tokens that remain of p_original. `is_there` false: no such subscription; NULL: the host has locked its row.
+-- Lock a user's counter and read it, as tokens that remain of p_original. `is_there` false: no such subscription; NULL:
+-- the host has locked its row.
 CREATE OR REPLACE FUNCTION trueup.lock_counter(
     p_user {{ user_id_type }}, p_subscription text, p_original bigint, OUT is_there boolean, OUT counter bigint
 ) LANGUAGE plpgsql AS $$
@@ -227,8 +228,8 @@ BEGIN
 END $$;
 
 -- The drifts in review: undecided, the newest of their user, and seen by the last finished run over all users. Each
--- argument that is not null is a filter. p_causes: exactly these causes; p_max: off by at most this many tokens; p_run: the
--- first run that found the drift.
+-- argument that is not null is a filter. p_causes: exactly these causes; p_max: off by at most this many tokens; p_run:
+-- the first run that found the drift.
 CREATE OR REPLACE FUNCTION trueup.undecided_drifts(
     p_user {{ user_id_type }}, p_causes text[], p_max bigint, p_run bigint
 ) RETURNS SETOF trueup.drift LANGUAGE sql STABLE AS $$
@@ -264,8 +265,8 @@ CREATE OR REPLACE FUNCTION trueup.drifts_in_review(
     ORDER BY (d.r).found_at, (d.r).id
 $$;
 
--- Undo at most p_limit corrections of a run, after (p_after_user, p_after_id): set each counter back to the value that the
--- run saw, if it still has the value that the run wrote. `last_user` NULL: no correction is left.
+-- Undo at most p_limit corrections of a run, after (p_after_user, p_after_id): set each counter back to the value that
+-- the run saw, if it still has the value that the run wrote. `last_user` NULL: no correction is left.
 CREATE OR REPLACE FUNCTION trueup.undo_corrections(
     p_run bigint, p_after_user {{ user_id_type }}, p_after_id bigint, p_limit integer, p_by text, p_note text,
     OUT undone bigint, OUT seen bigint, OUT last_user {{ user_id_type }}, OUT last_id bigint

@@ -24,12 +24,12 @@
 -- this key, because this attempt lost its lease; the caller must record its own call under another key.
 --
 -- Usage counts even if its hold has ended (expired, or taken over by a later attempt): it is recorded and flagged late.
--- tokens_over: the tokens that the hold did not cover. p_last: close the hold with this charge, as trueup.close_hold does, if no
--- other call is in flight (`closed`; not true: the caller closes it). p_classes: the billed tokens by class, such as cached input, before
--- the settings' weights; NULL: not known.
+-- tokens_over: the tokens that the hold did not cover. p_last: close the hold with this charge, as trueup.close_hold
+-- does, if no other call is in flight (`closed`; not true: the caller closes it). p_classes: the billed tokens by
+-- class, such as cached input, before the settings' weights; NULL: not known.
 --
--- This function records the common case in as few statements as the lock allows: a new call under an open hold, whose row and
--- counter the host takes. trueup.record_other_charge records all others.
+-- This function records the common case in as few statements as the lock allows: a new call under an open hold, whose
+-- row and counter the host takes. trueup.record_other_charge records all others.
 -- Longer than 70 lines, because a subtransaction must hold all that the host may refuse.
 CREATE OR REPLACE FUNCTION trueup.record_charge(
     p_user {{ user_id_type }}, p_task text, p_attempt integer, p_call_key text, p_log_id text, p_section text,
@@ -121,9 +121,8 @@ BEGIN
     INTO recorded, bought_twice, late, tokens_over, tokens_left;
 END $$;
 
--- Record whatever trueup.record_charge finds no common case, under its lock. p_timed_out: the statement's time is over: nothing
--- may wait for the host any more, so the charge is owed.
--- Longer than 70 lines, because all effects of a charge happen in one transaction under one row lock.
+-- Record whatever trueup.record_charge finds no common case, under its lock. p_timed_out: the statement's time is over:
+-- nothing may wait for the host any more, so the charge is owed.
 CREATE OR REPLACE FUNCTION trueup.record_other_charge(
     p_user {{ user_id_type }}, p_task text, p_attempt integer, p_call_key text, p_log_id text, p_section text,
     p_prompt bigint, p_completion bigint, p_total bigint, p_response_ms bigint, p_model text,
@@ -151,8 +150,8 @@ BEGIN
     bought_twice := coalesce(bought_twice, false);
     IF recorded THEN
         late := h.id IS NULL OR h.attempt <> p_attempt OR h.body_ended_at IS NOT NULL;
-        -- A late charge also uses the open hold of its request, if there is one, so that both attempts together stay within
-        -- it. If the task's body has ended, the hold keeps the tokens that other calls in flight may cost.
+        -- A late charge also uses the open hold of its request, if there is one, so that both attempts together stay
+        -- within it. If the task's body has ended, the hold keeps the tokens that other calls in flight may cost.
         v_covered := coalesce(h.tokens_reserved - h.tokens_covered, 0);
         IF h.body_ended_at IS NOT NULL THEN
             v_covered := greatest(v_covered - trueup.in_flight(p_user, p_task, v_first_key, p_attempt), 0);
@@ -189,8 +188,8 @@ BEGIN
 {{ store_balance("p_user") }}
 END $$;
 
--- The fingerprint of the request that this attempt of a task worked for. Holds of one id follow each other, and attempts
--- are numbered through all of them.
+-- The fingerprint of the request that this attempt of a task worked for. Holds of one id follow each other, and
+-- attempts are numbered through all of them.
 CREATE OR REPLACE FUNCTION trueup.request_of(p_user {{ user_id_type }}, p_task text, p_attempt integer)
 RETURNS text LANGUAGE sql STABLE AS $$
     SELECT h.request FROM trueup.hold h
@@ -245,8 +244,8 @@ CREATE OR REPLACE FUNCTION trueup.row_to_log(
 $$;
 
 -- The id of trueup's next log row. p_derived: the id derived from the call, used if the log's ids are uuid or text.
--- Integer ids come from the column's own sequence, like the host's; they are drawn before the row is written, so that the
--- log's triggers recognise trueup's row. The charge row names the call's log row.
+-- Integer ids come from the column's own sequence, like the host's; they are drawn before the row is written, so that
+-- the log's triggers recognise trueup's row. The charge row names the call's log row.
 CREATE OR REPLACE FUNCTION trueup.new_log_id(p_derived text) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
     v_sequence regclass;

@@ -1,16 +1,17 @@
 {% from "host/rows.sql" import in_range, own_row_mark %}
--- The usage log's triggers only append, to trueup.usage_delta and trueup.log_truncation. Two writers never need the same row, so a host's
--- transaction never waits for trueup. SECURITY DEFINER: the host's role needs no right on trueup's schema.
--- The triggers skip a row that trueup writes itself, because trueup adds it to the balance. Its transaction has the row's
--- mark in the setting trueup.own_row. Only trueup can compute a mark, so a role that sets it to anything else hides no row.
--- Figures are brought into the range of what can be counted, so that a host's row of any figure can be written and deleted.
--- They call no function of trueup's: an upgrade could remove it for a moment, and the host's statement would fail.
--- Times without a zone are in the mapping's zone, whatever the time zone of the host's session.
+-- The usage log's triggers only append, to trueup.usage_delta and trueup.log_truncation. Two writers never need the
+-- same row, so a host's transaction never waits for trueup. SECURITY DEFINER: the host's role needs no right on
+-- trueup's schema. The triggers skip a row that trueup writes itself, because trueup adds it to the balance. Its
+-- transaction has the row's mark in the setting trueup.own_row. Only trueup can compute a mark, so a role that sets it
+-- to anything else hides no row. Figures are brought into the range of what can be counted, so that a host's row of any
+-- figure can be written and deleted. They call no function of trueup's: an upgrade could remove it for a moment, and
+-- the host's statement would fail. Times without a zone are in the mapping's zone, whatever the time zone of the host's
+-- session.
 
 {% macro return_unless_of_the_log() %}
-    -- The triggers of a partition, or of a table that inherits, have an argument. After the partition is detached, its rows
-    -- are not part of the log, and its triggers skip them; also while it is being detached, when reads of the log no longer
-    -- see its rows.
+    -- The triggers of a partition, or of a table that inherits, have an argument. After the partition is detached, its
+    -- rows are not part of the log, and its triggers skip them; also while it is being detached, when reads of the log
+    -- no longer see its rows.
     IF TG_NARGS > 0 THEN
         IF NOT EXISTS (
             WITH RECURSIVE above (id) AS (
@@ -27,10 +28,10 @@
 
 {% macro return_unless_columns_fit(rows) %}
     -- A host that has renamed or dropped a column, or changed its type, must not get an error. Its rows are not counted
-    -- then, and the gate denies every task (trueup.require_watched) until `trueup db attach` is run again. If the mapping's
-    -- condition calls a function that no longer exists, the gate stays open and every balance becomes stale instead. This
-    -- check names the columns, reads no row and is planned once. Reading the catalog in each statement made a host's insert
-    -- 1.5 times as slow.
+    -- then, and the gate denies every task (trueup.require_watched) until `trueup db attach` is run again. If the
+    -- mapping's condition calls a function that no longer exists, the gate stays open and every balance becomes stale
+    -- instead. This check names the columns, reads no row and is planned once. Reading the catalog in each statement
+    -- made a host's insert 1.5 times as slow.
     BEGIN
         PERFORM r.{{ usage_log.user_id }}, r.{{ usage_log.created_at }}, r.{{ usage_log.total_tokens }},
                 {{ usage_log.success("r") }}, r.{{ usage_log.id }}::text FROM {{ rows }} r WHERE false
@@ -112,8 +113,8 @@ BEGIN
     RETURN NULL;
 END $$;
 
--- The partitions of the log, at any depth, and tables that inherit from it. A statement that names a partition fires the
--- partition's triggers, not the log's. `covered`: the partition has all four triggers, and they are enabled.
+-- The partitions of the log, at any depth, and tables that inherit from it. A statement that names a partition fires
+-- the partition's triggers, not the log's. `covered`: the partition has all four triggers, and they are enabled.
 CREATE OR REPLACE FUNCTION trueup.log_partitions() RETURNS TABLE (id oid, covered boolean) LANGUAGE sql STABLE AS $$
     WITH RECURSIVE family (id) AS (
         SELECT to_regclass({{ usage_log | literal }})::oid
@@ -128,9 +129,9 @@ CREATE OR REPLACE FUNCTION trueup.log_partitions() RETURNS TABLE (id oid, covere
     WHERE f.id <> to_regclass({{ usage_log | literal }})
 $$;
 
--- Only the owner may execute the trigger functions. The owner creates the triggers, and roles that write the log need no
--- right to call the functions. With that right, a role could put them on a table of its own, and write deltas with the
--- owner's rights.
+-- Only the owner may execute the trigger functions. The owner creates the triggers, and roles that write the log need
+-- no right to call the functions. With that right, a role could put them on a table of its own, and write deltas with
+-- the owner's rights.
 DO $$
 DECLARE
     f record;

@@ -6,10 +6,10 @@
 -- Record usage once for its key: log row, charge row, balance and counter in one transaction. If the key was recorded
 -- before, nothing changes: `recorded` is false, and `differs` is true if its log row has other figures than these.
 -- `log_id`: the id of the existing or the new log row. `owed_because`: why the log refused the row, which is owed then.
--- p_created_at NULL: now. A host's clock may be ahead of the database's: a time up to p_skew after now becomes now; with
--- a later time `in_future` is true, and nothing is written. Nothing is written either of a figure that its column of the
--- log can't hold, and `too_large` names it.
--- The charge has the tokens that count in the current window: 0 if the call failed, or was made before the window.
+-- p_created_at NULL: now. A host's clock may be ahead of the database's: a time up to p_skew after now becomes now;
+-- with a later time `in_future` is true, and nothing is written. Nothing is written either of a figure that its column
+-- of the log can't hold, and `too_large` names it. The charge has the tokens that count in the current window: 0 if the
+-- call failed, or was made before the window.
 CREATE OR REPLACE FUNCTION trueup.record_usage(
     p_user {{ user_id_type }}, p_task text, p_call_key text, p_log_id text, p_section text, p_prompt bigint,
     p_completion bigint, p_total bigint, p_response_ms bigint, p_success boolean, p_model text, p_error text,
@@ -64,8 +64,8 @@ BEGIN
 {{ store_balance("p_user") }}
 END $$;
 
--- Store a call's error in its log row, for trueup.try_log_row: in the error column, else in the metadata; if the log has
--- neither, or the host refuses the update, the error is not stored.
+-- Store a call's error in its log row, for trueup.try_log_row: in the error column, else in the metadata; if the log
+-- has neither, or the host refuses the update, the error is not stored.
 CREATE OR REPLACE FUNCTION trueup.note_error(p_log_id text, p_error text) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     v_error text;

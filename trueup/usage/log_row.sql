@@ -2,16 +2,16 @@
 {% from "host/search_path.sql" import own_search_path, role_search_path %}
 {% from "usage/host_writes.sql" import check_at_once, counted, insert_log_row, lower_counter %}
 -- trueup's own writes to the usage log and the counter. The host may refuse one: by a constraint, a trigger, a missing
--- sequence, a lock. The provider has been paid by then, so a refused row becomes an owed charge, which counts as usage until
--- the log has its row.
+-- sequence, a lock. The provider has been paid by then, so a refused row becomes an owed charge, which counts as usage
+-- until the log has its row.
 
 -- The mark of trueup's own row in this transaction, by which the log's triggers recognise it.
 CREATE OR REPLACE FUNCTION trueup.own_row_mark(p_log_id text) RETURNS text LANGUAGE sql STABLE AS $$
     SELECT {{ own_row_mark("p_log_id") }}
 $$;
 
--- Whether an error is none of the host's, and may pass: no connection, a deadlock, no memory or disk, an internal error.
--- Then the whole transaction fails, and the caller tries it again. A statement that took too long is the host's.
+-- Whether an error is none of the host's, and may pass: no connection, a deadlock, no memory or disk, an internal
+-- error. Then the whole transaction fails, and the caller tries it again. A statement that took too long is the host's.
 CREATE OR REPLACE FUNCTION trueup.is_transient(p_sqlstate text) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
     SELECT left(p_sqlstate, 2) IN ('08', '25', '40', '53', '57', '58', 'XX') AND p_sqlstate <> '57014'
 $$;
@@ -26,7 +26,8 @@ $$;
 
 {% if usage_log.is_written_by_host %}
 -- The host's row of a call, among rows of the user that no other charge has: a row of the call's tokens, at most
--- 5 s older than the call's start. After ten minutes, any row of that time: one of the call's tokens first, then the nearest. NULL: the host has not logged the call.
+-- 5 s older than the call's start. After ten minutes, any row of that time: one of the call's tokens first, then the
+-- nearest. NULL: the host has not logged the call.
 CREATE OR REPLACE FUNCTION trueup.find_host_row(o trueup.owed_charge) RETURNS text LANGUAGE plpgsql STABLE AS $$
 DECLARE
     v_is_old boolean := o.used_at < clock_timestamp() - interval '10 minutes';
@@ -44,8 +45,8 @@ BEGIN
                  abs(extract(epoch FROM l.{{ usage_log.created_at }} - o.used_at)) LIMIT 1);
 END $$;
 
--- Match the user's charges that wait for the host's row with the rows that have come. The caller has locked the balance,
--- and folds the deltas afterwards: the host's row counts from now on, and the charge no more.
+-- Match the user's charges that wait for the host's row with the rows that have come. The caller has locked the
+-- balance, and folds the deltas afterwards: the host's row counts from now on, and the charge no more.
 CREATE OR REPLACE FUNCTION trueup.match_host_rows(p_user {{ user_id_type }}) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     o trueup.owed_charge;
@@ -63,8 +64,8 @@ BEGIN
     END LOOP;
 END $$;
 
--- The host's log row of `o`, in place of a row of trueup's. Parameters and results: as below. A call whose row has not come
--- is owed: it counts as usage until the row comes.
+-- The host's log row of `o`, in place of a row of trueup's. Parameters and results: as below. A call whose row has not
+-- come is owed: it counts as usage until the row comes.
 CREATE OR REPLACE FUNCTION trueup.try_log_row(
     o trueup.owed_charge, p_window timestamptz, p_has_balance boolean, p_timed_out boolean,
     OUT log_id text, OUT counted bigint, OUT own bigint, OUT refused_with text, OUT refusal text
@@ -85,11 +86,11 @@ END $$;
 {% else %}
 -- Write the row of `o` into the log, in a subtransaction. p_window: the begin of the user's window. p_has_balance: the
 -- caller has locked the user's balance, so the row is marked as trueup's own and its triggers append no delta.
--- `log_id`: the id of the row. `counted`: its tokens that count in the window. `own`: of these, the tokens that the caller
--- adds to the balance. `refused_with`: the SQLSTATE if the host refused the row; then the figures are those of `o`.
--- p_timed_out: the limit on the statement's time has been reached, and does not apply a second time, so nothing may wait for the
--- host any more: the row is refused.
--- Raises what is transient, a violation of the foreign key to the user, and any refusal of a failed call, which owes nothing.
+-- `log_id`: the id of the row. `counted`: its tokens that count in the window. `own`: of these, the tokens that the
+-- caller adds to the balance. `refused_with`: the SQLSTATE if the host refused the row; then the figures are those of
+-- `o`. p_timed_out: the limit on the statement's time has been reached, and does not apply a second time, so nothing
+-- may wait for the host any more: the row is refused. Raises what is transient, a violation of the foreign key to the
+-- user, and any refusal of a failed call, which owes nothing.
 CREATE OR REPLACE FUNCTION trueup.try_log_row(
     o trueup.owed_charge, p_window timestamptz, p_has_balance boolean, p_timed_out boolean,
     OUT log_id text, OUT counted bigint, OUT own bigint, OUT refused_with text, OUT refusal text
@@ -136,7 +137,8 @@ EXCEPTION WHEN query_canceled OR OTHERS THEN
 END $$;
 {% endif %}
 
--- Lower the legacy counter. Returns whether that is done; false also if the host refuses the update, by a trigger for example.
+-- Lower the legacy counter. Returns whether that is done; false also if the host refuses the update, by a trigger for
+-- example.
 {% if subscription.is_kept_by_host %}
 -- This host lowers the counter itself, for the log's row of each call (`counter_kept_by`), so nothing is left to do.
 CREATE OR REPLACE FUNCTION trueup.lower_counter(p_user {{ user_id_type }}, p_tokens bigint)
