@@ -53,17 +53,20 @@ class Account:
 
     @property
     def drift(self) -> int | None:
-        """counter - remaining. Positive: the counter shows used tokens. None: it is null, or there is no limit."""
+        """The counter minus its right value. Positive: it shows used tokens. None: it is null, or there is no limit."""
         if self.counter is None or self.unlimited:
             return None
         return self.counter - (self.remaining if self.right_counter is None else self.right_counter)
+
+
+SECONDS_A_DAY = 86_400
 
 
 def days_between(now: datetime, end_date: datetime | None) -> int | None:
     """Return the full days until the end, at least 0. None: there is no end."""
     if end_date is None:
         return None
-    return max(0, math.floor((end_date - now).total_seconds() / 86_400))
+    return max(0, math.floor((end_date - now).total_seconds() / SECONDS_A_DAY))
 
 
 # `at` NULL means the database's clock.

@@ -17,7 +17,7 @@ LANGUAGE sql IMMUTABLE AS $$
     SELECT {{ right_counter("original", "consumed") }}
 $$;
 
--- Whether the host may still log calls of the user's, and lower the counter for them.
+-- Whether the host may still log calls of the user's, and lower the counter for them: for an hour after each call.
 CREATE OR REPLACE FUNCTION trueup.awaits_host(p_user {{ user_id_type }}) RETURNS boolean LANGUAGE sql STABLE AS $$
     SELECT {% if usage_log.is_written_by_host %}EXISTS (
         SELECT FROM trueup.owed_charge o WHERE o.user_id = p_user AND o.used_at > clock_timestamp() - interval '1 hour')
@@ -25,9 +25,9 @@ CREATE OR REPLACE FUNCTION trueup.awaits_host(p_user {{ user_id_type }}) RETURNS
 
 $$;
 
--- The time to log for trueup's own usage at that time, in that window (NULL: there is none). It is never in the first
--- fraction of a second of the window: a log with whole seconds would date the usage before the window, where it does
--- not count.
+-- The time that trueup writes into the log for its own usage at `at`, in that window (NULL: there is none). It is never
+-- in the first fraction of a second of the window: a log with whole seconds would date the usage before the window,
+-- where it does not count.
 CREATE OR REPLACE FUNCTION trueup.dated(at timestamptz, p_window timestamptz) RETURNS timestamptz
 LANGUAGE sql STABLE AS $$
     SELECT CASE WHEN p_window <= at + {{ clock_tolerance }}
@@ -47,9 +47,8 @@ CREATE OR REPLACE FUNCTION trueup.log_epoch() RETURNS bigint LANGUAGE sql STABLE
     SELECT {{ log_epoch() }}
 $$;
 
--- The tokens that a hold keeps when it expires, and until when. It keeps the maximum cost of its calls in flight, for
--- as long again as the time from the start of the last call to the expiry. A hold whose body has ended has had this
--- time.
+-- The tokens that a hold keeps when it expires, and until when. It keeps the maximum cost of its calls in flight for
+-- some more time: as long as from the last call's start to the expiry. A hold whose body has ended gets no such time.
 CREATE OR REPLACE FUNCTION trueup.kept_past_expiry(h trueup.hold, at timestamptz, OUT kept bigint, OUT kept_until timestamptz)
 LANGUAGE sql STABLE AS $$
     SELECT CASE WHEN h.body_ended_at IS NULL AND h.expires_at + (h.expires_at - max(c.started_at)) > at

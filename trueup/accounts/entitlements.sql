@@ -23,12 +23,14 @@ CASE
 {%- endmacro %}
 
 {# The entitlements of each subscription at a time: user_id, subscription_id, is_active, window_start, end_date,
-   original, counter, plan_tokens, plan_kind. `original`: the tokens that the subscription itself includes, if the host
-   has such a column; else those of its token plan, else of its full plan, else 0, or of both (`tokens_included =
-   "sum"`); plus the tokens of the user's grants (grants.sql). `plan_kind`: 'unlimited', or 'negative' for a figure
-   below zero that the mapping does not explain; NULL: a number of tokens. `counter`: as remaining tokens, whichever way
-   the host counts. A user without grants costs one index lookup. `at`: qualified with its function's name, because the
-   host may have a column of that name. #}
+   original, counter, plan_tokens, plan_kind.
+   `plan_tokens`: the tokens that the subscription itself includes, if the host has such a column; else those of its
+   token plan, else of its full plan, else 0; or of both plans (`tokens_included = "sum"`).
+   `original`: these, and the tokens of the user's grants (grants.sql), among them the packs that
+   accounts/payments.py has imported. A user without grants costs one index lookup.
+   `plan_kind`: 'unlimited', or 'negative' for a figure below zero that the mapping does not explain; NULL: a number.
+   `counter`: as remaining tokens, whichever way the host counts.
+   The argument `at` is qualified with its function's name, because the host may have a column of that name. #}
 {% macro entitlements(at) -%}
 {% set original -%}
 {% if trueup.installed %}

@@ -15,8 +15,7 @@
 -- trueup.grant_use stores a window's use of a grant. It is written under the balance's lock, when the window has ended
 -- (for all grants) or when a grant has ended (for that grant).
 
--- Counted tokens of the log and of owed charges between each pair of neighbouring times. `place` 1: between the first
--- two.
+-- Counted tokens of the log and of owed charges between neighbouring times. Place n is from time n to time n + 1.
 CREATE OR REPLACE FUNCTION trueup.usage_between(p_user {{ user_id_type }}, p_times timestamptz[])
 RETURNS TABLE (place integer, tokens bigint) LANGUAGE sql STABLE AS $$
     SELECT t.place, {{ countable("sum(t.tokens)") }}

@@ -8,14 +8,13 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, TextClause
 
-from trueup.accounts.account import ACCOUNT_COLUMNS, CLOCK, Account, account_of
+from trueup.accounts.account import ACCOUNT_COLUMNS, CLOCK, SECONDS_A_DAY, Account, account_of
 from trueup.accounts.subscriptions import several_subscriptions
 from trueup.accounts.user_ids import UserId
 from trueup.host.mapping import HostMapping
 from trueup.host.sql import render_statement
 
 PlanKind = Literal["token", "full"]
-SECONDS_A_DAY = 86_400
 MAX_PLANS = 500
 
 
@@ -35,8 +34,8 @@ class Plan:
 class Summary:
     """A user in one snapshot.
 
-    `known` False: the host has no such user. `plan`: the plan whose tokens count, None if there is none. `plans`: the
-    active plans and the user's own, if requested. Percentages are 0 to 100 with one decimal.
+    `known` False: the host has no such user. `plan`: the token plan, else the full plan; None if there is none.
+    `plans`: the active plans and the user's own, if requested. Percentages are 0 to 100 with one decimal.
     """
 
     known: bool
@@ -106,7 +105,7 @@ _READ = """
         WHERE p.{{ full_plan.id }} = (SELECT full_plan FROM own)
            OR ({{ with_plans }} AND {{ full_plan.is_active("p") }})
     ), listed AS (
-        -- The user's own plans first. The token plan precedes the full plan, because its tokens take precedence.
+        -- The user's own plans first. The token plan precedes the full plan, as `plan` wants it.
         SELECT row_number() OVER (ORDER BY is_own DESC, kind DESC, tokens_included, id) AS place, plan.* FROM plan
         ORDER BY place LIMIT :most
     )

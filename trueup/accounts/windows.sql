@@ -1,7 +1,7 @@
 -- What grants pay for in windows that have ended. The trigger of install/journal.sql records each window.
 
--- Record the grants' use by windows that have ended, and the use of grants that ended in the newest window. Idempotent.
--- The caller has locked the user's balance.
+-- Record how many tokens of each grant each ended window used, and the newest window of grants that have ended.
+-- Idempotent. The caller has locked the user's balance.
 CREATE OR REPLACE FUNCTION trueup.settle_grants(p_user {{ user_id_type }}, p_at timestamptz) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -54,7 +54,6 @@ END $$;
 CREATE OR REPLACE FUNCTION trueup.settle_windows(p_user {{ user_id_type }}, p_window timestamptz, p_plan bigint)
 RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
-    w record;
     v_uses trueup.grant_use[];
 BEGIN
     DELETE FROM trueup.window_change c

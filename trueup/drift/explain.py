@@ -2,6 +2,9 @@
 
 A drift is explained if observed = original - consumed + the sum of the causes' tokens. Proven causes are always part of
 it. Of the combinations of possible causes that make the sum exact, the one with the lowest cost wins.
+
+Its certainty is that of its least certain component: proven by the journal (`explain_by_journal`), inferred from rows
+if nothing else fits them, else possible. `causes.py` names the levels.
 """
 
 import math

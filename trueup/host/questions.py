@@ -19,7 +19,7 @@ SAMPLE_ROWS = 100_000
 SAMPLE_USERS = 200
 # Without an index, the usage of a few users may take long to add up. The question is then left open.
 SAMPLE_MILLISECONDS = 2_000
-# How far a host's clock may be ahead.
+# How far the log's newest time may lie ahead of now: more is another zone, not a clock that is wrong.
 CLOCK_TOLERANCE = timedelta(minutes=10)
 
 

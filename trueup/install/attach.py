@@ -2,6 +2,9 @@
 
 The order: tables, triggers, balances from the log, and, once the balances agree with the log, the gate's functions.
 Until then the gate refuses every task. `attach` reads its progress from the database, so it can be interrupted.
+
+Its locks: an advisory lock (INSTALL_LOCK) beside other installers; SHARE ROW EXCLUSIVE on the usage log and on the
+subscriptions, which CREATE TRIGGER takes, for milliseconds each. It waits at most 50 ms for one, and then tries later.
 """
 
 from collections.abc import Callable, Sequence

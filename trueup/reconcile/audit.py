@@ -93,7 +93,7 @@ _MISMATCHES = """
     ORDER BY user_id
 """
 _ANOMALIES = """
-    SELECT * FROM trueup.oddities(CAST(:after AS {user_id_type}), CAST(:last AS {user_id_type}),
+    SELECT * FROM trueup.anomalies(CAST(:after AS {user_id_type}), CAST(:last AS {user_id_type}),
                                   CAST(:since AS timestamptz), :most)
 """
 _REPAIR = """

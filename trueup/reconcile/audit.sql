@@ -43,7 +43,8 @@ BEGIN
     RETURN v_defects;
 END $$;
 
--- Record a defect, once in a run, unless p_seen equals p_expected. Returns how many were recorded: 0 or 1.
+-- Record a defect, unless p_seen equals p_expected. A defect that was not repaired is recorded once in a run. Returns
+-- how many were recorded: 0 or 1.
 CREATE OR REPLACE FUNCTION trueup.note_defect(
     p_run bigint, p_kind text, p_user {{ user_id_type }}, p_seen bigint, p_expected bigint, p_repaired boolean,
     p_detail jsonb
@@ -60,48 +61,50 @@ CREATE OR REPLACE FUNCTION trueup.note_defect(
     SELECT count(*)::integer FROM noted
 $$;
 
--- Defects in a range that trueup cannot repair, at most p_most of each kind: balances below zero, caused by negative
--- log rows; balances that were computed after a later log truncation than any on record; holds of users without a
--- balance; and charges since p_since (null: all) whose log row is missing, unless the host has deleted the user with
--- all rows.
-CREATE OR REPLACE FUNCTION trueup.oddities(
+{# Whether the user of a row is in the range: after p_after, up to and including p_last; NULL: no bound. #}
+{% macro in_range(row) -%}
+(anomalies.p_after IS NULL OR {{ row }}.user_id > anomalies.p_after)
+       AND (anomalies.p_last IS NULL OR {{ row }}.user_id <= anomalies.p_last)
+{%- endmacro %}
+
+-- Defects that trueup cannot repair, at most p_most of each kind, in a range of users: balances below zero, caused by
+-- negative log rows; balances that were computed after a later log truncation than any on record; holds of users
+-- without a balance; and charges since p_since (null: all) whose log row is missing, unless the host has deleted the
+-- user with all rows.
+CREATE OR REPLACE FUNCTION trueup.anomalies(
     p_after {{ user_id_type }}, p_last {{ user_id_type }}, p_since timestamptz, p_most integer
 ) RETURNS TABLE (kind text, user_id {{ user_id_type }}, seen bigint, expected bigint, detail jsonb)
 LANGUAGE sql STABLE AS $$
     (SELECT 'balance_negative', b.user_id, b.consumed, 0::bigint, '{}'::jsonb
      FROM trueup.balance b
      WHERE b.consumed < 0
-       AND (oddities.p_after IS NULL OR b.user_id > oddities.p_after)
-       AND (oddities.p_last IS NULL OR b.user_id <= oddities.p_last)
-     ORDER BY b.user_id LIMIT oddities.p_most)
+       AND {{ in_range("b") }}
+     ORDER BY b.user_id LIMIT anomalies.p_most)
     UNION ALL
     (SELECT 'balance_of_the_future', b.user_id, b.log_epoch, trueup.log_epoch(), '{}'::jsonb
      FROM trueup.balance b
      WHERE b.log_epoch > trueup.log_epoch()
-       AND (oddities.p_after IS NULL OR b.user_id > oddities.p_after)
-       AND (oddities.p_last IS NULL OR b.user_id <= oddities.p_last)
-     ORDER BY b.user_id LIMIT oddities.p_most)
+       AND {{ in_range("b") }}
+     ORDER BY b.user_id LIMIT anomalies.p_most)
     UNION ALL
     (SELECT 'hold_without_balance', h.user_id, sum(h.tokens_reserved - h.tokens_covered)::bigint, NULL::bigint,
             jsonb_build_object('holds', count(*))
      FROM trueup.hold h
      WHERE h.status = 'open' AND NOT EXISTS (SELECT FROM trueup.balance b WHERE b.user_id = h.user_id)
-       AND (oddities.p_after IS NULL OR h.user_id > oddities.p_after)
-       AND (oddities.p_last IS NULL OR h.user_id <= oddities.p_last)
-     GROUP BY h.user_id ORDER BY h.user_id LIMIT oddities.p_most)
+       AND {{ in_range("h") }}
+     GROUP BY h.user_id ORDER BY h.user_id LIMIT anomalies.p_most)
     UNION ALL
     (SELECT 'charge_without_log_row', c.user_id, c.tokens_total, NULL::bigint,
             jsonb_build_object('task_id', c.task_id, 'call_key', c.call_key, 'log_id', c.log_id)
      FROM trueup.charge c
-     WHERE (oddities.p_since IS NULL OR c.charged_at >= oddities.p_since) AND c.tokens_total > 0
+     WHERE (anomalies.p_since IS NULL OR c.charged_at >= anomalies.p_since) AND c.tokens_total > 0
        AND trueup.as_log_id(c.log_id) IS NOT NULL
        AND NOT EXISTS (SELECT FROM {{ usage_log }} l WHERE l.{{ usage_log.id }} = trueup.as_log_id(c.log_id))
        AND NOT EXISTS (SELECT FROM trueup.owed_charge o
                        WHERE o.user_id = c.user_id AND o.task_id = c.task_id AND o.call_key = c.call_key)
        AND EXISTS (SELECT FROM {{ subscription }} s WHERE s.{{ subscription.user_id }} = c.user_id)
-       AND (oddities.p_after IS NULL OR c.user_id > oddities.p_after)
-       AND (oddities.p_last IS NULL OR c.user_id <= oddities.p_last)
-     ORDER BY c.charged_at LIMIT oddities.p_most)
+       AND {{ in_range("c") }}
+     ORDER BY c.charged_at LIMIT anomalies.p_most)
 $$;
 
 -- The missing or disabled triggers. Without those on the log, balances miss usage. Without the one on the
@@ -117,11 +120,16 @@ CREATE OR REPLACE FUNCTION trueup.disabled_triggers() RETURNS TABLE (name text, 
     WHERE g.tgenabled IS NULL OR g.tgenabled NOT IN ('O', 'A')
 $$;
 
--- The number of deltas of users without a subscription and a balance. They will never be folded into a balance.
+{# Whether the user of the delta `d` has neither a subscription nor a balance: no balance will ever get it. #}
+{% macro is_lost(d) -%}
+NOT EXISTS (SELECT FROM trueup.balance b WHERE b.user_id = {{ d }}.user_id)
+      AND NOT EXISTS (SELECT FROM {{ subscription }} s WHERE s.{{ subscription.user_id }} = {{ d }}.user_id)
+{%- endmacro %}
+
+-- The number of deltas that no balance will ever get.
 CREATE OR REPLACE FUNCTION trueup.count_lost_deltas() RETURNS bigint LANGUAGE sql STABLE AS $$
     SELECT count(*) FROM trueup.usage_delta d
-    WHERE NOT EXISTS (SELECT FROM trueup.balance b WHERE b.user_id = d.user_id)
-      AND NOT EXISTS (SELECT FROM {{ subscription }} s WHERE s.{{ subscription.user_id }} = d.user_id)
+    WHERE {{ is_lost("d") }}
 $$;
 
 -- Delete the deltas that trueup.count_lost_deltas counts. No usage is lost: if the user subscribes, the balance is
@@ -130,8 +138,7 @@ $$;
 CREATE OR REPLACE FUNCTION trueup.delete_lost_deltas() RETURNS bigint LANGUAGE sql AS $$
     WITH deleted AS (
         DELETE FROM trueup.usage_delta d
-        WHERE NOT EXISTS (SELECT FROM trueup.balance b WHERE b.user_id = d.user_id)
-          AND NOT EXISTS (SELECT FROM {{ subscription }} s WHERE s.{{ subscription.user_id }} = d.user_id)
+        WHERE {{ is_lost("d") }}
         RETURNING 1
     )
     SELECT count(*) FROM deleted

@@ -105,7 +105,7 @@ def _slices(findings: list[Finding]) -> Iterator[list[Finding]]:
 
 
 def _in_parts(found: Finding, rules: Rules) -> list[Finding]:
-    """Return the finding of a correction by component as two: what it corrects, and what it leaves in the counter.
+    """Split the finding of a correction by component: the first part is corrected, the second stays in the counter.
 
     The right value of the first is what the correction writes, so that each has the sum of its components.
     """

@@ -1,7 +1,7 @@
 {% from "host/search_path.sql" import own_search_path, role_search_path %}
 {% from "gate/store_balance.sql" import store_balance %}
 {% from "host/rows.sql" import counter, raw_counter, window_start %}
--- The tokens by which a drifted counter was off, without tokens in flight.
+-- The tokens by which a drifted counter was off, minus the tokens in flight.
 CREATE OR REPLACE FUNCTION trueup.off_by(d trueup.drift) RETURNS bigint LANGUAGE sql IMMUTABLE AS $$
     SELECT coalesce(d.observed, 0) - d.expected - coalesce((d.evidence->>'in_flight')::bigint, 0)
 $$;

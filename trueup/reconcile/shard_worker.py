@@ -47,7 +47,8 @@ from trueup.settings.policies import DEFAULT_POLICIES
 
 # More refused users than this in a shard are not single odd rows. The attempt fails, so that a person sees it at once.
 MAX_REFUSED = 100
-# If this many users reach the time limit, the database is too slow. The attempt fails, because each costs minutes.
+# So many users who reach the time limit are skipped. The next one fails the attempt: the database is too slow, and each
+# such user costs minutes.
 MAX_SLOW = 10
 
 Report = Callable[[int, Sequence[Finding], Sequence[Defect]], None]
@@ -87,10 +88,10 @@ def connected(engine: Engine) -> Iterator[Connection]:
 def work_shard(job: Job, shard: Shard) -> bool:
     """Work on a claimed shard and release it. Returns True if it is finished, False if `job.stop` was set before.
 
-    A transient error (a deadlock, a lost connection) is retried with backoff, at most `MAX_FAILURES` times in a row
-    without progress. After a time limit, batches become smaller; a user who reaches the limit alone is skipped and
-    recorded as a defect. Any other error ends the attempt: it is stored with the shard, another attempt can claim the
-    shard, and the error is raised. Raises `ShardLostError` when another process has taken over the shard.
+    A transient error (a deadlock, a lost connection) is retried with backoff, until the shard has failed `MAX_FAILURES`
+    times in a row without progress. After a time limit, batches become smaller; a user who reaches the limit alone is
+    skipped and recorded as a defect. Any other error ends the attempt: it is stored with the shard, another attempt can
+    claim the shard, and the error is raised. Raises `ShardLostError` when another process has taken over the shard.
     """
     try:
         finished = _retry_work(job, shard)

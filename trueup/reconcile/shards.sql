@@ -93,7 +93,8 @@ BEGIN
     UPDATE trueup.reconcile_run t SET lease_until = clock_timestamp() + p_lease WHERE t.id = begin_run.run_id;
 END $$;
 
--- Give up the run's unclaimed shards that failed p_most times in a row without progress.
+-- Give up the run's shards that wait, or whose lease has expired, and that failed p_most times in a row without
+-- progress.
 CREATE OR REPLACE FUNCTION trueup.give_up_shards(p_run bigint, p_most integer) RETURNS void LANGUAGE sql AS $$
     UPDATE trueup.reconcile_shard s
     SET status = 'failed', error = coalesce(s.error, 'its worker died on every attempt'), updated_at = clock_timestamp()

@@ -45,7 +45,8 @@ DEFAULT_POLICIES: dict[str, Policy] = {
 PAID_CAUSES = frozenset(
     {"credit_without_grant", "credited_twice", "renewal_without_new_window", "carried_over_tokens", "manual_edit"}
 )
-# A machine does not give back tokens that ended on purpose, and can't write a value that the column can't hold.
+# A machine does not give back tokens that ended on purpose, can't write a value that the column can't hold, and does
+# not know what a plan below zero includes.
 UNCORRECTABLE_CAUSES = frozenset({"burned_at_expiry", "counter_out_of_range", "plan_negative"})
 
 DEFAULT_MIN_AGE_SECONDS = 60
