@@ -400,6 +400,26 @@ def test_incomplete_decrement_rows_explain_nothing() -> None:
     assert named(drift(9_100, 9_000, evidence)) == {}
 
 
+@pytest.mark.parametrize(
+    ("more", "plan_sizes", "policy"),
+    [
+        ({"purchases": [purchase(337)]}, (), "review"),
+        ({"purchases": [purchase(300)]}, (), "review"),
+        ({"credit_may_be_late": [300]}, (), "review"),
+        ({"purchases_mapped": False}, (337,), "review"),
+        ({"purchases_mapped": False}, (300,), "review"),
+        ({}, (300,), "correct"),
+    ],
+)
+def test_beside_incomplete_decrement_rows_no_machine_takes_what_may_be_paid(
+    more: dict[str, Any], plan_sizes: Sequence[int], policy: str
+) -> None:
+    evidence = ledger(parts=[part("missed", 5_000)], logged_rows=40, lowered_rows=3, **more)
+    found = drift(9_337, 9_000, evidence)
+    explanation = explain(found, plan_sizes=frozenset(plan_sizes), counter_limit=INT4, now=NOW)
+    assert decide(found, explanation).policy == policy
+
+
 def test_without_payments_a_drift_of_a_plans_size_may_be_a_purchase() -> None:
     evidence = ledger(purchases_mapped=False)
     assert named(drift(9_500, 9_000, evidence), 500) == {"credit_without_grant": 500}

@@ -64,8 +64,9 @@ def _inferred(drift: Drift, plan_sizes: frozenset[int], now: datetime) -> Explan
     reset = None if solution and solution.exact else explain_reset(drift, plan_sizes)
     if reset is not None:
         return reset
-    if solution:
+    if solution and solution.chosen:
         return explanation_of(drift, solution.chosen)
+    # Without decrement rows, or with too few of them.
     return explain_by_amounts(drift, plan_sizes)
 
 
