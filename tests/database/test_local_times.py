@@ -98,7 +98,7 @@ def test_the_preview_and_later_runs_find_the_same_drift(host: Host) -> None:
     engine.dispose()
     assert [(row["expected"], row["observed"]) for row in look["rows"]] == [(9_300, 10_000)]
     assert [(one.drift.expected, one.drift.observed) for one in summary.findings] == [(9_300, 10_000)]
-    shown = trueup_json("usage", user)["rows"]
+    shown = trueup_json("usage", "list", user)["rows"]
     assert shown[0]["created_at"].endswith("+00:00")
 
 

@@ -5,7 +5,7 @@ from sqlalchemy import Connection
 
 from tests.support.findings import forget_journal
 from tests.support.host import Host
-from tests.support.two_books import DAY, MAPPED, Books
+from tests.support.two_books import DAY, HOUR, MAPPED, SECOND, Books
 from trueup.install.install import install
 from trueup.reconcile.local_run import reconcile
 from trueup.review.decisions import ReviewFilter, choose_drifts, decide_chosen, list_reviews
@@ -88,3 +88,28 @@ def test_a_row_subtracted_twice_and_the_next_one_cut_off_at_zero(journaled: Book
     }
     reconcile(journaled.host.engine, MAPPED, rules=RULES)
     assert journaled.host.counter(journaled.user) == 3_701
+
+
+def test_a_pack_of_a_host_that_rarely_writes_decrement_rows_is_never_taken(host: Host, connection: Connection) -> None:
+    """Plan 20,000; 50 requests of 100 lower the counter, three with a row; a pack of 3,000, and 37 more."""
+    with host.engine.begin() as setup:
+        install(setup, MAPPED, with_host_tables=True)
+    books = Books(host, connection)
+    now = host.value("SELECT clock_timestamp()")
+    books.user = host.subscriber(20_000, start=now - 20 * DAY)
+    for place in range(50):
+        at = now - 10 * DAY + place * HOUR
+        books.log(100, at)
+        host.decrement(books.user, 100)
+        if place < 3:
+            books.row(100, at + SECOND)
+    pack = host.value(
+        "INSERT INTO billing_tokenplan (id, name, tokens_included, is_active) "
+        "VALUES (99, 'pack', 3000, true) RETURNING id"
+    )
+    books.pay(pack, now - 5 * DAY)
+    books.add(3_037)
+    forget_journal(host)
+    summary = reconcile(host.engine, MAPPED, rules=RULES)
+    assert (summary.corrected, summary.in_review) == (0, 1)
+    assert host.counter(books.user) == 15_000 + 3_037

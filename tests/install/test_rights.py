@@ -241,7 +241,12 @@ def test_readonly_shows_every_report_and_writes_nothing(ready: Site) -> None:
     trueup("reconcile")
     ready.become(ready.roles.readonly)
     commands = [("drift", "report"), ("drift", "history"), ("drift", "review"), ("drift", "explain", user), ("status",)]
-    commands += [("holds", "list", "--all"), ("usage", user), ("tokens", "show", user), ("tokens", "grants", user)]
+    commands += [
+        ("holds", "list", "--all"),
+        ("usage", "list", user),
+        ("tokens", "show", user),
+        ("tokens", "grants", user),
+    ]
     for command in commands:
         trueup(*command)
     assert "refused" in trueup("tokens", "grant", user, 1, "--reason", "x", "--reference", "r", code=1).stderr

@@ -241,7 +241,7 @@ def _work(users: list[int]) -> None:
     trueup("tokens", "revoke", users[0], granted["id"], "--reason", "error")
     trueup("rollout", "set", "Spender", "observe", "--note", "try")
     trueup("rollout", "reset", "Spender", "--note", "tried")
-    for command in ("status", "holds list", "rollout list", "rollout history", f"usage {users[0]}", "db grants"):
+    for command in ("status", "holds list", "rollout list", "rollout history", f"usage list {users[0]}", "db grants"):
         trueup(*command.split())
 
 
