@@ -28,7 +28,7 @@ Cause = Literal[
     "manual_edit",
     "unexplained",
 ]
-# From most to least certain. Before the journal begins, a cause is inferred or possible, never proven. A combination
+# From most to least certain. Without the journal, only what the counter itself shows is proven. A combination
 # has the certainty of its least certain component.
 Certainty = Literal["proven", "inferred", "possible"]
 CERTAINTIES: tuple[Certainty, ...] = ("proven", "inferred", "possible")
@@ -69,7 +69,7 @@ ACTION_SENTENCES: dict[str, str] = {
 }
 
 CERTAINTY_SENTENCES: dict[str, str] = {
-    "proven": "the journal of the counter's changes proves it",
+    "proven": "the journal of the counter's changes proves it, or the counter itself",
     "inferred": "it follows from the rows, and nothing else fits them",
     "possible": "it fits the rows, and other causes may fit too",
 }

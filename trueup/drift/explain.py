@@ -1,10 +1,13 @@
 """Explain a drift: find the causes whose tokens add up to it, with their proof. Pure: drift in, explanation out.
 
-A drift is explained if observed = original - consumed + the sum of the causes' tokens. Proven causes are always part of
-it. Of the combinations of possible causes that make the sum exact, the one with the lowest cost wins.
+An explanation adds up: observed = original - consumed + the sum of the causes' tokens, decrements in flight included.
+Where the journal reaches back, it accounts for each change (`explain_by_journal`). Otherwise rows without a match are
+part of each combination of causes, and a manual edit explains what a combination leaves; the cheapest combination wins.
+Without decrement rows, or with too few, sizes decide (`explain_by_amounts`).
 
-Its certainty is that of its least certain component: proven by the journal (`explain_by_journal`), inferred from rows
-if nothing else fits them, else possible. `causes.py` names the levels.
+The certainty of an explanation is that of its least certain component: "proven" by the journal, or by the counter
+itself (it is empty or below zero, or its column can't hold the right value); "inferred" from rows if nothing else fits
+them; else "possible".
 """
 
 import math
@@ -125,7 +128,7 @@ def _doubted(one: Candidate, others: tuple[str, ...], close: Sequence[_Solution]
 
 def _decrements_incomplete(evidence: Evidence, found: Candidates, rest: int) -> bool:
     """Return whether the host subtracts usage without decrement rows: most usage has none, yet the counter fell."""
-    missed = sum(one.tokens for one in found.proven if one.component.cause == "missed_decrement")
+    missed = sum(one.tokens for one in found.unmatched if one.component.cause == "missed_decrement")
     few = evidence.logged_rows >= weights.MIN_LOGGED_ROWS and evidence.lowered_rows * 2 < evidence.logged_rows
     return few and missed > 0 and -rest * 2 > missed
 
@@ -142,7 +145,7 @@ def _solutions(drift: Drift, found: Candidates, plan_sizes: frozenset[int]) -> I
     lost = losses_by_tokens(evidence, plan_sizes)
     unseen = frozenset() if evidence.purchases_mapped else plan_sizes
     for used, cost in combinations_of(possible, found.carried):
-        chosen = [*found.proven, *sure, *used]
+        chosen = [*found.unmatched, *sure, *used]
         for clamp in clamps(evidence, chosen):
             taken = (*chosen, *([clamp.candidate] if clamp.candidate else []))
             rest = drift.surplus - sum(one.tokens for one in taken)

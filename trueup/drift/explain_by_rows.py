@@ -22,9 +22,9 @@ from trueup.drift.lost_updates import called_lost
 def ledger_candidates(evidence: Evidence, plan_sizes: frozenset[int]) -> Candidates:
     """Return the causes that log rows, decrements, purchases and grants prove or allow."""
     found = Candidates()
-    found.proven += [_of_part(part) for part in evidence.parts]
-    found.proven += own_missed(evidence)
-    found.proven += called_lost(evidence)
+    found.unmatched += [_of_part(part) for part in evidence.parts]
+    found.unmatched += own_missed(evidence)
+    found.unmatched += called_lost(evidence)
     for edge in evidence.edges:
         _add_edge(found, edge, evidence.base)
     found.possible += credits_of(evidence) + grants_of(evidence)
@@ -33,7 +33,7 @@ def ledger_candidates(evidence: Evidence, plan_sizes: frozenset[int]) -> Candida
     if overwritten:
         found.possible.append(overwritten)
     paid = {purchase.tokens for purchase in evidence.purchases if not purchase.granted}
-    found.proven = [_doubted(one, paid) for one in found.proven]
+    found.unmatched = [_doubted(one, paid) for one in found.unmatched]
     return found
 
 
@@ -138,7 +138,7 @@ def _add_single_log_row(found: Candidates, edge: Edge, row: EdgeRow, base: BaseP
         young = candidate("missed_decrement", edge.tokens, "possible", at=row.at, evidence=proof, cost_unused=cost)
         found.possible.append(replace(young, in_flight=True))
     elif not row.settled:
-        found.proven.append(candidate("missed_decrement", edge.tokens, "inferred", at=row.at, evidence=proof))
+        found.unmatched.append(candidate("missed_decrement", edge.tokens, "inferred", at=row.at, evidence=proof))
     elif base.kind == "run" or waited_for or _just_before(row, base):
         # Or the row was committed after the comparison, although its time is before it.
         cost = weights.AWAITED_LOG_ROW if waited_for else weights.LOG_ROW_BEFORE_BASE
@@ -161,7 +161,7 @@ def _add_single_decrement(
             less_certain(replace(one, cost_used=weights.YOUNG_DECREMENT, cost_unused=weights.YOUNG_DECREMENT))
         )
     elif not row.settled:
-        found.proven.append(one)
+        found.unmatched.append(one)
     elif base.kind == "window" or _just_before(row, base):
         found.possible.append(less_certain(replace(one, cost_used=weights.LONE_DECREMENT_BEFORE_BASE)))
 

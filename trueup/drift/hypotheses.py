@@ -39,9 +39,12 @@ class Candidate:
 
 @dataclass(kw_only=True)
 class Candidates:
-    """`proven`: the rows prove them. `possible`: each may be part of the explanation. `carried`: at most one is."""
+    """The candidates of a host with decrement rows.
 
-    proven: list[Candidate] = field(default_factory=list)
+    `unmatched`: rows without a match; all are part of the explanation. `possible`: each may be. `carried`: at most one.
+    """
+
+    unmatched: list[Candidate] = field(default_factory=list)
     possible: list[Candidate] = field(default_factory=list)
     carried: list[Candidate] = field(default_factory=list)
 

@@ -1,10 +1,13 @@
-"""Attach trueup to a running host in short steps, each in its own transaction.
+"""Attach trueup to a running host in steps, each in its own transaction.
 
-The order: tables, triggers, balances from the log, and, once the balances agree with the log, the gate's functions.
-Until then the gate refuses every task. `attach` reads its progress from the database, so it can be interrupted.
+The order: tables, triggers, balances from the log, and, once a sample of balances agrees with the log, the gate's
+functions. Until then the gate refuses every task; if all is ready already, it stays open. `attach` reads its progress
+from the database, so it can be interrupted.
 
-Its locks: an advisory lock (INSTALL_LOCK) beside other installers; SHARE ROW EXCLUSIVE on the usage log and on the
-subscriptions, which CREATE TRIGGER takes, for milliseconds each. It waits at most 50 ms for one, and then tries later.
+Locks on the host's tables, each waited for 50 ms at most and tried again for a minute: SHARE ROW EXCLUSIVE on the usage
+log, its partitions and the subscriptions while triggers are created; ACCESS EXCLUSIVE on a table that was mapped before
+while its triggers are dropped; the row locks of a trial write, which is rolled back; ACCESS SHARE while balances are
+read from the log. An advisory lock (INSTALL_LOCK) keeps other installers out.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,7 +52,7 @@ from trueup.install.install import (
 )
 from trueup.install.rights import refuse_without_rights
 
-# A batch is as many users as have about so many log rows: it reads the log from end to end.
+# A batch reads the log from end to end. So it takes many users: as many as have about so many log rows.
 BATCH_ROWS = 10_000_000
 MAX_BATCH_USERS = 500_000
 SAMPLE_USERS = 1_000
@@ -251,7 +254,10 @@ def estimated_rows(connection: Connection, table: str) -> int:
 
 
 def fill(*, batch_users: int = MAX_BATCH_USERS, patience_seconds: float = PATIENCE_SECONDS) -> int:
-    """Build each stale balance from the log, `batch_users` users per transaction. Returns how many were built."""
+    """Build the stale balances from the log, `batch_users` users per transaction. Returns how many were built.
+
+    Balances that a transaction has locked, and those of users with grants, are built at their next use.
+    """
     last: Any = None
     filled = 0
     while True:
@@ -267,7 +273,7 @@ def _fill_batch(connection: Connection, *, after: Any, limit: int) -> Row[Any]:
 
 
 def open_gate(connection: Connection, mapping: HostMapping) -> None:
-    """Create the gate's functions and record that all is ready, if triggers and balances are right.
+    """Create the gate's functions and record that all is ready, if the triggers and a sample of balances are right.
 
     Raises `AttachError` otherwise; the transaction then changes nothing.
     """

@@ -98,7 +98,10 @@ def install(connection: Connection, mapping: HostMapping, *, with_host_tables: b
 
 
 def create_tables(connection: Connection, mapping: HostMapping) -> None:
-    """Create or upgrade trueup's tables, without a lock on the host's. Raises `NotInstalledError` for an unfit host."""
+    """Create or upgrade trueup's tables, after a trial write on the host's, which is rolled back.
+
+    Raises `NotInstalledError` for an unfit host.
+    """
     _refuse_other_user_ids(connection, mapping)
     check_host(connection, mapping)
     # Not CREATE SCHEMA IF NOT EXISTS: the schema's owner may lack the right to create schemas.
