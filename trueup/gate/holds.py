@@ -1,4 +1,8 @@
-"""Holds: tokens set aside for one running task, from the gate until its last charge."""
+"""Holds: tokens set aside for one running task, from the gate until its last charge. holds.sql decides about them.
+
+A hold expires when no heartbeat renews it; `expire_holds`, run each minute, frees its tokens. The most that its calls
+in flight may cost stays held for a second period.
+"""
 
 import heapq
 import json
