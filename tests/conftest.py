@@ -1,6 +1,7 @@
 """Real servers for the tests: one embedded stack for a session, one database for a test, cloned from a template."""
 
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from tests.stack.helpers import temporary_home
 from tests.support.demo import demo  # noqa: F401 - a fixture
 from tests.support.host import Host, host_of
 from tests.support.postgres_versions import GIVEN, running_server
+from tests.support.two_books import MAPPED
 from trueup.database.engine import connect, dispose_engine
 from trueup.host.mapping import HostMapping
 from trueup.install.install import install
@@ -28,6 +30,16 @@ TEMPLATE = "trueup_template"
 
 # Rooms whose files take longest, on real processes. If one of these started last, it would run alone.
 FIRST = ("faults", "worker", "stack", "hosts", "install", "cli")
+
+
+def pytest_sessionstart() -> None:
+    """Collect no garbage while tests are collected: a million objects are made, and nearly all of them stay."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -101,7 +113,7 @@ def admin_engine(stack: StackUrls) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
-def template_database(stack: StackUrls, admin_engine: Engine) -> str:
+def plain_template(stack: StackUrls, admin_engine: Engine) -> str:
     """A database with the host's tables and trueup's, made once."""
     assert stack.database_url is not None
     with admin_engine.connect() as connection:
@@ -113,6 +125,37 @@ def template_database(stack: StackUrls, admin_engine: Engine) -> str:
         install(connection, HostMapping(), with_host_tables=True)
     engine.dispose()
     return TEMPLATE
+
+
+@pytest.fixture(scope="session")
+def mapped_template(stack: StackUrls, admin_engine: Engine, plain_template: str) -> Iterator[str]:
+    """The same for a host that keeps rows of its decrements and payments."""
+    with template_for(stack, admin_engine, plain_template, MAPPED) as name:
+        yield name
+
+
+@pytest.fixture(scope="session")
+def template_database(plain_template: str) -> str:
+    """The template of `database`. A module whose tests all need another one overrides this fixture."""
+    return plain_template
+
+
+@contextlib.contextmanager
+def template_for(
+    stack: StackUrls, admin_engine: Engine, template: str, mapping: HostMapping, *statements: str
+) -> Iterator[str]:
+    """Give the name of a copy of a template, changed by the host's statements and set up for another mapping.
+
+    A clone of it costs a test a small part of such a setup.
+    """
+    with cloned_database(stack, admin_engine, template) as url:
+        engine = create_engine(url, poolclass=NullPool)
+        with engine.begin() as connection:
+            for statement in statements:
+                connection.execute(text(statement))
+            install(connection, mapping, with_host_tables=True)
+        engine.dispose()
+        yield urlsplit(url).path.removeprefix("/")
 
 
 @contextlib.contextmanager

@@ -82,7 +82,6 @@ def play(name: str, url: str, broker: str, home: Path) -> Ran:
         | servers
         | {
             "PATH": f"{BIN}:{os.environ['PATH']}",
-            "PYTHONDONTWRITEBYTECODE": "1",
             "SHOP_URL": f"http://127.0.0.1:{port}",
             "TRUEUP_HOME": str(home),
         }

@@ -16,7 +16,6 @@ from tests.support.work import charge_tokens, hold_tokens
 from trueup.database.engine import connect, transaction
 from trueup.host.mapping import HostMapping
 from trueup.install.example_tables import build_host_metadata
-from trueup.install.install import install
 from trueup.preview.scan import scan
 from trueup.reconcile.local_run import reconcile
 from trueup.reports.rows import DriftFilter
@@ -84,12 +83,20 @@ class Application:
             return with_host_faults(connection, self.mapping, source, report, min_age_seconds=0)
 
 
-@pytest.fixture(params=["decrement rows", "journal alone"])
-def application(host: Host, request: pytest.FixtureRequest) -> Application:
+@pytest.fixture(params=[MAPPED, HostMapping()], ids=["decrement rows", "journal alone"])
+def mapping(request: pytest.FixtureRequest) -> HostMapping:
+    mapping: HostMapping = request.param
+    return mapping
+
+
+@pytest.fixture
+def template_database(mapping: HostMapping, plain_template: str, mapped_template: str) -> str:
+    return mapped_template if mapping == MAPPED else plain_template
+
+
+@pytest.fixture
+def application(host: Host, mapping: HostMapping) -> Application:
     """An application to which trueup is attached; a run has found its counters right."""
-    mapping = MAPPED if request.param == "decrement rows" else HostMapping()
-    with host.engine.begin() as connection:
-        install(connection, mapping, with_host_tables=True)
     application = Application(host, mapping)
     application.reconcile()
     return application
@@ -278,7 +285,7 @@ def test_a_stale_writer_among_many_of_one_name_is_told_by_its_section(applicatio
     assert (kind, dimension, name, stale, writes) == ("stale_writer", "section", "products", jobs, jobs)
 
 
-@pytest.mark.parametrize("application", ["decrement rows"], indirect=True)
+@pytest.mark.parametrize("mapping", [MAPPED], ids=["decrement rows"])
 def test_a_stale_writer_that_shares_name_and_section_is_told_by_its_decrement_rows(application: Application) -> None:
     jobs = THRESHOLDS["stale_writer"].count
     application.named = lambda application: None  # type: ignore[method-assign]
@@ -291,7 +298,7 @@ def test_a_stale_writer_that_shares_name_and_section_is_told_by_its_decrement_ro
     assert sentence_of(writer).startswith("The writer of the decrements 'nightly product texts' saves values")
 
 
-@pytest.mark.parametrize("application", ["decrement rows"], indirect=True)
+@pytest.mark.parametrize("mapping", [MAPPED], ids=["decrement rows"])
 def test_a_host_without_descriptions_has_its_stale_writers_by_application(application: Application) -> None:
     """The mapping names the column by default, and the subscriptions have one of that name."""
     application.host.execute("ALTER TABLE billing_tokenusage DROP COLUMN description")

@@ -27,11 +27,14 @@ PAID_AT = START + DAY
 PACK = 20_000
 
 
+@pytest.fixture(scope="module")
+def template_database(mapped_template: str) -> str:
+    return mapped_template
+
+
 @pytest.fixture(params=["journal", "no journal"])
 def books(request: pytest.FixtureRequest, host: Host, connection: Connection) -> Books:
     """A subscriber with a plan of 10,000. The journal, if there is one, is older than the payments."""
-    with host.engine.begin() as setup:
-        install(setup, MAPPED, with_host_tables=True)
     if request.param == "no journal":
         forget_journal(host)
     else:

@@ -12,7 +12,6 @@ from sqlalchemy import Connection
 from tests.support.findings import forget_journal
 from tests.support.host import Host
 from tests.support.two_books import HOUR, MAPPED, Books
-from trueup.install.install import install
 from trueup.reconcile.local_run import reconcile
 from trueup.review.decisions import (
     ReviewFilter,
@@ -100,10 +99,13 @@ SOURCES: tuple[Source, ...] = (
 )
 
 
+@pytest.fixture(scope="module")
+def template_database(mapped_template: str) -> str:
+    return mapped_template
+
+
 @pytest.fixture(params=["journal", "no journal"])
 def books(request: pytest.FixtureRequest, host: Host, connection: Connection) -> Books:
-    with host.engine.begin() as setup:
-        install(setup, MAPPED, with_host_tables=True)
     if request.param == "no journal":
         forget_journal(host)
     books = Books(host, connection)

@@ -1,8 +1,11 @@
 """Rows whose tokens add up to more than a bigint holds concern their own user alone."""
 
-import pytest
-from sqlalchemy import Connection
+from collections.abc import Iterator
 
+import pytest
+from sqlalchemy import Connection, Engine
+
+from tests.conftest import template_for
 from tests.support.books import assert_true
 from tests.support.host import Host
 from tests.support.work import balance, charge_tokens, hold_tokens
@@ -11,20 +14,20 @@ from trueup.database.engine import get_engine
 from trueup.errors import TokensDenied
 from trueup.gate.holds import close_hold
 from trueup.host.mapping import HostMapping
-from trueup.install.install import install
 from trueup.preview.scan import scan
 from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import Finding
+from trueup.stack import StackUrls
 
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
 WAYS = [[LOWEST], [HIGHEST], [HIGHEST, HIGHEST], [LOWEST, LOWEST, 5]]
 
 
-@pytest.fixture(autouse=True)
-def _bigint(host: Host) -> None:
-    host.execute("ALTER TABLE ai_usage_log ALTER total_tokens TYPE bigint")
-    with host.engine.begin() as connection:
-        install(connection, HostMapping(), with_host_tables=False)
+@pytest.fixture(scope="module")
+def template_database(stack: StackUrls, admin_engine: Engine, plain_template: str) -> Iterator[str]:
+    bigint = "ALTER TABLE ai_usage_log ALTER total_tokens TYPE bigint"
+    with template_for(stack, admin_engine, plain_template, HostMapping(), bigint) as name:
+        yield name
 
 
 @pytest.fixture
