@@ -11,9 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
-from sqlalchemy import Connection
 
-from trueup.accounts.account import read_account
 from trueup.accounts.user_ids import UserId, parse_user_id
 from trueup.accounts.validation import check_estimate
 from trueup.errors import UnknownUserError
@@ -21,6 +19,8 @@ from trueup.settings.settings import get_settings
 from trueup.stack import Service, require_database, running_stack
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
     ParamType = click.ParamType[Any]
 else:
     ParamType = click.ParamType  # generic only since click 8.2
@@ -100,7 +100,7 @@ def _parse_since(value: str) -> datetime | timedelta:
 
 
 def _parse_causes(value: str) -> tuple[str, ...]:
-    from trueup.drift.causes import CAUSE_SENTENCES, Cause  # on use: few commands name causes
+    from trueup.drift.causes import CAUSE_SENTENCES, Cause
 
     known = set(get_args(Cause)) | set(CAUSE_SENTENCES)
     causes = tuple(part.strip().lower().replace(" ", "_").replace("-", "_") for part in value.split("+"))
@@ -135,8 +135,10 @@ ROWS = Parsed("rows", _parse_rows)
 NUMBER = click.IntRange(1, 2**63 - 1)
 
 
-def require_user(connection: Connection, user: UserId | None) -> None:
+def require_user(connection: "Connection", user: UserId | None) -> None:
     """Raise `UnknownUserError` for a user without a subscription. None: all users are meant."""
+    from trueup.accounts.account import read_account
+
     if user is not None and not read_account(connection, user).subscribed:
         raise UnknownUserError(f"user: {user} has no subscription. Check the id, and the [host] mapping.")
 

@@ -1,4 +1,4 @@
-"""Spans and metrics for OpenTelemetry. Without the extra [otel] nothing here does anything.
+"""Spans and metrics for OpenTelemetry. Without the extra [otel], or a provider of the host's, there are no spans.
 
 The host's own OpenTelemetry SDK decides whether and where they are exported.
 """
@@ -6,7 +6,7 @@ The host's own OpenTelemetry SDK decides whether and where they are exported.
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -16,13 +16,27 @@ Value = str | int | float | bool
 _SCOPE = "trueup"
 
 
-@cache
 def _tracer() -> "trace.Tracer | None":
+    """Return the tracer of the host's provider. None: there is no provider yet, so a span would go nowhere."""
+    api = _trace_api()
+    if api is None:
+        return None
+    provider = api.get_tracer_provider()
+    return None if isinstance(provider, api.ProxyTracerProvider) else _tracer_of(provider)
+
+
+@cache
+def _trace_api() -> ModuleType | None:
     try:
         from opentelemetry import trace
     except ImportError:
         return None
-    return trace.get_tracer(_SCOPE)
+    return trace
+
+
+@cache
+def _tracer_of(provider: "trace.TracerProvider") -> "trace.Tracer":
+    return provider.get_tracer(_SCOPE)
 
 
 @cache

@@ -1,7 +1,10 @@
 import os
+from contextlib import suppress
 from datetime import timedelta
 
+import psycopg
 import pytest
+from psycopg.pq import TransactionStatus
 from sqlalchemy import Engine, text
 
 from tests.support.host import START, Host
@@ -92,6 +95,38 @@ def test_on_connect_each_statement_is_its_own_transaction(host: Host) -> None:
     with connect() as connection:
         connection.execute(text("INSERT INTO public.accounts_user VALUES (1, 'a', '')"))
         assert host.value("SELECT count(*) FROM accounts_user") == 1
+
+
+@pytest.mark.parametrize("statement", ["SELECT 1", "SELECT 1 / 0"])
+@pytest.mark.parametrize("autocommit", [True, False])
+def test_a_connection_returns_to_the_pool_without_a_transaction(host: Host, autocommit: bool, statement: str) -> None:
+    host.user()
+    with connect() as connection:
+        lent = connection.connection.dbapi_connection
+        assert isinstance(lent, psycopg.Connection)
+        lent.autocommit = autocommit
+        lent.execute("BEGIN" if autocommit else "SELECT 1")
+        lent.execute("UPDATE public.accounts_user SET email = 'never committed'")
+        with suppress(psycopg.errors.DivisionByZero):
+            lent.execute(statement)
+    assert (lent.info.transaction_status, lent.autocommit) == (TransactionStatus.IDLE, False)
+    with transaction() as connection:
+        assert connection.connection.dbapi_connection is lent
+        connection.execute(text("SELECT 1"))
+    assert host.value("SELECT email FROM public.accounts_user") != "never committed"
+
+
+def test_a_connection_that_was_lost_in_a_block_is_not_lent_again(host: Host) -> None:
+    with connect() as connection:
+        lost = connection.connection.dbapi_connection
+        assert isinstance(lost, psycopg.Connection)
+        lost.execute("BEGIN")
+        pid = lost.info.backend_pid
+        host.execute("SELECT pg_terminate_backend(:pid)", pid=pid)
+        wait_for(lambda: host.value("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid", pid=pid) == 0)
+    with connect() as connection:
+        assert connection.connection.dbapi_connection is not lost
+        assert connection.execute(text("SELECT 1")).scalar_one() == 1
 
 
 def test_a_transaction_is_committed_at_its_end_and_rolled_back_on_an_error(host: Host) -> None:

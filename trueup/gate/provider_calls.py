@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, select, text
+from sqlalchemy import Connection, text
 
 from trueup.accounts.user_ids import UserId
 from trueup.accounts.validation import check_estimate
 from trueup.database.calls import call
-from trueup.database.schema import own_table
 from trueup.errors import HoldOvertakenError
-from trueup.gate.holds import Hold
 from trueup.settings.settings import get_settings
+
+if TYPE_CHECKING:
+    from trueup.gate.holds import Hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ _BEGIN = text(
 
 def begin_call(
     connection: Connection,
-    hold: Hold,
+    hold: "Hold",
     *,
     call_key: str,
     max_tokens: int,
@@ -75,7 +77,7 @@ def begin_call(
 _END = text("SELECT trueup.end_call(:user_id, :task_id, :attempt, :call_key, :unknown)")
 
 
-def end_call(connection: Connection, hold: Hold, *, call_key: str, unknown: bool) -> None:
+def end_call(connection: Connection, hold: "Hold", *, call_key: str, unknown: bool) -> None:
     """Record that a call ended without usage. `unknown`: it may have been billed, so its intent is kept as evidence."""
     call(
         connection,
@@ -99,7 +101,7 @@ _EXTEND = text(
 
 
 def extend_hold(
-    connection: Connection, hold: Hold, tokens: int, *, now: datetime | None = None
+    connection: Connection, hold: "Hold", tokens: int, *, now: datetime | None = None
 ) -> tuple[str | None, int]:
     """Add `tokens` (a count) to an open hold, by the same decision as at the gate.
 
@@ -125,22 +127,21 @@ def extend_hold(
     return row.reason, row.tokens_left
 
 
+# For a row `c` of trueup.call_intent. A call in flight, whose hold is open, is not yet unrecorded.
+IS_UNRECORDED = """(c.outcome = 'unknown' OR NOT EXISTS (
+    SELECT FROM trueup.hold h WHERE h.user_id = c.user_id AND h.task_id = c.task_id AND h.status = 'open'))"""
+
+_LIST_UNRECORDED = text(
+    f"""
+    SELECT c.user_id, c.task_id, c.call_key, c.tokens_bound, c.started_at
+    FROM trueup.call_intent c WHERE {IS_UNRECORDED} ORDER BY c.started_at DESC LIMIT :limit
+    """
+)
+
+
 def list_unrecorded_calls(connection: Connection, *, limit: int = 100) -> list[UnrecordedCall]:
-    """Return calls that may have been billed and were never charged, newest first.
+    """Return calls that may have been billed and were never charged, newest first, at most `limit`.
 
     Calls in flight, whose hold is open, are not included.
     """
-    user_id_type = get_settings().host.user_id_type
-    call, hold = own_table("call_intent", user_id_type).c, own_table("hold", user_id_type).c
-    in_flight = (
-        select(hold.id)
-        .where(hold.user_id == call.user_id, hold.task_id == call.task_id, hold.status == "open")
-        .exists()
-    )
-    query = (
-        select(call.user_id, call.task_id, call.call_key, call.tokens_bound, call.started_at)
-        .where((call.outcome == "unknown") | ~in_flight)
-        .order_by(call.started_at.desc())
-        .limit(limit)
-    )
-    return [UnrecordedCall(**row) for row in connection.execute(query).mappings()]
+    return [UnrecordedCall(**row) for row in connection.execute(_LIST_UNRECORDED, {"limit": limit}).mappings()]

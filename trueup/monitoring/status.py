@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
+from trueup.gate.provider_calls import IS_UNRECORDED
 from trueup.usage.outbox import count_unresolved_effects
 
 # Gauge names and descriptions. Their queries are cheap: open holds, call intents and runs are indexed or few.
@@ -71,11 +72,9 @@ _OPEN = """open AS (
         FROM trueup.hold h WHERE h.status = 'open'
     )"""
 
-_UNRECORDED = """unrecorded AS (
+_UNRECORDED = f"""unrecorded AS (
         SELECT count(*) AS calls, coalesce(sum(c.tokens_bound), 0) AS tokens
-        FROM trueup.call_intent c
-        WHERE c.outcome = 'unknown' OR NOT EXISTS (
-            SELECT FROM trueup.hold h WHERE h.user_id = c.user_id AND h.task_id = c.task_id AND h.status = 'open')
+        FROM trueup.call_intent c WHERE {IS_UNRECORDED}
     )"""
 
 _OWED = """owed AS (

@@ -22,8 +22,6 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 from pydantic_settings import SettingsError as SourceError
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
 
 from trueup.errors import SettingsError
 from trueup.host.mapping import HostMapping
@@ -179,6 +177,9 @@ class Settings(BaseSettings):
         """Accept the usual PostgreSQL schemes, and select the driver psycopg."""
         if not url:
             return None
+        from sqlalchemy.engine import make_url
+        from sqlalchemy.exc import ArgumentError
+
         scheme, separator, rest = url.partition("://")
         if not separator or scheme not in ("postgresql", "postgres", "postgresql+psycopg"):
             raise ValueError("give a PostgreSQL URL: postgresql://user:password@host:5432/name")
@@ -334,6 +335,8 @@ def host_name(settings: Settings) -> str:
     """Return the host's name for titles: the setting, else the database's name. It raises nothing."""
     if settings.name:
         return settings.name
+    from sqlalchemy.engine import make_url
+
     with suppress(SettingsError):
         return make_url(database_url(settings)).database or "trueup"
     return "trueup"

@@ -2,13 +2,12 @@
 
 import json
 from dataclasses import dataclass, fields, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, and_, func, or_, select, text
+from sqlalchemy import Connection, text
 
 from trueup.accounts.user_ids import UserId
-from trueup.database.schema import own_table
 from trueup.settings.settings import get_settings
 
 EffectStatus = Literal["sending", "sent", "unknown", "failed"]
@@ -86,13 +85,17 @@ def begin_effect(
     )
 
 
+_COLUMNS = ", ".join(field.name for field in fields(Effect))
+
+_FIND = text(
+    f"SELECT {_COLUMNS} FROM trueup.outbox WHERE user_id = :user_id AND task_id = :task_id AND effect = :effect"
+)
+
+
 def find_effect(connection: Connection, *, user_id: UserId, task_id: str, effect: str) -> Effect | None:
     """Return the current state of a side effect; None if it was never tried."""
-    outbox = own_table("outbox", get_settings().host.user_id_type).c
-    query = select(*(outbox[field.name] for field in fields(Effect))).where(
-        outbox.user_id == user_id, outbox.task_id == task_id, outbox.effect == effect
-    )
-    row = connection.execute(query).mappings().one_or_none()
+    place = {"user_id": user_id, "task_id": task_id, "effect": effect}
+    row = connection.execute(_FIND, place).mappings().one_or_none()
     return Effect(**row) if row else None
 
 
@@ -152,26 +155,22 @@ def finish_effect(
     )
 
 
+# "sending" for longer than any task may take: the attempt is dead.
+_UNRESOLVED = """
+    FROM trueup.outbox WHERE status = 'unknown' OR (status = 'sending' AND updated_at <
+        coalesce(CAST(:now AS timestamptz), clock_timestamp()) - make_interval(secs => :time_limit_seconds))
+"""
+_LIST = text(f"SELECT {_COLUMNS} {_UNRESOLVED} ORDER BY updated_at DESC LIMIT :limit")
+_COUNT = text(f"SELECT count(*) {_UNRESOLVED}")
+
+
 def list_unresolved_effects(connection: Connection, *, limit: int = 100) -> list[Effect]:
     """Return side effects that may or may not have happened, newest first, at most `limit`."""
-    outbox = own_table("outbox", get_settings().host.user_id_type)
-    query = (
-        select(*(outbox.c[field.name] for field in fields(Effect)))
-        .where(_is_unresolved(func.clock_timestamp()))
-        .order_by(outbox.c.updated_at.desc())
-        .limit(limit)
-    )
-    return [Effect(**row) for row in connection.execute(query).mappings()]
+    values = {"now": None, "time_limit_seconds": get_settings().task_time_limit_seconds, "limit": limit}
+    return [Effect(**row) for row in connection.execute(_LIST, values).mappings()]
 
 
 def count_unresolved_effects(connection: Connection, now: datetime) -> int:
     """Return how many side effects may or may not have happened, as of `now`."""
-    outbox = own_table("outbox", get_settings().host.user_id_type)
-    return connection.scalar(select(func.count()).select_from(outbox).where(_is_unresolved(now))) or 0
-
-
-def _is_unresolved(now: Any) -> ColumnElement[bool]:
-    """Return the condition on an outbox row: unknown, or "sending" for longer than any task may take."""
-    outbox = own_table("outbox", get_settings().host.user_id_type).c
-    longest = timedelta(seconds=get_settings().task_time_limit_seconds)
-    return or_(outbox.status == "unknown", and_(outbox.status == "sending", outbox.updated_at < now - longest))
+    values = {"now": now, "time_limit_seconds": get_settings().task_time_limit_seconds}
+    return int(connection.execute(_COUNT, values).scalar_one())

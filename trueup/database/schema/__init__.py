@@ -3,6 +3,7 @@
 The first migration creates them. The comment of each constraint says which fault it prevents.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -43,6 +44,10 @@ def build_metadata(user_id_type: UserIdType) -> MetaData:
 
 
 @cache
+def _tables(user_id_type: UserIdType) -> Mapping[str, Table]:
+    return build_metadata(user_id_type).tables
+
+
 def own_table(name: str, user_id_type: UserIdType) -> Table:
     """Return one of trueup's own tables, for use in Core statements."""
-    return build_metadata(user_id_type).tables[f"{SCHEMA}.{name}"]
+    return _tables(user_id_type)[f"{SCHEMA}.{name}"]
