@@ -73,7 +73,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sample", type=int, help="so many mutants, drawn at random")
     parser.add_argument("--seed", type=int, default=1, help="what the sample is drawn from")
     parser.add_argument("--limit", type=float, default=60, help="seconds of tests after which a mutant has survived")
-    parser.add_argument("--tests", nargs="+", help="run these tests instead of those that guard the gate and the charge")
+    parser.add_argument("--tests", nargs="+", help="run these tests instead of `TESTS` in guard.py")
     parser.add_argument("--memory", type=Path, default=ROOT / ".mutations.json", help="what earlier runs have learned")
     parser.add_argument("--verbose", action="store_true", help="list killed and invalid mutants too")
     return parser.parse_args()

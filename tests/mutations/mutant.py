@@ -36,7 +36,7 @@ class Mutant:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Return what names this mutant in `equivalents.toml`. It has no line number, so it stays true when lines move."""
+        """Return what names this mutant in `equivalents.toml`. It stays true when lines move: it has no line number."""
         return self.function.name, self.was, self.now
 
 
@@ -49,9 +49,9 @@ def changed(text: str, start: int, end: int, new: str) -> tuple[str, str, str]:
     return text[:start] + new + text[end:], " ".join(was.split()), " ".join(now.split())
 
 
-def unique(mutants: Iterable[Mutant]) -> Iterator[Mutant]:
-    """Leave out a mutant that two kinds make."""
-    seen = set()
+def unique(code: str, mutants: Iterable[Mutant]) -> Iterator[Mutant]:
+    """Leave out a mutant that two kinds make, or that is the code itself."""
+    seen = {code}
     for mutant in mutants:
         if mutant.code not in seen:
             seen.add(mutant.code)

@@ -138,7 +138,9 @@ def _code_of(code: CodeType, old: CodeType) -> CodeType:
     found = [code]
     for each in found:
         found += [constant for constant in each.co_consts if isinstance(constant, CodeType)]
-    return next(each for each in found if (each.co_qualname, each.co_firstlineno) == (old.co_qualname, old.co_firstlineno))
+    return next(
+        each for each in found if (each.co_qualname, each.co_firstlineno) == (old.co_qualname, old.co_firstlineno)
+    )
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[str, Any]]:
@@ -162,7 +164,7 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, Any]]:
             yield "statement", lambda _: ast.Pass()
         case ast.AugAssign() | ast.Assign(targets=[ast.Attribute()]):
             yield "statement", lambda _: ast.Pass()
-        case ast.BoolOp(values=[first, *_]):
+        case ast.BoolOp():
             yield "condition", lambda place: place.values[0]
             yield "condition", lambda place: place.values[-1]
 

@@ -44,8 +44,9 @@ _PATTERNS: tuple[tuple[str, str, str], ...] = (
     ("conflict", r"ON CONFLICT[^;]*(?=;)", ""),
     ("filter", r"FILTER \(WHERE [^()]*\)", ""),
 )
-_ENDS = frozenset(
-    "AND OR THEN RETURNING ORDER GROUP LIMIT FOR INTO LOOP WHERE ON UNION HAVING ELSE WHEN END AS JOIN CROSS LEFT FROM SET".split()
+_ENDS_OF_VALUE = frozenset(("FROM", "WHERE", "RETURNING", ";", ","))
+_ENDS_OF_CONDITION = _ENDS_OF_VALUE | frozenset(
+    "AND OR THEN ORDER GROUP LIMIT FOR INTO LOOP ON UNION HAVING ELSE WHEN END AS JOIN CROSS LEFT SET".split()  # noqa: SIM905
 )
 _CONDITION_STARTS = ("WHERE", "AND", "OR", "ON", "HAVING")
 _DROPPED = ("PERFORM", "UPDATE", "INSERT", "DELETE", "RAISE", "RETURN", "SET", "LOCK")
@@ -90,8 +91,10 @@ class SqlFunction:
             code, was, now = changed(self._definition, self._body + start, self._body + end, new)
             return Mutant(function=self, kind=kind, was=was, now=now, code=code)
 
-        found = (maker(body, tokens, mutant) for maker in (_swaps, _patterns, _coalesce, _conditions, _statements, _values))
-        yield from unique(each for mutants in found for each in mutants)
+        found = (
+            maker(body, tokens, mutant) for maker in (_swaps, _patterns, _coalesce, _conditions, _statements, _values)
+        )
+        yield from unique(self._definition, (each for mutants in found for each in mutants))
 
 
 _Make = Callable[[str, int, int, str], Mutant]
@@ -99,14 +102,18 @@ _Make = Callable[[str, int, int, str], Mutant]
 
 def sql_functions(engine: Engine) -> list[SqlFunction]:
     """Read the functions of `FILES` from a database, with all that the installation has set for them."""
-    paths = sorted(path for file in FILES for path in ([ROOT / file] if file.endswith(".sql") else (ROOT / file).glob("*.sql")))
+    paths = sorted(
+        path for file in FILES for path in ([ROOT / file] if file.endswith(".sql") else (ROOT / file).glob("*.sql"))
+    )
     names = [name for path in paths for name in re.findall(r"FUNCTION trueup\.(\w+)\(", path.read_text())]
     query = text(
         "SELECT p.proname, pg_get_functiondef(p.oid) FROM pg_proc p "
         "WHERE p.pronamespace = 'trueup'::regnamespace AND p.proname = ANY (:names) ORDER BY p.oid"
     )
     with engine.connect() as connection:
-        return [SqlFunction(name, definition, engine) for name, definition in connection.execute(query, {"names": names})]
+        return [
+            SqlFunction(name, definition, engine) for name, definition in connection.execute(query, {"names": names})
+        ]
 
 
 def _tokens(body: str) -> list[_Token]:
@@ -145,13 +152,13 @@ def _coalesce(body: str, tokens: list[_Token], make: _Make) -> Iterator[Mutant]:
             yield make("coalesce", token.start, close.end, body[tokens[number + 1].end : comma.start])
 
 
-def _end_of_condition(tokens: list[_Token], number: int) -> int:
-    """Return the number of the last token of the condition that begins at this one."""
+def _last(tokens: list[_Token], number: int, ends: frozenset[str]) -> int:
+    """Return the number of the last token of the expression that begins at this one."""
     depth, cases = tokens[number].depth, 0
     for at in range(number, len(tokens)):
         token = tokens[at]
         cases += token.text == "CASE"
-        is_end = token.depth < depth or (token.depth == depth and (token.text in _ENDS or token.text in (";", ",")))
+        is_end = token.depth < depth or (token.depth == depth and token.text in ends)
         if is_end and not cases and at > number and tokens[at - 1].text not in ("DISTINCT", "BETWEEN"):
             return at - 1
         cases -= token.text == "END"
@@ -163,12 +170,14 @@ def _conditions(body: str, tokens: list[_Token], make: _Make) -> Iterator[Mutant
     for number, token in enumerate(tokens[:-1]):
         first = tokens[number + 1]
         if token.text in _CONDITION_STARTS and first.text not in ("CONFLICT",):
-            last = tokens[_end_of_condition(tokens, number + 1)]
+            last = tokens[_last(tokens, number + 1, _ENDS_OF_CONDITION)]
             yield make("condition", first.start, last.end, "false" if token.text == "OR" else "true")
         if token.text in ("IF", "ELSIF", "WHEN") and token.depth >= 0:
             then = next((t for t in tokens[number:] if t.text == "THEN" and t.depth == token.depth), None)
             if then is not None:
-                yield make("contrary", first.start, then.start, f"({body[first.start : then.start].rstrip()}) IS NOT TRUE ")
+                yield make(
+                    "contrary", first.start, then.start, f"({body[first.start : then.start].rstrip()}) IS NOT TRUE "
+                )
 
 
 def _statements(body: str, tokens: list[_Token], make: _Make) -> Iterator[Mutant]:
@@ -177,8 +186,9 @@ def _statements(body: str, tokens: list[_Token], make: _Make) -> Iterator[Mutant
         begins = not number or tokens[number - 1].text in (";", "BEGIN", "THEN", "ELSE", "LOOP")
         is_dropped = token.text in _DROPPED or tokens[number + 1].text == ":="
         if begins and is_dropped and token.depth == 0:
-            end = next(t for t in tokens[number:] if t.text == ";" and t.depth == 0)
-            yield make("statement", token.start, end.end, "NULL;")
+            end = next((t for t in tokens[number:] if t.text == ";" and t.depth == 0), None)
+            if end:  # a statement of PL/pgSQL; a function in SQL may be one statement without an end
+                yield make("statement", token.start, end.end, "NULL;")
 
 
 def _values(body: str, tokens: list[_Token], make: _Make) -> Iterator[Mutant]:
@@ -188,9 +198,7 @@ def _values(body: str, tokens: list[_Token], make: _Make) -> Iterator[Mutant]:
             continue
         at = number + 1
         while True:
-            end = _end_of_condition(tokens, at)
-            while tokens[end + 1].text in ("AND", "OR", "FROM") and "IS" in (tokens[end].text, tokens[end - 1].text, tokens[end - 2].text):
-                end = _end_of_condition(tokens, end + 2)
+            end = _last(tokens, at, _ENDS_OF_VALUE)
             column = tokens[at].text
             yield make("value", tokens[at + 2].start, tokens[end].end, _same(body, tokens, number, column))
             if tokens[end + 1].text != ",":
@@ -199,7 +207,7 @@ def _values(body: str, tokens: list[_Token], make: _Make) -> Iterator[Mutant]:
 
 
 def _same(body: str, tokens: list[_Token], number: int, column: str) -> str:
-    """Return the column as the statement's row has it: UPDATE trueup.hold h SET …, or ON CONFLICT … AS c DO UPDATE SET …"""
+    """Return the column of the row as it was: of `UPDATE hold h SET`, or `INSERT INTO hold AS h … DO UPDATE SET`."""
     before = tokens[number - 1].text
     alias = re.search(r"INSERT INTO [\w.]+ AS (\w+)", body) if before == "UPDATE" else None
     return f"{alias[1] if alias else before}.{column}"
