@@ -193,6 +193,11 @@ def test_closing_a_hold_releases_its_remaining_tokens_once(host: Host, connectio
     assert_true(host)
 
 
+def test_after_the_close_of_a_hold_the_session_waits_for_the_disk_again(host: Host, connection: Connection) -> None:
+    close_hold(connection, hold_tokens(connection, host.subscriber(), 100))
+    assert connection.scalar(text("SHOW synchronous_commit")) == "on"
+
+
 def test_an_overtaken_attempt_cant_close(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     first = hold_tokens(connection, user, 300, task="t")

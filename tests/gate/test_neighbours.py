@@ -18,11 +18,13 @@ from trueup.gate.provider_calls import begin_call, end_call, extend_hold
 NOW = START + timedelta(days=3)
 LEASE = 30
 TTL = 600
-# Which rows belong to the task `t` of the user; a balance, a counter and the log belong to all tasks of the user.
+# Which rows belong to the open hold of the task `t` of the user: the holds of its attempts 1 and 2 have ended. A balance,
+# a counter and the log belong to all tasks of the user.
+HOLD_ROW = "user_id = :user AND task_id = 't' AND attempt > 2"
 ROWS = {
-    "trueup.hold": "user_id = :user AND task_id = 't'",
-    "trueup.call_intent": "user_id = :user AND task_id = 't'",
-    "trueup.charge": "user_id = :user AND task_id = 't'",
+    "trueup.hold": HOLD_ROW,
+    "trueup.call_intent": HOLD_ROW,
+    "trueup.charge": HOLD_ROW,
     "trueup.balance": "user_id = :user",
     "billing_subscription": "user_id = :user",
     "ai_usage_log": "user_id = :user",
@@ -38,12 +40,19 @@ def begin(connection: Connection, hold: Hold, key: str, bound: int = 100, second
     assert begin_call(connection, hold, call_key=key, max_tokens=bound, **times) is None
 
 
-def deliver(connection: Connection, user: int, task: str, *, ttl: int = TTL, seconds: float = 0) -> Hold:
-    return hold_tokens(connection, user, 600, task=task, lease=LEASE, ttl=ttl, now=after(seconds))
+def deliver(
+    connection: Connection, user: int, task: str, *, ttl: int = TTL, seconds: float = 0, request: str = ""
+) -> Hold:
+    return hold_tokens(connection, user, 600, task=task, lease=LEASE, ttl=ttl, request=request, now=after(seconds))
 
 
 def in_two_calls(connection: Connection, user: int, task: str, ttl: int) -> Hold:
-    """Open a hold, charge its call `0`, and begin its calls `1` and `2`."""
+    """Open a hold, charge its call `0`, and begin its calls `1` and `2`. Earlier holds of two requests have ended."""
+    for number, request in enumerate(["another", ""]):
+        ended = deliver(connection, user, task, request=request)
+        charge_tokens(connection, ended, 10, key=f"ended {number}", now=NOW)
+        begin(connection, ended, "1")
+        close_hold(connection, ended, now=NOW)
     hold = deliver(connection, user, task, ttl=ttl)
     charge_tokens(connection, hold, 10, key="0", now=NOW, answer={"text": task})
     begin(connection, hold, "1")

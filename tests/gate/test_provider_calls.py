@@ -111,16 +111,19 @@ def test_an_unknown_call_that_is_made_again_is_in_flight_again(connection: Conne
     assert begin(connection, hold, 201, key="2") == 200
 
 
-def test_ending_a_call_leaves_that_of_another_attempt_or_user_alone(
-    host: Host, connection: Connection, hold: Hold
+@pytest.mark.parametrize("unknown", [True, False])
+def test_ending_a_call_leaves_other_calls_and_those_of_another_attempt_or_user_alone(
+    host: Host, connection: Connection, hold: Hold, unknown: bool
 ) -> None:
     other = hold_tokens(connection, host.subscriber(), 600, task="t", now=NOW)
     for of in (hold, other):
         begin(connection, of, 100)
     second = hold_tokens(connection, hold.user_id, 600, task="t", lease=30, now=NOW + timedelta(minutes=1))
     begin(connection, second, 200, minutes=1)
-    end_call(connection, second, call_key="1", unknown=False)
-    assert on_record(host) == [("1", 1, 100, "started")] * 2
+    begin(connection, second, 50, key="2", minutes=1)
+    end_call(connection, second, call_key="1", unknown=unknown)
+    ended = [("1", 2, 200, "unknown")] if unknown else []
+    assert on_record(host) == [("1", 1, 100, "started")] * 2 + ended + [("2", 2, 50, "started")]
 
 
 @pytest.mark.parametrize("end", ["closed", "expired"])
@@ -201,15 +204,17 @@ def test_an_extension_returns_the_tokens_left_without_those_of_calls_in_flight(
     assert extend_hold(connection, hold, 5_000, now=NOW) == ("insufficient_tokens", 150)
 
 
-@pytest.mark.parametrize("overdue", [True, False])
-def test_a_hold_that_has_ended_is_not_extended(
-    host: Host, connection: Connection, user: int, hold: Hold, overdue: bool
+@pytest.mark.parametrize(("end", "held"), [("closed", 0), ("overdue", 0), ("taken over", 600)])
+def test_a_hold_that_has_ended_or_has_a_later_attempt_is_not_extended(
+    host: Host, connection: Connection, user: int, hold: Hold, end: str, held: int
 ) -> None:
-    if not overdue:
+    if end == "closed":
         close_hold(connection, hold, now=NOW)
+    elif end == "taken over":
+        hold_tokens(connection, user, 600, task="t", now=NOW)
     with pytest.raises(HoldOvertakenError):
-        extend_hold(connection, hold, 100, now=NOW + timedelta(hours=1) if overdue else NOW)
-    assert balance(host, user) == (0, 0)
+        extend_hold(connection, hold, 100, now=NOW + timedelta(hours=1) if end == "overdue" else NOW)
+    assert balance(host, user) == (0, held)
     assert_true(host)
 
 
