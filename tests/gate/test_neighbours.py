@@ -18,8 +18,8 @@ from trueup.gate.provider_calls import begin_call, end_call, extend_hold
 NOW = START + timedelta(days=3)
 LEASE = 30
 TTL = 600
-# Which rows belong to the open hold of the task `t` of the user: the holds of its attempts 1 and 2 have ended. A balance,
-# a counter and the log belong to all tasks of the user.
+# Which rows belong to the open hold of the user's task `t`: the holds of its attempts 1 and 2 have ended. A balance, a
+# counter and the log belong to all tasks of the user.
 HOLD_ROW = "user_id = :user AND task_id = 't' AND attempt > 2"
 ROWS = {
     "trueup.hold": HOLD_ROW,
