@@ -224,6 +224,17 @@ def test_of_several_concurrent_closings_one_releases_the_tokens(
     assert balance(host, user) == (0, 500)
 
 
+@pytest.mark.parametrize("logged", [0, 100])
+def test_a_hold_counts_the_retries_for_new_answers_that_its_body_has_asked_for(
+    host: Host, connection: Connection, logged: int
+) -> None:
+    user = host.subscriber(1_000)
+    for retries in (0, 1):
+        if logged:  # a delta, which the gate of the common case leaves to the general one
+            host.log(user, logged)
+        assert hold_tokens(connection, user, 100, fresh_retries=retries).fresh_retries == retries
+
+
 def test_the_next_gate_ends_overdue_holds(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     dead = hold_tokens(connection, user, 1_000, ttl=60, now=NOW)

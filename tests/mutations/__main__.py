@@ -30,6 +30,8 @@ def main() -> int:
         return [each for each in every if not arguments.only or each.name in arguments.only]
 
     def choose(mutants: list[Mutant]) -> list[Mutant]:
+        if arguments.now:
+            mutants = [mutant for mutant in mutants if any(part in mutant.now for part in arguments.now)]
         if arguments.sample:
             mutants = random.Random(arguments.seed).sample(mutants, min(arguments.sample, len(mutants)))  # noqa: S311
         for mutant in mutants:
@@ -70,6 +72,7 @@ def _report(outcomes: dict[str, Counter[str]], seconds: float) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__)
     parser.add_argument("--only", nargs="+", help="only these functions, such as open_hold or trueup.llm.calls:begin")
+    parser.add_argument("--now", nargs="+", help="only the mutants whose changed lines have one of these texts")
     parser.add_argument("--sample", type=int, help="so many mutants, drawn at random")
     parser.add_argument("--seed", type=int, default=1, help="what the sample is drawn from")
     parser.add_argument("--limit", type=float, default=60, help="seconds of tests after which a mutant has survived")

@@ -97,10 +97,16 @@ def test_the_same_call_has_the_same_log_id_and_another_call_user_or_task_another
     assert len(set(ids)) == 4
 
 
-def test_two_users_tasks_of_one_id_and_one_call_are_both_charged(host: Host, connection: Connection) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_two_users_tasks_of_one_id_and_one_call_are_both_charged(
+    host: Host, connection: Connection, late: bool
+) -> None:
     users = [host.subscriber(), host.subscriber()]
     for user in users:
-        charge_tokens(connection, hold_tokens(connection, user, 100, task="nightly"), 60)
+        hold = hold_tokens(connection, user, 100, task="nightly")
+        if late:
+            close_hold(connection, hold)
+        charge_tokens(connection, hold, 60)
     assert [host.used(user) for user in users] == [60, 60]
 
 
