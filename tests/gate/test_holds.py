@@ -133,6 +133,14 @@ def test_an_estimate_of_zero_is_admitted_and_holds_nothing(host: Host, connectio
     assert_true(host)
 
 
+def test_an_estimate_of_zero_is_denied_once_all_tokens_are_used(host: Host, connection: Connection) -> None:
+    user = host.subscriber(100)
+    charge_tokens(connection, hold_tokens(connection, user, 100), 100)
+    with pytest.raises(TokensDenied) as denied:
+        hold_tokens(connection, user, 0)
+    assert denied.value.error_code == "no_tokens_remaining"
+
+
 @pytest.mark.parametrize("estimate", [-1, True, 1.0, "5"])
 def test_a_malformed_estimate_is_refused_before_anything_is_written(
     host: Host, connection: Connection, estimate: object

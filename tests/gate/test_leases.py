@@ -105,6 +105,13 @@ def test_the_lease_ends_to_the_moment_and_for_a_retry_at_once(connection: Connec
     assert (later.attempt, later.reattached, later.tokens_left) == (2, True, 600)
 
 
+def test_a_duplicate_of_a_retry_waits_for_that_retry(connection: Connection, user: int) -> None:
+    deliver(connection, user)
+    deliver(connection, user, retries=1)
+    with pytest.raises(HoldBusyError):
+        deliver(connection, user, retries=1)
+
+
 def test_a_call_renews_the_lease_and_the_hold(connection: Connection, user: int) -> None:
     first = deliver(connection, user)
     begin(connection, first, 10, 25)

@@ -129,6 +129,10 @@ def test_an_operation_on_one_task_leaves_other_tasks_and_users_alone(
     user, other = host.subscriber(10_000), host.subscriber(10_000)
     for owner, task in ((user, "u"), (other, "t"), (other, "u")):
         in_two_calls(connection, owner, task, ttl=100_000)
+    # Another task in two attempts, so that there are calls of each attempt number beside those of the task.
+    slow = in_two_calls(connection, user, "v", ttl=100_000)
+    begin(connection, deliver(connection, user, "v", ttl=100_000, seconds=LEASE), "1", seconds=LEASE)
+    assert slow.attempt == 3
     hold = in_two_calls(connection, user, "t", ttl=TTL)
 
     def rows(which: str) -> list[Any]:
