@@ -15,7 +15,7 @@ from tests.support.sessions import (
 )
 from tests.support.work import balance, charge_tokens, hold_tokens
 from trueup.database.calls import UnreadableAnswerError
-from trueup.errors import InvalidInputError, TokensDenied
+from trueup.errors import HoldBusyError, InvalidInputError, TokensDenied
 from trueup.gate.decision import check_access
 from trueup.gate.holds import Hold, close_hold, expire_holds, list_holds
 
@@ -161,6 +161,14 @@ def test_a_redelivered_task_gets_its_open_hold_back_as_the_next_attempt(host: Ho
     assert second.expires_at - first.expires_at == timedelta(seconds=9)
     assert statuses(host) == ["open"]
     assert_true(host)
+
+
+def test_a_duplicate_of_a_retry_waits_for_that_retry(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    for retries in (0, 1):
+        hold_tokens(connection, user, 500, task="t", lease=30, retries=retries, now=NOW)
+    with pytest.raises(HoldBusyError):
+        hold_tokens(connection, user, 500, task="t", lease=30, retries=1, now=NOW)
 
 
 def test_a_redelivered_task_keeps_its_hold_when_the_budget_is_spent_by_then(host: Host, connection: Connection) -> None:

@@ -105,13 +105,6 @@ def test_the_lease_ends_to_the_moment_and_for_a_retry_at_once(connection: Connec
     assert (later.attempt, later.reattached, later.tokens_left) == (2, True, 600)
 
 
-def test_a_duplicate_of_a_retry_waits_for_that_retry(connection: Connection, user: int) -> None:
-    deliver(connection, user)
-    deliver(connection, user, retries=1)
-    with pytest.raises(HoldBusyError):
-        deliver(connection, user, retries=1)
-
-
 def test_a_call_renews_the_lease_and_the_hold(connection: Connection, user: int) -> None:
     first = deliver(connection, user)
     begin(connection, first, 10, 25)
@@ -313,16 +306,6 @@ def test_tokens_of_a_slow_attempts_call_in_flight_stay_held_when_the_next_attemp
     assert balance(host, user) == (1_000, 0)
     assert host.value("SELECT status FROM trueup.hold WHERE task_id = 't'") == "settled"
     assert_true(host)
-
-
-@pytest.mark.parametrize("bound", [1, 200])
-def test_the_calls_of_an_attempt_that_ended_are_unrecorded_though_its_hold_stays_open_for_a_slow_attempt(
-    connection: Connection, user: int, bound: int
-) -> None:
-    _, second = overtaken_in_a_call(connection, user, bound)
-    begin(connection, second, 100, LEASE, key="own")
-    assert close_hold(connection, second, now=after(LEASE)) == "open"
-    assert [call.call_key for call in list_unrecorded_calls(connection)] == ["own"]
 
 
 def test_a_hold_that_is_open_only_for_calls_in_flight_ends_with_the_last_one_and_allows_no_new_call(

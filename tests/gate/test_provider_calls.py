@@ -142,6 +142,17 @@ def test_a_call_in_flight_is_listed_from_the_end_of_its_hold_until_its_charge(
     assert_true(host)
 
 
+@pytest.mark.parametrize("bound", [1, 200])
+def test_the_calls_of_an_attempt_that_ended_are_unrecorded_though_its_hold_stays_open_for_a_slow_attempt(
+    connection: Connection, user: int, hold: Hold, bound: int
+) -> None:
+    begin(connection, hold, bound)
+    second = hold_tokens(connection, user, 600, task="t", now=NOW + timedelta(minutes=1))
+    begin(connection, second, 100, key="own", minutes=1)
+    assert close_hold(connection, second, now=NOW + timedelta(minutes=1)) == "open"
+    assert unrecorded(connection) == [("own", 100)]
+
+
 def test_unrecorded_calls_are_listed_newest_first(connection: Connection, hold: Hold) -> None:
     for minutes in (2, 1, 3):
         begin(connection, hold, minutes, key=f"after {minutes}", minutes=minutes)
