@@ -32,7 +32,7 @@ OLDEST_STAMP := $(OLDEST)/.installed
 OLDEST_TESTS ?= tests/gate tests/usage tests/reconcile tests/worker --ignore=tests/reconcile/test_live_host.py \
     --ignore=tests/worker/test_rabbitmq.py
 
-.PHONY: help demo test test-long test-browser test-frameworks real-model test-oldest check faults format lock clean
+.PHONY: help demo test test-long test-browser test-frameworks real-model test-oldest test-mutations check faults format lock clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -58,6 +58,9 @@ real-model: $(MODEL_STAMP)  ## Compare what is charged with a real model's own c
 
 test-oldest: $(OLDEST_STAMP)  ## Run the tests of gate, charges, reconcile and worker on the lowest allowed versions
 	@$(OLDEST)/bin/pytest --numprocesses=$(JOBS) --dist=loadfile $(OLDEST_TESTS) $(ARGS)
+
+test-mutations: $(STAMP)  ## Change the gate and the charge in one place at a time, and list the changes that no test notices (hours)
+	@$(BIN)/python -m tests.mutations $(ARGS)
 
 check: $(STAMP)  ## Check lint, format, types, import contracts and the compose schema
 	@$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from tests.support.sessions import (
 )
 from tests.support.work import balance, charge_tokens, hold_tokens
 from trueup.database.calls import UnreadableAnswerError
-from trueup.errors import InvalidInputError, TokensDenied
+from trueup.errors import HoldBusyError, InvalidInputError, TokensDenied
 from trueup.gate.decision import check_access
 from trueup.gate.holds import Hold, close_hold, expire_holds, list_holds
 
@@ -133,6 +133,14 @@ def test_an_estimate_of_zero_is_admitted_and_holds_nothing(host: Host, connectio
     assert_true(host)
 
 
+def test_an_estimate_of_zero_is_denied_once_all_tokens_are_used(host: Host, connection: Connection) -> None:
+    user = host.subscriber(100)
+    charge_tokens(connection, hold_tokens(connection, user, 100), 100)
+    with pytest.raises(TokensDenied) as denied:
+        hold_tokens(connection, user, 0)
+    assert denied.value.error_code == "no_tokens_remaining"
+
+
 @pytest.mark.parametrize("estimate", [-1, True, 1.0, "5"])
 def test_a_malformed_estimate_is_refused_before_anything_is_written(
     host: Host, connection: Connection, estimate: object
@@ -153,6 +161,14 @@ def test_a_redelivered_task_gets_its_open_hold_back_as_the_next_attempt(host: Ho
     assert second.expires_at - first.expires_at == timedelta(seconds=9)
     assert statuses(host) == ["open"]
     assert_true(host)
+
+
+def test_a_duplicate_of_a_retry_waits_for_that_retry(host: Host, connection: Connection) -> None:
+    user = host.subscriber(1_000)
+    for retries in (0, 1):
+        hold_tokens(connection, user, 500, task="t", lease=30, retries=retries, now=NOW)
+    with pytest.raises(HoldBusyError):
+        hold_tokens(connection, user, 500, task="t", lease=30, retries=1, now=NOW)
 
 
 def test_a_redelivered_task_keeps_its_hold_when_the_budget_is_spent_by_then(host: Host, connection: Connection) -> None:
@@ -193,6 +209,11 @@ def test_closing_a_hold_releases_its_remaining_tokens_once(host: Host, connectio
     assert_true(host)
 
 
+def test_after_the_close_of_a_hold_the_session_waits_for_the_disk_again(host: Host, connection: Connection) -> None:
+    close_hold(connection, hold_tokens(connection, host.subscriber(), 100))
+    assert connection.scalar(text("SHOW synchronous_commit")) == "on"
+
+
 def test_an_overtaken_attempt_cant_close(host: Host, connection: Connection) -> None:
     user = host.subscriber(1_000)
     first = hold_tokens(connection, user, 300, task="t")
@@ -217,6 +238,17 @@ def test_of_several_concurrent_closings_one_releases_the_tokens(
     assert sorted(map(str, run_at_once([close] * 8))) == ["None"] * 7 + ["released"]
     engine.dispose()
     assert balance(host, user) == (0, 500)
+
+
+@pytest.mark.parametrize("logged", [0, 100])
+def test_a_hold_counts_the_retries_for_new_answers_that_its_body_has_asked_for(
+    host: Host, connection: Connection, logged: int
+) -> None:
+    user = host.subscriber(1_000)
+    for retries in (0, 1):
+        if logged:  # a delta, which the gate of the common case leaves to the general one
+            host.log(user, logged)
+        assert hold_tokens(connection, user, 100, fresh_retries=retries).fresh_retries == retries
 
 
 def test_the_next_gate_ends_overdue_holds(host: Host, connection: Connection) -> None:

@@ -326,7 +326,8 @@ def test_a_hold_that_is_open_only_for_calls_in_flight_ends_with_the_last_one_and
     assert balance(host, user) == (200, 100)
     charge_tokens(connection, second, 120, now=after(2 * LEASE))
     assert balance(host, user) == (320, 0)
-    assert [row.status for row in list_holds(connection, every_status=True)] == ["settled"]
+    [row] = list_holds(connection, every_status=True)
+    assert (row.status, row.tokens_charged, row.calls) == ("settled", 320, 3)
     assert_true(host)
 
 

@@ -111,16 +111,19 @@ def test_an_unknown_call_that_is_made_again_is_in_flight_again(connection: Conne
     assert begin(connection, hold, 201, key="2") == 200
 
 
-def test_ending_a_call_leaves_that_of_another_attempt_or_user_alone(
-    host: Host, connection: Connection, hold: Hold
+@pytest.mark.parametrize("unknown", [True, False])
+def test_ending_a_call_leaves_other_calls_and_those_of_another_attempt_or_user_alone(
+    host: Host, connection: Connection, hold: Hold, unknown: bool
 ) -> None:
     other = hold_tokens(connection, host.subscriber(), 600, task="t", now=NOW)
     for of in (hold, other):
         begin(connection, of, 100)
     second = hold_tokens(connection, hold.user_id, 600, task="t", lease=30, now=NOW + timedelta(minutes=1))
     begin(connection, second, 200, minutes=1)
-    end_call(connection, second, call_key="1", unknown=False)
-    assert on_record(host) == [("1", 1, 100, "started")] * 2
+    begin(connection, second, 50, key="2", minutes=1)
+    end_call(connection, second, call_key="1", unknown=unknown)
+    ended = [("1", 2, 200, "unknown")] if unknown else []
+    assert on_record(host) == [("1", 1, 100, "started")] * 2 + ended + [("2", 2, 50, "started")]
 
 
 @pytest.mark.parametrize("end", ["closed", "expired"])
@@ -137,6 +140,17 @@ def test_a_call_in_flight_is_listed_from_the_end_of_its_hold_until_its_charge(
     charge_tokens(connection, hold, 250, now=NOW + timedelta(hours=1))
     assert unrecorded(connection) == []
     assert_true(host)
+
+
+@pytest.mark.parametrize("bound", [1, 200])
+def test_the_calls_of_an_attempt_that_ended_are_unrecorded_though_its_hold_stays_open_for_a_slow_attempt(
+    connection: Connection, user: int, hold: Hold, bound: int
+) -> None:
+    begin(connection, hold, bound)
+    second = hold_tokens(connection, user, 600, task="t", now=NOW + timedelta(minutes=1))
+    begin(connection, second, 100, key="own", minutes=1)
+    assert close_hold(connection, second, now=NOW + timedelta(minutes=1)) == "open"
+    assert unrecorded(connection) == [("own", 100)]
 
 
 def test_unrecorded_calls_are_listed_newest_first(connection: Connection, hold: Hold) -> None:
@@ -201,15 +215,17 @@ def test_an_extension_returns_the_tokens_left_without_those_of_calls_in_flight(
     assert extend_hold(connection, hold, 5_000, now=NOW) == ("insufficient_tokens", 150)
 
 
-@pytest.mark.parametrize("overdue", [True, False])
-def test_a_hold_that_has_ended_is_not_extended(
-    host: Host, connection: Connection, user: int, hold: Hold, overdue: bool
+@pytest.mark.parametrize(("end", "held"), [("closed", 0), ("overdue", 0), ("taken over", 600)])
+def test_a_hold_that_has_ended_or_has_a_later_attempt_is_not_extended(
+    host: Host, connection: Connection, user: int, hold: Hold, end: str, held: int
 ) -> None:
-    if not overdue:
+    if end == "closed":
         close_hold(connection, hold, now=NOW)
+    elif end == "taken over":
+        hold_tokens(connection, user, 600, task="t", now=NOW)
     with pytest.raises(HoldOvertakenError):
-        extend_hold(connection, hold, 100, now=NOW + timedelta(hours=1) if overdue else NOW)
-    assert balance(host, user) == (0, 0)
+        extend_hold(connection, hold, 100, now=NOW + timedelta(hours=1) if end == "overdue" else NOW)
+    assert balance(host, user) == (0, held)
     assert_true(host)
 
 

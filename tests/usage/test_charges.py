@@ -97,10 +97,16 @@ def test_the_same_call_has_the_same_log_id_and_another_call_user_or_task_another
     assert len(set(ids)) == 4
 
 
-def test_two_users_tasks_of_one_id_and_one_call_are_both_charged(host: Host, connection: Connection) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_two_users_tasks_of_one_id_and_one_call_are_both_charged(
+    host: Host, connection: Connection, late: bool
+) -> None:
     users = [host.subscriber(), host.subscriber()]
     for user in users:
-        charge_tokens(connection, hold_tokens(connection, user, 100, task="nightly"), 60)
+        hold = hold_tokens(connection, user, 100, task="nightly")
+        if late:
+            close_hold(connection, hold)
+        charge_tokens(connection, hold, 60)
     assert [host.used(user) for user in users] == [60, 60]
 
 
@@ -111,6 +117,8 @@ def test_usage_beyond_the_hold_is_charged_and_reported(
     assert balance(host, user) == (1_300, 0)
     assert charge_tokens(connection, hold, 5, key="2").tokens_over == 5
     assert host.used(user) == 1_305
+    figures = host.execute("SELECT tokens_reserved, tokens_covered, tokens_charged, calls FROM trueup.hold").one()
+    assert figures == (1_000, 1_000, 1_305, 2)
     assert_true(host)
 
 
@@ -164,8 +172,10 @@ def test_the_counter_is_lowered_to_no_less_than_zero_and_an_odd_one_left_alone(
     host: Host, connection: Connection, user: int, hold: Hold, counter: int | None, left: int | None
 ) -> None:
     host.execute("UPDATE billing_subscription SET tokens_remaining = :counter", counter=counter)
+    other = host.subscriber(10_000)
     charge_tokens(connection, hold, 300)
-    assert host.counter(user) == left
+    assert (host.counter(user), host.counter(other)) == (left, 10_000)
+    assert host.value("SELECT counter_lowered FROM trueup.charge")
 
 
 def test_a_charge_does_not_wait_for_a_host_that_holds_the_counter(
@@ -175,6 +185,7 @@ def test_a_charge_does_not_wait_for_a_host_that_holds_the_counter(
     with locked(host, "SELECT * FROM billing_subscription FOR UPDATE"):
         assert charge_tokens(connection, hold, 300).recorded
     assert (host.used(user), host.counter(user)) == (300, 10_000)
+    assert not host.value("SELECT counter_lowered FROM trueup.charge")
     assert_true(host)
 
 

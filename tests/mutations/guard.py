@@ -1,0 +1,184 @@
+"""The tests that guard the code. They run in one pytest process, and on each mutant in a fork of it."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _pytest.runner import runtestprotocol
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.pool import NullPool
+
+from tests.conftest import url_of_database
+from tests.mutations.mutant import InvalidMutantError, Mutable, Mutant
+
+TESTS = (
+    "tests/gate",
+    "tests/usage/test_answers.py",
+    "tests/usage/test_charges.py",
+    "tests/usage/test_owed_charges.py",
+    "tests/usage/test_own_rows.py",
+    "tests/usage/test_tracker.py",
+    "tests/usage/test_uncountable.py",
+    "tests/billing/test_token_hold.py",
+    "tests/llm/test_answer_limits.py",
+    "tests/llm/test_metering.py",
+    "tests/llm/test_model.py",
+)
+# The longest time for one test beyond its usual one. A test that hangs kills the mutant.
+_PATIENCE_SECONDS = 60
+_KILLED = 1
+
+
+class Memory:
+    """How long each test takes, and how many mutants of each function it has killed; kept in a file between runs."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        known = json.loads(file.read_text()) if file.exists() else {}
+        self.seconds: dict[str, float] = known.get("seconds", {})
+        self.kills = {name: Counter(kills) for name, kills in known.get("kills", {}).items()}
+
+    def add_kill(self, function: str, test: str) -> None:
+        self.kills.setdefault(function, Counter())[test] += 1
+
+    def order(self, function: str, items: Iterable[pytest.Item]) -> list[pytest.Item]:
+        """Return the tests, the likeliest killer of this function's mutants first: by kills, name and duration."""
+        own, every = self.kills.get(function, Counter()), sum(self.kills.values(), Counter())
+        words = [word.rstrip("s") for word in re.findall("[a-z]{4,}", function.rpartition(":")[2])]
+
+        def place(item: pytest.Item) -> tuple[float, ...]:
+            alike = sum(word in item.nodeid for word in words)
+            return -own[item.nodeid], -alike, -every[item.nodeid], self.seconds[item.nodeid]
+
+        return sorted(items, key=place)
+
+    def save(self) -> None:
+        self._file.write_text(json.dumps({"seconds": self.seconds, "kills": self.kills}))
+
+
+class Guard:
+    """A pytest plugin that runs the tests on mutants.
+
+    `functions`: gives the functions, from an engine of the template database. `choose`: gives the mutants to try.
+    `limit`: the seconds after which a mutant has survived. `say`: is called with each mutant and its outcome: "killed",
+    "invalid" or "survived", and the killer's name. `has_failed`: the tests fail on the code itself.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        functions: Callable[[Engine], list[Any]],
+        choose: Callable[[list[Mutant]], list[Mutant]],
+        limit: float,
+        say: Callable[[Mutant, str, str], None],
+    ) -> None:
+        self._memory = memory
+        self._functions = functions
+        self._choose = choose
+        self._limit = limit
+        self._say = say
+        self.has_failed = False
+        self._fixtures: dict[str, Any] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Generator[None, Any, Any]:
+        self._fixtures[fixturedef.argname] = result = yield
+        return result
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        if session.testsfailed:
+            return False
+        # The first test always runs: it starts the servers, which all forks then share.
+        unknown = [item for item in session.items[1:] if item.nodeid not in self._memory.seconds]
+        for item, following in _pairs([session.items[0], *unknown]):
+            began = time.monotonic()
+            failures = [report for report in runtestprotocol(item, nextitem=following, log=False) if report.failed]
+            if failures:
+                print(f"{item.nodeid} fails on the code itself:\n{failures[0].longreprtext}", flush=True)  # noqa: T201
+                self.has_failed = True
+                return True
+            self._memory.seconds[item.nodeid] = time.monotonic() - began
+        self._memory.save()
+        self._try_all(session)
+        return True
+
+    def _try_all(self, session: pytest.Session) -> None:
+        stack, template = self._fixtures["stack"], self._fixtures["template_database"]
+        engine = create_engine(url_of_database(stack.database_url, template), poolclass=NullPool)
+        server = create_engine(
+            url_of_database(stack.database_url, "postgres"), isolation_level="AUTOCOMMIT", poolclass=NullPool
+        )
+        mutants = [mutant for function in self._functions(engine) for mutant in function.mutants()]
+        for mutant in self._choose(mutants):
+            with _in_place(mutant.function, mutant) as is_valid:
+                items = self._memory.order(mutant.function.name, session.items)
+                killer = self._killer(items, server) if is_valid else None
+            if killer:
+                self._memory.add_kill(mutant.function.name, killer)
+                self._memory.save()
+            self._say(mutant, "killed" if killer else "survived" if is_valid else "invalid", killer or "")
+
+    def _killer(self, items: list[pytest.Item], server: Engine) -> str | None:
+        """Run the tests in a fork until one fails, hangs or ends the process. Returns its name; None: all pass."""
+        receiving, sending = os.pipe()
+        child = os.fork()
+        if not child:
+            _run(items, self._memory.seconds, self._limit, sending)
+        os.close(sending)
+        with os.fdopen(receiving) as pipe:
+            started = pipe.read().split("\n")
+        status = os.waitpid(child, 0)[1]
+        if os.WIFSIGNALED(status):  # it has not dropped its database
+            _drop_databases(server)
+        return None if status == 0 else started[-2]
+
+
+def _run(items: list[pytest.Item], seconds: dict[str, float], limit: float, pipe: int) -> None:
+    """Run the tests in this process, which ends with them. Writes the name of each test into the pipe."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    output = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    end = time.monotonic() + limit
+    for item, following in _pairs(items):
+        if time.monotonic() > end:
+            break
+        os.write(pipe, f"{item.nodeid}\n".encode())
+        signal.alarm(_PATIENCE_SECONDS + round(5 * seconds[item.nodeid]))
+        if any(report.failed for report in runtestprotocol(item, nextitem=following, log=False)):
+            os._exit(_KILLED)
+    os._exit(0)
+
+
+def _pairs(items: list[pytest.Item]) -> Iterable[tuple[pytest.Item, Any]]:
+    """Return each test with the next one, which shares its fixtures. After the last, those of the session stay."""
+    return zip(items, [*items[1:], items[0].session], strict=True)
+
+
+@contextlib.contextmanager
+def _in_place(function: Mutable, mutant: Mutant) -> Iterator[bool]:
+    """Put the mutant in the function's place. Gives False if it is no code."""
+    try:
+        function.install(mutant)
+    except InvalidMutantError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        function.restore()
+
+
+def _drop_databases(server: Engine) -> None:
+    with server.connect() as connection:
+        for name in connection.scalars(text(r"SELECT datname FROM pg_database WHERE datname LIKE 'test\_%'")).all():
+            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
