@@ -32,10 +32,13 @@ def worker_pid(home: Path) -> int:
 
 
 def test_ctrl_c_ends_the_waiting_its_worker_and_its_servers(demo: Demo) -> None:
-    with started(*RUN, home=demo.home) as command:
-        worker_pid(demo.home)
-        os.killpg(command.pid, signal.SIGINT)
-        output, errors = command.communicate(timeout=GRACE_SECONDS + RUN_SECONDS)
+    for _ in range(5):  # on a busy machine the result may come before the signal
+        with started(*RUN, home=demo.home) as command:
+            worker_pid(demo.home)
+            os.killpg(command.pid, signal.SIGINT)
+            output, errors = command.communicate(timeout=GRACE_SECONDS + RUN_SECONDS)
+        if command.returncode != 0:
+            break
     assert (command.returncode, output) == (1, "")
     assert "is not cancelled" in errors
     assert "Traceback" not in errors
