@@ -23,9 +23,12 @@ from tests.support.worker import running_worker
 from trueup.api.page.live import Live
 from trueup.api.page.parts import PACKAGE
 from trueup.api.page.snapshot import Snapshot, read_snapshot
+from trueup.cli.client import celery_client
 from trueup.database.engine import connect
 from trueup.host.mapping import UserIdType
 from trueup.reports.pages import environment
+from trueup.settings.settings import get_settings
+from trueup.worker.dead_letters import drop_letters
 
 OPS = bearer(None, sub="ops", scope=OPERATOR)
 
@@ -103,6 +106,8 @@ def test_a_page_that_goes_away_is_noticed_and_then_nothing_is_read(host: Host, t
 
 
 def test_queues_and_workers_are_shown(host: Host, tmp_path: Path) -> None:
+    with celery_client(get_settings()) as app, app.connection_for_write() as connection:
+        drop_letters(connection.default_channel.client, None)  # those of earlier tests
     with (
         running_worker(tmp_path / "worker.log"),
         served(tmp_path / "api.log") as (_, client),

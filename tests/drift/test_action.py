@@ -6,6 +6,7 @@ from tests.support.host import START
 from trueup.drift.action import History, Verdict, decide
 from trueup.drift.causes import Cause, Component, Explanation
 from trueup.drift.detect import Drift
+from trueup.drift.known_drifts import Past
 from trueup.errors import InvalidInputError
 from trueup.settings.policies import DEFAULT_POLICIES, PAID_CAUSES, UNCORRECTABLE_CAUSES, Rules
 
@@ -203,6 +204,32 @@ def test_a_counter_with_an_undone_correction_is_not_corrected_again() -> None:
     given = verdict(drift(9_300, 9_000), explained(("missed_decrement", 300)), history=History(undone=True))
     assert (given.policy, given.write) == ("review", None)
     assert "undid" in given.reason
+
+
+@pytest.mark.parametrize(
+    ("action", "cause", "off_by", "decision", "held"),
+    [
+        ("review", "unexplained", 500, None, True),
+        ("review", "unexplained", 500, "ignore", False),
+        ("review", "unexplained", -500, None, False),
+        # The policy "report" leaves paid tokens in the counter, too.
+        ("reported", "manual_edit", 500, None, True),
+        ("reported", "missed_decrement+credit_without_grant", 500, None, True),
+        ("reported", "manual_edit", 500, "accept", False),
+        ("reported", "manual_edit", -500, None, False),
+        ("reported", "missed_decrement", 500, None, False),
+        ("corrected", "manual_edit", 500, None, False),
+    ],
+)
+def test_tokens_that_an_earlier_run_left_to_a_person_limit_the_next_verdict(
+    action: str, cause: str, off_by: int, decision: str | None, held: bool
+) -> None:
+    past = Past(row_id=1, action=action, cause=cause, off_by=off_by, decision=decision, found_at=START)
+    found = drift(9_800, 9_000)
+    history = past.history(found, now=START, min_age_seconds=60)
+    assert history.held is held
+    given = verdict(found, explained(("missed_decrement", 800)), history=history)
+    assert given.policy == ("review" if held else "correct")
 
 
 def test_a_drift_that_may_contain_held_tokens_awaits_review() -> None:

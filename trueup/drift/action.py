@@ -12,8 +12,8 @@ class History:
     """Earlier findings and decisions about a user's counter in this period.
 
     `unchanged`: the figures have been the same for longer than the rules' minimum age. `held`: a surplus of tokens
-    awaits review. `ignored`: the differences in tokens that a person decided to ignore. `undone`: a person undid a
-    correction, and no later decision was made.
+    awaits review, or may be paid and was only reported. `ignored`: the differences in tokens that a person decided to
+    ignore. `undone`: a person undid a correction, and no later decision was made.
     """
 
     unchanged: bool = False
@@ -22,7 +22,7 @@ class History:
     undone: bool = False
 
 
-HELD = "may contain tokens that still await review"
+HELD = "may contain tokens that a person has not decided about"
 NO_HISTORY = History()
 DEFAULT_RULES = Rules()
 

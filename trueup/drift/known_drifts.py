@@ -12,6 +12,7 @@ from trueup.drift.action import HELD, History, Verdict, difference
 from trueup.drift.causes import Explanation
 from trueup.drift.detect import Drift
 from trueup.host.mapping import UserIdType
+from trueup.settings.policies import PAID_CAUSES
 
 # A drift with one of these actions keeps its row when it is found again. Corrections and lost races are events: each
 # gets a row.
@@ -49,7 +50,8 @@ class Past:
             and self.found_at is not None
             and now - self.found_at >= timedelta(seconds=min_age_seconds)
         )
-        held = self.action == "review" and self.decision is None and ((self.off_by or 0) > 0 or self.reason == HELD)
+        waits = self.action == "review" and ((self.off_by or 0) > 0 or self.reason == HELD)
+        held = self.decision is None and (waits or self._may_be_paid())
         # If a new period has begun since, the held tokens are no longer in this counter.
         known_at = drift.evidence.base.moment
         over = known_at is not None and self.found_at is not None and self.found_at < known_at
@@ -73,6 +75,11 @@ class Past:
             return self.row_id if same and self.action == "ignored" else None
         undecided = self.decision is None and self.action == verdict.action and self.cause == explanation.cause
         return self.row_id if same and undecided else None
+
+    def _may_be_paid(self) -> bool:
+        """Return whether the row only reports a surplus that may be paid tokens: no machine may take them later."""
+        causes = frozenset((self.cause or "").split("+"))
+        return self.action == "reported" and (self.off_by or 0) > 0 and bool(causes & PAID_CAUSES)
 
     def _same_figures(self, drift: Drift) -> bool:
         return self.row_id is not None and (self.observed, self.expected) == (drift.observed, drift.expected)
