@@ -19,7 +19,7 @@ QUIET = $$(test -t 2 || echo --quiet)
 unexport PYTHONDONTWRITEBYTECODE
 
 # More than a small machine has processors, because many tests wait for other processes.
-JOBS ?= 6
+JOBS ?= 4
 SEED ?= 1
 ROUNDS ?= 20
 
@@ -40,7 +40,7 @@ help:  ## Show this help
 demo: $(STAMP)  ## Run the demo on an embedded stack (under a minute)
 	@$(BIN)/trueup demo
 
-test: $(STAMP)  ## Run the tests on real embedded servers with JOBS=6 processes; ARGS="-k gate" selects tests
+test: $(STAMP)  ## Run the tests on real embedded servers with JOBS=4 processes; ARGS="-k gate" selects tests
 	@$(BIN)/pytest --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: $(STAMP)  ## Run the long tests: more repetitions, and the dated tests at other times and in other time zones
