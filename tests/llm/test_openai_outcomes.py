@@ -13,6 +13,8 @@ from tests.support.wire import CHUNKED_HEAD, HEAD, Script, Wire, chunk, plain, p
 from trueup.errors import AnswerFormatError, ProviderError
 from trueup.llm.model import Message, Provider
 
+pytestmark = pytest.mark.usefixtures("spending")
+
 PROMPT = [Message(role="user", content="How are you?")]
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 

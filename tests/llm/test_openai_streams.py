@@ -24,6 +24,8 @@ from trueup.errors import ProviderError
 from trueup.llm.model import Completion, CompletionStream, Message
 from trueup.llm.tokens import EncodingCounter, count_prompt_tokens
 
+pytestmark = pytest.mark.usefixtures("spending")
+
 PROMPT = [Message(role="user", content="How are you?")]
 USAGE = {"prompt_tokens": 21, "completion_tokens": 4, "total_tokens": 25}
 COUNTER = EncodingCounter("o200k_base")
