@@ -52,7 +52,7 @@ def two_answers(text: str) -> Callable[[Any], Iterator[str]]:
 def two_answers_asynchronously(text: str) -> Callable[[Any], AsyncIterator[str]]:
     async def chunks(_: Any) -> AsyncIterator[str]:
         for _ in range(2):
-            async for chunk in model.astream([Message(role="user", content=text)], max_completion_tokens=700):
-                yield chunk
+            async for word in model.astream([Message(role="user", content=text)], max_completion_tokens=700):
+                yield word
 
     return chunks

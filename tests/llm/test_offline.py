@@ -156,9 +156,7 @@ def test_products_are_read_from_the_pages_text(server: OfflineServer) -> None:
         ("Bu fenerin fiyatı ne kadar?", "Merhaba"),
     ],
 )
-def test_a_direct_message_is_in_the_language_of_the_comment(
-    server: OfflineServer, comment: str, greeting: str
-) -> None:
+def test_a_direct_message_is_in_the_language_of_the_comment(server: OfflineServer, comment: str, greeting: str) -> None:
     messages = dm_messages(
         comment=comment,
         author="nina",

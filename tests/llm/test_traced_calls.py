@@ -30,6 +30,7 @@ from trueup.llm.metering import MeteredModel
 from trueup.llm.model import Message
 from trueup.llm.providers.offline import offline_provider
 from trueup.llm.running import spending_from
+from trueup.llm.tokens import OFFLINE_MODEL
 from trueup.llm.traced_calls import Operation
 from trueup.settings.settings import get_settings
 

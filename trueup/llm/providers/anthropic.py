@@ -21,7 +21,7 @@ class Anthropic:
 
     url = "https://api.anthropic.com"
     url_setting = "model_base_url"
-    root = anthropic.AnthropicError
+    root: type[Exception] | None = anthropic.AnthropicError
     errors: tuple[type[Exception], ...] = (anthropic.AnthropicError,)
     connection_errors: tuple[type[Exception], ...] = (anthropic.APIConnectionError,)
 
@@ -46,7 +46,7 @@ class Anthropic:
             for event in events:
                 yield event.model_dump(mode="json", exclude_unset=True, warnings=False)
 
-    def reader(self, *, is_stream: bool) -> AnswerReader:
+    def reader(self) -> AnswerReader:
         return MessagesReader()
 
     def text_of(self, part: Part) -> str:

@@ -11,7 +11,7 @@ from trueup.llm.providers.maker import Part
 class ChatAnswers:
     """The part of a `Maker` that reads answers."""
 
-    def reader(self, *, is_stream: bool) -> AnswerReader:
+    def reader(self) -> AnswerReader:
         return ChatReader()
 
     def text_of(self, part: Part) -> str:

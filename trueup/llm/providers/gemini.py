@@ -21,7 +21,7 @@ class Gemini:
 
     url = "https://generativelanguage.googleapis.com"
     url_setting = "model_base_url"
-    root = None
+    root: type[Exception] | None = None
     errors: tuple[type[Exception], ...] = (errors.APIError,)
     connection_errors: tuple[type[Exception], ...] = ()
 
@@ -47,8 +47,8 @@ class Gemini:
         finally:
             response.close()  # the SDK leaves it open
 
-    def reader(self, *, is_stream: bool) -> AnswerReader:
-        return GeminiReader(is_stream=is_stream)
+    def reader(self) -> AnswerReader:
+        return GeminiReader(is_stream=True)
 
     def text_of(self, part: Part) -> str:
         contents = [object_of(object_of(one).get("content")) for one in list_of(part.get("candidates"))[:1]]

@@ -1,4 +1,4 @@
-"""Completions by a maker's own SDK, read by the maker's wire format, which the transport reads too."""
+"""Completions by a maker's own SDK. The transport under it caps and charges them; here the text is read."""
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -13,7 +13,7 @@ from trueup.llm.formats.wire_format import AnswerReader
 from trueup.llm.model import Completion, CompletionStream, Message
 from trueup.llm.output_cap import UNLIMITED
 from trueup.llm.providers.failures import Failures, status_of
-from trueup.llm.providers.paying_client import PayingClient, bill_of
+from trueup.llm.providers.paying_client import PayingClient, receipt_of
 from trueup.settings.model_keys import model_key
 from trueup.settings.settings import PREFIX, Settings
 
@@ -58,8 +58,8 @@ class Maker(Protocol):
         """
         ...
 
-    def reader(self, *, is_stream: bool) -> AnswerReader:
-        """Return the wire format's reader of an answer."""
+    def reader(self) -> AnswerReader:
+        """Return the wire format's reader of a stream."""
         ...
 
     def text_of(self, part: Part) -> str:
@@ -122,7 +122,6 @@ class MakerProvider:
 
         Raises `ProviderError`, and `HoldError` if the hold does not cover the call.
         """
-        answer = _Answer(self._maker, is_stream=False)
         try:
             part = self._maker.whole(messages, _cap(max_completion_tokens))
         except TrueupError:  # it is also one of the SDK's errors
@@ -131,30 +130,29 @@ class MakerProvider:
             raise self._failures.no_completion(str(error)) from None
         except self._errors as error:
             raise self._failures.of(error) from None  # the SDK's text may quote part of the key
+        answer = _Answer(self._maker, self._http.latest_response)
         answer.add(part)
         answer.end()
-        bill = bill_of(self._http.latest_response)
-        if bill is None:
+        if answer.bill is None:
             raise self._failures.no_completion(str(part))
-        return answer.completion(bill)
+        return answer.completion(answer.bill)
 
     def stream(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> CompletionStream:
-        """Do as `complete`, in chunks. Returns once the answer has begun; iterating raises `ProviderError` if it breaks.
+        """Do as `complete`, in chunks. Returns once the answer has begun.
 
-        The usage is the provider's if the answer was complete; otherwise it is counted.
+        Iterating raises `ProviderError` if the answer breaks. The usage is the provider's if the answer was complete;
+        otherwise it is counted.
         """
-        answer = _Answer(self._maker, is_stream=True)
+        answer = _Answer(self._maker)
         events = self._maker.events(messages, _cap(max_completion_tokens))
         chunks = self._chunks(answer, events)
         first = next(chunks)
-        response = self._http.latest_response
 
         def finish() -> Completion:
             events.close()  # type: ignore[attr-defined]  # a generator
-            bill = bill_of(response)
-            if bill is None:
+            if answer.bill is None:
                 raise self._failures.broken_stream(None, begun=False)
-            return answer.completion(bill)
+            return answer.completion(answer.bill)
 
         return CompletionStream(chain((first,), chunks), finish)
 
@@ -164,6 +162,8 @@ class MakerProvider:
         is_accepted = False
         try:
             for event in events:
+                if answer.response is None:
+                    answer.response = self._http.latest_response
                 text = answer.add(event)
                 if answer.reader.has_begun:
                     yield text
@@ -176,7 +176,7 @@ class MakerProvider:
         except self._breaks as error:
             broken = error
         rest = answer.end()
-        if answer.reader.is_complete:
+        if answer.reader.is_complete or (broken is None and answer.ended_with_usage):
             yield rest
             return
         is_accepted |= answer.reader.has_begun
@@ -194,14 +194,27 @@ def _cap(wanted: int | None) -> int:
 
 
 class _Answer:
-    """The received part of an answer: its text for the user, and whether it is whole."""
+    """The received part of an answer: its text for the user, and whether it was cut off at its cap."""
 
-    def __init__(self, maker: Maker, *, is_stream: bool) -> None:
-        self.reader = maker.reader(is_stream=is_stream)
-        self.is_cut = False
+    def __init__(self, maker: Maker, response: httpx2.Response | None = None) -> None:
+        self.response = response  # of a stream: None until its first event
+        self.reader = maker.reader()
         self._maker = maker
+        self._is_cut = False
         self._texts: list[str] = []
         self._half = ""  # of a surrogate pair, whose other half the next part has
+
+    @property
+    def bill(self) -> Bill | None:
+        """What the answer has cost. None: it is not charged, or not yet."""
+        return None if self.response is None else receipt_of(self.response).bill
+
+    @property
+    def ended_with_usage(self) -> bool:
+        """True if the server has reported the usage at the end. The transport hides that event of a stream."""
+        if self.response is None or self.bill is None:
+            return False
+        return self.bill.is_reported and receipt_of(self.response).is_complete
 
     def completion(self, bill: Bill) -> Completion:
         """Return the received part and what it has cost."""
@@ -212,7 +225,7 @@ class _Answer:
             total_tokens=bill.tokens.total,
             model_name=bill.model_name,
             response_time_ms=bill.response_time_ms,
-            truncated=self.is_cut,
+            truncated=self._is_cut,
             usage_reported=bill.is_reported,
             tokens=bill.tokens.classes(),
         )
@@ -220,7 +233,7 @@ class _Answer:
     def add(self, part: Part) -> str:
         """Add a part, and return its text."""
         self.reader.add(None, part)
-        self.is_cut |= self._maker.is_cut(part)
+        self._is_cut |= self._maker.is_cut(part)
         text, self._half = self._half + self._maker.text_of(part), ""
         if text and _HIGH_SURROGATES[0] <= text[-1] <= _HIGH_SURROGATES[1]:
             text, self._half = text[:-1], text[-1]

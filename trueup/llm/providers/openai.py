@@ -25,7 +25,7 @@ class OpenAI(ChatAnswers):
 
     url = "https://api.openai.com/v1"
     url_setting = "openai_base_url"
-    root = openai.OpenAIError
+    root: type[Exception] | None = openai.OpenAIError
     errors: tuple[type[Exception], ...] = (openai.OpenAIError,)
     connection_errors: tuple[type[Exception], ...] = (openai.APIConnectionError,)
 

@@ -1,4 +1,4 @@
-"""The HTTP client of our providers: metered, without repeating what may have been served, and with limits on answers."""
+"""The HTTP client of our providers: metered, with limits on answers, and it repeats nothing that may be billed."""
 
 import socket
 import threading
@@ -8,12 +8,11 @@ from typing import Any
 
 import httpx2
 
-from trueup.llm.calls import Bill
 from trueup.llm.outcomes import may_be_billed, never_sent
 from trueup.llm.transport.on_httpx2 import Transport
 from trueup.llm.transport.pools import Pools
-from trueup.llm.transport.purchases import Meter
-from trueup.llm.transport.transport import BILL
+from trueup.llm.transport.purchases import Meter, Receipt
+from trueup.llm.transport.transport import RECEIPT
 
 # No model's answer is so long: 100,000 tokens, each in an event of its own, take about 30 MB.
 MAX_ANSWER_BYTES = 64 * 2**20
@@ -68,10 +67,10 @@ class PayingClient(httpx2.Client):
         return response
 
 
-def bill_of(response: httpx2.Response) -> Bill | None:
-    """Return what an answer has cost. None: it is not charged, or not yet, because it is a stream that has not ended."""
-    bill: Bill | None = response.extensions[BILL]()
-    return bill
+def receipt_of(response: httpx2.Response) -> Receipt:
+    """Return what is known of an answer now."""
+    receipt: Receipt = response.extensions[RECEIPT]()
+    return receipt
 
 
 class _LimitedPools(Pools):

@@ -128,6 +128,17 @@ class Meter:
         return int(given)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What is known of an answer now. `bill` None: it is not charged, or not yet.
+
+    `is_complete`: the end of the answer was received.
+    """
+
+    bill: Bill | None
+    is_complete: bool = True
+
+
 class Purchase:
     """An admitted call, from its request to its charge. `settle` and `fail` act once, whatever comes first."""
 
@@ -143,8 +154,11 @@ class Purchase:
         self._started = time.monotonic()
         self._lock = threading.Lock()
         self._usage_refused = False
+        self._bill: Bill | None = None
         self.is_settled = False
-        self.bill: Bill | None = None  # once it is charged
+
+    def receipt(self) -> Receipt:
+        return Receipt(bill=self._bill, is_complete=self.reader.is_complete)
 
     def content(self, original: bytes, headers: Any) -> bytes:
         """Return the body to send. Raises `UnboundedCallError` if it is signed and would have to change."""
@@ -207,7 +221,7 @@ class Purchase:
             )
             kept = None if answer is None else answer | {"bill": bill.as_json()}
             charge(self.call, bill, get_settings(), answer=kept)
-            self.bill, self.is_settled = bill, True
+            self._bill, self.is_settled = bill, True
             if self._usage_refused:
                 _usage_refusers.add(self._host_and_model)
             if usage is not None:

@@ -12,15 +12,15 @@ from trueup.llm.formats.wire_format import Count
 from trueup.llm.outcomes import never_sent
 from trueup.llm.transport.bodies import TappedBody, closer_of, recorded, undone_if_cancelled
 from trueup.llm.transport.pools import Pools
-from trueup.llm.transport.purchases import MEDIA_HEADER, REPLAYED_HEADER, Meter, Planned, Purchase, stored_body
+from trueup.llm.transport.purchases import MEDIA_HEADER, REPLAYED_HEADER, Meter, Planned, Purchase, Receipt, stored_body
 from trueup.llm.transport.refusals import passing_through_sdks
 from trueup.llm.transport.taps import LongAnswer, Tap
 from trueup.settings.settings import get_settings
 
 # A longer answer is passed on as it comes, and its usage is looked for at its end.
 MAX_READ_BYTES = 64 * 2**20
-# The extension of a response that gives its bill: a function, because a stream has one only at its end.
-BILL = "trueup_bill"
+# The extension of a response that gives its receipt: a function, because a stream has a bill only at its end.
+RECEIPT = "trueup_receipt"
 # Headers of the caller's request that are not sent on: the body may get another length.
 _REPLACED = (MEDIA_HEADER, "content-length", "transfer-encoding")
 # A stream is stored compressed. So much of it is kept until its end, as a multiple of the size that may be stored.
@@ -52,7 +52,7 @@ class MeteredTransport:
                 purchase = planned.begin()
                 if purchase.call.paid is not None:
                     return self._replayed(purchase.call.paid)
-                return _with_bill(self._buy(inner, request, purchase, content), purchase)
+                return _with_receipt(self._buy(inner, request, purchase, content), purchase)
 
     async def handle_async_request(self, request: Any) -> Any:
         inner = self._pools.async_for(request.url)
@@ -65,7 +65,7 @@ class MeteredTransport:
                 purchase = await undone_if_cancelled(planned.running, planned.begin, _not_sent)
                 if purchase.call.paid is not None:
                     return self._replayed(purchase.call.paid)
-                return _with_bill(await self._abuy(inner, request, purchase, content), purchase)
+                return _with_receipt(await self._abuy(inner, request, purchase, content), purchase)
 
     def close(self) -> None:
         self._pools.close()
@@ -189,12 +189,12 @@ class MeteredTransport:
 
     def _replayed(self, paid: dict[str, Any]) -> Any:
         headers = {"content-type": paid["content_type"], REPLAYED_HEADER: "true"}
-        bill = Bill.from_json(paid["bill"])
+        receipt = Receipt(bill=Bill.from_json(paid["bill"]))
         return self.http.Response(
             paid["status"],
             headers=headers,
             stream=self.http.ByteStream(stored_body(paid)),
-            extensions={BILL: lambda: bill},
+            extensions={RECEIPT: lambda: receipt},
         )
 
     def _fail(self, purchase: Purchase, error: Exception) -> None:
@@ -251,8 +251,8 @@ async def _aread(parts: AsyncIterator[bytes]) -> tuple[bytes, bool]:
     return b"".join(read), True
 
 
-def _with_bill(response: Any, purchase: Purchase) -> Any:
-    response.extensions = {**response.extensions, BILL: lambda: purchase.bill}
+def _with_receipt(response: Any, purchase: Purchase) -> Any:
+    response.extensions = {**response.extensions, RECEIPT: purchase.receipt}
     return response
 
 
