@@ -276,7 +276,7 @@ def test_a_broken_stream_is_an_error_and_the_received_part_is_counted(wire: Wire
     assert "broke off" in str(error)
     assert error.retryable
     assert done.text == "Well"
-    # What was received behind the break was made too.
+    # The server has made what came behind the break, too.
     assert figures(done) in (counted("Well", events=2), counted("Well.", events=3))
     assert not done.usage_reported
     assert not done.truncated
@@ -352,7 +352,7 @@ def test_an_error_event_breaks_a_stream(wire: Wire, error: object, retryable: bo
     assert chunks == ["We"]
     assert "Overloaded." in str(caught)
     assert caught.retryable is retryable
-    assert figures(done) == counted("Well.", events=2), "what was received behind the error was made too"
+    assert figures(done) == counted("Well.", events=2), "the text behind the error has arrived"
 
 
 def test_no_error_event_shows_the_key(wire: Wire) -> None:

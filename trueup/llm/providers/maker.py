@@ -14,6 +14,7 @@ from trueup.llm.model import Completion, CompletionStream, Message
 from trueup.llm.output_cap import UNLIMITED
 from trueup.llm.providers.failures import Failures, status_of
 from trueup.llm.providers.paying_client import PayingClient, receipt_of
+from trueup.llm.transport.refusals import restore
 from trueup.settings.model_keys import model_key
 from trueup.settings.settings import PREFIX, Settings
 
@@ -124,7 +125,8 @@ class MakerProvider:
         """
         try:
             part = self._maker.whole(messages, _cap(max_completion_tokens))
-        except TrueupError:  # it is also one of the SDK's errors
+        except TrueupError as error:  # it is one of the SDK's errors, too
+            restore(error)
             raise
         except _UNREADABLE as error:
             raise self._failures.no_completion(str(error)) from None
@@ -167,7 +169,8 @@ class MakerProvider:
                 text = answer.add(event)
                 if answer.reader.has_begun:
                     yield text
-        except TrueupError:
+        except TrueupError as error:
+            restore(error)
             raise
         except NotAnAnswerError as error:
             raise self._failures.no_completion(str(error)) from None

@@ -68,7 +68,7 @@ class PayingClient(httpx2.Client):
 
 
 def receipt_of(response: httpx2.Response) -> Receipt:
-    """Return what is known of an answer now."""
+    """Return the state of an answer now."""
     receipt: Receipt = response.extensions[RECEIPT]()
     return receipt
 

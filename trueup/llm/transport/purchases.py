@@ -130,10 +130,7 @@ class Meter:
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """What is known of an answer now. `bill` None: it is not charged, or not yet.
-
-    `is_complete`: the end of the answer was received.
-    """
+    """The state of an answer. `bill` None: it is not charged, or not yet. `is_complete`: its end was received."""
 
     bill: Bill | None
     is_complete: bool = True
@@ -158,6 +155,7 @@ class Purchase:
         self.is_settled = False
 
     def receipt(self) -> Receipt:
+        """Return the state of the answer now."""
         return Receipt(bill=self._bill, is_complete=self.reader.is_complete)
 
     def content(self, original: bytes, headers: Any) -> bytes:
