@@ -147,8 +147,7 @@ def _check_options(section: str, on_denied: str, replay: str, options: dict[str,
 @lru_cache(maxsize=1)
 def _model(pid: int) -> MeteredModel:
     """Return the model client of process `pid`: a forked child must not share its parent's connections."""
-    settings = get_settings()
-    return MeteredModel(partial(provider_from_settings, settings), settings)
+    return MeteredModel(partial(provider_from_settings, get_settings()))
 
 
 def _provider() -> Provider:

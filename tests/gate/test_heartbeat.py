@@ -15,7 +15,7 @@ from trueup.billing.token_hold import ai_tokens
 from trueup.gate import heartbeat
 from trueup.llm.metering import MeteredModel
 from trueup.llm.model import Message
-from trueup.llm.offline.offline import OfflineProvider
+from trueup.llm.providers.offline import offline_provider
 from trueup.settings.settings import get_settings
 
 PROMPT = [Message(role="user", content="Orders are sent in two days. Returns are free.")]
@@ -60,7 +60,7 @@ def test_a_block_that_works_longer_than_its_holds_time_keeps_its_hold(host: Host
 
 
 def test_a_stream_that_is_read_longer_than_its_holds_time_keeps_its_hold(host: Host, user: int) -> None:
-    model = MeteredModel(OfflineProvider, get_settings())
+    model = MeteredModel(offline_provider)
     holds = []
 
     def chunks(hold: ai_tokens) -> Iterator[str]:

@@ -38,6 +38,5 @@ REASONS = {
 }
 
 # What `tests.hosts.streaming` answers, in words of one token each.
-PROMPT_TOKENS = 10
-SHORT, SHORT_WORDS = "short", 20
+SHORT, SHORT_WORDS, PROMPT_TOKENS = "short", 20, 8
 LONG = "as long as the hold allows"

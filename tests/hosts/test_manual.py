@@ -22,8 +22,7 @@ KEPT_PATHS = {"`billing/utils.py`", "`billing/decorators.py`"}
 
 @pytest.fixture
 def model(database: str) -> MeteredModel:
-    settings = get_settings()
-    return MeteredModel(lambda: provider_from_settings(settings), settings)
+    return MeteredModel(lambda: provider_from_settings(get_settings()))
 
 
 def test_trueups_model_client_spends_from_the_block(host: Host, model: MeteredModel) -> None:

@@ -7,15 +7,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.support.wire import DONE, HEAD, Wire, chunk, plain, provider_at, wire_server
+from tests.support.host import Host
+from tests.support.wire import DONE, HEAD, Wire, chunk, plain, provider_at
 from trueup.errors import ProviderError
 from trueup.llm.model import Message
 from trueup.llm.providers import paying_client
+
+pytestmark = pytest.mark.usefixtures("spending")
 
 PROMPT = [Message(role="user", content="How are you?")]
 LIMIT_SECONDS = 0.5
@@ -23,12 +25,6 @@ LIMIT_SECONDS = 0.5
 PROCESS_SECONDS = 120
 # A drip comes more often than that, so that no single wait is long.
 DRIP_SECONDS = 0.05
-
-
-@pytest.fixture
-def wire() -> Iterator[Wire]:
-    with wire_server() as wire:
-        yield wire
 
 
 def dripping(head: bytes, drop: bytes) -> Any:
@@ -119,7 +115,7 @@ def test_an_answer_without_usage_is_charged_at_most_what_was_asked_for(wire: Wir
     ids=["stream", "complete"],
 )
 def test_an_answer_that_comes_while_the_process_is_stopped_is_read_to_its_end(
-    wire: Wire, way: str, before: list[bytes], after: list[bytes]
+    wire: Wire, host: Host, way: str, before: list[bytes], after: list[bytes]
 ) -> None:
     begun, stopped = threading.Event(), threading.Event()
 
@@ -131,6 +127,7 @@ def test_an_answer_that_comes_while_the_process_is_stopped_is_read_to_its_end(
 
     wire.answers(script)
     command = [sys.executable, "-m", "tests.support.one_answer", wire.url, way, str(LIMIT_SECONDS)]
+    command.append(str(host.subscriber(10_000)))
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         try:
             assert begun.wait(PROCESS_SECONDS)

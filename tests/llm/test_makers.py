@@ -17,6 +17,8 @@ from trueup.llm.providers import provider_from_settings
 from trueup.llm.running import spending_from
 from trueup.settings.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("spending")
+
 PROMPT = [
     Message(role="system", content="Be brief."),
     Message(role="user", content="How are you?"),
@@ -239,7 +241,7 @@ def test_the_model_client_charges_what_the_server_billed(
     name: str, maker: Maker, host: Host, connection: Connection
 ) -> None:
     settings = settings_for(name, maker)
-    model = MeteredModel(lambda: provider_from_settings(settings), settings)
+    model = MeteredModel(lambda: provider_from_settings(settings))
     user = host.subscriber(100_000)
     with spending_from(hold_tokens(connection, user, 2_000)):
         assert model.complete(PROMPT).text == WORD * 20

@@ -8,11 +8,13 @@ import pytest
 
 from trueup.errors import SettingsError
 from trueup.llm.model import Message, Provider
-from trueup.llm.offline.offline import OfflineProvider
 from trueup.llm.offline.questions import question_about
+from trueup.llm.offline.server import OfflineServer
 from trueup.llm.prompts import block, dm_messages, job_of, product_messages, qa_messages
 from trueup.llm.providers import counter_from_settings, provider_from_settings
-from trueup.llm.tokens import BoundCounter, EncodingCounter
+from trueup.llm.providers.offline import offline_provider
+from trueup.llm.running import RunningHold
+from trueup.llm.tokens import OFFLINE_MODEL, BoundCounter, EncodingCounter, count_prompt_tokens
 from trueup.settings.settings import ModelProvider, Settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -20,14 +22,18 @@ COUNTER = EncodingCounter("o200k_base")
 
 
 @pytest.fixture
-def provider() -> OfflineProvider:
-    return OfflineProvider()
+def server() -> OfflineServer:
+    return OfflineServer()
+
+
+@pytest.fixture
+def provider(spending: RunningHold) -> Provider:
+    return offline_provider()
 
 
 def test_the_offline_provider_needs_no_network_and_no_key() -> None:
     settings = Settings(model_provider="offline", model_name="llama-3")
-    provider: Provider = provider_from_settings(settings)
-    assert isinstance(provider, OfflineProvider)
+    assert provider_from_settings(settings)
     assert isinstance(counter_from_settings(settings), EncodingCounter)
 
 
@@ -44,19 +50,18 @@ def test_without_the_offline_provider_the_models_name_selects_the_counter(provid
     assert isinstance(counter_from_settings(Settings(model_provider=provider, model_name="gpt-4o")), EncodingCounter)
 
 
-def test_the_same_prompt_gets_the_same_answer(provider: OfflineProvider) -> None:
+def test_the_same_prompt_gets_the_same_answer(provider: Provider) -> None:
     messages = _qa_prompt("help_en.txt")
     first = provider.complete(messages, max_completion_tokens=2000)
-    second = OfflineProvider().complete(messages, max_completion_tokens=2000)
-    assert first.text == second.text
-    assert first.total_tokens == second.total_tokens
-    assert "offline" in first.model_name
+    second = offline_provider().complete(messages, max_completion_tokens=2000)
+    assert (first.text, first.total_tokens) == (second.text, second.total_tokens)
+    assert first.model_name == OFFLINE_MODEL
 
 
-def test_usage_is_the_count_of_the_real_tokens(provider: OfflineProvider) -> None:
+def test_usage_is_the_count_of_the_real_tokens(provider: Provider) -> None:
     messages = _qa_prompt("help_fa.txt")
     done = provider.complete(messages, max_completion_tokens=2000)
-    assert done.prompt_tokens == provider.count_prompt_tokens(messages)
+    assert done.prompt_tokens == count_prompt_tokens(messages, COUNTER)
     assert done.completion_tokens == COUNTER.count(done.text)
     assert done.total_tokens == done.prompt_tokens + done.completion_tokens
     assert done.usage_reported
@@ -64,7 +69,7 @@ def test_usage_is_the_count_of_the_real_tokens(provider: OfflineProvider) -> Non
 
 
 @pytest.mark.parametrize("cap", [1, 2, 7, 50, 199])
-def test_an_answer_is_cut_at_the_cap_it_is_given(provider: OfflineProvider, cap: int) -> None:
+def test_an_answer_is_cut_at_the_cap_it_is_given(provider: Provider, cap: int) -> None:
     messages = _qa_prompt("help_fa.txt")
     whole = provider.complete(messages, max_completion_tokens=5000)
     done = provider.complete(messages, max_completion_tokens=cap)
@@ -74,7 +79,7 @@ def test_an_answer_is_cut_at_the_cap_it_is_given(provider: OfflineProvider, cap:
 
 
 @pytest.mark.parametrize("cap", [7, 5000])
-def test_a_stream_gives_the_same_answer_in_chunks(provider: OfflineProvider, cap: int) -> None:
+def test_a_stream_gives_the_same_answer_in_chunks(provider: Provider, cap: int) -> None:
     messages = _qa_prompt("help_fa.txt")
     with provider.stream(messages, max_completion_tokens=cap) as stream:
         chunks = list(stream)
@@ -85,22 +90,22 @@ def test_a_stream_gives_the_same_answer_in_chunks(provider: OfflineProvider, cap
 
 
 @pytest.mark.parametrize("taken", [0, 3])
-def test_a_stream_closed_early_costs_the_words_given(provider: OfflineProvider, taken: int) -> None:
+def test_a_stream_closed_early_costs_the_words_given(provider: Provider, taken: int) -> None:
     messages = _qa_prompt("help_fa.txt")
     with provider.stream(messages, max_completion_tokens=5000) as stream:
         text = "".join(next(stream) for _ in range(taken))
     done = stream.completion()
     assert done.text == text
     assert done.completion_tokens == COUNTER.count(text)
-    assert done.total_tokens == provider.count_prompt_tokens(messages) + done.completion_tokens
+    assert done.total_tokens == count_prompt_tokens(messages, COUNTER) + done.completion_tokens
     assert not done.usage_reported
     assert not done.truncated
 
 
 @pytest.mark.parametrize(("file", "language"), [("help_en.txt", "en"), ("help_fa.txt", "fa")])
-def test_pairs_quote_the_passage_in_its_own_language(provider: OfflineProvider, file: str, language: str) -> None:
+def test_pairs_quote_the_passage_in_its_own_language(server: OfflineServer, file: str, language: str) -> None:
     text = (EXAMPLES / file).read_text()
-    answer = json.loads(provider.complete(_qa_prompt(file), max_completion_tokens=5000).text)
+    answer = json.loads(server.answer(_qa_prompt(file), 5000)[0])
     assert answer["language"] == language
     assert len(answer["pairs"]) == 8
     assert all(pair["answer"] in text and pair["context"] in text for pair in answer["pairs"])
@@ -131,10 +136,10 @@ def test_a_question_is_about_the_subject_of_the_sentence(language: str, sentence
     assert question_about(sentence, language, Counter()) == question
 
 
-def test_products_are_read_from_the_pages_text(provider: OfflineProvider) -> None:
+def test_products_are_read_from_the_pages_text(server: OfflineServer) -> None:
     page = "Menu\nBreakfast mug\n€24,50\nIn stock\nNoodle bowl - €42,00\nSold out\nقوری سفالی\n۴۵۰٬۰۰۰ تومان\nContact"
     messages = product_messages(page=page, url="https://shop.example/", title="")
-    answer = json.loads(provider.complete(messages, max_completion_tokens=500).text)
+    answer = json.loads(server.answer(messages, 500)[0])
     assert answer["products"] == [
         {"name": "Breakfast mug", "price": "€24,50", "availability": "InStock"},
         {"name": "Noodle bowl", "price": "€42,00", "availability": "OutOfStock"},
@@ -151,9 +156,7 @@ def test_products_are_read_from_the_pages_text(provider: OfflineProvider) -> Non
         ("Bu fenerin fiyatı ne kadar?", "Merhaba"),
     ],
 )
-def test_a_direct_message_is_in_the_language_of_the_comment(
-    provider: OfflineProvider, comment: str, greeting: str
-) -> None:
+def test_a_direct_message_is_in_the_language_of_the_comment(server: OfflineServer, comment: str, greeting: str) -> None:
     messages = dm_messages(
         comment=comment,
         author="nina",
@@ -162,22 +165,19 @@ def test_a_direct_message_is_in_the_language_of_the_comment(
         language=None,
         tone=None,
     )
-    text = provider.complete(messages, max_completion_tokens=300).text
+    text, _ = server.answer(messages, 300)
     assert text.startswith(greeting)
     assert "Larch lantern: £38.00." in text
     assert "https://shop.example/larch" in text
 
 
-def test_a_prompt_without_a_job_is_answered_from_its_own_text(provider: OfflineProvider) -> None:
+def test_a_prompt_without_a_job_is_answered_from_its_own_text(server: OfflineServer) -> None:
     messages = [
         Message(role="system", content="We deliver in two days. Returns are free for 45 days."),
         Message(role="user", content="Are returns free?"),
     ]
-    assert provider.complete(messages, max_completion_tokens=100).text == "Returns are free for 45 days."
-    assert (
-        provider.complete([Message(role="user", content="Hello there.")], max_completion_tokens=9).text
-        == "Hello there."
-    )
+    assert server.answer(messages, 100) == ("Returns are free for 45 days.", False)
+    assert server.answer([Message(role="user", content="Hello there.")], 9) == ("Hello there.", False)
 
 
 def test_the_prompt_names_the_job_and_the_page_cannot() -> None:

@@ -14,6 +14,8 @@ from trueup.llm.providers import provider_from_settings
 from trueup.llm.tokens import EncodingCounter, count_prompt_tokens
 from trueup.settings.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("spending")
+
 KEY = "sk-test-0123456789abcdef"
 PATH = "/v1/chat/completions"
 PROMPT = [Message(role="system", content="Be brief."), Message(role="user", content="How are you?")]

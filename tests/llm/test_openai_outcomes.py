@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
-import openai
+import httpx2
 import pytest
 
 from tests.support.wire import CHUNKED_HEAD, HEAD, Script, Wire, chunk, plain, provider_at, reset, sending
 from trueup.errors import AnswerFormatError, ProviderError
 from trueup.llm.model import Message, Provider
+from trueup.llm.transport import pools
+
+pytestmark = pytest.mark.usefixtures("spending")
 
 PROMPT = [Message(role="user", content="How are you?")]
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
@@ -86,9 +89,8 @@ def test_a_request_to_a_server_without_tls_was_not_served(ask: Ask, wire: Wire) 
 def test_a_request_without_a_free_connection_was_not_served(
     ask: Ask, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import httpx2
-
-    monkeypatch.setattr(openai, "DEFAULT_CONNECTION_LIMITS", httpx2.Limits(max_connections=1))
+    one = httpx2.HTTPTransport(limits=httpx2.Limits(max_connections=1))
+    monkeypatch.setattr(pools, "_shared_transports", {("httpx2", None): one})
 
     def script(connection: socket.socket) -> None:
         connection.sendall(HEAD + chunk("We"))

@@ -28,10 +28,11 @@ from trueup.billing.token_hold import ai_tokens
 from trueup.errors import HoldExhaustedError, TokensDenied
 from trueup.llm.metering import MeteredModel
 from trueup.llm.model import Message
-from trueup.llm.offline.offline import OfflineProvider
+from trueup.llm.providers.offline import offline_provider
 from trueup.llm.running import spending_from
+from trueup.llm.tokens import OFFLINE_MODEL
 from trueup.llm.traced_calls import Operation
-from trueup.settings.settings import Settings, get_settings
+from trueup.settings.settings import get_settings
 
 QUESTION = "a question"
 
@@ -132,7 +133,7 @@ def test_a_call_of_an_sdk_is_a_span_between_the_gate_and_the_charge(
 def test_the_tokens_and_the_duration_of_a_call_are_metrics_and_a_replay_is_in_none(
     exported: Exported, host: Host, connection: Connection, user: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = MeteredModel(OfflineProvider, Settings(model_provider="offline", model_name="metric-model"))
+    model = MeteredModel(offline_provider)
     for retries in (0, 1):
         with spending_from(hold_tokens(connection, user, 1_000, task="metrics", retries=retries)):
             model.complete([Message(role="user", content=QUESTION)], max_completion_tokens=20)
@@ -141,18 +142,18 @@ def test_the_tokens_and_the_duration_of_a_call_are_metrics_and_a_replay_is_in_no
     points = {
         attributes["gen_ai.token.type"]: point
         for attributes, point in exported.points("gen_ai.client.token.usage")
-        if attributes[name] == "metric-model"
+        if attributes[name] == OFFLINE_MODEL
     }
     assert {kind: (point.count, point.sum) for kind, point in points.items()} == {
         "input": (1, row["prompt_tokens"]),
         "output": (1, row["completion_tokens"]),
     }
     assert list(points["input"].explicit_bounds) == [4**power for power in range(14)]
-    durations = [(a, p) for a, p in exported.points("gen_ai.client.operation.duration") if a[name] == "metric-model"]
+    durations = [(a, p) for a, p in exported.points("gen_ai.client.operation.duration") if a[name] == OFFLINE_MODEL]
     [(attributes, point)] = durations
     assert (point.count, point.sum) == (1, row["response_time_ms"] / 1000)
     assert (attributes["gen_ai.operation.name"], attributes["gen_ai.provider.name"]) == ("chat", "offline")
-    bought, replayed = [span for span in exported.spans() if span.name == "chat metric-model"]
+    bought, replayed = [span for span in exported.spans() if span.name == f"chat {OFFLINE_MODEL}"]
     assert "trueup.replayed" not in (bought.attributes or {})
     assert (replayed.attributes or {})["trueup.replayed"] is True
 
@@ -193,6 +194,7 @@ def test_failed_and_refused_calls_are_errors_and_a_denial_is_an_outcome(
         ("gemini generateContent", "generativelanguage.googleapis.com", ("generate_content", "gcp.gemini")),
         ("gemini embedContent", "us-central1-aiplatform.googleapis.com", ("embeddings", "gcp.vertex_ai")),
         ("anthropic messages", "api.anthropic.com", ("chat", "anthropic")),
+        ("openai chat", "offline.invalid", ("chat", "offline")),
     ],
 )
 def test_operations_and_providers_have_the_conventions_names(
@@ -200,12 +202,6 @@ def test_operations_and_providers_have_the_conventions_names(
 ) -> None:
     operation = Operation.of_request(format_name, host_name, "m")
     assert (operation.name, operation.provider) == named
-
-
-def test_the_model_client_s_provider_is_that_of_its_settings() -> None:
-    given = {"model_provider": "openai", "openai_base_url": "https://api.mistral.ai/v1", "model_name": "m"}
-    assert Operation.of_settings(Settings(**given)).provider == "mistral_ai"
-    assert Operation.of_settings(Settings(model_provider="gemini")).provider == "gcp.gemini"
 
 
 def test_a_host_without_the_extra_charges_as_ever(database: str, host: Host, user: int, tmp_path: Path) -> None:

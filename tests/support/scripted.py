@@ -1,12 +1,14 @@
 """Models that answer as a test says, and record their prompts."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from trueup.errors import HoldExhaustedError
 from trueup.features.instagram.effects import Outbox, Outcome
 from trueup.llm.model import Completion, Message
-from trueup.llm.offline.offline import OfflineProvider
+from trueup.llm.offline.server import OfflineServer
+from trueup.llm.tokens import count_prompt_tokens, offline_counter
 
 
 def completion(text: str, *, truncated: bool = False) -> Completion:
@@ -39,19 +41,27 @@ class ScriptedModel:
 
 
 class HeldModel:
-    """The offline provider behind a hold of a given size, capped and refused like a metered model. No database."""
+    """The offline server behind a hold of a given size, capped and refused like a metered model. No database."""
 
     def __init__(self, tokens: int) -> None:
-        self._provider = OfflineProvider()
+        self._server = OfflineServer()
         self.tokens_left = tokens
         self.completions: list[Completion] = []
 
     def complete(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> Completion:
-        affordable = self.tokens_left - self._provider.count_prompt_tokens(messages)
+        prompt = count_prompt_tokens(messages, offline_counter())
+        affordable = self.tokens_left - prompt
         if affordable < 1:
             raise HoldExhaustedError(f"{self.tokens_left} tokens are left of the hold")
         cap = affordable if max_completion_tokens is None else min(affordable, max_completion_tokens)
-        done = self._provider.complete(messages, max_completion_tokens=cap)
+        text, truncated = self._server.answer(messages, cap)
+        made = offline_counter().count(text)
+        done = replace(
+            completion(text, truncated=truncated),
+            prompt_tokens=prompt,
+            completion_tokens=made,
+            total_tokens=prompt + made,
+        )
         self.tokens_left -= done.total_tokens
         self.completions.append(done)
         return done

@@ -21,7 +21,7 @@ from trueup.features import enhancement, messages, questions
 from trueup.features.instagram import direct_message
 from trueup.features.products import extractor
 from trueup.gate.holds import list_holds
-from trueup.llm.offline.offline import OfflineProvider
+from trueup.llm.providers.offline import offline_provider
 from trueup.settings.settings import get_settings
 from trueup.tasks import MeteredTask
 from trueup.tasks.metered import _model
@@ -73,7 +73,7 @@ def wire(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
 @shared_task(name="test.ungated")
 def ungated_task() -> str:
     """A forbidden kind of task: it calls a provider without a hold."""
-    return OfflineProvider().complete([], max_completion_tokens=1).text
+    return offline_provider().complete([], max_completion_tokens=1).text
 
 
 def imported(source: str) -> Iterator[str]:

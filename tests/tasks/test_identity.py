@@ -18,7 +18,7 @@ from trueup.errors import HoldBusyError, ResultNotKeptError, TaskIdReusedError
 from trueup.gate.holds import close_hold, list_holds
 from trueup.llm.metering import MeteredModel
 from trueup.llm.model import Message
-from trueup.llm.offline.offline import OfflineProvider
+from trueup.llm.providers.offline import offline_provider
 from trueup.llm.running import spending_from
 from trueup.settings.settings import get_settings
 from trueup.tasks.arguments import ArgumentParser
@@ -146,7 +146,7 @@ def test_a_crash_after_a_fresh_retry_replays_that_retrys_calls(
     message: str, host: Host, connection: Connection
 ) -> None:
     """The first message may be delivered again too, if its worker died before it acknowledged it."""
-    user, client = host.subscriber(1_000), MeteredModel(OfflineProvider, get_settings())
+    user, client = host.subscriber(1_000), MeteredModel(offline_provider)
     for fresh in (0, 1):
         hold = hold_tokens(connection, user, 500, task="t", request="r", retries=fresh, fresh_retries=fresh)
         with spending_from(hold):

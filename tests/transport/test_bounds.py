@@ -99,8 +99,7 @@ def test_the_model_client_learns_too(
     monkeypatch.setenv("TRUEUP_MODEL_NAME", "llama-3-8b")
     monkeypatch.setenv("TRUEUP_OPENAI_BASE_URL", f"{maker.url}/v1")
     get_settings.cache_clear()
-    settings = get_settings()
-    model = MeteredModel(lambda: provider_from_settings(settings), settings)
+    model = MeteredModel(lambda: provider_from_settings(get_settings()))
 
     def buy(number: int) -> None:
         with spending_from(hold_tokens(connection, user, 2 * TOKENS)):

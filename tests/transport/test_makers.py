@@ -127,6 +127,38 @@ def test_a_call_is_capped_recorded_once_and_replayed(
     assert cap is None if "embeddings" in way else cap is not None and 0 < cap <= 500 - maker.ledger[0].prompt
 
 
+ASK: Any = [{"role": "user", "content": QUESTION}]
+CAPPED: dict[str, Callable[[Maker, int], object]] = {
+    "openai chat": lambda maker, cap: openai_sdk(maker).chat.completions.create(
+        model="gpt-4o-mini", messages=ASK, max_tokens=cap
+    ),
+    "openai chat, newer name": lambda maker, cap: openai_sdk(maker).chat.completions.create(
+        model="gpt-4o-mini", messages=ASK, max_completion_tokens=cap
+    ),
+    "openai responses": lambda maker, cap: openai_sdk(maker).responses.create(
+        model="gpt-4o-mini", input=QUESTION, max_output_tokens=cap
+    ),
+    "anthropic messages": lambda maker, cap: anthropic_sdk(maker).messages.create(
+        model="claude-test", max_tokens=cap, messages=ASK
+    ),
+    "gemini": lambda maker, cap: gemini_sdk(maker).models.generate_content(
+        model="gemini-2.5-flash", contents=QUESTION, config=types.GenerateContentConfig(max_output_tokens=cap)
+    ),
+}
+
+
+@pytest.mark.parametrize("way", CAPPED)
+def test_a_paid_call_is_replayed_although_its_cap_is_what_the_hold_has_left_now(
+    way: str, maker: Maker, host: Host, connection: Connection, user: int
+) -> None:
+    task = str(uuid.uuid4())
+    for retries, cap in enumerate((300, 280)):
+        with spending_from(hold_tokens(connection, user, 500, task=task, retries=retries)):
+            CAPPED[way](maker, cap)
+    assert len(maker.ledger) == 1
+    assert charges(host) == [maker.billed]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_call_that_the_hold_does_not_cover_is_refused_once_and_not_sent(
     way: str, maker: Maker, host: Host, connection: Connection, user: int

@@ -40,7 +40,7 @@ def by_sdk(maker: Maker) -> None:
 def by_model_client(maker: Maker) -> None:
     given = {"model_provider": "openai", "openai_base_url": f"{maker.url}/v1", "model_name": ASK["model"]}
     settings = get_settings().model_copy(update=given)
-    model = MeteredModel(lambda: provider_from_settings(settings), settings)
+    model = MeteredModel(lambda: provider_from_settings(settings))
     model.complete([Message(**message) for message in ASK["messages"]])
 
 

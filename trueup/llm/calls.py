@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from trueup.database.retry import PASSING, retry_until_recorded, retrying
@@ -132,6 +132,15 @@ class Bill:
     model_asked: str
     model_name: str
     response_time_ms: int
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Bill":
+        """Return the bill that `as_json` has written."""
+        return cls(**value | {"tokens": TokenUsage(**value["tokens"])})
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the bill as it is stored with an answer for a replay."""
+        return asdict(self)
 
     def usage(self, settings: Settings) -> Usage:
         """Return what the charge records, with the total that counts against the budget."""

@@ -89,18 +89,20 @@ class CompletionStream(Iterator[str]):
 
 
 class Provider(Protocol):
-    """A source of completions. It has no budget of its own, so only `trueup.llm.metering` may call it."""
+    """A source of completions. Its requests go through the metered transport, so each is a call of the running hold.
 
-    def count_prompt_tokens(self, messages: Sequence[Message]) -> int:
-        """Return the tokens that the prompt costs, with message overhead; never fewer than billed."""
+    Both methods raise `HoldError` if the hold does not cover the call.
+    """
+
+    def complete(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> Completion:
+        """Buy one completion of at most `max_completion_tokens` tokens; None: as many as the hold still covers.
+
+        Raises `ProviderError`.
+        """
         ...
 
-    def complete(self, messages: Sequence[Message], *, max_completion_tokens: int) -> Completion:
-        """Buy one completion of at most `max_completion_tokens` tokens. Raises `ProviderError`."""
-        ...
-
-    def stream(self, messages: Sequence[Message], *, max_completion_tokens: int) -> CompletionStream:
-        """Buy one completion of at most `max_completion_tokens` tokens, in chunks. Returns once it has begun.
+    def stream(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> CompletionStream:
+        """Do as `complete`, in chunks. Returns once the answer has begun.
 
         Raises `ProviderError` if the stream does not begin. There is then no usage, or its usage is unknown if
         `outcome_unknown`. An error raised by iterating never leaves the usage unknown: the stream's completion has it,

@@ -13,7 +13,7 @@ from trueup.settings.settings import Settings
 # More than any hold has: the database refuses a call of this size, and answers with the tokens left.
 _MORE_THAN_ANY_HOLD = 2**62
 # More than any model answers: the cap where the answer's tokens do not count.
-_UNLIMITED = 2**20
+UNLIMITED = 2**20
 
 
 class Spending(Protocol):
@@ -50,7 +50,7 @@ class Demand:
         """Return the largest cap on an answer that `tokens` of a hold cover; below 0: not even the prompt."""
         room = tokens - self.cost(0)
         each = self.choices * self.answer_weight
-        return _UNLIMITED if not each and room >= 0 else room if not each else int(room // each)
+        return UNLIMITED if not each and room >= 0 else room if not each else int(room // each)
 
 
 def _rounded_up(tokens: Decimal) -> int:

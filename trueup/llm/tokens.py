@@ -18,11 +18,13 @@ from trueup.llm.model import Message
 from trueup.llm.texts import without_lone_surrogates
 
 OFFLINE_ENCODING = "o200k_base"
+OFFLINE_MODEL = "trueup-offline-1"
 
 # tiktoken's table (tiktoken/model.py) as patterns. It leaves out gpt-oss on purpose: servers add their own preamble to
 # its prompts, which the upper bound's allowance covers and the exact formula does not.
 _ENCODINGS = (
     (re.compile(r"(?:gpt-5|gpt-4o|gpt-4\.1|gpt-4\.5|chatgpt-4o|o1|o3|o4-mini)(?:[-.].*)?"), "o200k_base"),
+    (re.compile(re.escape(OFFLINE_MODEL)), OFFLINE_ENCODING),
     (re.compile(r"(?:gpt-4|gpt-3\.5|gpt-3\.5-turbo|gpt-35-turbo)(?:-.*)?"), "cl100k_base"),
 )  # fmt: skip
 _ROUTE = re.compile(r"^(?:openai/|ft:)+")

@@ -3,9 +3,7 @@
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
-from trueup.settings.settings import Settings
 from trueup.telemetry import Histogram, Span, Value
 from trueup.usage.charges import Usage
 
@@ -25,6 +23,7 @@ _PROVIDERS = {
     "aiplatform.googleapis.com": "gcp.vertex_ai",
     "generativelanguage.googleapis.com": "gcp.gemini",
     "amazonaws.com": "aws.bedrock",
+    "offline.invalid": "offline",
     "api.cohere.com": "cohere",
     "api.deepseek.com": "deepseek",
     "api.groq.com": "groq",
@@ -58,14 +57,6 @@ class Operation:
         maker, _, kind = format_name.partition(" ")
         found = (name for end, name in _PROVIDERS.items() if host == end or host.endswith((f".{end}", f"-{end}")))
         return cls(name=_OPERATIONS.get(kind, "chat"), provider=next(found, _MAKERS.get(maker, maker)), model=model)
-
-    @classmethod
-    def of_settings(cls, settings: Settings) -> "Operation":
-        """Return the operation of trueup's own model client."""
-        maker = settings.model_provider or "unknown"
-        url = settings.openai_base_url if maker == "openai" else settings.model_base_url
-        host = (urlsplit(url).hostname or "") if url else ""
-        return cls.of_request(f"{maker} chat", host, settings.model_name)
 
     def attributes(self) -> dict[str, Value]:
         return {

@@ -20,24 +20,24 @@ def provider_from_settings(settings: Settings) -> Provider:
     match settings.model_provider:
         case "openai":
             # Imported on use: the SDK costs about one second and 43 MB, which other processes do not need.
-            from trueup.llm.providers.maker import MakerProvider
+            from trueup.llm.providers.maker import sdk_provider
             from trueup.llm.providers.openai import OpenAI
 
-            return MakerProvider(settings, OpenAI)
+            return sdk_provider(settings, OpenAI)
         case "anthropic":
             from trueup.llm.providers.anthropic import Anthropic
-            from trueup.llm.providers.maker import MakerProvider
+            from trueup.llm.providers.maker import sdk_provider
 
-            return MakerProvider(settings, Anthropic)
+            return sdk_provider(settings, Anthropic)
         case "gemini":
             from trueup.llm.providers.gemini import Gemini
-            from trueup.llm.providers.maker import MakerProvider
+            from trueup.llm.providers.maker import sdk_provider
 
-            return MakerProvider(settings, Gemini)
+            return sdk_provider(settings, Gemini)
         case "offline":
-            from trueup.llm.offline.offline import OfflineProvider
+            from trueup.llm.providers.offline import offline_provider
 
-            return OfflineProvider()
+            return offline_provider()
         case None:
             raise SettingsError(
                 f"{PREFIX}MODEL_PROVIDER is not set, and this task needs a model. No tokens were held or spent. Set it "

@@ -21,21 +21,18 @@ class Anthropic:
 
     url = "https://api.anthropic.com"
     url_setting = "model_base_url"
+    root: type[Exception] | None = anthropic.AnthropicError
     errors: tuple[type[Exception], ...] = (anthropic.AnthropicError,)
     connection_errors: tuple[type[Exception], ...] = (anthropic.APIConnectionError,)
 
-    def __init__(self, url: str, key: str, settings: Settings) -> None:
+    def __init__(self, url: str, key: str, settings: Settings, http: PayingClient) -> None:
         self._model_name = settings.model_name
         self._client = anthropic.Anthropic(
             api_key=key,
             base_url=url,
             timeout=settings.model_timeout_seconds,
             max_retries=settings.model_max_retries,
-            http_client=PayingClient(
-                root=anthropic.AnthropicError,
-                answer_seconds=settings.model_timeout_seconds,
-                limits=anthropic.DEFAULT_CONNECTION_LIMITS,
-            ),
+            http_client=http,
         )
         self._client.auth_token = None  # of a variable of the SDK's
 
@@ -49,7 +46,7 @@ class Anthropic:
             for event in events:
                 yield event.model_dump(mode="json", exclude_unset=True, warnings=False)
 
-    def reader(self, *, is_stream: bool) -> AnswerReader:
+    def reader(self) -> AnswerReader:
         return MessagesReader()
 
     def text_of(self, part: Part) -> str:

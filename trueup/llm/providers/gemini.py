@@ -21,16 +21,15 @@ class Gemini:
 
     url = "https://generativelanguage.googleapis.com"
     url_setting = "model_base_url"
+    root: type[Exception] | None = None
     errors: tuple[type[Exception], ...] = (errors.APIError,)
     connection_errors: tuple[type[Exception], ...] = ()
 
-    def __init__(self, url: str, key: str, settings: Settings) -> None:
+    def __init__(self, url: str, key: str, settings: Settings, http: PayingClient) -> None:
         self._model_name = settings.model_name
-        self._http = PayingClient(
-            root=None, answer_seconds=settings.model_timeout_seconds, timeout=settings.model_timeout_seconds
-        )
+        self._http = http
         options = types.HttpOptions(
-            base_url=url, httpx_client=self._http, timeout=round(settings.model_timeout_seconds * 1000)
+            base_url=url, httpx_client=http, timeout=round(settings.model_timeout_seconds * 1000)
         )
         self._client = genai.Client(api_key=key, vertexai=False, http_options=options)
 
@@ -48,8 +47,8 @@ class Gemini:
         finally:
             response.close()  # the SDK leaves it open
 
-    def reader(self, *, is_stream: bool) -> AnswerReader:
-        return GeminiReader(is_stream=is_stream)
+    def reader(self) -> AnswerReader:
+        return GeminiReader(is_stream=True)
 
     def text_of(self, part: Part) -> str:
         contents = [object_of(object_of(one).get("content")) for one in list_of(part.get("candidates"))[:1]]

@@ -1,20 +1,20 @@
-"""Completions by a maker's own SDK, read by the maker's wire format, which the transport reads too."""
+"""Completions by a maker's own SDK. The transport under it caps and charges them; here the text is read."""
 
-import time
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
 import httpx2
 
-from trueup.errors import SettingsError
-from trueup.llm.bounds import assigned_counter, likely_counter
+from trueup.errors import SettingsError, TrueupError
+from trueup.llm.calls import Bill
 from trueup.llm.credentials import header_value
-from trueup.llm.formats.usage import TokenUsage, split_usage
 from trueup.llm.formats.wire_format import AnswerReader
 from trueup.llm.model import Completion, CompletionStream, Message
+from trueup.llm.output_cap import UNLIMITED
 from trueup.llm.providers.failures import Failures, status_of
-from trueup.llm.tokens import count_prompt_tokens, counter_for
+from trueup.llm.providers.paying_client import PayingClient, receipt_of
+from trueup.llm.transport.refusals import restore
 from trueup.settings.model_keys import model_key
 from trueup.settings.settings import PREFIX, Settings
 
@@ -43,18 +43,10 @@ class BrokenAnswerError(Exception):
 
 
 class Maker(Protocol):
-    """One maker's SDK."""
+    """One maker's SDK, or another source of answers."""
 
-    url: str
-    """The maker's own server. Always passed to the SDK, so that no variable can send the key to another one."""
-    url_setting: str
-    """The setting that names another server."""
     errors: tuple[type[Exception], ...]
     """The SDK's errors, without those of its HTTP client."""
-    connection_errors: tuple[type[Exception], ...]
-    """The SDK's errors around an error of its HTTP client."""
-
-    def __init__(self, url: str, key: str, settings: Settings) -> None: ...
 
     def whole(self, messages: Sequence[Message], cap: int) -> Part:
         """Buy one answer of at most `cap` tokens."""
@@ -67,8 +59,8 @@ class Maker(Protocol):
         """
         ...
 
-    def reader(self, *, is_stream: bool) -> AnswerReader:
-        """Return the wire format's reader of an answer."""
+    def reader(self) -> AnswerReader:
+        """Return the wire format's reader of a stream."""
         ...
 
     def text_of(self, part: Part) -> str:
@@ -80,68 +72,89 @@ class Maker(Protocol):
         ...
 
 
-class MakerProvider:
-    """A provider over a maker's SDK. Make one per process, because it keeps connections open."""
+class SdkMaker(Maker, Protocol):
+    """One maker's SDK."""
 
-    def __init__(self, settings: Settings, make: type[Maker]) -> None:
-        """Make the client without connecting. Raises `SettingsError` if no key is set and the server is the maker's."""
-        name, secret = model_key(settings)
-        key = header_value(name, secret)
-        server = getattr(settings, make.url_setting)
-        url_name = f"{PREFIX}{make.url_setting.upper()}"
-        if not key and not server:
-            raise SettingsError(
-                f"{name} is not set, and the provider {settings.model_provider} refuses calls without a key. Nothing "
-                f"was spent. Set it for the workers and restart them, or set {url_name} for a server that needs no key."
-            )
-        url = (server or make.url).rstrip("/")
-        self._maker = make(url, key or NO_KEY, settings)
-        self._failures = Failures(
-            url,
-            key,
-            key_name=name,
-            url_name=url_name,
-            connection_errors=self._maker.connection_errors,
+    url: str
+    """The maker's own server. Always passed to the SDK, so that no variable can send the key to another one."""
+    url_setting: str
+    """The setting that names another server."""
+    root: type[Exception] | None
+    """The root class of the SDK's errors, as `PayingClient` takes it."""
+    connection_errors: tuple[type[Exception], ...]
+    """The SDK's errors around an error of its HTTP client."""
+
+    def __init__(self, url: str, key: str, settings: Settings, http: PayingClient) -> None: ...
+
+
+def sdk_provider(settings: Settings, make: type[SdkMaker]) -> "MakerProvider":
+    """Return a provider over a maker's SDK, without connecting.
+
+    Raises `SettingsError` if no key is set and the server is the maker's.
+    """
+    name, secret = model_key(settings)
+    key = header_value(name, secret)
+    server = getattr(settings, make.url_setting)
+    url_name = f"{PREFIX}{make.url_setting.upper()}"
+    if not key and not server:
+        raise SettingsError(
+            f"{name} is not set, and the provider {settings.model_provider} refuses calls without a key. Nothing "
+            f"was spent. Set it for the workers and restart them, or set {url_name} for a server that needs no key."
         )
-        self._errors: tuple[type[Exception], ...] = (*self._maker.errors, httpx2.HTTPError)
+    url = (server or make.url).rstrip("/")
+    http = PayingClient(root=make.root, answer_seconds=settings.model_timeout_seconds)
+    failures = Failures(url, key, key_name=name, url_name=url_name, connection_errors=make.connection_errors)
+    return MakerProvider(make(url, key or NO_KEY, settings, http), http, failures)
+
+
+class MakerProvider:
+    """A provider over a source of answers. Make one per process, because it keeps connections open."""
+
+    def __init__(self, maker: Maker, http: PayingClient, failures: Failures) -> None:
+        """`http`: the client that the maker sends its requests with."""
+        self._maker = maker
+        self._http = http
+        self._failures = failures
+        self._errors: tuple[type[Exception], ...] = (*maker.errors, httpx2.HTTPError)
         self._breaks: tuple[type[Exception], ...] = (*self._errors, *_UNREADABLE)
-        self._model_name = settings.model_name
-        self._bound = assigned_counter(settings.model_name, settings) or counter_for(settings.model_name)
-        self._likely = likely_counter(settings.model_name, settings)
 
-    def count_prompt_tokens(self, messages: Sequence[Message]) -> int:
-        """Return the tokens that the prompt costs, with message overhead; never fewer than billed."""
-        return count_prompt_tokens(messages, self._bound)
+    def complete(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> Completion:
+        """Buy one completion of at most `max_completion_tokens` tokens; None: as many as the hold still covers.
 
-    def complete(self, messages: Sequence[Message], *, max_completion_tokens: int) -> Completion:
-        """Buy one completion of at most `max_completion_tokens` tokens. Raises `ProviderError`."""
-        answer = _Answer(self._maker, is_stream=False)
+        Raises `ProviderError`, and `HoldError` if the hold does not cover the call.
+        """
         try:
-            part = self._maker.whole(messages, max_completion_tokens)
+            part = self._maker.whole(messages, _cap(max_completion_tokens))
+        except TrueupError as error:  # it is one of the SDK's errors, too
+            restore(error)
+            raise
         except _UNREADABLE as error:
             raise self._failures.no_completion(str(error)) from None
         except self._errors as error:
             raise self._failures.of(error) from None  # the SDK's text may quote part of the key
+        answer = _Answer(self._maker, self._http.latest_response)
         answer.add(part)
         answer.end()
-        if not answer.reader.has_begun:
+        if answer.bill is None:
             raise self._failures.no_completion(str(part))
-        return self._completion(answer, messages, max_completion_tokens)
+        return answer.completion(answer.bill)
 
-    def stream(self, messages: Sequence[Message], *, max_completion_tokens: int) -> CompletionStream:
-        """Buy one completion of at most `max_completion_tokens` tokens, in chunks. Returns once it has begun.
+    def stream(self, messages: Sequence[Message], *, max_completion_tokens: int | None = None) -> CompletionStream:
+        """Do as `complete`, in chunks. Returns once the answer has begun.
 
-        The usage is the provider's if the answer was complete; otherwise it is counted. Raises `ProviderError` if the
-        stream does not begin; iterating raises it if the stream breaks.
+        Iterating raises `ProviderError` if the answer breaks. The usage is the provider's if the answer was complete;
+        otherwise it is counted.
         """
-        answer = _Answer(self._maker, is_stream=True)
-        events = self._maker.events(messages, max_completion_tokens)
+        answer = _Answer(self._maker)
+        events = self._maker.events(messages, _cap(max_completion_tokens))
         chunks = self._chunks(answer, events)
         first = next(chunks)
 
         def finish() -> Completion:
             events.close()  # type: ignore[attr-defined]  # a generator
-            return self._completion(answer, messages, max_completion_tokens)
+            if answer.bill is None:
+                raise self._failures.broken_stream(None, begun=False)
+            return answer.completion(answer.bill)
 
         return CompletionStream(chain((first,), chunks), finish)
 
@@ -151,9 +164,14 @@ class MakerProvider:
         is_accepted = False
         try:
             for event in events:
+                if answer.response is None:
+                    answer.response = self._http.latest_response
                 text = answer.add(event)
                 if answer.reader.has_begun:
                     yield text
+        except TrueupError as error:
+            restore(error)
+            raise
         except NotAnAnswerError as error:
             raise self._failures.no_completion(str(error)) from None
         except BrokenAnswerError as error:
@@ -161,7 +179,7 @@ class MakerProvider:
         except self._breaks as error:
             broken = error
         rest = answer.end()
-        if answer.reader.is_complete:
+        if answer.reader.is_complete or (broken is None and answer.ended_with_usage):
             yield rest
             return
         is_accepted |= answer.reader.has_begun
@@ -172,48 +190,53 @@ class MakerProvider:
     def _is_before_answer(self, error: Exception) -> bool:
         return status_of(error) is not None or self._failures.is_of_connection(error)
 
-    def _completion(self, answer: "_Answer", messages: Sequence[Message], cap: int) -> Completion:
-        usage = answer.reader.usage
-        figures = usage or self._counted(answer.reader, messages, cap)
-        return Completion(
-            text=answer.text,
-            prompt_tokens=figures.prompt,
-            completion_tokens=figures.completion,
-            total_tokens=figures.total,
-            model_name=answer.reader.model_name or self._model_name,
-            response_time_ms=round((answer.last_arrival - answer.started) * 1000),
-            truncated=answer.is_cut,
-            usage_reported=usage is not None,
-            tokens=figures.classes(),
-        )
 
-    def _counted(self, reader: AnswerReader, messages: Sequence[Message], cap: int) -> TokenUsage:
-        """Estimate the usage that the provider did not report: at most the requested maximum."""
-        prompt = reader.prompt_tokens or count_prompt_tokens(messages, self._likely)
-        made = max(reader.events, self._likely.count("".join(reader.texts)))
-        return split_usage(prompt=prompt, completion=min(made, cap))
+def _cap(wanted: int | None) -> int:
+    """Return the cap to send. The transport lowers it to what the hold covers."""
+    return UNLIMITED if wanted is None else wanted
 
 
 class _Answer:
-    """The received part of an answer: its text for the user, and what its charge needs."""
+    """The received part of an answer: its text for the user, and whether it was cut off at its cap."""
 
-    def __init__(self, maker: Maker, *, is_stream: bool) -> None:
-        self.reader = maker.reader(is_stream=is_stream)
-        self.started = self.last_arrival = time.monotonic()
-        self.is_cut = False
+    def __init__(self, maker: Maker, response: httpx2.Response | None = None) -> None:
+        self.response = response  # of a stream: None until its first event
+        self.reader = maker.reader()
         self._maker = maker
+        self._is_cut = False
         self._texts: list[str] = []
         self._half = ""  # of a surrogate pair, whose other half the next part has
 
     @property
-    def text(self) -> str:
-        return "".join(self._texts)
+    def bill(self) -> Bill | None:
+        """What the answer has cost. None: it is not charged, or not yet."""
+        return None if self.response is None else receipt_of(self.response).bill
+
+    @property
+    def ended_with_usage(self) -> bool:
+        """True if the server has reported the usage at the end. The transport hides that event of a stream."""
+        if self.response is None or self.bill is None:
+            return False
+        return self.bill.is_reported and receipt_of(self.response).is_complete
+
+    def completion(self, bill: Bill) -> Completion:
+        """Return the received part and what it has cost."""
+        return Completion(
+            text="".join(self._texts),
+            prompt_tokens=bill.tokens.prompt,
+            completion_tokens=bill.tokens.completion,
+            total_tokens=bill.tokens.total,
+            model_name=bill.model_name,
+            response_time_ms=bill.response_time_ms,
+            truncated=self._is_cut,
+            usage_reported=bill.is_reported,
+            tokens=bill.tokens.classes(),
+        )
 
     def add(self, part: Part) -> str:
         """Add a part, and return its text."""
-        self.last_arrival = time.monotonic()
         self.reader.add(None, part)
-        self.is_cut |= self._maker.is_cut(part)
+        self._is_cut |= self._maker.is_cut(part)
         text, self._half = self._half + self._maker.text_of(part), ""
         if text and _HIGH_SURROGATES[0] <= text[-1] <= _HIGH_SURROGATES[1]:
             text, self._half = text[:-1], text[-1]

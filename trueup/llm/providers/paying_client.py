@@ -1,4 +1,4 @@
-"""The HTTP client of paid requests: it does not repeat what may have been served, and limits the answer."""
+"""The HTTP client of our providers: metered, with limits on answers, and it repeats nothing that may be billed."""
 
 import socket
 import threading
@@ -9,6 +9,10 @@ from typing import Any
 import httpx2
 
 from trueup.llm.outcomes import may_be_billed, never_sent
+from trueup.llm.transport.on_httpx2 import Transport
+from trueup.llm.transport.pools import Pools
+from trueup.llm.transport.purchases import Meter, Receipt
+from trueup.llm.transport.transport import RECEIPT
 
 # No model's answer is so long: 100,000 tokens, each in an event of its own, take about 30 MB.
 MAX_ANSWER_BYTES = 64 * 2**20
@@ -20,26 +24,25 @@ _STEPS = 20
 
 
 class PayingClient(httpx2.Client):
-    """An HTTP client that stops the SDK from retrying a request that may have been served.
+    """An HTTP client whose requests are calls of the running hold, and that stops the SDK from repeating them.
 
     An SDK retries after every error of its HTTP client, but passes an error of its own root class on. It also retries
-    after a 5xx, unless the answer's headers forbid it. A request that is served twice would be billed twice and charged
-    once.
+    after a 5xx, unless the answer's headers forbid it. A request that is served twice would be billed twice.
 
     `root`: the root class of the SDK's errors; None: it does not retry. `answer_seconds`: the time for the wait for an
-    answer's head, for the rest of the answer, and for each event of a stream. HTTP clients limit each wait alone, so
-    that a server which sends a byte now and then would be waited for without end. Time in which this process did not
-    run does not count: the server has sent its answer meanwhile, and bills it. An answer of more than
-    `MAX_ANSWER_BYTES` is broken off.
+    answer's head, for the rest of the answer, and for each event of a stream. `inner`: takes the requests instead of a
+    server.
 
     It also decodes every body as UTF-8, the encoding of JSON. A server may name a charset that Python does not know as
     a text encoding; reading the paid answer would then fail.
     """
 
-    def __init__(self, *, root: type[Exception] | None, answer_seconds: float, **options: Any) -> None:
-        super().__init__(follow_redirects=True, **options)
+    def __init__(
+        self, *, root: type[Exception] | None, answer_seconds: float, inner: httpx2.BaseTransport | None = None
+    ) -> None:
+        pools = _LimitedPools(answer_seconds, inner)
+        super().__init__(transport=Transport(Meter(), pools), follow_redirects=True, timeout=answer_seconds)
         self._root = root
-        self._answer_seconds = answer_seconds
         self._latest = threading.local()
 
     @property
@@ -51,7 +54,6 @@ class PayingClient(httpx2.Client):
     def send(self, request: httpx2.Request, *, stream: bool = False, **options: Any) -> httpx2.Response:
         try:
             response = super().send(request, stream=True, **options)
-            response.stream = _LimitedStream(response, request, self._answer_seconds, of_events=stream)
             if not stream:
                 response.read()
         except httpx2.RequestError as error:
@@ -64,22 +66,50 @@ class PayingClient(httpx2.Client):
         self._latest.response = response
         return response
 
-    def __del__(self) -> None:  # as in the SDK's own client
-        with suppress(Exception):
-            self.close()
+
+def receipt_of(response: httpx2.Response) -> Receipt:
+    """Return the state of an answer now."""
+    receipt: Receipt = response.extensions[RECEIPT]()
+    return receipt
+
+
+class _LimitedPools(Pools):
+    """Connections whose answers have limits of time and size."""
+
+    def __init__(self, answer_seconds: float, inner: httpx2.BaseTransport | None) -> None:
+        super().__init__(httpx2, inner, {}, trust_env=True)
+        self._answer_seconds = answer_seconds
+
+    def sync_for(self, url: Any) -> Any:
+        found = super().sync_for(url)
+        return found if self._inner is not None else _LimitedTransport(found, self._answer_seconds)
+
+
+class _LimitedTransport(httpx2.BaseTransport):
+    def __init__(self, inner: httpx2.BaseTransport, answer_seconds: float) -> None:
+        self._inner = inner
+        self._answer_seconds = answer_seconds
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        response = self._inner.handle_request(request)
+        response.stream = _LimitedStream(response, request, self._answer_seconds)
+        return response
 
 
 class _LimitedStream(httpx2.SyncByteStream):
     """The bytes of an answer, until its time is over or it is too long.
 
-    `seconds`: the time for the answer. `of_events`: the answer is a stream, and each of its events has that time.
+    HTTP clients limit each wait alone, so that a server which sends a byte now and then would be waited for without
+    end. Time in which this process did not run does not count: the server has sent its answer meanwhile, and bills it.
+    An answer of more than `MAX_ANSWER_BYTES` is broken off. `seconds`: the time for the answer, or for each event of a
+    stream.
     """
 
-    def __init__(self, response: httpx2.Response, request: httpx2.Request, seconds: float, *, of_events: bool) -> None:
+    def __init__(self, response: httpx2.Response, request: httpx2.Request, seconds: float) -> None:
         self._stream = response.stream
         self._request = request
         self._seconds = seconds
-        self._of_events = of_events
+        self._of_events = "json" not in response.headers.get("content-type", "").lower()
         connection = response.extensions.get("network_stream")
         self._socket = connection.get_extra_info("socket") if connection is not None else None
         # Each of these is set by one thread alone: the steps and the end by the watch, the others by the reader.

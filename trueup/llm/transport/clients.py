@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from trueup.extras import require_extra
+from trueup.llm.running import running_now
 from trueup.llm.transport.pools import CONNECTION_OPTIONS, Pools
 from trueup.llm.transport.purchases import Meter
 
@@ -89,7 +90,8 @@ def _transport(module: Any, allow: Sequence[str], prompt_tokens: int | None, opt
     inner = options.pop("transport", None)
     connections = {name: options.pop(name) for name in CONNECTION_OPTIONS & options.keys()}
     pools = Pools(module.Transport.http, inner, connections, trust_env=options.get("trust_env", True))
-    return module.Transport(Meter(allow, prompt_tokens), pools)
+    # Threads that a body starts have no context of their own: its client knows the hold all the same.
+    return module.Transport(Meter(allow, prompt_tokens, made_in=running_now()), pools)
 
 
 def _defaults(http: Any) -> dict[str, Any]:

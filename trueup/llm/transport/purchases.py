@@ -13,7 +13,7 @@ from typing import Any
 from trueup.errors import UnboundedCallError, UnmeteredCallError
 from trueup.llm.bounds import ClassCounter, bounding_counter, learn, learns, likely_counter
 from trueup.llm.calls import Bill, Call, begin, charge, end_without_usage, fingerprint_of
-from trueup.llm.formats.reading import parsed
+from trueup.llm.formats.reading import object_of, parsed
 from trueup.llm.formats.registry import format_of, is_free, normal_path
 from trueup.llm.formats.usage import TokenUsage, split_usage
 from trueup.llm.formats.wire_format import AnswerReader, Count, Sent, WireFormat
@@ -38,6 +38,11 @@ _PLAIN_BYTES = 4_096
 _usage_refusers: set[tuple[str, str]] = set()  # hosts and models that refuse to report a stream's usage
 
 
+def forget_usage_refusers() -> None:
+    """Ask each server again to report a stream's usage."""
+    _usage_refusers.clear()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Planned:
     """A request that costs tokens, and the hold that it will spend from."""
@@ -55,7 +60,7 @@ class Planned:
         settings = get_settings()
         call = begin(
             self.running,
-            fingerprint_of([sent.host, sent.path, sent.body]),
+            fingerprint_of([sent.host, sent.path, self.format.capped(sent, 0, adds_usage=False)]),
             lambda: weighted(self._demand(bounding_counter(model, settings)), model, settings),
             settings,
             Operation.of_request(self.format.name, sent.host, model),
@@ -76,12 +81,17 @@ class Planned:
 
 
 class Meter:
-    """Decides which requests of one client are metered. A client remembers the hold in which it was made."""
+    """Decides which requests of one client are metered.
 
-    def __init__(self, allow: Sequence[str] = (), prompt_tokens: int | None = None) -> None:
+    `made_in`: the hold in which the client was made; None: each of its calls must find one.
+    """
+
+    def __init__(
+        self, allow: Sequence[str] = (), prompt_tokens: int | None = None, *, made_in: RunningHold | None = None
+    ) -> None:
         self._allowed = tuple(normal_path(path) for path in allow)
         self._media_tokens = prompt_tokens
-        self._made_in = running_now()
+        self._made_in = made_in
 
     def plan(
         self, method: str, url: Any, headers: Any, content: bytes, ask: Callable[[Count], int | None]
@@ -103,7 +113,6 @@ class Meter:
         return Planned(running=self._running(), format=known, sent=sent, ask=ask)
 
     def _running(self) -> RunningHold:
-        # Threads that the body started have no context of their own; its client knows the hold all the same.
         made_in = self._made_in
         if running_now() is None and made_in is not None:
             made_in.refuse_if_over()
@@ -117,6 +126,14 @@ class Meter:
         if not given.isdecimal():
             raise UnboundedCallError(f"the header {MEDIA_HEADER} is {given!r:.40}", "Give a count of tokens.")
         return int(given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """The state of an answer. `bill` None: it is not charged, or not yet. `is_complete`: its end was received."""
+
+    bill: Bill | None
+    is_complete: bool = True
 
 
 class Purchase:
@@ -133,7 +150,13 @@ class Purchase:
         self.reader: AnswerReader = known.reader(sent)
         self._started = time.monotonic()
         self._lock = threading.Lock()
+        self._usage_refused = False
+        self._bill: Bill | None = None
         self.is_settled = False
+
+    def receipt(self) -> Receipt:
+        """Return the state of the answer now."""
+        return Receipt(bill=self._bill, is_complete=self.reader.is_complete)
 
     def content(self, original: bytes, headers: Any) -> bytes:
         """Return the body to send. Raises `UnboundedCallError` if it is signed and would have to change."""
@@ -149,11 +172,16 @@ class Purchase:
         return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
 
     def refuses_usage(self, status: int, raw: bytes) -> bool:
-        """Return whether the server refused the option that was added; then the request is to be sent without it."""
-        if not self.adds_usage or status not in (400, 422) or b"stream_options" not in raw:
+        """Return whether the server may have refused the option that was added: the request is then sent without it.
+
+        A refusal is free. It names the option or no parameter at all.
+        """
+        if not self.adds_usage or status not in (400, 422):
             return False
-        _usage_refusers.add(self._host_and_model)
-        self.adds_usage = False
+        error = object_of(object_of(parsed(raw)).get("error"))
+        if b"stream_options" not in raw and (error.get("code") or error.get("param")):
+            return False
+        self.adds_usage, self._usage_refused = False, True
         return True
 
     def fail(self, *, unknown: bool, error_type: str = "_OTHER") -> None:
@@ -189,8 +217,11 @@ class Purchase:
                 model_name=self.reader.model_name or self._model,
                 response_time_ms=round((time.monotonic() - self._started) * 1000),
             )
-            charge(self.call, bill, get_settings(), answer=answer)
-            self.is_settled = True
+            kept = None if answer is None else answer | {"bill": bill.as_json()}
+            charge(self.call, bill, get_settings(), answer=kept)
+            self._bill, self.is_settled = bill, True
+            if self._usage_refused:
+                _usage_refusers.add(self._host_and_model)
             if usage is not None:
                 self._learn(usage)
 

@@ -24,6 +24,11 @@ def passing_through_sdks() -> Iterator[None]:
         raise
 
 
+def restore(error: TrueupError) -> None:
+    """Make an error of trueup that has passed through an SDK trueup's alone."""
+    error.__class__ = _plain(type(error))
+
+
 def _loaded_errors() -> tuple[type[Exception], ...]:
     found = (getattr(sys.modules.get(module), name, None) for module, name in _SDK_ERRORS)
     return tuple(kind for kind in found if isinstance(kind, type) and issubclass(kind, Exception))
@@ -33,7 +38,7 @@ def _loaded_errors() -> tuple[type[Exception], ...]:
 def _combined(own: Any, kinds: tuple[type[Exception], ...]) -> type[TrueupError]:
     """Return a class that is trueup's error and each SDK's. It has trueup's name, and is pickled so."""
     missing = tuple(kind for kind in kinds if not issubclass(own, kind))
-    plain = next(kind for kind in own.__mro__ if "__sdk_errors__" not in vars(kind))
+    plain = _plain(own)
 
     def __reduce__(self: TrueupError) -> tuple[object, ...]:  # noqa: N807 - the method of that name
         return plain, self.args
@@ -50,3 +55,8 @@ def _combined(own: Any, kinds: tuple[type[Exception], ...]) -> type[TrueupError]
         },
     )
     return combined
+
+
+def _plain(kind: type[TrueupError]) -> type[TrueupError]:
+    """Return trueup's own class of an error that may be an SDK's, too."""
+    return next(found for found in kind.__mro__ if "__sdk_errors__" not in vars(found))

@@ -6,18 +6,21 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, ClassVar
 
 from trueup.errors import TrueupError
+from trueup.llm.calls import Bill
 from trueup.llm.formats.reading import count_of, object_of, parsed
 from trueup.llm.formats.wire_format import Count
 from trueup.llm.outcomes import never_sent
 from trueup.llm.transport.bodies import TappedBody, closer_of, recorded, undone_if_cancelled
 from trueup.llm.transport.pools import Pools
-from trueup.llm.transport.purchases import MEDIA_HEADER, REPLAYED_HEADER, Meter, Planned, Purchase, stored_body
+from trueup.llm.transport.purchases import MEDIA_HEADER, REPLAYED_HEADER, Meter, Planned, Purchase, Receipt, stored_body
 from trueup.llm.transport.refusals import passing_through_sdks
 from trueup.llm.transport.taps import LongAnswer, Tap
 from trueup.settings.settings import get_settings
 
 # A longer answer is passed on as it comes, and its usage is looked for at its end.
 MAX_READ_BYTES = 64 * 2**20
+# The extension of a response that gives its receipt: a function, because a stream has a bill only at its end.
+RECEIPT = "trueup_receipt"
 # Headers of the caller's request that are not sent on: the body may get another length.
 _REPLACED = (MEDIA_HEADER, "content-length", "transfer-encoding")
 # A stream is stored compressed. So much of it is kept until its end, as a multiple of the size that may be stored.
@@ -49,7 +52,7 @@ class MeteredTransport:
                 purchase = planned.begin()
                 if purchase.call.paid is not None:
                     return self._replayed(purchase.call.paid)
-                return self._buy(inner, request, purchase, content)
+                return _with_receipt(self._buy(inner, request, purchase, content), purchase)
 
     async def handle_async_request(self, request: Any) -> Any:
         inner = self._pools.async_for(request.url)
@@ -62,7 +65,7 @@ class MeteredTransport:
                 purchase = await undone_if_cancelled(planned.running, planned.begin, _not_sent)
                 if purchase.call.paid is not None:
                     return self._replayed(purchase.call.paid)
-                return await self._abuy(inner, request, purchase, content)
+                return _with_receipt(await self._abuy(inner, request, purchase, content), purchase)
 
     def close(self) -> None:
         self._pools.close()
@@ -186,7 +189,13 @@ class MeteredTransport:
 
     def _replayed(self, paid: dict[str, Any]) -> Any:
         headers = {"content-type": paid["content_type"], REPLAYED_HEADER: "true"}
-        return self.http.Response(paid["status"], headers=headers, stream=self.http.ByteStream(stored_body(paid)))
+        receipt = Receipt(bill=Bill.from_json(paid["bill"]))
+        return self.http.Response(
+            paid["status"],
+            headers=headers,
+            stream=self.http.ByteStream(stored_body(paid)),
+            extensions={RECEIPT: lambda: receipt},
+        )
 
     def _fail(self, purchase: Purchase, error: Exception) -> None:
         """Record that the call ended with an error instead of an answer."""
@@ -240,6 +249,11 @@ async def _aread(parts: AsyncIterator[bytes]) -> tuple[bytes, bool]:
         if size > MAX_READ_BYTES:
             return b"".join(read), False
     return b"".join(read), True
+
+
+def _with_receipt(response: Any, purchase: Purchase) -> Any:
+    response.extensions = {**response.extensions, RECEIPT: purchase.receipt}
+    return response
 
 
 def _is_event_stream(purchase: Purchase, response: Any) -> bool:
