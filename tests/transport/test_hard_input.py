@@ -1,10 +1,13 @@
 """Bodies, protocols and endings that are hard on a transport."""
 
 import gzip
+import os
+import pickle
+import signal
 import socket
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -14,6 +17,7 @@ import h2.connection
 import h2.events
 import openai
 import pytest
+from billiard.exceptions import SoftTimeLimitExceeded
 from sqlalchemy import Connection
 
 from tests.support.host import Host
@@ -21,7 +25,13 @@ from tests.support.makers import Maker
 from tests.support.waiting import DEADLINE_SECONDS
 from tests.support.work import hold_tokens
 from trueup import http_client
+from trueup.gate.holds import close_hold
+from trueup.gate.provider_calls import list_unrecorded_calls
+from trueup.llm.metering import MeteredModel
+from trueup.llm.model import Message
+from trueup.llm.providers import provider_from_settings
 from trueup.llm.running import spending_from
+from trueup.settings.settings import Settings
 
 ASK: Any = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "a question"}]}
 
@@ -245,3 +255,54 @@ def test_a_total_above_its_parts_is_charged(maker: Maker, host: Host, connection
         client.post(f"{maker.url}/v1/chat/completions", json=ASK)
     assert charges(host) == [60]
     assert host.value("SELECT metadata->'tokens'->>'other' FROM ai_usage_log") == "46"
+
+
+def asks_model_client(maker: Maker) -> object:
+    settings = Settings(model_provider="anthropic", model_base_url=maker.url, model_name="claude-test")
+    model = MeteredModel(lambda: provider_from_settings(settings))
+    return model.complete([Message(role="user", content="a question")], max_completion_tokens=50)
+
+
+INTERRUPTED: dict[str, tuple[str, Callable[[Maker], object]]] = {
+    "openai": ("/v1/chat/completions", lambda maker: sdk(maker).chat.completions.create(**ASK)),
+    "openai stream": ("/v1/chat/completions", lambda maker: sdk(maker).chat.completions.create(**ASK, stream=True)),
+    "anthropic": (
+        "/v1/messages",
+        lambda maker: anthropic.Anthropic(
+            base_url=maker.url, api_key="test", http_client=http_client()
+        ).messages.create(model="claude-test", max_tokens=50, messages=ASK["messages"]),
+    ),
+    "the model client": ("/v1/messages", asks_model_client),
+}
+
+
+@pytest.mark.parametrize("way", INTERRUPTED)
+def test_the_end_of_a_task_s_time_during_a_call_reaches_its_body_and_the_call_is_not_repeated(
+    way: str, maker: Maker, host: Host, connection: Connection, user: int
+) -> None:
+    """An SDK takes any exception during its request for a broken connection, and asks again."""
+    path, ask = INTERRUPTED[way]
+    over = threading.Event()
+
+    def time_is_up(*_: object) -> None:
+        raise SoftTimeLimitExceeded
+
+    def never_answer(handler: Any) -> None:
+        os.kill(os.getpid(), signal.SIGALRM)
+        over.wait(DEADLINE_SECONDS)
+        handler.reset()
+
+    maker.other[path] = never_answer
+    before = signal.signal(signal.SIGALRM, time_is_up)
+    hold = hold_tokens(connection, user, 1_000)
+    try:
+        with spending_from(hold), pytest.raises(SoftTimeLimitExceeded) as raised:
+            ask(maker)
+    finally:
+        over.set()
+        signal.signal(signal.SIGALRM, before)
+    assert len(maker.paths) == 1
+    assert type(pickle.loads(pickle.dumps(raised.value))) is SoftTimeLimitExceeded  # noqa: S301 - our own
+    assert (type(raised.value) is SoftTimeLimitExceeded) == (way == "the model client")
+    close_hold(connection, hold)
+    assert len(list_unrecorded_calls(connection)) == 1

@@ -14,7 +14,7 @@ from trueup.llm.model import Completion, CompletionStream, Message
 from trueup.llm.output_cap import UNLIMITED
 from trueup.llm.providers.failures import Failures, status_of
 from trueup.llm.providers.paying_client import PayingClient, receipt_of
-from trueup.llm.transport.refusals import restore
+from trueup.llm.transport.refusals import restored
 from trueup.settings.model_keys import model_key
 from trueup.settings.settings import PREFIX, Settings
 
@@ -124,9 +124,9 @@ class MakerProvider:
         Raises `ProviderError`, and `HoldError` if the hold does not cover the call.
         """
         try:
-            part = self._maker.whole(messages, _cap(max_completion_tokens))
-        except TrueupError as error:  # it is one of the SDK's errors, too
-            restore(error)
+            with restored():
+                part = self._maker.whole(messages, _cap(max_completion_tokens))
+        except TrueupError:
             raise
         except _UNREADABLE as error:
             raise self._failures.no_completion(str(error)) from None
@@ -163,14 +163,14 @@ class MakerProvider:
         broken: Exception | None = None
         is_accepted = False
         try:
-            for event in events:
-                if answer.response is None:
-                    answer.response = self._http.latest_response
-                text = answer.add(event)
-                if answer.reader.has_begun:
-                    yield text
-        except TrueupError as error:
-            restore(error)
+            with restored():
+                for event in events:
+                    if answer.response is None:
+                        answer.response = self._http.latest_response
+                    text = answer.add(event)
+                    if answer.reader.has_begun:
+                        yield text
+        except TrueupError:
             raise
         except NotAnAnswerError as error:
             raise self._failures.no_completion(str(error)) from None

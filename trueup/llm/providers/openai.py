@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any, cast
 import httpx2
 import openai
 
-from trueup.errors import TrueupError
 from trueup.llm.formats.reading import object_of, parsed
 from trueup.llm.model import Message
 from trueup.llm.providers.chat_answers import ChatAnswers
 from trueup.llm.providers.maker import BrokenAnswerError, NotAnAnswerError, Part
 from trueup.llm.providers.paying_client import PayingClient
 from trueup.llm.texts import without_lone_surrogates
+from trueup.llm.transport.refusals import restored
 from trueup.settings.settings import Settings
 
 if TYPE_CHECKING:
@@ -48,13 +48,12 @@ class OpenAI(ChatAnswers):
             response = events.response
             media_type = response.headers.get("content-type", "").lower()
             try:
-                if "json" in media_type or "html" in media_type:  # a whole completion, or some other page
-                    response.read()
-                    yield _completion_in(response.text)
-                else:
-                    yield from map(object_of, events)
-            except TrueupError:
-                raise
+                with restored():
+                    if "json" in media_type or "html" in media_type:  # a whole completion, or some other page
+                        response.read()
+                        yield _completion_in(response.text)
+                    else:
+                        yield from map(object_of, events)
             except (openai.OpenAIError, httpx2.HTTPError) as error:
                 raise BrokenAnswerError(error) from error
 

@@ -1,4 +1,4 @@
-"""Errors of trueup that pass through the makers' SDKs unchanged, after one attempt."""
+"""Errors that pass through the makers' SDKs unchanged, after one attempt: trueup's, and the end of a task's time."""
 
 import sys
 from collections.abc import Iterator
@@ -10,53 +10,62 @@ from trueup.errors import TrueupError
 
 # An SDK retries after an error of its HTTP client, or hides it behind one of its own, but passes its own errors on.
 _SDK_ERRORS = (("openai", "OpenAIError"), ("anthropic", "AnthropicError"))
+# Celery raises it in the middle of whatever the task does.
+_TIME_LIMIT = (("billiard.exceptions", "SoftTimeLimitExceeded"),)
 
 
 @contextmanager
 def passing_through_sdks() -> Iterator[None]:
-    """Make an error of trueup in the block an error of each SDK that is loaded, too."""
+    """Make an error in the block that must reach the task's body an error of each SDK that is loaded, too."""
     try:
         yield
-    except TrueupError as error:
-        kinds = _loaded_errors()
-        if not all(isinstance(error, kind) for kind in kinds):
-            error.__class__ = _combined(type(error), kinds)  # type: ignore[arg-type]
+    except Exception as error:
+        if isinstance(error, (TrueupError, *_loaded(_TIME_LIMIT))):
+            kinds = _loaded(_SDK_ERRORS)
+            if not all(isinstance(error, kind) for kind in kinds):
+                error.__class__ = _combined(type(error), kinds)  # type: ignore[arg-type]
         raise
 
 
-def restore(error: TrueupError) -> None:
-    """Make an error of trueup that has passed through an SDK trueup's alone."""
-    error.__class__ = _plain(type(error))
+@contextmanager
+def restored() -> Iterator[None]:
+    """Make an error that has passed through an SDK in the block one of its own class alone."""
+    try:
+        yield
+    except Exception as error:
+        own = _own(type(error))
+        if own is not type(error):
+            error.__class__ = own
+        raise
 
 
-def _loaded_errors() -> tuple[type[Exception], ...]:
-    found = (getattr(sys.modules.get(module), name, None) for module, name in _SDK_ERRORS)
+def _loaded(errors: tuple[tuple[str, str], ...]) -> tuple[type[Exception], ...]:
+    found = (getattr(sys.modules.get(module), name, None) for module, name in errors)
     return tuple(kind for kind in found if isinstance(kind, type) and issubclass(kind, Exception))
 
 
 @lru_cache(maxsize=64)
-def _combined(own: Any, kinds: tuple[type[Exception], ...]) -> type[TrueupError]:
-    """Return a class that is trueup's error and each SDK's. It has trueup's name, and is pickled so."""
-    missing = tuple(kind for kind in kinds if not issubclass(own, kind))
-    plain = _plain(own)
+def _combined(kind: Any, sdks: tuple[type[Exception], ...]) -> type[Exception]:
+    """Return a class that is the error's own and each SDK's. It has the own one's name, and is pickled so."""
+    missing = tuple(sdk for sdk in sdks if not issubclass(kind, sdk))
+    own = _own(kind)
 
-    def __reduce__(self: TrueupError) -> tuple[object, ...]:  # noqa: N807 - the method of that name
-        return plain, self.args
+    def __reduce__(self: Exception) -> tuple[object, ...]:  # noqa: N807 - the method of that name
+        return own, self.args
 
-    combined: type[TrueupError] = type(
-        plain.__name__,
-        (own, *missing),
+    return type(
+        own.__name__,
+        (kind, *missing),
         {
-            "__module__": plain.__module__,
-            "__qualname__": plain.__qualname__,
-            "__doc__": plain.__doc__,
+            "__module__": own.__module__,
+            "__qualname__": own.__qualname__,
+            "__doc__": own.__doc__,
             "__reduce__": __reduce__,
-            "__sdk_errors__": kinds,
+            "__sdk_errors__": sdks,
         },
     )
-    return combined
 
 
-def _plain(kind: type[TrueupError]) -> type[TrueupError]:
-    """Return trueup's own class of an error that may be an SDK's, too."""
+def _own(kind: type[Exception]) -> Any:
+    """Return the class of an error before it was combined."""
     return next(found for found in kind.__mro__ if "__sdk_errors__" not in vars(found))
