@@ -191,6 +191,22 @@ def test_a_task_that_comes_back_after_its_hold_ended_passes_the_gate_again(host:
     assert_true(host)
 
 
+def test_a_new_task_and_its_charge_take_the_short_way_up_to_the_last_token_and_moment(
+    host: Host, connection: Connection
+) -> None:
+    """The functions for all other cases would give the same answers, with many more statements under the lock."""
+    user = host.subscriber(1_000, end=NOW)
+    close_hold(connection, hold_tokens(connection, user, 100, now=NOW))
+    with host.engine.begin() as session:
+        session.execute(text("SET LOCAL track_functions = 'all'"))
+        hold = hold_tokens(session, user, 1_000, now=NOW)
+        assert charge_tokens(session, hold, 1_000, last=True, now=NOW).closed
+        called = set(session.scalars(text("SELECT funcname FROM pg_stat_xact_user_functions")))
+    assert {"open_hold", "record_charge"} <= called
+    assert not called & {"open_other_hold", "record_other_charge"}
+    assert balance(host, user) == (1_000, 0)
+
+
 def test_two_users_may_run_tasks_of_the_same_id(host: Host, connection: Connection) -> None:
     users = [host.subscriber(1_000), host.subscriber(1_000)]
     assert [hold_tokens(connection, user, 900, task="t").attempt for user in users] == [1, 1]

@@ -163,18 +163,21 @@ def test_tokens_of_a_slow_attempts_call_in_flight_are_withheld_from_the_next_att
     assert_true(host)
 
 
+@pytest.mark.parametrize("tokens", [300, 1])
 def test_the_next_attempt_gets_the_withheld_tokens_again_if_the_budget_allows(
-    host: Host, connection: Connection, user: int
+    host: Host, connection: Connection, tokens: int
 ) -> None:
     """Otherwise a task whose worker died in a call for its whole hold could never continue."""
+    user = host.subscriber(3 * tokens)
     attempts = []
-    for number, (left, held) in enumerate([(300, 300), (300, 600), (300, 900), (0, 900)]):
-        attempts.append(deliver(connection, user, number * LEASE, tokens=300))
-        assert (attempts[-1].tokens_left, balance(host, user)) == (left, (0, held))
-        begin(connection, attempts[-1], 300, number * LEASE)
+    for number, times in enumerate([1, 2, 3, 3]):
+        attempts.append(deliver(connection, user, number * LEASE, tokens=tokens))
+        left = tokens if number < 3 else 0
+        assert (attempts[-1].tokens_left, balance(host, user)) == (left, (0, times * tokens))
+        begin(connection, attempts[-1], tokens, number * LEASE)
     for slow in attempts[:3]:
-        assert charge_tokens(connection, slow, 300, now=after(3 * LEASE)).tokens_over == 0
-    assert balance(host, user) == (900, 0)
+        assert charge_tokens(connection, slow, tokens, now=after(3 * LEASE)).tokens_over == 0
+    assert balance(host, user) == (3 * tokens, 0)
     assert_true(host)
 
 

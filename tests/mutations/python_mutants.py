@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
+from sqlalchemy import Engine
+
 from tests.mutations.mutant import ROOT, InvalidMutantError, Mutant
 
 FILES = (
@@ -57,6 +59,9 @@ class PythonFunction:
             self._live.__code__ = mutant.code
         except ValueError as error:  # a variable of the enclosing function is used no more
             raise InvalidMutantError(str(error)) from error
+
+    def install_again(self, mutant: Mutant, engine: Engine) -> None:
+        """Do nothing: the function is not in a database."""
 
     def restore(self) -> None:
         self._live.__code__ = self._code

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from tests.mutations.mutant import ROOT, InvalidMutantError, Mutant, changed, unique
@@ -71,16 +71,23 @@ class SqlFunction:
 
     def install(self, mutant: Mutant) -> None:
         try:
-            self._run(mutant.code)
+            with self._engine.begin() as connection:
+                _run(connection, mutant.code)
         except DBAPIError as error:
             raise InvalidMutantError(str(error.orig)) from error
 
-    def restore(self) -> None:
-        self._run(self._definition)
+    def install_again(self, mutant: Mutant, engine: Engine) -> None:
+        same = text(
+            "SELECT count(*) FROM pg_proc p WHERE p.pronamespace = 'trueup'::regnamespace "
+            "AND p.prokind = 'f' AND pg_get_functiondef(p.oid) = :definition"
+        )
+        with engine.begin() as connection:
+            if connection.scalar(same, {"definition": self._definition}):
+                _run(connection, mutant.code)
 
-    def _run(self, definition: str) -> None:
+    def restore(self) -> None:
         with self._engine.begin() as connection:
-            connection.exec_driver_sql(definition.replace("%", "%%"))
+            _run(connection, self._definition)
 
     def mutants(self) -> Iterator[Mutant]:
         """Make the mutants of the function's body; its comments and strings stay."""
@@ -114,6 +121,10 @@ def sql_functions(engine: Engine) -> list[SqlFunction]:
         return [
             SqlFunction(name, definition, engine) for name, definition in connection.execute(query, {"names": names})
         ]
+
+
+def _run(connection: Connection, definition: str) -> None:
+    connection.exec_driver_sql(definition.replace("%", "%%"))
 
 
 def _tokens(body: str) -> list[_Token]:
