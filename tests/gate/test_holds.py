@@ -1,4 +1,6 @@
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, create_engine, text
@@ -18,11 +20,20 @@ from trueup.database.calls import UnreadableAnswerError
 from trueup.errors import HoldBusyError, InvalidInputError, TokensDenied
 from trueup.gate.decision import check_access
 from trueup.gate.holds import Hold, close_hold, expire_holds, list_holds
+from trueup.gate.provider_calls import begin_call
 
 pytestmark = pytest.mark.dated
 
 NOW = START + timedelta(days=3)
 LATER = NOW + timedelta(hours=1)
+
+
+def grant(host: Host, user: int) -> None:
+    host.execute(
+        "INSERT INTO trueup.token_grant (user_id, tokens, granted_at, reason, granted_by) "
+        "VALUES (:user, 100, now(), '', 'test')",
+        user=user,
+    )
 
 
 def statuses(host: Host) -> list[str]:
@@ -195,16 +206,51 @@ def test_a_new_task_and_its_charge_take_the_short_way_up_to_the_last_token_and_m
     host: Host, connection: Connection
 ) -> None:
     """The functions for all other cases would give the same answers, with many more statements under the lock."""
-    user = host.subscriber(1_000, end=NOW)
-    close_hold(connection, hold_tokens(connection, user, 100, now=NOW))
+    user, other = host.subscriber(1_000, end=NOW), host.subscriber(1_000)
+    for owner, task in ((user, "u"), (other, "t")):
+        beside = hold_tokens(connection, owner, 100, task=task, now=NOW)
+        charge_tokens(connection, beside, 10, now=NOW)
+        begin_call(connection, beside, call_key="2", max_tokens=50, lease_seconds=30, ttl_seconds=600, now=NOW)
+        ended = hold_tokens(connection, owner, 100, ttl=0, now=NOW)
+        if owner == user:
+            close_hold(connection, ended, now=NOW)
+    host.log(other, 10)
+    grant(host, other)
     with host.engine.begin() as session:
         session.execute(text("SET LOCAL track_functions = 'all'"))
-        hold = hold_tokens(session, user, 1_000, now=NOW)
-        assert charge_tokens(session, hold, 1_000, last=True, now=NOW).closed
+        hold = hold_tokens(session, user, 900, task="t", now=NOW)
+        charge = charge_tokens(session, hold, 900, last=True, now=NOW)
         called = set(session.scalars(text("SELECT funcname FROM pg_stat_xact_user_functions")))
+    assert (charge.closed, balance(host, user)) == (True, (910, 90))
     assert {"open_hold", "record_charge"} <= called
     assert not called & {"open_other_hold", "record_other_charge"}
-    assert balance(host, user) == (1_000, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda host, user, _: host.log(user, 10),
+        lambda host, user, _: grant(host, user),
+        lambda host, *_: host.execute("UPDATE billing_subscription SET start_date = :at", at=NOW),
+        lambda host, *_: host.execute("TRUNCATE ai_usage_log"),
+        lambda _, user, connection: hold_tokens(connection, user, 10, ttl=60, now=NOW),
+        lambda _, user, connection: close_hold(connection, hold_tokens(connection, user, 10, task="t", now=NOW)),
+    ],
+    ids=["a host's row", "a grant", "a new window", "an empty log", "an overdue hold", "an earlier hold of the task"],
+)
+def test_a_task_takes_the_long_way_if_the_balance_may_be_out_of_date(
+    host: Host, connection: Connection, change: Callable[[Host, int, Connection], Any]
+) -> None:
+    user = host.subscriber(1_000)
+    close_hold(connection, hold_tokens(connection, user, 100, now=NOW), now=NOW)
+    change(host, user, connection)
+    with host.engine.begin() as session:
+        session.execute(text("SET LOCAL track_functions = 'all'"))
+        hold_tokens(session, user, 10, task="t", now=NOW + timedelta(seconds=60))
+        called = set(session.scalars(text("SELECT funcname FROM pg_stat_xact_user_functions")))
+    assert "open_other_hold" in called
+    assert balance(host, user) == (host.used(user), 10)
+    assert_true(host)
 
 
 def test_two_users_may_run_tasks_of_the_same_id(host: Host, connection: Connection) -> None:
