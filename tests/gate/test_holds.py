@@ -36,6 +36,12 @@ def grant(host: Host, user: int) -> None:
     )
 
 
+def empty_the_log_twice(host: Host, user: int, connection: Connection) -> None:
+    host.execute("TRUNCATE ai_usage_log")
+    close_hold(connection, hold_tokens(connection, user, 10, now=NOW), now=NOW)
+    host.execute("TRUNCATE ai_usage_log")
+
+
 def statuses(host: Host) -> list[str]:
     return list(host.execute("SELECT status FROM trueup.hold ORDER BY id").scalars())
 
@@ -206,7 +212,7 @@ def test_a_new_task_and_its_charge_take_the_short_way_up_to_the_last_token_and_m
     host: Host, connection: Connection
 ) -> None:
     """The functions for all other cases would give the same answers, with many more statements under the lock."""
-    user, other = host.subscriber(1_000, end=NOW), host.subscriber(1_000)
+    other, user = host.subscriber(1_000), host.subscriber(1_000, end=NOW)
     for owner, task in ((user, "u"), (other, "t")):
         beside = hold_tokens(connection, owner, 100, task=task, now=NOW)
         charge_tokens(connection, beside, 10, now=NOW)
@@ -216,6 +222,7 @@ def test_a_new_task_and_its_charge_take_the_short_way_up_to_the_last_token_and_m
             close_hold(connection, ended, now=NOW)
     host.log(other, 10)
     grant(host, other)
+    host.execute("UPDATE billing_tokenplan SET tokens_included = 0 WHERE id = (SELECT min(id) FROM billing_tokenplan)")
     with host.engine.begin() as session:
         session.execute(text("SET LOCAL track_functions = 'all'"))
         hold = hold_tokens(session, user, 900, task="t", now=NOW)
@@ -233,10 +240,19 @@ def test_a_new_task_and_its_charge_take_the_short_way_up_to_the_last_token_and_m
         lambda host, user, _: grant(host, user),
         lambda host, *_: host.execute("UPDATE billing_subscription SET start_date = :at", at=NOW),
         lambda host, *_: host.execute("TRUNCATE ai_usage_log"),
+        empty_the_log_twice,
         lambda _, user, connection: hold_tokens(connection, user, 10, ttl=60, now=NOW),
         lambda _, user, connection: close_hold(connection, hold_tokens(connection, user, 10, task="t", now=NOW)),
     ],
-    ids=["a host's row", "a grant", "a new window", "an empty log", "an overdue hold", "an earlier hold of the task"],
+    ids=[
+        "a host's row",
+        "a grant",
+        "a new window",
+        "an empty log",
+        "a log emptied again",
+        "an overdue hold",
+        "an earlier hold of the task",
+    ],
 )
 def test_a_task_takes_the_long_way_if_the_balance_may_be_out_of_date(
     host: Host, connection: Connection, change: Callable[[Host, int, Connection], Any]
