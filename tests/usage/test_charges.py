@@ -132,10 +132,14 @@ def test_a_charge_after_its_hold_ended_is_recorded_and_flagged_late(
     assert_true(host)
 
 
-def test_a_charge_of_an_expired_hold_is_late(host: Host, connection: Connection, user: int) -> None:
+@pytest.mark.parametrize("swept", [True, False])
+def test_a_charge_of_an_expired_hold_is_late(host: Host, connection: Connection, user: int, swept: bool) -> None:
     hold = hold_tokens(connection, user, 1_000, ttl=60, now=NOW)
-    expire_holds(connection, now=NOW + timedelta(hours=1))
-    assert charge_tokens(connection, hold, 10).late
+    end = NOW + timedelta(seconds=60)
+    if swept:
+        expire_holds(connection, now=end)
+    assert charge_tokens(connection, hold, 10, now=end).late
+    assert balance(host, user) == (10, 0)
     assert_true(host)
 
 
