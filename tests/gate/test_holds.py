@@ -208,25 +208,26 @@ def test_a_task_that_comes_back_after_its_hold_ended_passes_the_gate_again(host:
     assert_true(host)
 
 
+@pytest.mark.parametrize("now", [NOW, None], ids=["injected clock", "clock of the database"])
 def test_a_new_task_and_its_charge_take_the_short_way_up_to_the_last_token_and_moment(
-    host: Host, connection: Connection
+    host: Host, connection: Connection, now: datetime | None
 ) -> None:
     """The functions for all other cases would give the same answers, with many more statements under the lock."""
-    other, user = host.subscriber(1_000), host.subscriber(1_000, end=NOW)
-    for owner, task in ((user, "u"), (other, "t")):
-        beside = hold_tokens(connection, owner, 100, task=task, now=NOW)
-        charge_tokens(connection, beside, 10, now=NOW)
-        begin_call(connection, beside, call_key="2", max_tokens=50, lease_seconds=30, ttl_seconds=600, now=NOW)
-        ended = hold_tokens(connection, owner, 100, ttl=0, now=NOW)
+    other, user = host.subscriber(1_000), host.subscriber(1_000, end=now)
+    for owner, task in ((other, "t"), (user, "u")):
+        beside = hold_tokens(connection, owner, 100, task=task, now=now)
+        charge_tokens(connection, beside, 10, now=now)
+        begin_call(connection, beside, call_key="2", max_tokens=50, lease_seconds=30, ttl_seconds=600, now=now)
+        ended = hold_tokens(connection, owner, 100, ttl=0, now=now)
         if owner == user:
-            close_hold(connection, ended, now=NOW)
+            close_hold(connection, ended, now=now)
     host.log(other, 10)
     grant(host, other)
     host.execute("UPDATE billing_tokenplan SET tokens_included = 0 WHERE id = (SELECT min(id) FROM billing_tokenplan)")
     with host.engine.begin() as session:
         session.execute(text("SET LOCAL track_functions = 'all'"))
-        hold = hold_tokens(session, user, 900, task="t", now=NOW)
-        charge = charge_tokens(session, hold, 900, last=True, now=NOW)
+        hold = hold_tokens(session, user, 900, task="t", now=now)
+        charge = charge_tokens(session, hold, 900, last=True, now=now)
         called = set(session.scalars(text("SELECT funcname FROM pg_stat_xact_user_functions")))
     assert (charge.closed, balance(host, user)) == (True, (910, 90))
     assert {"open_hold", "record_charge"} <= called
