@@ -391,4 +391,6 @@ def test_open_holds_are_listed_newest_first_and_ended_ones_on_demand(host: Host,
         (user, "released", 0),
     ]
     assert [row.user_id for row in list_holds(connection, user_id=user, every_status=True)] == [user]
+    oldest_first = list_holds(connection, every_status=True, oldest_first=True)
+    assert [row.user_id for row in oldest_first] == [user, other]
     assert len(list_holds(connection, every_status=True, limit=1)) == 1

@@ -18,6 +18,7 @@ from trueup.gate.holds import (
     close_abandoned_hold,
     close_hold,
     expire_holds,
+    has_later_attempt,
     keep_holds,
     list_holds,
 )
@@ -457,6 +458,16 @@ def test_a_charge_after_the_expiry_of_its_hold_exceeds_the_budget_by_at_most_its
     account = read_account(connection, user, now=after(1_202))
     assert account.consumed - account.original == 400
     assert_true(host)
+
+
+def test_an_attempt_learns_whether_a_later_one_was_admitted(host: Host, connection: Connection, user: int) -> None:
+    for other, task in ((user, "u"), (host.subscriber(), "t")):
+        for _ in "12":
+            hold_tokens(connection, other, 10, task=task, now=NOW)
+    first = deliver(connection, user)
+    assert has_later_attempt(connection, first) is False
+    second = deliver(connection, user, LEASE)
+    assert [has_later_attempt(connection, hold) for hold in (first, second)] == [True, False]
 
 
 def keep(connection: Connection, hold: Hold, seconds: float, *, most: float = 3_600) -> int:

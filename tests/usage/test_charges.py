@@ -177,9 +177,12 @@ def test_the_counter_is_lowered_to_no_less_than_zero_and_an_odd_one_left_alone(
 ) -> None:
     host.execute("UPDATE billing_subscription SET tokens_remaining = :counter", counter=counter)
     other = host.subscriber(10_000)
+    version = host.value("SELECT xmin::text FROM billing_subscription WHERE user_id = :user", user=user)
     charge_tokens(connection, hold, 300)
     assert (host.counter(user), host.counter(other)) == (left, 10_000)
     assert host.value("SELECT counter_lowered FROM trueup.charge")
+    written = host.value("SELECT xmin::text FROM billing_subscription WHERE user_id = :user", user=user) != version
+    assert written is (counter != left)
 
 
 def test_a_charge_does_not_wait_for_a_host_that_holds_the_counter(
@@ -201,6 +204,17 @@ def test_usage_before_the_start_of_a_future_window_is_logged_and_does_not_count_
     host.execute("UPDATE billing_subscription SET start_date = :at", at=NOW + timedelta(days=1))
     charge_tokens(connection, hold, 300, now=NOW)
     assert (host.used(user), balance(host, user)) == (300, (0, 200))
+    assert_true(host)
+
+
+def test_usage_in_the_last_minutes_before_a_window_counts_from_its_first_moment(
+    host: Host, connection: Connection
+) -> None:
+    start = NOW + timedelta(minutes=2)
+    user = host.subscriber(1_000, start=start)
+    charge_tokens(connection, hold_tokens(connection, user, 500, now=NOW), 300, now=NOW)
+    assert host.value("SELECT created_at FROM ai_usage_log") == start
+    assert balance(host, user) == (300, 200)
     assert_true(host)
 
 
@@ -319,16 +333,23 @@ def test_figures_that_the_logs_columns_can_hold_are_recorded_in_full(
     assert_true(host)
 
 
+@pytest.mark.parametrize(
+    ("change", "counted"),
+    [
+        ("NEW.total_tokens := least(NEW.total_tokens, 50)", 50),
+        ("NEW.success := false", 0),
+        ("NEW.created_at := NEW.created_at - interval ''100 years''", 0),
+    ],
+)
 def test_a_row_changed_by_a_host_trigger_is_counted_as_stored(
-    host: Host, connection: Connection, user: int, hold: Hold
+    host: Host, connection: Connection, user: int, hold: Hold, change: str, counted: int
 ) -> None:
     host.execute(
-        "CREATE FUNCTION cap() RETURNS trigger LANGUAGE plpgsql AS "
-        "'BEGIN NEW.total_tokens := least(NEW.total_tokens, 50); RETURN NEW; END'; "
-        "CREATE TRIGGER cap BEFORE INSERT ON ai_usage_log FOR EACH ROW EXECUTE FUNCTION cap()"
+        f"CREATE FUNCTION change() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN {change}; RETURN NEW; END'; "
+        "CREATE TRIGGER change BEFORE INSERT ON ai_usage_log FOR EACH ROW EXECUTE FUNCTION change()"
     )
     charge_tokens(connection, hold, 300)
-    assert balance(host, user) == (50, 700)
+    assert balance(host, user) == (counted, 700)
     assert_true(host)
 
 
