@@ -170,7 +170,8 @@ def test_a_fenced_attempts_charge_is_late_and_uses_the_hold_of_the_later_attempt
 
 
 @pytest.mark.parametrize(
-    ("counter", "left"), [(10_000, 9_700), (300, 0), (299, 0), (0, 0), (-5, -5), (None, None), (2**31 - 1, 2**31 - 301)]
+    ("counter", "left"),
+    [(10_000, 9_700), (300, 0), (299, 0), (1, 0), (0, 0), (-5, -5), (None, None), (2**31 - 1, 2**31 - 301)],
 )
 def test_the_counter_is_lowered_to_no_less_than_zero_and_an_odd_one_left_alone(
     host: Host, connection: Connection, user: int, hold: Hold, counter: int | None, left: int | None
@@ -185,13 +186,17 @@ def test_the_counter_is_lowered_to_no_less_than_zero_and_an_odd_one_left_alone(
     assert written is (counter != left)
 
 
+@pytest.mark.parametrize("counter", [10_000, 1])
 def test_a_charge_does_not_wait_for_a_host_that_holds_the_counter(
-    host: Host, connection: Connection, user: int, hold: Hold
+    host: Host, user: int, hold: Hold, counter: int
 ) -> None:
-    connection.execute(text("SET lock_timeout = '100ms'"))
-    with locked(host, "SELECT * FROM billing_subscription FOR UPDATE"):
-        assert charge_tokens(connection, hold, 300).recorded
-    assert (host.used(user), host.counter(user)) == (300, 10_000)
+    host.execute("UPDATE billing_subscription SET tokens_remaining = :counter", counter=counter)
+    with locked(host, "SELECT * FROM billing_subscription FOR UPDATE"), host.engine.begin() as session:
+        session.execute(text("SET LOCAL lock_timeout = '100ms'; SET LOCAL track_functions = 'all'"))
+        assert charge_tokens(session, hold, 300).recorded
+        called = session.scalars(text("SELECT funcname FROM pg_stat_xact_user_functions")).all()
+    assert "record_other_charge" not in called  # which would come after the time-out
+    assert (host.used(user), host.counter(user)) == (300, counter)
     assert not host.value("SELECT counter_lowered FROM trueup.charge")
     assert_true(host)
 
