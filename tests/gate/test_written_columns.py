@@ -227,6 +227,18 @@ def test_a_slow_attempt_beside_two_later_ones(task: Task) -> None:
     assert task.changes() == {"hold 2": {"status": "released", "closed_at": 48}}
 
 
+def test_tokens_are_kept_for_as_long_as_the_last_slow_call_may_take(task: Task) -> None:
+    slow = task.deliver(tokens=300)
+    task.begin(slow, "1", 100, 0)
+    task.begin(slow, "2", 150, 20)
+    second = task.deliver(60, tokens=300)
+    task.changes()
+    assert task.close(second, 61) == "open"
+    kept = {"body_ended_at": 61, "tokens_reserved": 250, "expires_at": 660 + (660 - 20)}
+    assert task.changes() == {"hold 1": kept, "balance": {"held": 250}}
+    assert expire_holds(task.connection, now=after(1_300)) == (1, 250)
+
+
 def test_an_attempt_that_returns_after_its_slow_predecessor_was_kept_covered(task: Task) -> None:
     slow = task.deliver(tokens=500)
     task.begin(slow, "3", 450, 0)

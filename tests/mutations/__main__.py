@@ -35,6 +35,8 @@ def main() -> int:
     def choose(mutants: list[Mutant]) -> list[Mutant]:
         if arguments.now:
             mutants = [mutant for mutant in mutants if any(part in mutant.now for part in arguments.now)]
+        if arguments.kinds:
+            mutants = [mutant for mutant in mutants if mutant.kind in arguments.kinds]
         if arguments.survivors:
             mutants = [mutant for mutant in mutants if mutant.key in memory.survivors]
         if arguments.sample:
@@ -80,6 +82,7 @@ def _arguments() -> argparse.Namespace:
         "--only", nargs="+", help="only these functions, in this order, such as open_hold or trueup.llm.calls:begin"
     )
     parser.add_argument("--now", nargs="+", help="only the mutants whose changed lines have one of these texts")
+    parser.add_argument("--kinds", nargs="+", help="only these kinds of changes, such as lock and comparison")
     parser.add_argument("--survivors", action="store_true", help="only the mutants that survived an earlier run")
     parser.add_argument("--sample", type=int, help="so many mutants, drawn at random")
     parser.add_argument("--seed", type=int, default=1, help="what the sample is drawn from")

@@ -139,9 +139,10 @@ def _tokens(body: str) -> list[_Token]:
 
 
 def _swaps(body: str, tokens: list[_Token], make: _Make) -> Iterator[Mutant]:
+    assigning = {tokens[at + 1].start for _, at, _ in _assignments(tokens)}  # these signs compare nothing
     for kind, table in _SWAPS.items():
         for token in tokens:
-            for new in table.get(token.text, ()):
+            for new in table.get(token.text, ()) if token.start not in assigning else ():
                 yield make(kind, token.start, token.end, new)
 
 
@@ -204,14 +205,20 @@ def _statements(body: str, tokens: list[_Token], make: _Make) -> Iterator[Mutant
 
 def _values(body: str, tokens: list[_Token], make: _Make) -> Iterator[Mutant]:
     """A column that UPDATE … SET assigns keeps its value."""
+    for number, at, end in _assignments(tokens):
+        same = _same(body, tokens, number, tokens[at].text)
+        yield make("value", tokens[at + 2].start, tokens[end].end, same)
+
+
+def _assignments(tokens: list[_Token]) -> Iterator[tuple[int, int, int]]:
+    """Return the numbers of SET, of the column and of the last token of the value, for each column of UPDATE … SET."""
     for number, token in enumerate(tokens[:-1]):
         if token.text != "SET" or tokens[number + 2].text != "=":
             continue
         at = number + 1
         while True:
             end = _last(tokens, at, _ENDS_OF_VALUE)
-            column = tokens[at].text
-            yield make("value", tokens[at + 2].start, tokens[end].end, _same(body, tokens, number, column))
+            yield number, at, end
             if tokens[end + 1].text != ",":
                 break
             at = end + 2
