@@ -153,13 +153,19 @@ def test_one_attempt_in_several_calls(task: Task) -> None:
     assert task.duplicate(9, waits=1, **own) == (27, False, 2)
     assert task.changes() == {"hold 1": {"duplicate_waits": 2}}
 
-    task.begin(hold, "4", 200, 10)
+    assert task.begin(hold, "4", 402, 10) == 401
+    assert task.begin(hold, "4", 401, 11) is None
+    call = CALL | {"tokens_bound": 401, "started_at": 11}
+    assert task.changes() == {"hold 1": {"lease_until": 41, "expires_at": 611}, "call 4 1": call}
+    assert task.begin(hold, "4", 200, 12) is None
+    call = {"tokens_bound": 200, "started_at": 12}
+    assert task.changes() == {"hold 1": {"lease_until": 42, "expires_at": 612}, "call 4 1": call}
     end_call(task.connection, hold, call_key="4", unknown=False)
-    assert task.changes() == {"hold 1": {"lease_until": 40, "expires_at": 610}}
-    assert task.charge(hold, "5", 500, 11, last=True) == charged(0, tokens_over=99, closed=True)
+    assert task.changes() == {"call 4 1": None}
+    assert task.charge(hold, "5", 500, 13, last=True) == charged(0, tokens_over=99, closed=True)
     assert task.changes() == {
-        "hold 1": {"status": "settled", "closed_at": 11, "tokens_covered": 701, "tokens_charged": 800, "calls": 2},
-        "charge 5": CHARGE | {"tokens_total": 500, "tokens_covered": 401, "charged_at": 11},
+        "hold 1": {"status": "settled", "closed_at": 13, "tokens_covered": 701, "tokens_charged": 800, "calls": 2},
+        "charge 5": CHARGE | {"tokens_total": 500, "tokens_covered": 401, "charged_at": 13},
         "balance": {"consumed": 800, "held": 0},
     }
 

@@ -43,8 +43,8 @@ _KILLED = 1
 class Memory:
     """What earlier runs have learned, kept in a file.
 
-    `seconds`: how long each test takes. `kills`: how many mutants of each function it has killed. `survivors`: the keys
-    of the mutants that survived when they were last tried.
+    `seconds`: how long each test takes. `kills`: how many mutants of each function, and of each changed line of it, a
+    test has killed. `survivors`: the keys of the mutants that survived when they were last tried.
     """
 
     def __init__(self, file: Path) -> None:
@@ -57,32 +57,39 @@ class Memory:
     def add(self, mutant: Mutant, killer: str | None) -> None:
         """Note which test has killed the mutant. None: it has survived."""
         if killer:
-            self.kills.setdefault(mutant.function.name, Counter())[killer] += 1
+            for place in _places(mutant):
+                self.kills.setdefault(place, Counter())[killer] += 1
             self.survivors.discard(mutant.key)
         else:
             self.survivors.add(mutant.key)
         self.save()
 
-    def order(self, function: str, items: Iterable[pytest.Item]) -> list[pytest.Item]:
-        """Return the tests, the likeliest killer of this function's mutants first: by kills, name and duration.
+    def order(self, mutant: Mutant, items: Iterable[pytest.Item]) -> list[pytest.Item]:
+        """Return the tests, the likeliest killer first: by kills of this line and function, by name and by duration.
 
         Of the others, one of each file comes before the second one of any file.
         """
-        own, every = self.kills.get(function, Counter()), sum(self.kills.values(), Counter())
-        words = [word.rstrip("s") for word in re.findall("[a-z]{4,}", function.rpartition(":")[2])]
+        own, line = (self.kills.get(place, Counter()) for place in _places(mutant))
+        every = sum(self.kills.values(), Counter())
+        words = [word.rstrip("s") for word in re.findall("[a-z]{4,}", mutant.function.name.rpartition(":")[2])]
         of_file: Counter[str] = Counter()
 
         def place(item: pytest.Item) -> tuple[float, ...]:
             alike = sum(word in item.nodeid for word in words)
             file = item.nodeid.partition("::")[0]
             of_file[file] += 1
-            return -own[item.nodeid], -every[item.nodeid], -alike, of_file[file], self.seconds[item.nodeid]
+            kills = (-count[item.nodeid] for count in (line, own, every))
+            return *kills, -alike, of_file[file], self.seconds[item.nodeid]
 
         return sorted(sorted(items, key=lambda item: self.seconds[item.nodeid]), key=place)
 
     def save(self) -> None:
         known = {"seconds": self.seconds, "kills": self.kills, "survivors": sorted(self.survivors)}
         self._file.write_text(json.dumps(known))
+
+
+def _places(mutant: Mutant) -> tuple[str, str]:
+    return mutant.function.name, f"{mutant.function.name}: {mutant.was}"
 
 
 class Guard:
@@ -146,7 +153,7 @@ class Guard:
         mutants = [mutant for function in self._functions(engine) for mutant in function.mutants()]
         for mutant in self._choose(mutants):
             with _in_place(mutant.function, mutant) as is_valid:
-                items = self._memory.order(mutant.function.name, session.items)
+                items = self._memory.order(mutant, session.items)
                 self._mutant = mutant
                 killer = self._killer(items, server) if is_valid else None
             if is_valid:
