@@ -22,8 +22,10 @@ from tests.mutations.mutant import InvalidMutantError, Mutable, Mutant
 TESTS = (
     "tests/gate",
     "tests/host/test_schema_changes.py",
+    "tests/host/test_sections.py",
     "tests/install/test_search_path.py",
     "tests/usage/test_answers.py",
+    "tests/usage/test_charge_events.py",
     "tests/usage/test_charges.py",
     "tests/usage/test_owed_charges.py",
     "tests/usage/test_own_rows.py",
@@ -33,6 +35,7 @@ TESTS = (
     "tests/llm/test_answer_limits.py",
     "tests/llm/test_metering.py",
     "tests/llm/test_model.py",
+    "tests/llm/test_openai_outcomes.py",
     "tests/llm/test_traced_calls.py",
 )
 # The longest time for one test beyond its usual one. A test that hangs kills the mutant.
