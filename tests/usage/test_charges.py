@@ -107,7 +107,7 @@ def test_two_users_tasks_of_one_id_and_one_call_are_both_charged(
         if late:
             close_hold(connection, hold)
         charge_tokens(connection, hold, 60)
-    assert [host.used(user) for user in users] == [60, 60]
+    assert [(host.used(user), host.counter(user)) for user in users] == [(60, 9_940)] * 2
 
 
 def test_usage_beyond_the_hold_is_charged_and_reported(
