@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.pool import QueuePool
 
 from tests.support.books import assert_true
@@ -328,6 +329,23 @@ def test_a_hold_counts_the_retries_for_new_answers_that_its_body_has_asked_for(
         if logged:  # a delta, which the gate of the common case leaves to the general one
             host.log(user, logged)
         assert hold_tokens(connection, user, 100, fresh_retries=retries).fresh_retries == retries
+
+
+@pytest.mark.parametrize(
+    "refuse",
+    [
+        "ALTER TABLE trueup.hold ADD CHECK (task_id <> 'second')",
+        "CREATE UNIQUE INDEX ON trueup.hold (feature_name)",
+    ],
+)
+def test_an_error_of_the_database_is_no_reuse_of_the_id(host: Host, connection: Connection, refuse: str) -> None:
+    user = host.subscriber(1_000)
+    hold_tokens(connection, user, 100, task="first")
+    host.execute(refuse)
+    with pytest.raises(IntegrityError):
+        hold_tokens(connection, user, 100, task="second")
+    assert balance(host, user) == (0, 100)
+    assert_true(host)
 
 
 def test_the_next_gate_ends_overdue_holds(host: Host, connection: Connection) -> None:

@@ -242,6 +242,8 @@ def test_tokens_are_kept_for_as_long_as_the_last_slow_call_may_take(task: Task) 
     assert task.close(second, 61) == "open"
     kept = {"body_ended_at": 61, "tokens_reserved": 250, "expires_at": 660 + (660 - 20)}
     assert task.changes() == {"hold 1": kept, "balance": {"held": 250}}
+    assert keep_holds(task.connection, [second], max_seconds=3_600, now=after(62), **TIMES) == 0
+    assert task.changes() == {}
     assert expire_holds(task.connection, now=after(1_300)) == (1, 250)
 
 

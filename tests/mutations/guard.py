@@ -36,6 +36,7 @@ TESTS = (
     "tests/llm/test_metering.py",
     "tests/llm/test_model.py",
     "tests/llm/test_openai_outcomes.py",
+    "tests/llm/test_output_cap.py",
     "tests/llm/test_traced_calls.py",
 )
 # The longest time for one test beyond its usual one. A test that hangs kills the mutant.
