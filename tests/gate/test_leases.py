@@ -99,6 +99,16 @@ def test_a_second_waiting_duplicate_is_redundant(connection: Connection, user: i
     assert deliver(connection, user, LEASE).attempt == 2
 
 
+def test_a_duplicate_waits_for_a_minute_at_most_and_then_another_one_may_wait(connection: Connection, user: int) -> None:
+    hold_tokens(connection, user, 600, task="t", lease=300, now=NOW)
+    waits = []
+    for seconds in (1, 60, 61):
+        with pytest.raises(HoldBusyError) as busy:
+            hold_tokens(connection, user, 600, task="t", lease=300, now=after(seconds))
+        waits.append((busy.value.seconds, busy.value.redundant))
+    assert waits == [(60, False), (60, True), (60, False)]
+
+
 @pytest.mark.parametrize("retries", [0, 1])
 def test_the_lease_ends_to_the_moment_and_for_a_retry_at_once(connection: Connection, user: int, retries: int) -> None:
     deliver(connection, user)

@@ -91,7 +91,7 @@ class SqlFunction:
 
     def mutants(self) -> Iterator[Mutant]:
         """Make the mutants of the function's body; its comments and strings stay."""
-        body = self._definition[self._body :]
+        body = self._definition[self._body : self._definition.rindex("$function$")]
         tokens = _tokens(body)
 
         def mutant(kind: str, start: int, end: int, new: str) -> Mutant:
