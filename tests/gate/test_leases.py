@@ -212,6 +212,7 @@ def test_a_retry_of_the_second_attempt_keeps_the_call_of_a_slow_first_attempt_co
     first = deliver(connection, user)
     begin(connection, first, 400)
     hold_tokens(connection, user, 1, now=NOW)
+    hold_tokens(connection, host.subscriber(), 1, task="t", now=NOW)
     second = deliver(connection, user, LEASE)
     begin(connection, second, 150, LEASE, key="2")
     abandon_calls(connection, user, "t", owner=OWNER)
