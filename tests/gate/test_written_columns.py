@@ -188,6 +188,8 @@ def test_a_last_charge_beside_a_call_in_flight(task: Task) -> None:
 
 def test_a_slow_attempt_beside_two_later_ones(task: Task) -> None:
     slow = task.deliver()
+    task.begin(slow, "0", 70, 7)
+    end_call(task.connection, slow, call_key="0", unknown=True)
     task.begin(slow, "1", 200, 8)
     task.changes()
     second = task.deliver(40, retries=2, fresh_retries=3)
