@@ -1,6 +1,9 @@
 """The heartbeat of a process that serves requests. `tests/worker/test_heartbeat.py` tests that of a worker."""
 
 import gc
+import sys
+import threading
+import traceback
 from collections.abc import Iterator
 from datetime import datetime
 
@@ -42,6 +45,23 @@ def wait_for_beats(host: Host, hold: ai_tokens, beats: int = 2) -> None:
     for beat in range(beats):
         before = expiry(host, hold.hold.task_id)
         wait_for(lambda before=before: expiry(host, hold.hold.task_id) > before, f"beat {beat + 1}")  # type: ignore[misc]
+
+
+def count_threads() -> int:
+    return sum(thread.name == "trueup-heartbeat" for thread in threading.enumerate())
+
+
+def wait_until_the_thread_waits_in(function: str) -> None:
+    thread = heartbeat._heartbeat._thread
+    assert thread is not None
+    assert thread.daemon  # a process that ends does not wait for it
+
+    def is_there() -> bool:
+        names = [frame.name for frame in traceback.extract_stack(sys._current_frames()[thread.ident])]
+        at = names.index("_beat_for_ever") + 1
+        return names[at : at + 1] == [function]
+
+    wait_for(is_there, f"the heartbeat's thread to be in {function}")
 
 
 def almost_over(host: Host) -> None:
@@ -90,3 +110,27 @@ def test_the_hold_of_a_block_that_was_dropped_without_its_end_is_not_renewed(hos
         last = expiry(host, task)
         wait_for_beats(host, other)
     assert expiry(host, task) == last
+
+
+def test_one_thread_beats_for_all_holds_waits_between_beats_and_rests_while_there_is_no_hold(
+    host: Host, user: int
+) -> None:
+    before = count_threads()
+    with ai_tokens(user, 1_000) as first, ai_tokens(user, 1_000) as second:
+        for hold in (first, second):
+            wait_for_beats(host, hold)
+        assert count_threads() == before + 1
+        wait_until_the_thread_waits_in("wait")
+    wait_until_the_thread_waits_in("wait_for")
+    with ai_tokens(user, 1_000) as later:
+        wait_for_beats(host, later)
+
+
+def test_beats_go_on_after_one_that_the_database_refused(
+    host: Host, user: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ai_tokens(user, 1_000) as hold:
+        host.execute("ALTER FUNCTION trueup.keep_holds RENAME TO renamed")
+        wait_for(lambda: "heartbeat failed, leases were not renewed holds=1" in caplog.text, "a beat that fails")
+        host.execute("ALTER FUNCTION trueup.renamed RENAME TO keep_holds")
+        wait_for_beats(host, hold)

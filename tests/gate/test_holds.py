@@ -1,7 +1,10 @@
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.pool import QueuePool
 
 from tests.support.books import assert_true
@@ -18,11 +21,26 @@ from trueup.database.calls import UnreadableAnswerError
 from trueup.errors import HoldBusyError, InvalidInputError, TokensDenied
 from trueup.gate.decision import check_access
 from trueup.gate.holds import Hold, close_hold, expire_holds, list_holds
+from trueup.gate.provider_calls import begin_call
 
 pytestmark = pytest.mark.dated
 
 NOW = START + timedelta(days=3)
 LATER = NOW + timedelta(hours=1)
+
+
+def grant(host: Host, user: int) -> None:
+    host.execute(
+        "INSERT INTO trueup.token_grant (user_id, tokens, granted_at, reason, granted_by) "
+        "VALUES (:user, 100, now(), '', 'test')",
+        user=user,
+    )
+
+
+def empty_the_log_twice(host: Host, user: int, connection: Connection) -> None:
+    host.execute("TRUNCATE ai_usage_log")
+    close_hold(connection, hold_tokens(connection, user, 10, now=NOW), now=NOW)
+    host.execute("TRUNCATE ai_usage_log")
 
 
 def statuses(host: Host) -> list[str]:
@@ -191,6 +209,68 @@ def test_a_task_that_comes_back_after_its_hold_ended_passes_the_gate_again(host:
     assert_true(host)
 
 
+@pytest.mark.parametrize("now", [NOW, None], ids=["injected clock", "clock of the database"])
+def test_a_new_task_and_its_charge_take_the_short_way_up_to_the_last_token_and_moment(
+    host: Host, connection: Connection, now: datetime | None
+) -> None:
+    """The functions for all other cases would give the same answers, with many more statements under the lock."""
+    other, user = host.subscriber(1_000), host.subscriber(1_000, end=now)
+    for owner, task in ((other, "t"), (user, "u")):
+        beside = hold_tokens(connection, owner, 100, task=task, now=now)
+        charge_tokens(connection, beside, 10, now=now)
+        begin_call(connection, beside, call_key="2", max_tokens=50, lease_seconds=30, ttl_seconds=600, now=now)
+        ended = hold_tokens(connection, owner, 100, ttl=0, now=now)
+        if owner == user:
+            close_hold(connection, ended, now=now)
+    host.log(other, 10)
+    grant(host, other)
+    host.execute("UPDATE billing_tokenplan SET tokens_included = 0 WHERE id = (SELECT min(id) FROM billing_tokenplan)")
+    with host.engine.begin() as session:
+        session.execute(text("SET LOCAL track_functions = 'all'"))
+        hold = hold_tokens(session, user, 900, task="t", now=now)
+        charge = charge_tokens(session, hold, 900, last=True, now=now)
+        called = set(session.scalars(text("SELECT funcname FROM pg_stat_xact_user_functions")))
+    assert (charge.closed, balance(host, user)) == (True, (910, 90))
+    assert {"open_hold", "record_charge"} <= called
+    assert not called & {"open_other_hold", "record_other_charge"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda host, user, _: host.log(user, 10),
+        lambda host, user, _: grant(host, user),
+        lambda host, *_: host.execute("UPDATE billing_subscription SET start_date = :at", at=NOW),
+        lambda host, *_: host.execute("TRUNCATE ai_usage_log"),
+        empty_the_log_twice,
+        lambda _, user, connection: hold_tokens(connection, user, 10, ttl=60, now=NOW),
+        lambda _, user, connection: close_hold(connection, hold_tokens(connection, user, 10, task="t", now=NOW)),
+    ],
+    ids=[
+        "a host's row",
+        "a grant",
+        "a new window",
+        "an empty log",
+        "a log emptied again",
+        "an overdue hold",
+        "an earlier hold of the task",
+    ],
+)
+def test_a_task_takes_the_long_way_if_the_balance_may_be_out_of_date(
+    host: Host, connection: Connection, change: Callable[[Host, int, Connection], Any]
+) -> None:
+    user = host.subscriber(1_000)
+    close_hold(connection, hold_tokens(connection, user, 100, now=NOW), now=NOW)
+    change(host, user, connection)
+    with host.engine.begin() as session:
+        session.execute(text("SET LOCAL track_functions = 'all'"))
+        hold_tokens(session, user, 10, task="t", now=NOW + timedelta(seconds=60))
+        called = set(session.scalars(text("SELECT funcname FROM pg_stat_xact_user_functions")))
+    assert "open_other_hold" in called
+    assert balance(host, user) == (host.used(user), 10)
+    assert_true(host)
+
+
 def test_two_users_may_run_tasks_of_the_same_id(host: Host, connection: Connection) -> None:
     users = [host.subscriber(1_000), host.subscriber(1_000)]
     assert [hold_tokens(connection, user, 900, task="t").attempt for user in users] == [1, 1]
@@ -249,6 +329,23 @@ def test_a_hold_counts_the_retries_for_new_answers_that_its_body_has_asked_for(
         if logged:  # a delta, which the gate of the common case leaves to the general one
             host.log(user, logged)
         assert hold_tokens(connection, user, 100, fresh_retries=retries).fresh_retries == retries
+
+
+@pytest.mark.parametrize(
+    "refuse",
+    [
+        "ALTER TABLE trueup.hold ADD CHECK (task_id <> 'second')",
+        "CREATE UNIQUE INDEX ON trueup.hold (feature_name)",
+    ],
+)
+def test_an_error_of_the_database_is_no_reuse_of_the_id(host: Host, connection: Connection, refuse: str) -> None:
+    user = host.subscriber(1_000)
+    hold_tokens(connection, user, 100, task="first")
+    host.execute(refuse)
+    with pytest.raises(IntegrityError):
+        hold_tokens(connection, user, 100, task="second")
+    assert balance(host, user) == (0, 100)
+    assert_true(host)
 
 
 def test_the_next_gate_ends_overdue_holds(host: Host, connection: Connection) -> None:
@@ -312,4 +409,6 @@ def test_open_holds_are_listed_newest_first_and_ended_ones_on_demand(host: Host,
         (user, "released", 0),
     ]
     assert [row.user_id for row in list_holds(connection, user_id=user, every_status=True)] == [user]
+    oldest_first = list_holds(connection, every_status=True, oldest_first=True)
+    assert [row.user_id for row in oldest_first] == [user, other]
     assert len(list_holds(connection, every_status=True, limit=1)) == 1

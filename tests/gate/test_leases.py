@@ -18,6 +18,7 @@ from trueup.gate.holds import (
     close_abandoned_hold,
     close_hold,
     expire_holds,
+    has_later_attempt,
     keep_holds,
     list_holds,
 )
@@ -98,6 +99,16 @@ def test_a_second_waiting_duplicate_is_redundant(connection: Connection, user: i
     assert deliver(connection, user, LEASE).attempt == 2
 
 
+def test_a_duplicate_waits_for_a_minute_at_most_and_then_another_one_may_wait(connection: Connection, user: int) -> None:
+    hold_tokens(connection, user, 600, task="t", lease=300, now=NOW)
+    waits = []
+    for seconds in (1, 60, 61):
+        with pytest.raises(HoldBusyError) as busy:
+            hold_tokens(connection, user, 600, task="t", lease=300, now=after(seconds))
+        waits.append((busy.value.seconds, busy.value.redundant))
+    assert waits == [(60, False), (60, True), (60, False)]
+
+
 @pytest.mark.parametrize("retries", [0, 1])
 def test_the_lease_ends_to_the_moment_and_for_a_retry_at_once(connection: Connection, user: int, retries: int) -> None:
     deliver(connection, user)
@@ -163,18 +174,21 @@ def test_tokens_of_a_slow_attempts_call_in_flight_are_withheld_from_the_next_att
     assert_true(host)
 
 
+@pytest.mark.parametrize("tokens", [300, 1])
 def test_the_next_attempt_gets_the_withheld_tokens_again_if_the_budget_allows(
-    host: Host, connection: Connection, user: int
+    host: Host, connection: Connection, tokens: int
 ) -> None:
     """Otherwise a task whose worker died in a call for its whole hold could never continue."""
+    user = host.subscriber(3 * tokens)
     attempts = []
-    for number, (left, held) in enumerate([(300, 300), (300, 600), (300, 900), (0, 900)]):
-        attempts.append(deliver(connection, user, number * LEASE, tokens=300))
-        assert (attempts[-1].tokens_left, balance(host, user)) == (left, (0, held))
-        begin(connection, attempts[-1], 300, number * LEASE)
+    for number, times in enumerate([1, 2, 3, 3]):
+        attempts.append(deliver(connection, user, number * LEASE, tokens=tokens))
+        left = tokens if number < 3 else 0
+        assert (attempts[-1].tokens_left, balance(host, user)) == (left, (0, times * tokens))
+        begin(connection, attempts[-1], tokens, number * LEASE)
     for slow in attempts[:3]:
-        assert charge_tokens(connection, slow, 300, now=after(3 * LEASE)).tokens_over == 0
-    assert balance(host, user) == (900, 0)
+        assert charge_tokens(connection, slow, tokens, now=after(3 * LEASE)).tokens_over == 0
+    assert balance(host, user) == (3 * tokens, 0)
     assert_true(host)
 
 
@@ -198,6 +212,7 @@ def test_a_retry_of_the_second_attempt_keeps_the_call_of_a_slow_first_attempt_co
     first = deliver(connection, user)
     begin(connection, first, 400)
     hold_tokens(connection, user, 1, now=NOW)
+    hold_tokens(connection, host.subscriber(), 1, task="t", now=NOW)
     second = deliver(connection, user, LEASE)
     begin(connection, second, 150, LEASE, key="2")
     abandon_calls(connection, user, "t", owner=OWNER)
@@ -454,6 +469,16 @@ def test_a_charge_after_the_expiry_of_its_hold_exceeds_the_budget_by_at_most_its
     account = read_account(connection, user, now=after(1_202))
     assert account.consumed - account.original == 400
     assert_true(host)
+
+
+def test_an_attempt_learns_whether_a_later_one_was_admitted(host: Host, connection: Connection, user: int) -> None:
+    for other, task in ((user, "u"), (host.subscriber(), "t")):
+        for _ in "12":
+            hold_tokens(connection, other, 10, task=task, now=NOW)
+    first = deliver(connection, user)
+    assert has_later_attempt(connection, first) is False
+    second = deliver(connection, user, LEASE)
+    assert [has_later_attempt(connection, hold) for hold in (first, second)] == [True, False]
 
 
 def keep(connection: Connection, hold: Hold, seconds: float, *, most: float = 3_600) -> int:

@@ -41,19 +41,26 @@ def begin(connection: Connection, hold: Hold, key: str, bound: int = 100, second
 
 
 def deliver(
-    connection: Connection, user: int, task: str, *, ttl: int = TTL, seconds: float = 0, request: str = ""
+    connection: Connection,
+    user: int,
+    task: str,
+    *,
+    tokens: int = 600,
+    ttl: int = TTL,
+    seconds: float = 0,
+    request: str = "",
 ) -> Hold:
-    return hold_tokens(connection, user, 600, task=task, lease=LEASE, ttl=ttl, request=request, now=after(seconds))
+    return hold_tokens(connection, user, tokens, task=task, lease=LEASE, ttl=ttl, request=request, now=after(seconds))
 
 
-def in_two_calls(connection: Connection, user: int, task: str, ttl: int) -> Hold:
+def in_two_calls(connection: Connection, user: int, task: str, ttl: int, tokens: int = 600) -> Hold:
     """Open a hold, charge its call `0`, and begin its calls `1` and `2`. Earlier holds of two requests have ended."""
     for number, request in enumerate(["another", ""]):
         ended = deliver(connection, user, task, request=request)
         charge_tokens(connection, ended, 10, key=f"ended {number}", now=NOW)
         begin(connection, ended, "1")
         close_hold(connection, ended, now=NOW)
-    hold = deliver(connection, user, task, ttl=ttl)
+    hold = deliver(connection, user, task, ttl=ttl, tokens=tokens)
     charge_tokens(connection, hold, 10, key="0", now=NOW, answer={"text": task})
     begin(connection, hold, "1")
     begin(connection, hold, "2")
@@ -61,7 +68,9 @@ def in_two_calls(connection: Connection, user: int, task: str, ttl: int) -> Hold
 
 
 def take_over(connection: Connection, hold: Hold) -> Hold:
-    return deliver(connection, hold.user_id, "t", seconds=LEASE)
+    later = deliver(connection, hold.user_id, "t", seconds=LEASE)
+    assert later.tokens_left == 590  # the tokens in calls are withheld, and as many are added
+    return later
 
 
 def duplicate(connection: Connection, hold: Hold) -> None:
@@ -127,8 +136,8 @@ def test_an_operation_on_one_task_leaves_other_tasks_and_users_alone(
     host: Host, connection: Connection, operation: Callable[[Connection, Hold], Any]
 ) -> None:
     user, other = host.subscriber(10_000), host.subscriber(10_000)
-    for owner, task in ((user, "u"), (other, "t"), (other, "u")):
-        in_two_calls(connection, owner, task, ttl=100_000)
+    for number, (owner, task) in enumerate([(user, "u"), (other, "t"), (other, "u")]):
+        in_two_calls(connection, owner, task, ttl=100_000, tokens=700 + number)
     # Another task in two attempts, so that there are calls of each attempt number beside those of the task.
     slow = in_two_calls(connection, user, "v", ttl=100_000)
     begin(connection, deliver(connection, user, "v", ttl=100_000, seconds=LEASE), "1", seconds=LEASE)

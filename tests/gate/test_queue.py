@@ -1,7 +1,7 @@
-"""The number by which the gates of one user stand in line belongs to no role: another role may take it and keep it."""
+"""The line in which operations on one user's balance wait. Any role may take a user's number in it, and keep it."""
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from sqlalchemy import Connection, Engine, create_engine, text
@@ -9,8 +9,37 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.pool import NullPool
 
 from tests.support.host import Host
+from tests.support.sessions import backend_pid, in_background, wait_for_lock
 from tests.support.work import charge_tokens, hold_tokens
-from trueup.gate.holds import close_hold
+from trueup.gate.holds import Hold, close_hold
+from trueup.gate.provider_calls import extend_hold
+
+OPERATIONS: dict[str, Callable[[Connection, Hold], object]] = {
+    "a hold is opened": lambda session, hold: hold_tokens(session, hold.user_id, 10),
+    "it is extended": lambda session, hold: extend_hold(session, hold, 10),
+    "it is charged": lambda session, hold: charge_tokens(session, hold, 10),
+    "it is closed": lambda session, hold: close_hold(session, hold),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+@pytest.mark.parametrize("is_busy", [True, False])
+def test_an_operation_stands_in_line_only_while_another_one_of_its_user_runs(
+    host: Host, connection: Connection, operation: Callable[[Connection, Hold], object], is_busy: bool
+) -> None:
+    user, other = host.subscriber(1_000), host.subscriber(1_000)
+    hold = hold_tokens(connection, user, 100)
+    with in_background() as submit, host.engine.connect() as leader, host.engine.connect() as follower:
+        hold_tokens(leader, user if is_busy else other, 100)
+        follower.execute(text("SET LOCAL track_functions = 'all'"))
+        pid = backend_pid(follower)
+        following = submit(operation, follower, hold)
+        if is_busy:
+            wait_for_lock(host, pid)
+            leader.commit()
+        following.result()
+        called = follower.scalars(text("SELECT funcname FROM pg_stat_xact_user_functions")).all()
+    assert ("wait_for_turn" in called) is is_busy
 
 
 @pytest.fixture

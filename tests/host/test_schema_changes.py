@@ -1,11 +1,13 @@
 """A host that changes mapped columns or triggers: the gate closes with an error until trueup is attached again."""
 
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
 
 from tests.support.books import assert_true
 from tests.support.host import START, Host
@@ -156,6 +158,17 @@ def test_a_session_looks_at_the_hosts_tables_once_a_second(host: Host, connectio
     for ask_gate in (hold_tokens, read_account):
         with pytest.raises(DBAPIError, match="trueup_inserted is disabled"):
             ask_gate(connection, user)
+
+
+def test_a_role_that_has_no_setting_of_trueups_passes_the_gate(host: Host, database: str, user: int) -> None:
+    name = f"plain_{uuid.uuid4().hex[:8]}"
+    host.execute(f"CREATE ROLE {name} LOGIN IN ROLE pg_read_all_data, pg_write_all_data")
+    engine = create_engine(make_url(database).set(username=name), poolclass=NullPool)
+    with engine.begin() as session:
+        assert session.scalar(text("SELECT current_setting('trueup.recount_after', true)")) is None
+        assert hold_tokens(session, user, 10).tokens_left == 10
+    engine.dispose()
+    host.execute(f"DROP ROLE {name}")
 
 
 def test_a_view_answers_that_it_is_not_ready(host: Host, user: int) -> None:

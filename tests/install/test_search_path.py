@@ -123,6 +123,12 @@ def test_triggers_of_the_host_find_its_tables_in_the_search_path_of_the_role(
     assert (audited(), host.counter(user)) == (["counter", "counter_deferred"], 640)
 
 
+def test_a_charge_leaves_the_sessions_own_search_path_alone(host: Host, connection: Connection) -> None:
+    connection.execute(text("SET search_path = pg_catalog"))
+    charge_tokens(connection, hold_tokens(connection, host.subscriber(1_000), 100), 60)
+    assert connection.scalar(text("SHOW search_path")) == "pg_catalog"
+
+
 def test_a_session_without_a_fixed_path_falls_into_the_traps(attacked: Host, empty_database: str) -> None:
     engine = create_engine(empty_database, poolclass=NullPool)
 

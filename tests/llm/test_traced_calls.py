@@ -25,7 +25,7 @@ from tests.support.work import hold_tokens
 from tests.test_extras import environment
 from trueup import http_client
 from trueup.billing.token_hold import ai_tokens
-from trueup.errors import HoldExhaustedError, TokensDenied
+from trueup.errors import HoldBusyError, HoldExhaustedError, TaskIdReusedError, TokensDenied
 from trueup.llm.metering import MeteredModel
 from trueup.llm.model import Message
 from trueup.llm.providers.offline import offline_provider
@@ -181,6 +181,17 @@ def test_failed_and_refused_calls_are_errors_and_a_denial_is_an_outcome(
     denied = [span for span in exported.spans() if span.name == "trueup.gate"][-1]
     assert (denied.attributes or {})["trueup.gate.outcome"] == "insufficient_tokens"
     assert denied.status.status_code == StatusCode.UNSET
+
+
+@pytest.mark.parametrize(("request_now", "error"), [("first", HoldBusyError), ("second", TaskIdReusedError)])
+def test_a_gate_that_another_attempt_or_request_has_passed_is_in_use(
+    exported: Exported, connection: Connection, user: int, request_now: str, error: type[Exception]
+) -> None:
+    hold_tokens(connection, user, 100, task="t", request="first", lease=60)
+    with pytest.raises(error):
+        hold_tokens(connection, user, 100, task="t", request=request_now)
+    in_use = [span for span in exported.spans() if span.name == "trueup.gate"][-1]
+    assert (in_use.attributes or {})["trueup.gate.outcome"] == "in_use"
 
 
 @pytest.mark.parametrize(

@@ -23,15 +23,22 @@ def main() -> int:
     """Return 1 if a mutant survived that is not listed as equivalent, else 0."""
     arguments = _arguments()
     equivalents = read_equivalents()
+    memory = Memory(arguments.memory)
     outcomes: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     def functions(engine: Engine) -> list[SqlFunction | PythonFunction]:
         every = [*sql_functions(engine), *python_functions()]
-        return [each for each in every if not arguments.only or each.name in arguments.only]
+        if not arguments.only:
+            return every
+        return [each for name in arguments.only for each in every if each.name == name]
 
     def choose(mutants: list[Mutant]) -> list[Mutant]:
         if arguments.now:
             mutants = [mutant for mutant in mutants if any(part in mutant.now for part in arguments.now)]
+        if arguments.kinds:
+            mutants = [mutant for mutant in mutants if mutant.kind in arguments.kinds]
+        if arguments.survivors:
+            mutants = [mutant for mutant in mutants if mutant.key in memory.survivors]
         if arguments.sample:
             mutants = random.Random(arguments.seed).sample(mutants, min(arguments.sample, len(mutants)))  # noqa: S311
         for mutant in mutants:
@@ -47,7 +54,7 @@ def main() -> int:
         elif arguments.verbose:
             _say(f"{outcome}: {mutant.function.name} {mutant.kind}: {mutant.now} {killer}")
 
-    guard = Guard(Memory(arguments.memory), functions, choose, arguments.limit, say)
+    guard = Guard(memory, functions, choose, arguments.limit, say)
     began = time.monotonic()
     options = ["-q", "--no-header", "--no-summary", "-p", "no:cacheprovider"]
     code = pytest.main([*options, *(arguments.tests or [str(ROOT / name) for name in TESTS])], plugins=[guard])
@@ -71,8 +78,12 @@ def _report(outcomes: dict[str, Counter[str]], seconds: float) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__)
-    parser.add_argument("--only", nargs="+", help="only these functions, such as open_hold or trueup.llm.calls:begin")
+    parser.add_argument(
+        "--only", nargs="+", help="only these functions, in this order, such as open_hold or trueup.llm.calls:begin"
+    )
     parser.add_argument("--now", nargs="+", help="only the mutants whose changed lines have one of these texts")
+    parser.add_argument("--kinds", nargs="+", help="only these kinds of changes, such as lock and comparison")
+    parser.add_argument("--survivors", action="store_true", help="only the mutants that survived an earlier run")
     parser.add_argument("--sample", type=int, help="so many mutants, drawn at random")
     parser.add_argument("--seed", type=int, default=1, help="what the sample is drawn from")
     parser.add_argument("--limit", type=float, default=60, help="seconds of tests after which a mutant has survived")

@@ -21,7 +21,11 @@ from tests.mutations.mutant import InvalidMutantError, Mutable, Mutant
 
 TESTS = (
     "tests/gate",
+    "tests/host/test_schema_changes.py",
+    "tests/host/test_sections.py",
+    "tests/install/test_search_path.py",
     "tests/usage/test_answers.py",
+    "tests/usage/test_charge_events.py",
     "tests/usage/test_charges.py",
     "tests/usage/test_owed_charges.py",
     "tests/usage/test_own_rows.py",
@@ -31,6 +35,9 @@ TESTS = (
     "tests/llm/test_answer_limits.py",
     "tests/llm/test_metering.py",
     "tests/llm/test_model.py",
+    "tests/llm/test_openai_outcomes.py",
+    "tests/llm/test_output_cap.py",
+    "tests/llm/test_traced_calls.py",
 )
 # The longest time for one test beyond its usual one. A test that hangs kills the mutant.
 _PATIENCE_SECONDS = 60
@@ -38,30 +45,55 @@ _KILLED = 1
 
 
 class Memory:
-    """How long each test takes, and how many mutants of each function it has killed; kept in a file between runs."""
+    """What earlier runs have learned, kept in a file.
+
+    `seconds`: how long each test takes. `kills`: how many mutants of each function, and of each changed line of it, a
+    test has killed. `survivors`: the keys of the mutants that survived when they were last tried.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file
         known = json.loads(file.read_text()) if file.exists() else {}
         self.seconds: dict[str, float] = known.get("seconds", {})
         self.kills = {name: Counter(kills) for name, kills in known.get("kills", {}).items()}
+        self.survivors = {tuple(key) for key in known.get("survivors", [])}
 
-    def add_kill(self, function: str, test: str) -> None:
-        self.kills.setdefault(function, Counter())[test] += 1
+    def add(self, mutant: Mutant, killer: str | None) -> None:
+        """Note which test has killed the mutant. None: it has survived."""
+        if killer:
+            for place in _places(mutant):
+                self.kills.setdefault(place, Counter())[killer] += 1
+            self.survivors.discard(mutant.key)
+        else:
+            self.survivors.add(mutant.key)
+        self.save()
 
-    def order(self, function: str, items: Iterable[pytest.Item]) -> list[pytest.Item]:
-        """Return the tests, the likeliest killer of this function's mutants first: by kills, name and duration."""
-        own, every = self.kills.get(function, Counter()), sum(self.kills.values(), Counter())
-        words = [word.rstrip("s") for word in re.findall("[a-z]{4,}", function.rpartition(":")[2])]
+    def order(self, mutant: Mutant, items: Iterable[pytest.Item]) -> list[pytest.Item]:
+        """Return the tests, the likeliest killer first: by kills of this line and function, by name and by duration.
+
+        Of the others, one of each file comes before the second one of any file.
+        """
+        own, line = (self.kills.get(place, Counter()) for place in _places(mutant))
+        every = sum(self.kills.values(), Counter())
+        words = [word.rstrip("s") for word in re.findall("[a-z]{4,}", mutant.function.name.rpartition(":")[2])]
+        of_file: Counter[str] = Counter()
 
         def place(item: pytest.Item) -> tuple[float, ...]:
             alike = sum(word in item.nodeid for word in words)
-            return -own[item.nodeid], -alike, -every[item.nodeid], self.seconds[item.nodeid]
+            file = item.nodeid.partition("::")[0]
+            of_file[file] += 1
+            kills = (-count[item.nodeid] for count in (line, own, every))
+            return *kills, -alike, of_file[file], self.seconds[item.nodeid]
 
-        return sorted(items, key=place)
+        return sorted(sorted(items, key=lambda item: self.seconds[item.nodeid]), key=place)
 
     def save(self) -> None:
-        self._file.write_text(json.dumps({"seconds": self.seconds, "kills": self.kills}))
+        known = {"seconds": self.seconds, "kills": self.kills, "survivors": sorted(self.survivors)}
+        self._file.write_text(json.dumps(known))
+
+
+def _places(mutant: Mutant) -> tuple[str, str]:
+    return mutant.function.name, f"{mutant.function.name}: {mutant.was}"
 
 
 class Guard:
@@ -87,11 +119,19 @@ class Guard:
         self._say = say
         self.has_failed = False
         self._fixtures: dict[str, Any] = {}
+        self._mutant: Mutant | None = None
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Generator[None, Any, Any]:
         self._fixtures[fixturedef.argname] = result = yield
+        if self._mutant and fixturedef.argname == "template_database" and fixturedef.scope != "session":
+            # A module's own template, made after the mutant: the setup has installed the function itself there.
+            engine = self._engine(result)
+            self._mutant.function.install_again(self._mutant, engine)
         return result
+
+    def _engine(self, database: str) -> Engine:
+        return create_engine(url_of_database(self._fixtures["stack"].database_url, database), poolclass=NullPool)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -112,19 +152,16 @@ class Guard:
         return True
 
     def _try_all(self, session: pytest.Session) -> None:
-        stack, template = self._fixtures["stack"], self._fixtures["template_database"]
-        engine = create_engine(url_of_database(stack.database_url, template), poolclass=NullPool)
-        server = create_engine(
-            url_of_database(stack.database_url, "postgres"), isolation_level="AUTOCOMMIT", poolclass=NullPool
-        )
+        engine = self._engine(self._fixtures["plain_template"])
+        server = self._engine("postgres").execution_options(isolation_level="AUTOCOMMIT")
         mutants = [mutant for function in self._functions(engine) for mutant in function.mutants()]
         for mutant in self._choose(mutants):
             with _in_place(mutant.function, mutant) as is_valid:
-                items = self._memory.order(mutant.function.name, session.items)
+                items = self._memory.order(mutant, session.items)
+                self._mutant = mutant
                 killer = self._killer(items, server) if is_valid else None
-            if killer:
-                self._memory.add_kill(mutant.function.name, killer)
-                self._memory.save()
+            if is_valid:
+                self._memory.add(mutant, killer)
             self._say(mutant, "killed" if killer else "survived" if is_valid else "invalid", killer or "")
 
     def _killer(self, items: list[pytest.Item], server: Engine) -> str | None:
@@ -137,7 +174,7 @@ class Guard:
         with os.fdopen(receiving) as pipe:
             started = pipe.read().split("\n")
         status = os.waitpid(child, 0)[1]
-        if os.WIFSIGNALED(status):  # it has not dropped its database
+        if status:  # it may have left a database of a module, or of a test that was killed
             _drop_databases(server)
         return None if status == 0 else started[-2]
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from sqlalchemy import Engine
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -15,6 +17,9 @@ class Mutable(Protocol):
 
     def install(self, mutant: Any) -> None:
         """Replace the function. Raises `InvalidMutantError` if the mutant is no code."""
+
+    def install_again(self, mutant: Any, engine: Engine) -> None:
+        """Replace the function in another database too, if it is the same function there."""
 
     def restore(self) -> None:
         """Install the function itself again."""

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
+from sqlalchemy import Engine
+
 from tests.mutations.mutant import ROOT, InvalidMutantError, Mutant
 
 FILES = (
@@ -42,6 +44,13 @@ _OPERATORS: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
 _NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
+class _Separate(ast.NodeTransformer):
+    """Gives each operator a node of its own: the parser uses one node for all operators of a kind."""
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        return type(node)() if type(node) in _OPERATORS else super().generic_visit(node)
+
+
 class PythonFunction:
     """A function or method of a module. `path`: its name in the module, with the class."""
 
@@ -58,6 +67,9 @@ class PythonFunction:
         except ValueError as error:  # a variable of the enclosing function is used no more
             raise InvalidMutantError(str(error)) from error
 
+    def install_again(self, mutant: Mutant, engine: Engine) -> None:
+        """Do nothing: the function is not in a database."""
+
     def restore(self) -> None:
         self._live.__code__ = self._code
 
@@ -70,12 +82,12 @@ class PythonFunction:
                 assert isinstance(twin, ast.FunctionDef)
                 place = list(_nodes(twin))[number]
                 statement = _statement(twin, place)
-                was = " ".join(ast.unparse(statement).split())
+                was = _text(statement)
                 new = replace(place)
                 _put(twin, place, new)
-                shown = new if statement is place else statement
+                now = _text(new if statement is place else statement)
                 code = _code_of(compile(ast.fix_missing_locations(changed), self._code.co_filename, "exec"), self._code)
-                yield Mutant(function=self, kind=kind, was=was, now=" ".join(ast.unparse(shown).split()), code=code)
+                yield Mutant(function=self, kind=kind, was=was, now=now, code=code)
 
 
 def python_functions() -> list[PythonFunction]:
@@ -83,7 +95,7 @@ def python_functions() -> list[PythonFunction]:
     found = []
     for file in FILES:
         module = file.removesuffix(".py").replace("/", ".")
-        tree = ast.parse((ROOT / file).read_text())
+        tree = _Separate().visit(ast.parse((ROOT / file).read_text()))
         for node in tree.body:
             if isinstance(node, ast.FunctionDef):
                 found.append(PythonFunction(module, node.name, tree, node))
@@ -116,12 +128,15 @@ def _nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:
 
 
 def _statement(function: ast.FunctionDef, place: ast.AST) -> ast.AST:
-    """Return the smallest statement with the place; of a compound one only the head is meant."""
+    """Return the smallest statement with the place."""
     holders = [node for node in _nodes(function) if isinstance(node, ast.stmt) and place in ast.walk(node)]
-    smallest = min(holders, key=lambda node: sum(1 for _ in ast.walk(node)))
-    if isinstance(smallest, ast.If | ast.While):
-        return smallest.test
-    return smallest
+    return min(holders, key=lambda node: sum(1 for _ in ast.walk(node)))
+
+
+def _text(statement: ast.AST) -> str:
+    """Return the code of a statement, of a compound one the condition."""
+    head = statement.test if isinstance(statement, ast.If | ast.While) else statement
+    return " ".join(ast.unparse(head).split())
 
 
 def _put(function: ast.FunctionDef, old: ast.AST, new: ast.AST) -> None:
@@ -156,8 +171,9 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, Any]]:
             yield "constant", lambda place: ast.Constant(1 - place.value)
         case ast.UnaryOp(op=ast.Not()):
             yield "not", lambda place: place.operand
-        case ast.If() | ast.IfExp() | ast.While():
-            yield "contrary", _contrary
+        case ast.If(test=test) | ast.IfExp(test=test) | ast.While(test=test):
+            if not isinstance(test, ast.Compare | ast.UnaryOp):  # another operator makes the contrary of these
+                yield "contrary", _contrary
         case ast.Raise():
             yield "statement", lambda _: ast.Pass()
         case ast.Expr(value=ast.Call()):

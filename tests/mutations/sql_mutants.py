@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from tests.mutations.mutant import ROOT, InvalidMutantError, Mutant, changed, unique
@@ -71,20 +71,27 @@ class SqlFunction:
 
     def install(self, mutant: Mutant) -> None:
         try:
-            self._run(mutant.code)
+            with self._engine.begin() as connection:
+                _run(connection, mutant.code)
         except DBAPIError as error:
             raise InvalidMutantError(str(error.orig)) from error
 
-    def restore(self) -> None:
-        self._run(self._definition)
+    def install_again(self, mutant: Mutant, engine: Engine) -> None:
+        same = text(
+            "SELECT count(*) FROM pg_proc p WHERE p.pronamespace = 'trueup'::regnamespace "
+            "AND p.prokind = 'f' AND pg_get_functiondef(p.oid) = :definition"
+        )
+        with engine.begin() as connection:
+            if connection.scalar(same, {"definition": self._definition}):
+                _run(connection, mutant.code)
 
-    def _run(self, definition: str) -> None:
+    def restore(self) -> None:
         with self._engine.begin() as connection:
-            connection.exec_driver_sql(definition.replace("%", "%%"))
+            _run(connection, self._definition)
 
     def mutants(self) -> Iterator[Mutant]:
         """Make the mutants of the function's body; its comments and strings stay."""
-        body = self._definition[self._body :]
+        body = self._definition[self._body : self._definition.rindex("$function$")]
         tokens = _tokens(body)
 
         def mutant(kind: str, start: int, end: int, new: str) -> Mutant:
@@ -116,6 +123,10 @@ def sql_functions(engine: Engine) -> list[SqlFunction]:
         ]
 
 
+def _run(connection: Connection, definition: str) -> None:
+    connection.exec_driver_sql(definition.replace("%", "%%"))
+
+
 def _tokens(body: str) -> list[_Token]:
     found, depth = [], 0
     for match in _TOKEN.finditer(body):
@@ -128,9 +139,10 @@ def _tokens(body: str) -> list[_Token]:
 
 
 def _swaps(body: str, tokens: list[_Token], make: _Make) -> Iterator[Mutant]:
+    assigning = {tokens[at + 1].start for _, at, _ in _assignments(tokens)}  # these signs compare nothing
     for kind, table in _SWAPS.items():
         for token in tokens:
-            for new in table.get(token.text, ()):
+            for new in table.get(token.text, ()) if token.start not in assigning else ():
                 yield make(kind, token.start, token.end, new)
 
 
@@ -193,14 +205,20 @@ def _statements(body: str, tokens: list[_Token], make: _Make) -> Iterator[Mutant
 
 def _values(body: str, tokens: list[_Token], make: _Make) -> Iterator[Mutant]:
     """A column that UPDATE … SET assigns keeps its value."""
+    for number, at, end in _assignments(tokens):
+        same = _same(body, tokens, number, tokens[at].text)
+        yield make("value", tokens[at + 2].start, tokens[end].end, same)
+
+
+def _assignments(tokens: list[_Token]) -> Iterator[tuple[int, int, int]]:
+    """Return the numbers of SET, of the column and of the last token of the value, for each column of UPDATE … SET."""
     for number, token in enumerate(tokens[:-1]):
         if token.text != "SET" or tokens[number + 2].text != "=":
             continue
         at = number + 1
         while True:
             end = _last(tokens, at, _ENDS_OF_VALUE)
-            column = tokens[at].text
-            yield make("value", tokens[at + 2].start, tokens[end].end, _same(body, tokens, number, column))
+            yield number, at, end
             if tokens[end + 1].text != ",":
                 break
             at = end + 2

@@ -107,7 +107,7 @@ def test_two_users_tasks_of_one_id_and_one_call_are_both_charged(
         if late:
             close_hold(connection, hold)
         charge_tokens(connection, hold, 60)
-    assert [host.used(user) for user in users] == [60, 60]
+    assert [(host.used(user), host.counter(user)) for user in users] == [(60, 9_940)] * 2
 
 
 def test_usage_beyond_the_hold_is_charged_and_reported(
@@ -132,10 +132,14 @@ def test_a_charge_after_its_hold_ended_is_recorded_and_flagged_late(
     assert_true(host)
 
 
-def test_a_charge_of_an_expired_hold_is_late(host: Host, connection: Connection, user: int) -> None:
+@pytest.mark.parametrize("swept", [True, False])
+def test_a_charge_of_an_expired_hold_is_late(host: Host, connection: Connection, user: int, swept: bool) -> None:
     hold = hold_tokens(connection, user, 1_000, ttl=60, now=NOW)
-    expire_holds(connection, now=NOW + timedelta(hours=1))
-    assert charge_tokens(connection, hold, 10).late
+    end = NOW + timedelta(seconds=60)
+    if swept:
+        expire_holds(connection, now=end)
+    assert charge_tokens(connection, hold, 10, now=end).late
+    assert balance(host, user) == (10, 0)
     assert_true(host)
 
 
@@ -166,25 +170,33 @@ def test_a_fenced_attempts_charge_is_late_and_uses_the_hold_of_the_later_attempt
 
 
 @pytest.mark.parametrize(
-    ("counter", "left"), [(10_000, 9_700), (300, 0), (299, 0), (0, 0), (-5, -5), (None, None), (2**31 - 1, 2**31 - 301)]
+    ("counter", "left"),
+    [(10_000, 9_700), (300, 0), (299, 0), (1, 0), (0, 0), (-5, -5), (None, None), (2**31 - 1, 2**31 - 301)],
 )
 def test_the_counter_is_lowered_to_no_less_than_zero_and_an_odd_one_left_alone(
     host: Host, connection: Connection, user: int, hold: Hold, counter: int | None, left: int | None
 ) -> None:
     host.execute("UPDATE billing_subscription SET tokens_remaining = :counter", counter=counter)
     other = host.subscriber(10_000)
+    version = host.value("SELECT xmin::text FROM billing_subscription WHERE user_id = :user", user=user)
     charge_tokens(connection, hold, 300)
     assert (host.counter(user), host.counter(other)) == (left, 10_000)
     assert host.value("SELECT counter_lowered FROM trueup.charge")
+    written = host.value("SELECT xmin::text FROM billing_subscription WHERE user_id = :user", user=user) != version
+    assert written is (counter != left)
 
 
+@pytest.mark.parametrize("counter", [10_000, 1])
 def test_a_charge_does_not_wait_for_a_host_that_holds_the_counter(
-    host: Host, connection: Connection, user: int, hold: Hold
+    host: Host, user: int, hold: Hold, counter: int
 ) -> None:
-    connection.execute(text("SET lock_timeout = '100ms'"))
-    with locked(host, "SELECT * FROM billing_subscription FOR UPDATE"):
-        assert charge_tokens(connection, hold, 300).recorded
-    assert (host.used(user), host.counter(user)) == (300, 10_000)
+    host.execute("UPDATE billing_subscription SET tokens_remaining = :counter", counter=counter)
+    with locked(host, "SELECT * FROM billing_subscription FOR UPDATE"), host.engine.begin() as session:
+        session.execute(text("SET LOCAL lock_timeout = '100ms'; SET LOCAL track_functions = 'all'"))
+        assert charge_tokens(session, hold, 300).recorded
+        called = session.scalars(text("SELECT funcname FROM pg_stat_xact_user_functions")).all()
+    assert "record_other_charge" not in called  # which would come after the time-out
+    assert (host.used(user), host.counter(user)) == (300, counter)
     assert not host.value("SELECT counter_lowered FROM trueup.charge")
     assert_true(host)
 
@@ -197,6 +209,17 @@ def test_usage_before_the_start_of_a_future_window_is_logged_and_does_not_count_
     host.execute("UPDATE billing_subscription SET start_date = :at", at=NOW + timedelta(days=1))
     charge_tokens(connection, hold, 300, now=NOW)
     assert (host.used(user), balance(host, user)) == (300, (0, 200))
+    assert_true(host)
+
+
+def test_usage_in_the_last_minutes_before_a_window_counts_from_its_first_moment(
+    host: Host, connection: Connection
+) -> None:
+    start = NOW + timedelta(minutes=2)
+    user = host.subscriber(1_000, start=start)
+    charge_tokens(connection, hold_tokens(connection, user, 500, now=NOW), 300, now=NOW)
+    assert host.value("SELECT created_at FROM ai_usage_log") == start
+    assert balance(host, user) == (300, 200)
     assert_true(host)
 
 
@@ -315,16 +338,23 @@ def test_figures_that_the_logs_columns_can_hold_are_recorded_in_full(
     assert_true(host)
 
 
+@pytest.mark.parametrize(
+    ("change", "counted"),
+    [
+        ("NEW.total_tokens := least(NEW.total_tokens, 50)", 50),
+        ("NEW.success := false", 0),
+        ("NEW.created_at := NEW.created_at - interval ''100 years''", 0),
+    ],
+)
 def test_a_row_changed_by_a_host_trigger_is_counted_as_stored(
-    host: Host, connection: Connection, user: int, hold: Hold
+    host: Host, connection: Connection, user: int, hold: Hold, change: str, counted: int
 ) -> None:
     host.execute(
-        "CREATE FUNCTION cap() RETURNS trigger LANGUAGE plpgsql AS "
-        "'BEGIN NEW.total_tokens := least(NEW.total_tokens, 50); RETURN NEW; END'; "
-        "CREATE TRIGGER cap BEFORE INSERT ON ai_usage_log FOR EACH ROW EXECUTE FUNCTION cap()"
+        f"CREATE FUNCTION change() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN {change}; RETURN NEW; END'; "
+        "CREATE TRIGGER change BEFORE INSERT ON ai_usage_log FOR EACH ROW EXECUTE FUNCTION change()"
     )
     charge_tokens(connection, hold, 300)
-    assert balance(host, user) == (50, 700)
+    assert balance(host, user) == (counted, 700)
     assert_true(host)
 
 

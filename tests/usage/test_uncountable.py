@@ -13,7 +13,9 @@ from trueup.accounts.account import read_account
 from trueup.database.engine import get_engine
 from trueup.errors import TokensDenied
 from trueup.gate.holds import close_hold
+from trueup.gate.provider_calls import extend_hold
 from trueup.host.mapping import HostMapping
+from trueup.host.sql import UNCOUNTABLE
 from trueup.preview.scan import scan
 from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import Finding
@@ -32,6 +34,7 @@ def template_database(stack: StackUrls, admin_engine: Engine, plain_template: st
 
 @pytest.fixture
 def user(host: Host) -> int:
+    host.execute("TRUNCATE ai_usage_log")  # the log has an epoch then; a balance of -1 is of none
     return host.subscriber(1_000)
 
 
@@ -80,6 +83,33 @@ def test_a_charge_of_the_user_is_recorded(host: Host, connection: Connection, us
     assert host.value("SELECT count(*) FROM ai_usage_log WHERE total_tokens = 70") == 1
     host.execute("DELETE FROM ai_usage_log WHERE total_tokens <> 70")
     assert read_account(connection, user).consumed == 70
+
+
+def test_charges_that_add_up_to_more_than_can_be_counted_are_recorded(
+    host: Host, connection: Connection, user: int
+) -> None:
+    hold = hold_tokens(connection, user, 100)
+    row = host.log(user, UNCOUNTABLE - 1)
+    refusal(connection, user)  # which brings the balance up to date
+    for key in "abc":
+        assert charge_tokens(connection, hold, UNCOUNTABLE, key=key).recorded
+    assert "can be counted" in refusal(connection, user)
+    host.execute("DELETE FROM ai_usage_log WHERE id <> :row", row=row)
+    host.execute("UPDATE ai_usage_log SET total_tokens = 20")
+    assert read_account(connection, user).consumed == 20
+    assert_true(host)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_hold_of_the_user_is_not_extended(host: Host, connection: Connection, user: int, way: list[int]) -> None:
+    hold = hold_tokens(connection, user, 100)
+    for tokens in way:
+        host.log(user, tokens)
+    assert extend_hold(connection, hold, 10) == ("usage_uncountable", 100)
+    host.execute("UPDATE ai_usage_log SET total_tokens = 20")
+    assert extend_hold(connection, hold, 10) == (None, 110)
+    assert balance(host, user) == (20 * len(way), 110)
+    assert_true(host)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -22,7 +22,8 @@ INSERT INTO trueup.hold (user_id, task_id, request, fresh_retries, attempt, retr
 -- Holds, from the gate to their end. balances.sql describes how the balance row is locked.
 
 -- Reserve tokens for a task, or return the `reason` of the denial (NULL: admitted). `overridden`: the reason of a
--- denial that the feature's mode overrode; the task then gets all its tokens, even beyond the budget.
+-- denial that the feature's mode overrode; the task then gets all its tokens, even beyond the budget. `original`,
+-- `consumed`, `held` and `end_date` explain a denial; they may be NULL otherwise.
 --
 -- If the task has an open hold, one of these cases applies:
 --   * p_retries is higher: the attempt that asked for this retry has ended, or its worker saw it die. Or the lease has
@@ -54,13 +55,12 @@ CREATE OR REPLACE FUNCTION trueup.open_hold(
 #variable_conflict use_column
 DECLARE
     b trueup.balance;
-    c record;
+    v_is_common boolean;
 BEGIN
     {{ queue_for("p_user") }}
     SELECT * INTO b FROM trueup.balance t WHERE t.user_id = p_user FOR UPDATE;
     at := coalesce(at, clock_timestamp());
-    SELECT e.plan_tokens AS original, e.end_date,
-           {{ decision("true", "e.is_active", "e.end_date", "e.plan_tokens", "b.consumed", "b.held", "p_tokens",
+    SELECT {{ decision("true", "e.is_active", "e.end_date", "e.plan_tokens", "b.consumed", "b.held", "p_tokens",
                        "open_hold.at") }} IS NULL
            AND (b.window_start, b.log_epoch) = (e.window_start, {{ log_epoch() }})
            AND NOT EXISTS (SELECT FROM trueup.usage_delta d WHERE d.user_id = p_user)
@@ -70,17 +70,17 @@ BEGIN
            {%- endif %}
            AND NOT EXISTS (SELECT FROM trueup.hold t WHERE t.user_id = p_user AND t.task_id = p_task)
            AND NOT EXISTS (SELECT FROM trueup.hold t
-                           WHERE t.user_id = p_user AND t.status = 'open' AND t.expires_at <= open_hold.at) AS is_common
-    INTO c FROM trueup.entitlements(open_hold.at) e WHERE e.user_id = p_user;
+                           WHERE t.user_id = p_user AND t.status = 'open' AND t.expires_at <= open_hold.at)
+    INTO v_is_common FROM trueup.entitlements(open_hold.at) e WHERE e.user_id = p_user;
     {{ require_counted() }}  -- after the look at the deltas, so that a write they missed is noticed here
-    IF c.is_common THEN
+    IF v_is_common THEN
         expiry := at + p_ttl;
         WITH opened AS (
     {{ insert_hold("p_fresh", "1", "p_retries", "p_tokens", "open_hold.expiry", "false") }}
         )
         UPDATE trueup.balance t SET held = b.held + p_tokens WHERE t.user_id = p_user;
-        SELECT false, false, 1, p_tokens, false, false, p_fresh, c.original, b.consumed, b.held + p_tokens, c.end_date
-        INTO reused, follows, hold_attempt, tokens_left, reattached, replay, fresh, original, consumed, held, end_date;
+        SELECT false, false, 1, p_tokens, false, false, p_fresh
+        INTO reused, follows, hold_attempt, tokens_left, reattached, replay, fresh;
         RETURN;
     END IF;
     SELECT o.* INTO at, reason, overridden, reused, follows, busy_until, redundant, waits, hold_attempt, tokens_left,
