@@ -16,7 +16,7 @@ from sqlalchemy.pool import NullPool
 
 from tests.stack.helpers import temporary_home
 from tests.support.demo import demo  # noqa: F401 - a fixture
-from tests.support.host import Host, host_of
+from tests.support.host import Host, host_of, pooled_engine
 from tests.support.postgres_versions import GIVEN, running_server
 from tests.support.two_books import MAPPED
 from trueup.database.engine import connect, dispose_engine
@@ -105,10 +105,8 @@ def stack(_no_settings_from_outside: None) -> Iterator[StackUrls]:
 def admin_engine(stack: StackUrls) -> Iterator[Engine]:
     """An engine to create and drop databases."""
     assert stack.database_url is not None
-    engine = create_engine(
-        url_of_database(stack.database_url, "postgres"), isolation_level="AUTOCOMMIT", poolclass=NullPool
-    )
-    yield engine
+    engine = pooled_engine(url_of_database(stack.database_url, "postgres"))
+    yield engine.execution_options(isolation_level="AUTOCOMMIT")
     engine.dispose()
 
 

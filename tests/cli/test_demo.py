@@ -1,15 +1,35 @@
-"""`trueup demo`: every step succeeds, and no process is left."""
+"""`trueup demo`: every step succeeds, and no process is left. On its data, `trueup run --wait` without a worker.
 
+The command starts a temporary worker, and leaves no process.
+"""
+
+import os
+import signal
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import assert_nothing_runs
-from tests.support.demo import Demo
+from tests.cli.conftest import assert_nothing_runs, started
+from tests.support.demo import Demo, processes_of
+from tests.support.waiting import wait_for
 from trueup.cli.demo.tenants import DENIED
 from trueup.settings.settings import Settings
 from trueup.stack import running_stack
+from trueup.stack.children import ChildRecords
+from trueup.stack.processes import is_alive
+from trueup.stack.temporary import GRACE_SECONDS
+
+ARTICLE = Path(__file__).parents[2] / "examples" / "help_en.txt"
+RUN = ("run", "qa", "--user", 1, "--max-pairs", 2, "--wait", ARTICLE)
+RUN_SECONDS = 60.0
+
+
+def worker_pid(home: Path) -> int:
+    """Return the temporary worker's pid once it is on record."""
+    records = ChildRecords(home / "run" / "temporary-worker.json")
+    return wait_for(records.read, "a temporary worker is on record", seconds=RUN_SECONDS)[0].pid
 
 
 def test_the_demo_succeeds(demo: Demo) -> None:
@@ -54,4 +74,35 @@ def test_each_next_step_of_the_demo_works_as_pasted(demo: Demo, tmp_path: Path) 
 
 
 def test_the_demo_leaves_nothing_running(demo: Demo) -> None:
+    assert_nothing_runs(demo.home)
+
+
+def test_ctrl_c_ends_the_waiting_its_worker_and_its_servers(demo: Demo) -> None:
+    for _ in range(5):  # on a busy machine the result may come before the signal
+        with started(*RUN, home=demo.home) as command:
+            worker_pid(demo.home)
+            os.killpg(command.pid, signal.SIGINT)
+            output, errors = command.communicate(timeout=GRACE_SECONDS + RUN_SECONDS)
+        if command.returncode != 0:
+            break
+    assert (command.returncode, output) == (1, "")
+    assert "is not cancelled" in errors
+    assert "Traceback" not in errors
+    assert_nothing_runs(demo.home)
+
+
+def test_two_commands_share_a_worker_and_end_the_processes_of_a_killed_command(demo: Demo) -> None:
+    with started(*RUN, home=demo.home) as killed:
+        pid = worker_pid(demo.home)
+        killed.kill()
+        killed.wait()
+    left = [process for process in processes_of(demo.home) if process.pid == pid]
+    assert [is_alive(process) for process in left] == [True]
+
+    with ExitStack() as stack:
+        for command in [stack.enter_context(started(*RUN, home=demo.home)) for _ in range(2)]:
+            output, errors = command.communicate(timeout=RUN_SECONDS)
+            assert (command.returncode, errors) == (0, "")
+            assert '"pairs"' in output
+    assert not is_alive(left[0])
     assert_nothing_runs(demo.home)

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine
-from sqlalchemy.pool import NullPool
+from sqlalchemy import Engine
 
 from tests.conftest import cloned_database
 from tests.support.findings import forget_journal
-from tests.support.host import Host
+from tests.support.host import Host, pooled_engine
 from tests.support.legacy.injections import INJECTIONS, PAID
 from tests.support.legacy.judging import Judgement, looks_given, looks_like_a_lost_update
 from tests.support.legacy.loading import WITH_ROWS, load
@@ -112,7 +111,7 @@ def hosts(stack: StackUrls, admin_engine: Engine, people: list[Person]) -> Calla
     @functools.cache
     def reconciled(mapped: str) -> Reconciled:
         with cloned_database(stack, admin_engine, "template1") as url:
-            engine = create_engine(url, poolclass=NullPool)
+            engine = pooled_engine(url)
             try:
                 return reconcile_twice(engine, MAPPINGS[mapped], people)
             finally:

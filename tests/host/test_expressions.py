@@ -8,6 +8,7 @@ from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.pool import NullPool
 
+from tests.support.host import pooled_engine
 from trueup.doctor.host import check_mapping
 from trueup.errors import NotInstalledError, TrueupError
 from trueup.host.expressions import expression_problem, wrong_expression
@@ -62,7 +63,7 @@ def mapped(*, included: Any = None, counts: Any = None, **log: Any) -> HostMappi
 
 @pytest.fixture
 def engine(empty_database: str) -> Iterator[Engine]:
-    engine = create_engine(empty_database, poolclass=NullPool)
+    engine = pooled_engine(empty_database)
     with engine.begin() as connection:
         connection.exec_driver_sql(TABLES.replace("%", "%%"))
     yield engine

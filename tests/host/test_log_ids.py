@@ -6,12 +6,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import Connection, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.pool import NullPool
 
 from tests.support.books import assert_true
-from tests.support.host import START, Host
+from tests.support.host import START, Host, pooled_engine
 from tests.support.sessions import run_at_once
 from tests.support.work import balance, charge_tokens, hold_tokens
 from trueup.database.engine import connect, dispose_engine, get_engine
@@ -65,7 +64,7 @@ def bare(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Numbe
     """Yield such a host before the setup of trueup."""
     monkeypatch.setenv("TRUEUP_HOST__USAGE_LOG_ID_TYPE", "bigint")
     get_settings.cache_clear()
-    engine = create_engine(empty_database, poolclass=NullPool)
+    engine = pooled_engine(empty_database)
     with engine.begin() as connection:
         build_host_metadata(MAPPING).create_all(connection)
     with NumberedHost(engine) as host:

@@ -6,11 +6,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, text
-from sqlalchemy.pool import NullPool
+from sqlalchemy import Engine, text
 
 from tests.support.books import assert_true
-from tests.support.host import START, Host
+from tests.support.host import START, Host, pooled_engine
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.accounts.grants import grant_tokens, list_grants, revoke_grant
@@ -110,7 +109,7 @@ def mapping(request: pytest.FixtureRequest, empty_database: str, monkeypatch: py
 
 @pytest.fixture
 def mapped_host(mapping: HostMapping, empty_database: str) -> Iterator[Host]:
-    engine: Engine = create_engine(empty_database, poolclass=NullPool)
+    engine: Engine = pooled_engine(empty_database)
     with engine.begin() as connection:
         connection.execute(text('CREATE SCHEMA "My App"'))
         install(connection, mapping, with_host_tables=True)

@@ -13,12 +13,11 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, create_engine, text
-from sqlalchemy.pool import NullPool
+from sqlalchemy import Engine, text
 
 from tests.support.books import assert_true
 from tests.support.dumps import pg_dump, without_positions
-from tests.support.host import START, Host
+from tests.support.host import START, Host, pooled_engine
 from tests.support.mapped import NO_AGE
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
@@ -161,7 +160,7 @@ def site(
     (tmp_path / "trueup.toml").write_text(settings)
     monkeypatch.setenv(CONFIG_VARIABLE, str(tmp_path / "trueup.toml"))
     get_settings.cache_clear()
-    engine: Engine = create_engine(empty_database, poolclass=NullPool)
+    engine: Engine = pooled_engine(empty_database)
     with engine.begin() as connection:
         connection.execute(text(tables))
     with Host(engine) as host:

@@ -6,13 +6,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, Engine, create_engine, make_url, text
-from sqlalchemy.pool import NullPool
+from sqlalchemy import Connection, Engine, make_url, text
 
 from tests.conftest import cloned_database, settings_for
 from tests.install.test_triggers import consumed
 from tests.support.books import assert_true
 from tests.support.dumps import pg_dump
+from tests.support.host import pooled_engine
 from tests.support.partitioned import DECEMBER, NOVEMBER, PARTS, ROW, PartitionedHost, known, month, new_host
 from tests.support.sessions import locked
 from tests.support.work import balance, charge_tokens, hold_tokens
@@ -75,7 +75,7 @@ def host(
     with (
         cloned_database(stack, admin_engine, template) as url,
         settings_for(url, stack, monkeypatch, tmp_path),
-        PartitionedHost(create_engine(url, poolclass=NullPool)) as host,
+        PartitionedHost(pooled_engine(url)) as host,
     ):
         host.mapping = HostMapping()
         yield host
@@ -276,7 +276,7 @@ def test_a_disabled_trigger_on_a_partition_is_found_and_enabled_again(
 def test_a_log_that_becomes_a_partition_of_its_successor_counts_after_a_repeated_setup(
     empty_database: str,
 ) -> None:
-    engine = create_engine(empty_database, poolclass=NullPool)
+    engine = pooled_engine(empty_database)
     with engine.begin() as setup:
         install(setup, HostMapping(), with_host_tables=True)
     with PartitionedHost(engine) as host, connect() as connection:
@@ -302,7 +302,7 @@ def test_a_log_that_becomes_a_partition_of_its_successor_counts_after_a_repeated
 
 
 def test_tables_that_inherit_from_the_log_count_as_its_partitions_do(empty_database: str) -> None:
-    engine = create_engine(empty_database, poolclass=NullPool)
+    engine = pooled_engine(empty_database)
     with engine.begin() as connection:
         build_host_metadata(HostMapping()).create_all(connection)
         connection.execute(text("CREATE TABLE child () INHERITS (ai_usage_log)"))

@@ -11,13 +11,11 @@ from typing import Protocol
 
 import httpx
 import jwt
-from sqlalchemy import create_engine
 from sqlalchemy.engine import make_url
-from sqlalchemy.pool import NullPool
 
 from tests.hosts.documents import ROOT
 from tests.hosts.people import JWT_SECRET, PASSWORD, Person
-from tests.support.host import Host
+from tests.support.host import Host, pooled_engine
 
 STOP_SECONDS = 10
 
@@ -106,7 +104,7 @@ def plain_url(url: str) -> str:
 @contextmanager
 def host_at(url: str) -> Iterator[Host]:
     """Give plain SQL on the host's own tables."""
-    engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
+    engine = pooled_engine(make_url(url).set(drivername="postgresql+psycopg"))
     with Host(engine) as host:
         yield host
     engine.dispose()

@@ -3,10 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import create_engine
-from sqlalchemy.pool import NullPool
 
-from tests.support.host import Host
+from tests.support.host import Host, pooled_engine
 from trueup.host.mapping import HostMapping
 from trueup.install.example_tables import build_host_metadata
 
@@ -14,7 +12,7 @@ from trueup.install.example_tables import build_host_metadata
 @pytest.fixture
 def bare_host(empty_database: str) -> Iterator[Host]:
     """A host without trueup."""
-    engine = create_engine(empty_database, poolclass=NullPool)
+    engine = pooled_engine(empty_database)
     with engine.begin() as connection:
         build_host_metadata(HostMapping()).create_all(connection)
     with Host(engine) as host:

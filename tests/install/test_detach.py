@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, create_engine, text
-from sqlalchemy.pool import NullPool
+from sqlalchemy import Connection, Engine, text
 
 from tests.support.books import assert_true
 from tests.support.dumps import pg_dump
-from tests.support.host import Host
+from tests.support.host import Host, pooled_engine
 from tests.support.sessions import backend_pid, impatient, locked
 from tests.support.waiting import wait_for
 from tests.support.work import charge_tokens, hold_tokens
@@ -27,13 +26,15 @@ from trueup.install.detach import DetachRefusedError, detach, plan_detach, steps
 from trueup.install.example_tables import build_host_metadata
 from trueup.install.install import install
 
+# Between two transactions of a writer, which would otherwise take the processors from trueup.
+PAUSE_SECONDS = 0.005
 WITHOUT_PATIENCE = {"patience_seconds": 0.0}
 
 
 @pytest.fixture
 def engine(empty_database: str) -> Iterator[Engine]:
     """A host's database without trueup."""
-    engine = create_engine(empty_database, poolclass=NullPool)
+    engine = pooled_engine(empty_database)
     with engine.begin() as connection:
         build_host_metadata(HostMapping()).create_all(connection)
     yield engine
@@ -62,7 +63,7 @@ def writing(engine: Engine, user: int) -> Iterator[list[int]]:
 
     def write(tokens: int) -> None:
         with Host(engine) as host:
-            while not over.is_set():
+            while not over.wait(PAUSE_SECONDS):
                 with host.engine.begin() as connection:
                     connection.execute(
                         text(

@@ -2,12 +2,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.pool import NullPool
 
 from tests.support.books import assert_true
-from tests.support.host import Host
+from tests.support.host import Host, pooled_engine
 from tests.support.sessions import impatient, in_background, locked, run_at_once, wait_for_lock
 from tests.support.waiting import wait_for
 from tests.support.work import charge_tokens, hold_tokens
@@ -22,7 +21,7 @@ from trueup.settings.settings import get_settings
 
 @pytest.fixture
 def engine(empty_database: str) -> Iterator[Engine]:
-    engine = create_engine(empty_database, poolclass=NullPool)
+    engine = pooled_engine(empty_database)
     yield engine
     engine.dispose()
 

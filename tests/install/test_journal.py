@@ -5,10 +5,9 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, create_engine, text
-from sqlalchemy.pool import NullPool
+from sqlalchemy import Connection, text
 
-from tests.support.host import START, Host
+from tests.support.host import START, Host, pooled_engine
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.doctor.invariants import check_invariants
 from trueup.drift.journal import prune_journal
@@ -50,7 +49,7 @@ def unseen(connection: Connection) -> str:
 @pytest.fixture
 def other(host: Host) -> Iterator[Connection]:
     """Another session of the host, in a transaction."""
-    engine = create_engine(host.engine.url, poolclass=NullPool)
+    engine = pooled_engine(host.engine.url)
     with engine.connect() as connection:
         yield connection
         connection.rollback()

@@ -12,7 +12,7 @@ from sqlalchemy.pool import NullPool
 
 from tests.discovery.test_proposal import UUID_HOST, UUID_MAPPING
 from tests.host.test_mapped_hosts import LOG, MAPPINGS, USERS, do, lower, subscribe
-from tests.support.host import START, Host
+from tests.support.host import START, Host, pooled_engine
 from tests.support.legacy.loading import WITH_ROWS, load
 from tests.support.legacy.population import make_population
 from tests.support.mapped import NO_AGE
@@ -75,7 +75,7 @@ def seen(engine: Engine, mapping: HostMapping | None = None, **options: Any) -> 
 @pytest.fixture
 def bare(empty_database: str) -> Iterator[Host]:
     """A host whose database has nothing of trueup's."""
-    engine = create_engine(empty_database, poolclass=NullPool)
+    engine = pooled_engine(empty_database)
     build_host_metadata(WITH_ROWS).create_all(engine)
     with Host(engine) as host:
         yield host
@@ -192,7 +192,7 @@ def test_a_preview_finds_the_same_as_a_dry_run_of_an_installed_trueup(
     empty_database: str, mapping: HostMapping
 ) -> None:
     people = make_population(160, seed=3, now=time.time())
-    engine = create_engine(empty_database, poolclass=NullPool)
+    engine = pooled_engine(empty_database)
     with engine.begin() as connection:
         install(connection, WITH_ROWS, with_host_tables=True)
     load(engine, people)
@@ -249,7 +249,7 @@ def test_infinite_periods_and_null_counters_are_compared(bare: Host) -> None:
 def test_a_host_with_other_names_types_and_partitions_is_scanned_by_its_mapping(
     empty_database: str, user_id_type: str
 ) -> None:
-    engine = create_engine(empty_database, poolclass=NullPool)
+    engine = pooled_engine(empty_database)
     with engine.begin() as connection:
         # A log with integer ids can be scanned too.
         host = UUID_HOST.replace(
@@ -280,7 +280,7 @@ def test_a_host_with_other_names_types_and_partitions_is_scanned_by_its_mapping(
 @pytest.mark.parametrize("named", ["odd bigint, with decrements and payments", "odd uuid, text log ids", "odd text"])
 def test_names_with_sql_syntax_are_only_names(empty_database: str, named: str) -> None:
     mapping = MAPPINGS[named]
-    engine = create_engine(empty_database, poolclass=NullPool)
+    engine = pooled_engine(empty_database)
     with engine.begin() as connection:
         connection.execute(text('CREATE SCHEMA "My App"'))
         build_host_metadata(mapping).create_all(connection)

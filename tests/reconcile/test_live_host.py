@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, text
-from sqlalchemy.pool import NullPool
+from sqlalchemy import Engine, text
 
 from tests.conftest import cloned_database
 from tests.support.books import assert_true
-from tests.support.host import Host
+from tests.support.host import Host, pooled_engine
 from tests.support.legacy.live_host import THREADS
 from tests.support.legacy.loading import SUBSCRIPTION_OFFSET, WITH_ROWS, load
 from tests.support.legacy.population import Person, make_population
@@ -209,7 +208,7 @@ def lived(
     """A host that wrote for a number of seconds, with random actions from a seed."""
     seconds, seed = request.param
     with cloned_database(stack, admin_engine, "template1") as url:
-        engine = create_engine(url, poolclass=NullPool)
+        engine = pooled_engine(url)
         lived = live(engine, url, tmp_path_factory.mktemp("live_host"), seconds=seconds, seed=seed)
         engine.dispose()
     return lived

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, create_engine, event, text
-from sqlalchemy.pool import NullPool
+from sqlalchemy import Connection, event, text
 
 from tests.support.books import dump
-from tests.support.host import Host
+from tests.support.host import Host, pooled_engine
 from tests.support.waiting import wait_for
 from tests.support.work import hold_tokens
 from trueup.database.engine import get_engine
@@ -82,7 +81,7 @@ def work(run_id: int, number: int, **more: Any) -> Any:
 @pytest.mark.parametrize("user_id_type", ["bigint", "uuid", "text"])
 def test_shards_of_any_kind_of_user_id_hold_each_user_once(empty_database: str, user_id_type: UserIdType) -> None:
     mapping = HostMapping(user_id_type=user_id_type)
-    engine = create_engine(empty_database, poolclass=NullPool)
+    engine = pooled_engine(empty_database)
     ids = {"bigint": "i - 50", "uuid": "gen_random_uuid()", "text": "chr(97 + i % 26) || i || 'Ä'"}[user_id_type]
     with engine.begin() as connection:
         install(connection, mapping, with_host_tables=True)

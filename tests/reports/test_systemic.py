@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
-from tests.support.host import Host, host_of
+from tests.support.host import Host, host_of, pooled_engine
 from tests.support.sessions import locked
 from tests.support.two_books import MAPPED
 from tests.support.work import charge_tokens, hold_tokens
@@ -105,7 +105,7 @@ def application(host: Host, mapping: HostMapping) -> Application:
 @pytest.fixture
 def unattached(empty_database: str) -> Iterator[Application]:
     """An application with decrement rows, in whose database nothing is trueup's."""
-    engine = create_engine(empty_database, poolclass=NullPool)
+    engine = pooled_engine(empty_database)
     build_host_metadata(MAPPED).create_all(engine)
     engine.dispose()
     with host_of(empty_database) as host:

@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import Connection, create_engine
-from sqlalchemy.pool import NullPool
+from sqlalchemy import Connection
 
 from tests.support.findings import forget_journal
-from tests.support.host import START, Host, host_of
+from tests.support.host import START, Host, host_of, pooled_engine
 from tests.support.two_books import DAY, HOUR, MAPPED, Books
 from trueup.accounts.payments import import_payments
 from trueup.database.engine import transaction
@@ -189,7 +188,7 @@ def test_a_host_whose_subscription_states_its_tokens_or_has_no_payments_is_not_l
 
 @pytest.fixture
 def unattached(empty_database: str) -> Iterator[Host]:
-    engine = create_engine(empty_database, poolclass=NullPool)
+    engine = pooled_engine(empty_database)
     build_host_metadata(MAPPED).create_all(engine)
     engine.dispose()
     with host_of(empty_database) as host:

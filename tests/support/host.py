@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, create_engine, text
-from sqlalchemy.pool import NullPool
+import psycopg
+from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 
 START = datetime(2024, 11, 1, 12, tzinfo=UTC)
 """The start of the tests' subscriptions, unless a test gives another.
@@ -34,6 +34,7 @@ class Host:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.connection.close()
+        self.engine.dispose()
 
     def execute(self, statement: str, **values: Any) -> Any:
         return self.connection.execute(text(statement), values)
@@ -150,7 +151,24 @@ class Host:
 @contextmanager
 def host_of(url: str) -> Iterator[Host]:
     """Give the host application of a database, with its own connection, and close both at the end of the block."""
-    engine = create_engine(url, poolclass=NullPool)
-    with Host(engine) as host:
+    with Host(pooled_engine(url)) as host:
         yield host
-    engine.dispose()
+
+
+def pooled_engine(url: str | URL) -> Engine:
+    """Return an engine that reuses its sessions. To begin one takes PostgreSQL longer than most statements.
+
+    A session that comes back has no settings, role, locks or temporary tables of its earlier use.
+    """
+    engine = create_engine(url, pool_reset_on_return=None, pool_pre_ping=True, max_overflow=-1)
+
+    def clear(connection: psycopg.Connection[Any], _record: object, _state: object) -> None:
+        connection.rollback()
+        connection.autocommit = True
+        connection.execute(
+            "RESET SESSION AUTHORIZATION; RESET ALL; SELECT pg_advisory_unlock_all(); DISCARD TEMP; UNLISTEN *"
+        )
+        connection.autocommit = False
+
+    event.listen(engine, "reset", clear)
+    return engine

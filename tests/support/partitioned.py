@@ -2,10 +2,9 @@
 
 from datetime import UTC, datetime
 
-from sqlalchemy import create_engine, text
-from sqlalchemy.pool import NullPool
+from sqlalchemy import text
 
-from tests.support.host import START, Host
+from tests.support.host import START, Host, pooled_engine
 from trueup.accounts.account import read_account
 from trueup.database.retry import retrying
 from trueup.host.mapping import HostMapping
@@ -64,7 +63,7 @@ class PartitionedHost(Host):
 
 
 def new_host(url: str, mapping: HostMapping) -> PartitionedHost:
-    engine = create_engine(url, poolclass=NullPool)
+    engine = pooled_engine(url)
     with engine.begin() as connection:
         build_host_metadata(mapping).create_all(connection)
         for statement in PARTITIONED:

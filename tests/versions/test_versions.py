@@ -11,7 +11,7 @@ from tests.cli.conftest import trueup, trueup_json
 from tests.conftest import cloned_database, settings_for
 from tests.stack.helpers import temporary_home
 from tests.support.books import assert_true
-from tests.support.host import Host
+from tests.support.host import Host, pooled_engine
 from tests.support.postgres_versions import VARIABLE, installed_versions, running_server
 from tests.support.standby import caught_up, standby_of
 from tests.support.two_books import MAPPED
@@ -40,7 +40,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
         remedy = f"`python -m tests.versions` or {VARIABLE} brings it"
         pytest.skip(f"NOT TESTED: no PostgreSQL {request.param} here; {remedy}")
     with temporary_home() as home, running_server(programs, home) as url:
-        engine = create_engine(url, poolclass=NullPool)
+        engine = pooled_engine(url)
         with engine.connect() as connection:
             assert connection.execute(text("SHOW server_version")).scalar_one().startswith(str(request.param))
         engine.dispose()
@@ -62,7 +62,7 @@ def host(
 ) -> Iterator[Host]:
     """A host on that server, set up."""
     with settings_for(url, stack, monkeypatch, tmp_path_factory.mktemp("version")):
-        engine = create_engine(url, poolclass=NullPool)
+        engine = pooled_engine(url)
         with engine.begin() as connection:
             install(connection, get_settings().host, with_host_tables=True)
         with Host(engine) as host:
