@@ -11,8 +11,8 @@ from tests.support.books import assert_true
 from tests.support.host import START, Host
 from tests.support.work import balance, charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
-from trueup.accounts.overview import read_summary
 from trueup.accounts.subscriptions import SeveralSubscriptionsError
+from trueup.accounts.summary import read_summary
 from trueup.billing.utils import check_ai_access_for_user
 from trueup.database.engine import get_engine
 from trueup.errors import NotInstalledError, TokensDenied

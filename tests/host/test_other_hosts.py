@@ -22,7 +22,7 @@ from tests.support.mapped import NO_AGE
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.accounts.grants import grant_tokens
-from trueup.accounts.overview import read_summary
+from trueup.accounts.summary import read_summary
 from trueup.database.engine import connect, dispose_engine, get_engine, transaction
 from trueup.doctor.database import examine_database
 from trueup.errors import TokensDenied

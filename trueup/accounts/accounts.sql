@@ -28,7 +28,7 @@ $$;
 -- The time that trueup writes into the log for its own usage at `at`, in that window (NULL: there is none). It is never
 -- in the first fraction of a second of the window: a log with whole seconds would date the usage before the window,
 -- where it does not count.
-CREATE OR REPLACE FUNCTION trueup.dated(at timestamptz, p_window timestamptz) RETURNS timestamptz
+CREATE OR REPLACE FUNCTION trueup.log_time(at timestamptz, p_window timestamptz) RETURNS timestamptz
 LANGUAGE sql STABLE AS $$
     SELECT CASE WHEN p_window <= at + {{ clock_tolerance }}
                 THEN greatest(at, date_trunc('second', p_window + interval '999999 microseconds')) ELSE at END

@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from trueup.accounts.account import Account
-from trueup.accounts.overview import Plan, PlanKind, Summary
+from trueup.accounts.summary import Plan, PlanKind, Summary
 from trueup.accounts.user_ids import plain_id
 
 Percent = Annotated[float, Field(ge=0, le=100, examples=[85.0])]

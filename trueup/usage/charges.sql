@@ -59,7 +59,7 @@ BEGIN
     at := coalesce(at, clock_timestamp());
     {% if not usage_log.is_written_by_host %}
     BEGIN
-        SELECT h.id, h.tokens_reserved - h.tokens_covered AS free, trueup.dated(record_charge.at, v_window) AS used_at,
+        SELECT h.id, h.tokens_reserved - h.tokens_covered AS free, trueup.log_time(record_charge.at, v_window) AS used_at,
                {{ in_flight("v_first_key", "p_attempt") }} AS in_flight, n.mark_secret
         INTO c
         FROM trueup.hold h
@@ -158,7 +158,7 @@ BEGIN
         END IF;
         o := trueup.row_to_log(p_user, p_task, p_call_key, p_log_id, p_section, p_model, p_prompt, p_completion, p_total,
                                p_response_ms, true, NULL, p_metadata,
-                               trueup.dated(at, CASE WHEN a.subscribed THEN a.window_start END));
+                               trueup.log_time(at, CASE WHEN a.subscribed THEN a.window_start END));
         p_total := o.total_tokens;
         v_covered := least(p_total, v_covered);
         tokens_over := p_total - v_covered;

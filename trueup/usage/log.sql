@@ -26,7 +26,7 @@ BEGIN
     {{ queue_for("p_user") }}
     SELECT * INTO a FROM trueup.lock_charged_account(p_user, at, false);
     at := a.at;
-    v_at := coalesce(least(p_created_at, at), trueup.dated(at, CASE WHEN a.subscribed THEN a.window_start END));
+    v_at := coalesce(least(p_created_at, at), trueup.log_time(at, CASE WHEN a.subscribed THEN a.window_start END));
     in_future := coalesce(p_created_at > at + p_skew, false);
     SELECT c.log_id INTO log_id FROM trueup.charge c
     WHERE c.user_id = p_user AND c.task_id = p_task AND c.call_key = p_call_key;

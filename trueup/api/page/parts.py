@@ -9,8 +9,8 @@ from jinja2 import Environment
 
 from trueup.api.page.snapshot import DENIED_HOURS, Snapshot
 from trueup.drift.causes import cause_title
+from trueup.monitoring.at_risk import ACTIVE_WITHIN, AT_RISK_PERCENT
 from trueup.monitoring.broker import BrokerState
-from trueup.monitoring.overview import ACTIVE_WITHIN, AT_RISK_PERCENT
 from trueup.reports.chart import chart_of
 from trueup.reports.display import compact, count_of, percent, show, signed
 

@@ -12,7 +12,7 @@ from trueup.gate.holds import HoldRow, list_holds
 from trueup.gate.modes import DeniedTasks, list_denied_tasks
 from trueup.host.mapping import UserIdType
 from trueup.monitoring.alerts import Alert, list_alerts
-from trueup.monitoring.overview import AtRisk, count_reviews, list_at_risk
+from trueup.monitoring.at_risk import AtRisk, count_reviews, list_at_risk
 from trueup.monitoring.status import read_gauges
 from trueup.reconcile.missed_runs import MissedRun, find_missed_runs
 from trueup.reports.history import RunFigures, read_history

@@ -4,7 +4,7 @@ import logging
 
 from fastapi import APIRouter
 
-from trueup.accounts.overview import Summary, read_summary
+from trueup.accounts.summary import Summary, read_summary
 from trueup.accounts.user_ids import UserId
 from trueup.api.auth import CurrentUser, refusal
 from trueup.api.errors import AUTHENTICATED, responses
