@@ -105,8 +105,13 @@ def stack(_no_settings_from_outside: None) -> Iterator[StackUrls]:
 def admin_engine(stack: StackUrls) -> Iterator[Engine]:
     """An engine to create and drop databases."""
     assert stack.database_url is not None
-    engine = pooled_engine(url_of_database(stack.database_url, "postgres"))
-    yield engine.execution_options(isolation_level="AUTOCOMMIT")
+    engine = pooled_engine(url_of_database(stack.database_url, "postgres")).execution_options(
+        isolation_level="AUTOCOMMIT"
+    )
+    with engine.connect() as connection:
+        # A change of the host's tables closes the gate at once instead of within a second.
+        connection.execute(text("ALTER ROLE CURRENT_USER SET trueup.recount_after = '0'"))
+    yield engine
     engine.dispose()
 
 
@@ -116,8 +121,6 @@ def plain_template(stack: StackUrls, admin_engine: Engine) -> str:
     assert stack.database_url is not None
     with admin_engine.connect() as connection:
         connection.execute(text(f"CREATE DATABASE {TEMPLATE}"))
-        # A change of the host's tables closes the gate at once instead of within a second.
-        connection.execute(text("ALTER ROLE CURRENT_USER SET trueup.recount_after = '0'"))
     engine = create_engine(url_of_database(stack.database_url, TEMPLATE), poolclass=NullPool)
     with engine.begin() as connection:
         install(connection, HostMapping(), with_host_tables=True)

@@ -34,7 +34,6 @@ class Host:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.connection.close()
-        self.engine.dispose()
 
     def execute(self, statement: str, **values: Any) -> Any:
         return self.connection.execute(text(statement), values)
@@ -151,8 +150,10 @@ class Host:
 @contextmanager
 def host_of(url: str) -> Iterator[Host]:
     """Give the host application of a database, with its own connection, and close both at the end of the block."""
-    with Host(pooled_engine(url)) as host:
+    engine = pooled_engine(url)
+    with Host(engine) as host:
         yield host
+    engine.dispose()
 
 
 def pooled_engine(url: str | URL) -> Engine:

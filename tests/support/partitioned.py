@@ -1,6 +1,7 @@
 """A host whose usage log is partitioned on two levels."""
 
 from datetime import UTC, datetime
+from typing import Any
 
 from sqlalchemy import text
 
@@ -40,9 +41,13 @@ PARTS = ['"Log 12"', "log_10", "log_11", "log_11a", "log_11b", "log_default"]
 
 
 class PartitionedHost(Host):
-    """A host that writes log rows through the parent table, and directly into partitions."""
+    """A host that writes log rows through the parent table, and directly into partitions. It closes its engine."""
 
     mapping: HostMapping
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.engine.dispose()
 
     def write(self, user: int, tokens: int, *, into: str = "ai_usage_log", at: datetime = NOVEMBER) -> None:
         self.execute(f"INSERT INTO {into} {ROW}", user=user, tokens=tokens, at=at)

@@ -16,7 +16,7 @@ from tests.hosts.django_legacy.sales.spending import Desk
 
 SPENDING = {"ask": 160, "ask_in_vain": 8, "miss": 4, "lose": 3, "retry": 3, "charge_in_vain": 2, "charge_unlogged": 1}
 ACTS = {**SPENDING, "renew": 2, "buy_pack": 2, "renew_early": 1, "upgrade": 1, "edit": 1}
-PAUSE_SECONDS = 0.05
+PAUSE_SECONDS = 0.1
 """Between two acts of a thread. Without it, the project would take all processors from trueup."""
 
 SHARED_EVERY = 6
