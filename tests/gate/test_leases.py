@@ -99,7 +99,9 @@ def test_a_second_waiting_duplicate_is_redundant(connection: Connection, user: i
     assert deliver(connection, user, LEASE).attempt == 2
 
 
-def test_a_duplicate_waits_for_a_minute_at_most_and_then_another_one_may_wait(connection: Connection, user: int) -> None:
+def test_a_duplicate_waits_for_a_minute_at_most_and_then_another_one_may_wait(
+    connection: Connection, user: int
+) -> None:
     hold_tokens(connection, user, 600, task="t", lease=300, now=NOW)
     waits = []
     for seconds in (1, 60, 61):
