@@ -26,6 +26,18 @@ NEW_HOLD = {
 }  # fmt: skip
 
 
+LONG_WAY = """
+    CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+    DECLARE v_stack text;
+    BEGIN
+        GET DIAGNOSTICS v_stack = PG_CONTEXT;
+        IF v_stack NOT LIKE '%record_other_charge(%' THEN
+            RAISE 'not the short way';
+        END IF;
+        RETURN NEW;
+    END $$;
+    CREATE TRIGGER refuse BEFORE INSERT ON ai_usage_log FOR EACH ROW EXECUTE FUNCTION refuse()
+"""
 CALL = {"attempt": 1, "outcome": "started"}
 CHARGE = {
     "attempt": 1,
@@ -101,11 +113,15 @@ class Task:
 
 @pytest.fixture(params=["short way", "long way"])
 def task(request: pytest.FixtureRequest, host: Host, connection: Connection) -> Task:
-    """Give a task whose gate takes the short way, or the long way because of deltas, whose sum is 0."""
+    """Give a task whose gate and charges take the short way, or the long way.
+
+    The gate takes the long way because of deltas, whose sum is 0; a charge, because the host refuses the short one.
+    """
     task = Task(host, connection)
     connection.execute(text("SELECT trueup.refresh_balances(ARRAY[:user]::bigint[], NULL)"), {"user": task.user})
     if request.param == "long way":
         host.execute("DELETE FROM ai_usage_log WHERE id = :row", row=host.log(task.user, 5))
+        host.execute(LONG_WAY)
     task.changes()
     return task
 
@@ -162,12 +178,14 @@ def test_one_attempt_in_several_calls(task: Task) -> None:
     assert task.changes() == {"hold 1": {"lease_until": 42, "expires_at": 612}, "call 4 1": call}
     end_call(task.connection, hold, call_key="4", unknown=False)
     assert task.changes() == {"call 4 1": None}
-    assert task.charge(hold, "5", 500, 13, last=True) == charged(0, tokens_over=99, closed=True)
+    assert task.charge(hold, "5", 500, 13) == charged(0, tokens_over=99)
     assert task.changes() == {
-        "hold 1": {"status": "settled", "closed_at": 13, "tokens_covered": 701, "tokens_charged": 800, "calls": 2},
+        "hold 1": {"tokens_covered": 701, "tokens_charged": 800, "calls": 2},
         "charge 5": CHARGE | {"tokens_total": 500, "tokens_covered": 401, "charged_at": 13},
         "balance": {"consumed": 800, "held": 0},
     }
+    assert task.close(hold, 14, completed=True) == "settled"
+    assert task.changes() == {"hold 1": {"status": "settled", "closed_at": 14, "completed": True}}
 
 
 def test_a_last_charge_beside_a_call_in_flight(task: Task) -> None:
