@@ -8,7 +8,6 @@ from sqlalchemy import Connection
 
 from tests.support.books import assert_true
 from tests.support.host import START, Host
-from tests.support.sessions import locked
 from tests.support.work import OWNER, balance, charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.errors import HoldBusyError, HoldOvertakenError, TokensDenied
@@ -19,7 +18,6 @@ from trueup.gate.holds import (
     close_hold,
     expire_holds,
     has_later_attempt,
-    keep_holds,
     list_holds,
 )
 from trueup.gate.provider_calls import begin_call, extend_hold, list_unrecorded_calls
@@ -481,38 +479,3 @@ def test_an_attempt_learns_whether_a_later_one_was_admitted(host: Host, connecti
     assert has_later_attempt(connection, first) is False
     second = deliver(connection, user, LEASE)
     assert [has_later_attempt(connection, hold) for hold in (first, second)] == [True, False]
-
-
-def keep(connection: Connection, hold: Hold, seconds: float, *, most: float = 3_600) -> int:
-    return keep_holds(connection, [hold], lease_seconds=LEASE, ttl_seconds=600, max_seconds=most, now=after(seconds))
-
-
-def test_a_heartbeat_renews_lease_and_expiry(host: Host, connection: Connection, user: int) -> None:
-    hold = deliver(connection, user)
-    assert keep(connection, hold, 500) == 1
-    assert expire_holds(connection, now=after(1_099)) == (0, 0)
-    with pytest.raises(HoldBusyError):
-        deliver(connection, user, 500 + LEASE - 1)
-    assert expire_holds(connection, now=after(1_100)) == (1, 600)
-
-
-def test_a_heartbeat_keeps_a_hold_no_longer_than_it_may_live(host: Host, connection: Connection, user: int) -> None:
-    hold = deliver(connection, user)
-    assert [keep(connection, hold, seconds, most=100) for seconds in (99, 100)] == [1, 0]
-
-
-def test_a_heartbeat_does_not_touch_a_hold_that_has_ended_or_that_another_attempt_has(
-    host: Host, connection: Connection, user: int
-) -> None:
-    first = deliver(connection, user)
-    second = deliver(connection, user, LEASE)
-    assert [keep(connection, hold, LEASE + 1) for hold in (first, second)] == [0, 1]
-    close_hold(connection, second, now=after(LEASE + 2))
-    assert keep(connection, second, LEASE + 3) == 0
-
-
-def test_a_heartbeat_waits_for_nobody(host: Host, connection: Connection, user: int) -> None:
-    hold = deliver(connection, user)
-    with locked(host, "SELECT * FROM trueup.hold FOR UPDATE"):
-        assert keep(connection, hold, 1) == 0
-    assert keep(connection, hold, 1) == 1
