@@ -233,6 +233,16 @@ def test_a_success_without_a_completion_is_an_error(
     assert not caught.value.retryable
 
 
+def test_an_answer_behind_a_redirect_that_becomes_a_get_has_an_unknown_outcome(
+    httpserver: HTTPServer, make: MakeProvider
+) -> None:
+    httpserver.expect_oneshot_request(PATH, method="POST").respond_with_data(status=303, headers={"location": "/other"})
+    httpserver.expect_oneshot_request("/other", method="GET").respond_with_json(_body())
+    with pytest.raises(ProviderError, match="usage is unknown") as caught:
+        _complete(make())
+    assert caught.value.outcome_unknown
+
+
 def test_a_timeout_is_retryable(httpserver: HTTPServer, make: MakeProvider) -> None:
     asked_too_long = threading.Event()
 

@@ -214,7 +214,6 @@ def test_a_surrogate_pair_may_be_split_over_two_chunks(wire: Wire) -> None:
 REFUSALS: list[tuple[int, Any]] = [
     (400, {"error": {"message": "Unrecognized request argument supplied: stream_options", "code": "x"}}),
     (422, {"detail": [{"type": "extra_forbidden", "loc": ["body", "stream_options"]}]}),
-    (400, "Bad Request"),
 ]
 
 
@@ -227,6 +226,13 @@ def test_after_a_refusal_of_the_usage_option_it_is_never_sent_again(wire: Wire, 
             assert "".join(stream) == "Well."
         assert figures(stream.completion()) == counted("Well.")
     assert ["stream_options" in request for request in wire.requests] == [True, False, False]
+
+
+def test_after_a_refusal_without_a_reason_the_next_stream_asks_for_usage_again(wire: Wire) -> None:
+    wire.answers(sending(plain(400, "Bad Request")), sending(*WELL, DONE), sending(*WELL, usage_chunk(USAGE), DONE))
+    done = [read(wire)[1].usage_reported for _ in range(2)]
+    assert done == [False, True]
+    assert ["stream_options" in request for request in wire.requests] == [True, False, True]
 
 
 def test_a_refusal_for_another_reason_is_not_retried(wire: Wire) -> None:

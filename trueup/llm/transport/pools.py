@@ -78,7 +78,7 @@ class Pools:
 
     def _with(self, proxy: str | None) -> dict[str, Any]:
         found = {} if proxy is None else {"proxy": proxy}
-        return {"verify": _tls(self._http, os.getpid())} | found | self._options
+        return {"verify": _tls(self._http, os.getpid()), "limits": _limits(self._http)} | found | self._options
 
     def _proxy_for(self, url: Any) -> str | None:
         """Return the environment's proxy for a URL. A client that is given a transport does not look for it."""
@@ -116,7 +116,7 @@ def _shared(http: Any, proxy: str | None) -> Any:
         found = _shared_transports.get((http.__name__, proxy))
         if found is None:
             more = {} if proxy is None else {"proxy": proxy}
-            found = http.HTTPTransport(verify=_tls(http, os.getpid()), **more)
+            found = http.HTTPTransport(verify=_tls(http, os.getpid()), limits=_limits(http), **more)
             _shared_transports[(http.__name__, proxy)] = found
         return found
 
@@ -125,6 +125,11 @@ def _shared(http: Any, proxy: str | None) -> Any:
 def _tls(http: Any, pid: int) -> Any:
     """Return the library's TLS settings in process `pid`. To read the certificates takes 20 ms."""
     return http.create_ssl_context()
+
+
+def _limits(http: Any) -> Any:
+    """Return the makers' own limits of connections: the HTTP libraries' are for fewer streams at once."""
+    return http.Limits(max_connections=1_000, max_keepalive_connections=100)
 
 
 @atexit.register

@@ -181,7 +181,9 @@ class Purchase:
         error = object_of(object_of(parsed(raw)).get("error"))
         if b"stream_options" not in raw and (error.get("code") or error.get("param")):
             return False
-        self.adds_usage, self._usage_refused = False, True
+        self.adds_usage = False
+        # A refusal without a reason may be of this request alone: the next stream asks again.
+        self._usage_refused = b"stream_options" in raw
         return True
 
     def fail(self, *, unknown: bool, error_type: str = "_OTHER") -> None:
