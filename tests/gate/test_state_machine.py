@@ -327,7 +327,7 @@ def machine(host: Host, database: str) -> Iterator[type[BillingMachine]]:
     engine.dispose()
 
 
-@pytest.mark.parametrize(("examples", "steps"), [(20, 50), pytest.param(200, 80, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("examples", "steps"), [(10, 50), pytest.param(200, 80, marks=pytest.mark.long)])
 def test_billing_does_what_its_model_says(machine: type[BillingMachine], examples: int, steps: int) -> None:
     run_state_machine_as_test(
         machine,

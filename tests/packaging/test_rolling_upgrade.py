@@ -66,14 +66,7 @@ def make_next_release(source: Path) -> None:
 
 def environment_of(source: Path, folder: Path) -> Environment:
     """Return an environment that has the package built from these sources."""
-    wheel = build("wheel", source, folder / "wheel")
-    environment = make_environment(folder / "venv")
-    run(
-        ["pip", "install", "--quiet", "--no-index", "--no-deps", "--disable-pip-version-check", wheel],
-        folder,
-        environment.variables,
-    )
-    return environment
+    return make_environment(folder / "venv", wheel=build("wheel", source, folder / "wheel"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Wheels built from the checkout and from archives of it, and an environment that has one and no checkout."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -72,12 +73,13 @@ class Environment:
         return run(list(command), folder, self.variables | variables)
 
 
-def make_environment(folder: Path) -> Environment:
-    """Make an environment with the dependencies of this one, without any trueup.
+def make_environment(folder: Path, *, wheel: Path | None = None) -> Environment:
+    """Make an environment with the dependencies of this one, without any trueup, or with that of a wheel.
 
-    The dependencies are links to the packages of this environment, so that no registry is needed.
+    The dependencies are links to the packages of this environment, so that no registry is needed. Only an environment
+    without a wheel has pip, because to install pip takes longer than all else here.
     """
-    venv.create(folder, with_pip=True, symlinks=True)
+    venv.create(folder, with_pip=wheel is None, symlinks=True)
     dependencies = folder / "dependencies"
     dependencies.mkdir()
     for place in (Path(path) for path in sys.path if path.endswith(("site-packages", "dist-packages"))):
@@ -87,5 +89,7 @@ def make_environment(folder: Path) -> Environment:
                 link.symlink_to(entry)
     [packages] = folder.glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text(f"{dependencies}\n")
+    if wheel is not None:
+        shutil.unpack_archive(wheel, packages, "zip")
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     return Environment(folder=folder, variables=clean_environment() | {"PATH": path, "VIRTUAL_ENV": str(folder)})
