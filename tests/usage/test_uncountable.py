@@ -81,8 +81,10 @@ def test_a_charge_of_the_user_is_recorded(host: Host, connection: Connection, us
         host.log(user, tokens)
     assert charge_tokens(connection, hold, 70).recorded
     assert host.value("SELECT count(*) FROM ai_usage_log WHERE total_tokens = 70") == 1
-    host.execute("DELETE FROM ai_usage_log WHERE total_tokens <> 70")
-    assert read_account(connection, user).consumed == 70
+    host.execute("UPDATE ai_usage_log SET total_tokens = 20 WHERE total_tokens <> 70")
+    hold_tokens(connection, user, 10)
+    assert balance(host, user) == (70 + 20 * len(way), 40)
+    assert_true(host)
 
 
 def test_charges_that_add_up_to_more_than_can_be_counted_are_recorded(
