@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Engine
 from tests.conftest import template_for
 from tests.support.books import assert_true
 from tests.support.host import Host
-from tests.support.work import balance, charge_tokens, hold_tokens
+from tests.support.work import balance, charge_tokens, hold_tokens, usage_of
 from trueup.accounts.account import read_account
 from trueup.database.engine import get_engine
 from trueup.errors import TokensDenied
@@ -20,6 +20,7 @@ from trueup.preview.scan import scan
 from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import Finding
 from trueup.stack import StackUrls
+from trueup.usage.charges import record_charge
 
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
 WAYS = [[LOWEST], [HIGHEST], [HIGHEST, HIGHEST], [LOWEST, LOWEST, 5]]
@@ -94,7 +95,8 @@ def test_charges_that_add_up_to_more_than_can_be_counted_are_recorded(
     row = host.log(user, UNCOUNTABLE - 1)
     refusal(connection, user)  # which brings the balance up to date
     for key in "abc":
-        assert charge_tokens(connection, hold, UNCOUNTABLE, key=key).recorded
+        usage = usage_of(0, total_tokens=UNCOUNTABLE)
+        assert record_charge(connection, hold, call_key=key, usage=usage).recorded
     assert "can be counted" in refusal(connection, user)
     host.execute("DELETE FROM ai_usage_log WHERE id <> :row", row=row)
     host.execute("UPDATE ai_usage_log SET total_tokens = 20")
