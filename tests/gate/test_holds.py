@@ -387,11 +387,12 @@ def test_the_sweep_skips_a_user_whose_balance_is_locked(host: Host, connection: 
 
 def test_the_sweep_ends_a_limited_number_of_holds_the_longest_overdue_first(host: Host, connection: Connection) -> None:
     users = [host.subscriber(1_000) for _ in range(3)]
-    for wait, user in zip((30, 10, 20), users, strict=True):
-        hold_tokens(connection, user, 100, ttl=wait, now=NOW)
+    for wait, tokens, user in zip((30, 10, 20), (200, 100, 300), users, strict=True):
+        hold_tokens(connection, user, tokens, ttl=wait, now=NOW)
     assert expire_holds(connection, limit=1, now=LATER) == (1, 100)
     assert statuses(host) == ["open", "expired", "open"]
-    assert expire_holds(connection, limit=2, now=LATER) == (2, 200)
+    assert expire_holds(connection, limit=2, now=LATER) == (2, 500)
+    assert_true(host)
 
 
 def test_open_holds_are_listed_newest_first_and_ended_ones_on_demand(host: Host, connection: Connection) -> None:

@@ -135,13 +135,13 @@ OPERATIONS: dict[str, Callable[[Connection, Hold], Any]] = {
 def test_an_operation_on_one_task_leaves_other_tasks_and_users_alone(
     host: Host, connection: Connection, operation: Callable[[Connection, Hold], Any]
 ) -> None:
-    user, other = host.subscriber(10_000), host.subscriber(10_000)
+    other, user = host.subscriber(10_000), host.subscriber(10_000)
     for number, (owner, task) in enumerate([(user, "u"), (other, "t"), (other, "u")]):
         in_two_calls(connection, owner, task, ttl=100_000, tokens=700 + number)
-    # Another task in two attempts, so that there are calls of each attempt number beside those of the task.
-    slow = in_two_calls(connection, user, "v", ttl=100_000)
-    begin(connection, deliver(connection, user, "v", ttl=100_000, seconds=LEASE), "1", seconds=LEASE)
-    assert slow.attempt == 3
+    # Other tasks in two attempts, so that there are calls of each attempt number beside those of the task.
+    assert in_two_calls(connection, user, "v", ttl=100_000).attempt == 3
+    for owner, task in ((user, "v"), (other, "t")):
+        begin(connection, deliver(connection, owner, task, ttl=100_000, seconds=LEASE), "1", seconds=LEASE)
     hold = in_two_calls(connection, user, "t", ttl=TTL)
 
     def rows(which: str) -> list[Any]:

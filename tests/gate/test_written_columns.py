@@ -267,6 +267,30 @@ def test_tokens_are_kept_for_as_long_as_the_last_slow_call_may_take(task: Task) 
     assert expire_holds(task.connection, now=after(1_300)) == (1, 250)
 
 
+def test_a_hold_that_no_longer_covers_the_slow_calls_keeps_what_it_has(task: Task) -> None:
+    slow = task.deliver(tokens=400)
+    task.begin(slow, "1", 200, 0)
+    task.begin(slow, "2", 200, 0)
+    second = task.deliver(60, tokens=400)
+    assert task.charge(second, "3", 700, 61) == charged(0)  # the provider billed more than the 400 that it might
+    assert task.close(second, 62) == "open"
+    task.changes()
+    assert task.charge(slow, "1", 150, 63) == charged(0, late=True, tokens_over=150)
+    assert task.changes() == {
+        "hold 1": {"tokens_charged": 850, "calls": 2},
+        "charge 1": CHARGE | {"late": True, "tokens_total": 150, "tokens_covered": 0, "charged_at": 63},
+        "call 1 1": None,
+        "balance": {"consumed": 850},
+    }
+    assert task.charge(slow, "2", 100, 64) == charged(0, late=True)
+    assert task.changes() == {
+        "hold 1": {"status": "settled", "closed_at": 64, "tokens_covered": 800, "tokens_charged": 950, "calls": 3},
+        "charge 2": CHARGE | {"late": True, "tokens_total": 100, "tokens_covered": 100, "charged_at": 64},
+        "call 2 1": None,
+        "balance": {"consumed": 950, "held": 0},
+    }
+
+
 def test_an_attempt_that_returns_after_its_slow_predecessor_was_kept_covered(task: Task) -> None:
     slow = task.deliver(tokens=500)
     task.begin(slow, "3", 450, 0)

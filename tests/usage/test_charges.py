@@ -110,6 +110,18 @@ def test_two_users_tasks_of_one_id_and_one_call_are_both_charged(
     assert [(host.used(user), host.counter(user)) for user in users] == [(60, 9_940)] * 2
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_one_call_key_of_two_tasks_of_a_user_is_two_charges(
+    host: Host, connection: Connection, user: int, late: bool
+) -> None:
+    for task in ("first", "second"):
+        hold = hold_tokens(connection, user, 100, task=task)
+        if late:
+            close_hold(connection, hold)
+        assert charge_tokens(connection, hold, 60).recorded
+    assert (host.used(user), host.counter(user)) == (120, 9_880)
+
+
 def test_usage_beyond_the_hold_is_charged_and_reported(
     host: Host, connection: Connection, user: int, hold: Hold
 ) -> None:

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Engine
 from tests.conftest import template_for
 from tests.support.books import assert_true
 from tests.support.host import Host
-from tests.support.work import balance, charge_tokens, hold_tokens
+from tests.support.work import balance, charge_tokens, hold_tokens, usage_of
 from trueup.accounts.account import read_account
 from trueup.database.engine import get_engine
 from trueup.errors import TokensDenied
@@ -20,6 +20,7 @@ from trueup.preview.scan import scan
 from trueup.reconcile.local_run import reconcile
 from trueup.reconcile.runs import Finding
 from trueup.stack import StackUrls
+from trueup.usage.charges import record_charge
 
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
 WAYS = [[LOWEST], [HIGHEST], [HIGHEST, HIGHEST], [LOWEST, LOWEST, 5]]
@@ -81,8 +82,10 @@ def test_a_charge_of_the_user_is_recorded(host: Host, connection: Connection, us
         host.log(user, tokens)
     assert charge_tokens(connection, hold, 70).recorded
     assert host.value("SELECT count(*) FROM ai_usage_log WHERE total_tokens = 70") == 1
-    host.execute("DELETE FROM ai_usage_log WHERE total_tokens <> 70")
-    assert read_account(connection, user).consumed == 70
+    host.execute("UPDATE ai_usage_log SET total_tokens = 20 WHERE total_tokens <> 70")
+    hold_tokens(connection, user, 10)
+    assert balance(host, user) == (70 + 20 * len(way), 40)
+    assert_true(host)
 
 
 def test_charges_that_add_up_to_more_than_can_be_counted_are_recorded(
@@ -92,7 +95,8 @@ def test_charges_that_add_up_to_more_than_can_be_counted_are_recorded(
     row = host.log(user, UNCOUNTABLE - 1)
     refusal(connection, user)  # which brings the balance up to date
     for key in "abc":
-        assert charge_tokens(connection, hold, UNCOUNTABLE, key=key).recorded
+        usage = usage_of(0, total_tokens=UNCOUNTABLE)
+        assert record_charge(connection, hold, call_key=key, usage=usage).recorded
     assert "can be counted" in refusal(connection, user)
     host.execute("DELETE FROM ai_usage_log WHERE id <> :row", row=row)
     host.execute("UPDATE ai_usage_log SET total_tokens = 20")
