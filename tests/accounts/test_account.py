@@ -5,14 +5,12 @@ import pytest
 from sqlalchemy import Connection, text
 
 from tests.support.books import assert_true
-from tests.support.host import START, Host
+from tests.support.host import NOW, START, Host
 from tests.support.sessions import locked_balance
 from tests.support.work import balance, charge_tokens, hold_tokens
 from trueup.accounts.account import days_between, read_account, read_decision
 
 pytestmark = pytest.mark.dated
-
-NOW = START + timedelta(days=3)
 
 
 def grant(host: Host, user: int, tokens: int, **more: Any) -> None:

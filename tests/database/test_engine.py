@@ -197,9 +197,8 @@ def test_an_operation_is_retried_after_a_dead_connection_and_after_no_other_erro
     assert len(calls) == 1
 
 
-@pytest.mark.filterwarnings(
-    "ignore:This process.*multi-threaded:DeprecationWarning"
-)  # threads of tests before this one
+# The threads are of tests before this one.
+@pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
 def test_a_forked_child_makes_connections_of_its_own(database: str) -> None:
     parent = one("SELECT pg_backend_pid()")
     read, write = os.pipe()

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
-from tests.support.host import START, Host
+from tests.support.host import NOW, Host
 from tests.support.work import hold_tokens
 from trueup.accounts.validation import MAX_TOKENS, check_estimate
 from trueup.errors import InvalidInputError, TokensDenied
@@ -13,7 +13,6 @@ from trueup.gate.denial import denial_payload
 
 pytestmark = pytest.mark.dated
 
-NOW = START + timedelta(days=3)
 DAY = timedelta(days=1)
 
 

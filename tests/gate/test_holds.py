@@ -8,7 +8,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.pool import QueuePool
 
 from tests.support.books import assert_true
-from tests.support.host import START, Host
+from tests.support.host import NOW, Host
 from tests.support.sessions import (
     backend_pid,
     in_background,
@@ -25,7 +25,6 @@ from trueup.gate.provider_calls import begin_call
 
 pytestmark = pytest.mark.dated
 
-NOW = START + timedelta(days=3)
 LATER = NOW + timedelta(hours=1)
 
 

@@ -1,23 +1,15 @@
 """How a heartbeat keeps holds: what it renews, for how long, and whose holds it leaves alone."""
 
-from datetime import timedelta
-from typing import Any
-
 import pytest
 from sqlalchemy import Connection
 
-from tests.support.host import START, Host
+from tests.support.host import Host, after
 from tests.support.sessions import locked
 from tests.support.work import hold_tokens
 from trueup.errors import HoldBusyError
 from trueup.gate.holds import Hold, close_hold, expire_holds, keep_holds
 
-NOW = START + timedelta(days=3)
 LEASE = 30
-
-
-def after(seconds: float) -> Any:
-    return NOW + timedelta(seconds=seconds)
 
 
 @pytest.fixture

@@ -1,13 +1,10 @@
 """Two attempts of one task: which attempt has the hold, what each may spend, and which work is done only once."""
 
-from datetime import timedelta
-from typing import Any
-
 import pytest
 from sqlalchemy import Connection
 
 from tests.support.books import assert_true
-from tests.support.host import START, Host
+from tests.support.host import NOW, Host, after
 from tests.support.work import OWNER, balance, charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
 from trueup.errors import HoldBusyError, HoldOvertakenError, TokensDenied
@@ -22,12 +19,7 @@ from trueup.gate.holds import (
 )
 from trueup.gate.provider_calls import begin_call, extend_hold, list_unrecorded_calls
 
-NOW = START + timedelta(days=3)
 LEASE = 30
-
-
-def after(seconds: float) -> Any:
-    return NOW + timedelta(seconds=seconds)
 
 
 @pytest.fixture

@@ -2,20 +2,18 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection
 
 from tests.support.books import assert_true
-from tests.support.host import START, Host
+from tests.support.host import NOW, Host, after
 from tests.support.work import OWNER, charge_tokens, hold_tokens
 from trueup.errors import HoldBusyError
 from trueup.gate.holds import Hold, abandon_calls, close_abandoned_hold, close_hold, expire_holds, keep_holds
 from trueup.gate.provider_calls import begin_call, end_call, extend_hold
 
-NOW = START + timedelta(days=3)
 LEASE = 30
 TTL = 600
 # Which rows belong to the open hold of the user's task `t`: the holds of its attempts 1 and 2 have ended. A balance, a
@@ -29,10 +27,6 @@ ROWS = {
     "billing_subscription": "user_id = :user",
     "ai_usage_log": "user_id = :user",
 }
-
-
-def after(seconds: float) -> datetime:
-    return NOW + timedelta(seconds=seconds)
 
 
 def begin(connection: Connection, hold: Hold, key: str, bound: int = 100, seconds: float = 0) -> None:

@@ -5,14 +5,12 @@ import pytest
 from sqlalchemy import Connection
 
 from tests.support.books import assert_true
-from tests.support.host import START, Host
+from tests.support.host import NOW, Host
 from tests.support.sessions import locked_balance
 from tests.support.work import balance, charge_tokens, hold_tokens
 from trueup.errors import HoldOvertakenError, InvalidInputError
 from trueup.gate.holds import Hold, close_hold, expire_holds
 from trueup.gate.provider_calls import UnrecordedCall, begin_call, end_call, extend_hold, list_unrecorded_calls
-
-NOW = START + timedelta(days=3)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Engine, create_engine, text
 
 from tests.conftest import cloned_database
 from tests.support.books import assert_true
-from tests.support.host import START, Host
+from tests.support.host import NOW, Host
 from tests.support.sessions import backend_pid, in_background
 from tests.support.waiting import wait_for
 from tests.support.work import balance, charge_tokens, hold_tokens
@@ -26,7 +26,6 @@ from trueup.gate.holds import Hold, close_hold, expire_holds
 from trueup.gate.provider_calls import begin_call, extend_hold
 from trueup.stack import StackUrls
 
-NOW = START + timedelta(days=3)
 LATER = NOW + timedelta(hours=1)
 BUDGET = 1_000
 HELD = 400

@@ -1,20 +1,19 @@
 """What each operation on a hold returns, and which columns of trueup's tables it changes, to the token and second."""
 
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection, text
 
 from tests.support.books import assert_true
-from tests.support.host import START, Host
+from tests.support.host import NOW, Host, after
 from tests.support.work import OWNER, charge_tokens, hold_tokens
 from trueup.errors import HoldBusyError, TokensDenied
 from trueup.gate.holds import Hold, abandon_calls, close_abandoned_hold, close_hold, expire_holds, keep_holds
 from trueup.gate.provider_calls import begin_call, end_call, extend_hold
 from trueup.usage.charges import Charge
 
-NOW = START + timedelta(days=3)
 TIMES = {"lease_seconds": 30, "ttl_seconds": 600}
 # The tables, and what names a row of one task in them.
 TABLES = {"hold": ("id",), "call": ("call_key", "attempt"), "charge": ("call_key",), "balance": ()}
@@ -47,10 +46,6 @@ CHARGE = {
     "hold_id": 1,
     "counter_lowered": True,
 }
-
-
-def after(seconds: float) -> datetime:
-    return NOW + timedelta(seconds=seconds)
 
 
 def charged(tokens_left: int, **more: Any) -> Charge:

@@ -119,6 +119,13 @@ def test_the_server_gets_the_cap_the_key_and_the_roles(name: str, make: Make, ma
         assert headers["x-goog-api-key"] == "key-0123456789"
 
 
+def test_a_lone_surrogate_of_a_prompt_is_sent_replaced(make: Make, maker: Maker) -> None:
+    prompt = [Message(role="system", content="\ud800"), Message(role="user", content="a\udfffb")]
+    make().complete(prompt, max_completion_tokens=5)
+    list(make().stream(prompt, max_completion_tokens=5))
+    assert [str(request).count("\ufffd") for request in maker.requests] == [2, 2]
+
+
 def test_a_stream_that_is_closed_early_is_counted_and_its_connection_closed(make: Make, maker: Maker) -> None:
     maker.length, maker.pause_after = 100_000, 5
     maker.resume.clear()

@@ -58,6 +58,13 @@ def test_the_same_prompt_gets_the_same_answer(provider: Provider) -> None:
     assert first.model_name == OFFLINE_MODEL
 
 
+def test_a_lone_surrogate_of_a_prompt_is_replaced(provider: Provider) -> None:
+    lone, replaced = ([Message(role="user", content=f"Hello {mark}.")] for mark in ("\ud800", "\ufffd"))
+    answer = provider.complete(replaced, max_completion_tokens=50).text
+    assert provider.complete(lone, max_completion_tokens=50).text == answer
+    assert "".join(provider.stream(lone, max_completion_tokens=50)) == answer
+
+
 def test_usage_is_the_count_of_the_real_tokens(provider: Provider) -> None:
     messages = _qa_prompt("help_fa.txt")
     done = provider.complete(messages, max_completion_tokens=2000)

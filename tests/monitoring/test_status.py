@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, create_engine
 
-from tests.support.host import START, Host
+from tests.support.host import NOW, Host
 from tests.support.work import charge_tokens, hold_tokens
 from trueup.gate.holds import Hold, close_hold, expire_holds
 from trueup.gate.provider_calls import begin_call, end_call
@@ -14,8 +14,6 @@ from trueup.reconcile.local_run import reconcile
 from trueup.usage.outbox import begin_effect, finish_effect
 
 pytestmark = pytest.mark.dated
-
-NOW = START + timedelta(days=3)
 
 
 def before(**ago: float) -> Any:

@@ -1,13 +1,11 @@
 """Drifts and evidence as the database would return them, for tests of the cause engine without a database."""
 
-from datetime import timedelta
 from typing import Any
 
-from tests.support.host import START
+from tests.support.host import NOW
 from trueup.drift.detect import Drift
 from trueup.drift.evidence import Evidence
 
-NOW = START + timedelta(days=3)
 INT4 = 2**31 - 1
 AT = "2024-11-02T12:00:00+00:00"
 SOON = "2024-11-02T12:00:02+00:00"

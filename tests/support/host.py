@@ -17,6 +17,12 @@ START = datetime(2024, 11, 1, 12, tzinfo=UTC)
 It is long ago. A test injects times up to a few months later, and triggers use the server's clock, so those times are
 before the server's clock now and in ten years.
 """
+NOW = START + timedelta(days=3)
+"""The moment at which such tests act."""
+
+
+def after(seconds: float) -> datetime:
+    return NOW + timedelta(seconds=seconds)
 
 
 class Host:

@@ -12,7 +12,7 @@ from sqlalchemy.pool import NullPool
 
 from tests.support import charge_callbacks
 from tests.support.charge_callbacks import TOLD_VARIABLE, told
-from tests.support.host import START, Host
+from tests.support.host import NOW, Host
 from tests.support.sessions import run_at_once
 from tests.support.waiting import wait_for
 from tests.support.work import hold_tokens
@@ -27,7 +27,6 @@ from trueup.usage.charges import Usage, record_charge
 from trueup.usage.log import ai_usage, track_ai_usage
 from trueup.worker.config import beat_schedule
 
-NOW = START + timedelta(days=3)
 USAGE = Usage(
     prompt_tokens=70,
     completion_tokens=30,

@@ -6,7 +6,7 @@ from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.pool import QueuePool
 
 from tests.support.books import assert_true
-from tests.support.host import START, Host
+from tests.support.host import NOW, START, Host
 from tests.support.sessions import (
     backend_pid,
     in_background,
@@ -22,8 +22,6 @@ from trueup.usage.charges import Charge, Usage, find_answer, record_charge
 from trueup.usage.log import track_ai_usage
 
 pytestmark = pytest.mark.dated
-
-NOW = START + timedelta(days=3)
 
 
 @pytest.fixture

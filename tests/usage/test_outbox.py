@@ -5,7 +5,7 @@ import pytest
 from sqlalchemy import Connection, create_engine
 from sqlalchemy.pool import QueuePool
 
-from tests.support.host import START, Host
+from tests.support.host import NOW, Host
 from tests.support.sessions import run_at_once
 from trueup.monitoring.status import read_status
 from trueup.usage.outbox import (
@@ -19,8 +19,6 @@ from trueup.usage.outbox import (
 )
 
 pytestmark = pytest.mark.dated
-
-NOW = START + timedelta(days=3)
 
 
 def begin(connection: Connection, *, user: int = 1, task: str = "t", effect: str = "dm", **more: Any) -> Effect:

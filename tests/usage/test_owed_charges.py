@@ -7,7 +7,7 @@ from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.pool import NullPool
 
 from tests.support.books import assert_true
-from tests.support.host import START, Host
+from tests.support.host import NOW, START, Host
 from tests.support.sessions import run_at_once
 from tests.support.work import balance, charge_tokens, hold_tokens
 from trueup.accounts.account import read_account
@@ -23,8 +23,6 @@ from trueup.settings.settings import get_settings
 from trueup.tasks import upkeep
 from trueup.usage.log import track_ai_usage
 from trueup.worker.config import beat_schedule
-
-NOW = START + timedelta(days=3)
 
 # What the host does, and how it undoes it.
 REFUSALS = {

@@ -26,7 +26,7 @@ _JOBS: dict[str, Callable[[Sequence[Message], Job], str]] = {
 }
 
 _CHUNK = re.compile(r"\s*\S+|\s+")
-_DONE = "data: [DONE]\n\n"
+_DONE = b"data: [DONE]\n\n"
 
 
 class OfflineServer(httpx2.BaseTransport):
@@ -75,7 +75,7 @@ class _Events(httpx2.SyncByteStream):
         for word in self._words:
             yield _event(_choice(delta={"content": word}))
         yield _event(_choice(delta={}, finish_reason=self._finish))
-        yield _event({"choices": [], "usage": self._usage}) + _DONE.encode()
+        yield _event({"choices": [], "usage": self._usage}) + _DONE
 
 
 def _completion(text: str, finish: str, usage: dict[str, int]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from trueup.llm.formats.wire_format import AnswerReader
 from trueup.llm.model import Message
 from trueup.llm.providers.maker import Part
 from trueup.llm.providers.paying_client import PayingClient
-from trueup.llm.texts import without_lone_surrogates
 from trueup.settings.settings import Settings
 
 
@@ -59,8 +58,7 @@ class Anthropic:
         return "max_tokens" in (part.get("stop_reason"), object_of(part.get("delta")).get("stop_reason"))
 
     def _request(self, messages: Sequence[Message], cap: int) -> Any:
-        texts = [(message.role, without_lone_surrogates(message.content)) for message in messages]
-        system = "\n\n".join(text for role, text in texts if role == "system")
-        asked = [{"role": role, "content": text} for role, text in texts if role != "system"]
+        system = "\n\n".join(message.content for message in messages if message.role == "system")
+        asked = [{"role": message.role, "content": message.content} for message in messages if message.role != "system"]
         more = {"system": system} if system else {}
         return {"model": self._model_name, "max_tokens": cap, "messages": asked} | more

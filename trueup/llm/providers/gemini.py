@@ -12,7 +12,6 @@ from trueup.llm.formats.wire_format import AnswerReader
 from trueup.llm.model import Message
 from trueup.llm.providers.maker import Part
 from trueup.llm.providers.paying_client import PayingClient
-from trueup.llm.texts import without_lone_surrogates
 from trueup.settings.settings import Settings
 
 
@@ -59,13 +58,14 @@ class Gemini:
         return any(object_of(one).get("finishReason") == "MAX_TOKENS" for one in list_of(part.get("candidates")))
 
     def _request(self, messages: Sequence[Message], cap: int) -> Any:
-        texts = [(message.role, without_lone_surrogates(message.content)) for message in messages]
         contents = [
-            types.Content(role="model" if role == "assistant" else "user", parts=[types.Part(text=text)])
-            for role, text in texts
-            if role != "system"
+            types.Content(
+                role="model" if message.role == "assistant" else "user", parts=[types.Part(text=message.content)]
+            )
+            for message in messages
+            if message.role != "system"
         ]
-        system = "\n\n".join(text for role, text in texts if role == "system") or None
+        system = "\n\n".join(message.content for message in messages if message.role == "system") or None
         config = types.GenerateContentConfig(max_output_tokens=cap, system_instruction=system)
         return {"model": self._model_name, "contents": contents, "config": config}
 

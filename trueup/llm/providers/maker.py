@@ -1,6 +1,7 @@
 """Completions by a maker's own SDK. The transport under it caps and charges them; here the text is read."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from trueup.llm.model import Completion, CompletionStream, Message
 from trueup.llm.output_cap import UNLIMITED
 from trueup.llm.providers.failures import Failures, status_of
 from trueup.llm.providers.paying_client import PayingClient, receipt_of
+from trueup.llm.texts import without_lone_surrogates
 from trueup.llm.transport.refusals import restored
 from trueup.settings.model_keys import model_key
 from trueup.settings.settings import PREFIX, Settings
@@ -125,7 +127,7 @@ class MakerProvider:
         """
         try:
             with restored():
-                part = self._maker.whole(messages, _cap(max_completion_tokens))
+                part = self._maker.whole(_sendable(messages), _cap(max_completion_tokens))
         except TrueupError:
             raise
         except _UNREADABLE as error:
@@ -146,7 +148,7 @@ class MakerProvider:
         otherwise it is counted.
         """
         answer = _Answer(self._maker)
-        events = self._maker.events(messages, _cap(max_completion_tokens))
+        events = self._maker.events(_sendable(messages), _cap(max_completion_tokens))
         chunks = self._chunks(answer, events)
         first = next(chunks)
 
@@ -191,6 +193,10 @@ class MakerProvider:
         return status_of(error) is not None or self._failures.is_of_connection(error)
 
 
+def _sendable(messages: Sequence[Message]) -> list[Message]:
+    return [replace(message, content=without_lone_surrogates(message.content)) for message in messages]
+
+
 def _cap(wanted: int | None) -> int:
     """Return the cap to send. The transport lowers it to what the hold covers."""
     return UNLIMITED if wanted is None else wanted
@@ -215,9 +221,10 @@ class _Answer:
     @property
     def ended_with_usage(self) -> bool:
         """True if the server has reported the usage at the end. The transport hides that event of a stream."""
-        if self.response is None or self.bill is None:
+        if self.response is None:
             return False
-        return self.bill.is_reported and receipt_of(self.response).is_complete
+        receipt = receipt_of(self.response)
+        return receipt.bill is not None and receipt.bill.is_reported and receipt.is_complete
 
     def completion(self, bill: Bill) -> Completion:
         """Return the received part and what it has cost."""

@@ -3,12 +3,10 @@
 import json
 from collections.abc import Iterator, Sequence
 
-import httpx2
-
 from trueup.llm.formats.reading import object_of
 from trueup.llm.model import Message
 from trueup.llm.offline.server import OfflineServer
-from trueup.llm.providers.chat_answers import ChatAnswers
+from trueup.llm.providers.chat_format import ChatAnswers, chat_messages
 from trueup.llm.providers.failures import Failures
 from trueup.llm.providers.maker import MakerProvider, Part
 from trueup.llm.providers.paying_client import PayingClient
@@ -19,9 +17,9 @@ _URL = "http://offline.invalid/v1/chat/completions"
 _ANSWER_SECONDS = 60.0
 
 
-def offline_provider(server: httpx2.BaseTransport | None = None) -> MakerProvider:
-    """Return the provider. `server`: answers instead of the offline one."""
-    http = PayingClient(root=None, answer_seconds=_ANSWER_SECONDS, inner=server or OfflineServer())
+def offline_provider() -> MakerProvider:
+    """Return the provider."""
+    http = PayingClient(root=None, answer_seconds=_ANSWER_SECONDS, inner=OfflineServer())
     return MakerProvider(_Offline(http), http, Failures(_URL, "", key_name="", url_name=""))
 
 
@@ -34,17 +32,15 @@ class _Offline(ChatAnswers):
         self._http = http
 
     def whole(self, messages: Sequence[Message], cap: int) -> Part:
-        response = self._http.post(_URL, json=_body(messages, cap))
-        return object_of(response.raise_for_status().json())
+        return object_of(self._http.post(_URL, json=_body(messages, cap)).json())
 
     def events(self, messages: Sequence[Message], cap: int) -> Iterator[Part]:
         with self._http.stream("POST", _URL, json=_body(messages, cap, stream=True)) as response:
-            for line in response.raise_for_status().iter_lines():
+            for line in response.iter_lines():
                 data = line.removeprefix("data: ")
                 if data and data != "[DONE]":
                     yield object_of(json.loads(data))
 
 
 def _body(messages: Sequence[Message], cap: int, *, stream: bool = False) -> Part:
-    asked = [{"role": message.role, "content": message.content} for message in messages]
-    return {"model": OFFLINE_MODEL, "messages": asked, "max_tokens": cap, "stream": stream}
+    return {"model": OFFLINE_MODEL, "messages": chat_messages(messages), "max_tokens": cap, "stream": stream}

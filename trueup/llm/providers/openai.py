@@ -8,10 +8,9 @@ import openai
 
 from trueup.llm.formats.reading import object_of, parsed
 from trueup.llm.model import Message
-from trueup.llm.providers.chat_answers import ChatAnswers
+from trueup.llm.providers.chat_format import ChatAnswers, chat_messages
 from trueup.llm.providers.maker import BrokenAnswerError, NotAnAnswerError, Part
 from trueup.llm.providers.paying_client import PayingClient
-from trueup.llm.texts import without_lone_surrogates
 from trueup.llm.transport.refusals import restored
 from trueup.settings.settings import Settings
 
@@ -60,10 +59,9 @@ class OpenAI(ChatAnswers):
     def _post(self, messages: Sequence[Message], cap: int, *, stream: bool = False) -> "LegacyAPIResponse[Any]":
         """Return the raw response. The transport asks a stream for its usage."""
         legacy = self._cap_parameter == "max_tokens"
-        asked = [{"role": message.role, "content": without_lone_surrogates(message.content)} for message in messages]
         return self._client.chat.completions.with_raw_response.create(
             model=self._model_name,
-            messages=cast("list[ChatCompletionMessageParam]", asked),
+            messages=cast("list[ChatCompletionMessageParam]", chat_messages(messages)),
             max_tokens=cap if legacy else openai.omit,
             max_completion_tokens=openai.omit if legacy else cap,
             stream=stream,

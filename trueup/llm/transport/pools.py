@@ -77,8 +77,7 @@ class Pools:
             await self._inner.aclose()
 
     def _with(self, proxy: str | None) -> dict[str, Any]:
-        found = {} if proxy is None else {"proxy": proxy}
-        return {"verify": _tls(self._http, os.getpid()), "limits": _limits(self._http)} | found | self._options
+        return _common_options(self._http, proxy) | self._options
 
     def _proxy_for(self, url: Any) -> str | None:
         """Return the environment's proxy for a URL. A client that is given a transport does not look for it."""
@@ -115,8 +114,7 @@ def _shared(http: Any, proxy: str | None) -> Any:
     with _shared_lock:
         found = _shared_transports.get((http.__name__, proxy))
         if found is None:
-            more = {} if proxy is None else {"proxy": proxy}
-            found = http.HTTPTransport(verify=_tls(http, os.getpid()), limits=_limits(http), **more)
+            found = http.HTTPTransport(**_common_options(http, proxy))
             _shared_transports[(http.__name__, proxy)] = found
         return found
 
@@ -127,9 +125,12 @@ def _tls(http: Any, pid: int) -> Any:
     return http.create_ssl_context()
 
 
-def _limits(http: Any) -> Any:
-    """Return the makers' own limits of connections: the HTTP libraries' are for fewer streams at once."""
-    return http.Limits(max_connections=1_000, max_keepalive_connections=100)
+def _common_options(http: Any, proxy: str | None) -> dict[str, Any]:
+    """Return the options of connections that all clients have."""
+    # The makers' own limits. Those of the HTTP libraries are for fewer streams at once.
+    limits = http.Limits(max_connections=1_000, max_keepalive_connections=100)
+    options = {"verify": _tls(http, os.getpid()), "limits": limits}
+    return options if proxy is None else options | {"proxy": proxy}
 
 
 @atexit.register

@@ -1,11 +1,18 @@
-"""Answers in the format of OpenAI's chat completions, read for the user: the text, and whether it was cut off."""
+"""The format of OpenAI's chat completions: prompts, and answers read for the user (text, and whether it was cut)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from trueup.llm.formats.openai_chat import ChatReader
 from trueup.llm.formats.reading import list_of, object_of
 from trueup.llm.formats.wire_format import AnswerReader
+from trueup.llm.model import Message
 from trueup.llm.providers.maker import Part
+
+
+def chat_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Return a prompt as the format has it."""
+    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 class ChatAnswers:
