@@ -39,6 +39,7 @@ def pytest_sessionstart() -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()
+    gc.set_threshold(20_000)
     gc.enable()
 
 
@@ -160,27 +161,51 @@ def template_for(
 
 
 @contextlib.contextmanager
-def cloned_database(stack: StackUrls, admin_engine: Engine, template: str) -> Iterator[str]:
-    """Give the URL of a new database. At the end it is dropped with all its sessions."""
+def cloned_database(
+    stack: StackUrls, admin_engine: Engine, template: str, *, used: list[str] | None = None
+) -> Iterator[str]:
+    """Give the URL of a new database. At the end it is dropped with all its sessions.
+
+    With `used`, it is added to that list instead, and dropped when a later database is made: by then its sessions have
+    ended. If one is still ending, PostgreSQL sleeps for 100 ms.
+    """
     assert stack.database_url is not None
     name = f"test_{uuid.uuid4().hex[:12]}"
     with admin_engine.connect() as connection:
+        while used is not None and len(used) > 2:
+            connection.execute(text(f"DROP DATABASE {used.pop(0)} WITH (FORCE)"))
         # Copying a small template's files takes half as long as logging its pages. Servers before 15 always copy.
         strategy = "STRATEGY file_copy" if connection.dialect.server_version_info >= (15,) else ""
         connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template} {strategy}"))
     try:
         yield url_of_database(stack.database_url, name)
     finally:
-        with admin_engine.connect() as connection:
-            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+        if used is None:
+            with admin_engine.connect() as connection:
+                connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+        else:
+            used.append(name)
+
+
+@pytest.fixture(scope="session")
+def used_databases() -> list[str]:
+    """The databases of tests that have ended, until they are dropped. The last ones go with the server."""
+    return []
 
 
 @pytest.fixture
 def empty_database(
-    stack: StackUrls, admin_engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    stack: StackUrls,
+    admin_engine: Engine,
+    used_databases: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> Iterator[str]:
     """An empty database, to which this process's settings point."""
-    with cloned_database(stack, admin_engine, "template1") as url, settings_for(url, stack, monkeypatch, tmp_path):
+    with (
+        cloned_database(stack, admin_engine, "template1", used=used_databases) as url,
+        settings_for(url, stack, monkeypatch, tmp_path),
+    ):
         yield url
 
 
@@ -189,12 +214,13 @@ def database(
     stack: StackUrls,
     admin_engine: Engine,
     template_database: str,
+    used_databases: list[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> Iterator[str]:
     """A database ready for trueup, to which this process's settings point. Gives its URL."""
     with (
-        cloned_database(stack, admin_engine, template_database) as url,
+        cloned_database(stack, admin_engine, template_database, used=used_databases) as url,
         settings_for(url, stack, monkeypatch, tmp_path),
     ):
         yield url

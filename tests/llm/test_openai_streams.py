@@ -353,12 +353,12 @@ def test_a_time_limit_ends_a_waiting_stream_and_the_received_part_is_counted(wir
     ids=repr,
 )
 def test_an_error_event_breaks_a_stream(wire: Wire, error: object, retryable: bool) -> None:
-    wire.sends(HEAD, chunk("We"), event({"error": error}), chunk("ll."), DONE)
+    wire.sends(HEAD, chunk("We"), event({"error": error}) + chunk("ll.") + DONE)
     chunks, caught, done = read_broken(wire)
     assert chunks == ["We"]
     assert "Overloaded." in str(caught)
     assert caught.retryable is retryable
-    assert figures(done) == counted("Well.", events=2), "the text behind the error has arrived"
+    assert figures(done) == counted("Well.", events=2), "the text behind the error came with it"
 
 
 def test_no_error_event_shows_the_key(wire: Wire) -> None:

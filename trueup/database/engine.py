@@ -65,6 +65,7 @@ def create_trueup_engine(settings: Settings) -> Engine:
         max_overflow=0,
         pool_reset_on_return=None,
         pool_timeout=settings.database_connect_timeout_seconds,
+        use_native_hstore=False,  # to look for the extension would cost a query
         connect_args={
             "connect_timeout": settings.database_connect_timeout_seconds,
             "application_name": "trueup",

@@ -6,15 +6,18 @@ A new database gets the tables of `trueup.database.schema`. A database in use ru
 
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from alembic import command
-from alembic.config import Config
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 
 from trueup.database.layout import UNRELEASED, revision_of
 from trueup.errors import NotInstalledError, OldLayoutError
 from trueup.host.mapping import UserIdType
+
+# Alembic is imported where it is used: that takes a tenth of a second, and most processes create no tables.
+if TYPE_CHECKING:
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -24,6 +27,8 @@ def create_tables(connection: Connection, user_id_type: UserIdType) -> None:
 
     Raises `OldLayoutError`, and `NotInstalledError` for the layout of a newer version.
     """
+    from alembic import command
+
     config = _config(user_id_type, connection=connection)
     if _upgradable_revision(connection) is None:
         command.upgrade(config, _first_revision())
@@ -34,6 +39,8 @@ def create_tables(connection: Connection, user_id_type: UserIdType) -> None:
 
 def create_tables_sql(connection: Connection, user_id_type: UserIdType) -> str:
     """Return the statements that `create_tables` would run; empty if the layout is that of this version."""
+    from alembic import command
+
     there = _upgradable_revision(connection)
     with io.StringIO() as output:
         config = _config(user_id_type, output=output)
@@ -68,11 +75,15 @@ def _first_revision() -> str:
     return str(_revisions().get_base())
 
 
-def _revisions() -> ScriptDirectory:
+def _revisions() -> "ScriptDirectory":
+    from alembic.script import ScriptDirectory
+
     return ScriptDirectory(str(MIGRATIONS))
 
 
-def _config(user_id_type: UserIdType, **attributes: object) -> Config:
+def _config(user_id_type: UserIdType, **attributes: object) -> "Config":
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     config.set_main_option("path_separator", "os")

@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from trueup.errors import SettingsError, TrueupError
 from trueup.features.instagram.buttons import Button
@@ -12,12 +10,13 @@ from trueup.llm.credentials import header_value
 from trueup.llm.texts import cut_at_word
 from trueup.settings.settings import Settings
 
+if TYPE_CHECKING:
+    import httpx
+
 # Rate limits of the app, the user, the page and the account:
 # https://developers.facebook.com/docs/graph-api/guides/error-handling
 RATE_LIMIT_CODES = frozenset({4, 17, 32, 613})
 _DETAIL_CHARACTERS = 300
-# Errors raised before a connection was made, so nothing was sent.
-_NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
 class GraphError(TrueupError):
@@ -53,6 +52,8 @@ class GraphClient:
     """A client with one account's access token, which it sends in a header only. Close it, or use `with`."""
 
     def __init__(self, *, base_url: str, access_token: str, timeout_seconds: float) -> None:
+        import httpx  # here, because to load it takes a tenth of a second, which most processes would spend for nothing
+
         self._token = access_token
         self._url = base_url.rstrip("/")
         self._http = httpx.Client(
@@ -102,9 +103,11 @@ class GraphClient:
         return _id_of(self._post(f"{comment_id}/replies", {"message": text}), "id")
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        import httpx
+
         try:
             response = self._http.post(f"{self._url}/{path}", json=body)
-        except _NOT_SENT as error:
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise GraphError(
                 f"Instagram at {self._url} can't be reached ({self._safe(str(error))}). Nothing was sent. "
                 "Check the network and TRUEUP_INSTAGRAM_GRAPH_URL.",
@@ -124,7 +127,7 @@ class GraphClient:
             raise self._refusal(response)
         return _object(response)
 
-    def _refusal(self, response: httpx.Response) -> GraphError:
+    def _refusal(self, response: "httpx.Response") -> GraphError:
         stated = _object(response).get("error")
         error: dict[str, Any] = stated if isinstance(stated, dict) else {}
         code = error.get("code") if isinstance(error.get("code"), int) else None
@@ -167,7 +170,7 @@ def _remedy(status: int, code: int | None, limited: bool) -> str:
     return "The comment may be deleted, answered already, or older than 7 days."
 
 
-def _object(response: httpx.Response) -> dict[str, Any]:
+def _object(response: "httpx.Response") -> dict[str, Any]:
     try:
         body = response.json()
     except (ValueError, RecursionError):
