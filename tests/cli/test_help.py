@@ -103,12 +103,23 @@ def test_importing_the_commands_reads_no_settings() -> None:
         (["settings"], {"celery", "psycopg", "sqlalchemy"}),
         # The templates, the evidence and the metered tasks are for other commands.
         (["status", "--help"], {"celery", "jinja2", "trueup.drift", "trueup.gate.holds"}),
+        (["up", "--help"], {"alembic"}),
+        (["run", "--help"], {"alembic", "httpx"}),
     ],
 )
 def test_a_command_loads_nothing_that_it_does_not_use(arguments: list[str], unused: set[str]) -> None:
-    script = f"import sys; from trueup.cli import main; main({arguments}, standalone_mode=False); print([*sys.modules])"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRUEUP_")}
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    loaded = set(ast.literal_eval(result.stdout.splitlines()[-1]))
+    loaded = set(ast.literal_eval(after_a_command(arguments, "[*sys.modules]")))
     assert "click" in loaded
     assert not unused & loaded
+
+
+def test_a_command_s_imports_are_left_out_of_garbage_collection() -> None:
+    assert after_a_command(["status", "--help"], "gc.get_freeze_count() > 10_000, gc.isenabled()") == "True True"
+
+
+def after_a_command(arguments: list[str], shown: str) -> str:
+    """Run a command in a process of its own. Returns what is then shown there."""
+    script = f"import gc, sys; from trueup.cli import main; main({arguments}, standalone_mode=False); print({shown})"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRUEUP_")}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    return result.stdout.splitlines()[-1]

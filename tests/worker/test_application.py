@@ -66,6 +66,22 @@ def test_a_django_project_keeps_its_default_application_in_every_thread(place: s
     assert run(script, tmp_path, DJANGO_SETTINGS_MODULE="host_settings") == str([MINE, MINE])
 
 
+FROZEN = """
+import gc
+from types import SimpleNamespace
+from celery import Celery
+from celery.signals import celeryd_after_setup
+from trueup.worker.celery import app
+for application in (Celery("host"), app):
+    celeryd_after_setup.send(sender="node", instance=SimpleNamespace(app=application), conf=None)
+    print(gc.get_freeze_count() > 10_000)
+"""
+
+
+def test_only_trueup_s_own_worker_leaves_its_imports_out_of_garbage_collection(tmp_path: Path) -> None:
+    assert run(FROZEN, tmp_path).split() == ["False", "True"]
+
+
 HANDLERS = """
 import logging, trueup.worker.celery
 from celery import Celery
