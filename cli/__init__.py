@@ -16,6 +16,8 @@ import io
 import os
 import sys
 from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 import click
 
@@ -68,16 +70,20 @@ class SuggestingGroup(click.Group):
 class LazyGroup(SuggestingGroup):
     """A group that imports its commands on use, and turns trueup's errors into one message and an exit code."""
 
+    _is_whole_process = False
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        self._is_whole_process = options.get("standalone_mode", True)
+        return super().main(*args, **options)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module = COMMANDS[name][0]
-        if module not in sys.modules:
-            _import_for_good(module)
-        command: click.Command = getattr(sys.modules[module], name)
+        importing = _import_for_good if self._is_whole_process else import_module
+        command: click.Command = getattr(importing(COMMANDS[name][0]), name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -106,20 +112,20 @@ class LazyGroup(SuggestingGroup):
             ctx.exit(EXIT_ERROR)
 
 
-def _import_for_good(module: str) -> None:
+def _import_for_good(module: str) -> ModuleType:
     """Import a module without collecting garbage, then or later, in what the import makes.
 
     It makes 100,000 objects, and all of them stay. To look through them again and again takes a third of a short
-    command's time.
+    command's time. In a process that does more than this command, it would also keep garbage of others.
     """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        import_module(module)
-    finally:
-        gc.freeze()
-        if was_enabled:
+    if module not in sys.modules:
+        gc.disable()
+        try:
+            import_module(module)
+        finally:
+            gc.freeze()
             gc.enable()
+    return sys.modules[module]
 
 
 def _replace_what_cannot_be_printed() -> None:

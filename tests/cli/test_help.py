@@ -113,13 +113,25 @@ def test_a_command_loads_nothing_that_it_does_not_use(arguments: list[str], unus
     assert not unused & loaded
 
 
-def test_a_command_s_imports_are_left_out_of_garbage_collection() -> None:
-    assert after_a_command(["status", "--help"], "gc.get_freeze_count() > 10_000, gc.isenabled()") == "True True"
+@pytest.mark.parametrize("is_whole_process", [True, False])
+def test_a_command_leaves_imports_out_of_garbage_collection_if_it_is_the_whole_process(is_whole_process: bool) -> None:
+    shown = after_a_command(
+        ["status", "--help"], "gc.get_freeze_count() > 10_000, gc.isenabled()", is_whole_process=is_whole_process
+    )
+    assert shown == f"{is_whole_process} True"
 
 
-def after_a_command(arguments: list[str], shown: str) -> str:
-    """Run a command in a process of its own. Returns what is then shown there."""
-    script = f"import gc, sys; from trueup.cli import main; main({arguments}, standalone_mode=False); print({shown})"
+def after_a_command(arguments: list[str], shown: str, *, is_whole_process: bool = False) -> str:
+    """Run a command, then show something in the same process. Returns what is shown."""
+    script = f"""
+import gc, sys
+from trueup.cli import main
+try:
+    main({arguments}, standalone_mode={is_whole_process})
+except SystemExit:
+    pass
+print({shown})
+"""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRUEUP_")}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     return result.stdout.splitlines()[-1]

@@ -375,7 +375,7 @@ def copy_for_everybody(target: Path) -> Path:
     for name in {*imported, *EXTRAS["embedded"]} - {"trueup"}:
         packages += [*site.glob(name), *site.glob(f"{name}.*"), *site.glob(f"{name}-*")]
     target.mkdir()
-    subprocess.run(["cp", "-RL", *packages, target], check=True)
+    subprocess.run(["cp", "-RL", "--preserve=timestamps", *packages, target], check=True)  # their bytecode stays valid
     subprocess.run(["chmod", "-R", "a+rX", target], check=True)
     return target
 
