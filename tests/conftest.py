@@ -171,9 +171,9 @@ def cloned_database(
     """
     assert stack.database_url is not None
     name = f"test_{uuid.uuid4().hex[:12]}"
+    while used is not None and len(used) > 2:
+        _drop_database(admin_engine, used.pop(0))
     with admin_engine.connect() as connection:
-        while used is not None and len(used) > 2:
-            connection.execute(text(f"DROP DATABASE {used.pop(0)} WITH (FORCE)"))
         # Copying a small template's files takes half as long as logging its pages. Servers before 15 always copy.
         strategy = "STRATEGY file_copy" if connection.dialect.server_version_info >= (15,) else ""
         connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template} {strategy}"))
@@ -181,10 +181,14 @@ def cloned_database(
         yield url_of_database(stack.database_url, name)
     finally:
         if used is None:
-            with admin_engine.connect() as connection:
-                connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+            _drop_database(admin_engine, name)
         else:
             used.append(name)
+
+
+def _drop_database(admin_engine: Engine, name: str) -> None:
+    with admin_engine.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from trueup.llm.formats.anthropic_messages import MessagesReader
 from trueup.llm.formats.reading import list_of, object_of
 from trueup.llm.formats.wire_format import AnswerReader
 from trueup.llm.model import Message
-from trueup.llm.providers.maker import Part
+from trueup.llm.providers.maker import Part, system_and_rest
 from trueup.llm.providers.paying_client import PayingClient
 from trueup.settings.settings import Settings
 
@@ -58,7 +58,7 @@ class Anthropic:
         return "max_tokens" in (part.get("stop_reason"), object_of(part.get("delta")).get("stop_reason"))
 
     def _request(self, messages: Sequence[Message], cap: int) -> Any:
-        system = "\n\n".join(message.content for message in messages if message.role == "system")
-        asked = [{"role": message.role, "content": message.content} for message in messages if message.role != "system"]
+        system, rest = system_and_rest(messages)
+        asked = [{"role": message.role, "content": message.content} for message in rest]
         more = {"system": system} if system else {}
         return {"model": self._model_name, "max_tokens": cap, "messages": asked} | more

@@ -10,7 +10,7 @@ from trueup.llm.formats.gemini import GeminiReader
 from trueup.llm.formats.reading import list_of, object_of
 from trueup.llm.formats.wire_format import AnswerReader
 from trueup.llm.model import Message
-from trueup.llm.providers.maker import Part
+from trueup.llm.providers.maker import Part, system_and_rest
 from trueup.llm.providers.paying_client import PayingClient
 from trueup.settings.settings import Settings
 
@@ -58,15 +58,12 @@ class Gemini:
         return any(object_of(one).get("finishReason") == "MAX_TOKENS" for one in list_of(part.get("candidates")))
 
     def _request(self, messages: Sequence[Message], cap: int) -> Any:
+        system, rest = system_and_rest(messages)
+        roles = {"assistant": "model", "user": "user"}
         contents = [
-            types.Content(
-                role="model" if message.role == "assistant" else "user", parts=[types.Part(text=message.content)]
-            )
-            for message in messages
-            if message.role != "system"
+            types.Content(role=roles[message.role], parts=[types.Part(text=message.content)]) for message in rest
         ]
-        system = "\n\n".join(message.content for message in messages if message.role == "system") or None
-        config = types.GenerateContentConfig(max_output_tokens=cap, system_instruction=system)
+        config = types.GenerateContentConfig(max_output_tokens=cap, system_instruction=system or None)
         return {"model": self._model_name, "contents": contents, "config": config}
 
 

@@ -197,6 +197,12 @@ def _sendable(messages: Sequence[Message]) -> list[Message]:
     return [replace(message, content=without_lone_surrogates(message.content)) for message in messages]
 
 
+def system_and_rest(messages: Sequence[Message]) -> tuple[str, list[Message]]:
+    """Return the system's text, empty if there is none, and the other messages: some makers take them apart."""
+    system = "\n\n".join(message.content for message in messages if message.role == "system")
+    return system, [message for message in messages if message.role != "system"]
+
+
 def _cap(wanted: int | None) -> int:
     """Return the cap to send. The transport lowers it to what the hold covers."""
     return UNLIMITED if wanted is None else wanted
